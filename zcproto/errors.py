@@ -1,0 +1,228 @@
+"""Every error that zcproto raises, as one tree, and the codes that travel on the wire.
+
+    ZcprotoError
+    ├── ConfigError              the configuration has faults; all of them are listed
+    ├── CertificateError         a certificate or key cannot be used, and why
+    ├── ProtocolError            the peer broke the wire contract; carries the code for it
+    ├── TlsError                 the TLS connection could not be made, or is not to be trusted
+    ├── ConnectionClosed         the connection ended; `clean` tells a close from a truncation
+    └── CallError                a call was answered with an error; one subclass a code
+        ├── Cancelled, UnknownError, InvalidArgument, DeadlineExceeded, NotFound, AlreadyExists,
+        │   PermissionDenied, ResourceExhausted, FailedPrecondition, Aborted, OutOfRange,
+        │   Unimplemented, InternalError, Unavailable, DataLoss, Unauthenticated
+        └── StaleTimestamp, TokenExpired, TokenRevoked, SessionReplaced
+
+A server's methods raise the same CallErrors that its clients catch. The classes hold data; the sentence
+for people is made from it. Nothing here ever holds a token or a key.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, ClassVar
+
+
+class Code(IntEnum):
+    """Error codes of ZCP/1. 1 to 16 are gRPC's canonical codes, 64 and above are the protocol's own."""
+
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+    PROTOCOL_ERROR = 64
+    FRAME_TOO_LARGE = 65
+    REPLAYED = 66
+    STALE_TIMESTAMP = 67
+    TOKEN_EXPIRED = 68
+    TOKEN_REVOKED = 69
+    SESSION_REPLACED = 70
+
+
+FATAL_CODES = frozenset({Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYED})
+"""Codes that end the connection wherever they appear (STALE_TIMESTAMP does so on stream 0 only)."""
+
+
+class ZcprotoError(Exception):
+    """The root of all errors of this package."""
+
+
+class ConfigError(ZcprotoError):
+    """The configuration has faults. Nothing was started."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__(faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        return "\n".join(self.faults)
+
+
+class CertificateError(ZcprotoError):
+    """A certificate or a key cannot be used. The message names the file and the cure, never the key."""
+
+
+class ProtocolError(ZcprotoError):
+    """The peer broke the wire contract.
+
+    `code` is what the wire says of it; `reason` is a fixed phrase, safe to send and to log.
+    """
+
+    def __init__(self, code: Code, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.code.name}: {self.reason}"
+
+
+class TlsError(ZcprotoError):
+    """The TLS connection could not be made, or its peer is not the one expected.
+
+    `failure` is the cause's name in `zcproto.tls.TlsFailure` (`certificate_untrusted`, `pin_mismatch`, ...).
+    """
+
+    def __init__(self, failure: str, detail: str = "") -> None:
+        super().__init__(failure, detail)
+        self.failure = failure
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.failure}: {self.detail}" if self.detail else self.failure
+
+
+class ConnectionClosed(ZcprotoError):
+    """The connection ended before what was asked of it was done.
+
+    `clean` is True after a close_notify; False after a reset or a truncation (RFC 8446 section 6.1).
+    `reason` is a fixed phrase or the peer's GOAWAY reason. `code` is the fatal error the peer sent, if any.
+    """
+
+    def __init__(self, reason: str, *, clean: bool = False, code: Code | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.clean = clean
+        self.code = code
+
+
+class CallError(ZcprotoError):
+    """A call was answered with an error.
+
+    `message` says what to do next. `details` is a map, empty if there is nothing to add; UNAVAILABLE and
+    RESOURCE_EXHAUSTED carry `retry_after_ms`.
+    """
+
+    code: Code = Code.UNKNOWN
+    by_code: ClassVar[dict[int, type[CallError]]] = {}
+
+    def __init__(self, message: str = "", details: dict[str, Any] | None = None) -> None:
+        super().__init__(message, details)
+        self.message = message
+        self.details: dict[str, Any] = {} if details is None else details
+
+    def __init_subclass__(cls) -> None:
+        CallError.by_code[cls.code] = cls
+
+    def __str__(self) -> str:
+        name = self.code.name
+        return f"{name}: {self.message}" if self.message else name
+
+    @classmethod
+    def from_wire(cls, code: int, message: str, details: dict[str, Any] | None) -> CallError:
+        """The error for a code received; a code not known here is UNKNOWN and keeps its number in the message."""
+        kind = cls.by_code.get(code)
+        if kind is None:
+            return UnknownError(f"{message} (code {code})", details)
+        return kind(message, details)
+
+
+class Cancelled(CallError):
+    code = Code.CANCELLED
+
+
+class UnknownError(CallError):
+    code = Code.UNKNOWN
+
+
+class InvalidArgument(CallError):
+    code = Code.INVALID_ARGUMENT
+
+
+class DeadlineExceeded(CallError):
+    code = Code.DEADLINE_EXCEEDED
+
+
+class NotFound(CallError):
+    code = Code.NOT_FOUND
+
+
+class AlreadyExists(CallError):
+    code = Code.ALREADY_EXISTS
+
+
+class PermissionDenied(CallError):
+    code = Code.PERMISSION_DENIED
+
+
+class ResourceExhausted(CallError):
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class FailedPrecondition(CallError):
+    code = Code.FAILED_PRECONDITION
+
+
+class Aborted(CallError):
+    code = Code.ABORTED
+
+
+class OutOfRange(CallError):
+    code = Code.OUT_OF_RANGE
+
+
+class Unimplemented(CallError):
+    code = Code.UNIMPLEMENTED
+
+
+class InternalError(CallError):
+    code = Code.INTERNAL
+
+
+class Unavailable(CallError):
+    code = Code.UNAVAILABLE
+
+
+class DataLoss(CallError):
+    code = Code.DATA_LOSS
+
+
+class Unauthenticated(CallError):
+    code = Code.UNAUTHENTICATED
+
+
+class StaleTimestamp(CallError):
+    code = Code.STALE_TIMESTAMP
+
+
+class TokenExpired(CallError):
+    code = Code.TOKEN_EXPIRED
+
+
+class TokenRevoked(CallError):
+    code = Code.TOKEN_REVOKED
+
+
+class SessionReplaced(CallError):
+    code = Code.SESSION_REPLACED
