@@ -1,0 +1,1 @@
+"""Frames and messages of ZCP/1, without I/O, clock or session."""

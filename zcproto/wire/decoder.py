@@ -1,0 +1,100 @@
+"""A stream of bytes, cut into frames.
+
+Total on any bytes: the next frame, None for 'more is needed', or a ProtocolError. A header is judged as
+soon as it is there, so the body of a refused frame is never buffered. However the bytes are cut into
+pieces, the frames are the same, and the work stays linear in the bytes.
+"""
+
+from __future__ import annotations
+
+from zcproto.wire.frame import (
+    HEADER,
+    HEADER_SIZE,
+    LENGTH_SIZE,
+    MIN_LENGTH,
+    REQUEST,
+    RESPONSE,
+    RawFrame,
+    Side,
+    check_head,
+    check_length,
+)
+
+_unpack_header = HEADER.unpack_from
+
+
+class FrameDecoder:
+    """Feed it what arrives, then take frames until there is none.
+
+    `limit` is the largest `length` accepted, in bytes. It may be changed at any time and holds from the
+    next frame on. After a ProtocolError the decoder must not be used again: there is no resynchronising.
+    """
+
+    __slots__ = ("_at", "_data", "_missing", "_partial", "_receiver", "_usual", "limit")
+
+    def __init__(self, receiver: Side, limit: int) -> None:
+        self.limit = limit
+        self._receiver = receiver
+        self._usual = REQUEST if receiver is Side.SERVER else RESPONSE  # judged by one comparison
+        self._data = b""
+        self._at = 0
+        self._partial: bytearray | None = None  # the beginning of a frame that is not complete yet
+        self._missing = 0  # bytes that `_partial` needs before looking at it again can help
+
+    @property
+    def buffered(self) -> int:
+        """Bytes held of a frame that is not complete."""
+        return len(self._data) - self._at if self._partial is None else len(self._partial)
+
+    def feed(self, data: bytes) -> None:
+        """Take in bytes. All frames of the bytes before must have been taken."""
+        partial = self._partial
+        if partial is None:
+            self._data = data
+            self._at = 0
+            return
+        partial += data
+        self._missing -= len(data)
+        if self._missing <= 0:
+            self._data = bytes(partial)
+            self._at = 0
+            self._partial = None
+
+    def next_frame(self) -> RawFrame | None:
+        """The next complete frame, or None if more bytes are needed.
+
+        Raises ProtocolError for a header that no frame may have, before its body arrives.
+        """
+        data = self._data
+        at = self._at
+        available = len(data) - at
+        if available < HEADER_SIZE:
+            if available:
+                self._keep_header(at, available)
+            return None
+        header = _unpack_header(data, at)
+        length = header[0]
+        if not MIN_LENGTH <= length <= self.limit:
+            check_length(length, self.limit)
+        if header[1] != self._usual or not header[2]:
+            check_head(header[1], header[2], self._receiver)
+        end = at + LENGTH_SIZE + length
+        if end > len(data):
+            self._keep(at, end - len(data))
+            return None
+        self._at = end
+        return (*header, data[at + HEADER_SIZE : end])
+
+    def _keep_header(self, at: int, available: int) -> None:
+        if available >= LENGTH_SIZE:
+            check_length(int.from_bytes(self._data[at : at + LENGTH_SIZE], "big"), self.limit)
+            self._keep(at, HEADER_SIZE - available)
+        else:
+            self._keep(at, LENGTH_SIZE - available)
+
+    def _keep(self, at: int, missing: int) -> None:
+        # A bytearray grows in place: a frame that comes byte by byte costs linear time and no list of pieces.
+        self._partial = bytearray(memoryview(self._data)[at:])
+        self._missing = missing
+        self._data = b""
+        self._at = 0

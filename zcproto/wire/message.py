@@ -1,0 +1,243 @@
+"""Bodies: one msgpack value each, bounded before it is believed.
+
+Rules (ZCP/1 section 8): exactly one value, map keys are str, no ext types, nested at most `max_depth` deep
+(the outermost array is 1), and memory in proportion to the bytes that are really there. Everything a
+decoder refuses is a MessageError with a fixed phrase; no input reaches any other exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import msgpack
+
+from zcproto.errors import ZcprotoError
+
+DEFAULT_MAX_DEPTH: Final = 32
+METHOD_MAX_LENGTH: Final = 128
+METHOD_ALPHABET: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.")
+IDEMPOTENCY_KEY_MAX_LENGTH: Final = 64
+
+# Below this size the worst that declared lengths can reserve is 32 levels times 512 pointers: 128 KiB for
+# the blink of a decode. Above it the value is walked first without building anything.
+_TRUSTED_SIZE: Final = 512
+_CONTAINERS: Final = frozenset({dict, list})
+
+
+class MessageError(ZcprotoError):
+    """A body that no message may have. `str()` is a fixed phrase, safe to send."""
+
+
+class RequestMeta(NamedTuple):
+    """What a caller says beside the params. `deadline_ms` is relative; None is no deadline."""
+
+    deadline_ms: int | None = None
+    idempotency_key: str | None = None
+    traceparent: str | None = None
+
+
+NO_META: Final = RequestMeta()
+
+
+def _refuse_ext(code: int, data: bytes) -> Any:
+    raise ValueError("ext type")
+
+
+def _new_scanner() -> msgpack.Unpacker:
+    return msgpack.Unpacker(None, max_buffer_size=2**32 - 1, max_ext_len=0, ext_hook=_refuse_ext)
+
+
+_scanner = _new_scanner()
+_pack = msgpack.Packer(autoreset=True).pack
+_unpack = msgpack.unpackb
+
+
+def encode_body(value: Any) -> bytes:
+    """msgpack of a value. Raises MessageError for what msgpack cannot carry."""
+    global _pack  # noqa: PLW0603  a packer that failed half-way still holds bytes of the failed value
+    try:
+        return _pack(value)  # type: ignore[no-any-return]
+    except (TypeError, ValueError, OverflowError, RecursionError, UnicodeEncodeError) as error:
+        _pack = msgpack.Packer(autoreset=True).pack
+        raise MessageError(f"value cannot be sent: {type(error).__name__}") from error
+
+
+def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:
+    """The one value of a body. Raises MessageError."""
+    value = _decode(body)
+    if value.__class__ in _CONTAINERS:
+        _check_nested([value], max_depth)
+    return value
+
+
+def decode_request(
+    body: bytes, max_depth: int = DEFAULT_MAX_DEPTH
+) -> tuple[str, dict[str, Any], RequestMeta]:
+    """Method, params and meta of `[method, params]` or `[method, params, meta]`. Raises MessageError."""
+    value = _decode(body)
+    if value.__class__ is not list or not 2 <= len(value) <= 3:
+        raise MessageError("request must be [method, params] or [method, params, meta]")
+    method, params = value[0], value[1]
+    if method.__class__ is not str:
+        raise MessageError("method must be a str")
+    if method not in _well_formed_methods:
+        _check_method(method)
+    if params.__class__ is not dict:
+        if params is not None:
+            raise MessageError("params must be a map or nil")
+        params = {}
+    for name, argument in params.items():
+        if name.__class__ is not str:
+            raise MessageError("map keys must be str")
+        if argument.__class__ in _CONTAINERS:
+            _check_nested([params], max_depth - 1)
+            break
+    return method, params, NO_META if len(value) == 2 else _decode_meta(value[2], max_depth)
+
+
+_well_formed_methods: set[str] = set()
+_WELL_FORMED_METHODS_KEPT: Final = 1024
+
+
+def _check_method(method: str) -> None:
+    if not 1 <= len(method) <= METHOD_MAX_LENGTH:
+        raise MessageError("method must have 1 to 128 characters")
+    if not METHOD_ALPHABET.issuperset(method):
+        raise MessageError("method must be of a-z 0-9 _ .")
+    if len(_well_formed_methods) < _WELL_FORMED_METHODS_KEPT:
+        _well_formed_methods.add(method)
+
+
+def _decode_meta(meta: Any, max_depth: int) -> RequestMeta:
+    if meta.__class__ is not dict:
+        raise MessageError("meta must be a map")
+    _check_nested([meta], max_depth - 1)
+    deadline_ms = meta.get("deadline_ms")
+    if deadline_ms is not None and deadline_ms.__class__ is not int:
+        raise MessageError("meta.deadline_ms must be an int")
+    key = meta.get("idempotency_key")
+    if key is not None and (key.__class__ is not str or not 1 <= len(key) <= IDEMPOTENCY_KEY_MAX_LENGTH):
+        raise MessageError("meta.idempotency_key must be a str of 1 to 64 characters")
+    return RequestMeta(deadline_ms, key, parse_traceparent(meta.get("traceparent")))
+
+
+_HEX: Final = frozenset("0123456789abcdef")
+
+
+def parse_traceparent(value: Any) -> str | None:
+    """A valid W3C Trace Context `traceparent`, or None for anything else: a bad one is ignored."""
+    if value.__class__ is not str or len(value) != 55:
+        return None
+    parts = value.split("-")
+    if [len(part) for part in parts] != [2, 32, 16, 2] or not all(_HEX.issuperset(part) for part in parts):
+        return None
+    version, trace_id, parent_id, _ = parts
+    if version == "ff" or not trace_id.strip("0") or not parent_id.strip("0"):
+        return None
+    return str(value)
+
+
+def encode_request(
+    method: str, params: Mapping[str, Any] | None, meta: Mapping[str, Any] | None = None
+) -> bytes:
+    """The body of a REQUEST. Raises MessageError for what cannot be sent."""
+    return encode_body([method, params, meta] if meta else [method, params])
+
+
+class ErrorMessage(NamedTuple):
+    """What an ERROR's body says."""
+
+    code: int
+    message: str
+    details: dict[str, Any]
+
+
+def encode_error(code: int, message: str, details: Mapping[str, Any] | None = None) -> bytes:
+    """The body of an ERROR."""
+    return encode_body([int(code), message, details] if details else [int(code), message])
+
+
+def decode_error(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> ErrorMessage:
+    """The message of an ERROR: `[code, message]` or `[code, message, details]`. Raises MessageError."""
+    value = decode_body(body, max_depth)
+    if value.__class__ is not list or not 2 <= len(value) <= 3:
+        raise MessageError("error must be [code, message] or [code, message, details]")
+    code, message = value[0], value[1]
+    details = value[2] if len(value) == 3 else None
+    if code.__class__ is not int or message.__class__ is not str:
+        raise MessageError("error must carry an int code and a str message")
+    if details is None:
+        details = {}
+    if details.__class__ is not dict:
+        raise MessageError("error details must be a map")
+    return ErrorMessage(code, message, details)
+
+
+def decode_event(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> tuple[str, Any]:
+    """The name and data of an EVENT. Raises MessageError."""
+    value = decode_body(body, max_depth)
+    if value.__class__ is not list or len(value) != 2 or value[0].__class__ is not str:
+        raise MessageError("event must be [name, data]")
+    return value[0], value[1]
+
+
+def decode_map(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> dict[str, Any]:
+    """The map that WELCOME and GOAWAY carry. Raises MessageError."""
+    value = decode_body(body, max_depth)
+    if value.__class__ is not dict:
+        raise MessageError("body must be a map")
+    return value
+
+
+def _decode(body: bytes) -> Any:
+    if len(body) > _TRUSTED_SIZE:
+        _scan(body)
+    try:
+        return _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise MessageError(_phrase(error, body)) from error
+
+
+def _scan(body: bytes) -> None:
+    """Walk the value, building nothing: all that it declares must be there, and nothing after it."""
+    global _scanner  # noqa: PLW0603  an Unpacker must not be used again after it failed
+    try:
+        start = _scanner.tell()
+        _scanner.feed(body)
+        _scanner.skip()
+        if _scanner.tell() - start == len(body):
+            return
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        _scanner = _new_scanner()
+        raise MessageError(_phrase(error, body)) from error
+    _scanner = _new_scanner()
+    raise MessageError("bytes after the value")
+
+
+def _phrase(error: BaseException, body: bytes) -> str:
+    if not body:
+        return "body is empty"
+    if isinstance(error, msgpack.ExtraData):
+        return "bytes after the value"
+    if isinstance(error, UnicodeDecodeError):
+        return "str is not UTF-8"
+    return "body is not one msgpack value of the allowed types"
+
+
+def _check_nested(level: list[Any], max_depth: int) -> None:
+    """Refuse values nested deeper than allowed, and map keys that are no str, level by level."""
+    while level:
+        if max_depth <= 0:
+            raise MessageError("nested too deep")
+        max_depth -= 1
+        deeper: list[Any] = []
+        for container in level:
+            if container.__class__ is dict:
+                for key in container:
+                    if key.__class__ is not str:
+                        raise MessageError("map keys must be str")
+                deeper += [value for value in container.values() if value.__class__ in _CONTAINERS]
+            else:
+                deeper += [value for value in container if value.__class__ in _CONTAINERS]
+        level = deeper
