@@ -1,0 +1,101 @@
+"""What a connection tells the edge. Events that occur on every request are slotted, the rest are tuples."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+from zcproto.errors import Code
+from zcproto.sessions import Session
+from zcproto.wire.message import RequestMeta
+
+NEVER: Final = float("inf")
+
+
+class Request:
+    """A request that may run: its header is fresh, its token good, its message well-formed.
+
+    `session` is None if it came with no token. `deadline` is monotonic seconds, `NEVER` without one; it is
+    set when the request is held. `held` says that the answer comes in a later turn.
+    """
+
+    __slots__ = ("deadline", "held", "meta", "method", "params", "session", "stream", "token")
+
+    def __init__(
+        self,
+        stream: int,
+        token: bytes,
+        session: Session | None,
+        method: str,
+        params: dict[str, Any],
+        meta: RequestMeta,
+    ) -> None:
+        self.stream = stream
+        self.token = token
+        self.session = session
+        self.method = method
+        self.params = params
+        self.meta = meta
+        self.deadline = NEVER
+        self.held = False
+
+    def __repr__(self) -> str:
+        return f"Request(stream={self.stream}, method={self.method!r})"
+
+
+class RequestEnded(NamedTuple):
+    """A held request was answered without its handler: CANCELLED or DEADLINE_EXCEEDED. Stop the handler."""
+
+    request: Request
+    code: Code
+
+
+class SessionJoined(NamedTuple):
+    """The first frame of a session was accepted on this connection."""
+
+    session_id: str
+
+
+class ConnectionEnded(NamedTuple):
+    """The conversation is over. Send what is queued, then close. `code` is the fatal error, if one was."""
+
+    code: Code | None
+    reason: str
+
+
+ServerEvent = Request | RequestEnded | SessionJoined | ConnectionEnded
+
+
+class Welcomed(NamedTuple):
+    """The server's WELCOME: calls may be made from here on."""
+
+    settings: dict[str, Any]
+
+
+class ResponseReceived(NamedTuple):
+    stream: int
+    value: Any
+
+
+class ErrorReceived(NamedTuple):
+    """One call was answered with an error. The connection goes on."""
+
+    stream: int
+    code: int
+    message: str
+    details: dict[str, Any]
+
+
+class GoAwayReceived(NamedTuple):
+    """The server takes no new requests on this connection; what is in flight may still be answered."""
+
+    reason: str
+    retry_after_ms: int
+
+
+class EventReceived(NamedTuple):
+    name: str
+    data: Any
+    token: bytes
+
+
+ClientEvent = Welcomed | ResponseReceived | ErrorReceived | GoAwayReceived | EventReceived | ConnectionEnded

@@ -1,0 +1,453 @@
+"""The server's end of a conversation: bytes and time in; events, bytes and the next deadline out.
+
+What it decides: freshness (salt, counter, timestamp), which session a frame belongs to, which limit holds,
+streams in flight, deadlines, cancellation, and what ends the connection. The order of the checks is the
+protocol's: header, freshness, stream in flight, token, body.
+
+What it must not know: sockets, TLS, clocks, handlers.
+
+`receive_data` is a generator: each request is handed out before the next frame is looked at, so an answer
+that changes what is allowed (a session opened, closed or revoked) holds for the very next frame of the same
+read. The edge must take all events of one call before it feeds the next, and may stop in between for as
+long as the peer does not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from zcproto.connection.events import (
+    NEVER,
+    ConnectionEnded,
+    Request,
+    RequestEnded,
+    ServerEvent,
+    SessionJoined,
+)
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.connection.state import Input, State, next_state
+from zcproto.errors import Code, ProtocolError
+from zcproto.sessions import Session, SessionRegistry
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import (
+    CANCEL,
+    ERROR,
+    EVENT,
+    GOAWAY,
+    HEADER,
+    MIN_LENGTH,
+    NO_TOKEN,
+    PING,
+    PONG,
+    REQUEST,
+    RESPONSE,
+    WELCOME,
+    RawFrame,
+    Side,
+)
+from zcproto.wire.message import MessageError, decode_request, encode_body, encode_error
+
+MS: Final = 1000
+TOUCH_INTERVAL_MS: Final = 1_000
+"""A session's last use is written at most this often by one connection; idle limits are minutes."""
+
+TOKEN_ERRORS: Final = {
+    Code.UNAUTHENTICATED: encode_error(Code.UNAUTHENTICATED, "unknown token: open a session"),
+    Code.TOKEN_EXPIRED: encode_error(Code.TOKEN_EXPIRED, "token expired: refresh it or open a session"),
+    Code.TOKEN_REVOKED: encode_error(Code.TOKEN_REVOKED, "token revoked: open a session"),
+    Code.SESSION_REPLACED: encode_error(
+        Code.SESSION_REPLACED, "session replaced by a newer one of this user"
+    ),
+}
+NEEDS_SESSION: Final = encode_error(Code.UNAUTHENTICATED, "no session: call session.open first")
+CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
+DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
+
+_pack_header = HEADER.pack
+
+
+class JoinedSession(NamedTuple):
+    """A live session that was used on a connection. `expiring_at` is monotonic seconds, NEVER once told."""
+
+    token: bytes
+    expires_at: int
+    expiring_at: float
+
+    def __repr__(self) -> str:
+        return f"JoinedSession(expires_at={self.expires_at})"
+
+
+class ServerConnection:
+    """One client's conversation.
+
+    `salt` is 8 random bytes that no other connection has. Bytes for the peer gather until `data_to_send`
+    takes them. `deadline_moved` says that `next_deadline` may have become earlier since it was last asked.
+    """
+
+    __slots__ = (
+        "_counter",
+        "_decoder",
+        "_expiring_at",
+        "_held",
+        "_last_counter",
+        "_last_frame",
+        "_lingering",
+        "_open_deadline",
+        "_out",
+        "_recheck_at",
+        "_registry",
+        "_salt",
+        "_seen_generation",
+        "_session",
+        "_sessions",
+        "_settings",
+        "_stale_in_a_row",
+        "_token",
+        "deadline_moved",
+        "dropped_stale",
+        "state",
+    )
+
+    def __init__(
+        self,
+        settings: ConnectionSettings,
+        registry: SessionRegistry,
+        *,
+        salt: bytes,
+        wall: int,
+        now: float,
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._decoder = FrameDecoder(Side.SERVER, settings.max_frame_before_session)
+        self._salt = salt
+        self._counter = 0  # of the next frame sent; WELCOME is frame 0
+        self._last_counter = 0  # the first client frame has 1 or more
+        self._last_frame = now
+        self._stale_in_a_row = 0
+        self._token = NO_TOKEN  # the token last accepted, with its session, so that most checks compare
+        self._session: Session | None = None
+        self._seen_generation = registry.generation
+        self._recheck_at = 0
+        self._sessions: dict[str, JoinedSession] = {}  # the live ones that were used here
+        self._expiring_at = NEVER
+        self._open_deadline = now + settings.open_timeout_s
+        self._held: dict[int, Request] = {}
+        self._lingering = 0  # answered by cancellation or deadline, but their handlers still run
+        self._out: list[bytes] = []
+        self.dropped_stale = 0
+        self.deadline_moved = True
+        self.state = State.OPEN
+        self._send(WELCOME, 0, NO_TOKEN, settings.welcome_body, wall)
+
+    # --- what arrives ---------------------------------------------------------------------------
+
+    def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
+        """Take in decrypted bytes; hand out what they mean, one event at a time."""
+        if self.state is State.CLOSED:
+            return
+        settings = self._settings
+        registry = self._registry
+        tolerance = settings.tolerance_ms
+        decoder = self._decoder
+        next_frame = decoder.next_frame
+        decoder.feed(data)
+        while True:
+            try:
+                frame = next_frame()
+            except ProtocolError as error:
+                yield self._end_with(error.code, error.reason, wall)
+                return
+            if frame is None:
+                return
+            _, head, stream, timestamp, salt, counter, token, body = frame
+            if salt != self._salt:
+                yield self._end_with(Code.REPLAYED, "nonce belongs to another connection", wall)
+                return
+            if counter <= self._last_counter:
+                yield self._end_with(Code.REPLAYED, "nonce counter did not grow", wall)
+                return
+            self._last_counter = counter
+            self._last_frame = now
+            if not -tolerance <= wall - timestamp <= tolerance:
+                if self._refuse_stale(head, stream, token, wall):
+                    yield self._end_with(
+                        Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall
+                    )
+                    return
+                continue
+            if self._stale_in_a_row:
+                self._stale_in_a_row = 0
+            if head != REQUEST:
+                if body:
+                    yield self._end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
+                    return
+                if head == PING:
+                    self._send(PONG, 0, token, b"", wall)
+                elif head == CANCEL:
+                    request = self._held.get(stream)
+                    if request is not None and request.token == token:
+                        self._answer_early(request, CANCELLED, wall)
+                        yield RequestEnded(request, Code.CANCELLED)
+                continue
+            if self._held and stream in self._held:
+                yield self._end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
+                return
+            if (
+                token != self._token
+                or wall >= self._recheck_at
+                or registry.generation != self._seen_generation
+            ):
+                joined = self._session_of(token, wall, now)
+                if joined.__class__ is bytes:
+                    self._send(ERROR, stream, token, joined, wall)
+                    continue
+                if joined is not None:
+                    yield joined
+            session = self._session
+            if self._is_refused(frame, session, wall):
+                continue
+            try:
+                method, params, meta = decode_request(body, settings.max_depth)
+            except MessageError as error:
+                self._send(ERROR, stream, token, encode_error(Code.INVALID_ARGUMENT, str(error)), wall)
+                continue
+            if meta.deadline_ms is not None and meta.deadline_ms <= 0:
+                self._send(ERROR, stream, token, DEADLINE_EXCEEDED, wall)
+                continue
+            yield Request(stream, token, session, method, params, meta)
+            if self.state is State.CLOSED:
+                return
+
+    def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> bool:
+        """Refuse one stale frame; True if it was one too many."""
+        self._stale_in_a_row += 1
+        if self._stale_in_a_row >= self._settings.max_stale_in_a_row:
+            return True
+        if head == REQUEST:
+            body = encode_error(
+                Code.STALE_TIMESTAMP, "timestamp out of tolerance: set the clock", {"server_time": wall}
+            )
+            self._send(ERROR, stream, token, body, wall)
+        else:
+            self.dropped_stale += 1
+        return False
+
+    def _session_of(self, token: bytes, wall: int, now: float) -> SessionJoined | bytes | None:
+        """Find the session of a token that is not the one last seen, or whose check is due again.
+
+        Returns the body of the ERROR that refuses it; or the event of its first use here; or None.
+        """
+        registry = self._registry
+        self._seen_generation = registry.generation
+        if token == NO_TOKEN:
+            self._token, self._session, self._recheck_at = token, None, 2**64
+            return None
+        session = registry.check(token, wall)
+        if isinstance(session, Code):
+            self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
+            return TOKEN_ERRORS[session]
+        self._token = token
+        self._session = session
+        self._recheck_at = min(session.valid_until, wall + TOUCH_INTERVAL_MS)
+        known = self._sessions.get(session.id)
+        if known is not None and known.token == token:
+            return None
+        self.join(session, token, wall, now)
+        return SessionJoined(session.id)
+
+    def _is_refused(self, frame: RawFrame, session: Session | None, wall: int) -> bool:
+        """Refuse a request for what the connection is, before its body is looked at."""
+        settings = self._settings
+        if session is None and frame[0] > settings.max_frame_before_session:
+            self._send(ERROR, frame[2], frame[6], NEEDS_SESSION, wall)
+            return True
+        if self.state is State.DRAINING:
+            body = encode_error(
+                Code.UNAVAILABLE,
+                "the server is going away: connect again",
+                {"retry_after_ms": settings.retry_draining_ms},
+            )
+        elif len(self._held) + self._lingering >= settings.max_streams:
+            body = encode_error(
+                Code.RESOURCE_EXHAUSTED,
+                "too many requests in flight on this connection",
+                {"retry_after_ms": settings.retry_busy_ms},
+            )
+        else:
+            return False
+        self._send(ERROR, frame[2], frame[6], body, wall)
+        return True
+
+    # --- what is answered -----------------------------------------------------------------------
+
+    def hold(self, request: Request, now: float) -> None:
+        """Keep a request in flight: its answer will come in a later turn."""
+        request.held = True
+        self._held[request.stream] = request
+        if request.meta.deadline_ms is not None:
+            request.deadline = now + request.meta.deadline_ms / MS
+            self.deadline_moved = True
+
+    def respond(self, request: Request, body: bytes, wall: int) -> bool:
+        """Answer a request with an encoded result. False if it had its answer already (or never will)."""
+        if request.held and not self._release(request):
+            return False
+        self._send(RESPONSE, request.stream, request.token, body, wall)
+        return True
+
+    def fail(self, request: Request, body: bytes, wall: int) -> bool:
+        """Answer a request with an encoded error. False if it had its answer already (or never will)."""
+        if request.held and not self._release(request):
+            return False
+        self._send(ERROR, request.stream, request.token, body, wall)
+        return True
+
+    def _release(self, request: Request) -> bool:
+        if self._held.get(request.stream) is request:
+            del self._held[request.stream]
+            return self.state is not State.CLOSED
+        self._lingering -= 1
+        return False
+
+    def _answer_early(self, request: Request, body: bytes, wall: int) -> None:
+        del self._held[request.stream]
+        # The handler may go on for a while: it still counts against max_streams until it has ended.
+        self._lingering += 1
+        self._send(ERROR, request.stream, request.token, body, wall)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose answers are still owed."""
+        return len(self._held)
+
+    # --- sessions -------------------------------------------------------------------------------
+
+    @property
+    def session_ids(self) -> Iterator[str]:
+        return iter(self._sessions)
+
+    def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
+        """A session was opened, refreshed or used here: the limits of a connection with a session hold."""
+        expiring_at = now + max(0, session.expiring_at - wall) / MS
+        self._sessions[session.id] = JoinedSession(token, session.expires_at, expiring_at)
+        if expiring_at < self._expiring_at:
+            self._expiring_at = expiring_at
+            self.deadline_moved = True
+        self._open_deadline = NEVER
+        self._decoder.limit = self._settings.max_frame
+
+    def leave(self, session_id: str, now: float) -> None:
+        """A session ended. A connection left without one goes back to the limits of a new one."""
+        self._sessions.pop(session_id, None)
+        if not self._sessions and self._open_deadline == NEVER:
+            self._decoder.limit = self._settings.max_frame_before_session
+            self._open_deadline = now + self._settings.open_timeout_s
+            self.deadline_moved = True
+
+    def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
+        """Tell the peer that a session it used here was revoked, and leave it."""
+        known = self._sessions.get(session_id)
+        if known is not None and self.state is not State.CLOSED:
+            self._send(EVENT, 0, known.token, encode_body(["session.revoked", {"reason": reason}]), wall)
+        self.leave(session_id, now)
+
+    def send_event(self, session_id: str, name: str, data: Any, wall: int) -> bool:
+        """Send an event that speaks of a session. False if the session was not used on this connection."""
+        known = self._sessions.get(session_id)
+        if known is None or self.state is State.CLOSED:
+            return False
+        self._send(EVENT, 0, known.token, encode_body([name, data]), wall)
+        return True
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def go_away(self, reason: str, retry_after_ms: int, wall: int) -> None:
+        """Announce the end: requests in flight are still answered, new ones get UNAVAILABLE."""
+        if self.state is State.OPEN:
+            self.state = next_state(self.state, Input.GOAWAY)
+            self._send_go_away(reason, retry_after_ms, wall)
+
+    def end(self) -> None:
+        """The transport is gone, or about to be closed after what is queued."""
+        self.state = next_state(self.state, Input.END)
+
+    def _send_go_away(self, reason: str, retry_after_ms: int, wall: int) -> None:
+        body = encode_body({"reason": reason, "retry_after_ms": retry_after_ms})
+        self._send(GOAWAY, 0, NO_TOKEN, body, wall)
+
+    def _end_with(self, code: Code, reason: str, wall: int) -> ConnectionEnded:
+        self._send(ERROR, 0, NO_TOKEN, encode_error(code, reason), wall)
+        self.state = next_state(self.state, Input.FATAL)
+        return ConnectionEnded(code, reason)
+
+    # --- time -----------------------------------------------------------------------------------
+
+    def next_deadline(self) -> float:
+        """When `handle_timeout` must be called at the latest, in monotonic seconds. NEVER if it need not."""
+        self.deadline_moved = False
+        if self.state is State.CLOSED:
+            return NEVER
+        earliest = min(self._open_deadline, self._expiring_at)
+        if not self._held:
+            return min(earliest, self._last_frame + self._settings.idle_timeout_s)
+        return min(earliest, *(request.deadline for request in self._held.values()))
+
+    def handle_timeout(self, wall: int, now: float) -> list[ServerEvent]:
+        """Do what is due. Calling it early does nothing."""
+        events: list[ServerEvent] = []
+        if self.state is State.CLOSED:
+            return events
+        for request in [held for held in self._held.values() if held.deadline <= now]:
+            self._answer_early(request, DEADLINE_EXCEEDED, wall)
+            events.append(RequestEnded(request, Code.DEADLINE_EXCEEDED))
+        if self._expiring_at <= now:
+            self._warn_of_expiry(wall, now)
+        reason = ""
+        if self._open_deadline <= now:
+            reason = "no_session"
+        elif not self._held and self._last_frame + self._settings.idle_timeout_s <= now:
+            reason = "idle"
+        if reason:
+            if self.state is State.OPEN:
+                self._send_go_away(reason, 0, wall)
+            self.state = next_state(self.state, Input.END)
+            events.append(ConnectionEnded(None, reason))
+        return events
+
+    def _warn_of_expiry(self, wall: int, now: float) -> None:
+        self._expiring_at = NEVER
+        for session_id, joined in self._sessions.items():
+            if joined.expiring_at <= now:
+                self._sessions[session_id] = joined._replace(expiring_at=NEVER)
+                body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
+                self._send(EVENT, 0, joined.token, body, wall)
+            elif joined.expiring_at < self._expiring_at:
+                self._expiring_at = joined.expiring_at
+
+    # --- bytes out ------------------------------------------------------------------------------
+
+    def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
+        counter = self._counter
+        self._counter = counter + 1
+        self._out.append(
+            _pack_header(MIN_LENGTH + len(body), head, stream, wall, self._salt, counter, token) + body
+        )
+
+    @property
+    def queued(self) -> int:
+        """How many frames wait for `data_to_send`."""
+        return len(self._out)
+
+    def data_to_send(self) -> bytes:
+        """All bytes for the peer that were not taken yet."""
+        out = self._out
+        if len(out) == 1:
+            data = out[0]
+        elif out:
+            data = b"".join(out)
+        else:
+            return b""
+        out.clear()
+        return data

@@ -1,0 +1,125 @@
+"""One coarse wheel of deadlines for a loop, instead of one timer for each connection.
+
+Entries are put into buckets by the time at which they are due, rounded up: to a second if that is more than
+ten seconds away, to an eighth of a second beyond one second, else to 1/64 s. Only the earliest bucket has a
+timer. An entry is in one bucket at most; taking it out leaves nothing behind, so the wheel never keeps a
+closed connection.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+TICKS_PER_SECOND: Final = 64
+ENTRIES_PER_TURN: Final = 64
+"""When thousands are due at once, the loop gets its turn after this many."""
+
+
+class Timed(Protocol):
+    """Something with a deadline. `deadline_tick` belongs to the wheel; it starts as 0."""
+
+    deadline_tick: int
+
+    def handle_deadline(self, now: float) -> None: ...
+
+
+class Timers(Protocol):
+    """The part of an event loop that the wheel needs."""
+
+    def time(self) -> float: ...
+
+    def call_at(self, when: float, callback: Callable[..., object], *args: Any) -> Any: ...
+
+    def call_soon(self, callback: Callable[..., object], *args: Any) -> Any: ...
+
+
+class DeadlineWheel:
+    """Deadlines in the time of `timers.time()`, in seconds."""
+
+    __slots__ = ("_armed_tick", "_buckets", "_heap", "_timer", "_timers")
+
+    def __init__(self, timers: Timers) -> None:
+        self._timers = timers
+        self._buckets: dict[int, set[Timed]] = {}
+        self._heap: list[int] = []  # the ticks of the buckets; a tick may outlive its bucket
+        self._armed_tick = 0
+        self._timer: Any = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self._buckets.values()))
+
+    def now(self) -> float:
+        """The time that deadlines are in."""
+        return self._timers.time()
+
+    def set(self, entry: Timed, deadline: float) -> None:
+        """Have `entry.handle_deadline` called at `deadline` or a little later. Replaces what was set before."""
+        ahead = deadline - self._timers.time()
+        grain = TICKS_PER_SECOND if ahead > 10 else TICKS_PER_SECOND // 8 if ahead > 1 else 1
+        tick = -int(-deadline * TICKS_PER_SECOND // grain) * grain
+        if tick == entry.deadline_tick:
+            return
+        self.discard(entry)
+        bucket = self._buckets.get(tick)
+        if bucket is None:
+            self._buckets[tick] = {entry}
+            heapq.heappush(self._heap, tick)
+        else:
+            bucket.add(entry)
+        entry.deadline_tick = tick
+        if self._timer is None or tick < self._armed_tick:
+            self._arm()
+
+    def discard(self, entry: Timed) -> None:
+        """Forget an entry's deadline, if it has one."""
+        tick = entry.deadline_tick
+        if not tick:
+            return
+        entry.deadline_tick = 0
+        bucket = self._buckets[tick]
+        bucket.discard(entry)
+        if not bucket:
+            del self._buckets[tick]
+
+    def close(self) -> None:
+        """Stop the timer. Entries are forgotten."""
+        for bucket in self._buckets.values():
+            for entry in bucket:
+                entry.deadline_tick = 0
+        self._buckets.clear()
+        self._heap.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._heap and self._heap[0] not in self._buckets:
+            heapq.heappop(self._heap)
+        if self._heap:
+            self._armed_tick = self._heap[0]
+            self._timer = self._timers.call_at(self._armed_tick / TICKS_PER_SECOND, self._turn)
+
+    def _turn(self) -> None:
+        self._timer = None
+        now = self._timers.time()
+        # libuv and asyncio may both call a timer a little early, by their clocks' grain.
+        due = max(self._armed_tick, int(now * TICKS_PER_SECOND))
+        left = ENTRIES_PER_TURN
+        while self._heap and self._heap[0] <= due:
+            bucket = self._buckets.get(self._heap[0])
+            if bucket is None:
+                heapq.heappop(self._heap)
+                continue
+            if not left:
+                self._timer = self._timers.call_soon(self._turn)
+                return
+            left -= 1
+            entry = next(iter(bucket))
+            self.discard(entry)
+            entry.handle_deadline(max(now, due / TICKS_PER_SECOND))
+        self._arm()

@@ -1,0 +1,95 @@
+"""Why a TLS connection could not be made, or ended badly: an enumeration that is counted, never a string."""
+
+from __future__ import annotations
+
+import ssl
+from enum import Enum
+from typing import Final
+
+
+class TlsFailure(Enum):
+    """Causes, as seen by the side that counts them. The value is the name used in metrics and logs."""
+
+    # before OpenSSL saw a byte
+    NOT_TLS = "not_tls"
+    PLAINTEXT_HTTP = "plaintext_http"
+    MALFORMED_CLIENT_HELLO = "malformed_client_hello"
+    CLIENT_HELLO_TOO_LARGE = "client_hello_too_large"
+    UNSUPPORTED_VERSION = "unsupported_version"
+    NO_SHARED_SUITE = "no_shared_suite"
+    NO_APPLICATION_PROTOCOL = "no_application_protocol"
+    # during the handshake
+    HANDSHAKE_TIMEOUT = "handshake_timeout"
+    DISCONNECTED = "disconnected"
+    NO_SHARED_GROUP = "no_shared_group"
+    NO_SHARED_SIGNATURE_ALGORITHM = "no_shared_signature_algorithm"
+    BAD_RECORD = "bad_record"
+    RECORD_TOO_LARGE = "record_too_large"
+    UNEXPECTED_MESSAGE = "unexpected_message"
+    PEER_REJECTED_CERTIFICATE = "peer_rejected_certificate"
+    PEER_ALERT = "peer_alert"
+    # the peer's identity
+    CERTIFICATE_UNTRUSTED = "certificate_untrusted"
+    CERTIFICATE_EXPIRED = "certificate_expired"
+    CERTIFICATE_NAME_MISMATCH = "certificate_name_mismatch"
+    PIN_MISMATCH = "pin_mismatch"
+    # after the handshake
+    WRONG_PARAMETERS = "wrong_parameters"
+    TRUNCATED = "truncated"
+    CONNECTION_RESET = "connection_reset"
+    BARREN_RECORDS = "barren_records"
+    WRITE_TIMEOUT = "write_timeout"
+    OTHER = "other"
+
+
+# OpenSSL's names for its reasons (include/openssl/sslerr.h), as `ssl.SSLError.reason` gives them.
+_BY_REASON: Final = {
+    "NO_SUITABLE_KEY_SHARE": TlsFailure.NO_SHARED_GROUP,
+    "NO_SHARED_GROUPS": TlsFailure.NO_SHARED_GROUP,
+    "NO_SHARED_CIPHER": TlsFailure.NO_SHARED_SUITE,
+    "NO_SHARED_SIGNATURE_ALGORITHMS": TlsFailure.NO_SHARED_SIGNATURE_ALGORITHM,
+    "NO_SUITABLE_SIGNATURE_ALGORITHM": TlsFailure.NO_SHARED_SIGNATURE_ALGORITHM,
+    "UNSUPPORTED_PROTOCOL": TlsFailure.UNSUPPORTED_VERSION,
+    "NO_APPLICATION_PROTOCOL": TlsFailure.NO_APPLICATION_PROTOCOL,
+    "TLSV1_ALERT_NO_APPLICATION_PROTOCOL": TlsFailure.NO_APPLICATION_PROTOCOL,
+    "TLSV1_ALERT_PROTOCOL_VERSION": TlsFailure.UNSUPPORTED_VERSION,
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": TlsFailure.NO_SHARED_SUITE,
+    "WRONG_VERSION_NUMBER": TlsFailure.NOT_TLS,
+    "PACKET_LENGTH_TOO_LONG": TlsFailure.RECORD_TOO_LARGE,
+    "ENCRYPTED_LENGTH_TOO_LONG": TlsFailure.RECORD_TOO_LARGE,
+    "DATA_LENGTH_TOO_LONG": TlsFailure.RECORD_TOO_LARGE,
+    "BAD_RECORD_TYPE": TlsFailure.BAD_RECORD,
+    "DECRYPTION_FAILED_OR_BAD_RECORD_MAC": TlsFailure.BAD_RECORD,
+    "BAD_PACKET": TlsFailure.BAD_RECORD,
+    "UNEXPECTED_MESSAGE": TlsFailure.UNEXPECTED_MESSAGE,
+    "INVALID_CCS_MESSAGE": TlsFailure.UNEXPECTED_MESSAGE,
+    "UNEXPECTED_EOF_WHILE_READING": TlsFailure.TRUNCATED,
+    "TLSV1_ALERT_UNKNOWN_CA": TlsFailure.PEER_REJECTED_CERTIFICATE,
+    "SSLV3_ALERT_BAD_CERTIFICATE": TlsFailure.PEER_REJECTED_CERTIFICATE,
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": TlsFailure.PEER_REJECTED_CERTIFICATE,
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": TlsFailure.PEER_REJECTED_CERTIFICATE,
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": TlsFailure.PEER_REJECTED_CERTIFICATE,
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": TlsFailure.PEER_REJECTED_CERTIFICATE,
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": TlsFailure.PEER_REJECTED_CERTIFICATE,
+}
+
+# X509_V_ERR_* numbers (include/openssl/x509_vfy.h).
+_BY_VERIFY_CODE: Final = {
+    9: TlsFailure.CERTIFICATE_EXPIRED,  # not yet valid
+    10: TlsFailure.CERTIFICATE_EXPIRED,
+    62: TlsFailure.CERTIFICATE_NAME_MISMATCH,
+    64: TlsFailure.CERTIFICATE_NAME_MISMATCH,  # address
+}
+
+
+def failure_of(error: ssl.SSLError) -> TlsFailure:
+    """The cause behind an error of the ssl module. Not every SSLError has a reason."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _BY_VERIFY_CODE.get(error.verify_code, TlsFailure.CERTIFICATE_UNTRUSTED)
+    if isinstance(error, ssl.SSLEOFError):
+        return TlsFailure.TRUNCATED
+    reason = error.reason or ""
+    known = _BY_REASON.get(reason)
+    if known is not None:
+        return known
+    return TlsFailure.PEER_ALERT if "_ALERT_" in reason else TlsFailure.OTHER

@@ -1,0 +1,51 @@
+"""Certificate pins: SHA-256 of the public key (RFC 7469 section 2.4) or of the whole certificate."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from zcproto.errors import TlsError
+
+KEY_PREFIX: Final = "sha256/"
+CERTIFICATE_PREFIX: Final = "cert-sha256/"
+MAX_PINS: Final = 64
+
+
+def key_pin(certificate_der: bytes) -> str:
+    """The pin of a certificate's public key: `sha256/` and base64 of SHA-256 of its SubjectPublicKeyInfo."""
+    public_key = x509.load_der_x509_certificate(certificate_der).public_key()
+    spki = public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return KEY_PREFIX + base64.b64encode(hashlib.sha256(spki).digest()).decode()
+
+
+def certificate_pin(certificate_der: bytes) -> str:
+    """The pin of a whole certificate: `cert-sha256/` and base64 of SHA-256 of its DER."""
+    return CERTIFICATE_PREFIX + base64.b64encode(hashlib.sha256(certificate_der).digest()).decode()
+
+
+def parse_pins(pins: Iterable[str]) -> frozenset[str]:
+    """Check the form of pins. Raises TlsError naming the one that is malformed: never ignore a pin."""
+    parsed = frozenset(pins)
+    if len(parsed) > MAX_PINS:
+        raise TlsError("pin_malformed", f"more than {MAX_PINS} pins")
+    for pin in parsed:
+        prefix, _, digest = pin.partition("/")
+        try:
+            size = len(base64.b64decode(digest, validate=True))
+        except (binascii.Error, ValueError):
+            size = -1
+        if prefix + "/" not in (KEY_PREFIX, CERTIFICATE_PREFIX) or size != hashlib.sha256().digest_size:
+            raise TlsError("pin_malformed", f"{pin[:80]!r} is not sha256/BASE64 or cert-sha256/BASE64")
+    return parsed
+
+
+def pins_match(certificate_der: bytes, pins: frozenset[str]) -> bool:
+    """Whether a certificate has one of the pins."""
+    return certificate_pin(certificate_der) in pins or key_pin(certificate_der) in pins

@@ -1,0 +1,220 @@
+"""The server's side of a TLS connection: the ClientHello, the handshake, its pacing and its checks."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from zcproto.deadlines import DeadlineWheel, Timers
+from zcproto.tls.alert import alert_record
+from zcproto.tls.client_hello import SUITE_IDS, Refusal, judge
+from zcproto.tls.context import suites_are_allowed
+from zcproto.tls.failure import TlsFailure, failure_of
+from zcproto.tls.transport import Phase, ReceiveBuffer, TlsTransport
+
+PLAINTEXT_ANSWER: Final = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 30\r\n"
+    b"Connection: close\r\n\r\nThis port speaks TLS 1.3 only\n"
+)
+TURN_BUDGET: Final = 0.005
+"""Seconds of handshake signing in one turn of the loop, so that those already in are served in between."""
+
+
+class TlsAcceptor:
+    """What all server-side TLS connections of one loop share.
+
+    `context` is read anew by each connection: to serve other certificates, replace it by another context,
+    never load into the one in use. `protocols` maps an ALPN name (None: the client offers none) to the
+    factory of what speaks it. `on_failure` is called with each cause and the peer's address; `failures`
+    counts them. `on_slot_free` is called when a handshake ends, whichever way; `on_closed` when a connection
+    is gone.
+    """
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        protocols: Mapping[str | None, Callable[[], asyncio.Protocol]],
+        wheel: DeadlineWheel,
+        timers: Timers,
+        *,
+        suites: frozenset[str],
+        handshake_timeout: float = 5.0,
+        on_failure: Callable[[TlsFailure, str], None] = lambda failure, peer: None,
+        on_slot_free: Callable[[], None] = lambda: None,
+        on_closed: Callable[[str], None] = lambda peer: None,
+    ) -> None:
+        self.context = context
+        self.protocols = protocols
+        self.wheel = wheel
+        self.suites = suites
+        self.suite_ids = frozenset(SUITE_IDS[name] for name in suites)
+        self.handshake_timeout = handshake_timeout
+        self.on_failure = on_failure
+        self.on_slot_free = on_slot_free
+        self.on_closed = on_closed
+        self.buffer = ReceiveBuffer()
+        self.failures: dict[TlsFailure, int] = dict.fromkeys(TlsFailure, 0)
+        self.handshakes_in_progress = 0
+        self.handshakes_completed = 0
+        self._timers = timers
+        self._queue: deque[TlsServerTransport] = deque()
+        self._turn_ends = 0.0
+        self._turn_planned = False
+
+    def transport(self, peer: str) -> TlsServerTransport:
+        """A new connection's transport; `peer` is the address that failures are reported with."""
+        return TlsServerTransport(self, peer)
+
+    def schedule(self, transport: TlsServerTransport) -> None:
+        """Run the expensive step of a handshake now if this turn's budget allows, else in a later turn."""
+        self._queue.append(transport)
+        if not self._turn_planned:
+            self._turn_planned = True
+            self._turn_ends = time.perf_counter() + TURN_BUDGET
+            self._run()
+            self._timers.call_soon(self._next_turn)
+        elif time.perf_counter() < self._turn_ends:
+            self._run()
+
+    def _next_turn(self) -> None:
+        if not self._queue:
+            self._turn_planned = False
+            return
+        self._turn_ends = time.perf_counter() + TURN_BUDGET
+        self._run()
+        self._timers.call_soon(self._next_turn)
+
+    def _run(self) -> None:
+        queue = self._queue
+        while queue:
+            queue.popleft().start_handshake()
+            if time.perf_counter() >= self._turn_ends:
+                return
+
+    def slot_freed(self) -> None:
+        self.handshakes_in_progress -= 1
+        self.on_slot_free()
+
+    def report(self, failure: TlsFailure, peer: str) -> None:
+        self.failures[failure] += 1
+        self.on_failure(failure, peer)
+
+
+class TlsServerTransport(TlsTransport):
+    """One connection of a TlsAcceptor."""
+
+    __slots__ = ("_acceptor", "_hello", "_in_handshake")
+
+    reads_while_writing_is_paused = False
+
+    def __init__(self, acceptor: TlsAcceptor, peer: str) -> None:
+        super().__init__(acceptor.buffer, acceptor.wheel, peer)
+        self._acceptor = acceptor
+        self._hello: bytearray | None = bytearray()
+        self._in_handshake = True
+        acceptor.handshakes_in_progress += 1
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        # Absolute: a client that drips its bytes gains nothing.
+        self._wheel.set(self, self._now() + self._acceptor.handshake_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._leave_handshake()
+        self._hello = None
+        self._acceptor.on_closed(self.peer)
+
+    def _note(self, failure: TlsFailure) -> None:
+        if self._error is None:
+            super()._note(failure)
+            self._acceptor.report(failure, self.peer)
+
+    def _linger(self) -> None:
+        self._leave_handshake()
+        super()._linger()
+
+    def _leave_handshake(self) -> None:
+        if self._in_handshake:
+            self._in_handshake = False
+            self._acceptor.slot_freed()
+
+    # --- the ClientHello ------------------------------------------------------------------------
+
+    def _received_in_handshake(self, count: int) -> None:
+        data = self._buffer.view[:count]
+        if self._phase is Phase.HANDSHAKE:
+            assert self._incoming is not None
+            self._incoming.write(data)
+            self._handshake()
+            return
+        hello = self._hello
+        if hello is None:  # complete, and waiting for its turn: nothing may follow before our answer
+            self._refuse(Refusal(TlsFailure.UNEXPECTED_MESSAGE, None))
+            return
+        hello += data
+        verdict = judge(bytes(hello), self._acceptor.suite_ids, self._acceptor.protocols)
+        if verdict is None:
+            return
+        if isinstance(verdict, Refusal):
+            self._refuse(verdict)
+            return
+        self._incoming = ssl.MemoryBIO()
+        self._incoming.write(hello)
+        self._hello = None
+        self._acceptor.schedule(self)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        assert self._raw is not None
+        self._hello = None
+        if refusal.alert is not None:
+            self._raw.write(alert_record(refusal.alert))
+        elif refusal.failure is TlsFailure.PLAINTEXT_HTTP:
+            self._raw.write(PLAINTEXT_ANSWER)
+        self._fail(refusal.failure)
+
+    # --- the handshake --------------------------------------------------------------------------
+
+    def start_handshake(self) -> None:
+        """Let OpenSSL answer the ClientHello. The acceptor calls it when it is this connection's turn."""
+        if self._phase is not Phase.HELLO or self._incoming is None:
+            return  # it ended while it waited
+        self._phase = Phase.HANDSHAKE
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = self._acceptor.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._handshake()
+
+    def _handshake(self) -> None:
+        assert self._tls is not None
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._flush()
+            return
+        except ssl.SSLError as error:
+            self._fail(failure_of(error))
+            return
+        self._handshake_completed()
+
+    def _handshake_completed(self) -> None:
+        assert self._tls is not None
+        assert self._incoming is not None
+        acceptor = self._acceptor
+        # Checked once more, whatever was read and configured before: a mistake there must not go unseen.
+        alpn = self._tls.selected_alpn_protocol()
+        factory = acceptor.protocols.get(alpn)
+        if factory is None or not suites_are_allowed(self._tls, acceptor.suites):
+            self._fail(TlsFailure.WRONG_PARAMETERS)
+            return
+        self._wheel.discard(self)
+        self._leave_handshake()
+        acceptor.handshakes_completed += 1
+        self._phase = Phase.OPEN
+        protocol = self._protocol = factory()
+        protocol.connection_made(self)
+        if self._phase is Phase.OPEN and not self._reading_paused:
+            self._read_records()
