@@ -1,0 +1,61 @@
+"""`zcproto config`: begin, check and show the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zcproto.cli import home_options, read_config
+from zcproto.cli.private_file import private_file
+from zcproto.config import config_as_toml, default_config_file
+from zcproto.errors import ConfigError
+from zcproto.home import Home
+from zcproto.printable import printable
+
+
+@click.group()
+@home_options
+def config(home: Home, config_file: Path | None) -> None:
+    """Begin, check and show the configuration."""
+
+
+@config.command()
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@home_options
+def init(home: Home, config_file: Path | None, force: bool) -> None:
+    """Write a commented file with every key and its default."""
+    path = config_file or home.config
+    if config_file is None:
+        home.ensure()
+    with private_file(path, replace=force) as file:
+        file.write(default_config_file(home.path))
+    click.echo(f"{printable(str(path))}: written; uncomment what you want to set")
+
+
+@config.command()
+@home_options
+def check(home: Home, config_file: Path | None) -> None:
+    """Tell every fault of the file and of the environment. Exit code 2 if there is one."""
+    faults: list[str] = []
+    try:
+        if home.path.exists():
+            home.ensure()
+    except ConfigError as error:
+        faults += error.faults
+    try:
+        read_config(home, config_file)
+    except ConfigError as error:
+        faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    path = config_file or home.config
+    subject = printable(str(path)) if path.exists() else "no file, so every key has its default"
+    click.echo(f"{subject}: sound")
+
+
+@config.command()
+@home_options
+def show(home: Home, config_file: Path | None) -> None:
+    """Print the settings in force, from the file, the environment and the defaults."""
+    click.echo(config_as_toml(read_config(home, config_file)), nl=False)

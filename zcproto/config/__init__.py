@@ -1,0 +1,40 @@
+"""The configuration: what can be set, read from all sources, with every fault told at once.
+
+    Config                the settings in force, frozen; `config.server.port` is `port` in `[server]`
+    load_config           from a file, the environment and the command line; raises ConfigError
+    config_as_toml        the settings in force as TOML
+    default_config_file   a commented file to begin with
+
+Reading order: duration, rules (what a kind of value accepts), model (the settings), faults, load, render.
+"""
+
+from __future__ import annotations
+
+from zcproto.config.load import load_config
+from zcproto.config.model import (
+    CertificatesConfig,
+    Config,
+    FreshnessConfig,
+    LimitsConfig,
+    LogConfig,
+    ServerConfig,
+    SessionsConfig,
+    StoreConfig,
+    TlsConfig,
+)
+from zcproto.config.render import config_as_toml, default_config_file
+
+__all__ = [
+    "CertificatesConfig",
+    "Config",
+    "FreshnessConfig",
+    "LimitsConfig",
+    "LogConfig",
+    "ServerConfig",
+    "SessionsConfig",
+    "StoreConfig",
+    "TlsConfig",
+    "config_as_toml",
+    "default_config_file",
+    "load_config",
+]

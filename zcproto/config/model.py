@@ -1,0 +1,354 @@
+"""Every setting: its name, what it accepts, its default and the reason for it.
+
+Rules: an attribute is named as its key in the TOML file; a duration is float seconds, `None` where it is
+off. All defaults together are a safe server. The models are frozen; a new configuration is a new object.
+
+Must not know: files, the environment, the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from zcproto.config.rules import (
+    Binding,
+    CertificateName,
+    Choice,
+    Duration,
+    FilePath,
+    Flag,
+    HostName,
+    ListOf,
+    Rule,
+    StoreUrl,
+    Whole,
+)
+
+SUITES = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
+KEY_TYPES = ("rsa-4096", "ecdsa-p256")
+DEFAULT_HOME = "~/.zeroclaw"
+
+_SETTINGS = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+def _key(default: Any, about: str) -> Any:
+    return Field(default, description=about)
+
+
+class ServerConfig(BaseModel):
+    """Where the server listens, and how it ends."""
+
+    model_config = _SETTINGS
+
+    host: Annotated[tuple[str, ...], ListOf(HostName(), 1, 16, bare=True)] = _key(
+        ("127.0.0.1",),
+        "The addresses to listen on. The default is this machine alone: opening a server to a network is a"
+        ' decision. "::" and "0.0.0.0" are every address of the machine.',
+    )
+    port: Annotated[int, Whole(1, 65_535, "any free port")] = _key(
+        7443, "The TCP port. The default needs no privilege and is not 443, where people expect a web site."
+    )
+    drain_timeout: Annotated[float, Duration("0s", "1h")] = _key(
+        30.0,
+        "How long running requests may take to end after SIGTERM, before they are cancelled. The default is"
+        " what service managers commonly wait before they kill.",
+    )
+
+
+class TlsConfig(BaseModel):
+    """The TLS endpoint. It speaks TLS 1.3 and nothing else; no key changes that."""
+
+    model_config = _SETTINGS
+
+    suites: Annotated[tuple[str, ...], ListOf(Choice(SUITES), 1, 2)] = _key(
+        SUITES,
+        "The cipher suites, the preferred one first. Both have keys of 256 bits; the second is for clients"
+        " without AES in hardware.",
+    )
+    handshake_timeout: Annotated[float, Duration("100ms", "30s")] = _key(
+        5.0,
+        "From accept to the end of the handshake, whatever arrives meanwhile. A handshake takes two round"
+        " trips; the default leaves room for several lost packets and little for a slow attacker.",
+    )
+    max_handshakes: Annotated[int, Whole(1, 65_536)] = _key(
+        256,
+        "Handshakes in progress at once; further connections wait in the backlog of the system. Each costs"
+        " tens of KiB and up to 2 ms of CPU; the default is about half a second of work.",
+    )
+    client_auth: Annotated[
+        str,
+        Choice(("off", "optional", "required"), only="off", instead='use "off": users open sessions by key'),
+    ] = _key("off", "Whether clients show a certificate of their own.")
+
+
+class CertificatesConfig(BaseModel):
+    """The server's certificates."""
+
+    model_config = _SETTINGS
+
+    directory: Annotated[Path, FilePath()] = Field(
+        default_factory=lambda: Path(DEFAULT_HOME, "certs").expanduser(),
+        description="The folder of certificates and keys, of mode 0700. The default is certs in the home folder.",
+    )
+    mode: Annotated[
+        str, Choice(("own", "files"), only="own", instead='use "own": the server makes its certificates')
+    ] = _key(
+        "own", 'Who makes the certificates. "own": a private CA in the folder above, made on first start.'
+    )
+    key_types: Annotated[tuple[str, ...], ListOf(Choice(KEY_TYPES), 1, 2)] = _key(
+        KEY_TYPES,
+        "The keys to serve with, all on one port. RSA is for clients that take nothing else; ECDSA is about"
+        " 15 times cheaper to sign with, and is used wherever the client takes it.",
+    )
+    names: Annotated[tuple[str, ...], ListOf(CertificateName(), 0, 100)] = _key(
+        (), "Names and addresses in the certificate, beside localhost and those of the host."
+    )
+    lifetime: Annotated[float, Duration("1m", "397d")] = _key(
+        90 * 86_400.0,
+        "How long a new certificate is valid. Short lives bound the damage of a lost key; 397 days is the most"
+        " that clients of the web accept.",
+    )
+    renew_before: Annotated[float, Duration("1s", "396d")] = _key(
+        30 * 86_400.0, "How long before its end a certificate is replaced: time to notice that this fails."
+    )
+    renew_key: Annotated[bool, Flag(only=False, instead="use false: a new certificate keeps its key")] = _key(
+        False, "Whether a new certificate gets a new key. The default keeps the pins of clients good."
+    )
+    certificate: Annotated[
+        tuple[Path, ...],
+        ListOf(FilePath(), 0, 2, only=(), instead="leave it empty: the server makes its own"),
+    ] = _key((), 'With mode = "files": certificate chains, one for each key type.')
+    key: Annotated[
+        tuple[Path, ...],
+        ListOf(FilePath(), 0, 2, only=(), instead="leave it empty: the server makes its own"),
+    ] = _key((), 'With mode = "files": private keys, in the order of the certificates.')
+    alert_days: Annotated[tuple[int, ...], ListOf(Whole(1, 396), 0, 16)] = _key(
+        (30, 14, 7, 3, 1), "Days before the end of a certificate at which its coming end is told."
+    )
+
+
+class SessionsConfig(BaseModel):
+    """Sessions and their tokens."""
+
+    model_config = _SETTINGS
+
+    lifetime: Annotated[float, Duration("1s", "365d")] = _key(
+        86_400.0,
+        "A session ends this long after it was opened, used or not. A day bounds what a stolen token is worth.",
+    )
+    idle_timeout: Annotated[float | None, Duration("1s", "365d", off=True)] = _key(
+        3600.0,
+        "A session that is not used for this long ends. An hour outlasts a pause, not a forgotten client.",
+    )
+    per_user: Annotated[int, Whole(1, 100_000)] = _key(
+        5,
+        "Sessions of one user at once: enough for one person's machines, few enough that a thief is noticed.",
+    )
+    when_full: Annotated[str, Choice(("refuse", "evict_oldest"))] = _key(
+        "refuse",
+        "What one session too many does: it is refused, or it ends the oldest. Refusing is the default, as"
+        " whoever has a key could otherwise throw out its owner.",
+    )
+    refresh: Annotated[bool, Flag()] = _key(
+        True, "Whether a session comes with a refresh token, so that a client goes on without its key."
+    )
+    refresh_lifetime: Annotated[float, Duration("1s", "365d")] = _key(
+        30 * 86_400.0,
+        "How long a session can be refreshed, from its opening. After that the key is needed again.",
+    )
+    refresh_grace: Annotated[float, Duration("0s", "1m")] = _key(
+        10.0,
+        "How long a spent refresh token gives the same client the same new pair again: a lost answer is"
+        " repeated within seconds, a thief comes later.",
+    )
+    open_timeout: Annotated[float, Duration("100ms", "5m")] = _key(
+        10.0, "A connection without a session is closed after this: whoever connects knows what for."
+    )
+    bind_address: Annotated[
+        str, Binding(only="off", instead='use "off": a session is not bound to an address')
+    ] = _key(
+        "off", "Whether a token is good from the address of its opening alone. Mobile clients change theirs."
+    )
+    bind_client: Annotated[
+        bool, Flag(only=False, instead="use false: a session is not bound to a client string")
+    ] = _key(False, "Whether a token is good with the client string of its opening alone.")
+
+
+class StoreConfig(BaseModel):
+    """Where sessions are kept."""
+
+    model_config = _SETTINGS
+
+    url: Annotated[str, StoreUrl(only="memory", instead='use "memory": sessions end with the server')] = _key(
+        "memory", "The store of sessions. In memory they end with the server; nothing is on the disk."
+    )
+    timeout: Annotated[float, Duration("10ms", "10s")] = _key(
+        0.25,
+        "How long one operation of a store may take. Stores nearby answer in a few ms; longer is an outage.",
+    )
+    grace: Annotated[float, Duration("0s", "24h")] = _key(
+        300.0,
+        "How long known sessions go on while the store is out. After that they are refused, never let in.",
+    )
+    cleanup_interval: Annotated[float, Duration("100ms", "1h")] = _key(
+        30.0, "How often ended sessions are removed. They are refused from their end on, removed or not."
+    )
+
+
+class FreshnessConfig(BaseModel):
+    """Protection against replayed frames."""
+
+    model_config = _SETTINGS
+
+    tolerance: Annotated[float, Duration("1s", "10m")] = _key(
+        30.0,
+        "How far the timestamp of a frame may be off, inclusive. Clients learn the server's clock when they"
+        " connect, so only delay and drift are left.",
+    )
+
+
+class LimitsConfig(BaseModel):
+    """What clients can take of the server."""
+
+    model_config = _SETTINGS
+
+    max_connections: Annotated[int, Whole(1, 1_000_000)] = _key(
+        20_000, "Connections at once. Each takes about 40 KiB and a file descriptor: 800 MB at the default."
+    )
+    connections_per_address: Annotated[int, Whole(1, 1_000_000, "no limit")] = _key(
+        1000,
+        "Connections of one address at once: room for many clients behind one gateway, not for all of them.",
+    )
+    max_frame_bytes: Annotated[int, Whole(1024, 67_108_864)] = _key(
+        1_048_576, "The largest frame of a connection with a session, in bytes. It is held in memory whole."
+    )
+    max_frame_bytes_before_session: Annotated[int, Whole(512, 67_108_864)] = _key(
+        16_384,
+        "The largest frame of a connection without one, in bytes: opening a session takes under 1 KiB.",
+    )
+    max_streams: Annotated[int, Whole(1, 65_535)] = _key(
+        128, "Requests in flight on one connection. HTTP/2 servers commonly allow 100 to 128."
+    )
+    max_depth: Annotated[int, Whole(4, 32)] = _key(
+        32,
+        "How deep the body of a frame may nest. 32 is the protocol's own limit; opening a session takes 2.",
+    )
+    idle_timeout: Annotated[float, Duration("100ms", "24h")] = _key(
+        300.0, "A connection that is silent for this long is closed. Clients learn it, and ping in time."
+    )
+    write_buffer_bytes: Annotated[int, Whole(16_384, 1_073_741_824)] = _key(
+        1_048_576, "Bytes that wait for a client that reads slowly, before no more is read from it."
+    )
+    write_timeout: Annotated[float, Duration("100ms", "10m")] = _key(
+        20.0, "How long a client may read nothing of what waits for it, before it is disconnected."
+    )
+    login_failures: Annotated[int, Whole(1, 100)] = _key(
+        5,
+        "Failed logins before the delay begins to grow: a person mistypes a few times, a program guesses on.",
+    )
+
+
+class LogConfig(BaseModel):
+    """The log."""
+
+    model_config = _SETTINGS
+
+    level: Annotated[str, Choice(("debug", "info", "warning", "error"))] = _key(
+        "info",
+        "The least severe events that are written. info has one line for each session, none for a request.",
+    )
+    format: Annotated[str, Choice(("auto", "json", "console"))] = _key(
+        "auto", "json: one object a line. console: text for people. auto: console on a terminal, else json."
+    )
+    file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None,
+        "The file to append to, made with mode 0600. Empty: standard error, for the service manager to keep.",
+    )
+
+
+class Config(BaseModel):
+    """The whole configuration. The empty one is a safe server."""
+
+    model_config = _SETTINGS
+
+    server: ServerConfig = ServerConfig()
+    tls: TlsConfig = TlsConfig()
+    certificates: CertificatesConfig = Field(default_factory=CertificatesConfig)
+    sessions: SessionsConfig = SessionsConfig()
+    store: StoreConfig = StoreConfig()
+    freshness: FreshnessConfig = FreshnessConfig()
+    limits: LimitsConfig = LimitsConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Config:
+        for check in CHECKS:
+            if not check.holds(*(getattr(getattr(self, s), k) for s, k in map(split_key, check.keys))):
+                raise ValueError(f"{check.keys[0]} {check.demand} {check.keys[1]}")
+        return self
+
+
+@dataclass(frozen=True)
+class Check:
+    """What must hold between settings. The fault is told of the first; the second is what it is measured by."""
+
+    keys: tuple[str, ...]
+    holds: Callable[..., bool]
+    demand: str
+
+
+CHECKS = (
+    Check(
+        ("limits.max_frame_bytes_before_session", "limits.max_frame_bytes"),
+        lambda before, after: before <= after,
+        "must be at most",
+    ),
+    Check(
+        ("certificates.renew_before", "certificates.lifetime"),
+        lambda renew_before, lifetime: renew_before < lifetime,
+        "must be less than",
+    ),
+    Check(
+        ("sessions.lifetime", "sessions.refresh_lifetime", "sessions.refresh"),
+        lambda lifetime, refresh_lifetime, refresh: lifetime <= refresh_lifetime or not refresh,
+        "must, while sessions.refresh is true, be at most",
+    ),
+)
+
+LATER_SECTIONS = {
+    "http": "remove the section; the server speaks zcp/1 alone",
+    "alerts": "remove the section; what would be an alert is in the log, see [log]",
+}
+"""Sections of later versions, and what to do in this one."""
+
+LATER_KEYS = {
+    "certificates.site": "use certificates.names: one certificate with all the names",
+}
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """("server", "port") of "server.port"."""
+    section, _, name = key.partition(".")
+    return section, name
+
+
+@cache
+def sections() -> dict[str, type[BaseModel]]:
+    """The sections by name, in their order."""
+    return {name: cast(type[BaseModel], field.annotation) for name, field in Config.model_fields.items()}
+
+
+@cache
+def rules() -> dict[str, Rule]:
+    """What each key ("server.port") accepts, in their order."""
+    return {
+        f"{section}.{name}": next(each for each in field.metadata if isinstance(each, Rule))
+        for section, model in sections().items()
+        for name, field in model.model_fields.items()
+    }

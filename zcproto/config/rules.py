@@ -1,0 +1,346 @@
+"""Decides what one key of the configuration accepts, in which words a wrong value is refused, and how a
+value is written as TOML.
+
+Rules: a rule reads the form of a TOML file as well as its own result, so that values set in Python pass too.
+A value that belongs to a later version is refused like a wrong one: what is silently ignored would be a
+setting that an operator relies on and does not have.
+
+Must not know: which keys there are, where a value came from, anything on the disk.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli
+from pydantic_core import CoreSchema, core_schema
+
+from zcproto.config.duration import format_duration, parse_duration
+
+MAX_PATH = 4096
+"""PATH_MAX of Linux."""
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})")
+_STORE = re.compile(r"memory|sqlite|(redis|rediss|valkey)://.{1,1000}", re.DOTALL)
+
+
+class RefusedError(ValueError):
+    """A value that its key does not accept. The text says what would be right, and never what was given."""
+
+
+class _Any:
+    """No restriction to one value."""
+
+
+_ANY = _Any()
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """What one key accepts.
+
+    `only` is the one value that this version takes, where later ones take more; `instead` then says what
+    to do.
+    """
+
+    _: KW_ONLY
+    only: Any = _ANY
+    instead: str = ""
+
+    @abstractmethod
+    def expects(self) -> str:
+        """What is right, to follow "must be"."""
+
+    @abstractmethod
+    def read(self, value: object) -> Any:
+        """The value as the program uses it. Raises RefusedError."""
+
+    def write(self, value: Any) -> str:
+        """The value as TOML."""
+        return quoted(value)
+
+    def accept(self, value: object) -> Any:
+        """As `read`, and nothing that this version lacks. Raises RefusedError."""
+        result = self.read(value)
+        if self.only is not _ANY and result != self.only:
+            raise RefusedError(f"not in this version; {self.instead}")
+        return result
+
+    def load(self, value: object) -> Any:
+        """As `accept`, for a value from a TOML file or the environment."""
+        return self.accept(value)
+
+    def from_environ(self, text: str) -> object:
+        """The text of a variable as TOML would give it; text that does not fit stays text, and is refused."""
+        return text
+
+    def range(self) -> str:
+        """`expects`, narrowed to what this version takes."""
+        if self.only is _ANY:
+            return self.expects()
+        return f"{self.write(self.only)}; no other value is in this version"
+
+    def refused(self) -> RefusedError:
+        return RefusedError(f"must be {self.range()}")
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.accept)
+
+
+@dataclass(frozen=True)
+class Whole(Rule):
+    """A whole number from `low` to `high`; with `zero`, also 0, which means what `zero` says."""
+
+    low: int
+    high: int
+    zero: str = ""
+
+    def expects(self) -> str:
+        zero = f", or 0 for {self.zero}" if self.zero else ""
+        return f"a whole number from {self.low} to {self.high}{zero}"
+
+    def read(self, value: object) -> int:
+        # A bool is an int to Python, and no number to anyone else.
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.refused()
+        if not self.low <= value <= self.high and not (self.zero and value == 0):
+            raise self.refused()
+        return value
+
+    def write(self, value: int) -> str:
+        return str(value)
+
+    def from_environ(self, text: str) -> object:
+        return int(text) if _INTEGER.fullmatch(text.strip()) else text
+
+
+@dataclass(frozen=True)
+class Flag(Rule):
+    """true or false."""
+
+    def expects(self) -> str:
+        return "true or false"
+
+    def read(self, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise self.refused()
+        return value
+
+    def write(self, value: bool) -> str:
+        return "true" if value else "false"
+
+    def from_environ(self, text: str) -> object:
+        return {"true": True, "false": False}.get(text.strip().lower(), text)
+
+
+@dataclass(frozen=True)
+class Choice(Rule):
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    def expects(self) -> str:
+        return _either([quoted(word) for word in self.words])
+
+    def read(self, value: object) -> str:
+        if not isinstance(value, str) or value not in self.words:
+            raise self.refused()
+        return value
+
+
+@dataclass(frozen=True)
+class Duration(Rule):
+    """Text with a unit; float seconds in the program. With `off`, "off" is allowed and is None."""
+
+    low: str
+    high: str
+    off: bool = False
+
+    def expects(self) -> str:
+        off = ', or "off"' if self.off else ""
+        return f'text with a unit (ms, s, m, h, d), from "{self.low}" to "{self.high}"{off}'
+
+    def read(self, value: object) -> float | None:
+        if self.off and (value is None or value == "off"):
+            return None
+        seconds: float | None = None
+        if isinstance(value, str):
+            seconds = parse_duration(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            seconds = value
+        # Written so that NaN, which compares with nothing, is refused.
+        if seconds is None or not _seconds(self.low) <= seconds <= _seconds(self.high):
+            raise self.refused()
+        return round(seconds * 1000) / 1000
+
+    def load(self, value: object) -> Any:
+        # In a file, `timeout = 30` does not say 30 of what.
+        if not isinstance(value, str):
+            raise self.refused()
+        return self.accept(value)
+
+    def write(self, value: float | None) -> str:
+        return '"off"' if value is None else quoted(format_duration(value))
+
+
+@dataclass(frozen=True)
+class HostName(Rule):
+    """An address or a name to listen on."""
+
+    def expects(self) -> str:
+        return 'an address or a host name, such as "127.0.0.1", "::" or "server.example.com"'
+
+    def read(self, value: object) -> str:
+        if isinstance(value, str) and (_HOST_NAME.fullmatch(value) or _is_address(value)):
+            return value
+        raise self.refused()
+
+
+@dataclass(frozen=True)
+class CertificateName(Rule):
+    """A DNS name or an address for a certificate. Looked at closely only when one is issued."""
+
+    def expects(self) -> str:
+        return 'a DNS name or an address, such as "server.example.com", "*.example.com" or "192.0.2.1"'
+
+    def read(self, value: object) -> str:
+        if isinstance(value, str) and (_is_address(value) or self._is_name(value)):
+            return value
+        raise self.refused()
+
+    @staticmethod
+    def _is_name(value: str) -> bool:
+        if not 1 <= len(value) <= 254 or not value.isprintable():
+            return False
+        labels = value.removeprefix("*.").removesuffix(".").split(".")
+        return all(label.replace("-", "").isalnum() for label in labels)
+
+
+@dataclass(frozen=True)
+class FilePath(Rule):
+    """An absolute path, or one that begins with ~. With `empty`, "" is allowed and is None."""
+
+    empty: bool = False
+
+    def expects(self) -> str:
+        empty = ', or ""' if self.empty else ""
+        return f'an absolute path, such as "/var/lib/zcproto" or "~/zcproto"{empty}'
+
+    def read(self, value: object) -> Path | None:
+        if self.empty and (value is None or value == ""):
+            return None
+        if isinstance(value, Path):
+            value = str(value)
+        # A relative path would mean another file whenever the server is started elsewhere.
+        if not isinstance(value, str) or not 1 <= len(value) <= MAX_PATH or not value.isprintable():
+            raise self.refused()
+        try:
+            path = Path(value).expanduser()
+        except RuntimeError:  # ~name of a user who is not there
+            raise self.refused() from None
+        if not path.is_absolute():
+            raise self.refused()
+        return path
+
+    def write(self, value: Path | None) -> str:
+        return '""' if value is None else quoted(str(value))
+
+
+@dataclass(frozen=True)
+class StoreUrl(Rule):
+    """Where sessions are kept."""
+
+    def expects(self) -> str:
+        return '"memory", "sqlite", or an address that begins with redis://, rediss:// or valkey://'
+
+    def read(self, value: object) -> str:
+        if not isinstance(value, str) or not _STORE.fullmatch(value):
+            raise self.refused()
+        return value
+
+
+@dataclass(frozen=True)
+class Binding(Rule):
+    """How much of an address a session is bound to."""
+
+    def expects(self) -> str:
+        return '"off", "exact", or a prefix length such as "24"'
+
+    def read(self, value: object) -> str:
+        if isinstance(value, str) and (
+            value in ("off", "exact") or (_INTEGER.fullmatch(value) and 1 <= int(value) <= 128)
+        ):
+            return value
+        raise self.refused()
+
+
+@dataclass(frozen=True)
+class ListOf(Rule):
+    """A list of `least` to `most` different values; a tuple in the program. With `bare`, also one alone."""
+
+    item: Rule
+    least: int
+    most: int
+    bare: bool = False
+
+    def expects(self) -> str:
+        if self.bare:
+            return f"{self.item.expects()}, or a list of up to {self.most} of them, all different"
+        count = f"{self.least} to" if self.least else "up to"
+        return f"a list of {count} {self.most} different values, each {self.item.expects()}"
+
+    def read(self, value: object) -> tuple[Any, ...]:
+        values = value if isinstance(value, list | tuple) else (value,) if self.bare else None
+        if values is None or not self.least <= len(values) <= self.most:
+            raise self.refused()
+        try:
+            items = tuple(self.item.read(each) for each in values)
+        except RefusedError:
+            raise self.refused() from None
+        if len(set(items)) != len(items):
+            raise self.refused()
+        return items
+
+    def write(self, value: tuple[Any, ...]) -> str:
+        if self.bare and len(value) == 1:
+            return self.item.write(value[0])
+        return f"[{', '.join(self.item.write(each) for each in value)}]"
+
+    def from_environ(self, text: str) -> object:
+        """A TOML array, or values with commas between them."""
+        if text.lstrip().startswith("["):
+            try:
+                return tomli.loads(f"value = {text.strip()}")["value"]
+            except (ValueError, RecursionError):  # tomli's error for nesting is the latter
+                return text
+        return [self.item.from_environ(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def quoted(text: str) -> str:
+    """`text` as a TOML basic string. It must be printable, as every text that a rule lets in is."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def _seconds(text: str) -> float:
+    seconds = parse_duration(text)
+    assert seconds is not None
+    return seconds
+
+
+def _is_address(value: str) -> bool:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    return value.isprintable()
