@@ -1,0 +1,543 @@
+"""The client's end of a conversation: bytes and time in; events, bytes and the next deadline out.
+
+What it decides: the greeting, the clock offset, freshness of what the server sends, which request an answer
+belongs to, what may be sent now (streams in flight, frame size), keepalive, and what ends the connection.
+
+What it must not know: sockets, TLS, clocks, retries, sessions beyond their tokens.
+
+Rules where the contract leaves the choice to a client:
+
+- A client has no ERROR to send. On a fault of the server it just ends, and says why to what is above it.
+- A RESPONSE or ERROR with a body that cannot be read fails its own call with INTERNAL (it may have run). A
+  WELCOME, GOAWAY, EVENT or ERROR on stream 0 that cannot be read ends the connection.
+- A stale frame is dropped and counted, and the tenth in a row ends the connection. ERROR STALE_TIMESTAMP is
+  heard whatever its own timestamp says: it is what sets the clock offset right.
+- Before a RESPONSE has shown that the server took a token here, the limit of a connection without a session
+  holds for what is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+from zcproto.connection.events import (
+    NEVER,
+    ClientEvent,
+    ConnectionEnded,
+    ErrorReceived,
+    EventReceived,
+    GoAwayReceived,
+    ResponseReceived,
+    Welcomed,
+)
+from zcproto.connection.state import Input, State, next_state
+from zcproto.errors import (
+    Code,
+    ConnectionClosed,
+    InvalidArgument,
+    ProtocolError,
+    ResourceExhausted,
+    Unavailable,
+)
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import (
+    CANCEL,
+    ERROR,
+    EVENT,
+    GOAWAY,
+    HEADER,
+    MAX_STREAM,
+    MIN_LENGTH,
+    NO_TOKEN,
+    PING,
+    PONG,
+    REQUEST,
+    RESPONSE,
+    TOKEN_SIZE,
+    VERSION,
+    WELCOME,
+    RawFrame,
+    Side,
+)
+from zcproto.wire.message import (
+    DEFAULT_MAX_DEPTH,
+    MessageError,
+    decode_body,
+    decode_error,
+    decode_event,
+    decode_map,
+    encode_request,
+)
+
+MS: Final = 1000
+MAX_FRAME_BEFORE_SESSION: Final = 16_384
+"""Largest `length` on a connection without a session, both ways: WELCOME does not tell another."""
+
+MAX_STALE_IN_A_ROW: Final = 10
+MAX_SERVER_TIME: Final = 2**62
+"""A server's clock beyond this is refused: timestamps made from it could outgrow their 64 bits."""
+
+OPENING_METHODS: Final = frozenset({"session.open", "session.refresh"})
+"""Sent with no token; their result holds one."""
+
+PONG_TIMEOUT: Final = 10.0
+"""Seconds of silence after a PING, after which the peer is taken for dead."""
+
+MIN_KEEPALIVE_INTERVAL: Final = 0.25
+"""Seconds. A server with a tiny idle timeout must not make its clients flood it."""
+
+DEAD_TOKEN_CODES: Final = frozenset(
+    {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED}
+)
+
+_OPENING: Final = b""  # stands for the token of a request that is sent with none to get one
+_pack_header = HEADER.pack
+
+
+class ClientConnection:
+    """One conversation with a server.
+
+    `max_frame` is the largest `length` accepted from the server, `tolerance_ms` how far its timestamps may be
+    off our estimate of its clock, `max_depth` how deep its bodies may nest. Nothing may be requested before
+    the `Welcomed` event. Bytes for the peer gather until `data_to_send` takes them.
+
+    `welcome` is WELCOME's map, with keys that are unknown here; connections share it, so do not change it.
+    `clock_offset_ms` is the server's clock minus ours. `dropped_stale` and `dropped_unknown` count the frames
+    that were dropped for their timestamp, and the answers to streams that are not in flight.
+    """
+
+    __slots__ = (
+        "_counter",
+        "_decoder",
+        "_in_flight",
+        "_keepalive_at",
+        "_keepalive_interval",
+        "_last_counter",
+        "_last_heard",
+        "_max_depth",
+        "_max_frame",
+        "_next_stream",
+        "_out",
+        "_pong_deadline",
+        "_salt",
+        "_sent_since_look",
+        "_stale_in_a_row",
+        "_tokens",
+        "_tolerance",
+        "clock_offset_ms",
+        "deadline_moved",
+        "dropped_stale",
+        "dropped_unknown",
+        "state",
+        "welcome",
+    )
+
+    def __init__(
+        self,
+        *,
+        max_frame: int = 1_048_576,
+        tolerance_ms: int = 30_000,
+        max_depth: int = DEFAULT_MAX_DEPTH,
+    ) -> None:
+        self._max_frame = max_frame
+        self._tolerance = tolerance_ms
+        self._max_depth = max_depth
+        self._decoder = FrameDecoder(Side.CLIENT, min(max_frame, MAX_FRAME_BEFORE_SESSION))
+        self._salt = b""
+        self._counter = 0  # of the last frame sent; the first has 1
+        self._last_counter = 0  # WELCOME is frame 0
+        self._stale_in_a_row = 0
+        self._next_stream = 1
+        self._in_flight: dict[int, bytes] = {}  # stream -> the token that its request carried
+        self._tokens: set[bytes] = set()  # those that the server took on this connection
+        self._out: list[bytes] = []
+        self._last_heard = 0.0
+        self._sent_since_look = False
+        self._keepalive_interval = NEVER
+        self._keepalive_at = NEVER
+        self._pong_deadline = NEVER
+        self.clock_offset_ms = 0
+        self.dropped_stale = 0
+        self.dropped_unknown = 0
+        self.deadline_moved = False
+        self.welcome: dict[str, Any] = {}
+        self.state = State.AWAITING_WELCOME
+
+    # --- what arrives ---------------------------------------------------------------------------
+
+    def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ClientEvent]:
+        """Take in decrypted bytes; hand out what they mean, one event at a time.
+
+        `wall` is our own clock. Take all events of one call before the next, and none after `end`.
+        """
+        if self.state is State.CLOSED:
+            return
+        decoder = self._decoder
+        next_frame = decoder.next_frame
+        in_flight = self._in_flight
+        decoder.feed(data)
+        while True:
+            try:
+                frame = next_frame()
+            except ProtocolError as error:
+                yield self._end_with(error.code, error.reason)
+                return
+            if frame is None:
+                return
+            _, head, stream, timestamp, salt, counter, token, body = frame
+            if salt != self._salt or counter <= self._last_counter:
+                # WELCOME, too: before it no salt is right.
+                first = self._out_of_order(frame, wall, now)
+                yield first
+                if first.__class__ is ConnectionEnded:
+                    return
+                continue
+            self._last_counter = counter
+            tolerance = self._tolerance
+            is_fresh = -tolerance <= wall + self.clock_offset_ms - timestamp <= tolerance
+            if not (is_fresh or self._corrects_clock(head, body)):
+                self.dropped_stale += 1
+                self._stale_in_a_row += 1
+                if self._stale_in_a_row >= MAX_STALE_IN_A_ROW:
+                    yield self._end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row")
+                    return
+                continue
+            self._stale_in_a_row = 0
+            self._last_heard = now
+            if head == RESPONSE:
+                sent_with = in_flight.pop(stream, None)
+                if sent_with is None:
+                    self.dropped_unknown += 1
+                    continue
+                try:
+                    value = decode_body(body, self._max_depth)
+                except MessageError as error:
+                    yield ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})
+                    continue
+                if sent_with not in self._tokens:
+                    self._token_taken(sent_with, value)
+                yield ResponseReceived(stream, value)
+                continue
+            try:
+                event = self._received_other(head, stream, token, body, wall)
+            except ProtocolError as error:
+                yield self._end_with(error.code, error.reason)
+                return
+            if event is not None:
+                yield event
+                if event.__class__ is ConnectionEnded:
+                    return
+
+    def _received_other(
+        self, head: int, stream: int, token: bytes, body: bytes, wall: int
+    ) -> ClientEvent | None:
+        """A fresh frame that is no RESPONSE. Raises ProtocolError for what ends the connection."""
+        if head == ERROR:
+            return self._received_error(stream, body, wall)
+        if head == EVENT:
+            try:
+                name, data = decode_event(body, self._max_depth)
+            except MessageError as error:
+                raise ProtocolError(Code.PROTOCOL_ERROR, f"EVENT cannot be read: {error}") from error
+            if name == "session.revoked":
+                self._tokens.discard(token)
+            return EventReceived(name, data, token)
+        if head == GOAWAY:
+            return self._received_go_away(body)
+        if head == WELCOME:
+            raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME came twice")
+        if body:
+            raise ProtocolError(Code.PROTOCOL_ERROR, "this kind of frame has no body")
+        if head == PING:
+            self._send(PONG, 0, token, b"", wall)
+        else:
+            self._pong_deadline = NEVER
+        return None
+
+    def _received_error(self, stream: int, body: bytes, wall: int) -> ClientEvent | None:
+        try:
+            code, message, details = decode_error(body, self._max_depth)
+        except MessageError as error:
+            if not stream:
+                raise ProtocolError(Code.PROTOCOL_ERROR, f"ERROR cannot be read: {error}") from error
+            code, message, details = Code.INTERNAL, f"the answer cannot be read: {error}", {}
+        if code == Code.STALE_TIMESTAMP:
+            self._correct_clock(details, wall)
+        if not stream:
+            self.state = next_state(self.state, Input.FATAL)
+            return ConnectionEnded(_code_of(code), message)
+        sent_with = self._in_flight.pop(stream, None)
+        if sent_with is None:
+            self.dropped_unknown += 1
+            return None
+        if code in DEAD_TOKEN_CODES:
+            self._tokens.discard(sent_with)
+        return ErrorReceived(stream, code, message, details)
+
+    def _received_go_away(self, body: bytes) -> GoAwayReceived:
+        try:
+            said = decode_map(body, self._max_depth)
+        except MessageError as error:
+            raise ProtocolError(Code.PROTOCOL_ERROR, f"GOAWAY cannot be read: {error}") from error
+        reason = said.get("reason")
+        retry_after_ms = said.get("retry_after_ms")
+        if reason.__class__ is not str or retry_after_ms.__class__ is not int or retry_after_ms < 0:
+            raise ProtocolError(Code.PROTOCOL_ERROR, "GOAWAY must have a reason and retry_after_ms")
+        self.state = next_state(self.state, Input.GOAWAY)
+        return GoAwayReceived(reason, retry_after_ms)
+
+    def _out_of_order(self, frame: RawFrame, wall: int, now: float) -> ClientEvent:
+        """WELCOME, if it is the first frame; else the end."""
+        if self.state is State.AWAITING_WELCOME:
+            return self._received_first(frame, wall, now)
+        if frame[4] != self._salt:
+            return self._end_with(Code.REPLAYED, "nonce belongs to another connection")
+        return self._end_with(Code.REPLAYED, "nonce counter did not grow")
+
+    def _received_first(self, frame: RawFrame, wall: int, now: float) -> ClientEvent:
+        _, head, _, timestamp, salt, counter, _, body = frame
+        if head != WELCOME:
+            return self._end_with(Code.PROTOCOL_ERROR, "the first frame is not WELCOME")
+        if counter != 0:
+            return self._end_with(Code.PROTOCOL_ERROR, "WELCOME must have counter 0")
+        if timestamp > MAX_SERVER_TIME:
+            return self._end_with(Code.PROTOCOL_ERROR, "the server's clock is beyond all years")
+        try:
+            self.welcome = _read_welcome(body, self._max_depth)
+        except ProtocolError as error:
+            return self._end_with(error.code, error.reason)
+        self._salt = salt
+        self.clock_offset_ms = timestamp - wall
+        self._decoder.limit = self._max_frame
+        self._last_heard = now
+        idle_timeout_ms = self.welcome["idle_timeout_ms"]
+        if idle_timeout_ms:
+            self._keepalive_interval = max(idle_timeout_ms / 3 / MS, MIN_KEEPALIVE_INTERVAL)
+            self._keepalive_at = now + self._keepalive_interval
+            self.deadline_moved = True
+        self.state = next_state(self.state, Input.WELCOME)
+        return Welcomed(self.welcome)
+
+    # --- clock ----------------------------------------------------------------------------------
+
+    def _corrects_clock(self, head: int, body: bytes) -> bool:
+        """Whether a frame that is not fresh is an ERROR STALE_TIMESTAMP, which is heard all the same."""
+        if head != ERROR:
+            return False
+        try:
+            return decode_error(body, self._max_depth).code == Code.STALE_TIMESTAMP
+        except MessageError:
+            return False  # dropped as stale, like any other
+
+    def _correct_clock(self, details: Mapping[str, Any], wall: int) -> None:
+        server_time = details.get("server_time")
+        if server_time.__class__ is int and 0 <= server_time <= MAX_SERVER_TIME:
+            self.clock_offset_ms = server_time - wall
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def request(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None,
+        *,
+        token: bytes = NO_TOKEN,
+        meta: Mapping[str, Any] | None = None,
+        wall: int,
+    ) -> int:
+        """Queue a REQUEST; returns its stream, by which its answer is known.
+
+        The methods that open a session are sent without a token whatever `token` is. Raises InvalidArgument
+        for what cannot be sent (if it is too large, its details have `size` and `limit`), ResourceExhausted
+        if as many are in flight as the server allows, Unavailable after GOAWAY, ConnectionClosed after the end.
+        """
+        in_flight = self._in_flight
+        if self.state is not State.OPEN:
+            self._refuse_request()
+        if len(in_flight) >= self.welcome["max_streams"]:
+            raise ResourceExhausted("too many requests in flight on this connection")
+        try:
+            body = encode_request(method, params, meta)
+        except MessageError as error:
+            raise InvalidArgument(str(error)) from error
+        size = MIN_LENGTH + len(body)
+        if size > MAX_FRAME_BEFORE_SESSION or size > self.welcome["max_frame"]:
+            self._check_size(size)
+        stream = self._next_stream
+        while stream in in_flight:
+            stream = 1 if stream == MAX_STREAM else stream + 1
+        self._next_stream = 1 if stream == MAX_STREAM else stream + 1
+        if method in OPENING_METHODS:
+            in_flight[stream] = _OPENING
+            token = NO_TOKEN
+        else:
+            in_flight[stream] = token
+        self._send(REQUEST, stream, token, body, wall)
+        return stream
+
+    def _refuse_request(self) -> None:
+        if self.state is State.DRAINING:
+            raise Unavailable("the server takes no new requests on this connection")
+        if self.state is State.CLOSED:
+            raise ConnectionClosed("the connection has ended")
+        raise Unavailable("the server has not sent its WELCOME yet")
+
+    def _check_size(self, size: int) -> None:
+        limit = self.send_limit
+        if size > limit:
+            raise InvalidArgument(
+                f"the request has {size} bytes, and the server takes {limit}", {"size": size, "limit": limit}
+            )
+
+    @property
+    def send_limit(self) -> int:
+        """The largest `length` that the server takes now."""
+        max_frame: int = self.welcome["max_frame"]
+        return max_frame if self._tokens else min(max_frame, MAX_FRAME_BEFORE_SESSION)
+
+    @property
+    def has_session(self) -> bool:
+        """Whether the server is known to have taken a token on this connection."""
+        return bool(self._tokens)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without their answers yet."""
+        return len(self._in_flight)
+
+    def _token_taken(self, token: bytes, value: Any) -> None:
+        """A RESPONSE shows that the server took its request's token, or gave one."""
+        taken = value.get("token") if token == _OPENING and value.__class__ is dict else token
+        if taken.__class__ is bytes and len(taken) == TOKEN_SIZE and taken != NO_TOKEN:
+            self._tokens.add(taken)
+
+    def session_ended(self, token: bytes) -> None:
+        """A session is over, as its user knows: it no longer counts as one that this connection has."""
+        self._tokens.discard(token)
+
+    def cancel(self, stream: int, wall: int) -> None:
+        """Queue a CANCEL. The request stays in flight until its answer comes."""
+        token = self._in_flight.get(stream)
+        if token is not None and self.state is not State.CLOSED:
+            self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)
+
+    # --- time -----------------------------------------------------------------------------------
+
+    def ping(self, wall: int) -> None:
+        """Queue a PING."""
+        if self.state in (State.OPEN, State.DRAINING):
+            self._send(PING, 0, NO_TOKEN, b"", wall)
+
+    def next_deadline(self) -> float:
+        """When `handle_timeout` must be called at the latest, in monotonic seconds. NEVER if it need not."""
+        self.deadline_moved = False
+        if self.state is State.CLOSED:
+            return NEVER
+        return min(self._keepalive_at, self._pong_deadline)
+
+    def handle_timeout(self, wall: int, now: float) -> list[ClientEvent]:
+        """Do what is due: a PING after a silence, the end after a PING that brought nothing.
+
+        It looks at the connection in intervals of a third of the server's idle timeout. A PING goes out if
+        since the last look nothing was sent or nothing was heard, so no silence lasts two thirds of it.
+        Calling it early does nothing.
+        """
+        if self.state is State.CLOSED:
+            return []
+        if self._pong_deadline <= now:
+            if self._last_heard <= self._pong_deadline - PONG_TIMEOUT:
+                return [self._end_with(None, "the server does not answer")]
+            self._pong_deadline = NEVER  # other frames have shown that it lives
+        if self._keepalive_at <= now:
+            heard_since_look = self._last_heard > self._keepalive_at - self._keepalive_interval
+            if not (self._sent_since_look and heard_since_look):
+                self.ping(wall)
+                if self._pong_deadline == NEVER:
+                    self._pong_deadline = now + PONG_TIMEOUT
+            self._sent_since_look = False
+            self._keepalive_at = now + self._keepalive_interval
+        return []
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """The transport is gone, or about to be closed after what is queued."""
+        self.state = next_state(self.state, Input.END)
+
+    def _end_with(self, code: Code | None, reason: str) -> ConnectionEnded:
+        self.state = next_state(self.state, Input.FATAL)
+        return ConnectionEnded(code, reason)
+
+    # --- bytes out ------------------------------------------------------------------------------
+
+    def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
+        counter = self._counter + 1
+        self._counter = counter
+        self._sent_since_look = True
+        # Never below 0, though our clock may go back by more than all the server's time.
+        timestamp = max(wall + self.clock_offset_ms, 0)
+        self._out.append(
+            _pack_header(MIN_LENGTH + len(body), head, stream, timestamp, self._salt, counter, token) + body
+        )
+
+    def data_to_send(self) -> bytes:
+        """All bytes for the peer that were not taken yet."""
+        out = self._out
+        if len(out) == 1:
+            data = out[0]
+        elif out:
+            data = b"".join(out)
+        else:
+            return b""
+        out.clear()
+        return data
+
+
+_WELCOME_TYPES: Final = {
+    "server": str,
+    "versions": list,
+    "max_frame": int,
+    "max_streams": int,
+    "idle_timeout_ms": int,
+    "tolerance_ms": int,
+    "sts": dict,
+}
+
+
+@lru_cache(maxsize=16)  # all connections to one server share one map
+def _read_welcome(body: bytes, max_depth: int) -> dict[str, Any]:
+    """The map of a WELCOME. Raises ProtocolError if it is not as the contract says."""
+    try:
+        welcome = decode_map(body, max_depth)
+    except MessageError as error:
+        raise ProtocolError(Code.PROTOCOL_ERROR, f"WELCOME cannot be read: {error}") from error
+    for key, wanted in _WELCOME_TYPES.items():
+        if welcome.get(key).__class__ is not wanted:
+            raise ProtocolError(Code.PROTOCOL_ERROR, f"WELCOME: {key} is missing or of the wrong type")
+    for key, least in (
+        ("max_frame", MIN_LENGTH),
+        ("max_streams", 1),
+        ("idle_timeout_ms", 0),
+        ("tolerance_ms", 0),
+    ):
+        if welcome[key] < least:
+            raise ProtocolError(Code.PROTOCOL_ERROR, f"WELCOME: {key} is too small")
+    sts = welcome["sts"]
+    if sts.get("max_age").__class__ is not int or sts["max_age"] < 0:
+        raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME: sts.max_age is missing or of the wrong type")
+    if sts.get("include_subdomains").__class__ is not bool:
+        raise ProtocolError(
+            Code.PROTOCOL_ERROR, "WELCOME: sts.include_subdomains is missing or of the wrong type"
+        )
+    if not any(version.__class__ is int and version == VERSION for version in welcome["versions"]):
+        raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME: the server does not speak version 1")
+    return welcome
+
+
+def _code_of(code: int) -> Code:
+    try:
+        return Code(code)
+    except ValueError:
+        return Code.UNKNOWN
