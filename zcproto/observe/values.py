@@ -1,0 +1,100 @@
+"""Decides what of a value may be written to a log.
+
+Rules: a secret is masked, by its type and again by the name it is logged under. Bytes of any kind are only
+counted: they may be a token, a key or a payload. Text is cut to 256 characters, lists and maps are bounded in
+length and depth. Of an exception there are the type and the places it passed; its message only where this
+package made it or the system did, as any other may quote what a peer sent.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+import traceback
+from pathlib import PurePath
+from typing import TypeAlias
+
+from zcproto.errors import ZcprotoError
+from zcproto.observe.secret import Secret
+
+MAX_TEXT = 256
+MAX_ITEMS = 16
+MAX_DEPTH = 2
+MAX_FRAMES = 16
+
+Loggable: TypeAlias = "bool | int | float | str | list[Loggable] | dict[str, Loggable] | None"
+
+_SECRET_NAME = re.compile(
+    r"(.*_)?(token|key|secret|password|passphrase|signature|authorization|cookie|credentials?)", re.IGNORECASE
+)
+_MASK = "(hidden)"
+_MAX_INTEGER = 2**64
+
+
+def loggable(name: str, value: object) -> Loggable:
+    """`value`, logged under `name`, as what may be written."""
+    if isinstance(value, Secret) or _SECRET_NAME.fullmatch(name):
+        return _MASK
+    return _loggable(value, 0)
+
+
+def _loggable(value: object, depth: int) -> Loggable:
+    match value:
+        case None | bool():
+            return value
+        case enum.Enum():
+            return value.name
+        case int():
+            return int(value) if abs(value) < _MAX_INTEGER else "(a huge number)"
+        case float():
+            # Infinity and NaN are no JSON.
+            return float(value) if abs(value) < float("inf") else str(float(value))
+        case str():
+            return cut(value)
+        case bytes() | bytearray() | memoryview():
+            return f"({len(value)} bytes)"
+        case Secret():
+            return _MASK
+        case PurePath():
+            return cut(str(value))
+        case BaseException():
+            return describe(value)
+        case list() | tuple() | set() | frozenset() | dict() if depth == MAX_DEPTH:
+            return f"({len(value)} items)"
+        case list() | tuple() | set() | frozenset():
+            items = [each for _, each in zip(range(MAX_ITEMS), value, strict=False)]
+            return [_loggable(each, depth + 1) for each in items]
+        case dict():
+            pairs = [pair for _, pair in zip(range(MAX_ITEMS), value.items(), strict=False)]
+            return dict(_loggable_pair(key, each, depth + 1) for key, each in pairs)
+    return f"({type(value).__name__})"
+
+
+def _loggable_pair(key: object, value: object, depth: int) -> tuple[str, Loggable]:
+    name = str(_loggable(key, MAX_DEPTH))
+    return name, _MASK if _SECRET_NAME.fullmatch(name) else _loggable(value, depth)
+
+
+def cut(text: str) -> str:
+    """`text` in at most 256 characters, none of them half a pair of surrogates."""
+    if len(text) > MAX_TEXT:
+        text = text[: MAX_TEXT - 3] + "..."
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def describe(error: BaseException) -> str:
+    """An exception in a few words: its type, and its message if that is known to be harmless."""
+    name = type(error).__name__
+    if isinstance(error, ZcprotoError):
+        return cut(f"{name}: {error}")
+    if isinstance(error, OSError) and error.strerror:
+        return cut(f"{name}: {error.strerror}")
+    return name
+
+
+def places(error: BaseException) -> list[Loggable]:
+    """Where an exception passed, the innermost place last: file, line and function, no source and no values."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-MAX_FRAMES)
+    return [
+        cut(f"{'/'.join(PurePath(each.filename).parts[-2:])}:{each.lineno} {each.name}") for each in frames
+    ]
