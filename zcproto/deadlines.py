@@ -9,6 +9,7 @@ closed connection.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -56,6 +57,9 @@ class DeadlineWheel:
 
     def set(self, entry: Timed, deadline: float) -> None:
         """Have `entry.handle_deadline` called at `deadline` or a little later. Replaces what was set before."""
+        if deadline == math.inf:
+            self.discard(entry)
+            return
         ahead = deadline - self._timers.time()
         grain = TICKS_PER_SECOND if ahead > 10 else TICKS_PER_SECOND // 8 if ahead > 1 else 1
         tick = -int(-deadline * TICKS_PER_SECOND // grain) * grain

@@ -305,7 +305,7 @@ class ServerConnection:
         return True
 
     def _release(self, request: Request) -> bool:
-        if self._held.get(request.stream) is request:
+        if self.is_held(request):
             del self._held[request.stream]
             return self.state is not State.CLOSED
         self._lingering -= 1
@@ -316,6 +316,10 @@ class ServerConnection:
         # The handler may go on for a while: it still counts against max_streams until it has ended.
         self._lingering += 1
         self._send(ERROR, request.stream, request.token, body, wall)
+
+    def is_held(self, request: Request) -> bool:
+        """Whether an answer to a request that was held is still owed."""
+        return self._held.get(request.stream) is request
 
     @property
     def in_flight(self) -> int:

@@ -76,6 +76,11 @@ def _restrict(context: ssl.SSLContext, suites: Sequence[str]) -> None:
     )
 
 
+def can_choose_suites() -> bool:
+    """Whether this Python can set the suites of TLS 1.3, and their order (3.15 and later)."""
+    return hasattr(ssl.SSLContext, "set_ciphersuites")
+
+
 def check_suite_order(names: Sequence[str]) -> None:
     """Refuse an OpenSSL that would choose another suite for a client that offers one of ours.
 

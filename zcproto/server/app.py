@@ -1,0 +1,138 @@
+"""An application: methods by name, each with what it needs and what it takes.
+
+    app = App()
+
+    @app.method("greet")
+    def greet(name: str, times: int = 1) -> str:
+        "Say hello."
+        return " ".join(["hello", name] * times)
+
+Parameters come by name and are checked against the annotations. A parameter annotated `Context` is not the
+caller's: it gets the call's context. A plain function answers in the same turn of the loop and must not wait; an
+`async` one may.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
+
+from zcproto.errors import InvalidArgument
+from zcproto.server.context import Context
+from zcproto.server.params import Checker, ParamInfo, checker_for, describe, shown
+from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+RESERVED_PREFIXES: Final = ("session.", "server.", "device.")
+
+
+class Method:
+    """One method. `function` is called with keyword arguments only."""
+
+    __slots__ = (
+        "_checkers",
+        "_required",
+        "context_name",
+        "doc",
+        "function",
+        "is_async",
+        "name",
+        "operator",
+        "params",
+        "public",
+        "takes_any",
+    )
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], *, public: bool = False, operator: bool = False
+    ) -> None:
+        if not 1 <= len(name) <= METHOD_MAX_LENGTH or not METHOD_ALPHABET.issuperset(name):
+            raise ValueError(f"method name {name!r} must be 1 to {METHOD_MAX_LENGTH} characters of a-z 0-9 _ .")
+        self.name = name
+        self.function = function
+        self.public = public
+        self.operator = operator
+        self.doc = inspect.getdoc(function) or ""
+        self.is_async = inspect.iscoroutinefunction(function)
+        self.context_name: str | None = None
+        self.takes_any = False
+        self.params: list[ParamInfo] = []
+        self._checkers: dict[str, Checker] = {}
+        self._required: frozenset[str] = frozenset()
+        self._read_signature()
+
+    def _read_signature(self) -> None:
+        hints = typing.get_type_hints(self.function)
+        required = set()
+        for parameter in inspect.signature(self.function).parameters.values():
+            annotation = hints.get(parameter.name, parameter.annotation)
+            if annotation is Context:
+                self.context_name = parameter.name
+            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                self.takes_any = True
+                self.params.append(ParamInfo("**" + parameter.name, describe(annotation), required=False))
+            elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+                raise TypeError(f"method {self.name}: parameter {parameter.name!r} must be passable by name")
+            else:
+                needed = parameter.default is inspect.Parameter.empty
+                self._checkers[parameter.name] = checker_for(annotation)
+                self.params.append(ParamInfo(parameter.name, describe(annotation), needed))
+                if needed:
+                    required.add(parameter.name)
+        self._required = frozenset(required)
+
+    def bind(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments for a call's params. Raises InvalidArgument naming the parameter."""
+        checkers = self._checkers
+        if not checkers and self.takes_any and self.context_name is None:
+            return params
+        arguments = {}
+        for name, value in params.items():
+            checker = checkers.get(name)
+            if checker is not None:
+                arguments[name] = checker(value, name)
+            elif self.takes_any and name != self.context_name:
+                arguments[name] = value
+            else:
+                raise InvalidArgument(f"unknown parameter {shown(name)}")
+        if len(arguments) < len(checkers):
+            for name in sorted(self._required - arguments.keys()):
+                raise InvalidArgument(f"missing parameter '{name}'")
+        return arguments
+
+
+class App:
+    """A set of methods. One application may be served by several servers."""
+
+    def __init__(self) -> None:
+        self._methods: dict[str, Method] = {}
+
+    def method(self, name: str, *, public: bool = False, operator: bool = False) -> Callable[[Handler], Handler]:
+        """Register a function under `name`.
+
+        `public`: may be called without a session. `operator`: by operators only. Raises ValueError for a name
+        that is malformed, taken or reserved, TypeError for parameters that cannot be checked.
+        """
+        if name.startswith(RESERVED_PREFIXES):
+            raise ValueError(f"method name {name!r}: {', '.join(RESERVED_PREFIXES)} are the protocol's own")
+
+        def register(function: Handler) -> Handler:
+            self.add(Method(name, function, public=public, operator=operator))
+            return function
+
+        return register
+
+    def add(self, method: Method) -> None:
+        """Add a method as it is. Raises ValueError if the name is taken."""
+        if method.name in self._methods:
+            raise ValueError(f"method {method.name!r} is registered twice")
+        self._methods[method.name] = method
+
+    def __iter__(self) -> Iterator[Method]:
+        return iter(self._methods.values())
+
+    def __len__(self) -> int:
+        return len(self._methods)

@@ -1,0 +1,166 @@
+"""The protocol's own methods: sessions and what the server tells about itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from zcproto.auth import Login
+from zcproto.errors import InvalidArgument, NotFound, Unauthenticated
+from zcproto.server.app import App, Method
+from zcproto.server.context import Context
+from zcproto.server.serving import Serving
+from zcproto.sessions import OpenedSession, Session, SessionInfo
+from zcproto.wire.frame import TOKEN_SIZE, VERSION
+
+CLIENT_MAX_LENGTH: Final = 128
+REVOKED_BY_USER: Final = "revoked by its user"
+
+
+def default_app() -> App:
+    """What `zcproto serve` offers without an application."""
+    app = App()
+
+    @app.method("echo")
+    def echo(**params: Any) -> dict[str, Any]:
+        """Return the params."""
+        return params
+
+    @app.method("sleep")
+    async def sleep(ms: int) -> dict[str, Any]:
+        """Wait for `ms` milliseconds, at most an hour."""
+        if not 0 <= ms <= 3_600_000:
+            raise InvalidArgument("ms must be from 0 to 3600000")
+        await asyncio.sleep(ms / 1000)
+        return {}
+
+    @app.method("time")
+    def time(context: Context) -> int:
+        """The server's clock, milliseconds since the Unix epoch."""
+        return context.wall()
+
+    return app
+
+
+def protocol_methods(
+    serving: Callable[[], Serving], login: Login, statistics: Callable[[], dict[str, Any]]
+) -> Iterable[Method]:
+    """`session.*` and `server.*`. `serving` is asked at call time; it knows all methods by then."""
+
+    def current(context: Context) -> Session:
+        if context.session is None:
+            raise Unauthenticated("this method needs a session")
+        return context.session
+
+    async def session_open(context: Context, scheme: str, client: str = "", **fields: Any) -> dict[str, Any]:
+        """Open a session: `scheme`, the scheme's own fields, and `client` as product/version."""
+        _check_client(client)
+        identity = await login.open({"scheme": scheme, **fields}, context.peer, context.now())
+        opened = serving().registry.open(
+            identity.user,
+            operator=identity.operator,
+            client=client,
+            address=context.peer,
+            wall=context.wall(),
+        )
+        return _opened(context, opened)
+
+    def session_refresh(context: Context, refresh_token: bytes, client: str = "") -> dict[str, Any]:
+        """Trade a refresh token for a new pair of tokens of the same session. It works once."""
+        if len(refresh_token) != TOKEN_SIZE:
+            raise InvalidArgument(f"refresh_token must have {TOKEN_SIZE} bytes")
+        _check_client(client)
+        opened = serving().registry.refresh(
+            refresh_token, client=client, address=context.peer, wall=context.wall()
+        )
+        return _opened(context, opened)
+
+    def _opened(context: Context, opened: OpenedSession) -> dict[str, Any]:
+        context.join(opened.session, opened.token)
+        idle_timeout_ms = serving().registry.settings.idle_timeout_ms
+        return {
+            "token": opened.token,
+            "id": opened.session.id,
+            "user": opened.session.user,
+            "expires_at": opened.session.expires_at,
+            "idle_timeout_ms": 0 if idle_timeout_ms is None else idle_timeout_ms,
+            "refresh_token": opened.refresh_token,
+            "refresh_expires_at": opened.refresh_expires_at,
+            "bound": False,
+        }
+
+    def session_info(context: Context) -> dict[str, Any]:
+        """What the server knows of this session."""
+        return _info(serving().registry.info(current(context).id, context.wall()))
+
+    def session_list(context: Context) -> list[dict[str, Any]]:
+        """The sessions of this user, with `current` for the one that asks."""
+        session = current(context)
+        sessions = serving().registry.list(session.user, context.wall())
+        return [{**_info(info), "current": info.id == session.id} for info in sessions]
+
+    def session_revoke(context: Context, id: str | None = None, all: bool = False) -> dict[str, Any]:  # noqa: A002
+        """End one session of this user by its `id`, or `all` of them, this one too."""
+        session = current(context)
+        registry = serving().registry
+        if (id is None) is not all:
+            raise InvalidArgument("give either id, or all = true")
+        with context.asking():
+            if id is None:
+                return {"revoked": registry.revoke_user(session.user, REVOKED_BY_USER)}
+            if not registry.revoke(id, user=session.user, reason=REVOKED_BY_USER):
+                raise NotFound("no session with this id")
+        return {"revoked": 1}
+
+    def session_close(context: Context) -> dict[str, Any]:
+        """End this session."""
+        with context.asking():
+            serving().registry.close(current(context))
+        return {}
+
+    def server_info(context: Context) -> dict[str, Any]:
+        """The server's time, the protocol versions it speaks, and the methods that this caller may call."""
+        session = context.session
+        return {
+            "time": context.wall(),
+            "versions": [VERSION],
+            "methods": [
+                {"name": name, "doc": method.doc, "params": [param._asdict() for param in method.params]}
+                for name, method in sorted(serving().methods.items())
+                if method.public or (session is not None and (session.operator or not method.operator))
+            ],
+        }
+
+    def server_stats() -> dict[str, Any]:
+        """Connections, sessions, requests, CPU, memory and loop pauses."""
+        return statistics()
+
+    return (
+        Method("session.open", session_open, public=True),
+        Method("session.refresh", session_refresh, public=True),
+        Method("session.info", session_info),
+        Method("session.list", session_list),
+        Method("session.revoke", session_revoke),
+        Method("session.close", session_close),
+        Method("server.info", server_info, public=True),
+        Method("server.stats", server_stats, operator=True),
+    )
+
+
+def _info(info: SessionInfo) -> dict[str, Any]:
+    return {
+        "id": info.id,
+        "user": info.user,
+        "created_at": info.created_at,
+        "last_used_at": info.last_used_at,
+        "expires_at": info.expires_at,
+        "client": info.client,
+        "address": info.address,
+        "bound": False,
+    }
+
+
+def _check_client(client: str) -> None:
+    if len(client) > CLIENT_MAX_LENGTH or not client.isprintable():
+        raise InvalidArgument(f"client must be at most {CLIENT_MAX_LENGTH} printable characters")

@@ -1,0 +1,198 @@
+"""Listening sockets: who is let in, and how many at once.
+
+A connection beyond a limit is closed at accept, without a byte. While as many handshakes are in progress as
+allowed, nothing is accepted: the rest wait in the kernel's backlog, where they cost no memory of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from zcproto.errors import ConfigError
+from zcproto.server.serving import Serving, log
+from zcproto.tls.server import TlsAcceptor
+
+BACKLOG: Final = 4_096
+ACCEPTS_PER_TURN: Final = 32
+PAUSE_WHEN_EXHAUSTED: Final = 0.5
+"""Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
+
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_IPV6_SITE_BYTES: Final = 8
+"""An IPv6 site owns a /64: counting its single addresses would limit nothing."""
+
+
+def bind(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """Listening sockets for all addresses of the hosts. Raises ConfigError naming what could not be bound."""
+    sockets: list[socket.socket] = []
+    try:
+        for host in hosts:
+            for family, kind, protocol, _, address in _addresses(host, port):
+                if sockets and port == 0:  # the same free port on every address
+                    address = (address[0], sockets[0].getsockname()[1], *address[2:])  # noqa: PLW2901
+                listening = socket.socket(family, kind, protocol)
+                sockets.append(listening)
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                try:
+                    listening.bind(address)
+                    listening.listen(BACKLOG)
+                except OSError as error:
+                    raise ConfigError(
+                        [f"server.host = {host!r}, server.port = {address[1]}: cannot listen: {error.strerror}"]
+                    ) from error
+                listening.setblocking(False)
+    except BaseException:
+        for listening in sockets:
+            listening.close()
+        raise
+    return sockets
+
+
+def _addresses(host: str, port: int) -> Sequence[tuple[int, int, int, str, tuple[str, int]]]:
+    try:
+        return list(  # type: ignore[arg-type]
+            dict.fromkeys(
+                socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            )
+        )
+    except (OSError, UnicodeError) as error:
+        raise ConfigError([f"server.host = {host!r}: no such address; use one of this machine"]) from error
+
+
+def site_of(address: str) -> bytes:
+    """What connections are counted by: an IPv4 address, or the /64 of an IPv6 address."""
+    packed = ipaddress.ip_address(address.partition("%")[0]).packed
+    return packed if len(packed) == 4 else packed[:_IPV6_SITE_BYTES]
+
+
+class Listener:
+    """Accepts for one loop."""
+
+    def __init__(
+        self,
+        sockets: Sequence[socket.socket],
+        acceptor: TlsAcceptor,
+        serving: Serving,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        max_handshakes: int,
+        max_connections: int,
+        connections_per_address: int,
+    ) -> None:
+        self._sockets = list(sockets)
+        self._acceptor = acceptor
+        self._serving = serving
+        self._loop = loop
+        self._max_handshakes = max_handshakes
+        self._max_connections = max_connections
+        self._per_address = connections_per_address
+        self._by_site: dict[bytes, int] = {}
+        self._open = 0
+        self._accepting = False
+        self._closed = False
+        self._adopting: set[asyncio.Task[None]] = set()
+        acceptor.on_slot_free = self._resume
+        acceptor.on_closed = self._connection_closed
+
+    @property
+    def connections(self) -> int:
+        """Open TCP connections, those in their handshake included."""
+        return self._open
+
+    def start(self) -> None:
+        self._accepting = True
+        for listening in self._sockets:
+            self._loop.add_reader(listening.fileno(), self._accept, listening)
+
+    def close(self) -> None:
+        """Accept nothing more. Connections go on."""
+        self._closed = True
+        self._pause()
+        for listening in self._sockets:
+            listening.close()
+
+    def _pause(self) -> None:
+        if self._accepting:
+            self._accepting = False
+            for listening in self._sockets:
+                self._loop.remove_reader(listening.fileno())
+
+    def _resume(self) -> None:
+        if not self._accepting and not self._closed:
+            self.start()
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            if self._acceptor.handshakes_in_progress >= self._max_handshakes:
+                self._pause()
+                return
+            try:
+                connection, address = listening.accept()
+            except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    raise
+                self._serving.counters.accept_failed += 1
+                self._serving.log_limited(
+                    "listener.exhausted", "", "error", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED
+                )
+                self._pause()
+                self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
+                return
+            self._admit(connection, address[0])
+
+    def _admit(self, connection: socket.socket, address: str) -> None:
+        counters = self._serving.counters
+        site = site_of(address)
+        if self._open >= self._max_connections:
+            counters.refused_full += 1
+            self._serving.log_limited("connection.refused_full", "", limit=self._max_connections)
+            connection.close()
+            return
+        of_site = self._by_site.get(site, 0)
+        if self._per_address and of_site >= self._per_address:
+            counters.refused_per_address += 1
+            self._serving.log_limited(
+                "connection.refused_per_address", address, peer=address, limit=self._per_address
+            )
+            connection.close()
+            return
+        self._by_site[site] = of_site + 1
+        self._open += 1
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        task = self._loop.create_task(self._adopt(connection, address))
+        self._adopting.add(task)
+        task.add_done_callback(self._adopting.discard)
+
+    async def _adopt(self, connection: socket.socket, address: str) -> None:
+        transport = self._acceptor.transport(address)
+        factory: Callable[[], asyncio.BaseProtocol] = lambda: transport  # noqa: E731
+        try:
+            await self._loop.connect_accepted_socket(factory, connection)  # type: ignore[type-var]
+        except OSError as error:  # it went away before it was ours
+            connection.close()
+            transport.connection_lost(error)
+
+    def _connection_closed(self, address: str) -> None:
+        self._open -= 1
+        site = site_of(address)
+        left = self._by_site[site] - 1
+        if left:
+            self._by_site[site] = left
+        else:
+            del self._by_site[site]
+
+
+def log_listening(sockets: Sequence[socket.socket]) -> None:
+    for listening in sockets:
+        host, port = listening.getsockname()[:2]
+        log.info("server.listening", host=host, port=port)

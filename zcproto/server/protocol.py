@@ -1,0 +1,395 @@
+"""The pump of one connection: TLS transport <-> conversation <-> methods.
+
+    data -> connection.receive_data -> for each event -> run the method -> answer
+    then once: connection.data_to_send -> transport.write
+
+What it decides: how methods are run, back-pressure (a peer that does not read is not read from, nor are its
+requests run), and how a connection ends. What is allowed on the wire is the connection's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from zcproto.connection.events import ConnectionEnded, Request, RequestEnded, ServerEvent, SessionJoined
+from zcproto.connection.server import NEEDS_SESSION, ServerConnection
+from zcproto.connection.state import State
+from zcproto.errors import CallError, Cancelled, Code, InvalidArgument, TlsError
+from zcproto.sessions import Session
+from zcproto.server.context import Context
+from zcproto.server.eager import Finished, Worker
+from zcproto.wire.frame import SALT_SIZE
+from zcproto.wire.message import MessageError, encode_body, encode_error
+
+if TYPE_CHECKING:
+    from zcproto.server.app import Method
+    from zcproto.server.serving import Serving
+    from zcproto.tls.transport import TlsTransport
+
+SENT_AT_ONCE: Final = 4_096
+"""An answer of this size is not gathered with others: back-pressure must be felt before the next is made."""
+
+WRITE_BUFFER_HARD_FACTOR: Final = 4
+"""Answers that were under way when a peer stopped reading may fill its buffer to so many times the limit."""
+
+UNIMPLEMENTED: Final = encode_error(Code.UNIMPLEMENTED, "unknown method: server.info lists those there are")
+OPERATORS_ONLY: Final = encode_error(Code.PERMISSION_DENIED, "this method is for operators")
+
+
+class ServerProtocol(asyncio.Protocol):
+    """One connection of a server."""
+
+    __slots__ = (
+        "_connection",
+        "_end_reason",
+        "_flush_planned",
+        "_paused_since",
+        "_serving",
+        "_suspended",
+        "_transport",
+        "_workers",
+        "asks",
+        "deadline_tick",
+        "peer",
+    )
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._transport: TlsTransport | None = None
+        self._connection: ServerConnection | None = None
+        self._suspended: Iterator[ServerEvent] | None = None  # requests that wait until the peer reads
+        self._paused_since: float | None = None
+        self._flush_planned = False
+        self._workers: dict[Request, Worker] | None = None
+        self._end_reason = ""
+        self.asks = False  # its own request is ending sessions: it is answered, not told by event
+        self.peer = ""
+        self.deadline_tick = 0
+
+    def now(self) -> float:
+        return self._serving.clock.now()
+
+    def wall(self) -> int:
+        return self._serving.clock.wall()
+
+    # --- the transport's calls ---------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        serving = self._serving
+        self._transport = cast("TlsTransport", transport)
+        self.peer = self._transport.peer
+        self._transport.set_write_buffer_limits(high=serving.write_buffer_bytes)
+        wall, now = serving.clock.wall(), serving.clock.now()
+        self._connection = ServerConnection(
+            serving.settings, serving.registry, salt=serving.entropy(SALT_SIZE), wall=wall, now=now
+        )
+        serving.connections.add(self)
+        serving.counters.connections_opened += 1
+        if serving.draining:
+            self._connection.go_away("draining", serving.settings.retry_draining_ms, wall)
+        self._flush()
+        self._set_deadline()
+        if serving.draining:
+            self.close("draining")
+
+    def data_received(self, data: bytes) -> None:
+        clock = self._serving.clock
+        connection = self._connection
+        if connection is not None:
+            self._process(connection.receive_data(data, clock.wall(), clock.now()))
+
+    def eof_received(self) -> None:
+        self._ended("closed_by_peer")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ended(exc.failure if isinstance(exc, TlsError) else "closed_by_peer")
+        self._transport = None
+
+    def pause_writing(self) -> None:
+        self._paused_since = self.now()
+        if self._transport is not None:
+            self._transport.pause_reading()
+        self._set_deadline()
+
+    def resume_writing(self) -> None:
+        self._paused_since = None
+        suspended, self._suspended = self._suspended, None
+        if suspended is not None:
+            self._process(suspended)
+        if self._paused_since is None and self._transport is not None:
+            self._transport.resume_reading()
+            self._set_deadline()
+
+    # --- requests ------------------------------------------------------------------------------------
+
+    def _process(self, events: Iterator[ServerEvent]) -> None:
+        """Take events until there are none, or the peer must read first; then send what there is to send."""
+        for event in events:
+            if event.__class__ is Request:
+                self._run(event)
+            elif event.__class__ is SessionJoined:
+                self._serving.session_joined(event.session_id, self)
+            elif event.__class__ is RequestEnded:
+                self._stop(event)
+            else:
+                self._conversation_ended(cast("ConnectionEnded", event))
+                return
+            if self._paused_since is not None:
+                self._suspended = events
+                break
+        self._flush()
+        connection = self._connection
+        if connection is not None and connection.deadline_moved:
+            self._set_deadline()
+
+    def _run(self, request: Request) -> None:
+        """Run a request's method as far as it goes without waiting."""
+        serving = self._serving
+        serving.counters.requests += 1
+        method = serving.methods.get(request.method)
+        if request.session is None and (method is None or not method.public):
+            self._fail(request, Code.UNAUTHENTICATED, NEEDS_SESSION)
+            return
+        if method is None:
+            self._fail(request, Code.UNIMPLEMENTED, UNIMPLEMENTED)
+            return
+        if method.operator and (request.session is None or not request.session.operator):
+            self._fail(request, Code.PERMISSION_DENIED, OPERATORS_ONLY)
+            return
+        try:
+            arguments = method.bind(request.params)
+            if method.context_name is not None:
+                arguments[method.context_name] = Context(self, request)
+            result = method.function(**arguments)
+            if method.is_async:
+                started = serving.tasks.start(result)
+                if started.__class__ is not Finished:
+                    self._hold(request, method, cast("Worker", started))
+                    return
+                result = started.value
+        except CallError as error:
+            self._answer_error(request, error)
+            return
+        except Exception as error:  # noqa: BLE001  whatever a method raises, its caller gets one answer
+            self._answer_fault(request, error)
+            return
+        self._answer(request, result)
+
+    def _hold(self, request: Request, method: Method, worker: Worker) -> None:
+        assert self._connection is not None
+        self._connection.hold(request, self.now())
+        if self._workers is None:
+            self._workers = {}
+        self._workers[request] = worker
+
+        def done(result: Any, error: BaseException | None) -> None:
+            if self._workers is not None:
+                self._workers.pop(request, None)
+            if error is None:
+                self._answer(request, result)
+            elif isinstance(error, CallError):
+                self._answer_error(request, error)
+            elif isinstance(error, asyncio.CancelledError):
+                self._answer_error(request, Cancelled("the server cancelled it"))
+            else:
+                self._answer_fault(request, error)
+            self._flush_soon()
+
+        worker.done = done
+
+    def _stop(self, ended: RequestEnded) -> None:
+        self._serving.counters.count_error(ended.code)
+        worker = self._workers.pop(ended.request, None) if self._workers else None
+        if worker is not None:
+            worker.cancel()
+
+    def has_ended(self, request: Request) -> bool:
+        """Whether a request has its answer already, or can never be answered."""
+        connection = self._connection
+        return connection is None or (request.held and not connection.is_held(request))
+
+    # --- answers -------------------------------------------------------------------------------------
+
+    def _answer(self, request: Request, result: Any) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        try:
+            body = encode_body(result)
+        except MessageError as error:
+            self._answer_fault(request, error)
+            return
+        if len(body) >= SENT_AT_ONCE:
+            if len(body) > self._serving.settings.max_body:
+                self._answer_fault(request, MessageError(f"the answer has {len(body)} bytes"))
+                return
+            connection.respond(request, body, self._serving.clock.wall())
+            self._flush()
+            return
+        connection.respond(request, body, self._serving.clock.wall())
+
+    def _answer_error(self, request: Request, error: CallError) -> None:
+        details = error.details
+        if error.code in (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED) and not details:
+            details = {"retry_after_ms": self._serving.settings.retry_draining_ms}
+        try:
+            body = encode_error(error.code, error.message, details)
+        except MessageError as unsendable:
+            self._answer_fault(request, unsendable)
+            return
+        self._fail(request, error.code, body)
+
+    def _answer_fault(self, request: Request, error: BaseException) -> None:
+        """A fault of ours: the peer gets an id to ask about, the log gets the rest."""
+        incident = self._serving.incident(request.method, error, peer=self.peer)
+        body = encode_error(Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident})
+        self._fail(request, Code.INTERNAL, body)
+
+    def _fail(self, request: Request, code: Code, body: bytes) -> None:
+        self._serving.counters.count_error(code)
+        if self._connection is not None:
+            self._connection.fail(request, body, self._serving.clock.wall())
+
+    # --- sessions ------------------------------------------------------------------------------------
+
+    def join(self, session: Session, token: bytes) -> None:
+        """A session was opened or refreshed by a request of this connection."""
+        if self._connection is not None:
+            self._connection.join(session, token, self._serving.clock.wall(), self.now())
+            self._serving.session_joined(session.id, self)
+
+    def session_ended(self, session_id: str, code: Code, reason: str) -> None:
+        """A session that was used here ended: say so, unless it simply expired or this peer asked for it."""
+        if self._connection is None:
+            return
+        if code is Code.TOKEN_EXPIRED or self.asks:
+            self._connection.leave(session_id, self.now())
+        else:
+            self._connection.session_revoked(session_id, reason, self._serving.clock.wall(), self.now())
+        self._flush_soon()
+
+    def send_event(self, session_id: str, name: str, data: Any) -> bool:
+        """Send an event that speaks of a session."""
+        if self._connection is None:
+            return False
+        sent = self._connection.send_event(session_id, name, data, self._serving.clock.wall())
+        self._flush_soon()
+        return sent
+
+    # --- bytes out -------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        connection = self._connection
+        if connection is None or self._transport is None:
+            return
+        data = connection.data_to_send()
+        if data:
+            self._transport.write(data)
+            if self._paused_since is not None:
+                self._check_write_buffer()
+
+    def _check_write_buffer(self) -> None:
+        assert self._transport is not None
+        limit = WRITE_BUFFER_HARD_FACTOR * self._serving.write_buffer_bytes
+        if self._transport.get_write_buffer_size() > limit:
+            self.abort("write_buffer_full")
+
+    def _flush_soon(self) -> None:
+        """Gather what several methods answer in one turn of the loop into one write."""
+        if not self._flush_planned and self._connection is not None:
+            self._flush_planned = True
+            self._serving.call_soon(self._flush_now)
+
+    def _flush_now(self) -> None:
+        self._flush_planned = False
+        self._flush()
+        connection = self._connection
+        if connection is not None:
+            if connection.deadline_moved:
+                self._set_deadline()
+            if connection.state is State.DRAINING and not connection.in_flight:
+                self.close("draining")
+
+    # --- time --------------------------------------------------------------------------------------------
+
+    def _set_deadline(self) -> None:
+        if self._connection is None:
+            return
+        deadline = self._connection.next_deadline()
+        if self._paused_since is not None:
+            deadline = min(deadline, self._paused_since + self._serving.write_timeout)
+        self._serving.wheel.set(self, deadline)
+
+    def handle_deadline(self, now: float) -> None:
+        if self._connection is None:
+            return
+        if self._paused_since is not None and now >= self._paused_since + self._serving.write_timeout:
+            self.abort("write_timeout")
+            return
+        self._process(iter(self._connection.handle_timeout(self._serving.clock.wall(), now)))
+        self._set_deadline()
+
+    # --- the end -----------------------------------------------------------------------------------------
+
+    def go_away(self, reason: str) -> None:
+        """Announce the end, and close as soon as nothing is in flight."""
+        connection = self._connection
+        if connection is None:
+            return
+        serving = self._serving
+        connection.go_away(reason, serving.settings.retry_draining_ms, serving.clock.wall())
+        self._flush()
+        if not connection.in_flight:
+            self.close(reason)
+
+    def cancel_all(self) -> None:
+        """Answer what is in flight with CANCELLED: it may have run, and the caller must not think otherwise."""
+        for request, worker in list((self._workers or {}).items()):
+            self._answer_error(request, Cancelled("the server stopped before it was done"))
+            worker.cancel()
+        self._flush()
+
+    def _conversation_ended(self, ended: ConnectionEnded) -> None:
+        if ended.code is not None:
+            self._serving.counters.count_error(ended.code)
+            name = ended.code.name
+            self._serving.log_limited(
+                "connection.refused", f"{self.peer} {name}", peer=self.peer, code=name, reason=ended.reason
+            )
+        self._flush()
+        self.close(ended.code.name.lower() if ended.code is not None else ended.reason)
+
+    def close(self, reason: str) -> None:
+        """Close after what is queued."""
+        transport = self._transport
+        self._ended(reason)
+        if transport is not None:
+            transport.close()
+
+    def abort(self, reason: str) -> None:
+        """Reset the connection: its peer does not read."""
+        transport = self._transport
+        self._serving.log_limited("connection.aborted", f"{self.peer} {reason}", peer=self.peer, reason=reason)
+        self._ended(reason)
+        if transport is not None:
+            transport.abort()
+
+    def _ended(self, reason: str) -> None:
+        """Let go of everything; only once. Nothing may keep a closed connection alive."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        serving = self._serving
+        serving.wheel.discard(self)
+        serving.connections.discard(self)
+        serving.counters.count_end(reason)
+        serving.counters.dropped_stale += connection.dropped_stale
+        for session_id in connection.session_ids:
+            serving.session_left(session_id, self)
+        connection.end()
+        self._suspended = None
+        workers, self._workers = self._workers, None
+        for worker in (workers or {}).values():
+            worker.cancel()

@@ -1,0 +1,94 @@
+"""`serve()`: a whole process that is a server, with signals and exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zcproto.config import Config
+from zcproto.observe.log import configure_logging
+from zcproto.server.app import App
+from zcproto.server.server import Server, tune_garbage_collector
+from zcproto.server.serving import log
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where there is one."""
+    try:
+        import uvloop  # noqa: PLC0415  optional on purpose
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()  # type: ignore[no-any-return]
+
+
+def raise_file_limit(wanted: int) -> int:
+    """Raise this process's limit of open files as far as allowed; returns what it is now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+        soft = target
+    return soft
+
+
+def serve(
+    app: App | None = None,
+    config: Config | None = None,
+    *,
+    home: Path | None = None,
+    ready: Callable[[Server], None] = lambda server: None,
+    **options: Any,
+) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain it; a second signal cuts what still runs.
+
+    `ready` is called once it listens. Further options go to `Server`. Raises ConfigError or CertificateError
+    before anything listens.
+    """
+    server = Server(app, config, home=home, **options)
+    configure_logging(server.config.log)
+    _deny_core_dumps()
+    wanted = server.config.limits.max_connections + 256
+    limit = raise_file_limit(wanted)
+    if limit < wanted:
+        log.warning("server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE=")
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_serve(server, ready))
+
+
+async def _serve(server: Server, ready: Callable[[Server], None]) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    force = asyncio.Event()
+
+    def signalled() -> None:
+        if stop.is_set():
+            force.set()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    await server.start()
+    tune_garbage_collector()
+    ready(server)
+    await stop.wait()
+    draining = loop.create_task(server.drain())
+    forced = loop.create_task(force.wait())
+    await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        log.warning("server.forced")
+        sys.stderr.flush()
+        os._exit(1)
+    forced.cancel()
+    draining.result()
+
+
+def _deny_core_dumps() -> None:
+    """Keys and tokens are in memory: they must not get to the disk by a crash."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))

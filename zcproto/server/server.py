@@ -1,0 +1,331 @@
+"""A server on one event loop: it makes or loads its certificates, listens, serves, drains, ends.
+
+    async with Server(app, config) as server:
+        await server.wait_closed()
+
+No certificate, no listening: everything that can be wrong is found before a port is bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from zcproto.auth import ApiKeyAuthenticator, Authenticator, Login, Throttle, UserFile
+from zcproto.certs import CertificatePair, ensure_own_certificates
+from zcproto.clock import MS_PER_SECOND, Clock, Entropy, system_clock, system_entropy
+from zcproto.config import Config
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.deadlines import DeadlineWheel
+from zcproto.errors import ConfigError
+from zcproto.home import Home, resolve_home
+from zcproto.server.app import App, Method
+from zcproto.server.builtin import default_app, protocol_methods
+from zcproto.server.eager import EagerTasks
+from zcproto.server.listener import Listener, bind, log_listening
+from zcproto.server.pauses import PauseMeter
+from zcproto.server.protocol import ServerProtocol
+from zcproto.server.serving import Serving, log
+from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.tls.context import SUITES, can_choose_suites, server_context
+from zcproto.tls.failure import TlsFailure
+from zcproto.tls.server import TlsAcceptor
+
+CLEANUP_SLOTS: Final = 2_000
+"""Sessions looked at in one slice of the cleanup, about a millisecond of the loop."""
+
+GC_THRESHOLDS: Final = (20_000, 50, 100)
+"""Collections in the usual rhythm walk every object of 10,000 connections again and again."""
+
+
+class Server:
+    """A server for an application.
+
+    `home` is the folder of users and certificates; by default the one that the command line uses.
+    `authenticators` decide who may open sessions; by default API keys of the home's users.
+    Raises ConfigError or CertificateError on entering, before anything listens.
+    """
+
+    def __init__(
+        self,
+        app: App | None = None,
+        config: Config | None = None,
+        *,
+        home: Path | None = None,
+        authenticators: Sequence[Authenticator] | None = None,
+        progress: Callable[[str], None] = lambda sentence: None,
+        clock: Clock = system_clock,
+        entropy: Entropy = system_entropy,
+    ) -> None:
+        self._app = default_app() if app is None else app
+        self.home = resolve_home(None) if home is None else Home(home)
+        self.config = Config.in_home(self.home.path) if config is None else config
+        self._authenticators = authenticators
+        self._progress = progress
+        self._clock = clock
+        self._entropy = entropy
+        self.certificates: list[CertificatePair] = []
+        self._serving: Serving | None = None
+        self._sockets: list[socket.socket] = []
+        self._cleanup: asyncio.Task[None] | None = None
+        self._closed = asyncio.Event()
+
+    # --- start ---------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.drain()
+
+    async def start(self) -> None:
+        """Prepare everything, then listen."""
+        config = self.config
+        loop = asyncio.get_running_loop()
+        context = await asyncio.to_thread(self._load_certificates)
+        wheel = DeadlineWheel(loop)
+        registry = SessionRegistry(_session_settings(config), self._entropy)
+        methods: dict[str, Method] = {}
+        serving = Serving(
+            settings=_connection_settings(config),
+            registry=registry,
+            methods=methods,
+            wheel=wheel,
+            tasks=EagerTasks(loop),
+            call_soon=loop.call_soon,
+            clock=self._clock,
+            entropy=self._entropy,
+            write_buffer_bytes=config.limits.write_buffer_bytes,
+            write_timeout=config.limits.write_timeout,
+        )
+        for method in (*protocol_methods(lambda: serving, self._login(), self.statistics), *self._app):
+            methods[method.name] = method
+        acceptor = TlsAcceptor(
+            context,
+            {"zcp/1": lambda: ServerProtocol(serving)},
+            wheel,
+            loop,
+            suites=frozenset(config.tls.suites),
+            handshake_timeout=config.tls.handshake_timeout,
+            on_failure=self._tls_failed,
+        )
+        self._sockets = bind(config.server.host, config.server.port)
+        self._serving = serving
+        self._acceptor = acceptor
+        self._wheel = wheel
+        self._listener = Listener(
+            self._sockets,
+            acceptor,
+            serving,
+            loop,
+            max_handshakes=config.tls.max_handshakes,
+            max_connections=config.limits.max_connections,
+            connections_per_address=config.limits.connections_per_address,
+        )
+        self.pauses = PauseMeter(loop, lambda: serving.counters.requests + acceptor.handshakes_completed)
+        self.pauses.start()
+        self._cleanup = loop.create_task(self._clean_forever(registry))
+        self._listener.start()
+        log_listening(self._sockets)
+
+    def _load_certificates(self) -> ssl.SSLContext:
+        config = self.config
+        if config.tls.suites[0] != SUITES[0] and not can_choose_suites():
+            raise ConfigError(
+                [f"tls.suites = {list(config.tls.suites)}: {SUITES[0]} must come first; this Python cannot order suites"]
+            )
+        self.home.ensure()
+        self.certificates = ensure_own_certificates(
+            config.certificates.directory,
+            names=config.certificates.names,
+            key_types=config.certificates.key_types,
+            lifetime=timedelta(seconds=config.certificates.lifetime),
+            renew_before=timedelta(seconds=config.certificates.renew_before),
+            renew_key=config.certificates.renew_key,
+            now=datetime.fromtimestamp(self._clock.wall() / MS_PER_SECOND, UTC),
+            progress=self._progress,
+        )
+        self._warn_of_expiry()
+        pairs = [(pair.certificate, pair.key) for pair in self.certificates]
+        return server_context(pairs, ["zcp/1"], config.tls.suites)
+
+    def _warn_of_expiry(self) -> None:
+        now = datetime.fromtimestamp(self._clock.wall() / MS_PER_SECOND, UTC)
+        for pair in self.certificates:
+            days_left = (pair.not_after - now).days
+            log.info(
+                "certificate.loaded", file=str(pair.certificate), key=pair.key_type, pin=pair.pin, days_left=days_left
+            )
+            if days_left <= max(self.config.certificates.alert_days, default=0):
+                log.warning("certificate.expires", file=str(pair.certificate), days_left=days_left)
+
+    def _login(self) -> Login:
+        authenticators = self._authenticators
+        if authenticators is None:
+            users = UserFile(self.home.users)
+            users.load()
+            authenticators = [ApiKeyAuthenticator(users, on_fault=lambda fault: log.error("users.unreadable", fault=fault))]
+        return Login(authenticators, Throttle(self.config.limits.login_failures))
+
+    # --- while it runs -------------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> Serving:
+        assert self._serving is not None, "the server has not been started"
+        return self._serving
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where it listens: host and port."""
+        return [listening.getsockname()[:2] for listening in self._sockets]
+
+    @property
+    def port(self) -> int:
+        return self.addresses[0][1]
+
+    @property
+    def pins(self) -> list[str]:
+        """Pins of the public keys that are served, as clients take them."""
+        return [pair.pin for pair in self.certificates]
+
+    def _tls_failed(self, failure: TlsFailure, peer: str) -> None:
+        self.serving.log_limited("tls.failed", f"{failure.value} {peer}", cause=failure.value, peer=peer)
+
+    async def _clean_forever(self, registry: SessionRegistry) -> None:
+        while True:
+            await asyncio.sleep(self.config.store.cleanup_interval)
+            for _ in range(0, max(1, registry.slots), CLEANUP_SLOTS):
+                registry.clean(self._clock.wall(), CLEANUP_SLOTS)
+                await asyncio.sleep(0)
+
+    def statistics(self) -> dict[str, Any]:
+        """The figures of `server.stats`. Times in seconds, memory in bytes; pauses since the last call."""
+        serving = self.serving
+        counters = serving.counters
+        acceptor = self._acceptor
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        longest_pause, self.pauses.longest = self.pauses.longest, 0.0
+        return {
+            "connections": len(serving.connections),
+            "tcp_connections": self._listener.connections,
+            "sessions": len(serving.registry),
+            "requests": counters.requests,
+            "running": serving.tasks.running,
+            "errors": {str(code): count for code, count in counters.errors.items()},
+            "connections_opened": counters.connections_opened,
+            "connections_ended": counters.connections_ended,
+            "refused_per_address": counters.refused_per_address,
+            "refused_full": counters.refused_full,
+            "handshakes_completed": acceptor.handshakes_completed,
+            "handshakes_in_progress": acceptor.handshakes_in_progress,
+            "tls_failures": {failure.value: count for failure, count in acceptor.failures.items() if count},
+            "cpu_s": used.ru_utime + used.ru_stime,
+            "rss_bytes": resident_bytes(),
+            "longest_pause_s": longest_pause,
+            "pauses": self.pauses.counts,
+        }
+
+    # --- the end -------------------------------------------------------------------------------------
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Stop accepting, say GOAWAY, finish what runs within the limit, close every connection, end.
+
+        `timeout` in seconds; None is the configured one, 0 cancels what runs at once.
+        """
+        if self._serving is None or self._closed.is_set():
+            return
+        serving = self._serving
+        serving.draining = True
+        self._listener.close()
+        log.info("server.draining", connections=len(serving.connections))
+        for number, protocol in enumerate(list(serving.connections)):
+            protocol.go_away("draining")
+            if number % 100 == 99:
+                await asyncio.sleep(0)
+        limit = self.config.server.drain_timeout if timeout is None else timeout
+        deadline = self._clock.now() + limit
+        while serving.connections and self._clock.now() < deadline:
+            await asyncio.sleep(0.02)
+        unfinished = len(serving.connections)
+        for protocol in list(serving.connections):
+            protocol.cancel_all()
+            protocol.close("drain_timeout")
+        await self._let_transports_end()
+        await serving.tasks.close()
+        if self._cleanup is not None:
+            self._cleanup.cancel()
+        self.pauses.stop()
+        self._wheel.close()
+        serving.close()
+        self._closed.set()
+        log.info("server.ended", cut_off=unfinished)
+
+    async def _let_transports_end(self) -> None:
+        """close_notify is out; wait for the peers' ends, or for the linger time that resets the rest."""
+        deadline = self._clock.now() + 2.5
+        while self._listener.connections and self._clock.now() < deadline:
+            await asyncio.sleep(0.02)
+
+    async def wait_closed(self) -> None:
+        """Return when the server has ended."""
+        await self._closed.wait()
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, in bytes; the largest so far where /proc is missing."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def tune_garbage_collector() -> None:
+    """For a process that is a server and nothing else: keep collections away from what lives long."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+
+
+def _connection_settings(config: Config) -> ConnectionSettings:
+    limits = config.limits
+    return ConnectionSettings(
+        max_frame=limits.max_frame_bytes,
+        max_frame_before_session=limits.max_frame_bytes_before_session,
+        max_streams=limits.max_streams,
+        max_depth=limits.max_depth,
+        tolerance_ms=_ms(config.freshness.tolerance),
+        idle_timeout_s=limits.idle_timeout,
+        open_timeout_s=config.sessions.open_timeout,
+    )
+
+
+def _session_settings(config: Config) -> SessionSettings:
+    sessions = config.sessions
+    return SessionSettings(
+        lifetime_ms=_ms(sessions.lifetime),
+        idle_timeout_ms=None if sessions.idle_timeout is None else _ms(sessions.idle_timeout),
+        per_user=sessions.per_user,
+        when_full=sessions.when_full,
+        refresh=sessions.refresh,
+        refresh_lifetime_ms=_ms(sessions.refresh_lifetime),
+        refresh_grace_ms=_ms(sessions.refresh_grace),
+    )
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * MS_PER_SECOND)

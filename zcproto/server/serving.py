@@ -1,0 +1,126 @@
+"""What all connections of one loop share while a server runs: methods, sessions, limits, counters."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from zcproto.clock import Clock, Entropy
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.deadlines import DeadlineWheel
+from zcproto.errors import Code
+from zcproto.observe.log import RateLimited, get_logger
+from zcproto.server.app import Method
+from zcproto.server.eager import EagerTasks
+from zcproto.sessions import SessionRegistry
+
+if TYPE_CHECKING:
+    from zcproto.server.protocol import ServerProtocol
+
+LOGS_PER_MINUTE: Final = 10
+"""Lines of one kind for one peer; the rest are counted."""
+
+log = get_logger("zcproto.server")
+
+
+@dataclass(slots=True)
+class Counters:
+    """Plain integers on the hot path; whoever reports them reads them."""
+
+    requests: int = 0
+    errors: dict[int, int] = field(default_factory=dict)
+    connections_opened: int = 0
+    connections_ended: dict[str, int] = field(default_factory=dict)
+    refused_per_address: int = 0
+    refused_full: int = 0
+    accept_failed: int = 0
+    dropped_stale: int = 0
+
+    def count_error(self, code: int) -> None:
+        self.errors[code] = self.errors.get(code, 0) + 1
+
+    def count_end(self, reason: str) -> None:
+        self.connections_ended[reason] = self.connections_ended.get(reason, 0) + 1
+
+
+class Serving:
+    """One loop's share of a server."""
+
+    def __init__(
+        self,
+        *,
+        settings: ConnectionSettings,
+        registry: SessionRegistry,
+        methods: Mapping[str, Method],
+        wheel: DeadlineWheel,
+        tasks: EagerTasks,
+        call_soon: Callable[[Callable[[], None]], object],
+        clock: Clock,
+        entropy: Entropy,
+        write_buffer_bytes: int,
+        write_timeout: float,
+    ) -> None:
+        self.settings = settings
+        self.registry = registry
+        self.methods = methods
+        self.wheel = wheel
+        self.tasks = tasks
+        self.call_soon = call_soon
+        self.clock = clock
+        self.entropy = entropy
+        self.write_buffer_bytes = write_buffer_bytes
+        self.write_timeout = write_timeout
+        self.counters = Counters()
+        self.connections: set[ServerProtocol] = set()
+        self.draining = False
+        self._by_session: dict[str, ServerProtocol | set[ServerProtocol]] = {}
+        self._log_limit = RateLimited(per_minute=LOGS_PER_MINUTE)
+        registry.observers.append(self._session_ended)
+
+    def close(self) -> None:
+        self.registry.observers.remove(self._session_ended)
+
+    # --- which connections use a session ---------------------------------------------------------
+
+    def session_joined(self, session_id: str, protocol: ServerProtocol) -> None:
+        users = self._by_session.get(session_id)
+        if users is None:
+            self._by_session[session_id] = protocol  # one connection is the rule: no set for it
+        elif isinstance(users, set):
+            users.add(protocol)
+        elif users is not protocol:
+            self._by_session[session_id] = {users, protocol}
+
+    def session_left(self, session_id: str, protocol: ServerProtocol) -> None:
+        users = self._by_session.get(session_id)
+        if users is protocol:
+            del self._by_session[session_id]
+        elif isinstance(users, set):
+            users.discard(protocol)
+            if not users:
+                del self._by_session[session_id]
+
+    def _session_ended(self, session_id: str, code: Code, reason: str) -> None:
+        users = self._by_session.pop(session_id, None)
+        if users is None:
+            return
+        for protocol in users if isinstance(users, set) else (users,):
+            protocol.session_ended(session_id, code, reason)
+
+    # --- what operators see ------------------------------------------------------------------------
+
+    def log_limited(self, event: str, key: str, level: str = "info", **values: Any) -> None:
+        """Log, but at most so many lines a minute of one event and key."""
+        suppressed = self._log_limit.suppressed_before(event, key, self.clock.now())
+        if suppressed is not None:
+            if suppressed:
+                values["suppressed"] = suppressed
+            getattr(log, level)(event, **values)
+
+    def incident(self, what: str, error: BaseException, **values: Any) -> str:
+        """Log a fault of ours with its traceback; returns the id that the peer is told."""
+        incident_id = secrets.token_hex(8)
+        log.error("request.failed", what=what, incident=incident_id, exc_info=error, **values)
+        return incident_id
