@@ -1,0 +1,17 @@
+"""Certificates: made here, or read from files; checked before they are ever served.
+
+    CertificatePair          a certificate with its key, checked and fit to be served
+    ensure_own_certificates  the private CA and the server's certificates: made, repaired, renewed
+    load_pair                one pair from files, or an error that names the file and the cure
+    spki_pin                 the pin of a certificate's public key (RFC 7469 section 2.4)
+
+Reading order: names, host, keys, files, pair, issue, authority, own.
+This package knows files and X.509. It knows nothing of connections.
+"""
+
+from __future__ import annotations
+
+from zcproto.certs.own import ensure_own_certificates
+from zcproto.certs.pair import CertificatePair, load_pair, spki_pin
+
+__all__ = ["CertificatePair", "ensure_own_certificates", "load_pair", "spki_pin"]

@@ -1,0 +1,95 @@
+"""What several of these tests need. The certificates built here are built without the code under test."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.x509.oid import NameOID
+
+from zcproto.certs import CertificatePair, ensure_own_certificates
+
+NOW = datetime(2026, 6, 1, 12, 30, 15, 250_000, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+Ensure = Callable[..., list[CertificatePair]]
+
+
+def ensure(directory: Path, **changes: Any) -> list[CertificatePair]:
+    """`ensure_own_certificates` with quick keys and a fixed time."""
+    arguments: dict[str, Any] = {
+        "names": ("zcp.example.com", "192.0.2.7"),
+        "host_names": ("localhost", "127.0.0.1"),
+        "key_types": ("rsa-2048", "ecdsa-p256"),
+        "lifetime": 90 * DAY,
+        "renew_before": 30 * DAY,
+        "renew_key": False,
+        "now": NOW,
+    }
+    return ensure_own_certificates(directory, **{**arguments, **changes})
+
+
+def openssl(*arguments: str | Path, data: bytes | None = None) -> str:
+    """What the openssl command prints; a failure of it is a failed test."""
+    done = subprocess.run(["openssl", *map(str, arguments)], input=data, capture_output=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr).decode()
+    return done.stdout.decode()
+
+
+def build(
+    key: Any,
+    *,
+    signer: Any = None,
+    subject: str = "server",
+    issuer: str | None = None,
+    not_before: datetime = NOW - DAY,
+    not_after: datetime = NOW + DAY,
+    extensions: Sequence[x509.ExtensionType] = (),
+    algorithm: Any = hashes.SHA256(),  # noqa: B008 - a constant
+) -> x509.Certificate:
+    """A certificate for `key` as somebody else would make it; self-signed without `signer`."""
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer or subject)]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(not_before)
+        .not_valid_after(not_after)
+    )
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(signer or key, algorithm)
+
+
+def der(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.DER)
+
+
+def pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def pem_of_key(
+    key: Any,
+    form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8,
+    encryption: serialization.KeySerializationEncryption | None = None,
+) -> bytes:
+    encryption = encryption or serialization.NoEncryption()
+    data: bytes = key.private_bytes(serialization.Encoding.PEM, form, encryption)
+    return data
+
+
+def write_pair(folder: Path, chain: Sequence[x509.Certificate] | bytes, key: Any) -> tuple[Path, Path]:
+    """Writes `site.crt` (0644) and `site.key` (0600); either may be given as bytes."""
+    certificate_path, key_path = folder / "site.crt", folder / "site.key"
+    certificate_path.write_bytes(chain if isinstance(chain, bytes) else b"".join(map(pem, chain)))
+    certificate_path.chmod(0o644)
+    key_path.touch(0o600)
+    key_path.write_bytes(key if isinstance(key, bytes) else pem_of_key(key))
+    return certificate_path, key_path

@@ -1,0 +1,492 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.certs import files
+from zcproto.errors import CertificateError
+
+PEM_KEY = b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
+
+
+def put(path: Path, data: bytes = b"data", mode: int = 0o600) -> Path:
+    path.write_bytes(data)
+    path.chmod(mode)
+    return path
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    directory = tmp_path / "the folder"
+    directory.mkdir(0o700)
+    return directory
+
+
+# --- reading
+
+
+def test_a_tight_key_file_is_read(folder: Path) -> None:
+    assert files.read_key_file(put(folder / "a.key")) == b"data"
+    assert files.read_key_file(put(folder / "b.key", mode=0o400)) == b"data"
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o620, 0o610, 0o604, 0o602, 0o601, 0o666, 0o644, 0o660])
+def test_a_key_that_others_can_reach_is_refused_with_the_chmod(folder: Path, mode: int) -> None:
+    path = put(folder / "a.key", PEM_KEY, mode)
+    with pytest.raises(CertificateError) as caught:
+        files.read_key_file(path)
+    assert str(caught.value) == (
+        f"{path}: others can read or change this key (mode {mode:04o}); run `chmod 600 '{path}'`"
+    )
+    assert mode_of(path) == mode
+
+
+@pytest.mark.parametrize("mode", [0o740, 0o720, 0o704, 0o702, 0o755, 0o777, 0o1777])
+def test_a_key_in_a_folder_that_others_can_list_or_change_is_refused(folder: Path, mode: int) -> None:
+    path = put(folder / "a.key")
+    folder.chmod(mode)
+    with pytest.raises(CertificateError) as caught:
+        files.read_key_file(path)
+    assert f"{folder}: others can list or change it (mode {mode:04o})" in str(caught.value)
+    assert f"run `chmod 700 '{folder}'`" in str(caught.value)
+
+
+def test_a_folder_that_others_may_pass_through_is_no_danger_to_a_key(folder: Path) -> None:
+    path = put(folder / "a.key")
+    folder.chmod(0o711)
+    assert files.read_key_file(path) == b"data"
+
+
+def test_a_certificate_may_be_read_by_all_but_changed_by_none(folder: Path) -> None:
+    path = put(folder / "a.crt", mode=0o644)
+    folder.chmod(0o755)
+    assert files.read_certificate_file(path) == b"data"
+    path.chmod(0o664)
+    with pytest.raises(
+        CertificateError, match=r"a\.crt: others can change it \(mode 0664\); run `chmod go-w "
+    ):
+        files.read_certificate_file(path)
+    path.chmod(0o644)
+    folder.chmod(0o757)
+    with pytest.raises(CertificateError, match=r"the folder: others can change it \(mode 0757\)"):
+        files.read_certificate_file(path)
+
+
+def test_a_certificate_file_with_a_key_in_it_is_guarded_like_a_key(folder: Path) -> None:
+    path = put(folder / "both.pem", b"certificate\n" + PEM_KEY, 0o644)
+    with pytest.raises(CertificateError, match="others can read or change this key"):
+        files.read_certificate_file(path)
+    path.chmod(0o600)
+    assert files.read_certificate_file(path).endswith(PEM_KEY)
+
+
+def test_files_and_folders_of_another_user_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(folder / "a.key")
+    assert files.trusted_owners() == {0, os.geteuid()}
+    owner = path.stat().st_uid
+    monkeypatch.setattr(files, "trusted_owners", lambda: frozenset({owner + 1}))
+    for refuse, what in (
+        (files.read_key_file, path),
+        (files.read_certificate_file, path),
+        (files.check_folder, folder),
+    ):
+        with pytest.raises(CertificateError) as caught:
+            refuse(what)
+        assert str(caught.value) == (
+            f"{what}: belongs to another user (uid {owner}); run `chown {os.geteuid()} '{what}'`"
+        )
+
+
+def test_a_link_is_followed_and_both_folders_are_checked(folder: Path, tmp_path: Path) -> None:
+    key = put(folder / "real.key")
+    links = tmp_path / "links"
+    links.mkdir(0o755)
+    link = links / "a.key"
+    link.symlink_to(key)
+    assert files.read_key_file(link) == b"data"
+    links.chmod(0o775)
+    with pytest.raises(CertificateError, match="links: others can change it"):
+        files.read_key_file(link)
+    links.chmod(0o755)
+    folder.chmod(0o750)
+    with pytest.raises(CertificateError, match="the folder: others can list or change it"):
+        files.read_key_file(link)
+
+
+def test_a_file_of_a_mebibyte_is_read_and_a_larger_one_is_not(folder: Path) -> None:
+    path = put(folder / "a.crt", bytes(files.MAX_FILE_BYTES))
+    assert len(files.read_certificate_file(path)) == files.MAX_FILE_BYTES
+    put(path, bytes(files.MAX_FILE_BYTES + 1))
+    for read in (files.read_certificate_file, files.read_key_file):
+        with pytest.raises(CertificateError, match="is larger than 1048576 bytes"):
+            read(path)
+
+
+def test_what_is_no_regular_file_is_refused_without_waiting(folder: Path) -> None:
+    fifo = folder / "fifo"
+    os.mkfifo(fifo, 0o600)
+    for path in (fifo, Path("/dev/null"), folder):
+        for read in (files.read_certificate_file, files.read_key_file):
+            with pytest.raises(CertificateError, match="is not a regular file"):
+                read(path)
+
+
+@pytest.mark.parametrize("name", ["missing.key", "missing/a.key", "loop", "x" * 300])
+def test_a_file_that_is_not_there_is_named_with_advice(folder: Path, name: str) -> None:
+    (folder / "loop").symlink_to(folder / "loop")
+    with pytest.raises(CertificateError) as caught:
+        files.read_key_file(folder / name)
+    assert str(caught.value).startswith(f"{folder / name}: cannot be read: ")
+    assert "check the path" in str(caught.value)
+
+
+def test_a_path_with_a_nul_is_refused(folder: Path) -> None:
+    path = folder / "a\0b"
+    for use in (files.read_certificate_file, files.read_key_file, files.make_folder):
+        with pytest.raises(CertificateError, match="is no path"):
+            use(path)
+
+
+# --- folders
+
+
+def test_a_missing_folder_is_made_with_those_above_it_for_the_owner_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "a" / "home" / "certs"
+    old = os.umask(0)
+    try:
+        files.make_folder(directory)
+    finally:
+        os.umask(old)
+    assert [mode_of(path) for path in (directory, directory.parent, directory.parent.parent)] == [0o700] * 3
+
+
+def test_a_umask_that_takes_the_owners_bits_does_no_harm(tmp_path: Path) -> None:
+    directory = tmp_path / "home" / "certs"
+    certificate, key = directory / "a.crt", directory / "a.key"
+    old = os.umask(0o777)
+    try:
+        files.make_folder(directory)
+        files.install(certificate, b"c", key, b"k")
+    finally:
+        os.umask(old)
+    assert mode_of(directory.parent) == mode_of(directory) == 0o700
+    assert mode_of(certificate) == mode_of(key) == 0o600
+
+
+def test_a_folder_that_is_there_is_checked_and_not_changed(folder: Path) -> None:
+    files.make_folder(folder)
+    folder.chmod(0o750)
+    with pytest.raises(CertificateError, match="run `chmod 700 "):
+        files.make_folder(folder)
+    assert mode_of(folder) == 0o750
+
+
+def test_a_folder_that_another_process_makes_first_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "certs"
+    mkdir = Path.mkdir
+
+    def lose_the_race(self: Path, mode: int = 0o777) -> None:
+        mkdir(self, mode)
+        mkdir(self, mode)
+
+    monkeypatch.setattr(Path, "mkdir", lose_the_race)
+    files.make_folder(directory)
+    assert mode_of(directory) == 0o700
+
+
+def test_a_file_where_the_folder_should_be_is_refused(folder: Path) -> None:
+    path = put(folder / "certs")
+    with pytest.raises(CertificateError, match="is not a folder; move it away"):
+        files.make_folder(path)
+    dangling = folder / "dangling"
+    dangling.symlink_to(folder / "nowhere")
+    with pytest.raises(CertificateError, match="is not a folder; move it away"):
+        files.make_folder(dangling)
+
+
+def test_a_folder_that_cannot_be_made_is_named(folder: Path) -> None:
+    with pytest.raises(CertificateError, match="xxx: cannot be made: File name too long"):
+        files.make_folder(folder / ("x" * 300))
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_folders_is_taken_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, "no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.install(folder / "a.crt", b"c", folder / "a.key", b"k")
+    assert (folder / "a.crt").read_bytes() == b"c"
+
+
+# --- the lock
+
+
+def test_the_lock_is_held_by_one_at_a_time(folder: Path) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+    waiting = threading.Event()
+
+    def enter() -> None:
+        with files.locked(folder, on_wait=waiting.set):
+            inside.append(1)
+            most.append(len(inside))
+            inside.pop()
+
+    thread = threading.Thread(target=enter)
+    with files.locked(folder, on_wait=lambda: None):
+        thread.start()
+        assert waiting.wait(10)
+        assert most == []
+    thread.join(10)
+    assert most == [1]
+    assert mode_of(folder / ".lock") == 0o600
+
+
+def test_waiting_for_the_lock_ends(folder: Path) -> None:
+    clock = 100.0
+    told: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+
+    with (
+        files.locked(folder, on_wait=lambda: None),
+        pytest.raises(CertificateError, match=r"\.lock: another process has held this lock for 30 s; end it"),
+        files.locked(folder, on_wait=lambda: told.append("waiting"), now=lambda: clock, sleep=sleep),
+    ):
+        raise AssertionError("the lock was had twice")
+    assert 130.0 <= clock < 131.0
+    assert told == ["waiting"]
+
+
+def test_the_lock_is_let_go_after_an_error(folder: Path) -> None:
+    with pytest.raises(ZeroDivisionError), files.locked(folder, on_wait=lambda: None):
+        raise ZeroDivisionError
+    with files.locked(folder, on_wait=lambda: pytest.fail("it had to wait")):
+        pass
+
+
+def test_a_lock_that_is_a_link_is_not_followed(folder: Path) -> None:
+    (folder / ".lock").symlink_to(folder / "elsewhere")
+    with pytest.raises(CertificateError, match=r"\.lock: cannot be opened"), files.locked(folder, on_wait=id):  # type: ignore[arg-type]
+        pass
+    assert not (folder / "elsewhere").exists()
+
+
+def test_a_file_system_without_locks_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(CertificateError, match="cannot be locked: No locks available"),
+        files.locked(folder, on_wait=lambda: None),
+    ):
+        pass
+
+
+# --- writing pairs
+
+
+def match(certificate: bytes, key: bytes) -> bool:
+    """Stands for the real check: the pair `c1`, `k1` matches."""
+    return certificate[:1] == b"c" and key[:1] == b"k" and certificate[1:] == key[1:]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_pair_is_put_in_place_for_the_owner_alone(folder: Path) -> None:
+    certificate, key = folder / "a.crt", folder / "a.key"
+    files.install(certificate, b"c1", key, b"k1")
+    assert contents(folder) == {"a.crt": b"c1", "a.key": b"k1"}
+    assert mode_of(certificate) == mode_of(key) == 0o600
+    files.install(certificate, b"c1 again", key, None)
+    assert contents(folder) == {"a.crt": b"c1 again", "a.key": b"k1"}
+
+
+def test_files_are_created_exclusively_beside_their_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[Path, int, int]] = []
+    real = os.open
+
+    def spy(path: Path, flags: int, mode: int = 0o777) -> int:
+        opened.append((Path(path), flags, mode))
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", spy)
+    files.install(folder / "a.crt", b"c", folder / "a.key", b"k")
+    created = [(path, flags, mode) for path, flags, mode in opened if flags & os.O_CREAT]
+    assert [path for path, _, _ in created] == [folder / ".a.key.new", folder / ".a.crt.new"]
+    for _, flags, mode in created:
+        assert flags & os.O_EXCL
+        assert flags & os.O_NOFOLLOW
+        assert mode == 0o600
+
+
+class PowerCut(BaseException):
+    """The machine stops: no handler and no clean-up runs after it."""
+
+
+def count_steps(
+    monkeypatch: pytest.MonkeyPatch, stop_at: int, error: Callable[[], BaseException]
+) -> list[int]:
+    """Makes every call that changes the disk fail from step `stop_at` on; the list counts the steps."""
+    done = [0]
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            done[0] += 1
+            if done[0] >= stop_at:
+                raise error()
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("fchmod", "fsync"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+    return done
+
+
+@pytest.mark.parametrize("new_key", [b"k2", None])
+def test_a_crash_at_any_step_leaves_the_old_pair_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_key: bytes | None
+) -> None:
+    """Every step is tried, and for each also every step of the recovery after it."""
+    certificate_text = b"c2" if new_key else b"c1"
+    old, new = (b"c1", b"k1"), (certificate_text, new_key or b"k1")
+    found: set[tuple[bytes, bytes]] = set()
+
+    def crash(directory: Path, stop_at: int, step: Callable[[], None]) -> bool:
+        with pytest.MonkeyPatch.context() as patch:
+            count_steps(patch, stop_at, PowerCut)
+            try:
+                step()
+            except PowerCut:
+                return True
+        return False
+
+    stop_at = again_at = 1
+    for attempt in range(10_000):
+        folder = tmp_path / str(attempt)
+        folder.mkdir(0o700)
+        certificate, key = folder / "a.crt", folder / "a.key"
+        files.install(certificate, b"c1", key, b"k1")
+
+        def install(certificate: Path = certificate, key: Path = key) -> None:
+            files.install(certificate, certificate_text, key, new_key)
+
+        def recover(certificate: Path = certificate, key: Path = key) -> None:
+            files.recover(certificate, key, match)
+
+        crashed = crash(folder, stop_at, install)
+        crashed_again = crash(folder, again_at, recover)
+        recover()
+        pair = (certificate.read_bytes(), key.read_bytes())
+        assert pair in (old, new)
+        assert set(contents(folder)) == {"a.crt", "a.key"}
+        found.add(pair)
+        if not crashed:
+            break
+        if crashed_again:
+            again_at += 1
+        else:
+            stop_at, again_at = stop_at + 1, 1
+    assert not crashed
+    assert found == {old, new}
+    assert stop_at > 5
+
+
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [
+        ({".a.key.new": b"k2"}, {}),
+        ({".a.crt.new": b"c2"}, {}),
+        ({".a.crt.new": b"", ".a.key.new": b""}, {}),
+        ({".a.crt.new": b"c3", ".a.key.new": b"k2"}, {}),
+        ({".a.crt.new": b"c1", ".a.key.new": b"k2"}, {"a.crt": b"c1", "a.key": b"k1"}),
+        ({".a.crt.new": b"c2", ".a.key.new": b"k2"}, {"a.crt": b"c2", "a.key": b"k2"}),
+    ],
+)
+def test_what_a_crash_left_is_finished_if_it_is_whole_and_deleted_if_not(
+    folder: Path, left: dict[str, bytes], expected: dict[str, bytes]
+) -> None:
+    put(folder / "a.crt", b"c1")
+    put(folder / "a.key", b"k1")
+    for name, data in left.items():
+        put(folder / name, data)
+    files.recover(folder / "a.crt", folder / "a.key", match)
+    assert contents(folder) == {"a.crt": b"c1", "a.key": b"k1", **expected}
+
+
+def test_a_first_pair_of_which_only_the_key_was_staged_is_forgotten(folder: Path) -> None:
+    put(folder / ".a.crt.new", b"c1")
+    files.recover(folder / "a.crt", folder / "a.key", match)
+    assert contents(folder) == {}
+
+
+def test_a_full_disk_changes_nothing_and_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, key = folder / "a.crt", folder / "a.key"
+    files.install(certificate, b"c1", key, b"k1")
+    for stop_at in (1, 2, 3, 4, 5):  # mode and content of either file, then the folder
+        with monkeypatch.context() as patch:
+            steps = [0]
+
+            def full(real: Callable[[int], None], steps: list[int] = steps, stop_at: int = stop_at) -> Any:
+                def call(*arguments: int) -> None:
+                    steps[0] += 1
+                    if steps[0] == stop_at:
+                        raise OSError(errno.ENOSPC, "No space left on device")
+                    real(*arguments)
+
+                return call
+
+            patch.setattr(os, "fchmod", full(os.fchmod))  # type: ignore[arg-type]
+            patch.setattr(os, "fsync", full(os.fsync))
+            with pytest.raises(CertificateError, match=r"a\.crt: cannot be written: No space left on device"):
+                files.install(certificate, b"c2", key, b"k2")
+        assert contents(folder) == {"a.crt": b"c1", "a.key": b"k1"}
+
+
+def test_a_disk_that_fails_in_cleaning_up_too_tells_of_its_first_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        errors = iter(
+            [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error")]
+        )
+        count_steps(patch, 1, lambda: next(errors))
+        with pytest.raises(CertificateError, match="No space left on device"):
+            files.install(folder / "a.crt", b"c2", folder / "a.key", b"k2")
+    files.recover(folder / "a.crt", folder / "a.key", match)
+    assert contents(folder) == {}
+
+
+def test_a_file_that_cannot_be_used_is_put_aside_whole(folder: Path) -> None:
+    path = put(folder / "a.key", b"junk")
+    files.set_aside(path)
+    assert contents(folder) == {"a.key.aside": b"junk"}
+    assert mode_of(folder / "a.key.aside") == 0o600

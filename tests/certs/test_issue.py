@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from datetime import timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from zcproto.certs import issue
+
+from .helpers import DAY, NOW, openssl, pem
+
+SECOND = timedelta(seconds=1)
+NAMES = ("localhost", "*.b.example", "192.0.2.7", "2001:db8::7")
+START = NOW.replace(microsecond=0)
+
+
+@pytest.fixture(scope="module")
+def authority(rsa_key: Any) -> x509.Certificate:
+    return issue.authority_certificate(rsa_key, NOW)
+
+
+@pytest.fixture(scope="module", params=["rsa", "ecdsa"])
+def leaf(
+    request: Any, authority: x509.Certificate, rsa_key: Any, other_rsa_key: Any, ec_key: Any
+) -> x509.Certificate:
+    key = {"rsa": other_rsa_key, "ecdsa": ec_key}[request.param]
+    return issue.leaf_certificate(key, NAMES, authority, rsa_key, 90 * DAY, NOW)
+
+
+def extension(certificate: x509.Certificate, kind: type[x509.ExtensionType]) -> tuple[Any, bool]:
+    found = certificate.extensions.get_extension_for_class(kind)
+    return found.value, found.critical
+
+
+def usages(certificate: x509.Certificate) -> tuple[set[str], bool]:
+    value, critical = extension(certificate, x509.KeyUsage)
+    names = (
+        "digital_signature",
+        "content_commitment",
+        "key_encipherment",
+        "data_encipherment",
+        "key_agreement",
+    )
+    return {name for name in (*names, "key_cert_sign", "crl_sign") if getattr(value, name)}, critical
+
+
+def test_the_authority_may_sign_leaves_and_revocation_lists_and_nothing_else(
+    authority: x509.Certificate,
+) -> None:
+    assert authority.version is x509.Version.v3
+    assert extension(authority, x509.BasicConstraints) == (
+        x509.BasicConstraints(ca=True, path_length=0),
+        True,
+    )
+    assert usages(authority) == ({"key_cert_sign", "crl_sign"}, True)
+    identifier = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+    assert extension(authority, x509.SubjectKeyIdentifier) == (identifier, False)
+    assert len(authority.extensions) == 3
+
+
+def test_the_authority_signs_itself_for_ten_years(authority: x509.Certificate, rsa_key: Any) -> None:
+    assert authority.issuer == authority.subject
+    assert authority.not_valid_before_utc == START - timedelta(hours=1)
+    assert authority.not_valid_after_utc == START + 3652 * DAY
+    assert isinstance(authority.signature_hash_algorithm, hashes.SHA256)
+    rsa_key.public_key().verify(
+        authority.signature, authority.tbs_certificate_bytes, padding.PKCS1v15(), hashes.SHA256()
+    )
+
+
+def test_authorities_are_told_apart_by_names_that_come_from_their_keys(
+    rsa_key: Any, other_rsa_key: Any
+) -> None:
+    one = issue.authority_certificate(rsa_key, NOW)
+    again = issue.authority_certificate(rsa_key, NOW + DAY)
+    other = issue.authority_certificate(other_rsa_key, NOW)
+    assert one.subject == again.subject != other.subject
+    assert one.serial_number != again.serial_number
+    (name,) = (attribute.value for attribute in one.subject)
+    assert isinstance(name, str)
+    assert name.startswith("zcproto own CA ")
+    assert len(name) <= 64
+    assert len(bytes.fromhex(name.rpartition(" ")[2])) == 8
+
+
+def test_a_leaf_is_for_a_tls_server_and_nothing_else(leaf: x509.Certificate) -> None:
+    assert leaf.version is x509.Version.v3
+    assert extension(leaf, x509.BasicConstraints) == (x509.BasicConstraints(ca=False, path_length=None), True)
+    assert usages(leaf) == ({"digital_signature"}, True)
+    assert extension(leaf, x509.ExtendedKeyUsage) == (
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]),
+        False,
+    )
+    assert len(leaf.extensions) == 6
+
+
+def test_a_leaf_names_its_hosts_and_addresses_each_in_its_own_kind(leaf: x509.Certificate) -> None:
+    names, critical = extension(leaf, x509.SubjectAlternativeName)
+    assert list(names) == [
+        x509.DNSName("localhost"),
+        x509.DNSName("*.b.example"),
+        x509.IPAddress(ip_address("192.0.2.7")),
+        x509.IPAddress(ip_address("2001:db8::7")),
+    ]
+    assert not critical
+
+
+def test_a_leaf_points_to_its_authority(leaf: x509.Certificate, authority: x509.Certificate) -> None:
+    assert leaf.issuer == authority.subject
+    leaf.verify_directly_issued_by(authority)
+    own, _ = extension(leaf, x509.SubjectKeyIdentifier)
+    above, critical = extension(leaf, x509.AuthorityKeyIdentifier)
+    assert own == x509.SubjectKeyIdentifier.from_public_key(leaf.public_key())
+    assert above.key_identifier == extension(authority, x509.SubjectKeyIdentifier)[0].digest
+    assert above.authority_cert_serial_number is None  # the authority's certificate may be renewed
+    assert not critical
+    assert isinstance(leaf.signature_hash_algorithm, hashes.SHA256)
+
+
+def test_serial_numbers_are_long_random_and_positive(
+    authority: x509.Certificate, rsa_key: Any, ec_key: Any
+) -> None:
+    serials = {
+        issue.leaf_certificate(ec_key, NAMES, authority, rsa_key, DAY, NOW).serial_number for _ in range(20)
+    }
+    assert len(serials) == 20
+    assert all(0 < serial < 1 << 159 for serial in serials)
+    assert max(serials).bit_length() > 150
+
+
+def test_a_leaf_is_valid_from_an_hour_ago_for_its_lifetime(leaf: x509.Certificate) -> None:
+    assert leaf.not_valid_before_utc == START - timedelta(hours=1)
+    assert leaf.not_valid_after_utc == START + 90 * DAY
+
+
+def test_a_leaf_is_never_valid_for_more_than_397_days(
+    authority: x509.Certificate, rsa_key: Any, ec_key: Any
+) -> None:
+    leaf = issue.leaf_certificate(ec_key, NAMES, authority, rsa_key, 397 * DAY, NOW)
+    assert leaf.not_valid_after_utc - leaf.not_valid_before_utc == 397 * DAY
+
+
+def test_a_leaf_never_outlives_its_authority(authority: x509.Certificate, rsa_key: Any, ec_key: Any) -> None:
+    late = authority.not_valid_after_utc - 10 * DAY
+    leaf = issue.leaf_certificate(ec_key, NAMES, authority, rsa_key, 90 * DAY, late)
+    assert leaf.not_valid_after_utc == authority.not_valid_after_utc
+
+
+@pytest.mark.parametrize(
+    ("names", "common_name"),
+    [
+        (("a.example", "b.example"), "a.example"),
+        (("x" * 60 + ".example", "b.example"), "b.example"),
+        (("x" * 60 + ".example",), "zcproto"),
+        (("2001:db8::7",), "2001:db8::7"),
+        (("x" * 56 + ".example",), "x" * 56 + ".example"),
+    ],
+)
+def test_the_common_name_is_the_first_name_that_fits(
+    authority: x509.Certificate, rsa_key: Any, ec_key: Any, names: tuple[str, ...], common_name: str
+) -> None:
+    leaf = issue.leaf_certificate(ec_key, names, authority, rsa_key, DAY, NOW)
+    assert [(one.oid, one.value) for one in leaf.subject] == [(NameOID.COMMON_NAME, common_name)]
+
+
+def test_openssl_verifies_the_leaf_strictly_for_every_name(
+    tmp_path: Path, authority: x509.Certificate, leaf: x509.Certificate
+) -> None:
+    ca, server = tmp_path / "ca.crt", tmp_path / "server.crt"
+    ca.write_bytes(pem(authority))
+    server.write_bytes(pem(leaf))
+    at = ("-attime", str(int(NOW.timestamp())))
+    strict = ("verify", "-x509_strict", "-purpose", "sslserver", "-auth_level", "2", "-CAfile", ca, *at)
+    for name in ("localhost", "www.b.example"):
+        assert openssl(*strict, "-verify_hostname", name, server) == f"{server}: OK\n"
+    for address in ("192.0.2.7", "2001:db8::7"):
+        assert openssl(*strict, "-verify_ip", address, server) == f"{server}: OK\n"
+    with pytest.raises(AssertionError, match="hostname mismatch"):
+        openssl(*strict, "-verify_hostname", "c.example", server)
+    with pytest.raises(AssertionError, match="purpose"):
+        openssl("verify", "-purpose", "sslclient", "-CAfile", ca, *at, server)
+
+
+def test_a_renewed_authority_verifies_what_the_old_one_issued_and_the_other_way_round(
+    tmp_path: Path, authority: x509.Certificate, leaf: x509.Certificate, rsa_key: Any, ec_key: Any
+) -> None:
+    renewed = issue.authority_certificate(rsa_key, NOW + 30 * DAY)
+    newer = issue.leaf_certificate(ec_key, NAMES, renewed, rsa_key, 90 * DAY, NOW + 31 * DAY)
+    old_ca, new_ca, old_leaf, new_leaf = (tmp_path / name for name in ("old_ca", "new_ca", "old", "new"))
+    for path, certificate in ((old_ca, authority), (new_ca, renewed), (old_leaf, leaf), (new_leaf, newer)):
+        path.write_bytes(pem(certificate))
+    at = str(int((NOW + 31 * DAY).timestamp()))
+    strict = ("verify", "-x509_strict", "-purpose", "sslserver", "-attime", at)
+    openssl(*strict, "-CAfile", old_ca, new_leaf)
+    openssl(*strict, "-CAfile", new_ca, old_leaf)

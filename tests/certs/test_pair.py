@@ -1,0 +1,415 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import random
+from datetime import UTC, timedelta, timezone
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, padding, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from zcproto.certs import load_pair, pair, spki_pin
+from zcproto.errors import CertificateError
+
+from .helpers import DAY, NOW, build, der, openssl, pem, pem_of_key, write_pair
+
+TRADITIONAL = serialization.PrivateFormat.TraditionalOpenSSL
+SAN = x509.SubjectAlternativeName(
+    [
+        x509.DNSName("a.example"),
+        x509.RFC822Name("someone@a.example"),
+        x509.IPAddress(ip_address("192.0.2.7")),
+        x509.DNSName("*.b.example"),
+        x509.UniformResourceIdentifier("https://a.example"),
+        x509.IPAddress(ip_address("2001:db8::7")),
+    ]
+)
+
+
+def usage(*, digital_signature: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(digital_signature, False, True, False, False, False, False, False, False)
+
+
+def refusal(folder: Path, chain: Any, key: Any, now: Any = NOW) -> str:
+    with pytest.raises(CertificateError) as caught:
+        load_pair(*write_pair(folder, chain, key), now)
+    message = str(caught.value)
+    assert message.startswith(str(folder))
+    assert "\n" not in message
+    return message
+
+
+# --- what is taken
+
+
+def test_a_pair_is_loaded_with_all_that_is_to_be_known_of_it(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey
+) -> None:
+    certificate = build(rsa_key, extensions=[SAN])
+    paths = write_pair(tmp_path, [certificate], rsa_key)
+    loaded = load_pair(*paths, NOW)
+    assert (loaded.certificate, loaded.key) == paths
+    assert loaded.key_type == "rsa-2048"
+    assert loaded.names == ("a.example", "192.0.2.7", "*.b.example", "2001:db8::7")
+    assert loaded.not_before == (NOW - DAY).replace(microsecond=0)
+    assert loaded.not_after == (NOW + DAY).replace(microsecond=0)
+    assert loaded.not_before.tzinfo is loaded.not_after.tzinfo is UTC
+    assert loaded.leaf_sha256 == hashlib.sha256(der(certificate)).digest()
+    assert loaded.pin == spki_pin(der(certificate))
+
+
+@pytest.mark.parametrize(
+    ("curve", "key_type"),
+    [(ec.SECP256R1(), "ecdsa-p256"), (ec.SECP384R1(), "ecdsa-p384"), (ec.SECP521R1(), "ecdsa-p521")],
+)
+def test_ecdsa_pairs_are_loaded(tmp_path: Path, curve: ec.EllipticCurve, key_type: str) -> None:
+    key = ec.generate_private_key(curve)
+    assert load_pair(*write_pair(tmp_path, [build(key)], key), NOW).key_type == key_type
+
+
+def test_keys_in_older_pem_forms_are_loaded(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey, ec_key: ec.EllipticCurvePrivateKey
+) -> None:
+    for key in (rsa_key, ec_key):
+        paths = write_pair(tmp_path, [build(key)], pem_of_key(key, TRADITIONAL))
+        assert load_pair(*paths, NOW).pin == spki_pin(der(build(key)))
+    parameters = openssl("ecparam", "-name", "prime256v1", "-genkey").encode()
+    assert parameters.startswith(b"-----BEGIN EC PARAMETERS-----")
+    key = serialization.load_pem_private_key(parameters, None)
+    assert load_pair(*write_pair(tmp_path, [build(key)], parameters), NOW).key_type == "ecdsa-p256"
+
+
+def test_certificate_and_key_may_be_in_one_file(tmp_path: Path, ec_key: ec.EllipticCurvePrivateKey) -> None:
+    both = tmp_path / "both.pem"
+    both.touch(0o600)
+    both.write_bytes(pem_of_key(ec_key) + pem(build(ec_key)))
+    assert load_pair(both, both, NOW).key_type == "ecdsa-p256"
+
+
+def test_a_chain_is_taken_with_a_root_that_nobody_checks_the_signature_of(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey, other_rsa_key: rsa.RSAPrivateKey, ec_key: Any
+) -> None:
+    leaf = build(ec_key, signer=other_rsa_key, issuer="middle")
+    middle = build(other_rsa_key, signer=rsa_key, subject="middle", issuer="root")
+    root = sha1_signed(rsa_key, "root")
+    assert load_pair(*write_pair(tmp_path, [leaf, middle, root], ec_key), NOW).pin == spki_pin(der(leaf))
+
+
+def test_a_signature_of_an_ed25519_authority_is_strong(tmp_path: Path, ec_key: Any) -> None:
+    authority = ed25519.Ed25519PrivateKey.generate()
+    leaf = build(ec_key, signer=authority, issuer="authority", algorithm=None)
+    assert load_pair(*write_pair(tmp_path, [leaf], ec_key), NOW).key_type == "ecdsa-p256"
+
+
+def test_strong_hashes_and_pss_are_taken(tmp_path: Path, rsa_key: rsa.RSAPrivateKey, ec_key: Any) -> None:
+    for algorithm in (hashes.SHA384(), hashes.SHA512()):
+        leaf = build(ec_key, signer=rsa_key, issuer="authority", algorithm=algorithm)
+        assert load_pair(*write_pair(tmp_path, [leaf], ec_key), NOW)
+    request = x509.CertificateBuilder(
+        issuer_name=leaf.issuer,
+        subject_name=leaf.subject,
+        public_key=ec_key.public_key(),
+        serial_number=7,
+        not_valid_before=NOW - DAY,
+        not_valid_after=NOW + DAY,
+    )
+    pss = padding.PSS(padding.MGF1(hashes.SHA256()), 32)
+    leaf = request.sign(rsa_key, hashes.SHA256(), rsa_padding=pss)
+    assert load_pair(*write_pair(tmp_path, [leaf], ec_key), NOW)
+
+
+@pytest.mark.parametrize(
+    "extensions",
+    [
+        [],
+        [x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])],
+        [x509.ExtendedKeyUsage([ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE])],
+        [usage(digital_signature=True)],
+    ],
+)
+def test_a_certificate_that_may_be_a_servers_is_taken(tmp_path: Path, ec_key: Any, extensions: Any) -> None:
+    leaf = build(ec_key, extensions=extensions)
+    assert load_pair(*write_pair(tmp_path, [leaf], ec_key), NOW).names == ()
+
+
+def test_the_first_and_last_second_of_its_time_are_good_in_any_zone(tmp_path: Path, ec_key: Any) -> None:
+    start, end = NOW.replace(microsecond=0), NOW.replace(microsecond=0) + DAY
+    paths = write_pair(tmp_path, [build(ec_key, not_before=start, not_after=end)], ec_key)
+    for now in (start, end, end.astimezone(timezone(timedelta(hours=-9)))):
+        load_pair(*paths, now)
+    with pytest.raises(CertificateError, match="is not valid before"):
+        load_pair(*paths, start - timedelta(microseconds=1))
+    with pytest.raises(CertificateError, match="expired"):
+        load_pair(*paths, end + timedelta(microseconds=1))
+
+
+# --- what is refused
+
+
+def test_an_expired_certificate_is_refused(tmp_path: Path, ec_key: Any) -> None:
+    says = refusal(tmp_path, [build(ec_key)], ec_key, NOW + 2 * DAY)
+    assert says == f"{tmp_path}/site.crt: expired on 2026-06-02 12:30 UTC; get a new certificate"
+
+
+def test_a_certificate_of_the_future_is_refused(tmp_path: Path, ec_key: Any) -> None:
+    says = refusal(tmp_path, [build(ec_key)], ec_key, NOW - 2 * DAY)
+    assert says.startswith(
+        f"{tmp_path}/site.crt: is not valid before 2026-05-31 12:30 UTC; wait until then, or set"
+    )
+
+
+def test_a_time_without_a_zone_is_a_mistake_of_the_caller(tmp_path: Path, ec_key: Any) -> None:
+    with pytest.raises(ValueError, match="aware"):
+        load_pair(*write_pair(tmp_path, [build(ec_key)], ec_key), NOW.replace(tzinfo=None))
+
+
+def test_a_key_of_another_certificate_is_refused(
+    tmp_path: Path, rsa_key: Any, other_rsa_key: Any, ec_key: Any
+) -> None:
+    for key in (other_rsa_key, ec_key):
+        says = refusal(tmp_path, [build(rsa_key)], key)
+        assert says.startswith(
+            f"{tmp_path}/site.key: is not the key of {tmp_path}/site.crt; configure the two"
+        )
+
+
+def test_a_chain_with_the_leaf_in_the_wrong_place_is_told(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
+    chain = [build(rsa_key, subject="authority"), build(ec_key, signer=rsa_key, issuer="authority")]
+    assert "the server's certificate is not the first one in the file" in refusal(tmp_path, chain, ec_key)
+
+
+def test_a_short_rsa_key_is_refused(tmp_path: Path) -> None:
+    key = rsa.generate_private_key(65537, 1024)
+    says = refusal(tmp_path, [build(key)], key)
+    assert (
+        "site.crt: the certificate is too weak: the RSA key has 1024 bits; it needs at least 2048; get"
+        in says
+    )
+
+
+@pytest.mark.parametrize(
+    "curve", [ec.SECP224R1(), ec.SECP192R1(), ec.SECP256K1()], ids=lambda curve: curve.name
+)
+def test_other_curves_are_refused(tmp_path: Path, curve: ec.EllipticCurve) -> None:
+    key = ec.generate_private_key(curve)
+    assert f"the key is ecdsa-{curve.name}; use RSA" in refusal(tmp_path, [build(key)], key)
+
+
+def test_other_kinds_of_keys_are_refused(tmp_path: Path, ec_key: Any) -> None:
+    edwards = ed25519.Ed25519PrivateKey.generate()
+    assert "site.key: the key is ed25519; use RSA" in refusal(tmp_path, [build(ec_key)], edwards)
+    certificate = build(edwards, algorithm=None)
+    assert "site.crt: the certificate is too weak: the key is ed25519" in refusal(
+        tmp_path, [certificate], ec_key
+    )
+    dsa_key = dsa.generate_private_key(1024)
+    assert "the key is dsa; use RSA" in refusal(tmp_path, [build(ec_key)], dsa_key)
+
+
+def test_a_weak_key_in_the_chain_is_refused(tmp_path: Path, ec_key: Any) -> None:
+    weak = rsa.generate_private_key(65537, 1024)
+    chain = [build(ec_key, signer=weak, issuer="middle"), build(weak, subject="middle", issuer="root")]
+    assert "certificate 2 of the chain is too weak: the RSA key has 1024 bits" in refusal(
+        tmp_path, chain, ec_key
+    )
+
+
+def sha1_signed(key: Any, subject: str) -> x509.Certificate:
+    """A certificate signed with SHA-1, which only openssl still makes."""
+    made = openssl(
+        "req", "-x509", "-new", "-key", "/dev/stdin", "-sha1", "-subj", f"/CN={subject}", data=pem_of_key(key)
+    )
+    return x509.load_pem_x509_certificate(made.encode())
+
+
+def test_a_signature_with_sha1_is_refused(tmp_path: Path, rsa_key: Any) -> None:
+    says = refusal(tmp_path, [sha1_signed(rsa_key, "server")], rsa_key)
+    assert "the certificate is signed with sha1, which is not safe; get one signed with SHA-256" in says
+
+
+def with_signature_algorithm(certificate: x509.Certificate, last_arc: int) -> bytes:
+    """The certificate with another PKCS #1 algorithm written in both places; nobody checks its signature."""
+    arc = bytes.fromhex("06092a864886f70d0101")  # 1.2.840.113549.1.1, RFC 8017 appendix C
+    data = der(certificate)
+    assert data.count(arc + b"\x0b") == 2
+    changed = data.replace(arc + b"\x0b", arc + bytes((last_arc,)))
+    return b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(changed) + b"-----END CERTIFICATE-----\n"
+
+
+@pytest.mark.parametrize(("last_arc", "name"), [(4, "md5"), (14, "sha224"), (2, "1.2.840.113549.1.1.2")])
+def test_weak_and_unknown_signatures_are_refused(
+    tmp_path: Path, rsa_key: Any, ec_key: Any, last_arc: int, name: str
+) -> None:
+    leaf = build(ec_key, signer=rsa_key, issuer="authority")
+    says = refusal(tmp_path, with_signature_algorithm(leaf, last_arc), ec_key)
+    assert f"the certificate is signed with {name}, which is not safe" in says
+    middle = build(rsa_key, subject="authority", issuer="root")
+    says = refusal(tmp_path, pem(leaf) + with_signature_algorithm(middle, last_arc), ec_key)
+    assert f"certificate 2 of the chain is signed with {name}" in says
+
+
+@pytest.mark.parametrize(
+    ("extension", "says"),
+    [
+        (usage(digital_signature=False), "its key usage lacks digitalSignature; get one for a TLS server"),
+        (
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]),
+            "its extended key usage lacks serverAuth; get",
+        ),
+    ],
+)
+def test_a_certificate_for_another_purpose_is_refused(
+    tmp_path: Path, ec_key: Any, extension: x509.ExtensionType, says: str
+) -> None:
+    assert says in refusal(tmp_path, [build(ec_key, extensions=[extension])], ec_key)
+
+
+@pytest.mark.parametrize("form", [serialization.PrivateFormat.PKCS8, TRADITIONAL])
+def test_an_encrypted_key_is_refused_with_the_command_that_decrypts_it(
+    tmp_path: Path, rsa_key: Any, form: serialization.PrivateFormat
+) -> None:
+    data = pem_of_key(rsa_key, form, serialization.BestAvailableEncryption(b"pass phrase"))
+    says = refusal(tmp_path, [build(rsa_key)], data)
+    key_path = tmp_path / "site.key"
+    assert says.startswith(f"{key_path}: the key is encrypted; decrypt it with `openssl pkey -in {key_path} ")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"junk",
+        b"\0" * 100,
+        b"-----BEGIN PRIVATE KEY-----\n",
+        b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+        b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n",
+        "the certificate",
+        "half",
+        "der",
+    ],
+)
+def test_what_is_no_key_is_refused_and_not_shown(tmp_path: Path, ec_key: Any, data: Any) -> None:
+    certificate = build(ec_key)
+    whole = pem_of_key(ec_key)
+    kinds = {"the certificate": pem(certificate), "half": whole[: len(whole) // 2], "der": der(certificate)}
+    data = kinds.get(data, data)
+    says = refusal(tmp_path, [certificate], data)
+    assert says == f"{tmp_path}/site.key: holds no PEM key that can be read; restore it"
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", b"\xff" * 50, "the key", "half", "der"])
+def test_what_is_no_certificate_is_refused(tmp_path: Path, ec_key: Any, data: Any) -> None:
+    whole = pem(build(ec_key))
+    kinds = {"the key": pem_of_key(ec_key), "half": whole[: len(whole) // 2], "der": der(build(ec_key))}
+    data = kinds.get(data, data)
+    certificate_path, key_path = write_pair(tmp_path, data, ec_key)
+    certificate_path.chmod(0o600)  # the key is in it once
+    with pytest.raises(CertificateError) as caught:
+        load_pair(certificate_path, key_path, NOW)
+    assert str(caught.value) == f"{certificate_path}: holds no PEM certificate that can be read; get it anew"
+
+
+def test_a_certificate_with_an_extension_that_cannot_be_read_is_refused(tmp_path: Path, ec_key: Any) -> None:
+    bad = x509.UnrecognizedExtension(x509.ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"\x30\x03\x82\x05a")
+    says = refusal(tmp_path, [build(ec_key, extensions=[bad])], ec_key)
+    assert says == f"{tmp_path}/site.crt: holds a certificate that cannot be read; get it anew"
+
+
+def test_a_key_that_others_can_read_is_refused(tmp_path: Path, ec_key: Any) -> None:
+    certificate_path, key_path = write_pair(tmp_path, [build(ec_key)], ec_key)
+    key_path.chmod(0o640)
+    with pytest.raises(CertificateError, match=r"site\.key: others can read .* run `chmod 600 "):
+        load_pair(certificate_path, key_path, NOW)
+
+
+def test_damaged_files_give_the_documented_error_only(tmp_path: Path, ec_key: Any) -> None:
+    rng = random.Random(20260601)
+    certificate = build(ec_key, extensions=[SAN, usage(digital_signature=True)])
+    wholes = {
+        "CERTIFICATE": der(certificate),
+        "PRIVATE KEY": base64.b64decode(b"".join(pem_of_key(ec_key).split(b"\n")[1:-2])),
+    }
+    refused = 0
+    for turn in range(600):
+        label = ("CERTIFICATE", "PRIVATE KEY")[turn % 2]
+        data = bytearray(wholes[label])
+        position = rng.randrange(len(data))
+        match rng.randrange(4):
+            case 0:
+                del data[position:]
+            case 1:
+                del data[position]
+            case _:
+                data[position] ^= 1 << rng.randrange(8)
+        text = (
+            f"-----BEGIN {label}-----\n".encode()
+            + base64.encodebytes(data)
+            + f"-----END {label}-----\n".encode()
+        )
+        paths = write_pair(
+            tmp_path,
+            text if label == "CERTIFICATE" else [certificate],
+            text if label == "PRIVATE KEY" else ec_key,
+        )
+        try:
+            load_pair(*paths, NOW)
+        except CertificateError:
+            refused += 1
+    assert refused > 450
+
+
+# --- pins
+
+
+@pytest.mark.parametrize("kind", ["rsa", "p256", "p384", "ed25519"])
+def test_a_pin_is_what_openssl_makes_of_the_public_key(kind: str, rsa_key: Any, ec_key: Any) -> None:
+    key = {
+        "rsa": rsa_key,
+        "p256": ec_key,
+        "p384": ec.generate_private_key(ec.SECP384R1()),
+        "ed25519": ed25519.Ed25519PrivateKey.generate(),
+    }[kind]
+    certificate = build(key, algorithm=None if kind == "ed25519" else hashes.SHA256())
+    public = openssl("x509", "-pubkey", "-noout", data=pem(certificate)).encode()
+    info = base64.b64decode(b"".join(public.splitlines()[1:-1]))
+    expected = "sha256/" + base64.b64encode(hashlib.sha256(info).digest()).decode()
+    assert spki_pin(der(certificate)) == expected
+
+
+def test_a_pin_stays_when_the_key_stays(rsa_key: Any, other_rsa_key: Any) -> None:
+    assert spki_pin(der(build(rsa_key))) == spki_pin(der(build(rsa_key, subject="other")))
+    assert spki_pin(der(build(rsa_key))) != spki_pin(der(build(other_rsa_key)))
+
+
+def test_the_pin_of_an_old_version_1_certificate_is_right(rsa_key: Any) -> None:
+    """Version 1 has no version field (RFC 5280 section 4.1), so all others are one place earlier."""
+    data = der(build(rsa_key))
+    version = bytes.fromhex("a003020102")
+    assert data[:2] == data[4:6] == b"\x30\x82"  # two sequences with lengths of two bytes
+    assert data[8:13] == version
+    lengths = (int.from_bytes(data[at : at + 2], "big") - len(version) for at in (2, 6))
+    certificate_length, tbs_length = (length.to_bytes(2, "big") for length in lengths)
+    old = b"\x30\x82" + certificate_length + b"\x30\x82" + tbs_length + data[13:]
+    certificate = x509.load_der_x509_certificate(old)
+    assert certificate.version is x509.Version.v1
+    assert spki_pin(der(certificate)) == spki_pin(der(build(rsa_key)))
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", b"\x30\x84\xff\xff\xff\xff", b"\x30\x00"])
+def test_what_is_no_certificate_has_no_pin(data: bytes) -> None:
+    with pytest.raises(CertificateError, match="no certificate in DER form"):
+        spki_pin(data)
+
+
+def test_pair_of_bytes_that_match_are_told(rsa_key: Any, other_rsa_key: Any) -> None:
+    assert pair.match(pem(build(rsa_key)), pem_of_key(rsa_key))
+    assert not pair.match(pem(build(rsa_key)), pem_of_key(other_rsa_key))
+    assert not pair.match(pem(build(rsa_key)), pem_of_key(ed25519.Ed25519PrivateKey.generate()))
+    assert not pair.match(pem(build(rsa_key)), b"")
+    assert not pair.match(b"", pem_of_key(rsa_key))

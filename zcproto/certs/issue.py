@@ -1,0 +1,114 @@
+"""Decides what is in the certificates made here: the X.509 profile (RFC 5280 section 4).
+
+Rules: version 3, SHA-256, random serial numbers of 159 bits. Valid from an hour ago, for clients whose
+clock is behind. The authority is RSA: clients that know RSA only could not verify anything else. Its name
+is made from its public key, so that two authorities never share one, and the same key always gives the
+same one: a new certificate for the authority's key takes the old one's place without clients noticing.
+
+Must not know: files, when to issue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from zcproto.certs.keys import PrivateKey
+from zcproto.certs.names import general_names
+
+AUTHORITY_LIFETIME = timedelta(days=3652)
+"""Ten years: trust in the authority is set up by hand on every client."""
+
+MAX_LIFETIME = timedelta(days=397)
+"""The longest that strict clients take for a server (Apple's rule; the CA/B Forum has since gone lower)."""
+
+CLOCK_SKEW = timedelta(hours=1)
+
+_MAX_COMMON_NAME = 64  # RFC 5280 appendix A.1, ub-common-name
+_NO_USAGE = {
+    "digital_signature": False,
+    "content_commitment": False,
+    "key_encipherment": False,
+    "data_encipherment": False,
+    "key_agreement": False,
+    "key_cert_sign": False,
+    "crl_sign": False,
+    "encipher_only": False,
+    "decipher_only": False,
+}
+
+
+def authority_name(public_key: CertificatePublicKeyTypes) -> x509.Name:
+    """The subject of the authority with this key."""
+    info = public_key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return _name(f"zcproto own CA {hashlib.sha256(info).hexdigest()[:16]}")
+
+
+def authority_certificate(key: rsa.RSAPrivateKey, now: datetime) -> x509.Certificate:
+    """A root certificate that may issue leaves only."""
+    public_key = key.public_key()
+    name = authority_name(public_key)
+    start = now.replace(microsecond=0)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start - CLOCK_SKEW)
+        .not_valid_after(start + AUTHORITY_LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.KeyUsage(**{**_NO_USAGE, "key_cert_sign": True, "crl_sign": True}), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def leaf_certificate(
+    key: PrivateKey,
+    names: Sequence[str],
+    authority: x509.Certificate,
+    authority_key: rsa.RSAPrivateKey,
+    lifetime: timedelta,
+    now: datetime,
+) -> x509.Certificate:
+    """A server's certificate for `key` with these (checked) names, which ends `lifetime` after `now`.
+
+    It never outlives the authority, and is never valid for more than MAX_LIFETIME.
+    """
+    public_key = key.public_key()
+    start = now.replace(microsecond=0)
+    not_before = start - CLOCK_SKEW
+    not_after = min(start + lifetime, not_before + MAX_LIFETIME, authority.not_valid_after_utc)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(next((name for name in names if len(name) <= _MAX_COMMON_NAME), "zcproto")))
+        .issuer_name(authority.subject)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(not_before)
+        .not_valid_after(not_after)
+        .add_extension(x509.SubjectAlternativeName(general_names(names)), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        # In TLS 1.3 keys only sign, RSA ones too (RFC 8446 section 4.4.2.2).
+        .add_extension(x509.KeyUsage(**{**_NO_USAGE, "digital_signature": True}), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
+        )
+        .sign(authority_key, hashes.SHA256())
+    )
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])

@@ -1,0 +1,114 @@
+"""Decides which names a certificate may carry, and how each is written.
+
+Rules: a name is a DNS name of letters, digits and hyphens (RFC 5890 section 2.3.1; `*` as a whole first
+label), or an IPv4 or IPv6 address. One form for each: DNS names in lower case with A-labels and no dot at
+the end, addresses in their shortest form. At most 100 names: each costs bytes in every handshake.
+
+Must not know: files, keys, where the names come from.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from cryptography import x509
+
+from zcproto.errors import CertificateError
+
+MAX_NAMES = 100
+MAX_DNS_NAME = 253
+"""RFC 1035 section 2.3.4: 255 octets on the wire, which is 253 characters."""
+
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_WILDCARD_LABELS = 3  # `*.com` would be a name for a whole registry; clients refuse it anyway
+
+
+def check_names(names: Iterable[str]) -> tuple[str, ...]:
+    """The names in their one form, in the order given, each once.
+
+    Raises CertificateError that quotes the first name that cannot stand in a certificate.
+    """
+    checked: dict[str, None] = {}
+    for name in names:
+        checked[check_name(name)] = None
+        if len(checked) > MAX_NAMES:
+            raise CertificateError(f"a certificate holds at most {MAX_NAMES} names; give fewer")
+    return tuple(checked)
+
+
+def check_name(name: str) -> str:
+    """One name in its one form, or CertificateError."""
+    address = _address(name)
+    if address is None:
+        return _dns_name(name)
+    if address.is_unspecified or address.is_multicast:
+        raise _bad(name, "no server can be reached at this address; give the one that clients connect to")
+    if isinstance(address, IPv6Address) and address.scope_id is not None:
+        raise _bad(name, "an address in a certificate has no scope; leave out the part from `%` on")
+    return str(address)
+
+
+def general_names(names: Iterable[str]) -> list[x509.GeneralName]:
+    """Checked names as entries of a SubjectAltName: addresses as iPAddress, the rest as dNSName."""
+    entries: list[x509.GeneralName] = []
+    for name in names:
+        address = _address(name)
+        entries.append(x509.DNSName(name) if address is None else x509.IPAddress(address))
+    return entries
+
+
+def _address(name: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(name)
+    except ValueError:
+        return None
+
+
+def _dns_name(name: str) -> str:
+    # The length comes first: the codec below is slow on long input.
+    if not 1 <= len(name) <= MAX_DNS_NAME + 1:
+        raise _bad(name, f"a DNS name has 1 to {MAX_DNS_NAME} characters")
+    ascii_name = name.lower() if name.isascii() else _a_labels(name)
+    ascii_name = ascii_name.removesuffix(".")
+    if len(ascii_name) > MAX_DNS_NAME:
+        raise _bad(name, f"a DNS name has 1 to {MAX_DNS_NAME} characters")
+    labels = ascii_name.split(".")
+    if labels[0] == "*":
+        if len(labels) < _WILDCARD_LABELS:
+            raise _bad(name, "a wildcard needs two labels after it, as in *.example.com")
+        labels = labels[1:]
+    if not all(_LABEL.fullmatch(label) for label in labels):
+        raise _bad(
+            name,
+            "a label is 1 to 63 letters, digits and hyphens, with no hyphen at either end;"
+            " `*` stands alone as the first label",
+        )
+    if _NUMBER.fullmatch(labels[-1]):
+        # Clients read a name that ends in a number as an IPv4 address (RFC 1123 section 2.1).
+        raise _bad(name, "it ends in a number but is no IPv4 address")
+    return ascii_name
+
+
+def _a_labels(name: str) -> str:
+    """The ASCII form of an internationalized name.
+
+    The standard library knows IDNA 2003 only. Where that maps a character to another one (a sharp s to
+    ss), IDNA 2008 has a different answer; such a name is refused, the operator writes its A-label.
+    """
+    try:
+        ascii_name = name.encode("idna").decode("ascii")
+        back = ascii_name.encode("ascii").decode("idna")
+    except UnicodeError:
+        raise _bad(name, "it has no ASCII form; write it with its xn-- labels") from None
+    if back != unicodedata.normalize("NFC", name.lower()):
+        raise _bad(name, "its ASCII form is not the same everywhere; write it with its xn-- labels")
+    return ascii_name.lower()
+
+
+def _bad(name: str, why: str) -> CertificateError:
+    shown = name if len(name) <= MAX_DNS_NAME else name[:MAX_DNS_NAME] + "..."
+    return CertificateError(f"{shown!r} cannot be a name in a certificate: {why}")
