@@ -200,7 +200,7 @@ class ServerConnection:
                 or registry.generation != self._seen_generation
             ):
                 joined = self._session_of(token, wall, now)
-                if joined.__class__ is bytes:
+                if isinstance(joined, bytes):
                     self._send(ERROR, stream, token, joined, wall)
                     continue
                 if joined is not None:
@@ -217,8 +217,12 @@ class ServerConnection:
                 self._send(ERROR, stream, token, DEADLINE_EXCEEDED, wall)
                 continue
             yield Request(stream, token, session, method, params, meta)
-            if self.state is State.CLOSED:
+            if self._is_over():
                 return
+
+    def _is_over(self) -> bool:
+        """Whether the edge ended the conversation while it had an event."""
+        return self.state is State.CLOSED
 
     def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> bool:
         """Refuse one stale frame; True if it was one too many."""

@@ -50,7 +50,9 @@ class Method:
         self, name: str, function: Callable[..., Any], *, public: bool = False, operator: bool = False
     ) -> None:
         if not 1 <= len(name) <= METHOD_MAX_LENGTH or not METHOD_ALPHABET.issuperset(name):
-            raise ValueError(f"method name {name!r} must be 1 to {METHOD_MAX_LENGTH} characters of a-z 0-9 _ .")
+            raise ValueError(
+                f"method name {name!r} must be 1 to {METHOD_MAX_LENGTH} characters of a-z 0-9 _ ."
+            )
         self.name = name
         self.function = function
         self.public = public
@@ -110,7 +112,9 @@ class App:
     def __init__(self) -> None:
         self._methods: dict[str, Method] = {}
 
-    def method(self, name: str, *, public: bool = False, operator: bool = False) -> Callable[[Handler], Handler]:
+    def method(
+        self, name: str, *, public: bool = False, operator: bool = False
+    ) -> Callable[[Handler], Handler]:
         """Register a function under `name`.
 
         `public`: may be called without a session. `operator`: by operators only. Raises ValueError for a name

@@ -44,9 +44,10 @@ def default_app() -> App:
 
 
 def protocol_methods(
-    serving: Callable[[], Serving], login: Login, statistics: Callable[[], dict[str, Any]]
+    serving: Serving, login: Login, statistics: Callable[[], dict[str, Any]]
 ) -> Iterable[Method]:
-    """`session.*` and `server.*`. `serving` is asked at call time; it knows all methods by then."""
+    """`session.*` and `server.*`."""
+    registry = serving.registry
 
     def current(context: Context) -> Session:
         if context.session is None:
@@ -57,7 +58,7 @@ def protocol_methods(
         """Open a session: `scheme`, the scheme's own fields, and `client` as product/version."""
         _check_client(client)
         identity = await login.open({"scheme": scheme, **fields}, context.peer, context.now())
-        opened = serving().registry.open(
+        opened = registry.open(
             identity.user,
             operator=identity.operator,
             client=client,
@@ -71,20 +72,17 @@ def protocol_methods(
         if len(refresh_token) != TOKEN_SIZE:
             raise InvalidArgument(f"refresh_token must have {TOKEN_SIZE} bytes")
         _check_client(client)
-        opened = serving().registry.refresh(
-            refresh_token, client=client, address=context.peer, wall=context.wall()
-        )
+        opened = registry.refresh(refresh_token, client=client, address=context.peer, wall=context.wall())
         return _opened(context, opened)
 
     def _opened(context: Context, opened: OpenedSession) -> dict[str, Any]:
         context.join(opened.session, opened.token)
-        idle_timeout_ms = serving().registry.settings.idle_timeout_ms
         return {
             "token": opened.token,
             "id": opened.session.id,
             "user": opened.session.user,
             "expires_at": opened.session.expires_at,
-            "idle_timeout_ms": 0 if idle_timeout_ms is None else idle_timeout_ms,
+            "idle_timeout_ms": serving.session_idle_timeout_ms or 0,
             "refresh_token": opened.refresh_token,
             "refresh_expires_at": opened.refresh_expires_at,
             "bound": False,
@@ -92,18 +90,17 @@ def protocol_methods(
 
     def session_info(context: Context) -> dict[str, Any]:
         """What the server knows of this session."""
-        return _info(serving().registry.info(current(context).id, context.wall()))
+        return _info(registry.info(current(context).id, context.wall()))
 
     def session_list(context: Context) -> list[dict[str, Any]]:
         """The sessions of this user, with `current` for the one that asks."""
         session = current(context)
-        sessions = serving().registry.list(session.user, context.wall())
+        sessions = registry.list(session.user, context.wall())
         return [{**_info(info), "current": info.id == session.id} for info in sessions]
 
-    def session_revoke(context: Context, id: str | None = None, all: bool = False) -> dict[str, Any]:  # noqa: A002
+    def session_revoke(context: Context, id: str | None = None, all: bool = False) -> dict[str, Any]:
         """End one session of this user by its `id`, or `all` of them, this one too."""
         session = current(context)
-        registry = serving().registry
         if (id is None) is not all:
             raise InvalidArgument("give either id, or all = true")
         with context.asking():
@@ -116,7 +113,7 @@ def protocol_methods(
     def session_close(context: Context) -> dict[str, Any]:
         """End this session."""
         with context.asking():
-            serving().registry.close(current(context))
+            registry.close(current(context))
         return {}
 
     def server_info(context: Context) -> dict[str, Any]:
@@ -127,7 +124,7 @@ def protocol_methods(
             "versions": [VERSION],
             "methods": [
                 {"name": name, "doc": method.doc, "params": [param._asdict() for param in method.params]}
-                for name, method in sorted(serving().methods.items())
+                for name, method in sorted(serving.methods.items())
                 if method.public or (session is not None and (session.operator or not method.operator))
             ],
         }

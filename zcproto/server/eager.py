@@ -153,7 +153,7 @@ class Worker:
                 result = await _resume(coroutine, awaited, context, cancelled)
             except (KeyboardInterrupt, SystemExit):
                 raise
-            except BaseException as raised:  # noqa: BLE001  it is handed on; CancelledError is one of them
+            except BaseException as raised:  # it is handed on; CancelledError is one of them
                 error = raised
             self._job = None
             done, self.done = self.done, None
@@ -187,7 +187,7 @@ def _resume(
         except GeneratorExit:
             coroutine.close()
             raise
-        except BaseException as error:  # noqa: BLE001  whatever comes belongs to the coroutine
+        except BaseException as error:  # whatever comes belongs to the coroutine
             raised: BaseException | None = error
         else:
             raised = None

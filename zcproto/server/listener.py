@@ -11,7 +11,7 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from zcproto.errors import ConfigError
 from zcproto.server.serving import Serving, log
@@ -45,7 +45,9 @@ def bind(hosts: Sequence[str], port: int) -> list[socket.socket]:
                     listening.listen(BACKLOG)
                 except OSError as error:
                     raise ConfigError(
-                        [f"server.host = {host!r}, server.port = {address[1]}: cannot listen: {error.strerror}"]
+                        [
+                            f"server.host = {host!r}, server.port = {address[1]}: cannot listen: {error.strerror}"
+                        ]
                     ) from error
                 listening.setblocking(False)
     except BaseException:
@@ -55,15 +57,12 @@ def bind(hosts: Sequence[str], port: int) -> list[socket.socket]:
     return sockets
 
 
-def _addresses(host: str, port: int) -> Sequence[tuple[int, int, int, str, tuple[str, int]]]:
+def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
     try:
-        return list(  # type: ignore[arg-type]
-            dict.fromkeys(
-                socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            )
-        )
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise ConfigError([f"server.host = {host!r}: no such address; use one of this machine"]) from error
+    return list(dict.fromkeys(found))
 
 
 def site_of(address: str) -> bytes:
@@ -97,6 +96,7 @@ class Listener:
         self._open = 0
         self._accepting = False
         self._closed = False
+        self._empty = asyncio.Event()
         self._adopting: set[asyncio.Task[None]] = set()
         acceptor.on_slot_free = self._resume
         acceptor.on_closed = self._connection_closed
@@ -117,6 +117,11 @@ class Listener:
         self._pause()
         for listening in self._sockets:
             listening.close()
+
+    async def wait_empty(self) -> None:
+        """After `close`: return when the last connection is gone."""
+        if self._open:
+            await self._empty.wait()
 
     def _pause(self) -> None:
         if self._accepting:
@@ -142,7 +147,11 @@ class Listener:
                     raise
                 self._serving.counters.accept_failed += 1
                 self._serving.log_limited(
-                    "listener.exhausted", "", "error", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED
+                    "listener.exhausted",
+                    "",
+                    "error",
+                    reason=error.strerror,
+                    retry_after_s=PAUSE_WHEN_EXHAUSTED,
                 )
                 self._pause()
                 self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
@@ -177,13 +186,15 @@ class Listener:
         transport = self._acceptor.transport(address)
         factory: Callable[[], asyncio.BaseProtocol] = lambda: transport  # noqa: E731
         try:
-            await self._loop.connect_accepted_socket(factory, connection)  # type: ignore[type-var]
+            await self._loop.connect_accepted_socket(factory, connection)
         except OSError as error:  # it went away before it was ours
             connection.close()
             transport.connection_lost(error)
 
     def _connection_closed(self, address: str) -> None:
         self._open -= 1
+        if self._closed and not self._open:
+            self._empty.set()
         site = site_of(address)
         left = self._by_site[site] - 1
         if left:

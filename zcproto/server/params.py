@@ -101,7 +101,7 @@ def _check_class(wanted: type, complaint: str) -> Checker:
 
 def _check_float(value: Any, path: str) -> float:
     if value.__class__ is float:
-        return value  # type: ignore[no-any-return]
+        return value
     if value.__class__ is int:
         return float(value)
     raise InvalidArgument(f"{path} must be a float")

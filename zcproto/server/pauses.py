@@ -54,8 +54,7 @@ class PauseMeter:
 
     def record(self, late: float) -> None:
         """Take in one timer's lateness, in seconds."""
-        if late > self.longest:
-            self.longest = late
+        self.longest = max(self.longest, late)
         late_ms = late * 1000
         for index, bound in enumerate(BOUNDS_MS):
             if late_ms <= bound:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from zcproto.connection.events import ConnectionEnded, Request, RequestEnded, ServerEvent, SessionJoined
 from zcproto.connection.server import NEEDS_SESSION, ServerConnection
 from zcproto.connection.state import State
-from zcproto.errors import CallError, Cancelled, Code, InvalidArgument, TlsError
-from zcproto.sessions import Session
+from zcproto.errors import CallError, Cancelled, Code, TlsError
 from zcproto.server.context import Context
 from zcproto.server.eager import Finished, Worker
+from zcproto.sessions import Session
 from zcproto.wire.frame import SALT_SIZE
 from zcproto.wire.message import MessageError, encode_body, encode_error
 
@@ -172,7 +172,7 @@ class ServerProtocol(asyncio.Protocol):
         except CallError as error:
             self._answer_error(request, error)
             return
-        except Exception as error:  # noqa: BLE001  whatever a method raises, its caller gets one answer
+        except Exception as error:  # whatever a method raises, its caller gets one answer
             self._answer_fault(request, error)
             return
         self._answer(request, result)
@@ -371,7 +371,9 @@ class ServerProtocol(asyncio.Protocol):
     def abort(self, reason: str) -> None:
         """Reset the connection: its peer does not read."""
         transport = self._transport
-        self._serving.log_limited("connection.aborted", f"{self.peer} {reason}", peer=self.peer, reason=reason)
+        self._serving.log_limited(
+            "connection.aborted", f"{self.peer} {reason}", peer=self.peer, reason=reason
+        )
         self._ended(reason)
         if transport is not None:
             transport.abort()
@@ -383,7 +385,7 @@ class ServerProtocol(asyncio.Protocol):
             return
         serving = self._serving
         serving.wheel.discard(self)
-        serving.connections.discard(self)
+        serving.connection_ended(self)
         serving.counters.count_end(reason)
         serving.counters.dropped_stale += connection.dropped_stale
         for session_id in connection.session_ids:

@@ -24,7 +24,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
         import uvloop  # noqa: PLC0415  optional on purpose
     except ImportError:
         return asyncio.new_event_loop()
-    return uvloop.new_event_loop()  # type: ignore[no-any-return]
+    return uvloop.new_event_loop()
 
 
 def raise_file_limit(wanted: int) -> int:
@@ -56,7 +56,9 @@ def serve(
     wanted = server.config.limits.max_connections + 256
     limit = raise_file_limit(wanted)
     if limit < wanted:
-        log.warning("server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE=")
+        log.warning(
+            "server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE="
+        )
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_serve(server, ready))
 

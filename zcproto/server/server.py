@@ -9,11 +9,13 @@ No certificate, no listening: everything that can be wrong is found before a por
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import os
 import resource
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +24,7 @@ from typing import Any, Final, Self
 from zcproto.auth import ApiKeyAuthenticator, Authenticator, Login, Throttle, UserFile
 from zcproto.certs import CertificatePair, ensure_own_certificates
 from zcproto.clock import MS_PER_SECOND, Clock, Entropy, system_clock, system_entropy
-from zcproto.config import Config
+from zcproto.config import Config, load_config
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError
@@ -38,9 +40,12 @@ from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.tls.context import SUITES, can_choose_suites, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor
+from zcproto.tls.transport import LINGER_TIME
 
 CLEANUP_SLOTS: Final = 2_000
 """Sessions looked at in one slice of the cleanup, about a millisecond of the loop."""
+
+GOAWAYS_PER_TURN: Final = 100
 
 GC_THRESHOLDS: Final = (20_000, 50, 100)
 """Collections in the usual rhythm walk every object of 10,000 connections again and again."""
@@ -49,7 +54,8 @@ GC_THRESHOLDS: Final = (20_000, 50, 100)
 class Server:
     """A server for an application.
 
-    `home` is the folder of users and certificates; by default the one that the command line uses.
+    `home` is the folder of users and certificates; by default the one that the command line uses, and so is
+    the configuration.
     `authenticators` decide who may open sessions; by default API keys of the home's users.
     Raises ConfigError or CertificateError on entering, before anything listens.
     """
@@ -66,8 +72,8 @@ class Server:
         entropy: Entropy = system_entropy,
     ) -> None:
         self._app = default_app() if app is None else app
-        self.home = resolve_home(None) if home is None else Home(home)
-        self.config = Config.in_home(self.home.path) if config is None else config
+        self.home = resolve_home(None, os.environ) if home is None else Home(home)
+        self.config = load_config(None, home=self.home.path, environ=os.environ) if config is None else config
         self._authenticators = authenticators
         self._progress = progress
         self._clock = clock
@@ -98,7 +104,8 @@ class Server:
         loop = asyncio.get_running_loop()
         context = await asyncio.to_thread(self._load_certificates)
         wheel = DeadlineWheel(loop)
-        registry = SessionRegistry(_session_settings(config), self._entropy)
+        settings = _session_settings(config)
+        registry = SessionRegistry(settings, self._entropy)
         methods: dict[str, Method] = {}
         serving = Serving(
             settings=_connection_settings(config),
@@ -111,8 +118,9 @@ class Server:
             entropy=self._entropy,
             write_buffer_bytes=config.limits.write_buffer_bytes,
             write_timeout=config.limits.write_timeout,
+            session_idle_timeout_ms=settings.idle_timeout_ms,
         )
-        for method in (*protocol_methods(lambda: serving, self._login(), self.statistics), *self._app):
+        for method in (*protocol_methods(serving, self._login(), self.statistics), *self._app):
             methods[method.name] = method
         acceptor = TlsAcceptor(
             context,
@@ -145,8 +153,9 @@ class Server:
     def _load_certificates(self) -> ssl.SSLContext:
         config = self.config
         if config.tls.suites[0] != SUITES[0] and not can_choose_suites():
+            first = config.tls.suites[0]
             raise ConfigError(
-                [f"tls.suites = {list(config.tls.suites)}: {SUITES[0]} must come first; this Python cannot order suites"]
+                [f"tls.suites = [{first!r}, ...]: {SUITES[0]} must come first before Python 3.15"]
             )
         self.home.ensure()
         self.certificates = ensure_own_certificates(
@@ -168,7 +177,11 @@ class Server:
         for pair in self.certificates:
             days_left = (pair.not_after - now).days
             log.info(
-                "certificate.loaded", file=str(pair.certificate), key=pair.key_type, pin=pair.pin, days_left=days_left
+                "certificate.loaded",
+                file=str(pair.certificate),
+                key=pair.key_type,
+                pin=pair.pin,
+                days_left=days_left,
             )
             if days_left <= max(self.config.certificates.alert_days, default=0):
                 log.warning("certificate.expires", file=str(pair.certificate), days_left=days_left)
@@ -178,7 +191,7 @@ class Server:
         if authenticators is None:
             users = UserFile(self.home.users)
             users.load()
-            authenticators = [ApiKeyAuthenticator(users, on_fault=lambda fault: log.error("users.unreadable", fault=fault))]
+            authenticators = [ApiKeyAuthenticator(users, on_fault=_users_unreadable)]
         return Login(authenticators, Throttle(self.config.limits.login_failures))
 
     # --- while it runs -------------------------------------------------------------------------------
@@ -208,7 +221,8 @@ class Server:
     async def _clean_forever(self, registry: SessionRegistry) -> None:
         while True:
             await asyncio.sleep(self.config.store.cleanup_interval)
-            for _ in range(0, max(1, registry.slots), CLEANUP_SLOTS):
+            sweeps = registry.sweeps
+            while registry.sweeps == sweeps:
                 registry.clean(self._clock.wall(), CLEANUP_SLOTS)
                 await asyncio.sleep(0)
 
@@ -241,10 +255,10 @@ class Server:
 
     # --- the end -------------------------------------------------------------------------------------
 
-    async def drain(self, timeout: float | None = None) -> None:
+    async def drain(self, limit: float | None = None) -> None:
         """Stop accepting, say GOAWAY, finish what runs within the limit, close every connection, end.
 
-        `timeout` in seconds; None is the configured one, 0 cancels what runs at once.
+        `limit` in seconds; None is the configured one, 0 cancels what runs at once.
         """
         if self._serving is None or self._closed.is_set():
             return
@@ -254,17 +268,17 @@ class Server:
         log.info("server.draining", connections=len(serving.connections))
         for number, protocol in enumerate(list(serving.connections)):
             protocol.go_away("draining")
-            if number % 100 == 99:
+            if number % GOAWAYS_PER_TURN == GOAWAYS_PER_TURN - 1:
                 await asyncio.sleep(0)
-        limit = self.config.server.drain_timeout if timeout is None else timeout
-        deadline = self._clock.now() + limit
-        while serving.connections and self._clock.now() < deadline:
-            await asyncio.sleep(0.02)
-        unfinished = len(serving.connections)
+        await self._within(
+            self.config.server.drain_timeout if limit is None else limit, serving.wait_drained()
+        )
+        cut_off = len(serving.connections)
         for protocol in list(serving.connections):
             protocol.cancel_all()
             protocol.close("drain_timeout")
-        await self._let_transports_end()
+        # close_notify is out: wait for the peers' ends, or for the linger time that resets the rest.
+        await self._within(LINGER_TIME + 0.5, self._listener.wait_empty())
         await serving.tasks.close()
         if self._cleanup is not None:
             self._cleanup.cancel()
@@ -272,17 +286,19 @@ class Server:
         self._wheel.close()
         serving.close()
         self._closed.set()
-        log.info("server.ended", cut_off=unfinished)
+        log.info("server.ended", cut_off=cut_off)
 
-    async def _let_transports_end(self) -> None:
-        """close_notify is out; wait for the peers' ends, or for the linger time that resets the rest."""
-        deadline = self._clock.now() + 2.5
-        while self._listener.connections and self._clock.now() < deadline:
-            await asyncio.sleep(0.02)
+    async def _within(self, seconds: float, condition: Coroutine[Any, Any, None]) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(condition, seconds)
 
     async def wait_closed(self) -> None:
         """Return when the server has ended."""
         await self._closed.wait()
+
+
+def _users_unreadable(error: ConfigError) -> None:
+    log.error("users.unreadable", faults=error.faults)
 
 
 def resident_bytes() -> int:
@@ -320,7 +336,7 @@ def _session_settings(config: Config) -> SessionSettings:
         lifetime_ms=_ms(sessions.lifetime),
         idle_timeout_ms=None if sessions.idle_timeout is None else _ms(sessions.idle_timeout),
         per_user=sessions.per_user,
-        when_full=sessions.when_full,
+        when_full="evict_oldest" if sessions.when_full == "evict_oldest" else "refuse",
         refresh=sessions.refresh,
         refresh_lifetime_ms=_ms(sessions.refresh_lifetime),
         refresh_grace_ms=_ms(sessions.refresh_grace),

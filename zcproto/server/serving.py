@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from zcproto.clock import Clock, Entropy
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import Code
-from zcproto.observe.log import RateLimited, get_logger
+from zcproto.observe.log import get_logger
+from zcproto.observe.rate import RateLimited
 from zcproto.server.app import Method
 from zcproto.server.eager import EagerTasks
 from zcproto.sessions import SessionRegistry
@@ -61,6 +63,7 @@ class Serving:
         entropy: Entropy,
         write_buffer_bytes: int,
         write_timeout: float,
+        session_idle_timeout_ms: int | None,
     ) -> None:
         self.settings = settings
         self.registry = registry
@@ -72,12 +75,24 @@ class Serving:
         self.entropy = entropy
         self.write_buffer_bytes = write_buffer_bytes
         self.write_timeout = write_timeout
+        self.session_idle_timeout_ms = session_idle_timeout_ms
         self.counters = Counters()
         self.connections: set[ServerProtocol] = set()
         self.draining = False
+        self._drained = asyncio.Event()
         self._by_session: dict[str, ServerProtocol | set[ServerProtocol]] = {}
         self._log_limit = RateLimited(per_minute=LOGS_PER_MINUTE)
         registry.observers.append(self._session_ended)
+
+    async def wait_drained(self) -> None:
+        """Return when no connection is left."""
+        if self.connections:
+            await self._drained.wait()
+
+    def connection_ended(self, protocol: ServerProtocol) -> None:
+        self.connections.discard(protocol)
+        if self.draining and not self.connections:
+            self._drained.set()
 
     def close(self) -> None:
         self.registry.observers.remove(self._session_ended)
@@ -113,7 +128,7 @@ class Serving:
 
     def log_limited(self, event: str, key: str, level: str = "info", **values: Any) -> None:
         """Log, but at most so many lines a minute of one event and key."""
-        suppressed = self._log_limit.suppressed_before(event, key, self.clock.now())
+        suppressed = self._log_limit.admit(event, key, self.clock.now())
         if suppressed is not None:
             if suppressed:
                 values["suppressed"] = suppressed
