@@ -6,8 +6,8 @@ import re
 
 _MS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
 
-# Nine digits are 31 years in seconds; more would only cost time to read.
-_DURATION = re.compile("".join(rf"(?:([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?){unit}(?![a-z]))?" for unit in _MS))
+# Twelve digits are 31 years in milliseconds; more would only cost time to read.
+_DURATION = re.compile("".join(rf"(?:([0-9]{{1,12}}(?:\.[0-9]{{1,9}})?){unit}(?![a-z]))?" for unit in _MS))
 
 
 def parse_duration(text: str) -> float | None:

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zcproto.config import Config, load_config
+from zcproto.config.load import MAX_FILE_BYTES
+from zcproto.errors import ConfigError
+
+from .helpers import faults, load
+
+DOCUMENTED = """
+[server]
+host = "127.0.0.1"            # "::" and lists too
+port = 7443
+drain_timeout = "30s"
+
+[tls]
+suites = ["TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"]
+handshake_timeout = "5s"
+max_handshakes = 256
+client_auth = "off"
+
+[certificates]
+directory = "~/.zeroclaw/certs"
+mode = "own"
+key_types = ["rsa-4096", "ecdsa-p256"]
+names = []
+lifetime = "90d"
+renew_before = "30d"
+renew_key = false
+certificate = []
+key = []
+alert_days = [30, 14, 7, 3, 1]
+
+[sessions]
+lifetime = "24h"
+idle_timeout = "1h"
+per_user = 5
+when_full = "refuse"
+refresh = true
+refresh_lifetime = "30d"
+refresh_grace = "10s"
+open_timeout = "10s"
+bind_address = "off"
+bind_client = false
+
+[store]
+url = "memory"
+timeout = "250ms"
+grace = "5m"
+cleanup_interval = "30s"
+
+[freshness]
+tolerance = "30s"
+
+[limits]
+max_connections = 20000
+connections_per_address = 1000
+max_frame_bytes = 1048576
+max_frame_bytes_before_session = 16384
+max_streams = 128
+max_depth = 32
+idle_timeout = "5m"
+write_buffer_bytes = 1048576
+write_timeout = "20s"
+login_failures = 5
+
+[log]
+level = "info"
+format = "auto"
+file = ""
+"""
+
+
+def test_with_nothing_given_all_is_default(home: Path) -> None:
+    config = load(home)
+    assert config == Config.model_validate({"certificates": {"directory": home / "certs"}})
+
+
+def test_the_empty_file_is_sound(home: Path) -> None:
+    assert load(home, "") == load(home)
+
+
+def test_the_documented_file_is_sound_and_gives_the_defaults(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    config = load(home, DOCUMENTED)
+    assert config == Config()
+    assert config.certificates.directory == Path("/home/alice/.zeroclaw/certs")
+
+
+def test_certificates_follow_the_home_folder(home: Path) -> None:
+    assert load(home).certificates.directory == home / "certs"
+    assert load(home, '[certificates]\ndirectory = "/etc/zcproto"').certificates.directory == Path(
+        "/etc/zcproto"
+    )
+
+
+def test_a_named_file_is_read_instead_of_the_one_at_home(home: Path) -> None:
+    (home / "config.toml").write_text("[server]\nport = 1")
+    other = home / "other.toml"
+    other.write_text("[server]\nport = 2")
+    assert load_config(other, home=home, environ={}).server.port == 2
+
+
+def test_a_named_file_must_be_there(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"other\.toml: there is no such file; `config init` makes one"):
+        load_config(home / "other.toml", home=home, environ={})
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(home: Path) -> None:
+    toml = "[server]\nport = 1\n[limits]\nmax_streams = 1\nmax_depth = 9"
+    environ = {"ZCPROTO_SERVER__PORT": "2", "ZCPROTO_LIMITS__MAX_STREAMS": "2"}
+    config = load(home, toml, environ, {"server.port": 3})
+    assert (config.server.port, config.limits.max_streams, config.limits.max_depth) == (3, 2, 9)
+
+
+def test_an_option_that_is_not_given_overrides_nothing(home: Path) -> None:
+    assert load(home, "[server]\nport = 1", overrides={"server.port": None}).server.port == 1
+
+
+def test_an_option_may_give_a_duration_in_seconds(home: Path) -> None:
+    assert load(home, overrides={"server.drain_timeout": 2.5}).server.drain_timeout == 2.5
+    assert load(home, overrides={"server.drain_timeout": "2s"}).server.drain_timeout == 2.0
+
+
+def test_variables_give_every_kind_of_value(home: Path) -> None:
+    environ = {
+        "ZCPROTO_SERVER__HOST": "::1, 127.0.0.1",
+        "ZCPROTO_TLS__SUITES": '["TLS_CHACHA20_POLY1305_SHA256"]',
+        "ZCPROTO_CERTIFICATES__ALERT_DAYS": "7,1",
+        "ZCPROTO_CERTIFICATES__NAMES": "",
+        "ZCPROTO_SESSIONS__IDLE_TIMEOUT": "off",
+        "ZCPROTO_SESSIONS__REFRESH": "false",
+        "ZCPROTO_LOG__FILE": "/var/log/zcproto.log",
+        "ZCPROTO_HOME": "/elsewhere",
+        "ZCPROTO_DEBUG": "1",
+        "ZCPROTO_BENCH_ROUNDS": "3",
+        "PATH": "/bin",
+    }
+    config = load(home, environ=environ)
+    assert config.server.host == ("::1", "127.0.0.1")
+    assert config.tls.suites == ("TLS_CHACHA20_POLY1305_SHA256",)
+    assert config.certificates.alert_days == (7, 1)
+    assert config.certificates.names == ()
+    assert config.sessions.idle_timeout is None
+    assert config.sessions.refresh is False
+    assert config.log.file == Path("/var/log/zcproto.log")
+
+
+@pytest.mark.parametrize(
+    ("toml", "fault"),
+    [
+        ("[server]\nport = \n", "config.toml: is not TOML: Invalid value (at line 2, column 8)"),
+        (
+            "[server\n",
+            "config.toml: is not TOML: Expected ']' at the end of a table declaration (at line 1, column 8)",
+        ),
+        (
+            "[server]\nhost = [",
+            "config.toml: is not TOML: Invalid value (at line 2, column 9, the end of the file)",
+        ),
+        (b"[server]\n# \xff", "config.toml: is not UTF-8 text (line 2)"),
+    ],
+)
+def test_what_is_no_toml_is_told_with_line_and_column(home: Path, toml: str | bytes, fault: str) -> None:
+    assert faults(home, toml) == [fault]
+
+
+@pytest.mark.parametrize("toml", ["a = " + "[" * 50_000, "a = 1" + "0" * 5_000])
+def test_toml_beyond_all_use_is_a_fault_and_no_crash(home: Path, toml: str) -> None:
+    (fault,) = faults(home, toml)
+    assert fault.startswith("config.toml: ")
+
+
+def test_a_file_beyond_the_limit_is_not_parsed(home: Path) -> None:
+    load(home, "#" * MAX_FILE_BYTES)
+    assert faults(home, "#" * (MAX_FILE_BYTES + 1)) == ["config.toml: is larger than 1048576 bytes"]
+
+
+def test_a_file_that_cannot_be_read_is_a_fault(home: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(home, home=home, environ={})
+
+
+def test_a_home_that_is_a_file_is_a_fault(home: Path) -> None:
+    (home / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be read: Not a directory"):
+        load_config(None, home=home / "file", environ={})
+
+
+KEYS = st.sampled_from(["server", "port", "tls", "host", "lifetime", "", "\n", "x" * 500, "http", "log"])
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["1s", "off"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.builds("{}.{}".format, KEYS, KEYS) | KEYS, VALUES, max_size=4))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_values_give_a_configuration_or_a_list_of_faults(tmp_path: Path, values: dict[str, Any]) -> None:
+    told: list[str] | None = None
+    try:
+        load_config(None, home=tmp_path, environ={}, overrides=values)
+    except ConfigError as error:
+        told = error.faults
+    assert told is None or (told and all(fault.isprintable() for fault in told))
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_in_the_file_give_a_configuration_or_a_list_of_faults(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "config.toml").write_bytes(b"[server]\n" + data)
+    told: list[str] | None = None
+    try:
+        load_config(None, home=tmp_path, environ={})
+    except ConfigError as error:
+        told = error.faults
+    assert told is None or (told and all(fault.isprintable() for fault in told))

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from zcproto.config import Config, LimitsConfig
+from zcproto.config.model import CHECKS, rules, sections, split_key
+
+DEFAULTS = {
+    "server.host": ("127.0.0.1",),
+    "server.port": 7443,
+    "server.drain_timeout": 30.0,
+    "tls.suites": ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"),
+    "tls.handshake_timeout": 5.0,
+    "tls.max_handshakes": 256,
+    "tls.client_auth": "off",
+    "certificates.directory": Path("/home/alice/.zeroclaw/certs"),
+    "certificates.mode": "own",
+    "certificates.key_types": ("rsa-4096", "ecdsa-p256"),
+    "certificates.names": (),
+    "certificates.lifetime": 7_776_000.0,
+    "certificates.renew_before": 2_592_000.0,
+    "certificates.renew_key": False,
+    "certificates.certificate": (),
+    "certificates.key": (),
+    "certificates.alert_days": (30, 14, 7, 3, 1),
+    "sessions.lifetime": 86_400.0,
+    "sessions.idle_timeout": 3_600.0,
+    "sessions.per_user": 5,
+    "sessions.when_full": "refuse",
+    "sessions.refresh": True,
+    "sessions.refresh_lifetime": 2_592_000.0,
+    "sessions.refresh_grace": 10.0,
+    "sessions.open_timeout": 10.0,
+    "sessions.bind_address": "off",
+    "sessions.bind_client": False,
+    "store.url": "memory",
+    "store.timeout": 0.25,
+    "store.grace": 300.0,
+    "store.cleanup_interval": 30.0,
+    "freshness.tolerance": 30.0,
+    "limits.max_connections": 20_000,
+    "limits.connections_per_address": 1_000,
+    "limits.max_frame_bytes": 1_048_576,
+    "limits.max_frame_bytes_before_session": 16_384,
+    "limits.max_streams": 128,
+    "limits.max_depth": 32,
+    "limits.idle_timeout": 300.0,
+    "limits.write_buffer_bytes": 1_048_576,
+    "limits.write_timeout": 20.0,
+    "limits.login_failures": 5,
+    "log.level": "info",
+    "log.format": "auto",
+    "log.file": None,
+}
+
+
+def test_each_key_has_its_documented_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    config = Config()
+    assert {
+        key: getattr(getattr(config, split_key(key)[0]), split_key(key)[1]) for key in rules()
+    } == DEFAULTS
+
+
+@pytest.mark.parametrize("key", [key for key in DEFAULTS if key != "certificates.directory"])
+def test_each_default_is_accepted_by_its_own_rule(key: str) -> None:
+    assert rules()[key].accept(DEFAULTS[key]) == DEFAULTS[key]
+
+
+@pytest.mark.parametrize("key", DEFAULTS)
+def test_each_key_is_described(key: str) -> None:
+    section, name = split_key(key)
+    description = sections()[section].model_fields[name].description
+    assert description is not None
+    assert description.endswith(".")
+
+
+@pytest.mark.parametrize("key", DEFAULTS)
+def test_each_key_says_what_it_accepts(key: str) -> None:
+    assert rules()[key].range()
+
+
+def test_settings_can_be_made_in_python_too() -> None:
+    config = Config(limits=LimitsConfig(idle_timeout=2.5, max_streams=3))
+    assert (config.limits.idle_timeout, config.limits.max_streams) == (2.5, 3)
+
+
+def test_a_configuration_does_not_change() -> None:
+    with pytest.raises(ValidationError):
+        Config().server.port = 1
+    with pytest.raises(ValidationError):
+        Config().server = Config().server
+
+
+def test_a_wrong_value_made_in_python_is_refused_and_not_shown() -> None:
+    with pytest.raises(ValidationError, match="must be a whole number from 1 to 65535") as caught:
+        LimitsConfig(max_streams=987_654_321)
+    assert "987654321" not in str(caught.value)
+
+
+def test_a_misspelt_key_made_in_python_is_refused() -> None:
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        LimitsConfig.model_validate({"max_stream": 1})
+
+
+def test_settings_that_do_not_fit_each_other_are_refused_in_python_too() -> None:
+    with pytest.raises(ValidationError, match=r"renew_before must be less than certificates\.lifetime"):
+        Config.model_validate({"certificates": {"lifetime": "30d"}})
+
+
+def test_the_pairs_that_are_checked_exist() -> None:
+    assert {key for check in CHECKS for key in check.keys} <= set(rules())

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.config.rules import (
+    Binding,
+    CertificateName,
+    Choice,
+    Duration,
+    FilePath,
+    Flag,
+    HostName,
+    ListOf,
+    RefusedError,
+    Rule,
+    StoreUrl,
+    Whole,
+)
+
+TWO_OF_THREE = ListOf(Choice(("a", "b", "c")), 1, 2)
+HOSTS = ListOf(HostName(), 1, 16, bare=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "result"),
+    [
+        (Whole(1, 9), 1, 1),
+        (Whole(1, 9), 9, 9),
+        (Whole(1, 9, "none"), 0, 0),
+        (Flag(), True, True),
+        (Flag(), False, False),
+        (Choice(("a", "b")), "b", "b"),
+        (Duration("1s", "1m"), "1s", 1.0),
+        (Duration("1s", "1m"), "60s", 60.0),
+        (Duration("1s", "1m"), 2, 2.0),
+        (Duration("1s", "1m"), 2.5, 2.5),
+        (Duration("1s", "1m", off=True), "off", None),
+        (Duration("1s", "1m", off=True), None, None),
+        (HostName(), "127.0.0.1", "127.0.0.1"),
+        (HostName(), "::", "::"),
+        (HostName(), "fe80::1%eth0", "fe80::1%eth0"),
+        (HostName(), "server.example.com", "server.example.com"),
+        (CertificateName(), "server.example.com", "server.example.com"),
+        (CertificateName(), "*.example.com", "*.example.com"),
+        (CertificateName(), "bücher.example", "bücher.example"),
+        (CertificateName(), "example.com.", "example.com."),
+        (CertificateName(), "2001:db8::1", "2001:db8::1"),
+        (FilePath(), "/var/lib/zcproto", Path("/var/lib/zcproto")),
+        (FilePath(), Path("/var/lib"), Path("/var/lib")),
+        (FilePath(empty=True), "", None),
+        (FilePath(empty=True), None, None),
+        (StoreUrl(), "memory", "memory"),
+        (StoreUrl(), "rediss://cache:6380/0", "rediss://cache:6380/0"),
+        (Binding(), "off", "off"),
+        (Binding(), "exact", "exact"),
+        (Binding(), "24", "24"),
+        (TWO_OF_THREE, ["a", "c"], ("a", "c")),
+        (TWO_OF_THREE, ("c",), ("c",)),
+        (HOSTS, "::", ("::",)),
+        (HOSTS, ["::1", "127.0.0.1"], ("::1", "127.0.0.1")),
+    ],
+)
+def test_a_right_value_is_accepted(rule: Rule, value: object, result: object) -> None:
+    assert rule.accept(value) == result
+    assert type(rule.accept(value)) is type(result)
+    assert rule.accept(result) == result, "a rule accepts its own result"
+
+
+WRONG: list[tuple[Rule, list[object]]] = [
+    (Whole(1, 9), [0, 10, -1, 1.0, "1", True, None, [1], 10**100]),
+    (Whole(1, 9, "none"), [-1, 10]),
+    (Flag(), [0, 1, "true", None, []]),
+    (Choice(("a", "b")), ["c", "", "A", 1, None, ["a"], {}]),
+    (
+        Duration("1s", "1m"),
+        ["999ms", "61s", "1", "off", "", True, None, [], 0.5, 61, float("nan"), float("inf")],
+    ),
+    (HostName(), ["", "a b", "a\n", "-a", "http://a", "a/b", "a" * 254, 1, None, "::g", "fe80::1%\n"]),
+    (
+        CertificateName(),
+        ["", "a b", "a..b", "*", "*.", "a.*.b", "-", "http://a", "a_b", "a" * 255, 1, "a\n.b", "."],
+    ),
+    (
+        FilePath(),
+        [
+            "",
+            "relative",
+            "./x",
+            "~nobody-by-this-name/x",
+            "/a\n",
+            "/a\x00",
+            "/" + "a" * 4096,
+            1,
+            None,
+            Path("x"),
+        ],
+    ),
+    (StoreUrl(), ["", "mysql://x", "redis://", "memory ", 1, None, "redis:///" + "x" * 1001]),
+    (Binding(), ["", "0", "129", "on", "exactly", 24, None]),
+    (TWO_OF_THREE, [[], ["a", "b", "c"], ["a", "a"], ["d"], "a", None, {"a": 1}, [["a"]]]),
+    (HOSTS, [[], "", [""], ["::", "::"], ["::"] * 17, 1]),
+]
+
+
+@pytest.mark.parametrize(("rule", "value"), [(rule, value) for rule, values in WRONG for value in values])
+def test_a_wrong_value_is_refused_with_what_would_be_right(rule: Rule, value: object) -> None:
+    with pytest.raises(RefusedError) as caught:
+        rule.accept(value)
+    assert str(caught.value) == f"must be {rule.expects()}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (Whole(1, 65_535, "any free port"), "a whole number from 1 to 65535, or 0 for any free port"),
+        (Whole(1, 9), "a whole number from 1 to 9"),
+        (Choice(("a",)), '"a"'),
+        (Choice(("a", "b", "c")), '"a", "b" or "c"'),
+        (Duration("1s", "10m"), 'text with a unit (ms, s, m, h, d), from "1s" to "10m"'),
+        (Duration("1s", "1m", off=True), 'text with a unit (ms, s, m, h, d), from "1s" to "1m", or "off"'),
+        (ListOf(Whole(1, 9), 0, 3), "a list of up to 3 different values, each a whole number from 1 to 9"),
+        (ListOf(Whole(1, 9), 1, 3), "a list of 1 to 3 different values, each a whole number from 1 to 9"),
+        (
+            ListOf(Whole(1, 9), 1, 3, bare=True),
+            "a whole number from 1 to 9, or a list of up to 3 of them, all different",
+        ),
+    ],
+)
+def test_what_is_right_is_said_in_words(rule: Rule, words: str) -> None:
+    assert rule.expects() == words
+
+
+@pytest.mark.parametrize("value", [30, 30.0, True])
+def test_a_file_gives_a_duration_only_with_its_unit(value: object) -> None:
+    with pytest.raises(RefusedError, match="text with a unit"):
+        Duration("1s", "1m").load(value)
+    assert Duration("1s", "1m").load("30s") == 30.0
+
+
+def test_a_value_of_a_later_version_is_refused_with_what_to_use() -> None:
+    rule = Choice(("off", "required"), only="off", instead='use "off"')
+    assert rule.accept("off") == "off"
+    with pytest.raises(RefusedError, match=r'^not in this version; use "off"$'):
+        rule.accept("required")
+    with pytest.raises(RefusedError, match=r'^must be "off"; no other value is in this version$'):
+        rule.accept("of")
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "value"),
+    [
+        (Whole(1, 9), "7443", 7443),
+        (Whole(1, 9), " -1 ", -1),
+        (Whole(1, 9), "7x", "7x"),
+        (Whole(1, 9), "1_000", "1_000"),
+        (Whole(1, 9), "9" * 5000, "9" * 5000),
+        (Flag(), "true", True),
+        (Flag(), "FALSE", False),
+        (Flag(), "yes", "yes"),
+        (Choice(("a",)), "a", "a"),
+        (TWO_OF_THREE, "a, b", ["a", "b"]),
+        (TWO_OF_THREE, '["a", "b"]', ["a", "b"]),
+        (TWO_OF_THREE, '["a", "b"', '["a", "b"'),
+        (TWO_OF_THREE, "[" * 5000, "[" * 5000),
+        (TWO_OF_THREE, "", []),
+        (ListOf(Whole(1, 9), 0, 3), "3,1", [3, 1]),
+        (ListOf(Whole(1, 9), 0, 3), " [3, 1]", [3, 1]),
+    ],
+)
+def test_the_text_of_a_variable_becomes_what_the_key_takes(rule: Rule, text: str, value: object) -> None:
+    assert rule.from_environ(text) == value
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "text"),
+    [
+        (Whole(1, 9), 3, "3"),
+        (Flag(), True, "true"),
+        (Flag(), False, "false"),
+        (Choice(("a",)), "a", '"a"'),
+        (Duration("1s", "1m"), 30.0, '"30s"'),
+        (Duration("1s", "1m", off=True), None, '"off"'),
+        (FilePath(), Path('/a"b\\c'), '"/a\\"b\\\\c"'),
+        (FilePath(empty=True), None, '""'),
+        (TWO_OF_THREE, ("a", "b"), '["a", "b"]'),
+        (HOSTS, ("::",), '"::"'),
+        (HOSTS, ("::", "::1"), '["::", "::1"]'),
+    ],
+)
+def test_a_value_is_written_as_toml(rule: Rule, value: Any, text: str) -> None:
+    assert rule.write(value) == text
+
+
+def test_a_path_begins_at_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    assert FilePath().accept("~/x") == Path("/home/alice/x")
