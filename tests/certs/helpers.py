@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from zcproto.certs import CertificatePair, ensure_own_certificates
 
 NOW = datetime(2026, 6, 1, 12, 30, 15, 250_000, tzinfo=UTC)
 DAY = timedelta(days=1)
-
-Ensure = Callable[..., list[CertificatePair]]
 
 
 def ensure(directory: Path, **changes: Any) -> list[CertificatePair]:
@@ -73,6 +72,11 @@ def der(certificate: x509.Certificate) -> bytes:
 
 def pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def pem_of(data: bytes, label: str = "CERTIFICATE") -> bytes:
+    """Any bytes in the form of PEM."""
+    return f"-----BEGIN {label}-----\n{base64.encodebytes(data).decode()}-----END {label}-----\n".encode()
 
 
 def pem_of_key(

@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from zcproto.certs import load_pair, pair, spki_pin
 from zcproto.errors import CertificateError
 
-from .helpers import DAY, NOW, build, der, openssl, pem, pem_of_key, write_pair
+from .helpers import DAY, NOW, build, der, openssl, pem, pem_of, pem_of_key, write_pair
 
 TRADITIONAL = serialization.PrivateFormat.TraditionalOpenSSL
 SAN = x509.SubjectAlternativeName(
@@ -238,8 +238,7 @@ def with_signature_algorithm(certificate: x509.Certificate, last_arc: int) -> by
     arc = bytes.fromhex("06092a864886f70d0101")  # 1.2.840.113549.1.1, RFC 8017 appendix C
     data = der(certificate)
     assert data.count(arc + b"\x0b") == 2
-    changed = data.replace(arc + b"\x0b", arc + bytes((last_arc,)))
-    return b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(changed) + b"-----END CERTIFICATE-----\n"
+    return pem_of(data.replace(arc + b"\x0b", arc + bytes((last_arc,))))
 
 
 @pytest.mark.parametrize(("last_arc", "name"), [(4, "md5"), (14, "sha224"), (2, "1.2.840.113549.1.1.2")])
@@ -347,11 +346,7 @@ def test_damaged_files_give_the_documented_error_only(tmp_path: Path, ec_key: An
                 del data[position]
             case _:
                 data[position] ^= 1 << rng.randrange(8)
-        text = (
-            f"-----BEGIN {label}-----\n".encode()
-            + base64.encodebytes(data)
-            + f"-----END {label}-----\n".encode()
-        )
+        text = pem_of(bytes(data), label)
         paths = write_pair(
             tmp_path,
             text if label == "CERTIFICATE" else [certificate],

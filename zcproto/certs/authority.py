@@ -59,17 +59,18 @@ def load(
     certificate_path, key_path = paths(directory)
     files.recover(certificate_path, key_path, pair.match)
     if key_path.exists():
-        certificate = read_or_set_aside(certificate_path)  # it can be made again
+        certificate = read_or_set_aside(certificate_path, progress)  # it can be made again
     elif certificate_path.exists():
         certificate = pair.read_certificates(certificate_path)[0]
     else:
         return None
+    if certificate is not None:
+        _check_made_here(certificate, certificate_path)
     key, problem = _read_key(certificate_path, key_path, certificate)
     if certificate is None:
         if key is None:
             raise CertificateError(problem)
         return _renew(directory, key, now, progress)
-    _check_made_here(certificate, certificate_path)
     found = Authority(certificate, key, problem)
     last_use = certificate.not_valid_after_utc - leaf_lifetime  # or the leaf would outlive its authority
     if key is None or certificate.not_valid_before_utc <= now <= last_use:
@@ -77,6 +78,8 @@ def load(
     try:
         return _renew(directory, key, now, progress)
     except CertificateError as error:
+        if now > certificate.not_valid_after_utc:
+            raise
         progress(f"{certificate_path} could not be renewed: {error}. The old one is kept.")
         return found
 
@@ -95,14 +98,14 @@ def pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def read_or_set_aside(path: Path) -> x509.Certificate | None:
+def read_or_set_aside(path: Path, progress: Callable[[str], None]) -> x509.Certificate | None:
     """The first certificate in the file; None if there is no file, or a damaged one, which is put aside."""
     if not path.exists():
         return None
     try:
         return pair.read_certificates(path)[0]
-    except files.DamagedFileError:
-        files.set_aside(path)
+    except files.DamagedFileError as error:
+        progress(f"{error}. It is put aside as {files.set_aside(path)}.")
         return None
 
 

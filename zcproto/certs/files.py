@@ -253,11 +253,12 @@ def recover(certificate: Path, key: Path, matches: Callable[[bytes, bytes], bool
     discard_staged(certificate, key)
 
 
-def set_aside(path: Path) -> None:
-    """Renames a file that cannot be used to NAME.aside, so that nothing is lost that was not made here."""
+def set_aside(path: Path) -> Path:
+    """Renames a file that cannot be used to NAME.aside, which it returns: it may be somebody's."""
     aside = path.with_name(path.name + ".aside")
     path.replace(aside)
     sync_folder(path.parent)
+    return aside
 
 
 def sync_folder(directory: Path) -> None:

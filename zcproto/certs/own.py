@@ -105,7 +105,7 @@ def ensure_own_certificates(
 
     with files.translated(directory, "used"), files.locked(directory, on_wait=tell_of_waiting):
         own = authority.load(directory, moment, lifetime, progress)
-        leaves = [_find(directory, key_type, own) for key_type in key_types]
+        leaves = [_find(directory, key_type, own, progress) for key_type in key_types]
         _issue_due(directory, own, leaves, wanted, moment, progress)
         return [load_pair(leaf.certificate_path, leaf.key_path, moment) for leaf in leaves]
 
@@ -157,11 +157,11 @@ def _wanted(
     return wanted
 
 
-def _find(directory: Path, key_type: str, own: Authority | None) -> Leaf:
+def _find(directory: Path, key_type: str, own: Authority | None, progress: Callable[[str], None]) -> Leaf:
     """What is in the place of this certificate, after what a crash left has been repaired."""
     stem = FILE_NAMES[keys.family(key_type)]
     certificate_path, key_path = directory / f"{stem}.crt", directory / f"{stem}.key"
-    certificate = authority.read_or_set_aside(certificate_path)
+    certificate = authority.read_or_set_aside(certificate_path, progress)
     if certificate is not None and (own is None or not own.issued(certificate)):
         raise CertificateError(
             f"{certificate_path}: was not issued by the own authority ({directory / 'ca.crt'}) and is never"
@@ -176,22 +176,25 @@ def _find(directory: Path, key_type: str, own: Authority | None) -> Leaf:
         )
 
     files.recover(certificate_path, key_path, may_be_installed)
-    certificate = authority.read_or_set_aside(certificate_path)
-    key = _find_key(key_path, key_type, certificate)
+    certificate = authority.read_or_set_aside(certificate_path, progress)
+    key = _find_key(key_path, key_type, certificate, progress)
     return Leaf(key_type, certificate_path, key_path, certificate, key)
 
 
-def _find_key(path: Path, key_type: str, certificate: x509.Certificate | None) -> keys.PrivateKey | None:
+def _find_key(
+    path: Path, key_type: str, certificate: x509.Certificate | None, progress: Callable[[str], None]
+) -> keys.PrivateKey | None:
     if not path.exists():
         return None
     try:
         key = pair.read_private_key(path)
-    except files.DamagedFileError:
-        files.set_aside(path)
+    except files.DamagedFileError as error:
+        progress(f"{error}. It is put aside as {files.set_aside(path)}.")
         return None
     ours = certificate is not None and keys.belongs(key, certificate.public_key())
     if not ours and keys.key_type_of(key) != key_type:
-        files.set_aside(path)  # it would be overwritten, and may be somebody's
+        # It would be overwritten, and may be somebody's.
+        progress(f"{path} is a key of another type. It is put aside as {files.set_aside(path)}.")
         return None
     return key
 
