@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zcproto.clock import system_clock
+from zcproto.config import LogConfig
+from zcproto.errors import ConfigError
+from zcproto.observe import log as log_module
+from zcproto.observe.log import MAX_LINE, configure_logging, failed_lines, get_logger
+from zcproto.observe.secret import Secret
+
+log = get_logger("zcproto.test")
+
+
+class Clock:
+    """A quarter past two on the first of March, and 7 ms."""
+
+    def wall(self) -> int:
+        return 1_772_374_500_007
+
+    def now(self) -> float:
+        return 0.0
+
+
+@pytest.fixture(autouse=True)
+def unconfigured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test begins like a fresh process, and leaves no open file."""
+    state = log_module._State()
+    monkeypatch.setattr(log_module, "_state", state)
+    yield
+    state.output.close()
+
+
+def configure(**settings: Any) -> None:
+    configure_logging(LogConfig(**settings), clock=Clock())
+
+
+def records(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_an_event_is_one_json_object_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    log.info("session.opened", user="alice", count=2)
+    assert capsys.readouterr().err == (
+        '{"timestamp":"2026-03-01T14:15:00.007Z","level":"info","event":"session.opened",'
+        '"logger":"zcproto.test","user":"alice","count":2}\n'
+    )
+
+
+def test_an_event_is_one_line_of_text_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="console")
+    log.warning("session.opened", user="alice", agent='a "b" c', count=2, ok=True, names=["x"])
+    assert capsys.readouterr().err == (
+        "2026-03-01T14:15:00.007Z warning session.opened logger=zcproto.test user=alice"
+        ' agent="a \\"b\\" c" count=2 ok=true names=["x"]\n'
+    )
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_format_follows_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(format="auto")
+    for stream, first in ((Terminal(), "2"), (io.StringIO(), "{")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        log.info("a.b")
+        assert stream.getvalue()[0] == first
+
+
+def test_a_file_gets_json_even_from_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    configure(file=tmp_path / "log")
+    log.info("a.b")
+    assert records((tmp_path / "log").read_text())[0]["event"] == "a.b"
+
+
+@pytest.mark.parametrize(
+    ("level", "written"),
+    [
+        ("debug", ["debug", "info", "warning", "error"]),
+        ("info", ["info", "warning", "error"]),
+        ("warning", ["warning", "error"]),
+        ("error", ["error"]),
+    ],
+)
+def test_events_below_the_level_are_not_written(
+    level: str, written: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(level=level, format="json")
+    for method in (log.debug, log.info, log.warning, log.error):
+        method("a.b")
+    assert [record["level"] for record in records(capsys.readouterr().err)] == written
+
+
+def test_values_of_an_event_below_the_level_are_never_looked_at() -> None:
+    class Untouchable(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError
+
+    configure(level="error")
+    log.info("a.b", value=Untouchable())
+    assert failed_lines() == 0
+
+
+def test_without_configuration_warnings_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    log.info("a.b")
+    log.warning("a.c")
+    assert [record["event"] for record in records(capsys.readouterr().err)] == ["a.c"]
+
+
+def test_the_clock_of_the_system_is_used_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    before = system_clock.wall()
+    log.warning("a.b")
+    (record,) = records(capsys.readouterr().err)
+    assert record["timestamp"].startswith("20")
+    assert before > 0
+
+
+def test_bound_values_are_on_each_event(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    bound = log.bind(connection="c1")
+    bound.info("a.b")
+    bound.info("a.c", connection="c2")
+    log.info("a.d")
+    assert [record.get("connection") for record in records(capsys.readouterr().err)] == ["c1", "c2", None]
+
+
+HOSTILE = "a\r\nb\x1b[2J\x00\x7f\x85\x9b\u2028\u2029\u202e\ud800\"'\\ =x"
+
+
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_no_value_can_begin_a_line_or_move_the_cursor(
+    format_: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(format=format_)
+    log.info("a.b", name=HOSTILE, names=[HOSTILE], map={HOSTILE: HOSTILE})
+    log.bind(bound=HOSTILE).info("a.c")
+    text = capsys.readouterr().err
+    assert text.count("\n") == 2
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_json_gives_the_value_back_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    log.info("a.b", name="a\r\n\x1b\x7f\u2028ü")
+    assert records(capsys.readouterr().err)[0]["name"] == "a\r\n\x1b\x7f\u2028ü"
+
+
+def test_text_cannot_pretend_to_be_a_second_value(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="console")
+    log.info("a.b", user='x" operator=true')
+    assert capsys.readouterr().err.endswith(' user="x\\" operator=true"\n')
+
+
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_no_secret_is_written(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format=format_, level="debug")
+    for method in (log.debug, log.info, log.warning, log.error):
+        method(
+            "a.b",
+            a=Secret("hunter2"),
+            b=b"hunter2",
+            token="hunter2",
+            c={"api_key": "hunter2", "d": [Secret(b"hunter2")]},
+            error=ValueError("hunter2"),
+        )
+    assert "hunter2" not in capsys.readouterr().err
+
+
+def test_an_event_that_is_no_name_is_written_as_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    for event in ("user alice\nlogged in", "Word", "a.", ""):
+        log.info(event)
+    log.info("x" * 1000)
+    told = records(capsys.readouterr().err)
+    assert {record["event"] for record in told} == {"log.misnamed"}
+    assert told[0]["text"] == "user alice\nlogged in"
+    assert len(told[-1]["text"]) == 256
+
+
+def test_a_value_never_takes_the_place_of_the_lines_own_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    log.info("a.b", level="x", timestamp=0)
+    (record,) = records(capsys.readouterr().err)
+    assert (record["level"], record["level_"], record["timestamp_"]) == ("info", "x", 0)
+
+
+def test_an_error_is_told_with_the_places_it_passed(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    try:
+        raise KeyError("hunter2")
+    except KeyError as error:
+        log.error("a.b", cause=error)
+        log.warning("a.c", cause=error)
+    told, brief = records(capsys.readouterr().err)
+    assert told["cause"] == brief["cause"] == "KeyError"
+    assert told["cause_at"][-1].startswith("observe/test_log.py:")
+    assert "cause_at" not in brief
+
+
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_a_line_is_bounded(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format=format_)
+    log.info("a.b", **{f"v{number}": "x" * 256 for number in range(200)})
+    text = capsys.readouterr().err
+    assert len(text) < 200
+    assert "oversize" in text
+    log.info("a.c", **{f"v{number}": "x" * 256 for number in range(40)})
+    assert 10_000 < len(capsys.readouterr().err) < MAX_LINE
+
+
+def test_the_file_is_appended_to_and_made_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for event in ("a.b", "a.c"):
+        configure(file=path)
+        log.info(event)
+    assert [record["event"] for record in records(path.read_text())] == ["a.b", "a.c"]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_configured_again_the_file_is_opened_anew(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    configure(file=path)
+    log.info("a.b")
+    path.rename(tmp_path / "log.1")
+    configure(file=path)
+    log.info("a.c")
+    assert records(path.read_text())[0]["event"] == "a.c"
+
+
+def test_a_file_that_cannot_be_opened_is_a_fault_and_changes_nothing(tmp_path: Path) -> None:
+    configure(file=tmp_path / "log")
+    with pytest.raises(ConfigError, match=r'^log\.file = ".*": cannot be opened: No such file or directory$'):
+        configure(file=tmp_path / "absent" / "log", level="error")
+    log.info("a.b")
+    assert records((tmp_path / "log").read_text())[0]["event"] == "a.b"
+
+
+def test_a_named_pipe_that_nobody_reads_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        configure(file=tmp_path / "pipe")
+
+
+def test_a_full_named_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    configure(file=tmp_path / "pipe")
+    for _ in range(2_000):
+        log.info("a.b", text="x" * 200)
+    assert failed_lines() > 0
+    os.close(reader)
+
+
+def test_a_full_disk_is_counted_and_never_raises() -> None:
+    configure(file=Path("/dev/full"))
+    log.info("a.b")
+    log.info("a.b")
+    assert failed_lines() == 2
+
+
+def test_a_line_cut_by_a_full_disk_does_not_spoil_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(file=tmp_path / "log")
+    write = os.write
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:10]))
+        log.info("a.b")
+    log.info("a.c")
+    log.info("a.d")
+    torn, *whole = (tmp_path / "log").read_text().splitlines()
+    assert len(torn) == 10
+    assert [json.loads(line)["event"] for line in whole] == ["a.c", "a.d"]
+    assert failed_lines() == 1
+
+
+def test_a_closed_pipe_is_counted_and_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb", buffering=0) as raw:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, write_through=True))
+        configure(format="json")
+        log.info("a.b")
+        assert failed_lines() == 1
+
+
+@pytest.mark.parametrize("format_", ["json", "auto"])
+def test_a_standard_error_that_is_closed_or_absent_is_counted(
+    format_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(format=format_)
+    stream = io.StringIO()
+    stream.close()
+    for broken in (stream, None):
+        monkeypatch.setattr(sys, "stderr", broken)
+        log.info("a.b")
+    assert failed_lines() == 2
+
+
+def test_a_value_that_cannot_be_looked_at_is_counted_and_never_raises() -> None:
+    class BrokenError(ConfigError):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    configure(format="json")
+    log.info("a.b", error=BrokenError([]))
+    assert failed_lines() == 1
+
+
+def test_the_programs_own_structlog_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    before = structlog.get_config()
+    configure(format="json")
+    log.info("a.b")
+    assert structlog.get_config() == before
+    assert not structlog.is_configured()
+    assert capsys.readouterr().out == ""
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(categories=["Ll"]), min_size=1), st.text() | st.binary(), max_size=5
+    )
+)
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_values_make_one_printable_line_in_both_forms(values: dict[str, Any]) -> None:
+    for format_ in ("json", "console"):
+        stream, sys.stderr = sys.stderr, io.StringIO()
+        try:
+            configure(format=format_)
+            log.info("a.b", **{f"v_{name}": value for name, value in values.items()})
+            text = sys.stderr.getvalue()
+        finally:
+            sys.stderr = stream
+        assert text.endswith("\n")
+        assert text[:-1].isprintable()

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zcproto.errors import Code, ConnectionClosed
+from zcproto.observe.secret import Secret
+from zcproto.observe.values import MAX_DEPTH, MAX_FRAMES, MAX_ITEMS, describe, loggable, places
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Opaque:
+    def __repr__(self) -> str:
+        return "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (None, None),
+        (True, True),
+        (3, 3),
+        (-(2**64) + 1, -(2**64) + 1),
+        (2**64, "(a huge number)"),
+        (10**5000, "(a huge number)"),
+        (1.5, 1.5),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+        ("text", "text"),
+        ("x" * 256, "x" * 256),
+        ("x" * 257, "x" * 253 + "..."),
+        ("Grüße", "Grüße"),
+        ("\ud800", "\\ud800"),
+        (b"hunter2", "(7 bytes)"),
+        (bytearray(3), "(3 bytes)"),
+        (memoryview(b"12"), "(2 bytes)"),
+        (Secret("hunter2"), "(hidden)"),
+        (Secret(b"hunter2"), "(hidden)"),
+        (Code.REPLAYED, "REPLAYED"),
+        (Colour.RED, "RED"),
+        (Path("/a/b"), "/a/b"),
+        (ConnectionClosed("idle"), "ConnectionClosed: idle"),
+        (FileNotFoundError(2, "No such file", "/a"), "FileNotFoundError: No such file"),
+        (OSError("hunter2"), "OSError"),
+        (ValueError("hunter2"), "ValueError"),
+        (Opaque(), "(Opaque)"),
+        ([1, b"12", Secret("hunter2"), [Opaque()]], [1, "(2 bytes)", "(hidden)", ["(Opaque)"]]),
+        ((1, 2), [1, 2]),
+        ({3}, [3]),
+        (frozenset({3}), [3]),
+        ({"a": 1, "token": "hunter2"}, {"a": 1, "token": "(hidden)"}),
+        ({b"hunter2": 1, 5: 2}, {"(7 bytes)": 1, "5": 2}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_value_is_written_so_that_no_secret_is_in_it(value: object, written: object) -> None:
+    result = loggable("value", value)
+    assert result == written
+    assert type(result) is type(written)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["token", "key", "api_key", "refresh_token", "password", "passphrase", "client_secret", "Authorization"],
+)
+def test_a_value_under_the_name_of_a_secret_is_masked(name: str) -> None:
+    assert loggable(name, "hunter2") == "(hidden)"
+    assert loggable("value", {name: "hunter2"}) == {name: "(hidden)"}
+    assert loggable("value", [{name: ["hunter2"]}]) == [{name: "(hidden)"}]
+
+
+@pytest.mark.parametrize("name", ["keys", "tokens_live", "keyword", "monkey"])
+def test_a_name_that_only_resembles_one_is_not_masked(name: str) -> None:
+    assert loggable(name, 3) == 3
+
+
+def test_lists_and_maps_are_bounded_in_length() -> None:
+    assert loggable("value", list(range(1000))) == list(range(MAX_ITEMS))
+    assert loggable("value", dict.fromkeys(map(str, range(1000)), 1)) == dict.fromkeys(
+        map(str, range(MAX_ITEMS)), 1
+    )
+
+
+def test_lists_and_maps_are_bounded_in_depth() -> None:
+    value: Any = []
+    for _ in range(10_000):
+        value = [value]
+    assert json.dumps(loggable("value", value)).count("[") == MAX_DEPTH
+    assert loggable("value", [[{"a": 1}]]) == [["(1 items)"]]
+
+
+def test_a_list_that_holds_itself_is_written_in_bounds() -> None:
+    value: list[Any] = []
+    value.append(value)
+    assert loggable("value", value) == [["(1 items)"]]
+
+
+def test_an_exception_is_told_with_the_places_it_passed_and_no_values() -> None:
+    def parse(secret: str) -> int:
+        return int(secret)
+
+    with pytest.raises(ValueError, match="hunter2") as caught:
+        parse("hunter2")
+    told = places(caught.value)
+    assert describe(caught.value) == "ValueError"
+    assert str(told[-1]).startswith("observe/test_values.py:")
+    assert str(told[-1]).endswith(" parse")
+    assert "hunter2" not in str(told)
+
+
+def test_the_places_of_an_endless_recursion_are_bounded() -> None:
+    def again() -> None:
+        again()
+
+    with pytest.raises(RecursionError) as caught:
+        again()
+    assert len(places(caught.value)) == MAX_FRAMES
+
+
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.binary()
+    | st.builds(Secret, st.text()),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers() | st.binary(), inner),
+)
+
+
+@given(st.text(), ANY)
+def test_any_value_becomes_json(name: str, value: object) -> None:
+    json.dumps(loggable(name, value), allow_nan=False).encode("ascii")
