@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import ssl
 from enum import IntEnum
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
@@ -109,8 +109,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     # --- what the TCP transport calls -----------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._raw = transport
+        self._raw = cast("asyncio.Transport", transport)  # uvloop's is none by class
 
     def get_buffer(self, sizehint: int) -> bytearray:
         return self._buffer.array
@@ -345,8 +344,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         return self._protocol
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        assert isinstance(protocol, asyncio.Protocol)
-        self._protocol = protocol
+        self._protocol = cast("asyncio.Protocol", protocol)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """As asyncio's own TLS transport: `ssl_object`, `cipher`, `peercert`, and what TCP knows."""

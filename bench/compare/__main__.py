@@ -1,0 +1,251 @@
+"""What a request costs the server, beside the bare yardstick: CPU time in one run, in turn on the same core.
+
+    python -m bench.compare [--rounds 7] [--json FILE] [--connections 10000]
+
+The bare server (bare_server.py) does the least that a Python server of these frames can do, and checks
+almost nothing. The ratio says what the checks, sessions, limits, dispatch and metrics of zcproto cost. Both
+servers serve the same ECDSA P-256 certificate on uvloop. CPU time is the kernel's, of the server process alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgpack
+
+from bench.compare.client import Connection, context_for
+
+CONNECTIONS: Final = 50
+PARAMS: Final = {"data": b"x" * 64}
+ANSWER: Final = msgpack.packb(PARAMS)
+SERVER_CPU: Final = 0
+CLIENT_CPU: Final = 1
+
+
+class Bar(NamedTuple):
+    """One comparison: its figure must not exceed `limit`."""
+
+    name: str
+    limit: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of measurements for each ratio")
+    parser.add_argument("--requests", type=int, default=20_000, help="requests in each measurement")
+    parser.add_argument(
+        "--connects", type=int, default=2_000, help="connections in each measurement of connecting"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    if len(os.sched_getaffinity(0)) > CLIENT_CPU:
+        os.sched_setaffinity(0, {CLIENT_CPU})
+    with tempfile.TemporaryDirectory(prefix="zcproto-compare-") as folder:
+        rows = compare(Path(folder), arguments.rounds, arguments.requests, arguments.connects)
+    show(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0 if all(row["ratio"] <= row["bar"] for row in rows) else 1
+
+
+def compare(folder: Path, rounds: int, requests: int, connects: int) -> list[dict[str, Any]]:
+    key = make_home(folder)
+    rows = []
+    with run_zcproto(folder) as (ours_pid, ours_port), run_bare(folder) as (bare_pid, bare_port):
+        context = context_for(str(folder / "certs" / "ca.crt"))
+
+        def connect_ours(count: int) -> list[Connection]:
+            connections = [Connection(ours_port, context) for _ in range(count)]
+            for number, connection in enumerate(connections):
+                connection.open_session(f"user-{number // 5 + 1}", key[number // 5])
+            return connections
+
+        def connect_bare(count: int) -> list[Connection]:
+            connections = [Connection(bare_port, context) for _ in range(count)]
+            for connection in connections:
+                connection.token = b"k" * 32
+            return connections
+
+        ours, bare = connect_ours(CONNECTIONS), connect_bare(CONNECTIONS)
+
+        def cost(pid: int, connections: list[Connection], method: str, depth: int) -> float:
+            """Microseconds of server CPU for a request."""
+            turns = max(1, requests // (len(connections) * depth))
+            before = cpu_seconds(pid)
+            for _ in range(turns):
+                for connection in connections:
+                    connection.echo(method, PARAMS, depth)
+                for connection in connections:
+                    connection.check_echoes(ANSWER, depth)
+            return (cpu_seconds(pid) - before) / (turns * len(connections) * depth) * 1e6
+
+        cases: list[tuple[Bar, str, Callable[[], float], Callable[[], float]]] = [
+            (
+                Bar("CPU per request, depth 1, sync / bare", 1.3),
+                "us",
+                lambda: cost(ours_pid, ours, "echo", 1),
+                lambda: cost(bare_pid, bare, "echo", 1),
+            ),
+            (
+                Bar("CPU per request, depth 16, sync / bare", 1.6),
+                "us",
+                lambda: cost(ours_pid, ours, "echo", 16),
+                lambda: cost(bare_pid, bare, "echo", 16),
+            ),
+            (
+                Bar("CPU per request, depth 1, async / sync", 1.15),
+                "us",
+                lambda: cost(ours_pid, ours, "echo_async", 1),
+                lambda: cost(ours_pid, ours, "echo", 1),
+            ),
+        ]
+        for bar, unit, measured, reference in cases:
+            measured()
+            reference()
+            rows.append(pairs(bar, unit, [(measured(), reference()) for _ in range(rounds)]))
+        for connection in ours + bare:
+            connection.close()
+
+        def connect_cost(pid: int, connect: Callable[[int], list[Connection]]) -> float:
+            """Seconds of server CPU to connect 10,000."""
+            before = cpu_seconds(pid)
+            connections = connect(connects)
+            spent = cpu_seconds(pid) - before
+            for connection in connections:
+                with contextlib.suppress(OSError):
+                    if connection.token not in (bytes(32), b"k" * 32):
+                        connection.send([connection.frame("session.close", {})])
+                        connection.receive()
+                    connection.close()
+            time.sleep(0.5)  # the server's ends of them must be gone before the next count
+            return spent / connects * 10_000
+
+        measured_pairs = [
+            (connect_cost(ours_pid, connect_ours), connect_cost(bare_pid, connect_bare))
+            for _ in range(max(3, rounds // 2))
+        ]
+        rows.append(pairs(Bar("CPU to connect 10,000, with sessions / bare", 1.6), "s", measured_pairs))
+    return rows
+
+
+def pairs(bar: Bar, unit: str, measured: list[tuple[float, float]]) -> dict[str, Any]:
+    ratios = sorted(ours / reference for ours, reference in measured)
+    return {
+        "name": bar.name,
+        "unit": unit,
+        "measured": statistics.median(ours for ours, _ in measured),
+        "reference": statistics.median(reference for _, reference in measured),
+        "ratio": statistics.median(ratios),
+        "ratio_min": ratios[0],
+        "ratio_max": ratios[-1],
+        "bar": bar.limit,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    width = max(len(row["name"]) for row in rows)
+    print(f"{'':{width}}  {'measured':>10} {'reference':>10}  {'ratio':>5}  {'min..max':>11}  {'bar':>5}")
+    for row in rows:
+        verdict = "pass" if row["ratio"] <= row["bar"] else "FAIL"
+        print(
+            f"{row['name']:{width}}  {row['measured']:>7.2f} {row['unit']:>2} {row['reference']:>7.2f} {row['unit']:>2}"
+            f"  {row['ratio']:>5.2f}  {row['ratio_min']:.2f}..{row['ratio_max']:.2f}   {row['bar']:>5.2f}  {verdict}"
+        )
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process, all threads, in seconds, from the scheduler's own account."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+def make_home(folder: Path) -> list[str]:
+    """Users, and the keys of them in order."""
+    keys = folder / "keys.tsv"
+    zcproto(folder, "user", "add", "user", "--count", "2000", "--keys-out", str(keys))
+    (folder / "config.toml").write_text(
+        "[limits]\nconnections_per_address = 0\n[certificates]\nkey_types = ['ecdsa-p256']\n"
+    )
+    return [line.split("\t")[1] for line in keys.read_text().splitlines()]
+
+
+def zcproto(home: Path, *words: str) -> None:
+    subprocess.run([sys.executable, "-m", "zcproto", "--home", str(home), *words], check=True)
+
+
+@contextlib.contextmanager
+def run_zcproto(home: Path) -> Iterator[tuple[int, int]]:
+    command = [
+        sys.executable,
+        "-m",
+        "zcproto",
+        "--home",
+        str(home),
+        "serve",
+        "bench.compare.app:app",
+        "--port",
+        "0",
+    ]
+    with running(command, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline().decode()
+        if "listening on" not in line:
+            raise SystemExit(f"zcproto serve did not start: {line}")
+        yield server.pid, int(line.rpartition(":")[2])
+
+
+@contextlib.contextmanager
+def run_bare(home: Path) -> Iterator[tuple[int, int]]:
+    pem = home / "bare.pem"
+    with open(pem, "wb") as out:
+        for name in ("server-ecdsa.crt", "server-ecdsa.key"):
+            with open(home / "certs" / name, "rb") as part:
+                shutil.copyfileobj(part, out)
+    port = 20_000 + os.getpid() % 10_000
+    script = Path(__file__).parent / "bare_server.py"
+    with running([sys.executable, str(script), str(port), str(pem), "uvloop"]) as server:
+        context = context_for(str(home / "certs" / "ca.crt"))
+        for _ in range(100):
+            try:
+                Connection(port, context).close()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        yield server.pid, port
+
+
+@contextlib.contextmanager
+def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process on its own core, ended at the end whatever happens."""
+    process = subprocess.Popen(command, **options)
+    try:
+        if len(os.sched_getaffinity(process.pid)) or CLIENT_CPU:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(process.pid, {SERVER_CPU})
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

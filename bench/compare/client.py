@@ -1,0 +1,90 @@
+"""A blocking client for comparisons: whole frames, written by hand, so that both servers get the same bytes.
+
+It is independent of the client library on purpose: what it costs is the same for both sides and not counted.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+import time
+from typing import Any, Final
+
+import msgpack
+
+HEADER: Final = struct.Struct("!IBBHIQ8sQ32s")
+WELCOME: Final = 1
+REQUEST: Final = 2
+RESPONSE: Final = 3
+NO_TOKEN: Final = bytes(32)
+
+
+class Connection:
+    """One connection, one session."""
+
+    def __init__(self, port: int, context: ssl.SSLContext) -> None:
+        raw = socket.create_connection(("127.0.0.1", port))
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.tls = context.wrap_socket(raw, server_hostname="localhost")
+        self.counter = 0
+        self.stream = 0
+        self.token = NO_TOKEN
+        self._rest = b""
+        self.salt = b""
+        kind, _, header, _ = self.receive()
+        if kind != WELCOME:
+            raise SystemExit("the server did not begin with WELCOME")
+        self.salt = header[6]
+
+    def open_session(self, user: str, key: str) -> None:
+        params = {"scheme": "api_key", "user": user, "key": key, "client": "compare/1"}
+        self.send([self.frame("session.open", params)])
+        _, _, _, body = self.receive()
+        self.token = msgpack.unpackb(body)["token"]
+
+    def frame(self, method: str, params: dict[str, Any]) -> bytes:
+        body = msgpack.packb([method, params])
+        self.counter += 1
+        self.stream += 1
+        now = time.time_ns() // 1_000_000
+        header = HEADER.pack(
+            64 + len(body), 1, REQUEST, 0, self.stream, now, self.salt, self.counter, self.token
+        )
+        return bytes(header + body)
+
+    def send(self, frames: list[bytes]) -> None:
+        self.tls.sendall(b"".join(frames))
+
+    def receive(self) -> tuple[int, int, tuple[Any, ...], bytes]:
+        """Kind, stream, header and body of the next frame."""
+        while len(self._rest) < HEADER.size or len(self._rest) < 4 + HEADER.unpack_from(self._rest)[0]:
+            data = self.tls.recv(65_536)
+            if not data:
+                raise SystemExit("the server closed the connection")
+            self._rest += data
+        header = HEADER.unpack_from(self._rest)
+        end = 4 + header[0]
+        body, self._rest = self._rest[HEADER.size : end], self._rest[end:]
+        return header[2], header[4], header, body
+
+    def echo(self, method: str, params: dict[str, Any], depth: int) -> None:
+        """Send `depth` requests in one write. Call `check_echoes` for the answers."""
+        self.send([self.frame(method, params) for _ in range(depth)])
+
+    def check_echoes(self, params: bytes, depth: int) -> None:
+        for _ in range(depth):
+            kind, _, _, body = self.receive()
+            if kind != RESPONSE or body != params:
+                raise SystemExit(f"wrong answer: kind {kind}, {body[:80]!r}")
+
+    def close(self) -> None:
+        self.tls.close()
+
+
+def context_for(ca_file: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(ca_file)
+    context.set_alpn_protocols(["zcp/1"])
+    return context
