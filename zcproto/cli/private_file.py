@@ -33,5 +33,5 @@ def private_file(path: Path, *, replace: bool) -> Iterator[TextIO]:
         if replace:
             target.replace(path)
     except BaseException:
-        target.unlink()
+        target.unlink(missing_ok=True)
         raise

@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder that is not there yet; the command line takes it from ZCPROTO_HOME."""
+    monkeypatch.setenv("ZCPROTO_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tomli
+
+from zcproto.cli import main
+from zcproto.config import config_as_toml, load_config
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_init_writes_a_file_for_its_owner_alone(home: Path, capsys: Capture) -> None:
+    assert main(["config", "init"]) == 0
+    assert capsys.readouterr().out == f"{home}/config.toml: written; uncomment what you want to set\n"
+    assert (home / "config.toml").stat().st_mode & 0o777 == 0o600
+    assert home.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_init_writes_is_sound(home: Path, capsys: Capture) -> None:
+    main(["config", "init"])
+    capsys.readouterr()
+    assert main(["config", "check"]) == 0
+    assert capsys.readouterr() == (f"{home}/config.toml: sound\n", "")
+
+
+def test_init_replaces_no_file_unless_forced(home: Path, capsys: Capture) -> None:
+    home.mkdir(mode=0o700)
+    (home / "config.toml").write_text("[server]\nport = 1")
+    assert main(["config", "init"]) == 1
+    assert capsys.readouterr().err == f"zcproto: {home}/config.toml: is there already; --force replaces it\n"
+    assert (home / "config.toml").read_text() == "[server]\nport = 1"
+    assert main(["config", "init", "--force"]) == 0
+    assert (home / "config.toml").read_text().startswith("# Configuration of zcproto.")
+
+
+def test_init_writes_elsewhere_and_makes_no_home(home: Path, tmp_path: Path) -> None:
+    assert main(["config", "init", "--config", str(tmp_path / "zc.toml")]) == 0
+    assert (tmp_path / "zc.toml").exists()
+    assert not home.exists()
+
+
+def test_init_names_the_certificates_of_its_home(home: Path) -> None:
+    main(["config", "init"])
+    assert f'#directory = "{home}/certs"' in (home / "config.toml").read_text()
+
+
+def test_check_tells_each_fault_on_a_line(home: Path, capsys: Capture) -> None:
+    home.mkdir(mode=0o700)
+    (home / "config.toml").write_text("[server]\nprot = 7443\nport = 70000\n[limits]\nmax_depth = 99")
+    assert main(["config", "check"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "server.prot = 7443 (config.toml): unknown key; did you mean server.port?",
+        "server.port = 70000 (config.toml): must be a whole number from 1 to 65535, or 0 for any free port",
+        "limits.max_depth = 99 (config.toml): must be a whole number from 4 to 32",
+    ]
+
+
+def test_check_looks_at_the_environment_too(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_SERVER__PORT", "x")
+    assert main(["config", "check"]) == 2
+    assert capsys.readouterr().err.startswith('server.port = "x" (ZCPROTO_SERVER__PORT): must be')
+
+
+def test_check_looks_at_the_home_folder_too(home: Path, capsys: Capture) -> None:
+    home.mkdir()
+    home.chmod(0o777)
+    (home / "config.toml").write_text("[server]\nport = -1")
+    assert main(["config", "check"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"{home}: others may write to this folder; run: chmod go-w '{home}'"
+    assert second.startswith("server.port = -1")
+
+
+def test_check_makes_nothing(home: Path, capsys: Capture) -> None:
+    assert main(["config", "check"]) == 0
+    assert capsys.readouterr().out == "no file, so every key has its default: sound\n"
+    assert not home.exists()
+
+
+def test_check_names_the_file_it_was_given(tmp_path: Path, home: Path, capsys: Capture) -> None:
+    (tmp_path / "zc.toml").write_text("")
+    assert main(["config", "check", "--config", str(tmp_path / "zc.toml")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/zc.toml: sound\n"
+    assert main(["config", "check", "--config", str(tmp_path / "absent.toml")]) == 2
+
+
+def test_show_prints_the_settings_in_force(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir(mode=0o700)
+    (home / "config.toml").write_text('[server]\nport = 1\n[sessions]\nidle_timeout = "90m"')
+    monkeypatch.setenv("ZCPROTO_SERVER__PORT", "2")
+    assert main(["config", "show"]) == 0
+    out = capsys.readouterr().out
+    shown = tomli.loads(out)
+    assert (shown["server"]["port"], shown["sessions"]["idle_timeout"]) == (2, "90m")
+    assert out == config_as_toml(load_config(None, home=home, environ={"ZCPROTO_SERVER__PORT": "2"}))
+
+
+def test_show_tells_faults_instead(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZCPROTO_HTTP__ENABLED", "true")
+    assert main(["config", "show"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "not in this version" in err

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import builtins
+import importlib
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import click
+import pytest
+
+from zcproto import cli
+from zcproto.cli import COMMANDS, home_options, main
+from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, InvalidArgument, ZcprotoError
+from zcproto.home import Home
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Makes a function the command `call`."""
+
+    def use(function: Callable[[], object]) -> None:
+        monkeypatch.setattr(cli.group, "get_command", lambda *_: click.Command("call", callback=function))
+
+    return use
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    def function() -> None:
+        raise error
+
+    return function
+
+
+def test_help_lists_each_command_with_its_purpose(capsys: Capture) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name, (_, purpose) in COMMANDS.items():
+        assert f"{name} " in out
+        assert purpose in out
+
+
+def test_help_imports_no_command_and_no_large_library() -> None:
+    program = (
+        "import sys; from zcproto.cli import main; main(['--help']);"
+        "print([name for name in sys.modules if name.startswith('zcproto.cli.')"
+        " or name in ('asyncio', 'pydantic', 'structlog', 'ssl', 'cryptography', 'uvloop')], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+def test_no_command_shows_the_help(capsys: Capture) -> None:
+    assert main([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("cnfig", "No command 'cnfig'; did you mean config?"),
+        ("zzz", "No command 'zzz'; there are serve, call, user, config, demo, bench."),
+        ("\x1b[31m", "No command '\\\\x1b[31m'; there are"),
+    ],
+)
+def test_a_misspelt_command_is_told_with_the_nearest(word: str, hint: str, capsys: Capture) -> None:
+    assert main([word]) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_wrong_usage(capsys: Capture) -> None:
+    assert main(["--hom", "/x"]) == 2
+    assert "--home" in capsys.readouterr().err
+
+
+def test_the_completion_of_a_shell_knows_the_commands() -> None:
+    context = click.Context(cli.group)
+    assert cli.group.list_commands(context) == list(COMMANDS)
+    assert cli.group.get_command(context, "absent") is None
+
+
+@pytest.mark.parametrize("words", [["--version"], ["config", "--version"], ["config", "show", "--version"]])
+def test_the_version_is_told_wherever_it_is_asked(
+    words: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: "1.2.3")
+    assert main(words) == 0
+    assert capsys.readouterr().out == "zcproto 1.2.3\n"
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "zcproto (not installed)\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "port"),
+    [
+        (["--home", "{a}", "config", "show"], 1),
+        (["config", "--home", "{a}", "show"], 1),
+        (["config", "show", "--home", "{a}"], 1),
+        (["--home", "{b}", "config", "show", "--home", "{a}"], 1),
+        (["--home", "{a}", "config", "show", "--home", "{b}"], 2),
+        (["--config", "{b}/config.toml", "config", "show", "--home", "{a}"], 2),
+        (["--home", "{a}", "config", "show", "--config", "{b}/config.toml"], 2),
+        (["config", "show"], 3),
+    ],
+)
+def test_home_and_config_may_stand_anywhere_and_the_later_wins(
+    words: list[str], port: int, home: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    for number, path in enumerate((tmp_path / "a", tmp_path / "b", home), 1):
+        path.mkdir()
+        (path / "config.toml").write_text(f"[server]\nport = {number}")
+    assert main([word.format(a=tmp_path / "a", b=tmp_path / "b") for word in words]) == 0
+    assert f"port = {port}\n" in capsys.readouterr().out
+
+
+def test_a_command_is_given_its_home_and_its_own_options(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    @click.command()
+    @click.option("--rate", type=int)
+    @home_options
+    @click.argument("word")
+    def call(home: Home, config_file: Path | None, rate: int, word: str) -> None:
+        """Call."""
+        seen.extend([home.path, config_file, rate, word])
+
+    monkeypatch.setattr(cli.group, "get_command", lambda *_: call)
+    assert main(["--config", "/x", "call", "--rate", "3", "word"]) == 0
+    assert seen == [home, Path("/x"), 3, "word"]
+    assert call.help == "Call."
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ConfigError(["a = 1: wrong", "b = 2: wrong"]), 2, "a = 1: wrong\nb = 2: wrong\n"),
+        (CertificateError("/c.crt: is expired"), 2, "zcproto: /c.crt: is expired\n"),
+        (ZcprotoError("no"), 1, "zcproto: no\n"),
+        (ZcprotoError(), 1, "zcproto: ZcprotoError\n"),
+        (ConnectionClosed("idle"), 1, "zcproto: idle\n"),
+        (InvalidArgument("a\n\x1b[31mb"), 1, "zcproto: INVALID_ARGUMENT: a\\n\\x1b[31mb\n"),
+        (ZcprotoError("x" * 5000), 1, "zcproto: " + "x" * 1997 + "...\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "/a\n"),
+            1,
+            "zcproto: /a\\n: No such file or directory\n",
+        ),
+        (OSError(98, "Address already in use"), 1, "zcproto: Address already in use\n"),
+        (
+            ModuleNotFoundError("…", name="hdrh.histogram"),
+            1,
+            "zcproto: this needs the Python package hdrh.histogram, which is not installed;"
+            ' run: pip install "zcproto[bench]"\n',
+        ),
+        (
+            ModuleNotFoundError("…", name="absent"),
+            1,
+            "zcproto: this needs the Python package absent, which is not installed\n",
+        ),
+        (
+            ValueError("hunter2"),
+            1,
+            "zcproto: a fault of this program (ValueError); with ZCPROTO_DEBUG=1 it tells where\n",
+        ),
+        (
+            OSError("hunter2"),
+            1,
+            "zcproto: a fault of this program (OSError); with ZCPROTO_DEBUG=1 it tells where\n",
+        ),
+        (
+            ModuleNotFoundError("hunter2"),
+            1,
+            "zcproto: a fault of this program (ModuleNotFoundError); with ZCPROTO_DEBUG=1 it tells where\n",
+        ),
+        (click.ClickException("no"), 1, "Error: no\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (click.Abort(), 130, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_an_error_is_one_clear_text_and_an_exit_code(
+    error: BaseException,
+    code: int,
+    text: str,
+    command: Callable[[Callable[[], object]], None],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("ZCPROTO_DEBUG", raising=False)
+    command(raising(error))
+    assert main(["call"]) == code
+    assert capsys.readouterr() == ("", text)
+
+
+def test_a_traceback_is_shown_to_who_asks_for_it(
+    command: Callable[[Callable[[], object]], None], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_DEBUG", "1")
+    command(raising(ZcprotoError("no")))
+    assert main(["call"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err
+    assert err.endswith("zcproto: no\n")
+
+
+@pytest.mark.parametrize(("result", "code"), [(None, 0), (3, 3), ("text", 0)])
+def test_a_command_may_return_its_exit_code(
+    result: object, code: int, command: Callable[[Callable[[], object]], None]
+) -> None:
+    command(lambda: result)
+    assert main(["call"]) == code
+
+
+def test_a_command_may_end_with_an_exit_code(command: Callable[[Callable[[], object]], None]) -> None:
+    command(raising(click.exceptions.Exit(5)))
+    assert main(["call"]) == 5
+
+
+def test_output_that_nobody_reads_is_no_error(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["config", "show"]) == 141
+        pipe.write("what is buffered goes nowhere, and quietly")
+    assert capfd.readouterr().err == ""
+
+
+def test_output_still_buffered_at_the_end_is_no_error_either(
+    monkeypatch: pytest.MonkeyPatch, command: Callable[[Callable[[], object]], None]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        command(lambda: builtins.print("word"))
+        assert main(["call"]) == 141
+
+
+def test_a_closed_standard_output_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, command: Callable[[Callable[[], object]], None]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    command(lambda: click.echo("word"))
+    assert main(["call"]) == 0
+
+
+def test_it_runs_as_a_module(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["zcproto", "config", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("zcproto", run_name="__main__")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("Usage: zcproto config ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_where_the_table_says(name: str) -> None:
+    module, attribute = COMMANDS[name][0].split(":")
+    command = getattr(importlib.import_module(module), attribute)
+    assert isinstance(command, click.Command)
+    assert command.name == name
