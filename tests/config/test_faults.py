@@ -151,7 +151,6 @@ def test_the_source_of_a_wrong_value_is_named(home: Path) -> None:
     [
         ('[tls]\nclient_auth = "required"', 'use "off"'),
         ('[certificates]\nmode = "files"', 'use "own"'),
-        ("[certificates]\nrenew_key = true", "use false"),
         ('[certificates]\ncertificate = ["/a.crt"]', "leave it empty"),
         ('[certificates]\nkey = ["/a.key"]', "leave it empty"),
         ('[store]\nurl = "sqlite"', 'use "memory"'),

@@ -117,7 +117,7 @@ class CertificatesConfig(BaseModel):
     renew_before: Annotated[float, Duration("1s", "396d")] = _key(
         30 * 86_400.0, "How long before its end a certificate is replaced: time to notice that this fails."
     )
-    renew_key: Annotated[bool, Flag(only=False, instead="use false: a new certificate keeps its key")] = _key(
+    renew_key: Annotated[bool, Flag()] = _key(
         False, "Whether a new certificate gets a new key. The default keeps the pins of clients good."
     )
     certificate: Annotated[
