@@ -160,10 +160,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(f"{'':{width}}  {'measured':>10} {'reference':>10}  {'ratio':>5}  {'min..max':>11}  {'bar':>5}")
     for row in rows:
         verdict = "pass" if row["ratio"] <= row["bar"] else "FAIL"
-        print(
-            f"{row['name']:{width}}  {row['measured']:>7.2f} {row['unit']:>2} {row['reference']:>7.2f} {row['unit']:>2}"
-            f"  {row['ratio']:>5.2f}  {row['ratio_min']:.2f}..{row['ratio_max']:.2f}   {row['bar']:>5.2f}  {verdict}"
-        )
+        figures = f"{row['measured']:>7.2f} {row['unit']:>2} {row['reference']:>7.2f} {row['unit']:>2}"
+        ratios = f"{row['ratio']:>5.2f}  {row['ratio_min']:.2f}..{row['ratio_max']:.2f}"
+        print(f"{row['name']:{width}}  {figures}  {ratios}   {row['bar']:>5.2f}  {verdict}")
 
 
 def cpu_seconds(pid: int) -> float:
