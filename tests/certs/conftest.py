@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from zcproto.certs import authority
 
-from .helpers import ensure
+from .support import ensure
 
 
 @pytest.fixture(autouse=True)

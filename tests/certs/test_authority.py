@@ -11,7 +11,7 @@ from cryptography import x509
 
 from zcproto.errors import CertificateError
 
-from .helpers import DAY, NOW, build, der, ensure, pem, pem_of, pem_of_key
+from .support import DAY, NOW, build, der, ensure, pem, pem_of, pem_of_key
 
 
 def read(path: Path) -> x509.Certificate:
@@ -138,8 +138,7 @@ def test_an_authority_of_which_nothing_can_be_read_is_told(made: Path) -> None:
     (made / "ca.key").write_bytes(b"junk")
     with pytest.raises(CertificateError, match=r"ca\.key: holds no PEM key"):
         ensure(made)
-    (made / "ca.key").unlink()
-    (made / "ca.crt").write_bytes(b"junk")
+    (made / "ca.key").rename(made / "ca.crt")
     with pytest.raises(CertificateError, match=r"ca\.crt: holds no PEM certificate"):
         ensure(made)
     assert (made / "ca.crt").read_bytes() == b"junk"

@@ -13,7 +13,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from zcproto.certs import issue
 
-from .helpers import DAY, NOW, openssl, pem
+from .support import DAY, NOW, openssl, pem
 
 SECOND = timedelta(seconds=1)
 NAMES = ("localhost", "*.b.example", "192.0.2.7", "2001:db8::7")

@@ -21,7 +21,7 @@ from cryptography import x509
 from zcproto.certs import CertificatePair, authority, ensure_own_certificates, files, host, keys, load_pair
 from zcproto.errors import CertificateError
 
-from .helpers import DAY, NOW, build, der, ensure, openssl, pem, pem_of_key
+from .support import DAY, NOW, build, der, ensure, openssl, pem, pem_of_key
 from .test_authority import fail_to_write, read
 
 LEAVES = ("server.crt", "server-ecdsa.crt")

@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from zcproto.certs import load_pair, pair, spki_pin
 from zcproto.errors import CertificateError
 
-from .helpers import DAY, NOW, build, der, openssl, pem, pem_of, pem_of_key, write_pair
+from .support import DAY, NOW, build, der, openssl, pem, pem_of, pem_of_key, write_pair
 
 TRADITIONAL = serialization.PrivateFormat.TraditionalOpenSSL
 SAN = x509.SubjectAlternativeName(

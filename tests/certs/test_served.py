@@ -15,7 +15,7 @@ import pytest
 
 from zcproto.certs import CertificatePair, authority
 
-from .helpers import ensure
+from .support import ensure
 
 
 @pytest.fixture(scope="module")

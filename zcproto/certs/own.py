@@ -233,7 +233,8 @@ def _generate(key_types: list[str], progress: Callable[[str], None]) -> list[key
     """New keys, made at the same time in threads: the GIL is released meanwhile."""
     if not key_types:
         return []
-    progress(f"Making keys: {', '.join(key_types)}. RSA takes some seconds.")
+    patience = " RSA takes some seconds." if "rsa" in map(keys.family, key_types) else ""
+    progress(f"Making keys: {', '.join(key_types)}.{patience}")
     with ThreadPoolExecutor(len(key_types)) as threads:
         return list(threads.map(keys.generate, key_types))
 
