@@ -1,0 +1,167 @@
+"""Hash indexes that grow and shrink one bucket at a time.
+
+What this file decides: how a slot of a table is found by a digest. A dict would double its memory and
+stop the event loop for the whole rehash each time it grows; this is linear hashing (Litwin 1980) with
+chains: an insert splits at most one bucket, a removal joins at most two, and an entry costs 12 to 16
+bytes.
+
+Rules:
+- With n buckets, `mask` is the smallest 2**k - 1 with n <= 2**k. A hash belongs to bucket `hash & mask`,
+  or, where that bucket is not there yet, to `hash & (mask >> 1)`, from which it will split off.
+- There are at least one and at most two buckets for each entry (but never fewer than eight).
+- Hashes come from SHA-256 of server-made secrets or from Python's keyed string hash: a peer can't aim at
+  a chain.
+
+It must not know: what the slots hold.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterator
+from hmac import compare_digest
+from typing import Final
+
+from zcproto.sessions.slab import Memory, Slab
+
+END: Final = -1
+_MIN_BUCKETS: Final = 8
+_HEAD_SIZE: Final = array("i").itemsize
+_HEADS_DISCARDED: Final = 4096
+
+
+class LinearHash:
+    """Slots of a slab by 32-bit hashes. Several slots may have the same hash.
+
+    `hash_` and `next_` are the offsets of an "I" and an "i" field for it in the slab's records.
+    """
+
+    __slots__ = ("_hashes", "_heads", "_mask", "_memory", "_next", "buckets", "count")
+
+    def __init__(self, slab: Slab, *, hash_: int, next_: int) -> None:
+        self._hashes = slab.column("I", hash_)
+        self._next = slab.column("i", next_)
+        self._memory = Memory(slab.capacity * _HEAD_SIZE)
+        self._heads = self._memory.view.cast("i")
+        self._heads[:_MIN_BUCKETS] = memoryview(array("i", [END]) * _MIN_BUCKETS)
+        self._mask = _MIN_BUCKETS - 1
+        self.buckets = _MIN_BUCKETS
+        self.count = 0
+
+    def _bucket(self, hash_: int) -> int:
+        bucket = hash_ & self._mask
+        return bucket if bucket < self.buckets else bucket & (self._mask >> 1)
+
+    def chain(self, hash_: int) -> Iterator[int]:
+        """The slots entered under this hash."""
+        slot = self._heads[self._bucket(hash_)]
+        while slot != END:
+            if self._hashes[slot] == hash_:
+                yield slot
+            slot = self._next[slot]
+
+    def add(self, slot: int, hash_: int) -> None:
+        """Enter a slot that is not in the index."""
+        bucket = self._bucket(hash_)
+        self._hashes[slot] = hash_
+        self._next[slot] = self._heads[bucket]
+        self._heads[bucket] = slot
+        self.count += 1
+        if self.count > self.buckets:
+            self._split()
+
+    def remove(self, slot: int) -> None:
+        """Take out a slot that is in the index."""
+        following = self._next
+        bucket = self._bucket(self._hashes[slot])
+        other = self._heads[bucket]
+        if other == slot:
+            self._heads[bucket] = following[slot]
+        else:
+            while following[other] != slot:
+                other = following[other]
+            following[other] = following[slot]
+        self.count -= 1
+        while 2 * self.count < self.buckets > _MIN_BUCKETS:
+            self._join()
+
+    def _split(self) -> None:
+        """Add a bucket and move to it what belongs there from the one bucket that held its entries so far."""
+        heads, following, hashes = self._heads, self._next, self._hashes
+        new = self.buckets
+        if new > self._mask:
+            self._mask = 2 * self._mask + 1
+        mask = self._mask
+        old = new & (mask >> 1)
+        slot, stay, go = heads[old], END, END
+        while slot != END:
+            after = following[slot]
+            if hashes[slot] & mask == new:
+                following[slot] = go
+                go = slot
+            else:
+                following[slot] = stay
+                stay = slot
+            slot = after
+        heads[old] = stay
+        heads[new] = go
+        self.buckets = new + 1
+
+    def _join(self) -> None:
+        """Give up the last bucket and hand its entries back to the one that it split off from."""
+        heads, following = self._heads, self._next
+        last = self.buckets - 1
+        old = last & (self._mask >> 1)
+        slot = heads[last]
+        if slot != END:
+            tail = slot
+            while following[tail] != END:
+                tail = following[tail]
+            following[tail] = heads[old]
+            heads[old] = slot
+        self.buckets = last
+        if last == (self._mask >> 1) + 1:
+            self._mask >>= 1
+        if last % _HEADS_DISCARDED == 0:
+            self._memory.discard(last * _HEAD_SIZE, (last + _HEADS_DISCARDED) * _HEAD_SIZE)
+
+
+class DigestIndex(LinearHash):
+    """Slots of a slab by digests of one width: the field at `offset`, whose first four bytes are the hash."""
+
+    __slots__ = ("_bytes", "_offset", "_record_size", "_width")
+
+    def __init__(self, slab: Slab, *, offset: int, width: int, next_: int) -> None:
+        super().__init__(slab, hash_=offset, next_=next_)
+        self._bytes = slab.bytes
+        self._record_size = slab.record_size
+        self._offset = offset
+        self._width = width
+
+    def __getitem__(self, slot: int) -> bytes:
+        start = slot * self._record_size + self._offset
+        return self._bytes[start : start + self._width].tobytes()
+
+    def find(self, digest: bytes) -> int:
+        """The slot of a digest, or -1. The deciding comparison takes the same time wherever they differ."""
+        # Each token check comes here, so `chain` is written out.
+        hash_ = int.from_bytes(digest[:4], sys.byteorder)
+        hashes = self._hashes
+        bucket = hash_ & self._mask
+        if bucket >= self.buckets:
+            bucket &= self._mask >> 1
+        slot = self._heads[bucket]
+        while slot != END:
+            if hashes[slot] == hash_:
+                start = slot * self._record_size + self._offset
+                if compare_digest(self._bytes[start : start + self._width], digest):
+                    return slot
+            slot = self._next[slot]
+        return END
+
+    def put(self, slot: int, digest: bytes) -> None:
+        """Enter a slot, which is not in the index, under a digest."""
+        start = slot * self._record_size + self._offset
+        self._bytes[start : start + self._width] = digest
+        self.add(slot, int.from_bytes(digest[:4], sys.byteorder))

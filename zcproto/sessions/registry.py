@@ -1,0 +1,348 @@
+"""The registry: who holds a token, and what each token is answered with.
+
+What this file decides: how many sessions a user has, what a check says, what a refresh token does, who
+may see and end which session. How sessions end is in lifecycle.py.
+
+Rules:
+- A caller that remembers a Session may go on with it while `generation` is unchanged and `wall` is below
+  its `valid_until`.
+- A lapsed session never keeps its user out.
+- A refresh token works once. A spent one, however old, ends the whole session, but for the one spent last
+  when the same client shows it again within the grace (wire.md section 6, RFC 9700 section 4.14.2). No
+  spent refresh token is forgotten while its session lives (see token.py).
+- No operation takes longer for more sessions, but for `revoke_all`.
+
+It must not know: connections, stores, clocks. Times come in as `wall`, random bytes from `entropy`. It is
+for one thread. An observer must neither raise nor call the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import sha256
+from hmac import compare_digest
+from typing import Final
+
+from zcproto.errors import CallError, Code, InvalidArgument, NotFound, ResourceExhausted
+from zcproto.sessions.lifecycle import Lifecycle
+from zcproto.sessions.session import (
+    BOUND,
+    OPERATOR,
+    OpenedSession,
+    Session,
+    SessionInfo,
+    SessionSettings,
+)
+from zcproto.sessions.table import HOT, LAPSED, LIVE, NONE, RECORD_SIZE
+from zcproto.sessions.token import FAMILY_SIZE, TOKEN_SIZE, digest_of, id_from_text, id_of, id_text
+
+MAX_TEXT: Final = 128
+"""Longest user name and client name, in characters."""
+
+_RETRY_FULL_MS: Final = 10_000
+_REFRESH_REFUSED: Final = {
+    Code.UNAUTHENTICATED: "the refresh token is not known; open a session",
+    Code.TOKEN_EXPIRED: "the session has ended; open another",
+    Code.TOKEN_REVOKED: "the session was revoked; log in again",
+    Code.SESSION_REPLACED: "a newer session of this user took the place of this one",
+}
+
+
+class SessionRegistry(Lifecycle):
+    """All sessions of one process, in memory.
+
+    `observers` are called with (session id, code, reason) when a live session ends: TOKEN_EXPIRED (also
+    when a refresh could bring it back), TOKEN_REVOKED or SESSION_REPLACED. A refresh ends nothing.
+    `generation` grows whenever a token may have stopped being good. The other integers count, from the
+    start: sessions `opened`, `refreshed`, `expired`, `revoked` (closed ones too) and `replaced`; spent
+    refresh tokens that ended a session (`refresh_reused`); tokens that `check` refused
+    (`checks_refused`); times that `clean` came to the end of the table (`sweeps`).
+    """
+
+    __slots__ = ("_bytes", "_entropy", "_read", "_tenth", "_tokens", "_users")
+
+    def __init__(self, settings: SessionSettings, entropy: Callable[[int], bytes]) -> None:
+        super().__init__(settings)
+        self._entropy = entropy
+        self._tenth = settings.lifetime_ms // 10
+        self._bytes = self._table.bytes
+        self._read = HOT.unpack_from
+        self._tokens = self._table.tokens
+        self._users = self._table.users
+
+    # One token
+
+    def check(self, token: bytes, wall: int) -> Session | Code:
+        """The session of a token, or the code to refuse it with. A good token counts as used now.
+
+        UNAUTHENTICATED: never known, or forgotten. Any bytes may be given.
+        """
+        # Written out for speed: this is all that stands between a frame and its session.
+        self._wall = wall
+        slot = self._tokens.find(sha256(token).digest())
+        if slot != NONE:
+            record = self._read(self._bytes, slot * RECORD_SIZE)
+            expires_at, last_used_at, user, state, flags, session_id = record
+            idle_at = last_used_at + self._idle
+            if state == LIVE and wall < expires_at and wall < idle_at:
+                if wall > last_used_at:
+                    self._last_used_at[slot] = wall
+                    idle_at = wall + self._idle
+                return Session(
+                    session_id,
+                    self._users[user],
+                    flags,
+                    slot,
+                    expires_at,
+                    idle_at if idle_at < expires_at else expires_at,
+                    expires_at - self._tenth,
+                )
+        self.checks_refused += 1
+        return self._refusal(slot, wall)
+
+    def touch(self, session: Session, wall: int) -> None:
+        """Count a session as used now. A clock that goes back changes nothing.
+
+        Only while `generation` is what it was when the session was checked: its slot is not looked at again.
+        """
+        if wall > self._last_used_at[session.slot]:  # noqa: PLR1730 - a call of max() would double the cost
+            self._last_used_at[session.slot] = wall
+
+    def close(self, session: Session) -> None:
+        """End a session at its holder's wish. One that has ended already is left alone."""
+        self.revoke(session.id, user=session.user, reason="closed")
+
+    # Opening and refreshing
+
+    def open(
+        self, user: str, *, operator: bool, client: str, address: str, wall: int, bound: bool = False
+    ) -> OpenedSession:
+        """Open a session for a user who has proved who they are.
+
+        Live and lapsed sessions together are at most `per_user`. To make room the oldest lapsed one goes
+        first, without a word: it is no live token, and a user must not be locked out by what is left of
+        old logins. Only when all are live does `when_full` decide.
+
+        Raises:
+            ResourceExhausted: the user has `details["limit"]` live sessions; or, with `retry_after_ms`,
+                all users together have `max_sessions`.
+            InvalidArgument: the user's or the client's name is longer than MAX_TEXT.
+        """
+        self._wall = wall
+        _check_text("user", user)
+        _check_text("client", client)
+        settings, table = self._settings, self._table
+        self._make_room(user, wall)
+        token, digest = self._new_token()
+        refresh_token = self._entropy(TOKEN_SIZE)
+        session_id = id_of(refresh_token[:FAMILY_SIZE])
+        if table.ids.find(session_id) != NONE:
+            raise _repeats_itself()
+        slot = table.add(user, client, address)
+        table.tokens.put(slot, digest)
+        table.ids.put(slot, session_id)
+        table.flags[slot] = (OPERATOR if operator else 0) | (BOUND if bound else 0)
+        table.created_at[slot] = table.last_used_at[slot] = wall
+        table.expires_at[slot] = wall + settings.lifetime_ms
+        # Without refresh tokens the id still comes from such bytes; nobody is ever told them.
+        table.refresh_expires_at[slot] = wall + settings.refresh_lifetime_ms if settings.refresh else 0
+        table.set_refresh_digest(slot, digest_of(refresh_token))
+        self._live += 1
+        self.opened += 1
+        self._announce()
+        return self._opened(slot, token, refresh_token if settings.refresh else None)
+
+    def refresh(self, refresh_token: bytes, *, client: str, address: str, wall: int) -> OpenedSession:
+        """A new pair of tokens for a refresh token. Both old ones are dead from here on.
+
+        The id and `refresh_expires_at` stay, and no new token outlives the latter. It does not count
+        against the cap. `client` and `address` become the session's.
+
+        Raises:
+            Unauthenticated: never known, or forgotten.
+            TokenExpired: `refresh_expires_at` has passed.
+            TokenRevoked: the session was revoked, or is now, because the refresh token had been spent.
+            SessionReplaced: the session was evicted.
+            InvalidArgument: the client's name is longer than MAX_TEXT.
+        """
+        self._wall = wall
+        _check_text("client", client)
+        table = self._table
+        slot = NONE
+        if len(refresh_token) == TOKEN_SIZE:
+            slot = table.ids.find(id_of(refresh_token[:FAMILY_SIZE]))
+        if slot == NONE or not self._is_kept(slot):
+            raise _refused(self._refusal(slot, wall))
+        if not self._settle(slot, wall):
+            self._announce()
+            raise _refused(Code.TOKEN_EXPIRED)
+        digest = digest_of(refresh_token)
+        if not compare_digest(digest, table.refresh_digest(slot)):
+            return self._answer_again(slot, digest, client, address, wall)
+        self._announce()
+        if wall >= table.refresh_expires_at[slot]:
+            raise _refused(Code.TOKEN_EXPIRED)
+        return self._rotate(slot, digest, refresh_token[:FAMILY_SIZE], client, address, wall)
+
+    def _rotate(
+        self, slot: int, spent: bytes, family: bytes, client: str, address: str, wall: int
+    ) -> OpenedSession:
+        settings, table = self._settings, self._table
+        token, digest = self._new_token()
+        refresh_token = family + self._entropy(TOKEN_SIZE - FAMILY_SIZE)
+        old = table.tokens[slot]
+        table.tokens.remove(slot)
+        table.tokens.put(slot, digest)
+        table.set_refresh_digest(slot, digest_of(refresh_token))
+        table.bury_token(old, Code.TOKEN_REVOKED, wall)
+        self._forget_surplus()
+        table.move(slot, client, address)
+        if table.state[slot] == LAPSED:
+            table.state[slot] = LIVE
+            self._live += 1
+        table.last_used_at[slot] = wall
+        table.expires_at[slot] = min(wall + settings.lifetime_ms, table.refresh_expires_at[slot])
+        self._grace.keep(table.ids[slot], spent, token, refresh_token, wall)
+        self.generation += 1
+        self.refreshed += 1
+        return self._opened(slot, token, refresh_token)
+
+    def _answer_again(self, slot: int, digest: bytes, client: str, address: str, wall: int) -> OpenedSession:
+        """A spent refresh token was shown: within the grace the pair once more, else the session ends."""
+        table = self._table
+        spent = self._grace.find(table.ids[slot], digest, wall)
+        if (
+            spent is not None
+            and client == table.clients[table.client[slot]]
+            and address == table.addresses[table.address[slot]]
+        ):
+            self._announce()
+            return self._opened(slot, spent.token, spent.refresh_token)
+        self.refresh_reused += 1
+        self._revoke(slot, "refresh token reused")
+        self._announce()
+        raise _refused(Code.TOKEN_REVOKED)
+
+    # Looking and revoking
+
+    def info(self, session_id: str, wall: int) -> SessionInfo:
+        """What is known of a live or lapsed session. Raises NotFound for any other."""
+        self._wall = wall
+        slot = self._find(session_id)
+        alive = slot != NONE and self._settle(slot, wall)
+        self._announce()
+        if not alive:
+            raise NotFound("there is no such session")
+        return self._info(slot)
+
+    def list(self, user: str, wall: int) -> list[SessionInfo]:
+        """A user's live and lapsed sessions, the oldest first."""
+        self._wall = wall
+        infos = [self._info(slot) for slot in self._table.of_user(user) if self._settle(slot, wall)]
+        self._announce()
+        return infos
+
+    def revoke(self, session_id: str, *, user: str | None, reason: str) -> bool:
+        """End a session, live or lapsed. False if none has this id, or if it is not `user`'s (None: any)."""
+        slot = self._find(session_id)
+        if slot == NONE or user not in (None, self._table.users[self._table.user[slot]]):
+            return False
+        self._revoke(slot, reason)
+        self._announce()
+        return True
+
+    def revoke_user(self, user: str, reason: str) -> int:
+        """End all sessions of a user, live and lapsed; how many there were."""
+        slots = self._table.of_user(user)
+        for slot in slots:
+            self._revoke(slot, reason)
+        self._announce()
+        return len(slots)
+
+    def revoke_all(self, reason: str) -> int:
+        """End every session, live and lapsed; how many there were. Takes some microseconds for each."""
+        before = self.revoked
+        slot = 0
+        while slot < self._table.slab.size:  # it shrinks as it empties
+            if self._is_kept(slot):
+                self._revoke(slot, reason)
+            slot += 1
+        self._announce()
+        return self.revoked - before
+
+    # Parts
+
+    def _make_room(self, user: str, wall: int) -> None:
+        """See to it that the user may have one session more, and that there is a place for it."""
+        slots = [slot for slot in self._table.of_user(user) if self._settle(slot, wall)]
+        limit = self._settings.per_user
+        if len(slots) >= limit:
+            lapsed = [slot for slot in slots if self._state[slot] == LAPSED]
+            if lapsed:
+                self._end(lapsed[0], Code.TOKEN_EXPIRED, "")
+            elif self._settings.when_full == "evict_oldest":
+                self.replaced += 1
+                self._end(slots[0], Code.SESSION_REPLACED, "replaced by a newer session")
+            else:
+                self._announce()
+                raise ResourceExhausted(
+                    "the user has all sessions allowed; close one first", {"limit": limit}
+                )
+        if self.kept >= self._settings.max_sessions:
+            self._announce()
+            raise ResourceExhausted(
+                "the server has all sessions it can hold", {"retry_after_ms": _RETRY_FULL_MS}
+            )
+
+    def _new_token(self) -> tuple[bytes, bytes]:
+        token = self._entropy(TOKEN_SIZE)
+        digest = digest_of(token)
+        if self._tokens.find(digest) != NONE:
+            raise _repeats_itself()
+        return token, digest
+
+    def _find(self, session_id: str) -> int:
+        """The slot of a live or lapsed session, or -1."""
+        raw = id_from_text(session_id)
+        slot = NONE if raw is None else self._table.ids.find(raw)
+        return slot if slot != NONE and self._is_kept(slot) else NONE
+
+    def _opened(self, slot: int, token: bytes, refresh_token: bytes | None) -> OpenedSession:
+        refresh_expires_at = self._table.refresh_expires_at[slot] or None
+        record = self._read(self._bytes, slot * RECORD_SIZE)
+        expires_at, last_used_at, user, _, flags, session_id = record
+        valid_until = min(expires_at, last_used_at + self._idle)
+        session = Session(
+            session_id, self._users[user], flags, slot, expires_at, valid_until, expires_at - self._tenth
+        )
+        return OpenedSession(token, refresh_token, refresh_expires_at, session)
+
+    def _info(self, slot: int) -> SessionInfo:
+        table = self._table
+        flags = table.flags[slot]
+        return SessionInfo(
+            id=id_text(table.ids[slot]),
+            user=table.users[table.user[slot]],
+            created_at=table.created_at[slot],
+            last_used_at=table.last_used_at[slot],
+            expires_at=table.expires_at[slot],
+            client=table.clients[table.client[slot]],
+            address=table.addresses[table.address[slot]],
+            bound=flags & BOUND != 0,
+            operator=flags & OPERATOR != 0,
+            live=table.state[slot] == LIVE,
+            refresh_expires_at=table.refresh_expires_at[slot] or None,
+        )
+
+
+def _check_text(name: str, text: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise InvalidArgument(f"{name} is longer than {MAX_TEXT} characters")
+
+
+def _refused(code: Code) -> CallError:
+    return CallError.by_code[code](_REFRESH_REFUSED[code])
+
+
+def _repeats_itself() -> RuntimeError:
+    return RuntimeError("the source of random bytes repeats itself; no token of it is safe")
