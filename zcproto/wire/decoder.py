@@ -27,10 +27,11 @@ class FrameDecoder:
     """Feed it what arrives, then take frames until there is none.
 
     `limit` is the largest `length` accepted, in bytes. It may be changed at any time and holds from the
-    next frame on. After a ProtocolError the decoder must not be used again: there is no resynchronising.
+    next frame on; a frame whose length was accepted before may still come. After a ProtocolError the decoder
+    must not be used again: there is no resynchronising.
     """
 
-    __slots__ = ("_at", "_data", "_missing", "_partial", "_receiver", "_usual", "limit")
+    __slots__ = ("_at", "_data", "_missing", "_partial", "_receiver", "_spared", "_usual", "limit")
 
     def __init__(self, receiver: Side, limit: int) -> None:
         self.limit = limit
@@ -40,6 +41,7 @@ class FrameDecoder:
         self._at = 0
         self._partial: bytearray | None = None  # the beginning of a frame that is not complete yet
         self._missing = 0  # bytes that `_partial` needs before looking at it again can help
+        self._spared: bytes | None = None  # begins with a frame accepted before the limit became smaller
 
     @property
     def buffered(self) -> int:
@@ -59,6 +61,9 @@ class FrameDecoder:
             self._data = bytes(partial)
             self._at = 0
             self._partial = None
+            was_judged = len(partial) - len(data) >= LENGTH_SIZE
+            if was_judged and int.from_bytes(partial[:LENGTH_SIZE], "big") > self.limit:
+                self._spared = self._data
 
     def next_frame(self) -> RawFrame | None:
         """The next complete frame, or None if more bytes are needed.
@@ -75,7 +80,9 @@ class FrameDecoder:
         header = _unpack_header(data, at)
         length = header[0]
         if not MIN_LENGTH <= length <= self.limit:
-            check_length(length, self.limit)
+            if at or data is not self._spared:
+                check_length(length, self.limit)
+            self._spared = None
         if header[1] != self._usual or not header[2]:
             check_head(header[1], header[2], self._receiver)
         end = at + LENGTH_SIZE + length

@@ -19,9 +19,9 @@ METHOD_MAX_LENGTH: Final = 128
 METHOD_ALPHABET: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.")
 IDEMPOTENCY_KEY_MAX_LENGTH: Final = 64
 
-# Below this size the worst that declared lengths can reserve is 32 levels times 512 pointers: 128 KiB for
-# the blink of a decode. Above it the value is walked first without building anything.
-_TRUSTED_SIZE: Final = 512
+# Up to this size declared lengths are believed: at worst 85 arrays in one another claim 256 elements each,
+# 170 KiB for the blink of a decode. Above it the value is walked first without building anything.
+_TRUSTED_SIZE: Final = 256
 _CONTAINERS: Final = frozenset({dict, list})
 
 
@@ -45,10 +45,13 @@ def _refuse_ext(code: int, data: bytes) -> Any:
 
 
 def _new_scanner() -> msgpack.Unpacker:
-    return msgpack.Unpacker(None, max_buffer_size=2**32 - 1, max_ext_len=0, ext_hook=_refuse_ext)
+    # Its buffer grows to twice the largest body; `read_size` is what it begins with, 1 MiB by default.
+    return msgpack.Unpacker(
+        None, read_size=16_384, max_buffer_size=2**32 - 1, max_ext_len=0, ext_hook=_refuse_ext
+    )
 
 
-_scanner = _new_scanner()
+_idle_scanners = [_new_scanner()]
 _pack = msgpack.Packer(autoreset=True).pack
 _unpack = msgpack.unpackb
 
@@ -75,13 +78,18 @@ def decode_request(
     body: bytes, max_depth: int = DEFAULT_MAX_DEPTH
 ) -> tuple[str, dict[str, Any], RequestMeta]:
     """Method, params and meta of `[method, params]` or `[method, params, meta]`. Raises MessageError."""
-    value = _decode(body)
-    if value.__class__ is not list or not 2 <= len(value) <= 3:
-        raise MessageError("request must be [method, params] or [method, params, meta]")
-    method, params = value[0], value[1]
-    if method.__class__ is not str:
-        raise MessageError("method must be a str")
-    if method not in _well_formed_methods:
+    if len(body) > _TRUSTED_SIZE:
+        _scan(body)
+    try:
+        value = _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise MessageError(_phrase(error, body)) from error
+    if value.__class__ is list and len(value) == 2:
+        method, params = value
+        meta = NO_META
+    else:
+        method, params, meta = _with_meta(value, max_depth)
+    if method.__class__ is not str or method not in _well_formed_methods:
         _check_method(method)
     if params.__class__ is not dict:
         if params is not None:
@@ -93,20 +101,28 @@ def decode_request(
         if argument.__class__ in _CONTAINERS:
             _check_nested([params], max_depth - 1)
             break
-    return method, params, NO_META if len(value) == 2 else _decode_meta(value[2], max_depth)
+    return method, params, meta
 
 
 _well_formed_methods: set[str] = set()
 _WELL_FORMED_METHODS_KEPT: Final = 1024
 
 
-def _check_method(method: str) -> None:
+def _check_method(method: Any) -> None:
+    if method.__class__ is not str:
+        raise MessageError("method must be a str")
     if not 1 <= len(method) <= METHOD_MAX_LENGTH:
         raise MessageError("method must have 1 to 128 characters")
     if not METHOD_ALPHABET.issuperset(method):
         raise MessageError("method must be of a-z 0-9 _ .")
     if len(_well_formed_methods) < _WELL_FORMED_METHODS_KEPT:
         _well_formed_methods.add(method)
+
+
+def _with_meta(value: Any, max_depth: int) -> tuple[Any, Any, RequestMeta]:
+    if value.__class__ is not list or len(value) != 3:
+        raise MessageError("request must be [method, params] or [method, params, meta]")
+    return value[0], value[1], _decode_meta(value[2], max_depth)
 
 
 def _decode_meta(meta: Any, max_depth: int) -> RequestMeta:
@@ -201,18 +217,19 @@ def _decode(body: bytes) -> Any:
 
 def _scan(body: bytes) -> None:
     """Walk the value, building nothing: all that it declares must be there, and nothing after it."""
-    global _scanner  # noqa: PLW0603  an Unpacker must not be used again after it failed
     try:
-        start = _scanner.tell()
-        _scanner.feed(body)
-        _scanner.skip()
-        if _scanner.tell() - start == len(body):
-            return
+        scanner = _idle_scanners.pop()  # nobody else's until it is put back: other threads scan too
+    except IndexError:
+        scanner = _new_scanner()
+    start = scanner.tell()
+    try:
+        scanner.feed(body)
+        scanner.skip()
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        _scanner = _new_scanner()
-        raise MessageError(_phrase(error, body)) from error
-    _scanner = _new_scanner()
-    raise MessageError("bytes after the value")
+        raise MessageError(_phrase(error, body)) from error  # a scanner that failed must not be used again
+    if scanner.tell() - start != len(body):
+        raise MessageError("bytes after the value")
+    _idle_scanners.append(scanner)
 
 
 def _phrase(error: BaseException, body: bytes) -> str:
