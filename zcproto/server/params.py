@@ -40,8 +40,12 @@ class ParamInfo(NamedTuple):
     required: bool
 
 
-def checker_for(annotation: Any) -> Checker:
-    """The check for one annotation. Raises TypeError for one that cannot be checked."""
+def checker_for(annotation: Any, within: dict[type, Checker] | None = None) -> Checker:
+    """The check for one annotation. Raises TypeError for one that cannot be checked.
+
+    `within` are the dataclasses around it, so that one of them may contain itself.
+    """
+    within = {} if within is None else within
     if annotation is Any or annotation is inspect.Parameter.empty or annotation is object:
         return _accept
     if annotation is None:
@@ -51,17 +55,18 @@ def checker_for(annotation: Any) -> Checker:
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
     if origin is Union or origin is types.UnionType:
-        return _check_union([checker_for(argument) for argument in arguments], describe(annotation))
+        return _check_union([checker_for(argument, within) for argument in arguments], describe(annotation))
     if origin is Literal:
         return _check_literal(arguments, describe(annotation))
-    if origin is list:
-        return _check_list(checker_for(arguments[0]))
-    if origin is dict:
+    if origin is list and arguments:
+        return _check_list(checker_for(arguments[0], within))
+    if origin is dict and arguments:
         if arguments[0] is not str:
             raise TypeError(f"{describe(annotation)}: keys of a dict parameter must be str")
-        return _check_dict(checker_for(arguments[1]))
+        return _check_dict(checker_for(arguments[1], within))
+    annotation = origin or annotation  # typing.List is list
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        return _check_dataclass(annotation)
+        return within.get(annotation) or _check_dataclass(annotation, within)
     if annotation in _TYPE_NAMES:
         return _check_class(annotation, f"must be {_TYPE_NAMES[annotation]}")
     raise TypeError(f"{describe(annotation)} cannot be the type of a parameter")
@@ -148,23 +153,11 @@ def _check_dict(item: Checker) -> Checker:
     return check
 
 
-def _check_dataclass(cls: type) -> Checker:
-    # Built at the first use, so that a dataclass may contain itself.
+def _check_dataclass(cls: type, within: dict[type, Checker]) -> Checker:
     fields: dict[str, Checker] = {}
-    required: set[str] = set()
-
-    def prepare() -> None:
-        hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            if not field.init:
-                continue
-            fields[field.name] = checker_for(hints[field.name])
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                required.add(field.name)
+    required: list[str] = []
 
     def check(value: Any, path: str) -> Any:
-        if not fields:
-            prepare()
         if value.__class__ is not dict:
             raise InvalidArgument(f"{path} must be a map")
         arguments = {}
@@ -173,11 +166,22 @@ def _check_dataclass(cls: type) -> Checker:
             if checker is None:
                 raise InvalidArgument(f"{path}.{shown(key)} is unknown")
             arguments[key] = checker(element, f"{path}.{key}")
-        for name in required - arguments.keys():
-            raise InvalidArgument(f"{path}.{name} is missing")
+        for name in required:
+            if name not in arguments:
+                raise InvalidArgument(f"{path}.{name} is missing")
         try:
             return cls(**arguments)
         except ValueError as error:  # __post_init__ of the application refuses the values
             raise InvalidArgument(f"{path} is not acceptable") from error
 
+    within = {**within, cls: check}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        fields[field.name] = checker_for(hints[field.name], within)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            required.append(field.name)
+    if inspect.signature(cls).parameters.keys() != fields.keys():
+        raise TypeError(f"{cls.__name__}: only fields can be given to a dataclass of a parameter, no InitVar")
     return check
