@@ -6,6 +6,7 @@
     ├── ProtocolError            the peer broke the wire contract; carries the code for it
     ├── TlsError                 the TLS connection could not be made, or is not to be trusted
     ├── ConnectionClosed         the connection ended; `clean` tells a close from a truncation
+    │   └── CannotConnect        there was none to begin with: refused, unreachable, no answer in time
     └── CallError                a call was answered with an error; one subclass a code
         ├── Cancelled, UnknownError, InvalidArgument, DeadlineExceeded, NotFound, AlreadyExists,
         │   PermissionDenied, ResourceExhausted, FailedPrecondition, Aborted, OutOfRange,
@@ -115,6 +116,10 @@ class ConnectionClosed(ZcprotoError):
         self.reason = reason
         self.clean = clean
         self.code = code
+
+
+class CannotConnect(ConnectionClosed):
+    """No connection to the server could be made: no such host, refused, unreachable, or no answer in time."""
 
 
 class CallError(ZcprotoError):

@@ -1,0 +1,9 @@
+"""Clients: calls that get their answer or a clear error, whatever connections do meanwhile."""
+
+from zcproto.client.blocking import BlockingClient
+from zcproto.client.client import Client
+from zcproto.client.connect import connect, connect_blocking
+from zcproto.client.events import Event, EventStream
+from zcproto.client.session import ClientSession
+
+__all__ = ["BlockingClient", "Client", "ClientSession", "Event", "EventStream", "connect", "connect_blocking"]

@@ -127,9 +127,9 @@ class ClientConnection:
         "_tokens",
         "_tolerance",
         "clock_offset_ms",
-        "deadline_moved",
         "dropped_stale",
         "dropped_unknown",
+        "queued_bytes",
         "state",
         "welcome",
     )
@@ -161,7 +161,7 @@ class ClientConnection:
         self.clock_offset_ms = 0
         self.dropped_stale = 0
         self.dropped_unknown = 0
-        self.deadline_moved = False
+        self.queued_bytes = 0
         self.welcome: dict[str, Any] = {}
         self.state = State.AWAITING_WELCOME
 
@@ -316,7 +316,6 @@ class ClientConnection:
         if idle_timeout_ms:
             self._keepalive_interval = max(idle_timeout_ms / 3 / MS, MIN_KEEPALIVE_INTERVAL)
             self._keepalive_at = now + self._keepalive_interval
-            self.deadline_moved = True
         self.state = next_state(self.state, Input.WELCOME)
         return Welcomed(self.welcome)
 
@@ -431,8 +430,10 @@ class ClientConnection:
             self._send(PING, 0, NO_TOKEN, b"", wall)
 
     def next_deadline(self) -> float:
-        """When `handle_timeout` must be called at the latest, in monotonic seconds. NEVER if it need not."""
-        self.deadline_moved = False
+        """When `handle_timeout` must be called at the latest, in monotonic seconds. NEVER if it need not.
+
+        It changes with WELCOME and with each `handle_timeout` only.
+        """
         if self.state is State.CLOSED:
             return NEVER
         return min(self._keepalive_at, self._pong_deadline)
@@ -478,9 +479,9 @@ class ClientConnection:
         self._sent_since_look = True
         # Never below 0, though our clock may go back by more than all the server's time.
         timestamp = max(wall + self.clock_offset_ms, 0)
-        self._out.append(
-            _pack_header(MIN_LENGTH + len(body), head, stream, timestamp, self._salt, counter, token) + body
-        )
+        length = MIN_LENGTH + len(body)
+        self.queued_bytes += length
+        self._out.append(_pack_header(length, head, stream, timestamp, self._salt, counter, token) + body)
 
     def data_to_send(self) -> bytes:
         """All bytes for the peer that were not taken yet."""
@@ -492,6 +493,7 @@ class ClientConnection:
         else:
             return b""
         out.clear()
+        self.queued_bytes = 0
         return data
 
 

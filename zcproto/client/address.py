@@ -1,0 +1,78 @@
+"""Where a server is: `host`, `host:port`, `[::1]:7443`."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Final, NamedTuple
+
+from zcproto.errors import ConfigError
+from zcproto.printable import printable
+
+DEFAULT_PORT: Final = 7443
+_NAME_MAX_LENGTH: Final = 253
+"""Of a host name, RFC 1035 section 2.3.4."""
+
+_LABEL_ALPHABET: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+
+
+class Address(NamedTuple):
+    """A host name in lower case (an A-label where it is international) or an address, and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_ip(self) -> bool:
+        """Whether the host is an address and not a name."""
+        return is_ip(self.host)
+
+
+def parse_address(text: str) -> Address:
+    """The address that a text names. Raises ConfigError saying what is wrong with it."""
+    shown = printable(text, 120)
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or (rest and not rest.startswith(":")) or not (":" in host and is_ip(host)):
+            raise ConfigError([f"{shown!r}: write an IPv6 address with a port as [::1]:{DEFAULT_PORT}"])
+        port = rest[1:] if rest else str(DEFAULT_PORT)
+    elif text.count(":") > 1:
+        if not is_ip(text):
+            raise ConfigError([f"{shown!r}: write HOST:PORT, or [ADDRESS]:PORT for IPv6"])
+        host, port = text, str(DEFAULT_PORT)
+    else:
+        host, colon, port = text.partition(":")
+        if not colon:
+            port = str(DEFAULT_PORT)
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65_535):
+        raise ConfigError([f"{shown!r}: the port must be a number from 1 to 65535"])
+    return Address(_host(host, shown), int(port))
+
+
+def _host(host: str, shown: str) -> str:
+    if is_ip(host):
+        return host.lower()
+    try:
+        name = host.rstrip(".").encode("idna").decode("ascii").lower()
+    except UnicodeError:
+        name = ""
+    labels = name.split(".")
+    if (
+        not name
+        or len(name) > _NAME_MAX_LENGTH
+        or not all(_LABEL_ALPHABET.issuperset(label) and label for label in labels)
+        or labels[-1].isdigit()  # else "1.2.3" would be resolved as an address that no one meant
+    ):
+        raise ConfigError([f"{shown!r}: no host name or address"])
+    return name
+
+
+def is_ip(host: str) -> bool:
+    """Whether a host is an address and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,169 @@
+"""The client for programs without an event loop: the same names, no `await`.
+
+Each BlockingClient runs a Client on a loop of its own in a background thread. Its methods may be called from any
+number of threads at once; their calls share the one connection. Ctrl-C during a call cancels that call, on the
+server too, and leaves the client as it is. The thread never keeps a program from ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Coroutine, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from zcproto.client.address import Address
+from zcproto.client.client import Client
+from zcproto.client.events import Event
+from zcproto.client.loop import new_event_loop
+from zcproto.client.session import ClientSession
+from zcproto.errors import ConnectionClosed
+
+Result = TypeVar("Result")
+
+_UNSET: Final[Any] = object()
+
+
+class BlockingClient:
+    """A client of one server. Make it with `zcproto.connect_blocking`, use it in a `with` statement."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._loop = new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="zcproto-client", daemon=True)
+        self._lock = threading.Lock()
+        self._started = False
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"BlockingClient({str(self._client.address)!r})"
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run a coroutine on the client's loop and wait for it. Whatever ends the wait ends the work too."""
+        with self._lock:
+            if self._closed or not self._started:
+                work.close()
+                raise ConnectionClosed(
+                    "this client is closed" if self._closed else "this client is not open yet"
+                )
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # does nothing to one that is done
+            raise
+
+    # --- begin and end ----------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Connect, and open a session if there is a key for one. `with` does it. Raises as `Client.open`."""
+        with self._lock:
+            if self._started:
+                raise RuntimeError("this client was opened before; make a new one")
+            self._started = True
+            self._thread.start()
+            atexit.register(self.close)
+        try:
+            self._wait(self._client.open())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the session and the connection. Calls that still wait in other threads get ConnectionClosed."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if not self._started:
+                self._loop.close()
+                return
+        atexit.unregister(self.close)
+        try:
+            asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    # --- what there is to know --------------------------------------------------------------------
+
+    @property
+    def address(self) -> Address:
+        """Where the server is: host and port."""
+        return self._client.address
+
+    @property
+    def session(self) -> ClientSession | None:
+        """The session, if one is open."""
+        return self._client.session
+
+    @property
+    def welcome(self) -> Mapping[str, Any]:
+        """What the server last said in its WELCOME; empty while there is no connection."""
+        return self._client.welcome
+
+    @property
+    def events(self) -> Iterator[Event]:
+        """Events in their order, as an iterator that waits for the next one and ends when the client is closed."""
+        while True:
+            try:
+                event = self._wait(self._next_event())
+            except ConnectionClosed:
+                return
+            if event is None:
+                return
+            yield event
+
+    async def _next_event(self) -> Event | None:
+        try:
+            return await anext(self._client.events)
+        except StopAsyncIteration:
+            return None
+
+    def open_session(self) -> ClientSession:
+        """As `Client.open_session`."""
+        return self._wait(self._client.open_session())
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        timeout: float | None = _UNSET,
+        idempotency_key: str | None = None,
+        traceparent: str | None = None,
+        **named: Any,
+    ) -> Any:
+        """As `Client.call`."""
+        named = named if params is None else {**params, **named}
+        options = {} if timeout is _UNSET else {"timeout": timeout}
+        return self._wait(
+            self._client.call(
+                method, named, idempotency_key=idempotency_key, traceparent=traceparent, **options
+            )
+        )

@@ -1,0 +1,109 @@
+"""`connect` and `connect_blocking`: the two ways to a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from zcproto.client.blocking import BlockingClient
+from zcproto.client.client import CONNECT_TIMEOUT, DEFAULT_TIMEOUT, Client
+from zcproto.client.events import Event
+
+
+def connect(
+    address: str,
+    *,
+    user: str | None = None,
+    key: str | None = None,
+    ca_file: str | Path | None = None,
+    pins: Iterable[str] = (),
+    system_store: bool = False,
+    verify: bool = True,
+    server_hostname: str | None = None,
+    session: bool = True,
+    timeout: float | None = DEFAULT_TIMEOUT,
+    connect_timeout: float = CONNECT_TIMEOUT,
+    client: str | None = None,
+    on_event: Callable[[Event], object] | None = None,
+    home: str | Path | None = None,
+) -> Client:
+    """A client of the server at `host`, `host:port` or `[::1]:port`; the port is 7443 by default.
+
+        async with zcproto.connect("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
+            print(await client.call("echo", word="hello"))
+
+    user, key         whose session is opened; without them only public methods can be called
+    ca_file           the CA whose certificates are believed; without it and pins, the system's store is asked
+    pins              `sha256/BASE64` of the server's public key (several: the ones to come), or `cert-sha256/...`;
+                      with `ca_file` or `system_store` on top of it, else in its place: then dates and name of
+                      the certificate are still checked
+    verify            False believes any server. Refused for hosts that were seen with an `sts` policy
+    server_hostname   the name that the certificate must be for, if not the host's
+    session           False opens none at connecting; `open_session` does later
+    timeout           of a call, in seconds, unless the call says another; None waits for ever
+    connect_timeout   of one attempt to connect, in seconds
+    client            product/version, as the server lists it
+    on_event          called with each `Event` that the server sends; without it they wait in `client.events`
+    home              where hosts with a policy are remembered; ZCPROTO_HOME, else ~/.zeroclaw, by default
+
+    Raises ConfigError for what cannot be meant, TlsError for a malformed pin; connecting raises what
+    `Client.open` does.
+    """
+    return Client(
+        address,
+        user=user,
+        key=key,
+        ca_file=ca_file,
+        pins=pins,
+        system_store=system_store,
+        verify=verify,
+        server_hostname=server_hostname,
+        session=session,
+        timeout=timeout,
+        connect_timeout=connect_timeout,
+        client=client,
+        on_event=on_event,
+        home=home,
+    )
+
+
+def connect_blocking(
+    address: str,
+    *,
+    user: str | None = None,
+    key: str | None = None,
+    ca_file: str | Path | None = None,
+    pins: Iterable[str] = (),
+    system_store: bool = False,
+    verify: bool = True,
+    server_hostname: str | None = None,
+    session: bool = True,
+    timeout: float | None = DEFAULT_TIMEOUT,
+    connect_timeout: float = CONNECT_TIMEOUT,
+    client: str | None = None,
+    on_event: Callable[[Event], object] | None = None,
+    home: str | Path | None = None,
+) -> BlockingClient:
+    """As `connect`, for programs without an event loop. `on_event` is called in the client's own thread.
+
+    with zcproto.connect_blocking("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
+        print(client.call("echo", word="hello"))
+    """
+    return BlockingClient(
+        Client(
+            address,
+            user=user,
+            key=key,
+            ca_file=ca_file,
+            pins=pins,
+            system_store=system_store,
+            verify=verify,
+            server_hostname=server_hostname,
+            session=session,
+            timeout=timeout,
+            connect_timeout=connect_timeout,
+            client=client,
+            on_event=on_event,
+            home=home,
+        )
+    )

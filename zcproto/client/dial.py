@@ -1,0 +1,183 @@
+"""Making one connection: name, TCP, TLS, WELCOME, and what is remembered of the host."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from zcproto.client.address import Address
+from zcproto.client.known_hosts import KnownHosts
+from zcproto.client.protocol import ClientProtocol, Owner
+from zcproto.clock import Clock
+from zcproto.connection.client import ClientConnection
+from zcproto.deadlines import DeadlineWheel
+from zcproto.errors import CannotConnect, ConfigError, TlsError
+from zcproto.tls.client import TlsConnector
+from zcproto.tls.context import client_context
+from zcproto.tls.pins import parse_pins
+from zcproto.tls.transport import ReceiveBuffer
+
+log: Final = logging.getLogger("zcproto.client")
+
+
+class Trust:
+    """Which servers are believed: those of a CA file or of the system's store, those with a pin, or both.
+
+    With `verify` off any server is believed. Raises ConfigError for what contradicts itself, TlsError for a
+    malformed pin.
+    """
+
+    __slots__ = ("ca_file", "pins", "system_store", "verify")
+
+    def __init__(
+        self, *, ca_file: Path | None, pins: Iterable[str], system_store: bool, verify: bool
+    ) -> None:
+        self.ca_file = ca_file
+        self.pins = parse_pins(pins)
+        self.system_store = system_store or not (ca_file or self.pins)
+        self.verify = verify
+        if not verify and (ca_file or self.pins or system_store):
+            raise ConfigError(["verify=False: leave out ca_file, pins and system_store, or leave it on"])
+        if ca_file and system_store:
+            raise ConfigError(["ca_file and system_store: trust one of them"])
+
+    def context(self) -> ssl.SSLContext:
+        """Reads the disk. Raises CertificateError."""
+        by_ca = self.verify and (self.ca_file is not None or self.system_store)
+        return client_context(ca_file=self.ca_file, verify=by_ca)
+
+
+class LoopShare:
+    """What all clients of one loop share. A receive buffer each would cost 64 KiB a client."""
+
+    __slots__ = ("buffer", "users", "wheel")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.buffer = ReceiveBuffer()
+        self.wheel = DeadlineWheel(loop)
+        self.users = 0
+
+
+_shares: dict[asyncio.AbstractEventLoop, LoopShare] = {}
+
+
+def take_share(loop: asyncio.AbstractEventLoop) -> LoopShare:
+    """The share of a loop; give it back with `leave_share`."""
+    share = _shares.get(loop)
+    if share is None:
+        share = _shares[loop] = LoopShare(loop)
+    share.users += 1
+    return share
+
+
+def leave_share(loop: asyncio.AbstractEventLoop) -> None:
+    share = _shares[loop]
+    share.users -= 1
+    if not share.users:
+        del _shares[loop]
+        share.wheel.close()
+
+
+class Dialer:
+    """Connects to one server, as often as asked."""
+
+    def __init__(
+        self,
+        address: Address,
+        trust: Trust,
+        known_hosts: KnownHosts | None,
+        *,
+        server_hostname: str,
+        clock: Clock,
+        system_clock: Clock,
+        connect_timeout: float,
+        max_frame: int,
+        tolerance_ms: int,
+    ) -> None:
+        self.address = address
+        self._trust = trust
+        self._known_hosts = known_hosts
+        self._server_hostname = server_hostname
+        self._clock = clock
+        self._system_clock = system_clock
+        self._connect_timeout = connect_timeout
+        self._max_frame = max_frame
+        self._tolerance_ms = tolerance_ms
+        self._context: ssl.SSLContext | None = None
+
+    async def __call__(self, owner: Owner, share: LoopShare) -> ClientProtocol:
+        """A connection whose server was welcomed.
+
+        Raises CannotConnect, ConnectionClosed, TlsError, CertificateError.
+        """
+        wall = self._system_clock.wall
+        if not self._trust.verify and self._known_hosts is not None:
+            await asyncio.to_thread(self._known_hosts.require, self._server_hostname, wall())
+        if self._context is None:
+            self._context = await asyncio.to_thread(self._trust.context)
+        connector = TlsConnector(
+            self._context,
+            self._server_hostname,
+            share.wheel,
+            pins=self._trust.pins,
+            wall=wall,
+            buffer=share.buffer,
+            handshake_timeout=self._connect_timeout,
+        )
+        link = await self._connect(connector, owner, share)
+        if self._trust.verify and self._known_hosts is not None:
+            await self._remember(link, self._known_hosts)
+        return link
+
+    async def _connect(self, connector: TlsConnector, owner: Owner, share: LoopShare) -> ClientProtocol:
+        loop = asyncio.get_running_loop()
+        connection = ClientConnection(max_frame=self._max_frame, tolerance_ms=self._tolerance_ms)
+        link = ClientProtocol(owner, loop, share.wheel, self._clock, connection)
+        agreed: asyncio.Future[None] = loop.create_future()
+
+        def on_handshake(error: TlsError | None) -> None:
+            if agreed.done():
+                return
+            if error is None:
+                agreed.set_result(None)
+            else:
+                agreed.set_exception(error)
+
+        transport = connector.transport(link, on_handshake)
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                await loop.create_connection(lambda: transport, *self.address)
+                await agreed
+                await link.welcomed
+        except TimeoutError:
+            transport.abort()
+            raise CannotConnect(f"{self.address}: no answer within {self._connect_timeout:g} s") from None
+        except OSError as error:
+            raise CannotConnect(f"{self.address}: {_cause(error)}") from error
+        except asyncio.CancelledError:
+            transport.abort()
+            raise
+        finally:
+            if agreed.done() and not agreed.cancelled():
+                agreed.exception()  # the timeout may have come first: then nobody else looks at it
+        return link
+
+    async def _remember(self, link: ClientProtocol, known_hosts: KnownHosts) -> None:
+        """Take in the server's policy. That it cannot be written down is no reason not to connect."""
+        try:
+            await asyncio.to_thread(
+                known_hosts.learn, self._server_hostname, link.welcome["sts"], self._system_clock.wall()
+            )
+        except (OSError, ConfigError) as error:
+            log.warning("the sts policy of %s is not remembered: %s", self._server_hostname, error)
+
+
+def _cause(error: OSError) -> str:
+    """One phrase; asyncio's message for several addresses has a line for each."""
+    if error.strerror and not error.strerror.startswith("["):
+        return error.strerror
+    return str(error) or type(error).__name__
