@@ -2,8 +2,9 @@
 
 Entries are put into buckets by the time at which they are due, rounded up: to a second if that is more than
 ten seconds away, to an eighth of a second beyond one second, else to 1/64 s. Only the earliest bucket has a
-timer. An entry is in one bucket at most; taking it out leaves nothing behind, so the wheel never keeps a
-closed connection.
+timer. An entry is in one bucket at most; taking it out leaves nothing of it behind, so the wheel never keeps
+a closed connection. An empty bucket stays until its time, so that each tick is in the heap once: however
+often deadlines move, there are never more buckets than ticks ahead.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class DeadlineWheel:
     def __init__(self, timers: Timers) -> None:
         self._timers = timers
         self._buckets: dict[int, set[Timed]] = {}
-        self._heap: list[int] = []  # the ticks of the buckets; a tick may outlive its bucket
+        self._heap: list[int] = []  # the ticks of the buckets
         self._armed_tick = 0
         self._timer: Any = None
 
@@ -62,7 +63,7 @@ class DeadlineWheel:
             return
         ahead = deadline - self._timers.time()
         grain = TICKS_PER_SECOND if ahead > 10 else TICKS_PER_SECOND // 8 if ahead > 1 else 1
-        tick = -int(-deadline * TICKS_PER_SECOND // grain) * grain
+        tick = max(1, -int(-deadline * TICKS_PER_SECOND // grain) * grain)
         if tick == entry.deadline_tick:
             return
         self.discard(entry)
@@ -82,10 +83,7 @@ class DeadlineWheel:
         if not tick:
             return
         entry.deadline_tick = 0
-        bucket = self._buckets[tick]
-        bucket.discard(entry)
-        if not bucket:
-            del self._buckets[tick]
+        self._buckets[tick].discard(entry)
 
     def close(self) -> None:
         """Stop the timer. Entries are forgotten."""
@@ -102,28 +100,30 @@ class DeadlineWheel:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._heap and self._heap[0] not in self._buckets:
-            heapq.heappop(self._heap)
+        while self._heap and not self._buckets[self._heap[0]]:
+            del self._buckets[heapq.heappop(self._heap)]
         if self._heap:
             self._armed_tick = self._heap[0]
             self._timer = self._timers.call_at(self._armed_tick / TICKS_PER_SECOND, self._turn)
 
     def _turn(self) -> None:
-        self._timer = None
         now = self._timers.time()
         # libuv and asyncio may both call a timer a little early, by their clocks' grain.
         due = max(self._armed_tick, int(now * TICKS_PER_SECOND))
+        self._armed_tick = 0  # what is set meanwhile arms no timer: this turn does, at its end
+        try:
+            self._handle_due(due, max(now, due / TICKS_PER_SECOND))
+        finally:  # an entry that raises must not stop the others' time
+            self._arm()
+
+    def _handle_due(self, due: int, now: float) -> None:
         left = ENTRIES_PER_TURN
-        while self._heap and self._heap[0] <= due:
-            bucket = self._buckets.get(self._heap[0])
-            if bucket is None:
-                heapq.heappop(self._heap)
+        while left and self._heap and self._heap[0] <= due:
+            bucket = self._buckets[self._heap[0]]
+            if not bucket:
+                del self._buckets[heapq.heappop(self._heap)]
                 continue
-            if not left:
-                self._timer = self._timers.call_soon(self._turn)
-                return
             left -= 1
-            entry = next(iter(bucket))
-            self.discard(entry)
-            entry.handle_deadline(max(now, due / TICKS_PER_SECOND))
-        self._arm()
+            entry = bucket.pop()
+            entry.deadline_tick = 0
+            entry.handle_deadline(now)
