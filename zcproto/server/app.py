@@ -44,6 +44,8 @@ class Method:
         "params",
         "public",
         "takes_any",
+        "takes_params_as_they_are",
+        "unrestricted",
     )
 
     def __init__(
@@ -65,6 +67,9 @@ class Method:
         self._checkers: dict[str, Checker] = {}
         self._required: frozenset[str] = frozenset()
         self._read_signature()
+        # Decided once, so that the usual call asks two questions.
+        self.takes_params_as_they_are = self.takes_any and not self._checkers and self.context_name is None
+        self.unrestricted = not operator
 
     def _read_signature(self) -> None:
         hints = typing.get_type_hints(self.function)
@@ -89,9 +94,7 @@ class Method:
     def bind(self, params: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments for a call's params. Raises InvalidArgument naming the parameter."""
         checkers = self._checkers
-        if not checkers and self.takes_any and self.context_name is None:
-            return params
-        arguments = {}
+        arguments: dict[str, Any] = {}
         for name, value in params.items():
             checker = checkers.get(name)
             if checker is not None:

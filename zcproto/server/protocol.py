@@ -95,10 +95,11 @@ class ServerProtocol(asyncio.Protocol):
             self.close("draining")
 
     def data_received(self, data: bytes) -> None:
-        clock = self._serving.clock
         connection = self._connection
         if connection is not None:
-            self._process(connection.receive_data(data, clock.wall(), clock.now()))
+            clock = self._serving.clock
+            wall = clock.wall()
+            self._process(connection.receive_data(data, wall, clock.now()), wall)
 
     def eof_received(self) -> None:
         self._ended("closed_by_peer")
@@ -117,67 +118,89 @@ class ServerProtocol(asyncio.Protocol):
         self._paused_since = None
         suspended, self._suspended = self._suspended, None
         if suspended is not None:
-            self._process(suspended)
+            self._process(suspended, self.wall())
         if self._paused_since is None and self._transport is not None:
             self._transport.resume_reading()
             self._set_deadline()
 
     # --- requests ------------------------------------------------------------------------------------
 
-    def _process(self, events: Iterator[ServerEvent]) -> None:
+    def _process(self, events: Iterator[ServerEvent], wall: int) -> None:
         """Take events until there are none, or the peer must read first; then send what there is to send."""
+        run = self._run
+        requests = 0
         for event in events:
             if event.__class__ is Request:
-                self._run(event)
+                requests += 1
+                run(event, wall)
             elif event.__class__ is SessionJoined:
                 self._serving.session_joined(event.session_id, self)
             elif event.__class__ is RequestEnded:
                 self._stop(event)
             else:
                 self._conversation_ended(cast("ConnectionEnded", event))
-                return
+                break
             if self._paused_since is not None:
                 self._suspended = events
                 break
-        self._flush()
+        self._serving.counters.requests += requests
         connection = self._connection
-        if connection is not None and connection.deadline_moved:
+        if connection is None:
+            return
+        data = connection.data_to_send()
+        if data:
+            self._write(data)
+        if connection.deadline_moved:
             self._set_deadline()
 
-    def _run(self, request: Request) -> None:
+    def _run(self, request: Request, wall: int) -> None:
         """Run a request's method as far as it goes without waiting."""
         serving = self._serving
-        serving.counters.requests += 1
         method = serving.methods.get(request.method)
-        if request.session is None and (method is None or not method.public):
-            self._fail(request, Code.UNAUTHENTICATED, NEEDS_SESSION)
-            return
-        if method is None:
-            self._fail(request, Code.UNIMPLEMENTED, UNIMPLEMENTED)
-            return
-        if method.operator and (request.session is None or not request.session.operator):
-            self._fail(request, Code.PERMISSION_DENIED, OPERATORS_ONLY)
-            return
+        if method is None or not (method.public if request.session is None else method.unrestricted):
+            refusal = self._refusal(request, method)
+            if refusal is not None:
+                self._fail(request, *refusal)
+                return
+            assert method is not None
         try:
-            arguments = method.bind(request.params)
-            if method.context_name is not None:
-                arguments[method.context_name] = Context(self, request)
+            arguments = request.params if method.takes_params_as_they_are else self._bind(request, method)
             result = method.function(**arguments)
             if method.is_async:
                 started = serving.tasks.start(result)
                 if started.__class__ is not Finished:
-                    self._hold(request, method, cast("Worker", started))
+                    self._hold(request, cast("Worker", started))
                     return
                 result = started.value
+            body = encode_body(result)
         except CallError as error:
             self._answer_error(request, error)
-            return
         except Exception as error:  # whatever a method raises, its caller gets one answer
             self._answer_fault(request, error)
-            return
-        self._answer(request, result)
+        else:
+            if len(body) < SENT_AT_ONCE:
+                if self._connection is not None:
+                    self._connection.respond(request, body, wall)
+            else:
+                self._answer_large(request, body)
 
-    def _hold(self, request: Request, method: Method, worker: Worker) -> None:
+    def _refusal(self, request: Request, method: Method | None) -> tuple[Code, bytes] | None:
+        """Why a caller may not have a method; None if it may."""
+        if request.session is None and (method is None or not method.public):
+            return Code.UNAUTHENTICATED, NEEDS_SESSION
+        if method is None:
+            return Code.UNIMPLEMENTED, UNIMPLEMENTED
+        if method.operator and (request.session is None or not request.session.operator):
+            return Code.PERMISSION_DENIED, OPERATORS_ONLY
+        return None
+
+    def _bind(self, request: Request, method: Method) -> dict[str, Any]:
+        arguments = method.bind(request.params)
+        if method.context_name is not None:
+            arguments[method.context_name] = Context(self, request)
+        return arguments
+
+    def _hold(self, request: Request, worker: Worker) -> None:
         assert self._connection is not None
         self._connection.hold(request, self.now())
         if self._workers is None:
@@ -213,22 +236,25 @@ class ServerProtocol(asyncio.Protocol):
     # --- answers -------------------------------------------------------------------------------------
 
     def _answer(self, request: Request, result: Any) -> None:
-        connection = self._connection
-        if connection is None:
-            return
+        """Answer in a later turn."""
         try:
             body = encode_body(result)
         except MessageError as error:
             self._answer_fault(request, error)
             return
-        if len(body) >= SENT_AT_ONCE:
-            if len(body) > self._serving.settings.max_body:
-                self._answer_fault(request, MessageError(f"the answer has {len(body)} bytes"))
-                return
-            connection.respond(request, body, self._serving.clock.wall())
+        if len(body) < SENT_AT_ONCE:
+            if self._connection is not None:
+                self._connection.respond(request, body, self.wall())
+        else:
+            self._answer_large(request, body)
+
+    def _answer_large(self, request: Request, body: bytes) -> None:
+        """Answer, and send at once: if the peer does not read, the next request is not even run."""
+        if len(body) > self._serving.settings.max_body:
+            self._answer_fault(request, MessageError(f"the answer has {len(body)} bytes"))
+        elif self._connection is not None:
+            self._connection.respond(request, body, self.wall())
             self._flush()
-            return
-        connection.respond(request, body, self._serving.clock.wall())
 
     def _answer_error(self, request: Request, error: CallError) -> None:
         details = error.details
@@ -250,14 +276,14 @@ class ServerProtocol(asyncio.Protocol):
     def _fail(self, request: Request, code: Code, body: bytes) -> None:
         self._serving.counters.count_error(code)
         if self._connection is not None:
-            self._connection.fail(request, body, self._serving.clock.wall())
+            self._connection.fail(request, body, self.wall())
 
     # --- sessions ------------------------------------------------------------------------------------
 
     def join(self, session: Session, token: bytes) -> None:
         """A session was opened or refreshed by a request of this connection."""
         if self._connection is not None:
-            self._connection.join(session, token, self._serving.clock.wall(), self.now())
+            self._connection.join(session, token, self.wall(), self.now())
             self._serving.session_joined(session.id, self)
 
     def session_ended(self, session_id: str, code: Code, reason: str) -> None:
@@ -267,26 +293,29 @@ class ServerProtocol(asyncio.Protocol):
         if code is Code.TOKEN_EXPIRED or self.asks:
             self._connection.leave(session_id, self.now())
         else:
-            self._connection.session_revoked(session_id, reason, self._serving.clock.wall(), self.now())
+            self._connection.session_revoked(session_id, reason, self.wall(), self.now())
         self._flush_soon()
 
     def send_event(self, session_id: str, name: str, data: Any) -> bool:
         """Send an event that speaks of a session."""
         if self._connection is None:
             return False
-        sent = self._connection.send_event(session_id, name, data, self._serving.clock.wall())
+        sent = self._connection.send_event(session_id, name, data, self.wall())
         self._flush_soon()
         return sent
 
     # --- bytes out -------------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        connection = self._connection
-        if connection is None or self._transport is None:
-            return
-        data = connection.data_to_send()
-        if data:
-            self._transport.write(data)
+        if self._connection is not None:
+            data = self._connection.data_to_send()
+            if data:
+                self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        transport = self._transport
+        if transport is not None:
+            transport.write(data)
             if self._paused_since is not None:
                 self._check_write_buffer()
 
@@ -328,7 +357,8 @@ class ServerProtocol(asyncio.Protocol):
         if self._paused_since is not None and now >= self._paused_since + self._serving.write_timeout:
             self.abort("write_timeout")
             return
-        self._process(iter(self._connection.handle_timeout(self._serving.clock.wall(), now)))
+        wall = self.wall()
+        self._process(iter(self._connection.handle_timeout(wall, now)), wall)
         self._set_deadline()
 
     # --- the end -----------------------------------------------------------------------------------------

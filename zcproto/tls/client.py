@@ -124,15 +124,13 @@ class TlsClientTransport(TlsTransport):
         # Closed by ourselves before it was agreed: whoever waits must not wait for ever.
         self._tell(TlsError(TlsFailure.DISCONNECTED.value, "closed before the handshake was complete"))
 
-    def _received_in_handshake(self, count: int) -> None:
-        assert self._incoming is not None
-        self._incoming.write(self._buffer.view[:count])
+    def _received_in_handshake(self, data: memoryview) -> None:
+        self._incoming.write(data)
         self._handshake()
 
     # --- the handshake --------------------------------------------------------------------------
 
     def _handshake(self) -> None:
-        assert self._tls is not None
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
@@ -147,7 +145,6 @@ class TlsClientTransport(TlsTransport):
         self._handshake_completed()
 
     def _handshake_completed(self) -> None:
-        assert self._tls is not None
         assert self._outgoing is not None
         refusal = self._judge()
         if refusal is not None:
@@ -163,11 +160,10 @@ class TlsClientTransport(TlsTransport):
         protocol.connection_made(self)
         self._tell(None)
         if self._phase is Phase.OPEN and not self._reading_paused:
-            self._read_records()
+            self._read_records(0)
 
     def _judge(self) -> tuple[TlsFailure, str] | None:
         """What is wrong with a handshake that OpenSSL completed, if anything is."""
-        assert self._tls is not None
         if not suites_are_allowed(self._tls, _SUITES):
             return TlsFailure.WRONG_PARAMETERS, ""
         if self._tls.selected_alpn_protocol() != ALPN:

@@ -145,10 +145,8 @@ class TlsServerTransport(TlsTransport):
 
     # --- the ClientHello ------------------------------------------------------------------------
 
-    def _received_in_handshake(self, count: int) -> None:
-        data = self._buffer.view[:count]
+    def _received_in_handshake(self, data: memoryview) -> None:
         if self._phase is Phase.HANDSHAKE:
-            assert self._incoming is not None
             self._incoming.write(data)
             self._handshake()
             return
@@ -169,7 +167,6 @@ class TlsServerTransport(TlsTransport):
         self._acceptor.schedule(self)
 
     def _refuse(self, refusal: Refusal) -> None:
-        assert self._raw is not None
         self._hello = None
         if refusal.alert is not None:
             self._raw.write(alert_record(refusal.alert))
@@ -181,7 +178,7 @@ class TlsServerTransport(TlsTransport):
 
     def start_handshake(self) -> None:
         """Let OpenSSL answer the ClientHello. The acceptor calls it when it is this connection's turn."""
-        if self._phase is not Phase.HELLO or self._incoming is None:
+        if self._phase is not Phase.HELLO:
             return  # it ended while it waited
         self._phase = Phase.HANDSHAKE
         self._outgoing = ssl.MemoryBIO()
@@ -189,7 +186,6 @@ class TlsServerTransport(TlsTransport):
         self._handshake()
 
     def _handshake(self) -> None:
-        assert self._tls is not None
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
@@ -201,8 +197,6 @@ class TlsServerTransport(TlsTransport):
         self._handshake_completed()
 
     def _handshake_completed(self) -> None:
-        assert self._tls is not None
-        assert self._incoming is not None
         acceptor = self._acceptor
         # Checked once more, whatever was read and configured before: a mistake there must not go unseen.
         alpn = self._tls.selected_alpn_protocol()
@@ -217,4 +211,4 @@ class TlsServerTransport(TlsTransport):
         protocol = self._protocol = factory()
         protocol.connection_made(self)
         if self._phase is Phase.OPEN and not self._reading_paused:
-            self._read_records()
+            self._read_records(0)

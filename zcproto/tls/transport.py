@@ -49,6 +49,17 @@ class Phase(IntEnum):
     CLOSED = 4
 
 
+# Looked up in each call: an enumeration's members are slow to reach.
+_HANDSHAKE: Final = Phase.HANDSHAKE
+_OPEN: Final = Phase.OPEN
+_CLOSING: Final = Phase.CLOSING
+_NO_BIO: Final = ssl.MemoryBIO()
+# What is there while a connection lives is typed so: the phases guard its use, not a check at each step.
+_NO_TLS: Final = cast("ssl.SSLObject", None)
+_NO_TRANSPORT: Final = cast("asyncio.Transport", None)
+_NO_PROTOCOL: Final = cast("asyncio.Protocol", None)
+
+
 class ReceiveBuffer:
     """The one buffer that all connections of a loop receive into. asyncio calls `get_buffer` right before
     each read and `buffer_updated` right after it, so no two connections ever use it at once."""
@@ -80,6 +91,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         "_raw",
         "_reading_paused",
         "_tls",
+        "_view",
         "_wheel",
         "_writing_paused",
         "deadline_tick",
@@ -94,11 +106,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._wheel = wheel
         self.peer = peer
         self.deadline_tick = 0
-        self._raw: asyncio.Transport | None = None
-        self._tls: ssl.SSLObject | None = None
-        self._incoming: ssl.MemoryBIO | None = None
-        self._outgoing: ssl.MemoryBIO | None = None
-        self._protocol: asyncio.Protocol | None = None
+        self._raw = _NO_TRANSPORT
+        self._view = buffer.view
+        self._tls: ssl.SSLObject = _NO_TLS
+        self._incoming = self._outgoing = _NO_BIO
+        self._protocol = _NO_PROTOCOL
         self._phase = Phase.HELLO
         self._reading_paused = False
         self._writing_paused = False
@@ -115,30 +127,24 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         return self._buffer.array
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._phase is not Phase.OPEN:
-            self._received_outside_open(nbytes)
-            return
-        assert self._incoming is not None
-        if nbytes <= RECORD_SIZE:
-            self._incoming.write(self._buffer.view[:nbytes])
-            self._barren += nbytes
-            self._read_records()
+        if self._phase is _OPEN and nbytes <= RECORD_SIZE:
+            self._incoming.write(self._view[:nbytes])
+            self._read_records(nbytes)
             return
         for start in range(0, nbytes, RECORD_SIZE):
             size = min(RECORD_SIZE, nbytes - start)
-            if self._phase is not Phase.OPEN:
-                self._discard(size)
+            if self._phase is not _OPEN:
+                self._received_outside_open(self._view[start : start + size])
                 continue
-            self._incoming.write(self._buffer.view[start : start + size])
-            self._barren += size
+            self._incoming.write(self._view[start : start + size])
             if not self._reading_paused:  # else it waits in the BIO, at most one receive buffer of it
-                self._read_records()
+                self._read_records(size)
 
     def eof_received(self) -> bool:
         """TCP's end of stream. Without a close_notify before it, it is a truncation (RFC 8446 section 6.1)."""
-        if self._phase is Phase.OPEN:
+        if self._phase is _OPEN:
             self._fail(TlsFailure.TRUNCATED)
-        elif self._phase <= Phase.HANDSHAKE:
+        elif self._phase <= _HANDSHAKE:
             self._fail(TlsFailure.DISCONNECTED)
         return False  # the transport closes itself, after what it still has to write
 
@@ -147,47 +153,42 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         if not self.reads_while_writing_is_paused and self._raw is not None:
             # What a peer that does not read makes us write (answers, responses to KeyUpdates) would pile up.
             self._raw.pause_reading()
-        if self._phase is Phase.OPEN and self._protocol is not None:
+        if self._phase is _OPEN and self._protocol is not None:
             self._protocol.pause_writing()
 
     def resume_writing(self) -> None:
         self._writing_paused = False
-        if self._phase is Phase.OPEN and self._protocol is not None:
+        if self._phase is _OPEN and self._protocol is not None:
             self._protocol.resume_writing()
         self._resume_raw_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wheel.discard(self)
-        if self._phase <= Phase.OPEN and self._error is None:
-            self._note(
-                TlsFailure.DISCONNECTED if self._phase <= Phase.HANDSHAKE else TlsFailure.CONNECTION_RESET
-            )
+        if self._phase <= _OPEN and self._error is None:
+            self._note(TlsFailure.DISCONNECTED if self._phase <= _HANDSHAKE else TlsFailure.CONNECTION_RESET)
         self._phase = Phase.CLOSED
         protocol = self._protocol
-        self._protocol = self._raw = self._tls = self._incoming = self._outgoing = None
+        self._protocol, self._raw, self._tls = _NO_PROTOCOL, _NO_TRANSPORT, _NO_TLS
+        self._incoming = self._outgoing = _NO_BIO
         self._extra = {}
         if protocol is not None:
             protocol.connection_lost(self._error)
 
     # --- records in -----------------------------------------------------------------------------
 
-    def _received_outside_open(self, count: int) -> None:
-        if self._phase is Phase.CLOSING:
-            self._discard(count)
+    def _received_outside_open(self, data: memoryview) -> None:
+        if self._phase is _CLOSING:
+            self._discard(len(data))
         elif self._phase is not Phase.CLOSED:
-            self._received_in_handshake(count)
+            self._received_in_handshake(data)
 
-    def _received_in_handshake(self, count: int) -> None:
+    def _received_in_handshake(self, data: memoryview) -> None:
         raise NotImplementedError
 
-    def _read_records(self) -> None:
+    def _read_records(self, arrived: int) -> None:
         """Decrypt what has arrived and hand it on, until nothing is left or reading is paused."""
         tls = self._tls
         incoming = self._incoming
-        protocol = self._protocol
-        assert tls is not None
-        assert incoming is not None
-        assert protocol is not None
         # Asking `pending` costs a tenth of the SSLWantReadError that tells the same.
         while incoming.pending:
             try:
@@ -200,18 +201,19 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             if not data:
                 self._peer_closed()
                 return
-            self._barren = 0
-            protocol.data_received(data)
-            if self._reading_paused or self._phase is not Phase.OPEN:
-                break
-        if self._barren > MAX_BARREN_BYTES and not self._reading_paused and self._phase is Phase.OPEN:
+            self._barren = -arrived
+            self._protocol.data_received(data)
+            if self._reading_paused or self._phase is not _OPEN:
+                return
+        self._barren += arrived
+        if self._barren > MAX_BARREN_BYTES:
             self._fail(TlsFailure.BARREN_RECORDS)
             return
-        self._flush()  # answers to KeyUpdates
+        if self._outgoing.pending:  # answers to KeyUpdates
+            self._raw.write(self._outgoing.read())
 
     def _peer_closed(self) -> None:
         """close_notify arrived: the peer sends nothing more, and its silence is no truncation."""
-        assert self._protocol is not None
         self._protocol.eof_received()
         self.close()
 
@@ -224,11 +226,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt and send. Bytes that the peer does not read gather in the TCP transport, which pauses us."""
-        if self._phase is not Phase.OPEN:
+        if self._phase is not _OPEN:
             return
-        assert self._tls is not None
-        assert self._outgoing is not None
-        assert self._raw is not None
         if len(data) <= RECORD_SIZE:
             self._tls.write(data)
             self._raw.write(self._outgoing.read())
@@ -241,7 +240,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._raw.write(b"".join(records))
 
     def _flush(self) -> None:
-        if self._outgoing is not None and self._outgoing.pending and self._raw is not None:
+        if self._outgoing.pending:
             self._raw.write(self._outgoing.read())
 
     # --- the end --------------------------------------------------------------------------------
@@ -252,14 +251,13 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         Closing at once would answer input that is still on its way with a reset, which destroys what the
         peer has not read yet. After LINGER_TIME or LINGER_BYTES it is reset all the same.
         """
-        if self._phase >= Phase.CLOSING:
+        if self._phase >= _CLOSING:
             return
-        if self._phase is Phase.OPEN:
+        if self._phase is _OPEN:
             self._send_close_notify()
         self._linger()
 
     def _send_close_notify(self) -> None:
-        assert self._tls is not None
         # SSLWantReadError: the peer's close_notify has not come, and need not (RFC 8446 section 6.1).
         # Any other: the connection had failed already; its alert, if any, is in the outgoing BIO.
         with contextlib.suppress(ssl.SSLError):
@@ -297,15 +295,15 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._linger()
 
     def handle_deadline(self, now: float) -> None:
-        if self._phase is Phase.CLOSING:
+        if self._phase is _CLOSING:
             self.abort()
-        elif self._phase <= Phase.HANDSHAKE:
+        elif self._phase <= _HANDSHAKE:
             self._fail(TlsFailure.HANDSHAKE_TIMEOUT)
 
     # --- asyncio.Transport ----------------------------------------------------------------------
 
     def is_closing(self) -> bool:
-        return self._phase >= Phase.CLOSING
+        return self._phase >= _CLOSING
 
     def is_reading(self) -> bool:
         return not self._reading_paused
@@ -314,15 +312,15 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         """Hand nothing more to the protocol until `resume_reading`."""
         if not self._reading_paused:
             self._reading_paused = True
-            if self._phase is Phase.OPEN and self._raw is not None and self._raw.is_reading():
+            if self._phase is _OPEN and self._raw is not None and self._raw.is_reading():
                 self._raw.pause_reading()
 
     def resume_reading(self) -> None:
         """Go on with what has arrived already, then with what the network brings."""
         if self._reading_paused:
             self._reading_paused = False
-            if self._phase is Phase.OPEN:
-                self._read_records()
+            if self._phase is _OPEN:
+                self._read_records(0)
             self._resume_raw_reading()
 
     def _resume_raw_reading(self) -> None:
@@ -340,7 +338,6 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self._raw.set_write_buffer_limits(high, low)
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        assert self._protocol is not None
         return self._protocol
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
