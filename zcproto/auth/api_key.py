@@ -1,0 +1,97 @@
+"""The scheme `api_key`: a user's name and a key of 32 random bytes, as text of 43 characters.
+
+What this file decides: whether the key is the user's.
+
+Rules:
+- An unknown user, a wrong key and a text that is no key take the same steps: one digest, one comparison.
+- The file of users is looked at (one stat) at each login and read again when it changed, in a thread.
+  While nothing changed, `authenticate` never suspends.
+- A file gone bad leaves the users as they were, and is told of once.
+
+It must not know: how often someone tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from hmac import compare_digest
+from typing import Any, Final
+
+from zcproto.auth.identity import MAX_USER, Identity
+from zcproto.auth.users import UserFile
+from zcproto.clock import Entropy, system_entropy
+from zcproto.errors import ConfigError, InvalidArgument
+from zcproto.sessions.token import DIGEST_SIZE, TOKEN_SIZE, digest_of, token_from_text
+
+MAX_KEY: Final = 128
+"""Longest text taken for a key, in characters: room for a typing error, no more."""
+
+_FIELDS: Final = frozenset({"scheme", "client", "user", "key"})
+_NO_KEY: Final = bytes(TOKEN_SIZE)
+
+
+class ApiKeyAuthenticator:
+    """Checks API keys against a file of users.
+
+    `on_fault` is called with the fault when the file turns out to be unreadable while the server runs,
+    once for each version of the file; `on_recovered` when it is good again.
+    """
+
+    scheme: Final = "api_key"
+
+    __slots__ = ("_faulty", "_nobody", "_on_fault", "_on_recovered", "_reading", "_users")
+
+    def __init__(
+        self,
+        users: UserFile,
+        *,
+        on_fault: Callable[[ConfigError], None],
+        on_recovered: Callable[[], None] | None = None,
+        entropy: Entropy = system_entropy,
+    ) -> None:
+        self._users = users
+        self._on_fault = on_fault
+        self._on_recovered = on_recovered
+        self._nobody = entropy(DIGEST_SIZE)  # what unknown users are compared with; no key has this digest
+        self._reading = asyncio.Lock()
+        self._faulty = False
+
+    async def authenticate(self, params: Mapping[str, Any], address: str) -> Identity | None:
+        user, key = _fields(params)
+        if self._users.changed():
+            await self._read_again()
+        known = self._users.find(user)
+        secret = token_from_text(key)
+        digest = digest_of(_NO_KEY if secret is None else secret)
+        fits = compare_digest(digest, self._nobody if known is None else known.digest)
+        if not fits or known is None or secret is None:
+            return None
+        return Identity(user, known.operator)
+
+    async def _read_again(self) -> None:
+        """Take in the changed file. Logins that come meanwhile wait for the same reading."""
+        async with self._reading:
+            if not self._users.changed():
+                return
+            try:
+                await asyncio.to_thread(self._users.reload)
+            except ConfigError as fault:
+                self._faulty = True
+                self._on_fault(fault)
+                return
+        if self._faulty:
+            self._faulty = False
+            if self._on_recovered is not None:
+                self._on_recovered()
+
+
+def _fields(params: Mapping[str, Any]) -> tuple[str, str]:
+    user, key = params.get("user"), params.get("key")
+    if not isinstance(user, str) or not 0 < len(user) <= MAX_USER:
+        raise InvalidArgument(f"user: the scheme api_key needs a str of 1 to {MAX_USER} characters")
+    if not isinstance(key, str) or len(key) > MAX_KEY:
+        raise InvalidArgument(f"key: the scheme api_key needs a str of at most {MAX_KEY} characters")
+    if not _FIELDS.issuperset(params):
+        raise InvalidArgument("the scheme api_key takes user and key, and nothing else")
+    return user, key

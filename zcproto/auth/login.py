@@ -1,0 +1,99 @@
+"""What a login goes through: its scheme, the throttle, the authenticator.
+
+Rules:
+- Whoever has not proved who they are gets one answer, whatever the cause (wire.md section 7).
+- A login refused by the throttle is not looked at, and says when to come back.
+- At most 16 logins of one user may be undecided at once, so that many guesses sent together, to an
+  authenticator that takes its time, do not all pass before the first one has failed.
+- A fault of the authenticator itself (an exception) is no failed login.
+
+It must not know: sessions, connections, how users prove who they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Mapping
+from inspect import isawaitable
+from typing import Any, Final
+
+from zcproto.auth.identity import MAX_USER, Authenticator, Identity
+from zcproto.auth.throttle import Throttle
+from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
+
+MAX_UNDECIDED: Final = 16
+"""Logins of one user that may wait for their authenticator at once."""
+
+_RETRY_UNDECIDED_MS: Final = 1000
+
+
+class Login:
+    """The way into a session. One authenticator for each scheme."""
+
+    __slots__ = ("_authenticators", "_throttle", "_undecided")
+
+    def __init__(self, authenticators: Iterable[Authenticator], throttle: Throttle) -> None:
+        self._authenticators: dict[str, Authenticator] = {}
+        for authenticator in authenticators:
+            if authenticator.scheme in self._authenticators:
+                raise ValueError(f"two authenticators for the scheme {authenticator.scheme!r}")
+            self._authenticators[authenticator.scheme] = authenticator
+        self._throttle = throttle
+        self._undecided: dict[str, int] = {}
+
+    async def open(self, params: Mapping[str, Any], address: str, now: float) -> Identity:
+        """Who the client at `address` is, by the fields of `session.open`. `now` is monotonic seconds.
+
+        Suspends only if the authenticator does.
+
+        Raises:
+            Unauthenticated: not proved, whatever the cause.
+            ResourceExhausted: too many failures; `details["retry_after_ms"]` says when to come back.
+            InvalidArgument: the scheme is not offered, or its fields are missing or of the wrong type.
+        """
+        authenticator = self._authenticator(params)
+        name = _name(params)
+        self._admit(name, address, now)
+        answer = authenticator.authenticate(params, address)
+        identity = await self._decision(name, answer) if isawaitable(answer) else answer
+        if identity is None:
+            self._throttle.failed(name, address, now)
+            raise Unauthenticated("the login was not accepted; check the name and the key")
+        self._throttle.succeeded(name, address, now)
+        return identity
+
+    async def _decision(self, name: str, answer: Awaitable[Identity | None]) -> Identity | None:
+        """What the authenticator says in the end. Until then the login is undecided."""
+        self._undecided[name] = self._undecided.get(name, 0) + 1
+        try:
+            return await answer
+        finally:
+            undecided = self._undecided.pop(name) - 1
+            if undecided:
+                self._undecided[name] = undecided
+
+    def _authenticator(self, params: Mapping[str, Any]) -> Authenticator:
+        scheme = params.get("scheme")
+        if not isinstance(scheme, str):
+            raise InvalidArgument("scheme: a str is needed")
+        authenticator = self._authenticators.get(scheme)
+        if authenticator is None:
+            offered = ", ".join(sorted(self._authenticators))
+            raise InvalidArgument(f"scheme: not offered here; use one of: {offered}")
+        return authenticator
+
+    def _admit(self, name: str, address: str, now: float) -> None:
+        retry_after_ms = self._throttle.check(name, address, now)
+        if not retry_after_ms and name and self._undecided.get(name, 0) >= MAX_UNDECIDED:
+            retry_after_ms = _RETRY_UNDECIDED_MS
+        if retry_after_ms:
+            raise ResourceExhausted("too many logins; wait", {"retry_after_ms": retry_after_ms})
+
+
+def _name(params: Mapping[str, Any]) -> str:
+    """Whom the client says it is: what failures are counted for. Empty if it says so in another way."""
+    user, device = params.get("user"), params.get("device")
+    if isinstance(user, str):
+        return user[:MAX_USER]
+    if isinstance(device, str):
+        return f"device:{device[:MAX_USER]}"
+    return ""
