@@ -115,7 +115,9 @@ class CertificatesConfig(BaseModel):
         " that clients of the web accept.",
     )
     renew_before: Annotated[float, Duration("1s", "396d")] = _key(
-        30 * 86_400.0, "How long before its end a certificate is replaced: time to notice that this fails."
+        30 * 86_400.0,
+        "How long before its end a certificate is replaced: time to notice that this fails. It counts for"
+        " at most a third of the lifetime.",
     )
     renew_key: Annotated[bool, Flag()] = _key(
         False, "Whether a new certificate gets a new key. The default keeps the pins of clients good."
