@@ -149,6 +149,7 @@ def test_a_command_is_given_its_home_and_its_own_options(home: Path, monkeypatch
     ("error", "code", "text"),
     [
         (ConfigError(["a = 1: wrong", "b = 2: wrong"]), 2, "a = 1: wrong\nb = 2: wrong\n"),
+        (ConfigError(["x"] * 202), 2, "x\n" * 200 + "and 2 more\n"),
         (CertificateError("/c.crt: is expired"), 2, "zcproto: /c.crt: is expired\n"),
         (ZcprotoError("no"), 1, "zcproto: no\n"),
         (ZcprotoError(), 1, "zcproto: ZcprotoError\n"),

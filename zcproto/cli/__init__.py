@@ -55,6 +55,7 @@ EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141
 
 MAX_MESSAGE = 2000
+MAX_FAULTS = 200
 
 _META = "zcproto."
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -190,7 +191,8 @@ def _run(args: list[str]) -> int:
 
 def _explain(error: Exception) -> str:
     if isinstance(error, ConfigError):
-        return "\n".join(error.faults)
+        more = len(error.faults) - MAX_FAULTS
+        return "\n".join([*error.faults[:MAX_FAULTS], *([f"and {more} more"] if more > 0 else [])])
     if isinstance(error, ZcprotoError):
         # A message can come from the peer.
         return f"zcproto: {printable(str(error) or type(error).__name__, MAX_MESSAGE)}"
