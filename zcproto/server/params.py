@@ -83,6 +83,8 @@ def describe(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
     if origin is Union or origin is types.UnionType:
         return " | ".join(describe(argument) for argument in typing.get_args(annotation))
+    if isinstance(origin, type) and typing.get_args(annotation):  # without the modules of what is inside
+        return f"{origin.__name__}[{', '.join(map(describe, typing.get_args(annotation)))}]"
     return str(annotation).replace("typing.", "")
 
 
