@@ -1,0 +1,113 @@
+"""Write the test vectors, and the example conversation in the specification, from one source.
+
+    python spec/vectors/generate.py           rewrites the files
+    python spec/vectors/generate.py --check   changes nothing; ends with 1 if a file is out of date
+
+The same source always gives the same bytes. To add a vector, add it to the module of its subject in
+`makers/` and run this.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from makers import (
+    bodies,
+    bodies_invalid,
+    conversation,
+    frames,
+    freshness,
+    headers,
+    segments,
+    signatures,
+    streams,
+    text,
+)
+from makers.conversation import as_json, as_text
+from makers.forms import CODES, KINDS
+
+HERE = Path(__file__).resolve().parent
+SPECIFICATION = HERE.parent / "zcp1.md"
+BEGIN, END = "<!-- conversation: begin (generated) -->\n", "<!-- conversation: end -->\n"
+SUBJECTS = {
+    "frames": frames,
+    "headers": headers,
+    "freshness": freshness,
+    "streams": streams,
+    "bodies": bodies,
+    "bodies-invalid": bodies_invalid,
+    "segments": segments,
+}
+TEXTS = {"text": text, "signatures": signatures}
+
+
+def documents() -> dict[str, dict[str, Any]]:
+    """Every vector file by its name without ending."""
+    made: dict[str, dict[str, Any]] = {}
+    for name, module in SUBJECTS.items():
+        made[name] = _document("frames", module.SUBJECT, module.NOTES, module.vectors())
+    for name, module in TEXTS.items():
+        made[name] = _document(name, module.SUBJECT, module.NOTES, module.vectors())
+    made["conversation"] = _document("conversation", conversation.SUBJECT, {}, as_json())
+    made["tables"] = {
+        "$schema": "schema.json",
+        "type": "tables",
+        "protocol": "zcp/1",
+        "kinds": KINDS,
+        "codes": CODES,
+    }
+    return made
+
+
+def _document(
+    kind: str, subject: str, notes: dict[str, str], vectors: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "$schema": "schema.json",
+        "type": kind,
+        "protocol": "zcp/1",
+        "subject": subject,
+        "notes": notes,
+        "count": len(vectors),
+        "vectors": vectors,
+    }
+
+
+def files() -> dict[Path, str]:
+    """Every file that is generated, with what it must hold."""
+    made = {HERE / f"{name}.json": json.dumps(what, indent=1) + "\n" for name, what in documents().items()}
+    specification = SPECIFICATION.read_text(encoding="utf-8")
+    before, _, rest = specification.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    made[SPECIFICATION] = f"{before}{BEGIN}\n{as_text()}\n{END}{after}"
+    return made
+
+
+def outdated() -> list[Path]:
+    """The files whose content is not what this makes."""
+    return [
+        path
+        for path, text in files().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["--check"]:
+        stale = outdated()
+        for path in stale:
+            sys.stderr.write(f"out of date: {path.relative_to(HERE.parent)}; run {Path(__file__).name}\n")
+        return 1 if stale else 0
+    if arguments:
+        sys.stderr.write(f"{__doc__}")
+        return 2
+    for path, content in files().items():
+        path.write_text(content, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""How a vector is written down: values as typed JSON, outcomes, contexts.
+
+nil, bool, str    null, true or false, a string
+int               a number if it is within +-(2**53 - 1), else {"int": "decimal digits"}
+float             {"float64": "16 hex digits"}: its IEEE 754 bits, so that NaN and -0.0 can be told
+bin               {"bin": "hex"}
+array             an array
+map               {"map": {"key": value}}
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+from makers.forms import CODES, KINDS, LIMIT, NOW, SALT, TOKEN, TOLERANCE_MS, Frame
+
+Json = dict[str, Any]
+_KIND_NAMES = {code: name for name, code in KINDS.items()}
+_SAFE_INT = 2**53 - 1
+
+
+def typed(value: Any) -> Any:
+    """A value as typed JSON."""
+    match value:
+        case None | bool() | str():
+            return value
+        case int():
+            return value if -_SAFE_INT <= value <= _SAFE_INT else {"int": str(value)}
+        case float():
+            return {"float64": struct.pack("!d", value).hex()}
+        case bytes():
+            return {"bin": value.hex()}
+        case list():
+            return [typed(item) for item in value]
+        case dict():
+            return {"map": {key: typed(item) for key, item in value.items()}}
+    raise TypeError(type(value).__name__)
+
+
+def accepted(frame: Frame, message: Json | None = None) -> Json:
+    """The outcome of a frame that is taken, with the meaning of each field."""
+    outcome: Json = {
+        "result": "frame",
+        "length": frame.real_length,
+        "version": frame.version,
+        "kind": _KIND_NAMES[frame.kind],
+        "flags": frame.flags,
+        "stream": frame.stream,
+        "timestamp": str(frame.timestamp),
+        "salt": frame.salt.hex(),
+        "counter": str(frame.counter),
+        "token": frame.token.hex(),
+        "body": frame.body.hex(),
+    }
+    if message is not None:
+        outcome["message"] = message
+    return outcome
+
+
+def refused(name: str, stage: str, stream: int = 0) -> Json:
+    """The outcome of a frame that is refused."""
+    fatal = name in {"PROTOCOL_ERROR", "FRAME_TOO_LARGE", "REPLAYED"} or (
+        name == "STALE_TIMESTAMP" and not stream
+    )
+    return {
+        "result": "error",
+        "code": CODES[name],
+        "name": name,
+        "fatal": fatal,
+        "stream": stream,
+        "stage": stage,
+    }
+
+
+def dropped(why: str) -> Json:
+    """The outcome of a frame that is taken off the wire and has no effect."""
+    return {"result": "dropped", "why": why}
+
+
+def incomplete(have: int) -> Json:
+    """The outcome of bytes that are the beginning of a frame."""
+    return {"result": "incomplete", "have": have}
+
+
+def request(method: str, params: Any = None, meta: Json | None = None) -> Json:
+    """What a REQUEST says. `meta` holds only the keys that ZCP/1 knows."""
+    message: Json = {"method": method, "params": typed(params)}
+    if meta is not None:
+        message["meta"] = meta
+    return message
+
+
+def vector(
+    name: str,
+    summary: str,
+    receiver: str,
+    sent: Frame | bytes,
+    *expect: Json,
+    flags: Iterable[str] = (),
+    **context: Any,
+) -> Json:
+    """One vector. What `context` does not say is as usual: one live session; a client waits for its answer."""
+    data = sent.encode() if isinstance(sent, Frame) else sent
+    awaited = [sent.stream] if receiver == "client" and isinstance(sent, Frame) and sent.stream else []
+    counters = {key: str(context.pop(key)) for key in ("now", "last_counter") if key in context}
+    return {
+        "name": name,
+        "summary": summary,
+        "flags": sorted(flags),
+        "receiver": receiver,
+        "bytes": data.hex(),
+        "context": {
+            "limit": LIMIT,
+            "max_depth": 32,
+            "salt": SALT.hex(),
+            "last_counter": "0",
+            "now": str(NOW),
+            "tolerance_ms": TOLERANCE_MS,
+            "tokens": [TOKEN.hex()],
+            "in_flight": awaited,
+            **counters,
+            **context,
+        },
+        "expect": list(expect),
+    }

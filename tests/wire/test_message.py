@@ -1,0 +1,310 @@
+"""Bodies: what is refused and how, and that no failure leaves anything behind."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import pytest
+
+from zcproto.errors import Code
+from zcproto.wire import message as wire
+from zcproto.wire.message import (
+    NO_META,
+    ErrorMessage,
+    MessageError,
+    RequestMeta,
+    decode_body,
+    decode_error,
+    decode_event,
+    decode_map,
+    decode_request,
+    encode_body,
+    encode_error,
+    encode_request,
+    parse_traceparent,
+)
+
+from .vectors import document
+
+LARGE = b"x" * 2000
+DECODERS: list[Callable[[bytes], Any]] = [decode_body, decode_request, decode_error, decode_event, decode_map]
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def nested(depth: int) -> bytes:
+    return b"\x91" * (depth - 1) + b"\x90"
+
+
+# --- values -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 0, -1, 2**64 - 1, 1.5, "", "\u00e9", b"", [], {}, {"a": [1, {"b": b"c"}]}]
+)
+def test_a_value_comes_back_as_it_was(value: Any) -> None:
+    back = decode_body(encode_body(value))
+    assert back == value
+    assert type(back) is type(value)
+
+
+def test_tuples_become_arrays_and_buffers_become_bin() -> None:
+    assert decode_body(encode_body((1, (2,)))) == [1, [2]]
+    assert decode_body(encode_body([bytearray(b"a"), memoryview(b"b")])) == [b"a", b"b"]
+
+
+def circular() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+UNSENDABLE = {
+    "object": ["before", object()],
+    "set": {"a": {1, 2}},
+    "int-too-large": [1, 2**64],
+    "int-too-small": [1, -(2**63) - 1],
+    "lone-surrogate": ["x", "\ud800"],
+    "circular": circular(),
+    "function": [len],
+    "complex": [1j],
+}
+
+
+@pytest.mark.parametrize("value", UNSENDABLE.values(), ids=UNSENDABLE.keys())
+def test_what_cannot_be_sent_is_refused_and_the_next_value_is_whole(value: Any) -> None:
+    with pytest.raises(MessageError, match=r"^value cannot be sent: [A-Za-z]+$"):
+        encode_body(value)
+    assert encode_body({"next": [1, "two"]}) == msgpack.packb({"next": [1, "two"]})
+
+
+def test_a_refused_value_is_not_in_the_message() -> None:
+    with pytest.raises(MessageError) as caught:
+        encode_body({"secret": {"a": object()}})
+    assert "secret" not in str(caught.value)
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [b"", LARGE], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("tail", "phrase"),
+    [
+        (b"", "body is not one msgpack value of the allowed types"),
+        (b"\xc0\xc0", "bytes after the value"),
+        (b"\xc0\xc1", "bytes after the value"),
+        (b"\xc1", "body is not one msgpack value of the allowed types"),
+        (b"\xa1\xff", "str is not UTF-8"),
+        (b"\xd6\xff\0\0\0\0", "body is not one msgpack value of the allowed types"),
+        (b"\xc7\x00\xff", "body is not one msgpack value of the allowed types"),
+        (b"\x81\x01\x01", "body is not one msgpack value of the allowed types"),
+        (b"\x81\xc4\x01a\x01", "map keys must be str"),
+        (nested(32), "nested too deep"),
+    ],
+)
+def test_a_fault_has_a_fixed_phrase_however_large_the_body(padding: bytes, tail: bytes, phrase: str) -> None:
+    body = b"\x92" + encode_body(padding) + tail
+    with pytest.raises(MessageError) as caught:
+        decode_body(body)
+    assert str(caught.value) == phrase
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+def test_an_empty_body_says_so(decode: Callable[[bytes], Any]) -> None:
+    with pytest.raises(MessageError, match=r"^body is empty$"):
+        decode(b"")
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+def test_what_is_no_msgpack_is_refused_by_every_decoder(decode: Callable[[bytes], Any]) -> None:
+    for body in (b"\xc1", b"\x92", b"\xdd\xff\xff\xff\xff", LARGE):
+        with pytest.raises(MessageError):
+            decode(body)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 32])
+def test_a_body_is_nested_up_to_the_limit_and_no_deeper(depth: int) -> None:
+    decode_body(nested(depth), depth)
+    decode_body(b"\x81\xa0" * (depth - 1) + b"\x80", depth)
+    with pytest.raises(MessageError, match=r"^nested too deep$"):
+        decode_body(nested(depth + 1), depth)
+    with pytest.raises(MessageError, match=r"^nested too deep$"):
+        decode_body(b"\x81\xa0" * depth + b"\x80", depth)
+
+
+@pytest.mark.parametrize("depth", [3, 5, 32])
+def test_params_and_meta_count_the_outer_array(depth: int) -> None:
+    fits, deeper = msgpack.unpackb(nested(depth - 2)), msgpack.unpackb(nested(depth - 1))
+    decode_request(encode_request("m", {"x": fits}), depth)
+    decode_request(encode_request("m", None, {"x": fits}), depth)
+    for params, meta in (
+        ({"x": deeper}, None),
+        (None, {"x": deeper}),
+        ({"a": 1, "x": deeper, "z": []}, None),
+    ):
+        with pytest.raises(MessageError, match=r"^nested too deep$"):
+            decode_request(encode_request("m", params, meta), depth)
+
+
+def test_the_depth_of_errors_events_and_maps_is_limited_too() -> None:
+    deep = msgpack.unpackb(nested(31))
+    for decode, value in (
+        (decode_error, [5, "m", {"x": deep}]),
+        (decode_event, ["e", [deep]]),
+        (decode_map, {"x": [deep]}),
+    ):
+        decode(encode_body(value), 33)
+        with pytest.raises(MessageError, match=r"^nested too deep$"):
+            decode(encode_body(value))
+
+
+# --- requests ----------------------------------------------------------------------------------------
+
+
+def test_a_request_comes_back_as_it_was() -> None:
+    meta = {"deadline_ms": 5, "idempotency_key": "k", "traceparent": TRACEPARENT, "more": [1]}
+    assert decode_request(encode_request("a.b_c9", {"x": 1})) == ("a.b_c9", {"x": 1}, NO_META)
+    assert decode_request(encode_request("m", None)) == ("m", {}, RequestMeta(None, None, None))
+    assert decode_request(encode_request("m", {}, meta)) == ("m", {}, RequestMeta(5, "k", TRACEPARENT))
+
+
+def test_an_empty_meta_is_not_sent() -> None:
+    assert encode_request("m", {}, {}) == encode_request("m", {}, None) == msgpack.packb(["m", {}])
+
+
+def test_the_same_method_is_judged_the_same_again() -> None:
+    for _ in range(3):
+        assert decode_request(encode_request("judged.once", None))[0] == "judged.once"
+        with pytest.raises(MessageError):
+            decode_request(encode_request("Judged", None))
+
+
+def test_more_methods_than_are_remembered_are_still_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "_well_formed_methods", set())
+    for number in range(wire._WELL_FORMED_METHODS_KEPT + 50):
+        assert decode_request(encode_request(f"m{number}", None))[0] == f"m{number}"
+    assert len(wire._well_formed_methods) == wire._WELL_FORMED_METHODS_KEPT
+    with pytest.raises(MessageError):
+        decode_request(encode_request("m-1", None))
+
+
+@pytest.mark.parametrize("value", [None, 7, b"00", ["00"], {"a": 1}, True, 1.5])
+def test_a_traceparent_that_is_no_str_is_ignored(value: Any) -> None:
+    assert parse_traceparent(value) is None
+
+
+# --- errors, events, maps --------------------------------------------------------------------------------
+
+
+def test_an_error_comes_back_as_it_was() -> None:
+    details = {"retry_after_ms": 5}
+    assert decode_error(encode_error(Code.UNAVAILABLE, "later", details)) == ErrorMessage(
+        14, "later", details
+    )
+    assert decode_error(encode_error(5, "no")) == ErrorMessage(5, "no", {})
+    assert decode_error(encode_error(5, "no", {})) == ErrorMessage(5, "no", {})
+    assert encode_error(Code.NOT_FOUND, "no") == msgpack.packb([5, "no"])
+
+
+def test_details_may_be_nil() -> None:
+    assert decode_error(encode_body([5, "no", None])) == ErrorMessage(5, "no", {})
+
+
+def test_an_event_and_a_map_come_back_as_they_were() -> None:
+    assert decode_event(encode_body(["name", None])) == ("name", None)
+    assert decode_map(encode_body({"a": 1})) == {"a": 1}
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def peak_of(decode: Callable[[bytes], Any], body: bytes) -> int:
+    """Bytes allocated at most while a body is decoded, whatever comes of it."""
+    tracemalloc.start()
+    with contextlib.suppress(MessageError):
+        decode(body)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+BOMBS = {
+    vector["name"]: bytes.fromhex(vector["bytes"])[68:]
+    for vector in document("bodies-invalid")["vectors"]
+    if "bomb" in vector["flags"]
+}
+BOMBS["worst-that-is-believed"] = b"\xdc\x01\x00" * 85
+BOMBS["worst-of-maps-that-is-believed"] = b"\x81\xa0\xdc\x00\xfa" * 51
+BOMBS["wide-then-cut"] = b"\xdd\x00\x0f\xff\xf0" + b"\x90" * 300
+
+
+@pytest.mark.parametrize("body", BOMBS.values(), ids=BOMBS.keys())
+def test_declared_lengths_reserve_no_memory(body: bytes) -> None:
+    for decode in DECODERS:
+        assert peak_of(decode, body) < 200_000
+
+
+def test_what_is_built_is_in_proportion_to_what_is_there() -> None:
+    count = 20_000
+    for element in (b"\x90", b"\x80", b"\xc0", b"\xa0"):
+        body = b"\xdd" + count.to_bytes(4, "big") + element * count
+        assert peak_of(decode_body, body) < 100 * len(body)
+
+
+# --- what a failure leaves behind ---------------------------------------------------------------------------
+
+BROKEN = {
+    "cut": b"\x92" + encode_body(LARGE),
+    "never-used-byte": b"\x92" + encode_body(LARGE) + b"\xc1",
+    "too-deep-for-the-scanner": b"\x91" * 3000,
+    "one-byte-more": encode_body([LARGE]) + b"\xc0",
+    "a-second-value": encode_body([LARGE]) * 2,
+    "array32-bomb": encode_body(LARGE)[:-1] + b"\xdd\xff\xff\xff\xff",
+    "str32-bomb": b"\x92" + encode_body(LARGE) + b"\xdb\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
+def test_after_a_body_that_fails_the_next_one_is_judged_alone(broken: bytes) -> None:
+    good = encode_body([LARGE, {"a": 1}])
+    for _ in range(3):
+        with pytest.raises(MessageError):
+            decode_body(broken)
+        assert decode_body(good) == [LARGE, {"a": 1}]
+    with pytest.raises(MessageError, match="bytes after the value"):
+        decode_body(good + b"\xc0")
+
+
+def test_bodies_in_several_threads_do_not_mix() -> None:
+    body = encode_body([LARGE, {"numbers": list(range(200))}])
+    value = decode_body(body)
+    cut = body[:-1]
+    wrong: list[object] = []
+
+    def run() -> None:
+        for _ in range(400):
+            try:
+                if decode_body(body) != value:
+                    wrong.append("another value")
+            except MessageError as error:
+                wrong.append(error)
+            with contextlib.suppress(MessageError):
+                wrong.append(decode_body(cut))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []

@@ -1,0 +1,121 @@
+"""Every vector of the specification: whole, byte by byte, in two pieces, and with more bytes behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from zcproto.errors import Code
+from zcproto.wire.frame import PING, Side, encode_frame
+from zcproto.wire.message import MessageError, parse_traceparent
+
+from .vectors import (
+    Seen,
+    Vector,
+    decode,
+    document,
+    expected_message,
+    fields_of,
+    frame_vectors,
+    message_of,
+    ways_to_cut,
+)
+
+VECTORS = frame_vectors()
+EACH_VECTOR = pytest.mark.parametrize("vector", VECTORS.values(), ids=VECTORS.keys())
+
+
+def judge(seen: Seen, outcome: Vector, max_depth: int) -> None:
+    """Assert that what the decoder gave is what the vector says, as far as bytes alone can tell."""
+    match outcome["result"]:
+        case "incomplete":
+            assert seen == outcome["have"]
+        case "error" if outcome["stage"] == "header":
+            assert seen is Code[outcome["name"]]
+        case _:
+            assert isinstance(seen, tuple), seen
+            judge_frame(seen, outcome, max_depth)
+
+
+def judge_frame(frame: Any, outcome: Vector, max_depth: int) -> None:
+    if outcome["result"] == "frame":
+        assert fields_of(frame) == {key: value for key, value in outcome.items() if key != "message"}
+        assert message_of(frame, max_depth) == expected_message(outcome)
+    elif outcome.get("stage") == "deadline":
+        message = message_of(frame, max_depth)
+        assert message is not None
+        deadline = message["meta"]["deadline_ms"]
+        assert int(deadline["int"] if isinstance(deadline, dict) else deadline) <= 0
+    elif outcome.get("stage") == "body":
+        with pytest.raises(MessageError):
+            message_of(frame, max_depth)
+
+
+@EACH_VECTOR
+def test_the_decoder_agrees_with_the_vector(vector: Vector) -> None:
+    seen = decode(vector, [bytes.fromhex(vector["bytes"])])
+    expected = vector["expect"]
+    for got, outcome in zip(seen, expected, strict=False):
+        judge(got, outcome, vector["context"]["max_depth"])
+    if not any(outcome.get("fatal") for outcome in expected):
+        assert len(seen) == len(expected)
+    else:  # a fault that only the conversation sees does not stop the decoder
+        assert len(seen) >= len(expected)
+
+
+@EACH_VECTOR
+def test_pieces_make_no_difference(vector: Vector) -> None:
+    data = bytes.fromhex(vector["bytes"])
+    whole = decode(vector, [data])
+    for pieces in ways_to_cut(data):
+        assert decode(vector, pieces) == whole
+
+
+@EACH_VECTOR
+def test_what_comes_behind_changes_nothing(vector: Vector) -> None:
+    data = bytes.fromhex(vector["bytes"])
+    whole = decode(vector, [data])
+    if whole and isinstance(whole[-1], Code):
+        assert decode(vector, [data + b"\xff" * 100]) == whole
+        assert decode(vector, [data[:-1], data[-1:] + b"\x00" * 100]) == whole
+    elif not whole or isinstance(whole[-1], tuple):
+        ping = encode_frame(PING, 0, 1, b"another.", 2, bytes(32))
+        with_ping = decode(vector, [data + ping])
+        assert with_ping[:-1] == whole
+        assert with_ping[-1] == (64, PING, 0, 1, b"another.", 2, bytes(32), b"")
+
+
+def test_a_header_fault_is_found_in_the_first_68_bytes() -> None:
+    for name, vector in VECTORS.items():
+        if name.startswith("headers/"):
+            data = bytes.fromhex(vector["bytes"])
+            assert isinstance(decode(vector, [data[:68]])[-1], Code), name
+
+
+def test_a_length_fault_is_found_in_the_first_4_bytes() -> None:
+    for name, vector in VECTORS.items():
+        if name.startswith("headers/length"):
+            data = bytes.fromhex(vector["bytes"])
+            assert isinstance(decode(vector, [data[:4]])[-1], Code), name
+
+
+def test_every_kind_and_both_receivers_have_vectors() -> None:
+    taken = {
+        (vector["receiver"], outcome["kind"])
+        for vector in VECTORS.values()
+        for outcome in vector["expect"]
+        if outcome["result"] == "frame"
+    }
+    to_the_client = {"WELCOME", "RESPONSE", "ERROR", "PING", "PONG", "GOAWAY", "EVENT"}
+    to_the_server = {"REQUEST", "CANCEL", "PING", "PONG"}
+    wanted = {(Side.SERVER.value, kind) for kind in to_the_server}
+    assert taken == wanted | {(Side.CLIENT.value, kind) for kind in to_the_client}
+
+
+TRACEPARENTS = [vector for vector in document("text")["vectors"] if vector["type"] == "traceparent"]
+
+
+@pytest.mark.parametrize("vector", TRACEPARENTS, ids=[vector["name"] for vector in TRACEPARENTS])
+def test_traceparents_are_taken_or_ignored_as_the_vector_says(vector: Vector) -> None:
+    assert parse_traceparent(vector["text"]) == (vector["text"] if vector["expect"]["valid"] else None)
