@@ -14,14 +14,15 @@ caller's: it gets the call's context. A plain function answers in the same turn 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from zcproto.errors import InvalidArgument
 from zcproto.server.context import Context
-from zcproto.server.params import Checker, ParamInfo, checker_for, describe, shown
+from zcproto.server.params import Checker, ParamInfo, checker_for, describe, shown, take_anything
 from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -33,6 +34,7 @@ class Method:
     """One method. `function` is called with keyword arguments only."""
 
     __slots__ = (
+        "_check_rest",
         "_checkers",
         "_required",
         "context_name",
@@ -60,19 +62,31 @@ class Method:
         self.public = public
         self.operator = operator
         self.doc = inspect.getdoc(function) or ""
-        self.is_async = inspect.iscoroutinefunction(function)
+        self.is_async = _is_async(function)
         self.context_name: str | None = None
         self.takes_any = False
         self.params: list[ParamInfo] = []
         self._checkers: dict[str, Checker] = {}
+        self._check_rest = take_anything
         self._required: frozenset[str] = frozenset()
         self._read_signature()
         # Decided once, so that the usual call asks two questions.
-        self.takes_params_as_they_are = self.takes_any and not self._checkers and self.context_name is None
+        self.takes_params_as_they_are = (
+            self.takes_any
+            and self._check_rest is take_anything
+            and not self._checkers
+            and self.context_name is None
+        )
         self.unrestricted = not operator
 
     def _read_signature(self) -> None:
-        hints = typing.get_type_hints(self.function)
+        function = self.function
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"method {self.name}: a method returns its result, it does not yield")
+        try:
+            hints = typing.get_type_hints(_annotated(function))
+        except NameError as error:
+            raise TypeError(f"method {self.name}: an annotation cannot be resolved: {error}") from error
         required = set()
         for parameter in inspect.signature(self.function).parameters.values():
             annotation = hints.get(parameter.name, parameter.annotation)
@@ -80,6 +94,7 @@ class Method:
                 self.context_name = parameter.name
             elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 self.takes_any = True
+                self._check_rest = checker_for(annotation)
                 self.params.append(ParamInfo("**" + parameter.name, describe(annotation), required=False))
             elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
                 raise TypeError(f"method {self.name}: parameter {parameter.name!r} must be passable by name")
@@ -100,10 +115,10 @@ class Method:
             if checker is not None:
                 arguments[name] = checker(value, name)
             elif self.takes_any and name != self.context_name:
-                arguments[name] = value
+                arguments[name] = self._check_rest(value, f"parameter {shown(name)}")
             else:
                 raise InvalidArgument(f"unknown parameter {shown(name)}")
-        if len(arguments) < len(checkers):
+        if len(arguments) < len(checkers) or self.takes_any:
             for name in sorted(self._required - arguments.keys()):
                 raise InvalidArgument(f"missing parameter '{name}'")
         return arguments
@@ -123,8 +138,6 @@ class App:
         `public`: may be called without a session. `operator`: by operators only. Raises ValueError for a name
         that is malformed, taken or reserved, TypeError for parameters that cannot be checked.
         """
-        if name.startswith(RESERVED_PREFIXES):
-            raise ValueError(f"method name {name!r}: {', '.join(RESERVED_PREFIXES)} are the protocol's own")
 
         def register(function: Handler) -> Handler:
             self.add(Method(name, function, public=public, operator=operator))
@@ -133,7 +146,11 @@ class App:
         return register
 
     def add(self, method: Method) -> None:
-        """Add a method as it is. Raises ValueError if the name is taken."""
+        """Add a method as it is. Raises ValueError if the name is taken or reserved."""
+        if method.name.startswith(RESERVED_PREFIXES):
+            raise ValueError(
+                f"method name {method.name!r}: {', '.join(RESERVED_PREFIXES)} are the protocol's own"
+            )
         if method.name in self._methods:
             raise ValueError(f"method {method.name!r} is registered twice")
         self._methods[method.name] = method
@@ -143,3 +160,17 @@ class App:
 
     def __len__(self) -> int:
         return len(self._methods)
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    """Whether a call gives a coroutine; also for objects that can be called."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - asked for what it is, not whether it is there
+    )
+
+
+def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What carries the annotations: of a partial its function, of an object that can be called its method."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if inspect.isroutine(function) else cast("Any", function).__call__

@@ -47,7 +47,7 @@ def checker_for(annotation: Any, within: dict[type, Checker] | None = None) -> C
     """
     within = {} if within is None else within
     if annotation is Any or annotation is inspect.Parameter.empty or annotation is object:
-        return _accept
+        return take_anything
     if annotation is None:
         annotation = type(None)
     if annotation is float:
@@ -93,7 +93,8 @@ def shown(name: str) -> str:
     return f"'{name[:_NAME_SHOWN]}'" if name[:_NAME_SHOWN].isidentifier() else "(not an identifier)"
 
 
-def _accept(value: Any, path: str) -> Any:
+def take_anything(value: Any, path: str) -> Any:
+    """The check of what is not annotated."""
     return value
 
 
