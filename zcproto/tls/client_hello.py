@@ -5,8 +5,9 @@ with the alert that RFC 7301 section 3.2 demands. The server prefers its own ord
 be chosen for a client that offers neither of our suites: such a client is refused here, with the right alert.
 
 Total on any bytes: a judgement, or None for 'more is needed'. It can come in pieces and in several records
-(RFC 8446 section 5.1); with a post-quantum key share it exceeds one segment. Nothing is changed: the bytes go on
-to OpenSSL as they came. Where several alerts fit, the order is 70, 40, 120.
+(RFC 8446 section 5.1); with a post-quantum key share it exceeds one segment. However it is cut, each byte is
+looked at once. Nothing is changed: the bytes go on to OpenSSL as they came. Where several alerts fit, the order
+is 70, 40, 120.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Accepted(NamedTuple):
 
 ACCEPTED: Final = Accepted()
 _MALFORMED: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, Alert.DECODE_ERROR)
+_TOO_LARGE: Final = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, Alert.ILLEGAL_PARAMETER)
+_UNEXPECTED: Final = Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE)
 _HTTP_METHODS: Final = tuple(
     name.encode() + b" "
     for name in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE", "PRI")
@@ -54,32 +57,80 @@ _HTTP_METHODS: Final = tuple(
 _LONGEST_HTTP_METHOD: Final = max(map(len, _HTTP_METHODS))
 
 
-def judge(data: bytes, suites: Container[int], protocols: Container[str | None]) -> Accepted | Refusal | None:
-    """What to do with the first bytes of a connection; None if they do not tell yet.
+class ClientHelloReader:
+    """The first bytes of one connection, and what to do with it.
 
-    `suites` are the ids that may be negotiated; `protocols` are ALPN names, None standing for a client
-    that offers no ALPN at all.
+    `suites` are the ids that may be negotiated; `protocols` are ALPN names, None standing for a client that
+    offers no ALPN at all. `raw` is all that was fed: at most MAX_SIZE bytes while more is needed.
     """
-    if not data:
-        return None
-    if data[0] not in _RECORD_TYPES:
-        return _judge_plaintext(data)
-    if data[0] != _HANDSHAKE_RECORD:
-        return Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE)
-    if len(data) > 1 and data[1] != 3:
-        return Refusal(TlsFailure.NOT_TLS, None)
-    message = _message(data)
-    if isinstance(message, Refusal) or message is None:
-        if message is None and len(data) > MAX_SIZE:
-            return Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, Alert.ILLEGAL_PARAMETER)
-        return message
-    try:
-        return _judge_hello(message, suites, protocols)
-    except IndexError:  # a declared length that its surroundings do not hold
-        return _MALFORMED
+
+    __slots__ = ("_at", "_left", "_message", "_protocols", "_suites", "raw")
+
+    def __init__(self, suites: Container[int], protocols: Container[str | None]) -> None:
+        self._suites = suites
+        self._protocols = protocols
+        self.raw = bytearray()
+        self._at = 0  # what of `raw` was looked at
+        self._left = 0  # bytes of the record there that are not in `_message` yet
+        self._message = bytearray()
+
+    def feed(self, data: bytes | memoryview) -> Accepted | Refusal | None:
+        """Take in bytes. None if they do not tell yet; once there is a judgement, feed nothing more."""
+        raw = self.raw
+        raw += data
+        if not raw:
+            return None
+        if raw[0] not in _RECORD_TYPES:
+            return _judge_plaintext(raw)
+        if len(raw) > 1 and raw[1] != 3:
+            return Refusal(TlsFailure.NOT_TLS, None)
+        while True:
+            if not self._left:
+                if len(raw) - self._at < _RECORD_HEADER:
+                    return None
+                refusal = self._read_record_header()
+                if refusal is not None:
+                    return refusal
+            part = raw[self._at : self._at + self._left]
+            self._message += part
+            self._at += len(part)
+            self._left -= len(part)
+            judgement = self._judge_message()
+            if judgement is not None or self._left:
+                return judgement
+
+    def _read_record_header(self) -> Refusal | None:
+        raw, at = self.raw, self._at
+        if raw[at] != _HANDSHAKE_RECORD:
+            return _UNEXPECTED
+        length = raw[at + 3] << 8 | raw[at + 4]
+        if not 0 < length <= 2**14:  # RFC 8446 section 5.1: no empty handshake records
+            return _MALFORMED
+        self._at = at + _RECORD_HEADER
+        self._left = length
+        return _TOO_LARGE if self._at + length > MAX_SIZE else None
+
+    def _judge_message(self) -> Accepted | Refusal | None:
+        message = self._message
+        if message and message[0] != _CLIENT_HELLO:
+            return _UNEXPECTED
+        if len(message) < _MESSAGE_HEADER:
+            return None
+        wanted = _MESSAGE_HEADER + (message[1] << 16 | message[2] << 8 | message[3])
+        if wanted > MAX_SIZE:
+            return _TOO_LARGE
+        if len(message) < wanted:
+            return None
+        # Nothing may follow before the server has answered: not in the record, not behind it.
+        if len(message) > wanted or self._left or self._at < len(self.raw):
+            return _UNEXPECTED
+        try:
+            return _judge_hello(message, self._suites, self._protocols)
+        except IndexError:  # a declared length that its surroundings do not hold
+            return _MALFORMED
 
 
-def _judge_plaintext(data: bytes) -> Refusal | None:
+def _judge_plaintext(data: bytearray) -> Refusal | None:
     if data.startswith(_HTTP_METHODS):
         return Refusal(TlsFailure.PLAINTEXT_HTTP, None)
     head = bytes(data[:_LONGEST_HTTP_METHOD])
@@ -88,46 +139,22 @@ def _judge_plaintext(data: bytes) -> Refusal | None:
     return Refusal(TlsFailure.NOT_TLS, None)
 
 
-def _message(data: bytes) -> bytes | Refusal | None:
-    """The handshake message that the first records carry; None while it is not complete."""
-    parts: list[bytes] = []
-    size = 0
-    at = 0
-    while at + _RECORD_HEADER <= len(data):
-        if data[at] != _HANDSHAKE_RECORD:
-            return Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE)
-        length = data[at + 3] << 8 | data[at + 4]
-        if not 0 < length <= 2**14:  # RFC 8446 section 5.1: no empty handshake records
-            return _MALFORMED
-        at += _RECORD_HEADER
-        parts.append(data[at : at + length])
-        size += len(parts[-1])
-        at += length
-        if size >= _MESSAGE_HEADER:
-            message = b"".join(parts) if len(parts) > 1 else parts[0]
-            if message[0] != _CLIENT_HELLO:
-                return Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE)
-            wanted = _MESSAGE_HEADER + (message[1] << 16 | message[2] << 8 | message[3])
-            if wanted > MAX_SIZE:
-                return Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, Alert.ILLEGAL_PARAMETER)
-            if size > wanted:  # RFC 8446 section 5.1: nothing may follow it before the server answers
-                return Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE)
-            if size == wanted:
-                return message
-    return None
-
-
 def _judge_hello(
-    message: bytes, suites: Container[int], protocols: Container[str | None]
+    message: bytearray, suites: Container[int], protocols: Container[str | None]
 ) -> Accepted | Refusal:
     """RFC 8446 section 4.1.2: legacy_version, random, session id, suites, compression, extensions."""
     at = _MESSAGE_HEADER + 2 + 32
-    at += 1 + message[at]
-    suites_end = at + 2 + (message[at] << 8 | message[at + 1])
+    session_id_length = message[at]
+    at += 1 + session_id_length
+    suites_length = message[at] << 8 | message[at + 1]
     suites_at = at + 2
-    if suites_end >= len(message):
+    suites_end = suites_at + suites_length
+    compressions_length = message[suites_end]
+    at = suites_end + 1 + compressions_length
+    if session_id_length > 32 or not suites_length or suites_length % 2 or not compressions_length:
         return _MALFORMED
-    at = suites_end + 1 + message[suites_end]
+    if at > len(message):
+        return _MALFORMED
     versions = b""
     offered: list[bytes] | None = None
     if at < len(message):
@@ -142,17 +169,17 @@ def _judge_hello(
             if at + length > end:
                 return _MALFORMED
             if kind == _EXT_SUPPORTED_VERSIONS:
-                versions = message[at + 1 : at + length]
-                if length < 1 or len(versions) != message[at]:
+                versions = bytes(message[at + 1 : at + length])
+                if length < 3 or length % 2 == 0 or message[at] != length - 1:
                     return _MALFORMED
             elif kind == _EXT_ALPN:
-                offered = _protocol_names(message[at : at + length])
+                offered = _protocol_names(bytes(message[at : at + length]))
                 if offered is None:
                     return _MALFORMED
             at += length
     if all(versions[i : i + 2] != _TLS_1_3 for i in range(0, len(versions), 2)):
         return Refusal(TlsFailure.UNSUPPORTED_VERSION, Alert.PROTOCOL_VERSION)
-    if all((message[i] << 8 | message[i + 1]) not in suites for i in range(suites_at, suites_end - 1, 2)):
+    if all((message[i] << 8 | message[i + 1]) not in suites for i in range(suites_at, suites_end, 2)):
         return Refusal(TlsFailure.NO_SHARED_SUITE, Alert.HANDSHAKE_FAILURE)
     names = [None] if offered is None else [name.decode("latin-1") for name in offered]
     if not any(name in protocols for name in names):

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from zcproto.deadlines import DeadlineWheel, Timers
-from zcproto.tls.alert import alert_record
-from zcproto.tls.client_hello import SUITE_IDS, Refusal, judge
+from zcproto.tls.alert import Alert, alert_record
+from zcproto.tls.client_hello import SUITE_IDS, ClientHelloReader, Refusal
 from zcproto.tls.context import suites_are_allowed
 from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.transport import Phase, ReceiveBuffer, TlsTransport
@@ -75,8 +75,8 @@ class TlsAcceptor:
         if not self._turn_planned:
             self._turn_planned = True
             self._turn_ends = time.perf_counter() + TURN_BUDGET
+            self._timers.call_soon(self._next_turn)  # first: whatever a handshake raises, the rest go on
             self._run()
-            self._timers.call_soon(self._next_turn)
         elif time.perf_counter() < self._turn_ends:
             self._run()
 
@@ -85,8 +85,8 @@ class TlsAcceptor:
             self._turn_planned = False
             return
         self._turn_ends = time.perf_counter() + TURN_BUDGET
-        self._run()
         self._timers.call_soon(self._next_turn)
+        self._run()
 
     def _run(self) -> None:
         queue = self._queue
@@ -114,7 +114,7 @@ class TlsServerTransport(TlsTransport):
     def __init__(self, acceptor: TlsAcceptor, peer: str) -> None:
         super().__init__(acceptor.buffer, acceptor.wheel, peer)
         self._acceptor = acceptor
-        self._hello: bytearray | None = bytearray()
+        self._hello: ClientHelloReader | None = ClientHelloReader(acceptor.suite_ids, acceptor.protocols)
         self._in_handshake = True
         acceptor.handshakes_in_progress += 1
 
@@ -152,17 +152,16 @@ class TlsServerTransport(TlsTransport):
             return
         hello = self._hello
         if hello is None:  # complete, and waiting for its turn: nothing may follow before our answer
-            self._refuse(Refusal(TlsFailure.UNEXPECTED_MESSAGE, None))
+            self._refuse(Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE))
             return
-        hello += data
-        verdict = judge(bytes(hello), self._acceptor.suite_ids, self._acceptor.protocols)
+        verdict = hello.feed(data)
         if verdict is None:
             return
         if isinstance(verdict, Refusal):
             self._refuse(verdict)
             return
         self._incoming = ssl.MemoryBIO()
-        self._incoming.write(hello)
+        self._incoming.write(hello.raw)
         self._hello = None
         self._acceptor.schedule(self)
 
@@ -202,7 +201,7 @@ class TlsServerTransport(TlsTransport):
         alpn = self._tls.selected_alpn_protocol()
         factory = acceptor.protocols.get(alpn)
         if factory is None or not suites_are_allowed(self._tls, acceptor.suites):
-            self._fail(TlsFailure.WRONG_PARAMETERS)
+            self._end_for(TlsFailure.WRONG_PARAMETERS)
             return
         self._wheel.discard(self)
         self._leave_handshake()

@@ -91,6 +91,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         "_raw",
         "_reading_paused",
         "_tls",
+        "_unsent",
         "_view",
         "_wheel",
         "_writing_paused",
@@ -116,6 +117,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._writing_paused = False
         self._barren = 0
         self._discarded = 0
+        self._unsent = 0
         self._error: TlsError | None = None
 
     # --- what the TCP transport calls -----------------------------------------------------------
@@ -143,7 +145,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """TCP's end of stream. Without a close_notify before it, it is a truncation (RFC 8446 section 6.1)."""
         if self._phase is _OPEN:
-            self._fail(TlsFailure.TRUNCATED)
+            self._end_for(TlsFailure.TRUNCATED)
         elif self._phase <= _HANDSHAKE:
             self._fail(TlsFailure.DISCONNECTED)
         return False  # the transport closes itself, after what it still has to write
@@ -207,7 +209,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                 return
         self._barren += arrived
         if self._barren > MAX_BARREN_BYTES:
-            self._fail(TlsFailure.BARREN_RECORDS)
+            self._end_for(TlsFailure.BARREN_RECORDS)
             return
         if self._outgoing.pending:  # answers to KeyUpdates
             self._raw.write(self._outgoing.read())
@@ -249,7 +251,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         """Send close_notify after all that was written, stop sending, and discard input until the peer ends.
 
         Closing at once would answer input that is still on its way with a reset, which destroys what the
-        peer has not read yet. After LINGER_TIME or LINGER_BYTES it is reset all the same.
+        peer has not read yet. After LINGER_TIME or LINGER_BYTES it is reset all the same; the time begins anew
+        while the peer still takes what was written before.
         """
         if self._phase >= _CLOSING:
             return
@@ -269,6 +272,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         raw = self._raw
         if raw is None or raw.is_closing():
             return
+        self._unsent = raw.get_write_buffer_size()
         self._wheel.set(self, self._now() + LINGER_TIME)
         if raw.can_write_eof():
             raw.write_eof()
@@ -281,6 +285,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Reset the connection; what was not sent is lost."""
         if self._raw is not None:
+            self._phase = Phase.CLOSING  # it is no failure of the peer's
             self._raw.abort()
 
     def _note(self, failure: TlsFailure) -> None:
@@ -294,9 +299,20 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._flush()
         self._linger()
 
+    def _end_for(self, failure: TlsFailure) -> None:
+        """End an agreed connection for what OpenSSL has no alert for: with close_notify (RFC 8446 section 6.1)."""
+        self._note(failure)
+        self._send_close_notify()
+        self._linger()
+
     def handle_deadline(self, now: float) -> None:
         if self._phase is _CLOSING:
-            self.abort()
+            unsent = self.get_write_buffer_size()
+            if 0 < unsent < self._unsent:
+                self._unsent = unsent
+                self._wheel.set(self, now + LINGER_TIME)
+            else:
+                self.abort()
         elif self._phase <= _HANDSHAKE:
             self._fail(TlsFailure.HANDSHAKE_TIMEOUT)
 
