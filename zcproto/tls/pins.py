@@ -38,10 +38,13 @@ def parse_pins(pins: Iterable[str]) -> frozenset[str]:
     for pin in parsed:
         prefix, _, digest = pin.partition("/")
         try:
-            size = len(base64.b64decode(digest, validate=True))
+            raw = base64.b64decode(digest, validate=True)
         except (binascii.Error, ValueError):
-            size = -1
-        if prefix + "/" not in (KEY_PREFIX, CERTIFICATE_PREFIX) or size != hashlib.sha256().digest_size:
+            raw = b""
+        well_formed = len(raw) == hashlib.sha256().digest_size
+        # Pins are compared as text: one that decodes alike but is written otherwise would never match.
+        canonical = base64.b64encode(raw).decode() == digest
+        if prefix + "/" not in (KEY_PREFIX, CERTIFICATE_PREFIX) or not well_formed or not canonical:
             raise TlsError("pin_malformed", f"{pin[:80]!r} is not sha256/BASE64 or cert-sha256/BASE64")
     return parsed
 
