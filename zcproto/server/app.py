@@ -67,7 +67,7 @@ class Method:
         self.takes_any = False
         self.params: list[ParamInfo] = []
         self._checkers: dict[str, Checker] = {}
-        self._check_rest = take_anything
+        self._check_rest: Checker = take_anything
         self._required: frozenset[str] = frozenset()
         self._read_signature()
         # Decided once, so that the usual call asks two questions.
