@@ -40,7 +40,9 @@ class Connection:
     def open_session(self, user: str, key: str) -> None:
         params = {"scheme": "api_key", "user": user, "key": key, "client": "compare/1"}
         self.send([self.frame("session.open", params)])
-        _, _, _, body = self.receive()
+        kind, _, _, body = self.receive()
+        if kind != RESPONSE:
+            raise SystemExit(f"no session for {user}: {msgpack.unpackb(body)}")
         self.token = msgpack.unpackb(body)["token"]
 
     def frame(self, method: str, params: dict[str, Any]) -> bytes:

@@ -43,10 +43,9 @@ from zcproto.wire.frame import (
     REQUEST,
     RESPONSE,
     WELCOME,
-    RawFrame,
     Side,
 )
-from zcproto.wire.message import MessageError, decode_request, encode_body, encode_error
+from zcproto.wire.message import NO_META, MessageError, decode_request, encode_body, encode_error
 
 MS: Final = 1000
 TOUCH_INTERVAL_MS: Final = 1_000
@@ -152,77 +151,70 @@ class ServerConnection:
         settings = self._settings
         registry = self._registry
         tolerance = settings.tolerance_ms
-        decoder = self._decoder
-        next_frame = decoder.next_frame
-        decoder.feed(data)
-        while True:
-            try:
-                frame = next_frame()
-            except ProtocolError as error:
-                yield self._end_with(error.code, error.reason, wall)
-                return
-            if frame is None:
-                return
-            _, head, stream, timestamp, salt, counter, token, body = frame
-            if salt != self._salt:
-                yield self._end_with(Code.REPLAYED, "nonce belongs to another connection", wall)
-                return
-            if counter <= self._last_counter:
-                yield self._end_with(Code.REPLAYED, "nonce counter did not grow", wall)
-                return
-            self._last_counter = counter
-            self._last_frame = now
-            if not -tolerance <= wall - timestamp <= tolerance:
-                if self._refuse_stale(head, stream, token, wall):
-                    yield self._end_with(
-                        Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall
-                    )
+        self._decoder.feed(data)
+        try:
+            for length, head, stream, timestamp, salt, counter, token, body in self._decoder.frames():
+                if salt != self._salt:
+                    yield self._end_with(Code.REPLAYED, "nonce belongs to another connection", wall)
                     return
-                continue
-            if self._stale_in_a_row:
-                self._stale_in_a_row = 0
-            if head != REQUEST:
-                if body:
-                    yield self._end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
+                if counter <= self._last_counter:
+                    yield self._end_with(Code.REPLAYED, "nonce counter did not grow", wall)
                     return
-                if head == PING:
-                    self._send(PONG, 0, token, b"", wall)
-                elif head == CANCEL:
-                    request = self._held.get(stream)
-                    if request is not None and request.token == token:
-                        self._answer_early(request, CANCELLED, wall)
-                        yield RequestEnded(request, Code.CANCELLED)
-                continue
-            if self._held and stream in self._held:
-                yield self._end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
-                return
-            if (
-                token != self._token
-                or wall >= self._recheck_at
-                or registry.generation != self._seen_generation
-            ):
-                joined = self._session_of(token, wall, now)
-                if isinstance(joined, bytes):
-                    self._send(ERROR, stream, token, joined, wall)
+                self._last_counter = counter
+                self._last_frame = now
+                if not -tolerance <= wall - timestamp <= tolerance:
+                    if self._refuse_stale(head, stream, token, wall):
+                        yield self._end_with(
+                            Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall
+                        )
+                        return
                     continue
-                if joined is not None:
-                    yield joined
-            session = self._session
-            if (
-                self._held or self._lingering or session is None or self.state is _DRAINING
-            ) and self._is_refused(frame, session, wall):
-                continue
-            try:
-                method, params, meta = decode_request(body, settings.max_depth)
-            except MessageError as error:
-                self._send(ERROR, stream, token, encode_error(Code.INVALID_ARGUMENT, str(error)), wall)
-                continue
-            if meta.deadline_ms is not None and meta.deadline_ms <= 0:
-                self._send(ERROR, stream, token, DEADLINE_EXCEEDED, wall)
-                continue
-            yield Request(stream, token, session, method, params, meta)
-            if self._is_over():
-                return
+                if self._stale_in_a_row:
+                    self._stale_in_a_row = 0
+                if head != REQUEST:
+                    if body:
+                        yield self._end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
+                        return
+                    if head == PING:
+                        self._send(PONG, 0, token, b"", wall)
+                    elif head == CANCEL:
+                        request = self._held.get(stream)
+                        if request is not None and request.token == token:
+                            self._answer_early(request, CANCELLED, wall)
+                            yield RequestEnded(request, Code.CANCELLED)
+                    continue
+                if self._held and stream in self._held:
+                    yield self._end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
+                    return
+                if (
+                    token != self._token
+                    or wall >= self._recheck_at
+                    or registry.generation != self._seen_generation
+                ):
+                    joined = self._session_of(token, wall, now)
+                    if isinstance(joined, bytes):
+                        self._send(ERROR, stream, token, joined, wall)
+                        continue
+                    if joined is not None:
+                        yield joined
+                session = self._session
+                if (
+                    self._held or self._lingering or session is None or self.state is _DRAINING
+                ) and self._is_refused(length, stream, token, session, wall):
+                    continue
+                try:
+                    method, params, meta = decode_request(body, settings.max_depth)
+                except MessageError as error:
+                    self._send(ERROR, stream, token, encode_error(Code.INVALID_ARGUMENT, str(error)), wall)
+                    continue
+                if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
+                    self._send(ERROR, stream, token, DEADLINE_EXCEEDED, wall)
+                    continue
+                yield Request(stream, token, session, method, params, meta)
+                if self._is_over():
+                    return
+        except ProtocolError as error:
+            yield self._end_with(error.code, error.reason, wall)
 
     def _is_over(self) -> bool:
         """Whether the edge ended the conversation while it had an event."""
@@ -265,11 +257,11 @@ class ServerConnection:
         self.join(session, token, wall, now)
         return SessionJoined(session.id)
 
-    def _is_refused(self, frame: RawFrame, session: Session | None, wall: int) -> bool:
+    def _is_refused(self, length: int, stream: int, token: bytes, session: Session | None, wall: int) -> bool:
         """Refuse a request for what the connection is, before its body is looked at."""
         settings = self._settings
-        if session is None and frame[0] > settings.max_frame_before_session:
-            self._send(ERROR, frame[2], frame[6], NEEDS_SESSION, wall)
+        if session is None and length > settings.max_frame_before_session:
+            self._send(ERROR, stream, token, NEEDS_SESSION, wall)
             return True
         if self.state is State.DRAINING:
             body = encode_error(
@@ -285,7 +277,7 @@ class ServerConnection:
             )
         else:
             return False
-        self._send(ERROR, frame[2], frame[6], body, wall)
+        self._send(ERROR, stream, token, body, wall)
         return True
 
     # --- what is answered -----------------------------------------------------------------------
@@ -300,7 +292,7 @@ class ServerConnection:
 
     def respond(self, request: Request, body: bytes, wall: int) -> bool:
         """Answer a request with an encoded result. False if it had its answer already (or never will)."""
-        if request.held and not self._release(request):
+        if (request.held and not self._release(request)) or self.state is _CLOSED:
             return False
         # `_send`, written out: half of all frames pass here.
         counter = self._counter
@@ -315,7 +307,7 @@ class ServerConnection:
 
     def fail(self, request: Request, body: bytes, wall: int) -> bool:
         """Answer a request with an encoded error. False if it had its answer already (or never will)."""
-        if request.held and not self._release(request):
+        if (request.held and not self._release(request)) or self.state is _CLOSED:
             return False
         self._send(ERROR, request.stream, request.token, body, wall)
         return True
@@ -323,13 +315,16 @@ class ServerConnection:
     def _release(self, request: Request) -> bool:
         if self.is_held(request):
             del self._held[request.stream]
-            return self.state is not _CLOSED
-        self._lingering -= 1
+            return True
+        if request.lingers:
+            request.lingers = False
+            self._lingering -= 1
         return False
 
     def _answer_early(self, request: Request, body: bytes, wall: int) -> None:
         del self._held[request.stream]
         # The handler may go on for a while: it still counts against max_streams until it has ended.
+        request.lingers = True
         self._lingering += 1
         self._send(ERROR, request.stream, request.token, body, wall)
 
@@ -409,9 +404,10 @@ class ServerConnection:
         self.deadline_moved = False
         if self.state is _CLOSED:
             return NEVER
-        earliest = min(self._open_deadline, self._expiring_at)
+        idle_at = self._last_frame + self._settings.idle_timeout_s
+        earliest = min(self._open_deadline, self._expiring_at, idle_at)
         if not self._held:
-            return min(earliest, self._last_frame + self._settings.idle_timeout_s)
+            return earliest
         return min(earliest, *(request.deadline for request in self._held.values()))
 
     def handle_timeout(self, wall: int, now: float) -> list[ServerEvent]:
@@ -427,8 +423,11 @@ class ServerConnection:
         reason = ""
         if self._open_deadline <= now:
             reason = "no_session"
-        elif not self._held and self._last_frame + self._settings.idle_timeout_s <= now:
-            reason = "idle"
+        elif self._last_frame + self._settings.idle_timeout_s <= now:
+            if self._held:
+                self._last_frame = now  # who waits for an answer is not idle: look again later
+            else:
+                reason = "idle"
         if reason:
             if self.state is State.OPEN:
                 self._send_go_away(reason, 0, wall)

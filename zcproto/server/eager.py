@@ -24,56 +24,60 @@ Done = Callable[[Any, BaseException | None], None]
 """Called with the coroutine's result, or with its exception."""
 
 
-class Finished:
-    """The first step was the last: the result is here."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
 class EagerTasks:
-    """Starts coroutines on one loop."""
+    """Starts coroutines on one loop. `result` is what the last one that ended in its first step returned."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._idle: list[Worker] = []
         self._workers: set[Worker] = set()
         self._closed = False
+        self.result: Any = None
 
     @property
     def running(self) -> int:
         """Coroutines that wait."""
         return len(self._workers) - len(self._idle)
 
-    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Finished | Worker:
-        """Run the first step. What it raises comes through. A Worker still waits: give it a `done`."""
-        worker = self._idle.pop() if self._idle else self._new_worker()
-        context = contextvars.copy_context()
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Worker | None:
+        """Run the first step. What it raises comes through.
+
+        None: that was the last step, take `result`. A Worker: the coroutine waits, give it a `done`.
+        """
         loop = self._loop
-        outer: asyncio.Task[Any] | None = None
+        idle = self._idle
+        worker = idle.pop() if idle else self._new_worker()
+        context = contextvars.copy_context()
         try:
             _enter_task(loop, worker.task)
-        except RuntimeError:  # called from within a task
-            outer = asyncio.current_task(loop)
-            assert outer is not None
-            _leave_task(loop, outer)
-            _enter_task(loop, worker.task)
+        except RuntimeError:
+            return self._start_within_task(worker, coroutine, context)
         try:
             awaited = context.run(coroutine.send, None)
         except StopIteration as end:
-            self._put_back(worker)
-            return Finished(end.value)
+            self.result = end.value
+            idle.append(worker)
+            return None
         except BaseException:
-            self._put_back(worker)
+            idle.append(worker)
             raise
         finally:
             _leave_task(loop, worker.task)
-            if outer is not None:
-                _enter_task(loop, outer)
         worker.adopt(coroutine, awaited, context)
         return worker
+
+    def _start_within_task(
+        self, worker: Worker, coroutine: Coroutine[Any, Any, Any], context: contextvars.Context
+    ) -> Worker | None:
+        """As `start`, where a task is the current one already: it steps aside for the first step."""
+        self._idle.append(worker)
+        outer = asyncio.current_task(self._loop)
+        assert outer is not None
+        _leave_task(self._loop, outer)
+        try:
+            return context.run(self.start, coroutine)
+        finally:
+            _enter_task(self._loop, outer)
 
     async def close(self) -> None:
         """Cancel everything and wait until it has ended."""
@@ -87,10 +91,6 @@ class EagerTasks:
         worker = Worker(self, self._loop)
         self._workers.add(worker)
         return worker
-
-    def _put_back(self, worker: Worker) -> None:
-        if not worker.task.cancelling():  # a coroutine may have cancelled its own task: that one is going
-            self._idle.append(worker)
 
     def released(self, worker: Worker) -> bool:
         """A worker has nothing to do: whether it is to wait for more."""
@@ -108,7 +108,7 @@ class EagerTasks:
 class Worker:
     """A task of the pool, and the coroutine that it has adopted, if any."""
 
-    __slots__ = ("_cancelled_early", "_job", "_loop", "_pool", "_started", "_wake", "done", "task")
+    __slots__ = ("_cancel_asked", "_job", "_loop", "_pool", "_started", "_wake", "done", "task")
 
     def __init__(self, pool: EagerTasks, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
@@ -116,7 +116,7 @@ class Worker:
         self._job: tuple[Coroutine[Any, Any, Any], Any, contextvars.Context] | None = None
         self._wake: asyncio.Future[None] | None = None
         self._started = False
-        self._cancelled_early = False
+        self._cancel_asked = False
         self.done: Done | None = None
         self.task: asyncio.Task[None] = loop.create_task(self._work(), name="zcproto-handler")
         self.task.add_done_callback(self._task_ended)
@@ -128,26 +128,25 @@ class Worker:
 
     def cancel(self) -> None:
         """Raise CancelledError in the coroutine where it waits."""
-        if self._started:
+        self._cancel_asked = True
+        if self._started:  # a task cancelled before its first step would never take that step
             self.task.cancel()
-        else:  # a task cancelled before its first step never takes that step
-            self._cancelled_early = True
 
     async def _work(self) -> None:
         self._started = True
         while True:
-            cancelled = self._cancelled_early
-            if self._job is None and not cancelled:
+            if self._job is None and not self._cancel_asked:
                 self._wake = self._loop.create_future()
                 try:
                     await self._wake
                 except asyncio.CancelledError:
-                    cancelled = True
+                    if self._job is not None and not self._cancel_asked:
+                        self._forget_cancellation()  # it was meant for the work before
                 self._wake = None
             if self._job is None:
                 return
             coroutine, awaited, context = self._job
-            self._cancelled_early = False
+            cancelled, self._cancel_asked = self._cancel_asked, False
             result, error = None, None
             try:
                 result = await _resume(coroutine, awaited, context, cancelled)
@@ -156,15 +155,19 @@ class Worker:
             except BaseException as raised:  # it is handed on; CancelledError is one of them
                 error = raised
             self._job = None
+            self._forget_cancellation()  # the next coroutine starts uncancelled
             done, self.done = self.done, None
-            for _ in range(self.task.cancelling()):  # the next coroutine starts uncancelled
-                self.task.uncancel()
             waits = self._pool.released(self)
             if done is not None:
                 done(result, error)
             del coroutine, awaited, context, result, error, done
             if not waits:
                 return
+
+    def _forget_cancellation(self) -> None:
+        self._cancel_asked = False
+        while self.task.cancelling():
+            self.task.uncancel()
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._pool.forget(self)

@@ -18,7 +18,7 @@ from zcproto.connection.server import NEEDS_SESSION, ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import CallError, Cancelled, Code, TlsError
 from zcproto.server.context import Context
-from zcproto.server.eager import Finished, Worker
+from zcproto.server.eager import Worker
 from zcproto.sessions import Session
 from zcproto.wire.frame import SALT_SIZE
 from zcproto.wire.message import MessageError, encode_body, encode_error
@@ -167,11 +167,11 @@ class ServerProtocol(asyncio.Protocol):
             arguments = request.params if method.takes_params_as_they_are else self._bind(request, method)
             result = method.function(**arguments)
             if method.is_async:
-                started = serving.tasks.start(result)
-                if started.__class__ is not Finished:
-                    self._hold(request, cast("Worker", started))
+                worker = serving.tasks.start(result)
+                if worker is not None:
+                    self._hold(request, worker)
                     return
-                result = started.value
+                result = serving.tasks.result
             body = encode_body(result)
         except CallError as error:
             self._answer_error(request, error)

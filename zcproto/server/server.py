@@ -179,7 +179,7 @@ class Server:
             log.info(
                 "certificate.loaded",
                 file=str(pair.certificate),
-                key=pair.key_type,
+                key_type=pair.key_type,
                 pin=pair.pin,
                 days_left=days_left,
             )

@@ -7,6 +7,8 @@ pieces, the frames are the same, and the work stays linear in the bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from zcproto.wire.frame import (
     HEADER,
     HEADER_SIZE,
@@ -66,31 +68,35 @@ class FrameDecoder:
                 self._spared = self._data
 
     def next_frame(self) -> RawFrame | None:
-        """The next complete frame, or None if more bytes are needed.
+        """The next complete frame, or None if more bytes are needed. Raises as `frames` does."""
+        return next(self.frames(), None)
+
+    def frames(self) -> Iterator[RawFrame]:
+        """The complete frames of what was fed, one after the other; `limit` is asked anew for each.
 
         Raises ProtocolError for a header that no frame may have, before its body arrives.
         """
         data = self._data
         at = self._at
-        available = len(data) - at
-        if available < HEADER_SIZE:
-            if available:
-                self._keep_header(at, available)
-            return None
-        header = _unpack_header(data, at)
-        length = header[0]
-        if not MIN_LENGTH <= length <= self.limit:
-            if at or data is not self._spared:
-                check_length(length, self.limit)
-            self._spared = None
-        if header[1] != self._usual or not header[2]:
-            check_head(header[1], header[2], self._receiver)
-        end = at + LENGTH_SIZE + length
-        if end > len(data):
-            self._keep(at, end - len(data))
-            return None
-        self._at = end
-        return (*header, data[at + HEADER_SIZE : end])
+        size = len(data)
+        usual = self._usual
+        while size - at >= HEADER_SIZE:
+            length, head, stream, timestamp, salt, counter, token = _unpack_header(data, at)
+            if not MIN_LENGTH <= length <= self.limit:
+                if at or data is not self._spared:
+                    check_length(length, self.limit)
+                self._spared = None
+            if head != usual or not stream:
+                check_head(head, stream, self._receiver)
+            end = at + LENGTH_SIZE + length
+            if end > size:
+                self._keep(at, end - size)
+                return
+            self._at = end
+            yield length, head, stream, timestamp, salt, counter, token, data[at + HEADER_SIZE : end]
+            at = end
+        if size > at:
+            self._keep_header(at, size - at)
 
     def _keep_header(self, at: int, available: int) -> None:
         if available >= LENGTH_SIZE:
