@@ -1,0 +1,73 @@
+"""Fixtures for all tests: certificates that zcproto did not make itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import trustme
+
+from zcproto.sessions import SessionRegistry
+
+from .helpers import ConnectionPair, FakeClock, FakeTimers, small_registry
+
+
+class ServerPair(NamedTuple):
+    """The files of a server's certificate and key."""
+
+    certificate: Path
+    key: Path
+
+
+class ServerPairs(NamedTuple):
+    ecdsa: ServerPair
+    rsa: ServerPair
+
+
+@pytest.fixture(scope="session")
+def ca() -> trustme.CA:
+    """An authority that the tests' clients trust."""
+    return trustme.CA(key_type=trustme.KeyType.ECDSA)
+
+
+@pytest.fixture(scope="session")
+def ca_file(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ca") / "ca.pem"
+    ca.cert_pem.write_to_path(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def server_pairs(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> ServerPairs:
+    """A server's certificates for localhost, one of each kind of key."""
+    folder = tmp_path_factory.mktemp("pairs")
+    pairs: list[ServerPair] = []
+    for kind in (trustme.KeyType.ECDSA, trustme.KeyType.RSA):
+        issued = ca.issue_cert("localhost", "127.0.0.1", key_type=kind)
+        pair = ServerPair(folder / f"{kind.name}.pem", folder / f"{kind.name}.key")
+        issued.cert_chain_pems[0].write_to_path(pair.certificate)
+        issued.private_key_pem.write_to_path(pair.key)
+        pairs.append(pair)
+    return ServerPairs(*pairs)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def timers() -> FakeTimers:
+    return FakeTimers()
+
+
+@pytest.fixture
+def registry() -> SessionRegistry:
+    return small_registry()
+
+
+@pytest.fixture
+def pair() -> ConnectionPair:
+    """A connection on which nothing was said yet but WELCOME."""
+    return ConnectionPair()

@@ -1,0 +1,432 @@
+"""What tests share: clocks and timers that are turned by hand, a TCP transport that only writes down, and
+two ends of a conversation joined in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from zcproto.connection.events import ConnectionEnded, Request, ServerEvent
+from zcproto.connection.server import ServerConnection
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.sessions import OpenedSession, SessionRegistry, SessionSettings
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import (
+    CANCEL,
+    NO_TOKEN,
+    PING,
+    REQUEST,
+    Kind,
+    RawFrame,
+    Side,
+    encode_frame,
+)
+from zcproto.wire.message import ErrorMessage, decode_body, decode_error, decode_event, encode_request
+
+WALL = 1_767_225_600_000
+"""2026-01-01 00:00:00 UTC, in milliseconds."""
+NOW = 1_000.0
+"""Monotonic seconds at the start of a test."""
+SALT = bytes.fromhex("a1b2c3d4e5f60718")
+
+
+class FakeClock:
+    """Wall and monotonic time that stand still until they are moved."""
+
+    def __init__(self, wall: int = WALL, now: float = NOW) -> None:
+        self.wall_ms = wall
+        self.now_s = now
+
+    def wall(self) -> int:
+        return self.wall_ms
+
+    def now(self) -> float:
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        self.wall_ms += round(seconds * 1000)
+        self.now_s += seconds
+
+
+class FakeHandle:
+    """What `call_at` returns."""
+
+    def __init__(self, when: float, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self.when = when
+        self.callback = callback
+        self.args = args
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class FakeTimers:
+    """The part of an event loop that tells time and calls back, turned by hand."""
+
+    def __init__(self, now: float = NOW) -> None:
+        self.clock = now
+        self.early = 0.0  # by how much timers fire before their time, as those of real loops may
+        self._soon: list[FakeHandle] = []
+        self._heap: list[tuple[float, int, FakeHandle]] = []
+        self._order = itertools.count()
+
+    def time(self) -> float:
+        return self.clock
+
+    def call_soon(self, callback: Callable[..., object], *args: Any) -> FakeHandle:
+        handle = FakeHandle(self.clock, callback, args)
+        self._soon.append(handle)
+        return handle
+
+    def call_at(self, when: float, callback: Callable[..., object], *args: Any) -> FakeHandle:
+        handle = FakeHandle(when, callback, args)
+        heapq.heappush(self._heap, (when, next(self._order), handle))
+        return handle
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> FakeHandle:
+        return self.call_at(self.clock + delay, callback, *args)
+
+    @property
+    def armed(self) -> list[float]:
+        """When the timers are due that were neither called nor cancelled."""
+        return sorted(when for when, _, handle in self._heap if not handle.cancelled)
+
+    @property
+    def waiting(self) -> int:
+        """Callbacks for the next turn."""
+        return sum(not handle.cancelled for handle in self._soon)
+
+    def turn(self) -> None:
+        """One turn of the loop: what is due, then what was to be called soon."""
+        ready, self._soon = self._soon, []
+        while self._heap and self._heap[0][0] <= self.clock + self.early:
+            ready.append(heapq.heappop(self._heap)[2])
+        for handle in ready:
+            if not handle.cancelled:
+                handle.callback(*handle.args)
+
+    def run(self, limit: int = 1_000) -> int:
+        """Turns until nothing is ready; how many it took."""
+        for turns in range(limit):
+            due = bool(self._heap) and self._heap[0][0] <= self.clock + self.early
+            if not self._soon and not due:
+                return turns
+            self.turn()
+        raise AssertionError("the loop never comes to rest")
+
+    def advance(self, seconds: float) -> None:
+        """Let time go by, stopping at each timer on the way."""
+        end = self.clock + seconds
+        self.run()
+        while self._heap and self._heap[0][0] - self.early <= end:
+            self.clock = max(self.clock, self._heap[0][0] - self.early)
+            self.run()
+        self.clock = end
+        self.run()
+
+
+class MockTransport(asyncio.Transport):
+    """A TCP transport without a socket: `sent` is what was written.
+
+    `deliver` gives bytes to a BufferedProtocol as the loop does. With `stuck` the peer reads nothing, and
+    what is written counts against the high-water mark.
+    """
+
+    def __init__(self, timers: FakeTimers, *, high: int = 65_536) -> None:
+        super().__init__()
+        self.timers = timers
+        self.protocol: Any = None
+        self.sent = bytearray()
+        self.unsent = 0
+        self.high = high
+        self.stuck = False
+        self.writes: list[int] = []
+        self.eof_written = False
+        self.aborted = False
+        self.can_half_close = True
+        self.lost = False
+        self._closing = False
+        self._reading = True
+        self._paused = False
+
+    def connect(self, protocol: Any) -> None:
+        self.protocol = protocol
+        protocol.connection_made(self)
+
+    # what the test does
+
+    def deliver(self, data: bytes, piece: int = 65_536) -> None:
+        """Bytes from the network, at most so many in one read. Fails if nobody reads."""
+        for start in range(0, len(data), piece):
+            assert self._reading or self.lost or self._closing, "delivered to a transport that is paused"
+            if self.lost or self._closing:
+                return
+            part = data[start : start + piece]
+            buffer = self.protocol.get_buffer(-1)
+            buffer[: len(part)] = part
+            self.protocol.buffer_updated(len(part))
+
+    def deliver_eof(self) -> None:
+        """The peer's FIN. As asyncio: the transport closes unless the protocol wants it open."""
+        if not self._closing and not self.protocol.eof_received():
+            self.close()
+
+    def take(self) -> bytes:
+        """What was sent since the last time."""
+        data = bytes(self.sent)
+        self.sent.clear()
+        return data
+
+    def drain(self, count: int | None = None) -> None:
+        """The peer reads again, all or some bytes."""
+        self.unsent = 0 if count is None else self.unsent - count
+        if self._paused and self.unsent <= self.high // 4:
+            self._paused = False
+            self.protocol.resume_writing()
+
+    def lose(self, error: Exception | None = None) -> None:
+        """The connection is gone."""
+        if not self.lost:
+            self.lost = self._closing = True
+            protocol, self.protocol = self.protocol, None
+            protocol.connection_lost(error)
+
+    # what the protocol calls
+
+    def write(self, data: Any) -> None:
+        assert not self.eof_written, "write after write_eof"
+        if self._closing:
+            return
+        self.sent += data
+        self.writes.append(len(data))
+        if self.stuck:
+            self.unsent += len(data)
+            if self.unsent > self.high and not self._paused:
+                self._paused = True
+                self.protocol.pause_writing()
+
+    def can_write_eof(self) -> bool:
+        return self.can_half_close
+
+    def write_eof(self) -> None:
+        self.eof_written = True
+
+    def close(self) -> None:
+        if not self._closing:
+            self._closing = True
+            self._reading = False
+            self.timers.call_soon(self.lose)
+
+    def abort(self) -> None:
+        self.aborted = True
+        self._closing = True
+        self._reading = False
+        self.timers.call_soon(self.lose)
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def is_reading(self) -> bool:
+        return self._reading
+
+    def pause_reading(self) -> None:
+        if not self._closing:
+            self._reading = False
+
+    def resume_reading(self) -> None:
+        if not self._closing:
+            self._reading = True
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self.high = 65_536 if high is None else high
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("192.0.2.7", 40_000) if name == "peername" else default
+
+
+def small_registry(**settings: Any) -> SessionRegistry:
+    """A registry with random bytes that tests can predict: each call gives other ones."""
+    numbers = itertools.count(1)
+
+    def entropy(size: int) -> bytes:
+        return next(numbers).to_bytes(4, "big") * (size // 4)
+
+    settings = {"max_sessions": 64, "dead_limit": 64, "grace_limit": 16, "per_user": 50, **settings}
+    return SessionRegistry(SessionSettings(**settings), entropy)
+
+
+class Answer:
+    """A frame from the server, in words."""
+
+    def __init__(self, frame: RawFrame) -> None:
+        self.raw = frame
+        _, head, self.stream, self.timestamp, self.salt, self.counter, self.token, self.body = frame
+        self.kind = Kind(head >> 16 & 0xFF)
+
+    @property
+    def error(self) -> ErrorMessage:
+        assert self.kind is Kind.ERROR
+        return decode_error(self.body)
+
+    @property
+    def code(self) -> int:
+        return self.error.code
+
+    @property
+    def value(self) -> Any:
+        assert self.kind in (Kind.RESPONSE, Kind.WELCOME, Kind.GOAWAY)
+        return decode_body(self.body)
+
+    @property
+    def event(self) -> tuple[str, Any]:
+        assert self.kind is Kind.EVENT
+        return decode_event(self.body)
+
+    def __repr__(self) -> str:
+        return f"{self.kind.name}({self.stream}, {decode_body(self.body) if self.body else ''})"
+
+
+class ConnectionPair:
+    """A ServerConnection and a scripted client, joined without a socket.
+
+    The methods that make frames return bytes; `send` gives bytes to the server and returns its events;
+    `answers` is what the server has sent since the last time. `clock` is moved by hand.
+    """
+
+    def __init__(
+        self,
+        registry: SessionRegistry | None = None,
+        settings: ConnectionSettings | None = None,
+        *,
+        salt: bytes = SALT,
+        clock: FakeClock | None = None,
+    ) -> None:
+        self.clock = FakeClock() if clock is None else clock
+        self.registry = small_registry() if registry is None else registry
+        self.settings = ConnectionSettings() if settings is None else settings
+        self.salt = salt
+        self.server = ServerConnection(
+            self.settings, self.registry, salt=salt, wall=self.clock.wall(), now=self.clock.now()
+        )
+        self.counter = 0
+        self.token = NO_TOKEN
+        self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
+        self.welcome = self.answer()
+
+    # frames of the client
+
+    def frame(
+        self,
+        head: int,
+        stream: int = 0,
+        body: bytes = b"",
+        *,
+        token: bytes | None = None,
+        counter: int | None = None,
+        timestamp: int | None = None,
+        salt: bytes | None = None,
+    ) -> bytes:
+        """One frame. The counter goes on by itself unless it is given."""
+        if counter is None:
+            self.counter += 1
+            counter = self.counter
+        return encode_frame(
+            head,
+            stream,
+            self.clock.wall() if timestamp is None else timestamp,
+            self.salt if salt is None else salt,
+            counter,
+            self.token if token is None else token,
+            body,
+        )
+
+    def request(
+        self,
+        stream: int = 1,
+        method: str = "echo",
+        params: dict[str, Any] | None = None,
+        meta: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> bytes:
+        return self.frame(REQUEST, stream, encode_request(method, params, meta), **fields)
+
+    def ping(self, **fields: Any) -> bytes:
+        return self.frame(PING, 0, **fields)
+
+    def cancel(self, stream: int, **fields: Any) -> bytes:
+        return self.frame(CANCEL, stream, **fields)
+
+    # what passes between the two
+
+    def send(self, data: bytes) -> list[ServerEvent]:
+        """Give bytes to the server; all its events."""
+        return list(self.server.receive_data(data, self.clock.wall(), self.clock.now()))
+
+    def get(self, data: bytes) -> Request:
+        """Give bytes to the server that make one request and nothing else."""
+        (event,) = self.send(data)
+        assert isinstance(event, Request)
+        return event
+
+    def hold(self, data: bytes) -> Request:
+        """Give one request that is not answered at once."""
+        request = self.get(data)
+        self.server.hold(request, self.clock.now())
+        return request
+
+    def respond(self, request: Request, body: bytes = b"\x80") -> bool:
+        return self.server.respond(request, body, self.clock.wall())
+
+    def timeout(self) -> list[ServerEvent]:
+        return self.server.handle_timeout(self.clock.wall(), self.clock.now())
+
+    def answers(self) -> list[Answer]:
+        self._decoder.feed(self.server.data_to_send())
+        found: list[Answer] = []
+        while (frame := self._decoder.next_frame()) is not None:
+            found.append(Answer(frame))
+        assert not self._decoder.buffered
+        return found
+
+    def answer(self) -> Answer:
+        """The only frame that the server has sent."""
+        (answer,) = self.answers()
+        return answer
+
+    def refused(self, data: bytes) -> Answer:
+        """Give one frame that is answered by an ERROR and makes no event."""
+        assert self.send(data) == []
+        return self.answer()
+
+    def fatal(self, data: bytes) -> Answer:
+        """Give bytes that end the conversation; the last ERROR."""
+        event = self.send(data)[-1]
+        assert isinstance(event, ConnectionEnded)
+        answer = self.answers()[-1]
+        assert answer.stream == 0
+        assert event.code == answer.code
+        return answer
+
+    # sessions
+
+    def open_session(self, user: str = "ada") -> OpenedSession:
+        """A session that exists, but was not used on this connection yet."""
+        return self.registry.open(
+            user, operator=False, client="test/1", address="192.0.2.7", wall=self.clock.wall()
+        )
+
+    def use(self, opened: OpenedSession) -> OpenedSession:
+        """Send with this session's token from here on, as if it had been opened on this connection."""
+        self.token = opened.token
+        self.server.join(opened.session, opened.token, self.clock.wall(), self.clock.now())
+        return opened
+
+    def login(self, user: str = "ada") -> OpenedSession:
+        return self.use(self.open_session(user))
