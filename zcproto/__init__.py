@@ -1,1 +1,126 @@
-"""zcproto: compact binary calls over TLS 1.3, for programs that talk over a hostile network."""
+"""zcproto: compact binary calls over TLS 1.3, for programs that talk over a hostile network.
+
+Everything public is here. Each name is imported when it is first used, so that `import zcproto` is quick and a
+client never loads the server.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zcproto.client import (
+        BlockingClient,
+        Client,
+        ClientSession,
+        Event,
+        connect,
+        connect_blocking,
+    )
+    from zcproto.config import Config
+    from zcproto.errors import (
+        Aborted,
+        AlreadyExists,
+        CallError,
+        Cancelled,
+        CannotConnect,
+        CertificateError,
+        Code,
+        ConfigError,
+        ConnectionClosed,
+        DataLoss,
+        DeadlineExceeded,
+        FailedPrecondition,
+        InternalError,
+        InvalidArgument,
+        NotFound,
+        OutOfRange,
+        PermissionDenied,
+        ProtocolError,
+        ResourceExhausted,
+        SessionReplaced,
+        StaleTimestamp,
+        TlsError,
+        TokenExpired,
+        TokenRevoked,
+        Unauthenticated,
+        Unavailable,
+        Unimplemented,
+        UnknownError,
+        ZcprotoError,
+    )
+    from zcproto.server.app import App
+    from zcproto.server.context import Context
+    from zcproto.server.run import serve
+    from zcproto.server.server import Server
+
+__all__ = [
+    "Aborted",
+    "AlreadyExists",
+    "App",
+    "BlockingClient",
+    "CallError",
+    "Cancelled",
+    "CannotConnect",
+    "CertificateError",
+    "Client",
+    "ClientSession",
+    "Code",
+    "Config",
+    "ConfigError",
+    "ConnectionClosed",
+    "Context",
+    "DataLoss",
+    "DeadlineExceeded",
+    "Event",
+    "FailedPrecondition",
+    "InternalError",
+    "InvalidArgument",
+    "NotFound",
+    "OutOfRange",
+    "PermissionDenied",
+    "ProtocolError",
+    "ResourceExhausted",
+    "Server",
+    "SessionReplaced",
+    "StaleTimestamp",
+    "TlsError",
+    "TokenExpired",
+    "TokenRevoked",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "UnknownError",
+    "ZcprotoError",
+    "connect",
+    "connect_blocking",
+    "serve",
+]
+
+_ELSEWHERE = {
+    "App": "zcproto.server.app",
+    "BlockingClient": "zcproto.client",
+    "Client": "zcproto.client",
+    "ClientSession": "zcproto.client",
+    "Config": "zcproto.config",
+    "Context": "zcproto.server.context",
+    "Event": "zcproto.client",
+    "Server": "zcproto.server.server",
+    "connect": "zcproto.client",
+    "connect_blocking": "zcproto.client",
+    "serve": "zcproto.server.run",
+}
+"""Where a name comes from, if not from `zcproto.errors`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'zcproto' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_ELSEWHERE.get(name, "zcproto.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -158,7 +158,8 @@ class Client:
         try:
             if self._opens_session:
                 self._sessions.want()
-            await self._ready_before(loop.time() + self._timeout if self._timeout is not None else _FOREVER)
+            await self._links.get()  # which takes `connect_timeout` at most
+            await self._ready_before(self._deadline(_UNSET))
         except BaseException:
             await self.close()
             raise

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import re
+import socket
 import ssl
 from collections.abc import Iterable
 from pathlib import Path
@@ -176,8 +179,15 @@ class Dialer:
             log.warning("the sts policy of %s is not remembered: %s", self._server_hostname, error)
 
 
+_ERRNO: Final = re.compile(r"\[Errno (\d+)\]")
+
+
 def _cause(error: OSError) -> str:
-    """One phrase; asyncio's message for several addresses has a line for each."""
-    if error.strerror and not error.strerror.startswith("["):
-        return error.strerror
-    return str(error) or type(error).__name__
+    """The system's own phrase. asyncio puts one of its own in its place, and those of all addresses into one."""
+    number = error.errno
+    if number is None:
+        found = _ERRNO.search(str(error))
+        number = int(found[1]) if found is not None else None
+    if isinstance(error, socket.gaierror) or number is None:
+        return error.strerror or type(error).__name__
+    return os.strerror(number)
