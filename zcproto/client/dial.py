@@ -27,6 +27,10 @@ from zcproto.tls.transport import ReceiveBuffer
 log: Final = logging.getLogger("zcproto.client")
 
 
+ContextKey = tuple[str, int] | bool
+"""A CA file and when it was written; else whether the system's store is trusted, or nothing checked."""
+
+
 class Trust:
     """Which servers are believed: those of a CA file or of the system's store, those with a pin, or both.
 
@@ -48,20 +52,27 @@ class Trust:
         if ca_file and system_store:
             raise ConfigError(["ca_file and system_store: trust one of them"])
 
-    def context(self) -> ssl.SSLContext:
-        """Reads the disk. Raises CertificateError."""
+    def context(self, known: dict[ContextKey, ssl.SSLContext]) -> ssl.SSLContext:
+        """The context, or one of those known if it trusts the same. Reads the disk. Raises CertificateError."""
         by_ca = self.verify and (self.ca_file is not None or self.system_store)
-        return client_context(ca_file=self.ca_file, verify=by_ca)
+        key: ContextKey = by_ca
+        if self.ca_file is not None and self.ca_file.exists():
+            key = str(self.ca_file), self.ca_file.stat().st_mtime_ns
+        context = known.get(key)
+        if context is None:
+            context = known[key] = client_context(ca_file=self.ca_file, verify=by_ca)
+        return context
 
 
 class LoopShare:
-    """What all clients of one loop share. A receive buffer each would cost 64 KiB a client."""
+    """What all clients of one loop share: a buffer each would cost 64 KiB, a context with the system's CAs more."""
 
-    __slots__ = ("buffer", "users", "wheel")
+    __slots__ = ("buffer", "contexts", "users", "wheel")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.buffer = ReceiveBuffer()
         self.wheel = DeadlineWheel(loop)
+        self.contexts: dict[ContextKey, ssl.SSLContext] = {}
         self.users = 0
 
 
@@ -110,7 +121,6 @@ class Dialer:
         self._connect_timeout = connect_timeout
         self._max_frame = max_frame
         self._tolerance_ms = tolerance_ms
-        self._context: ssl.SSLContext | None = None
 
     async def __call__(self, owner: Owner, share: LoopShare) -> ClientProtocol:
         """A connection whose server was welcomed.
@@ -120,10 +130,9 @@ class Dialer:
         wall = self._system_clock.wall
         if not self._trust.verify and self._known_hosts is not None:
             await asyncio.to_thread(self._known_hosts.require, self._server_hostname, wall())
-        if self._context is None:
-            self._context = await asyncio.to_thread(self._trust.context)
+        context = await asyncio.to_thread(self._trust.context, share.contexts)
         connector = TlsConnector(
-            self._context,
+            context,
             self._server_hostname,
             share.wheel,
             pins=self._trust.pins,
