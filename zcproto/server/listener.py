@@ -65,10 +65,11 @@ def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
     return list(dict.fromkeys(found))
 
 
-def site_of(address: str) -> bytes:
+def site_of(address: str) -> str | bytes:
     """What connections are counted by: an IPv4 address, or the /64 of an IPv6 address."""
-    packed = ipaddress.ip_address(address.partition("%")[0]).packed
-    return packed if len(packed) == 4 else packed[:_IPV6_SITE_BYTES]
+    if ":" not in address:
+        return address
+    return ipaddress.ip_address(address.partition("%")[0]).packed[:_IPV6_SITE_BYTES]
 
 
 class Listener:
@@ -92,7 +93,7 @@ class Listener:
         self._max_handshakes = max_handshakes
         self._max_connections = max_connections
         self._per_address = connections_per_address
-        self._by_site: dict[bytes, int] = {}
+        self._by_site: dict[str | bytes, int] = {}
         self._open = 0
         self._accepting = False
         self._closed = False
@@ -177,7 +178,6 @@ class Listener:
         self._by_site[site] = of_site + 1
         self._open += 1
         connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         task = self._loop.create_task(self._adopt(connection, address))
         self._adopting.add(task)
         task.add_done_callback(self._adopting.discard)
