@@ -19,7 +19,6 @@ Rules where the contract leaves the choice to a client:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any, Final
 
 from zcproto.connection.events import (
@@ -33,6 +32,7 @@ from zcproto.connection.events import (
     Welcomed,
 )
 from zcproto.connection.state import Input, State, next_state
+from zcproto.connection.welcome import read_welcome
 from zcproto.errors import (
     Code,
     ConnectionClosed,
@@ -56,7 +56,6 @@ from zcproto.wire.frame import (
     REQUEST,
     RESPONSE,
     TOKEN_SIZE,
-    VERSION,
     WELCOME,
     RawFrame,
     Side,
@@ -305,7 +304,7 @@ class ClientConnection:
         if timestamp > MAX_SERVER_TIME:
             return self._end_with(Code.PROTOCOL_ERROR, "the server's clock is beyond all years")
         try:
-            self.welcome = _read_welcome(body, self._max_depth)
+            self.welcome = read_welcome(body, self._max_depth)
         except ProtocolError as error:
             return self._end_with(error.code, error.reason)
         self._salt = salt
@@ -495,47 +494,6 @@ class ClientConnection:
         out.clear()
         self.queued_bytes = 0
         return data
-
-
-_WELCOME_TYPES: Final = {
-    "server": str,
-    "versions": list,
-    "max_frame": int,
-    "max_streams": int,
-    "idle_timeout_ms": int,
-    "tolerance_ms": int,
-    "sts": dict,
-}
-
-
-@lru_cache(maxsize=16)  # all connections to one server share one map
-def _read_welcome(body: bytes, max_depth: int) -> dict[str, Any]:
-    """The map of a WELCOME. Raises ProtocolError if it is not as the contract says."""
-    try:
-        welcome = decode_map(body, max_depth)
-    except MessageError as error:
-        raise ProtocolError(Code.PROTOCOL_ERROR, f"WELCOME cannot be read: {error}") from error
-    for key, wanted in _WELCOME_TYPES.items():
-        if welcome.get(key).__class__ is not wanted:
-            raise ProtocolError(Code.PROTOCOL_ERROR, f"WELCOME: {key} is missing or of the wrong type")
-    for key, least in (
-        ("max_frame", MIN_LENGTH),
-        ("max_streams", 1),
-        ("idle_timeout_ms", 0),
-        ("tolerance_ms", 0),
-    ):
-        if welcome[key] < least:
-            raise ProtocolError(Code.PROTOCOL_ERROR, f"WELCOME: {key} is too small")
-    sts = welcome["sts"]
-    if sts.get("max_age").__class__ is not int or sts["max_age"] < 0:
-        raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME: sts.max_age is missing or of the wrong type")
-    if sts.get("include_subdomains").__class__ is not bool:
-        raise ProtocolError(
-            Code.PROTOCOL_ERROR, "WELCOME: sts.include_subdomains is missing or of the wrong type"
-        )
-    if not any(version.__class__ is int and version == VERSION for version in welcome["versions"]):
-        raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME: the server does not speak version 1")
-    return welcome
 
 
 def _code_of(code: int) -> Code:
