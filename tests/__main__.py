@@ -1,0 +1,46 @@
+"""All checks, in the order in which they fail fastest: `python -m tests`.
+
+    --quick    the tests alone: no style, no types, no coverage
+    --fix      let ruff mend what it can first
+
+Further arguments go to pytest.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COVERED = ("wire", "connection", "tls", "sessions", "auth", "certs")
+"""Rooms of which every line and every branch is run by a test."""
+
+
+def main(arguments: list[str]) -> int:
+    quick = "--quick" in arguments
+    if "--fix" in arguments:
+        run("ruff", "check", "--fix", "-q", ".")
+        run("ruff", "format", "-q", ".")
+    for_pytest = [argument for argument in arguments if argument not in ("--quick", "--fix")]
+    if not quick and not all((run("ruff", "check", "."), run("ruff", "format", "--check", "."), run("mypy"))):
+        return 1
+    if quick or for_pytest:
+        return 0 if run("pytest", *for_pytest) else 1
+    coverage = [f"--cov=zcproto.{room}" for room in COVERED]
+    strict = ("--cov-branch", "--cov-report=term-missing:skip-covered", "--cov-fail-under=100")
+    return 0 if run("pytest", *coverage, *strict) else 1
+
+
+def run(module: str, *arguments: str) -> bool:
+    """Run a tool of this environment; tell what it is and how long it took."""
+    print(f"-- {module} {' '.join(arguments)}", flush=True)
+    began = time.monotonic()
+    code = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=False).returncode
+    print(f"-- {module}: {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - began:.1f} s", flush=True)
+    return code == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
