@@ -85,16 +85,17 @@ class DeadlineWheel:
         entry.deadline_tick = 0
         self._buckets[tick].discard(entry)
 
-    def close(self) -> None:
-        """Stop the timer. Entries are forgotten."""
-        for bucket in self._buckets.values():
-            for entry in bucket:
-                entry.deadline_tick = 0
+    def close(self) -> list[Timed]:
+        """Stop the timer. Entries are forgotten; those that still waited are returned."""
+        waiting = [entry for bucket in self._buckets.values() for entry in bucket]
+        for entry in waiting:
+            entry.deadline_tick = 0
         self._buckets.clear()
         self._heap.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        return waiting
 
     def _arm(self) -> None:
         if self._timer is not None:

@@ -3,9 +3,10 @@
 A coroutine's first step runs at once, in the caller's turn of the loop. Most handlers end there, and cost no
 task. One that waits is adopted by a real `asyncio.Task`.
 
-That task exists before: it comes from a pool, waits for work, and is the *current task* already during the first
-step. So `asyncio.timeout`, `TaskGroup` and cancellation, which ask for the current task, see the same one from
-beginning to end. Each coroutine runs in a context of its own (PEP 567), as in a task of its own.
+That task exists before: it waits for work, and is the *current task* already during the first step. So
+`asyncio.timeout`, `TaskGroup` and cancellation, which ask for the current task, see the same one from beginning
+to end. Each coroutine runs in a context of its own (PEP 567), as in a task of its own. A task that has adopted a
+coroutine ends with it, so that whoever still holds that task can never cancel another one's work.
 """
 
 from __future__ import annotations
@@ -15,10 +16,7 @@ import contextvars
 import types
 from asyncio.tasks import _enter_task, _leave_task
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Final
-
-MAX_IDLE: Final = 128
-"""Waiting tasks kept for later, each about 2 KiB."""
+from typing import Any
 
 Done = Callable[[Any, BaseException | None], None]
 """Called with the coroutine's result, or with its exception."""
@@ -31,7 +29,6 @@ class EagerTasks:
         self._loop = loop
         self._idle: list[Worker] = []
         self._workers: set[Worker] = set()
-        self._closed = False
         self.result: Any = None
 
     @property
@@ -46,7 +43,8 @@ class EagerTasks:
         """
         loop = self._loop
         idle = self._idle
-        worker = idle.pop() if idle else self._new_worker()
+        # A task that was cancelled while it had no work is going: the next coroutine must not be its victim.
+        worker = idle.pop() if idle and not idle[-1].task.cancelling() else self._new_worker()
         context = contextvars.copy_context()
         try:
             _enter_task(loop, worker.task)
@@ -79,25 +77,19 @@ class EagerTasks:
         finally:
             _enter_task(self._loop, outer)
 
-    async def close(self) -> None:
-        """Cancel everything and wait until it has ended."""
-        self._closed = True
+    async def close(self, limit: float) -> int:
+        """Cancel everything and wait until it has ended, at most `limit` seconds; how many have not."""
         tasks = [worker.task for worker in self._workers]
         for worker in list(self._workers):
             worker.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=limit)
+        return self.running
 
     def _new_worker(self) -> Worker:
         worker = Worker(self, self._loop)
         self._workers.add(worker)
         return worker
-
-    def released(self, worker: Worker) -> bool:
-        """A worker has nothing to do: whether it is to wait for more."""
-        if self._closed or len(self._idle) >= MAX_IDLE:
-            return False
-        self._idle.append(worker)
-        return True
 
     def forget(self, worker: Worker) -> None:
         self._workers.discard(worker)
@@ -106,9 +98,9 @@ class EagerTasks:
 
 
 class Worker:
-    """A task of the pool, and the coroutine that it has adopted, if any."""
+    """A task, and the coroutine that it has adopted, if any."""
 
-    __slots__ = ("_cancel_asked", "_job", "_loop", "_pool", "_started", "_wake", "done", "task")
+    __slots__ = ("_cancelled_early", "_job", "_loop", "_pool", "_started", "_wake", "done", "task")
 
     def __init__(self, pool: EagerTasks, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
@@ -116,7 +108,7 @@ class Worker:
         self._job: tuple[Coroutine[Any, Any, Any], Any, contextvars.Context] | None = None
         self._wake: asyncio.Future[None] | None = None
         self._started = False
-        self._cancel_asked = False
+        self._cancelled_early = False
         self.done: Done | None = None
         self.task: asyncio.Task[None] = loop.create_task(self._work(), name="zcproto-handler")
         self.task.add_done_callback(self._task_ended)
@@ -128,49 +120,41 @@ class Worker:
 
     def cancel(self) -> None:
         """Raise CancelledError in the coroutine where it waits."""
-        self._cancel_asked = True
-        if self._started:  # a task cancelled before its first step would never take that step
+        if self._started:
             self.task.cancel()
+        else:  # a task cancelled before its first step would never take that step
+            self._cancelled_early = True
 
     async def _work(self) -> None:
         self._started = True
-        while True:
-            if self._job is None and not self._cancel_asked:
-                self._wake = self._loop.create_future()
-                try:
-                    await self._wake
-                except asyncio.CancelledError:
-                    if self._job is not None and not self._cancel_asked:
-                        self._forget_cancellation()  # it was meant for the work before
-                self._wake = None
-            if self._job is None:
-                return
-            coroutine, awaited, context = self._job
-            cancelled, self._cancel_asked = self._cancel_asked, False
-            result, error = None, None
+        cancelled = self._cancelled_early
+        if self._job is None and not cancelled:
+            self._wake = self._loop.create_future()
             try:
-                result = await _resume(coroutine, awaited, context, cancelled)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as raised:  # it is handed on; CancelledError is one of them
-                error = raised
-            self._job = None
-            self._forget_cancellation()  # the next coroutine starts uncancelled
-            done, self.done = self.done, None
-            waits = self._pool.released(self)
-            if done is not None:
-                done(result, error)
-            del coroutine, awaited, context, result, error, done
-            if not waits:
-                return
-
-    def _forget_cancellation(self) -> None:
-        self._cancel_asked = False
-        while self.task.cancelling():
-            self.task.uncancel()
+                await self._wake
+            except asyncio.CancelledError:
+                cancelled = True
+        if self._job is None:
+            return
+        coroutine, awaited, context = self._job
+        self._job = None
+        result, error = None, None
+        try:
+            result = await _resume(coroutine, awaited, context, cancelled)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as raised:  # it is handed on; CancelledError is one of them
+            error = raised
+        done, self.done = self.done, None
+        if done is not None:
+            done(result, error)
+        del error  # its traceback leads back to here
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._pool.forget(self)
+        job, self._job = self._job, None
+        if job is not None:  # the coroutine cancelled the task before that took its first step
+            job[0].close()
         done, self.done = self.done, None
         if done is not None:
             done(None, asyncio.CancelledError())
@@ -195,6 +179,10 @@ def _resume(
         else:
             raised = None
         try:
-            awaited = context.run(coroutine.throw, raised) if raised else context.run(coroutine.send, sent)
+            awaited = (
+                context.run(coroutine.send, sent) if raised is None else context.run(coroutine.throw, raised)
+            )
         except StopIteration as end:
             return end.value
+        finally:
+            raised = None  # its traceback leads back to here

@@ -84,10 +84,17 @@ async def _serve(server: Server, ready: Callable[[Server], None]) -> None:
     await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():
         log.warning("server.forced")
-        sys.stderr.flush()
-        os._exit(1)
+        _exit_at_once()
     forced.cancel()
     draining.result()
+    if server.serving.tasks.running:  # methods that cannot be cancelled: the loop's end would wait for them
+        _exit_at_once()
+
+
+def _exit_at_once() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _deny_core_dumps() -> None:

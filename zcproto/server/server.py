@@ -39,13 +39,16 @@ from zcproto.server.serving import Serving, log
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.tls.context import SUITES, can_choose_suites, server_context
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.server import TlsAcceptor
+from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME
 
 CLEANUP_SLOTS: Final = 2_000
 """Sessions looked at in one slice of the cleanup, about a millisecond of the loop."""
 
 GOAWAYS_PER_TURN: Final = 100
+
+CANCELLED_TIME: Final = 2.0
+"""Seconds that methods have, once cancelled, to clean up after themselves."""
 
 GC_THRESHOLDS: Final = (20_000, 50, 100)
 """Collections in the usual rhythm walk every object of 10,000 connections again and again."""
@@ -83,6 +86,7 @@ class Server:
         self._sockets: list[socket.socket] = []
         self._cleanup: asyncio.Task[None] | None = None
         self._closed = asyncio.Event()
+        self._ending = asyncio.Lock()
 
     # --- start ---------------------------------------------------------------------------------------
 
@@ -258,11 +262,15 @@ class Server:
     async def drain(self, limit: float | None = None) -> None:
         """Stop accepting, say GOAWAY, finish what runs within the limit, close every connection, end.
 
-        `limit` in seconds; None is the configured one, 0 cancels what runs at once.
+        `limit` in seconds; None is the configured one, 0 cancels what runs at once. Who calls while another
+        drains waits for the same end.
         """
-        if self._serving is None or self._closed.is_set():
-            return
-        serving = self._serving
+        async with self._ending:
+            if self._serving is not None and not self._closed.is_set():
+                await self._drain(self.config.server.drain_timeout if limit is None else limit)
+
+    async def _drain(self, limit: float) -> None:
+        serving = self.serving
         serving.draining = True
         self._listener.close()
         log.info("server.draining", connections=len(serving.connections))
@@ -270,20 +278,23 @@ class Server:
             protocol.go_away("draining")
             if number % GOAWAYS_PER_TURN == GOAWAYS_PER_TURN - 1:
                 await asyncio.sleep(0)
-        await self._within(
-            self.config.server.drain_timeout if limit is None else limit, serving.wait_drained()
-        )
+        await self._within(limit, serving.wait_drained())
         cut_off = len(serving.connections)
         for protocol in list(serving.connections):
             protocol.cancel_all()
             protocol.close("drain_timeout")
         # close_notify is out: wait for the peers' ends, or for the linger time that resets the rest.
         await self._within(LINGER_TIME + 0.5, self._listener.wait_empty())
-        await serving.tasks.close()
+        stuck = await serving.tasks.close(CANCELLED_TIME)
+        if stuck:
+            log.error("server.methods_stuck", count=stuck)
         if self._cleanup is not None:
             self._cleanup.cancel()
         self.pauses.stop()
-        self._wheel.close()
+        for waiting in self._wheel.close():  # handshakes that were never finished: nobody else would end them
+            if isinstance(waiting, TlsServerTransport):
+                waiting.abort()
+        await self._within(LINGER_TIME, self._listener.wait_empty())
         serving.close()
         self._closed.set()
         log.info("server.ended", cut_off=cut_off)

@@ -1,0 +1,790 @@
+"""Coroutines started by hand behave as in a task of their own, on asyncio's loop and on uvloop's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import pytest
+import uvloop
+
+from zcproto.server.eager import EagerTasks, Worker
+
+T = TypeVar("T")
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="untouched")
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop() if request.param == "asyncio" else uvloop.new_event_loop()
+    faults: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: faults.append(context))
+    yield loop
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+    assert faults == []
+
+
+@pytest.fixture
+def tasks(loop: asyncio.AbstractEventLoop) -> Iterator[EagerTasks]:
+    tasks = EagerTasks(loop)
+    yield tasks
+    assert loop.run_until_complete(tasks.close(1.0)) == 0
+
+
+class Outcome:
+    """What a Worker tells its `done`."""
+
+    def __init__(self) -> None:
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.calls = 0
+
+    def __call__(self, result: Any, error: BaseException | None) -> None:
+        self.result, self.error = result, error
+        self.calls += 1
+
+
+class Bench:
+    """Runs steps as the loop does, outside of any task."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, tasks: EagerTasks) -> None:
+        self.loop = loop
+        self.tasks = tasks
+
+    def in_loop(self, step: Callable[[], T]) -> T:
+        """Call a function from a plain callback of the loop."""
+        future: asyncio.Future[T] = self.loop.create_future()
+
+        def callback() -> None:
+            try:
+                future.set_result(step())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.loop.call_soon(callback)
+        return self.loop.run_until_complete(future)
+
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Worker | None:
+        return self.in_loop(lambda: self.tasks.start(coroutine))
+
+    def value(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """What a coroutine gives that must end in its first step."""
+        assert self.start(coroutine) is None
+        return self.tasks.result
+
+    def waiting(self, coroutine: Coroutine[Any, Any, Any]) -> tuple[Worker, Outcome]:
+        """Start a coroutine that must wait."""
+        outcome = Outcome()
+
+        def step() -> Worker:
+            worker = self.tasks.start(coroutine)
+            assert worker is not None
+            worker.done = outcome
+            return worker
+
+        return self.in_loop(step), outcome
+
+    def turns(self, count: int = 3) -> None:
+        for _ in range(count):
+            self.in_loop(lambda: None)
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Run the loop until a Worker is done."""
+
+        async def wait() -> None:
+            async with asyncio.timeout(5):
+                while not outcome.calls:  # noqa: ASYNC110 - the Worker knows no events
+                    await asyncio.sleep(0)
+
+        self.loop.run_until_complete(wait())
+        self.turns()
+        assert outcome.calls == 1
+        return outcome
+
+    def outcome(self, coroutine: Coroutine[Any, Any, Any]) -> Outcome:
+        return self.finish(self.waiting(coroutine)[1])
+
+
+@pytest.fixture
+def bench(loop: asyncio.AbstractEventLoop, tasks: EagerTasks) -> Bench:
+    return Bench(loop, tasks)
+
+
+@pytest.fixture(params=["a new task", "a task that waits for work"])
+def warm(request: pytest.FixtureRequest, bench: Bench) -> None:
+    """Most things must hold for the first coroutine, whose task has not run yet, and for later ones."""
+    if request.param == "a task that waits for work":
+        bench.value(ready())
+        bench.turns()
+
+
+async def ready(value: Any = None) -> Any:
+    return value
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+# --- the first step --------------------------------------------------------------------------------------
+
+
+def test_the_first_step_runs_in_the_callers_turn(bench: Bench, warm: None) -> None:
+    order = []
+
+    async def coroutine() -> int:
+        order.append("coroutine")
+        return 7
+
+    def step() -> None:
+        assert bench.tasks.start(coroutine()) is None
+        order.append("caller")
+        assert bench.tasks.result == 7
+
+    bench.in_loop(step)
+    assert order == ["coroutine", "caller"]
+
+
+def test_ending_in_the_first_step_uses_one_task_again_and_again(bench: Bench) -> None:
+    seen = []
+
+    async def coroutine() -> None:
+        seen.append(asyncio.current_task())
+
+    for _ in range(100):
+        bench.value(coroutine())
+    assert len(set(seen)) == 1
+    assert bench.tasks.running == 0
+    assert len(asyncio.all_tasks(bench.loop)) == 1
+
+
+def test_what_the_first_step_raises_comes_through(bench: Bench, warm: None) -> None:
+    async def coroutine() -> None:
+        raise LookupError("no such thing")
+
+    with pytest.raises(LookupError, match="no such thing"):
+        bench.start(coroutine())
+    assert bench.tasks.running == 0
+    assert bench.value(ready(5)) == 5
+
+
+def test_awaiting_what_is_there_already_is_no_wait(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
+    future: asyncio.Future[int] = loop.create_future()
+    future.set_result(3)
+
+    async def coroutine() -> int:
+        async with asyncio.timeout(5):
+            return await future + await ready(1)
+
+    assert bench.value(coroutine()) == 4
+
+
+# --- waiting ---------------------------------------------------------------------------------------------
+
+
+def test_a_coroutine_that_waits_goes_on_in_a_task_and_tells_its_result(bench: Bench, warm: None) -> None:
+    async def coroutine() -> str:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
+        return "done"
+
+    worker, outcome = bench.waiting(coroutine())
+    assert bench.tasks.running == 1
+    bench.finish(outcome)
+    assert (outcome.result, outcome.error) == ("done", None)
+    assert worker.task.done()
+    assert bench.tasks.running == 0
+
+
+def test_an_exception_after_waiting_is_told(bench: Bench, warm: None) -> None:
+    async def coroutine() -> None:
+        await asyncio.sleep(0)
+        raise LookupError("late")
+
+    outcome = bench.outcome(coroutine())
+    assert isinstance(outcome.error, LookupError)
+    assert bench.tasks.running == 0
+
+
+def test_an_awaited_failure_reaches_the_coroutine(
+    bench: Bench, loop: asyncio.AbstractEventLoop, warm: None
+) -> None:
+    future: asyncio.Future[None] = loop.create_future()
+
+    async def coroutine() -> str:
+        try:
+            await future
+        except OSError as error:
+            await asyncio.sleep(0)
+            return str(error)
+        return "no error"
+
+    _, outcome = bench.waiting(coroutine())
+    bench.in_loop(lambda: future.set_exception(OSError("disk full")))
+    assert bench.finish(outcome).result == "disk full"
+
+
+class OddError(Exception):
+    """An exception that is false."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_even_an_exception_that_is_false_is_raised(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
+    future: asyncio.Future[None] = loop.create_future()
+
+    async def coroutine() -> None:
+        await future
+
+    _, outcome = bench.waiting(coroutine())
+    bench.in_loop(lambda: future.set_exception(OddError()))
+    assert isinstance(bench.finish(outcome).error, OddError)
+
+
+def test_the_current_task_is_the_same_from_beginning_to_end(bench: Bench, warm: None) -> None:
+    async def coroutine() -> list[Any]:
+        tasks = [asyncio.current_task()]
+        await asyncio.sleep(0)
+        tasks.append(asyncio.current_task())
+        await asyncio.sleep(0)
+        tasks.append(asyncio.current_task())
+        return tasks
+
+    worker, outcome = bench.waiting(coroutine())
+    bench.finish(outcome)
+    assert outcome.result == [worker.task] * 3
+
+
+def test_a_task_that_has_waited_is_not_used_again(bench: Bench) -> None:
+    """Whoever kept it (a library's table by task, a supervisor that cancels it late) must not reach another."""
+
+    async def coroutine() -> asyncio.Task[Any] | None:
+        await asyncio.sleep(0)
+        return asyncio.current_task()
+
+    async def who() -> asyncio.Task[Any] | None:
+        return asyncio.current_task()
+
+    first = bench.outcome(coroutine()).result
+    assert bench.value(who()) is not first
+    assert bench.outcome(coroutine()).result is not first
+    assert not first.cancel()
+
+
+def test_many_wait_at_once_each_in_its_own_task(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
+    gate = asyncio.Event()
+
+    async def coroutine(number: int) -> tuple[int, Any]:
+        await gate.wait()
+        return number, asyncio.current_task()
+
+    outcomes = [bench.waiting(coroutine(number))[1] for number in range(200)]
+    assert bench.tasks.running == 200
+    bench.in_loop(gate.set)
+    for outcome in outcomes:
+        bench.finish(outcome)
+    assert [outcome.result[0] for outcome in outcomes] == list(range(200))
+    assert len({outcome.result[1] for outcome in outcomes}) == 200
+    assert bench.tasks.running == 0
+    # None of them is kept for later.
+    assert len(asyncio.all_tasks(loop)) == 0
+
+
+def test_without_a_done_the_result_is_dropped(bench: Bench) -> None:
+    async def coroutine() -> None:
+        await asyncio.sleep(0)
+        raise LookupError
+
+    worker = bench.start(coroutine())
+    assert worker is not None
+    bench.turns(5)
+    assert worker.task.done()
+
+
+# --- contexts --------------------------------------------------------------------------------------------
+
+
+def test_each_coroutine_has_a_context_of_its_own(bench: Bench, warm: None) -> None:
+    async def coroutine(name: str, wait: bool) -> list[str]:
+        seen = [variable.get()]
+        variable.set(name)
+        if wait:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        seen.append(variable.get())
+        return seen
+
+    assert bench.value(coroutine("first", wait=False)) == ["untouched", "first"]
+    _, second = bench.waiting(coroutine("second", wait=True))
+    _, third = bench.waiting(coroutine("third", wait=True))
+    assert bench.finish(second).result == ["untouched", "second"]
+    assert bench.finish(third).result == ["untouched", "third"]
+    assert variable.get() == "untouched"
+
+
+def test_a_context_variable_of_the_caller_is_seen(bench: Bench) -> None:
+    async def coroutine() -> str:
+        return variable.get()
+
+    def step() -> str:
+        variable.set("caller")
+        assert bench.tasks.start(coroutine()) is None
+        return str(bench.tasks.result)
+
+    assert bench.in_loop(step) == "caller"
+
+
+def test_a_child_task_inherits_the_coroutines_context(bench: Bench) -> None:
+    async def child() -> str:
+        return variable.get()
+
+    async def coroutine() -> str:
+        variable.set("parent")
+        await asyncio.sleep(0)
+        return await asyncio.create_task(child())
+
+    assert bench.outcome(coroutine()).result == "parent"
+
+
+# --- what asks for the current task ------------------------------------------------------------------------
+
+
+def test_a_timeout_that_begins_in_the_first_step_ends_the_wait(bench: Bench, warm: None) -> None:
+    async def coroutine() -> str:
+        try:
+            async with asyncio.timeout(0.01):
+                await forever()
+        except TimeoutError:
+            task = asyncio.current_task()
+            assert task is not None
+            return f"timed out, cancelling {task.cancelling()}"
+        return "never"
+
+    assert bench.outcome(coroutine()).result == "timed out, cancelling 0"
+
+
+@pytest.mark.parametrize("delay", [0, -1])
+def test_a_timeout_that_has_passed_already_ends_the_wait(bench: Bench, warm: None, delay: float) -> None:
+    async def coroutine() -> str:
+        try:
+            async with asyncio.timeout(delay):
+                await forever()
+        except TimeoutError:
+            return "timed out"
+        return "never"
+
+    assert bench.outcome(coroutine()).result == "timed out"
+
+
+def test_wait_for_in_the_first_step_times_out(bench: Bench, warm: None) -> None:
+    async def coroutine() -> str:
+        try:
+            await asyncio.wait_for(forever(), 0.01)
+        except TimeoutError:
+            return "timed out"
+        return "never"
+
+    assert bench.outcome(coroutine()).result == "timed out"
+
+
+def test_a_task_group_gathers_its_children(bench: Bench, warm: None) -> None:
+    async def child(number: int) -> int:
+        await asyncio.sleep(0)
+        return number
+
+    async def coroutine() -> list[int]:
+        async with asyncio.TaskGroup() as group:
+            children = [group.create_task(child(number)) for number in range(3)]
+        return [task.result() for task in children]
+
+    assert bench.outcome(coroutine()).result == [0, 1, 2]
+
+
+def test_a_failing_child_cancels_its_group_alone(bench: Bench, warm: None) -> None:
+    async def failing() -> None:
+        raise LookupError("child")
+
+    async def coroutine() -> str:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(failing())
+                await forever()
+        except* LookupError:
+            pass
+        await asyncio.sleep(0)
+        return "went on"
+
+    assert bench.outcome(coroutine()).result == "went on"
+
+
+# --- cancellation ----------------------------------------------------------------------------------------
+
+
+def test_cancelling_raises_where_the_coroutine_waits(bench: Bench, warm: None) -> None:
+    cleaned = []
+
+    async def coroutine() -> None:
+        try:
+            await forever()
+        finally:
+            cleaned.append(True)
+
+    worker, outcome = bench.waiting(coroutine())
+    bench.turns()
+    bench.in_loop(worker.cancel)
+    bench.finish(outcome)
+    assert isinstance(outcome.error, asyncio.CancelledError)
+    assert cleaned == [True]
+
+
+def test_cancelling_before_the_task_has_begun_reaches_the_coroutine(bench: Bench, warm: None) -> None:
+    cleaned = []
+
+    async def coroutine() -> None:
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            cleaned.append(True)
+            raise
+
+    outcome = Outcome()
+
+    def step() -> None:
+        worker = bench.tasks.start(coroutine())
+        assert worker is not None
+        worker.done = outcome
+        worker.cancel()
+
+    bench.in_loop(step)
+    bench.finish(outcome)
+    assert isinstance(outcome.error, asyncio.CancelledError)
+    assert cleaned == [True]
+
+
+def test_a_coroutine_may_clean_up_in_peace_after_its_cancellation(bench: Bench, warm: None) -> None:
+    async def coroutine() -> str:
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
+            return "cleaned up"
+        return "never"
+
+    worker, outcome = bench.waiting(coroutine())
+    bench.in_loop(worker.cancel)
+    assert bench.finish(outcome).result == "cleaned up"
+
+
+def test_cancelling_what_has_ended_does_nothing(bench: Bench) -> None:
+    async def coroutine() -> int:
+        await asyncio.sleep(0)
+        return 1
+
+    worker, outcome = bench.waiting(coroutine())
+    bench.finish(outcome)
+    bench.in_loop(worker.cancel)
+    assert bench.value(ready(2)) == 2
+    assert bench.outcome(coroutine()).result == 1
+
+
+def test_cancelling_reaches_none_but_its_own(bench: Bench) -> None:
+    async def coroutine() -> str:
+        await asyncio.sleep(0.001)
+        return "untroubled"
+
+    victim, cancelled = bench.waiting(forever())
+    others = [bench.waiting(coroutine())[1] for _ in range(5)]
+    bench.in_loop(victim.cancel)
+    bench.finish(cancelled)
+    assert isinstance(cancelled.error, asyncio.CancelledError)
+    assert [bench.finish(other).result for other in others] == ["untroubled"] * 5
+
+
+def cancel_current_task() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+
+
+def test_a_coroutine_that_cancels_itself_and_ends_harms_nobody(bench: Bench, warm: None) -> None:
+    async def coroutine(wait: bool) -> str:
+        if wait:
+            await asyncio.sleep(0)
+        cancel_current_task()
+        return "ended"
+
+    async def innocent() -> tuple[int, str]:
+        task = asyncio.current_task()
+        assert task is not None
+        before = task.cancelling()
+        await asyncio.sleep(0)
+        return before, "untroubled"
+
+    def step() -> tuple[Outcome, Outcome]:
+        assert bench.tasks.start(coroutine(wait=False)) is None
+        outcomes = Outcome(), Outcome()
+        for outcome in outcomes:
+            worker = bench.tasks.start(innocent())
+            assert worker is not None
+            worker.done = outcome
+        return outcomes
+
+    for outcome in bench.in_loop(step):
+        assert bench.finish(outcome).result == (0, "untroubled")
+    assert bench.outcome(coroutine(wait=True)).result == "ended"
+    assert bench.outcome(innocent()).result == (0, "untroubled")
+
+
+def test_a_coroutine_that_cancels_itself_and_waits_is_cancelled(bench: Bench) -> None:
+    cleaned = []
+
+    async def coroutine() -> None:
+        cancel_current_task()
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            cleaned.append("cancelled")
+            raise
+
+    bench.value(ready())
+    bench.turns()
+    assert isinstance(bench.outcome(coroutine()).error, asyncio.CancelledError)
+    assert cleaned == ["cancelled"]
+
+
+def test_a_coroutine_that_cancels_a_task_not_begun_is_ended(bench: Bench) -> None:
+    cleaned = []
+
+    async def coroutine() -> None:
+        cancel_current_task()
+        try:
+            await forever()
+        finally:
+            cleaned.append("ended")
+
+    assert isinstance(bench.outcome(coroutine()).error, asyncio.CancelledError)
+    assert cleaned == ["ended"]
+
+
+def test_a_task_cancelled_while_it_waits_for_work_takes_none(bench: Bench) -> None:
+    async def who() -> asyncio.Task[Any] | None:
+        return asyncio.current_task()
+
+    task = bench.value(who())
+    bench.turns()
+
+    def step() -> asyncio.Task[Any] | None:
+        task.cancel()
+        assert bench.tasks.start(who()) is None
+        other: asyncio.Task[Any] | None = bench.tasks.result
+        return other
+
+    assert bench.in_loop(step) is not task
+    bench.turns()
+    assert task.done()
+    assert bench.tasks.running == 0
+
+
+# --- from within a task ------------------------------------------------------------------------------------
+
+
+def test_a_coroutine_can_be_started_from_within_a_task(bench: Bench) -> None:
+    async def who() -> asyncio.Task[Any] | None:
+        return asyncio.current_task()
+
+    async def failing() -> None:
+        raise LookupError
+
+    async def outer() -> bool:
+        me = asyncio.current_task()
+        assert bench.tasks.start(who()) is None
+        inner = bench.tasks.result
+        with pytest.raises(LookupError):
+            bench.tasks.start(failing())
+        return inner is not me and asyncio.current_task() is me
+
+    assert bench.loop.run_until_complete(outer())
+
+
+def test_one_started_from_within_a_task_may_wait(bench: Bench) -> None:
+    outcome = Outcome()
+
+    async def inner() -> str:
+        await asyncio.sleep(0)
+        return "inner"
+
+    async def outer() -> str:
+        worker = bench.tasks.start(inner())
+        assert worker is not None
+        worker.done = outcome
+        await asyncio.sleep(0)
+        return "outer"
+
+    assert bench.loop.run_until_complete(outer()) == "outer"
+    assert bench.finish(outcome).result == "inner"
+
+
+def test_a_coroutine_may_start_another_in_its_first_step(bench: Bench) -> None:
+    async def level(depth: int) -> int:
+        if depth == 0:
+            return 0
+        assert bench.tasks.start(level(depth - 1)) is None
+        return int(bench.tasks.result) + 1
+
+    assert bench.value(level(20)) == 20
+    assert bench.tasks.running == 0
+
+
+# --- memory and the end ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["result", "error", "cancelled"])
+def test_nothing_of_an_ended_coroutine_is_kept(bench: Bench, ending: str) -> None:
+    class Thing:
+        pass
+
+    kept: list[weakref.ref[Thing]] = []
+
+    async def coroutine() -> None:
+        thing = Thing()
+        kept.append(weakref.ref(thing))
+        await asyncio.sleep(0)
+        if ending == "error":
+            raise LookupError(thing)
+        if ending == "cancelled":
+            await forever()
+
+    gc.collect()
+    gc.disable()
+    try:
+        worker, outcome = bench.waiting(coroutine())
+        bench.turns()
+        if ending == "cancelled":
+            bench.in_loop(worker.cancel)
+        bench.finish(outcome)
+        outcome.error = None
+        del worker
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_close_cancels_what_waits_and_ends_every_task(loop: asyncio.AbstractEventLoop) -> None:
+    tasks = EagerTasks(loop)
+    bench = Bench(loop, tasks)
+    bench.value(ready())
+    outcomes = [bench.waiting(forever())[1] for _ in range(3)]
+    assert loop.run_until_complete(tasks.close(5.0)) == 0
+    for outcome in outcomes:
+        assert outcome.calls == 1
+        assert isinstance(outcome.error, asyncio.CancelledError)
+    assert asyncio.all_tasks(loop) == set()
+
+
+def test_close_at_once_ends_a_task_that_never_began(loop: asyncio.AbstractEventLoop) -> None:
+    tasks = EagerTasks(loop)
+    outcome = Outcome()
+
+    def start() -> None:
+        assert tasks.start(ready()) is None
+        worker = tasks.start(forever())
+        assert worker is not None
+        worker.done = outcome
+
+    loop.call_soon(start)
+
+    async def close() -> int:
+        return await tasks.close(5.0)
+
+    assert loop.run_until_complete(close()) == 0
+    assert isinstance(outcome.error, asyncio.CancelledError)
+
+
+def test_close_of_an_empty_pool_returns(loop: asyncio.AbstractEventLoop) -> None:
+    assert loop.run_until_complete(EagerTasks(loop).close(0.0)) == 0
+
+
+def test_close_does_not_wait_for_ever(loop: asyncio.AbstractEventLoop) -> None:
+    gate = asyncio.Event()
+
+    async def stubborn() -> str:
+        while not gate.is_set():
+            try:
+                await gate.wait()
+            except asyncio.CancelledError:
+                continue
+        return "at last"
+
+    tasks = EagerTasks(loop)
+    bench = Bench(loop, tasks)
+    _, outcome = bench.waiting(stubborn())
+    assert loop.run_until_complete(tasks.close(0.01)) == 1
+    bench.in_loop(gate.set)
+    assert bench.finish(outcome).result == "at last"
+    assert tasks.running == 0
+
+
+def test_the_end_of_the_loop_closes_what_still_waits() -> None:
+    closed = []
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            closed.append(True)
+
+    loop = asyncio.new_event_loop()
+    worker, _ = Bench(loop, EagerTasks(loop)).waiting(stubborn())
+    loop.run_until_complete(asyncio.sleep(0))
+    worker.task.get_coro().close()  # type: ignore[union-attr]  # as the interpreter does when the loop is gone
+    assert closed == [True]
+    worker.task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_program_is_not_swallowed(end: type[BaseException]) -> None:
+    async def coroutine() -> None:
+        await asyncio.sleep(0)
+        raise end
+
+    loop = asyncio.new_event_loop()
+    tasks = EagerTasks(loop)
+    bench = Bench(loop, tasks)
+    worker, outcome = bench.waiting(coroutine())
+
+    async def run() -> None:
+        await asyncio.sleep(1)
+
+    with pytest.raises(end):
+        loop.run_until_complete(run())
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    bench.turns()
+    assert isinstance(worker.task.exception(), end)
+    assert isinstance(outcome.error, asyncio.CancelledError)
+    loop.close()
+
+
+def test_an_awaitable_is_driven_as_a_task_would(bench: Bench) -> None:
+    class Pair:
+        """An awaitable of its own, which yields to the loop twice."""
+
+        def __await__(self) -> Iterator[Any]:
+            yield
+            yield
+            return "driven"
+
+    async def coroutine(awaitable: Awaitable[Any]) -> Any:
+        return await awaitable
+
+    assert bench.outcome(coroutine(Pair())).result == "driven"  # type: ignore[arg-type]
