@@ -133,15 +133,15 @@ class ServerProtocol(asyncio.Protocol):
             if event.__class__ is Request:
                 requests += 1
                 run(event, wall)
+                if self._paused_since is not None:
+                    self._suspended = events
+                    break
             elif event.__class__ is SessionJoined:
                 self._serving.session_joined(event.session_id, self)
             elif event.__class__ is RequestEnded:
                 self._stop(event)
             else:
                 self._conversation_ended(cast("ConnectionEnded", event))
-                break
-            if self._paused_since is not None:
-                self._suspended = events
                 break
         self._serving.counters.requests += requests
         connection = self._connection
@@ -173,10 +173,10 @@ class ServerProtocol(asyncio.Protocol):
                     return
                 result = serving.tasks.result
             body = encode_body(result)
-        except CallError as error:
-            self._answer_error(request, error)
-        except Exception as error:  # whatever a method raises, its caller gets one answer
-            self._answer_fault(request, error)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever a method raises, its caller gets one answer
+            self._answer_exception(request, error)
         else:
             if len(body) < SENT_AT_ONCE:
                 if self._connection is not None:
@@ -201,8 +201,11 @@ class ServerProtocol(asyncio.Protocol):
         return arguments
 
     def _hold(self, request: Request, worker: Worker) -> None:
-        assert self._connection is not None
-        self._connection.hold(request, self.now())
+        connection = self._connection
+        if connection is None:  # the method ended its own connection before it began to wait
+            worker.cancel()
+            return
+        connection.hold(request, self.now())
         if self._workers is None:
             self._workers = {}
         self._workers[request] = worker
@@ -212,12 +215,8 @@ class ServerProtocol(asyncio.Protocol):
                 self._workers.pop(request, None)
             if error is None:
                 self._answer(request, result)
-            elif isinstance(error, CallError):
-                self._answer_error(request, error)
-            elif isinstance(error, asyncio.CancelledError):
-                self._answer_error(request, Cancelled("the server cancelled it"))
             else:
-                self._answer_fault(request, error)
+                self._answer_exception(request, error)
             self._flush_soon()
 
         worker.done = done
@@ -256,6 +255,14 @@ class ServerProtocol(asyncio.Protocol):
             self._connection.respond(request, body, self.wall())
             self._flush()
 
+    def _answer_exception(self, request: Request, error: BaseException) -> None:
+        if isinstance(error, CallError):
+            self._answer_error(request, error)
+        elif isinstance(error, asyncio.CancelledError):
+            self._answer_error(request, Cancelled("the server cancelled it"))
+        else:
+            self._answer_fault(request, error)
+
     def _answer_error(self, request: Request, error: CallError) -> None:
         details = error.details
         if error.code in (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED) and not details:
@@ -274,9 +281,8 @@ class ServerProtocol(asyncio.Protocol):
         self._fail(request, Code.INTERNAL, body)
 
     def _fail(self, request: Request, code: Code, body: bytes) -> None:
-        self._serving.counters.count_error(code)
-        if self._connection is not None:
-            self._connection.fail(request, body, self.wall())
+        if self._connection is not None and self._connection.fail(request, body, self.wall()):
+            self._serving.counters.count_error(code)
 
     # --- sessions ------------------------------------------------------------------------------------
 
