@@ -140,7 +140,7 @@ class TlsClientTransport(TlsTransport):
             self._refuse(failure_of(error), error.verify_message)
             return
         except ssl.SSLError as error:
-            self._refuse(failure_of(error))
+            self._refuse(_failure_of(error))
             return
         self._handshake_completed()
 
@@ -172,8 +172,7 @@ class TlsClientTransport(TlsTransport):
         if not connector.pins:
             return None
         certificate = self._tls.getpeercert(binary_form=True)
-        if certificate is None:
-            return TlsFailure.CERTIFICATE_UNTRUSTED, "the server sent no certificate"
+        assert certificate is not None  # without resumption TLS 1.3 has no handshake that lacks one
         chain_is_checked = connector.context.verify_mode is ssl.CERT_REQUIRED
         return judge_pinned(
             certificate,
@@ -184,8 +183,7 @@ class TlsClientTransport(TlsTransport):
         )
 
     def _refuse(self, failure: TlsFailure, detail: str = "") -> None:
-        if self._error is None:
-            self._error = TlsError(failure.value, detail or _SENTENCES.get(failure, ""))
+        self._error = TlsError(failure.value, detail or _SENTENCES.get(failure, ""))
         self._fail(failure)
 
     def _note(self, failure: TlsFailure) -> None:
@@ -197,6 +195,14 @@ class TlsClientTransport(TlsTransport):
         on_handshake, self._on_handshake = self._on_handshake, None
         if on_handshake is not None:
             on_handshake(error)
+
+
+def _failure_of(error: ssl.SSLError) -> TlsFailure:
+    """The cause of a failed handshake. Python before 3.13 has no name for alert 120, but OpenSSL's words for it."""
+    failure = failure_of(error)
+    if failure is TlsFailure.OTHER and "alert no application protocol" in str(error):
+        return TlsFailure.NO_APPLICATION_PROTOCOL
+    return failure
 
 
 def judge_pinned(

@@ -1,0 +1,563 @@
+"""The client's side of TLS, against OpenSSL's server in memory and against our own over loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import ipaddress
+import ssl
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+import zcproto.tls.client as tls_client
+from zcproto.deadlines import DeadlineWheel
+from zcproto.errors import TlsError
+from zcproto.tls.alert import Alert, alert_record
+from zcproto.tls.client import TlsClientTransport, TlsConnector, dns_name_matches, judge_pinned
+from zcproto.tls.context import SUITES, client_context, server_context
+from zcproto.tls.failure import TlsFailure
+from zcproto.tls.pins import certificate_pin, key_pin, parse_pins
+from zcproto.tls.server import TlsAcceptor
+from zcproto.tls.transport import LINGER_TIME, Phase
+
+from ..conftest import ServerPairs
+from ..helpers import WALL, FakeTimers, MockTransport
+
+NOW = datetime.fromtimestamp(WALL / 1000, UTC)
+DAY = timedelta(days=1)
+
+
+class Recorder(asyncio.Protocol):
+    """What the protocol above was told."""
+
+    def __init__(self, on_made: Callable[[Any], None] = lambda transport: None) -> None:
+        self.told: list[Any] = []
+        self.received = bytearray()
+        self._on_made = on_made
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.told.append("made")
+        self._on_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+
+    def eof_received(self) -> None:
+        self.told.append("eof")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.told.append(exc)
+
+
+class Peer:
+    """A server in memory, joined to a client transport by a mock of TCP."""
+
+    def __init__(
+        self,
+        timers: FakeTimers,
+        server: ssl.SSLContext,
+        client: ssl.SSLContext,
+        *,
+        host: str = "localhost",
+        pins: frozenset[str] = frozenset(),
+        wall: int = WALL,
+        protocol: Recorder | None = None,
+    ) -> None:
+        self.told: list[TlsError | None] = []
+        self.protocol = Recorder() if protocol is None else protocol
+        self.connector = TlsConnector(
+            client, host, DeadlineWheel(timers), pins=pins, wall=lambda: wall, handshake_timeout=5.0
+        )
+        self.client = self.connector.transport(self.protocol, self.told.append)
+        self.raw = MockTransport(timers)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = server.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.agreed = False
+        self.error: ssl.SSLError | None = None
+
+    def connect(self) -> Peer:
+        self.raw.connect(self.client)
+        return self
+
+    def pump(self) -> Peer:
+        """Carry bytes both ways until nobody has any."""
+        while True:
+            sent = self.raw.take()
+            self.incoming.write(sent)
+            self._step()
+            answer = self.outgoing.read()
+            if answer:
+                self.raw.deliver(answer)
+            elif not sent:
+                return self
+
+    def _step(self) -> None:
+        if self.agreed or self.error is not None:
+            return
+        try:
+            self.tls.do_handshake()
+            self.agreed = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            self.error = error
+
+    @property
+    def failure(self) -> TlsError:
+        (error,) = self.told
+        assert error is not None
+        return error
+
+
+def serving(leaf: trustme.LeafCert, alpn: list[str] | None = None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    leaf.configure_cert(context)
+    context.set_alpn_protocols(["zcp/1"] if alpn is None else alpn)
+    context.num_tickets = 0
+    return context
+
+
+def der_of(leaf: trustme.LeafCert) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(leaf.cert_chain_pems[0].bytes().decode())
+
+
+@pytest.fixture(scope="module")
+def leaf(ca: trustme.CA) -> trustme.LeafCert:
+    return ca.issue_cert("localhost", "127.0.0.1", "::1", key_type=trustme.KeyType.ECDSA)
+
+
+@pytest.fixture
+def peer(timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path) -> Peer:
+    return Peer(timers, serving(leaf), client_context(ca_file=ca_file))
+
+
+# --- a good server ----------------------------------------------------------------------------------
+
+
+def test_a_trusted_server_is_agreed_on_and_data_flows_both_ways(peer: Peer) -> None:
+    peer.connect().pump()
+    assert peer.told == [None]
+    assert peer.protocol.told == ["made"]
+    assert peer.tls.selected_alpn_protocol() == "zcp/1"
+    peer.tls.write(b"welcome")
+    peer.pump()
+    assert peer.protocol.received == b"welcome"
+    peer.client.write(b"request")
+    peer.incoming.write(peer.raw.take())
+    assert peer.tls.read(100) == b"request"
+
+
+def test_what_comes_in_the_same_read_as_the_end_of_the_handshake_is_not_lost(
+    peer: Peer, timers: FakeTimers
+) -> None:
+    peer.connect()
+    peer.incoming.write(peer.raw.take())
+    peer._step()
+    flight = peer.outgoing.read()
+    assert not peer.agreed  # the server has said all but waits for our Finished
+    peer.raw.deliver(flight)
+    peer.incoming.write(peer.raw.take())
+    peer._step()
+    peer.tls.write(b"at once")
+    peer.raw.deliver(peer.outgoing.read())
+    assert peer.protocol.received == b"at once"
+
+
+def test_the_handshake_may_come_byte_by_byte(peer: Peer) -> None:
+    peer.connect()
+    while not peer.agreed:
+        peer.incoming.write(peer.raw.take())
+        peer._step()
+        peer.raw.deliver(peer.outgoing.read(), piece=1)
+    assert peer.told == [None]
+
+
+def test_after_the_handshake_there_is_no_deadline(peer: Peer, timers: FakeTimers) -> None:
+    peer.connect().pump()
+    timers.advance(3_600)
+    assert peer.protocol.told == ["made"]
+
+
+def test_a_protocol_that_closes_at_once_is_obeyed(
+    timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path
+) -> None:
+    protocol = Recorder(on_made=lambda transport: transport.close())
+    peer = Peer(timers, serving(leaf), client_context(ca_file=ca_file), protocol=protocol).connect().pump()
+    assert peer.told == [None]
+    assert peer.client.is_closing()
+    assert peer.raw.eof_written
+
+
+def test_a_protocol_that_reads_later_gets_what_came_meanwhile(
+    timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path
+) -> None:
+    protocol = Recorder(on_made=lambda transport: transport.pause_reading())
+    peer = Peer(timers, serving(leaf), client_context(ca_file=ca_file), protocol=protocol).connect().pump()
+    assert not peer.raw.is_reading()
+    peer.client.resume_reading()
+    peer.tls.write(b"later")
+    peer.pump()
+    assert peer.raw.is_reading()
+    assert protocol.received == b"later"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::1%lo"])
+def test_an_address_is_looked_for_in_the_certificate_too(
+    timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path, host: str
+) -> None:
+    peer = Peer(timers, serving(leaf), client_context(ca_file=ca_file), host=host).connect().pump()
+    assert peer.told == [None]
+
+
+# --- a certificate that is not good -----------------------------------------------------------------
+
+
+def test_a_server_of_another_authority_is_untrusted_and_is_told_so_by_an_alert(
+    timers: FakeTimers, ca_file: Path
+) -> None:
+    other = trustme.CA(key_type=trustme.KeyType.ECDSA).issue_cert("localhost")
+    peer = Peer(timers, serving(other), client_context(ca_file=ca_file)).connect().pump()
+    assert peer.failure.failure == "certificate_untrusted"
+    assert "issuer" in peer.failure.detail
+    assert peer.error is not None
+    assert "UNKNOWN_CA" in peer.error.reason
+    assert peer.protocol.told == []
+
+
+def test_an_expired_certificate_is_told_from_an_untrusted_one(
+    timers: FakeTimers, ca: trustme.CA, ca_file: Path
+) -> None:
+    old = ca.issue_cert("localhost", not_after=datetime.now(UTC) - DAY)
+    peer = Peer(timers, serving(old), client_context(ca_file=ca_file)).connect().pump()
+    assert peer.failure.failure == "certificate_expired"
+    assert "expired" in peer.failure.detail
+
+
+@pytest.mark.parametrize("host", ["example.org", "127.0.0.2"])
+def test_a_certificate_for_another_name_is_told_from_an_untrusted_one(
+    timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path, host: str
+) -> None:
+    peer = Peer(timers, serving(leaf), client_context(ca_file=ca_file), host=host).connect().pump()
+    assert peer.failure.failure == "certificate_name_mismatch"
+    assert host in peer.failure.detail
+
+
+def test_with_verification_off_any_certificate_will_do(timers: FakeTimers) -> None:
+    other = trustme.CA().issue_cert("elsewhere")
+    peer = Peer(timers, serving(other), client_context(verify=False)).connect().pump()
+    assert peer.told == [None]
+
+
+# --- what the handshake agreed on -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpn", [[], ["h2"]])
+def test_a_server_that_does_not_choose_zcp_1_is_left_without_a_byte(
+    timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path, alpn: list[str]
+) -> None:
+    peer = Peer(timers, serving(leaf, alpn), client_context(ca_file=ca_file)).connect().pump()
+    assert peer.failure.failure == "no_application_protocol"
+    assert not peer.agreed  # not even our Finished went out
+    assert peer.raw.eof_written
+    assert peer.protocol.told == []
+
+
+def test_a_suite_outside_the_contract_is_refused_whoever_offered_it(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls_client, "suites_are_allowed", lambda tls, suites: False)
+    peer.connect().pump()
+    assert peer.failure.failure == "wrong_parameters"
+    assert not peer.agreed
+
+
+def test_a_server_that_speaks_tls_1_2_only_is_told_apart(
+    timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path
+) -> None:
+    context = serving(leaf)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    peer = Peer(timers, context, client_context(ca_file=ca_file)).connect().pump()
+    assert peer.failure.failure == "unsupported_version"
+    assert "TLS 1.3" in str(peer.failure)
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure"),
+    [
+        (alert_record(Alert.HANDSHAKE_FAILURE), "no_shared_suite"),
+        (alert_record(Alert.PROTOCOL_VERSION), "unsupported_version"),
+        (alert_record(Alert.NO_APPLICATION_PROTOCOL), "no_application_protocol"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not_tls"),
+        (b"SSH-2.0-OpenSSH_9.9\r\n", "not_tls"),
+    ],
+)
+def test_each_refusal_has_its_cause_and_a_sentence(peer: Peer, answer: bytes, failure: str) -> None:
+    peer.connect()
+    peer.raw.take()
+    peer.raw.deliver(answer)
+    assert peer.failure.failure == failure
+    assert peer.failure.detail
+
+
+def test_alert_120_is_known_by_its_words_where_python_has_no_name_for_it() -> None:
+    error = ssl.SSLError(1, "[SSL] tlsv1 alert no application protocol (_ssl.c:1006)")
+    error.reason = None  # type: ignore[assignment]
+    assert tls_client._failure_of(error) is TlsFailure.NO_APPLICATION_PROTOCOL
+
+
+def test_a_server_that_wants_a_client_certificate_ends_the_open_connection(
+    timers: FakeTimers, leaf: trustme.LeafCert, ca: trustme.CA, ca_file: Path
+) -> None:
+    context = serving(leaf)
+    ca.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    peer = Peer(timers, context, client_context(ca_file=ca_file)).connect().pump()
+    assert peer.told == [None]  # in TLS 1.3 a client is done before its certificate is looked at
+    peer.raw.lose()
+    assert isinstance(peer.protocol.told[-1], TlsError)
+    assert peer.protocol.told[-1].failure == "peer_rejected_certificate"
+
+
+# --- the end before the beginning -------------------------------------------------------------------
+
+
+def test_silence_ends_at_the_handshake_timeout(peer: Peer, timers: FakeTimers) -> None:
+    peer.connect()
+    timers.advance(4.9)
+    assert peer.told == []
+    timers.advance(0.3)
+    assert peer.failure.failure == "handshake_timeout"
+    assert peer.failure.detail
+    timers.advance(LINGER_TIME + 1)
+    assert peer.raw.aborted
+
+
+@pytest.mark.parametrize("end", [MockTransport.deliver_eof, MockTransport.lose])
+def test_a_server_that_closes_before_tls_is_agreed_is_told_from_a_truncation(
+    peer: Peer, timers: FakeTimers, end: Callable[[MockTransport], None]
+) -> None:
+    peer.connect()
+    end(peer.raw)
+    assert peer.failure.failure == "disconnected"
+    timers.advance(LINGER_TIME + 1)
+    assert peer.protocol.told == []
+
+
+def test_whoever_waits_is_told_when_we_close_it_ourselves(peer: Peer, timers: FakeTimers) -> None:
+    peer.connect()
+    peer.client.close()
+    peer.raw.lose()
+    assert peer.failure.failure == "disconnected"
+
+
+def test_an_aborted_handshake_is_told_once(peer: Peer, timers: FakeTimers) -> None:
+    peer.connect()
+    peer.client.abort()
+    timers.run()
+    assert peer.failure.failure == "disconnected"
+
+
+def test_after_the_end_nothing_keeps_the_protocol_alive(peer: Peer, timers: FakeTimers) -> None:
+    peer.connect()
+    peer.client.abort()
+    timers.run()
+    assert peer.client._waiting is None
+    assert peer.client._on_handshake is None
+    assert peer.client._phase is Phase.CLOSED
+
+
+def test_a_transport_has_no_dict_for_there_are_many() -> None:
+    assert "__dict__" not in TlsClientTransport.__slots__
+    assert "__slots__" in vars(TlsClientTransport)
+
+
+# --- pins -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pin_of", [key_pin, certificate_pin])
+def test_a_pin_alone_is_trust_enough(
+    timers: FakeTimers, leaf: trustme.LeafCert, pin_of: Callable[[bytes], str]
+) -> None:
+    pins = parse_pins(["sha256/" + "A" * 43 + "=", pin_of(der_of(leaf))])
+    wall = round(datetime.now(UTC).timestamp() * 1000)
+    peer = Peer(timers, serving(leaf), client_context(verify=False), pins=pins, wall=wall).connect().pump()
+    assert peer.told == [None]
+    assert peer.agreed
+
+
+@pytest.mark.parametrize("by_ca", [True, False])
+def test_a_wrong_pin_ends_it_before_any_byte_and_shows_both_pins(
+    timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path, by_ca: bool
+) -> None:
+    wrong = "sha256/" + "A" * 43 + "="
+    context = client_context(ca_file=ca_file) if by_ca else client_context(verify=False)
+    peer = Peer(timers, serving(leaf), context, pins=parse_pins([wrong])).connect().pump()
+    assert peer.failure.failure == "pin_mismatch"
+    assert wrong in peer.failure.detail
+    assert key_pin(der_of(leaf)) in peer.failure.detail
+    assert certificate_pin(der_of(leaf)) in peer.failure.detail
+    assert not peer.agreed
+    assert peer.raw.take() == b""
+    assert peer.raw.eof_written
+    assert peer.protocol.told == []
+
+
+def test_a_pin_adds_to_the_checks_of_the_authority(
+    timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path
+) -> None:
+    pins = parse_pins([key_pin(der_of(leaf))])
+    good = Peer(timers, serving(leaf), client_context(ca_file=ca_file), pins=pins).connect().pump()
+    assert good.told == [None]
+    bad = Peer(timers, serving(leaf), client_context(ca_file=ca_file), pins=pins, host="example.org")
+    assert bad.connect().pump().failure.failure == "certificate_name_mismatch"
+
+
+def test_a_pin_does_not_excuse_another_name(timers: FakeTimers, leaf: trustme.LeafCert) -> None:
+    pins = parse_pins([key_pin(der_of(leaf))])
+    wall = round(datetime.now(UTC).timestamp() * 1000)
+    context = client_context(verify=False)
+    peer = Peer(timers, serving(leaf), context, pins=pins, wall=wall, host="example.org").connect().pump()
+    assert peer.failure.failure == "certificate_name_mismatch"
+    assert not peer.agreed
+
+
+def certificate(
+    names: list[x509.GeneralName] | None, start: datetime = NOW - DAY, end: datetime = NOW + DAY
+) -> bytes:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(end)
+    )
+    if names is not None:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+
+
+DNS = [x509.DNSName("localhost"), x509.DNSName("*.example.org")]
+ADDRESS: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address("192.0.2.1"))]
+
+
+def verdict(der: bytes, host: str = "localhost", *, wall: int = WALL) -> TlsFailure | None:
+    found = judge_pinned(der, frozenset({key_pin(der)}), host=host, wall=wall, chain_is_checked=False)
+    if found is None:
+        return None
+    assert found[1]
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "host", "matches"),
+    [
+        (DNS, "localhost", True),
+        (DNS, "LocalHost.", True),
+        (DNS, "a.example.org", True),
+        (DNS, "a.b.example.org", False),
+        (DNS, "example.org", False),
+        (DNS, "127.0.0.1", False),
+        (ADDRESS, "192.0.2.1", True),
+        (ADDRESS, "192.0.2.2", False),
+        ([x509.DNSName("192.0.2.1")], "192.0.2.1", False),  # an address is no DNS name
+        ([x509.RFC822Name("localhost")], "localhost", False),
+        (None, "localhost", False),  # the common name does not count (RFC 9525 section 2)
+    ],
+)
+def test_a_pinned_certificate_must_be_for_the_host(
+    names: list[x509.GeneralName] | None, host: str, matches: bool
+) -> None:
+    expected = None if matches else TlsFailure.CERTIFICATE_NAME_MISMATCH
+    assert verdict(certificate(names), host) is expected
+
+
+@pytest.mark.parametrize(
+    ("days", "good"), [(-1.1, False), (-0.9, True), (0, True), (0.9, True), (1.1, False)]
+)
+def test_a_pinned_certificate_must_be_valid_now(days: float, good: bool) -> None:
+    found = verdict(certificate(list(DNS)), wall=WALL + round(days * 86_400_000))
+    assert found is (None if good else TlsFailure.CERTIFICATE_EXPIRED)
+
+
+def test_a_certificate_that_cannot_be_read_is_not_trusted() -> None:
+    found = judge_pinned(b"\x30\x00", frozenset({"x"}), host="a", wall=WALL, chain_is_checked=True)
+    assert found is not None
+    assert found[0] is TlsFailure.CERTIFICATE_UNTRUSTED
+
+
+def test_the_key_pin_is_the_hash_of_the_public_key_as_rfc_7469_says(leaf: trustme.LeafCert) -> None:
+    public_key = x509.load_der_x509_certificate(der_of(leaf)).public_key()
+    spki = public_key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    assert key_pin(der_of(leaf)) == "sha256/" + base64.b64encode(hashlib.sha256(spki).digest()).decode()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "host", "matches"),
+    [
+        ("example.org", "example.org", True),
+        ("EXAMPLE.org.", "example.ORG", True),
+        ("example.org", "www.example.org", False),
+        ("*.example.org", "www.example.org", True),
+        ("*.example.org", ".example.org", False),
+        ("*.org", "example.org", False),
+        ("w*.example.org", "www.example.org", False),
+        ("*", "localhost", False),
+        ("www.*.org", "www.example.org", False),
+    ],
+)
+def test_a_star_stands_for_one_whole_first_label(pattern: str, host: str, matches: bool) -> None:
+    assert dns_name_matches(pattern, host) is matches
+
+
+# --- our own server ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ecdsa", "rsa"])
+async def test_it_agrees_with_our_own_server_over_loopback(
+    server_pairs: ServerPairs, ca_file: Path, kind: str
+) -> None:
+    loop = asyncio.get_running_loop()
+    wheel = DeadlineWheel(loop)
+    received: asyncio.Future[bytes] = loop.create_future()
+
+    class Greeter(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            transport.write(b"welcome")
+            transport.close()
+
+    class Listener(Recorder):
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            received.set_result(bytes(self.received))
+
+    pair = getattr(server_pairs, kind)
+    context = server_context([(pair.certificate, pair.key)], ["zcp/1"])
+    acceptor = TlsAcceptor(context, {"zcp/1": Greeter}, wheel, loop, suites=frozenset(SUITES))
+    server = await loop.create_server(lambda: acceptor.transport("peer"), "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    connector = TlsConnector(client_context(ca_file=ca_file), host, wheel, wall=lambda: WALL)
+    told: list[TlsError | None] = []
+    protocol = Listener()
+    await loop.create_connection(lambda: connector.transport(protocol, told.append), host, port)
+    assert await received == b"welcome"
+    assert told == [None]
+    assert protocol.told == ["made", "eof", None]
+    server.close()
+    await server.wait_closed()
+    wheel.close()
