@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from zcproto.errors import ConfigError
 from zcproto.server.serving import Serving, log
-from zcproto.tls.server import TlsAcceptor
+from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
 BACKLOG: Final = 4_096
 ACCEPTS_PER_TURN: Final = 32
@@ -35,12 +35,12 @@ def bind(hosts: Sequence[str], port: int) -> list[socket.socket]:
             for family, kind, protocol, _, address in _addresses(host, port):
                 if sockets and port == 0:  # the same free port on every address
                     address = (address[0], sockets[0].getsockname()[1], *address[2:])  # noqa: PLW2901
-                listening = socket.socket(family, kind, protocol)
-                sockets.append(listening)
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 try:
+                    listening = socket.socket(family, kind, protocol)
+                    sockets.append(listening)
+                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                     listening.bind(address)
                     listening.listen(BACKLOG)
                 except OSError as error:
@@ -178,12 +178,12 @@ class Listener:
         self._by_site[site] = of_site + 1
         self._open += 1
         connection.setblocking(False)
-        task = self._loop.create_task(self._adopt(connection, address))
+        transport = self._acceptor.transport(address)  # from here on it is a handshake in progress
+        task = self._loop.create_task(self._adopt(connection, transport))
         self._adopting.add(task)
         task.add_done_callback(self._adopting.discard)
 
-    async def _adopt(self, connection: socket.socket, address: str) -> None:
-        transport = self._acceptor.transport(address)
+    async def _adopt(self, connection: socket.socket, transport: TlsServerTransport) -> None:
         factory: Callable[[], asyncio.BaseProtocol] = lambda: transport  # noqa: E731
         try:
             await self._loop.connect_accepted_socket(factory, connection)
