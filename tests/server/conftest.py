@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.certs import ensure_own_certificates
+from zcproto.server.app import App
+
+from .helpers import ServerThread
+
+
+@pytest.fixture(scope="session")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of own certificates, to be copied."""
+    folder = tmp_path_factory.mktemp("own") / "certs"
+    ensure_own_certificates(
+        folder,
+        names=(),
+        key_types=("ecdsa-p256",),
+        lifetime=timedelta(days=90),
+        renew_before=timedelta(days=30),
+        renew_key=False,
+        now=datetime.now(UTC),
+    )
+    return folder
+
+
+Serve = Callable[..., ServerThread]
+
+
+@pytest.fixture
+def serve(tmp_path: Path, certs: Path) -> Iterator[Serve]:
+    """Start a server for an application; it is stopped at the end of the test."""
+    with ExitStack() as stack:
+
+        def start(app: App | None = None, **options: Any) -> ServerThread:
+            return stack.enter_context(ServerThread(tmp_path / "home", certs, app, **options))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[ServerThread]:
+    """One server for all tests of a module that do not change it."""
+    with ServerThread(tmp_path_factory.mktemp("shared") / "home", certs) as server:
+        yield server

@@ -1,0 +1,546 @@
+"""A whole server in a thread of its own, and a blocking client that writes its frames by hand.
+
+The client is independent of the client library on purpose: it can also send what no client may.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+
+import msgpack
+import uvloop
+
+from zcproto.auth import Authenticator, CallableAuthenticator, Identity
+from zcproto.clock import SystemClock
+from zcproto.config import Config, load_config
+from zcproto.server.app import App
+from zcproto.server.builtin import default_app
+from zcproto.server.server import Server
+
+T = TypeVar("T")
+
+TIMEOUT = 10.0
+"""Seconds after which a test that waits has failed."""
+
+HEADER = struct.Struct("!IBBHIQ8sQ32s")
+WELCOME, REQUEST, RESPONSE, ERROR, CANCEL, PING, PONG, GOAWAY, EVENT = range(1, 10)
+NO_TOKEN = bytes(32)
+KEY = "the right key"
+
+
+def wall() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def configuration(home: Path, **settings: Any) -> Config:
+    """`limits__max_streams=4` is `max_streams` in `[limits]`."""
+    usual = {
+        "server__port": 0,
+        "certificates__key_types": ["ecdsa-p256"],
+        "limits__login_failures": 100,
+        "sessions__per_user": 1000,
+    }
+    overrides = {name.replace("__", "."): value for name, value in {**usual, **settings}.items()}
+    return load_config(None, home=home, environ={}, overrides=overrides)
+
+
+def identify(params: Mapping[str, Any], address: str) -> Identity | None:
+    """Everyone may come in who has the key; whoever is called operator is one."""
+    user, key = params.get("user"), params.get("key")
+    return Identity(str(user), operator=str(user).startswith("operator")) if key == KEY else None
+
+
+class TestClock(SystemClock):
+    """The system's clock, but its wall time can be moved."""
+
+    __slots__ = ("ahead_ms",)
+    __test__ = False
+
+    def __init__(self) -> None:
+        self.ahead_ms = 0
+
+    def wall(self) -> int:
+        return super().wall() + self.ahead_ms
+
+
+class ServerThread:
+    """A server on a loop in a thread of its own, so that tests may block.
+
+    `in_loop` runs a function in the server's thread; `until` waits for a condition there.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        certs: Path,
+        app: App | None = None,
+        *,
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+        authenticators: Sequence[Authenticator] | None = None,
+        **settings: Any,
+    ) -> None:
+        home.mkdir(mode=0o700, exist_ok=True)
+        if not (home / "certs").exists():
+            shutil.copytree(certs, home / "certs")
+        self.home = home
+        self.clock = TestClock()
+        if authenticators is None:
+            authenticators = [CallableAuthenticator("api_key", identify)]
+        self.server = Server(
+            default_app() if app is None else app,
+            configuration(home, **settings),
+            home=home,
+            authenticators=authenticators,
+            clock=self.clock,
+        )
+        self.loop = loop_factory()
+        self.faults: list[dict[str, Any]] = []
+        self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
+        self._thread = threading.Thread(target=self._run, name="server", daemon=True)
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(self._serve())
+        self.loop.close()
+
+    async def _serve(self) -> None:
+        try:
+            await self.server.start()
+        except BaseException as error:
+            self._failure = error
+            self._started.set()
+            return
+        self._started.set()
+        await self.server.wait_closed()
+        await asyncio.sleep(0)
+
+    def start(self) -> Self:
+        self._thread.start()
+        assert self._started.wait(TIMEOUT)
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def drain(self, limit: float | None = 0.0) -> None:
+        """Drain and wait for the end."""
+        self.begin_drain(limit)
+        self.join()
+
+    def begin_drain(self, limit: float | None = None) -> None:
+        self.loop.call_soon_threadsafe(lambda: self.loop.create_task(self.server.drain(limit)))
+
+    def join(self) -> None:
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive(), "the server did not end"
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._thread.is_alive():
+            self.drain()
+        if error is None:
+            assert self.faults == [], "the server's loop had exceptions"
+
+    def in_loop(self, function: Callable[[], T]) -> T:
+        """Call a function in the server's thread."""
+        done = threading.Event()
+        outcome: list[Any] = [None, None]
+
+        def call() -> None:
+            try:
+                outcome[0] = function()
+            except BaseException as error:
+                outcome[1] = error
+            done.set()
+
+        self.loop.call_soon_threadsafe(call)
+        assert done.wait(TIMEOUT)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Wait until a condition holds in the server's thread."""
+        eventually(lambda: self.in_loop(condition))
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return self.in_loop(self.server.statistics)
+
+    @property
+    def port(self) -> int:
+        return self.server.port
+
+    def tcp(self, host: str = "127.0.0.1") -> socket.socket:
+        raw = socket.create_connection((host, self.port), timeout=TIMEOUT)
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return raw
+
+    def client(self, user: str | None = None, **options: Any) -> Client:
+        """A connection; with a user, also a session."""
+        client = Client(self.port, self.home / "certs" / "ca.crt", **options)
+        if user is not None:
+            client.open_session(user)
+        return client
+
+    def leftovers(self) -> dict[str, int]:
+        """All that a connection may leave behind."""
+        server = self.server
+        serving = server.serving
+
+        def count() -> dict[str, int]:
+            return {
+                "connections": len(serving.connections),
+                "tcp": server._listener.connections,
+                "sites": sum(server._listener._by_site.values()),
+                "adopting": len(server._listener._adopting),
+                "by_session": len(serving._by_session),
+                "wheel": len(server._wheel),
+                "handlers": serving.tasks.running,
+                "handshakes": server._acceptor.handshakes_in_progress,
+                "queue": len(server._acceptor._queue),
+            }
+
+        return self.in_loop(count)
+
+    def until_left(self, **expected: int) -> None:
+        """Wait until nothing is left of gone connections but what is expected."""
+
+        def settled() -> bool:
+            return all(count == expected.get(name, 0) for name, count in self.leftovers().items())
+
+        try:
+            eventually(settled)
+        except AssertionError:
+            raise AssertionError(f"left behind: {self.leftovers()}, expected {expected}") from None
+
+
+def eventually(condition: Callable[[], Any], seconds: float = TIMEOUT) -> None:
+    """Wait until a condition holds, asking often. For what happens in another thread or process."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.002)
+
+
+class Frame(NamedTuple):
+    kind: int
+    stream: int
+    timestamp: int
+    salt: bytes
+    counter: int
+    token: bytes
+    body: bytes
+
+    @property
+    def value(self) -> Any:
+        return msgpack.unpackb(self.body) if self.body else None
+
+    @property
+    def code(self) -> int:
+        assert self.kind == ERROR, self
+        return int(self.value[0])
+
+    @property
+    def message(self) -> str:
+        assert self.kind == ERROR, self
+        return str(self.value[1])
+
+    @property
+    def details(self) -> dict[str, Any]:
+        assert self.kind == ERROR, self
+        return dict(self.value[2]) if len(self.value) > 2 else {}
+
+
+class ClosedError(Exception):
+    """The server closed the connection: with close_notify (`clean`), by FIN alone, or by reset."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.how = how
+        self.clean = how == "close_notify"
+
+
+class AnsweredError(Exception):
+    """A call was answered with an ERROR."""
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__(frame.value)
+        self.frame = frame
+        self.code = frame.code
+        self.message = frame.message
+        self.details = frame.details
+
+
+def client_context(ca_file: Path, alpn: Sequence[str] = ("zcp/1",)) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(ca_file)
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    return context
+
+
+_contexts: dict[Path, ssl.SSLContext] = {}
+
+
+class Client:
+    """One connection. `token` is what its frames carry."""
+
+    def __init__(
+        self, port: int, ca_file: Path, *, host: str = "127.0.0.1", receive_buffer: int | None = None
+    ) -> None:
+        context = _contexts.get(ca_file)
+        if context is None:
+            context = _contexts[ca_file] = client_context(ca_file)
+        raw = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        raw.settimeout(TIMEOUT)
+        try:
+            if receive_buffer is not None:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            raw.connect((host, port))
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.tls = context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False)
+        except BaseException:
+            raw.close()
+            raise
+        self.counter = 0
+        self.stream = 0
+        self.token = NO_TOKEN
+        self.opened: dict[str, Any] = {}
+        self.salt = b""
+        self.events: list[Frame] = []
+        self._rest = b""
+        try:
+            self.welcome = self.receive()
+            assert self.welcome.kind == WELCOME
+        except BaseException:
+            self.tls.close()
+            raise
+        self.salt = self.welcome.salt
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- out -----------------------------------------------------------------------------------------
+
+    def frame(
+        self,
+        kind: int = REQUEST,
+        body: bytes = b"",
+        *,
+        stream: int | None = None,
+        token: bytes | None = None,
+        timestamp: int | None = None,
+        salt: bytes | None = None,
+        counter: int | None = None,
+        version: int = 1,
+        flags: int = 0,
+        length: int | None = None,
+    ) -> bytes:
+        """The bytes of a frame; what is not given is right."""
+        if counter is None:
+            self.counter += 1
+            counter = self.counter
+        if stream is None:
+            if kind == REQUEST:
+                self.stream += 1
+                stream = self.stream
+            else:
+                stream = 0
+        header = HEADER.pack(
+            64 + len(body) if length is None else length,
+            version,
+            kind,
+            flags,
+            stream,
+            wall() if timestamp is None else timestamp,
+            self.salt if salt is None else salt,
+            counter,
+            self.token if token is None else token,
+        )
+        return bytes(header + body)
+
+    def request(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> bytes:
+        body = [method, params] if meta is None else [method, params, meta]
+        return self.frame(REQUEST, msgpack.packb(body), **fields)
+
+    def send(self, *frames: bytes) -> None:
+        self.tls.sendall(b"".join(frames))
+
+    def cancel(self, stream: int) -> None:
+        self.send(self.frame(CANCEL, stream=stream))
+
+    # --- in ------------------------------------------------------------------------------------------
+
+    def _fill(self, size: int) -> None:
+        while len(self._rest) < size:
+            try:
+                data = self.tls.recv(65_536)
+            except ssl.SSLEOFError:
+                raise ClosedError("FIN") from None
+            except (ConnectionResetError, BrokenPipeError):
+                raise ClosedError("reset") from None
+            if not data:
+                raise ClosedError("close_notify")
+            self._rest += data
+
+    def receive(self) -> Frame:
+        """The next frame of any kind. Raises ClosedError at the end."""
+        self._fill(HEADER.size)
+        length, version, kind, flags, stream, timestamp, salt, counter, token = HEADER.unpack_from(self._rest)
+        assert (version, flags) == (1, 0)
+        self._fill(4 + length)
+        body = self._rest[HEADER.size : 4 + length]
+        self._rest = self._rest[4 + length :]
+        return Frame(kind, stream, timestamp, salt, counter, token, body)
+
+    def answer(self, stream: int | None = None) -> Frame:
+        """The next answer, which must be that of the stream if one is named. Events are kept in `events`."""
+        while (frame := self.receive()).kind == EVENT:
+            self.events.append(frame)
+        if stream is not None:
+            assert frame.stream == stream, frame
+        return frame
+
+    def answers(self, count: int) -> dict[int, Frame]:
+        found: dict[int, Frame] = {}
+        for _ in range(count):
+            frame = self.answer()
+            assert frame.stream not in found, "answered twice"
+            found[frame.stream] = frame
+        return found
+
+    def event(self) -> Frame:
+        """The next event; nothing else may come before it."""
+        if self.events:
+            return self.events.pop(0)
+        frame = self.receive()
+        assert frame.kind == EVENT, frame
+        return frame
+
+    def call(self, method: str, params: Mapping[str, Any] | None = None, **fields: Any) -> Any:
+        """Send a request and wait for its answer. Raises AnsweredError."""
+        self.send(self.request(method, params, **fields))
+        frame = self.answer(fields.get("stream", self.stream))
+        if frame.kind == ERROR:
+            raise AnsweredError(frame)
+        assert frame.kind == RESPONSE
+        return frame.value
+
+    def refused(self, method: str, params: Mapping[str, Any] | None = None, **fields: Any) -> Frame:
+        """The ERROR that a call is answered with."""
+        try:
+            value = self.call(method, params, **fields)
+        except AnsweredError as answered:
+            return answered.frame
+        raise AssertionError(f"{method} was answered with {value!r}")
+
+    def echo(self, *, size: int = 0) -> None:
+        """One call that must work."""
+        params = {"n": self.stream, "data": b"x" * size}
+        assert self.call("echo", params) == params
+
+    def is_open(self) -> bool:
+        """Whether the connection still answers."""
+        try:
+            self.send(self.frame(PING))
+            while self.receive().kind != PONG:
+                pass
+        except (ClosedError, OSError):
+            return False
+        return True
+
+    def rest_until_closed(self) -> tuple[list[Frame], str]:
+        """All frames until the end, and how it came."""
+        frames = []
+        try:
+            while True:
+                frames.append(self.receive())
+        except ClosedError as closed:
+            return frames, closed.how
+
+    # --- sessions and the end --------------------------------------------------------------------------
+
+    def open_session(self, user: str, key: str = KEY, client: str = "test/1") -> dict[str, Any]:
+        params = {"scheme": "api_key", "user": user, "key": key, "client": client}
+        self.opened = self.call("session.open", params, token=NO_TOKEN)
+        self.token = self.opened["token"]
+        return self.opened
+
+    def close(self) -> None:
+        """Say close_notify and close, as a client should."""
+        with contextlib.suppress(OSError, ValueError):
+            self.tls.settimeout(1.0)
+            while True:
+                try:
+                    self.tls.unwrap()
+                    break
+                except ssl.SSLError as error:
+                    if error.reason != "APPLICATION_DATA_AFTER_CLOSE_NOTIFY":
+                        break
+                    self.tls.recv(65_536)
+        self.tls.close()
+
+    def fin(self) -> None:
+        """Close without close_notify."""
+        self.tls.close()
+
+    def reset(self) -> None:
+        reset(self.tls)
+
+
+def reset(connection: socket.socket) -> None:
+    """Close with RST."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def read_to_end(connection: socket.socket) -> tuple[bytes, str]:
+    """All bytes until the end of a plain TCP connection, and how it came."""
+    received = b""
+    try:
+        while data := connection.recv(65_536):
+            received += data
+    except ConnectionResetError:
+        return received, "reset"
+    return received, "FIN"
+
+
+@contextlib.contextmanager
+def bystander(server: ServerThread) -> Iterator[Client]:
+    """Another user's connection, which must work before, during and after."""
+    with server.client("bystander") as client:
+        client.echo()
+        yield client
+        client.echo()
+        client.echo(size=5_000)
+        assert client.events == []
