@@ -15,10 +15,11 @@ class Request:
     """A request that may run: its header is fresh, its token good, its message well-formed.
 
     `session` is None if it came with no token. `deadline` is monotonic seconds, `NEVER` without one; it is
-    set when the request is held. `held` says that the answer comes in a later turn.
+    set when the request is held. `held` says that the answer comes in a later turn, `lingers` that it was
+    given without waiting for the handler, which still runs.
     """
 
-    __slots__ = ("deadline", "held", "meta", "method", "params", "session", "stream", "token")
+    __slots__ = ("deadline", "held", "lingers", "meta", "method", "params", "session", "stream", "token")
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class Request:
         self.meta = meta
         self.deadline = NEVER
         self.held = False
+        self.lingers = False
 
     def __repr__(self) -> str:
         return f"Request(stream={self.stream}, method={self.method!r})"
@@ -75,6 +77,9 @@ class ResponseReceived(NamedTuple):
     stream: int
     value: Any
 
+    def __repr__(self) -> str:  # the result of session.open holds tokens
+        return f"ResponseReceived(stream={self.stream})"
+
 
 class ErrorReceived(NamedTuple):
     """One call was answered with an error. The connection goes on."""
@@ -96,6 +101,9 @@ class EventReceived(NamedTuple):
     name: str
     data: Any
     token: bytes
+
+    def __repr__(self) -> str:
+        return f"EventReceived(name={self.name!r}, data={self.data!r})"
 
 
 ClientEvent = Welcomed | ResponseReceived | ErrorReceived | GoAwayReceived | EventReceived | ConnectionEnded
