@@ -1,0 +1,204 @@
+"""Every vector of the specification that concerns a server, through a whole ServerConnection."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from zcproto.connection.events import ConnectionEnded, Request, RequestEnded, SessionJoined
+from zcproto.connection.server import NEEDS_SESSION, ServerConnection
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.errors import Code
+from zcproto.sessions import OpenedSession, SessionRegistry, SessionSettings
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import NO_TOKEN, PING, Kind, Side, encode_frame
+from zcproto.wire.message import NO_META, encode_body
+
+from ..helpers import NOW, Answer
+from ..wire.vectors import Vector, document, expected_message, frame_vectors, typed
+
+PUBLIC = ("session.open", "session.refresh", "device.enroll", "server.info")
+VECTORS = {name: vector for name, vector in frame_vectors().items() if vector["receiver"] == "server"}
+
+
+def registry_of(tokens: list[bytes], wall: int) -> tuple[SessionRegistry, list[OpenedSession]]:
+    """A registry in which these tokens are live."""
+    numbers = itertools.count(1)
+    queue = [part for token in tokens for part in (token, next(numbers).to_bytes(32, "little"))]
+    settings = SessionSettings(max_sessions=8, dead_limit=8, grace_limit=8)
+    registry = SessionRegistry(settings, lambda size: queue.pop(0)[:size])
+    return registry, [
+        registry.open(f"user{n}", operator=False, client="", address="", wall=wall)
+        for n in range(len(tokens))
+    ]
+
+
+class Harness:
+    """A server as a vector wants it, with an edge that answers each request at once."""
+
+    def __init__(self, vector: Vector) -> None:
+        context = vector["context"]
+        self.wall = int(context["now"])
+        salt = bytes.fromhex(context["salt"])
+        tokens = [bytes.fromhex(token) for token in context["tokens"]]
+        registry, sessions = registry_of(tokens, self.wall)
+        settings = ConnectionSettings(
+            max_depth=context["max_depth"], tolerance_ms=context["tolerance_ms"], max_frame=1_048_576
+        )
+        self.server = server = ServerConnection(settings, registry, salt=salt, wall=self.wall, now=NOW)
+        if context["limit"] > settings.max_frame_before_session:
+            assert context["limit"] == settings.max_frame
+            for opened in sessions:
+                server.join(opened.session, opened.token, self.wall, NOW)
+        last = int(context["last_counter"])
+        if last:
+            ping = encode_frame(PING, 0, self.wall, salt, last, NO_TOKEN)
+            assert list(server.receive_data(ping, self.wall, NOW)) == []
+        for stream in context["in_flight"]:
+            server.hold(Request(stream, tokens[0], sessions[0].session, "sleep", {}, NO_META), NOW)
+        server.data_to_send()
+        self.outcomes: list[Vector] = []
+        self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
+
+    def feed(self, data: bytes) -> None:
+        for event in self.server.receive_data(data, self.wall, NOW):
+            self._collect()
+            match event:
+                case Request():
+                    self._run(event)
+                case RequestEnded():
+                    self.outcomes.append(
+                        {"result": "frame", "kind": "CANCEL", "stream": event.request.stream}
+                    )
+                case ConnectionEnded():
+                    assert self.outcomes[-1]["fatal"]
+                    assert self.outcomes[-1]["code"] == event.code
+                case SessionJoined():
+                    pass
+        self._collect()
+
+    def _run(self, request: Request) -> None:
+        if request.session is None and request.method not in PUBLIC:
+            self.server.fail(request, NEEDS_SESSION, self.wall)
+            return
+        meta = {key: typed(value) for key, value in request.meta._asdict().items() if value is not None}
+        message = {"method": request.method, "params": typed(request.params), "meta": meta}
+        self.outcomes.append(
+            {
+                "result": "frame",
+                "kind": "REQUEST",
+                "stream": request.stream,
+                "token": request.token.hex(),
+                "message": message,
+            }
+        )
+        assert self.server.respond(request, encode_body({}), self.wall)
+
+    def _collect(self) -> None:
+        self._decoder.feed(self.server.data_to_send())
+        while (frame := self._decoder.next_frame()) is not None:
+            answer = Answer(frame)
+            if answer.kind is Kind.PONG:
+                self.outcomes.append({"result": "frame", "kind": "PING", "stream": 0})
+            elif answer.kind is Kind.ERROR and answer.code != Code.CANCELLED:
+                code = answer.code
+                fatal = answer.stream == 0
+                self.outcomes.append(
+                    {"result": "error", "code": code, "stream": answer.stream, "fatal": fatal}
+                )
+
+
+def simple(outcome: Vector) -> Vector:
+    """An expected outcome, without what a peer cannot see."""
+    if outcome["result"] == "error":
+        return {key: outcome[key] for key in ("result", "code", "stream", "fatal")}
+    if outcome["kind"] != "REQUEST":
+        return {key: outcome[key] for key in ("result", "kind", "stream")}
+    wanted = {key: outcome[key] for key in ("result", "kind", "stream", "token")}
+    return {**wanted, "message": expected_message(outcome)}
+
+
+def is_seen(outcome: Vector) -> bool:
+    """Whether a peer sees anything of it: PONGs and dropped frames pass in silence."""
+    return outcome["result"] == "error" or (outcome["result"] == "frame" and outcome["kind"] != "PONG")
+
+
+def pieces_of(data: bytes, way: str) -> list[bytes]:
+    if way == "whole":
+        return [data]
+    if way == "bytes":
+        return [data[at : at + 1] for at in range(len(data))]
+    cuts = sorted({0, 3, 4, 40, 67, 68, 69, len(data) - 1, len(data)} & set(range(len(data) + 1)))
+    return [data[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+@pytest.mark.parametrize("way", ["whole", "bytes", "cut"])
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_server_does_what_the_vector_says(name: str, way: str) -> None:
+    vector = VECTORS[name]
+    data = bytes.fromhex(vector["bytes"])
+    harness = Harness(vector)
+    for piece in pieces_of(data, way):
+        harness.feed(piece)
+    expected = vector["expect"]
+    assert harness.outcomes == [simple(outcome) for outcome in expected if is_seen(outcome)]
+    left = expected[-1].get("have", 0) if expected else 0
+    assert harness.server._decoder.buffered == left or harness.outcomes[-1]["fatal"]
+    dropped = sum(outcome.get("why") == "stale timestamp" for outcome in expected)
+    assert harness.server.dropped_stale == dropped
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, vector in VECTORS.items() if any(x.get("fatal") for x in vector["expect"])]
+)
+def test_nothing_is_heard_after_a_fatal_fault(name: str) -> None:
+    harness = Harness(VECTORS[name])
+    harness.feed(bytes.fromhex(VECTORS[name]["bytes"]))
+    seen = list(harness.outcomes)
+    ping = encode_frame(PING, 0, harness.wall, harness.server._salt, 2**64 - 1, NO_TOKEN)
+    harness.feed(ping)
+    assert harness.outcomes == seen
+    assert harness.server.data_to_send() == b""
+
+
+def test_the_example_conversation_runs_to_the_letter() -> None:
+    """The bodies of answers are the handlers' own; all other bytes must be those of the specification."""
+    frames = document("conversation")["vectors"]
+    token = bytes(range(1, 33))
+    welcome = bytes.fromhex(frames[0]["bytes"])
+    start = int(frames[0]["now"])
+    registry, sessions = registry_of([token], start)
+    server = ServerConnection(
+        ConnectionSettings(), registry, salt=welcome[20:28], wall=_made_at(welcome), now=NOW
+    )
+    assert server.data_to_send() == welcome
+    held: dict[int, Request] = {}
+    for frame in frames[1:]:
+        data = bytes.fromhex(frame["bytes"])
+        if frame["from"] == "client":
+            wall = int(frame["now"])
+            for event in server.receive_data(data, wall, NOW):
+                if isinstance(event, Request):
+                    held[event.stream] = event
+                    server.hold(event, NOW)
+            if frame["kind"] in ("CANCEL", "PING"):  # answered in the same turn, at its own time
+                answer = server.data_to_send()
+        elif frame["kind"] == "RESPONSE":
+            request = held.pop(int.from_bytes(data[8:12], "big"))
+            if request.method == "session.open":
+                server.join(sessions[0].session, token, _made_at(data), NOW)
+            assert server.respond(request, data[68:], _made_at(data))
+            assert server.data_to_send() == data
+        else:
+            assert answer[:12] + answer[20:] == data[:12] + data[20:]
+
+
+def _made_at(frame: bytes) -> int:
+    return int.from_bytes(frame[12:20], "big")
+
+
+def test_the_vectors_are_all_there() -> None:
+    assert len(VECTORS) >= 300
+    stages = {x.get("stage") for vector in VECTORS.values() for x in vector["expect"]}
+    assert stages >= {"header", "freshness", "stream", "token", "body", "deadline"}
