@@ -133,7 +133,6 @@ class Slab:
             self._free_heads.pop()
             self.free -= CHUNK
             self.size -= CHUNK
-            self._lowest = min(self._lowest, len(free) - 1)
 
     def _grow(self) -> None:
         first, end = self.size, self.size + CHUNK

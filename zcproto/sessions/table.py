@@ -137,7 +137,6 @@ class SessionTable:
         self.users.give_back(number)
         self.clients.give_back(self.client[slot])
         self.addresses.give_back(self.address[slot])
-        self.flags[slot] = 0
         self._mourn(slot, code, died_at)
 
     def bury_token(self, digest: bytes, code: Code, died_at: int) -> None:

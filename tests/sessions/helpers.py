@@ -1,0 +1,86 @@
+"""Registries with a clock turned by hand and random bytes that repeat from run to run."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any
+
+from zcproto.errors import Code
+from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
+
+WALL = 1_700_000_000_000
+SECOND = 1_000
+MINUTE = 60 * SECOND
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
+
+
+class CountedEntropy:
+    """Bytes that differ at each call, and look random."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.sizes: list[int] = []
+
+    def __call__(self, size: int, /) -> bytes:
+        self.calls += 1
+        self.sizes.append(size)
+        return sha256(self.calls.to_bytes(8, "big")).digest()[:size]
+
+
+class Desk:
+    """A registry, its observations, and short ways to use it."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = SessionSettings(**settings)
+        self.entropy = CountedEntropy()
+        self.registry = SessionRegistry(self.settings, self.entropy)
+        self.ended: list[tuple[str, Code, str]] = []
+        self.registry.observers.append(
+            lambda session_id, code, reason: self.ended.append((session_id, code, reason))
+        )
+
+    def open(
+        self,
+        user: str = "alice",
+        wall: int = WALL,
+        *,
+        operator: bool = False,
+        client: str = "zc/1",
+        address: str = "192.0.2.1",
+        bound: bool = False,
+    ) -> OpenedSession:
+        return self.registry.open(
+            user, operator=operator, client=client, address=address, wall=wall, bound=bound
+        )
+
+    def refresh(
+        self, token: bytes | None, wall: int = WALL, *, client: str = "zc/1", address: str = "192.0.2.1"
+    ) -> OpenedSession:
+        assert token is not None
+        return self.registry.refresh(token, client=client, address=address, wall=wall)
+
+    def good(self, token: bytes, wall: int = WALL) -> Session:
+        """The session of a token that must be good."""
+        session = self.registry.check(token, wall)
+        assert isinstance(session, Session), session
+        return session
+
+    def code(self, token: bytes, wall: int = WALL) -> Code:
+        """The code of a token that must be refused."""
+        code = self.registry.check(token, wall)
+        assert isinstance(code, Code), code
+        return code
+
+    def clean(self, wall: int) -> int:
+        """Clean the whole table."""
+        sweeps, expired = self.registry.sweeps, 0
+        while self.registry.sweeps == sweeps:
+            expired += self.registry.clean(wall, 1000)
+        return expired
+
+    @property
+    def strings(self) -> tuple[int, int, int]:
+        """Users, clients and addresses kept."""
+        table = self.registry._table
+        return len(table.users), len(table.clients), len(table.addresses)

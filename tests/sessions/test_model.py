@@ -1,0 +1,349 @@
+"""The registry against a model of dicts and lists: the same answers to any sequence of calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from zcproto.errors import CallError, Code
+from zcproto.sessions import OpenedSession, Session
+
+from .helpers import WALL, Desk
+
+LIFETIME, IDLE, REFRESH_LIFETIME, GRACE, PER_USER = 1000, 300, 2500, 50, 2
+DEAD_LIMIT, DEAD_KEEP = 6, 500
+USERS = ("alice", "bob", "a user with a name that is too long for its record")
+CLIENTS = (("zc/1", "192.0.2.1"), ("zc/2", "192.0.2.1"), ("zc/1", "192.0.2.2"))
+
+
+@dataclass
+class Kept:
+    """A session, live or lapsed."""
+
+    id: str
+    user: str
+    client: tuple[str, str]
+    token: bytes
+    refresh: bytes | None
+    created_at: int
+    last_used_at: int
+    expires_at: int
+    refresh_expires_at: int | None
+    live: bool = True
+    spent: list[bytes] = field(default_factory=list)
+    grace: tuple[bytes, int, bytes, bytes] | None = None
+
+
+@dataclass
+class Dead:
+    """A token, and a family of refresh tokens, that are no more."""
+
+    token: bytes
+    family: list[bytes]
+    code: Code
+    died_at: int
+
+
+def outcome(call: Callable[[], OpenedSession]) -> OpenedSession | CallError:
+    try:
+        return call()
+    except CallError as error:
+        return error
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Calls on both, the clock going any way."""
+
+    @initialize(evict=st.booleans(), refresh=st.booleans(), idle=st.booleans())
+    def begin(self, evict: bool, refresh: bool, idle: bool) -> None:
+        self.evict, self.refresh_on, self.idle = evict, refresh, IDLE if idle else None
+        self.desk = Desk(
+            lifetime_ms=LIFETIME,
+            idle_timeout_ms=self.idle,
+            per_user=PER_USER,
+            when_full="evict_oldest" if evict else "refuse",
+            refresh=refresh,
+            refresh_lifetime_ms=REFRESH_LIFETIME,
+            refresh_grace_ms=GRACE,
+            dead_limit=DEAD_LIMIT,
+            dead_keep_ms=DEAD_KEEP,
+        )
+        self.wall = WALL
+        self.kept: list[Kept] = []
+        self.dead: list[Dead] = []
+        self.forgotten: list[bytes] = []
+        self.told: list[tuple[str, Code]] = []
+        self.seen_wall = 0
+        self.remembered: list[tuple[bytes, Session, int]] = []
+        self.counts = dict.fromkeys(
+            ("opened", "refreshed", "expired", "revoked", "replaced", "refresh_reused", "checks_refused"), 0
+        )
+
+    # The model
+
+    def bury(self, dead: Dead) -> None:
+        self.dead.append(dead)
+        if len(self.dead) > DEAD_LIMIT:
+            self.forget(self.dead[0])
+
+    def forget(self, dead: Dead) -> None:
+        self.dead.remove(dead)
+        self.forgotten.append(dead.token)
+
+    def end(self, session: Kept, code: Code) -> None:
+        if session.live:
+            self.told.append((session.id, code))
+        self.kept.remove(session)
+        family = [*session.spent, *([session.refresh] if session.refresh else [])]
+        self.bury(Dead(session.token, family, code, self.seen_wall))
+
+    def settle(self, session: Kept) -> bool:
+        """As the time asks for; whether the session is still kept."""
+        wall = self.wall
+        idle = self.idle is not None and wall >= session.last_used_at + self.idle
+        if session.live and (wall >= session.expires_at or idle):
+            self.told.append((session.id, Code.TOKEN_EXPIRED))
+            self.counts["expired"] += 1
+            session.live = False
+        if not session.live and wall >= (session.refresh_expires_at or 0):
+            self.end(session, Code.TOKEN_EXPIRED)
+            return False
+        return True
+
+    def dead_code(self, dead: Dead) -> Code:
+        return Code.UNAUTHENTICATED if self.wall - dead.died_at >= DEAD_KEEP else dead.code
+
+    # Calls
+
+    @rule(step=st.sampled_from([0, 1, 49, 50, 299, 300, 500, 1000, 2500, -1, -300, -5000]))
+    def turn_the_clock(self, step: int) -> None:
+        self.wall += step
+
+    @rule(user=st.sampled_from(USERS), client=st.sampled_from(CLIENTS))
+    def open(self, user: str, client: tuple[str, str]) -> None:
+        self.seen_wall = self.wall
+        mine = [each for each in self.kept if each.user == user]
+        mine = [each for each in mine if self.settle(each)]
+        refused = False
+        if len(mine) >= PER_USER:
+            lapsed = [each for each in mine if not each.live]
+            if lapsed:
+                self.end(lapsed[0], Code.TOKEN_EXPIRED)
+            elif self.evict:
+                self.counts["replaced"] += 1
+                self.end(mine[0], Code.SESSION_REPLACED)
+            else:
+                refused = True
+        opened = outcome(lambda: self.desk.open(user, self.wall, client=client[0], address=client[1]))
+        if isinstance(opened, CallError):
+            assert refused
+            assert (opened.code, opened.details) == (Code.RESOURCE_EXHAUSTED, {"limit": PER_USER})
+            return
+        assert not refused
+        self.counts["opened"] += 1
+        assert (opened.refresh_token is not None) == self.refresh_on
+        refresh_expires_at = self.wall + REFRESH_LIFETIME if self.refresh_on else None
+        assert opened.refresh_expires_at == refresh_expires_at
+        self.kept.append(
+            Kept(
+                opened.session.id,
+                user,
+                client,
+                opened.token,
+                opened.refresh_token,
+                self.wall,
+                self.wall,
+                self.wall + LIFETIME,
+                refresh_expires_at,
+            )
+        )
+        self.note(opened)
+
+    def note(self, opened: OpenedSession) -> None:
+        self.remembered.append((opened.token, opened.session, self.desk.registry.generation))
+
+    @rule(data=st.data())
+    def check(self, data: st.DataObject) -> None:
+        tokens = [each.token for each in self.kept] + [each.token for each in self.dead] + self.forgotten[-3:]
+        token = data.draw(st.sampled_from([*tokens, b"unknown"]))
+        self.seen_wall = self.wall
+        expected: Code | Kept = Code.UNAUTHENTICATED
+        for session in self.kept:
+            if session.token == token:
+                was_live = session.live
+                if self.settle(session) and session.live:
+                    session.last_used_at = max(session.last_used_at, self.wall)
+                    expected = session
+                else:
+                    assert was_live or not session.live
+                    expected = Code.TOKEN_EXPIRED
+                break
+        else:
+            for dead in self.dead:
+                if dead.token == token:
+                    expected = self.dead_code(dead)
+        result = self.desk.registry.check(token, self.wall)
+        if isinstance(expected, Kept):
+            assert isinstance(result, Session)
+            self.compare(result, expected)
+            self.remembered.append((token, result, self.desk.registry.generation))
+        else:
+            assert result is expected
+            self.counts["checks_refused"] += 1
+
+    def compare(self, session: Session, model: Kept) -> None:
+        assert (session.id, session.user, session.expires_at) == (model.id, model.user, model.expires_at)
+        valid_until = model.expires_at
+        if self.idle is not None:
+            valid_until = min(valid_until, model.last_used_at + self.idle)
+        assert session.valid_until == valid_until
+
+    @precondition(lambda self: self.refresh_on)
+    @rule(data=st.data(), client=st.sampled_from(CLIENTS))
+    def refresh(self, data: st.DataObject, client: tuple[str, str]) -> None:
+        tokens = [token for each in self.kept for token in (each.refresh, *each.spent[-2:]) if token]
+        tokens += [token for each in self.dead for token in each.family]
+        token = data.draw(st.sampled_from([*tokens, b"u" * 32]))
+        self.seen_wall = self.wall
+        session = next((each for each in self.kept if token in (each.refresh, *each.spent)), None)
+        expected: Code | None = None
+        again: tuple[bytes, bytes] | None = None
+        if session is None:
+            expected = Code.UNAUTHENTICATED
+            for dead in self.dead:
+                if token in dead.family:
+                    expected = self.dead_code(dead)
+        elif not self.settle(session):
+            expected = Code.TOKEN_EXPIRED
+        elif token != session.refresh:
+            grace = session.grace
+            if grace and grace[0] == token and self.wall < grace[1] and client == session.client:
+                again = grace[2:]
+            else:
+                self.counts["refresh_reused"] += 1
+                self.counts["revoked"] += 1
+                self.end(session, Code.TOKEN_REVOKED)
+                expected = Code.TOKEN_REVOKED
+        opened = outcome(lambda: self.desk.refresh(token, self.wall, client=client[0], address=client[1]))
+        if isinstance(opened, CallError):
+            assert opened.code is expected
+            return
+        assert expected is None
+        assert session is not None
+        assert opened.session.id == session.id
+        assert opened.refresh_expires_at == session.refresh_expires_at
+        if again:
+            assert (opened.token, opened.refresh_token) == again
+            return
+        assert opened.refresh_token is not None
+        assert session.refresh_expires_at is not None
+        self.bury(Dead(session.token, [], Code.TOKEN_REVOKED, self.wall))
+        session.spent.append(token)
+        session.grace = (token, self.wall + GRACE, opened.token, opened.refresh_token)
+        session.token, session.refresh, session.live = opened.token, opened.refresh_token, True
+        session.client, session.last_used_at = client, self.wall
+        session.expires_at = min(self.wall + LIFETIME, session.refresh_expires_at)
+        self.counts["refreshed"] += 1
+        # Pairs whose time is over are given up now, so a clock that goes back does not bring them back.
+        self.expire_grace()
+        self.note(opened)
+
+    def expire_grace(self) -> None:
+        for each in self.kept:
+            if each.grace and self.wall >= each.grace[1]:
+                each.grace = None
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data(), user=st.sampled_from([None, *USERS]))
+    def revoke(self, data: st.DataObject, user: str | None) -> None:
+        session = data.draw(st.sampled_from(self.kept))
+        allowed = user in (None, session.user)
+        if allowed:
+            self.counts["revoked"] += 1
+            self.end(session, Code.TOKEN_REVOKED)
+        assert self.desk.registry.revoke(session.id, user=user, reason="test") == allowed
+
+    @rule(user=st.sampled_from(USERS))
+    def revoke_user(self, user: str) -> None:
+        mine = [each for each in self.kept if each.user == user]
+        for session in mine:
+            self.counts["revoked"] += 1
+            self.end(session, Code.TOKEN_REVOKED)
+        assert self.desk.registry.revoke_user(user, "test") == len(mine)
+
+    @rule(user=st.sampled_from(USERS))
+    def list(self, user: str) -> None:
+        self.seen_wall = self.wall
+        mine = [each for each in self.kept if each.user == user]
+        mine = [each for each in mine if self.settle(each)]
+        listed = [
+            (i.id, i.user, i.created_at, i.last_used_at, i.expires_at, (i.client, i.address), i.live)
+            for i in self.desk.registry.list(user, self.wall)
+        ]
+        assert listed == [
+            (s.id, s.user, s.created_at, s.last_used_at, s.expires_at, s.client, s.live) for s in mine
+        ]
+
+    @rule()
+    def clean(self) -> None:
+        self.seen_wall = self.wall
+        self.expire_grace()
+        while self.dead and self.wall - self.dead[0].died_at >= DEAD_KEEP:
+            self.forget(self.dead[0])
+        before = self.counts["expired"]
+        for session in sorted(self.kept, key=self.slot_of):
+            self.settle(session)
+        assert self.desk.registry.clean(self.wall, 10**6) == self.counts["expired"] - before
+
+    def slot_of(self, session: Kept) -> int:
+        return self.desk.registry._find(session.id)
+
+    # What always holds
+
+    @invariant()
+    def counts_agree(self) -> None:
+        registry = self.desk.registry
+        live = sum(each.live for each in self.kept)
+        assert (len(registry), registry.kept, registry.lapsed) == (
+            live,
+            len(self.kept),
+            len(self.kept) - live,
+        )
+        assert registry.remembered == len(self.dead)
+        assert {name: getattr(registry, name) for name in self.counts} == self.counts
+        table = registry._table
+        assert table.slab.used == table.tokens.count == len(self.kept) + len(self.dead)
+
+    @invariant()
+    def strings_agree(self) -> None:
+        assert self.desk.strings == (
+            len({each.user for each in self.kept}),
+            len({each.client[0] for each in self.kept}),
+            len({each.client[1] for each in self.kept}),
+        )
+
+    @invariant()
+    def no_user_has_more_than_allowed(self) -> None:
+        for user in USERS:
+            assert sum(each.user == user for each in self.kept) <= PER_USER
+
+    @invariant()
+    def the_same_ends_were_told(self) -> None:
+        assert sorted((each[0], each[1]) for each in self.desk.ended) == sorted(self.told)
+
+    @invariant()
+    def a_session_remembered_by_the_rules_is_good(self) -> None:
+        generation = self.desk.registry.generation
+        self.remembered = [each for each in self.remembered if each[2] == generation][-10:]
+        live = {each.token: each for each in self.kept if each.live}
+        for token, session, _ in self.remembered:
+            assert live[token].id == session.id
+            assert self.slot_of(live[token]) == session.slot
+
+
+RegistryMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestRegistry = RegistryMachine.TestCase

@@ -1,0 +1,181 @@
+"""Slots, columns, and the memory that goes back."""
+
+from __future__ import annotations
+
+import mmap
+import random
+
+import pytest
+
+from zcproto.sessions import slab as slab_module
+from zcproto.sessions.slab import CHUNK, Memory, Slab
+
+PAGE = mmap.PAGESIZE
+
+
+def make(capacity: int = 16 * CHUNK) -> Slab:
+    return Slab(capacity, 16, link=4)
+
+
+def test_slots_are_numbered_from_0() -> None:
+    slab = make()
+    assert [slab.take() for _ in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_it_grows_by_whole_chunks() -> None:
+    slab = make()
+    assert slab.size == 0
+    for _ in range(CHUNK):
+        slab.take()
+    assert (slab.size, slab.free, slab.used) == (CHUNK, 0, CHUNK)
+    slab.take()
+    assert (slab.size, slab.free, slab.used) == (2 * CHUNK, CHUNK - 1, CHUNK + 1)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, CHUNK), (CHUNK, CHUNK), (CHUNK + 1, 2 * CHUNK)])
+def test_the_capacity_is_rounded_up_to_whole_chunks(asked: int, given: int) -> None:
+    assert make(asked).capacity == given
+
+
+def test_the_slot_freed_last_is_used_first() -> None:
+    slab = make()
+    slots = [slab.take() for _ in range(10)]
+    for slot in (slots[3], slots[7]):
+        slab.give_back(slot)
+    assert slab.take() == slots[7]
+    assert slab.take() == slots[3]
+    assert slab.take() == 10
+
+
+def test_the_lowest_chunk_with_a_free_slot_is_used_first() -> None:
+    slab = make()
+    for _ in range(3 * CHUNK):
+        slab.take()
+    slab.give_back(2 * CHUNK + 5)
+    slab.give_back(7)
+    slab.give_back(CHUNK + 6)
+    assert [slab.take() for _ in range(3)] == [7, CHUNK + 6, 2 * CHUNK + 5]
+
+
+def test_one_empty_chunk_at_the_end_is_kept() -> None:
+    slab = make()
+    slots = [slab.take() for _ in range(3 * CHUNK)]
+    for slot in slots[2 * CHUNK :]:
+        slab.give_back(slot)
+    assert slab.size == 3 * CHUNK
+    for slot in slots[CHUNK : 2 * CHUNK]:
+        slab.give_back(slot)
+    assert (slab.size, slab.free) == (2 * CHUNK, CHUNK)
+
+
+def test_an_empty_slab_keeps_one_chunk() -> None:
+    slab = make()
+    for slot in [slab.take() for _ in range(4 * CHUNK)]:
+        slab.give_back(slot)
+    assert (slab.size, slab.free, slab.used) == (CHUNK, CHUNK, 0)
+
+
+def test_a_chunk_in_use_holds_those_below_it() -> None:
+    slab = make()
+    slots = [slab.take() for _ in range(4 * CHUNK)]
+    for slot in slots[:-1]:
+        slab.give_back(slot)
+    assert slab.size == 4 * CHUNK
+    slab.give_back(slots[-1])
+    assert slab.size == CHUNK
+
+
+def test_a_call_gives_back_eight_chunks_at_most() -> None:
+    slab = make()
+    *slots, last = [slab.take() for _ in range(12 * CHUNK)]
+    for slot in slots:
+        slab.give_back(slot)
+    assert slab.size == 12 * CHUNK
+    slab.give_back(last)
+    assert slab.size == 4 * CHUNK
+    slab.trim()
+    assert slab.size == CHUNK
+    slab.trim()
+    assert slab.size == CHUNK
+
+
+def test_slots_taken_after_shrinking_are_all_different() -> None:
+    slab = make()
+    for slot in [slab.take() for _ in range(5 * CHUNK)]:
+        slab.give_back(slot)
+    slots = {slab.take() for _ in range(5 * CHUNK)}
+    assert slots == set(range(5 * CHUNK))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_slot_is_ever_given_twice(seed: int) -> None:
+    chance = random.Random(seed)
+    slab = make()
+    used: set[int] = set()
+    for target in (3000, 10, 5000, 0, 2000):
+        while len(used) != target:
+            if len(used) < target or chance.random() < 0.1:
+                slot = slab.take()
+                assert slot not in used
+                assert slot < slab.size
+                used.add(slot)
+            else:
+                slot = chance.choice(tuple(used)) if chance.random() < 0.01 else next(iter(used))
+                used.remove(slot)
+                slab.give_back(slot)
+            assert slab.used == len(used)
+
+
+def test_more_slots_than_the_capacity_are_a_mistake_of_ours() -> None:
+    slab = make(CHUNK)
+    for _ in range(CHUNK):
+        slab.take()
+    with pytest.raises(AssertionError):
+        slab.take()
+
+
+def test_a_column_is_a_field_of_every_record() -> None:
+    slab = Slab(CHUNK, 24, link=20)
+    wide, narrow, small = slab.column("Q", 8), slab.column("I", 16), slab.column("B", 3)
+    for slot in range(5):
+        wide[slot], narrow[slot], small[slot] = 2**63 + slot, 7 * slot, 200 + slot
+    assert [wide[slot] for slot in range(5)] == [2**63 + slot for slot in range(5)]
+    assert [narrow[slot] for slot in range(5)] == [0, 7, 14, 21, 28]
+    assert [slab.bytes[24 * slot + 3] for slot in range(5)] == [200, 201, 202, 203, 204]
+
+
+def test_pages_given_back_read_as_0() -> None:
+    memory = Memory(8 * PAGE)
+    memory.view[:] = b"x" * (8 * PAGE)
+    memory.discard(2 * PAGE + 1, 4 * PAGE)
+    assert memory.view[3 * PAGE - 1 : 3 * PAGE + 1].tobytes() == b"x\0"
+    assert memory.view[4 * PAGE - 1 : 4 * PAGE + 1].tobytes() == b"\0x"
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 0), (1, PAGE), (PAGE, PAGE), (8 * PAGE, 9 * PAGE)])
+def test_parts_of_pages_stay(start: int, end: int) -> None:
+    memory = Memory(8 * PAGE)
+    memory.view[:] = b"x" * (8 * PAGE)
+    memory.discard(start, end)
+    assert memory.view.tobytes() == b"x" * (8 * PAGE)
+
+
+def test_discarding_past_the_end_is_cut_off() -> None:
+    memory = Memory(2 * PAGE)
+    memory.view[:] = b"x" * (2 * PAGE)
+    memory.discard(PAGE, 5 * PAGE)
+    assert memory.view[PAGE - 1 : PAGE + 1].tobytes() == b"x\0"
+
+
+def test_memory_works_where_the_system_takes_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab_module, "_NO_HUGE_PAGES", None)
+    monkeypatch.setattr(slab_module, "_DISCARD", None)
+    memory = Memory(2 * PAGE)
+    memory.view[:] = b"x" * (2 * PAGE)
+    memory.discard(0, 2 * PAGE)
+    assert memory.view[0] == ord("x")
+
+
+def test_a_kernel_without_huge_pages_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab_module, "_NO_HUGE_PAGES", 12345)  # no advice has this number: EINVAL
+    assert len(Memory(PAGE).view) == PAGE

@@ -1,0 +1,111 @@
+"""Strings kept once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zcproto.sessions import strings as strings_module
+from zcproto.sessions.slab import CHUNK
+from zcproto.sessions.strings import UNKNOWN, StringTable
+
+TEXTS = [
+    "",
+    "a",
+    "alice",
+    "x" * 22,
+    "x" * 23,
+    "x" * 24,
+    "x" * 255,
+    "x" * 256,
+    "x" * 1000,
+    "é" * 11,
+    "é" * 12,
+    "日本語の名前",
+    "nul\0inside",
+    "\0",
+    "\ud800 alone",
+    "2001:0db8:85a3:0000:0000:8a2e:0370:7334",
+]
+
+
+@pytest.mark.parametrize("inline", [23, 39])
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_string_comes_back_as_it_was(text: str, inline: int) -> None:
+    table = StringTable(CHUNK, inline)
+    number = table.take(text)
+    assert table[number] == text
+    assert table.find(text) == number
+    assert table.take(text) == number
+    assert table.uses[number] == 2
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_string_is_forgotten_with_its_last_use(text: str) -> None:
+    table = StringTable(CHUNK, 23)
+    number = table.take(text)
+    table.take(text)
+    table.give_back(number)
+    assert table.find(text) == number
+    table.give_back(number)
+    assert table.find(text) == UNKNOWN
+    assert (len(table), table.slab.used, len(table._long)) == (0, 0, 0)
+
+
+def test_a_slot_used_again_has_nothing_of_the_string_before() -> None:
+    table = StringTable(CHUNK, 23)
+    for text in ("long " * 10, "short", "a longer but short one", ""):
+        number = table.take(text)
+        assert (number, table[number], table.uses[number]) == (0, text, 1)
+        table.give_back(number)
+
+
+def test_all_strings_together_are_told_apart() -> None:
+    table = StringTable(CHUNK, 23)
+    numbers = [table.take(text) for text in TEXTS]
+    assert len(set(numbers)) == len(TEXTS) == len(table)
+    assert [table[number] for number in numbers] == TEXTS
+
+
+def test_strings_with_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strings_module, "hash", lambda value: 7, raising=False)
+    table = StringTable(CHUNK, 23)
+    numbers = [table.take(text) for text in TEXTS]
+    assert [table.find(text) for text in TEXTS] == numbers
+    for number in numbers[::2]:
+        table.give_back(number)
+    assert [table.find(text) for text in TEXTS[1::2]] == numbers[1::2]
+    assert {table.find(text) for text in TEXTS[::2]} == {UNKNOWN}
+
+
+def test_an_unknown_string_has_no_number() -> None:
+    assert StringTable(CHUNK, 23).find("nobody") == UNKNOWN
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.text(max_size=30))))
+def test_it_counts_like_a_dict(steps: list[tuple[bool, str]]) -> None:
+    table = StringTable(CHUNK, 23)
+    uses: dict[str, int] = {}
+    for take, text in steps:
+        if take:
+            assert table[table.take(text)] == text
+            uses[text] = uses.get(text, 0) + 1
+        elif uses.get(text):
+            table.give_back(table.find(text))
+            uses[text] -= 1
+        number = table.find(text)
+        assert (table.uses[number] if number != UNKNOWN else 0) == uses.get(text, 0)
+    assert len(table) == sum(count > 0 for count in uses.values())
+
+
+def test_it_shrinks_again() -> None:
+    table = StringTable(8 * CHUNK, 23)
+    numbers = [table.take(f"user {number} {'x' * (number % 30)}") for number in range(5 * CHUNK)]
+    random.Random(1).shuffle(numbers)
+    for number in numbers:
+        table.give_back(number)
+    assert (len(table), table.slab.size) == (0, CHUNK)

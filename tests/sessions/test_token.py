@@ -1,0 +1,101 @@
+"""Tokens and ids, their digests and texts."""
+
+from __future__ import annotations
+
+import base64
+import os
+from hashlib import sha256
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zcproto.sessions import TOKEN_SIZE, token_from_text, token_text
+from zcproto.sessions.token import FAMILY_SIZE, ID_SIZE, digest_of, id_from_text, id_of, id_text
+
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+TOKEN = bytes(range(TOKEN_SIZE))
+TEXT = token_text(TOKEN)
+ID = bytes(range(ID_SIZE))
+
+
+def test_a_token_has_43_characters_of_unpadded_base64url() -> None:
+    assert TEXT == "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"
+    assert len(TEXT) == 43
+
+
+def test_an_id_has_22_characters_of_unpadded_base64url() -> None:
+    assert id_text(ID) == "AAECAwQFBgcICQoLDA0ODw"
+
+
+@pytest.mark.parametrize("byte", [0, 1, 0x3E, 0x3F, 0x7F, 0x80, 0xFB, 0xFE, 0xFF])
+def test_text_and_token_are_each_others_inverse_for_every_kind_of_byte(byte: int) -> None:
+    assert token_from_text(token_text(bytes([byte]) * TOKEN_SIZE)) == bytes([byte]) * TOKEN_SIZE
+    assert id_from_text(id_text(bytes([byte]) * ID_SIZE)) == bytes([byte]) * ID_SIZE
+
+
+@given(st.binary(min_size=TOKEN_SIZE, max_size=TOKEN_SIZE))
+def test_every_token_survives_its_text(token: bytes) -> None:
+    assert token_from_text(token_text(token)) == token
+
+
+@given(st.text(max_size=60))
+def test_any_text_gives_none_or_the_token_that_is_written_so(text: str) -> None:
+    token = token_from_text(text)
+    assert token is None or token_text(token) == text
+    session_id = id_from_text(text)
+    assert session_id is None or id_text(session_id) == text
+
+
+@pytest.mark.parametrize("character", ALPHABET)
+def test_the_last_character_counts_only_if_its_unused_bits_are_0(character: str) -> None:
+    text = TEXT[:-1] + character
+    token = token_from_text(text)
+    if ALPHABET.index(character) % 4:
+        assert token is None
+    else:
+        assert token is not None
+        assert token_text(token) == text
+
+
+@pytest.mark.parametrize("character", ALPHABET)
+def test_the_last_character_of_an_id_counts_only_if_its_unused_bits_are_0(character: str) -> None:
+    text = id_text(ID)[:-1] + character
+    assert (id_from_text(text) is None) == (ALPHABET.index(character) % 16 != 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        TEXT[:-1],
+        TEXT + "A",
+        TEXT + "=",
+        TEXT + "\n",
+        "\n" + TEXT,
+        " " + TEXT[1:],
+        TEXT[:20] + "+" + TEXT[21:],
+        TEXT[:20] + "/" + TEXT[21:],
+        TEXT[:20] + "=" + TEXT[21:],
+        TEXT[:20] + "é" + TEXT[21:],
+        TEXT[:20] + "\0" + TEXT[21:],
+        TEXT[:20] + "\ud800" + TEXT[21:],
+        TEXT[:20] + "\N{FULLWIDTH LATIN CAPITAL LETTER A}" + TEXT[21:],
+        base64.b64encode(TOKEN).decode(),
+        TOKEN.hex(),
+    ],
+)
+def test_other_texts_are_no_token(text: str) -> None:
+    assert token_from_text(text) is None
+    assert id_from_text(text) is None
+
+
+def test_a_digest_is_the_sha_256_of_the_token() -> None:
+    assert digest_of(TOKEN) == sha256(TOKEN).digest()
+
+
+def test_an_id_cannot_be_taken_for_a_digest_of_the_family() -> None:
+    family = os.urandom(FAMILY_SIZE)
+    assert id_of(family) != digest_of(family)[:ID_SIZE]
+    assert len(id_of(family)) == ID_SIZE
+    assert id_of(family) == id_of(family)
