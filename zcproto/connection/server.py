@@ -146,11 +146,11 @@ class ServerConnection:
 
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
         """Take in decrypted bytes; hand out what they mean, one event at a time."""
-        if self.state is _CLOSED:
+        if self._is_over():
             return
-        settings = self._settings
         registry = self._registry
-        tolerance = settings.tolerance_ms
+        tolerance = self._settings.tolerance_ms
+        max_depth = self._settings.max_depth
         self._decoder.feed(data)
         try:
             for length, head, stream, timestamp, salt, counter, token, body in self._decoder.frames():
@@ -203,7 +203,7 @@ class ServerConnection:
                 ) and self._is_refused(length, stream, token, session, wall):
                     continue
                 try:
-                    method, params, meta = decode_request(body, settings.max_depth)
+                    method, params, meta = decode_request(body, max_depth)
                 except MessageError as error:
                     self._send(ERROR, stream, token, encode_error(Code.INVALID_ARGUMENT, str(error)), wall)
                     continue
@@ -211,13 +211,13 @@ class ServerConnection:
                     self._send(ERROR, stream, token, DEADLINE_EXCEEDED, wall)
                     continue
                 yield Request(stream, token, session, method, params, meta)
-                if self._is_over():
+                if self.state is _CLOSED:  # the edge ended it while it had the request
                     return
         except ProtocolError as error:
             yield self._end_with(error.code, error.reason, wall)
 
     def _is_over(self) -> bool:
-        """Whether the edge ended the conversation while it had an event."""
+        """Asked by a call at the start only: else a type checker thinks that it can never change."""
         return self.state is _CLOSED
 
     def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> bool:
