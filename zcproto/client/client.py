@@ -30,7 +30,14 @@ from zcproto.client.sessions import SessionKeeper
 from zcproto.client.steady import SteadyClock
 from zcproto.clock import MS_PER_SECOND, Clock, system_clock
 from zcproto.connection.events import EventReceived
-from zcproto.errors import CallError, ConfigError, ConnectionClosed, DeadlineExceeded, InvalidArgument
+from zcproto.errors import (
+    CallError,
+    ConfigError,
+    ConnectionClosed,
+    DeadlineExceeded,
+    InvalidArgument,
+    ZcprotoError,
+)
 from zcproto.home import resolve_home
 from zcproto.wire.frame import NO_TOKEN
 
@@ -234,7 +241,7 @@ class Client:
         while True:
             link = self._links.link
             now = self._loop.time()
-            if link is None or not link.ready or now >= sessions.good_until:
+            if link is None or not link.ready or now >= sessions.good_until or self._closed:
                 link = await self._ready_before(deadline)
                 now = self._loop.time()
             meta = None
@@ -256,9 +263,12 @@ class Client:
             except CallError as error:
                 attempt = attempt or _Attempt(self._random)
                 await self._after_error(error, attempt, link, token, deadline)
-            except ConnectionClosed:
+            except ConnectionClosed as error:
                 if self._closed or not (link.unanswered_not_run or idempotency_key is not None):
                     raise
+                attempt = attempt or _Attempt(self._random)
+                # A call that brings its server down must not do so as fast as connections are made.
+                await self._wait(attempt.backoff.next(), error, deadline)
 
     def _deadline(self, timeout: float | None) -> float:
         if timeout is _UNSET:
@@ -272,11 +282,7 @@ class Client:
         """Return when a call that was answered with an error may be sent again; raise the error if it may not."""
         then = what_next(error)
         if then is Then.LATER:
-            delay = attempt.backoff.next(retry_after_ms(error.details))
-            assert self._loop is not None
-            if self._loop.time() + delay >= deadline:
-                raise error
-            await asyncio.sleep(delay)
+            await self._wait(attempt.backoff.next(retry_after_ms(error.details)), error, deadline)
         elif then is Then.AT_ONCE and attempt.once(then):
             return
         elif then is Then.RENEW and token != NO_TOKEN and attempt.once(then):
@@ -291,6 +297,13 @@ class Client:
         else:
             raise error
 
+    async def _wait(self, delay: float, error: ZcprotoError, deadline: float) -> None:
+        """Wait before a call is sent again. Raises its error now if that would be too late."""
+        assert self._loop is not None
+        if self._loop.time() + delay >= deadline:
+            raise error
+        await asyncio.sleep(delay)
+
     async def _show_token(
         self, error: InvalidArgument, link: ClientProtocol, token: bytes, deadline: float
     ) -> None:
@@ -301,8 +314,6 @@ class Client:
 
     async def _ready_before(self, deadline: float) -> ClientProtocol:
         """A connection that takes a request now, with its session if one is wanted. Raises DeadlineExceeded."""
-        if self._closed:
-            raise ConnectionClosed("this client is closed", clean=True)
         if deadline == _FOREVER:
             return await self._ready()
         try:
@@ -315,6 +326,8 @@ class Client:
 
     async def _ready(self) -> ClientProtocol:
         while True:
+            if self._closed:
+                raise ConnectionClosed("this client is closed", clean=True)
             await self._sessions.make_good()
             link = await self._links.get()
             await link.wait_ready()

@@ -62,7 +62,7 @@ class LinkKeeper:
         while self.link is None:
             if self._closed:
                 raise ConnectionClosed("this client is closed", clean=True)
-            await asyncio.shield(self._start())
+            await join(self._start())
         return self.link
 
     def _start(self) -> asyncio.Task[None]:
@@ -153,6 +153,14 @@ class LinkKeeper:
             link.close("closed by this client")
         for link in links:
             await link.gone
+
+
+async def join(task: asyncio.Task[None]) -> None:
+    """Wait for a task that others wait for too: whoever is cancelled leaves alone. Raises what it raised."""
+    await asyncio.wait([task])
+    if task.cancelled():
+        raise ConnectionClosed("this client is closed", clean=True)
+    task.result()
 
 
 def _may_pass(error: ConnectionClosed | TlsError) -> bool:

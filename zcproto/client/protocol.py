@@ -166,7 +166,7 @@ class ClientProtocol(asyncio.Protocol):
                     return
         if self._connection.queued_bytes:
             self._flush_soon()
-        if not self.ready:
+        if not self.ready or self._ready_waiters:
             self._update_ready()
         if self.draining and not pending:
             self.close("the server is going away")

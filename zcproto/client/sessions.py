@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from zcproto.client.backoff import Backoff, Random
+from zcproto.client.links import join
 from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.client.retry import SESSION_IS_OVER, Then, retry_after_ms, what_next
 from zcproto.client.session import ClientSession, Credentials
@@ -104,7 +105,7 @@ class SessionKeeper:
                     return
                 self._start(must=True)
             assert self._renewing is not None
-            await asyncio.shield(self._renewing)
+            await join(self._renewing)
 
     def used(self, now: float) -> None:
         """A call with the token is being sent."""
@@ -281,7 +282,7 @@ class SessionKeeper:
         self._wheel.discard(self)
         if self.session is None or link is None or not link.ready:
             return
-        self._give_up(Unauthenticated("this client is closed"))
+        self.session = None
         call = link.request("session.close", None, token, None, self._loop.time() + CLOSE_TIMEOUT)
         try:
             await _answer(call)

@@ -1,0 +1,376 @@
+"""A loop whose time jumps, and a server in memory that answers by a script."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import heapq
+import itertools
+import selectors
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, NamedTuple, ParamSpec
+
+from zcproto.client.client import Client
+from zcproto.client.dial import LoopShare
+from zcproto.client.links import LinkKeeper
+from zcproto.client.protocol import ClientProtocol
+from zcproto.connection.client import ClientConnection
+from zcproto.errors import Code, TlsError
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import (
+    CANCEL,
+    ERROR,
+    EVENT,
+    GOAWAY,
+    NO_TOKEN,
+    PING,
+    PONG,
+    REQUEST,
+    RESPONSE,
+    WELCOME,
+    Side,
+    encode_frame,
+)
+from zcproto.wire.message import decode_request, encode_body, encode_error
+
+from ..helpers import NOW, WALL
+
+P = ParamSpec("P")
+
+GREETING: dict[str, Any] = {
+    "server": "zcproto",
+    "versions": [1],
+    "max_frame": 1_048_576,
+    "max_streams": 128,
+    "idle_timeout_ms": 0,
+    "tolerance_ms": 30_000,
+    "sts": {"max_age": 0, "include_subdomains": False},
+}
+DAY_MS = 86_400_000
+
+
+# --- time -------------------------------------------------------------------------------------------
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    """Where a loop would wait for its next timer, its time jumps there. Nothing in these tests is outside it."""
+
+    loop: JumpingLoop
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is None:
+            raise AssertionError("everything waits, and nothing will ever happen")
+        ready = super().select(0)
+        if not ready and timeout > 0:
+            self.loop.now += timeout
+        return ready
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """An event loop without waiting."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+        selector = JumpingSelector()
+        selector.loop = self
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self.now
+
+    @property
+    def timers(self) -> list[float]:
+        """When the timers are due that were not cancelled."""
+        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        return [handle.when() for handle in heapq.nsmallest(100, scheduled) if not handle.cancelled()]
+
+
+def scripted(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """A test on a JumpingLoop."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+            runner.run(test(*args, **kwargs))
+
+    return run
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def turns(count: int = 20) -> None:
+    """Let everything happen that needs no time."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+class LoopClock:
+    """The loop's time, with a wall time that goes with it until it is set."""
+
+    def __init__(self) -> None:
+        self.wall_ms = WALL
+
+    def wall(self) -> int:
+        return self.wall_ms
+
+    def now(self) -> float:
+        return now()
+
+
+# --- the server -------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """A request as it arrived."""
+
+    link: ServerLink
+    stream: int
+    token: bytes
+    method: str
+    params: dict[str, Any]
+    meta: Any
+    at: float
+
+    # what a script does with it
+
+    def respond(self, value: Any = None) -> None:
+        self.link.send(RESPONSE, self.stream, encode_body(value), token=self.token)
+
+    def fail(self, code: int, details: dict[str, Any] | None = None, message: str = "because") -> None:
+        self.link.send(ERROR, self.stream, encode_error(code, message, details), token=self.token)
+
+
+Action = Callable[[Asked], object]
+
+
+def ok(value: Any = None) -> Action:
+    return lambda asked: asked.respond(value)
+
+
+def fail(code: Code, **details: Any) -> Action:
+    return lambda asked: asked.fail(code, details)
+
+
+def cut(asked: Asked) -> None:
+    """The connection is reset."""
+    asked.link.cut()
+
+
+def goodbye(asked: Asked) -> None:
+    """GOAWAY, and a clean close without an answer."""
+    asked.link.go_away("draining", 500)
+    asked.link.close_cleanly()
+
+
+def silence(asked: Asked) -> None:
+    """No answer."""
+
+
+class ServerLink(asyncio.Transport):
+    """The server's end of one connection, and the transport that the client writes to."""
+
+    def __init__(self, server: ScriptedServer, number: int) -> None:
+        super().__init__()
+        self.server = server
+        self.loop = asyncio.get_running_loop()
+        self.protocol: Any = None
+        self.salt = number.to_bytes(8, "big")
+        self.counter = 0
+        self.asked: list[Asked] = []
+        self.cancelled: list[int] = []
+        self.pings: list[float] = []
+        self.last_counter = 0
+        self.ended = ""
+        self.paused = False
+        self._decoder = FrameDecoder(Side.SERVER, 2**32 - 1)
+
+    # the client's calls
+
+    def write(self, data: Any) -> None:
+        self.server.writes += 1
+        self.loop.call_soon(self._receive, bytes(data))
+
+    def close(self) -> None:
+        self._end("closed", None)
+
+    def abort(self) -> None:
+        self._end("aborted", TlsError("connection_reset"))
+
+    def is_closing(self) -> bool:
+        return bool(self.ended)
+
+    def _end(self, how: str, error: TlsError | None) -> None:
+        if not self.ended:
+            self.ended = how
+            self.loop.call_soon(self.protocol.connection_lost, error)
+
+    # what the server does
+
+    def send(
+        self, head: int, stream: int = 0, body: bytes = b"", *, token: bytes = NO_TOKEN, **fields: Any
+    ) -> None:
+        if self.ended:
+            return
+        wall = self.server.wall()
+        frame = encode_frame(head, stream, wall, self.salt, self.counter, token, body)
+        self.counter += 1
+        self.protocol.data_received(frame)
+
+    def go_away(self, reason: str = "draining", retry_after_ms: int = 0) -> None:
+        self.send(GOAWAY, 0, encode_body({"reason": reason, "retry_after_ms": retry_after_ms}))
+
+    def event(self, name: str, data: Any, token: bytes) -> None:
+        self.send(EVENT, 0, encode_body([name, data]), token=token)
+
+    def fatal(self, code: Code) -> None:
+        self.send(ERROR, 0, encode_error(code, "fatal"))
+        self.close_cleanly()
+
+    def close_cleanly(self) -> None:
+        """close_notify."""
+        if not self.ended:
+            self.protocol.eof_received()
+            self._end("closed by the server", None)
+
+    def cut(self) -> None:
+        self._end("cut", TlsError("connection_reset"))
+
+    def pause(self) -> None:
+        self.protocol.pause_writing()
+
+    def resume(self) -> None:
+        self.protocol.resume_writing()
+
+    def _receive(self, data: bytes) -> None:
+        self._decoder.feed(data)
+        while (frame := self._decoder.next_frame()) is not None:
+            _, head, stream, timestamp, salt, counter, token, body = frame
+            assert salt == self.salt
+            assert counter > self.last_counter
+            self.last_counter = counter
+            if self.ended:
+                continue
+            if head == REQUEST:
+                method, params, meta = decode_request(body)
+                asked = Asked(self, stream, token, method, params, meta, now())
+                self.asked.append(asked)
+                self.server.asked.append(asked)
+                if abs(timestamp - self.server.wall()) > 30_000:
+                    asked.fail(Code.STALE_TIMESTAMP, {"server_time": self.server.wall()})
+                else:
+                    self.server.act(asked)
+            elif head == CANCEL:
+                self.cancelled.append(stream)
+            elif head == PING:
+                self.pings.append(now())
+                if self.server.answers_pings:
+                    self.send(PONG)
+
+
+class ScriptedServer:
+    """Answers each method by its script, one action for each request; then as usual.
+
+    `refuse` holds what the next attempts to connect fail with. Without a script: `session.open` and
+    `session.refresh` give tokens, `echo` returns its params, anything else nil.
+    """
+
+    def __init__(self, **greeting: Any) -> None:
+        self.greeting = GREETING | greeting
+        self.links: list[ServerLink] = []
+        self.asked: list[Asked] = []
+        self.dialled: list[float] = []
+        self.refuse: list[Exception] = []
+        self.scripts: dict[str, list[Action]] = {}
+        self.answers_pings = True
+        self.ahead_ms = 0
+        self.session: dict[str, Any] = {}
+        self.writes = 0
+        self._tokens = itertools.count(1)
+
+    def wall(self) -> int:
+        return WALL + round((now() - NOW) * 1000) + self.ahead_ms
+
+    def script(self, method: str, *actions: Action) -> None:
+        self.scripts.setdefault(method, []).extend(actions)
+
+    def act(self, asked: Asked) -> None:
+        script = self.scripts.get(asked.method)
+        if script:
+            script.pop(0)(asked)
+        elif asked.method in ("session.open", "session.refresh"):
+            asked.respond(self.opened())
+        elif asked.method == "echo":
+            asked.respond(asked.params)
+        else:
+            asked.respond()
+
+    def opened(self) -> dict[str, Any]:
+        number = next(self._tokens)
+        return {
+            "token": bytes([number]) * 32,
+            "id": f"session-{number}",
+            "user": "ada",
+            "expires_at": self.wall() + DAY_MS,
+            "idle_timeout_ms": 0,
+            "refresh_token": None,
+            "refresh_expires_at": None,
+            "bound": False,
+        } | {key: value(number) if callable(value) else value for key, value in self.session.items()}
+
+    @property
+    def link(self) -> ServerLink:
+        return self.links[-1]
+
+    def calls(self, method: str = "echo") -> list[Asked]:
+        """The requests of one method, on all connections."""
+        return [asked for asked in self.asked if asked.method == method]
+
+    @property
+    def methods(self) -> list[str]:
+        return [asked.method for asked in self.asked]
+
+    async def dial(self, links: LinkKeeper, share: LoopShare, clock: Any) -> ClientProtocol:
+        """In the place of `Dialer`: a connection that was welcomed."""
+        self.dialled.append(now())
+        await asyncio.sleep(0)
+        if self.refuse:
+            raise self.refuse.pop(0)
+        link = ServerLink(self, len(self.links) + 1)
+        self.links.append(link)
+        protocol = ClientProtocol(links, asyncio.get_running_loop(), share.wheel, clock, ClientConnection())
+        link.protocol = protocol
+        protocol.connection_made(link)
+        link.send(WELCOME, 0, encode_body(self.greeting))
+        await protocol.welcomed
+        return protocol
+
+
+def refreshable(**more: Any) -> dict[str, Any]:
+    """A session that comes with a refresh token."""
+    return {
+        "refresh_token": lambda number: bytes([100 + number]) * 32,
+        "refresh_expires_at": WALL + 30 * DAY_MS,
+        **more,
+    }
+
+
+def client_of(server: ScriptedServer, **options: Any) -> Client:
+    """A client of a scripted server. Its random numbers are all 0.5 unless others are given."""
+    options = {"user": "ada", "key": "secret", "random": lambda: 0.5, "clock": LoopClock(), **options}
+    if options["user"] is None:
+        del options["key"]
+    client = Client("server.example", **options)
+
+    async def dial(links: Any, share: Any) -> ClientProtocol:
+        return await server.dial(links, share, client._steady)
+
+    client._dial = dial  # type: ignore[assignment]
+    return client
+
+
+def numbers(*values: float) -> Callable[[], float]:
+    """Random numbers that are known; the last one for ever."""
+    iterator: Iterator[float] = itertools.chain(values, itertools.repeat(values[-1]))
+    return lambda: next(iterator)
