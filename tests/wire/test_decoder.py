@@ -216,6 +216,43 @@ def test_a_frame_of_1_mib_in_small_pieces_costs_its_own_memory() -> None:
     assert peak < 3 * MIB
 
 
+@pytest.mark.parametrize("step", [100, MIB + 4])
+def test_nothing_is_held_of_a_large_frame_that_was_taken(step: int) -> None:
+    decoder = FrameDecoder(Side.SERVER, MIB)
+    tracemalloc.start()
+    data = request(MIB - 64)
+    for at in range(0, len(data), step):
+        decoder.feed(data[at : at + step])
+        take_all(decoder)
+    del data
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert decoder.buffered == 0
+    assert held < 4096
+
+
+def test_the_rest_of_a_read_can_be_taken_later() -> None:
+    decoder = FrameDecoder(Side.SERVER, MIB)
+    decoder.feed(request(5, stream=1) + request(5, stream=2) + request(5, stream=3)[:20])
+    assert next(decoder.frames())[2] == 1
+    assert [frame[2] for frame in decoder.frames()] == [2]
+    assert decoder.buffered == 20
+    decoder.feed(request(5, stream=3)[20:])
+    assert [frame[2] for frame in decoder.frames()] == [3]
+
+
+def test_the_limit_is_asked_anew_for_each_frame_of_an_iteration() -> None:
+    decoder = FrameDecoder(Side.SERVER, 100)
+    decoder.feed(request(10) + request(500, stream=2) + request(500, stream=3))
+    frames = decoder.frames()
+    assert next(frames)[2] == 1
+    decoder.limit = 1000
+    assert next(frames)[2] == 2
+    decoder.limit = 100
+    with pytest.raises(ProtocolError):
+        next(frames)
+
+
 def test_many_small_frames_in_one_read_cost_what_they_cost_apart() -> None:
     one = encode_frame(PING, 0, 5, SALT, 1, NO_TOKEN)
     decoder = FrameDecoder(Side.SERVER, MIB)

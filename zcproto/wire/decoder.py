@@ -97,6 +97,9 @@ class FrameDecoder:
             at = end
         if size > at:
             self._keep_header(at, size - at)
+        else:
+            self._data = b""  # else each idle connection would hold its last read, which may be a large one
+            self._at = 0
 
     def _keep_header(self, at: int, available: int) -> None:
         if available >= LENGTH_SIZE:
