@@ -1,0 +1,76 @@
+"""One run from its options to its exit code: checked, carried out, shown, written down."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from bench.load import hdr, report
+from bench.load.plan import SPARE_FILES, Plan, check_plan, raise_file_limit
+from bench.load.progress import view_for
+from bench.load.result import Result, Verdict
+from bench.load.run import Stop, View, run
+from bench.load.worker import new_event_loop
+
+EXIT_CODES: Final = {Verdict.VERIFIED: 0, Verdict.FAILED: 1, Verdict.INTERRUPTED: 130}
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Files to write, and the bars that figures are held against, by their keys."""
+
+    json: Path | None = None
+    hdr: Path | None = None
+    plot: Path | None = None
+    bars: Mapping[str, float] = field(default_factory=dict)
+
+
+def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
+    """Carry out a plan, print its report and write its files. Raises ConfigError before anything is connected."""
+    check_plan(plan)
+    raise_file_limit(
+        -(-plan.connections // plan.processes) + SPARE_FILES,
+        plan.connections,
+        lambda limit: (limit - SPARE_FILES) * plan.processes,
+    )
+    if outputs.plot is not None:
+        importlib.import_module("matplotlib")  # if it is not installed, better to know now
+    started = time.time()
+    with view_for(console) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
+        result = runner.run(_run_interruptible(plan, view))
+    report.show(result, console, outputs.bars)
+    if outputs.json is not None:
+        content = json.dumps(report.as_json(result, outputs.bars, started), indent=2)
+        outputs.json.write_text(content + "\n", encoding="utf-8")
+    if outputs.hdr is not None:
+        hdr.write_file(outputs.hdr, result.record, started)
+    if outputs.plot is not None:
+        from bench.load.plot import write_plot  # noqa: PLC0415  matplotlib takes half a second to import
+
+        write_plot(outputs.plot, result)
+    return result
+
+
+async def _run_interruptible(plan: Plan, view: View) -> Result:
+    """The first Ctrl-C ends the run early, with what there is; the second ends the program."""
+    loop = asyncio.get_running_loop()
+    stop = Stop()
+
+    def interrupted() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        stop.request()
+
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    try:
+        return await run(plan, view, stop)
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)

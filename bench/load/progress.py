@@ -1,0 +1,115 @@
+"""How a run goes on, while it does: bars on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Final, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+LINE_PERIOD: Final = 2.0
+"""Seconds between two plain lines of one phase."""
+
+
+PLAIN_WIDTH: Final = 110
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s", "cyan")
+
+
+class Bars:
+    """A progress bar for each phase."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("[red]{task.fields[failed]}"),
+            console=console,
+        )
+        self._name = ""
+        self._task: Task | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str, label: str, total: int) -> None:
+        self._name = name
+        number = self._progress.add_task(label, total=total, failed="")
+        self._task = next(each for each in self._progress.tasks if each.id == number)
+
+    def update(self, counts: dict[str, int]) -> None:
+        if self._task is not None and self._name in counts:
+            failed = counts["failed"]
+            self._progress.update(
+                self._task.id, completed=counts[self._name], failed=f"{failed:,} failed" if failed else ""
+            )
+
+
+class Lines:
+    """A line now and then, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._name = ""
+        self._label = ""
+        self._total = 0
+        self._started = 0.0
+        self._told_at = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    def phase(self, name: str, label: str, total: int) -> None:
+        self._name, self._label, self._total = name, label, total
+        self._started = self._told_at = time.monotonic()
+        self._console.print(f"{label}: {total:,}")
+
+    def update(self, counts: dict[str, int]) -> None:
+        done = counts.get(self._name)
+        now = time.monotonic()
+        if done is None or (done < self._total and now - self._told_at < LINE_PERIOD) or not done:
+            return
+        self._told_at = now
+        failed = f", {counts['failed']:,} failed" if counts["failed"] else ""
+        rate = done / max(now - self._started, 1e-3)
+        self._console.print(f"{self._label}: {done:,} of {self._total:,} ({rate:,.0f}/s){failed}")
+
+
+def new_console() -> Console:
+    """Standard output. What is no terminal has no width, and tables must not be cut there."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def view_for(console: Console) -> Bars | Lines:
+    """Bars if somebody sees them move."""
+    return Bars(console) if console.is_terminal else Lines(console)

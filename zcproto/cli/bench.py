@@ -1,0 +1,123 @@
+"""`zcproto bench`: measure a server under load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zcproto.cli import home_options
+from zcproto.home import Home
+
+OUTPUT = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.argument("address", metavar="HOST:PORT")
+@click.option(
+    "--connections", type=click.IntRange(1, 1_000_000), default=100, show_default=True, metavar="N",
+    help="TLS connections, all open at once.",
+)
+@click.option(
+    "--sessions", type=click.IntRange(1, 1_000_000), metavar="M",
+    help="Sessions; with fewer than connections, the others share them. [default: one a connection]",
+)
+@click.option(
+    "--rate", type=click.FloatRange(0.1, 10_000_000), default=1_000.0, show_default=True, metavar="R",
+    help="Requests a second, over all connections, whether answers come or not.",
+)
+@click.option(
+    "--duration", type=click.FloatRange(0.1, 86_400), default=10.0, show_default=True, metavar="S",
+    help="Seconds of load.",
+)
+@click.option(
+    "--payload", type=click.IntRange(0), default=64, show_default=True, metavar="BYTES",
+    help="Random bytes in each request, and in its answer.",
+)
+@click.option(
+    "--pipeline", type=click.IntRange(1, 1_024), default=1, show_default=True, metavar="D",
+    help="Requests in each write.",
+)
+@click.option(
+    "--arrival-rate", type=click.FloatRange(0.1, 100_000), default=500.0, show_default=True, metavar="A",
+    help="New connections a second.",
+)
+@click.option(
+    "--processes", type=click.IntRange(1, 256), default=1, show_default=True, metavar="P",
+    help="Processes that make the load.",
+)
+@click.option(
+    "--keys", type=OUTPUT, metavar="FILE", required=True,
+    help="Users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
+)
+@click.option(
+    "--operator-key-file", type=OUTPUT, metavar="FILE",
+    help="Who may read the server's own count; a file as for --keys, of one. [default: the first of --keys]",
+)
+@click.option(
+    "--ca", type=OUTPUT, metavar="FILE",
+    help="The CA to believe. [default: that of the home folder if it has one, else the system's store]",
+)
+@click.option("--seed", type=int, default=1, show_default=True, metavar="N", help="Of arrivals and payloads.")
+@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write everything measured.")
+@click.option(
+    "--hdr", "hdr_file", type=OUTPUT, metavar="FILE",
+    help="Write latencies as an HdrHistogram log; NAME.hgrm: as a percentile distribution.",
+)
+@click.option("--plot", type=OUTPUT, metavar="FILE.png", help="Draw latencies, connections and rates.")
+@home_options
+def bench(
+    address: str,
+    connections: int,
+    sessions: int | None,
+    rate: float,
+    duration: float,
+    payload: int,
+    pipeline: int,
+    arrival_rate: float,
+    processes: int,
+    keys: Path,
+    operator_key_file: Path | None,
+    ca: Path | None,
+    seed: int,
+    json_file: Path | None,
+    hdr_file: Path | None,
+    plot: Path | None,
+    home: Home,
+    config_file: Path | None,
+) -> int:
+    """Measure the server at HOST:PORT: connections, an open-loop load, and one last request on each.
+
+    Every answer is compared with what was sent, and the server's own count with ours. Exit code 1 if anything
+    was lost, unequal or unverified. Latencies count from when a request was due, so a slow server cannot hide
+    behind requests that were not made. Its method `echo` is called, which `zcproto serve` has by itself.
+    """
+    from bench.load.command import EXIT_CODES, Outputs, run_and_report  # noqa: PLC0415
+    from bench.load.plan import Plan, read_credentials  # noqa: PLC0415
+    from bench.load.progress import new_console  # noqa: PLC0415
+    from zcproto.client.address import parse_address  # noqa: PLC0415
+
+    host, port = parse_address(address)
+    credentials = read_credentials(keys)
+    operators = credentials if operator_key_file is None else read_credentials(operator_key_file)
+    if ca is None:
+        own = home.certs / "ca.crt"
+        ca = own if own.exists() else None
+    plan = Plan(
+        host=host,
+        port=port,
+        connections=connections,
+        sessions=connections if sessions is None else sessions,
+        rate=rate,
+        duration_s=duration,
+        payload_bytes=payload,
+        credentials=credentials,
+        operator=operators[0],
+        pipeline=pipeline,
+        arrival_rate=arrival_rate,
+        processes=processes,
+        ca_file=ca,
+        seed=seed,
+    )
+    result = run_and_report(plan, Outputs(json_file, hdr_file, plot), new_console())
+    return EXIT_CODES[result.verdict]
