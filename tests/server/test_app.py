@@ -94,6 +94,11 @@ def test_a_name_can_be_taken_once() -> None:
     assert next(iter(app)).function() == 1
 
 
+def test_a_method_is_not_for_everyone_and_for_operators_at_once() -> None:
+    with pytest.raises(ValueError, match="for everyone or for operators"):
+        App().method("m", public=True, operator=True)(lambda: None)
+
+
 # --- signatures that cannot be served ----------------------------------------------------------------------
 
 

@@ -369,11 +369,17 @@ class ServerConnection:
         self.leave(session_id, now)
 
     def send_event(self, session_id: str, name: str, data: Any, wall: int) -> bool:
-        """Send an event that speaks of a session. False if the session was not used on this connection."""
+        """Send an event that speaks of a session. False if the session was not used on this connection.
+
+        Raises MessageError for data that no frame can carry.
+        """
         known = self._sessions.get(session_id)
         if known is None or self.state is _CLOSED:
             return False
-        self._send(EVENT, 0, known.token, encode_body([name, data]), wall)
+        body = encode_body([name, data])
+        if len(body) > self._settings.max_body:
+            raise MessageError(f"the event has {len(body)} bytes")
+        self._send(EVENT, 0, known.token, body, wall)
         return True
 
     # --- the end --------------------------------------------------------------------------------

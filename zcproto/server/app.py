@@ -57,6 +57,8 @@ class Method:
             raise ValueError(
                 f"method name {name!r} must be 1 to {METHOD_MAX_LENGTH} characters of a-z 0-9 _ ."
             )
+        if public and operator:
+            raise ValueError(f"method {name}: it is for everyone or for operators, not both")
         self.name = name
         self.function = function
         self.public = public
@@ -136,7 +138,7 @@ class App:
         """Register a function under `name`.
 
         `public`: may be called without a session. `operator`: by operators only. Raises ValueError for a name
-        that is malformed, taken or reserved, TypeError for parameters that cannot be checked.
+        that is malformed, taken or reserved, or for both flags at once, TypeError for parameters that cannot be checked.
         """
 
         def register(function: Handler) -> Handler:

@@ -84,6 +84,9 @@ class Context:
             self._protocol.asks = False
 
     def send_event(self, name: str, data: Any) -> bool:
-        """Send an event about the call's session to this connection. False if it cannot be delivered."""
+        """Send an event about the call's session to this connection. False if it cannot be delivered.
+
+        Raises MessageError for data that no frame can carry.
+        """
         session = self._request.session
         return session is not None and self._protocol.send_event(session.id, name, data)

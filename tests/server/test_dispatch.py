@@ -1,0 +1,620 @@
+"""How methods are run and answered, over real TLS: each request gets exactly one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from zcproto.errors import (
+    Aborted,
+    AlreadyExists,
+    CallError,
+    Cancelled,
+    Code,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+    UnknownError,
+)
+from zcproto.server.app import App
+from zcproto.server.context import Context
+
+from .helpers import (
+    CANCEL,
+    ERROR,
+    EVENT,
+    NO_TOKEN,
+    PONG,
+    RESPONSE,
+    Client,
+    ServerThread,
+    eventually,
+    wall,
+)
+
+SECRET = "canary-5e1f"
+RAISED: dict[str, type[CallError]] = {
+    kind.code.name.lower(): kind
+    for kind in (
+        Aborted,
+        AlreadyExists,
+        Cancelled,
+        DataLoss,
+        DeadlineExceeded,
+        FailedPrecondition,
+        InternalError,
+        InvalidArgument,
+        NotFound,
+        OutOfRange,
+        PermissionDenied,
+        ResourceExhausted,
+        Unauthenticated,
+        Unavailable,
+        Unimplemented,
+        UnknownError,
+    )
+}
+
+
+@dataclass
+class Item:
+    name: str
+    count: int = 1
+
+
+class Gate:
+    """Lets methods wait until the test says so, and tells which wait and how they ended."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, asyncio.Future[Any]] = {}
+        self.ended: list[tuple[str, str]] = []
+        self.contexts: dict[str, Context] = {}
+
+
+def application(gate: Gate) -> App:
+    app = App()
+
+    @app.method("plain")
+    def plain(item: Item) -> str:
+        return item.name * item.count
+
+    @app.method("async.ready")
+    async def async_ready(item: Item) -> str:
+        return item.name * item.count
+
+    @app.method("hello", public=True)
+    def hello(context: Context) -> Any:
+        return [context.session is None, context.peer]
+
+    @app.method("operators", operator=True)
+    def operators() -> str:
+        return "welcome"
+
+    @app.method("wait")
+    async def wait(context: Context, name: str) -> str:
+        future = gate.waiting[name] = asyncio.get_running_loop().create_future()
+        gate.contexts[name] = context
+        try:
+            result = str(await future)
+        except asyncio.CancelledError:
+            gate.ended.append((name, "cancelled"))
+            raise
+        gate.ended.append((name, result))
+        return result
+
+    @app.method("wait.stubborn")
+    async def wait_stubborn(name: str) -> str:
+        future = gate.waiting[name] = asyncio.get_running_loop().create_future()
+        while not future.done():
+            try:
+                await asyncio.shield(future)
+            except asyncio.CancelledError:
+                gate.ended.append((name, "ignored it"))
+        return str(future.result())
+
+    def raises(kind: str) -> None:
+        if kind in RAISED:
+            raise RAISED[kind](f"it is {kind}", {"n": 1})
+        if kind == "value_error":
+            raise ValueError(SECRET)
+        if kind == "key_error":
+            raise KeyError(SECRET)
+        if kind == "recursion_error":
+            raises(kind)
+        if kind == "cancelled_error":
+            raise asyncio.CancelledError(SECRET)
+        if kind == "generator_exit":
+            raise GeneratorExit(SECRET)
+        if kind == "unsendable_details":
+            raise NotFound("no", {"what": object()})
+        if kind == "without_details":
+            raise Unavailable("later")
+        if kind == "busy_without_details":
+            raise ResourceExhausted("later")
+        if kind == "with_limit":
+            raise ResourceExhausted("too many", {"limit": 3})
+
+    @app.method("raise.plain")
+    def raise_plain(kind: str) -> None:
+        raises(kind)
+
+    @app.method("raise.first")
+    async def raise_first(kind: str) -> None:
+        raises(kind)
+
+    @app.method("raise.later")
+    async def raise_later(kind: str) -> None:
+        await asyncio.sleep(0)
+        raises(kind)
+
+    def gives(what: str) -> Any:
+        return {
+            "nil": None,
+            "object": object(),
+            "set": {1},
+            "loop": _loop(),
+            "surrogate": "\ud800",
+            "huge_int": 2**64,
+            "coroutine_like": lambda: 1,
+            "bytes": b"\x00",
+            "nested": [{"a": [1, 2.5, None, True]}],
+        }[what]
+
+    @app.method("give.plain")
+    def give_plain(what: str) -> Any:
+        return gives(what)
+
+    @app.method("give.later")
+    async def give_later(what: str) -> Any:
+        await asyncio.sleep(0)
+        return gives(what)
+
+    @app.method("big")
+    def big(size: int) -> bytes:
+        return bytes(size)
+
+    @app.method("big.later")
+    async def big_later(size: int) -> bytes:
+        await asyncio.sleep(0)
+        return bytes(size)
+
+    @app.method("context")
+    async def context_(context: Context) -> dict[str, Any]:
+        before = context.time_left
+        return {
+            "user": context.user,
+            "method": context.method,
+            "peer": context.peer,
+            "traceparent": context.traceparent,
+            "time_left": before,
+            "cancelled": context.cancelled,
+            "wall": context.wall(),
+            "now": context.now(),
+        }
+
+    @app.method("context.user", public=True)
+    def context_user(context: Context) -> str:
+        return context.user
+
+    @app.method("event")
+    def event(context: Context, data: Any = None, size: int = 0) -> bool:
+        return context.send_event("news", bytes(size) if size else data)
+
+    @app.method("event.public", public=True)
+    def event_public(context: Context) -> bool:
+        return context.send_event("news", 1)
+
+    return app
+
+
+def _loop() -> list[Any]:
+    loop: list[Any] = []
+    loop.append(loop)
+    return loop
+
+
+@pytest.fixture(scope="module")
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, certs: Path, gate: Gate
+) -> Iterator[ServerThread]:
+    loop_factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
+    home = tmp_path_factory.mktemp("dispatch") / "home"
+    with ServerThread(
+        home, certs, application(gate), loop_factory=loop_factory, limits__max_streams=8
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: ServerThread, gate: Gate) -> Iterator[Client]:
+    gate.waiting.clear()
+    gate.ended.clear()
+    gate.contexts.clear()
+    with server.client("ada") as client:
+        yield client
+    server.until_left()
+
+
+def release(server: ServerThread, gate: Gate, name: str, result: str) -> None:
+    eventually(lambda: name in gate.waiting)
+    server.in_loop(lambda: gate.waiting[name].set_result(result))
+
+
+# --- who may call what -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["plain", "async.ready"])
+def test_arguments_are_checked_and_the_result_is_the_answer(client: Client, method: str) -> None:
+    assert client.call(method, {"item": {"name": "ab", "count": 2}}) == "abab"
+    refused = client.refused(method, {"item": {"name": SECRET, "count": SECRET}})
+    assert (refused.code, refused.message) == (Code.INVALID_ARGUMENT, "item.count must be an int")
+    assert client.refused(method).message == "missing parameter 'item'"
+    assert SECRET.encode() not in refused.body
+
+
+def test_an_answer_carries_the_token_of_its_request(client: Client) -> None:
+    client.send(client.request("hello"), client.request("hello", token=NO_TOKEN))
+    with_token, without = client.answer(client.stream - 1), client.answer(client.stream)
+    assert with_token.token == client.token
+    assert without.token == NO_TOKEN
+    assert with_token.value == [False, "127.0.0.1"]
+    assert without.value == [True, "127.0.0.1"]
+
+
+def test_without_a_session_only_public_methods_are_there(server: ServerThread) -> None:
+    with server.client() as client:
+        assert client.call("hello") == [True, "127.0.0.1"]
+        for method in ("plain", "operators", "no.such.method", "session.info", "server.stats"):
+            refused = client.refused(method)
+            assert refused.code == Code.UNAUTHENTICATED
+            assert refused.message == "no session: call session.open first"
+        # Nothing tells what exists from what does not.
+        bodies = {client.refused(method).body for method in ("plain", "no.such.method")}
+        assert len(bodies) == 1
+
+
+def test_an_unknown_method_is_unimplemented(client: Client) -> None:
+    refused = client.refused("no.such.method")
+    assert refused.code == Code.UNIMPLEMENTED
+    assert "no.such.method" not in refused.message
+
+
+def test_operators_alone_call_what_is_for_operators(client: Client, server: ServerThread) -> None:
+    assert client.refused("operators").code == Code.PERMISSION_DENIED
+    with server.client("operator") as operator:
+        assert operator.call("operators") == "welcome"
+        assert operator.refused("operators", token=NO_TOKEN).code == Code.UNAUTHENTICATED
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+WAYS = ["raise.plain", "raise.first", "raise.later"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", RAISED)
+def test_a_call_error_is_the_answer(client: Client, way: str, kind: str) -> None:
+    refused = client.refused(way, {"kind": kind})
+    assert refused.code == RAISED[kind].code
+    assert refused.message == f"it is {kind}"
+    assert refused.details == {"n": 1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "kind", ["value_error", "key_error", "recursion_error", "generator_exit", "unsendable_details"]
+)
+def test_any_other_exception_is_an_internal_error_with_an_incident_that_the_log_has(
+    client: Client, capsys: pytest.CaptureFixture[str], way: str, kind: str
+) -> None:
+    capsys.readouterr()
+    refused = client.refused(way, {"kind": kind})
+    assert refused.code == Code.INTERNAL
+    incident = refused.details["incident"]
+    assert refused.message == f"internal error, incident {incident}"
+    assert refused.details == {"incident": incident}
+    assert re.fullmatch("[0-9a-f]{16}", incident)
+    line = next(line for line in capsys.readouterr().err.splitlines() if incident in line)
+    logged = json.loads(line)
+    assert (logged["event"], logged["what"], logged["peer"]) == ("request.failed", way, "127.0.0.1")
+    for inner in (SECRET, "Error", "Exit", "Traceback", ".py", "line "):
+        assert inner.encode() not in refused.body
+    client.call("hello")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cancellation_raised_by_the_method_itself_is_answered(client: Client, way: str) -> None:
+    refused = client.refused(way, {"kind": "cancelled_error"})
+    assert (refused.code, refused.message) == (Code.CANCELLED, "the server cancelled it")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_incident_has_its_own_id(client: Client, way: str) -> None:
+    ids = {client.refused(way, {"kind": "value_error"}).details["incident"] for _ in range(5)}
+    assert len(ids) == 5
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["without_details", "busy_without_details"])
+def test_what_may_be_tried_again_says_when(client: Client, way: str, kind: str) -> None:
+    assert client.refused(way, {"kind": kind}).details["retry_after_ms"] > 0
+
+
+def test_the_details_of_a_limit_stay_as_they_are(client: Client) -> None:
+    assert client.refused("raise.plain", {"kind": "with_limit"}).details == {"limit": 3}
+
+
+@pytest.mark.parametrize("way", ["give.plain", "give.later"])
+@pytest.mark.parametrize("what", ["object", "set", "loop", "surrogate", "huge_int", "coroutine_like"])
+def test_a_result_that_cannot_be_sent_is_an_internal_error(client: Client, way: str, what: str) -> None:
+    assert client.refused(way, {"what": what}).code == Code.INTERNAL
+    # Nothing of the failed one is in front of the next.
+    assert client.call(way, {"what": "nested"}) == [{"a": [1, 2.5, None, True]}]
+
+
+@pytest.mark.parametrize("way", ["give.plain", "give.later"])
+def test_every_kind_of_value_is_an_answer(client: Client, way: str) -> None:
+    assert client.call(way, {"what": "nil"}) is None
+    assert client.call(way, {"what": "bytes"}) == b"\x00"
+
+
+@pytest.mark.parametrize("way", ["big", "big.later"])
+def test_a_result_beyond_the_limit_of_frames_is_an_internal_error(client: Client, way: str) -> None:
+    largest = client.welcome.value["max_frame"] - 64 - 5
+    assert client.call(way, {"size": largest}) == bytes(largest)
+    assert client.refused(way, {"size": largest + 1}).code == Code.INTERNAL
+    assert client.call(way, {"size": 5_000}) == bytes(5_000)
+
+
+def test_errors_are_counted_once_by_code(client: Client, server: ServerThread) -> None:
+    before = dict(server.stats["errors"])
+    client.refused("raise.plain", {"kind": "not_found"})
+    client.refused("raise.later", {"kind": "not_found"})
+    client.refused("raise.later", {"kind": "value_error"})
+    after = server.stats["errors"]
+    assert after["5"] - before.get("5", 0) == 2
+    assert after["13"] - before.get("13", 0) == 1
+
+
+# --- many at once, cancelling, deadlines -----------------------------------------------------------------------
+
+
+def test_answers_come_in_any_order(client: Client, server: ServerThread, gate: Gate) -> None:
+    client.send(*(client.request("wait", {"name": name}) for name in "abc"))
+    for name in "cab":
+        release(server, gate, name, name.upper())
+    first = client.stream - 2
+    found = {stream - first: frame.value for stream, frame in client.answers(3).items()}
+    assert found == {0: "A", 1: "B", 2: "C"}
+
+
+def test_one_request_too_many_is_refused_and_the_others_go_on(
+    client: Client, server: ServerThread, gate: Gate
+) -> None:
+    client.send(*(client.request("wait", {"name": str(number)}) for number in range(8)))
+    refused = client.refused("hello")
+    assert refused.code == Code.RESOURCE_EXHAUSTED
+    assert refused.details["retry_after_ms"] > 0
+    release(server, gate, "0", "done")
+    assert client.answer().value == "done"
+    assert client.call("hello")
+    for number in range(1, 8):
+        release(server, gate, str(number), "done")
+    assert len(client.answers(7)) == 7
+
+
+def test_cancel_is_answered_at_once_and_once(client: Client, server: ServerThread, gate: Gate) -> None:
+    before = server.stats["errors"].get("1", 0)
+    client.send(client.request("wait", {"name": "a"}))
+    eventually(lambda: "a" in gate.waiting)
+    client.cancel(client.stream)
+    answer = client.answer(client.stream)
+    assert (answer.kind, answer.code, answer.message) == (ERROR, Code.CANCELLED, "cancelled by the caller")
+    eventually(lambda: gate.ended == [("a", "cancelled")])
+    assert gate.contexts["a"].cancelled
+    client.call("hello")  # no second answer was before this one
+    assert server.stats["errors"]["1"] - before == 1
+
+
+def test_cancel_in_the_same_read_as_the_request(client: Client, gate: Gate) -> None:
+    request = client.request("wait", {"name": "a"})
+    client.send(request, client.frame(CANCEL, stream=client.stream))
+    assert client.answer(client.stream).code == Code.CANCELLED
+    eventually(lambda: gate.ended == [("a", "cancelled")])
+    client.call("hello")
+
+
+def test_cancel_with_another_token_is_ignored(client: Client, server: ServerThread, gate: Gate) -> None:
+    client.send(client.request("wait", {"name": "a"}))
+    client.send(client.frame(CANCEL, stream=client.stream, token=NO_TOKEN))
+    release(server, gate, "a", "undisturbed")
+    assert client.answer(client.stream).value == "undisturbed"
+
+
+def test_a_method_that_ignores_its_cancellation_still_counts(
+    client: Client, server: ServerThread, gate: Gate
+) -> None:
+    names = [str(number) for number in range(8)]
+    client.send(*(client.request("wait.stubborn", {"name": name}) for name in names))
+    first = client.stream - 7
+    for stream in range(first, first + 8):
+        client.cancel(stream)
+    assert {frame.code for frame in client.answers(8).values()} == {Code.CANCELLED}
+    assert client.refused("hello").code == Code.RESOURCE_EXHAUSTED
+    for name in names:
+        release(server, gate, name, "late")
+    server.until(lambda: server.server.serving.tasks.running == 0)
+    assert client.call("hello")
+
+
+def test_a_deadline_is_answered_and_the_method_cancelled(client: Client, gate: Gate) -> None:
+    client.send(client.request("wait", {"name": "a"}, {"deadline_ms": 30}))
+    answer = client.answer(client.stream)
+    assert (answer.code, answer.message) == (Code.DEADLINE_EXCEEDED, "the deadline has passed")
+    eventually(lambda: gate.ended == [("a", "cancelled")])
+    client.call("hello")
+
+
+def test_a_method_knows_its_deadline(client: Client, server: ServerThread, gate: Gate) -> None:
+    client.send(client.request("wait", {"name": "a"}, {"deadline_ms": 60_000}))
+    eventually(lambda: "a" in gate.waiting)
+    left = server.in_loop(lambda: gate.contexts["a"].time_left)
+    assert left is not None
+    assert 50 < left <= 60
+    assert not server.in_loop(lambda: gate.contexts["a"].cancelled)
+    release(server, gate, "a", "in time")
+    assert client.answer(client.stream).value == "in time"
+
+
+@pytest.mark.parametrize("deadline_ms", [0, -1, -(2**63)])
+def test_a_deadline_that_has_passed_is_answered_without_running(
+    client: Client, gate: Gate, deadline_ms: int
+) -> None:
+    refused = client.refused("wait", {"name": "a"}, meta={"deadline_ms": deadline_ms})
+    assert refused.code == Code.DEADLINE_EXCEEDED
+    assert gate.waiting == {}
+
+
+def test_what_ends_in_its_first_step_is_answered_whatever_its_deadline(client: Client) -> None:
+    assert client.call("async.ready", {"item": {"name": "a"}}, meta={"deadline_ms": 1}) == "a"
+
+
+def test_a_lost_connection_cancels_its_methods(server: ServerThread, gate: Gate) -> None:
+    gate.ended.clear()
+    client = server.client("ada")
+    client.send(client.request("wait", {"name": "lost"}))
+    eventually(lambda: "lost" in gate.waiting)
+    client.reset()
+    eventually(lambda: ("lost", "cancelled") in gate.ended)
+    assert server.in_loop(lambda: gate.contexts["lost"].cancelled)
+    server.until_left()
+
+
+def test_a_result_that_comes_after_the_connection_is_gone_is_dropped(
+    server: ServerThread, gate: Gate
+) -> None:
+    client = server.client("ada")
+    client.send(client.request("wait.stubborn", {"name": "late"}))
+    eventually(lambda: "late" in gate.waiting)
+    client.reset()
+    server.until_left(handlers=1)
+    release(server, gate, "late", "x" * 10_000)
+    server.until_left()
+
+
+# --- the context -------------------------------------------------------------------------------------------
+
+
+def test_the_context_tells_who_calls_and_how(client: Client) -> None:
+    traceparent = f"00-{'1' * 32}-{'2' * 16}-01"
+    told = client.call("context", meta={"deadline_ms": 5_000, "traceparent": traceparent, "x": 1})
+    assert (told["user"], told["method"], told["peer"]) == ("ada", "context", "127.0.0.1")
+    assert told["traceparent"] == traceparent
+    assert told["time_left"] == 5.0
+    assert told["cancelled"] is False
+    assert abs(told["wall"] - wall()) < 5_000
+    assert told["now"] > 0
+
+
+def test_a_call_without_deadline_has_no_time_left_to_tell(client: Client) -> None:
+    assert client.call("context")["time_left"] is None
+
+
+def test_the_user_of_a_call_without_session_is_unauthenticated(client: Client) -> None:
+    assert client.call("context.user") == "ada"
+    refused = client.refused("context.user", token=NO_TOKEN)
+    assert (refused.code, refused.message) == (Code.UNAUTHENTICATED, "this method needs a session")
+
+
+def test_a_method_sends_events_to_its_caller(client: Client) -> None:
+    client.send(client.request("event", {"data": {"a": 1}}))
+    frames = [client.receive(), client.receive()]
+    event = next(frame for frame in frames if frame.kind == EVENT)
+    answer = next(frame for frame in frames if frame.kind == RESPONSE)
+    assert answer.value is True
+    assert (event.value, event.stream, event.token) == (["news", {"a": 1}], 0, client.token)
+
+
+def test_an_event_needs_a_session(client: Client) -> None:
+    assert client.call("event.public", token=NO_TOKEN) is False
+
+
+def test_an_event_beyond_the_limit_of_frames_is_an_internal_error(client: Client) -> None:
+    largest = client.welcome.value["max_frame"] - 64 - len(b"\x92\xa4news\xc6....")
+    assert client.call("event", {"size": largest}) is True
+    assert len(client.event().value[1]) == largest
+    assert client.refused("event", {"size": largest + 1}).code == Code.INTERNAL
+    assert client.events == []
+
+
+def test_pings_are_answered_between_requests(client: Client) -> None:
+    client.send(client.frame(6, token=b"t" * 32), client.request("hello"))
+    pong = client.receive()
+    assert (pong.kind, pong.stream, pong.token, pong.body) == (PONG, 0, b"t" * 32, b"")
+    assert client.answer(client.stream)
+
+
+def test_methods_can_be_any_callable(serve: Callable[..., ServerThread]) -> None:
+    app = App()
+
+    class Counter:
+        def __init__(self) -> None:
+            self.n = 0
+
+        async def __call__(self, by: int) -> int:
+            self.n += by
+            return self.n
+
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    app.method("count")(Counter())
+    app.method("add")(functools.partial(add, 1))
+    server = serve(app)
+    with server.client("ada") as client:
+        assert client.call("count", {"by": 2}) == 2
+        assert client.call("count", {"by": 2}) == 4
+        assert client.call("add", {"b": 2}) == 3
+
+
+def test_a_method_may_end_the_server_that_runs_it(serve: Callable[..., ServerThread]) -> None:
+    app = App()
+    stopped = []
+
+    @app.method("stop")
+    async def stop() -> None:
+        try:
+            await server.server.drain(0)
+        finally:
+            stopped.append(True)
+
+    server = serve(app)
+    client = server.client("ada")
+    client.send(client.request("stop"))
+    client.rest_until_closed()
+    client.close()
+    eventually(lambda: stopped)
+    server.drain()
