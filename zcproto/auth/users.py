@@ -146,10 +146,13 @@ class UserFile:
                 descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except FileNotFoundError:
                 return _NO_FILE, "", {}
-            with open(descriptor, "rb") as file:
+            try:
                 status = os.fstat(descriptor)
                 self._check(status)
-                data = file.read(MAX_FILE_BYTES)
+                with open(descriptor, "rb", closefd=False) as file:
+                    data = file.read(MAX_FILE_BYTES)
+            finally:
+                os.close(descriptor)
         try:
             text = data.decode()
         except UnicodeDecodeError as error:

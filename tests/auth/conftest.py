@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from zcproto.auth import UserFile
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the file of users will be."""
+    return tmp_path / "home" / "users.toml"
+
+
+@pytest.fixture
+def users(path: Path) -> UserFile:
+    """A file of users that is not there yet."""
+    return UserFile(path)

@@ -1,0 +1,33 @@
+"""Small things that the tests of logins share."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zcproto.sessions import token_text
+
+T = TypeVar("T")
+
+DIGEST = token_text(bytes(range(32)))
+
+
+def drive(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that must never suspend, with no event loop there."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    coroutine.close()
+    raise AssertionError("it suspended")
+
+
+def write(path: Path, text: str | bytes, mode: int = 0o600) -> None:
+    """Put a file there in one step, as an editor does."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    new = path.with_name("editor")
+    new.write_bytes(text.encode() if isinstance(text, str) else text)
+    new.chmod(mode)
+    new.replace(path)

@@ -1,0 +1,298 @@
+"""Delays: growing, bounded, and no weapon."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zcproto.auth import Throttle
+from zcproto.auth.throttle import ADDRESS_DELAY_S, QUIET_S, USER_DELAY_S, network_of
+
+HOME, ELSEWHERE, OTHER = "192.0.2.1", "198.51.100.7", "203.0.113.9"
+NOW = 1000.0
+
+
+def fail(throttle: Throttle, times: int, user: str = "alice", address: str = HOME, now: float = NOW) -> None:
+    for _ in range(times):
+        throttle.failed(user, address, now)
+
+
+def attack(
+    throttle: Throttle, seconds: float, *, users: list[str], addresses: list[str], now: float = NOW
+) -> int:
+    """Try everything as soon as it is allowed, for so many seconds; how often it was."""
+    tries, end = 0, now + seconds
+    while now < end:
+        waits = []
+        for user in users:
+            for address in addresses:
+                wait = throttle.check(user, address, now)
+                if not wait:
+                    tries += 1
+                    throttle.failed(user, address, now)
+                    wait = max(1, throttle.check(user, address, now))
+                waits.append(wait)
+        now += max(min(waits) / 1000, 0.001)
+    return tries
+
+
+@pytest.mark.parametrize("free", [1, 2, 5, 10])
+def test_the_first_failures_are_free_and_delays_double_then(free: int) -> None:
+    throttle = Throttle(free)
+    for _ in range(free):
+        assert throttle.check("alice", HOME, NOW) == 0
+        throttle.failed("alice", HOME, NOW)
+    for doubling in range(12):
+        assert throttle.check("alice", HOME, NOW) == min(1000 * 2**doubling, 900_000)
+        throttle.failed("alice", HOME, NOW)
+
+
+@pytest.mark.parametrize(("after", "wait"), [(0, 1000), (0.25, 750), (0.9991, 1), (1.0, 0), (5.0, 0)])
+def test_a_delay_passes(after: float, wait: int) -> None:
+    throttle = Throttle()
+    fail(throttle, 5)
+    assert throttle.check("alice", HOME, NOW + after) == wait
+
+
+def test_an_attempt_that_was_refused_changes_nothing() -> None:
+    throttle = Throttle()
+    fail(throttle, 6)
+    for _ in range(100):
+        assert throttle.check("alice", HOME, NOW) == 2000
+
+
+@pytest.mark.parametrize("failures", [25, 1000])
+def test_no_delay_is_longer_than_its_limit(failures: int) -> None:
+    throttle = Throttle()
+    fail(throttle, failures)
+    assert throttle.check("alice", HOME, NOW) == 1000 * ADDRESS_DELAY_S
+    assert throttle.check("alice", ELSEWHERE, NOW) == 1000 * USER_DELAY_S
+
+
+def test_a_success_forgets_the_failures_of_its_pair() -> None:
+    throttle = Throttle()
+    fail(throttle, 8)
+    throttle.succeeded("alice", HOME, NOW)
+    assert throttle.check("alice", HOME, NOW) == 0
+    fail(throttle, 4)
+    assert throttle.check("alice", HOME, NOW) == 0
+    fail(throttle, 1)
+    assert throttle.check("alice", HOME, NOW) == 1000
+
+
+def test_a_success_without_a_failure_is_noted_too() -> None:
+    throttle = Throttle()
+    throttle.succeeded("alice", HOME, NOW)
+    fail(throttle, 50, address=ELSEWHERE)
+    assert throttle.check("alice", HOME, NOW) == 0
+
+
+@pytest.mark.parametrize("after", [QUIET_S, QUIET_S + 1, 10 * QUIET_S])
+def test_quiet_time_forgets(after: float) -> None:
+    throttle = Throttle()
+    fail(throttle, 30)
+    assert throttle.check("alice", HOME, NOW + after) == 0
+    fail(throttle, 1, now=NOW + after)
+    assert throttle.check("alice", HOME, NOW + after) == 0
+    assert len(throttle) == 3
+
+
+def test_quiet_time_is_longer_than_every_delay() -> None:
+    assert QUIET_S > ADDRESS_DELAY_S > USER_DELAY_S
+
+
+# Guessing
+
+
+def test_one_address_guessing_one_user_gets_few_tries() -> None:
+    assert attack(Throttle(), 86_400, users=["alice"], addresses=[ELSEWHERE]) < 150
+
+
+def test_one_address_guessing_one_user_is_slowed_well_before_100() -> None:
+    assert attack(Throttle(), 3600, users=["alice"], addresses=[ELSEWHERE]) < 20
+
+
+def test_many_addresses_guessing_one_user_get_little_more_than_a_try_a_minute() -> None:
+    addresses = [f"198.51.100.{number}" for number in range(100)]
+    assert attack(Throttle(), 3600, users=["alice"], addresses=addresses) < 5 + 7 + 60
+
+
+def test_one_address_trying_many_users_is_slowed() -> None:
+    users = [f"user {number}" for number in range(500)]
+    tries = attack(Throttle(), 3600, users=users, addresses=[ELSEWHERE])
+    assert 20 <= tries < 50
+
+
+def test_unknown_users_and_known_ones_are_slowed_alike() -> None:
+    throttle = Throttle()
+    throttle.succeeded("alice", HOME, NOW)
+    waits = []
+    for user in ("alice", "nobody"):
+        for _ in range(8):
+            throttle.failed(user, f"198.51.100.{len(user)}", NOW)
+            waits.append(throttle.check(user, f"198.51.100.{len(user)}", NOW))
+    assert waits[:8] == waits[8:]
+
+
+# No weapon
+
+
+def test_a_user_at_home_is_not_kept_out_by_others() -> None:
+    throttle = Throttle()
+    throttle.succeeded("alice", HOME, NOW)
+    fail(throttle, 1000, address=ELSEWHERE)
+    assert throttle.check("alice", HOME, NOW) == 0
+
+
+def test_a_user_at_home_is_not_kept_out_by_those_who_share_the_address() -> None:
+    throttle = Throttle()
+    throttle.succeeded("alice", HOME, NOW)
+    for number in range(200):
+        throttle.failed(f"user {number}", HOME, NOW)
+    assert throttle.check("alice", HOME, NOW) == 0
+    assert throttle.check("bob", HOME, NOW) > 0
+
+
+def test_a_user_away_from_home_is_let_in_for_most_of_the_time_of_an_attack() -> None:
+    throttle = Throttle()
+    free = 0
+    now = NOW
+    for _ in range(4 * 3600):
+        if not throttle.check("alice", ELSEWHERE, now):
+            throttle.failed("alice", ELSEWHERE, now)
+        free += not throttle.check("alice", OTHER, now)
+        now += 1.0
+    assert free > 0.85 * 4 * 3600
+
+
+def test_a_mistake_at_home_counts_at_home_only() -> None:
+    throttle = Throttle()
+    throttle.succeeded("alice", HOME, NOW)
+    fail(throttle, 30)
+    assert throttle.check("alice", HOME, NOW) == 1000 * USER_DELAY_S
+    assert throttle.check("alice", ELSEWHERE, NOW) == 0
+    assert throttle.check("bob", HOME, NOW) == 0
+
+
+def test_a_program_with_an_old_key_does_not_shut_out_its_neighbours() -> None:
+    throttle = Throttle()
+    now = NOW
+    for _ in range(50):
+        now += throttle.check("old", HOME, now) / 1000
+        throttle.failed("old", HOME, now)
+    assert throttle.check("bob", HOME, now) == 0
+
+
+def test_other_users_and_addresses_are_not_delayed() -> None:
+    throttle = Throttle()
+    fail(throttle, 10)
+    assert throttle.check("bob", ELSEWHERE, NOW) == 0
+    assert throttle.check("bob", HOME, NOW) == 0
+
+
+def test_logins_that_name_nobody_are_counted_by_address_alone() -> None:
+    throttle = Throttle()
+    fail(throttle, 10, user="", address=ELSEWHERE)
+    assert throttle.check("", ELSEWHERE, NOW) > 0
+    assert throttle.check("", HOME, NOW) == 0
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("2001:db8:0:0:ffff:1:2:3", "2001:db8::/64"),
+        ("2001:db8:0:1::1", "2001:db8:0:1::/64"),
+        ("::1", "::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("", ""),
+        ("/run/socket", "/run/socket"),
+        ("192.0.2.1:80", "192.0.2.1:80"),
+    ],
+)
+def test_failures_are_counted_for_networks(address: str, network: str) -> None:
+    assert network_of(address) == network
+
+
+def test_a_customer_cannot_change_addresses_within_a_network() -> None:
+    throttle = Throttle()
+    for number in range(20):
+        throttle.failed("alice", f"2001:db8::{number:x}", NOW)
+    assert throttle.check("bob" * 2, "2001:db8::ffff", NOW) == 0
+    assert throttle.check("alice", "2001:db8::ffff", NOW) == 1000 * ADDRESS_DELAY_S
+
+
+# Memory
+
+
+def test_every_table_is_bounded() -> None:
+    throttle = Throttle(max_entries=100)
+    for number in range(2000):
+        throttle.failed(f"user {number}", f"10.0.{number // 250}.{number % 250}", NOW)
+        throttle.succeeded(f"user {number}", f"10.1.{number // 250}.{number % 250}", NOW)
+    assert len(throttle) == 400
+
+
+def test_the_row_untouched_for_longest_goes_first() -> None:
+    throttle = Throttle(max_entries=3)
+    fail(throttle, 10, "alice", "10.0.0.1")
+    fail(throttle, 10, "bob", "10.0.0.2")
+    fail(throttle, 10, "carol", "10.0.0.3")
+    fail(throttle, 1, "alice", "10.0.0.1")
+    fail(throttle, 1, "dave", "10.0.0.4")
+    assert throttle.check("alice", "10.0.0.1", NOW) > 0
+    assert throttle.check("bob", "10.0.0.2", NOW) == 0
+    assert throttle.check("carol", "10.0.0.3", NOW) > 0
+
+
+def test_the_home_visited_longest_ago_is_forgotten_first() -> None:
+    throttle = Throttle(max_entries=2)
+    for user in ("alice", "bob", "alice", "carol"):
+        throttle.succeeded(user, HOME, NOW)
+    for user in ("alice", "bob", "carol"):
+        fail(throttle, 10, user, ELSEWHERE)
+    assert throttle.check("alice", HOME, NOW) == 0
+    assert throttle.check("bob", HOME, NOW) > 0
+    assert throttle.check("carol", HOME, NOW) == 0
+
+
+def test_old_rows_go_when_new_ones_come() -> None:
+    throttle = Throttle()
+    for number in range(100):
+        throttle.failed(f"user {number}", f"10.0.0.{number}", NOW)
+    assert len(throttle) == 300
+    throttle.failed("late", OTHER, NOW + QUIET_S)
+    assert len(throttle) == 3
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["fail", "succeed"]),
+            st.sampled_from(["alice", "bob", ""]),
+            st.sampled_from([HOME, ELSEWHERE, "2001:db8::1"]),
+            st.floats(0, 100),
+        ),
+        max_size=60,
+    )
+)
+def test_whatever_happens_a_delay_ends_by_itself(steps: list[tuple[str, str, str, float]]) -> None:
+    throttle = Throttle(3, max_entries=4)
+    now = NOW
+    for what, user, address, seconds in steps:
+        now += seconds
+        if what == "fail":
+            throttle.failed(user, address, now)
+        else:
+            throttle.succeeded(user, address, now)
+            assert throttle.check(user, address, now) == 0
+        wait = throttle.check(user, address, now)
+        assert 0 <= wait <= 1000 * ADDRESS_DELAY_S
+        assert throttle.check(user, address, now + wait / 1000 + 0.001) == 0

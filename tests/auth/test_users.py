@@ -1,0 +1,565 @@
+"""The file of users: read whole or not at all, written in one step."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import stat
+import subprocess
+import sys
+import threading
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zcproto.auth import UserFile
+from zcproto.auth import users as users_module
+from zcproto.errors import ConfigError
+from zcproto.sessions import token_from_text, token_text
+
+from .helpers import DIGEST, write
+
+NAMES = [
+    "alice",
+    "a",
+    "x" * 128,
+    "Alice-2_b",
+    "alice@example.org",
+    "a.b",
+    "two words",
+    'quo"te',
+    "back\\slash",
+    "'single'",
+    "[users.bob]",
+    "#hash",
+    "Zoë",
+    "日本",
+    "😀",
+    "0",
+    "true",
+]
+BAD_NAMES = [
+    "",
+    "x" * 129,
+    " alice",
+    "alice ",
+    "a\nb",
+    "a\tb",
+    "a\0b",
+    "a\x7fb",
+    "\u2028",
+    "\ud800",
+    "Zoe\u0308",
+    "\u202ealice",
+    "\xa0alice",
+]
+
+
+def digest_of(key: str) -> bytes:
+    raw = token_from_text(key)
+    assert raw is not None
+    return sha256(raw).digest()
+
+
+def faults(users: UserFile) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        users.load()
+    prefix = f"{users.path}: "
+    assert all(fault.startswith(prefix) for fault in caught.value.faults)
+    return [fault.removeprefix(prefix) for fault in caught.value.faults]
+
+
+# Adding
+
+
+def test_an_added_user_is_known_here_and_to_who_reads(path: Path, users: UserFile) -> None:
+    key = users.add("alice")
+    other = UserFile(path)
+    other.load()
+    for each in (users, other):
+        user = each.find("alice")
+        assert user is not None
+        assert (user.digest, user.operator) == (digest_of(key), False)
+        assert each.names == ["alice"]
+        assert len(each) == 1
+        assert not each.changed()
+
+
+def test_a_key_is_43_characters_from_32_random_bytes(path: Path) -> None:
+    key = UserFile(path, entropy=lambda size: b"k" * size).add("alice")
+    assert key == token_text(b"k" * 32)
+
+
+def test_no_key_is_in_the_file(path: Path, users: UserFile) -> None:
+    keys = [users.add(f"user{number}") for number in range(5)]
+    data = path.read_bytes()
+    for key in keys:
+        assert key.encode() not in data
+        raw = token_from_text(key)
+        assert raw is not None
+        assert raw not in data
+        assert raw.hex().encode() not in data
+        assert token_text(digest_of(key)).encode() in data
+
+
+@pytest.mark.parametrize("operator", [False, True])
+def test_an_operator_is_one_in_the_file(path: Path, users: UserFile, operator: bool) -> None:
+    users.add("alice", operator=operator)
+    users.load()
+    user = users.find("alice")
+    assert user is not None
+    assert user.operator is operator
+    assert ("operator" in path.read_text()) is operator
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_good_name_survives_the_file(path: Path, users: UserFile, name: str) -> None:
+    users.add(name)
+    users.add("next")
+    assert list(tomli.loads(path.read_text())["users"]) == [name, "next"]
+    users.load()
+    assert users.names == [name, "next"]
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.text(min_size=1, max_size=20))
+def test_any_name_is_kept_exactly_or_refused(tmp_path: Path, name: str) -> None:
+    users = UserFile(tmp_path / "any" / "users.toml")
+    users.path.unlink(missing_ok=True)
+    try:
+        users.add(name)
+    except ConfigError:
+        assert not users.path.exists()
+    else:
+        users.load()
+        assert users.names == [name]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_bad_name_is_refused_before_anything_is_written(path: Path, users: UserFile, name: str) -> None:
+    with pytest.raises(ConfigError, match="a name has") as caught:
+        users.add_many(["alice", name])
+    assert not path.exists()
+    assert str(caught.value).isprintable()
+
+
+def test_many_are_added_in_their_order(users: UserFile) -> None:
+    added = users.add_many([f"user-{number}" for number in range(300)], operator=True)
+    assert [name for name, _ in added] == users.names == [f"user-{number}" for number in range(300)]
+    assert len({key for _, key in added}) == 300
+    for name, key in added:
+        user = users.find(name)
+        assert user is not None
+        assert (user.digest, user.operator) == (digest_of(key), True)
+
+
+def test_adding_nobody_is_allowed(users: UserFile) -> None:
+    assert users.add_many([]) == []
+
+
+def test_a_name_twice_in_one_call_is_refused(path: Path, users: UserFile) -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        users.add_many(["alice", "bob", "alice"])
+    assert not path.exists()
+
+
+def test_all_or_none_are_added(path: Path, users: UserFile) -> None:
+    users.add("bob")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        users.add_many(["alice", "bob", "carol"])
+    assert caught.value.faults == [f'{path}: user "bob" is there already']
+    assert path.read_bytes() == before
+    assert users.names == ["bob"]
+
+
+def test_two_writers_do_not_lose_each_others_users(path: Path) -> None:
+    first, second = UserFile(path), UserFile(path)
+    first.add("alice")
+    second.add("bob")
+    first.add("carol")
+    second.load()
+    assert second.names == ["alice", "bob", "carol"]
+
+
+def test_many_writers_at_once_lose_nothing(path: Path) -> None:
+    threads = [
+        threading.Thread(target=lambda n=n: [UserFile(path).add(f"user-{n}-{i}") for i in range(5)])  # type: ignore[misc]
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    users = UserFile(path)
+    users.load()
+    assert len(users) == 20
+
+
+def test_what_an_operator_wrote_stays(path: Path, users: UserFile) -> None:
+    mine = f'# mine\n[users.zoe] # the first\nkey_sha256 = "{DIGEST}"\n# the end, without a newline'
+    write(path, mine)
+    users.add("alice")
+    assert path.read_text().startswith(mine + "\n")
+    users.load()
+    assert users.names == ["zoe", "alice"]
+
+
+def test_a_text_that_cannot_be_added_to_is_left_alone(path: Path, users: UserFile) -> None:
+    text = f'users = {{ zoe = {{ key_sha256 = "{DIGEST}" }} }}\n'
+    write(path, text)
+    with pytest.raises(ConfigError):
+        users.add("alice")
+    assert path.read_text() == text
+    assert users.names == ["zoe"]
+
+
+def test_a_faulty_file_is_not_added_to(path: Path, users: UserFile) -> None:
+    write(path, "nonsense")
+    with pytest.raises(ConfigError):
+        users.add("alice")
+    assert path.read_text() == "nonsense"
+
+
+def test_file_and_folder_are_for_the_owner_alone(path: Path, users: UserFile) -> None:
+    old = os.umask(0)
+    try:
+        users.add("alice")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(each.stat().st_mode) == 0o600 for each in path.parent.iterdir())
+
+
+def test_nothing_but_the_lock_is_left_behind(path: Path, users: UserFile) -> None:
+    users.add("alice")
+    assert sorted(each.name for each in path.parent.iterdir()) == [".users.toml.lock", "users.toml"]
+
+
+def test_what_a_crash_left_is_cleared_away(path: Path, users: UserFile) -> None:
+    users.add("alice")
+    path.with_name(".users.toml.new").write_text("half a fi")
+    users.add("bob")
+    assert not path.with_name(".users.toml.new").exists()
+    users.load()
+    assert users.names == ["alice", "bob"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(
+    path: Path, users: UserFile, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    users.add("alice")
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync", fail) if call == "fsync" else (Path, "replace", fail)))
+        with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+            users.add("bob")
+    assert path.read_bytes() == before
+    assert users.names == ["alice"]
+    assert not path.with_name(".users.toml.new").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "fails"),
+    [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)],
+)
+def test_a_folder_that_cannot_be_synced_is_a_fault_only_if_it_should(
+    users: UserFile, monkeypatch: pytest.MonkeyPatch, error: int, fails: bool
+) -> None:
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if fails:
+        with pytest.raises(ConfigError, match="cannot be written"):
+            users.add("alice")
+    else:
+        users.add("alice")
+
+
+def test_the_new_text_is_on_the_disk_before_it_gets_its_name(
+    users: UserFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        steps.append("rename")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", renamed)
+    users.add("alice")
+    assert steps == ["file", "rename", "folder"]
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        UserFile(tmp_path / "file" / "users.toml").add("alice")
+
+
+def test_a_file_that_could_not_be_read_again_is_not_written(
+    path: Path, users: UserFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(users_module, "MAX_FILE_BYTES", 100)
+    users.add("a")
+    with pytest.raises(ConfigError, match="would be larger than 100 bytes"):
+        users.add("b")
+    users.load()
+    assert users.names == ["a"]
+
+
+# The lock
+
+
+def test_a_lock_held_for_too_long_is_told(path: Path) -> None:
+    UserFile(path).add("alice")
+    with open(path.with_name(".users.toml.lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is writing"):
+            UserFile(path, lock_wait_s=0).add("bob")
+
+
+def test_a_lock_given_back_is_taken(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = UserFile(path)
+    users.add("alice")
+    with open(path.with_name(".users.toml.lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waits: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(users_module.time, "sleep", sleep)
+        users.add("bob")
+    assert len(waits) == 1
+    assert users.names == ["alice", "bob"]
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(path: Path, tmp_path: Path) -> None:
+    path.parent.mkdir()
+    path.with_name(".users.toml.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        UserFile(path).add("alice")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# Reading
+
+
+def test_without_a_file_there_are_no_users_yet(users: UserFile) -> None:
+    assert users.changed()
+    users.load()
+    assert users.names == []
+    assert users.find("alice") is None
+    assert not users.changed()
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o610, 0o601, 0o644, 0o666, 0o777])
+def test_a_file_that_others_can_use_is_refused(path: Path, users: UserFile, mode: int) -> None:
+    write(path, "", mode)
+    (fault,) = faults(users)
+    assert f"mode {mode:04o}" in fault
+    assert f"chmod 600 {path}" in fault
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o700])
+def test_a_file_for_its_owner_alone_is_read(path: Path, users: UserFile, mode: int) -> None:
+    write(path, f'[users.zoe]\nkey_sha256 = "{DIGEST}"\n', mode)
+    users.load()
+    assert users.names == ["zoe"]
+
+
+def test_a_file_of_another_user_is_refused(
+    path: Path, users: UserFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, "")
+    assert users_module.trusted_owners() == {0, os.geteuid()}
+    monkeypatch.setattr(users_module, "trusted_owners", lambda: frozenset({12345}))
+    (fault,) = faults(users)
+    assert "belongs to another user" in fault
+    assert "chown" in fault
+
+
+def test_a_folder_or_a_fifo_is_no_file_of_users(path: Path, users: UserFile) -> None:
+    path.mkdir(parents=True)
+    assert faults(users) == ["is not a regular file"]
+    path.rmdir()
+    os.mkfifo(path, 0o600)
+    assert faults(users) == ["is not a regular file"]
+
+
+def test_a_huge_file_is_refused_unread(path: Path, users: UserFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users_module, "MAX_FILE_BYTES", 10)
+    write(path, "#" * 10)
+    users.load()
+    write(path, "#" * 11)
+    (fault,) = faults(users)
+    assert "is larger than 10 bytes" in fault
+
+
+def test_a_path_through_a_file_is_a_fault_and_changed_does_not_raise(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    users = UserFile(tmp_path / "file" / "users.toml")
+    assert users.changed()
+    assert faults(users) == ["cannot be read: Not a directory"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nonsense", "at end of document"),
+        ("nonsense\n", "at line 1"),
+        ("[users.a]\nkey_sha256 = \n", "at line 2"),
+        (b"\xff\xfe", "is not UTF-8 at byte 0"),
+        (b"# fine\n\xc3(", "is not UTF-8 at byte 7"),
+        ("x = " + "[" * 100_000, ""),
+        ("users = 5", "users must be tables"),
+        ("users = []", "users must be tables"),
+        ("other = 1", 'unknown key "other"'),
+        ("[user.alice]", 'unknown key "user"'),
+        ("[users]\nalice = 5", 'user "alice": must be a table'),
+        ("[users.alice]", 'user "alice": key_sha256 must be'),
+        ("[users.alice]\nkey_sha256 = 5", 'user "alice": key_sha256 must be'),
+        (f'[users.alice]\nkey_sha256 = "{DIGEST[:-1]}"', 'user "alice": key_sha256 must be'),
+        (f'[users.alice]\nkey_sha256 = "{DIGEST}="', 'user "alice": key_sha256 must be'),
+        (f'[users.alice]\nkey_sha256 = "{DIGEST[:-1]}9"', 'user "alice": key_sha256 must be'),
+        (
+            f'[users.alice]\nkey_sha256 = "{DIGEST}"\noperator = 1',
+            'user "alice": operator must be true or false',
+        ),
+        (f'[users.alice]\nkey_sha256 = "{DIGEST}"\noperator = "true"', "operator must be true or false"),
+        (f'[users.alice]\nkey_sha256 = "{DIGEST}"\nadmin = true', 'user "alice": unknown key "admin"'),
+        (f'[users.""]\nkey_sha256 = "{DIGEST}"', "a name has 1 to 128 characters"),
+        (f'[users." a"]\nkey_sha256 = "{DIGEST}"', "a name has printable characters"),
+        (f'[users.a]\nkey_sha256 = "{DIGEST}"\n[users.a]\nkey_sha256 = "{DIGEST}"', "at line 3"),
+    ],
+)
+def test_a_fault_names_its_place(path: Path, users: UserFile, text: str | bytes, expected: str) -> None:
+    write(path, text)
+    (fault,) = faults(users)
+    assert expected in fault
+    assert fault.isprintable()
+    assert DIGEST[:20] not in fault
+
+
+def test_all_faults_are_told_at_once(path: Path, users: UserFile) -> None:
+    write(path, f'x = 1\n[users.a]\n[users.b]\nkey_sha256 = "{DIGEST}"\noperator = 2\nrole = 3\n')
+    assert [re.split("[:;]", fault)[0] for fault in faults(users)] == [
+        'unknown key "x"',
+        'user "a"',
+        'user "b"',
+        'user "b"',
+    ]
+
+
+def test_a_hostile_name_cannot_forge_a_line(path: Path, users: UserFile) -> None:
+    write(path, '[users."a\\nroot: all is well\\u001b[2J"]\n')
+    assert all("\n" not in fault and "\x1b" not in fault for fault in faults(users))
+
+
+# Reading again
+
+
+def test_a_change_is_seen_by_one_look(path: Path, users: UserFile) -> None:
+    users.load()
+    UserFile(path).add("alice")
+    assert users.changed()
+    users.reload()
+    assert not users.changed()
+    assert users.names == ["alice"]
+    UserFile(path).add("bob")
+    assert users.changed()
+    users.reload()
+    assert users.names == ["alice", "bob"]
+
+
+def test_a_change_of_mode_alone_is_seen(path: Path, users: UserFile) -> None:
+    users.add("alice")
+    path.chmod(0o644)
+    assert users.changed()
+    with pytest.raises(ConfigError, match="chmod 600"):
+        users.reload()
+    assert not users.changed()
+    path.chmod(0o600)
+    assert users.changed()
+    users.reload()
+
+
+@pytest.mark.parametrize("what", ["nonsense", "mode", "gone", "fifo"])
+def test_a_file_gone_bad_leaves_the_users_known_before(path: Path, users: UserFile, what: str) -> None:
+    users.add("alice")
+    good = path.read_bytes()
+    if what == "nonsense":
+        write(path, "nonsense")
+    elif what == "mode":
+        path.chmod(0o640)
+    else:
+        path.unlink()
+        if what == "fifo":
+            os.mkfifo(path, 0o600)
+    assert users.changed()
+    with pytest.raises(ConfigError):
+        users.reload()
+    assert users.find("alice") is not None
+    assert not users.changed()
+    path.unlink(missing_ok=True)
+    write(path, good)
+    UserFile(path).add("bob")
+    assert users.changed()
+    users.reload()
+    assert users.names == ["alice", "bob"]
+
+
+def test_a_file_that_never_was_there_may_stay_away(users: UserFile) -> None:
+    users.load()
+    users.reload()
+    assert users.names == []
+
+
+def test_no_key_and_no_digest_is_printed(users: UserFile) -> None:
+    key = users.add("alice")
+    text = repr(users) + repr(users.find("alice")) + repr(users.__slots__)
+    assert key not in text
+    assert repr(digest_of(key)) not in text
+
+
+def test_a_crash_at_any_moment_leaves_one_file_or_the_other(path: Path) -> None:
+    UserFile(path).add("alice")
+    code = (
+        "import os, sys\n"
+        "from zcproto.auth import UserFile\n"
+        "sync = os.fsync\n"
+        "os.fsync = lambda fd: os._exit(9)\n"
+        "UserFile(sys.argv[1]).add('bob')\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert process.returncode == 9
+    users = UserFile(path)
+    users.load()
+    assert users.names == ["alice"]
+    users.add("carol")
+    assert users.names == ["alice", "carol"]
