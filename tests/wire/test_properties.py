@@ -29,7 +29,7 @@ from zcproto.wire.message import (
 )
 
 LIMIT = 300
-quick = settings(max_examples=60, deadline=None, database=None)
+quick = settings(max_examples=40, deadline=None, database=None)
 
 sides = st.sampled_from(Side)
 uint64 = st.integers(0, 2**64 - 1)
@@ -188,7 +188,7 @@ def bodies(draw: st.DrawFn) -> bytes:
     return bytes(data[: len(data) - draw(st.sampled_from([0, 0, 1, 5]))])
 
 
-@settings(quick, max_examples=200)
+@settings(quick, max_examples=100)
 @given(bodies(), st.integers(1, 40))
 def test_any_body_is_a_message_or_a_message_error(body: bytes, max_depth: int) -> None:
     for decoder in (decode_body, decode_request, decode_error, decode_event, decode_map):
@@ -196,7 +196,7 @@ def test_any_body_is_a_message_or_a_message_error(body: bytes, max_depth: int) -
             decoder(body, max_depth)
 
 
-@settings(quick, max_examples=200)
+@settings(quick, max_examples=100)
 @given(bodies())
 def test_a_body_that_is_read_is_written_to_the_same_value(body: bytes) -> None:
     try:

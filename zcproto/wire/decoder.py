@@ -69,7 +69,7 @@ class FrameDecoder:
 
     def next_frame(self) -> RawFrame | None:
         """The next complete frame, or None if more bytes are needed. Raises as `frames` does."""
-        return next(self.frames(), None)
+        return None if self._partial is not None else next(self.frames(), None)
 
     def frames(self) -> Iterator[RawFrame]:
         """The complete frames of what was fed, one after the other; `limit` is asked anew for each.
