@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from enum import Enum
 from typing import Final
@@ -61,8 +62,10 @@ _BY_REASON: Final = {
     "BAD_RECORD_TYPE": TlsFailure.BAD_RECORD,
     "DECRYPTION_FAILED_OR_BAD_RECORD_MAC": TlsFailure.BAD_RECORD,
     "BAD_PACKET": TlsFailure.BAD_RECORD,
+    "RECORD_LAYER_FAILURE": TlsFailure.BAD_RECORD,  # OpenSSL 3.2 and later say no more of any bad record
     "UNEXPECTED_MESSAGE": TlsFailure.UNEXPECTED_MESSAGE,
     "INVALID_CCS_MESSAGE": TlsFailure.UNEXPECTED_MESSAGE,
+    "BAD_KEY_UPDATE": TlsFailure.UNEXPECTED_MESSAGE,
     "UNEXPECTED_EOF_WHILE_READING": TlsFailure.TRUNCATED,
     "TLSV1_ALERT_UNKNOWN_CA": TlsFailure.PEER_REJECTED_CERTIFICATE,
     "SSLV3_ALERT_BAD_CERTIFICATE": TlsFailure.PEER_REJECTED_CERTIFICATE,
@@ -82,13 +85,22 @@ _BY_VERIFY_CODE: Final = {
 }
 
 
+_MESSAGE: Final = re.compile(r"\[SSL\] (.*?)( \(_ssl\.c:\d+\))?")
+
+
+def _name_in(message: str) -> str:
+    """OpenSSL's name for a reason, from its words. A Python built for an older OpenSSL has the words only."""
+    found = _MESSAGE.fullmatch(message)
+    return found[1].upper().replace(" ", "_") if found else ""
+
+
 def failure_of(error: ssl.SSLError) -> TlsFailure:
-    """The cause behind an error of the ssl module. Not every SSLError has a reason."""
+    """The cause behind an error of the ssl module."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return _BY_VERIFY_CODE.get(error.verify_code, TlsFailure.CERTIFICATE_UNTRUSTED)
     if isinstance(error, ssl.SSLEOFError):
         return TlsFailure.TRUNCATED
-    reason = error.reason or ""
+    reason = error.reason or _name_in(str(error))
     known = _BY_REASON.get(reason)
     if known is not None:
         return known

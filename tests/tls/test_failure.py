@@ -1,0 +1,88 @@
+"""From what the ssl module raises to a cause that is counted."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import pytest
+
+from zcproto.tls.failure import TlsFailure, failure_of
+
+
+def ssl_error(reason: str | None, message: str = "[SSL] something (_ssl.c:1006)") -> ssl.SSLError:
+    error = ssl.SSLError(1, message)
+    error.reason = reason  # type: ignore[assignment]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("reason", "failure"),
+    [
+        ("NO_SUITABLE_KEY_SHARE", TlsFailure.NO_SHARED_GROUP),
+        ("NO_SHARED_GROUPS", TlsFailure.NO_SHARED_GROUP),
+        ("NO_SHARED_CIPHER", TlsFailure.NO_SHARED_SUITE),
+        ("NO_SUITABLE_SIGNATURE_ALGORITHM", TlsFailure.NO_SHARED_SIGNATURE_ALGORITHM),
+        ("UNSUPPORTED_PROTOCOL", TlsFailure.UNSUPPORTED_VERSION),
+        ("TLSV1_ALERT_PROTOCOL_VERSION", TlsFailure.UNSUPPORTED_VERSION),
+        ("TLSV1_ALERT_NO_APPLICATION_PROTOCOL", TlsFailure.NO_APPLICATION_PROTOCOL),
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", TlsFailure.NO_SHARED_SUITE),
+        ("WRONG_VERSION_NUMBER", TlsFailure.NOT_TLS),
+        ("PACKET_LENGTH_TOO_LONG", TlsFailure.RECORD_TOO_LARGE),
+        ("DECRYPTION_FAILED_OR_BAD_RECORD_MAC", TlsFailure.BAD_RECORD),
+        ("RECORD_LAYER_FAILURE", TlsFailure.BAD_RECORD),
+        ("BAD_KEY_UPDATE", TlsFailure.UNEXPECTED_MESSAGE),
+        ("UNEXPECTED_EOF_WHILE_READING", TlsFailure.TRUNCATED),
+        ("TLSV1_ALERT_UNKNOWN_CA", TlsFailure.PEER_REJECTED_CERTIFICATE),
+        ("SSLV3_ALERT_CERTIFICATE_EXPIRED", TlsFailure.PEER_REJECTED_CERTIFICATE),
+        ("TLSV1_ALERT_INTERNAL_ERROR", TlsFailure.PEER_ALERT),
+        ("SSLV3_ALERT_BAD_RECORD_MAC", TlsFailure.PEER_ALERT),
+        ("A_REASON_OF_TOMORROW", TlsFailure.OTHER),
+        ("", TlsFailure.OTHER),
+    ],
+)
+def test_a_reason_has_its_cause(reason: str, failure: TlsFailure) -> None:
+    assert failure_of(ssl_error(reason)) is failure
+
+
+@pytest.mark.parametrize(
+    ("message", "failure"),
+    [
+        ("[SSL] record layer failure (_ssl.c:2580)", TlsFailure.BAD_RECORD),
+        ("[SSL] record layer failure", TlsFailure.BAD_RECORD),
+        ("[SSL] tlsv1 alert no application protocol (_ssl.c:1006)", TlsFailure.NO_APPLICATION_PROTOCOL),
+        ("[SSL] ssl/tls alert unknown thing (_ssl.c:1006)", TlsFailure.PEER_ALERT),
+        ("unknown error (_ssl.c:1006)", TlsFailure.OTHER),
+        ("", TlsFailure.OTHER),
+    ],
+)
+def test_without_a_reason_the_words_tell(message: str, failure: TlsFailure) -> None:
+    """As where OpenSSL is newer than what Python was built for."""
+    assert failure_of(ssl_error(None, message)) is failure
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        (9, TlsFailure.CERTIFICATE_EXPIRED),
+        (10, TlsFailure.CERTIFICATE_EXPIRED),
+        (62, TlsFailure.CERTIFICATE_NAME_MISMATCH),
+        (64, TlsFailure.CERTIFICATE_NAME_MISMATCH),
+        (18, TlsFailure.CERTIFICATE_UNTRUSTED),
+        (20, TlsFailure.CERTIFICATE_UNTRUSTED),
+    ],
+)
+def test_a_certificate_that_does_not_verify_has_its_cause(code: int, failure: TlsFailure) -> None:
+    error: Any = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_code = code
+    assert failure_of(error) is failure
+
+
+def test_an_end_of_stream_is_a_truncation() -> None:
+    assert failure_of(ssl.SSLEOFError(8, "EOF occurred in violation of protocol")) is TlsFailure.TRUNCATED
+
+
+def test_causes_are_names_fit_for_metrics() -> None:
+    names = [failure.value for failure in TlsFailure]
+    assert len(set(names)) == len(names)
+    assert all(name.isidentifier() and name == name.lower() for name in names)
