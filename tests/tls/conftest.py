@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import pytest
+
+from zcproto.tls.context import client_context, server_context
+
+from ..conftest import ServerPairs
+from ..helpers import FakeTimers
+from .support import TlsPair
+
+
+@pytest.fixture(scope="session")
+def server_tls(server_pairs: ServerPairs) -> ssl.SSLContext:
+    """A server's context with a certificate of each kind of key."""
+    return server_context(server_pairs, ["zcp/1", "http/1.1"])
+
+
+@pytest.fixture(scope="session")
+def client_tls(ca_file: Path) -> ssl.SSLContext:
+    return client_context(ca_file=ca_file)
+
+
+@pytest.fixture
+def tls_pair(timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> TlsPair:
+    """A TCP connection on which nothing was said yet."""
+    return TlsPair(timers, server_tls, client_tls)
+
+
+@pytest.fixture
+def agreed(tls_pair: TlsPair) -> TlsPair:
+    """A connection whose handshake is done."""
+    return tls_pair.agree()

@@ -1,0 +1,257 @@
+"""A server's TLS transport and a client of OpenSSL, joined in memory; and records that no client would send."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+from zcproto.deadlines import DeadlineWheel
+from zcproto.tls.context import SUITES
+from zcproto.tls.failure import TlsFailure
+from zcproto.tls.server import TlsAcceptor, TlsServerTransport
+from zcproto.tls.transport import Phase
+
+from ..helpers import FakeTimers, MockTransport
+
+PEER = "192.0.2.7"
+ALERT, HANDSHAKE, DATA = 21, 22, 23
+
+
+class Above(asyncio.Protocol):
+    """What speaks above TLS: notes what it is told, and does on each what the test wants."""
+
+    def __init__(self, **then: Callable[..., object]) -> None:
+        self.told: list[Any] = []
+        self.received = bytearray()
+        self.pieces: list[bytes] = []
+        self.transport: Any = None
+        self._then = then
+
+    def _do(self, name: str, *args: Any) -> None:
+        self._then.get(name, lambda *args: None)(self, *args)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self.told.append("made")
+        self._do("made")
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        self.pieces.append(data)
+        self._do("data", data)
+
+    def eof_received(self) -> None:
+        self.told.append("eof")
+        self._do("eof")
+
+    def pause_writing(self) -> None:
+        self.told.append("pause")
+        self._do("pause")
+
+    def resume_writing(self) -> None:
+        self.told.append("resume")
+        self._do("resume")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.told.append(exc)
+        self.transport = None
+
+
+class TlsPair:
+    """One connection: `server` is ours, over the TCP of `raw`; `client` is OpenSSL's, over two BIOs."""
+
+    def __init__(
+        self,
+        timers: FakeTimers,
+        server_context: ssl.SSLContext,
+        client_context: ssl.SSLContext,
+        *,
+        above: Above | None = None,
+        acceptor: TlsAcceptor | None = None,
+        host: str = "localhost",
+        kind: type[TlsServerTransport] = TlsServerTransport,
+        **options: Any,
+    ) -> None:
+        self.timers = timers
+        self.above = Above() if above is None else above
+        self.log: list[Any] = []
+        if acceptor is None:
+            acceptor = new_acceptor(timers, server_context, lambda: self.above, self.log, **options)
+        self.acceptor = acceptor
+        self.server = kind(acceptor, PEER)
+        self.raw = MockTransport(timers)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.client = client_context.wrap_bio(self.incoming, self.outgoing, server_hostname=host)
+        self.raw.connect(self.server)
+
+    # the handshake
+
+    def step(self) -> bytes:
+        """Let the client do its part of the handshake; what it sends."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.client.do_handshake()
+        return self.outgoing.read()
+
+    def hear(self) -> bytes:
+        """Give the client what the server has sent; the bytes."""
+        data = self.raw.take()
+        self.incoming.write(data)
+        return data
+
+    def agree(self) -> TlsPair:
+        """The whole handshake."""
+        self.raw.deliver(self.step())
+        self.hear()
+        self.raw.deliver(self.step())
+        assert self.phase is Phase.OPEN
+        return self
+
+    @property
+    def phase(self) -> Phase:
+        return self.server._phase
+
+    @property
+    def failures(self) -> dict[TlsFailure, int]:
+        return {failure: count for failure, count in self.acceptor.failures.items() if count}
+
+    # data
+
+    def sealed(self, data: bytes) -> bytes:
+        """What the client sends for this."""
+        for start in range(0, len(data), 16_384):
+            self.client.write(data[start : start + 16_384])
+        return self.outgoing.read()
+
+    def say(self, data: bytes, piece: int = 65_536) -> None:
+        self.raw.deliver(self.sealed(data), piece)
+
+    def client_reads(self) -> bytes:
+        """All that the client has got, to the end of what was sent or to the server's close_notify."""
+        self.hear()
+        data = b""
+        while True:
+            try:
+                part = self.client.read(65_536)
+            except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+                return data
+            if not part:
+                return data
+            data += part
+
+    def client_closes(self) -> bytes:
+        """The client's close_notify."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.client.unwrap()
+        return self.outgoing.read()
+
+    def client_saw_close_notify(self) -> bool:
+        """Whether the stream that the client got ended cleanly."""
+        self.hear()
+        try:
+            while self.client.read(65_536):
+                pass
+        except ssl.SSLZeroReturnError:
+            return True
+        except ssl.SSLWantReadError:
+            return False
+        return True
+
+    def refusal(self) -> ssl.SSLError:
+        """The error that the client gets from what the server has sent."""
+        self.hear()
+        try:
+            self.client.do_handshake()
+            self.client.read(1)
+        except ssl.SSLWantReadError:
+            raise AssertionError("the client got no alert") from None
+        except ssl.SSLError as error:
+            return error
+        raise AssertionError("the client got no error")
+
+
+def new_acceptor(
+    timers: FakeTimers,
+    context: ssl.SSLContext,
+    factory: Callable[[], asyncio.Protocol],
+    log: list[Any],
+    **options: Any,
+) -> TlsAcceptor:
+    options.setdefault("protocols", {"zcp/1": factory, "http/1.1": factory, None: factory})
+    options.setdefault("suites", frozenset(SUITES))
+    return TlsAcceptor(
+        context,
+        wheel=DeadlineWheel(timers),
+        timers=timers,
+        on_failure=lambda failure, peer: log.append((failure, peer)),
+        on_slot_free=lambda: log.append("slot free"),
+        on_closed=lambda peer: log.append("closed"),
+        **options,
+    )
+
+
+def records(data: bytes) -> list[tuple[int, bytes]]:
+    """The TLS records of a stream: type and content."""
+    found: list[tuple[int, bytes]] = []
+    while data:
+        kind, _, length = struct.unpack("!BHH", data[:5])
+        assert len(data) >= 5 + length
+        found.append((kind, data[5 : 5 + length]))
+        data = data[5 + length :]
+    return found
+
+
+def captured_hello(context: ssl.SSLContext, host: str | None = "localhost") -> bytes:
+    """The first bytes that OpenSSL's client sends."""
+    outgoing = ssl.MemoryBIO()
+    client = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=host)
+    try:
+        client.do_handshake()
+    except ssl.SSLWantReadError:
+        return outgoing.read()
+    raise AssertionError("a handshake with nobody")
+
+
+class Forger:
+    """Makes records under a client's keys (RFC 8446 sections 5.2 and 7.3), valid or not.
+
+    Only TLS_AES_256_GCM_SHA384, which is what the server prefers. `secret` is the client's application
+    traffic secret, from the file that its context was told to log keys to.
+    """
+
+    def __init__(self, key_log: Path) -> None:
+        secrets = dict(line.split()[::2] for line in key_log.read_text().splitlines() if line[0] != "#")
+        self._secret = bytes.fromhex(secrets["CLIENT_TRAFFIC_SECRET_0"])
+        self._derive()
+
+    def _expand(self, label: bytes, size: int) -> bytes:
+        name = b"tls13 " + label
+        info = struct.pack("!HB", size, len(name)) + name + b"\0"
+        return HKDFExpand(hashes.SHA384(), size, info).derive(self._secret)
+
+    def _derive(self) -> None:
+        self._key = AESGCM(self._expand(b"key", 32))
+        self._iv = int.from_bytes(self._expand(b"iv", 12), "big")
+        self._sequence = 0
+
+    def record(self, content: bytes, kind: int = DATA, *, padding: int = 0) -> bytes:
+        inner = content + bytes([kind]) + bytes(padding)
+        header = struct.pack("!BHH", DATA, 0x0303, len(inner) + 16)
+        nonce = (self._iv ^ self._sequence).to_bytes(12, "big")
+        self._sequence += 1
+        return header + self._key.encrypt(nonce, inner, header)
+
+    def key_update(self, *, answer: bool = False) -> bytes:
+        """RFC 8446 section 4.6.3; the next record is under new keys."""
+        data = self.record(b"\x18\0\0\x01" + bytes([answer]), HANDSHAKE)
+        self._secret = self._expand(b"traffic upd", 48)
+        self._derive()
+        return data

@@ -1,0 +1,36 @@
+"""The alerts that are sent before OpenSSL has seen a byte."""
+
+from __future__ import annotations
+
+import ssl
+
+import pytest
+
+from zcproto.tls.alert import Alert, alert_record
+
+
+def test_the_numbers_are_those_of_the_standard() -> None:
+    """RFC 8446 section 6."""
+    assert {alert.name: alert.value for alert in Alert} == {
+        "UNEXPECTED_MESSAGE": 10,
+        "HANDSHAKE_FAILURE": 40,
+        "ILLEGAL_PARAMETER": 47,
+        "DECODE_ERROR": 50,
+        "PROTOCOL_VERSION": 70,
+        "NO_APPLICATION_PROTOCOL": 120,
+    }
+
+
+def test_an_alert_is_one_fatal_plaintext_record() -> None:
+    assert alert_record(Alert.PROTOCOL_VERSION) == bytes.fromhex("15 0303 0002 02 46")
+
+
+@pytest.mark.parametrize("alert", Alert)
+def test_openssl_understands_each_of_them(alert: Alert, client_tls: ssl.SSLContext) -> None:
+    incoming = ssl.MemoryBIO()
+    client = client_tls.wrap_bio(incoming, ssl.MemoryBIO(), server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    incoming.write(alert_record(alert))
+    with pytest.raises(ssl.SSLError, match=f"(?i)alert {alert.name.replace('_', ' ')}"):
+        client.do_handshake()

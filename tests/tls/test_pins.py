@@ -1,0 +1,113 @@
+"""Pins of keys and of whole certificates (RFC 7469 section 2.4)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import ssl
+import subprocess
+
+import pytest
+
+from zcproto.errors import TlsError
+from zcproto.tls.pins import MAX_PINS, certificate_pin, key_pin, parse_pins, pins_match
+
+from ..conftest import ServerPair, ServerPairs
+
+GOOD = "sha256/" + base64.b64encode(bytes(range(32))).decode()
+BACKUP = "sha256/" + base64.b64encode(bytes(32)).decode()
+
+
+@pytest.fixture(params=["ecdsa", "rsa"])
+def pair(request: pytest.FixtureRequest, server_pairs: ServerPairs) -> ServerPair:
+    found: ServerPair = getattr(server_pairs, request.param)
+    return found
+
+
+def der_of(pair: ServerPair) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(pair.certificate.read_text())
+
+
+def test_a_key_pin_is_what_openssl_says(pair: ServerPair) -> None:
+    """The usual command for it, from the manual of RFC 7469's time."""
+    spki = subprocess.run(
+        ["openssl", "x509", "-in", pair.certificate, "-pubkey", "-noout"], capture_output=True, check=True
+    ).stdout
+    der = base64.b64decode(b"".join(spki.splitlines()[1:-1]))
+    assert key_pin(der_of(pair)) == "sha256/" + base64.b64encode(hashlib.sha256(der).digest()).decode()
+
+
+def test_a_certificate_pin_is_the_digest_of_the_whole(pair: ServerPair) -> None:
+    der = der_of(pair)
+    expected = base64.b64encode(hashlib.sha256(der).digest()).decode()
+    assert certificate_pin(der) == "cert-sha256/" + expected
+
+
+def test_a_certificate_matches_by_key_or_as_a_whole(pair: ServerPair) -> None:
+    der = der_of(pair)
+    assert pins_match(der, frozenset({key_pin(der)}))
+    assert pins_match(der, frozenset({certificate_pin(der)}))
+    assert pins_match(der, parse_pins([BACKUP, key_pin(der)]))
+
+
+def test_a_certificate_does_not_match_other_pins(server_pairs: ServerPairs) -> None:
+    der, other = der_of(server_pairs.ecdsa), der_of(server_pairs.rsa)
+    assert not pins_match(der, frozenset({key_pin(other), certificate_pin(other), GOOD, BACKUP}))
+    assert not pins_match(der, frozenset())
+
+
+def test_a_key_pin_is_no_certificate_pin(pair: ServerPair) -> None:
+    der = der_of(pair)
+    assert not pins_match(
+        der, frozenset({"cert-" + key_pin(der), certificate_pin(der).removeprefix("cert-")})
+    )
+
+
+def test_pins_are_parsed_as_a_set() -> None:
+    assert parse_pins([GOOD, BACKUP, GOOD]) == {GOOD, BACKUP}
+    assert parse_pins(["cert-" + GOOD]) == {"cert-" + GOOD}
+    assert parse_pins([]) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "pin",
+    [
+        "",
+        "sha256/",
+        "sha256",
+        GOOD.removeprefix("sha256/"),
+        GOOD[:-1],
+        GOOD[:-4],
+        GOOD + "=",
+        GOOD + "AAAA",
+        GOOD.replace("sha256/", "sha1/"),
+        GOOD.replace("sha256/", "SHA256/"),
+        GOOD.replace("sha256/", "sha256//"),
+        GOOD.replace("sha256/", "pin-sha256="),
+        " " + GOOD,
+        GOOD + "\n",
+        "sha256/" + bytes(range(32)).hex(),
+        "sha256/" + base64.urlsafe_b64encode(b"\xff" * 32).decode(),
+        "sha256/" + "ä" * 44,
+        # decodes to the same 32 bytes, but would be compared as text and never match
+        GOOD[:-2] + chr(ord(GOOD[-2]) + 1) + "=",
+    ],
+)
+def test_a_malformed_pin_is_refused_and_named_never_ignored(pin: str) -> None:
+    with pytest.raises(TlsError) as caught:
+        parse_pins([GOOD, pin])
+    assert caught.value.failure == "pin_malformed"
+    assert repr(pin)[1:20] in str(caught.value)
+
+
+def test_a_huge_pin_is_named_in_part() -> None:
+    with pytest.raises(TlsError) as caught:
+        parse_pins(["sha256/" + "A" * 100_000])
+    assert len(str(caught.value)) < 200
+
+
+def test_the_number_of_pins_is_bounded() -> None:
+    pins = ["sha256/" + base64.b64encode(number.to_bytes(32, "big")).decode() for number in range(65)]
+    assert len(parse_pins(pins[:MAX_PINS])) == MAX_PINS
+    with pytest.raises(TlsError, match="64 pins"):
+        parse_pins(pins)
