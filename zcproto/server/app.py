@@ -138,7 +138,8 @@ class App:
         """Register a function under `name`.
 
         `public`: may be called without a session. `operator`: by operators only. Raises ValueError for a name
-        that is malformed, taken or reserved, or for both flags at once, TypeError for parameters that cannot be checked.
+        that is malformed, taken or reserved, and for both flags at once; TypeError for parameters that cannot be
+        checked.
         """
 
         def register(function: Handler) -> Handler:
