@@ -1,0 +1,80 @@
+"""ClientHellos built field by field (RFC 8446 section 4.1.2), so that any of them may be wrong."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+AES_128, AES_256, CHACHA20, CCM = 0x1301, 0x1302, 0x1303, 0x1304
+TLS_1_2_SUITE = 0xC02F
+ALPN, SUPPORTED_VERSIONS = 16, 43
+
+
+def vector(data: bytes, size: int) -> bytes:
+    """A vector of the TLS presentation language: its length in `size` bytes, then the data."""
+    return len(data).to_bytes(size, "big") + data
+
+
+def alpn(*names: bytes) -> bytes:
+    return vector(b"".join(vector(name, 1) for name in names), 2)
+
+
+def versions(*numbers: int) -> bytes:
+    return vector(b"".join(number.to_bytes(2, "big") for number in numbers), 1)
+
+
+def suite_list(*numbers: int) -> bytes:
+    return b"".join(number.to_bytes(2, "big") for number in numbers)
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A ClientHello. `extensions` are pairs of type and content; None leaves out even their length."""
+
+    legacy_version: bytes = b"\3\3"
+    random: bytes = bytes(range(32))
+    session_id: bytes = bytes(32)
+    suites: bytes = suite_list(AES_256, CHACHA20, AES_128)
+    compressions: bytes = b"\0"
+    extensions: Sequence[tuple[int, bytes]] | None = field(
+        default=((SUPPORTED_VERSIONS, versions(0x0304, 0x0303)), (ALPN, alpn(b"zcp/1")))
+    )
+
+    def with_extension(self, kind: int, content: bytes | None) -> Hello:
+        """This one with another content of an extension, or without it."""
+        others = [item for item in self.extensions or () if item[0] != kind]
+        return replace(self, extensions=others if content is None else [*others, (kind, content)])
+
+    def body(self) -> bytes:
+        data = self.legacy_version + self.random + vector(self.session_id, 1)
+        data += vector(self.suites, 2) + vector(self.compressions, 1)
+        if self.extensions is not None:
+            listed = b"".join(
+                struct.pack("!H", kind) + vector(content, 2) for kind, content in self.extensions
+            )
+            data += vector(listed, 2)
+        return data
+
+    def message(self) -> bytes:
+        return b"\1" + vector(self.body(), 3)
+
+    def bytes(self) -> bytes:
+        """In one record."""
+        return in_records(self.message())
+
+
+def in_records(message: bytes, size: int = 2**14, version: bytes = b"\3\1") -> bytes:
+    """A handshake message in records of at most this size."""
+    parts = [message[at : at + size] for at in range(0, len(message), size)]
+    return b"".join(b"\x16" + version + vector(part, 2) for part in parts)
+
+
+def with_suites(hello: bytes, *numbers: int) -> bytes:
+    """A captured ClientHello (one record) with other suites, all lengths put right."""
+    body = hello[9:]
+    at = 34
+    at += 1 + body[at]
+    old = int.from_bytes(body[at : at + 2], "big")
+    body = body[:at] + vector(suite_list(*numbers), 2) + body[at + 2 + old :]
+    return in_records(b"\1" + vector(body, 3))

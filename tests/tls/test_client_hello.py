@@ -1,0 +1,530 @@
+"""The reader of ClientHellos: what is let through, what is refused with which alert, and when."""
+
+from __future__ import annotations
+
+import itertools
+import ssl
+import struct
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zcproto.tls.alert import Alert
+from zcproto.tls.client_hello import (
+    ACCEPTED,
+    MAX_SIZE,
+    SUITE_IDS,
+    Accepted,
+    ClientHelloReader,
+    Refusal,
+)
+from zcproto.tls.context import client_context
+from zcproto.tls.failure import TlsFailure
+
+from .hellos import (
+    AES_128,
+    AES_256,
+    ALPN,
+    CCM,
+    CHACHA20,
+    SUPPORTED_VERSIONS,
+    TLS_1_2_SUITE,
+    Hello,
+    alpn,
+    in_records,
+    suite_list,
+    vector,
+    versions,
+    with_suites,
+)
+from .support import captured_hello
+
+SUITES = frozenset(SUITE_IDS.values())
+PROTOCOLS = frozenset(["zcp/1", "http/1.1", None])
+Verdict = Accepted | Refusal | None
+
+NOT_TLS = Refusal(TlsFailure.NOT_TLS, None)
+HTTP = Refusal(TlsFailure.PLAINTEXT_HTTP, None)
+MALFORMED = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, Alert.DECODE_ERROR)
+UNEXPECTED = Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE)
+TOO_LARGE = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, Alert.ILLEGAL_PARAMETER)
+NO_TLS_1_3 = Refusal(TlsFailure.UNSUPPORTED_VERSION, Alert.PROTOCOL_VERSION)
+NO_SUITE = Refusal(TlsFailure.NO_SHARED_SUITE, Alert.HANDSHAKE_FAILURE)
+NO_ALPN = Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL)
+
+GOOD = Hello()
+
+
+def reader() -> ClientHelloReader:
+    return ClientHelloReader(SUITES, PROTOCOLS)
+
+
+def judge(data: bytes) -> Verdict:
+    return reader().feed(data)
+
+
+def judge_pieces(*pieces: bytes) -> Verdict:
+    """Piece by piece, to the first verdict."""
+    slow = reader()
+    for piece in pieces:
+        verdict = slow.feed(piece)
+        if verdict is not None:
+            return verdict
+    return None
+
+
+def byte_by_byte(data: bytes) -> Verdict:
+    return judge_pieces(*(data[at : at + 1] for at in range(len(data))))
+
+
+# --- real ones ------------------------------------------------------------------------------------------
+
+
+def real_hello(kind: str, client: ssl.SSLContext) -> bytes:
+    context = client_context(verify=False)
+    match kind:
+        case "post-quantum share":
+            pass
+        case "small share":
+            context.set_ecdh_curve("prime256v1")
+        case "without name":
+            return captured_hello(context, None)
+        case "long name":
+            return captured_hello(context, ".".join(["a" * 60] * 4))
+        case "many protocols":
+            context.set_alpn_protocols(["h2", "http/1.1", "zcp/1", "x" * 255])
+        case "http":
+            context.set_alpn_protocols(["http/1.1"])
+        case "without protocols":
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+        case "tls 1.2 too":
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        case "trusting":
+            context = client
+    return captured_hello(context)
+
+
+REAL = ["post-quantum share", "small share", "without name", "long name", "many protocols", "http"]
+REAL += ["without protocols", "tls 1.2 too", "trusting"]
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_the_hello_of_a_real_client_is_accepted(kind: str, client_tls: ssl.SSLContext) -> None:
+    data = real_hello(kind, client_tls)
+    whole = reader()
+    assert whole.feed(data) is ACCEPTED
+    assert whole.raw == data
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_a_real_hello_may_come_byte_by_byte(kind: str, client_tls: ssl.SSLContext) -> None:
+    data = real_hello(kind, client_tls)
+    assert byte_by_byte(data[:-1]) is None
+    assert byte_by_byte(data) is ACCEPTED
+
+
+def test_a_real_hello_may_be_cut_anywhere(client_tls: ssl.SSLContext) -> None:
+    data = real_hello("post-quantum share", client_tls)
+    assert len(data) > 1_400, "a post-quantum share makes a hello longer than a segment"
+    for at in range(1, len(data)):
+        cut = reader()
+        assert cut.feed(data[:at]) is None
+        assert cut.feed(data[at:]) is ACCEPTED
+        assert cut.raw == data
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 100, 500, 1_000])
+def test_a_real_hello_may_be_fragmented_over_records(size: int, client_tls: ssl.SSLContext) -> None:
+    data = in_records(real_hello("post-quantum share", client_tls)[5:], size)
+    assert judge(data) is ACCEPTED
+    assert byte_by_byte(data) is ACCEPTED
+    assert byte_by_byte(data[:-1]) is None
+
+
+def test_a_client_of_tls_1_2_is_refused_with_70() -> None:
+    context = client_context(verify=False)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    assert judge(captured_hello(context)) == NO_TLS_1_3
+
+
+@pytest.mark.parametrize(
+    ("suites", "verdict"),
+    [
+        ([AES_256], ACCEPTED),
+        ([CHACHA20], ACCEPTED),
+        ([AES_128, CHACHA20], ACCEPTED),
+        ([AES_128], NO_SUITE),
+        ([AES_128, CCM, 0x1305], NO_SUITE),
+        ([TLS_1_2_SUITE], NO_SUITE),
+        ([0x0A0A, TLS_1_2_SUITE, AES_256], ACCEPTED),
+    ],
+)
+def test_a_real_hello_with_other_suites(
+    suites: list[int], verdict: Verdict, client_tls: ssl.SSLContext
+) -> None:
+    data = with_suites(real_hello("trusting", client_tls), *suites)
+    assert judge(data) == verdict
+    assert byte_by_byte(data) == verdict
+
+
+# --- what is offered ------------------------------------------------------------------------------------
+
+OLD = versions(0x0303)
+FOREIGN = alpn(b"h2")
+FAULTS = {
+    "version": (SUPPORTED_VERSIONS, OLD, NO_TLS_1_3),
+    "suite": (None, suite_list(AES_128), NO_SUITE),
+    "alpn": (ALPN, FOREIGN, NO_ALPN),
+}
+
+
+def offering(*faults: str) -> Hello:
+    hello = GOOD
+    for fault in faults:
+        kind, content, _ = FAULTS[fault]
+        hello = replace(hello, suites=content) if kind is None else hello.with_extension(kind, content)
+    return hello
+
+
+@pytest.mark.parametrize(
+    "faults", [names for count in (0, 1, 2, 3) for names in itertools.combinations(FAULTS, count)]
+)
+def test_where_several_alerts_fit_the_order_is_70_40_120(faults: tuple[str, ...]) -> None:
+    verdict = judge(offering(*faults).bytes())
+    assert verdict == (FAULTS[faults[0]][2] if faults else ACCEPTED)
+
+
+@pytest.mark.parametrize(
+    ("offer", "verdict"),
+    [
+        (versions(0x0304), ACCEPTED),
+        (versions(0x0303, 0x0304), ACCEPTED),
+        (versions(0x0A0A, 0x7F1C, 0x0304), ACCEPTED),
+        (versions(0x0303), NO_TLS_1_3),
+        (versions(0x0305), NO_TLS_1_3),
+        (versions(0x0400, 0x0403), NO_TLS_1_3),  # 03 04 across two
+        (None, NO_TLS_1_3),
+        (versions(), MALFORMED),
+        (b"", MALFORMED),
+        (b"\x03\x03\x04\x03", MALFORMED),
+        (b"\x02\x03\x04\x00", MALFORMED),
+        (b"\x04\x03\x04", MALFORMED),
+    ],
+)
+def test_versions(offer: bytes | None, verdict: Verdict) -> None:
+    assert judge(GOOD.with_extension(SUPPORTED_VERSIONS, offer).bytes()) == verdict
+
+
+@pytest.mark.parametrize("legacy", [b"\3\0", b"\3\1", b"\3\4", b"\0\0", b"\xff\xff"])
+def test_the_legacy_version_says_nothing(legacy: bytes) -> None:
+    assert judge(replace(GOOD, legacy_version=legacy).bytes()) is ACCEPTED
+
+
+@pytest.mark.parametrize(
+    ("offer", "verdict"),
+    [
+        (alpn(b"zcp/1"), ACCEPTED),
+        (alpn(b"http/1.1"), ACCEPTED),
+        (alpn(b"http/1.1", b"zcp/1"), ACCEPTED),
+        (alpn(b"h2", b"spdy/3", b"zcp/1"), ACCEPTED),
+        (None, ACCEPTED),
+        (alpn(b"h2"), NO_ALPN),
+        (alpn(b"zcp/2"), NO_ALPN),
+        (alpn(b"ZCP/1"), NO_ALPN),
+        (alpn(b"zcp/1\0"), NO_ALPN),
+        (alpn(b"zcp/", b"1"), NO_ALPN),
+        (alpn(b"\xff\xfe"), NO_ALPN),
+        (alpn(b"None"), NO_ALPN),
+        (alpn(b"x" * 255), NO_ALPN),
+        (alpn(), MALFORMED),
+        (alpn(b""), MALFORMED),
+        (alpn(b"zcp/1", b""), MALFORMED),
+        (b"", MALFORMED),
+        (b"\0", MALFORMED),
+        (b"\0\6\5zcp/1\0", MALFORMED),
+        (b"\0\7\5zcp/1", MALFORMED),
+        (b"\0\6\6zcp/1", MALFORMED),
+        (b"\0\5\5zcp/1", MALFORMED),
+    ],
+)
+def test_protocols(offer: bytes | None, verdict: Verdict) -> None:
+    assert judge(GOOD.with_extension(ALPN, offer).bytes()) == verdict
+
+
+def test_no_offer_of_protocols_needs_a_server_that_takes_it() -> None:
+    hello = GOOD.with_extension(ALPN, None).bytes()
+    assert ClientHelloReader(SUITES, frozenset(["zcp/1"])).feed(hello) == NO_ALPN
+
+
+def test_suites_are_those_that_the_operator_left() -> None:
+    only = ClientHelloReader(frozenset([CHACHA20]), PROTOCOLS)
+    assert only.feed(replace(GOOD, suites=suite_list(AES_256)).bytes()) == NO_SUITE
+
+
+def test_the_numbers_of_the_suites_are_those_of_the_standard() -> None:
+    assert SUITE_IDS == {"TLS_AES_256_GCM_SHA384": AES_256, "TLS_CHACHA20_POLY1305_SHA256": CHACHA20}
+
+
+# --- malformed in every field ---------------------------------------------------------------------------
+
+BODY = GOOD.body()
+SESSION_AT, SUITES_AT, COMPRESSION_AT, EXTENSIONS_AT = 34, 67, 75, 77
+
+
+def with_body(body: bytes) -> bytes:
+    return in_records(b"\1" + vector(body, 3))
+
+
+def patched(at: int, new: bytes) -> bytes:
+    return with_body(BODY[:at] + new + BODY[at + len(new) :])
+
+
+@pytest.mark.parametrize("length", range(len(BODY)))
+def test_a_body_cut_short_anywhere_is_malformed_or_offers_no_tls_1_3(length: int) -> None:
+    verdict = judge(with_body(BODY[:length]))
+    # Without extensions it is a whole hello of an older version.
+    assert verdict == (NO_TLS_1_3 if length == EXTENSIONS_AT else MALFORMED)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        patched(SESSION_AT, b"\xff"),
+        patched(SESSION_AT, b"\x1f"),
+        with_body(replace(GOOD, session_id=bytes(33)).body()),
+        with_body(replace(GOOD, suites=b"").body()),
+        with_body(replace(GOOD, suites=b"\x13").body()),
+        with_body(replace(GOOD, suites=b"\x13\x02\x13").body()),
+        patched(SUITES_AT, b"\xff\xff"),
+        patched(SUITES_AT, b"\0\7"),
+        with_body(replace(GOOD, compressions=b"").body()),
+        patched(COMPRESSION_AT, b"\xff"),
+        patched(EXTENSIONS_AT, b"\xff\xff"),
+        patched(EXTENSIONS_AT, b"\0\1"),
+        patched(EXTENSIONS_AT + 4, b"\xff\xff"),
+        with_body(BODY + b"\0"),
+        with_body(replace(GOOD, extensions=None).body() + vector(b"\0", 2)),
+        with_body(replace(GOOD, extensions=None).body() + vector(b"\0\x2b\0", 2)),
+        with_body(replace(GOOD, extensions=None).body() + b"\0"),
+        with_body(b""),
+    ],
+    ids=range(18),
+)
+def test_a_length_that_its_surroundings_do_not_hold_is_malformed(data: bytes) -> None:
+    assert judge(data) == MALFORMED
+    assert byte_by_byte(data) == MALFORMED
+
+
+@pytest.mark.parametrize("session_id", [b"", bytes(1), bytes(32)])
+def test_a_session_id_may_have_any_allowed_length(session_id: bytes) -> None:
+    assert judge(replace(GOOD, session_id=session_id).bytes()) is ACCEPTED
+
+
+def test_unknown_and_empty_extensions_are_passed_over() -> None:
+    extensions = [(0x0A0A, b""), (0xFFFF, b"x" * 500), *(GOOD.extensions or ()), (21, bytes(100))]
+    assert judge(replace(GOOD, extensions=extensions).bytes()) is ACCEPTED
+
+
+def test_a_hello_without_extensions_is_of_an_older_version() -> None:
+    assert judge(replace(GOOD, extensions=None).bytes()) == NO_TLS_1_3
+    assert judge(replace(GOOD, extensions=[]).bytes()) == NO_TLS_1_3
+
+
+# --- records --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "verdict"),
+    [
+        (b"\x16\3\1\0\0", MALFORMED),
+        (GOOD.bytes()[:5] + b"", None),
+        (b"\x16\3\1\xff\xff", MALFORMED),
+        (b"\x16\3\1\x40\x01", MALFORMED),
+        (b"\x16\3\1\x40\x00", TOO_LARGE),
+        (b"\x16\3\1\0\1\2", UNEXPECTED),
+        (b"\x16\3\3\0\4\2\0\0\0", UNEXPECTED),
+        (b"\x16\3\3\0\4\1\xff\xff\xff", TOO_LARGE),
+        (b"\x16\3\3\0\4\1\0\x3f\xfd", TOO_LARGE),
+        (b"\x16\3\3\0\4\1\0\0\0", MALFORMED),
+        (b"\x15\3\1\0\2\2\x28", UNEXPECTED),
+        (b"\x14\3\3\0\1\1", UNEXPECTED),
+        (b"\x17\3\3\0\5hello", UNEXPECTED),
+        (b"\x15", None),
+        (b"\x16", None),
+        (b"\x16\3", None),
+        (b"\x16\3\1\2", None),
+        (b"", None),
+    ],
+)
+def test_first_bytes_that_are_records(data: bytes, verdict: Verdict) -> None:
+    assert judge(data) == verdict
+    assert byte_by_byte(data) == verdict
+
+
+def test_an_empty_record_among_others_is_malformed() -> None:
+    message = GOOD.message()
+    data = in_records(message[:20]) + b"\x16\3\1\0\0" + in_records(message[20:])
+    assert judge(data) == MALFORMED
+    assert byte_by_byte(data) == MALFORMED
+
+
+@pytest.mark.parametrize("kind", [20, 21, 23, 24, 0])
+def test_a_record_of_another_type_among_others_is_unexpected(kind: int) -> None:
+    message = GOOD.message()
+    data = in_records(message[:20]) + bytes([kind, 3, 3, 0, 1, 1]) + in_records(message[20:])
+    assert judge(data) == UNEXPECTED
+    assert byte_by_byte(data) == UNEXPECTED
+
+
+@pytest.mark.parametrize("more", [b"\0", b"\x14\3\3\0\1\1", GOOD.bytes(), b"\x17\3\3\0\5hello"])
+def test_nothing_may_follow_behind_the_hello(more: bytes) -> None:
+    assert judge(GOOD.bytes() + more) == UNEXPECTED
+
+
+@pytest.mark.parametrize("size", [1, 5, 100_000])
+def test_nothing_may_follow_in_the_hellos_record(size: int) -> None:
+    data = in_records(GOOD.message() + b"\0", size)
+    assert judge(data) == UNEXPECTED
+
+
+def test_a_hello_may_have_any_record_version_of_tls() -> None:
+    """RFC 8446 section 5.1: it is to be ignored; 3 tells TLS from noise."""
+    for minor in range(256):
+        assert judge(in_records(GOOD.message(), version=bytes([3, minor]))) is ACCEPTED
+
+
+def large_hello(size: int) -> bytes:
+    """A good hello of exactly so many bytes, record included."""
+    missing = size - len(GOOD.bytes()) - 4
+    return replace(GOOD, extensions=[*(GOOD.extensions or ()), (21, bytes(missing))]).bytes()
+
+
+def test_the_largest_hello_is_16_kib() -> None:
+    assert judge(large_hello(MAX_SIZE)) is ACCEPTED
+    assert judge(large_hello(MAX_SIZE + 1)) == TOO_LARGE
+
+
+def test_a_hello_of_many_records_is_bounded_with_their_headers() -> None:
+    message = large_hello(4_000)[5:]
+    assert judge(in_records(message, 2)) is ACCEPTED
+    data = in_records(message, 1)
+    assert len(data) > MAX_SIZE
+    assert judge(data) == TOO_LARGE
+    assert byte_by_byte(data) == TOO_LARGE
+
+
+def test_no_more_than_16_kib_wait_for_the_rest() -> None:
+    slow = reader()
+    data = in_records(b"\1" + (10_000).to_bytes(3, "big") + bytes(10_000), 1)
+    while slow.feed(data[len(slow.raw) : len(slow.raw) + 1_000]) is None:
+        assert len(slow.raw) <= MAX_SIZE + 4
+    assert len(slow.raw) <= MAX_SIZE + 1_000
+
+
+# --- no TLS at all --------------------------------------------------------------------------------------
+
+METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plaintext_http_request_is_told_apart(method: str) -> None:
+    data = f"{method} / HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+    assert judge(data) == HTTP
+    assert byte_by_byte(data) == HTTP
+    assert judge(f"{method} ".encode()) == HTTP
+    for length in range(1, len(method) + 1):
+        assert judge(data[:length]) is None
+
+
+def test_the_preface_of_http_2_is_http() -> None:
+    assert judge(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") == HTTP
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"get / HTTP/1.1\r\n",
+        b"GETS / HTTP/1.1",
+        b"GET\t/",
+        b"SSH-2.0-OpenSSH_9.9\r\n",
+        b"\x80\x2e\1\0\2\0\x15\0\0\0\x10",  # SSLv2
+        b"\0\0\0\x40\1\2\0\0",  # a frame of ZCP/1 without TLS
+        b"\x16\2\0\0\x10",
+        b"\x16\xff",
+        b"\x15\x02",
+        b"\x17garbage",
+        b"\x18\3\3\0\1\0",
+        b"\x13\3\3\0\1\0",
+        b"\r\n\r\n",
+        b"\xff" * 100,
+        b"\0",
+        b" GET / HTTP/1.1",
+    ],
+)
+def test_other_bytes_are_no_tls(data: bytes) -> None:
+    assert judge(data) == NOT_TLS
+    assert byte_by_byte(data) == NOT_TLS
+
+
+# --- any bytes ------------------------------------------------------------------------------------------
+
+
+def as_pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    return [data[start:end] for start, end in itertools.pairwise(edges)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=400), st.lists(st.integers(0, 10_000), max_size=6))
+def test_any_bytes_have_a_verdict_or_need_more(data: bytes, cuts: list[int]) -> None:
+    verdict = judge(data)
+    assert verdict is None or isinstance(verdict, Refusal)
+    assert judge_pieces(*as_pieces(data, cuts)) == verdict
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_damage_to_a_hello_is_judged_however_it_is_cut(data: st.DataObject) -> None:
+    hello = bytearray(in_records(GOOD.message(), data.draw(st.sampled_from([7, 40, 2**14]))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        hello[data.draw(st.integers(0, len(hello) - 1))] = data.draw(st.integers(0, 255))
+    whole = judge(bytes(hello))
+    pieces = as_pieces(bytes(hello), data.draw(st.lists(st.integers(0, 10_000), max_size=6)))
+    seen = judge_pieces(*pieces)
+    # What follows behind a whole hello is seen only if it comes with it.
+    assert seen == whole or (
+        whole == UNEXPECTED and seen in (ACCEPTED, MALFORMED, NO_TLS_1_3, NO_SUITE, NO_ALPN)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 60), st.binary(max_size=40)), max_size=8), st.binary(max_size=12))
+def test_any_extensions_are_judged(extensions: list[tuple[int, bytes]], suites: bytes) -> None:
+    assert judge(Hello(suites=suites, extensions=extensions).bytes()) is not None
+
+
+def test_the_time_is_linear_in_the_bytes() -> None:
+    """Byte by byte, in records of one byte: each is looked at once. Quadratic, this took a minute."""
+
+    def seconds(size: int) -> float:
+        data = in_records(b"\1" + (MAX_SIZE - 4).to_bytes(3, "big") + bytes(size), 1)
+        best = 1.0
+        for _ in range(3):
+            start = time.perf_counter()
+            byte_by_byte(data)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    assert seconds(2_000) < 12 * seconds(400) + 0.01
+
+
+def test_no_two_fields_are_confused() -> None:
+    """The offsets above are those of the hello that is patched."""
+    assert BODY[SESSION_AT] == 32
+    assert struct.unpack_from("!H", BODY, SUITES_AT) == (6,)
+    assert BODY[COMPRESSION_AT] == 1
+    assert struct.unpack_from("!H", BODY, EXTENSIONS_AT) == (len(BODY) - EXTENSIONS_AT - 2,)
