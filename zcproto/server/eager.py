@@ -16,7 +16,7 @@ import contextvars
 import types
 from asyncio.tasks import _enter_task, _leave_task
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, Final, cast
 
 Done = Callable[[Any, BaseException | None], None]
 """Called with the coroutine's result, or with its exception."""
@@ -51,17 +51,17 @@ class EagerTasks:
         except RuntimeError:
             return self._start_within_task(worker, coroutine, context)
         try:
-            awaited = context.run(coroutine.send, None)
-        except StopIteration as end:
-            self.result = end.value
-            idle.append(worker)
-            return None
+            awaited = context.run(worker.driver.send, coroutine)
         except BaseException:
+            worker.driver = _new_driver(self)
             idle.append(worker)
             raise
         finally:
             _leave_task(loop, worker.task)
-        worker.adopt(coroutine, awaited, context)
+        if awaited is _ENDED:
+            idle.append(worker)
+            return None
+        worker.adopt(awaited, context)
         return worker
 
     def _start_within_task(
@@ -100,21 +100,23 @@ class EagerTasks:
 class Worker:
     """A task, and the coroutine that it has adopted, if any."""
 
-    __slots__ = ("_cancelled_early", "_job", "_loop", "_pool", "_started", "_wake", "done", "task")
+    __slots__ = ("_cancelled_early", "_job", "_loop", "_pool", "_started", "_wake", "done", "driver", "task")
 
     def __init__(self, pool: EagerTasks, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
         self._loop = loop
-        self._job: tuple[Coroutine[Any, Any, Any], Any, contextvars.Context] | None = None
+        self._job: tuple[Any, contextvars.Context] | None = None
         self._wake: asyncio.Future[None] | None = None
         self._started = False
         self._cancelled_early = False
         self.done: Done | None = None
+        self.driver = _new_driver(pool)
         self.task: asyncio.Task[None] = loop.create_task(self._work(), name="zcproto-handler")
         self.task.add_done_callback(self._task_ended)
 
-    def adopt(self, coroutine: Coroutine[Any, Any, Any], awaited: Any, context: contextvars.Context) -> None:
-        self._job = (coroutine, awaited, context)
+    def adopt(self, awaited: Any, context: contextvars.Context) -> None:
+        """Go on with the coroutine that the driver is in; it waits for `awaited`."""
+        self._job = (awaited, context)
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
@@ -136,11 +138,12 @@ class Worker:
                 cancelled = True
         if self._job is None:
             return
-        coroutine, awaited, context = self._job
+        awaited, context = self._job
         self._job = None
         result, error = None, None
         try:
-            result = await _resume(coroutine, awaited, context, cancelled)
+            await _resume(self.driver, awaited, context, cancelled)
+            result = self._pool.result
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as raised:  # it is handed on; CancelledError is one of them
@@ -152,37 +155,54 @@ class Worker:
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._pool.forget(self)
-        job, self._job = self._job, None
-        if job is not None:  # the coroutine cancelled the task before that took its first step
-            job[0].close()
+        self._job = None
+        self.driver.close()  # a coroutine is left in it if that cancelled the task before its first step
         done, self.done = self.done, None
         if done is not None:
             done(None, asyncio.CancelledError())
 
 
+_ENDED: Final = object()
+
+Driver = Generator[Any, Any, None]
+
+
+@types.coroutine
+def _drive(pool: EagerTasks) -> Driver:
+    """Run the coroutine that is sent, yield what it waits for, and `_ENDED` when it has returned.
+
+    A coroutine that is driven by `send` itself ends with a StopIteration, which costs more than its first step.
+    """
+    while True:
+        coroutine = yield _ENDED
+        pool.result = yield from coroutine
+
+
+def _new_driver(pool: EagerTasks) -> Driver:
+    driver = cast("Driver", _drive(pool))
+    driver.send(None)
+    return driver
+
+
 @types.coroutine
 def _resume(
-    coroutine: Coroutine[Any, Any, Any], awaited: Any, context: contextvars.Context, cancelled: bool
-) -> Generator[Any, Any, Any]:
+    driver: Driver, awaited: Any, context: contextvars.Context, cancelled: bool
+) -> Generator[Any, Any, None]:
     """Go on with a coroutine that has yielded `awaited`, each step in its own context."""
-    while True:
+    while awaited is not _ENDED:
         try:
             if cancelled:
                 cancelled = False
                 raise asyncio.CancelledError
             sent = yield awaited
         except GeneratorExit:
-            coroutine.close()
+            driver.close()
             raise
         except BaseException as error:  # whatever comes belongs to the coroutine
             raised: BaseException | None = error
         else:
             raised = None
         try:
-            awaited = (
-                context.run(coroutine.send, sent) if raised is None else context.run(coroutine.throw, raised)
-            )
-        except StopIteration as end:
-            return end.value
+            awaited = context.run(driver.send, sent) if raised is None else context.run(driver.throw, raised)
         finally:
             raised = None  # its traceback leads back to here
