@@ -272,7 +272,8 @@ class ServerLink(asyncio.Transport):
 class ScriptedServer:
     """Answers each method by its script, one action for each request; then as usual.
 
-    `refuse` holds what the next attempts to connect fail with. Without a script: `session.open` and
+    `refuse` holds what the next attempts to connect fail with, `on_welcome` what is done right after the next
+    WELCOMEs. Without a script: `session.open` and
     `session.refresh` give tokens, `echo` returns its params, anything else nil.
     """
 
@@ -287,6 +288,7 @@ class ScriptedServer:
         self.ahead_ms = 0
         self.session: dict[str, Any] = {}
         self.writes = 0
+        self.on_welcome: list[Callable[[ServerLink], object]] = []
         self._tokens = itertools.count(1)
 
     def wall(self) -> int:
@@ -331,6 +333,11 @@ class ScriptedServer:
     def methods(self) -> list[str]:
         return [asked.method for asked in self.asked]
 
+    async def lose(self) -> None:
+        """Reset the connection; the client has noticed when this returns."""
+        self.link.cut()
+        await turns(3)
+
     async def dial(self, links: LinkKeeper, share: LoopShare, clock: Any) -> ClientProtocol:
         """In the place of `Dialer`: a connection that was welcomed."""
         self.dialled.append(now())
@@ -343,6 +350,8 @@ class ScriptedServer:
         link.protocol = protocol
         protocol.connection_made(link)
         link.send(WELCOME, 0, encode_body(self.greeting))
+        if self.on_welcome:
+            self.on_welcome.pop(0)(link)
         await protocol.welcomed
         return protocol
 

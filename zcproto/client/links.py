@@ -83,6 +83,8 @@ class LinkKeeper:
                 await asyncio.sleep(delay)
             try:
                 link = await self._dial(self)
+                if link.draining:  # said in the same breath as WELCOME
+                    raise CannotConnect("the server is going away")
                 if link.error is not None:
                     raise link.error
             except (ConnectionClosed, TlsError) as error:
@@ -90,12 +92,6 @@ class LinkKeeper:
                 if not (self._had_one and _may_pass(error)):
                     raise
                 self._wait(self._backoff.next())
-                continue
-            if link.draining:  # said in the same breath as WELCOME; `link_draining` has set the delay
-                self._older.add(link)
-                if not self._had_one:
-                    link.close("this client has no use for it")
-                    raise CannotConnect("the server is going away")
                 continue
             self._had_one = True
             self.link = link

@@ -333,7 +333,8 @@ class ClientProtocol(asyncio.Protocol):
 
     def handle_deadline(self, now: float) -> None:
         for event in self._connection.handle_timeout(self._clock.wall(), now):
-            self._handle(event)
+            assert isinstance(event, ConnectionEnded)
+            self._ended(ConnectionClosed(event.reason))
             self.abort()  # nobody is there to take leave of
             return
         self._flush()

@@ -1,0 +1,421 @@
+"""When a client connects, and when again."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+
+from zcproto.client.links import QUIET_REASONS
+from zcproto.errors import (
+    CannotConnect,
+    Code,
+    ConnectionClosed,
+    DeadlineExceeded,
+    SessionReplaced,
+    TlsError,
+    TokenRevoked,
+)
+
+from .helpers import (
+    ScriptedServer,
+    client_of,
+    cut,
+    fail,
+    now,
+    numbers,
+    scripted,
+    silence,
+    turns,
+)
+
+PERMANENT = [
+    "certificate_untrusted",
+    "certificate_expired",
+    "certificate_name_mismatch",
+    "pin_mismatch",
+    "no_application_protocol",
+    "unsupported_version",
+    "no_shared_suite",
+    "wrong_parameters",
+    "not_tls",
+    "peer_rejected_certificate",
+    "sts_policy",
+]
+
+
+# --- the first connection ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [CannotConnect("refused"), ConnectionClosed("cut"), TlsError("disconnected"), TlsError("pin_mismatch")],
+)
+@scripted
+async def test_the_first_attempt_is_told_as_it_fails(error: Exception) -> None:
+    server = ScriptedServer()
+    server.refuse = [error]
+    with pytest.raises(type(error)) as caught:
+        await client_of(server)
+    assert caught.value is error
+    assert len(server.dialled) == 1
+
+
+@scripted
+async def test_a_server_that_is_going_away_is_told_at_the_first_attempt() -> None:
+    server = ScriptedServer()
+    server.on_welcome = [lambda link: link.go_away("draining", 1_000)]
+    with pytest.raises(CannotConnect, match="going away"):
+        await client_of(server)
+    assert server.link.ended
+
+
+@scripted
+async def test_a_server_that_ends_right_after_its_welcome_is_told() -> None:
+    server = ScriptedServer()
+    server.on_welcome = [lambda link: link.fatal(Code.PROTOCOL_ERROR)]
+    with pytest.raises(ConnectionClosed) as caught:
+        await client_of(server)
+    assert caught.value.code is Code.PROTOCOL_ERROR
+
+
+# --- coming back -------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_it_comes_back_by_itself_and_shows_its_token_for_no_new_session() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        await server.lose()
+        await asyncio.sleep(1)
+        assert len(server.links) == 2
+        assert server.methods == ["session.open", "session.info"]
+        assert server.asked[1].token == server.asked[0].link.server.calls("session.info")[0].token
+        assert server.asked[1].token == bytes([1]) * 32
+        assert client.session is not None
+        assert client.session.id == "session-1"
+
+
+@scripted
+async def test_delays_have_full_jitter_doubling_from_100_ms_to_30_s() -> None:
+    server = ScriptedServer()
+    async with client_of(server, random=numbers(0.999_999)) as client:
+        server.refuse = [CannotConnect("refused")] * 12
+        lost_at = now()
+        await server.lose()
+        await client.call("echo", timeout=None)
+    pauses = [later - earlier for earlier, later in itertools.pairwise([lost_at, *server.dialled[1:]])]
+    expected = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30, 30, 30]
+    assert pauses == pytest.approx(expected, rel=1e-3)
+
+
+@scripted
+async def test_jitter_is_full_so_a_delay_may_be_nothing() -> None:
+    server = ScriptedServer()
+    async with client_of(server, random=numbers(0.0)) as client:
+        server.refuse = [CannotConnect("refused")] * 12
+        start = now()
+        await server.lose()
+        await client.call("echo")
+        assert now() == start
+
+
+@scripted
+async def test_after_a_success_delays_begin_at_100_ms_again() -> None:
+    server = ScriptedServer()
+    async with client_of(server, random=numbers(0.999_999)) as client:
+        server.refuse = [CannotConnect("refused")] * 5
+        await server.lose()
+        await client.call("echo")
+        await turns()
+        lost_at = now()
+        await server.lose()
+        await client.call("echo")
+        assert server.dialled[-1] - lost_at == pytest.approx(0.1, rel=1e-3)
+
+
+@scripted
+async def test_a_connection_that_answered_nothing_was_no_success() -> None:
+    server = ScriptedServer()
+    server.script("session.info", cut, cut, cut)
+    async with client_of(server, random=numbers(0.999_999)) as client:
+        lost_at = now()
+        await server.lose()
+        await asyncio.sleep(60)
+        await client.call("echo")
+    pauses = [later - earlier for earlier, later in itertools.pairwise([lost_at, *server.dialled[1:]])]
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8], rel=1e-3)
+
+
+@pytest.mark.parametrize("failure", ["disconnected", "handshake_timeout", "connection_reset", "truncated"])
+@scripted
+async def test_a_tls_failure_that_may_pass_is_tried_again(failure: str) -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.refuse = [TlsError(failure)]
+        await server.lose()
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+@pytest.mark.parametrize("failure", PERMANENT)
+@scripted
+async def test_a_tls_failure_that_does_not_pass_is_told_to_all_who_wait(failure: str) -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.refuse = [TlsError(failure)]
+        await server.lose()
+        calls = [client.call("echo") for _ in range(3)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(result) for result in results] == [TlsError] * 3
+        assert len(server.dialled) == 2
+        assert await client.call("echo", x=1) == {"x": 1}  # the next call tries again
+
+
+@scripted
+async def test_all_who_wait_wait_for_one_attempt() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        await server.lose()
+        results = await asyncio.gather(*[client.call("echo", i=i) for i in range(50)])
+        assert results == [{"i": i} for i in range(50)]
+        assert len(server.dialled) == 2
+
+
+@scripted
+async def test_one_who_stops_waiting_does_not_stop_the_attempt_of_the_others() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.refuse = [CannotConnect("refused")] * 3
+        await server.lose()
+        first = asyncio.create_task(client.call("echo"))
+        second = asyncio.create_task(client.call("echo", x=2))
+        await turns()
+        first.cancel()
+        assert await second == {"x": 2}
+        assert first.cancelled()
+
+
+@scripted
+async def test_a_call_without_a_connection_ends_at_its_timeout_and_says_why() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.refuse = [CannotConnect("server.example:7443: Connection refused")] * 1_000
+        await server.lose()
+        start = now()
+        with pytest.raises(DeadlineExceeded, match="Connection refused"):
+            await client.call("echo", timeout=3)
+        assert now() - start == pytest.approx(3)
+
+
+# --- GOAWAY ------------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_after_goaway_it_comes_back_by_itself_when_the_server_said() -> None:
+    server = ScriptedServer()
+    async with client_of(server):
+        start = now()
+        server.link.go_away("draining", 2_000)
+        await asyncio.sleep(10)
+        assert server.dialled[1] - start == pytest.approx(2 + 0.05)
+        assert server.methods == ["session.open", "session.info"]
+
+
+@scripted
+async def test_an_absurd_delay_of_goaway_is_an_hour() -> None:
+    server = ScriptedServer()
+    async with client_of(server):
+        start = now()
+        server.link.go_away("draining", 2**40)
+        await asyncio.sleep(2 * 3_600)
+        assert server.dialled[1] - start == pytest.approx(3_600, abs=1)
+
+
+@pytest.mark.parametrize("reason", sorted(QUIET_REASONS))
+@scripted
+async def test_after_a_close_for_idleness_it_comes_back_with_the_next_call_and_at_once(reason: str) -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.link.go_away(reason, 0)
+        server.link.close_cleanly()
+        await asyncio.sleep(1_000)
+        assert len(server.dialled) == 1
+        start = now()
+        await client.call("echo")
+        assert now() == start
+        assert len(server.dialled) == 2
+
+
+@scripted
+async def test_a_second_goaway_of_one_connection_changes_nothing() -> None:
+    server = ScriptedServer()
+    server.script("echo", silence)
+    async with client_of(server) as client:
+        call = asyncio.create_task(client.call("echo"))
+        await turns()
+        first = server.link
+        first.go_away("draining", 0)
+        first.go_away("draining", 0)
+        await asyncio.sleep(1)
+        assert len(server.dialled) == 2
+        server.calls()[0].respond("done")
+        assert await call == "done"
+
+
+@scripted
+async def test_a_server_that_says_goaway_with_its_welcome_is_left_for_later() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        await server.lose()
+        server.on_welcome = [lambda link: link.go_away("draining", 1_000)]
+        start = now()
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert now() - start >= 1
+        assert len(server.links) == 3
+
+
+@scripted
+async def test_an_old_connection_that_is_lost_takes_only_its_own_calls_with_it() -> None:
+    server = ScriptedServer()
+    server.script("echo", silence)
+    async with client_of(server) as client:
+        old_call = asyncio.create_task(client.call("echo"))
+        await turns()
+        old = server.link
+        old.go_away("draining", 0)
+        await client.call("echo")
+        old.cut()
+        with pytest.raises(ConnectionClosed):
+            await old_call
+        await asyncio.sleep(1)
+        assert len(server.links) == 2
+
+
+# --- never again by itself ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(Code.TOKEN_REVOKED, TokenRevoked), (Code.SESSION_REPLACED, SessionReplaced)]
+)
+@scripted
+async def test_it_does_not_come_back_once_its_token_was_taken_away(
+    code: Code, error: type[Exception]
+) -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.script("session.info", fail(code))
+        await server.lose()
+        await asyncio.sleep(10)
+        assert len(server.links) == 2  # it came back and learned it
+        await server.lose()
+        await asyncio.sleep(1_000)
+        assert len(server.links) == 2
+        with pytest.raises(error):
+            await client.call("echo")
+        assert client.session is None
+
+
+# --- keepalive ---------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_a_quiet_connection_is_kept_alive() -> None:
+    server = ScriptedServer(idle_timeout_ms=300_000)
+    async with client_of(server):
+        start = now()
+        await asyncio.sleep(1_000)
+        times = [at - start for at in server.link.pings]
+        assert len(times) >= 9
+        assert times == pytest.approx([100 * (i + 1) for i in range(len(times))], abs=1)
+        assert len(server.links) == 1
+
+
+@scripted
+async def test_a_dead_peer_is_noticed_within_ten_seconds_of_the_ping_and_left() -> None:
+    server = ScriptedServer(idle_timeout_ms=30_000)
+    server.script("echo", silence)
+    async with client_of(server) as client:
+        call = asyncio.create_task(client.call("echo", timeout=None))
+        await turns()
+        server.answers_pings = False
+        with pytest.raises(ConnectionClosed, match="does not answer") as caught:
+            await call
+        assert not caught.value.clean
+        assert server.links[0].ended == "aborted"
+        first_ping = server.links[0].pings[0]
+        assert now() - first_ping == pytest.approx(10, abs=1)
+        server.answers_pings = True
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert len(server.links) == 2
+
+
+# --- the end -----------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_closing_ends_the_session_and_tells_calls_that_wait() -> None:
+    server = ScriptedServer()
+    server.script("echo", silence)
+    client = await client_of(server)
+    call = asyncio.create_task(client.call("echo"))
+    await turns()
+    await client.close()
+    with pytest.raises(ConnectionClosed, match="closed by this client") as caught:
+        await call
+    assert caught.value.clean
+    assert server.methods[-1] == "session.close"
+    assert server.link.ended == "closed"
+    with pytest.raises(ConnectionClosed, match="closed"):
+        await client.call("echo")
+    await client.close()
+    assert client.session is None
+
+
+@scripted
+async def test_closing_while_it_connects_tells_those_who_wait() -> None:
+    server = ScriptedServer()
+    client = await client_of(server)
+    server.refuse = [CannotConnect("refused")] * 100
+    await server.lose()
+    call = asyncio.create_task(client.call("echo", timeout=None))
+    await asyncio.sleep(0.2)
+    await client.close()
+    with pytest.raises(ConnectionClosed, match="closed"):
+        await call
+
+
+@scripted
+async def test_closing_ends_old_connections_too() -> None:
+    server = ScriptedServer()
+    server.script("echo", silence)
+    client = await client_of(server)
+    call = asyncio.create_task(client.call("echo", idempotency_key="k"))
+    await turns()
+    server.link.go_away("draining", 0)
+    await asyncio.sleep(1)
+    await client.close()
+    with pytest.raises(ConnectionClosed):
+        await call
+    assert [link.ended for link in server.links] == ["closed", "closed"]
+
+
+@scripted
+async def test_a_server_that_does_not_answer_at_the_end_is_left_after_two_seconds() -> None:
+    server = ScriptedServer()
+    server.script("session.close", silence)
+    client = await client_of(server)
+    start = now()
+    await client.close()
+    assert now() - start == pytest.approx(2, abs=0.2)
+    assert server.link.ended
+
+
+@scripted
+async def test_closing_without_a_connection_is_quick() -> None:
+    server = ScriptedServer()
+    client = await client_of(server)
+    server.link.go_away("idle", 0)
+    await turns()
+    await client.close()
+    assert len(server.links) == 1

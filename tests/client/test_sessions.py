@@ -1,0 +1,663 @@
+"""When a session is opened, refreshed, and given up."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from zcproto.client.client import Client
+from zcproto.client.events import Event
+from zcproto.client.sessions import MAX_LOST
+from zcproto.errors import (
+    CallError,
+    Code,
+    ConfigError,
+    ConnectionClosed,
+    InternalError,
+    InvalidArgument,
+    ProtocolError,
+    SessionReplaced,
+    TokenExpired,
+    TokenRevoked,
+    Unauthenticated,
+    Unavailable,
+)
+from zcproto.wire.frame import NO_TOKEN
+
+from ..helpers import WALL
+from .helpers import (
+    Asked,
+    ScriptedServer,
+    client_of,
+    cut,
+    fail,
+    now,
+    numbers,
+    ok,
+    refreshable,
+    scripted,
+    silence,
+    turns,
+)
+
+HOUR_MS = 3_600_000
+
+
+def token(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def refresh_token(number: int) -> bytes:
+    return bytes([100 + number]) * 32
+
+
+def short(life_ms: int = HOUR_MS, **more: Any) -> dict[str, Any]:
+    """A session that lives for so long from the time it is opened."""
+    return refreshable(expires_at=lambda number: WALL + round((now() - 1_000) * 1000) + life_ms, **more)
+
+
+# --- opening -----------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_connecting_opens_a_session_with_user_key_and_the_clients_name() -> None:
+    server = ScriptedServer()
+    async with client_of(server, client="shop/2.1") as client:
+        opened = server.calls("session.open")[0]
+        assert opened.params == {"scheme": "api_key", "user": "ada", "key": "secret", "client": "shop/2.1"}
+        assert opened.token == NO_TOKEN
+        session = client.session
+        assert session is not None
+        assert (session.id, session.user, session.bound) == ("session-1", "ada", False)
+        await client.call("echo")
+        assert server.calls()[0].token == token(1)
+
+
+@scripted
+async def test_without_a_key_there_is_no_session_and_calls_carry_no_token() -> None:
+    server = ScriptedServer()
+    async with client_of(server, user=None) as client:
+        await client.call("server.info")
+        assert client.session is None
+        with pytest.raises(Unauthenticated):
+            await client.open_session()
+    assert server.methods == ["server.info"]
+    assert server.asked[0].token == NO_TOKEN
+
+
+@scripted
+async def test_session_false_opens_none_until_it_is_asked_for() -> None:
+    server = ScriptedServer()
+    async with client_of(server, session=False) as client:
+        await client.call("server.info")
+        assert client.session is None
+        session = await client.open_session()
+        assert await client.open_session() is session
+        await client.call("echo")
+        assert server.calls()[0].token == token(1)
+    assert server.methods == ["server.info", "session.open", "echo", "session.close"]
+
+
+@scripted
+async def test_opening_is_tried_again_while_the_server_is_busy() -> None:
+    server = ScriptedServer()
+    server.script("session.open", *[fail(Code.UNAVAILABLE, retry_after_ms=100)] * 3)
+    start = now()
+    async with client_of(server, random=numbers(0.0)):
+        assert now() - start == pytest.approx(0.3)
+
+
+@scripted
+async def test_opening_follows_the_servers_clock_once() -> None:
+    server = ScriptedServer()
+    server.script("session.open", fail(Code.STALE_TIMESTAMP, server_time=WALL), ok({}))
+    with pytest.raises(ProtocolError, match="not as it must be"):
+        await client_of(server)
+    server = ScriptedServer()
+    server.script("session.open", *[fail(Code.STALE_TIMESTAMP)] * 2)
+    with pytest.raises(CallError):
+        await client_of(server)
+    assert len(server.asked) == 2
+
+
+@scripted
+async def test_an_opening_whose_answer_is_lost_is_repeated_a_few_times_only() -> None:
+    server = ScriptedServer()
+    server.script("session.open", *[cut] * 100)
+    with pytest.raises(ConnectionClosed):
+        await client_of(server)
+    assert len(server.calls("session.open")) == MAX_LOST + 1
+
+
+@scripted
+async def test_all_calls_wait_for_one_opening() -> None:
+    server = ScriptedServer()
+    server.script("session.open", silence)
+    async with client_of(server, session=False) as client:
+        opening = asyncio.create_task(client.open_session())
+        calls = [asyncio.create_task(client.call("echo", i=i)) for i in range(10)]
+        await turns()
+        assert server.methods == ["session.open"]
+        server.asked[0].respond(server.opened())
+        await opening
+        await asyncio.gather(*calls)
+        assert server.methods == ["session.open", *["echo"] * 10]
+
+
+@scripted
+async def test_one_who_stops_waiting_does_not_stop_the_opening_of_the_others() -> None:
+    server = ScriptedServer()
+    async with client_of(server, session=False) as client:
+        server.script("session.open", silence)
+        first = asyncio.create_task(client.open_session())
+        await turns()
+        second = asyncio.create_task(client.call("echo", x=1))
+        await turns()
+        first.cancel()
+        await turns()
+        server.asked[0].respond(server.opened())
+        assert await second == {"x": 1}
+        assert server.link.cancelled == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"token": "text"},
+        {"token": bytes(31)},
+        {"id": 5},
+        {"user": None},
+        {"expires_at": "later"},
+        {"idle_timeout_ms": None},
+        {"bound": 1},
+        {"refresh_token": bytes(31)},
+        {"refresh_token": "text"},
+        {"refresh_expires_at": "later"},
+    ],
+)
+@scripted
+async def test_an_answer_that_is_no_session_is_told(wrong: dict[str, Any]) -> None:
+    server = ScriptedServer()
+    server.session = wrong
+    with pytest.raises(ProtocolError):
+        await client_of(server)
+
+
+def test_user_and_key_go_together() -> None:
+    with pytest.raises(ConfigError):
+        Client("localhost", user="ada")
+    with pytest.raises(ConfigError):
+        Client("localhost", key="secret")
+
+
+# --- refreshing ahead --------------------------------------------------------------------------------
+
+
+@scripted
+async def test_it_refreshes_at_80_percent_of_the_sessions_life() -> None:
+    server = ScriptedServer()
+    server.session = short()
+    async with client_of(server, random=numbers(0.0)) as client:
+        start = now()
+        await asyncio.sleep(3_500)
+        (refresh,) = server.calls("session.refresh")
+        assert refresh.at - start == pytest.approx(0.8 * 3_600, abs=1)
+        assert refresh.params["refresh_token"] == refresh_token(1)
+        await client.call("echo")
+        assert server.calls()[0].token == token(2)
+        assert client.session is not None
+        assert client.session.refresh_token_bytes == refresh_token(2)
+
+
+@scripted
+async def test_it_refreshes_again_and_again() -> None:
+    server = ScriptedServer()
+    server.session = short()
+    async with client_of(server):
+        await asyncio.sleep(10 * 3_600)
+    assert 10 < len(server.calls("session.refresh")) < 13
+
+
+@scripted
+async def test_jitter_spreads_the_refreshes_of_many_clients() -> None:
+    times = []
+    for chance in (0.0, 0.5, 0.999):
+        server = ScriptedServer()
+        server.session = short()
+        async with client_of(server, random=numbers(chance)):
+            start = now()
+            await asyncio.sleep(3_500)
+            times.append((server.calls("session.refresh")[0].at - start) / 3_600)
+    assert times == pytest.approx([0.8, 0.825, 0.85], abs=0.001)
+
+
+@scripted
+async def test_no_call_is_sent_while_a_refresh_is_on_its_way_and_none_fails() -> None:
+    server = ScriptedServer()
+    server.session = short()
+    server.script("session.refresh", silence)
+    async with client_of(server) as client:
+        await asyncio.sleep(0.825 * 3_600 + 2)
+        (refresh,) = server.calls("session.refresh")
+        calls = [asyncio.create_task(client.call("echo", i=i)) for i in range(5)]
+        await turns()
+        assert server.calls() == []
+        refresh.respond(server.opened())
+        assert len(await asyncio.gather(*calls)) == 5
+        assert {asked.token for asked in server.calls()} == {token(2)}
+
+
+@scripted
+async def test_a_refresh_ahead_that_is_refused_for_now_harms_no_call_and_is_tried_again() -> None:
+    server = ScriptedServer()
+    server.session = short()
+    server.script("session.refresh", fail(Code.UNAVAILABLE, retry_after_ms=100))
+    async with client_of(server) as client:
+        await asyncio.sleep(0.84 * 3_600)
+        assert len(server.calls("session.refresh")) == 1
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert server.calls()[0].token == token(1)
+        await asyncio.sleep(0.12 * 3_600)
+        assert len(server.calls("session.refresh")) == 2
+
+
+@scripted
+async def test_session_expiring_makes_it_refresh_at_once() -> None:
+    server = ScriptedServer()
+    server.session = short()
+    async with client_of(server) as client:
+        server.link.event("session.expiring", {"expires_at": WALL}, token(1))
+        await turns()
+        assert len(server.calls("session.refresh")) == 1
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+@scripted
+async def test_session_expiring_changes_nothing_without_a_refresh_token() -> None:
+    server = ScriptedServer()
+    async with client_of(server):
+        server.link.event("session.expiring", {"expires_at": WALL}, token(1))
+        await turns()
+        assert server.methods == ["session.open"]
+
+
+# --- refreshing because it must be -------------------------------------------------------------------
+
+
+@scripted
+async def test_a_session_that_has_ended_by_its_own_dates_is_renewed_before_the_next_call() -> None:
+    server = ScriptedServer()
+    server.session = {"expires_at": lambda number: WALL + round((now() - 1_000) * 1000) + 60_000}
+    async with client_of(server) as client:
+        await asyncio.sleep(61)
+        await client.call("echo")
+    assert server.methods == ["session.open", "session.open", "echo", "session.close"]
+
+
+@scripted
+async def test_a_session_that_was_idle_for_too_long_is_refreshed_before_the_next_call() -> None:
+    server = ScriptedServer()
+    server.session = refreshable(idle_timeout_ms=60_000)
+    async with client_of(server) as client:
+        for _ in range(5):
+            await asyncio.sleep(50)
+            await client.call("echo")
+        await asyncio.sleep(61)
+        await client.call("echo", x=bytes(100_000))
+    assert server.methods == ["session.open", *["echo"] * 5, "session.refresh", "echo", "session.close"]
+
+
+@scripted
+async def test_a_refresh_whose_answer_was_lost_is_repeated_at_once_with_the_same_token() -> None:
+    server = ScriptedServer()
+    server.session = short()
+    server.script("session.refresh", cut)
+    async with client_of(server) as client:
+        await asyncio.sleep(0.84 * 3_600)
+        assert await client.call("echo", x=1) == {"x": 1}
+        first, second = server.calls("session.refresh")
+        assert first.params == second.params
+        assert second.at - first.at < 1
+        assert server.calls()[0].token == token(2)
+
+
+@scripted
+async def test_a_refresh_token_that_may_be_spent_for_long_is_never_used_again() -> None:
+    server = ScriptedServer()
+    server.session = short()
+
+    def cut_later(asked: Asked) -> None:
+        asyncio.get_running_loop().call_later(6, asked.link.cut)
+
+    server.script("session.refresh", cut_later)
+    async with client_of(server) as client:
+        await asyncio.sleep(0.84 * 3_600)
+        await client.call("echo")
+    assert [method for method in server.methods if method != "echo"] == [
+        "session.open",
+        "session.refresh",
+        "session.open",
+        "session.close",
+    ]
+
+
+@pytest.mark.parametrize(
+    "code", [Code.TOKEN_EXPIRED, Code.INTERNAL, Code.UNKNOWN, Code.CANCELLED, Code.DEADLINE_EXCEEDED]
+)
+@scripted
+async def test_a_refresh_token_that_is_past_its_life_or_may_be_spent_gives_way_to_the_key(
+    code: Code,
+) -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", fail(code))
+    async with client_of(server) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods == [
+        "session.open",
+        "echo",
+        "session.refresh",
+        "session.open",
+        "echo",
+        "session.close",
+    ]
+
+
+@scripted
+async def test_a_refresh_that_is_never_answered_gives_way_to_the_key_too() -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", silence)
+    async with client_of(server) as client:
+        start = now()
+        await client.call("echo")
+        assert now() - start == pytest.approx(10, abs=0.2)
+        assert server.link.cancelled
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (Code.TOKEN_REVOKED, TokenRevoked),
+        (Code.SESSION_REPLACED, SessionReplaced),
+        (Code.UNAUTHENTICATED, Unauthenticated),
+    ],
+)
+@scripted
+async def test_a_refused_refresh_is_told_and_nothing_is_tried_by_itself(
+    code: Code, error: type[CallError]
+) -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", fail(code))
+    async with client_of(server) as client:
+        for _ in range(3):
+            with pytest.raises(error):
+                await client.call("echo")
+        assert client.session is None
+        await client.open_session()
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods[:3] == ["session.open", "echo", "session.refresh"]
+    assert server.methods[3:] == ["session.open", "echo", "session.close"]
+
+
+@scripted
+async def test_a_reused_refresh_token_is_told_even_ahead_of_time() -> None:
+    server = ScriptedServer()
+    server.session = short()
+    server.script("session.refresh", fail(Code.TOKEN_REVOKED))
+    async with client_of(server) as client:
+        await asyncio.sleep(0.84 * 3_600)
+        with pytest.raises(TokenRevoked):
+            await client.call("echo")
+    assert server.methods == ["session.open", "session.refresh"]
+
+
+@scripted
+async def test_another_error_of_a_refresh_is_told_and_the_next_call_tries_again() -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", fail(Code.NOT_FOUND))
+    async with client_of(server) as client:
+        with pytest.raises(CallError):
+            await client.call("echo")
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods[:4] == ["session.open", "echo", "session.refresh", "session.refresh"]
+
+
+@scripted
+async def test_a_busy_server_is_asked_again_when_the_refresh_must_be() -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", fail(Code.UNAVAILABLE, retry_after_ms=300))
+    async with client_of(server, random=numbers(0.0)) as client:
+        start = now()
+        await client.call("echo")
+        assert now() - start == pytest.approx(0.3)
+
+
+@scripted
+async def test_a_refresh_goes_on_over_goaway() -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+
+    def leave(asked: Asked) -> None:
+        asked.link.go_away("draining", 0)
+        asked.link.close_cleanly()
+
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", leave)
+    async with client_of(server) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+        first, second = server.calls("session.refresh")
+        assert first.link is not second.link
+
+
+@scripted
+async def test_a_renewal_waits_for_a_connection_that_is_full() -> None:
+    server = ScriptedServer(max_streams=1)
+    server.session = short()
+    server.script("echo", silence)
+    async with client_of(server) as client:
+        call = asyncio.create_task(client.call("echo", timeout=None))
+        await asyncio.sleep(0.84 * 3_600)
+        assert server.calls("session.refresh") == []
+        server.link.go_away("draining", 0)  # what waited goes elsewhere
+        await asyncio.sleep(1)
+        assert server.calls("session.refresh")[0].link is server.links[1]
+        server.calls()[0].respond()
+        await call
+
+
+@scripted
+async def test_an_answer_for_a_token_of_before_is_no_end_of_the_session() -> None:
+    server = ScriptedServer()
+    server.session = short()
+    server.script("echo", silence)
+    async with client_of(server) as client:
+        call = asyncio.create_task(client.call("echo", x=1, timeout=None))
+        await asyncio.sleep(0.84 * 3_600)
+        server.calls()[0].fail(Code.TOKEN_REVOKED)
+        assert await call == {"x": 1}
+        assert [asked.token for asked in server.calls()] == [token(1), token(2)]
+
+
+# --- events ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(Code.TOKEN_REVOKED, TokenRevoked), (Code.SESSION_REPLACED, SessionReplaced)]
+)
+@scripted
+async def test_session_revoked_is_looked_into_and_told_by_its_right_name(
+    code: Code, error: type[CallError]
+) -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.script("session.info", fail(code))
+        server.link.event("session.revoked", {"reason": "because"}, token(1))
+        await turns()
+        assert client.session is None
+        with pytest.raises(error):
+            await client.call("echo")
+        assert server.methods == ["session.open", "session.info"]
+        assert await anext(client.events) == Event("session.revoked", {"reason": "because"})
+
+
+@scripted
+async def test_session_revoked_of_another_session_is_not_ours() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.link.event("session.revoked", {"reason": "because"}, token(9))
+        await turns()
+        assert server.methods == ["session.open"]
+        assert client.session is not None
+
+
+@scripted
+async def test_session_revoked_as_the_last_word_of_a_connection_is_found_out_on_the_next() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.script("session.info", fail(Code.TOKEN_REVOKED))
+        server.link.event("session.revoked", {"reason": "because"}, token(1))
+        server.link.go_away("draining", 0)
+        await asyncio.sleep(1)
+        assert client.session is None
+
+
+@scripted
+async def test_a_token_that_is_shown_and_expired_is_renewed_with_the_next_call() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.script("session.info", fail(Code.TOKEN_EXPIRED))
+        await server.lose()
+        await asyncio.sleep(1)
+        await client.call("echo")
+    assert server.methods == ["session.open", "session.info", "session.open", "echo", "session.close"]
+
+
+@pytest.mark.parametrize("code", [Code.UNAUTHENTICATED, Code.UNAVAILABLE, Code.INTERNAL])
+@scripted
+async def test_other_answers_to_a_shown_token_leave_it_to_the_calls(code: Code) -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.script("session.info", fail(code))
+        await server.lose()
+        await asyncio.sleep(1)
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert client.session is not None
+
+
+@scripted
+async def test_a_shown_token_whose_answer_is_lost_is_shown_again() -> None:
+    server = ScriptedServer()
+    async with client_of(server):
+        server.script("session.info", cut)
+        await server.lose()
+        await asyncio.sleep(1)
+        assert server.methods == ["session.open", "session.info", "session.info"]
+
+
+@scripted
+async def test_a_renewal_under_way_needs_no_token_to_be_shown() -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", cut)
+    async with client_of(server) as client:
+        await client.call("echo")
+    assert "session.info" not in server.methods
+
+
+# --- 16 KiB ------------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_after_coming_back_a_large_request_waits_until_the_token_was_shown() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        await client.call("echo", x=bytes(100_000))
+        await server.lose()
+        server.script("session.info", silence)
+        assert len((await client.call("echo", x=bytes(100_000)))["x"]) == 100_000
+        assert server.methods == ["session.open", "echo", "session.info", "session.info", "echo"]
+
+
+@scripted
+async def test_a_large_request_without_a_session_is_refused_here() -> None:
+    server = ScriptedServer()
+    async with client_of(server, user=None) as client:
+        with pytest.raises(InvalidArgument, match="takes 16384"):
+            await client.call("server.info", x=bytes(20_000))
+        assert await client.call("server.info", timeout=None, x=bytes(100)) is None
+    assert server.methods == ["server.info"]
+
+
+@scripted
+async def test_a_request_too_large_for_any_session_is_refused_after_the_token_was_shown() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        await server.lose()
+        await asyncio.sleep(1)
+        with pytest.raises(InvalidArgument, match="takes 1048576"):
+            await client.call("echo", x=bytes(2_000_000), timeout=None)
+
+
+# --- the end -----------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_closing_during_a_renewal_tells_those_who_wait() -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", silence)
+    client = await client_of(server)
+    call = asyncio.create_task(client.call("echo"))
+    await turns()
+    await client.close()
+    with pytest.raises(ConnectionClosed, match="closed"):
+        await call
+
+
+@scripted
+async def test_a_failed_opening_leaves_nothing_behind() -> None:
+    server = ScriptedServer()
+    server.script("session.open", fail(Code.INTERNAL))
+    client = client_of(server)
+    with pytest.raises(InternalError):
+        await client.open()
+    assert server.link.ended == "closed"
+    with pytest.raises(RuntimeError, match="opened before"):
+        await client.open()
+
+
+@scripted
+async def test_a_busy_server_bounds_connecting_by_the_calls_timeout() -> None:
+    server = ScriptedServer()
+    server.script("session.open", *[fail(Code.UNAVAILABLE, retry_after_ms=1_000)] * 100)
+    start = now()
+    with pytest.raises(CallError):
+        await client_of(server, timeout=5)
+    assert now() - start == pytest.approx(5, abs=0.1)
+
+
+@scripted
+async def test_a_closed_session_that_cannot_be_ended_on_the_server_is_no_error() -> None:
+    server = ScriptedServer()
+    server.script("session.close", fail(Code.UNAVAILABLE))
+    async with client_of(server):
+        pass
+    assert server.link.ended == "closed"
+
+
+def test_errors_of_sessions_are_call_errors() -> None:
+    for kind in (TokenExpired, TokenRevoked, SessionReplaced, Unauthenticated, Unavailable):
+        assert issubclass(kind, CallError)
