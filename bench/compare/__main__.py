@@ -72,11 +72,13 @@ def compare(folder: Path, rounds: int, requests: int, connects: int) -> list[dic
         users = iter(enumerate(keys, 1))
 
         def connect_ours(count: int) -> list[Connection]:
-            connections = [Connection(ours_port, context) for _ in range(count)]
-            for number, connection in enumerate(connections):
+            connections = []
+            for number in range(count):
                 if number % SESSIONS_PER_USER == 0:
                     user, key = next(users)
+                connection = Connection(ours_port, context)
                 connection.open_session(f"user-{user}", key)
+                connections.append(connection)
             return connections
 
         def connect_bare(count: int) -> list[Connection]:
