@@ -1,0 +1,591 @@
+"""`session.*` and `server.*` from end to end, over real TLS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from zcproto.auth import CallableAuthenticator, Identity
+from zcproto.errors import Code
+from zcproto.server.app import App
+
+from .helpers import (
+    ERROR,
+    EVENT,
+    GOAWAY,
+    KEY,
+    NO_TOKEN,
+    RESPONSE,
+    Client,
+    ServerThread,
+    wall,
+)
+
+Serve = Callable[..., ServerThread]
+
+HOUR_MS = 3_600_000
+
+
+@pytest.fixture
+def connect(shared: ServerThread) -> Iterator[Callable[..., Client]]:
+    """Connections to a server that all tests share: each test has users of its own."""
+    with ExitStack() as stack:
+        yield lambda user=None, **options: stack.enter_context(shared.client(user, **options))
+
+
+@pytest.fixture
+def user(request: pytest.FixtureRequest) -> str:
+    return str(request.node.name)
+
+
+# --- session.open ------------------------------------------------------------------------------------------
+
+
+def test_open_gives_a_session(connect: Callable[..., Client], user: str) -> None:
+    client = connect()
+    opened = client.open_session(user)
+    assert set(opened) == {
+        "token",
+        "id",
+        "user",
+        "expires_at",
+        "idle_timeout_ms",
+        "refresh_token",
+        "refresh_expires_at",
+        "bound",
+    }
+    assert len(opened["token"]) == len(opened["refresh_token"]) == 32
+    assert opened["token"] != opened["refresh_token"]
+    assert (opened["user"], opened["bound"], opened["idle_timeout_ms"]) == (user, False, HOUR_MS)
+    assert abs(opened["expires_at"] - wall() - 24 * HOUR_MS) < 10_000
+    assert abs(opened["refresh_expires_at"] - wall() - 30 * 24 * HOUR_MS) < 10_000
+    client.echo()
+
+
+def test_without_refresh_and_idle_limit_there_is_none_to_tell(serve: Serve) -> None:
+    server = serve(sessions__refresh=False, sessions__idle_timeout="off")
+    with server.client("ada") as client:
+        assert client.opened["refresh_token"] is None
+        assert client.opened["refresh_expires_at"] is None
+        assert client.opened["idle_timeout_ms"] == 0
+        client.echo()
+
+
+def test_one_connection_carries_sessions_of_several_users(connect: Callable[..., Client], user: str) -> None:
+    client = connect(user)
+    first = client.token
+    client.open_session(user + "2")
+    assert client.call("session.info")["user"] == user + "2"
+    assert client.call("session.info", token=first)["user"] == user
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scheme": None}, "scheme must be a str"),
+        ({"scheme": "smoke signals"}, "scheme: not offered here; use one of: api_key"),
+        ({"client": 5}, "client must be a str"),
+        ({"client": "x" * 129}, "client must be at most 128 printable characters"),
+        ({"client": "a\x1bb"}, "client must be at most 128 printable characters"),
+    ],
+)
+def test_a_malformed_login_is_refused(
+    connect: Callable[..., Client], change: dict[str, Any], message: str
+) -> None:
+    login = {"scheme": "api_key", "user": "ada", "key": KEY, "client": "test/1"}
+    refused = connect().refused("session.open", {**login, **change})
+    assert (refused.code, refused.message) == (Code.INVALID_ARGUMENT, message)
+
+
+def test_a_wrong_key_and_an_unknown_user_get_the_same_answer(serve: Serve) -> None:
+    def identify(params: Any, address: str) -> Identity | None:
+        return Identity("ada") if (params["user"], params["key"]) == ("ada", "secret") else None
+
+    server = serve(authenticators=[CallableAuthenticator("api_key", identify)])
+    with server.client() as client:
+        bodies = {
+            client.refused("session.open", {"scheme": "api_key", "user": user, "key": key}).body
+            for user, key in (("ada", "wrong"), ("nobody", "secret"), ("", ""))
+        }
+        assert len(bodies) == 1
+        assert client.refused("echo").code == Code.UNAUTHENTICATED
+        client.open_session("ada", "secret")
+        client.echo()
+
+
+def test_a_login_that_waits_leaves_the_others_alone(serve: Serve) -> None:
+    import asyncio
+
+    gate: list[asyncio.Future[None]] = []
+
+    async def slowly(params: Any, address: str) -> Identity | None:
+        gate.append(asyncio.get_running_loop().create_future())
+        await gate[-1]
+        return Identity("slow")
+
+    server = serve(
+        authenticators=[
+            CallableAuthenticator("slow", slowly),
+            CallableAuthenticator("api_key", lambda params, address: Identity("ada")),
+        ]
+    )
+    with server.client() as slow, server.client("ada") as other:
+        slow.send(slow.request("session.open", {"scheme": "slow"}))
+        server.until(lambda: gate)
+        other.echo()
+        server.in_loop(lambda: gate[0].set_result(None))
+        assert slow.answer(1).value["user"] == "slow"
+    # One who does not stay for the answer gets no session.
+    with server.client() as hasty:
+        hasty.send(hasty.request("session.open", {"scheme": "slow"}))
+        server.until(lambda: len(gate) == 2)
+        before = server.stats["sessions"]
+        hasty.cancel(1)
+        assert hasty.answer(1).code == Code.CANCELLED
+        server.until(gate[1].cancelled)
+        assert server.stats["sessions"] == before
+
+
+def test_a_failing_authenticator_lets_nobody_in(serve: Serve) -> None:
+    def identify(params: Any, address: str) -> Identity | None:
+        raise RuntimeError("the directory is on fire")
+
+    server = serve(authenticators=[CallableAuthenticator("api_key", identify)])
+    with server.client() as client:
+        refused = client.refused("session.open", {"scheme": "api_key", "user": "ada"})
+        assert refused.code == Code.INTERNAL
+        assert b"fire" not in refused.body
+        assert client.refused("echo").code == Code.UNAUTHENTICATED
+
+
+def test_guessing_keys_is_slowed_down(serve: Serve) -> None:
+    server = serve(limits__login_failures=2)
+    with server.client() as client, server.client("bystander") as bystander:
+        login = {"scheme": "api_key", "user": "ada", "key": "guess"}
+        answers = [client.refused("session.open", login) for _ in range(10)]
+        codes = [answer.code for answer in answers]
+        assert codes[:2] == [Code.UNAUTHENTICATED] * 2
+        assert set(codes[4:]) == {Code.RESOURCE_EXHAUSTED}
+        assert answers[-1].details["retry_after_ms"] > 0
+        # The right key is of no use while the delay lasts.
+        assert client.refused("session.open", {**login, "key": KEY}).code == Code.RESOURCE_EXHAUSTED
+        bystander.echo()
+
+
+# --- the cap -----------------------------------------------------------------------------------------------
+
+
+def test_the_cap_refuses_one_session_more(serve: Serve) -> None:
+    server = serve(sessions__per_user=2)
+    with server.client("ada") as first, server.client("ada") as second, server.client() as third:
+        refused = third.refused(
+            "session.open", {"scheme": "api_key", "user": "ada", "key": KEY, "client": "test/1"}
+        )
+        assert (refused.code, refused.details) == (Code.RESOURCE_EXHAUSTED, {"limit": 2})
+        first.echo()
+        third.open_session("eve")
+        second.call("session.close")
+        third.open_session("ada")
+        third.echo()
+
+
+def test_the_cap_may_evict_the_oldest(serve: Serve) -> None:
+    server = serve(sessions__per_user=2, sessions__when_full="evict_oldest")
+    with server.client("ada") as first, server.client("ada") as second, server.client("ada") as third:
+        event = first.event()
+        assert event.value[0] == "session.revoked"
+        assert event.token == first.token
+        assert first.refused("echo").code == Code.SESSION_REPLACED
+        second.echo()
+        third.echo()
+
+
+# --- session.refresh ---------------------------------------------------------------------------------------
+
+
+def refresh(client: Client, refresh_token: bytes, client_name: str = "test/1") -> Any:
+    return client.call(
+        "session.refresh", {"refresh_token": refresh_token, "client": client_name}, token=NO_TOKEN
+    )
+
+
+def test_refresh_gives_a_new_pair_and_both_old_tokens_are_dead(
+    connect: Callable[..., Client], user: str
+) -> None:
+    client = connect(user)
+    old, old_token = client.opened, client.token
+    new = refresh(client, old["refresh_token"])
+    assert new["id"] == old["id"]
+    assert new["refresh_expires_at"] == old["refresh_expires_at"]
+    assert new["token"] != old["token"]
+    assert new["refresh_token"] != old["refresh_token"]
+    assert client.refused("echo", token=old_token).code == Code.TOKEN_REVOKED
+    client.token = new["token"]
+    client.echo()
+    assert client.events == []
+
+
+def test_a_refresh_on_another_connection_does_not_disturb_the_first(
+    connect: Callable[..., Client], user: str
+) -> None:
+    first, second = connect(user), connect()
+    new = refresh(second, first.opened["refresh_token"])
+    assert first.refused("echo").code == Code.TOKEN_REVOKED
+    first.token = second.token = new["token"]
+    first.echo()
+    second.echo()
+    assert first.events == second.events == []
+    # Revoked now, both are told, with the token that they use.
+    connect(user).call("session.revoke", {"id": new["id"]})
+    assert first.event().token == second.event().token == new["token"]
+
+
+def test_a_spent_refresh_token_gives_the_same_pair_within_the_grace(
+    connect: Callable[..., Client], user: str
+) -> None:
+    client = connect(user)
+    spent = client.opened["refresh_token"]
+    new = refresh(client, spent)
+    assert refresh(connect(), spent) == new
+
+
+def test_a_spent_refresh_token_shown_by_another_client_ends_the_session(
+    connect: Callable[..., Client], user: str
+) -> None:
+    client, thief, other = connect(user), connect(), connect(user)
+    spent = client.opened["refresh_token"]
+    client.token = refresh(client, spent)["token"]
+    client.echo()
+    refused = thief.refused("session.refresh", {"refresh_token": spent, "client": "thief/1"})
+    assert refused.code == Code.TOKEN_REVOKED
+    event = client.event()
+    assert (event.value, event.token) == (
+        ["session.revoked", {"reason": "refresh token reused"}],
+        client.token,
+    )
+    assert client.refused("echo").code == Code.TOKEN_REVOKED
+    other.echo()
+
+
+def test_a_refresh_token_that_is_none_is_refused(connect: Callable[..., Client]) -> None:
+    client = connect()
+    assert client.refused("session.refresh", {"refresh_token": bytes(32)}).code == Code.UNAUTHENTICATED
+    for params in ({"refresh_token": bytes(31)}, {"refresh_token": "x" * 32}, {}):
+        assert client.refused("session.refresh", params).code == Code.INVALID_ARGUMENT
+    params = {"refresh_token": bytes(32), "client": "\n"}
+    assert client.refused("session.refresh", params).code == Code.INVALID_ARGUMENT
+
+
+def test_a_session_token_is_no_refresh_token_nor_the_other_way_round(
+    connect: Callable[..., Client], user: str
+) -> None:
+    client = connect(user)
+    assert client.refused("session.refresh", {"refresh_token": client.token}).code == Code.UNAUTHENTICATED
+    assert client.refused("echo", token=client.opened["refresh_token"]).code == Code.UNAUTHENTICATED
+    client.echo()
+
+
+def test_an_expired_session_is_refreshed(serve: Serve) -> None:
+    server = serve(sessions__lifetime="1h", sessions__refresh_lifetime="10h")
+    with server.client("ada") as client:
+        server.clock.ahead_ms = HOUR_MS
+        ahead = {"timestamp": wall() + HOUR_MS}
+        refused = client.refused("echo", **ahead)
+        assert refused.code == Code.TOKEN_EXPIRED
+        new = client.call(
+            "session.refresh",
+            {"refresh_token": client.opened["refresh_token"], "client": "test/1"},
+            token=NO_TOKEN,
+            **ahead,
+        )
+        assert client.call("echo", {"a": 1}, token=new["token"], **ahead) == {"a": 1}
+        assert client.events == []  # the expiry of a token is no revocation
+
+
+# --- session.info and session.list -------------------------------------------------------------------------
+
+
+def test_info_tells_what_the_server_knows(connect: Callable[..., Client], user: str) -> None:
+    client = connect(user)
+    info = client.call("session.info")
+    assert set(info) == {
+        "id",
+        "user",
+        "created_at",
+        "last_used_at",
+        "expires_at",
+        "client",
+        "address",
+        "bound",
+    }
+    assert info["id"] == client.opened["id"]
+    assert info["expires_at"] == client.opened["expires_at"]
+    assert (info["user"], info["client"], info["address"], info["bound"]) == (
+        user,
+        "test/1",
+        "127.0.0.1",
+        False,
+    )
+    assert abs(info["created_at"] - wall()) < 10_000
+    assert info["created_at"] <= info["last_used_at"]
+
+
+def test_list_marks_the_session_that_asks(connect: Callable[..., Client], user: str) -> None:
+    first, second = connect(user), connect(user)
+    connect(user + "2")
+    listed = second.call("session.list")
+    assert [(each["id"], each["current"]) for each in listed] == [
+        (first.opened["id"], False),
+        (second.opened["id"], True),
+    ]
+    info = second.call("session.info")
+    mine = {name: value for name, value in listed[1].items() if name not in ("current", "last_used_at")}
+    assert mine == {name: value for name, value in info.items() if name != "last_used_at"}
+
+
+# --- session.revoke and session.close ----------------------------------------------------------------------
+
+
+def told_of_revocation(client: Client, reason: str) -> None:
+    event = client.event()
+    assert (event.kind, event.stream, event.token) == (EVENT, 0, client.token)
+    assert event.value == ["session.revoked", {"reason": reason}]
+    assert client.refused("echo").code == Code.TOKEN_REVOKED
+
+
+def test_revoking_by_id_reaches_every_connection_of_that_session_at_once(
+    connect: Callable[..., Client], user: str
+) -> None:
+    asking, first, second = connect(user), connect(user), connect()
+    second.token = first.token
+    second.echo()
+    untouched = connect(user)
+    assert asking.call("session.revoke", {"id": first.opened["id"]}) == {"revoked": 1}
+    told_of_revocation(first, "revoked by its user")
+    told_of_revocation(second, "revoked by its user")
+    asking.echo()
+    untouched.echo()
+    assert asking.events == untouched.events == []
+
+
+def test_revoking_twice_finds_nothing_the_second_time(connect: Callable[..., Client], user: str) -> None:
+    asking, other = connect(user), connect(user)
+    asking.call("session.revoke", {"id": other.opened["id"]})
+    assert asking.refused("session.revoke", {"id": other.opened["id"]}).code == Code.NOT_FOUND
+
+
+def test_another_users_session_is_not_found_and_lives_on(connect: Callable[..., Client], user: str) -> None:
+    asking, other = connect(user), connect(user + "2")
+    unknown = asking.refused("session.revoke", {"id": "A" * 22})
+    foreign = asking.refused("session.revoke", {"id": other.opened["id"]})
+    malformed = asking.refused("session.revoke", {"id": "no id at all"})
+    assert unknown.code == Code.NOT_FOUND
+    assert unknown.body == foreign.body == malformed.body
+    other.echo()
+    assert other.events == []
+
+
+def test_revoking_the_own_session_answers_and_sends_no_event(
+    connect: Callable[..., Client], user: str
+) -> None:
+    asking, same = connect(user), connect()
+    same.token = asking.token
+    same.echo()
+    assert asking.call("session.revoke", {"id": asking.opened["id"]}) == {"revoked": 1}
+    assert asking.refused("echo").code == Code.TOKEN_REVOKED
+    assert asking.events == []
+    told_of_revocation(same, "revoked by its user")
+
+
+def test_revoking_all_takes_the_own_session_too(connect: Callable[..., Client], user: str) -> None:
+    asking, others, stranger = connect(user), [connect(user), connect(user)], connect(user + "2")
+    # The asking connection carries another session of the user, and is told of neither.
+    asking.open_session(user)
+    assert asking.call("session.revoke", {"all": True}) == {"revoked": 4}
+    for other in others:
+        told_of_revocation(other, "revoked by its user")
+    assert asking.refused("echo").code == Code.TOKEN_REVOKED
+    assert asking.events == []
+    stranger.echo()
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"all": False}, {"id": "A" * 22, "all": True}, {"id": None}, {"id": 5}, {"all": 1}]
+)
+def test_revoking_neither_or_both_is_refused(
+    connect: Callable[..., Client], user: str, params: dict[str, Any]
+) -> None:
+    client = connect(user)
+    assert client.refused("session.revoke", params).code == Code.INVALID_ARGUMENT
+    client.echo()
+
+
+def test_close_ends_the_own_session_alone(connect: Callable[..., Client], user: str) -> None:
+    client, other = connect(user), connect(user)
+    assert client.call("session.close") == {}
+    assert client.refused("echo").code == Code.TOKEN_REVOKED
+    assert client.events == []
+    other.echo()
+    # The connection goes on, and may have another session.
+    client.open_session(user)
+    client.echo()
+
+
+def test_close_ends_the_session_for_the_very_next_frame(connect: Callable[..., Client], user: str) -> None:
+    client = connect(user)
+    client.send(client.request("session.close"), client.request("echo", {"a": 1}))
+    closed, refused = client.answer(client.stream - 1), client.answer(client.stream)
+    assert (closed.kind, refused.kind) == (RESPONSE, ERROR)
+    assert refused.code == Code.TOKEN_REVOKED
+
+
+@pytest.mark.parametrize("method", ["session.info", "session.list", "session.revoke", "session.close"])
+def test_methods_of_a_session_need_one(connect: Callable[..., Client], method: str) -> None:
+    assert connect().refused(method).code == Code.UNAUTHENTICATED
+
+
+def test_a_connection_left_without_session_is_closed_with_a_word(serve: Serve) -> None:
+    server = serve(sessions__open_timeout="100ms")
+    with server.client("ada") as client:
+        client.call("session.close")
+        frames, how = client.rest_until_closed()
+        assert [frame.kind for frame in frames] == [GOAWAY]
+        assert frames[0].value == {"reason": "no_session", "retry_after_ms": 0}
+        assert how == "close_notify"
+        assert server.stats["connections_ended"] == {"no_session": 1}
+
+
+def test_a_connection_that_opens_no_session_is_closed_with_a_word(serve: Serve) -> None:
+    server = serve(sessions__open_timeout="100ms")
+    with server.client() as client, server.client("ada") as other:
+        frames, how = client.rest_until_closed()
+        assert [frame.value["reason"] for frame in frames] == ["no_session"]
+        assert how == "close_notify"
+        other.echo()
+
+
+def test_an_idle_connection_is_closed_with_a_word(serve: Serve) -> None:
+    server = serve(limits__idle_timeout="100ms")
+    with server.client("ada") as client:
+        frames, how = client.rest_until_closed()
+        assert [frame.value["reason"] for frame in frames] == ["idle"]
+        assert how == "close_notify"
+    server.until_left()
+
+
+def test_a_session_near_its_end_is_announced_once(serve: Serve) -> None:
+    server = serve(sessions__lifetime="1s", sessions__refresh_lifetime="1h", limits__idle_timeout="10s")
+    with server.client("ada") as client:
+        event = client.event()
+        assert event.value == ["session.expiring", {"expires_at": client.opened["expires_at"]}]
+        assert event.token == client.token
+        assert 0 < client.opened["expires_at"] - event.timestamp <= 100
+
+
+# --- server.info and server.stats ----------------------------------------------------------------------------
+
+
+def names(client: Client) -> list[str]:
+    return [method["name"] for method in client.call("server.info")["methods"]]
+
+
+def test_info_lists_what_the_caller_may_call_and_nothing_else(serve: Serve) -> None:
+    app = App()
+
+    @app.method("news", public=True)
+    def news(limit: int = 10) -> list[str]:
+        """The latest news."""
+        return []
+
+    app.method("shout")(lambda: None)
+    app.method("restart", operator=True)(lambda: None)
+    server = serve(app)
+    public = ["news", "server.info", "session.open", "session.refresh"]
+    ours = sorted([*public, "session.close", "session.info", "session.list", "session.revoke", "shout"])
+    with server.client() as nobody, server.client("ada") as user, server.client("operator") as operator:
+        assert names(nobody) == public
+        assert names(user) == ours
+        assert names(operator) == sorted([*ours, "restart", "server.stats"])
+        info = nobody.call("server.info")
+        assert info["methods"][0] == {
+            "name": "news",
+            "doc": "The latest news.",
+            "params": [{"name": "limit", "type": "int", "required": False}],
+        }
+        assert info["versions"] == [1]
+        assert abs(info["time"] - wall()) < 5_000
+
+
+def test_what_info_lists_is_what_can_be_called(serve: Serve) -> None:
+    server = serve()
+    for user in (None, "ada", "operator"):
+        with server.client(user) as client:
+            listed = set(names(client))
+            for method in server.server.serving.methods:
+                if method not in ("session.close", "session.revoke"):
+                    codes = {Code.UNAUTHENTICATED, Code.PERMISSION_DENIED}
+                    client.send(client.request(method))
+                    answer = client.answer(client.stream)
+                    may = answer.kind == RESPONSE or answer.code not in codes
+                    assert may == (method in listed), method
+
+
+def test_stats_are_for_operators(connect: Callable[..., Client], user: str) -> None:
+    assert connect(user).refused("server.stats").code == Code.PERMISSION_DENIED
+    assert connect().refused("server.stats").code == Code.UNAUTHENTICATED
+
+
+def test_stats_count_what_happened(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as ada, server.client("operator") as operator:
+        ada.echo()
+        ada.refused("no.such.method")
+        stats = operator.call("server.stats")
+        assert stats["connections"] == stats["tcp_connections"] == stats["handshakes_completed"] == 2
+        assert stats["sessions"] == 2
+        assert stats["requests"] >= 4
+        assert stats["errors"] == {"12": 1}
+        assert stats["running"] == stats["handshakes_in_progress"] == 0
+        assert stats["rss_bytes"] > 10_000_000
+        assert stats["cpu_s"] > 0
+        assert stats["longest_pause_s"] >= 0
+        assert len(stats["pauses"]) == 11
+        ada.close()
+        server.until(lambda: len(server.server.serving.connections) == 1)
+        stats = operator.call("server.stats")
+        assert (stats["connections"], stats["connections_opened"]) == (1, 2)
+        assert stats["connections_ended"] == {"closed_by_peer": 1}
+        assert stats["sessions"] == 2
+
+
+# --- the built-in application ------------------------------------------------------------------------------
+
+
+def test_echo_returns_its_params(connect: Callable[..., Client], user: str) -> None:
+    client = connect(user)
+    params = {"a": [1, 2.5, None, True, b"\x00", {"ä": "ö"}]}
+    assert client.call("echo", params) == params
+    assert client.call("echo") == {}
+
+
+def test_time_is_the_servers_clock(connect: Callable[..., Client], user: str) -> None:
+    assert abs(connect(user).call("time") - wall()) < 5_000
+
+
+def test_sleep_waits_and_is_bounded(connect: Callable[..., Client], user: str) -> None:
+    client = connect(user)
+    assert client.call("sleep", {"ms": 0}) == {}
+    assert client.call("sleep", {"ms": 1}) == {}
+    for ms in (-1, 3_600_001):
+        assert client.refused("sleep", {"ms": ms}).code == Code.INVALID_ARGUMENT
+    client.send(client.request("sleep", {"ms": 3_600_000}))
+    client.cancel(client.stream)
+    assert client.answer(client.stream).code == Code.CANCELLED
+
+
+def test_the_built_in_methods_need_a_session(connect: Callable[..., Client]) -> None:
+    client = connect()
+    assert {client.refused(method).code for method in ("echo", "sleep", "time")} == {Code.UNAUTHENTICATED}
