@@ -177,14 +177,19 @@ async def test_logins_that_come_together_wait_for_one_reading(
 ) -> None:
     key = UserFile(path).add("alice")
     readings: list[None] = []
+    all_wait = threading.Event()
     reload = UserFile.reload
 
     def counted(self: UserFile) -> None:
         readings.append(None)
+        all_wait.wait(10)
         reload(self)
 
     monkeypatch.setattr(UserFile, "reload", counted)
-    results = await asyncio.gather(*(door.ask("alice", key) for _ in range(50)))
+    logins = [asyncio.ensure_future(door.ask("alice", key)) for _ in range(50)]
+    await asyncio.sleep(0)
+    all_wait.set()
+    results = await asyncio.gather(*logins)
     assert results == [Identity("alice")] * 50
     assert len(readings) == 1
 
