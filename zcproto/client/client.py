@@ -372,9 +372,7 @@ def _known_hosts(home: str | Path | None) -> KnownHosts | None:
     except ConfigError:
         if home is not None:
             raise
-        return (
-            None  # a user without a home folder, as in some containers: there is nothing to remember hosts in
-        )
+        return None  # a user without a home folder, as in some containers: no place to remember hosts in
 
 
 def _meta(

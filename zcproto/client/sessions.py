@@ -23,7 +23,7 @@ from zcproto.client.session import ClientSession, Credentials
 from zcproto.clock import Clock
 from zcproto.connection.events import EventReceived
 from zcproto.deadlines import DeadlineWheel
-from zcproto.errors import CallError, Code, ConnectionClosed, TokenExpired, Unauthenticated, ZcprotoError
+from zcproto.errors import CallError, Code, ConnectionClosed, Unauthenticated, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN
 
 ANSWER_TIMEOUT: Final = 10.0
@@ -239,10 +239,7 @@ class SessionKeeper:
         session = self.session
         if session is not None and session.can_refresh(self._loop.time()):
             return "session.refresh", {"refresh_token": session.refresh_token_bytes, "client": self._client}
-        if self._credentials is None:
-            error = TokenExpired("the session has ended, and there is no key to open one with")
-            self._give_up(error)
-            raise error
+        assert self._credentials is not None  # `want` saw to it
         return "session.open", {**self._credentials.params(), "client": self._client}
 
     def _goes_on_without_refresh(self, error: CallError) -> bool:
@@ -250,7 +247,7 @@ class SessionKeeper:
         if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN:
             return False
         self._drop_refresh_token()
-        return self._credentials is not None
+        return True
 
     def _drop_refresh_token(self) -> None:
         if self.session is not None:

@@ -1,0 +1,93 @@
+"""Where a server is."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zcproto.client.address import Address, parse_address
+from zcproto.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("localhost", "localhost", 7443),
+        ("localhost:1", "localhost", 1),
+        ("Example.ORG.:65535", "example.org", 65_535),
+        ("a_b.example-1.org", "a_b.example-1.org", 7443),
+        ("192.0.2.1", "192.0.2.1", 7443),
+        ("192.0.2.1:80", "192.0.2.1", 80),
+        ("::1", "::1", 7443),
+        ("2001:DB8::1", "2001:db8::1", 7443),
+        ("[::1]", "::1", 7443),
+        ("[::1]:7444", "::1", 7444),
+        ("[fe80::1%eth0]:7444", "fe80::1%eth0", 7444),
+        ("bücher.example:1", "xn--bcher-kva.example", 1),
+    ],
+)
+def test_hosts_and_ports_in_all_their_forms(text: str, host: str, port: int) -> None:
+    assert parse_address(text) == Address(host, port)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":7443",
+        "localhost:",
+        "localhost:0",
+        "localhost:65536",
+        "localhost:-1",
+        "localhost:+1",
+        "localhost: 1",
+        "localhost:x",
+        "localhost:\u0661",
+        "localhost:1:2",
+        "localhost:000001",
+        "[::1",
+        "[::1]7443",
+        "[::1]:",
+        "[localhost]:1",
+        "[192.0.2.1]:1",
+        "::1:x:7443",
+        "1.2.3",
+        "256.1.1.1",
+        "a..b",
+        ".a",
+        "a b",
+        "a/b",
+        "user@host",
+        "zcp://host",
+        "a" * 64,
+        ("a" * 60 + ".") * 5,
+        "\ud800",
+        "a\nb",
+        "a\x00b",
+    ],
+)
+def test_what_is_no_address_is_refused_with_a_sentence(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_address(text)
+    (fault,) = caught.value.faults
+    assert fault.isprintable()
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_an_address_or_refused(text: str) -> None:
+    try:
+        address = parse_address(text)
+    except ConfigError:
+        return
+    assert parse_address(str(address)) == address
+
+
+@pytest.mark.parametrize(("text", "is_ip"), [("a.example", False), ("192.0.2.1", True), ("[::1]:5", True)])
+def test_addresses_are_told_from_names(text: str, is_ip: bool) -> None:
+    assert parse_address(text).is_ip is is_ip
+
+
+def test_an_ipv6_address_is_shown_in_brackets() -> None:
+    assert str(Address("::1", 5)) == "[::1]:5"
+    assert str(Address("a.example", 5)) == "a.example:5"

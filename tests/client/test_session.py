@@ -1,0 +1,71 @@
+"""A session as its client knows it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from zcproto.client.session import ApiKey, ClientSession
+
+from ..helpers import NOW, WALL
+
+TOKEN = bytes(range(1, 33))
+
+
+def session(jitter: float = 0.0, **more: Any) -> ClientSession:
+    result = {
+        "token": TOKEN,
+        "id": "s-1",
+        "user": "ada",
+        "expires_at": WALL + 100_000,
+        "idle_timeout_ms": 0,
+        "refresh_token": bytes(31) + b"r",
+        "refresh_expires_at": WALL + 500_000,
+        "bound": False,
+    }
+    return ClientSession(result | more, server_wall=WALL, now=NOW, jitter=jitter)
+
+
+def test_no_secret_is_in_a_repr() -> None:
+    assert repr(session()) == f"ClientSession(id='s-1', user='ada', expires_at={WALL + 100_000})"
+    assert repr(ApiKey("ada", "secret")) == "ApiKey(user='ada')"
+
+
+def test_the_token_as_text_is_43_characters_of_base64url() -> None:
+    assert session().token == "AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA"
+    assert session().token_bytes == TOKEN
+
+
+def test_times_are_counted_by_the_servers_clock_and_kept_in_monotonic_seconds() -> None:
+    assert session().good_until == NOW + 100
+    assert session(expires_at=WALL - 1).good_until == NOW
+    assert session().refresh_at == pytest.approx(NOW + 80)
+    assert session(jitter=1.0).refresh_at == pytest.approx(NOW + 85)
+
+
+def test_use_puts_off_the_idle_limit_but_not_the_end() -> None:
+    opened = session(idle_timeout_ms=30_000)
+    assert opened.good_until == NOW + 30
+    opened.used(NOW + 20)
+    assert opened.good_until == NOW + 50
+    opened.used(NOW + 90)
+    assert opened.good_until == NOW + 100
+
+
+def test_what_the_server_calls_expired_stays_so() -> None:
+    opened = session()
+    opened.expire()
+    opened.used(NOW)
+    assert opened.good_until == -math.inf
+
+
+def test_a_refresh_token_is_good_until_its_end_or_until_it_is_dropped() -> None:
+    opened = session()
+    assert opened.can_refresh(NOW + 499)
+    assert not opened.can_refresh(NOW + 500)
+    opened.drop_refresh_token()
+    assert not opened.can_refresh(NOW)
+    assert session(refresh_expires_at=None).can_refresh(NOW + 10**9)
+    assert not session(refresh_token=None).can_refresh(NOW)
