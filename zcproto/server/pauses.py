@@ -26,7 +26,7 @@ class PauseMeter:
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self.longest = 0.0
-        """Seconds, since the last `reset`."""
+        """Seconds, since it was last taken."""
         self.counts = [0] * (len(BOUNDS_MS) + 1)
         """Pauses by length, bounds in BOUNDS_MS; the last is all that is longer."""
 
@@ -38,8 +38,10 @@ class PauseMeter:
             self._timer.cancel()
             self._timer = None
 
-    def reset(self) -> None:
-        self.longest = 0.0
+    def take_longest(self) -> float:
+        """The longest pause in seconds since the last time it was taken."""
+        longest, self.longest = self.longest, 0.0
+        return longest
 
     def _arm(self, period: float) -> None:
         self._due = time.perf_counter() + period

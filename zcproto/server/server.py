@@ -236,7 +236,6 @@ class Server:
         counters = serving.counters
         acceptor = self._acceptor
         used = resource.getrusage(resource.RUSAGE_SELF)
-        longest_pause, self.pauses.longest = self.pauses.longest, 0.0
         return {
             "connections": len(serving.connections),
             "tcp_connections": self._listener.connections,
@@ -248,12 +247,14 @@ class Server:
             "connections_ended": counters.connections_ended,
             "refused_per_address": counters.refused_per_address,
             "refused_full": counters.refused_full,
+            "accept_failed": counters.accept_failed,
+            "dropped_stale": counters.dropped_stale,
             "handshakes_completed": acceptor.handshakes_completed,
             "handshakes_in_progress": acceptor.handshakes_in_progress,
             "tls_failures": {failure.value: count for failure, count in acceptor.failures.items() if count},
             "cpu_s": used.ru_utime + used.ru_stime,
             "rss_bytes": resident_bytes(),
-            "longest_pause_s": longest_pause,
+            "longest_pause_s": self.pauses.take_longest(),
             "pauses": self.pauses.counts,
         }
 
