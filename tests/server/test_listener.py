@@ -1,0 +1,369 @@
+"""Who is let in, and how many at once; where a server can listen."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.errors import ConfigError
+from zcproto.server import listener
+from zcproto.server.listener import bind, site_of
+
+from .helpers import ServerThread, bystander, eventually, read_to_end, reset
+
+Serve = Callable[..., ServerThread]
+
+
+# --- binding -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bound() -> Iterator[list[socket.socket]]:
+    sockets: list[socket.socket] = []
+    yield sockets
+    for each in sockets:
+        each.close()
+
+
+def test_port_0_is_the_same_free_port_on_every_address(bound: list[socket.socket]) -> None:
+    bound += bind(["127.0.0.1", "::1"], 0)
+    addresses = [each.getsockname()[:2] for each in bound]
+    assert [host for host, _ in addresses] == ["127.0.0.1", "::1"]
+    assert len({port for _, port in addresses}) == 1
+    assert addresses[0][1] > 0
+
+
+def test_ipv6_sockets_leave_ipv4_alone(bound: list[socket.socket]) -> None:
+    bound += bind(["::"], 0)
+    port = bound[0].getsockname()[1]
+    bound += bind(["0.0.0.0"], port)
+    assert len(bound) == 2
+
+
+def test_no_host_is_every_address(bound: list[socket.socket]) -> None:
+    bound += bind([""], 0)
+    assert {each.getsockname()[0] for each in bound} == {"0.0.0.0", "::"}
+
+
+def test_a_port_that_is_taken_is_a_fault_of_the_configuration(bound: list[socket.socket]) -> None:
+    bound += bind(["127.0.0.1"], 0)
+    port = bound[0].getsockname()[1]
+    with pytest.raises(ConfigError) as raised:
+        bind(["::1", "127.0.0.1"], port)
+    assert raised.value.faults == [
+        f"server.host = '127.0.0.1', server.port = {port}: cannot listen: Address already in use"
+    ]
+    # What was bound before the fault is closed again.
+    bound += bind(["::1"], port)
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "256.1.1.1", "a" * 300, "\udcff"])
+def test_a_host_that_is_none_is_a_fault_of_the_configuration(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"server\.host = .*: no such address"):
+        bind([host], 0)
+
+
+def test_an_address_of_another_machine_is_a_fault_of_the_configuration() -> None:
+    with pytest.raises(ConfigError, match="cannot listen: Cannot assign requested address"):
+        bind(["192.0.2.77"], 0)
+
+
+def test_a_machine_without_ipv6_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_socket(*args: Any) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "socket", no_socket)
+    with pytest.raises(ConfigError, match="Address family not supported"):
+        bind(["::1"], 0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("192.0.2.1", "192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("2001:db8:0:1::1", "2001:db8:0:2::1", False),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+    ],
+)
+def test_connections_are_counted_by_address_or_ipv6_site(one: str, other: str, same: bool) -> None:
+    assert (site_of(one) == site_of(other)) is same
+
+
+# --- a running server --------------------------------------------------------------------------------------
+
+
+def test_it_serves_on_ipv4_and_ipv6(serve: Serve) -> None:
+    server = serve(server__host=["127.0.0.1", "::1"])
+    assert [host for host, _ in server.server.addresses] == ["127.0.0.1", "::1"]
+    for host in ("127.0.0.1", "::1"):
+        with server.client("ada", host=host) as client:
+            assert client.call("session.info")["address"] == host
+
+
+def test_a_port_that_is_taken_starts_nothing(serve: Serve, tmp_path: Path, certs: Path) -> None:
+    first = serve()
+    second = ServerThread(tmp_path / "second", certs, server__port=first.port)
+    with pytest.raises(ConfigError, match="Address already in use"):
+        second.start()
+    second.join()
+    with first.client("ada") as client:
+        client.echo()
+
+
+def refused_at_accept(server: ServerThread, host: str = "127.0.0.1") -> None:
+    with server.tcp(host) as connection:
+        assert read_to_end(connection) == (b"", "FIN")
+
+
+def test_too_many_of_one_address_are_closed_without_a_byte_and_counted(serve: Serve) -> None:
+    server = serve(server__host=["127.0.0.1", "::1"], limits__connections_per_address=2)
+    with server.client("ada") as first:
+        half_open = server.tcp()
+        server.until(lambda: server.server._listener.connections == 2)
+        refused_at_accept(server)
+        refused_at_accept(server)
+        assert server.stats["refused_per_address"] == 2
+        # Another address is none of its business.
+        with server.client("eve", host="::1") as other:
+            other.echo()
+        first.echo()
+        # One that goes makes room for one.
+        reset(half_open)
+        server.until(lambda: server.server._listener.connections == 1)
+        with server.client("ada") as next_one:
+            next_one.echo()
+    server.until_left()
+
+
+def test_no_limit_of_one_address_is_none(serve: Serve) -> None:
+    server = serve(limits__connections_per_address=0)
+    with server.client("ada") as client, server.client("ada") as other:
+        client.echo()
+        other.echo()
+        assert server.stats["refused_per_address"] == 0
+
+
+def test_too_many_in_all_are_closed_without_a_byte_and_counted(serve: Serve) -> None:
+    server = serve(server__host=["127.0.0.1", "::1"], limits__max_connections=2)
+    with server.client("ada") as first, server.client("eve", host="::1") as second:
+        refused_at_accept(server)
+        refused_at_accept(server, "::1")
+        assert server.stats["refused_full"] == 2
+        first.echo()
+        second.echo()
+    server.until_left()
+    with server.client("ada") as client:
+        client.echo()
+
+
+def test_handshakes_in_progress_are_bounded_and_the_rest_wait_in_the_backlog(serve: Serve) -> None:
+    server = serve(tls__max_handshakes=3)
+    with bystander(server):
+        before = server.leftovers()["tcp"]
+        waiting = [server.tcp() for _ in range(8)]
+        server.until(lambda: server.server._acceptor.handshakes_in_progress == 3)
+        assert server.leftovers()["tcp"] == before + 3
+        # Each that ends lets one more in.
+        reset(waiting.pop(0))
+        server.until(
+            lambda: (
+                server.server.statistics()["tls_failures"].get("disconnected") == 1
+                and server.server._acceptor.handshakes_in_progress == 3
+            )
+        )
+        for each in waiting:
+            reset(each)
+        with server.client("ada") as client:
+            client.echo()
+    server.until_left()
+
+
+def test_never_more_handshakes_than_allowed_even_if_all_come_at_once(serve: Serve) -> None:
+    server = serve(tls__max_handshakes=2)
+    highest = 0
+
+    def look() -> None:
+        nonlocal highest
+        highest = max(highest, server.server._acceptor.handshakes_in_progress)
+
+    acceptor = server.server._acceptor
+    original = acceptor.transport
+
+    def transport(peer: str) -> Any:
+        made = original(peer)
+        look()
+        return made
+
+    acceptor.transport = transport  # type: ignore[method-assign]
+    waiting = [server.tcp() for _ in range(20)]
+    server.until(lambda: server.server._acceptor.handshakes_in_progress == 2)
+    for each in waiting:
+        reset(each)
+    server.until_left()
+    assert highest == 2
+
+
+def test_one_that_goes_before_it_is_adopted_leaves_nothing(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+
+    async def gone(*args: Any) -> Any:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    class Loop:
+        """The server's loop, which fails to take in one connection."""
+
+        def __getattr__(self, name: str) -> Any:
+            return gone if name == "connect_accepted_socket" else getattr(server.loop, name)
+
+    loop = server.server._listener._loop
+    server.server._listener._loop = Loop()  # type: ignore[assignment]
+    refused_at_accept(server)
+    server.server._listener._loop = loop
+    server.until_left()
+    assert server.stats["tls_failures"] == {"disconnected": 1}
+    with server.client("ada") as client:
+        client.echo()
+
+
+def test_a_connection_that_is_aborted_in_the_backlog_is_no_fault(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    real = server.server._sockets[0]
+
+    class Backlog:
+        """A listening socket whose first connection was aborted."""
+
+        def __init__(self) -> None:
+            self.accepts = 0
+
+        def accept(self) -> Any:
+            self.accepts += 1
+            if self.accepts == 1:
+                raise ConnectionAbortedError
+            return real.accept()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    backlog: Any = Backlog()
+    server.in_loop(lambda: server.server._listener._accept(backlog))
+    assert backlog.accepts == 1
+    with server.client("ada") as client:
+        client.echo()
+
+
+def test_an_unknown_fault_of_accept_is_not_hidden(serve: Serve) -> None:
+    server = serve()
+
+    class Broken:
+        def accept(self) -> Any:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    broken: Any = Broken()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        server.in_loop(lambda: server.server._listener._accept(broken))
+
+
+def test_running_out_of_descriptors_pauses_accepting_and_recovers(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "PAUSE_WHEN_EXHAUSTED", 0.05)
+    server = serve()
+
+    class Exhausted:
+        def accept(self) -> Any:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    exhausted: Any = Exhausted()
+    with bystander(server) as client:
+        server.in_loop(lambda: server.server._listener._accept(exhausted))
+        assert server.stats["accept_failed"] == 1
+        assert not server.server._listener._accepting
+        client.echo()
+        with server.client("ada") as later:  # it waits in the backlog until the pause is over
+            later.echo()
+    # Closed meanwhile, it is not opened again.
+    server.in_loop(lambda: server.server._listener._accept(exhausted))
+    server.drain()
+    assert not server.server._listener._accepting
+
+
+EXHAUST = """
+import contextlib, os, resource, socket, sys
+from pathlib import Path
+from tests.server.helpers import ServerThread, eventually, reset
+from zcproto.server import listener
+
+listener.PAUSE_WHEN_EXHAUSTED = 0.05
+server = ServerThread(Path(sys.argv[1]), Path(sys.argv[2]), log__level="error").start()
+client = server.client("ada")
+open_now = len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, open_now + 20))
+waiting = []
+with contextlib.suppress(OSError):
+    while True:
+        waiting.append(server.tcp())
+eventually(lambda: server.server.serving.counters.accept_failed)
+cpu = server.stats["cpu_s"]
+failed = server.server.serving.counters.accept_failed
+client.echo()
+eventually(lambda: server.server.serving.counters.accept_failed >= failed + 3)
+assert server.stats["cpu_s"] - cpu < 0.1, "it spins"
+for each in waiting:
+    reset(each)
+client.echo()
+with server.client("eve") as other:
+    other.echo()
+client.close()
+server.drain()
+print("recovered")
+"""
+
+
+def test_a_process_without_descriptors_goes_on_serving_and_recovers(tmp_path: Path, certs: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EXHAUST, str(tmp_path / "home"), str(certs)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.stdout == "recovered\n", done.stderr
+    assert done.returncode == 0
+    assert '"event":"listener.exhausted"' in done.stderr
+    assert "Too many open files" in done.stderr
+
+
+def test_closing_takes_in_nobody(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        port = server.port
+        server.begin_drain(5.0)
+        client.rest_until_closed()
+    server.join()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    eventually(lambda: not server.alive)
+
+
+def test_many_that_come_at_once_are_taken_in_by_and_by(serve: Serve) -> None:
+    server = serve()
+    # The loop is busy while they come: all are in the backlog when it looks.
+    waiting = server.in_loop(lambda: [server.tcp() for _ in range(listener.ACCEPTS_PER_TURN + 10)])
+    server.until(lambda: server.server._listener.connections == len(waiting))
+    for each in waiting:
+        reset(each)
+    server.until_left()
