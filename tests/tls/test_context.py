@@ -1,0 +1,280 @@
+"""Contexts: version 1.3 alone, two suites in our order, no tickets, no key log, and clear refusals."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from zcproto.errors import CertificateError, TlsError
+from zcproto.tls import context as tls_context
+from zcproto.tls.context import (
+    SUITES,
+    can_choose_suites,
+    check_suite_order,
+    client_context,
+    server_context,
+    suites_are_allowed,
+)
+
+from ..conftest import ServerPair, ServerPairs
+from ..helpers import FakeTimers
+from .support import TlsPair
+
+ALLOWED = frozenset(SUITES)
+
+
+@pytest.fixture(params=["server", "client"])
+def context(
+    request: pytest.FixtureRequest, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> ssl.SSLContext:
+    return server_tls if request.param == "server" else client_tls
+
+
+def test_tls_1_3_alone_is_spoken(context: ssl.SSLContext) -> None:
+    assert context.minimum_version is ssl.TLSVersion.TLSv1_3
+    assert context.maximum_version is ssl.TLSVersion.TLSv1_3
+
+
+def test_nothing_is_compressed(context: ssl.SSLContext) -> None:
+    assert context.options & ssl.OP_NO_COMPRESSION
+
+
+def test_a_server_gives_no_tickets_and_prefers_its_own_order(server_tls: ssl.SSLContext) -> None:
+    assert server_tls.num_tickets == 0
+    assert server_tls.options & ssl.OP_CIPHER_SERVER_PREFERENCE
+
+
+@pytest.mark.parametrize("kind", ["server", "client"])
+def test_sslkeylogfile_is_ignored(
+    kind: str, server_pairs: ServerPairs, ca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_log = tmp_path / "keys"
+    monkeypatch.setenv("SSLKEYLOGFILE", str(key_log))
+    assert ssl.create_default_context().keylog_filename == str(key_log), "stock contexts honour it"
+    key_log.unlink()
+    server = server_context(server_pairs, ["zcp/1"])
+    client = client_context(ca_file=ca_file)
+    assert (server if kind == "server" else client).keylog_filename is None
+    TlsPair(FakeTimers(), server, client).agree()
+    assert not key_log.exists()
+
+
+def test_a_pair_of_each_kind_serves_both_kinds(
+    server_pairs: ServerPairs, client_tls: ssl.SSLContext, timers: FakeTimers
+) -> None:
+    for pairs in (server_pairs, server_pairs[:1], server_pairs[1:]):
+        pair = TlsPair(timers, server_context(pairs, ["zcp/1"]), client_tls).agree()
+        der = pair.client.getpeercert(binary_form=True)
+        assert der in [ssl.PEM_cert_to_DER_cert(x.certificate.read_text()) for x in pairs]
+
+
+# --- pairs that cannot be used --------------------------------------------------------------------------
+
+
+def test_a_key_of_another_certificate_is_refused(
+    server_pairs: ServerPairs, ca: trustme.CA, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.key"
+    ca.issue_cert("localhost").private_key_pem.write_to_path(other)
+    with pytest.raises(CertificateError, match=r"ECDSA\.pem: cannot be used with .*other\.key"):
+        server_context([(server_pairs.ecdsa.certificate, other)], ["zcp/1"])
+
+
+@pytest.mark.parametrize("missing", ["certificate", "key"])
+def test_a_missing_file_is_named(missing: str, server_pairs: ServerPairs, tmp_path: Path) -> None:
+    pair = server_pairs.ecdsa._replace(**{missing: tmp_path / "gone.pem"})
+    with pytest.raises(CertificateError, match=r"gone\.pem.*No such file"):
+        server_context([pair], ["zcp/1"])
+
+
+@pytest.mark.parametrize("which", ["certificate", "key"])
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"-----BEGIN CERTIFICATE-----\nAA\n-----END CERTIFICATE-----\n"]
+)
+def test_a_file_that_holds_something_else_is_refused(
+    which: str, content: bytes, server_pairs: ServerPairs, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.pem"
+    broken.write_bytes(content)
+    with pytest.raises(CertificateError, match=r"broken\.pem"):
+        server_context([server_pairs.ecdsa._replace(**{which: broken})], ["zcp/1"])
+
+
+def test_a_folder_in_place_of_a_file_is_refused(server_pairs: ServerPairs, tmp_path: Path) -> None:
+    with pytest.raises(CertificateError):
+        server_context([server_pairs.ecdsa._replace(key=tmp_path)], ["zcp/1"])
+
+
+def test_a_key_with_a_passphrase_is_refused_without_asking_for_it(
+    ca: trustme.CA, server_pairs: ServerPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSL would read the terminal, and a service would hang."""
+    from cryptography.hazmat.primitives import serialization as forms
+
+    key = forms.load_pem_private_key(server_pairs.ecdsa.key.read_bytes(), None)
+    locked = tmp_path / "locked.key"
+    locked.write_bytes(
+        key.private_bytes(
+            forms.Encoding.PEM, forms.PrivateFormat.PKCS8, forms.BestAvailableEncryption(b"hunter2")
+        )
+    )
+    monkeypatch.setattr("getpass.getpass", lambda *args: pytest.fail("asked for a passphrase"))
+    with pytest.raises(CertificateError, match=r"locked\.key") as caught:
+        server_context([server_pairs.ecdsa._replace(key=locked)], ["zcp/1"])
+    assert "PRIVATE KEY" not in str(caught.value)
+
+
+def test_an_error_never_shows_what_is_in_a_key(server_pairs: ServerPairs, tmp_path: Path) -> None:
+    lines = server_pairs.ecdsa.key.read_text().splitlines()
+    broken = tmp_path / "broken.key"
+    broken.write_text("\n".join([lines[0], lines[1][:-4], *lines[2:]]))
+    with pytest.raises(CertificateError) as caught:
+        server_context([server_pairs.ecdsa._replace(key=broken)], ["zcp/1"])
+    assert lines[1][:20] not in str(caught.value)
+
+
+# --- the client's trust ---------------------------------------------------------------------------------
+
+
+def test_a_client_trusts_the_ca_file_alone(
+    server_tls: ssl.SSLContext, ca_file: Path, timers: FakeTimers, tmp_path: Path
+) -> None:
+    TlsPair(timers, server_tls, client_context(ca_file=ca_file)).agree()
+    other = tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(other)
+    pair = TlsPair(timers, server_tls, client_context(ca_file=other))
+    pair.raw.deliver(pair.step())
+    pair.hear()
+    with pytest.raises(ssl.SSLCertVerificationError):
+        pair.step()
+
+
+def test_a_client_without_a_ca_file_trusts_the_systems_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(ssl.SSLContext, "load_default_certs", lambda self, purpose: asked.append(purpose))
+    context = client_context()
+    assert asked == [ssl.Purpose.SERVER_AUTH]
+    assert context.verify_mode is ssl.CERT_REQUIRED
+    assert context.check_hostname
+
+
+def test_a_client_that_does_not_verify_takes_any_certificate(
+    server_tls: ssl.SSLContext, timers: FakeTimers
+) -> None:
+    context = client_context(verify=False)
+    assert context.verify_mode is ssl.CERT_NONE
+    TlsPair(timers, server_tls, context, host="another.example").agree()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage"])
+def test_a_ca_file_without_a_certificate_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CertificateError, match=r"ca\.pem: no CA certificate"):
+        client_context(ca_file=path)
+
+
+def test_a_client_offers_its_protocols(server_tls: ssl.SSLContext, ca_file: Path, timers: FakeTimers) -> None:
+    pair = TlsPair(timers, server_tls, client_context(ca_file=ca_file, protocols=("http/1.1",))).agree()
+    assert pair.client.selected_alpn_protocol() == "http/1.1"
+
+
+# --- suites ---------------------------------------------------------------------------------------------
+
+FIRST, SECOND, AES_128 = *SUITES, "TLS_AES_128_GCM_SHA256"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[FIRST], [SECOND], [FIRST, SECOND], [SECOND, FIRST], [FIRST, SECOND, AES_128, "TLS_AES_128_CCM_SHA256"]],
+)
+def test_an_openssl_that_prefers_our_suites_is_taken(names: list[str]) -> None:
+    check_suite_order(names)
+
+
+@pytest.mark.parametrize(
+    "names", [[], [AES_128], [AES_128, FIRST], [FIRST, AES_128, SECOND], [FIRST, SECOND, AES_128, FIRST]]
+)
+def test_an_openssl_that_prefers_others_is_refused(names: list[str]) -> None:
+    """AES_128 would be chosen for a client that offers one of ours too."""
+    with pytest.raises(TlsError, match="prefers suites that are not allowed"):
+        check_suite_order(names)
+
+
+def test_the_order_is_checked_on_each_context(
+    monkeypatch: pytest.MonkeyPatch, server_pairs: ServerPairs
+) -> None:
+    ciphers: list[dict[str, Any]] = [{"name": AES_128}, {"name": FIRST}, {"name": "ECDHE-RSA-AES256"}]
+    monkeypatch.setattr(ssl.SSLContext, "get_ciphers", lambda self: ciphers)
+    with pytest.raises(TlsError):
+        server_context(server_pairs, ["zcp/1"])
+    with pytest.raises(TlsError):
+        client_context(verify=False)
+
+
+def test_the_order_of_this_openssl_is_right(context: ssl.SSLContext) -> None:
+    names = [cipher["name"] for cipher in context.get_ciphers() if cipher["name"].startswith("TLS_")]
+    assert set(names[:2]) == ALLOWED
+
+
+@pytest.mark.parametrize("suites", [SUITES, SUITES[:1], SUITES[::-1]])
+def test_where_python_can_set_the_suites_it_does(
+    suites: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, server_pairs: ServerPairs
+) -> None:
+    """As of Python 3.15."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        ssl.SSLContext, "set_ciphersuites", lambda self, names: asked.append(names), raising=False
+    )
+    assert can_choose_suites()
+    server_context(server_pairs, ["zcp/1"], suites)
+    assert asked == [":".join(suites)]
+
+
+def test_where_python_cannot_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ssl.SSLContext, "set_ciphersuites", raising=False)
+    assert not can_choose_suites()
+
+
+class Agreed:
+    """The end of some handshake."""
+
+    def __init__(self, version: str | None, suite: str | None) -> None:
+        self._version, self._suite = version, suite
+
+    def version(self) -> str | None:
+        return self._version
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        return None if self._suite is None else (self._suite, "TLSv1.3", 256)
+
+
+@pytest.mark.parametrize(
+    ("version", "suite", "allowed"),
+    [
+        ("TLSv1.3", FIRST, True),
+        ("TLSv1.3", SECOND, True),
+        ("TLSv1.3", AES_128, False),
+        ("TLSv1.2", FIRST, False),
+        ("TLSv1.3", None, False),
+        (None, None, False),
+    ],
+)
+def test_what_was_agreed_is_checked_once_more(version: str | None, suite: str | None, allowed: bool) -> None:
+    assert suites_are_allowed(Agreed(version, suite), ALLOWED) is allowed  # type: ignore[arg-type]
+
+
+def test_the_module_names_its_suites_in_the_order_of_the_contract() -> None:
+    assert tls_context.SUITES == ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
+
+
+def test_a_pair_is_any_two_paths(server_pairs: ServerPairs) -> None:
+    pair: ServerPair = server_pairs.rsa
+    server_context([(pair.certificate, pair.key)], [])
