@@ -18,7 +18,6 @@ from zcproto.server.serving import Serving, log
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
 BACKLOG: Final = 4_096
-ACCEPTS_PER_TURN: Final = 32
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
 
@@ -135,29 +134,25 @@ class Listener:
             self.start()
 
     def _accept(self, listening: socket.socket) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
-            if self._acceptor.handshakes_in_progress >= self._max_handshakes:
-                self._pause()
-                return
-            try:
-                connection, address = listening.accept()
-            except (BlockingIOError, ConnectionAbortedError, InterruptedError):
-                return
-            except OSError as error:
-                if error.errno not in _EXHAUSTED:
-                    raise
-                self._serving.counters.accept_failed += 1
-                self._serving.log_limited(
-                    "listener.exhausted",
-                    "",
-                    "error",
-                    reason=error.strerror,
-                    retry_after_s=PAUSE_WHEN_EXHAUSTED,
-                )
-                self._pause()
-                self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
-                return
-            self._admit(connection, address[0])
+        # One a call: the loop calls again while there are more, and others get their turn in between.
+        if self._acceptor.handshakes_in_progress >= self._max_handshakes:
+            self._pause()
+            return
+        try:
+            connection, address = listening.accept()
+        except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+            return
+        except OSError as error:
+            if error.errno not in _EXHAUSTED:
+                raise
+            self._serving.counters.accept_failed += 1
+            self._serving.log_limited(
+                "listener.exhausted", "", "error", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED
+            )
+            self._pause()
+            self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
+            return
+        self._admit(connection, address[0])
 
     def _admit(self, connection: socket.socket, address: str) -> None:
         counters = self._serving.counters

@@ -23,6 +23,9 @@ PLAINTEXT_ANSWER: Final = (
 TURN_BUDGET: Final = 0.005
 """Seconds of handshake signing in one turn of the loop, so that those already in are served in between."""
 
+BUDGET_WINDOW: Final = 2 * TURN_BUDGET
+"""Seconds in which signing beyond the budget of a turn is put off, so that a single handshake never waits."""
+
 
 class TlsAcceptor:
     """What all server-side TLS connections of one loop share.
@@ -62,38 +65,40 @@ class TlsAcceptor:
         self.handshakes_completed = 0
         self._timers = timers
         self._queue: deque[TlsServerTransport] = deque()
-        self._turn_ends = 0.0
         self._turn_planned = False
+        self._window_ends = 0.0
+        self._spent = 0.0  # seconds of signing in this window
 
     def transport(self, peer: str) -> TlsServerTransport:
         """A new connection's transport; `peer` is the address that failures are reported with."""
         return TlsServerTransport(self, peer)
 
     def schedule(self, transport: TlsServerTransport) -> None:
-        """Run the expensive step of a handshake now if this turn's budget allows, else in a later turn."""
+        """Run the expensive step of a handshake now if the budget allows, else in a later turn."""
+        now = time.perf_counter()
+        if now >= self._window_ends:
+            self._window_ends = now + BUDGET_WINDOW
+            self._spent = 0.0
+        if not self._queue and self._spent < TURN_BUDGET:
+            transport.start_handshake()
+            self._spent += time.perf_counter() - now
+            return
         self._queue.append(transport)
         if not self._turn_planned:
             self._turn_planned = True
-            self._turn_ends = time.perf_counter() + TURN_BUDGET
-            self._timers.call_soon(self._next_turn)  # first: whatever a handshake raises, the rest go on
-            self._run()
-        elif time.perf_counter() < self._turn_ends:
-            self._run()
+            self._timers.call_soon(self._turn)
 
-    def _next_turn(self) -> None:
-        if not self._queue:
-            self._turn_planned = False
-            return
-        self._turn_ends = time.perf_counter() + TURN_BUDGET
-        self._timers.call_soon(self._next_turn)
-        self._run()
-
-    def _run(self) -> None:
+    def _turn(self) -> None:
+        """Handshakes that had to wait, up to the budget of one turn."""
         queue = self._queue
+        turn_ends = time.perf_counter() + TURN_BUDGET
         while queue:
             queue.popleft().start_handshake()
-            if time.perf_counter() >= self._turn_ends:
-                return
+            if time.perf_counter() >= turn_ends:
+                break
+        self._turn_planned = bool(queue)
+        if queue:
+            self._timers.call_soon(self._turn)
 
     def slot_freed(self) -> None:
         self.handshakes_in_progress -= 1
