@@ -84,6 +84,7 @@ class Server:
         self.certificates: list[CertificatePair] = []
         self._serving: Serving | None = None
         self._sockets: list[socket.socket] = []
+        self._addresses: list[tuple[str, int]] = []
         self._cleanup: asyncio.Task[None] | None = None
         self._closed = asyncio.Event()
         self._ending = asyncio.Lock()
@@ -136,6 +137,7 @@ class Server:
             on_failure=self._tls_failed,
         )
         self._sockets = bind(config.server.host, config.server.port)
+        self._addresses = [listening.getsockname()[:2] for listening in self._sockets]
         self._serving = serving
         self._acceptor = acceptor
         self._wheel = wheel
@@ -207,8 +209,8 @@ class Server:
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """Where it listens: host and port."""
-        return [listening.getsockname()[:2] for listening in self._sockets]
+        """Where it listens, or listened: host and port."""
+        return self._addresses
 
     @property
     def port(self) -> int:
