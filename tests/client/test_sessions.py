@@ -132,6 +132,15 @@ async def test_an_opening_whose_answer_is_lost_is_repeated_a_few_times_only() ->
 
 
 @scripted
+async def test_an_opening_that_takes_long_and_is_lost_is_repeated_too() -> None:
+    server = ScriptedServer()
+    server.script("session.open", lambda asked: asyncio.get_running_loop().call_later(6, asked.link.cut))
+    async with client_of(server) as client:
+        assert client.session is not None
+    assert server.methods == ["session.open", "session.open", "session.close"]
+
+
+@scripted
 async def test_all_calls_wait_for_one_opening() -> None:
     server = ScriptedServer()
     server.script("session.open", silence)
@@ -474,6 +483,34 @@ async def test_a_renewal_waits_for_a_connection_that_is_full() -> None:
         assert server.calls("session.refresh")[0].link is server.links[1]
         server.calls()[0].respond()
         await call
+
+
+@scripted
+async def test_an_expired_token_of_before_expires_nothing_now() -> None:
+    server = ScriptedServer()
+    server.session = short()
+    server.script("echo", silence)
+    async with client_of(server) as client:
+        call = asyncio.create_task(client.call("echo", x=1, timeout=None))
+        await asyncio.sleep(0.84 * 3_600)
+        server.calls()[0].fail(Code.TOKEN_EXPIRED)
+        assert await call == {"x": 1}
+        assert len(server.calls("session.refresh")) == 1
+
+
+@scripted
+async def test_a_session_taken_away_twice_is_over_once() -> None:
+    server = ScriptedServer()
+    server.script("echo", silence, silence)
+    async with client_of(server) as client:
+        calls = [asyncio.create_task(client.call("echo")) for _ in range(2)]
+        await turns()
+        server.calls()[0].fail(Code.SESSION_REPLACED)
+        server.calls()[1].fail(Code.TOKEN_REVOKED)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(result) for result in results] == [SessionReplaced, TokenRevoked]
+        with pytest.raises(SessionReplaced):
+            await client.call("echo")
 
 
 @scripted

@@ -138,19 +138,12 @@ class ClientProtocol(asyncio.Protocol):
         """Whether the server is known to have taken a session's token here."""
         return self._connection.has_session
 
-    @property
-    def in_flight(self) -> int:
-        """Calls that wait for their answers."""
-        return len(self._pending)
-
     # --- the transport's calls --------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        if self.error is not None:
-            return
         pending = self._pending
         for event in self._connection.receive_data(data, self._clock.wall(), self._wheel.now()):
             if event.__class__ is ResponseReceived:
@@ -180,8 +173,7 @@ class ClientProtocol(asyncio.Protocol):
         else:
             self._ended(self._closed_by_peer())
         self._transport = None
-        if not self.gone.done():
-            self.gone.set_result(None)
+        self.gone.set_result(None)
 
     def _closed_by_peer(self) -> ConnectionClosed:
         if self.error is None:
@@ -207,31 +199,31 @@ class ClientProtocol(asyncio.Protocol):
                 if not call.done():
                     call.set_exception(CallError.from_wire(event.code, event.message, event.details))
         elif isinstance(event, EventReceived):
-            if self._owner is not None:
-                self._owner.event_received(self, event)
+            assert self._owner is not None
+            self._owner.event_received(self, event)
         elif isinstance(event, Welcomed):
             self._max_streams = event.settings["max_streams"]
             self._set_deadline()
             self._update_ready()
-            if not self.welcomed.done():
+            if not self.welcomed.done():  # whoever waited may have gone
                 self.welcomed.set_result(event.settings)
         elif isinstance(event, GoAwayReceived):
             self._go_away(event)
-        elif isinstance(event, ConnectionEnded):
-            self._end_with(event)
+        else:
+            self._end_with(cast("ConnectionEnded", event))
 
     def _go_away(self, event: GoAwayReceived) -> None:
-        first, self.draining, self.ready = not self.draining, True, False
+        if self.draining:
+            return
+        self.draining, self.ready = True, False
         self._wake_all()
-        if first and self._owner is not None:
-            self._owner.link_draining(self, event)
+        assert self._owner is not None
+        self._owner.link_draining(self, event)
 
     def _end_with(self, event: ConnectionEnded) -> None:
-        reason = printable(event.reason, REASON_SHOWN)
-        transport = self._transport
-        self._ended(ConnectionClosed(reason, code=event.code))
-        if transport is not None:
-            transport.close()
+        self._ended(ConnectionClosed(printable(event.reason, REASON_SHOWN), code=event.code))
+        assert self._transport is not None
+        self._transport.close()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -349,10 +341,9 @@ class ClientProtocol(asyncio.Protocol):
     def close(self, reason: str) -> None:
         """Send what is queued and close_notify; calls that still wait get ConnectionClosed."""
         self._flush()
-        transport = self._transport
         self._ended(ConnectionClosed(reason, clean=True))
-        if transport is not None:
-            transport.close()
+        if self._transport is not None:
+            self._transport.close()
 
     def abort(self) -> None:
         """Reset the connection."""
@@ -378,8 +369,8 @@ class ClientProtocol(asyncio.Protocol):
             self.welcomed.exception()  # whoever waits is told; if nobody does, that is no fault
         self._wake_all()
         owner, self._owner = self._owner, None
-        if owner is not None:
-            owner.link_lost(self, error)
+        assert owner is not None
+        owner.link_lost(self, error)
 
 
 def _copy(error: ConnectionClosed) -> ConnectionClosed:

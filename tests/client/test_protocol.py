@@ -1,0 +1,255 @@
+"""The pump of one connection, where a whole client does not get to."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from zcproto.client.protocol import ClientProtocol, PendingCall
+from zcproto.connection.client import ClientConnection
+from zcproto.connection.events import EventReceived, GoAwayReceived
+from zcproto.deadlines import DeadlineWheel
+from zcproto.errors import Code, ConnectionClosed, DeadlineExceeded
+from zcproto.wire.frame import NO_TOKEN, PING, RESPONSE, WELCOME
+from zcproto.wire.message import encode_body
+
+from .helpers import GREETING, LoopClock, ScriptedServer, ServerLink, now, scripted, silence, turns
+
+FOREVER = float("inf")
+
+
+class Owner:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def event_received(self, link: ClientProtocol, event: EventReceived) -> None:
+        self.told.append(event)
+
+    def link_draining(self, link: ClientProtocol, event: GoAwayReceived) -> None:
+        self.told.append(event)
+
+    def link_lost(self, link: ClientProtocol, error: ConnectionClosed) -> None:
+        self.told.append(error)
+
+
+class Ends:
+    """A protocol and the server's end of it."""
+
+    def __init__(self, *, welcome: bool = True, **greeting: Any) -> None:
+        loop = asyncio.get_running_loop()
+        self.server = ScriptedServer()
+        self.server.script("echo", *[silence] * 100)
+        self.owner = Owner()
+        self.link = ServerLink(self.server, 1)
+        clock = LoopClock()
+        wheel = DeadlineWheel(loop)
+        self.protocol = ClientProtocol(self.owner, loop, wheel, clock, ClientConnection())
+        self.link.protocol = self.protocol
+        self.protocol.connection_made(self.link)
+        if welcome:
+            self.link.send(WELCOME, 0, encode_body(GREETING | greeting))
+
+    def call(self, deadline: float = FOREVER) -> PendingCall:
+        return self.protocol.request("echo", {}, NO_TOKEN, None, deadline)
+
+
+@scripted
+async def test_it_is_ready_with_the_welcome_and_not_before() -> None:
+    ends = Ends(welcome=False)
+    assert not ends.protocol.ready
+    ends.link.send(WELCOME, 0, encode_body(GREETING))
+    assert ends.protocol.ready
+    assert await ends.protocol.welcomed == ends.protocol.welcome == GREETING
+
+
+@pytest.mark.parametrize("how", ["cut", "close_cleanly", "nonsense"])
+@scripted
+async def test_an_end_before_the_welcome_is_told_to_whoever_waits_for_it(how: str) -> None:
+    ends = Ends(welcome=False)
+    if how == "nonsense":
+        ends.link.send(PING)
+    else:
+        getattr(ends.link, how)()
+    with pytest.raises(ConnectionClosed):
+        await ends.protocol.welcomed
+    assert len(ends.owner.told) == 1
+
+
+@scripted
+async def test_an_end_before_the_welcome_that_nobody_waits_for_is_no_fault() -> None:
+    ends = Ends(welcome=False)
+    ends.link.cut()
+    await turns()
+    del ends  # a future with an error that nobody saw would complain now
+
+
+@scripted
+async def test_a_welcome_that_nobody_waits_for_any_more_is_no_fault() -> None:
+    ends = Ends(welcome=False)
+    ends.protocol.welcomed.cancel()
+    ends.link.send(WELCOME, 0, encode_body(GREETING))
+    assert ends.protocol.ready
+
+
+@scripted
+async def test_the_first_cause_of_an_end_counts_and_is_told_once() -> None:
+    ends = Ends()
+    call = ends.call()
+    ends.link.fatal(Code.REPLAYED)
+    ends.link.cut()
+    await turns()
+    with pytest.raises(ConnectionClosed) as caught:
+        await call
+    assert caught.value.code is Code.REPLAYED
+    assert [type(told) for told in ends.owner.told] == [ConnectionClosed]
+    await ends.protocol.gone
+
+
+@scripted
+async def test_the_servers_words_are_made_fit_to_be_printed() -> None:
+    ends = Ends()
+    ends.link.send(0x01040000, 0, encode_body([Code.REPLAYED, "a\x1b[31m\n" + "b" * 10_000]))
+    assert ends.protocol.error is not None
+    assert ends.protocol.error.reason.isprintable()
+    assert len(ends.protocol.error.reason) < 250
+
+
+@scripted
+async def test_each_call_gets_an_error_of_its_own() -> None:
+    ends = Ends()
+    first, second = ends.call(), ends.call()
+    ends.link.cut()
+    await turns()
+    assert first.exception() is not second.exception()
+    assert first.exception() is not ends.protocol.error
+
+
+@scripted
+async def test_a_call_that_was_cancelled_in_the_same_turn_is_left_alone_by_the_end_and_by_its_deadline() -> (
+    None
+):
+    ends = Ends()
+    cancelled = ends.call()
+    cancelled.cancel()
+    ends.protocol.connection_lost(None)
+    assert cancelled.cancelled()
+    ends = Ends()
+    late = ends.call(now() + 1)
+    late.cancel()
+    late.handle_deadline(now() + 1)
+    assert late.cancelled()
+
+
+@scripted
+async def test_a_deadline_fails_the_call_and_frees_its_place_only_with_the_answer() -> None:
+    ends = Ends(max_streams=1)
+    call = ends.call(now() + 1)
+    assert not ends.protocol.ready
+    with pytest.raises(DeadlineExceeded):
+        await call
+    await turns()
+    assert ends.link.cancelled == [1]
+    assert not ends.protocol.ready
+    ends.link.send(RESPONSE, 1, b"\xc0")
+    assert ends.protocol.ready
+
+
+@scripted
+async def test_an_answered_call_cannot_be_abandoned() -> None:
+    ends = Ends()
+    call = ends.call()
+    await turns()
+    ends.link.send(RESPONSE, call.stream, b"\x07")
+    assert not ends.protocol.abandon(call)
+    assert await call == 7
+    await turns()
+    assert ends.link.cancelled == []
+
+
+@scripted
+async def test_who_was_woken_and_found_no_place_keeps_the_first_place_in_the_queue() -> None:
+    ends = Ends(max_streams=1)
+    order: list[str] = []
+    ends.call()
+
+    async def wait(name: str) -> None:
+        await ends.protocol.wait_ready()
+        order.append(name)
+        ends.call()
+
+    first = asyncio.create_task(wait("first"))
+    second = asyncio.create_task(wait("second"))
+    await turns()
+    ends.link.send(RESPONSE, 1, b"\xc0")  # wakes the first
+    ends.call()  # somebody is quicker
+    await turns()
+    assert order == []
+    ends.link.send(RESPONSE, 2, b"\xc0")
+    await turns()
+    assert order == ["first"]
+    ends.link.send(RESPONSE, 3, b"\xc0")
+    await turns()
+    assert order == ["first", "second"]
+    await asyncio.gather(first, second)
+
+
+@pytest.mark.parametrize("how", ["go_away", "cut"])
+@scripted
+async def test_who_waits_for_a_place_is_woken_by_the_end(how: str) -> None:
+    ends = Ends(max_streams=1)
+    ends.call().add_done_callback(lambda call: call.exception())
+    waiting = [asyncio.create_task(ends.protocol.wait_ready()) for _ in range(3)]
+    await turns()
+    waiting[0].cancel()
+    await turns(0)
+    getattr(ends.link, how)()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert not ends.protocol.ready
+
+
+@scripted
+async def test_a_full_transport_is_waited_for() -> None:
+    ends = Ends()
+    ends.protocol.pause_writing()
+    assert not ends.protocol.ready
+    waiting = asyncio.create_task(ends.protocol.wait_ready())
+    await turns()
+    assert not waiting.done()
+    ends.protocol.resume_writing()
+    await waiting
+    assert ends.protocol.ready
+
+
+@scripted
+async def test_closing_sends_what_is_queued_first() -> None:
+    ends = Ends()
+    call = ends.call()
+    ends.protocol.close("enough")
+    with pytest.raises(ConnectionClosed, match="enough"):
+        await call
+    await ends.protocol.gone
+    assert ends.server.writes == 1
+    ends.protocol.close("again")
+    ends.protocol.abort()
+
+
+@scripted
+async def test_nothing_is_left_on_the_wheel_of_what_is_gone() -> None:
+    ends = Ends(idle_timeout_ms=1_000)
+    answered, abandoned, lost = [ends.call(now() + 100) for _ in range(3)]
+    lost.add_done_callback(lambda call: call.exception())
+    ends.link.send(RESPONSE, answered.stream, b"\xc0")
+    ends.protocol.abandon(abandoned)
+    ends.link.cut()
+    await turns()
+    assert len(ends.protocol._wheel) == 0
+
+
+def test_what_there_is_many_of_has_no_dict() -> None:
+    assert "__slots__" in vars(ClientProtocol)
+    assert "__slots__" in vars(PendingCall)
+    assert not hasattr(PendingCall, "__dict__") or "__dict__" not in PendingCall.__slots__
