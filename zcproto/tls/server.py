@@ -81,7 +81,10 @@ class TlsAcceptor:
             self._spent = 0.0
         if not self._queue and self._spent < TURN_BUDGET:
             transport.start_handshake()
-            self._spent += time.perf_counter() - now
+            ended = time.perf_counter()
+            self._spent += ended - now
+            if self._spent >= TURN_BUDGET:  # a slow signature may have outlasted the window
+                self._window_ends = max(self._window_ends, ended + TURN_BUDGET)
             return
         self._queue.append(transport)
         if not self._turn_planned:
@@ -92,13 +95,15 @@ class TlsAcceptor:
         """Handshakes that had to wait, up to the budget of one turn."""
         queue = self._queue
         turn_ends = time.perf_counter() + TURN_BUDGET
-        while queue:
-            queue.popleft().start_handshake()
-            if time.perf_counter() >= turn_ends:
-                break
-        self._turn_planned = bool(queue)
-        if queue:
-            self._timers.call_soon(self._turn)
+        try:
+            while queue:
+                queue.popleft().start_handshake()
+                if time.perf_counter() >= turn_ends:
+                    break
+        finally:  # whatever a handshake raises, the rest go on
+            self._turn_planned = bool(queue)
+            if queue:
+                self._timers.call_soon(self._turn)
 
     def slot_freed(self) -> None:
         self.handshakes_in_progress -= 1
