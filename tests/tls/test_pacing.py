@@ -1,0 +1,231 @@
+"""Many handshakes at once are spread over turns of the loop, so that those already in are served."""
+
+from __future__ import annotations
+
+import ssl
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import zcproto.tls.server as tls_server
+from zcproto.tls.server import BUDGET_WINDOW, TURN_BUDGET, TlsAcceptor
+from zcproto.tls.transport import Phase
+
+from ..helpers import FakeTimers
+from .support import Above, TlsPair, new_acceptor
+
+
+class Stopwatch:
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
+class Step:
+    """The expensive step of a handshake: takes its time, and may do more."""
+
+    def __init__(self, watch: Stopwatch, cost: float, fault: Exception | None = None) -> None:
+        self.watch = watch
+        self.cost = cost
+        self.fault = fault
+        self.runs = 0
+
+    def start_handshake(self) -> None:
+        self.runs += 1
+        self.watch.seconds += self.cost
+        if self.fault is not None:
+            raise self.fault
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
+    watch = Stopwatch()
+    monkeypatch.setattr(tls_server, "time", SimpleNamespace(perf_counter=watch.perf_counter))
+    return watch
+
+
+@pytest.fixture
+def acceptor(timers: FakeTimers, server_tls: ssl.SSLContext, watch: Stopwatch) -> TlsAcceptor:
+    return new_acceptor(timers, server_tls, Above, [])
+
+
+def schedule(acceptor: TlsAcceptor, *steps: Step) -> None:
+    for step in steps:
+        acceptor.schedule(step)  # type: ignore[arg-type]
+
+
+def done(steps: list[Step]) -> int:
+    return sum(step.runs for step in steps)
+
+
+def test_a_single_handshake_is_not_delayed(acceptor: TlsAcceptor, watch: Stopwatch) -> None:
+    step = Step(watch, 0.002)
+    schedule(acceptor, step)
+    assert step.runs == 1
+
+
+@pytest.mark.parametrize(
+    ("cost", "per_turn"),
+    [(TURN_BUDGET / 5, 5), (TURN_BUDGET / 2, 2), (TURN_BUDGET, 1), (10 * TURN_BUDGET, 1)],
+)
+def test_a_turn_takes_as_many_as_its_budget_allows_and_one_at_least(
+    acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers, cost: float, per_turn: int
+) -> None:
+    steps = [Step(watch, cost * 1.001) for _ in range(4 * per_turn)]
+    schedule(acceptor, *steps)
+    after = [done(steps)]
+    while after[-1] < len(steps):
+        timers.turn()
+        after.append(done(steps))
+    assert after == [per_turn * n for n in range(1, 5)]
+
+
+def test_handshakes_are_started_in_the_order_of_their_hellos(
+    acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
+) -> None:
+    steps = [Step(watch, 2 * TURN_BUDGET) for _ in range(6)]
+    schedule(acceptor, *steps)
+    for count in range(1, 7):
+        assert [step.runs for step in steps] == [1] * count + [0] * (6 - count)
+        timers.turn()
+
+
+def test_who_comes_later_waits_behind_who_waits(
+    acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
+) -> None:
+    steps = [Step(watch, 2 * TURN_BUDGET) for _ in range(4)]
+    schedule(acceptor, *steps[:3])
+    timers.turn()
+    schedule(acceptor, steps[3])
+    assert [step.runs for step in steps] == [1, 1, 0, 0]
+    timers.turn()
+    assert [step.runs for step in steps] == [1, 1, 1, 0]
+    timers.run()
+    assert steps[3].runs == 1
+
+
+def test_what_was_spent_is_forgotten_after_a_while(
+    acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
+) -> None:
+    steps = [Step(watch, TURN_BUDGET / 10) for _ in range(10)]
+    schedule(acceptor, *steps)
+    assert done(steps) == 10
+    watch.seconds += BUDGET_WINDOW
+    steps = [Step(watch, TURN_BUDGET / 10) for _ in range(10)]
+    schedule(acceptor, *steps)
+    assert done(steps) == 10
+    schedule(acceptor, late := Step(watch, 0.001))
+    assert late.runs == 0
+    timers.turn()
+    assert late.runs == 1
+
+
+def test_handshakes_that_come_now_and_then_never_wait(
+    acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
+) -> None:
+    for _ in range(20):
+        step = Step(watch, TURN_BUDGET / 2)
+        schedule(acceptor, step)
+        assert step.runs == 1
+        watch.seconds += TURN_BUDGET
+    assert timers.waiting == 0
+
+
+def test_when_nobody_waits_the_loop_is_left_alone(
+    acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
+) -> None:
+    schedule(acceptor, Step(watch, 0.001))
+    assert timers.waiting == 0
+    schedule(acceptor, Step(watch, 2 * TURN_BUDGET), Step(watch, 0.001))
+    assert timers.run() == 1
+
+
+def test_one_turn_at_a_time_is_planned(acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers) -> None:
+    schedule(acceptor, *(Step(watch, 2 * TURN_BUDGET) for _ in range(50)))
+    for _ in range(49):
+        assert timers.waiting == 1
+        timers.turn()
+
+
+def test_a_fault_in_one_handshake_does_not_stop_the_others(
+    acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
+) -> None:
+    faults = [Step(watch, 2 * TURN_BUDGET, MemoryError()) for _ in range(2)]
+    last = Step(watch, 0.001)
+    with pytest.raises(MemoryError):
+        schedule(acceptor, faults[0])
+    schedule(acceptor, Step(watch, 2 * TURN_BUDGET), faults[1], last)
+    assert faults[1].runs == 0
+    with pytest.raises(MemoryError):
+        timers.turn()
+    timers.run()
+    assert last.runs == 1
+    watch.seconds += BUDGET_WINDOW
+    schedule(acceptor, again := Step(watch, 0.001))
+    assert again.runs == 1
+
+
+class Ticking:
+    """A stopwatch that goes on with each look, so that two handshakes fill a turn."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def perf_counter(self) -> float:
+        self.seconds += 0.6 * TURN_BUDGET
+        return self.seconds
+
+
+@pytest.fixture
+def queued(
+    timers: FakeTimers,
+    server_tls: ssl.SSLContext,
+    client_tls: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[TlsPair]:
+    """Five connections whose hellos came in one turn."""
+    monkeypatch.setattr(tls_server, "time", SimpleNamespace(perf_counter=Ticking().perf_counter))
+    first = TlsPair(timers, server_tls, client_tls)
+    pairs = [first, *(TlsPair(timers, server_tls, client_tls, acceptor=first.acceptor) for _ in range(4))]
+    for pair in pairs:
+        pair.raw.deliver(pair.step())
+    return pairs
+
+
+def phases(pairs: list[TlsPair]) -> list[Any]:
+    return [pair.phase for pair in pairs]
+
+
+def test_real_handshakes_wait_for_their_turns(queued: list[TlsPair], timers: FakeTimers) -> None:
+    for started in (2, 4, 5):
+        assert phases(queued) == [Phase.HANDSHAKE] * started + [Phase.HELLO] * (5 - started)
+        timers.turn()
+    for pair in queued:
+        pair.hear()
+        pair.raw.deliver(pair.step())
+    assert phases(queued) == [Phase.OPEN] * 5
+
+
+@pytest.mark.parametrize("how", ["reset", "end of stream", "timeout", "closed by us"])
+def test_a_connection_that_ends_while_it_waits_costs_no_handshake(
+    queued: list[TlsPair], timers: FakeTimers, how: str
+) -> None:
+    acceptor = queued[0].acceptor
+    match how:
+        case "reset":
+            queued[2].raw.lose()
+        case "end of stream":
+            queued[2].raw.deliver_eof()
+        case "timeout":
+            queued[2].server.handle_deadline(timers.time())
+        case "closed by us":
+            queued[2].server.close()
+    timers.run()
+    assert queued[2].raw.writes == []
+    assert queued[2].server.get_extra_info("ssl_object") is None
+    assert phases(queued)[3:] == [Phase.HANDSHAKE] * 2
+    assert acceptor.handshakes_in_progress == 4
+    assert not acceptor._queue

@@ -1,0 +1,567 @@
+"""Handshakes of a server with OpenSSL's client, and every way in which one does not come about."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.errors import TlsError
+from zcproto.tls.alert import Alert, alert_record
+from zcproto.tls.context import SUITES, client_context, server_context
+from zcproto.tls.failure import TlsFailure
+from zcproto.tls.server import PLAINTEXT_ANSWER
+from zcproto.tls.transport import LINGER_TIME, Phase
+
+from ..conftest import ServerPairs
+from ..helpers import NOW, FakeTimers
+from .hellos import AES_128, Hello, alpn, in_records, with_suites
+from .support import ALERT, DATA, PEER, Above, TlsPair, captured_hello, new_acceptor, records
+
+TIMEOUT = 5.0
+
+
+def is_refused(pair: TlsPair, failure: TlsFailure) -> None:
+    """The connection is over for this cause, noted once, and nothing reached what is above."""
+    assert pair.phase is Phase.CLOSING
+    assert pair.failures == {failure: 1}
+    assert pair.log == [(failure, PEER), "slot free"]
+    assert pair.raw.eof_written
+    assert pair.acceptor.handshakes_in_progress == 0
+    assert pair.acceptor.handshakes_completed == 0
+    assert pair.above.told == []
+    pair.raw.deliver_eof()
+    pair.timers.run()
+    assert pair.log == [(failure, PEER), "slot free", "closed"]
+    assert pair.failures == {failure: 1}
+    assert pair.above.told == []
+    assert pair.phase is Phase.CLOSED
+    assert len(pair.acceptor.wheel) == 0
+
+
+# --- agreed ---------------------------------------------------------------------------------------------
+
+
+def test_a_handshake_agrees_on_tls_1_3_and_the_servers_first_suite(agreed: TlsPair) -> None:
+    assert agreed.client.version() == "TLSv1.3"
+    cipher = agreed.client.cipher()
+    assert cipher is not None
+    assert cipher[0] == SUITES[0]
+    assert agreed.above.told == ["made"]
+    assert agreed.log == ["slot free"]
+    assert agreed.acceptor.handshakes_completed == 1
+    assert agreed.acceptor.handshakes_in_progress == 0
+    assert agreed.failures == {}
+    assert len(agreed.acceptor.wheel) == 0
+
+
+def test_no_ticket_is_given(agreed: TlsPair) -> None:
+    """RFC 8446 section 4.6.1: it would come behind the handshake."""
+    assert agreed.raw.take() == b""
+    assert agreed.client.session is not None
+    assert not agreed.client.session.has_ticket
+
+
+@pytest.mark.parametrize(
+    ("offer", "chosen"),
+    [
+        (["zcp/1"], "zcp/1"),
+        (["http/1.1"], "http/1.1"),
+        (["http/1.1", "zcp/1"], "zcp/1"),
+        (["h2", "http/1.1"], "http/1.1"),
+        ([], None),
+    ],
+)
+def test_the_offer_of_protocols_picks_what_speaks(
+    offer: list[str], chosen: str | None, timers: FakeTimers, server_tls: ssl.SSLContext, ca_file: Path
+) -> None:
+    spoke: list[str | None] = []
+
+    def factory(name: str | None) -> Callable[[], Above]:
+        return lambda: spoke.append(name) or Above()  # type: ignore[func-returns-value]
+
+    client = client_context(ca_file=ca_file)
+    if offer:
+        client.set_alpn_protocols(offer)
+    else:
+        client = ssl.create_default_context(cafile=ca_file)
+    protocols = {name: factory(name) for name in ("zcp/1", "http/1.1", None)}
+    pair = TlsPair(timers, server_tls, client, protocols=protocols).agree()
+    assert spoke == [chosen]
+    assert pair.client.selected_alpn_protocol() == chosen
+
+
+@pytest.mark.parametrize("piece", [1, 2, 5, 100, 1_000])
+def test_a_handshake_may_come_in_pieces(tls_pair: TlsPair, piece: int) -> None:
+    tls_pair.raw.deliver(tls_pair.step(), piece)
+    tls_pair.hear()
+    tls_pair.raw.deliver(tls_pair.step(), piece)
+    assert tls_pair.above.told == ["made"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 200, 1_000])
+def test_a_hello_may_come_in_many_records(tls_pair: TlsPair, size: int) -> None:
+    tls_pair.raw.deliver(in_records(tls_pair.step()[5:], size, b"\3\1"))
+    tls_pair.hear()
+    tls_pair.raw.deliver(tls_pair.step())
+    assert tls_pair.above.told == ["made"]
+
+
+def test_a_hello_retry_asks_for_a_group_that_both_have(
+    timers: FakeTimers, server_pairs: ServerPairs, client_tls: ssl.SSLContext
+) -> None:
+    """RFC 8446 section 4.1.4: the random of a HelloRetryRequest is a digest of its name."""
+    context = server_context(server_pairs, ["zcp/1"])
+    context.set_ecdh_curve("prime256v1")
+    pair = TlsPair(timers, context, client_tls)
+    pair.raw.deliver(pair.step())
+    retry = pair.hear()
+    assert bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c") in retry
+    assert pair.phase is Phase.HANDSHAKE
+    assert pair.acceptor.handshakes_in_progress == 1
+    pair.raw.deliver(pair.step())
+    pair.hear()
+    pair.raw.deliver(pair.step())
+    assert pair.phase is Phase.OPEN
+    pair.say(b"hello")
+    assert pair.above.received == b"hello"
+
+
+def test_what_comes_in_one_read_with_the_finished_is_not_lost(tls_pair: TlsPair) -> None:
+    tls_pair.raw.deliver(tls_pair.step())
+    tls_pair.hear()
+    tls_pair.raw.deliver(tls_pair.step() + tls_pair.sealed(b"first words"))
+    assert tls_pair.above.received == b"first words"
+
+
+def test_much_may_come_in_one_read_with_the_finished(tls_pair: TlsPair) -> None:
+    data = bytes(range(256)) * 230
+    tls_pair.raw.deliver(tls_pair.step())
+    tls_pair.hear()
+    tls_pair.raw.deliver(tls_pair.step() + tls_pair.sealed(data))
+    assert tls_pair.above.received == data
+    assert tls_pair.raw.writes
+
+
+def test_a_protocol_may_write_and_close_as_soon_as_it_is_made(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    def made(above: Above) -> None:
+        above.transport.write(b"go away")
+        above.transport.close()
+
+    pair = TlsPair(timers, server_tls, client_tls, above=Above(made=made))
+    pair.raw.deliver(pair.step())
+    pair.hear()
+    pair.raw.deliver(pair.step() + pair.sealed(b"unheard"))
+    assert pair.above.received == b""
+    assert pair.client_reads() == b"go away"
+    assert pair.client_saw_close_notify()
+
+
+def test_a_protocol_may_pause_reading_as_soon_as_it_is_made(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(
+        timers, server_tls, client_tls, above=Above(made=lambda above: above.transport.pause_reading())
+    )
+    pair.raw.deliver(pair.step())
+    pair.hear()
+    pair.raw.deliver(pair.step() + pair.sealed(b"later"))
+    assert pair.above.received == b""
+    assert not pair.raw.is_reading()
+    pair.server.resume_reading()
+    assert pair.above.received == b"later"
+    assert pair.raw.is_reading()
+
+
+def test_the_context_is_read_anew_by_each_connection(
+    timers: FakeTimers, server_pairs: ServerPairs, client_tls: ssl.SSLContext
+) -> None:
+    old, new = (server_context([pair], ["zcp/1"]) for pair in server_pairs)
+    first = TlsPair(timers, old, client_tls)
+    first.raw.deliver(first.step())
+    first.acceptor.context = new
+    first.hear()
+    first.raw.deliver(first.step())
+    second = TlsPair(timers, old, client_tls, acceptor=first.acceptor).agree()
+    assert first.phase is Phase.OPEN
+    assert first.client.getpeercert(True) != second.client.getpeercert(True)
+
+
+def test_the_transport_tells_what_asyncios_own_would(agreed: TlsPair) -> None:
+    transport = agreed.above.transport
+    assert transport is agreed.server
+    assert transport.get_extra_info("peername") == ("192.0.2.7", 40_000)
+    assert transport.get_extra_info("cipher")[0] == SUITES[0]
+    assert transport.get_extra_info("ssl_object").version() == "TLSv1.3"
+    assert transport.get_extra_info("peercert") is None
+    assert transport.get_extra_info("nothing", "default") == "default"
+    assert transport.get_protocol() is agreed.above
+    assert not transport.can_write_eof()
+    assert transport.peer == PEER
+
+
+def test_before_and_after_there_is_nothing_to_tell(tls_pair: TlsPair) -> None:
+    server = tls_pair.server
+    names = ("ssl_object", "cipher", "peercert")
+    assert [server.get_extra_info(name, "none") for name in names] == ["none"] * 3
+    tls_pair.agree()
+    tls_pair.raw.lose()
+    assert [server.get_extra_info(name, "none") for name in (*names, "peername")] == ["none"] * 4
+    assert server.get_write_buffer_size() == 0
+    server.set_write_buffer_limits(high=1)
+
+
+def test_another_protocol_may_take_over(agreed: TlsPair) -> None:
+    other = Above()
+    agreed.server.set_protocol(other)
+    agreed.say(b"hello")
+    assert other.received == b"hello"
+    assert agreed.above.received == b""
+
+
+# --- refused before OpenSSL saw a byte ------------------------------------------------------------------
+
+
+def only_tls_1_2() -> ssl.SSLContext:
+    context = client_context(verify=False)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def foreign_alpn() -> ssl.SSLContext:
+    return client_context(verify=False, protocols=("h2", "zcp/2"))
+
+
+@pytest.mark.parametrize(
+    ("context", "failure", "alert"),
+    [
+        (only_tls_1_2, TlsFailure.UNSUPPORTED_VERSION, Alert.PROTOCOL_VERSION),
+        (foreign_alpn, TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL),
+    ],
+)
+def test_a_client_that_does_not_fit_sees_the_alert(
+    context: Callable[[], ssl.SSLContext],
+    failure: TlsFailure,
+    alert: Alert,
+    timers: FakeTimers,
+    server_tls: ssl.SSLContext,
+) -> None:
+    pair = TlsPair(timers, server_tls, context())
+    pair.raw.deliver(pair.step())
+    assert bytes(pair.raw.sent) == alert_record(alert)
+    assert alert.name.replace("_", " ").lower() in str(pair.refusal())
+    is_refused(pair, failure)
+
+
+def test_a_client_with_aes_128_alone_gets_alert_40(tls_pair: TlsPair) -> None:
+    tls_pair.raw.deliver(with_suites(tls_pair.step(), AES_128))
+    assert bytes(tls_pair.raw.sent) == bytes.fromhex("15 0303 0002 02 28")
+    is_refused(tls_pair, TlsFailure.NO_SHARED_SUITE)
+
+
+REFUSED: list[tuple[str, bytes, TlsFailure, bytes]] = [
+    ("garbage", b"\xde\xad\xbe\xef" * 20, TlsFailure.NOT_TLS, b""),
+    ("ssh", b"SSH-2.0-OpenSSH_9.9\r\n", TlsFailure.NOT_TLS, b""),
+    ("http", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", TlsFailure.PLAINTEXT_HTTP, PLAINTEXT_ANSWER),
+    ("alert first", alert_record(Alert.DECODE_ERROR), TlsFailure.UNEXPECTED_MESSAGE, b"\x0a"),
+    ("data first", b"\x17\3\3\0\5hello", TlsFailure.UNEXPECTED_MESSAGE, b"\x0a"),
+    ("malformed", in_records(b"\1\0\0\0"), TlsFailure.MALFORMED_CLIENT_HELLO, b"\x32"),
+    ("large", b"\x16\3\1\x40\0", TlsFailure.CLIENT_HELLO_TOO_LARGE, b"\x2f"),
+    ("alpn", Hello().with_extension(16, alpn(b"h2")).bytes(), TlsFailure.NO_APPLICATION_PROTOCOL, b"\x78"),
+]
+
+
+@pytest.mark.parametrize("piece", [1, 65_536])
+@pytest.mark.parametrize(("name", "data", "failure", "answer"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_what_is_no_hello_for_us_is_answered_and_counted(
+    tls_pair: TlsPair, name: str, data: bytes, failure: TlsFailure, answer: bytes, piece: int
+) -> None:
+    tls_pair.raw.deliver(data, piece)
+    if len(answer) == 1:
+        answer = b"\x15\3\3\0\2\2" + answer
+    assert bytes(tls_pair.raw.sent) == answer
+    is_refused(tls_pair, failure)
+
+
+@pytest.mark.parametrize("more", [b"\x17\3\3\0\1x", Hello().bytes() * 300, b"\x14\3\3\0\1\1", b"x" * 65_000])
+def test_what_comes_in_one_read_behind_the_hello_is_refused(tls_pair: TlsPair, more: bytes) -> None:
+    """And never gets into a BIO, which would keep its size for life."""
+    tls_pair.raw.deliver(tls_pair.step() + more)
+    assert bytes(tls_pair.raw.sent) == alert_record(Alert.UNEXPECTED_MESSAGE)
+    is_refused(tls_pair, TlsFailure.UNEXPECTED_MESSAGE)
+
+
+def test_the_plaintext_answer_is_whole_http() -> None:
+    head, _, body = PLAINTEXT_ANSWER.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert f"Content-Length: {len(body)}".encode() in head
+    assert b"Connection: close" in head
+    assert b"TLS" in body
+
+
+def test_what_arrives_while_the_hello_waits_for_its_turn_is_refused(
+    timers: FakeTimers,
+    server_tls: ssl.SSLContext,
+    client_tls: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls)
+    monkeypatch.setattr(pair.acceptor, "schedule", lambda transport: None)
+    pair.raw.deliver(pair.step())
+    assert pair.phase is Phase.HELLO
+    pair.raw.deliver(b"\x17\3\3\0\1x")
+    assert bytes(pair.raw.sent) == alert_record(Alert.UNEXPECTED_MESSAGE)
+    pair.server.start_handshake()  # its turn comes all the same
+    is_refused(pair, TlsFailure.UNEXPECTED_MESSAGE)
+
+
+# --- refused by OpenSSL ---------------------------------------------------------------------------------
+
+
+def test_no_group_in_common_is_told_by_openssls_alert(
+    timers: FakeTimers, server_pairs: ServerPairs, ca_file: Path
+) -> None:
+    server, client = server_context(server_pairs, ["zcp/1"]), client_context(ca_file=ca_file)
+    server.set_ecdh_curve("prime256v1")
+    client.set_ecdh_curve("secp384r1")
+    pair = TlsPair(timers, server, client)
+    pair.raw.deliver(pair.step())
+    assert bytes(pair.raw.sent) == alert_record(Alert.HANDSHAKE_FAILURE)
+    is_refused(pair, TlsFailure.NO_SHARED_GROUP)
+
+
+@pytest.mark.parametrize("why", ["untrusted", "other name"])
+def test_a_client_that_rejects_the_certificate_is_heard(
+    why: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    client = ssl.create_default_context() if why == "untrusted" else client_tls
+    pair = TlsPair(timers, server_tls, client, host="localhost" if why == "untrusted" else "other.example")
+    pair.raw.deliver(pair.step())
+    pair.hear()
+    with pytest.raises(ssl.SSLCertVerificationError):
+        pair.step()
+    pair.raw.deliver(pair.outgoing.read())
+    is_refused(pair, TlsFailure.PEER_REJECTED_CERTIFICATE)
+
+
+@pytest.mark.parametrize(
+    ("data", "failure"),
+    [
+        (b"garbage!" * 4, TlsFailure.BAD_RECORD),
+        (b"\x17\3\3\0\x20" + bytes(32), TlsFailure.BAD_RECORD),
+        (b"\x17\3\3\xff\xff", TlsFailure.BAD_RECORD),
+        (b"\x14\3\3\0\1\1" * 40, TlsFailure.BAD_RECORD),
+        (alert_record(Alert.DECODE_ERROR), TlsFailure.PEER_ALERT),
+    ],
+)
+def test_a_broken_second_flight_ends_the_handshake(
+    tls_pair: TlsPair, data: bytes, failure: TlsFailure
+) -> None:
+    tls_pair.raw.deliver(tls_pair.step())
+    tls_pair.raw.take()
+    tls_pair.raw.deliver(data)
+    sent = records(bytes(tls_pair.raw.sent))
+    # Its alert is encrypted by now (RFC 8446 section 6); an alert is not answered.
+    assert [kind for kind, _ in sent] == ([] if failure is TlsFailure.PEER_ALERT else [DATA])
+    is_refused(tls_pair, failure)
+
+
+def test_a_hello_that_only_openssl_finds_fault_with_is_its_business(tls_pair: TlsPair) -> None:
+    hello = Hello()
+    twice = Hello(extensions=[*(hello.extensions or ()), (43, b"\2\3\4")])
+    tls_pair.raw.deliver(twice.bytes())
+    ((kind, content),) = records(bytes(tls_pair.raw.sent))
+    assert (kind, content[0]) == (ALERT, 2)
+    assert sum(tls_pair.failures.values()) == 1
+    assert tls_pair.phase is Phase.CLOSING
+
+
+# --- checked once more ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["suite", "protocol"])
+def test_parameters_that_slipped_through_end_the_connection(
+    what: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    """As if the ClientHello had been misread, or the context were not ours."""
+    pair = TlsPair(timers, server_tls, client_tls)
+    pair.raw.deliver(pair.step())
+    pair.hear()
+    if what == "suite":
+        pair.acceptor.suites = frozenset(SUITES[1:])
+    else:
+        pair.acceptor.protocols = {"http/1.1": lambda: pair.above}
+    pair.raw.deliver(pair.step() + pair.sealed(b"unheard"))
+    assert pair.client_saw_close_notify()
+    is_refused(pair, TlsFailure.WRONG_PARAMETERS)
+
+
+# --- time -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["silent", "half a hello", "waiting for finished"])
+def test_a_handshake_has_its_time(
+    state: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls, handshake_timeout=TIMEOUT)
+    hello = pair.step()
+    pair.raw.deliver({"silent": b"", "half a hello": hello[:500], "waiting for finished": hello}[state])
+    timers.advance(TIMEOUT - 0.001)
+    assert pair.failures == {}
+    timers.advance(0.2)
+    is_refused(pair, TlsFailure.HANDSHAKE_TIMEOUT)
+
+
+@pytest.mark.parametrize("every", [0.25, 1.0, 2.4])
+def test_a_drip_gains_no_time(
+    every: float, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls, handshake_timeout=TIMEOUT)
+    hello = pair.step()
+    at = 0
+    while pair.phase is Phase.HELLO:
+        pair.raw.deliver(hello[at : at + 1])
+        at += 1
+        timers.advance(every)
+    assert timers.time() <= NOW + TIMEOUT + every
+    assert pair.failures == {TlsFailure.HANDSHAKE_TIMEOUT: 1}
+
+
+def test_after_its_time_the_connection_lingers_and_is_reset(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls, handshake_timeout=TIMEOUT)
+    timers.advance(TIMEOUT + 0.2)
+    assert pair.raw.eof_written
+    pair.raw.deliver(b"x" * 100)
+    assert not pair.raw.aborted
+    timers.advance(LINGER_TIME + 0.2)
+    assert pair.raw.aborted
+    assert pair.log[-1] == "closed"
+
+
+def test_the_time_of_a_handshake_ends_with_it(agreed: TlsPair) -> None:
+    agreed.timers.advance(1_000)
+    assert agreed.phase is Phase.OPEN
+    assert agreed.failures == {}
+
+
+# --- gone -----------------------------------------------------------------------------------------------
+
+
+def hello_of(pair: TlsPair, state: str) -> bytes:
+    hello = pair.step()
+    return {"silent": b"", "half a hello": hello[:500], "waiting for finished": hello}[state]
+
+
+@pytest.mark.parametrize("how", ["end of stream", "reset"])
+@pytest.mark.parametrize("state", ["silent", "half a hello", "waiting for finished"])
+def test_a_client_that_goes_away_is_counted_as_such(tls_pair: TlsPair, state: str, how: str) -> None:
+    tls_pair.raw.deliver(hello_of(tls_pair, state))
+    if how == "reset":
+        tls_pair.raw.lose(ConnectionResetError())
+    else:
+        tls_pair.raw.deliver_eof()
+        tls_pair.timers.run()
+    assert tls_pair.failures == {TlsFailure.DISCONNECTED: 1}
+    assert tls_pair.log == [(TlsFailure.DISCONNECTED, PEER), "slot free", "closed"]
+    assert tls_pair.acceptor.handshakes_in_progress == 0
+    assert tls_pair.above.told == []
+    assert len(tls_pair.acceptor.wheel) == 0
+
+
+def test_a_connection_that_we_abort_in_its_handshake_is_no_failure_of_the_peer(tls_pair: TlsPair) -> None:
+    tls_pair.raw.deliver(tls_pair.step())
+    tls_pair.server.abort()
+    tls_pair.timers.run()
+    assert tls_pair.failures == {}
+    assert tls_pair.log == ["slot free", "closed"]
+
+
+def test_a_connection_that_we_close_in_its_handshake_ends_quietly(tls_pair: TlsPair) -> None:
+    tls_pair.raw.deliver(tls_pair.step()[:100])
+    tls_pair.server.close()
+    assert tls_pair.raw.eof_written
+    assert tls_pair.raw.take() == b""
+    tls_pair.raw.deliver_eof()
+    tls_pair.timers.run()
+    assert tls_pair.failures == {}
+    assert tls_pair.log == ["slot free", "closed"]
+
+
+def test_a_tcp_connection_lost_before_it_was_ours_leaves_nothing(
+    timers: FakeTimers, server_tls: ssl.SSLContext
+) -> None:
+    """What the listener does when the socket fails while asyncio takes it over."""
+    log: list[Any] = []
+    acceptor = new_acceptor(timers, server_tls, Above, log)
+    transport = acceptor.transport(PEER)
+    assert acceptor.handshakes_in_progress == 1
+    transport.abort()
+    transport.connection_lost(OSError())
+    assert acceptor.handshakes_in_progress == 0
+    assert log == [(TlsFailure.DISCONNECTED, PEER), "slot free", "closed"]
+
+
+def test_a_tcp_transport_that_is_closing_already_is_left_alone(tls_pair: TlsPair) -> None:
+    tls_pair.raw.close()
+    tls_pair.server.close()
+    assert not tls_pair.raw.eof_written
+    assert len(tls_pair.timers.armed) == 1, "only the handshake's own time"
+    tls_pair.timers.run()
+    assert tls_pair.log == ["slot free", "closed"]
+    assert tls_pair.acceptor.wheel.now() == NOW
+    assert len(tls_pair.acceptor.wheel) == 0
+
+
+# --- how many -------------------------------------------------------------------------------------------
+
+
+def test_handshakes_in_progress_are_counted_from_the_first_moment(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    first = TlsPair(timers, server_tls, client_tls)
+    acceptor = first.acceptor
+    pairs = [first, *(TlsPair(timers, server_tls, client_tls, acceptor=acceptor) for _ in range(4))]
+    assert acceptor.handshakes_in_progress == 5
+    pairs[0].agree()
+    pairs[1].raw.deliver(b"garbage")
+    pairs[2].raw.lose()
+    assert acceptor.handshakes_in_progress == 2
+    timers.advance(TIMEOUT + 1)
+    assert acceptor.handshakes_in_progress == 0
+    assert first.log.count("slot free") == 5
+    assert acceptor.handshakes_completed == 1
+
+
+def test_the_end_of_an_open_connection_frees_no_second_slot(agreed: TlsPair) -> None:
+    agreed.raw.lose()
+    assert agreed.log.count("slot free") == 1
+    assert agreed.acceptor.handshakes_in_progress == 0
+
+
+def test_an_acceptor_may_have_no_listeners(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    from zcproto.deadlines import DeadlineWheel
+    from zcproto.tls.server import TlsAcceptor
+
+    acceptor = TlsAcceptor(server_tls, {None: Above}, DeadlineWheel(timers), timers, suites=frozenset(SUITES))
+    pair = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
+    pair.raw.deliver(captured_hello(client_tls))
+    pair.raw.deliver_eof()
+    timers.run()
+    assert acceptor.failures[TlsFailure.NO_APPLICATION_PROTOCOL] == 1
+
+
+def test_a_failure_is_told_to_what_is_above_only_if_it_was_made(agreed: TlsPair) -> None:
+    agreed.raw.lose(ConnectionResetError())
+    made, error = agreed.above.told
+    assert made == "made"
+    assert isinstance(error, TlsError)
+    assert error.failure == "connection_reset"
