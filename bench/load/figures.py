@@ -62,7 +62,12 @@ _FIGURES: Final[tuple[tuple[str, str, str, Callable[[Result], float | None]], ..
         "s",
         lambda result: result.connect_cpu_s,
     ),
-    ("request_cpu_us", "server CPU per request", "us", lambda result: result.cpu_per_request_us),
+    (
+        "request_cpu_us",
+        "server CPU per request, at this rate",
+        "us",
+        lambda result: result.cpu_per_request_us,
+    ),
     (
         "generator_arrival_lag_p99_ms",
         "lateness of the generator, connecting, p99",

@@ -8,6 +8,7 @@ thing was due, not from when this process got round to it; how late it was is me
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from bench.load.latency import Latencies
 from bench.load.load_link import Asked, LoadLink, Stage
 from bench.load.pacer import Pacer
 from bench.load.plan import Share
-from bench.load.record import Record
+from bench.load.record import TICKS_PER_SECOND, Record
 from bench.load.schedule import arrivals, rounds, steady
 from bench.load.tally import Kind, count
 from zcproto.clock import system_clock
@@ -132,6 +133,10 @@ class Generator:
             if number % CLOSES_PER_TURN == 0:
                 await asyncio.sleep(0)
         await self._wait(lambda: self._open_links == 0, CLOSE_TIMEOUT)
+        for link in self.links:
+            if link.tls is not None:
+                link.tls.abort()
+        await asyncio.sleep(0)
         self._pacer.close()
         self.wheel.close()
 
@@ -186,14 +191,15 @@ class Generator:
             self._connecting[link] = self._loop.create_task(self._open(link))
 
     async def _open(self, link: LoadLink) -> None:
-        transport = self._connector.transport(link, lambda error: self._handshaken(link, error))
+        transport = link.tls = self._connector.transport(link, lambda error: self._handshaken(link, error))
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await self._loop.create_connection(lambda: transport, self.share.address, self.share.port)
         except TimeoutError:
             self._not_made(link, "no TCP connection in time")
         except OSError as error:
-            self._not_made(link, f"TCP: {error.strerror or type(error).__name__}")
+            reason = type(error).__name__ if error.errno is None else os.strerror(error.errno)
+            self._not_made(link, f"TCP: {reason}")
 
     def _handshaken(self, link: LoadLink, error: TlsError | None) -> None:
         if error is not None:
@@ -246,7 +252,7 @@ class Generator:
     def _made(self, link: LoadLink) -> None:
         link.stage = Stage.READY
         self.record.ready += 1
-        self._count(self.record.connected_by_second, 1)
+        self._count(self.record.connected_over_time, 1)
         self._settled(link)
 
     def _not_made(self, link: LoadLink, cause: str) -> None:
@@ -309,7 +315,7 @@ class Generator:
             self._time_load(asked)
         elif kind is Kind.LAST:
             self.record.latencies["last_request"].add(time.monotonic() - asked.intended)
-            self._count(self.record.answered_by_second, 1)
+            self._count(self.record.answered_over_time, 1)
         elif kind is Kind.JOIN:
             self._made(link)
 
@@ -323,7 +329,7 @@ class Generator:
         if latencies is None:
             latencies = record.request_by_second[second] = Latencies()
         latencies.add(now - asked.intended)
-        record.answered_by_second[second] = record.answered_by_second.get(second, 0) + 1
+        self._count(record.answered_over_time, 1)
 
     def refused(self, link: LoadLink, asked: Asked, code: int) -> None:
         """A request got an ERROR."""
@@ -347,7 +353,7 @@ class Generator:
             link.stage = Stage.OVER
             self.record.ready -= 1
             count(self.record.lost_links, printable(cause, 120))
-            self._count(self.record.connected_by_second, -1)
+            self._count(self.record.connected_over_time, -1)
         else:
             self._not_made(link, cause)
 
@@ -367,8 +373,8 @@ class Generator:
             self._wake()
 
     def _count(self, series: dict[int, int], change: int) -> None:
-        second = int(time.monotonic() - self.share.origin)
-        series[second] = series.get(second, 0) + change
+        tick = int((time.monotonic() - self.share.origin) * TICKS_PER_SECOND)
+        series[tick] = series.get(tick, 0) + change
 
 
 def code_name(code: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final, TextIO
 from hdrh.histogram import HdrHistogram
 
 from bench.load.latency import Latencies
-from bench.load.record import Record
+from bench.load.record import TICKS_PER_SECOND, Record
 
 NS_PER_US: Final = 1_000
 LONGEST_NS: Final = 3_600 * 1_000_000_000
@@ -69,12 +69,12 @@ def _write_log(file: TextIO, record: Record, started: float) -> None:
     file.write('"StartTimestamp","Interval_Length","Interval_Max","Interval_Compressed_Histogram"\n')
     for second, latencies in sorted(record.request_by_second.items()):
         _write_interval(file, "", second, 1, latencies)
-    seconds = [*record.request_by_second, *record.connected_by_second, 0]
+    ended = max((*record.answered_over_time, *record.connected_over_time), default=0) / TICKS_PER_SECOND
     for name in ("handshake", "session_open", "last_request"):
         if record.latencies[name].counts:
-            _write_interval(file, f"Tag={name},", 0, max(seconds) + 1, record.latencies[name])
+            _write_interval(file, f"Tag={name},", 0, ended + 1 / TICKS_PER_SECOND, record.latencies[name])
 
 
-def _write_interval(file: TextIO, tag: str, start: int, length: int, latencies: Latencies) -> None:
+def _write_interval(file: TextIO, tag: str, start: float, length: float, latencies: Latencies) -> None:
     encoded = histogram(latencies).encode().decode("ascii")
     file.write(f"{tag}{start:.3f},{length:.3f},{latencies.max_us / 1000:.3f},{encoded}\n")

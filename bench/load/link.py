@@ -51,6 +51,9 @@ class Link(asyncio.Protocol):
     # --- the transport's calls -----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if self.ended:  # closed while it was being made
+            transport.close()
+            return
         self.transport = cast("TlsTransport", transport)
 
     def data_received(self, data: bytes) -> None:

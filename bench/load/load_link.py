@@ -14,6 +14,7 @@ from zcproto.wire.frame import NO_TOKEN
 
 if TYPE_CHECKING:
     from bench.load.generator import Generator
+    from zcproto.tls.transport import TlsTransport
 
 
 class Stage(IntEnum):
@@ -37,7 +38,7 @@ class Asked(NamedTuple):
 class LoadLink(Link):
     """One of many connections of a `Generator`."""
 
-    __slots__ = ("_generator", "index", "intended", "pending", "stage", "token")
+    __slots__ = ("_generator", "index", "intended", "pending", "stage", "tls", "token")
 
     def __init__(self, generator: Generator, index: int) -> None:
         super().__init__(generator.wheel)
@@ -47,6 +48,8 @@ class LoadLink(Link):
         self.intended = 0.0
         """When it was due to connect."""
         self.token = NO_TOKEN
+        self.tls: TlsTransport | None = None
+        """From its first moment on, unlike `transport`: so that it can be aborted at any time."""
         self.pending: dict[int, Asked] = {}
         """By stream: answers may come in any order."""
 

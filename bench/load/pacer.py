@@ -103,8 +103,10 @@ class Pacer:
         self,
         loop: asyncio.AbstractEventLoop,
         alarm: Callable[[asyncio.AbstractEventLoop, Callable[[], None]], Alarm] = new_alarm,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loop = loop
+        self._now = now
         self._alarm = alarm(loop, self._due)
         self._times: Iterator[float] = iter(())
         self._act: Callable[[float], None] = lambda intended: None
@@ -116,7 +118,7 @@ class Pacer:
         """Call `act` with each time, in monotonic seconds. `times` are seconds from now, in order."""
         self._times = times
         self._act = act
-        self._start = time.monotonic()
+        self._start = self._now()
         self._finished = self._loop.create_future()
         self._advance()
         self._due()
@@ -140,11 +142,11 @@ class Pacer:
 
     def _due(self) -> None:
         left = ACTS_PER_TURN
-        now = time.monotonic()
+        now = self._now()
         while self._next is not None:
             intended = self._next
             if intended > now:
-                now = time.monotonic()
+                now = self._now()
                 if intended > now:
                     self._alarm.set(intended)
                     return

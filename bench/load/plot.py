@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bench.load.latency import Latencies
+from bench.load.record import TICKS_PER_SECOND
 from bench.load.result import Moment, Result, Verdict
 
 INK: Final = "#1f2933"
@@ -113,34 +114,35 @@ def _draw_latencies(axes: Axes, result: Result) -> None:
 
 def _draw_connections(axes: Axes, result: Result) -> None:
     _plain(axes)
-    series = result.record.connected_by_second
-    seconds = _seconds(result)
-    opened = [0, *accumulate(series.get(second, 0) for second in range(seconds))]
-    at = range(seconds + 1)
+    series = result.record.connected_over_time
+    ticks = _ticks(result)
+    opened = [0, *accumulate(series.get(tick, 0) for tick in range(ticks))]
+    at = [tick / TICKS_PER_SECOND for tick in range(ticks + 1)]
     axes.fill_between(at, opened, color=GREEN, alpha=0.14, linewidth=0)
     axes.plot(at, opened, color=GREEN, linewidth=1.8)
-    _over_time(axes, max(opened), seconds)
+    _over_time(axes, max(opened), at[-1])
     _head(axes, "Connections with a session")
     _name_phases(axes, result)
 
 
 def _draw_rate(axes: Axes, result: Result) -> None:
     _plain(axes)
-    series = result.record.answered_by_second
-    seconds = _seconds(result)
-    rates = [series.get(second, 0) for second in range(seconds)]
-    axes.stairs(rates, [*range(seconds + 1)], color=BLUE, linewidth=1.8, fill=True, alpha=0.14)
-    axes.stairs(rates, [*range(seconds + 1)], color=BLUE, linewidth=1.8)
-    _over_time(axes, max(rates), seconds)
+    series = result.record.answered_over_time
+    ticks = _ticks(result)
+    rates = [series.get(tick, 0) * TICKS_PER_SECOND for tick in range(ticks)]
+    at = [tick / TICKS_PER_SECOND for tick in range(ticks + 1)]
+    axes.stairs(rates, at, color=BLUE, linewidth=1.8, fill=True, alpha=0.14)
+    axes.stairs(rates, at, color=BLUE, linewidth=1.8)
+    _over_time(axes, max(rates), at[-1])
     _head(axes, "Answers per second")
     _name_phases(axes, result)
 
 
-def _seconds(result: Result) -> int:
-    return max((*result.record.connected_by_second, *result.record.answered_by_second), default=0) + 1
+def _ticks(result: Result) -> int:
+    return max((*result.record.connected_over_time, *result.record.answered_over_time), default=0) + 1
 
 
-def _over_time(axes: Axes, highest: float, seconds: int) -> None:
+def _over_time(axes: Axes, highest: float, seconds: float) -> None:
     axes.set_xlim(0, seconds)
     axes.set_ylim(0, _top(highest))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))

@@ -20,13 +20,16 @@ arrival_lag   how late a connection was begun
 lag           how late a request was sent
 """
 
+TICKS_PER_SECOND: Final = 4
+"""Of what is counted over time; a tick's number is the time since the run's origin in this unit."""
+
 
 class Record:
     """One process's record, or the sum of several. Seconds are those since the run's origin."""
 
     __slots__ = (
-        "answered_by_second",
-        "connected_by_second",
+        "answered_over_time",
+        "connected_over_time",
         "cpu_share",
         "latencies",
         "load_ended",
@@ -43,9 +46,10 @@ class Record:
         self.latencies = {name: Latencies() for name in LATENCIES}
         self.request_by_second: dict[int, Latencies] = {}
         """Latency of the load's requests by the second in which the answer came."""
-        self.answered_by_second: dict[int, int] = {}
-        self.connected_by_second: dict[int, int] = {}
-        """Connections that got their session in a second, less those that were lost in it."""
+        self.answered_over_time: dict[int, int] = {}
+        """Requests answered with what had been sent, by tick."""
+        self.connected_over_time: dict[int, int] = {}
+        """Connections that got their session in a tick, less those that were lost in it."""
         self.lost_links: dict[str, int] = {}
         """Connections that could not be made or did not last, by cause."""
         self.ready = 0
@@ -68,8 +72,8 @@ class Record:
             "tallies": {kind.value: tally.as_json() for kind, tally in self.tallies.items()},
             "latencies": {name: each.as_json() for name, each in self.latencies.items()},
             "request_by_second": {str(at): each.as_json() for at, each in self.request_by_second.items()},
-            "answered_by_second": {str(at): count for at, count in self.answered_by_second.items()},
-            "connected_by_second": {str(at): count for at, count in self.connected_by_second.items()},
+            "answered_over_time": {str(at): count for at, count in self.answered_over_time.items()},
+            "connected_over_time": {str(at): count for at, count in self.connected_over_time.items()},
             "lost_links": self.lost_links,
             "ready": self.ready,
             "sessions": self.sessions,
@@ -86,8 +90,8 @@ class Record:
         record.request_by_second = {
             int(at): Latencies.from_json(each) for at, each in value["request_by_second"].items()
         }
-        record.answered_by_second = {int(at): count for at, count in value["answered_by_second"].items()}
-        record.connected_by_second = {int(at): count for at, count in value["connected_by_second"].items()}
+        record.answered_over_time = {int(at): count for at, count in value["answered_over_time"].items()}
+        record.connected_over_time = {int(at): count for at, count in value["connected_over_time"].items()}
         for name in ("lost_links", "ready", "sessions", "load_started", "load_ended", "cpu_share"):
             setattr(record, name, value[name])
         return record
@@ -104,8 +108,8 @@ def merged(records: Iterable[Record]) -> Record:
             whole.latencies[name].merge(latencies)
         for at, latencies in each.request_by_second.items():
             whole.request_by_second.setdefault(at, Latencies()).merge(latencies)
-        _add(whole.answered_by_second, each.answered_by_second)
-        _add(whole.connected_by_second, each.connected_by_second)
+        _add(whole.answered_over_time, each.answered_over_time)
+        _add(whole.connected_over_time, each.connected_over_time)
         for cause, links in each.lost_links.items():
             count(whole.lost_links, cause, links)
         whole.ready += each.ready

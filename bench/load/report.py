@@ -18,6 +18,7 @@ from rich.text import Text
 
 from bench.load.figures import Figure, figures, generator_saturated
 from bench.load.hdr import PERCENTILES, percentiles_ms
+from bench.load.record import TICKS_PER_SECOND
 from bench.load.result import Counted, Result, Verdict
 from bench.load.tally import Kind
 
@@ -185,9 +186,10 @@ def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[s
             moment.value: {"at_s": round(reading.at, 3), **reading.stats._asdict()}
             for moment, reading in result.readings.items()
         },
-        "by_second": {
-            "connected": dict(sorted(record.connected_by_second.items())),
-            "answered": dict(sorted(record.answered_by_second.items())),
+        "over_time": {
+            "tick_s": 1 / TICKS_PER_SECOND,
+            "connected": dict(sorted(record.connected_over_time.items())),
+            "answered": dict(sorted(record.answered_over_time.items())),
         },
     }
 
