@@ -140,9 +140,8 @@ class TlsServerTransport(TlsTransport):
         self._acceptor.on_closed(self.peer)
 
     def _note(self, failure: TlsFailure) -> None:
-        if self._error is None:
-            super()._note(failure)
-            self._acceptor.report(failure, self.peer)
+        super()._note(failure)
+        self._acceptor.report(failure, self.peer)
 
     def _linger(self) -> None:
         self._leave_handshake()

@@ -289,9 +289,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self._raw.abort()
 
     def _note(self, failure: TlsFailure) -> None:
-        """Keep the first cause; count it."""
-        if self._error is None:
-            self._error = TlsError(failure.value)
+        """Keep the cause. There is only one: it ends the connection."""
+        self._error = TlsError(failure.value)
 
     def _fail(self, failure: TlsFailure) -> None:
         """End the connection for a fault of the peer or the network. OpenSSL's alert goes out first."""
