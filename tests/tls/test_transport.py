@@ -1,0 +1,435 @@
+"""Records in and out of an agreed connection: order, back-pressure both ways, sizes, and hostile records."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.errors import TlsError
+from zcproto.tls.context import client_context
+from zcproto.tls.failure import TlsFailure
+from zcproto.tls.transport import MAX_BARREN_BYTES, RECORD_SIZE, Phase, ReceiveBuffer, TlsTransport
+
+from ..helpers import FakeTimers
+from .support import ALERT, HANDSHAKE, Above, Forger, TlsPair, records
+
+MIB = 1_048_576
+
+
+def pattern(size: int) -> bytes:
+    """Bytes of which no two stretches look alike."""
+    return b"".join(number.to_bytes(4, "big") for number in range(size // 4 + 1))[:size]
+
+
+# --- in -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 100, RECORD_SIZE, RECORD_SIZE + 1, 60_000, 300_000])
+@pytest.mark.parametrize("piece", [777, RECORD_SIZE, 65_536])
+def test_what_is_said_is_heard_whole_and_in_order(agreed: TlsPair, size: int, piece: int) -> None:
+    data = pattern(size)
+    agreed.say(data, piece)
+    assert agreed.above.received == data
+
+
+def test_a_record_may_come_byte_by_byte(agreed: TlsPair) -> None:
+    agreed.say(b"hello", 1)
+    assert agreed.above.pieces == [b"hello"]
+
+
+def test_the_bio_is_never_given_more_than_a_record_at_a_time(agreed: TlsPair) -> None:
+    """A MemoryBIO keeps its largest size for life."""
+    pending: list[int] = []
+    agreed.above._then["data"] = lambda above, data: pending.append(agreed.server._incoming.pending)
+    agreed.say(pattern(300_000))
+    assert max(pending) < RECORD_SIZE + 1_000
+
+
+def test_connections_share_one_receive_buffer(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    first = TlsPair(timers, server_tls, client_tls).agree()
+    second = TlsPair(timers, server_tls, client_tls, acceptor=first.acceptor, above=Above())
+    assert first.server.get_buffer(-1) is second.server.get_buffer(-1)
+    assert len(ReceiveBuffer(100).array) == 100
+
+
+# --- reading paused -------------------------------------------------------------------------------------
+
+
+def test_a_paused_protocol_gets_nothing_and_then_everything_in_order(agreed: TlsPair) -> None:
+    agreed.server.pause_reading()
+    assert not agreed.server.is_reading()
+    assert not agreed.raw.is_reading()
+    agreed.server.pause_reading()
+    agreed.server.resume_reading()
+    assert agreed.server.is_reading()
+    assert agreed.raw.is_reading()
+    agreed.server.resume_reading()
+    agreed.say(b"hello")
+    assert agreed.above.received == b"hello"
+
+
+def test_a_protocol_that_pauses_at_each_piece_gets_one_at_a_time(agreed: TlsPair) -> None:
+    agreed.above._then["data"] = lambda above, data: above.transport.pause_reading()
+    data = pattern(60_000)
+    agreed.say(data)
+    heard = [len(agreed.above.received)]
+    while len(agreed.above.received) < len(data):
+        assert not agreed.raw.is_reading()
+        agreed.server.resume_reading()
+        heard.append(len(agreed.above.received))
+    assert heard == [RECORD_SIZE, 2 * RECORD_SIZE, 3 * RECORD_SIZE, 60_000]
+    assert agreed.above.received == data
+
+
+def test_what_waits_comes_before_what_arrives_later(agreed: TlsPair) -> None:
+    agreed.above._then["data"] = lambda above, data: above.transport.pause_reading()
+    agreed.raw.deliver(agreed.sealed(b"one") + agreed.sealed(b"two"))
+    assert agreed.above.pieces == [b"one"]
+    del agreed.above._then["data"]
+    agreed.server.resume_reading()
+    agreed.say(b"three")
+    assert agreed.above.pieces == [b"one", b"two", b"three"]
+
+
+def test_a_read_larger_than_a_record_waits_while_paused(agreed: TlsPair) -> None:
+    agreed.above._then["data"] = lambda above, data: above.transport.pause_reading()
+    data = pattern(50_000)
+    agreed.raw.deliver(agreed.sealed(b"first") + agreed.sealed(data))
+    assert agreed.above.received == b"first"
+    assert agreed.server._incoming.pending < 65_536
+    del agreed.above._then["data"]
+    agreed.server.resume_reading()
+    assert agreed.above.received == b"first" + data
+
+
+def test_a_protocol_may_resume_within_a_piece(agreed: TlsPair) -> None:
+    def stutter(above: Above, data: bytes) -> None:
+        above.transport.pause_reading()
+        above.transport.resume_reading()
+
+    agreed.above._then["data"] = stutter
+    data = pattern(60_000)
+    agreed.say(data)
+    assert agreed.above.received == data
+
+
+def test_a_pause_outlasts_the_end_of_the_connection(agreed: TlsPair) -> None:
+    agreed.server.pause_reading()
+    agreed.server.close()
+    assert agreed.raw.is_reading(), "what still comes is discarded"
+    agreed.raw.lose()
+    agreed.server.resume_reading()
+    agreed.server.pause_reading()
+
+
+def test_the_close_notify_of_a_paused_connection_waits_with_the_rest(agreed: TlsPair) -> None:
+    agreed.above._then["data"] = lambda above, data: above.transport.pause_reading()
+    agreed.raw.deliver(agreed.sealed(b"one") + agreed.sealed(b"two") + agreed.client_closes())
+    assert agreed.above.told == ["made"]
+    agreed.server.resume_reading()
+    assert agreed.above.told == ["made"]
+    agreed.server.resume_reading()
+    assert agreed.above.pieces == [b"one", b"two"]
+    assert agreed.above.told == ["made", "eof"]
+
+
+# --- out ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, RECORD_SIZE - 1, RECORD_SIZE, RECORD_SIZE + 1, 3 * RECORD_SIZE, MIB])
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_what_is_written_is_read_whole_and_goes_out_in_one_write(
+    agreed: TlsPair, size: int, kind: Callable[[bytes], Any]
+) -> None:
+    data = pattern(size)
+    agreed.raw.writes.clear()
+    agreed.server.write(kind(data))
+    assert len(agreed.raw.writes) == 1
+    assert all(len(content) <= RECORD_SIZE + 256 for _, content in records(bytes(agreed.raw.sent)))
+    assert agreed.client_reads() == data
+
+
+def test_a_large_write_leaves_no_large_bio(agreed: TlsPair) -> None:
+    outgoing = agreed.server._outgoing
+    largest = 0
+
+    class Watched:
+        def read(self) -> bytes:
+            nonlocal largest
+            data = outgoing.read()
+            largest = max(largest, len(data))
+            return data
+
+        @property
+        def pending(self) -> int:
+            return outgoing.pending
+
+    agreed.server._outgoing = Watched()  # type: ignore[assignment]
+    agreed.server.write(bytes(MIB))
+    assert RECORD_SIZE < largest < RECORD_SIZE + 256
+    assert len(agreed.client_reads()) == MIB
+
+
+def test_writing_nothing_harms_nothing(agreed: TlsPair) -> None:
+    agreed.server.write(b"")
+    agreed.server.writelines([b"a", b"b"])
+    assert agreed.client_reads() == b"ab"
+
+
+def test_small_writes_are_records_of_their_own(agreed: TlsPair) -> None:
+    for _ in range(3):
+        agreed.server.write(b"x")
+    assert len(records(bytes(agreed.raw.sent))) == 3
+    assert agreed.client_reads() == b"xxx"
+
+
+# --- writing paused -------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_does_not_read_pauses_writing_and_is_not_read_from(agreed: TlsPair) -> None:
+    agreed.server.set_write_buffer_limits(high=10_000)
+    agreed.raw.stuck = True
+    agreed.server.write(bytes(8_000))
+    assert agreed.above.told == ["made"]
+    agreed.server.write(bytes(8_000))
+    assert agreed.above.told == ["made", "pause"]
+    assert not agreed.raw.is_reading()
+    assert agreed.server.get_write_buffer_size() > 16_000
+    agreed.raw.drain()
+    assert agreed.above.told == ["made", "pause", "resume"]
+    assert agreed.raw.is_reading()
+
+
+def test_reading_goes_on_only_when_neither_side_is_paused(agreed: TlsPair) -> None:
+    agreed.server.set_write_buffer_limits(high=1_000)
+    agreed.raw.stuck = True
+    agreed.server.write(bytes(2_000))
+    agreed.server.pause_reading()
+    agreed.server.resume_reading()
+    assert not agreed.raw.is_reading(), "the peer does not read yet"
+    agreed.server.pause_reading()
+    agreed.raw.drain()
+    assert not agreed.raw.is_reading(), "the protocol does not read yet"
+    agreed.server.resume_reading()
+    assert agreed.raw.is_reading()
+
+
+def test_what_a_protocol_writes_when_it_may_again_pauses_again(agreed: TlsPair) -> None:
+    agreed.server.set_write_buffer_limits(high=1_000)
+    agreed.raw.stuck = True
+    agreed.above._then["resume"] = lambda above: above.transport.write(bytes(2_000))
+    agreed.server.write(bytes(2_000))
+    agreed.raw.drain()
+    assert agreed.above.told == ["made", "pause", "resume", "pause"]
+    assert not agreed.raw.is_reading()
+
+
+def test_a_pause_in_the_handshake_is_none_of_the_protocols_business(tls_pair: TlsPair) -> None:
+    tls_pair.raw.stuck = True
+    tls_pair.raw.high = 100
+    tls_pair.raw.deliver(tls_pair.step())
+    assert not tls_pair.raw.is_reading()
+    tls_pair.raw.drain()
+    tls_pair.raw.stuck = False
+    tls_pair.hear()
+    tls_pair.raw.deliver(tls_pair.step())
+    assert tls_pair.above.told == ["made"]
+
+
+def test_after_the_end_nobody_is_told_to_write_again(agreed: TlsPair) -> None:
+    agreed.server.set_write_buffer_limits(high=1_000)
+    agreed.raw.stuck = True
+    agreed.server.write(bytes(2_000))
+    agreed.server.close()
+    assert agreed.raw.is_reading()
+    agreed.raw.drain()
+    assert agreed.above.told == ["made", "pause"]
+    agreed.raw.lose()
+    agreed.server.pause_writing()
+    agreed.server.resume_writing()
+    assert agreed.above.told == ["made", "pause", None]
+
+
+# --- hostile records ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forged(
+    timers: FakeTimers, server_tls: ssl.SSLContext, ca_file: Path, tmp_path: Path
+) -> tuple[TlsPair, Forger]:
+    """An agreed connection, and one who knows its client's keys."""
+    context = client_context(ca_file=ca_file)
+    context.keylog_filename = str(tmp_path / "keys")
+    return TlsPair(timers, server_tls, context).agree(), Forger(tmp_path / "keys")
+
+
+Forged = tuple[TlsPair, Forger]
+
+
+def test_padding_is_taken_off(forged: Forged) -> None:
+    """RFC 8446 section 5.4."""
+    pair, forger = forged
+    pair.raw.deliver(forger.record(b"hello", padding=1_000))
+    assert pair.above.received == b"hello"
+
+
+@pytest.mark.parametrize("answer", [False, True])
+def test_key_updates_are_followed_and_answered_where_asked(forged: Forged, answer: bool) -> None:
+    """RFC 8446 section 4.6.3."""
+    pair, forger = forged
+    for number in range(10):
+        pair.raw.deliver(forger.key_update(answer=answer) + forger.record(b"%d" % number))
+    assert pair.above.received == b"0123456789"
+    assert pair.phase is Phase.OPEN
+    pair.server.write(b"still here")
+    assert pair.client_reads() == b"still here"
+
+
+def test_a_key_update_alone_is_answered_at_once(forged: Forged) -> None:
+    pair, forger = forged
+    pair.raw.deliver(forger.key_update(answer=True))
+    pair.raw.deliver(forger.record(b"x"))
+    sent = bytes(pair.raw.sent)
+    # OpenSSL answers with what it sends next; if it does so at once, we send it at once.
+    assert pair.server._outgoing.pending == 0
+    pair.server.write(b"y")
+    assert len(pair.raw.sent) > len(sent)
+    assert pair.client_reads() == b"y"
+
+
+@pytest.mark.parametrize("answer", [False, True])
+@pytest.mark.parametrize("piece", [100, 65_536])
+def test_a_flood_of_key_updates_is_bounded(forged: Forged, answer: bool, piece: int) -> None:
+    pair, forger = forged
+    one = len(forger.record(b"x"))
+    pair.raw.deliver(b"")
+    forger._sequence = 0
+    flood = b"".join(forger.key_update(answer=answer) for _ in range(4_000))
+    assert one < len(flood) // 4_000
+    before = len(pair.raw.sent)
+    pair.raw.deliver(flood, piece)
+    assert pair.failures == {TlsFailure.BARREN_RECORDS: 1}
+    assert pair.phase is Phase.CLOSING
+    assert len(pair.raw.sent) - before < 100_000
+    assert pair.client_saw_close_notify()
+
+
+def test_data_between_key_updates_starts_the_count_anew(forged: Forged) -> None:
+    pair, forger = forged
+    for _ in range(3):
+        barren = b""
+        while len(barren) < MAX_BARREN_BYTES - 20_000:
+            barren += forger.key_update()
+        pair.raw.deliver(barren)
+        pair.raw.deliver(forger.record(b"x"))
+    assert pair.above.received == b"xxx"
+    assert pair.phase is Phase.OPEN
+
+
+def test_a_record_in_many_pieces_is_not_barren(forged: Forged) -> None:
+    pair, forger = forged
+    for _ in range(6):
+        pair.raw.deliver(forger.record(pattern(RECORD_SIZE)), 100)
+    assert len(pair.above.received) == 6 * RECORD_SIZE
+
+
+def test_empty_records_are_bounded(forged: Forged) -> None:
+    """RFC 8446 section 5.1 allows them; OpenSSL allows 32 in a row."""
+    pair, forger = forged
+    pair.raw.deliver(forger.record(b"") * 1)
+    assert pair.phase is Phase.OPEN
+    assert pair.above.received == b""
+    pair.raw.deliver(b"".join(forger.record(b"") for _ in range(1_000)))
+    assert pair.phase is Phase.CLOSING
+    assert pair.failures == {TlsFailure.BAD_RECORD: 1}
+
+
+HOSTILE: dict[str, tuple[Callable[[Forger], bytes], TlsFailure, str]] = {
+    "bad mac": (lambda f: f.record(b"x")[:-1] + b"\0", TlsFailure.BAD_RECORD, "bad record mac"),
+    "replayed": (lambda f: f.record(b"x") + _again(f, b"x"), TlsFailure.BAD_RECORD, "bad record mac"),
+    "too much inside": (lambda f: f.record(bytes(RECORD_SIZE + 1)), TlsFailure.BAD_RECORD, "overflow"),
+    "too long": (lambda f: b"\x17\3\3\x45\0" + bytes(0x4500), TlsFailure.BAD_RECORD, "overflow"),
+    "too long, header alone": (lambda f: b"\x17\3\3\xff\xff", TlsFailure.BAD_RECORD, "overflow"),
+    "garbage": (lambda f: b"garbage" * 5, TlsFailure.BAD_RECORD, "unexpected message"),
+    "plaintext alert": (lambda f: b"\x15\3\3\0\2\2\x28", TlsFailure.BAD_RECORD, "unexpected message"),
+    "plaintext handshake": (lambda f: b"\x16\3\3\0\2\1\0", TlsFailure.BAD_RECORD, "unexpected message"),
+    "change cipher spec": (lambda f: b"\x14\3\3\0\1\1", TlsFailure.BAD_RECORD, "unexpected message"),
+    "second hello": (
+        lambda f: f.record(b"\1\0\0\2ab", HANDSHAKE),
+        TlsFailure.UNEXPECTED_MESSAGE,
+        "unexpected message",
+    ),
+    "bad key update": (
+        lambda f: f.record(b"\x18\0\0\1\7", HANDSHAKE),
+        TlsFailure.UNEXPECTED_MESSAGE,
+        "illegal parameter",
+    ),
+}
+
+
+def _again(forger: Forger, content: bytes) -> bytes:
+    forger._sequence -= 1
+    return forger.record(content)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_record_ends_the_connection_with_openssls_alert(forged: Forged, name: str) -> None:
+    pair, forger = forged
+    make, failure, alert = HOSTILE[name]
+    pair.raw.deliver(make(forger))
+    assert pair.failures == {failure: 1}
+    assert pair.phase is Phase.CLOSING
+    assert pair.raw.eof_written
+    assert alert in str(pair.refusal())
+    pair.raw.deliver_eof()
+    pair.timers.run()
+    error = pair.above.told[-1]
+    assert isinstance(error, TlsError)
+    assert error.failure == failure.value
+
+
+def test_what_came_before_a_hostile_record_is_heard_and_nothing_after(forged: Forged) -> None:
+    pair, forger = forged
+    pair.raw.deliver(forger.record(b"good") + b"\x17\3\3\0\x20" + bytes(32) + forger.record(b"never"))
+    assert pair.above.received == b"good"
+    assert pair.phase is Phase.CLOSING
+
+
+@pytest.mark.parametrize(
+    ("number", "failure"), [(80, TlsFailure.PEER_ALERT), (48, TlsFailure.PEER_REJECTED_CERTIFICATE)]
+)
+def test_a_fatal_alert_of_the_peer_ends_the_connection(
+    forged: Forged, number: int, failure: TlsFailure
+) -> None:
+    pair, forger = forged
+    before = bytes(pair.raw.sent)
+    pair.raw.deliver(forger.record(bytes([2, number]), ALERT))
+    assert pair.failures == {failure: 1}
+    assert bytes(pair.raw.sent) == before, "an alert is not answered"
+    pair.raw.lose()
+    assert pair.above.told[-1].failure == failure.value
+
+
+def test_a_warning_of_user_canceled_changes_nothing(forged: Forged) -> None:
+    """RFC 8446 section 6.1."""
+    pair, forger = forged
+    pair.raw.deliver(forger.record(bytes([1, 90]), ALERT))
+    pair.raw.deliver(forger.record(b"hello"))
+    assert pair.above.received == b"hello"
+
+
+def test_the_base_has_no_handshake_of_its_own(timers: FakeTimers) -> None:
+    from zcproto.deadlines import DeadlineWheel
+
+    transport = TlsTransport(ReceiveBuffer(), DeadlineWheel(timers), "peer")
+    with pytest.raises(NotImplementedError):
+        transport.buffer_updated(1)
+    assert isinstance(transport, asyncio.Transport)
+    assert isinstance(transport, asyncio.BufferedProtocol)
