@@ -24,7 +24,7 @@ from zcproto.errors import TlsError
 from zcproto.tls.alert import Alert, alert_record
 from zcproto.tls.client import TlsClientTransport, TlsConnector, dns_name_matches, judge_pinned
 from zcproto.tls.context import SUITES, client_context, server_context
-from zcproto.tls.failure import TlsFailure
+from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.pins import certificate_pin, key_pin, parse_pins
 from zcproto.tls.server import TlsAcceptor
 from zcproto.tls.transport import LINGER_TIME, Phase
@@ -311,7 +311,7 @@ def test_each_refusal_has_its_cause_and_a_sentence(peer: Peer, answer: bytes, fa
 def test_alert_120_is_known_by_its_words_where_python_has_no_name_for_it() -> None:
     error = ssl.SSLError(1, "[SSL] tlsv1 alert no application protocol (_ssl.c:1006)")
     error.reason = None  # type: ignore[assignment]
-    assert tls_client._failure_of(error) is TlsFailure.NO_APPLICATION_PROTOCOL
+    assert failure_of(error) is TlsFailure.NO_APPLICATION_PROTOCOL
 
 
 def test_a_server_that_wants_a_client_certificate_ends_the_open_connection(

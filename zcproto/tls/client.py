@@ -140,7 +140,7 @@ class TlsClientTransport(TlsTransport):
             self._refuse(failure_of(error), error.verify_message)
             return
         except ssl.SSLError as error:
-            self._refuse(_failure_of(error))
+            self._refuse(failure_of(error))
             return
         self._handshake_completed()
 
@@ -195,14 +195,6 @@ class TlsClientTransport(TlsTransport):
         on_handshake, self._on_handshake = self._on_handshake, None
         if on_handshake is not None:
             on_handshake(error)
-
-
-def _failure_of(error: ssl.SSLError) -> TlsFailure:
-    """The cause of a failed handshake. Python before 3.13 has no name for alert 120, but OpenSSL's words for it."""
-    failure = failure_of(error)
-    if failure is TlsFailure.OTHER and "alert no application protocol" in str(error):
-        return TlsFailure.NO_APPLICATION_PROTOCOL
-    return failure
 
 
 def judge_pinned(
