@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
@@ -14,7 +16,11 @@ from zcproto.errors import CallError, ConfigError, ConnectionClosed, PermissionD
 from zcproto.printable import printable
 from zcproto.tls.client import TlsConnector
 from zcproto.tls.context import client_context
+from zcproto.tls.transport import TlsTransport
 from zcproto.wire.frame import NO_TOKEN
+
+LEAVE_TIMEOUT: Final = 3.0
+"""Seconds for the server to see that the operator is leaving."""
 
 TIMEOUT: Final = 30.0
 """Seconds for connecting and for each call: a server under load may be slow."""
@@ -53,13 +59,16 @@ class Stats(NamedTuple):
 class Operator(Link):
     """One connection with one session that may call `server.stats`."""
 
-    __slots__ = ("_calls", "_ready", "asked", "token")
+    __slots__ = ("_calls", "_gone", "_ready", "_tls", "asked", "token")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(DeadlineWheel(loop))
         self.token = NO_TOKEN
         self.asked = 0
         """Requests made, all of which the server counts."""
+        self._tls: TlsTransport | None = None
+        self._gone = asyncio.Event()
+        self._gone.set()  # until it is there
         self._ready: asyncio.Future[None] = loop.create_future()
         self._calls: dict[int, asyncio.Future[Any]] = {}
 
@@ -85,17 +94,20 @@ class Operator(Link):
             wall=system_clock.wall,
             handshake_timeout=TIMEOUT,
         )
-        transport = connector.transport(operator, handshaken)
+        operator._tls = transport = connector.transport(operator, handshaken)
         try:
             async with asyncio.timeout(TIMEOUT):
                 await loop.create_connection(lambda: transport, address, port)
                 await operator._ready
-        except TimeoutError as error:
-            raise ConnectionClosed(f"{printable(host)}:{port} does not answer") from error
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise ConnectionClosed(f"{printable(host)}:{port}: {reason}") from error
-        await operator._open(credential)
+            await operator._open(credential)
+        except BaseException as error:
+            await operator.leave()
+            if isinstance(error, TimeoutError):
+                raise ConnectionClosed(f"{printable(host)}:{port} does not answer") from error
+            if isinstance(error, OSError):
+                reason = type(error).__name__ if error.errno is None else os.strerror(error.errno)
+                raise ConnectionClosed(f"{printable(host)}:{port}: {reason}") from error
+            raise
         return operator
 
     async def _open(self, credential: Credential) -> None:
@@ -115,7 +127,6 @@ class Operator(Link):
         try:
             await self.stats()
         except PermissionDenied as error:
-            await self.leave()
             raise ConfigError(
                 [
                     f"the server's own count is for operators, and {printable(credential.user)!r} is none; make "
@@ -140,14 +151,25 @@ class Operator(Link):
 
     async def leave(self) -> None:
         """Close the session and the connection; whether that succeeds changes nothing any more."""
-        try:
-            if not self.ended:
+        if self.token != NO_TOKEN and not self.ended:
+            with contextlib.suppress(ZcprotoError):  # the server is gone, and the session with it
                 await self.call("session.close", {})
-        except ZcprotoError:
-            pass  # the server is gone, and the session with it
         self.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._gone.wait(), LEAVE_TIMEOUT)
+        if self._tls is not None:
+            self._tls.abort()
+        self._wheel.close()
+        await asyncio.sleep(0)
 
     # --- the connection's calls --------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._gone.clear()
+        super().connection_made(transport)
+
+    def gone(self) -> None:
+        self._gone.set()
 
     def welcomed(self) -> None:
         if not self._ready.done():

@@ -45,11 +45,16 @@ async def serve() -> None:
     """Carry out commands until there are no more."""
     loop = asyncio.get_running_loop()
     commands = asyncio.StreamReader(limit=LINE_LIMIT)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
-    share = await commands.readline()
-    if not share:
-        return
-    generator = Generator(Share.from_json(json.loads(share)), loop)
+    pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    try:
+        share = await commands.readline()
+        if share:
+            await obey(Generator(Share.from_json(json.loads(share)), loop), commands)
+    finally:
+        pipe.close()
+
+
+async def obey(generator: Generator, commands: asyncio.StreamReader) -> None:
     tell({"done": "start"})
     async with asyncio.TaskGroup() as phases:  # what goes wrong in one ends the process, visibly
         phase: asyncio.Task[None] | None = None
