@@ -419,3 +419,24 @@ async def test_closing_without_a_connection_is_quick() -> None:
     await turns()
     await client.close()
     assert len(server.links) == 1
+
+
+@scripted
+async def test_who_waits_for_a_full_connection_that_drains_goes_elsewhere() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.link.pause()
+        call = asyncio.create_task(client.call("echo", x=1))
+        await turns()
+        server.link.go_away("draining", 0)
+        assert await call == {"x": 1}
+        assert server.calls()[0].link is server.links[1]
+
+
+@scripted
+async def test_a_closed_client_makes_no_connection_any_more() -> None:
+    server = ScriptedServer()
+    client = await client_of(server)
+    await client.close()
+    with pytest.raises(ConnectionClosed, match="closed"):
+        await client._links.get()

@@ -698,3 +698,18 @@ async def test_a_closed_session_that_cannot_be_ended_on_the_server_is_no_error()
 def test_errors_of_sessions_are_call_errors() -> None:
     for kind in (TokenExpired, TokenRevoked, SessionReplaced, Unauthenticated, Unavailable):
         assert issubclass(kind, CallError)
+
+
+@scripted
+async def test_a_session_that_the_server_does_not_know_is_opened_anew_when_the_application_asks() -> None:
+    server = ScriptedServer()
+    server.script("echo", fail(Code.UNAUTHENTICATED))
+    async with client_of(server) as client:
+        with pytest.raises(Unauthenticated):
+            await client.call("echo")
+        assert (await client.open_session()).id == "session-2"
+        server.script("session.info", fail(Code.UNAUTHENTICATED))
+        await server.lose()
+        await asyncio.sleep(1)
+        assert (await client.open_session()).id == "session-3"
+        assert (await client.open_session()).id == "session-3"

@@ -32,6 +32,7 @@ from zcproto.clock import MS_PER_SECOND, Clock, system_clock
 from zcproto.connection.events import EventReceived
 from zcproto.errors import (
     CallError,
+    Code,
     ConfigError,
     ConnectionClosed,
     DeadlineExceeded,
@@ -49,6 +50,7 @@ CONNECT_TIMEOUT: Final = 10.0
 
 KNOWN_HOSTS_FILE: Final = "known_hosts.json"
 MAX_DEADLINE_MS: Final = 2**53
+NOT_OPEN: Final = "open the client first: async with connect(...) as client"
 
 _FOREVER: Final = float("inf")
 _UNSET: Final[Any] = object()
@@ -203,6 +205,8 @@ class Client:
 
         Raises Unauthenticated if the client has no user and key, else as `call`.
         """
+        if self._loop is None:
+            raise RuntimeError(NOT_OPEN)
         self._sessions.want()
         await self._ready_before(self._deadline(_UNSET))
         assert self._sessions.session is not None
@@ -234,7 +238,7 @@ class Client:
         if params is not None:
             named = {**params, **named}
         if self._loop is None:
-            raise RuntimeError("open the client first: async with connect(...) as client")
+            raise RuntimeError(NOT_OPEN)
         deadline = self._deadline(timeout)
         attempt: _Attempt | None = None
         sessions = self._sessions
@@ -295,6 +299,8 @@ class Client:
         elif isinstance(error, InvalidArgument) and "size" in error.details and attempt.once(Then.AT_ONCE):
             await self._show_token(error, link, token, deadline)
         else:
+            if error.code is Code.UNAUTHENTICATED and token != NO_TOKEN:
+                self._sessions.unknown(token)
             raise error
 
     async def _wait(self, delay: float, error: ZcprotoError, deadline: float) -> None:

@@ -149,33 +149,28 @@ class Dialer:
         loop = asyncio.get_running_loop()
         connection = ClientConnection(max_frame=self._max_frame, tolerance_ms=self._tolerance_ms)
         link = ClientProtocol(owner, loop, share.wheel, self._clock, connection)
-        agreed: asyncio.Future[None] = loop.create_future()
+        agreed: asyncio.Future[TlsError | None] = loop.create_future()
 
         def on_handshake(error: TlsError | None) -> None:
-            if agreed.done():
-                return
-            if error is None:
-                agreed.set_result(None)
-            else:
-                agreed.set_exception(error)
+            if not agreed.done():  # whoever waited may have gone
+                agreed.set_result(error)
 
         transport = connector.transport(link, on_handshake)
         try:
             async with asyncio.timeout(self._connect_timeout):
                 await loop.create_connection(lambda: transport, *self.address)
-                await agreed
+                error = await agreed
+                if error is not None:
+                    raise error
                 await link.welcomed
         except TimeoutError:
             transport.abort()
             raise CannotConnect(f"{self.address}: no answer within {self._connect_timeout:g} s") from None
-        except OSError as error:
-            raise CannotConnect(f"{self.address}: {_cause(error)}") from error
+        except OSError as failure:
+            raise CannotConnect(f"{self.address}: {_cause(failure)}") from failure
         except asyncio.CancelledError:
             transport.abort()
             raise
-        finally:
-            if agreed.done() and not agreed.cancelled():
-                agreed.exception()  # the timeout may have come first: then nobody else looks at it
         return link
 
     async def _remember(self, link: ClientProtocol, known_hosts: KnownHosts) -> None:

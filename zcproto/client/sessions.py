@@ -76,6 +76,7 @@ class SessionKeeper:
         self._client = client
         self._random = random
         self._is_wanted = False
+        self._unknown_token = NO_TOKEN  # the server did not know it, or a method wants more than it
         self._over: CallError | None = None
         self._renewing: asyncio.Task[None] | None = None
 
@@ -85,11 +86,17 @@ class SessionKeeper:
         return self._over is not None
 
     def want(self) -> None:
-        """From here on calls need a session. What was over is forgotten. Raises Unauthenticated without a key."""
+        """From here on calls need a session. What was over is forgotten, and so is a session that was refused.
+
+        Raises Unauthenticated if there is no key to open one with.
+        """
         if self._credentials is None:
             raise Unauthenticated("this client has no user and key to open a session with")
         self._is_wanted = True
         self._over = None
+        if self.session is not None and self.token == self._unknown_token:
+            self.session = None
+            self.token = NO_TOKEN
         self._set_good()
 
     async def make_good(self) -> None:
@@ -119,6 +126,10 @@ class SessionKeeper:
         if token == self.token and self.session is not None:
             self.session.expire()
             self._set_good()
+
+    def unknown(self, token: bytes) -> None:
+        """The server answered UNAUTHENTICATED to a token. It is sent on until the application asks for another."""
+        self._unknown_token = token
 
     def ended(self, token: bytes, error: CallError) -> None:
         """The server says that a token's session was taken away."""
@@ -160,7 +171,9 @@ class SessionKeeper:
         call.add_done_callback(shown)
 
     def _refused(self, token: bytes, error: CallError) -> None:
-        if error.code is Code.TOKEN_EXPIRED:
+        if error.code is Code.UNAUTHENTICATED:
+            self.unknown(token)
+        elif error.code is Code.TOKEN_EXPIRED:
             self.expired(token)
         elif error.code in SESSION_IS_OVER:
             self.ended(token, error)

@@ -1,0 +1,260 @@
+"""The client for programs without an event loop."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.client import loop as loop_module
+from zcproto.client.blocking import BlockingClient
+from zcproto.client.client import Client
+from zcproto.client.connect import connect, connect_blocking
+from zcproto.client.events import Event
+from zcproto.errors import (
+    ConnectionClosed,
+    DeadlineExceeded,
+    InvalidArgument,
+    TlsError,
+    Unauthenticated,
+)
+from zcproto.server.app import App
+from zcproto.server.context import Context
+
+from ..server.conftest import Serve
+from ..server.helpers import KEY, ServerThread
+
+Blocking = Callable[..., BlockingClient]
+
+
+@pytest.fixture
+def blocking() -> Blocking:
+    """A blocking client of a server."""
+
+    def make(server: ServerThread, user: str | None = "ada", **options: Any) -> BlockingClient:
+        if user is not None:
+            options = {"user": user, "key": KEY, **options}
+        ca_file = server.home / "certs" / "ca.crt"
+        return connect_blocking(f"127.0.0.1:{server.port}", ca_file=ca_file, **options)
+
+    return make
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "zcproto-client"]
+
+
+def test_a_call_returns_its_result(shared: ServerThread, blocking: Blocking) -> None:
+    with blocking(shared) as client:
+        assert client.call("echo", x=1) == {"x": 1}
+        assert client.call("echo", {"timeout": 1}, y=2) == {"timeout": 1, "y": 2}
+        assert client.call("echo", timeout=5, idempotency_key="k") == {}
+        assert client.session is not None
+        assert client.session.user == "ada"
+        assert client.welcome["server"] == "zcproto"
+        assert client.address.port == shared.port
+        assert repr(client) == f"BlockingClient('127.0.0.1:{shared.port}')"
+    assert threads() == []
+    assert client.session is None
+
+
+def test_errors_are_the_same_as_without_blocking(shared: ServerThread, blocking: Blocking) -> None:
+    with blocking(shared) as client:
+        with pytest.raises(InvalidArgument):
+            client.call("sleep", ms=-1)
+        with pytest.raises(DeadlineExceeded):
+            client.call("sleep", ms=60_000, timeout=0.05)
+        assert client.call("echo", x=1) == {"x": 1}
+
+
+def test_many_threads_share_one_client(shared: ServerThread, blocking: Blocking) -> None:
+    before = shared.stats["connections_opened"]
+    with blocking(shared) as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda i: client.call("echo", i=i), range(200)))
+    assert results == [{"i": i} for i in range(200)]
+    assert shared.stats["connections_opened"] == before + 1
+
+
+def test_a_client_that_cannot_connect_raises_and_leaves_no_thread(
+    shared: ServerThread, blocking: Blocking
+) -> None:
+    with pytest.raises(Unauthenticated):
+        blocking(shared, key="wrong").open()
+    with pytest.raises(TlsError), blocking(shared, server_hostname="other.example"):
+        pass
+    assert threads() == []
+
+
+def test_a_client_is_opened_once_and_used_between_opening_and_closing(
+    shared: ServerThread, blocking: Blocking
+) -> None:
+    client = blocking(shared)
+    with pytest.raises(ConnectionClosed, match="not open yet"):
+        client.call("echo")
+    client.open()
+    with pytest.raises(RuntimeError, match="opened before"):
+        client.open()
+    client.close()
+    client.close()
+    with pytest.raises(ConnectionClosed, match="closed"):
+        client.call("echo")
+
+
+def test_a_client_that_was_never_opened_is_closed_without_ado(
+    shared: ServerThread, blocking: Blocking
+) -> None:
+    client = blocking(shared)
+    client.close()
+    assert threads() == []
+
+
+def test_closing_tells_calls_that_wait_in_other_threads(shared: ServerThread, blocking: Blocking) -> None:
+    client = blocking(shared)
+    client.open()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        before = shared.stats["running"]
+        call = pool.submit(client.call, "sleep", ms=60_000)
+        shared.until(lambda: shared.server.serving.tasks.running > before)
+        client.close()
+        with pytest.raises(ConnectionClosed):
+            call.result()
+
+
+def test_a_session_may_be_opened_later(shared: ServerThread, blocking: Blocking) -> None:
+    with blocking(shared, session=False) as client:
+        assert client.session is None
+        assert client.open_session().user == "ada"
+        assert client.call("echo", x=1) == {"x": 1}
+
+
+def test_events_are_an_iterator_that_ends_with_the_client(serve: Serve, blocking: Blocking) -> None:
+    app = App()
+
+    @app.method("poke")
+    def poke(context: Context, n: int) -> bool:
+        return context.send_event("poked", {"n": n})
+
+    server = serve(app)
+    client = blocking(server)
+    client.open()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        events = iter(client.events)
+        for n in range(3):
+            client.call("poke", n=n)
+        assert [next(events) for _ in range(3)] == [Event("poked", {"n": n}) for n in range(3)]
+        rest = pool.submit(list, events)
+        client.close()
+        assert rest.result() == []
+    assert list(client.events) == []
+
+
+def test_on_event_is_called_in_the_clients_thread(serve: Serve, blocking: Blocking) -> None:
+    app = App()
+    seen: list[tuple[str, str]] = []
+    arrived = threading.Event()
+
+    def on_event(event: Event) -> None:
+        seen.append((event.name, threading.current_thread().name))
+        arrived.set()
+
+    @app.method("poke")
+    def poke(context: Context) -> bool:
+        return context.send_event("poked", None)
+
+    with blocking(serve(app), on_event=on_event) as client:
+        client.call("poke")
+        assert arrived.wait(10)
+    assert seen == [("poked", "zcproto-client")]
+
+
+def test_ctrl_c_cancels_the_call_on_the_server_and_leaves_the_client_usable(
+    serve: Serve, blocking: Blocking
+) -> None:
+    server = serve()
+
+    def press(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    with blocking(server) as client:
+        old = signal.signal(signal.SIGALRM, press)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                client.call("sleep", ms=60_000, timeout=None)
+        finally:
+            signal.signal(signal.SIGALRM, old)
+        server.until(lambda: server.server.serving.tasks.running == 0)
+        assert client.call("echo", x=1) == {"x": 1}
+
+
+PROGRAM = """
+import sys
+import zcproto
+client = zcproto.connect_blocking(sys.argv[1], user="ada", key=sys.argv[2], ca_file=sys.argv[3])
+client.open()
+print(client.call("echo", x=1), flush=True)
+"""
+
+
+def test_a_program_that_forgets_to_close_ends_all_the_same_and_ends_its_session(
+    serve: Serve, tmp_path: Path
+) -> None:
+    server = serve()
+    arguments = [f"127.0.0.1:{server.port}", KEY, str(server.home / "certs" / "ca.crt")]
+    environment = {**os.environ, "ZCPROTO_HOME": str(tmp_path / "client-home")}
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=environment,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "{'x': 1}\n", "")
+    server.until(lambda: len(server.server.serving.registry) == 0)
+
+
+def test_the_two_clients_have_the_same_names_and_options() -> None:
+    def options(function: Callable[..., Any]) -> dict[str, Any]:
+        return {
+            name: (parameter.kind, parameter.default)
+            for name, parameter in inspect.signature(function).parameters.items()
+        }
+
+    assert options(connect) == options(connect_blocking)
+    made = options(Client.__init__)
+    assert {**options(connect), "self": made["self"]}.items() <= made.items()
+    names = {name for name in vars(Client) if not name.startswith("_")}
+    assert names <= {name for name in dir(BlockingClient) if not name.startswith("_")} | {"events"}
+    for name in ("call", "open", "close", "open_session"):
+        twins = list(options(getattr(Client, name))), list(options(getattr(BlockingClient, name)))
+        assert twins[0] == twins[1]
+
+
+def test_a_loop_is_uvloops_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = loop_module.new_event_loop()
+    assert type(loop).__module__.startswith("uvloop")
+    loop.close()
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    loop = loop_module.new_event_loop()
+    assert type(loop).__module__.startswith("asyncio")
+    loop.close()
+
+
+def test_a_blocking_call_is_quick(shared: ServerThread, blocking: Blocking) -> None:
+    with blocking(shared) as client:
+        client.call("echo")
+        start = time.perf_counter()
+        for _ in range(100):
+            client.call("echo")
+        assert time.perf_counter() - start < 5

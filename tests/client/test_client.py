@@ -1,0 +1,328 @@
+"""A whole client against a whole server, over loopback TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import uvloop
+
+from zcproto.client import client as client_module
+from zcproto.client.client import Client, default_client
+from zcproto.client.dial import _shares
+from zcproto.client.events import Event
+from zcproto.errors import (
+    ConnectionClosed,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    SessionReplaced,
+    TokenRevoked,
+    Unauthenticated,
+    Unimplemented,
+)
+from zcproto.server.app import App
+from zcproto.server.builtin import default_app
+from zcproto.server.context import Context
+
+from ..server.conftest import Serve
+from ..server.helpers import ServerThread
+from .conftest import ConnectTo
+
+DAY_MS = 86_400_000
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
+    """Runs a coroutine on a loop of each kind."""
+
+    def on_loop(work: Any) -> Any:
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            return runner.run(asyncio.wait_for(work, 30))
+
+    return on_loop
+
+
+def test_a_call_on_each_kind_of_loop(
+    run: Callable[[Any], Any], shared: ServerThread, connect_to: ConnectTo
+) -> None:
+    async def main() -> None:
+        async with connect_to(shared) as client:
+            assert await client.call("echo", x=1, y=[None, b"\x00", "\u20ac"]) == {
+                "x": 1,
+                "y": [None, b"\x00", "\u20ac"],
+            }
+            assert isinstance(await client.call("time"), int)
+            assert client.welcome["server"] == "zcproto"
+            assert client.session is not None
+            assert client.session.user == "ada"
+            (info,) = [each for each in await client.call("session.list") if each["current"]]
+            assert info["id"] == client.session.id
+            assert info["client"] == default_client()
+        assert _shares == {}
+
+    run(main())
+
+
+def test_a_thousand_calls_at_once_on_one_connection(
+    run: Callable[[Any], Any], shared: ServerThread, connect_to: ConnectTo
+) -> None:
+    async def main() -> None:
+        async with connect_to(shared) as client:
+            before = shared.stats["connections_opened"]
+            results = await asyncio.gather(*[client.call("echo", i=i) for i in range(1_000)])
+            assert results == [{"i": i} for i in range(1_000)]
+            assert shared.stats["connections_opened"] == before
+
+    run(main())
+
+
+def test_large_requests_and_answers_by_back_pressure(
+    run: Callable[[Any], Any], shared: ServerThread, connect_to: ConnectTo
+) -> None:
+    async def main() -> None:
+        async with connect_to(shared) as client:
+            blob = bytes(range(256)) * 3_900
+            results = await asyncio.gather(*[client.call("echo", i=i, blob=blob) for i in range(20)])
+            assert all(result["blob"] == blob for result in results)
+            with pytest.raises(InvalidArgument):
+                await client.call("echo", blob=bytes(1_048_576))
+            assert await client.call("echo", x=1) == {"x": 1}
+
+    run(main())
+
+
+async def test_a_client_may_be_awaited_and_closed_by_hand(
+    shared: ServerThread, connect_to: ConnectTo
+) -> None:
+    client = await connect_to(shared)
+    assert await client.call("echo", x=1) == {"x": 1}
+    await client.close()
+    assert repr(client) == f"Client('127.0.0.1:{shared.port}')"
+
+
+async def test_a_client_that_was_never_opened_is_closed_without_ado(
+    shared: ServerThread, connect_to: ConnectTo
+) -> None:
+    client = connect_to(shared)
+    assert client.session is None
+    assert client.welcome == {}
+    with pytest.raises(RuntimeError, match="open the client first"):
+        await client.call("echo")
+    with pytest.raises(RuntimeError, match="open the client first"):
+        await client.open_session()
+    await client.close()
+
+
+async def test_errors_of_methods_are_the_classes_of_their_codes(
+    shared: ServerThread, connect_to: ConnectTo
+) -> None:
+    async with connect_to(shared) as client:
+        with pytest.raises(Unimplemented):
+            await client.call("no.such.method")
+        with pytest.raises(InvalidArgument, match="ms"):
+            await client.call("sleep", ms=-1)
+        with pytest.raises(InvalidArgument):
+            await client.call("sleep", {"ms": 1, "more": 2})
+        with pytest.raises(NotFound):
+            await client.call("session.revoke", id="unknown")
+
+
+async def test_public_methods_need_no_session(shared: ServerThread, connect_to: ConnectTo) -> None:
+    async with connect_to(shared, user=None) as client:
+        assert "methods" in await client.call("server.info")
+        with pytest.raises(Unauthenticated):
+            await client.call("echo")
+
+
+async def test_a_wrong_key_is_told(shared: ServerThread, connect_to: ConnectTo) -> None:
+    with pytest.raises(Unauthenticated):
+        await connect_to(shared, key="wrong")
+    assert _shares == {}
+
+
+async def test_a_timed_out_call_is_cancelled_on_the_server_and_disturbs_no_other(
+    serve: Serve, connect_to: ConnectTo
+) -> None:
+    server = serve()
+    async with connect_to(server) as client:
+        slow = asyncio.create_task(client.call("sleep", ms=400))
+        with pytest.raises(DeadlineExceeded):
+            await client.call("sleep", ms=60_000, timeout=0.05)
+        assert await slow == {}
+        server.until(lambda: server.server.serving.tasks.running == 0)
+
+
+async def test_a_cancelled_call_is_cancelled_on_the_server(serve: Serve, connect_to: ConnectTo) -> None:
+    server = serve()
+    async with connect_to(server) as client:
+        call = asyncio.create_task(client.call("sleep", ms=60_000))
+        while server.stats["running"] == 0:  # noqa: ASYNC110  it is in another thread
+            await asyncio.sleep(0.005)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        while server.stats["running"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+async def test_the_sixth_session_is_refused_unless_the_oldest_gives_way(
+    serve: Serve, connect_to: ConnectTo
+) -> None:
+    server = serve(sessions__per_user=2)
+    async with connect_to(server), connect_to(server):
+        with pytest.raises(ResourceExhausted) as caught:
+            await connect_to(server)
+        assert caught.value.details == {"limit": 2}
+    async with connect_to(server):  # both were ended by their clients
+        pass
+
+
+async def test_a_client_whose_session_was_replaced_stays_away(serve: Serve, connect_to: ConnectTo) -> None:
+    server = serve(sessions__per_user=1, sessions__when_full="evict_oldest")
+    async with connect_to(server) as first:
+        async with connect_to(server) as second:
+            assert await anext(first.events) == Event(
+                "session.revoked", {"reason": "replaced by a newer session"}
+            )
+            for _ in range(2):
+                with pytest.raises(SessionReplaced):
+                    await first.call("echo")
+            assert await second.call("echo", x=1) == {"x": 1}
+        await first.open_session()
+        assert await first.call("echo", x=1) == {"x": 1}
+
+
+async def test_a_client_whose_session_was_revoked_is_told_of_it(serve: Serve, connect_to: ConnectTo) -> None:
+    server = serve()
+    seen: list[Event] = []
+    async with connect_to(server, on_event=seen.append) as first, connect_to(server) as second:
+        assert first.session is not None
+        await second.call("session.revoke", id=first.session.id)
+        while first.session is not None:  # noqa: ASYNC110  the event, and then what the client asks
+            await asyncio.sleep(0.005)
+        assert [event.name for event in seen] == ["session.revoked"]
+        with pytest.raises(TokenRevoked):
+            await first.call("echo")
+
+
+async def test_a_server_that_drains_finishes_what_is_in_flight(serve: Serve, connect_to: ConnectTo) -> None:
+    server = serve()
+    async with connect_to(server) as client:
+        call = asyncio.create_task(client.call("sleep", ms=200))
+        while server.stats["running"] == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        server.begin_drain(10)
+        assert await call == {}
+
+
+async def test_a_restarted_server_is_found_again_and_has_forgotten_sessions_in_memory(
+    serve: Serve, connect_to: ConnectTo
+) -> None:
+    server = serve()
+    async with connect_to(server) as client:
+        await client.call("echo")
+        port = server.port
+        await asyncio.to_thread(server.drain)
+        await asyncio.to_thread(serve, server__port=port)
+        with pytest.raises(Unauthenticated):
+            await client.call("echo")
+        await client.open_session()
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+async def test_a_server_whose_clock_jumps_past_the_sessions_end_is_followed(
+    serve: Serve, connect_to: ConnectTo
+) -> None:
+    server = serve()
+    async with connect_to(server) as client:
+        first = client.session
+        assert first is not None
+        server.clock.ahead_ms = 25 * 3_600_000
+        assert await client.call("echo", x=1) == {"x": 1}
+        second = client.session
+        assert second is not None
+        assert second.id == first.id  # refreshed, not opened anew
+        assert second.token != first.token
+
+
+async def test_events_of_the_application_reach_the_client(serve: Serve, connect_to: ConnectTo) -> None:
+    app = App()
+
+    @app.method("poke")
+    def poke(context: Context) -> bool:
+        return context.send_event("poked", {"n": 1})
+
+    server = serve(app)
+    async with connect_to(server) as client:
+        assert await client.call("poke") is True
+        assert await anext(client.events) == Event("poked", {"n": 1})
+    assert [event async for event in client.events] == []
+
+
+async def test_a_call_waits_for_the_server_to_come_back(serve: Serve, connect_to: ConnectTo) -> None:
+    server = serve()
+    async with connect_to(server, user=None) as client:
+        port = server.port
+        await asyncio.to_thread(server.drain)
+        call = asyncio.create_task(client.call("server.info"))
+        await asyncio.to_thread(serve, server__port=port)
+        assert "methods" in await call
+
+
+async def test_calls_in_flight_when_a_client_is_closed_are_told(
+    shared: ServerThread, connect_to: ConnectTo
+) -> None:
+    client = await connect_to(shared)
+    call = asyncio.create_task(client.call("sleep", ms=60_000))
+    await asyncio.sleep(0)
+    await client.close()
+    with pytest.raises(ConnectionClosed):
+        await call
+
+
+async def test_a_closed_client_leaves_nothing_behind(shared: ServerThread, connect_to: ConnectTo) -> None:
+    client = await connect_to(shared)
+    await client.call("echo")
+    link = weakref.ref(client._links)
+    await client.close()
+    del client
+    gc.collect()
+    assert link() is None
+    assert _shares == {}
+
+
+async def test_a_home_that_cannot_be_told_is_no_reason_not_to_connect(
+    shared: ServerThread, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_HOME", "~nobody-of-this-name/x")
+    async with connect_to(shared) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+def test_default_apps_are_named_by_product_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    default_client.cache_clear()
+    assert default_client().startswith("zcproto-python/")
+
+    def missing(name: str) -> str:
+        raise client_module.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(client_module.metadata, "version", missing)
+    default_client.cache_clear()
+    assert default_client() == "zcproto-python/0"
+    default_client.cache_clear()
+
+
+def test_no_key_is_in_the_repr_of_a_client() -> None:
+    assert "secret" not in repr(Client("localhost", user="ada", key="secret"))
+    assert "secret" not in repr(vars(Client("localhost", user="ada", key="secret")))
+
+
+def test_the_built_in_application_is_what_these_tests_call() -> None:
+    assert {method.name for method in default_app()} >= {"echo", "sleep", "time"}

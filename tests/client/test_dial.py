@@ -1,0 +1,361 @@
+"""Making a connection, over loopback: whom to trust, what can go wrong, what is remembered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.client.connect import connect
+from zcproto.client.dial import LoopShare, Trust, _cause, _shares
+from zcproto.errors import CannotConnect, CertificateError, Code, ConfigError, ConnectionClosed, TlsError
+
+from ..conftest import ServerPairs
+from ..server.conftest import Serve
+from ..server.helpers import ServerThread
+from .conftest import ConnectTo
+
+WRONG_PIN = "sha256/" + "A" * 43 + "="
+
+
+@pytest.fixture
+def known(home: Path) -> Callable[[], dict[str, Any]]:
+    """What is remembered of hosts."""
+
+    def read() -> dict[str, Any]:
+        path = home / "known_hosts.json"
+        return json.loads(path.read_text())["hosts"] if path.exists() else {}  # type: ignore[no-any-return]
+
+    return read
+
+
+@contextlib.asynccontextmanager
+async def plain_server(
+    talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any], context: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
+    """A server that is none of ours; its address."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            await talk(reader, writer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+# --- whom to trust -----------------------------------------------------------------------------------
+
+
+async def test_a_ca_file_a_pin_or_both_are_trust_enough(shared: ServerThread, connect_to: ConnectTo) -> None:
+    for trust in (
+        {"ca_file": shared.home / "certs" / "ca.crt"},
+        {"ca_file": str(shared.home / "certs" / "ca.crt"), "pins": shared.server.pins},
+        {"pins": [WRONG_PIN, *shared.server.pins]},
+    ):
+        async with connect_to(shared, **trust) as client:
+            assert await client.call("echo", x=1) == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("trust", "host", "failure"),
+    [
+        ({}, "127.0.0.1", "certificate_untrusted"),  # the system's store
+        ({"system_store": True, "pins": [WRONG_PIN]}, "127.0.0.1", "certificate_untrusted"),
+        ({"pins": [WRONG_PIN]}, "127.0.0.1", "pin_mismatch"),
+        ({"pins": ["right"], "server_hostname": "other.example"}, "127.0.0.1", "certificate_name_mismatch"),
+        ({"ca_file": "right", "pins": [WRONG_PIN]}, "127.0.0.1", "pin_mismatch"),
+        ({"ca_file": "right", "server_hostname": "other.example"}, "127.0.0.1", "certificate_name_mismatch"),
+        ({"ca_file": "other"}, "127.0.0.1", "certificate_untrusted"),
+    ],
+)
+async def test_a_server_that_is_not_trusted_gets_no_byte_of_the_application(
+    serve: Serve, ca_file: Path, trust: dict[str, Any], host: str, failure: str
+) -> None:
+    server = serve()
+    files = {"right": server.home / "certs" / "ca.crt", "other": ca_file}
+    if "ca_file" in trust:
+        trust = {**trust, "ca_file": files[trust["ca_file"]]}
+    if trust.get("pins") == ["right"]:
+        trust = {**trust, "pins": server.server.pins}
+    with pytest.raises(TlsError) as caught:
+        await connect(f"{host}:{server.port}", user="ada", key="secret", **trust)
+    assert caught.value.failure == failure
+    assert caught.value.detail
+    stats = server.stats
+    assert stats["connections_opened"] == 0
+    assert stats["requests"] == 0
+
+
+async def test_another_name_may_be_expected_than_the_one_that_is_connected_to(
+    shared: ServerThread, connect_to: ConnectTo, known: Callable[[], dict[str, Any]]
+) -> None:
+    async with connect_to(shared, server_hostname="localhost") as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert list(known()) == ["localhost"]
+
+
+async def test_a_ca_file_that_is_not_there_or_none_is_named(
+    shared: ServerThread, connect_to: ConnectTo, tmp_path: Path
+) -> None:
+    nothing = tmp_path / "nothing.pem"
+    with pytest.raises(CertificateError, match=r"nothing\.pem"):
+        await connect_to(shared, ca_file=nothing)
+    nothing.write_text("no certificate")
+    with pytest.raises(CertificateError, match=r"nothing\.pem"):
+        await connect_to(shared, ca_file=nothing)
+
+
+async def test_a_ca_file_that_was_replaced_is_read_again(
+    serve: Serve, connect_to: ConnectTo, ca_file: Path, tmp_path: Path
+) -> None:
+    server = serve()
+    authority = tmp_path / "ca.crt"
+    shutil.copy(server.home / "certs" / "ca.crt", authority)
+    os.utime(authority, (1, 1))
+    async with connect_to(server, ca_file=authority) as client:
+        shutil.copy(ca_file, authority)
+        with pytest.raises(TlsError):
+            await connect_to(server, ca_file=authority)
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"verify": False, "ca_file": Path("ca.crt")},
+        {"verify": False, "pins": [WRONG_PIN]},
+        {"verify": False, "system_store": True},
+        {"ca_file": Path("ca.crt"), "system_store": True},
+    ],
+)
+def test_trust_that_contradicts_itself_is_refused(options: dict[str, Any]) -> None:
+    usual: dict[str, Any] = {"ca_file": None, "pins": (), "system_store": False, "verify": True}
+    with pytest.raises(ConfigError):
+        Trust(**usual | options)
+
+
+@pytest.mark.parametrize("pin", ["", "sha256/", "sha256/short", "md5/" + "A" * 43 + "=", WRONG_PIN + "x"])
+def test_a_malformed_pin_is_never_ignored(pin: str) -> None:
+    with pytest.raises(TlsError) as caught:
+        connect("localhost", pins=[pin])
+    assert caught.value.failure == "pin_malformed"
+
+
+async def test_clients_that_trust_the_same_share_a_context(ca_file: Path) -> None:
+    share = LoopShare(asyncio.get_running_loop())
+
+    def trust(**options: Any) -> ssl.SSLContext:
+        usual: dict[str, Any] = {"ca_file": None, "pins": (), "system_store": False, "verify": True}
+        return Trust(**usual | options).context(share.contexts)
+
+    assert trust(ca_file=ca_file) is trust(ca_file=ca_file, pins=[WRONG_PIN])
+    assert trust(pins=[WRONG_PIN]).verify_mode is ssl.CERT_NONE
+    assert trust() is trust(system_store=True)
+    assert len({id(trust(ca_file=ca_file)), id(trust()), id(trust(verify=False))}) == 3
+
+
+# --- the sts policy ----------------------------------------------------------------------------------
+
+
+async def test_a_host_seen_with_a_policy_is_not_connected_to_with_verification_off(
+    serve: Serve, connect_to: ConnectTo, known: Callable[[], dict[str, Any]]
+) -> None:
+    server = serve()
+    async with connect_to(server, host="localhost", verify=False) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert known() == {}  # nothing is learned from a server that was not verified
+    async with connect_to(server, host="localhost"):
+        pass
+    assert known()["localhost"]["include_subdomains"] is True
+    before = server.stats["connections_opened"]
+    for host in ("localhost", "LOCALHOST.", "www.localhost"):
+        with pytest.raises(TlsError) as caught:
+            await connect_to(server, host=host, verify=False)
+        assert caught.value.failure == "sts_policy"
+    assert server.stats["connections_opened"] == before
+    async with connect_to(server, host="127.0.0.1", verify=False):
+        pass  # an address has no policy (RFC 6797 section 8.1.1)
+
+
+async def test_a_pin_is_verification_too(
+    shared: ServerThread, connect_to: ConnectTo, known: Callable[[], dict[str, Any]]
+) -> None:
+    async with connect_to(shared, host="localhost", pins=shared.server.pins):
+        pass
+    assert "localhost" in known()
+
+
+def damage(home: Path) -> None:
+    home.mkdir()
+    (home / "known_hosts.json").write_text("damaged")
+
+
+async def test_a_policy_that_cannot_be_written_down_is_told_in_the_log_and_no_more(
+    shared: ServerThread, connect_to: ConnectTo, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await asyncio.to_thread(damage, home)
+    with caplog.at_level(logging.WARNING, "zcproto.client"):
+        async with connect_to(shared, host="localhost") as client:
+            assert await client.call("echo", x=1) == {"x": 1}
+    assert "localhost" in caplog.text
+    with pytest.raises(TlsError, match="damaged"):
+        await connect_to(shared, host="localhost", verify=False)
+
+
+async def test_the_home_of_the_policies_may_be_given(
+    shared: ServerThread,
+    connect_to: ConnectTo,
+    tmp_path: Path,
+    known: Callable[[], dict[str, Any]],
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    async with connect_to(shared, host="localhost", home=elsewhere):
+        pass
+    assert known() == {}
+    with pytest.raises(TlsError, match="elsewhere"):
+        await connect_to(shared, host="localhost", home=elsewhere, verify=False)
+    with pytest.raises(ConfigError):
+        connect("localhost", home="~nobody-of-this-name/x")
+
+
+async def test_without_any_home_verification_may_be_off(
+    shared: ServerThread, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_HOME", "~nobody-of-this-name/x")
+    async with connect_to(shared, host="localhost", verify=False) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+# --- no connection -----------------------------------------------------------------------------------
+
+
+async def test_nobody_there_is_told_with_the_address_and_the_systems_words() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(CannotConnect) as caught:
+            await connect(address)
+    assert str(caught.value) == f"{address}: Connection refused"
+    assert _shares == {}
+
+
+async def test_a_host_that_does_not_exist_is_told() -> None:
+    with pytest.raises(CannotConnect, match=r"^no-such-host\.invalid:7443: "):
+        await connect("no-such-host.invalid")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError(errno.ECONNREFUSED, "Connect call failed ('::1', 1)"), os.strerror(errno.ECONNREFUSED)),
+        (
+            OSError(f"Multiple exceptions: [Errno {errno.ENETUNREACH}] Connect call failed, [Errno 111] x"),
+            os.strerror(errno.ENETUNREACH),
+        ),
+        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
+        (OSError("nothing more"), "OSError"),
+    ],
+)
+def test_the_cause_is_one_phrase(error: OSError, cause: str) -> None:
+    assert _cause(error) == cause
+
+
+async def test_silence_ends_at_the_connect_timeout() -> None:
+    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        await reader.read()
+
+    async with plain_server(silence) as address:
+        with pytest.raises(CannotConnect, match=r"no answer within 0\.05 s"):
+            await connect(address, connect_timeout=0.05)
+
+
+@pytest.mark.parametrize(
+    ("says", "failure"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not_tls"),
+        (b"SSH-2.0-OpenSSH_9.9\r\n", "not_tls"),
+        (b"", "disconnected"),
+    ],
+)
+async def test_what_is_no_tls_server_is_told_apart(says: bytes, failure: str) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10_000)
+        writer.write(says)
+        await writer.drain()
+
+    async with plain_server(speak) as address:
+        with pytest.raises(TlsError) as caught:
+            await connect(address)
+        assert caught.value.failure == failure
+
+
+def tls_13(pairs: ServerPairs) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*pairs.ecdsa)
+    context.set_alpn_protocols(["zcp/1"])
+    return context
+
+
+async def test_a_server_that_greets_with_nonsense_is_told(server_pairs: ServerPairs, ca_file: Path) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"\xff" * 200)
+        await reader.read()
+
+    async with plain_server(speak, tls_13(server_pairs)) as address:
+        with pytest.raises(ConnectionClosed) as caught:
+            await connect(address, ca_file=ca_file)
+        assert caught.value.code is Code.FRAME_TOO_LARGE
+
+
+async def test_a_server_that_agrees_on_tls_and_leaves_is_told(
+    server_pairs: ServerPairs, ca_file: Path
+) -> None:
+    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pass
+
+    async with plain_server(leave, tls_13(server_pairs)) as address:
+        with pytest.raises(ConnectionClosed):
+            await connect(address, ca_file=ca_file)
+
+
+async def test_a_server_that_agrees_on_tls_and_says_nothing_is_told(
+    server_pairs: ServerPairs, ca_file: Path
+) -> None:
+    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with plain_server(silence, tls_13(server_pairs)) as address:
+        with pytest.raises(CannotConnect):
+            await connect(address, ca_file=ca_file, connect_timeout=0.1)
+
+
+async def test_connecting_may_be_cancelled() -> None:
+    connected = asyncio.Event()
+
+    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.set()
+        await reader.read()
+
+    async with plain_server(silence) as address:
+        connecting = asyncio.create_task(connect(address).open())
+        await connected.wait()
+        connecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+    assert _shares == {}
