@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from zcproto.cli import home_options
-from zcproto.errors import CannotConnect, ConfigError, ConnectionClosed, ProtocolError, TlsError
+from zcproto.errors import ConfigError, ConnectionClosed, ProtocolError, TlsError
 from zcproto.home import Home
 from zcproto.printable import printable
 
@@ -101,12 +101,13 @@ def call(
 async def _call(address: str, method: str, arguments: dict[str, Any], options: dict[str, Any]) -> int:
     from zcproto.client import connect  # noqa: PLC0415
 
-    client = connect(address, connect_timeout=min(options["timeout"], MAX_CONNECT_TIMEOUT), **options)
+    try:
+        client = connect(address, connect_timeout=min(options["timeout"], MAX_CONNECT_TIMEOUT), **options)
+    except TlsError as error:  # a malformed pin
+        raise ConfigError([printable(str(error), MAX_MESSAGE)]) from error
     try:
         await client.open()
-    except (CannotConnect, ConnectionClosed, ProtocolError, TlsError) as error:
-        if isinstance(error, TlsError) and error.failure == "pin_malformed":
-            raise ConfigError([str(error)]) from error
+    except (ConnectionClosed, ProtocolError, TlsError) as error:
         click.echo(f"zcproto: no connection: {printable(str(error), MAX_MESSAGE)}", err=True)
         return EXIT_CANNOT_CONNECT
     try:

@@ -1,0 +1,318 @@
+"""`zcproto call`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from zcproto.cli import main
+from zcproto.cli.call import KEY_VARIABLE, MAX_KEY, parse_params, to_json
+from zcproto.server.app import App
+
+from ..server.conftest import Serve, certs, serve, shared
+from ..server.helpers import KEY, ServerThread
+
+__all__ = ["certs", "serve", "shared"]
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "key"
+    path.write_text(KEY + "\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def call(shared: ServerThread, key_file: Path, home: Path) -> Callable[..., int]:
+    """Calls a method of a server as ada."""
+
+    def run(*arguments: str, server: ServerThread = shared) -> int:
+        address = f"127.0.0.1:{server.port}"
+        ca = str(server.home / "certs" / "ca.crt")
+        return main(["call", address, *arguments, "--user", "ada", "--key-file", str(key_file), "--ca", ca])
+
+    return run
+
+
+def test_the_result_is_printed_as_json(call: Callable[..., int], capsys: Capture) -> None:
+    assert call("echo", '{"word": "h\u00e4llo", "n": [1, 2.5, null, true]}') == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"word": "h\u00e4llo", "n": [1, 2.5, None, True]}
+    assert "h\u00e4llo" in out
+    assert err == ""
+
+
+def test_params_may_be_left_out(call: Callable[..., int], capsys: Capture) -> None:
+    assert call("echo") == 0
+    assert capsys.readouterr().out == "{}\n"
+
+
+def test_bytes_are_base64_both_ways(call: Callable[..., int], capsys: Capture) -> None:
+    assert call("echo", '{"data": {"base64": "AAECAw=="}, "deep": [{"x": {"base64": ""}}]}') == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "data": {"base64": "AAECAw=="},
+        "deep": [{"x": {"base64": ""}}],
+    }
+
+
+def test_what_json_cannot_say_and_what_a_terminal_must_not_see() -> None:
+    assert json.loads(to_json([float("nan"), float("-inf"), 0.5])) == [
+        {"float": "nan"},
+        {"float": "-inf"},
+        0.5,
+    ]
+    value = {"a\x1b[31m": "\u009b\u202e\n\U000e0001 \u00e4 \U0001f600"}
+    text = to_json(value)
+    assert all(each.isprintable() or each == "\n" for each in text)
+    assert "\u00e4 \U0001f600" in text
+    assert json.loads(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "5", '"x"', "null", '{"a": {"base64": "?"}}', "[" * 100_000, '{"a": 1} x']
+)
+def test_what_is_no_object_of_params_is_refused(text: str) -> None:
+    with pytest.raises(click.UsageError):
+        parse_params(text)
+
+
+def test_base64_beside_other_names_is_a_map() -> None:
+    params = {"a": {"base64": "AA==", "b": 1}, "b": {"base64": 5}}
+    assert parse_params(json.dumps(params)) == params
+
+
+def test_the_key_may_be_in_a_variable(
+    shared: ServerThread, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    ca = str(shared.home / "certs" / "ca.crt")
+    assert main(["call", f"127.0.0.1:{shared.port}", "echo", "--user", "ada", "--ca", ca]) == 0
+    assert capsys.readouterr().out == "{}\n"
+
+
+def test_the_key_may_come_by_standard_input(
+    shared: ServerThread, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(KEY + "\n"))
+    ca = str(shared.home / "certs" / "ca.crt")
+    arguments = ["call", f"127.0.0.1:{shared.port}", "echo", "--user", "ada", "--ca", ca, "--key-file", "-"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "{}\n"
+
+
+def test_the_key_is_asked_for_on_a_terminal(
+    shared: ServerThread, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdin", terminal)
+    asked: list[Any] = []
+
+    def prompt(text: str, **options: Any) -> str:
+        asked.append((text, options))
+        return KEY
+
+    monkeypatch.setattr("click.prompt", prompt)
+    ca = str(shared.home / "certs" / "ca.crt")
+    arguments = ["call", f"127.0.0.1:{shared.port}", "echo", "--user", "ada", "--ca", ca, "--key-file", "-"]
+    assert main(arguments) == 0
+    assert asked == [("Key", {"hide_input": True, "err": True})]
+
+
+def test_without_a_user_public_methods_answer(shared: ServerThread, home: Path, capsys: Capture) -> None:
+    ca = str(shared.home / "certs" / "ca.crt")
+    assert main(["call", f"127.0.0.1:{shared.port}", "server.info", "--ca", ca]) == 0
+    assert "methods" in json.loads(capsys.readouterr().out)
+
+
+def test_the_homes_own_authority_is_believed_by_default(
+    shared: ServerThread, key_file: Path, home: Path, capsys: Capture
+) -> None:
+    (home / "certs").mkdir(parents=True, mode=0o700)
+    (home / "certs" / "ca.crt").write_bytes((shared.home / "certs" / "ca.crt").read_bytes())
+    arguments = ["call", f"127.0.0.1:{shared.port}", "echo", "--user", "ada", "--key-file", str(key_file)]
+    assert main(arguments) == 0
+
+
+def test_pins_may_stand_for_an_authority(
+    shared: ServerThread, key_file: Path, home: Path, capsys: Capture
+) -> None:
+    pins = [option for pin in shared.server.pins for option in ("--pin", pin)]
+    base = ["call", f"127.0.0.1:{shared.port}", "echo", "--user", "ada", "--key-file", str(key_file)]
+    assert main([*base, *pins]) == 0
+    assert main([*base, "--pin", "sha256/" + "A" * 43 + "="]) == 3
+    err = capsys.readouterr().err
+    assert "pin_mismatch" in err
+    assert shared.server.pins[0] in err
+
+
+def test_the_session_is_ended_with_the_call(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
+    server = serve(sessions__per_user=1)
+    for _ in range(3):
+        assert call("echo", server=server) == 0
+    assert len(server.server.serving.registry) == 0
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------
+
+
+def one_line(text: str) -> bool:
+    return text.endswith("\n") and text.removesuffix("\n").isprintable() and bool(text.strip())
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "says"),
+    [
+        ("no.such", "{}", "UNIMPLEMENTED"),
+        ("sleep", '{"ms": -1}', "INVALID_ARGUMENT"),
+        ("sleep", '{"ms": 60000}', "DEADLINE_EXCEEDED"),
+    ],
+)
+def test_an_error_that_was_answered_is_a_sentence_and_1(
+    call: Callable[..., int], capsys: Capture, method: str, params: str, says: str
+) -> None:
+    assert call(method, params, "--timeout", "0.2") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert one_line(err)
+
+
+def test_an_error_cannot_move_the_cursor(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
+    app = App()
+
+    @app.method("fail")
+    def fail() -> None:
+        from zcproto.errors import NotFound
+
+        raise NotFound("\x1b[31mred\nline")
+
+    assert call("fail", server=serve(app)) == 1
+    assert one_line(capsys.readouterr().err)
+
+
+def test_a_wrong_key_is_an_answer(
+    shared: ServerThread, key_file: Path, call: Callable[..., int], capsys: Capture
+) -> None:
+    key_file.write_text("wrong")
+    assert call("echo") == 1
+    err = capsys.readouterr().err
+    assert "UNAUTHENTICATED" in err
+    assert "wrong" not in err
+
+
+def test_nobody_there_is_3(call: Callable[..., int], key_file: Path, home: Path, capsys: Capture) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        assert main(["call", address, "echo", "--user", "ada", "--key-file", str(key_file)]) == 3
+    err = capsys.readouterr().err
+    assert "refused" in err
+    assert one_line(err)
+
+
+def test_silence_is_3_within_the_timeout(home: Path, capsys: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert main(["call", address, "echo", "--timeout", "0.1"]) == 3
+    assert "no answer within 0.1 s" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_trusted_is_3(shared: ServerThread, home: Path, capsys: Capture) -> None:
+    assert main(["call", f"127.0.0.1:{shared.port}", "server.info"]) == 3
+    err = capsys.readouterr().err
+    assert "certificate_untrusted" in err
+    assert one_line(err)
+
+
+def test_a_lost_connection_is_1(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
+    app = App()
+
+    @app.method("die")
+    async def die() -> None:
+        server.server.serving.connections.copy().pop().abort("test")
+
+    server = serve(app)
+    assert call("die", server=server) == 1
+    assert one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["localhost"],
+        ["localhost:0", "echo"],
+        ["localhost:x", "echo"],
+        ["localhost", "echo", "[1]"],
+        ["localhost", "echo", "{}", "more"],
+        ["localhost", "echo", "--timeout", "0"],
+        ["localhost", "echo", "--timeout", "soon"],
+        ["localhost", "echo", "--user", "ada"],
+        ["localhost", "echo", "--user", "ada", "--key-file", "no-such-file"],
+        ["localhost", "echo", "--key-file", "-"],
+        ["localhost", "echo", "--pin", "sha256/x"],
+        ["localhost", "echo", "--ca", "no-such-file"],
+        ["localhost", "echo", "--key", "secret"],
+    ],
+)
+def test_wrong_usage_is_2_and_sends_nothing(
+    arguments: list[str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert main(["call", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err
+    assert "Traceback" not in err
+
+
+def test_an_empty_key_is_2(key_file: Path, home: Path, capsys: Capture) -> None:
+    key_file.write_text(" \n")
+    assert main(["call", "localhost", "echo", "--user", "ada", "--key-file", str(key_file)]) == 2
+    assert "holds no key" in capsys.readouterr().err
+
+
+def test_a_key_that_others_can_read_is_2_and_says_the_cure(
+    key_file: Path, home: Path, capsys: Capture
+) -> None:
+    key_file.chmod(0o644)
+    assert main(["call", "localhost", "echo", "--user", "ada", "--key-file", str(key_file)]) == 2
+    assert f"chmod 600 '{key_file}'" in capsys.readouterr().err
+
+
+def test_a_key_may_come_from_a_pipe(shared: ServerThread, home: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o644)
+    writer = threading.Thread(target=lambda: pipe.write_text(KEY))
+    writer.start()
+    ca = str(shared.home / "certs" / "ca.crt")
+    arguments = ["call", f"127.0.0.1:{shared.port}", "echo", "--user", "ada", "--ca", ca]
+    assert main([*arguments, "--key-file", str(pipe)]) == 0
+    writer.join()
+
+
+def test_a_huge_key_file_is_not_read_whole(key_file: Path, call: Callable[..., int], capsys: Capture) -> None:
+    key_file.write_text("k" * (MAX_KEY * 100))
+    assert call("echo") == 1
+    assert one_line(capsys.readouterr().err)
+
+
+def test_help_says_what_the_exit_codes_are(home: Path, capsys: Capture) -> None:
+    assert main(["call", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Exit codes" in out
+    assert "base64" in out

@@ -1,0 +1,81 @@
+"""The names that an application imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import zcproto
+from zcproto import errors
+
+
+def run(program: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+
+
+@pytest.mark.parametrize("name", zcproto.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(zcproto, name) is not None
+    assert getattr(zcproto, name) is getattr(zcproto, name)
+
+
+def test_the_public_names_are_these() -> None:
+    own = {
+        "App",
+        "BlockingClient",
+        "Client",
+        "ClientSession",
+        "Code",
+        "Config",
+        "Context",
+        "Event",
+        "Server",
+        "connect",
+        "connect_blocking",
+        "serve",
+    }
+    raised = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.ZcprotoError)
+    }
+    assert set(zcproto.__all__) == own | raised
+    assert list(zcproto.__all__) == sorted(zcproto.__all__)
+    assert dir(zcproto) == sorted(zcproto.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = zcproto.nothing
+
+
+def test_a_star_brings_all_of_them() -> None:
+    brought = run("from zcproto import *; print(len([n for n in dir() if not n.startswith('_')]))")
+    assert int(brought) == len(zcproto.__all__)
+
+
+def test_importing_the_package_loads_nothing_of_it() -> None:
+    program = "import sys, zcproto; print([n for n in sys.modules if n.startswith('zcproto.') or n == 'ssl'])"
+    assert run(program).strip() == "[]"
+
+
+def test_a_client_never_loads_the_server_or_its_configuration() -> None:
+    program = (
+        "import sys, zcproto; zcproto.connect; zcproto.connect_blocking; zcproto.Unavailable\n"
+        "ours = ('zcproto.server', 'zcproto.config', 'zcproto.certs', 'zcproto.auth', 'zcproto.cli.')\n"
+        "heavy = (*ours, 'pydantic', 'structlog', 'click')\n"
+        "print([n for n in sys.modules if n.startswith(heavy)])"
+    )
+    assert run(program).strip() == "[]"
+
+
+def test_errors_load_nothing_else() -> None:
+    program = (
+        "import sys, zcproto; zcproto.Unavailable; print([n for n in sys.modules if n.startswith('zcproto')])"
+    )
+    assert run(program).strip() == "['zcproto', 'zcproto.errors']"
