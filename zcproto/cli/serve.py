@@ -52,7 +52,7 @@ def load_app(name: str) -> App:
     from zcproto.server.app import App  # noqa: PLC0415 - see above
 
     module_name, colon, attribute = name.partition(":")
-    if not module_name or not colon or not attribute:
+    if not colon or not attribute or not all(module_name.split(".")):  # no part is empty: no relative name
         raise ConfigError([f"{name!r}: name the application as MODULE:APP, for example shop.api:app"])
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
@@ -60,6 +60,13 @@ def load_app(name: str) -> App:
     except ModuleNotFoundError as error:
         raise ConfigError(
             [f"{name!r}: there is no module {error.name!r} here or among the installed ones"]
+        ) from error
+    except Exception as error:  # whatever the application's own code raises
+        raise ConfigError(
+            [
+                f"{name!r}: {module_name} cannot be imported: it raises {type(error).__name__};"
+                " with ZCPROTO_DEBUG=1 it tells where"
+            ]
         ) from error
     application = getattr(module, attribute, None)
     if not isinstance(application, App):

@@ -197,7 +197,9 @@ class Server:
         if authenticators is None:
             users = UserFile(self.home.users)
             users.load()
-            authenticators = [ApiKeyAuthenticator(users, on_fault=_users_unreadable)]
+            authenticators = [
+                ApiKeyAuthenticator(users, on_fault=_users_unreadable, on_recovered=_users_readable)
+            ]
         return Login(authenticators, Throttle(self.config.limits.login_failures))
 
     # --- while it runs -------------------------------------------------------------------------------
@@ -313,6 +315,10 @@ class Server:
 
 def _users_unreadable(error: ConfigError) -> None:
     log.error("users.unreadable", faults=error.faults)
+
+
+def _users_readable() -> None:
+    log.info("users.readable")
 
 
 def resident_bytes() -> int:

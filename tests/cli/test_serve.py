@@ -1,0 +1,219 @@
+"""`zcproto serve`: the application it runs, what it prints, and what it refuses to start with."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import certs
+from zcproto.cli import main
+from zcproto.cli.serve import load_app
+from zcproto.config import Config
+from zcproto.errors import ConfigError
+from zcproto.server import run
+from zcproto.server.app import App
+
+__all__ = ["certs"]
+
+Capture = pytest.CaptureFixture[str]
+
+APPLICATION = """
+from zcproto.server.app import App
+
+api = App()
+number = 5
+
+@api.method("hello")
+def hello() -> str:
+    return "hello"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with an application in it."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    (folder / "shop_of_tests.py").write_text(APPLICATION)
+    (folder / "package_of_tests").mkdir()
+    (folder / "package_of_tests" / "api.py").write_text(APPLICATION)
+    yield folder
+    for name in set(sys.modules) - before:
+        if name.startswith(("shop_of_tests", "package_of_tests", "broken_of_tests")):
+            del sys.modules[name]
+
+
+class Started:
+    """What `serve` was called with instead of running."""
+
+    def __init__(self) -> None:
+        self.app: App | None = None
+        self.config: Config | None = None
+        self.options: dict[str, Any] = {}
+        self.count = 0
+
+    def __call__(self, app: App | None, config: Config, **options: Any) -> None:
+        self.app, self.config, self.options = app, config, options
+        self.count += 1
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    started = Started()
+    monkeypatch.setattr(run, "serve", started)
+    return started
+
+
+# --- the application -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["shop_of_tests:api", "package_of_tests.api:api"])
+def test_an_application_of_the_current_folder_is_loaded(folder: Path, name: str) -> None:
+    assert [method.name for method in load_app(name)] == ["hello"]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("shop_of_tests", "name the application as MODULE:APP"),
+        ("shop_of_tests:", "name the application as MODULE:APP"),
+        (":api", "name the application as MODULE:APP"),
+        ("", "name the application as MODULE:APP"),
+        (".shop_of_tests:api", "name the application as MODULE:APP"),
+        ("..:api", "name the application as MODULE:APP"),
+        ("package_of_tests..api:api", "name the application as MODULE:APP"),
+        ("no_such_module:api", "there is no module 'no_such_module'"),
+        ("package_of_tests.nothing:api", "there is no module 'package_of_tests.nothing'"),
+        ("shop_of_tests:nothing", "shop_of_tests has no App object named 'nothing'"),
+        ("shop_of_tests:number", "shop_of_tests has no App object named 'number'"),
+        ("shop_of_tests:api.hello", "has no App object named 'api.hello'"),
+    ],
+)
+def test_an_application_that_is_not_there_is_a_fault(folder: Path, name: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_app(name)
+    (fault,) = raised.value.faults
+    assert complaint in fault
+
+
+@pytest.mark.parametrize("error", ["1 / 0", "def", "import no_such_dependency"])
+def test_an_application_that_cannot_be_imported_is_a_fault(
+    folder: Path, error: str, started: Started, capsys: Capture, home: Path
+) -> None:
+    (folder / "broken_of_tests.py").write_text(error)
+    assert main(["serve", "broken_of_tests:api"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    kinds = {"1 / 0": "ZeroDivisionError", "def": "SyntaxError"}
+    assert kinds.get(error, "there is no module 'no_such_dependency'") in err
+    assert started.count == 0
+
+
+# --- options -------------------------------------------------------------------------------------------------
+
+
+def test_options_win_over_the_configuration(home: Path, folder: Path, started: Started) -> None:
+    home.mkdir(0o700)
+    (home / "config.toml").write_text('[server]\nhost = "::"\nport = 1111\n[log]\nlevel = "error"')
+    assert main(["serve"]) == 0
+    assert started.app is None
+    assert started.config is not None
+    assert (started.config.server.host, started.config.server.port) == (("::",), 1111)
+    assert started.options["home"] == home
+    arguments = ["--host", "127.0.0.1", "--host", "::1", "--port", "0", "--log-level", "debug"]
+    assert main(["serve", *arguments, "shop_of_tests:api"]) == 0
+    assert started.app is not None
+    assert (started.config.server.host, started.config.server.port) == (("127.0.0.1", "::1"), 0)
+    assert started.config.log.level == "debug"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--port", "65536"], ["--port", "x"], ["--host", "a b"], ["--log-level", "loud"], ["--x"]]
+)
+def test_wrong_options_start_nothing(
+    home: Path, started: Started, capsys: Capture, arguments: list[str]
+) -> None:
+    assert main(["serve", *arguments]) == 2
+    assert capsys.readouterr().out == ""
+    assert started.count == 0
+
+
+def test_it_tells_where_it_listens_and_what_it_does(home: Path, started: Started, capsys: Capture) -> None:
+    main(["serve"])
+
+    class Listening:
+        addresses = (("127.0.0.1", 7443), ("::1", 7443))
+
+    started.options["ready"](Listening())
+    started.options["progress"]("Making keys.")
+    out, err = capsys.readouterr()
+    assert out == "zcproto: listening on 127.0.0.1:7443\nzcproto: listening on [::1]:7443\n"
+    assert err == "zcproto: Making keys.\n"
+
+
+# --- no start without what it needs ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(home: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    (home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n[server]\nport = 0')
+    # These tests share the process with others: it is not tuned.
+    for name in ("raise_file_limit", "_deny_core_dumps"):
+        monkeypatch.setattr(run, name, lambda *args: 1_000_000)
+    return home
+
+
+def refused(capsys: Capture, *arguments: str) -> str:
+    assert main(["serve", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o666])
+def test_a_key_that_others_can_read_is_refused_with_the_cure(
+    prepared: Path, capsys: Capture, mode: int
+) -> None:
+    path = prepared / "certs" / "server-ecdsa.key"
+    path.chmod(mode)
+    assert f"chmod 600 {path}" in refused(capsys)
+    assert path.read_text().splitlines()[1] not in refused(capsys)
+
+
+def test_a_port_that_is_taken_is_refused(prepared: Path, capsys: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        text = refused(capsys, "--port", str(port))
+    assert f"server.port = {port}: cannot listen: Address already in use" in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda home: (home / "certs" / "ca.key").chmod(0o644), "ca.key"),
+        (lambda home: home.chmod(0o770), "chmod go-w"),
+        (lambda home: (home / "users.toml").write_text("users = 5"), "users.toml"),
+        (lambda home: (home / "config.toml").write_text("[servr]"), "did you mean"),
+    ],
+)
+def test_what_is_unusable_is_told_and_nothing_starts(
+    prepared: Path, capsys: Capture, spoil: Callable[[Path], Any], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bind(*args: Any) -> Any:
+        raise AssertionError("a port was bound")
+
+    monkeypatch.setattr("zcproto.server.server.bind", bind)
+    spoil(prepared)
+    assert word in refused(capsys)
