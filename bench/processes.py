@@ -1,9 +1,12 @@
-"""Starting a module of this package in a process of its own, with this interpreter and this package."""
+"""Starting a module of this package in a process of its own, and clearing up whatever comes between."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import bench
@@ -19,3 +22,19 @@ def module_environment() -> dict[str, str]:
     package = str(Path(bench.__file__).parents[1])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path}
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the body is done: what it starts must be known, what it clears up must be gone.
+
+    For the main thread only.
+    """
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

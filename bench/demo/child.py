@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from typing import Final, NoReturn
 
 from zcproto.cli import main as zcproto
@@ -22,11 +21,14 @@ DRAIN_TIMEOUT: Final = 5.0
 
 def main(home: str) -> int:
     signal.signal(signal.SIGTERM, _terminated)  # until the server has its own handler
-    orphaned = threading.Event()
-    threading.Thread(target=_end_with_parent, args=(home, orphaned), daemon=True).start()
+    orphaned, ended = threading.Event(), threading.Event()
+    threading.Thread(
+        target=_end_with_parent, args=(sys.stdin.fileno(), home, orphaned, ended), daemon=True
+    ).start()
     try:
         return zcproto(["--home", home, "serve", "--port", "0"])
     finally:
+        ended.set()
         if orphaned.is_set():
             shutil.rmtree(home, ignore_errors=True)
 
@@ -35,13 +37,17 @@ def _terminated(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _end_with_parent(home: str, orphaned: threading.Event) -> None:
-    sys.stdin.buffer.read()
+def _end_with_parent(parent: int, home: str, orphaned: threading.Event, ended: threading.Event) -> None:
+    # Not by sys.stdin, which has a lock that the interpreter could not take at its end.
+    with open(parent, "rb", buffering=0, closefd=False) as pipe:
+        pipe.readall()
+    if ended.is_set():
+        return
     orphaned.set()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(DRAIN_TIMEOUT)
-    shutil.rmtree(home, ignore_errors=True)
-    os._exit(1)
+    if not ended.wait(DRAIN_TIMEOUT):
+        shutil.rmtree(home, ignore_errors=True)
+        os._exit(1)
 
 
 if __name__ == "__main__":

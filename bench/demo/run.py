@@ -18,6 +18,7 @@ from bench.load.command import Outputs, run_and_report
 from bench.load.plan import SESSIONS_PER_USER, Credential, Plan, raise_file_limit
 from bench.load.result import Result, Verdict
 from bench.load.tally import Kind
+from bench.processes import uninterrupted
 from zcproto.auth import UserFile
 from zcproto.home import Home
 
@@ -86,11 +87,15 @@ def run_demo(demo: Demo, console: Console) -> Result:
 @contextmanager
 def temporary_home() -> Iterator[Home]:
     """A home folder of mode 0700, gone afterwards."""
-    path = Path(tempfile.mkdtemp(prefix="zcproto-demo-"))
+    path: Path | None = None
     try:
+        with uninterrupted():
+            path = Path(tempfile.mkdtemp(prefix="zcproto-demo-"))
         yield Home(path)
     finally:
-        shutil.rmtree(path)
+        if path is not None:
+            with uninterrupted():
+                shutil.rmtree(path)
 
 
 def _make_users(home: Home, connections: int) -> tuple[Credential, tuple[Credential, ...]]:

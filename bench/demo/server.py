@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from bench.processes import module_command, module_environment
+from bench.processes import module_command, module_environment, uninterrupted
 from zcproto.errors import ZcprotoError
 from zcproto.printable import printable
 
@@ -32,27 +32,26 @@ class DemoServer:
         self.port = 0
 
     def __enter__(self) -> Self:
-        with self._errors.open("wb") as errors:
-            self._process = subprocess.Popen(
-                module_command("bench.demo.child", str(self._home)),
-                stdin=subprocess.PIPE,  # its end tells the child that we are gone
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=module_environment(),
-                start_new_session=True,  # Ctrl-C is for us: the server is wanted until the report is done
-            )
         try:
+            with uninterrupted(), self._errors.open("wb") as errors:
+                self._process = subprocess.Popen(
+                    module_command("bench.demo.child", str(self._home)),
+                    stdin=subprocess.PIPE,  # its end tells the child that we are gone
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=module_environment(),
+                    start_new_session=True,  # Ctrl-C is for us: the server is wanted until the report is done
+                )
             self.port = self._wait_ready(self._process)
         except BaseException:
-            self._end(self._process)
+            self._end()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._process is not None
-        self._end(self._process)
+        self._end()
 
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> int:
         assert process.stdout is not None
@@ -75,14 +74,18 @@ class DemoServer:
         lines = self._errors.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
         return " / ".join(printable(line, 500) for line in lines) or "it did not say why"
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
+    def _end(self) -> None:
         """Drain it, and if that does not help, kill it."""
-        process.terminate()
-        try:
-            process.wait(END_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            pipe.close()
+        process = self._process
+        if process is None:  # it could not be started
+            return
+        with uninterrupted():
+            process.terminate()
+            try:
+                process.wait(END_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()

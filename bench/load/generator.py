@@ -82,23 +82,27 @@ class Generator:
 
     async def connect(self) -> None:
         """Open all connections, each with its session."""
+        if self._stopped:
+            return
         share = self.share
         links = iter(self.links)
         times = steady(share.arrival_rate, share.connections)
         await self._pacer.run(times, lambda intended: self._arrive(next(links), intended))
         await self._wait(lambda: self._unsettled == 0, CONNECT_TIMEOUT)
+        self._waiting.clear()
         for link in self.links:
             if link.stage < Stage.READY:
+                task = self._connecting.get(link)
+                if task is not None:
+                    task.cancel()
                 link.close()
                 self._not_made(link, "no session in time")
-        for task in self._connecting.values():
-            task.cancel()
 
     async def load(self) -> None:
         """The load, in an open loop."""
         share = self.share
         ready = [link for link in self.links if link.stage is Stage.READY]
-        if not ready:
+        if not ready or self._stopped:
             return
         turns = rounds(ready, self._random)
         times = arrivals(share.rate / share.pipeline, share.duration_s, self._random)
@@ -112,6 +116,8 @@ class Generator:
 
     async def verify(self) -> None:
         """One last request on each connection that was asked for."""
+        if self._stopped:
+            return
         links = iter(self.links)
         times = steady(self.share.verify_rate, len(self.links))
         await self._pacer.run(times, lambda intended: self._send(next(links), Kind.LAST, intended, 1))
@@ -141,7 +147,7 @@ class Generator:
         self.wheel.close()
 
     def stop(self) -> None:
-        """End the current phase now."""
+        """End the current phase now, or the next as soon as it begins. `close` is not affected."""
         self._stopped = True
         self._pacer.stop()
         self._wake()

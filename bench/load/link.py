@@ -33,17 +33,15 @@ class Link(asyncio.Protocol):
 
     def welcomed(self) -> None:
         """Requests may be made from here on."""
-        raise NotImplementedError
 
     def answered(self, stream: int, value: Any) -> None:
-        raise NotImplementedError
+        """A request got its RESPONSE."""
 
     def refused(self, stream: int, code: int, message: str, details: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """A request got an ERROR."""
 
     def lost(self, cause: str) -> None:
         """The connection is over, and not by `close`. Called once at most."""
-        raise NotImplementedError
 
     def gone(self) -> None:
         """Not a byte will come any more."""
@@ -91,9 +89,9 @@ class Link(asyncio.Protocol):
         if self.ended:
             return
         for event in self.conversation.handle_timeout(system_clock.wall(), now):
-            if isinstance(event, ConnectionEnded):
-                self._end(event.reason)
-                return
+            assert isinstance(event, ConnectionEnded)
+            self._end(event.reason)
+            return
         self.flush()
         self._wheel.set(self, self.conversation.next_deadline())
 

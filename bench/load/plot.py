@@ -106,10 +106,11 @@ def _draw_latencies(axes: Axes, result: Result) -> None:
     axes.set_xticks([1 / (1 - part) for part in ticks], [NINES[part] for part in ticks])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _head(axes, "Latency by percentile, in milliseconds; a dot is the slowest of all", pad=24)
-    axes.legend(
-        frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(-0.01, 0.99), labelcolor=INK,
-        handlelength=1.6, columnspacing=1.6,
-    )  # fmt: skip
+    if axes.lines:
+        axes.legend(
+            frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(-0.01, 0.99), labelcolor=INK,
+            handlelength=1.6, columnspacing=1.6,
+        )  # fmt: skip
 
 
 def _draw_connections(axes: Axes, result: Result) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from time import monotonic
 from types import TracebackType
 from typing import Final, Self
 
@@ -78,6 +78,7 @@ class Lines:
         self._label = ""
         self._total = 0
         self._started = 0.0
+        self._told = 0
         self._told_at = 0.0
 
     def __enter__(self) -> Self:
@@ -90,15 +91,16 @@ class Lines:
 
     def phase(self, name: str, label: str, total: int) -> None:
         self._name, self._label, self._total = name, label, total
-        self._started = self._told_at = time.monotonic()
+        self._started = self._told_at = monotonic()
+        self._told = 0
         self._console.print(f"{label}: {total:,}")
 
     def update(self, counts: dict[str, int]) -> None:
         done = counts.get(self._name)
-        now = time.monotonic()
-        if done is None or (done < self._total and now - self._told_at < LINE_PERIOD) or not done:
+        now = monotonic()
+        if not done or done == self._told or (done < self._total and now - self._told_at < LINE_PERIOD):
             return
-        self._told_at = now
+        self._told, self._told_at = done, now
         failed = f", {counts['failed']:,} failed" if counts["failed"] else ""
         rate = done / max(now - self._started, 1e-3)
         self._console.print(f"{self._label}: {done:,} of {self._total:,} ({rate:,.0f}/s){failed}")

@@ -54,7 +54,7 @@ def show(result: Result, console: Console, bars: Mapping[str, float]) -> None:
                 "yellow",
             )
         )
-    if not result.server_was_fresh:
+    if result.server_was_used:
         console.print(
             "memory per connection is not told: this server has held connections before, whose memory it uses again"
         )

@@ -166,18 +166,18 @@ class Result:
     def kib_per_connection(self) -> float | None:
         """Server memory of a connection with its session, above the idle server. Of a fresh server only."""
         stats = self.between(Moment.IDLE, Moment.CONNECTED)
-        if stats is None or not self.connected or not self.server_was_fresh:
+        if stats is None or not self.connected or self.server_was_used:
             return None
         return (stats[1].rss_bytes - stats[0].rss_bytes) / KIB / self.connected
 
     @property
-    def server_was_fresh(self) -> bool:
-        """Whether the server had held next to no connections before.
+    def server_was_used(self) -> bool:
+        """Whether the server had held connections before.
 
-        If it had, its allocator still has their memory for ours, and the difference says nothing.
+        If so, its allocator still has their memory for ours, and the difference says nothing.
         """
         idle = self.readings.get(Moment.IDLE)
-        return idle is not None and idle.stats.handshakes <= max(FEW, self.plan.connections // 100)
+        return idle is not None and idle.stats.handshakes > max(FEW, self.plan.connections // 100)
 
     def longest_pause_ms(self, moment: Moment) -> float | None:
         """Of the server's loop, from the reading before `moment` to it."""

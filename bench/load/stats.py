@@ -157,8 +157,8 @@ class Operator(Link):
         self.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._gone.wait(), LEAVE_TIMEOUT)
-        if self._tls is not None:
-            self._tls.abort()
+        assert self._tls is not None
+        self._tls.abort()
         self._wheel.close()
         await asyncio.sleep(0)
 
@@ -172,8 +172,7 @@ class Operator(Link):
         self._gone.set()
 
     def welcomed(self) -> None:
-        if not self._ready.done():
-            self._ready.set_result(None)
+        self._ready.set_result(None)
 
     def answered(self, stream: int, value: Any) -> None:
         answer = self._calls.pop(stream, None)

@@ -70,10 +70,9 @@ class Workers:
             message: dict[str, Any] = json.loads(line)
             if message.get("done") == command:
                 return message
-            if "progress" in message:
-                self._progress[number] = message["progress"]
-                keys = self._progress[number].keys()
-                self._on_progress({key: sum(each.get(key, 0) for each in self._progress) for key in keys})
+            self._progress[number] = message["progress"]
+            keys = self._progress[number].keys()
+            self._on_progress({key: sum(each.get(key, 0) for each in self._progress) for key in keys})
         code = await process.wait()
         raise ZcprotoError(f"a generator process ended by itself, with exit code {code}")
 

@@ -11,11 +11,11 @@ import pytest
 
 from bench.load import generator as module
 from bench.load.generator import Generator, code_name
-from bench.load.load_link import Stage
+from bench.load.load_link import Asked, Stage
 from bench.load.tally import Kind
 from tests.server.helpers import KEY, ServerThread
 from zcproto.errors import Aborted
-from zcproto.server.app import App
+from zcproto.server.app import App, Method
 
 from .conftest import Serve
 from .helpers import share
@@ -234,6 +234,16 @@ async def test_a_payload_larger_than_the_server_takes_is_not_sent(serve: Serve) 
     assert generator.record.tallies[Kind.LAST].not_sent == {"larger than the server takes": 4}
 
 
+async def test_a_request_on_a_connection_that_is_just_ending_is_not_sent(serve: Serve) -> None:
+    generator = Generator(share(serve()), asyncio.get_running_loop())
+    await generator.connect()
+    generator.links[0].close()
+    await generator.verify()
+    assert generator.record.tallies[Kind.LAST].not_sent == {"the connection is ending": 1}
+    assert generator.record.tallies[Kind.LAST].equal == 3
+    await generator.close()
+
+
 async def test_requests_of_lost_connections_are_not_sent(serve: Serve) -> None:
     server = serve()
     generator = Generator(share(server), asyncio.get_running_loop())
@@ -328,6 +338,46 @@ async def test_a_shared_session_that_echoes_wrongly_is_not_joined(serve: Serve) 
     await generator.close()
 
 
+async def test_a_session_without_a_token_is_none(serve: Serve) -> None:
+    server = serve()
+    opening = Method("session.open", lambda **params: {"token": b"short"}, public=True)
+    server.in_loop(lambda: server.server.serving.methods.update({"session.open": opening}))
+    generator = Generator(share(server), asyncio.get_running_loop())
+    await generator.connect()
+    assert generator.record.tallies[Kind.OPEN].unequal == 4
+    assert generator.record.lost_links == {"session.open was answered with no token": 4}
+    await generator.close()
+
+
+async def test_a_connection_lost_before_its_session_is_told(serve: Serve) -> None:
+    server = serve()
+
+    def hang_up(**params: Any) -> None:
+        for each in [*server.server.serving.connections]:
+            each.abort("test")
+
+    opening = Method("session.open", hang_up, public=True)
+    server.in_loop(lambda: server.server.serving.methods.update({"session.open": opening}))
+    generator = Generator(share(server), asyncio.get_running_loop())
+    await generator.connect()
+    assert sum(generator.record.lost_links.values()) == 4
+    assert generator.record.ready == 0
+    assert generator.record.connected_over_time == {}
+    await generator.close()
+
+
+async def test_who_was_lost_while_waiting_for_a_session_does_not_use_it(serve: Serve) -> None:
+    crowd = share(serve(), connections=2, credentials=[["user-1", KEY]])
+    generator = Generator(crowd, asyncio.get_running_loop())
+    owner, other = generator.links
+    generator._joining[0] = [other]
+    generator._not_made(other, "truncated")
+    generator._opened(owner, Asked(Kind.OPEN, 0, 0.0, 0.0), {"token": b"t" * 32})
+    assert generator.record.ready == 1
+    assert generator.record.tallies[Kind.JOIN].planned == 0
+    await generator.close()
+
+
 async def test_nobody_listening_is_told(serve: Serve) -> None:
     server = serve()
     port = server.port
@@ -417,6 +467,22 @@ async def test_a_load_can_be_stopped_and_what_was_opened_is_closed(serve: Serve)
     assert generator.record.tallies[Kind.CLOSE].equal == 4
     server.until_left()
     assert server.stats["sessions"] == 0
+
+
+async def test_what_is_stopped_before_it_begins_does_nothing(serve: Serve) -> None:
+    server = serve()
+    generator = Generator(share(server), asyncio.get_running_loop())
+    generator.stop()
+    await generator.connect()
+    assert generator.record.ready == 0
+    generator._stopped = False
+    await generator.connect()
+    generator.stop()
+    await generator.load()
+    await generator.verify()
+    assert generator.record.requests_sent == 4
+    await generator.close()
+    assert generator.record.tallies[Kind.CLOSE].equal == 4
 
 
 async def test_connecting_can_be_stopped(serve: Serve) -> None:

@@ -119,6 +119,13 @@ async def test_leaving_a_server_that_does_not_answer_ends(
     server.until_left()
 
 
+async def test_answers_that_nobody_waits_for_are_dropped(serve: Serve) -> None:
+    operator = await connect(serve())
+    operator.answered(4711, {})
+    operator.refused(4711, 13, "internal", {})
+    await operator.leave()
+
+
 @pytest.mark.parametrize("value", [None, {}, {"connections": 1}, {"connections": "many"}])
 def test_figures_of_another_kind_of_server_are_refused(value: object) -> None:
     with pytest.raises(ZcprotoError, match="does not tell what is needed"):

@@ -7,6 +7,7 @@ import builtins
 import gc
 import json
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,15 @@ async def test_a_parent_that_is_gone_at_once_is_no_fault(commands: Commands) -> 
     await worker.serve()
 
 
+async def test_a_parent_that_is_gone_before_its_first_command_is_no_fault(
+    commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.say(json.dumps(share(connections=1, credentials=[["user-1", "key"]]).as_json()))
+    commands.close()
+    await worker.serve()
+    assert messages(capsys) == [{"done": "start"}]
+
+
 async def test_an_unknown_command_ends_the_worker_visibly(commands: Commands) -> None:
     nowhere: Share = share(connections=1, credentials=[["user-1", "key"]])
     commands.say(json.dumps(nowhere.as_json()), "dance")
@@ -148,6 +158,18 @@ def test_the_process_ignores_ctrl_c_and_collects_no_garbage(
         gc.enable()
     assert seen[:2] == [signal.SIG_IGN, False]
     assert isinstance(seen[2], uvloop.Loop)
+
+
+def test_the_module_is_the_program(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "bench.load.worker")
+    commands.close()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        runpy.run_module("bench.load.worker", run_name="__main__")
+        assert not gc.isenabled()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        gc.enable()
 
 
 def test_without_uvloop_it_runs_on_asyncios_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.load import command
+from bench.load.command import Outputs
+from bench.load.plan import Credential, Plan
+from bench.load.result import Result
+from tests.bench.helpers import verified_result
+from zcproto.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "load.keys"
+    path.write_text("load-1\tAAA\nload-2\tBBB\n")
+    return path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan, Outputs]]:
+    """What the command asks for, instead of doing it."""
+    seen: list[tuple[Plan, Outputs]] = []
+
+    def run_and_report(plan: Plan, outputs: Outputs, console: Any) -> Result:
+        seen.append((plan, outputs))
+        return verified_result()
+
+    monkeypatch.setattr(command, "run_and_report", run_and_report)
+    return seen
+
+
+def test_the_usual_run_is_a_small_one(asked: list[tuple[Plan, Outputs]], keys: Path, home: Path) -> None:
+    assert main(["bench", "localhost:7443", "--keys", str(keys)]) == 0
+    ((plan, outputs),) = asked
+    assert (plan.host, plan.port) == ("localhost", 7443)
+    assert plan.connections == plan.sessions == 100
+    assert plan.credentials == (Credential("load-1", "AAA"), Credential("load-2", "BBB"))
+    assert plan.operator == plan.credentials[0]
+    assert plan.ca_file is None
+    assert outputs == Outputs()
+
+
+def test_each_option_is_passed_on(
+    asked: list[tuple[Plan, Outputs]], keys: Path, home: Path, tmp_path: Path
+) -> None:
+    ops = tmp_path / "ops.keys"
+    ops.write_text("ops-1\tCCC\n")
+    options = {
+        "--connections": 50, "--sessions": 20, "--rate": 7, "--duration": 3, "--payload": 1000, "--pipeline": 4,
+        "--arrival-rate": 90, "--processes": 2, "--keys": keys, "--operator-key-file": ops, "--ca": "my.crt",
+        "--seed": 9, "--json": "a.json", "--hdr": "a.hgrm", "--plot": "a.png",
+    }  # fmt: skip
+    arguments = [str(part) for option in options.items() for part in option]
+    assert main(["bench", "[::1]:9000", *arguments]) == 0
+    ((plan, outputs),) = asked
+    assert (plan.host, plan.port, plan.connections, plan.sessions) == ("::1", 9000, 50, 20)
+    assert (plan.rate, plan.duration_s, plan.payload_bytes, plan.pipeline) == (7.0, 3.0, 1000, 4)
+    assert (plan.arrival_rate, plan.processes, plan.seed) == (90.0, 2, 9)
+    assert plan.operator == Credential("ops-1", "CCC")
+    assert str(plan.ca_file) == "my.crt"
+    assert outputs == Outputs(Path("a.json"), Path("a.hgrm"), Path("a.png"))
+
+
+def test_the_homes_own_authority_is_believed(
+    asked: list[tuple[Plan, Outputs]], keys: Path, home: Path
+) -> None:
+    (home / "certs").mkdir(parents=True)
+    (home / "certs" / "ca.crt").touch()
+    assert main(["bench", "localhost", "--keys", str(keys)]) == 0
+    assert asked[0][0].ca_file == home / "certs" / "ca.crt"
+
+
+def test_a_missing_keys_file_is_told_with_the_command_that_makes_it(home: Path, capsys: Capture) -> None:
+    assert main(["bench", "localhost", "--keys", "none.keys"]) == 2
+    assert "zcproto user add load --count N --keys-out FILE" in capsys.readouterr().err
+
+
+def test_no_keys_file_is_a_usage_error(home: Path, capsys: Capture) -> None:
+    assert main(["bench", "localhost"]) == 2
+    assert "--keys" in capsys.readouterr().err
+
+
+def test_too_few_keys_are_told(keys: Path, home: Path, capsys: Capture) -> None:
+    assert main(["bench", "localhost", "--keys", str(keys), "--connections", "50"]) == 2
+    assert "the 2 users in the keys file may have 9 sessions" in capsys.readouterr().err
+
+
+def test_more_sessions_than_connections_are_told(keys: Path, home: Path, capsys: Capture) -> None:
+    options = ["--keys", str(keys), "--connections", "3", "--sessions", "4"]
+    assert main(["bench", "localhost", *options]) == 2
+    assert "at most --sessions 3" in capsys.readouterr().err
+
+
+def test_an_address_that_is_none_is_told(keys: Path, home: Path, capsys: Capture) -> None:
+    assert main(["bench", "localhost:http", "--keys", str(keys)]) == 2
+    assert "the port must be a number" in capsys.readouterr().err
+
+
+def test_nobody_listening_is_a_failure_in_one_line(keys: Path, home: Path, capsys: Capture) -> None:
+    options = ["--keys", str(keys), "--connections", "9"]
+    assert main(["bench", "127.0.0.1:1", *options]) == 1
+    assert capsys.readouterr().err == "zcproto: 127.0.0.1:1: Connection refused\n"
+
+
+# --- as a user does it ------------------------------------------------------------------------------------
+
+
+def zcproto(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "zcproto", *arguments]
+
+
+@pytest.fixture
+def server(home: Path) -> Iterator[str]:
+    """`zcproto serve` in a process of its own; yields where it listens."""
+    home.mkdir(mode=0o700)
+    (home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
+    process = subprocess.Popen(
+        zcproto("serve", "--port", "0"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    yield process.stdout.readline().split()[-1]
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
+def test_users_are_made_and_fifty_connections_verified(server: str, home: Path, tmp_path: Path) -> None:
+    load, ops = str(tmp_path / "load.keys"), str(tmp_path / "ops.keys")
+    subprocess.run(zcproto("user", "add", "load", "--count", "10", "--keys-out", load), check=True)
+    subprocess.run(zcproto("user", "add", "ops", "--operator", "--count", "1", "--keys-out", ops), check=True)
+    done = subprocess.run(
+        zcproto(
+            "bench", server, "--connections", "50", "--rate", "500", "--duration", "0.5",
+            "--keys", load, "--operator-key-file", ops,
+        ),
+        capture_output=True, text=True, check=False, timeout=50, env={**os.environ, "COLUMNS": "110"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(
+        "verified: 50 of 50 connections, 300 answers equal to what was sent, 0 errors"
+    )
+    # Without an operator there is no count to compare with, so nothing is measured.
+    refused = subprocess.run(
+        zcproto("bench", server, "--connections", "5", "--keys", load),
+        capture_output=True, text=True, check=False, timeout=50,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "the server's own count is for operators, and 'load-1' is none" in refused.stderr

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.demo import run as demonstration
+from bench.demo.run import Demo
+from bench.load.result import Result
+from tests.bench.helpers import plan, verified_result
+from zcproto.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Demo]:
+    """What the command asks for, instead of doing it."""
+    seen: list[Demo] = []
+
+    def run_demo(demo: Demo, console: Any) -> Result:
+        seen.append(demo)
+        return verified_result() if demo.connections > 10 else Result(plan())
+
+    monkeypatch.setattr(demonstration, "run_demo", run_demo)
+    return seen
+
+
+def test_by_default_it_is_ten_thousand_connections(asked: list[Demo]) -> None:
+    assert main(["demo"]) == 0
+    assert asked == [Demo(10_000, 5_000.0, 6.0)]
+
+
+def test_each_option_is_passed_on(asked: list[Demo]) -> None:
+    options = [
+        "--connections",
+        "50",
+        "--rate",
+        "100",
+        "--seconds",
+        "2",
+        "--json",
+        "a.json",
+        "--plot",
+        "a.png",
+    ]
+    assert main(["demo", *options]) == 0
+    (demo,) = asked
+    assert (demo.connections, demo.rate, demo.seconds) == (50, 100.0, 2.0)
+    assert (str(demo.json), str(demo.plot)) == ("a.json", "a.png")
+
+
+def test_the_exit_code_is_1_if_not_all_is_verified(asked: list[Demo]) -> None:
+    assert main(["demo", "--connections", "5"]) == 1
+
+
+@pytest.mark.parametrize("options", [["--connections", "0"], ["--rate", "0"], ["--seconds", "no"]])
+def test_what_cannot_be_is_a_usage_error(options: list[str], capsys: Capture) -> None:
+    assert main(["demo", *options]) == 2
+    assert options[0] in capsys.readouterr().err
