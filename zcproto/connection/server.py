@@ -66,6 +66,7 @@ DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline ha
 _pack_header = HEADER.pack
 _CLOSED: Final = State.CLOSED  # an enumeration's members are slow to reach
 _DRAINING: Final = State.DRAINING
+_READING: Final = frozenset({State.OPEN, State.DRAINING})
 
 
 class JoinedSession(NamedTuple):
@@ -146,7 +147,7 @@ class ServerConnection:
 
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
         """Take in decrypted bytes; hand out what they mean, one event at a time."""
-        if self._is_over():
+        if self.state not in _READING:
             return
         registry = self._registry
         tolerance = self._settings.tolerance_ms
@@ -192,11 +193,13 @@ class ServerConnection:
                     or registry.generation != self._seen_generation
                 ):
                     joined = self._session_of(token, wall, now)
+                    if isinstance(joined, SessionJoined):
+                        yield joined
+                        if registry.generation != self._seen_generation:  # it may have ended meanwhile
+                            joined = self._session_of(token, wall, now)
                     if isinstance(joined, bytes):
                         self._send(ERROR, stream, token, joined, wall)
                         continue
-                    if joined is not None:
-                        yield joined
                 session = self._session
                 if (
                     self._held or self._lingering or session is None or self.state is _DRAINING
@@ -215,10 +218,6 @@ class ServerConnection:
                     return
         except ProtocolError as error:
             yield self._end_with(error.code, error.reason, wall)
-
-    def _is_over(self) -> bool:
-        """Asked by a call at the start only: else a type checker thinks that it can never change."""
-        return self.state is _CLOSED
 
     def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> bool:
         """Refuse one stale frame; True if it was one too many."""

@@ -148,8 +148,10 @@ class ServerProtocol(asyncio.Protocol):
         if connection is None:
             return
         data = connection.data_to_send()
-        if data:
-            self._write(data)
+        if data and self._transport is not None:
+            self._transport.write(data)
+            if self._paused_since is not None:
+                self._check_write_buffer()
         if connection.deadline_moved:
             self._set_deadline()
 
