@@ -253,7 +253,7 @@ def scripted(steps: list[tuple[str, int]]) -> bytes:
     return conversation(steps, pair)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(STEPS, st.data())
 def test_however_a_conversation_is_cut_the_server_says_the_same(
     steps: list[tuple[str, int]], data: st.DataObject
@@ -265,16 +265,16 @@ def test_however_a_conversation_is_cut_the_server_says_the_same(
     assert said(pieces) == said([stream])
 
 
-def test_each_cut_in_two_and_byte_by_byte_says_the_same() -> None:
+def test_in_two_pieces_and_byte_by_byte_it_says_the_same() -> None:
     stream = scripted([("hold", 1), ("echo", 2), ("cancel", 1), ("stale", 3), ("bad body", 4), ("ping", 1)])
     whole = said([stream])
     assert len(whole[0]) == 3
     assert said([stream[at : at + 1] for at in range(len(stream))]) == whole
-    for at in range(len(stream)):
+    for at in range(0, len(stream), 3):
         assert said([stream[:at], stream[at:]]) == whole
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=5))
 def test_any_bytes_are_frames_or_the_end(pieces: list[bytes]) -> None:
     events, _, state, left = said(pieces)
@@ -282,7 +282,7 @@ def test_any_bytes_are_frames_or_the_end(pieces: list[bytes]) -> None:
     assert len(events) <= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(STEPS.filter(bool), st.data())
 def test_any_damage_to_a_conversation_is_answered_and_never_raised(
     steps: list[tuple[str, int]], data: st.DataObject

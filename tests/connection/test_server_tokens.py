@@ -6,9 +6,11 @@ import pytest
 
 from zcproto.connection.events import Request, SessionJoined
 from zcproto.connection.server import JoinedSession, ServerConnection
+from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession
 from zcproto.wire.frame import NO_TOKEN, Kind
+from zcproto.wire.message import MessageError, encode_body
 
 from ..helpers import WALL, ConnectionPair, small_registry
 
@@ -258,6 +260,32 @@ def test_a_session_opened_by_one_request_is_good_for_the_next_of_the_same_read(p
     assert second.params == large
 
 
+def test_a_session_that_ends_while_its_joining_is_told_is_refused(pair: ConnectionPair) -> None:
+    """The edge may stop at any event for as long as the peer does not read."""
+    opened = pair.open_session()
+    tell(pair)
+    data = pair.request(1, token=opened.token) + pair.request(2, token=opened.token)
+    events = pair.server.receive_data(data, pair.clock.wall(), pair.clock.now())
+    assert next(events) == SessionJoined(opened.session.id)
+    revoke(pair, opened)
+    assert list(events) == []
+    revoked, *refusals = pair.answers()
+    assert revoked.event[0] == "session.revoked"
+    assert [answer.code for answer in refusals] == [Code.TOKEN_REVOKED] * 2
+    assert list(pair.server.session_ids) == []
+
+
+def test_another_session_that_ends_then_changes_nothing(pair: ConnectionPair) -> None:
+    opened, other = pair.open_session(), pair.open_session("ben")
+    events = pair.server.receive_data(
+        pair.request(1, token=opened.token), pair.clock.wall(), pair.clock.now()
+    )
+    next(events)
+    revoke(pair, other)
+    (request,) = events
+    assert isinstance(request, Request)
+
+
 def test_a_connection_ended_by_one_request_takes_no_other_of_the_same_read(pair: ConnectionPair) -> None:
     data = pair.request(1, "server.info") + pair.request(2, "server.info")
     events = pair.server.receive_data(data, pair.clock.wall(), pair.clock.now())
@@ -298,6 +326,17 @@ def test_an_event_speaks_of_a_session_that_was_used_here(pair: ConnectionPair) -
     answer = pair.answer()
     assert answer.event == ("pins.next", {"from": 1})
     assert (answer.stream, answer.token) == (0, opened.token)
+
+
+def test_an_event_that_no_frame_can_carry_is_a_fault_of_ours() -> None:
+    pair = ConnectionPair(settings=ConnectionSettings(max_frame=500, max_frame_before_session=200))
+    opened = pair.login()
+    room = pair.settings.max_body - len(encode_body(["pins.next", b""])) - 1
+    assert pair.server.send_event(opened.session.id, "pins.next", bytes(room), WALL)
+    assert len(pair.answer().body) == pair.settings.max_body
+    with pytest.raises(MessageError):
+        pair.server.send_event(opened.session.id, "pins.next", bytes(room + 1), WALL)
+    assert pair.answers() == []
 
 
 def test_after_the_end_no_event_is_sent(pair: ConnectionPair) -> None:

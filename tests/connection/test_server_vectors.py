@@ -133,33 +133,34 @@ def pieces_of(data: bytes, way: str) -> list[bytes]:
     return [data[start:end] for start, end in itertools.pairwise(cuts)]
 
 
-@pytest.mark.parametrize("way", ["whole", "bytes", "cut"])
 @pytest.mark.parametrize("name", VECTORS)
-def test_a_server_does_what_the_vector_says(name: str, way: str) -> None:
+def test_a_server_does_what_the_vector_says(name: str) -> None:
+    """Whole, byte by byte, and cut at the borders of the fields."""
     vector = VECTORS[name]
     data = bytes.fromhex(vector["bytes"])
-    harness = Harness(vector)
-    for piece in pieces_of(data, way):
-        harness.feed(piece)
     expected = vector["expect"]
-    assert harness.outcomes == [simple(outcome) for outcome in expected if is_seen(outcome)]
+    seen = [simple(outcome) for outcome in expected if is_seen(outcome)]
     left = expected[-1].get("have", 0) if expected else 0
-    assert harness.server._decoder.buffered == left or harness.outcomes[-1]["fatal"]
     dropped = sum(outcome.get("why") == "stale timestamp" for outcome in expected)
-    assert harness.server.dropped_stale == dropped
+    for way in ("whole", "bytes", "cut"):
+        harness = Harness(vector)
+        for piece in pieces_of(data, way):
+            harness.feed(piece)
+        assert harness.outcomes == seen, way
+        assert harness.server._decoder.buffered == left or harness.outcomes[-1]["fatal"]
+        assert harness.server.dropped_stale == dropped
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, vector in VECTORS.items() if any(x.get("fatal") for x in vector["expect"])]
-)
-def test_nothing_is_heard_after_a_fatal_fault(name: str) -> None:
-    harness = Harness(VECTORS[name])
-    harness.feed(bytes.fromhex(VECTORS[name]["bytes"]))
-    seen = list(harness.outcomes)
-    ping = encode_frame(PING, 0, harness.wall, harness.server._salt, 2**64 - 1, NO_TOKEN)
-    harness.feed(ping)
-    assert harness.outcomes == seen
-    assert harness.server.data_to_send() == b""
+def test_nothing_is_heard_after_a_fatal_fault() -> None:
+    fatal = [vector for vector in VECTORS.values() if any(x.get("fatal") for x in vector["expect"])]
+    assert len(fatal) > 50
+    for vector in fatal:
+        harness = Harness(vector)
+        harness.feed(bytes.fromhex(vector["bytes"]))
+        seen = list(harness.outcomes)
+        harness.feed(encode_frame(PING, 0, harness.wall, harness.server._salt, 2**64 - 1, NO_TOKEN))
+        assert harness.outcomes == seen
+        assert harness.server.data_to_send() == b""
 
 
 def test_the_example_conversation_runs_to_the_letter() -> None:
