@@ -14,7 +14,7 @@ from typing import Final
 from rich.console import Console
 
 from bench.demo.server import DemoServer
-from bench.load.command import Outputs, run_and_report
+from bench.load.command import Outputs, check_outputs, run_and_report
 from bench.load.plan import SESSIONS_PER_USER, Credential, Plan, raise_file_limit
 from bench.load.result import Result, Verdict
 from bench.load.tally import Kind
@@ -53,6 +53,8 @@ class Demo:
 def run_demo(demo: Demo, console: Console) -> Result:
     """Show it all. Raises ConfigError if the system does not allow so many connections."""
     raise_file_limit(demo.connections + SERVER_SPARE, demo.connections, lambda limit: limit - SERVER_SPARE)
+    outputs = Outputs(json=demo.json, plot=demo.plot, bars=BARS)
+    check_outputs(outputs)
     started = time.monotonic()
     _say(
         console,
@@ -79,7 +81,7 @@ def run_demo(demo: Demo, console: Console) -> Result:
                 arrival_rate=demo.arrival_rate,
                 ca_file=home.certs / "ca.crt",
             )
-            result = run_and_report(plan, Outputs(json=demo.json, plot=demo.plot, bars=BARS), console)
+            result = run_and_report(plan, outputs, console)
     _say(console, _conclusion(result, time.monotonic() - started))
     return result
 

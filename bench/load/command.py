@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import os
 import signal
 import time
 from collections.abc import Mapping
@@ -20,7 +21,10 @@ from bench.load.progress import view_for
 from bench.load.result import Result, Verdict
 from bench.load.run import Stop, View, run
 from bench.load.worker import new_event_loop
+from zcproto.errors import ConfigError
+from zcproto.printable import printable
 
+PLOT_SUFFIXES: Final = (".png", ".svg", ".pdf")
 EXIT_CODES: Final = {Verdict.VERIFIED: 0, Verdict.FAILED: 1, Verdict.INTERRUPTED: 130}
 
 
@@ -34,16 +38,29 @@ class Outputs:
     bars: Mapping[str, float] = field(default_factory=dict)
 
 
+def check_outputs(outputs: Outputs) -> None:
+    """Raises ConfigError for files that could not be written: it would be a pity to find out after the run."""
+    faults = []
+    for path in (outputs.json, outputs.hdr, outputs.plot):
+        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+            faults.append(f"{printable(str(path))}: cannot be written; name a file in a folder of yours")
+    if outputs.plot is not None:
+        importlib.import_module("matplotlib")  # if it is not installed, better to know now
+        if outputs.plot.suffix not in PLOT_SUFFIXES:
+            faults.append(f"{printable(str(outputs.plot))}: the name must end in {', '.join(PLOT_SUFFIXES)}")
+    if faults:
+        raise ConfigError(faults)
+
+
 def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
     """Carry out a plan, print its report and write its files. Raises ConfigError before anything is connected."""
     check_plan(plan)
+    check_outputs(outputs)
     raise_file_limit(
         -(-plan.connections // plan.processes) + SPARE_FILES,
         plan.connections,
         lambda limit: (limit - SPARE_FILES) * plan.processes,
     )
-    if outputs.plot is not None:
-        importlib.import_module("matplotlib")  # if it is not installed, better to know now
     started = time.time()
     with view_for(console) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
         result = runner.run(_run_interruptible(plan, view))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench.load import generator
 from tests.server.helpers import ServerThread
 from zcproto.certs import authority, ensure_own_certificates
 from zcproto.server.app import App
@@ -42,3 +43,10 @@ def serve(tmp_path: Path, certs: Path) -> Iterator[Serve]:
             return stack.enter_context(ServerThread(tmp_path / "home", certs, app, **options))
 
         yield start
+
+
+@pytest.fixture
+def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What never comes is not waited for as long as usual."""
+    monkeypatch.setattr(generator, "ANSWER_TIMEOUT", 0.3)
+    monkeypatch.setattr(generator, "CLOSE_TIMEOUT", 3.0)

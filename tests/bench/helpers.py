@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
+from bench.load.generator import Generator
 from bench.load.latency import Latencies
 from bench.load.plan import Credential, Plan, Share
 from bench.load.record import Record
@@ -12,6 +15,7 @@ from bench.load.result import Moment, Reading, Result
 from bench.load.stats import Stats
 from bench.load.tally import Kind, Tally
 from tests.server.helpers import KEY, ServerThread
+from zcproto.server.app import App
 
 OPERATOR = Credential("operator", KEY)
 
@@ -124,3 +128,26 @@ def verified_result(**changes: Any) -> Result:
     for name, value in changes.items():
         setattr(result, name, value)
     return result
+
+
+def app_with(echo: Callable[..., Any]) -> App:
+    app = App()
+    app.method("echo")(echo)
+    return app
+
+
+async def all_phases(generator: Generator) -> None:
+    await generator.connect()
+    await generator.load()
+    await generator.verify()
+    await generator.close()
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    """Wait until something has happened on this loop, or in the server's thread."""
+
+    async def look() -> None:
+        while not condition():  # noqa: ASYNC110  it happens in another thread
+            await asyncio.sleep(0.002)
+
+    await asyncio.wait_for(look(), seconds)

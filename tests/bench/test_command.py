@@ -63,6 +63,19 @@ def test_nothing_is_connected_for_a_plan_that_cannot_be_carried_out(monkeypatch:
         run_and_report(plan(connections=200, processes=2), Outputs(), console()[0])
 
 
+def test_files_that_cannot_be_written_are_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "run", None)
+    outputs = Outputs(tmp_path / "no" / "run.json", tmp_path / "run.hlog", tmp_path / "run.gif")
+    with pytest.raises(ConfigError) as caught:
+        run_and_report(plan(), outputs, console()[0])
+    assert [fault.partition(": ")[0] for fault in caught.value.faults] == [
+        str(tmp_path / "no" / "run.json"),
+        str(tmp_path / "run.gif"),
+    ]
+
+
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -88,6 +88,14 @@ def test_too_low_a_limit_of_files_is_told_with_what_fits(
     assert [*temporary.iterdir()] == []
 
 
+def test_a_file_that_cannot_be_written_is_told_first(temporary: Path, tmp_path: Path) -> None:
+    view, out = console()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run_demo(Demo(20, 400.0, 0.2, json=tmp_path / "no" / "demo.json"), view)
+    assert out.getvalue() == ""
+    assert [*temporary.iterdir()] == []
+
+
 def test_a_failure_midway_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, temporary: Path, children: Callable[[], list[int]]
 ) -> None:
