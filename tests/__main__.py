@@ -18,6 +18,10 @@ COVERED = ("wire", "connection", "tls", "sessions", "auth", "certs")
 """Rooms of which every line and every branch is run by a test."""
 
 
+LIMIT = 540
+"""Seconds for one tool: one that hangs must fail."""
+
+
 def main(arguments: list[str]) -> int:
     quick = "--quick" in arguments
     if "--fix" in arguments:
@@ -37,7 +41,13 @@ def run(module: str, *arguments: str) -> bool:
     """Run a tool of this environment; tell what it is and how long it took."""
     print(f"-- {module} {' '.join(arguments)}", flush=True)
     began = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=False).returncode
+    try:
+        code = subprocess.run(
+            [sys.executable, "-m", module, *arguments], cwd=ROOT, check=False, timeout=LIMIT
+        ).returncode
+    except subprocess.TimeoutExpired:
+        print(f"-- {module}: did not end within {LIMIT} s", flush=True)
+        return False
     print(f"-- {module}: {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - began:.1f} s", flush=True)
     return code == 0
 
