@@ -319,6 +319,15 @@ def test_a_length_that_its_surroundings_do_not_hold_is_malformed(data: bytes) ->
     assert byte_by_byte(data) == MALFORMED
 
 
+@pytest.mark.parametrize("more", [1, 2, 255])
+def test_the_last_extension_may_not_reach_beyond_the_end(more: int) -> None:
+    hello = replace(GOOD, extensions=[*(GOOD.extensions or ()), (0xFFFF, b"abc")])
+    body = hello.body()
+    assert body.endswith(b"\0\3abc")
+    assert judge(with_body(body)) is ACCEPTED
+    assert judge(with_body(body[:-5] + (3 + more).to_bytes(2, "big") + b"abc")) == MALFORMED
+
+
 @pytest.mark.parametrize("session_id", [b"", bytes(1), bytes(32)])
 def test_a_session_id_may_have_any_allowed_length(session_id: bytes) -> None:
     assert judge(replace(GOOD, session_id=session_id).bytes()) is ACCEPTED

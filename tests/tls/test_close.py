@@ -88,11 +88,15 @@ def test_after_our_close_nothing_is_written_any_more(agreed: TlsPair) -> None:
     assert len(agreed.raw.sent) == sent
 
 
-def test_a_protocol_may_close_at_any_piece(agreed: TlsPair) -> None:
-    agreed.above._then["data"] = lambda above, data: above.transport.close()
+@pytest.mark.parametrize("how", ["close", "abort"])
+def test_a_protocol_may_end_it_at_any_piece_and_hears_no_other(agreed: TlsPair, how: str) -> None:
+    agreed.above._then["data"] = lambda above, data: getattr(above.transport, how)()
     agreed.raw.deliver(agreed.sealed(b"one") + agreed.sealed(b"two") + agreed.sealed(bytes(50_000)))
     assert agreed.above.pieces == [b"one"]
-    assert agreed.client_saw_close_notify()
+    assert agreed.failures == {}
+    assert agreed.client_saw_close_notify() is (how == "close")
+    agreed.timers.advance(10)
+    assert agreed.above.told == ["made", None]
 
 
 # --- truncated ------------------------------------------------------------------------------------------
@@ -338,6 +342,7 @@ def test_a_closed_connection_has_no_state_to_hold(agreed: TlsPair) -> None:
     agreed.raw.lose()
     values = [getattr(server, name) for name in ("_raw", "_tls", "_protocol", "_hello")]
     assert values == [None] * 4
+    assert server._incoming is server._outgoing, "both are the one BIO that stands for none"
     assert not hasattr(server, "__dict__")
 
 
