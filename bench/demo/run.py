@@ -22,7 +22,9 @@ from bench.processes import uninterrupted
 from zcproto.auth import UserFile
 from zcproto.home import Home
 
-ARRIVAL_RATE: Final = 500.0
+ARRIVAL_RATE: Final = 450.0
+"""Connections a second: both ends together then use about half of two cores, and who else is there finds room."""
+
 PAYLOAD_BYTES: Final = 64
 SERVER_SPARE: Final = 320
 """Open files of the server beside the load's connections: what `zcproto serve` asks for, and the operator's."""
