@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import os
 import signal
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,25 @@ def blocking() -> Blocking:
         return connect_blocking(f"127.0.0.1:{server.port}", ca_file=ca_file, **options)
 
     return make
+
+
+@contextlib.contextmanager
+def ctrl_c(seconds: float) -> Iterator[None]:
+    """Presses Ctrl-C after some time, by a signal that pytest has no use for."""
+
+    def press(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGUSR2))
+    old = signal.signal(signal.SIGUSR2, press)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR2, old)
 
 
 def threads() -> list[threading.Thread]:
@@ -118,6 +139,40 @@ def test_a_client_that_was_never_opened_is_closed_without_ado(
     assert threads() == []
 
 
+def test_a_process_without_files_left_is_told_and_may_go_on(
+    shared: ServerThread, blocking: Blocking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("zcproto.client.blocking.new_event_loop", exhausted)
+    client = blocking(shared)
+    with pytest.raises(OSError, match="Too many open files"):
+        client.open()
+    client.close()
+    with pytest.raises(ConnectionClosed):
+        client.call("echo")
+
+
+def test_ctrl_c_while_closing_leaves_no_thread(
+    shared: ServerThread,
+    blocking: Blocking,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    client = blocking(shared)
+    client.open()
+
+    async def never(link: Any) -> None:
+        await asyncio.sleep(3_600)
+
+    monkeypatch.setattr(client._client._sessions, "close", never)
+    with ctrl_c(0.05), pytest.raises(KeyboardInterrupt):
+        client.close()
+    assert threads() == []
+    assert capfd.readouterr().err == ""
+
+
 def test_closing_tells_calls_that_wait_in_other_threads(shared: ServerThread, blocking: Blocking) -> None:
     client = blocking(shared)
     client.open()
@@ -182,17 +237,9 @@ def test_ctrl_c_cancels_the_call_on_the_server_and_leaves_the_client_usable(
 ) -> None:
     server = serve()
 
-    def press(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
     with blocking(server) as client:
-        old = signal.signal(signal.SIGALRM, press)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-            with pytest.raises(KeyboardInterrupt):
-                client.call("sleep", ms=60_000, timeout=None)
-        finally:
-            signal.signal(signal.SIGALRM, old)
+        with ctrl_c(0.1), pytest.raises(KeyboardInterrupt):
+            client.call("sleep", ms=60_000, timeout=None)
         server.until(lambda: server.server.serving.tasks.running == 0)
         assert client.call("echo", x=1) == {"x": 1}
 

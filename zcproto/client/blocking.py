@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from types import TracebackType
@@ -31,7 +32,9 @@ class BlockingClient:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._loop = new_event_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+        self._running: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="zcproto-client", daemon=True)
         self._lock = threading.Lock()
         self._started = False
@@ -41,17 +44,20 @@ class BlockingClient:
         return f"BlockingClient({str(self._client.address)!r})"
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
-        finally:
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
-            self._loop.close()
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                runner.run(self._live())
+        except OSError as error:  # no loop: the process has as many open files as it may
+            self._running.set_exception(error)
+
+    async def _live(self) -> None:
+        self._running.set_result(asyncio.get_running_loop())
+        await self._stop.wait()
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine on the client's loop and wait for it. Whatever ends the wait ends the work too."""
         with self._lock:
-            if self._closed or not self._started:
+            if self._closed or self._loop is None:
                 work.close()
                 raise ConnectionClosed(
                     "this client is closed" if self._closed else "this client is not open yet"
@@ -84,6 +90,7 @@ class BlockingClient:
                 raise RuntimeError("this client was opened before; make a new one")
             self._started = True
             self._thread.start()
+            self._loop = self._running.result()
             atexit.register(self.close)
         try:
             self._wait(self._client.open())
@@ -97,14 +104,14 @@ class BlockingClient:
             if self._closed:
                 return
             self._closed = True
-            if not self._started:
-                self._loop.close()
+            loop = self._loop
+            if loop is None:
                 return
         atexit.unregister(self.close)
         try:
-            asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._client.close(), loop).result()
         finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
 
     # --- what there is to know --------------------------------------------------------------------
