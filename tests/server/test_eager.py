@@ -468,6 +468,47 @@ def test_cancelling_before_the_task_has_begun_reaches_the_coroutine(bench: Bench
     assert cleaned == [True]
 
 
+@pytest.mark.parametrize("when", ["before the task has begun", "before it goes on", "later"])
+def test_what_the_coroutine_waits_for_is_cancelled_with_it(
+    bench: Bench, loop: asyncio.AbstractEventLoop, warm: None, when: str
+) -> None:
+    children: list[str] = []
+
+    async def child() -> None:
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            children.append("cancelled")
+            raise
+
+    async def coroutine() -> None:
+        await asyncio.gather(child(), child())
+
+    outcome = Outcome()
+
+    def step() -> Worker:
+        worker = bench.tasks.start(coroutine())
+        assert worker is not None
+        worker.done = outcome
+        if when == "before the task has begun":
+            worker.cancel()
+        elif when == "before it goes on":
+            loop.call_soon(loop.call_soon, worker.cancel)
+        return worker
+
+    worker = bench.in_loop(step)
+    if when == "later":
+        bench.turns()
+        assert outcome.calls == 0
+        bench.in_loop(worker.cancel)
+    bench.finish(outcome)
+    bench.turns()
+    assert isinstance(outcome.error, asyncio.CancelledError)
+    # Children that had not begun never do; the others are cancelled where they wait.
+    assert children in ([], ["cancelled"] * 2)
+    assert [task for task in asyncio.all_tasks(loop) if task.get_name() != "zcproto-handler"] == []
+
+
 def test_a_coroutine_may_clean_up_in_peace_after_its_cancellation(bench: Bench, warm: None) -> None:
     async def coroutine() -> str:
         try:

@@ -362,7 +362,7 @@ def test_closing_takes_in_nobody(serve: Serve) -> None:
 def test_many_that_come_at_once_are_taken_in_by_and_by(serve: Serve) -> None:
     server = serve()
     # The loop is busy while they come: all are in the backlog when it looks.
-    waiting = server.in_loop(lambda: [server.tcp() for _ in range(listener.ACCEPTS_PER_TURN + 10)])
+    waiting = server.in_loop(lambda: [server.tcp() for _ in range(42)])
     server.until(lambda: server.server._listener.connections == len(waiting))
     for each in waiting:
         reset(each)

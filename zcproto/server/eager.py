@@ -135,14 +135,17 @@ class Worker:
             try:
                 await self._wake
             except asyncio.CancelledError:
+                self.task.uncancel()
                 cancelled = True
         if self._job is None:
             return
+        if cancelled:  # anew, as the task has now the coroutine's wait to cancel with it
+            self.task.cancel()
         awaited, context = self._job
         self._job = None
         result, error = None, None
         try:
-            await _resume(self.driver, awaited, context, cancelled)
+            await _resume(self.driver, awaited, context)
             result = self._pool.result
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -185,15 +188,10 @@ def _new_driver(pool: EagerTasks) -> Driver:
 
 
 @types.coroutine
-def _resume(
-    driver: Driver, awaited: Any, context: contextvars.Context, cancelled: bool
-) -> Generator[Any, Any, None]:
+def _resume(driver: Driver, awaited: Any, context: contextvars.Context) -> Generator[Any, Any, None]:
     """Go on with a coroutine that has yielded `awaited`, each step in its own context."""
     while awaited is not _ENDED:
         try:
-            if cancelled:
-                cancelled = False
-                raise asyncio.CancelledError
             sent = yield awaited
         except GeneratorExit:
             driver.close()

@@ -43,7 +43,6 @@ class ServerProtocol(asyncio.Protocol):
 
     __slots__ = (
         "_connection",
-        "_end_reason",
         "_flush_planned",
         "_paused_since",
         "_serving",
@@ -63,7 +62,6 @@ class ServerProtocol(asyncio.Protocol):
         self._paused_since: float | None = None
         self._flush_planned = False
         self._workers: dict[Request, Worker] | None = None
-        self._end_reason = ""
         self.asks = False  # its own request is ending sessions: it is answered, not told by event
         self.peer = ""
         self.deadline_tick = 0

@@ -1,0 +1,630 @@
+"""The pump of one connection, with a transport that only writes down and time turned by hand:
+back-pressure, deadlines, and letting go of everything at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.helpers import Answer, FakeClock, FakeTimers, small_registry
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.deadlines import DeadlineWheel
+from zcproto.errors import Code, TlsError
+from zcproto.server.app import App
+from zcproto.server.context import Context
+from zcproto.server.eager import EagerTasks
+from zcproto.server.protocol import WRITE_BUFFER_HARD_FACTOR, ServerProtocol
+from zcproto.server.serving import Serving
+from zcproto.sessions import OpenedSession
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, REQUEST, Kind, Side, encode_frame
+from zcproto.wire.message import encode_request
+
+WRITE_BUFFER = 20_000
+WRITE_TIMEOUT = 20.0
+IDLE = 300.0
+
+
+class Transport:
+    """What stands in for the TLS transport. With `stuck` the peer reads nothing."""
+
+    peer = "192.0.2.7"
+
+    def __init__(self) -> None:
+        self.protocol: ServerProtocol | None = None
+        self.out = bytearray()
+        self.unread = 0
+        self.stuck = False
+        self.high = 0
+        self.paused = False
+        self.reading = True
+        self.closed = False
+        self.aborted = False
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        self.high = high
+
+    def write(self, data: bytes) -> None:
+        if self.closed or self.aborted:
+            return
+        self.out += data
+        if self.stuck:
+            self.unread += len(data)
+            if self.unread > self.high and not self.paused:
+                self.paused = True
+                assert self.protocol is not None
+                self.protocol.pause_writing()
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def drain(self, *, stuck: bool = False) -> None:
+        """The peer reads all that waits; with `stuck` only once."""
+        self.unread = 0
+        self.stuck = stuck
+        if self.paused:
+            self.paused = False
+            assert self.protocol is not None
+            self.protocol.resume_writing()
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class Harness:
+    """One server's share of a loop, and connections to it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.clock = FakeClock()
+        self.timers = FakeTimers(self.clock.now())
+        self.registry = small_registry(idle_timeout_ms=None)
+        self.app = App()
+        self.futures: list[asyncio.Future[Any]] = []
+        self.ran: list[int] = []
+        self.contexts: list[Context] = []
+        self.serving = Serving(
+            settings=ConnectionSettings(idle_timeout_s=IDLE, max_streams=16),
+            registry=self.registry,
+            methods={method.name: method for method in self._methods()},
+            wheel=DeadlineWheel(self.timers),
+            tasks=EagerTasks(loop),
+            call_soon=self.timers.call_soon,
+            clock=self.clock,
+            entropy=lambda size: next(self._salts).to_bytes(size, "big"),
+            write_buffer_bytes=WRITE_BUFFER,
+            write_timeout=WRITE_TIMEOUT,
+            session_idle_timeout_ms=None,
+        )
+        self._salts = itertools.count(1)
+
+    def _methods(self) -> App:
+        app = self.app
+
+        @app.method("big")
+        def big(n: int, size: int = 9_000) -> bytes:
+            self.ran.append(n)
+            return bytes(size)
+
+        @app.method("wait")
+        async def wait(context: Context) -> Any:
+            self.contexts.append(context)
+            future = self.loop.create_future()
+            self.futures.append(future)
+            return await future
+
+        @app.method("close.and.wait")
+        async def close_and_wait(context: Context) -> None:
+            context._protocol.close("by a method")
+            future = self.loop.create_future()
+            self.futures.append(future)
+            await future
+
+        @app.method("close.and.answer")
+        def close_and_answer(context: Context, size: int = 0) -> bytes:
+            context._protocol.close("by a method")
+            return bytes(size)
+
+        @app.method("context.join")
+        def join(context: Context) -> None:
+            self.contexts.append(context)
+
+        return app
+
+    def connect(self) -> Peer:
+        return Peer(self)
+
+    def advance(self, seconds: float) -> None:
+        """Let time go by on all clocks, in steps, so that deadlines find the time that they are due at."""
+        end = self.clock.now() + seconds
+        while True:
+            due = [when for when in self.timers.armed if when <= end]
+            step = (due[0] if due else end) - self.clock.now()
+            self.clock.advance(max(0.0, step))
+            self.timers.advance(max(0.0, self.clock.now() - self.timers.clock))
+            if not due:
+                return
+
+    def turn(self) -> None:
+        """Let tasks of the real loop go on, then call what was to be called soon."""
+        for _ in range(4):
+            self.loop.run_until_complete(asyncio.sleep(0))
+        self.timers.run()
+
+    def in_loop(self, step: Any) -> Any:
+        async def call() -> Any:
+            return step()
+
+        return self.loop.run_until_complete(call())
+
+
+class Peer:
+    """A client's end: makes frames, reads answers."""
+
+    def __init__(self, harness: Harness) -> None:
+        self.harness = harness
+        self.transport = Transport()
+        self.protocol = ServerProtocol(harness.serving)
+        self.transport.protocol = self.protocol
+        transport: Any = self.transport
+        self.protocol.connection_made(transport)
+        self.counter = 0
+        self.token = NO_TOKEN
+        self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
+        self.welcome = self.answers()[0]
+        self.salt = self.welcome.salt
+
+    def frame(self, head: int, stream: int = 0, body: bytes = b"") -> bytes:
+        self.counter += 1
+        return encode_frame(
+            head, stream, self.harness.clock.wall(), self.salt, self.counter, self.token, body
+        )
+
+    def request(self, stream: int, method: str, params: dict[str, Any] | None = None, **meta: Any) -> bytes:
+        return self.frame(REQUEST, stream, encode_request(method, params, meta))
+
+    def send(self, *frames: bytes) -> None:
+        """Bytes of one read."""
+        assert self.transport.reading, "the server does not read"
+        self.harness.in_loop(lambda: self.protocol.data_received(b"".join(frames)))
+
+    def answers(self) -> list[Answer]:
+        self._decoder.feed(bytes(self.transport.out))
+        self.transport.out.clear()
+        return [Answer(frame) for frame in self._decoder.frames()]
+
+    def login(self, user: str = "ada") -> OpenedSession:
+        opened = self.harness.registry.open(
+            user, operator=False, client="", address="", wall=self.harness.clock.wall()
+        )
+        self.token = opened.token
+        self.send(self.frame(REQUEST, 99, encode_request("big", {"n": 0, "size": 0})))
+        self.answers()
+        self.harness.ran.clear()
+        return opened
+
+    def lose(self, error: Exception | None = None) -> None:
+        self.protocol.connection_lost(error)
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    loop = asyncio.new_event_loop()
+    harness = Harness(loop)
+    yield harness
+    assert loop.run_until_complete(harness.serving.tasks.close(1.0)) == 0
+    loop.close()
+
+
+@pytest.fixture
+def peer(harness: Harness) -> Peer:
+    peer = harness.connect()
+    peer.login()
+    return peer
+
+
+def nothing_left(harness: Harness) -> None:
+    harness.turn()
+    serving = harness.serving
+    assert serving.connections == set()
+    assert serving._by_session == {}
+    assert len(serving.wheel) == 0
+    assert serving.tasks.running == 0
+
+
+def ended(harness: Harness) -> dict[str, int]:
+    return harness.serving.counters.connections_ended
+
+
+# --- back-pressure -----------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_does_not_read_has_no_further_requests_run(harness: Harness, peer: Peer) -> None:
+    peer.transport.stuck = True
+    peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
+    assert harness.ran == [1, 2, 3]  # 27,000 bytes: the limit was passed with the third
+    assert not peer.transport.reading
+    assert peer.transport.unread < 2 * WRITE_BUFFER
+    peer.transport.drain()
+    assert harness.ran == list(range(1, 11))
+    assert peer.transport.reading
+    assert [answer.stream for answer in peer.answers()] == list(range(1, 11))
+
+
+def test_a_peer_that_reads_a_little_gets_a_little_more(harness: Harness, peer: Peer) -> None:
+    peer.transport.stuck = True
+    peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
+    streams = [answer.stream for answer in peer.answers()]
+    while not peer.transport.reading:
+        before = len(harness.ran)
+        peer.transport.drain(stuck=True)
+        assert len(harness.ran) - before <= 3
+        streams += [answer.stream for answer in peer.answers()]
+    assert streams == list(range(1, 11))
+
+
+def test_small_answers_are_gathered_and_still_bounded(harness: Harness, peer: Peer) -> None:
+    peer.transport.stuck = True
+    for read in range(100):
+        if not peer.transport.reading:
+            break
+        first = read * 20 + 1
+        peer.send(*(peer.request(n, "big", {"n": n, "size": 100}) for n in range(first, first + 20)))
+    assert not peer.transport.reading
+    assert peer.transport.unread < 2 * WRITE_BUFFER
+    peer.transport.drain()
+    assert len(peer.answers()) == len(harness.ran)
+
+
+def test_a_deadline_that_passes_meanwhile_loses_no_suspended_request(harness: Harness, peer: Peer) -> None:
+    peer.send(peer.request(50, "wait", None, deadline_ms=5_000), peer.request(51, "wait"))
+    peer.transport.stuck = True
+    peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
+    assert harness.ran == [1, 2, 3]
+    harness.advance(6.0)
+    peer.transport.drain()
+    assert harness.ran == list(range(1, 11))
+    answers = {answer.stream: answer for answer in peer.answers()}
+    assert set(answers) == {50, *range(1, 11)}
+    assert answers[50].code == Code.DEADLINE_EXCEEDED
+    harness.turn()
+    assert harness.futures[0].cancelled()
+    harness.in_loop(lambda: harness.futures[1].set_result("still here"))
+    harness.turn()
+    assert [answer.value for answer in peer.answers()] == ["still here"]
+
+
+def test_a_cancel_behind_suspended_requests_is_heard_when_its_turn_comes(
+    harness: Harness, peer: Peer
+) -> None:
+    peer.send(peer.request(50, "wait"))
+    peer.transport.stuck = True
+    requests = [peer.request(n, "big", {"n": n}) for n in range(1, 6)]
+    peer.send(*requests, peer.frame(CANCEL, 50), peer.frame(PING))
+    assert 50 not in {answer.stream for answer in peer.answers()}
+    peer.transport.drain()
+    kinds = [(answer.kind, answer.stream) for answer in peer.answers()]
+    assert kinds[-2:] == [(Kind.ERROR, 50), (Kind.PONG, 0)]
+
+
+def test_a_peer_that_does_not_read_for_too_long_is_cut_off(harness: Harness, peer: Peer) -> None:
+    peer.send(peer.request(50, "wait"))
+    peer.transport.stuck = True
+    peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
+    harness.advance(WRITE_TIMEOUT - 1)
+    assert not peer.transport.aborted
+    harness.advance(2)
+    assert peer.transport.aborted
+    assert ended(harness) == {"write_timeout": 1}
+    peer.transport.drain()
+    assert harness.ran == [1, 2, 3]
+    nothing_left(harness)
+    assert harness.futures[0].cancelled()
+
+
+def test_a_peer_that_reads_in_time_is_not_cut_off(harness: Harness, peer: Peer) -> None:
+    for _ in range(3):
+        peer.transport.stuck = True
+        peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 4)))
+        assert not peer.transport.reading
+        harness.advance(WRITE_TIMEOUT - 1)
+        peer.transport.drain()
+        harness.advance(2)
+    assert not peer.transport.aborted
+    assert len(peer.answers()) == 9
+
+
+def test_answers_under_way_fill_the_buffer_to_a_hard_limit_and_no_further(
+    harness: Harness, peer: Peer
+) -> None:
+    peer.send(*(peer.request(n, "wait") for n in range(1, 17)))
+    peer.transport.stuck = True
+    most = 0
+
+    def answer(future: asyncio.Future[Any]) -> None:
+        nonlocal most
+        if not future.done():
+            harness.in_loop(lambda: future.set_result(bytes(15_000)))
+            harness.turn()
+        most = max(most, peer.transport.unread)
+
+    for future in harness.futures:
+        answer(future)
+    assert peer.transport.aborted
+    assert ended(harness) == {"write_buffer_full": 1}
+    assert most < WRITE_BUFFER_HARD_FACTOR * WRITE_BUFFER + 16_000
+    nothing_left(harness)
+
+
+def test_cut_off_while_requests_are_taken_nothing_of_them_is_kept(harness: Harness, peer: Peer) -> None:
+    peer.transport.stuck = True
+    size = (WRITE_BUFFER_HARD_FACTOR + 1) * WRITE_BUFFER
+    peer.send(*(peer.request(n, "big", {"n": n, "size": size}) for n in range(1, 4)))
+    assert peer.transport.aborted
+    assert harness.ran == [1]
+    peer.transport.drain()  # a late word of the transport
+    assert harness.ran == [1]
+    nothing_left(harness)
+
+
+def test_pausing_before_and_after_there_is_a_connection_is_no_fault(harness: Harness) -> None:
+    protocol = ServerProtocol(harness.serving)
+    protocol.pause_writing()
+    protocol.resume_writing()
+    peer = harness.connect()
+    peer.lose()
+    peer.protocol.pause_writing()
+    peer.protocol.resume_writing()
+    nothing_left(harness)
+
+
+# --- time --------------------------------------------------------------------------------------------------
+
+
+def test_a_silent_connection_ends(harness: Harness, peer: Peer) -> None:
+    harness.advance(IDLE + 2)
+    assert [answer.kind for answer in peer.answers()] == [Kind.GOAWAY]
+    assert peer.transport.closed
+    assert ended(harness) == {"idle": 1}
+    nothing_left(harness)
+
+
+def test_one_that_speaks_does_not(harness: Harness, peer: Peer) -> None:
+    for _ in range(4):
+        harness.advance(IDLE - 10)
+        peer.send(peer.frame(PING))
+    assert not peer.transport.closed
+    assert {answer.kind for answer in peer.answers()} == {Kind.PONG}
+
+
+def test_after_a_long_request_silence_counts_again(harness: Harness, peer: Peer) -> None:
+    peer.send(peer.request(1, "wait"))
+    harness.advance(5 * IDLE)
+    assert not peer.transport.closed
+    harness.in_loop(lambda: harness.futures[0].set_result(1))
+    harness.turn()
+    assert [answer.value for answer in peer.answers()] == [1]
+    harness.advance(2 * IDLE + 2)
+    assert peer.transport.closed
+    assert ended(harness) == {"idle": 1}
+
+
+def test_without_a_session_it_ends_soon(harness: Harness) -> None:
+    peer = harness.connect()
+    harness.advance(12)
+    assert peer.transport.closed
+    assert ended(harness) == {"no_session": 1}
+    nothing_left(harness)
+
+
+def test_a_deadline_handler_that_comes_late_does_nothing(harness: Harness, peer: Peer) -> None:
+    peer.lose()
+    peer.protocol.handle_deadline(harness.clock.now())
+    assert ended(harness) == {"closed_by_peer": 1}
+
+
+# --- the end -----------------------------------------------------------------------------------------------
+
+
+def test_a_fatal_error_is_sent_counted_and_ends_it(harness: Harness, peer: Peer) -> None:
+    peer.send(peer.request(1, "wait"), peer.frame(REQUEST, 0), peer.request(2, "big", {"n": 2}))
+    (error,) = peer.answers()
+    assert (error.stream, error.code) == (0, Code.PROTOCOL_ERROR)
+    assert peer.transport.closed
+    assert ended(harness) == {"protocol_error": 1}
+    assert harness.serving.counters.errors == {Code.PROTOCOL_ERROR: 1}
+    assert harness.ran == []
+    nothing_left(harness)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(None, "closed_by_peer"), (TlsError("truncated"), "truncated"), (OSError(), "closed_by_peer")],
+)
+def test_a_lost_connection_is_counted_by_its_cause(
+    harness: Harness, peer: Peer, error: Exception | None, reason: str
+) -> None:
+    peer.send(peer.request(1, "wait"))
+    peer.lose(error)
+    assert ended(harness) == {reason: 1}
+    nothing_left(harness)
+    assert harness.contexts[0].cancelled
+
+
+def test_close_notify_and_the_end_of_tcp_are_one_end(harness: Harness, peer: Peer) -> None:
+    peer.protocol.eof_received()
+    peer.lose()
+    assert ended(harness) == {"closed_by_peer": 1}
+
+
+def test_nothing_is_done_for_a_connection_that_has_ended(harness: Harness, peer: Peer) -> None:
+    opened = peer.login("eve")
+    peer.send(peer.request(1, "context.join"))
+    context = harness.contexts[0]
+    peer.answers()
+    peer.protocol.close("test")
+    peer.protocol.close("test")
+    peer.protocol.data_received(b"anything")
+    peer.protocol.go_away("test")
+    peer.protocol.cancel_all()
+    peer.protocol.abort("test")
+    context.join(opened.session, opened.token)
+    assert context.send_event("news", 1) is False
+    assert context.cancelled
+    harness.registry.revoke_user("eve", "test")
+    assert peer.answers() == []
+    assert ended(harness) == {"test": 1}
+    nothing_left(harness)
+
+
+def test_an_event_planned_before_the_end_is_not_sent_after_it(harness: Harness, peer: Peer) -> None:
+    peer.send(peer.request(1, "context.join"))
+    peer.answers()
+    assert harness.contexts[0].send_event("news", 1) is True
+    peer.lose()
+    nothing_left(harness)
+    assert peer.answers() == []
+
+
+def test_a_session_that_ended_before_its_connection_is_told_of_no_more(harness: Harness, peer: Peer) -> None:
+    peer.protocol.session_ended("no such session", Code.TOKEN_REVOKED, "test")
+    harness.turn()
+    assert peer.answers() == []
+    assert not peer.transport.closed
+    peer.lose()
+    peer.protocol.session_ended("no such session", Code.TOKEN_REVOKED, "test")
+
+
+def test_a_revocation_between_two_reads_is_told_in_one_write(harness: Harness, peer: Peer) -> None:
+    harness.registry.revoke_user("ada", "test")
+    assert peer.answers() == []
+    harness.turn()
+    (event,) = peer.answers()
+    assert event.event == ("session.revoked", {"reason": "test"})
+    # Left without a session it is closed when the time for opening one has passed.
+    harness.advance(12)
+    assert peer.transport.closed
+    assert ended(harness) == {"no_session": 1}
+
+
+def test_an_expired_session_is_left_without_a_word(harness: Harness, peer: Peer) -> None:
+    wall = harness.clock.wall() + 30 * 24 * 3_600_000
+    harness.registry.clean(wall, 1_000)
+    harness.turn()
+    assert peer.answers() == []
+    harness.advance(12)
+    assert ended(harness) == {"no_session": 1}
+
+
+def test_many_connections_of_one_session_are_told_and_forgotten(harness: Harness, peer: Peer) -> None:
+    others = [harness.connect() for _ in range(3)]
+    for other in others:
+        other.token = peer.token
+        other.send(other.request(1, "big", {"n": 1}))
+        other.answers()
+        other.send(other.request(2, "big", {"n": 1}))
+        other.answers()
+    others.pop().lose()
+    harness.registry.revoke_user("ada", "test")
+    harness.turn()
+    for each in (peer, *others):
+        assert [answer.kind for answer in each.answers()] == [Kind.EVENT]
+        each.lose()
+    nothing_left(harness)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_the_last_connection_of_a_session_clears_the_index(
+    harness: Harness, peer: Peer, order: tuple[int, ...]
+) -> None:
+    peers = [peer, harness.connect(), harness.connect()]
+    for other in peers[1:]:
+        other.token = peer.token
+        other.send(other.request(1, "big", {"n": 1}))
+    for index in order:
+        assert harness.serving._by_session
+        peers[index].lose()
+    nothing_left(harness)
+
+
+def test_a_method_that_ends_its_own_connection_and_waits_is_cancelled(harness: Harness, peer: Peer) -> None:
+    peer.send(peer.request(1, "close.and.wait"))
+    nothing_left(harness)
+    assert harness.futures[0].cancelled()
+    assert ended(harness) == {"by a method": 1}
+
+
+@pytest.mark.parametrize("size", [0, 10_000])
+def test_a_method_that_ends_its_own_connection_and_answers_is_not_heard(
+    harness: Harness, peer: Peer, size: int
+) -> None:
+    peer.send(peer.request(1, "close.and.answer", {"size": size}), peer.request(2, "big", {"n": 2}))
+    assert peer.answers() == []
+    assert harness.ran == []
+    nothing_left(harness)
+
+
+def test_draining_says_goaway_first_and_waits_for_answers(harness: Harness, peer: Peer) -> None:
+    peer.send(peer.request(1, "wait"))
+    idle = harness.connect()
+    harness.serving.draining = True
+    for each in (peer, idle):
+        each.protocol.go_away("draining")
+        assert [answer.kind for answer in each.answers()] == [Kind.GOAWAY]
+    assert idle.transport.closed
+    assert not peer.transport.closed
+    late = harness.connect()
+    assert late.transport.closed
+    harness.in_loop(lambda: harness.futures[0].set_result(1))
+    harness.turn()
+    assert [answer.value for answer in peer.answers()] == [1]
+    assert peer.transport.closed
+    nothing_left(harness)
+
+
+def alive() -> int:
+    """Connections in memory, those included that only a garbage collection would find."""
+    return sum(isinstance(each, ServerProtocol) for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("ending", ["close", "abort", "lose", "fatal", "timeout"])
+def test_nothing_keeps_an_ended_connection_alive(harness: Harness, ending: str) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        peer = harness.connect()
+        peer.login()
+        peer.send(peer.request(1, "wait"), peer.request(2, "wait"))
+        assert alive() == 1
+        if ending == "close":
+            peer.protocol.close("test")
+        elif ending == "abort":
+            peer.protocol.abort("test")
+        elif ending == "fatal":
+            peer.send(peer.request(1, "wait"))
+        elif ending == "timeout":
+            harness.registry.revoke_user("ada", "test")
+            harness.advance(12)
+        peer.lose()
+        harness.turn()
+        harness.futures.clear()
+        harness.contexts.clear()
+        peer.transport.protocol = None
+        del peer
+        assert alive() == 0
+    finally:
+        gc.enable()
