@@ -48,7 +48,9 @@ def run(module: str, *arguments: str) -> bool:
     except subprocess.TimeoutExpired:
         print(f"-- {module}: did not end within {LIMIT} s", flush=True)
         return False
-    print(f"-- {module}: {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - began:.1f} s", flush=True)
+    print(
+        f"-- {module}: {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - began:.1f} s", flush=True
+    )
     return code == 0
 
 

@@ -15,53 +15,93 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
 @click.command()
 @click.argument("address", metavar="HOST:PORT")
 @click.option(
-    "--connections", type=click.IntRange(1, 1_000_000), default=100, show_default=True, metavar="N",
+    "--connections",
+    type=click.IntRange(1, 1_000_000),
+    default=100,
+    show_default=True,
+    metavar="N",
     help="TLS connections, all open at once.",
 )
 @click.option(
-    "--sessions", type=click.IntRange(1, 1_000_000), metavar="M",
+    "--sessions",
+    type=click.IntRange(1, 1_000_000),
+    metavar="M",
     help="Sessions; with fewer than connections, the others share them. [default: one a connection]",
 )
 @click.option(
-    "--rate", type=click.FloatRange(0.1, 10_000_000), default=1_000.0, show_default=True, metavar="R",
+    "--rate",
+    type=click.FloatRange(0.1, 10_000_000),
+    default=1_000.0,
+    show_default=True,
+    metavar="R",
     help="Requests a second, over all connections, whether answers come or not.",
 )
 @click.option(
-    "--duration", type=click.FloatRange(0.1, 86_400), default=10.0, show_default=True, metavar="S",
+    "--duration",
+    type=click.FloatRange(0.1, 86_400),
+    default=10.0,
+    show_default=True,
+    metavar="S",
     help="Seconds of load.",
 )
 @click.option(
-    "--payload", type=click.IntRange(0), default=64, show_default=True, metavar="BYTES",
+    "--payload",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    metavar="BYTES",
     help="Random bytes in each request, and in its answer.",
 )
 @click.option(
-    "--pipeline", type=click.IntRange(1, 1_024), default=1, show_default=True, metavar="D",
+    "--pipeline",
+    type=click.IntRange(1, 1_024),
+    default=1,
+    show_default=True,
+    metavar="D",
     help="Requests in each write.",
 )
 @click.option(
-    "--arrival-rate", type=click.FloatRange(0.1, 100_000), default=500.0, show_default=True, metavar="A",
+    "--arrival-rate",
+    type=click.FloatRange(0.1, 100_000),
+    default=500.0,
+    show_default=True,
+    metavar="A",
     help="New connections a second.",
 )
 @click.option(
-    "--processes", type=click.IntRange(1, 256), default=1, show_default=True, metavar="P",
+    "--processes",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    metavar="P",
     help="Processes that make the load.",
 )
 @click.option(
-    "--keys", type=OUTPUT, metavar="FILE", required=True,
+    "--keys",
+    type=OUTPUT,
+    metavar="FILE",
+    required=True,
     help="Users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
 )
 @click.option(
-    "--operator-key-file", type=OUTPUT, metavar="FILE",
+    "--operator-key-file",
+    type=OUTPUT,
+    metavar="FILE",
     help="Who may read the server's own count; a file as for --keys, of one. [default: the first of --keys]",
 )
 @click.option(
-    "--ca", type=OUTPUT, metavar="FILE",
+    "--ca",
+    type=OUTPUT,
+    metavar="FILE",
     help="The CA to believe. [default: that of the home folder if it has one, else the system's store]",
 )
 @click.option("--seed", type=int, default=1, show_default=True, metavar="N", help="Of arrivals and payloads.")
 @click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write everything measured.")
 @click.option(
-    "--hdr", "hdr_file", type=OUTPUT, metavar="FILE",
+    "--hdr",
+    "hdr_file",
+    type=OUTPUT,
+    metavar="FILE",
     help="Write latencies as an HdrHistogram log; NAME.hgrm: as a percentile distribution.",
 )
 @click.option("--plot", type=OUTPUT, metavar="FILE.png", help="Draw latencies, connections and rates.")

@@ -11,15 +11,27 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
 
 @click.command()
 @click.option(
-    "--connections", type=click.IntRange(1, 1_000_000), default=10_000, show_default=True, metavar="N",
+    "--connections",
+    type=click.IntRange(1, 1_000_000),
+    default=10_000,
+    show_default=True,
+    metavar="N",
     help="TLS connections, all open at once.",
 )
 @click.option(
-    "--rate", type=click.FloatRange(0.1, 10_000_000), default=5_000.0, show_default=True, metavar="R",
+    "--rate",
+    type=click.FloatRange(0.1, 10_000_000),
+    default=5_000.0,
+    show_default=True,
+    metavar="R",
     help="Requests a second, over all connections.",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(0.1, 3_600), default=6.0, show_default=True, metavar="S",
+    "--seconds",
+    type=click.FloatRange(0.1, 3_600),
+    default=6.0,
+    show_default=True,
+    metavar="S",
     help="How long.",
 )
 @click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write everything measured.")

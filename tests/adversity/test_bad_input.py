@@ -1,0 +1,464 @@
+"""Bad input over real TLS: each gets the answer of the protocol, and a bystander notices nothing."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+from zcproto.server.app import App
+
+from ..server.conftest import Serve
+from ..server.helpers import (
+    CANCEL,
+    ERROR,
+    EVENT,
+    GOAWAY,
+    NO_TOKEN,
+    PING,
+    PONG,
+    REQUEST,
+    RESPONSE,
+    WELCOME,
+    Client,
+    ServerThread,
+    bystander,
+    client_context,
+    eventually,
+    read_to_end,
+    reset,
+    wall,
+)
+from ..tls.hellos import with_suites
+
+INVALID_ARGUMENT, UNAUTHENTICATED, RESOURCE_EXHAUSTED = 3, 16, 8
+PROTOCOL_ERROR, FRAME_TOO_LARGE, REPLAYED, STALE_TIMESTAMP = 64, 65, 66, 67
+TOKEN_EXPIRED, TOKEN_REVOKED = 68, 69
+ALERT_RECORD = 21
+
+
+@pytest.fixture(autouse=True)
+def undisturbed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A connection beside those that misbehave, where the test uses the shared server."""
+    if "shared" not in request.fixturenames:
+        yield
+        return
+    with bystander(request.getfixturevalue("shared")):
+        yield
+
+
+def failures(server: ServerThread, cause: str) -> int:
+    return int(server.stats["tls_failures"].get(cause, 0))
+
+
+# --- before and in the handshake -----------------------------------------------------------------------
+
+
+def test_garbage_is_closed_without_an_answer_and_counted(shared: ServerThread) -> None:
+    before = failures(shared, "not_tls")
+    with shared.tcp() as raw:
+        raw.sendall(b"\xff" * 64)
+        assert read_to_end(raw)[0] == b""
+    assert failures(shared, "not_tls") == before + 1
+
+
+def test_plaintext_http_is_told_that_this_port_speaks_tls(shared: ServerThread) -> None:
+    with shared.tcp() as raw:
+        raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer, _ = read_to_end(raw)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"TLS" in answer
+    assert failures(shared, "plaintext_http") >= 1
+
+
+def first_hello(alpn: tuple[str, ...] = ("zcp/1",)) -> bytes:
+    """The first flight of a client of this machine's OpenSSL."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
+def alert_for(server: ServerThread, hello: bytes) -> int:
+    """The fatal alert that a ClientHello is answered with."""
+    with server.tcp() as raw:
+        raw.sendall(hello)
+        answer, _ = read_to_end(raw)
+    assert len(answer) == 7
+    assert answer[0] == ALERT_RECORD
+    assert answer[5] == 2
+    return answer[6]
+
+
+def test_tls_1_2_gets_protocol_version(shared: ServerThread) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with shared.tcp() as raw, pytest.raises(ssl.SSLError, match=r"PROTOCOL_VERSION|protocol version"):
+        context.wrap_socket(raw)
+    assert failures(shared, "unsupported_version") >= 1
+
+
+def test_aes_128_alone_gets_handshake_failure(shared: ServerThread) -> None:
+    assert alert_for(shared, with_suites(first_hello(), 0x1301)) == 40
+    assert failures(shared, "no_shared_suite") >= 1
+
+
+@pytest.mark.parametrize("alpn", [("h2",), ("zcp/2", "h2"), ()])
+def test_another_protocol_gets_no_application_protocol(shared: ServerThread, alpn: tuple[str, ...]) -> None:
+    assert alert_for(shared, first_hello(alpn)) == 120
+
+
+def test_half_a_hello_and_silence_ends_at_the_handshake_timeout(serve: Serve) -> None:
+    server = serve(tls__handshake_timeout=0.3)
+    with bystander(server), server.tcp() as raw:
+        raw.sendall(first_hello()[:100])
+        began = time.monotonic()
+        read_to_end(raw)
+        assert time.monotonic() - began < 2.0
+        assert failures(server, "handshake_timeout") == 1
+
+
+# --- headers ---------------------------------------------------------------------------------------------
+
+
+def fatal(client: Client, data: bytes) -> int:
+    """Send bytes; the code of the ERROR on stream 0 after which the server closes cleanly."""
+    client.send(data)
+    frames, how = client.rest_until_closed()
+    assert how == "close_notify"
+    assert [(frame.kind, frame.stream, frame.token) for frame in frames[-1:]] == [(ERROR, 0, NO_TOKEN)]
+    return frames[-1].code
+
+
+HEADERS: list[tuple[str, dict[str, Any], int]] = [
+    ("length 2^32-1", {"length": 2**32 - 1}, FRAME_TOO_LARGE),
+    ("length 0", {"length": 0}, PROTOCOL_ERROR),
+    ("length 63", {"length": 63}, PROTOCOL_ERROR),
+    ("length one above the limit", {"length": 1_048_577}, FRAME_TOO_LARGE),
+    ("version 0", {"version": 0}, PROTOCOL_ERROR),
+    ("version 2", {"version": 2}, PROTOCOL_ERROR),
+    ("flags", {"flags": 1}, PROTOCOL_ERROR),
+    ("stream 0", {"stream": 0}, PROTOCOL_ERROR),
+    *[(f"kind {kind:#x}", {"kind": kind, "stream": 1}, PROTOCOL_ERROR) for kind in (0, 10, 0x10, 0x1F, 0xFF)],
+    *[
+        (f"kind {kind:#x} of servers", {"kind": kind, "stream": 1}, PROTOCOL_ERROR)
+        for kind in (WELCOME, RESPONSE)
+    ],
+    *[
+        (f"kind {kind:#x} of servers", {"kind": kind, "stream": 0}, PROTOCOL_ERROR)
+        for kind in (ERROR, GOAWAY, EVENT)
+    ],
+    ("PING on a stream", {"kind": PING, "stream": 5}, PROTOCOL_ERROR),
+    ("CANCEL of stream 0", {"kind": CANCEL, "stream": 0}, PROTOCOL_ERROR),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"), [case[1:] for case in HEADERS], ids=[case[0] for case in HEADERS]
+)
+def test_a_header_that_no_frame_may_have_ends_the_connection(
+    shared: ServerThread, fields: dict[str, Any], code: int
+) -> None:
+    with shared.client("ada") as client:
+        assert fatal(client, client.frame(fields.pop("kind", REQUEST), b"", **fields)) == code
+        fields["kind"] = REQUEST
+
+
+def test_a_large_frame_before_a_session_is_refused_from_its_header(shared: ServerThread) -> None:
+    with shared.client() as client:
+        assert fatal(client, client.frame(length=16_385)) == FRAME_TOO_LARGE
+
+
+def test_a_body_where_none_belongs_ends_the_connection(shared: ServerThread) -> None:
+    with shared.client() as client:
+        assert fatal(client, client.frame(PING, b"\xc0")) == PROTOCOL_ERROR
+
+
+def test_a_frame_that_comes_byte_by_byte_is_a_frame(shared: ServerThread) -> None:
+    with shared.client("ada") as client:
+        for byte in client.request("echo", {"a": 1}):
+            client.tls.sendall(bytes((byte,)))
+        assert client.answer().value == {"a": 1}
+
+
+def test_a_stream_in_flight_is_not_used_twice(shared: ServerThread) -> None:
+    with shared.client("ada") as client:
+        client.send(client.request("sleep", {"ms": 60_000}, stream=7))
+        assert fatal(client, client.request("echo", {}, stream=7)) == PROTOCOL_ERROR
+    shared.until(lambda: shared.server.serving.tasks.running == 0)
+
+
+# --- bodies ----------------------------------------------------------------------------------------------
+
+BODIES = {
+    "nothing": b"",
+    "not msgpack": b"\xc1",
+    "two values": msgpack.packb(["echo", {}]) + b"\xc0",
+    "cut off": msgpack.packb(["echo", {"a": "b" * 40}])[:-3],
+    "a map": msgpack.packb({"method": "echo"}),
+    "no params": msgpack.packb(["echo"]),
+    "params a list": msgpack.packb(["echo", [1]]),
+    "keys that are no str": msgpack.packb(["echo", {1: 2}]),
+    "invalid UTF-8": b"\x92\xa4echo\x81\xa1a\xa1\xff",
+    "ext": msgpack.packb(["echo", {"a": msgpack.ExtType(5, b"x")}]),
+    "timestamp": msgpack.packb(["echo", {"a": msgpack.Timestamp(1)}]),
+    "33 deep": b"\x92\xa4echo\x81\xa1a" + b"\x91" * 31 + b"\xc0",
+    "100,000 deep": b"\x92\xa4echo\x81\xa1a" + b"\x91" * 100_000 + b"\xc0",
+    "an array of 2^32-1": b"\x92\xa4echo\x81\xa1a\xdd\xff\xff\xff\xff",
+    "arrays of 2^20 in one another": b"\x92\xa4echo\x81\xa1a" + b"\xdd\x00\x10\x00\x00" * 31,
+    "a map of 2^32-1": b"\x92\xa4echo\x81\xa1a\xdf\xff\xff\xff\xff",
+    "a str of 2^32-1": b"\x92\xa4echo\x81\xa1a\xdb\xff\xff\xff\xff",
+    "a bin of 2^32-1": b"\x92\xa4echo\x81\xa1a\xc6\xff\xff\xff\xff",
+    "a bomb of arrays, 1 MiB": b"\x92\xa4echo\x81\xa1a" + b"\xdd\x00\x01\x00\x00" * 200_000,
+    "method in capitals": msgpack.packb(["ECHO", {}]),
+    "method of 129 characters": msgpack.packb(["e" * 129, {}]),
+    "deadline no int": msgpack.packb(["echo", {}, {"deadline_ms": "soon"}]),
+    "idempotency key of 65": msgpack.packb(["echo", {}, {"idempotency_key": "k" * 65}]),
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_a_bad_body_is_refused_on_its_stream_and_the_connection_goes_on(
+    shared: ServerThread, body: bytes
+) -> None:
+    before = shared.stats["rss_bytes"]
+    with shared.client("ada") as client:
+        client.send(client.frame(REQUEST, body))
+        answer = client.answer(client.stream)
+        assert answer.code == INVALID_ARGUMENT
+        client.echo()
+    # What the frame itself takes is a megabyte in a few copies; a bomb that went off would take a hundred.
+    assert shared.stats["rss_bytes"] - before < 16 * 2**20
+
+
+# --- freshness -------------------------------------------------------------------------------------------
+
+
+def test_a_replay_on_the_same_connection_is_refused(shared: ServerThread) -> None:
+    with shared.client("ada") as client:
+        captured = client.request("echo", {})
+        client.send(captured)
+        client.answer()
+        assert fatal(client, captured) == REPLAYED
+
+
+def test_a_replay_on_another_connection_is_refused(shared: ServerThread) -> None:
+    with shared.client("ada") as client, shared.client() as other:
+        captured = client.request("echo", {})
+        client.send(captured)
+        client.answer()
+        assert fatal(other, captured) == REPLAYED
+        client.echo()
+
+
+def test_a_replay_after_a_restart_is_refused(serve: Serve) -> None:
+    first = serve()
+    with first.client("ada") as client:
+        captured = client.request("echo", {})
+    first.drain()
+    second = serve()
+    with bystander(second), second.client() as client:
+        assert fatal(client, captured) == REPLAYED
+
+
+@pytest.mark.parametrize(
+    "timestamp", [lambda: wall() - 31_000, lambda: wall() + 31_500, lambda: 0, lambda: 2**64 - 1]
+)
+def test_an_old_or_future_timestamp_refuses_the_request_alone(
+    shared: ServerThread, timestamp: Callable[[], int]
+) -> None:
+    with shared.client("ada") as client:
+        answer = client.refused("echo", {}, timestamp=timestamp())
+        assert answer.code == STALE_TIMESTAMP
+        assert abs(answer.details["server_time"] - wall()) < 5_000
+        client.echo()
+
+
+def test_the_tenth_stale_frame_in_a_row_ends_the_connection(shared: ServerThread) -> None:
+    with shared.client("ada") as client:
+        for _ in range(9):
+            assert client.refused("echo", {}, timestamp=1).code == STALE_TIMESTAMP
+        assert fatal(client, client.request("echo", {}, timestamp=1)) == STALE_TIMESTAMP
+
+
+# --- tokens ----------------------------------------------------------------------------------------------
+
+
+def test_tokens_that_are_unknown_or_missing_are_unauthenticated(shared: ServerThread) -> None:
+    with shared.client("ada") as client:
+        assert client.refused("echo", {}, token=b"?" * 32).code == UNAUTHENTICATED
+        assert client.refused("echo", {}, token=NO_TOKEN).code == UNAUTHENTICATED
+        client.echo()
+
+
+def test_an_expired_token_is_told_apart(serve: Serve) -> None:
+    server = serve(sessions__lifetime=3_600.0)
+    with server.client("ada") as client:
+        client.echo()
+        server.clock.ahead_ms = 3_601_000
+        assert client.refused("echo", {}, timestamp=wall() + 3_601_000).code == TOKEN_EXPIRED
+
+
+def test_a_revoked_token_is_refused_on_every_connection_at_once(shared: ServerThread) -> None:
+    with shared.client("ada") as client, shared.client() as other:
+        other.token = client.token
+        other.echo()
+        client.call("session.revoke", {"id": client.opened["id"]})
+        assert client.refused("echo", {}).code == TOKEN_REVOKED
+        assert other.event().value[0] == "session.revoked"
+        assert other.refused("echo", {}).code == TOKEN_REVOKED
+
+
+def test_a_session_of_another_user_is_out_of_reach(shared: ServerThread) -> None:
+    with shared.client("ada") as ada, shared.client("eve") as eve:
+        assert eve.refused("session.revoke", {"id": ada.opened["id"]}).code == 5
+        assert ada.opened["id"] not in [each["id"] for each in eve.call("session.list")]
+        ada.echo()
+
+
+# --- floods and slow peers -------------------------------------------------------------------------------
+
+
+def test_requests_beyond_max_streams_are_refused_and_the_others_run(serve: Serve) -> None:
+    server = serve(limits__max_streams=8)
+    with bystander(server), server.client("ada") as client:
+        client.send(*[client.request("sleep", {"ms": 100}) for _ in range(50)])
+        answers = client.answers(50)
+        refused = [frame for frame in answers.values() if frame.kind == ERROR]
+        assert len(refused) == 42
+        assert {frame.code for frame in refused} == {RESOURCE_EXHAUSTED}
+        assert all(frame.details["retry_after_ms"] > 0 for frame in refused)
+
+
+def test_a_flood_of_pings_is_answered_and_harms_nobody(shared: ServerThread) -> None:
+    with shared.client("ada") as client:
+        for _ in range(20):
+            client.send(*[client.frame(PING) for _ in range(100)])
+            assert all(client.receive().kind == PONG for _ in range(100))
+
+
+def large_answers() -> App:
+    app = App()
+
+    @app.method("large")
+    def large() -> bytes:
+        return b"x" * 1_000_000
+
+    @app.method("echo")
+    def echo(**params: Any) -> dict[str, Any]:
+        return params
+
+    return app
+
+
+def test_a_reader_that_never_reads_is_not_served_further_and_is_closed(serve: Serve) -> None:
+    server = serve(large_answers(), limits__write_timeout=0.5, limits__write_buffer_bytes=65_536)
+    with bystander(server) as other:
+        before = server.stats
+        client = server.client("ada", receive_buffer=4_096)
+        client.send(*[client.request("large", {}) for _ in range(200)])
+        server.until(lambda: server.server.serving.counters.connections_ended.get("write_timeout"))
+        after = server.stats
+        # 200 answers of a megabyte were asked for; only as many were made as the buffers take.
+        assert after["requests"] - before["requests"] < 20
+        assert after["rss_bytes"] - before["rss_bytes"] < 32 * 2**20
+        other.echo()
+        reset(client.tls)
+
+
+def test_guessing_keys_is_delayed(serve: Serve) -> None:
+    server = serve(limits__login_failures=3)
+    with bystander(server), server.client() as client:
+        guess = {"scheme": "api_key", "user": "ada", "key": "wrong", "client": "eve/1"}
+        codes = [client.refused("session.open", guess).code for _ in range(20)]
+        assert codes[0] == UNAUTHENTICATED
+        assert codes[-1] == RESOURCE_EXHAUSTED
+        assert codes.count(UNAUTHENTICATED) <= 13
+
+
+# --- a disconnect at every point -------------------------------------------------------------------------
+
+
+def with_session(client: Client) -> None:
+    client.open_session("ada")
+
+
+def while_a_method_waits(client: Client) -> None:
+    client.open_session("ada")
+    client.send(client.request("sleep", {"ms": 60_000}))
+
+
+def before_the_answer_is_read(client: Client) -> None:
+    client.open_session("ada")
+    client.send(client.request("echo", {}))
+
+
+def after_the_answer(client: Client) -> None:
+    client.open_session("ada")
+    client.echo()
+
+
+POINTS: dict[str, Callable[[Client], None]] = {
+    "after WELCOME": lambda client: None,
+    "in the middle of a header": lambda client: client.send(client.request("echo", {})[:30]),
+    "in the middle of a body": lambda client: client.send(client.request("echo", {"a": "b" * 50})[:-10]),
+    "with a session": with_session,
+    "while a method waits": while_a_method_waits,
+    "before the answer is read": before_the_answer_is_read,
+    "after the answer": after_the_answer,
+}
+
+
+@pytest.mark.parametrize("how", [Client.close, Client.fin, Client.reset], ids=["close_notify", "FIN", "RST"])
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+def test_a_disconnect_leaves_nothing_behind(
+    shared: ServerThread, point: Callable[[Client], None], how: Callable[[Client], None]
+) -> None:
+    before = shared.leftovers()
+    client = shared.client()
+    point(client)
+    how(client)
+    eventually(lambda: shared.leftovers() == before)
+
+
+@pytest.mark.parametrize("sent", [0, 3, 100], ids=["nothing", "a record's beginning", "half a hello"])
+@pytest.mark.parametrize("how", [socket.socket.close, reset], ids=["FIN", "RST"])
+def test_a_disconnect_in_the_handshake_leaves_nothing_behind(
+    shared: ServerThread, sent: int, how: Callable[[socket.socket], None]
+) -> None:
+    before = shared.leftovers()
+    raw = shared.tcp()
+    raw.sendall(first_hello()[:sent])
+    how(raw)
+    eventually(lambda: shared.leftovers() == before)
+
+
+def test_truncation_is_told_from_a_clean_close(shared: ServerThread) -> None:
+    before = failures(shared, "truncated")
+    shared.client().close()
+    shared.client().fin()
+    eventually(lambda: failures(shared, "truncated") == before + 1)
+
+
+def test_the_trusted_client_context_refuses_other_authorities(shared: ServerThread, ca_file: Path) -> None:
+    context = client_context(ca_file)
+    with shared.tcp() as raw, pytest.raises(ssl.SSLCertVerificationError):
+        context.wrap_socket(raw, server_hostname="localhost")
+    eventually(lambda: failures(shared, "peer_rejected_certificate") >= 1)
+
+
+def test_a_header_is_what_these_tests_think_it_is() -> None:
+    assert struct.calcsize("!IBBHIQ8sQ32s") == 68
