@@ -93,6 +93,7 @@ class ServerThread:
         *,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
         authenticators: Sequence[Authenticator] | None = None,
+        users_file: bool = False,
         **settings: Any,
     ) -> None:
         home.mkdir(mode=0o700, exist_ok=True)
@@ -100,7 +101,7 @@ class ServerThread:
             shutil.copytree(certs, home / "certs")
         self.home = home
         self.clock = TestClock()
-        if authenticators is None:
+        if authenticators is None and not users_file:
             authenticators = [CallableAuthenticator("api_key", identify)]
         self.server = Server(
             default_app() if app is None else app,

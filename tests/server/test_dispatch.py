@@ -513,15 +513,17 @@ def test_a_lost_connection_cancels_its_methods(server: ServerThread, gate: Gate)
     server.until_left()
 
 
+@pytest.mark.parametrize("size", [1, 10_000])
 def test_a_result_that_comes_after_the_connection_is_gone_is_dropped(
-    server: ServerThread, gate: Gate
+    server: ServerThread, gate: Gate, size: int
 ) -> None:
     client = server.client("ada")
+    gate.waiting.clear()
     client.send(client.request("wait.stubborn", {"name": "late"}))
     eventually(lambda: "late" in gate.waiting)
     client.reset()
     server.until_left(handlers=1)
-    release(server, gate, "late", "x" * 10_000)
+    release(server, gate, "late", "x" * size)
     server.until_left()
 
 

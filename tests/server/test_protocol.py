@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +16,12 @@ from tests.helpers import Answer, FakeClock, FakeTimers, small_registry
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import Code, TlsError
+from zcproto.observe import log as log_module
 from zcproto.server.app import App
 from zcproto.server.context import Context
 from zcproto.server.eager import EagerTasks
 from zcproto.server.protocol import WRITE_BUFFER_HARD_FACTOR, ServerProtocol
-from zcproto.server.serving import Serving
+from zcproto.server.serving import LOGS_PER_MINUTE, Serving
 from zcproto.sessions import OpenedSession
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, REQUEST, Kind, Side, encode_frame
@@ -138,6 +140,10 @@ class Harness:
         def close_and_answer(context: Context, size: int = 0) -> bytes:
             context._protocol.close("by a method")
             return bytes(size)
+
+        @app.method("exit")
+        def exit_() -> None:
+            raise SystemExit
 
         @app.method("context.join")
         def join(context: Context) -> None:
@@ -487,6 +493,9 @@ def test_nothing_is_done_for_a_connection_that_has_ended(harness: Harness, peer:
     assert context.cancelled
     harness.registry.revoke_user("eve", "test")
     assert peer.answers() == []
+    peer.lose()
+    peer.protocol.close("test")
+    peer.protocol.abort("test")
     assert ended(harness) == {"test": 1}
     nothing_left(harness)
 
@@ -578,6 +587,12 @@ def test_a_method_that_ends_its_own_connection_and_answers_is_not_heard(
     nothing_left(harness)
 
 
+def test_what_ends_the_program_is_no_answer(harness: Harness, peer: Peer) -> None:
+    with pytest.raises(SystemExit):
+        peer.protocol.data_received(peer.request(1, "exit"))
+    peer.lose()
+
+
 def test_draining_says_goaway_first_and_waits_for_answers(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "wait"))
     idle = harness.connect()
@@ -628,3 +643,34 @@ def test_nothing_keeps_an_ended_connection_alive(harness: Harness, ending: str) 
         assert alive() == 0
     finally:
         gc.enable()
+
+
+# --- what connections share ----------------------------------------------------------------------------------
+
+
+def test_leaving_a_session_that_nobody_has_is_no_fault(harness: Harness, peer: Peer) -> None:
+    harness.serving.session_left("no such session", peer.protocol)
+
+
+def test_lines_of_one_kind_and_peer_are_bounded_and_the_rest_counted(
+    harness: Harness, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module._state, "level", 0)
+
+    def fault(count: int) -> list[str]:
+        for _ in range(count):
+            peer = harness.connect()
+            peer.send(peer.frame(REQUEST, 0))
+        return capsys.readouterr().err.splitlines()
+
+    capsys.readouterr()
+    assert len(fault(LOGS_PER_MINUTE + 7)) == LOGS_PER_MINUTE
+    assert fault(5) == []
+    harness.advance(61)
+    (line,) = fault(1)
+    logged = json.loads(line)
+    assert (logged["event"], logged["code"], logged["suppressed"]) == (
+        "connection.refused",
+        "PROTOCOL_ERROR",
+        12,
+    )

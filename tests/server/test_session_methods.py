@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from zcproto.auth import CallableAuthenticator, Identity
+from zcproto.auth import CallableAuthenticator, Identity, UserFile
 from zcproto.errors import Code
 from zcproto.server.app import App
 
@@ -173,6 +174,29 @@ def test_guessing_keys_is_slowed_down(serve: Serve) -> None:
         # The right key is of no use while the delay lasts.
         assert client.refused("session.open", {**login, "key": KEY}).code == Code.RESOURCE_EXHAUSTED
         bystander.echo()
+
+
+def test_users_come_from_the_file_and_changes_of_it_are_seen(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(users_file=True, log__level="info")
+    users = UserFile(server.home / "users.toml")
+    with server.client() as client:
+        wrong = {"scheme": "api_key", "user": "ada", "key": "A" * 43}
+        nobody = client.refused("session.open", wrong)
+        key = users.add("ada")
+        assert client.refused("session.open", wrong).body == nobody.body
+        client.open_session("ada", key)
+        assert client.refused("server.stats").code == Code.PERMISSION_DENIED
+        client.open_session("root", users.add("root", operator=True))
+        assert client.call("server.stats")["sessions"] == 2
+        # A file gone bad leaves the users as they were.
+        text = users.path.read_text()
+        users.path.write_text("no file of users")
+        client.open_session("ada", key)
+        assert '"event":"users.unreadable"' in capsys.readouterr().err
+        users.path.write_text(text)
+        client.open_session("ada", key)
 
 
 # --- the cap -----------------------------------------------------------------------------------------------

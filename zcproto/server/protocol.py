@@ -223,9 +223,8 @@ class ServerProtocol(asyncio.Protocol):
 
     def _stop(self, ended: RequestEnded) -> None:
         self._serving.counters.count_error(ended.code)
-        worker = self._workers.pop(ended.request, None) if self._workers else None
-        if worker is not None:
-            worker.cancel()
+        assert self._workers is not None, "who is in flight has a worker"
+        self._workers.pop(ended.request).cancel()
 
     def has_ended(self, request: Request) -> bool:
         """Whether a request has its answer already, or can never be answered."""
@@ -320,10 +319,10 @@ class ServerProtocol(asyncio.Protocol):
 
     def _write(self, data: bytes) -> None:
         transport = self._transport
-        if transport is not None:
-            transport.write(data)
-            if self._paused_since is not None:
-                self._check_write_buffer()
+        assert transport is not None, "a conversation ends before its transport"
+        transport.write(data)
+        if self._paused_since is not None:
+            self._check_write_buffer()
 
     def _check_write_buffer(self) -> None:
         assert self._transport is not None

@@ -85,7 +85,6 @@ class Server:
         self._serving: Serving | None = None
         self._sockets: list[socket.socket] = []
         self._addresses: list[tuple[str, int]] = []
-        self._cleanup: asyncio.Task[None] | None = None
         self._closed = asyncio.Event()
         self._ending = asyncio.Lock()
 
@@ -293,12 +292,11 @@ class Server:
         stuck = await serving.tasks.close(CANCELLED_TIME)
         if stuck:
             log.error("server.methods_stuck", count=stuck)
-        if self._cleanup is not None:
-            self._cleanup.cancel()
+        self._cleanup.cancel()
         self.pauses.stop()
         for waiting in self._wheel.close():  # handshakes that were never finished: nobody else would end them
-            if isinstance(waiting, TlsServerTransport):
-                waiting.abort()
+            assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
+            waiting.abort()
         await self._within(LINGER_TIME, self._listener.wait_empty())
         serving.close()
         self._closed.set()
