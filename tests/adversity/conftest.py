@@ -1,5 +1,65 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.server.app import App
+from zcproto.server.builtin import default_app
+
 from ..server.conftest import certs, serve, shared
+from ..server.helpers import Client, ServerThread
+from .helpers import Bystander, left_alone
 
 __all__ = ["certs", "serve", "shared"]
+
+
+def application() -> App:
+    app = default_app()
+
+    @app.method("big")
+    def big(size: int) -> bytes:
+        return bytes(size)
+
+    return app
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[ServerThread]:
+    """One server for all tests of a module, impatient so that they need not wait long."""
+    settings: dict[str, Any] = {
+        "tls__handshake_timeout": "300ms",
+        "limits__write_timeout": "500ms",
+        "limits__write_buffer_bytes": 65_536,
+        "limits__max_streams": 16,
+    }
+    home = tmp_path_factory.mktemp("adversity") / "home"
+    with ServerThread(home, certs, application(), **settings) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def bystander(request: pytest.FixtureRequest) -> Iterator[Bystander | None]:
+    """Every attack on the module's server leaves another connection untouched, and nothing behind."""
+    if "server" not in request.fixturenames:
+        yield None
+        return
+    server: ServerThread = request.getfixturevalue("server")
+    with left_alone(server) as bystander:
+        yield bystander
+
+
+@pytest.fixture
+def connect(server: ServerThread) -> Iterator[Callable[..., Client]]:
+    """Connections that are closed at the end of the test."""
+    clients: list[Client] = []
+
+    def connect(user: str | None = None, **options: Any) -> Client:
+        clients.append(server.client(user, **options))
+        return clients[-1]
+
+    yield connect
+    for client in clients:
+        client.close()

@@ -1,0 +1,357 @@
+"""Bad TLS, and what is none: each with its alert or answer, its cause counted, and closed."""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from ..server.helpers import HEADER, WELCOME, ServerThread, client_context, read_to_end
+from .helpers import fatal_alert
+from .tls13 import (
+    AES_128,
+    AES_256,
+    ALERT,
+    APPLICATION_DATA,
+    CHACHA20,
+    HANDSHAKE,
+    RawTls,
+    client_hello,
+    record,
+)
+
+PROTOCOL_VERSION, HANDSHAKE_FAILURE, NO_APPLICATION_PROTOCOL = 70, 40, 120
+UNEXPECTED_MESSAGE, DECODE_ERROR, ILLEGAL_PARAMETER = 10, 50, 47
+
+
+class Counted:
+    """Which causes of TLS failures a test has added."""
+
+    def __init__(self, server: ServerThread) -> None:
+        self._server = server
+        self._before = dict(server.stats["tls_failures"])
+
+    def is_one_of(self, *causes: str) -> None:
+        """One failure, of a cause that not every OpenSSL tells apart."""
+        now = self._server.stats["tls_failures"]
+        assert sum(now.get(cause, 0) - self._before.get(cause, 0) for cause in causes) == 1, now
+
+    def are(self, **expected: int) -> None:
+        def added() -> dict[str, int]:
+            now = self._server.server.statistics()["tls_failures"]
+            counts = {name: count - self._before.get(name, 0) for name, count in now.items()}
+            return {name: count for name, count in counts.items() if count}
+
+        try:
+            self._server.until(lambda: added() == expected)
+        except AssertionError:
+            raise AssertionError(f"counted {self._server.in_loop(added)}") from None
+
+
+@pytest.fixture
+def counted(server: ServerThread) -> Counted:
+    return Counted(server)
+
+
+def send(server: ServerThread, data: bytes) -> socket.socket:
+    connection = server.tcp()
+    connection.sendall(data)
+    return connection
+
+
+# --- what is no TLS ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x00" * 100, b"\xff" * 5_000, b"SSH-2.0-x\r\n", b"\x80\x2e\x01\x00\x02"]
+)
+def test_garbage_is_closed_without_a_byte(server: ServerThread, counted: Counted, garbage: bytes) -> None:
+    with send(server, garbage) as connection:
+        assert read_to_end(connection)[0] == b""
+    counted.are(not_tls=1)
+
+
+@pytest.mark.parametrize("verb", ["GET", "HEAD", "POST", "PRI", "OPTIONS", "CONNECT"])
+def test_plaintext_http_gets_one_400(server: ServerThread, counted: Counted, verb: str) -> None:
+    with send(server, f"{verb} / HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()) as connection:
+        answer, how = read_to_end(connection)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
+    assert b"TLS" in body
+    assert b"Strict-Transport-Security" not in head
+    assert how == "FIN"
+    counted.are(plaintext_http=1)
+
+
+def test_http_letter_by_letter_gets_the_same(server: ServerThread, counted: Counted) -> None:
+    with server.tcp() as connection:
+        for letter in b"OPTIONS ":
+            connection.sendall(bytes([letter]))
+        assert read_to_end(connection)[0].startswith(b"HTTP/1.1 400 ")
+    counted.are(plaintext_http=1)
+
+
+# --- what the ClientHello must offer -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hello", "alert", "cause"),
+    [
+        ({"suites": [AES_128]}, HANDSHAKE_FAILURE, "no_shared_suite"),
+        ({"suites": [AES_128, 0x1304, 0x1305, 0xC02F, 0x00FF]}, HANDSHAKE_FAILURE, "no_shared_suite"),
+        ({"suites": [0x0A0A]}, HANDSHAKE_FAILURE, "no_shared_suite"),
+        ({"versions": [0x0303]}, PROTOCOL_VERSION, "unsupported_version"),
+        ({"versions": [0x0303, 0x0302, 0x7F1C]}, PROTOCOL_VERSION, "unsupported_version"),
+        ({"versions": []}, PROTOCOL_VERSION, "unsupported_version"),
+        ({"alpn": ["h2"]}, NO_APPLICATION_PROTOCOL, "no_application_protocol"),
+        ({"alpn": ["zcp/2", "ZCP/1", "zcp/"]}, NO_APPLICATION_PROTOCOL, "no_application_protocol"),
+        ({"alpn": []}, NO_APPLICATION_PROTOCOL, "no_application_protocol"),
+        ({"alpn": ["http/1.1"]}, NO_APPLICATION_PROTOCOL, "no_application_protocol"),
+        # where several fit: 70, 40, 120
+        (
+            {"versions": [0x0303], "suites": [AES_128], "alpn": ["h2"]},
+            PROTOCOL_VERSION,
+            "unsupported_version",
+        ),
+        ({"suites": [AES_128], "alpn": ["h2"]}, HANDSHAKE_FAILURE, "no_shared_suite"),
+        ({"padding": 17_000}, ILLEGAL_PARAMETER, "client_hello_too_large"),
+    ],
+)
+def test_what_is_not_offered_is_refused_with_its_alert(
+    server: ServerThread, counted: Counted, hello: dict[str, Any], alert: int, cause: str
+) -> None:
+    message = client_hello(**hello)
+    pieces = [message[at : at + 16_000] for at in range(0, len(message), 16_000)]
+    with send(server, b"".join(record(HANDSHAKE, piece, 0x0301) for piece in pieces)) as connection:
+        assert fatal_alert(connection) == alert
+    counted.are(**{cause: 1})
+
+
+@pytest.mark.parametrize("suites", [[AES_128, AES_256], [AES_128, CHACHA20]])
+def test_aes_128_is_never_chosen_though_offered_first(server: ServerThread, suites: Sequence[int]) -> None:
+    with send(server, record(HANDSHAKE, client_hello(suites=suites), 0x0301)) as connection:
+        answer = connection.recv(4_096)
+        assert answer[0] == HANDSHAKE
+        chosen = int.from_bytes(answer[5 + 4 + 2 + 32 + 1 :][:2], "big")
+        assert chosen == suites[1]
+
+
+def test_a_tls_1_2_client_is_told_by_an_alert(server: ServerThread, counted: Counted) -> None:
+    context = client_context(server.home / "certs" / "ca.crt")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with server.tcp() as raw, pytest.raises(ssl.SSLError) as raised:
+        context.wrap_socket(raw, server_hostname="localhost")
+    assert raised.value.reason == "TLSV1_ALERT_PROTOCOL_VERSION"
+    counted.are(unsupported_version=1)
+
+
+@pytest.mark.parametrize("alpn", [["h2"], []])
+def test_a_client_of_another_protocol_is_told_by_an_alert(
+    server: ServerThread, counted: Counted, alpn: list[str]
+) -> None:
+    context = client_context(server.home / "certs" / "ca.crt", alpn)
+    with server.tcp() as raw, pytest.raises(ssl.SSLError) as raised:
+        context.wrap_socket(raw, server_hostname="localhost")
+    assert "no application protocol" in str(raised.value).lower().replace("_", " ")
+    counted.are(no_application_protocol=1)
+
+
+def test_offered_both_protocols_ours_is_chosen(server: ServerThread) -> None:
+    context = client_context(server.home / "certs" / "ca.crt", ["http/1.1", "h2", "zcp/1"])
+    with server.tcp() as raw, context.wrap_socket(raw, server_hostname="localhost") as tls:
+        assert tls.selected_alpn_protocol() == "zcp/1"
+        assert tls.version() == "TLSv1.3"
+
+
+def test_a_client_that_distrusts_the_server_is_counted(server: ServerThread, counted: Counted) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["zcp/1"])
+    with server.tcp() as raw, pytest.raises(ssl.SSLCertVerificationError):
+        context.wrap_socket(raw, server_hostname="localhost")
+    counted.are(peer_rejected_certificate=1)
+
+
+# --- malformed and unexpected --------------------------------------------------------------------------------
+
+HELLO = client_hello()
+
+
+@pytest.mark.parametrize(
+    ("data", "alert"),
+    [
+        (record(APPLICATION_DATA, b"hello"), UNEXPECTED_MESSAGE),
+        (record(ALERT, b"\x02\x28"), UNEXPECTED_MESSAGE),
+        (record(HANDSHAKE, b"\x02" + HELLO[1:]), UNEXPECTED_MESSAGE),
+        (record(HANDSHAKE, HELLO) + record(HANDSHAKE, HELLO), None),
+        (record(HANDSHAKE, b""), DECODE_ERROR),
+        (record(HANDSHAKE, b"\x01\x00\x00\x05hello"), DECODE_ERROR),
+        (record(HANDSHAKE, HELLO[:-1] + b"\xff"), None),
+        (record(HANDSHAKE, b"\x01\xff\xff\xff" + HELLO[4:]), ILLEGAL_PARAMETER),
+    ],
+)
+def test_a_malformed_hello_is_refused_with_an_alert(
+    server: ServerThread, data: bytes, alert: int | None
+) -> None:
+    with send(server, data) as connection:
+        answer, _ = read_to_end(connection)
+    assert answer[0] in (ALERT, HANDSHAKE)
+    if alert is not None:
+        assert answer == record(ALERT, bytes([2, alert]))
+
+
+def test_a_record_that_was_tampered_with_ends_the_connection(server: ServerThread, counted: Counted) -> None:
+    with server.tcp() as raw:
+        tls = RawTls(raw)
+        assert HEADER.unpack_from(tls.receive()[1])[2] == WELCOME
+        sealed = bytearray(tls.seal(b"hello"))
+        sealed[-1] ^= 1
+        raw.sendall(sealed)
+        kind, alert = tls.receive()
+        assert (kind, alert) == (ALERT, bytes([2, 20]))  # bad_record_mac
+        with pytest.raises((EOFError, ConnectionResetError)):
+            tls.receive()
+    counted.are(bad_record=1)
+
+
+def test_a_record_longer_than_allowed_ends_the_connection(server: ServerThread, counted: Counted) -> None:
+    with server.tcp() as raw:
+        tls = RawTls(raw)
+        tls.receive()
+        raw.sendall(record(APPLICATION_DATA, bytes(17_000)))
+        assert tls.receive() == (ALERT, bytes([2, 22]))  # record_overflow
+    counted.is_one_of("record_too_large", "bad_record")
+
+
+def test_plaintext_after_the_handshake_ends_the_connection(server: ServerThread) -> None:
+    with server.tcp() as raw:
+        tls = RawTls(raw)
+        tls.receive()
+        raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert tls.receive()[0] == ALERT
+
+
+# --- slow and silent -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 5, 50, -1])
+def test_half_a_hello_and_silence_is_closed_at_the_timeout(
+    server: ServerThread, counted: Counted, size: int
+) -> None:
+    started = time.monotonic()
+    with send(server, record(HANDSHAKE, HELLO, 0x0301)[:size]) as connection:
+        assert read_to_end(connection)[0] == b""
+        assert 0.25 < time.monotonic() - started < 0.8
+    counted.are(handshake_timeout=1)
+
+
+def test_dripping_bytes_gain_nothing(server: ServerThread, counted: Counted) -> None:
+    started = time.monotonic()
+    connection = server.tcp()
+    connection.settimeout(0.02)
+    closed = False
+    for byte in record(HANDSHAKE, client_hello(padding=400), 0x0301):
+        try:
+            connection.sendall(bytes([byte]))
+            closed = connection.recv(1) == b""
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            closed = True
+        if closed:
+            break
+    assert closed
+    assert time.monotonic() - started < 0.8
+    connection.close()
+    counted.are(handshake_timeout=1)
+
+
+def test_a_handshake_that_is_not_finished_is_closed_at_the_timeout(
+    server: ServerThread, counted: Counted
+) -> None:
+    with server.tcp() as raw:
+        RawTls(raw, finish=False)
+        read_to_end(raw)
+    counted.are(handshake_timeout=1)
+
+
+def test_a_hello_byte_by_byte_is_a_hello(server: ServerThread) -> None:
+    class Drip(socket.socket):
+        """Sends each byte on its own."""
+
+        def sendall(self, data: Any, flags: int = 0) -> None:
+            for byte in bytes(data):
+                super().sendall(bytes([byte]))
+
+    connection = server.tcp()
+    with Drip(fileno=connection.detach()) as drip:
+        drip.settimeout(5)
+        tls = RawTls(drip)
+        assert HEADER.unpack_from(tls.receive()[1])[2] == WELCOME
+
+
+def has_ended(connection: socket.socket) -> bool:
+    """Whether the server has ended its side; what it sent before is thrown away.
+
+    It is given a moment, so that what was sent before is in its hands and not in the kernel's buffers.
+    """
+    while select.select([connection], [], [], 0.002)[0]:
+        try:
+            if not connection.recv(65_536):
+                return True
+        except ConnectionError:
+            return True
+    return False
+
+
+# --- floods of records ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_answers", [False, True])
+def test_a_flood_of_key_updates_is_ended(
+    server: ServerThread, counted: Counted, request_answers: bool
+) -> None:
+    with server.tcp() as raw:
+        tls = RawTls(raw)
+        tls.receive()
+        sent = 0
+        while not has_ended(raw):
+            raw.sendall(b"".join(tls.key_update(request=request_answers) for _ in range(20)))
+            sent += 20
+            assert sent < 5_000
+    assert sent * 27 > 60_000  # a few are no flood
+    counted.are(barren_records=1)
+
+
+def test_key_updates_now_and_then_are_answered_and_harmless(server: ServerThread, counted: Counted) -> None:
+    with server.tcp() as raw:
+        tls = RawTls(raw)
+        salt = HEADER.unpack_from(tls.receive()[1])[6]
+        for counter in range(1, 40):
+            ping = HEADER.pack(64, 1, 6, 0, 0, time.time_ns() // 1_000_000, salt, counter, bytes(32))
+            raw.sendall(tls.key_update(request=True) + tls.seal(ping))
+            kind, data = tls.receive()
+            while kind == HANDSHAKE:  # the server's own KeyUpdate
+                assert data == b"\x18\x00\x00\x01\x00"
+                tls.incoming = tls.incoming.updated()
+                kind, data = tls.receive()
+            assert HEADER.unpack_from(data)[2] == 7
+        raw.sendall(tls.seal(b"\x01\x00", ALERT))
+        read_to_end(raw)
+    counted.are()
+
+
+def test_a_flood_of_empty_records_is_ended(server: ServerThread) -> None:
+    with server.tcp() as raw:
+        tls = RawTls(raw)
+        tls.receive()
+        sent = 0
+        while not has_ended(raw):
+            raw.sendall(b"".join(tls.seal(b"") for _ in range(20)))
+            sent += 20
+            assert sent < 5_000
