@@ -1,0 +1,392 @@
+"""Floods, slow peers and sudden ends, while another connection goes on working all the time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import select
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.connection.server import ServerConnection
+from zcproto.errors import Code
+from zcproto.server.protocol import ServerProtocol
+from zcproto.tls.server import TlsServerTransport
+
+from ..server.helpers import (
+    CANCEL,
+    ERROR,
+    NO_TOKEN,
+    PING,
+    PONG,
+    REQUEST,
+    RESPONSE,
+    Client,
+    ServerThread,
+    eventually,
+    reset,
+)
+from .conftest import application
+from .helpers import Bystander, left_alone
+from .test_bad_input import BODIES, POINTS
+from .tls13 import RawTls
+
+MIB = 2**20
+Connect = Callable[..., Client]
+
+
+def ended(server: ServerThread, reason: str) -> int:
+    return int(server.stats["connections_ended"].get(reason, 0))
+
+
+# --- who does not read ---------------------------------------------------------------------------------------
+
+
+def requests_of_big_answers(client: Client) -> bytes:
+    return b"".join(client.request("big", {"size": 100_000}) for _ in range(40))
+
+
+def pings(client: Client) -> bytes:
+    return b"".join(client.frame(PING) for _ in range(1_000))
+
+
+def unknown_methods(client: Client) -> bytes:
+    return b"".join(client.request("no.such.method") for _ in range(1_000))
+
+
+def unknown_tokens(client: Client) -> bytes:
+    return b"".join(client.request("echo", token=b"?" * 32) for _ in range(1_000))
+
+
+def too_many_at_once(client: Client) -> bytes:
+    return b"".join(client.request("sleep", {"ms": 3_600_000}) for _ in range(1_000))
+
+
+def cancelled_at_once(client: Client) -> bytes:
+    frames = []
+    for _ in range(500):
+        frames.append(client.request("sleep", {"ms": 3_600_000}))
+        frames.append(client.frame(CANCEL, stream=client.stream))
+    return b"".join(frames)
+
+
+FLOODS = [
+    requests_of_big_answers,
+    pings,
+    unknown_methods,
+    unknown_tokens,
+    too_many_at_once,
+    cancelled_at_once,
+]
+
+
+def flood(client: Client, make: Callable[[Client], bytes], limit: int) -> int:
+    """Send without ever reading, until the server takes no more; how many bytes that was."""
+    client.tls.settimeout(0.05)
+    sent = 0
+    try:
+        while sent < limit:
+            data = make(client)
+            client.tls.sendall(data)
+            sent += len(data)
+    except (TimeoutError, OSError):
+        pass
+    client.tls.settimeout(10)
+    return sent
+
+
+@pytest.mark.parametrize("make", FLOODS)
+def test_who_never_reads_is_not_read_from_and_cut_off_in_time(
+    server: ServerThread, make: Callable[[Client], bytes]
+) -> None:
+    before, rss = ended(server, "write_timeout"), server.stats["rss_bytes"]
+    client = server.client("flooder", receive_buffer=4_096)
+    started = time.monotonic()
+    sent = flood(client, make, 64 * MIB)
+    assert sent < 32 * MIB
+    eventually(lambda: ended(server, "write_timeout") == before + 1)
+    assert time.monotonic() - started < 5
+    assert server.stats["rss_bytes"] - rss < 32 * MIB
+    reset(client.tls)
+
+
+@pytest.mark.parametrize(
+    "make", [pings, unknown_methods, unknown_tokens, too_many_at_once, cancelled_at_once]
+)
+def test_who_reads_gets_every_answer_of_a_flood(connect: Connect, make: Callable[[Client], bytes]) -> None:
+    client = connect("flooder")
+    data = make(client)
+    count = 500 if make is cancelled_at_once else 1_000
+    client.send(data)
+    waiting = 16 if make is too_many_at_once else 0
+    kinds = [client.receive().kind for _ in range(count - waiting)]
+    assert set(kinds) == ({PONG} if make is pings else {ERROR})
+    for stream in range(1, client.stream + 1 if waiting else 0):
+        client.cancel(stream)
+    for _ in range(waiting):
+        assert client.receive().code == Code.CANCELLED
+    client.echo()
+
+
+def test_a_reader_with_a_small_window_gets_all_and_is_not_cut_off(connect: Connect) -> None:
+    client = connect("slow", receive_buffer=4_096)
+    client.send(*(client.request("big", {"size": 60_000}) for _ in range(16)))
+    for _ in range(16):
+        frame = client.answer()
+        assert (frame.kind, len(frame.value)) == (RESPONSE, 60_000)
+    client.echo()
+
+
+# --- frames that never end -----------------------------------------------------------------------------------
+
+
+def test_declared_lengths_take_no_memory(server: ServerThread) -> None:
+    clients = [server.client("ada") for _ in range(50)]
+    before = server.stats["rss_bytes"]
+    for client in clients:
+        client.send(client.frame(length=MIB)[:68], b"\x92\xa4echo")
+    server.until(lambda: all_wait(server, len(clients) + 1))
+    assert server.stats["rss_bytes"] - before < 2 * MIB
+    for client in clients:
+        client.fin()
+
+
+def all_wait(server: ServerThread, count: int) -> bool:
+    return len(server.server.serving.connections) == count
+
+
+def test_the_greatest_length_is_closed_at_once(connect: Connect) -> None:
+    client = connect("ada")
+    started = time.monotonic()
+    client.send(client.frame(length=2**32 - 1)[:4])
+    frames, how = client.rest_until_closed()
+    assert time.monotonic() - started < 0.1
+    assert ([frame.code for frame in frames], how) == ([Code.FRAME_TOO_LARGE], "close_notify")
+
+
+def test_a_frame_that_drips_for_ever_is_silence(serve: Callable[..., ServerThread]) -> None:
+    server = serve(limits__idle_timeout="200ms")
+    with server.client("ada") as client:
+        data = client.request("echo", {"a": "b" * 1_000})
+        started = time.monotonic()
+        for byte in data:
+            client.tls.sendall(bytes([byte]))
+            if select.select([client.tls], [], [], 0.01)[0]:
+                break
+        assert time.monotonic() - started < 1.5
+        assert [frame.value["reason"] for frame in client.rest_until_closed()[0]] == ["idle"]
+
+
+def test_bombs_thrown_again_and_again_leave_no_memory(server: ServerThread, connect: Connect) -> None:
+    client = connect("bomber")
+
+    def throw() -> None:
+        for body in BODIES.values():
+            client.send(client.frame(REQUEST, body))
+            assert client.answer(client.stream).code == Code.INVALID_ARGUMENT
+
+    throw()
+    before = server.stats["rss_bytes"]
+    for _ in range(5):
+        throw()
+    assert server.stats["rss_bytes"] - before < 4 * MIB
+    client.echo()
+
+
+def test_bombs_before_a_session_are_refused_unread(connect: Connect) -> None:
+    client = connect()
+    body = b"\x92\xacsession.open\x81\xa1a" + b"\xdd\x00\x01\x00\x00" * 3_000
+    client.send(client.frame(REQUEST, body))
+    assert client.answer(client.stream).code == Code.INVALID_ARGUMENT
+    client.open_session("ada")
+
+
+# --- guessing ------------------------------------------------------------------------------------------------
+
+
+def test_guessing_from_many_connections_is_slowed_down_for_that_user_alone(
+    serve: Callable[..., ServerThread],
+) -> None:
+    server = serve(limits__login_failures=3)
+    with left_alone(server):
+        clients = [server.client() for _ in range(10)]
+        login = {"scheme": "api_key", "user": "ada", "key": "guess"}
+        codes = [client.refused("session.open", login).code for client in clients for _ in range(5)]
+        assert codes.count(Code.UNAUTHENTICATED) <= 4
+        assert set(codes[5:]) == {Code.RESOURCE_EXHAUSTED}
+        for client in clients:
+            client.close()
+
+
+def test_tokens_cannot_be_guessed_and_guesses_leave_nothing(server: ServerThread, connect: Connect) -> None:
+    client = connect("ada")
+    bodies = set()
+    for number in range(256):
+        guess = bytearray(client.token)
+        guess[number // 8] ^= 1 << number % 8
+        refused = client.refused("echo", token=bytes(guess))
+        assert refused.code == Code.UNAUTHENTICATED
+        bodies.add(refused.body)
+    bodies.add(client.refused("echo", token=NO_TOKEN[:-1] + b"\x01").body)
+    assert len(bodies) == 1
+    assert client.token not in bodies.pop()
+    client.echo()
+
+
+# --- sudden ends ---------------------------------------------------------------------------------------------
+
+
+def handshake_alone(server: ServerThread) -> None:
+    """Gone after the server's whole flight, without a Finished."""
+    with server.tcp() as raw:
+        RawTls(raw, finish=False)
+
+
+def alert_in_the_handshake(server: ServerThread) -> None:
+    with server.tcp() as raw:
+        RawTls(raw, finish=False)
+        raw.sendall(b"\x15\x03\x03\x00\x02\x02\x00")
+
+
+def finished_and_reset(server: ServerThread) -> None:
+    raw = server.tcp()
+    RawTls(raw)
+    reset(raw)
+
+
+def while_the_server_cannot_write(server: ServerThread) -> None:
+    client = server.client("ada", receive_buffer=4_096)
+    client.send(requests_of_big_answers(client))
+    server.until(lambda: any(each._paused_since is not None for each in server.server.serving.connections))
+    client.reset()
+
+
+def while_others_use_the_same_session(server: ServerThread) -> None:
+    first, second = server.client("ada"), server.client()
+    second.token = first.token
+    second.echo()
+    first.reset()
+    second.echo()
+    second.fin()
+
+
+def with_its_session_revoked(server: ServerThread) -> None:
+    client = server.client("ada")
+    client.call("session.close")
+    client.fin()
+
+
+def after_a_fatal_error(server: ServerThread) -> None:
+    client = server.client("ada")
+    client.send(client.frame(99))
+    client.reset()
+
+
+def in_the_middle_of_a_flood(server: ServerThread) -> None:
+    client = server.client("ada")
+    client.send(pings(client), too_many_at_once(client))
+    client.reset()
+
+
+MORE_POINTS = [
+    handshake_alone,
+    alert_in_the_handshake,
+    finished_and_reset,
+    while_the_server_cannot_write,
+    while_others_use_the_same_session,
+    with_its_session_revoked,
+    after_a_fatal_error,
+    in_the_middle_of_a_flood,
+]
+
+
+@pytest.mark.parametrize("point", MORE_POINTS)
+def test_a_sudden_end_leaves_nothing_behind(
+    server: ServerThread, point: Callable[[ServerThread], None]
+) -> None:
+    point(server)
+    server.until_left(connections=1, tcp=1, sites=1, by_session=1, wheel=1)  # the bystander's own
+
+
+@pytest.fixture(scope="module")
+def asyncio_server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[ServerThread]:
+    """As the module's server, on asyncio's own loop."""
+    home = tmp_path_factory.mktemp("asyncio") / "home"
+    settings: dict[str, Any] = {
+        "tls__handshake_timeout": "300ms",
+        "limits__write_timeout": "500ms",
+        "limits__write_buffer_bytes": 65_536,
+        "limits__max_streams": 16,
+    }
+    with ServerThread(home, certs, application(), loop_factory=asyncio.new_event_loop, **settings) as server:
+        yield server
+
+
+HOWS = [Client.close, Client.fin, Client.reset]
+
+
+@pytest.mark.parametrize("how", HOWS, ids=["close_notify", "FIN", "RST"])
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+def test_on_asyncios_loop_a_disconnect_leaves_nothing_behind_either(
+    asyncio_server: ServerThread, point: Callable[[Client], None], how: Callable[[Client], None]
+) -> None:
+    client = asyncio_server.client()
+    point(client)
+    how(client)
+    asyncio_server.until_left()
+
+
+@pytest.mark.parametrize("point", MORE_POINTS)
+def test_on_asyncios_loop_a_sudden_end_leaves_nothing_behind_either(
+    asyncio_server: ServerThread, point: Callable[[ServerThread], None]
+) -> None:
+    with left_alone(asyncio_server):
+        point(asyncio_server)
+
+
+@pytest.mark.parametrize("make", [requests_of_big_answers, pings])
+def test_on_asyncios_loop_who_never_reads_is_cut_off_too(
+    asyncio_server: ServerThread, make: Callable[[Client], bytes]
+) -> None:
+    with left_alone(asyncio_server):
+        before = ended(asyncio_server, "write_timeout")
+        client = asyncio_server.client("flooder", receive_buffer=4_096)
+        assert flood(client, make, 64 * MIB) < 32 * MIB
+        eventually(lambda: ended(asyncio_server, "write_timeout") == before + 1)
+        reset(client.tls)
+
+
+def in_memory() -> dict[str, int]:
+    """What there is of server connections, those included that only a garbage collection would find."""
+    kinds = (ServerProtocol, ServerConnection, TlsServerTransport, ssl.SSLObject)
+    objects = gc.get_objects()
+    return {kind.__name__: sum(type(each) is kind for each in objects) for kind in kinds}
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_no_cycle_of_references_keeps_a_connection_that_is_gone(
+    request: pytest.FixtureRequest, server: ServerThread, bystander: Bystander, loop: str
+) -> None:
+    target = server if loop == "uvloop" else request.getfixturevalue("asyncio_server")
+    gc.collect()
+    gc.disable()
+    try:
+        before = in_memory()
+        for _ in range(3):
+            for point in POINTS.values():
+                for how in HOWS:
+                    client = target.client()
+                    point(client)
+                    how(client)
+            for more in MORE_POINTS:
+                more(target)
+        left = {"connections": 1, "tcp": 1, "sites": 1, "by_session": 1, "wheel": 1}
+        target.until_left(**(left if loop == "uvloop" else {}))
+        eventually(lambda: in_memory() == before)
+    finally:
+        gc.enable()
