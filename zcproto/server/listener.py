@@ -10,7 +10,7 @@ import asyncio
 import errno
 import ipaddress
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
 from zcproto.errors import ConfigError
@@ -24,6 +24,10 @@ PAUSE_WHEN_EXHAUSTED: Final = 0.5
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _IPV6_SITE_BYTES: Final = 8
 """An IPv6 site owns a /64: counting its single addresses would limit nothing."""
+
+
+Opening = Coroutine[Any, Any, Any]
+"""`connect_accepted_socket` on its way."""
 
 
 def bind(hosts: Sequence[str], port: int) -> list[socket.socket]:
@@ -97,7 +101,7 @@ class Listener:
         self._accepting = False
         self._closed = False
         self._empty = asyncio.Event()
-        self._adopting: set[asyncio.Task[None]] = set()
+        self._adopting: set[Opening] = set()  # kept here until the loop has them
         acceptor.on_slot_free = self._resume
         acceptor.on_closed = self._connection_closed
 
@@ -174,17 +178,26 @@ class Listener:
         self._open += 1
         connection.setblocking(False)
         transport = self._acceptor.transport(address)  # from here on it is a handshake in progress
-        task = self._loop.create_task(self._adopt(connection, transport))
-        self._adopting.add(task)
-        task.add_done_callback(self._adopting.discard)
+        self._adopt(connection, transport)
 
-    async def _adopt(self, connection: socket.socket, transport: TlsServerTransport) -> None:
-        factory: Callable[[], asyncio.BaseProtocol] = lambda: transport  # noqa: E731
-        try:
-            await self._loop.connect_accepted_socket(factory, connection)
-        except OSError as error:  # it went away before it was ours
-            connection.close()
-            transport.connection_lost(error)
+    def _adopt(self, connection: socket.socket, transport: TlsServerTransport) -> None:
+        """Give a socket to the loop. Stepped by hand: a task would cost as much as the rest of an accept."""
+
+        def step() -> None:
+            try:
+                waiter = opening.send(None)
+            except StopIteration:
+                self._adopting.discard(opening)
+            except OSError as error:  # it went away before it was ours
+                self._adopting.discard(opening)
+                connection.close()
+                transport.connection_lost(error)
+            else:
+                waiter.add_done_callback(lambda _: step())
+
+        opening: Opening = self._loop.connect_accepted_socket(lambda: transport, connection)
+        self._adopting.add(opening)
+        step()
 
     def _connection_closed(self, address: str) -> None:
         self._open -= 1
