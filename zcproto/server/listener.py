@@ -182,22 +182,22 @@ class Listener:
 
     def _adopt(self, connection: socket.socket, transport: TlsServerTransport) -> None:
         """Give a socket to the loop. Stepped by hand: a task would cost as much as the rest of an accept."""
-
-        def step() -> None:
-            try:
-                waiter = opening.send(None)
-            except StopIteration:
-                self._adopting.discard(opening)
-            except OSError as error:  # it went away before it was ours
-                self._adopting.discard(opening)
-                connection.close()
-                transport.connection_lost(error)
-            else:
-                waiter.add_done_callback(lambda _: step())
-
         opening: Opening = self._loop.connect_accepted_socket(lambda: transport, connection)
         self._adopting.add(opening)
-        step()
+        self._step(opening, connection, transport)
+
+    def _step(self, opening: Opening, connection: socket.socket, transport: TlsServerTransport) -> None:
+        # No function of its own for each socket, which would name itself: such a cycle keeps the transport.
+        try:
+            waiter = opening.send(None)
+        except StopIteration:
+            self._adopting.discard(opening)
+        except OSError as error:  # it went away before it was ours
+            self._adopting.discard(opening)
+            connection.close()
+            transport.connection_lost(error)
+        else:
+            waiter.add_done_callback(lambda _: self._step(opening, connection, transport))
 
     def _connection_closed(self, address: str) -> None:
         self._open -= 1
