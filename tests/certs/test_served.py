@@ -85,6 +85,7 @@ def test_a_client_refuses_another_name_and_another_authority(
         handshake(server_context(pairs), stranger, "localhost")
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl command to be the client")
 @pytest.mark.parametrize(
     ("algorithms", "key_type"),
     [
@@ -107,8 +108,6 @@ def test_clients_that_know_one_family_only_are_both_served_on_one_port(
 
         thread = threading.Thread(target=serve_one)
         thread.start()
-        if shutil.which("openssl") is None:
-            pytest.skip("there is no openssl command to be the client")
         command: list[Any] = ["openssl", "s_client", "-connect", f"127.0.0.1:{listener.getsockname()[1]}"]
         command += ["-CAfile", folder / "ca.crt", "-verify_return_error", "-verify_hostname", "localhost"]
         command += ["-tls1_3", "-sigalgs", algorithms]
