@@ -21,11 +21,11 @@ from zcproto.server.app import App
 from zcproto.server.context import Context
 from zcproto.server.eager import EagerTasks
 from zcproto.server.protocol import WRITE_BUFFER_HARD_FACTOR, ServerProtocol
-from zcproto.server.serving import LOGS_PER_MINUTE, Serving
+from zcproto.server.serving import ANNOUNCED_PER_TURN, LOGS_PER_MINUTE, Serving
 from zcproto.sessions import OpenedSession
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, REQUEST, Kind, Side, encode_frame
-from zcproto.wire.message import encode_request
+from zcproto.wire.message import encode_body, encode_request
 
 WRITE_BUFFER = 20_000
 WRITE_TIMEOUT = 20.0
@@ -191,7 +191,7 @@ class Peer:
         self.counter = 0
         self.token = NO_TOKEN
         self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
-        self.welcome = self.answers()[0]
+        self.welcome, *self.greeted = self.answers()
         self.salt = self.welcome.salt
 
     def frame(self, head: int, stream: int = 0, body: bytes = b"") -> bytes:
@@ -254,6 +254,59 @@ def nothing_left(harness: Harness) -> None:
 
 def ended(harness: Harness) -> dict[str, int]:
     return harness.serving.counters.connections_ended
+
+
+# --- what the server says of itself ----------------------------------------------------------------------
+
+BODY = encode_body(["pins.next", {"pins": ["sha256/x"], "from": 1}])
+
+
+def announce(harness: Harness, body: bytes | None) -> None:
+    harness.loop.run_until_complete(harness.serving.announce(body))
+    harness.turn()
+
+
+def test_an_announcement_reaches_those_who_are_there_and_those_who_come(harness: Harness, peer: Peer) -> None:
+    nobody = harness.connect()
+    announce(harness, BODY)
+    late = harness.connect()
+    for told in (peer.answers(), nobody.answers(), late.greeted):
+        assert [(answer.kind, answer.token, answer.body) for answer in told] == [(Kind.EVENT, NO_TOKEN, BODY)]
+
+
+def test_an_announcement_is_made_once(harness: Harness, peer: Peer) -> None:
+    announce(harness, BODY)
+    announce(harness, BODY)
+    assert len(peer.answers()) == 1
+
+
+def test_what_is_no_longer_to_come_is_not_announced(harness: Harness, peer: Peer) -> None:
+    announce(harness, BODY)
+    peer.answers()
+    announce(harness, None)
+    assert peer.answers() == []
+    assert harness.connect().greeted == []
+
+
+def test_thousands_are_told_over_several_turns_and_the_newest_only(harness: Harness) -> None:
+    peers = [harness.connect() for _ in range(ANNOUNCED_PER_TURN + 1)]
+    newer = encode_body(["pins.next", {"pins": ["sha256/y"], "from": 2}])
+
+    async def both() -> None:
+        await asyncio.gather(harness.serving.announce(BODY), harness.serving.announce(newer))
+
+    harness.loop.run_until_complete(both())
+    harness.turn()
+    told = [[answer.body for answer in peer.answers()] for peer in peers]
+    assert told.count([BODY, newer]) == ANNOUNCED_PER_TURN
+    assert told.count([newer]) == 1
+
+
+def test_a_connection_that_is_gone_is_not_told(harness: Harness, peer: Peer) -> None:
+    peer.protocol.close("by a test")
+    peer.protocol.announce(BODY)
+    harness.turn()
+    assert peer.answers() == []
 
 
 # --- back-pressure -----------------------------------------------------------------------------------------

@@ -381,6 +381,11 @@ class ServerConnection:
         self._send(EVENT, 0, known.token, body, wall)
         return True
 
+    def announce(self, body: bytes, wall: int) -> None:
+        """Send an event (its encoded body) that speaks of the server and of no session: its token is zeros."""
+        if self.state is not _CLOSED:
+            self._send(EVENT, 0, NO_TOKEN, body, wall)
+
     # --- the end --------------------------------------------------------------------------------
 
     def go_away(self, reason: str, retry_after_ms: int, wall: int) -> None:

@@ -85,6 +85,8 @@ class ServerProtocol(asyncio.Protocol):
         )
         serving.connections.add(self)
         serving.counters.connections_opened += 1
+        if serving.announcement is not None:
+            self._connection.announce(serving.announcement, wall)
         if serving.draining:
             self._connection.go_away("draining", serving.settings.retry_draining_ms, wall)
         self._flush()
@@ -308,6 +310,12 @@ class ServerProtocol(asyncio.Protocol):
         sent = self._connection.send_event(session_id, name, data, self.wall())
         self._flush_soon()
         return sent
+
+    def announce(self, body: bytes) -> None:
+        """Send an event that speaks of the server."""
+        if self._connection is not None:
+            self._connection.announce(body, self.wall())
+            self._flush_soon()
 
     # --- bytes out -------------------------------------------------------------------------------------
 

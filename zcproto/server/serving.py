@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LOGS_PER_MINUTE: Final = 10
 """Lines of one kind for one peer; the rest are counted."""
 
+ANNOUNCED_PER_TURN: Final = 100
+
 log = get_logger("zcproto.server")
 
 
@@ -79,6 +81,8 @@ class Serving:
         self.counters = Counters()
         self.connections: set[ServerProtocol] = set()
         self.draining = False
+        self.announcement: bytes | None = None
+        """The body of an event that every connection gets, those to come right behind WELCOME."""
         self._drained = asyncio.Event()
         self._by_session: dict[str, ServerProtocol | set[ServerProtocol]] = {}
         self._log_limit = RateLimited(per_minute=LOGS_PER_MINUTE)
@@ -88,6 +92,20 @@ class Serving:
         """Return when no connection is left."""
         if self.connections:
             await self._drained.wait()
+
+    async def announce(self, body: bytes | None) -> None:
+        """Send an event to every connection, some in each turn of the loop. None: there is no more to say."""
+        if body == self.announcement:
+            return
+        self.announcement = body
+        if body is None:
+            return
+        for number, protocol in enumerate(list(self.connections), 1):
+            if self.announcement is not body:  # there is something newer to say
+                return
+            protocol.announce(body)
+            if number % ANNOUNCED_PER_TURN == 0:
+                await asyncio.sleep(0)
 
     def connection_ended(self, protocol: ServerProtocol) -> None:
         self.connections.discard(protocol)
