@@ -4,6 +4,7 @@ What this file decides: user names, client names and addresses become small numb
 Each string is counted, and given up with its last use, so that strings chosen by peers do not pile up.
 
 Rules:
+- The string found last is remembered: a login asks for its user twice, and most clients are of one product.
 - A string of up to `inline` bytes of UTF-8 lies in its record, which takes half of what an object and a
   place in a dict would; the few longer ones are objects beside it.
 
@@ -30,7 +31,19 @@ class StringTable:
     `marks` is a field for the owner: a number for each string, which it sets when `uses` becomes 1.
     """
 
-    __slots__ = ("_bytes", "_index", "_inline", "_long", "_record_size", "_text", "marks", "slab", "uses")
+    __slots__ = (
+        "_bytes",
+        "_index",
+        "_inline",
+        "_last",
+        "_last_text",
+        "_long",
+        "_record_size",
+        "_text",
+        "marks",
+        "slab",
+        "uses",
+    )
 
     def __init__(self, capacity: int, inline: int) -> None:
         assert inline % 4 == 3  # with the byte for the length, the record is of whole cells
@@ -41,6 +54,8 @@ class StringTable:
         self._index = LinearHash(self.slab, hash_=_HASH, next_=_NEXT)
         self._bytes = self.slab.bytes
         self._long: dict[int, bytes] = {}
+        self._last_text: str | None = None
+        self._last = UNKNOWN
         self.uses = self.slab.column("i", _USES)
         self.marks = self.slab.column("i", _MARK)
 
@@ -52,10 +67,18 @@ class StringTable:
 
     def find(self, text: str) -> int:
         """The number of a string that is in use, or -1."""
-        return self._find(text.encode("utf-8", "surrogatepass"))
+        if text == self._last_text:
+            return self._last
+        number = self._find(text.encode("utf-8", "surrogatepass"))
+        if number != UNKNOWN:
+            self._last_text, self._last = text, number
+        return number
 
     def take(self, text: str) -> int:
         """The number of a string, with one more use of it."""
+        if text == self._last_text:
+            self.uses[self._last] += 1
+            return self._last
         value = text.encode("utf-8", "surrogatepass")
         number = self._find(value)
         if number == UNKNOWN:
@@ -69,12 +92,15 @@ class StringTable:
                 self._bytes[start + 1 : start + 1 + len(value)] = value
             self._index.add(number, hash(value) & _HASH_MASK)
         self.uses[number] += 1
+        self._last_text, self._last = text, number
         return number
 
     def give_back(self, number: int) -> None:
         """One use less; the string is forgotten with the last one."""
         self.uses[number] -= 1
         if not self.uses[number]:
+            if number == self._last:
+                self._last_text, self._last = None, UNKNOWN
             self._index.remove(number)
             self._long.pop(number, None)
             self.slab.give_back(number)
