@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import random
+import ssl
+import traceback
 from datetime import UTC, timedelta, timezone
 from ipaddress import ip_address
 from pathlib import Path
@@ -12,9 +15,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, padding, rsa
+from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from zcproto.certs import load_pair, pair, spki_pin
+from zcproto.certs import files, load_pair, pair, spki_pin
 from zcproto.errors import CertificateError
 
 from .support import DAY, NOW, build, der, openssl, pem, pem_of, pem_of_key, write_pair
@@ -62,6 +66,15 @@ def test_a_pair_is_loaded_with_all_that_is_to_be_known_of_it(
     assert loaded.not_before.tzinfo is loaded.not_after.tzinfo is UTC
     assert loaded.leaf_sha256 == hashlib.sha256(der(certificate)).digest()
     assert loaded.pin == spki_pin(der(certificate))
+    assert (loaded.issuer, loaded.chain_length, loaded.passphrase) == ("CN=server", 1, None)
+    assert int(loaded.serial, 16) == certificate.serial_number
+
+
+def test_the_name_of_an_issuer_is_shown_on_one_line_of_bounded_length(tmp_path: Path, ec_key: Any) -> None:
+    leaf = build(ec_key, issuer="a\nb\x1b[31m" + "c" * 50)
+    issuer = load_pair(*write_pair(tmp_path, [leaf], ec_key), NOW).issuer
+    assert "\n" not in issuer
+    assert "\x1b" not in issuer
 
 
 @pytest.mark.parametrize(
@@ -88,8 +101,33 @@ def test_keys_in_older_pem_forms_are_loaded(
 def test_certificate_and_key_may_be_in_one_file(tmp_path: Path, ec_key: ec.EllipticCurvePrivateKey) -> None:
     both = tmp_path / "both.pem"
     both.touch(0o600)
+    certificate = pem(build(ec_key))
+    for data in (pem_of_key(ec_key) + certificate, certificate + pem_of_key(ec_key)):
+        both.write_bytes(data)
+        assert load_pair(both, both, NOW).key_type == "ecdsa-p256"
+    both.chmod(0o644)
+    with pytest.raises(CertificateError, match="others can read"):
+        load_pair(both, both, NOW)
+
+
+def test_each_file_is_read_once(
+    tmp_path: Path, ec_key: ec.EllipticCurvePrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_pair(tmp_path, [build(ec_key)], ec_key)
+    both = tmp_path / "both.pem"
+    both.touch(0o600)
     both.write_bytes(pem_of_key(ec_key) + pem(build(ec_key)))
-    assert load_pair(both, both, NOW).key_type == "ecdsa-p256"
+    opened: list[Path] = []
+    real = os.open
+
+    def count(path: Any, *arguments: Any, **named: Any) -> int:
+        opened.append(Path(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", count)
+    load_pair(*paths, NOW)
+    load_pair(both, both, NOW)
+    assert opened == [*paths, both]
 
 
 def test_a_chain_is_taken_with_a_root_that_nobody_checks_the_signature_of(
@@ -184,6 +222,53 @@ def test_a_chain_with_the_leaf_in_the_wrong_place_is_told(tmp_path: Path, rsa_ke
     assert "the server's certificate is not the first one in the file" in refusal(tmp_path, chain, ec_key)
 
 
+def test_a_chain_out_of_order_is_refused(
+    tmp_path: Path, rsa_key: Any, other_rsa_key: Any, ec_key: Any
+) -> None:
+    leaf = build(ec_key, signer=other_rsa_key, issuer="middle")
+    middle = build(other_rsa_key, signer=rsa_key, subject="middle", issuer="root")
+    root = build(rsa_key, subject="root")
+    assert load_pair(*write_pair(tmp_path, [leaf, middle, root], ec_key), NOW).chain_length == 3
+    for chain, position in (
+        ([leaf, root, middle], 1),
+        ([leaf, root], 1),
+        ([leaf, leaf, middle], 1),
+        ([leaf, middle, leaf], 2),
+    ):
+        says = refusal(tmp_path, chain, ec_key)
+        assert f"certificate {position + 1} is not the issuer of certificate {position}; put" in says
+
+
+def test_an_issuer_of_the_right_name_that_did_not_sign_is_refused(
+    tmp_path: Path, rsa_key: Any, other_rsa_key: Any, ec_key: Any
+) -> None:
+    leaf = build(ec_key, signer=other_rsa_key, issuer="authority")
+    says = refusal(tmp_path, [leaf, build(rsa_key, subject="authority")], ec_key)
+    assert "certificate 2 has the name of the issuer of certificate 1 but did not sign it; get" in says
+
+
+def test_names_that_differ_in_case_spaces_and_encoding_are_one(
+    tmp_path: Path, rsa_key: Any, ec_key: Any
+) -> None:
+    leaf = build(ec_key, signer=rsa_key, issuer="The  Authority ")
+    authority = build(rsa_key, subject="the authority")
+    assert load_pair(*write_pair(tmp_path, [leaf, authority], ec_key), NOW).chain_length == 2
+    other = x509.Name(
+        [
+            x509.NameAttribute(x509.NameOID.COMMON_NAME, "the authority"),
+            x509.NameAttribute(x509.NameOID.X500_UNIQUE_IDENTIFIER, b"\0\1", _ASN1Type.BitString),
+        ]
+    )
+    assert pair._comparable(other) != pair._comparable(authority.subject)
+
+
+def test_too_long_a_chain_is_refused(tmp_path: Path, ec_key: Any) -> None:
+    certificate = build(ec_key)  # issued by itself
+    assert load_pair(*write_pair(tmp_path, [certificate] * 10, ec_key), NOW).chain_length == 10
+    says = refusal(tmp_path, [certificate] * 11, ec_key)
+    assert "holds 11 certificates; leave the server's and its issuers', 10 at most" in says
+
+
 def test_a_short_rsa_key_is_refused(tmp_path: Path) -> None:
     key = rsa.generate_private_key(65537, 1024)
     says = refusal(tmp_path, [build(key)], key)
@@ -270,13 +355,66 @@ def test_a_certificate_for_another_purpose_is_refused(
 
 
 @pytest.mark.parametrize("form", [serialization.PrivateFormat.PKCS8, TRADITIONAL])
-def test_an_encrypted_key_is_refused_with_the_command_that_decrypts_it(
+def test_an_encrypted_key_without_a_passphrase_is_refused_with_the_cure(
     tmp_path: Path, rsa_key: Any, form: serialization.PrivateFormat
 ) -> None:
     data = pem_of_key(rsa_key, form, serialization.BestAvailableEncryption(b"pass phrase"))
     says = refusal(tmp_path, [build(rsa_key)], data)
     key_path = tmp_path / "site.key"
-    assert says.startswith(f"{key_path}: the key is encrypted; decrypt it with `openssl pkey -in {key_path} ")
+    assert says.startswith(f"{key_path}: the key is encrypted and no passphrase is configured; set key_pass")
+    assert f"decrypt it with `openssl pkey -in {key_path} -out NEW_FILE`" in says
+    with pytest.raises(CertificateError, match="the key is encrypted"):
+        pair.read_private_key(key_path)
+
+
+@pytest.mark.parametrize("form", [serialization.PrivateFormat.PKCS8, TRADITIONAL])
+def test_an_encrypted_key_is_taken_with_its_passphrase_which_is_shown_nowhere(
+    tmp_path: Path, rsa_key: Any, ec_key: Any, form: serialization.PrivateFormat
+) -> None:
+    secret = b"correct horse \xff"
+    for key in (rsa_key, ec_key):
+        data = pem_of_key(key, form, serialization.BestAvailableEncryption(secret))
+        paths = write_pair(tmp_path, [build(key)], data)
+        loaded = load_pair(*paths, NOW, secret)
+        assert loaded.passphrase == secret
+        assert "horse" not in repr(loaded)
+        assert "passphrase" not in repr(loaded)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*paths, password=loaded.passphrase)
+
+
+@pytest.mark.parametrize("options", ["-aes128", "-des3"])
+def test_traditional_keys_that_openssl_encrypts_are_taken(tmp_path: Path, ec_key: Any, options: str) -> None:
+    data = openssl("ec", options, "-passout", "pass:secret", data=pem_of_key(ec_key)).encode()
+    assert b"DEK-Info" in data
+    assert load_pair(*write_pair(tmp_path, [build(ec_key)], data), NOW, b"secret").passphrase == b"secret"
+
+
+def test_a_wrong_passphrase_is_told_and_not_shown(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
+    wrong = b"battery" + b" staple"
+    for key in (rsa_key, ec_key):
+        for form in (serialization.PrivateFormat.PKCS8, TRADITIONAL):
+            data = pem_of_key(key, form, serialization.BestAvailableEncryption(b"right"))
+            paths = write_pair(tmp_path, [build(key)], data)
+            with pytest.raises(CertificateError) as caught:
+                load_pair(*paths, NOW, wrong)
+            says = str(caught.value)
+            assert says.startswith(
+                f"{paths[1]}: the configured passphrase does not decrypt the key; configure"
+            )
+            assert wrong.decode() not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_passphrase_for_a_key_that_is_not_encrypted_is_not_kept(tmp_path: Path, ec_key: Any) -> None:
+    assert load_pair(*write_pair(tmp_path, [build(ec_key)], ec_key), NOW, b"secret").passphrase is None
+
+
+@pytest.mark.parametrize("length", [0, 1025])
+def test_the_length_of_a_passphrase_is_bounded(tmp_path: Path, ec_key: Any, length: int) -> None:
+    data = pem_of_key(ec_key, encryption=serialization.BestAvailableEncryption(b"x" * 1023))
+    paths = write_pair(tmp_path, [build(ec_key)], data)
+    with pytest.raises(CertificateError, match=r"site\.key: its passphrase must have 1 to 1024 bytes"):
+        load_pair(*paths, NOW, b"x" * length)
+    assert load_pair(*paths, NOW, b"x" * 1023)
 
 
 @pytest.mark.parametrize(
@@ -306,12 +444,38 @@ def test_what_is_no_key_is_refused_and_not_shown(tmp_path: Path, ec_key: Any, da
 def test_what_is_no_certificate_is_refused(tmp_path: Path, ec_key: Any, data: Any) -> None:
     whole = pem(build(ec_key))
     kinds = {"the key": pem_of_key(ec_key), "half": whole[: len(whole) // 2], "der": der(build(ec_key))}
+    half = data == "half"
     data = kinds.get(data, data)
     certificate_path, key_path = write_pair(tmp_path, data, ec_key)
     certificate_path.chmod(0o600)  # the key is in it once
     with pytest.raises(CertificateError) as caught:
         load_pair(certificate_path, key_path, NOW)
-    assert str(caught.value) == f"{certificate_path}: holds no PEM certificate that can be read; get it anew"
+    what = "is cut off in the middle of a PEM block" if half else "holds no PEM certificate that can be read"
+    assert str(caught.value) == f"{certificate_path}: {what}; get it anew"
+
+
+def test_a_chain_that_is_being_written_is_not_taken_for_a_shorter_one(
+    tmp_path: Path, rsa_key: Any, ec_key: Any
+) -> None:
+    leaf, middle = build(ec_key, signer=rsa_key, issuer="middle"), build(rsa_key, subject="middle")
+    whole = pem(leaf) + pem(middle)
+    taken = 0
+    for length in range(len(whole) + 1):
+        paths = write_pair(tmp_path, whole[:length], ec_key)
+        try:
+            length_read = load_pair(*paths, NOW).chain_length
+        except files.DamagedFileError:
+            continue
+        taken += 1
+        between = len(pem(leaf)) - 1 <= length <= len(pem(leaf))  # with or without the newline
+        assert length_read == (1 if between else 2)
+        assert between or length >= len(whole) - 1
+    assert taken == 4
+
+
+def test_text_around_the_certificates_does_no_harm(tmp_path: Path, ec_key: Any) -> None:
+    text = b"Certificate:\n    Data: ----\n" + pem(build(ec_key)) + b"\nthe end -----\n"
+    assert load_pair(*write_pair(tmp_path, text, ec_key), NOW).chain_length == 1
 
 
 def test_a_certificate_with_an_extension_that_cannot_be_read_is_refused(tmp_path: Path, ec_key: Any) -> None:

@@ -1,10 +1,16 @@
 """Decides whether a certificate and a key may be served, and says what is in them.
 
-Rules: the first certificate of the file is the leaf, those after it are its chain. Refused are: what others
-than the owner can read or change, what is expired or not yet valid, a key that is not the certificate's,
-weak keys and signatures, a certificate for another purpose, what is encrypted or cannot be parsed.
+Rules:
+- The first certificate of the file is the leaf, those after it are its chain: each issued the one before it.
+- Keys may be PKCS#8 or of the older forms, and encrypted if the passphrase is at hand.
+- Refused are: what others than the owner can read or change, what is expired or not yet valid, a key that is
+  not the certificate's, weak keys and signatures, a certificate for another purpose, a chain out of order,
+  what is cut off or cannot be parsed.
+- Each file is read once, so what was checked is one state of it. A file may change before TLS reads it again:
+  `leaf_sha256` tells whether that was the same certificate.
 
-Must not know: who made the certificate, when it should be renewed, TLS contexts.
+Must not know: who made the certificate, when it should be renewed, where a passphrase comes from, TLS
+contexts. A passphrase is in no message and in no repr.
 """
 
 from __future__ import annotations
@@ -12,12 +18,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, SignatureAlgorithmOID
@@ -26,6 +33,13 @@ from zcproto.certs import files
 from zcproto.certs.files import DamagedFileError
 from zcproto.certs.keys import PrivateKey, belongs, key_type_of, weakness
 from zcproto.errors import CertificateError
+from zcproto.printable import printable
+
+MAX_PASSPHRASE_BYTES = 1024
+"""What OpenSSL takes from a callback for a passphrase (PEM_BUFSIZE)."""
+
+MAX_CHAIN = 10
+"""Certificates in one file. Each costs a kilobyte in every handshake; public chains have two to four."""
 
 UNREADABLE = (
     ValueError,
@@ -37,6 +51,9 @@ UNREADABLE = (
 )
 """What cryptography raises when it meets an encoding, extension or algorithm that it cannot read."""
 
+_MAX_ISSUER = 200
+_PEM_BEGIN = b"-----BEGIN "
+_PEM_END = b"-----END "
 _STRONG_HASHES = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 _HASHLESS_SIGNATURES = (SignatureAlgorithmOID.ED25519, SignatureAlgorithmOID.ED448)
 _SERVER_PURPOSES = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE})
@@ -61,26 +78,42 @@ class CertificatePair:
     """SHA-256 of the leaf's DER."""
     pin: str
     """The pin of the leaf's public key, as `spki_pin` gives it."""
+    issuer: str
+    """Who issued the leaf, as RFC 4514 writes names, at most 200 characters."""
+    serial: str
+    """The leaf's serial number in hexadecimal."""
+    chain_length: int
+    """How many certificates are in the file, with the leaf."""
+    passphrase: bytes | None = field(default=None, repr=False)
+    """What decrypts the key; None if it is not encrypted."""
 
 
-def load_pair(certificate: Path, key: Path, now: datetime) -> CertificatePair:
+def load_pair(
+    certificate: Path, key: Path, now: datetime, passphrase: bytes | None = None
+) -> CertificatePair:
     """The pair in these two files (which may be one), fit to be served at `now`, an aware time.
 
-    Raises CertificateError, which names the file, what is wrong and what to do.
+    `passphrase` is for a key that is encrypted; another one is taken without it. Raises CertificateError,
+    which names the file, what is wrong and what to do.
     """
-    chain = read_certificates(certificate)
+    one_file = certificate == key  # then certificate and key are of one state of it
+    certificate_data = files.read_key_file(key) if one_file else files.read_certificate_file(certificate)
+    chain = _parse_certificates(certificate_data, certificate)
+    key_data = certificate_data if one_file else files.read_key_file(key)
+    private_key, used_passphrase = _decrypt_key(key_data, key, passphrase)
     leaf = chain[0]
-    private_key = read_private_key(key)
     try:
         _check_strength(chain, certificate)
+        if not belongs(private_key, leaf.public_key()):
+            raise CertificateError(_mismatch(chain, certificate, private_key, key))
         _check_purpose(leaf, certificate)
+        _check_order(chain, certificate)
         names = names_of(leaf)
+        issuer = printable(leaf.issuer.rfc4514_string(), _MAX_ISSUER)
     except UNREADABLE as error:
         raise DamagedFileError(
             f"{certificate}: holds a certificate that cannot be read; get it anew"
         ) from error
-    if not belongs(private_key, leaf.public_key()):
-        raise CertificateError(_mismatch(chain, certificate, private_key, key))
     _check_validity(leaf, certificate, now)
     der = leaf.public_bytes(serialization.Encoding.DER)
     return CertificatePair(
@@ -92,6 +125,10 @@ def load_pair(certificate: Path, key: Path, now: datetime) -> CertificatePair:
         not_after=leaf.not_valid_after_utc,
         leaf_sha256=hashlib.sha256(der).digest(),
         pin=spki_pin(der),
+        issuer=issuer,
+        serial=f"{leaf.serial_number:X}",
+        chain_length=len(chain),
+        passphrase=used_passphrase,
     )
 
 
@@ -141,33 +178,18 @@ def _end(der: bytes, position: int) -> int:
 
 def read_certificates(path: Path) -> list[x509.Certificate]:
     """The certificates in a PEM file, at least one. Raises DamagedFileError if there is none."""
-    data = files.read_certificate_file(path)
-    try:
-        return x509.load_pem_x509_certificates(data)
-    except UNREADABLE as error:
-        raise DamagedFileError(f"{path}: holds no PEM certificate that can be read; get it anew") from error
+    return _parse_certificates(files.read_certificate_file(path), path)
 
 
 def read_private_key(path: Path) -> PrivateKey:
     """The key in a PEM file, of whatever strength. Raises DamagedFileError if there is none."""
-    data = files.read_key_file(path)
-    try:
-        key = parse_key(data)
-    except UNREADABLE as error:
-        if b"ENCRYPTED" in data:
-            quoted = shlex.quote(str(path))
-            raise CertificateError(
-                f"{path}: the key is encrypted; decrypt it with `openssl pkey -in {quoted} -out NEW_FILE`"
-            ) from error
-        raise DamagedFileError(f"{path}: holds no PEM key that can be read; restore it") from error
-    if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
-        raise CertificateError(f"{path}: {weakness(key)}")
+    key, _ = _decrypt_key(files.read_key_file(path), path, None)
     return key
 
 
-def parse_key(data: bytes) -> object:
+def parse_key(data: bytes, passphrase: bytes | None = None) -> object:
     # OpenSSL's check of an RSA key takes 250 ms at 4096 bits; `belongs` shows more, and in 2 ms.
-    return serialization.load_pem_private_key(data, None, unsafe_skip_rsa_key_validation=True)
+    return serialization.load_pem_private_key(data, passphrase, unsafe_skip_rsa_key_validation=True)
 
 
 def match(certificate_pem: bytes, key_pem: bytes) -> bool:
@@ -195,6 +217,98 @@ def utc(now: datetime) -> datetime:
     if now.tzinfo is None:
         raise ValueError("`now` must be an aware datetime")
     return now.astimezone(UTC)
+
+
+def _parse_certificates(data: bytes, path: Path) -> list[x509.Certificate]:
+    if _is_cut_off(data):
+        # What is left would be read as a shorter chain without a word.
+        raise DamagedFileError(f"{path}: is cut off in the middle of a PEM block; get it anew")
+    try:
+        chain = x509.load_pem_x509_certificates(data)
+    except UNREADABLE as error:
+        raise DamagedFileError(f"{path}: holds no PEM certificate that can be read; get it anew") from error
+    if len(chain) > MAX_CHAIN:
+        raise CertificateError(
+            f"{path}: holds {len(chain)} certificates; leave the server's and its issuers', {MAX_CHAIN} at most"
+        )
+    return chain
+
+
+def _is_cut_off(data: bytes) -> bool:
+    """Whether a PEM block begins and does not end, as in a file that is being written."""
+    if data.count(_PEM_BEGIN) != data.count(_PEM_END):
+        return True
+    _, end, rest = data.rpartition(_PEM_END)
+    _, dashes, rest = rest.partition(b"-----")  # after the label of the last block
+    return bool(end) and (not dashes or rest.lstrip().startswith(b"-"))
+
+
+def _decrypt_key(data: bytes, path: Path, passphrase: bytes | None) -> tuple[PrivateKey, bytes | None]:
+    """The key in the bytes of a file, and the passphrase if it took that."""
+    if passphrase is not None and not 1 <= len(passphrase) <= MAX_PASSPHRASE_BYTES:
+        raise CertificateError(f"{path}: its passphrase must have 1 to {MAX_PASSPHRASE_BYTES} bytes")
+    used: bytes | None = None
+    try:
+        try:
+            key = parse_key(data)
+        except TypeError as error:  # what cryptography raises for a key that is encrypted
+            key, used = _parse_encrypted_key(data, path, passphrase, error), passphrase
+    except UNREADABLE as error:
+        raise DamagedFileError(f"{path}: holds no PEM key that can be read; restore it") from error
+    if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
+        raise CertificateError(f"{path}: {weakness(key)}")
+    return key, used
+
+
+def _parse_encrypted_key(data: bytes, path: Path, passphrase: bytes | None, error: TypeError) -> object:
+    quoted = shlex.quote(str(path))
+    if passphrase is None:
+        raise CertificateError(
+            f"{path}: the key is encrypted and no passphrase is configured; set key_passphrase_file or"
+            f" key_passphrase_variable, or decrypt it with `openssl pkey -in {quoted} -out NEW_FILE`"
+        ) from error
+    try:
+        return parse_key(data, passphrase)
+    except UNREADABLE as refused:
+        raise CertificateError(
+            f"{path}: the configured passphrase does not decrypt the key; configure the right one, or encrypt"
+            f" the key anew with `openssl pkey -in {quoted} -aes256 -out NEW_FILE` if this takes it"
+        ) from refused
+
+
+def _check_order(chain: list[x509.Certificate], path: Path) -> None:
+    """Each certificate is issued by the next (RFC 8446 section 4.4.2); some clients take no other order."""
+    for position, (issued, issuer) in enumerate(pairwise(chain), 1):
+        if _comparable(issued.issuer) != _comparable(issuer.subject):
+            raise CertificateError(
+                f"{path}: certificate {position + 1} is not the issuer of certificate {position};"
+                " put the server's first, after each the one that issued it, and no other"
+            )
+        try:
+            issued.verify_directly_issued_by(issuer)
+        except InvalidSignature as error:
+            raise CertificateError(
+                f"{path}: certificate {position + 1} has the name of the issuer of certificate {position}"
+                " but did not sign it; get the chain anew"
+            ) from error
+        except UNREADABLE:
+            continue  # the names are one in another encoding, or a signature that only others know
+
+
+def _comparable(name: x509.Name) -> list[frozenset[tuple[str, str | bytes]]]:
+    """A name as RFC 5280 section 7.1 compares it: without regard to case, repeated spaces and encoding."""
+    return [
+        frozenset(
+            (
+                attribute.oid.dotted_string,
+                " ".join(attribute.value.casefold().split())
+                if isinstance(attribute.value, str)
+                else attribute.value,
+            )
+            for attribute in part
+        )
+        for part in name.rdns
+    ]
 
 
 def _check_strength(chain: list[x509.Certificate], path: Path) -> None:
