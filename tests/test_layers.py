@@ -25,16 +25,40 @@ MAY_IMPORT: dict[str, set[str]] = {
     "connection": {"wire", "sessions", "errors"},
     # beside the core
     "auth": {"sessions"} | LEAVES,
+    "stores": {"sessions"} | LEAVES,
     "tls": LEAVES,
     "certs": LEAVES,
     "observe": LEAVES,
     # the edge
-    "server": {"tls", "connection", "wire", "sessions", "auth", "certs", "observe"} | LEAVES,
+    "server": {"tls", "connection", "wire", "sessions", "auth", "stores", "certs", "observe"} | LEAVES,
     "client": {"tls", "connection", "wire", "observe"} | LEAVES,
     # on top
-    "bench": {"server", "client", "tls", "connection", "wire", "sessions", "auth", "certs", "observe"}
+    "bench": {
+        "server",
+        "client",
+        "tls",
+        "connection",
+        "wire",
+        "sessions",
+        "auth",
+        "stores",
+        "certs",
+        "observe",
+    }
     | LEAVES,
-    "cli": {"bench", "server", "client", "tls", "connection", "wire", "sessions", "auth", "certs", "observe"}
+    "cli": {
+        "bench",
+        "server",
+        "client",
+        "tls",
+        "connection",
+        "wire",
+        "sessions",
+        "auth",
+        "stores",
+        "certs",
+        "observe",
+    }
     | LEAVES,
     "__main__": {"cli"},
     "zcproto": {"server", "client", "config", "errors"},
@@ -54,6 +78,7 @@ REASONS = {
     ("certs", "*"): "certs makes and loads certificates: it knows nothing of who uses them",
     ("client", "server"): "client and server meet on the wire only",
     ("server", "client"): "client and server meet on the wire only",
+    ("stores", "*"): "stores keep sessions: they know no connections, and nobody who asks",
     ("connection", "*"): "connection joins wire and sessions; all else is above it",
     ("*", "*"): "imports point down: cli, bench > server, client > tls > connection > wire; see MAY_IMPORT",
 }
