@@ -1,0 +1,509 @@
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from zcproto.certs import foreign, pair
+from zcproto.certs.certificates import Site
+from zcproto.certs.foreign import ForeignSite, PassphraseSource, SiteLook, WatchedSite, covers, load_site
+from zcproto.errors import CertificateError
+
+from .support import DAY, NOW, build, pem, pem_of_key
+
+NOTHING = SiteLook()
+
+
+def san(*names: str) -> x509.SubjectAlternativeName:
+    return x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
+
+
+class Files:
+    """A certificate and its key as others write them, one after the other."""
+
+    def __init__(self, folder: Path, stem: str = "site", *names: str) -> None:
+        self.names = names or ("a.example",)
+        self.certificate, self.key = folder / f"{stem}.crt", folder / f"{stem}.key"
+
+    def write_certificate(self, key: Any, **changes: Any) -> x509.Certificate:
+        certificate = build(key, extensions=[san(*self.names)], **changes)
+        put(self.certificate, pem(certificate))
+        return certificate
+
+    def write_key(self, key: Any, passphrase: bytes | None = None) -> None:
+        encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else None
+        put(self.key, pem_of_key(key, encryption=encryption))
+
+    def write(self, key: Any, **changes: Any) -> Files:
+        self.write_certificate(key, **changes)
+        self.write_key(key)
+        return self
+
+    def site(self, *names: str, passphrase: PassphraseSource | None = None) -> ForeignSite:
+        return ForeignSite(names, (self.certificate,), (self.key,), passphrase or PassphraseSource())
+
+
+def put(path: Path, data: bytes) -> Path:
+    staged = path.with_name(path.name + ".tmp")
+    staged.touch(0o600)
+    staged.write_bytes(data)
+    staged.replace(path)
+    return path
+
+
+def load(spec: ForeignSite, environ: Mapping[str, str] | None = None) -> Site:
+    return load_site(spec, NOW, environ or {})
+
+
+def refusal(spec: ForeignSite, environ: Mapping[str, str] | None = None) -> str:
+    with pytest.raises(CertificateError) as caught:
+        load(spec, environ)
+    return str(caught.value)
+
+
+@pytest.fixture
+def other_ec_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+# --- loading
+
+
+def test_a_site_is_loaded_with_a_pair_of_each_kind(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
+    first = Files(tmp_path, "rsa").write(rsa_key)
+    second = Files(tmp_path, "ecdsa").write(ec_key)
+    spec = ForeignSite(("A.example",), (first.certificate, second.certificate), (first.key, second.key))
+    site = load(spec)
+    assert site.names == ("a.example",)
+    assert [each.key_type for each in site.pairs] == ["rsa-2048", "ecdsa-p256"]
+    assert spec.paths == (first.certificate, second.certificate, first.key, second.key)
+
+
+def test_a_default_site_needs_no_names(tmp_path: Path, ec_key: Any) -> None:
+    assert load(Files(tmp_path).write(ec_key).site()).names == ()
+
+
+def test_certificate_and_key_may_be_in_one_file(tmp_path: Path, ec_key: Any) -> None:
+    both = put(tmp_path / "both.pem", pem_of_key(ec_key) + pem(build(ec_key, extensions=[san("a.example")])))
+    for spec in (ForeignSite(("a.example",), (both,)), ForeignSite(("a.example",), (both,), (both,))):
+        assert load(spec).pairs[0].key == both
+        assert spec.paths == (both,)
+
+
+def test_links_are_followed_to_where_certbot_keeps_its_files(tmp_path: Path, ec_key: Any) -> None:
+    archive, live = tmp_path / "archive", tmp_path / "live"
+    archive.mkdir(0o700)
+    live.mkdir(0o755)
+    files = Files(archive).write(ec_key)
+    links = live / "fullchain.pem", live / "privkey.pem"
+    links[0].symlink_to(files.certificate)
+    links[1].symlink_to(files.key)
+    assert load(ForeignSite(("a.example",), links[:1], links[1:])).pairs[0].certificate == links[0]
+
+
+def test_the_number_of_files_is_checked(tmp_path: Path, ec_key: Any) -> None:
+    files = Files(tmp_path).write(ec_key)
+    for certificates, keys in ((0, 0), (3, 3), (2, 1), (1, 2)):
+        spec = ForeignSite(("a.example",), (files.certificate,) * certificates, (files.key,) * keys)
+        says = refusal(spec)
+        assert says.startswith(f"the site a.example has {certificates} certificates and {keys} keys; config")
+    assert refusal(ForeignSite((), (), ())).startswith("a site has 0 certificates")
+    spec = ForeignSite((), (files.certificate,) * 2, (files.key,))
+    assert refusal(spec).startswith(f"the site of {files.certificate} has 2 certificates and 1 keys")
+
+
+def test_two_certificates_of_one_kind_are_refused(tmp_path: Path, ec_key: Any) -> None:
+    files = Files(tmp_path).write(ec_key)
+    spec = ForeignSite((), (files.certificate,) * 2, (files.key,) * 2)
+    assert "are both ecdsa; configure one of each kind of key" in refusal(spec)
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "covered"),
+    [
+        ("a.example", "a.example", True),
+        ("A.Example", "a.example", True),
+        ("a.example", "b.example", False),
+        ("*.example.com", "a.example.com", True),
+        ("*.EXAMPLE.com", "a.example.com", True),
+        ("*.example.com", "example.com", False),
+        ("*.example.com", "b.a.example.com", False),
+        ("*.example.com", "*.example.com", True),
+        ("*.example.com", "*.a.example.com", False),
+        ("*.com", "*.com.example", False),
+        ("a.example.com", "*.example.com", False),
+        ("*", "a", False),
+        ("*.", "a.", True),
+        ("192.0.2.7", "192.0.2.7", True),
+    ],
+)
+def test_what_an_entry_of_a_certificate_covers(entry: str, name: str, covered: bool) -> None:
+    assert covers(entry, name) is covered
+
+
+def test_each_name_must_be_in_each_certificate(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
+    first = Files(tmp_path, "rsa", "a.example", "*.b.example").write(rsa_key)
+    second = Files(tmp_path, "ecdsa", "a.example").write(ec_key)
+    assert load(first.site("a.example", "x.b.example", "*.b.example"))
+    assert load(second.site("a.example"))
+    spec = ForeignSite(
+        ("a.example", "x.b.example", "*.b.example"),
+        (first.certificate, second.certificate),
+        (first.key, second.key),
+    )
+    says = refusal(spec)
+    assert says.startswith(f"{second.certificate}: is not for x.b.example, *.b.example; get one that has")
+
+
+def test_an_address_is_no_name_of_a_site(tmp_path: Path, ec_key: Any) -> None:
+    files = Files(tmp_path)
+    put(
+        files.certificate,
+        pem(
+            build(ec_key, extensions=[x509.SubjectAlternativeName([x509.IPAddress(ip_address("192.0.2.7"))])])
+        ),
+    )
+    files.write_key(ec_key)
+    assert load(files.site())
+    assert "192.0.2.7 cannot be the name of a site: clients send no address" in refusal(
+        files.site("192.0.2.7")
+    )
+    assert "cannot be a name in a certificate" in refusal(files.site("under_score.example"))
+
+
+def test_sites_are_checked_against_one_another(tmp_path: Path) -> None:
+    def site(*names: str) -> ForeignSite:
+        return ForeignSite(names, (tmp_path / "a.crt",))
+
+    foreign.check_sites([])
+    foreign.check_sites([site("a.example", "*.a.example"), site("b.example")])
+    with pytest.raises(CertificateError, match=r"two sites have the name a\.example; leave it in one"):
+        foreign.check_sites([site("a.example"), site("b.example", "A.example.")])
+    with pytest.raises(CertificateError, match=r"the site of .*a\.crt has no names; give the names"):
+        foreign.check_sites([site()])
+    foreign.check_sites([site(f"a{number}.example") for number in range(100)])
+    with pytest.raises(CertificateError, match="101 sites are configured; at most 100"):
+        foreign.check_sites([site(f"a{number}.example") for number in range(101)])
+
+
+# --- passphrases
+
+
+@pytest.mark.parametrize("line", [b"secret", b"secret\n", b"secret\r\n", b"secret\nmore\n"])
+def test_a_passphrase_is_the_first_line_of_its_file(tmp_path: Path, ec_key: Any, line: bytes) -> None:
+    files = Files(tmp_path)
+    files.write_certificate(ec_key)
+    files.write_key(ec_key, b"secret")
+    path = put(tmp_path / "passphrase", line)
+    spec = files.site(passphrase=PassphraseSource(file=path))
+    assert load(spec).pairs[0].passphrase == b"secret"
+    assert spec.paths == (files.certificate, files.key, path)
+
+
+def test_a_passphrase_is_in_a_variable(tmp_path: Path, ec_key: Any) -> None:
+    files = Files(tmp_path)
+    files.write_certificate(ec_key)
+    files.write_key(ec_key, "sécret\udcff".encode("utf-8", "surrogateescape"))
+    spec = files.site(passphrase=PassphraseSource(variable="KEY_PASS"))
+    assert load(spec, {"KEY_PASS": "sécret\udcff"}).pairs[0].passphrase is not None
+    says = refusal(spec, {"OTHER": "x"})
+    assert says == "the environment variable KEY_PASS is not set; set it to the key's passphrase"
+    says = refusal(spec, {"KEY_PASS": ""})
+    assert says == "the environment variable KEY_PASS must be a passphrase of 1 to 1024 bytes"
+    assert "wrong!" not in refusal(spec, {"KEY_PASS": "wrong!"})
+
+
+@pytest.mark.parametrize("line", [b"", b"\n", b"\r\nsecret", b"x" * 1025])
+def test_no_passphrase_and_one_without_bounds_are_refused(tmp_path: Path, line: bytes) -> None:
+    path = put(tmp_path / "passphrase", line)
+    with pytest.raises(CertificateError) as caught:
+        PassphraseSource(file=path).read({})
+    assert str(caught.value) == f"{path}: its first line must be a passphrase of 1 to 1024 bytes"
+
+
+def test_a_passphrase_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path / "passphrase", b"secret")
+    path.chmod(0o640)
+    with pytest.raises(CertificateError, match="others can read"):
+        PassphraseSource(file=path).read({})
+
+
+def test_two_sources_of_a_passphrase_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CertificateError, match="configure one"):
+        PassphraseSource(tmp_path / "passphrase", "VARIABLE").read({"VARIABLE": "secret"})
+
+
+# --- watching
+
+
+class Watched:
+    """A watched site and its clock; each look is a second after the one before."""
+
+    def __init__(self, spec: ForeignSite, environ: Mapping[str, str] | None = None) -> None:
+        self.now, self.monotonic = NOW, 1000.0
+        self.site = WatchedSite(spec, environ or {})
+        self.site.start(self.now, self.monotonic)
+
+    def look(self, *, again: bool = False) -> SiteLook:
+        self.monotonic += 1
+        return self.site.look(self.now, self.monotonic, again=again)
+
+    def looks(self, count: int) -> list[SiteLook]:
+        return [self.look() for _ in range(count)]
+
+    @property
+    def pin(self) -> str:
+        assert self.site.site is not None
+        return self.site.site.pairs[0].pin
+
+
+def test_a_site_that_cannot_be_served_does_not_start(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
+    files = Files(tmp_path).write(ec_key)
+    files.write_key(other_ec_key)
+    with pytest.raises(CertificateError, match="is not the key of"):
+        Watched(files.site())
+
+
+def test_nothing_is_loaded_while_nothing_changes(
+    tmp_path: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(Files(tmp_path).write(ec_key).site())
+    monkeypatch.setattr(foreign, "load_site", lambda *arguments: pytest.fail("it was loaded"))
+    assert watched.looks(200) == [NOTHING] * 200
+
+
+def test_a_new_pair_is_taken_at_once_and_told_as_a_change(
+    tmp_path: Path, ec_key: Any, other_ec_key: Any
+) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site("a.example"))
+    before = watched.pin
+    files.write(other_ec_key)
+    assert watched.look() == SiteLook(changed=True)
+    assert watched.pin != before
+    assert watched.looks(70) == [NOTHING] * 70
+    files.write_certificate(other_ec_key)  # a renewal with its key
+    assert watched.look() == SiteLook(changed=True)
+
+
+def test_the_same_certificate_written_again_is_no_change(tmp_path: Path, ec_key: Any) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    put(files.certificate, files.certificate.read_bytes() + b"\n")
+    assert watched.look() == NOTHING
+
+
+def test_a_key_with_another_passphrase_is_a_change(tmp_path: Path, ec_key: Any) -> None:
+    files = Files(tmp_path)
+    files.write_certificate(ec_key)
+    files.write_key(ec_key, b"one")
+    source = put(tmp_path / "passphrase", b"one")
+    watched = Watched(files.site(passphrase=PassphraseSource(source)))
+    files.write_key(ec_key, b"two")
+    assert watched.look() == NOTHING
+    put(source, b"two")
+    assert watched.look() == SiteLook(changed=True)
+
+
+@pytest.mark.parametrize("order", ["certificate first", "key first"])
+def test_a_pair_that_is_half_written_is_given_time_and_never_served(
+    tmp_path: Path, ec_key: Any, other_ec_key: Any, order: str
+) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    before = watched.pin
+    steps = [files.write_certificate, files.write_key]
+    if order == "key first":
+        steps.reverse()
+    steps[0](other_ec_key)
+    assert watched.looks(30) == [NOTHING] * 30
+    assert watched.pin == before
+    steps[1](other_ec_key)
+    assert watched.look() == SiteLook(changed=True)
+    assert watched.pin != before
+    assert watched.site.problem == ""
+
+
+def test_files_that_stay_bad_are_told_once_and_the_good_ones_again(
+    tmp_path: Path, ec_key: Any, other_ec_key: Any
+) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    files.write_key(other_ec_key)
+    looks = watched.looks(500)
+    assert [at for at, look in enumerate(looks) if look != NOTHING] == [30]  # seen at 0, quiet for 30
+    assert looks[30].bad.startswith(f"{files.key}: is not the key of")
+    assert watched.site.problem == looks[30].bad
+    files.write_key(ec_key)
+    assert watched.look() == SiteLook(recovered=True)
+    assert watched.site.problem == ""
+    assert watched.looks(100) == [NOTHING] * 100
+
+
+def test_each_change_to_files_that_stay_bad_is_told_when_it_has_settled(
+    tmp_path: Path, ec_key: Any, other_ec_key: Any
+) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    for data in (b"junk", b"other junk", b"junk"):
+        put(files.key, data)
+        looks = watched.looks(100)
+        assert [at for at, look in enumerate(looks) if look != NOTHING] == [30]
+        assert "holds no PEM key" in looks[30].bad
+    files.write(other_ec_key)
+    assert watched.look() == SiteLook(changed=True, recovered=True)
+
+
+def test_files_that_are_never_quiet_are_told_of_in_the_end(tmp_path: Path, ec_key: Any) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    told = []
+    for turn in range(1000):
+        put(files.key, b"junk %d" % turn)
+        if watched.look() != NOTHING:
+            told.append(turn)
+    assert told == [300, 601, 902]
+    files.write_key(ec_key)
+    assert watched.look() == SiteLook(recovered=True)
+
+
+def test_a_file_that_is_gone_changes_nothing(tmp_path: Path, ec_key: Any) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    good = files.certificate.read_bytes()
+    files.certificate.unlink()
+    looks = watched.looks(100)
+    assert [look.bad for look in looks if look != NOTHING] == [
+        f"{files.certificate}: cannot be read: No such file or directory;"
+        " check the path, and that this user may read it"
+    ]
+    put(files.certificate, good)
+    assert watched.look() == SiteLook(recovered=True)
+
+
+def test_a_certificate_of_the_future_is_taken_when_its_time_has_come(
+    tmp_path: Path, ec_key: Any, other_ec_key: Any
+) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    before = watched.pin
+    files.write(other_ec_key, not_before=NOW + DAY, not_after=NOW + 9 * DAY)
+    looks = watched.looks(60)
+    assert [look.bad[-50:] for look in looks if look != NOTHING] == [
+        "; wait until then, or set this machine's clock right"[-50:]
+    ]
+    watched.now += 2 * DAY
+    assert watched.look() == NOTHING  # it is tried each minute
+    assert watched.look(again=True) == SiteLook(changed=True, recovered=True)
+    assert watched.pin != before
+
+
+def test_what_is_bad_is_tried_each_minute(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    files.write(other_ec_key)
+    tmp_path.chmod(0o755)  # of the folder, which is not watched
+    looks = watched.looks(31)
+    assert "run `chmod 700 " in looks[30].bad
+    tmp_path.chmod(0o700)
+    looks = watched.looks(60)
+    assert looks == [NOTHING] * 59 + [SiteLook(changed=True, recovered=True)]
+
+
+def test_what_is_wrong_is_told_again_if_it_is_something_else(
+    tmp_path: Path, ec_key: Any, other_ec_key: Any
+) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    files.write(other_ec_key, not_before=NOW + DAY, not_after=NOW + 2 * DAY)
+    assert "is not valid before" in watched.looks(31)[30].bad
+    watched.now += 9 * DAY
+    assert "expired on" in watched.looks(60)[59].bad
+    assert watched.looks(200) == [NOTHING] * 200
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ENFILE, errno.ESTALE])
+def test_a_disk_that_fails_changes_nothing(
+    tmp_path: Path, ec_key: Any, other_ec_key: Any, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    before = watched.pin
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments: Any, **named: Any) -> Any:
+            raise OSError(error, os.strerror(error))
+
+        patch.setattr(os, "open", fail)
+        files.certificate.touch()
+        files.key.touch()
+        looks = watched.looks(100)
+        assert len([look for look in looks if look.bad]) == 1
+    assert watched.pin == before
+    files.write(other_ec_key)
+    assert watched.look() == SiteLook(changed=True, recovered=True)
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_seen_at_the_next_look(
+    tmp_path: Path, ec_key: Any, other_ec_key: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    files.write_certificate(ec_key)
+    real = pair.load_pair
+
+    def change_after_it(*arguments: Any) -> pair.CertificatePair:
+        loaded = real(*arguments)
+        monkeypatch.setattr(foreign, "load_pair", real)
+        files.write(other_ec_key)
+        return loaded
+
+    monkeypatch.setattr(foreign, "load_pair", change_after_it)
+    assert watched.look() == SiteLook(changed=True)
+    before = watched.pin
+    assert watched.look() == SiteLook(changed=True)
+    assert watched.pin != before
+
+
+def test_two_pairs_are_taken_together_or_not_at_all(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey, ec_key: Any, other_ec_key: Any
+) -> None:
+    first = Files(tmp_path, "rsa").write(rsa_key)
+    second = Files(tmp_path, "ecdsa").write(ec_key)
+    spec = ForeignSite((), (first.certificate, second.certificate), (first.key, second.key))
+    watched = Watched(spec)
+    before = watched.site.site
+    first.write(rsa_key)
+    second.write_certificate(other_ec_key)
+    assert watched.looks(10) == [NOTHING] * 10
+    assert watched.site.site is before
+    second.write_key(other_ec_key)
+    assert watched.look() == SiteLook(changed=True)
+
+
+def test_files_of_others_are_never_written(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
+    files = Files(tmp_path).write(ec_key)
+    watched = Watched(files.site())
+    files.write_key(other_ec_key)
+    put(files.certificate, b"junk")
+
+    def state() -> dict[Path, tuple[bytes, int, int]]:
+        found = {path: path.stat() for path in tmp_path.iterdir()}
+        return {
+            path: (path.read_bytes(), status.st_ino, status.st_ctime_ns) for path, status in found.items()
+        }
+
+    before = state()
+    watched.looks(100)
+    assert state() == before
