@@ -103,6 +103,24 @@ def test_show_prints_the_settings_in_force(
     assert out == config_as_toml(load_config(None, home=home, environ={"ZCPROTO_SERVER__PORT": "2"}))
 
 
+def test_sites_are_checked_and_shown(home: Path, capsys: Capture) -> None:
+    home.mkdir(mode=0o700)
+    (home / "config.toml").write_text(
+        '[[certificates.site]]\nnames = ["A.example"]\ncertificate = ["/a.pem"]'
+    )
+    assert main(["config", "check"]) == 0
+    assert main(["config", "show"]) == 0
+    out = capsys.readouterr().out
+    assert '\n[[certificates.site]]\nnames = ["a.example"]\ncertificate = ["/a.pem"]\nkey = []\n' in out
+    (home / "config.toml").write_text('[[certificates.site]]\nnames = ["a.example", "::1"]')
+    assert main(["config", "check"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith('certificates.site[0].names[1] = "::1" (config.toml): must be a DNS name')
+    assert second.startswith(
+        "certificates.site[0].certificate = (nothing) (config.toml): must be a list of 1 to 2"
+    )
+
+
 def test_show_tells_faults_instead(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZCPROTO_HTTP__ENABLED", "true")
     assert main(["config", "show"]) == 2

@@ -11,6 +11,8 @@ from zcproto.config.load import MAX_FAULTS
 
 from .helpers import faults, load
 
+PIN = "sha256/" + "A" * 43 + "="
+
 UNKNOWN = [
     ("[server]\nprot = 7443", "server.prot = 7443 (config.toml): unknown key; did you mean server.port?"),
     (
@@ -61,9 +63,26 @@ UNKNOWN = [
         " remove the section; what would be an alert is in the log, see [log]",
     ),
     (
-        "[[certificates.site]]",
-        "certificates.site = [(a table)] (config.toml): not in this version;"
-        " use certificates.names: one certificate with all the names",
+        "[certificates]\nsites = 1",
+        "certificates.sites = 1 (config.toml): unknown key; did you mean certificates.site?",
+    ),
+    (
+        '[certificates]\nclient_ca = "/ca.pem"',
+        'certificates.client_ca = "/ca.pem" (config.toml): unknown key; did you mean tls.client_ca_file?',
+    ),
+    (
+        "[certificates]\nkey_passphrase = 1",
+        "certificates.key_passphrase = (hidden) (config.toml): unknown key; did you mean"
+        " certificates.key_passphrase_file or certificates.key_passphrase_variable?",
+    ),
+    (
+        "[certificates]\nrenew = 1",
+        "certificates.renew = 1 (config.toml): unknown key;"
+        " did you mean certificates.renew_before or certificates.renew_key?",
+    ),
+    (
+        '[tls]\nclient_ca = "/ca.pem"',
+        'tls.client_ca = "/ca.pem" (config.toml): unknown key; did you mean tls.client_ca_file?',
     ),
 ]
 
@@ -149,10 +168,6 @@ def test_the_source_of_a_wrong_value_is_named(home: Path) -> None:
 @pytest.mark.parametrize(
     ("toml", "use"),
     [
-        ('[tls]\nclient_auth = "required"', 'use "off"'),
-        ('[certificates]\nmode = "files"', 'use "own"'),
-        ('[certificates]\ncertificate = ["/a.crt"]', "leave it empty"),
-        ('[certificates]\nkey = ["/a.key"]', "leave it empty"),
         ('[store]\nurl = "sqlite"', 'use "memory"'),
         ('[store]\nurl = "valkey://cache"', 'use "memory"'),
         ('[sessions]\nbind_address = "exact"', 'use "off"'),
@@ -183,6 +198,34 @@ def test_a_value_of_a_later_version_is_refused_with_what_can_be_used(home: Path,
             'sessions.lifetime = "31d" (config.toml): must, while sessions.refresh is true, be at most'
             ' sessions.refresh_lifetime, which is "30d" (default)',
         ),
+        (
+            '[certificates]\nmode = "files"',
+            'certificates.certificate = [] (default): must not be empty with certificates.mode, which is "files"'
+            " (config.toml); name the files of the certificates that are served",
+        ),
+        (
+            '[certificates]\nmode = "files"\ncertificate = ["/a.pem", "/b.pem"]\nkey = ["/a.key"]',
+            'certificates.key = ["/a.key"] (config.toml): must be empty, if the files of certificates hold the'
+            ' keys too, or have as many paths as certificates.certificate, which is ["/a.pem", "/b.pem"]'
+            " (config.toml)",
+        ),
+        (
+            '[certificates]\ncertificate = ["/a.pem"]',
+            'certificates.certificate = ["/a.pem"] (config.toml): must be empty with certificates.mode, which is'
+            ' "own" (default); set mode = "files" to serve it, or give it names of its own in'
+            " [[certificates.site]]",
+        ),
+        (
+            '[tls]\nclient_ca_file = "/ca.pem"',
+            'tls.client_ca_file = "/ca.pem" (config.toml): must be empty with tls.client_auth, which is "off"'
+            ' (default); set client_auth = "optional" or "required", or no client is checked by it',
+        ),
+        (
+            '[certificates]\nmode = "files"\ncertificate = ["/a.pem"]\n'
+            'key_passphrase_file = "/hunter2"\nkey_passphrase_variable = "hunter2"',
+            "certificates.key_passphrase_file = (hidden) (config.toml): must be empty, as the passphrase comes"
+            " from one place, with certificates.key_passphrase_variable, which is (hidden) (config.toml)",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_told(home: Path, toml: str, fault: str) -> None:
@@ -197,6 +240,14 @@ def test_settings_that_do_not_fit_each_other_are_told(home: Path, toml: str, fau
         '[sessions]\nlifetime = "31d"\nrefresh = false',
         '[sessions]\nlifetime = "30d"',
         '[certificates]\nlifetime = "397d"',
+        '[certificates]\nlifetime = "1m"\nrenew_before = "1s"\nrenew_key = true',
+        '[certificates]\nmode = "files"\ncertificate = ["/a.pem"]\nkey = ["/a.pem"]',
+        '[certificates]\nmode = "files"\ncertificate = ["/a.pem", "/b.pem"]\nkey = ["/a.key", "/b.key"]',
+        '[certificates]\nmode = "files"\ncertificate = ["/a.pem", "/b.pem"]\nkey = []',
+        f'[tls]\nclient_auth = "optional"\nclient_crl_file = "/a.crl"\nclient_pins = ["{PIN}"]',
+        '[tls]\nclient_auth = "required"\nclient_ca_file = "/ca.pem"\nclient_name = "email"',
+        '[tls]\nclient_name = "uri"',
+        *(f'[tls]\nclient_auth = "{value}"' for value in ("off", "optional", "required")),
     ],
 )
 def test_settings_at_the_edge_of_what_fits_are_sound(home: Path, toml: str) -> None:
@@ -214,6 +265,12 @@ def test_all_faults_are_told_at_once(home: Path) -> None:
         [certificates]
         lifetime = "20d"
         mode = "files"
+        [[certificates.site]]
+        names = ["a_b"]
+        certificate = ["/a.pem"]
+        [[certificates.site]]
+        names = ["c.example"]
+        key = ["c.key"]
         [limits]
         max_frame_bytes = "many"
     """
@@ -227,12 +284,122 @@ def test_all_faults_are_told_at_once(home: Path) -> None:
         "[http]",
         "tls.suite",
         "server.port",
-        "certificates.mode",
+        "certificates.site[0].names[0]",
+        "certificates.site[1].certificate",
+        "certificates.site[1].key",
         "limits.max_frame_bytes",
         "limits.max_streams",
         "log.level",
         "certificates.renew_before",
+        "certificates.certificate",
     ]
+
+
+SITE = '[[certificates.site]]\nnames = ["{}"]\ncertificate = ["/a.pem"]\n'
+NAME = (
+    'a DNS name of letters, digits and hyphens, such as "a.example.com", or "*.example.com", where any one label'
+    " may stand for the star"
+)
+PATHS = 'a list of 1 to 2 different values, each an absolute path, such as "/var/lib/zcproto" or "~/zcproto"'
+TABLES = "must be up to 100 tables, each under a line [[certificates.site]]"
+
+
+@pytest.mark.parametrize(
+    ("toml", "told"),
+    [
+        ("[certificates.site]\nnames = []", [f"certificates.site = (a table) (config.toml): {TABLES}"]),
+        ("[certificates]\nsite = 5", [f"certificates.site = 5 (config.toml): {TABLES}"]),
+        (
+            "[certificates]\nsite = [5]",
+            ["certificates.site[0] = 5 (config.toml): must be a table under a line [[certificates.site]]"],
+        ),
+        (
+            "[[certificates.site]]",
+            [
+                "certificates.site[0].names = (nothing) (config.toml):"
+                f" must be a list of 1 to 100 different values, each {NAME}",
+                f"certificates.site[0].certificate = (nothing) (config.toml): must be {PATHS}",
+            ],
+        ),
+        (
+            SITE.format("a.example") + 'certificates = ["/a.pem"]\nfrob = 1',
+            [
+                'certificates.site[0].certificates = ["/a.pem"] (config.toml): unknown key;'
+                " did you mean certificate?",
+                "certificates.site[0].frob = 1 (config.toml): unknown key; [[certificates.site]] has"
+                " names, certificate, key, key_passphrase_file, key_passphrase_variable",
+            ],
+        ),
+        (
+            SITE.format("a.example") + SITE.format('b.example", "b_c", "10.0.0.1", "B.example'),
+            [
+                f'certificates.site[1].names[1] = "b_c" (config.toml): must be {NAME}',
+                f'certificates.site[1].names[2] = "10.0.0.1" (config.toml): must be {NAME}',
+                'certificates.site[1].names[3] = "B.example" (config.toml): is the same as [0];'
+                " each may stand once",
+            ],
+        ),
+        (
+            SITE.format('a.example", "b.example') + SITE.format("c_d") + SITE.format("B.EXAMPLE."),
+            [
+                f'certificates.site[1].names[0] = "c_d" (config.toml): must be {NAME}',
+                'certificates.site[2].names[0] = "b.example" (config.toml): is a name of certificates.site[0]'
+                " too; a name is served by one site",
+            ],
+        ),
+        (
+            SITE.format("a.example") + 'key = ["/a.key", "/b.key"]\nkey_passphrase_file = "/p"\n'
+            'key_passphrase_variable = "P"',
+            [
+                'certificates.site[0].key = ["/a.key", "/b.key"] (config.toml): must be empty, if the files of'
+                " certificates hold the keys too, or have as many paths as certificate",
+                "certificates.site[0].key_passphrase_file = (hidden) (config.toml): must be empty, as the"
+                " passphrase comes from one place, with key_passphrase_variable",
+            ],
+        ),
+        (
+            SITE.format("a.example").replace("/a.pem", "a.pem"),
+            [f'certificates.site[0].certificate = ["a.pem"] (config.toml): must be {PATHS}'],
+        ),
+    ],
+)
+def test_a_fault_of_a_site_is_told_with_its_place(home: Path, toml: str, told: list[str]) -> None:
+    assert faults(home, toml) == told
+
+
+def test_a_pin_is_told_with_its_place(home: Path) -> None:
+    (fault,) = faults(home, f'[tls]\nclient_auth = "required"\nclient_pins = ["{PIN}", "{PIN[:-1]}"]')
+    assert fault.startswith('tls.client_pins[1] = "sha256/AAAA')
+    assert '(config.toml): must be "sha256/" and 44 characters of base64, for a public key, or' in fault
+
+
+@pytest.mark.parametrize("name", ["SITE", "SITE__0__NAMES"])
+def test_sites_cannot_be_set_by_a_variable(home: Path, name: str) -> None:
+    variable = f"ZCPROTO_CERTIFICATES__{name}"
+    assert faults(home, environ={variable: "[]"}) == [
+        f'certificates.{name.lower()} = "[]" ({variable}): cannot be set by a variable;'
+        " write [[certificates.site]] tables in the file"
+    ]
+
+
+def test_a_wrong_variable_within_a_key_that_is_no_table_is_unknown(home: Path) -> None:
+    (fault,) = faults(home, environ={"ZCPROTO_SERVER__PORT__X": "1"})
+    assert fault.endswith("unknown key; did you mean server.port?")
+
+
+@pytest.mark.parametrize("key", ["certificate", "key", "key_passphrase_file", "key_passphrase_variable"])
+def test_what_own_certificates_do_not_use_is_refused(home: Path, key: str) -> None:
+    value = '"PASSPHRASE"' if key.endswith("variable") else '"/a"' if key.endswith("file") else '["/a"]'
+    (fault,) = faults(home, f"[certificates]\n{key} = {value}")
+    assert fault.startswith(f"certificates.{key} = ")
+    assert 'must be empty with certificates.mode, which is "own" (default)' in fault
+
+
+@pytest.mark.parametrize("key", ["client_ca_file", "client_crl_file", "client_pins"])
+def test_what_would_check_clients_is_refused_while_none_is_checked(home: Path, key: str) -> None:
+    value = f'["{PIN}"]' if key == "client_pins" else '"/a"'
+    (fault,) = faults(home, f'[tls]\n{key} = {value}\nclient_auth = "off"')
+    assert 'must be empty with tls.client_auth, which is "off" (config.toml)' in fault
 
 
 def test_a_pair_is_not_measured_by_a_value_that_is_wrong_itself(home: Path) -> None:
@@ -244,6 +411,26 @@ def test_no_more_faults_are_told_than_anyone_reads(home: Path) -> None:
     told = faults(home, "[server]\n" + "\n".join(f"k{number} = 1" for number in range(20_000)))
     assert len(told) == MAX_FAULTS + 1
     assert told[-1] == "and more; the first 100 are shown"
+
+
+@pytest.mark.parametrize(
+    "sites",
+    [
+        "[[certificates.site]]\n" + "\n".join(f"k{number} = 1" for number in range(20_000)),
+        "[[certificates.site]]\n" * 100,
+        f"[certificates]\nsite = [{'5, ' * 100}]\n[server]\nport = -1",
+    ],
+)
+def test_no_more_faults_of_sites_are_told_than_anyone_reads(home: Path, sites: str) -> None:
+    told = faults(home, sites)
+    assert len(told) == MAX_FAULTS + 1
+    assert told[-1] == "and more; the first 100 are shown"
+
+
+def test_a_hundred_faults_are_all(home: Path) -> None:
+    told = faults(home, "[server]\nport = 1\n" + "\n".join(f"k{number} = 1" for number in range(100)))
+    assert len(told) == MAX_FAULTS
+    assert told[-1].startswith("server.k99 = 1 ")
 
 
 @pytest.mark.parametrize(
@@ -260,6 +447,17 @@ def test_no_more_faults_are_told_than_anyone_reads(home: Path) -> None:
         'passphrase = "hunter2"',
         '[server.host]\nx = "hunter2"',
         '[zzz]\nx = "hunter2"',
+        '[certificates]\nkey_passphrase_variable = "hunter2"',
+        '[certificates]\nkey_passphrase_variable = "hunter2 "',
+        '[certificates]\nkey_passphrase_file = "hunter2"',
+        '[certificates]\nkey_passphrase = "hunter2"',
+        '[certificates]\nkey = "-----BEGIN PRIVATE KEY-----\\nhunter2"',
+        '[certificates]\nkey = ["-----BEGIN PRIVATE KEY-----\\nhunter2"]',
+        '[[certificates.site]]\nkey = ["-----BEGIN PRIVATE KEY-----\\nhunter2"]',
+        '[[certificates.site]]\nkey_passphrase_variable = "hunter2 "',
+        '[[certificates.site]]\nkey_passphrase_file = "hunter2"',
+        '[[certificates.site]]\npassphrase = "hunter2"',
+        '[[certificates.site]]\nkeys = ["hunter2"]',
     ],
 )
 def test_a_secret_is_never_told(home: Path, toml: str) -> None:
@@ -267,7 +465,13 @@ def test_a_secret_is_never_told(home: Path, toml: str) -> None:
 
 
 def test_a_secret_in_a_variable_is_never_told(home: Path) -> None:
-    environ = {"ZCPROTO_STORE__URL": "valkey://:hunter2@cache", "ZCPROTO_ALERTS__WEBHOOK_SECRET": "hunter2"}
+    environ = {
+        "ZCPROTO_STORE__URL": "valkey://:hunter2@cache",
+        "ZCPROTO_ALERTS__WEBHOOK_SECRET": "hunter2",
+        "ZCPROTO_CERTIFICATES__KEY_PASSPHRASE": "hunter2",
+        "ZCPROTO_CERTIFICATES__KEY_PASSPHRASE_VARIABLE": "ZCPROTO_hunter2",
+        "ZCPROTO_CERTIFICATES__SITE__0__KEY_PASSPHRASE_FILE": "hunter2",
+    }
     assert "hunter2" not in str(faults(home, environ=environ))
 
 

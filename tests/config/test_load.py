@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zcproto.config import Config, load_config
+from zcproto.config import Config, SiteConfig, load_config
 from zcproto.config.load import MAX_FILE_BYTES
 from zcproto.errors import ConfigError
 
@@ -138,6 +138,11 @@ def test_variables_give_every_kind_of_value(home: Path) -> None:
         "ZCPROTO_CERTIFICATES__NAMES": "",
         "ZCPROTO_SESSIONS__IDLE_TIMEOUT": "off",
         "ZCPROTO_SESSIONS__REFRESH": "false",
+        "ZCPROTO_CERTIFICATES__ANNOUNCE_KEY": "3d",
+        "ZCPROTO_CERTIFICATES__MODE": "files",
+        "ZCPROTO_CERTIFICATES__CERTIFICATE": "/a.pem, /b.pem",
+        "ZCPROTO_CERTIFICATES__KEY_PASSPHRASE_VARIABLE": "PASSPHRASE",
+        "ZCPROTO_TLS__CLIENT_AUTH": "required",
         "ZCPROTO_LOG__FILE": "/var/log/zcproto.log",
         "ZCPROTO_HOME": "/elsewhere",
         "ZCPROTO_DEBUG": "1",
@@ -149,9 +154,54 @@ def test_variables_give_every_kind_of_value(home: Path) -> None:
     assert config.tls.suites == ("TLS_CHACHA20_POLY1305_SHA256",)
     assert config.certificates.alert_days == (7, 1)
     assert config.certificates.names == ()
+    assert config.certificates.announce_key == 259_200.0
+    assert config.certificates.mode == "files"
+    assert config.certificates.certificate == (Path("/a.pem"), Path("/b.pem"))
+    assert config.certificates.key_passphrase_variable == "PASSPHRASE"
+    assert config.tls.client_auth == "required"
     assert config.sessions.idle_timeout is None
     assert config.sessions.refresh is False
     assert config.log.file == Path("/var/log/zcproto.log")
+
+
+def test_sites_are_read_in_their_order(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    toml = """
+        [[certificates.site]]
+        names = ["A.example.", "*.b.EXAMPLE"]
+        certificate = ["~/a.pem"]
+        [[certificates.site]]
+        names = ["c.example"]
+        certificate = ["/c.pem", "/d.pem"]
+        key = ["/c.key", "/d.key"]
+        key_passphrase_variable = "C_PASSPHRASE"
+    """
+    assert load(home, toml).certificates.site == (
+        SiteConfig(names=("a.example", "*.b.example"), certificate=(Path("/home/alice/a.pem"),)),
+        SiteConfig(
+            names=("c.example",),
+            certificate=(Path("/c.pem"), Path("/d.pem")),
+            key=(Path("/c.key"), Path("/d.key")),
+            key_passphrase_variable="C_PASSPHRASE",
+        ),
+    )
+
+
+def test_sites_can_be_given_as_python_values(home: Path) -> None:
+    site = SiteConfig(names=("a.example",), certificate=(Path("/a.pem"),))
+    other = {"names": ["b.example"], "certificate": [Path("/b.pem")]}
+    config = load(home, overrides={"certificates.site": [site, other]})
+    assert config.certificates.site == (site, SiteConfig.model_validate(other))
+
+
+def test_there_can_be_a_hundred_sites_of_a_hundred_names(home: Path) -> None:
+    toml = "".join(
+        f"[[certificates.site]]\ncertificate = ['/{i}.pem']\nnames = {[f'{j}.{i}.example' for j in range(100)]}\n"
+        for i in range(100)
+    )
+    assert len({name for site in load(home, toml).certificates.site for name in site.names}) == 10_000
+    (fault,) = faults(home, toml + "[[certificates.site]]\nnames = ['a']\ncertificate = ['/a.pem']")
+    assert fault.endswith("(config.toml): must be up to 100 tables, each under a line [[certificates.site]]")
 
 
 @pytest.mark.parametrize(
@@ -195,14 +245,19 @@ def test_a_home_that_is_a_file_is_a_fault(home: Path) -> None:
         load_config(None, home=home / "file", environ={})
 
 
-KEYS = st.sampled_from(["server", "port", "tls", "host", "lifetime", "", "\n", "x" * 500, "http", "log"])
+KEYS = st.sampled_from(
+    [
+        *("server", "port", "tls", "host", "lifetime", "", "\n", "x" * 500, "http", "log"),
+        *("certificates", "site", "names", "certificate", "key"),
+    ]
+)
 VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats()
     | st.text(max_size=20)
-    | st.sampled_from(["1s", "off"]),
+    | st.sampled_from(["1s", "off", "a.example", "/a.pem"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=5,
 )

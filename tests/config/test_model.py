@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from zcproto.config import Config, LimitsConfig
-from zcproto.config.model import CHECKS, rules, sections, split_key
+from zcproto.config import CertificatesConfig, Config, LimitsConfig, SiteConfig
+from zcproto.config.checks import CHECKS, SITE_CHECKS
+from zcproto.config.model import keys, rules, sections, split_key
+from zcproto.config.tables import rules_of
 
 DEFAULTS = {
     "server.host": ("127.0.0.1",),
@@ -16,6 +19,10 @@ DEFAULTS = {
     "tls.handshake_timeout": 5.0,
     "tls.max_handshakes": 256,
     "tls.client_auth": "off",
+    "tls.client_ca_file": None,
+    "tls.client_crl_file": None,
+    "tls.client_pins": (),
+    "tls.client_name": "dns",
     "certificates.directory": Path("/home/alice/.zeroclaw/certs"),
     "certificates.mode": "own",
     "certificates.key_types": ("rsa-4096", "ecdsa-p256"),
@@ -23,9 +30,14 @@ DEFAULTS = {
     "certificates.lifetime": 7_776_000.0,
     "certificates.renew_before": 2_592_000.0,
     "certificates.renew_key": False,
+    "certificates.announce_key": 604_800.0,
     "certificates.certificate": (),
     "certificates.key": (),
+    "certificates.key_passphrase_file": None,
+    "certificates.key_passphrase_variable": None,
+    "certificates.watch_interval": 1.0,
     "certificates.alert_days": (30, 14, 7, 3, 1),
+    "certificates.site": (),
     "sessions.lifetime": 86_400.0,
     "sessions.idle_timeout": 3_600.0,
     "sessions.per_user": 5,
@@ -113,3 +125,67 @@ def test_settings_that_do_not_fit_each_other_are_refused_in_python_too() -> None
 
 def test_the_pairs_that_are_checked_exist() -> None:
     assert {key for check in CHECKS for key in check.keys} <= set(rules())
+    assert {key for check in SITE_CHECKS for key in check.keys} <= set(rules_of(SiteConfig))
+
+
+@pytest.mark.parametrize("name", rules_of(SiteConfig))
+def test_each_key_of_a_site_is_described(name: str) -> None:
+    description = SiteConfig.model_fields[name].description
+    assert description is not None
+    assert description.endswith(".")
+
+
+def test_keys_of_a_site_are_keys() -> None:
+    assert keys() - set(rules()) == {f"certificates.site.{name}" for name in rules_of(SiteConfig)}
+
+
+A, B = Path("/a.pem"), Path("/b.pem")
+
+
+def test_sites_can_be_made_in_python_too() -> None:
+    site = SiteConfig(names=("A.example", "*.b.example."), certificate=(A,))
+    made = CertificatesConfig(site=(site,))
+    assert made.site == (site,)
+    assert site.names == ("a.example", "*.b.example")
+    assert made == CertificatesConfig.model_validate(
+        {"site": [{"names": ["a.example", "*.b.example"], "certificate": ["/a.pem"]}]}
+    )
+    with pytest.raises(ValidationError):
+        site.names = ("c.example",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"key": (A, B)}, "key must be empty, if the files of certificates hold the keys too, or have"),
+        (
+            {"key_passphrase_file": A, "key_passphrase_variable": "PASSPHRASE"},
+            "key_passphrase_file must be empty, as the passphrase comes from one place, with key_passphrase_var",
+        ),
+        ({"names": ()}, "must be a list of 1 to 100 different values"),
+        ({"certificate": ()}, "must be a list of 1 to 2 different values"),
+    ],
+)
+def test_a_wrong_site_made_in_python_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        SiteConfig.model_validate({"names": ("a.example",), "certificate": (A,)} | fields)
+
+
+def test_two_sites_of_one_name_are_refused_in_python_too() -> None:
+    site = SiteConfig(names=("a.example",), certificate=(A,))
+    with pytest.raises(
+        ValidationError, match=r"certificates\.site\[1\]\.names\[0\] is a name of certificates\.site\[0\]"
+    ):
+        CertificatesConfig(site=(site, site))
+
+
+def test_without_files_of_keys_those_of_the_certificates_hold_them() -> None:
+    for model in (
+        SiteConfig(names=("a.example",), certificate=(A, B)),
+        CertificatesConfig(certificate=(A, B)),
+    ):
+        assert model.pairs == ((A, A), (B, B))
+    key = Path("/a.key")
+    assert SiteConfig(names=("a.example",), certificate=(A,), key=(key,)).pairs == ((A, key),)
+    assert CertificatesConfig(certificate=(A,), key=(key,)).pairs == ((A, key),)
+    assert CertificatesConfig().pairs == ()

@@ -5,8 +5,14 @@ from pathlib import Path
 
 import tomli
 
-from zcproto.config import Config, config_as_toml, default_config_file, load_config
-from zcproto.config.model import rules, split_key
+from zcproto.config import (
+    Config,
+    SiteConfig,
+    config_as_toml,
+    default_config_file,
+    load_config,
+)
+from zcproto.config.model import keys, rules, split_key
 
 
 def read(home: Path, toml: str) -> Config:
@@ -22,6 +28,22 @@ def test_the_settings_in_force_are_read_again_as_the_same(tmp_path: Path) -> Non
         [certificates]
         directory = '/a b/"c"\\d'
         names = ["*.example.com"]
+        certificate = ["/a.pem", "/b.pem"]
+        mode = "files"
+        announce_key = "3d"
+        key_passphrase_variable = "PASSPHRASE"
+        [tls]
+        client_auth = "optional"
+        client_ca_file = "/ca.pem"
+        client_pins = ["sha256/AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="]
+        [[certificates.site]]
+        names = ["a.example", "*.A.example"]
+        certificate = ["/a.pem"]
+        [[certificates.site]]
+        names = ["b.example"]
+        certificate = ["/b \\"c\\".pem", "/c.pem"]
+        key = ["/b.key", "/c.key"]
+        key_passphrase_file = "/b.pass"
         [sessions]
         idle_timeout = "off"
         refresh = false
@@ -46,20 +68,77 @@ def test_all_keys_are_shown(tmp_path: Path) -> None:
 
 
 def test_the_file_to_begin_with_changes_nothing(tmp_path: Path) -> None:
-    assert read(tmp_path, default_config_file(tmp_path)) == load_config(None, home=tmp_path, environ={})
+    defaults = load_config(None, home=tmp_path, environ={})
+    assert read(tmp_path, default_config_file(tmp_path)) == defaults
+
+
+def test_sites_are_shown_as_tables_of_their_own(tmp_path: Path) -> None:
+    toml = """
+        [[certificates.site]]
+        names = ["a.example"]
+        certificate = ["/a.pem"]
+        [[certificates.site]]
+        names = ["b.example"]
+        certificate = ["/b.pem"]
+        key_passphrase_variable = "B_PASSPHRASE"
+    """
+    shown = config_as_toml(read(tmp_path, toml))
+    assert (
+        """
+[[certificates.site]]
+names = ["a.example"]
+certificate = ["/a.pem"]
+key = []
+key_passphrase_file = ""
+key_passphrase_variable = ""
+
+[[certificates.site]]
+names = ["b.example"]
+certificate = ["/b.pem"]
+key = []
+key_passphrase_file = ""
+key_passphrase_variable = "B_PASSPHRASE"
+
+[sessions]
+"""
+        in shown
+    )
+
+
+def test_sites_can_be_written_on_one_line(tmp_path: Path) -> None:
+    sites = (
+        SiteConfig(names=("a.example",), certificate=(Path("/a.pem"),), key=(Path('/a "b".key'),)),
+        SiteConfig(names=("b.example", "*.b.example"), certificate=(Path("/b.pem"),)),
+    )
+    line = f"[certificates]\nsite = {rules()['certificates.site'].write(sites)}"
+    assert read(tmp_path, line).certificates.site == sites
+
+
+def uncommented(home: Path) -> str:
+    return re.sub(r"^#(?! )", "", default_config_file(home), flags=re.MULTILINE)
 
 
 def test_each_key_of_the_file_to_begin_with_can_be_uncommented(tmp_path: Path) -> None:
-    text = re.sub(r"^#(?! )", "", default_config_file(tmp_path), flags=re.MULTILINE)
-    assert [f"{s}.{name}" for s, table in tomli.loads(text).items() for name in table] == list(rules())
-    assert read(tmp_path, text) == load_config(None, home=tmp_path, environ={})
+    tables = tomli.loads(uncommented(tmp_path))
+    assert [f"{s}.{name}" for s, table in tables.items() for name in table] == list(rules())
+    (site,) = tables["certificates"]["site"]
+    assert {f"certificates.site.{name}" for name in site} == keys() - set(rules())
+    defaults = load_config(None, home=tmp_path, environ={})
+    config = read(tmp_path, uncommented(tmp_path))
+    assert config.certificates.site[0].names == ("a.example.com", "*.a.example.com")
+    without = config.certificates.model_copy(update={"site": ()})
+    assert config.model_copy(update={"certificates": without}) == defaults
 
 
 def test_the_file_to_begin_with_says_what_each_key_accepts_and_why(tmp_path: Path) -> None:
     text = default_config_file(tmp_path)
     words = " ".join(line.removeprefix("# ") for line in text.splitlines())
     for key, rule in rules().items():
-        assert f"Must be {rule.range()}. #{split_key(key)[1]} = " in words
+        line = "#[[certificates.site]]" if key == "certificates.site" else f"#{split_key(key)[1]} = "
+        assert f"Must be {rule.range()}. {line}" in words
+    for name, field in SiteConfig.model_fields.items():
+        (rule,) = field.metadata
+        assert f"{field.description} Must be {rule.range()}. #{name} = " in words
 
 
 def test_the_file_to_begin_with_fits_a_screen(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import base64
+import string
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from zcproto.config.rules import (
     Binding,
@@ -14,11 +18,21 @@ from zcproto.config.rules import (
     Flag,
     HostName,
     ListOf,
+    Pin,
+    Refusal,
     RefusedError,
     Rule,
+    SiteName,
     StoreUrl,
+    VariableName,
     Whole,
 )
+from zcproto.errors import TlsError
+from zcproto.tls.pins import parse_pins
+
+BASE64 = string.ascii_letters + string.digits + "+/"
+DIGEST = "A" * 43 + "="
+LONGEST = ".".join(["a" * 63] * 3 + ["b" * 61])
 
 TWO_OF_THREE = ListOf(Choice(("a", "b", "c")), 1, 2)
 HOSTS = ListOf(HostName(), 1, 16, bare=True)
@@ -48,6 +62,20 @@ HOSTS = ListOf(HostName(), 1, 16, bare=True)
         (CertificateName(), "bücher.example", "bücher.example"),
         (CertificateName(), "example.com.", "example.com."),
         (CertificateName(), "2001:db8::1", "2001:db8::1"),
+        (SiteName(), "a.example.com", "a.example.com"),
+        (SiteName(), "A.Example.COM.", "a.example.com"),
+        (SiteName(), "*.Example.com", "*.example.com"),
+        (SiteName(), "localhost", "localhost"),
+        (SiteName(), "xn--bcher-kva.example", "xn--bcher-kva.example"),
+        (SiteName(), "1.2.3.4.example", "1.2.3.4.example"),
+        (SiteName(), f"{LONGEST}.", LONGEST),
+        (Pin(), f"sha256/{DIGEST}", f"sha256/{DIGEST}"),
+        (Pin(), f"cert-sha256/{DIGEST}", f"cert-sha256/{DIGEST}"),
+        (VariableName(), "", None),
+        (VariableName(), None, None),
+        (VariableName(), "_key_2", "_key_2"),
+        (VariableName(), "A" * 128, "A" * 128),
+        (VariableName(), "ZCPROTOTYPE", "ZCPROTOTYPE"),
         (FilePath(), "/var/lib/zcproto", Path("/var/lib/zcproto")),
         (FilePath(), Path("/var/lib"), Path("/var/lib")),
         (FilePath(empty=True), "", None),
@@ -98,6 +126,50 @@ WRONG: list[tuple[Rule, list[object]]] = [
             Path("x"),
         ],
     ),
+    (
+        SiteName(),
+        [
+            *(
+                "",
+                ".",
+                "a..b",
+                ".a",
+                "a b",
+                "a_b",
+                "-a.b",
+                "a-.b",
+                "a.b\n",
+                "bücher.example",
+                "http://a",
+                "a/b",
+            ),
+            *("*", "*.com", "*.", "a.*.b", "*a.example.com", "**.example.com", "*.*.example.com"),
+            *("127.0.0.1", "a.1", "a.0x1f", "1", "::1", "[::1]", "2001:db8::1", "1.2.3.4."),
+            *(f"{LONGEST}c", f"a.{'b' * 64}", "a" * 100_000, 1, None, ["a.example"], b"a.example"),
+        ],
+    ),
+    (
+        Pin(),
+        [
+            *(
+                "",
+                DIGEST,
+                "sha256/",
+                f"SHA256/{DIGEST}",
+                f"sha1/{DIGEST}",
+                f"sha256/{DIGEST}\n",
+                f" sha256/{DIGEST}",
+            ),
+            *(
+                f"sha256/{DIGEST[:-1]}",
+                f"sha256/{'A' * 42}B=",
+                f"sha256/{'A' * 42}-=",
+                f"sha256/{'A' * 46}==",
+            ),
+            *(1, None, f"sha256/{DIGEST}".encode()),
+        ],
+    ),
+    (VariableName(), ["1A", "A-B", "A B", "A=B", "A\n", "A" * 129, "Ä", "ZCPROTO_KEY", 1, ["A"]]),
     (StoreUrl(), ["", "mysql://x", "redis://", "memory ", 1, None, "redis:///" + "x" * 1001]),
     (Binding(), ["", "0", "129", "on", "exactly", 24, None]),
     (TWO_OF_THREE, [[], ["a", "b", "c"], ["a", "a"], ["d"], "a", None, {"a": 1}, [["a"]]]),
@@ -185,6 +257,8 @@ def test_the_text_of_a_variable_becomes_what_the_key_takes(rule: Rule, text: str
         (Duration("1s", "1m", off=True), None, '"off"'),
         (FilePath(), Path('/a"b\\c'), '"/a\\"b\\\\c"'),
         (FilePath(empty=True), None, '""'),
+        (VariableName(), None, '""'),
+        (VariableName(), "A_B", '"A_B"'),
         (TWO_OF_THREE, ("a", "b"), '["a", "b"]'),
         (HOSTS, ("::",), '"::"'),
         (HOSTS, ("::", "::1"), '["::", "::1"]'),
@@ -197,3 +271,43 @@ def test_a_value_is_written_as_toml(rule: Rule, value: Any, text: str) -> None:
 def test_a_path_begins_at_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/alice")
     assert FilePath().accept("~/x") == Path("/home/alice/x")
+
+
+def test_a_list_tells_each_fault_with_its_place() -> None:
+    rule = ListOf(Whole(1, 9), 0, 5, each=True)
+    with pytest.raises(RefusedError, match=rf"^must be {rule.expects()}$") as caught:
+        rule.accept([1, 0, 1, "x"])
+    assert caught.value.refusals == (
+        Refusal("[1]", 0, "must be a whole number from 1 to 9"),
+        Refusal("[2]", 1, "is the same as [0]; each may stand once"),
+        Refusal("[3]", "x", "must be a whole number from 1 to 9"),
+    )
+    with pytest.raises(RefusedError) as caught:
+        rule.accept([1] * 6)
+    assert caught.value.refusals == ()
+
+
+def tls_takes(pin: str) -> bool:
+    try:
+        parse_pins([pin])
+    except TlsError:
+        return False
+    return True
+
+
+def config_takes(pin: str) -> bool:
+    try:
+        Pin().accept(pin)
+    except RefusedError:
+        return False
+    return True
+
+
+@given(
+    st.sampled_from(["sha256/", "cert-sha256/", "sha1/", ""]),
+    st.binary(min_size=31, max_size=33).map(lambda digest: base64.b64encode(digest).decode())
+    | st.text("AB+/-=08\n", min_size=43, max_size=45)
+    | st.sampled_from(BASE64).map(lambda last: "A" * 42 + last + "="),
+)
+def test_a_pin_is_what_the_tls_endpoint_takes(prefix: str, digest: str) -> None:
+    assert config_takes(prefix + digest) == tls_takes(prefix + digest)

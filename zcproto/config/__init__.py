@@ -5,7 +5,8 @@
     config_as_toml        the settings in force as TOML
     default_config_file   a commented file to begin with
 
-Reading order: duration, rules (what a kind of value accepts), model (the settings), faults, load, render.
+Reading order: duration, rules (what a kind of value accepts), tables, checks (what must hold between
+settings), model (the settings), faults, load, render.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from zcproto.config.model import (
     LogConfig,
     ServerConfig,
     SessionsConfig,
+    SiteConfig,
     StoreConfig,
     TlsConfig,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "LogConfig",
     "ServerConfig",
     "SessionsConfig",
+    "SiteConfig",
     "StoreConfig",
     "TlsConfig",
     "config_as_toml",

@@ -1,23 +1,29 @@
 """The words in which a fault of the configuration is told.
 
 Rules: one line for each fault, with the key, what it was, where it came from, and what would be right. Text
-of the operator is escaped and cut. A value under a name that speaks of secrets, and what follows the scheme
-of an address, is never shown.
+of the operator is escaped and cut. A value under a name that speaks of secrets, what follows the scheme of an
+address, and PEM text is never shown.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
 
-from zcproto.config.model import rules, sections, split_key
+from zcproto.config.model import keys, rules, sections, split_key
 from zcproto.config.rules import quoted
+from zcproto.config.tables import nearest
 from zcproto.printable import printable
 
 MAX_SHOWN = 60
 """Characters of a key or a value that are shown."""
 
 _SECRET = re.compile(r"secret|passw|passphrase|token|credential|private|(^|[._-])keys?$", re.IGNORECASE)
+# What stands where the place of a passphrase is named may be the passphrase itself.
+_PLACE_OF_SECRET = re.compile(r"passphrase", re.IGNORECASE)
+_INDEX = re.compile(r"\[[0-9]+\]")
+_PEM = "-----BEGIN"
 _ADDRESS = re.compile(r"([A-Za-z0-9+.-]{1,20})://.*", re.DOTALL)
 _MAX_BITS = 256
 _MAX_NESTING = 2
@@ -30,16 +36,26 @@ def fault(key: str, value: object, source: str, sentence: str) -> str:
 
 def show(key: str, value: object) -> str:
     """The value under `key`, for people."""
+    return "(hidden)" if hides(key) else printable(_text(value), MAX_SHOWN)
+
+
+def hides(key: str) -> bool:
+    """Whether the value under `key` is not for the eyes of people."""
     # certificates.key holds paths.
-    if key not in rules() and _SECRET.search(key):
-        return "(hidden)"
-    return printable(_text(value), MAX_SHOWN)
+    secret = _PLACE_OF_SECRET if _INDEX.sub("", key) in keys() else _SECRET
+    return secret.search(key) is not None
 
 
 def _text(value: object, depth: int = 0) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Path):
+        return quoted(str(value))
+    if value is None:
+        return "(nothing)"
     if isinstance(value, str):
+        if _PEM in value:
+            return "(hidden)"
         return quoted(_ADDRESS.sub(r"\1://(hidden)", value[: 2 * MAX_SHOWN]))
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         return "(a huge number)"  # Python refuses to write out the largest ones
@@ -58,7 +74,7 @@ def unknown_key(key: str) -> str:
     known = [split_key(each)[1] for each in rules() if each.startswith(f"{section}.")]
     elsewhere = _keys_named(name)
     if not elsewhere:
-        elsewhere = [f"{section}.{near}" for near in difflib.get_close_matches(name, known, 1)]
+        elsewhere = [f"{section}.{near}" for near in nearest(name, known)]
     if not elsewhere:
         elsewhere = _nearest_anywhere(name)
     if elsewhere:
@@ -92,5 +108,4 @@ def _keys_named(name: str) -> list[str]:
 def _nearest_anywhere(name: str) -> list[str]:
     names = {split_key(key)[1] for key in rules()}
     # Across all sections a match has to be closer than within one: chance finds something among fifty names.
-    near = difflib.get_close_matches(name, sorted(names), 1, cutoff=0.75)
-    return _keys_named(near[0]) if near else []
+    return [key for near in nearest(name, sorted(names), 0.75) for key in _keys_named(near)]

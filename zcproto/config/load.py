@@ -15,9 +15,11 @@ from typing import Any
 
 import tomli
 
-from zcproto.config.faults import fault, outside_section, unknown_key, unknown_section
-from zcproto.config.model import CHECKS, LATER_KEYS, LATER_SECTIONS, Config, rules, sections, split_key
-from zcproto.config.rules import RefusedError
+from zcproto.config.checks import CHECKS
+from zcproto.config.faults import fault, hides, outside_section, unknown_key, unknown_section
+from zcproto.config.model import LATER_SECTIONS, Config, rules, sections, split_key
+from zcproto.config.rules import Refusal, RefusedError
+from zcproto.config.tables import TablesOf
 from zcproto.errors import ConfigError
 from zcproto.printable import printable
 
@@ -62,8 +64,8 @@ def load_config(
     faults: list[str] = []
     for source in (_from_file(path, home), _from_environ(environ), _from_overrides(overrides)):
         for item in source:
-            if len(faults) == MAX_FAULTS:
-                raise ConfigError([*faults, f"and more; the first {MAX_FAULTS} are shown"])
+            if len(faults) > MAX_FAULTS:
+                raise _error(faults)
             if isinstance(item, str):
                 faults.append(item)
             else:
@@ -72,12 +74,17 @@ def load_config(
     values = _check_values(given, faults)
     _check_pairs(values, given, faults)
     if faults:
-        raise ConfigError(faults)
+        raise _error(faults)
     tables: dict[str, dict[str, Any]] = {section: {} for section in sections()}
     for key in given:
         section, name = split_key(key)
         tables[section][name] = values[key]
     return Config.model_validate(tables)
+
+
+def _error(faults: list[str]) -> ConfigError:
+    more = [f"and more; the first {MAX_FAULTS} are shown"] if len(faults) > MAX_FAULTS else []
+    return ConfigError([*faults[:MAX_FAULTS], *more])
 
 
 _Items = Iterator[str | tuple[str, _Given]]
@@ -160,7 +167,12 @@ def _from_environ(environ: Mapping[str, str]) -> _Items:
                 )
             continue
         key = f"{section}.{name}"
-        if key in rules():
+        outer = key.partition("__")[0]
+        # Who tries it for a key of a table writes further underscores: ZCPROTO_CERTIFICATES__SITE__0__NAMES.
+        if isinstance(rules().get(outer), TablesOf):
+            sentence = f"cannot be set by a variable; write [[{outer}]] tables in the file"
+            yield fault(key, environ[variable], shown, sentence)
+        elif key in rules():
             yield key, _Given(rules()[key].from_environ(environ[variable]), shown)
         else:
             yield _item(key, environ[variable], shown)
@@ -178,8 +190,6 @@ def _item(key: str, value: object, source: str) -> str | tuple[str, _Given]:
     section, name = split_key(key)
     if section in LATER_SECTIONS:
         sentence = f"not in this version; {LATER_SECTIONS[section]}"
-    elif key in LATER_KEYS:
-        sentence = f"not in this version; {LATER_KEYS[key]}"
     elif section in sections():
         sentence = unknown_key(key)
     else:
@@ -200,7 +210,8 @@ def _check_values(given: Mapping[str, _Given], faults: list[str]) -> dict[str, A
         try:
             values[key] = rule.load(entry.value) if from_text else rule.accept(entry.value)
         except RefusedError as error:
-            faults.append(fault(key, entry.value, entry.source, str(error)))
+            for each in error.refusals or [Refusal("", entry.value, str(error))]:
+                faults.append(fault(f"{key}{each.where}", each.value, entry.source, each.sentence))
     return values
 
 
@@ -209,7 +220,11 @@ def _check_pairs(values: Mapping[str, Any], given: Mapping[str, _Given], faults:
         if not all(key in values for key in check.keys) or check.holds(*(values[key] for key in check.keys)):
             continue
         subject, measure = (
-            f"{rules()[key].write(values[key])} ({given[key].source if key in given else DEFAULT})"
+            f"{'(hidden)' if hides(key) else rules()[key].write(values[key])}"
+            f" ({given[key].source if key in given else DEFAULT})"
             for key in check.keys[:2]
         )
-        faults.append(f"{check.keys[0]} = {subject}: {check.demand} {check.keys[1]}, which is {measure}")
+        cure = f"; {check.cure}" if check.cure else ""
+        faults.append(
+            f"{check.keys[0]} = {subject}: {check.demand} {check.keys[1]}, which is {measure}{cure}"
+        )

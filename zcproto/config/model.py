@@ -8,14 +8,13 @@ Must not know: files, the environment, the command line.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from zcproto.config.checks import CHECKS, SITE_CHECKS, check_sites
 from zcproto.config.rules import (
     Binding,
     CertificateName,
@@ -25,10 +24,14 @@ from zcproto.config.rules import (
     Flag,
     HostName,
     ListOf,
+    Pin,
     Rule,
+    SiteName,
     StoreUrl,
+    VariableName,
     Whole,
 )
+from zcproto.config.tables import TablesOf, rules_of
 
 SUITES = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
 KEY_TYPES = ("rsa-4096", "ecdsa-p256")
@@ -81,10 +84,72 @@ class TlsConfig(BaseModel):
         "Handshakes in progress at once; further connections wait in the backlog of the system. Each costs"
         " tens of KiB and up to 2 ms of CPU; the default is about half a second of work.",
     )
-    client_auth: Annotated[
-        str,
-        Choice(("off", "optional", "required"), only="off", instead='use "off": users open sessions by key'),
-    ] = _key("off", "Whether clients show a certificate of their own.")
+    client_auth: Annotated[str, Choice(("off", "optional", "required"))] = _key(
+        "off",
+        'Whether clients show a certificate of their own. "optional": who has one may open sessions with it;'
+        ' "required": nobody connects without. By default users open sessions by key, which needs no'
+        " certificates.",
+    )
+    client_ca_file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None,
+        "The CA certificates that sign those of clients. Empty: the own CA for clients, client-ca.crt in the"
+        " folder of certificates, as an authority of others would let in whoever it signs for.",
+    )
+    client_crl_file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None,
+        "The revoked certificates of clients, as a CRL. Empty: with the own CA for clients what it has"
+        " revoked, with another CA none.",
+    )
+    client_pins: Annotated[tuple[str, ...], ListOf(Pin(), 0, 64, each=True)] = _key(
+        (), "The pins of clients that are let in, of those that the CA has signed. Empty: all of them are."
+    )
+    client_name: Annotated[str, Choice(("dns", "email", "uri"))] = _key(
+        "dns",
+        "Which kind of name in a client's certificate (its SubjectAltName) is the user's name. The default is"
+        " the kind that every tool can write.",
+    )
+
+
+class SiteConfig(BaseModel):
+    """A certificate made by others, for some names."""
+
+    model_config = _SETTINGS
+
+    names: Annotated[tuple[str, ...], ListOf(SiteName(), 1, 100, each=True)] = Field(
+        description="The names that clients ask for when they get this certificate. An exact name goes before"
+        " a wildcard.",
+        examples=[("a.example.com", "*.a.example.com")],
+    )
+    certificate: Annotated[tuple[Path, ...], ListOf(FilePath(), 1, 2)] = Field(
+        description="Files of certificate chains, one for each type of key.",
+        examples=[(Path("/etc/zcproto/a.example.com.pem"),)],
+    )
+    key: Annotated[tuple[Path, ...], ListOf(FilePath(), 0, 2)] = _key(
+        (),
+        "Files of private keys, in the order of the certificates. Empty: the same files hold the keys too.",
+    )
+    key_passphrase_file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None, "A file with the passphrase of the keys. Empty: the keys are not encrypted."
+    )
+    key_passphrase_variable: Annotated[str | None, VariableName()] = _key(
+        None, "The environment variable with the passphrase, for whoever keeps none on the disk."
+    )
+
+    @property
+    def pairs(self) -> tuple[tuple[Path, Path], ...]:
+        """The files of certificates, each with that of its key."""
+        return _pairs(self.certificate, self.key)
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> SiteConfig:
+        for check in SITE_CHECKS:
+            if not check.holds(*(getattr(self, key) for key in check.keys)):
+                raise ValueError(f"{check.keys[0]} {check.demand} {check.keys[1]}")
+        return self
+
+
+def _pairs(certificates: tuple[Path, ...], keys: tuple[Path, ...]) -> tuple[tuple[Path, Path], ...]:
+    return tuple(zip(certificates, keys or certificates, strict=True))
 
 
 class CertificatesConfig(BaseModel):
@@ -96,10 +161,10 @@ class CertificatesConfig(BaseModel):
         default_factory=lambda: Path(DEFAULT_HOME, "certs").expanduser(),
         description="The folder of certificates and keys, of mode 0700. The default is certs in the home folder.",
     )
-    mode: Annotated[
-        str, Choice(("own", "files"), only="own", instead='use "own": the server makes its certificates')
-    ] = _key(
-        "own", 'Who makes the certificates. "own": a private CA in the folder above, made on first start.'
+    mode: Annotated[str, Choice(("own", "files"))] = _key(
+        "own",
+        'Who makes the certificates. "own": a private CA in the folder above, made on first start. "files":'
+        " others do, and the server watches their files, named below.",
     )
     key_types: Annotated[tuple[str, ...], ListOf(Choice(KEY_TYPES), 1, 2)] = _key(
         KEY_TYPES,
@@ -107,7 +172,7 @@ class CertificatesConfig(BaseModel):
         " 15 times cheaper to sign with, and is used wherever the client takes it.",
     )
     names: Annotated[tuple[str, ...], ListOf(CertificateName(), 0, 100)] = _key(
-        (), "Names and addresses in the certificate, beside localhost and those of the host."
+        (), "Names and addresses in an own certificate, beside localhost and those of the host."
     )
     lifetime: Annotated[float, Duration("1m", "397d")] = _key(
         90 * 86_400.0,
@@ -122,17 +187,48 @@ class CertificatesConfig(BaseModel):
     renew_key: Annotated[bool, Flag()] = _key(
         False, "Whether a new certificate gets a new key. The default keeps the pins of clients good."
     )
-    certificate: Annotated[
-        tuple[Path, ...],
-        ListOf(FilePath(), 0, 2, only=(), instead="leave it empty: the server makes its own"),
-    ] = _key((), 'With mode = "files": certificate chains, one for each key type.')
-    key: Annotated[
-        tuple[Path, ...],
-        ListOf(FilePath(), 0, 2, only=(), instead="leave it empty: the server makes its own"),
-    ] = _key((), 'With mode = "files": private keys, in the order of the certificates.')
+    announce_key: Annotated[float, Duration("0s", "396d")] = _key(
+        7 * 86_400.0,
+        "How long the pin of a new key is announced to clients before the key is used: a client that connects"
+        " once a week still learns it in time. It counts for at most the life of a certificate until its renewal.",
+    )
+    certificate: Annotated[tuple[Path, ...], ListOf(FilePath(), 0, 2)] = _key(
+        (), 'With mode = "files": files of certificate chains, one for each type of key.'
+    )
+    key: Annotated[tuple[Path, ...], ListOf(FilePath(), 0, 2)] = _key(
+        (),
+        'With mode = "files": files of private keys, in the order of the certificates. Empty: the same files'
+        " hold the keys too.",
+    )
+    key_passphrase_file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None,
+        'With mode = "files": a file with the passphrase of the keys. Empty: the keys are not encrypted, as'
+        " the server's own never are.",
+    )
+    key_passphrase_variable: Annotated[str | None, VariableName()] = _key(
+        None,
+        'With mode = "files": the environment variable with the passphrase, for whoever keeps none on the disk.',
+    )
+    watch_interval: Annotated[float, Duration("100ms", "1h")] = _key(
+        1.0,
+        "How often the files of certificates are looked at for a change. It costs a few system calls; the"
+        " default has a new certificate in use while whoever renewed it still looks.",
+    )
     alert_days: Annotated[tuple[int, ...], ListOf(Whole(1, 396), 0, 16)] = _key(
         (30, 14, 7, 3, 1), "Days before the end of a certificate at which its coming end is told."
     )
+    site: Annotated[tuple[SiteConfig, ...], TablesOf("certificates.site", SiteConfig, 100, check_sites)] = (
+        _key(
+            (),
+            "Certificates made by others for some names, in either mode. Who asks for none of these names gets"
+            " the certificate above.",
+        )
+    )
+
+    @property
+    def pairs(self) -> tuple[tuple[Path, Path], ...]:
+        """With mode "files": the files of certificates, each with that of its key."""
+        return _pairs(self.certificate, self.key)
 
 
 class SessionsConfig(BaseModel):
@@ -296,42 +392,11 @@ class Config(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
-class Check:
-    """What must hold between settings. The fault is told of the first; the second is what it is measured by."""
-
-    keys: tuple[str, ...]
-    holds: Callable[..., bool]
-    demand: str
-
-
-CHECKS = (
-    Check(
-        ("limits.max_frame_bytes_before_session", "limits.max_frame_bytes"),
-        lambda before, after: before <= after,
-        "must be at most",
-    ),
-    Check(
-        ("certificates.renew_before", "certificates.lifetime"),
-        lambda renew_before, lifetime: renew_before < lifetime,
-        "must be less than",
-    ),
-    Check(
-        ("sessions.lifetime", "sessions.refresh_lifetime", "sessions.refresh"),
-        lambda lifetime, refresh_lifetime, refresh: lifetime <= refresh_lifetime or not refresh,
-        "must, while sessions.refresh is true, be at most",
-    ),
-)
-
 LATER_SECTIONS = {
     "http": "remove the section; the server speaks zcp/1 alone",
     "alerts": "remove the section; what would be an alert is in the log, see [log]",
 }
 """Sections of later versions, and what to do in this one."""
-
-LATER_KEYS = {
-    "certificates.site": "use certificates.names: one certificate with all the names",
-}
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -350,7 +415,14 @@ def sections() -> dict[str, type[BaseModel]]:
 def rules() -> dict[str, Rule]:
     """What each key ("server.port") accepts, in their order."""
     return {
-        f"{section}.{name}": next(each for each in field.metadata if isinstance(each, Rule))
+        f"{section}.{name}": rule
         for section, model in sections().items()
-        for name, field in model.model_fields.items()
+        for name, rule in rules_of(model).items()
     }
+
+
+@cache
+def keys() -> frozenset[str]:
+    """All keys, those in tables too: `certificates.site.names`."""
+    tables = [(key, rule) for key, rule in rules().items() if isinstance(rule, TablesOf)]
+    return frozenset([*rules(), *(f"{key}.{name}" for key, rule in tables for name in rules_of(rule.model))])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from zcproto.config.model import CertificatesConfig, Config, rules, sections
+from zcproto.config.tables import TablesOf, rules_of
 
 _WIDTH = 100
 
@@ -16,10 +19,13 @@ def config_as_toml(config: Config) -> str:
     for section in sections():
         values = getattr(config, section)
         lines.append(f"[{section}]")
-        lines += [
-            f"{name} = {rules()[f'{section}.{name}'].write(getattr(values, name))}"
-            for name in type(values).model_fields
-        ]
+        for name in type(values).model_fields:
+            rule, value = rules()[f"{section}.{name}"], getattr(values, name)
+            if isinstance(rule, TablesOf) and value:
+                for table in value:
+                    lines += ["", f"[[{section}.{name}]]", *rule.write_table(table)]
+            else:
+                lines.append(f"{name} = {rule.write(value)}")
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
 
@@ -40,8 +46,21 @@ def default_config_file(home: Path) -> str:
         for name, field in model.model_fields.items():
             rule = rules()[f"{section}.{name}"]
             lines += ["", *_comment(field.description or ""), *_comment(f"Must be {rule.range()}.")]
-            lines.append(f"#{name} = {rule.write(getattr(getattr(defaults, section), name))}")
+            if isinstance(rule, TablesOf):
+                lines += [f"#[[{section}.{name}]]", *_keys_of_a_table(rule.model)]
+            else:
+                lines.append(f"#{name} = {rule.write(getattr(getattr(defaults, section), name))}")
     return "\n".join(lines) + "\n"
+
+
+def _keys_of_a_table(model: type[BaseModel]) -> list[str]:
+    """The keys of a table with an example of what has to be there, and the default of the rest."""
+    lines: list[str] = []
+    for (name, rule), field in zip(rules_of(model).items(), model.model_fields.values(), strict=True):
+        value = field.examples[0] if field.examples else field.get_default(call_default_factory=True)
+        lines += ["", *_comment(field.description or ""), *_comment(f"Must be {rule.range()}.")]
+        lines.append(f"#{name} = {rule.write(value)}")
+    return lines
 
 
 def _comment(text: str) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,32 @@ MAX_PATH = 4096
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})")
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+# Base64 of 32 bytes: the last of 43 digits carries four bits only, so its other two are 0.
+_PIN = re.compile(r"(cert-)?sha256/[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
+_VARIABLE = re.compile(r"(?!ZCPROTO_)[A-Za-z_][A-Za-z0-9_]{0,127}")
 _STORE = re.compile(r"memory|sqlite|(redis|rediss|valkey)://.{1,1000}", re.DOTALL)
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A fault within a value: where it is, such as `[2].names[0]`, what stands there, and what to say of it."""
+
+    where: str
+    value: object
+    sentence: str
+
+
 class RefusedError(ValueError):
-    """A value that its key does not accept. The text says what would be right, and never what was given."""
+    """A value that its key does not accept. The text says what would be right, and never what was given.
+
+    `refusals` are the faults within a list or a table; empty where the fault is that of the whole value.
+    """
+
+    def __init__(self, sentence: str, refusals: Sequence[Refusal] = ()) -> None:
+        super().__init__(sentence)
+        self.refusals = tuple(refusals)
 
 
 class _Any:
@@ -223,6 +245,69 @@ class CertificateName(Rule):
 
 
 @dataclass(frozen=True)
+class SiteName(Rule):
+    """A DNS name that clients ask for; in lower case and without a dot at the end in the program."""
+
+    def expects(self) -> str:
+        return (
+            'a DNS name of letters, digits and hyphens, such as "a.example.com", or "*.example.com", where any'
+            " one label may stand for the star"
+        )
+
+    def read(self, value: object) -> str:
+        if not isinstance(value, str) or not 1 <= len(value) <= 254 or not value.isascii():
+            raise self.refused()
+        name = value.lower().removesuffix(".")
+        labels = name.split(".")
+        if labels[0] == "*":
+            labels = labels[1:]
+            # `*.com` would be a name for a whole registry: clients take no such certificate.
+            if len(labels) < 2:
+                raise self.refused()
+        # Clients read a name that ends in a number as an IPv4 address (RFC 1123 section 2.1).
+        if len(name) > 253 or not all(map(_LABEL.fullmatch, labels)) or _NUMBER.fullmatch(labels[-1]):
+            raise self.refused()
+        return name
+
+
+@dataclass(frozen=True)
+class Pin(Rule):
+    """The SHA-256 of a public key or of a whole certificate, in its one form: pins are compared as text."""
+
+    def expects(self) -> str:
+        return (
+            '"sha256/" and 44 characters of base64, for a public key, or "cert-sha256/" and such, for a'
+            " whole certificate"
+        )
+
+    def read(self, value: object) -> str:
+        if not isinstance(value, str) or not _PIN.fullmatch(value):
+            raise self.refused()
+        return value
+
+
+@dataclass(frozen=True)
+class VariableName(Rule):
+    """The name of an environment variable; "" is None. Those of zcproto are settings, never read for this."""
+
+    def expects(self) -> str:
+        return (
+            'the name of an environment variable, such as "SERVER_KEY_PASSPHRASE", that does not begin with'
+            ' ZCPROTO_, or ""'
+        )
+
+    def read(self, value: object) -> str | None:
+        if value is None or value == "":
+            return None
+        if not isinstance(value, str) or not _VARIABLE.fullmatch(value):
+            raise self.refused()
+        return value
+
+    def write(self, value: str | None) -> str:
+        return quoted(value or "")
+
+
+@dataclass(frozen=True)
 class FilePath(Rule):
     """An absolute path, or one that begins with ~. With `empty`, "" is allowed and is None."""
 
@@ -282,12 +367,16 @@ class Binding(Rule):
 
 @dataclass(frozen=True)
 class ListOf(Rule):
-    """A list of `least` to `most` different values; a tuple in the program. With `bare`, also one alone."""
+    """A list of `least` to `most` different values; a tuple in the program.
+
+    With `bare`, also one alone. With `each`, every fault is told by the place where it stands: for long lists.
+    """
 
     item: Rule
     least: int
     most: int
     bare: bool = False
+    each: bool = False
 
     def expects(self) -> str:
         if self.bare:
@@ -299,13 +388,21 @@ class ListOf(Rule):
         values = value if isinstance(value, list | tuple) else (value,) if self.bare else None
         if values is None or not self.least <= len(values) <= self.most:
             raise self.refused()
-        try:
-            items = tuple(self.item.read(each) for each in values)
-        except RefusedError:
-            raise self.refused() from None
-        if len(set(items)) != len(items):
-            raise self.refused()
-        return items
+        items: dict[Any, int] = {}
+        refusals: list[Refusal] = []
+        for index, given in enumerate(values):
+            try:
+                first = items.setdefault(self.item.read(given), index)
+            except RefusedError as error:
+                refusals.append(Refusal(f"[{index}]", given, str(error)))
+                continue
+            if first != index:
+                refusals.append(
+                    Refusal(f"[{index}]", given, f"is the same as [{first}]; each may stand once")
+                )
+        if refusals:
+            raise RefusedError(str(self.refused()), refusals if self.each else ())
+        return tuple(items)
 
     def write(self, value: tuple[Any, ...]) -> str:
         if self.bare and len(value) == 1:
