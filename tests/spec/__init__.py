@@ -1,0 +1,1 @@
+"""The specification's own files: text, vectors, schema and generator agree."""
