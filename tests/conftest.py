@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-import trustme
 
 from zcproto.sessions import SessionRegistry
 
 from .helpers import ConnectionPair, FakeClock, FakeTimers, small_registry
+
+if TYPE_CHECKING:
+    import trustme
 
 
 class ServerPair(NamedTuple):
@@ -28,6 +30,8 @@ class ServerPairs(NamedTuple):
 @pytest.fixture(scope="session")
 def ca() -> trustme.CA:
     """An authority that the tests' clients trust."""
+    import trustme  # here, so that tests without certificates do not wait for it
+
     return trustme.CA(key_type=trustme.KeyType.ECDSA)
 
 
@@ -41,6 +45,8 @@ def ca_file(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server_pairs(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> ServerPairs:
     """A server's certificates for localhost, one of each kind of key."""
+    import trustme
+
     folder = tmp_path_factory.mktemp("pairs")
     pairs: list[ServerPair] = []
     for kind in (trustme.KeyType.ECDSA, trustme.KeyType.RSA):
