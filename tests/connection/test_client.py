@@ -6,8 +6,6 @@ import struct
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from zcproto.connection.client import (
     MAX_FRAME_BEFORE_SESSION,
@@ -29,7 +27,6 @@ from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
 from zcproto.errors import Code, ConnectionClosed, InvalidArgument, ResourceExhausted, Unavailable
-from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CANCEL,
     ERROR,
@@ -43,79 +40,13 @@ from zcproto.wire.frame import (
     REQUEST,
     RESPONSE,
     WELCOME,
-    RawFrame,
-    Side,
-    encode_frame,
 )
 from zcproto.wire.message import decode_request, encode_body, encode_error
 
 from ..helpers import NOW, SALT, WALL, small_registry
+from .helpers import GREETING, Conversation
 
 TOKEN = b"k" * 32
-GREETING: dict[str, Any] = {
-    "server": "zcproto",
-    "versions": [1],
-    "max_frame": 1_048_576,
-    "max_streams": 4,
-    "idle_timeout_ms": 300_000,
-    "tolerance_ms": 30_000,
-    "sts": {"max_age": 60, "include_subdomains": False},
-}
-
-
-class Conversation:
-    """A client and a server that says what it is told to."""
-
-    def __init__(
-        self, greeting: dict[str, Any] | None = None, *, server_ahead_ms: int = 0, **limits: Any
-    ) -> None:
-        self.client = ClientConnection(**limits)
-        self.wall = WALL
-        self.now = NOW
-        self.server_ahead_ms = server_ahead_ms
-        self.counter = 0
-        self._decoder = FrameDecoder(Side.SERVER, 2**32 - 1)
-        if greeting is not None:
-            (event,) = self.say(WELCOME, 0, encode_body(greeting), counter=0)
-            assert isinstance(event, Welcomed)
-
-    def frame(
-        self,
-        head: int,
-        stream: int = 0,
-        body: bytes = b"",
-        *,
-        counter: int | None = None,
-        timestamp: int | None = None,
-        salt: bytes = SALT,
-        token: bytes = NO_TOKEN,
-    ) -> bytes:
-        if counter is None:
-            self.counter += 1
-            counter = self.counter
-        if timestamp is None:
-            timestamp = self.wall + self.server_ahead_ms
-        return encode_frame(head, stream, timestamp, salt, counter, token, body)
-
-    def hear(self, data: bytes) -> list[ClientEvent]:
-        return list(self.client.receive_data(data, self.wall, self.now))
-
-    def say(self, head: int, stream: int = 0, body: bytes = b"", **fields: Any) -> list[ClientEvent]:
-        return self.hear(self.frame(head, stream, body, **fields))
-
-    def request(self, method: str = "echo", params: dict[str, Any] | None = None, **more: Any) -> int:
-        return self.client.request(method, params, wall=self.wall, **more)
-
-    def sent(self) -> list[RawFrame]:
-        """The frames that the client has sent since the last time."""
-        self._decoder.feed(self.client.data_to_send())
-        frames: list[RawFrame] = []
-        while (frame := self._decoder.next_frame()) is not None:
-            frames.append(frame)
-        return frames
-
-    def stale(self, head: int = PONG, stream: int = 0, body: bytes = b"", **fields: Any) -> list[ClientEvent]:
-        return self.say(head, stream, body, timestamp=self.wall + self.server_ahead_ms + 30_001, **fields)
 
 
 @pytest.fixture
@@ -830,44 +761,3 @@ def test_the_two_ends_understand_each_other(ends: tuple[ClientConnection, Server
         ResponseReceived(stream, {"x": 1}),
         GoAwayReceived("draining", 5),
     ]
-
-
-@given(st.binary(max_size=400))
-def test_any_bytes_after_welcome_are_events_or_one_end(data: bytes) -> None:
-    talk = Conversation(GREETING)
-    events = talk.hear(data)
-    ends = [event for event in events if isinstance(event, ConnectionEnded)]
-    assert len(ends) == (talk.client.state is State.CLOSED)
-    assert events[-1:] == ends or not ends
-
-
-HEADS = [WELCOME, RESPONSE, ERROR, PING, PONG, GOAWAY, EVENT, REQUEST, CANCEL, 0, 0xFFFFFFFF]
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(HEADS),
-            st.integers(0, 3),
-            st.integers(0, 3),
-            st.sampled_from([WALL, 0, 2**64 - 1]),
-            st.one_of(st.binary(max_size=8), st.sampled_from([encode_body(["a", 1]), encode_error(67, "x")])),
-        ),
-        max_size=12,
-    )
-)
-def test_any_frames_in_any_order_are_events_or_one_end(
-    frames: list[tuple[int, int, int, int, bytes]],
-) -> None:
-    talk = Conversation(GREETING)
-    talk.request()
-    talk.request()
-    counter = 0
-    for head, stream, step, timestamp, body in frames:
-        counter += step
-        closed = talk.client.state is State.CLOSED
-        events = talk.say(head, stream, body, counter=counter, timestamp=timestamp)
-        assert not (closed and events)
-        assert (
-            isinstance(events[-1], ConnectionEnded) if talk.client.state is State.CLOSED and events else True
-        )

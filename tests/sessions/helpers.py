@@ -7,6 +7,8 @@ from typing import Any
 
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
+from zcproto.sessions.index import END, DigestIndex, LinearHash
+from zcproto.sessions.slab import CHUNK, Slab
 
 WALL = 1_700_000_000_000
 SECOND = 1_000
@@ -84,3 +86,23 @@ class Desk:
         """Users, clients and addresses kept."""
         table = self.registry._table
         return len(table.users), len(table.clients), len(table.addresses)
+
+
+def digests(width: int = 32) -> tuple[Slab, DigestIndex]:
+    slab = Slab(8 * CHUNK, 40, link=36)
+    return slab, DigestIndex(slab, offset=0, width=width, next_=32)
+
+
+def digest(number: int, width: int = 32) -> bytes:
+    return sha256(b"%d" % number).digest()[:width]
+
+
+def longest_chain(index: LinearHash) -> int:
+    lengths = []
+    for bucket in range(index.buckets):
+        length, slot = 0, index._heads[bucket]
+        while slot != END:
+            length, slot = length + 1, index._next[slot]
+        lengths.append(length)
+    assert sum(lengths) == index.count
+    return max(lengths)

@@ -43,13 +43,14 @@ def test_what_was_never_given_out_is_unauthenticated(token: bytes, filled: bool)
     assert desk.code(token) is Code.UNAUTHENTICATED
 
 
-@pytest.mark.parametrize("bit", range(0, 256, 15))
-def test_one_bit_decides(bit: int) -> None:
+def test_each_bit_of_a_token_decides() -> None:
     desk = Desk()
     token = desk.open().token
-    wrong = bytearray(token)
-    wrong[bit // 8] ^= 1 << bit % 8
-    assert desk.code(bytes(wrong)) is Code.UNAUTHENTICATED
+    for bit in range(256):
+        wrong = bytearray(token)
+        wrong[bit // 8] ^= 1 << bit % 8
+        assert desk.code(bytes(wrong)) is Code.UNAUTHENTICATED, bit
+    desk.good(token)
 
 
 def test_tokens_are_not_mistaken_for_each_other() -> None:

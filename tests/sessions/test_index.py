@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from hashlib import sha256
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from zcproto.sessions.index import END, DigestIndex, LinearHash
+from zcproto.sessions.index import END, LinearHash
 from zcproto.sessions.slab import CHUNK, Slab
+
+from .helpers import digest, digests, longest_chain
 
 
 def plain() -> tuple[Slab, LinearHash]:
     slab = Slab(8 * CHUNK, 12, link=8)
     return slab, LinearHash(slab, hash_=0, next_=4)
-
-
-def digests(width: int = 32) -> tuple[Slab, DigestIndex]:
-    slab = Slab(8 * CHUNK, 40, link=36)
-    return slab, DigestIndex(slab, offset=0, width=width, next_=32)
-
-
-def digest(number: int, width: int = 32) -> bytes:
-    return sha256(b"%d" % number).digest()[:width]
-
-
-def longest_chain(index: LinearHash) -> int:
-    lengths = []
-    for bucket in range(index.buckets):
-        length, slot = 0, index._heads[bucket]
-        while slot != END:
-            length, slot = length + 1, index._next[slot]
-        lengths.append(length)
-    assert sum(lengths) == index.count
-    return max(lengths)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 1000, 4097])
@@ -128,40 +105,3 @@ def test_a_hash_may_be_that_of_several_slots() -> None:
     for slot in slots[::2]:
         index.remove(slot)
     assert sorted(index.chain(0xDEADBEEF)) == slots[1::2]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=200))
-def test_it_is_a_dict(steps: list[tuple[bool, int]]) -> None:
-    slab, index = digests()
-    model: dict[int, int] = {}
-    for enter, number in steps:
-        if enter and number not in model:
-            model[number] = slab.take()
-            index.put(model[number], digest(number))
-        elif not enter and number in model:
-            index.remove(model[number])
-            slab.give_back(model.pop(number))
-        assert index.count == len(model)
-        for each in range(41):
-            assert index.find(digest(each)) == model.get(each, END)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_it_is_a_dict_while_it_grows_and_shrinks(seed: int) -> None:
-    chance = random.Random(seed)
-    slab, index = digests()
-    model: dict[int, int] = {}
-    number = 0
-    for target in (900, 30, 2500, 0, 300):
-        while len(model) != target:
-            if len(model) < target:
-                number += 1
-                model[number] = slab.take()
-                index.put(model[number], digest(number))
-            else:
-                gone = chance.choice(list(model)[:20])
-                index.remove(model[gone])
-                slab.give_back(model.pop(gone))
-        assert all(index.find(digest(each)) == slot for each, slot in model.items())
-        longest_chain(index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import random
 
 import pytest
 
@@ -105,25 +104,6 @@ def test_slots_taken_after_shrinking_are_all_different() -> None:
         slab.give_back(slot)
     slots = {slab.take() for _ in range(5 * CHUNK)}
     assert slots == set(range(5 * CHUNK))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_no_slot_is_ever_given_twice(seed: int) -> None:
-    chance = random.Random(seed)
-    slab = make()
-    used: set[int] = set()
-    for target in (3000, 10, 5000, 0, 2000):
-        while len(used) != target:
-            if len(used) < target or chance.random() < 0.1:
-                slot = slab.take()
-                assert slot not in used
-                assert slot < slab.size
-                used.add(slot)
-            else:
-                slot = chance.choice(tuple(used)) if chance.random() < 0.01 else next(iter(used))
-                used.remove(slot)
-                slab.give_back(slot)
-            assert slab.used == len(used)
 
 
 def test_more_slots_than_the_capacity_are_a_mistake_of_ours() -> None:

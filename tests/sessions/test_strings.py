@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from zcproto.sessions import strings as strings_module
 from zcproto.sessions.slab import CHUNK
@@ -83,23 +81,6 @@ def test_strings_with_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPat
 
 def test_an_unknown_string_has_no_number() -> None:
     assert StringTable(CHUNK, 23).find("nobody") == UNKNOWN
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.text(max_size=30))))
-def test_it_counts_like_a_dict(steps: list[tuple[bool, str]]) -> None:
-    table = StringTable(CHUNK, 23)
-    uses: dict[str, int] = {}
-    for take, text in steps:
-        if take:
-            assert table[table.take(text)] == text
-            uses[text] = uses.get(text, 0) + 1
-        elif uses.get(text):
-            table.give_back(table.find(text))
-            uses[text] -= 1
-        number = table.find(text)
-        assert (table.uses[number] if number != UNKNOWN else 0) == uses.get(text, 0)
-    assert len(table) == sum(count > 0 for count in uses.values())
 
 
 def test_it_shrinks_again() -> None:

@@ -7,8 +7,6 @@ import os
 from hashlib import sha256
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from zcproto.sessions import TOKEN_SIZE, token_from_text, token_text
 from zcproto.sessions.token import FAMILY_SIZE, ID_SIZE, digest_of, id_from_text, id_of, id_text
@@ -34,34 +32,16 @@ def test_text_and_token_are_each_others_inverse_for_every_kind_of_byte(byte: int
     assert id_from_text(id_text(bytes([byte]) * ID_SIZE)) == bytes([byte]) * ID_SIZE
 
 
-@given(st.binary(min_size=TOKEN_SIZE, max_size=TOKEN_SIZE))
-def test_every_token_survives_its_text(token: bytes) -> None:
-    assert token_from_text(token_text(token)) == token
+def test_the_last_character_counts_only_if_its_2_unused_bits_are_0() -> None:
+    texts = [TEXT[:-1] + character for character in ALPHABET]
+    tokens = {text: token for text in texts if (token := token_from_text(text)) is not None}
+    assert list(tokens) == texts[::4]
+    assert all(token_text(token) == text for text, token in tokens.items())
 
 
-@given(st.text(max_size=60))
-def test_any_text_gives_none_or_the_token_that_is_written_so(text: str) -> None:
-    token = token_from_text(text)
-    assert token is None or token_text(token) == text
-    session_id = id_from_text(text)
-    assert session_id is None or id_text(session_id) == text
-
-
-@pytest.mark.parametrize("character", ALPHABET)
-def test_the_last_character_counts_only_if_its_unused_bits_are_0(character: str) -> None:
-    text = TEXT[:-1] + character
-    token = token_from_text(text)
-    if ALPHABET.index(character) % 4:
-        assert token is None
-    else:
-        assert token is not None
-        assert token_text(token) == text
-
-
-@pytest.mark.parametrize("character", ALPHABET)
-def test_the_last_character_of_an_id_counts_only_if_its_unused_bits_are_0(character: str) -> None:
-    text = id_text(ID)[:-1] + character
-    assert (id_from_text(text) is None) == (ALPHABET.index(character) % 16 != 0)
+def test_the_last_character_of_an_id_counts_only_if_its_4_unused_bits_are_0() -> None:
+    texts = [id_text(ID)[:-1] + character for character in ALPHABET]
+    assert [text for text in texts if id_from_text(text) is not None] == texts[::16]
 
 
 @pytest.mark.parametrize(

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 
 import pytest
 
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
-from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, REQUEST, RESPONSE, Side, encode_frame
+from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, RESPONSE, Side, encode_frame
 
-SALT = b"a salt.."
-MIB = 1 << 20
-
-
-def request(size: int, stream: int = 1) -> bytes:
-    """A REQUEST with a body of so many bytes, which is no message."""
-    return encode_frame(REQUEST, stream, 5, SALT, stream, NO_TOKEN, b"x" * size)
-
-
-def take_all(decoder: FrameDecoder) -> list[int]:
-    """The streams of all frames that are there."""
-    streams = []
-    while (frame := decoder.next_frame()) is not None:
-        streams.append(frame[2])
-    return streams
+from .helpers import MIB, SALT, request, take_all
 
 
 def refused_as(decoder: FrameDecoder) -> Code:
@@ -183,54 +168,6 @@ def test_a_declared_length_reserves_nothing() -> None:
     assert peak < 4096
 
 
-def drip(data: bytes, step: int) -> bytes:
-    """The body of a frame that comes in pieces of `step` bytes."""
-    decoder = FrameDecoder(Side.SERVER, MIB)
-    feed, next_frame = decoder.feed, decoder.next_frame
-    last = (len(data) - 1) // step * step
-    for at in range(0, last, step):
-        feed(data[at : at + step])
-        if next_frame() is not None:
-            pytest.fail("a frame before its last byte")
-    feed(data[last:])
-    frame = next_frame()
-    assert frame is not None
-    return frame[7]
-
-
-def test_a_frame_of_1_mib_byte_by_byte_costs_linear_time() -> None:
-    data = request(MIB - 64)
-    began = time.process_time()
-    body = drip(data, 1)
-    assert time.process_time() - began < 10  # copying what is there at each byte would move half a terabyte
-    assert body == data[HEADER_SIZE:]
-
-
-def test_a_frame_of_1_mib_in_small_pieces_costs_its_own_memory() -> None:
-    data = request(MIB - 64)
-    tracemalloc.start()
-    body = drip(data, 100)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert body == data[HEADER_SIZE:]
-    assert peak < 3 * MIB
-
-
-@pytest.mark.parametrize("step", [100, MIB + 4])
-def test_nothing_is_held_of_a_large_frame_that_was_taken(step: int) -> None:
-    decoder = FrameDecoder(Side.SERVER, MIB)
-    tracemalloc.start()
-    data = request(MIB - 64)
-    for at in range(0, len(data), step):
-        decoder.feed(data[at : at + step])
-        take_all(decoder)
-    del data
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert decoder.buffered == 0
-    assert held < 4096
-
-
 def test_the_rest_of_a_read_can_be_taken_later() -> None:
     decoder = FrameDecoder(Side.SERVER, MIB)
     decoder.feed(request(5, stream=1) + request(5, stream=2) + request(5, stream=3)[:20])
@@ -251,18 +188,3 @@ def test_the_limit_is_asked_anew_for_each_frame_of_an_iteration() -> None:
     decoder.limit = 100
     with pytest.raises(ProtocolError):
         next(frames)
-
-
-def test_many_small_frames_in_one_read_cost_what_they_cost_apart() -> None:
-    one = encode_frame(PING, 0, 5, SALT, 1, NO_TOKEN)
-    decoder = FrameDecoder(Side.SERVER, MIB)
-    data = one * 5000
-    tracemalloc.start()
-    decoder.feed(data)
-    count = 0
-    while decoder.next_frame() is not None:
-        count += 1
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert count == 5000
-    assert peak < 4096

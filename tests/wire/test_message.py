@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +29,7 @@ from zcproto.wire.message import (
     parse_traceparent,
 )
 
+from .helpers import peak_of
 from .vectors import document
 
 LARGE = b"x" * 2000
@@ -224,16 +224,6 @@ def test_an_event_and_a_map_come_back_as_they_were() -> None:
 # --- memory ------------------------------------------------------------------------------------------------
 
 
-def peak_of(decode: Callable[[bytes], Any], body: bytes) -> int:
-    """Bytes allocated at most while a body is decoded, whatever comes of it."""
-    tracemalloc.start()
-    with contextlib.suppress(MessageError):
-        decode(body)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak
-
-
 BOMBS = {
     vector["name"]: bytes.fromhex(vector["bytes"])[68:]
     for vector in document("bodies-invalid")["vectors"]
@@ -248,13 +238,6 @@ BOMBS["wide-then-cut"] = b"\xdd\x00\x0f\xff\xf0" + b"\x90" * 300
 def test_declared_lengths_reserve_no_memory(body: bytes) -> None:
     for decode in DECODERS:
         assert peak_of(decode, body) < 200_000
-
-
-def test_what_is_built_is_in_proportion_to_what_is_there() -> None:
-    count = 5_000
-    for element in (b"\x90", b"\x80", b"\xc0", b"\xa0"):
-        body = b"\xdd" + count.to_bytes(4, "big") + element * count
-        assert peak_of(decode_body, body) < 100 * len(body)
 
 
 # --- what a failure leaves behind ---------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from zcproto.errors import CallError, Code
 from zcproto.sessions import OpenedSession, Session
 
-from .helpers import WALL, Desk
+from ..sessions.helpers import WALL, Desk
 
 LIFETIME, IDLE, REFRESH_LIFETIME, GRACE, PER_USER = 1000, 300, 2500, 50, 2
 DEAD_LIMIT, DEAD_KEEP = 6, 500

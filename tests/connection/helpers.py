@@ -1,0 +1,78 @@
+"""A client and a server that says what it is told to, joined in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zcproto.connection.client import ClientConnection
+from zcproto.connection.events import ClientEvent, Welcomed
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import NO_TOKEN, PONG, WELCOME, RawFrame, Side, encode_frame
+from zcproto.wire.message import encode_body
+
+from ..helpers import NOW, SALT, WALL
+
+GREETING: dict[str, Any] = {
+    "server": "zcproto",
+    "versions": [1],
+    "max_frame": 1_048_576,
+    "max_streams": 4,
+    "idle_timeout_ms": 300_000,
+    "tolerance_ms": 30_000,
+    "sts": {"max_age": 60, "include_subdomains": False},
+}
+
+
+class Conversation:
+    """A client and a server that says what it is told to."""
+
+    def __init__(
+        self, greeting: dict[str, Any] | None = None, *, server_ahead_ms: int = 0, **limits: Any
+    ) -> None:
+        self.client = ClientConnection(**limits)
+        self.wall = WALL
+        self.now = NOW
+        self.server_ahead_ms = server_ahead_ms
+        self.counter = 0
+        self._decoder = FrameDecoder(Side.SERVER, 2**32 - 1)
+        if greeting is not None:
+            (event,) = self.say(WELCOME, 0, encode_body(greeting), counter=0)
+            assert isinstance(event, Welcomed)
+
+    def frame(
+        self,
+        head: int,
+        stream: int = 0,
+        body: bytes = b"",
+        *,
+        counter: int | None = None,
+        timestamp: int | None = None,
+        salt: bytes = SALT,
+        token: bytes = NO_TOKEN,
+    ) -> bytes:
+        if counter is None:
+            self.counter += 1
+            counter = self.counter
+        if timestamp is None:
+            timestamp = self.wall + self.server_ahead_ms
+        return encode_frame(head, stream, timestamp, salt, counter, token, body)
+
+    def hear(self, data: bytes) -> list[ClientEvent]:
+        return list(self.client.receive_data(data, self.wall, self.now))
+
+    def say(self, head: int, stream: int = 0, body: bytes = b"", **fields: Any) -> list[ClientEvent]:
+        return self.hear(self.frame(head, stream, body, **fields))
+
+    def request(self, method: str = "echo", params: dict[str, Any] | None = None, **more: Any) -> int:
+        return self.client.request(method, params, wall=self.wall, **more)
+
+    def sent(self) -> list[RawFrame]:
+        """The frames that the client has sent since the last time."""
+        self._decoder.feed(self.client.data_to_send())
+        frames: list[RawFrame] = []
+        while (frame := self._decoder.next_frame()) is not None:
+            frames.append(frame)
+        return frames
+
+    def stale(self, head: int = PONG, stream: int = 0, body: bytes = b"", **fields: Any) -> list[ClientEvent]:
+        return self.say(head, stream, body, timestamp=self.wall + self.server_ahead_ms + 30_001, **fields)

@@ -1,0 +1,1 @@
+"""Time and memory of the core, measured on inputs large enough to tell."""

@@ -1,0 +1,60 @@
+"""What sessions cost: slices of bounded work, and memory that goes back when they are gone."""
+
+from __future__ import annotations
+
+import pytest
+
+from zcproto.sessions.slab import CHUNK
+
+from ..sessions.helpers import DAY, HOUR, WALL, Desk
+
+
+@pytest.mark.parametrize("max_slots", [10, 100, 1000])
+def test_a_slice_does_a_bounded_amount_of_work(max_slots: int) -> None:
+    desk = Desk(refresh=False)
+    for number in range(1000):
+        desk.open(f"user {number}")
+    worked = []
+    while desk.registry.sweeps == 0:
+        worked.append(desk.registry.clean(WALL + HOUR, max_slots))
+    assert max(worked) <= max_slots // 5 + 1
+    assert sum(worked) == 1000
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_memory_goes_back_when_the_sessions_are_gone(refresh: bool) -> None:
+    desk = Desk(refresh=refresh, dead_limit=100)
+    for number in range(4 * CHUNK):
+        desk.open(f"user {number // 5}", client=f"client {number}", address=f"address {number}")
+    table = desk.registry._table
+    assert table.slab.size == 4 * CHUNK
+    end = WALL + 31 * DAY
+    for wall in (end, end + HOUR, end + 2 * HOUR):
+        desk.clean(wall)
+    assert table.slab.size <= 2 * CHUNK
+    assert (table.users.slab.size, table.clients.slab.size, table.addresses.slab.size) == (
+        CHUNK,
+        CHUNK,
+        CHUNK,
+    )
+    assert (table.tokens.buckets, table.ids.buckets) == (8, 8)
+    assert desk.strings == (0, 0, 0)
+
+
+def test_memory_is_bounded_while_sessions_come_and_go() -> None:
+    desk = Desk(dead_limit=500)
+    for number in range(2500):
+        opened = desk.open(f"user {number}", client=f"client {number}", address=f"address {number}")
+        if number % 3 == 0:
+            opened = desk.refresh(opened.refresh_token, client=f"other {number}", address=f"moved {number}")
+        desk.registry.close(opened.session)
+    table = desk.registry._table
+    assert table.slab.size == CHUNK
+    assert (table.users.slab.size, table.clients.slab.size, table.addresses.slab.size) == (
+        CHUNK,
+        CHUNK,
+        CHUNK,
+    )
+    assert desk.strings == (0, 0, 0)
+    assert table.dead == 500
+    assert len(desk.registry._grace) == 0

@@ -1,0 +1,84 @@
+"""What bytes from a peer cost: work in proportion to them, and memory that goes back."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+
+import pytest
+
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, Side, encode_frame
+from zcproto.wire.message import decode_body
+
+from ..wire.helpers import MIB, SALT, peak_of, request, take_all
+
+
+def drip(data: bytes, step: int) -> bytes:
+    """The body of a frame that comes in pieces of `step` bytes."""
+    decoder = FrameDecoder(Side.SERVER, MIB)
+    feed, next_frame = decoder.feed, decoder.next_frame
+    last = (len(data) - 1) // step * step
+    for at in range(0, last, step):
+        feed(data[at : at + step])
+        if next_frame() is not None:
+            pytest.fail("a frame before its last byte")
+    feed(data[last:])
+    frame = next_frame()
+    assert frame is not None
+    return frame[7]
+
+
+def test_a_frame_of_1_mib_byte_by_byte_costs_linear_time() -> None:
+    data = request(MIB - 64)
+    began = time.process_time()
+    body = drip(data, 1)
+    assert time.process_time() - began < 10  # copying what is there at each byte would move half a terabyte
+    assert body == data[HEADER_SIZE:]
+
+
+def test_a_frame_of_1_mib_in_small_pieces_costs_its_own_memory() -> None:
+    data = request(MIB - 64)
+    tracemalloc.start()
+    body = drip(data, 100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert body == data[HEADER_SIZE:]
+    assert peak < 3 * MIB
+
+
+@pytest.mark.parametrize("step", [100, MIB + 4])
+def test_nothing_is_held_of_a_large_frame_that_was_taken(step: int) -> None:
+    decoder = FrameDecoder(Side.SERVER, MIB)
+    tracemalloc.start()
+    data = request(MIB - 64)
+    for at in range(0, len(data), step):
+        decoder.feed(data[at : at + step])
+        take_all(decoder)
+    del data
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert decoder.buffered == 0
+    assert held < 4096
+
+
+def test_many_small_frames_in_one_read_cost_what_they_cost_apart() -> None:
+    one = encode_frame(PING, 0, 5, SALT, 1, NO_TOKEN)
+    decoder = FrameDecoder(Side.SERVER, MIB)
+    data = one * 5000
+    tracemalloc.start()
+    decoder.feed(data)
+    count = 0
+    while decoder.next_frame() is not None:
+        count += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 5000
+    assert peak < 4096
+
+
+def test_what_is_built_is_in_proportion_to_what_is_there() -> None:
+    count = 5_000
+    for element in (b"\x90", b"\x80", b"\xc0", b"\xa0"):
+        body = b"\xdd" + count.to_bytes(4, "big") + element * count
+        assert peak_of(decode_body, body) < 100 * len(body)
