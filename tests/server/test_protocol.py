@@ -20,7 +20,7 @@ from zcproto.observe import log as log_module
 from zcproto.server.app import App
 from zcproto.server.context import Context
 from zcproto.server.eager import EagerTasks
-from zcproto.server.protocol import WRITE_BUFFER_HARD_FACTOR, ServerProtocol
+from zcproto.server.protocol import TAKEN_AT_LEAST, WRITE_BUFFER_HARD_FACTOR, ServerProtocol
 from zcproto.server.serving import ANNOUNCED_PER_TURN, LOGS_PER_MINUTE, Serving
 from zcproto.sessions import OpenedSession
 from zcproto.wire.decoder import FrameDecoder
@@ -393,6 +393,41 @@ def test_a_peer_that_does_not_read_for_too_long_is_cut_off(harness: Harness, pee
     assert harness.ran == [1, 2, 3]
     nothing_left(harness)
     assert harness.futures[0].cancelled()
+
+
+def test_a_slow_but_steady_peer_is_not_cut_off(harness: Harness, peer: Peer) -> None:
+    peer.transport.stuck = True
+    peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
+    peer.transport.unread += 4 * TAKEN_AT_LEAST  # as if much had been written before
+    peer.protocol.pause_writing()
+    for _ in range(4):
+        harness.advance(WRITE_TIMEOUT - 1)
+        peer.transport.unread -= TAKEN_AT_LEAST
+        harness.advance(1)
+        assert not peer.transport.aborted
+    harness.advance(WRITE_TIMEOUT + 1)
+    assert peer.transport.aborted
+
+
+def test_a_drip_is_no_reading(harness: Harness, peer: Peer) -> None:
+    peer.transport.stuck = True
+    peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
+    peer.transport.unread -= TAKEN_AT_LEAST - 1
+    harness.advance(WRITE_TIMEOUT + 1)
+    assert peer.transport.aborted
+
+
+def test_what_is_added_meanwhile_hides_no_reading(harness: Harness, peer: Peer) -> None:
+    peer.send(peer.request(50, "wait"))
+    peer.transport.stuck = True
+    peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
+    peer.transport.unread -= TAKEN_AT_LEAST
+    harness.futures[0].set_result(bytes(TAKEN_AT_LEAST))
+    harness.turn()
+    harness.advance(WRITE_TIMEOUT + 1)
+    assert not peer.transport.aborted
+    harness.advance(WRITE_TIMEOUT + 1)
+    assert peer.transport.aborted
 
 
 def test_a_peer_that_reads_in_time_is_not_cut_off(harness: Harness, peer: Peer) -> None:

@@ -34,6 +34,9 @@ SENT_AT_ONCE: Final = 4_096
 WRITE_BUFFER_HARD_FACTOR: Final = 4
 """Answers that were under way when a peer stopped reading may fill its buffer to so many times the limit."""
 
+TAKEN_AT_LEAST: Final = 16_384
+"""Bytes that a peer which lets answers pile up must take in each `write_timeout`: a drip is no reading."""
+
 UNIMPLEMENTED: Final = encode_error(Code.UNIMPLEMENTED, "unknown method: server.info lists those there are")
 OPERATORS_ONLY: Final = encode_error(Code.PERMISSION_DENIED, "this method is for operators")
 
@@ -48,6 +51,7 @@ class ServerProtocol(asyncio.Protocol):
         "_serving",
         "_suspended",
         "_transport",
+        "_unread",
         "_workers",
         "asks",
         "deadline_tick",
@@ -59,7 +63,8 @@ class ServerProtocol(asyncio.Protocol):
         self._transport: TlsTransport | None = None
         self._connection: ServerConnection | None = None
         self._suspended: Iterator[ServerEvent] | None = None  # requests that wait until the peer reads
-        self._paused_since: float | None = None
+        self._paused_since: float | None = None  # or since the peer last took its least
+        self._unread = 0  # what waited for the peer then, with what was added since
         self._flush_planned = False
         self._workers: dict[Request, Worker] | None = None
         self.asks = False  # its own request is ending sessions: it is answered, not told by event
@@ -111,6 +116,7 @@ class ServerProtocol(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._paused_since = self.now()
         if self._transport is not None:
+            self._unread = self._transport.get_write_buffer_size()
             self._transport.pause_reading()
         self._set_deadline()
 
@@ -149,9 +155,12 @@ class ServerProtocol(asyncio.Protocol):
             return
         data = connection.data_to_send()
         if data and self._transport is not None:
-            self._transport.write(data)
-            if self._paused_since is not None:
-                self._check_write_buffer()
+            if self._paused_since is None:
+                self._transport.write(data)
+                if self._paused_since is not None:
+                    self._check_write_buffer()
+            else:
+                self._write(data)
         if connection.deadline_moved:
             self._set_deadline()
 
@@ -328,6 +337,8 @@ class ServerProtocol(asyncio.Protocol):
     def _write(self, data: bytes) -> None:
         transport = self._transport
         assert transport is not None, "a conversation ends before its transport"
+        if self._paused_since is not None:
+            self._unread += len(data)
         transport.write(data)
         if self._paused_since is not None:
             self._check_write_buffer()
@@ -368,8 +379,12 @@ class ServerProtocol(asyncio.Protocol):
         if self._connection is None:
             return
         if self._paused_since is not None and now >= self._paused_since + self._serving.write_timeout:
-            self.abort("write_timeout")
-            return
+            assert self._transport is not None, "a conversation ends before its transport"
+            unread = self._transport.get_write_buffer_size()
+            if unread > self._unread - TAKEN_AT_LEAST:
+                self.abort("write_timeout")
+                return
+            self._paused_since, self._unread = now, unread
         wall = self.wall()
         self._process(iter(self._connection.handle_timeout(wall, now)), wall)
         self._set_deadline()
