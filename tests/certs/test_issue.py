@@ -158,7 +158,7 @@ def test_a_leaf_never_outlives_its_authority(authority: x509.Certificate, rsa_ke
         (("a.example", "b.example"), "a.example"),
         (("x" * 60 + ".example", "b.example"), "b.example"),
         (("x" * 60 + ".example",), "zcproto"),
-        (("2001:db8::7",), "2001:db8::7"),
+        (("2001:db8::7", "b.example"), "2001:db8::7"),
         (("x" * 56 + ".example",), "x" * 56 + ".example"),
     ],
 )
@@ -167,6 +167,13 @@ def test_the_common_name_is_the_first_name_that_fits(
 ) -> None:
     leaf = issue.leaf_certificate(ec_key, names, authority, rsa_key, DAY, NOW)
     assert [(one.oid, one.value) for one in leaf.subject] == [(NameOID.COMMON_NAME, common_name)]
+
+
+def test_a_leaf_for_addresses_has_no_common_name_that_could_be_taken_for_a_dns_name(
+    authority: x509.Certificate, rsa_key: Any, ec_key: Any
+) -> None:
+    leaf = issue.leaf_certificate(ec_key, ["192.0.2.7", "2001:db8::7"], authority, rsa_key, DAY, NOW)
+    assert [(one.oid, one.value) for one in leaf.subject] == [(NameOID.ORGANIZATION_NAME, "zcproto")]
 
 
 def test_openssl_verifies_the_leaf_strictly_for_every_name(

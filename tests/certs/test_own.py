@@ -156,8 +156,10 @@ def test_certificates_are_renewed_thirty_days_before_they_expire_and_keep_their_
 
 
 def test_a_new_key_is_made_where_that_is_wanted(made: Path) -> None:
-    before = ensure(made, renew_key=True)
-    after = ensure(made, renew_key=True, now=NOW + 61 * DAY)
+    arguments: dict[str, Any] = {"renew_key": True, "announce_key": timedelta(0)}
+    before = ensure(made, **arguments)
+    assert ensure(made, **arguments, now=NOW + 59 * DAY) == before
+    after = ensure(made, **arguments, now=NOW + 61 * DAY)
     assert not set(pins(before)) & set(pins(after))
     assert not list(made.glob("*.aside"))
 
@@ -197,12 +199,12 @@ def test_a_certificate_out_of_its_time_is_made_anew_with_its_key(made: Path, now
 
 def test_a_name_that_is_missing_is_added(made: Path) -> None:
     before, told = ensure(made), list[str]()
-    after = ensure(made, names=["new.example", "zcp.example.com"], progress=told.append)
+    after = ensure(made, names=["new.zcp.example.com", "zcp.example.com"], progress=told.append)
     assert pins(after) == pins(before)
-    assert after[0].names == ("new.example", "zcp.example.com", "localhost", "127.0.0.1")
-    assert "(it lacks the name new.example)" in told[0]
+    assert after[0].names == ("new.zcp.example.com", "zcp.example.com", "localhost", "127.0.0.1")
+    assert "(it lacks the name new.zcp.example.com)" in told[0]
     with_host = ensure(
-        made, names=["new.example"], host_names=["localhost", "10.1.2.3"], progress=told.append
+        made, names=["new.zcp.example.com"], host_names=["localhost", "10.1.2.3"], progress=told.append
     )
     assert "10.1.2.3" in with_host[1].names
     assert "(it lacks the name 10.1.2.3)" in told[-1]
@@ -347,7 +349,8 @@ def test_a_renewal_with_a_new_key_that_fails_leaves_the_old_pair_in_service(
     before = ensure(made)
     with monkeypatch.context() as patch:
         fail_to_write(patch, "server.crt")
-        assert ensure(made, now=NOW + 61 * DAY, renew_key=True)[0] == before[0]
+        changes: dict[str, Any] = {"renew_key": True, "announce_key": timedelta(0)}
+        assert ensure(made, now=NOW + 61 * DAY, **changes)[0] == before[0]
     assert not list(made.glob(".*.new"))
 
 
@@ -450,8 +453,9 @@ def test_a_crash_at_any_step_of_a_renewal_leaves_the_old_pair_or_the_new_one(
         folder = tmp_path / str(step)
         shutil.copytree(made, folder)
         old = pins(ensure(folder))
+        changes: dict[str, Any] = {"renew_key": renew_key, "announce_key": timedelta(0)}
         crashed = crash_at(
-            step, lambda folder=folder: ensure(folder, now=NOW + 61 * DAY, renew_key=renew_key)
+            step, lambda folder=folder, changes=changes: ensure(folder, now=NOW + 61 * DAY, **changes)
         )
         (folder / "ca.key").unlink()
         after = ensure(folder, now=NOW + 61 * DAY)
@@ -476,7 +480,8 @@ ROTATE = """
         now += timedelta(days=61)
         (pair,) = ensure_own_certificates(
             Path(sys.argv[1]), names=["zcp.example.com"], host_names=["localhost"], key_types=["ecdsa-p256"],
-            lifetime=timedelta(days=90), renew_before=timedelta(days=30), renew_key=True, now=now,
+            lifetime=timedelta(days=90), renew_before=timedelta(days=30), renew_key=True,
+            announce_key=timedelta(0), now=now,
         )
         print(now.isoformat(), pair.pin, flush=True)
 """

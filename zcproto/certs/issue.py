@@ -5,6 +5,10 @@ clock is behind. The authority is RSA: clients that know RSA only could not veri
 is made from its public key, so that two authorities never share one, and the same key always gives the
 same one: a new certificate for the authority's key takes the old one's place without clients noticing.
 
+An authority may issue for the names only that were known when it was made, and for any address (RFC 5280
+section 4.2.1.10): whoever steals its key cannot pretend to be others to the clients that trust it. Addresses
+come and go, and nobody types them; they stay free.
+
 Must not know: files, when to issue.
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from ipaddress import ip_network
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -31,6 +36,10 @@ MAX_LIFETIME = timedelta(days=397)
 
 CLOCK_SKEW = timedelta(hours=1)
 
+MAX_PERMITTED = 200
+"""Names in the constraints of an authority: twice as many as a certificate holds."""
+
+_ANY_ADDRESS = tuple(x509.IPAddress(ip_network(network)) for network in ("0.0.0.0/0", "::/0"))
 _MAX_COMMON_NAME = 64  # RFC 5280 appendix A.1, ub-common-name
 _NO_USAGE = {
     "digital_signature": False,
@@ -53,12 +62,17 @@ def authority_name(public_key: CertificatePublicKeyTypes) -> x509.Name:
     return _name(f"zcproto own CA {hashlib.sha256(info).hexdigest()[:16]}")
 
 
-def authority_certificate(key: rsa.RSAPrivateKey, now: datetime) -> x509.Certificate:
-    """A root certificate that may issue leaves only."""
+def authority_certificate(
+    key: rsa.RSAPrivateKey, now: datetime, permitted: Sequence[str] | None = None
+) -> x509.Certificate:
+    """A root certificate that may issue leaves only, and for the DNS names in and below `permitted` only.
+
+    Without `permitted` it may issue for any name.
+    """
     public_key = key.public_key()
     name = authority_name(public_key)
     start = now.replace(microsecond=0)
-    return (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -69,8 +83,36 @@ def authority_certificate(key: rsa.RSAPrivateKey, now: datetime) -> x509.Certifi
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.KeyUsage(**{**_NO_USAGE, "key_cert_sign": True, "crl_sign": True}), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-        .sign(key, hashes.SHA256())
     )
+    if permitted is not None:
+        constraints = x509.NameConstraints([*map(x509.DNSName, permitted), *_ANY_ADDRESS], None)
+        builder = builder.add_extension(constraints, critical=True)
+    return builder.sign(key, hashes.SHA256())
+
+
+def permitted_for(names: Sequence[str]) -> tuple[str, ...]:
+    """The DNS names that an authority must permit so that it can issue for `names`, each once."""
+    bases = (name.removeprefix("*.") for name in names if not _is_address(name))
+    return tuple(dict.fromkeys(("localhost", *bases)))[:MAX_PERMITTED]
+
+
+def permitted_names(authority: x509.Certificate) -> tuple[str, ...] | None:
+    """The DNS names in and below which this authority may issue; None if it may for all."""
+    try:
+        constraints = authority.extensions.get_extension_for_class(x509.NameConstraints).value
+    except x509.ExtensionNotFound:
+        return None
+    subtrees = constraints.permitted_subtrees or ()
+    return tuple(one.value for one in subtrees if isinstance(one, x509.DNSName)) or None
+
+
+def permits(authority: x509.Certificate, name: str) -> bool:
+    """Whether this authority may issue for this (checked) name."""
+    permitted = permitted_names(authority)
+    if permitted is None or _is_address(name):
+        return True
+    base = name.removeprefix("*.")  # all that a wildcard stands for is below it
+    return any(base == subtree or base.endswith("." + subtree) for subtree in permitted)
 
 
 def leaf_certificate(
@@ -91,7 +133,7 @@ def leaf_certificate(
     not_after = min(start + lifetime, not_before + MAX_LIFETIME, authority.not_valid_after_utc)
     return (
         x509.CertificateBuilder()
-        .subject_name(_name(next((name for name in names if len(name) <= _MAX_COMMON_NAME), "zcproto")))
+        .subject_name(_leaf_name(names))
         .issuer_name(authority.subject)
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
@@ -108,6 +150,18 @@ def leaf_certificate(
         )
         .sign(authority_key, hashes.SHA256())
     )
+
+
+def _is_address(name: str) -> bool:
+    return isinstance(general_names([name])[0], x509.IPAddress)
+
+
+def _leaf_name(names: Sequence[str]) -> x509.Name:
+    if all(map(_is_address, names)):
+        # Without a DNS name in the SubjectAltName, OpenSSL and GnuTLS take the common name for one, and an
+        # address there would break the constraints of the authority.
+        return x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "zcproto")])
+    return _name(next((name for name in names if len(name) <= _MAX_COMMON_NAME), "zcproto"))
 
 
 def _name(common_name: str) -> x509.Name:
