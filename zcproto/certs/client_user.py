@@ -1,0 +1,108 @@
+"""Decides which user a client certificate names.
+
+Rules:
+- The certificate names its user by exactly one entry of one kind in its SubjectAltName: `dns`, `email` or
+  `uri`, as configured. Entries of other kinds are not looked at; with no entry of the kind, or two, it names
+  nobody.
+- Entries that RFC 5280 section 7 compares as equal name the same user:
+  `dns`    a DNS name, in lower case; no wildcard, no address
+  `email`  local@domain: the local part as it stands, the domain in lower case; no quoted local part
+  `uri`    as it stands, and only if it is in its one form: `scheme://host/path` or `urn:nid:nss`, scheme and
+           host in lower case, no port, no percent sign, no empty segment and none of dots
+- Names are of printable ASCII and have at most 128 characters, so each could be in the file of users.
+
+Must not know: the file of users, who issued the certificate: TLS has verified it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from cryptography import x509
+
+from zcproto.certs.pair import UNREADABLE
+from zcproto.errors import CertificateError
+
+USER_KINDS: Final = ("dns", "email", "uri")
+
+MAX_USER: Final = 128
+"""Longest name of a user, in characters: what the file of users takes."""
+
+MAX_CERTIFICATE_BYTES: Final = 1 << 16
+"""A certificate takes about a kilobyte; anything near this is meant to keep a server busy."""
+
+_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_LAST_LABEL = rf"(?![0-9]+(?![a-z0-9-])|0x[0-9a-f]*(?![a-z0-9-])){_LABEL}"  # not the end of an IPv4 address
+_HOST = rf"(?:{_LABEL}\.)*{_LAST_LABEL}"
+_ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+_SEGMENT = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]+"
+_DNS_NAME: Final = re.compile(_HOST)
+_EMAIL: Final = re.compile(rf"(?P<local>{_ATOM}(?:\.{_ATOM})*)@(?P<domain>{_HOST})")
+_URI: Final = re.compile(
+    rf"[a-z][a-z0-9+.-]*://{_HOST}(?:/{_SEGMENT})*|urn:[a-z0-9][a-z0-9-]{{0,30}}[a-z0-9]:{_SEGMENT}(?:/{_SEGMENT})*"
+)
+
+
+def user_of(certificate_der: bytes, kind: str) -> str:
+    """The user whom a certificate names by its one entry of `kind`.
+
+    Raises CertificateError that says why it names nobody. It quotes nothing of the certificate, which is
+    somebody else's.
+    """
+    entry_type, normal = _KINDS[kind]
+    values = _entries(certificate_der, entry_type)
+    if len(values) != 1:
+        raise CertificateError(
+            f"the client's certificate has {len(values)} SubjectAltName entries of kind {kind};"
+            " exactly one must name the user"
+        )
+    user = normal(values[0]) if 0 < len(values[0]) <= MAX_USER else None
+    if user is None:
+        raise CertificateError(
+            f"the SubjectAltName entry of kind {kind} in the client's certificate cannot be a user's name"
+        )
+    return user
+
+
+def is_dns_user(name: str) -> bool:
+    """Whether a certificate can name this user by a DNS name: in the one form, not too long."""
+    return len(name) <= MAX_USER and _DNS_NAME.fullmatch(name) is not None
+
+
+def _entries(certificate_der: bytes, entry_type: _EntryType) -> list[str]:
+    if len(certificate_der) > MAX_CERTIFICATE_BYTES:
+        raise CertificateError(f"the client's certificate is larger than {MAX_CERTIFICATE_BYTES} bytes")
+    try:
+        certificate = x509.load_der_x509_certificate(certificate_der)
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return [entry.value for entry in names if isinstance(entry, entry_type)]
+    except x509.ExtensionNotFound:
+        return []
+    except UNREADABLE as error:
+        raise CertificateError("the client's certificate cannot be read") from error
+
+
+def _dns_user(value: str) -> str | None:
+    # The codes of `k` and of the Kelvin sign fold to one letter: ASCII comes first.
+    name = value.lower() if value.isascii() else ""
+    return name if is_dns_user(name) else None
+
+
+def _email_user(value: str) -> str | None:
+    local, at, domain = value.rpartition("@")
+    address = f"{local}{at}{domain.lower()}" if value.isascii() else ""
+    return address if _EMAIL.fullmatch(address) else None
+
+
+def _uri_user(value: str) -> str | None:
+    return value if _URI.fullmatch(value) else None
+
+
+_EntryType = type[x509.DNSName] | type[x509.RFC822Name] | type[x509.UniformResourceIdentifier]
+_KINDS: Final[dict[str, tuple[_EntryType, Callable[[str], str | None]]]] = {
+    "dns": (x509.DNSName, _dns_user),
+    "email": (x509.RFC822Name, _email_user),
+    "uri": (x509.UniformResourceIdentifier, _uri_user),
+}
