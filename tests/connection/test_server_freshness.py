@@ -11,6 +11,7 @@ import pytest
 from zcproto.connection.events import ConnectionEnded, Request
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
+from zcproto.sessions import OpenedSession, SessionRegistry
 from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, PONG, REQUEST, Kind
 from zcproto.wire.message import encode_request
 
@@ -24,10 +25,18 @@ def of_kind(pair: ConnectionPair, kind: str, **fields: Any) -> bytes:
     return pair.frame(head, stream, encode_request("echo", None) if head == REQUEST else b"", **fields)
 
 
-@pytest.fixture
-def pair() -> ConnectionPair:
+@pytest.fixture(scope="module")
+def signed_in() -> tuple[SessionRegistry, OpenedSession]:
+    """A session for all tests here, none of which ends it."""
     pair = ConnectionPair()
-    pair.login()
+    return pair.registry, pair.login()
+
+
+@pytest.fixture
+def pair(signed_in: tuple[SessionRegistry, OpenedSession]) -> ConnectionPair:
+    registry, opened = signed_in
+    pair = ConnectionPair(registry)
+    pair.use(opened)
     return pair
 
 

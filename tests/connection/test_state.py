@@ -15,13 +15,13 @@ from ..helpers import ConnectionPair
 
 
 @pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("given", Input)
-def test_a_change_of_state_is_in_the_table_or_a_bug(state: State, given: Input) -> None:
-    if given in TRANSITIONS[state]:
-        assert next_state(state, given) is TRANSITIONS[state][given]
-    else:
-        with pytest.raises(KeyError):
-            next_state(state, given)
+def test_a_change_of_state_is_in_the_table_or_a_bug(state: State) -> None:
+    for given in Input:
+        if given in TRANSITIONS[state]:
+            assert next_state(state, given) is TRANSITIONS[state][given]
+        else:
+            with pytest.raises(KeyError):
+                next_state(state, given)
 
 
 def test_every_state_has_a_way_to_its_end_and_none_leads_back() -> None:

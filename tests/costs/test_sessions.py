@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
+from zcproto.errors import Code
 from zcproto.sessions.slab import CHUNK
 
 from ..sessions.helpers import DAY, HOUR, WALL, Desk
@@ -58,3 +61,18 @@ def test_memory_is_bounded_while_sessions_come_and_go() -> None:
     assert desk.strings == (0, 0, 0)
     assert table.dead == 500
     assert len(desk.registry._grace) == 0
+
+
+@pytest.mark.parametrize("dead_limit", [0, 100, 10_000])
+def test_memory_goes_back_when_all_sessions_of_all_users_are_revoked(dead_limit: int) -> None:
+    desk = Desk(dead_limit=dead_limit)
+    opened = [desk.open(f"user {number // 5}") for number in range(CHUNK + 76)]
+    assert desk.registry.revoke_all("key leaked") == len(opened) == len(desk.ended)
+    codes = Counter(desk.code(each.token) for each in opened)
+    remembered = min(len(opened), dead_limit)
+    assert codes[Code.TOKEN_REVOKED] == remembered == desk.registry.remembered
+    assert codes[Code.UNAUTHENTICATED] == len(opened) - remembered
+    assert (len(desk.registry), desk.registry.kept, desk.registry.revoked) == (0, 0, len(opened))
+    assert desk.strings == (0, 0, 0)
+    assert desk.registry._table.slab.used == remembered
+    desk.good(desk.open().token)

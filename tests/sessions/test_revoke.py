@@ -79,8 +79,8 @@ def test_revoking_a_user_takes_the_lapsed_sessions_too() -> None:
     assert desk.code(lapsed.token, WALL + HOUR) is Code.TOKEN_REVOKED
 
 
-@pytest.mark.parametrize("count", [0, 1, 1100])
-@pytest.mark.parametrize("dead_limit", [0, 100, 10_000])
+@pytest.mark.parametrize("count", [0, 1, 40])
+@pytest.mark.parametrize("dead_limit", [0, 10, 10_000])
 def test_all_sessions_of_all_users_end(count: int, dead_limit: int) -> None:
     desk = Desk(dead_limit=dead_limit)
     opened = [desk.open(f"user {number // 5}") for number in range(count)]

@@ -123,10 +123,11 @@ def test_no_other_version_is_accepted(receiver: Side) -> None:
         assert is_accepted(version << 24 | Kind.PING << 16, 0, receiver) is (version == 1)
 
 
-@pytest.mark.parametrize("bit", range(16))
 @pytest.mark.parametrize(("kind", "stream"), [(Kind.REQUEST, 1), (Kind.PING, 0)])
-def test_no_flag_is_accepted(bit: int, kind: Kind, stream: int) -> None:
-    assert not is_accepted(head_of(kind) | 1 << bit, stream, Side.SERVER)
+def test_no_flag_is_accepted(kind: Kind, stream: int) -> None:
+    assert is_accepted(head_of(kind), stream, Side.SERVER)
+    for bit in range(16):
+        assert not is_accepted(head_of(kind) | 1 << bit, stream, Side.SERVER), bit
 
 
 @pytest.mark.parametrize(

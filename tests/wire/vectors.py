@@ -24,6 +24,7 @@ from zcproto.wire.message import (
 SPEC = Path(__file__).resolve().parents[2] / "spec"
 FOLDER = SPEC / "vectors"
 FRAME_FILES = ("frames", "headers", "freshness", "streams", "bodies", "bodies-invalid", "segments")
+SIDES = {side.value: side for side in Side}
 Vector = dict[str, Any]
 Seen = RawFrame | Code | int
 """What comes out of a decoder: a frame, the code of the fault that ends it, or how many bytes are left over."""
@@ -42,18 +43,14 @@ def frame_vectors() -> dict[str, Vector]:
     }
 
 
-def decoder_for(vector: Vector) -> FrameDecoder:
-    return FrameDecoder(Side(vector["receiver"]), vector["context"]["limit"])
-
-
 def decode(vector: Vector, pieces: Iterable[bytes]) -> list[Seen]:
     """Feed a fresh decoder piece by piece."""
-    decoder = decoder_for(vector)
+    decoder = FrameDecoder(SIDES[vector["receiver"]], vector["context"]["limit"])
     seen: list[Seen] = []
     try:
         for piece in pieces:
             decoder.feed(piece)
-            while (frame := decoder.next_frame()) is not None:
+            for frame in decoder.frames():
                 seen.append(frame)
     except ProtocolError as error:
         seen.append(error.code)
