@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from itertools import pairwise
+
+import pytest
+
+from zcproto.certs import lifecycle
+from zcproto.certs.issue import CLOCK_SKEW
+from zcproto.certs.lifecycle import EXPIRED, ExpiryAlert, ExpiryAlerts, Retry
+
+from .support import DAY, NOW
+
+HOUR, MINUTE, SECOND = timedelta(hours=1), timedelta(minutes=1), timedelta(seconds=1)
+ALERT_DAYS = (30, 14, 7, 3, 1)
+
+
+def made(lifetime: timedelta) -> tuple[datetime, datetime]:
+    """The times in a certificate that is made here at NOW."""
+    return NOW - CLOCK_SKEW, NOW + lifetime
+
+
+# --- renewals
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "renew_before", "left"),
+    [
+        (90 * DAY, 30 * DAY, 30 * DAY),
+        (90 * DAY, 10 * DAY, 10 * DAY),
+        (90 * DAY, 89 * DAY, 30 * DAY),
+        (9 * DAY, 30 * DAY, 3 * DAY),
+        (3 * HOUR, 30 * DAY, HOUR),
+        (3 * MINUTE, 30 * DAY, MINUTE),  # the hour before is twenty times as long
+        (3 * SECOND, 30 * DAY, SECOND),
+    ],
+)
+def test_a_certificate_is_renewed_in_time_and_at_most_a_third_of_its_own_lifetime_before_its_end(
+    lifetime: timedelta, renew_before: timedelta, left: timedelta
+) -> None:
+    assert lifecycle.renewal_due(*made(lifetime), renew_before) == NOW + lifetime - left
+
+
+@pytest.mark.parametrize("total", [HOUR, 30 * MINUTE, SECOND])
+def test_a_certificate_that_lives_no_hour_was_not_dated_back(total: timedelta) -> None:
+    assert lifecycle.renewal_due(NOW, NOW + total, DAY) == NOW + total - total / 3
+
+
+def test_a_renewal_is_never_due_when_it_is_made() -> None:
+    for seconds in (1, 2, 59, 60, 3600, 3601, 86_400, 397 * 86_400):
+        assert lifecycle.renewal_due(*made(seconds * SECOND), 396 * DAY) > NOW
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "announce_key", "length"),
+    [
+        (90 * DAY, 7 * DAY, 7 * DAY),
+        (90 * DAY, timedelta(0), timedelta(0)),
+        (6 * DAY, 7 * DAY, 4 * DAY),  # all its life until it is renewed
+        (90 * DAY, 80 * DAY, 60 * DAY),
+    ],
+)
+def test_an_announcement_is_as_long_as_wanted_or_as_the_certificate_allows(
+    lifetime: timedelta, announce_key: timedelta, length: timedelta
+) -> None:
+    assert lifecycle.announcement(*made(lifetime), 30 * DAY, announce_key) == length
+
+
+def test_a_renewal_waits_for_a_key_for_a_quarter_of_the_time_that_is_left() -> None:
+    assert lifecycle.renewal_waits_until(*made(90 * DAY), 30 * DAY) == NOW + 67.5 * DAY
+
+
+# --- retries
+
+
+def fails(retry: Retry, left: timedelta, times: int) -> list[float]:
+    """The delays of failures one after the other, each when the delay before is over."""
+    now, delays = 0.0, []
+    for _ in range(times):
+        delays.append(retry.failed(now, NOW + now * SECOND, left))
+        now += delays[-1]
+    return delays
+
+
+def test_delays_double_from_a_minute_to_six_hours() -> None:
+    delays = fails(Retry(lambda: 1.0), 90 * DAY, 12)
+    assert delays == [60.0 * 2**step for step in range(9)] + [6 * 3600.0] * 3
+
+
+def test_a_delay_is_random_between_a_half_and_the_whole() -> None:
+    assert fails(Retry(lambda: 0.0), 90 * DAY, 2) == [30.0, 60.0]
+    chance = random.Random(7)
+    first = [Retry(chance.random).failed(0.0, NOW, 90 * DAY) for _ in range(200)]
+    assert min(first) >= 30.0
+    assert max(first) < 60.0
+    assert len(set(first)) == 200
+
+
+@pytest.mark.parametrize("lifetime", [20 * SECOND, 3 * MINUTE, HOUR, 30 * DAY])
+def test_a_certificate_is_tried_often_before_its_end(lifetime: timedelta) -> None:
+    """However short the time that is left: a renewal that can succeed again has many chances."""
+    retry, elapsed, tries = Retry(lambda: 1.0), 0.0, 0
+    while (left := lifetime - elapsed * SECOND) > timedelta(0):
+        delay = retry.failed(elapsed, NOW + elapsed * SECOND, left)
+        assert delay <= max(left.total_seconds() / 10, 1.0)
+        elapsed, tries = elapsed + delay, tries + 1
+    assert 15 <= tries < 300
+    assert elapsed - lifetime.total_seconds() <= 1.0
+
+
+def test_after_the_end_it_is_tried_every_minute() -> None:
+    assert fails(Retry(lambda: 1.0), -DAY, 6) == [60.0] * 6
+
+
+def test_it_is_due_when_nothing_failed_and_when_the_delay_is_over() -> None:
+    retry = Retry(lambda: 1.0)
+    assert retry.due(0.0, NOW)
+    assert not retry.waiting
+    retry.failed(100.0, NOW, 30 * DAY)
+    assert retry.waiting
+    assert not retry.due(159.9, NOW + 59.9 * SECOND)
+    assert retry.due(160.0, NOW + 60 * SECOND)
+    retry.failed(160.0, NOW + 60 * SECOND, 30 * DAY)
+    assert not retry.due(279.0, NOW + 179 * SECOND)
+    retry.succeeded()
+    assert not retry.waiting
+    assert retry.due(160.0, NOW + 60 * SECOND)
+    assert retry.failed(161.0, NOW, 30 * DAY) == 60.0
+
+
+@pytest.mark.parametrize("jump", [-3650 * DAY, -MINUTE, MINUTE, 3650 * DAY])
+def test_a_clock_that_is_set_is_caught_up_at_once(jump: timedelta) -> None:
+    retry = Retry(lambda: 1.0)
+    fails(retry, 90 * DAY, 8)
+    retry.failed(1e6, NOW, 90 * DAY)
+    assert not retry.due(1e6 + 10, NOW + 10 * SECOND)
+    assert not retry.due(1e6 + 10, NOW + 30 * SECOND)  # slewed, not set
+    assert retry.due(1e6 + 10, NOW + 10 * SECOND + jump)
+    retry.failed(1e6 + 10, NOW + jump, 90 * DAY)  # it is not tried again and again
+    assert not retry.due(1e6 + 11, NOW + jump + SECOND)
+
+
+def test_a_clock_that_stands_wrong_freezes_nothing() -> None:
+    retry = Retry(lambda: 1.0)
+    retry.failed(0.0, NOW, 90 * DAY)
+    assert retry.due(60.0, NOW)
+
+
+# --- alerts
+
+
+class Served:
+    """What a server serves, and what is told of it."""
+
+    def __init__(self, alert_days: Sequence[int] = ALERT_DAYS) -> None:
+        self.alerts = ExpiryAlerts(alert_days)
+        self.items = {"server.crt": (b"a", NOW + 90 * DAY)}
+
+    def told(self, now: datetime) -> list[ExpiryAlert]:
+        return self.alerts.due([(key, what, not_after) for what, (key, not_after) in self.items.items()], now)
+
+    def days(self, left: timedelta) -> list[int]:
+        """The thresholds told with so much time left to the end of the first certificate."""
+        alerts = self.told(NOW + 90 * DAY - left)
+        assert not any(alert.ended for alert in alerts)
+        return [alert.days for alert in alerts]
+
+
+def test_each_threshold_is_told_once_at_its_time() -> None:
+    served, told = Served(), list[tuple[timedelta, int]]()
+    left = 40 * DAY
+    while left > -5 * DAY:
+        told += [(left, days) for days in served.days(left)]
+        left -= HOUR
+    assert told == [*((days * DAY, days) for days in ALERT_DAYS), (-HOUR, EXPIRED)]
+
+
+def test_an_alert_says_what_ends_when() -> None:
+    served = Served()
+    now = NOW + 84 * DAY
+    assert served.told(now) == [ExpiryAlert(b"a", "server.crt", NOW + 90 * DAY, 7, 6 * DAY)]
+    (expired,) = served.told(NOW + 91 * DAY)
+    assert expired == ExpiryAlert(b"a", "server.crt", NOW + 90 * DAY, EXPIRED, -DAY)
+
+
+def test_the_last_moment_of_a_certificate_is_not_after_its_end() -> None:
+    assert Served().days(timedelta(0)) == [1]
+    assert Served().days(-SECOND) == [EXPIRED]
+
+
+@pytest.mark.parametrize(("left", "days"), [(5 * DAY, 7), (30 * DAY, 30), (HOUR, 1), (-DAY, EXPIRED)])
+def test_a_server_that_starts_late_tells_the_tightest_threshold_only(left: timedelta, days: int) -> None:
+    served = Served()
+    assert served.days(left) == [days]
+    assert served.days(left) == []
+    assert Served().days(left) == [days]  # after a restart it is still true
+
+
+def test_without_thresholds_only_the_end_is_told() -> None:
+    served = Served(())
+    assert served.days(HOUR) == []
+    assert served.days(-HOUR) == [EXPIRED]
+
+
+def test_every_certificate_has_its_own_alerts() -> None:
+    served = Served()
+    served.items["b.crt"] = (b"b", NOW + 70 * DAY)
+    served.items["copy of a.crt"] = (b"a", NOW + 90 * DAY)
+    assert [alert.what for alert in served.told(NOW + 41 * DAY)] == ["b.crt"]
+    assert [(alert.what, alert.days) for alert in served.told(NOW + 60 * DAY)] == [
+        ("server.crt", 30),
+        ("b.crt", 14),
+    ]
+
+
+def test_a_clock_that_swings_repeats_nothing() -> None:
+    served, chance = Served(), random.Random(3)
+    told: list[int] = []
+    for _ in range(3000):
+        alerts = served.told(NOW + 90 * DAY - chance.uniform(-10, 60) * DAY)
+        told += [alert.days for alert in alerts if not alert.ended]
+    assert sorted(told) == sorted({EXPIRED, *ALERT_DAYS})
+
+
+def test_a_clock_that_is_set_back_a_little_tells_no_wider_threshold() -> None:
+    served = Served()
+    assert served.days(6.99 * DAY) == [7]
+    assert served.days(7.01 * DAY) == []
+    assert served.days(6.99 * DAY) == []
+    assert served.days(3 * DAY) == [3]
+
+
+def test_a_clock_that_was_far_ahead_hides_no_threshold_that_is_still_to_come() -> None:
+    served = Served()
+    assert served.days(5 * DAY) == [7]
+    (over,) = served.told(NOW)
+    assert over.ended
+    assert served.days(30 * DAY) == [30]
+    assert served.days(14 * DAY) == [14]
+    assert served.days(7 * DAY) == []  # told before
+    assert served.days(3 * DAY) == [3]
+
+
+def test_the_end_of_an_alert_is_told_when_the_certificate_was_replaced() -> None:
+    served = Served()
+    now = NOW + 86 * DAY
+    assert [alert.days for alert in served.told(now)] == [7]
+    served.items["server.crt"] = (b"new", now + 90 * DAY)
+    assert served.told(now) == [ExpiryAlert(b"new", "server.crt", now + 90 * DAY, 7, 90 * DAY, ended=True)]
+    assert served.told(now) == []
+
+
+def test_a_replacement_that_comes_to_its_end_too_is_no_end_of_the_alert() -> None:
+    served = Served()
+    now = NOW + 84 * DAY
+    served.told(now)
+    served.items["server.crt"] = (b"b", now + 10 * DAY)
+    assert [(alert.key, alert.days, alert.ended) for alert in served.told(now)] == [(b"b", 14, False)]
+    served.items["server.crt"] = (b"c", now + 90 * DAY)
+    assert [(alert.key, alert.ended) for alert in served.told(now)] == [(b"c", True)]
+
+
+def test_what_was_never_alerted_ends_without_a_word() -> None:
+    served = Served()
+    assert served.told(NOW) == []
+    served.items["server.crt"] = (b"b", NOW + 80 * DAY)
+    assert served.told(NOW) == []
+
+
+def test_what_is_no_longer_served_is_forgotten() -> None:
+    served = Served()
+    served.items |= {f"{number}.crt": (b"%d" % number, NOW + DAY) for number in range(1000)}
+    assert len(served.told(NOW)) == 1000
+    only = {"server.crt": served.items["server.crt"]}
+    gone, served.items = served.items, only
+    over = served.told(NOW)
+    assert len(over) == 1000
+    assert all(alert.ended and alert.days == 1 and alert.left == DAY for alert in over)
+    assert len(served.alerts._told) == 1
+    assert len(served.alerts._open) == 0
+    served.items = gone
+    assert len(served.told(NOW)) == 1000
+
+
+def test_thresholds_may_come_in_any_order() -> None:
+    served = Served((1, 30, 7))
+    assert [served.days(left * DAY) for left in (31, 29, 6, 0.5)] == [[], [30], [7], [1]]
+
+
+def test_alerts_of_one_certificate_get_tighter() -> None:
+    served = Served((5, 4, 3, 2, 1))
+    told = [days for left in range(10, -3, -1) for days in served.days(left * DAY)]
+    assert all(wide > tight for wide, tight in pairwise(told))

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+
+from zcproto.certs import files, rotation, spki_pin
+from zcproto.certs.certificates import NextPins
+from zcproto.errors import CertificateError
+
+from .support import DAY, NOW, build, der, openssl, pem_of_key
+
+TYPES = ("rsa-2048", "ecdsa-p256")
+WHOLE_NOW = NOW.replace(microsecond=0)
+LINE = "zcproto next key, announced at 2026-06-01T12:30:15Z, to be used from 2026-06-08T12:30:15Z\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    directory = tmp_path / "certs"
+    directory.mkdir(0o700)
+    return directory
+
+
+def announce(folder: Path, key: Any, days: float = 7, now: datetime = NOW) -> rotation.NextKey:
+    return rotation.announce(folder, key, now + days * DAY, now, lambda sentence: None)
+
+
+def find(folder: Path, now: datetime = NOW, told: list[str] | None = None) -> dict[str, rotation.NextKey]:
+    return rotation.find(folder, TYPES, now, [].append if told is None else told.append)
+
+
+def put(path: Path, data: bytes, mode: int = 0o600) -> None:
+    path.touch(mode)
+    path.chmod(mode)
+    path.write_bytes(data)
+
+
+def test_a_next_key_is_its_owners_alone_and_comes_back_as_it_was(folder: Path, rsa_key: Any) -> None:
+    told: list[str] = []
+    old = os.umask(0)
+    try:
+        next_key = rotation.announce(folder, rsa_key, NOW + 7 * DAY, NOW, told.append)
+    finally:
+        os.umask(old)
+    path = folder / "server.next.key"
+    assert [one.name for one in folder.iterdir()] == ["server.next.key"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert (next_key.path, next_key.announced_at, next_key.use_from) == (path, WHOLE_NOW, WHOLE_NOW + 7 * DAY)
+    read = rotation.read(path)
+    assert read is not None
+    assert pem_of_key(read.key) == pem_of_key(rsa_key)
+    assert (read.announced_at, read.use_from, read.pin) == (WHOLE_NOW, WHOLE_NOW + 7 * DAY, next_key.pin)
+    assert read.key_type == "rsa-2048"
+    assert told == [
+        f"Announced {path}: the next rsa-2048 key, pin {next_key.pin}, will be used from 2026-06-08 12:30 UTC."
+    ]
+
+
+def test_the_file_says_what_it_is_and_openssl_reads_the_key_after_that(folder: Path, ec_key: Any) -> None:
+    announce(folder, ec_key)
+    path = folder / "server-ecdsa.next.key"
+    assert path.read_bytes() == LINE.encode() + pem_of_key(ec_key)
+    assert openssl("pkey", "-in", path).encode() == pem_of_key(ec_key)
+
+
+@pytest.mark.parametrize("kind", ["rsa_key", "ec_key"])
+def test_the_pin_is_that_of_a_certificate_for_the_key(request: Any, folder: Path, kind: str) -> None:
+    key = request.getfixturevalue(kind)
+    assert announce(folder, key).pin == spki_pin(der(build(key)))
+
+
+def test_what_is_announced_is_read_without_the_lock_and_without_a_change(
+    folder: Path, rsa_key: Any, ec_key: Any
+) -> None:
+    assert rotation.announced(folder) is None
+    assert rotation.announced(folder / "missing") is None
+    first = announce(folder, rsa_key)
+    assert rotation.announced(folder) == NextPins((first.pin,), WHOLE_NOW + 7 * DAY)
+    second = announce(folder, ec_key, days=3)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert rotation.announced(folder) == NextPins((first.pin, second.pin), WHOLE_NOW + 3 * DAY)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert set(rotation.paths(folder)) == set(folder.iterdir())
+
+
+def test_next_keys_are_found_by_their_type(folder: Path, rsa_key: Any, ec_key: Any) -> None:
+    announce(folder, rsa_key)
+    announce(folder, ec_key)
+    told: list[str] = []
+    assert {kind: one.path.name for kind, one in find(folder, told=told).items()} == {
+        "rsa-2048": "server.next.key",
+        "ecdsa-p256": "server-ecdsa.next.key",
+    }
+    assert told == []
+
+
+def damaged(name: str, ec_key: Any) -> bytes:
+    whole = LINE.encode() + pem_of_key(ec_key)
+    edwards = pem_of_key(ed25519.Ed25519PrivateKey.generate())
+    return {
+        "empty": b"",
+        "junk": b"\xff\0junk" * 100,
+        "half": whole[: len(whole) * 2 // 3],
+        "no line": pem_of_key(ec_key),
+        "half a line": whole[40:],
+        "a certificate": LINE.encode() + b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        "no key": LINE.encode() + b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+        "no month": whole.replace(b"2026-06-08", b"2026-13-08"),
+        "year 0": whole.replace(b"2026-06-08", b"0000-06-08"),
+        "another kind": LINE.encode() + edwards,
+        "weak": LINE.encode() + pem_of_key(rsa.generate_private_key(65537, 1024)),
+        "too large": whole + b" " * files.MAX_FILE_BYTES,
+    }[name]
+
+
+KINDS = ("empty", "junk", "half", "no line", "half a line", "a certificate", "no key", "no month", "year 0")
+
+
+@pytest.mark.parametrize("name", [*KINDS, "another kind", "weak", "too large"])
+def test_a_damaged_next_key_is_put_aside_with_a_word(folder: Path, ec_key: Any, name: str) -> None:
+    path = folder / "server-ecdsa.next.key"
+    data = damaged(name, ec_key)
+    put(path, data)
+    told: list[str] = []
+    assert rotation.announced(folder, told.append) is None
+    assert told.pop().endswith(" It is not announced.")
+    assert path.read_bytes() == data
+    assert rotation.announced(folder) is None
+    assert find(folder, told=told) == {}
+    assert not path.exists()
+    assert (folder / "server-ecdsa.next.key.aside").read_bytes() == data
+    (sentence,) = told
+    assert sentence.startswith(f"{path}: ")
+    assert sentence.endswith(f"It is put aside as {path}.aside.")
+    assert "PRIVATE" not in sentence
+    assert find(folder, told=told) == {}
+    assert len(told) == 1
+
+
+def test_a_key_with_a_damaged_private_half_is_not_announced(folder: Path, rsa_key: Any) -> None:
+    numbers = rsa_key.private_numbers()
+    damaged_key = rsa.RSAPrivateNumbers(
+        p=numbers.p,
+        q=numbers.q,
+        d=numbers.d ^ 8,
+        dmp1=numbers.dmp1 ^ 8,
+        dmq1=numbers.dmq1,
+        iqmp=numbers.iqmp,
+        public_numbers=numbers.public_numbers,
+    ).private_key(unsafe_skip_rsa_key_validation=True)
+    put(folder / "server.next.key", LINE.encode() + pem_of_key(damaged_key))
+    told: list[str] = []
+    assert find(folder, told=told) == {}
+    assert "its private half is damaged" in told[0]
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
+def test_a_next_key_that_others_could_read_is_not_used(folder: Path, ec_key: Any, mode: int) -> None:
+    announce(folder, ec_key)
+    path = folder / "server-ecdsa.next.key"
+    path.chmod(mode)
+    told: list[str] = []
+    assert rotation.announced(folder, told.append) is None
+    assert find(folder, told=told) == {}
+    assert all("others can read or change this key" in sentence for sentence in told)
+    assert len(told) == 2
+    assert not path.exists()
+
+
+def test_what_is_no_file_is_put_aside(folder: Path) -> None:
+    path = folder / "server.next.key"
+    path.mkdir()
+    os.mkfifo(folder / "server-ecdsa.next.key")
+    told: list[str] = []
+    assert find(folder, told=told) == {}
+    assert all("is not a regular file" in sentence for sentence in told)
+    assert {one.name for one in folder.iterdir()} == {
+        "server.next.key.aside",
+        "server-ecdsa.next.key.aside",
+    }
+
+
+def test_a_disk_that_refuses_everything_stops_nothing(
+    folder: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce(folder, ec_key)
+    told: list[str] = []
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name in ("exists", "unlink"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, refuse)
+            patch.setattr(Path, "replace", refuse)
+            assert find(folder, told=told) == {}
+    assert len(told) == 4
+    for sentence in told:
+        assert "Input/output error. It cannot be put aside: Input/output error; move it away." in sentence
+    assert len(find(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("server.next.key", "ec_key"), ("server-ecdsa.next.key", "rsa_key")]
+)
+def test_a_key_of_the_other_family_is_put_aside(request: Any, folder: Path, name: str, key: str) -> None:
+    put(folder / name, LINE.encode() + pem_of_key(request.getfixturevalue(key)))
+    told: list[str] = []
+    assert find(folder, told=told) == {}
+    assert told == [
+        f"{folder / name} is a next key of a type that is not wanted. It is put aside as {folder / name}.aside."
+    ]
+
+
+def test_a_next_key_of_a_type_that_is_no_longer_wanted_is_put_aside(folder: Path, rsa_key: Any) -> None:
+    announce(folder, rsa_key)
+    assert rotation.find(folder, ("rsa-3072", "ecdsa-p256"), NOW, lambda sentence: None) == {}
+    assert (folder / "server.next.key.aside").exists()
+
+
+def test_what_a_crash_left_of_an_announcement_is_deleted(folder: Path, ec_key: Any) -> None:
+    put(folder / ".server-ecdsa.next.key.new", LINE.encode() + pem_of_key(ec_key))
+    assert find(folder) == {}
+    assert list(folder.iterdir()) == []
+
+
+def test_an_announcement_that_cannot_be_written_leaves_the_one_before(
+    folder: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = announce(folder, ec_key)
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CertificateError, match=r"next\.key: cannot be written: No space left on device"):
+            rotation.move(first, NOW + 20 * DAY, NOW, lambda sentence: None)
+    assert find(folder)["ecdsa-p256"].use_from == first.use_from
+    assert [path.name for path in folder.iterdir()] == ["server-ecdsa.next.key"]
+
+
+def test_a_next_key_gets_another_time_and_stays_the_same(folder: Path, ec_key: Any) -> None:
+    first = announce(folder, ec_key)
+    moved = rotation.move(first, NOW + 20 * DAY, NOW + DAY, lambda sentence: None)
+    assert moved.pin == first.pin
+    assert find(folder, NOW + DAY)["ecdsa-p256"].use_from == WHOLE_NOW + 20 * DAY
+    assert find(folder, NOW + DAY)["ecdsa-p256"].announced_at == WHOLE_NOW + DAY
+
+
+def test_a_key_that_was_put_to_use_is_no_longer_announced(folder: Path, ec_key: Any) -> None:
+    next_key = announce(folder, ec_key)
+    rotation.used(next_key)
+    rotation.used(next_key)
+    assert list(folder.iterdir()) == []
+
+
+def test_what_is_taken_back_is_put_aside(folder: Path, rsa_key: Any, ec_key: Any) -> None:
+    told: list[str] = []
+    assert rotation.cancel(folder, told.append) == ()
+    announce(folder, rsa_key)
+    announce(folder, ec_key)
+    assert rotation.cancel(folder, told.append) == rotation.paths(folder)
+    assert rotation.announced(folder) is None
+    assert told[0] == (
+        f"{folder}/server.next.key will not be used. It is put aside as {folder}/server.next.key.aside."
+    )
+    assert len(list(folder.glob("*.aside"))) == len(told) == 2
+
+
+def test_an_announcement_of_a_clock_that_was_ahead_lasts_as_long_as_it_was_meant_to(
+    folder: Path, ec_key: Any
+) -> None:
+    announce(folder, ec_key, now=NOW + 3650 * DAY)
+    told: list[str] = []
+    found = find(folder, told=told)["ecdsa-p256"]
+    assert found.use_from == WHOLE_NOW + 7 * DAY
+    assert rotation.announced(folder) == NextPins((found.pin,), found.use_from)
+    assert len(told) == 1
+    assert find(folder, NOW + 8 * DAY, told)["ecdsa-p256"].use_from == found.use_from
+    assert len(told) == 1
+
+
+def test_a_clock_that_was_a_little_ahead_changes_nothing(folder: Path, ec_key: Any) -> None:
+    first = announce(folder, ec_key, now=NOW + timedelta(hours=1))
+    assert find(folder)["ecdsa-p256"].use_from == first.use_from
+
+
+def test_a_time_that_cannot_be_set_right_is_told_and_tried_again(
+    folder: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = announce(folder, ec_key, now=NOW + 100 * DAY)
+    told: list[str] = []
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync_folder", full)
+        assert find(folder, told=told)["ecdsa-p256"].use_from == first.use_from
+    assert "could not be given its right time: " in told[0]
+    assert find(folder)["ecdsa-p256"].use_from == WHOLE_NOW + 7 * DAY
+
+
+def test_the_times_are_in_utc(folder: Path, ec_key: Any) -> None:
+    announce(folder, ec_key)
+    read = rotation.read(folder / "server-ecdsa.next.key")
+    assert read is not None
+    assert read.use_from.tzinfo is read.announced_at.tzinfo is UTC
