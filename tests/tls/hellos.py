@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 AES_128, AES_256, CHACHA20, CCM = 0x1301, 0x1302, 0x1303, 0x1304
 TLS_1_2_SUITE = 0xC02F
-ALPN, SUPPORTED_VERSIONS = 16, 43
+SERVER_NAME, ALPN, SUPPORTED_VERSIONS = 0, 16, 43
 
 
 def vector(data: bytes, size: int) -> bytes:
@@ -18,6 +18,11 @@ def vector(data: bytes, size: int) -> bytes:
 
 def alpn(*names: bytes) -> bytes:
     return vector(b"".join(vector(name, 1) for name in names), 2)
+
+
+def server_name(name: bytes, kind: int = 0) -> bytes:
+    """RFC 6066 section 3: a list of one name."""
+    return vector(bytes([kind]) + vector(name, 2), 2)
 
 
 def versions(*numbers: int) -> bytes:
@@ -78,3 +83,20 @@ def with_suites(hello: bytes, *numbers: int) -> bytes:
     old = int.from_bytes(body[at : at + 2], "big")
     body = body[:at] + vector(suite_list(*numbers), 2) + body[at + 2 + old :]
     return in_records(b"\1" + vector(body, 3))
+
+
+def with_extension(hello: bytes, kind: int, content: bytes) -> bytes:
+    """A captured ClientHello (one record) with another content of one extension, which comes first."""
+    body = hello[9:]
+    at = 34
+    at += 1 + body[at]
+    at += 2 + int.from_bytes(body[at : at + 2], "big")
+    at += 1 + body[at]
+    head, rest = body[:at], body[at + 2 :]
+    listed = struct.pack("!H", kind) + vector(content, 2)
+    while rest:
+        end = 4 + int.from_bytes(rest[2:4], "big")
+        if int.from_bytes(rest[:2], "big") != kind:
+            listed += rest[:end]
+        rest = rest[end:]
+    return in_records(b"\1" + vector(head + vector(listed, 2), 3))

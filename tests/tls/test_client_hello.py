@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zcproto.tls.alert import Alert
+from zcproto.tls.alert import Alert, alert_record
 from zcproto.tls.client_hello import (
     ACCEPTED,
+    MAX_NAME,
     MAX_SIZE,
     SUITE_IDS,
     Accepted,
@@ -30,14 +31,17 @@ from .hellos import (
     ALPN,
     CCM,
     CHACHA20,
+    SERVER_NAME,
     SUPPORTED_VERSIONS,
     TLS_1_2_SUITE,
     Hello,
     alpn,
     in_records,
+    server_name,
     suite_list,
     vector,
     versions,
+    with_extension,
     with_suites,
 )
 from .support import captured_hello
@@ -54,6 +58,8 @@ TOO_LARGE = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, Alert.ILLEGAL_PARAMETER)
 NO_TLS_1_3 = Refusal(TlsFailure.UNSUPPORTED_VERSION, Alert.PROTOCOL_VERSION)
 NO_SUITE = Refusal(TlsFailure.NO_SHARED_SUITE, Alert.HANDSHAKE_FAILURE)
 NO_ALPN = Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL)
+NO_NAME = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, Alert.UNRECOGNIZED_NAME)
+LOCALHOST = Accepted("localhost")
 
 GOOD = Hello()
 
@@ -108,23 +114,36 @@ def real_hello(kind: str, client: ssl.SSLContext) -> bytes:
     return captured_hello(context)
 
 
-REAL = ["post-quantum share", "small share", "without name", "long name", "many protocols", "http"]
-REAL += ["without protocols", "tls 1.2 too", "trusting"]
+REAL: dict[str, str | None] = dict.fromkeys(
+    [
+        "post-quantum share",
+        "small share",
+        "many protocols",
+        "http",
+        "without protocols",
+        "tls 1.2 too",
+        "trusting",
+    ],
+    "localhost",
+)
+REAL |= {"without name": None, "long name": ".".join(["a" * 60] * 4)}
 
 
-@pytest.mark.parametrize("kind", REAL)
-def test_the_hello_of_a_real_client_is_accepted(kind: str, client_tls: ssl.SSLContext) -> None:
+@pytest.mark.parametrize(("kind", "name"), REAL.items())
+def test_the_hello_of_a_real_client_is_accepted_and_its_name_is_read(
+    kind: str, name: str | None, client_tls: ssl.SSLContext
+) -> None:
     data = real_hello(kind, client_tls)
     whole = reader()
-    assert whole.feed(data) is ACCEPTED
+    assert whole.feed(data) == Accepted(name)
     assert whole.raw == data
 
 
-@pytest.mark.parametrize("kind", REAL)
-def test_a_real_hello_may_come_byte_by_byte(kind: str, client_tls: ssl.SSLContext) -> None:
+@pytest.mark.parametrize(("kind", "name"), REAL.items())
+def test_a_real_hello_may_come_byte_by_byte(kind: str, name: str | None, client_tls: ssl.SSLContext) -> None:
     data = real_hello(kind, client_tls)
     assert byte_by_byte(data[:-1]) is None
-    assert byte_by_byte(data) is ACCEPTED
+    assert byte_by_byte(data) == Accepted(name)
 
 
 def test_a_real_hello_may_be_cut_anywhere(client_tls: ssl.SSLContext) -> None:
@@ -133,15 +152,15 @@ def test_a_real_hello_may_be_cut_anywhere(client_tls: ssl.SSLContext) -> None:
     for at in range(1, len(data)):
         cut = reader()
         assert cut.feed(data[:at]) is None
-        assert cut.feed(data[at:]) is ACCEPTED
+        assert cut.feed(data[at:]) == LOCALHOST
         assert cut.raw == data
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 100, 500, 1_000])
 def test_a_real_hello_may_be_fragmented_over_records(size: int, client_tls: ssl.SSLContext) -> None:
     data = in_records(real_hello("post-quantum share", client_tls)[5:], size)
-    assert judge(data) is ACCEPTED
-    assert byte_by_byte(data) is ACCEPTED
+    assert judge(data) == LOCALHOST
+    assert byte_by_byte(data) == LOCALHOST
     assert byte_by_byte(data[:-1]) is None
 
 
@@ -154,13 +173,13 @@ def test_a_client_of_tls_1_2_is_refused_with_70() -> None:
 @pytest.mark.parametrize(
     ("suites", "verdict"),
     [
-        ([AES_256], ACCEPTED),
-        ([CHACHA20], ACCEPTED),
-        ([AES_128, CHACHA20], ACCEPTED),
+        ([AES_256], LOCALHOST),
+        ([CHACHA20], LOCALHOST),
+        ([AES_128, CHACHA20], LOCALHOST),
         ([AES_128], NO_SUITE),
         ([AES_128, CCM, 0x1305], NO_SUITE),
         ([TLS_1_2_SUITE], NO_SUITE),
-        ([0x0A0A, TLS_1_2_SUITE, AES_256], ACCEPTED),
+        ([0x0A0A, TLS_1_2_SUITE, AES_256], LOCALHOST),
     ],
 )
 def test_a_real_hello_with_other_suites(
@@ -267,6 +286,109 @@ def test_suites_are_those_that_the_operator_left() -> None:
 
 def test_the_numbers_of_the_suites_are_those_of_the_standard() -> None:
     assert SUITE_IDS == {"TLS_AES_256_GCM_SHA384": AES_256, "TLS_CHACHA20_POLY1305_SHA256": CHACHA20}
+
+
+# --- the server's name ----------------------------------------------------------------------------------
+
+LONGEST = b".".join([b"a" * 63] * 4)
+assert len(LONGEST) == MAX_NAME
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        (b"a.example", "a.example"),
+        (b"A.Example", "a.example"),
+        (b"a.example.", "a.example"),
+        (b"localhost", "localhost"),
+        (b"server1", "server1"),
+        (b"1.2.3.example", "1.2.3.example"),
+        (b"xn--bcher-kva.example", "xn--bcher-kva.example"),
+        (b"_service.a-b.example", "_service.a-b.example"),
+        (LONGEST, LONGEST.decode()),
+        # as if there were none
+        (b"", None),
+        (b".", None),
+        (b"a..example", None),
+        (b".example", None),
+        (b"a.example..", None),
+        (b"127.0.0.1", None),
+        (b"2130706433", None),
+        (b"::1", None),
+        (b"[::1]", None),
+        (b"a:443", None),
+        (b"*.example", None),
+        (b"a example", None),
+        (b"a.example\n", None),
+        (b"\xc3\xa4.example", None),
+        (b"\xff", None),
+        (b"../../etc", None),
+    ],
+)
+def test_a_name_is_read_in_lower_case_and_what_is_none_counts_as_none(name: bytes, read: str | None) -> None:
+    data = GOOD.with_extension(SERVER_NAME, server_name(name)).bytes()
+    assert judge(data) == Accepted(read)
+    assert byte_by_byte(data) == Accepted(read)
+
+
+SERVER_NAMES = [
+    (server_name(b"a.example"), None),
+    (server_name(b""), None),
+    (server_name(b"127.0.0.1"), None),
+    (server_name(b"\xff"), None),
+    (server_name(LONGEST), None),
+    (server_name(LONGEST + b"a"), NO_NAME),
+    (server_name(b"a\0b"), NO_NAME),
+    (server_name(b"\0"), NO_NAME),
+    (b"", MALFORMED),
+    (b"\0", MALFORMED),
+    (b"\0\0", MALFORMED),
+    (b"\0\1\0", MALFORMED),
+    (b"\0\2\0\0", MALFORMED),
+    (b"\0\3\0\0\1", MALFORMED),
+    (b"\0\4\0\0\2a", MALFORMED),
+    (b"\0\5\0\0\1a", MALFORMED),
+    (server_name(b"a") + b"\0", MALFORMED),
+    (server_name(b"a", 1), MALFORMED),
+    (server_name(b"a", 255), MALFORMED),
+    (vector(2 * (b"\0" + vector(b"a", 2)), 2), MALFORMED),  # RFC 6066: not two of one type
+    (vector(b"\0" + vector(b"a", 2) + b"\1" + vector(b"b", 2), 2), MALFORMED),
+]
+
+
+@pytest.mark.parametrize(("content", "refusal"), SERVER_NAMES)
+def test_what_is_no_list_of_one_name_is_refused(content: bytes, refusal: Refusal | None) -> None:
+    for hello in (
+        GOOD.with_extension(SERVER_NAME, content),
+        replace(GOOD, extensions=[(SERVER_NAME, content), *(GOOD.extensions or ())]),
+    ):
+        for data in (hello.bytes(), in_records(hello.message(), 50)):
+            verdict = judge(data)
+            assert byte_by_byte(data) == verdict
+            assert verdict == refusal or (refusal is None and isinstance(verdict, Accepted))
+
+
+@pytest.mark.parametrize(("content", "refusal"), SERVER_NAMES)
+def test_openssl_would_refuse_the_same_names_with_the_same_alert(
+    content: bytes, refusal: Refusal | None, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    data = with_extension(captured_hello(client_tls), SERVER_NAME, content)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = server_tls.wrap_bio(incoming, outgoing, server_side=True)
+    incoming.write(data)
+    with pytest.raises(ssl.SSLError) as caught:
+        server.do_handshake()
+    assert isinstance(caught.value, ssl.SSLWantReadError) is (refusal is None)
+    if refusal is not None:
+        assert outgoing.read() == alert_record(refusal.alert or Alert.DECODE_ERROR)
+    verdict = judge(data)
+    assert verdict == refusal or (refusal is None and isinstance(verdict, Accepted))
+
+
+@pytest.mark.parametrize("faults", [("version",), ("suite",), ("alpn",)])
+def test_a_name_does_not_save_an_offer_that_does_not_fit(faults: tuple[str]) -> None:
+    hello = offering(*faults).with_extension(SERVER_NAME, server_name(b"a.example"))
+    assert judge(hello.bytes()) == FAULTS[faults[0]][2]
 
 
 # --- malformed in every field ---------------------------------------------------------------------------
@@ -498,7 +620,8 @@ def test_any_bytes_have_a_verdict_or_need_more(data: bytes, cuts: list[int]) -> 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_damage_to_a_hello_is_judged_however_it_is_cut(data: st.DataObject) -> None:
-    hello = bytearray(in_records(GOOD.message(), data.draw(st.sampled_from([7, 40, 2**14]))))
+    named = GOOD.with_extension(SERVER_NAME, server_name(b"a.example"))
+    hello = bytearray(in_records(named.message(), data.draw(st.sampled_from([7, 40, 2**14]))))
     for _ in range(data.draw(st.integers(1, 4))):
         hello[data.draw(st.integers(0, len(hello) - 1))] = data.draw(st.integers(0, 255))
     whole = judge(bytes(hello))
@@ -506,7 +629,8 @@ def test_any_damage_to_a_hello_is_judged_however_it_is_cut(data: st.DataObject) 
     seen = judge_pieces(*pieces)
     # What follows behind a whole hello is seen only if it comes with it.
     assert seen == whole or (
-        whole == UNEXPECTED and seen in (ACCEPTED, MALFORMED, NO_TLS_1_3, NO_SUITE, NO_ALPN)
+        whole == UNEXPECTED
+        and (isinstance(seen, Accepted) or seen in (MALFORMED, NO_NAME, NO_TLS_1_3, NO_SUITE, NO_ALPN))
     )
 
 

@@ -1,8 +1,9 @@
-"""The ClientHello, read before OpenSSL sees it: versions, suites and ALPN, nothing more.
+"""The ClientHello, read before OpenSSL sees it: versions, suites, ALPN and the server's name, nothing more.
 
 Why: no public API of Python before 3.15 restricts the suites of TLS 1.3, and none refuses an ALPN mismatch
 with the alert that RFC 7301 section 3.2 demands. The server prefers its own order, so AES_128 could only ever
 be chosen for a client that offers neither of our suites: such a client is refused here, with the right alert.
+And as the name is known before the handshake begins, its context is taken then, not changed in the midst of it.
 
 Total on any bytes: a judgement, or None for 'more is needed'. It can come in pieces and in several records
 (RFC 8446 section 5.1); with a post-quantum key share it exceeds one segment. However it is cut, each byte is
@@ -12,7 +13,9 @@ is 70, 40, 120.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Container
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from zcproto.tls.alert import Alert
@@ -20,6 +23,9 @@ from zcproto.tls.failure import TlsFailure
 
 MAX_SIZE: Final = 16_384
 """Bytes of a ClientHello, records included. Browsers with post-quantum shares send about 2,000."""
+
+MAX_NAME: Final = 255
+"""Bytes of a server's name, as OpenSSL has it (TLSEXT_MAXLEN_host_name)."""
 
 SUITE_IDS: Final = {
     "TLS_AES_256_GCM_SHA384": 0x1302,
@@ -30,9 +36,18 @@ _RECORD_TYPES: Final = frozenset({20, 21, 22, 23})
 _RECORD_HEADER: Final = 5
 _CLIENT_HELLO: Final = 1
 _MESSAGE_HEADER: Final = 4
+_HEADERS: Final = _RECORD_HEADER + _MESSAGE_HEADER
+_EXT_SERVER_NAME: Final = 0
 _EXT_ALPN: Final = 16
 _EXT_SUPPORTED_VERSIONS: Final = 43
+_HOST_NAME: Final = 0
 _TLS_1_3: Final = b"\x03\x04"
+_NAMES_REMEMBERED: Final = 256
+
+_both_headers: Final = struct.Struct("!BBxHBBH").unpack_from
+_uint16: Final = struct.Struct("!H").unpack_from
+_extension_header: Final = struct.Struct("!HH").unpack_from
+_server_name_header: Final = struct.Struct("!HBH").unpack_from
 
 
 class Refusal(NamedTuple):
@@ -43,18 +58,29 @@ class Refusal(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """OpenSSL may have it."""
+    """OpenSSL may have it.
+
+    `server_name` is the name of the server that the client wants, in lower case and without a dot at its end;
+    None if it says none, or none that is a host's name.
+    """
+
+    server_name: str | None
 
 
-ACCEPTED: Final = Accepted()
+ACCEPTED: Final = Accepted(None)
 _MALFORMED: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, Alert.DECODE_ERROR)
+_NO_NAME: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, Alert.UNRECOGNIZED_NAME)
 _TOO_LARGE: Final = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, Alert.ILLEGAL_PARAMETER)
 _UNEXPECTED: Final = Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE)
+_NO_TLS_1_3: Final = Refusal(TlsFailure.UNSUPPORTED_VERSION, Alert.PROTOCOL_VERSION)
+_NO_SUITE: Final = Refusal(TlsFailure.NO_SHARED_SUITE, Alert.HANDSHAKE_FAILURE)
+_NO_PROTOCOL: Final = Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL)
 _HTTP_METHODS: Final = tuple(
     name.encode() + b" "
     for name in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE", "PRI")
 )
 _LONGEST_HTTP_METHOD: Final = max(map(len, _HTTP_METHODS))
+_NAME_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
 
 
 class ClientHelloReader:
@@ -72,18 +98,38 @@ class ClientHelloReader:
         self.raw = bytearray()
         self._at = 0  # what of `raw` was looked at
         self._left = 0  # bytes of the record there that are not in `_message` yet
-        self._message = bytearray()
+        self._message: bytearray | None = None  # made for a hello that is not whole in its first read
 
     def feed(self, data: bytes | memoryview) -> Accepted | Refusal | None:
         """Take in bytes. None if they do not tell yet; once there is a judgement, feed nothing more."""
         raw = self.raw
         raw += data
-        if not raw:
-            return None
+        size = len(raw)
+        try:
+            # Nearly always this is all: one record with one ClientHello. Then nothing more is copied.
+            if _HEADERS <= size <= MAX_SIZE and _both_headers(raw) == (
+                _HANDSHAKE_RECORD,
+                3,
+                size - _RECORD_HEADER,
+                _CLIENT_HELLO,
+                0,
+                size - _HEADERS,
+            ):
+                return _judge_hello(raw, _HEADERS, self._suites, self._protocols)
+            return self._judge_part() if size else None
+        except (IndexError, struct.error):  # a declared length that its surroundings do not hold
+            return _MALFORMED
+
+    def _judge_part(self) -> Accepted | Refusal | None:
+        """Record by record, as far as there are bytes."""
+        raw = self.raw
         if raw[0] not in _RECORD_TYPES:
             return _judge_plaintext(raw)
         if len(raw) > 1 and raw[1] != 3:
             return Refusal(TlsFailure.NOT_TLS, None)
+        message = self._message
+        if message is None:
+            message = self._message = bytearray()
         while True:
             if not self._left:
                 if len(raw) - self._at < _RECORD_HEADER:
@@ -92,10 +138,10 @@ class ClientHelloReader:
                 if refusal is not None:
                     return refusal
             part = raw[self._at : self._at + self._left]
-            self._message += part
+            message += part
             self._at += len(part)
             self._left -= len(part)
-            judgement = self._judge_message()
+            judgement = self._judge_message(message)
             if judgement is not None or self._left:
                 return judgement
 
@@ -110,8 +156,7 @@ class ClientHelloReader:
         self._left = length
         return _TOO_LARGE if self._at + length > MAX_SIZE else None
 
-    def _judge_message(self) -> Accepted | Refusal | None:
-        message = self._message
+    def _judge_message(self, message: bytearray) -> Accepted | Refusal | None:
         if message and message[0] != _CLIENT_HELLO:
             return _UNEXPECTED
         if len(message) < _MESSAGE_HEADER:
@@ -124,10 +169,7 @@ class ClientHelloReader:
         # Nothing may follow before the server has answered: not in the record, not behind it.
         if len(message) > wanted or self._left or self._at < len(self.raw):
             return _UNEXPECTED
-        try:
-            return _judge_hello(message, self._suites, self._protocols)
-        except IndexError:  # a declared length that its surroundings do not hold
-            return _MALFORMED
+        return _judge_hello(message, _MESSAGE_HEADER, self._suites, self._protocols)
 
 
 def _judge_plaintext(data: bytearray) -> Refusal | None:
@@ -140,64 +182,96 @@ def _judge_plaintext(data: bytearray) -> Refusal | None:
 
 
 def _judge_hello(
-    message: bytearray, suites: Container[int], protocols: Container[str | None]
+    data: bytearray, at: int, suites: Container[int], protocols: Container[str | None]
 ) -> Accepted | Refusal:
-    """RFC 8446 section 4.1.2: legacy_version, random, session id, suites, compression, extensions."""
-    at = _MESSAGE_HEADER + 2 + 32
-    session_id_length = message[at]
+    """Judge the hello that begins at `at` and ends with the data.
+
+    RFC 8446 section 4.1.2: legacy_version, random, session id, suites, compression, extensions. Raises
+    IndexError or struct.error for what reaches beyond the end.
+    """
+    size = len(data)
+    at += 2 + 32
+    session_id_length = data[at]
     at += 1 + session_id_length
-    suites_length = message[at] << 8 | message[at + 1]
+    suites_length = data[at] << 8 | data[at + 1]
     suites_at = at + 2
     suites_end = suites_at + suites_length
-    compressions_length = message[suites_end]
+    compressions_length = data[suites_end]
     at = suites_end + 1 + compressions_length
     if session_id_length > 32 or not suites_length or suites_length % 2 or not compressions_length:
         return _MALFORMED
-    if at > len(message):
+    if at > size:
         return _MALFORMED
     versions = b""
-    offered: list[bytes] | None = None
-    if at < len(message):
-        end = at + 2 + (message[at] << 8 | message[at + 1])
-        if end != len(message):
+    offered: list[str | None] = [None]
+    name = b""
+    if at < size:
+        if at + 2 + _uint16(data, at)[0] != size:
             return _MALFORMED
         at += 2
-        while at < end:
-            kind = message[at] << 8 | message[at + 1]
-            length = message[at + 2] << 8 | message[at + 3]
+        while at < size:
+            kind, length = _extension_header(data, at)
             at += 4
-            if at + length > end:
-                return _MALFORMED
+            end = at + length
             if kind == _EXT_SUPPORTED_VERSIONS:
-                versions = bytes(message[at + 1 : at + length])
-                if length < 3 or length % 2 == 0 or message[at] != length - 1:
+                versions = bytes(data[at + 1 : end])
+                if length < 3 or length % 2 == 0 or data[at] != length - 1:
                     return _MALFORMED
             elif kind == _EXT_ALPN:
-                offered = _protocol_names(bytes(message[at : at + length]))
-                if offered is None:
+                offered = _protocol_names(bytes(data[at:end]))
+                if not offered:
                     return _MALFORMED
-            at += length
-    if all(versions[i : i + 2] != _TLS_1_3 for i in range(0, len(versions), 2)):
-        return Refusal(TlsFailure.UNSUPPORTED_VERSION, Alert.PROTOCOL_VERSION)
-    if all((message[i] << 8 | message[i + 1]) not in suites for i in range(suites_at, suites_end, 2)):
-        return Refusal(TlsFailure.NO_SHARED_SUITE, Alert.HANDSHAKE_FAILURE)
-    names = [None] if offered is None else [name.decode("latin-1") for name in offered]
-    if not any(name in protocols for name in names):
-        return Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL)
-    return ACCEPTED
+            elif kind == _EXT_SERVER_NAME:  # RFC 6066 section 3: one name of the one type there is
+                if _server_name_header(data, at) != (length - 2, _HOST_NAME, length - 5):
+                    return _MALFORMED
+                name = bytes(data[at + 5 : end])
+                if len(name) > MAX_NAME or 0 in name:
+                    return _NO_NAME
+            at = end
+        if at != size:
+            return _MALFORMED
+    for i in range(0, len(versions), 2):
+        if versions[i : i + 2] == _TLS_1_3:
+            break
+    else:
+        return _NO_TLS_1_3
+    for i in range(suites_at, suites_end, 2):
+        if (data[i] << 8 | data[i + 1]) in suites:
+            break
+    else:
+        return _NO_SUITE
+    for protocol in offered:
+        if protocol in protocols:
+            return _accepted(name) if name else ACCEPTED
+    return _NO_PROTOCOL
 
 
-def _protocol_names(data: bytes) -> list[bytes] | None:
-    """The names of RFC 7301 section 3.1's list; None if it is malformed. An empty list or name is."""
-    if len(data) < 2 or (data[0] << 8 | data[1]) != len(data) - 2:
-        return None
-    names: list[bytes] = []
+def _protocol_names(data: bytes) -> list[str | None]:
+    """The names of RFC 7301 section 3.1's list; none if it is malformed. An empty list or name is."""
+    size = len(data)
+    if _uint16(data)[0] != size - 2:
+        return []
+    names: list[str | None] = []
     at = 2
-    while at < len(data):
-        length = data[at]
-        at += 1
-        if not length or at + length > len(data):
-            return None
-        names.append(data[at : at + length])
-        at += length
-    return names or None
+    while at < size:
+        start = at + 1
+        at = start + data[at]
+        if at == start or at > size:
+            return []
+        names.append(data[start:at].decode("latin-1"))
+    return names
+
+
+@lru_cache(_NAMES_REMEMBERED)
+def _accepted(name: bytes) -> Accepted:
+    """The judgement for a client that wants the server of this name.
+
+    What cannot be a host's name counts as none: a context is looked up by it, and logs may show it.
+    """
+    if name.translate(None, _NAME_BYTES):
+        return ACCEPTED
+    host = name.decode("ascii").lower().removesuffix(".")
+    labels = host.split(".")
+    if not all(labels) or labels[-1].isdigit():  # an address is no name (RFC 6066 section 3)
+        return ACCEPTED
+    return Accepted(host)
