@@ -18,6 +18,7 @@ from zcproto.deadlines import DeadlineWheel
 from zcproto.tls.context import SUITES
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
+from zcproto.tls.sites import SiteContexts
 from zcproto.tls.transport import Phase
 
 from ..helpers import FakeTimers, MockTransport
@@ -72,7 +73,7 @@ class TlsPair:
     def __init__(
         self,
         timers: FakeTimers,
-        server_context: ssl.SSLContext,
+        server_context: ssl.SSLContext | SiteContexts,
         client_context: ssl.SSLContext,
         *,
         above: Above | None = None,
@@ -180,7 +181,7 @@ class TlsPair:
 
 def new_acceptor(
     timers: FakeTimers,
-    context: ssl.SSLContext,
+    context: ssl.SSLContext | SiteContexts,
     factory: Callable[[], asyncio.Protocol],
     log: list[Any],
     **options: Any,

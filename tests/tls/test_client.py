@@ -22,7 +22,7 @@ import zcproto.tls.client as tls_client
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
 from zcproto.tls.alert import Alert, alert_record
-from zcproto.tls.client import TlsClientTransport, TlsConnector, dns_name_matches, judge_pinned
+from zcproto.tls.client import SHOWN_PINS, TlsClientTransport, TlsConnector, dns_name_matches, judge_pinned
 from zcproto.tls.context import SUITES, client_context, server_context
 from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.pins import certificate_pin, key_pin, parse_pins
@@ -324,7 +324,9 @@ def test_a_server_that_wants_a_client_certificate_ends_the_open_connection(
     assert peer.told == [None]  # in TLS 1.3 a client is done before its certificate is looked at
     peer.raw.lose()
     assert isinstance(peer.protocol.told[-1], TlsError)
-    assert peer.protocol.told[-1].failure == "peer_rejected_certificate"
+    assert peer.protocol.told[-1].failure == "certificate_required"
+    assert "key_file" in peer.protocol.told[-1].detail
+    assert peer.client.error is peer.protocol.told[-1]
 
 
 # --- the end before the beginning -------------------------------------------------------------------
@@ -402,13 +404,22 @@ def test_a_wrong_pin_ends_it_before_any_byte_and_shows_both_pins(
     context = client_context(ca_file=ca_file) if by_ca else client_context(verify=False)
     peer = Peer(timers, serving(leaf), context, pins=parse_pins([wrong])).connect().pump()
     assert peer.failure.failure == "pin_mismatch"
-    assert wrong in peer.failure.detail
-    assert key_pin(der_of(leaf)) in peer.failure.detail
-    assert certificate_pin(der_of(leaf)) in peer.failure.detail
+    seen, _, expected = peer.failure.detail.partition("expected:")
+    assert f"{key_pin(der_of(leaf))} (its key)" in seen
+    assert f"{certificate_pin(der_of(leaf))} (the whole certificate)" in seen
+    assert wrong in expected
     assert not peer.agreed
     assert peer.raw.take() == b""
     assert peer.raw.eof_written
     assert peer.protocol.told == []
+
+
+def test_of_many_expected_pins_some_are_shown(timers: FakeTimers, leaf: trustme.LeafCert) -> None:
+    pins = ["sha256/" + base64.b64encode(bytes([number]) * 32).decode() for number in range(64)]
+    context = client_context(verify=False)
+    peer = Peer(timers, serving(leaf), context, pins=parse_pins(pins)).connect().pump()
+    assert sum(pin in peer.failure.detail for pin in pins) == SHOWN_PINS
+    assert f"or {64 - SHOWN_PINS} more" in peer.failure.detail
 
 
 def test_a_pin_adds_to_the_checks_of_the_authority(

@@ -12,6 +12,7 @@ import pytest
 from zcproto.errors import TlsError
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsServerTransport
+from zcproto.tls.sites import SiteContexts
 from zcproto.tls.transport import LINGER_BYTES, LINGER_TIME, Phase
 
 from ..helpers import FakeTimers
@@ -321,7 +322,7 @@ def test_a_connection_that_is_gone_is_kept_by_nothing(
             gone.append(weakref.ref(tls))
             return tls
 
-    pair.acceptor.context = Watching(ssl.PROTOCOL_TLS_SERVER)
+    pair.acceptor.contexts = SiteContexts(Watching(ssl.PROTOCOL_TLS_SERVER))
     gc.disable()
     try:
         end(pair, how)

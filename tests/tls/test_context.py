@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import ssl
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from zcproto.tls.context import (
 
 from ..conftest import ServerPair, ServerPairs
 from ..helpers import FakeTimers
+from .identities import Identity, for_clients, locked, write_identity
 from .support import TlsPair
 
 ALLOWED = frozenset(SUITES)
@@ -109,23 +112,68 @@ def test_a_folder_in_place_of_a_file_is_refused(server_pairs: ServerPairs, tmp_p
         server_context([server_pairs.ecdsa._replace(key=tmp_path)], ["zcp/1"])
 
 
+PASSPHRASE = b"hunter2"
+
+
+@pytest.fixture
+def locked_pair(server_pairs: ServerPairs, tmp_path: Path) -> ServerPair:
+    """A pair whose key is encrypted."""
+    key = tmp_path / "pair.key"
+    shutil.copy(server_pairs.ecdsa.key, key)
+    return server_pairs.ecdsa._replace(key=locked(key, PASSPHRASE))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [(None, "not given"), (b"hunter3", "another one"), (b"", "another")]
+)
 def test_a_key_with_a_passphrase_is_refused_without_asking_for_it(
-    ca: trustme.CA, server_pairs: ServerPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: bytes | None, said: str, locked_pair: ServerPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenSSL would read the terminal, and a service would hang."""
-    from cryptography.hazmat.primitives import serialization as forms
-
-    key = forms.load_pem_private_key(server_pairs.ecdsa.key.read_bytes(), None)
-    locked = tmp_path / "locked.key"
-    locked.write_bytes(
-        key.private_bytes(
-            forms.Encoding.PEM, forms.PrivateFormat.PKCS8, forms.BestAvailableEncryption(b"hunter2")
-        )
-    )
     monkeypatch.setattr("getpass.getpass", lambda *args: pytest.fail("asked for a passphrase"))
-    with pytest.raises(CertificateError, match=r"locked\.key") as caught:
-        server_context([server_pairs.ecdsa._replace(key=locked)], ["zcp/1"])
+    with pytest.raises(CertificateError, match=rf"locked\.key: the key is encrypted.*{said}") as caught:
+        server_context([(*locked_pair, given)], ["zcp/1"])
     assert "PRIVATE KEY" not in str(caught.value)
+    assert "hunter" not in str(caught.value)
+
+
+def test_a_key_that_is_gone_when_its_error_is_explained_is_an_error_all_the_same(
+    locked_pair: ServerPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = ssl.SSLContext.load_cert_chain
+
+    def load_and_lose(self: ssl.SSLContext, certificate: Path, key: Path, password: Any) -> None:
+        try:
+            load(self, certificate, key, password)
+        finally:
+            key.unlink()
+
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", load_and_lose)
+    with pytest.raises(CertificateError, match=r"locked\.key"):
+        server_context([locked_pair], ["zcp/1"])
+
+
+class Checked:
+    """A pair as it comes from certificates that were checked."""
+
+    def __init__(self, pair: ServerPair, passphrase: bytes | None) -> None:
+        self.certificate, self.key = pair
+        self.passphrase = passphrase
+
+
+def test_a_passphrase_opens_its_key(
+    locked_pair: ServerPair, server_pairs: ServerPairs, client_tls: ssl.SSLContext, timers: FakeTimers
+) -> None:
+    for pair in (
+        (*locked_pair, PASSPHRASE),
+        Checked(locked_pair, PASSPHRASE),
+        Checked(server_pairs.rsa, None),
+    ):
+        TlsPair(timers, server_context([pair], ["zcp/1"]), client_tls).agree()
+
+
+def test_a_passphrase_that_is_not_needed_does_no_harm(server_pairs: ServerPairs) -> None:
+    server_context([(*server_pairs.ecdsa, PASSPHRASE)], ["zcp/1"])
 
 
 def test_an_error_never_shows_what_is_in_a_key(server_pairs: ServerPairs, tmp_path: Path) -> None:
@@ -184,6 +232,79 @@ def test_a_ca_file_without_a_certificate_is_refused(content: bytes | None, tmp_p
 def test_a_client_offers_its_protocols(server_tls: ssl.SSLContext, ca_file: Path, timers: FakeTimers) -> None:
     pair = TlsPair(timers, server_tls, client_context(ca_file=ca_file, protocols=("http/1.1",))).agree()
     assert pair.client.selected_alpn_protocol() == "http/1.1"
+
+
+# --- the client's own certificate -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def identity(ca: trustme.CA, tmp_path: Path) -> Identity:
+    return write_identity(tmp_path, for_clients(ca))
+
+
+def test_a_clients_certificate_and_key_may_be_in_one_file(identity: Identity, ca_file: Path) -> None:
+    identity.key.write_bytes(identity.key.read_bytes() + identity.certificate.read_bytes())
+    client_context(ca_file=ca_file, certificate=identity.key)
+
+
+@pytest.mark.parametrize("form", ["bytes", "text", "function"])
+def test_a_clients_key_may_have_a_passphrase(form: str, identity: Identity) -> None:
+    given: Any = {"bytes": b"hunter2", "text": "hunter2", "function": lambda: "hunter2"}[form]
+    key = locked(identity.key, PASSPHRASE)
+    client_context(verify=False, certificate=identity.certificate, key=key, passphrase=given)
+    with pytest.raises(CertificateError, match="passphrase is another one"):
+        client_context(verify=False, certificate=identity.certificate, key=key, passphrase=lambda: b"x")
+
+
+def test_a_passphrase_is_asked_for_only_where_it_is_needed(identity: Identity) -> None:
+    def ask() -> str:
+        raise AssertionError("asked for a passphrase")
+
+    client_context(verify=False, certificate=identity.certificate, key=identity.key, passphrase=ask)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o620, 0o610])
+def test_a_clients_key_that_others_can_reach_is_refused_with_the_cure(mode: int, identity: Identity) -> None:
+    identity.key.chmod(mode)
+    with pytest.raises(CertificateError, match=rf"client\.key: .*mode {mode:04o}\); run `chmod 600 "):
+        client_context(verify=False, certificate=identity.certificate, key=identity.key)
+
+
+def test_a_clients_key_of_another_user_is_refused(
+    identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    class Foreign:
+        def __init__(self, real: Any) -> None:
+            self.st_mode, self.st_uid = real.st_mode, 12_345
+
+    monkeypatch.setattr(Path, "stat", lambda self: Foreign(stat(self)))
+    with pytest.raises(CertificateError, match=r"another user \(uid 12345\); run `chown \d+ "):
+        client_context(verify=False, certificate=identity.certificate, key=identity.key)
+
+
+@pytest.mark.parametrize("kind", ["gone", "folder", "fifo", "no path"])
+def test_a_clients_key_that_is_no_file_is_refused_without_waiting(
+    kind: str, identity: Identity, tmp_path: Path
+) -> None:
+    key = tmp_path / kind
+    match kind:
+        case "folder":
+            key.mkdir()
+        case "fifo":
+            os.mkfifo(key, 0o600)
+        case "no path":
+            key = tmp_path / "\0"
+    with pytest.raises(CertificateError, match=r"cannot be read|is not a regular file"):
+        client_context(verify=False, certificate=identity.certificate, key=key)
+
+
+def test_a_clients_key_of_another_certificate_is_refused(
+    identity: Identity, server_pairs: ServerPairs
+) -> None:
+    with pytest.raises(CertificateError, match=r"cannot be used with .*client\.key: KEY_VALUES_MISMATCH"):
+        client_context(verify=False, certificate=server_pairs.ecdsa.certificate, key=identity.key)
 
 
 # --- suites ---------------------------------------------------------------------------------------------

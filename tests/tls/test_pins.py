@@ -72,6 +72,34 @@ def test_pins_are_parsed_as_a_set() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        f"{GOOD},{BACKUP}",
+        f"{GOOD} {BACKUP}",
+        f"{GOOD}, {BACKUP}, {GOOD}",
+        f"\n  {GOOD}\n\t{BACKUP}\r\n",
+        f",{GOOD},,{BACKUP},",
+    ],
+)
+def test_one_text_may_hold_several_pins(text: str) -> None:
+    assert parse_pins(text) == {GOOD, BACKUP}
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "\n", GOOD[:-1], f"{GOOD};{BACKUP}", f"{GOOD} x"])
+def test_a_text_without_pins_or_with_other_words_is_refused(text: str) -> None:
+    """An empty variable of the environment must not switch pinning off."""
+    with pytest.raises(TlsError) as caught:
+        parse_pins(text)
+    assert caught.value.failure == "pin_malformed"
+
+
+def test_what_cannot_be_read_matches_as_a_whole_or_not_at_all() -> None:
+    der = b"\x30\x00"
+    assert not pins_match(der, frozenset({GOOD}))
+    assert pins_match(der, frozenset({certificate_pin(der)}))
+
+
+@pytest.mark.parametrize(
     "pin",
     [
         "",

@@ -14,6 +14,7 @@ from zcproto.tls.alert import Alert, alert_record
 from zcproto.tls.context import SUITES, client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER
+from zcproto.tls.sites import SiteContexts
 from zcproto.tls.transport import LINGER_TIME, Phase
 
 from ..conftest import ServerPairs
@@ -184,7 +185,7 @@ def test_the_context_is_read_anew_by_each_connection(
     old, new = (server_context([pair], ["zcp/1"]) for pair in server_pairs)
     first = TlsPair(timers, old, client_tls)
     first.raw.deliver(first.step())
-    first.acceptor.context = new
+    first.acceptor.contexts = SiteContexts(new)
     first.hear()
     first.raw.deliver(first.step())
     second = TlsPair(timers, old, client_tls, acceptor=first.acceptor).agree()

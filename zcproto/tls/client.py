@@ -5,6 +5,9 @@ certificate is the right one. Until then nothing is sent but the handshake itsel
 Finished goes out, so a server that is not the expected one never sees a byte of the application, nor a
 certificate of the client.
 
+A client that has a certificate shows it to servers that ask for one. In TLS 1.3 its handshake is over before the
+server has looked at it: a refusal arrives as an alert where the first data would be.
+
 Trust is one of three, in the context and the pins together:
 
 - by CA: OpenSSL checks chain, dates and name; pins, if any, come on top;
@@ -28,7 +31,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
 from zcproto.tls.context import SUITES, suites_are_allowed
-from zcproto.tls.failure import TlsFailure, failure_of
+from zcproto.tls.failure import TlsFailure, failure_of, reason_of
 from zcproto.tls.pins import certificate_pin, key_pin
 from zcproto.tls.transport import Phase, ReceiveBuffer, TlsTransport
 
@@ -44,8 +47,36 @@ _SENTENCES: Final = {
     TlsFailure.NO_SHARED_SUITE: "the server accepts none of the cipher suites of this protocol",
     TlsFailure.NO_APPLICATION_PROTOCOL: f"the server speaks TLS, but not {ALPN}",
     TlsFailure.WRONG_PARAMETERS: "the server agreed on a TLS version or cipher suite that is not allowed",
-    TlsFailure.PEER_REJECTED_CERTIFICATE: "the server refused the certificate of this client",
+    TlsFailure.PEER_REJECTED_CERTIFICATE: "the server refused the certificate of this client; its log says why",
+    TlsFailure.CERTIFICATE_REQUIRED: (
+        "the server wants a certificate of this client, and it has none; get one from the server's operator"
+        " and give it as `certificate`, with its `key_file`"
+    ),
 }
+
+# What a server says about the certificate of a client (RFC 8446 section 6.2), and what helps.
+_ALERT_SENTENCES: Final = {
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": (
+        "the server says that the certificate of this client is revoked; get a new one from its operator"
+    ),
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": (
+        "the server says that the certificate of this client has expired; renew it. If it is valid, the server's"
+        " clock is wrong, or its revocation list has expired"
+    ),
+    "TLSV1_ALERT_UNKNOWN_CA": (
+        "the server does not know the CA that issued the certificate of this client; get one from a CA that it"
+        " trusts for clients, and put the CAs in between behind it in its file"
+    ),
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": (
+        "the server says that the certificate of this client is for something else; get one whose extended key"
+        " usage is clientAuth"
+    ),
+    "SSLV3_ALERT_BAD_CERTIFICATE": (
+        "the server finds the certificate of this client bad: it is not valid yet, or damaged, or signed in a way"
+        " that is not safe; get a new one, and compare the clocks"
+    ),
+}
+SHOWN_PINS: Final = 8
 
 
 class TlsConnector:
@@ -92,6 +123,11 @@ class TlsClientTransport(TlsTransport):
     """One connection of a TlsConnector."""
 
     __slots__ = ("_connector", "_on_handshake", "_waiting")
+
+    @property
+    def error(self) -> TlsError | None:
+        """What ended this connection, if it was not a clean close."""
+        return self._error
 
     def __init__(
         self,
@@ -140,7 +176,7 @@ class TlsClientTransport(TlsTransport):
             self._refuse(failure_of(error), error.verify_message)
             return
         except ssl.SSLError as error:
-            self._refuse(failure_of(error))
+            self._fail_for(error)
             return
         self._handshake_completed()
 
@@ -186,6 +222,9 @@ class TlsClientTransport(TlsTransport):
         self._error = TlsError(failure.value, detail or _SENTENCES.get(failure, ""))
         self._fail(failure)
 
+    def _fail_for(self, error: ssl.SSLError) -> None:
+        self._refuse(failure_of(error), _ALERT_SENTENCES.get(reason_of(error), ""))
+
     def _note(self, failure: TlsFailure) -> None:
         if self._error is None:
             self._error = TlsError(failure.value, _SENTENCES.get(failure, ""))
@@ -208,15 +247,23 @@ def judge_pinned(
     try:
         seen = key_pin(certificate_der), certificate_pin(certificate_der)
         if pins.isdisjoint(seen):
-            return TlsFailure.PIN_MISMATCH, (
-                f"the server has {seen[0]} (certificate {seen[1]}); expected {' or '.join(sorted(pins))}"
-            )
+            return TlsFailure.PIN_MISMATCH, _mismatch(*seen, pins)
         if chain_is_checked:
             return None
         certificate = x509.load_der_x509_certificate(certificate_der)
         return _judge_dates(certificate, wall) or _judge_name(certificate, host)
     except (ValueError, UnsupportedAlgorithm) as error:
         return TlsFailure.CERTIFICATE_UNTRUSTED, f"the certificate cannot be read: {type(error).__name__}"
+
+
+def _mismatch(key: str, certificate: str, pins: frozenset[str]) -> str:
+    expected = sorted(pins)
+    more = f" or {len(expected) - SHOWN_PINS} more" if len(expected) > SHOWN_PINS else ""
+    return (
+        f"the server shows none of the pins that are expected of it. It shows {key} (its key) and {certificate}"
+        f" (the whole certificate); expected: {' or '.join(expected[:SHOWN_PINS])}{more}. If its operator confirms"
+        " that the key was changed, give the new pin in place of the old one; else somebody may be in between"
+    )
 
 
 def _judge_dates(certificate: x509.Certificate, wall: int) -> tuple[TlsFailure, str] | None:

@@ -30,8 +30,11 @@ class TlsFailure(Enum):
     PEER_REJECTED_CERTIFICATE = "peer_rejected_certificate"
     PEER_ALERT = "peer_alert"
     # the peer's identity
+    CERTIFICATE_REQUIRED = "certificate_required"
     CERTIFICATE_UNTRUSTED = "certificate_untrusted"
     CERTIFICATE_EXPIRED = "certificate_expired"
+    CERTIFICATE_REVOKED = "certificate_revoked"
+    REVOCATION_UNKNOWN = "revocation_unknown"
     CERTIFICATE_NAME_MISMATCH = "certificate_name_mismatch"
     PIN_MISMATCH = "pin_mismatch"
     # after the handshake
@@ -73,13 +76,25 @@ _BY_REASON: Final = {
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": TlsFailure.PEER_REJECTED_CERTIFICATE,
     "SSLV3_ALERT_CERTIFICATE_REVOKED": TlsFailure.PEER_REJECTED_CERTIFICATE,
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": TlsFailure.PEER_REJECTED_CERTIFICATE,
-    "TLSV13_ALERT_CERTIFICATE_REQUIRED": TlsFailure.PEER_REJECTED_CERTIFICATE,
+    "TLSV1_ALERT_ACCESS_DENIED": TlsFailure.PEER_REJECTED_CERTIFICATE,
+    # From either side: a server misses it, a client is told so.
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": TlsFailure.CERTIFICATE_REQUIRED,
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": TlsFailure.CERTIFICATE_REQUIRED,
 }
 
 # X509_V_ERR_* numbers (include/openssl/x509_vfy.h).
 _BY_VERIFY_CODE: Final = {
+    3: TlsFailure.REVOCATION_UNKNOWN,  # no list of the certificate's issuer
+    8: TlsFailure.REVOCATION_UNKNOWN,  # a list with a bad signature
     9: TlsFailure.CERTIFICATE_EXPIRED,  # not yet valid
     10: TlsFailure.CERTIFICATE_EXPIRED,
+    11: TlsFailure.REVOCATION_UNKNOWN,  # a list that is not yet valid
+    12: TlsFailure.REVOCATION_UNKNOWN,  # a list that has expired
+    23: TlsFailure.CERTIFICATE_REVOKED,
+    33: TlsFailure.REVOCATION_UNKNOWN,  # a list whose issuer is not there
+    35: TlsFailure.REVOCATION_UNKNOWN,  # a list whose issuer may sign none
+    36: TlsFailure.REVOCATION_UNKNOWN,  # a list with an unknown critical extension
+    44: TlsFailure.REVOCATION_UNKNOWN,  # a list for other certificates
     62: TlsFailure.CERTIFICATE_NAME_MISMATCH,
     64: TlsFailure.CERTIFICATE_NAME_MISMATCH,  # address
 }
@@ -94,13 +109,18 @@ def _name_in(message: str) -> str:
     return found[1].upper().replace(" ", "_") if found else ""
 
 
+def reason_of(error: ssl.SSLError) -> str:
+    """OpenSSL's name for what went wrong; empty if it has none."""
+    return error.reason or _name_in(str(error))
+
+
 def failure_of(error: ssl.SSLError) -> TlsFailure:
     """The cause behind an error of the ssl module."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return _BY_VERIFY_CODE.get(error.verify_code, TlsFailure.CERTIFICATE_UNTRUSTED)
     if isinstance(error, ssl.SSLEOFError):
         return TlsFailure.TRUNCATED
-    reason = error.reason or _name_in(str(error))
+    reason = reason_of(error)
     known = _BY_REASON.get(reason)
     if known is not None:
         return known

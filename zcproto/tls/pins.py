@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from zcproto.errors import TlsError
@@ -30,8 +31,13 @@ def certificate_pin(certificate_der: bytes) -> str:
     return CERTIFICATE_PREFIX + base64.b64encode(hashlib.sha256(certificate_der).digest()).decode()
 
 
-def parse_pins(pins: Iterable[str]) -> frozenset[str]:
-    """Check the form of pins. Raises TlsError naming the one that is malformed: never ignore a pin."""
+def parse_pins(pins: Iterable[str] | str) -> frozenset[str]:
+    """Check the form of pins. Raises TlsError naming the one that is malformed: never ignore a pin.
+
+    One text may hold several, between commas or white space; a text without any is malformed, too.
+    """
+    if isinstance(pins, str):
+        pins = pins.replace(",", " ").split() or [pins]
     parsed = frozenset(pins)
     if len(parsed) > MAX_PINS:
         raise TlsError("pin_malformed", f"more than {MAX_PINS} pins")
@@ -51,4 +57,9 @@ def parse_pins(pins: Iterable[str]) -> frozenset[str]:
 
 def pins_match(certificate_der: bytes, pins: frozenset[str]) -> bool:
     """Whether a certificate has one of the pins."""
-    return certificate_pin(certificate_der) in pins or key_pin(certificate_der) in pins
+    if certificate_pin(certificate_der) in pins:
+        return True
+    try:
+        return key_pin(certificate_der) in pins
+    except (ValueError, UnsupportedAlgorithm):  # what cannot be read has no pin
+        return False

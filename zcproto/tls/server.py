@@ -1,4 +1,10 @@
-"""The server's side of a TLS connection: the ClientHello, the handshake, its pacing and its checks."""
+"""The server's side of a TLS connection: the ClientHello, the handshake, its pacing and its checks.
+
+Whether clients show a certificate, and whose are believed, is in the contexts: OpenSSL checks chain, dates,
+purpose and revocation, and sends the alert that fits. Pins for client certificates come on top and are checked
+here, after the handshake and before a byte of the application. OpenSSL gives no way to send an alert then: such a
+client gets a close_notify and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +17,11 @@ from typing import Final
 
 from zcproto.deadlines import DeadlineWheel, Timers
 from zcproto.tls.alert import Alert, alert_record
-from zcproto.tls.client_hello import SUITE_IDS, ClientHelloReader, Refusal
+from zcproto.tls.client_hello import SUITE_IDS, Accepted, ClientHelloReader, Refusal
 from zcproto.tls.context import suites_are_allowed
-from zcproto.tls.failure import TlsFailure, failure_of
+from zcproto.tls.failure import TlsFailure
+from zcproto.tls.pins import pins_match
+from zcproto.tls.sites import SiteContexts
 from zcproto.tls.transport import Phase, ReceiveBuffer, TlsTransport
 
 PLAINTEXT_ANSWER: Final = (
@@ -30,8 +38,10 @@ BUDGET_WINDOW: Final = 2 * TURN_BUDGET
 class TlsAcceptor:
     """What all server-side TLS connections of one loop share.
 
-    `context` is read anew by each connection: to serve other certificates, replace it by another context,
-    never load into the one in use. `protocols` maps an ALPN name (None: the client offers none) to the
+    `contexts` is read anew by each connection when its handshake begins: to serve other certificates, put other
+    SiteContexts in its place, never load into a context in use. One context alone serves every name.
+    `client_pins`, as `parse_pins` returns them, are what the certificate of a client that shows one must have; none
+    means any that the context takes. `protocols` maps an ALPN name (None: the client offers none) to the
     factory of what speaks it. `on_failure` is called with each cause and the peer's address; `failures`
     counts them. `on_slot_free` is called when a handshake ends, whichever way; `on_closed` when a connection
     is gone.
@@ -39,18 +49,20 @@ class TlsAcceptor:
 
     def __init__(
         self,
-        context: ssl.SSLContext,
+        contexts: SiteContexts | ssl.SSLContext,
         protocols: Mapping[str | None, Callable[[], asyncio.Protocol]],
         wheel: DeadlineWheel,
         timers: Timers,
         *,
         suites: frozenset[str],
+        client_pins: frozenset[str] = frozenset(),
         handshake_timeout: float = 5.0,
         on_failure: Callable[[TlsFailure, str], None] = lambda failure, peer: None,
         on_slot_free: Callable[[], None] = lambda: None,
         on_closed: Callable[[str], None] = lambda peer: None,
     ) -> None:
-        self.context = context
+        self.contexts = contexts if isinstance(contexts, SiteContexts) else SiteContexts(contexts)
+        self.client_pins = client_pins
         self.protocols = protocols
         self.wheel = wheel
         self.suites = suites
@@ -124,7 +136,10 @@ class TlsServerTransport(TlsTransport):
     def __init__(self, acceptor: TlsAcceptor, peer: str) -> None:
         super().__init__(acceptor.buffer, acceptor.wheel, peer)
         self._acceptor = acceptor
-        self._hello: ClientHelloReader | None = ClientHelloReader(acceptor.suite_ids, acceptor.protocols)
+        # Its judgement takes its place while the handshake waits for its turn.
+        self._hello: ClientHelloReader | Accepted | None = ClientHelloReader(
+            acceptor.suite_ids, acceptor.protocols
+        )
         self._in_handshake = True
         acceptor.handshakes_in_progress += 1
 
@@ -160,7 +175,7 @@ class TlsServerTransport(TlsTransport):
             self._handshake()
             return
         hello = self._hello
-        if hello is None:  # complete, and waiting for its turn: nothing may follow before our answer
+        if not isinstance(hello, ClientHelloReader):  # judged: nothing may follow before our answer
             self._refuse(Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE))
             return
         verdict = hello.feed(data)
@@ -171,7 +186,7 @@ class TlsServerTransport(TlsTransport):
             return
         self._incoming = ssl.MemoryBIO()
         self._incoming.write(hello.raw)
-        self._hello = None
+        self._hello = verdict
         self._acceptor.schedule(self)
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -189,8 +204,11 @@ class TlsServerTransport(TlsTransport):
         if self._phase is not Phase.HELLO:
             return  # it ended while it waited
         self._phase = Phase.HANDSHAKE
+        hello, self._hello = self._hello, None
+        assert isinstance(hello, Accepted)
+        context = self._acceptor.contexts.choose(hello.server_name)
         self._outgoing = ssl.MemoryBIO()
-        self._tls = self._acceptor.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._handshake()
 
     def _handshake(self) -> None:
@@ -200,7 +218,7 @@ class TlsServerTransport(TlsTransport):
             self._flush()
             return
         except ssl.SSLError as error:
-            self._fail(failure_of(error))
+            self._fail_for(error)
             return
         self._handshake_completed()
 
@@ -212,6 +230,11 @@ class TlsServerTransport(TlsTransport):
         if factory is None or not suites_are_allowed(self._tls, acceptor.suites):
             self._end_for(TlsFailure.WRONG_PARAMETERS)
             return
+        if acceptor.client_pins:
+            certificate = self.peer_certificate()
+            if certificate is not None and not pins_match(certificate, acceptor.client_pins):
+                self._end_for(TlsFailure.PIN_MISMATCH)
+                return
         self._wheel.discard(self)
         self._leave_handshake()
         acceptor.handshakes_completed += 1
@@ -220,3 +243,10 @@ class TlsServerTransport(TlsTransport):
         protocol.connection_made(self)
         if self._phase is Phase.OPEN and not self._reading_paused:
             self._read_records(0)
+
+    def peer_certificate(self) -> bytes | None:
+        """The client's certificate in DER form, which the context has found good; None if it showed none.
+
+        It is OpenSSL's copy, read anew each time: nothing is kept here.
+        """
+        return None if self._tls is None else self._tls.getpeercert(binary_form=True)

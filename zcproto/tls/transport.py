@@ -198,7 +198,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             except ssl.SSLWantReadError:
                 break
             except ssl.SSLError as error:
-                self._fail(failure_of(error))
+                self._fail_for(error)
                 return
             if not data:
                 self._peer_closed()
@@ -297,6 +297,9 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._note(failure)
         self._flush()
         self._linger()
+
+    def _fail_for(self, error: ssl.SSLError) -> None:
+        self._fail(failure_of(error))
 
     def _end_for(self, failure: TlsFailure) -> None:
         """End an agreed connection for what OpenSSL has no alert for: with close_notify (RFC 8446 section 6.1)."""

@@ -1,0 +1,267 @@
+"""A fresh context shows what it serves before it serves anybody."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+import zcproto.tls.proof as tls_proof
+from zcproto.errors import CertificateError
+from zcproto.tls.context import SUITES, ClientAuth, server_context
+from zcproto.tls.proof import prove, proven_context, proven_sites
+
+from ..conftest import ServerPair, ServerPairs
+from ..helpers import FakeTimers
+from .identities import locked, revocation_list
+from .support import TlsPair
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A pair and what was in its file when it was checked."""
+
+    certificate: Path
+    key: Path
+    leaf_sha256: bytes
+    passphrase: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    names: tuple[str, ...]
+    pairs: tuple[Checked, ...]
+
+
+def leaf_of(certificate: Path) -> bytes:
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.read_text())).digest()
+
+
+def checked(pair: ServerPair) -> Checked:
+    return Checked(*pair, leaf_of(pair.certificate))
+
+
+@pytest.fixture
+def pairs(server_pairs: ServerPairs, tmp_path: Path) -> list[Checked]:
+    """A pair of each kind of key, in files that may change."""
+    copies = [ServerPair(tmp_path / pair.certificate.name, tmp_path / pair.key.name) for pair in server_pairs]
+    for pair, copy in zip(server_pairs, copies, strict=True):
+        shutil.copy(pair.certificate, copy.certificate)
+        shutil.copy(pair.key, copy.key)
+    return [checked(copy) for copy in copies]
+
+
+def put(ca: trustme.CA, pair: Checked, kind: trustme.KeyType = trustme.KeyType.ECDSA) -> None:
+    """Put another good pair in the place of this one."""
+    other = ca.issue_cert("localhost", key_type=kind)
+    other.cert_chain_pems[0].write_to_path(pair.certificate)
+    other.private_key_pem.write_to_path(pair.key)
+
+
+# --- good ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [[0], [1], [0, 1], [1, 0]])
+def test_a_context_of_any_kinds_of_keys_proves_itself_and_serves(
+    kinds: list[int], pairs: list[Checked], client_tls: ssl.SSLContext, timers: FakeTimers
+) -> None:
+    context = proven_context([pairs[kind] for kind in kinds], ["zcp/1", "http/1.1"])
+    pair = TlsPair(timers, context, client_tls).agree()
+    assert pair.client.selected_alpn_protocol() == "zcp/1"
+
+
+@pytest.mark.parametrize("client_auth", ["optional", "required"])
+def test_a_context_that_asks_for_certificates_proves_itself_without_one(
+    client_auth: ClientAuth, pairs: list[Checked], ca: trustme.CA
+) -> None:
+    context = proven_context(
+        pairs,
+        ["zcp/1"],
+        client_auth=client_auth,
+        client_ca=ca.cert_pem.bytes(),
+        client_crl=revocation_list(ca),
+    )
+    assert context.verify_mode is (ssl.CERT_REQUIRED if client_auth == "required" else ssl.CERT_OPTIONAL)
+
+
+def test_a_key_with_a_passphrase_proves_itself(pairs: list[Checked]) -> None:
+    shut = replace(pairs[0], key=locked(pairs[0].key, b"hunter2"), passphrase=b"hunter2")
+    proven_context([shut, pairs[1]], ["zcp/1"])
+    with pytest.raises(CertificateError, match="encrypted"):
+        proven_context([replace(shut, passphrase=None)], ["zcp/1"])
+
+
+def test_a_client_whose_first_share_does_not_fit_is_asked_again(pairs: list[Checked]) -> None:
+    """HelloRetryRequest (RFC 8446 section 4.1.4): the proof takes one flight more."""
+    context = server_context([pairs[0]], ["zcp/1"])
+    context.set_ecdh_curve("secp521r1")
+    prove(context, {pairs[0].leaf_sha256}, protocol="zcp/1")
+
+
+# --- bad ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_file_that_changed_since_it_was_checked_is_found_out_whatever_its_kind(
+    changed: int, pairs: list[Checked], ca: trustme.CA
+) -> None:
+    put(ca, pairs[changed], [trustme.KeyType.ECDSA, trustme.KeyType.RSA][changed])
+    with pytest.raises(CertificateError, match=r"another certificate is served") as caught:
+        proven_context(pairs, ["zcp/1"])
+    assert str(pairs[changed].certificate) in str(caught.value)
+
+
+@pytest.mark.parametrize("when", range(3))
+def test_a_file_that_changes_meanwhile_is_found_out(
+    when: int, pairs: list[Checked], ca: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right before any of the three contexts is made."""
+    made: list[object] = []
+
+    def changing(*args: Any, **options: Any) -> ssl.SSLContext:
+        if len(made) == when:
+            put(ca, pairs[0])
+        made.append(args)
+        return server_context(*args, **options)
+
+    monkeypatch.setattr(tls_proof, "server_context", changing)
+    if when == 2:  # all of the first pair was read by then
+        proven_context(pairs, ["zcp/1"])
+        return
+    with pytest.raises(CertificateError, match="another certificate"):
+        proven_context(pairs, ["zcp/1"])
+
+
+@pytest.mark.parametrize("half", ["certificate", "key"])
+def test_a_pair_of_which_one_half_changed_is_refused(
+    half: str, pairs: list[Checked], ca: trustme.CA, tmp_path: Path
+) -> None:
+    kept = getattr(pairs[0], half).read_bytes()
+    put(ca, pairs[0])
+    getattr(pairs[0], half).write_bytes(kept)
+    with pytest.raises(CertificateError, match="KEY_VALUES_MISMATCH"):
+        proven_context(pairs, ["zcp/1"])
+
+
+def test_a_context_with_no_certificate_is_refused(pairs: list[Checked]) -> None:
+    with pytest.raises(CertificateError, match="has no certificate"):
+        proven_context([], ["zcp/1"])
+    with pytest.raises(CertificateError, match="a handshake with the new certificate fails"):
+        prove(server_context([], ["zcp/1"]), {pairs[0].leaf_sha256}, protocol="zcp/1")
+
+
+def test_another_protocol_is_found_out(pairs: list[Checked]) -> None:
+    context = server_context([pairs[0]], ["http/1.1"])
+    with pytest.raises(CertificateError, match="does not agree on the protocol zcp/1"):
+        prove(context, {pairs[0].leaf_sha256}, protocol="zcp/1")
+
+
+def test_another_suite_is_found_out(pairs: list[Checked]) -> None:
+    with pytest.raises(CertificateError, match=r"agrees on TLSv1\.3 and .*TLS_AES_256_GCM_SHA384"):
+        prove(
+            server_context([pairs[0]], ["zcp/1"]),
+            {pairs[0].leaf_sha256},
+            protocol="zcp/1",
+            suites=SUITES[1:],
+        )
+
+
+def test_a_context_that_never_answers_is_found_out(pairs: list[Checked]) -> None:
+    class Silent:
+        def do_handshake(self) -> None:
+            raise ssl.SSLWantReadError
+
+    class Context(ssl.SSLContext):
+        def wrap_bio(self, *args: Any, **options: Any) -> Any:
+            return Silent()
+
+    with pytest.raises(CertificateError, match="does not come to its end"):
+        prove(Context(ssl.PROTOCOL_TLS_SERVER), {pairs[0].leaf_sha256}, protocol="zcp/1")
+
+
+# --- sites --------------------------------------------------------------------------------------------
+
+
+def sites_of(pairs: Sequence[Checked], other: Checked) -> list[Site]:
+    return [Site((), tuple(pairs)), Site(("a.example", "*.b.example"), (other,))]
+
+
+@pytest.fixture
+def other(ca: trustme.CA, tmp_path: Path) -> Checked:
+    pair = Checked(tmp_path / "other.pem", tmp_path / "other.key", b"")
+    put(ca, pair)
+    return replace(pair, leaf_sha256=leaf_of(pair.certificate))
+
+
+def test_all_sites_are_proven_and_the_first_is_the_default(pairs: list[Checked], other: Checked) -> None:
+    contexts = proven_sites(sites_of(pairs, other), ["zcp/1"])
+    assert contexts.choose("c.example") is contexts.default
+    assert contexts.choose("a.example") is contexts.choose("x.b.example") is not contexts.default
+    prove(contexts.choose("a.example"), {other.leaf_sha256}, protocol="zcp/1")
+    prove(contexts.default, {pair.leaf_sha256 for pair in pairs}, protocol="zcp/1")
+
+
+def test_the_default_may_have_names_too(pairs: list[Checked], other: Checked) -> None:
+    sites = [Site(("d.b.example",), tuple(pairs)), *sites_of(pairs, other)[1:]]
+    contexts = proven_sites(sites, ["zcp/1"])
+    assert contexts.choose("d.b.example") is contexts.default
+
+
+def test_one_bad_site_refuses_all(pairs: list[Checked], other: Checked, ca: trustme.CA) -> None:
+    put(ca, other)
+    with pytest.raises(CertificateError, match=r"other\.pem: another certificate"):
+        proven_sites(sites_of(pairs, other), ["zcp/1"])
+
+
+@pytest.mark.parametrize("again", ["a.example", "A.example."])
+def test_a_name_of_two_sites_is_refused(again: str, pairs: list[Checked], other: Checked) -> None:
+    with pytest.raises(CertificateError, match="is a name of two sites"):
+        proven_sites([*sites_of(pairs, other), Site((again,), (other,))], ["zcp/1"])
+
+
+def test_every_site_asks_for_certificates(pairs: list[Checked], other: Checked, ca: trustme.CA) -> None:
+    contexts = proven_sites(
+        sites_of(pairs, other), ["zcp/1"], client_auth="required", client_ca=ca.cert_pem.bytes()
+    )
+    assert contexts.default.verify_mode is ssl.CERT_REQUIRED
+    assert contexts.choose("a.example").verify_mode is ssl.CERT_REQUIRED
+
+
+# --- beside a server that runs --------------------------------------------------------------------------
+
+
+def test_it_runs_in_threads_at_once(pairs: list[Checked]) -> None:
+    faults: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(3):
+                proven_context(pairs, ["zcp/1"])
+        except BaseException as error:  # told in the test's own thread
+            faults.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+
+
+def test_it_takes_little_time(pairs: list[Checked]) -> None:
+    """Measured: 4 ms here, 8 with RSA-4096, of which no other thread waits for more than 4."""
+    best = 1.0
+    for _ in range(5):
+        start = time.perf_counter()
+        proven_context(pairs, ["zcp/1"])
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.05
