@@ -53,7 +53,12 @@ class Desk:
         bound: bool = False,
     ) -> OpenedSession:
         return self.registry.open(
-            user, operator=operator, client=client, address=address, wall=wall, bound=bound
+            user,
+            operator=operator,
+            client=client,
+            address=address,
+            wall=wall,
+            key="device:phone" if bound else "",
         )
 
     def refresh(

@@ -90,3 +90,15 @@ def test_it_shrinks_again() -> None:
     for number in numbers:
         table.give_back(number)
     assert (len(table), table.slab.size) == (0, CHUNK)
+
+
+def test_a_string_that_is_not_the_last_one_is_found_again() -> None:
+    table = StringTable(2 * CHUNK, 23)
+    first = table.take("a")
+    table.take("b")
+    assert table.take("a") == first
+    table.give_back(first)
+    table.give_back(first)
+    assert table.find("a") == UNKNOWN
+    table.take("c")
+    assert table.find("a") == UNKNOWN

@@ -47,6 +47,7 @@ class Lifecycle:
         "_state",
         "_table",
         "_wall",
+        "_way_cursor",
         "checks_refused",
         "expired",
         "generation",
@@ -71,6 +72,7 @@ class Lifecycle:
         self._ended: list[tuple[bytes, Code, str]] = []  # not yet announced
         self._wall = 0  # as of the last call that said it: the time of death where none is given
         self._cursor = 0
+        self._way_cursor = 0
         self._live = 0
         self.generation = 0
         self.observers: list[Observer] = []

@@ -39,18 +39,13 @@ class SessionRecord:
     key: str = ""
     """What a bound session is bound to: `device:NAME`, or `tls:` and the hex SHA-256 of a certificate's key."""
 
-    def ends_at(self, idle_ms: int | None) -> int:
-        """When its token is no longer good."""
-        if idle_ms is None:
-            return self.expires_at
-        return min(self.expires_at, self.last_used_at + idle_ms)
-
 
 @dataclass(frozen=True, slots=True)
 class EndedRecord:
     """The memory of a token that was good once, so that its holder learns what became of it."""
 
     id: bytes
+    """Empty if its session lives on with another token."""
     token_digest: bytes
     code: Code
     """TOKEN_EXPIRED, TOKEN_REVOKED or SESSION_REPLACED."""

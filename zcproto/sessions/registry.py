@@ -24,10 +24,12 @@ from hmac import compare_digest
 from typing import Final
 
 from zcproto.errors import CallError, Code, InvalidArgument, NotFound, ResourceExhausted
-from zcproto.sessions.lifecycle import Lifecycle
+from zcproto.sessions.exchange import Exchange
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, WhenFull
 from zcproto.sessions.session import (
     BOUND,
     OPERATOR,
+    NewSession,
     OpenedSession,
     Session,
     SessionInfo,
@@ -48,7 +50,7 @@ _REFRESH_REFUSED: Final = {
 }
 
 
-class SessionRegistry(Lifecycle):
+class SessionRegistry(Exchange):
     """All sessions of one process, in memory.
 
     `observers` are called with (session id, code, reason) when a live session ends: TOKEN_EXPIRED (also
@@ -115,13 +117,13 @@ class SessionRegistry(Lifecycle):
     # Opening and refreshing
 
     def open(
-        self, user: str, *, operator: bool, client: str, address: str, wall: int, bound: bool = False
+        self, user: str, *, operator: bool, client: str, address: str, wall: int, key: str = ""
     ) -> OpenedSession:
         """Open a session for a user who has proved who they are.
 
         Live and lapsed sessions together are at most `per_user`. To make room the oldest lapsed one goes
         first, without a word: it is no live token, and a user must not be locked out by what is left of
-        old logins. Only when all are live does `when_full` decide.
+        old logins. Only when all are live does `when_full` decide. A session with a `key` is bound to it.
 
         Raises:
             ResourceExhausted: the user has `details["limit"]` live sessions; or, with `retry_after_ms`,
@@ -132,16 +134,16 @@ class SessionRegistry(Lifecycle):
         _check_text("user", user)
         _check_text("client", client)
         settings, table = self._settings, self._table
-        self._make_room(user, wall)
+        self._make_room(user, wall, settings.per_user, settings.when_full)
         token, digest = self._new_token()
         refresh_token = self._entropy(TOKEN_SIZE)
         session_id = id_of(refresh_token[:FAMILY_SIZE])
         if table.ids.find(session_id) != NONE:
             raise _repeats_itself()
-        slot = table.add(user, client, address)
+        slot = table.add(user, client, address, key)
         table.tokens.put(slot, digest)
         table.ids.put(slot, session_id)
-        table.flags[slot] = (OPERATOR if operator else 0) | (BOUND if bound else 0)
+        table.flags[slot] = (OPERATOR if operator else 0) | (BOUND if key else 0)
         table.created_at[slot] = table.last_used_at[slot] = wall
         table.expires_at[slot] = wall + settings.lifetime_ms
         # Without refresh tokens the id still comes from such bytes; nobody is ever told them.
@@ -151,6 +153,55 @@ class SessionRegistry(Lifecycle):
         self.opened += 1
         self._announce()
         return self._opened(slot, token, refresh_token if settings.refresh else None)
+
+    def new_session(
+        self, user: str, *, operator: bool, client: str, address: str, wall: int, key: str = ""
+    ) -> NewSession:
+        """Tokens for a session, and what a store keeps of it. It is not known here before `restore`.
+
+        Raises InvalidArgument if the user's or the client's name is longer than MAX_TEXT.
+        """
+        _check_text("user", user)
+        _check_text("client", client)
+        settings = self._settings
+        token, digest = self._new_token()
+        refresh_token = self._entropy(TOKEN_SIZE)
+        record = SessionRecord(
+            id=id_of(refresh_token[:FAMILY_SIZE]),
+            token_digest=digest,
+            refresh_digest=digest_of(refresh_token),
+            user=user,
+            client=client,
+            address=address,
+            flags=(OPERATOR if operator else 0) | (BOUND if key else 0),
+            created_at=wall,
+            last_used_at=wall,
+            expires_at=wall + settings.lifetime_ms,
+            refresh_expires_at=wall + settings.refresh_lifetime_ms if settings.refresh else 0,
+            key=key,
+        )
+        return NewSession(record, token, refresh_token if settings.refresh else None)
+
+    def opened_session(self, new: NewSession) -> OpenedSession | None:
+        """What its holder is told, once it was restored here; None if it has ended meanwhile."""
+        slot = self._table.ids.find(new.record.id)
+        if slot == NONE or not self._is_kept(slot):
+            return None
+        self.opened += 1
+        return self._opened(slot, new.token, new.refresh_token)
+
+    def admit(self, record: SessionRecord, per_user: int, when_full: WhenFull) -> EndedRecord | None:
+        """Take in a new session as `open` does; the one that made room for it, if any.
+
+        Raises ResourceExhausted as `open`. The same record once more changes nothing.
+        """
+        wall = self._wall = record.created_at
+        if self.record(record.id) is not None:
+            return None
+        ended = self._make_room(record.user, wall, per_user, when_full)
+        self.restore(record)
+        self._announce()
+        return ended
 
     def refresh(self, refresh_token: bytes, *, client: str, address: str, wall: int) -> OpenedSession:
         """A new pair of tokens for a refresh token. Both old ones are dead from here on.
@@ -165,35 +216,130 @@ class SessionRegistry(Lifecycle):
             SessionReplaced: the session was evicted.
             InvalidArgument: the client's name is longer than MAX_TEXT.
         """
-        self._wall = wall
         _check_text("client", client)
+        slot = self._table.ids.find(id_of(refresh_token[:FAMILY_SIZE])) if _is_token(refresh_token) else NONE
+        self._check_refresh(slot, wall)
+        digest = digest_of(refresh_token)
+        if not compare_digest(digest, self._table.refresh_digest(slot)):
+            again = self.answer_again(refresh_token, client=client, address=address, wall=wall)
+            if again is not None:
+                return again
+            self._refuse_reuse(slot)
+        self._check_refresh_life(slot, wall)
+        token, token_digest = self._new_token()
+        new_refresh_token = refresh_token[:FAMILY_SIZE] + self._entropy(TOKEN_SIZE - FAMILY_SIZE)
+        self._replace(slot, token_digest, digest_of(new_refresh_token), client, address, wall)
+        return self._rotated(slot, digest, token, new_refresh_token, wall)
+
+    def new_rotation(
+        self, refresh_token: bytes, *, client: str, address: str, wall: int
+    ) -> tuple[Rotation, bytes, bytes] | None:
+        """What a store needs to refresh a session, and the new pair; None if these bytes are no refresh token.
+
+        Raises InvalidArgument if the client's name is longer than MAX_TEXT.
+        """
+        _check_text("client", client)
+        if not _is_token(refresh_token):
+            return None
+        family = refresh_token[:FAMILY_SIZE]
+        token, token_digest = self._new_token()
+        new_refresh_token = family + self._entropy(TOKEN_SIZE - FAMILY_SIZE)
+        rotation = Rotation(
+            id=id_of(family),
+            spent_digest=digest_of(refresh_token),
+            token_digest=token_digest,
+            refresh_digest=digest_of(new_refresh_token),
+            expires_at=wall + self._settings.lifetime_ms,
+            client=client,
+            address=address,
+            wall=wall,
+        )
+        return rotation, token, new_refresh_token
+
+    def rotate(self, rotation: Rotation) -> tuple[SessionRecord, bytes]:
+        """Refresh a session as `refresh` does, but for the grace: the session, and the digest of its old token.
+
+        Raises as `refresh`.
+        """
+        slot, wall = self._table.ids.find(rotation.id), rotation.wall
+        self._check_refresh(slot, wall)
+        if not compare_digest(rotation.spent_digest, self._table.refresh_digest(slot)):
+            self._refuse_reuse(slot)
+        self._check_refresh_life(slot, wall)
+        old = self._replace(
+            slot, rotation.token_digest, rotation.refresh_digest, rotation.client, rotation.address, wall
+        )
+        self._announce()
+        return self._record(slot), old
+
+    def apply_rotation(
+        self, record: SessionRecord, spent_digest: bytes, token: bytes, refresh_token: bytes, wall: int
+    ) -> OpenedSession:
+        """A store has refreshed this session: use its new pair, and keep it for the grace.
+
+        Raises TokenRevoked if the session has ended here meanwhile.
+        """
         table = self._table
-        slot = NONE
-        if len(refresh_token) == TOKEN_SIZE:
-            slot = table.ids.find(id_of(refresh_token[:FAMILY_SIZE]))
+        slot = table.ids.find(record.id)
+        if slot != NONE and self._is_kept(slot):
+            if table.tokens[slot] != record.token_digest:
+                self._replace(
+                    slot, record.token_digest, record.refresh_digest, record.client, record.address, wall
+                )
+        elif not self.restore(record):
+            raise _refused(Code.TOKEN_REVOKED)
+        slot = table.ids.find(record.id)
+        table.expires_at[slot] = record.expires_at
+        return self._rotated(slot, spent_digest, token, refresh_token, wall)
+
+    def answer_again(
+        self, refresh_token: bytes, *, client: str, address: str, wall: int
+    ) -> OpenedSession | None:
+        """The pair that was given for this refresh token a moment ago, to the same client at the same address."""
+        table = self._table
+        slot = table.ids.find(id_of(refresh_token[:FAMILY_SIZE])) if _is_token(refresh_token) else NONE
+        if slot == NONE or not self._is_kept(slot):
+            return None
+        spent = self._grace.find(table.ids[slot], digest_of(refresh_token), wall)
+        if (
+            spent is None
+            or client != table.clients[table.client[slot]]
+            or address != table.addresses[table.address[slot]]
+        ):
+            return None
+        self._announce()
+        return self._opened(slot, spent.token, spent.refresh_token)
+
+    def _check_refresh(self, slot: int, wall: int) -> None:
+        """Refuse what is no session that lives or could live again."""
+        self._wall = wall
         if slot == NONE or not self._is_kept(slot):
             raise _refused(self._refusal(slot, wall))
         if not self._settle(slot, wall):
             self._announce()
             raise _refused(Code.TOKEN_EXPIRED)
-        digest = digest_of(refresh_token)
-        if not compare_digest(digest, table.refresh_digest(slot)):
-            return self._answer_again(slot, digest, client, address, wall)
-        self._announce()
-        if wall >= table.refresh_expires_at[slot]:
-            raise _refused(Code.TOKEN_EXPIRED)
-        return self._rotate(slot, digest, refresh_token[:FAMILY_SIZE], client, address, wall)
 
-    def _rotate(
-        self, slot: int, spent: bytes, family: bytes, client: str, address: str, wall: int
-    ) -> OpenedSession:
+    def _check_refresh_life(self, slot: int, wall: int) -> None:
+        self._announce()
+        if wall >= self._table.refresh_expires_at[slot]:
+            raise _refused(Code.TOKEN_EXPIRED)
+
+    def _refuse_reuse(self, slot: int) -> None:
+        """A spent refresh token was shown: the session ends (RFC 9700 section 4.14.2)."""
+        self.refresh_reused += 1
+        self._revoke(slot, "refresh token reused")
+        self._announce()
+        raise _refused(Code.TOKEN_REVOKED)
+
+    def _replace(
+        self, slot: int, token_digest: bytes, refresh_digest: bytes, client: str, address: str, wall: int
+    ) -> bytes:
+        """Another pair for a session; the digest of the token that is dead from now on."""
         settings, table = self._settings, self._table
-        token, digest = self._new_token()
-        refresh_token = family + self._entropy(TOKEN_SIZE - FAMILY_SIZE)
         old = table.tokens[slot]
         table.tokens.remove(slot)
-        table.tokens.put(slot, digest)
-        table.set_refresh_digest(slot, digest_of(refresh_token))
+        table.tokens.put(slot, token_digest)
+        table.set_refresh_digest(slot, refresh_digest)
         table.bury_token(old, Code.TOKEN_REVOKED, wall)
         self._forget_surplus()
         table.move(slot, client, address)
@@ -202,26 +348,15 @@ class SessionRegistry(Lifecycle):
             self._live += 1
         table.last_used_at[slot] = wall
         table.expires_at[slot] = min(wall + settings.lifetime_ms, table.refresh_expires_at[slot])
-        self._grace.keep(table.ids[slot], spent, token, refresh_token, wall)
         self.generation += 1
+        return old
+
+    def _rotated(
+        self, slot: int, spent: bytes, token: bytes, refresh_token: bytes, wall: int
+    ) -> OpenedSession:
+        self._grace.keep(self._table.ids[slot], spent, token, refresh_token, wall)
         self.refreshed += 1
         return self._opened(slot, token, refresh_token)
-
-    def _answer_again(self, slot: int, digest: bytes, client: str, address: str, wall: int) -> OpenedSession:
-        """A spent refresh token was shown: within the grace the pair once more, else the session ends."""
-        table = self._table
-        spent = self._grace.find(table.ids[slot], digest, wall)
-        if (
-            spent is not None
-            and client == table.clients[table.client[slot]]
-            and address == table.addresses[table.address[slot]]
-        ):
-            self._announce()
-            return self._opened(slot, spent.token, spent.refresh_token)
-        self.refresh_reused += 1
-        self._revoke(slot, "refresh token reused")
-        self._announce()
-        raise _refused(Code.TOKEN_REVOKED)
 
     # Looking and revoking
 
@@ -272,27 +407,30 @@ class SessionRegistry(Lifecycle):
 
     # Parts
 
-    def _make_room(self, user: str, wall: int) -> None:
+    def _make_room(self, user: str, wall: int, per_user: int, when_full: WhenFull) -> EndedRecord | None:
         """See to it that the user may have one session more, and that there is a place for it."""
-        slots = [slot for slot in self._table.of_user(user) if self._settle(slot, wall)]
-        limit = self._settings.per_user
-        if len(slots) >= limit:
+        table, ended = self._table, None
+        slots = [slot for slot in table.of_user(user) if self._settle(slot, wall)]
+        if len(slots) >= per_user:
             lapsed = [slot for slot in slots if self._state[slot] == LAPSED]
             if lapsed:
-                self._end(lapsed[0], Code.TOKEN_EXPIRED, "")
-            elif self._settings.when_full == "evict_oldest":
+                slot, code, reason = lapsed[0], Code.TOKEN_EXPIRED, ""
+            elif when_full == "evict_oldest":
                 self.replaced += 1
-                self._end(slots[0], Code.SESSION_REPLACED, "replaced by a newer session")
+                slot, code, reason = slots[0], Code.SESSION_REPLACED, "replaced by a newer session"
             else:
                 self._announce()
                 raise ResourceExhausted(
-                    "the user has all sessions allowed; close one first", {"limit": limit}
+                    "the user has all sessions allowed; close one first", {"limit": per_user}
                 )
+            ended = EndedRecord(table.ids[slot], table.tokens[slot], code, wall)
+            self._end(slot, code, reason)
         if self.kept >= self._settings.max_sessions:
             self._announce()
             raise ResourceExhausted(
                 "the server has all sessions it can hold", {"retry_after_ms": _RETRY_FULL_MS}
             )
+        return ended
 
     def _new_token(self) -> tuple[bytes, bytes]:
         token = self._entropy(TOKEN_SIZE)
@@ -338,6 +476,10 @@ class SessionRegistry(Lifecycle):
 def _check_text(name: str, text: str) -> None:
     if len(text) > MAX_TEXT:
         raise InvalidArgument(f"{name} is longer than {MAX_TEXT} characters")
+
+
+def _is_token(refresh_token: bytes) -> bool:
+    return len(refresh_token) == TOKEN_SIZE
 
 
 def _refused(code: Code) -> CallError:

@@ -6,9 +6,10 @@ All times are milliseconds since the Unix epoch, all durations milliseconds. Not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from zcproto.errors import ConfigError
+from zcproto.sessions.record import SessionRecord, WhenFull
 from zcproto.sessions.token import id_text
 
 _HOUR_MS: Final = 3_600_000
@@ -29,7 +30,7 @@ class SessionSettings:
     """A token unused for this long is dead. None: no idle limit."""
     per_user: int = 5
     """Sessions a user may have, with those that only wait to be refreshed (but see `SessionRegistry.open`)."""
-    when_full: Literal["refuse", "evict_oldest"] = "refuse"
+    when_full: WhenFull = "refuse"
     """What a further login does: is refused, or ends the user's oldest session."""
     refresh: bool = True
     """Whether sessions get refresh tokens."""
@@ -145,6 +146,18 @@ class OpenedSession:
             f"OpenedSession(token=***, refresh_token={refresh}, "
             f"refresh_expires_at={self.refresh_expires_at}, session={self.session!r})"
         )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class NewSession:
+    """A session that a store is asked to keep, with the tokens, which are shown this once."""
+
+    record: SessionRecord
+    token: bytes
+    refresh_token: bytes | None
+
+    def __repr__(self) -> str:
+        return f"NewSession(record={self.record!r}, token=***, refresh_token=***)"
 
 
 @dataclass(frozen=True, slots=True)

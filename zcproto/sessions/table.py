@@ -36,13 +36,14 @@ NONE: Final = -1
 # The record. What a check reads comes first, to be in few lines of the processor's cache.
 _TOKEN, _EXPIRES_AT, _LAST_USED_AT, _TOKEN_NEXT, _USER, _STATE, _FLAGS = 0, 32, 40, 48, 52, 56, 57
 _CLIENT, _ID, _ID_NEXT, _ADDRESS, _CREATED_AT, _REFRESH_EXPIRES_AT = 60, 64, 80, 84, 88, 96
-_BEFORE, _AFTER, _REFRESH = 104, 108, 112
-RECORD_SIZE: Final = 144
+_BEFORE, _AFTER, _REFRESH, _KEY = 104, 108, 112, 144
+RECORD_SIZE: Final = 152
 HOT: Final = Struct("@32xQQ4xiBB6x16s")
 """What a check reads of a record: expires_at, last_used_at, user, state, flags, id."""
 
 _NAME_BYTES: Final = 23
 _ADDRESS_BYTES: Final = 39  # the longest IPv6 address as text
+_KEY_BYTES: Final = 71  # `tls:` with a digest in hex
 
 
 class SessionTable:
@@ -62,6 +63,8 @@ class SessionTable:
         "expires_at",
         "flags",
         "ids",
+        "key",
+        "keys",
         "last_used_at",
         "refresh_expires_at",
         "slab",
@@ -83,6 +86,7 @@ class SessionTable:
         self.user = slab.column("i", _USER)
         self.client = slab.column("i", _CLIENT)
         self.address = slab.column("i", _ADDRESS)
+        self.key = slab.column("i", _KEY)  # NONE: the session is not bound
         self._before = slab.column("i", _BEFORE)
         self._after = slab.column("i", _AFTER)
         self.tokens = DigestIndex(slab, offset=_TOKEN, width=DIGEST_SIZE, next_=_TOKEN_NEXT)
@@ -90,12 +94,13 @@ class SessionTable:
         self.users = StringTable(capacity, _NAME_BYTES)  # the mark is the user's oldest session
         self.clients = StringTable(capacity, _NAME_BYTES)
         self.addresses = StringTable(capacity, _ADDRESS_BYTES)
+        self.keys = StringTable(capacity, _KEY_BYTES)
         self.dead_first = NONE
         self.dead = 0
 
     # Sessions
 
-    def add(self, user: str, client: str, address: str) -> int:
+    def add(self, user: str, client: str, address: str, key: str = "") -> int:
         """A slot for a live session at the end of its user's list. The caller fills in the rest."""
         slot = self.slab.take()
         number = self.users.take(user)
@@ -105,7 +110,16 @@ class SessionTable:
         self.user[slot] = number
         self.client[slot] = self.clients.take(client)
         self.address[slot] = self.addresses.take(address)
+        self.key[slot] = self.keys.take(key) if key else NONE
         return slot
+
+    def drop(self, slot: int) -> None:
+        """Give up a live or lapsed session without a memory of it."""
+        self._leave(slot)
+        self.tokens.remove(slot)
+        self.ids.remove(slot)
+        self.state[slot] = FREE
+        self.slab.give_back(slot)
 
     def move(self, slot: int, client: str, address: str) -> None:
         """Note that a session is now used by this client from this address."""
@@ -132,12 +146,18 @@ class SessionTable:
 
     def bury(self, slot: int, code: Code, died_at: int) -> None:
         """Turn a live or lapsed session into the memory of one, to be answered with `code`."""
+        self._leave(slot)
+        self._mourn(slot, code, died_at)
+
+    def _leave(self, slot: int) -> None:
+        """Take a session from its user's list, and give up its strings."""
         number = self.user[slot]
         self.users.marks[number] = self._unlink(self.users.marks[number], slot)
         self.users.give_back(number)
         self.clients.give_back(self.client[slot])
         self.addresses.give_back(self.address[slot])
-        self._mourn(slot, code, died_at)
+        if self.key[slot] != NONE:
+            self.keys.give_back(self.key[slot])
 
     def bury_token(self, digest: bytes, code: Code, died_at: int) -> None:
         """Remember a single token, whose session lives on with another."""
@@ -165,7 +185,7 @@ class SessionTable:
 
     def trim(self) -> None:
         """Give back memory that is not needed any more, a part of it in each call."""
-        for slab in (self.slab, self.users.slab, self.clients.slab, self.addresses.slab):
+        for slab in (self.slab, self.users.slab, self.clients.slab, self.addresses.slab, self.keys.slab):
             slab.trim()
 
     # Circular doubly linked lists; a list is known by its first slot.
