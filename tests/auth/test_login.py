@@ -49,7 +49,7 @@ def test_who_has_the_key_is_let_in_without_a_wait(login: Login, key: str) -> Non
 def test_everyone_else_gets_the_same_answer(login: Login, user: str, text: str) -> None:
     with pytest.raises(Unauthenticated) as caught:
         ask(login, user, text)
-    assert caught.value.message == "the login was not accepted; check the name and the key"
+    assert caught.value.message == "the login was not accepted; check the name, and the key or certificate"
     assert caught.value.details == {}
 
 
@@ -57,7 +57,7 @@ def test_one_function_says_no_in_the_same_words() -> None:
     login = Login([CallableAuthenticator("own", never)], Throttle())
     with pytest.raises(Unauthenticated) as caught:
         drive(login.open({"scheme": "own"}, ADDRESS, NOW))
-    assert caught.value.message == "the login was not accepted; check the name and the key"
+    assert caught.value.message == "the login was not accepted; check the name, and the key or certificate"
 
 
 # Schemes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from zcproto.certs import client_user
 from zcproto.certs.clients import USER_KINDS, user_of
 from zcproto.errors import CertificateError
 
-from .support import build, der
+from .support import DAY, NOW, build, der
 
 SAN_OID = x509.ObjectIdentifier("2.5.29.17")
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -226,6 +227,14 @@ def test_an_extension_that_cannot_be_read_names_nobody(extension: bytes) -> None
     certificate = der(build(KEY, extensions=[x509.UnrecognizedExtension(SAN_OID, extension)]))
     with pytest.raises(CertificateError):
         user_of(certificate, "dns")
+
+
+def test_its_end_is_checked_for_a_time() -> None:
+    certificate = named(x509.DNSName("ada"))
+    end = NOW.replace(microsecond=0) + DAY
+    assert user_of(certificate, "dns", end) == "ada"
+    with pytest.raises(CertificateError, match="expired on 2026-06-02 12:30 UTC"):
+        user_of(certificate, "dns", end + timedelta(seconds=1))
 
 
 def test_bytes_that_are_no_certificate_name_nobody() -> None:

@@ -4,21 +4,19 @@ What this file decides: whether the key is the user's.
 
 Rules:
 - An unknown user, a wrong key and a text that is no key take the same steps: one digest, one comparison.
-- The file of users is looked at (one stat) at each login and read again when it changed, in a thread.
-  While nothing changed, `authenticate` never suspends.
-- A file gone bad leaves the users as they were, and is told of once.
+- While the file of users does not change, `authenticate` never suspends.
 
 It must not know: how often someone tried.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from hmac import compare_digest
 from typing import Any, Final
 
-from zcproto.auth.identity import MAX_USER, Identity
+from zcproto.auth.current_users import CurrentUsers
+from zcproto.auth.identity import MAX_USER, Identity, PeerCertificate, no_certificate
 from zcproto.auth.users import UserFile
 from zcproto.clock import Entropy, system_entropy
 from zcproto.errors import ConfigError, InvalidArgument
@@ -34,13 +32,12 @@ _NO_KEY: Final = bytes(TOKEN_SIZE)
 class ApiKeyAuthenticator:
     """Checks API keys against a file of users.
 
-    `on_fault` is called with the fault when the file turns out to be unreadable while the server runs,
-    once for each version of the file; `on_recovered` when it is good again.
+    `on_fault` and `on_recovered` are for CurrentUsers, which `users` is for other authenticators to share.
     """
 
     scheme: Final = "api_key"
 
-    __slots__ = ("_faulty", "_nobody", "_on_fault", "_on_recovered", "_reading", "_users")
+    __slots__ = ("_nobody", "users")
 
     def __init__(
         self,
@@ -50,40 +47,20 @@ class ApiKeyAuthenticator:
         on_recovered: Callable[[], None] | None = None,
         entropy: Entropy = system_entropy,
     ) -> None:
-        self._users = users
-        self._on_fault = on_fault
-        self._on_recovered = on_recovered
+        self.users: Final = CurrentUsers(users, on_fault=on_fault, on_recovered=on_recovered)
         self._nobody = entropy(DIGEST_SIZE)  # what unknown users are compared with; no key has this digest
-        self._reading = asyncio.Lock()
-        self._faulty = False
 
-    async def authenticate(self, params: Mapping[str, Any], address: str) -> Identity | None:
+    async def authenticate(
+        self, params: Mapping[str, Any], address: str, certificate: PeerCertificate = no_certificate
+    ) -> Identity | None:
         user, key = _fields(params)
-        if self._users.changed():
-            await self._read_again()
-        known = self._users.find(user)
+        known = await self.users.find(user)
         secret = token_from_text(key)
         digest = digest_of(_NO_KEY if secret is None else secret)
         fits = compare_digest(digest, self._nobody if known is None else known.digest)
         if not fits or known is None or secret is None:
             return None
         return Identity(user, known.operator)
-
-    async def _read_again(self) -> None:
-        """Take in the changed file. Logins that come meanwhile wait for the same reading."""
-        async with self._reading:
-            if not self._users.changed():
-                return
-            try:
-                await asyncio.to_thread(self._users.reload)
-            except ConfigError as fault:
-                self._faulty = True
-                self._on_fault(fault)
-                return
-        if self._faulty:
-            self._faulty = False
-            if self._on_recovered is not None:
-                self._on_recovered()
 
 
 def _fields(params: Mapping[str, Any]) -> tuple[str, str]:

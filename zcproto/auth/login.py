@@ -1,6 +1,8 @@
 """What a login goes through: its scheme, the throttle, the authenticator.
 
 Rules:
+- Failures are counted for the user whom the login is of: by its fields, or by the client's certificate if
+  the authenticator goes by that.
 - Whoever has not proved who they are gets one answer, whatever the cause (wire.md section 7).
 - A login refused by the throttle is not looked at, and says when to come back.
 - At most 16 logins of one user may be undecided at once, so that many guesses sent together, to an
@@ -16,7 +18,14 @@ from collections.abc import Awaitable, Iterable, Mapping
 from inspect import isawaitable
 from typing import Any, Final
 
-from zcproto.auth.identity import MAX_USER, Authenticator, Identity
+from zcproto.auth.identity import (
+    MAX_USER,
+    Authenticator,
+    Identity,
+    NamesUser,
+    PeerCertificate,
+    no_certificate,
+)
 from zcproto.auth.throttle import Throttle
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
 
@@ -40,8 +49,16 @@ class Login:
         self._throttle = throttle
         self._undecided: dict[str, int] = {}
 
-    async def open(self, params: Mapping[str, Any], address: str, now: float) -> Identity:
-        """Who the client at `address` is, by the fields of `session.open`. `now` is monotonic seconds.
+    async def open(
+        self,
+        params: Mapping[str, Any],
+        address: str,
+        now: float,
+        certificate: PeerCertificate = no_certificate,
+    ) -> Identity:
+        """Who the client at `address` is, by the fields of `session.open` and by its certificate.
+
+        `now` is monotonic seconds.
 
         Suspends only if the authenticator does.
 
@@ -51,13 +68,15 @@ class Login:
             InvalidArgument: the scheme is not offered, or its fields are missing or of the wrong type.
         """
         authenticator = self._authenticator(params)
-        name = _name(params)
+        name = (
+            authenticator.user_named(certificate) if isinstance(authenticator, NamesUser) else _name(params)
+        )
         self._admit(name, address, now)
-        answer = authenticator.authenticate(params, address)
+        answer = authenticator.authenticate(params, address, certificate)
         identity = await self._decision(name, answer) if isawaitable(answer) else answer
         if identity is None:
             self._throttle.failed(name, address, now)
-            raise Unauthenticated("the login was not accepted; check the name and the key")
+            raise Unauthenticated("the login was not accepted; check the name, and the key or certificate")
         self._throttle.succeeded(name, address, now)
         return identity
 

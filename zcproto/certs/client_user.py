@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import datetime
 from typing import Final
 
 from cryptography import x509
@@ -45,14 +46,18 @@ _URI: Final = re.compile(
 )
 
 
-def user_of(certificate_der: bytes, kind: str) -> str:
+def user_of(certificate_der: bytes, kind: str, now: datetime | None = None) -> str:
     """The user whom a certificate names by its one entry of `kind`.
 
+    TLS checks the dates when the client connects. With `now`, an aware time, the end is checked once more: a
+    connection can outlive the certificate.
     Raises CertificateError that says why it names nobody. It quotes nothing of the certificate, which is
     somebody else's.
     """
     entry_type, normal = _KINDS[kind]
-    values = _entries(certificate_der, entry_type)
+    values, not_after = _read(certificate_der, entry_type)
+    if now is not None and now > not_after:
+        raise CertificateError(f"the client's certificate expired on {not_after:%Y-%m-%d %H:%M} UTC")
     if len(values) != 1:
         raise CertificateError(
             f"the client's certificate has {len(values)} SubjectAltName entries of kind {kind};"
@@ -71,15 +76,20 @@ def is_dns_user(name: str) -> bool:
     return len(name) <= MAX_USER and _DNS_NAME.fullmatch(name) is not None
 
 
-def _entries(certificate_der: bytes, entry_type: _EntryType) -> list[str]:
+def _read(certificate_der: bytes, entry_type: _EntryType) -> tuple[list[str], datetime]:
+    """The entries of one kind, and when the certificate ends."""
     if len(certificate_der) > MAX_CERTIFICATE_BYTES:
         raise CertificateError(f"the client's certificate is larger than {MAX_CERTIFICATE_BYTES} bytes")
     try:
         certificate = x509.load_der_x509_certificate(certificate_der)
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return [entry.value for entry in names if isinstance(entry, entry_type)]
-    except x509.ExtensionNotFound:
-        return []
+        names = [
+            entry
+            for extension in certificate.extensions
+            if isinstance(extension.value, x509.SubjectAlternativeName)
+            for entry in extension.value
+        ]
+        values = [entry.value for entry in names if isinstance(entry, entry_type)]
+        return values, certificate.not_valid_after_utc
     except UNREADABLE as error:
         raise CertificateError("the client's certificate cannot be read") from error
 

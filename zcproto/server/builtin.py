@@ -56,7 +56,9 @@ def protocol_methods(
     async def session_open(context: Context, scheme: str, client: str = "", **fields: Any) -> dict[str, Any]:
         """Open a session: `scheme`, the scheme's own fields, and `client` as product/version."""
         _check_client(client)
-        identity = await login.open({"scheme": scheme, **fields}, context.peer, context.now())
+        identity = await login.open(
+            {"scheme": scheme, **fields}, context.peer, context.now(), context.peer_certificate
+        )
         opened = registry.open(
             identity.user,
             operator=identity.operator,

@@ -40,6 +40,10 @@ class Context:
         """The peer's network address as text, without the port."""
         return self._protocol.peer
 
+    def peer_certificate(self) -> bytes | None:
+        """The client's certificate in this connection, which TLS has verified, in DER form; None without one."""
+        return self._protocol.peer_certificate()
+
     @property
     def method(self) -> str:
         return self._request.method

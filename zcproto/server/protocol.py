@@ -26,7 +26,7 @@ from zcproto.wire.message import MessageError, encode_body, encode_error
 if TYPE_CHECKING:
     from zcproto.server.app import Method
     from zcproto.server.serving import Serving
-    from zcproto.tls.transport import TlsTransport
+    from zcproto.tls.server import TlsServerTransport
 
 SENT_AT_ONCE: Final = 4_096
 """An answer of this size is not gathered with others: back-pressure must be felt before the next is made."""
@@ -60,7 +60,7 @@ class ServerProtocol(asyncio.Protocol):
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._transport: TlsTransport | None = None
+        self._transport: TlsServerTransport | None = None
         self._connection: ServerConnection | None = None
         self._suspended: Iterator[ServerEvent] | None = None  # requests that wait until the peer reads
         self._paused_since: float | None = None  # or since the peer last took its least
@@ -77,11 +77,15 @@ class ServerProtocol(asyncio.Protocol):
     def wall(self) -> int:
         return self._serving.clock.wall()
 
+    def peer_certificate(self) -> bytes | None:
+        """The client's certificate, read from the connection: nothing is kept here. None without one."""
+        return None if self._transport is None else self._transport.peer_certificate()
+
     # --- the transport's calls ---------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         serving = self._serving
-        self._transport = cast("TlsTransport", transport)
+        self._transport = cast("TlsServerTransport", transport)
         self.peer = self._transport.peer
         self._transport.set_write_buffer_limits(high=serving.write_buffer_bytes)
         wall, now = serving.clock.wall(), serving.clock.now()
