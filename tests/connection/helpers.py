@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from zcproto.connection.client import ClientConnection
-from zcproto.connection.events import ClientEvent, Welcomed
+from zcproto.connection.events import ClientEvent, ConnectionEnded, Welcomed
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import NO_TOKEN, PONG, WELCOME, RawFrame, Side, encode_frame
 from zcproto.wire.message import encode_body
 
 from ..helpers import NOW, SALT, WALL
 
+TOKEN = b"k" * 32
 GREETING: dict[str, Any] = {
     "server": "zcproto",
     "versions": [1],
@@ -76,3 +77,10 @@ class Conversation:
 
     def stale(self, head: int = PONG, stream: int = 0, body: bytes = b"", **fields: Any) -> list[ClientEvent]:
         return self.say(head, stream, body, timestamp=self.wall + self.server_ahead_ms + 30_001, **fields)
+
+
+def ended(events: list[ClientEvent]) -> ConnectionEnded:
+    """The last event, which is the end of the connection."""
+    event = events[-1]
+    assert isinstance(event, ConnectionEnded)
+    return event

@@ -1,0 +1,36 @@
+"""A client and a server, each at its end."""
+
+from __future__ import annotations
+
+import pytest
+
+from zcproto.connection.client import ClientConnection
+from zcproto.connection.events import GoAwayReceived, ResponseReceived, Welcomed
+from zcproto.connection.server import ServerConnection
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.wire.message import encode_body
+
+from ..helpers import NOW, SALT, WALL, small_registry
+
+
+@pytest.fixture
+def ends() -> tuple[ClientConnection, ServerConnection]:
+    server = ServerConnection(ConnectionSettings(), small_registry(), salt=SALT, wall=WALL, now=NOW)
+    client = ClientConnection()
+    assert [type(event) for event in client.receive_data(server.data_to_send(), WALL, NOW)] == [Welcomed]
+    return client, server
+
+
+def test_the_two_ends_understand_each_other(ends: tuple[ClientConnection, ServerConnection]) -> None:
+    client, server = ends
+    stream = client.request("echo", {"x": 1}, wall=WALL)
+    client.ping(WALL)
+    events = server.receive_data(client.data_to_send(), WALL, NOW)
+    request = next(events)
+    server.respond(request, encode_body(request.params), WALL)
+    assert list(events) == []
+    server.go_away("draining", 5, WALL)
+    assert list(client.receive_data(server.data_to_send(), WALL, NOW)) == [
+        ResponseReceived(stream, {"x": 1}),
+        GoAwayReceived("draining", 5),
+    ]
