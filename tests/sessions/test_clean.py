@@ -1,4 +1,4 @@
-"""Cleaning in slices, and memory that does not pile up."""
+"""Cleaning in slices: what time has ended, and what need not be remembered any more."""
 
 from __future__ import annotations
 

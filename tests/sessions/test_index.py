@@ -1,4 +1,4 @@
-"""The hash indexes against a dict."""
+"""The hash indexes: what is entered is found, and they grow and shrink with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings and records."""
+"""Settings and their ranges; records, and that they show no secret."""
 
 from __future__ import annotations
 

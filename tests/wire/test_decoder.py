@@ -1,4 +1,4 @@
-"""The decoder: what it keeps, how its limit changes, and that its work is linear."""
+"""The decoder: what it keeps, and how its limit changes."""
 
 from __future__ import annotations
 
