@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any, Final, Protocol
 
-from zcproto.errors import Code, ProtocolError
+from zcproto.errors import Code, ConfigError, ProtocolError
 from zcproto.wire.frame import TOKEN_SIZE
 
 _MS: Final = 1000
@@ -37,6 +37,37 @@ class ApiKey:
 
     def params(self) -> dict[str, Any]:
         return {"scheme": "api_key", "user": self.user, "key": self._key}
+
+
+class Certificate:
+    """The client certificate that each connection shows. `user` is whom it must name, if that is to be checked."""
+
+    __slots__ = ("user",)
+
+    def __init__(self, user: str | None = None) -> None:
+        self.user = user
+
+    def __repr__(self) -> str:
+        return f"Certificate(user={self.user!r})"
+
+    def params(self) -> dict[str, Any]:
+        return {"scheme": "tls"} if self.user is None else {"scheme": "tls", "user": self.user}
+
+
+def choose_credentials(user: str | None, key: str | None, *, has_certificate: bool) -> Credentials | None:
+    """What opens sessions: the key, or without one the certificate; None if there is neither.
+
+    Raises ConfigError for a user without either, and for a key without its user.
+    """
+    if key is not None and user is not None:
+        return ApiKey(user, key)
+    if key is not None:
+        raise ConfigError(["key: give its user, too"])
+    if has_certificate:
+        return Certificate(user)
+    if user is not None:
+        raise ConfigError(["user: give its key, or a certificate"])
+    return None
 
 
 class ClientSession:

@@ -88,10 +88,10 @@ class SessionKeeper:
     def want(self) -> None:
         """From here on calls need a session. What was over is forgotten, and so is a session that was refused.
 
-        Raises Unauthenticated if there is no key to open one with.
+        Raises Unauthenticated if there is nothing to open one with.
         """
         if self._credentials is None:
-            raise Unauthenticated("this client has no user and key to open a session with")
+            raise Unauthenticated("this client has neither a key nor a certificate to open a session with")
         self._is_wanted = True
         self._over = None
         if self.session is not None and self.token == self._unknown_token:
