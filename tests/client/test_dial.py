@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from zcproto.client.connect import connect
-from zcproto.client.dial import LoopShare, Trust, _cause, _shares
+from zcproto.client.dial import MAX_CONTEXTS, LoopShare, Trust, _cause, _shares
 from zcproto.errors import CannotConnect, CertificateError, Code, ConfigError, ConnectionClosed, TlsError
 
 from ..conftest import ServerPairs
@@ -141,6 +141,8 @@ async def test_a_ca_file_that_was_replaced_is_read_again(
         {"verify": False, "pins": [WRONG_PIN]},
         {"verify": False, "system_store": True},
         {"ca_file": Path("ca.crt"), "system_store": True},
+        {"key_file": Path("client.key")},
+        {"key_passphrase": "hunter2"},
     ],
 )
 def test_trust_that_contradicts_itself_is_refused(options: dict[str, Any]) -> None:
@@ -167,6 +169,32 @@ async def test_clients_that_trust_the_same_share_a_context(ca_file: Path) -> Non
     assert trust(pins=[WRONG_PIN]).verify_mode is ssl.CERT_NONE
     assert trust() is trust(system_store=True)
     assert len({id(trust(ca_file=ca_file)), id(trust()), id(trust(verify=False))}) == 3
+
+
+async def test_a_ca_file_that_is_gone_is_never_replaced_by_another_trust(
+    ca_file: Path, tmp_path: Path
+) -> None:
+    share = LoopShare(asyncio.get_running_loop())
+    authority = tmp_path / "ca.crt"
+    shutil.copy(ca_file, authority)
+    usual: dict[str, Any] = {"pins": (), "system_store": False, "verify": True}
+    Trust(ca_file=None, **usual).context(share.contexts)
+    Trust(ca_file=authority, **usual).context(share.contexts)
+    authority.unlink()
+    with pytest.raises(CertificateError, match=r"ca\.crt"):
+        Trust(ca_file=authority, **usual).context(share.contexts)
+
+
+async def test_the_contexts_that_are_kept_are_bounded(ca_file: Path, tmp_path: Path) -> None:
+    share = LoopShare(asyncio.get_running_loop())
+    usual: dict[str, Any] = {"pins": (), "system_store": False, "verify": True}
+    for number in range(MAX_CONTEXTS + 3):
+        link = tmp_path / f"{number}.pem"
+        link.symlink_to(ca_file)
+        trust = Trust(ca_file=link, **usual)
+        newest = trust.context(share.contexts)
+    assert len(share.contexts) == MAX_CONTEXTS
+    assert trust.context(share.contexts) is newest
 
 
 # --- the sts policy ----------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from zcproto.errors import (
     ZcprotoError,
 )
 from zcproto.home import resolve_home
+from zcproto.tls.context import Passphrase
 from zcproto.wire.frame import NO_TOKEN
 
 DEFAULT_TIMEOUT: Final = 30.0
@@ -69,10 +70,13 @@ class Client:
         user: str | None = None,
         key: str | None = None,
         ca_file: str | Path | None = None,
-        pins: Iterable[str] = (),
+        pins: Iterable[str] | str = (),
         system_store: bool = False,
         verify: bool = True,
         server_hostname: str | None = None,
+        certificate: str | Path | None = None,
+        key_file: str | Path | None = None,
+        key_passphrase: Passphrase | None = None,
         session: bool = True,
         timeout: float | None = DEFAULT_TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
@@ -104,6 +108,9 @@ class Client:
                 pins=pins,
                 system_store=system_store,
                 verify=verify,
+                certificate=None if certificate is None else Path(certificate),
+                key_file=None if key_file is None else Path(key_file),
+                key_passphrase=key_passphrase,
             ),
             _known_hosts(home),
             server_hostname=host,

@@ -8,6 +8,7 @@ from pathlib import Path
 from zcproto.client.blocking import BlockingClient
 from zcproto.client.client import CONNECT_TIMEOUT, DEFAULT_TIMEOUT, Client
 from zcproto.client.events import Event
+from zcproto.tls.context import Passphrase
 
 
 def connect(
@@ -16,10 +17,13 @@ def connect(
     user: str | None = None,
     key: str | None = None,
     ca_file: str | Path | None = None,
-    pins: Iterable[str] = (),
+    pins: Iterable[str] | str = (),
     system_store: bool = False,
     verify: bool = True,
     server_hostname: str | None = None,
+    certificate: str | Path | None = None,
+    key_file: str | Path | None = None,
+    key_passphrase: Passphrase | None = None,
     session: bool = True,
     timeout: float | None = DEFAULT_TIMEOUT,
     connect_timeout: float = CONNECT_TIMEOUT,
@@ -34,11 +38,16 @@ def connect(
 
     user, key         whose session is opened; without them only public methods can be called
     ca_file           the CA whose certificates are believed; without it and pins, the system's store is asked
-    pins              `sha256/BASE64` of the server's public key (several: the ones to come), or `cert-sha256/...`;
+    pins              `sha256/BASE64` of the server's public key (several: the ones to come), or `cert-sha256/...`,
+                      as a list, or as one text between commas or white space;
                       with `ca_file` or `system_store` on top of it, else in its place: then dates and name of
                       the certificate are still checked
     verify            False believes any server. Refused for hosts that were seen with an `sts` policy
     server_hostname   the name that the certificate must be for, if not the host's
+    certificate       PEM file of this client's certificate, for servers that ask for one, with the CAs between it
+                      and the one that they know; read again for the next connection when it was renewed
+    key_file          its key, which must be its owner's alone; without it the key is in the same file
+    key_passphrase    of an encrypted key: a text, or a function that returns it and is called when it is needed
     session           False opens none at connecting; `open_session` does later
     timeout           of a call, in seconds, unless the call says another; None waits for ever
     connect_timeout   of one attempt to connect, in seconds
@@ -58,6 +67,9 @@ def connect(
         system_store=system_store,
         verify=verify,
         server_hostname=server_hostname,
+        certificate=certificate,
+        key_file=key_file,
+        key_passphrase=key_passphrase,
         session=session,
         timeout=timeout,
         connect_timeout=connect_timeout,
@@ -73,10 +85,13 @@ def connect_blocking(
     user: str | None = None,
     key: str | None = None,
     ca_file: str | Path | None = None,
-    pins: Iterable[str] = (),
+    pins: Iterable[str] | str = (),
     system_store: bool = False,
     verify: bool = True,
     server_hostname: str | None = None,
+    certificate: str | Path | None = None,
+    key_file: str | Path | None = None,
+    key_passphrase: Passphrase | None = None,
     session: bool = True,
     timeout: float | None = DEFAULT_TIMEOUT,
     connect_timeout: float = CONNECT_TIMEOUT,
@@ -99,6 +114,9 @@ def connect_blocking(
             system_store=system_store,
             verify=verify,
             server_hostname=server_hostname,
+            certificate=certificate,
+            key_file=key_file,
+            key_passphrase=key_passphrase,
             session=session,
             timeout=timeout,
             connect_timeout=connect_timeout,

@@ -9,59 +9,120 @@ import re
 import socket
 import ssl
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
 from zcproto.client.address import Address
 from zcproto.client.known_hosts import KnownHosts
 from zcproto.client.protocol import ClientProtocol, Owner
+from zcproto.client.retry import may_pass
 from zcproto.clock import Clock
 from zcproto.connection.client import ClientConnection
 from zcproto.deadlines import DeadlineWheel
-from zcproto.errors import CannotConnect, ConfigError, TlsError
+from zcproto.errors import CannotConnect, CertificateError, ConfigError, ConnectionClosed, TlsError
 from zcproto.tls.client import TlsConnector
-from zcproto.tls.context import client_context
-from zcproto.tls.pins import parse_pins
+from zcproto.tls.context import Passphrase, client_context
+from zcproto.tls.pins import CERTIFICATE_PREFIX, MAX_PINS, parse_pins
 from zcproto.tls.transport import ReceiveBuffer
 
 log: Final = logging.getLogger("zcproto.client")
 
 
-ContextKey = tuple[str, int] | bool
-"""A CA file and when it was written; else whether the system's store is trusted, or nothing checked."""
+MAX_CONTEXTS: Final = 64
+"""Contexts kept for clients to come; connections hold their own."""
+
+FilesAndOptions = tuple[object, ...]
+Stamp = tuple[object, ...]
+Contexts = dict[FilesAndOptions, tuple[Stamp, ssl.SSLContext]]
+"""Contexts by what they are made of, each with the state in which its files were."""
 
 
 class Trust:
-    """Which servers are believed: those of a CA file or of the system's store, those with a pin, or both.
+    """Which servers are believed: those of a CA file or of the system's store, those with a pin, or both; and the
+    certificate that is shown to those that ask for one.
 
     With `verify` off any server is believed. Raises ConfigError for what contradicts itself, TlsError for a
     malformed pin.
     """
 
-    __slots__ = ("ca_file", "pins", "system_store", "verify")
+    __slots__ = ("ca_file", "certificate", "key_file", "key_passphrase", "pins", "system_store", "verify")
 
     def __init__(
-        self, *, ca_file: Path | None, pins: Iterable[str], system_store: bool, verify: bool
+        self,
+        *,
+        ca_file: Path | None,
+        pins: Iterable[str] | str,
+        system_store: bool,
+        verify: bool,
+        certificate: Path | None = None,
+        key_file: Path | None = None,
+        key_passphrase: Passphrase | None = None,
     ) -> None:
         self.ca_file = ca_file
         self.pins = parse_pins(pins)
         self.system_store = system_store or not (ca_file or self.pins)
         self.verify = verify
+        self.certificate = certificate
+        self.key_file = key_file
+        self.key_passphrase = key_passphrase
         if not verify and (ca_file or self.pins or system_store):
             raise ConfigError(["verify=False: leave out ca_file, pins and system_store, or leave it on"])
         if ca_file and system_store:
             raise ConfigError(["ca_file and system_store: trust one of them"])
+        if certificate is None and (key_file is not None or key_passphrase is not None):
+            raise ConfigError(["key_file and key_passphrase belong to a certificate: give it, too"])
+        if len(self.pins) == 1:
+            _warn_of_single_pin(*self.pins)
 
-    def context(self, known: dict[ContextKey, ssl.SSLContext]) -> ssl.SSLContext:
-        """The context, or one of those known if it trusts the same. Reads the disk. Raises CertificateError."""
+    def context(self, known: Contexts) -> ssl.SSLContext:
+        """The context, or one of those known if it is the same. Reads the disk. Raises CertificateError.
+
+        Files are looked at each time: of a certificate that was renewed the next connection makes use. One that
+        cannot be used, as it is for a moment between its two files, leaves the one from before in its place.
+        """
         by_ca = self.verify and (self.ca_file is not None or self.system_store)
-        key: ContextKey = by_ca
-        if self.ca_file is not None and self.ca_file.exists():
-            key = str(self.ca_file), self.ca_file.stat().st_mtime_ns
-        context = known.get(key)
-        if context is None:
-            context = known[key] = client_context(ca_file=self.ca_file, verify=by_ca)
-        return context
+        files = (self.ca_file, self.certificate, self.key_file)
+        made_of = (by_ca, *files, self.key_passphrase)
+        stamp = tuple(map(_stamp, files))  # before they are read: what changes later is seen next time
+        found = known.get(made_of)
+        if found is None or found[0] != stamp:
+            try:
+                context = client_context(
+                    ca_file=self.ca_file,
+                    verify=by_ca,
+                    certificate=self.certificate,
+                    key=self.key_file,
+                    passphrase=self.key_passphrase,
+                )
+            except CertificateError as error:
+                if found is None or found[0][0] != stamp[0]:  # what is trusted is never taken from the past
+                    raise
+                log.warning("%s; until that is mended, the certificate from before is shown", error)
+                return found[1]
+            found = known[made_of] = stamp, context
+            if len(known) > MAX_CONTEXTS:
+                known.pop(next(iter(known)), None)
+        return found[1]
+
+
+def _stamp(file: Path | None) -> tuple[int, int, int] | None:
+    try:
+        status = None if file is None else file.stat()
+    except OSError:
+        return None  # whoever reads it says so
+    return None if status is None else (status.st_mtime_ns, status.st_ino, status.st_size)
+
+
+@lru_cache(MAX_PINS)
+def _warn_of_single_pin(pin: str) -> None:
+    """Once for each pin: a client that is made again and again need not say it each time."""
+    log.warning(
+        "%s is the only pin: when the server's %s is renewed or lost, this client is locked out until its pins are"
+        " changed; add the pin of the server's next key as a backup",
+        pin,
+        "certificate" if pin.startswith(CERTIFICATE_PREFIX) else "key",
+    )
 
 
 class LoopShare:
@@ -72,7 +133,7 @@ class LoopShare:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.buffer = ReceiveBuffer()
         self.wheel = DeadlineWheel(loop)
-        self.contexts: dict[ContextKey, ssl.SSLContext] = {}
+        self.contexts: Contexts = {}
         self.users = 0
 
 
@@ -163,6 +224,18 @@ class Dialer:
                 if error is not None:
                     raise error
                 await link.welcomed
+        except ConnectionClosed as closed:
+            # In TLS 1.3 a server refuses a client's certificate after the client's handshake: by an alert, or by a
+            # plain close where it has no alert for it.
+            refusal = transport.error
+            if refusal is not None and not may_pass(refusal.failure):
+                raise refusal from None
+            if closed.clean and self._trust.certificate is not None:
+                raise ConnectionClosed(
+                    f"{closed.reason} before its WELCOME: it may not take the certificate of this client",
+                    clean=True,
+                ) from None
+            raise
         except TimeoutError:
             transport.abort()
             raise CannotConnect(f"{self.address}: no answer within {self._connect_timeout:g} s") from None

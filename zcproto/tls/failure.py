@@ -106,7 +106,8 @@ _MESSAGE: Final = re.compile(r"\[SSL\] (.*?)( \(_ssl\.c:\d+\))?")
 def _name_in(message: str) -> str:
     """OpenSSL's name for a reason, from its words. A Python built for an older OpenSSL has the words only."""
     found = _MESSAGE.fullmatch(message)
-    return found[1].upper().replace(" ", "_") if found else ""
+    # As of OpenSSL 3.2 the words say "ssl/tls" where the names go on saying SSLV3.
+    return found[1].upper().replace(" ", "_").replace("SSL/TLS_", "SSLV3_") if found else ""
 
 
 def reason_of(error: ssl.SSLError) -> str:

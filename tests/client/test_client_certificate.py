@@ -1,0 +1,354 @@
+"""A client with a certificate of its own, over loopback: shown, refused with a reason, renewed while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from zcproto.client.connect import connect, connect_blocking
+from zcproto.client.dial import LoopShare, Trust
+from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, TlsError
+from zcproto.tls.context import server_context
+from zcproto.tls.sites import SiteContexts
+
+from ..server.conftest import Serve
+from ..server.helpers import KEY, ServerThread
+from ..tls.identities import (
+    DAY,
+    Identity,
+    for_clients,
+    for_servers_only,
+    locked,
+    revocation_list,
+    write_identity,
+)
+from .conftest import ConnectTo
+
+
+@pytest.fixture(scope="module")
+def client_ca() -> trustme.CA:
+    return trustme.CA(organization_name="clients", key_type=trustme.KeyType.ECDSA)
+
+
+@pytest.fixture(scope="module")
+def ada(client_ca: trustme.CA) -> trustme.LeafCert:
+    return for_clients(client_ca)
+
+
+@pytest.fixture
+def identity(ada: trustme.LeafCert, tmp_path: Path) -> Identity:
+    return write_identity(tmp_path, ada)
+
+
+Asking = Callable[..., ServerThread]
+
+
+@pytest.fixture
+def asking(serve: Serve, client_ca: trustme.CA) -> Asking:
+    """A server that asks its clients for certificates."""
+
+    def start(**options: Any) -> ServerThread:
+        server = serve()
+        ask(server, **{"client_auth": "required", "client_ca": client_ca.cert_pem.bytes(), **options})
+        return server
+
+    return start
+
+
+def ask(server: ServerThread, **options: Any) -> None:
+    """Have a running server ask for certificates."""
+    certs = server.home / "certs"
+    pair = certs / "server-ecdsa.crt", certs / "server-ecdsa.key"
+    server.server._acceptor.contexts = SiteContexts(server_context([pair], ["zcp/1"], **options))
+
+
+def failures(server: ServerThread) -> dict[str, int]:
+    found: dict[str, int] = server.stats["tls_failures"]
+    return found
+
+
+# --- shown --------------------------------------------------------------------------------------------
+
+
+async def test_a_client_with_a_certificate_is_let_in(
+    asking: Asking, connect_to: ConnectTo, identity: Identity
+) -> None:
+    server = asking()
+    async with connect_to(server, certificate=identity.certificate, key_file=str(identity.key)) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+
+        def shown() -> bytes | None:
+            (connection,) = server.server.serving.connections
+            return connection._transport.peer_certificate()  # type: ignore[union-attr]
+
+        assert server.in_loop(shown) == identity.der
+    assert failures(server) == {}
+
+
+def test_the_blocking_client_has_the_same_options(asking: Asking, identity: Identity) -> None:
+    server = asking()
+    with connect_blocking(
+        f"127.0.0.1:{server.port}",
+        user="ada",
+        key=KEY,
+        ca_file=server.home / "certs" / "ca.crt",
+        certificate=str(identity.certificate),
+        key_file=locked(identity.key, b"hunter2"),
+        key_passphrase=lambda: "hunter2",
+    ) as client:
+        assert client.call("echo", x=1) == {"x": 1}
+
+
+async def test_a_server_that_does_not_ask_is_none_the_wiser(
+    serve: Serve, connect_to: ConnectTo, identity: Identity
+) -> None:
+    async with connect_to(serve(), certificate=identity.certificate, key_file=identity.key) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+async def test_a_pinned_server_is_shown_the_certificate_too(
+    asking: Asking, connect_to: ConnectTo, identity: Identity
+) -> None:
+    server = asking()
+    trust: dict[str, Any] = {"pins": server.server.pins, "ca_file": None}
+    async with connect_to(server, certificate=identity.certificate, key_file=identity.key, **trust) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+async def test_a_server_with_a_wrong_pin_is_shown_no_certificate(
+    asking: Asking, connect_to: ConnectTo, identity: Identity
+) -> None:
+    server = asking()
+    pins = [f"sha256/{letter * 43}=" for letter in "AE"]
+    with pytest.raises(TlsError) as caught:
+        await connect_to(server, pins=pins, certificate=identity.certificate, key_file=identity.key)
+    assert caught.value.failure == "pin_mismatch"
+    server.until(lambda: server.server._acceptor.handshakes_in_progress == 0)
+    assert failures(server) == {"disconnected": 1}
+
+
+# --- refused ------------------------------------------------------------------------------------------
+
+
+def shown_in(case: str, client_ca: trustme.CA, ada: trustme.LeafCert, folder: Path) -> dict[str, Any]:
+    """The client's options."""
+    now = datetime.now(UTC)
+    match case:
+        case "none":
+            return {}
+        case "purpose":
+            identity = for_servers_only(client_ca, folder)
+        case "untrusted":
+            stranger = trustme.CA(key_type=trustme.KeyType.ECDSA)
+            identity = write_identity(folder, for_clients(stranger), "shown")
+        case "expired":
+            identity = write_identity(folder, for_clients(client_ca, not_after=now - DAY), "shown")
+        case "not yet valid":
+            identity = write_identity(folder, for_clients(client_ca, not_before=now + DAY), "shown")
+        case _:
+            identity = write_identity(folder, ada, "shown")
+    return {"certificate": identity.certificate, "key_file": identity.key}
+
+
+@pytest.mark.parametrize(
+    ("case", "failure", "words", "counted"),
+    [
+        ("none", "certificate_required", "give it as `certificate`", "certificate_required"),
+        ("untrusted", "peer_rejected_certificate", "does not know the CA", "certificate_untrusted"),
+        ("expired", "peer_rejected_certificate", "has expired; renew it", "certificate_expired"),
+        ("not yet valid", "peer_rejected_certificate", "not valid yet", "certificate_expired"),
+        ("purpose", "peer_rejected_certificate", "extended key usage is clientAuth", "certificate_untrusted"),
+        ("revoked", "peer_rejected_certificate", "is revoked; get a new one", "certificate_revoked"),
+    ],
+)
+async def test_a_client_that_is_refused_is_told_why_and_what_to_do_at_once(
+    case: str,
+    failure: str,
+    words: str,
+    counted: str,
+    asking: Asking,
+    connect_to: ConnectTo,
+    client_ca: trustme.CA,
+    ada: trustme.LeafCert,
+    tmp_path: Path,
+) -> None:
+    server = asking(client_crl=revocation_list(client_ca, *([ada] if case == "revoked" else [])))
+    started = asyncio.get_running_loop().time()
+    with pytest.raises(TlsError) as caught:
+        await connect_to(server, **shown_in(case, client_ca, ada, tmp_path))
+    assert asyncio.get_running_loop().time() - started < 1.5  # the time of a lingering close is 2 s
+    assert caught.value.failure == failure
+    assert words in caught.value.detail
+    assert failures(server) == {counted: 1}
+    assert server.stats["connections_opened"] == 0
+
+
+def test_a_blocking_client_that_is_refused_is_told_the_same(asking: Asking) -> None:
+    server = asking()
+    client = connect_blocking(f"127.0.0.1:{server.port}", ca_file=server.home / "certs" / "ca.crt")
+    with pytest.raises(TlsError, match="certificate_required"):
+        client.open()
+
+
+async def test_a_client_whose_certificate_is_revoked_while_it_runs_is_told_at_its_next_connection(
+    asking: Asking, connect_to: ConnectTo, client_ca: trustme.CA, ada: trustme.LeafCert, identity: Identity
+) -> None:
+    server = asking()
+    async with connect_to(server, certificate=identity.certificate, key_file=identity.key) as client:
+        ask(
+            server,
+            client_auth="required",
+            client_ca=client_ca.cert_pem.bytes(),
+            client_crl=revocation_list(client_ca, ada),
+        )
+        assert await client.call("echo", x=1) == {"x": 1}  # what stands goes on
+        link = client._links.link
+        assert link is not None
+        link.abort()
+        await link.gone
+        with pytest.raises(TlsError, match="is revoked"):
+            await client.call("echo", x=2)
+
+
+async def test_a_pin_that_the_server_does_not_have_closes_without_an_alert_and_the_client_gets_a_hint(
+    asking: Asking, connect_to: ConnectTo, identity: Identity
+) -> None:
+    """After a handshake OpenSSL gives no way to send one."""
+    server = asking()
+    server.server._acceptor.client_pins = frozenset({"sha256/" + "A" * 43 + "="})
+    with pytest.raises(ConnectionClosed, match="it may not take the certificate of this client"):
+        await connect_to(server, certificate=identity.certificate, key_file=identity.key)
+    assert failures(server) == {"pin_mismatch": 1}
+
+
+# --- its files ----------------------------------------------------------------------------------------
+
+
+async def test_files_that_cannot_be_used_are_named_and_nothing_is_sent(
+    asking: Asking, connect_to: ConnectTo, identity: Identity, tmp_path: Path
+) -> None:
+    server = asking()
+    await asyncio.to_thread(identity.key.chmod, 0o644)
+    with pytest.raises(CertificateError, match=r"client\.key.*chmod 600"):
+        await connect_to(server, certificate=identity.certificate, key_file=identity.key)
+    with pytest.raises(CertificateError, match=r"gone\.crt"):
+        await connect_to(server, certificate=tmp_path / "gone.crt")
+    await asyncio.to_thread(identity.key.chmod, 0o600)
+    shut = await asyncio.to_thread(locked, identity.key, b"hunter2")
+    with pytest.raises(CertificateError, match="its passphrase is not given"):
+        await connect_to(server, certificate=identity.certificate, key_file=shut)
+    assert server.stats["handshakes_completed"] == 0
+
+
+@pytest.mark.parametrize("options", [{"key_file": "client.key"}, {"key_passphrase": "hunter2"}])
+def test_a_key_without_its_certificate_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="belong to a certificate"):
+        connect("localhost", **options)
+
+
+def trust_in(identity: Identity, **options: Any) -> Trust:
+    usual: dict[str, Any] = {"ca_file": None, "pins": (), "system_store": False, "verify": False}
+    return Trust(**{**usual, "certificate": identity.certificate, "key_file": identity.key, **options})
+
+
+@pytest.fixture
+def share() -> LoopShare:
+    loop = asyncio.new_event_loop()
+    try:
+        return LoopShare(loop)
+    finally:
+        loop.close()
+
+
+def test_clients_that_show_the_same_share_a_context(share: LoopShare, identity: Identity) -> None:
+    first = trust_in(identity).context(share.contexts)
+    assert trust_in(identity).context(share.contexts) is first
+    others: list[dict[str, Any]] = [{"certificate": None, "key_file": None}, {"key_passphrase": "x"}]
+    assert all(trust_in(identity, **other).context(share.contexts) is not first for other in others)
+
+
+def test_a_wrong_passphrase_is_not_helped_by_somebody_elses_context(
+    share: LoopShare, identity: Identity
+) -> None:
+    shut = identity._replace(key=locked(identity.key, b"hunter2"))
+    trust_in(shut, key_passphrase=b"hunter2").context(share.contexts)
+    with pytest.raises(CertificateError, match="passphrase is another one"):
+        trust_in(shut, key_passphrase=b"hunter3").context(share.contexts)
+
+
+def test_a_renewed_certificate_is_read_again_and_replaces_the_old_one(
+    share: LoopShare, identity: Identity, client_ca: trustme.CA, tmp_path: Path
+) -> None:
+    trust = trust_in(identity)
+    old = trust.context(share.contexts)
+    times = identity.certificate.stat()
+    renewed = write_identity(tmp_path, for_clients(client_ca), "renewed")
+    os.utime(renewed.certificate, ns=(times.st_atime_ns, times.st_mtime_ns))  # as coarse file systems have it
+    renewed.key.replace(identity.key)
+    renewed.certificate.replace(identity.certificate)
+    new = trust.context(share.contexts)
+    assert new is not old
+    assert trust.context(share.contexts) is new
+    assert len(share.contexts) == 1
+
+
+def test_between_the_two_files_of_a_renewal_the_certificate_from_before_is_shown(
+    share: LoopShare,
+    identity: Identity,
+    client_ca: trustme.CA,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trust = trust_in(identity)
+    old = trust.context(share.contexts)
+    renewed = write_identity(tmp_path, for_clients(client_ca), "renewed")
+    renewed.key.replace(identity.key)
+    with caplog.at_level(logging.WARNING, "zcproto.client"):
+        assert trust.context(share.contexts) is old
+    assert "KEY_VALUES_MISMATCH; until that is mended" in caplog.text
+    renewed.certificate.replace(identity.certificate)
+    assert trust.context(share.contexts) is not old
+
+
+def test_with_another_ca_file_nothing_from_before_is_used(
+    share: LoopShare, identity: Identity, ca_file: Path, tmp_path: Path
+) -> None:
+    authority = tmp_path / "ca.crt"
+    authority.write_bytes(ca_file.read_bytes())
+    trust = trust_in(identity, ca_file=authority, verify=True)
+    assert trust.context(share.contexts).verify_mode is ssl.CERT_REQUIRED
+    authority.write_text("no certificate any more")
+    with pytest.raises(CertificateError, match=r"ca\.crt"):
+        trust.context(share.contexts)
+
+
+async def test_a_client_that_runs_shows_its_renewed_certificate_on_its_next_connection(
+    asking: Asking, connect_to: ConnectTo, identity: Identity, client_ca: trustme.CA, tmp_path: Path
+) -> None:
+    server = asking()
+
+    def shown() -> bytes | None:
+        (connection,) = server.server.serving.connections
+        return connection._transport.peer_certificate()  # type: ignore[union-attr]
+
+    async with connect_to(server, certificate=identity.certificate, key_file=identity.key) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert server.in_loop(shown) == identity.der
+        old = identity.der
+        await asyncio.to_thread(write_identity, tmp_path, for_clients(client_ca))
+        link = client._links.link
+        assert link is not None
+        link.close("for the test")
+        await link.gone
+        assert await client.call("echo", x=2) == {"x": 2}
+        server.until(lambda: len(server.server.serving.connections) == 1)
+        assert server.in_loop(shown) == identity.der != old

@@ -1,0 +1,99 @@
+"""Pinning as a user of the client meets it: forms, errors that can be acted on, and the risk of a single pin."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import ssl
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.client.connect import connect, connect_blocking
+from zcproto.client.dial import Trust, _warn_of_single_pin
+from zcproto.errors import TlsError
+
+from ..server.helpers import ServerThread
+from .conftest import ConnectTo
+
+WRONG, BACKUP = ("sha256/" + letter * 43 + "=" for letter in "AE")
+USUAL: dict[str, Any] = {"ca_file": None, "system_store": False, "verify": True}
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What is said once is said anew in each test."""
+    _warn_of_single_pin.cache_clear()
+    with caplog.at_level(logging.WARNING, "zcproto.client"):
+        yield
+    _warn_of_single_pin.cache_clear()
+
+
+def whole_pin(server: ServerThread) -> str:
+    pem = (server.home / "certs" / "server-ecdsa.crt").read_text().split("-----END")[
+        0
+    ] + "-----END CERTIFICATE-----"
+    return "cert-sha256/" + b64encode(hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).digest()).decode()
+
+
+async def test_several_pins_may_be_one_text(shared: ServerThread, connect_to: ConnectTo) -> None:
+    (pin,) = shared.server.pins
+    for pins in (f"{WRONG},{pin}", f"{WRONG} {pin}\n", [WRONG, pin], iter([pin, pin, BACKUP])):
+        async with connect_to(shared, pins=pins) as client:
+            assert await client.call("echo", x=1) == {"x": 1}
+
+
+async def test_a_whole_certificate_may_be_pinned(shared: ServerThread, connect_to: ConnectTo) -> None:
+    async with connect_to(shared, pins=f"{whole_pin(shared)}, {BACKUP}") as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+@pytest.mark.parametrize("make", [connect, connect_blocking])
+@pytest.mark.parametrize("pins", ["", " ", ",", "x", [""], [WRONG, "x"]])
+def test_a_pin_is_never_ignored(make: Any, pins: Any) -> None:
+    with pytest.raises(TlsError) as caught:
+        make("localhost", pins=pins)
+    assert caught.value.failure == "pin_malformed"
+
+
+async def test_a_mismatch_shows_what_was_seen_and_what_was_expected(
+    shared: ServerThread, connect_to: ConnectTo
+) -> None:
+    with pytest.raises(TlsError) as caught:
+        await connect_to(shared, pins=[BACKUP, WRONG])
+    assert caught.value.failure == "pin_mismatch"
+    seen, _, expected = caught.value.detail.partition("expected: ")
+    assert f"{shared.server.pins[0]} (its key)" in seen
+    assert f"{whole_pin(shared)} (the whole certificate)" in seen
+    assert expected.startswith(f"{WRONG} or {BACKUP}. If its operator confirms")
+
+
+@pytest.mark.parametrize(("pin", "of"), [(WRONG, "key"), ("cert-" + WRONG, "certificate")])
+def test_a_single_pin_is_warned_of_once_with_the_risk(
+    pin: str, of: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        Trust(pins=[pin, pin], **USUAL)
+    (record,) = caplog.records
+    assert record.name == "zcproto.client"
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith(f"{pin} is the only pin: when the server's {of} is renewed or lost")
+    assert "backup" in record.getMessage()
+    Trust(pins=[BACKUP], **USUAL)
+    assert len(caplog.records) == 2  # it is another risk
+
+
+@pytest.mark.parametrize("pins", [(), [WRONG, BACKUP], f"{WRONG} {BACKUP}"])
+def test_backup_pins_and_none_at_all_are_not_warned_of(pins: Any, caplog: pytest.LogCaptureFixture) -> None:
+    Trust(pins=pins, **USUAL)
+    assert caplog.records == []
+
+
+def test_a_single_pin_beside_an_authority_locks_out_all_the_same(
+    caplog: pytest.LogCaptureFixture, ca_file: Path
+) -> None:
+    Trust(pins=[WRONG], **{**USUAL, "ca_file": ca_file})
+    assert len(caplog.records) == 1
