@@ -1,0 +1,455 @@
+"""Sessions that a client certificate opens, over real connections: who is let in, and what the others are told."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import ssl
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from zcproto.auth import CallableAuthenticator, CertificateAuthenticator, CurrentUsers, UserFile
+from zcproto.certs import clients
+from zcproto.certs.client_user import user_of
+from zcproto.server.app import App
+from zcproto.server.builtin import default_app
+from zcproto.server.context import Context
+from zcproto.tls.context import server_context
+from zcproto.tls.sites import SiteContexts
+
+from . import helpers
+from .helpers import KEY, Client, Frame, ServerThread, eventually, identify
+
+DAY = timedelta(days=1)
+SAN_OID = x509.ObjectIdentifier("2.5.29.17")
+UNAUTHENTICATED = 16
+PEM = serialization.Encoding.PEM
+numbers = itertools.count()
+
+
+class Shown(NamedTuple):
+    """The files of a certificate and its key."""
+
+    certificate: Path
+    key: Path
+
+
+def application() -> App:
+    app = default_app()
+
+    @app.method("shown")
+    def shown(context: Context) -> bytes | None:
+        """What the client showed, as a method sees it."""
+        data = context.peer_certificate()
+        return None if data is None else hashlib.sha256(data).digest()
+
+    return app
+
+
+class Gate:
+    """A server that asks for certificates, with the users ada and root."""
+
+    def __init__(self, home: Path, certs: Path, kind: str = "dns", **options: Any) -> None:
+        home.mkdir(mode=0o700)
+        users = UserFile(home / "users.toml")
+        users.add("ada"), users.add("root", operator=True)
+        self.users = users
+        self.refused: list[str] = []
+        self.server = ServerThread(
+            home,
+            certs,
+            application(),
+            authenticators=[
+                CallableAuthenticator("api_key", identify),
+                CertificateAuthenticator(
+                    CurrentUsers(users, on_fault=pytest.fail),
+                    lambda certificate: user_of(certificate, kind, self.now()),
+                    on_refused=lambda reason, address: self.refused.append(reason),
+                ),
+            ],
+            **options,
+        )
+        self.certs = home / "certs"
+        self.ca, self.crl = clients.ensure_client_authority(self.certs, datetime.now(UTC))
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(self.server.clock.wall() / 1000, UTC)
+
+    def believe(self, ca: Path | None = None, *, client_auth: Any = "optional") -> None:
+        """Take in the files as they are: from here on their certificates count."""
+        pair = self.certs / "server-ecdsa.crt", self.certs / "server-ecdsa.key"
+        context = server_context(
+            [pair],
+            ["zcp/1"],
+            client_auth=client_auth,
+            client_ca=ca or self.ca,
+            client_crl=None if ca else self.crl,
+        )
+        acceptor = self.server.server._acceptor
+
+        def put() -> None:
+            acceptor.contexts = SiteContexts(context)
+
+        self.server.in_loop(put)
+
+    def issue(self, name: str, now: datetime | None = None, **options: Any) -> Shown:
+        issued = clients.issue_client(
+            self.certs, name, lifetime=90 * DAY, now=now or datetime.now(UTC), **options
+        )
+        assert issued.key is not None
+        return Shown(issued.certificate, issued.key)
+
+    def client(self, shown: Shown | None = None) -> Client:
+        """A connection that shows a certificate, or none."""
+        ca_file = self.certs / "ca.crt"
+        if shown is None:
+            return Client(self.server.port, ca_file)
+        context = helpers.client_context(ca_file)
+        context.load_cert_chain(*shown)
+        name = ca_file.with_name(f"context-{next(numbers)}")
+        helpers._contexts[name] = context  # where the client looks for the context of this file
+        try:
+            return Client(self.server.port, name)
+        finally:
+            del helpers._contexts[name]
+
+    def open(self, shown: Shown | None, **fields: Any) -> Client:
+        """A connection with a session that its certificate opened."""
+        client = self.client(shown)
+        client.opened = client.call("session.open", {"scheme": "tls", **fields})
+        client.token = client.opened["token"]
+        return client
+
+    def turned_away(self, shown: Shown | None, **fields: Any) -> Frame:
+        """The answer to a login that is not accepted."""
+        with self.client(shown) as client:
+            frame = client.refused("session.open", {"scheme": "tls", **fields})
+            assert client.is_open()
+            return frame
+
+    def handshake_refused(self, shown: Shown | None) -> str:
+        """What the client reads of a handshake that its certificate spoils: the alert's name."""
+        with pytest.raises(ssl.SSLError) as caught:
+            self.client(shown)
+        return str(caught.value.reason)
+
+
+@pytest.fixture
+def gate(tmp_path: Path, certs: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path / "home", certs)
+    with gate.server:
+        gate.believe()
+        yield gate
+
+
+# --- let in ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"user": "ada"}, {"client": "zc/1"}])
+def test_a_certificate_opens_a_session_of_the_user_whom_it_names(gate: Gate, fields: dict[str, str]) -> None:
+    with gate.open(gate.issue("ada"), **fields) as client:
+        assert client.opened["user"] == "ada"
+        client.echo()
+        info = client.call("session.info")
+        assert (info["user"], info["client"]) == ("ada", fields.get("client", ""))
+        assert client.refused("server.stats").code == 7
+    assert gate.refused == []
+
+
+def test_an_operator_is_one_by_the_file_of_users(gate: Gate) -> None:
+    with gate.open(gate.issue("root")) as client:
+        assert client.call("server.stats")["sessions"] == 1
+
+
+def test_a_device_that_keeps_its_key_comes_in_by_its_request(gate: Gate, tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    issued = clients.issue_client(
+        gate.certs, "ada", lifetime=DAY, now=datetime.now(UTC), csr=request.public_bytes(PEM)
+    )
+    with gate.open(Shown(issued.certificate, write_key(tmp_path / "device.key", key))) as client:
+        client.echo()
+
+
+def test_methods_may_look_at_the_certificate(gate: Gate) -> None:
+    shown = gate.issue("ada")
+    with gate.open(shown) as client:
+        der = ssl.PEM_cert_to_DER_cert(shown.certificate.read_text())
+        assert client.call("shown") == hashlib.sha256(der).digest()
+        with gate.client() as other:
+            other.token = client.token
+            assert other.call("shown") is None
+
+
+def test_until_sessions_are_bound_the_token_alone_is_enough_elsewhere(gate: Gate) -> None:
+    with gate.open(gate.issue("ada")) as client, gate.client() as other:
+        assert client.opened["bound"] is False
+        other.token = client.token
+        other.echo()
+
+
+def test_a_certificate_does_not_stand_in_the_way_of_a_key(gate: Gate) -> None:
+    with gate.client(gate.issue("ada")) as client:
+        client.open_session("bob")
+        assert client.opened["user"] == "bob"
+
+
+# --- turned away -----------------------------------------------------------------------------------------
+
+
+def test_every_cause_has_one_answer_and_the_operator_learns_which(gate: Gate) -> None:
+    frames = [
+        gate.turned_away(None),
+        gate.turned_away(None, user="ada"),
+        gate.turned_away(gate.issue("stranger")),
+        gate.turned_away(gate.issue("ada"), user="root"),
+        gate.turned_away(gate.issue("ada", renew=True), user="stranger"),
+    ]
+    assert {frame.code for frame in frames} == {UNAUTHENTICATED}
+    assert len({frame.body for frame in frames}) == 1
+    assert gate.refused == [
+        "the client has shown no certificate",
+        "the client has shown no certificate",
+        "the client's certificate names 'stranger', who is no user here",
+        "the client's certificate names 'ada', and the client means another",
+        "the client's certificate names 'ada', and the client means another",
+    ]
+
+
+def test_who_shows_nothing_may_call_what_is_public(gate: Gate) -> None:
+    with gate.client() as client:
+        assert client.call("server.info")["versions"] == [1]
+        assert client.refused("echo").code == UNAUTHENTICATED
+
+
+def test_a_user_who_is_taken_out_of_the_file_is_out_at_once(gate: Gate) -> None:
+    shown = gate.issue("ada")
+    with gate.open(shown):
+        pass
+    gate.users.path.write_text("")
+    assert gate.turned_away(shown).code == UNAUTHENTICATED
+    gate.users.load()
+    gate.users.add("ada")
+    with gate.open(shown) as client:
+        client.echo()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"key": KEY}, {"device": "d"}, {"user": ""}, {"user": 5}, {"user": b"ada"}]
+)
+def test_fields_of_another_form_are_said_to_be_wrong(gate: Gate, fields: dict[str, Any]) -> None:
+    with gate.client(gate.issue("ada")) as client:
+        assert client.refused("session.open", {"scheme": "tls", **fields}).code == 3
+
+
+def test_logins_without_a_certificate_are_slowed_down_and_hold_up_nobody(tmp_path: Path, certs: Path) -> None:
+    gate = Gate(tmp_path / "home", certs, limits__login_failures=2)
+    with gate.server:
+        gate.believe()
+        shown = gate.issue("ada")
+        with gate.open(shown):
+            pass
+        assert [gate.turned_away(None).code for _ in range(3)] == [UNAUTHENTICATED, UNAUTHENTICATED, 8]
+        with gate.open(shown) as client:
+            client.echo()
+
+
+# --- revoked and expired ---------------------------------------------------------------------------------
+
+
+def test_a_revoked_certificate_makes_no_connection(gate: Gate) -> None:
+    ada, root = gate.issue("ada"), gate.issue("root")
+    with gate.open(ada) as before:
+        clients.revoke_client(gate.certs, name="ada", now=datetime.now(UTC), reason="keyCompromise")
+        gate.believe()
+        assert gate.handshake_refused(ada) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+        before.echo()  # what is connected goes on until its session is revoked
+        before.call("session.revoke", {"all": True})
+    with gate.open(root) as client:
+        client.echo()
+    with gate.open(gate.issue("ada")) as client:  # another one, with another key
+        client.echo()
+
+
+def test_an_expired_certificate_makes_no_connection(gate: Gate) -> None:
+    shown = gate.issue("ada", datetime.now(UTC) - 91 * DAY)
+    gate.believe()
+    assert gate.handshake_refused(shown) == "SSLV3_ALERT_CERTIFICATE_EXPIRED"
+
+
+def test_a_certificate_that_expires_while_connected_opens_no_further_session(gate: Gate) -> None:
+    with gate.client(gate.issue("ada")) as client:
+        client.call("session.open", {"scheme": "tls"})
+        gate.server.clock.ahead_ms = 91 * 86_400_000
+        frame = client.frame(
+            helpers.REQUEST,
+            helpers.msgpack.packb(["session.open", {"scheme": "tls"}]),
+            timestamp=gate.server.clock.wall(),
+        )
+        client.send(frame)
+        assert client.answer().code == UNAUTHENTICATED
+    assert "expired" in gate.refused[-1]
+
+
+def test_with_a_signed_list_past_its_end_nobody_comes_in_by_certificate(gate: Gate) -> None:
+    """Which is why it is signed a year ahead."""
+    shown = gate.issue("ada")
+    long_ago = datetime.now(UTC) - 366 * DAY
+    gate.crl.unlink()
+    clients.refresh_crl(gate.certs, long_ago)
+    gate.believe()
+    assert "ALERT" in gate.handshake_refused(shown)
+    clients.refresh_crl(gate.certs, datetime.now(UTC))
+    gate.believe()
+    with gate.open(shown) as client:
+        client.echo()
+
+
+def test_a_server_certificate_that_leaked_is_no_client(gate: Gate) -> None:
+    leaked = Shown(gate.certs / "server-ecdsa.crt", gate.certs / "server-ecdsa.key")
+    assert gate.handshake_refused(leaked) == "TLSV1_ALERT_UNKNOWN_CA"
+
+
+def test_where_a_certificate_is_required_nobody_connects_without(gate: Gate) -> None:
+    gate.believe(client_auth="required")
+    assert gate.handshake_refused(None) == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+    with gate.open(gate.issue("ada")) as client:
+        client.echo()
+
+
+# --- certificates of another authority -------------------------------------------------------------------
+
+
+class Maker:
+    """An authority that puts anything into its certificates."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+        self.path = folder / "clients.pem"
+        authority.cert_pem.write_to_path(self.path)
+        self._certificate = x509.load_pem_x509_certificate(authority.cert_pem.bytes())
+        key = serialization.load_pem_private_key(authority.private_key_pem.bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        self._key = key
+
+    def __call__(self, *names: x509.ExtensionType) -> Shown:
+        key = ec.generate_private_key(ec.SECP256R1())
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ada")]))
+            .issuer_name(self._certificate.subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - DAY)
+            .not_valid_after(now + DAY)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        )
+        for name in names:
+            builder = builder.add_extension(name, critical=False)
+        path = self.folder / f"{next(numbers)}.crt"
+        path.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(PEM))
+        return Shown(path, write_key(path.with_suffix(".key"), key))
+
+
+def write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> Path:
+    path.touch(0o600)
+    form, encryption = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path.write_bytes(key.private_bytes(PEM, form, encryption))
+    return path
+
+
+def san(*entries: x509.GeneralName) -> x509.SubjectAlternativeName:
+    return x509.SubjectAlternativeName(entries)
+
+
+def raw_dns(*values: bytes) -> x509.UnrecognizedExtension:
+    """DNS names of any bytes, as an authority that checks nothing would sign them."""
+    entries = b"".join(bytes([0x82, len(value)]) + value for value in values)
+    return x509.UnrecognizedExtension(SAN_OID, bytes([0x30, len(entries)]) + entries)
+
+
+Open = Callable[[str], tuple[Gate, Maker]]
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, certs: Path) -> Iterator[Open]:
+    """A server that believes another authority's clients, and goes by one kind of entry."""
+    gates: list[Gate] = []
+
+    def start(kind: str) -> tuple[Gate, Maker]:
+        gate = Gate(tmp_path / "home", certs, kind)
+        gates.append(gate)
+        gate.server.start()
+        maker = Maker(tmp_path)
+        gate.believe(maker.path)
+        return gate, maker
+
+    yield start
+    for gate in gates:
+        gate.server.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "user"),
+    [
+        ("dns", x509.DNSName("agent-7.example"), "agent-7.example"),
+        ("email", x509.RFC822Name("Ada@Example.org"), "Ada@example.org"),
+        ("uri", x509.UniformResourceIdentifier("spiffe://example.org/ada"), "spiffe://example.org/ada"),
+    ],
+)
+def test_the_configured_kind_of_entry_names_the_user(
+    foreign: Open, kind: str, entry: x509.GeneralName, user: str
+) -> None:
+    gate, maker = foreign(kind)
+    gate.users.add(user)
+    others = [x509.DNSName("root"), x509.RFC822Name("root@a.b"), x509.UniformResourceIdentifier("urn:root:1")]
+    mixed = [entry, *(other for other in others if type(other) is not type(entry))]
+    for entries in ([entry], mixed):
+        with gate.open(maker(san(*entries))) as client:
+            assert client.opened["user"] == user
+
+
+def test_no_other_entry_names_anybody(foreign: Open) -> None:
+    gate, maker = foreign("dns")
+    gate.users.add("ada@example.org")
+    hostile = [
+        (),  # the subject says ada
+        (san(x509.RFC822Name("ada@example.org")),),
+        (san(x509.UniformResourceIdentifier("urn:user:ada")),),
+        (san(x509.DNSName("ada"), x509.DNSName("root")),),
+        (san(x509.DNSName("ada"), x509.DNSName("ada")),),
+        (san(x509.DNSName("*")),),
+        (raw_dns(b""),),
+        (raw_dns(b"ada\0"),),
+        (raw_dns(b"ada\0.example.org"),),
+        (raw_dns(b" ada"),),
+        (raw_dns(b"ada\r\nroot"),),
+        (raw_dns("\u0430da".encode()),),
+        (raw_dns(b"\xff\xfe\xfd"),),
+        (raw_dns(b"ada", b"root"),),
+    ]
+    answers = {gate.turned_away(maker(*names)).body for names in hostile}
+    assert len(answers) == 1
+    assert len(gate.refused) == len(hostile)
+    assert all(reason.isprintable() and "root" not in reason for reason in gate.refused)
+
+
+def test_what_no_parser_reads_makes_no_connection(foreign: Open) -> None:
+    gate, maker = foreign("dns")
+    for garbage in (b"", b"\x30", b"\x04\x00", b"\xff" * 40):
+        shown = maker(x509.UnrecognizedExtension(SAN_OID, garbage))  # OpenSSL would not have it
+        assert "ALERT" in gate.handshake_refused(shown)
+    with gate.open(maker(san(x509.DNSName("ada")))) as client:
+        client.echo()
+    eventually(lambda: gate.server.leftovers()["connections"] == 0)
