@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trustme
 
+from zcproto import auth
 from zcproto.client.connect import connect, connect_blocking
 from zcproto.client.dial import LoopShare, Trust
 from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, TlsError
@@ -134,6 +135,26 @@ async def test_a_server_with_a_wrong_pin_is_shown_no_certificate(
     assert caught.value.failure == "pin_mismatch"
     server.until(lambda: server.server._acceptor.handshakes_in_progress == 0)
     assert failures(server) == {"disconnected": 1}
+
+
+@pytest.mark.parametrize("user", [None, "ada"])
+async def test_without_a_key_the_certificate_opens_the_session(
+    serve: Serve, connect_to: ConnectTo, client_ca: trustme.CA, identity: Identity, user: str | None
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def identify(params: Mapping[str, Any], address: str) -> auth.Identity:
+        asked.append(dict(params))
+        return auth.Identity("ada")
+
+    server = serve(authenticators=[auth.CallableAuthenticator("tls", identify)])
+    ask(server, client_auth="required", client_ca=client_ca.cert_pem.bytes())
+    shown: dict[str, Any] = {"key": None, "certificate": identity.certificate, "key_file": identity.key}
+    async with connect_to(server, user, **shown) as client:
+        assert client.session is not None
+    assert [params.get("user") for params in asked] == [user]
+    async with connect_to(server, user, **shown, session=False) as client:
+        assert client.session is None
 
 
 # --- refused ------------------------------------------------------------------------------------------

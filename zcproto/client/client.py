@@ -25,7 +25,7 @@ from zcproto.client.known_hosts import KnownHosts
 from zcproto.client.links import LinkKeeper
 from zcproto.client.protocol import ClientProtocol
 from zcproto.client.retry import SESSION_IS_OVER, Then, retry_after_ms, what_next
-from zcproto.client.session import ApiKey, ClientSession, Credentials
+from zcproto.client.session import ClientSession, choose_credentials
 from zcproto.client.sessions import SessionKeeper
 from zcproto.client.steady import SteadyClock
 from zcproto.clock import MS_PER_SECOND, Clock, system_clock
@@ -88,12 +88,8 @@ class Client:
         clock: Clock = system_clock,
         random: Random = system_random.random,
     ) -> None:
-        if (user is None) != (key is None):
-            raise ConfigError(["user and key go together"])
         self.address = parse_address(address)
-        self._credentials: Credentials | None = None
-        if user is not None and key is not None:
-            self._credentials = ApiKey(user, key)
+        self._credentials = choose_credentials(user, key, has_certificate=certificate is not None)
         self._opens_session = session and self._credentials is not None
         self._timeout = timeout
         self._client = default_client() if client is None else client
@@ -210,7 +206,7 @@ class Client:
     async def open_session(self) -> ClientSession:
         """Open a session unless one is alive: the way on after TOKEN_REVOKED, SESSION_REPLACED and UNAUTHENTICATED.
 
-        Raises Unauthenticated if the client has no user and key, else as `call`.
+        Raises Unauthenticated if the client has neither a key nor a certificate, else as `call`.
         """
         if self._loop is None:
             raise RuntimeError(NOT_OPEN)

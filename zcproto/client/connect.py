@@ -36,7 +36,8 @@ def connect(
         async with zcproto.connect("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
             print(await client.call("echo", word="hello"))
 
-    user, key         whose session is opened; without them only public methods can be called
+    user, key         whose session is opened; without a key the certificate says whose, and must name `user` if
+                      there is one; with neither only public methods can be called
     ca_file           the CA whose certificates are believed; without it and pins, the system's store is asked
     pins              `sha256/BASE64` of the server's public key (several: the ones to come), or `cert-sha256/...`,
                       as a list, or as one text between commas or white space;
