@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
 from zcproto.certs import CertificatePair, ensure_own_certificates
+from zcproto.certs.own import OwnSettings
 
 NOW = datetime(2026, 6, 1, 12, 30, 15, 250_000, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -33,6 +34,19 @@ def ensure(directory: Path, **changes: Any) -> list[CertificatePair]:
         "now": NOW,
     }
     return ensure_own_certificates(directory, **{**arguments, **changes})
+
+
+def settings(**changes: Any) -> OwnSettings:
+    """What `ensure` asks for, for the functions that take settings."""
+    arguments: dict[str, Any] = {
+        "names": ("zcp.example.com", "192.0.2.7"),
+        "host_names": ("localhost", "127.0.0.1"),
+        "key_types": ("rsa-2048", "ecdsa-p256"),
+        "lifetime": 90 * DAY,
+        "renew_before": 30 * DAY,
+        "renew_key": False,
+    }
+    return OwnSettings(**{**arguments, **changes})
 
 
 def openssl(*arguments: str | Path, data: bytes | None = None) -> str:

@@ -3,15 +3,18 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
 
+from zcproto.certs import issue, pair
 from zcproto.errors import CertificateError
 
-from .support import DAY, NOW, build, der, ensure, pem, pem_of, pem_of_key
+from .support import DAY, NOW, build, der, ensure, openssl, pem, pem_of, pem_of_key
 
 
 def read(path: Path) -> x509.Certificate:
@@ -189,3 +192,171 @@ def test_leaves_without_an_authority_are_not_overwritten(made: Path) -> None:
 def test_a_copied_folder_goes_on_working(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "copy")
     assert [one.pin for one in ensure(made)] == [one.pin for one in ensure(tmp_path / "copy")]
+
+
+# --- what it may issue for
+
+
+def test_an_authority_is_made_for_the_names_that_are_known(made: Path) -> None:
+    assert issue.permitted_names(read(made / "ca.crt")) == ("localhost", "zcp.example.com")
+
+
+@pytest.mark.parametrize("name", ["new.example", "*.example.com"])
+def test_a_configured_name_beyond_them_needs_a_new_authority_and_is_told_loudly(
+    made: Path, name: str
+) -> None:
+    old = read(made / "ca.crt")
+    told: list[str] = []
+    pairs = ensure(made, names=["zcp.example.com", name], progress=told.append)
+    new = read(made / "ca.crt")
+    assert new.public_key() == old.public_key()
+    assert new.subject == old.subject
+    base = name.removeprefix("*.")
+    assert set(issue.permitted_names(new) or ()) == {"localhost", "zcp.example.com", base}
+    assert all(name in pair.names for pair in pairs)
+    assert told[1] == (
+        f"ATTENTION: {made}/ca.crt had to be made anew, as the old one is not good for {name}. Clients that hold"
+        " the old file refuse this server from now on: give them the new one."
+    )
+    openssl_accepts(made, NOW)
+    before = (made / "ca.crt").read_bytes()
+    ensure(made, names=["zcp.example.com", name])
+    ensure(made)  # and the name is not wanted any more
+    assert (made / "ca.crt").read_bytes() == before
+
+
+def openssl_accepts(folder: Path, now: datetime) -> None:
+    at = str(int(now.timestamp()))
+    for name in ("server.crt", "server-ecdsa.crt"):
+        strict = ("verify", "-x509_strict", "-purpose", "sslserver", "-attime", at)
+        openssl(*strict, "-CAfile", folder / "ca.crt", folder / name)
+
+
+def test_a_name_of_the_host_beyond_them_is_left_out_with_a_word(made: Path) -> None:
+    before, told = (made / "ca.crt").read_bytes(), list[str]()
+    arguments: dict[str, Any] = {"host_names": ["localhost", "box", "box.lan", "10.0.0.7"]}
+    pairs = ensure(made, **arguments, progress=told.append)
+    assert (made / "ca.crt").read_bytes() == before
+    assert pairs[0].names == ("zcp.example.com", "192.0.2.7", "localhost", "10.0.0.7")
+    assert told[1] == (
+        f"{made}/server.crt leaves out box, box.lan: ca.crt may not issue for that. Add it to certificates.names"
+        " if clients use it; they then need a new ca.crt."
+    )
+    openssl_accepts(made, NOW)
+    told.clear()
+    assert ensure(made, **arguments, progress=told.append) == pairs
+    assert told == []
+    with_box = ensure(made, **arguments, names=["box.lan"])
+    assert "box" in with_box[0].names  # where a new one is needed, the host's names are taken in
+    openssl_accepts(made, NOW)
+
+
+def test_an_authority_that_is_good_for_no_name_at_all_is_made_anew(tmp_path: Path) -> None:
+    folder, told = tmp_path / "certs", list[str]()
+    arguments: dict[str, Any] = {"names": [], "key_types": ["ecdsa-p256"]}
+    ensure(folder, **arguments, host_names=["a.lan"])
+    (one,) = ensure(folder, **arguments, host_names=["b.lan"], progress=told.append)
+    assert one.names == ("b.lan",)
+    assert "ATTENTION" in told[1]
+
+
+def without_constraints(folder: Path) -> x509.Certificate:
+    """Makes the authority of this folder as an earlier version made it."""
+    key = pair.read_private_key(folder / "ca.key")
+    assert isinstance(key, rsa.RSAPrivateKey)
+    certificate = issue.authority_certificate(key, NOW)
+    (folder / "ca.crt").write_bytes(pem(certificate))
+    return certificate
+
+
+def test_an_authority_without_constraints_stays_as_it_is_for_any_name(made: Path) -> None:
+    old = without_constraints(made)
+    told: list[str] = []
+    changes: dict[str, Any] = {"names": ["new.example"], "host_names": ["localhost", "box"]}
+    assert "box" in ensure(made, **changes, progress=told.append)[0].names
+    assert read(made / "ca.crt") == old
+    assert len(told) == 2
+    ensure(made, **changes, now=NOW + 3600 * DAY)
+    renewed = read(made / "ca.crt")
+    assert renewed != old
+    assert issue.permitted_names(renewed) is None
+
+
+def test_a_renewed_authority_permits_what_the_old_one_did_and_what_is_wanted_now(made: Path) -> None:
+    later = NOW + 3600 * DAY
+    ensure(made, names=[], host_names=["localhost", "box"], now=later)
+    assert issue.permitted_names(read(made / "ca.crt")) == ("localhost", "box", "zcp.example.com")
+    openssl_accepts(made, later)
+
+
+def test_a_certificate_with_a_name_beyond_a_new_authority_is_made_anew(made: Path) -> None:
+    """A lost ca.crt takes with it which names it permitted."""
+    ensure(made, host_names=["localhost", "old.zcp.example.com"])
+    (made / "ca.crt").unlink()
+    told: list[str] = []
+    arguments: dict[str, Any] = {"names": ["new.example"], "host_names": ["localhost"]}
+    for name in ("server.crt", "server-ecdsa.crt"):
+        assert "zcp.example.com" in pair.names_of(read(made / name))
+    pairs = ensure(made, **arguments, progress=told.append)
+    assert pairs[0].names == ("new.example", "localhost")
+    openssl_accepts(made, NOW)
+
+
+def test_only_a_name_that_is_not_permitted_is_a_reason(made: Path) -> None:
+    (made / "ca.crt").unlink()
+    told: list[str] = []
+    ensure(made, names=[], progress=told.append)
+    reason = "(the authority may not issue for its name zcp.example.com)"
+    assert [reason in sentence for sentence in told] == [False, True, True]
+    openssl_accepts(made, NOW)
+
+
+def test_without_its_key_an_authority_cannot_be_made_for_more_names(made: Path) -> None:
+    (made / "ca.key").unlink()
+    before = (made / "ca.crt").read_bytes()
+    with pytest.raises(CertificateError, match=r"must be made \(it lacks the name new\.example\): .*ca\.key"):
+        ensure(made, names=["new.example"])
+    assert (made / "ca.crt").read_bytes() == before
+
+
+def test_an_authority_that_cannot_be_made_for_more_names_is_no_server(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    with monkeypatch.context() as patch:
+        fail_to_write(patch, "ca.crt")
+        with pytest.raises(CertificateError, match=r"ca\.crt: cannot be written: No space left on device"):
+            ensure(made, names=["new.example"])
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+    assert "new.example" in ensure(made, names=["new.example"])[0].names
+
+
+def test_an_authority_with_constraints_that_cannot_be_read_was_not_made_here(
+    made: Path, rsa_key: Any
+) -> None:
+    bad = x509.UnrecognizedExtension(x509.ExtensionOID.NAME_CONSTRAINTS, b"\x30\x03\x82\x05a")
+    name = issue.authority_name(rsa_key.public_key()).rfc4514_string().removeprefix("CN=")
+    (made / "ca.crt").write_bytes(pem(build(rsa_key, subject=name, extensions=[bad])))
+    (made / "ca.key").write_bytes(pem_of_key(rsa_key))
+    with pytest.raises(CertificateError, match=r"ca\.crt: was not made here and is never replaced"):
+        ensure(made)
+
+
+def test_a_certificate_that_two_clocks_made_is_valid_for_both(made: Path) -> None:
+    """The clock runs ahead by 20 years, and is set right: keys stay, and what is served is valid."""
+    before = ensure(made)
+    ensure(made, now=NOW + 7300 * DAY)
+    assert read(made / "ca.crt").not_valid_before_utc > NOW
+    after = ensure(made, now=NOW + DAY)
+    assert [pair.pin for pair in after] == [pair.pin for pair in before]
+    openssl_accepts(made, NOW + DAY)
+
+
+def test_a_clock_that_begins_in_1970_makes_no_lasting_harm(made: Path) -> None:
+    before = ensure(made)
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    early = ensure(made, now=epoch)
+    assert early[0].not_before < epoch < early[0].not_after
+    after = ensure(made, now=NOW + DAY)
+    assert [pair.pin for pair in after] == [pair.pin for pair in before]
+    openssl_accepts(made, NOW + DAY)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
 from datetime import timedelta
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from zcproto.certs import issue
 
-from .support import DAY, NOW, openssl, pem
+from .support import DAY, NOW, build, openssl, pem
 
 SECOND = timedelta(seconds=1)
 NAMES = ("localhost", "*.b.example", "192.0.2.7", "2001:db8::7")
@@ -22,7 +24,7 @@ START = NOW.replace(microsecond=0)
 
 @pytest.fixture(scope="module")
 def authority(rsa_key: Any) -> x509.Certificate:
-    return issue.authority_certificate(rsa_key, NOW)
+    return issue.authority_certificate(rsa_key, NOW, issue.permitted_for(NAMES))
 
 
 @pytest.fixture(scope="module", params=["rsa", "ecdsa"])
@@ -61,7 +63,46 @@ def test_the_authority_may_sign_leaves_and_revocation_lists_and_nothing_else(
     assert usages(authority) == ({"key_cert_sign", "crl_sign"}, True)
     identifier = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
     assert extension(authority, x509.SubjectKeyIdentifier) == (identifier, False)
-    assert len(authority.extensions) == 3
+    assert len(authority.extensions) == 4
+
+
+def test_the_authority_may_issue_for_the_names_it_was_made_for_and_for_all_addresses(
+    authority: x509.Certificate,
+) -> None:
+    constraints, critical = extension(authority, x509.NameConstraints)
+    assert list(constraints.permitted_subtrees) == [
+        x509.DNSName("localhost"),
+        x509.DNSName("b.example"),
+        x509.IPAddress(ip_network("0.0.0.0/0")),
+        x509.IPAddress(ip_network("::/0")),
+    ]
+    assert constraints.excluded_subtrees is None
+    assert critical
+
+
+def test_what_an_authority_permits_is_what_it_was_made_for(authority: x509.Certificate) -> None:
+    assert issue.permitted_names(authority) == ("localhost", "b.example")
+    for name in ("localhost", "b.example", "*.b.example", "x.y.b.example", "192.0.2.7", "2001:db8::8"):
+        assert issue.permits(authority, name)
+    for name in ("example", "*.example", "ab.example", "c.example", "b.example.com"):
+        assert not issue.permits(authority, name)
+
+
+def test_an_authority_without_constraints_permits_everything(rsa_key: Any) -> None:
+    for certificate in (issue.authority_certificate(rsa_key, NOW), only_addresses_constrained(rsa_key)):
+        assert issue.permitted_names(certificate) is None
+        assert issue.permits(certificate, "any.example")
+
+
+def only_addresses_constrained(key: Any) -> x509.Certificate:
+    constraints = x509.NameConstraints([x509.IPAddress(ip_network("0.0.0.0/0"))], None)
+    return build(key, extensions=[constraints])
+
+
+def test_what_is_permitted_is_each_name_once_localhost_and_no_more_than_200() -> None:
+    many = [f"n{number}.example" for number in range(300)]
+    assert issue.permitted_for(["b.example", "*.b.example", "10.0.0.1"]) == ("localhost", "b.example")
+    assert issue.permitted_for(many) == ("localhost", *many[:199])
 
 
 def test_the_authority_signs_itself_for_ten_years(authority: x509.Certificate, rsa_key: Any) -> None:
@@ -188,10 +229,50 @@ def test_openssl_verifies_the_leaf_strictly_for_every_name(
         assert openssl(*strict, "-verify_hostname", name, server) == f"{server}: OK\n"
     for address in ("192.0.2.7", "2001:db8::7"):
         assert openssl(*strict, "-verify_ip", address, server) == f"{server}: OK\n"
+    assert ", critical" not in openssl("x509", "-noout", "-ext", "subjectAltName", "-in", server)
     with pytest.raises(AssertionError, match="hostname mismatch"):
         openssl(*strict, "-verify_hostname", "c.example", server)
     with pytest.raises(AssertionError, match="purpose"):
         openssl("verify", "-purpose", "sslclient", "-CAfile", ca, *at, server)
+
+
+@pytest.mark.parametrize(
+    ("names", "good"),
+    [
+        (["a.b.example"], True),
+        (["*.a.b.example", "localhost"], True),
+        (["192.0.2.7"], True),
+        (["2001:db8::7"], True),
+        (["10.0.0.1", "b.example"], True),
+        (["x" * 62 + ".b.example", "10.0.0.1"], True),
+        (["c.example"], False),
+        (["*.example", "b.example"], False),
+        (["localhost", "192.0.2.7", "c.example"], False),
+    ],
+)
+def test_openssl_and_gnutls_agree_with_us_on_what_the_authority_may_issue(
+    tmp_path: Path, authority: x509.Certificate, rsa_key: Any, ec_key: Any, names: list[str], good: bool
+) -> None:
+    """One name beyond the constraints breaks the whole certificate."""
+    assert all(issue.permits(authority, name) for name in names) is good
+    ca, server = tmp_path / "ca.crt", tmp_path / "server.crt"
+    ca.write_bytes(pem(authority))
+    leaf = issue.leaf_certificate(ec_key, names, authority, rsa_key, 90 * DAY, NOW)
+    server.write_bytes(pem(leaf))
+    at = str(int(NOW.timestamp()))
+    strict = ("verify", "-x509_strict", "-purpose", "sslserver", "-CAfile", ca, "-attime", at, server)
+    if good:
+        assert openssl(*strict) == f"{server}: OK\n"
+    else:
+        with pytest.raises(AssertionError, match="permitted subtree violation"):
+            openssl(*strict)
+    if shutil.which("certtool") is None:
+        pytest.skip("there is no certtool to be the second witness")
+    command = ["certtool", "--verify", "--load-ca-certificate", ca, "--infile", server]
+    command += ["--attime", f"{NOW:%Y-%m-%d %H:%M:%S} UTC"]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert ("The certificate is trusted" in done.stdout) is good, done.stdout + done.stderr
+    assert ("violates the signer's constraints" in done.stdout) is not good
 
 
 def test_a_renewed_authority_verifies_what_the_old_one_issued_and_the_other_way_round(

@@ -4,24 +4,35 @@ import errno
 import fcntl
 import json
 import os
-import shutil
-import signal
+import random
 import stat
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
 
-from zcproto.certs import CertificatePair, authority, ensure_own_certificates, files, host, keys, load_pair
+from zcproto.certs import (
+    CertificatePair,
+    NextPins,
+    authority,
+    ensure_own_certificates,
+    files,
+    host,
+    keys,
+    load_pair,
+    rotation,
+)
+from zcproto.certs.own import OwnCertificates, cancel, keep, renew, rotate
 from zcproto.errors import CertificateError
 
-from .support import DAY, NOW, build, der, ensure, openssl, pem, pem_of_key
+from .support import DAY, NOW, build, der, ensure, openssl, pem, pem_of_key, settings
 from .test_authority import fail_to_write, read
 
 LEAVES = ("server.crt", "server-ecdsa.crt")
@@ -31,7 +42,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def pins(pairs: list[CertificatePair]) -> list[str]:
+def pins(pairs: Iterable[CertificatePair]) -> list[str]:
     return [pair.pin for pair in pairs]
 
 
@@ -235,6 +246,417 @@ def test_only_the_key_types_asked_for_are_returned_in_their_order(made: Path) ->
     assert bytes_of(made) == before
 
 
+# --- new keys, announced before they are used
+
+
+KEEPS = settings(renew_key=True)
+DUE = NOW.replace(microsecond=0) + 60 * DAY
+"""When a certificate that was made at NOW is renewed."""
+
+SECOND = timedelta(seconds=1)
+
+
+def test_a_new_key_is_announced_a_week_before_the_renewal_and_used_at_it(made: Path) -> None:
+    first = keep(made, KEEPS, NOW)
+    assert (first.announced, first.used, first.problems) == (None, (), ())
+    assert first.next_change == DUE - 7 * DAY
+    assert keep(made, KEEPS, DUE - 7 * DAY - SECOND) == first
+    announced = keep(made, KEEPS, DUE - 7 * DAY)
+    assert announced.pairs == first.pairs
+    assert announced.used == ()
+    assert announced.announced is not None
+    assert announced.announced == rotation.announced(made)
+    assert announced.announced.use_from == announced.next_change == DUE
+    assert keep(made, KEEPS, DUE - SECOND) == announced
+    used = keep(made, KEEPS, DUE)
+    assert tuple(pins(used.pairs)) == used.used == announced.announced.pins
+    assert used.announced is None
+    assert not list(made.glob("*next*"))
+    assert used.next_change == DUE + 53 * DAY
+    assert keep(made, KEEPS, DUE) == OwnCertificates(
+        used.pairs, None, (), used.left_out, used.problems, used.next_change
+    )
+
+
+def test_a_life_of_renewals_is_announced_key_by_key(made: Path) -> None:
+    """As a server asks that is told when something changes: every key was announced for a week."""
+    seen: dict[str, datetime] = {}
+    now, keys_used = NOW, 0
+    for _ in range(20):
+        one = keep(made, KEEPS, now)
+        assert one.problems == ()
+        for pin in one.announced.pins if one.announced is not None else ():
+            seen.setdefault(pin, now)
+        for pin in one.used:
+            assert now - seen[pin] >= 7 * DAY - SECOND
+            keys_used += 1
+        assert one.next_change > now
+        now = one.next_change
+    assert keys_used == 9 * 2
+    assert now - NOW > 590 * DAY
+
+
+@pytest.mark.parametrize("lifetime", [timedelta(minutes=1), timedelta(hours=2), 9 * DAY])
+def test_a_short_lived_certificate_announces_its_next_key_as_soon_as_it_is_made(
+    tmp_path: Path, lifetime: timedelta
+) -> None:
+    short = settings(renew_key=True, lifetime=lifetime, key_types=["ecdsa-p256"])
+    now, folder = NOW.replace(microsecond=0), tmp_path / "certs"
+    first = keep(folder, short, now)
+    for _ in range(3):
+        assert first.next_change == now
+        announced = keep(folder, short, now)
+        assert announced.announced is not None
+        assert announced.next_change == announced.announced.use_from == now + lifetime * 2 / 3
+        now = announced.next_change
+        first = keep(folder, short, now)
+        assert first.used == announced.announced.pins
+
+
+def test_a_renewal_that_is_late_keeps_the_key_and_the_new_one_follows(made: Path) -> None:
+    """The server was off: nobody is locked out by a key that was not announced."""
+    old = keep(made, KEEPS, NOW)
+    late = DUE + 20 * DAY
+    renewed = keep(made, KEEPS, late)
+    assert pins(renewed.pairs) == pins(old.pairs)
+    assert all(pair.not_before > NOW for pair in renewed.pairs)
+    assert renewed.announced is not None
+    assert renewed.announced.use_from == renewed.next_change == late + 7 * DAY
+    used = keep(made, KEEPS, late + 7 * DAY)
+    assert used.used == renewed.announced.pins
+
+
+def test_an_expired_certificate_is_renewed_at_once_and_its_key_follows(made: Path) -> None:
+    old = keep(made, KEEPS, NOW)
+    renewed = keep(made, KEEPS, NOW + 200 * DAY)
+    assert pins(renewed.pairs) == pins(old.pairs)
+    assert renewed.announced is not None
+    assert renewed.announced.use_from == NOW.replace(microsecond=0) + 207 * DAY
+
+
+def test_a_renewal_waits_a_little_for_a_key_that_was_announced_late(made: Path) -> None:
+    keep(made, KEEPS, NOW)
+    announced = keep(made, KEEPS, DUE - 2 * DAY)
+    assert announced.announced is not None
+    assert announced.announced.use_from == announced.next_change == DUE + 5 * DAY
+    assert keep(made, KEEPS, DUE + 4 * DAY) == announced
+    assert keep(made, KEEPS, DUE + 5 * DAY).used == announced.announced.pins
+
+
+def test_a_certificate_never_comes_to_its_end_because_it_waits_for_a_key(made: Path) -> None:
+    rotate(made, settings(), NOW, use_from=DUE + 29 * DAY)
+    before = keep(made, KEEPS, DUE - SECOND)
+    assert before.next_change == DUE
+    renewed = keep(made, KEEPS, DUE)
+    assert pins(renewed.pairs) == pins(before.pairs)
+    assert renewed.pairs != before.pairs
+    assert renewed.announced == before.announced
+    assert renewed.next_change == DUE + 29 * DAY
+    assert before.announced is not None
+    assert keep(made, KEEPS, DUE + 29 * DAY).used == before.announced.pins
+
+
+def test_an_announced_key_is_used_at_its_time_whatever_the_settings_say(made: Path) -> None:
+    announced = rotate(made, settings(), NOW).announced
+    assert announced is not None
+    told: list[str] = []
+    used = keep(made, settings(), NOW + 7 * DAY, told.append)
+    assert used.used == announced.pins
+    assert "(the time of its next key has come)" in told[0]
+    assert not list(made.glob("*next*"))
+
+
+@pytest.mark.parametrize("name", ["server.key", "server.crt"])
+def test_a_lost_key_is_replaced_by_the_one_that_is_announced(made: Path, name: str) -> None:
+    """Clients may know it; a lost certificate is made again for the key that all of them know."""
+    before = rotate(made, settings(), NOW)
+    (made / name).unlink()
+    after = keep(made, settings(), NOW + DAY)
+    assert before.announced is not None
+    assert after.announced is not None
+    if name == "server.key":
+        assert after.pairs[0].pin == before.announced.pins[0]
+        assert after.used == before.announced.pins[:1]
+        assert after.announced.pins == before.announced.pins[1:]
+    else:
+        assert pins(after.pairs) == pins(before.pairs)
+        assert after.announced == before.announced
+
+
+def test_an_announced_key_of_the_type_that_is_wanted_next_is_used_when_the_type_changes(made: Path) -> None:
+    keep(made, settings(), NOW)
+    other = keys.generate("ecdsa-p384")
+    next_key = rotation.announce(made, other, NOW + 7 * DAY, NOW, print)
+    after = keep(made, settings(key_types=["rsa-2048", "ecdsa-p384"]), NOW + DAY)
+    assert after.used == (next_key.pin,)
+    assert after.pairs[1].key_type == "ecdsa-p384"
+    assert not list(made.glob("*next*"))
+
+
+def test_a_damaged_next_key_stops_nothing(made: Path) -> None:
+    announced = rotate(made, settings(), NOW)
+    (made / "server.next.key").write_bytes(b"junk")
+    told: list[str] = []
+    after = keep(made, settings(), NOW + DAY, told.append)
+    assert after.pairs == announced.pairs
+    assert announced.announced is not None
+    assert after.announced == NextPins(announced.announced.pins[1:], announced.announced.use_from)
+    assert len(told) == 1
+    assert (made / "server.next.key.aside").read_bytes() == b"junk"
+
+
+def test_a_key_that_cannot_be_announced_is_a_problem_and_the_renewal_goes_on(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = keep(made, KEEPS, NOW)
+    told: list[str] = []
+    with monkeypatch.context() as patch:
+        fail_to_write(patch, "server.next.key")
+        (problem,) = keep(made, KEEPS, DUE - 7 * DAY, told.append).problems
+        assert problem in told
+        assert problem == (
+            f"The next key of {made}/server.crt could not be announced: {made}/server.next.key: cannot be"
+            " written: No space left on device."
+        )
+        renewed = keep(made, KEEPS, DUE)
+    assert renewed.pairs[0].pin == old.pairs[0].pin
+    assert renewed.pairs[0] != old.pairs[0]
+    assert renewed.used == (renewed.pairs[1].pin,)
+    later = keep(made, KEEPS, renewed.next_change)
+    assert later.problems == ()
+    assert later.announced is not None
+
+
+def test_a_next_key_that_was_used_and_cannot_be_deleted_is_used_once(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced = rotate(made, settings(), NOW).announced
+    assert announced is not None
+
+    def refuse(next_key: rotation.NextKey) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rotation, "used", refuse)
+        used = keep(made, settings(), NOW + 7 * DAY)
+        assert used.used == announced.pins
+        assert used.announced is None
+        assert used.problems[0] == (
+            f"{made}/server.next.key is in use and could not be deleted: Read-only file system."
+        )
+        again = keep(made, settings(), NOW + 8 * DAY)
+        assert again.pairs == used.pairs
+        assert (again.used, again.announced) == ((), None)
+        assert len(again.problems) == 2
+    assert keep(made, settings(), NOW + 8 * DAY).problems == ()
+    assert not list(made.glob("*next*"))
+
+
+def test_without_the_key_of_the_authority_nothing_is_announced_and_nothing_lost(made: Path) -> None:
+    announced = rotate(made, settings(), NOW)
+    (made / "ca.key").rename(made / "ca.key.away")
+    one = keep(made, KEEPS, NOW + 8 * DAY)
+    assert one.pairs == announced.pairs
+    assert one.announced == announced.announced
+    assert len(one.problems) == 2
+    for path in made.glob("*next*"):
+        path.unlink()
+    assert keep(made, KEEPS, DUE - DAY).next_change == DUE
+    assert rotation.announced(made) is None
+
+
+def test_a_clock_that_was_ahead_is_caught_up(made: Path) -> None:
+    """Announced, used and announced again by a clock that is ten years ahead; then the clock is set right."""
+    ahead = NOW + 3650 * DAY
+    keep(made, KEEPS, ahead)
+    keep(made, KEEPS, ahead + 7 * DAY)
+    wrong = keep(made, KEEPS, ahead + 60 * DAY)
+    assert wrong.announced is not None
+    assert wrong.announced.use_from > ahead
+    right = keep(made, KEEPS, NOW + DAY)
+    assert all(pair.not_before <= NOW + DAY <= pair.not_after for pair in right.pairs)
+    assert right.announced is not None
+    assert right.announced.pins == wrong.announced.pins
+    assert NOW < right.announced.use_from <= NOW + 10 * DAY
+    assert keep(made, KEEPS, right.announced.use_from).used == wrong.announced.pins
+
+
+def test_a_clock_that_swings_leaves_valid_certificates_always(made: Path) -> None:
+    rng = random.Random(5)
+    for _ in range(25):
+        now = NOW + rng.choice([1, 1, 1, 10, 500]) * rng.uniform(-50, 50) * DAY
+        for pair in keep(made, KEEPS, now).pairs:
+            assert pair.not_before <= now <= pair.not_after
+            assert pair == load_pair(pair.certificate, pair.key, now)
+
+
+def test_a_year_that_no_certificate_can_name_is_refused(tmp_path: Path) -> None:
+    for year in (1, 1950, 9901, 9999):
+        with pytest.raises(CertificateError, match=f"in the year {year}; set the clock right"):
+            keep(tmp_path / "certs", settings(), NOW.replace(year=year))
+    assert not (tmp_path / "certs").exists()
+
+
+@pytest.mark.parametrize("announce_key", [-SECOND, 398 * DAY])
+def test_an_announcement_that_is_too_long_or_negative_is_refused(
+    tmp_path: Path, announce_key: timedelta
+) -> None:
+    with pytest.raises(CertificateError, match=r"a key cannot be announced for .*; give 0 to 397 days"):
+        keep(tmp_path / "certs", settings(announce_key=announce_key), NOW)
+
+
+# --- what is asked for
+
+
+def test_a_renewal_that_is_asked_for_keeps_the_keys(made: Path) -> None:
+    before = keep(made, settings(), NOW)
+    told: list[str] = []
+    after = renew(made, settings(), NOW + DAY, told.append)
+    assert pins(after.pairs) == pins(before.pairs)
+    assert all(pair.not_before > NOW for pair in after.pairs)
+    assert (after.used, after.announced) == ((), None)
+    assert after.next_change == DUE + DAY
+    assert all("(a renewal was asked for)" in sentence for sentence in told)
+    assert len(told) == 2
+
+
+def test_a_renewal_that_is_asked_for_uses_an_announced_key_at_its_time_only(made: Path) -> None:
+    announced = rotate(made, settings(), NOW).announced
+    assert announced is not None
+    assert renew(made, settings(), NOW + DAY).announced == announced
+    renewed = renew(made, settings(), NOW + 7 * DAY)
+    assert renewed.used == announced.pins
+    assert renewed.announced is None
+
+
+def test_what_is_asked_for_in_an_empty_folder_is_a_first_run(tmp_path: Path) -> None:
+    for number, act in enumerate((renew, rotate)):
+        folder = tmp_path / str(number)
+        one = act(folder, settings(), NOW)
+        assert len(one.pairs) == 2
+        assert set(one.used) == set(pins(one.pairs))
+        assert (one.announced is None) is (act is renew)
+        if one.announced is not None:
+            assert not set(one.announced.pins) & set(one.used)
+    at_once = rotate(tmp_path / "third", settings(), NOW, at_once=True)
+    assert (len(at_once.pairs), at_once.announced) == (2, None)
+
+
+def test_a_rotation_is_announced_for_a_week_or_for_the_time_that_is_given(made: Path) -> None:
+    before = keep(made, settings(), NOW)
+    one = rotate(made, settings(), NOW)
+    assert one.pairs == before.pairs
+    assert one.announced is not None
+    assert one.announced.use_from == one.next_change == NOW.replace(microsecond=0) + 7 * DAY
+    assert rotate(made, settings(announce_key=DAY), NOW + DAY).announced == one.announced
+    zone = timezone(timedelta(hours=5))
+    moved = rotate(made, settings(), NOW + DAY, use_from=(NOW + 30 * DAY).astimezone(zone)).announced
+    assert moved == NextPins(one.announced.pins, NOW.replace(microsecond=0) + 30 * DAY)
+    assert rotation.announced(made) == moved
+
+
+def test_a_rotation_without_an_announcement_is_at_once(made: Path) -> None:
+    before = keep(made, settings(), NOW)
+    for one in (
+        rotate(made, settings(announce_key=timedelta(0)), NOW),
+        rotate(made, settings(), NOW, at_once=True),
+    ):
+        assert one.announced is None
+        assert list(one.used) == pins(one.pairs)
+        assert not set(one.used) & set(pins(before.pairs))
+        before = one
+
+
+def test_a_rotation_at_once_uses_the_keys_that_clients_may_know(made: Path) -> None:
+    announced = rotate(made, settings(), NOW).announced
+    (made / "server-ecdsa.next.key").unlink()
+    told: list[str] = []
+    one = rotate(made, settings(), NOW + DAY, told.append, at_once=True)
+    assert announced is not None
+    assert one.used[0] == announced.pins[0]
+    assert one.used[1] != announced.pins[1]
+    assert list(one.used) == pins(one.pairs)
+    assert one.announced is None
+    assert told[0] == "Making keys: ecdsa-p256."
+    assert "(a new key was asked for)" in told[1]
+
+
+@pytest.mark.parametrize("use_from", [NOW - DAY, NOW, NOW + 398 * DAY])
+def test_a_key_cannot_be_announced_for_the_past_or_a_distant_future(made: Path, use_from: datetime) -> None:
+    with pytest.raises(
+        CertificateError, match="give a time that is still to come, and at most 397 days away"
+    ):
+        rotate(made, settings(), NOW, use_from=use_from)
+    assert rotation.announced(made) is None
+
+
+def test_mistakes_of_the_caller_are_no_errors_of_certificates(made: Path) -> None:
+    with pytest.raises(ValueError, match="at once or from a later time on"):
+        rotate(made, settings(), NOW, use_from=NOW + DAY, at_once=True)
+    with pytest.raises(ValueError, match="aware"):
+        rotate(made, settings(), NOW, use_from=NOW.replace(tzinfo=None) + DAY)
+
+
+def test_what_is_asked_for_and_fails_is_an_error(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = bytes_of(made)
+    with monkeypatch.context() as patch:
+        fail_to_write(patch, "server.crt")
+        for act in (renew, partial(rotate, at_once=True)):
+            with pytest.raises(
+                CertificateError, match=r"server\.crt must be made \(a .* asked for\): .*No space"
+            ):
+                act(made, settings(), NOW)
+    with monkeypatch.context() as patch:
+        fail_to_write(patch, "server.next.key")
+        with pytest.raises(CertificateError, match=r"server\.next\.key: cannot be written: No space"):
+            rotate(made, settings(), NOW)
+    (made / "ca.key").unlink()
+    before.pop("ca.key")
+    for act in (renew, rotate, partial(rotate, at_once=True)):
+        with pytest.raises(
+            CertificateError, match=r"ca\.key: does not exist, so no certificate can be issued"
+        ):
+            act(made, settings(), NOW)
+    assert bytes_of(made) == before
+
+
+def test_what_is_announced_can_be_taken_back(made: Path) -> None:
+    rotate(made, settings(), NOW)
+    told: list[str] = []
+    assert cancel(made, told.append) == (made / "server.next.key", made / "server-ecdsa.next.key")
+    assert len(told) == 2
+    assert rotation.announced(made) is None
+    assert cancel(made) == ()
+    before = keep(made, settings(), NOW)
+    assert keep(made, settings(), NOW + 8 * DAY).pairs == before.pairs
+    made.chmod(0o755)
+    with pytest.raises(CertificateError, match="chmod 700"):
+        cancel(made)
+
+
+def test_names_of_the_host_that_are_left_out_are_in_the_result(made: Path) -> None:
+    assert keep(made, settings(), NOW).left_out == ()
+    assert keep(made, settings(host_names=["localhost", "box", "10.0.0.1"]), NOW).left_out == ("box",)
+
+
+def test_an_authority_that_could_not_be_renewed_is_a_problem(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_to_write(patch, "ca.crt")
+        (problem,) = keep(made, settings(), NOW + 3600 * DAY).problems
+    assert problem.startswith(f"{made}/ca.crt could not be renewed: ")
+    assert keep(made, settings(), NOW + 3600 * DAY).problems == ()
+
+
+def test_a_change_of_the_key_types_leaves_no_old_certificate_in_service(made: Path) -> None:
+    old = keep(made, settings(), NOW)
+    for key_types in (["ecdsa-p384"], ["rsa-3072"], ["ecdsa-p256"], ["rsa-2048", "ecdsa-p384"]):
+        pairs = keep(made, settings(key_types=key_types), NOW).pairs
+        assert [pair.key_type for pair in pairs] == key_types
+        assert not {pair.leaf_sha256 for pair in pairs} & {pair.leaf_sha256 for pair in old.pairs}
+
+
 # --- repairs
 
 
@@ -377,132 +799,7 @@ def test_an_error_of_the_disk_is_never_a_traceback(made: Path, monkeypatch: pyte
         ensure(made)
 
 
-# --- crashes
-
-
-class PowerCut(BaseException):
-    """The machine stops: no handler and no clean-up runs after it."""
-
-
-@pytest.fixture
-def pooled_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New keys come from a pool, as a crash is tried at each of many steps."""
-    pool = {kind: [keys.generate(kind) for _ in range(6)] for kind in ("rsa-2048", "ecdsa-p256")}
-
-    def generate(key_type: str) -> keys.PrivateKey:
-        pool[key_type].append(pool[key_type].pop(0))
-        return pool[key_type][-1]
-
-    monkeypatch.setattr(keys, "generate", generate)
-
-
-def crash_at(step: int, action: Callable[[], object]) -> bool:
-    """Runs `action` on a machine that stops before its `step`-th change to the disk."""
-    done = 0
-
-    def stopping(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done >= step:
-                raise PowerCut
-            return real(*arguments, **options)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fchmod", "fsync"):
-            patch.setattr(os, name, stopping(getattr(os, name)))
-        for name in ("replace", "unlink", "mkdir", "chmod"):
-            patch.setattr(Path, name, stopping(getattr(Path, name)))
-        try:
-            action()
-        except PowerCut:
-            return True
-    return False
-
-
-def steps(limit: int = 500) -> Iterator[int]:
-    yield from range(1, limit)
-    pytest.fail("it never came to its end")
-
-
-@pytest.mark.usefixtures("pooled_keys")
-def test_a_crash_at_any_step_of_the_first_run_is_repaired_by_the_next(tmp_path: Path) -> None:
-    for step in steps():
-        folder = tmp_path / str(step) / "certs"
-        crashed = crash_at(step, lambda folder=folder: ensure(folder))
-        authority_before = (folder / "ca.crt").read_bytes() if (folder / "ca.crt").exists() else None
-        assert len(ensure(folder)) == 2
-        assert not list(folder.glob(".*.new"))
-        assert not list(folder.glob("*.aside"))
-        # An authority that was in place may be trusted by clients already.
-        assert authority_before in (None, (folder / "ca.crt").read_bytes())
-        if not crashed:
-            break
-    assert step > 30
-
-
-@pytest.mark.usefixtures("pooled_keys")
-@pytest.mark.parametrize("renew_key", [False, True])
-def test_a_crash_at_any_step_of_a_renewal_leaves_the_old_pair_or_the_new_one(
-    made: Path, tmp_path: Path, renew_key: bool
-) -> None:
-    """Also without the authority's key: whatever a repair needs is in the folder."""
-    for step in steps():
-        folder = tmp_path / str(step)
-        shutil.copytree(made, folder)
-        old = pins(ensure(folder))
-        changes: dict[str, Any] = {"renew_key": renew_key, "announce_key": timedelta(0)}
-        crashed = crash_at(
-            step, lambda folder=folder, changes=changes: ensure(folder, now=NOW + 61 * DAY, **changes)
-        )
-        (folder / "ca.key").unlink()
-        after = ensure(folder, now=NOW + 61 * DAY)
-        for before, pair in zip(old, after, strict=True):
-            renewed = pair.not_before > NOW
-            assert (pair.pin != before) is (renewed and renew_key)
-        assert not list(folder.glob(".*.new"))
-        if not crashed:
-            break
-    assert step > 10
-    assert all(pair.not_before > NOW for pair in after)
-
-
-ROTATE = """
-    import sys
-    from datetime import UTC, datetime, timedelta
-    from pathlib import Path
-    from zcproto.certs import ensure_own_certificates
-
-    now = datetime(2026, 6, 1, tzinfo=UTC)
-    while True:
-        now += timedelta(days=61)
-        (pair,) = ensure_own_certificates(
-            Path(sys.argv[1]), names=["zcp.example.com"], host_names=["localhost"], key_types=["ecdsa-p256"],
-            lifetime=timedelta(days=90), renew_before=timedelta(days=30), renew_key=True,
-            announce_key=timedelta(0), now=now,
-        )
-        print(now.isoformat(), pair.pin, flush=True)
-"""
-
-
-def test_a_process_that_is_killed_while_it_renews_leaves_a_pair_that_loads(made: Path) -> None:
-    for lines in (1, 4, 9):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(ROTATE), str(made)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        with process.stdout:
-            for _ in range(lines):
-                last = process.stdout.readline().split()
-            process.send_signal(signal.SIGKILL)
-            rest = process.stdout.read().split()
-        assert process.wait() == -signal.SIGKILL
-        moment = datetime.fromisoformat(rest[-2] if len(rest) > 1 else last[0])
-        (pair,) = ensure(made, key_types=["ecdsa-p256"], now=moment)
-        assert pair.not_before <= moment <= pair.not_after
-        assert not list(made.glob(".*.new"))
+# --- what a crash left
 
 
 @pytest.mark.parametrize("authority_there", [True, False])
