@@ -20,6 +20,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from zcproto.auth import CallableAuthenticator, CertificateAuthenticator, CurrentUsers, UserFile
 from zcproto.certs import clients
 from zcproto.certs.client_user import user_of
+from zcproto.client.blocking import BlockingClient
+from zcproto.client.connect import connect_blocking
+from zcproto.errors import Unauthenticated
 from zcproto.server.app import App
 from zcproto.server.builtin import default_app
 from zcproto.server.context import Context
@@ -129,6 +132,17 @@ class Gate:
         client.token = client.opened["token"]
         return client
 
+    def library(self, shown: Shown, **options: Any) -> BlockingClient:
+        """The library's client."""
+        return connect_blocking(
+            f"localhost:{self.server.port}",
+            ca_file=self.certs / "ca.crt",
+            certificate=shown.certificate,
+            key_file=shown.key,
+            home=self.certs.parent,
+            **options,
+        )
+
     def turned_away(self, shown: Shown | None, **fields: Any) -> Frame:
         """The answer to a login that is not accepted."""
         with self.client(shown) as client:
@@ -201,6 +215,25 @@ def test_a_certificate_does_not_stand_in_the_way_of_a_key(gate: Gate) -> None:
     with gate.client(gate.issue("ada")) as client:
         client.open_session("bob")
         assert client.opened["user"] == "bob"
+
+
+@pytest.mark.parametrize(
+    ("options", "user"),
+    [({}, "ada"), ({"user": "ada"}, "ada"), ({"user": "bob", "key": KEY}, "bob")],
+)
+def test_the_client_library_opens_its_session_by_the_certificate(
+    gate: Gate, options: dict[str, str], user: str
+) -> None:
+    with gate.library(gate.issue("ada"), **options) as client:
+        assert client.session is not None
+        assert client.session.user == user
+        assert client.call("echo", word="hello") == {"word": "hello"}
+        assert client.call("shown") is not None
+
+
+def test_the_client_library_tells_of_a_certificate_that_names_another(gate: Gate) -> None:
+    with pytest.raises(Unauthenticated), gate.library(gate.issue("ada"), user="root"):
+        pass
 
 
 # --- turned away -----------------------------------------------------------------------------------------
