@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from zcproto.certs import foreign, pair
 from zcproto.certs.certificates import Site
-from zcproto.certs.foreign import ForeignSite, PassphraseSource, SiteLook, WatchedSite, covers, load_site
+from zcproto.certs.foreign import ForeignSite, Look, PassphraseSource, covers, load_site, watched_site
 from zcproto.errors import CertificateError
 
 from .support import DAY, NOW, build, pem, pem_of_key
 
-NOTHING = SiteLook()
+NOTHING = Look()
 
 
 def san(*names: str) -> x509.SubjectAlternativeName:
@@ -252,20 +252,20 @@ class Watched:
 
     def __init__(self, spec: ForeignSite, environ: Mapping[str, str] | None = None) -> None:
         self.now, self.monotonic = NOW, 1000.0
-        self.site = WatchedSite(spec, environ or {})
+        self.site = watched_site(spec, environ or {})
         self.site.start(self.now, self.monotonic)
 
-    def look(self, *, again: bool = False) -> SiteLook:
+    def look(self, *, again: bool = False) -> Look:
         self.monotonic += 1
         return self.site.look(self.now, self.monotonic, again=again)
 
-    def looks(self, count: int) -> list[SiteLook]:
+    def looks(self, count: int) -> list[Look]:
         return [self.look() for _ in range(count)]
 
     @property
     def pin(self) -> str:
-        assert self.site.site is not None
-        return self.site.site.pairs[0].pin
+        assert self.site.value is not None
+        return self.site.value.pairs[0].pin
 
 
 def test_a_site_that_cannot_be_served_does_not_start(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
@@ -290,11 +290,11 @@ def test_a_new_pair_is_taken_at_once_and_told_as_a_change(
     watched = Watched(files.site("a.example"))
     before = watched.pin
     files.write(other_ec_key)
-    assert watched.look() == SiteLook(changed=True)
+    assert watched.look() == Look(changed=True)
     assert watched.pin != before
     assert watched.looks(70) == [NOTHING] * 70
     files.write_certificate(other_ec_key)  # a renewal with its key
-    assert watched.look() == SiteLook(changed=True)
+    assert watched.look() == Look(changed=True)
 
 
 def test_the_same_certificate_written_again_is_no_change(tmp_path: Path, ec_key: Any) -> None:
@@ -313,7 +313,7 @@ def test_a_key_with_another_passphrase_is_a_change(tmp_path: Path, ec_key: Any) 
     files.write_key(ec_key, b"two")
     assert watched.look() == NOTHING
     put(source, b"two")
-    assert watched.look() == SiteLook(changed=True)
+    assert watched.look() == Look(changed=True)
 
 
 @pytest.mark.parametrize("order", ["certificate first", "key first"])
@@ -330,7 +330,7 @@ def test_a_pair_that_is_half_written_is_given_time_and_never_served(
     assert watched.looks(30) == [NOTHING] * 30
     assert watched.pin == before
     steps[1](other_ec_key)
-    assert watched.look() == SiteLook(changed=True)
+    assert watched.look() == Look(changed=True)
     assert watched.pin != before
     assert watched.site.problem == ""
 
@@ -346,7 +346,7 @@ def test_files_that_stay_bad_are_told_once_and_the_good_ones_again(
     assert looks[30].bad.startswith(f"{files.key}: is not the key of")
     assert watched.site.problem == looks[30].bad
     files.write_key(ec_key)
-    assert watched.look() == SiteLook(recovered=True)
+    assert watched.look() == Look(recovered=True)
     assert watched.site.problem == ""
     assert watched.looks(100) == [NOTHING] * 100
 
@@ -362,7 +362,7 @@ def test_each_change_to_files_that_stay_bad_is_told_when_it_has_settled(
         assert [at for at, look in enumerate(looks) if look != NOTHING] == [30]
         assert "holds no PEM key" in looks[30].bad
     files.write(other_ec_key)
-    assert watched.look() == SiteLook(changed=True, recovered=True)
+    assert watched.look() == Look(changed=True, recovered=True)
 
 
 def test_files_that_are_never_quiet_are_told_of_in_the_end(tmp_path: Path, ec_key: Any) -> None:
@@ -375,7 +375,7 @@ def test_files_that_are_never_quiet_are_told_of_in_the_end(tmp_path: Path, ec_ke
             told.append(turn)
     assert told == [300, 601, 902]
     files.write_key(ec_key)
-    assert watched.look() == SiteLook(recovered=True)
+    assert watched.look() == Look(recovered=True)
 
 
 def test_a_file_that_is_gone_changes_nothing(tmp_path: Path, ec_key: Any) -> None:
@@ -389,7 +389,7 @@ def test_a_file_that_is_gone_changes_nothing(tmp_path: Path, ec_key: Any) -> Non
         " check the path, and that this user may read it"
     ]
     put(files.certificate, good)
-    assert watched.look() == SiteLook(recovered=True)
+    assert watched.look() == Look(recovered=True)
 
 
 def test_a_certificate_of_the_future_is_taken_when_its_time_has_come(
@@ -405,7 +405,7 @@ def test_a_certificate_of_the_future_is_taken_when_its_time_has_come(
     ]
     watched.now += 2 * DAY
     assert watched.look() == NOTHING  # it is tried each minute
-    assert watched.look(again=True) == SiteLook(changed=True, recovered=True)
+    assert watched.look(again=True) == Look(changed=True, recovered=True)
     assert watched.pin != before
 
 
@@ -418,7 +418,7 @@ def test_what_is_bad_is_tried_each_minute(tmp_path: Path, ec_key: Any, other_ec_
     assert "run `chmod 700 " in looks[30].bad
     tmp_path.chmod(0o700)
     looks = watched.looks(60)
-    assert looks == [NOTHING] * 59 + [SiteLook(changed=True, recovered=True)]
+    assert looks == [NOTHING] * 59 + [Look(changed=True, recovered=True)]
 
 
 def test_what_is_wrong_is_told_again_if_it_is_something_else(
@@ -452,7 +452,7 @@ def test_a_disk_that_fails_changes_nothing(
         assert len([look for look in looks if look.bad]) == 1
     assert watched.pin == before
     files.write(other_ec_key)
-    assert watched.look() == SiteLook(changed=True, recovered=True)
+    assert watched.look() == Look(changed=True, recovered=True)
 
 
 def test_a_file_that_changes_while_it_is_loaded_is_seen_at_the_next_look(
@@ -470,9 +470,9 @@ def test_a_file_that_changes_while_it_is_loaded_is_seen_at_the_next_look(
         return loaded
 
     monkeypatch.setattr(foreign, "load_pair", change_after_it)
-    assert watched.look() == SiteLook(changed=True)
+    assert watched.look() == Look(changed=True)
     before = watched.pin
-    assert watched.look() == SiteLook(changed=True)
+    assert watched.look() == Look(changed=True)
     assert watched.pin != before
 
 
@@ -483,13 +483,13 @@ def test_two_pairs_are_taken_together_or_not_at_all(
     second = Files(tmp_path, "ecdsa").write(ec_key)
     spec = ForeignSite((), (first.certificate, second.certificate), (first.key, second.key))
     watched = Watched(spec)
-    before = watched.site.site
+    before = watched.site.value
     first.write(rsa_key)
     second.write_certificate(other_ec_key)
     assert watched.looks(10) == [NOTHING] * 10
-    assert watched.site.site is before
+    assert watched.site.value is before
     second.write_key(other_ec_key)
-    assert watched.look() == SiteLook(changed=True)
+    assert watched.look() == Look(changed=True)
 
 
 def test_files_of_others_are_never_written(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:

@@ -15,11 +15,12 @@ Must not know: own certificates, when certificates expire, who serves them.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from zcproto.certs import files
 from zcproto.certs.certificates import Site
@@ -28,6 +29,8 @@ from zcproto.certs.names import check_names
 from zcproto.certs.pair import MAX_PASSPHRASE_BYTES, CertificatePair, load_pair
 from zcproto.certs.watch import Watch
 from zcproto.errors import CertificateError
+
+T = TypeVar("T")
 
 MAX_SITES = 100
 """Each is some stats a second, and a TLS context in memory."""
@@ -149,53 +152,53 @@ def covers(entry: str, name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class SiteLook:
-    """What a look at a site found."""
+class Look:
+    """What a look at others' files found."""
 
     changed: bool = False
-    """Other certificates, or the same with another key or passphrase, are to be served."""
+    """Something else was loaded than before."""
     bad: str = ""
-    """What is wrong with the files, if that is to be told now; the site stays as it was."""
+    """What is wrong with the files, if that is to be told now; what was loaded before stays."""
     recovered: bool = False
     """What was told to be bad is good again."""
 
 
-_NOTHING = SiteLook()
+_NOTHING = Look()
 
 
-class WatchedSite:
-    """A site of others' files, looked at again and again."""
+class Watched(Generic[T]):
+    """What is loaded from others' files, looked at again and again."""
 
     def __init__(
         self,
-        spec: ForeignSite,
-        environ: Mapping[str, str],
+        paths: Iterable[Path],
+        load: Callable[[datetime], T],
         *,
         settle_s: float = SETTLE_S,
         longest_settle_s: float = LONGEST_SETTLE_S,
     ) -> None:
-        self.spec = spec
-        self.site: Site | None = None
-        """The last good one."""
+        """`load` gives what is good at a time, or raises CertificateError; equal values are no change."""
+        self.value: T | None = None
+        """What was good last."""
         self.problem = ""
         """What has been told to be wrong, until it is good again."""
-        self._environ = environ
+        self._load = load
         self._settle_s = settle_s
         self._longest_settle_s = longest_settle_s
-        self._watch = Watch(spec.paths)
+        self._watch = Watch(paths)
         self._failing_since: float | None = None
         self._quiet_since = 0.0
         self._retry_at = 0.0
         self._told = ""  # of this state of the files
 
-    def start(self, now: datetime, monotonic: float) -> Site:
-        """The site, to begin with. Raises CertificateError if it cannot be served."""
+    def start(self, now: datetime, monotonic: float) -> T:
+        """What is there to begin with. Raises CertificateError if that is not good."""
         self._watch.look()
         self._quiet_since = monotonic
-        self.site = load_site(self.spec, now, self._environ)
-        return self.site
+        self.value = value = self._load(now)
+        return value
 
-    def look(self, now: datetime, monotonic: float, *, again: bool = False) -> SiteLook:
+    def look(self, now: datetime, monotonic: float, *, again: bool = False) -> Look:
         """Looks at the files, and loads them if they are other ones, or were no good before.
 
         With `again` what was no good is tried at once, as after the clock was set.
@@ -207,14 +210,14 @@ class WatchedSite:
         elif self._failing_since is None or (monotonic < self._retry_at and not again):
             return _NOTHING
         try:
-            site = load_site(self.spec, now, self._environ)
+            value = self._load(now)
         except CertificateError as error:
             return self._failed(str(error), monotonic)
-        changed, recovered = site != self.site, bool(self.problem)
-        self.site, self.problem, self._told, self._failing_since = site, "", "", None
-        return SiteLook(changed=changed, recovered=recovered)
+        changed, recovered = value != self.value, bool(self.problem)
+        self.value, self.problem, self._told, self._failing_since = value, "", "", None
+        return Look(changed=changed, recovered=recovered)
 
-    def _failed(self, problem: str, monotonic: float) -> SiteLook:
+    def _failed(self, problem: str, monotonic: float) -> Look:
         if self._failing_since is None:
             self._failing_since = monotonic
         settled = (
@@ -227,7 +230,11 @@ class WatchedSite:
         if problem == self._told:
             return _NOTHING
         self.problem = self._told = problem
-        return SiteLook(bad=problem)
+        return Look(bad=problem)
+
+
+def watched_site(spec: ForeignSite, environ: Mapping[str, str]) -> Watched[Site]:
+    return Watched(spec.paths, lambda now: load_site(spec, now, environ))
 
 
 def _check_names(names: Sequence[str], pair: CertificatePair) -> None:

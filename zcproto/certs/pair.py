@@ -176,9 +176,9 @@ def _end(der: bytes, position: int) -> int:
 # --- parts, which the making of certificates uses too ----------------------------------------------------
 
 
-def read_certificates(path: Path) -> list[x509.Certificate]:
+def read_certificates(path: Path, at_most: int = MAX_CHAIN) -> list[x509.Certificate]:
     """The certificates in a PEM file, at least one. Raises DamagedFileError if there is none."""
-    return _parse_certificates(files.read_certificate_file(path), path)
+    return _parse_certificates(files.read_certificate_file(path), path, at_most)
 
 
 def read_private_key(path: Path) -> PrivateKey:
@@ -219,7 +219,7 @@ def utc(now: datetime) -> datetime:
     return now.astimezone(UTC)
 
 
-def _parse_certificates(data: bytes, path: Path) -> list[x509.Certificate]:
+def _parse_certificates(data: bytes, path: Path, at_most: int = MAX_CHAIN) -> list[x509.Certificate]:
     if _is_cut_off(data):
         # What is left would be read as a shorter chain without a word.
         raise DamagedFileError(f"{path}: is cut off in the middle of a PEM block; get it anew")
@@ -227,9 +227,9 @@ def _parse_certificates(data: bytes, path: Path) -> list[x509.Certificate]:
         chain = x509.load_pem_x509_certificates(data)
     except UNREADABLE as error:
         raise DamagedFileError(f"{path}: holds no PEM certificate that can be read; get it anew") from error
-    if len(chain) > MAX_CHAIN:
+    if len(chain) > at_most:
         raise CertificateError(
-            f"{path}: holds {len(chain)} certificates; leave the server's and its issuers', {MAX_CHAIN} at most"
+            f"{path}: holds {len(chain)} certificates; leave those that are needed, {at_most} at most"
         )
     return chain
 
