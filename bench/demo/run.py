@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bench.demo.server import DemoServer
 from bench.load.command import Outputs, check_outputs, run_and_report
-from bench.load.plan import SESSIONS_PER_USER, Credential, Plan, raise_file_limit
+from bench.load.plan import SESSIONS_PER_USER, Credential, Plan, require_open_files
 from bench.load.result import Result, Verdict
 from bench.load.tally import Kind
 from bench.processes import uninterrupted
@@ -54,7 +54,7 @@ class Demo:
 
 def run_demo(demo: Demo, console: Console) -> Result:
     """Show it all. Raises ConfigError if the system does not allow so many connections."""
-    raise_file_limit(demo.connections + SERVER_SPARE, demo.connections, lambda limit: limit - SERVER_SPARE)
+    require_open_files(demo.connections + SERVER_SPARE, demo.connections, lambda limit: limit - SERVER_SPARE)
     outputs = Outputs(json=demo.json, plot=demo.plot, bars=BARS)
     check_outputs(outputs)
     started = time.monotonic()

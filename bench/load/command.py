@@ -16,12 +16,12 @@ from typing import Final
 from rich.console import Console
 
 from bench.load import hdr, report
-from bench.load.plan import SPARE_FILES, Plan, check_plan, raise_file_limit
+from bench.load.plan import SPARE_FILES, Plan, check_plan, require_open_files
 from bench.load.progress import view_for
 from bench.load.result import Result, Verdict
 from bench.load.run import Stop, View, run
-from bench.load.worker import new_event_loop
 from zcproto.errors import ConfigError
+from zcproto.event_loop import new_event_loop
 from zcproto.printable import printable
 
 PLOT_SUFFIXES: Final = (".png", ".svg", ".pdf")
@@ -56,7 +56,7 @@ def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
     """Carry out a plan, print its report and write its files. Raises ConfigError before anything is connected."""
     check_plan(plan)
     check_outputs(outputs)
-    raise_file_limit(
+    require_open_files(
         -(-plan.connections // plan.processes) + SPARE_FILES,
         plan.connections,
         lambda limit: (limit - SPARE_FILES) * plan.processes,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from zcproto.errors import ConfigError
+from zcproto.file_limit import raise_file_limit
 from zcproto.printable import printable
 
 SESSIONS_PER_USER: Final = 5
@@ -188,26 +188,19 @@ def read_credentials(path: Path) -> tuple[Credential, ...]:
     return tuple(credentials)
 
 
-def raise_file_limit(needed: int, connections: int, fitting: Callable[[int], int]) -> None:
+def require_open_files(needed: int, connections: int, fitting: Callable[[int], int]) -> None:
     """Raise this process's limit of open files, which its children inherit, to what each of them needs.
 
     `fitting` tells how many connections fit into a limit. Raises ConfigError that says what can be done if the
     system does not allow it.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if _allows(soft, needed):
-        return
-    if not _allows(hard, needed):
+    limit = raise_file_limit(needed)
+    if limit < needed:
         raise ConfigError(
             [
-                f"{connections} connections need {needed} open files in a process, and this user may have {hard}. "
+                f"{connections} connections need {needed} open files in a process, and this user may have {limit}. "
                 f"Raise the limit (as root: `ulimit -Hn {needed}` in the shell that starts this, "
                 f"LimitNOFILE={needed} in a unit, or /etc/security/limits.conf), or give --connections "
-                f"{max(fitting(hard), 0)}"
+                f"{max(fitting(limit), 0)}"
             ]
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _allows(limit: int, needed: int) -> bool:
-    return limit == resource.RLIM_INFINITY or limit >= needed

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from bench.load.generator import Generator
 from bench.load.plan import Share
+from zcproto.event_loop import new_event_loop
 
 PROGRESS_PERIOD: Final = 0.2
 LINE_LIMIT: Final = 256 * 1024 * 1024
@@ -29,16 +30,6 @@ def main() -> None:
     gc.disable()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(serve())
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where there is one."""
-    try:
-        import uvloop  # noqa: PLC0415  not there on every system
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
 
 
 async def serve() -> None:

@@ -11,8 +11,8 @@ from bench.load.plan import (
     Plan,
     Share,
     check_plan,
-    raise_file_limit,
     read_credentials,
+    require_open_files,
     session_credentials,
     shares,
 )
@@ -155,14 +155,14 @@ class Limits:
 
 def test_a_limit_that_suffices_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = Limits(monkeypatch, 1024, 4096)
-    raise_file_limit(1024, 900, lambda limit: limit)
+    require_open_files(1024, 900, lambda limit: limit)
     assert limits.now == (1024, 4096)
 
 
 @pytest.mark.parametrize("hard", [4096, resource.RLIM_INFINITY])
 def test_a_limit_is_raised_as_far_as_needed(hard: int, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = Limits(monkeypatch, 1024, hard)
-    raise_file_limit(2000, 1900, lambda limit: limit)
+    require_open_files(2000, 1900, lambda limit: limit)
     assert limits.now == (2000, hard)
 
 
@@ -172,8 +172,8 @@ def test_a_limit_that_may_not_be_raised_is_told_with_what_fits(
 ) -> None:
     limits = Limits(monkeypatch, 20, hard)
     with pytest.raises(ConfigError) as caught:
-        raise_file_limit(5000, 4900, lambda limit: limit - 100)
+        require_open_files(5000, 4900, lambda limit: limit - 100)
     assert f"may have {hard}" in str(caught.value)
     assert "LimitNOFILE=5000" in str(caught.value)
     assert str(caught.value).endswith(f"--connections {fitting}")
-    assert limits.now == (20, hard)
+    assert limits.now == (hard, hard)

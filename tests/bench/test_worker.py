@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import builtins
 import gc
 import json
 import os
@@ -170,17 +169,3 @@ def test_the_module_is_the_program(commands: Commands, monkeypatch: pytest.Monke
     finally:
         signal.signal(signal.SIGINT, before)
         gc.enable()
-
-
-def test_without_uvloop_it_runs_on_asyncios_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "uvloop":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    loop = worker.new_event_loop()
-    assert not isinstance(loop, uvloop.Loop)
-    loop.close()

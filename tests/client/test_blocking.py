@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from zcproto.client import loop as loop_module
 from zcproto.client.blocking import BlockingClient
 from zcproto.client.client import Client
 from zcproto.client.connect import connect, connect_blocking
@@ -286,16 +285,6 @@ def test_the_two_clients_have_the_same_names_and_options() -> None:
     for name in ("call", "open", "close", "open_session"):
         twins = list(options(getattr(Client, name))), list(options(getattr(BlockingClient, name)))
         assert twins[0] == twins[1]
-
-
-def test_a_loop_is_uvloops_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = loop_module.new_event_loop()
-    assert type(loop).__module__.startswith("uvloop")
-    loop.close()
-    monkeypatch.setitem(sys.modules, "uvloop", None)
-    loop = loop_module.new_event_loop()
-    assert type(loop).__module__.startswith("asyncio")
-    loop.close()
 
 
 def test_a_blocking_call_is_quick(shared: ServerThread, blocking: Blocking) -> None:

@@ -11,20 +11,18 @@ import resource
 import shutil
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
 
 from zcproto.auth import UserFile
 from zcproto.errors import CertificateError, Code, ConfigError
 from zcproto.server import run
 from zcproto.server import server as server_module
-from zcproto.server.run import new_event_loop, raise_file_limit, serve
+from zcproto.server.run import serve
 from zcproto.server.server import GC_THRESHOLDS, Server, resident_bytes
 
 from .helpers import (
@@ -322,36 +320,6 @@ def test_too_low_a_file_limit_is_told(
     serve(None, configuration(home), home=home, ready=listening.append)
     thread.join()
     assert '"event":"server.file_limit"' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("limits", "wanted", "becomes"),
-    [
-        ((1_024, 4_096), 2_000, 2_000),
-        ((1_024, 4_096), 9_000, 4_096),
-        ((1_024, 4_096), 500, 1_024),
-        ((1_024, resource.RLIM_INFINITY), 9_000, 9_000),
-        ((4_096, 4_096), 9_000, 4_096),
-    ],
-)
-def test_the_file_limit_is_raised_as_far_as_allowed(
-    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], wanted: int, becomes: int
-) -> None:
-    state = [limits]
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: state[-1])
-    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: state.append(pair))
-    assert raise_file_limit(wanted) == becomes
-    assert state[-1] == (becomes, limits[1])
-
-
-def test_the_loop_is_uvloops_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = new_event_loop()
-    assert isinstance(loop, uvloop.Loop)
-    loop.close()
-    monkeypatch.setitem(sys.modules, "uvloop", None)
-    loop = new_event_loop()
-    assert isinstance(loop, asyncio.BaseEventLoop)
-    loop.close()
 
 
 def test_memory_is_told_without_proc_too(monkeypatch: pytest.MonkeyPatch) -> None:

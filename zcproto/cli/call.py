@@ -92,7 +92,7 @@ def call(
     if ca is None and not pins and (home.certs / "ca.crt").exists():
         ca = home.certs / "ca.crt"
     options = {"user": user, "key": key, "ca_file": ca, "pins": pins, "timeout": timeout, "home": home.path}
-    from zcproto.client.loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
+    from zcproto.event_loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_call(address, method, arguments, options))

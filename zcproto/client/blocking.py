@@ -18,9 +18,9 @@ from typing import Any, Final, Self, TypeVar
 from zcproto.client.address import Address
 from zcproto.client.client import Client
 from zcproto.client.events import Event
-from zcproto.client.loop import new_event_loop
 from zcproto.client.session import ClientSession
 from zcproto.errors import ConnectionClosed
+from zcproto.event_loop import new_event_loop
 
 Result = TypeVar("Result")
 

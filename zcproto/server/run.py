@@ -12,29 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from zcproto.config import Config
+from zcproto.event_loop import new_event_loop
+from zcproto.file_limit import raise_file_limit
 from zcproto.observe.log import configure_logging
 from zcproto.server.app import App
 from zcproto.server.server import Server, tune_garbage_collector
 from zcproto.server.serving import log
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where there is one."""
-    try:
-        import uvloop  # noqa: PLC0415  optional on purpose
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
-def raise_file_limit(wanted: int) -> int:
-    """Raise this process's limit of open files as far as allowed; returns what it is now."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft < target:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
-        soft = target
-    return soft
 
 
 def serve(

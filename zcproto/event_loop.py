@@ -1,4 +1,4 @@
-"""The event loop that a program gets which has none of its own."""
+"""The event loop of a program that has none of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import asyncio
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where there is one."""
     try:
-        import uvloop  # noqa: PLC0415  optional on purpose
+        import uvloop  # noqa: PLC0415  not there on every system
     except ImportError:
         return asyncio.new_event_loop()
-    return uvloop.new_event_loop()  # type: ignore[no-any-return,unused-ignore]
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
