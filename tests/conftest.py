@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from zcproto.observe import log as log_module
 from zcproto.sessions import SessionRegistry
 
 from .helpers import ConnectionPair, FakeClock, FakeTimers, small_registry
@@ -56,6 +58,16 @@ def server_pairs(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Se
         issued.private_key_pem.write_to_path(pair.key)
         pairs.append(pair)
     return ServerPairs(*pairs)
+
+
+@pytest.fixture(autouse=True)
+def log_of_a_fresh_process() -> Iterator[None]:
+    """A test that configures the log, as every `serve` does, leaves it to the next one as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        state = log_module._State()
+        patch.setattr(log_module, "_state", state)
+        yield
+    state.output.close()
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from zcproto.clock import system_clock
 from zcproto.config import LogConfig
 from zcproto.errors import ConfigError
-from zcproto.observe import log as log_module
 from zcproto.observe.log import MAX_LINE, configure_logging, failed_lines, get_logger
 from zcproto.observe.secret import Secret
 
@@ -33,21 +32,23 @@ class Clock:
         return 0.0
 
 
-@pytest.fixture(autouse=True)
-def unconfigured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test begins like a fresh process, and leaves no open file."""
-    state = log_module._State()
-    monkeypatch.setattr(log_module, "_state", state)
-    yield
-    state.output.close()
-
-
 def configure(**settings: Any) -> None:
     configure_logging(LogConfig(**settings), clock=Clock())
 
 
 def records(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_each_test_begins_with_the_log_of_a_fresh_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], time: str
+) -> None:
+    log.info("session.opened")
+    assert capsys.readouterr().err == ""
+    configure(level="debug", file=tmp_path / "log")
+    log.debug("session.opened")
+    assert (tmp_path / "log").read_text().count("\n") == 1
 
 
 def test_an_event_is_one_json_object_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
