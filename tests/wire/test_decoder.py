@@ -26,6 +26,36 @@ def test_a_frame_comes_out_as_it_was_written() -> None:
     assert decoder.next_frame() is None
 
 
+def test_one_whole_request_is_taken_without_being_fed() -> None:
+    decoder = FrameDecoder(Side.SERVER, 1000)
+    data = request(10)
+    taken = decoder.take_one(data)
+    decoder.feed(data)
+    assert taken is not None
+    assert taken == decoder.next_frame()
+
+
+def test_nothing_else_is_taken() -> None:
+    """What is not just one frame that any server takes is left to be fed, with the answer that has."""
+    limit = len(request(10)) - 4
+    others = {
+        "nothing": b"",
+        "half a header": request(10)[:30],
+        "a frame without its end": request(10)[:-1],
+        "a frame and the next byte": request(10) + b"x",
+        "two frames": request(10) + request(10),
+        "another kind": encode_frame(PING, 0, 0, SALT, 1, NO_TOKEN, b""),
+        "stream 0": request(10)[:8] + bytes(4) + request(10)[12:],
+        "a frame above the limit": request(11),
+    }
+    for what, data in others.items():
+        assert FrameDecoder(Side.SERVER, limit).take_one(data) is None, what
+    behind = FrameDecoder(Side.SERVER, limit)
+    behind.feed(request(10)[:5])
+    assert take_all(behind) == []
+    assert behind.take_one(request(10)) is None
+
+
 def test_no_bytes_are_no_frame() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     assert decoder.next_frame() is None

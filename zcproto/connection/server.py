@@ -152,9 +152,13 @@ class ServerConnection:
         registry = self._registry
         tolerance = self._settings.tolerance_ms
         max_depth = self._settings.max_depth
-        self._decoder.feed(data)
+        decoder = self._decoder
+        frame = decoder.take_one(data)
+        if frame is None:
+            decoder.feed(data)
+        frames = decoder.frames() if frame is None else (frame,)
         try:
-            for length, head, stream, timestamp, salt, counter, token, body in self._decoder.frames():
+            for length, head, stream, timestamp, salt, counter, token, body in frames:
                 if salt != self._salt:
                     yield self._end_with(Code.REPLAYED, "nonce belongs to another connection", wall)
                     return

@@ -51,9 +51,9 @@ class EagerTasks:
         except RuntimeError:
             return self._start_within_task(worker, coroutine, context)
         try:
-            awaited = context.run(worker.driver.send, coroutine)
+            awaited = context.run(worker.send, coroutine)
         except BaseException:
-            worker.driver = _new_driver(self)
+            worker.take_driver(_new_driver(self))
             idle.append(worker)
             raise
         finally:
@@ -100,7 +100,18 @@ class EagerTasks:
 class Worker:
     """A task, and the coroutine that it has adopted, if any."""
 
-    __slots__ = ("_cancelled_early", "_job", "_loop", "_pool", "_started", "_wake", "done", "driver", "task")
+    __slots__ = (
+        "_cancelled_early",
+        "_job",
+        "_loop",
+        "_pool",
+        "_started",
+        "_wake",
+        "done",
+        "driver",
+        "send",
+        "task",
+    )
 
     def __init__(self, pool: EagerTasks, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
@@ -110,9 +121,13 @@ class Worker:
         self._started = False
         self._cancelled_early = False
         self.done: Done | None = None
-        self.driver = _new_driver(pool)
+        self.take_driver(_new_driver(pool))
         self.task: asyncio.Task[None] = loop.create_task(self._work(), name="zcproto-handler")
         self.task.add_done_callback(self._task_ended)
+
+    def take_driver(self, driver: Driver) -> None:
+        self.driver = driver
+        self.send = driver.send  # looked up once, not for each coroutine
 
     def adopt(self, awaited: Any, context: contextvars.Context) -> None:
         """Go on with the coroutine that the driver is in; it waits for `awaited`."""

@@ -191,27 +191,31 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         """Decrypt what has arrived and hand it on, until nothing is left or reading is paused."""
         tls = self._tls
         incoming = self._incoming
+        barren = True
         # Asking `pending` costs a tenth of the SSLWantReadError that tells the same.
-        while incoming.pending:
+        while arrived or incoming.pending:
             try:
                 data = tls.read(RECORD_SIZE)
             except ssl.SSLWantReadError:
                 break
             except ssl.SSLError as error:
-                self._fail_for(error)
+                self._fail(failure_of(error))
                 return
             if not data:
                 self._peer_closed()
                 return
-            self._barren = -arrived
+            barren = False
             self._protocol.data_received(data)
-            if self._reading_paused or self._phase is not _OPEN:
+            if not incoming.pending or self._reading_paused or self._phase is not _OPEN:
+                break
+        if barren:
+            self._barren += arrived
+            if self._barren > MAX_BARREN_BYTES:
+                self._end_for(TlsFailure.BARREN_RECORDS)
                 return
-        self._barren += arrived
-        if self._barren > MAX_BARREN_BYTES:
-            self._end_for(TlsFailure.BARREN_RECORDS)
-            return
-        if self._outgoing.pending:  # answers to KeyUpdates
+        else:
+            self._barren = 0
+        if self._outgoing.pending and self._phase is _OPEN:  # answers to KeyUpdates
             self._raw.write(self._outgoing.read())
 
     def _peer_closed(self) -> None:
