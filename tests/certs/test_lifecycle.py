@@ -9,7 +9,7 @@ import pytest
 
 from zcproto.certs import lifecycle
 from zcproto.certs.issue import CLOCK_SKEW
-from zcproto.certs.lifecycle import EXPIRED, ExpiryAlert, ExpiryAlerts, Retry
+from zcproto.certs.lifecycle import EXPIRED, Expiring, ExpiryAlert, ExpiryAlerts, Retry
 
 from .support import DAY, NOW
 
@@ -293,3 +293,17 @@ def test_alerts_of_one_certificate_get_tighter() -> None:
     served = Served((5, 4, 3, 2, 1))
     told = [days for left in range(10, -3, -1) for days in served.days(left * DAY)]
     assert all(wide > tight for wide, tight in pairwise(told))
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "told"),
+    [(90 * DAY, [30, 14, 7, 3, 1]), (30 * DAY, [7, 3, 1]), (7 * DAY, [1]), (DAY, []), (HOUR, [])],
+)
+def test_thresholds_before_the_usual_renewal_mean_nothing(lifetime: timedelta, told: list[int]) -> None:
+    """A certificate of a week would be told of three times in every week."""
+    not_before, not_after = made(lifetime)
+    alerts = ExpiryAlerts(ALERT_DAYS)
+    item = Expiring(b"a", "server.crt", not_after, not_before)
+    moments = (NOW + step * lifetime / 1000 for step in range(1001))
+    assert [alert.days for now in moments for alert in alerts.due([item], now)] == told
+    assert [alert.days for alert in alerts.due([item], not_after + SECOND)] == [EXPIRED]

@@ -520,6 +520,14 @@ def test_a_renewal_that_is_asked_for_keeps_the_keys(made: Path) -> None:
     assert len(told) == 2
 
 
+def test_a_renewal_can_be_asked_for_of_one_family(made: Path) -> None:
+    announced = rotate(made, settings(), NOW)
+    after = renew(made, settings(), NOW + DAY, families=["ecdsa"])
+    assert after.pairs[0] == announced.pairs[0]
+    assert after.pairs[1] != announced.pairs[1]
+    assert after.announced == announced.announced
+
+
 def test_a_renewal_that_is_asked_for_uses_an_announced_key_at_its_time_only(made: Path) -> None:
     announced = rotate(made, settings(), NOW).announced
     assert announced is not None

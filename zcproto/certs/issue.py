@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -153,7 +153,11 @@ def leaf_certificate(
 
 
 def _is_address(name: str) -> bool:
-    return isinstance(general_names([name])[0], x509.IPAddress)
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _leaf_name(names: Sequence[str]) -> x509.Name:

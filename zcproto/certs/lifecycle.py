@@ -11,6 +11,7 @@ Rules:
   a tenth of the time left. Delays are counted on the monotonic clock, which never jumps; when the wall clock
   is set, what is due may have changed, and the next try is at once.
 - Each threshold of an alert is told once for each certificate, and only the tightest that has become true.
+  Thresholds that come before a certificate is usually renewed mean nothing for it.
 
 Pure: time and chance are arguments. Must not know: files, keys, how an alert is delivered.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, NamedTuple
 
 from zcproto.certs.issue import CLOCK_SKEW
 
@@ -40,6 +41,8 @@ EXPIRED: Final = 0
 """The threshold of an alert that comes too late."""
 
 _DAY: Final = timedelta(days=1)
+_USUAL: Final = 1.05 / 3
+"""The last part of a life, in which a certificate is usually renewed, and a little more: others date theirs otherwise."""
 _PATIENCE: Final = 4
 
 
@@ -119,6 +122,19 @@ class Retry:
 # --- alerts -----------------------------------------------------------------------------------------------
 
 
+class Expiring(NamedTuple):
+    """A certificate that is served."""
+
+    key: bytes
+    """SHA-256 of the certificate."""
+    what: str
+    """What the operator knows it by: its file."""
+    not_after: datetime
+    not_before: datetime | None = None
+    """With it, thresholds are left out that come before the last third of a certificate's life: one of a week
+    would be told of as soon as it is made, every time."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExpiryAlert:
     """Something to tell about the end of a certificate."""
@@ -160,36 +176,41 @@ class ExpiryAlerts:
         self._told: dict[bytes, _Told] = {}
         self._open: dict[str, ExpiryAlert] = {}
 
-    def due(self, items: Iterable[tuple[bytes, str, datetime]], now: datetime) -> list[ExpiryAlert]:
-        """What is to be told now. `items` are all certificates served: SHA-256, file, end."""
-        served: dict[bytes, tuple[str, datetime]] = {}
-        for key, what, not_after in items:
-            served.setdefault(key, (what, not_after))
+    def due(
+        self, items: Iterable[Expiring | tuple[bytes, str, datetime]], now: datetime
+    ) -> list[ExpiryAlert]:
+        """What is to be told now. `items` are all certificates that are served."""
+        served: dict[bytes, Expiring] = {}
+        for item in items:
+            served.setdefault(item[0], Expiring(*item))
         self._told = {key: told for key, told in self._told.items() if key in served}
         alerts = []
         over = dict(self._open)  # those for which no reason is found below
-        for key, (what, not_after) in served.items():
-            left = not_after - now
-            days = self._reached(left)
+        for key, one in served.items():
+            left = one.not_after - now
+            days = self._reached(one, left)
             if self._is_new(key, days, left):
                 assert days is not None
-                self._open[what] = ExpiryAlert(key, what, not_after, days, left)
-                alerts.append(self._open[what])
+                self._open[one.what] = ExpiryAlert(key, one.what, one.not_after, days, left)
+                alerts.append(self._open[one.what])
             if days is not None:
-                over.pop(what, None)
-            elif what in over:
-                over[what] = ExpiryAlert(key, what, not_after, over[what].days, left)
+                over.pop(one.what, None)
+            elif one.what in over:
+                over[one.what] = ExpiryAlert(key, one.what, one.not_after, over[one.what].days, left)
         for what, alert in over.items():
             del self._open[what]
             alerts.append(replace(alert, left=alert.not_after - now, ended=True))
         return alerts
 
-    def _reached(self, left: timedelta) -> int | None:
+    def _reached(self, one: Expiring, left: timedelta) -> int | None:
         """The tightest threshold that is true."""
-        for days in self._thresholds:
-            if left < timedelta(0) if days == EXPIRED else left <= days * _DAY:
-                return days
-        return None
+        if left < timedelta(0):
+            return EXPIRED
+        widest = timedelta.max
+        if one.not_before is not None:
+            widest = (one.not_after - issued_at(one.not_before, one.not_after)) * _USUAL
+        true = (days for days in self._thresholds if days != EXPIRED and left <= days * _DAY <= widest)
+        return next(true, None)
 
     def _is_new(self, key: bytes, days: int | None, left: timedelta) -> bool:
         """Whether this threshold is to be told; notes that it was."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -171,13 +171,19 @@ def keep(
 
 
 def renew(
-    directory: Path, settings: OwnSettings, now: datetime, progress: Progress = lambda sentence: None
+    directory: Path,
+    settings: OwnSettings,
+    now: datetime,
+    progress: Progress = lambda sentence: None,
+    *,
+    families: Collection[str] = tuple(FILE_NAMES),
 ) -> OwnCertificates:
-    """Renews all own certificates now, with the keys that they have. Raises CertificateError if one cannot be.
+    """Renews the own certificates of these families now, with the keys that they have, and does what is due.
 
-    Only a key whose announced time has come is used instead.
+    Only a key whose announced time has come is used instead. Raises CertificateError if a certificate cannot
+    be renewed.
     """
-    return _Visit(directory, settings, now, progress, _Task.RENEW).result()
+    return _Visit(directory, settings, now, progress, _Task.RENEW, families=families).result()
 
 
 def rotate(
@@ -388,7 +394,10 @@ class _Visit:
     """Does what is due in a folder, in this order: keys are made, next keys are announced, certificates are
     issued, and a next key is deleted when it is in use. So a crash in between loses nothing."""
 
-    __slots__ = ("_directory", "_now", "_problems", "_progress", "_task", "_use_from", "_used", "_wanted")
+    __slots__ = (
+        *("_directory", "_families", "_now", "_problems", "_progress", "_task", "_use_from", "_used"),
+        "_wanted",
+    )
 
     def __init__(
         self,
@@ -398,8 +407,10 @@ class _Visit:
         progress: Progress,
         task: _Task,
         use_from: datetime | None = None,
+        families: Collection[str] = tuple(FILE_NAMES),
     ) -> None:
         self._directory = directory
+        self._families = families
         self._now = _checked_now(now)
         self._wanted = _checked(settings)
         self._progress = progress
@@ -536,7 +547,7 @@ class _Visit:
         reason = reason_to_issue(plan.leaf, self._wanted, own, self._now)
         if reason is not None and reason.must:
             return reason
-        if self._task in _ASKED_FOR:
+        if self._task in _ASKED_FOR and keys.family(plan.leaf.key_type) in self._families:
             return _ASKED_FOR[self._task]
         if plan.next_key is not None and self._is_time_of(plan.next_key):
             return Due("the time of its next key has come", must=False)
