@@ -42,7 +42,7 @@ EXPIRED: Final = 0
 
 _DAY: Final = timedelta(days=1)
 _USUAL: Final = 1.05 / 3
-"""The last part of a life, in which a certificate is usually renewed, and a little more: others date theirs otherwise."""
+"""The part of a life in which a certificate is usually renewed, and a little more as others count otherwise."""
 _PATIENCE: Final = 4
 
 
