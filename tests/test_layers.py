@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LEAVES = {"errors", "clock", "config", "home", "printable", "deadlines"}
+LEAVES = {"errors", "clock", "config", "home", "printable", "deadlines", "network"}
 PROCESS = {"event_loop", "file_limit"}
 """Leaves for whoever has a process of its own."""
 
@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clock": set(),
     "deadlines": set(),
     "printable": set(),
+    "network": set(),
     "event_loop": set(),
     "file_limit": set(),
     "config": {"errors", "printable"},

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zcproto.auth import Throttle
-from zcproto.auth.throttle import ADDRESS_DELAY_S, QUIET_S, USER_DELAY_S, network_of
+from zcproto.auth.throttle import ADDRESS_DELAY_S, QUIET_S, USER_DELAY_S
 
 HOME, ELSEWHERE, OTHER = "192.0.2.1", "198.51.100.7", "203.0.113.9"
 NOW = 1000.0
@@ -199,25 +199,6 @@ def test_logins_that_name_nobody_are_counted_by_address_alone() -> None:
 
 
 # Addresses
-
-
-@pytest.mark.parametrize(
-    ("address", "network"),
-    [
-        ("192.0.2.1", "192.0.2.1"),
-        ("2001:db8::1", "2001:db8::/64"),
-        ("2001:db8:0:0:ffff:1:2:3", "2001:db8::/64"),
-        ("2001:db8:0:1::1", "2001:db8:0:1::/64"),
-        ("::1", "::/64"),
-        ("fe80::1%eth0", "fe80::/64"),
-        ("::ffff:192.0.2.1", "192.0.2.1"),
-        ("", ""),
-        ("/run/socket", "/run/socket"),
-        ("192.0.2.1:80", "192.0.2.1:80"),
-    ],
-)
-def test_failures_are_counted_for_networks(address: str, network: str) -> None:
-    assert network_of(address) == network
 
 
 def test_a_customer_cannot_change_addresses_within_a_network() -> None:

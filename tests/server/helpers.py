@@ -218,7 +218,7 @@ class ServerThread:
             return {
                 "connections": len(serving.connections),
                 "tcp": server._listener.connections,
-                "sites": sum(server._listener._by_site.values()),
+                "sites": sum(server._listener._by_network.values()),
                 "adopting": len(server._listener._adopting),
                 "by_session": len(serving._by_session),
                 "wheel": len(server._wheel),

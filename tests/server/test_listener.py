@@ -14,7 +14,7 @@ import pytest
 
 from zcproto.errors import ConfigError
 from zcproto.server import listener
-from zcproto.server.listener import bind, site_of
+from zcproto.server.listener import bind
 
 from .helpers import ServerThread, bystander, eventually, read_to_end, reset
 
@@ -82,20 +82,6 @@ def test_a_machine_without_ipv6_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(socket, "socket", no_socket)
     with pytest.raises(ConfigError, match="Address family not supported"):
         bind(["::1"], 0)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        ("192.0.2.1", "192.0.2.1", True),
-        ("192.0.2.1", "192.0.2.2", False),
-        ("2001:db8::1", "2001:db8::ffff:1", True),
-        ("2001:db8:0:1::1", "2001:db8:0:2::1", False),
-        ("fe80::1%eth0", "fe80::2%eth0", True),
-    ],
-)
-def test_connections_are_counted_by_address_or_ipv6_site(one: str, other: str, same: bool) -> None:
-    assert (site_of(one) == site_of(other)) is same
 
 
 # --- a running server --------------------------------------------------------------------------------------

@@ -26,12 +26,12 @@ It must not know: clocks (`now` is monotonic seconds), how users prove who they 
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
-from functools import lru_cache
 from typing import Final, Generic, NamedTuple, TypeVar
+
+from zcproto.network import network_of
 
 FIRST_DELAY_S: Final = 1.0
 USER_DELAY_S: Final = 60.0
@@ -40,7 +40,6 @@ QUIET_S: Final = 1800.0
 ADDRESS_FACTOR: Final = 4
 
 _MAX_DOUBLINGS: Final = 20
-_IPV6_PREFIX: Final = 64
 _MS_PER_S: Final = 1000
 
 Key = TypeVar("Key", bound=Hashable)
@@ -141,17 +140,3 @@ class Throttle:
         known.move_to_end(pair)
         if len(known) > self._max_entries:
             known.popitem(last=False)
-
-
-@lru_cache(maxsize=1024)
-def network_of(address: str) -> str:
-    """What failures are counted for: an IPv4 address, the /64 of an IPv6 one, or any other text as it is."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(ip, ipaddress.IPv4Address):
-        return address
-    if ip.ipv4_mapped is not None:
-        return str(ip.ipv4_mapped)
-    return str(ipaddress.ip_network((int(ip), _IPV6_PREFIX), strict=False))

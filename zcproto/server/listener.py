@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
 from zcproto.errors import ConfigError
+from zcproto.network import network_of
 from zcproto.server.serving import Serving, log
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
@@ -22,9 +22,6 @@ PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_IPV6_SITE_BYTES: Final = 8
-"""An IPv6 site owns a /64: counting its single addresses would limit nothing."""
-
 
 Opening = Coroutine[Any, Any, Any]
 """`connect_accepted_socket` on its way."""
@@ -68,13 +65,6 @@ def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
     return list(dict.fromkeys(found))
 
 
-def site_of(address: str) -> str | bytes:
-    """What connections are counted by: an IPv4 address, or the /64 of an IPv6 address."""
-    if ":" not in address:
-        return address
-    return ipaddress.ip_address(address.partition("%")[0]).packed[:_IPV6_SITE_BYTES]
-
-
 class Listener:
     """Accepts for one loop."""
 
@@ -96,7 +86,7 @@ class Listener:
         self._max_handshakes = max_handshakes
         self._max_connections = max_connections
         self._per_address = connections_per_address
-        self._by_site: dict[str | bytes, int] = {}
+        self._by_network: dict[str, int] = {}
         self._open = 0
         self._accepting = False
         self._closed = False
@@ -160,21 +150,21 @@ class Listener:
 
     def _admit(self, connection: socket.socket, address: str) -> None:
         counters = self._serving.counters
-        site = site_of(address)
+        network = network_of(address)
         if self._open >= self._max_connections:
             counters.refused_full += 1
             self._serving.log_limited("connection.refused_full", "", limit=self._max_connections)
             connection.close()
             return
-        of_site = self._by_site.get(site, 0)
-        if self._per_address and of_site >= self._per_address:
+        of_network = self._by_network.get(network, 0)
+        if self._per_address and of_network >= self._per_address:
             counters.refused_per_address += 1
             self._serving.log_limited(
                 "connection.refused_per_address", address, peer=address, limit=self._per_address
             )
             connection.close()
             return
-        self._by_site[site] = of_site + 1
+        self._by_network[network] = of_network + 1
         self._open += 1
         connection.setblocking(False)
         transport = self._acceptor.transport(address)  # from here on it is a handshake in progress
@@ -203,12 +193,12 @@ class Listener:
         self._open -= 1
         if self._closed and not self._open:
             self._empty.set()
-        site = site_of(address)
-        left = self._by_site[site] - 1
+        network = network_of(address)
+        left = self._by_network[network] - 1
         if left:
-            self._by_site[site] = left
+            self._by_network[network] = left
         else:
-            del self._by_site[site]
+            del self._by_network[network]
 
 
 def log_listening(sockets: Sequence[socket.socket]) -> None:
