@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LEAVES = {"errors", "clock", "config", "home", "printable", "deadlines", "network"}
+LEAVES = {"errors", "clock", "config", "home", "printable", "deadlines", "network", "suites"}
 PROCESS = {"event_loop", "file_limit"}
 """Leaves for whoever has a process of its own."""
 
@@ -23,9 +23,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deadlines": set(),
     "printable": set(),
     "network": set(),
+    "suites": set(),
     "event_loop": set(),
     "file_limit": set(),
-    "config": {"errors", "printable"},
+    "config": {"errors", "printable", "suites"},
     "home": {"errors", "printable"},
     # the core, without I/O
     "wire": {"errors"},

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from zcproto.deadlines import DeadlineWheel
-from zcproto.tls.context import SUITES
+from zcproto.suites import SUITES
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.sites import SiteContexts

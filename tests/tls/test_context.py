@@ -12,9 +12,8 @@ import pytest
 import trustme
 
 from zcproto.errors import CertificateError, TlsError
-from zcproto.tls import context as tls_context
+from zcproto.suites import SUITES
 from zcproto.tls.context import (
-    SUITES,
     can_choose_suites,
     check_suite_order,
     client_context,
@@ -392,8 +391,8 @@ def test_what_was_agreed_is_checked_once_more(version: str | None, suite: str | 
     assert suites_are_allowed(Agreed(version, suite), ALLOWED) is allowed  # type: ignore[arg-type]
 
 
-def test_the_module_names_its_suites_in_the_order_of_the_contract() -> None:
-    assert tls_context.SUITES == ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
+def test_the_suites_are_in_the_order_of_the_contract() -> None:
+    assert SUITES == ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
 
 
 def test_a_pair_is_any_two_paths(server_pairs: ServerPairs) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from zcproto.deadlines import DeadlineWheel
-from zcproto.tls.context import SUITES
+from zcproto.suites import SUITES
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER, TlsAcceptor
 

@@ -17,7 +17,8 @@ import trustme
 
 import zcproto.tls.proof as tls_proof
 from zcproto.errors import CertificateError
-from zcproto.tls.context import SUITES, ClientAuth, server_context
+from zcproto.suites import SUITES
+from zcproto.tls.context import ClientAuth, server_context
 from zcproto.tls.proof import prove, proven_context, proven_sites
 
 from ..conftest import ServerPair, ServerPairs

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from zcproto.errors import TlsError
+from zcproto.suites import SUITES
 from zcproto.tls.alert import Alert, alert_record
-from zcproto.tls.context import SUITES, client_context, server_context
+from zcproto.tls.context import client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER
 from zcproto.tls.sites import SiteContexts

@@ -32,8 +32,8 @@ from zcproto.config.rules import (
     Whole,
 )
 from zcproto.config.tables import TablesOf, rules_of
+from zcproto.suites import SUITES
 
-SUITES = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
 KEY_TYPES = ("rsa-4096", "ecdsa-p256")
 DEFAULT_HOME = "~/.zeroclaw"
 

@@ -37,7 +37,8 @@ from zcproto.server.pauses import PauseMeter
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.serving import Serving, log
 from zcproto.sessions import SessionRegistry, SessionSettings
-from zcproto.tls.context import SUITES, can_choose_suites, server_context
+from zcproto.suites import SUITES
+from zcproto.tls.context import can_choose_suites, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME

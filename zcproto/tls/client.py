@@ -30,7 +30,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
-from zcproto.tls.context import SUITES, suites_are_allowed
+from zcproto.suites import SUITES
+from zcproto.tls.context import suites_are_allowed
 from zcproto.tls.failure import TlsFailure, failure_of, reason_of
 from zcproto.tls.pins import certificate_pin, key_pin
 from zcproto.tls.transport import Phase, ReceiveBuffer, TlsTransport

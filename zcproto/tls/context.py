@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from zcproto.errors import CertificateError, TlsError
-
-SUITES: Final = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
-"""The suites of the contract, in the order in which a server prefers them."""
+from zcproto.suites import SUITES
 
 MAX_KEY_FILE: Final = 1 << 20
 _OTHERS: Final = 0o077

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from zcproto.errors import CertificateError
+from zcproto.suites import SUITES
 from zcproto.tls.context import (
-    SUITES,
     ClientAuth,
     PairOfFiles,
     client_context,
