@@ -177,15 +177,3 @@ def test_two_sites_of_one_name_are_refused_in_python_too() -> None:
         ValidationError, match=r"certificates\.site\[1\]\.names\[0\] is a name of certificates\.site\[0\]"
     ):
         CertificatesConfig(site=(site, site))
-
-
-def test_without_files_of_keys_those_of_the_certificates_hold_them() -> None:
-    for model in (
-        SiteConfig(names=("a.example",), certificate=(A, B)),
-        CertificatesConfig(certificate=(A, B)),
-    ):
-        assert model.pairs == ((A, A), (B, B))
-    key = Path("/a.key")
-    assert SiteConfig(names=("a.example",), certificate=(A,), key=(key,)).pairs == ((A, key),)
-    assert CertificatesConfig(certificate=(A,), key=(key,)).pairs == ((A, key),)
-    assert CertificatesConfig().pairs == ()

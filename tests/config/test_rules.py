@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zcproto.certs.names import check_name
 from zcproto.config.rules import (
     Binding,
     CertificateName,
@@ -311,3 +312,15 @@ def config_takes(pin: str) -> bool:
 )
 def test_a_pin_is_what_the_tls_endpoint_takes(prefix: str, digest: str) -> None:
     assert config_takes(prefix + digest) == tls_takes(prefix + digest)
+
+
+LABELS = st.sampled_from(["a", "B", "*", "xn--a", "-a", "a_b", "1", "0x1f", "", "ü", "a" * 63, "a" * 64])
+
+
+@given(st.lists(LABELS, min_size=1, max_size=5).map(".".join))
+def test_a_name_of_a_site_is_one_for_a_certificate_too(name: str) -> None:
+    try:
+        read = SiteName().accept(name)
+    except RefusedError:
+        return
+    assert read == check_name(name)

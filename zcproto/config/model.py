@@ -135,21 +135,12 @@ class SiteConfig(BaseModel):
         None, "The environment variable with the passphrase, for whoever keeps none on the disk."
     )
 
-    @property
-    def pairs(self) -> tuple[tuple[Path, Path], ...]:
-        """The files of certificates, each with that of its key."""
-        return _pairs(self.certificate, self.key)
-
     @model_validator(mode="after")
     def _check_keys(self) -> SiteConfig:
         for check in SITE_CHECKS:
             if not check.holds(*(getattr(self, key) for key in check.keys)):
                 raise ValueError(f"{check.keys[0]} {check.demand} {check.keys[1]}")
         return self
-
-
-def _pairs(certificates: tuple[Path, ...], keys: tuple[Path, ...]) -> tuple[tuple[Path, Path], ...]:
-    return tuple(zip(certificates, keys or certificates, strict=True))
 
 
 class CertificatesConfig(BaseModel):
@@ -224,11 +215,6 @@ class CertificatesConfig(BaseModel):
             " the certificate above.",
         )
     )
-
-    @property
-    def pairs(self) -> tuple[tuple[Path, Path], ...]:
-        """With mode "files": the files of certificates, each with that of its key."""
-        return _pairs(self.certificate, self.key)
 
 
 class SessionsConfig(BaseModel):
