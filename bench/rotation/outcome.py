@@ -1,0 +1,237 @@
+"""What a run of rotations has shown, and whether that is what was promised. Pure: it only counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+from bench.load.result import Moment, Result, Verdict
+from bench.load.tally import Kind
+from bench.rotation.newcomers import Newcomer
+from bench.rotation.plan import RotationPlan
+from bench.rotation.rotator import Rotated
+
+MAX_PAUSE_MS: Final = 10.0
+SCHEMA: Final = "zcproto-rotation/1"
+
+
+class Row(NamedTuple):
+    """One figure. `value` is None if it could not be measured. With `exact` it must be the bar, else below it."""
+
+    key: str
+    label: str
+    value: float | None
+    unit: str = ""
+    bar: float | None = None
+    exact: bool = False
+
+    @property
+    def holds(self) -> bool:
+        if self.bar is None:
+            return True
+        if self.value is None:
+            return False
+        return self.value == self.bar if self.exact else self.value < self.bar
+
+    def as_json(self) -> dict[str, Any]:
+        value = None if self.value is None else round(self.value, 6)
+        return {
+            "value": value,
+            "unit": self.unit,
+            "bar": self.bar,
+            "exact": self.exact,
+            "holds": self.holds,
+        }
+
+
+class Made(NamedTuple):
+    """A certificate's place in the order in which they were made."""
+
+    number: int
+    """Of the rotation that made it; 0 is from before."""
+    replaced: float | None
+    """When the files of the next of its key family were in place; None for the last."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A run, whole or broken off."""
+
+    plan: RotationPlan
+    load: Result
+    history: list[Rotated] = field(default_factory=list)
+    """What was there, then the rotations."""
+    newcomers: list[Newcomer] = field(default_factory=list)
+    server_failures: dict[str, int] | None = None
+    """Handshakes that the server saw fail in the meantime, by cause; None if it could not be asked."""
+
+    # --- rotations and who saw them --------------------------------------------------------------------
+
+    @property
+    def rotated(self) -> list[Rotated]:
+        """The rotations that succeeded."""
+        return [each for each in self.history[1:] if not each.problem]
+
+    def made(self) -> dict[str, Made]:
+        """Every certificate that there was, by its SHA-256."""
+        orders: dict[str, list[tuple[str, Rotated]]] = {}
+        for each in self.history:
+            for family, leaf in each.leaves.items():
+                orders.setdefault(family, []).append((leaf, each))
+        found = {}
+        for order in orders.values():
+            ends: list[float | None] = [later.done for _, later in order[1:]]
+            for (leaf, each), replaced in zip(order, [*ends, None], strict=True):
+                found[leaf] = Made(each.number, replaced)
+        return found
+
+    def strangers(self) -> int:
+        """Newcomers that were shown a certificate which was never made here."""
+        made = self.made()
+        return sum(1 for each in self.newcomers if each.leaf and each.leaf not in made)
+
+    def ages(self) -> list[float]:
+        """For each newcomer, how long the certificate that it was shown had been replaced when it came."""
+        made = self.made()
+        known = [(each, made[each.leaf]) for each in self.newcomers if each.leaf in made]
+        return [
+            0.0 if place.replaced is None else max(0.0, each.begun - place.replaced) for each, place in known
+        ]
+
+    def seen_after(self) -> dict[int, float]:
+        """By the rotation's number: seconds until the first newcomer was shown its certificate or a later one."""
+        made = self.made()
+        sights = sorted((each.shaken, made[each.leaf].number) for each in self.newcomers if each.leaf in made)
+        first: dict[int, float] = {}
+        waiting = iter(sorted(self.rotated, key=lambda each: each.number))
+        next_one = next(waiting, None)
+        for shaken, number in sights:
+            while next_one is not None and next_one.number <= number:
+                first[next_one.number] = max(0.0, shaken - next_one.done)
+                next_one = next(waiting, None)
+        return first
+
+    # --- what is promised ------------------------------------------------------------------------------
+
+    def rows(self) -> list[Row]:
+        """All figures, in the order of the table."""
+        plan, record = self.plan, self.load.record
+        rotated, seen, ages = self.rotated, self.seen_after(), self.ages()
+        asked = [record.tallies[kind] for kind in (Kind.LOAD, Kind.LAST)]
+        handshakes = sorted(each.shaken - each.begun for each in self.newcomers if each.shaken)
+        seen_numbers = {self.made()[each.leaf].number for each in self.newcomers if each.leaf in self.made()}
+        failures = None if self.server_failures is None else sum(self.server_failures.values())
+        span = rotated[-1].done - rotated[0].done if len(rotated) > 1 else 0.0
+        slowest = max((each.done - each.began for each in rotated), default=None)
+        return [
+            Row("rotations", "rotations", len(rotated), bar=plan.rotations, exact=True),
+            Row("new_keys", "rotations that brought a new key", sum(each.new_key for each in rotated)),
+            Row("rotation_rate", "rotations a second", (len(rotated) - 1) / span if span else None),
+            Row("rotation_longest_ms", "longest rotation, of the files alone", _ms(slowest), "ms"),
+            Row("requests_equal", "requests answered with what was sent", sum(each.equal for each in asked)),
+            Row(
+                "requests_lost",
+                "requests lost",
+                sum(each.failed for each in asked),
+                bar=0,
+                exact=True,
+            ),
+            Row(
+                "connections_kept",
+                "old connections that answered to the end",
+                self.load.verified_connections,
+                bar=plan.connections,
+                exact=True,
+            ),
+            Row("newcomers", "new connections", len(self.newcomers)),
+            Row(
+                "newcomers_failed",
+                "new connections that failed",
+                sum(1 for each in self.newcomers if each.failure),
+                bar=0,
+                exact=True,
+            ),
+            Row(
+                "newcomers_strange",
+                "new connections shown a certificate of nobody's",
+                self.strangers(),
+                bar=0,
+                exact=True,
+            ),
+            Row("handshakes_failed", "handshakes that failed at the server", failures, bar=0, exact=True),
+            Row(
+                "handshake_p50_ms", "handshake of a new connection, p50", _ms(quantile(handshakes, 0.5)), "ms"
+            ),
+            Row(
+                "handshake_p99_ms",
+                "handshake of a new connection, p99",
+                _ms(quantile(handshakes, 0.99)),
+                "ms",
+            ),
+            Row("certificates_seen", "certificates that a new connection saw", len(seen_numbers)),
+            Row(
+                "seen_after_p50_s", "a new one is seen after, p50", quantile(sorted(seen.values()), 0.5), "s"
+            ),
+            Row(
+                "seen_after_longest_s",
+                "a new one is seen after, longest",
+                max(seen.values(), default=None),
+                "s",
+            ),
+            Row(
+                "old_longest_s",
+                "an old one is shown after, longest",
+                max(ages, default=None),
+                "s",
+                plan.delay_s,
+            ),
+            Row("last_seen", "the last one is seen", self._last_seen(seen), bar=1, exact=True),
+            Row(
+                "longest_pause_ms",
+                "longest pause of the server's loop",
+                self.load.longest_pause_ms(Moment.LOADED),
+                "ms",
+                MAX_PAUSE_MS,
+            ),
+        ]
+
+    def _last_seen(self, seen: dict[int, float]) -> int:
+        return int(bool(self.rotated) and self.rotated[-1].number in seen)
+
+    def reasons(self) -> list[str]:
+        """Why it does not hold; empty if it does."""
+        return [*self.load.reasons(), *self._causes(), *self._missed()]
+
+    def _missed(self) -> Iterator[str]:
+        for row in self.rows():
+            if not row.holds:
+                value = "not measured" if row.value is None else f"{row.value:,.6g} {row.unit}".rstrip()
+                must = f"be {row.bar:,g}" if row.exact else f"be below {row.bar:,g}"
+                yield f"{row.label}: {value}, must {must}"
+
+    def _causes(self) -> Iterator[str]:
+        """What was said of the failures, each once."""
+        yield from dict.fromkeys(
+            f"rotation {each.number} failed: {each.problem}" for each in self.history if each.problem
+        )
+        yield from dict.fromkeys(
+            f"a new connection failed: {each.failure}" for each in self.newcomers if each.failure
+        )
+        if self.server_failures:
+            causes = ", ".join(f"{count} {cause}" for cause, count in sorted(self.server_failures.items()))
+            yield f"handshakes failed at the server: {causes}"
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.load.interrupted:
+            return Verdict.INTERRUPTED
+        return Verdict.FAILED if self.reasons() else Verdict.VERIFIED
+
+
+def quantile(ordered: list[float], share: float) -> float | None:
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1000

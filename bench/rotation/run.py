@@ -1,0 +1,296 @@
+"""A whole run: a server of its own, the load, the rotations and the new connections at once, and the report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench.demo.run import ARRIVAL_RATE, PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
+from bench.demo.server import DemoServer
+from bench.load import report
+from bench.load.command import Outputs, check_outputs
+from bench.load.plan import SESSIONS_PER_USER, Credential, Plan, check_plan, require_open_files
+from bench.load.progress import view_for
+from bench.load.result import Result, Verdict
+from bench.load.run import Stop, View, resolve, run
+from bench.load.stats import Operator
+from bench.rotation.newcomers import Newcomers
+from bench.rotation.outcome import SCHEMA, Outcome, Row
+from bench.rotation.plan import RotationPlan
+from bench.rotation.rotator import Rotated, Rotator, settings_of
+from zcproto.auth import UserFile
+from zcproto.config import load_config
+from zcproto.errors import ZcprotoError
+from zcproto.event_loop import new_event_loop
+from zcproto.home import Home
+
+HOST: Final = "127.0.0.1"
+LINES: Final = 10
+"""Lines of progress over all rotations."""
+
+
+def run_rotations(plan: RotationPlan, console: Console, json_file: Path | None = None) -> Outcome:
+    """Carry it all out, print the report, and write it down. Raises ConfigError for what cannot be measured."""
+    check_outputs(Outputs(json=json_file))
+    require_open_files(plan.connections + SERVER_SPARE, plan.connections, lambda limit: limit - SERVER_SPARE)
+    started = time.time()
+    with temporary_home() as home:
+        console.print("making users, keys and certificates (RSA-4096 takes some seconds) ...")
+        outcome = run_in(home, plan, console)
+    show(outcome, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(outcome, started), indent=2) + "\n", encoding="utf-8")
+    return outcome
+
+
+def run_in(home: Home, plan: RotationPlan, console: Console) -> Outcome:
+    """The run on a server in this home folder, which is made ready for it."""
+    operator, credentials = prepare(home, plan)
+    with DemoServer(home.path) as server:
+        load = load_plan(plan, home, server.port, operator, credentials)
+        check_plan(load)
+        with view_for(console) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(Run(plan, load, home, view, console).conduct_interruptible())
+
+
+def prepare(home: Home, plan: RotationPlan) -> tuple[Credential, tuple[Credential, ...]]:
+    """The configuration, and the users: an operator and those of the load."""
+    users = UserFile(home.users)
+    operator = Credential("operator", users.add("operator", operator=True))
+    names = [f"load-{number}" for number in range(1, -(-plan.connections // SESSIONS_PER_USER) + 1)]
+    credentials = tuple(Credential(*each) for each in users.add_many(names))
+    home.config.write_text(
+        "[limits]\n"
+        f"max_connections = {plan.connections + SPARE_CONNECTIONS}\n"
+        "connections_per_address = 0    # all come from one\n\n"
+        "[certificates]\n"
+        f"key_types = {json.dumps(plan.key_types)}\n"
+        f'watch_interval = "{round(plan.watch_interval_s * 1000)}ms"\n\n'
+        "[log]\n"
+        f'file = "{home.path / "server.log"}"\n',
+        encoding="utf-8",
+    )
+    home.config.chmod(0o600)
+    return operator, credentials
+
+
+def load_plan(
+    plan: RotationPlan, home: Home, port: int, operator: Credential, credentials: tuple[Credential, ...]
+) -> Plan:
+    return Plan(
+        host=HOST,
+        port=port,
+        connections=plan.connections,
+        sessions=plan.connections,
+        rate=plan.rate,
+        duration_s=plan.load_s,
+        payload_bytes=PAYLOAD_BYTES,
+        credentials=credentials,
+        operator=operator,
+        arrival_rate=ARRIVAL_RATE,
+        ca_file=home.certs / "ca.crt",
+    )
+
+
+class LoadingView:
+    """Passes on what a view is shown, and tells when the load begins."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self.loading = asyncio.Event()
+
+    def phase(self, name: str, label: str, total: int) -> None:
+        if name == "load":
+            self.loading.set()
+        self._view.phase(name, label, total)
+
+    def update(self, counts: dict[str, int]) -> None:
+        self._view.update(counts)
+
+
+class Run:
+    """Rotations and new connections beside a load, on one loop."""
+
+    def __init__(self, plan: RotationPlan, load: Plan, home: Home, view: View, console: Console) -> None:
+        config = load_config(None, home=home.path, environ=os.environ)
+        assert load.ca_file is not None
+        self._plan = plan
+        self._load = load
+        self._view = LoadingView(view)
+        self._console = console
+        self._stop = Stop()
+        self._newcomers = Newcomers(load.host, load.host, load.port, load.ca_file)
+        self._rotator = Rotator(
+            plan, config.certificates.directory, settings_of(config.certificates), self._tell
+        )
+
+    async def conduct_interruptible(self) -> Outcome:
+        """The first Ctrl-C ends the run early, with what there is; the second ends the program."""
+        loop = asyncio.get_running_loop()
+
+        def interrupted() -> None:
+            loop.remove_signal_handler(signal.SIGINT)
+            self._stop.request()
+
+        loop.add_signal_handler(signal.SIGINT, interrupted)
+        try:
+            return await self.conduct()
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+    async def conduct(self) -> Outcome:
+        self._rotator.note_first()
+        before = await self._failures()
+        result = await self._with_load()
+        outcome = Outcome(self._plan, result, self._rotator.history, self._newcomers.met)
+        try:
+            after = await self._failures()
+        except ZcprotoError:  # the server is gone, which the load's record tells, too
+            return outcome
+        grown = {cause: count - before.get(cause, 0) for cause, count in after.items()}
+        outcome.server_failures = {cause: count for cause, count in grown.items() if count}
+        return outcome
+
+    async def _with_load(self) -> Result:
+        """The load; what happens beside it ends with it."""
+        beside = asyncio.create_task(self._beside_load())
+        beside.add_done_callback(self._beside_ended)
+        try:
+            result = await run(self._load, self._view, self._stop)
+        finally:
+            beside.cancel()
+            await asyncio.wait({beside})
+        if not beside.cancelled():
+            beside.result()  # a fault of its own is none to be silent about
+        return result
+
+    def _beside_ended(self, beside: asyncio.Task[None]) -> None:
+        if not beside.cancelled() and beside.exception() is not None:
+            self._stop.request()  # what is measured from here on would be worth nothing
+
+    async def _beside_load(self) -> None:
+        plan = self._plan
+        await self._view.loading.wait()
+        start = time.monotonic()
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._rotator.run(start))
+            both.create_task(self._newcomers.run(start, plan.newcomers, plan.newcomers_s))
+
+    async def _failures(self) -> dict[str, int]:
+        """Handshakes that have failed at the server since its start, by cause."""
+        load = self._load
+        address = await resolve(load.host, load.port)
+        operator = await Operator.connect(load.host, address, load.port, load.ca_file, load.operator)
+        try:
+            failures: dict[str, int] = (await operator.call("server.stats", {}))["tls_failures"]
+        finally:
+            await operator.leave()
+        return failures
+
+    def _tell(self, rotated: Rotated) -> None:
+        if rotated.number % max(1, self._plan.rotations // LINES) == 0:
+            met = self._newcomers
+            self._console.print(
+                f"rotation {rotated.number:,} of {self._plan.rotations:,}: "
+                f"{len(met.met):,} new connections so far, {met.failed:,} failed",
+                highlight=False,
+            )
+
+
+# --- the report ----------------------------------------------------------------------------------------------
+
+
+def show(outcome: Outcome, console: Console) -> None:
+    """Print the load's tables, those of the rotations, and the verdict."""
+    report.show(outcome.load, console, {})
+    table = Table(
+        title="Certificates rotated under load",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for number, column in enumerate(("", "figure", "unit", "target", "")):
+        table.add_column(column, justify="right" if number in (1, 3) else "left", no_wrap=True)
+    for row in outcome.rows():
+        table.add_row(*_cells(row))
+    console.print(table)
+    style = {Verdict.VERIFIED: "bold green", Verdict.FAILED: "bold red"}.get(outcome.verdict, "bold yellow")
+    console.print(Text(sentence(outcome), style), soft_wrap=True)
+
+
+def sentence(outcome: Outcome) -> str:
+    if outcome.verdict is Verdict.INTERRUPTED:
+        return "interrupted: the figures are those of a part of the run, and nothing is proven"
+    if outcome.verdict is Verdict.FAILED:
+        return "failed: " + "; ".join(outcome.reasons())
+    return (
+        f"passed: {outcome.plan.rotations:,} rotations under load, no request lost, no handshake failed, "
+        f"{outcome.plan.connections:,} connections undisturbed"
+    )
+
+
+def _cells(row: Row) -> list[str | Text]:
+    if row.value is None:
+        value = "-"
+    else:
+        value = f"{row.value:,.0f}" if float(row.value).is_integer() and not row.unit else f"{row.value:,.2f}"
+    if row.bar is None:
+        return [row.label, value, row.unit, "", ""]
+    target = f"= {row.bar:,g}" if row.exact else f"< {row.bar:,g}"
+    return [
+        row.label,
+        value,
+        row.unit,
+        target,
+        Text("pass", "green") if row.holds else Text("FAIL", "bold red"),
+    ]
+
+
+def as_json(outcome: Outcome, started: float) -> dict[str, Any]:
+    """All of it. `started` is in Unix seconds. No keys are in it."""
+    origin = outcome.history[0].done if outcome.history else 0.0
+    seen = outcome.seen_after()
+    plan = outcome.plan
+    return {
+        "schema": SCHEMA,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "verdict": outcome.verdict.value,
+        "reasons": outcome.reasons(),
+        "plan": {name: getattr(plan, name) for name in plan.__slots__},
+        "figures": {row.key: row.as_json() for row in outcome.rows()},
+        "server_failures": outcome.server_failures,
+        "rotations": [
+            {
+                "number": each.number,
+                "new_key": each.new_key,
+                "at_s": round(each.done - origin, 3),
+                "took_s": round(each.done - each.began, 4),
+                "seen_after_s": round(seen[each.number], 3) if each.number in seen else None,
+                "leaves": each.leaves,
+                "problem": each.problem,
+            }
+            for each in outcome.history
+        ],
+        "newcomers": [
+            {
+                "at_s": round(each.begun - origin, 3),
+                "handshake_s": round(each.shaken - each.begun, 4) if each.shaken else None,
+                "leaf": each.leaf,
+                "failure": each.failure,
+            }
+            for each in outcome.newcomers
+        ],
+        "load": report.as_json(outcome.load, {}, started),
+    }
