@@ -154,7 +154,7 @@ class Outcome:
             ),
             Row(
                 "newcomers_strange",
-                "new connections shown a certificate of nobody's",
+                "new connections shown an unknown certificate",
                 self.strangers(),
                 bar=0,
                 exact=True,

@@ -267,7 +267,7 @@ def test_two_rotations_that_are_taken_at_once_are_seen_at_once() -> None:
         ({"newcomers": [*GOOD, newcomer(12.5, "e1")]}, "an old one is shown after, longest: 1.5 s, must be"),
         ({"newcomers": GOOD[:4]}, "the last one is seen: 0, must be 1"),
         ({"newcomers": []}, "an old one is shown after, longest: not measured, must be below 1.25"),
-        ({"newcomers": [*GOOD, newcomer(12.1, "x")]}, "shown a certificate of nobody's: 1, must be 0"),
+        ({"newcomers": [*GOOD, newcomer(12.1, "x")]}, "shown an unknown certificate: 1, must be 0"),
         ({"newcomers": [*GOOD, newcomer(12.1, "", "reset")]}, "a new connection failed: reset"),
         ({"newcomers": [*GOOD, newcomer(12.1, "", "reset")]}, "new connections that failed: 1, must be 0"),
         ({"server_failures": {"not_tls": 2}}, "handshakes failed at the server: 2 not_tls"),
@@ -344,6 +344,14 @@ def test_the_table_has_figures_units_targets_and_verdicts() -> None:
     assert lines["an old one is shown after, longest"][-5:] == ["1.50", "s", "<", "1.25", "FAIL"]
     assert lines["longest pause of the server's loop"][-5:] == ["1.00", "ms", "<", "10", "pass"]
     assert lines["new connections"][-1] == "6"
+
+
+def test_the_table_is_whole_on_a_terminal_of_80_columns() -> None:
+    out = io.StringIO()
+    show(outcome(newcomers=[*GOOD, newcomer(12.5, "e1")]), Console(file=out, width=80))
+    table = out.getvalue().partition("Certificates rotated under load")[2]
+    assert "\N{HORIZONTAL ELLIPSIS}" not in table
+    assert "FAIL" in table
 
 
 def test_all_is_written_and_no_key() -> None:
