@@ -40,6 +40,7 @@ COMMANDS = {
     "serve": ("zcproto.cli.serve:serve", "Run a server: an application of yours, or a built-in one."),
     "call": ("zcproto.cli.call:call", "Call a method of a server and print the result."),
     "user": ("zcproto.cli.user:user", "Add users, who may open sessions."),
+    "cert": ("zcproto.cli.cert:cert", "See, check, renew and hand out certificates."),
     "config": ("zcproto.cli.config:config", "Begin, check and show the configuration."),
     "demo": ("zcproto.cli.demo:demo", "See 10,000 verified connections to a server of its own."),
     "bench": ("zcproto.cli.bench:bench", "Measure a server under load."),
