@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from zcproto.auth import UserFile
+from zcproto.config import Config
+from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, Code, ConfigError
 from zcproto.server import run
 from zcproto.server import server as server_module
@@ -386,11 +388,11 @@ def test_by_default_it_takes_home_and_configuration_as_the_command_line_does(
     assert server.config.certificates.directory == home / "certs"
 
 
-async def test_a_certificate_near_its_end_is_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = configuration(home, certificates__renew_before="1d", certificates__alert_days=[91])
-    async with Server(config=config, home=home):
-        pass
-    assert '"event":"certificate.expires"' in capsys.readouterr().err
+def test_a_configuration_of_its_own_keeps_the_certificates_in_the_home(tmp_path: Path) -> None:
+    assert Server(config=Config(), home=tmp_path).config.certificates.directory == tmp_path / "certs"
+    chosen = CertificatesConfig(directory=tmp_path / "elsewhere")
+    server = Server(config=Config(certificates=chosen), home=tmp_path)
+    assert server.config.certificates.directory == tmp_path / "elsewhere"
 
 
 async def test_ended_sessions_are_cleaned_up_by_and_by(home: Path) -> None:

@@ -540,6 +540,7 @@ def test_info_lists_what_the_caller_may_call_and_nothing_else(serve: Serve) -> N
             "params": [{"name": "limit", "type": "int", "required": False}],
         }
         assert info["versions"] == [1]
+        assert (info["pins"], info["pins_next"]) == (server.server.pins, None)
         assert abs(info["time"] - wall()) < 5_000
 
 

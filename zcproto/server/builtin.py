@@ -118,7 +118,7 @@ def protocol_methods(
         return {}
 
     def server_info(context: Context) -> dict[str, Any]:
-        """The server's time, the protocol versions it speaks, and the methods that this caller may call."""
+        """The server's time, protocol versions, pins now and next, and the methods that this caller may call."""
         session = context.session
         return {
             "time": context.wall(),
@@ -128,6 +128,8 @@ def protocol_methods(
                 for name, method in sorted(serving.methods.items())
                 if method.public or (session is not None and (session.operator or not method.operator))
             ],
+            "pins": list(serving.pins),
+            "pins_next": serving.pins_next,
         }
 
     def server_stats() -> dict[str, Any]:

@@ -14,15 +14,23 @@ import gc
 import os
 import resource
 import socket
-import ssl
 from collections.abc import Callable, Coroutine, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from zcproto.auth import ApiKeyAuthenticator, Authenticator, Login, Throttle, UserFile
-from zcproto.certs import CertificatePair, ensure_own_certificates
+from zcproto.auth import (
+    ApiKeyAuthenticator,
+    Authenticator,
+    CertificateAuthenticator,
+    Login,
+    Throttle,
+    UserFile,
+)
+from zcproto.certs import CertificatePair
+from zcproto.certs.certificates import NextPins
+from zcproto.certs.clients import user_of
+from zcproto.certs.revoked import Issue, issue_of
 from zcproto.clock import MS_PER_SECOND, Clock, Entropy, system_clock, system_entropy
 from zcproto.config import Config, load_config
 from zcproto.connection.settings import ConnectionSettings
@@ -32,16 +40,19 @@ from zcproto.home import Home, resolve_home
 from zcproto.server.app import App, Method
 from zcproto.server.builtin import default_app, protocol_methods
 from zcproto.server.eager import EagerTasks
+from zcproto.server.keeper import CertificateKeeper, Kept, unix_ms
 from zcproto.server.listener import Listener, bind, log_listening
 from zcproto.server.pauses import PauseMeter
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.serving import Serving, log
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.suites import SUITES
-from zcproto.tls.context import can_choose_suites, server_context
+from zcproto.tls.context import can_choose_suites
 from zcproto.tls.failure import TlsFailure
+from zcproto.tls.pins import parse_pins
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME
+from zcproto.wire.message import encode_body
 
 CLEANUP_SLOTS: Final = 2_000
 """Sessions looked at in one slice of the cleanup, about a millisecond of the loop."""
@@ -77,12 +88,17 @@ class Server:
     ) -> None:
         self._app = default_app() if app is None else app
         self.home = resolve_home(None, os.environ) if home is None else Home(home)
-        self.config = load_config(None, home=self.home.path, environ=os.environ) if config is None else config
+        if config is None:
+            config = load_config(None, home=self.home.path, environ=os.environ)
+        self.config = _at_home(config, self.home)
         self._authenticators = authenticators
         self._progress = progress
         self._clock = clock
         self._entropy = entropy
         self.certificates: list[CertificatePair] = []
+        self._kept: Kept | None = None
+        self._next_pins: NextPins | None = None
+        self._background: set[asyncio.Task[None]] = set()
         self._serving: Serving | None = None
         self._sockets: list[socket.socket] = []
         self._addresses: list[tuple[str, int]] = []
@@ -107,7 +123,18 @@ class Server:
         """Prepare everything, then listen."""
         config = self.config
         loop = asyncio.get_running_loop()
-        context = await asyncio.to_thread(self._load_certificates)
+        self._check_suites()
+        await asyncio.to_thread(self.home.ensure)
+        keeper = self._keeper = CertificateKeeper(
+            config,
+            self._clock,
+            ["zcp/1"],
+            on_kept=self._serve_certificates,
+            on_next_pins=self._announce_pins,
+            progress=self._progress,
+        )
+        await keeper.start()
+        assert self._kept is not None
         wheel = DeadlineWheel(loop)
         settings = _session_settings(config)
         registry = SessionRegistry(settings, self._entropy)
@@ -128,18 +155,20 @@ class Server:
         for method in (*protocol_methods(serving, self._login(), self.statistics), *self._app):
             methods[method.name] = method
         acceptor = TlsAcceptor(
-            context,
+            self._kept.contexts,
             {"zcp/1": lambda: ServerProtocol(serving)},
             wheel,
             loop,
             suites=frozenset(config.tls.suites),
             handshake_timeout=config.tls.handshake_timeout,
             on_failure=self._tls_failed,
+            client_pins=parse_pins(config.tls.client_pins),
         )
+        self._acceptor = acceptor
+        self._serving = serving
+        self._tell_pins()
         self._sockets = bind(config.server.host, config.server.port)
         self._addresses = [listening.getsockname()[:2] for listening in self._sockets]
-        self._serving = serving
-        self._acceptor = acceptor
         self._wheel = wheel
         self._listener = Listener(
             self._sockets,
@@ -152,55 +181,36 @@ class Server:
         )
         self.pauses = PauseMeter(loop, lambda: serving.counters.requests + acceptor.handshakes_completed)
         self.pauses.start()
-        self._cleanup = loop.create_task(self._clean_forever(registry))
+        self._start_task(self._clean_forever(registry))
+        self._start_task(keeper.run())
         self._listener.start()
         log_listening(self._sockets)
 
-    def _load_certificates(self) -> ssl.SSLContext:
-        config = self.config
-        if config.tls.suites[0] != SUITES[0] and not can_choose_suites():
-            first = config.tls.suites[0]
+    def _check_suites(self) -> None:
+        first = self.config.tls.suites[0]
+        if first != SUITES[0] and not can_choose_suites():
             raise ConfigError(
                 [f"tls.suites = [{first!r}, ...]: {SUITES[0]} must come first before Python 3.15"]
             )
-        self.home.ensure()
-        self.certificates = ensure_own_certificates(
-            config.certificates.directory,
-            names=config.certificates.names,
-            key_types=config.certificates.key_types,
-            lifetime=timedelta(seconds=config.certificates.lifetime),
-            renew_before=timedelta(seconds=config.certificates.renew_before),
-            renew_key=config.certificates.renew_key,
-            now=datetime.fromtimestamp(self._clock.wall() / MS_PER_SECOND, UTC),
-            progress=self._progress,
-        )
-        self._warn_of_expiry()
-        pairs = [(pair.certificate, pair.key) for pair in self.certificates]
-        return server_context(pairs, ["zcp/1"], config.tls.suites)
-
-    def _warn_of_expiry(self) -> None:
-        now = datetime.fromtimestamp(self._clock.wall() / MS_PER_SECOND, UTC)
-        for pair in self.certificates:
-            days_left = (pair.not_after - now).days
-            log.info(
-                "certificate.loaded",
-                file=str(pair.certificate),
-                key_type=pair.key_type,
-                pin=pair.pin,
-                days_left=days_left,
-            )
-            if days_left <= max(self.config.certificates.alert_days, default=0):
-                log.warning("certificate.expires", file=str(pair.certificate), days_left=days_left)
 
     def _login(self) -> Login:
         authenticators = self._authenticators
         if authenticators is None:
             users = UserFile(self.home.users)
             users.load()
-            authenticators = [
-                ApiKeyAuthenticator(users, on_fault=_users_unreadable, on_recovered=_users_readable)
-            ]
+            by_key = ApiKeyAuthenticator(users, on_fault=_users_unreadable, on_recovered=_users_readable)
+            authenticators = [by_key]
+            if self.config.tls.client_auth != "off":
+                authenticators.append(
+                    CertificateAuthenticator(by_key.users, self._user_of, on_refused=self._login_refused)
+                )
         return Login(authenticators, Throttle(self.config.limits.login_failures))
+
+    def _user_of(self, certificate: bytes) -> str:
+        return user_of(certificate, self.config.tls.client_name, self._keeper.now())
+
+    def _login_refused(self, reason: str, address: str) -> None:
+        self.serving.log_limited("login.certificate_refused", address, peer=address, reason=reason)
 
     # --- while it runs -------------------------------------------------------------------------------
 
@@ -223,6 +233,52 @@ class Server:
         """Pins of the public keys that are served, as clients take them."""
         return [pair.pin for pair in self.certificates]
 
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start what goes on until the server ends."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # --- certificates ----------------------------------------------------------------------------
+
+    def _serve_certificates(self, kept: Kept) -> None:
+        """Connections from here on get these; those that stand go on, unless their client's was revoked."""
+        before, self._kept = self._kept, kept
+        self.certificates = list(kept.certificates.default.pairs)
+        if before is None:
+            return
+        assert self._acceptor is not None
+        self._acceptor.contexts = kept.contexts
+        self._tell_pins()
+        revoked = kept.revoked - before.revoked
+        if revoked:
+            self._start_task(self._close_revoked(revoked))
+
+    def _announce_pins(self, next_pins: NextPins | None) -> None:
+        self._next_pins = next_pins
+        if self._serving is not None:
+            self._tell_pins()
+
+    def _tell_pins(self) -> None:
+        serving, following = self.serving, self._next_pins
+        serving.pins = tuple(self.pins)
+        body = None
+        serving.pins_next = None
+        if following is not None:
+            serving.pins_next = {"pins": list(following.pins), "from": unix_ms(following.use_from)}
+            body = encode_body(["pins.next", serving.pins_next])
+        self._start_task(serving.announce(body))
+
+    async def _close_revoked(self, revoked: frozenset[Issue]) -> None:
+        """A client whose certificate is revoked is not served on, whatever it has opened before."""
+        for number, protocol in enumerate(list(self.serving.connections), 1):
+            certificate = protocol.peer_certificate()
+            if certificate is not None and issue_of(certificate) in revoked:
+                log.warning("connection.certificate_revoked", peer=protocol.peer)
+                protocol.close("certificate_revoked")
+            if number % GOAWAYS_PER_TURN == 0:
+                await asyncio.sleep(0)
+
     def _tls_failed(self, failure: TlsFailure, peer: str) -> None:
         self.serving.log_limited("tls.failed", f"{failure.value} {peer}", cause=failure.value, peer=peer)
 
@@ -239,6 +295,7 @@ class Server:
         serving = self.serving
         counters = serving.counters
         acceptor = self._acceptor
+        assert acceptor is not None
         used = resource.getrusage(resource.RUSAGE_SELF)
         return {
             "connections": len(serving.connections),
@@ -260,6 +317,7 @@ class Server:
             "rss_bytes": resident_bytes(),
             "longest_pause_s": self.pauses.take_longest(),
             "pauses": self.pauses.counts,
+            **self._keeper.figures(),
         }
 
     # --- the end -------------------------------------------------------------------------------------
@@ -293,7 +351,8 @@ class Server:
         stuck = await serving.tasks.close(CANCELLED_TIME)
         if stuck:
             log.error("server.methods_stuck", count=stuck)
-        self._cleanup.cancel()
+        for task in self._background:
+            task.cancel()
         self.pauses.stop()
         for waiting in self._wheel.close():  # handshakes that were never finished: nobody else would end them
             assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
@@ -310,6 +369,14 @@ class Server:
     async def wait_closed(self) -> None:
         """Return when the server has ended."""
         await self._closed.wait()
+
+
+def _at_home(config: Config, home: Home) -> Config:
+    """A configuration that names no folder of certificates has them in the home folder."""
+    if "directory" in config.certificates.model_fields_set:
+        return config
+    certificates = config.certificates.model_copy(update={"directory": home.certs})
+    return config.model_copy(update={"certificates": certificates})
 
 
 def _users_unreadable(error: ConfigError) -> None:

@@ -81,6 +81,10 @@ class Serving:
         self.counters = Counters()
         self.connections: set[ServerProtocol] = set()
         self.draining = False
+        self.pins: tuple[str, ...] = ()
+        """Pins of the public keys that are served, as clients take them."""
+        self.pins_next: dict[str, Any] | None = None
+        """What the event `pins.next` says, if there is something to come."""
         self.announcement: bytes | None = None
         """The body of an event that every connection gets, those to come right behind WELCOME."""
         self._drained = asyncio.Event()

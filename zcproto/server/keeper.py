@@ -1,0 +1,249 @@
+"""Keeps what is served good while the server runs: the asyncio edge of certs/maintainer.py and tls/proof.py.
+
+    once in `certificates.watch_interval`, in a thread:  Maintainer.check -> fresh contexts, which prove themselves
+    then in the loop, in one turn:                       acceptor.contexts = the new ones; log; announce next pins
+
+What it decides: nothing about certificates. Only contexts that have proved themselves are handed out; as long as
+new ones cannot, the old ones serve on and it is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, NamedTuple
+
+from zcproto.certs.certificates import CertificateSet, NextPins
+from zcproto.certs.foreign import ForeignSite, PassphraseSource
+from zcproto.certs.maintainer import (
+    CertificateStatus,
+    ClientTrust,
+    Maintainer,
+    MaintainerSettings,
+    Notice,
+    NoticeKind,
+    OwnSource,
+    Renewal,
+)
+from zcproto.certs.own import OwnSettings
+from zcproto.certs.revoked import Issue, revoked_in
+from zcproto.clock import MS_PER_SECOND, Clock
+from zcproto.config import Config, SiteConfig
+from zcproto.config.model import CertificatesConfig
+from zcproto.errors import CertificateError
+from zcproto.server.serving import log
+from zcproto.tls.context import ClientAuth
+from zcproto.tls.proof import proven_sites
+from zcproto.tls.sites import SiteContexts
+
+_WARNINGS: Final = frozenset({NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD, NoticeKind.EXPIRY})
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST_WALL: Final = 253_370_764_800_000  # the year 9999, beyond which Python has no dates
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is to be served from now on."""
+
+    certificates: CertificateSet
+    contexts: SiteContexts
+    revoked: frozenset[Issue]
+    """The clients' certificates that are good no more."""
+
+
+class _Found(NamedTuple):
+    kept: Kept | None
+    notices: tuple[Notice, ...]
+    next_pins: NextPins | None
+    last_renewal: Renewal | None
+
+
+class CertificateKeeper:
+    """Looks after a server's certificates.
+
+    `on_kept` is called in the loop with what is to be served from now on, `on_next_pins` with what is announced
+    whenever that changes. `notices` counts what happened, by kind.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        protocols: Collection[str],
+        *,
+        on_kept: Callable[[Kept], None],
+        on_next_pins: Callable[[NextPins | None], None],
+        progress: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        """Raises CertificateError if the configured sites contradict one another."""
+        settings = maintainer_settings(config)
+        self._maintainer = Maintainer(settings, random=random.random, environ=os.environ, progress=progress)
+        self._clients = settings.clients
+        self._client_auth: ClientAuth = config.tls.client_auth  # type: ignore[assignment]  # the rule has checked it
+        self._protocols = list(protocols)
+        self._suites = config.tls.suites
+        self._interval = config.certificates.watch_interval
+        self._clock = clock
+        self._on_kept = on_kept
+        self._on_next_pins = on_next_pins
+        self._unproven = True
+        self._untold: tuple[Notice, ...] = ()
+        self._problem = ""
+        self._next_pins: NextPins | None = None
+        self.notices: dict[NoticeKind, int] = dict.fromkeys(NoticeKind, 0)
+        self.last_renewal: Renewal | None = None
+
+    async def start(self) -> None:
+        """Have something to serve. Raises CertificateError if there is nothing good."""
+        self._take(await asyncio.to_thread(self._look))
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval)
+            await self.look()
+
+    async def look(self) -> None:
+        """Look once, and take what is new. Whatever happens, what is served stays."""
+        try:
+            found = await asyncio.to_thread(self._look)
+        except CertificateError as error:  # the new contexts did not prove themselves
+            if str(error) != self._problem:
+                self._problem = str(error)
+                log.warning("certificate.not_used", message=str(error))
+            return
+        except Exception as error:  # a fault of ours must not end the watch over what is served
+            log.error("certificate.look_failed", exc_info=error)
+            return
+        self._problem = ""
+        self._take(found)
+
+    def status(self) -> tuple[CertificateStatus, ...]:
+        """Every certificate in use, with the seconds that it has left."""
+        return self._maintainer.status(self.now())
+
+    def figures(self) -> dict[str, Any]:
+        """For `server.stats`: times in seconds."""
+        last = self.last_renewal
+        return {
+            "certificates": [
+                {
+                    "file": one.path.name,
+                    "source": one.source.value,
+                    "site": list(one.site),
+                    "key_type": one.key_type,
+                    "pin": one.pin,
+                    "seconds_left": round(one.seconds_left),
+                }
+                for one in self.status()
+            ],
+            "certificate_notices": {kind.value: count for kind, count in self.notices.items() if count},
+            "last_renewal": None if last is None else {"at": round(last.at.timestamp()), "ok": last.ok},
+        }
+
+    # --- in the thread -----------------------------------------------------------------------------
+
+    def _look(self) -> _Found:
+        outcome = self._maintainer.check(self.now(), self._clock.now())
+        self._untold += outcome.notices  # what cannot be used yet is told when it is used
+        if outcome.certificates is not None or outcome.client_trust_changed:
+            self._unproven = True
+        kept = self._prove(self._maintainer.certificates) if self._unproven else None
+        self._unproven = False
+        untold, self._untold = self._untold, ()
+        return _Found(kept, untold, outcome.next_pins, outcome.last_renewal)
+
+    def _prove(self, certificates: CertificateSet) -> Kept:
+        clients = self._clients
+        contexts = proven_sites(
+            certificates.sites,
+            self._protocols,
+            self._suites,
+            client_auth=self._client_auth,
+            client_ca=None if clients is None else clients.ca,
+            client_crl=None if clients is None else clients.crl,
+        )
+        revoked = frozenset() if clients is None or clients.crl is None else revoked_in(clients.crl)
+        return Kept(certificates, contexts, revoked)
+
+    def now(self) -> datetime:
+        """The wall time, aware, within what dates can say."""
+        wall = min(max(self._clock.wall(), 0), _LAST_WALL)
+        return _EPOCH + timedelta(milliseconds=wall)
+
+    # --- in the loop -------------------------------------------------------------------------------
+
+    def _take(self, found: _Found) -> None:
+        self.last_renewal = found.last_renewal
+        if found.kept is not None:
+            self._on_kept(found.kept)
+        for notice in found.notices:
+            self._tell(notice)
+        if found.next_pins != self._next_pins:
+            self._next_pins = found.next_pins
+            self._on_next_pins(found.next_pins)
+
+    def _tell(self, notice: Notice) -> None:
+        self.notices[notice.kind] += 1
+        values: dict[str, Any] = {"file": notice.what, "message": notice.message}
+        if notice.pins:
+            values["pins"] = list(notice.pins)
+        if notice.left is not None:
+            values["days_left"] = notice.left // timedelta(days=1)
+        if notice.days is not None:
+            values["threshold_days"] = notice.days
+        write = log.warning if notice.kind in _WARNINGS else log.info
+        write(f"certificate.{notice.kind.value}", **values)
+
+
+def unix_ms(moment: datetime) -> int:
+    return round(moment.timestamp() * MS_PER_SECOND)
+
+
+def maintainer_settings(config: Config) -> MaintainerSettings:
+    """What is configured of certificates, for the one who looks after them."""
+    certificates = config.certificates
+    return MaintainerSettings(
+        default=_own(certificates) if certificates.mode == "own" else _default_files(certificates),
+        sites=tuple(_site(site) for site in certificates.site),
+        alert_days=certificates.alert_days,
+        clients=_client_trust(config),
+    )
+
+
+def _own(certificates: CertificatesConfig) -> OwnSource:
+    settings = OwnSettings(
+        names=certificates.names,
+        key_types=certificates.key_types,
+        lifetime=timedelta(seconds=certificates.lifetime),
+        renew_before=timedelta(seconds=certificates.renew_before),
+        renew_key=certificates.renew_key,
+        announce_key=timedelta(seconds=certificates.announce_key),
+    )
+    return OwnSource(certificates.directory, settings)
+
+
+def _default_files(certificates: CertificatesConfig) -> ForeignSite:
+    passphrase = PassphraseSource(
+        certificates.key_passphrase_file, certificates.key_passphrase_variable or ""
+    )
+    return ForeignSite((), certificates.certificate, certificates.key, passphrase)
+
+
+def _site(site: SiteConfig) -> ForeignSite:
+    passphrase = PassphraseSource(site.key_passphrase_file, site.key_passphrase_variable or "")
+    return ForeignSite(site.names, site.certificate, site.key, passphrase)
+
+
+def _client_trust(config: Config) -> ClientTrust | None:
+    tls = config.tls
+    if tls.client_auth == "off":
+        return None
+    if tls.client_ca_file is not None:
+        return ClientTrust(tls.client_ca_file, tls.client_crl_file)
+    folder = config.certificates.directory
+    return ClientTrust(folder / "client-ca.crt", tls.client_crl_file or folder / "client-ca.crl", folder)
