@@ -265,6 +265,29 @@ def test_a_token_leads_to_its_record_or_to_what_became_of_it() -> None:
     assert desk.registry.record_of(digest_of(b"unknown")) is None
 
 
+def test_an_id_leads_to_what_became_of_its_session() -> None:
+    desk = Desk()
+    session = taken_in(desk)
+    assert desk.registry.ended(session.record.id) is None
+    assert desk.registry.ended(bytes(16)) is None
+    desk.registry.end(session.record.id, Code.SESSION_REPLACED, "", WALL + 1)
+    assert desk.registry.ended(session.record.id) == EndedRecord(
+        session.record.id, session.record.token_digest, Code.SESSION_REPLACED, WALL + 1
+    )
+
+
+def test_records_are_listed_the_oldest_first_and_so_many() -> None:
+    desk = Desk()
+    sessions = [taken_in(desk, user, WALL + number) for number, user in ((2, "a"), (0, "b"), (1, "a"))]
+    assert desk.registry.records(None, 9) == [sessions[number].record for number in (1, 2, 0)]
+    assert desk.registry.records(None, 2) == [sessions[number].record for number in (1, 2)]
+    assert desk.registry.records("a", 9) == [sessions[number].record for number in (0, 2)]
+    assert desk.registry.records("a", 1) == [sessions[0].record]
+    desk.registry.revoke_user("a", "test")
+    assert desk.registry.records(None, 9) == [sessions[1].record]
+    assert desk.registry.records("a", 9) == []
+
+
 def test_uses_come_in_slices_and_each_once() -> None:
     desk = Desk()
     sessions = [taken_in(desk, f"user-{number}") for number in range(40)]

@@ -119,6 +119,23 @@ class Exchange(Lifecycle):
         session_id = b"" if table.flags[slot] & TOKEN_ONLY else table.ids[slot]
         return EndedRecord(session_id, token_digest, Code(self._state[slot]), self._last_used_at[slot])
 
+    def ended(self, session_id: bytes) -> EndedRecord | None:
+        """The memory of a session that has ended."""
+        table = self._table
+        slot = table.ids.find(session_id)
+        if slot == NONE or self._is_kept(slot):
+            return None
+        return EndedRecord(session_id, table.tokens[slot], Code(self._state[slot]), self._last_used_at[slot])
+
+    def records(self, user: str | None, limit: int) -> list[SessionRecord]:
+        """A user's live and lapsed sessions, or everybody's; the oldest `limit`, the oldest first."""
+        table = self._table
+        if user is not None:
+            return [self._record(slot) for slot in table.of_user(user)[:limit]]
+        slots = [slot for slot in range(table.slab.size) if self._is_kept(slot)]
+        slots.sort(key=table.created_at.__getitem__)
+        return [self._record(slot) for slot in slots[:limit]]
+
     def uses(self, since: int, start: int, max_slots: int) -> tuple[int, list[tuple[bytes, int]]]:
         """A slice of the sessions (id, time) that were used after `since`, and where the next slice starts.
 

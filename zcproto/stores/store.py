@@ -15,10 +15,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 from zcproto.errors import Code, ZcprotoError
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
+
+MAX_LISTED: Final = 10_000
+"""Sessions of everybody that are listed at once."""
 
 
 class StoreUnavailable(ZcprotoError):
@@ -43,7 +46,8 @@ class LimitReached:
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """The pair was replaced. `old_token_digest` is that of the token which is dead from now on."""
+    """The pair was replaced. `old_token_digest` is that of the token which is dead from now on; empty if this
+    rotation had been done before."""
 
     record: SessionRecord
     old_token_digest: bytes
@@ -122,12 +126,12 @@ class SessionStore(Protocol):
 
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
         """Keep a new session (its time is `record.created_at`), if the user's limit allows. The same record once
-        more is no second session."""
+        more is no second session, and brings back none that has ended."""
         ...
 
     async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
         """Replace a session's pair of tokens, if the refresh token that was shown is its current one. A spent one
-        ends the session. The old access token is remembered as revoked."""
+        ends the session. The old access token is remembered as revoked. The same rotation once more is none."""
         ...
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
@@ -158,7 +162,7 @@ class SessionStore(Protocol):
         ...
 
     async def list(self, user: str | None = None) -> list[SessionRecord]:
-        """A user's sessions (None: everybody's, at most 10,000), the oldest first, lapsed ones included."""
+        """A user's sessions (None: everybody's, at most MAX_LISTED), the oldest first, lapsed ones included."""
         ...
 
     async def count(self) -> int:
@@ -167,19 +171,23 @@ class SessionStore(Protocol):
 
     async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
         """Remove at most `limit` sessions whose token and refresh token are both past their time, memories of
-        ended ones older than `keep_ended_ms`, and answers past their time; how many were removed."""
+        ended ones at least `keep_ended_ms` old, and answers past their time; how many were removed."""
         ...
 
     # --- answers of requests with an idempotency key ----------------------------------------------
 
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
-        """Ask to run a request. NEW claims it until `lease_ms` have passed; then somebody else may."""
+        """Ask to run a request. NEW claims it until `lease_ms` have passed; then somebody else may.
+
+        Keys are each user's own. What is past its time is as if it had never been. A store that holds as many
+        as it may forgets its oldest answers, never a request that runs: then it raises ResourceExhausted.
+        """
         ...
 
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
-        """The request was run; its answer is kept until `keep_ms` have passed."""
+        """The request was run; its answer is kept until `keep_ms` have passed. Not if there is no claim."""
         ...
 
     async def release_claim(self, user: str, key: str) -> None:
-        """The request was not run after all: the next who asks may."""
+        """The request was not run after all: the next who asks may. An answer that is kept stays."""
         ...
