@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from zcproto.certs import authority, clients, files, keys, own, pair, rotation
 from zcproto.certs.examine import Examination, examine
 from zcproto.certs.foreign import PassphraseSource
+from zcproto.certs.maintainer import OwnSource
 from zcproto.cli import cert_report as reports
 from zcproto.cli import home_options, read_config
 from zcproto.cli.private_file import private_file
@@ -26,6 +27,7 @@ from zcproto.clock import MS_PER_SECOND, system_clock
 from zcproto.errors import CertificateError, ConfigError
 from zcproto.home import Home
 from zcproto.printable import printable
+from zcproto.server.keeper import maintainer_settings
 
 if TYPE_CHECKING:
     from zcproto.config import Config
@@ -262,15 +264,10 @@ def _own_config(home: Home, config_file: Path | None, does: str) -> Config:
 
 
 def _settings(config: Config) -> own.OwnSettings:
-    section = config.certificates
-    return own.OwnSettings(
-        names=section.names,
-        key_types=section.key_types,
-        lifetime=timedelta(seconds=section.lifetime),
-        renew_before=timedelta(seconds=section.renew_before),
-        renew_key=section.renew_key,
-        announce_key=timedelta(seconds=section.announce_key),
-    )
+    """As a server has them."""
+    source = maintainer_settings(config).default
+    assert isinstance(source, OwnSource)
+    return source.settings
 
 
 def _print_result(result: own.OwnCertificates, as_json: bool) -> None:
@@ -388,7 +385,7 @@ def revoke_client(
 ) -> None:
     """Revoke the certificates of the client NAME. There is no way back.
 
-    What is connected stays connected: revoke the user's sessions, too.
+    A running server closes the connections of those who show one of them.
     """
     if (name is None) == (serial is None):
         raise click.UsageError("Give NAME, or --serial.")

@@ -21,9 +21,11 @@ from cryptography.hazmat.primitives import serialization
 from zcproto.certs import authority, clients, keys, lifecycle, pair, rotation
 from zcproto.certs.certificates import NextPins
 from zcproto.certs.files import read_certificate_file
-from zcproto.certs.foreign import ForeignSite, PassphraseSource, load_site
+from zcproto.certs.foreign import ForeignSite, load_site
+from zcproto.certs.maintainer import MAX_AUTHORITIES
 from zcproto.errors import CertificateError
 from zcproto.printable import printable
+from zcproto.server.keeper import maintainer_settings
 
 if TYPE_CHECKING:
     from zcproto.config import Config
@@ -37,9 +39,6 @@ BAD = (EXPIRED, PROBLEM)
 
 MAX_SHOWN_NAMES = 8
 MAX_SHOWN_NAME = 200
-MAX_AUTHORITIES = 1000
-"""In a file of those that sign for clients; a system's whole store has about 150."""
-
 _CRL = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 _DAY = timedelta(days=1)
 
@@ -127,11 +126,10 @@ def rows_of_site(found: Report, name: str | None) -> list[Row]:
 
 def foreign_sites(config: Config) -> Iterator[ForeignSite]:
     """The sites whose certificates others make; the default one, if it is one of them, comes first."""
-    certificates = config.certificates
-    if certificates.mode == "files":
-        yield ForeignSite((), certificates.certificate, certificates.key, _passphrase(certificates))
-    for site in certificates.site:
-        yield ForeignSite(site.names, site.certificate, site.key, _passphrase(site))
+    settings = maintainer_settings(config)
+    if isinstance(settings.default, ForeignSite):
+        yield settings.default
+    yield from settings.sites
 
 
 def own_files(config: Config) -> Iterator[tuple[str, Path, Path]]:
@@ -139,10 +137,6 @@ def own_files(config: Config) -> Iterator[tuple[str, Path, Path]]:
     for key_type in config.certificates.key_types:
         stem = config.certificates.directory / rotation.FILE_NAMES[keys.family(key_type)]
         yield key_type, stem.with_suffix(".crt"), stem.with_suffix(".key")
-
-
-def _passphrase(section: Any) -> PassphraseSource:
-    return PassphraseSource(section.key_passphrase_file, section.key_passphrase_variable or "")
 
 
 # --- what there is ---------------------------------------------------------------------------------------
