@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from zcproto.errors import CertificateError, Code, ConfigError
 from zcproto.server import run
 from zcproto.server import server as server_module
 from zcproto.server.run import serve
-from zcproto.server.server import GC_THRESHOLDS, Server, resident_bytes
+from zcproto.server.server import GC_THRESHOLDS, SWITCH_INTERVAL, Server, resident_bytes
 
 from .helpers import (
     GOAWAY,
@@ -257,6 +258,7 @@ def test_serve_runs_until_a_signal_and_then_drains(home: Path) -> None:
     thread.join()
     assert listening[0].port > 0
     assert gc.get_threshold() == GC_THRESHOLDS
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL)
     assert gc.get_freeze_count() > 0
     assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
     with pytest.raises(ConnectionRefusedError):

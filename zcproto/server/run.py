@@ -16,7 +16,7 @@ from zcproto.event_loop import new_event_loop
 from zcproto.file_limit import raise_file_limit
 from zcproto.observe.log import configure_logging
 from zcproto.server.app import App
-from zcproto.server.server import Server, tune_garbage_collector
+from zcproto.server.server import Server, tune_interpreter
 from zcproto.server.serving import log
 
 
@@ -59,7 +59,7 @@ async def _serve(server: Server, ready: Callable[[Server], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
     await server.start()
-    tune_garbage_collector()
+    tune_interpreter()
     ready(server)
     await stop.wait()
     draining = loop.create_task(server.drain())
