@@ -19,8 +19,7 @@ import tomli
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zcproto.auth import UserFile
-from zcproto.auth import users as users_module
+from zcproto.auth import UserFile, private_text
 from zcproto.errors import ConfigError
 from zcproto.sessions import token_from_text, token_text
 
@@ -323,7 +322,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 def test_a_file_that_could_not_be_read_again_is_not_written(
     path: Path, users: UserFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(users_module, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(users._file, "_max_bytes", 100)
     users.add("a")
     with pytest.raises(ConfigError, match="would be larger than 100 bytes"):
         users.add("b")
@@ -353,7 +352,7 @@ def test_a_lock_given_back_is_taken(path: Path, monkeypatch: pytest.MonkeyPatch)
             waits.append(seconds)
             fcntl.flock(lock, fcntl.LOCK_UN)
 
-        monkeypatch.setattr(users_module.time, "sleep", sleep)
+        monkeypatch.setattr(private_text.time, "sleep", sleep)
         users.add("bob")
     assert len(waits) == 1
     assert users.names == ["alice", "bob"]
@@ -397,8 +396,8 @@ def test_a_file_of_another_user_is_refused(
     path: Path, users: UserFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(path, "")
-    assert users_module.trusted_owners() == {0, os.geteuid()}
-    monkeypatch.setattr(users_module, "trusted_owners", lambda: frozenset({12345}))
+    assert private_text.trusted_owners() == {0, os.geteuid()}
+    monkeypatch.setattr(private_text, "trusted_owners", lambda: frozenset({12345}))
     (fault,) = faults(users)
     assert "belongs to another user" in fault
     assert "chown" in fault
@@ -413,7 +412,7 @@ def test_a_folder_or_a_fifo_is_no_file_of_users(path: Path, users: UserFile) -> 
 
 
 def test_a_huge_file_is_refused_unread(path: Path, users: UserFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(users_module, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(users._file, "_max_bytes", 10)
     write(path, "#" * 10)
     users.load()
     write(path, "#" * 11)
