@@ -12,6 +12,7 @@ It must not know: the store, connections, clocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from zcproto.errors import Code
@@ -102,6 +103,16 @@ class Exchange(Lifecycle):
             if self._is_kept(slot):
                 self._forget(slot)
             slot += 1
+
+    def forget_unless(self, is_kept: Callable[[bytes], bool], start: int, max_slots: int) -> int:
+        """A slice of the table: know nothing any more of live and lapsed sessions, but for those (by id) that are
+        to be kept. It begins at 0, and 0 comes back when the table is through."""
+        slot, end = start, start + max_slots
+        while slot < end and slot < self._table.slab.size:  # it shrinks as it empties
+            if self._is_kept(slot) and not is_kept(self._table.ids[slot]):
+                self._forget(slot)
+            slot += 1
+        return 0 if slot >= self._table.slab.size else slot
 
     def record(self, session_id: bytes) -> SessionRecord | None:
         """A live or lapsed session, as a store keeps it."""

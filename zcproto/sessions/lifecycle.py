@@ -49,6 +49,7 @@ class Lifecycle:
         "_wall",
         "_way_cursor",
         "checks_refused",
+        "closed",
         "expired",
         "generation",
         "observers",
@@ -75,6 +76,7 @@ class Lifecycle:
         self._way_cursor = 0
         self._live = 0
         self.generation = 0
+        self.closed = False  # every token is refused; see `SessionRegistry.refuse_all`
         self.observers: list[Observer] = []
         self.opened = self.refreshed = self.expired = self.revoked = self.replaced = 0
         self.refresh_reused = self.checks_refused = self.sweeps = 0

@@ -25,6 +25,7 @@ from typing import Final
 
 from zcproto.errors import CallError, Code, InvalidArgument, NotFound, ResourceExhausted
 from zcproto.sessions.exchange import Exchange
+from zcproto.sessions.index import DigestIndex
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, WhenFull
 from zcproto.sessions.session import (
     BOUND,
@@ -69,7 +70,7 @@ class SessionRegistry(Exchange):
         self._tenth = settings.lifetime_ms // 10
         self._bytes = self._table.bytes
         self._read = HOT.unpack_from
-        self._tokens = self._table.tokens
+        self._tokens: DigestIndex | _NoTokens = self._table.tokens  # where `check` looks
         self._users = self._table.users
 
     # One token
@@ -77,7 +78,7 @@ class SessionRegistry(Exchange):
     def check(self, token: bytes, wall: int) -> Session | Code:
         """The session of a token, or the code to refuse it with. A good token counts as used now.
 
-        UNAUTHENTICATED: never known, or forgotten. Any bytes may be given.
+        UNAUTHENTICATED: never known, or forgotten. UNAVAILABLE: all are refused. Any bytes may be given.
         """
         # Written out for speed: this is all that stands between a frame and its session.
         self._wall = wall
@@ -100,7 +101,7 @@ class SessionRegistry(Exchange):
                     expires_at - self._tenth,
                 )
         self.checks_refused += 1
-        return self._refusal(slot, wall)
+        return Code.UNAVAILABLE if self.closed else self._refusal(slot, wall)
 
     def touch(self, session: Session, wall: int) -> None:
         """Count a session as used now. A clock that goes back changes nothing.
@@ -113,6 +114,17 @@ class SessionRegistry(Exchange):
     def close(self, session: Session) -> None:
         """End a session at its holder's wish. One that has ended already is left alone."""
         self.revoke(session.id, user=session.user, reason="closed")
+
+    def refuse_all(self) -> None:
+        """Refuse every token with UNAVAILABLE, whatever is known of it. Nothing ends; sessions can be ended."""
+        self.closed = True
+        self._tokens = _NO_TOKENS
+        self.generation += 1
+
+    def stop_refusing(self) -> None:
+        """Go by what is known of each token again."""
+        self.closed = False
+        self._tokens = self._table.tokens
 
     # Opening and refreshing
 
@@ -287,7 +299,7 @@ class SessionRegistry(Exchange):
                     slot, record.token_digest, record.refresh_digest, record.client, record.address, wall
                 )
         elif not self.restore(record):
-            raise _refused(Code.TOKEN_REVOKED)
+            raise refresh_refused(Code.TOKEN_REVOKED)
         slot = table.ids.find(record.id)
         table.expires_at[slot] = record.expires_at
         return self._rotated(slot, spent_digest, token, refresh_token, wall)
@@ -314,22 +326,22 @@ class SessionRegistry(Exchange):
         """Refuse what is no session that lives or could live again."""
         self._wall = wall
         if slot == NONE or not self._is_kept(slot):
-            raise _refused(self._refusal(slot, wall))
+            raise refresh_refused(self._refusal(slot, wall))
         if not self._settle(slot, wall):
             self._announce()
-            raise _refused(Code.TOKEN_EXPIRED)
+            raise refresh_refused(Code.TOKEN_EXPIRED)
 
     def _check_refresh_life(self, slot: int, wall: int) -> None:
         self._announce()
         if wall >= self._table.refresh_expires_at[slot]:
-            raise _refused(Code.TOKEN_EXPIRED)
+            raise refresh_refused(Code.TOKEN_EXPIRED)
 
     def _refuse_reuse(self, slot: int) -> None:
         """A spent refresh token was shown: the session ends (RFC 9700 section 4.14.2)."""
         self.refresh_reused += 1
         self._revoke(slot, "refresh token reused")
         self._announce()
-        raise _refused(Code.TOKEN_REVOKED)
+        raise refresh_refused(Code.TOKEN_REVOKED)
 
     def _replace(
         self, slot: int, token_digest: bytes, refresh_digest: bytes, client: str, address: str, wall: int
@@ -435,7 +447,7 @@ class SessionRegistry(Exchange):
     def _new_token(self) -> tuple[bytes, bytes]:
         token = self._entropy(TOKEN_SIZE)
         digest = digest_of(token)
-        if self._tokens.find(digest) != NONE:
+        if self._table.tokens.find(digest) != NONE:
             raise _repeats_itself()
         return token, digest
 
@@ -473,6 +485,18 @@ class SessionRegistry(Exchange):
         )
 
 
+class _NoTokens:
+    """What `check` looks in while every token is refused: so the usual check asks no further question."""
+
+    __slots__ = ()
+
+    def find(self, digest: bytes) -> int:
+        return NONE
+
+
+_NO_TOKENS: Final = _NoTokens()
+
+
 def _check_text(name: str, text: str) -> None:
     if len(text) > MAX_TEXT:
         raise InvalidArgument(f"{name} is longer than {MAX_TEXT} characters")
@@ -482,7 +506,8 @@ def _is_token(refresh_token: bytes) -> bool:
     return len(refresh_token) == TOKEN_SIZE
 
 
-def _refused(code: Code) -> CallError:
+def refresh_refused(code: Code) -> CallError:
+    """What a refresh is refused with, by what `NotRotated` or a check says."""
     return CallError.by_code[code](_REFRESH_REFUSED[code])
 
 

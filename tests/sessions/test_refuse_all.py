@@ -1,0 +1,71 @@
+"""Every token is refused while nobody can say which are good; and sessions are forgotten in slices."""
+
+from __future__ import annotations
+
+import pytest
+
+from zcproto.errors import Code
+from zcproto.sessions.token import id_from_text
+
+from .helpers import WALL, Desk
+
+
+def test_while_all_are_refused_no_token_is_good() -> None:
+    desk = Desk()
+    opened = desk.open()
+    before = desk.registry.generation
+    desk.registry.refuse_all()
+    assert desk.registry.closed
+    assert desk.registry.generation > before  # who remembers a session checks it again
+    assert desk.code(opened.token) is Code.UNAVAILABLE
+    assert desk.code(b"x" * 32) is Code.UNAVAILABLE
+    assert desk.ended == []
+    desk.registry.stop_refusing()
+    assert not desk.registry.closed
+    assert desk.good(opened.token).id == opened.session.id
+    assert desk.code(b"x" * 32) is Code.UNAUTHENTICATED
+
+
+def test_what_is_revoked_meanwhile_is_revoked_afterwards() -> None:
+    desk = Desk()
+    opened = desk.open()
+    desk.registry.refuse_all()
+    assert desk.registry.revoke(opened.session.id, user=None, reason="lost")
+    desk.registry.stop_refusing()
+    assert desk.code(opened.token) is Code.TOKEN_REVOKED
+    assert desk.ended == [(opened.session.id, Code.TOKEN_REVOKED, "lost")]
+
+
+def test_a_session_that_is_taken_in_meanwhile_is_good_afterwards() -> None:
+    desk = Desk()
+    desk.registry.refuse_all()
+    opened = desk.open()
+    assert desk.code(opened.token) is Code.UNAVAILABLE
+    desk.registry.stop_refusing()
+    desk.good(opened.token)
+
+
+@pytest.mark.parametrize("max_slots", [1, 7, 10_000])
+def test_all_sessions_but_some_are_forgotten_in_slices(max_slots: int) -> None:
+    desk = Desk(per_user=1000)
+    opened = [desk.open(f"user{number % 3}") for number in range(50)]
+    desk.registry.revoke(opened[0].session.id, user=None, reason="")
+    told = len(desk.ended)
+    kept = {id_from_text(each.session.id) for each in opened[::10]}
+    start, slices = desk.registry.forget_unless(kept.__contains__, 0, max_slots), 1
+    while start:
+        start, slices = desk.registry.forget_unless(kept.__contains__, start, max_slots), slices + 1
+    assert slices > 1 or max_slots == 10_000
+    codes = [
+        None if not isinstance(code, Code) else code
+        for code in (desk.registry.check(each.token, WALL) for each in opened)
+    ]
+    assert codes == [
+        Code.TOKEN_REVOKED if n == 0 else None if n % 10 == 0 else Code.UNAUTHENTICATED for n in range(50)
+    ]
+    assert len(desk.ended) == told
+    assert desk.registry.remembered == 1
+
+
+def test_an_empty_table_is_through_at_once() -> None:
+    assert Desk().registry.forget_unless(lambda session_id: False, 0, 10) == 0
