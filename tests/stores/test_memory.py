@@ -1,0 +1,108 @@
+"""The store in memory: the contract, and that nothing of it waits."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from tests.sessions.helpers import CountedEntropy
+from zcproto.errors import Code, ResourceExhausted
+from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.memory import MemoryStore
+from zcproto.stores.store import Created, SessionStore
+
+from .contract import (
+    FIVE,
+    IDLE,
+    KEEP,
+    KEEP_ENDED,
+    LEASE,
+    WALL,
+    StoreContract,
+    digest,
+    loaded,
+    rotation,
+    session,
+)
+
+
+def registry(max_sessions: int = 10_000) -> SessionRegistry:
+    settings = SessionSettings(idle_timeout_ms=IDLE, dead_keep_ms=KEEP_ENDED, max_sessions=max_sessions)
+    return SessionRegistry(settings, CountedEntropy())
+
+
+class MemoryHarness:
+    durable = False
+    bounded = True
+
+    async def make_store(self, answers: AnswerLimits | None = None) -> SessionStore:
+        store = MemoryStore(registry(), answers)
+        await store.open(lambda change: None)
+        return store
+
+    async def reopen(self, store: SessionStore) -> SessionStore:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def harness() -> MemoryHarness:
+    return MemoryHarness()
+
+
+class TestMemoryStore(StoreContract):
+    """Every test of the contract."""
+
+
+def at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that never suspends."""
+    with pytest.raises(StopIteration) as stopped:
+        coroutine.send(None)
+    return stopped.value.value
+
+
+def test_nothing_ever_waits() -> None:
+    store = MemoryStore(registry())
+    record = session()
+    wanted = rotation(record)
+    assert at_once(store.open(lambda change: None)) is None
+    assert at_once(store.create(record, FIVE)) == Created()
+    assert at_once(store.find(record.token_digest)) == at_once(store.get(record.id)) == record
+    assert at_once(store.list()) == at_once(store.list("alice")) == [record]
+    at_once(store.touch([(record.id, WALL + 1)]))
+    at_once(store.rotate(wanted))
+    at_once(store.claim("alice", "k", digest("body"), WALL, LEASE))
+    at_once(store.keep_answer("alice", "k", b"answer", WALL, KEEP))
+    at_once(store.release_claim("alice", "k"))
+    at_once(store.expire(WALL, KEEP_ENDED, 10))
+    assert at_once(store.end([record.id], Code.TOKEN_REVOKED, WALL)) != []
+    assert at_once(store.end_user("alice", Code.TOKEN_REVOKED, WALL)) == []
+    assert at_once(store.end_all(Code.TOKEN_REVOKED, WALL)) == at_once(store.count()) == 0
+    assert at_once(store.ping()) is at_once(store.close()) is None
+
+
+async def test_the_registry_is_the_only_copy() -> None:
+    shared = registry()
+    store = MemoryStore(shared)
+    told: list[Code] = []
+    shared.observers.append(lambda session_id, code, reason: told.append(code))
+    opened = shared.open("alice", operator=False, client="zc/1", address="", wall=WALL)
+    (record,) = await store.list()
+    assert record.user == "alice"
+    assert not store.shared
+    assert await loaded(store) == []
+    await store.end_user("alice", Code.TOKEN_REVOKED, WALL)
+    assert shared.check(opened.token, WALL) is Code.TOKEN_REVOKED
+    assert told == [Code.TOKEN_REVOKED]
+
+
+async def test_a_full_registry_is_said() -> None:
+    store = MemoryStore(registry(max_sessions=1))
+    await store.create(session(1, "alice"), FIVE)
+    with pytest.raises(ResourceExhausted) as refused:
+        await store.create(session(2, "bob"), FIVE)
+    assert refused.value.details is not None
+    assert "retry_after_ms" in refused.value.details
+    assert await store.count() == 1

@@ -1,0 +1,206 @@
+"""Which requests with an idempotency key are running, and what the others were answered.
+
+What this file decides: who may run a request, how many answers are kept, and whose go first.
+
+Rules:
+- A key is its user's own. What is past its time is as if it had never been.
+- Answers are bounded for each user and for all. A user's newest answer takes the place of that user's oldest
+  ones, so that nobody pushes out those of others but by the bound for all.
+- A request that runs is never forgotten before its lease is over. If nothing else makes room, a new one is
+  refused.
+
+It must not know: the requests, files, clocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from hmac import compare_digest
+from typing import Final
+
+from zcproto.errors import ResourceExhausted
+from zcproto.stores.store import Claim, ClaimState
+
+LAST_MS: Final = 2**63 - 1
+_RETRY_MS: Final = 1_000
+_SWEPT: Final = 64
+
+Key = tuple[str, str]
+"""The user and the idempotency key."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerLimits:
+    """How much is kept at once. An answer of more than `user_bytes` cannot be kept at all."""
+
+    count: int = 65_536
+    """Requests of all users, running or answered: about 400 bytes each, and the answer."""
+    bytes: int = 64 << 20
+    """Bytes of all answers."""
+    user_count: int = 1_024
+    user_bytes: int = 4 << 20
+
+
+def check_size(answer: bytes, limits: AnswerLimits) -> None:
+    """Raises ValueError for an answer that is too large for any room."""
+    if len(answer) > min(limits.user_bytes, limits.bytes):
+        raise ValueError(f"an answer of {len(answer)} bytes is too large to be kept")
+
+
+class Entry:
+    """A request that runs, or its answer (None where that is kept elsewhere)."""
+
+    __slots__ = ("answer", "digest", "running", "size", "until")
+
+    def __init__(self, digest: bytes, until: int) -> None:
+        self.digest = digest
+        self.until = until
+        self.running = True
+        self.answer: bytes | None = None
+        self.size = 0
+
+
+class _Share:
+    """What one user has."""
+
+    __slots__ = ("bytes", "count", "done")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.bytes = 0
+        self.done: OrderedDict[Key, None] = OrderedDict()
+
+
+class Answers:
+    """The table. `note` is told of every change: the key, and its entry, or None if it is gone."""
+
+    __slots__ = ("_done", "_entries", "_limits", "_note", "_running", "_users", "bytes")
+
+    def __init__(
+        self, limits: AnswerLimits, note: Callable[[Key, Entry | None], object] = lambda key, entry: None
+    ) -> None:
+        self._limits = limits
+        self._note = note
+        self._entries: dict[Key, Entry] = {}
+        self._running: OrderedDict[Key, None] = OrderedDict()
+        self._done: OrderedDict[Key, None] = OrderedDict()
+        self._users: dict[str, _Share] = {}
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry(self, user: str, key: str) -> Entry | None:
+        return self._entries.get((user, key))
+
+    def claim(self, user: str, key: str, digest: bytes, wall: int, lease_ms: int) -> Claim:
+        """As `SessionStore.claim`; the answer is empty if it is kept elsewhere.
+
+        Raises ResourceExhausted if more requests run than may.
+        """
+        entry = self._entries.get((user, key))
+        if entry is not None and wall < entry.until:
+            if not compare_digest(entry.digest, digest):
+                return Claim(ClaimState.CONFLICT)
+            if entry.running:
+                return Claim(ClaimState.RUNNING)
+            return Claim(ClaimState.DONE, entry.answer or b"")
+        if entry is not None:
+            self._remove((user, key))
+        self._make_room(user, wall)
+        self._add((user, key), Entry(digest, min(wall + lease_ms, LAST_MS)))
+        return Claim(ClaimState.NEW)
+
+    def keep(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
+        """As `SessionStore.keep_answer`. Without a claim there is nothing to tell requests apart by: then it
+        is not kept.
+
+        Raises ValueError for an answer that is too large for any room.
+        """
+        limits, entry = self._limits, self._entries.get((user, key))
+        check_size(answer, limits)
+        if entry is None:
+            return
+        self._remove((user, key))
+        share = self._users.get(user)
+        while share is not None and share.done and share.bytes + len(answer) > limits.user_bytes:
+            self._remove(next(iter(share.done)))
+        while self.bytes + len(answer) > limits.bytes:
+            self._remove(next(iter(self._done)))
+        entry.running, entry.answer, entry.size = False, answer, len(answer)
+        entry.until = min(wall + keep_ms, LAST_MS)
+        self._add((user, key), entry)
+
+    def release(self, user: str, key: str) -> None:
+        """As `SessionStore.release_claim`."""
+        if (user, key) in self._running:
+            self._remove((user, key))
+
+    def expire(self, wall: int, limit: int) -> int:
+        """Forget at most `limit` that are past their time, among the first of each kind; how many they were."""
+        entries = self._entries
+        past: list[Key] = []
+        for kind in (self._running, self._done):
+            for _, key in zip(range(limit), kind, strict=False):
+                if len(past) < limit and wall >= entries[key].until:
+                    past.append(key)
+        for key in past:
+            self._remove(key)
+        return len(past)
+
+    def restore(self, user: str, key: str, entry: Entry) -> None:
+        """Take in what was kept elsewhere, oldest first. It counts as no change."""
+        self._put((user, key), entry)
+
+    # Parts
+
+    def _make_room(self, user: str, wall: int) -> None:
+        limits, share = self._limits, self._users.get(user)
+        if len(self._entries) >= limits.count or (share is not None and share.count >= limits.user_count):
+            self.expire(wall, _SWEPT)
+            share = self._users.get(user)
+        if share is not None and share.count >= limits.user_count:
+            if not share.done:
+                raise ResourceExhausted(
+                    "too many requests of this user with an idempotency key are running",
+                    {"retry_after_ms": _RETRY_MS},
+                )
+            self._remove(next(iter(share.done)))
+        if len(self._entries) >= limits.count:
+            if not self._done:
+                raise ResourceExhausted(
+                    "too many requests with an idempotency key are running", {"retry_after_ms": _RETRY_MS}
+                )
+            self._remove(next(iter(self._done)))
+
+    def _add(self, key: Key, entry: Entry) -> None:
+        self._put(key, entry)
+        self._note(key, entry)
+
+    def _put(self, key: Key, entry: Entry) -> None:
+        share = self._users.get(key[0])
+        if share is None:
+            share = self._users[key[0]] = _Share()
+        share.count += 1
+        share.bytes += entry.size
+        self.bytes += entry.size
+        if entry.running:
+            self._running[key] = None
+        else:
+            self._done[key] = share.done[key] = None
+        self._entries[key] = entry
+
+    def _remove(self, key: Key) -> None:
+        entry, share = self._entries.pop(key), self._users[key[0]]
+        share.count -= 1
+        share.bytes -= entry.size
+        self.bytes -= entry.size
+        if entry.running:
+            del self._running[key]
+        else:
+            del self._done[key], share.done[key]
+        if not share.count:
+            del self._users[key[0]]
+        self._note(key, None)

@@ -1,0 +1,139 @@
+"""Sessions that end with the process: the store of throw-away servers and of tests.
+
+The registry that tokens are checked against is itself the store, so there is one copy of each session. Nothing
+is loaded, nothing waits: no coroutine here ever suspends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+
+from zcproto.errors import CallError, Code, ResourceExhausted
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
+from zcproto.sessions.registry import SessionRegistry
+from zcproto.stores.answers import AnswerLimits, Answers
+from zcproto.stores.store import (
+    MAX_LISTED,
+    Change,
+    Claim,
+    Created,
+    LimitReached,
+    NotRotated,
+    Rotated,
+)
+
+_SLOTS_EACH = 4
+"""What `SessionRegistry.clean` counts at most, so that it removes no more than it may."""
+
+
+class MemoryStore:
+    """A store over the sessions of a registry."""
+
+    __slots__ = ("_answers", "_registry")
+
+    def __init__(self, registry: SessionRegistry, answers: AnswerLimits | None = None) -> None:
+        self._registry = registry
+        self._answers = Answers(answers or AnswerLimits(bytes=16 << 20))
+
+    @property
+    def shared(self) -> bool:
+        return False
+
+    async def open(self, on_change: Callable[[Change], None]) -> None:
+        """There is nothing to get ready."""
+
+    async def close(self) -> None:
+        """There is nothing to let go."""
+
+    async def ping(self) -> None:
+        """Memory can always be written to."""
+
+    async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
+        """Nothing: the registry has it all."""
+        return
+        yield []  # what makes it a generator
+
+    async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
+        """As `SessionStore.create`; the idle limit is the registry's.
+
+        Raises ResourceExhausted if the registry is full.
+        """
+        registry = self._registry
+        if registry.ended(record.id) is not None:
+            return Created()
+        try:
+            ended = registry.admit(record, limit.per_user, limit.when_full)
+        except ResourceExhausted as full:
+            if "limit" not in (full.details or {}):
+                raise
+            return LimitReached()
+        return Created() if ended is None else Created((ended,))
+
+    async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
+        registry = self._registry
+        record = registry.record(rotation.id)
+        if record is not None and record.refresh_digest == rotation.refresh_digest:
+            return Rotated(record, b"")
+        reused = registry.refresh_reused
+        try:
+            return Rotated(*registry.rotate(rotation))
+        except CallError as refused:
+            return NotRotated(refused.code, registry.refresh_reused > reused)
+
+    async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
+        return self._registry.record_of(token_digest)
+
+    async def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
+        return self._registry.record(id) or self._registry.ended(id)
+
+    async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
+        for id, used_at in uses:
+            record = self._registry.record(id)
+            if record is not None and used_at > record.last_used_at:
+                self._registry.restore(replace(record, last_used_at=used_at))
+
+    async def end(
+        self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
+    ) -> list[EndedRecord]:
+        records = [record for id in ids if (record := self._registry.record(id)) is not None]
+        return self._end([record for record in records if user in (None, record.user)], code, wall)
+
+    async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
+        return self._end(self._registry.records(user, self._registry.kept), code, wall)
+
+    async def end_all(self, code: Code, wall: int) -> int:
+        return len(self._end(self._registry.records(None, self._registry.kept), code, wall))
+
+    def _end(self, records: list[SessionRecord], code: Code, wall: int) -> list[EndedRecord]:
+        return [
+            EndedRecord(record.id, record.token_digest, code, wall)
+            for record in records
+            if self._registry.end(record.id, code, "", wall)
+        ]
+
+    async def list(self, user: str | None = None) -> list[SessionRecord]:
+        return self._registry.records(user, MAX_LISTED if user is None else self._registry.kept)
+
+    async def count(self) -> int:
+        return self._registry.kept
+
+    async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
+        """As `SessionStore.expire`, but a part of the table in each call, and memories are kept as long as the
+        registry is told to."""
+        registry = self._registry
+        kept, remembered = registry.kept, registry.remembered
+        registry.clean(wall, _SLOTS_EACH * limit)
+        ended = kept - registry.kept
+        removed = ended + (remembered + ended - registry.remembered)
+        return removed + self._answers.expire(wall, limit - min(removed, limit))
+
+    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
+        """As `SessionStore.claim`. Raises ResourceExhausted if more requests run than may."""
+        return self._answers.claim(user, key, request_digest, wall, lease_ms)
+
+    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
+        self._answers.keep(user, key, answer, wall, keep_ms)
+
+    async def release_claim(self, user: str, key: str) -> None:
+        self._answers.release(user, key)
