@@ -1,0 +1,285 @@
+"""When the store is asked, when not, and what follows; time is turned by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from zcproto.sessions.health import (
+    FAILURES,
+    FIRST_DELAY_S,
+    MAX_DELAY_S,
+    MIN_RETRY_MS,
+    NEVER,
+    STEADY_S,
+    TRANSITIONS,
+    WINDOW_S,
+    Alert,
+    Input,
+    State,
+    StoreHealth,
+    next_state,
+)
+
+NOW = 1_000.0
+GRACE = 300.0
+TIMEOUT = 0.25
+QUICK = 0.001
+
+
+class Watch:
+    """A store's health, what was told of it, and a clock."""
+
+    def __init__(self, *, grace: float = GRACE, random: Callable[[], float] = lambda: 0.5) -> None:
+        self.alerts: list[Alert] = []
+        self.health = StoreHealth(
+            grace_s=grace, timeout_s=TIMEOUT, random=random, on_alert=self.alerts.append
+        )
+        self.now = NOW
+
+    def outage(self) -> None:
+        self.health.failed(self.now, TIMEOUT)
+        assert self.health.state is State.DEGRADED
+
+    def probe(self) -> None:
+        """Let time go by until a probe is due."""
+        while not self.health.handle_time(self.now):
+            assert self.health.next_deadline() > self.now
+            self.now = self.health.next_deadline()
+        assert self.health.state is State.RECOVERING
+
+    def recover(self) -> None:
+        self.probe()
+        self.health.probe_succeeded(self.now)
+
+
+@pytest.fixture
+def watch() -> Watch:
+    return Watch()
+
+
+# --- the table --------------------------------------------------------------------------------------------
+
+AFTER = {
+    (State.HEALTHY, Input.FAILURE): State.HEALTHY,
+    (State.HEALTHY, Input.OUTAGE): State.DEGRADED,
+    (State.DEGRADED, Input.FAILURE): State.DEGRADED,
+    (State.DEGRADED, Input.OUTAGE): State.DEGRADED,
+    (State.DEGRADED, Input.PROBE_DUE): State.RECOVERING,
+    (State.DEGRADED, Input.GRACE_OVER): State.DEGRADED,
+    (State.RECOVERING, Input.FAILURE): State.RECOVERING,
+    (State.RECOVERING, Input.OUTAGE): State.RECOVERING,
+    (State.RECOVERING, Input.PROBE_OK): State.HEALTHY,
+    (State.RECOVERING, Input.PROBE_FAILED): State.DEGRADED,
+    (State.RECOVERING, Input.GRACE_OVER): State.RECOVERING,
+}
+
+
+@pytest.mark.parametrize(("state", "given"), [*itertools.product(State, Input)])
+def test_every_pair_of_state_and_input(state: State, given: Input) -> None:
+    if (state, given) in AFTER:
+        assert next_state(state, given) is AFTER[state, given]
+    else:
+        with pytest.raises(KeyError):
+            next_state(state, given)
+
+
+def test_the_table_has_a_row_for_each_state_and_leads_everywhere() -> None:
+    assert set(TRANSITIONS) == set(State)
+    assert {state for row in TRANSITIONS.values() for state in row.values()} == set(State)
+
+
+def test_the_store_is_asked_only_while_it_is_healthy(watch: Watch) -> None:
+    assert watch.health.is_asked
+    watch.outage()
+    assert not watch.health.is_asked
+    watch.probe()
+    assert not watch.health.is_asked
+    watch.health.probe_succeeded(watch.now)
+    assert watch.health.is_asked
+
+
+# --- what is an outage -------------------------------------------------------------------------------------
+
+
+def test_one_failure_that_took_its_time_is_an_outage(watch: Watch) -> None:
+    watch.health.failed(NOW, TIMEOUT / 2)
+    assert watch.health.state is State.DEGRADED
+    assert watch.alerts == [Alert.BEGAN]
+
+
+def test_quick_failures_are_one_if_they_are_many(watch: Watch) -> None:
+    for number in range(FAILURES - 1):
+        watch.health.failed(NOW + number, QUICK)
+        assert watch.health.is_asked
+    watch.health.failed(NOW + FAILURES, QUICK)
+    assert not watch.health.is_asked
+    assert watch.health.failures == FAILURES
+
+
+def test_quick_failures_far_apart_are_none(watch: Watch) -> None:
+    for number in range(20):
+        watch.health.failed(NOW + number * WINDOW_S, QUICK)
+        assert watch.health.is_asked
+    assert watch.alerts == []
+    watch.health.failed(NOW + 19 * WINDOW_S, QUICK)
+    assert not watch.health.is_asked
+
+
+def test_failures_before_an_outage_do_not_count_after_it(watch: Watch) -> None:
+    watch.health.failed(NOW, QUICK)
+    watch.health.failed(NOW, QUICK)
+    watch.outage()
+    watch.recover()
+    watch.health.failed(watch.now, QUICK)
+    watch.health.failed(watch.now, QUICK)
+    assert watch.health.is_asked
+
+
+@pytest.mark.parametrize("probing", [False, True])
+def test_what_fails_during_an_outage_is_nothing_new(watch: Watch, probing: bool) -> None:
+    watch.outage()
+    if probing:
+        watch.probe()
+    state, deadline = watch.health.state, watch.health.next_deadline()
+    for _ in range(50):
+        watch.health.failed(watch.now, TIMEOUT)
+        watch.health.failed(watch.now, QUICK)
+        watch.health.begin_outage(watch.now)
+    assert (watch.health.state, watch.health.next_deadline()) == (state, deadline)
+    assert watch.alerts == [Alert.BEGAN]
+    assert watch.health.outages == 1
+
+
+# --- probes -------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_store_is_not_probed(watch: Watch) -> None:
+    assert watch.health.next_deadline() == NEVER
+    assert not watch.health.handle_time(NOW + 1e6)
+    assert watch.health.state is State.HEALTHY
+
+
+@pytest.mark.parametrize(("random", "part"), [(0.0, 0.5), (0.5, 0.75), (0.999, 0.9995)])
+def test_probes_come_after_a_random_part_of_a_growing_delay(random: float, part: float) -> None:
+    watch = Watch(grace=1e9, random=lambda: random)
+    watch.outage()
+    delays = []
+    for _ in range(8):
+        delays.append(watch.health.next_deadline() - watch.now)
+        watch.probe()
+        assert watch.health.next_deadline() == NOW + 1e9  # one probe at a time
+        assert not watch.health.handle_time(watch.now)
+        watch.health.probe_failed(watch.now)
+    ceilings = [min(FIRST_DELAY_S * 2**number, MAX_DELAY_S) for number in range(8)]
+    assert delays == pytest.approx([ceiling * part for ceiling in ceilings])
+
+
+def test_a_probe_is_not_made_before_its_time(watch: Watch) -> None:
+    watch.outage()
+    due = watch.health.next_deadline()
+    assert not watch.health.handle_time(due - 0.001)
+    assert watch.health.handle_time(due)
+
+
+@pytest.mark.parametrize(("healthy_s", "first"), [(STEADY_S - 1, False), (STEADY_S, True)])
+def test_a_store_that_comes_and_goes_is_asked_less_and_less(
+    watch: Watch, healthy_s: float, first: bool
+) -> None:
+    for _ in range(4):
+        watch.outage()
+        watch.recover()
+    watch.now += healthy_s
+    watch.outage()
+    delay = watch.health.next_deadline() - watch.now
+    assert delay == pytest.approx(FIRST_DELAY_S * 0.75 * (1 if first else 2**4))
+
+
+# --- the grace ----------------------------------------------------------------------------------------------
+
+
+def test_the_grace_is_counted_from_the_beginning_of_the_outage(watch: Watch) -> None:
+    watch.outage()
+    while watch.now < NOW + GRACE - MAX_DELAY_S:
+        watch.probe()
+        watch.health.probe_failed(watch.now)
+    assert not watch.health.grace_over
+    watch.now = NOW + GRACE - 0.001
+    watch.health.handle_time(watch.now)
+    assert not watch.health.grace_over
+    watch.health.handle_time(NOW + GRACE)
+    assert watch.health.grace_over
+    assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER]
+
+
+def test_the_grace_ends_during_a_probe_too(watch: Watch) -> None:
+    watch.outage()
+    watch.probe()
+    assert not watch.health.handle_time(NOW + GRACE)
+    assert (watch.health.state, watch.health.grace_over) == (State.RECOVERING, True)
+    assert watch.health.next_deadline() == NEVER
+    watch.health.probe_succeeded(NOW + GRACE)
+    assert not watch.health.grace_over
+
+
+def test_the_end_of_the_grace_is_told_once_and_probes_go_on(watch: Watch) -> None:
+    watch.outage()
+    watch.now = NOW + GRACE
+    for _ in range(5):
+        watch.probe()
+        watch.health.probe_failed(watch.now)
+    watch.recover()
+    assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER, Alert.ENDED]
+
+
+def test_each_outage_has_its_own_grace(watch: Watch) -> None:
+    watch.outage()
+    watch.recover()
+    watch.now = NOW + GRACE - 10
+    watch.outage()
+    watch.probe()
+    watch.health.probe_failed(watch.now)
+    watch.now = NOW + GRACE + 100
+    watch.health.handle_time(watch.now)
+    assert not watch.health.grace_over
+    assert watch.health.since == NOW + GRACE - 10
+
+
+def test_without_grace_all_are_refused_at_once() -> None:
+    watch = Watch(grace=0.0)
+    watch.outage()
+    assert watch.health.grace_over
+    assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER]
+
+
+def test_there_is_no_grace_where_nothing_is_known(watch: Watch) -> None:
+    watch.health.begin_outage(NOW, grace=False)
+    assert watch.health.grace_over
+    watch.recover()
+    assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER, Alert.ENDED]
+
+
+# --- what those are told who are sent away ------------------------------------------------------------------
+
+
+def test_who_is_sent_away_is_told_when_to_come_back(watch: Watch) -> None:
+    assert watch.health.retry_after_ms(NOW) == MIN_RETRY_MS
+    watch.outage()
+    first = watch.health.retry_after_ms(NOW)
+    assert first == round(FIRST_DELAY_S * 0.75 * 1000) + MIN_RETRY_MS
+    assert watch.health.retry_after_ms(NOW + 1e6) == MIN_RETRY_MS  # overdue
+    watch.probe()
+    assert watch.health.retry_after_ms(watch.now) == round(TIMEOUT * 1000) + MIN_RETRY_MS
+
+
+def test_one_alert_begins_and_one_ends_an_outage(watch: Watch) -> None:
+    for _ in range(3):
+        watch.outage()
+        for _ in range(4):
+            watch.probe()
+            watch.health.probe_failed(watch.now)
+        watch.recover()
+    assert watch.alerts == [Alert.BEGAN, Alert.ENDED] * 3
+    assert watch.health.outages == 3
