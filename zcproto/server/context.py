@@ -94,3 +94,17 @@ class Context:
         """
         session = self._request.session
         return session is not None and self._protocol.send_event(session.id, name, data)
+
+
+class OnceContext(Context):
+    """A call with an idempotency key. It goes on without its caller, as others may come for its answer."""
+
+    __slots__ = ()
+
+    @property
+    def time_left(self) -> float | None:
+        return None
+
+    @property
+    def cancelled(self) -> bool:
+        return False

@@ -17,11 +17,13 @@ from zcproto.connection.events import ConnectionEnded, Request, RequestEnded, Se
 from zcproto.connection.server import NEEDS_SESSION, ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import CallError, Cancelled, Code, TlsError
-from zcproto.server.context import Context
+from zcproto.server.app import RESERVED_PREFIXES
+from zcproto.server.context import Context, OnceContext
 from zcproto.server.eager import Worker
+from zcproto.server.idempotency import Answer, Waiting, request_digest
 from zcproto.sessions import Session
 from zcproto.wire.frame import SALT_SIZE
-from zcproto.wire.message import MessageError, encode_body, encode_error
+from zcproto.wire.message import NO_META, MessageError, encode_body, encode_error
 
 if TYPE_CHECKING:
     from zcproto.server.app import Method
@@ -39,6 +41,9 @@ TAKEN_AT_LEAST: Final = 16_384
 
 UNIMPLEMENTED: Final = encode_error(Code.UNIMPLEMENTED, "unknown method: server.info lists those there are")
 OPERATORS_ONLY: Final = encode_error(Code.PERMISSION_DENIED, "this method is for operators")
+KEY_NEEDS_SESSION: Final = encode_error(
+    Code.INVALID_ARGUMENT, "meta.idempotency_key needs a session: a key belongs to its user"
+)
 
 
 class ServerProtocol(asyncio.Protocol):
@@ -66,7 +71,7 @@ class ServerProtocol(asyncio.Protocol):
         self._paused_since: float | None = None  # or since the peer last took its least
         self._unread = 0  # what waited for the peer then, with what was added since
         self._flush_planned = False
-        self._workers: dict[Request, Worker] | None = None
+        self._workers: dict[Request, Worker | Waiting] | None = None
         self.asks = False  # its own request is ending sessions: it is answered, not told by event
         self.peer = ""
         self.deadline_tick = 0
@@ -178,6 +183,13 @@ class ServerProtocol(asyncio.Protocol):
                 self._fail(request, *refusal)
                 return
             assert method is not None
+        if (
+            request.meta is not NO_META
+            and request.meta.idempotency_key is not None
+            and not request.method.startswith(RESERVED_PREFIXES)  # an answer of theirs may hold tokens
+        ):
+            self._run_once(request, method)
+            return
         try:
             arguments = request.params if method.takes_params_as_they_are else self._bind(request, method)
             result = method.function(**arguments)
@@ -199,6 +211,41 @@ class ServerProtocol(asyncio.Protocol):
             else:
                 self._answer_large(request, body)
 
+    def _run_once(self, request: Request, method: Method) -> None:
+        """Run a request with an idempotency key, unless it was run: then answer as it was answered."""
+        session, key, serving = request.session, request.meta.idempotency_key, self._serving
+        assert key is not None
+        if session is None:
+            self._fail(request, Code.INVALID_ARGUMENT, KEY_NEEDS_SESSION)
+            return
+        try:
+            arguments = method.bind(request.params)
+            if method.context_name is not None:
+                arguments[method.context_name] = OnceContext(self, request)
+        except Exception as error:
+            self._answer_exception(request, error)
+            return
+
+        async def execute() -> bytes:
+            result = method.function(**arguments)
+            return self._encode_answer(await result if method.is_async else result)
+
+        def failed(error: BaseException) -> Answer:
+            return Answer(*self._error_of(request, error))
+
+        def later(answer: Answer) -> None:
+            if self._workers is not None:
+                self._workers.pop(request, None)
+            self._answer_as(request, answer)
+            self._flush_soon()
+
+        digest = request_digest(request.method, request.params)
+        outcome = serving.once.ask(session.user, key, digest, execute, failed, later)
+        if isinstance(outcome, Answer):
+            self._answer_as(request, outcome)
+        else:
+            self._hold(request, outcome)
+
     def _refusal(self, request: Request, method: Method | None) -> tuple[Code, bytes] | None:
         """Why a caller may not have a method; None if it may."""
         if request.session is None and (method is None or not method.public):
@@ -215,7 +262,7 @@ class ServerProtocol(asyncio.Protocol):
             arguments[method.context_name] = Context(self, request)
         return arguments
 
-    def _hold(self, request: Request, worker: Worker) -> None:
+    def _hold(self, request: Request, worker: Worker | Waiting) -> None:
         connection = self._connection
         if connection is None:  # the method ended its own connection before it began to wait
             worker.cancel()
@@ -224,6 +271,8 @@ class ServerProtocol(asyncio.Protocol):
         if self._workers is None:
             self._workers = {}
         self._workers[request] = worker
+        if isinstance(worker, Waiting):
+            return
 
         def done(result: Any, error: BaseException | None) -> None:
             if self._workers is not None:
@@ -239,7 +288,11 @@ class ServerProtocol(asyncio.Protocol):
     def _stop(self, ended: RequestEnded) -> None:
         self._serving.counters.count_error(ended.code)
         assert self._workers is not None, "who is in flight has a worker"
-        self._workers.pop(ended.request).cancel()
+        worker = self._workers[ended.request]
+        if isinstance(worker, Worker):
+            del self._workers[ended.request]
+            worker.cancel()
+        # What is run once goes on, and its request lingers until it has ended.
 
     def has_ended(self, request: Request) -> bool:
         """Whether a request has its answer already, or can never be answered."""
@@ -254,12 +307,28 @@ class ServerProtocol(asyncio.Protocol):
             body = encode_body(result)
         except MessageError as error:
             self._answer_fault(request, error)
-            return
+        else:
+            self._answer_with(request, body)
+
+    def _answer_with(self, request: Request, body: bytes) -> None:
         if len(body) < SENT_AT_ONCE:
             if self._connection is not None:
                 self._connection.respond(request, body, self.wall())
         else:
             self._answer_large(request, body)
+
+    def _answer_as(self, request: Request, answer: Answer) -> None:
+        """Give an answer that may be another request's too."""
+        if answer.code:
+            self._fail(request, Code(answer.code), answer.body)
+        else:
+            self._answer_with(request, answer.body)
+
+    def _encode_answer(self, result: Any) -> bytes:
+        body = encode_body(result)
+        if len(body) > self._serving.settings.max_body:
+            raise MessageError(f"the answer has {len(body)} bytes")
+        return body
 
     def _answer_large(self, request: Request, body: bytes) -> None:
         """Answer, and send at once: if the peer does not read, the next request is not even run."""
@@ -270,29 +339,30 @@ class ServerProtocol(asyncio.Protocol):
             self._flush()
 
     def _answer_exception(self, request: Request, error: BaseException) -> None:
-        if isinstance(error, CallError):
-            self._answer_error(request, error)
-        elif isinstance(error, asyncio.CancelledError):
-            self._answer_error(request, Cancelled("the server cancelled it"))
-        else:
-            self._answer_fault(request, error)
+        self._fail(request, *self._error_of(request, error))
 
-    def _answer_error(self, request: Request, error: CallError) -> None:
+    def _answer_fault(self, request: Request, error: BaseException) -> None:
+        self._fail(request, *self._fault_of(request, error))
+
+    def _error_of(self, request: Request, error: BaseException) -> tuple[Code, bytes]:
+        """What an exception is answered with."""
+        if isinstance(error, asyncio.CancelledError):
+            error = Cancelled("the server cancelled it")
+        if not isinstance(error, CallError):
+            return self._fault_of(request, error)
         details = error.details
         if error.code in (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED) and not details:
             details = {"retry_after_ms": self._serving.settings.retry_draining_ms}
         try:
-            body = encode_error(error.code, error.message, details)
+            return error.code, encode_error(error.code, error.message, details)
         except MessageError as unsendable:
-            self._answer_fault(request, unsendable)
-            return
-        self._fail(request, error.code, body)
+            return self._fault_of(request, unsendable)
 
-    def _answer_fault(self, request: Request, error: BaseException) -> None:
+    def _fault_of(self, request: Request, error: BaseException) -> tuple[Code, bytes]:
         """A fault of ours: the peer gets an id to ask about, the log gets the rest."""
         incident = self._serving.incident(request.method, error, peer=self.peer)
         body = encode_error(Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident})
-        self._fail(request, Code.INTERNAL, body)
+        return Code.INTERNAL, body
 
     def _fail(self, request: Request, code: Code, body: bytes) -> None:
         if self._connection is not None and self._connection.fail(request, body, self.wall()):
@@ -409,7 +479,7 @@ class ServerProtocol(asyncio.Protocol):
     def cancel_all(self) -> None:
         """Answer what is in flight with CANCELLED: it may have run, and the caller must not think otherwise."""
         for request, worker in list((self._workers or {}).items()):
-            self._answer_error(request, Cancelled("the server stopped before it was done"))
+            self._answer_exception(request, Cancelled("the server stopped before it was done"))
             worker.cancel()
         self._flush()
 

@@ -16,6 +16,7 @@ from zcproto.observe.log import get_logger
 from zcproto.observe.rate import RateLimited
 from zcproto.server.app import Method
 from zcproto.server.eager import EagerTasks
+from zcproto.server.idempotency import OnceOnly
 from zcproto.sessions import SessionRegistry
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Serving:
         write_buffer_bytes: int,
         write_timeout: float,
         session_idle_timeout_ms: int | None,
+        once: OnceOnly | None = None,
     ) -> None:
         self.settings = settings
         self.registry = registry
@@ -78,6 +80,7 @@ class Serving:
         self.write_buffer_bytes = write_buffer_bytes
         self.write_timeout = write_timeout
         self.session_idle_timeout_ms = session_idle_timeout_ms
+        self.once = OnceOnly(tasks, clock) if once is None else once
         self.counters = Counters()
         self.connections: set[ServerProtocol] = set()
         self.draining = False
@@ -93,9 +96,10 @@ class Serving:
         registry.observers.append(self._session_ended)
 
     async def wait_drained(self) -> None:
-        """Return when no connection is left."""
+        """Return when no connection is left, and nothing that would run on without one."""
         if self.connections:
             await self._drained.wait()
+        await self.once.wait_idle()
 
     async def announce(self, body: bytes | None) -> None:
         """Send an event to every connection, some in each turn of the loop. None: there is no more to say."""
