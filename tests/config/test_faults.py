@@ -36,13 +36,13 @@ UNKNOWN = [
     (
         "[zzz]",
         "[zzz] (config.toml): unknown section;"
-        " there are server, tls, certificates, sessions, store, freshness, limits, log",
+        " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, log",
     ),
     ("port = 7443", "port = 7443 (config.toml): stands in no section; did you mean server.port?"),
     (
         "zzz = 7443",
         "zzz = 7443 (config.toml): stands in no section;"
-        " the sections are server, tls, certificates, sessions, store, freshness, limits, log",
+        " the sections are server, tls, certificates, sessions, store, idempotency, freshness, limits, log",
     ),
     ("server = 5", "server = 5 (config.toml): is a section: write [server], and its keys below that"),
     (
@@ -101,7 +101,7 @@ def test_what_does_not_exist_is_told_with_the_nearest_name(home: Path, toml: str
         (
             "ZCPROTO_ZZZ__ZZZ",
             "zzz.zzz = 1 (…): unknown section;"
-            " there are server, tls, certificates, sessions, store, freshness, limits, log",
+            " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, log",
         ),
         ("ZCPROTO_SERVER_PORT", "server.port = 1 (…): two underscores must follow the section"),
         (

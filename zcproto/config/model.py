@@ -285,6 +285,28 @@ class StoreConfig(BaseModel):
     )
 
 
+class IdempotencyConfig(BaseModel):
+    """Requests with an idempotency key, which are run once."""
+
+    model_config = _SETTINGS
+
+    keep: Annotated[float, Duration("1s", "24h")] = _key(
+        600.0,
+        "How long an answer is kept for whoever asks again, and how long nobody else runs the request after the"
+        " process that ran it is gone. Longer than clients try again, and than methods take.",
+    )
+    max_bytes: Annotated[int, Whole(65_536, 17_179_869_184)] = _key(
+        67_108_864,
+        "Answers kept at once, in bytes; those of one user take at most a quarter. Beyond that the oldest are"
+        " forgotten before their time. Most answers are under 1 KiB.",
+    )
+    per_user: Annotated[int, Whole(1, 1_000_000)] = _key(
+        10_000,
+        "Keys of one user at once, beyond which the oldest are forgotten: 16 requests a second, each with a key"
+        " of its own, for the ten minutes that they are kept.",
+    )
+
+
 class FreshnessConfig(BaseModel):
     """Protection against replayed frames."""
 
@@ -366,6 +388,7 @@ class Config(BaseModel):
     certificates: CertificatesConfig = Field(default_factory=CertificatesConfig)
     sessions: SessionsConfig = SessionsConfig()
     store: StoreConfig = StoreConfig()
+    idempotency: IdempotencyConfig = IdempotencyConfig()
     freshness: FreshnessConfig = FreshnessConfig()
     limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()

@@ -150,6 +150,16 @@ class OnceOnly:
         """Requests that run now, or ask the store whether they may."""
         return len(self._running)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """The figures for operators."""
+        return {
+            "running": self.running,
+            "repeated": self.repeated,
+            "conflicts": self.conflicts,
+            "lost": self.lost,
+        }
+
     async def wait_idle(self) -> None:
         """Return when nothing runs."""
         await self._no_runs.wait()
@@ -340,4 +350,9 @@ def _ordered(value: Any) -> Any:
 
 def answer_limits(max_bytes: int, per_user: int) -> AnswerLimits:
     """The limits of a store's answers, by what is configured."""
-    return AnswerLimits(bytes=max_bytes, user_bytes=max(1, max_bytes // _USER_SHARE), user_count=per_user)
+    return AnswerLimits(
+        count=max(AnswerLimits().count, per_user),
+        bytes=max_bytes,
+        user_count=per_user,
+        user_bytes=max_bytes // _USER_SHARE,
+    )

@@ -41,6 +41,7 @@ from zcproto.home import Home, resolve_home
 from zcproto.server.app import App, Method
 from zcproto.server.builtin import default_app, protocol_methods
 from zcproto.server.eager import EagerTasks
+from zcproto.server.idempotency import OnceOnly, answer_limits
 from zcproto.server.keeper import CertificateKeeper, Kept, unix_ms
 from zcproto.server.listener import Listener, bind, log_listening
 from zcproto.server.pauses import PauseMeter
@@ -144,18 +145,25 @@ class Server:
         settings = _session_settings(config)
         registry = SessionRegistry(settings, self._entropy)
         methods: dict[str, Method] = {}
+        tasks = EagerTasks(loop)
         serving = Serving(
             settings=_connection_settings(config),
             registry=registry,
             methods=methods,
             wheel=wheel,
-            tasks=EagerTasks(loop),
+            tasks=tasks,
             call_soon=loop.call_soon,
             clock=self._clock,
             entropy=self._entropy,
             write_buffer_bytes=config.limits.write_buffer_bytes,
             write_timeout=config.limits.write_timeout,
             session_idle_timeout_ms=settings.idle_timeout_ms,
+            once=OnceOnly(
+                tasks,
+                self._clock,
+                keep_ms=_ms(config.idempotency.keep),
+                limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
+            ),
         )
         for method in (*protocol_methods(serving, self._login(), self.statistics), *self._app):
             methods[method.name] = method
@@ -315,6 +323,7 @@ class Server:
             "refused_full": counters.refused_full,
             "accept_failed": counters.accept_failed,
             "dropped_stale": counters.dropped_stale,
+            "idempotency": serving.once.counts,
             "handshakes_completed": acceptor.handshakes_completed,
             "handshakes_in_progress": acceptor.handshakes_in_progress,
             "tls_failures": {failure.value: count for failure, count in acceptor.failures.items() if count},
