@@ -124,6 +124,17 @@ def test_show_is_a_table_with_aligned_columns(made: Path, capsys: Capture) -> No
     assert leaf(made / "ca.crt").subject.rfc4514_string() in tables[3][1]
 
 
+def test_show_has_the_hours_of_short_lives(made: Path, home: Path, capsys: Capture) -> None:
+    configure(home, CONFIG + 'lifetime = "6h"\nrenew_before = "1h"\n')
+    run("renew")
+    capsys.readouterr()
+    assert run("show") == 0
+    end = leaf(made / "server-ecdsa.crt").not_valid_after_utc
+    row = capsys.readouterr().out.splitlines()[3]
+    assert f"  {end:%Y-%m-%d %H:%M}  " in row
+    assert f"  {end - timedelta(hours=1):%Y-%m-%d %H:%M}  " in row
+
+
 def test_show_as_json_is_complete(made: Path, capsys: Capture) -> None:
     data = data_of(capsys, "show", "--json")
     assert data.keys() == {

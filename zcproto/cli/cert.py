@@ -224,7 +224,7 @@ def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as
     """
     if at_once and cancel:
         raise click.UsageError("Give --now or --cancel.")
-    config = _own_config(home, config_file, "changes the keys of")
+    config = _own_config(home, config_file, "makes new keys for")
     directory = config.certificates.directory
     if cancel:
         aside = own.cancel(directory, _tell)

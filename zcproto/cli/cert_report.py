@@ -39,6 +39,9 @@ BAD = (EXPIRED, PROBLEM)
 
 MAX_SHOWN_NAMES = 8
 MAX_SHOWN_NAME = 200
+SHORT_LIFE = timedelta(days=7)
+"""Of certificates that live shorter the hours are shown."""
+
 _CRL = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 _DAY = timedelta(days=1)
 
@@ -362,11 +365,14 @@ def issuer_of(certificate: x509.Certificate) -> str:
 def _summary(row: Row, found: Report, now: datetime) -> tuple[str, ...]:
     site = {"server": shown_names(row.site) or "default", "ca": "own CA", "client-ca": "client CA"}[row.use]
     begin = end = days = due = "-"
+    form = "%Y-%m-%d"
     if row.leaf is not None:
-        begin, end = f"{row.leaf.not_valid_before_utc:%Y-%m-%d}", f"{row.leaf.not_valid_after_utc:%Y-%m-%d}"
-        days = str(days_left(row.leaf, now))
+        first, last = row.leaf.not_valid_before_utc, row.leaf.not_valid_after_utc
+        if last - first < SHORT_LIFE:
+            form += " %H:%M"
+        begin, end, days = f"{first:{form}}", f"{last:{form}}", str(days_left(row.leaf, now))
     if row.renewal_due is not None:
-        due = f"{row.renewal_due:%Y-%m-%d}"
+        due = f"{row.renewal_due:{form}}"
     return (site, row.key_type or "-", begin, end, days, due, row.status, _file(row, found))
 
 
