@@ -1,0 +1,512 @@
+"""Revocations that wait for their store: what of them survives crashes, full disks and other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.errors import Code, ConfigError
+from zcproto.stores import pending as module
+from zcproto.stores.pending import WASTE, PendingRevocations, Revocation
+from zcproto.stores.store import StoreUnavailable
+
+WALL = 1_767_225_600_000
+WITHIN = 10.0
+ROOT = Path(__file__).parents[2]
+
+Open = Callable[..., Any]
+
+
+def one(number: int, wall: int = WALL) -> Revocation:
+    return Revocation(wall, number.to_bytes(16, "big"), "ada")
+
+
+ADA = Revocation(WALL, user="ada")
+ALL = Revocation(WALL)
+
+
+def read(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    path.chmod(0o644)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def is_there(path: Path) -> bool:
+    return path.exists()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "revocations.pending"
+
+
+@pytest.fixture
+async def opened(path: Path) -> AsyncIterator[Open]:
+    """Open the file as a process does that begins; all are closed at the end."""
+    made: list[PendingRevocations] = []
+
+    async def open(**options: Any) -> PendingRevocations:
+        made.append(PendingRevocations(path, **options))
+        await made[-1].open()
+        return made[-1]
+
+    yield open
+    for pending in made:
+        await pending.close()
+
+
+async def reopened(pending: PendingRevocations, path: Path) -> list[Revocation]:
+    """What the next process finds."""
+    await pending.close()
+    again = PendingRevocations(path)
+    await again.open()
+    entries = again.entries
+    await again.close()
+    return entries
+
+
+async def test_nothing_is_written_before_something_waits(opened: Open, path: Path) -> None:
+    pending = await opened()
+    assert (len(pending), pending.entries, is_there(path)) == (0, [], False)
+
+
+async def test_what_was_added_is_there_after_a_restart_in_its_order(opened: Open, path: Path) -> None:
+    pending = await opened()
+    added = [
+        one(1),
+        ADA,
+        ALL,
+        Revocation(WALL, user=""),
+        one(2),
+        Revocation(WALL, user='evil "\\\n\udc80 \u202e'),
+        one(3),
+    ]
+    for revocation in added:
+        await pending.add(revocation, WITHIN)
+    assert pending.entries == added
+    assert pending.get(one(2).id) == one(2)
+    assert pending.get(b"x" * 16) is None
+    assert mode(path) == 0o600
+    assert await reopened(pending, path) == added
+
+
+@pytest.mark.parametrize("code", [Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED])
+async def test_every_field_is_kept(opened: Open, path: Path, code: Code) -> None:
+    pending = await opened()
+    await pending.add(Revocation(WALL, b"\xff" * 16, "ada", code), WITHIN)
+    assert await reopened(pending, path) == [Revocation(WALL, b"\xff" * 16, "ada", code)]
+
+
+async def test_it_is_on_the_disk_when_add_returns(opened: Open, path: Path) -> None:
+    pending = await opened()
+    await pending.add(ADA, WITHIN)
+    first = read(path)
+    await pending.add(one(1), WITHIN)
+    assert read(path).startswith(first)
+    assert read(path).count(b"\n") == 2
+
+
+async def test_an_entry_waits_before_it_is_on_the_disk(opened: Open) -> None:
+    pending = await opened()
+    adding = asyncio.ensure_future(pending.add(ADA, WITHIN))
+    await asyncio.sleep(0)
+    assert pending.entries == [ADA]
+    await adding
+
+
+async def test_many_at_once_are_all_written(opened: Open, path: Path) -> None:
+    pending = await opened()
+    await asyncio.gather(*(pending.add(one(number), WITHIN) for number in range(500)))
+    assert [entry.id for entry in await reopened(pending, path)] == [one(n).id for n in range(500)]
+
+
+async def test_a_later_one_takes_the_place_of_the_same(opened: Open, path: Path) -> None:
+    pending = await opened()
+    later = Revocation(WALL + 5, user="ada")
+    for revocation in (ADA, one(1), later, Revocation(WALL, one(1).id, "bob")):
+        await pending.add(revocation, WITHIN)
+    assert pending.entries == [later, Revocation(WALL, one(1).id, "bob")]
+    assert set(await reopened(pending, path)) == {later, Revocation(WALL, one(1).id, "bob")}
+
+
+async def test_the_same_again_and_again_does_not_fill_the_disk(
+    opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.os, "fsync", lambda descriptor: None)
+    pending = await opened()
+    for number in range(3 * WASTE):
+        await pending.add(Revocation(WALL + number, user="ada"), WITHIN)
+    assert read(path).count(b"\n") <= WASTE + 2
+    assert await reopened(pending, path) == [Revocation(WALL + 3 * WASTE - 1, user="ada")]
+
+
+# --- removing ---------------------------------------------------------------------------------------------
+
+
+async def test_what_the_store_has_is_forgotten(opened: Open, path: Path) -> None:
+    pending = await opened()
+    for number in range(4):
+        await pending.add(one(number), WITHIN)
+    await pending.remove([one(9)], WITHIN)
+    done = pending.entries[:2]
+    await pending.remove(done, WITHIN)
+    assert pending.entries == [one(2), one(3)]
+    await pending.add(one(4), WITHIN)
+    assert await reopened(pending, path) == [one(2), one(3), one(4)]
+
+
+async def test_what_was_asked_for_anew_meanwhile_stays(opened: Open, path: Path) -> None:
+    pending = await opened()
+    await pending.add(ADA, WITHIN)
+    replayed = pending.entries
+    again = Revocation(WALL + 1, user="ada")
+    await pending.add(again, WITHIN)
+    await pending.remove(replayed, WITHIN)
+    assert pending.entries == [again]
+    assert await reopened(pending, path) == [again]
+
+
+async def test_the_last_one_leaves_an_empty_file(opened: Open, path: Path) -> None:
+    pending = await opened()
+    await pending.add(ADA, WITHIN)
+    await pending.remove(pending.entries, WITHIN)
+    assert read(path) == b""
+    assert await reopened(pending, path) == []
+
+
+# --- bounds -----------------------------------------------------------------------------------------------
+
+
+async def test_when_it_is_full_the_oldest_stay_and_a_new_one_is_refused(opened: Open, path: Path) -> None:
+    pending = await opened(limit=2)
+    await pending.add(one(1), WITHIN)
+    await pending.add(one(2), WITHIN)
+    with pytest.raises(StoreUnavailable, match="2 revocations wait for the store already"):
+        await pending.add(one(3), WITHIN)
+    await pending.add(one(2, WALL + 1), WITHIN)  # it has its place
+    assert pending.entries == [one(1), one(2, WALL + 1)]
+    await pending.remove([pending.entries[0]], WITHIN)
+    await pending.add(one(3), WITHIN)
+    assert await reopened(pending, path) == [one(2, WALL + 1), one(3)]
+
+
+async def test_before_open_and_after_close_nothing_is_promised(opened: Open, path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await PendingRevocations(path).add(ADA, WITHIN)
+    pending = await opened()
+    await pending.close()
+    await pending.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await pending.add(ADA, WITHIN)
+
+
+# --- disks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["fsync", "pwrite", "open"])
+async def test_a_disk_that_fails_is_told_and_the_next_write_saves_all(
+    opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    pending = await opened()
+    await pending.add(one(1), WITHIN)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, function, fail)
+        if function == "open":  # one that is open needs no opening
+            await pending.add(one(2), WITHIN)
+            with pytest.raises(StoreUnavailable, match="cannot be written: No space left"):
+                await pending.remove([one(1)], WITHIN)
+        else:
+            with pytest.raises(StoreUnavailable, match="cannot be written: No space left"):
+                await pending.add(one(2), WITHIN)
+    assert one(2) in pending.entries  # what was asked for is known all the same
+    await pending.add(one(3), WITHIN)
+    assert (await reopened(pending, path))[-2:] == [one(2), one(3)]
+
+
+async def test_a_write_in_parts_is_finished(
+    opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(module.os, "pwrite", lambda file, data, at: pwrite(file, data[:7], at))
+    pending = await opened()
+    await pending.add(one(1), WITHIN)
+    await pending.add(ADA, WITHIN)
+    assert await reopened(pending, path) == [one(1), ADA]
+
+
+async def test_a_disk_that_hangs_keeps_nobody_waiting(
+    opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    fsync = os.fsync
+
+    def hang(descriptor: int) -> None:
+        gate.wait(10)
+        fsync(descriptor)
+
+    pending = await opened()
+    monkeypatch.setattr(module.os, "fsync", hang)
+    with pytest.raises(StoreUnavailable, match="within 20 ms"):
+        await pending.add(ADA, 0.02)
+    assert pending.entries == [ADA]
+    gate.set()
+    assert await reopened(pending, path) == [ADA]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+async def test_a_folder_that_cannot_be_synced(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, "no")
+        fsync(descriptor)
+
+    pending = await opened()
+    monkeypatch.setattr(module.os, "fsync", fail)
+    if number == errno.EINVAL:  # a file system that keeps names in order itself
+        await pending.add(ADA, WITHIN)
+    else:
+        with pytest.raises(StoreUnavailable):
+            await pending.add(ADA, WITHIN)
+
+
+async def test_a_fault_of_ours_is_told_to_whoever_asked(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pending = await opened()
+    monkeypatch.setattr(module, "_line", lambda revocation: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        await pending.add(ADA, WITHIN)
+
+
+# --- crashes and damage -------------------------------------------------------------------------------------
+
+
+async def test_a_file_that_was_cut_off_anywhere_gives_its_whole_lines(opened: Open, path: Path) -> None:
+    pending = await opened()
+    added = [one(1), ADA, ALL]
+    for revocation in added:
+        await pending.add(revocation, WITHIN)
+    await pending.close()
+    data = read(path)
+    for end in range(len(data) + 1):
+        write(path, data[:end])
+        again = await opened()
+        assert again.entries == added[: data[:end].count(b"\n")]
+        assert again.damaged == []
+        await again.close()
+
+
+async def test_what_is_added_behind_a_torn_line_is_not_lost(opened: Open, path: Path) -> None:
+    pending = await opened()
+    await pending.add(one(1), WITHIN)
+    await pending.close()
+    write(path, read(path) + b"1234")
+    again = await opened()
+    await again.add(one(2), WITHIN)
+    assert await reopened(again, path) == [one(1), one(2)]
+
+
+@pytest.mark.parametrize("place", range(0, 100, 7))
+async def test_a_damaged_line_costs_no_other_and_the_file_is_kept(
+    opened: Open, path: Path, place: int
+) -> None:
+    pending = await opened()
+    for number in range(3):
+        await pending.add(one(number), WITHIN)
+    await pending.close()
+    data = bytearray(read(path))
+    size = len(data) // 3
+    data[size + place % (size - 1)] ^= 1
+    write(path, data)
+    again = await opened()
+    assert again.entries == [one(0), one(2)]
+    (aside,) = again.damaged
+    assert aside.name == "revocations.pending.damaged-1"
+    assert read(aside) == data
+    await again.add(one(3), WITHIN)
+    assert read(aside) == data
+    assert await reopened(again, path) == [one(0), one(2), one(3)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'[2,1,69,"",""]',
+        b'[1,1,69,""]',
+        b"{}",
+        b'[1,1,5000,"",""]',
+        b'[1,"1",69,"",""]'.replace(b'"1"', b"1.0"),
+        b'[1,1,69,"zz",""]',
+        b'[1,1,69,5,""]',
+        b'[1,1,69,"",[1]]',
+        b'[1,true,69,"",""]',
+        b'[1, 1,69,"",""]',
+        b"nonsense",
+    ],
+)
+async def test_a_line_of_another_form_is_damage(opened: Open, path: Path, text: bytes) -> None:
+    write(path, b"%08x %s\n" % (zlib.crc32(text), text))
+    pending = await opened()
+    assert pending.entries == []
+    assert len(pending.damaged) == 1
+
+
+async def test_damage_on_damage_keeps_every_file(opened: Open, path: Path) -> None:
+    for number in range(1, 4):
+        write(path, b"damage %d\n" % number)
+        pending = await opened()
+        assert pending.damaged == [path.with_name(f"{path.name}.damaged-{number}")]
+        await pending.add(ADA, WITHIN)
+        await pending.close()
+    assert [read(path.with_name(f"{path.name}.damaged-{number}")) for number in range(1, 4)] == [
+        b"damage %d\n" % number for number in range(1, 4)
+    ]
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def a_link(path: Path) -> None:
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def a_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def too_large(path: Path) -> None:
+    path.write_bytes(b"x" * 11)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (a_folder, "is not a regular file; move it away"),
+        (a_link, "revocations cannot be kept there"),
+        (a_fifo, "is not a regular file; move it away"),
+        (too_large, "larger than 10 bytes"),
+    ],
+)
+async def test_what_is_no_such_file_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None], said: str
+) -> None:
+    make(path)
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 10)
+    with pytest.raises(ConfigError, match=said):
+        await PendingRevocations(path).open()
+
+
+async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="revocations cannot be kept there: No such file"):
+        await PendingRevocations(tmp_path / "none" / "revocations.pending").open()
+
+
+async def test_a_file_that_others_could_read_is_closed_to_them(opened: Open, path: Path) -> None:
+    write(path, b"")
+    await opened()
+    assert mode(path) == 0o600
+
+
+# --- several processes --------------------------------------------------------------------------------------
+
+
+async def test_processes_of_one_home_have_files_of_their_own(opened: Open, path: Path) -> None:
+    first, second = await opened(), await opened()
+    await first.add(one(1), WITHIN)
+    await second.add(one(2), WITHIN)
+    assert (first.entries, second.entries) == ([one(1)], [one(2)])
+    assert is_there(path.with_name("revocations-2.pending"))
+    third = await opened()  # those of living processes are left alone
+    assert third.entries == []
+
+
+async def test_what_a_gone_process_left_behind_is_taken_over(opened: Open, path: Path) -> None:
+    first, second, third = await opened(), await opened(), await opened()
+    for number, pending in enumerate((first, second, third)):
+        await pending.add(one(number), WITHIN)
+    await second.close()
+    await first.close()
+    again = await opened()
+    assert again.entries == [one(0), one(1)]
+    assert not is_there(path.with_name("revocations-2.pending"))
+    assert third.entries == [one(2)]
+    await third.close()
+    assert await reopened(again, path) == [one(0), one(1), one(2)]
+
+
+async def test_there_are_only_so_many(opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PROCESSES", 2)
+    await opened()
+    await opened()
+    with pytest.raises(ConfigError, match="2 processes of this home run already"):
+        await opened()
+
+
+KILLED = """
+import asyncio, sys
+from pathlib import Path
+from zcproto.stores.pending import PendingRevocations, Revocation
+
+async def main():
+    pending = PendingRevocations(Path(sys.argv[1]))
+    await pending.open()
+    number = len(pending)
+    while True:
+        await pending.add(Revocation(1, number.to_bytes(16, "big")), 10)
+        print(number, flush=True)
+        number += 1
+
+asyncio.run(main())
+"""
+
+
+async def found_in(path: Path) -> list[int]:
+    pending = PendingRevocations(path)
+    await pending.open()
+    assert pending.damaged == []
+    await pending.close()
+    return [int.from_bytes(entry.id, "big") for entry in pending.entries]
+
+
+def test_what_was_promised_survives_kill_9(path: Path) -> None:
+    for count in (1, 40, 15):
+        with subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        ) as process:
+            assert process.stdout is not None
+            for _ in range(count):
+                promised = int(process.stdout.readline())
+            process.kill()
+        found = asyncio.run(found_in(path))
+        assert found == list(range(len(found)))
+        assert len(found) > promised
