@@ -1,0 +1,99 @@
+"""A call with an idempotency key, from the client to the method: run once, however often it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from zcproto.errors import ConnectionClosed, FailedPrecondition
+from zcproto.server.app import App
+from zcproto.server.context import Context
+
+from ..server.conftest import Serve
+from ..server.helpers import ServerThread
+from .conftest import ConnectTo
+
+
+class Shop:
+    """An application whose connections are cut at the worst moment, so many times."""
+
+    def __init__(self, cuts: int) -> None:
+        self.cuts = cuts
+        self.paid: list[int] = []
+        self.protocols: list[object] = []
+        self.app = App()
+        self.app.method("pay")(self.pay)
+        self.app.method("ship")(self.ship)
+
+    def pay(self, context: Context, amount: int) -> dict[str, int]:
+        """Ends the connection when it has done its work: the answer is never sent."""
+        self.paid.append(amount)
+        self._cut(context)
+        return {"number": len(self.paid), "amount": amount}
+
+    async def ship(self, context: Context, amount: int) -> dict[str, int]:
+        """Ends the connection in the middle of its work, and goes on."""
+        self._cut(context)
+        await asyncio.sleep(0.05)
+        self.paid.append(amount)
+        return {"number": len(self.paid), "amount": amount}
+
+    def _cut(self, context: Context) -> None:
+        if self.cuts:
+            self.cuts -= 1
+            context._protocol.abort("cut")
+
+
+def shop_of(serve: Serve, cuts: int = 1) -> tuple[Shop, ServerThread]:
+    shop = Shop(cuts)
+    return shop, serve(shop.app)
+
+
+@pytest.mark.parametrize("method", ["pay", "ship"])
+async def test_a_call_whose_answer_was_lost_gets_it_from_another_connection(
+    serve: Serve, connect_to: ConnectTo, method: str
+) -> None:
+    shop, server = shop_of(serve)
+    async with connect_to(server) as client:
+        result = await client.call(method, amount=5, idempotency_key="order-7")
+    assert result == {"number": 1, "amount": 5}
+    assert shop.paid == [5]
+    assert server.stats["connections_opened"] == 2
+    assert server.stats["idempotency"]["repeated"] == 1
+
+
+async def test_without_a_key_the_application_is_told_and_decides(serve: Serve, connect_to: ConnectTo) -> None:
+    shop, server = shop_of(serve)
+    async with connect_to(server) as client:
+        with pytest.raises(ConnectionClosed):
+            await client.call("pay", amount=5)
+        assert shop.paid == [5]
+        assert (await client.call("pay", amount=5))["number"] == 2
+
+
+async def test_another_client_of_the_user_gets_the_answer_too(serve: Serve, connect_to: ConnectTo) -> None:
+    shop, server = shop_of(serve, cuts=0)
+    async with connect_to(server) as client, connect_to(server) as another:
+        first, second = await asyncio.gather(
+            client.call("ship", amount=5, idempotency_key="k"),
+            another.call("ship", amount=5, idempotency_key="k", timeout=7),
+        )
+        assert first == second == {"number": 1, "amount": 5}
+        with pytest.raises(FailedPrecondition, match="another request"):
+            await another.call("ship", amount=6, idempotency_key="k")
+    async with connect_to(server, user="bob") as bob:
+        assert (await bob.call("ship", amount=6, idempotency_key="k"))["number"] == 2
+    assert shop.paid == [5, 6]
+
+
+async def test_who_gives_up_can_ask_again_what_became_of_it(serve: Serve, connect_to: ConnectTo) -> None:
+    shop, server = shop_of(serve, cuts=0)
+    async with connect_to(server) as client:
+        call = asyncio.ensure_future(client.call("ship", amount=5, idempotency_key="k"))
+        await asyncio.to_thread(server.until, lambda: server.server.serving.once.running)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert await client.call("ship", amount=5, idempotency_key="k") == {"number": 1, "amount": 5}
+    assert shop.paid == [5]
