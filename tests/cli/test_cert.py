@@ -731,7 +731,16 @@ def test_a_name_that_no_client_can_have(made: Path, tmp_path: Path, name: str, c
     out, err = capsys.readouterr()
     assert out == ""
     assert err.removesuffix("\n").isprintable()
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
+    assert list(made.glob("client*")) == []
+
+
+def test_nothing_is_issued_that_cannot_be_handed_out(made: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o755)
+    assert run("issue-client", "alice", "--out", tmp_path / "open") == 2
+    assert "chmod 700" in capsys.readouterr().err
+    assert list(made.glob("client*")) == []
 
 
 def test_a_client_is_revoked(made: Path, capsys: Capture) -> None:

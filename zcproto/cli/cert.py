@@ -339,8 +339,10 @@ def issue_client(
     config = read_config(home, config_file)
     request = None if csr is None else _read_csr(csr)
     home.ensure()
-    if out is not None and not force:
-        _refuse_to_replace([out / f"{name}.crt", out / f"{name}.key"])
+    if out is not None:  # before anything is issued, which could not be handed out
+        files.make_folder(out)
+        if not force:
+            _refuse_to_replace([out / f"{name}.crt", out / f"{name}.key"])
     issued = clients.issue_client(
         config.certificates.directory,
         name,
@@ -411,14 +413,12 @@ def _read_csr(path: Path) -> bytes:
 
 
 def _refuse_to_replace(paths: list[Path]) -> None:
-    # Before anything is issued: a certificate that cannot be handed out would have to be revoked again.
     for path in paths:
         if os.path.lexists(path):
             raise ConfigError([f"{printable(str(path))}: is there already; --force replaces it"])
 
 
 def _copy(source: Path, target: Path, force: bool) -> Path:
-    files.make_folder(target.parent)
     _write(target, files.read_key_file(source), replace=force)
     return target
 
