@@ -93,6 +93,7 @@ ALLOWED = {
     },
     "zcproto/client/known_hosts.py": {"secrets": "the name of a temporary file"},
     "zcproto/cli/private_file.py": {"secrets": "the name of a temporary file"},
+    "zcproto/server/keeper.py": {"random": "jitter of retries; nothing secret"},
     "zcproto/server/pauses.py": {"time": "measures how long the loop of this machine really stood still"},
     "zcproto/server/serving.py": {"secrets": "an incident's id, which joins an answer to a line of the log"},
     "zcproto/tls/server.py": {"time": "ends a turn of the loop after so much real time"},

@@ -65,7 +65,7 @@ def test_no_command_shows_the_help(capsys: Capture) -> None:
     ("word", "hint"),
     [
         ("cnfig", "No command 'cnfig'; did you mean config?"),
-        ("zzz", "No command 'zzz'; there are serve, call, user, config, demo, bench."),
+        ("zzz", f"No command 'zzz'; there are {', '.join(cli.COMMANDS)}."),
         ("\x1b[31m", "No command '\\\\x1b[31m'; there are"),
     ],
 )
