@@ -57,6 +57,23 @@ class SessionJoined(NamedTuple):
     session_id: str
 
 
+class TokenUnknown:
+    """A frame's token is not known here, or seems to have expired (`code`); others may know better.
+
+    The edge finds out before it takes the next event. If it cannot, it sets `refusal` to the body of the ERROR.
+    """
+
+    __slots__ = ("code", "refusal", "token")
+
+    def __init__(self, token: bytes, code: Code) -> None:
+        self.token = token
+        self.code = code
+        self.refusal: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"TokenUnknown(code={self.code!r})"
+
+
 class ConnectionEnded(NamedTuple):
     """The conversation is over. Send what is queued, then close. `code` is the fatal error, if one was."""
 
@@ -64,7 +81,7 @@ class ConnectionEnded(NamedTuple):
     reason: str
 
 
-ServerEvent = Request | RequestEnded | SessionJoined | ConnectionEnded
+ServerEvent = Request | RequestEnded | SessionJoined | TokenUnknown | ConnectionEnded
 
 
 class Welcomed(NamedTuple):

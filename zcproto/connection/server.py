@@ -24,6 +24,7 @@ from zcproto.connection.events import (
     RequestEnded,
     ServerEvent,
     SessionJoined,
+    TokenUnknown,
 )
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
@@ -58,7 +59,13 @@ TOKEN_ERRORS: Final = {
     Code.SESSION_REPLACED: encode_error(
         Code.SESSION_REPLACED, "session replaced by a newer one of this user"
     ),
+    Code.UNAVAILABLE: encode_error(
+        Code.UNAVAILABLE, "no token can be checked just now: try again", {"retry_after_ms": 1_000}
+    ),
 }
+LOOKED_UP: Final = {TOKEN_ERRORS[code]: code for code in (Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED)}
+"""What a token is not refused with before it was looked up, where `looks_up` is set."""
+
 NEEDS_SESSION: Final = encode_error(Code.UNAUTHENTICATED, "no session: call session.open first")
 CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
 DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
@@ -152,6 +159,7 @@ class ServerConnection:
         registry = self._registry
         tolerance = self._settings.tolerance_ms
         max_depth = self._settings.max_depth
+        looks_up = self._settings.looks_up
         decoder = self._decoder
         frame = decoder.take_one(data)
         if frame is None:
@@ -197,6 +205,12 @@ class ServerConnection:
                     or registry.generation != self._seen_generation
                 ):
                     joined = self._session_of(token, wall, now)
+                    if looks_up and isinstance(joined, bytes) and joined in LOOKED_UP:
+                        unknown = TokenUnknown(token, LOOKED_UP[joined])
+                        yield unknown
+                        if self.state is _CLOSED:
+                            return
+                        joined = unknown.refusal or self._session_of(token, wall, now)
                     if isinstance(joined, SessionJoined):
                         yield joined
                         if registry.generation != self._seen_generation:  # it may have ended meanwhile

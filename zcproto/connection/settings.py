@@ -32,6 +32,8 @@ class ConnectionSettings:
     max_stale_in_a_row: int = 10
     retry_busy_ms: int = 100
     retry_draining_ms: int = 1_000
+    looks_up: bool = False
+    """Whether tokens that are not known here may be good all the same."""
     sts: TransportSecurityPolicy = TransportSecurityPolicy()
     welcome_body: bytes = field(init=False, repr=False)
 
