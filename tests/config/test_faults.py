@@ -170,9 +170,6 @@ def test_the_source_of_a_wrong_value_is_named(home: Path) -> None:
     [
         ('[store]\nurl = "sqlite"', 'use "memory"'),
         ('[store]\nurl = "valkey://cache"', 'use "memory"'),
-        ('[sessions]\nbind_address = "exact"', 'use "off"'),
-        ('[sessions]\nbind_address = "24"', 'use "off"'),
-        ("[sessions]\nbind_client = true", "use false"),
     ],
 )
 def test_a_value_of_a_later_version_is_refused_with_what_can_be_used(home: Path, toml: str, use: str) -> None:

@@ -254,14 +254,17 @@ class SessionsConfig(BaseModel):
     open_timeout: Annotated[float, Duration("100ms", "5m")] = _key(
         10.0, "A connection without a session is closed after this: whoever connects knows what for."
     )
-    bind_address: Annotated[
-        str, Binding(only="off", instead='use "off": a session is not bound to an address')
-    ] = _key(
-        "off", "Whether a token is good from the address of its opening alone. Mobile clients change theirs."
+    bind_address: Annotated[str, Binding()] = _key(
+        "off",
+        "Whether a token is good from the address of its opening alone: the very one, or its network. Up to 32"
+        " bits are those of an IPv4 address, and an IPv6 one then goes by its first 64. Clients that move between"
+        " networks have to open a session in each.",
     )
-    bind_client: Annotated[
-        bool, Flag(only=False, instead="use false: a session is not bound to a client string")
-    ] = _key(False, "Whether a token is good with the client string of its opening alone.")
+    bind_client: Annotated[bool, Flag()] = _key(
+        False,
+        "Whether a refresh token is good with the client string of its opening alone. A new version of a client"
+        " then has to open a session.",
+    )
 
 
 class StoreConfig(BaseModel):

@@ -14,7 +14,7 @@ long as the peer does not read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from zcproto.connection.events import (
@@ -91,10 +91,12 @@ class ServerConnection:
     """One client's conversation.
 
     `salt` is 8 random bytes that no other connection has. Bytes for the peer gather until `data_to_send`
-    takes them. `deadline_moved` says that `next_deadline` may have become earlier since it was last asked.
+    takes them. `admits`, if it is given, is asked when a token is first used here: False refuses it like an
+    unknown one. `deadline_moved` says that `next_deadline` may have become earlier since it was last asked.
     """
 
     __slots__ = (
+        "_admits",
         "_counter",
         "_decoder",
         "_expiring_at",
@@ -126,8 +128,10 @@ class ServerConnection:
         salt: bytes,
         wall: int,
         now: float,
+        admits: Callable[[Session], bool] | None = None,
     ) -> None:
         self._settings = settings
+        self._admits = admits
         self._registry = registry
         self._decoder = FrameDecoder(Side.SERVER, settings.max_frame_before_session)
         self._salt = salt
@@ -265,11 +269,15 @@ class ServerConnection:
         if isinstance(session, Code):
             self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
             return TOKEN_ERRORS[session]
+        known = self._sessions.get(session.id)
+        is_known = known is not None and known.token == token
+        if not is_known and self._admits is not None and not self._admits(session):
+            self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
+            return TOKEN_ERRORS[Code.UNAUTHENTICATED]
         self._token = token
         self._session = session
         self._recheck_at = min(session.valid_until, wall + TOUCH_INTERVAL_MS)
-        known = self._sessions.get(session.id)
-        if known is not None and known.token == token:
+        if is_known:
             return None
         self.join(session, token, wall, now)
         return SessionJoined(session.id)

@@ -12,6 +12,7 @@ from zcproto.server.app import App, Method
 from zcproto.server.context import Context
 from zcproto.server.serving import Serving
 from zcproto.sessions import OpenedSession, Session, SessionInfo
+from zcproto.sessions.token import FAMILY_SIZE, id_of
 from zcproto.wire.frame import TOKEN_SIZE, VERSION
 
 CLIENT_MAX_LENGTH: Final = 128
@@ -73,6 +74,8 @@ def protocol_methods(
         if len(refresh_token) != TOKEN_SIZE:
             raise InvalidArgument(f"refresh_token must have {TOKEN_SIZE} bytes")
         _check_client(client)
+        session = registry.record(id_of(refresh_token[:FAMILY_SIZE]))
+        serving.binding.check_refresh(session, client, context.peer)
         opened = registry.refresh(refresh_token, client=client, address=context.peer, wall=context.wall())
         return _opened(context, opened)
 

@@ -95,7 +95,12 @@ class ServerProtocol(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=serving.write_buffer_bytes)
         wall, now = serving.clock.wall(), serving.clock.now()
         self._connection = ServerConnection(
-            serving.settings, serving.registry, salt=serving.entropy(SALT_SIZE), wall=wall, now=now
+            serving.settings,
+            serving.registry,
+            salt=serving.entropy(SALT_SIZE),
+            wall=wall,
+            now=now,
+            admits=self._admits if serving.binding.to_address else None,
         )
         serving.connections.add(self)
         serving.counters.connections_opened += 1
@@ -369,6 +374,15 @@ class ServerProtocol(asyncio.Protocol):
             self._serving.counters.count_error(code)
 
     # --- sessions ------------------------------------------------------------------------------------
+
+    def _admits(self, session: Session) -> bool:
+        """Whether a session may be used from this peer's address."""
+        serving = self._serving
+        info = serving.registry.info(session.id, self.wall())
+        if serving.binding.admits(info.address, self.peer):
+            return True
+        serving.log_limited("session.other_address", self.peer, peer=self.peer, session=session.id)
+        return False
 
     def join(self, session: Session, token: bytes) -> None:
         """A session was opened or refreshed by a request of this connection."""

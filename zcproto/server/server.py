@@ -39,6 +39,7 @@ from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError
 from zcproto.home import Home, resolve_home
 from zcproto.server.app import App, Method
+from zcproto.server.binding import Binding
 from zcproto.server.builtin import default_app, protocol_methods
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import OnceOnly, answer_limits
@@ -164,6 +165,7 @@ class Server:
                 keep_ms=_ms(config.idempotency.keep),
                 limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
             ),
+            binding=Binding(config.sessions.bind_address, config.sessions.bind_client),
         )
         for method in (*protocol_methods(serving, self._login(), self.statistics), *self._app):
             methods[method.name] = method
@@ -323,6 +325,8 @@ class Server:
             "refused_full": counters.refused_full,
             "accept_failed": counters.accept_failed,
             "dropped_stale": counters.dropped_stale,
+            "refused_addresses": serving.binding.refused_addresses,
+            "refused_clients": serving.binding.refused_clients,
             "idempotency": serving.once.counts,
             "handshakes_completed": acceptor.handshakes_completed,
             "handshakes_in_progress": acceptor.handshakes_in_progress,

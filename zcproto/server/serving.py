@@ -15,6 +15,7 @@ from zcproto.errors import Code
 from zcproto.observe.log import get_logger
 from zcproto.observe.rate import RateLimited
 from zcproto.server.app import Method
+from zcproto.server.binding import Binding
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import OnceOnly
 from zcproto.sessions import SessionRegistry
@@ -68,6 +69,7 @@ class Serving:
         write_timeout: float,
         session_idle_timeout_ms: int | None,
         once: OnceOnly | None = None,
+        binding: Binding | None = None,
     ) -> None:
         self.settings = settings
         self.registry = registry
@@ -81,6 +83,7 @@ class Serving:
         self.write_timeout = write_timeout
         self.session_idle_timeout_ms = session_idle_timeout_ms
         self.once = OnceOnly(tasks, clock) if once is None else once
+        self.binding = Binding() if binding is None else binding
         self.counters = Counters()
         self.connections: set[ServerProtocol] = set()
         self.draining = False
