@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
@@ -80,6 +80,8 @@ class Claim:
     state: ClaimState
     answer: bytes = b""
     """DONE: what `keep_answer` was given."""
+    until: int = field(default=0, compare=False)
+    """RUNNING: when the claim ends, by which whoever made it knows it again; 0 if the store does not say."""
 
 
 class ChangeKind(Enum):
@@ -87,6 +89,7 @@ class ChangeKind(Enum):
 
     SESSION = "session"  # the session with `id` was changed or has ended: forget what is known of it
     ALL = "all"  # anything may have changed: forget everything
+    EMPTIED = "emptied"  # as ALL, and by no will of anybody the store has lost what it kept
 
 
 @dataclass(frozen=True, slots=True)
