@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -40,7 +40,7 @@ from zcproto.server.idempotency import (
     request_digest,
 )
 from zcproto.stores.answers import AnswerLimits, Answers
-from zcproto.stores.store import Claim, SessionStore, StoreUnavailable
+from zcproto.stores.store import Claim, StoreUnavailable
 from zcproto.wire.frame import CANCEL, NO_TOKEN, Kind
 from zcproto.wire.message import decode_error, encode_body, encode_error
 
@@ -108,7 +108,7 @@ class World:
         self.once = OnceOnly(
             self.tasks,
             self.clock,
-            store=cast("SessionStore | None", store),
+            store=store,
             keep_ms=KEEP_MS,
             limits=limits,
             sleep=self.sleep,
@@ -407,14 +407,40 @@ def test_nothing_is_run_while_the_store_is_out(worlds: Worlds, shared: bool) -> 
     assert world.ran == 1
 
 
-def test_a_claim_that_took_effect_unseen_is_no_obstacle(worlds: Worlds) -> None:
-    store = FakeStore()
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("tries", [1, 3])
+def test_a_claim_that_took_effect_unseen_is_no_obstacle(worlds: Worlds, shared: bool, tries: int) -> None:
+    store = FakeStore(shared)
     world = worlds(store)
     store.out = store.does_it_all_the_same = True
-    assert code(world.call()) is Code.UNAVAILABLE
+    for _ in range(tries):
+        assert code(world.call()) is Code.UNAVAILABLE
+        world.clock.advance(1)
     store.out = False
     assert world.call("paid") == world.call("again") == Answer(0, encode_body("paid"))
-    assert world.ran == 1
+    assert (world.ran, world.slept) == (1, [])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_claim_of_another_is_not_taken_for_one_of_ours(worlds: Worlds, shared: bool) -> None:
+    store = FakeStore(shared)
+    killed = worlds(store)
+    gate = killed.loop.create_future()
+    killed.begin(wait=gate)
+    killed.turn()
+    restarted = worlds(store)
+    restarted.clock.advance(1)
+    store.out = True
+    assert code(restarted.call()) is Code.UNAVAILABLE
+    store.out = False
+    caller = restarted.begin()
+    restarted.turn()
+    assert restarted.ran == 0
+    assert bool(restarted.slept) == shared
+    assert bool(caller.answers) == (not shared)
+    gate.set_result(None)
+    killed.turn()
+    restarted.turn()
 
 
 def test_a_claim_that_could_not_be_released_is_used_by_the_next(worlds: Worlds) -> None:

@@ -23,13 +23,13 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
 from operator import itemgetter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from zcproto.clock import Clock
 from zcproto.errors import CallError, Code, FailedPrecondition, Unavailable, UnknownError
 from zcproto.server.eager import EagerTasks
 from zcproto.stores.answers import AnswerLimits, Answers
-from zcproto.stores.store import Claim, ClaimState, SessionStore, StoreUnavailable
+from zcproto.stores.store import Claim, ClaimState, StoreUnavailable
 from zcproto.wire.message import encode_body
 
 DEFAULT_KEEP_MS: Final = 600_000
@@ -55,7 +55,7 @@ POLL_LAST_S: Final = 1.0
 """How often the store is asked whether another process has the answer; twice as long each time."""
 
 LEFT_BEHIND: Final = 1_024
-"""Keys that the store must still be told of; beyond that the oldest are left to their time."""
+"""Keys of which the store knows less than we do; beyond that the oldest are left to their time."""
 
 _SWEPT: Final = 8
 """Old answers that are looked at for each request: twice as many as can be added would do."""
@@ -67,6 +67,22 @@ _CONTAINERS: Final = frozenset({dict, list})
 
 Name = tuple[str, str]
 """The user and the key."""
+
+_Claimed = tuple[Name, int]
+"""A claim in the store, by when it ends."""
+
+
+class AnswerStore(Protocol):
+    """What is asked of a store of sessions, or of one with a guard."""
+
+    @property
+    def shared(self) -> bool: ...
+
+    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim: ...
+
+    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None: ...
+
+    async def release_claim(self, user: str, key: str) -> None: ...
 
 
 class Answer(NamedTuple):
@@ -84,12 +100,13 @@ Failed = Callable[[BaseException], Answer]
 
 
 class _Run:
-    """A request that runs, or is about to."""
+    """A request that runs, or is about to. `until` is when its claim in the store ends."""
 
-    __slots__ = ("digest", "waiting")
+    __slots__ = ("digest", "until", "waiting")
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
+        self.until = 0
         self.waiting: dict[Waiting, None] = {}
 
 
@@ -123,7 +140,7 @@ class OnceOnly:
         tasks: EagerTasks,
         clock: Clock,
         *,
-        store: SessionStore | None = None,
+        store: AnswerStore | None = None,
         keep_ms: int = DEFAULT_KEEP_MS,
         limits: AnswerLimits | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -137,7 +154,7 @@ class OnceOnly:
         self._running: dict[Name, _Run] = {}
         self._memory = Answers(self._limits)  # without a store all answers, else those it did not take
         self._not_kept: OrderedDict[Name, None] = OrderedDict()  # of those, what the store must still be told
-        self._idle_claims: OrderedDict[Name, None] = OrderedDict()  # in the store, ours, and nobody runs them
+        self._idle_claims: OrderedDict[_Claimed, None] = OrderedDict()  # ours, maybe, and nobody runs them
         self._settling = False
         self._no_runs = asyncio.Event()
         self._no_runs.set()
@@ -226,7 +243,7 @@ class OnceOnly:
         except (Exception, asyncio.CancelledError) as error:  # one that stops the process is no answer
             answer = failed(error)
         if answer.code in NOT_RUN:
-            await self._release(name)
+            await self._release(name, run.until)
         else:
             await self._keep(name, run.digest, self._keepable(answer, failed))
         return answer
@@ -237,13 +254,16 @@ class OnceOnly:
         """The answer that is kept; None if the request is to be run. Raises CallError if it may not be."""
         pause = POLL_FIRST_S
         while True:
-            claim = await self._claim_once(name, run.digest)
+            claim = await self._claim_once(name, run)
             if claim.state is ClaimState.CONFLICT:
                 raise self._conflict()
             if claim.state is ClaimState.DONE:
                 return self._kept(claim.answer)
-            if claim.state is ClaimState.NEW or name in self._idle_claims:
-                self._idle_claims.pop(name, None)
+            if claim.state is ClaimState.NEW:
+                return None
+            if (name, claim.until) in self._idle_claims:
+                del self._idle_claims[(name, claim.until)]
+                run.until = claim.until
                 return None
             if self._store is None or not self._store.shared:
                 self.lost += 1
@@ -255,17 +275,17 @@ class OnceOnly:
                 raise Unavailable("nobody waits for it any more", {"retry_after_ms": RETRY_MS})
             pause = min(2 * pause, POLL_LAST_S)
 
-    async def _claim_once(self, name: Name, digest: bytes) -> Claim:
+    async def _claim_once(self, name: Name, run: _Run) -> Claim:
         wall, store = self._clock.wall(), self._store
+        run.until = wall + self._keep_ms
         self._memory.expire(wall, _SWEPT)
         entry = self._memory.entry(*name)
         if store is None or (entry is not None and wall < entry.until):
-            return self._memory.claim(*name, digest, wall, self._keep_ms)
+            return self._memory.claim(*name, run.digest, wall, self._keep_ms)
         try:
-            claim = await store.claim(*name, digest, wall, self._keep_ms)
+            claim = await store.claim(*name, run.digest, wall, self._keep_ms)
         except StoreUnavailable as error:
-            if not store.shared:  # it may be claimed all the same, and if so, for nobody else
-                self._remember(self._idle_claims, name)
+            _remember(self._idle_claims, (name, run.until))  # it may be claimed all the same
             raise Unavailable(
                 "requests with an idempotency key cannot be run just now", {"retry_after_ms": RETRY_MS}
             ) from error
@@ -299,21 +319,21 @@ class OnceOnly:
                 await self._store.keep_answer(*name, data, wall, self._keep_ms)
             except (StoreUnavailable, asyncio.CancelledError):
                 self._memory.claim(*name, digest, wall, self._keep_ms)
-                self._remember(self._not_kept, name)
+                _remember(self._not_kept, name)
             else:
                 return
         self._memory.keep(*name, data, wall, self._keep_ms)
 
-    async def _release(self, name: Name) -> None:
+    async def _release(self, name: Name, until: int) -> None:
         if self._store is None:
             self._memory.release(*name)
             return
         try:
             await self._store.release_claim(*name)
         except (StoreUnavailable, asyncio.CancelledError):
-            self._remember(self._idle_claims, name)
+            _remember(self._idle_claims, (name, until))
 
-    async def _settle(self, store: SessionStore) -> None:
+    async def _settle(self, store: AnswerStore) -> None:
         """Give the store the answers that it did not take."""
         try:
             while self._not_kept:
@@ -327,10 +347,11 @@ class OnceOnly:
         finally:
             self._settling = False
 
-    def _remember(self, names: OrderedDict[Name, None], name: Name) -> None:
-        names[name] = None
-        if len(names) > LEFT_BEHIND:
-            names.popitem(last=False)
+
+def _remember(things: OrderedDict[Any, None], thing: Any) -> None:
+    things[thing] = None
+    if len(things) > LEFT_BEHIND:
+        things.popitem(last=False)
 
 
 def request_digest(method: str, params: Mapping[str, Any]) -> bytes:

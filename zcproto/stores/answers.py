@@ -105,7 +105,7 @@ class Answers:
             if not compare_digest(entry.digest, digest):
                 return Claim(ClaimState.CONFLICT)
             if entry.running:
-                return Claim(ClaimState.RUNNING)
+                return Claim(ClaimState.RUNNING, until=entry.until)
             return Claim(ClaimState.DONE, entry.answer or b"")
         if entry is not None:
             self._remove((user, key))
