@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zcproto.errors import Code
-from zcproto.sessions.token import id_from_text
+from zcproto.sessions.token import id_from_text, id_text
 
 from .helpers import WALL, Desk
 
@@ -65,6 +65,24 @@ def test_all_sessions_but_some_are_forgotten_in_slices(max_slots: int) -> None:
     ]
     assert len(desk.ended) == told
     assert desk.registry.remembered == 1
+
+
+def test_what_ended_since_a_time_is_told_by_its_code() -> None:
+    desk = Desk(per_user=1, when_full="evict_oldest")
+    replaced, old, new, lives = desk.open("ada"), desk.open("old"), desk.open("new"), desk.open("lives")
+    desk.open("ada")
+    desk.refresh(lives.refresh_token, WALL + 10)  # its old token is remembered, the session lives
+    desk.registry.info(old.session.id, WALL + 4)
+    desk.registry.revoke(old.session.id, user=None, reason="")
+    desk.registry.info(lives.session.id, WALL + 5)
+    desk.registry.revoke(new.session.id, user=None, reason="")
+    for code, since, expected in (
+        (Code.TOKEN_REVOKED, WALL + 4, {old.session.id, new.session.id}),
+        (Code.TOKEN_REVOKED, WALL + 5, {new.session.id}),
+        (Code.TOKEN_REVOKED, WALL + 6, set()),
+        (Code.SESSION_REPLACED, WALL, {replaced.session.id}),
+    ):
+        assert {id_text(ended.id) for ended in desk.registry.ended_since(code, since)} == expected
 
 
 def test_an_empty_table_is_through_at_once() -> None:

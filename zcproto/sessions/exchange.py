@@ -138,6 +138,17 @@ class Exchange(Lifecycle):
             return None
         return EndedRecord(session_id, table.tokens[slot], Code(self._state[slot]), self._last_used_at[slot])
 
+    def ended_since(self, code: Code, wall: int) -> list[EndedRecord]:
+        """The memories of sessions that have ended with a code, since that time. It looks at the whole table."""
+        table = self._table
+        return [
+            EndedRecord(table.ids[slot], table.tokens[slot], code, self._last_used_at[slot])
+            for slot in range(table.slab.size)
+            if self._state[slot] == code
+            and not table.flags[slot] & TOKEN_ONLY
+            and self._last_used_at[slot] >= wall
+        ]
+
     def records(self, user: str | None, limit: int) -> list[SessionRecord]:
         """A user's live and lapsed sessions, or everybody's; the oldest `limit`, the oldest first."""
         table = self._table
