@@ -80,6 +80,16 @@ def test_a_text_that_is_no_key_never_opens_even_where_its_stand_in_would(door: D
     assert drive(door.ask("zero", token_text(bytes(32)))) == Identity("zero")
 
 
+def test_no_key_opens_for_who_has_none_or_is_disabled(door: Door) -> None:
+    key = door.users.add("alice")
+    door.users.add_without_key("bob")
+    door.users.disable("alice")
+    for name, text in [("alice", key), ("bob", key), ("bob", token_text(bytes(32))), ("bob", "")]:
+        assert drive(door.ask(name, text)) is None
+    door.users.enable("alice")
+    assert drive(door.ask("alice", key)) == Identity("alice")
+
+
 def test_the_stand_in_for_unknown_users_is_nobodys(path: Path) -> None:
     secret = b"s" * 32
     users = UserFile(path)

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zcproto.auth import UserFile, private_text
-from zcproto.errors import ConfigError
+from zcproto.errors import ConfigError, NotFound
 from zcproto.sessions import token_from_text, token_text
 
 from .helpers import DIGEST, write
@@ -441,7 +441,8 @@ def test_a_path_through_a_file_is_a_fault_and_changed_does_not_raise(tmp_path: P
         ("other = 1", 'unknown key "other"'),
         ("[user.alice]", 'unknown key "user"'),
         ("[users]\nalice = 5", 'user "alice": must be a table'),
-        ("[users.alice]", 'user "alice": key_sha256 must be'),
+        ("[users.alice]\nkey_sha256 = ''", 'user "alice": key_sha256 must be'),
+        ("[users.alice]\ndisabled = 1", 'user "alice": disabled must be true or false'),
         ("[users.alice]\nkey_sha256 = 5", 'user "alice": key_sha256 must be'),
         (f'[users.alice]\nkey_sha256 = "{DIGEST[:-1]}"', 'user "alice": key_sha256 must be'),
         (f'[users.alice]\nkey_sha256 = "{DIGEST}="', 'user "alice": key_sha256 must be'),
@@ -466,7 +467,10 @@ def test_a_fault_names_its_place(path: Path, users: UserFile, text: str | bytes,
 
 
 def test_all_faults_are_told_at_once(path: Path, users: UserFile) -> None:
-    write(path, f'x = 1\n[users.a]\n[users.b]\nkey_sha256 = "{DIGEST}"\noperator = 2\nrole = 3\n')
+    write(
+        path,
+        f'x = 1\n[users.a]\nkey_sha256 = 1\n[users.b]\nkey_sha256 = "{DIGEST}"\noperator = 2\nrole = 3\n',
+    )
     assert [re.split("[:;]", fault)[0] for fault in faults(users)] == [
         'unknown key "x"',
         'user "a"',
@@ -562,3 +566,183 @@ def test_a_crash_at_any_moment_leaves_one_file_or_the_other(path: Path) -> None:
     assert users.names == ["alice"]
     users.add("carol")
     assert users.names == ["alice", "carol"]
+
+
+# Changing
+
+WRITTEN = f"""# Our users.
+
+[users.alice]  # since the beginning
+# Her old key was lost.
+key_sha256 = "{DIGEST}"  # of May
+operator = true
+
+# Robert, of the other office.
+[users.'bob the builder']
+  "key_sha256"="{DIGEST}"
+
+[ users . "carol" ]
+disabled = true # on leave
+key_sha256 = '{DIGEST}'
+# The end."""
+
+
+@pytest.fixture
+def written(path: Path, users: UserFile) -> UserFile:
+    write(path, WRITTEN)
+    users.load()
+    return users
+
+
+def difference(path: Path) -> tuple[list[str], list[str]]:
+    """The lines that are gone and those that are new."""
+    before, after = WRITTEN.splitlines(), path.read_text().splitlines()
+    return [line for line in before if line not in after], [line for line in after if line not in before]
+
+
+def again(path: Path) -> UserFile:
+    users = UserFile(path)
+    users.load()
+    return users
+
+
+def test_a_disabled_user_is_there_and_may_not_come_in(path: Path, written: UserFile) -> None:
+    written.disable("alice")
+    for users in (written, again(path)):
+        assert users.find("alice") is None
+        assert users.get("alice") == (token_from_text(DIGEST), True, True)
+        assert "alice" in users.names
+    assert difference(path) == ([], ["disabled = true"])
+    assert path.read_text().count("disabled = true") == 2
+    written.enable("alice")
+    written.enable("carol")
+    assert again(path).find("carol") == (token_from_text(DIGEST), False, False)
+    assert difference(path) == (["disabled = true # on leave"], [])
+
+
+def test_disabling_twice_and_enabling_who_is_enabled_change_nothing(path: Path, written: UserFile) -> None:
+    written.disable("carol")
+    written.enable("alice")
+    assert path.read_text() == WRITTEN
+    assert not written.changed()
+
+
+def test_a_removed_user_is_gone_and_nothing_else_is(path: Path, written: UserFile) -> None:
+    written.remove("alice")
+    gone, new = difference(path)
+    assert (len(gone), new) == (4, [])
+    assert "# Robert, of the other office." in path.read_text()
+    written.remove("carol")
+    assert "# The end." in path.read_text()
+    assert again(path).names == written.names == ["bob the builder"]
+    written.remove("bob the builder")
+    assert again(path).names == []
+    assert written.add("alice")
+
+
+@pytest.mark.parametrize("name", ["alice", "bob the builder", "carol"])
+def test_a_new_key_takes_the_place_of_the_old_one(path: Path, written: UserFile, name: str) -> None:
+    old = written.get(name)
+    key = written.new_key(name)
+    user = again(path).get(name)
+    assert user is not None
+    assert old is not None
+    assert user == old._replace(digest=digest_of(key))
+    gone, new = difference(path)
+    assert (len(gone), len(new)) == (1, 1)
+    assert ("# of May" in new[0]) == (name == "alice")
+    assert key not in path.read_text()
+
+
+def test_a_user_without_a_key_can_get_one(path: Path, users: UserFile) -> None:
+    users.add_without_key("dora", operator=True)
+    user = again(path).find("dora")
+    assert user is not None
+    assert user.operator
+    assert not user.has_key
+    assert path.read_text() == "\n[users.dora]\noperator = true\n"
+    key = users.new_key("dora")
+    user = again(path).find("dora")
+    assert user is not None
+    assert user.has_key
+    assert user.digest == digest_of(key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_good_name_can_be_changed(path: Path, users: UserFile, name: str) -> None:
+    users.add("before")
+    users.add(name)
+    users.add("after")
+    before = path.read_text()
+    users.disable(name)
+    assert again(path).find(name) is None
+    users.enable(name)
+    assert path.read_text() == before
+    users.new_key(name)
+    users.remove(name)
+    assert again(path).names == ["before", "after"]
+
+
+@pytest.mark.parametrize("change", ["disable", "enable", "remove", "new_key"])
+def test_nobody_is_changed_who_is_not_there(path: Path, written: UserFile, change: str) -> None:
+    with pytest.raises(NotFound, match="there is no user"):
+        getattr(written, change)("eve\n")
+    assert path.read_text() == WRITTEN
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'[users]\nalice = {{ key_sha256 = "{DIGEST}" }}\n',
+        f'[users]\nalice.key_sha256 = "{DIGEST}"\n',
+        f'users.alice.key_sha256 = "{DIGEST}"\n',
+        f'[users.alice]\nkey_sha256 = """\\\n{DIGEST}"""\n',
+    ],
+)
+def test_what_only_an_editor_can_change_is_left_alone(path: Path, users: UserFile, text: str) -> None:
+    write(path, text)
+    with pytest.raises(ConfigError, match="only an editor can change"):
+        users.new_key("alice")
+    assert path.read_text() == text
+
+
+def test_a_header_that_is_none_and_lines_that_look_like_one_are_no_users(path: Path, users: UserFile) -> None:
+    write(path, f"[users.alice]\nkey_sha256 = '{DIGEST}'\n# [users.bob]\n")
+    users.load()
+    users.remove("alice")
+    assert path.read_text() == "# [users.bob]\n"
+    write(path, f"[users]\n[users.'a b']\nkey_sha256 = '{DIGEST}'")
+    users.disable("a b")
+    assert again(path).get("a b") == (token_from_text(DIGEST), False, True)
+
+
+def test_who_is_gone_is_told_once_by_what_was_read(path: Path, users: UserFile) -> None:
+    for name in ("same", "removed", "disabled", "other-key", "operator", "off"):
+        users.add(name)
+    users.disable("off")
+    reader = again(path)
+    assert reader.take_gone() == []
+    users.remove("removed")
+    users.disable("disabled")
+    users.new_key("other-key")
+    users.remove("off")
+    users.add("new")
+    write(path, path.read_text().replace("[users.operator]\n", "[users.operator]\noperator = true\n"))
+    reader.reload()
+    assert reader.take_gone() == ["disabled", "operator", "other-key", "removed"]
+    assert reader.take_gone() == []
+    users.enable("disabled")
+    reader.reload()
+    assert reader.take_gone() == []
+
+
+def test_nobody_is_gone_when_the_file_cannot_be_read(path: Path, users: UserFile) -> None:
+    users.add("alice")
+    reader = again(path)
+    write(path, "nonsense")
+    with pytest.raises(ConfigError):
+        reader.reload()
+    assert reader.take_gone() == []
+    write(path, "")
+    reader.reload()
+    assert reader.take_gone() == ["alice"]
