@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LEAVES = {"errors", "clock", "config", "home", "printable", "deadlines", "network", "suites"}
+LEAVES = {"errors", "clock", "config", "home", "printable", "deadlines", "network", "signed", "suites"}
 PROCESS = {"event_loop", "file_limit"}
 """Leaves for whoever has a process of its own."""
 
@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deadlines": set(),
     "printable": set(),
     "network": set(),
+    "signed": set(),
     "suites": set(),
     "event_loop": set(),
     "file_limit": set(),

@@ -50,8 +50,18 @@ class Home:
         return self.path / "users.toml"
 
     @property
+    def devices(self) -> Path:
+        """Devices, with their public keys."""
+        return self.path / "devices.toml"
+
+    @property
+    def pairing(self) -> Path:
+        """One-time codes for devices to come, as digests."""
+        return self.path / "pairing.toml"
+
+    @property
     def sessions(self) -> Path:
-        """Sessions and devices, digests only."""
+        """Sessions, digests only."""
         return self.path / "sessions.db"
 
     @property

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from zcproto.auth import (
     ApiKeyAuthenticator,
     CertificateAuthenticator,
+    Channel,
     CurrentUsers,
     Identity,
     Login,
     Throttle,
     UserFile,
 )
+from zcproto.auth.certificate import certificate_key
 from zcproto.errors import CertificateError, ConfigError, InvalidArgument, ResourceExhausted, Unauthenticated
 
 from .helpers import drive, write
@@ -31,6 +37,11 @@ def user_of(certificate: bytes) -> str:
     return certificate.decode()
 
 
+def key_of(certificate: bytes) -> str:
+    """Stands for what hashes keys."""
+    return f"tls:{certificate.decode()}"
+
+
 class Door:
     """The scheme with its users, and what it reported."""
 
@@ -43,6 +54,7 @@ class Door:
         self.authenticator = CertificateAuthenticator(
             CurrentUsers(self.file, on_fault=self.faults.append),
             user_of,
+            key_of=key_of,
             on_refused=lambda reason, address: self.refused.append((reason, address)),
         )
         self.login = Login([self.authenticator], Throttle())
@@ -50,7 +62,7 @@ class Door:
     def ask(
         self, certificate: bytes | None, address: str = ADDRESS, now: float = NOW, **fields: Any
     ) -> Identity:
-        return drive(self.login.open({"scheme": "tls", **fields}, address, now, lambda: certificate))
+        return drive(self.login.open({"scheme": "tls", **fields}, address, now, Channel(lambda: certificate)))
 
 
 @pytest.fixture
@@ -60,12 +72,12 @@ def door(path: Path) -> Door:
 
 @pytest.mark.parametrize("fields", [{}, {"user": "ada"}, {"user": None}, {"client": "zc/1"}])
 def test_the_certificate_names_the_user(door: Door, fields: dict[str, Any]) -> None:
-    assert door.ask(b"ada", **fields) == Identity("ada", operator=False)
+    assert door.ask(b"ada", **fields) == Identity("ada", operator=False, key="tls:ada")
     assert door.refused == []
 
 
 def test_operators_are_known_by_the_file(door: Door) -> None:
-    assert door.ask(b"root") == Identity("root", operator=True)
+    assert door.ask(b"root") == Identity("root", operator=True, key="tls:root")
 
 
 @pytest.mark.parametrize(
@@ -106,8 +118,8 @@ def test_a_login_without_word_of_a_certificate_has_none(door: Door) -> None:
 def test_the_operator_need_not_be_told(path: Path) -> None:
     file = UserFile(path)
     file.load()
-    authenticator = CertificateAuthenticator(CurrentUsers(file, on_fault=pytest.fail), user_of)
-    assert drive(authenticator.authenticate({"scheme": "tls"}, ADDRESS, lambda: b"ada")) is None
+    authenticator = CertificateAuthenticator(CurrentUsers(file, on_fault=pytest.fail), user_of, key_of=key_of)
+    assert drive(authenticator.authenticate({"scheme": "tls"}, ADDRESS, Channel(lambda: b"ada"))) is None
 
 
 @pytest.mark.parametrize("user", [5, b"ada", ["ada"], "", "x" * 129])
@@ -125,16 +137,16 @@ def test_other_fields_are_refused(door: Door, field: str) -> None:
 
 async def test_users_come_and_go_with_their_file(door: Door, path: Path) -> None:
     def ask() -> Any:
-        return door.login.open({"scheme": "tls"}, ADDRESS, NOW, lambda: b"ada")
+        return door.login.open({"scheme": "tls"}, ADDRESS, NOW, Channel(lambda: b"ada"))
 
     write(path, "")
     with pytest.raises(Unauthenticated):
         await ask()
     UserFile(path).add("ada")
-    assert await ask() == Identity("ada")
+    assert await ask() == Identity("ada", key="tls:ada")
     write(path, "nonsense")
     for _ in range(2):
-        assert await ask() == Identity("ada")
+        assert await ask() == Identity("ada", key="tls:ada")
     assert len(door.faults) == 1
 
 
@@ -143,11 +155,34 @@ async def test_two_schemes_can_share_the_users(path: Path) -> None:
     key = file.add("ada")
     faults: list[ConfigError] = []
     by_key = ApiKeyAuthenticator(file, on_fault=faults.append)
-    login = Login([by_key, CertificateAuthenticator(by_key.users, user_of)], Throttle())
+    login = Login([by_key, CertificateAuthenticator(by_key.users, user_of, key_of=key_of)], Throttle())
     write(path, "nonsense")
-    by_certificate = await login.open({"scheme": "tls"}, ADDRESS, NOW, lambda: b"ada")
-    assert by_certificate == await login.open({"scheme": "api_key", "user": "ada", "key": key}, ADDRESS, NOW)
+    by_certificate = await login.open({"scheme": "tls"}, ADDRESS, NOW, Channel(lambda: b"ada"))
+    by_api_key = await login.open({"scheme": "api_key", "user": "ada", "key": key}, ADDRESS, NOW)
+    assert (by_certificate.user, by_api_key) == ("ada", Identity("ada"))
     assert len(faults) == 1
+
+
+# What the session is bound to
+
+
+def test_it_is_bound_to_the_public_key_of_the_certificate(ca: trustme.CA) -> None:
+    for _ in range(2):
+        pem = ca.issue_cert("ada").cert_chain_pems[0].bytes()
+        certificate = x509.load_pem_x509_certificate(pem)
+        info = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        key = certificate_key(certificate.public_bytes(Encoding.DER))
+        assert key == f"tls:{hashlib.sha256(info).hexdigest()}"
+
+
+def test_a_certificate_whose_key_cannot_be_read_opens_nothing(door: Door) -> None:
+    authenticator = CertificateAuthenticator(
+        CurrentUsers(door.file, on_fault=pytest.fail),
+        user_of,
+        on_refused=lambda reason, address: door.refused.append((reason, address)),
+    )
+    assert drive(authenticator.authenticate({"scheme": "tls"}, ADDRESS, Channel(lambda: b"ada"))) is None
+    assert door.refused == [("the client's certificate has a key that cannot be read", ADDRESS)]
 
 
 # Throttling
@@ -165,17 +200,17 @@ def test_failures_are_counted_for_the_user_whom_the_certificate_names(door: Door
         door.ask(b"ada", user="root")
     with pytest.raises(ResourceExhausted):
         door.ask(b"ada")
-    assert door.ask(b"root") == Identity("root", operator=True)
-    assert door.ask(b"ada", now=NOW + 1.0) == Identity("ada")
+    assert door.ask(b"root") == Identity("root", operator=True, key="tls:root")
+    assert door.ask(b"ada", now=NOW + 1.0) == Identity("ada", key="tls:ada")
 
 
 def test_who_shows_no_certificate_shuts_nobody_out_who_is_at_home_there(door: Door) -> None:
-    assert door.ask(b"ada") == Identity("ada")
+    assert door.ask(b"ada") == Identity("ada", key="tls:ada")
     for _ in range(5):
         fail(door, None)
     with pytest.raises(ResourceExhausted):
         door.ask(None)
-    assert door.ask(b"ada") == Identity("ada")
+    assert door.ask(b"ada") == Identity("ada", key="tls:ada")
     fail(door, None, address=ELSEWHERE)
 
 

@@ -528,7 +528,8 @@ def test_info_lists_what_the_caller_may_call_and_nothing_else(serve: Serve) -> N
     app.method("restart", operator=True)(lambda: None)
     server = serve(app)
     public = ["news", "server.info", "session.open", "session.refresh"]
-    ours = sorted([*public, "session.close", "session.info", "session.list", "session.revoke", "shout"])
+    sessions = ["session.attach", "session.close", "session.info", "session.list", "session.revoke"]
+    ours = sorted([*public, *sessions, "shout"])
     with server.client() as nobody, server.client("ada") as user, server.client("operator") as operator:
         assert names(nobody) == public
         assert names(user) == ours

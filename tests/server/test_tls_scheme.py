@@ -200,15 +200,53 @@ def test_methods_may_look_at_the_certificate(gate: Gate) -> None:
         der = ssl.PEM_cert_to_DER_cert(shown.certificate.read_text())
         assert client.call("shown") == hashlib.sha256(der).digest()
         with gate.client() as other:
-            other.token = client.token
+            other.open_session("bob")
             assert other.call("shown") is None
 
 
-def test_until_sessions_are_bound_the_token_alone_is_enough_elsewhere(gate: Gate) -> None:
-    with gate.open(gate.issue("ada")) as client, gate.client() as other:
-        assert client.opened["bound"] is False
-        other.token = client.token
-        other.echo()
+def test_the_session_is_bound_to_the_key_of_the_certificate(gate: Gate, tmp_path: Path) -> None:
+    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("first", "second")}
+
+    def issue(key: str) -> Shown:
+        builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+        csr = builder.sign(keys[key], hashes.SHA256()).public_bytes(PEM)
+        issued = clients.issue_client(
+            gate.certs, "ada", lifetime=DAY, now=datetime.now(UTC), csr=csr, renew=True
+        )
+        path = tmp_path / f"{key}-{next(numbers)}.crt"
+        path.write_bytes(issued.certificate.read_bytes())
+        return Shown(path, write_key(tmp_path / f"{key}-{next(numbers)}.key", keys[key]))
+
+    with gate.open(issue("first")) as client:
+        assert client.opened["bound"] is True
+        assert client.call("session.info")["bound"] is True
+        client.echo()
+        with gate.client(issue("first")) as renewed:  # another certificate, the same key
+            renewed.token = client.token
+            renewed.echo()
+        for shown in (None, issue("second")):
+            with gate.client(shown) as other:
+                for method in ("echo", "session.info", "session.attach", "session.close", "server.info"):
+                    frame = other.refused(method, {"signature": bytes(64)}, token=client.token)
+                    assert (frame.code, frame.details) == (UNAUTHENTICATED, {"certificate": True})
+                assert "certificate" in frame.message
+        client.echo()
+
+
+def test_a_refreshed_session_is_bound_as_before(gate: Gate) -> None:
+    shown = gate.issue("ada")
+    with gate.open(shown) as client, gate.client() as thief, gate.client(shown) as renewed:
+        refreshed = thief.call("session.refresh", {"refresh_token": client.opened["refresh_token"]})
+        assert refreshed["bound"] is True
+        assert thief.refused("echo", token=refreshed["token"]).details == {"certificate": True}
+        renewed.token = refreshed["token"]
+        renewed.echo()
+
+
+def test_a_session_bound_to_a_certificate_cannot_be_attached(gate: Gate) -> None:
+    with gate.open(gate.issue("ada")) as client:
+        frame = client.refused("session.attach", {"signature": bytes(64)})
+        assert frame.code == 9  # FAILED_PRECONDITION
 
 
 def test_a_certificate_does_not_stand_in_the_way_of_a_key(gate: Gate) -> None:

@@ -20,6 +20,7 @@ from zcproto.errors import CertificateError
 from zcproto.suites import SUITES
 from zcproto.tls.context import ClientAuth, server_context
 from zcproto.tls.proof import prove, proven_context, proven_sites
+from zcproto.tls.sites import SiteContexts
 
 from ..conftest import ServerPair, ServerPairs
 from ..helpers import FakeTimers
@@ -78,6 +79,29 @@ def test_a_context_of_any_kinds_of_keys_proves_itself_and_serves(
     context = proven_context([pairs[kind] for kind in kinds], ["zcp/1", "http/1.1"])
     pair = TlsPair(timers, context, client_tls).agree()
     assert pair.client.selected_alpn_protocol() == "zcp/1"
+    shown = pair.client.getpeercert(binary_form=True)
+    assert shown is not None
+    assert hashlib.sha256(shown).digest() in context.leaves
+    assert context.leaves == {pairs[kind].leaf_sha256 for kind in kinds}
+
+
+def test_a_connection_knows_what_it_was_shown_also_when_that_is_served_no_more(
+    pairs: list[Checked], client_tls: ssl.SSLContext, timers: FakeTimers
+) -> None:
+    pair = TlsPair(timers, proven_context([pairs[0]], ["zcp/1"]), client_tls)
+    assert pair.server.leaves() == frozenset()
+    pair.agree()
+    pair.acceptor.contexts = SiteContexts(proven_context([pairs[1]], ["zcp/1"]))
+    assert pair.server.leaves() == {pairs[0].leaf_sha256}
+    pair.raw.lose()
+    assert pair.server.leaves() == frozenset()
+
+
+def test_a_context_that_has_proved_nothing_has_no_leaves(
+    pairs: list[Checked], client_tls: ssl.SSLContext, timers: FakeTimers
+) -> None:
+    pair = TlsPair(timers, server_context([pairs[0]], ["zcp/1"]), client_tls).agree()
+    assert pair.server.leaves() == frozenset()
 
 
 @pytest.mark.parametrize("client_auth", ["optional", "required"])

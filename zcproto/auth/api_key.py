@@ -16,7 +16,7 @@ from hmac import compare_digest
 from typing import Any, Final
 
 from zcproto.auth.current_users import CurrentUsers
-from zcproto.auth.identity import MAX_USER, Identity, PeerCertificate, no_certificate
+from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Channel, Identity
 from zcproto.auth.users import UserFile
 from zcproto.clock import Entropy, system_entropy
 from zcproto.errors import ConfigError, InvalidArgument
@@ -51,7 +51,7 @@ class ApiKeyAuthenticator:
         self._nobody = entropy(DIGEST_SIZE)  # what unknown users are compared with; no key has this digest
 
     async def authenticate(
-        self, params: Mapping[str, Any], address: str, certificate: PeerCertificate = no_certificate
+        self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
     ) -> Identity | None:
         user, key = _fields(params)
         known = await self.users.find(user)

@@ -1,32 +1,21 @@
 """The users of a file that may change while a server runs.
 
-What this file decides: when the file is read again, and who is told of its faults.
-
-Rules:
-- The file is looked at (one stat) whenever a user is sought, and read again when it changed, in a thread.
-  While nothing changed, `find` never suspends.
-- A file gone bad leaves the users as they were, and is told of once.
-
 It must not know: what users prove who they are by.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
+from zcproto.auth.current_file import CurrentFile
 from zcproto.auth.users import User, UserFile
 from zcproto.errors import ConfigError
 
 
-class CurrentUsers:
-    """Users as they are in their file now.
+class CurrentUsers(CurrentFile):
+    """Users as they are in their file now: it is looked at whenever a user is sought."""
 
-    `on_fault` is called with the fault when the file turns out to be unreadable while the server runs,
-    once for each version of the file; `on_recovered` when it is good again.
-    """
-
-    __slots__ = ("_faulty", "_file", "_on_fault", "_on_recovered", "_reading")
+    __slots__ = ("_file",)
 
     def __init__(
         self,
@@ -35,29 +24,13 @@ class CurrentUsers:
         on_fault: Callable[[ConfigError], None],
         on_recovered: Callable[[], None] | None = None,
     ) -> None:
+        super().__init__(file, on_fault=on_fault, on_recovered=on_recovered)
         self._file = file
-        self._on_fault = on_fault
-        self._on_recovered = on_recovered
-        self._reading = asyncio.Lock()
-        self._faulty = False
 
     async def find(self, name: str) -> User | None:
-        if self._file.changed():
-            await self._read_again()
+        await self.refresh()
         return self._file.find(name)
 
-    async def _read_again(self) -> None:
-        """Take in the changed file. Logins that come meanwhile wait for the same reading."""
-        async with self._reading:
-            if not self._file.changed():
-                return
-            try:
-                await asyncio.to_thread(self._file.reload)
-            except ConfigError as fault:
-                self._faulty = True
-                self._on_fault(fault)
-                return
-        if self._faulty:
-            self._faulty = False
-            if self._on_recovered is not None:
-                self._on_recovered()
+    def known(self, name: str) -> User | None:
+        """A user as of the last look at the file."""
+        return self._file.find(name)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from inspect import isawaitable
 from typing import Any
 
-from zcproto.auth.identity import MAX_USER, Identity, PeerCertificate, no_certificate
+from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Channel, Identity
 
 Answer = Identity | str | None
 Function = Callable[[Mapping[str, Any], str], Answer | Awaitable[Answer]]
@@ -27,7 +27,7 @@ class CallableAuthenticator:
         self._function = function
 
     def authenticate(
-        self, params: Mapping[str, Any], address: str, certificate: PeerCertificate = no_certificate
+        self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
     ) -> Identity | Awaitable[Identity | None] | None:
         answer = self._function(params, address)
         if isawaitable(answer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 MAX_USER: Final = 128
@@ -17,11 +18,31 @@ def no_certificate() -> None:
     """The certificate of a client that shows none."""
 
 
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """The connection that a login comes through: what ties a proof to it."""
+
+    certificate: PeerCertificate = no_certificate
+    salt: bytes = b""
+    """No other connection has it."""
+    leaves: frozenset[bytes] = frozenset()
+    """SHA-256 of the server's certificates (DER), one of which the client was shown here."""
+
+
+NO_CHANNEL: Final = Channel()
+"""A connection that nothing can be tied to."""
+
+
 class Identity(NamedTuple):
-    """A user who has proved who they are. An operator may look into the server and steer it."""
+    """A user who has proved who they are. An operator may look into the server and steer it.
+
+    `key` is what the session is bound to, empty for none: `device:NAME`, or `tls:` and the hex SHA-256 of the
+    public key in a client's certificate.
+    """
 
     user: str
     operator: bool = False
+    key: str = ""
 
 
 class Authenticator(Protocol):
@@ -33,12 +54,12 @@ class Authenticator(Protocol):
         ...
 
     def authenticate(
-        self, params: Mapping[str, Any], address: str, certificate: PeerCertificate
+        self, params: Mapping[str, Any], address: str, channel: Channel
     ) -> Identity | Awaitable[Identity | None] | None:
         """Who this is, or None for anyone who has not proved it, whatever the cause.
 
         `params` are the fields of `session.open`, as the client sent them; `address` is the client's, and
-        `certificate` gives its certificate.
+        `channel` the connection.
         Raises InvalidArgument for fields that are missing or of the wrong type, before it looks at any
         secret. An unknown user and a wrong secret must take the same steps.
         """
@@ -47,8 +68,20 @@ class Authenticator(Protocol):
 
 @runtime_checkable
 class NamesUser(Protocol):
-    """An authenticator that knows whom a login is of from the certificate, and not from its fields."""
+    """An authenticator that knows whom a login is of from the connection, and not from its fields."""
 
-    def user_named(self, certificate: PeerCertificate) -> str:
+    def user_named(self, channel: Channel) -> str:
         """The user for whom a failure is counted; empty if that is nobody."""
+        ...
+
+
+@runtime_checkable
+class Attaches(Protocol):
+    """An authenticator of sessions whose keys can be proved on further connections."""
+
+    async def attaches(self, key: str, user: str, signature: bytes, token: bytes, channel: Channel) -> bool:
+        """Whether the signature proves the key that a session of this user, with this token, is bound to.
+
+        An unknown key and a wrong signature must take the same steps.
+        """
         ...

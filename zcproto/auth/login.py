@@ -2,7 +2,7 @@
 
 Rules:
 - Failures are counted for the user whom the login is of: by its fields, or by the client's certificate if
-  the authenticator goes by that.
+  the authenticator goes by that. Those of a device, opening sessions or attaching them, are counted for it.
 - Whoever has not proved who they are gets one answer, whatever the cause (wire.md section 7).
 - A login refused by the throttle is not looked at, and says when to come back.
 - At most 16 logins of one user may be undecided at once, so that many guesses sent together, to an
@@ -16,23 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Mapping
 from inspect import isawaitable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from zcproto.auth.identity import (
     MAX_USER,
+    NO_CHANNEL,
+    Attaches,
     Authenticator,
+    Channel,
     Identity,
     NamesUser,
-    PeerCertificate,
-    no_certificate,
 )
 from zcproto.auth.throttle import Throttle
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
+from zcproto.sessions.session import DEVICE_KEY
 
 MAX_UNDECIDED: Final = 16
 """Logins of one user that may wait for their authenticator at once."""
 
 _RETRY_UNDECIDED_MS: Final = 1000
+
+Decision = TypeVar("Decision")
 
 
 class Login:
@@ -54,9 +58,9 @@ class Login:
         params: Mapping[str, Any],
         address: str,
         now: float,
-        certificate: PeerCertificate = no_certificate,
+        channel: Channel = NO_CHANNEL,
     ) -> Identity:
-        """Who the client at `address` is, by the fields of `session.open` and by its certificate.
+        """Who the client at `address` is, by the fields of `session.open` and by its connection.
 
         `now` is monotonic seconds.
 
@@ -68,11 +72,9 @@ class Login:
             InvalidArgument: the scheme is not offered, or its fields are missing or of the wrong type.
         """
         authenticator = self._authenticator(params)
-        name = (
-            authenticator.user_named(certificate) if isinstance(authenticator, NamesUser) else _name(params)
-        )
+        name = authenticator.user_named(channel) if isinstance(authenticator, NamesUser) else _name(params)
         self._admit(name, address, now)
-        answer = authenticator.authenticate(params, address, certificate)
+        answer = authenticator.authenticate(params, address, channel)
         identity = await self._decision(name, answer) if isawaitable(answer) else answer
         if identity is None:
             self._throttle.failed(name, address, now)
@@ -80,7 +82,34 @@ class Login:
         self._throttle.succeeded(name, address, now)
         return identity
 
-    async def _decision(self, name: str, answer: Awaitable[Identity | None]) -> Identity | None:
+    async def attach(
+        self,
+        key: str,
+        user: str,
+        signature: bytes,
+        token: bytes,
+        address: str,
+        now: float,
+        channel: Channel,
+    ) -> None:
+        """Let the connection prove the key to which this user's session with this token is bound.
+
+        Raises Unauthenticated and ResourceExhausted as `open`.
+        """
+        self._admit(key, address, now)
+        for authenticator in self._authenticators.values():
+            if isinstance(authenticator, Attaches):
+                proof = authenticator.attaches(key, user, signature, token, channel)
+                if await self._decision(key, proof):
+                    break
+        else:
+            self._throttle.failed(key, address, now)
+            raise Unauthenticated(
+                "the key was not proved; sign for this connection, with the key of the session"
+            )
+        self._throttle.succeeded(key, address, now)
+
+    async def _decision(self, name: str, answer: Awaitable[Decision]) -> Decision:
         """What the authenticator says in the end. Until then the login is undecided."""
         self._undecided[name] = self._undecided.get(name, 0) + 1
         try:
@@ -114,5 +143,5 @@ def _name(params: Mapping[str, Any]) -> str:
     if isinstance(user, str):
         return user[:MAX_USER]
     if isinstance(device, str):
-        return f"device:{device[:MAX_USER]}"
+        return DEVICE_KEY + device[:MAX_USER]
     return ""

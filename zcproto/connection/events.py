@@ -44,6 +44,17 @@ class Request:
         return f"Request(stream={self.stream}, method={self.method!r})"
 
 
+class KeyWanted(NamedTuple):
+    """A frame's token is bound to a key that was not proved on this connection.
+
+    Whoever knows at once that the peer has the key calls `prove` before the next event is taken; else the frame is
+    refused, unless it is `session.attach`.
+    """
+
+    session: Session
+    key: str
+
+
 class RequestEnded(NamedTuple):
     """A held request was answered without its handler: CANCELLED or DEADLINE_EXCEEDED. Stop the handler."""
 
@@ -81,7 +92,7 @@ class ConnectionEnded(NamedTuple):
     reason: str
 
 
-ServerEvent = Request | RequestEnded | SessionJoined | TokenUnknown | ConnectionEnded
+ServerEvent = Request | RequestEnded | SessionJoined | KeyWanted | TokenUnknown | ConnectionEnded
 
 
 class Welcomed(NamedTuple):

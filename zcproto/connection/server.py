@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 from zcproto.connection.events import (
     NEVER,
     ConnectionEnded,
+    KeyWanted,
     Request,
     RequestEnded,
     ServerEvent,
@@ -30,6 +31,7 @@ from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, ProtocolError
 from zcproto.sessions import Session, SessionRegistry
+from zcproto.sessions.session import DEVICE_KEY
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CANCEL,
@@ -66,6 +68,15 @@ TOKEN_ERRORS: Final = {
 LOOKED_UP: Final = {TOKEN_ERRORS[code]: code for code in (Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED)}
 """What a token is not refused with before it was looked up, where `looks_up` is set."""
 
+ATTACH: Final = "session.attach"
+"""The one method that a bound token may call where its key was not proved."""
+
+NEEDS_ATTACH: Final = encode_error(
+    Code.UNAUTHENTICATED, "bound token: prove its key here by session.attach first", {"attach": True}
+)
+NEEDS_CERTIFICATE: Final = encode_error(
+    Code.UNAUTHENTICATED, "token bound to another client certificate: open a session", {"certificate": True}
+)
 NEEDS_SESSION: Final = encode_error(Code.UNAUTHENTICATED, "no session: call session.open first")
 CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
 DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
@@ -74,6 +85,7 @@ _pack_header = HEADER.pack
 _CLOSED: Final = State.CLOSED  # an enumeration's members are slow to reach
 _DRAINING: Final = State.DRAINING
 _READING: Final = frozenset({State.OPEN, State.DRAINING})
+_NO_KEYS: Final[frozenset[str]] = frozenset()
 
 
 class JoinedSession(NamedTuple):
@@ -106,6 +118,7 @@ class ServerConnection:
         "_lingering",
         "_open_deadline",
         "_out",
+        "_proved",
         "_recheck_at",
         "_registry",
         "_salt",
@@ -144,6 +157,7 @@ class ServerConnection:
         self._seen_generation = registry.generation
         self._recheck_at = 0
         self._sessions: dict[str, JoinedSession] = {}  # the live ones that were used here
+        self._proved = _NO_KEYS  # those whose bound sessions may be used here
         self._expiring_at = NEVER
         self._open_deadline = now + settings.open_timeout_s
         self._held: dict[int, Request] = {}
@@ -215,13 +229,24 @@ class ServerConnection:
                         if self.state is _CLOSED:
                             return
                         joined = unknown.refusal or self._session_of(token, wall, now)
-                    if isinstance(joined, SessionJoined):
-                        yield joined
-                        if registry.generation != self._seen_generation:  # it may have ended meanwhile
+                    if joined is not None:  # else it is good, and was seen here before
+                        if isinstance(joined, KeyWanted):
+                            yield joined  # the edge may know that the peer has the key
                             joined = self._session_of(token, wall, now)
-                    if isinstance(joined, bytes):
-                        self._send(ERROR, stream, token, joined, wall)
-                        continue
+                        if isinstance(joined, SessionJoined):
+                            yield joined
+                            if registry.generation != self._seen_generation:  # it may have ended meanwhile
+                                joined = self._session_of(token, wall, now)
+                        if isinstance(joined, KeyWanted):
+                            request = self._attaching(joined, length, stream, token, body, wall)
+                            if request is not None:
+                                yield request
+                                if self.state is _CLOSED:  # the edge ended it while it had the request
+                                    return
+                            continue
+                        if isinstance(joined, bytes):
+                            self._send(ERROR, stream, token, joined, wall)
+                            continue
                 session = self._session
                 if (
                     self._held or self._lingering or session is None or self.state is _DRAINING
@@ -255,10 +280,11 @@ class ServerConnection:
             self.dropped_stale += 1
         return False
 
-    def _session_of(self, token: bytes, wall: int, now: float) -> SessionJoined | bytes | None:
+    def _session_of(self, token: bytes, wall: int, now: float) -> SessionJoined | KeyWanted | bytes | None:
         """Find the session of a token that is not the one last seen, or whose check is due again.
 
-        Returns the body of the ERROR that refuses it; or the event of its first use here; or None.
+        Returns the body of the ERROR that refuses it; or that it must be attached first; or the event of its
+        first use here; or None.
         """
         registry = self._registry
         self._seen_generation = registry.generation
@@ -274,6 +300,12 @@ class ServerConnection:
         if not is_known and self._admits is not None and not self._admits(session):
             self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
             return TOKEN_ERRORS[Code.UNAUTHENTICATED]
+        if session.bound:
+            key = registry.key_of(session)
+            if key not in self._proved:
+                self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
+                return KeyWanted(session, key)
+            registry.use(session, wall)
         self._token = token
         self._session = session
         self._recheck_at = min(session.valid_until, wall + TOUCH_INTERVAL_MS)
@@ -281,6 +313,38 @@ class ServerConnection:
             return None
         self.join(session, token, wall, now)
         return SessionJoined(session.id)
+
+    def _attaching(
+        self, wanted: KeyWanted, length: int, stream: int, token: bytes, body: bytes, wall: int
+    ) -> Request | None:
+        """A request whose token needs its key proved: it may run if it is `session.attach`, else it is refused.
+
+        A body too large for a connection without a session is not looked at.
+        """
+        refusal = NEEDS_ATTACH if wanted.key.startswith(DEVICE_KEY) else NEEDS_CERTIFICATE
+        if refusal is NEEDS_ATTACH and length <= self._settings.max_frame_before_session:
+            try:
+                method, params, meta = decode_request(body, self._settings.max_depth)
+            except MessageError:
+                method = ""
+            if method == ATTACH:
+                if self._is_refused(length, stream, token, wanted.session, wall):
+                    return None
+                if meta.deadline_ms is None or meta.deadline_ms > 0:
+                    return Request(stream, token, wanted.session, method, params, meta)
+                refusal = DEADLINE_EXCEEDED
+        self._send(ERROR, stream, token, refusal, wall)
+        return None
+
+    def prove(self, key: str) -> None:
+        """The peer has shown that it has this key: the sessions bound to it may be used here."""
+        self._proved |= {key}
+
+    def disprove(self, key: str) -> None:
+        """This key is worth nothing any more."""
+        if key in self._proved:
+            self._proved -= {key}
+            self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
 
     def _is_refused(self, length: int, stream: int, token: bytes, session: Session | None, wall: int) -> bool:
         """Refuse a request for what the connection is, before its body is looked at."""
@@ -363,6 +427,11 @@ class ServerConnection:
         return len(self._held)
 
     # --- sessions -------------------------------------------------------------------------------
+
+    @property
+    def salt(self) -> bytes:
+        """What no other connection has: proofs are made for it."""
+        return self._salt
 
     @property
     def session_ids(self) -> Iterator[str]:

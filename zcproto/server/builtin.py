@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from zcproto.auth import Login
-from zcproto.errors import InvalidArgument, NotFound
+from zcproto.auth import Enrollment, Login
+from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound
 from zcproto.server.app import App, Method
 from zcproto.server.context import Context
 from zcproto.server.serving import Serving
 from zcproto.sessions import OpenedSession, Session, SessionInfo
+from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import FAMILY_SIZE, id_of
+from zcproto.signed import SIGNATURE_SIZE
 from zcproto.wire.frame import TOKEN_SIZE, VERSION
 
 CLIENT_MAX_LENGTH: Final = 128
@@ -45,9 +47,12 @@ def default_app() -> App:
 
 
 def protocol_methods(
-    serving: Serving, login: Login, statistics: Callable[[], dict[str, Any]]
+    serving: Serving,
+    login: Login,
+    statistics: Callable[[], dict[str, Any]],
+    enrollment: Enrollment | None = None,
 ) -> Iterable[Method]:
-    """`session.*` and `server.*`."""
+    """`session.*` and `server.*`, and `device.*` where devices can be enrolled."""
     registry = serving.registry
 
     def current(context: Context) -> Session:
@@ -58,7 +63,7 @@ def protocol_methods(
         """Open a session: `scheme`, the scheme's own fields, and `client` as product/version."""
         _check_client(client)
         identity = await login.open(
-            {"scheme": scheme, **fields}, context.peer, context.now(), context.peer_certificate
+            {"scheme": scheme, **fields}, context.peer, context.now(), context.channel()
         )
         opened = registry.open(
             identity.user,
@@ -66,8 +71,26 @@ def protocol_methods(
             client=client,
             address=context.peer,
             wall=context.wall(),
+            key=identity.key,
         )
+        if identity.key:
+            context.prove(identity.key)
         return _opened(context, opened)
+
+    async def session_attach(context: Context, signature: bytes) -> dict[str, Any]:
+        """Prove, by a signature of the device, the key of this bound session on this connection."""
+        if len(signature) != SIGNATURE_SIZE:
+            raise InvalidArgument(f"signature must have {SIGNATURE_SIZE} bytes")
+        session = current(context)
+        key = registry.key_of(session)
+        if not key.startswith(DEVICE_KEY):
+            raise FailedPrecondition("this session is not bound to a device: its token needs no session.attach")
+        await login.attach(
+            key, session.user, signature, context.token, context.peer, context.now(), context.channel()
+        )
+        context.prove(key)
+        context.join(session, context.token)
+        return {}
 
     def session_refresh(context: Context, refresh_token: bytes, client: str = "") -> dict[str, Any]:
         """Trade a refresh token for a new pair of tokens of the same session. It works once."""
@@ -89,7 +112,7 @@ def protocol_methods(
             "idle_timeout_ms": serving.session_idle_timeout_ms or 0,
             "refresh_token": opened.refresh_token,
             "refresh_expires_at": opened.refresh_expires_at,
-            "bound": False,
+            "bound": opened.session.bound,
         }
 
     def session_info(context: Context) -> dict[str, Any]:
@@ -120,6 +143,14 @@ def protocol_methods(
             registry.close(current(context))
         return {}
 
+    async def device_enroll(context: Context, code: str, public_key: bytes, name: str) -> dict[str, Any]:
+        """Trade a code of `zcproto pair` for a device, which opens sessions of its user's by its key from then on."""
+        assert enrollment is not None
+        pairing = await enrollment.enroll(
+            code, public_key, name, address=context.peer, wall=context.wall(), now=context.now()
+        )
+        return pairing._asdict()
+
     def server_info(context: Context) -> dict[str, Any]:
         """The server's time, protocol versions, pins now and next, and the methods that this caller may call."""
         session = context.session
@@ -139,8 +170,9 @@ def protocol_methods(
         """Connections, sessions, requests, CPU, memory and loop pauses."""
         return statistics()
 
-    return (
+    methods = [
         Method("session.open", session_open, public=True),
+        Method("session.attach", session_attach),
         Method("session.refresh", session_refresh, public=True),
         Method("session.info", session_info),
         Method("session.list", session_list),
@@ -148,7 +180,10 @@ def protocol_methods(
         Method("session.close", session_close),
         Method("server.info", server_info, public=True),
         Method("server.stats", server_stats, operator=True),
-    )
+    ]
+    if enrollment is not None:
+        methods.append(Method("device.enroll", device_enroll, public=True))
+    return methods
 
 
 def _info(info: SessionInfo) -> dict[str, Any]:
@@ -160,7 +195,7 @@ def _info(info: SessionInfo) -> dict[str, Any]:
         "expires_at": info.expires_at,
         "client": info.client,
         "address": info.address,
-        "bound": False,
+        "bound": info.bound,
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from zcproto.auth.identity import Channel
 from zcproto.connection.events import NEVER, Request
 from zcproto.errors import Unauthenticated
 
@@ -44,6 +45,15 @@ class Context:
         """The client's certificate in this connection, which TLS has verified, in DER form; None without one."""
         return self._protocol.peer_certificate()
 
+    def channel(self) -> Channel:
+        """The connection, as proofs are tied to it."""
+        return self._protocol.channel()
+
+    @property
+    def token(self) -> bytes:
+        """The token that the call carries; zeros for none."""
+        return self._request.token
+
     @property
     def method(self) -> str:
         return self._request.method
@@ -73,6 +83,10 @@ class Context:
     def now(self) -> float:
         """Monotonic seconds of the server's clock."""
         return self._protocol.now()
+
+    def prove(self, key: str) -> None:
+        """The call has proved a key: sessions that are bound to it may be used on this connection."""
+        self._protocol.prove(key)
 
     def join(self, session: Session, token: bytes) -> None:
         """The call opened or refreshed a session: this connection has it from here on."""

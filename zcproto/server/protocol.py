@@ -10,18 +10,29 @@ requests run), and how a connection ends. What is allowed on the wire is the con
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from zcproto.connection.events import ConnectionEnded, Request, RequestEnded, ServerEvent, SessionJoined
+from zcproto.auth.certificate import certificate_key
+from zcproto.auth.identity import NO_CHANNEL, Channel
+from zcproto.connection.events import (
+    ConnectionEnded,
+    KeyWanted,
+    Request,
+    RequestEnded,
+    ServerEvent,
+    SessionJoined,
+)
 from zcproto.connection.server import NEEDS_SESSION, ServerConnection
 from zcproto.connection.state import State
-from zcproto.errors import CallError, Cancelled, Code, TlsError
+from zcproto.errors import CallError, Cancelled, CertificateError, Code, TlsError
 from zcproto.server.app import RESERVED_PREFIXES
 from zcproto.server.context import Context, OnceContext
 from zcproto.server.eager import Worker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
 from zcproto.sessions import Session
+from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.wire.frame import SALT_SIZE
 from zcproto.wire.message import NO_META, MessageError, encode_body, encode_error
 
@@ -85,6 +96,12 @@ class ServerProtocol(asyncio.Protocol):
     def peer_certificate(self) -> bytes | None:
         """The client's certificate, read from the connection: nothing is kept here. None without one."""
         return None if self._transport is None else self._transport.peer_certificate()
+
+    def channel(self) -> Channel:
+        """What proofs of the peer's are tied to."""
+        if self._connection is None or self._transport is None:
+            return NO_CHANNEL
+        return Channel(self.peer_certificate, self._connection.salt, self._transport.leaves())
 
     # --- the transport's calls ---------------------------------------------------------------------
 
@@ -160,6 +177,8 @@ class ServerProtocol(asyncio.Protocol):
                 self._serving.session_joined(event.session_id, self)
             elif event.__class__ is RequestEnded:
                 self._stop(event)
+            elif event.__class__ is KeyWanted:
+                self._prove_by_certificate(event.key)
             else:
                 self._conversation_ended(cast("ConnectionEnded", event))
                 break
@@ -389,6 +408,24 @@ class ServerProtocol(asyncio.Protocol):
         if self._connection is not None:
             self._connection.join(session, token, self.wall(), self.now())
             self._serving.session_joined(session.id, self)
+
+    def _prove_by_certificate(self, key: str) -> None:
+        """If a session is bound to a certificate's key: TLS has seen whether this connection's client has it."""
+        certificate = self.peer_certificate() if key.startswith(CERTIFICATE_KEY) else None
+        if certificate is not None:
+            with contextlib.suppress(CertificateError):  # one that cannot be read has opened no session
+                if certificate_key(certificate) == key:
+                    self.prove(key)
+
+    def prove(self, key: str) -> None:
+        """The peer has proved a key: sessions that are bound to it may be used on this connection."""
+        if self._connection is not None:
+            self._connection.prove(key)
+
+    def disprove(self, key: str) -> None:
+        """A key is worth nothing any more."""
+        if self._connection is not None:
+            self._connection.disprove(key)
 
     def session_ended(self, session_id: str, code: Code, reason: str) -> None:
         """A session that was used here ended: say so, unless it simply expired or this peer asked for it."""

@@ -15,7 +15,7 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -24,6 +24,7 @@ from zcproto.auth import (
     ApiKeyAuthenticator,
     Authenticator,
     CertificateAuthenticator,
+    Device,
     Login,
     Throttle,
     UserFile,
@@ -41,6 +42,7 @@ from zcproto.home import Home, resolve_home
 from zcproto.server.app import App, Method
 from zcproto.server.binding import Binding
 from zcproto.server.builtin import default_app, protocol_methods
+from zcproto.server.devices import Devices
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import OnceOnly, answer_limits
 from zcproto.server.keeper import CertificateKeeper, Kept, unix_ms
@@ -49,6 +51,7 @@ from zcproto.server.pauses import PauseMeter
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.serving import Serving, log
 from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.sessions.session import DEVICE_KEY
 from zcproto.suites import SUITES
 from zcproto.tls.context import can_choose_suites
 from zcproto.tls.failure import TlsFailure
@@ -103,6 +106,7 @@ class Server:
         self._clock = clock
         self._entropy = entropy
         self.certificates: list[CertificatePair] = []
+        self._devices: Devices | None = None
         self._kept: Kept | None = None
         self._next_pins: NextPins | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -167,7 +171,10 @@ class Server:
             ),
             binding=Binding(config.sessions.bind_address, config.sessions.bind_client),
         )
-        for method in (*protocol_methods(serving, self._login(), self.statistics), *self._app):
+        login = self._login()
+        devices = self._devices
+        enrollment = None if devices is None else devices.enrollment
+        for method in (*protocol_methods(serving, login, self.statistics, enrollment), *self._app):
             methods[method.name] = method
         acceptor = TlsAcceptor(
             self._kept.contexts,
@@ -198,6 +205,8 @@ class Server:
         self.pauses.start()
         self._start_task(self._clean_forever(registry))
         self._start_task(keeper.run())
+        if devices is not None:
+            self._start_task(devices.watch())
         self._listener.start()
         log_listening(self._sockets)
 
@@ -210,22 +219,38 @@ class Server:
 
     def _login(self) -> Login:
         authenticators = self._authenticators
+        throttle = Throttle(self.config.limits.login_failures)
         if authenticators is None:
             users = UserFile(self.home.users)
             users.load()
             by_key = ApiKeyAuthenticator(users, on_fault=_users_unreadable, on_recovered=_users_readable)
-            authenticators = [by_key]
+            self._devices = Devices(
+                self.home, by_key.users, throttle, on_gone=self._devices_gone, on_refused=self._device_refused
+            )
+            authenticators = [by_key, self._devices.authenticator]
             if self.config.tls.client_auth != "off":
                 authenticators.append(
                     CertificateAuthenticator(by_key.users, self._user_of, on_refused=self._login_refused)
                 )
-        return Login(authenticators, Throttle(self.config.limits.login_failures))
+        return Login(authenticators, throttle)
 
     def _user_of(self, certificate: bytes) -> str:
         return user_of(certificate, self.config.tls.client_name, self._keeper.now())
 
     def _login_refused(self, reason: str, address: str) -> None:
         self.serving.log_limited("login.certificate_refused", address, peer=address, reason=reason)
+
+    def _device_refused(self, reason: str, address: str) -> None:
+        self.serving.log_limited("login.device_refused", address, peer=address, reason=reason)
+
+    def _devices_gone(self, gone: Mapping[str, Device]) -> None:
+        """End the sessions of devices that were removed; no connection counts as theirs any more."""
+        for name, device in gone.items():
+            key = DEVICE_KEY + name
+            ended = self.serving.registry.revoke_key(device.user, key, "the device was removed")
+            for protocol in self.serving.connections:
+                protocol.disprove(key)
+            log.info("device.gone", device=name, user=device.user, sessions=ended)
 
     # --- while it runs -------------------------------------------------------------------------------
 

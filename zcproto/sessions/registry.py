@@ -76,7 +76,8 @@ class SessionRegistry(Exchange):
     # One token
 
     def check(self, token: bytes, wall: int) -> Session | Code:
-        """The session of a token, or the code to refuse it with. A good token counts as used now.
+        """The session of a token, or the code to refuse it with. A good token counts as used now; one that is
+        bound does so by `use`, where its key has been proved.
 
         UNAUTHENTICATED: never known, or forgotten. UNAVAILABLE: all are refused. Any bytes may be given.
         """
@@ -88,7 +89,7 @@ class SessionRegistry(Exchange):
             expires_at, last_used_at, user, state, flags, session_id = record
             idle_at = last_used_at + self._idle
             if state == LIVE and wall < expires_at and wall < idle_at:
-                if wall > last_used_at:
+                if wall > last_used_at and not flags & BOUND:
                     self._last_used_at[slot] = wall
                     idle_at = wall + self._idle
                 return Session(
@@ -110,6 +111,17 @@ class SessionRegistry(Exchange):
         """
         if wall > self._last_used_at[session.slot]:  # noqa: PLR1730 - a call of max() would double the cost
             self._last_used_at[session.slot] = wall
+
+    def use(self, session: Session, wall: int) -> None:
+        """Count a bound session as used, right after its check: its key has been proved where it is used."""
+        self.touch(session, wall)
+        session.valid_until = min(session.expires_at, self._last_used_at[session.slot] + self._idle)
+
+    def key_of(self, session: Session) -> str:
+        """What a session is bound to; empty if it is not bound, or has ended."""
+        slot = self._table.ids.find(session.raw_id)
+        number = NONE if slot == NONE or not self._is_kept(slot) else self._table.key[slot]
+        return "" if number == NONE else self._table.keys[number]
 
     def close(self, session: Session) -> None:
         """End a session at its holder's wish. One that has ended already is left alone."""
@@ -401,6 +413,15 @@ class SessionRegistry(Exchange):
     def revoke_user(self, user: str, reason: str) -> int:
         """End all sessions of a user, live and lapsed; how many there were."""
         slots = self._table.of_user(user)
+        for slot in slots:
+            self._revoke(slot, reason)
+        self._announce()
+        return len(slots)
+
+    def revoke_key(self, user: str, key: str, reason: str) -> int:
+        """End those sessions of a user that are bound to a key, live and lapsed; how many there were."""
+        number = self._table.keys.find(key)
+        slots = [slot for slot in self._table.of_user(user) if NONE != number == self._table.key[slot]]
         for slot in slots:
             self._revoke(slot, reason)
         self._announce()

@@ -19,6 +19,11 @@ _MAX_GRACE_MS: Final = 60_000
 OPERATOR: Final = 1
 BOUND: Final = 2
 
+DEVICE_KEY: Final = "device:"
+"""Before a device's name: what its sessions are bound to."""
+CERTIFICATE_KEY: Final = "tls:"
+"""Before the hex SHA-256 of a client certificate's public key: what sessions opened with it are bound to."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
@@ -116,8 +121,13 @@ class Session:
 
     @property
     def bound(self) -> bool:
-        """Whether the token is good only where its device's key was proved (wire.md section 6)."""
+        """Whether the token is good only where its key was proved (wire.md section 6)."""
         return self._flags & BOUND != 0
+
+    @property
+    def raw_id(self) -> bytes:
+        """The 16 bytes of the id."""
+        return self._id
 
     @property
     def id(self) -> str:

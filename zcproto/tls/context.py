@@ -45,6 +45,12 @@ Pair = PairOfFiles | tuple[Path, Path] | tuple[Path, Path, bytes | None]
 """What a server is to show. A passphrase is the third of a tuple, or the attribute `passphrase`."""
 
 
+class ServerContext(ssl.SSLContext):
+    """A server's context. `leaves` are the SHA-256 of the certificates (DER) that it has proved to show."""
+
+    leaves: frozenset[bytes] = frozenset()
+
+
 def server_context(
     pairs: Iterable[Pair],
     protocols: Sequence[str],
@@ -53,7 +59,7 @@ def server_context(
     client_auth: ClientAuth = "off",
     client_ca: Path | bytes | None = None,
     client_crl: Path | bytes | None = None,
-) -> ssl.SSLContext:
+) -> ServerContext:
     """A server's context with one certificate and key for each kind of key.
 
     `protocols` are the ALPN names in the server's order. With `client_auth` not off, `client_ca` is the PEM file
@@ -62,7 +68,7 @@ def server_context(
     the contract.
     """
     # Not create_default_context: that one honours SSLKEYLOGFILE, which a server must never do.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
     _restrict(context, suites)
     # A resumed handshake saves less than the tickets cost, and a ticket would outlive a rotation.
     # OP_NO_TICKET does not stop TLS 1.3 tickets; this does.

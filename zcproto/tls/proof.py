@@ -28,6 +28,7 @@ from zcproto.suites import SUITES
 from zcproto.tls.context import (
     ClientAuth,
     PairOfFiles,
+    ServerContext,
     client_context,
     server_context,
     suites_are_allowed,
@@ -112,8 +113,8 @@ def proven_context(
     client_auth: ClientAuth = "off",
     client_ca: Path | bytes | None = None,
     client_crl: Path | bytes | None = None,
-) -> ssl.SSLContext:
-    """A server's context for these pairs, as `server_context`, that has proved that it serves them.
+) -> ServerContext:
+    """A server's context for these pairs, as `server_context`, that has proved that it serves their `leaves`.
 
     Takes some milliseconds, most of them for an RSA signature. Raises CertificateError.
     """
@@ -126,9 +127,11 @@ def proven_context(
         alone = context if len(pairs) == 1 else server_context([pair], protocols, suites)
         with _named(pair):
             prove(alone, {pair.leaf_sha256}, protocol=protocols[0], suites=suites)
+    leaves = frozenset(pair.leaf_sha256 for pair in pairs)
     if len(pairs) > 1:
         with _named(pairs[0]):
-            prove(context, {pair.leaf_sha256 for pair in pairs}, protocol=protocols[0], suites=suites)
+            prove(context, leaves, protocol=protocols[0], suites=suites)
+    context.leaves = leaves
     return context
 
 

@@ -244,6 +244,10 @@ class TlsServerTransport(TlsTransport):
         if self._phase is Phase.OPEN and not self._reading_paused:
             self._read_records(0)
 
+    def leaves(self) -> frozenset[bytes]:
+        """SHA-256 of the certificates (DER), one of which this connection was shown. They may be served no more."""
+        return frozenset() if self._tls is None else getattr(self._tls.context, "leaves", frozenset())
+
     def peer_certificate(self) -> bytes | None:
         """The client's certificate in DER form, which the context has found good; None if it showed none.
 

@@ -1,0 +1,355 @@
+"""Devices that sign for their connection: who is let in, what they may attach, and one answer for all others."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from zcproto.auth import (
+    ApiKeyAuthenticator,
+    Channel,
+    CurrentDevices,
+    CurrentUsers,
+    DeviceAuthenticator,
+    DeviceFile,
+    Identity,
+    Login,
+    Throttle,
+    UserFile,
+)
+from zcproto.auth import device as device_module
+from zcproto.auth.ed25519 import is_public_key, is_signed
+from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
+from zcproto.signed import attach_message, open_message
+
+from .helpers import drive, write
+
+ADDRESS = "192.0.2.1"
+NOW = 50.0
+SALT, OTHER_SALT = b"saltsalt", b"SALTSALT"
+LEAF, OTHER_LEAF = b"l" * 32, b"L" * 32
+TOKEN = b"t" * 32
+CHANNEL = Channel(salt=SALT, leaves=frozenset({LEAF}))
+VECTORS = json.loads((Path(__file__).parents[2] / "spec" / "vectors" / "signatures.json").read_text())[
+    "vectors"
+]
+KEYS = {n: Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in range(3)}
+
+
+def public(number: int) -> bytes:
+    return KEYS[number].public_key().public_bytes_raw()
+
+
+def opening(number: int = 0, name: str = "laptop", salt: bytes = SALT, leaf: bytes = LEAF) -> bytes:
+    return KEYS[number].sign(open_message(salt, leaf, name))
+
+
+def attaching(number: int = 0, token: bytes = TOKEN, salt: bytes = SALT, leaf: bytes = LEAF) -> bytes:
+    return KEYS[number].sign(attach_message(salt, leaf, token))
+
+
+class Door:
+    """The scheme with ada's laptop and root's desk, and what it reported."""
+
+    def __init__(self, home: Path) -> None:
+        self.users = UserFile(home / "users.toml")
+        self.users.add("ada"), self.users.add("root", operator=True)
+        self.devices = DeviceFile(home / "devices.toml")
+        for name, user, number in (("laptop", "ada", 0), ("desk", "root", 1), ("lost", "nobody", 2)):
+            self.devices.add(name, user, public(number), datetime(2026, 1, 1, tzinfo=UTC))
+        self.devices.load()
+        self.refused: list[tuple[str, str]] = []
+        self.authenticator = DeviceAuthenticator(
+            CurrentDevices(self.devices, on_fault=pytest.fail),
+            CurrentUsers(self.users, on_fault=pytest.fail),
+            on_refused=lambda reason, address: self.refused.append((reason, address)),
+        )
+        self.login = Login([self.authenticator], Throttle())
+
+    def ask(
+        self,
+        device: Any = "laptop",
+        signature: Any = b"",
+        channel: Channel = CHANNEL,
+        now: float = NOW,
+        **more: Any,
+    ) -> Identity:
+        params = {"scheme": "ed25519", "device": device, "signature": signature, **more}
+        return drive(self.login.open(params, ADDRESS, now, channel))
+
+    def attach(
+        self,
+        signature: bytes,
+        key: str = "device:laptop",
+        user: str = "ada",
+        token: bytes = TOKEN,
+        channel: Channel = CHANNEL,
+        now: float = NOW,
+    ) -> None:
+        drive(self.login.attach(key, user, signature, token, ADDRESS, now, channel))
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    return Door(tmp_path / "home")
+
+
+# --- opening -----------------------------------------------------------------------------------------
+
+
+def test_a_device_opens_a_session_of_its_user_that_is_bound_to_it(door: Door) -> None:
+    assert door.ask(signature=opening()) == Identity("ada", operator=False, key="device:laptop")
+    assert door.ask("desk", opening(1, "desk"), client="zc/1") == Identity("root", True, "device:desk")
+    assert door.refused == []
+
+
+def test_each_certificate_that_the_connection_may_have_been_shown_is_good(door: Door) -> None:
+    both = Channel(salt=SALT, leaves=frozenset({LEAF, OTHER_LEAF}))
+    for leaf in (LEAF, OTHER_LEAF):
+        assert door.ask(signature=opening(leaf=leaf), channel=both).user == "ada"
+
+
+NOT_FITTING = "gives a signature that is by another key, or for another connection or server"
+
+
+@pytest.mark.parametrize(
+    ("device", "signature", "reason"),
+    [
+        ("laptop", opening(1), NOT_FITTING),
+        ("laptop", bytes(64), NOT_FITTING),
+        ("laptop", b"\xff" * 64, NOT_FITTING),
+        ("laptop", opening(salt=OTHER_SALT), NOT_FITTING),
+        ("laptop", opening(leaf=OTHER_LEAF), NOT_FITTING),
+        ("laptop", opening(name="desk"), NOT_FITTING),
+        ("laptop", attaching(), NOT_FITTING),
+        ("desk", opening(name="desk"), NOT_FITTING),
+        ("nothing", opening(name="nothing"), "is not known here"),
+        ("LAPTOP", opening(name="LAPTOP"), "is not known here"),
+        ("lost", opening(2, "lost"), "is of 'nobody', who is no user here"),
+    ],
+)
+def test_everyone_else_gets_one_answer_and_the_operator_the_reason(
+    door: Door, device: str, signature: bytes, reason: str
+) -> None:
+    with pytest.raises(Unauthenticated) as caught:
+        door.ask(device, signature)
+    assert caught.value.message == "the login was not accepted; check the name, and the key or certificate"
+    assert caught.value.details == {}
+    assert door.refused == [(f"the device {device!r} {reason}", ADDRESS)]
+
+
+def test_a_connection_that_nothing_can_be_tied_to_lets_nobody_in(door: Door) -> None:
+    for channel in (Channel(), Channel(salt=SALT)):
+        with pytest.raises(Unauthenticated):
+            door.ask(signature=opening(), channel=channel)
+    assert (
+        drive(door.authenticator.authenticate({"device": "laptop", "signature": opening()}, ADDRESS)) is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "signature"), [("laptop", opening(1)), ("nothing", opening(1)), ("lost", opening(1))]
+)
+def test_a_wrong_signature_and_an_unknown_device_or_user_take_the_same_steps(
+    door: Door, monkeypatch: pytest.MonkeyPatch, device: str, signature: bytes
+) -> None:
+    steps: list[Any] = []
+
+    def signed(key: bytes, signature: bytes, message: bytes) -> bool:
+        steps.append((len(key), len(message)))
+        return is_signed(key, signature, message)
+
+    async def found(self: CurrentUsers, name: str) -> Any:
+        steps.append("user")
+        return find(self, name)
+
+    find = CurrentUsers.known
+    monkeypatch.setattr(device_module, "is_signed", signed)
+    monkeypatch.setattr(CurrentUsers, "find", found)
+    with pytest.raises(Unauthenticated):
+        door.ask(device, signature, Channel(salt=SALT, leaves=frozenset({LEAF, OTHER_LEAF})))
+    assert steps == ["user", *[(32, len(open_message(SALT, LEAF, device)))] * 2]
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"signature": bytes(64)}, "device: the scheme ed25519 needs a str of 1 to 128 characters"),
+        ({"device": "", "signature": bytes(64)}, "device: "),
+        ({"device": "x" * 129, "signature": bytes(64)}, "device: "),
+        ({"device": 5, "signature": bytes(64)}, "device: "),
+        ({"device": "laptop"}, "signature: the scheme ed25519 needs 64 bytes"),
+        ({"device": "laptop", "signature": "x" * 64}, "signature: "),
+        ({"device": "laptop", "signature": bytes(63)}, "signature: "),
+        ({"device": "laptop", "signature": bytes(65)}, "signature: "),
+        (
+            {"device": "laptop", "signature": bytes(64), "user": "ada"},
+            "takes device and signature, and nothing",
+        ),
+    ],
+)
+def test_fields_that_cannot_be_are_named(door: Door, params: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        drive(door.login.open({"scheme": "ed25519", **params}, ADDRESS, NOW, CHANNEL))
+
+
+async def test_devices_and_users_come_and_go_with_their_files(tmp_path: Path) -> None:
+    door = Door(tmp_path / "home")
+
+    async def ask() -> Identity:
+        params = {"scheme": "ed25519", "device": "laptop", "signature": opening()}
+        return await door.login.open(params, ADDRESS, NOW, CHANNEL)
+
+    assert (await ask()).user == "ada"
+    entry = door.devices.remove("laptop")
+    with pytest.raises(Unauthenticated):
+        await ask()
+    door.devices.add("laptop", "ada", entry.public_key, entry.added)
+    assert (await ask()).user == "ada"
+    users = door.users.path.read_text()
+    write(door.users.path, users.replace("[users.ada]", "[users.eve]"))
+    with pytest.raises(Unauthenticated):
+        await ask()
+
+
+def test_the_operator_need_not_be_told(door: Door, tmp_path: Path) -> None:
+    authenticator = DeviceAuthenticator(
+        CurrentDevices(door.devices, on_fault=pytest.fail), CurrentUsers(door.users, on_fault=pytest.fail)
+    )
+    params = {"device": "laptop", "signature": bytes(64)}
+    assert drive(authenticator.authenticate(params, ADDRESS, CHANNEL)) is None
+
+
+# --- attaching ---------------------------------------------------------------------------------------
+
+
+def test_the_device_proves_its_key_on_a_further_connection(door: Door) -> None:
+    door.attach(attaching())
+    door.attach(attaching(leaf=OTHER_LEAF), channel=Channel(salt=SALT, leaves=frozenset({LEAF, OTHER_LEAF})))
+
+
+@pytest.mark.parametrize(
+    ("signature", "key", "user"),
+    [
+        (attaching(1), "device:laptop", "ada"),
+        (attaching(salt=OTHER_SALT), "device:laptop", "ada"),
+        (attaching(leaf=OTHER_LEAF), "device:laptop", "ada"),
+        (attaching(token=bytes(32)), "device:laptop", "ada"),
+        (opening(), "device:laptop", "ada"),
+        (attaching(), "device:nothing", "ada"),
+        (attaching(), "device:", "ada"),
+        (attaching(), "laptop", "ada"),
+        (attaching(), "tls:laptop", "ada"),
+        (attaching(), "device:laptop", "root"),  # the device's name was somebody else's before
+        (attaching(1), "device:desk", "ada"),
+    ],
+)
+def test_nobody_else_proves_it(door: Door, signature: bytes, key: str, user: str) -> None:
+    with pytest.raises(Unauthenticated, match="the key was not proved"):
+        door.attach(signature, key, user)
+
+
+def test_a_wrong_proof_takes_the_same_steps_whatever_is_wrong(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def signed(key: bytes, signature: bytes, message: bytes) -> bool:
+        steps.append(len(message))
+        return is_signed(key, signature, message)
+
+    monkeypatch.setattr(device_module, "is_signed", signed)
+    for key, user in (("device:laptop", "ada"), ("device:nothing", "ada"), ("device:laptop", "root")):
+        steps.clear()
+        with pytest.raises(Unauthenticated):
+            door.attach(attaching(1), key, user)
+        assert steps == [len(attach_message(SALT, LEAF, TOKEN))]
+
+
+async def test_where_no_devices_are_known_nothing_can_be_attached(tmp_path: Path) -> None:
+    by_key = ApiKeyAuthenticator(UserFile(tmp_path / "users.toml"), on_fault=pytest.fail)
+    with pytest.raises(Unauthenticated):
+        await Login([by_key], Throttle()).attach(
+            "device:laptop", "ada", attaching(), TOKEN, ADDRESS, NOW, CHANNEL
+        )
+
+
+# --- throttling --------------------------------------------------------------------------------------
+
+
+def test_failures_of_a_device_are_counted_for_it_opening_and_attaching(door: Door) -> None:
+    for _ in range(2):
+        with pytest.raises(Unauthenticated):
+            door.ask(signature=bytes(64))
+    for _ in range(3):
+        with pytest.raises(Unauthenticated):
+            door.attach(bytes(64))
+    for attempt in (lambda: door.ask(signature=opening()), lambda: door.attach(attaching())):
+        with pytest.raises(ResourceExhausted) as caught:
+            attempt()
+        assert caught.value.details == {"retry_after_ms": 1000}
+    assert door.ask("desk", opening(1, "desk")).user == "root"
+    door.attach(attaching(), now=NOW + 1.0)
+
+
+# --- keys and signatures -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
+def test_the_vectors_of_the_specification(vector: dict[str, Any]) -> None:
+    values = {
+        name: bytes.fromhex(vector[name])
+        for name in ("public_key", "salt", "leaf", "token", "signature")
+        if name in vector
+    }
+    if vector["scheme"] == "ed25519":
+        message = open_message(values["salt"], values["leaf"], vector["device"])
+    else:
+        message = attach_message(values["salt"], values["leaf"], values["token"])
+    good = is_signed(values["public_key"], values["signature"], message)
+    assert good is vector["expect"]["valid"]
+    if good:
+        assert message.hex() == vector["message"]
+    assert is_public_key(values["public_key"])
+
+
+SMALL_ORDER = [
+    "0100000000000000000000000000000000000000000000000000000000000000",
+    "0100000000000000000000000000000000000000000000000000000000000080",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
+    "0000000000000000000000000000000000000000000000000000000000000000",
+    "0000000000000000000000000000000000000000000000000000000000000080",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+]
+NOT_CANONICAL = [
+    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
+]
+NO_POINT = "0200000000000000000000000000000000000000000000000000000000000000"
+
+
+@pytest.mark.parametrize("data", [*SMALL_ORDER, *NOT_CANONICAL, NO_POINT, "00" * 31, "00" * 33, ""])
+def test_what_stands_for_no_secret_is_no_public_key(data: str) -> None:
+    assert not is_public_key(bytes.fromhex(data))
+
+
+def test_a_key_of_small_order_would_let_anyone_sign() -> None:
+    """Why they are refused: this is a signature by nobody over anything."""
+    identity = bytes.fromhex(SMALL_ORDER[0])
+    assert is_signed(identity, identity + bytes(32), b"anything")
+
+
+def test_every_made_key_is_a_public_key() -> None:
+    for number in range(256):
+        private = Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
+        assert is_public_key(private.public_key().public_bytes_raw())

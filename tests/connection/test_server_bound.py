@@ -1,0 +1,268 @@
+"""Bound tokens: refused where their key was not proved, all but `session.attach`, and good once it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from zcproto.connection.events import KeyWanted, Request, SessionJoined
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.errors import Code
+from zcproto.sessions import OpenedSession
+from zcproto.wire.frame import NO_TOKEN, REQUEST
+from zcproto.wire.message import encode_request
+
+from ..helpers import ConnectionPair
+
+LAPTOP = "device:laptop"
+CERTIFICATE = "tls:" + "0f" * 32
+MINUTE = 60.0
+
+
+def bound(pair: ConnectionPair, key: str = LAPTOP, user: str = "ada") -> OpenedSession:
+    return pair.registry.open(
+        user, operator=False, client="test/1", address="192.0.2.7", wall=pair.clock.wall(), key=key
+    )
+
+
+def refused(pair: ConnectionPair, data: bytes) -> Any:
+    """The ERROR for a frame whose key was wanted and not proved."""
+    (wanted,) = pair.send(data)
+    assert isinstance(wanted, KeyWanted)
+    return pair.answer().error
+
+
+def prove(pair: ConnectionPair, data: bytes, key: str) -> list[Any]:
+    """Play an edge that knows a key; the events that follow."""
+    events: list[Any] = []
+    for event in pair.server.receive_data(data, pair.clock.wall(), pair.clock.now()):
+        if isinstance(event, KeyWanted):
+            assert event.key == key
+            pair.server.prove(key)
+        else:
+            events.append(event)
+    return events
+
+
+# --- not proved --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "details"), [(LAPTOP, {"attach": True}), (CERTIFICATE, {"certificate": True})]
+)
+@pytest.mark.parametrize("method", ["echo", "session.info", "session.close", "server.info", "session.open"])
+def test_without_its_key_a_bound_token_can_do_nothing(
+    pair: ConnectionPair, key: str, details: dict[str, bool], method: str
+) -> None:
+    opened = bound(pair, key)
+    for stream in (1, 2):
+        error = refused(pair, pair.request(stream, method, token=opened.token))
+        assert (error.code, error.details) == (Code.UNAUTHENTICATED, details)
+    assert list(pair.server.session_ids) == []
+
+
+def test_who_is_asked_learns_of_which_session_and_key_it_is(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    (wanted,) = pair.send(pair.request(1, token=opened.token))
+    assert isinstance(wanted, KeyWanted)
+    assert (wanted.key, wanted.session.id) == (LAPTOP, opened.session.id)
+
+
+def test_it_gives_the_connection_no_session_and_does_not_keep_its_own_alive(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    before = pair.registry.info(opened.session.id, pair.clock.wall()).last_used_at
+    pair.clock.advance(5)
+    refused(pair, pair.request(1, token=opened.token))
+    assert pair.registry.info(opened.session.id, pair.clock.wall()).last_used_at == before
+    pair.clock.advance(5)
+    (ended,) = pair.timeout()
+    assert ended.reason == "no_session"
+
+
+def test_other_sessions_of_the_connection_go_on(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    mine = pair.login("bob")
+    for stream in range(1, 6):
+        refused(pair, pair.request(stream, token=opened.token))
+        request = pair.get(pair.request(stream, token=mine.token))
+        assert request.session is not None
+        assert request.session.user == "bob"
+    assert pair.get(pair.request(9, "server.info", token=NO_TOKEN)).session is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        b"\x90",
+        encode_request("session.attach", {"signature": bytes(64)})[:-1],
+        encode_request("session.attach", {"signature": bytes(64)}) + b"\0",
+        encode_request("session.attach2", None),
+    ],
+)
+def test_a_body_that_is_no_attach_is_refused_for_its_token(pair: ConnectionPair, body: bytes) -> None:
+    opened = bound(pair)
+    error = refused(pair, pair.frame(REQUEST, 1, body, token=opened.token))
+    assert (error.code, error.details) == (Code.UNAUTHENTICATED, {"attach": True})
+
+
+def test_a_large_body_is_not_looked_at(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    pair.login("bob")  # larger frames are let in from here on
+    params = {"signature": bytes(pair.settings.max_frame_before_session)}
+    error = refused(pair, pair.request(1, "session.attach", params, token=opened.token))
+    assert (error.code, error.details) == (Code.UNAUTHENTICATED, {"attach": True})
+
+
+def test_a_token_that_has_ended_is_refused_for_that(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    pair.registry.close(opened.session)
+    assert pair.refused(pair.request(1, "session.attach", token=opened.token)).code == Code.TOKEN_REVOKED
+
+
+# --- attaching ---------------------------------------------------------------------------------------
+
+
+def attach(pair: ConnectionPair, opened: OpenedSession, stream: int = 1, **fields: Any) -> Request:
+    params = {"signature": bytes(64)}
+    wanted, request = pair.send(pair.request(stream, "session.attach", params, token=opened.token, **fields))
+    assert isinstance(wanted, KeyWanted)
+    assert isinstance(request, Request)
+    return request
+
+
+def test_attach_comes_through_and_what_it_proves_holds_for_the_next_frame(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    request = attach(pair, opened)
+    assert (request.method, request.params) == ("session.attach", {"signature": bytes(64)})
+    assert request.session is not None
+    assert request.session.user == "ada"
+    pair.respond(request)
+    pair.answer()
+    refused(pair, pair.request(1, token=opened.token))  # a request alone proves nothing
+    pair.server.prove(LAPTOP)
+    joined, request = pair.send(pair.request(1, token=opened.token))
+    assert joined == SessionJoined(opened.session.id)
+    assert isinstance(request, Request)
+    assert pair.get(pair.request(1, token=opened.token)).session is request.session
+
+
+def test_attach_and_the_next_request_may_come_in_one_read(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    data = pair.request(1, "session.attach", {"signature": bytes(64)}, token=opened.token) + pair.request(
+        2, token=opened.token
+    )
+    seen = []
+    for event in pair.server.receive_data(data, pair.clock.wall(), pair.clock.now()):
+        seen.append(type(event).__name__)
+        if isinstance(event, Request) and event.method == "session.attach":
+            pair.server.prove(LAPTOP)
+            pair.respond(event)
+    assert seen == ["KeyWanted", "Request", "SessionJoined", "Request"]
+
+
+def test_one_proof_is_enough_for_all_sessions_of_the_key_and_for_no_other(pair: ConnectionPair) -> None:
+    first, second, other = bound(pair), bound(pair), bound(pair, "device:phone")
+    pair.server.prove(LAPTOP)
+    for opened in (first, second, first):
+        assert isinstance(pair.send(pair.request(1, token=opened.token))[-1], Request)
+    assert refused(pair, pair.request(1, token=other.token)).details == {"attach": True}
+
+
+def test_a_refreshed_token_is_good_where_the_key_was_proved(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    pair.server.prove(LAPTOP)
+    pair.send(pair.request(1, token=opened.token))
+    assert opened.refresh_token is not None
+    refreshed = pair.registry.refresh(opened.refresh_token, client="", address="", wall=pair.clock.wall())
+    assert isinstance(pair.send(pair.request(1, token=refreshed.token))[-1], Request)
+    assert pair.refused(pair.request(1, token=opened.token)).code == Code.TOKEN_REVOKED
+
+
+def test_a_proved_session_is_kept_alive_by_its_use(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    pair.server.prove(LAPTOP)
+    for _ in range(5):
+        pair.clock.advance(50 * MINUTE)
+        assert isinstance(pair.send(pair.request(1, token=opened.token))[-1], Request)
+    pair.clock.advance(61 * MINUTE)
+    assert pair.refused(pair.request(1, token=opened.token)).code == Code.TOKEN_EXPIRED
+
+
+def test_the_edge_may_know_the_key_at_once(pair: ConnectionPair) -> None:
+    opened = bound(pair, CERTIFICATE)
+    joined, request = prove(pair, pair.request(1, token=opened.token), CERTIFICATE)
+    assert joined == SessionJoined(opened.session.id)
+    assert isinstance(request, Request)
+    assert isinstance(pair.get(pair.request(1, token=opened.token)), Request)
+
+
+def test_a_session_that_ends_while_its_key_is_looked_for_is_refused(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    for event in pair.server.receive_data(
+        pair.request(1, token=opened.token), pair.clock.wall(), pair.clock.now()
+    ):
+        assert isinstance(event, KeyWanted)
+        pair.registry.close(event.session)
+    assert pair.answer().code == Code.TOKEN_REVOKED
+
+
+def test_a_key_that_is_worth_nothing_any_more_is_wanted_anew(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    pair.server.prove(LAPTOP), pair.server.prove("device:phone")
+    pair.send(pair.request(1, token=opened.token))
+    pair.server.disprove("device:nothing")
+    assert isinstance(pair.get(pair.request(1, token=opened.token)), Request)
+    pair.server.disprove(LAPTOP)
+    refused(pair, pair.request(1, token=opened.token))
+    other = bound(pair, "device:phone")
+    assert isinstance(pair.send(pair.request(1, token=other.token))[-1], Request)
+
+
+# --- the rules of every request hold for attach ------------------------------------------------------
+
+
+def test_attach_is_refused_while_draining_and_with_too_many_in_flight() -> None:
+    pair = ConnectionPair(settings=ConnectionSettings(max_streams=1))
+    opened = bound(pair)
+    held = attach(pair, opened)
+    pair.server.hold(held, pair.clock.now())
+    params = {"signature": bytes(64)}
+    assert refused(pair, pair.request(2, "session.attach", params, token=opened.token)).code == (
+        Code.RESOURCE_EXHAUSTED
+    )
+    assert refused(pair, pair.request(2, "echo", token=opened.token)).code == Code.UNAUTHENTICATED
+    pair.respond(held)
+    pair.answer()
+    pair.server.go_away("draining", 0, pair.clock.wall())
+    pair.answers()
+    assert (
+        refused(pair, pair.request(2, "session.attach", params, token=opened.token)).code == Code.UNAVAILABLE
+    )
+
+
+@pytest.mark.parametrize(("deadline_ms", "runs"), [(0, False), (-1, False), (1, True), (60_000, True)])
+def test_attach_keeps_its_deadline(pair: ConnectionPair, deadline_ms: int, runs: bool) -> None:
+    opened = bound(pair)
+    data = pair.request(1, "session.attach", {}, {"deadline_ms": deadline_ms}, token=opened.token)
+    _, *events = pair.send(data)
+    assert len(events) == runs
+    if not runs:
+        assert pair.answer().code == Code.DEADLINE_EXCEEDED
+
+
+def test_nothing_follows_an_attach_with_which_the_edge_ended_the_connection(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    data = pair.request(1, "session.attach", {}, token=opened.token) + pair.request(2, token=NO_TOKEN)
+    seen = []
+    for event in pair.server.receive_data(data, pair.clock.wall(), pair.clock.now()):
+        seen.append(event)
+        if isinstance(event, Request):
+            pair.server.end()
+    assert len(seen) == 2
+
+
+def test_the_salt_is_there_to_be_signed(pair: ConnectionPair) -> None:
+    assert pair.server.salt == pair.salt
