@@ -161,14 +161,15 @@ class Answers:
         if len(self._entries) >= limits.count or (share is not None and share.count >= limits.user_count):
             self.expire(wall, _SWEPT)
             share = self._users.get(user)
-        if share is not None and share.count >= limits.user_count:
+        while share is not None and share.count >= limits.user_count:
             if not share.done:
                 raise ResourceExhausted(
                     "too many requests of this user with an idempotency key are running",
                     {"retry_after_ms": _RETRY_MS},
                 )
             self._remove(next(iter(share.done)))
-        if len(self._entries) >= limits.count:
+            share = self._users.get(user)
+        while len(self._entries) >= limits.count:
             if not self._done:
                 raise ResourceExhausted(
                     "too many requests with an idempotency key are running", {"retry_after_ms": _RETRY_MS}

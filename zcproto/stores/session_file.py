@@ -111,6 +111,7 @@ _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _FULL: Final = sqlite3.SQLITE_FULL
 _NO_VERSION: Final = 1_000
 """From here on a version is no version of ours, but damage."""
+_SHORTEST: Final = 512
 _PARTS: Final = ("", "-wal", "-journal", "-shm")
 _OTHERS: Final = 0o077
 _OTHERS_WRITE: Final = 0o022
@@ -287,16 +288,17 @@ class SessionFile:
         )
         status = self._path.stat()
         self._inode = status.st_dev, status.st_ino
-        if not status.st_size:
-            raise _Damage("the file is empty")  # SQLite would take it for a new one
+        if status.st_size < _SHORTEST:
+            raise _Damage("the file is too short")  # SQLite would take it for a new one
         db.execute("PRAGMA locking_mode = EXCLUSIVE")  # before WAL: then there is no file of shared memory
+        self._check_version(db)  # before anything is changed: it may be another program's
         (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise StorageError(f"the file cannot be written ahead: its journal is {mode!r}")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA cache_size = -4000")  # 4 MB
+        db.execute("PRAGMA automatic_index = OFF")  # it would scan all sessions to note the use of some
         db.execute("PRAGMA journal_size_limit = 16777216")
-        self._check_version(db)
         (checked,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if checked != "ok":
             raise _Damage(checked)
@@ -497,17 +499,16 @@ class SessionFile:
             arguments: tuple[int, ...] = (start.due, start.n)
         else:
             where, order, arguments = "code = 0 AND n > ?", "n", (start.n,)
-        rows = self._rows(where, arguments, order, _SLICE)
-        records = [row.record() for row in rows]
+        rows = self._select(where, arguments, order, _SLICE)
+        records = [self._marked(Row(*row)).record() for row in rows]
         if len(rows) == _SLICE:
-            assert rows[-1].n is not None
-            return records, Position(start.ended, rows[-1].due, rows[-1].n)
+            return records, Position(start.ended, rows[-1][-1], rows[-1][0])
         return records, None if start.ended else Position(ended=True)
 
     def list_all(self) -> list[SessionRecord]:
         """The sessions that were opened first."""
-        rows = self._rows("code = 0 AND n > ?", (self._last_mark(),), "n", MAX_LISTED)
-        return [row.session() for row in rows]
+        rows = self._select("code = 0 AND n > ?", (self._last_mark(),), "n", MAX_LISTED)
+        return [Row(*row).session() for row in rows]
 
     def count(self) -> int:
         db = self._ready()
@@ -581,9 +582,9 @@ class SessionFile:
         self._written()
         return removed
 
-    def _rows(self, where: str, arguments: Iterable[int], order: str, limit: int) -> list[Row]:
+    def _select(self, where: str, arguments: Iterable[int], order: str, limit: int) -> list[tuple[Any, ...]]:
         query = f"SELECT {_NAMES} FROM sessions WHERE {where} ORDER BY {order} LIMIT ?"  # noqa: S608 - parts of this file
-        return [self._marked(Row(*row)) for row in self._ready().execute(query, (*arguments, limit))]
+        return self._ready().execute(query, (*arguments, limit)).fetchall()
 
     def _last_mark(self) -> int:
         return self._marks[-1][0] if self._marks else 0

@@ -37,6 +37,8 @@ CLOSE_TIMEOUT_S: Final = 5.0
 QUEUE: Final = 8_192
 """Operations that may wait at once."""
 
+_TOUCHED: Final = 500
+
 
 class SqliteStore:
     """A store in the file `path`, which no other process may use meanwhile.
@@ -95,12 +97,12 @@ class SqliteStore:
             self._on_notice("store_close_failed", reason="the disk does not answer")
 
     async def ping(self) -> None:
-        await self._ask(self._file.ping)
+        await self._do(self._file.ping)
 
     async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
         position: Position | None = Position()
         while position is not None:
-            records, position = await self._ask(partial(self._file.load, position), within=OPEN_TIMEOUT_S)
+            records, position = await self._do(partial(self._file.load, position), within=OPEN_TIMEOUT_S)
             if records:
                 yield records
 
@@ -121,7 +123,9 @@ class SqliteStore:
         return found
 
     async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
-        await self._ask(partial(self._file.touch, uses))
+        """As `SessionStore.touch`, in parts, so that others have their turn."""
+        for start in range(0, len(uses), _TOUCHED):
+            await self._do(partial(self._file.touch, uses[start : start + _TOUCHED]))
 
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
@@ -134,21 +138,20 @@ class SqliteStore:
         return ended
 
     async def end_all(self, code: Code, wall: int) -> int:
-        count: int = await self._ask(partial(self._file.end_all, code, wall), lasting=True)
+        count: int = await self._do(partial(self._file.end_all, code, wall), lasting=True)
         return count
 
     async def list(self, user: str | None = None) -> list[SessionRecord]:
-        found: list[SessionRecord] = await self._ask(
-            self._file.list_all if user is None else rows.ListUser(user)
-        )
+        asked = self._do(self._file.list_all) if user is None else self._ask(rows.ListUser(user))
+        found: list[SessionRecord] = await asked
         return found
 
     async def count(self) -> int:
-        count: int = await self._ask(self._file.count)
+        count: int = await self._do(self._file.count)
         return count
 
     async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
-        removed: int = await self._ask(partial(self._file.expire, wall, keep_ended_ms, limit))
+        removed: int = await self._do(partial(self._file.expire, wall, keep_ended_ms, limit))
         return removed
 
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
@@ -161,6 +164,9 @@ class SqliteStore:
 
     async def release_claim(self, user: str, key: str) -> None:
         await self._ask(rows.ReleaseClaim(user, key))
+
+    async def _do(self, action: Callable[[], Any], **options: Any) -> Any:
+        return await self._ask(partial(self._file.attempt, action), **options)
 
     async def _ask(self, work: Any, *, within: float | None = None, lasting: bool = False) -> Any:
         """Have one of the operations of rows.py, or a function, done in the thread."""
@@ -175,14 +181,14 @@ def _perform(file: SessionFile, jobs: Sequence[Job]) -> None:
     for alone, group in groupby(jobs, lambda job: callable(job.work)):
         if alone:
             for job in group:
-                _one(file, job)
+                _one(job)
         else:
             _together(file, list(group))
 
 
-def _one(file: SessionFile, job: Job) -> None:
+def _one(job: Job) -> None:
     try:
-        job.result = file.attempt(job.work)
+        job.result = job.work()
     except StorageError as error:
         job.error = StoreUnavailable(str(error))
     except BaseException as error:

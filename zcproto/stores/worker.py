@@ -6,6 +6,8 @@ Rules:
 - What is asked for in one turn of the loop is done together; so is what comes while the thread is busy.
 - A job is given up after its timeout, whatever the thread does. If it had not begun it is not done at all, but
   for a lasting one, which is done all the same.
+- A busy event loop takes the interpreter back from the thread within microseconds each time, for as long as it
+  likes. So when an answer is late, the loop stands aside for a moment, again and again, but not for ever.
 - The queue is bounded. A thread that hangs makes every job fail at once when the queue is full.
 
 It must not know: what the jobs are.
@@ -14,6 +16,7 @@ It must not know: what the jobs are.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -23,6 +26,14 @@ from zcproto.stores.store import StoreUnavailable
 
 GROUP: Final = 256
 """Jobs that are done together: a few milliseconds of work."""
+
+THREAD_NAME: Final = "zcproto-store"
+
+_LATE_S: Final = 0.015
+_AGAIN_S: Final = 0.005
+_ASIDE_S: Final = 0.0001
+_ASIDE_TIMES: Final = 100
+"""After so many the thread waits for the disk, not for the interpreter."""
 
 
 class Job:
@@ -60,9 +71,11 @@ class Worker:
         self._queue: SimpleQueue[list[Job] | None] = SimpleQueue()
         self._next: list[Job] = []
         self._waiting = 0
+        self._groups = 0
+        self._watched: asyncio.TimerHandle | None = None
         self._stopping = False
         self._ended = self._loop.create_future()
-        self._thread = Thread(target=self._run, name="zcproto-store", daemon=True)
+        self._thread = Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
     async def ask(self, work: Any, within: float, *, lasting: bool = False) -> Any:
@@ -101,6 +114,19 @@ class Worker:
         if self._next:
             jobs, self._next = self._next, []
             self._queue.put(jobs)
+            if self._watched is None:
+                self._watched = self._loop.call_later(_LATE_S, self._watch, self._groups, 0)
+
+    def _watch(self, groups: int, times: int) -> None:
+        """Stand aside if no group was done since the last look."""
+        self._watched = None
+        if not self._waiting or times == _ASIDE_TIMES:
+            return
+        if groups != self._groups:
+            self._watched = self._loop.call_later(_LATE_S, self._watch, self._groups, 0)
+            return
+        time.sleep(_ASIDE_S)
+        self._watched = self._loop.call_later(_AGAIN_S, self._watch, groups, times + 1)
 
     def _give_up(self, job: Job, within: float) -> None:
         job.given_up = True
@@ -109,6 +135,7 @@ class Worker:
 
     def _deliver(self, jobs: Sequence[Job]) -> None:
         self._waiting -= len(jobs)
+        self._groups += 1
         for job in jobs:
             if job.future.done():
                 continue

@@ -1,0 +1,97 @@
+"""Answers to requests with an idempotency key: what the contract of stores does not show."""
+
+from __future__ import annotations
+
+import pytest
+
+from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
+from zcproto.stores.store import ClaimState
+
+from .contract import KEEP, LEASE, WALL, digest
+
+BODY = digest("body")
+
+
+def answered(answers: Answers, user: str, key: str, answer: bytes = b"x", wall: int = WALL) -> None:
+    assert answers.claim(user, key, BODY, wall, LEASE).state is ClaimState.NEW
+    answers.keep(user, key, answer, wall, KEEP)
+
+
+def test_what_is_kept_is_counted() -> None:
+    answers = Answers(AnswerLimits())
+    answered(answers, "alice", "p", 10 * b"x")
+    answered(answers, "bob", "p", 7 * b"x")
+    answers.claim("bob", "q", BODY, WALL, LEASE)
+    assert (len(answers), answers.bytes) == (3, 17)
+    assert answers.expire(WALL + KEEP, 10) == 3
+    assert (len(answers), answers.bytes) == (0, 0)
+    assert answers._users == {}
+
+
+def test_another_answer_takes_the_place_of_the_first() -> None:
+    answers = Answers(AnswerLimits())
+    answered(answers, "alice", "p", 10 * b"x")
+    answers.keep("alice", "p", 3 * b"y", WALL, KEEP)
+    assert answers.claim("alice", "p", BODY, WALL, LEASE).answer == b"yyy"
+    assert (len(answers), answers.bytes) == (1, 3)
+
+
+def test_every_change_is_told() -> None:
+    told: list[tuple[Key, Entry | None]] = []
+    answers = Answers(AnswerLimits(user_count=1), lambda key, entry: told.append((key, entry)))
+    answers.claim("alice", "p", BODY, WALL, LEASE)
+    answers.keep("alice", "p", b"x", WALL, KEEP)
+    answers.claim("alice", "q", BODY, WALL, LEASE)
+    answers.release("alice", "q")
+    names = [(key[1], "gone" if entry is None else "there") for key, entry in told]
+    assert names == [
+        ("p", "there"),
+        ("p", "gone"),
+        ("p", "there"),
+        ("p", "gone"),
+        ("q", "there"),
+        ("q", "gone"),
+    ]
+
+
+def test_what_is_restored_is_told_to_nobody_and_counts() -> None:
+    answers = Answers(AnswerLimits(), lambda key, entry: pytest.fail("nothing was changed"))
+    entry = Entry(BODY, WALL + KEEP)
+    entry.running, entry.size = False, 9
+    answers.restore("alice", "p", entry)
+    assert answers.entry("alice", "p") is entry
+    assert answers.entry("alice", "q") is None
+    assert (len(answers), answers.bytes) == (1, 9)
+    # The answer itself is kept elsewhere.
+    assert answers.claim("alice", "p", BODY, WALL, LEASE).answer == b""
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3])
+def test_a_slice_of_expiry_is_bounded(limit: int) -> None:
+    answers = Answers(AnswerLimits())
+    for key in ("p", "q", "r"):
+        answers.claim("alice", key, BODY, WALL, LEASE)
+    answered(answers, "alice", "s")
+    assert answers.expire(WALL + KEEP, limit) == limit
+    assert len(answers) == 4 - limit
+
+
+def test_one_user_pushes_out_nothing_of_others() -> None:
+    answers = Answers(AnswerLimits(count=100, bytes=1_000, user_count=10, user_bytes=50))
+    answered(answers, "bob", "p", 50 * b"x")
+    for number in range(200):
+        answered(answers, "mallory", f"{number}", (number % 51) * b"x")
+    assert answers.claim("bob", "p", BODY, WALL, LEASE).state is ClaimState.DONE
+    assert len(answers) <= 11
+
+
+def test_room_is_made_for_a_limit_that_was_lowered() -> None:
+    answers = Answers(AnswerLimits(count=5, bytes=100, user_count=5, user_bytes=30))
+    for number in range(9):  # as kept under larger limits
+        entry = Entry(BODY, WALL + KEEP)
+        entry.running, entry.size = False, 20
+        answers.restore(f"user-{number % 3}", f"{number}", entry)
+    answered(answers, "user-0", "new", 30 * b"x")
+    assert answers.bytes <= 100
+    assert answers._users["user-0"].bytes == 30
+    assert len(answers) <= 5

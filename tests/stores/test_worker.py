@@ -1,0 +1,237 @@
+"""The thread of a store: groups, timeouts, and a loop that is too busy for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+
+from zcproto.stores import worker
+from zcproto.stores.store import StoreUnavailable
+from zcproto.stores.worker import GROUP, Job, Worker
+
+LONG = 20.0
+
+
+class Bench:
+    """A worker whose jobs are values, which it gives back; or functions, which it calls."""
+
+    def __init__(self, limit: int = 1_000) -> None:
+        self.groups: list[list[object]] = []
+        self.rests = 0
+        self.left = threading.Event()
+        self.held = threading.Event()
+        self.go_on = threading.Event()
+        self.worker = Worker(self._perform, self._rest, self._leave, limit=limit)
+
+    def _perform(self, jobs: Sequence[Job]) -> None:
+        self.groups.append([job.work for job in jobs])
+        for job in jobs:
+            if isinstance(job.work, Exception):
+                job.error = job.work
+            else:
+                job.result = job.work() if callable(job.work) else job.work
+
+    def _rest(self) -> bool:
+        self.rests -= self.rests > 0
+        return self.rests > 0
+
+    def _leave(self) -> None:
+        self.left.set()
+
+    async def hold(self) -> asyncio.Task[object]:
+        """Keep the thread busy from now on until `go_on` is set."""
+
+        def hang() -> None:
+            self.held.set()
+            assert self.go_on.wait(LONG)
+
+        task = asyncio.create_task(self.worker.ask(hang, LONG))
+        assert await asyncio.to_thread(self.held.wait, LONG)
+        return task
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.go_on.set()
+    assert await bench.worker.stop(LONG)
+
+
+async def test_a_job_is_answered(bench: Bench) -> None:
+    assert await bench.worker.ask("work", LONG) == "work"
+    with pytest.raises(KeyError):
+        await bench.worker.ask(KeyError("work"), LONG)
+
+
+async def test_what_is_asked_in_one_turn_of_the_loop_is_one_group(bench: Bench) -> None:
+    assert await asyncio.gather(*(bench.worker.ask(number, LONG) for number in range(9))) == [*range(9)]
+    assert bench.groups == [[*range(9)]]
+
+
+async def test_what_comes_meanwhile_is_the_next_group(bench: Bench) -> None:
+    held = await bench.hold()
+    asked = []
+    for number in range(5):
+        asked.append(asyncio.create_task(bench.worker.ask(number, LONG)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    bench.go_on.set()
+    await asyncio.gather(held, *asked)
+    assert bench.groups[1:] == [[*range(5)]]
+
+
+async def test_a_group_is_bounded(bench: Bench) -> None:
+    count = 2 * GROUP + 10
+    held = await bench.hold()
+    asked = asyncio.gather(*(bench.worker.ask(number, LONG) for number in range(count)))
+    await asyncio.sleep(0)
+    bench.go_on.set()
+    assert await asked == [*range(count)]
+    await held
+    assert max(map(len, bench.groups)) <= GROUP
+
+
+async def test_a_late_answer_is_given_up_and_what_had_not_begun_is_not_done(bench: Bench) -> None:
+    held = await bench.hold()
+    for work, lasting in (("dropped", False), ("lasting", True)):
+        with pytest.raises(StoreUnavailable, match="within 10 ms"):
+            await bench.worker.ask(work, 0.01, lasting=lasting)
+    bench.go_on.set()
+    await held
+    await bench.worker.ask("last", LONG)
+    done = [work for group in bench.groups for work in group]
+    assert done[1:] == ["lasting", "last"]
+
+
+async def test_the_queue_is_bounded_and_empties_again() -> None:
+    bench = Bench(limit=3)
+    held = await bench.hold()
+    asked = [asyncio.create_task(bench.worker.ask(number, LONG)) for number in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(StoreUnavailable, match="3 operations wait for the disk already"):
+        await bench.worker.ask("one too many", LONG)
+    bench.go_on.set()
+    await asyncio.gather(held, *asked)
+    assert await bench.worker.ask("again", LONG) == "again"
+    assert await bench.worker.stop(LONG)
+
+
+async def test_stopping_does_what_was_asked_and_may_be_asked_twice() -> None:
+    bench = Bench()
+    held = await bench.hold()
+    asked = asyncio.create_task(bench.worker.ask("late", LONG))
+    await asyncio.sleep(0)
+    stopping = asyncio.create_task(bench.worker.stop(LONG))
+    await asyncio.sleep(0)
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await bench.worker.ask("too late", LONG)
+    bench.go_on.set()
+    assert await asked == "late"
+    assert await stopping
+    assert await bench.worker.stop(LONG)
+    assert bench.left.is_set()
+    await held
+
+
+async def test_what_is_asked_in_the_turn_of_stopping_is_done() -> None:
+    bench = Bench()
+    asked, _ = await asyncio.gather(bench.worker.ask("late", LONG), bench.worker.stop(LONG))
+    await asyncio.sleep(0)
+    assert asked == "late"
+
+
+async def test_stopping_leaves_a_thread_that_hangs() -> None:
+    bench = Bench()
+    held = await bench.hold()
+    assert not await bench.worker.stop(0.01)
+    bench.go_on.set()
+    assert await bench.worker.stop(LONG)
+    await held
+
+
+async def test_the_thread_rests_while_there_is_nothing_to_do(bench: Bench) -> None:
+    bench.rests = 5
+    await bench.worker.ask("one", LONG)
+    await bench.worker.ask("two", LONG)
+    assert bench.rests == 0
+
+
+def test_a_loop_that_was_closed_is_not_told() -> None:
+    made: list[Bench] = []
+
+    async def abandon() -> None:
+        made.append(Bench())
+        task = await made[0].hold()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        made[0].worker._queue.put(None)
+
+    asyncio.run(abandon())
+    made[0].go_on.set()
+    assert made[0].left.wait(LONG)
+
+
+# --- a loop that is too busy -----------------------------------------------------------------------------------
+
+
+class Timers:
+    """Instead of the loop's timers: what was asked for, called by hand."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, Callable[..., object], tuple[object, ...]]] = []
+
+    def call_later(self, delay: float, callback: Callable[..., object], *arguments: object) -> str:
+        self.asked.append((delay, callback, arguments))
+        return "timer"
+
+    def fire(self) -> None:
+        ((_, callback, arguments),) = self.asked
+        self.asked.clear()
+        callback(*arguments)
+
+
+async def test_the_loop_stands_aside_when_an_answer_is_late_but_not_for_ever(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside: list[float] = []
+    held = await bench.hold()
+    assert bench.worker._watched is not None
+    bench.worker._watched.cancel()
+    timers = Timers()
+    monkeypatch.setattr(bench.worker, "_loop", timers)
+    monkeypatch.setattr(time, "sleep", aside.append)
+    bench.worker._watch(bench.worker._groups, 0)
+    while timers.asked:
+        timers.fire()
+        assert len(aside) <= 200
+    assert len(aside) == 100
+    assert sum(aside) < 0.02
+    monkeypatch.undo()
+    bench.go_on.set()
+    await held
+
+
+async def test_it_does_not_while_answers_come(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    aside: list[float] = []
+    await bench.worker.ask("one", LONG)
+    assert bench.worker._watched is not None
+    bench.worker._watched.cancel()
+    held = await bench.hold()
+    timers = Timers()
+    monkeypatch.setattr(bench.worker, "_loop", timers)
+    monkeypatch.setattr(time, "sleep", aside.append)
+    bench.worker._watch(bench.worker._groups - 1, 7)  # a group was done since
+    assert [delay for delay, _, _ in timers.asked] == [worker._LATE_S]
+    assert aside == []
+    monkeypatch.undo()
+    bench.go_on.set()
+    await held
+    bench.worker._watch(bench.worker._groups, 0)  # nothing waits
+    assert bench.worker._watched is None
