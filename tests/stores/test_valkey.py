@@ -1,0 +1,82 @@
+"""The store in Valkey: the contract, with real Valkey and Redis servers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.store import Change, SessionStore
+from zcproto.stores.valkey import ValkeyStore
+
+from .contract import StoreContract
+from .servers import PROGRAMS, ServerProcess, is_installed, needs, running, wait_for
+
+CLUSTER = "--cluster-enabled"
+
+
+class ValkeyHarness:
+    durable = True
+
+    def __init__(self, url: str, *, bounded: bool) -> None:
+        self.url = url
+        self.bounded = bounded
+        self.stores: list[ValkeyStore] = []
+
+    async def make_store(self, answers: AnswerLimits | None = None) -> SessionStore:
+        store = ValkeyStore(self.url, answers=answers, timeout=10.0)
+        self.stores.append(store)
+        await store.open(self._hear)
+        return store
+
+    async def reopen(self, store: SessionStore) -> SessionStore:
+        await store.close()
+        return await self.make_store()
+
+    def _hear(self, change: Change) -> None:
+        pytest.fail(f"nobody else changes this: {change}")
+
+
+KINDS = [*PROGRAMS, *(f"{program}, in a cluster" for program in PROGRAMS)]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ServerProcess]]:
+    """One of each kind, as far as they are installed. All start at once: a cluster takes its time."""
+    with ExitStack() as stack:
+        started = {}
+        for kind in KINDS:
+            program, _, cluster = kind.partition(", ")
+            if is_installed(program):
+                options = (CLUSTER, "yes") if cluster else ()
+                server = stack.enter_context(running(program, tmp_path_factory.mktemp("server"), *options))
+                if cluster:
+                    server.command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
+                started[kind] = server
+        yield started
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def server(request: pytest.FixtureRequest, servers: dict[str, ServerProcess]) -> ServerProcess:
+    needs(request.param.partition(", ")[0])
+    server = servers[request.param]
+    if CLUSTER in server.options:
+        wait_for(lambda: b"cluster_state:ok" in server.command("CLUSTER", "INFO"))
+    return server
+
+
+@pytest.fixture
+async def harness(server: ServerProcess) -> AsyncIterator[ValkeyHarness]:
+    assert server.command("FLUSHALL") == b"OK"
+    clustered = CLUSTER in server.options
+    url = f"redis+cluster://{server.address}" if clustered else server.url
+    harness = ValkeyHarness(url, bounded=not clustered)
+    yield harness
+    for store in harness.stores:
+        await store.close()
+
+
+class TestValkeyStore(StoreContract):
+    """Every test of the contract."""

@@ -1,0 +1,323 @@
+-- What the server does to sessions, each script whole or not at all.
+--
+-- The first part is put before each of the scripts below it, which begin at `--@ name flags`. A script gets one
+-- argument, a MessagePack array: prefix, node, clustered, shard, TAG (empty if not of one user), then its own. It answers with one: its result,
+-- and commands that the client still has to send.
+--
+-- Keys, after the prefix. TAG stands for a user: all that belongs to one is in one slot of a cluster.
+--   s:{TAG}ID      a session, or the memory of one that has ended (an array, see KEPT below)
+--   u:{TAG}        the user's kept sessions in the order of opening: a sorted set of ids
+--   q:{TAG}        the user's requests with an idempotency key: a hash, by the digest of the key
+--   a:{TAG}DIGEST  the answer of one
+--   c:{TAG}NODEID  written and deleted at once when a session changes: client tracking tells all others, and
+--                  NODE tells the process that did it that the news is its own
+--   i:ID           the TAG of a session
+--   t:TOKEN        TAG and ID by the SHA-256 of the access token; "!" and a time once a refresh has replaced it
+--   x:{N}          TAG and ID of all kept sessions by the time when both tokens are past: a sorted set
+--   m:{N}          memories by the time when they began: TAG and ID of a session, or "t" and TOKEN
+--   w:{N} o:{N}    place, TAG and DIGEST of requests that run, and of those answered, by the time they last
+--   b:{N}          bytes of answers
+--   n              counts what is opened, to keep it in order
+--   v:{N}          the version of all this, and a mark: it is gone if the server has lost what it kept
+--
+-- Keys without a TAG may be on other servers of a cluster. They only lead to a session or help to clean up: a
+-- wrong one does no harm. There, a script does not touch them but leaves that to its client. Every key has a time
+-- to live that is well beyond its use, so that a store that nobody cleans any more empties itself.
+
+local args = cmsgpack.unpack(ARGV[1])
+local P, NODE, CLUSTERED, SHARD = args[1], args[2], args[3], '{' .. args[4] .. '}'
+local tag = args[5]
+
+local DAY, TAG_SIZE = 86400000, 20
+local KEPT, TOKEN_EXPIRED, TOKEN_REVOKED, SESSION_REPLACED, UNAUTHENTICATED = 0, 68, 69, 70, 16
+
+-- A session: state, token, refresh, user, client, address, key, flags, created, last used, expires, refresh
+-- expires, order. The state is KEPT, or the code of one that has ended: then token and time are all that follows.
+-- Times are decimal digits: numbers of Lua do not hold all of them.
+local STATE, TOKEN, REFRESH, USER, CLIENT, ADDRESS = 1, 2, 3, 4, 5, 6
+local LAST_USED, EXPIRES, REFRESH_EXPIRES, ORDER = 10, 11, 12, 13
+
+local far = {}
+
+local function answer(result)
+  return cmsgpack.pack({result, far})
+end
+
+-- A command for keys without a TAG.
+local function elsewhere(...)
+  if CLUSTERED then
+    far[#far + 1] = {...}
+  else
+    redis.call(...)
+  end
+end
+
+local function before(a, b)
+  return #a < #b or (#a == #b and a < b)
+end
+
+local function later(a, b)
+  return before(a, b) and b or a
+end
+
+-- Let a key live at least so long.
+local function linger(call, key, ms)
+  call('PEXPIRE', key, ms, 'NX')
+  call('PEXPIRE', key, ms, 'GT')
+end
+
+local function session_key(tag, id)
+  return P .. 's:{' .. tag .. '}' .. id
+end
+
+local function user_key(tag)
+  return P .. 'u:{' .. tag .. '}'
+end
+
+local function tag_of(id)
+  return redis.call('GET', P .. 'i:' .. id)
+end
+
+local function split(member)
+  return member:sub(1, TAG_SIZE), member:sub(TAG_SIZE + 1)
+end
+
+local function read(tag, id)
+  local raw = redis.call('GET', session_key(tag, id))
+  return raw and cmsgpack.unpack(raw)
+end
+
+local function due(session)
+  return later(session[EXPIRES], session[REFRESH_EXPIRES])
+end
+
+local function announce(tag, id)
+  local key = P .. 'c:{' .. tag .. '}' .. NODE .. id
+  redis.call('SET', key, '')
+  redis.call('DEL', key)
+end
+
+-- End a kept session: nothing stays but the memory. The others are told first: should a cluster that is moving
+-- keys stop the script half-way, they look again.
+local function finish(tag, id, session, code, wall)
+  local token = session[TOKEN]
+  announce(tag, id)
+  redis.call('SET', session_key(tag, id), cmsgpack.pack({code, token, wall}), 'PX', DAY)
+  redis.call('ZREM', user_key(tag), id)
+  elsewhere('ZREM', P .. 'x:' .. SHARD, tag .. id)
+  elsewhere('ZADD', P .. 'm:' .. SHARD, wall, tag .. id)
+  linger(elsewhere, P .. 'm:' .. SHARD, DAY)
+  elsewhere('PEXPIRE', P .. 't:' .. token, DAY)
+  elsewhere('PEXPIRE', P .. 'i:' .. id, DAY)
+  return {id, token}
+end
+
+--@ create
+local id, blob, ms, wall, per_user, evicts, idle_from, order = unpack(args, 6, 13)
+if redis.call('EXISTS', session_key(tag, id)) == 1 then
+  return answer({'again', {}})
+end
+local ids, ended = redis.call('ZRANGE', user_key(tag), 0, -1), {}
+if #ids >= per_user then
+  local count, live, lapsed = 0, nil, nil
+  for _, mate in ipairs(ids) do
+    local other = read(tag, mate)
+    if not other or other[STATE] ~= KEPT then
+      redis.call('ZREM', user_key(tag), mate)
+    elseif before(wall, other[EXPIRES]) and (idle_from == '' or before(idle_from, other[LAST_USED])) then
+      count, live = count + 1, live or {mate, other}
+    elseif before(wall, other[REFRESH_EXPIRES]) then
+      count, lapsed = count + 1, lapsed or {mate, other}
+    end
+  end
+  if count >= per_user then
+    if lapsed then
+      ended = {{TOKEN_EXPIRED, finish(tag, lapsed[1], lapsed[2], TOKEN_EXPIRED, wall)}}
+    elseif evicts then
+      ended = {{SESSION_REPLACED, finish(tag, live[1], live[2], SESSION_REPLACED, wall)}}
+    else
+      return answer({'full', {}})
+    end
+  end
+end
+local session = cmsgpack.unpack(blob)
+if not CLUSTERED then  -- there, all this was written before
+  order = redis.call('INCR', P .. 'n')
+  redis.call('SET', P .. 't:' .. session[TOKEN], tag .. id, 'PX', ms)
+  redis.call('SET', P .. 'i:' .. id, tag, 'PX', ms)
+  redis.call('ZADD', P .. 'x:' .. SHARD, due(session), tag .. id)
+  linger(redis.call, P .. 'x:' .. SHARD, ms)
+  linger(redis.call, P .. 'n', ms)
+end
+session[ORDER] = order
+redis.call('SET', session_key(tag, id), cmsgpack.pack(session), 'PX', ms)
+redis.call('ZADD', user_key(tag), order, id)
+linger(redis.call, user_key(tag), ms)
+return answer({'created', ended})
+
+--@ rotate
+local id, spent, token, refresh, expires, client, address, wall = unpack(args, 6, 13)
+if not CLUSTERED then
+  tag = tag_of(id)
+end
+local session = tag and read(tag, id)
+if not session then
+  return answer({UNAUTHENTICATED, false})
+elseif session[STATE] ~= KEPT then
+  return answer({session[STATE], false})
+elseif session[TOKEN] == token and session[REFRESH] == refresh then
+  return answer({0, cmsgpack.pack(session), ''})
+elseif not before(wall, due(session)) then
+  return answer({TOKEN_EXPIRED, false})
+elseif session[REFRESH] ~= spent then
+  finish(tag, id, session, TOKEN_REVOKED, wall)
+  return answer({TOKEN_REVOKED, true})
+elseif not before(wall, session[REFRESH_EXPIRES]) then
+  return answer({TOKEN_EXPIRED, false})
+end
+local old, old_due, ms = session[TOKEN], due(session), redis.call('PTTL', session_key(tag, id))
+session[TOKEN], session[REFRESH] = token, refresh
+session[CLIENT], session[ADDRESS] = client, address
+session[LAST_USED], session[EXPIRES] = wall, expires
+if before(session[REFRESH_EXPIRES], expires) then
+  session[EXPIRES] = session[REFRESH_EXPIRES]
+end
+announce(tag, id)
+redis.call('SET', session_key(tag, id), cmsgpack.pack(session), 'KEEPTTL')
+if not CLUSTERED then  -- there, it was written before
+  redis.call('SET', P .. 't:' .. token, tag .. id, 'PX', math.max(ms, 1))
+end
+if due(session) ~= old_due then
+  elsewhere('ZADD', P .. 'x:' .. SHARD, 'XX', due(session), tag .. id)
+end
+elsewhere('SET', P .. 't:' .. old, '!' .. wall, 'PX', DAY)
+elsewhere('ZADD', P .. 'm:' .. SHARD, wall, 't' .. old)
+linger(elsewhere, P .. 'm:' .. SHARD, DAY)
+return answer({0, cmsgpack.pack(session), old})
+
+--@ find no-writes
+local token = args[6]
+local pointer = redis.call('GET', P .. 't:' .. token)
+if not pointer or pointer:sub(1, 1) == '!' then
+  return answer({pointer, false})
+end
+return answer({pointer, redis.call('GET', session_key(split(pointer)))})
+
+--@ read no-writes
+-- Sessions by TAG and ID, or by ID alone.
+local found = {}
+for _, member in ipairs(args[6]) do
+  local tag, id
+  if #member > TAG_SIZE + 2 then
+    tag, id = split(member)
+  else
+    tag, id = tag_of(member), member
+  end
+  local raw = tag and redis.call('GET', session_key(tag, id))
+  if raw then
+    found[#found + 1] = {id, raw}
+  end
+end
+return answer(found)
+
+--@ user no-writes
+local found = {}
+for _, id in ipairs(redis.call('ZRANGE', user_key(tag), 0, -1)) do
+  local raw = redis.call('GET', session_key(tag, id))
+  if raw then
+    found[#found + 1] = {id, raw}
+  end
+end
+return answer(found)
+
+--@ members no-writes
+-- A range of a sorted set as one string: a client has less work with it.
+return answer(table.concat(redis.call('ZRANGE', KEYS[1], args[6], args[7])))
+
+--@ touch allow-oom
+-- Pairs of TAG (empty: to be looked up) and ID in one string, and of times.
+for n, member in ipairs(args[6]) do
+  local tag, id
+  if CLUSTERED then
+    tag, id = split(member)
+  else
+    tag, id = tag_of(member), member
+  end
+  local session, used_at = tag and read(tag, id), args[7][n]
+  if session and session[STATE] == KEPT and before(session[LAST_USED], used_at) then
+    session[LAST_USED] = used_at
+    redis.call('SET', session_key(tag, id), cmsgpack.pack(session), 'KEEPTTL')
+  end
+end
+return answer(0)
+
+--@ finish allow-oom
+-- End the sessions with these ids, or with these TAGs and IDs.
+local code, wall, user, ended = args[7], args[8], args[9], {}
+for _, member in ipairs(args[6]) do
+  local tag, id
+  if #member > TAG_SIZE + 2 then
+    tag, id = split(member)
+  else
+    tag, id = tag_of(member), member
+  end
+  local session = tag and read(tag, id)
+  if session and session[STATE] == KEPT and (not user or user == session[USER]) then
+    ended[#ended + 1] = finish(tag, id, session, code, wall)
+  end
+end
+return answer(ended)
+
+--@ finish_user allow-oom
+local code, wall, ended = args[6], args[7], {}
+for _, id in ipairs(redis.call('ZRANGE', user_key(tag), 0, -1)) do
+  local session = read(tag, id)
+  if session and session[STATE] == KEPT then
+    ended[#ended + 1] = finish(tag, id, session, code, wall)
+  end
+end
+return answer(ended)
+
+--@ expire allow-oom
+-- Forget what is past: kept sessions of x and memories of m. In a cluster those that are named.
+local wall, ended_before, limit, dues, memories = unpack(args, 6, 10)
+local x, m, removed = P .. 'x:' .. SHARD, P .. 'm:' .. SHARD, 0
+
+local function forget(tag, id, session)
+  redis.call('DEL', session_key(tag, id))
+  elsewhere('DEL', P .. 't:' .. session[TOKEN])
+  elsewhere('DEL', P .. 'i:' .. id)
+  removed = removed + 1
+end
+
+if not CLUSTERED then
+  dues = redis.call('ZRANGEBYSCORE', x, '-inf', wall, 'LIMIT', 0, limit)
+  memories = redis.call('ZRANGEBYSCORE', m, '-inf', ended_before, 'LIMIT', 0, limit - #dues)
+end
+for _, member in ipairs(dues) do
+  local tag, id = split(member)
+  local session = read(tag, id)
+  if session and session[STATE] == KEPT and before(wall, due(session)) then
+    elsewhere('ZADD', x, due(session), member)
+  else
+    elsewhere('ZREM', x, member)
+    if session and session[STATE] == KEPT then
+      redis.call('ZREM', user_key(tag), id)
+      forget(tag, id, session)
+    end
+  end
+end
+for _, member in ipairs(memories) do
+  if member:sub(1, 1) == 't' and #member == 33 then
+    elsewhere('DEL', P .. 't:' .. member:sub(2))
+    removed = removed + 1
+  else
+    local tag, id = split(member)
+    local session = read(tag, id)
+    if session and session[STATE] ~= KEPT then
+      forget(tag, id, session)
+    end
+  end
+  elsewhere('ZREM', m, member)
+end
+return answer({#dues + #memories, removed})

@@ -1,0 +1,184 @@
+-- Requests with an idempotency key: a second common part, for the scripts of this file. See answers.py for the
+-- rules, and valkey.lua for the keys.
+--
+-- q:{TAG} has for each request: its place in the order, whether it runs (1) or was answered (0), until when this
+-- lasts, the size of the answer, the digest of the request. The field "" has the next place, bytes and count.
+-- In the indexes w and o the place stands before TAG and DIGEST: of those that last equally long, the oldest is
+-- the first. The places are those of all users together, in a cluster those of each user.
+
+local RUNNING = 1
+
+local function load(tag)
+  local key = P .. 'q:{' .. tag .. '}'
+  local raw = redis.call('HGET', key, '')
+  local share = raw and cmsgpack.unpack(raw) or {0, 0, 0}
+  return {tag = tag, key = key, next = share[1], bytes = share[2], count = share[3], was = raw}
+end
+
+local function save(share, ms)
+  if share.count == 0 then
+    redis.call('DEL', share.key)
+  else
+    redis.call('HSET', share.key, '', cmsgpack.pack({share.next, share.bytes, share.count}))
+    linger(redis.call, share.key, ms)
+  end
+end
+
+local function entry(share, digest)
+  local raw = redis.call('HGET', share.key, digest)
+  return raw and cmsgpack.unpack(raw)
+end
+
+local function body_key(share, digest)
+  return P .. 'a:{' .. share.tag .. '}' .. digest
+end
+
+local function index(running)
+  return P .. (running == RUNNING and 'w:' or 'o:') .. SHARD
+end
+
+local function member(share, digest, place)
+  return string.format('%016.0f', place) .. share.tag .. digest
+end
+
+local function remove(share, digest, entry)
+  redis.call('HDEL', share.key, digest)
+  redis.call('DEL', body_key(share, digest))
+  share.bytes, share.count = share.bytes - entry[4], share.count - 1
+  elsewhere('ZREM', index(entry[2]), member(share, digest, entry[1]))
+  if entry[4] > 0 then
+    elsewhere('INCRBY', P .. 'b:' .. SHARD, -entry[4])
+  end
+end
+
+local function add(share, digest, running, until_, size, request, ms)
+  local place = CLUSTERED and share.next or redis.call('INCR', P .. 'n')
+  redis.call('HSET', share.key, digest, cmsgpack.pack({place, running, until_, size, request}))
+  share.next, share.bytes, share.count = share.next + 1, share.bytes + size, share.count + 1
+  elsewhere('ZADD', index(running), until_, member(share, digest, place))
+  linger(elsewhere, index(running), ms)
+  if size > 0 then
+    elsewhere('INCRBY', P .. 'b:' .. SHARD, size)
+    linger(elsewhere, P .. 'b:' .. SHARD, ms)
+  end
+end
+
+-- All of a user's that were answered, the oldest first; those past their time are removed.
+local function answered(share, wall)
+  local done, all = {}, redis.call('HGETALL', share.key)
+  for n = 1, #all, 2 do
+    if all[n] ~= '' then
+      local entry = cmsgpack.unpack(all[n + 1])
+      if not before(wall, entry[3]) then
+        remove(share, all[n], entry)
+      elseif entry[2] ~= RUNNING then
+        done[#done + 1] = {all[n], entry}
+      end
+    end
+  end
+  table.sort(done, function(a, b) return a[2][1] < b[2][1] end)
+  return done
+end
+
+-- What all users have, where that is known here.
+local function totals(state, body)
+  if CLUSTERED then
+    return answer({state, body, 0, 0})
+  end
+  local count = redis.call('ZCARD', index(RUNNING)) + redis.call('ZCARD', index(0))
+  return answer({state, body, count, tonumber(redis.call('GET', P .. 'b:' .. SHARD) or 0)})
+end
+
+--@ claim
+local digest, request, wall, until_, ms, most = unpack(args, 6, 11)
+local share = load(tag)
+local known = entry(share, digest)
+if known and before(wall, known[3]) then
+  if known[5] ~= request then
+    return answer({'conflict', '', 0, 0})
+  elseif known[2] == RUNNING then
+    return answer({'running', known[3], 0, 0})
+  end
+  local body = redis.call('GET', body_key(share, digest))
+  if body then
+    return answer({'done', body, 0, 0})
+  end
+end
+if known then
+  remove(share, digest, known)
+end
+if share.count >= most then
+  local done = answered(share, wall)
+  if share.count >= most then
+    if #done == 0 then
+      save(share, ms)
+      return answer({'full', '', 0, 0})
+    end
+    remove(share, done[1][1], done[1][2])
+  end
+end
+add(share, digest, RUNNING, until_, 0, request, ms)
+save(share, ms)
+return totals('new', '')
+
+--@ keep
+local digest, body, wall, until_, ms, most = unpack(args, 6, 11)
+local share = load(tag)
+local known = entry(share, digest)
+if not known then
+  return answer({'none', '', 0, 0})
+end
+remove(share, digest, known)
+if share.bytes + #body > most then
+  for _, old in ipairs(answered(share, wall)) do
+    if share.bytes + #body <= most then
+      break
+    end
+    remove(share, old[1], old[2])
+  end
+end
+redis.call('SET', body_key(share, digest), body, 'PX', ms)
+add(share, digest, 0, until_, #body, known[5], ms)
+save(share, ms)
+return totals('kept', '')
+
+--@ release allow-oom
+local digest, ms = unpack(args, 6, 7)
+local share = load(tag)
+local known = entry(share, digest)
+if known and known[2] == RUNNING then
+  remove(share, digest, known)
+  save(share, ms)
+end
+return answer(0)
+
+--@ forget_answers allow-oom
+-- Those past their time; with `also_good`, those that are not, too, but none that runs.
+local wall, limit, members, also_good, ms = unpack(args, 6, 10)
+if not CLUSTERED and not also_good then
+  members = redis.call('ZRANGEBYSCORE', index(RUNNING), '-inf', wall, 'LIMIT', 0, limit)
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', index(0), '-inf', wall, 'LIMIT', 0, limit - #members)) do
+    members[#members + 1] = member
+  end
+elseif not CLUSTERED then
+  members = redis.call('ZRANGE', index(0), 0, limit - 1)
+end
+local removed = 0
+for _, found in ipairs(members) do
+  local place, tag, digest = tonumber(found:sub(1, 16)), split(found:sub(17))
+  local share = load(tag)
+  local known = entry(share, digest)
+  if known and known[1] == place and (not before(wall, known[3]) or (also_good and known[2] ~= RUNNING)) then
+    remove(share, digest, known)
+    save(share, ms)
+    removed = removed + 1
+  else  -- an index that was left behind, or that the next look will find
+    if not known or known[1] ~= place or known[2] ~= RUNNING then
+      elsewhere('ZREM', index(RUNNING), found)
+    end
+    if not known or known[1] ~= place or known[2] == RUNNING then
+      elsewhere('ZREM', index(0), found)
+    end
+  end
+end
+return answer({#members, removed})

@@ -1,0 +1,174 @@
+"""The address of a Valkey or Redis server, read from a URL.
+
+What this file decides: which forms of address there are, and how one is shown without its password.
+
+    redis://[user[:password]@]host[:port][/database]      also valkey://
+    rediss://...                                          also valkeys://: over TLS
+    unix:///path/to/socket[?db=database]                  also redis+unix://, valkey+unix://
+    redis+sentinel://[user[:password]@]host[:port],host[:port]/service[/database]
+    redis+cluster://[user[:password]@]host[:port],host[:port]
+
+`redis` may be `rediss`, `valkey` or `valkeys` in the last two, too. In user and password `%` escapes as in all
+URLs. It must not know: connections.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+from urllib.parse import parse_qsl, unquote
+
+from zcproto.errors import ConfigError
+from zcproto.printable import printable
+
+PORT: Final = 6379
+SENTINEL_PORT: Final = 26379
+MAX_ADDRESSES: Final = 64
+
+_SCHEME: Final = re.compile(
+    r"(redis|rediss|valkey|valkeys)(?:\+(sentinel|cluster))?|(?:(?:redis|valkey)\+)?unix"
+)
+_ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.%A-Za-z]+\]|[^\[\]:/?#@\s]+)(?::([0-9]{1,5}))?")
+_DATABASE: Final = re.compile(r"[0-9]{1,5}")
+_CURE: Final = (
+    "write it as redis://user:password@host:6379/0, rediss:// for TLS, unix:///path, "
+    "redis+sentinel://host,host/service or redis+cluster://host,host"
+)
+
+Address = tuple[str, int]
+
+
+class Kind(Enum):
+    """How servers are found."""
+
+    SINGLE = "single"
+    SENTINEL = "sentinel"
+    CLUSTER = "cluster"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerUrl:
+    """Where the store is, and as whom to log in."""
+
+    kind: Kind
+    addresses: tuple[Address, ...] = ()
+    """Of the server, of the sentinels, or of some of the cluster's nodes."""
+    path: str = ""
+    """Of a Unix socket, instead of addresses."""
+    tls: bool = False
+    username: str = ""
+    password: str = field(default="", repr=False)
+    service: str = ""
+    """The name by which sentinels know the server."""
+    database: int = 0
+
+    def __str__(self) -> str:
+        """The address for people: never with a password."""
+        where = self.path or ",".join(address_text(address) for address in self.addresses)
+        kind = "unix" if self.path else "rediss" if self.tls else "redis"
+        if self.kind is not Kind.SINGLE:
+            kind += f"+{self.kind.value}"
+        user = f"{self.username}@" if self.username else ""
+        service = f"/{self.service}" if self.service else ""
+        return printable(f"{kind}://{user}{where}{service}/{self.database}", 200)
+
+
+def address_text(address: Address) -> str:
+    """Host and port in one word."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_url(url: str) -> ServerUrl:
+    """Read a URL. Raises ConfigError, which never shows what was given: it may hold a password."""
+    scheme, found, rest = url.partition("://")
+    match = _SCHEME.fullmatch(scheme)
+    if not found or match is None:
+        raise _fault("is no address of a Valkey or Redis server")
+    family, kind_name = match.groups()
+    # The last @: not everybody escapes those of a password. The path of a socket may have one, too.
+    credentials, _, rest = ("", "", rest) if rest.startswith("/") else rest.rpartition("@")
+    username, _, password = credentials.partition(":")
+    username, password = unquote(username), unquote(password)
+    if username and not password:
+        raise _fault("has a user without a password")
+    rest, _, query = rest.partition("?")
+    if family is None:
+        return ServerUrl(
+            Kind.SINGLE,
+            path=_path(unquote(rest)),
+            username=username,
+            password=password,
+            database=_query(query),
+        )
+    kind = Kind(kind_name or "single")
+    where, _, path = rest.partition("/")
+    service, database = _parts(kind, path, query)
+    return ServerUrl(
+        kind,
+        _addresses(where, kind),
+        tls=family in ("rediss", "valkeys"),
+        username=username,
+        password=password,
+        service=service,
+        database=database,
+    )
+
+
+def _addresses(where: str, kind: Kind) -> tuple[Address, ...]:
+    texts = where.split(",")
+    if kind is Kind.SINGLE and len(texts) > 1:
+        raise _fault("names several servers; that takes redis+sentinel:// or redis+cluster://")
+    if len(texts) > MAX_ADDRESSES:
+        raise _fault(f"names more than {MAX_ADDRESSES} servers")
+    addresses: list[Address] = []
+    for text in texts:
+        match = _ADDRESS.fullmatch(text)
+        port = int((match and match[2]) or (SENTINEL_PORT if kind is Kind.SENTINEL else PORT))
+        if match is None or not 1 <= port <= 65_535:
+            raise _fault("has no valid host and port")
+        addresses.append((match[1].strip("[]"), port))
+    return tuple(addresses)
+
+
+def _parts(kind: Kind, path: str, query: str) -> tuple[str, int]:
+    """The service and the database."""
+    parts = [unquote(part) for part in path.split("/")] if path else []
+    service = ""
+    if kind is Kind.SENTINEL:
+        service = parts.pop(0) if parts else ""
+        if not service:
+            raise _fault("does not name the sentinels' service: redis+sentinel://host,host/service")
+    database = _query(query)
+    if parts and parts != [""]:
+        if len(parts) > 1 or query:
+            raise _fault("has more in its path than a database's number")
+        database = _database(parts[0])
+    if kind is Kind.CLUSTER and database:
+        raise _fault("names a database, but a cluster has database 0 only")
+    return service, database
+
+
+def _path(path: str) -> str:
+    if not path.startswith("/") or "\0" in path:
+        raise _fault("has no absolute path to a socket")
+    return path
+
+
+def _query(query: str) -> int:
+    pairs = parse_qsl(query, keep_blank_values=True)
+    if query and [name for name, _ in pairs] != ["db"]:
+        raise _fault('has something after its "?" that is not db=NUMBER')
+    return _database(pairs[0][1]) if pairs else 0
+
+
+def _database(text: str) -> int:
+    if not _DATABASE.fullmatch(text):
+        raise _fault("has a database that is no number")
+    return int(text)
+
+
+def _fault(what: str) -> ConfigError:
+    return ConfigError([f"store.url: it {what}; {_CURE}"])
