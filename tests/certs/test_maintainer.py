@@ -273,6 +273,34 @@ def test_the_clock_set_right_in_either_direction_is_caught_up_with_at_once(tmp_p
         world.settle()
 
 
+@pytest.mark.parametrize("sleeps", [100 * DAY, -100 * DAY], ids=["expired", "not yet valid"])
+def test_what_is_not_valid_now_is_tried_again_each_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeps: timedelta
+) -> None:
+    world = own_world(tmp_path)
+    world.check()
+    with monkeypatch.context() as patch:
+        disk_fails(patch, errno.ENOSPC, "fsync")
+        world.check(sleeps=sleeps)
+        world.checks(3600)
+    world.checks(60)
+    assert world.served.not_before <= world.now <= world.served.not_after
+
+
+def test_the_folder_is_visited_once_when_the_clock_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = own_world(tmp_path)
+    world.check()
+    world.settle()
+    visits = []
+    real = own.keep
+    monkeypatch.setattr(own, "keep", lambda *arguments: visits.append(world.now) or real(*arguments))
+    world.check(sleeps=DAY)
+    world.checks(100)
+    assert len(visits) == 1
+
+
 def test_a_short_step_of_the_clock_changes_nothing(tmp_path: Path) -> None:
     world = own_world(tmp_path)
     world.check()

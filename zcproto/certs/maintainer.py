@@ -399,7 +399,7 @@ class _Own:
         try:
             found = own.keep(self._directory, self._settings, now, self._progress)
         except _TROUBLE as error:
-            notices += self._take(self._on_disk(now))
+            # What has been made before it failed is seen as a change at the next look.
             return notices + self._failed(error, now, monotonic)
         return notices + self._kept(found, known, now, monotonic)
 
@@ -450,7 +450,9 @@ class _Own:
     def _failed(self, error: Exception, now: datetime, monotonic: float) -> list[Notice]:
         self._touched_since = None
         self.last_renewal = Renewal(now, ok=False)
-        left = min((one.not_after for one in self._pairs.values()), default=now) - now
+        # What is not valid yet, after the clock was set back, is as bad as what has expired.
+        ends = [one.not_after if one.not_before <= now else now for one in self._pairs.values()]
+        left = min(ends, default=now) - now
         return self._failures.failed(str(_as_certificate_error(error, self._directory)), left, now, monotonic)
 
     def _announce(self, announced: NextPins | None) -> list[Notice]:
