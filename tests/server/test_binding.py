@@ -45,15 +45,15 @@ from .test_protocol import Harness, Peer
 def test_which_addresses_are_in_one_network(one: str, other: str, bits: int | None, same: bool) -> None:
     assert (network(one, bits) == network(other, bits)) == same
     binding = Binding("exact" if bits is None else str(bits))
-    assert binding.to_address
-    assert binding.admits(one, other) == binding.admits(other, one) == same
+    assert binding.asks
+    assert binding.admits("ada", one, other) == binding.admits("ada", other, one) == same
     assert binding.refused_addresses == (0 if same else 2)
 
 
 def test_nothing_is_bound_by_default() -> None:
     binding = Binding()
-    assert not binding.to_address
-    assert binding.admits("192.0.2.7", "2001:db8::1")
+    assert not binding.asks
+    assert binding.admits("ada", "192.0.2.7", "2001:db8::1")
     binding.check_refresh(record(), "other/1", "2001:db8::1")
     assert binding.refused_addresses == binding.refused_clients == 0
 
@@ -75,6 +75,17 @@ def test_a_refresh_is_held_to_what_is_configured() -> None:
         by_address.check_refresh(record(), "test/1", "198.51.100.1")
     assert (by_client.refused_clients, by_client.refused_addresses) == (1, 0)
     assert (by_address.refused_clients, by_address.refused_addresses) == (0, 1)
+
+
+def test_a_user_who_is_none_any_more_is_refused_everywhere() -> None:
+    binding = Binding()
+    binding.is_user = {"bob"}.__contains__
+    assert binding.asks
+    assert binding.admits("bob", "192.0.2.7", "2001:db8::1")
+    assert not binding.admits("ada", "192.0.2.7", "192.0.2.7")
+    with pytest.raises(Unauthenticated):
+        binding.check_refresh(record(), "test/1", "192.0.2.7")
+    assert (binding.refused_users, binding.refused_addresses) == (2, 0)
 
 
 def test_a_refresh_token_that_is_not_known_is_left_to_who_knows() -> None:
@@ -131,7 +142,7 @@ def test_a_connection_is_asked_once_for_each_session(
 ) -> None:
     asked: list[str] = []
     binding = harness.serving.binding
-    monkeypatch.setattr(binding, "admits", lambda opened_at, address: asked.append(address) or True)
+    monkeypatch.setattr(binding, "admits", lambda user, opened_at, address: asked.append(address) or True)
     peer = peer_at(harness, "192.0.2.8", monkeypatch, open_at(harness, "192.0.2.7"))
     for stream in range(1, 10):
         assert code(peer, stream) == 0

@@ -1,11 +1,12 @@
-"""What sessions are bound to beside their tokens: the network and the client string of their opening.
+"""What sessions need beside their tokens: a user who is still one, the network and the client of their opening.
 
 What this file decides: whether a token may be used from an address, and a refresh token by a client.
 
 Rules:
-- Both are off by default: clients move between networks, and a client string is anybody's to copy.
-- An address is looked at when a connection uses a token for the first time, and whenever a session is refreshed. It
-  does not change while a connection lasts.
+- Network and client are off by default: clients move between networks, and a client string is anybody's to copy.
+- User and address are looked at when a connection uses a token for the first time, and whenever a session is
+  refreshed. Sessions of a user who is removed while a server runs end by themselves; this is for those that
+  outlived a server, or come from another.
 - A client says what it is when it opens or refreshes a session, and nowhere else: there it is looked at.
 - Who is refused learns what somebody with an unknown token learns. The session lives on: ending it would let
   whoever found a token end it, too.
@@ -16,6 +17,7 @@ It must not know: connections, how sessions are kept.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Final
 
@@ -33,22 +35,28 @@ _IPV6_SITE: Final = 64
 class Binding:
     """The binding of all sessions. `address` is "off", "exact" or the length of a prefix.
 
+    `is_user` says whether somebody may open sessions now; None if nobody can tell. `refused_users`,
     `refused_addresses` and `refused_clients` count.
     """
 
     def __init__(self, address: str = OFF, client: bool = False) -> None:
         self._address = address
         self._client = client
+        self.is_user: Callable[[str], bool] | None = None
+        self.refused_users = 0
         self.refused_addresses = 0
         self.refused_clients = 0
 
     @property
-    def to_address(self) -> bool:
-        """Whether addresses matter at all."""
-        return self._address != OFF
+    def asks(self) -> bool:
+        """Whether a token alone may not be enough."""
+        return self._address != OFF or self.is_user is not None
 
-    def admits(self, opened_at: str, address: str) -> bool:
-        """Whether a session that was opened at one address may be used from another."""
+    def admits(self, user: str, opened_at: str, address: str) -> bool:
+        """Whether a user's session that was opened at one address may be used from another."""
+        if self.is_user is not None and not self.is_user(user):
+            self.refused_users += 1
+            return False
         if self._address == OFF or address == opened_at:
             return True
         bits = None if self._address == EXACT else int(self._address)
@@ -66,7 +74,7 @@ class Binding:
             return
         if self._client and client != record.client:
             self.refused_clients += 1
-        elif self.admits(record.address, address):
+        elif self.admits(record.user, record.address, address):
             return
         raise Unauthenticated("the refresh token is not known; open a session")
 

@@ -117,7 +117,7 @@ class ServerProtocol(asyncio.Protocol):
             salt=serving.entropy(SALT_SIZE),
             wall=wall,
             now=now,
-            admits=self._admits if serving.binding.to_address else None,
+            admits=self._admits if serving.binding.asks else None,
         )
         serving.connections.add(self)
         serving.counters.connections_opened += 1
@@ -395,12 +395,12 @@ class ServerProtocol(asyncio.Protocol):
     # --- sessions ------------------------------------------------------------------------------------
 
     def _admits(self, session: Session) -> bool:
-        """Whether a session may be used from this peer's address."""
+        """Whether a session may be used by this peer, for what it is beside its token."""
         serving = self._serving
         info = serving.registry.info(session.id, self.wall())
-        if serving.binding.admits(info.address, self.peer):
+        if serving.binding.admits(session.user, info.address, self.peer):
             return True
-        serving.log_limited("session.other_address", self.peer, peer=self.peer, session=session.id)
+        serving.log_limited("session.not_admitted", self.peer, peer=self.peer, session=session.id)
         return False
 
     def join(self, session: Session, token: bytes) -> None:

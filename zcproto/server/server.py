@@ -21,13 +21,11 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from zcproto.auth import (
-    ApiKeyAuthenticator,
     Authenticator,
     CertificateAuthenticator,
     Device,
     Login,
     Throttle,
-    UserFile,
 )
 from zcproto.certs import CertificatePair
 from zcproto.certs.certificates import NextPins
@@ -50,6 +48,7 @@ from zcproto.server.listener import Listener, bind, log_listening
 from zcproto.server.pauses import PauseMeter
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.serving import Serving, log
+from zcproto.server.users import Users
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.suites import SUITES
@@ -106,6 +105,7 @@ class Server:
         self._clock = clock
         self._entropy = entropy
         self.certificates: list[CertificatePair] = []
+        self._users: Users | None = None
         self._devices: Devices | None = None
         self._kept: Kept | None = None
         self._next_pins: NextPins | None = None
@@ -172,6 +172,8 @@ class Server:
             binding=Binding(config.sessions.bind_address, config.sessions.bind_client),
         )
         login = self._login()
+        if self._users is not None:
+            serving.binding.is_user = self._users.is_user
         devices = self._devices
         enrollment = None if devices is None else devices.enrollment
         for method in (*protocol_methods(serving, login, self.statistics, enrollment), *self._app):
@@ -207,6 +209,8 @@ class Server:
         self._start_task(keeper.run())
         if devices is not None:
             self._start_task(devices.watch())
+        if self._users is not None:
+            self._start_task(self._users.watch())
         self._listener.start()
         log_listening(self._sockets)
 
@@ -221,16 +225,14 @@ class Server:
         authenticators = self._authenticators
         throttle = Throttle(self.config.limits.login_failures)
         if authenticators is None:
-            users = UserFile(self.home.users)
-            users.load()
-            by_key = ApiKeyAuthenticator(users, on_fault=_users_unreadable, on_recovered=_users_readable)
+            users = self._users = Users(self.home, on_gone=self._user_gone)
             self._devices = Devices(
-                self.home, by_key.users, throttle, on_gone=self._devices_gone, on_refused=self._device_refused
+                self.home, users.current, throttle, on_gone=self._devices_gone, on_refused=self._device_refused
             )
-            authenticators = [by_key, self._devices.authenticator]
+            authenticators = [users.authenticator, self._devices.authenticator]
             if self.config.tls.client_auth != "off":
                 authenticators.append(
-                    CertificateAuthenticator(by_key.users, self._user_of, on_refused=self._login_refused)
+                    CertificateAuthenticator(users.current, self._user_of, on_refused=self._login_refused)
                 )
         return Login(authenticators, throttle)
 
@@ -242,6 +244,11 @@ class Server:
 
     def _device_refused(self, reason: str, address: str) -> None:
         self.serving.log_limited("login.device_refused", address, peer=address, reason=reason)
+
+    async def _user_gone(self, name: str) -> None:
+        """End the sessions of a user who is none any more, or somebody else."""
+        ended = self.serving.registry.revoke_user(name, "the user was changed")
+        log.info("user.gone", user=name, sessions=ended)
 
     def _devices_gone(self, gone: Mapping[str, Device]) -> None:
         """End the sessions of devices that were removed; no connection counts as theirs any more."""
@@ -350,6 +357,7 @@ class Server:
             "refused_full": counters.refused_full,
             "accept_failed": counters.accept_failed,
             "dropped_stale": counters.dropped_stale,
+            "refused_users": serving.binding.refused_users,
             "refused_addresses": serving.binding.refused_addresses,
             "refused_clients": serving.binding.refused_clients,
             "idempotency": serving.once.counts,
@@ -420,14 +428,6 @@ def _at_home(config: Config, home: Home) -> Config:
         return config
     certificates = config.certificates.model_copy(update={"directory": home.certs})
     return config.model_copy(update={"certificates": certificates})
-
-
-def _users_unreadable(error: ConfigError) -> None:
-    log.error("users.unreadable", faults=error.faults)
-
-
-def _users_readable() -> None:
-    log.info("users.readable")
 
 
 def resident_bytes() -> int:
