@@ -276,6 +276,21 @@ def test_each_name_gets_the_certificate_of_its_site(serve: Serve, ca: trustme.CA
         assert served(server, name) == default
 
 
+def test_a_site_with_damaged_files_does_not_hold_up_the_others(
+    serve: Serve, ca: trustme.CA, folder: Path
+) -> None:
+    files = folder / "a.pem", folder / "a.key"
+    of_site = write_pair(ca.issue_cert("a.example"), *files)
+    site = {"names": ["a.example"], "certificate": [files[0]], "key": [files[1]]}
+    server = serve(certificates__site=[site])
+    before = served(server)
+    files[0].write_text("damaged")
+    own.renew(server.home / "certs", settings(server), wall(server))
+    look(server)
+    assert served(server) != before
+    assert served(server, "a.example") == of_site
+
+
 async def test_a_certificate_of_others_near_its_end_is_told(
     tmp_path: Path, ca: trustme.CA, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

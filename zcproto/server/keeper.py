@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
-from zcproto.certs.certificates import CertificateSet, NextPins
+from zcproto.certs.certificates import CertificateSet, NextPins, Site
 from zcproto.certs.foreign import ForeignSite, PassphraseSource
 from zcproto.certs.maintainer import (
     CertificateStatus,
@@ -36,7 +36,7 @@ from zcproto.config import Config, SiteConfig
 from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError
 from zcproto.server.serving import log
-from zcproto.tls.context import ClientAuth
+from zcproto.tls.context import ClientAuth, ServerContext
 from zcproto.tls.proof import proven_sites
 from zcproto.tls.sites import SiteContexts
 
@@ -91,6 +91,7 @@ class CertificateKeeper:
         self._on_kept = on_kept
         self._on_next_pins = on_next_pins
         self._unproven = True
+        self._proven: dict[Site, ServerContext] = {}
         self._untold: tuple[Notice, ...] = ()
         self._problem = ""
         self._next_pins: NextPins | None = None
@@ -150,6 +151,8 @@ class CertificateKeeper:
     def _look(self) -> _Found:
         outcome = self._maintainer.check(self.now(), self._clock.now())
         self._untold += outcome.notices  # what cannot be used yet is told when it is used
+        if outcome.client_trust_changed:
+            self._proven.clear()  # each context has in it whose certificates it believes
         if outcome.certificates is not None or outcome.client_trust_changed:
             self._unproven = True
         kept = self._prove(self._maintainer.certificates) if self._unproven else None
@@ -166,6 +169,7 @@ class CertificateKeeper:
             client_auth=self._client_auth,
             client_ca=None if clients is None else clients.ca,
             client_crl=None if clients is None else clients.crl,
+            proven=self._proven,
         )
         revoked = frozenset() if clients is None or clients.crl is None else revoked_in(clients.crl)
         return Kept(certificates, contexts, revoked)

@@ -21,7 +21,7 @@ import hashlib
 import ssl
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from zcproto.errors import CertificateError
 from zcproto.suites import SUITES
@@ -34,6 +34,8 @@ from zcproto.tls.context import (
     suites_are_allowed,
 )
 from zcproto.tls.sites import SiteContexts
+
+Site = TypeVar("Site", bound="SiteOfPairs")
 
 ROUNDS: Final = 4
 """Flights of a client at most: its hello, again after a HelloRetryRequest, and its end."""
@@ -144,27 +146,41 @@ def _named(pair: CheckedPair) -> Iterator[None]:
 
 
 def proven_sites(
-    sites: Sequence[SiteOfPairs],
+    sites: Sequence[Site],
     protocols: Sequence[str],
     suites: Sequence[str] = SUITES,
     *,
     client_auth: ClientAuth = "off",
     client_ca: Path | bytes | None = None,
     client_crl: Path | bytes | None = None,
+    proven: dict[Site, ServerContext] | None = None,
 ) -> SiteContexts:
     """The contexts of all sites, each proven; the first site is the default. All of them or none.
 
+    `proven` are the contexts of sites that have proved themselves before, made the same way; they are used again,
+    for the files of one site may be damaged while another's are renewed. It is brought up to date.
+
     Raises CertificateError, also for a name of two sites.
     """
+    known = {} if proven is None else proven
     by_name: dict[str, ssl.SSLContext] = {}
-    contexts = []
+    contexts: dict[Site, ServerContext] = {}
     for site in sites:
-        context = proven_context(
-            site.pairs, protocols, suites, client_auth=client_auth, client_ca=client_ca, client_crl=client_crl
-        )
-        contexts.append(context)
+        context = known.get(site)
+        if context is None:
+            context = proven_context(
+                site.pairs,
+                protocols,
+                suites,
+                client_auth=client_auth,
+                client_ca=client_ca,
+                client_crl=client_crl,
+            )
+        contexts[site] = context
         for name in site.names:
             if name in by_name:
                 raise CertificateError(f"{name!r} is a name of two sites; leave it to one of them")
             by_name[name] = context
-    return SiteContexts(contexts[0], by_name)
+    known.clear()
+    known.update(contexts)
+    return SiteContexts(contexts[sites[0]], by_name)
