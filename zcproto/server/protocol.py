@@ -4,7 +4,8 @@
     then once: connection.data_to_send -> transport.write
 
 What it decides: how methods are run, back-pressure (a peer that does not read is not read from, nor are its
-requests run), and how a connection ends. What is allowed on the wire is the connection's business.
+requests run; so it is while a token is looked up), and how a connection ends. What is allowed on the wire is
+the connection's business.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from zcproto.connection.events import (
     RequestEnded,
     ServerEvent,
     SessionJoined,
+    TokenUnknown,
 )
-from zcproto.connection.server import NEEDS_SESSION, ServerConnection
+from zcproto.connection.server import NEEDS_SESSION, TOKEN_ERRORS, ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import CallError, Cancelled, CertificateError, Code, TlsError
 from zcproto.server.app import RESERVED_PREFIXES
@@ -63,6 +65,7 @@ class ServerProtocol(asyncio.Protocol):
     __slots__ = (
         "_connection",
         "_flush_planned",
+        "_looking_up",
         "_paused_since",
         "_serving",
         "_suspended",
@@ -78,7 +81,8 @@ class ServerProtocol(asyncio.Protocol):
         self._serving = serving
         self._transport: TlsServerTransport | None = None
         self._connection: ServerConnection | None = None
-        self._suspended: Iterator[ServerEvent] | None = None  # requests that wait until the peer reads
+        self._suspended: Iterator[ServerEvent] | None = None  # until the peer reads, or a token was looked up
+        self._looking_up: Worker | None = None
         self._paused_since: float | None = None  # or since the peer last took its least
         self._unread = 0  # what waited for the peer then, with what was added since
         self._flush_planned = False
@@ -153,11 +157,17 @@ class ServerProtocol(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused_since = None
-        suspended, self._suspended = self._suspended, None
-        if suspended is not None:
-            self._process(suspended, self.wall())
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Take what was suspended, then what arrives, if there is nothing any more that keeps from it."""
+        if self._paused_since is None and self._looking_up is None:
+            suspended, self._suspended = self._suspended, None
+            if suspended is not None:
+                self._process(suspended, self.wall())
         if self._paused_since is None and self._transport is not None:
-            self._transport.resume_reading()
+            if self._looking_up is None:
+                self._transport.resume_reading()
             self._set_deadline()
 
     # --- requests ------------------------------------------------------------------------------------
@@ -175,6 +185,10 @@ class ServerProtocol(asyncio.Protocol):
                     break
             elif event.__class__ is SessionJoined:
                 self._serving.session_joined(event.session_id, self)
+            elif event.__class__ is TokenUnknown:
+                if self._look_up(event):
+                    self._suspended = events
+                    break
             elif event.__class__ is RequestEnded:
                 self._stop(event)
             elif event.__class__ is KeyWanted:
@@ -427,6 +441,37 @@ class ServerProtocol(asyncio.Protocol):
         if self._connection is not None:
             self._connection.disprove(key)
 
+    def _look_up(self, unknown: TokenUnknown) -> bool:
+        """Find out whether a token is good. True: that takes a while, for which this connection waits."""
+        worker = self._serving.tasks.start(self._find(unknown))
+        if worker is None:
+            return False
+        assert self._transport is not None, "a conversation ends before its transport"
+        self._transport.pause_reading()
+        self._looking_up = worker
+
+        def done(result: None, error: BaseException | None) -> None:
+            self._looking_up = None
+            if self._connection is not None:
+                self._go_on()
+
+        worker.done = done
+        return True
+
+    async def _find(self, unknown: TokenUnknown) -> None:
+        unknown.refusal = TOKEN_ERRORS[Code.UNAVAILABLE]  # should this be cancelled
+        try:
+            await self._serving.sessions.find(unknown.token, self.peer, unknown.code)
+        except CallError as error:
+            unknown.refusal = encode_error(error.code, error.message, error.details)
+        except Exception as error:
+            incident = self._serving.incident("token", error, peer=self.peer)
+            unknown.refusal = encode_error(
+                Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident}
+            )
+        else:
+            unknown.refusal = None
+
     def session_ended(self, session_id: str, code: Code, reason: str) -> None:
         """A session that was used here ended: say so, unless it simply expired or this peer asked for it."""
         if self._connection is None:
@@ -575,6 +620,8 @@ class ServerProtocol(asyncio.Protocol):
             serving.session_left(session_id, self)
         connection.end()
         self._suspended = None
+        if self._looking_up is not None:
+            self._looking_up.cancel()
         workers, self._workers = self._workers, None
         for worker in (workers or {}).values():
             worker.cancel()

@@ -18,6 +18,7 @@ from zcproto.server.app import Method
 from zcproto.server.binding import Binding
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import OnceOnly
+from zcproto.server.sessions import MemorySessions, Sessions
 from zcproto.sessions import SessionRegistry
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class Serving:
         self.session_idle_timeout_ms = session_idle_timeout_ms
         self.once = OnceOnly(tasks, clock) if once is None else once
         self.binding = Binding() if binding is None else binding
+        self.sessions: Sessions = MemorySessions(registry, clock)
+        """What `session.*` does; the server puts another one here if sessions are kept in a store."""
         self.counters = Counters()
         self.connections: set[ServerProtocol] = set()
         self.draining = False
@@ -145,6 +148,10 @@ class Serving:
             users.discard(protocol)
             if not users:
                 del self._by_session[session_id]
+
+    def uses(self, session_id: str) -> bool:
+        """Whether a connection uses this session."""
+        return session_id in self._by_session
 
     def _session_ended(self, session_id: str, code: Code, reason: str) -> None:
         users = self._by_session.pop(session_id, None)

@@ -1,0 +1,161 @@
+"""A store that does what the test wants: fails, hangs, is slow, does it and says that it did not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from zcproto.errors import Code
+from zcproto.sessions import SessionRegistry
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
+from zcproto.stores.memory import MemoryStore
+from zcproto.stores.store import (
+    Change,
+    ChangeKind,
+    Claim,
+    Created,
+    LimitReached,
+    NotRotated,
+    Rotated,
+    StoreUnavailable,
+)
+
+T = TypeVar("T")
+
+WORKS, FAILS, HANGS, FAILS_AFTER, HANGS_AFTER, READ_ONLY = (
+    "works",
+    "fails",
+    "hangs",
+    "fails after doing it",
+    "hangs after doing it",
+    "is read-only",
+)
+
+READS = frozenset({"find", "get", "list", "count"})
+
+
+class FaultyStore:
+    """A MemoryStore over a registry of its own, as it were in another process.
+
+    `mode` holds for all operations, `modes` for single ones, by name. `calls` are the names of those asked for.
+    `gate`, if it is set, is waited for by each operation before it is done, those in `late` after it. `hung` is
+    called when one that hangs is given up.
+    """
+
+    def __init__(self, registry: SessionRegistry, *, shared: bool = False) -> None:
+        self.registry = registry
+        self.shared = shared
+        self.mode = WORKS
+        self.modes: dict[str, str] = {}
+        self.calls: list[str] = []
+        self.gate: asyncio.Event | None = None
+        self.late: dict[str, asyncio.Event] = {}
+        self.hung: Callable[[], object] = lambda: None
+        self.opened = 0
+        self.closed = 0
+        self.on_change: Callable[[Change], None] = lambda change: None
+        self._inner = MemoryStore(registry)
+
+    def lose_all(self) -> None:
+        """It was restarted without its data."""
+        self.registry = SessionRegistry(self.registry._settings, self.registry._entropy)
+        self._inner = MemoryStore(self.registry)
+
+    def tell(self, session_id: bytes) -> None:
+        """Another process changed a session."""
+        self.on_change(Change(ChangeKind.SESSION, session_id))
+
+    def tell_all(self) -> None:
+        self.on_change(Change(ChangeKind.ALL))
+
+    async def _do(self, name: str, operation: Coroutine[Any, Any, T]) -> T:
+        self.calls.append(name)
+        mode = self.modes.get(name, self.mode)
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+            if mode == FAILS or (mode == READ_ONLY and name not in READS):
+                raise StoreUnavailable("the test wants it so")
+            if mode == HANGS:
+                await self._hang()
+            result = await operation
+            if name in self.late:
+                await self.late[name].wait()
+            if mode == FAILS_AFTER:
+                raise StoreUnavailable("the test wants it so")
+            if mode == HANGS_AFTER:
+                await self._hang()
+            return result
+        finally:
+            operation.close()
+
+    async def _hang(self) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            self.hung()
+            raise
+
+    async def open(self, on_change: Callable[[Change], None]) -> None:
+        self.on_change = on_change
+        await self._do("open", self._inner.open(on_change))
+        self.opened += 1
+
+    async def close(self) -> None:
+        self.closed += 1
+
+    async def ping(self) -> None:
+        await self._do("ping", self._inner.ping())
+
+    async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
+        if self.shared:
+            return
+        records = self.registry.records(None, self.registry.kept)
+        for first in range(0, len(records), 1_000):
+            await self._do("load", asyncio.sleep(0))
+            yield records[first : first + 1_000]
+
+    async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
+        return await self._do("create", self._inner.create(record, limit))
+
+    async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
+        return await self._do("rotate", self._inner.rotate(rotation))
+
+    async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
+        return await self._do("find", self._inner.find(token_digest))
+
+    async def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
+        return await self._do("get", self._inner.get(id))
+
+    async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
+        await self._do("touch", self._inner.touch(uses))
+
+    async def end(
+        self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
+    ) -> list[EndedRecord]:
+        return await self._do("end", self._inner.end(ids, code, wall, user))
+
+    async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
+        return await self._do("end_user", self._inner.end_user(user, code, wall))
+
+    async def end_all(self, code: Code, wall: int) -> int:
+        return await self._do("end_all", self._inner.end_all(code, wall))
+
+    async def list(self, user: str | None = None) -> list[SessionRecord]:
+        return await self._do("list", self._inner.list(user))
+
+    async def count(self) -> int:
+        return await self._do("count", self._inner.count())
+
+    async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
+        return await self._do("expire", self._inner.expire(wall, keep_ended_ms, limit))
+
+    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
+        return await self._do("claim", self._inner.claim(user, key, request_digest, wall, lease_ms))
+
+    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
+        await self._do("keep_answer", self._inner.keep_answer(user, key, answer, wall, keep_ms))
+
+    async def release_claim(self, user: str, key: str) -> None:
+        await self._do("release_claim", self._inner.release_claim(user, key))
