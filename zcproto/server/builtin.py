@@ -13,7 +13,6 @@ from zcproto.server.context import Context
 from zcproto.server.serving import Serving
 from zcproto.sessions import OpenedSession, Session, SessionInfo
 from zcproto.sessions.session import DEVICE_KEY
-from zcproto.sessions.token import FAMILY_SIZE, id_of
 from zcproto.signed import SIGNATURE_SIZE
 from zcproto.wire.frame import TOKEN_SIZE, VERSION
 
@@ -65,12 +64,11 @@ def protocol_methods(
         identity = await login.open(
             {"scheme": scheme, **fields}, context.peer, context.now(), context.channel()
         )
-        opened = registry.open(
+        opened = await serving.sessions.open(
             identity.user,
             operator=identity.operator,
             client=client,
             address=context.peer,
-            wall=context.wall(),
             key=identity.key,
         )
         if identity.key:
@@ -84,7 +82,9 @@ def protocol_methods(
         session = current(context)
         key = registry.key_of(session)
         if not key.startswith(DEVICE_KEY):
-            raise FailedPrecondition("this session is not bound to a device: its token needs no session.attach")
+            raise FailedPrecondition(
+                "this session is not bound to a device: its token needs no session.attach"
+            )
         await login.attach(
             key, session.user, signature, context.token, context.peer, context.now(), context.channel()
         )
@@ -92,14 +92,14 @@ def protocol_methods(
         context.join(session, context.token)
         return {}
 
-    def session_refresh(context: Context, refresh_token: bytes, client: str = "") -> dict[str, Any]:
+    async def session_refresh(context: Context, refresh_token: bytes, client: str = "") -> dict[str, Any]:
         """Trade a refresh token for a new pair of tokens of the same session. It works once."""
         if len(refresh_token) != TOKEN_SIZE:
             raise InvalidArgument(f"refresh_token must have {TOKEN_SIZE} bytes")
         _check_client(client)
-        session = registry.record(id_of(refresh_token[:FAMILY_SIZE]))
+        session = await serving.sessions.of_refresh_token(refresh_token)
         serving.binding.check_refresh(session, client, context.peer)
-        opened = registry.refresh(refresh_token, client=client, address=context.peer, wall=context.wall())
+        opened = await serving.sessions.refresh(refresh_token, client=client, address=context.peer)
         return _opened(context, opened)
 
     def _opened(context: Context, opened: OpenedSession) -> dict[str, Any]:
@@ -117,34 +117,33 @@ def protocol_methods(
 
     def session_info(context: Context) -> dict[str, Any]:
         """What the server knows of this session."""
-        return _info(registry.info(current(context).id, context.wall()))
+        return _info(serving.sessions.info(current(context)))
 
-    def session_list(context: Context) -> list[dict[str, Any]]:
+    async def session_list(context: Context) -> list[dict[str, Any]]:
         """The sessions of this user, with `current` for the one that asks."""
         session = current(context)
-        sessions = registry.list(session.user, context.wall())
+        sessions = await serving.sessions.list(session.user)
         return [{**_info(info), "current": info.id == session.id} for info in sessions]
 
-    def session_revoke(context: Context, id: str | None = None, all: bool = False) -> dict[str, Any]:
+    async def session_revoke(context: Context, id: str | None = None, all: bool = False) -> dict[str, Any]:
         """End one session of this user by its `id`, or `all` of them, this one too."""
         session = current(context)
         if (id is None) is not all:
             raise InvalidArgument("give either id, or all = true")
-        with context.asking():
-            if id is None:
-                return {"revoked": registry.revoke_user(session.user, REVOKED_BY_USER)}
-            if not registry.revoke(id, user=session.user, reason=REVOKED_BY_USER):
-                raise NotFound("no session with this id")
+        quietly = context.asking()
+        if id is None:
+            return {"revoked": await serving.sessions.revoke_user(session.user, REVOKED_BY_USER, quietly)}
+        if not await serving.sessions.revoke(id, user=session.user, reason=REVOKED_BY_USER, quietly=quietly):
+            raise NotFound("no session with this id")
         return {"revoked": 1}
 
-    def session_close(context: Context) -> dict[str, Any]:
+    async def session_close(context: Context) -> dict[str, Any]:
         """End this session."""
-        with context.asking():
-            registry.close(current(context))
+        await serving.sessions.close(current(context), context.asking())
         return {}
 
     async def device_enroll(context: Context, code: str, public_key: bytes, name: str) -> dict[str, Any]:
-        """Trade a code of `zcproto pair` for a device, which opens sessions of its user's by its key from then on."""
+        """Trade a code of `zcproto pair` for a device, by whose key its user opens sessions from then on."""
         assert enrollment is not None
         pairing = await enrollment.enroll(
             code, public_key, name, address=context.peer, wall=context.wall(), now=context.now()
