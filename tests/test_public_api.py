@@ -33,10 +33,13 @@ def test_the_public_names_are_these() -> None:
         "Code",
         "Config",
         "Context",
+        "Device",
         "Event",
         "Server",
         "connect",
         "connect_blocking",
+        "enroll",
+        "enroll_blocking",
         "serve",
     }
     raised = {

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
         BlockingClient,
         Client,
         ClientSession,
+        Device,
         Event,
         connect,
         connect_blocking,
+        enroll,
+        enroll_blocking,
     )
     from zcproto.config import Config
     from zcproto.errors import (
@@ -73,6 +76,7 @@ __all__ = [
     "Context",
     "DataLoss",
     "DeadlineExceeded",
+    "Device",
     "Event",
     "FailedPrecondition",
     "InternalError",
@@ -95,6 +99,8 @@ __all__ = [
     "ZcprotoError",
     "connect",
     "connect_blocking",
+    "enroll",
+    "enroll_blocking",
     "serve",
 ]
 
@@ -105,10 +111,13 @@ _ELSEWHERE = {
     "ClientSession": "zcproto.client",
     "Config": "zcproto.config",
     "Context": "zcproto.server.context",
+    "Device": "zcproto.client",
     "Event": "zcproto.client",
     "Server": "zcproto.server.server",
     "connect": "zcproto.client",
     "connect_blocking": "zcproto.client",
+    "enroll": "zcproto.client",
+    "enroll_blocking": "zcproto.client",
     "serve": "zcproto.server.run",
 }
 """Where a name comes from, if not from `zcproto.errors`."""

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from zcproto.client.session import ApiKey, Certificate, choose_credentials
+from zcproto.client.device import Device
+from zcproto.client.session import ApiKey, Certificate, DeviceKey, choose_credentials
 from zcproto.errors import ConfigError
+from zcproto.signed import attach_message, open_message
+
+
+class Channel:
+    """A connection, as far as anything is signed for it."""
+
+    salt = b"saltsalt"
+    leaf = b"l" * 32
+
+
+CHANNEL = Channel()
+DEVICE = Device(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 
 
 @pytest.mark.parametrize("has_certificate", [False, True])
 def test_a_key_comes_first(has_certificate: bool) -> None:
     credentials = choose_credentials("ada", "secret", has_certificate=has_certificate)
     assert isinstance(credentials, ApiKey)
-    assert credentials.params() == {"scheme": "api_key", "user": "ada", "key": "secret"}
+    assert credentials.params(CHANNEL) == {"scheme": "api_key", "user": "ada", "key": "secret"}
 
 
 def test_without_a_key_the_certificate_says_who_it_is() -> None:
     credentials = choose_credentials(None, None, has_certificate=True)
     assert credentials is not None
-    assert credentials.params() == {"scheme": "tls"}
+    assert credentials.params(CHANNEL) == {"scheme": "tls"}
 
 
 def test_with_a_user_the_certificate_must_name_that_one() -> None:
     credentials = choose_credentials("ada", None, has_certificate=True)
     assert credentials is not None
-    assert credentials.params() == {"scheme": "tls", "user": "ada"}
+    assert credentials.params(CHANNEL) == {"scheme": "tls", "user": "ada"}
     assert repr(credentials) == "Certificate(user='ada')" == repr(Certificate("ada"))
 
 
@@ -42,3 +56,35 @@ def test_a_key_needs_its_user(has_certificate: bool) -> None:
 def test_a_user_needs_something_to_show() -> None:
     with pytest.raises(ConfigError, match="give its key, or a certificate"):
         choose_credentials("ada", None, has_certificate=False)
+
+
+@pytest.mark.parametrize("has_certificate", [False, True])
+def test_a_device_signs_for_each_connection(has_certificate: bool) -> None:
+    credentials = choose_credentials(
+        None, None, has_certificate=has_certificate, device=DEVICE, device_name="laptop"
+    )
+    assert isinstance(credentials, DeviceKey)
+    signature = DEVICE.sign(open_message(b"saltsalt", b"l" * 32, "laptop"))
+    assert credentials.params(CHANNEL) == {"scheme": "ed25519", "device": "laptop", "signature": signature}
+    token = b"t" * 32
+    signature = DEVICE.sign(attach_message(b"saltsalt", b"l" * 32, token))
+    assert credentials.attach_params(CHANNEL, token) == {"signature": signature}
+    assert repr(credentials) == "DeviceKey(name='laptop')"
+
+
+@pytest.mark.parametrize(
+    ("user", "key", "device", "name", "said"),
+    [
+        ("ada", None, DEVICE, "laptop", "leave out user and key"),
+        (None, "secret", DEVICE, "laptop", "leave out user and key"),
+        (None, None, DEVICE, None, "give device_name"),
+        ("ada", "secret", DEVICE, None, "give device_name"),
+        (None, None, None, "laptop", "give the device"),
+        ("ada", "secret", None, "laptop", "give the device"),
+    ],
+)
+def test_a_device_comes_with_its_name_and_alone(
+    user: str | None, key: str | None, device: Device | None, name: str | None, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        choose_credentials(user, key, has_certificate=False, device=device, device_name=name)

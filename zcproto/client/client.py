@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 
 from zcproto.client.address import parse_address
 from zcproto.client.backoff import Backoff, Random
+from zcproto.client.device import Device
 from zcproto.client.dial import Dialer, LoopShare, Trust, leave_share, take_share
 from zcproto.client.events import Event, EventStream
 from zcproto.client.known_hosts import KnownHosts
@@ -77,6 +78,8 @@ class Client:
         certificate: str | Path | None = None,
         key_file: str | Path | None = None,
         key_passphrase: Passphrase | None = None,
+        device: Device | str | Path | None = None,
+        device_name: str | None = None,
         session: bool = True,
         timeout: float | None = DEFAULT_TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
@@ -89,7 +92,13 @@ class Client:
         random: Random = system_random.random,
     ) -> None:
         self.address = parse_address(address)
-        self._credentials = choose_credentials(user, key, has_certificate=certificate is not None)
+        self._credentials = choose_credentials(
+            user,
+            key,
+            has_certificate=certificate is not None,
+            device=Device.load(device) if isinstance(device, str | Path) else device,
+            device_name=device_name,
+        )
         self._opens_session = session and self._credentials is not None
         self._timeout = timeout
         self._client = default_client() if client is None else client
@@ -141,7 +150,7 @@ class Client:
         return self.__aenter__().__await__()
 
     async def open(self) -> None:
-        """Connect, and open a session if there is a key for one. `async with` does it.
+        """Connect, and open a session if there is something to open one with. `async with` does it.
 
         Raises at the first attempt: CannotConnect, TlsError, CertificateError, ConnectionClosed, and the
         CallErrors of `session.open`.
@@ -206,7 +215,7 @@ class Client:
     async def open_session(self) -> ClientSession:
         """Open a session unless one is alive: the way on after TOKEN_REVOKED, SESSION_REPLACED and UNAUTHENTICATED.
 
-        Raises Unauthenticated if the client has neither a key nor a certificate, else as `call`.
+        Raises Unauthenticated if the client has nothing to open one with, else as `call`.
         """
         if self._loop is None:
             raise RuntimeError(NOT_OPEN)
@@ -292,6 +301,12 @@ class Client:
             await self._wait(attempt.backoff.next(retry_after_ms(error.details)), error, deadline)
         elif then is Then.AT_ONCE and attempt.once(then):
             return
+        elif then is Then.ATTACH and token != NO_TOKEN and attempt.once(then):
+            await self._attach(error, attempt, link, token, deadline)
+        elif (
+            then is Then.REOPEN and token != NO_TOKEN and attempt.once(then) and self._sessions.reopen(token)
+        ):
+            return
         elif then is Then.RENEW and token != NO_TOKEN and attempt.once(then):
             self._sessions.expired(token)
         elif error.code in SESSION_IS_OVER and token != NO_TOKEN:
@@ -305,6 +320,23 @@ class Client:
             if error.code is Code.UNAUTHENTICATED and token != NO_TOKEN:
                 self._sessions.unknown(token)
             raise error
+
+    async def _attach(
+        self, error: CallError, attempt: _Attempt, link: ClientProtocol, token: bytes, deadline: float
+    ) -> None:
+        """Return when a call that was refused for a key not proved may be sent again; else raise its error."""
+        try:
+            async with asyncio.timeout_at(None if deadline == _FOREVER else deadline):
+                if not await self._sessions.attach(link, token):
+                    raise error
+        except TimeoutError:
+            raise DeadlineExceeded("no answer within the call's timeout") from error
+        except CallError as refused:
+            if refused is error:
+                raise
+            if what_next(refused) is Then.LATER:
+                attempt.allow_again(Then.ATTACH)
+            await self._after_error(refused, attempt, link, token, deadline)
 
     async def _wait(self, delay: float, error: ZcprotoError, deadline: float) -> None:
         """Wait before a call is sent again. Raises its error now if that would be too late."""
@@ -373,6 +405,10 @@ class _Attempt:
             return False
         self._done.add(then)
         return True
+
+    def allow_again(self, then: Then) -> None:
+        """It did not come to that after all."""
+        self._done.discard(then)
 
 
 def _known_hosts(home: str | Path | None) -> KnownHosts | None:

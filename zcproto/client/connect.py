@@ -1,4 +1,4 @@
-"""`connect` and `connect_blocking`: the two ways to a server."""
+"""`connect` and `connect_blocking`: the two ways to a server; `enroll`: how a device becomes known to one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from zcproto.client.blocking import BlockingClient
 from zcproto.client.client import CONNECT_TIMEOUT, DEFAULT_TIMEOUT, Client
+from zcproto.client.device import Device
 from zcproto.client.events import Event
 from zcproto.tls.context import Passphrase
 
@@ -24,6 +25,8 @@ def connect(
     certificate: str | Path | None = None,
     key_file: str | Path | None = None,
     key_passphrase: Passphrase | None = None,
+    device: Device | str | Path | None = None,
+    device_name: str | None = None,
     session: bool = True,
     timeout: float | None = DEFAULT_TIMEOUT,
     connect_timeout: float = CONNECT_TIMEOUT,
@@ -49,6 +52,8 @@ def connect(
                       and the one that they know; read again for the next connection when it was renewed
     key_file          its key, which must be its owner's alone; without it the key is in the same file
     key_passphrase    of an encrypted key: a text, or a function that returns it and is called when it is needed
+    device            whose key opens the session, in place of user and key: a Device, or the file of its key
+    device_name       the name under which it was enrolled
     session           False opens none at connecting; `open_session` does later
     timeout           of a call, in seconds, unless the call says another; None waits for ever
     connect_timeout   of one attempt to connect, in seconds
@@ -56,7 +61,8 @@ def connect(
     on_event          called with each `Event` that the server sends; without it they wait in `client.events`
     home              where hosts with a policy are remembered; ZCPROTO_HOME, else ~/.zeroclaw, by default
 
-    Raises ConfigError for what cannot be meant, TlsError for a malformed pin; connecting raises what
+    Raises ConfigError for what cannot be meant, TlsError for a malformed pin, CertificateError for a device's key
+    that cannot be used; connecting raises what
     `Client.open` does.
     """
     return Client(
@@ -71,6 +77,8 @@ def connect(
         certificate=certificate,
         key_file=key_file,
         key_passphrase=key_passphrase,
+        device=device,
+        device_name=device_name,
         session=session,
         timeout=timeout,
         connect_timeout=connect_timeout,
@@ -93,6 +101,8 @@ def connect_blocking(
     certificate: str | Path | None = None,
     key_file: str | Path | None = None,
     key_passphrase: Passphrase | None = None,
+    device: Device | str | Path | None = None,
+    device_name: str | None = None,
     session: bool = True,
     timeout: float | None = DEFAULT_TIMEOUT,
     connect_timeout: float = CONNECT_TIMEOUT,
@@ -118,6 +128,8 @@ def connect_blocking(
             certificate=certificate,
             key_file=key_file,
             key_passphrase=key_passphrase,
+            device=device,
+            device_name=device_name,
             session=session,
             timeout=timeout,
             connect_timeout=connect_timeout,
@@ -126,3 +138,69 @@ def connect_blocking(
             home=home,
         )
     )
+
+
+async def enroll(
+    address: str,
+    code: str,
+    device: Device,
+    name: str,
+    *,
+    ca_file: str | Path | None = None,
+    pins: Iterable[str] | str = (),
+    system_store: bool = False,
+    server_hostname: str | None = None,
+    timeout: float | None = DEFAULT_TIMEOUT,  # noqa: ASYNC109  it bounds more than one wait
+    home: str | Path | None = None,
+) -> str:
+    """Trade a code of `zcproto pair` for a device that the server knows by `name`; returns whose device that is.
+
+        device = zcproto.Device.create("laptop.key")
+        await zcproto.enroll("host:7443", "7D9K-X2MP", device, "laptop", ca_file="ca.crt")
+
+    From then on `connect(..., device=device, device_name="laptop")` opens sessions of that user. Options as in
+    `connect`. Raises Unauthenticated for a code that is not good, AlreadyExists for a name that is taken (the code
+    stays good), and what connecting raises.
+    """
+    client = connect(
+        address,
+        ca_file=ca_file,
+        pins=pins,
+        system_store=system_store,
+        server_hostname=server_hostname,
+        session=False,
+        timeout=timeout,
+        home=home,
+    )
+    async with client:
+        enrolled = await client.call("device.enroll", code=code, public_key=device.public_key, name=name)
+    return str(enrolled["user"])
+
+
+def enroll_blocking(
+    address: str,
+    code: str,
+    device: Device,
+    name: str,
+    *,
+    ca_file: str | Path | None = None,
+    pins: Iterable[str] | str = (),
+    system_store: bool = False,
+    server_hostname: str | None = None,
+    timeout: float | None = DEFAULT_TIMEOUT,
+    home: str | Path | None = None,
+) -> str:
+    """As `enroll`, for programs without an event loop."""
+    client = connect_blocking(
+        address,
+        ca_file=ca_file,
+        pins=pins,
+        system_store=system_store,
+        server_hostname=server_hostname,
+        session=False,
+        timeout=timeout,
+        home=home,
+    )
+    with client:
+        enrolled = client.call("device.enroll", code=code, public_key=device.public_key, name=name)
+    return str(enrolled["user"])

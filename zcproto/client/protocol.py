@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any, Final, Protocol, cast
 
 from zcproto.clock import Clock
@@ -68,7 +69,8 @@ class ClientProtocol(asyncio.Protocol):
     """One connection to a server.
 
     `ready` says that a request may be sent now; wait for it with `wait_ready`. `error` is why the connection
-    ended, once it did. `answered` says whether any request was answered here. After the end,
+    ended, once it did. `answered` says whether any request was answered here, `proved` whether a device has proved
+    its key here. After the end,
     `unanswered_not_run` says that what had no answer was certainly not run: the server had said GOAWAY, and
     then closed in an orderly way.
     """
@@ -90,6 +92,7 @@ class ClientProtocol(asyncio.Protocol):
         "draining",
         "error",
         "gone",
+        "proved",
         "ready",
         "unanswered_not_run",
         "welcomed",
@@ -118,6 +121,7 @@ class ClientProtocol(asyncio.Protocol):
         self.ready = False
         self.draining = False
         self.answered = False
+        self.proved = False
         self.unanswered_not_run = False
         self.error: ConnectionClosed | None = None
         self.welcomed: asyncio.Future[dict[str, Any]] = loop.create_future()
@@ -137,6 +141,18 @@ class ClientProtocol(asyncio.Protocol):
     def has_session(self) -> bool:
         """Whether the server is known to have taken a session's token here."""
         return self._connection.has_session
+
+    @property
+    def salt(self) -> bytes:
+        """What no other connection has: proofs are made for it."""
+        return self._connection.salt
+
+    @property
+    def leaf(self) -> bytes:
+        """SHA-256 of the certificate (DER) that the server has shown here. Empty once the connection is gone."""
+        tls = None if self._transport is None else self._transport.get_extra_info("ssl_object")
+        certificate = None if tls is None else tls.getpeercert(binary_form=True)
+        return b"" if certificate is None else sha256(certificate).digest()
 
     # --- the transport's calls --------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ class Then(Enum):
     LATER = "later"  # again after `retry_after_ms` with jitter, as often as the call's timeout allows
     AT_ONCE = "at_once"  # again at once, once
     RENEW = "renew"  # refresh or open the session, then again, once
+    REOPEN = "reopen"  # open another session, then again, once
+    ATTACH = "attach"  # prove the session's key on this connection, then again, once
 
 
 _BY_CODE: Final = {
@@ -39,6 +41,10 @@ def what_next(error: CallError) -> Then:
     """What a client does after a call was answered with an error."""
     if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:
         return Then.TELL  # the user has as many sessions as allowed: waiting does not change that
+    if error.code is Code.UNAUTHENTICATED and error.details.get("attach") is True:
+        return Then.ATTACH
+    if error.code is Code.UNAUTHENTICATED and error.details.get("certificate") is True:
+        return Then.REOPEN  # the session belongs to the certificate that was shown before
     return _BY_CODE.get(error.code, Then.TELL)
 
 

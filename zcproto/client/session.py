@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 from typing import Any, Final, Protocol
 
+from zcproto.client.device import Device
 from zcproto.errors import Code, ConfigError, ProtocolError
+from zcproto.signed import attach_message, open_message
 from zcproto.wire.frame import TOKEN_SIZE
 
 _MS: Final = 1000
@@ -15,11 +17,21 @@ REFRESH_AT: Final = 0.8
 _FOREVER: Final = float("inf")
 
 
+class Channel(Protocol):
+    """A connection, as what ties a proof to it."""
+
+    @property
+    def salt(self) -> bytes: ...
+
+    @property
+    def leaf(self) -> bytes: ...
+
+
 class Credentials(Protocol):
     """What a client shows to open a session."""
 
-    def params(self) -> dict[str, Any]:
-        """The params of `session.open`, but for `client`."""
+    def params(self, channel: Channel) -> dict[str, Any]:
+        """The params of `session.open` on this connection, but for `client`."""
         ...
 
 
@@ -35,7 +47,7 @@ class ApiKey:
     def __repr__(self) -> str:
         return f"ApiKey(user={self.user!r})"
 
-    def params(self) -> dict[str, Any]:
+    def params(self, channel: Channel) -> dict[str, Any]:
         return {"scheme": "api_key", "user": self.user, "key": self._key}
 
 
@@ -50,15 +62,52 @@ class Certificate:
     def __repr__(self) -> str:
         return f"Certificate(user={self.user!r})"
 
-    def params(self) -> dict[str, Any]:
+    def params(self, channel: Channel) -> dict[str, Any]:
         return {"scheme": "tls"} if self.user is None else {"scheme": "tls", "user": self.user}
 
 
-def choose_credentials(user: str | None, key: str | None, *, has_certificate: bool) -> Credentials | None:
-    """What opens sessions: the key, or without one the certificate; None if there is neither.
+class DeviceKey:
+    """A device that was enrolled under a name: it signs for each connection."""
 
-    Raises ConfigError for a user without either, and for a key without its user.
+    __slots__ = ("_device", "name")
+
+    def __init__(self, device: Device, name: str) -> None:
+        self._device = device
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"DeviceKey(name={self.name!r})"
+
+    def params(self, channel: Channel) -> dict[str, Any]:
+        signature = self._device.sign(open_message(channel.salt, channel.leaf, self.name))
+        return {"scheme": "ed25519", "device": self.name, "signature": signature}
+
+    def attach_params(self, channel: Channel, token: bytes) -> dict[str, Any]:
+        """The params of `session.attach`."""
+        return {"signature": self._device.sign(attach_message(channel.salt, channel.leaf, token))}
+
+
+def choose_credentials(
+    user: str | None,
+    key: str | None,
+    *,
+    has_certificate: bool,
+    device: Device | None = None,
+    device_name: str | None = None,
+) -> Credentials | None:
+    """What opens sessions: the device, the key, or without them the certificate; None if there is none of them.
+
+    Raises ConfigError for a user without any, for a key without its user, and for a device that is not alone or has
+    no name.
     """
+    if device is not None and device_name is not None:
+        if user is not None or key is not None:
+            raise ConfigError(["device: it says whose sessions it opens; leave out user and key"])
+        return DeviceKey(device, device_name)
+    if device is not None:
+        raise ConfigError(["device: give device_name, the name under which it was enrolled, too"])
+    if device_name is not None:
+        raise ConfigError(["device_name: give the device, or the file of its key, too"])
     if key is not None and user is not None:
         return ApiKey(user, key)
     if key is not None:

@@ -19,7 +19,7 @@ from zcproto.client.backoff import Backoff, Random
 from zcproto.client.links import join
 from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.client.retry import SESSION_IS_OVER, Then, retry_after_ms, what_next
-from zcproto.client.session import ClientSession, Credentials
+from zcproto.client.session import Certificate, ClientSession, Credentials, DeviceKey
 from zcproto.clock import Clock
 from zcproto.connection.events import EventReceived
 from zcproto.deadlines import DeadlineWheel
@@ -73,12 +73,14 @@ class SessionKeeper:
         self._clock = clock
         self._get_link = get_link
         self._credentials = credentials
+        self._device = credentials if isinstance(credentials, DeviceKey) else None
         self._client = client
         self._random = random
         self._is_wanted = False
         self._unknown_token = NO_TOKEN  # the server did not know it, or a method wants more than it
         self._over: CallError | None = None
         self._renewing: asyncio.Task[None] | None = None
+        self._attaching: tuple[bytes, PendingCall] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -91,7 +93,9 @@ class SessionKeeper:
         Raises Unauthenticated if there is nothing to open one with.
         """
         if self._credentials is None:
-            raise Unauthenticated("this client has neither a key nor a certificate to open a session with")
+            raise Unauthenticated(
+                "this client has neither a key nor a device nor a certificate to open a session with"
+            )
         self._is_wanted = True
         self._over = None
         if self.session is not None and self.token == self._unknown_token:
@@ -127,6 +131,15 @@ class SessionKeeper:
             self.session.expire()
             self._set_good()
 
+    def reopen(self, token: bytes) -> bool:
+        """The server says that a token belongs to another certificate. False if this client shows none."""
+        if not isinstance(self._credentials, Certificate):
+            return False
+        if token == self.token:
+            self._drop_refresh_token()
+            self.expired(token)
+        return True
+
     def unknown(self, token: bytes) -> None:
         """The server answered UNAUTHENTICATED to a token. It is sent on until the application asks for another."""
         self._unknown_token = token
@@ -154,14 +167,22 @@ class SessionKeeper:
     # --- new connections and events ---------------------------------------------------------------
 
     def show(self, link: ClientProtocol) -> None:
-        """Show the token on a new connection, so that it has its session and gets its events.
+        """Show the token on a new connection, so that it has its session and gets its events. If it is bound to a
+        device, that proves its key.
 
         A small request goes first: a larger one would be refused on a connection without a session.
         """
-        if self.session is None or self._renewing is not None or not link.ready:
+        if self._renewing is None:
+            self._show(link)
+
+    def _show(self, link: ClientProtocol) -> None:
+        if self.session is None or not link.ready:
             return
         token = self.token
-        call = link.request("session.info", None, token, None, self._loop.time() + ANSWER_TIMEOUT)
+        if self.session.bound and self._device is not None and not link.proved:
+            call = self._attach(link, self._device)
+        else:
+            call = link.request("session.info", None, token, None, self._loop.time() + ANSWER_TIMEOUT)
 
         def shown(call: asyncio.Future[Any]) -> None:
             error = None if call.cancelled() else call.exception()
@@ -170,8 +191,44 @@ class SessionKeeper:
 
         call.add_done_callback(shown)
 
+    def _attach(self, link: ClientProtocol, device: DeviceKey) -> PendingCall:
+        """Prove the device's key on a connection; one request serves all who want it."""
+        token = self.token
+        if self._attaching is not None:
+            attached, call = self._attaching
+            if attached == token and call.link is link and not call.done():
+                return call
+        params = device.attach_params(link, token)
+        call = link.request("session.attach", params, token, None, self._loop.time() + ANSWER_TIMEOUT)
+        self._attaching = token, call
+
+        def proved(call: asyncio.Future[Any]) -> None:
+            if not call.cancelled() and call.exception() is None:
+                link.proved = True
+
+        call.add_done_callback(proved)
+        return call
+
+    async def attach(self, link: ClientProtocol, token: bytes) -> bool:
+        """The server wants the key of a token proved on a connection: do so, if both are still in use.
+
+        False if there is no device to prove it with. Raises the server's answer, or DeadlineExceeded.
+        """
+        if self._device is None:
+            return False
+        if token == self.token and link.ready:
+            link.proved = False
+            call = self._attach(link, self._device)
+            await asyncio.wait([call])  # whoever is cancelled leaves alone
+            error = call.exception()
+            if isinstance(error, CallError):
+                raise type(error)(error.message, error.details)
+        return True
+
     def _refused(self, token: bytes, error: CallError) -> None:
-        if error.code is Code.UNAUTHENTICATED:
+        if what_next(error) is Then.REOPEN:
+            self.reopen(token)
+        elif error.code is Code.UNAUTHENTICATED:
             self.unknown(token)
         elif error.code is Code.TOKEN_EXPIRED:
             self.expired(token)
@@ -218,7 +275,7 @@ class SessionKeeper:
             await link.wait_ready()
             if not link.ready:
                 continue
-            method, params = self._next_request()
+            method, params = self._next_request(link)
             sent_at = self._loop.time()
             try:
                 result = await _answer(link.request(method, params, NO_TOKEN, None, sent_at + ANSWER_TIMEOUT))
@@ -246,14 +303,18 @@ class SessionKeeper:
                     raise
             else:
                 self._opened(result, link)
+                if self._device is not None and method == "session.open":
+                    link.proved = True
+                elif self._device is not None and not link.proved:
+                    self._show(link)
                 return
 
-    def _next_request(self) -> tuple[str, dict[str, Any]]:
+    def _next_request(self, link: ClientProtocol) -> tuple[str, dict[str, Any]]:
         session = self.session
         if session is not None and session.can_refresh(self._loop.time()):
             return "session.refresh", {"refresh_token": session.refresh_token_bytes, "client": self._client}
         assert self._credentials is not None  # `want` saw to it
-        return "session.open", {**self._credentials.params(), "client": self._client}
+        return "session.open", {**self._credentials.params(link), "client": self._client}
 
     def _goes_on_without_refresh(self, error: CallError) -> bool:
         """Whether to open a session instead: the refresh token is past its life, or may be spent."""

@@ -164,6 +164,11 @@ class ClientConnection:
         self.welcome: dict[str, Any] = {}
         self.state = State.AWAITING_WELCOME
 
+    @property
+    def salt(self) -> bytes:
+        """What no other connection has: proofs are made for it. Empty before WELCOME."""
+        return self._salt
+
     # --- what arrives ---------------------------------------------------------------------------
 
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ClientEvent]:

@@ -1,0 +1,488 @@
+"""A client with a device: its key's file, sessions that it opens, and the key proved again on each connection."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import pickle
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+
+from zcproto.client.client import Client
+from zcproto.client.device import Device
+from zcproto.client.session import Certificate
+from zcproto.errors import (
+    CertificateError,
+    Code,
+    ConfigError,
+    DeadlineExceeded,
+    ResourceExhausted,
+    Unauthenticated,
+)
+from zcproto.signed import attach_message, open_message
+from zcproto.wire.frame import NO_TOKEN
+
+from ..helpers import WALL
+from .helpers import (
+    Asked,
+    ScriptedServer,
+    ServerLink,
+    client_of,
+    cut,
+    fail,
+    numbers,
+    refreshable,
+    scripted,
+    silence,
+    turns,
+)
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
+DEVICE = Device(KEY)
+
+
+# --- the file of the key -----------------------------------------------------------------------------
+
+
+def test_a_key_is_made_once_and_loaded_from_then_on(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        made = Device.create(tmp_path / "laptop.key")
+    finally:
+        os.umask(old)
+    loaded = Device.load(str(tmp_path / "laptop.key"))
+    assert loaded.public_key == made.public_key
+    assert len(made.public_key) == 32
+    Ed25519PublicKey.from_public_bytes(made.public_key).verify(loaded.sign(b"this"), b"this")
+    assert stat.S_IMODE((tmp_path / "laptop.key").stat().st_mode) == 0o600
+    assert (tmp_path / "laptop.key").read_bytes().startswith(b"-----BEGIN PRIVATE KEY-----\n")
+    assert Device.create(tmp_path / "other.key").public_key != made.public_key
+
+
+def test_no_repr_has_the_key_and_nothing_copies_it(tmp_path: Path) -> None:
+    assert repr(DEVICE) == f"Device(public_key={DEVICE.public_key.hex()!r})"
+    assert KEY.private_bytes_raw().hex() not in repr(DEVICE)
+    with pytest.raises(TypeError):
+        pickle.dumps(DEVICE)
+    assert not hasattr(DEVICE, "__dict__")
+
+
+@pytest.mark.parametrize("what", ["file", "link", "folder"])
+def test_nothing_is_overwritten(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "laptop.key"
+    if what == "file":
+        path.write_text("old")
+    elif what == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.mkdir()
+    with pytest.raises(CertificateError, match="is there already; load it, or name another file"):
+        Device.create(path)
+    assert what != "file" or path.read_text() == "old"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        CertificateError, match="cannot be written: No such file or directory; check the path"
+    ):
+        Device.create(tmp_path / "no" / "laptop.key")
+    with pytest.raises(CertificateError, match="cannot be written: ValueError"):
+        Device.create("a\0b")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CertificateError, match="cannot be written: No space left on device"):
+        Device.create(tmp_path / "laptop.key")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644, 0o660, 0o777])
+def test_a_key_that_others_can_use_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "laptop.key"
+    Device.create(path)
+    path.chmod(mode)
+    with pytest.raises(CertificateError) as caught:
+        Device.load(path)
+    assert f"mode {mode:04o}" in str(caught.value)
+    assert f"chmod 600 {path}" in str(caught.value)
+
+
+def test_a_key_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Device.create(tmp_path / "laptop.key")
+    status = os.stat(tmp_path / "laptop.key")
+    other = os.stat_result((*status[:4], status.st_uid + 12345, *status[5:]))
+    monkeypatch.setattr(os, "fstat", lambda descriptor: other)
+    with pytest.raises(CertificateError, match="belongs to another user"):
+        Device.load(tmp_path / "laptop.key")
+
+
+def pem(key: Any, encryption: Any = None) -> bytes:
+    data: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is no private key in PEM; make one by Device.create"),
+        (b"nonsense", "is no private key in PEM"),
+        (pem(KEY)[:-60], "is no private key in PEM"),
+        (pem(ec.generate_private_key(ec.SECP256R1())), "is a key of another kind than Ed25519"),
+        (pem(KEY, BestAvailableEncryption(b"hunter2")), "is encrypted; a device's key has no passphrase"),
+        (b"x" * 200_000, "is no private key in PEM"),
+    ],
+)
+def test_what_is_no_key_of_a_device_is_told_and_not_shown(tmp_path: Path, data: bytes, said: str) -> None:
+    path = tmp_path / "laptop.key"
+    path.touch(0o600)
+    path.write_bytes(data)
+    with pytest.raises(CertificateError, match=said) as caught:
+        Device.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).isprintable()
+
+
+def test_no_file_a_folder_and_a_fifo_are_told(tmp_path: Path) -> None:
+    with pytest.raises(CertificateError, match="cannot be read: No such file or directory"):
+        Device.load(tmp_path / "laptop.key")
+    with pytest.raises(CertificateError, match="is not a regular file"):
+        Device.load(tmp_path)
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    with pytest.raises(CertificateError, match="is not a regular file"):
+        Device.load(tmp_path / "fifo")
+    with pytest.raises(CertificateError, match="cannot be read: ValueError"):
+        Device.load("a\0b")
+
+
+def test_a_client_takes_the_device_or_its_file(tmp_path: Path) -> None:
+    device = Device.create(tmp_path / "laptop.key")
+    for given in (device, tmp_path / "laptop.key", str(tmp_path / "laptop.key")):
+        Client("localhost", device=given, device_name="laptop")
+    with pytest.raises(CertificateError):
+        Client("localhost", device=tmp_path / "other.key", device_name="laptop")
+    with pytest.raises(ConfigError, match="give device_name"):
+        Client("localhost", device=device)
+
+
+# --- a server that binds sessions --------------------------------------------------------------------
+
+
+class Tls:
+    """What is known of a connection's TLS: the certificate that the server has shown."""
+
+    def getpeercert(self, binary_form: bool) -> bytes:
+        assert binary_form
+        return b"certificate"
+
+
+LEAF = hashlib.sha256(b"certificate").digest()
+
+
+class BoundServer(ScriptedServer):
+    """Binds the sessions of one device, and looks at its signatures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.session = {"bound": True}
+        self.proved: list[ServerLink] = []
+        self.on_welcome = [self.greet] * 20
+        self.refused: list[Asked] = []
+
+    def greet(self, link: ServerLink) -> None:
+        link._extra["ssl_object"] = Tls()
+
+    def act(self, asked: Asked) -> None:
+        if self.scripts.get(asked.method):
+            super().act(asked)
+        elif asked.method == "session.open":
+            message = open_message(asked.link.salt, LEAF, asked.params["device"])
+            KEY.public_key().verify(asked.params["signature"], message)
+            self.proved.append(asked.link)
+            super().act(asked)
+        elif asked.method == "session.attach":
+            message = attach_message(asked.link.salt, LEAF, asked.token)
+            KEY.public_key().verify(asked.params["signature"], message)
+            self.proved.append(asked.link)
+            asked.respond({})
+        elif asked.token != NO_TOKEN and asked.link not in self.proved:
+            self.refused.append(asked)
+            asked.fail(Code.UNAUTHENTICATED, {"attach": True})
+        else:
+            super().act(asked)
+
+
+def device_client(server: ScriptedServer, **options: Any) -> Client:
+    return client_of(server, user=None, device=DEVICE, device_name="laptop", **options)
+
+
+@scripted
+async def test_a_device_opens_its_session_and_needs_no_attach_there() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        opened = server.calls("session.open")[0]
+        assert {**opened.params, "signature": b""} == {
+            "scheme": "ed25519",
+            "device": "laptop",
+            "signature": b"",
+            "client": opened.params["client"],
+        }
+        assert client.session is not None
+        assert client.session.bound
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods == ["session.open", "echo", "session.close"]
+
+
+@scripted
+async def test_each_new_connection_is_attached_before_any_call() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        for number in range(3):
+            await server.lose()
+            assert await client.call("echo", x=number) == {"x": number}
+    assert server.methods == ["session.open", *["session.attach", "echo"] * 3, "session.close"]
+    assert server.refused == []
+    assert {asked.token for asked in server.calls("session.attach")} == {bytes([1]) * 32}
+
+
+@scripted
+async def test_a_call_that_is_refused_for_want_of_a_proof_attaches_and_is_sent_again() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        server.proved.clear()  # the server has forgotten: it knows another device by this name now
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods == ["session.open", "echo", "session.attach", "echo", "session.close"]
+
+
+@scripted
+async def test_many_calls_that_are_refused_attach_once() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        server.proved.clear()
+        answers = await asyncio.gather(*(client.call("echo", x=number) for number in range(10)))
+        assert answers == [{"x": number} for number in range(10)]
+    assert len(server.calls("session.attach")) == 1
+
+
+@scripted
+async def test_a_proof_that_is_refused_is_told_and_not_tried_by_itself() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        server.proved.clear()
+        server.script("session.attach", *[fail(Code.UNAUTHENTICATED)] * 2)
+        for _ in range(2):
+            with pytest.raises(Unauthenticated) as caught:
+                await client.call("echo")
+            assert caught.value.details == {}
+        assert len(server.calls("session.attach")) == 2
+        await client.open_session()  # the way on
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+@scripted
+async def test_a_server_that_is_never_content_is_told_after_one_try() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        server.script("echo", *[fail(Code.UNAUTHENTICATED, attach=True)] * 2)
+        with pytest.raises(Unauthenticated) as caught:
+            await client.call("echo")
+        assert caught.value.details == {"attach": True}
+        server.proved.clear()
+        server.script("session.attach", *[fail(Code.UNAUTHENTICATED, attach=True)] * 2)
+        with pytest.raises(Unauthenticated):
+            await client.call("echo")
+    assert len(server.calls("session.attach")) == 2
+
+
+@scripted
+async def test_an_attach_that_is_put_off_is_tried_again_as_long_as_the_call_may() -> None:
+    server = BoundServer()
+    async with device_client(server, random=numbers(0.0)) as client:
+        server.proved.clear()
+        server.script("session.attach", *[fail(Code.RESOURCE_EXHAUSTED, retry_after_ms=1000)] * 3)
+        assert await client.call("echo", x=1) == {"x": 1}
+        server.proved.clear()
+        server.script("session.attach", *[fail(Code.RESOURCE_EXHAUSTED, retry_after_ms=1000)] * 100)
+        with pytest.raises(ResourceExhausted):
+            await client.call("echo", timeout=5.5)
+        assert len(server.calls("session.attach")) == 4 + 6
+
+
+@scripted
+async def test_an_attach_follows_the_servers_clock() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        await server.lose()
+        server.script("session.attach", fail(Code.STALE_TIMESTAMP, server_time=WALL))
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+@scripted
+async def test_a_token_that_has_expired_meanwhile_is_renewed() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        server.proved.clear()
+        server.script("session.attach", fail(Code.TOKEN_EXPIRED))
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods == [
+        "session.open",
+        "echo",
+        "session.attach",
+        "session.open",
+        "echo",
+        "session.close",
+    ]
+
+
+@scripted
+async def test_an_answer_that_does_not_come_ends_the_call_at_its_timeout() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        server.proved.clear()
+        server.script("session.attach", silence, silence)
+        with pytest.raises(DeadlineExceeded, match="no answer within the call's timeout"):
+            await client.call("echo", timeout=2)
+        with pytest.raises(DeadlineExceeded):
+            await client.call("echo", timeout=None)  # attaching has a limit of its own
+
+
+@scripted
+async def test_a_connection_lost_while_attaching_costs_the_call_nothing() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        server.proved.clear()
+        server.script("session.attach", cut)
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods.count("echo") == 2
+
+
+@scripted
+async def test_one_who_stops_waiting_does_not_stop_the_attach_of_the_others() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        server.proved.clear()
+        held: list[Asked] = []
+        server.script("session.attach", held.append)
+        calls = [asyncio.create_task(client.call("echo", x=number)) for number in range(2)]
+        await turns()
+        calls[0].cancel()
+        await turns()
+        server.act(held[0])
+        assert await calls[1] == {"x": 1}
+
+
+@scripted
+async def test_a_token_of_a_session_before_this_one_is_not_attached() -> None:
+    server = BoundServer()
+    async with device_client(server) as client:
+        held: list[Asked] = []
+        server.script("echo", held.append)
+        call = asyncio.create_task(client.call("echo", x=1))
+        await turns()
+        client._sessions.expired(client._sessions.token)
+        await client.call("echo", x=2)
+        held[0].fail(Code.UNAUTHENTICATED, {"attach": True})
+        assert await call == {"x": 1}
+    assert server.calls("session.attach") == []
+
+
+# --- refreshing --------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_a_refreshed_token_needs_no_proof_where_one_was_given() -> None:
+    server = BoundServer()
+    server.session = refreshable(bound=True)
+    async with device_client(server) as client:
+        client._sessions.expired(client._sessions.token)
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods == ["session.open", "session.refresh", "echo", "session.close"]
+
+
+@scripted
+async def test_a_token_refreshed_on_a_new_connection_is_attached_there_at_once() -> None:
+    server = BoundServer()
+    server.session = refreshable(bound=True)
+    async with device_client(server) as client:
+        client._sessions.expired(client._sessions.token)
+        await server.lose()
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert server.refused == []
+    assert server.methods == ["session.open", "session.refresh", "session.attach", "echo", "session.close"]
+    assert server.calls("session.attach")[0].token == bytes([2]) * 32
+
+
+# --- others ------------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_a_client_without_a_device_tells_what_it_cannot_prove() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.script("echo", fail(Code.UNAUTHENTICATED, attach=True))
+        with pytest.raises(Unauthenticated) as caught:
+            await client.call("echo")
+        assert caught.value.details == {"attach": True}
+    assert server.methods == ["session.open", "echo", "session.close"]
+
+
+@scripted
+async def test_a_session_that_is_not_bound_is_shown_as_ever() -> None:
+    server = ScriptedServer()
+    async with device_client(server) as client:
+        await server.lose()
+        await client.call("echo")
+    assert server.methods == ["session.open", "session.info", "echo", "session.close"]
+
+
+def certificate_client(server: ScriptedServer) -> Client:
+    """A client that would show a certificate, over a connection without TLS."""
+    client = client_of(server)
+    client._credentials = Certificate()
+    return client
+
+
+@scripted
+async def test_a_certificate_with_another_key_opens_another_session() -> None:
+    server = ScriptedServer()
+    server.session = refreshable(bound=True)
+    async with certificate_client(server) as client:
+        server.script("session.info", fail(Code.UNAUTHENTICATED, certificate=True))
+        await server.lose()
+        await turns()
+        assert await client.call("echo", x=1) == {"x": 1}
+        server.script("echo", fail(Code.UNAUTHENTICATED, certificate=True))
+        assert await client.call("echo", x=2) == {"x": 2}
+        assert "session.refresh" not in server.methods
+        server.script("echo", *[fail(Code.UNAUTHENTICATED, certificate=True)] * 2)
+        with pytest.raises(Unauthenticated):
+            await client.call("echo")
+    assert server.methods.count("session.open") == 4
+
+
+@scripted
+async def test_another_clients_session_is_not_opened_for_what_a_certificate_would_prove() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.script("session.info", fail(Code.UNAUTHENTICATED, certificate=True))
+        await server.lose()
+        await turns()
+        server.script("echo", fail(Code.UNAUTHENTICATED, certificate=True))
+        with pytest.raises(Unauthenticated):
+            await client.call("echo")
+    assert server.methods.count("session.open") == 1
