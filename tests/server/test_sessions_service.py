@@ -1610,6 +1610,23 @@ async def test_sessions_are_listed(begin: Begin, is_shared: bool) -> None:
     assert infos[1].last_used_at == one.clock.wall()
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_operators_list_the_sessions_of_everybody(begin: Begin, is_shared: bool) -> None:
+    one = await begin(shared=is_shared)
+    ids = []
+    for user in ("bob", "ada", "bob"):
+        ids.append(raw(await one.open(user)))
+        one.clock.advance(1)
+    assert [record.id for record in await one.sessions.records(None, 10)] == ids
+    assert [record.id for record in await one.sessions.records(None, 2)] == ids[:2]
+    assert [record.id for record in await one.sessions.records("bob", 10)] == [ids[0], ids[2]]
+    await one.outage()
+    if is_shared:
+        await refused(one.sessions.records(None, 10))
+    else:
+        assert len(await one.sessions.records(None, 10)) == 3
+
+
 async def test_sessions_of_other_processes_are_listed_if_their_time_is_not_up(begin: Begin) -> None:
     one = await begin(shared=True, refresh_lifetime_ms=2 * DAY_MS)
     other = await begin(one.store, refresh_lifetime_ms=2 * DAY_MS)

@@ -10,6 +10,7 @@ from zcproto.auth import Enrollment, Login
 from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound
 from zcproto.server.app import App, Method
 from zcproto.server.context import Context
+from zcproto.server.operators import operator_methods
 from zcproto.server.serving import Serving
 from zcproto.sessions import OpenedSession, Session, SessionInfo
 from zcproto.sessions.session import DEVICE_KEY
@@ -180,6 +181,7 @@ def protocol_methods(
         Method("server.info", server_info, public=True),
         Method("server.stats", server_stats, operator=True),
     ]
+    methods += operator_methods(serving)
     if enrollment is not None:
         methods.append(Method("device.enroll", device_enroll, public=True))
     return methods

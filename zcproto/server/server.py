@@ -247,7 +247,7 @@ class Server:
 
     async def _user_gone(self, name: str) -> None:
         """End the sessions of a user who is none any more, or somebody else."""
-        ended = self.serving.registry.revoke_user(name, "the user was changed")
+        ended = await self.serving.sessions.revoke_user(name, "the user was changed")
         log.info("user.gone", user=name, sessions=ended)
 
     def _devices_gone(self, gone: Mapping[str, Device]) -> None:

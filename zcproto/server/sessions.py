@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -113,6 +114,10 @@ class Sessions(Protocol):
         """A user's sessions, the oldest first. Raises Unavailable."""
         ...
 
+    async def records(self, user: str | None, limit: int) -> Sequence[SessionRecord]:
+        """The sessions of a user, or of everybody: the oldest `limit`, lapsed ones included. Raises Unavailable."""
+        ...
+
     async def find(self, token: bytes, address: str, code: Code) -> None:
         """See whether a token that was refused here with a code is good. What it is, the registry knows then.
 
@@ -174,6 +179,9 @@ class MemorySessions:
 
     async def list(self, user: str) -> list[SessionInfo]:
         return self._registry.list(user, self._clock.wall())
+
+    async def records(self, user: str | None, limit: int) -> Sequence[SessionRecord]:
+        return self._registry.records(user, limit)
 
     async def find(self, token: bytes, address: str, code: Code) -> None:
         """There is nothing more to know."""
@@ -432,6 +440,14 @@ class StoredSessions:
         except StoreUnavailable as error:
             raise self._keeper.unavailable() from error
         return [info for record in records if (info := self._info(record, wall)) is not None]
+
+    async def records(self, user: str | None, limit: int) -> Sequence[SessionRecord]:
+        if not self.looks_up:
+            return self._registry.records(user, limit)
+        try:
+            return (await self._store.list(user))[:limit]
+        except StoreUnavailable as error:
+            raise self._keeper.unavailable() from error
 
     def _info(self, record: SessionRecord, wall: int) -> SessionInfo | None:
         """What a user may know of a session; None if its time is up."""
