@@ -24,7 +24,8 @@ from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import SessionRecord
 from zcproto.stores import session_file, sqlite, worker
 from zcproto.stores.answers import AnswerLimits
-from zcproto.stores.session_file import APPLICATION_ID, VERSION
+from zcproto.stores.rows import Create
+from zcproto.stores.session_file import APPLICATION_ID, VERSION, SessionFile
 from zcproto.stores.sqlite import SqliteStore
 from zcproto.stores.store import Claim, ClaimState, Created, SessionStore, StoreUnavailable
 
@@ -858,7 +859,7 @@ async def test_a_mistake_is_told_to_whom_it_is_and_to_nobody_else(harness: Sqlit
         store.create(session(1), FIVE),
         store.create(session(2, expires_at=2**63), FIVE),
         store.create(session(3), FIVE),
-        store.create(session(4, token_digest=session(0).token_digest), FIVE),
+        store.create(session(4, token_digest=b"short"), FIVE),
         return_exceptions=True,
     )
     assert [type(result) for result in results] == [Created, OverflowError, Created, sqlite3.IntegrityError]
@@ -886,6 +887,41 @@ async def test_very_many_are_ended_whole(harness: SqliteHarness) -> None:
     gone = await store.end([*unknown, *ids], Code.TOKEN_REVOKED, WALL)
     assert gone == [ended(record) for record in records]
     assert await store.count() == 0
+
+
+async def test_digests_that_begin_alike_are_told_apart(harness: SqliteHarness) -> None:
+    store = await harness.opened()
+    alike = [
+        session(number, token_digest=bytes(8) + digest(f"{number}")[8:], id=bytes(15) + bytes([number]))
+        for number in range(4)
+    ]
+    await opened(store, *alike)
+    for record in alike:
+        assert await store.find(record.token_digest) == await store.get(record.id) == record
+    await store.touch([(alike[2].id, WALL + 5)])
+    assert [record.last_used_at - WALL for record in await store.list()] == [0, 0, 5, 0]
+    assert await store.end([alike[1].id], Code.TOKEN_REVOKED, WALL) == [ended(alike[1])]
+    assert await store.find(bytes(8) + digest("unknown")[8:]) is None
+    assert await store.get(bytes(15) + b"\xff") is None
+
+
+async def test_what_is_looked_for_is_found_by_an_index(harness: SqliteHarness, disk: Disk) -> None:
+    store = await harness.opened(connect=disk.connect)
+    records = [session(number, f"user-{number}") for number in range(300)]
+    await asyncio.gather(*(store.create(record, FIVE) for record in records))
+    disk.statements.clear()
+    await asyncio.gather(*(store.get(record.id) for record in records))
+    await asyncio.gather(*(store.find(record.token_digest) for record in records))
+    await asyncio.gather(*(store.list(record.user) for record in records))
+    await store.touch([(record.id, WALL + 1) for record in records])
+    await store.expire(WALL, 0, 10)
+    await store.close()
+    db = sqlite3.connect(harness.path)
+    db.execute("PRAGMA automatic_index = OFF")
+    for statement in disk.statements:
+        plan = db.execute(f"EXPLAIN QUERY PLAN {statement}", statement.count("?") * (1,)).fetchall()
+        assert not [step for step in plan if step[3].startswith("SCAN sessions")], statement[:200]
+    db.close()
 
 
 async def test_very_many_answers_are_removed_at_once(harness: SqliteHarness) -> None:
@@ -953,24 +989,22 @@ async def test_a_slice_that_fails_is_done_later(harness: SqliteHarness, disk: Di
     assert await store.get(records[4].id) == ended(records[4])
 
 
-async def test_a_file_that_goes_away_before_it_was_rewritten(harness: SqliteHarness, disk: Disk) -> None:
-    store = await harness.opened(connect=disk.connect)
-    await opened(store, session(1))
-    disk.fail(sqlite3.SQLITE_FULL, "SQLITE_FULL", at=("UPDATE sessions SET code",))
-    await store.end_all(Code.TOKEN_REVOKED, WALL)
-    assert await store.count() == 0
-    disk.mend()
-    disk.hang(("SELECT count",))
-    try:
-        counting = asyncio.create_task(store.count())
-        assert await asyncio.to_thread(disk.reached.wait, 10)
-        harness.path.unlink()
-    finally:
-        disk.go_on.set()
-    await counting  # then the thread rests, and finds a new file
-    assert await store.count() == 0
-    assert not store._file.sweeping
-    assert [name for name, _ in harness.notices] == ["store_missing"]
+def test_a_file_that_goes_away_before_it_was_rewritten(tmp_path: Path) -> None:
+    notices: list[str] = []
+    file = SessionFile(
+        tmp_path / "sessions.db",
+        answers=AnswerLimits(),
+        on_notice=lambda name, **values: notices.append(name),
+    )
+    file.open()
+    file.perform([Create(session(1), FIVE)])
+    assert file.end_all(Code.TOKEN_REVOKED, WALL) == 1
+    (tmp_path / "sessions.db").unlink()
+    assert file.sweeping
+    file.sweep()
+    assert not file.sweeping
+    assert notices == ["store_missing"]
+    file.close()
 
 
 async def test_two_ends_of_all_in_a_row_keep_their_own_reasons(harness: SqliteHarness, disk: Disk) -> None:
@@ -1028,11 +1062,21 @@ async def test_an_answer_is_read_in_the_group_that_pushes_it_out(harness: Sqlite
     assert await store.claim("alice", "k", digest("body"), WALL, LEASE) == Claim(ClaimState.NEW)
 
 
-# --- many ----------------------------------------------------------------------------------------------------
+# --- the form ----------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_made_is_what_this_version_says(harness: SqliteHarness) -> None:
-    await (await harness.opened()).close()
+async def test_what_is_made_is_what_this_version_says(harness: SqliteHarness, disk: Disk) -> None:
+    store = await harness.opened(connect=disk.connect)
+    said: list[object] = []
+
+    def look(db: sqlite3.Connection) -> None:
+        for name in ("synchronous", "journal_mode", "locking_mode"):
+            said.append(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+    disk.before = look
+    await store.ping()
+    assert said == [2, "wal", "exclusive"]  # 2: each transaction is on the disk when it is done
+    await store.close()
     db = sqlite3.connect(harness.path)
     assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
     assert db.execute("PRAGMA user_version").fetchone() == (VERSION,)

@@ -109,6 +109,13 @@ async def test_a_late_answer_is_given_up_and_what_had_not_begun_is_not_done(benc
     assert done[1:] == ["lasting", "last"]
 
 
+async def test_an_answer_at_the_last_moment_counts(bench: Bench) -> None:
+    job = Job("work", False, asyncio.get_running_loop().create_future())
+    job.future.set_result("answer")
+    bench.worker._give_up(job, 0.01)
+    assert await job.future == "answer"
+
+
 async def test_the_queue_is_bounded_and_empties_again() -> None:
     bench = Bench(limit=3)
     held = await bench.hold()

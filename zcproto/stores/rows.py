@@ -35,6 +35,37 @@ def text(value: bytes) -> str:
         return value.decode("utf-8", "replace")
 
 
+def session_of(
+    id: bytes,
+    token: bytes,
+    refresh: bytes,
+    user: bytes,
+    client: bytes,
+    address: bytes,
+    key: bytes,
+    flags: int,
+    created_at: int,
+    last_used_at: int,
+    expires_at: int,
+    refresh_expires_at: int,
+) -> SessionRecord:
+    """The record of a kept row, by the columns from `id` on."""
+    return SessionRecord(
+        id,
+        token,
+        refresh,
+        text(user),
+        text(client),
+        text(address),
+        flags,
+        created_at,
+        last_used_at,
+        expires_at,
+        refresh_expires_at,
+        text(key),
+    )
+
+
 class Row:
     """One row. `n` is its place in the order of opening, None until it was written."""
 
@@ -120,19 +151,19 @@ class Row:
         return self.session()
 
     def session(self) -> SessionRecord:
-        return SessionRecord(
+        return session_of(
             self.id,
             self.token,
             self.refresh,
-            text(self.user),
-            text(self.client),
-            text(self.address),
+            self.user,
+            self.client,
+            self.address,
+            self.key,
             self.flags,
             self.created_at,
             self.last_used_at,
             self.expires_at,
             self.refresh_expires_at,
-            text(self.key),
         )
 
     def end(self, code: Code, wall: int) -> EndedRecord:
@@ -196,7 +227,6 @@ class Desk:
         row.due = max(row.expires_at, row.refresh_expires_at)
         self._by_token[row.token] = row
         self.changed[id(row)] = row
-        # After the row that gives the token up: one token is in one row at a time.
         self.add(Row.memory(b"", old, Code.TOKEN_REVOKED, rotation.wall))
         return old
 

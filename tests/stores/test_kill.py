@@ -1,0 +1,253 @@
+"""A server whose process is killed at any moment: what it had answered is in the file, and nothing that had
+ended is alive again.
+
+Run as a program (`python -m tests.stores.test_kill FILE SEED SECONDS`) this file kills its own children while
+they open, refresh and end sessions, which no process with the threads of a test run should do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zcproto.errors import Code
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
+from zcproto.stores.sqlite import SqliteStore
+from zcproto.stores.store import Created, Rotated
+
+from .contract import DAY, FIVE, WALL, digest, session
+
+KILLS = 200
+SECONDS = 25.0
+TASKS = 8
+"""Users, each with a task of its own in a child."""
+LONG = 20.0
+
+
+def test_a_server_that_is_killed_at_random_moments_loses_nothing_it_had_answered(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.stores.test_kill"]
+    command += [str(tmp_path / "home" / "sessions.db"), "20260601", str(SECONDS)]
+    done = subprocess.run(
+        command, capture_output=True, check=False, text=True, timeout=55, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    report = json.loads(done.stdout)
+    assert report["kills"] >= KILLS // 3  # on a machine that is busy with other things
+    for what in ("created", "refreshed", "ended", "took effect", "did not"):
+        assert report[what] > 0
+
+
+# --- what is expected ------------------------------------------------------------------------------------------
+
+
+def record_of(number: int, generation: int) -> SessionRecord:
+    """A session of the user `number % TASKS`, after so many refreshes."""
+    return session(
+        number,
+        f"user-{number % TASKS}",
+        token_digest=digest(f"token {number} {generation}"),
+        refresh_digest=digest(f"refresh {number} {generation}"),
+    )
+
+
+@dataclass
+class Expected:
+    """What the file has to hold, by what was said by a child."""
+
+    live: dict[int, int] = field(default_factory=dict)
+    """The generation of each session that lives."""
+    asked: dict[int, str] = field(default_factory=dict)
+    """What was begun with a session, and not answered."""
+    ended: set[int] = field(default_factory=set)
+    spent: set[tuple[int, int]] = field(default_factory=set)
+    """Generations whose token is dead, since the last look."""
+    ever_ended: set[int] = field(default_factory=set)
+    next: list[int] = field(default_factory=lambda: list(range(TASKS)))
+    report: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(
+            ("kills", "created", "refreshed", "ended", "took effect", "did not"), 0
+        )
+    )
+
+    def mates(self, number: int) -> list[int]:
+        return [each for each in self.live if each % TASKS == number % TASKS]
+
+    def hear(self, line: str) -> None:
+        """Take in that something was begun (`create 7`) or answered (`created 7`)."""
+        what, _, text = line.partition(" ")
+        number = int(text)
+        match what:
+            case "create":
+                self.next[number % TASKS] = number + TASKS
+                self.asked[number] = what
+            case "refresh" | "end":
+                self.asked[number] = what
+            case "end-all":
+                self.asked |= dict.fromkeys(self.mates(number), "end")
+            case "created":
+                self.done(number, "create")
+            case "refreshed":
+                self.done(number, "refresh")
+            case "ended":
+                self.done(number, "end")
+            case "ended-all":
+                for each in self.mates(number):
+                    self.done(each, "end")
+
+    def done(self, number: int, what: str) -> None:
+        self.asked.pop(number, None)
+        match what:
+            case "create":
+                self.live[number] = 0
+                self.report["created"] += 1
+            case "refresh":
+                self.spent.add((number, self.live[number]))
+                self.live[number] += 1
+                self.report["refreshed"] += 1
+            case "end":
+                del self.live[number]
+                self.ended.add(number)
+                self.ever_ended.add(number)
+                self.report["ended"] += 1
+
+    def settle(self, found: dict[bytes, SessionRecord | EndedRecord]) -> None:
+        """Find out what became of that which was not answered."""
+        for number, what in list(self.asked.items()):
+            one = found.get(record_of(number, 0).id)
+            generation = self.live.get(number, 0)
+            match what:
+                case "create":
+                    happened = one is not None
+                case "refresh":
+                    assert isinstance(one, SessionRecord)
+                    happened = one.token_digest == record_of(number, generation + 1).token_digest
+                case _:
+                    happened = isinstance(one, EndedRecord)
+            self.report["took effect" if happened else "did not"] += 1
+            if happened:
+                self.done(number, what)
+        self.asked.clear()
+
+    def check(self, records: list[SessionRecord | EndedRecord]) -> None:
+        by_id = {record.id: record for record in records if record.id}
+        by_token = {record.token_digest: record for record in records}
+        self.settle(by_id)
+        alive = {record.token_digest for record in records if isinstance(record, SessionRecord)}
+        assert alive == {record_of(*each).token_digest for each in self.live.items()}
+        for number in self.ended:
+            assert isinstance(by_id[record_of(number, 0).id], EndedRecord)
+        for number, generation in self.spent:
+            gone = by_token[record_of(number, generation).token_digest]
+            assert isinstance(gone, EndedRecord)
+            assert gone.code is Code.TOKEN_REVOKED
+        for number in self.ever_ended:
+            assert not isinstance(by_id.get(record_of(number, 0).id), SessionRecord)
+        self.ended.clear()
+        self.spent.clear()
+
+
+# --- a child, and its end --------------------------------------------------------------------------------------
+
+
+async def churn(path: Path, expected: Expected, seed: int, output: int) -> None:
+    """Open, refresh and end sessions for ever, and say so before and after."""
+    store = SqliteStore(path, timeout=LONG)
+    await store.open(lambda change: None)
+
+    def say(what: str, number: int) -> None:
+        line = f"{what} {number}"
+        os.write(output, f"{line}\n".encode())
+        expected.hear(line)
+
+    async def work(task: int) -> None:
+        chance = random.Random(seed * TASKS + task)
+        while True:
+            live = expected.mates(task)
+            choice = chance.random()
+            if not live or (choice < 0.45 and len(live) < 5):
+                number = expected.next[task]
+                say("create", number)
+                assert await store.create(record_of(number, 0), FIVE) == Created()
+                say("created", number)
+            elif choice < 0.75:
+                number = chance.choice(live)
+                old, new = (record_of(number, expected.live[number] + more) for more in (0, 1))
+                rotation = Rotation(
+                    id=old.id,
+                    spent_digest=old.refresh_digest,
+                    token_digest=new.token_digest,
+                    refresh_digest=new.refresh_digest,
+                    expires_at=WALL + DAY,
+                    client="",
+                    address="",
+                    wall=WALL,
+                )
+                say("refresh", number)
+                assert isinstance(await store.rotate(rotation), Rotated)
+                say("refreshed", number)
+            elif choice < 0.95:
+                number = chance.choice(live)
+                say("end", number)
+                assert len(await store.end([record_of(number, 0).id], Code.TOKEN_REVOKED, WALL)) == 1
+                say("ended", number)
+            else:
+                say("end-all", task)
+                assert len(await store.end_user(f"user-{task}", Code.TOKEN_REVOKED, WALL)) == len(live)
+                say("ended-all", task)
+
+    await asyncio.gather(*(work(task) for task in range(TASKS)))
+
+
+def kill_a_child(path: Path, expected: Expected, seed: int, after_s: float) -> None:
+    """Let a child work, kill it in the middle, and take in what it had said."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            asyncio.run(churn(path, expected, seed, writing))
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with open(reading, "rb") as lines:
+        first = lines.readline()  # it has begun
+        time.sleep(after_s)
+        os.kill(child, signal.SIGKILL)
+        said = first + lines.read()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    for line in said.decode().splitlines():
+        expected.hear(line)
+
+
+async def look(path: Path, expected: Expected) -> None:
+    """What the next start finds. Memories are forgotten then, to keep the file small."""
+    store = SqliteStore(path, timeout=LONG, on_notice=lambda name, **values: sys.exit(f"{name}: {values}"))
+    await store.open(lambda change: None)
+    expected.check([record async for batch in store.load() for record in batch])
+    await store.expire(WALL, 0, 100_000)
+    await store.close()
+
+
+def main(path: Path, seed: int, seconds: float) -> dict[str, int]:
+    chance = random.Random(seed)
+    expected = Expected()
+    deadline = time.monotonic() + seconds
+    while expected.report["kills"] < KILLS and time.monotonic() < deadline:
+        kill_a_child(
+            path, expected, chance.getrandbits(32), chance.choice([0.003, 0.02, 0.06]) * chance.random()
+        )
+        asyncio.run(look(path, expected))
+        expected.report["kills"] += 1
+    return expected.report
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))))
