@@ -427,6 +427,43 @@ async def test_a_token_refreshed_on_a_new_connection_is_attached_there_at_once()
     assert server.calls("session.attach")[0].token == bytes([2]) * 32
 
 
+@scripted
+async def test_a_refresh_that_wants_the_key_proved_is_sent_again_once_it_is() -> None:
+    server = BoundServer()
+    server.session = refreshable(bound=True)
+    server.script("session.refresh", fail(Code.UNAUTHENTICATED, attach=True))
+    async with device_client(server) as client:
+        client._sessions.expired(client._sessions.token)
+        assert await client.call("echo", x=1) == {"x": 1}
+    refreshing = ["session.refresh", "session.attach", "session.refresh"]
+    assert server.methods == ["session.open", *refreshing, "echo", "session.close"]
+
+
+@scripted
+async def test_a_token_that_cannot_be_attached_any_more_is_refreshed_all_the_same() -> None:
+    server = BoundServer()
+    server.session = refreshable(bound=True)
+    server.script("session.refresh", fail(Code.UNAUTHENTICATED, attach=True))
+    server.script("session.attach", fail(Code.TOKEN_EXPIRED))
+    async with device_client(server) as client:
+        client._sessions.expired(client._sessions.token)
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+@scripted
+async def test_a_refresh_that_wants_what_cannot_be_proved_is_told() -> None:
+    server = BoundServer()
+    server.session = refreshable(bound=True)
+    server.script("session.refresh", *[fail(Code.UNAUTHENTICATED, attach=True)] * 10)
+    async with device_client(server) as client:
+        client._sessions.expired(client._sessions.token)
+        with pytest.raises(Unauthenticated):
+            await client.call("echo")
+        assert len(server.calls("session.refresh")) == 2
+        await client.open_session()
+        await client.call("echo")
+
+
 # --- others ------------------------------------------------------------------------------------------
 
 
@@ -469,10 +506,14 @@ async def test_a_certificate_with_another_key_opens_another_session() -> None:
         server.script("echo", fail(Code.UNAUTHENTICATED, certificate=True))
         assert await client.call("echo", x=2) == {"x": 2}
         assert "session.refresh" not in server.methods
+        server.script("session.refresh", fail(Code.UNAUTHENTICATED, certificate=True))
+        client._sessions._refresh_ahead()
+        assert await client.call("echo", x=3) == {"x": 3}
+        assert server.methods[-3:] == ["session.refresh", "session.open", "echo"]
         server.script("echo", *[fail(Code.UNAUTHENTICATED, certificate=True)] * 2)
         with pytest.raises(Unauthenticated):
             await client.call("echo")
-    assert server.methods.count("session.open") == 4
+    assert server.methods.count("session.open") == 5
 
 
 @scripted

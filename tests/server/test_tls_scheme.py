@@ -236,11 +236,18 @@ def test_the_session_is_bound_to_the_key_of_the_certificate(gate: Gate, tmp_path
 def test_a_refreshed_session_is_bound_as_before(gate: Gate) -> None:
     shown = gate.issue("ada")
     with gate.open(shown) as client, gate.client() as thief, gate.client(shown) as renewed:
-        refreshed = thief.call("session.refresh", {"refresh_token": client.opened["refresh_token"]})
+        params = {"refresh_token": client.opened["refresh_token"]}
+        frame = thief.refused("session.refresh", params)
+        assert (frame.code, frame.details) == (UNAUTHENTICATED, {"certificate": True})
+        client.echo()  # nothing was spent
+        refreshed = renewed.call("session.refresh", params)
         assert refreshed["bound"] is True
-        assert thief.refused("echo", token=refreshed["token"]).details == {"certificate": True}
         renewed.token = refreshed["token"]
         renewed.echo()
+        assert thief.refused("echo", token=refreshed["token"]).details == {"certificate": True}
+        # A spent one, shown by somebody else, ends the session.
+        assert thief.refused("session.refresh", {**params, "client": "thief/1"}).code == 69  # TOKEN_REVOKED
+        assert renewed.refused("echo").code == 69
 
 
 def test_a_session_bound_to_a_certificate_cannot_be_attached(gate: Gate) -> None:

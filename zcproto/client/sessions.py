@@ -12,6 +12,7 @@ after that must never be used again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -268,7 +269,7 @@ class SessionKeeper:
     async def _renew(self, must: bool) -> None:
         """Get a new token. If it need not be, for the old one is good, give up at the first difficulty."""
         backoff = Backoff(self._random)
-        stale_retried = False
+        stale_retried = attach_tried = False
         lost = 0
         while True:
             link = await self._get_link()
@@ -292,6 +293,10 @@ class SessionKeeper:
                     await asyncio.sleep(backoff.next(retry_after_ms(error.details)))
                 elif then is Then.AT_ONCE and not stale_retried:
                     stale_retried = True
+                elif then is Then.ATTACH and not attach_tried:
+                    attach_tried = True
+                    with contextlib.suppress(CallError):  # whatever it is, the next answer tells it, too
+                        await self.attach(link, self.token)
                 elif method == "session.refresh" and self._goes_on_without_refresh(error):
                     must = True
                 elif not must and error.code not in SESSION_IS_OVER:
@@ -317,8 +322,10 @@ class SessionKeeper:
         return "session.open", {**self._credentials.params(link), "client": self._client}
 
     def _goes_on_without_refresh(self, error: CallError) -> bool:
-        """Whether to open a session instead: the refresh token is past its life, or may be spent."""
-        if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN:
+        """Whether to open a session instead: the refresh token is past its life, may be spent, or belongs to the
+        certificate before."""
+        is_anothers = what_next(error) is Then.REOPEN and isinstance(self._credentials, Certificate)
+        if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN and not is_anothers:
             return False
         self._drop_refresh_token()
         return True

@@ -340,6 +340,10 @@ class ServerConnection:
         """The peer has shown that it has this key: the sessions bound to it may be used here."""
         self._proved |= {key}
 
+    def has_proved(self, key: str) -> bool:
+        """Whether the peer has shown that it has this key."""
+        return key in self._proved
+
     def disprove(self, key: str) -> None:
         """This key is worth nothing any more."""
         if key in self._proved:

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from zcproto.auth import Enrollment, Login
-from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound
+from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
 from zcproto.server.app import App, Method
 from zcproto.server.context import Context
 from zcproto.server.operators import operator_methods
 from zcproto.server.serving import Serving
 from zcproto.sessions import OpenedSession, Session, SessionInfo
+from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import DEVICE_KEY
+from zcproto.sessions.token import digest_of
 from zcproto.signed import SIGNATURE_SIZE
 from zcproto.wire.frame import TOKEN_SIZE, VERSION
 
@@ -100,8 +102,26 @@ def protocol_methods(
         _check_client(client)
         session = await serving.sessions.of_refresh_token(refresh_token)
         serving.binding.check_refresh(session, client, context.peer)
+        if session is not None and session.key and session.refresh_digest == digest_of(refresh_token):
+            check_key(context, session)
         opened = await serving.sessions.refresh(refresh_token, client=client, address=context.peer)
         return _opened(context, opened)
+
+    def check_key(context: Context, session: SessionRecord) -> None:
+        """Refuse to refresh a bound session where its key could be proved and was not. Nothing is spent by that.
+
+        A spent refresh token does not come here: it leads to the same pair again, or ends the session. Nor must a
+        device prove its key for a token that has expired, which nobody can attach.
+        """
+        if context.has_proved(session.key):
+            return
+        if not session.key.startswith(DEVICE_KEY):
+            raise Unauthenticated("bound to another client certificate: open a session", {"certificate": True})
+        wall, idle_ms = context.wall(), serving.session_idle_timeout_ms
+        if wall < session.expires_at and (idle_ms is None or wall < session.last_used_at + idle_ms):
+            raise Unauthenticated(
+                "bound refresh token: prove its key here by session.attach first", {"attach": True}
+            )
 
     def _opened(context: Context, opened: OpenedSession) -> dict[str, Any]:
         context.join(opened.session, opened.token)

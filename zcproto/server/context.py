@@ -88,6 +88,10 @@ class Context:
         """The call has proved a key: sessions that are bound to it may be used on this connection."""
         self._protocol.prove(key)
 
+    def has_proved(self, key: str) -> bool:
+        """Whether this connection may use the sessions that are bound to a key."""
+        return self._protocol.has_proved(key)
+
     def join(self, session: Session, token: bytes) -> None:
         """The call opened or refreshed a session: this connection has it from here on."""
         self._protocol.join(session, token)

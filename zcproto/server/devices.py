@@ -1,6 +1,7 @@
 """The devices of a server: their file, their scheme, how they are enrolled, and the watch over those that go.
 
-What this file decides: how often the file is looked at when nobody logs in.
+What this file decides: how often the file is looked at when nobody logs in, and that every device that is gone is
+told of until somebody has done something about it.
 
 It must not know: what is done about sessions of a device that is gone.
 """
@@ -8,7 +9,7 @@ It must not know: what is done about sessions of a device that is gone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from zcproto.auth import CurrentDevices, CurrentUsers, Device, DeviceAuthenticator, DeviceFile, Enrollment
@@ -27,8 +28,9 @@ log = get_logger("zcproto.server")
 class Devices:
     """Devices of the users in `users`.
 
-    `on_gone` is called in the loop with the devices that were removed or became others while the server runs,
-    `on_refused` with the reason and the client's address when a device is not let in.
+    `on_gone` is called with each device, by its name, that was removed or became another while the server runs.
+    If it raises, it is called again at the next look. `on_refused` is called with the reason and the client's
+    address when a device is not let in.
     """
 
     def __init__(
@@ -37,14 +39,21 @@ class Devices:
         users: CurrentUsers,
         throttle: Throttle,
         *,
-        on_gone: Callable[[Mapping[str, Device]], None],
+        on_gone: Callable[[str, Device], Awaitable[None]],
         on_refused: Callable[[str, str], None],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """Raises ConfigError if the file of devices has faults."""
         file = DeviceFile(home.devices)
         file.load()
+        self._on_gone = on_gone
+        self._sleep = sleep
+        self._gone: list[tuple[str, Device]] = []
         self._current = CurrentDevices(
-            file, on_fault=_unreadable, on_recovered=lambda: log.info("devices.readable"), on_gone=on_gone
+            file,
+            on_fault=_unreadable,
+            on_recovered=lambda: log.info("devices.readable"),
+            on_gone=self._note_gone,
         )
         self.authenticator = DeviceAuthenticator(self._current, users, on_refused=on_refused)
         self.enrollment = Enrollment(PairingFile(home.pairing), file, users, throttle)
@@ -52,11 +61,21 @@ class Devices:
     async def watch(self) -> None:
         """Look at the file again and again, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_INTERVAL)
+            await self._sleep(LOOK_INTERVAL)
             try:
                 await self._current.refresh()
             except Exception as error:  # a fault of ours must not end the watch
                 log.error("devices.look_failed", exc_info=error)
+            gone, self._gone = self._gone, []
+            for name, device in gone:
+                try:
+                    await self._on_gone(name, device)
+                except Exception as error:
+                    log.error("devices.not_gone", device=name, exc_info=error)
+                    self._gone.append((name, device))
+
+    def _note_gone(self, gone: Mapping[str, Device]) -> None:
+        self._gone += gone.items()
 
 
 def _unreadable(error: ConfigError) -> None:

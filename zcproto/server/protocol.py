@@ -431,6 +431,11 @@ class ServerProtocol(asyncio.Protocol):
                 if certificate_key(certificate) == key:
                     self.prove(key)
 
+    def has_proved(self, key: str) -> bool:
+        """Whether the peer has proved a key, by its certificate or otherwise."""
+        self._prove_by_certificate(key)
+        return self._connection is not None and self._connection.has_proved(key)
+
     def prove(self, key: str) -> None:
         """The peer has proved a key: sessions that are bound to it may be used on this connection."""
         if self._connection is not None:

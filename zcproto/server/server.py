@@ -15,7 +15,7 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -227,7 +227,7 @@ class Server:
         if authenticators is None:
             users = self._users = Users(self.home, on_gone=self._user_gone)
             self._devices = Devices(
-                self.home, users.current, throttle, on_gone=self._devices_gone, on_refused=self._device_refused
+                self.home, users.current, throttle, on_gone=self._device_gone, on_refused=self._device_refused
             )
             authenticators = [users.authenticator, self._devices.authenticator]
             if self.config.tls.client_auth != "off":
@@ -250,14 +250,13 @@ class Server:
         ended = await self.serving.sessions.revoke_user(name, "the user was changed")
         log.info("user.gone", user=name, sessions=ended)
 
-    def _devices_gone(self, gone: Mapping[str, Device]) -> None:
-        """End the sessions of devices that were removed; no connection counts as theirs any more."""
-        for name, device in gone.items():
-            key = DEVICE_KEY + name
-            ended = self.serving.registry.revoke_key(device.user, key, "the device was removed")
-            for protocol in self.serving.connections:
-                protocol.disprove(key)
-            log.info("device.gone", device=name, user=device.user, sessions=ended)
+    async def _device_gone(self, name: str, device: Device) -> None:
+        """End the sessions of a device that is removed. No connection counts as its own any more."""
+        key = DEVICE_KEY + name
+        for protocol in self.serving.connections:
+            protocol.disprove(key)
+        ended = await self.serving.sessions.revoke_key(device.user, key, "the device was removed")
+        log.info("device.gone", device=name, user=device.user, sessions=ended)
 
     # --- while it runs -------------------------------------------------------------------------------
 

@@ -1,0 +1,450 @@
+"""Devices over real TLS: enrolled by a code, opening sessions, attaching them elsewhere, refreshed, and removed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from zcproto.auth import CurrentUsers, Device, DeviceFile, PairingFile, Throttle, UserFile
+from zcproto.auth import pairing as pairing_module
+from zcproto.errors import Code
+from zcproto.home import Home
+from zcproto.server.devices import LOOK_INTERVAL, Devices
+from zcproto.signed import attach_message, open_message
+
+from .helpers import EVENT, NO_TOKEN, Client, Frame, ServerThread, eventually, wall
+
+KEYS = {
+    name: Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n, name in enumerate(("laptop", "phone"))
+}
+HOUR_MS = 3_600_000
+
+
+def public(name: str) -> bytes:
+    return KEYS[name].public_key().public_bytes_raw()
+
+
+def leaf(client: Client) -> bytes:
+    certificate = client.tls.getpeercert(binary_form=True)
+    assert certificate is not None
+    return hashlib.sha256(certificate).digest()
+
+
+def opening(client: Client, device: str = "laptop", key: str = "laptop") -> dict[str, Any]:
+    signature = KEYS[key].sign(open_message(client.salt, leaf(client), device))
+    return {"scheme": "ed25519", "device": device, "signature": signature}
+
+
+def attaching(client: Client, token: bytes, key: str = "laptop") -> dict[str, Any]:
+    return {"signature": KEYS[key].sign(attach_message(client.salt, leaf(client), token))}
+
+
+class Office:
+    """A server with the users ada and bob, and ada's laptop."""
+
+    def __init__(self, home: Path, certs: Path, **options: Any) -> None:
+        home.mkdir(mode=0o700)
+        self.home = home
+        self.users = UserFile(home / "users.toml")
+        self.keys = {"ada": self.users.add("ada"), "bob": self.users.add("bob")}
+        self.devices = DeviceFile(home / "devices.toml")
+        self.add("laptop")
+        self.codes = PairingFile(home / "pairing.toml")
+        self.server = ServerThread(home, certs, users_file=True, **options)
+
+    def add(self, name: str, user: str = "ada", key: str | None = None) -> None:
+        self.devices.add(name, user, public(key or name), datetime.now(UTC))
+
+    def client(self) -> Client:
+        return self.server.client()
+
+    def open(self, device: str = "laptop", key: str | None = None) -> Client:
+        client = self.client()
+        client.opened = client.call("session.open", opening(client, device, key or device))
+        client.token = client.opened["token"]
+        return client
+
+
+@pytest.fixture
+def office(tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Office]:
+    monkeypatch.setattr(pairing_module, "_COST", 2)
+    office = Office(tmp_path / "home", certs)
+    with office.server:
+        yield office
+
+
+def needs_attach(frame: Frame) -> bool:
+    return (frame.code, frame.details) == (Code.UNAUTHENTICATED, {"attach": True})
+
+
+# --- opening and attaching ---------------------------------------------------------------------------
+
+
+def test_a_device_opens_a_bound_session_and_uses_it_at_once(office: Office) -> None:
+    with office.open() as client:
+        assert (client.opened["user"], client.opened["bound"]) == ("ada", True)
+        client.echo()
+        info = client.call("session.info")
+        assert (info["id"], info["bound"]) == (client.opened["id"], True)
+        client.echo(size=100_000)
+
+
+def test_on_another_connection_the_token_needs_the_key_first(office: Office) -> None:
+    with office.open() as client, office.client() as other:
+        other.token = client.token
+        for method in ("echo", "session.info", "session.close", "server.info", "no.such"):
+            assert needs_attach(other.refused(method))
+        assert other.call("session.attach", attaching(other, other.token)) == {}
+        other.echo()
+        other.echo(size=100_000)
+        assert other.call("session.attach", attaching(other, other.token)) == {}
+        client.echo()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda office, mine, other: {"signature": bytes(64)},
+        lambda office, mine, other: attaching(mine, mine.token),  # made for another connection
+        lambda office, mine, other: attaching(other, bytes(32)),
+        lambda office, mine, other: attaching(other, mine.token, "phone"),
+        lambda office, mine, other: {"signature": opening(other)["signature"]},
+    ],
+)
+def test_another_signature_attaches_nothing(office: Office, wrong: Callable[..., dict[str, Any]]) -> None:
+    with office.open() as client, office.client() as other:
+        frame = other.refused("session.attach", wrong(office, client, other), token=client.token)
+        assert (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
+        assert needs_attach(other.refused("echo", token=client.token))
+        client.echo()
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"signature": "x" * 64}, {"signature": bytes(63)}, {"signature": None}]
+)
+def test_what_is_no_signature_is_named(office: Office, params: dict[str, Any]) -> None:
+    with office.open() as client, office.client() as other:
+        assert other.refused("session.attach", params, token=client.token).code == Code.INVALID_ARGUMENT
+
+
+def test_a_session_that_is_not_bound_needs_and_takes_no_attach(office: Office) -> None:
+    with office.client() as client, office.client() as other:
+        client.open_session("ada", office.keys["ada"])
+        assert client.opened["bound"] is False
+        other.token = client.token
+        other.echo()
+        assert client.refused("session.attach", {"signature": bytes(64)}).code == Code.FAILED_PRECONDITION
+        assert client.refused("session.attach", {"signature": bytes(64)}, token=NO_TOKEN).code == (
+            Code.UNAUTHENTICATED
+        )
+
+
+def test_attach_and_a_call_may_be_sent_together(office: Office) -> None:
+    with office.open() as client, office.client() as other:
+        other.token = client.token
+        other.send(
+            other.request("session.attach", attaching(other, other.token)), other.request("echo", {"x": 1})
+        )
+        answers = other.answers(2)
+        assert [answers[stream].value for stream in sorted(answers)] == [{}, {"x": 1}]
+
+
+def test_a_connection_may_carry_the_sessions_of_several_devices(office: Office) -> None:
+    office.add("phone", "bob")
+    with office.open() as laptop, office.open("phone") as phone, office.client() as gateway:
+        for client, key in ((laptop, "laptop"), (phone, "phone")):
+            assert needs_attach(gateway.refused("echo", token=client.token))
+            gateway.call("session.attach", attaching(gateway, client.token, key), token=client.token)
+        for client in (laptop, phone, laptop, phone):
+            assert gateway.call("session.info", token=client.token)["id"] == client.opened["id"]
+
+
+def test_without_a_proof_the_connection_has_no_session(tmp_path: Path, certs: Path) -> None:
+    office = Office(tmp_path / "home", certs, sessions__open_timeout="300ms")
+    with office.server, office.open() as client, office.client() as other:
+        assert needs_attach(other.refused("echo", token=client.token))
+        frames, how = other.rest_until_closed()
+        assert frames[-1].value["reason"] == "no_session"
+        assert how == "close_notify"
+        client.echo()
+
+
+# --- refreshing --------------------------------------------------------------------------------------
+
+
+def refreshing(source: Client, **more: Any) -> dict[str, Any]:
+    return {"refresh_token": source.opened["refresh_token"], **more}
+
+
+def test_a_session_is_refreshed_where_its_key_is_proved_and_stays_bound(office: Office) -> None:
+    with office.open() as client, office.client() as other:
+        assert needs_attach(other.refused("session.refresh", refreshing(client)))
+        client.echo()  # nothing was spent
+        refreshed = client.call("session.refresh", refreshing(client), token=NO_TOKEN)
+        assert (refreshed["bound"], refreshed["id"]) == (True, client.opened["id"])
+        old, client.token = client.token, refreshed["token"]
+        client.echo()
+        assert client.refused("echo", token=old).code == Code.TOKEN_REVOKED
+        assert needs_attach(other.refused("echo", token=client.token))
+        other.call("session.attach", attaching(other, client.token), token=client.token)
+        client.opened = refreshed
+        again = other.call("session.refresh", refreshing(client))
+        other.token = again["token"]
+        other.echo()
+
+
+def test_a_session_whose_token_has_expired_is_refreshed_anywhere_and_is_as_bound(office: Office) -> None:
+    with office.open() as client, office.client() as other:
+        office.server.clock.ahead_ms = 2 * HOUR_MS  # idle for too long: nobody can attach it
+
+        def late(method: str, params: dict[str, Any], token: bytes) -> Any:
+            return other.call(method, params, token=token, timestamp=wall() + 2 * HOUR_MS)
+
+        refreshed = late("session.refresh", refreshing(client), NO_TOKEN)
+        token = refreshed["token"]
+        frame = other.refused("echo", token=token, timestamp=wall() + 2 * HOUR_MS)
+        assert needs_attach(frame)
+        late("session.attach", attaching(other, token), token)
+        assert late("echo", {"x": 1}, token) == {"x": 1}
+
+
+def test_an_answer_that_was_lost_is_given_again_on_another_connection(office: Office) -> None:
+    with office.open() as client, office.client() as other:
+        first = client.call("session.refresh", refreshing(client), token=NO_TOKEN)
+        again = other.call("session.refresh", refreshing(client))
+        assert again["token"] == first["token"]
+        assert needs_attach(other.refused("echo", token=again["token"]))
+
+
+def test_a_spent_refresh_token_shown_by_another_ends_the_session(office: Office) -> None:
+    with office.open() as client, office.client() as thief:
+        refreshed = client.call("session.refresh", refreshing(client), token=NO_TOKEN)
+        frame = thief.refused("session.refresh", refreshing(client, client="thief/1"))
+        assert frame.code == Code.TOKEN_REVOKED
+        assert client.refused("echo", token=refreshed["token"]).code == Code.TOKEN_REVOKED
+
+
+# --- devices come and go -----------------------------------------------------------------------------
+
+
+def test_a_device_that_is_added_while_the_server_runs_is_known_at_once(office: Office) -> None:
+    with office.client() as client:
+        assert client.refused("session.open", opening(client, "phone", "phone")).code == Code.UNAUTHENTICATED
+    office.add("phone", "bob")
+    with office.open("phone") as client:
+        assert client.opened["user"] == "bob"
+
+
+def test_a_removed_device_loses_its_sessions_and_no_others(office: Office) -> None:
+    office.add("phone")
+    with office.open() as first, office.open() as second, office.open("phone") as phone:
+        office.devices.remove("laptop")
+        for client in (first, second):
+            event = client.event()
+            assert (event.kind, event.token) == (EVENT, client.token)
+            assert event.value == ["session.revoked", {"reason": "the device was removed"}]
+            assert client.refused("echo").code == Code.TOKEN_REVOKED
+        phone.echo()
+        assert phone.events == []
+        assert first.refused("session.open", opening(first), token=NO_TOKEN).code == Code.UNAUTHENTICATED
+
+
+def test_a_connection_that_proved_an_old_device_is_none_of_the_new_one_of_its_name(office: Office) -> None:
+    with office.open() as old, office.client() as other:
+        office.devices.remove("laptop")
+        old.event()
+        office.add("laptop", "ada", "phone")
+        opened = other.call("session.open", opening(other, "laptop", "phone"))
+        assert needs_attach(old.refused("echo", token=opened["token"]))
+        other.token = opened["token"]
+        other.echo()
+
+
+def test_a_device_of_another_user_does_not_attach_what_its_name_had_before(office: Office) -> None:
+    """Two servers in a row: the session is older than the device that has the name now."""
+    with office.open() as client, office.client() as other:
+        sessions = office.server.server.serving.sessions
+
+        async def leave(*_: str) -> int:
+            return 0
+
+        sessions.revoke_key = leave  # type: ignore[method-assign]
+        office.devices.remove("laptop")
+        office.add("laptop", "bob", "phone")
+        with office.open("laptop", "phone"):  # known from here on
+            params = attaching(other, client.token, "phone")
+            frame = other.refused("session.attach", params, token=client.token)
+            assert (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
+
+
+def test_a_removed_user_opens_no_session_by_a_device(office: Office) -> None:
+    office.users.remove("ada")
+    with office.client() as client:
+        assert client.refused("session.open", opening(client)).code == Code.UNAUTHENTICATED
+
+
+def test_a_faulty_file_of_devices_leaves_those_known_before(office: Office) -> None:
+    office.devices.path.write_text("nonsense")
+    with office.open() as client:
+        client.echo()
+
+
+# --- enrolling ---------------------------------------------------------------------------------------
+
+
+def enroll(client: Client, code: str, name: str = "phone", **more: Any) -> Any:
+    return client.call("device.enroll", {"code": code, "public_key": public("phone"), "name": name, **more})
+
+
+def test_a_code_makes_a_device_that_opens_sessions_without_a_restart(office: Office) -> None:
+    code = office.codes.make("bob", 60_000, wall())
+    with office.client() as client:
+        assert enroll(client, code) == {"user": "bob", "device": "phone"}
+        client.opened = client.call("session.open", opening(client, "phone", "phone"))
+        assert client.opened["user"] == "bob"
+        client.token = client.opened["token"]
+        client.echo()
+
+
+def test_a_code_is_good_once_and_five_wrong_ones_end_it(office: Office) -> None:
+    code = office.codes.make("bob", 60_000, wall())
+    with office.client() as client:
+
+        def refused(code: str, name: str = "phone") -> Frame:
+            return client.refused(
+                "device.enroll", {"code": code, "public_key": public("phone"), "name": name}
+            )
+
+        assert refused(code, "laptop").code == Code.ALREADY_EXISTS
+        enroll(client, code)
+        wrong = refused(code, "phone-2")
+        code = office.codes.make("bob", 60_000, wall())
+        for _ in range(5):
+            assert refused("0000-0000").body == wrong.body
+        assert refused(code).body == wrong.body
+        assert wrong.code == Code.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"code": 5},
+        {"code": "x" * 65},
+        {"public_key": bytes(31)},
+        {"public_key": "x" * 32},
+        {"public_key": bytes(32)},
+        {"name": ""},
+        {"name": "a\nb"},
+        {"user": "ada"},
+    ],
+)
+def test_what_cannot_be_enrolled_is_named(office: Office, params: dict[str, Any]) -> None:
+    with office.client() as client:
+        usual = {"code": "0000-0000", "public_key": public("phone"), "name": "phone"}
+        assert client.refused("device.enroll", {**usual, **params}).code == Code.INVALID_ARGUMENT
+
+
+def test_a_server_with_its_own_authenticators_enrolls_nothing(serve: Callable[..., ServerThread]) -> None:
+    with serve().client() as client:
+        assert client.refused("device.enroll", {}).code == Code.UNAUTHENTICATED
+        assert "device.enroll" not in [method["name"] for method in client.call("server.info")["methods"]]
+
+
+# --- throttling --------------------------------------------------------------------------------------
+
+
+def test_guesses_are_throttled_by_device_and_codes_by_address(tmp_path: Path, certs: Path) -> None:
+    office = Office(tmp_path / "home", certs, limits__login_failures=3)
+    with office.server, office.client() as client:
+        for _ in range(3):
+            params = {"scheme": "ed25519", "device": "laptop", "signature": bytes(64)}
+            assert client.refused("session.open", params).code == Code.UNAUTHENTICATED
+        frame = client.refused("session.open", opening(client))
+        assert frame.code == Code.RESOURCE_EXHAUSTED
+        assert 0 < frame.details["retry_after_ms"] <= 1000
+
+
+# --- the watch over the file -------------------------------------------------------------------------
+
+
+class Watch:
+    """The devices of a home, with a sleep that lasts as long as the test says."""
+
+    def __init__(self, home: Path) -> None:
+        self.told: list[Any] = []
+        self.failing = False
+        self.file = DeviceFile(home / "devices.toml")
+        self.file.add("laptop", "ada", public("laptop"), datetime.now(UTC))
+        self.turns: asyncio.Queue[None] = asyncio.Queue()
+        self.slept: list[float] = []
+        self.at_rest = asyncio.Event()
+        self.devices = Devices(
+            Home(home),
+            CurrentUsers(UserFile(home / "users.toml"), on_fault=pytest.fail),
+            Throttle(),
+            on_gone=self.gone,
+            on_refused=lambda reason, address: None,
+            sleep=self.sleep,
+        )
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.at_rest.set()
+        await self.turns.get()
+
+    async def gone(self, name: str, device: Device) -> None:
+        self.told.append((name, device.user))
+        if self.failing:
+            raise RuntimeError("the store is out")
+
+    async def look(self) -> None:
+        self.at_rest.clear()
+        self.turns.put_nowait(None)
+        await self.at_rest.wait()
+
+
+async def test_a_device_that_is_gone_is_told_of_until_something_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(tmp_path / "home")
+    task = asyncio.create_task(watch.devices.watch())
+    try:
+        await asyncio.sleep(0)
+        await watch.look()
+        assert watch.told == []
+        watch.file.remove("laptop")
+        watch.failing = True
+        await watch.look()
+        await watch.look()
+        watch.failing = False
+        await watch.look()
+        await watch.look()
+        assert watch.told == [("laptop", "ada")] * 3
+        assert set(watch.slept) == {LOOK_INTERVAL}
+        assert LOOK_INTERVAL < 1
+        monkeypatch.setattr(DeviceFile, "changed", lambda self: 1 / 0)
+        await watch.look()  # a fault of ours does not end it
+        monkeypatch.undo()
+        await watch.look()
+        watch.file.path.write_text("nonsense")
+        await watch.look()
+        watch.file.path.write_text("")
+        await watch.look()
+    finally:
+        task.cancel()
+
+
+def test_nothing_is_left_of_devices_that_came_and_went(office: Office) -> None:
+    with ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(office.open()).echo()
+    eventually(lambda: office.server.leftovers()["connections"] == 0)
+    office.server.until_left()
