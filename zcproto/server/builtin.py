@@ -11,7 +11,7 @@ from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauth
 from zcproto.server.app import App, Method
 from zcproto.server.context import Context
 from zcproto.server.operators import operator_methods
-from zcproto.server.serving import Serving
+from zcproto.server.serving import Serving, log
 from zcproto.sessions import OpenedSession, Session, SessionInfo
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import DEVICE_KEY
@@ -64,9 +64,13 @@ def protocol_methods(
     async def session_open(context: Context, scheme: str, client: str = "", **fields: Any) -> dict[str, Any]:
         """Open a session: `scheme`, the scheme's own fields, and `client` as product/version."""
         _check_client(client)
-        identity = await login.open(
-            {"scheme": scheme, **fields}, context.peer, context.now(), context.channel()
-        )
+        try:
+            identity = await login.open(
+                {"scheme": scheme, **fields}, context.peer, context.now(), context.channel()
+            )
+        except Unauthenticated:
+            serving.log_limited("login.failed", context.peer, "warning", peer=context.peer, scheme=scheme)
+            raise
         opened = await serving.sessions.open(
             identity.user,
             operator=identity.operator,
@@ -76,6 +80,7 @@ def protocol_methods(
         )
         if identity.key:
             context.prove(identity.key)
+        _log("session.opened", context, opened.session, scheme=scheme, client=client)
         return _opened(context, opened)
 
     async def session_attach(context: Context, signature: bytes) -> dict[str, Any]:
@@ -105,6 +110,7 @@ def protocol_methods(
         if session is not None and session.key and session.refresh_digest == digest_of(refresh_token):
             check_key(context, session)
         opened = await serving.sessions.refresh(refresh_token, client=client, address=context.peer)
+        _log("session.refreshed", context, opened.session, client=client)
         return _opened(context, opened)
 
     def check_key(context: Context, session: SessionRecord) -> None:
@@ -116,7 +122,9 @@ def protocol_methods(
         if context.has_proved(session.key):
             return
         if not session.key.startswith(DEVICE_KEY):
-            raise Unauthenticated("bound to another client certificate: open a session", {"certificate": True})
+            raise Unauthenticated(
+                "bound to another client certificate: open a session", {"certificate": True}
+            )
         wall, idle_ms = context.wall(), serving.session_idle_timeout_ms
         if wall < session.expires_at and (idle_ms is None or wall < session.last_used_at + idle_ms):
             raise Unauthenticated(
@@ -153,14 +161,21 @@ def protocol_methods(
             raise InvalidArgument("give either id, or all = true")
         quietly = context.asking()
         if id is None:
-            return {"revoked": await serving.sessions.revoke_user(session.user, REVOKED_BY_USER, quietly)}
-        if not await serving.sessions.revoke(id, user=session.user, reason=REVOKED_BY_USER, quietly=quietly):
-            raise NotFound("no session with this id")
-        return {"revoked": 1}
+            revoked = await serving.sessions.revoke_user(session.user, REVOKED_BY_USER, quietly)
+        else:
+            revoked = await serving.sessions.revoke(
+                id, user=session.user, reason=REVOKED_BY_USER, quietly=quietly
+            )
+            if not revoked:
+                raise NotFound("no session with this id")
+        _log("session.revoked", context, session, which="all" if id is None else id, sessions=int(revoked))
+        return {"revoked": int(revoked)}
 
     async def session_close(context: Context) -> dict[str, Any]:
         """End this session."""
-        await serving.sessions.close(current(context), context.asking())
+        session = current(context)
+        await serving.sessions.close(session, context.asking())
+        _log("session.closed", context, session)
         return {}
 
     async def device_enroll(context: Context, code: str, public_key: bytes, name: str) -> dict[str, Any]:
@@ -205,6 +220,10 @@ def protocol_methods(
     if enrollment is not None:
         methods.append(Method("device.enroll", device_enroll, public=True))
     return methods
+
+
+def _log(event: str, context: Context, session: Session, **values: Any) -> None:
+    log.info(event, session=session.id, user=session.user, peer=context.peer, **values)
 
 
 def _info(info: SessionInfo) -> dict[str, Any]:

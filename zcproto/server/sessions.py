@@ -149,7 +149,14 @@ class MemorySessions:
         )
 
     async def refresh(self, refresh_token: bytes, *, client: str, address: str) -> OpenedSession:
-        return self._registry.refresh(refresh_token, client=client, address=address, wall=self._clock.wall())
+        registry, wall = self._registry, self._clock.wall()
+        reused = registry.refresh_reused
+        try:
+            return registry.refresh(refresh_token, client=client, address=address, wall=wall)
+        finally:
+            if registry.refresh_reused > reused:
+                session_id = id_text(id_of(refresh_token[:FAMILY_SIZE]))
+                log.warning("session.refresh_reused", session=session_id, peer=address)
 
     async def revoke(
         self, session_id: str, *, user: str | None, reason: str, quietly: Quietly = _QUIET

@@ -1,0 +1,115 @@
+"""What the log has of a session's life: who, from where and by which id, and never a secret."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from zcproto.config import LogConfig
+from zcproto.observe.log import configure_logging
+from zcproto.sessions.token import token_text
+from zcproto.wire.frame import NO_TOKEN
+
+from .conftest import Serve
+from .helpers import KEY, AnsweredError, Client, ServerThread
+
+Log = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def lines(capsys: pytest.CaptureFixture[str]) -> Log:
+    """The lines that were logged since this was last called, and all text to look for secrets in."""
+    configure_logging(LogConfig(level="info", format="json"))
+
+    def take() -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+        return [line for line in found if line["event"].startswith(("session.", "login."))]
+
+    return take
+
+
+def refused(client: Client, method: str, /, **params: Any) -> int:
+    with pytest.raises(AnsweredError) as error:
+        client.call(method, params)
+    return error.value.code
+
+
+def test_opening_refreshing_and_closing_are_told(serve: Serve, lines: Log) -> None:
+    server = serve()
+    with server.client() as client:
+        client.open_session("ada", client="test/1")
+        refresh_token, session_id = client.opened["refresh_token"], client.opened["id"]
+        client.token = NO_TOKEN
+        again = client.call("session.refresh", {"refresh_token": refresh_token, "client": "test/2"})
+        client.token = again["token"]
+        client.call("session.close")
+    told = lines()
+    assert [line["event"] for line in told] == ["session.opened", "session.refreshed", "session.closed"]
+    for line in told:
+        assert (line["session"], line["user"], line["peer"]) == (session_id, "ada", "127.0.0.1")
+        assert line["timestamp"].endswith("Z")
+    assert (told[0]["scheme"], told[0]["client"], told[1]["client"]) == ("api_key", "test/1", "test/2")
+
+
+def test_who_ends_which_sessions_is_told(serve: Serve, lines: Log) -> None:
+    server = serve()
+    with server.client("ada") as client, server.client("ada") as other:
+        lines()
+        client.call("session.revoke", {"id": other.opened["id"]})
+        client.call("session.revoke", {"all": True})
+        one, all_ = lines()
+    assert (one["event"], one["session"], one["which"]) == (
+        "session.revoked",
+        client.opened["id"],
+        other.opened["id"],
+    )
+    assert (all_["which"], all_["sessions"]) == ("all", 1)
+
+
+def test_failed_logins_are_told_and_a_flood_of_them_is_bounded(serve: Serve, lines: Log) -> None:
+    server = serve()
+    with server.client() as client:
+        for _ in range(30):
+            refused(client, "session.open", scheme="api_key", user="ada", key="a wrong key")
+        assert refused(client, "session.open", scheme="nonsense") == 3
+    told = lines()
+    assert len(told) == 10
+    assert {(line["event"], line["level"], line["scheme"], line["peer"]) for line in told} == {
+        ("login.failed", "warning", "api_key", "127.0.0.1")
+    }
+    assert "a wrong key" not in str(told)
+
+
+def test_a_stolen_refresh_token_is_told_as_a_warning(serve: Serve, lines: Log) -> None:
+    server = serve()
+    with server.client() as client:
+        client.open_session("ada")
+        token = client.opened["refresh_token"]
+        client.token = NO_TOKEN
+        client.call("session.refresh", {"refresh_token": token, "client": "test/1"})
+        lines()
+        refused(client, "session.refresh", refresh_token=token, client="thief/1")
+    (line,) = lines()
+    assert (line["event"], line["level"]) == ("session.refresh_reused", "warning")
+    assert (line["session"], line["peer"]) == (client.opened["id"], "127.0.0.1")
+
+
+def test_no_secret_is_in_the_log(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(LogConfig(level="debug", format="json"))
+    server: ServerThread = serve()
+    with server.client("ada") as client:
+        secrets = [client.token, client.opened["refresh_token"]]
+        client.token = NO_TOKEN
+        again = client.call("session.refresh", {"refresh_token": secrets[1], "client": "test/1"})
+        secrets += [again["token"], again["refresh_token"]]
+        client.token = again["token"]
+        client.call("session.close")
+    text = capsys.readouterr().err
+    assert "session.opened" in text
+    for secret in secrets:
+        assert token_text(secret) not in text
+        assert secret.hex() not in text
+    assert KEY not in text
