@@ -65,6 +65,11 @@ class Home:
         return self.path / "sessions.db"
 
     @property
+    def revocations(self) -> Path:
+        """Revocations that wait until the store of sessions can be written to."""
+        return self.path / "revocations.pending"
+
+    @property
     def control(self) -> Path:
         """The socket by which a running server is controlled."""
         return self.path / "control.sock"

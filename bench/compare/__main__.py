@@ -183,6 +183,7 @@ def make_home(folder: Path) -> list[str]:
     zcproto(folder, "user", "add", "user", "--count", str(USERS), "--keys-out", str(keys))
     (folder / "config.toml").write_text(
         "[limits]\nconnections_per_address = 0\n[certificates]\nkey_types = ['ecdsa-p256']\n"
+        "[store]\nurl = 'memory'\n"
     )
     return [line.split("\t")[1] for line in keys.read_text().splitlines()]
 

@@ -50,7 +50,7 @@ bind_address = "off"
 bind_client = false
 
 [store]
-url = "memory"
+url = "sqlite"
 timeout = "250ms"
 grace = "5m"
 cleanup_interval = "30s"

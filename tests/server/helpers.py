@@ -55,6 +55,7 @@ def configuration(home: Path, **settings: Any) -> Config:
         "certificates__key_types": ["ecdsa-p256"],
         "limits__login_failures": 100,
         "sessions__per_user": 1000,
+        "store__url": "memory",
     }
     overrides = {name.replace("__", "."): value for name, value in {**usual, **settings}.items()}
     return load_config(None, home=home, environ={}, overrides=overrides)

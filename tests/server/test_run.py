@@ -85,7 +85,7 @@ def test_a_signal_drains_and_exits_with_0(home: Path, certs: Path, key: str, num
                 socket.create_connection(("127.0.0.1", server.port))
         assert server.wait() == 0
         events = re.findall(r'"event":"([a-z._]+)"', server.log)
-        assert events[:2] == ["certificate.loaded", "server.listening"]
+        assert events[:3] == ["certificate.loaded", "sessions.loaded", "server.listening"]
         assert events[-2:] == ["server.draining", "server.ended"]
         assert "Traceback" not in server.log
 

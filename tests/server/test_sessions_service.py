@@ -1003,6 +1003,17 @@ async def test_one_that_cannot_be_kept_is_never_lost_silently(
     assert "revocations.not_kept" in events(log)
     await office.recover()
     assert not office.good(second)
+    assert office.store.registry.kept == 0
+
+
+async def test_all_of_a_key_end_though_one_of_them_cannot_be_kept(begin: Begin) -> None:
+    office = await begin(pending_limit=1)
+    opened = [await office.open(key="device:phone") for _ in range(3)]
+    await office.outage()
+    await refused(office.sessions.revoke_key("ada", "device:phone", "removed"))
+    assert not any(office.good(each) for each in opened)
+    await office.recover()
+    assert office.store.registry.kept == 0
 
 
 async def test_who_asks_again_for_one_that_was_not_promised_is_promised_it(

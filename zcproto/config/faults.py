@@ -54,7 +54,8 @@ def _text(value: object, depth: int = 0) -> str:
     if value is None:
         return "(nothing)"
     if isinstance(value, str):
-        if _PEM in value:
+        # An @ may be that of an address written wrong, behind a password.
+        if _PEM in value or ("@" in value and not _ADDRESS.match(value)):
             return "(hidden)"
         return quoted(_ADDRESS.sub(r"\1://(hidden)", value[: 2 * MAX_SHOWN]))
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:

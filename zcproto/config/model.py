@@ -272,8 +272,27 @@ class StoreConfig(BaseModel):
 
     model_config = _SETTINGS
 
-    url: Annotated[str, StoreUrl(only="memory", instead='use "memory": sessions end with the server')] = _key(
-        "memory", "The store of sessions. In memory they end with the server; nothing is on the disk."
+    url: Annotated[str, StoreUrl()] = _key(
+        "sqlite",
+        'The store of sessions. "sqlite" is the file sessions.db in the home folder, for one server: sessions'
+        ' outlive it. "memory": they end with it, and nothing is on the disk. An address of Valkey or Redis is for'
+        " several servers that share their sessions.",
+    )
+    password_file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None,
+        "A file with the password for Valkey or Redis, for whoever keeps none in this one. Empty: that of the"
+        " address, if there is one.",
+    )
+    ca_file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None,
+        "The CA certificates that sign that of the Valkey or Redis server. Empty: those of the system. TLS is for"
+        " addresses that begin with rediss:// or valkeys://.",
+    )
+    certificate_file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None, "The certificate to show to that server, if it asks for one. Empty: none."
+    )
+    key_file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None, "The private key of that certificate. Empty: the same file holds it."
     )
     timeout: Annotated[float, Duration("10ms", "10s")] = _key(
         0.25,

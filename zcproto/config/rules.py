@@ -33,7 +33,9 @@ _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 # Base64 of 32 bytes: the last of 43 digits carries four bits only, so its other two are 0.
 _PIN = re.compile(r"(cert-)?sha256/[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 _VARIABLE = re.compile(r"(?!ZCPROTO_)[A-Za-z_][A-Za-z0-9_]{0,127}")
-_STORE = re.compile(r"memory|sqlite|(redis|rediss|valkey)://.{1,1000}", re.DOTALL)
+_STORE = re.compile(
+    r"memory|sqlite|((redis|rediss|valkey|valkeys)(\+(sentinel|cluster))?|((redis|valkey)\+)?unix)://.{1,1000}"
+)
 
 
 @dataclass(frozen=True)
@@ -339,13 +341,16 @@ class FilePath(Rule):
 
 @dataclass(frozen=True)
 class StoreUrl(Rule):
-    """Where sessions are kept."""
+    """Where sessions are kept. The rest of an address is looked at by whoever connects."""
 
     def expects(self) -> str:
-        return '"memory", "sqlite", or an address that begins with redis://, rediss:// or valkey://'
+        return (
+            '"sqlite", "memory", or an address that begins with redis://, rediss://, valkey:// or unix://, and'
+            " with +sentinel or +cluster for several servers, such as valkey+sentinel://a,b/service"
+        )
 
     def read(self, value: object) -> str:
-        if not isinstance(value, str) or not _STORE.fullmatch(value):
+        if not isinstance(value, str) or not _STORE.fullmatch(value) or not value.isprintable():
             raise self.refused()
         return value
 

@@ -16,6 +16,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -48,6 +49,8 @@ from zcproto.server.listener import Listener, bind, log_listening
 from zcproto.server.pauses import PauseMeter
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.serving import Serving, log
+from zcproto.server.sessions import StoredSessions
+from zcproto.server.store_setup import NEAR_CACHE, keeper_of, store_of
 from zcproto.server.users import Users
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.session import DEVICE_KEY
@@ -148,11 +151,28 @@ class Server:
         assert self._kept is not None
         wheel = DeadlineWheel(loop)
         settings = _session_settings(config)
+        store = await asyncio.to_thread(store_of, config, self.home)
+        is_shared = store is not None and store.shared
+        if is_shared:
+            settings = replace(settings, max_sessions=NEAR_CACHE)
         registry = SessionRegistry(settings, self._entropy)
+        store_keeper = None
+        if store is not None:
+            store_keeper = keeper_of(
+                store,
+                config,
+                self.home,
+                registry,
+                keep_ended_ms=settings.dead_keep_ms,
+                is_used=lambda session_id: self.serving.uses(session_id),  # noqa: PLW0108 - made below
+                wheel=wheel,
+                clock=self._clock,
+                entropy=self._entropy,
+            )
         methods: dict[str, Method] = {}
         tasks = EagerTasks(loop)
         serving = Serving(
-            settings=_connection_settings(config),
+            settings=replace(_connection_settings(config), looks_up=is_shared),
             registry=registry,
             methods=methods,
             wheel=wheel,
@@ -166,6 +186,7 @@ class Server:
             once=OnceOnly(
                 tasks,
                 self._clock,
+                store=None if store_keeper is None else store_keeper.store,
                 keep_ms=_ms(config.idempotency.keep),
                 limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
             ),
@@ -191,7 +212,14 @@ class Server:
         self._acceptor = acceptor
         self._serving = serving
         self._tell_pins()
-        self._sockets = bind(config.server.host, config.server.port)
+        if store_keeper is not None:
+            serving.sessions = StoredSessions(store_keeper, settings, self._clock)
+            await store_keeper.start()
+        try:
+            self._sockets = bind(config.server.host, config.server.port)
+        except BaseException:
+            await serving.sessions.stop()
+            raise
         self._addresses = [listening.getsockname()[:2] for listening in self._sockets]
         self._wheel = wheel
         self._listener = Listener(
@@ -205,7 +233,8 @@ class Server:
         )
         self.pauses = PauseMeter(loop, lambda: serving.counters.requests + acceptor.handshakes_completed)
         self.pauses.start()
-        self._start_task(self._clean_forever(registry))
+        if store_keeper is None:
+            self._start_task(self._clean_forever(registry))
         self._start_task(keeper.run())
         if devices is not None:
             self._start_task(devices.watch())
@@ -227,7 +256,11 @@ class Server:
         if authenticators is None:
             users = self._users = Users(self.home, on_gone=self._user_gone)
             self._devices = Devices(
-                self.home, users.current, throttle, on_gone=self._device_gone, on_refused=self._device_refused
+                self.home,
+                users.current,
+                throttle,
+                on_gone=self._device_gone,
+                on_refused=self._device_refused,
             )
             authenticators = [users.authenticator, self._devices.authenticator]
             if self.config.tls.client_auth != "off":
@@ -360,6 +393,7 @@ class Server:
             "refused_addresses": serving.binding.refused_addresses,
             "refused_clients": serving.binding.refused_clients,
             "idempotency": serving.once.counts,
+            "store": serving.sessions.statistics(),
             "handshakes_completed": acceptor.handshakes_completed,
             "handshakes_in_progress": acceptor.handshakes_in_progress,
             "tls_failures": {failure.value: count for failure, count in acceptor.failures.items() if count},
@@ -403,6 +437,7 @@ class Server:
             log.error("server.methods_stuck", count=stuck)
         for task in self._background:
             task.cancel()
+        await serving.sessions.stop()
         self.pauses.stop()
         for waiting in self._wheel.close():  # handshakes that were never finished: nobody else would end them
             assert isinstance(waiting, TlsServerTransport), "all conversations have ended"

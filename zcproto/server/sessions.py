@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from zcproto.clock import Clock
-from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked
+from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Unavailable
 from zcproto.observe.log import get_logger
 from zcproto.server.store_keeper import StoreKeeper
 from zcproto.sessions import OpenedSession, Session, SessionInfo, SessionRegistry, SessionSettings
@@ -393,7 +393,7 @@ class StoredSessions:
         registry = self._registry
         records = {record.id: record for record in registry.records(user, registry.kept)}
         registry.revoke_key(user, key, reason)
-        failed: StoreUnavailable | None = None
+        failed: Exception | None = None
         if self.looks_up:
             try:
                 records |= {record.id: record for record in await self._store.list(user)}
@@ -402,7 +402,10 @@ class StoredSessions:
         ids = [record.id for record in records.values() if record.key == key]
         wall = self._clock.wall()
         for session_id in ids:
-            await self._write(Revocation(wall, session_id, user))
+            try:
+                await self._write(Revocation(wall, session_id, user))
+            except Unavailable as error:
+                failed = error
         if failed is not None:
             raise self._keeper.unavailable() from failed
         return len(ids)

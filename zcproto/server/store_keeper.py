@@ -473,6 +473,8 @@ class StoreKeeper:
         try:
             await self.pending.add(revocation, within)
         except StoreUnavailable as error:
+            if revocation.id:
+                self.add_orphan(revocation.id)  # so it is not forgotten before this process ends
             log.error("revocations.not_kept", reason=error.reason)
             raise self.unavailable() from error
         return None
