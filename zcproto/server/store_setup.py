@@ -93,20 +93,19 @@ def _password(path: Path) -> str:
     """The password in a file, without the end of its line."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
-            data = file.read(MAX_PASSWORD + 1)
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError([f"store.password_file: {path} is not a regular file"])
+            data = os.read(descriptor, MAX_PASSWORD + 2)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ConfigError([f"store.password_file: {path} cannot be read: {error.strerror}"]) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigError([f"store.password_file: {path} is not a regular file"])
     if status.st_mode & _OTHERS_ANY:
         raise ConfigError([f"store.password_file: others can read {path}; run: chmod 600 '{path}'"])
-    try:
-        text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError:
-        text = ""
-    if not 1 <= len(text) <= MAX_PASSWORD:
+    text = data.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+    if not 1 <= len(text) <= MAX_PASSWORD or not text.isprintable() or "\ufffd" in text:
         raise ConfigError(
             [f"store.password_file: {path} must hold one line of up to {MAX_PASSWORD} characters"]
         )
