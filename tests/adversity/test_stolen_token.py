@@ -1,0 +1,340 @@
+"""What a thief can do with the token of a bound session, over real TLS: nothing.
+
+The thief has everything but the device's key: both tokens, a place in the network, signatures seen on other
+connections, and a server of its own that the device may be talked into.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from zcproto.auth import DeviceFile, UserFile
+from zcproto.client.blocking import BlockingClient
+from zcproto.client.connect import connect_blocking
+from zcproto.client.device import Device
+from zcproto.errors import Code, Unauthenticated
+from zcproto.signed import attach_message, open_message
+
+from ..server.helpers import NO_TOKEN, Client, Frame, ServerThread, client_context
+
+KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
+THIEFS_KEY = Ed25519PrivateKey.from_private_bytes(b"t" * 32)
+METHODS = (
+    "echo",
+    "time",
+    "session.info",
+    "session.list",
+    "session.revoke",
+    "session.close",
+    "server.info",
+    "no.such",
+)
+
+
+def leaf(client: Client) -> bytes:
+    certificate = client.tls.getpeercert(binary_form=True)
+    assert certificate is not None
+    return hashlib.sha256(certificate).digest()
+
+
+class House:
+    """A server, ada's laptop, and a session that it has open."""
+
+    def __init__(self, home: Path, certs: Path) -> None:
+        home.mkdir(mode=0o700)
+        UserFile(home / "users.toml").add("ada")
+        self.devices = DeviceFile(home / "devices.toml")
+        self.devices.add("laptop", "ada", KEY.public_key().public_bytes_raw(), datetime.now(UTC))
+        self.server = ServerThread(home, certs, users_file=True)
+        self.ca_file = home / "certs" / "ca.crt"
+
+    def enter(self) -> None:
+        """The device comes home."""
+        self.device = self.server.client()
+        self.device.opened = self.device.call("session.open", self.opening(self.device))
+        self.device.token = self.device.opened["token"]
+        self.token: bytes = self.device.opened["token"]
+        self.refresh_token: bytes = self.device.opened["refresh_token"]
+
+    def opening(self, client: Client) -> dict[str, Any]:
+        signature = KEY.sign(open_message(client.salt, leaf(client), "laptop"))
+        return {"scheme": "ed25519", "device": "laptop", "signature": signature}
+
+    def attaching(self, client: Client, key: Ed25519PrivateKey = KEY) -> dict[str, Any]:
+        return {"signature": key.sign(attach_message(client.salt, leaf(client), self.token))}
+
+    def unharmed(self) -> None:
+        """The device has not noticed anything."""
+        self.device.echo()
+        assert self.device.events == []
+
+
+@pytest.fixture
+def house(tmp_path: Path, certs: Path) -> Iterator[House]:
+    house = House(tmp_path / "home", certs)
+    with house.server:
+        house.enter()
+        yield house
+        house.unharmed()
+        house.device.close()
+        house.server.until_left()
+
+
+@pytest.fixture
+def thief(house: House) -> Iterator[Client]:
+    with house.server.client() as client:
+        yield client
+
+
+def wants_proof(frame: Frame) -> bool:
+    return (frame.code, frame.details) == (Code.UNAUTHENTICATED, {"attach": True})
+
+
+def not_accepted(frame: Frame) -> bool:
+    return (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
+
+
+# --- the tokens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stolen_token_calls_nothing(house: House, thief: Client, method: str) -> None:
+    assert wants_proof(thief.refused(method, {"id": house.device.opened["id"]}, token=house.token))
+
+
+def test_a_stolen_token_gets_no_event_no_larger_frame_and_no_time(house: House, thief: Client) -> None:
+    before = house.device.call("session.info")["last_used_at"]
+    for _ in range(100):
+        assert wants_proof(thief.refused("echo", {"x": b"x" * 10_000}, token=house.token))
+    thief.send(thief.request("echo", {"x": b"x" * 100_000}, token=house.token))
+    frames, _ = thief.rest_until_closed()
+    assert frames[-1].code == Code.FRAME_TOO_LARGE
+    registry = house.server.server.serving.registry
+    info = house.server.in_loop(lambda: registry.info(house.device.opened["id"], house.server.clock.wall()))
+    assert info.last_used_at == before
+
+
+def test_a_stolen_token_is_worth_nothing_beside_a_session_of_the_thiefs_own(
+    house: House, thief: Client
+) -> None:
+    """The thief has an account, a device and a proved key: all on this very connection."""
+    UserFile(house.server.home / "users.toml").add("eve")
+    house.devices.add("eves", "eve", THIEFS_KEY.public_key().public_bytes_raw(), datetime.now(UTC))
+    signature = THIEFS_KEY.sign(open_message(thief.salt, leaf(thief), "eves"))
+    opened = thief.call("session.open", {"scheme": "ed25519", "device": "eves", "signature": signature})
+    thief.token = opened["token"]
+    thief.echo()
+    assert wants_proof(thief.refused("echo", token=house.token))
+    assert not_accepted(
+        thief.refused("session.attach", house.attaching(thief, THIEFS_KEY), token=house.token)
+    )
+    assert thief.refused("session.revoke", {"id": house.device.opened["id"]}).code == Code.NOT_FOUND
+    thief.echo()
+
+
+def test_a_stolen_refresh_token_gives_nothing_and_disturbs_nothing(house: House, thief: Client) -> None:
+    for client in ("", "test/1"):
+        params = {"refresh_token": house.refresh_token, "client": client}
+        assert wants_proof(thief.refused("session.refresh", params))
+    house.unharmed()
+    refreshed = house.device.call("session.refresh", {"refresh_token": house.refresh_token}, token=NO_TOKEN)
+    house.device.token = house.token = refreshed["token"]
+    assert wants_proof(thief.refused("echo", token=house.token))
+    assert wants_proof(thief.refused("session.refresh", {"refresh_token": refreshed["refresh_token"]}))
+
+
+def test_a_refresh_token_stolen_from_a_device_that_is_away_gives_a_token_that_is_as_bound(
+    house: House, thief: Client
+) -> None:
+    """Once its token has expired, nobody could attach it: the refresh comes first, and the proof after."""
+    late = {"timestamp": house.server.clock.wall() + 7_200_000}
+    house.server.clock.ahead_ms = 7_200_000
+    stolen = thief.call("session.refresh", {"refresh_token": house.refresh_token}, token=NO_TOKEN, **late)
+    for method in METHODS:
+        assert wants_proof(thief.refused(method, token=stolen["token"], **late))
+    params = {"refresh_token": stolen["refresh_token"]}
+    assert wants_proof(thief.refused("session.refresh", params, token=NO_TOKEN, **late))
+    # The device learns of it: what it has was spent by somebody else, and the whole session ends.
+    params = {"refresh_token": house.refresh_token, "client": "laptop/1"}
+    assert house.device.refused("session.refresh", params, token=NO_TOKEN, **late).code == Code.TOKEN_REVOKED
+    assert thief.refused("echo", token=stolen["token"], **late).code == Code.TOKEN_REVOKED
+    house.server.clock.ahead_ms = 0
+    opened = house.device.call("session.open", house.opening(house.device), token=NO_TOKEN)
+    house.device.token = opened["token"]
+
+
+# --- signatures seen elsewhere -----------------------------------------------------------------------
+
+
+def test_a_signature_from_another_connection_is_worth_nothing_here(house: House, thief: Client) -> None:
+    """The salt is another one."""
+    with house.server.client() as seen:
+        opening, attaching = house.opening(seen), house.attaching(seen)
+        assert not_accepted(thief.refused("session.open", opening))
+        assert not_accepted(thief.refused("session.attach", attaching, token=house.token))
+        assert wants_proof(thief.refused("echo", token=house.token))
+        assert (
+            seen.call("session.attach", attaching, token=house.token) == {}
+        )  # it is good where it was made for
+
+
+def test_a_signature_for_one_purpose_is_worth_nothing_for_the_other(house: House, thief: Client) -> None:
+    attaching = {"scheme": "ed25519", "device": "laptop", **house.attaching(thief)}
+    assert not_accepted(thief.refused("session.open", attaching))
+    opening = {"signature": house.opening(thief)["signature"]}
+    assert not_accepted(thief.refused("session.attach", opening, token=house.token))
+
+
+def test_a_signature_for_one_token_is_worth_nothing_for_another(house: House, thief: Client) -> None:
+    other = house.device.call("session.open", house.opening(house.device), token=NO_TOKEN)
+    attaching = house.attaching(thief)
+    assert not_accepted(thief.refused("session.attach", attaching, token=other["token"]))
+    assert thief.call("session.attach", attaching, token=house.token) == {}
+
+
+# --- a server in between -----------------------------------------------------------------------------
+
+
+class Relay(threading.Thread):
+    """A server of the thief's that the device trusts, and that passes on what it hears to the real one.
+
+    It ends the TLS of both sides: it sees and could change every byte, but not the certificate that it shows.
+    """
+
+    def __init__(self, certificate: Path, key: Path, target: int, ca_file: Path) -> None:
+        super().__init__(name="relay", daemon=True)
+        self.seen = [b"", b""]
+        self._target = target
+        self._upstream = client_context(ca_file)
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.minimum_version = ssl.TLSVersion.TLSv1_3
+        self._context.set_alpn_protocols(["zcp/1"])
+        self._context.load_cert_chain(certificate, key)
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listening.getsockname()[1]
+        self._pumps: list[threading.Thread] = []
+        self._sockets: list[socket.socket] = [self._listening]
+
+    def run(self) -> None:
+        with suppress(OSError):
+            while True:
+                raw, _ = self._listening.accept()
+                near = self._context.wrap_socket(raw, server_side=True)
+                far = self._upstream.wrap_socket(
+                    socket.create_connection(("127.0.0.1", self._target)), server_hostname="localhost"
+                )
+                self._sockets += [near, far]
+                for side, (source, sink) in enumerate(((near, far), (far, near))):
+                    pump = threading.Thread(target=self._pump, args=(side, source, sink), daemon=True)
+                    self._pumps.append(pump)
+                    pump.start()
+
+    def _pump(self, side: int, source: ssl.SSLSocket, sink: ssl.SSLSocket) -> None:
+        with suppress(OSError, ValueError):
+            while data := source.recv(65_536):
+                self.seen[side] += data
+                sink.sendall(data)
+        with suppress(OSError, ValueError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def end(self) -> None:
+        with suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        for each in self._sockets:
+            with suppress(OSError):
+                each.close()
+        for pump in self._pumps:
+            pump.join(10)
+        self.join(10)
+
+
+@pytest.fixture
+def relay(house: House, tmp_path: Path) -> Iterator[Relay]:
+    """Its certificate is good for the server's name, by an authority that the device trusts, too."""
+    authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    issued = authority.issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.ECDSA)
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "relay.crt")
+    issued.private_key_pem.write_to_path(tmp_path / "relay.key")
+    trusted = house.ca_file.read_bytes() + authority.cert_pem.bytes()
+    (tmp_path / "trusted.pem").write_bytes(trusted)
+    relay = Relay(tmp_path / "relay.crt", tmp_path / "relay.key", house.server.port, house.ca_file)
+    relay.start()
+    yield relay
+    relay.end()
+
+
+def through(relay: Relay, tmp_path: Path) -> Client:
+    return Client(relay.port, tmp_path / "trusted.pem")
+
+
+def test_a_signature_relayed_through_another_server_opens_nothing(
+    house: House, relay: Relay, tmp_path: Path
+) -> None:
+    """The salt is the real server's, the certificate is not."""
+    with through(relay, tmp_path) as fooled:
+        opening = house.opening(fooled)
+        assert not_accepted(fooled.refused("session.open", opening))
+        assert opening["signature"] in relay.seen[0]  # it did arrive
+
+
+def test_a_token_cannot_be_attached_through_another_server(
+    house: House, relay: Relay, tmp_path: Path
+) -> None:
+    with through(relay, tmp_path) as fooled:
+        attaching = house.attaching(fooled)
+        assert not_accepted(fooled.refused("session.attach", attaching, token=house.token))
+        assert wants_proof(fooled.refused("echo", token=house.token))
+
+
+def test_what_the_relay_has_seen_opens_nothing_on_a_connection_of_its_own(
+    house: House, relay: Relay, thief: Client, tmp_path: Path
+) -> None:
+    with through(relay, tmp_path) as fooled:
+        opening, attaching = house.opening(fooled), house.attaching(fooled)
+        assert not_accepted(thief.refused("session.open", opening))
+        assert not_accepted(thief.refused("session.attach", attaching, token=house.token))
+
+
+def library(house: House, port: int, ca_file: Path, device: Device) -> BlockingClient:
+    return connect_blocking(
+        f"localhost:{port}",
+        device=device,
+        device_name="laptop",
+        ca_file=ca_file,
+        home=house.server.home / "client",
+    )
+
+
+def test_the_library_is_not_fooled_either(house: House, relay: Relay, tmp_path: Path) -> None:
+    device = Device(KEY)
+    with library(house, house.server.port, house.ca_file, device) as client:
+        assert client.call("echo", x=1) == {"x": 1}
+    with pytest.raises(Unauthenticated), library(house, relay.port, tmp_path / "trusted.pem", device):
+        pass
+
+
+# --- guessing ----------------------------------------------------------------------------------------
+
+
+def test_no_signature_of_chance_gets_through(house: House, thief: Client) -> None:
+    for _ in range(50):
+        attaching = {"signature": os.urandom(64)}
+        assert not_accepted(thief.refused("session.attach", attaching, token=house.token))
+    good = bytearray(house.attaching(thief)["signature"])
+    for bit in range(0, 512, 13):
+        good[bit // 8] ^= 1 << bit % 8
+        assert not_accepted(thief.refused("session.attach", {"signature": bytes(good)}, token=house.token))
+        good[bit // 8] ^= 1 << bit % 8
