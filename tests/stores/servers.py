@@ -105,7 +105,14 @@ class ServerProcess:
         self.process.send_signal(signal.SIGCONT)
 
     def command(self, *words: str | bytes | int) -> Any:
-        """What it answers to a command."""
+        """What it answers to a command. It may be closing its connections: then it is asked again."""
+        for _ in range(20):
+            with suppress(redis.ConnectionError):
+                return self._command(*words)
+            time.sleep(0.05)
+        return self._command(*words)
+
+    def _command(self, *words: str | bytes | int) -> Any:
         connection = redis.Connection(host="127.0.0.1", port=self.port, socket_timeout=5, protocol=2)
         try:
             connection.send_command(*words)

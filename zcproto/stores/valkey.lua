@@ -21,8 +21,8 @@
 --   v:{N}          the version of all this, and a mark: it is gone if the server has lost what it kept
 --
 -- Keys without a TAG may be on other servers of a cluster. They only lead to a session or help to clean up: a
--- wrong one does no harm. There, a script does not touch them but leaves that to its client. Every key has a time
--- to live that is well beyond its use, so that a store that nobody cleans any more empties itself.
+-- wrong one does no harm. There, a script does not touch them but leaves that to its client. All but `n` and `v`
+-- have a time to live well beyond their use, so that a store that nobody cleans any more empties itself.
 
 local args = cmsgpack.unpack(ARGV[1])
 local P, NODE, CLUSTERED, SHARD = args[1], args[2], args[3], '{' .. args[4] .. '}'
@@ -147,7 +147,6 @@ if not CLUSTERED then  -- there, all this was written before
   redis.call('SET', P .. 'i:' .. id, tag, 'PX', ms)
   redis.call('ZADD', P .. 'x:' .. SHARD, due(session), tag .. id)
   linger(redis.call, P .. 'x:' .. SHARD, ms)
-  linger(redis.call, P .. 'n', ms)
 end
 session[ORDER] = order
 redis.call('SET', session_key(tag, id), cmsgpack.pack(session), 'PX', ms)

@@ -40,6 +40,7 @@ from zcproto.stores.store import (
 )
 from zcproto.stores.valkey_link import Link, Target
 from zcproto.stores.valkey_requests import BATCH, NODE_SIZE, TAG_SIZE, Requests
+from zcproto.stores.valkey_scripts import SCRIPTS
 from zcproto.stores.valkey_servers import CLUSTER_SHARDS, Cluster, Sentinels, Servers, SingleServer
 from zcproto.stores.valkey_url import Address, Kind, ServerUrl, parse_url
 
@@ -80,6 +81,8 @@ class ValkeyStore:
     ) -> None:
         self._url = parse_url(url)
         self._password = self._url.password if password is None else password
+        if self._url.username and not self._password:
+            raise ConfigError(["store.url: it has a user without a password"])
         self._tls = _tls(self._url, ca_file, certificate_file, key_file)
         self._timeout = timeout
         self._prefix = prefix.encode()
@@ -87,7 +90,7 @@ class ValkeyStore:
             raise ConfigError(["store.prefix: it must have no { or }, which divide keys among servers"])
         self._answers = answers or AnswerLimits()
         self._node = entropy(NODE_SIZE // 2).hex().encode()
-        self._new_mark = entropy(16).hex().encode()
+        self._entropy = entropy
         self._marks: dict[int, bytes] = {}
         self._is_emptied = False
         self._servers: Servers | None = None
@@ -105,7 +108,7 @@ class ValkeyStore:
         """As `SessionStore.open`. May be called again after it failed.
 
         When a connection was lost and made again `on_change` gets ALL, or EMPTIED if the server has come back
-        without what it kept.
+        without what it kept. That somebody had all keys removed (FLUSHDB) is a will: ALL.
         """
         assert self._servers is None, "it is open"
         self._marks.clear()
@@ -267,18 +270,20 @@ class ValkeyStore:
             database=url.database,
         )
 
-    async def _prepare(self, link: Link) -> None:
-        """Have a server tell what others change, and look at the marks that it should have."""
+    async def _prepare(self, link: Link, was_flushed: bool) -> None:
+        """Have a server tell what others change, look at the marks that it should have, and give it the scripts."""
         await link.call("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", self._prefix + b"c:")
         shards = range(CLUSTER_SHARDS if self._url.kind is Kind.CLUSTER else 1)
-        await asyncio.gather(*(self._check_mark(link, shard) for shard in shards))
+        await asyncio.gather(
+            _load_scripts(link), *(self._check_mark(link, shard, was_flushed) for shard in shards)
+        )
 
-    async def _check_mark(self, link: Link, shard: int) -> None:
+    async def _check_mark(self, link: Link, shard: int, was_flushed: bool) -> None:
         """See that what is there was written by no newer version, and that it still is what it was.
 
         Raises ConfigError.
         """
-        key, mine = self._prefix + b"v:{%d}" % shard, b"%d %s" % (SCHEMA, self._new_mark)
+        key, mine = self._prefix + b"v:{%d}" % shard, b"%d %s" % (SCHEMA, self._entropy(16).hex().encode())
         try:
             found = await link.call("GET", key) or await link.call("SET", key, mine, "NX", "GET") or mine
         except AskError:  # another server of the cluster has it
@@ -292,18 +297,12 @@ class ValkeyStore:
                     f"(schema {said}; this one knows {SCHEMA}): upgrade this one"
                 ]
             )
-        if self._marks.setdefault(shard, mark) != mark:
-            self._marks[shard] = mark
+        if not was_flushed and self._marks.get(shard, mark) != mark:
             self._is_emptied = True
+        self._marks[shard] = mark
 
-    def _take_news(self, keys: Sequence[bytes] | None) -> None:
+    def _take_news(self, keys: Sequence[bytes]) -> None:
         """The server says which keys were changed: the names tell whose, and by whom."""
-        if keys is None:  # somebody had all of them removed; the marks come back with a new connection
-            self._marks.clear()
-            self._on_change(Change(ChangeKind.ALL))
-            if self._servers is not None:
-                self._servers.lose("all its keys were removed")
-            return
         start = len(self._prefix) + len(b"c:{") + TAG_SIZE + len(b"}")
         for key in keys:
             id = id_from_text(key[start + NODE_SIZE :].decode("ascii", "replace"))
@@ -319,6 +318,13 @@ class ValkeyStore:
         if self._password:
             text = text.replace(self._password, "***")
         return printable(text, 200)
+
+
+async def _load_scripts(link: Link) -> None:
+    scripts = list(SCRIPTS.values())
+    known = await link.call("SCRIPT", "EXISTS", *(script.sha for script in scripts))
+    missing = [script for script, is_known in zip(scripts, known, strict=True) if not is_known]
+    await asyncio.gather(*(link.call("SCRIPT", "LOAD", script.source) for script in missing))
 
 
 def _ignore(change: Change) -> None:

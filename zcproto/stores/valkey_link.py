@@ -41,10 +41,6 @@ _SLACK: Final = 0.9  # of the timeout: loops wake a little early
 _T = TypeVar("_T")
 
 
-class LinkLost(StoreUnavailable):
-    """The connection is gone, with what waited on it."""
-
-
 class Target:
     """A server, and how to connect to it."""
 
@@ -144,9 +140,6 @@ class Link:
             raise
         return cls(connection, silence, on_news, on_lost)
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
     async def call(self, *command: bytes | str | int) -> Any:
         """Send a command, and wait for its reply. Raises ResponseError for one that says no."""
         sent_at, heard = self._loop.time(), self._heard
@@ -160,7 +153,7 @@ class Link:
     def send(self, *command: bytes | str | int) -> asyncio.Future[Any]:
         """Send a command; what comes for it."""
         if self.lost:
-            raise LinkLost(self.lost)
+            raise StoreUnavailable(self.lost)
         if len(self._waiting) >= MAX_WAITING:
             raise StoreUnavailable("too many operations wait for the server")
         self._out += self._connection.pack_command(*command)
@@ -185,7 +178,7 @@ class Link:
             self.lost = printable(reason, 200)
             for future in self._waiting:
                 if not future.done():
-                    future.set_exception(LinkLost(self.lost))
+                    future.set_exception(StoreUnavailable(self.lost))
             self._waiting.clear()
             for task in self._tasks:
                 task.cancel()

@@ -50,8 +50,9 @@ _MOVING: Final = "non local key"
 Division = tuple[list[Address | None], set[Address]]
 """Which server has each slot, and all that have any."""
 
-News = Callable[[list[bytes] | None], None]
-Prepare = Callable[[Link], Awaitable[None]]
+News = Callable[[list[bytes]], None]
+Prepare = Callable[[Link, bool], Awaitable[None]]
+"""Makes a new connection ready; True if somebody had all keys of its server removed meanwhile."""
 
 
 class Servers(Protocol):
@@ -105,6 +106,7 @@ class Line:
         self._keeper: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
         self._closed = False
+        self._was_flushed = False
 
     @property
     def up(self) -> Link | None:
@@ -165,6 +167,7 @@ class Line:
         if before is not None:
             await before.close()
         self._link = link = await self._connect(self._timeout)
+        self._was_flushed = False
         self._on_gap()
         return link
 
@@ -174,9 +177,9 @@ class Line:
             async with asyncio.timeout(within):
                 target = await self._find()
                 where = repr(target)
-                link = await Link.connect(target, self._timeout, self._on_news, self._lost.set)
+                link = await Link.connect(target, self._timeout, self._take_news, self._lost.set)
                 try:
-                    await self._prepare(link)
+                    await self._prepare(link, self._was_flushed)
                 except BaseException:
                     await link.close()
                     raise
@@ -189,6 +192,13 @@ class Line:
             ) from None
         except ResponseError as error:
             raise StoreUnavailable(f"{where}: {error}") from None
+
+    def _take_news(self, keys: list[bytes] | None) -> None:
+        if keys is None:
+            self._was_flushed = True
+            self.lose("all its keys were removed")
+        else:
+            self._on_news(keys)
 
     async def _keep(self) -> None:
         pause = _FIRST_PAUSE_S
@@ -224,6 +234,8 @@ async def check_server(link: Link, *, cluster: bool) -> None:
         raise ConfigError(
             [f"store.url: the server is too old: {about['version']}; it takes {MIN_MAJOR} or later"]
         )
+    if about.get("mode") == "sentinel":
+        raise ConfigError(["store.url: the server is a sentinel; write redis+sentinel://host,host/service"])
     is_cluster = about.get("mode") == "cluster"
     if is_cluster and not cluster:
         raise ConfigError(["store.url: the server is one of a cluster; write redis+cluster://host,host"])
@@ -269,9 +281,9 @@ class SingleServer:
     def lose(self, reason: str) -> None:
         self._line.lose(reason)
 
-    async def _ready(self, link: Link) -> None:
+    async def _ready(self, link: Link, was_flushed: bool) -> None:
         await check_server(link, cluster=False)
-        await self._prepare(link)
+        await self._prepare(link, was_flushed)
 
 
 class Sentinels:
@@ -374,7 +386,13 @@ class Cluster:
             address = self._slots[slot]
             if address is None:
                 raise StoreUnavailable("the cluster has no server for some of the sessions")
-            link = await self._line(address).link()
+            try:
+                link = await self._line(address).link()
+            except (StoreUnavailable, ConfigError):
+                await asyncio.wait({self._refresh()})
+                if self._slots[slot] == address:
+                    raise
+                continue
             try:
                 return await link.call(*command)
             except MovedError as moved:
@@ -421,9 +439,9 @@ class Cluster:
 
         return Line(find, self._ready, self._timeout, self._on_news, self._on_gap)
 
-    async def _ready(self, link: Link) -> None:
+    async def _ready(self, link: Link, was_flushed: bool) -> None:
         await check_server(link, cluster=True)
-        await self._prepare(link)
+        await self._prepare(link, was_flushed)
 
     def _take(self, division: Division) -> list[Line]:
         """Use this division of slots; the connections that are of no use any more."""

@@ -92,8 +92,6 @@ def parse_url(url: str) -> ServerUrl:
     credentials, _, rest = ("", "", rest) if rest.startswith("/") else rest.rpartition("@")
     username, _, password = credentials.partition(":")
     username, password = unquote(username), unquote(password)
-    if username and not password:
-        raise _fault("has a user without a password")
     rest, _, query = rest.partition("?")
     if family is None:
         return ServerUrl(

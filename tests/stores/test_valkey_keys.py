@@ -1,0 +1,317 @@
+"""What is on the server: digests only, with a time to live, and nothing that stays for ever."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from hashlib import sha256
+from typing import Any
+
+import pytest
+
+from zcproto.errors import Code, ResourceExhausted
+from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.token import id_text
+from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.store import ClaimState, Created, LimitReached
+from zcproto.stores.valkey import ValkeyStore
+from zcproto.stores.valkey_requests import _tag
+from zcproto.stores.valkey_scripts import SCRIPTS
+
+from .contract import (
+    DAY,
+    EVICT_ONE,
+    FIVE,
+    KEEP,
+    KEEP_ENDED,
+    LEASE,
+    MINUTE,
+    ONE,
+    WALL,
+    digest,
+    ended,
+    rotated,
+    rotation,
+    session,
+)
+from .servers import PROGRAMS, ServerProcess, running, wait_for
+
+KINDS = [*PROGRAMS, f"{PROGRAMS[0]}, in a cluster"]
+KEPT_FOR_EVER = {b"v", b"n"}
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    program, _, cluster = request.param.partition(", ")
+    options = ("--cluster-enabled", "yes") if cluster else ()
+    plain = ("--rdbcompression", "no")  # so that DUMP shows what is kept
+    with running(program, tmp_path_factory.mktemp("server"), *plain, *options) as process:
+        if cluster:
+            process.command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
+            wait_for(lambda: b"cluster_state:ok" in process.command("CLUSTER", "INFO"))
+        yield process
+
+
+def url_of(server: ServerProcess) -> str:
+    return f"redis+cluster://{server.address}" if "--cluster-enabled" in server.options else server.url
+
+
+@pytest.fixture
+async def store(server: ServerProcess) -> AsyncIterator[ValkeyStore]:
+    server.command("FLUSHALL")
+    store = ValkeyStore(url_of(server), timeout=5.0, answers=AnswerLimits(3 * 16, 100 * 16, 3, 60))
+    await store.open(lambda change: pytest.fail(f"nobody else changes this: {change}"))
+    yield store
+    await store.close()
+
+
+def kinds(server: ServerProcess) -> set[bytes]:
+    """The kinds of keys that are there."""
+    return {key.split(b":", 2)[1] for key in server.command("KEYS", "*")}
+
+
+def only(server: ServerProcess, kind: str) -> bytes:
+    """The one key of a kind that is there."""
+    found: list[bytes] = server.command("KEYS", f"zcp:{kind}:*")
+    assert len(found) == 1
+    return found[0]
+
+
+async def do_everything(store: ValkeyStore) -> None:
+    record = session()
+    await store.create(record, FIVE)
+    await store.rotate(rotation(record))
+    await store.create(session(2, expires_at=WALL + 1, refresh_expires_at=WALL + 1), FIVE)
+    await store.create(session(3), FIVE)
+    await store.create(session(4, "bob"), FIVE)
+    await store.create(session(5, "bob"), EVICT_ONE)
+    await store.end([session(3).id], Code.TOKEN_REVOKED, WALL)
+    await store.touch([(record.id, WALL + DAY)])
+    await store.claim("alice", "running", digest("body"), WALL, LEASE)
+    await store.claim("alice", "done", digest("body"), WALL, LEASE)
+    await store.keep_answer("alice", "done", b"answer", WALL, KEEP)
+    await store.ping()
+
+
+async def test_every_key_has_a_time_to_live(store: ValkeyStore, server: ServerProcess) -> None:
+    await do_everything(store)
+    assert kinds(server) >= {
+        b"s",
+        b"u",
+        b"i",
+        b"t",
+        b"x",
+        b"m",
+        b"q",
+        b"a",
+        b"w",
+        b"o",
+        b"b",
+        b"p",
+        b"n",
+        b"v",
+    }
+    assert b"c" not in kinds(server)  # what announces a change is gone at once
+    for key in server.command("KEYS", "*"):
+        ms = server.command("PTTL", key)
+        kind = key.split(b":", 2)[1]
+        if kind not in KEPT_FOR_EVER:
+            assert ms > 0, key
+        if kind in {b"s", b"i", b"t"}:
+            assert ms <= 31 * DAY, key
+    # A refresh and a touch do not take it away, nor make it longer.
+    session_key = b"zcp:s:{" + _tag("alice") + b"}" + id_text(session().id).encode()
+    assert 30 * DAY < server.command("PTTL", session_key) <= 31 * DAY
+
+
+async def test_what_is_stored_lets_nobody_in(store: ValkeyStore, server: ServerProcess) -> None:
+    token, refresh, spent = b"T" * 32, b"R" * 32, b"S" * 32
+    record = session(token_digest=sha256(token).digest(), refresh_digest=sha256(spent).digest())
+    await store.create(record, FIVE)
+    await store.rotate(rotation(record, refresh_digest=sha256(refresh).digest()))
+    await store.claim("alice", "the key of a request", digest("body"), WALL, LEASE)
+    dumped = b"".join(key + server.command("DUMP", key) for key in server.command("KEYS", "*"))
+    assert sha256(refresh).digest() in dumped
+    for secret in (token, refresh, spent, sha256(spent).digest(), b"the key of a request"):
+        assert secret not in dumped
+
+
+async def test_nothing_is_left_when_all_is_over(store: ValkeyStore, server: ServerProcess) -> None:
+    await do_everything(store)
+    assert await store.create(session(6, "bob"), ONE) == LimitReached()
+    while await store.expire(WALL + 40 * DAY, KEEP_ENDED, 1_000):
+        pass
+    assert kinds(server) - {b"p", b"b"} <= KEPT_FOR_EVER
+    assert {server.command("GET", key) for key in server.command("KEYS", "zcp:b:*")} == {b"0"}
+    assert await store.count() == 0
+
+
+async def test_after_the_end_only_the_memory_stays(store: ValkeyStore, server: ServerProcess) -> None:
+    await store.create(session(client="the client", address="192.0.2.77"), FIVE)
+    await store.end_user("alice", Code.TOKEN_REVOKED, WALL)
+    kept = server.command("GET", only(server, "s"))
+    for gone in (b"alice", b"the client", b"192.0.2.77", session().refresh_digest):
+        assert gone not in kept
+    assert kinds(server) - KEPT_FOR_EVER == {b"s", b"i", b"t", b"m"}
+
+
+async def test_a_user_is_told_by_a_digest(store: ValkeyStore, server: ServerProcess) -> None:
+    await store.create(session(user="mallory}{*?[a]\r\n"), FIVE)
+    assert not any(b"mallory" in key for key in server.command("KEYS", "*"))
+
+
+# --- what was cut short ------------------------------------------------------------------------------------------
+
+
+async def test_a_refresh_that_was_stopped_before_its_note(store: ValkeyStore, server: ServerProcess) -> None:
+    """In a cluster the old token is noted after the refresh. Without the note it is no good either."""
+    record = session()
+    await store.create(record, FIVE)
+    pointer = server.command("GET", b"zcp:t:" + record.token_digest)
+    wanted = rotation(record)
+    await store.rotate(wanted)
+    server.command("SET", b"zcp:t:" + record.token_digest, pointer)
+    assert await store.find(record.token_digest) == EndedRecord(
+        b"", record.token_digest, Code.TOKEN_REVOKED, wanted.wall
+    )
+    await store.end([record.id], Code.SESSION_REPLACED, WALL + MINUTE + 1)
+    assert await store.find(record.token_digest) == EndedRecord(
+        b"", record.token_digest, Code.TOKEN_REVOKED, WALL + MINUTE + 1
+    )
+    assert await store.find(wanted.token_digest) == ended(
+        rotated(record, wanted), Code.SESSION_REPLACED, WALL + MINUTE + 1
+    )
+
+
+async def test_an_opening_that_was_stopped_before_the_session(
+    store: ValkeyStore, server: ServerProcess
+) -> None:
+    """In a cluster what leads to a session is written first. Without it, that leads nowhere, and is cleaned up."""
+    record = session()
+    await store.create(record, FIVE)
+    server.command("DEL", only(server, "s"))
+    assert await store.find(record.token_digest) is None
+    assert await store.get(record.id) is None
+    assert await store.list("alice") == await store.list() == []
+    assert await store.end([record.id], Code.TOKEN_REVOKED, WALL) == []
+    assert await store.end_user("alice", Code.TOKEN_REVOKED, WALL) == []
+    await store.touch([(record.id, WALL + 1)])
+    assert await store.create(record, ONE) == Created()
+    assert await store.get(record.id) == record
+
+
+async def test_indexes_that_lead_nowhere_end(store: ValkeyStore, server: ServerProcess) -> None:
+    await store.create(session(), FIVE)
+    await store.create(session(2, "bob"), FIVE)
+    for key in server.command("KEYS", "zcp:s:*"):
+        server.command("DEL", key)
+    assert await store.count() == 2
+    assert await store.end_all(Code.TOKEN_REVOKED, WALL) == 0
+    assert await store.count() == 0
+
+
+async def test_entries_that_are_wrong_are_put_right(store: ValkeyStore, server: ServerProcess) -> None:
+    record = session()
+    await store.create(record, FIVE)
+    index = only(server, "x")
+    (member,) = server.command("ZRANGE", index, 0, -1)
+    server.command("ZADD", index, WALL, member)  # too early
+    assert await store.expire(WALL + 1, KEEP_ENDED, 10) == 0
+    assert await store.get(record.id) == record
+    assert server.command("ZSCORE", index, member) == b"%d" % record.refresh_expires_at
+    memories = index.replace(b":x:", b":m:")
+    server.command("ZADD", memories, WALL, member)  # it has not ended
+    assert await store.expire(WALL + KEEP_ENDED, KEEP_ENDED, 10) == 0
+    assert await store.get(record.id) == record
+    await store.end([record.id], Code.TOKEN_REVOKED, WALL)
+    server.command("ZADD", index, WALL, member)  # it has
+    assert await store.expire(WALL + 1, KEEP_ENDED, 10) == 0
+    assert await store.count() == 0
+    assert await store.get(record.id) == ended(record)
+
+
+async def test_answers_whose_index_is_wrong(store: ValkeyStore, server: ServerProcess) -> None:
+    await store.claim("alice", "k", digest("body"), WALL, LEASE)
+    running = only(server, "w")
+    (member,) = server.command("ZRANGE", running, 0, -1)
+    await store.keep_answer("alice", "k", b"answer", WALL, KEEP)
+    server.command("ZADD", running, WALL, member)  # it does not run any more
+    (done,) = server.command("ZRANGE", only(server, "o"), 0, -1)
+    server.command("ZADD", running, WALL, done)  # nor this
+    server.command("ZADD", running, WALL, done[:-22] + 22 * b"x")  # never did
+    assert await store.expire(WALL + 1, KEEP_ENDED, 10) == 0
+    assert b"w" not in kinds(server)
+    claim = await store.claim("alice", "k", digest("body"), WALL, LEASE)
+    assert (claim.state, claim.answer) == (ClaimState.DONE, b"answer")
+    server.command("DEL", only(server, "a"))  # its time to live was over
+    claim = await store.claim("alice", "k", digest("body"), WALL, LEASE)
+    assert claim.state is ClaimState.NEW
+
+
+# --- bounds that hold in a cluster, too --------------------------------------------------------------------------
+
+
+async def test_answers_are_bounded_for_each_user(store: ValkeyStore) -> None:
+    for key in "pqrs":
+        await store.claim("alice", key, digest("body"), WALL, LEASE)
+        await store.keep_answer("alice", key, 25 * b"x", WALL, KEEP)
+    states = [(await store.claim("alice", key, b"other", WALL, LEASE)).state for key in "sr"]
+    assert states == 2 * [ClaimState.CONFLICT]
+    with pytest.raises(ValueError, match="too large"):
+        await store.keep_answer("alice", "s", 61 * b"x", WALL, KEEP)
+
+
+async def test_answers_are_bounded_for_all(store: ValkeyStore, server: ServerProcess) -> None:
+    users = [f"user-{number}" for number in range(200)]
+    for user in users:
+        await store.claim(user, "k", digest("body"), WALL, LEASE)
+        await store.keep_answer(user, "k", 10 * b"x", WALL, KEEP)
+    assert len(server.command("KEYS", "zcp:a:*")) <= 3 * 16
+    refused = 0
+    for user in users:
+        try:
+            await store.claim(user, "another", digest("body"), WALL, LEASE)
+        except ResourceExhausted:
+            refused += 1
+    assert refused >= len(users) - 3 * 16
+    assert len(server.command("KEYS", "zcp:q:*")) <= 3 * 16
+
+
+async def test_bytes_are_bounded_for_all(server: ServerProcess) -> None:
+    server.command("FLUSHALL")
+    store = ValkeyStore(url_of(server), timeout=5.0, answers=AnswerLimits(10_000, 16 * 100, 1_000, 60))
+    await store.open(lambda change: None)
+    for number in range(150):
+        await store.claim(f"user-{number}", "k", digest("body"), WALL, LEASE)
+        await store.keep_answer(f"user-{number}", "k", 50 * b"x", WALL, KEEP)
+    answers = server.command("KEYS", "zcp:a:*")
+    assert 10 < len(answers) <= 32
+    assert sum(int(server.command("GET", key)) for key in server.command("KEYS", "zcp:b:*")) == 50 * len(
+        answers
+    )
+    await store.close()
+
+
+# --- scripts -----------------------------------------------------------------------------------------------------
+
+
+def test_scripts_are_refused_as_a_whole() -> None:
+    for script in SCRIPTS.values():
+        first = script.source.split(b"\n", 1)[0]
+        assert first.startswith(b"#!lua flags=")
+    assert {"create", "rotate", "find", "claim", "forget_answers"} <= set(SCRIPTS)
+
+
+async def test_many_sessions_of_one_user(store: ValkeyStore) -> None:
+    limit: Any = FIVE.__class__(300, "evict_oldest", None)
+    records = [session(number, wall=WALL + number) for number in range(303)]
+    gone: list[EndedRecord] = []
+    for record in records:
+        result = await store.create(record, limit)
+        assert isinstance(result, Created)
+        gone += result.ended
+    assert [each.id for each in gone] == [record.id for record in records[:3]]
+    listed = await store.list("alice")
+    assert [each.id for each in listed] == [record.id for record in records[3:]]
+    assert all(isinstance(each, SessionRecord) for each in listed)

@@ -1,0 +1,281 @@
+"""One connection, with a server that is played."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from redis.exceptions import ResponseError
+
+from zcproto.errors import ConfigError
+from zcproto.stores.store import StoreUnavailable
+from zcproto.stores.valkey_link import Link, Target
+from zcproto.stores.valkey_servers import check_server
+
+from .servers import until
+
+HELLO = b"%3\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n$7\r\nversion\r\n$5\r\n8.1.1\r\n$5\r\nproto\r\n:3\r\n"
+SILENCE = 0.1
+
+
+class Played:
+    """A server that greets as it should, and then says what a test wants."""
+
+    def __init__(self) -> None:
+        self.greeting = HELLO
+        self.heard: list[bytes] = []
+        self.writer: asyncio.StreamWriter | None = None
+        self.server: asyncio.Server | None = None
+        self.closed = asyncio.Event()
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        try:
+            while True:
+                words = await self.read(reader)
+                if words[0] == b"HELLO":
+                    writer.write(self.greeting)
+                elif words[0] == b"CLIENT":
+                    writer.write(b"+OK\r\n")
+                else:
+                    self.heard.append(b" ".join(words))
+        except (asyncio.IncompleteReadError, OSError):
+            self.closed.set()
+
+    async def read(self, reader: asyncio.StreamReader) -> list[bytes]:
+        words = []
+        for _ in range(int((await reader.readuntil(b"\r\n"))[1:])):
+            size = int((await reader.readuntil(b"\r\n"))[1:])
+            words.append((await reader.readexactly(size + 2))[:-2])
+        return words
+
+    def say(self, data: bytes) -> None:
+        assert self.writer is not None
+        self.writer.write(data)
+
+    @property
+    def target(self) -> Target:
+        assert self.server is not None
+        return Target(
+            "127.0.0.1", self.server.sockets[0].getsockname()[1], username="ann", password="hunter2"
+        )
+
+
+@pytest.fixture
+async def played() -> AsyncIterator[Played]:
+    played = Played()
+    played.server = await asyncio.start_server(played.accept, "127.0.0.1", 0)
+    yield played
+    played.server.close()
+    if played.writer is not None:
+        played.writer.transport.abort()
+
+
+class Told:
+    """What a connection says by itself."""
+
+    def __init__(self) -> None:
+        self.all: list[object] = []
+
+    def news(self, keys: list[bytes] | None) -> None:
+        self.all.append(keys)
+
+    def lost(self) -> None:
+        self.all.append("lost")
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+async def link(played: Played, told: Told) -> AsyncIterator[Link]:
+    link = await Link.connect(played.target, SILENCE, told.news, told.lost)
+    yield link
+    await link.close()
+
+
+async def test_replies_come_in_the_order_of_the_commands(link: Link, played: Played) -> None:
+    calls = asyncio.gather(link.call("GET", b"a"), link.call("GET", "b"), link.call("INCRBY", "c", 7))
+    await until(lambda: played.heard == [b"GET a", b"GET b", b"INCRBY c 7"])
+    played.say(b"$1\r\n1\r\n_\r\n:3\r\n")
+    assert await calls == [b"1", None, 3]
+
+
+async def test_news_come_in_their_place(link: Link, played: Played, told: Told) -> None:
+    calls = [asyncio.ensure_future(link.call("GET", name)) for name in "ab"]
+    for call in calls:
+        call.add_done_callback(lambda call: told.all.append(call.result()))
+    await until(lambda: len(played.heard) == 2)
+    played.say(b"+one\r\n>2\r\n$10\r\ninvalidate\r\n*2\r\n$1\r\nx\r\n$1\r\ny\r\n+two\r\n")
+    await asyncio.gather(*calls)
+    assert sorted(map(str, told.all)) == sorted(["b'one'", "b'two'", "[b'x', b'y']"])
+    played.say(b">2\r\n$10\r\ninvalidate\r\n_\r\n")
+    await until(lambda: told.all[-1:] == [None])
+
+
+async def test_what_the_server_refuses_hurts_no_other(link: Link, played: Played) -> None:
+    calls = asyncio.gather(link.call("GET", "a"), link.call("GET", "b"), return_exceptions=True)
+    await until(lambda: len(played.heard) == 2)
+    played.say(b"-ERR no\r\n+yes\r\n")
+    refused, answered = await calls
+    assert isinstance(refused, ResponseError)
+    assert answered == b"yes"
+    assert not link.lost
+
+
+async def test_one_who_gave_up_leaves_the_order(link: Link, played: Played) -> None:
+    calls = [asyncio.ensure_future(link.call("GET", name)) for name in "ab"]
+    await until(lambda: len(played.heard) == 2)
+    calls[0].cancel()
+    await asyncio.sleep(0)
+    played.say(b"+one\r\n+two\r\n")
+    assert await calls[1] == b"two"
+    assert not link.lost
+
+
+async def test_silence_is_the_end(link: Link, played: Played, told: Told) -> None:
+    other = asyncio.ensure_future(link.call("GET", "b"))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(SILENCE):
+            await link.call("GET", "a")
+    assert link.lost == "no answer within 100 ms"
+    assert told.all == ["lost"]
+    for call in (other, link.call("GET", "c")):
+        with pytest.raises(StoreUnavailable, match="no answer within 100 ms"):
+            await call
+    await played.closed.wait()
+
+
+async def test_one_who_waits_for_less_ends_nothing(link: Link, played: Played) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(SILENCE / 4):
+            await link.call("GET", "a")
+    assert not link.lost
+
+
+async def test_where_others_are_answered_there_is_no_silence(link: Link, played: Played) -> None:
+    first = asyncio.ensure_future(link.call("GET", "a"))
+    await until(lambda: len(played.heard) == 1)
+
+    async def slow() -> None:
+        async with asyncio.timeout(SILENCE):
+            await link.call("GET", "b")
+
+    second = asyncio.ensure_future(slow())
+    await until(lambda: len(played.heard) == 2)
+    played.say(b"+one\r\n")
+    assert await first == b"one"
+    with pytest.raises(TimeoutError):
+        await second
+    assert not link.lost
+    third = asyncio.ensure_future(link.call("GET", "c"))
+    await until(lambda: len(played.heard) == 3)
+    played.say(b"+two\r\n+three\r\n")  # late, and nobody wants it any more
+    assert await third == b"three"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\x15\x03\x01\r\n",
+        b":1x\r\n",
+        b"+unasked\r\n",
+        b"$x\r\n",
+        b"-LOADING it reads its file\r\n",
+        b"$5\r\nab",
+    ],
+    ids=["garbage", "no number", "unasked", "no length", "not ready", "cut short"],
+)
+async def test_what_no_server_says_is_the_end(link: Link, played: Played, told: Told, said: bytes) -> None:
+    played.say(said)
+    if said.startswith(b"$5"):
+        assert played.writer is not None
+        played.writer.close()
+    await until(lambda: told.all == ["lost"])
+    assert link.lost
+    with pytest.raises(StoreUnavailable):
+        await link.call("GET", "a")
+
+
+async def test_commands_without_replies_are_bounded(
+    link: Link, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcproto.stores.valkey_link.MAX_WAITING", 3)
+    waiting = [link.send("GET", name) for name in "abc"]
+    with pytest.raises(StoreUnavailable, match="too many operations wait"):
+        link.send("GET", "d")
+    await until(lambda: len(played.heard) == 3)
+    played.say(b"+1\r\n+2\r\n+3\r\n")
+    assert await asyncio.gather(*waiting) == [b"1", b"2", b"3"]
+
+
+async def test_closing_ends_what_waits_and_is_no_loss(link: Link, told: Told) -> None:
+    call = asyncio.ensure_future(link.call("GET", "a"))
+    await asyncio.sleep(0)
+    await link.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await call
+    assert told.all == []
+    await link.close()
+
+
+GREETINGS = {
+    "an old one": (b"-ERR unknown command 'HELLO'\r\n", ConfigError, "cannot be used"),
+    "no user": (b"-WRONGPASS invalid username-password pair hunter2\r\n", ConfigError, r"password: .*\*\*\*"),
+    "not ready": (b"-LOADING it reads its file\r\n", StoreUnavailable, "it reads its file"),
+    "a list": (b"*0\r\n", StoreUnavailable, "does not answer like"),
+    "another version": (b"%1\r\n$5\r\nproto\r\n:2\r\n", StoreUnavailable, "RESP"),
+    "something else": (b"HTTP/1.1 400 Bad Request\r\n\r\n", StoreUnavailable, "127.0.0.1"),
+}
+
+
+@pytest.mark.parametrize("kind", GREETINGS)
+async def test_a_server_that_greets_otherwise(played: Played, kind: str) -> None:
+    played.greeting, error, said = GREETINGS[kind]
+    with pytest.raises(error, match=said) as refused:
+        await Link.connect(played.target, SILENCE)
+    assert "hunter2" not in str(refused.value)
+    await until(played.closed.is_set)
+
+
+class Answering:
+    """A connection that knows one answer."""
+
+    def __init__(self, **about: Any) -> None:
+        self.about = {name.encode(): value for name, value in about.items()}
+
+    async def call(self, *command: object) -> dict[bytes, Any]:
+        return self.about
+
+
+GOOD = {"server": b"redis", "version": b"7.0.0", "mode": b"standalone", "role": b"master"}
+
+
+@pytest.mark.parametrize(
+    ("about", "cluster", "error", "said"),
+    [
+        ({"version": b"6.2.14"}, False, ConfigError, "too old: 6.2.14; it takes 7 or later"),
+        ({"mode": b"cluster"}, False, ConfigError, "redis.cluster"),
+        ({}, True, ConfigError, "in no cluster"),
+        ({"mode": b"sentinel", "role": b"sentinel"}, False, ConfigError, "redis.sentinel"),
+        ({"role": b"replica"}, False, StoreUnavailable, "a replica"),
+        ({"role": b"slave", "mode": b"cluster"}, True, StoreUnavailable, "a replica"),
+    ],
+)
+async def test_servers_that_cannot_keep_sessions(
+    about: dict[str, bytes], cluster: bool, error: type[Exception], said: str
+) -> None:
+    link: Any = Answering(**GOOD | about)
+    with pytest.raises(error, match=said):
+        await check_server(link, cluster=cluster)
+
+
+@pytest.mark.parametrize("about", [{}, {"version": b"10.1"}, {"version": b"unstable"}, {"role": b"primary"}])
+async def test_servers_that_can(about: dict[str, bytes]) -> None:
+    check: Callable[..., Awaitable[None]] = check_server
+    await check(Answering(**GOOD | about), cluster=False)
+    await check(Answering(**GOOD | about | {"mode": b"cluster"}), cluster=True)
