@@ -232,6 +232,23 @@ def test_a_spent_refresh_token_shown_by_another_ends_the_session(office: Office)
         assert client.refused("echo", token=refreshed["token"]).code == Code.TOKEN_REVOKED
 
 
+def test_a_restarted_server_knows_what_a_session_is_bound_to(tmp_path: Path, certs: Path) -> None:
+    office = Office(tmp_path / "home", certs, store__url="sqlite")
+    with office.server, office.open() as client:
+        opened = client.opened
+    restarted = ServerThread(tmp_path / "home", certs, users_file=True, store__url="sqlite")
+    with restarted, restarted.client() as client:
+        client.token = opened["token"]
+        assert needs_attach(client.refused("echo"))
+        assert needs_attach(
+            client.refused("session.refresh", {"refresh_token": opened["refresh_token"]}, token=NO_TOKEN)
+        )
+        client.call("session.attach", attaching(client, client.token))
+        client.echo()
+        office.devices.remove("laptop")
+        assert client.event().value == ["session.revoked", {"reason": "the device was removed"}]
+
+
 # --- devices come and go -----------------------------------------------------------------------------
 
 
