@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import fcntl
+import json
 import time
 from pathlib import Path
 
 import pytest
 
-from zcproto.cli import main
+from zcproto.auth import UserFile
+from zcproto.auth.users import User
+from zcproto.cli import kept_sessions, main
+from zcproto.sessions import token_from_text
+from zcproto.sessions.token import digest_of
+
+from .helpers import fill, kept, new_session
 
 Capture = pytest.CaptureFixture[str]
 
@@ -124,3 +132,155 @@ def test_a_file_that_cannot_be_made_is_told(home: Path, tmp_path: Path, capsys: 
     assert main(["user", "add", "load", "--count", "3", "--keys-out", str(path)]) == 1
     assert capsys.readouterr().err == f"zcproto: {path}: No such file or directory\n"
     assert not (home / "users.toml").exists()
+
+
+# --- changing ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def users(home: Path, capsys: Capture) -> UserFile:
+    """Ada, who has sessions, Bob, and an operator without a key."""
+    for options in (["ada"], ["bob"], ["root", "--operator", "--no-key"]):
+        assert main(["user", "add", *options]) == 0
+    fill(home, new_session("ada"), new_session("ada"), new_session("bob"))
+    capsys.readouterr()
+    return UserFile(home / "users.toml")
+
+
+def find(users: UserFile, name: str) -> User | None:
+    users.load()
+    return users.get(name)
+
+
+def test_a_user_may_have_no_key(users: UserFile, capsys: Capture) -> None:
+    user = find(users, "root")
+    assert user is not None
+    assert (user.operator, user.has_key) == (True, False)
+    assert main(["user", "add", "eve", "--no-key"]) == 0
+    assert capsys.readouterr() == ("", "eve is a user now, without a key.\n")
+    assert main(["user", "add", "many", "--no-key", "--count", "2", "--keys-out", "x"]) == 2
+
+
+def test_users_are_listed(users: UserFile, capsys: Capture) -> None:
+    assert main(["user", "disable", "bob"]) == 0
+    capsys.readouterr()
+    assert main(["user", "list"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split() for line in out.splitlines()] == [
+        ["USER", "ROLE", "KEY", "STATE"],
+        ["ada", "user", "yes", "enabled"],
+        ["bob", "user", "yes", "disabled"],
+        ["root", "operator", "no", "enabled"],
+    ]
+    assert main(["user", "list", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)[1] == {"name": "bob", "operator": False, "key": True, "disabled": True}
+    assert "sha256" not in out
+
+
+def test_without_a_file_there_are_no_users_to_list(home: Path, capsys: Capture) -> None:
+    assert main(["user", "list", "--json"]) == 0
+    assert capsys.readouterr().out == "[]\n"
+    assert not home.exists()
+
+
+def test_a_disabled_user_is_one_in_the_file_and_has_no_sessions(
+    users: UserFile, home: Path, capsys: Capture
+) -> None:
+    assert main(["user", "disable", "ada"]) == 0
+    assert capsys.readouterr().err == "ada is disabled now; sessions ended: 2.\n"
+    user = find(users, "ada")
+    assert user is not None
+    assert user.disabled
+    assert [record.user for record in kept(home)] == ["bob"]
+    assert main(["user", "enable", "ada"]) == 0
+    assert capsys.readouterr().err == "ada is enabled now.\n"
+    assert users.find("ada") is None
+    assert find(users, "ada") == user._replace(disabled=False)
+
+
+def test_a_removed_user_is_gone_with_all_sessions(users: UserFile, home: Path, capsys: Capture) -> None:
+    assert main(["user", "remove", "ada"]) == 0
+    assert capsys.readouterr().err == "ada is removed; sessions ended: 2.\n"
+    assert find(users, "ada") is None
+    assert [record.user for record in kept(home)] == ["bob"]
+
+
+def test_a_new_key_is_printed_alone_and_ends_what_the_old_one_opened(
+    users: UserFile, home: Path, capsys: Capture
+) -> None:
+    before = find(users, "ada")
+    assert main(["user", "new-key", "ada"]) == 0
+    out, err = capsys.readouterr()
+    key = out.strip()
+    assert out == f"{key}\n"
+    assert err == (
+        "ada has a new key. Keep it; it is shown this once:\nada has a new key; sessions ended: 2.\n"
+    )
+    after = find(users, "ada")
+    assert after is not None
+    assert before is not None
+    assert after.digest == digest_of(token_from_text(key) or b"") != before.digest
+    assert [record.user for record in kept(home)] == ["bob"]
+
+
+@pytest.mark.parametrize("command", ["disable", "enable", "remove", "new-key"])
+def test_who_is_not_there_is_told(users: UserFile, home: Path, capsys: Capture, command: str) -> None:
+    text = users.path.read_text()
+    assert main(["user", command, "eve"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert 'there is no user "eve"' in err
+    assert users.path.read_text() == text
+    assert len(kept(home)) == 3
+
+
+@pytest.mark.parametrize("is_memory", [False, True])
+def test_a_running_server_ends_the_sessions_itself(
+    users: UserFile, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, is_memory: bool
+) -> None:
+    if is_memory:
+        monkeypatch.setenv("ZCPROTO_STORE__URL", "memory")
+    with open(home / "sessions.db.lock", "r+") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        assert main(["user", "disable", "ada"]) == 0
+    assert capsys.readouterr().err == (
+        "ada is disabled now; a running server ends the sessions within a second.\n"
+    )
+    assert len(kept(home)) == 3
+
+
+def test_a_server_that_starts_just_then_ends_them(
+    users: UserFile, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([False, True])
+    monkeypatch.setattr(kept_sessions, "is_in_use", lambda path: next(answers))
+    assert main(["user", "remove", "ada"]) == 0
+    assert "a running server ends the sessions" in capsys.readouterr().err
+
+
+def test_without_sessions_no_file_is_made(home: Path, capsys: Capture) -> None:
+    main(["user", "add", "ada"])
+    assert main(["user", "remove", "ada"]) == 0
+    assert capsys.readouterr().err.endswith("ada is removed; sessions ended: 0.\n")
+    assert not (home / "sessions.db").exists()
+
+
+def test_a_store_that_is_out_is_told_and_the_user_is_changed(
+    users: UserFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_sessions, "PATIENCE_S", 0.1)
+    monkeypatch.setenv("ZCPROTO_STORE__URL", "redis://127.0.0.1:1")
+    assert main(["user", "disable", "ada"]) == 2
+    assert "could not be ended; do it again when the store is there" in capsys.readouterr().err
+    assert find(users, "ada") is not None
+    assert users.find("ada") is None
+
+
+def test_a_faulty_configuration_changes_no_user(users: UserFile, home: Path, capsys: Capture) -> None:
+    (home / "config.toml").write_text("nonsense")
+    text = users.path.read_text()
+    for command in ("disable", "remove", "new-key"):
+        assert main(["user", command, "ada"]) == 2
+        assert capsys.readouterr().out == ""
+    assert users.path.read_text() == text

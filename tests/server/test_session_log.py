@@ -78,7 +78,7 @@ def test_failed_logins_are_told_and_a_flood_of_them_is_bounded(serve: Serve, lin
     told = lines()
     assert len(told) == 10
     assert {(line["event"], line["level"], line["scheme"], line["peer"]) for line in told} == {
-        ("login.failed", "warning", "api_key", "127.0.0.1")
+        ("login.failed", "info", "api_key", "127.0.0.1")
     }
     assert "a wrong key" not in str(told)
 

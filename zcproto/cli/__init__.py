@@ -39,7 +39,9 @@ __all__ = ["group", "home_options", "main", "read_config"]
 COMMANDS = {
     "serve": ("zcproto.cli.serve:serve", "Run a server: an application of yours, or a built-in one."),
     "call": ("zcproto.cli.call:call", "Call a method of a server and print the result."),
-    "user": ("zcproto.cli.user:user", "Add users, who may open sessions."),
+    "user": ("zcproto.cli.user:user", "Add, list and change users, who may open sessions."),
+    "session": ("zcproto.cli.session:session", "See who has sessions, and end them."),
+    "store": ("zcproto.cli.store:store", "Check where sessions are kept, and bring them elsewhere."),
     "cert": ("zcproto.cli.cert:cert", "See, check, renew and hand out certificates."),
     "config": ("zcproto.cli.config:config", "Begin, check and show the configuration."),
     "demo": ("zcproto.cli.demo:demo", "See 10,000 verified connections to a server of its own."),
@@ -47,7 +49,7 @@ COMMANDS = {
 }
 """Each command with where it is and what it is for."""
 
-EXTRAS = {"hdrh": "bench", "matplotlib": "bench", "rich": "bench"}
+EXTRAS = {"hdrh": "bench", "matplotlib": "bench", "redis": "valkey", "rich": "bench"}
 """Packages that come with an extra of this one."""
 
 EXIT_FAILED = 1

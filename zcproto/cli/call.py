@@ -86,7 +86,7 @@ def call(
                 3  there is no connection: no server there, or not one to trust
     """
     arguments = parse_params(params)
-    key = _read_key(key_file) if user is not None else None
+    key = read_key(key_file) if user is not None else None
     if user is None and key_file is not None:
         raise click.UsageError("--key-file goes with --user.")
     if ca is None and not pins and (home.certs / "ca.crt").exists():
@@ -165,7 +165,7 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def _read_key(path: Path | None) -> str:
+def read_key(path: Path | None) -> str:
     """The key from where the user keeps it; never from the command line, which all users of a machine can read."""
     if path is None:
         key = os.environ.get(KEY_VARIABLE, "")

@@ -69,7 +69,7 @@ def protocol_methods(
                 {"scheme": scheme, **fields}, context.peer, context.now(), context.channel()
             )
         except Unauthenticated:
-            serving.log_limited("login.failed", context.peer, "warning", peer=context.peer, scheme=scheme)
+            serving.log_limited("login.failed", context.peer, peer=context.peer, scheme=scheme)
             raise
         opened = await serving.sessions.open(
             identity.user,

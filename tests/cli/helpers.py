@@ -1,0 +1,67 @@
+"""Sessions in a store, as a server leaves them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from zcproto.clock import system_clock, system_entropy
+from zcproto.sessions import SessionRegistry, SessionSettings, token_text
+from zcproto.sessions.record import SessionRecord, UserLimit
+from zcproto.sessions.session import NewSession
+from zcproto.sessions.token import id_text
+from zcproto.stores.sqlite import SqliteStore
+from zcproto.stores.store import SessionStore
+
+HOUR_MS = 3_600_000
+ANY_NUMBER = UserLimit(1_000_000, "refuse", None)
+
+
+def new_session(user: str = "ada", age_ms: int = 0, **options: object) -> NewSession:
+    registry = SessionRegistry(SessionSettings(), system_entropy)
+    return registry.new_session(
+        user,
+        operator=bool(options.get("operator", False)),
+        client=str(options.get("client", "test/1")),
+        address="192.0.2.7",
+        wall=system_clock.wall() - age_ms,
+        key=str(options.get("key", "")),
+    )
+
+
+async def _with_store(store: SessionStore, records: list[SessionRecord]) -> list[SessionRecord]:
+    await store.open(lambda change: None)
+    try:
+        for record in records:
+            await store.create(record, ANY_NUMBER)
+        return await store.list()
+    finally:
+        await store.close()
+
+
+def fill(home: Path, *sessions: NewSession) -> None:
+    """Put sessions into the file of a home folder."""
+    home.mkdir(mode=0o700, exist_ok=True)
+    asyncio.run(_with_store(SqliteStore(home / "sessions.db"), [each.record for each in sessions]))
+
+
+def kept(home: Path) -> list[SessionRecord]:
+    """The sessions in the file."""
+    return asyncio.run(_with_store(SqliteStore(home / "sessions.db"), []))
+
+
+def id_of(session: NewSession) -> str:
+    return id_text(session.record.id)
+
+
+def secrets_of(session: NewSession) -> list[str]:
+    """What must be in no output: tokens, and their digests."""
+    assert session.refresh_token is not None
+    record = session.record
+    return [
+        token_text(session.token),
+        token_text(session.refresh_token),
+        token_text(record.token_digest),
+        record.token_digest.hex(),
+        record.refresh_digest.hex(),
+    ]

@@ -1,0 +1,252 @@
+"""`zcproto session`: in the store where no server runs, else at the server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import certs
+from tests.server.helpers import ServerThread
+from zcproto.auth import UserFile
+from zcproto.cli import main
+from zcproto.stores.store import MAX_LISTED
+
+from .helpers import HOUR_MS, fill, id_of, kept, new_session, secrets_of
+
+__all__ = ["certs"]
+
+Capture = pytest.CaptureFixture[str]
+
+
+def listed(capsys: Capture, *options: str) -> list[dict[str, Any]]:
+    assert main(["session", "list", "--json", *options]) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+# --- in the store --------------------------------------------------------------------------------------------
+
+
+def test_without_a_file_there_are_no_sessions_and_none_is_made(home: Path, capsys: Capture) -> None:
+    home.mkdir(mode=0o700)
+    assert listed(capsys) == []
+    assert main(["session", "list"]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["ID", "USER"]
+    assert main(["session", "revoke", "--all"]) == 0
+    assert list(home.iterdir()) == []
+
+
+def test_sessions_are_listed_the_oldest_first_and_without_secrets(home: Path, capsys: Capture) -> None:
+    sessions = [
+        new_session("ada", 24 * 40 * HOUR_MS),
+        new_session("ada", 25 * HOUR_MS),
+        new_session("bob", 2 * HOUR_MS, operator=True, client="b/1"),
+        new_session("ada", HOUR_MS, key="device:phone", client="a/1"),
+    ]
+    fill(home, *sessions)
+    found = listed(capsys)
+    assert [each["id"] for each in found] == [id_of(session) for session in sessions]
+    assert [(each["user"], each["operator"], each["bound"]) for each in found[2:]] == [
+        ("bob", True, False),
+        ("ada", False, True),
+    ]
+    assert [each["id"] for each in listed(capsys, "--user", "bob")] == [id_of(sessions[2])]
+    assert listed(capsys, "--user", "nobody") == []
+    assert main(["session", "list"]) == 0
+    out = capsys.readouterr().out
+    head, over, lapsed, operator, bound = out.splitlines()
+    assert head.split("  ")[0] == "ID"
+    assert over.endswith("over")
+    assert lapsed.endswith("to be refreshed")
+    assert operator.endswith("open, operator")
+    assert bound.endswith("open, bound")
+    for session in sessions:
+        for secret in secrets_of(session):
+            assert secret not in out
+            assert secret not in str(found)
+
+
+def test_what_a_client_says_of_itself_cannot_move_the_cursor(home: Path, capsys: Capture) -> None:
+    fill(home, new_session("ada", client="\x1b[2J\nx"))
+    assert main(["session", "list"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 2
+    assert out.replace("\n", "").isprintable()
+    assert main(["session", "list", "--json"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_sessions_are_ended_by_id_by_user_and_all(home: Path, capsys: Capture) -> None:
+    sessions = [new_session(user) for user in ("ada", "ada", "bob", "bob", "eve")]
+    fill(home, *sessions)
+    first, second = id_of(sessions[0]), id_of(sessions[2])
+    assert main(["session", "revoke", first, second, first]) == 0
+    assert capsys.readouterr().err == "sessions ended: 2\n"
+    assert main(["session", "revoke", "--user", "bob"]) == 0
+    assert capsys.readouterr().err == "sessions ended: 1\n"
+    assert [record.user for record in kept(home)] == ["ada", "eve"]
+    assert main(["session", "revoke", "--all"]) == 0
+    assert capsys.readouterr().err == "sessions ended: 2\n"
+    assert kept(home) == []
+
+
+@pytest.mark.parametrize("ids", [["A" * 22], ["no id"], ["A" * 22, "B" * 22]])
+def test_an_id_that_is_none_is_told(home: Path, capsys: Capture, ids: list[str]) -> None:
+    session = new_session()
+    fill(home, session)
+    assert main(["session", "revoke", *ids]) == 1
+    assert "sessions ended: 0" in capsys.readouterr().err
+    assert main(["session", "revoke", id_of(session), *ids]) == 1
+    assert "sessions ended: 1" in capsys.readouterr().err
+    assert kept(home) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["A" * 22, "--all"],
+        ["--all", "--user", "ada"],
+        ["A" * 22, "--user", "ada"],
+        [f"x{n}" for n in range(1_001)],
+    ],
+)
+def test_what_is_to_be_ended_is_said_in_one_way(home: Path, capsys: Capture, options: list[str]) -> None:
+    fill(home, new_session())
+    assert main(["session", "revoke", *options]) == 2
+    assert len(kept(home)) == 1
+
+
+def test_sessions_in_memory_are_the_servers(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_STORE__URL", "memory")
+    for command in (["list"], ["revoke", "--all"]):
+        assert main(["session", *command]) == 2
+        assert "--server HOST:PORT --operator NAME --key-file FILE" in capsys.readouterr().err
+
+
+def test_a_very_long_list_says_that_it_may_go_on(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcproto.cli.session.MAX_LISTED", 2)
+    fill(home, new_session(), new_session())
+    assert main(["session", "list"]) == 0
+    assert "there may be more" in capsys.readouterr().err
+    assert MAX_LISTED > 1_000
+
+
+# --- at a server ---------------------------------------------------------------------------------------------
+
+
+class Running:
+    """A server, with an operator's key in a file."""
+
+    def __init__(self, server: ServerThread, keys: dict[str, str], key_file: Path) -> None:
+        self.server = server
+        self.keys = keys
+        key_file.write_text(keys["root"])
+        key_file.chmod(0o600)
+        self.options = [
+            *("--server", f"127.0.0.1:{server.port}", "--operator", "root", "--key-file", str(key_file)),
+        ]
+
+
+@pytest.fixture
+def running(tmp_path: Path, home: Path, certs: Path) -> Iterator[Running]:
+    home.mkdir(mode=0o700)
+    users = UserFile(home / "users.toml")
+    keys = {name: users.add(name, operator=name == "root") for name in ("ada", "bob", "root")}
+    with ServerThread(home, certs, users_file=True) as server:
+        yield Running(server, keys, tmp_path / "root.key")
+
+
+def test_a_server_lists_its_sessions_for_an_operator(running: Running, capsys: Capture) -> None:
+    with running.server.client() as client:
+        client.open_session("ada", running.keys["ada"])
+        found = listed(capsys, *running.options)
+        assert [each["user"] for each in found] == ["ada", "root"]
+        assert found[0]["id"] == client.opened["id"]
+        assert [each["user"] for each in listed(capsys, "--user", "ada", *running.options)] == ["ada"]
+        assert main(["session", "list", *running.options]) == 0
+        assert client.opened["id"] in capsys.readouterr().out
+
+
+def test_a_server_ends_sessions_for_an_operator(running: Running, capsys: Capture) -> None:
+    with running.server.client() as ada, running.server.client() as bob:
+        ada.open_session("ada", running.keys["ada"])
+        bob.open_session("bob", running.keys["bob"])
+        assert main(["session", "revoke", ada.opened["id"], *running.options]) == 0
+        assert ada.event().value == ["session.revoked", {"reason": "revoked by an operator"}]
+        bob.echo()
+        assert main(["session", "revoke", "--user", "bob", *running.options]) == 0
+        bob.event()
+        capsys.readouterr()
+        assert main(["session", "revoke", "A" * 22, *running.options]) == 1
+        assert "no session has this ID" in capsys.readouterr().err
+        assert main(["session", "revoke", "--all", *running.options]) == 0
+
+
+def test_only_operators_are_answered(running: Running, capsys: Capture, tmp_path: Path) -> None:
+    key_file = tmp_path / "ada.key"
+    key_file.write_text(running.keys["ada"])
+    key_file.chmod(0o600)
+    options = [*running.options[:2], "--operator", "ada", "--key-file", str(key_file)]
+    assert main(["session", "list", *options]) == 1
+    assert "PERMISSION_DENIED" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--server", "127.0.0.1:1"],
+        ["--operator", "root"],
+        ["--key-file", "x"],
+        ["--ca", "x"],
+        ["--pin", "x"],
+    ],
+)
+def test_the_server_and_who_asks_go_together(home: Path, capsys: Capture, options: list[str]) -> None:
+    assert main(["session", "list", *options]) == 2
+    assert "--server" in capsys.readouterr().err
+
+
+def test_without_a_key_or_with_a_pin_that_is_none_nothing_is_asked(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ["--server", "127.0.0.1:1", "--operator", "root"]
+    monkeypatch.delenv("ZCPROTO_KEY", raising=False)
+    assert main(["session", "list", *server]) == 2
+    assert "ZCPROTO_KEY holds no key" in capsys.readouterr().err
+    monkeypatch.setenv("ZCPROTO_KEY", "A" * 43)
+    assert main(["session", "list", *server, "--pin", "nonsense"]) == 2
+    assert main(["session", "list", *server]) == 1
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_a_server_may_be_trusted_by_its_pin(running: Running, capsys: Capture, is_pinned: bool) -> None:
+    trust = ["--pin", running.server.server.pins[0]] if is_pinned else []
+    assert len(listed(capsys, *running.options, *trust)) == 1
+
+
+Sqlite = Callable[[], ServerThread]
+
+
+def test_a_server_that_has_the_file_is_named(home: Path, capsys: Capture) -> None:
+    fill(home, new_session())
+    with ExitStack() as stack:
+        holder = stack.enter_context(open(home / "sessions.db.lock", "r+"))
+        import fcntl
+
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        for command in (["list"], ["revoke", "--all"]):
+            assert main(["session", *command]) == 2
+            err = capsys.readouterr().err
+            assert "a server runs with these sessions" in err
+            assert "--server HOST:PORT" in err
+    assert len(listed(capsys)) == 1

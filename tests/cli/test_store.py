@@ -1,0 +1,223 @@
+"""`zcproto store`: what it says of a store, and that no session is lost on the way to another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.stores.servers import PROGRAMS, ServerProcess, is_installed, running
+from zcproto.auth import UserFile
+from zcproto.cli import main
+from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.stores.sqlite import SqliteStore
+
+from .helpers import ANY_NUMBER, HOUR_MS, fill, kept, new_session, secrets_of
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(params=PROGRAMS)
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerProcess]:
+    """A real server that keeps sessions."""
+    if not is_installed(request.param):
+        pytest.skip(f"{request.param} is not installed")
+    with running(request.param, tmp_path / "server") as process:
+        yield process
+
+
+# --- check ---------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_file_is_said_to_be_so(home: Path, capsys: Capture) -> None:
+    fill(home, new_session(), new_session())
+    for options in ([], ["sqlite"], ["configured"]):
+        assert main(["store", "check", *options]) == 0
+        assert capsys.readouterr().out == f"{home / 'sessions.db'}: is sound; sessions: 2\n"
+
+
+def test_a_file_that_is_not_there_is_not_made(home: Path, capsys: Capture) -> None:
+    home.mkdir(mode=0o700)
+    assert main(["store", "check"]) == 0
+    assert "is not there yet" in capsys.readouterr().out
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["header", "page", "no database"])
+def test_a_damaged_file_is_told_and_stays_where_it_is(home: Path, capsys: Capture, damage: str) -> None:
+    fill(home, *(new_session(f"user-{number}") for number in range(400)))
+    path = home / "sessions.db"
+    data = bytearray(path.read_bytes())
+    if damage == "header":
+        data[:16] = b"x" * 16
+    elif damage == "page":
+        data[8_192:16_384] = b"\xff" * 8_192
+    else:
+        data = bytearray(b"no database at all" * 1_000)
+    path.write_bytes(data)
+    before = sorted(home.iterdir())
+    assert main(["store", "check"]) == 1
+    err = capsys.readouterr().err
+    assert "is damaged; a server would set it aside" in err
+    assert err.replace("\n", "").isprintable()
+    assert path.read_bytes() == data
+    assert sorted(home.iterdir()) == before
+
+
+def test_a_file_that_a_server_has_is_not_touched(home: Path, capsys: Capture) -> None:
+    import fcntl
+
+    fill(home, new_session())
+    with open(home / "sessions.db.lock", "r+") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        assert main(["store", "check"]) == 2
+    assert "a server runs with these sessions" in capsys.readouterr().err
+
+
+def test_memory_needs_no_check(home: Path, capsys: Capture) -> None:
+    assert main(["store", "check", "memory"]) == 0
+    assert "end with it" in capsys.readouterr().out
+
+
+def test_a_server_is_asked_whether_it_answers(home: Path, capsys: Capture, server: ServerProcess) -> None:
+    assert main(["store", "check", server.url]) == 0
+    out, err = capsys.readouterr()
+    assert out == "the store answers; sessions: 0\n"
+    assert "note: " in err, "this server loses what it has when it is restarted"
+    server.kill()
+    assert main(["store", "check", server.url]) == 1
+    assert "unavailable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["nonsense", "redis://", "http://cache"])
+def test_what_is_no_store_is_told(home: Path, capsys: Capture, url: str) -> None:
+    assert main(["store", "check", url]) == 2
+    err = capsys.readouterr().err
+    assert "store" in err
+    assert err.count("\n") == 1
+
+
+# --- migrate -------------------------------------------------------------------------------------------------
+
+
+def test_sessions_go_to_a_server_and_back_and_stay_as_they_are(
+    home: Path, capsys: Capture, server: ServerProcess
+) -> None:
+    sessions = [
+        new_session("ada", 2 * HOUR_MS, operator=True),
+        new_session("ada", 25 * HOUR_MS, client=""),
+        new_session("bob", key="device:phone"),
+        *(new_session(f"user-{number}") for number in range(300)),
+    ]
+    fill(home, *sessions)
+    before = kept(home)
+    assert len(before) == len(sessions)
+    for _ in range(2):
+        assert main(["store", "migrate", "sqlite", server.url]) == 0
+        assert capsys.readouterr().err == f"sessions brought over: {len(sessions)}\n"
+    assert kept(home) == before, "they stay where they were"
+    (home / "sessions.db").unlink()
+    assert main(["store", "migrate", server.url, "sqlite"]) == 0
+    out, err = capsys.readouterr()
+    after = kept(home)
+    assert sorted(after, key=lambda record: record.id) == sorted(before, key=lambda record: record.id)
+    for secret in secrets_of(sessions[0]):
+        assert secret not in out + err
+
+
+def test_what_has_ended_there_is_not_brought_back(home: Path, server: ServerProcess) -> None:
+    session = new_session()
+    fill(home, session)
+    assert main(["store", "migrate", "sqlite", server.url]) == 0
+    options = ["--config", str(home.parent / "config.toml")]
+    (home.parent / "config.toml").write_text(f'[store]\nurl = "{server.url}"\n')
+    assert main(["session", "revoke", "--user", "ada", *options]) == 0
+    assert main(["store", "migrate", "sqlite", "configured", *options]) == 0
+    (home / "sessions.db").unlink()
+    assert main(["store", "migrate", "configured", "sqlite", *options]) == 0
+    assert kept(home) == []
+
+
+def test_the_memory_of_what_has_ended_stays_behind(home: Path, server: ServerProcess) -> None:
+    fill(home, new_session("ada"), new_session("bob"))
+    assert main(["session", "revoke", "--user", "ada"]) == 0
+    assert main(["store", "migrate", "sqlite", server.url]) == 0
+    (home / "sessions.db").unlink()
+    assert main(["store", "migrate", server.url, "sqlite"]) == 0
+
+    async def everything() -> list[SessionRecord | EndedRecord]:
+        store = SqliteStore(home / "sessions.db")
+        await store.open(lambda change: None)
+        found = [record async for batch in store.load() for record in batch]
+        await store.close()
+        return found
+
+    (record,) = asyncio.run(everything())
+    assert isinstance(record, SessionRecord)
+    assert record.user == "bob"
+
+
+def test_more_than_a_store_lists_are_found_by_their_users_or_it_is_told(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, server: ServerProcess
+) -> None:
+    fill(home, *(new_session(user) for user in ("ada", "ada", "bob", "eve")))
+    assert main(["store", "migrate", "sqlite", server.url]) == 0
+    (home / "sessions.db").unlink()
+    for module in ("zcproto.cli.store", "zcproto.stores.valkey", "zcproto.stores.valkey_requests"):
+        monkeypatch.setattr(f"{module}.MAX_LISTED", 1, raising=False)
+    assert main(["store", "migrate", server.url, "sqlite"]) == 1
+    assert "users who are not in the file of users" in capsys.readouterr().err
+    users = UserFile(home / "users.toml")
+    for name in ("ada", "bob", "eve"):
+        users.add_without_key(name)
+    assert main(["store", "migrate", server.url, "sqlite"]) == 0
+    assert sorted(record.user for record in kept(home)) == ["ada", "ada", "bob", "eve"]
+
+
+def test_without_a_file_there_is_nothing_to_bring(home: Path, capsys: Capture) -> None:
+    home.mkdir(mode=0o700)
+    assert main(["store", "migrate", "sqlite", "redis://127.0.0.1:1"]) == 0
+    assert capsys.readouterr().err == "sessions brought over: 0\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "complaint"),
+    [
+        ("memory", "sqlite", "memory"),
+        ("sqlite", "memory", "memory"),
+        ("sqlite", "sqlite", "the same"),
+        ("sqlite", "configured", "the same"),
+        ("nonsense", "sqlite", "the store must be"),
+    ],
+)
+def test_what_cannot_be_is_told(
+    home: Path, capsys: Capture, source: str, target: str, complaint: str
+) -> None:
+    fill(home, new_session())
+    assert main(["store", "migrate", source, target]) == 2
+    assert complaint in capsys.readouterr().err
+    assert len(kept(home)) == 1
+
+
+def test_a_store_that_takes_no_more_is_told(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, server: ServerProcess
+) -> None:
+    from zcproto.cli import store as module
+
+    fill(home, new_session("ada"), new_session("ada"))
+    monkeypatch.setattr(module, "EVERYBODY", type(ANY_NUMBER)(1, "refuse", None))
+    assert main(["store", "migrate", "sqlite", server.url]) == 1
+    assert "more sessions than a store can hold" in capsys.readouterr().err
+
+
+def test_what_is_configured_for_one_server_is_not_sent_to_another(tmp_path: Path) -> None:
+    from zcproto.cli.kept_sessions import PATIENCE_S, with_store
+    from zcproto.config import Config, StoreConfig
+
+    config = Config(store=StoreConfig(url="redis://one", password_file=tmp_path / "password"))
+    assert with_store(config, "redis://one").store.password_file == tmp_path / "password"
+    assert with_store(config, "configured").store.password_file == tmp_path / "password"
+    assert with_store(config, "configured").store.timeout == PATIENCE_S
+    assert with_store(config, "redis://two").store == StoreConfig(url="redis://two", timeout=PATIENCE_S)
