@@ -15,7 +15,6 @@ It must not know: sessions, connections, how users prove who they are.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Mapping
-from inspect import isawaitable
 from typing import Any, Final, TypeVar
 
 from zcproto.auth.identity import (
@@ -42,14 +41,21 @@ Decision = TypeVar("Decision")
 class Login:
     """The way into a session. One authenticator for each scheme."""
 
-    __slots__ = ("_authenticators", "_throttle", "_undecided")
+    __slots__ = ("_attachers", "_authenticators", "_namers", "_throttle", "_undecided")
 
     def __init__(self, authenticators: Iterable[Authenticator], throttle: Throttle) -> None:
         self._authenticators: dict[str, Authenticator] = {}
+        # Sorted once: to ask whether an object fits a protocol takes longer than the rest of a login.
+        self._namers: dict[str, NamesUser] = {}
+        self._attachers: list[Attaches] = []
         for authenticator in authenticators:
             if authenticator.scheme in self._authenticators:
                 raise ValueError(f"two authenticators for the scheme {authenticator.scheme!r}")
             self._authenticators[authenticator.scheme] = authenticator
+            if isinstance(authenticator, NamesUser):
+                self._namers[authenticator.scheme] = authenticator
+            if isinstance(authenticator, Attaches):
+                self._attachers.append(authenticator)
         self._throttle = throttle
         self._undecided: dict[str, int] = {}
 
@@ -72,10 +78,14 @@ class Login:
             InvalidArgument: the scheme is not offered, or its fields are missing or of the wrong type.
         """
         authenticator = self._authenticator(params)
-        name = authenticator.user_named(channel) if isinstance(authenticator, NamesUser) else _name(params)
+        namer = self._namers.get(authenticator.scheme)
+        name = _name(params) if namer is None else namer.user_named(channel)
         self._admit(name, address, now)
         answer = authenticator.authenticate(params, address, channel)
-        identity = await self._decision(name, answer) if isawaitable(answer) else answer
+        if answer is None or isinstance(answer, Identity):
+            identity = answer
+        else:
+            identity = await self._decision(name, answer)
         if identity is None:
             self._throttle.failed(name, address, now)
             raise Unauthenticated("the login was not accepted; check the name, and the key or certificate")
@@ -97,11 +107,10 @@ class Login:
         Raises Unauthenticated and ResourceExhausted as `open`.
         """
         self._admit(key, address, now)
-        for authenticator in self._authenticators.values():
-            if isinstance(authenticator, Attaches):
-                proof = authenticator.attaches(key, user, signature, token, channel)
-                if await self._decision(key, proof):
-                    break
+        for authenticator in self._attachers:
+            proof = authenticator.attaches(key, user, signature, token, channel)
+            if await self._decision(key, proof):
+                break
         else:
             self._throttle.failed(key, address, now)
             raise Unauthenticated(
