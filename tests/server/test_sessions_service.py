@@ -164,6 +164,12 @@ class Office:
         return self.keeper.health.state
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeouts here are short, and the disk of a busy machine may be slow."""
+    monkeypatch.setattr(keeper_module, "DISK_AT_LEAST_S", 5.0)
+
+
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Events that are logged."""

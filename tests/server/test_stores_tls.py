@@ -15,6 +15,7 @@ from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, READ_ONLY, WORKS, Fau
 from zcproto.clock import system_entropy
 from zcproto.errors import Code, NotFound
 from zcproto.server import server as server_module
+from zcproto.server import store_keeper as keeper_module
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.token import digest_of, id_from_text
 
@@ -49,6 +50,12 @@ class Site:
 
     def client(self, server: ServerThread, user: str | None = None) -> Client:
         return self._stack.enter_context(server.client(user))
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeouts here are short, and the disk of a busy machine may be slow."""
+    monkeypatch.setattr(keeper_module, "DISK_AT_LEAST_S", 5.0)
 
 
 @pytest.fixture

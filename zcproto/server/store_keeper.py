@@ -64,8 +64,8 @@ CLOCK_SKEW_MS: Final = 10_000
 """Between processes that share a store."""
 
 _DISK_PART: Final = 5
-_DISK_AT_LEAST_S: Final = 0.05
-"""What is left for writing down a revocation, when the store has had its whole time."""
+DISK_AT_LEAST_S: Final = 0.05
+"""For writing down a revocation, also where the store has had its whole time."""
 
 _NO_LIMIT: Final = UserLimit(2**31 - 1, "refuse", None)
 _ENDED_ELSEWHERE: Final = "ended elsewhere"
@@ -458,12 +458,12 @@ class StoreKeeper:
 
         Then they are written down instead. Raises Unavailable if that cannot be, either.
         """
-        within = self.store.timeout
+        within = max(self.store.timeout, DISK_AT_LEAST_S)
         if self.health.is_asked:
             try:
                 ended = await self._end(self.store.ask, revocation)
             except StoreUnavailable:
-                within = max(within / _DISK_PART, _DISK_AT_LEAST_S)
+                within = max(self.store.timeout / _DISK_PART, DISK_AT_LEAST_S)
             else:
                 for each in ended:
                     self.end_here(each)
@@ -495,7 +495,7 @@ class StoreKeeper:
             return
         await self._end_again(ask, entries)
         try:
-            await self.pending.remove(entries, self.store.timeout)
+            await self.pending.remove(entries, max(self.store.timeout, DISK_AT_LEAST_S))
         except StoreUnavailable as error:
             log.warning("revocations.not_removed", reason=error.reason)
         self.replayed += len(entries)
