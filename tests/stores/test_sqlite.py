@@ -246,7 +246,9 @@ async def test_an_old_sqlite_is_refused(harness: SqliteHarness, monkeypatch: pyt
 
 async def test_a_newer_version_is_refused_and_left_as_it_is(harness: SqliteHarness) -> None:
     await (await harness.opened()).close()
-    change_file(harness.path, f"PRAGMA user_version = {VERSION + 1}", "CREATE TABLE newer (a)")
+    change_file(
+        harness.path, f"PRAGMA user_version = {VERSION + 1}", "UPDATE about SET version = version + 1"
+    )
     before = harness.path.read_bytes()
     with pytest.raises(ConfigError, match=r"newer zcproto \(format 2, this one knows 1\)"):
         await harness.opened()
@@ -364,6 +366,12 @@ def overwritten(path: Path, start: int, data: bytes) -> None:
         file.write(data)
 
 
+def replaced(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+
+
 def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -380,7 +388,14 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a page of zeros": lambda path: overwritten(path, 4096, bytes(4096)),
     "the last page": lambda path: overwritten(path, path.stat().st_size - 4096, b"\x0d" * 4096),
     "the mark of the program": lambda path: change_file(path, "PRAGMA application_id = 7"),
-    "the version": lambda path: change_file(path, "PRAGMA user_version = 1073741825"),
+    "the version": lambda path: change_file(path, "PRAGMA user_version = 2"),
+    "the other version": lambda path: change_file(path, "UPDATE about SET version = 2"),
+    "both versions are gone": lambda path: change_file(path, "DROP TABLE about"),
+    "a word of the schema": lambda path: replaced(
+        path, b"CREATE TABLE sessions", b"CREATE TABLE \xffessions"
+    ),
+    "a keyword of the schema": lambda path: replaced(path, b"CREATE INDEX by_id", b"CRE\xffTE INDEX by_id"),
+    "the form of the file": lambda path: overwritten(path, 47, b"\x09"),
     "version 0": lambda path: change_file(path, "PRAGMA user_version = 0"),
     "an index is gone": lambda path: change_file(path, "DROP INDEX by_id"),
     "a state that none is": lambda path: change_file(
@@ -507,6 +522,28 @@ async def test_a_damaged_file_that_cannot_be_set_aside(
         await store.ping()
     monkeypatch.undo()
     await store.ping()
+
+
+async def test_a_message_that_quotes_damage(harness: SqliteHarness, disk: Disk) -> None:
+    store = await harness.opened(connect=disk.connect)
+
+    def quote(db: sqlite3.Connection) -> None:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    disk.before = quote
+    with pytest.raises(StoreUnavailable, match="malformed"):
+        await store.ping()
+    await store.ping()
+    assert [name for name, _ in harness.notices] == ["store_damaged"]
+
+
+async def test_a_file_that_is_shorter_than_it_says(harness: SqliteHarness, disk: Disk) -> None:
+    store = await harness.opened(connect=disk.connect)
+    disk.fail(sqlite3.SQLITE_IOERR_SHORT_READ, "SQLITE_IOERR_SHORT_READ", at=("SELECT",), times=1)
+    with pytest.raises(StoreUnavailable, match="SHORT_READ"):
+        await store.count()
+    await store.ping()
+    assert [name for name, _ in harness.notices] == ["store_damaged"]
 
 
 async def test_a_disk_on_which_every_file_is_damaged(harness: SqliteHarness, disk: Disk) -> None:
@@ -808,6 +845,7 @@ async def test_closing_does_not_wait_for_ever(
     harness: SqliteHarness, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "CLOSE_TIMEOUT_S", 0.05)
+    others = set(threading.enumerate())
     store = await harness.opened(connect=disk.connect, timeout=0.02)
     disk.hang()
     try:
@@ -819,11 +857,11 @@ async def test_closing_does_not_wait_for_ever(
             await store.ping()
     finally:
         disk.go_on.set()
-    await asyncio.to_thread(_thread_has_ended)
+    await asyncio.to_thread(_threads_have_ended, others)
 
 
-def _thread_has_ended() -> None:
-    for thread in threading.enumerate():
+def _threads_have_ended(others: set[threading.Thread]) -> None:
+    for thread in set(threading.enumerate()) - others:
         if thread.name == worker.THREAD_NAME:
             thread.join(10)
             assert not thread.is_alive()

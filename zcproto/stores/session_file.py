@@ -84,8 +84,10 @@ CREATE TABLE answers (                 -- of requests with an idempotency key
     answer BLOB,                       -- NULL: it runs
     PRIMARY KEY (user, key)
 );
-CREATE TABLE pings (one INTEGER PRIMARY KEY, times INTEGER NOT NULL);
-INSERT INTO pings VALUES (1, 0);
+CREATE TABLE about (                   -- one row, in every version
+    version INTEGER NOT NULL,          -- as user_version: damage to one of them is no newer version
+    pings INTEGER NOT NULL
+);
 """
 
 _COLUMNS: Final = tuple(Row.__init__.__annotations__)[:-1]
@@ -109,8 +111,12 @@ _CACHED: Final = 16  # the statements for many rows are large, and of many sizes
 
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _FULL: Final = sqlite3.SQLITE_FULL
-_NO_VERSION: Final = 1_000
-"""From here on a version is no version of ours, but damage."""
+_OF_THE_DISK: Final = (
+    *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM),
+    *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN),
+    *(sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_INTERRUPT),
+)
+"""What may be otherwise the next time. All else, when a file is opened, is damage."""
 _SHORTEST: Final = 512
 _PARTS: Final = ("", "-wal", "-journal", "-shm")
 _OTHERS: Final = 0o077
@@ -234,11 +240,11 @@ class SessionFile:
             self._make_file()
             try:
                 return self._open_database()
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:
                 self._disconnect()
-                if not is_damage(error):
+                if code_of(error) in _OF_THE_DISK and not is_damage(error):
                     raise StorageError(reason_of(error)) from error
-                self._set_aside(str(error))
+                self._set_aside(reason_of(error))
             except BaseException:
                 self._disconnect()
                 raise
@@ -276,8 +282,8 @@ class SessionFile:
             os.close(descriptor)
         with closing(self._connect(str(staged), timeout=0, isolation_level=None)) as db:
             db.executescript(
-                f"BEGIN; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID};"
-                f" PRAGMA user_version = {VERSION}; COMMIT;"
+                f"BEGIN; {_SCHEMA} INSERT INTO about VALUES ({VERSION}, 0);"  # noqa: S608 - a number of this file
+                f" PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT;"
             )
         staged.rename(self._path)
         self._sync_folder()
@@ -313,9 +319,13 @@ class SessionFile:
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         schema = _schema_of(db)
-        if not any(name == "sessions" for name, _ in schema):
+        tables = {name for name, _ in schema}
+        if not tables & {b"sessions", b"about"}:
             raise ConfigError([f"{self._shown}: is another program's database; move it away"])
-        if application == APPLICATION_ID and VERSION < version < _NO_VERSION:
+        said = db.execute("SELECT version FROM about").fetchall() if b"about" in tables else []
+        if said != [(version,)] or application != APPLICATION_ID:
+            raise _Damage("the file does not say which version wrote it")
+        if version > VERSION:
             raise ConfigError(
                 [
                     f"{self._shown}: was written by a newer zcproto (format {version}, this one knows"
@@ -324,7 +334,7 @@ class SessionFile:
             )
         with closing(sqlite3.connect(":memory:")) as wanted:
             wanted.executescript(_SCHEMA)
-            if (application, version, schema) != (APPLICATION_ID, VERSION, _schema_of(wanted)):
+            if schema != _schema_of(wanted):
                 raise _Damage("the tables are not those that this version makes")
 
     def _disconnect(self) -> None:
@@ -370,7 +380,7 @@ class SessionFile:
         except sqlite3.IntegrityError:
             self._roll_back()
             raise
-        except (sqlite3.Error, OSError, MemoryError) as error:
+        except (sqlite3.Error, OSError, MemoryError, UnicodeDecodeError) as error:
             raise StorageError(self._after(error)) from error
         except ConfigError as error:  # of a file that came while we ran
             self._disconnect()
@@ -385,7 +395,7 @@ class SessionFile:
         if is_damage(error):
             self._disconnect()
             try:
-                self._set_aside(str(error))
+                self._set_aside(reason)
             except OSError as worse:
                 return f"{reason}; and it cannot be set aside: {worse.strerror}"
         elif code_of(error) == _FULL:
@@ -491,7 +501,7 @@ class SessionFile:
 
     def ping(self) -> None:
         """Write something."""
-        self._write(self._ready(), [("UPDATE pings SET times = times + 1 WHERE one = 1", ())])
+        self._write(self._ready(), [("UPDATE about SET pings = (pings + 1) & 0xFFFF", ())])
 
     def load(self, start: Position) -> tuple[list[SessionRecord | EndedRecord], Position | None]:
         """A slice of all rows, kept ones first, and where the next starts; None after the last."""
@@ -601,12 +611,15 @@ class _Damage(sqlite3.DatabaseError):
     """A check of the whole file found something."""
 
 
-def _schema_of(db: sqlite3.Connection) -> list[tuple[str, str]]:
-    return db.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
+def _schema_of(db: sqlite3.Connection) -> list[tuple[bytes, bytes]]:
+    query = "SELECT CAST(name AS BLOB), CAST(sql AS BLOB) FROM sqlite_master ORDER BY 1"
+    return db.execute(query).fetchall()
 
 
 def is_damage(error: Exception) -> bool:
-    return isinstance(error, _Damage) or code_of(error) in _DAMAGED
+    """What is in the file is at fault. The messages of SQLite quote it, be that UTF-8 or not."""
+    short_read = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHORT_READ
+    return short_read or code_of(error) in _DAMAGED or isinstance(error, UnicodeDecodeError)
 
 
 def code_of(error: Exception) -> int:
@@ -619,6 +632,8 @@ def reason_of(error: Exception) -> str:
     """For the operator: no statement, no value."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        return "the database disk image is malformed"
     name = getattr(error, "sqlite_errorname", "")
     return f"{error} ({name})" if name else str(error) or type(error).__name__
 

@@ -1,0 +1,147 @@
+"""The registry in memory and the file say the same to any sequence of operations."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.sessions.helpers import CountedEntropy
+from zcproto.errors import Code
+from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.sessions.record import SessionRecord, UserLimit
+from zcproto.stores.memory import MemoryStore
+from zcproto.stores.sqlite import SqliteStore
+from zcproto.stores.store import Created, Rotated, SessionStore
+
+from .contract import DAY, HOUR, IDLE, LEASE, MINUTE, WALL, digest, rotation, session
+
+USERS = ("alice", "bob", "carol")
+STEPS = 400
+
+
+class Both:
+    """Two stores that are asked the same."""
+
+    def __init__(self, stores: list[SessionStore], seed: int) -> None:
+        self.stores = stores
+        self.chance = random.Random(seed)
+        self.wall = WALL
+        self.asked = 0
+        self.made: list[SessionRecord] = []
+        self.dead: list[bytes] = []
+
+    async def ask(self, name: str, *arguments: object) -> object:
+        results = [await getattr(store, name)(*arguments) for store in self.stores]
+        assert results[0] == results[1], (name, arguments)
+        return results[0]
+
+    async def step(self) -> None:
+        chance = self.chance
+        self.wall += chance.choice([0, 1, MINUTE, 20 * MINUTE])
+        user = chance.choice(USERS)
+        any_of = chance.choice(self.made) if self.made else session(-1)
+        match chance.choice(
+            ["create"] * 4 + ["rotate"] * 4 + ["end", "end_user", "touch", "again", "claim", "all"]
+        ):
+            case "create":
+                record = session(
+                    self.asked, user, self.wall, expires_at=self.wall + chance.choice([MINUTE, HOUR, DAY])
+                )
+                record = replace(record, refresh_expires_at=WALL + 300 * DAY)
+                limit = UserLimit(chance.randrange(1, 5), chance.choice(["refuse", "evict_oldest"]), IDLE)
+                self.asked += 1
+                if isinstance(await self.ask("create", record, limit), Created):
+                    self.made.append(record)
+            case "again":
+                await self.ask("create", any_of, UserLimit(1, "evict_oldest", IDLE))
+            case "rotate":
+                spent = any_of if chance.random() < 0.8 else self.made[0] if self.made else any_of
+                wanted = rotation(spent, chance.randrange(1_000_000), self.wall)
+                result = await self.ask("rotate", wanted)
+                if isinstance(result, Rotated):
+                    self.dead.append(spent.token_digest)
+                    self.made = [result.record if each.id == spent.id else each for each in self.made]
+                    assert await self.ask("rotate", wanted) == Rotated(result.record, b"")
+            case "end":
+                ids = [each.id for each in chance.choices(self.made, k=3)] if self.made else []
+                code = chance.choice([Code.TOKEN_REVOKED, Code.SESSION_REPLACED])
+                await self.ask("end", ids, code, self.wall, chance.choice([None, user]))
+            case "end_user":
+                await self.ask("end_user", user, Code.TOKEN_REVOKED, self.wall)
+            case "touch":
+                await self.ask(
+                    "touch", [(any_of.id, self.wall), (any_of.id, self.wall - MINUTE), (bytes(16), 1)]
+                )
+            case "claim":
+                key = chance.choice("pqr")
+                await self.ask("claim", user, key, digest(chance.choice("xy")), self.wall, LEASE)
+                if chance.random() < 0.5:
+                    await self.ask("keep_answer", user, key, chance.randbytes(20), self.wall, LEASE)
+                elif chance.random() < 0.5:
+                    await self.ask("release_claim", user, key)
+            case "all":
+                if chance.random() < 0.1:
+                    await self.ask("end_all", Code.TOKEN_REVOKED, self.wall)
+
+    async def look(self) -> None:
+        await self.ask("count")
+        await self.ask("list")
+        for user in USERS:
+            await self.ask("list", user)
+        for record in self.made:
+            await self.ask("get", record.id)
+            await self.ask("find", record.token_digest)
+        for token in self.dead:
+            await self.ask("find", token)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_both_stores_say_the_same(tmp_path: Path, seed: int) -> None:
+    file = SqliteStore(tmp_path / "home" / "sessions.db", timeout=20.0)
+    await file.open(lambda change: None)
+    settings = SessionSettings(idle_timeout_ms=IDLE, dead_keep_ms=1_000 * DAY, max_sessions=1_000)
+    both = Both([MemoryStore(SessionRegistry(settings, CountedEntropy())), file], seed)
+    for number in range(STEPS):
+        await both.step()
+        if number % 50 == 0:
+            await both.look()
+    await both.look()
+    assert both.dead
+    await file.close()
+
+
+async def test_what_is_done_in_groups_is_what_is_done_one_by_one(tmp_path: Path) -> None:
+    alone, grouped = (SqliteStore(tmp_path / name / "sessions.db", timeout=20.0) for name in ("one", "many"))
+    for store in (alone, grouped):
+        await store.open(lambda change: None)
+    chance = random.Random(7)
+    records = [session(number, USERS[number % 3], WALL + number) for number in range(60)]
+    for number in range(0, 60, 20):
+        asked: list[tuple[str, tuple[object, ...]]] = []
+        for _ in range(120):
+            record = records[number + chance.randrange(20)]
+            limit = UserLimit(4, "evict_oldest", IDLE)
+            asked.append(
+                chance.choice(
+                    [
+                        ("create", (record, limit)),
+                        ("create", (record, limit)),
+                        ("rotate", (rotation(record, chance.randrange(3), WALL + HOUR),)),
+                        ("end", ([record.id], Code.TOKEN_REVOKED, WALL + HOUR)),
+                        ("list", (record.user,)),
+                        ("count", ()),
+                        ("find", (record.token_digest,)),
+                        ("touch", ([(record.id, WALL + chance.randrange(HOUR))],)),
+                    ]
+                )
+            )
+        one_by_one = [await getattr(alone, name)(*arguments) for name, arguments in asked]
+        at_once = await asyncio.gather(*(getattr(grouped, name)(*arguments) for name, arguments in asked))
+        assert at_once == one_by_one
+    assert await grouped.list() == await alone.list() != []
+    for store in (alone, grouped):
+        await store.close()
