@@ -1152,6 +1152,13 @@ async def test_an_address_with_many_unknown_tokens_has_to_wait(
     assert len(shared.sessions._missed) == 2
 
 
+async def test_a_network_of_ipv6_counts_as_one_address(shared: Office) -> None:
+    for number in range(MISSES_PER_ADDRESS):
+        await shared.find(number.to_bytes(32, "big"), f"2001:db8::{number + 1:x}")
+    await refused(shared.find(b"x" * 32, "2001:db8::ffff"), ResourceExhausted)
+    assert await shared.find(b"x" * 32, "2001:db8:0:1::1") is Code.UNAUTHENTICATED
+
+
 async def test_only_so_many_are_looked_up_at_once(shared: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions_module, "LOOKED_UP_AT_ONCE", 2)
     shared.store.gate = asyncio.Event()

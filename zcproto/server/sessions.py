@@ -27,6 +27,7 @@ from typing import Any, Final, Protocol
 
 from zcproto.clock import Clock
 from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Unavailable
+from zcproto.network import network_of
 from zcproto.observe.log import get_logger
 from zcproto.server.store_keeper import StoreKeeper
 from zcproto.sessions import OpenedSession, Session, SessionInfo, SessionRegistry, SessionSettings
@@ -496,8 +497,9 @@ class StoredSessions:
         finding = self._finding.get(digest)
         if finding is None:
             self._keeper.check()
-            self._admit(address, now)
-            finding = self._finding[digest] = self._keeper.spawn(self._look_up(digest, address))
+            network = network_of(address)
+            self._admit(network, now)
+            finding = self._finding[digest] = self._keeper.spawn(self._look_up(digest, network))
             finding.add_done_callback(lambda _: self._finding.pop(digest))
         await asyncio.wait([finding])
         try:
@@ -505,7 +507,7 @@ class StoredSessions:
         except StoreUnavailable as error:
             raise self._keeper.unavailable() from error
 
-    async def _look_up(self, digest: bytes, address: str) -> None:
+    async def _look_up(self, digest: bytes, network: str) -> None:
         self.lookups += 1
         registry = self._registry
         found = await self._keeper.fetch(partial(self._store.store.find, digest))
@@ -518,7 +520,7 @@ class StoredSessions:
         elif found is not None:
             self._keeper.end_here(found)
         else:
-            self._count_miss(address)
+            self._count_miss(network)
         self._not_known[digest] = self._clock.now() + NOT_KNOWN_S
         if len(self._not_known) > NOT_KNOWN:
             self._not_known.popitem(last=False)
@@ -527,9 +529,9 @@ class StoredSessions:
         wall, idle_ms = self._clock.wall(), self._settings.idle_timeout_ms
         return wall < record.expires_at and (idle_ms is None or wall < record.last_used_at + idle_ms)
 
-    def _admit(self, address: str, now: float) -> None:
+    def _admit(self, network: str, now: float) -> None:
         """Raise ResourceExhausted if too much is looked up, or too much that nobody knows."""
-        until, misses = self._missed.get(address, (0.0, 0))
+        until, misses = self._missed.get(network, (0.0, 0))
         if misses >= MISSES_PER_ADDRESS and now < until:
             raise ResourceExhausted(
                 "too many unknown tokens from this address",
@@ -538,10 +540,10 @@ class StoredSessions:
         if len(self._finding) >= LOOKED_UP_AT_ONCE:
             raise ResourceExhausted("too many tokens to look up", {"retry_after_ms": _RETRY_BUSY_MS})
 
-    def _count_miss(self, address: str) -> None:
+    def _count_miss(self, network: str) -> None:
         self.misses += 1
         now = self._clock.now()
-        until, misses = self._missed.pop(address, (0.0, 0))
-        self._missed[address] = (until, misses + 1) if now < until else (now + MISSES_S, 1)
+        until, misses = self._missed.pop(network, (0.0, 0))
+        self._missed[network] = (until, misses + 1) if now < until else (now + MISSES_S, 1)
         if len(self._missed) > ADDRESSES:
             self._missed.popitem(last=False)
