@@ -1,0 +1,324 @@
+"""`zcproto pair` and `zcproto device`: codes that are shown once, devices listed and removed."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import json
+import re
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from zcproto.auth import DeviceFile, PairingFile, UserFile
+from zcproto.auth import pairing as pairing_module
+from zcproto.cli import device as device_module
+from zcproto.cli import main
+from zcproto.cli import pair as pair_module
+from zcproto.cli.kept_sessions import NotHereError
+from zcproto.clock import system_clock
+from zcproto.home import Home
+from zcproto.sessions import token_text
+from zcproto.sessions.record import SessionRecord, UserLimit
+from zcproto.sessions.session import BOUND
+from zcproto.stores.choose import make_store
+from zcproto.stores.store import SessionStore, StoreUnavailable
+
+Capture = pytest.CaptureFixture[str]
+
+KEYS = [
+    Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32).public_key().public_bytes_raw() for n in range(3)
+]
+ADDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+MINUTE_MS = 60_000
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairing_module, "_COST", 2)
+
+
+@pytest.fixture
+def users(home: Path) -> UserFile:
+    return UserFile(home / "users.toml")
+
+
+# --- pair --------------------------------------------------------------------------------------------
+
+
+def trade(home: Path, code: str, wall: int | None = None) -> str | None:
+    """The user whom a code is for; it is spent then."""
+    found: list[str] = []
+
+    def register(user: str, spend: Any) -> None:
+        spend()
+        found.append(user)
+
+    PairingFile(home / "pairing.toml").trade(code, wall or system_clock.wall(), register)
+    return found[0] if found else None
+
+
+def test_pair_prints_a_code_alone_and_a_sentence_aside(home: Path, users: UserFile, capsys: Capture) -> None:
+    users.add("ada")
+    assert main(["pair"]) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"[0-9A-Z]{4}-[0-9A-Z]{4}\n", out)
+    assert err == (
+        "This code is good once, for a device of ada, for 10 min; five wrong tries end it."
+        " It is shown this once:\n"
+    )
+    assert out.strip() not in (home / "pairing.toml").read_text()
+    assert trade(home, out.strip()) == "ada"
+    assert trade(home, out.strip()) is None
+
+
+@pytest.mark.parametrize("minutes", [1, 10, 1440])
+def test_the_code_is_good_for_as_long_as_asked(
+    home: Path, users: UserFile, capsys: Capture, minutes: int
+) -> None:
+    users.add("ada")
+    before = system_clock.wall()
+    assert main(["pair", *([] if minutes == 10 else ["--minutes", str(minutes)])]) == 0
+    after = system_clock.wall()
+    codes = PairingFile(home / "pairing.toml")
+    assert codes.count_open(before + minutes * MINUTE_MS - 1) == 1
+    assert codes.count_open(after + minutes * MINUTE_MS) == 0
+    assert f"for {minutes} min" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "1441", "x", "1.5"])
+def test_other_minutes_are_refused(home: Path, users: UserFile, minutes: str) -> None:
+    users.add("ada")
+    assert main(["pair", "--minutes", minutes]) == 2
+    assert not (home / "pairing.toml").exists()
+
+
+def test_among_several_users_one_has_to_be_named(home: Path, users: UserFile, capsys: Capture) -> None:
+    assert main(["pair"]) == 2
+    assert capsys.readouterr().err == "there is no user yet: add one, by zcproto user add NAME\n"
+    users.add("ada"), users.add("bob")
+    assert main(["pair"]) == 2
+    assert capsys.readouterr() == ("", "there are several users: name one, by --user NAME\n")
+    assert main(["pair", "--user", "bob"]) == 0
+    assert trade(home, capsys.readouterr().out.strip()) == "bob"
+    users.disable("bob")
+    assert main(["pair"]) == 0
+    assert trade(home, capsys.readouterr().out.strip()) == "ada"
+
+
+@pytest.mark.parametrize("name", ["carol", "dora", "", "a\nb\x1b[31m"])
+def test_a_user_who_is_none_gets_no_code(home: Path, users: UserFile, capsys: Capture, name: str) -> None:
+    users.add("ada"), users.add("dora"), users.disable("dora")
+    assert main(["pair", "--user", name]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "is no user here, or disabled" in err
+    assert err.removesuffix("\n").isprintable()
+    assert not (home / "pairing.toml").exists()
+
+
+def test_on_a_terminal_there_is_a_qr_code_too(
+    home: Path, users: UserFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("qrcode")
+    users.add("ada")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["pair"]) == 0
+    out, err = capsys.readouterr()
+    drawn = err.split("once:\n")[1].splitlines()
+    assert drawn == (pair_module._qr_code(out.strip()) or "").splitlines()
+    assert len(drawn) > 10
+    assert set("".join(drawn)) <= set("█▀▄ \xa0")
+
+
+def test_without_the_package_there_is_a_word_about_it(
+    home: Path, users: UserFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users.add("ada")
+    load = builtins.__import__
+
+    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "qrcode":
+            raise ImportError(name)
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["pair"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out) == 10
+    assert err.endswith('For a QR code, run: pip install "zcproto[qr]"\n')
+
+
+# --- device list -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def devices(home: Path) -> DeviceFile:
+    file = DeviceFile(home / "devices.toml")
+    for name, user, key in zip(("laptop", "phone", "Zoë's"), ("ada", "bob", "ada"), KEYS, strict=True):
+        file.add(name, user, key, ADDED)
+    return file
+
+
+def test_list_shows_every_device_with_its_user_and_key(devices: DeviceFile, capsys: Capture) -> None:
+    assert main(["device", "list"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["DEVICE", "USER", "ADDED", "PUBLIC", "KEY"]
+    assert [row.split() for row in rows] == [
+        [name, user, "2026-01-02", "03:04", "UTC", token_text(key)]
+        for name, user, key in zip(("laptop", "phone", "Zoë's"), ("ada", "bob", "ada"), KEYS, strict=True)
+    ]
+
+
+def test_list_takes_one_users_and_gives_json(devices: DeviceFile, capsys: Capture) -> None:
+    assert main(["device", "list", "--user", "bob", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"name": "phone", "user": "bob", "public_key": token_text(KEYS[1]), "added": "2026-01-02T03:04:05Z"}
+    ]
+    assert main(["device", "list", "--user", "nobody", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_where_there_are_none_the_list_is_empty_and_nothing_is_made(home: Path, capsys: Capture) -> None:
+    assert main(["device", "list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert not home.exists()
+
+
+def test_a_faulty_file_is_told(devices: DeviceFile, capsys: Capture) -> None:
+    devices.path.write_text("nonsense")
+    assert main(["device", "list"]) == 2
+    assert "devices.toml: " in capsys.readouterr().err
+
+
+# --- device remove -----------------------------------------------------------------------------------
+
+
+def test_remove_takes_a_device_out(devices: DeviceFile, capsys: Capture) -> None:
+    assert main(["device", "remove", "laptop"]) == 0
+    assert capsys.readouterr() == ("", "laptop of ada is removed; sessions ended: 0.\n")
+    assert devices.names() == ["phone", "Zoë's"]
+    assert main(["device", "remove", "laptop"]) == 1
+    assert capsys.readouterr() == ("", 'zcproto: NOT_FOUND: there is no device "laptop"\n')
+
+
+def kept(home: Path) -> SessionStore:
+    store = make_store("sqlite", home / "sessions.db", timeout=5)
+    assert store is not None
+    return store
+
+
+def record(number: int, user: str, key: str) -> SessionRecord:
+    wall = system_clock.wall()
+    return SessionRecord(
+        id=bytes([number]) * 16,
+        token_digest=bytes([number]) * 32,
+        refresh_digest=bytes([100 + number]) * 32,
+        user=user,
+        client="",
+        address="",
+        flags=BOUND if key else 0,
+        created_at=wall,
+        last_used_at=wall,
+        expires_at=wall + 60 * MINUTE_MS,
+        refresh_expires_at=0,
+        key=key,
+    )
+
+
+def test_where_no_server_runs_its_sessions_end_in_the_store(
+    home: Path, devices: DeviceFile, capsys: Capture
+) -> None:
+    limit = UserLimit(5, "refuse", None)
+
+    async def fill() -> None:
+        store = kept(home)
+        await store.open(lambda change: None)
+        for number, (user, key) in enumerate(
+            [
+                ("ada", "device:laptop"),
+                ("ada", "device:laptop"),
+                ("ada", "device:Zoë's"),
+                ("ada", ""),
+                ("bob", ""),
+            ],
+            1,
+        ):
+            await store.create(record(number, user, key), limit)
+        await store.close()
+
+    async def left() -> list[str]:
+        store = kept(home)
+        await store.open(lambda change: None)
+        keys = [each.key for each in await store.list()]
+        await store.close()
+        return sorted(keys)
+
+    asyncio.run(fill())
+    assert main(["device", "remove", "laptop"]) == 0
+    assert capsys.readouterr().err == "laptop of ada is removed; sessions ended: 2.\n"
+    assert asyncio.run(left()) == ["", "", "device:Zoë's"]
+
+
+def test_a_running_server_ends_the_sessions_itself(home: Path, devices: DeviceFile, capsys: Capture) -> None:
+    async def remove() -> None:
+        store = kept(home)
+        await store.open(lambda change: None)
+        try:
+            assert await asyncio.to_thread(main, ["device", "remove", "laptop"]) == 0
+        finally:
+            await store.close()
+
+    asyncio.run(remove())
+    said = "laptop of ada is removed; a running server ends the sessions within a second.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_configuration_with_faults_leaves_the_device(home: Path, devices: DeviceFile) -> None:
+    (home / "config.toml").write_text("nonsense = 1\n")
+    assert main(["device", "remove", "laptop"]) == 2
+    assert "laptop" in devices.names()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            NotHereError(["a server runs"]),
+            0,
+            "laptop of ada is removed; a running server ends the sessions within a second.\n",
+        ),
+        (
+            StoreUnavailable("the disk is full"),
+            2,
+            "the device is removed; the store still has its sessions, which nobody can use."
+            " the store of sessions is unavailable: the disk is full\n",
+        ),
+    ],
+)
+def test_a_store_that_cannot_be_had_costs_no_removal(
+    home: Path,
+    devices: DeviceFile,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: int,
+    said: str,
+) -> None:
+    @contextlib.asynccontextmanager
+    async def unavailable(url: str, home: Home) -> AsyncIterator[SessionStore]:
+        raise error
+        yield
+
+    monkeypatch.setattr(device_module, "opened_store", unavailable)
+    monkeypatch.setattr(device_module, "has_none", lambda url, home: False)
+    assert main(["device", "remove", "laptop"]) == code
+    assert capsys.readouterr().err == said
+    assert devices.names() == ["phone", "Zoë's"]
