@@ -279,6 +279,18 @@ async def test_where_no_devices_are_known_nothing_can_be_attached(tmp_path: Path
         )
 
 
+def test_a_key_is_gone_when_its_device_is_out_of_the_file(tmp_path: Path) -> None:
+    door = Door(tmp_path / "home")
+    assert not door.login.is_gone("device:laptop")
+    assert not door.login.is_gone("tls:laptop")  # that is somebody else's business
+    door.devices.remove("laptop")
+    assert not door.login.is_gone("device:laptop")
+    door.devices.load()
+    assert door.login.is_gone("device:laptop")
+    by_key = ApiKeyAuthenticator(door.users, on_fault=pytest.fail)
+    assert not Login([by_key], Throttle()).is_gone("device:laptop")
+
+
 # --- throttling --------------------------------------------------------------------------------------
 
 

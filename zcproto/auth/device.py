@@ -82,6 +82,10 @@ class DeviceAuthenticator:
         fits = _fits(_NOBODY if device is None else device.public_key, signature, messages)
         return fits and device is not None
 
+    def is_gone(self, key: str) -> bool:
+        """Whether a session's key is that of a device which was removed, as of the last look."""
+        return key.startswith(DEVICE_KEY) and self._devices.known(key.removeprefix(DEVICE_KEY)) is None
+
 
 def _fits(public_key: bytes, signature: bytes, messages: list[bytes]) -> bool:
     """Whether the signature is over one of the messages. For one that is over none, all are tried."""

@@ -180,6 +180,10 @@ class CurrentDevices(CurrentFile):
         await self.refresh()
         return self._file.find(name)
 
+    def known(self, name: str) -> Device | None:
+        """A device as of the last look at the file."""
+        return self._file.find(name)
+
     def _was_read(self) -> None:
         before, self._known = self._known, self._file.devices
         gone = gone_between(before, self._known)

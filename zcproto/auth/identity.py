@@ -85,3 +85,7 @@ class Attaches(Protocol):
         An unknown key and a wrong signature must take the same steps.
         """
         ...
+
+    def is_gone(self, key: str) -> bool:
+        """Whether a key of its kind is none any more, as of the last look."""
+        ...

@@ -118,6 +118,10 @@ class Login:
             )
         self._throttle.succeeded(key, address, now)
 
+    def is_gone(self, key: str) -> bool:
+        """Whether the key of a session that is being opened is none any more: it must not be opened."""
+        return any(authenticator.is_gone(key) for authenticator in self._attachers)
+
     async def _decision(self, name: str, answer: Awaitable[Decision]) -> Decision:
         """What the authenticator says in the end. Until then the login is undecided."""
         self._undecided[name] = self._undecided.get(name, 0) + 1

@@ -21,6 +21,7 @@ from zcproto.wire.frame import TOKEN_SIZE, VERSION
 
 CLIENT_MAX_LENGTH: Final = 128
 REVOKED_BY_USER: Final = "revoked by its user"
+KEY_GONE: Final = "the device was removed"
 
 
 def default_app() -> App:
@@ -79,6 +80,9 @@ def protocol_methods(
             key=identity.key,
         )
         if identity.key:
+            if login.is_gone(identity.key):  # it was removed while the session was opened
+                await serving.sessions.revoke(opened.session.id, user=identity.user, reason=KEY_GONE)
+                raise Unauthenticated("the device was removed; pair it again")
             context.prove(identity.key)
         _log("session.opened", context, opened.session, scheme=scheme, client=client)
         return _opened(context, opened)
@@ -96,6 +100,8 @@ def protocol_methods(
         await login.attach(
             key, session.user, signature, context.token, context.peer, context.now(), context.channel()
         )
+        if registry.key_of(session) != key:
+            raise Unauthenticated("the session has ended; open another")
         context.prove(key)
         context.join(session, context.token)
         return {}

@@ -40,7 +40,7 @@ from zcproto.errors import ConfigError
 from zcproto.home import Home, resolve_home
 from zcproto.server.app import App, Method
 from zcproto.server.binding import Binding
-from zcproto.server.builtin import default_app, protocol_methods
+from zcproto.server.builtin import KEY_GONE, default_app, protocol_methods
 from zcproto.server.devices import Devices
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import OnceOnly, answer_limits
@@ -288,7 +288,7 @@ class Server:
         key = DEVICE_KEY + name
         for protocol in self.serving.connections:
             protocol.disprove(key)
-        ended = await self.serving.sessions.revoke_key(device.user, key, "the device was removed")
+        ended = await self.serving.sessions.revoke_key(device.user, key, KEY_GONE)
         log.info("device.gone", device=name, user=device.user, sessions=ended)
 
     # --- while it runs -------------------------------------------------------------------------------
