@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import MutableMapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
 MAX_LINE = 16_384
 """Characters of a line; a longer one keeps its event and loses its values. Log shippers commonly cut there."""
 
+AT = "_at"
+"""The name of a value that is the time of an event, milliseconds since the Unix epoch, if that is not now."""
+
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` makes one for each line
 _EVENT = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 _BARE = re.compile(r"[A-Za-z0-9_.:/@+()\[\]-]+")
 
@@ -166,7 +171,10 @@ class _Writer:
 def _prepare(_: Any, method: str, values: MutableMapping[str, Any]) -> dict[str, Loggable]:
     """The fields of a line, in their order, each fit to be written."""
     event = str(values.pop("event"))
-    fields: dict[str, Loggable] = {"timestamp": _timestamp(_state.clock.wall()), "level": method}
+    wall = values.pop(AT, None)
+    if wall is None:
+        wall = _state.clock.wall()
+    fields: dict[str, Loggable] = {"timestamp": _timestamp(wall), "level": method}
     if _EVENT.fullmatch(event):
         fields["event"] = event
     else:
@@ -181,7 +189,12 @@ def _prepare(_: Any, method: str, values: MutableMapping[str, Any]) -> dict[str,
 
 def _timestamp(wall: int) -> str:
     seconds, ms = divmod(wall, MS_PER_SECOND)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{ms:03d}Z"
+    return f"{_second(seconds)}.{ms:03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def _render(_: Any, method: str, fields: MutableMapping[str, Any]) -> str:
@@ -196,7 +209,7 @@ def _render(_: Any, method: str, fields: MutableMapping[str, Any]) -> str:
 
 def _as_json(fields: MutableMapping[str, Any]) -> str:
     # The encoder escapes all beyond ASCII, and the control characters but DEL.
-    return json.dumps(fields, separators=(",", ":")).replace("\x7f", "\\u007f")
+    return _encode(fields).replace("\x7f", "\\u007f")
 
 
 def _as_text(fields: MutableMapping[str, Any]) -> str:

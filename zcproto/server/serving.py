@@ -18,6 +18,7 @@ from zcproto.server.app import Method
 from zcproto.server.binding import Binding
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import OnceOnly
+from zcproto.server.log_batch import LogBatch
 from zcproto.server.sessions import MemorySessions, Sessions
 from zcproto.sessions import SessionRegistry
 
@@ -99,6 +100,7 @@ class Serving:
         self._drained = asyncio.Event()
         self._by_session: dict[str, ServerProtocol | set[ServerProtocol]] = {}
         self._log_limit = RateLimited(per_minute=LOGS_PER_MINUTE)
+        self.log_soon = LogBatch(log, wheel, clock)
         registry.observers.append(self._session_ended)
 
     async def wait_drained(self) -> None:
@@ -127,6 +129,7 @@ class Serving:
             self._drained.set()
 
     def close(self) -> None:
+        self.log_soon.write()
         self.registry.observers.remove(self._session_ended)
 
     # --- which connections use a session ---------------------------------------------------------
