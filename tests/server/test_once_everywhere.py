@@ -48,10 +48,12 @@ def pay(client: Client, amount: int = 5) -> Any:
 
 
 def test_the_answer_is_there_after_a_restart(shop: Shop, tmp_path: Path, certs: Path) -> None:
-    with ServerThread(tmp_path / "home", certs, shop.app, store__url="sqlite") as server:
-        with server.client("ada") as client:
-            first = pay(client)
-            token = client.token
+    with (
+        ServerThread(tmp_path / "home", certs, shop.app, store__url="sqlite") as server,
+        server.client("ada") as client,
+    ):
+        first = pay(client)
+        token = client.token
     with ServerThread(tmp_path / "home", certs, shop.app, store__url="sqlite") as server:
         with server.client() as client:
             client.token = token
@@ -97,13 +99,15 @@ def test_two_servers_run_it_once_whoever_comes_first(
 def test_nothing_is_run_while_the_store_is_away(
     shop: Shop, tmp_path: Path, certs: Path, store: ServerProcess
 ) -> None:
-    with ServerThread(tmp_path / "home", certs, shop.app, store__url=store.url) as server:
-        with server.client("ada") as client:
-            client.call("pay", {"amount": 1})
-            store.kill()
-            with pytest.raises(AnsweredError) as error:
-                pay(client)
-            assert error.value.code == Code.UNAVAILABLE
-            assert error.value.details["retry_after_ms"] > 0
-            assert client.call("pay", {"amount": 2})["number"] == 2
+    with (
+        ServerThread(tmp_path / "home", certs, shop.app, store__url=store.url) as server,
+        server.client("ada") as client,
+    ):
+        client.call("pay", {"amount": 1})
+        store.kill()
+        with pytest.raises(AnsweredError) as error:
+            pay(client)
+        assert error.value.code == Code.UNAVAILABLE
+        assert error.value.details["retry_after_ms"] > 0
+        assert client.call("pay", {"amount": 2})["number"] == 2
     assert shop.paid == [1, 2]
