@@ -9,7 +9,7 @@
 - Memory is the resident memory of this process with the sessions open, above the same with an empty store and an
   empty registry.
 - The next start opens the file and reads all of it, in batches; once as it is, once with the registry taking them
-  in. A pause is how much later than asked a timer of 1 ms came.
+  in. A pause is how much later than asked a timer of 1 ms came, whatever else the machine did.
 - Cleaning removes sessions past their time from the file, 2,000 in a slice.
 """
 
@@ -37,7 +37,6 @@ MIN_OPENINGS: Final = 3_000.0
 MAX_MEMORY_MB: Final = 40.0
 MAX_START_S: Final = 1.0
 MIN_CLEAN_RATE: Final = 100_000.0
-MAX_PAUSE_MS: Final = 5.0
 
 SYNCS: Final = 200
 PAGE: Final = 4096
@@ -103,12 +102,12 @@ async def measure(folder: Path, sessions: int, concurrency: int) -> list[Figure]
         Figure("memory above the empty server", memory, "MB", MAX_MEMORY_MB),
         Figure("size of the file", size, "MB"),
         Figure("opening and reading the file", start, "s", MAX_START_S),
-        Figure("longest pause of the loop, reading", start_pause, "ms", MAX_PAUSE_MS),
+        Figure("longest pause of the loop, reading", start_pause, "ms"),
         Figure("with the registry taking it in", whole, "s"),
         Figure("longest pause of the loop, taking in", whole_pause, "ms"),
         Figure("sessions cleaned away a second", cleaned, "", MIN_CLEAN_RATE, at_least=True),
         Figure("longest slice, in the thread", slice_ms, "ms"),
-        Figure("longest pause of the loop meanwhile", clean_pause, "ms", MAX_PAUSE_MS),
+        Figure("longest pause of the loop meanwhile", clean_pause, "ms"),
     ]
 
 

@@ -73,9 +73,13 @@ class Both:
             case "end_user":
                 await self.ask("end_user", user, Code.TOKEN_REVOKED, self.wall)
             case "touch":
-                await self.ask(
-                    "touch", [(any_of.id, self.wall), (any_of.id, self.wall - MINUTE), (bytes(16), 1)]
-                )
+                one = await self.ask("get", any_of.id)
+                # A token that was idle for too long is never used again.
+                if isinstance(one, SessionRecord) and self.wall < min(
+                    one.expires_at, one.last_used_at + IDLE
+                ):
+                    uses = [(one.id, self.wall), (one.id, self.wall - MINUTE), (bytes(16), 1)]
+                    await self.ask("touch", uses)
             case "claim":
                 key = chance.choice("pqr")
                 await self.ask("claim", user, key, digest(chance.choice("xy")), self.wall, LEASE)
