@@ -1,4 +1,4 @@
-"""What spec/security.md says can be looked up: the files and tests that it names are there, no demand is left out."""
+"""What spec/security.md says can be looked up: its files and tests are there, and no demand is left out."""
 
 from __future__ import annotations
 
