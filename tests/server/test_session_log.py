@@ -31,6 +31,11 @@ def lines(capsys: pytest.CaptureFixture[str]) -> Log:
     return take
 
 
+def flush(server: ServerThread) -> None:
+    """Have written what waits for other lines."""
+    server.in_loop(server.server.serving.log_soon.write)
+
+
 def refused(client: Client, method: str, /, **params: Any) -> int:
     with pytest.raises(AnsweredError) as error:
         client.call(method, params)
@@ -46,6 +51,7 @@ def test_opening_refreshing_and_closing_are_told(serve: Serve, lines: Log) -> No
         again = client.call("session.refresh", {"refresh_token": refresh_token, "client": "test/2"})
         client.token = again["token"]
         client.call("session.close")
+    flush(server)
     told = lines()
     assert [line["event"] for line in told] == ["session.opened", "session.refreshed", "session.closed"]
     for line in told:
@@ -57,9 +63,11 @@ def test_opening_refreshing_and_closing_are_told(serve: Serve, lines: Log) -> No
 def test_who_ends_which_sessions_is_told(serve: Serve, lines: Log) -> None:
     server = serve()
     with server.client("ada") as client, server.client("ada") as other:
+        flush(server)
         lines()
         client.call("session.revoke", {"id": other.opened["id"]})
         client.call("session.revoke", {"all": True})
+        flush(server)
         one, all_ = lines()
     assert (one["event"], one["session"], one["which"]) == (
         "session.revoked",
@@ -90,6 +98,7 @@ def test_a_stolen_refresh_token_is_told_as_a_warning(serve: Serve, lines: Log) -
         token = client.opened["refresh_token"]
         client.token = NO_TOKEN
         client.call("session.refresh", {"refresh_token": token, "client": "test/1"})
+        flush(server)
         lines()
         refused(client, "session.refresh", refresh_token=token, client="thief/1")
     (line,) = lines()
@@ -107,6 +116,7 @@ def test_no_secret_is_in_the_log(serve: Serve, capsys: pytest.CaptureFixture[str
         secrets += [again["token"], again["refresh_token"]]
         client.token = again["token"]
         client.call("session.close")
+    flush(server)
     text = capsys.readouterr().err
     assert "session.opened" in text
     for secret in secrets:

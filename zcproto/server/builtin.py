@@ -11,7 +11,7 @@ from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauth
 from zcproto.server.app import App, Method
 from zcproto.server.context import Context
 from zcproto.server.operators import operator_methods
-from zcproto.server.serving import Serving, log
+from zcproto.server.serving import Serving
 from zcproto.sessions import OpenedSession, Session, SessionInfo
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import DEVICE_KEY
@@ -58,6 +58,9 @@ def protocol_methods(
     """`session.*` and `server.*`, and `device.*` where devices can be enrolled."""
     registry = serving.registry
 
+    def told(event: str, context: Context, session: Session, **values: Any) -> None:
+        serving.log_soon.add(event, session=session.id, user=session.user, peer=context.peer, **values)
+
     def current(context: Context) -> Session:
         assert context.session is not None, "only public methods are run without a session"
         return context.session
@@ -84,7 +87,7 @@ def protocol_methods(
                 await serving.sessions.revoke(opened.session.id, user=identity.user, reason=KEY_GONE)
                 raise Unauthenticated("the device was removed; pair it again")
             context.prove(identity.key)
-        _log("session.opened", context, opened.session, scheme=scheme, client=client)
+        told("session.opened", context, opened.session, scheme=scheme, client=client)
         return _opened(context, opened)
 
     async def session_attach(context: Context, signature: bytes) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def protocol_methods(
         if session is not None and session.key and session.refresh_digest == digest_of(refresh_token):
             check_key(context, session)
         opened = await serving.sessions.refresh(refresh_token, client=client, address=context.peer)
-        _log("session.refreshed", context, opened.session, client=client)
+        told("session.refreshed", context, opened.session, client=client)
         return _opened(context, opened)
 
     def check_key(context: Context, session: SessionRecord) -> None:
@@ -174,14 +177,14 @@ def protocol_methods(
             )
             if not revoked:
                 raise NotFound("no session with this id")
-        _log("session.revoked", context, session, which="all" if id is None else id, sessions=int(revoked))
+        told("session.revoked", context, session, which="all" if id is None else id, sessions=int(revoked))
         return {"revoked": int(revoked)}
 
     async def session_close(context: Context) -> dict[str, Any]:
         """End this session."""
         session = current(context)
         await serving.sessions.close(session, context.asking())
-        _log("session.closed", context, session)
+        told("session.closed", context, session)
         return {}
 
     async def device_enroll(context: Context, code: str, public_key: bytes, name: str) -> dict[str, Any]:
@@ -226,10 +229,6 @@ def protocol_methods(
     if enrollment is not None:
         methods.append(Method("device.enroll", device_enroll, public=True))
     return methods
-
-
-def _log(event: str, context: Context, session: Session, **values: Any) -> None:
-    log.info(event, session=session.id, user=session.user, peer=context.peer, **values)
 
 
 def _info(info: SessionInfo) -> dict[str, Any]:

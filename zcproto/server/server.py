@@ -420,6 +420,7 @@ class Server:
         serving = self.serving
         serving.draining = True
         self._listener.close()
+        serving.log_soon.write()
         log.info("server.draining", connections=len(serving.connections))
         for number, protocol in enumerate(list(serving.connections)):
             protocol.go_away("draining")
@@ -439,6 +440,7 @@ class Server:
             task.cancel()
         await serving.sessions.stop()
         self.pauses.stop()
+        serving.log_soon.write()
         for waiting in self._wheel.close():  # handshakes that were never finished: nobody else would end them
             assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
             waiting.abort()
