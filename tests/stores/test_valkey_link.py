@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -142,12 +143,30 @@ async def test_silence_is_the_end(link: Link, played: Played, told: Told) -> Non
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(SILENCE):
             await link.call("GET", "a")
+    await until(lambda: bool(link.lost), within=SILENCE)
     assert link.lost == "no answer within 100 ms"
     assert told.all == ["lost"]
     for call in (other, link.call("GET", "c")):
         with pytest.raises(StoreUnavailable, match="no answer within 100 ms"):
             await call
     await played.closed.wait()
+
+
+async def test_a_loop_that_stood_still_is_no_silence(link: Link, played: Played) -> None:
+    async def impatient() -> None:
+        async with asyncio.timeout(SILENCE):
+            await link.call("GET", "a")
+
+    call = asyncio.ensure_future(impatient())
+    await until(lambda: len(played.heard) == 1)
+    played.say(b"+one\r\n")
+    time.sleep(SILENCE)  # noqa: ASYNC251 - what is tested
+    await asyncio.gather(call, return_exceptions=True)
+    second = asyncio.ensure_future(link.call("GET", "b"))
+    await until(lambda: len(played.heard) == 2)
+    await asyncio.sleep(0.02)
+    played.say(b"+two\r\n")
+    assert await second == b"two"
 
 
 async def test_one_who_waits_for_less_ends_nothing(link: Link, played: Played) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import trustme
 from redis.crc import key_slot
 
@@ -17,7 +18,9 @@ from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.store import Change, ChangeKind, Created, LimitReached, Rotated, StoreUnavailable
 from zcproto.stores.valkey import ValkeyStore
+from zcproto.stores.valkey_link import Target
 from zcproto.stores.valkey_requests import _tag
+from zcproto.stores.valkey_servers import Cluster
 
 from .contract import FIVE, KEEP_ENDED, WALL, digest, ended, rotated, rotation, session
 from .servers import PROGRAMS, ServerProcess, free_port, running, until, wait_for
@@ -281,6 +284,108 @@ def _offset(node: ServerProcess) -> int:
     text = node.command("INFO", "replication").decode()
     lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     return int(lines["slave_repl_offset" if lines["role"] == "slave" else "master_repl_offset"])
+
+
+class Scripted:
+    """A server of a cluster that says one thing after another."""
+
+    def __init__(self, *said: object) -> None:
+        self.said = list(said)
+        self.heard: list[object] = []
+
+    async def link(self) -> Scripted:
+        return self
+
+    async def call(self, *command: object) -> object:
+        self.heard.append(command[0])
+        await asyncio.sleep(0)
+        said = self.said.pop(0) if len(self.said) > 1 else self.said[0]
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    def send(self, *command: object) -> asyncio.Future[object]:
+        self.heard.append(command[0])
+        future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        future.set_result(b"OK")
+        return future
+
+
+MOVING = redis.ResponseError("Script attempted to access a non local key in a cluster node")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [redis.exceptions.TryAgainError("later")],
+        [redis.exceptions.ClusterDownError("down"), redis.exceptions.ClusterDownError("down")],
+        [MOVING],
+        [redis.exceptions.AskError("1 :7001")],
+        [redis.exceptions.MovedError("1 other:7001")],
+    ],
+    ids=["try again", "down", "moving", "ask", "moved"],
+)
+async def test_a_cluster_that_cannot_do_it_yet_is_asked_again(
+    said: list[Exception], monkeypatch: Any
+) -> None:
+    cluster = Cluster(
+        (("seed", 7000),),
+        lambda address: Target(*address),
+        timeout=0.05,
+        prepare=lambda link, was_flushed: asyncio.sleep(0),
+        on_news=lambda keys: None,
+        on_gap=lambda: None,
+    )
+    first, second = Scripted(*said, b"done"), Scripted(redis.exceptions.TryAgainError("later"), b"done")
+    lines = {("seed", 7000): first, ("seed", 7001): second, ("other", 7001): second}
+    monkeypatch.setattr(cluster, "_line", lines.__getitem__)
+    monkeypatch.setattr(cluster, "_refresh", lambda: None)
+    cluster._slots = 16_384 * [("seed", 7000)]
+    assert await cluster.call(b"key", "GET", b"key") == b"done"
+    if isinstance(said[0], redis.exceptions.AskError) and not isinstance(
+        said[0], redis.exceptions.MovedError
+    ):
+        assert second.heard == ["ASKING", "GET"]
+    first.said = [said[0]]
+    second.said = [redis.exceptions.TryAgainError("later")]
+    with pytest.raises(StoreUnavailable, match="moving its keys"):
+        await cluster.call(b"key", "GET", b"key")
+    for line in (first, second):
+        line.said = [redis.ResponseError("ERR no such thing")]
+    with pytest.raises(redis.ResponseError, match="no such thing"):
+        await cluster.call(b"key", "GET", b"key")
+    cluster._slots = 16_384 * [None]
+    with pytest.raises(StoreUnavailable, match="no server for some"):
+        await cluster.call(b"key", "GET", b"key")
+    await cluster.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await cluster.call(b"key", "GET", b"key")
+
+
+async def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="127"):
+        await ValkeyStore(f"redis+cluster://127.0.0.1:{free_port()}").open(lambda change: None)
+    with running(PROGRAMS[0], tmp_path / "server", "--cluster-enabled", "yes") as server:
+        store = ValkeyStore(f"redis+cluster://{server.address}")
+        with pytest.raises(StoreUnavailable, match="no slots yet"):
+            await store.open(lambda change: None)
+        server.stop()
+        with pytest.raises(StoreUnavailable, match="do not answer"):
+            await store.open(lambda change: None)
+
+
+async def test_closing_while_a_cluster_is_out(empty_cluster: ClusterOf) -> None:
+    async with opened(empty_cluster.url) as (store, _):
+        await asyncio.gather(*(store.create(each, FIVE) for each in MANY))
+        for node in empty_cluster.nodes:
+            node.stop()
+        asked = [asyncio.ensure_future(store.list(each.user)) for each in MANY]
+        await asyncio.sleep(0.05)
+        await store.close()
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert {type(result) for result in results} == {StoreUnavailable}
+        for node in empty_cluster.nodes:
+            node.go_on()
 
 
 # --- sentinels ---------------------------------------------------------------------------------------------------

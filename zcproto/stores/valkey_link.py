@@ -19,7 +19,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from redis.asyncio.connection import (
     AbstractConnection,
@@ -38,7 +38,7 @@ MAX_WAITING: Final = 8_192
 
 _SLACK: Final = 0.9  # of the timeout: loops wake a little early
 
-_T = TypeVar("_T")
+_LAST_LOOK_S: Final = 0.005
 
 
 class Target:
@@ -147,7 +147,8 @@ class Link:
             return await self.send(*command)
         except asyncio.CancelledError:
             if heard == self._heard and self._loop.time() - sent_at >= self._silence * _SLACK:
-                self.lose(f"no answer within {self._silence * 1000:.0f} ms")
+                # A loop that stood still comes to what waits in its sockets first.
+                self._loop.call_later(_LAST_LOOK_S, self._lose_if_silent, heard)
             raise
 
     def send(self, *command: bytes | str | int) -> asyncio.Future[Any]:
@@ -183,28 +184,37 @@ class Link:
             for task in self._tasks:
                 task.cancel()
 
+    def _lose_if_silent(self, heard: int) -> None:
+        if heard == self._heard:
+            self.lose(f"no answer within {self._silence * 1000:.0f} ms")
+
     async def _read(self) -> None:
-        connection = self._connection
+        reason = ""
         try:
             while True:
-                try:
-                    reply = await connection.read_response(disable_decoding=True)
-                except ResponseError as error:
-                    reply = error
-                self._heard += 1
-                future = self._waiting.popleft()
-                if future.done():
-                    continue
-                if isinstance(reply, ResponseError):
-                    future.set_exception(reply)
-                else:
-                    future.set_result(reply)
+                await self._read_one()
         except (RedisError, OSError) as error:
-            self.lose(_said(error))
+            reason = _said(error)
         except (ValueError, IndexError):
-            self.lose("the server answers what was not asked")
+            reason = "the server answers what was not asked"
         finally:
-            await _disconnect(connection)
+            await _disconnect(self._connection)
+        self.lose(reason)
+
+    async def _read_one(self) -> None:
+        reply: Any
+        try:
+            reply = await self._connection.read_response(disable_decoding=True)
+        except ResponseError as error:
+            reply = error
+        self._heard += 1
+        future = self._waiting.popleft()
+        if future.done():
+            return
+        if isinstance(reply, ResponseError):
+            future.set_exception(reply)
+        else:
+            future.set_result(reply)
 
     async def _write(self) -> None:
         try:

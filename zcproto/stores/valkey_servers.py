@@ -349,6 +349,7 @@ class Cluster:
         self._lines: dict[Address, Line] = {}
         self._slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         self._refreshing: asyncio.Task[None] | None = None
+        self._closed = False
         self._keeper: asyncio.Task[None] | None = None
 
     @property
@@ -363,7 +364,10 @@ class Cluster:
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 self._take(await self._ask())
-                await asyncio.gather(*(line.open() for line in self._lines.values()))
+                lines = [line.open() for line in self._lines.values()]
+                for error in await asyncio.gather(*lines, return_exceptions=True):
+                    if error is not None:
+                        raise error
         except TimeoutError:
             await self.close()
             raise StoreUnavailable("the cluster's nodes do not answer") from None
@@ -373,6 +377,7 @@ class Cluster:
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     async def close(self) -> None:
+        self._closed = True
         tasks = [task for task in (self._keeper, self._refreshing) if task is not None]
         for task in tasks:
             task.cancel()
@@ -384,6 +389,8 @@ class Cluster:
         slot = key_slot(key)
         for _ in range(_REDIRECTS):
             address = self._slots[slot]
+            if self._closed:
+                raise StoreUnavailable("it is closed")
             if address is None:
                 raise StoreUnavailable("the cluster has no server for some of the sessions")
             try:
@@ -469,7 +476,7 @@ class Cluster:
         try:
             async with asyncio.timeout(self._timeout):
                 division = await self._ask()
-            for line in self._take(division):
+            for line in [] if self._closed else self._take(division):
                 await line.close()
         except (TimeoutError, StoreUnavailable, ConfigError):
             pass  # the servers that are known stay; each command finds out for itself
