@@ -8,6 +8,7 @@ import hashlib
 import os
 import pickle
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,20 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
+from zcproto.auth import PairingFile, UserFile
+from zcproto.auth import pairing as pairing_module
 from zcproto.client.client import Client
+from zcproto.client.connect import connect, connect_blocking, enroll, enroll_blocking
 from zcproto.client.device import Device
 from zcproto.client.session import Certificate
+from zcproto.clock import system_clock
 from zcproto.errors import (
+    AlreadyExists,
     CertificateError,
     Code,
     ConfigError,
     DeadlineExceeded,
+    InvalidArgument,
     ResourceExhausted,
     Unauthenticated,
 )
@@ -36,6 +43,7 @@ from zcproto.signed import attach_message, open_message
 from zcproto.wire.frame import NO_TOKEN
 
 from ..helpers import WALL
+from ..server.helpers import ServerThread
 from .helpers import (
     Asked,
     ScriptedServer,
@@ -527,3 +535,81 @@ async def test_another_clients_session_is_not_opened_for_what_a_certificate_woul
         with pytest.raises(Unauthenticated):
             await client.call("echo")
     assert server.methods.count("session.open") == 1
+
+
+# --- over real TLS -----------------------------------------------------------------------------------
+
+
+class Office:
+    """A server with the user ada, and codes for her devices."""
+
+    def __init__(self, home: Path, certs: Path) -> None:
+        home.mkdir(mode=0o700)
+        UserFile(home / "users.toml").add_without_key("ada")
+        self.codes = PairingFile(home / "pairing.toml")
+        self.server = ServerThread(home, certs, users_file=True)
+        self.trust = {"ca_file": home / "certs" / "ca.crt"}
+
+    @property
+    def address(self) -> str:
+        return f"localhost:{self.server.port}"
+
+    def code(self) -> str:
+        return self.codes.make("ada", 60_000, system_clock.wall())
+
+    def lose_connections(self) -> None:
+        """Reset whatever is connected."""
+        self.server.in_loop(
+            lambda: [each.abort("write_timeout") for each in list(self.server.server.serving.connections)]
+        )
+
+
+@pytest.fixture
+def office(tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Office]:
+    monkeypatch.setattr(pairing_module, "_COST", 2)
+    office = Office(tmp_path / "home", certs)
+    with office.server:
+        yield office
+
+
+async def test_a_device_is_enrolled_and_opens_sessions_that_survive_their_connections(office: Office) -> None:
+    assert await enroll(office.address, office.code(), DEVICE, "laptop", **office.trust) == "ada"
+    async with connect(office.address, device=DEVICE, device_name="laptop", **office.trust) as client:
+        assert client.session is not None
+        session = client.session.id
+        for number in range(3):
+            assert await client.call("echo", x=number) == {"x": number}
+            office.lose_connections()
+            size = 100_000  # more than a connection without a session takes
+            assert await client.call("echo", idempotency_key=str(number), x=bytes(size)) == {"x": bytes(size)}
+        info = await client.call("session.info")
+        assert (info["id"], info["bound"]) == (session, True)
+
+
+def test_without_an_event_loop_it_is_the_same(office: Office, tmp_path: Path) -> None:
+    device = Device.create(tmp_path / "laptop.key")
+    assert enroll_blocking(office.address, office.code(), device, "laptop", **office.trust) == "ada"
+    with connect_blocking(
+        office.address, device=tmp_path / "laptop.key", device_name="laptop", **office.trust
+    ) as client:
+        assert client.session is not None
+        assert client.session.bound
+        office.lose_connections()
+        assert client.call("echo", idempotency_key="k", x=1) == {"x": 1}
+
+
+async def test_what_enrolling_is_refused_for_is_told(office: Office) -> None:
+    code = office.code()
+    await enroll(office.address, office.code(), DEVICE, "laptop", **office.trust)
+    with pytest.raises(AlreadyExists, match="choose another name"):
+        await enroll(office.address, code, DEVICE, "laptop", **office.trust)
+    assert await enroll(office.address, code, DEVICE, "laptop-2", **office.trust) == "ada"
+    with pytest.raises(Unauthenticated, match="ask for a new one"):
+        await enroll(office.address, code, DEVICE, "laptop-3", **office.trust)
+    with pytest.raises(InvalidArgument, match="name"):
+        await enroll(office.address, code, DEVICE, "", **office.trust)
+
+
+async def test_a_device_that_is_not_enrolled_opens_nothing(office: Office) -> None:
+    with pytest.raises(Unauthenticated):
+        await connect(office.address, device=DEVICE, device_name="laptop", **office.trust)
