@@ -58,3 +58,15 @@ def test_a_session_opened_here_is_not_asked_for(pair: ConnectionPair) -> None:
     pair.login()
     assert isinstance(pair.get(pair.request(1)), Request)
     assert door.asked == []
+
+
+def test_the_token_of_a_bound_session_is_not_even_asked_to_be_attached(pair: ConnectionPair) -> None:
+    door = Door(pair)
+    opened = pair.registry.open(
+        "ada", operator=False, client="", address="", wall=pair.clock.wall(), key="device:phone"
+    )
+    assert pair.send(pair.request(1, "session.attach", token=opened.token)) == []
+    refused = pair.answer().error
+    assert refused.code == Code.UNAUTHENTICATED
+    assert refused.details == {}
+    assert door.asked == ["ada"]

@@ -9,6 +9,7 @@ import pytest
 
 from zcproto.errors import Code, Unauthenticated
 from zcproto.server.binding import Binding, network
+from zcproto.sessions import Session
 from zcproto.sessions.record import SessionRecord
 from zcproto.wire.frame import NO_TOKEN, Kind
 
@@ -157,6 +158,18 @@ def test_a_refused_token_does_not_hold_a_connection_open(
     assert code(peer, 1) == Code.UNAUTHENTICATED
     harness.advance(11)
     assert peer.transport.closed
+
+
+def test_a_session_that_ends_while_it_is_asked_for_is_not_admitted(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = open_at(harness, "192.0.2.7")
+    session = harness.registry.check(token, harness.clock.wall())
+    assert isinstance(session, Session)
+    peer = peer_at(harness, "192.0.2.8", monkeypatch)
+    assert peer.protocol._admits(session)
+    harness.registry.close(session)
+    assert not peer.protocol._admits(session)
 
 
 def test_connections_do_not_ask_where_nothing_is_bound(

@@ -411,8 +411,8 @@ class ServerProtocol(asyncio.Protocol):
     def _admits(self, session: Session) -> bool:
         """Whether a session may be used by this peer, for what it is beside its token."""
         serving = self._serving
-        info = serving.registry.info(session.id, self.wall())
-        if serving.binding.admits(session.user, info.address, self.peer):
+        record = serving.registry.record(session.raw_id)
+        if record is not None and serving.binding.admits(session.user, record.address, self.peer):
             return True
         serving.log_limited("session.not_admitted", self.peer, peer=self.peer, session=session.id)
         return False
