@@ -26,6 +26,11 @@ def test_welcome_opens_the_conversation_and_its_map_is_kept_whole() -> None:
     assert talk.client.welcome["motd"] == "hello"
 
 
+def test_the_salt_of_welcome_is_there_to_be_signed() -> None:
+    assert Conversation().client.salt == b""
+    assert Conversation(GREETING).client.salt == SALT
+
+
 def test_nothing_is_sent_before_welcome() -> None:
     talk = Conversation()
     with pytest.raises(Unavailable):

@@ -212,10 +212,12 @@ def test_a_session_that_ends_while_its_key_is_looked_for_is_refused(pair: Connec
 def test_a_key_that_is_worth_nothing_any_more_is_wanted_anew(pair: ConnectionPair) -> None:
     opened = bound(pair)
     pair.server.prove(LAPTOP), pair.server.prove("device:phone")
+    assert pair.server.has_proved(LAPTOP)
     pair.send(pair.request(1, token=opened.token))
     pair.server.disprove("device:nothing")
     assert isinstance(pair.get(pair.request(1, token=opened.token)), Request)
     pair.server.disprove(LAPTOP)
+    assert not pair.server.has_proved(LAPTOP)
     refused(pair, pair.request(1, token=opened.token))
     other = bound(pair, "device:phone")
     assert isinstance(pair.send(pair.request(1, token=other.token))[-1], Request)
