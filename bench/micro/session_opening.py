@@ -31,7 +31,7 @@ from zcproto.event_loop import new_event_loop
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.stores.sqlite import SqliteStore
-from zcproto.stores.store import Created
+from zcproto.stores.store import Created, SessionStore
 
 MIN_OPENINGS: Final = 3_000.0
 MAX_MEMORY_MB: Final = 40.0
@@ -128,7 +128,7 @@ def time_syncs(path: Path) -> array[int]:
 
 
 async def open_sessions(
-    store: SqliteStore,
+    store: SessionStore,
     registry: SessionRegistry,
     latencies: array[int],
     concurrency: int,
