@@ -280,12 +280,16 @@ return answer(ended)
 --@ expire allow-oom
 -- Forget what is past: kept sessions of x and memories of m. In a cluster those that are named.
 local wall, ended_before, limit, dues, memories = unpack(args, 6, 10)
-local x, m, removed = P .. 'x:' .. SHARD, P .. 'm:' .. SHARD, 0
+local x, m, removed, past = P .. 'x:' .. SHARD, P .. 'm:' .. SHARD, 0, {}
 
 local function forget(tag, id, session)
   redis.call('DEL', session_key(tag, id))
-  elsewhere('DEL', P .. 't:' .. session[TOKEN])
-  elsewhere('DEL', P .. 'i:' .. id)
+  if CLUSTERED then
+    elsewhere('DEL', P .. 't:' .. session[TOKEN])
+    elsewhere('DEL', P .. 'i:' .. id)
+  else
+    redis.call('DEL', P .. 't:' .. session[TOKEN], P .. 'i:' .. id)
+  end
   removed = removed + 1
 end
 
@@ -299,12 +303,15 @@ for _, member in ipairs(dues) do
   if session and session[STATE] == KEPT and before(wall, due(session)) then
     elsewhere('ZADD', x, due(session), member)
   else
-    elsewhere('ZREM', x, member)
+    past[#past + 1] = member
     if session and session[STATE] == KEPT then
       redis.call('ZREM', user_key(tag), id)
       forget(tag, id, session)
     end
   end
+end
+if #past > 0 then
+  elsewhere('ZREM', x, unpack(past))
 end
 for _, member in ipairs(memories) do
   if member:sub(1, 1) == 't' and #member == 33 then
@@ -317,6 +324,8 @@ for _, member in ipairs(memories) do
       forget(tag, id, session)
     end
   end
-  elsewhere('ZREM', m, member)
+end
+if #memories > 0 then
+  elsewhere('ZREM', m, unpack(memories))
 end
 return answer({#dues + #memories, removed})
