@@ -199,7 +199,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             except ssl.SSLWantReadError:
                 break
             except ssl.SSLError as error:
-                self._fail(failure_of(error))
+                self._fail_for(error)
                 return
             if not data:
                 self._peer_closed()
