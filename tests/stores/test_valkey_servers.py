@@ -362,7 +362,7 @@ async def test_a_cluster_that_cannot_do_it_yet_is_asked_again(
         await cluster.call(b"key", "GET", b"key")
 
 
-async def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
+async def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StoreUnavailable, match="127"):
         await ValkeyStore(f"redis+cluster://127.0.0.1:{free_port()}").open(lambda change: None)
     with running(PROGRAMS[0], tmp_path / "server", "--cluster-enabled", "yes") as server:
@@ -370,6 +370,7 @@ async def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(StoreUnavailable, match="no slots yet"):
             await store.open(lambda change: None)
         server.stop()
+        monkeypatch.setattr("zcproto.stores.valkey_servers.OPEN_TIMEOUT_S", 0.3)
         with pytest.raises(StoreUnavailable, match="do not answer"):
             await store.open(lambda change: None)
 
@@ -483,7 +484,8 @@ async def test_tls(tls: tuple[ServerProcess, Certificates], monkeypatch: pytest.
     )
 
 
-async def test_a_server_without_tls(tmp_path: Path) -> None:
+async def test_a_server_without_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zcproto.stores.valkey_servers.OPEN_TIMEOUT_S", 0.3)
     with running(PROGRAMS[0], tmp_path / "server") as server, pytest.raises(StoreUnavailable):
         await ValkeyStore(f"rediss://{server.address}").open(lambda change: None)
 

@@ -38,7 +38,8 @@ MAX_WAITING: Final = 8_192
 
 _SLACK: Final = 0.9  # of the timeout: loops wake a little early
 
-_LAST_LOOK_S: Final = 0.005
+LAST_LOOK_S: Final = 0.005
+"""How long a connection that seems to be lost has to show that it is not."""
 
 
 class Target:
@@ -112,6 +113,7 @@ class Link:
         self._wake = asyncio.Event()
         self._waiting: deque[asyncio.Future[Any]] = deque()
         self._heard = 0
+        self._silent_since = -1
         self.lost = ""
         """Why it is lost; empty while it is up."""
         parser: Any = connection._parser
@@ -140,6 +142,11 @@ class Link:
             raise
         return cls(connection, silence, on_news, on_lost)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it may be lost: that is known in LAST_LOOK_S."""
+        return self._silent_since == self._heard
+
     async def call(self, *command: bytes | str | int) -> Any:
         """Send a command, and wait for its reply. Raises ResponseError for one that says no."""
         sent_at, heard = self._loop.time(), self._heard
@@ -148,7 +155,8 @@ class Link:
         except asyncio.CancelledError:
             if heard == self._heard and self._loop.time() - sent_at >= self._silence * _SLACK:
                 # A loop that stood still comes to what waits in its sockets first.
-                self._loop.call_later(_LAST_LOOK_S, self._lose_if_silent, heard)
+                self._silent_since = heard
+                self._loop.call_later(LAST_LOOK_S, self._lose_if_silent, heard)
             raise
 
     def send(self, *command: bytes | str | int) -> asyncio.Future[Any]:

@@ -31,7 +31,7 @@ from redis.exceptions import (
 
 from zcproto.errors import ConfigError
 from zcproto.stores.store import StoreUnavailable
-from zcproto.stores.valkey_link import Link, Target
+from zcproto.stores.valkey_link import LAST_LOOK_S, Link, Target
 from zcproto.stores.valkey_url import Address
 
 OPEN_TIMEOUT_S: Final = 2.0
@@ -133,9 +133,10 @@ class Line:
 
     async def link(self) -> Link:
         """The connection; a new one if there is none."""
-        link = self.up
-        if link is not None:
-            return link
+        while (link := self.up) is not None:
+            if not link.is_silent:
+                return link
+            await asyncio.sleep(LAST_LOOK_S)
         joined = self._connecting is not None
         while True:
             if self._closed:
@@ -275,7 +276,7 @@ class SingleServer:
         await self._line.close()
 
     async def call(self, key: bytes, *command: bytes | str | int) -> Any:
-        link = self._line.up or await self._line.link()
+        link = await self._line.link()
         return await link.call(*command)
 
     def lose(self, reason: str) -> None:
