@@ -201,6 +201,23 @@ async def test_an_opening_that_was_stopped_before_the_session(
     assert await store.get(record.id) == record
 
 
+async def test_an_opening_that_is_asked_for_again_leaves_no_trace(
+    store: ValkeyStore, server: ServerProcess
+) -> None:
+    record = session(expires_at=WALL + 2 * DAY, refresh_expires_at=WALL + DAY)
+    await store.create(record, FIVE)
+    wanted = rotation(record)
+    await store.rotate(wanted)
+    before = {key: server.command("DUMP", key) for key in server.command("KEYS", "*")}
+    assert await store.create(record, FIVE) == Created()
+    after = {key: server.command("DUMP", key) for key in server.command("KEYS", "*")}
+    assert {key for key in before | after if before.get(key) != after.get(key)} <= {b"zcp:n"}
+    await store.end([record.id], Code.TOKEN_REVOKED, WALL)
+    assert await store.create(record, FIVE) == Created()
+    assert await store.count() == 0
+    assert isinstance(await store.find(wanted.token_digest), EndedRecord)
+
+
 async def test_indexes_that_lead_nowhere_end(store: ValkeyStore, server: ServerProcess) -> None:
     await store.create(session(), FIVE)
     await store.create(session(2, "bob"), FIVE)

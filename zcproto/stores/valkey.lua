@@ -114,8 +114,9 @@ end
 
 --@ create
 local id, blob, ms, wall, per_user, evicts, idle_from, order = unpack(args, 6, 13)
-if redis.call('EXISTS', session_key(tag, id)) == 1 then
-  return answer({'again', {}})
+local known = read(tag, id)
+if known then
+  return answer({known[STATE] == KEPT and 'again' or 'ended', {}})
 end
 local ids, ended = redis.call('ZRANGE', user_key(tag), 0, -1), {}
 if #ids >= per_user then

@@ -84,30 +84,33 @@ class Requests:
             idle_from,
             order,
         )
-        if state == b"full":
-            if self._servers.clustered:
-                await self._take_back_session(record, tag, id)
-            return LimitReached()
-        return Created(tuple(_ended(pair, Code(code), wall) for code, pair in ended))
+        if self._servers.clustered and state in (b"full", b"ended"):
+            await self._take_back_session(record, tag, id, with_pointers=state == b"full")
+        return (
+            LimitReached() if state == b"full" else Created(tuple(_ended(p, Code(c), wall) for c, p in ended))
+        )
 
     async def _announce_session(self, record: SessionRecord, tag: bytes, id: bytes, due: int, ms: int) -> int:
         """In a cluster: write what leads to a session that will be there at once; its place in the order."""
         counter, index = self._prefix + b"n", self._shard_key(b"x", self._shard(tag))
         order, *_ = await asyncio.gather(
             self._call("INCR", counter),
-            self._call("SET", self._prefix + b"t:" + record.token_digest, tag + id, "PX", ms),
-            self._call("SET", self._prefix + b"i:" + id, tag, "PX", ms),
-            self._call("ZADD", index, _time(due), tag + id),
+            self._call("SET", self._prefix + b"t:" + record.token_digest, tag + id, "PX", ms, "NX"),
+            self._call("SET", self._prefix + b"i:" + id, tag, "PX", ms, "NX"),
+            self._call("ZADD", index, "NX", _time(due), tag + id),
             self._call("PEXPIRE", index, _LONGEST_MS),
         )
         return int(order)
 
-    async def _take_back_session(self, record: SessionRecord, tag: bytes, id: bytes) -> None:
-        await asyncio.gather(
-            self._call("DEL", self._prefix + b"t:" + record.token_digest),
-            self._call("DEL", self._prefix + b"i:" + id),
-            self._call("ZREM", self._shard_key(b"x", self._shard(tag)), tag + id),
-        )
+    async def _take_back_session(
+        self, record: SessionRecord, tag: bytes, id: bytes, *, with_pointers: bool
+    ) -> None:
+        await self._call("ZREM", self._shard_key(b"x", self._shard(tag)), tag + id)
+        if with_pointers:
+            await asyncio.gather(
+                self._call("DEL", self._prefix + b"t:" + record.token_digest),
+                self._call("DEL", self._prefix + b"i:" + id),
+            )
 
     async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
         id, tag = id_text(rotation.id).encode(), b""
