@@ -38,6 +38,7 @@ from .contract import (
     StoreContract,
     digest,
     ended,
+    expire_all,
     loaded,
     opened,
     rotation,
@@ -1025,6 +1026,38 @@ async def test_a_slice_that_fails_is_done_later(harness: SqliteHarness, disk: Di
     while store._file.sweeping:
         await store.count()
     assert await store.get(records[4].id) == ended(records[4])
+
+
+async def test_ending_all_holds_for_sessions_that_take_the_place_of_earlier_ones(
+    harness: SqliteHarness,
+) -> None:
+    store = await harness.opened()
+    await opened(store, *(session(number, f"user-{number}") for number in range(5)))
+    assert await store.end_all(Code.TOKEN_REVOKED, WALL) == 5
+    while store._file.sweeping:
+        await store.count()
+    await expire_all(store, WALL + 2 * KEEP_ENDED)
+    later = [session(number, f"user-{number}") for number in range(10, 13)]
+    await opened(store, *later)
+    assert await store.end_all(Code.TOKEN_REVOKED, WALL) == 3
+    while store._file.sweeping:
+        await store.count()
+    assert await store.count() == 0
+    assert [await store.get(each.id) for each in later] == [ended(each) for each in later]
+
+
+async def test_a_mark_that_was_not_swept_spares_what_is_opened_after_it(
+    harness: SqliteHarness, disk: Disk
+) -> None:
+    store = await harness.opened(connect=disk.connect)
+    await opened(store, *(session(number, f"user-{number}") for number in range(5)))
+    disk.fail(sqlite3.SQLITE_IOERR, "SQLITE_IOERR", at=("UPDATE sessions SET code",))
+    await store.end_all(Code.TOKEN_REVOKED, WALL)
+    await expire_all(store, WALL + 366 * 86_400_000)
+    later = session(10, "user-10")
+    await opened(store, later)
+    assert await store.list() == [later]
+    disk.mend()
 
 
 def test_a_file_that_goes_away_before_it_was_rewritten(tmp_path: Path) -> None:

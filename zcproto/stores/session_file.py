@@ -45,7 +45,7 @@ Connect = Callable[..., sqlite3.Connection]
 
 _SCHEMA: Final = """
 CREATE TABLE sessions (
-    n INTEGER PRIMARY KEY,             -- the order of opening
+    n INTEGER PRIMARY KEY AUTOINCREMENT, -- the order of opening; a mark in ended_all must never meet a later one
     id BLOB NOT NULL,                  -- empty: the memory of a token, whose session lives on with another
     token BLOB NOT NULL,               -- digests, both
     refresh BLOB NOT NULL,
