@@ -121,6 +121,25 @@ def test_sites_are_checked_and_shown(home: Path, capsys: Capture) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("valkey://zcp:hunter2@db.example:6379/1", "valkey://zcp:(hidden)@db.example:6379/1"),
+        ("rediss+sentinel://:hunter2@a,b/service", "rediss+sentinel://:(hidden)@a,b/service"),
+        ("valkey://zcp@db.example", "valkey://zcp@db.example"),
+        ("sqlite", "sqlite"),
+    ],
+)
+def test_show_shows_no_password(
+    url: str, shown: str, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_STORE__URL", url)
+    assert main(["config", "show"]) == 0
+    out = capsys.readouterr().out
+    assert tomli.loads(out)["store"]["url"] == shown
+    assert "hunter2" not in out
+
+
 def test_show_tells_faults_instead(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZCPROTO_HTTP__ENABLED", "true")
     assert main(["config", "show"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -12,6 +13,8 @@ from zcproto.config import config_as_toml, default_config_file
 from zcproto.errors import ConfigError
 from zcproto.home import Home
 from zcproto.printable import printable
+
+_PASSWORD = re.compile(r'(?m)^(url = "[a-z+]+://[^"/@:]*):[^"@]*@')
 
 
 @click.group()
@@ -57,5 +60,9 @@ def check(home: Home, config_file: Path | None) -> None:
 @config.command()
 @home_options
 def show(home: Home, config_file: Path | None) -> None:
-    """Print the settings in force, from the file, the environment and the defaults."""
-    click.echo(config_as_toml(read_config(home, config_file)), nl=False)
+    """Print the settings in force, from the file, the environment and the defaults.
+
+    A password within an address is not shown.
+    """
+    text = config_as_toml(read_config(home, config_file))
+    click.echo(_PASSWORD.sub(r"\1:(hidden)@", text), nl=False)
