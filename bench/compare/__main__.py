@@ -37,6 +37,20 @@ SERVER_CPU: Final = 0
 CLIENT_CPU: Final = 1
 
 
+SLICE: Final = 2_000
+"""Requests to one server before the other has its turn: some tens of milliseconds."""
+
+CONNECTED: Final = 50
+"""Connections in a slice."""
+
+
+class Slice(NamedTuple):
+    """CPU time of a server, and how many requests or connections it was for."""
+
+    seconds: float
+    number: int
+
+
 class Bar(NamedTuple):
     """One comparison: its figure must not exceed `limit`."""
 
@@ -89,60 +103,76 @@ def compare(folder: Path, rounds: int, requests: int, connects: int) -> list[dic
 
         ours, bare = connect_ours(CONNECTIONS), connect_bare(CONNECTIONS)
 
-        def cost(pid: int, connections: list[Connection], method: str, depth: int) -> float:
-            """Microseconds of server CPU for a request."""
-            turns = max(1, requests // (len(connections) * depth))
+        def cost(pid: int, connections: list[Connection], method: str, depth: int) -> Slice:
+            """A slice of requests; its server's CPU time, and how many they were."""
+            turns = max(1, SLICE // (len(connections) * depth))
             before = cpu_seconds(pid)
             for _ in range(turns):
                 for connection in connections:
                     connection.echo(method, PARAMS, depth)
                 for connection in connections:
                     connection.check_echoes(ANSWER, depth)
-            return (cpu_seconds(pid) - before) / (turns * len(connections) * depth) * 1e6
+            return Slice(cpu_seconds(pid) - before, turns * len(connections) * depth)
 
-        cases: list[tuple[Bar, str, Callable[[], float], Callable[[], float]]] = [
+        cases: list[tuple[Bar, Callable[[], Slice], Callable[[], Slice]]] = [
             (
                 Bar("CPU per request, depth 1, sync / bare", 1.3),
-                "us",
                 lambda: cost(ours_pid, ours, "echo", 1),
                 lambda: cost(bare_pid, bare, "echo", 1),
             ),
             (
                 Bar("CPU per request, depth 16, sync / bare", 1.6),
-                "us",
                 lambda: cost(ours_pid, ours, "echo", 16),
                 lambda: cost(bare_pid, bare, "echo", 16),
             ),
             (
                 Bar("CPU per request, depth 1, async / sync", 1.15),
-                "us",
                 lambda: cost(ours_pid, ours, "echo_async", 1),
                 lambda: cost(ours_pid, ours, "echo", 1),
             ),
         ]
-        for bar, unit, measured, reference in cases:
-            measured()
-            reference()
-            rows.append(pairs(bar, unit, [(measured(), reference()) for _ in range(rounds)]))
+        for bar, measured, reference in cases:
+            for warmed_up in (measured, reference):
+                warmed_up()
+            found = [in_turn(measured, reference, requests // SLICE) for _ in range(rounds)]
+            rows.append(pairs(bar, "us", [(first * 1e6, second * 1e6) for first, second in found]))
         for connection in ours + bare:
             connection.close()
 
-        def connect_cost(pid: int, connect: Callable[[int], list[Connection]]) -> float:
-            """Seconds of server CPU to connect 10,000."""
+        def connect_cost(pid: int, connect: Callable[[int], list[Connection]]) -> Slice:
+            """A slice of connections; its server's CPU time, and how many they were."""
             before = cpu_seconds(pid)
-            connections = connect(connects)
-            spent = cpu_seconds(pid) - before
-            for connection in connections:
-                connection.close()
-            time.sleep(0.5)  # the server's ends of them must be gone before the next count
-            return spent / connects * 10_000
+            opened.extend(connect(CONNECTED))
+            return Slice(cpu_seconds(pid) - before, CONNECTED)
 
-        measured_pairs = [
-            (connect_cost(ours_pid, connect_ours), connect_cost(bare_pid, connect_bare))
-            for _ in range(max(3, rounds // 2))
-        ]
-        rows.append(pairs(Bar("CPU to connect 10,000, with sessions / bare", 1.6), "s", measured_pairs))
+        opened: list[Connection] = []
+        found = []
+        for _ in range(max(3, rounds // 2)):
+            found.append(
+                in_turn(
+                    lambda: connect_cost(ours_pid, connect_ours),
+                    lambda: connect_cost(bare_pid, connect_bare),
+                    connects // CONNECTED,
+                )
+            )
+            for connection in opened:
+                connection.close()
+            opened.clear()
+            time.sleep(0.5)  # the servers' ends of them must be gone before the next count
+        seconds = [(first * 10_000, second * 10_000) for first, second in found]
+        rows.append(pairs(Bar("CPU to connect 10,000, with sessions / bare", 1.6), "s", seconds))
     return rows
+
+
+def in_turn(first: Callable[[], Slice], second: Callable[[], Slice], slices: int) -> tuple[float, float]:
+    """Seconds of CPU for one of each, measured in short slices in turn: what disturbs the machine disturbs both."""
+    spent, done = [0.0, 0.0], [0, 0]
+    for _ in range(max(1, slices)):
+        for side, run in enumerate((first, second)):
+            measured = run()
+            spent[side] += measured.seconds
+            done[side] += measured.number
+    return spent[0] / done[0], spent[1] / done[1]
 
 
 def pairs(bar: Bar, unit: str, measured: list[tuple[float, float]]) -> dict[str, Any]:

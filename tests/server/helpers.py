@@ -216,6 +216,7 @@ class ServerThread:
         serving = server.serving
 
         def count() -> dict[str, int]:
+            serving.log_soon.write()  # lines that wait are nobody's leftovers
             return {
                 "connections": len(serving.connections),
                 "tcp": server._listener.connections,

@@ -44,7 +44,7 @@ class Open:
     """An open store, and what it told."""
 
     def __init__(self, url: str, **options: Any) -> None:
-        self.store = ValkeyStore(url, timeout=TIMEOUT, **options)
+        self.store = ValkeyStore(url, **{"timeout": TIMEOUT, **options})
         self.told: list[Change] = []
 
     async def __aenter__(self) -> Open:
@@ -119,7 +119,7 @@ async def test_it_is_noticed_without_being_asked(server: ServerProcess) -> None:
 
 
 async def test_what_was_acknowledged_survives_a_kill(server: ServerProcess) -> None:
-    async with Open(server.url) as here:
+    async with Open(server.url, timeout=5.0) as here:  # 500 at once take a busy machine some time
         records = [session(number, f"user-{number}") for number in range(500)]
         kept = []
 

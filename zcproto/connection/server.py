@@ -178,6 +178,7 @@ class ServerConnection:
         tolerance = self._settings.tolerance_ms
         max_depth = self._settings.max_depth
         looks_up = self._settings.looks_up
+        own_salt = self._salt
         decoder = self._decoder
         frame = decoder.take_one(data)
         if frame is None:
@@ -185,7 +186,7 @@ class ServerConnection:
         frames = decoder.frames() if frame is None else (frame,)
         try:
             for length, head, stream, timestamp, salt, counter, token, body in frames:
-                if salt != self._salt:
+                if salt != own_salt:
                     yield self._end_with(Code.REPLAYED, "nonce belongs to another connection", wall)
                     return
                 if counter <= self._last_counter:
