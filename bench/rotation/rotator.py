@@ -6,6 +6,9 @@ Everything goes by the files, under their folder's lock. The server is told of n
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +22,7 @@ from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError
 
 ECDSA: Final = "ecdsa"
+NICENESS: Final = 15
 
 
 class Rotated(NamedTuple):
@@ -34,6 +38,12 @@ class Rotated(NamedTuple):
     """The new certificates: SHA-256 of each in hex, by its key family."""
     problem: str = ""
     """Why it failed, if it did."""
+
+
+def _step_back() -> None:
+    """Take the processor only when nobody else wants it: this is another program's work, not the server's."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class Rotator:
@@ -68,6 +78,7 @@ class Rotator:
 
     def rotate(self, number: int) -> Rotated:
         """One rotation, in the caller's thread."""
+        _step_back()
         new_key = number % self._plan.new_key_every == 0 and self._ecdsa_settings is not None
         began = time.monotonic()
         try:

@@ -35,7 +35,7 @@ DEFAULTS = {
     "certificates.key": (),
     "certificates.key_passphrase_file": None,
     "certificates.key_passphrase_variable": None,
-    "certificates.watch_interval": 1.0,
+    "certificates.watch_interval": 0.25,
     "certificates.alert_days": (30, 14, 7, 3, 1),
     "certificates.site": (),
     "sessions.lifetime": 86_400.0,

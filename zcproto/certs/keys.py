@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from zcproto.errors import CertificateError
 
@@ -100,19 +100,33 @@ def weakness(key: object) -> str | None:
 def belongs(key: PrivateKey, public_key: object) -> bool:
     """Whether `key` signs for `public_key`.
 
-    It makes a signature and verifies it, 2 ms for RSA-4096. Comparing the public numbers would pass a key
-    whose private half is damaged; OpenSSL's own check of a loaded RSA key takes 250 ms.
+    Comparing the public numbers would pass a key whose private half is damaged. For ECDSA a signature is made and
+    verified. For RSA the private numbers are held against the public ones (RFC 8017 section 3.2), in 0.1 ms: a
+    signature would keep all other threads waiting for 5 ms at 4096 bits, and OpenSSL's own check of a loaded key,
+    which looks for primes too, takes 250 ms.
     """
-    message = b"zcproto key check"
-    try:
-        if isinstance(key, rsa.RSAPrivateKey) and isinstance(public_key, rsa.RSAPublicKey):
-            signature = key.sign(message, padding.PKCS1v15(), hashes.SHA256())
-            public_key.verify(signature, message, padding.PKCS1v15(), hashes.SHA256())
-            return True
-        if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(public_key, ec.EllipticCurvePublicKey):
+    if isinstance(key, rsa.RSAPrivateKey) and isinstance(public_key, rsa.RSAPublicKey):
+        numbers = key.private_numbers()
+        return numbers.public_numbers == public_key.public_numbers() and _fit_together(numbers)
+    if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(public_key, ec.EllipticCurvePublicKey):
+        message = b"zcproto key check"
+        try:
             signature = key.sign(message, ec.ECDSA(hashes.SHA256()))
             public_key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
-            return True
-    except (InvalidSignature, ValueError):
-        return False
+        except (InvalidSignature, ValueError):
+            return False
+        return True
     return False
+
+
+def _fit_together(numbers: rsa.RSAPrivateNumbers) -> bool:
+    """Whether the numbers of an RSA key with two primes are what follows from its modulus and exponents."""
+    p, q, d, e = numbers.p, numbers.q, numbers.d, numbers.public_numbers.e
+    return (
+        min(p, q) > 1
+        and p * q == numbers.public_numbers.n
+        and (d * e - 1) % (p - 1) == (d * e - 1) % (q - 1) == 0
+        and numbers.dmp1 == d % (p - 1)
+        and numbers.dmq1 == d % (q - 1)
+        and numbers.iqmp * q % p == 1
+    )

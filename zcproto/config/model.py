@@ -201,7 +201,7 @@ class CertificatesConfig(BaseModel):
         'With mode = "files": the environment variable with the passphrase, for whoever keeps none on the disk.',
     )
     watch_interval: Annotated[float, Duration("100ms", "1h")] = _key(
-        1.0,
+        0.25,
         "How often the files of certificates are looked at for a change. It costs a few system calls; the"
         " default has a new certificate in use while whoever renewed it still looks.",
     )
