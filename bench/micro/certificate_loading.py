@@ -3,8 +3,8 @@
     python -m bench.micro.certificate_loading [--loads 300] [--json FILE]
 
 - A load is all that a server does with the files before it may serve them: it reads certificates and keys, looks at
-  who else could read or change them, checks names, purpose, dates, strengths and that each key is its certificate's
-  (a signature made and verified), makes a context that takes TLS 1.3 alone, and has OpenSSL load the pairs into it.
+  who else could read or change them, checks names, purpose, dates, strengths and that each key is its
+  certificate's, makes a context that takes TLS 1.3 alone, and has OpenSSL load the pairs into it.
 - The certificates are those of the default configuration, made in a temporary folder: RSA-4096 and ECDSA P-256.
 - Each load is timed alone, by the wall clock. The files are in the system's cache, as they are just after somebody
   has written them, which is when a server loads them while it runs.

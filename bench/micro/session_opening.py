@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import tempfile
 import time
@@ -25,7 +24,7 @@ from array import array
 from pathlib import Path
 from typing import Final
 
-from bench.micro.token_check import NS_PER_MS, PER_USER, Figure, quantile, resident_bytes, show
+from bench.micro.token_check import NS_PER_MS, PER_USER, Figure, conclude, quantile, resident_bytes
 from zcproto.clock import system_clock, system_entropy
 from zcproto.event_loop import new_event_loop
 from zcproto.sessions import SessionRegistry, SessionSettings
@@ -64,11 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         asyncio.Runner(loop_factory=new_event_loop) as runner,
     ):
         figures = runner.run(measure(Path(folder), options.sessions, options.concurrency))
-    show(figures)
-    if options.json:
-        rows = [{**figure._asdict(), "holds": figure.holds} for figure in figures]
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
-    return 0 if all(figure.holds for figure in figures) else 1
+    return conclude(figures, options.json)
 
 
 async def measure(folder: Path, sessions: int, concurrency: int) -> list[Figure]:

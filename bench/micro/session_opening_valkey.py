@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import shutil
 import subprocess
 import tempfile
@@ -31,7 +30,7 @@ from typing import Final
 import redis.asyncio
 
 from bench.micro.session_opening import ALONE, CLEAN_SLICE, NS_PER_S, open_sessions
-from bench.micro.token_check import NS_PER_MS, Figure, quantile, show
+from bench.micro.token_check import NS_PER_MS, Figure, conclude, quantile
 from zcproto.clock import system_clock, system_entropy
 from zcproto.errors import Code
 from zcproto.event_loop import new_event_loop
@@ -68,11 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         asyncio.Runner(loop_factory=new_event_loop) as runner,
     ):
         figures = runner.run(measure(url, options.sessions, options.concurrency))
-    show(figures)
-    if options.json:
-        rows = [{**figure._asdict(), "holds": figure.holds} for figure in figures]
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
-    return 0 if all(figure.holds for figure in figures) else 1
+    return conclude(figures, options.json)
 
 
 @contextmanager

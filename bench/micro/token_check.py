@@ -72,11 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.tokens < 1 or options.checks < 1:
         parser.error("at least one token and one check are needed")
     figures = measure(options.tokens, options.checks)
-    show(figures)
-    if options.json:
-        rows = [{**figure._asdict(), "holds": figure.holds} for figure in figures]
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
-    return 0 if all(figure.holds for figure in figures) else 1
+    return conclude(figures, options.json)
 
 
 def measure(tokens: int, checks: int) -> list[Figure]:
@@ -180,6 +176,15 @@ def quantile(ordered: list[int], share: float) -> float:
 def resident_bytes() -> int:
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def conclude(figures: list[Figure], json_file: Path | None) -> int:
+    """Show the figures, write them to a file if one is named, and give the exit code that they deserve."""
+    show(figures)
+    if json_file:
+        rows = [{**figure._asdict(), "holds": figure.holds} for figure in figures]
+        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0 if all(figure.holds for figure in figures) else 1
 
 
 def show(figures: list[Figure]) -> None:

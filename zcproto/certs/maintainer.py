@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -33,7 +32,7 @@ from typing import Protocol
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from zcproto.certs import authority, clients, files, lifecycle, own, pair, rotation
+from zcproto.certs import authority, clients, lifecycle, own, pair, rotation
 from zcproto.certs.authority import Authority
 from zcproto.certs.certificates import CertificateSet, NextPins, Site
 from zcproto.certs.foreign import (
@@ -50,6 +49,7 @@ from zcproto.certs.lifecycle import ExpiryAlerts, Random, Retry
 from zcproto.certs.names import check_names
 from zcproto.certs.own import OwnSettings, Progress
 from zcproto.certs.pair import CertificatePair, load_pair
+from zcproto.certs.revoked import crl_blocks
 from zcproto.certs.watch import Watch
 from zcproto.errors import CertificateError
 from zcproto.printable import printable
@@ -68,7 +68,6 @@ _NEVER = datetime.max.replace(tzinfo=UTC)
 _TROUBLE = (CertificateError, OSError, RuntimeError)
 """What a folder, a disk or a lack of threads can cause."""
 
-_CRL = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 _SUBJECT = 200
 
 
@@ -668,7 +667,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _crl_blocks(path: Path) -> list[bytes]:
-    blocks = _CRL.findall(files.read_certificate_file(path))
+    blocks = crl_blocks(path)
     if not blocks:
         raise CertificateError(f"{path}: holds no list of revoked certificates in PEM; get it anew")
     return blocks

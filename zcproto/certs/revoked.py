@@ -24,10 +24,15 @@ Issue = tuple[bytes, int]
 _BLOCK: Final = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 
 
+def crl_blocks(path: Path) -> list[bytes]:
+    """The lists in a PEM file, as they are written there. Raises CertificateError if it cannot be read."""
+    return _BLOCK.findall(files.read_certificate_file(path))
+
+
 def revoked_in(path: Path) -> frozenset[Issue]:
     """Every certificate that the lists in a PEM file name. Raises CertificateError if one cannot be read."""
     found: set[Issue] = set()
-    for block in _BLOCK.findall(files.read_certificate_file(path)):
+    for block in crl_blocks(path):
         try:
             revoked = x509.load_pem_x509_crl(block)
             issuer = revoked.issuer.public_bytes()
