@@ -107,7 +107,6 @@ class Server:
         self._progress = progress
         self._clock = clock
         self._entropy = entropy
-        self.certificates: list[CertificatePair] = []
         self._users: Users | None = None
         self._devices: Devices | None = None
         self._kept: Kept | None = None
@@ -308,6 +307,11 @@ class Server:
         return self.addresses[0][1]
 
     @property
+    def certificates(self) -> list[CertificatePair]:
+        """What is served to whoever asks for no site's name; nothing before the start."""
+        return [] if self._kept is None else list(self._kept.certificates.default.pairs)
+
+    @property
     def pins(self) -> list[str]:
         """Pins of the public keys that are served, as clients take them."""
         return [pair.pin for pair in self.certificates]
@@ -323,7 +327,6 @@ class Server:
     def _serve_certificates(self, kept: Kept) -> None:
         """Connections from here on get these; those that stand go on, unless their client's was revoked."""
         before, self._kept = self._kept, kept
-        self.certificates = list(kept.certificates.default.pairs)
         if before is None:
             return
         assert self._acceptor is not None
