@@ -26,6 +26,9 @@ from zcproto.config.duration import format_duration, parse_duration
 MAX_PATH = 4096
 """PATH_MAX of Linux."""
 
+MAX_NETWORK = 49
+"""Characters of the longest IPv6 network, with an IPv4 address at its end and a prefix."""
+
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -223,6 +226,27 @@ class HostName(Rule):
     def read(self, value: object) -> str:
         if isinstance(value, str) and (_HOST_NAME.fullmatch(value) or _is_address(value)):
             return value
+        raise self.refused()
+
+
+@dataclass(frozen=True)
+class NetworkAddress(Rule):
+    """A network or a single address, written as its prefix demands."""
+
+    def expects(self) -> str:
+        return (
+            'a network or an address, such as "10.0.0.0/8", "2001:db8::/32" or "192.0.2.1", with no bit set'
+            " behind the prefix"
+        )
+
+    def read(self, value: object) -> str:
+        if isinstance(value, str) and len(value) <= MAX_NETWORK and value.isascii() and "%" not in value:
+            try:
+                ipaddress.ip_network(value)
+            except ValueError:
+                pass
+            else:
+                return value
         raise self.refused()
 
 
