@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from zcproto.connection.events import ConnectionEnded, Request, ServerEvent
@@ -293,6 +293,12 @@ class Answer:
         return f"{self.kind.name}({self.stream}, {decode_body(self.body) if self.body else ''})"
 
 
+def with_requests(events: Iterable[ServerEvent]) -> Iterator[ServerEvent | Request]:
+    """Events as they come, each raw request as one that can be kept."""
+    for event in events:
+        yield Request(*event) if event.__class__ is tuple else event
+
+
 class ConnectionPair:
     """A ServerConnection and a scripted client, joined without a socket.
 
@@ -365,9 +371,13 @@ class ConnectionPair:
 
     # what passes between the two
 
-    def send(self, data: bytes) -> list[ServerEvent]:
+    def receive_data(self, data: bytes) -> Iterator[ServerEvent | Request]:
+        """Give bytes to the server; its events, one at a time."""
+        return with_requests(self.server.receive_data(data, self.clock.wall(), self.clock.now()))
+
+    def send(self, data: bytes) -> list[ServerEvent | Request]:
         """Give bytes to the server; all its events."""
-        return list(self.server.receive_data(data, self.clock.wall(), self.clock.now()))
+        return list(self.receive_data(data))
 
     def get(self, data: bytes) -> Request:
         """Give bytes to the server that make one request and nothing else."""

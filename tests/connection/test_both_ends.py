@@ -10,7 +10,7 @@ from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.wire.message import encode_body
 
-from ..helpers import NOW, SALT, WALL, small_registry
+from ..helpers import NOW, SALT, WALL, small_registry, with_requests
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_the_two_ends_understand_each_other(ends: tuple[ClientConnection, Server
     client, server = ends
     stream = client.request("echo", {"x": 1}, wall=WALL)
     client.ping(WALL)
-    events = server.receive_data(client.data_to_send(), WALL, NOW)
+    events = with_requests(server.receive_data(client.data_to_send(), WALL, NOW))
     request = next(events)
     server.respond(request, encode_body(request.params), WALL)
     assert list(events) == []

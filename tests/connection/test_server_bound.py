@@ -36,7 +36,7 @@ def refused(pair: ConnectionPair, data: bytes) -> Any:
 def prove(pair: ConnectionPair, data: bytes, key: str) -> list[Any]:
     """Play an edge that knows a key; the events that follow."""
     events: list[Any] = []
-    for event in pair.server.receive_data(data, pair.clock.wall(), pair.clock.now()):
+    for event in pair.receive_data(data):
         if isinstance(event, KeyWanted):
             assert event.key == key
             pair.server.prove(key)
@@ -155,7 +155,7 @@ def test_attach_and_the_next_request_may_come_in_one_read(pair: ConnectionPair) 
         2, token=opened.token
     )
     seen = []
-    for event in pair.server.receive_data(data, pair.clock.wall(), pair.clock.now()):
+    for event in pair.receive_data(data):
         seen.append(type(event).__name__)
         if isinstance(event, Request) and event.method == "session.attach":
             pair.server.prove(LAPTOP)
@@ -201,9 +201,7 @@ def test_the_edge_may_know_the_key_at_once(pair: ConnectionPair) -> None:
 
 def test_a_session_that_ends_while_its_key_is_looked_for_is_refused(pair: ConnectionPair) -> None:
     opened = bound(pair)
-    for event in pair.server.receive_data(
-        pair.request(1, token=opened.token), pair.clock.wall(), pair.clock.now()
-    ):
+    for event in pair.receive_data(pair.request(1, token=opened.token)):
         assert isinstance(event, KeyWanted)
         pair.registry.close(event.session)
     assert pair.answer().code == Code.TOKEN_REVOKED
@@ -259,7 +257,7 @@ def test_nothing_follows_an_attach_with_which_the_edge_ended_the_connection(pair
     opened = bound(pair)
     data = pair.request(1, "session.attach", {}, token=opened.token) + pair.request(2, token=NO_TOKEN)
     seen = []
-    for event in pair.server.receive_data(data, pair.clock.wall(), pair.clock.now()):
+    for event in pair.receive_data(data):
         seen.append(event)
         if isinstance(event, Request):
             pair.server.end()

@@ -95,7 +95,7 @@ def test_a_fault_while_draining_is_fatal_as_ever(pair: ConnectionPair) -> None:
 def test_a_goaway_within_a_read_holds_for_the_next_frame(pair: ConnectionPair) -> None:
     pair.login()
     data = pair.request(1) + pair.request(2)
-    events = pair.server.receive_data(data, pair.clock.wall(), pair.clock.now())
+    events = pair.receive_data(data)
     request = next(events)
     assert isinstance(request, Request)
     drain(pair)
@@ -194,3 +194,28 @@ def test_two_connections_with_one_registry_have_counters_of_their_own() -> None:
         pair.login()
         for stream in (1, 2, 3):
             pair.get(pair.request(stream))
+
+
+def test_an_answer_at_once_is_the_same_frame_as_one_in_a_later_turn() -> None:
+    frames = []
+    for at_once in (True, False):
+        pair = ConnectionPair()
+        pair.login()
+        pair.answers()
+        request = pair.get(pair.request(1))
+        if at_once:
+            pair.server.respond_at_once(request.stream, request.token, b"\x01", pair.clock.wall())
+        else:
+            assert pair.respond(request, b"\x01")
+        frames.append(pair.server.data_to_send())
+    assert frames[0] == frames[1] != b""
+
+
+def test_nothing_is_answered_at_once_on_a_connection_that_its_method_has_ended() -> None:
+    pair = ConnectionPair()
+    pair.login()
+    pair.answers()
+    request = pair.get(pair.request(1))
+    pair.server.end()
+    pair.server.respond_at_once(request.stream, request.token, b"\x01", pair.clock.wall())
+    assert pair.server.data_to_send() == b""

@@ -42,7 +42,7 @@ class Elsewhere:
 
 def begin(pair: ConnectionPair, data: bytes) -> tuple[TokenUnknown, Iterator[ServerEvent]]:
     """Give bytes to the server up to a token that is to be looked up."""
-    events = pair.server.receive_data(data, pair.clock.wall(), pair.clock.now())
+    events = pair.receive_data(data)
     unknown = next(events)
     assert isinstance(unknown, TokenUnknown)
     return unknown, events

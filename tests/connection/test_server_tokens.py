@@ -233,7 +233,7 @@ def test_a_session_closed_by_one_request_is_dead_for_the_next_of_the_same_read(p
     opened = pair.login()
     tell(pair)
     data = pair.request(1, "session.close") + pair.request(2) + pair.request(3)
-    events = pair.server.receive_data(data, pair.clock.wall(), pair.clock.now())
+    events = pair.receive_data(data)
     first = next(events)
     assert isinstance(first, Request)
     assert first.session is not None
@@ -250,7 +250,7 @@ def test_a_session_opened_by_one_request_is_good_for_the_next_of_the_same_read(p
     token = ConnectionPair(small_registry()).open_session().token  # what the registry will give out
     large = {"text": "x" * 20_000}
     data = pair.request(1, "session.open", token=NO_TOKEN) + pair.request(2, params=large, token=token)
-    events = pair.server.receive_data(data, pair.clock.wall(), pair.clock.now())
+    events = pair.receive_data(data)
     first = next(events)
     assert isinstance(first, Request)
     assert pair.login().token == token
@@ -265,7 +265,7 @@ def test_a_session_that_ends_while_its_joining_is_told_is_refused(pair: Connecti
     opened = pair.open_session()
     tell(pair)
     data = pair.request(1, token=opened.token) + pair.request(2, token=opened.token)
-    events = pair.server.receive_data(data, pair.clock.wall(), pair.clock.now())
+    events = pair.receive_data(data)
     assert next(events) == SessionJoined(opened.session.id)
     revoke(pair, opened)
     assert list(events) == []
@@ -277,9 +277,7 @@ def test_a_session_that_ends_while_its_joining_is_told_is_refused(pair: Connecti
 
 def test_another_session_that_ends_then_changes_nothing(pair: ConnectionPair) -> None:
     opened, other = pair.open_session(), pair.open_session("ben")
-    events = pair.server.receive_data(
-        pair.request(1, token=opened.token), pair.clock.wall(), pair.clock.now()
-    )
+    events = pair.receive_data(pair.request(1, token=opened.token))
     next(events)
     revoke(pair, other)
     (request,) = events
@@ -288,7 +286,7 @@ def test_another_session_that_ends_then_changes_nothing(pair: ConnectionPair) ->
 
 def test_a_connection_ended_by_one_request_takes_no_other_of_the_same_read(pair: ConnectionPair) -> None:
     data = pair.request(1, "server.info") + pair.request(2, "server.info")
-    events = pair.server.receive_data(data, pair.clock.wall(), pair.clock.now())
+    events = pair.receive_data(data)
     next(events)
     pair.server.end()
     assert list(events) == []

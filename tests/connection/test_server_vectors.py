@@ -16,7 +16,7 @@ from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import NO_TOKEN, PING, Kind, Side, encode_frame
 from zcproto.wire.message import NO_META, encode_body
 
-from ..helpers import NOW, Answer
+from ..helpers import NOW, Answer, with_requests
 from ..wire.vectors import Vector, document, expected_message, frame_vectors, typed
 
 PUBLIC = ("session.open", "session.refresh", "device.enroll", "server.info")
@@ -64,7 +64,7 @@ class Harness:
         self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
 
     def feed(self, data: bytes) -> None:
-        for event in self.server.receive_data(data, self.wall, NOW):
+        for event in with_requests(self.server.receive_data(data, self.wall, NOW)):
             self._collect()
             match event:
                 case Request():
@@ -183,7 +183,7 @@ def test_the_example_conversation_runs_to_the_letter() -> None:
         data = bytes.fromhex(frame["bytes"])
         if frame["from"] == "client":
             wall = int(frame["now"])
-            for event in server.receive_data(data, wall, NOW):
+            for event in with_requests(server.receive_data(data, wall, NOW)):
                 if isinstance(event, Request):
                     held[event.stream] = event
                     server.hold(event, NOW)

@@ -126,7 +126,7 @@ class Conversation(RuleBasedStateMachine):
     # what follows
 
     def _feed(self, data: bytes, hold: bool = False) -> None:
-        self._take(self.pair.server.receive_data(data, self.pair.clock.wall(), self.pair.clock.now()), hold)
+        self._take(self.pair.receive_data(data), hold)
 
     def _take(self, events: Any, hold: bool = False) -> None:
         for event in events:
@@ -235,7 +235,7 @@ def said(pieces: list[bytes]) -> tuple[list[str], bytes, State, int]:
     events: list[str] = []
     sent = b""
     for piece in pieces:
-        for event in pair.server.receive_data(piece, pair.clock.wall(), pair.clock.now()):
+        for event in pair.receive_data(piece):
             events.append(repr(event))
             if isinstance(event, Request):
                 if event.method == "sleep":

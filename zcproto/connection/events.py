@@ -1,4 +1,4 @@
-"""What a connection tells the edge. Events that occur on every request are slotted, the rest are tuples."""
+"""What a connection tells the edge. A request is a bare tuple, all other events are named."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from zcproto.wire.message import RequestMeta
 NEVER: Final = float("inf")
 
 
-class Request:
-    """A request that may run: its header is fresh, its token good, its message well-formed.
+RawRequest = tuple[int, bytes, Session | None, str, dict[str, Any], RequestMeta]
+"""A request that may run: its header is fresh, its token good, its message well-formed.
 
-    `session` is None if it came with no token. `deadline` is monotonic seconds, `NEVER` without one; it is
-    set when the request is held. `held` says that the answer comes in a later turn, `lingers` that it was
-    given without waiting for the handler, which still runs.
+Stream, token, session (None if it came with no token), method, params, meta. It is a bare tuple, since most
+are answered in the turn in which they arrive; one that outlives it, or is refused, becomes a `Request`.
+"""
+
+
+class Request:
+    """A request that is kept: `Request(*raw)`.
+
+    `deadline` is monotonic seconds, `NEVER` without one; it is set when the request is held. `held` says that
+    the answer comes in a later turn, `lingers` that it was given without waiting for the handler, which still
+    runs.
     """
 
     __slots__ = ("deadline", "held", "lingers", "meta", "method", "params", "session", "stream", "token")
@@ -92,7 +100,7 @@ class ConnectionEnded(NamedTuple):
     reason: str
 
 
-ServerEvent = Request | RequestEnded | SessionJoined | KeyWanted | TokenUnknown | ConnectionEnded
+ServerEvent = RawRequest | RequestEnded | SessionJoined | KeyWanted | TokenUnknown | ConnectionEnded
 
 
 class Welcomed(NamedTuple):

@@ -21,6 +21,7 @@ from zcproto.connection.events import (
     NEVER,
     ConnectionEnded,
     KeyWanted,
+    RawRequest,
     Request,
     RequestEnded,
     ServerEvent,
@@ -210,10 +211,10 @@ class ServerConnection:
                     if head == PING:
                         self._send(PONG, 0, token, b"", wall)
                     elif head == CANCEL:
-                        request = self._held.get(stream)
-                        if request is not None and request.token == token:
-                            self._answer_early(request, CANCELLED, wall)
-                            yield RequestEnded(request, Code.CANCELLED)
+                        held = self._held.get(stream)
+                        if held is not None and held.token == token:
+                            self._answer_early(held, CANCELLED, wall)
+                            yield RequestEnded(held, Code.CANCELLED)
                     continue
                 if self._held and stream in self._held:
                     yield self._end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
@@ -261,7 +262,7 @@ class ServerConnection:
                 if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
                     self._send(ERROR, stream, token, DEADLINE_EXCEEDED, wall)
                     continue
-                yield Request(stream, token, session, method, params, meta)
+                yield stream, token, session, method, params, meta
                 if self.state is _CLOSED:  # the edge ended it while it had the request
                     return
         except ProtocolError as error:
@@ -317,7 +318,7 @@ class ServerConnection:
 
     def _attaching(
         self, wanted: KeyWanted, length: int, stream: int, token: bytes, body: bytes, wall: int
-    ) -> Request | None:
+    ) -> RawRequest | None:
         """A request whose token needs its key proved: it may run if it is `session.attach`, else it is refused.
 
         A body too large for a connection without a session is not looked at.
@@ -332,7 +333,7 @@ class ServerConnection:
                 if self._is_refused(length, stream, token, wanted.session, wall):
                     return None
                 if meta.deadline_ms is None or meta.deadline_ms > 0:
-                    return Request(stream, token, wanted.session, method, params, meta)
+                    return stream, token, wanted.session, method, params, meta
                 refusal = DEADLINE_EXCEEDED
         self._send(ERROR, stream, token, refusal, wall)
         return None
@@ -384,19 +385,22 @@ class ServerConnection:
             request.deadline = now + request.meta.deadline_ms / MS
             self.deadline_moved = True
 
-    def respond(self, request: Request, body: bytes, wall: int) -> bool:
-        """Answer a request with an encoded result. False if it had its answer already (or never will)."""
-        if (request.held and not self._release(request)) or self.state is _CLOSED:
-            return False
+    def respond_at_once(self, stream: int, token: bytes, body: bytes, wall: int) -> None:
+        """Answer the request that was handed out last, and was not held, with an encoded result."""
+        if self.state is _CLOSED:
+            return
         # `_send`, written out: half of all frames pass here.
         counter = self._counter
         self._counter = counter + 1
         self._out.append(
-            _pack_header(
-                MIN_LENGTH + len(body), RESPONSE, request.stream, wall, self._salt, counter, request.token
-            )
-            + body
+            _pack_header(MIN_LENGTH + len(body), RESPONSE, stream, wall, self._salt, counter, token) + body
         )
+
+    def respond(self, request: Request, body: bytes, wall: int) -> bool:
+        """Answer a request with an encoded result. False if it had its answer already (or never will)."""
+        if (request.held and not self._release(request)) or self.state is _CLOSED:
+            return False
+        self._send(RESPONSE, request.stream, request.token, body, wall)
         return True
 
     def fail(self, request: Request, body: bytes, wall: int) -> bool:

@@ -20,6 +20,7 @@ from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.connection.events import (
     ConnectionEnded,
     KeyWanted,
+    RawRequest,
     Request,
     RequestEnded,
     ServerEvent,
@@ -177,9 +178,9 @@ class ServerProtocol(asyncio.Protocol):
         run = self._run
         requests = 0
         for event in events:
-            if event.__class__ is Request:
+            if event.__class__ is tuple:
                 requests += 1
-                run(event, wall)
+                run(event, wall)  # type: ignore[arg-type]  # the only bare tuple among the events
                 if self._paused_since is not None:
                     self._suspended = events
                     break
@@ -211,25 +212,54 @@ class ServerProtocol(asyncio.Protocol):
         if connection.deadline_moved:
             self._set_deadline()
 
-    def _run(self, request: Request, wall: int) -> None:
+    def _run(self, raw: RawRequest, wall: int) -> None:
         """Run a request's method as far as it goes without waiting."""
+        stream, token, session, name, params, meta = raw
         serving = self._serving
-        method = serving.methods.get(request.method)
-        if method is None or not (method.public if request.session is None else method.unrestricted):
+        method = serving.methods.get(name)
+        if method is None or not (method.public if session is None else method.unrestricted):
+            request = Request(*raw)
             refusal = self._refusal(request, method)
             if refusal is not None:
                 self._fail(request, *refusal)
                 return
             assert method is not None
         if (
-            request.meta is not NO_META
-            and request.meta.idempotency_key is not None
-            and not request.method.startswith(RESERVED_PREFIXES)  # an answer of theirs may hold tokens
+            meta is not NO_META
+            and meta.idempotency_key is not None
+            and not name.startswith(RESERVED_PREFIXES)  # an answer of theirs may hold tokens
         ):
-            self._run_once(request, method)
+            self._run_once(Request(*raw), method)
+            return
+        if not method.takes_params_as_they_are:
+            self._run_bound(Request(*raw), method)
             return
         try:
-            arguments = request.params if method.takes_params_as_they_are else self._bind(request, method)
+            result = method.function(**params)
+            if method.is_async:
+                worker = serving.tasks.start(result)
+                if worker is not None:
+                    self._hold(Request(*raw), worker)
+                    return
+                result = serving.tasks.result
+            body = encode_body(result)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever a method raises, its caller gets one answer
+            self._answer_exception(Request(*raw), error)
+            return
+        if len(body) >= SENT_AT_ONCE:
+            self._answer_large(Request(*raw), body)
+        elif self._connection is not None:
+            self._connection.respond_at_once(stream, token, body, wall)
+
+    def _run_bound(self, request: Request, method: Method) -> None:
+        """As `_run`, for a method whose parameters are checked one by one."""
+        serving = self._serving
+        try:
+            arguments = method.bind(request.params)
+            if method.context_name is not None:
+                arguments[method.context_name] = Context(self, request)
             result = method.function(**arguments)
             if method.is_async:
                 worker = serving.tasks.start(result)
@@ -243,11 +273,7 @@ class ServerProtocol(asyncio.Protocol):
         except BaseException as error:  # whatever a method raises, its caller gets one answer
             self._answer_exception(request, error)
         else:
-            if len(body) < SENT_AT_ONCE:
-                if self._connection is not None:
-                    self._connection.respond(request, body, wall)
-            else:
-                self._answer_large(request, body)
+            self._answer_with(request, body)
 
     def _run_once(self, request: Request, method: Method) -> None:
         """Run a request with an idempotency key, unless it was run: then answer as it was answered."""
@@ -293,12 +319,6 @@ class ServerProtocol(asyncio.Protocol):
         if method.operator and (request.session is None or not request.session.operator):
             return Code.PERMISSION_DENIED, OPERATORS_ONLY
         return None
-
-    def _bind(self, request: Request, method: Method) -> dict[str, Any]:
-        arguments = method.bind(request.params)
-        if method.context_name is not None:
-            arguments[method.context_name] = Context(self, request)
-        return arguments
 
     def _hold(self, request: Request, worker: Worker | Waiting) -> None:
         connection = self._connection
