@@ -30,7 +30,7 @@ UNKNOWN = [
     ),
     (
         "[server]\nzzz = 1",
-        "server.zzz = 1 (config.toml): unknown key; [server] has host, port, drain_timeout",
+        "server.zzz = 1 (config.toml): unknown key; [server] has host, port, drain_timeout, proxy_protocol_from",
     ),
     ("[sever]\nport = 1", "[sever] (config.toml): unknown section; did you mean [server]?"),
     (
@@ -108,7 +108,10 @@ def test_what_does_not_exist_is_told_with_the_nearest_name(home: Path, toml: str
             "ZCPROTO_HTTP__ENABLED",
             "http.enabled = 1 (…): not in this version; remove the section; the server speaks zcp/1 alone",
         ),
-        ("ZCPROTO_SERVER__", "server. = 1 (…): unknown key; [server] has host, port, drain_timeout"),
+        (
+            "ZCPROTO_SERVER__",
+            "server. = 1 (…): unknown key; [server] has host, port, drain_timeout, proxy_protocol_from",
+        ),
     ],
 )
 def test_a_variable_that_names_no_key_is_a_fault(home: Path, variable: str, fault: str) -> None:

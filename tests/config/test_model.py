@@ -15,6 +15,7 @@ DEFAULTS = {
     "server.host": ("127.0.0.1",),
     "server.port": 7443,
     "server.drain_timeout": 30.0,
+    "server.proxy_protocol_from": (),
     "tls.suites": ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"),
     "tls.handshake_timeout": 5.0,
     "tls.max_handshakes": 256,

@@ -24,6 +24,7 @@ from zcproto.config.rules import (
     Flag,
     HostName,
     ListOf,
+    NetworkAddress,
     Pin,
     Rule,
     SiteName,
@@ -61,6 +62,11 @@ class ServerConfig(BaseModel):
         30.0,
         "How long running requests may take to end after SIGTERM, before they are cancelled. The default is"
         " what service managers commonly wait before they kill.",
+    )
+    proxy_protocol_from: Annotated[tuple[str, ...], ListOf(NetworkAddress(), 0, 64)] = _key(
+        (),
+        "The load balancers that tell the client's address in a PROXY protocol header of version 2 before TLS"
+        " begins. From these it is demanded; from all others, who could claim any address by it, it is no TLS.",
     )
 
 

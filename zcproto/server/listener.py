@@ -2,6 +2,9 @@
 
 A connection beyond a limit is closed at accept, without a byte. While as many handshakes are in progress as
 allowed, nothing is accepted: the rest wait in the kernel's backlog, where they cost no memory of ours.
+
+A connection from a listed load balancer counts as the balancer's, without a limit, until its header has told whose
+it is. Then it counts as its client's, and is closed if that is one too many.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
 from zcproto.errors import ConfigError
-from zcproto.network import network_of
+from zcproto.network import Networks, network_of, plain_address
 from zcproto.server.serving import Serving, log
+from zcproto.tls.forwarded import ForwardedTransport
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
 BACKLOG: Final = 4_096
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
+
+NO_NETWORKS: Final = Networks()
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -66,7 +72,11 @@ def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
 
 
 class Listener:
-    """Accepts for one loop."""
+    """Accepts for one loop.
+
+    `balancers` are those from which a PROXY protocol header is demanded, and believed. They may be replaced; that
+    counts for connections to come.
+    """
 
     def __init__(
         self,
@@ -78,7 +88,9 @@ class Listener:
         max_handshakes: int,
         max_connections: int,
         connections_per_address: int,
+        balancers: Networks = NO_NETWORKS,
     ) -> None:
+        self.balancers = balancers
         self._sockets = list(sockets)
         self._acceptor = acceptor
         self._serving = serving
@@ -94,6 +106,7 @@ class Listener:
         self._adopting: set[Opening] = set()  # kept here until the loop has them
         acceptor.on_slot_free = self._resume
         acceptor.on_closed = self._connection_closed
+        acceptor.on_forwarded = self._connection_forwarded
 
     @property
     def connections(self) -> int:
@@ -146,29 +159,48 @@ class Listener:
             self._pause()
             self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
             return
-        self._admit(connection, address[0])
+        self._admit(connection, plain_address(address[0]))
 
     def _admit(self, connection: socket.socket, address: str) -> None:
         counters = self._serving.counters
         network = network_of(address)
+        is_forwarded = bool(self.balancers) and self.balancers.contains(address)
         if self._open >= self._max_connections:
             counters.refused_full += 1
             self._serving.log_limited("connection.refused_full", "", limit=self._max_connections)
             connection.close()
             return
         of_network = self._by_network.get(network, 0)
-        if self._per_address and of_network >= self._per_address:
-            counters.refused_per_address += 1
-            self._serving.log_limited(
-                "connection.refused_per_address", address, peer=address, limit=self._per_address
-            )
+        if not is_forwarded and self._per_address and of_network >= self._per_address:
+            self._refuse_address(address)
             connection.close()
             return
         self._by_network[network] = of_network + 1
         self._open += 1
         connection.setblocking(False)
-        transport = self._acceptor.transport(address)  # from here on it is a handshake in progress
+        # From here on it is a handshake in progress.
+        if is_forwarded:
+            transport: TlsServerTransport = ForwardedTransport(self._acceptor, address)
+        else:
+            transport = self._acceptor.transport(address)
         self._adopt(connection, transport)
+
+    def _refuse_address(self, address: str, **values: Any) -> None:
+        self._serving.counters.refused_per_address += 1
+        self._serving.log_limited(
+            "connection.refused_per_address", address, peer=address, limit=self._per_address, **values
+        )
+
+    def _connection_forwarded(self, balancer: str, client: str) -> bool:
+        """The connection is this client's from here on; or False, if the client has as many as it may."""
+        network = network_of(client)
+        of_network = self._by_network.get(network, 0)
+        if self._per_address and of_network >= self._per_address:
+            self._refuse_address(client, balancer=balancer)
+            return False
+        self._by_network[network] = of_network + 1
+        self._uncount(balancer)
+        return True
 
     def _adopt(self, connection: socket.socket, transport: TlsServerTransport) -> None:
         """Give a socket to the loop. Stepped by hand: a task would cost as much as the rest of an accept."""
@@ -193,6 +225,9 @@ class Listener:
         self._open -= 1
         if self._closed and not self._open:
             self._empty.set()
+        self._uncount(address)
+
+    def _uncount(self, address: str) -> None:
         network = network_of(address)
         left = self._by_network[network] - 1
         if left:

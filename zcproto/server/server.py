@@ -38,6 +38,7 @@ from zcproto.connection.settings import ConnectionSettings
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError
 from zcproto.home import Home, resolve_home
+from zcproto.network import Networks
 from zcproto.server.app import App, Method
 from zcproto.server.binding import Binding
 from zcproto.server.builtin import KEY_GONE, default_app, protocol_methods
@@ -229,6 +230,7 @@ class Server:
             max_handshakes=config.tls.max_handshakes,
             max_connections=config.limits.max_connections,
             connections_per_address=config.limits.connections_per_address,
+            balancers=Networks(config.server.proxy_protocol_from),
         )
         self.pauses = PauseMeter(loop, lambda: serving.counters.requests + acceptor.handshakes_completed)
         self.pauses.start()

@@ -11,6 +11,10 @@ from typing import Final
 class TlsFailure(Enum):
     """Causes, as seen by the side that counts them. The value is the name used in metrics and logs."""
 
+    # before TLS began
+    PROXY_HEADER_MISSING = "proxy_header_missing"
+    PROXY_HEADER_VERSION = "proxy_header_version"
+    PROXY_HEADER_MALFORMED = "proxy_header_malformed"
     # before OpenSSL saw a byte
     NOT_TLS = "not_tls"
     PLAINTEXT_HTTP = "plaintext_http"

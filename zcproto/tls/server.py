@@ -44,7 +44,8 @@ class TlsAcceptor:
     means any that the context takes. `protocols` maps an ALPN name (None: the client offers none) to the
     factory of what speaks it. `on_failure` is called with each cause and the peer's address; `failures`
     counts them. `on_slot_free` is called when a handshake ends, whichever way; `on_closed` when a connection
-    is gone.
+    is gone; `on_forwarded` with the addresses of a load balancer and of the client whose connection it passes on,
+    to say whether it may go on as the client's.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class TlsAcceptor:
         on_failure: Callable[[TlsFailure, str], None] = lambda failure, peer: None,
         on_slot_free: Callable[[], None] = lambda: None,
         on_closed: Callable[[str], None] = lambda peer: None,
+        on_forwarded: Callable[[str, str], bool] = lambda balancer, client: True,
     ) -> None:
         self.contexts = contexts if isinstance(contexts, SiteContexts) else SiteContexts(contexts)
         self.client_pins = client_pins
@@ -71,6 +73,7 @@ class TlsAcceptor:
         self.on_failure = on_failure
         self.on_slot_free = on_slot_free
         self.on_closed = on_closed
+        self.on_forwarded = on_forwarded
         self.buffer = ReceiveBuffer()
         self.failures: dict[TlsFailure, int] = dict.fromkeys(TlsFailure, 0)
         self.handshakes_in_progress = 0

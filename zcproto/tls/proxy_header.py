@@ -1,0 +1,97 @@
+"""The header of a load balancer that tells whose connection it passes on: PROXY protocol, version 2.
+
+It stands before the first byte of TLS (haproxy.org, proxy-protocol.txt section 2.2): a signature of 12 bytes, one
+with version and command, one with the family of the addresses, two with the length of the rest, the addresses,
+and fields of the balancer's own (TLVs), which are passed over unread.
+
+Total on any bytes: a header, the reason why it is none, or None for 'more is needed'. However it is cut, at most
+MAX_SIZE bytes wait, and looking at them takes the same few steps. Version 1, which is text without a length, is
+refused: what ends it has to be searched for.
+
+Must not know: who may send such a header. Whoever may can name any address as its own.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from typing import Final, NamedTuple
+
+from zcproto.tls.failure import TlsFailure
+
+MAX_SIZE: Final = 4_096
+"""Bytes of a header. The addresses take up to 232; some balancers add the certificate that a client showed them."""
+
+SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
+_VERSION_1: Final = b"PROXY "
+_FIXED: Final = 16
+_VERSION: Final = 2
+_LOCAL: Final = 0
+_PROXY: Final = 1
+
+_UNKNOWN: Final = 0x00  # AF_UNSPEC
+_TCP_4: Final = 0x11
+_TCP_6: Final = 0x21
+_UNIX_STREAM: Final = 0x31
+_ADDRESSES: Final = {_UNKNOWN: 0, _TCP_4: 12, _TCP_6: 36, _UNIX_STREAM: 216}
+"""Bytes of both addresses by family and transport. Datagrams (0x12, 0x22, 0x32) do not become a stream."""
+
+_fixed_part: Final = struct.Struct("!12xBBH").unpack_from
+
+
+class ProxyHeader(NamedTuple):
+    """A whole header.
+
+    `address` is the client's, None where the balancer speaks for itself (a check of health) or knows no address
+    of TCP. `rest` is what came behind the header: the first bytes of TLS.
+    """
+
+    address: str | None
+    rest: bytes
+
+
+class ProxyHeaderReader:
+    """The first bytes of one connection of a load balancer."""
+
+    __slots__ = ("_raw",)
+
+    def __init__(self) -> None:
+        self._raw = bytearray()
+
+    def feed(self, data: bytes | memoryview) -> ProxyHeader | TlsFailure | None:
+        """Take in bytes. None if they do not tell yet; once there is a judgement, feed nothing more."""
+        raw = self._raw
+        raw += data
+        size = len(raw)
+        if raw[:12] != SIGNATURE[:size]:
+            if size < len(_VERSION_1) and _VERSION_1.startswith(raw):
+                return None
+            is_version_1 = raw.startswith(_VERSION_1)
+            return TlsFailure.PROXY_HEADER_VERSION if is_version_1 else TlsFailure.PROXY_HEADER_MISSING
+        if size <= 12:
+            return None
+        if raw[12] >> 4 != _VERSION:
+            return TlsFailure.PROXY_HEADER_VERSION
+        if size < _FIXED:
+            return None
+        head, family, length = _fixed_part(raw)
+        command = head & 0x0F
+        if command not in (_LOCAL, _PROXY) or _FIXED + length > MAX_SIZE:
+            return TlsFailure.PROXY_HEADER_MALFORMED
+        # What LOCAL says of addresses counts for nothing, its family included (section 2.2).
+        if command == _PROXY and length < _ADDRESSES.get(family, MAX_SIZE):
+            return TlsFailure.PROXY_HEADER_MALFORMED
+        if size < _FIXED + length:
+            return None
+        address = _source(raw, family) if command == _PROXY else None
+        return ProxyHeader(address, bytes(raw[_FIXED + length :]))
+
+
+def _source(raw: bytearray, family: int) -> str | None:
+    """The client's address in a header whose length was checked."""
+    if family == _TCP_4:
+        return str(ipaddress.IPv4Address(bytes(raw[_FIXED : _FIXED + 4])))
+    if family == _TCP_6:
+        ip = ipaddress.IPv6Address(bytes(raw[_FIXED : _FIXED + 16]))
+        return str(ip.ipv4_mapped or ip)
+    return None
