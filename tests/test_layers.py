@@ -14,7 +14,7 @@ LEAVES = {"errors", "clock", "config", "home", "printable", "deadlines", "networ
 PROCESS = {"event_loop", "file_limit"}
 """Leaves for whoever has a process of its own."""
 
-BELOW_THE_EDGE = {"tls", "connection", "wire", "sessions", "auth", "stores", "certs", "observe"}
+BELOW_THE_EDGE = {"tls", "connection", "wire", "sessions", "auth", "stores", "certs", "observe", "alerts"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # the leaves, below all
@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tls": LEAVES,
     "certs": LEAVES,
     "observe": LEAVES,
+    "alerts": {"observe", "errors", "printable"},
     # the edge
     "server": BELOW_THE_EDGE | LEAVES | PROCESS,
     "client": {"tls", "connection", "wire", "observe"} | LEAVES | PROCESS,
@@ -68,7 +69,7 @@ REASONS = {
     ("*", "*"): "imports point down: cli, bench > server, client > tls > connection > wire; see MAY_IMPORT",
 }
 
-CORE = {"wire", "connection", "sessions"}
+CORE = {"wire", "connection", "sessions", "alerts"}
 NOT_IN_THE_CORE = {
     *("asyncio", "ssl", "socket", "os", "time", "pathlib", "random", "secrets", "logging", "structlog"),
     *("io", "threading", "select", "selectors", "subprocess", "tempfile", "shutil", "uuid", "datetime"),

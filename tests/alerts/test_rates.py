@@ -1,0 +1,104 @@
+"""When events are so many that somebody must know."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zcproto.alerts.rates import SLOTS, RateChange, RateRule, RateState, RateWatch
+
+RULE = RateRule(threshold=10, window_s=300.0, quiet_s=900.0)
+
+
+def states(watch: RateWatch, reads: list[tuple[int, float]]) -> list[RateState | None]:
+    """What each reading (total, time) says."""
+    return [None if (change := watch.read(*each)) is None else change.state for each in reads]
+
+
+def test_it_begins_when_the_window_holds_enough() -> None:
+    watch = RateWatch(RULE)
+    assert watch.read(9, 0.0) is None
+    assert watch.read(9, 10.0) is None
+    assert watch.read(10, 20.0) == RateChange(RateState.BEGAN, 1, 10)
+    assert watch.is_on
+
+
+def test_events_that_come_slowly_are_no_rate() -> None:
+    watch = RateWatch(RULE)
+    assert states(watch, [(number, number * 34.0) for number in range(1, 1_000)]) == [None] * 999
+
+
+def test_it_ends_after_a_while_of_few_and_not_before() -> None:
+    watch = RateWatch(RULE)
+    watch.read(10, 0.0)
+    assert watch.read(10, 299.0) is None
+    assert watch.read(10, 306.0) is None  # the window is empty from here on
+    assert watch.read(10, 306.0 + 899.0) is None
+    assert watch.read(10, 306.0 + 900.0) == RateChange(RateState.ENDED, 0, 0)
+    assert not watch.is_on
+    assert watch.read(10, 5_000.0) is None
+
+
+def test_what_hovers_about_the_threshold_begins_once() -> None:
+    watch, total, seen = RateWatch(RULE), 0, []
+    for number in range(200):
+        total += 9 if number % 2 else 11
+        seen += states(watch, [(total, number * 300.0)])
+    assert seen.count(RateState.BEGAN) == 1
+    assert RateState.ENDED not in seen
+
+
+def test_half_of_the_threshold_is_few() -> None:
+    watch = RateWatch(RULE)
+    watch.read(10, 0.0)
+    seen = states(watch, [(10 + 5 * number, 310.0 * number) for number in range(1, 6)])
+    assert seen == [*[RateState.GOES_ON] * 3, RateState.ENDED, None]
+
+
+def test_one_event_is_enough_where_the_threshold_is_one() -> None:
+    watch = RateWatch(RateRule(1, 60.0, 300.0))
+    assert states(watch, [(0, 0.0), (1, 1.0), (1, 2.0), (2, 3.0), (2, 70.0), (2, 371.0)]) == [
+        *(None, RateState.BEGAN, None, RateState.GOES_ON, None, RateState.ENDED)
+    ]
+
+
+def test_a_counter_that_began_anew_is_taken_as_it_is() -> None:
+    watch = RateWatch(RULE)
+    watch.read(9, 0.0)
+    assert watch.read(1, 1.0) == RateChange(RateState.BEGAN, 1, 10)
+
+
+def test_a_threshold_of_nothing_is_a_mistake() -> None:
+    with pytest.raises(AssertionError):
+        RateWatch(RateRule(0, 1.0, 1.0))
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 30), st.floats(0.0, 400.0)), max_size=60),
+    threshold=st.integers(1, 40),
+)
+def test_it_is_what_a_list_of_all_events_says(steps: list[tuple[int, float]], threshold: int) -> None:
+    """Against a list of (time, events), with the parts of the window as the only difference."""
+    rule = RateRule(threshold, 300.0, 900.0)
+    watch, now, total, events, was_on = RateWatch(rule), 0.0, 0, [], False
+    for count, pause in steps:
+        now += pause
+        total += count
+        events.append((now, count))
+        change = watch.read(total, now)
+        part = rule.window_s / SLOTS
+        surely = sum(each for then, each in events if now - then < rule.window_s - part)
+        at_most = sum(each for then, each in events if now - then <= rule.window_s)
+        if surely >= threshold:
+            assert watch.is_on
+        if watch.is_on and not was_on:
+            assert change is not None
+            assert change.state is RateState.BEGAN
+            assert at_most >= threshold
+            assert surely <= change.in_window <= at_most
+        if was_on and not watch.is_on:
+            assert change is not None
+            assert change.state is RateState.ENDED
+            assert surely <= threshold // 2
+        was_on = watch.is_on
