@@ -36,13 +36,15 @@ UNKNOWN = [
     (
         "[zzz]",
         "[zzz] (config.toml): unknown section;"
-        " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, log",
+        " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, http, alerts,"
+        " log",
     ),
     ("port = 7443", "port = 7443 (config.toml): stands in no section; did you mean server.port?"),
     (
         "zzz = 7443",
         "zzz = 7443 (config.toml): stands in no section;"
-        " the sections are server, tls, certificates, sessions, store, idempotency, freshness, limits, log",
+        " the sections are server, tls, certificates, sessions, store, idempotency, freshness, limits, http,"
+        " alerts, log",
     ),
     ("server = 5", "server = 5 (config.toml): is a section: write [server], and its keys below that"),
     (
@@ -54,13 +56,8 @@ UNKNOWN = [
         "server.port = (a table) (config.toml): must be a whole number from 1 to 65535, or 0 for any free port",
     ),
     (
-        "[http]\nenabled = false",
-        "[http] (config.toml): not in this version; remove the section; the server speaks zcp/1 alone",
-    ),
-    (
-        "[alerts]",
-        "[alerts] (config.toml): not in this version;"
-        " remove the section; what would be an alert is in the log, see [log]",
+        "[alerts]\nwebhooks = 1",
+        "alerts.webhooks = 1 (config.toml): unknown key; did you mean alerts.webhook?",
     ),
     (
         "[certificates]\nsites = 1",
@@ -101,13 +98,11 @@ def test_what_does_not_exist_is_told_with_the_nearest_name(home: Path, toml: str
         (
             "ZCPROTO_ZZZ__ZZZ",
             "zzz.zzz = 1 (…): unknown section;"
-            " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, log",
+            " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, http, alerts,"
+            " log",
         ),
         ("ZCPROTO_SERVER_PORT", "server.port = 1 (…): two underscores must follow the section"),
-        (
-            "ZCPROTO_HTTP__ENABLED",
-            "http.enabled = 1 (…): not in this version; remove the section; the server speaks zcp/1 alone",
-        ),
+        ("ZCPROTO_HTTP__HSTSS", "http.hstss = 1 (…): unknown key; did you mean http.hsts?"),
         (
             "ZCPROTO_SERVER__",
             "server. = 1 (…): unknown key; [server] has host, port, drain_timeout, proxy_protocol_from",
@@ -435,6 +430,10 @@ def test_a_hundred_faults_are_all(home: Path) -> None:
         '[store]\nurl = ["redis://user:hunter2@cache"]',
         '[store]\nuri = "redis://user:hunter2@cache"',
         '[alerts]\nwebhook_secret = "hunter2"',
+        '[alerts]\nwebhook = "https://example.com/hunter2#"',
+        '[alerts]\nwebhook = "http://example.com/hunter2"',
+        '[alerts]\nwebhook = "https://ada:hunter2@example.com/"',
+        '[alerts]\nwebhook = "http://localhost/hunter2"\nwebhook_ca_file = "/ca.pem"',
         'passphrase = "hunter2"',
         '[server.host]\nx = "hunter2"',
         '[zzz]\nx = "hunter2"',

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from zcproto.certs.names import check_name
 from zcproto.config.rules import (
+    Arguments,
     Binding,
     CertificateName,
     Choice,
@@ -27,6 +28,7 @@ from zcproto.config.rules import (
     SiteName,
     StoreUrl,
     VariableName,
+    WebhookUrl,
     Whole,
 )
 from zcproto.errors import TlsError
@@ -96,6 +98,15 @@ HOSTS = ListOf(HostName(), 1, 16, bare=True)
         (Binding(), "off", "off"),
         (Binding(), "exact", "exact"),
         (Binding(), "24", "24"),
+        (WebhookUrl(), "", ""),
+        (WebhookUrl(), "https://alerts.example.com", "https://alerts.example.com"),
+        (WebhookUrl(), "https://192.0.2.1:8443/a?b=c&d", "https://192.0.2.1:8443/a?b=c&d"),
+        (WebhookUrl(), "https://[2001:db8::1]/a", "https://[2001:db8::1]/a"),
+        (WebhookUrl(), "http://localhost:9000/", "http://localhost:9000/"),
+        (WebhookUrl(), "http://127.8.9.1/", "http://127.8.9.1/"),
+        (WebhookUrl(), "http://[::1]:9000/", "http://[::1]:9000/"),
+        (Arguments(), [], ()),
+        (Arguments(), ["/bin/mail", "-s", "-s", "", 'a, "b"'], ("/bin/mail", "-s", "-s", "", 'a, "b"')),
         (TWO_OF_THREE, ["a", "c"], ("a", "c")),
         (TWO_OF_THREE, ("c",), ("c",)),
         (HOSTS, "::", ("::",)),
@@ -109,6 +120,53 @@ def test_a_right_value_is_accepted(rule: Rule, value: object, result: object) ->
 
 
 WRONG: list[tuple[Rule, list[object]]] = [
+    (
+        WebhookUrl(),
+        [
+            *(
+                "alerts.example.com",
+                "ftp://a",
+                "https://",
+                "https:///a",
+                "https://a b",
+                "https://a/\n",
+                1,
+                None,
+                [],
+            ),
+            *(
+                "https://u:p@a/",
+                "https://u@a/",
+                "https://a/#b",
+                "https://a:0/",
+                "https://a:x/",
+                "https://[::1",
+            ),
+            *("https://a:65536/", "https://a/ü", "https://-a/", f"https://a/{'b' * 2_000}", "HTTPS://a/"),
+            *(
+                "http://a/",
+                "http://192.0.2.1/",
+                "http://localhost.example.com/",
+                "http://0.0.0.0/",
+                "https://a/b#",
+            ),
+        ],
+    ),
+    (
+        Arguments(),
+        [
+            "/bin/true",
+            ["mail"],
+            ["./mail"],
+            [""],
+            [1],
+            ["/a", None],
+            ["/a\n"],
+            ["/a", "b" * 4_097],
+            ["/a"] * 65,
+            None,
+        ],
+    ),
     (Whole(1, 9), [0, 10, -1, 1.0, "1", True, None, [1], 10**100]),
     (Whole(1, 9, "none"), [-1, 10]),
     (Flag(), [0, 1, "true", None, []]),

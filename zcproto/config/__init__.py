@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from zcproto.config.load import load_config
 from zcproto.config.model import (
+    AlertsConfig,
     CertificatesConfig,
     Config,
     FreshnessConfig,
@@ -27,6 +28,7 @@ from zcproto.config.model import (
 from zcproto.config.render import config_as_toml, default_config_file
 
 __all__ = [
+    "AlertsConfig",
     "CertificatesConfig",
     "Config",
     "FreshnessConfig",

@@ -65,6 +65,9 @@ def check_sites(sites: Tables) -> Iterator[Refusal]:
                 )
 
 
+PRELOAD_MAX_AGE = 31_536_000
+"""What the preload lists of browsers demand of max-age at least, in seconds."""
+
 CHECKS = (
     Check(
         ("limits.max_frame_bytes_before_session", "limits.max_frame_bytes"),
@@ -107,11 +110,55 @@ CHECKS = (
     ),
     *(
         Check(
+            (f"alerts.{key}", "alerts.webhook"),
+            lambda value, webhook: value is None or webhook != "",
+            "must be empty with",
+            "name the webhook that it is for",
+        )
+        for key in ("webhook_secret_file", "webhook_ca_file")
+    ),
+    Check(
+        ("alerts.webhook_ca_file", "alerts.webhook"),
+        lambda ca_file, webhook: ca_file is None or webhook == "" or webhook.startswith("https:"),
+        "must be empty with",
+        "there is no certificate by http://",
+    ),
+    *(
+        Check(
             (f"tls.{key}", "tls.client_auth"),
             lambda value, client_auth: not value or client_auth != "off",
             "must be empty with",
             'set client_auth = "optional" or "required", or no client is checked by it',
         )
         for key in ("client_ca_file", "client_crl_file", "client_pins")
+    ),
+    Check(
+        ("http.hsts_preload", "http.hsts"),
+        lambda preload, hsts: hsts or not preload,
+        "must be false with",
+        "set hsts = true to be in the lists of browsers",
+    ),
+    Check(
+        ("http.hsts_preload", "http.hsts_include_subdomains"),
+        lambda preload, include_subdomains: include_subdomains or not preload,
+        "must be false with",
+        "the lists of browsers take no name without the names below it",
+    ),
+    Check(
+        ("http.hsts_preload", "http.hsts_max_age_seconds"),
+        lambda preload, max_age: max_age >= PRELOAD_MAX_AGE or not preload,
+        "must be false with",
+        f"the lists of browsers demand {PRELOAD_MAX_AGE} seconds",
+    ),
+    Check(
+        ("http.redirect_port", "http.enabled"),
+        lambda port, enabled: enabled or not port,
+        "must be 0 with",
+        "there would be nothing to send people on to",
+    ),
+    Check(
+        ("http.redirect_port", "server.port"),
+        lambda port, tls_port: not port or port != tls_port,
+        "must not be",
     ),
 )

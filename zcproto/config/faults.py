@@ -39,6 +39,11 @@ def show(key: str, value: object) -> str:
     return "(hidden)" if hides(key) else printable(_text(value), MAX_SHOWN)
 
 
+def written(key: str, value: object) -> str:
+    """The value under `key`, which its rule has accepted, as TOML for people."""
+    return "(hidden)" if hides(key) else _ADDRESS.sub(r'\1://(hidden)"', rules()[key].write(value))
+
+
 def hides(key: str) -> bool:
     """Whether the value under `key` is not for the eyes of people."""
     # certificates.key holds paths.

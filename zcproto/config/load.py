@@ -16,8 +16,8 @@ from typing import Any
 import tomli
 
 from zcproto.config.checks import CHECKS
-from zcproto.config.faults import fault, hides, outside_section, unknown_key, unknown_section
-from zcproto.config.model import LATER_SECTIONS, Config, rules, sections, split_key
+from zcproto.config.faults import fault, outside_section, unknown_key, unknown_section, written
+from zcproto.config.model import Config, rules, sections, split_key
 from zcproto.config.rules import Refusal, RefusedError
 from zcproto.config.tables import TablesOf
 from zcproto.errors import ConfigError
@@ -136,9 +136,7 @@ def _where(message: str, text: str) -> str:
 
 def _from_document(document: Mapping[str, Any], source: str) -> _Items:
     for section, table in document.items():
-        if section in LATER_SECTIONS:
-            yield f"[{section}] ({source}): not in this version; {LATER_SECTIONS[section]}"
-        elif section in sections():
+        if section in sections():
             if isinstance(table, dict):
                 for name, value in table.items():
                     yield _item(f"{section}.{name}", value, source)
@@ -188,12 +186,7 @@ def _item(key: str, value: object, source: str) -> str | tuple[str, _Given]:
     if key in rules():
         return key, _Given(value, source)
     section, name = split_key(key)
-    if section in LATER_SECTIONS:
-        sentence = f"not in this version; {LATER_SECTIONS[section]}"
-    elif section in sections():
-        sentence = unknown_key(key)
-    else:
-        sentence = unknown_section(section, name)
+    sentence = unknown_key(key) if section in sections() else unknown_section(section, name)
     return fault(key, value, source, sentence)
 
 
@@ -220,8 +213,7 @@ def _check_pairs(values: Mapping[str, Any], given: Mapping[str, _Given], faults:
         if not all(key in values for key in check.keys) or check.holds(*(values[key] for key in check.keys)):
             continue
         subject, measure = (
-            f"{'(hidden)' if hides(key) else rules()[key].write(values[key])}"
-            f" ({given[key].source if key in given else DEFAULT})"
+            f"{written(key, values[key])} ({given[key].source if key in given else DEFAULT})"
             for key in check.keys[:2]
         )
         cure = f"; {check.cure}" if check.cure else ""

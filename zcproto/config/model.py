@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from zcproto.config.checks import CHECKS, SITE_CHECKS, check_sites
 from zcproto.config.rules import (
+    Arguments,
     Binding,
     CertificateName,
     Choice,
@@ -30,6 +31,7 @@ from zcproto.config.rules import (
     SiteName,
     StoreUrl,
     VariableName,
+    WebhookUrl,
     Whole,
 )
 from zcproto.config.tables import TablesOf, rules_of
@@ -388,6 +390,126 @@ class LimitsConfig(BaseModel):
     )
 
 
+class AlertsConfig(BaseModel):
+    """Who is told when something is wrong, beside the log, and how much of it is."""
+
+    model_config = _SETTINGS
+
+    webhook: Annotated[str, WebhookUrl()] = _key(
+        "",
+        "Where alerts are sent to, as JSON by HTTPS. The certificate is checked, and redirects are not followed."
+        " Empty: nowhere.",
+    )
+    webhook_secret_file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None,
+        "A file of mode 0600 with the secret that messages are signed with. Empty: they are not signed, for"
+        " receivers that know by a secret address who sends.",
+    )
+    webhook_ca_file: Annotated[Path | None, FilePath(empty=True)] = _key(
+        None, "The CA certificates that sign that of the webhook. Empty: those of the system."
+    )
+    webhook_timeout: Annotated[float, Duration("100ms", "1m")] = _key(
+        10.0, "How long one try may take, from the look-up of the name to the end of the answer."
+    )
+    command: Annotated[tuple[str, ...], Arguments()] = _key(
+        (),
+        "A program that gets each message as JSON on its standard input, without a shell in between, and one at a"
+        " time. Empty: none.",
+    )
+    command_timeout: Annotated[float, Duration("100ms", "5m")] = _key(
+        10.0, "How long it may run, before it is killed with all that it has started."
+    )
+    repeat: Annotated[float | None, Duration("1m", "365d", off=True)] = _key(
+        86_400.0, "After so long what is still wrong is told again: once a day nobody has forgotten it."
+    )
+    rate_window: Annotated[float, Duration("10s", "1h")] = _key(
+        300.0, "The time in which events are counted that are an alert only if they are many."
+    )
+    quiet: Annotated[float, Duration("1s", "24h")] = _key(
+        900.0,
+        "How long it must be quiet before such an alert is over, and how long the same event is not told again.",
+    )
+    tls_failures: Annotated[int, Whole(1, 1_000_000_000, "no such alert")] = _key(
+        100,
+        "Failed TLS connections of one cause within the window. For causes that any scanner of ports makes it is"
+        " ten times as many.",
+    )
+    throttled_logins: Annotated[int, Whole(1, 1_000_000_000, "no such alert")] = _key(
+        100,
+        "Logins that were sent away to wait, within the window. A program that tries a wrong key for ever comes to"
+        " a few.",
+    )
+    replays: Annotated[int, Whole(1, 1_000_000_000, "no such alert")] = _key(
+        1, "Frames refused as replays within the window. There is no innocent reason for one."
+    )
+    stale_frames: Annotated[int, Whole(1, 1_000_000_000, "no such alert")] = _key(
+        100, "Requests refused for a timestamp that is too far off, within the window."
+    )
+    revocation_rate: Annotated[int, Whole(1, 1_000_000_000, "no such alert")] = _key(
+        100, "Sessions revoked within the window, by whomever."
+    )
+    refused_connections: Annotated[int, Whole(1, 1_000_000_000, "no such alert")] = _key(
+        10, "Connections that found no room within the window."
+    )
+    revocations: Annotated[str, Choice(("operators", "any", "rate"))] = _key(
+        "operators",
+        'Which revocations are told one by one. "operators": those by operators, and those that follow from a user'
+        ' or a device being removed. "any": also those by users themselves. "rate": none, only very many.',
+    )
+
+
+class HttpConfig(BaseModel):
+    """The HTTPS side of the same port: health, metrics and a page for people."""
+
+    model_config = _SETTINGS
+
+    enabled: Annotated[bool, Flag()] = _key(
+        True,
+        "Whether clients that offer http/1.1, or no protocol at all, are served. If not, they get the TLS alert"
+        " no_application_protocol.",
+    )
+    hsts: Annotated[bool, Flag()] = _key(
+        True,
+        "Whether every response has Strict-Transport-Security, by which browsers come by TLS alone from then on"
+        " (RFC 6797).",
+    )
+    hsts_max_age_seconds: Annotated[int, Whole(0, 315_360_000)] = _key(
+        31_536_000,
+        "How long they keep to that, in seconds. A year is what their preload lists demand; 0 makes them forget.",
+    )
+    hsts_include_subdomains: Annotated[bool, Flag()] = _key(
+        True, "Whether it holds for every name below the server's own, too."
+    )
+    hsts_preload: Annotated[bool, Flag()] = _key(
+        False,
+        "Whether browsers may ship the server's name in their lists. That is hard to take back, so it is a"
+        " decision.",
+    )
+    metrics: Annotated[str, Choice(("session", "address", "open", "off"))] = _key(
+        "session",
+        'Who gets /metrics. "session": whoever shows the token of a session; "address": the networks of allow;'
+        ' "open": anybody; "off": nobody.',
+    )
+    allow: Annotated[tuple[str, ...], ListOf(NetworkAddress(), 0, 64)] = _key(
+        ("127.0.0.1/32", "::1/128"), 'The networks that get /metrics with metrics = "address".'
+    )
+    request_timeout: Annotated[float, Duration("100ms", "5m")] = _key(
+        10.0,
+        "How long the head of a request may take to arrive, and again its body, whatever arrives meanwhile. Both"
+        " fit into a few packets.",
+    )
+    idle_timeout: Annotated[float, Duration("100ms", "1h")] = _key(
+        60.0,
+        "How long a connection is kept for the next request: longer than a monitor's usual interval of 15 or 30"
+        " seconds, as a new one costs a handshake.",
+    )
+    redirect_port: Annotated[int, Whole(1, 65_535, "none")] = _key(
+        0,
+        "A port without TLS that sends people on to https. The default is none: programs must never be used to"
+        " asking in the clear.",
+    )
+
+
 class LogConfig(BaseModel):
     """The log."""
 
@@ -419,6 +541,8 @@ class Config(BaseModel):
     idempotency: IdempotencyConfig = IdempotencyConfig()
     freshness: FreshnessConfig = FreshnessConfig()
     limits: LimitsConfig = LimitsConfig()
+    http: HttpConfig = HttpConfig()
+    alerts: AlertsConfig = AlertsConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -427,13 +551,6 @@ class Config(BaseModel):
             if not check.holds(*(getattr(getattr(self, s), k) for s, k in map(split_key, check.keys))):
                 raise ValueError(f"{check.keys[0]} {check.demand} {check.keys[1]}")
         return self
-
-
-LATER_SECTIONS = {
-    "http": "remove the section; the server speaks zcp/1 alone",
-    "alerts": "remove the section; what would be an alert is in the log, see [log]",
-}
-"""Sections of later versions, and what to do in this one."""
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import tomli
 from pydantic_core import CoreSchema, core_schema
@@ -36,6 +37,7 @@ _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 # Base64 of 32 bytes: the last of 43 digits carries four bits only, so its other two are 0.
 _PIN = re.compile(r"(cert-)?sha256/[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 _VARIABLE = re.compile(r"(?!ZCPROTO_)[A-Za-z_][A-Za-z0-9_]{0,127}")
+_URL = re.compile(r"https?://[!$-~]{1,2000}")
 _STORE = re.compile(
     r"memory|sqlite|((redis|rediss|valkey|valkeys)(\+(sentinel|cluster))?|((redis|valkey)\+)?unix)://.{1,1000}"
 )
@@ -380,6 +382,69 @@ class StoreUrl(Rule):
 
 
 @dataclass(frozen=True)
+class WebhookUrl(Rule):
+    """Where messages are sent to by HTTPS. "" is none."""
+
+    def expects(self) -> str:
+        return (
+            'an address such as "https://alerts.example.com/zcproto", of printable ASCII and without a user or a'
+            ' fragment; http:// is for this machine alone, such as "http://127.0.0.1:9000/"; or ""'
+        )
+
+    def read(self, value: object) -> str:
+        if value == "":
+            return ""
+        if not isinstance(value, str) or not _URL.fullmatch(value):
+            raise self.refused()
+        try:
+            parts = urlsplit(value)
+            host, port = parts.hostname, parts.port
+        except ValueError:  # a port or an address in brackets that is none
+            raise self.refused() from None
+        if (
+            not host
+            or port == 0
+            or "@" in parts.netloc
+            or not (_HOST_NAME.fullmatch(host) or _is_address(host))
+        ):
+            raise self.refused()
+        if parts.scheme == "http" and not is_loopback(host):
+            raise self.refused()
+        return value
+
+
+@dataclass(frozen=True)
+class Arguments(Rule):
+    """A program with its arguments, run without a shell. [] is none."""
+
+    most: int = 64
+    longest: int = 4096
+
+    def expects(self) -> str:
+        return (
+            f"a list of up to {self.most} texts, a program by its absolute path and its arguments, such as"
+            ' ["/usr/local/bin/page", "--team", "ops"], or []'
+        )
+
+    def read(self, value: object) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple) or len(value) > self.most:
+            raise self.refused()
+        for argument in value:
+            if not isinstance(argument, str) or len(argument) > self.longest or not argument.isprintable():
+                raise self.refused()
+        if value and not Path(value[0]).is_absolute():
+            raise self.refused()
+        return tuple(value)
+
+    def write(self, value: tuple[str, ...]) -> str:
+        return f"[{', '.join(map(quoted, value))}]"
+
+    def from_environ(self, text: str) -> object:
+        """A TOML array: commas may be in an argument."""
+        return array_from_environ(text)
+
+
+@dataclass(frozen=True)
 class Binding(Rule):
     """How much of an address a session is bound to."""
 
@@ -441,11 +506,21 @@ class ListOf(Rule):
     def from_environ(self, text: str) -> object:
         """A TOML array, or values with commas between them."""
         if text.lstrip().startswith("["):
-            try:
-                return tomli.loads(f"value = {text.strip()}")["value"]
-            except (ValueError, RecursionError):  # tomli's error for nesting is the latter
-                return text
+            return array_from_environ(text)
         return [self.item.from_environ(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def array_from_environ(text: str) -> object:
+    """A variable's text as a TOML array; text that is none stays text, and is refused."""
+    try:
+        return tomli.loads(f"value = {text.strip()}")["value"]
+    except (ValueError, RecursionError):  # tomli's error for nesting is the latter
+        return text
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own, wherever it is asked."""
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def quoted(text: str) -> str:
