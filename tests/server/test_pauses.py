@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers import FakeTimers
 from zcproto.server import pauses
-from zcproto.server.pauses import BOUNDS_MS, IDLE_PERIOD, PERIOD, PauseMeter
+from zcproto.server.pauses import (
+    BOUNDS_MS,
+    IDLE_PERIOD,
+    PERIOD,
+    PauseMeter,
+    ThreadUsage,
+    Usage,
+    taken_by_others,
+)
 
 
 class Traffic:
@@ -21,11 +33,33 @@ def traffic() -> Traffic:
     return Traffic()
 
 
+class FakeUsage:
+    """What a thread has waited for, as a test says it."""
+
+    def __init__(self) -> None:
+        self.now = Usage(0.0, 0.0)
+        self.closed = False
+
+    def read(self) -> Usage:
+        return self.now
+
+    def close(self) -> None:
+        self.closed = True
+
+
 @pytest.fixture
-def meter(timers: FakeTimers, traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> PauseMeter:
+def usage() -> FakeUsage:
+    return FakeUsage()
+
+
+@pytest.fixture
+def meter(
+    timers: FakeTimers, traffic: Traffic, usage: FakeUsage, monkeypatch: pytest.MonkeyPatch
+) -> PauseMeter:
     monkeypatch.setattr(pauses.time, "perf_counter", timers.time)
     loop: Any = timers
-    return PauseMeter(loop, lambda: traffic.count)
+    read: Any = usage
+    return PauseMeter(loop, lambda: traffic.count, lambda: read)
 
 
 def test_each_pause_is_counted_in_its_class(meter: PauseMeter) -> None:
@@ -87,11 +121,87 @@ def test_taking_the_longest_begins_anew_and_keeps_the_counts(meter: PauseMeter) 
     assert meter.take_longest() == 0.3
     assert meter.take_longest() == 0.0
     assert sum(meter.counts) == 1
+    assert meter.take_longest_own() == 0.3
+    assert meter.take_longest_own() == 0.0
 
 
-def test_stopped_it_leaves_no_timer(meter: PauseMeter, timers: FakeTimers) -> None:
+def test_stopped_it_leaves_no_timer_and_no_file(
+    meter: PauseMeter, timers: FakeTimers, usage: FakeUsage
+) -> None:
     meter.stop()
     meter.start()
     meter.stop()
     meter.stop()
     assert timers.armed == []
+    assert usage.closed
+
+
+# --- whose doing a pause is ---------------------------------------------------------------------------------
+
+
+def test_what_other_programs_took_is_taken_off(
+    meter: PauseMeter, timers: FakeTimers, usage: FakeUsage
+) -> None:
+    usage.now = Usage(7.0, 3.0)  # from before
+    meter.start()
+    usage.now = Usage(7.08, 3.0)
+    timers.clock += PERIOD + 0.1
+    timers.run()
+    assert meter.longest == pytest.approx(0.1)
+    assert meter.longest_own == pytest.approx(0.02)
+
+
+def test_what_our_other_threads_may_have_taken_is_not(
+    meter: PauseMeter, timers: FakeTimers, usage: FakeUsage
+) -> None:
+    meter.start()
+    usage.now = Usage(0.08, 0.05)
+    timers.clock += PERIOD + 0.1
+    timers.run()
+    assert meter.longest_own == pytest.approx(0.07)
+
+
+def test_the_longest_of_our_own_may_be_another_one_than_the_longest(meter: PauseMeter) -> None:
+    meter.record(0.1, 0.09)
+    meter.record(0.05)
+    assert (meter.longest, meter.longest_own) == (0.1, 0.05)
+
+
+def test_more_wait_than_pause_is_no_negative_pause(meter: PauseMeter) -> None:
+    meter.record(0.01, 0.02)  # it had waited before the timer was due, too
+    assert meter.longest_own == 0.0
+
+
+def test_other_threads_that_worked_more_than_this_one_waited_take_nothing_off() -> None:
+    assert taken_by_others(Usage(1.0, 1.0), Usage(1.1, 5.0)) == 0.0
+
+
+def test_the_system_is_asked_for_the_thread_that_asks(tmp_path: Path) -> None:
+    file = tmp_path / "schedstat"
+    file.write_text("5000000000 2500000000 17\n")
+    usage = ThreadUsage(str(file))
+    try:
+        before = usage.read()
+        assert before.waited == 2.5
+        busy = threading.Thread(target=lambda: sum(range(300_000)))
+        busy.start()
+        busy.join()
+        grown = usage.read().beside - before.beside
+        assert 0 < grown < time.process_time()
+    finally:
+        usage.close()
+    usage.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/thread-self/schedstat"), reason="this system does not tell")
+def test_the_real_file_has_what_is_read_from_it() -> None:
+    usage = ThreadUsage()
+    first, second = usage.read(), usage.read()
+    usage.close()
+    assert 0 <= first.waited <= second.waited
+
+
+def test_a_system_that_does_not_tell_takes_nothing_off(tmp_path: Path) -> None:
+    usage = ThreadUsage(str(tmp_path / "missing"))
+    assert taken_by_others(usage.read(), usage.read()) == 0.0
+    usage.close()

@@ -2,61 +2,130 @@
 
 The timer is due every few milliseconds while there is traffic and seldom while there is none, so that an idle
 server sleeps. A pause shorter than the period can go unseen in part: the figures are short by at most PERIOD.
+
+A loop stands still for one of three reasons: it works at something, it waits for the interpreter that another
+thread has, or it waits for a processor. The last may be the doing of other programs, and then no change here would
+help. So each pause is told twice: whole, and less what other programs took. Linux counts how long a thread could
+have run and did not (`run_delay` in schedstat). Of that, all is taken off but the CPU of this process's other
+threads in the same time, which may have been what it waited for: the second figure is never too small by them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 PERIOD: Final = 0.005
 IDLE_PERIOD: Final = 0.25
 BOUNDS_MS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 
+_NS: Final = 1_000_000_000
+
+
+class Usage(NamedTuple):
+    """What a thread and its process have had so far, in seconds."""
+
+    waited: float
+    """The thread could have run and had no processor."""
+    beside: float
+    """CPU of the process's other threads."""
+
+
+class ThreadUsage:
+    """Reads the usage of the thread that makes it, in that thread."""
+
+    def __init__(self, path: str = "/proc/thread-self/schedstat") -> None:
+        self._file: int | None = None
+        with contextlib.suppress(OSError):  # another system, which does not tell: nothing was waited for
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self) -> Usage:
+        if self._file is None:
+            return Usage(0.0, 0.0)
+        _, waited, _ = os.pread(self._file, 80, 0).split()
+        return Usage(int(waited) / _NS, time.process_time() - time.thread_time())
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def taken_by_others(before: Usage, after: Usage) -> float:
+    """Seconds between these two for which the thread waited for a processor that other programs had."""
+    return max(0.0, (after.waited - before.waited) - (after.beside - before.beside))
+
 
 class PauseMeter:
     """Counts pauses of one loop. `activity` is a number that grows while there is traffic."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, activity: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        activity: Callable[[], int],
+        open_usage: Callable[[], ThreadUsage] = ThreadUsage,
+    ) -> None:
         self._loop = loop
         self._activity = activity
+        self._open_usage = open_usage
+        self._usage: ThreadUsage | None = None
+        self._used = Usage(0.0, 0.0)
         self._seen = -1
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self.longest = 0.0
         """Seconds, since it was last taken."""
+        self.longest_own = 0.0
+        """The longest of those that are left when what other programs took is taken off; seconds, likewise."""
         self.counts = [0] * (len(BOUNDS_MS) + 1)
         """Pauses by length, bounds in BOUNDS_MS; the last is all that is longer."""
 
     def start(self) -> None:
+        """Begin, in the loop's thread."""
+        self._usage = self._open_usage()
         self._arm(PERIOD)
 
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._usage is not None:
+            self._usage.close()
+            self._usage = None
 
     def take_longest(self) -> float:
         """The longest pause in seconds since the last time it was taken."""
         longest, self.longest = self.longest, 0.0
         return longest
 
+    def take_longest_own(self) -> float:
+        """As `take_longest`, less what other programs took."""
+        longest, self.longest_own = self.longest_own, 0.0
+        return longest
+
     def _arm(self, period: float) -> None:
+        assert self._usage is not None
+        self._used = self._usage.read()
         self._due = time.perf_counter() + period
         self._timer = self._loop.call_later(period, self._tick)
 
     def _tick(self) -> None:
-        self.record(time.perf_counter() - self._due)
+        late = time.perf_counter() - self._due
+        assert self._usage is not None
+        self.record(late, taken_by_others(self._used, self._usage.read()))
         activity = self._activity()
         busy = activity != self._seen
         self._seen = activity
         self._arm(PERIOD if busy else IDLE_PERIOD)
 
-    def record(self, late: float) -> None:
-        """Take in one timer's lateness, in seconds."""
+    def record(self, late: float, others: float = 0.0) -> None:
+        """Take in one timer's lateness, and how much of it other programs took; in seconds."""
         self.longest = max(self.longest, late)
+        self.longest_own = max(self.longest_own, late - others)
         late_ms = late * 1000
         for index, bound in enumerate(BOUNDS_MS):
             if late_ms <= bound:

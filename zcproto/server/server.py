@@ -405,6 +405,7 @@ class Server:
             "cpu_s": used.ru_utime + used.ru_stime,
             "rss_bytes": resident_bytes(),
             "longest_pause_s": self.pauses.take_longest(),
+            "longest_own_pause_s": self.pauses.take_longest_own(),
             "pauses": self.pauses.counts,
             **self._keeper.figures(),
         }
