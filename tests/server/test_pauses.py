@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from tests.helpers import FakeTimers
-from zcproto.server import pauses
 from zcproto.server.pauses import (
     BOUNDS_MS,
     IDLE_PERIOD,
@@ -56,7 +55,7 @@ def usage() -> FakeUsage:
 def meter(
     timers: FakeTimers, traffic: Traffic, usage: FakeUsage, monkeypatch: pytest.MonkeyPatch
 ) -> PauseMeter:
-    monkeypatch.setattr(pauses.time, "perf_counter", timers.time)
+    monkeypatch.setattr(time, "perf_counter", timers.time)
     loop: Any = timers
     read: Any = usage
     return PauseMeter(loop, lambda: traffic.count, lambda: read)
