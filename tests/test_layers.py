@@ -14,7 +14,7 @@ LEAVES = {"errors", "clock", "config", "home", "printable", "deadlines", "networ
 PROCESS = {"event_loop", "file_limit"}
 """Leaves for whoever has a process of its own."""
 
-BELOW_THE_EDGE = {"tls", "connection", "wire", "sessions", "auth", "stores", "certs", "observe", "alerts"}
+BELOW_THE_EDGE = {"tls", "connection", "wire", "sessions", "auth", "stores", "certs", "observe", "alerts", "http"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # the leaves, below all
@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wire": {"errors"},
     "sessions": {"errors", "clock"},
     "connection": {"wire", "sessions", "errors"},
+    "http": set(),
     # beside the core
     "auth": {"sessions"} | LEAVES,
     "stores": {"sessions"} | LEAVES,
@@ -65,11 +66,12 @@ REASONS = {
     ("client", "server"): "client and server meet on the wire only",
     ("server", "client"): "client and server meet on the wire only",
     ("stores", "*"): "stores keep sessions: they know no connections, and nobody who asks",
+    ("http", "*"): "http knows messages and routes: what they are about is above it",
     ("connection", "*"): "connection joins wire and sessions; all else is above it",
     ("*", "*"): "imports point down: cli, bench > server, client > tls > connection > wire; see MAY_IMPORT",
 }
 
-CORE = {"wire", "connection", "sessions", "alerts"}
+CORE = {"wire", "connection", "sessions", "alerts", "http"}
 NOT_IN_THE_CORE = {
     *("asyncio", "ssl", "socket", "os", "time", "pathlib", "random", "secrets", "logging", "structlog"),
     *("io", "threading", "select", "selectors", "subprocess", "tempfile", "shutil", "uuid", "datetime"),

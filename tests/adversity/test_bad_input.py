@@ -116,9 +116,16 @@ def test_aes_128_alone_gets_handshake_failure(shared: ServerThread) -> None:
     assert failures(shared, "no_shared_suite") >= 1
 
 
-@pytest.mark.parametrize("alpn", [("h2",), ("zcp/2", "h2"), ()])
+@pytest.mark.parametrize("alpn", [("h2",), ("zcp/2", "h2")])
 def test_another_protocol_gets_no_application_protocol(shared: ServerThread, alpn: tuple[str, ...]) -> None:
     assert alert_for(shared, first_hello(alpn)) == 120
+
+
+@pytest.mark.parametrize("alpn", [("http/1.1",), ("h2", "http/1.1"), ()])
+def test_http_gets_no_application_protocol_where_it_is_off(serve: Serve, alpn: tuple[str, ...]) -> None:
+    server = serve(http__enabled=False)
+    assert alert_for(server, first_hello(alpn)) == 120
+    assert failures(server, "no_application_protocol") == 1
 
 
 def test_half_a_hello_and_silence_ends_at_the_handshake_timeout(serve: Serve) -> None:

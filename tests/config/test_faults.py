@@ -22,7 +22,7 @@ UNKNOWN = [
     (
         '[server]\nidle_timeout = "5m"',
         'server.idle_timeout = "5m" (config.toml): unknown key;'
-        " did you mean sessions.idle_timeout or limits.idle_timeout?",
+        " did you mean sessions.idle_timeout or limits.idle_timeout or http.idle_timeout?",
     ),
     (
         "[server]\nmax_streems = 5",
@@ -244,7 +244,7 @@ def test_all_faults_are_told_at_once(home: Path) -> None:
         prot = 7443
         port = 70000
         [sever]
-        [http]
+        [htttp]
         [certificates]
         lifetime = "20d"
         mode = "files"
@@ -264,7 +264,7 @@ def test_all_faults_are_told_at_once(home: Path) -> None:
         "port",
         "server.prot",
         "[sever]",
-        "[http]",
+        "[htttp]",
         "tls.suite",
         "server.port",
         "certificates.site[0].names[0]",

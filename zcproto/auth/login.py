@@ -59,6 +59,11 @@ class Login:
         self._throttle = throttle
         self._undecided: dict[str, int] = {}
 
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The ways to open a session, as `session.open` names them."""
+        return tuple(self._authenticators)
+
     async def open(
         self,
         params: Mapping[str, Any],

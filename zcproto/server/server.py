@@ -34,7 +34,7 @@ from zcproto.certs.clients import user_of
 from zcproto.certs.revoked import Issue, issue_of
 from zcproto.clock import MS_PER_SECOND, Clock, Entropy, system_clock, system_entropy
 from zcproto.config import Config, load_config
-from zcproto.connection.settings import ConnectionSettings
+from zcproto.connection.settings import ConnectionSettings, TransportSecurityPolicy
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError
 from zcproto.home import Home, resolve_home
@@ -44,6 +44,8 @@ from zcproto.server.binding import Binding
 from zcproto.server.builtin import KEY_GONE, default_app, protocol_methods
 from zcproto.server.devices import Devices
 from zcproto.server.eager import EagerTasks
+from zcproto.server.http_resources import ALPN, CertificateLife
+from zcproto.server.https import HTTP_ALPN, HttpSide
 from zcproto.server.idempotency import OnceOnly, answer_limits
 from zcproto.server.keeper import CertificateKeeper, Kept, unix_ms
 from zcproto.server.listener import Listener, bind, log_listening
@@ -114,6 +116,7 @@ class Server:
         self._next_pins: NextPins | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._serving: Serving | None = None
+        self._http: HttpSide | None = None
         self._sockets: list[socket.socket] = []
         self._addresses: list[tuple[str, int]] = []
         self._closed = asyncio.Event()
@@ -142,7 +145,7 @@ class Server:
         keeper = self._keeper = CertificateKeeper(
             config,
             self._clock,
-            ["zcp/1"],
+            [ALPN, HTTP_ALPN] if config.http.enabled else [ALPN],
             on_kept=self._serve_certificates,
             on_next_pins=self._announce_pins,
             progress=self._progress,
@@ -199,9 +202,13 @@ class Server:
         enrollment = None if devices is None else devices.enrollment
         for method in (*protocol_methods(serving, login, self.statistics, enrollment), *self._app):
             methods[method.name] = method
+        protocols: dict[str | None, Callable[[], asyncio.Protocol]] = {ALPN: lambda: ServerProtocol(serving)}
+        if config.http.enabled:
+            self._http = HttpSide(config, serving, certificates=self._lives, schemes=login.schemes)
+            protocols |= self._http.protocols
         acceptor = TlsAcceptor(
             self._kept.contexts,
-            {"zcp/1": lambda: ServerProtocol(serving)},
+            protocols,
             wheel,
             loop,
             suites=frozenset(config.tls.suites),
@@ -318,6 +325,12 @@ class Server:
         """Pins of the public keys that are served, as clients take them."""
         return [pair.pin for pair in self.certificates]
 
+    def _lives(self) -> list[CertificateLife]:
+        now = self._keeper.now()
+        return [
+            CertificateLife(pair.key_type, (pair.not_after - now).total_seconds()) for pair in self.certificates
+        ]
+
     def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         """Start what goes on until the server ends."""
         task = asyncio.get_running_loop().create_task(work)
@@ -362,6 +375,8 @@ class Server:
                 protocol.close("certificate_revoked")
             if number % GOAWAYS_PER_TURN == 0:
                 await asyncio.sleep(0)
+        if self._http is not None:
+            self._http.close_those(lambda certificate: issue_of(certificate) in revoked)
 
     def _tls_failed(self, failure: TlsFailure, peer: str) -> None:
         self.serving.log_limited("tls.failed", f"{failure.value} {peer}", cause=failure.value, peer=peer)
@@ -384,6 +399,7 @@ class Server:
         return {
             "connections": len(serving.connections),
             "tcp_connections": self._listener.connections,
+            "http": None if self._http is None else self._http.figures(),
             "sessions": len(serving.registry),
             "requests": counters.requests,
             "running": serving.tasks.running,
@@ -425,6 +441,8 @@ class Server:
     async def _drain(self, limit: float) -> None:
         serving = self.serving
         serving.draining = True
+        if self._http is not None:
+            self._http.drain()
         self._listener.close()
         serving.log_soon.write()
         log.info("server.draining", connections=len(serving.connections))
@@ -433,6 +451,8 @@ class Server:
             if number % GOAWAYS_PER_TURN == GOAWAYS_PER_TURN - 1:
                 await asyncio.sleep(0)
         await self._within(limit, serving.wait_drained())
+        if self._http is not None:
+            await self._http.end()
         cut_off = len(serving.connections)
         for protocol in list(serving.connections):
             protocol.cancel_all()
@@ -500,6 +520,10 @@ def _connection_settings(config: Config) -> ConnectionSettings:
         tolerance_ms=_ms(config.freshness.tolerance),
         idle_timeout_s=limits.idle_timeout,
         open_timeout_s=config.sessions.open_timeout,
+        sts=TransportSecurityPolicy(
+            config.http.hsts_max_age_seconds if config.http.hsts else 0,
+            config.http.hsts_include_subdomains,
+        ),
     )
 
 

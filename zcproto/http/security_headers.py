@@ -1,0 +1,93 @@
+"""The header fields that are on every response, made once.
+
+What this file decides: Strict-Transport-Security (RFC 6797), and what OWASP's Secure Headers Project and ASVS 5.0
+(3.4) list beside it, for an origin that serves figures to programs and one page to people.
+
+Rules:
+- They are bytes that stand behind the status line of every response, errors included; so no response can be
+  without them, and none can have one of them twice.
+- No Strict-Transport-Security where there is no TLS (RFC 6797 section 7.2), nor when it is switched off.
+- What is no page may do nothing at all in a browser. A page brings a policy of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+YEAR_S: Final = 31_536_000
+"""What the preload lists of browsers demand of max-age at least."""
+
+NO_PAGE: Final = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+"""The Content-Security-Policy of what is no page: default-src does not stand for the other three."""
+
+_PERMISSIONS: Final = ", ".join(
+    f"{feature}=()"
+    for feature in (
+        *(
+            "accelerometer",
+            "autoplay",
+            "camera",
+            "cross-origin-isolated",
+            "display-capture",
+            "encrypted-media",
+        ),
+        *("fullscreen", "geolocation", "gyroscope", "keyboard-map", "magnetometer", "microphone", "midi"),
+        *("payment", "picture-in-picture", "publickey-credentials-get", "screen-wake-lock", "sync-xhr"),
+        *("usb", "web-share", "xr-spatial-tracking"),
+    )
+)
+
+_ALWAYS: Final = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("X-Permitted-Cross-Domain-Policies", "none"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Embedder-Policy", "require-corp"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Permissions-Policy", _PERMISSIONS),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StrictTransportSecurity:
+    """The policy of RFC 6797 section 6.1. `max_age_s` of 0 tells browsers to forget it."""
+
+    max_age_s: int = YEAR_S
+    include_subdomains: bool = True
+    preload: bool = False
+
+    @property
+    def value(self) -> str:
+        """The value of the header field."""
+        subdomains = "; includeSubDomains" if self.include_subdomains else ""
+        return f"max-age={self.max_age_s}{subdomains}{'; preload' if self.preload else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class SecurityHeaders:
+    """The fields of every response of one endpoint. `hsts` is None for one without TLS, or with it switched off."""
+
+    hsts: StrictTransportSecurity | None
+    _before: bytes = field(init=False, repr=False)
+    _usual: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        hsts = () if self.hsts is None else (("Strict-Transport-Security", self.hsts.value),)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in (*hsts, *_ALWAYS))
+        object.__setattr__(self, "_before", lines.encode("ascii"))
+        object.__setattr__(self, "_usual", self._with(NO_PAGE))
+
+    def block(self, policy: str | None = None) -> bytes:
+        """All of them as bytes, each line with its end. `policy` is the Content-Security-Policy of a page.
+
+        Raises ValueError for a policy that is more than one line of ASCII.
+        """
+        return self._usual if policy is None else self._with(policy)
+
+    def _with(self, policy: str) -> bytes:
+        if not policy.isascii() or not policy.isprintable():
+            raise ValueError("a Content-Security-Policy is one line of ASCII")
+        return b"%bContent-Security-Policy: %b\r\n" % (self._before, policy.encode("ascii"))

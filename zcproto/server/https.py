@@ -1,0 +1,91 @@
+"""The HTTPS side of a server: what speaks HTTP on its port, and on the port without TLS, if there is one.
+
+What it decides: which fields and limits they have, and how they end with the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from zcproto.config import Config
+from zcproto.http.connection import HttpLimits
+from zcproto.http.messages import Peer
+from zcproto.http.router import Router
+from zcproto.http.security_headers import SecurityHeaders
+from zcproto.server.http_protocol import HttpEndpoint, HttpProtocol
+from zcproto.server.http_resources import CertificateLife, Metrics, Resources, hsts_of
+from zcproto.server.serving import Serving, log
+from zcproto.tls.server import TlsServerTransport
+
+HTTP_ALPN: Final = "http/1.1"
+ANSWER_LIMIT: Final = 2.0
+"""Seconds that handlers at work have, once all else has ended."""
+
+
+class HttpSide:
+    """One server's HTTPS side. Further routes may be added to `router`."""
+
+    def __init__(
+        self,
+        config: Config,
+        serving: Serving,
+        *,
+        certificates: Callable[[], Sequence[CertificateLife]],
+        schemes: Sequence[str],
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.resources = Resources(
+            config.http, serving, certificates=certificates, schemes=schemes, metrics=metrics
+        )
+        self.router = Router(self.resources.routes())
+        limits = HttpLimits(
+            request_timeout=config.http.request_timeout, idle_timeout=config.http.idle_timeout
+        )
+        self.endpoint = HttpEndpoint(
+            serving, self.router, SecurityHeaders(hsts_of(config.http)), limits, tls_peer
+        )
+
+    @property
+    def protocols(self) -> dict[str | None, Callable[[], asyncio.Protocol]]:
+        """By ALPN name, for the TlsAcceptor. None: the client offers no ALPN."""
+        return {HTTP_ALPN: self.endpoint.protocol, None: self.endpoint.protocol}
+
+    @property
+    def connections(self) -> set[HttpProtocol]:
+        return self.endpoint.connections
+
+    def figures(self) -> dict[str, Any]:
+        """For `server.stats`."""
+        counters = self.endpoint.counters
+        return {
+            "connections": len(self.connections),
+            "connections_opened": counters.connections_opened,
+            "responses": {str(status): count for status, count in sorted(counters.responses.items())},
+            "write_timeouts": counters.write_timeouts,
+        }
+
+    def close_those(self, is_bad: Callable[[bytes], bool]) -> None:
+        """Close the connections of clients whose certificate is bad."""
+        for protocol in list(self.connections):
+            certificate = protocol.peer_certificate()
+            if certificate is not None and is_bad(certificate):
+                log.warning("connection.certificate_revoked", peer=protocol.peer)
+                protocol.close()
+
+    def drain(self) -> None:
+        """Answer on: that the server is draining is what monitors ask for. Each answer ends its connection."""
+        self.endpoint.drain()
+
+    async def end(self) -> None:
+        """Let handlers that are at work finish, for a moment, and close every connection."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.endpoint.wait_at_rest(), ANSWER_LIMIT)
+        self.endpoint.close()
+
+
+def tls_peer(transport: TlsServerTransport) -> Peer:
+    """Who is at the other end of a TLS connection."""
+    return Peer(transport.peer, transport.peer_certificate)
