@@ -57,7 +57,7 @@ def test_the_next_line_waits_anew(desk: Desk) -> None:
 
 def test_many_lines_do_not_wait(desk: Desk) -> None:
     for number in range(MAX_LINES + 1):
-        desk.batch.add("session.opened", number=number)
+        desk.batch.add("session.opened", number=number, user=f"user {number}")
     assert [line["number"] for line in desk.written()] == list(range(MAX_LINES))
     desk.advance(2 * DELAY)
     assert [line["number"] for line in desk.written()] == [MAX_LINES]

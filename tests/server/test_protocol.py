@@ -7,6 +7,7 @@ import asyncio
 import gc
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,11 +18,12 @@ from zcproto.connection.settings import ConnectionSettings
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import Code, TlsError
 from zcproto.observe import log as log_module
+from zcproto.observe.events import PER_ADDRESS
 from zcproto.server.app import App
 from zcproto.server.context import Context
 from zcproto.server.eager import EagerTasks
 from zcproto.server.protocol import TAKEN_AT_LEAST, WRITE_BUFFER_HARD_FACTOR, ServerProtocol
-from zcproto.server.serving import ANNOUNCED_PER_TURN, LOGS_PER_MINUTE, Serving
+from zcproto.server.serving import ANNOUNCED_PER_TURN, Serving
 from zcproto.sessions import OpenedSession
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, REQUEST, Kind, Side, encode_frame
@@ -743,7 +745,8 @@ def test_leaving_a_session_that_nobody_has_is_no_fault(harness: Harness, peer: P
 def test_lines_of_one_kind_and_peer_are_bounded_and_the_rest_counted(
     harness: Harness, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_module._state, "level", 0)
+    monkeypatch.setattr(log_module._state, "level", logging.INFO)
+    monkeypatch.setattr(log_module._state, "clock", harness.clock)
 
     def fault(count: int) -> list[str]:
         for _ in range(count):
@@ -752,7 +755,7 @@ def test_lines_of_one_kind_and_peer_are_bounded_and_the_rest_counted(
         return capsys.readouterr().err.splitlines()
 
     capsys.readouterr()
-    assert len(fault(LOGS_PER_MINUTE + 7)) == LOGS_PER_MINUTE
+    assert len(fault(PER_ADDRESS.lines + 7)) == PER_ADDRESS.lines
     assert fault(5) == []
     harness.advance(61)
     (line,) = fault(1)

@@ -1,8 +1,9 @@
 """The log: one line for one fact, as JSON for machines or as text for people.
 
-Rules: an event is a fixed dotted name, what varies are its values; `values` decides what of them may be
-written. Nothing in a value can begin a new line or move a cursor. A level that is off costs one comparison. A
-line that cannot be written is counted and never raises: the work that is told of goes on.
+Rules: an event is a fixed dotted name of the catalogue (`events`), what varies are its values; `values` decides
+what of them may be written. Nothing in a value can begin a new line or move a cursor. An event is written no more
+often than the catalogue says, whoever logs it. A level that is off costs one comparison. A line that cannot be
+written is counted, never waits and never raises (`output`): the work that is told of goes on.
 
 Must not know: sessions, connections, the event loop.
 
@@ -14,19 +15,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import sys
 from collections.abc import MutableMapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from zcproto.clock import MS_PER_SECOND, Clock, system_clock
 from zcproto.errors import ConfigError
+from zcproto.observe.events import EVENTS
+from zcproto.observe.limits import EventLimits
+from zcproto.observe.output import LinesLostError, LogFile, Output, StandardError
 from zcproto.observe.values import Loggable, cut, loggable, places
 from zcproto.printable import printable
 
@@ -62,14 +63,22 @@ class Logger(structlog.BoundLoggerBase):
         self._log(logging.ERROR, "error", event, values)
 
     def _log(self, level: int, method: str, event: str, values: dict[str, Any]) -> None:
-        if level < _state.level:
+        state = _state
+        if level < state.level:
             return
         try:
+            known = EVENTS.get(event)
+            if known is not None and known.limit is not None:
+                left_out = state.limits.admit(known, {**self._context, **values}, state.clock.now())
+                if left_out is None:
+                    return
+                if left_out:
+                    values["suppressed"] = left_out
             self._proxy_to_logger(method, event, **values)
-        except (
-            Exception
-        ):  # whatever fails in a log (a full disk, a strange __str__), the caller's work goes on
-            _state.failed += 1
+        except LinesLostError as lost:
+            state.lose(lost.lines)
+        except Exception:  # whatever fails in a log, such as a strange __str__, the caller's work goes on
+            state.lose(1)
 
 
 def get_logger(name: str) -> Logger:
@@ -82,78 +91,98 @@ def configure_logging(log: LogConfig, *, clock: Clock = system_clock) -> None:
 
     Raises ConfigError if the file cannot be opened; then all stays as it was.
     """
-    output: _Output = _StandardError() if log.file is None else _File(log.file)
-    old, _state.output = _state.output, output
-    old.close()
+    _state.take_output(StandardError() if log.file is None else LogFile(log.file))
     _state.level = _LEVELS[log.level]
     _state.format = log.format
     _state.clock = clock
 
 
-def failed_lines() -> int:
-    """How many lines could not be written since the start of the process."""
-    return _state.failed
+def set_level(level: str) -> None:
+    """Write events of this level (debug, info, warning, error) and above from now on.
+
+    Raises ConfigError for any other word.
+    """
+    if level not in _LEVELS:
+        raise ConfigError([f"{cut(level)!r} is no level of the log; use {', '.join(_LEVELS)}"])
+    old, _state.level = _state.level, min(_LEVELS[level], logging.INFO)
+    if old != _LEVELS[level]:
+        _log.info("log.level_changed", new_level=level)  # the last line of a level that is too low for it
+    _state.level = _LEVELS[level]
 
 
-class _Output(Protocol):
-    def write(self, line: str) -> None: ...
-
-    def is_terminal(self) -> bool: ...
-
-    def close(self) -> None: ...
+def level() -> str:
+    """The level that holds now."""
+    return next(name for name, number in _LEVELS.items() if number == _state.level)
 
 
-class _StandardError:
-    """Standard error as it is at each line: a program, or a test, may replace it."""
-
-    def write(self, line: str) -> None:
-        sys.stderr.write(line)
-        sys.stderr.flush()
-
-    def is_terminal(self) -> bool:
-        return sys.stderr.isatty()
-
-    def close(self) -> None:
-        """It is not ours to close."""
+def is_on(level: str) -> bool:
+    """Whether events of this level are written: for what takes effort to put together."""
+    return _LEVELS[level] >= _state.level
 
 
-class _File:
-    def __init__(self, path: Path) -> None:
-        # Non-blocking is for a named pipe: without a reader it fails here, and a full one loses lines, counted.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        try:
-            self._descriptor = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise ConfigError([f'log.file = "{path}": cannot be opened: {error.strerror}']) from error
-        self._torn = False
-
-    def write(self, line: str) -> None:
-        data = line.encode("ascii", "backslashreplace")
-        if self._torn:
-            data = b"\n" + data
-        written = os.write(self._descriptor, data)
-        self._torn = written < len(data)
-        if self._torn:
-            raise OSError("a line was written in part, as the disk is full")
-
-    def is_terminal(self) -> bool:
+def reopen_log() -> bool:
+    """Open the log's file anew, for whoever has moved it away. False if that fails: the log tells it, and goes on
+    in the file that it had. Standard error stays as it is."""
+    output = _state.output
+    if not isinstance(output, LogFile):
+        return True
+    try:
+        _state.take_output(LogFile(output.path))
+    except ConfigError as error:
+        _log.error("log.not_reopened", faults=error.faults)
         return False
+    _log.info("log.reopened", path=output.path)
+    return True
 
-    def close(self) -> None:
-        os.close(self._descriptor)
+
+def flush_log() -> None:
+    """Write the lines that wait for a reader or for room on the disk, as far as that goes at once."""
+    try:
+        _state.output.flush()
+    except LinesLostError as lost:
+        _state.lose(lost.lines)
+    except Exception:  # as for a line
+        _state.lose(0)
+
+
+def tell_suppressed() -> None:
+    """Write how many lines were left out of events that have not come again since. Call it once a minute."""
+    for event, lines, keys in _state.limits.ended(_state.clock.now()):
+        _log.info("log.suppressed", of=event, count=lines, keys=keys)
+
+
+def lost_lines() -> int:
+    """How many lines could not be written since the start of the process, and never will be."""
+    return _state.lost
 
 
 class _State:
     """What `configure_logging` sets. One for the process: its standard error is one."""
 
-    __slots__ = ("clock", "failed", "format", "level", "output")
+    __slots__ = ("clock", "format", "level", "limits", "lost", "lost_untold", "output")
 
     def __init__(self) -> None:
         self.level = logging.WARNING
-        self.output: _Output = _StandardError()
+        self.output: Output = StandardError()
         self.format = "auto"
         self.clock: Clock = system_clock
-        self.failed = 0
+        self.limits = EventLimits()
+        self.lost = 0
+        self.lost_untold = 0
+
+    def take_output(self, output: Output) -> None:
+        old, self.output = self.output, output
+        try:
+            old.flush()
+        except LinesLostError as lost:
+            self.lose(lost.lines)
+        if old.waiting:
+            self.lose(1)
+        old.close()
+
+    def lose(self, lines: int) -> None:
+        self.lost += lines
+        self.lost_untold += lines
 
 
 _state = _State()
@@ -163,7 +192,11 @@ class _Writer:
     """The end of structlog's chain; it calls the method named as the level."""
 
     def debug(self, line: str) -> None:
-        _state.output.write(line)
+        state = _state
+        state.output.write(line)
+        if state.lost_untold and not state.output.waiting:
+            lost, state.lost_untold = state.lost_untold, 0
+            _log.error("log.lost", lines=lost)
 
     info = warning = error = debug
 
@@ -181,6 +214,8 @@ def _prepare(_: Any, method: str, values: MutableMapping[str, Any]) -> dict[str,
         # A mistake of ours, or a text from outside in the wrong place: it is not taken for a name.
         fields |= {"event": "log.misnamed", "text": cut(event)}
     for name, value in values.items():
+        if value is None:
+            continue
         fields[f"{name}_" if name in fields else name] = loggable(name, value)
         if method == "error" and isinstance(value, BaseException):
             fields[f"{name}_at"] = places(value)
@@ -222,3 +257,6 @@ def _value_as_text(value: Loggable) -> str:
     if isinstance(value, str) and _BARE.fullmatch(value):
         return value
     return json.dumps(value, ensure_ascii=False)
+
+
+_log = get_logger(__name__)

@@ -1,8 +1,8 @@
 """Bounds how often an event is written, so that an attack cannot fill a disk.
 
-Rules: at most so many lines a minute for each event and key (a peer, a cause); the next line that is written
-tells how many were not. The table is bounded: when it is full of keys seen within the minute, further keys of
-an event share one entry, so that many addresses get no more lines than the table has room for.
+Rules: at most so many lines a minute for each event and key (a peer, a cause), and so many of an event for all
+keys together, as an attacker may have many addresses; the next line that is written tells how many were not. The
+table is bounded: when it is full of keys seen within the minute, further keys of an event share one entry.
 
 Must not know: what is logged, the clock; `now` is monotonic seconds.
 """
@@ -24,13 +24,18 @@ class _Entry:
 
 
 class RateLimited:
-    """Admits an event for a key at most `per_minute` times a minute. Holds at most `max_keys` keys."""
+    """Admits an event for a key at most `per_minute` times a minute. Holds at most `max_keys` keys.
 
-    __slots__ = ("_entries", "_max_keys", "_per_minute", "_shared")
+    `total` is how often a minute an event is admitted for all keys together; None is no such limit.
+    """
 
-    def __init__(self, per_minute: int, max_keys: int = 1024) -> None:
+    __slots__ = ("_entries", "_max_keys", "_per_minute", "_shared", "_total", "_totals")
+
+    def __init__(self, per_minute: int, max_keys: int = 1024, total: int | None = None) -> None:
         self._per_minute = per_minute
         self._max_keys = max_keys
+        self._total = total
+        self._totals: dict[str, _Entry] = {}
         self._entries: dict[tuple[str, Hashable], _Entry] = {}
         self._shared: dict[str, _Entry] = {}
 
@@ -46,12 +51,21 @@ class RateLimited:
             if (event, key) in self._entries:
                 # The table stays in the order of the windows, so that the oldest are found at its front.
                 self._entries[event, key] = self._entries.pop((event, key))
-        if entry.admitted >= self._per_minute:
+        if entry.admitted >= self._per_minute or not self._within_total(event, now):
             entry.suppressed += 1
             return None
         entry.admitted += 1
         suppressed, entry.suppressed = entry.suppressed, 0
         return suppressed
+
+    def _within_total(self, event: str, now: float) -> bool:
+        if self._total is None:
+            return True
+        of_all = self._totals.get(event)
+        if of_all is None or now - of_all.since >= WINDOW_S:
+            of_all = self._totals[event] = _Entry(now)  # events are a fixed set of names
+        of_all.admitted += 1
+        return of_all.admitted <= self._total
 
     def ended(self, now: float) -> list[tuple[str, Hashable, int]]:
         """What was suppressed of keys whose minute is over: event, key (None where keys shared an entry), count.

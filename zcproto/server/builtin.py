@@ -11,7 +11,7 @@ from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauth
 from zcproto.server.app import App, Method
 from zcproto.server.context import Context
 from zcproto.server.operators import operator_methods
-from zcproto.server.serving import Serving
+from zcproto.server.serving import Serving, log
 from zcproto.sessions import OpenedSession, Session, SessionInfo
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import DEVICE_KEY
@@ -59,7 +59,14 @@ def protocol_methods(
     registry = serving.registry
 
     def told(event: str, context: Context, session: Session, **values: Any) -> None:
-        serving.log_soon.add(event, session=session.id, user=session.user, peer=context.peer, **values)
+        serving.log_soon.add(
+            event,
+            session=session.id,
+            user=session.user,
+            peer=context.peer,
+            connection=context.connection,
+            **values,
+        )
 
     def current(context: Context) -> Session:
         assert context.session is not None, "only public methods are run without a session"
@@ -73,7 +80,7 @@ def protocol_methods(
                 {"scheme": scheme, **fields}, context.peer, context.now(), context.channel()
             )
         except Unauthenticated:
-            serving.log_limited("login.failed", context.peer, peer=context.peer, scheme=scheme)
+            log.info("login.failed", peer=context.peer, connection=context.connection, scheme=scheme)
             raise
         opened = await serving.sessions.open(
             identity.user,
@@ -192,6 +199,13 @@ def protocol_methods(
         assert enrollment is not None
         pairing = await enrollment.enroll(
             code, public_key, name, address=context.peer, wall=context.wall(), now=context.now()
+        )
+        log.info(
+            "device.enrolled",
+            device=pairing.device,
+            user=pairing.user,
+            peer=context.peer,
+            connection=context.connection,
         )
         return pairing._asdict()
 

@@ -41,6 +41,11 @@ class Context:
         """The peer's network address as text, without the port."""
         return self._protocol.peer
 
+    @property
+    def connection(self) -> str:
+        """What the call's connection is called in the log."""
+        return self._protocol.id
+
     def peer_certificate(self) -> bytes | None:
         """The client's certificate in this connection, which TLS has verified, in DER form; None without one."""
         return self._protocol.peer_certificate()

@@ -153,9 +153,7 @@ class Listener:
             if error.errno not in _EXHAUSTED:
                 raise
             self._serving.counters.accept_failed += 1
-            self._serving.log_limited(
-                "listener.exhausted", "", "error", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED
-            )
+            log.error("listener.exhausted", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED)
             self._pause()
             self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
             return
@@ -167,7 +165,7 @@ class Listener:
         is_forwarded = bool(self.balancers) and self.balancers.contains(address)
         if self._open >= self._max_connections:
             counters.refused_full += 1
-            self._serving.log_limited("connection.refused_full", "", limit=self._max_connections)
+            log.info("connection.refused_full", limit=self._max_connections)
             connection.close()
             return
         of_network = self._by_network.get(network, 0)
@@ -185,10 +183,10 @@ class Listener:
             transport = self._acceptor.transport(address)
         self._adopt(connection, transport)
 
-    def _refuse_address(self, address: str, **values: Any) -> None:
+    def _refuse_address(self, address: str, balancer: str | None = None) -> None:
         self._serving.counters.refused_per_address += 1
-        self._serving.log_limited(
-            "connection.refused_per_address", address, peer=address, limit=self._per_address, **values
+        log.info(
+            "connection.refused_per_address", peer=address, balancer=balancer, limit=self._per_address
         )
 
     def _connection_forwarded(self, balancer: str, client: str) -> bool:

@@ -30,10 +30,12 @@ from zcproto.connection.events import (
 from zcproto.connection.server import NEEDS_SESSION, TOKEN_ERRORS, ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import CallError, Cancelled, CertificateError, Code, TlsError
+from zcproto.observe.log import is_on
 from zcproto.server.app import RESERVED_PREFIXES
 from zcproto.server.context import Context, OnceContext
 from zcproto.server.eager import Worker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
+from zcproto.server.serving import log
 from zcproto.sessions import Session
 from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.wire.frame import SALT_SIZE
@@ -67,6 +69,7 @@ class ServerProtocol(asyncio.Protocol):
         "_connection",
         "_flush_planned",
         "_looking_up",
+        "_number",
         "_paused_since",
         "_serving",
         "_suspended",
@@ -90,7 +93,15 @@ class ServerProtocol(asyncio.Protocol):
         self._workers: dict[Request, Worker | Waiting] | None = None
         self.asks = False  # its own request is ending sessions: it is answered, not told by event
         self.peer = ""
+        self._number = 0
         self.deadline_tick = 0
+
+    @property
+    def id(self) -> str:
+        """What the connection is called in the log. It has no number before it is first told of."""
+        if not self._number:
+            self._number = self._serving.number_connection()
+        return f"{self._serving.run}-{self._number}"
 
     def now(self) -> float:
         return self._serving.clock.now()
@@ -126,6 +137,8 @@ class ServerProtocol(asyncio.Protocol):
         )
         serving.connections.add(self)
         serving.counters.connections_opened += 1
+        if is_on("debug"):
+            log.debug("connection.opened", peer=self.peer, connection=self.id)
         if serving.announcement is not None:
             self._connection.announce(serving.announcement, wall)
         if serving.draining:
@@ -418,7 +431,7 @@ class ServerProtocol(asyncio.Protocol):
 
     def _fault_of(self, request: Request, error: BaseException) -> tuple[Code, bytes]:
         """A fault of ours: the peer gets an id to ask about, the log gets the rest."""
-        incident = self._serving.incident(request.method, error, peer=self.peer)
+        incident = self._serving.incident(request.method, error, peer=self.peer, connection=self.id)
         body = encode_error(Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident})
         return Code.INTERNAL, body
 
@@ -434,7 +447,7 @@ class ServerProtocol(asyncio.Protocol):
         record = serving.registry.record(session.raw_id)
         if record is not None and serving.binding.admits(session.user, record.address, self.peer):
             return True
-        serving.log_limited("session.not_admitted", self.peer, peer=self.peer, session=session.id)
+        log.info("session.not_admitted", peer=self.peer, connection=self.id, session=session.id)
         return False
 
     def join(self, session: Session, token: bytes) -> None:
@@ -490,7 +503,7 @@ class ServerProtocol(asyncio.Protocol):
         except CallError as error:
             unknown.refusal = encode_error(error.code, error.message, error.details)
         except Exception as error:
-            incident = self._serving.incident("token", error, peer=self.peer)
+            incident = self._serving.incident("token", error, peer=self.peer, connection=self.id)
             unknown.refusal = encode_error(
                 Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident}
             )
@@ -608,9 +621,7 @@ class ServerProtocol(asyncio.Protocol):
         if ended.code is not None:
             self._serving.counters.count_error(ended.code)
             name = ended.code.name
-            self._serving.log_limited(
-                "connection.refused", f"{self.peer} {name}", peer=self.peer, code=name, reason=ended.reason
-            )
+            log.info("connection.refused", peer=self.peer, connection=self.id, code=name, reason=ended.reason)
         self._flush()
         self.close(ended.code.name.lower() if ended.code is not None else ended.reason)
 
@@ -624,9 +635,7 @@ class ServerProtocol(asyncio.Protocol):
     def abort(self, reason: str) -> None:
         """Reset the connection: its peer does not read."""
         transport = self._transport
-        self._serving.log_limited(
-            "connection.aborted", f"{self.peer} {reason}", peer=self.peer, reason=reason
-        )
+        log.info("connection.aborted", peer=self.peer, connection=self.id, reason=reason)
         self._ended(reason)
         if transport is not None:
             transport.abort()
@@ -640,6 +649,8 @@ class ServerProtocol(asyncio.Protocol):
         serving.wheel.discard(self)
         serving.connection_ended(self)
         serving.counters.count_end(reason)
+        if is_on("debug"):
+            log.debug("connection.ended", peer=self.peer, connection=self.id, reason=reason)
         serving.counters.dropped_stale += connection.dropped_stale
         for session_id in connection.session_ids:
             serving.session_left(session_id, self)

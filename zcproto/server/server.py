@@ -39,6 +39,7 @@ from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError
 from zcproto.home import Home, resolve_home
 from zcproto.network import Networks
+from zcproto.observe.log import flush_log, tell_suppressed
 from zcproto.server.app import App, Method
 from zcproto.server.binding import Binding
 from zcproto.server.builtin import KEY_GONE, default_app, protocol_methods
@@ -76,6 +77,11 @@ CANCELLED_TIME: Final = 2.0
 GC_THRESHOLDS: Final = (20_000, 50, 100)
 """Collections in the usual rhythm walk every object of 10,000 connections again and again."""
 
+
+FLUSH_INTERVAL: Final = 1.0
+"""Seconds until lines that nobody took are offered again, should no other line come."""
+
+FLUSHES_PER_SUMMARY: Final = 60
 
 SWITCH_INTERVAL: Final = 0.000_5
 """Seconds that another thread may keep the loop waiting for the interpreter: the usual 5 ms would be felt."""
@@ -243,6 +249,7 @@ class Server:
         self.pauses.start()
         if store_keeper is None:
             self._start_task(self._clean_forever(registry))
+        self._start_task(look_after_log())
         self._start_task(keeper.run())
         if devices is not None:
             self._start_task(devices.watch())
@@ -281,10 +288,10 @@ class Server:
         return user_of(certificate, self.config.tls.client_name, self._keeper.now())
 
     def _login_refused(self, reason: str, address: str) -> None:
-        self.serving.log_limited("login.certificate_refused", address, peer=address, reason=reason)
+        log.info("login.certificate_refused", peer=address, reason=reason)
 
     def _device_refused(self, reason: str, address: str) -> None:
-        self.serving.log_limited("login.device_refused", address, peer=address, reason=reason)
+        log.info("login.device_refused", peer=address, reason=reason)
 
     async def _user_gone(self, name: str) -> None:
         """End the sessions of a user who is none any more, or somebody else."""
@@ -371,7 +378,7 @@ class Server:
         for number, protocol in enumerate(list(self.serving.connections), 1):
             certificate = protocol.peer_certificate()
             if certificate is not None and issue_of(certificate) in revoked:
-                log.warning("connection.certificate_revoked", peer=protocol.peer)
+                log.warning("connection.certificate_revoked", peer=protocol.peer, connection=protocol.id)
                 protocol.close("certificate_revoked")
             if number % GOAWAYS_PER_TURN == 0:
                 await asyncio.sleep(0)
@@ -379,7 +386,7 @@ class Server:
             self._http.close_those(lambda certificate: issue_of(certificate) in revoked)
 
     def _tls_failed(self, failure: TlsFailure, peer: str) -> None:
-        self.serving.log_limited("tls.failed", f"{failure.value} {peer}", cause=failure.value, peer=peer)
+        log.info("tls.failed", cause=failure.value, peer=peer)
 
     async def _clean_forever(self, registry: SessionRegistry) -> None:
         while True:
@@ -474,6 +481,8 @@ class Server:
         serving.close()
         self._closed.set()
         log.info("server.ended", cut_off=cut_off)
+        tell_suppressed()
+        flush_log()
 
     async def _within(self, seconds: float, condition: Coroutine[Any, Any, None]) -> None:
         with contextlib.suppress(TimeoutError):
@@ -490,6 +499,15 @@ def _at_home(config: Config, home: Home) -> Config:
         return config
     certificates = config.certificates.model_copy(update={"directory": home.certs})
     return config.model_copy(update={"certificates": certificates})
+
+
+async def look_after_log() -> None:
+    """Write what waited for a reader or for the disk, and once a minute how much was left out. Until cancelled."""
+    while True:
+        for _ in range(FLUSHES_PER_SUMMARY):
+            await asyncio.sleep(FLUSH_INTERVAL)
+            flush_log()
+        tell_suppressed()
 
 
 def resident_bytes() -> int:

@@ -13,7 +13,6 @@ from zcproto.connection.settings import ConnectionSettings
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import Code
 from zcproto.observe.log import get_logger
-from zcproto.observe.rate import RateLimited
 from zcproto.server.app import Method
 from zcproto.server.binding import Binding
 from zcproto.server.eager import EagerTasks
@@ -25,10 +24,8 @@ from zcproto.sessions import SessionRegistry
 if TYPE_CHECKING:
     from zcproto.server.protocol import ServerProtocol
 
-LOGS_PER_MINUTE: Final = 10
-"""Lines of one kind for one peer; the rest are counted."""
-
 ANNOUNCED_PER_TURN: Final = 100
+RUN_SIZE: Final = 2
 
 log = get_logger("zcproto.server")
 
@@ -99,7 +96,9 @@ class Serving:
         """The body of an event that every connection gets, those to come right behind WELCOME."""
         self._drained = asyncio.Event()
         self._by_session: dict[str, ServerProtocol | set[ServerProtocol]] = {}
-        self._log_limit = RateLimited(per_minute=LOGS_PER_MINUTE)
+        self.run = secrets.token_hex(RUN_SIZE)
+        """What the ids of connections begin with, so that those of another process are others."""
+        self._numbers = 0
         self.log_soon = LogBatch(log, wheel, clock)
         registry.observers.append(self._session_ended)
 
@@ -165,16 +164,17 @@ class Serving:
 
     # --- what operators see ------------------------------------------------------------------------
 
+    def number_connection(self) -> int:
+        """The number of a connection that is told of in the log for the first time."""
+        self._numbers += 1
+        return self._numbers
+
     def log_limited(self, event: str, key: str, level: str = "info", **values: Any) -> None:
-        """Log, but at most so many lines a minute of one event and key."""
-        suppressed = self._log_limit.admit(event, key, self.clock.now())
-        if suppressed is not None:
-            if suppressed:
-                values["suppressed"] = suppressed
-            getattr(log, level)(event, **values)
+        """As `log`: each event is kept to the limit that zcproto/observe/events.py gives it."""
+        getattr(log, level)(event, **values)
 
     def incident(self, what: str, error: BaseException, **values: Any) -> str:
-        """Log a fault of ours with its traceback; returns the id that the peer is told."""
+        """Log a fault of ours with the places it passed; returns the id that the peer is told."""
         incident_id = secrets.token_hex(8)
         log.error("request.failed", what=what, incident=incident_id, exc_info=error, **values)
         return incident_id

@@ -1,0 +1,178 @@
+"""Where lines go: a file or standard error, which may be full, slow or gone.
+
+Rules:
+- A write never waits. What a pipe, a terminal or a full disk does not take is kept, up to MAX_WAITING bytes, and
+  goes out with the next line, or by `flush`; whatever is beyond that is lost, and counted by the caller. A server
+  that stood still, or ended, because nobody reads its log would be the easier target.
+- A regular file is written at once: that is a copy into the system's memory.
+- A line is never left without its end, whatever was lost.
+
+Must not know: what a line says.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+import sys
+import threading
+from pathlib import Path
+from typing import Final, Protocol, TextIO
+
+from zcproto.errors import ConfigError
+
+MAX_WAITING: Final = 1_048_576
+"""Bytes of lines that wait for a reader or for room on the disk."""
+
+_PART: Final = (
+    4_096  # a pipe that is ready takes so much at once, whoever else writes to it (pipe(7), PIPE_BUF)
+)
+_WAIT: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EDQUOT})
+
+
+class LinesLostError(Exception):
+    """Lines could not be written, and never will be."""
+
+    def __init__(self, lines: int) -> None:
+        super().__init__(f"{lines} lines are lost")
+        self.lines = lines
+
+
+class Output(Protocol):
+    """What lines are written to. `write` and `flush` raise LinesLostError, or whatever a strange stream raises."""
+
+    def write(self, line: str) -> None: ...
+
+    def flush(self) -> None: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    def is_terminal(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class Descriptor:
+    """Writes to a file descriptor of any kind without waiting. For all threads."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._waiting = bytearray()
+        self._within_line = False
+        self._poll: select.poll | None = None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            self._poll = select.poll()
+            self._poll.register(descriptor, select.POLLOUT)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that could not be written yet."""
+        return len(self._waiting)
+
+    def write(self, line: str) -> None:
+        data = line.encode("ascii", "backslashreplace")
+        with self._lock:
+            if len(self._waiting) + len(data) > MAX_WAITING:
+                self._write_waiting()
+                if len(self._waiting) + len(data) > MAX_WAITING:
+                    raise LinesLostError(1)
+            if self._within_line and not self._waiting:  # the rest of that line is lost
+                self._waiting += b"\n"
+            self._waiting += data
+            self._write_waiting()
+
+    def flush(self) -> None:
+        """Write what waits, as far as that goes at once."""
+        with self._lock:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        waiting = self._waiting
+        while waiting:
+            if self._poll is not None and not self._poll.poll(0):
+                return
+            try:
+                written = os.write(self._descriptor, waiting if self._poll is None else waiting[:_PART])
+            except OSError as error:
+                if error.errno in _WAIT:
+                    return
+                lost = waiting.count(b"\n") - waiting.startswith(b"\n")
+                waiting.clear()
+                raise LinesLostError(lost) from error
+            if not written:
+                return
+            self._within_line = waiting[written - 1] != ord("\n")
+            del waiting[:written]
+
+
+class StandardError:
+    """Standard error as it is at each line: a program, or a test, may replace it."""
+
+    def __init__(self) -> None:
+        self._stream: TextIO | None = None
+        self._descriptor: Descriptor | None = None
+
+    def write(self, line: str) -> None:
+        stream = sys.stderr
+        if stream is not self._stream:
+            self._stream, self._descriptor = stream, _descriptor_of(stream)
+        if self._descriptor is None or stream.closed:  # no system is behind it that could make us wait
+            stream.write(line)
+            stream.flush()
+        else:
+            self._descriptor.write(line)
+
+    def flush(self) -> None:
+        if self._descriptor is not None and self._stream is sys.stderr and not sys.stderr.closed:
+            self._descriptor.flush()
+
+    @property
+    def waiting(self) -> int:
+        return 0 if self._descriptor is None else self._descriptor.waiting
+
+    def is_terminal(self) -> bool:
+        return sys.stderr.isatty()
+
+    def close(self) -> None:
+        """It is not ours to close."""
+
+
+def _descriptor_of(stream: TextIO) -> Descriptor | None:
+    try:
+        return Descriptor(stream.fileno())
+    except (OSError, ValueError, AttributeError):  # one in memory, or none at all
+        return None
+
+
+class LogFile:
+    """A file that is appended to, made for its owner alone. Raises ConfigError if it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # Non-blocking is for a named pipe: without a reader it fails here, and a full one makes lines wait.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            self._number = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise ConfigError([f'log.file = "{path}": cannot be opened: {error.strerror}']) from error
+        self._descriptor = Descriptor(self._number)
+
+    def write(self, line: str) -> None:
+        self._descriptor.write(line)
+
+    def flush(self) -> None:
+        self._descriptor.flush()
+
+    @property
+    def waiting(self) -> int:
+        return self._descriptor.waiting
+
+    def is_terminal(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        os.close(self._number)
