@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,11 @@ def module_environment() -> dict[str, str]:
 def uninterrupted() -> Iterator[None]:
     """Let Ctrl-C wait until the body is done: what it starts must be known, what it clears up must be gone.
 
-    For the main thread only.
+    Ctrl-C is for the main thread: in any other there is nothing to do.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     came: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:

@@ -26,10 +26,15 @@ LINES_SHOWN: Final = 5
 
 
 class DemoServer:
-    """`zcproto serve` for a home folder, as a context manager. `port` is where it listens, on 127.0.0.1."""
+    """`zcproto serve` for a home folder, as a context manager. `port` is where it listens, on 127.0.0.1.
 
-    def __init__(self, home: Path) -> None:
+    `store` is the address of its store of sessions; None is that of the environment, else memory. It may be started
+    again when it has ended.
+    """
+
+    def __init__(self, home: Path, store: str | None = None) -> None:
         self._home = home
+        self._store = {} if store is None else {"ZCPROTO_STORE__URL": store}
         self._errors = home / "server.err"
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
@@ -42,7 +47,7 @@ class DemoServer:
                     stdin=subprocess.PIPE,  # its end tells the child that we are gone
                     stdout=subprocess.PIPE,
                     stderr=errors,
-                    env={**IN_MEMORY, **module_environment()},
+                    env={**IN_MEMORY, **module_environment(), **self._store},
                     start_new_session=True,  # Ctrl-C is for us: the server is wanted until the report is done
                 )
             self.port = self._wait_ready(self._process)
@@ -55,6 +60,12 @@ class DemoServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._end()
+
+    def kill(self) -> None:
+        """End it at once, with no moment to do anything."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
 
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> int:
         assert process.stdout is not None

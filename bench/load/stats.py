@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
-from bench.load.link import Link
+from bench.load.caller import Caller, Place
 from bench.load.plan import Credential
-from zcproto.clock import system_clock
-from zcproto.deadlines import DeadlineWheel
-from zcproto.errors import CallError, ConfigError, ConnectionClosed, PermissionDenied, TlsError, ZcprotoError
+from zcproto.errors import CallError, ConfigError, ConnectionClosed, PermissionDenied, ZcprotoError
 from zcproto.printable import printable
-from zcproto.tls.client import TlsConnector
-from zcproto.tls.context import client_context
-from zcproto.tls.transport import TlsTransport
 from zcproto.wire.frame import NO_TOKEN
-
-LEAVE_TIMEOUT: Final = 3.0
-"""Seconds for the server to see that the operator is leaving."""
-
-TIMEOUT: Final = 30.0
-"""Seconds for connecting and for each call: a server under load may be slow."""
 
 
 class Stats(NamedTuple):
@@ -56,21 +43,14 @@ class Stats(NamedTuple):
             raise ZcprotoError("this server's server.stats does not tell what is needed here") from error
 
 
-class Operator(Link):
-    """One connection with one session that may call `server.stats`."""
+class Operator(Caller):
+    """One connection with one session that may call `server.stats`. `asked` are requests that the server counts."""
 
-    __slots__ = ("_calls", "_gone", "_ready", "_tls", "asked", "token")
+    __slots__ = ("_place",)
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(DeadlineWheel(loop))
-        self.token = NO_TOKEN
-        self.asked = 0
-        """Requests made, all of which the server counts."""
-        self._tls: TlsTransport | None = None
-        self._gone = asyncio.Event()
-        self._gone.set()  # until it is there
-        self._ready: asyncio.Future[None] = loop.create_future()
-        self._calls: dict[int, asyncio.Future[Any]] = {}
+    def __init__(self, place: Place) -> None:
+        super().__init__(place.wheel)
+        self._place = place
 
     @classmethod
     async def connect(
@@ -80,33 +60,12 @@ class Operator(Link):
 
         Raises ConfigError if the user is unknown or no operator; nothing else was connected yet then.
         """
-        loop = asyncio.get_running_loop()
-        operator = cls(loop)
-
-        def handshaken(error: TlsError | None) -> None:
-            if error is not None:
-                operator._fail_all(error)
-
-        connector = TlsConnector(
-            client_context(ca_file=ca_file),
-            host,
-            operator._wheel,
-            wall=system_clock.wall,
-            handshake_timeout=TIMEOUT,
-        )
-        operator._tls = transport = connector.transport(operator, handshaken)
+        place = Place(host, address, port, ca_file)
+        operator = await place.join(cls(place))
         try:
-            async with asyncio.timeout(TIMEOUT):
-                await loop.create_connection(lambda: transport, address, port)
-                await operator._ready
             await operator._open(credential)
-        except BaseException as error:
+        except BaseException:
             await operator.leave()
-            if isinstance(error, TimeoutError):
-                raise ConnectionClosed(f"{printable(host)}:{port} does not answer") from error
-            if isinstance(error, OSError):
-                reason = type(error).__name__ if error.errno is None else os.strerror(error.errno)
-                raise ConnectionClosed(f"{printable(host)}:{port}: {reason}") from error
             raise
         return operator
 
@@ -135,60 +94,16 @@ class Operator(Link):
                 ]
             ) from error
 
-    async def call(self, method: str, params: dict[str, Any]) -> Any:
-        """One request and its answer. Raises CallError or ConnectionClosed."""
-        stream = self.conversation.request(method, params, token=self.token, wall=system_clock.wall())
-        self.asked += 1
-        answer = self._calls[stream] = asyncio.get_running_loop().create_future()
-        self.flush()
-        try:
-            return await asyncio.wait_for(answer, TIMEOUT)
-        except TimeoutError as error:
-            raise ConnectionClosed(f"no answer to {method} within {TIMEOUT:.0f} s") from error
-
     async def stats(self) -> Stats:
         return Stats.of(await self.call("server.stats", {}))
+
+    def lost(self, cause: str) -> None:
+        self._fail_all(ConnectionClosed(f"the operator's connection is gone: {cause}"))
 
     async def leave(self) -> None:
         """Close the session and the connection; whether that succeeds changes nothing any more."""
         if self.token != NO_TOKEN and not self.ended:
             with contextlib.suppress(ZcprotoError):  # the server is gone, and the session with it
                 await self.call("session.close", {})
-        self.close()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._gone.wait(), LEAVE_TIMEOUT)
-        assert self._tls is not None
-        self._tls.abort()
-        self._wheel.close()
-        await asyncio.sleep(0)
-
-    # --- the connection's calls --------------------------------------------------------------------
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._gone.clear()
-        super().connection_made(transport)
-
-    def gone(self) -> None:
-        self._gone.set()
-
-    def welcomed(self) -> None:
-        self._ready.set_result(None)
-
-    def answered(self, stream: int, value: Any) -> None:
-        answer = self._calls.pop(stream, None)
-        if answer is not None and not answer.done():
-            answer.set_result(value)
-
-    def refused(self, stream: int, code: int, message: str, details: dict[str, Any]) -> None:
-        answer = self._calls.pop(stream, None)
-        if answer is not None and not answer.done():
-            answer.set_exception(CallError.from_wire(code, printable(message, 200), details))
-
-    def lost(self, cause: str) -> None:
-        self._fail_all(ConnectionClosed(f"the operator's connection is gone: {cause}"))
-
-    def _fail_all(self, error: ZcprotoError) -> None:
-        calls, self._calls = self._calls, {}
-        for waiting in (self._ready, *calls.values()):
-            if not waiting.done():
-                waiting.set_exception(error)
+        await super().leave()
+        self._place.close()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.load import stats as module
+from bench.load import caller as module
 from bench.load.plan import Credential
 from bench.load.stats import Operator, Stats
 from tests.server.helpers import KEY, ServerThread
