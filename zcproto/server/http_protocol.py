@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from zcproto.http.connection import HttpConnection, HttpLimits
-from zcproto.http.messages import HttpRequest, HttpResponse, Peer, text_response
-from zcproto.http.router import Router
+from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Peer, text_response
 from zcproto.http.security_headers import SecurityHeaders
 
 if TYPE_CHECKING:
@@ -38,6 +37,12 @@ class HttpTransport(Protocol):
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
 
 
+class Routes(Protocol):
+    """Who answers requests, as a Router tells."""
+
+    def find(self, request: HttpRequest) -> Handler | HttpResponse: ...
+
+
 @dataclass(slots=True)
 class HttpCounters:
     """Plain integers; whoever reports them reads them."""
@@ -54,13 +59,13 @@ class HttpEndpoint:
     def __init__(
         self,
         serving: Serving,
-        router: Router,
+        routes: Routes,
         security: SecurityHeaders,
         limits: HttpLimits,
         peer_of: Callable[[Any], Peer],
     ) -> None:
         self.serving = serving
-        self.router = router
+        self.routes = routes
         self.security = security
         self.limits = limits
         self.peer_of = peer_of
@@ -173,7 +178,7 @@ class HttpProtocol(asyncio.Protocol):
             return
         tasks = self._endpoint.serving.tasks
         try:
-            answer: Any = self._endpoint.router.find(request)
+            answer: Any = self._endpoint.routes.find(request)
             if not isinstance(answer, HttpResponse):
                 answer = answer(request)
             if not isinstance(answer, HttpResponse):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from zcproto.config import Config
@@ -17,6 +17,8 @@ from zcproto.http.router import Router
 from zcproto.http.security_headers import SecurityHeaders
 from zcproto.server.http_protocol import HttpEndpoint, HttpProtocol
 from zcproto.server.http_resources import CertificateLife, Metrics, Resources, hsts_of
+from zcproto.server.listener import bind
+from zcproto.server.redirect import PlainListener
 from zcproto.server.serving import Serving, log
 from zcproto.tls.server import TlsServerTransport
 
@@ -37,6 +39,9 @@ class HttpSide:
         schemes: Sequence[str],
         metrics: Metrics | None = None,
     ) -> None:
+        self._config = config
+        self._serving = serving
+        self._plain: PlainListener | None = None
         self.resources = Resources(
             config.http, serving, certificates=certificates, schemes=schemes, metrics=metrics
         )
@@ -65,7 +70,19 @@ class HttpSide:
             "connections_opened": counters.connections_opened,
             "responses": {str(status): count for status, count in sorted(counters.responses.items())},
             "write_timeouts": counters.write_timeouts,
+            "redirect": None if self._plain is None else self._plain.figures(),
         }
+
+    def redirect(self, names: Callable[[], Iterable[str]], https_port: int) -> None:
+        """Bind the port without TLS. `names` are those that the certificates have. Raises ConfigError."""
+        config = self._config
+        sockets = bind(config.server.host, config.http.redirect_port, "http.redirect_port")
+        self._plain = PlainListener(sockets, self._serving, names, https_port)
+
+    async def start_redirecting(self) -> None:
+        """Accept on the port without TLS, if there is one."""
+        if self._plain is not None:
+            await self._plain.start()
 
     def close_those(self, is_bad: Callable[[bytes], bool]) -> None:
         """Close the connections of clients whose certificate is bad."""
@@ -77,6 +94,8 @@ class HttpSide:
 
     def drain(self) -> None:
         """Answer on: that the server is draining is what monitors ask for. Each answer ends its connection."""
+        if self._plain is not None:
+            self._plain.close()
         self.endpoint.drain()
 
     async def end(self) -> None:

@@ -33,8 +33,11 @@ Opening = Coroutine[Any, Any, Any]
 """`connect_accepted_socket` on its way."""
 
 
-def bind(hosts: Sequence[str], port: int) -> list[socket.socket]:
-    """Listening sockets for all addresses of the hosts. Raises ConfigError naming what could not be bound."""
+def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[socket.socket]:
+    """Listening sockets for all addresses of the hosts. Raises ConfigError naming what could not be bound.
+
+    `key` is the setting that the port comes from.
+    """
     sockets: list[socket.socket] = []
     try:
         for host in hosts:
@@ -52,7 +55,7 @@ def bind(hosts: Sequence[str], port: int) -> list[socket.socket]:
                 except OSError as error:
                     raise ConfigError(
                         [
-                            f"server.host = {host!r}, server.port = {address[1]}: cannot listen: {error.strerror}"
+                            f"server.host = {host!r}, {key} = {address[1]}: cannot listen: {error.strerror}"
                         ]
                     ) from error
                 listening.setblocking(False)

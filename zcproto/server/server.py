@@ -230,10 +230,14 @@ class Server:
             await store_keeper.start()
         try:
             self._sockets = bind(config.server.host, config.server.port)
+            self._addresses = [listening.getsockname()[:2] for listening in self._sockets]
+            if self._http is not None and config.http.redirect_port:
+                self._http.redirect(self._certificate_names, self.port)
         except BaseException:
             await serving.sessions.stop()
+            for listening in self._sockets:
+                listening.close()
             raise
-        self._addresses = [listening.getsockname()[:2] for listening in self._sockets]
         self._wheel = wheel
         self._listener = Listener(
             self._sockets,
@@ -256,6 +260,8 @@ class Server:
         if self._users is not None:
             self._start_task(self._users.watch())
         self._listener.start()
+        if self._http is not None:
+            await self._http.start_redirecting()
         log_listening(self._sockets)
 
     def _check_suites(self) -> None:
@@ -337,6 +343,10 @@ class Server:
         return [
             CertificateLife(pair.key_type, (pair.not_after - now).total_seconds()) for pair in self.certificates
         ]
+
+    def _certificate_names(self) -> list[str]:
+        assert self._kept is not None, "there is a certificate before anything listens"
+        return [name for pair in self._kept.certificates.pairs for name in pair.names]
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         """Start what goes on until the server ends."""
