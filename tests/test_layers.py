@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LEAVES = {"errors", "clock", "config", "home", "printable", "deadlines", "network", "signed", "suites"}
-PROCESS = {"event_loop", "file_limit"}
+PROCESS = {"event_loop", "file_limit", "hardening", "service_manager"}
 """Leaves for whoever has a process of its own."""
 
 BELOW_THE_EDGE = {"tls", "connection", "wire", "sessions", "auth", "stores", "certs", "observe", "alerts", "http"}
@@ -27,6 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "suites": set(),
     "event_loop": set(),
     "file_limit": set(),
+    "hardening": set(),
+    "service_manager": {"errors", "printable"},
     "config": {"errors", "printable", "suites"},
     "home": {"errors", "printable"},
     # the core, without I/O

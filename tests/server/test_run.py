@@ -27,6 +27,7 @@ from zcproto.server import run
 from zcproto.server import server as server_module
 from zcproto.server.run import serve
 from zcproto.server.server import GC_THRESHOLDS, SWITCH_INTERVAL, Server, resident_bytes
+from zcproto.service_manager import ServiceManager
 
 from .helpers import (
     GOAWAY,
@@ -273,6 +274,10 @@ class SlowServer:
         self.drained = asyncio.Event()
         self.serving = self.tasks = self
         self.running = running
+        self.config = Config()
+
+    def summary(self) -> str:
+        return "serving"
 
     async def start(self) -> None:
         pass
@@ -291,7 +296,7 @@ async def run_until_exit(server: Any) -> None:
         loop.call_later(0.01, os.kill, os.getpid(), signal.SIGINT)
 
     with pytest.raises(ExitError):
-        await run._serve(server, ready)
+        await run._serve(server, ready, ServiceManager(), [])
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
 

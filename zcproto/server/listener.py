@@ -66,6 +66,13 @@ def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[sock
     return sockets
 
 
+def take_over(sockets: Sequence[socket.socket]) -> None:
+    """Make listening sockets that others have bound like those of `bind`."""
+    for listening in sockets:
+        listening.setblocking(False)
+        listening.listen(BACKLOG)  # who has bound it may have had a shorter one
+
+
 def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from zcproto.clock import system_clock
 from zcproto.config import Config
 from zcproto.event_loop import new_event_loop
 from zcproto.file_limit import raise_file_limit
+from zcproto.hardening import Risk, harden
 from zcproto.observe.log import configure_logging
 from zcproto.server.app import App
 from zcproto.server.server import Server, tune_interpreter
 from zcproto.server.serving import log
+from zcproto.server.supervision import Supervision
+from zcproto.service_manager import ServiceManager
 
 
 def serve(
@@ -30,12 +33,15 @@ def serve(
 ) -> None:
     """Run a server until SIGTERM or SIGINT, then drain it; a second signal cuts what still runs.
 
-    `ready` is called once it listens. Further options go to `Server`. Raises ConfigError or CertificateError
-    before anything listens.
+    `ready` is called once it listens. A service manager such as systemd is told the same, may watch it, and may
+    pass it the sockets to listen on. Further options go to `Server`. Raises ConfigError or CertificateError before
+    anything listens.
     """
-    server = Server(app, config, home=home, **options)
+    risks = harden(os.environ)  # before there is a key
+    manager = ServiceManager.from_environ(os.environ, os.getpid())
+    sockets = [passed.socket for passed in manager.sockets]
+    server = Server(app, config, home=home, sockets=sockets, **options)
     configure_logging(server.config.log)
-    _deny_core_dumps()
     wanted = server.config.limits.max_connections + 256
     limit = raise_file_limit(wanted)
     if limit < wanted:
@@ -43,10 +49,12 @@ def serve(
             "server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE="
         )
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve(server, ready))
+        runner.run(_serve(server, ready, manager, risks))
 
 
-async def _serve(server: Server, ready: Callable[[Server], None]) -> None:
+async def _serve(
+    server: Server, ready: Callable[[Server], None], manager: ServiceManager, risks: list[Risk]
+) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     force = asyncio.Event()
@@ -59,9 +67,14 @@ async def _serve(server: Server, ready: Callable[[Server], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
     await server.start()
+    for risk in risks:
+        log.warning(risk.event, cure=risk.cure)
     tune_interpreter()
+    supervision = Supervision(manager, loop, system_clock, server.summary)
     ready(server)
+    supervision.ready()
     await stop.wait()
+    supervision.stopping(server.config.server.drain_timeout)
     draining = loop.create_task(server.drain())
     forced = loop.create_task(force.wait())
     await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
@@ -70,6 +83,7 @@ async def _serve(server: Server, ready: Callable[[Server], None]) -> None:
         _exit_at_once()
     forced.cancel()
     draining.result()
+    supervision.close()
     if server.serving.tasks.running:  # methods that cannot be cancelled: the loop's end would wait for them
         _exit_at_once()
 
@@ -78,9 +92,3 @@ def _exit_at_once() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
-
-
-def _deny_core_dumps() -> None:
-    """Keys and tokens are in memory: they must not get to the disk by a crash."""
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))

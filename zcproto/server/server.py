@@ -49,7 +49,7 @@ from zcproto.server.http_resources import ALPN, CertificateLife
 from zcproto.server.https import HTTP_ALPN, HttpSide
 from zcproto.server.idempotency import OnceOnly, answer_limits
 from zcproto.server.keeper import CertificateKeeper, Kept, unix_ms
-from zcproto.server.listener import Listener, bind, log_listening
+from zcproto.server.listener import Listener, bind, log_listening, take_over
 from zcproto.server.pauses import PauseMeter
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.serving import Serving, log
@@ -93,6 +93,7 @@ class Server:
     `home` is the folder of users and certificates; by default the one that the command line uses, and so is
     the configuration.
     `authenticators` decide who may open sessions; by default API keys of the home's users.
+    `sockets` are listening ones to serve on, in place of `server.host` and `server.port`; the server closes them.
     Raises ConfigError or CertificateError on entering, before anything listens.
     """
 
@@ -103,6 +104,7 @@ class Server:
         *,
         home: Path | None = None,
         authenticators: Sequence[Authenticator] | None = None,
+        sockets: Sequence[socket.socket] = (),
         progress: Callable[[str], None] = lambda sentence: None,
         clock: Clock = system_clock,
         entropy: Entropy = system_entropy,
@@ -123,7 +125,7 @@ class Server:
         self._background: set[asyncio.Task[None]] = set()
         self._serving: Serving | None = None
         self._http: HttpSide | None = None
-        self._sockets: list[socket.socket] = []
+        self._sockets: list[socket.socket] = list(sockets)
         self._addresses: list[tuple[str, int]] = []
         self._closed = asyncio.Event()
         self._ending = asyncio.Lock()
@@ -229,7 +231,10 @@ class Server:
             serving.sessions = StoredSessions(store_keeper, settings, self._clock)
             await store_keeper.start()
         try:
-            self._sockets = bind(config.server.host, config.server.port)
+            if self._sockets:
+                take_over(self._sockets)
+            else:
+                self._sockets = bind(config.server.host, config.server.port)
             self._addresses = [listening.getsockname()[:2] for listening in self._sockets]
             if self._http is not None and config.http.redirect_port:
                 self._http.redirect(self._certificate_names, self.port)
@@ -405,6 +410,11 @@ class Server:
             while registry.sweeps == sweeps:
                 registry.clean(self._clock.wall(), CLEANUP_SLOTS)
                 await asyncio.sleep(0)
+
+    def summary(self) -> str:
+        """What it does, in a sentence for people."""
+        serving = self.serving
+        return f"serving {len(serving.connections)} connections, {len(serving.registry)} sessions"
 
     def statistics(self) -> dict[str, Any]:
         """The figures of `server.stats`. Times in seconds, memory in bytes; pauses since the last call."""
