@@ -53,6 +53,7 @@ EVENTS: Final[dict[str, Event]] = {}
 """All events by name."""
 
 FIELDS: Final[dict[str, str]] = {
+    "about": "what an alert is about, of those of its kind",
     "all": "whether all sessions of the server were meant",
     "aside": "where a damaged file was put",
     "balancer": "the address of the load balancer that forwarded it",
@@ -98,6 +99,12 @@ FIELDS: Final[dict[str, str]] = {
     "threshold_days": "which of certificates.alert_days was reached",
     "user": "the name of a user",
     "wanted": "what would be needed",
+    "details": "values of an alert",
+    "kind": "a kind of alert: spec/alerts.md",
+    "lost": "messages that never arrived at this sink, in all",
+    "severity": "info, warning, error or critical",
+    "sink": "who takes alerts: webhook or command",
+    "title": "an alert in a sentence",
     "what": "which part of the work: a method's name, or a step of our own",
     "which": "the id of the session that was meant, or all",
 }
@@ -119,6 +126,7 @@ def _event(
 # --- the server ----------------------------------------------------------------------------------------
 
 _event("server.listening", "info", "It accepts connections on an address.", "host port")
+_event("server.redirecting", "info", "It sends people on to https from a port without TLS.", "host port")
 _event(
     "server.file_limit",
     "warning",
@@ -398,6 +406,25 @@ _event(
     "reason",
     PER_EVENT,
 )
+
+# --- alerts ----------------------------------------------------------------------------------------------------
+
+_ALERT: Final = "kind about severity title details count"
+
+_event("alert.began", "warning", "Somebody has to know something: spec/alerts.md.", _ALERT, PER_EVENT, by_peer=True)
+_event("alert.changed", "warning", "An alert has become graver, or there is news.", _ALERT, PER_EVENT, by_peer=True)
+_event("alert.reminder", "warning", "An alert goes on.", _ALERT, PER_EVENT, by_peer=True)
+_event("alert.ended", "info", "An alert is over.", _ALERT, PER_EVENT, by_peer=True)
+_event(
+    "alert.lost",
+    "error",
+    "A message about an alert never reached a webhook or a command.",
+    "sink what reason lost",
+    PER_EVENT,
+    by_peer=True,
+)
+_event("alert.sink_failed", "error", "A fault of ours in a webhook or a command.", "sink exc_info", PER_EVENT)
+_event("alert.tick_failed", "error", "A fault of ours where counters are judged.", "exc_info", PER_EVENT)
 
 # --- certificates ----------------------------------------------------------------------------------------------
 

@@ -111,6 +111,7 @@ class HttpProtocol(asyncio.Protocol):
         "_connection",
         "_endpoint",
         "_next",
+        "_number",
         "_paused_since",
         "_reading",
         "_transport",
@@ -123,12 +124,21 @@ class HttpProtocol(asyncio.Protocol):
         self._endpoint = endpoint
         self._transport: HttpTransport | None = None
         self._connection: HttpConnection | None = None
+        self._number = 0
         self._next: HttpRequest | None = None  # sent together with the one before; its turn comes
         self._worker: Worker | None = None
         self._paused_since: float | None = None
         self._reading = True
         self.peer = ""
         self.deadline_tick = 0
+
+    @property
+    def id(self) -> str:
+        """What the connection is called in the log."""
+        serving = self._endpoint.serving
+        if not self._number:
+            self._number = serving.number_connection()
+        return f"{serving.run}-{self._number}"
 
     def peer_certificate(self) -> bytes | None:
         """The client's certificate in DER form; None without one."""
@@ -227,7 +237,7 @@ class HttpProtocol(asyncio.Protocol):
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        incident = self._endpoint.serving.incident("http", error, peer=self.peer)
+        incident = self._endpoint.serving.incident("http", error, peer=self.peer, connection=self.id)
         self._respond(text_response(500, f"internal error, incident {incident}", close=True))
 
     def _go_on(self) -> None:

@@ -89,7 +89,7 @@ class HttpSide:
         for protocol in list(self.connections):
             certificate = protocol.peer_certificate()
             if certificate is not None and is_bad(certificate):
-                log.warning("connection.certificate_revoked", peer=protocol.peer)
+                log.warning("connection.certificate_revoked", peer=protocol.peer, connection=protocol.id)
                 protocol.close()
 
     def drain(self) -> None:
