@@ -56,8 +56,11 @@ async def resolve(host: str, port: int) -> str:
     return str(found[0][4][0])
 
 
-async def run(plan: Plan, view: View, stop: Stop) -> Result:
-    """Carry out a checked plan.
+async def run(
+    plan: Plan, view: View, stop: Stop, *, lend: Callable[[Operator], None] = lambda operator: None
+) -> Result:
+    """Carry out a checked plan. `lend` gets the operator's connection before the first phase: who has something to
+    ask the server meanwhile asks it there, where requests are known and not taken for somebody else's.
 
     Raises ConfigError for what is found before the first connection of the load, ConnectionClosed if there is
     no such server. What goes wrong later is in the result.
@@ -65,6 +68,7 @@ async def run(plan: Plan, view: View, stop: Stop) -> Result:
     address = await resolve(plan.host, plan.port)
     operator = await Operator.connect(plan.host, address, plan.port, plan.ca_file, plan.operator)
     try:
+        lend(operator)
         return await _Run(plan, view, stop, operator).conduct(address)
     finally:
         await operator.leave()

@@ -8,6 +8,9 @@
   renewed with their keys, and every tenth time the ECDSA one gets a new key.
 - All the while new connections come, a few a second, and look whether the certificate that they are shown is good
   and is the newest, or was until a moment ago.
+- For the first half minute nothing is rotated: how long the server's loop stands still then is told beside how
+  long it does while certificates change. Server, load and this process share the machine; so a pause is told whole,
+  and less the time for which other programs had the processor that the loop could have used.
 
 Exit code: 0 if all targets are met, 1 if not, 2 if it cannot be measured like this, 130 after Ctrl-C.
 """
@@ -33,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     plan = RotationPlan(
         rotations=options.rotations,
         interval_s=options.interval,
+        rest_s=options.rest,
         connections=options.connections,
         rate=options.rate,
         newcomers=options.newcomers,
@@ -54,6 +58,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.rotation", description=__doc__.split("\n")[0])
     parser.add_argument("--rotations", type=whole, default=usual.rotations, help="how many")
     parser.add_argument("--interval", type=positive, default=usual.interval_s, help="seconds between two")
+    parser.add_argument(
+        "--rest", type=positive, default=usual.rest_s, help="seconds before the first, to compare"
+    )
     parser.add_argument("--connections", type=whole, default=usual.connections, help="that stay")
     parser.add_argument("--rate", type=positive, default=usual.rate, help="requests a second, over all")
     parser.add_argument(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from bench.load.result import Moment, Result, Verdict
+from bench.load.result import Result, Verdict
 from bench.load.tally import Kind
 from bench.rotation.newcomers import Newcomer
+from bench.rotation.pauses import FEW_MS, MANY_MS, Span
 from bench.rotation.plan import RotationPlan
 from bench.rotation.rotator import Rotated
 
 MAX_PAUSE_MS: Final = 10.0
-SCHEMA: Final = "zcproto-rotation/1"
+LONGEST_PAUSE: Final = "longest pause of the server's loop"
+SCHEMA: Final = "zcproto-rotation/2"
 
 
 class Row(NamedTuple):
@@ -25,6 +27,8 @@ class Row(NamedTuple):
     unit: str = ""
     bar: float | None = None
     exact: bool = False
+    at_rest: float | None = None
+    """The same figure from the time before the first rotation, where there is one. It is held against no bar."""
 
     @property
     def holds(self) -> bool:
@@ -42,6 +46,7 @@ class Row(NamedTuple):
             "bar": self.bar,
             "exact": self.exact,
             "holds": self.holds,
+            "at_rest": None if self.at_rest is None else round(self.at_rest, 6),
         }
 
 
@@ -65,6 +70,10 @@ class Outcome:
     newcomers: list[Newcomer] = field(default_factory=list)
     server_failures: dict[str, int] | None = None
     """Handshakes that the server saw fail in the meantime, by cause; None if it could not be asked."""
+    at_rest: Span | None = None
+    """The time under load before the first rotation; None if the server's figures could not be read."""
+    rotating: Span | None = None
+    """The time from there on, until the last rotation was taken up."""
 
     # --- rotations and who saw them --------------------------------------------------------------------
 
@@ -115,7 +124,11 @@ class Outcome:
     # --- what is promised ------------------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
-        """All figures, in the order of the table."""
+        """All figures, in the order of the tables."""
+        return [*self.count_rows(), *self.pause_rows()]
+
+    def count_rows(self) -> list[Row]:
+        """What was asked for and what came of it."""
         plan, record = self.plan, self.load.record
         rotated, seen, ages = self.rotated, self.seen_after(), self.ages()
         asked = [record.tallies[kind] for kind in (Kind.LOAD, Kind.LAST)]
@@ -187,14 +200,34 @@ class Outcome:
                 plan.delay_s,
             ),
             Row("last_seen", "the last one is seen", self._last_seen(seen), bar=1, exact=True),
-            Row(
-                "longest_pause_ms",
-                "longest pause of the server's loop",
-                self.load.longest_pause_ms(Moment.LOADED),
-                "ms",
-                MAX_PAUSE_MS,
-            ),
         ]
+
+    def pause_rows(self) -> list[Row]:
+        """How the server's loop fared, at rest and while certificates changed."""
+
+        def row(
+            key: str, label: str, figure: Callable[[Span], float], unit: str = "", bar: float | None = None
+        ) -> Row:
+            rotating, at_rest = (
+                None if span is None else figure(span) for span in (self.rotating, self.at_rest)
+            )
+            return Row(key, label, rotating, unit, bar, at_rest=at_rest)
+
+        own = "longest, other programs left out"
+        return [
+            row("measured_s", "measured for", lambda span: span.seconds, "s"),
+            row("server_cpu_percent", "CPU of the server, of one core", lambda span: span.cpu_percent, "%"),
+            row("pauses_over_5", "pauses over 5 ms, a minute", lambda span: span.over_a_minute(FEW_MS)),
+            row("pauses_over_10", "pauses over 10 ms, a minute", lambda span: span.over_a_minute(MANY_MS)),
+            row("longest_pause_ms", LONGEST_PAUSE, lambda span: span.longest_ms, "ms", MAX_PAUSE_MS),
+            row("longest_own_pause_ms", own, lambda span: span.longest_own_ms, "ms", MAX_PAUSE_MS),
+        ]
+
+    @property
+    def machine_was_busy(self) -> bool:
+        """Whether a pause is too long, and none would be if no other program had had the processor."""
+        longest, own = self.pause_rows()[-2:]
+        return own.holds and not longest.holds
 
     def _last_seen(self, seen: dict[int, float]) -> int:
         return int(bool(self.rotated) and self.rotated[-1].number in seen)

@@ -26,6 +26,8 @@ class RotationPlan:
 
     rotations: int = 100
     interval_s: float = 1.0
+    rest_s: float = 30.0
+    """For how long all goes as later, but for the rotations, to know what the machine and the load alone cause."""
     new_key_every: int = 10
     """Every so many rotations the ECDSA certificate gets a new key; at all others all are renewed with theirs."""
     connections: int = 1_000
@@ -42,7 +44,7 @@ class RotationPlan:
     @property
     def newcomers_s(self) -> float:
         """For how long new connections come, from the beginning of the load."""
-        return self.rotations * self.interval_s + self.delay_s + TAIL
+        return self.rest_s + self.rotations * self.interval_s + self.delay_s + TAIL
 
     @property
     def load_s(self) -> float:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +23,12 @@ from bench.load import report
 from bench.load.command import Outputs, check_outputs
 from bench.load.plan import SESSIONS_PER_USER, Credential, Plan, check_plan, require_open_files
 from bench.load.progress import view_for
-from bench.load.result import Result, Verdict
+from bench.load.result import Moment, Result, Verdict
 from bench.load.run import Stop, View, resolve, run
 from bench.load.stats import Operator
 from bench.rotation.newcomers import Newcomers
 from bench.rotation.outcome import SCHEMA, Outcome, Row
+from bench.rotation.pauses import Figures, Span
 from bench.rotation.plan import RotationPlan
 from bench.rotation.rotator import Rotated, Rotator, settings_of
 from zcproto.auth import UserFile
@@ -134,6 +136,9 @@ class Run:
         self._rotator = Rotator(
             plan, config.certificates.directory, settings_of(config.certificates), self._tell
         )
+        self._operator: Operator | None = None
+        self._at_rest: Span | None = None
+        self._rotating: Span | None = None
 
     async def conduct_interruptible(self) -> Outcome:
         """The first Ctrl-C ends the run early, with what there is; the second ends the program."""
@@ -154,6 +159,7 @@ class Run:
         before = await self._failures()
         result = await self._with_load()
         outcome = Outcome(self._plan, result, self._rotator.history, self._newcomers.met)
+        outcome.at_rest, outcome.rotating = self._at_rest, self._rotating
         try:
             after = await self._failures()
         except ZcprotoError:  # the server is gone, which the load's record tells, too
@@ -167,13 +173,25 @@ class Run:
         beside = asyncio.create_task(self._beside_load())
         beside.add_done_callback(self._beside_ended)
         try:
-            result = await run(self._load, self._view, self._stop)
+            result = await run(self._load, self._view, self._stop, lend=self._borrow)
         finally:
             beside.cancel()
             await asyncio.wait({beside})
         if not beside.cancelled():
             beside.result()  # a fault of its own is none to be silent about
+        self._count_all_pauses(result)
         return result
+
+    def _borrow(self, operator: Operator) -> None:
+        self._operator = operator
+
+    def _count_all_pauses(self, result: Result) -> None:
+        """The last reading under load has the longest pause since ours before; let it have that of all the load."""
+        reading = result.readings.get(Moment.LOADED)
+        if reading is not None:
+            spans = [span.after.longest_s for span in (self._at_rest, self._rotating) if span is not None]
+            stats = reading.stats._replace(longest_pause_s=max([reading.stats.longest_pause_s, *spans]))
+            result.readings[Moment.LOADED] = reading._replace(stats=stats)
 
     def _beside_ended(self, beside: asyncio.Task[None]) -> None:
         if not beside.cancelled() and beside.exception() is not None:
@@ -184,8 +202,26 @@ class Run:
         await self._view.loading.wait()
         start = time.monotonic()
         async with asyncio.TaskGroup() as both:
-            both.create_task(self._rotator.run(start))
+            both.create_task(self._rest_and_rotate(start))
             both.create_task(self._newcomers.run(start, plan.newcomers, plan.newcomers_s))
+
+    async def _rest_and_rotate(self, start: float) -> None:
+        plan = self._plan
+        connected = await self._figures()
+        await asyncio.sleep(start + plan.rest_s - time.monotonic())
+        rested = await self._figures()
+        self._at_rest = _span(connected, rested)
+        await self._rotator.run(start + plan.rest_s)
+        await asyncio.sleep(start + plan.newcomers_s - time.monotonic())  # the last one is taken up by then
+        self._rotating = _span(rested, await self._figures())
+
+    async def _figures(self) -> Figures | None:
+        assert self._operator is not None
+        try:
+            stats = await self._operator.call("server.stats", {})
+        except ZcprotoError:  # the server is gone, which the load's record tells, too
+            return None
+        return Figures.of(stats, time.monotonic())
 
     async def _failures(self) -> dict[str, int]:
         """Handshakes that have failed at the server since its start, by cause."""
@@ -208,24 +244,33 @@ class Run:
             )
 
 
+def _span(before: Figures | None, after: Figures | None) -> Span | None:
+    return None if before is None or after is None else Span(before, after)
+
+
 # --- the report ----------------------------------------------------------------------------------------------
 
 
 def show(outcome: Outcome, console: Console) -> None:
     """Print the load's tables, those of the rotations, and the verdict."""
     report.show(outcome.load, console, {})
-    table = Table(
-        title="Certificates rotated under load",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for number, column in enumerate(("", "figure", "unit", "target", "")):
-        table.add_column(column, justify="right" if number in (1, 3) else "left", no_wrap=True)
-    for row in outcome.rows():
-        table.add_row(*_cells(row))
+    table = _table("Certificates rotated under load", ("", "figure", "unit", "target", ""))
+    for row in outcome.count_rows():
+        table.add_row(row.label, *_cells(row))
     console.print(table)
+    table = _table("The server's loop", ("", "at rest", "rotating", "unit", "target", ""))
+    for row in outcome.pause_rows():
+        table.add_row(row.label, _figure(row.at_rest, row.unit), *_cells(row))
+    console.print(table)
+    if outcome.machine_was_busy:
+        console.print(
+            Text(
+                "the loop waited for a processor that other programs had, the load among them: this machine is too "
+                "small or too busy to show how long the server alone would have stood still",
+                "yellow",
+            ),
+            soft_wrap=True,
+        )
     style = {Verdict.VERIFIED: "bold green", Verdict.FAILED: "bold red"}.get(outcome.verdict, "bold yellow")
     console.print(Text(sentence(outcome), style), soft_wrap=True)
 
@@ -241,21 +286,29 @@ def sentence(outcome: Outcome) -> str:
     )
 
 
+def _table(title: str, columns: Sequence[str]) -> Table:
+    """Labels, figures, then a unit, a target and whether it is met."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        numeric = column in ("figure", "at rest", "rotating", "target")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+    return table
+
+
+def _figure(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if float(value).is_integer() and not unit else f"{value:,.2f}"
+
+
 def _cells(row: Row) -> list[str | Text]:
-    if row.value is None:
-        value = "-"
-    else:
-        value = f"{row.value:,.0f}" if float(row.value).is_integer() and not row.unit else f"{row.value:,.2f}"
+    """A row's figure, and what follows it."""
+    value = _figure(row.value, row.unit)
     if row.bar is None:
-        return [row.label, value, row.unit, "", ""]
+        return [value, row.unit, "", ""]
     target = f"= {row.bar:,g}" if row.exact else f"< {row.bar:,g}"
-    return [
-        row.label,
-        value,
-        row.unit,
-        target,
-        Text("pass", "green") if row.holds else Text("FAIL", "bold red"),
-    ]
+    verdict = Text("pass", "green") if row.holds else Text("FAIL", "bold red")
+    return [value, row.unit, target, verdict]
 
 
 def as_json(outcome: Outcome, started: float) -> dict[str, Any]:
