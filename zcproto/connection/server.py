@@ -49,7 +49,14 @@ from zcproto.wire.frame import (
     WELCOME,
     Side,
 )
-from zcproto.wire.message import NO_META, MessageError, decode_request, encode_body, encode_error
+from zcproto.wire.message import (
+    NO_META,
+    MessageError,
+    code_in,
+    decode_request,
+    encode_body,
+    encode_error,
+)
 
 MS: Final = 1000
 TOUCH_INTERVAL_MS: Final = 1_000
@@ -104,7 +111,8 @@ class ServerConnection:
     """One client's conversation.
 
     `salt` is 8 random bytes that no other connection has. Bytes for the peer gather until `data_to_send`
-    takes them. `admits`, if it is given, is asked when a token is first used here: False refuses it like an
+    takes them. `refused` counts frames that led to no request, by cause and code; connections may share it.
+    `admits`, if it is given, is asked when a token is first used here: False refuses it like an
     unknown one. `deadline_moved` says that `next_deadline` may have become earlier since it was last asked.
     """
 
@@ -121,6 +129,7 @@ class ServerConnection:
         "_out",
         "_proved",
         "_recheck_at",
+        "_refused",
         "_registry",
         "_salt",
         "_seen_generation",
@@ -143,9 +152,11 @@ class ServerConnection:
         wall: int,
         now: float,
         admits: Callable[[Session], bool] | None = None,
+        refused: dict[tuple[str, int], int] | None = None,
     ) -> None:
         self._settings = settings
         self._admits = admits
+        self._refused = {} if refused is None else refused
         self._registry = registry
         self._decoder = FrameDecoder(Side.SERVER, settings.max_frame_before_session)
         self._salt = salt
@@ -247,7 +258,7 @@ class ServerConnection:
                                     return
                             continue
                         if isinstance(joined, bytes):
-                            self._send(ERROR, stream, token, joined, wall)
+                            self._refuse("token", stream, token, joined, wall)
                             continue
                 session = self._session
                 if (
@@ -257,10 +268,11 @@ class ServerConnection:
                 try:
                     method, params, meta = decode_request(body, max_depth)
                 except MessageError as error:
-                    self._send(ERROR, stream, token, encode_error(Code.INVALID_ARGUMENT, str(error)), wall)
+                    malformed = encode_error(Code.INVALID_ARGUMENT, str(error))
+                    self._refuse("malformed", stream, token, malformed, wall)
                     continue
                 if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
-                    self._send(ERROR, stream, token, DEADLINE_EXCEEDED, wall)
+                    self._refuse("deadline", stream, token, DEADLINE_EXCEEDED, wall)
                     continue
                 yield stream, token, session, method, params, meta
                 if self.state is _CLOSED:  # the edge ended it while it had the request
@@ -277,7 +289,7 @@ class ServerConnection:
             body = encode_error(
                 Code.STALE_TIMESTAMP, "timestamp out of tolerance: set the clock", {"server_time": wall}
             )
-            self._send(ERROR, stream, token, body, wall)
+            self._refuse("stale", stream, token, body, wall)
         else:
             self.dropped_stale += 1
         return False
@@ -335,7 +347,7 @@ class ServerConnection:
                 if meta.deadline_ms is None or meta.deadline_ms > 0:
                     return stream, token, wanted.session, method, params, meta
                 refusal = DEADLINE_EXCEEDED
-        self._send(ERROR, stream, token, refusal, wall)
+        self._refuse("key_not_proved", stream, token, refusal, wall)
         return None
 
     def prove(self, key: str) -> None:
@@ -356,15 +368,17 @@ class ServerConnection:
         """Refuse a request for what the connection is, before its body is looked at."""
         settings = self._settings
         if session is None and length > settings.max_frame_before_session:
-            self._send(ERROR, stream, token, NEEDS_SESSION, wall)
+            self._refuse("too_large_without_session", stream, token, NEEDS_SESSION, wall)
             return True
         if self.state is State.DRAINING:
+            reason = "draining"
             body = encode_error(
                 Code.UNAVAILABLE,
                 "the server is going away: connect again",
                 {"retry_after_ms": settings.retry_draining_ms},
             )
         elif len(self._held) + self._lingering >= settings.max_streams:
+            reason = "max_streams"
             body = encode_error(
                 Code.RESOURCE_EXHAUSTED,
                 "too many requests in flight on this connection",
@@ -372,8 +386,14 @@ class ServerConnection:
             )
         else:
             return False
-        self._send(ERROR, stream, token, body, wall)
+        self._refuse(reason, stream, token, body, wall)
         return True
+
+    def _refuse(self, reason: str, stream: int, token: bytes, body: bytes, wall: int) -> None:
+        """Answer a frame with an ERROR before it is a request, and count that."""
+        cause = (reason, code_in(body))
+        self._refused[cause] = self._refused.get(cause, 0) + 1
+        self._send(ERROR, stream, token, body, wall)
 
     # --- what is answered -----------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar, cast
 
 from zcproto.errors import InvalidArgument
+from zcproto.histogram import QUICK_S, WAITED_S, Histogram
 from zcproto.server.context import Context
 from zcproto.server.params import Checker, ParamInfo, checker_for, describe, shown, take_anything
 from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH
@@ -31,14 +32,20 @@ RESERVED_PREFIXES: Final = ("session.", "server.", "device.")
 
 
 class Method:
-    """One method. `function` is called with keyword arguments only."""
+    """One method. `function` is called with keyword arguments only.
+
+    `calls` counts them; `durations` are how long the loop was at some of them, to their answer or first wait, and
+    `waits` how long those took that waited, in seconds. Servers of one process with the same method count together.
+    """
 
     __slots__ = (
         "_check_rest",
         "_checkers",
         "_required",
+        "calls",
         "context_name",
         "doc",
+        "durations",
         "function",
         "is_async",
         "name",
@@ -48,6 +55,7 @@ class Method:
         "takes_any",
         "takes_params_as_they_are",
         "unrestricted",
+        "waits",
     )
 
     def __init__(
@@ -65,6 +73,9 @@ class Method:
         self.operator = operator
         self.doc = inspect.getdoc(function) or ""
         self.is_async = _is_async(function)
+        self.calls = 0
+        self.durations = Histogram(QUICK_S)
+        self.waits = Histogram(WAITED_S)
         self.context_name: str | None = None
         self.takes_any = False
         self.params: list[ParamInfo] = []

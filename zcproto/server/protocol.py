@@ -134,6 +134,7 @@ class ServerProtocol(asyncio.Protocol):
             wall=wall,
             now=now,
             admits=self._admits if serving.binding.asks else None,
+            refused=serving.counters.refused,
         )
         serving.connections.add(self)
         serving.counters.connections_opened += 1
@@ -141,6 +142,7 @@ class ServerProtocol(asyncio.Protocol):
             log.debug("connection.opened", peer=self.peer, connection=self.id)
         if serving.announcement is not None:
             self._connection.announce(serving.announcement, wall)
+            serving.counters.events += 1
         if serving.draining:
             self._connection.go_away("draining", serving.settings.retry_draining_ms, wall)
         self._flush()
@@ -163,6 +165,7 @@ class ServerProtocol(asyncio.Protocol):
         self._transport = None
 
     def pause_writing(self) -> None:
+        self._serving.counters.write_pauses += 1
         self._paused_since = self.now()
         if self._transport is not None:
             self._unread = self._transport.get_write_buffer_size()
@@ -188,7 +191,8 @@ class ServerProtocol(asyncio.Protocol):
 
     def _process(self, events: Iterator[ServerEvent], wall: int) -> None:
         """Take events until there are none, or the peer must read first; then send what there is to send."""
-        run = self._run
+        serving = self._serving
+        run = self._run_timed if serving.reads.time_next else self._run
         requests = 0
         for event in events:
             if event.__class__ is tuple:
@@ -198,7 +202,7 @@ class ServerProtocol(asyncio.Protocol):
                     self._suspended = events
                     break
             elif event.__class__ is SessionJoined:
-                self._serving.session_joined(event.session_id, self)
+                serving.session_joined(event.session_id, self)
             elif event.__class__ is TokenUnknown:
                 if self._look_up(event):
                     self._suspended = events
@@ -210,7 +214,7 @@ class ServerProtocol(asyncio.Protocol):
             else:
                 self._conversation_ended(cast("ConnectionEnded", event))
                 break
-        self._serving.counters.requests += requests
+        serving.counters.requests += requests
         connection = self._connection
         if connection is None:
             return
@@ -237,6 +241,7 @@ class ServerProtocol(asyncio.Protocol):
                 self._fail(request, *refusal)
                 return
             assert method is not None
+        method.calls += 1
         if (
             meta is not NO_META
             and meta.idempotency_key is not None
@@ -265,6 +270,16 @@ class ServerProtocol(asyncio.Protocol):
             self._answer_large(Request(*raw), body)
         elif self._connection is not None:
             self._connection.respond_at_once(stream, token, body, wall)
+
+    def _run_timed(self, raw: RawRequest, wall: int) -> None:
+        """As `_run`, and note how long that took."""
+        serving = self._serving
+        serving.reads.timed()
+        method = serving.methods.get(raw[3])
+        began = serving.clock.now()
+        self._run(raw, wall)
+        if method is not None:
+            method.durations.add(serving.clock.now() - began)
 
     def _run_bound(self, request: Request, method: Method) -> None:
         """As `_run`, for a method whose parameters are checked one by one."""
@@ -310,7 +325,10 @@ class ServerProtocol(asyncio.Protocol):
         def failed(error: BaseException) -> Answer:
             return Answer(*self._error_of(request, error))
 
+        began = self.now()
+
         def later(answer: Answer) -> None:
+            method.waits.add(self.now() - began)
             if self._workers is not None:
                 self._workers.pop(request, None)
             self._answer_as(request, answer)
@@ -338,14 +356,17 @@ class ServerProtocol(asyncio.Protocol):
         if connection is None:  # the method ended its own connection before it began to wait
             worker.cancel()
             return
-        connection.hold(request, self.now())
+        now = self.now()
+        connection.hold(request, now)
         if self._workers is None:
             self._workers = {}
         self._workers[request] = worker
         if isinstance(worker, Waiting):
             return
+        method = self._serving.methods[request.method]
 
         def done(result: Any, error: BaseException | None) -> None:
+            method.waits.add(self.now() - now)
             if self._workers is not None:
                 self._workers.pop(request, None)
             if error is None:
@@ -364,6 +385,16 @@ class ServerProtocol(asyncio.Protocol):
             del self._workers[ended.request]
             worker.cancel()
         # What is run once goes on, and its request lingers until it has ended.
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait for their methods."""
+        return 0 if self._workers is None else len(self._workers)
+
+    @property
+    def reads_too_slowly(self) -> bool:
+        """Whether the peer must read before it is read from."""
+        return self._paused_since is not None
 
     def has_ended(self, request: Request) -> bool:
         """Whether a request has its answer already, or can never be answered."""
@@ -518,6 +549,7 @@ class ServerProtocol(asyncio.Protocol):
             self._connection.leave(session_id, self.now())
         else:
             self._connection.session_revoked(session_id, reason, self.wall(), self.now())
+            self._serving.counters.events += 1
         self._flush_soon()
 
     def send_event(self, session_id: str, name: str, data: Any) -> bool:
@@ -525,6 +557,7 @@ class ServerProtocol(asyncio.Protocol):
         if self._connection is None:
             return False
         sent = self._connection.send_event(session_id, name, data, self.wall())
+        self._serving.counters.events += sent
         self._flush_soon()
         return sent
 
@@ -532,6 +565,7 @@ class ServerProtocol(asyncio.Protocol):
         """Send an event that speaks of the server."""
         if self._connection is not None:
             self._connection.announce(body, self.wall())
+            self._serving.counters.events += 1
             self._flush_soon()
 
     # --- bytes out -------------------------------------------------------------------------------------

@@ -494,6 +494,7 @@ class Server:
         await serving.sessions.stop()
         self.pauses.stop()
         serving.log_soon.write()
+        serving.reads.stop()
         for waiting in self._wheel.close():  # handshakes that were never finished: nobody else would end them
             assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
             waiting.abort()

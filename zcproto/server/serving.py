@@ -18,6 +18,7 @@ from zcproto.server.binding import Binding
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import OnceOnly
 from zcproto.server.log_batch import LogBatch
+from zcproto.server.read_timing import ReadTiming
 from zcproto.server.sessions import MemorySessions, Sessions
 from zcproto.sessions import SessionRegistry
 
@@ -42,6 +43,14 @@ class Counters:
     refused_full: int = 0
     accept_failed: int = 0
     dropped_stale: int = 0
+    refused: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Frames that led to no method, by cause and by the code that they were answered with."""
+    sessions_ended: dict[str, int] = field(default_factory=dict)
+    """Live sessions, by reason."""
+    events: int = 0
+    """Of those that methods and the server send; warnings of expiry are the connection's own."""
+    write_pauses: int = 0
+    incidents: int = 0
 
     def count_error(self, code: int) -> None:
         self.errors[code] = self.errors.get(code, 0) + 1
@@ -86,6 +95,7 @@ class Serving:
         self.sessions: Sessions = MemorySessions(registry, clock)
         """What `session.*` does; the server puts another one here if sessions are kept in a store."""
         self.counters = Counters()
+        self.reads = ReadTiming(wheel)
         self.connections: set[ServerProtocol] = set()
         self.draining = False
         self.pins: tuple[str, ...] = ()
@@ -129,6 +139,7 @@ class Serving:
 
     def close(self) -> None:
         self.log_soon.write()
+        self.reads.stop()
         self.registry.observers.remove(self._session_ended)
 
     # --- which connections use a session ---------------------------------------------------------
@@ -156,6 +167,8 @@ class Serving:
         return session_id in self._by_session
 
     def _session_ended(self, session_id: str, code: Code, reason: str) -> None:
+        ended = self.counters.sessions_ended
+        ended[reason] = ended.get(reason, 0) + 1
         users = self._by_session.pop(session_id, None)
         if users is None:
             return
@@ -176,5 +189,6 @@ class Serving:
     def incident(self, what: str, error: BaseException, **values: Any) -> str:
         """Log a fault of ours with the places it passed; returns the id that the peer is told."""
         incident_id = secrets.token_hex(8)
+        self.counters.incidents += 1
         log.error("request.failed", what=what, incident=incident_id, exc_info=error, **values)
         return incident_id

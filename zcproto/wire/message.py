@@ -174,6 +174,11 @@ def encode_error(code: int, message: str, details: Mapping[str, Any] | None = No
     return encode_body([int(code), message, details] if details else [int(code), message])
 
 
+def code_in(body: bytes) -> int:
+    """The code in the body of an ERROR that `encode_error` made: its second byte, as all codes are below 128."""
+    return body[1]
+
+
 def decode_error(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> ErrorMessage:
     """The message of an ERROR: `[code, message]` or `[code, message, details]`. Raises MessageError."""
     value = decode_body(body, max_depth)
