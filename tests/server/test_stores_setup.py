@@ -90,7 +90,10 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_store_has_to_tell_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store_setup._notice("store_damaged", path=tmp_path / "sessions.db", reason="malformed")
+    told: list[tuple[str, object]] = []
+    path = tmp_path / "sessions.db"
+    store_setup._notice(lambda *event: told.append(event), "store_damaged", path=path, reason="malformed")
+    assert told == [("store.damaged", {"path": str(path), "reason": "malformed"})]
     line = json.loads(capsys.readouterr().err)
     assert (line["event"], line["level"], line["reason"]) == ("store.damaged", "error", "malformed")
     assert line["path"] == str(tmp_path / "sessions.db")

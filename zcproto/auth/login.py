@@ -39,9 +39,9 @@ Decision = TypeVar("Decision")
 
 
 class Login:
-    """The way into a session. One authenticator for each scheme."""
+    """The way into a session. One authenticator for each scheme. `throttled` counts logins that had to wait."""
 
-    __slots__ = ("_attachers", "_authenticators", "_namers", "_throttle", "_undecided")
+    __slots__ = ("_attachers", "_authenticators", "_namers", "_throttle", "_undecided", "throttled")
 
     def __init__(self, authenticators: Iterable[Authenticator], throttle: Throttle) -> None:
         self._authenticators: dict[str, Authenticator] = {}
@@ -58,6 +58,7 @@ class Login:
                 self._attachers.append(authenticator)
         self._throttle = throttle
         self._undecided: dict[str, int] = {}
+        self.throttled = 0
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -152,6 +153,7 @@ class Login:
         if not retry_after_ms and name and self._undecided.get(name, 0) >= MAX_UNDECIDED:
             retry_after_ms = _RETRY_UNDECIDED_MS
         if retry_after_ms:
+            self.throttled += 1
             raise ResourceExhausted("too many logins; wait", {"retry_after_ms": retry_after_ms})
 
 

@@ -67,6 +67,7 @@ FIELDS: Final[dict[str, str]] = {
     "cure": "what to do about it",
     "cut_off": "connections that had to be cut off at the end of server.drain_timeout",
     "days_left": "days until a certificate expires, rounded down",
+    "details": "values of an alert",
     "device": "the name of a device",
     "exc_info": "an exception: its type, and its message if that is ours or the system's",
     "exc_info_at": "the places that the exception passed: file, line, function",
@@ -75,8 +76,10 @@ FIELDS: Final[dict[str, str]] = {
     "host": "the address that is listened on",
     "incident": "the id that the peer was told, to ask about",
     "keys": "how many peers, users or causes the lines would have been of",
+    "kind": "a kind of alert: spec/alerts.md",
     "limit": "the limit that was reached",
     "lines": "how many lines",
+    "lost": "messages that never arrived at this sink, in all",
     "message": "what happened, in a sentence",
     "new_level": "the level from now on",
     "of": "the name of the event that was left out",
@@ -94,17 +97,14 @@ FIELDS: Final[dict[str, str]] = {
     "seconds": "how long it took",
     "session": "the public id of a session; it opens nothing",
     "sessions": "how many sessions",
+    "severity": "info, warning, error or critical",
+    "sink": "who takes alerts: webhook or command",
     "suppressed": "lines of this event and key that were left out before this one",
     "text": "what was given instead of a name",
     "threshold_days": "which of certificates.alert_days was reached",
+    "title": "an alert in a sentence",
     "user": "the name of a user",
     "wanted": "what would be needed",
-    "details": "values of an alert",
-    "kind": "a kind of alert: spec/alerts.md",
-    "lost": "messages that never arrived at this sink, in all",
-    "severity": "info, warning, error or critical",
-    "sink": "who takes alerts: webhook or command",
-    "title": "an alert in a sentence",
     "what": "which part of the work: a method's name, or a step of our own",
     "which": "the id of the session that was meant, or all",
 }
@@ -411,8 +411,22 @@ _event(
 
 _ALERT: Final = "kind about severity title details count"
 
-_event("alert.began", "warning", "Somebody has to know something: spec/alerts.md.", _ALERT, PER_EVENT, by_peer=True)
-_event("alert.changed", "warning", "An alert has become graver, or there is news.", _ALERT, PER_EVENT, by_peer=True)
+_event(
+    "alert.began",
+    "warning",
+    "Somebody has to know something: spec/alerts.md.",
+    _ALERT,
+    PER_EVENT,
+    by_peer=True,
+)
+_event(
+    "alert.changed",
+    "warning",
+    "An alert has become graver, or there is news.",
+    _ALERT,
+    PER_EVENT,
+    by_peer=True,
+)
 _event("alert.reminder", "warning", "An alert goes on.", _ALERT, PER_EVENT, by_peer=True)
 _event("alert.ended", "info", "An alert is over.", _ALERT, PER_EVENT, by_peer=True)
 _event(

@@ -185,6 +185,7 @@ def protocol_methods(
             if not revoked:
                 raise NotFound("no session with this id")
         told("session.revoked", context, session, which="all" if id is None else id, sessions=int(revoked))
+        serving.on_revoked(f"user {session.user}", int(revoked), True)
         return {"revoked": int(revoked)}
 
     async def session_close(context: Context) -> dict[str, Any]:

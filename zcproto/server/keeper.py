@@ -66,7 +66,8 @@ class CertificateKeeper:
     """Looks after a server's certificates.
 
     `on_kept` is called in the loop with what is to be served from now on, `on_next_pins` with what is announced
-    whenever that changes. `notices` counts what happened, by kind.
+    whenever that changes. `on_notice` hears of all that happens, `on_problem` why new certificates did not prove
+    themselves, and "" when others did. `notices` counts what happened, by kind.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class CertificateKeeper:
         *,
         on_kept: Callable[[Kept], None],
         on_next_pins: Callable[[NextPins | None], None],
+        on_notice: Callable[[Notice], None] = lambda notice: None,
+        on_problem: Callable[[str], None] = lambda problem: None,
         progress: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         """Raises CertificateError if the configured sites contradict one another."""
@@ -90,6 +93,8 @@ class CertificateKeeper:
         self._clock = clock
         self._on_kept = on_kept
         self._on_next_pins = on_next_pins
+        self._on_notice = on_notice
+        self._on_problem = on_problem
         self._unproven = True
         self._proven: dict[Site, ServerContext] = {}
         self._untold: tuple[Notice, ...] = ()
@@ -116,11 +121,14 @@ class CertificateKeeper:
             if str(error) != self._problem:
                 self._problem = str(error)
                 log.warning("certificate.not_used", message=str(error))
+                self._on_problem(self._problem)
             return
         except Exception as error:  # a fault of ours must not end the watch over what is served
             log.error("certificate.look_failed", exc_info=error)
             return
-        self._problem = ""
+        if self._problem:
+            self._problem = ""
+            self._on_problem("")
         self._take(found)
 
     def status(self) -> tuple[CertificateStatus, ...]:
@@ -202,6 +210,7 @@ class CertificateKeeper:
             values["threshold_days"] = notice.days
         write = log.warning if notice.kind in _WARNINGS else log.info
         write(f"certificate.{notice.kind.value}", **values)
+        self._on_notice(notice)
 
 
 def unix_ms(moment: datetime) -> int:

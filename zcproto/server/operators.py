@@ -51,6 +51,7 @@ def operator_methods(serving: Serving) -> list[Method]:
         log.warning(
             "operator.revoked", operator=context.user, user=user, all=all, sessions=revoked, peer=context.peer
         )
+        serving.on_revoked(f"operator {context.user}", revoked, False)
         return {"revoked": revoked}
 
     return [

@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -40,6 +41,15 @@ from zcproto.errors import ConfigError
 from zcproto.home import Home, resolve_home
 from zcproto.network import Networks
 from zcproto.observe.log import flush_log, tell_suppressed
+from zcproto.server.alert_sources import (
+    tell_certificate,
+    tell_certificates_not_used,
+    tell_refresh_reused,
+    tell_revoked,
+    tell_store,
+    watch_rates,
+)
+from zcproto.server.alerts import ServerAlerts, sinks_of
 from zcproto.server.app import App, Method
 from zcproto.server.binding import Binding
 from zcproto.server.builtin import KEY_GONE, default_app, protocol_methods
@@ -150,19 +160,24 @@ class Server:
         loop = asyncio.get_running_loop()
         self._check_suites()
         await asyncio.to_thread(self.home.ensure)
+        sinks = await asyncio.to_thread(sinks_of, config.alerts, self._clock)
+        alerts = self.alerts = ServerAlerts(config.alerts, sinks, clock=self._clock, entropy=self._entropy)
+        on_store_event = partial(tell_store, alerts)
         keeper = self._keeper = CertificateKeeper(
             config,
             self._clock,
             [ALPN, HTTP_ALPN] if config.http.enabled else [ALPN],
             on_kept=self._serve_certificates,
             on_next_pins=self._announce_pins,
+            on_notice=partial(tell_certificate, alerts),
+            on_problem=partial(tell_certificates_not_used, alerts),
             progress=self._progress,
         )
         await keeper.start()
         assert self._kept is not None
         wheel = DeadlineWheel(loop)
         settings = _session_settings(config)
-        store = await asyncio.to_thread(store_of, config, self.home)
+        store = await asyncio.to_thread(store_of, config, self.home, on_store_event)
         is_shared = store is not None and store.shared
         if is_shared:
             settings = replace(settings, max_sessions=NEAR_CACHE)
@@ -179,6 +194,7 @@ class Server:
                 wheel=wheel,
                 clock=self._clock,
                 entropy=self._entropy,
+                on_event=on_store_event,
             )
         methods: dict[str, Method] = {}
         tasks = EagerTasks(loop)
@@ -230,6 +246,9 @@ class Server:
         if store_keeper is not None:
             serving.sessions = StoredSessions(store_keeper, settings, self._clock)
             await store_keeper.start()
+        serving.sessions.on_reuse = partial(tell_refresh_reused, alerts)
+        serving.on_revoked = partial(tell_revoked, alerts)
+        watch_rates(alerts, serving, acceptor, login)
         try:
             if self._sockets:
                 take_over(self._sockets)
@@ -256,9 +275,12 @@ class Server:
         )
         self.pauses = PauseMeter(loop, lambda: serving.counters.requests + acceptor.handshakes_completed)
         self.pauses.start()
+        self._start_task(look_after_log())
         if store_keeper is None:
             self._start_task(self._clean_forever(registry))
-        self._start_task(look_after_log())
+        alerts.source = f"{socket.gethostname()}:{self.port}"
+        alerts.start()
+        self._start_task(alerts.run())
         self._start_task(keeper.run())
         if devices is not None:
             self._start_task(devices.watch())
@@ -308,6 +330,7 @@ class Server:
         """End the sessions of a user who is none any more, or somebody else."""
         ended = await self.serving.sessions.revoke_user(name, "the user was changed")
         log.info("user.gone", user=name, sessions=ended)
+        self.serving.on_revoked(f"the user {name} was removed or changed", ended, False)
 
     async def _device_gone(self, name: str, device: Device) -> None:
         """End the sessions of a device that is removed. No connection counts as its own any more."""
@@ -316,6 +339,7 @@ class Server:
             protocol.disprove(key)
         ended = await self.serving.sessions.revoke_key(device.user, key, KEY_GONE)
         log.info("device.gone", device=name, user=device.user, sessions=ended)
+        self.serving.on_revoked(f"the device {name} of {device.user} was removed", ended, False)
 
     # --- while it runs -------------------------------------------------------------------------------
 
@@ -346,7 +370,8 @@ class Server:
     def _lives(self) -> list[CertificateLife]:
         now = self._keeper.now()
         return [
-            CertificateLife(pair.key_type, (pair.not_after - now).total_seconds()) for pair in self.certificates
+            CertificateLife(pair.key_type, (pair.not_after - now).total_seconds())
+            for pair in self.certificates
         ]
 
     def _certificate_names(self) -> list[str]:
@@ -492,6 +517,7 @@ class Server:
         for task in self._background:
             task.cancel()
         await serving.sessions.stop()
+        await self.alerts.stop()
         self.pauses.stop()
         serving.log_soon.write()
         serving.reads.stop()

@@ -19,7 +19,7 @@ from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import OnceOnly
 from zcproto.server.log_batch import LogBatch
 from zcproto.server.read_timing import ReadTiming
-from zcproto.server.sessions import MemorySessions, Sessions
+from zcproto.server.sessions import CLOSED, MemorySessions, Sessions
 from zcproto.sessions import SessionRegistry
 
 if TYPE_CHECKING:
@@ -57,6 +57,14 @@ class Counters:
 
     def count_end(self, reason: str) -> None:
         self.connections_ended[reason] = self.connections_ended.get(reason, 0) + 1
+
+
+OnRevoked = Callable[[str, int, bool], None]
+"""Hears of sessions that somebody has ended: who it was, how many, and whether they were that user's own."""
+
+
+def _nobody(by: str, sessions: int, by_user: bool) -> None:
+    """Nobody is told."""
 
 
 class Serving:
@@ -104,6 +112,9 @@ class Serving:
         """What the event `pins.next` says, if there is something to come."""
         self.announcement: bytes | None = None
         """The body of an event that every connection gets, those to come right behind WELCOME."""
+        self.revoked = 0
+        """Sessions that were ended before their time, but not by whoever had them."""
+        self.on_revoked: OnRevoked = _nobody
         self._drained = asyncio.Event()
         self._by_session: dict[str, ServerProtocol | set[ServerProtocol]] = {}
         self.run = secrets.token_hex(RUN_SIZE)
@@ -167,6 +178,8 @@ class Serving:
         return session_id in self._by_session
 
     def _session_ended(self, session_id: str, code: Code, reason: str) -> None:
+        if code is Code.TOKEN_REVOKED and reason != CLOSED:
+            self.revoked += 1
         ended = self.counters.sessions_ended
         ended[reason] = ended.get(reason, 0) + 1
         users = self._by_session.pop(session_id, None)

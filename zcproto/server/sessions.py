@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -63,8 +63,17 @@ Quietly = AbstractContextManager[Any]
 log = get_logger("zcproto.sessions")
 
 
+OnReuse = Callable[[str, str], None]
+
+
+def _nobody(session_id: str, address: str) -> None:
+    """Nobody is told."""
+
+
 class Sessions(Protocol):
     """The sessions of a server. `looks_up`: tokens that are not known here may be good all the same."""
+
+    on_reuse: OnReuse
 
     @property
     def looks_up(self) -> bool: ...
@@ -134,13 +143,17 @@ class Sessions(Protocol):
 
 
 class MemorySessions:
-    """Sessions that end with the process: the registry is all there is. No coroutine here suspends."""
+    """Sessions that end with the process: the registry is all there is. No coroutine here suspends.
+
+    `on_reuse` is called with a session's id and an address when a spent refresh token has ended that session.
+    """
 
     looks_up = False
 
     def __init__(self, registry: SessionRegistry, clock: Clock) -> None:
         self._registry = registry
         self._clock = clock
+        self.on_reuse: OnReuse = _nobody
 
     async def open(
         self, user: str, *, operator: bool, client: str, address: str, key: str = ""
@@ -158,6 +171,7 @@ class MemorySessions:
             if registry.refresh_reused > reused:
                 session_id = id_text(id_of(refresh_token[:FAMILY_SIZE]))
                 log.warning("session.refresh_reused", session=session_id, peer=address)
+                self.on_reuse(session_id, address)
 
     async def revoke(
         self, session_id: str, *, user: str | None, reason: str, quietly: Quietly = _QUIET
@@ -205,6 +219,7 @@ class StoredSessions:
     """Sessions that are kept in a store; the registry is what tokens are checked against.
 
     The counts are for operators: tokens that were looked up (`lookups`), and of these not known (`misses`).
+    `on_reuse` is as for MemorySessions.
     """
 
     def __init__(self, keeper: StoreKeeper, settings: SessionSettings, clock: Clock) -> None:
@@ -221,6 +236,7 @@ class StoredSessions:
         self._finding: dict[bytes, asyncio.Task[None]] = {}
         self._not_known: OrderedDict[bytes, float] = OrderedDict()
         self._missed: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self.on_reuse: OnReuse = _nobody
         self.lookups = 0
         self.misses = 0
 
@@ -354,6 +370,7 @@ class StoredSessions:
         if refused.reused:
             self._registry.refresh_reused += 1
             log.warning("session.refresh_reused", session=id_text(session_id), peer=rotation.address)
+            self.on_reuse(id_text(session_id), rotation.address)
         if refused.code is not Code.UNAUTHENTICATED:
             self._registry.end(session_id, refused.code, REUSED if refused.reused else "", wall)
         return refresh_refused(refused.code)

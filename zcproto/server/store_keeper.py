@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
@@ -79,6 +79,9 @@ _TASK: Final = "zcproto-store"
 _UPKEEP: Final = "zcproto-store-upkeep"
 
 T = TypeVar("T")
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+"""Gets what is logged of the store that somebody may have to be told of: the event's name, and its values."""
+
 log = get_logger("zcproto.store")
 
 
@@ -91,7 +94,8 @@ class Ask(Protocol):
 class StoreKeeper:
     """One process's sessions and their store. `is_used` says whether a connection uses a session, by its id's text.
 
-    `store` is guarded. Whoever asks it raises `unavailable()` when it fails.
+    `store` is guarded. `on_event` hears of outages and losses. Whoever asks the store raises
+    `unavailable()` when it fails.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class StoreKeeper:
         grace: float,
         cleanup_interval: float,
         keep_ended_ms: int,
+        on_event: OnEvent = lambda event, values: None,
     ) -> None:
         self.registry = registry
         self.pending = pending
@@ -118,6 +123,7 @@ class StoreKeeper:
         self._clock = clock
         self._cleanup_interval = cleanup_interval
         self._keep_ended_ms = keep_ended_ms
+        self._on_event = on_event
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_open = False
         self._is_loaded = False
@@ -152,6 +158,7 @@ class StoreKeeper:
             raise ConfigError([f"revocations of before cannot be read: {error.reason}"]) from error
         for copy in self.pending.damaged:
             log.error("revocations.damaged", copy=str(copy))
+            self._on_event("revocations.damaged", {"copy": str(copy)})
         try:
             await self._recover()
         except StoreUnavailable as error:
@@ -261,13 +268,16 @@ class StoreKeeper:
             log.error(
                 "store.degraded", reason=self.store.reason, sessions=len(registry), pending=len(self.pending)
             )
+            self._on_event("store.degraded", {"reason": self.store.reason, "sessions": len(registry)})
         elif alert is Alert.GRACE_OVER:
             registry.refuse_all()
             log.error("store.grace_over", reason=self.store.reason)
+            self._on_event("store.grace_over", {"reason": self.store.reason})
         else:
             registry.stop_refusing()
             seconds = round(self._clock.now() - health.since, 3)
             log.warning("store.recovered", seconds=seconds, replayed=self.replayed)
+            self._on_event("store.recovered", {"seconds": seconds, "replayed": self.replayed})
         self._set_deadline()
 
     async def _probe(self) -> None:
@@ -326,6 +336,7 @@ class StoreKeeper:
             if change.kind is ChangeKind.EMPTIED:
                 self._is_emptied = True
                 log.error("store.emptied", sessions=len(self.registry))
+                self._on_event("store.emptied", {"sessions": len(self.registry)})
             self._start_checking()
             return
         self._changes.pop(change.id, None)
@@ -476,6 +487,7 @@ class StoreKeeper:
             if revocation.id:
                 self.add_orphan(revocation.id)  # so it is not forgotten before this process ends
             log.error("revocations.not_kept", reason=error.reason)
+            self._on_event("revocations.not_kept", {"reason": error.reason, "pending": len(self.pending)})
             raise self.unavailable() from error
         return None
 
