@@ -115,6 +115,16 @@ def test_what_lasts_is_told_again_after_the_interval(desk: Desk) -> None:
     assert desk.told() == []
 
 
+def test_a_certificate_with_weeks_left_is_told_of_by_its_thresholds_alone(desk: Desk) -> None:
+    desk.raise_(AlertKind.CERTIFICATE_EXPIRY)
+    desk.taken()
+    desk.pass_(10 * REPEAT_S)
+    assert desk.told() == []
+    desk.raise_(AlertKind.CERTIFICATE_EXPIRY, severity=Severity.ERROR)
+    desk.pass_(REPEAT_S)
+    assert desk.told() == [("changed", "", 2), ("reminder", "", 2)]
+
+
 def test_nothing_is_told_again_where_that_is_off() -> None:
     desk = Desk(repeat_s=None)
     desk.raise_()

@@ -5,7 +5,8 @@
 Rules:
 - An alert is named by its kind and what it is about. Raised again while it is open, it is counted and not told,
   unless it has become graver or its caller says that there is something new.
-- What was told is told of again: every `repeat_s` while it lasts (REMINDER), and when it is over (ENDED). An event
+- What was told is told of again: every `repeat_s` while it lasts, if it is grave enough (REMINDER), and when it is
+  over (ENDED). An event
   does not last: it is over when it has not come for `quiet_s`, and that is told only if it came more often than
   was told.
 - Of one kind at most `BURST` alerts in a row are told one by one, and one more every `REFILL_S`. Those beyond are
@@ -201,12 +202,12 @@ class AlertCenter:
                 shelf.history.popleft()
 
     def _handle_rows(self, kind: AlertKind, shelf: _Shelf, wall: int, now: float) -> None:
-        is_event = CATALOGUE[kind].ending is Ending.QUIET
+        entry = CATALOGUE[kind]
         for row in list(shelf.rows.values()):
-            if is_event:
+            if entry.ending is Ending.QUIET:
                 if now - row.last_now >= self._quiet_s:
                     self._end(kind, shelf, row, wall, now, tells=row.count > row.told_count)
-            elif row.told_at is not None and self._is_due(row.told_at, now):
+            elif row.severity >= entry.reminds_from and self._is_due(row.told_at, now):
                 self._tell(kind, row, Phase.REMINDER, wall, now)
 
     def _handle_many(self, kind: AlertKind, shelf: _Shelf, many: _Row, wall: int, now: float) -> None:
@@ -221,8 +222,8 @@ class AlertCenter:
             shelf.many = None
             self._close(kind, shelf, many, wall, now, tells=True)
 
-    def _is_due(self, told_at: float, now: float) -> bool:
-        return self._repeat_s is not None and now - told_at >= self._repeat_s
+    def _is_due(self, told_at: float | None, now: float) -> bool:
+        return told_at is not None and self._repeat_s is not None and now - told_at >= self._repeat_s
 
     def _count_among_many(
         self, shelf: _Shelf, row: _Row, severity: Severity, count: int, wall: int, now: float

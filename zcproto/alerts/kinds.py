@@ -61,13 +61,18 @@ class AlertKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class KindEntry:
-    """What is known of a kind. `about` is what `Alert.about` names: alerts of one kind are told apart by it."""
+    """What is known of a kind.
+
+    `about` is what `Alert.about` names: alerts of one kind are told apart by it. What is less grave than
+    `reminds_from` is not told again while it lasts.
+    """
 
     severity: Severity
     ending: Ending
     about: str
     meaning: str
     cure: str
+    reminds_from: Severity = Severity.INFO
 
 
 CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
@@ -79,6 +84,7 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
         " `certificates.alert_days`; an error from 7 days on, critical from 1 day on and when it has expired.",
         "Renew it. An own certificate renews itself: then see why it did not, by the alert"
         " `certificate.renewal_failed` or `zcproto cert show`.",
+        reminds_from=Severity.ERROR,  # before that the next threshold comes soon enough
     ),
     AlertKind.CERTIFICATE_RENEWAL: KindEntry(
         Severity.ERROR,

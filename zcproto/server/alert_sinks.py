@@ -55,6 +55,11 @@ class Sink(Protocol):
         """One word, for logs and metrics."""
         ...
 
+    @property
+    def where(self) -> str:
+        """Where the messages go, for people; nothing secret."""
+        ...
+
     async def deliver(self, body: bytes) -> str:
         """Hand over one message; what the receiver said, for `zcproto alert test`. Raises Undelivered.
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import ssl
 from pathlib import Path
 from typing import Final
@@ -40,6 +42,7 @@ CLOSE_S: Final = 1.0
 
 _RETRIED: Final = frozenset({408, 425, 429})
 _READ: Final = 4_096
+_SHOWN: Final = 200
 
 
 class Webhook:
@@ -83,9 +86,7 @@ class Webhook:
                 f"TLS with {self._host} failed: {error.reason or 'no reason is known'}"
             ) from error
         except OSError as error:
-            raise Undelivered(
-                f"{self._host} cannot be reached: {error.strerror or type(error).__name__}"
-            ) from error
+            raise Undelivered(f"{self._host} cannot be reached: {_reason(error)}") from error
         except h11.RemoteProtocolError as error:
             raise Undelivered(f"{self._host} did not answer by HTTP") from error
         if 200 <= status < 300:
@@ -147,6 +148,17 @@ async def _status(connection: h11.Connection, reader: asyncio.StreamReader) -> i
             if received > MAX_ANSWER:
                 raise Undelivered("the answer never comes to its end")
             connection.receive_data(data)
+
+
+def _reason(error: OSError) -> str:
+    """What went wrong, in the system's words."""
+    if isinstance(error, socket.gaierror):
+        return error.strerror or "no such name"
+    if error.errno is not None:
+        return os.strerror(error.errno)
+    return (
+        str(error)[:_SHOWN] or type(error).__name__
+    )  # such as that of several addresses, each with its reason
 
 
 def _context(ca_file: Path | None) -> ssl.SSLContext:
