@@ -292,10 +292,7 @@ class HttpConnection:
     def _send(self, response: HttpResponse, wall: int) -> None:
         """The one way out for responses."""
         parser = self._h11
-        is_new = (
-            parser is None or parser.our_state is h11.ERROR
-        )  # nothing was understood, or an answer failed
-        if parser is None or is_new:
+        if parser is None:  # nothing was understood
             parser = h11.Connection(h11.SERVER)
         last = self._is_last or response.close or self._left <= 0
         fields: list[tuple[str, str]] = [("Date", _date(wall // _MS)), *response.headers]
@@ -306,13 +303,13 @@ class HttpConnection:
         message = h11.Response(
             status_code=response.status, headers=fields, reason=HTTPStatus(response.status).phrase
         )
+        security = self._security.block(response.policy)
+        # From here on nothing raises: what was wrong with the response was found above.
         status_line, line_end, rest = parser.send(message).partition(_LINE_END)
-        self._out += (status_line, line_end, self._security.block(response.policy), rest)
-        is_head = self._request is not None and self._request.method == b"HEAD"
-        if not is_head:
+        self._out += (status_line, line_end, security, rest)
+        if self._request is None or self._request.method != b"HEAD":
             self._out.append(parser.send(h11.Data(data=response.body)))
-        if not (is_head and is_new):  # such a one would miss the body
-            parser.send(h11.EndOfMessage())
+        parser.send(h11.EndOfMessage())
         self.sent.append(response.status)
         if last or parser.our_state is not h11.DONE:
             self._end()
@@ -320,7 +317,6 @@ class HttpConnection:
     def _refuse(self, refused: _Refused, wall: int) -> None:
         self._is_last = True
         self._send(text_response(refused.status, str(refused)), wall)
-        self._end()
 
     # --- time, and the end ---------------------------------------------------------------------------
 
