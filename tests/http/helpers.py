@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -44,10 +45,10 @@ class Answer(NamedTuple):
         return "close" in self.all("connection")
 
 
-def answers(data: bytes, methods: Iterable[str] = ("GET",) * 100) -> list[Answer]:
+def answers(data: bytes, methods: Iterable[str] | None = None) -> list[Answer]:
     """The responses in these bytes to requests of these methods. They must fill the bytes to the last one."""
     found: list[Answer] = []
-    pending = iter(methods)
+    pending = itertools.repeat("GET") if methods is None else iter(methods)
     while data:
         client = h11.Connection(h11.CLIENT)
         client.send(h11.Request(method=next(pending), target="/", headers=[("Host", "a")]))

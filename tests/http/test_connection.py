@@ -226,12 +226,23 @@ def test_a_request_waits_until_the_one_before_is_answered() -> None:
     connection = HttpConnection(LIMITS, SECURITY, NOW)
     first = connection.receive_data(GET + head("Host: a", first="GET /2 HTTP/1.1"), WALL, NOW)
     assert first is not None
-    assert not connection.wants_data
     assert connection.receive_data(GET, WALL, NOW) is None
     second = connection.respond(text_response(200, "1"), WALL, NOW)
     assert second is not None
     assert (first.path, second.path) == ("/", "/2")
     assert connection.sent == [200]
+
+
+def test_what_is_sent_while_a_request_is_answered_is_kept_up_to_a_bound() -> None:
+    connection = HttpConnection(LIMITS, SECURITY, NOW)
+    connection.receive_data(GET, WALL, NOW)
+    kept = 0
+    while connection.wants_data:
+        assert connection.receive_data(GET, WALL, NOW) is None
+        kept += 1
+    assert kept == -(-LIMITS.max_head // len(GET))
+    assert connection.respond(text_response(200, "1"), WALL, NOW) is not None
+    assert connection.wants_data
 
 
 def test_an_answer_that_nobody_waits_for_is_dropped() -> None:

@@ -134,8 +134,14 @@ class HttpConnection:
 
     @property
     def wants_data(self) -> bool:
-        """Whether more should be read: not while a request is being answered."""
-        return self._state in (_State.HEAD, _State.BODY)
+        """Whether more should be read.
+
+        While a request is being answered, that is to learn that its client is gone: what else comes is kept, but
+        no more than the largest head before reading stops.
+        """
+        if self._state is _State.ANSWERING:
+            return len(self._buffer) < self._limits.max_head
+        return self._state is not _State.CLOSING
 
     @property
     def closing(self) -> bool:

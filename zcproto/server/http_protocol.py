@@ -3,8 +3,8 @@ and above a UNIX socket.
 
     data -> connection.receive_data -> request -> handler -> connection.respond -> transport.write
 
-What it decides: one request at a time, and one a turn of the loop however many are sent together; nothing is read
-while a request is answered, or while its peer does not read; a handler that raises is 500 with an incident's id.
+What it decides: one request at a time, and one a turn of the loop however many are sent together; a peer that does
+not read is not read from, nor are its requests answered; a handler that raises is 500 with an incident's id.
 """
 
 from __future__ import annotations
