@@ -33,15 +33,30 @@ from zcproto.sessions.session import DEVICE_KEY
 MAX_UNDECIDED: Final = 16
 """Logins of one user that may wait for their authenticator at once."""
 
+ATTACH: Final = "session.attach"
+"""As what proofs of a device's key are counted, beside the schemes."""
+
 _RETRY_UNDECIDED_MS: Final = 1000
 
 Decision = TypeVar("Decision")
 
 
 class Login:
-    """The way into a session. One authenticator for each scheme. `throttled` counts logins that had to wait."""
+    """The way into a session. One authenticator for each scheme.
 
-    __slots__ = ("_attachers", "_authenticators", "_namers", "_throttle", "_undecided", "throttled")
+    Logins are counted: by scheme those that were `accepted` and `refused`, and those that had to wait (`throttled`).
+    """
+
+    __slots__ = (
+        "_attachers",
+        "_authenticators",
+        "_namers",
+        "_throttle",
+        "_undecided",
+        "accepted",
+        "refused",
+        "throttled",
+    )
 
     def __init__(self, authenticators: Iterable[Authenticator], throttle: Throttle) -> None:
         self._authenticators: dict[str, Authenticator] = {}
@@ -59,6 +74,8 @@ class Login:
         self._throttle = throttle
         self._undecided: dict[str, int] = {}
         self.throttled = 0
+        self.accepted = dict.fromkeys([*self._authenticators, ATTACH], 0)
+        self.refused = dict.fromkeys(self.accepted, 0)
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -94,8 +111,10 @@ class Login:
             identity = await self._decision(name, answer)
         if identity is None:
             self._throttle.failed(name, address, now)
+            self.refused[authenticator.scheme] += 1
             raise Unauthenticated("the login was not accepted; check the name, and the key or certificate")
         self._throttle.succeeded(name, address, now)
+        self.accepted[authenticator.scheme] += 1
         return identity
 
     async def attach(
@@ -119,10 +138,12 @@ class Login:
                 break
         else:
             self._throttle.failed(key, address, now)
+            self.refused[ATTACH] += 1
             raise Unauthenticated(
                 "the key was not proved; sign for this connection, with the key of the session"
             )
         self._throttle.succeeded(key, address, now)
+        self.accepted[ATTACH] += 1
 
     def is_gone(self, key: str) -> bool:
         """Whether the key of a session that is being opened is none any more: it must not be opened."""

@@ -168,6 +168,11 @@ class OnceOnly:
         return len(self._running)
 
     @property
+    def bytes_kept(self) -> int:
+        """Bytes of the answers that are kept here, and not in a store."""
+        return self._memory.bytes
+
+    @property
     def counts(self) -> dict[str, int]:
         """The figures for operators."""
         return {

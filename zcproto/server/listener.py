@@ -123,6 +123,11 @@ class Listener:
         """Open TCP connections, those in their handshake included."""
         return self._open
 
+    @property
+    def most_of_one(self) -> int:
+        """Open connections of the address that has most of them."""
+        return max(self._by_network.values(), default=0)
+
     def start(self) -> None:
         self._accepting = True
         for listening in self._sockets:

@@ -83,6 +83,8 @@ class PauseMeter:
         """The longest of those that are left when what other programs took is taken off; seconds, likewise."""
         self.counts = [0] * (len(BOUNDS_MS) + 1)
         """Pauses by length, bounds in BOUNDS_MS; the last is all that is longer."""
+        self.total = 0.0
+        """Seconds of all of them."""
 
     def start(self) -> None:
         """Begin, in the loop's thread."""
@@ -126,6 +128,7 @@ class PauseMeter:
         """Take in one timer's lateness, and how much of it other programs took; in seconds."""
         self.longest = max(self.longest, late)
         self.longest_own = max(self.longest_own, late - others)
+        self.total += late
         late_ms = late * 1000
         for index, bound in enumerate(BOUNDS_MS):
             if late_ms <= bound:

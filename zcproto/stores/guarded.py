@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from zcproto.errors import Code
+from zcproto.histogram import WAITED_S, Histogram
 from zcproto.sessions.health import StoreHealth
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.store import (
@@ -32,7 +33,8 @@ T = TypeVar("T")
 class GuardedStore:
     """A store by its health. `timeout` is in seconds, `now` gives monotonic ones.
 
-    `reason` is what the store last failed for. `attempt` is for probes: it asks in any state, and what comes of it
+    `reason` is what the store last failed for; `asking` are the operations under way, `durations` how long others
+    took, in seconds. `attempt` is for probes: it asks in any state, and what comes of it
     is not counted.
     """
 
@@ -43,6 +45,8 @@ class GuardedStore:
         self.health = health
         self.timeout = timeout
         self.reason = ""
+        self.asking = 0
+        self.durations = Histogram(WAITED_S)
         self._now = now
 
     @property
@@ -55,6 +59,7 @@ class GuardedStore:
             operation.close()
             raise StoreUnavailable("it is out, and is not asked")
         began = self._now()
+        self.asking += 1
         try:
             return await self.attempt(operation)
         except StoreUnavailable as error:
@@ -62,6 +67,9 @@ class GuardedStore:
             now = self._now()
             self.health.failed(now, now - began)
             raise
+        finally:
+            self.asking -= 1
+            self.durations.add(self._now() - began)
 
     async def attempt(self, operation: Coroutine[Any, Any, T], within: float | None = None) -> T:
         """As `ask`, whatever the health."""
