@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import ssl
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ import trustme
 
 from zcproto.certs import clients, own
 from zcproto.certs.own import OwnSettings
+from zcproto.clock import system_clock
 from zcproto.errors import CertificateError
 from zcproto.server import keeper as keeper_module
 from zcproto.server.keeper import CertificateKeeper
@@ -221,6 +223,110 @@ async def test_without_a_context_that_proves_itself_there_is_no_server(
     with pytest.raises(CertificateError, match="no"):
         await server.start()
     assert server._sockets == []
+
+
+# --- the thread that looks ----------------------------------------------------------------------------------------
+
+
+async def test_the_loop_hears_only_of_what_is_new(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ServerThread(tmp_path / "home", certs).server
+    async with server:
+        keeper = server._keeper
+        handed: list[Callable[[], None]] = []
+        keeper._look_for(handed.append)
+        keeper._look_for(handed.append)
+        assert handed == []
+        folder = server.config.certificates.directory
+        chosen = keeper_module.maintainer_settings(server.config).default
+        assert isinstance(chosen, keeper_module.OwnSource)
+        own.renew(folder, chosen.settings, keeper.now())
+        keeper._look_for(handed.append)
+        keeper._look_for(handed.append)
+        assert len(handed) == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(keeper, "_look", lambda: _raise(CertificateError("it is bad")))
+            keeper._look_for(handed.append)
+        keeper._look_for(handed.append)  # that it is good again is news, too
+        keeper._look_for(handed.append)
+        assert len(handed) == 3
+        problems: list[str] = []
+        keeper._on_problem = problems.append
+        before = server.certificates
+        for report in handed:
+            report()
+        assert server.certificates != before
+        assert problems == ["it is bad", ""]
+
+
+def test_the_thread_takes_what_is_new_by_itself_and_ends_with_the_server(tmp_path: Path, certs: Path) -> None:
+    others = set(threading.enumerate())
+    with ServerThread(tmp_path / "home", certs, certificates__watch_interval="100ms") as server:
+        before = served(server)
+        (thread,) = [each for each in {*threading.enumerate()} - others if each.name == keeper_module.THREAD]
+        own.renew(server.home / "certs", settings(server), wall(server))
+        server.until(lambda: server.server.certificates[0].leaf_sha256 != before)
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+
+
+async def test_a_keeper_that_gets_no_thread_tries_again(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = ServerThread(tmp_path / "home", certs).server
+    async with server:
+        keeper = server._keeper
+        keeper._interval = 0.01
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(keeper, "_look_for", lambda hand: loop.call_soon_threadsafe(started.set))
+        real = threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            monkeypatch.setattr(threading.Thread, "start", real)
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        again = asyncio.create_task(keeper.run())
+        await asyncio.wait_for(started.wait(), TIMEOUT)
+        again.cancel()
+        await asyncio.wait({again})
+    told = [each for each in events(capsys.readouterr().err) if each["event"] == "certificate.look_failed"]
+    assert len(told) == 1
+
+
+def test_what_is_found_when_the_loop_is_gone_or_the_watch_at_its_end_goes_nowhere(
+    tmp_path: Path, certs: Path
+) -> None:
+    home = tmp_path / "home"
+    keeper = CertificateKeeper(
+        configuration(home, certificates__directory=certs, **ECDSA),
+        system_clock,
+        ["zcp/1"],
+        on_kept=lambda kept: _raise(AssertionError()),
+        on_next_pins=lambda pins: _raise(AssertionError()),
+    )
+    keeper._interval = 0.0
+    ended = threading.Event()
+    loop = asyncio.new_event_loop()
+    looks = 0
+
+    def look(hand: Callable[[keeper_module.Report], object]) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            hand(lambda: _raise(AssertionError()))  # dropped, as the watch is over when the loop gets to it
+            ended.set()
+            loop.run_until_complete(asyncio.sleep(0))
+            ended.clear()
+        else:
+            loop.close()
+            hand(lambda: _raise(AssertionError()))
+
+    keeper._look_for = look  # type: ignore[method-assign]
+    keeper._watch(loop, ended)
+    assert looks == 2
 
 
 # --- certificates of others -------------------------------------------------------------------------------------

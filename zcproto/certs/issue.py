@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from functools import lru_cache
 from ipaddress import ip_address, ip_network
 
 from cryptography import x509
@@ -96,6 +97,7 @@ def permitted_for(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("localhost", *bases)))[:MAX_PERMITTED]
 
 
+@lru_cache(maxsize=8)
 def permitted_names(authority: x509.Certificate) -> tuple[str, ...] | None:
     """The DNS names in and below which this authority may issue; None if it may for all."""
     try:
@@ -152,6 +154,7 @@ def leaf_certificate(
     )
 
 
+@lru_cache(maxsize=256)
 def _is_address(name: str) -> bool:
     try:
         ip_address(name)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -62,6 +62,8 @@ REMIND_S = 86_400.0
 
 MAX_AUTHORITIES = 1000
 """Certificates in a file of authorities for clients; a system's whole store has about 150."""
+
+Rest = Callable[[], None]
 
 _IDLE = timedelta(minutes=1)
 _NEVER = datetime.max.replace(tzinfo=UTC)
@@ -246,16 +248,17 @@ class Maintainer:
         random: Random,
         environ: Mapping[str, str],
         progress: Progress = lambda sentence: None,
+        rest: Rest = lambda: None,
     ) -> None:
         """`random` gives numbers from 0 to below 1, for the delays of retries; `environ` may hold passphrases.
 
-        `progress` gets plain sentences before what takes long. Raises CertificateError if the sites contradict
-        one another.
+        `progress` gets plain sentences before what takes long. `rest` is called between what takes some
+        milliseconds, to leave the processor to others. Raises CertificateError if the sites contradict one another.
         """
         check_sites(settings.sites)
         self._origin: _Origin
         if isinstance(settings.default, OwnSource):
-            self._origin = _Own(settings.default, random, progress)
+            self._origin = _Own(settings.default, random, progress, rest)
         else:
             self._origin = _Files(watched_site(settings.default, environ))
         self._sites = [_Files(watched_site(spec, environ)) for spec in settings.sites]
@@ -347,13 +350,14 @@ class _Own:
 
     source = Source.OWN
 
-    def __init__(self, origin: OwnSource, random: Random, progress: Progress) -> None:
+    def __init__(self, origin: OwnSource, random: Random, progress: Progress, rest: Rest) -> None:
         self.announced: NextPins | None = None
         self.last_renewal: Renewal | None = None
         self.endings: tuple[_Ending, ...] = ()
         self._directory = origin.directory
         self._settings = origin.settings
         self._progress = progress
+        self._rest = rest
         self._failures = _Failures(origin.directory, random)
         self._pairs: dict[str, CertificatePair] = {}  # by key type
         self._watch = Watch(
@@ -392,6 +396,7 @@ class _Own:
         notices: list[Notice] = []
         if self._watch.look():
             notices = self._touched(now, monotonic)
+            self._rest()
         if not self._is_due(now, monotonic, again):
             return notices
         known = self._pairs

@@ -1,20 +1,28 @@
 """Keeps what is served good while the server runs: the asyncio edge of certs/maintainer.py and tls/proof.py.
 
-    once in `certificates.watch_interval`, in a thread:  Maintainer.check -> fresh contexts, which prove themselves
-    then in the loop, in one turn:                       acceptor.contexts = the new ones; log; announce next pins
+    in a thread, once in `certificates.watch_interval`:  Maintainer.check -> new contexts, which prove themselves
+    then in one turn of the loop:                        acceptor.contexts = the new ones; log; announce next pins
 
 What it decides: nothing about certificates. Only contexts that have proved themselves are handed out; as long as
 new ones cannot, the old ones serve on and it is tried again.
+
+The loop hears of a look only if there is something to take or to tell. A look that finds something new takes some
+20 ms of processor; the thread stops for a moment between its parts, so that a loop that shares a processor with it
+waits for one part at most.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
+import threading
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from zcproto.certs.certificates import CertificateSet, NextPins, Site
@@ -41,6 +49,11 @@ from zcproto.tls.proof import proven_sites
 from zcproto.tls.sites import SiteContexts
 
 _WARNINGS: Final = frozenset({NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD, NoticeKind.EXPIRY})
+THREAD: Final = "zcproto-certificates"
+
+REST: Final = 0.002
+"""Seconds for which the thread stops between what takes some milliseconds."""
+
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_WALL: Final = 253_370_764_800_000  # the year 9999, beyond which Python has no dates
 
@@ -60,6 +73,19 @@ class _Found(NamedTuple):
     notices: tuple[Notice, ...]
     next_pins: NextPins | None
     last_renewal: Renewal | None
+
+
+class _Handed(NamedTuple):
+    """What the loop was handed last, as far as it goes without saying as long as it is the same."""
+
+    next_pins: NextPins | None
+    last_renewal: Renewal | None
+    is_good: bool
+    """Whether there was no error."""
+
+
+Report = Callable[[], None]
+"""What is to be done in the loop about a look."""
 
 
 class CertificateKeeper:
@@ -84,7 +110,9 @@ class CertificateKeeper:
     ) -> None:
         """Raises CertificateError if the configured sites contradict one another."""
         settings = maintainer_settings(config)
-        self._maintainer = Maintainer(settings, random=random.random, environ=os.environ, progress=progress)
+        self._maintainer = Maintainer(
+            settings, random=random.random, environ=os.environ, progress=progress, rest=_rest
+        )
         self._clients = settings.clients
         self._client_auth: ClientAuth = config.tls.client_auth  # type: ignore[assignment]  # the rule has checked it
         self._protocols = list(protocols)
@@ -95,6 +123,8 @@ class CertificateKeeper:
         self._on_next_pins = on_next_pins
         self._on_notice = on_notice
         self._on_problem = on_problem
+        self._looking = threading.Lock()
+        self._handed = _Handed(None, None, is_good=True)
         self._unproven = True
         self._proven: dict[Site, ServerContext] = {}
         self._untold: tuple[Notice, ...] = ()
@@ -108,28 +138,31 @@ class CertificateKeeper:
         self._take(await asyncio.to_thread(self._look))
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
-        while True:
-            await asyncio.sleep(self._interval)
-            await self.look()
+        """Look again and again in a thread, until cancelled; a look under way then is the last."""
+        loop = asyncio.get_running_loop()
+        ended = threading.Event()
+        try:
+            while True:
+                if self._start_thread(loop, ended):
+                    await loop.create_future()  # nothing ends it but its being cancelled
+                await asyncio.sleep(self._interval)
+        finally:
+            ended.set()
+
+    def _start_thread(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> bool:
+        # No daemon: at the interpreter's end it might be in the midst of OpenSSL, which is taken down then.
+        thread = threading.Thread(target=self._watch, args=(loop, ended), name=THREAD)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no thread left; it may have one later
+            log.error("certificate.look_failed", exc_info=error)
+            return False
+        return True
 
     async def look(self) -> None:
         """Look once, and take what is new. Whatever happens, what is served stays."""
-        try:
-            found = await asyncio.to_thread(self._look)
-        except CertificateError as error:  # the new contexts did not prove themselves
-            if str(error) != self._problem:
-                self._problem = str(error)
-                log.warning("certificate.not_used", message=str(error))
-                self._on_problem(self._problem)
-            return
-        except Exception as error:  # a fault of ours must not end the watch over what is served
-            log.error("certificate.look_failed", exc_info=error)
-            return
-        if self._problem:
-            self._problem = ""
-            self._on_problem("")
-        self._take(found)
+        # What is new is handed over before the thread has ended, and so it is taken before this goes on.
+        await asyncio.to_thread(self._look_for, asyncio.get_running_loop().call_soon_threadsafe)
 
     def status(self) -> tuple[CertificateStatus, ...]:
         """Every certificate in use, with the seconds that it has left."""
@@ -156,6 +189,35 @@ class CertificateKeeper:
 
     # --- in the thread -----------------------------------------------------------------------------
 
+    def _watch(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
+        def hand(report: Report) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody to serve any more
+                loop.call_soon_threadsafe(lambda: None if ended.is_set() else report())
+
+        while not ended.wait(self._interval) and not loop.is_closed():
+            self._look_for(hand)
+
+    def _look_for(self, hand: Callable[[Report], object]) -> None:
+        """Look, and hand the loop what is new. One look at a time, so that it gets them in their order."""
+        with self._looking:
+            report: Report
+            try:
+                found = self._look()
+            except CertificateError as error:  # the new contexts did not prove themselves
+                self._handed = self._handed._replace(is_good=False)
+                report = partial(self._refuse, str(error))
+            except Exception as error:  # a fault of ours must not end the watch over what is served
+                report = partial(log.error, "certificate.look_failed", exc_info=error)
+            else:
+                before, self._handed = (
+                    self._handed,
+                    _Handed(found.next_pins, found.last_renewal, is_good=True),
+                )
+                if found.kept is None and not found.notices and self._handed == before:
+                    return
+                report = partial(self._take, found)
+            hand(report)
+
     def _look(self) -> _Found:
         outcome = self._maintainer.check(self.now(), self._clock.now())
         self._untold += outcome.notices  # what cannot be used yet is told when it is used
@@ -163,7 +225,10 @@ class CertificateKeeper:
             self._proven.clear()  # each context has in it whose certificates it believes
         if outcome.certificates is not None or outcome.client_trust_changed:
             self._unproven = True
-        kept = self._prove(self._maintainer.certificates) if self._unproven else None
+        kept = None
+        if self._unproven:
+            _rest()
+            kept = self._prove(self._maintainer.certificates)
         self._unproven = False
         untold, self._untold = self._untold, ()
         return _Found(kept, untold, outcome.next_pins, outcome.last_renewal)
@@ -178,6 +243,7 @@ class CertificateKeeper:
             client_ca=None if clients is None else clients.ca,
             client_crl=None if clients is None else clients.crl,
             proven=self._proven,
+            rest=_rest,
         )
         revoked = frozenset() if clients is None or clients.crl is None else revoked_in(clients.crl)
         return Kept(certificates, contexts, revoked)
@@ -189,7 +255,16 @@ class CertificateKeeper:
 
     # --- in the loop -------------------------------------------------------------------------------
 
+    def _refuse(self, problem: str) -> None:
+        if problem != self._problem:
+            self._problem = problem
+            log.warning("certificate.not_used", message=problem)
+            self._on_problem(problem)
+
     def _take(self, found: _Found) -> None:
+        if self._problem:
+            self._problem = ""
+            self._on_problem("")
         self.last_renewal = found.last_renewal
         if found.kept is not None:
             self._on_kept(found.kept)
@@ -211,6 +286,10 @@ class CertificateKeeper:
         write = log.warning if notice.kind in _WARNINGS else log.info
         write(f"certificate.{notice.kind.value}", **values)
         self._on_notice(notice)
+
+
+def _rest() -> None:
+    time.sleep(REST)
 
 
 def unix_ms(moment: datetime) -> int:

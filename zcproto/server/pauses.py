@@ -89,6 +89,7 @@ class PauseMeter:
     def start(self) -> None:
         """Begin, in the loop's thread."""
         self._usage = self._open_usage()
+        self._used = self._usage.read()
         self._arm(PERIOD)
 
     def stop(self) -> None:
@@ -110,15 +111,14 @@ class PauseMeter:
         return longest
 
     def _arm(self, period: float) -> None:
-        assert self._usage is not None
-        self._used = self._usage.read()
         self._due = time.perf_counter() + period
         self._timer = self._loop.call_later(period, self._tick)
 
     def _tick(self) -> None:
         late = time.perf_counter() - self._due
         assert self._usage is not None
-        self.record(late, taken_by_others(self._used, self._usage.read()))
+        before, self._used = self._used, self._usage.read()
+        self.record(late, taken_by_others(before, self._used))
         activity = self._activity()
         busy = activity != self._seen
         self._seen = activity

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import ssl
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
@@ -115,10 +115,12 @@ def proven_context(
     client_auth: ClientAuth = "off",
     client_ca: Path | bytes | None = None,
     client_crl: Path | bytes | None = None,
+    rest: Callable[[], None] = lambda: None,
 ) -> ServerContext:
     """A server's context for these pairs, as `server_context`, that has proved that it serves their `leaves`.
 
-    Takes some milliseconds, most of them for an RSA signature. Raises CertificateError.
+    Takes some milliseconds, most of them for an RSA signature. `rest` is called between what takes that long: a
+    thread that stops for a moment there leaves the processor to others. Raises CertificateError.
     """
     if not pairs:
         raise CertificateError("a site has no certificate; give it one")
@@ -126,11 +128,13 @@ def proven_context(
         pairs, protocols, suites, client_auth=client_auth, client_ca=client_ca, client_crl=client_crl
     )
     for pair in pairs:
+        rest()
         alone = context if len(pairs) == 1 else server_context([pair], protocols, suites)
         with _named(pair):
             prove(alone, {pair.leaf_sha256}, protocol=protocols[0], suites=suites)
     leaves = frozenset(pair.leaf_sha256 for pair in pairs)
     if len(pairs) > 1:
+        rest()
         with _named(pairs[0]):
             prove(context, leaves, protocol=protocols[0], suites=suites)
     context.leaves = leaves
@@ -154,11 +158,13 @@ def proven_sites(
     client_ca: Path | bytes | None = None,
     client_crl: Path | bytes | None = None,
     proven: dict[Site, ServerContext] | None = None,
+    rest: Callable[[], None] = lambda: None,
 ) -> SiteContexts:
     """The contexts of all sites, each proven; the first site is the default. All of them or none.
 
     `proven` are the contexts of sites that have proved themselves before, made the same way; they are used again,
-    for the files of one site may be damaged while another's are renewed. It is brought up to date.
+    for the files of one site may be damaged while another's are renewed. It is brought up to date. `rest` is for
+    `proven_context`.
 
     Raises CertificateError, also for a name of two sites.
     """
@@ -175,6 +181,7 @@ def proven_sites(
                 client_auth=client_auth,
                 client_ca=client_ca,
                 client_crl=client_crl,
+                rest=rest,
             )
         contexts[site] = context
         for name in site.names:
