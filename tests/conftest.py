@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from tests import secrets_watch  # first: modules take its entropy as a default
 from zcproto.observe import log as log_module
 from zcproto.sessions import SessionRegistry
 
@@ -15,6 +16,10 @@ from .helpers import ConnectionPair, FakeClock, FakeTimers, small_registry
 
 if TYPE_CHECKING:
     import trustme
+
+
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.register(secrets_watch)  # here, as it has an option of its own
 
 
 class ServerPair(NamedTuple):

@@ -127,7 +127,8 @@ class StandardError:
             self._descriptor.write(line)
 
     def flush(self) -> None:
-        if self._descriptor is not None and self._stream is sys.stderr and not sys.stderr.closed:
+        stream = self._stream
+        if self._descriptor is not None and stream is not None and stream is sys.stderr and not stream.closed:
             self._descriptor.flush()
 
     @property

@@ -15,7 +15,8 @@ from zcproto.config import Config
 from zcproto.event_loop import new_event_loop
 from zcproto.file_limit import raise_file_limit
 from zcproto.hardening import Risk, harden
-from zcproto.observe.log import configure_logging
+from zcproto.observe.log import configure_logging, reopen_log
+from zcproto.server import loop_faults
 from zcproto.server.app import App
 from zcproto.server.server import Server, tune_interpreter
 from zcproto.server.serving import log
@@ -66,6 +67,8 @@ async def _serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
+    loop.add_signal_handler(signal.SIGHUP, reopen_log)
+    loop.set_exception_handler(loop_faults.tell)
     await server.start()
     for risk in risks:
         log.warning(risk.event, cure=risk.cure)

@@ -1,0 +1,410 @@
+"""Writing never waits, loses no line that it can keep, and leaves none without its end."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.config import LogConfig
+from zcproto.errors import ConfigError
+from zcproto.observe import log as log_module
+from zcproto.observe.log import (
+    configure_logging,
+    flush_log,
+    get_logger,
+    is_on,
+    level,
+    lost_lines,
+    reopen_log,
+    set_level,
+)
+from zcproto.observe.output import MAX_WAITING, Descriptor, LinesLostError, LogFile, StandardError
+
+log = get_logger("zcproto.test")
+
+LINE = "x" * 199 + "\n"
+
+
+def events(text: str) -> list[str]:
+    return [json.loads(line)["event"] for line in text.splitlines()]
+
+
+def fill(output: Descriptor) -> int:
+    """Write lines until one is lost; how many were not."""
+    for lines in range(100_000):
+        try:
+            output.write(LINE)
+        except LinesLostError:
+            return lines
+    raise AssertionError("there was no end")
+
+
+class Pipe:
+    """A pipe that nobody reads before it is asked to."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+
+    def read(self) -> str:
+        taken = []
+        while True:
+            try:
+                part = os.read(self.reader, 65_536)
+            except BlockingIOError:
+                break
+            if not part:
+                break
+            taken.append(part)
+        return b"".join(taken).decode("ascii")
+
+    def close(self) -> None:
+        for end in (self.reader, self.writer):
+            os.close(end)
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    made = Pipe()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Have room for so many bytes from now on; None is any number."""
+    write, room = os.write, [0]
+
+    def limited(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(descriptor, data[: room[0]])
+        room[0] -= written
+        return written
+
+    def leave(count: int | None) -> None:
+        room[0] = count or 0
+        monkeypatch.setattr(os, "write", write if count is None else limited)
+
+    return leave
+
+
+# --- pipes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_that_nobody_reads_takes_no_time_and_loses_nothing_up_to_a_limit(pipe: Pipe) -> None:
+    output = Descriptor(pipe.writer)
+    lines = fill(output)
+    assert lines * len(LINE) > MAX_WAITING
+    assert MAX_WAITING - len(LINE) < output.waiting <= MAX_WAITING
+    text = ""
+    while output.waiting:
+        text += pipe.read()
+        output.flush()
+    text += pipe.read()
+    assert text == lines * LINE
+
+
+def test_there_is_room_again_once_something_was_read(pipe: Pipe) -> None:
+    output = Descriptor(pipe.writer)
+    fill(output)
+    read = pipe.read()
+    output.write(LINE)
+    assert read.startswith(LINE)
+
+
+def test_the_parts_of_a_long_line_stay_together(pipe: Pipe) -> None:
+    output = Descriptor(pipe.writer)
+    line = "".join(chr(ord("a") + number % 26) for number in range(300_000)) + "\n"
+    output.write(line)
+    output.write(LINE)
+    text = pipe.read()
+    while output.waiting:
+        output.flush()
+        text += pipe.read()
+    assert text == line + LINE
+
+
+def test_several_threads_do_not_mix_their_lines(pipe: Pipe) -> None:
+    output = Descriptor(pipe.writer)
+
+    def work(letter: str) -> None:
+        for _ in range(400):
+            output.write(letter * 499 + "\n")
+
+    threads = [threading.Thread(target=work, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    text = ""
+    while any(thread.is_alive() for thread in threads) or output.waiting:
+        text += pipe.read()
+        output.flush()
+    for thread in threads:
+        thread.join()
+    text += pipe.read()
+    lines = text.splitlines()
+    assert len(lines) == 1_600
+    assert all(len(line) == 499 and len(set(line)) == 1 for line in lines)
+
+
+def test_a_pipe_without_a_reader_loses_its_lines_and_says_how_many(pipe: Pipe) -> None:
+    output = Descriptor(pipe.writer)
+    for _ in range(1_000):
+        output.write(LINE)
+    waiting = output.waiting
+    os.close(pipe.reader)
+    with pytest.raises(LinesLostError) as lost:
+        output.write(LINE)
+    assert lost.value.lines >= waiting // len(LINE)
+    assert output.waiting == 0
+    for _ in range(2):
+        with pytest.raises(LinesLostError) as lost:
+            output.write(LINE)
+        assert lost.value.lines == 1
+    pipe.reader = os.open(os.devnull, os.O_RDONLY)
+
+
+def test_a_socket_as_service_managers_give_it_is_written_to(pipe: Pipe) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        output = Descriptor(ours.fileno())
+        output.write(LINE)
+        assert theirs.recv(1_000).decode() == LINE
+        assert fill(output) * len(LINE) > MAX_WAITING
+
+
+def test_standard_error_that_nobody_reads_does_not_stop_the_program(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with os.fdopen(os.dup(pipe.writer), "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        configure_logging(LogConfig(format="json"))
+        for _ in range(10_000):
+            log.info("a.b", text="x" * 200)
+        assert lost_lines() > 1_000
+        told = pipe.read()
+        while log_module._state.output.waiting:
+            flush_log()
+            told += pipe.read()
+        log.info("a.c")
+        told += pipe.read()
+    assert events(told)[-2:] == ["a.c", "log.lost"]
+    assert json.loads(told.splitlines()[-1])["lines"] == lost_lines()
+    assert events(told).count("a.b") + lost_lines() == 10_000
+
+
+def test_a_standard_error_that_is_replaced_is_the_one_that_is_written_to(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = StandardError()
+    with os.fdopen(os.dup(pipe.writer), "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        output.write("first\n")
+        in_memory = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", in_memory)
+        output.write("second\n")
+        output.flush()
+        monkeypatch.setattr(sys, "stderr", stream)
+        output.write("third\n")
+    output.flush()
+    assert pipe.read() == "first\nthird\n"
+    assert in_memory.getvalue() == "second\n"
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(
+    tmp_path: Path, full_disk: Callable[[int | None], None]
+) -> None:
+    configure_logging(LogConfig(file=tmp_path / "log"))
+    log.info("a.b")
+    full_disk(10)
+    for _ in range(3):
+        log.info("a.c")
+    assert lost_lines() == 0
+    full_disk(None)
+    log.info("a.d")
+    assert events((tmp_path / "log").read_text()) == ["a.b", "a.c", "a.c", "a.c", "a.d"]
+
+
+def test_what_waits_is_written_without_another_line(
+    tmp_path: Path, full_disk: Callable[[int | None], None]
+) -> None:
+    configure_logging(LogConfig(file=tmp_path / "log"))
+    full_disk(0)
+    log.info("a.b")
+    flush_log()
+    assert (tmp_path / "log").read_text() == ""
+    full_disk(None)
+    flush_log()
+    assert events((tmp_path / "log").read_text()) == ["a.b"]
+
+
+def test_a_disk_that_stays_full_loses_lines_and_tells_how_many_when_it_is_not(
+    tmp_path: Path, full_disk: Callable[[int | None], None]
+) -> None:
+    configure_logging(LogConfig(file=tmp_path / "log"))
+    full_disk(5)
+    for _ in range(10_000):
+        log.info("a.b", text="x" * 200)
+    lost = lost_lines()
+    assert 0 < lost < 10_000
+    full_disk(None)
+    log.info("a.c")
+    told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["event"] for line in told[-2:]] == ["a.c", "log.lost"]
+    assert told[-1]["lines"] == lost
+    assert len(told) == 10_000 - lost + 2
+
+
+def test_a_disk_that_fails_within_a_line_does_not_spoil_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = LogFile(tmp_path / "log")
+    write, parts = os.write, [7]
+
+    def broken(descriptor: int, data: bytes) -> int:
+        if not parts:
+            raise OSError(errno.EIO, "Input/output error")
+        return write(descriptor, data[: parts.pop()])
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "write", broken)
+        with pytest.raises(LinesLostError):
+            output.write(LINE)
+        with pytest.raises(LinesLostError) as lost:
+            output.write(LINE)
+        assert lost.value.lines == 1
+    output.write(LINE)
+    output.close()
+    assert (tmp_path / "log").read_text() == "x" * 7 + "\n" + LINE
+
+
+def test_dev_full_never_raises() -> None:
+    configure_logging(LogConfig(file=Path("/dev/full")))
+    for _ in range(10_000):
+        log.info("a.b", text="x" * 200)
+    assert lost_lines() > 0
+    configure_logging(LogConfig(file=Path("/dev/full")))
+
+
+def test_a_full_named_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    configure_logging(LogConfig(file=tmp_path / "pipe"))
+    for _ in range(10_000):
+        log.info("a.b", text="x" * 200)
+    assert lost_lines() > 0
+    os.close(reader)
+    log.info("a.b")
+
+
+def test_what_waits_for_an_output_that_is_given_up_is_counted(tmp_path: Path) -> None:
+    configure_logging(LogConfig(file=Path("/dev/full")))
+    log.info("a.b")
+    configure_logging(LogConfig(file=tmp_path / "log"))
+    assert lost_lines() == 1
+    log.info("a.c")
+    assert events((tmp_path / "log").read_text()) == ["a.c", "log.lost"]
+
+
+# --- opened anew --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_was_moved_away_is_opened_anew(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    configure_logging(LogConfig(file=path))
+    log.info("a.b")
+    path.rename(tmp_path / "log.1")
+    log.info("a.c")
+    assert reopen_log()
+    log.info("a.d")
+    assert events((tmp_path / "log.1").read_text()) == ["a.b", "a.c"]
+    assert events(path.read_text()) == ["log.reopened", "a.d"]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_is_made_by_whoever_moves_it_keeps_its_rights(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    configure_logging(LogConfig(file=path))
+    path.rename(tmp_path / "log.1")
+    path.touch(0o640)
+    os.chmod(path, 0o640)
+    assert reopen_log()
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_one_that_cannot_be_opened_leaves_the_old_one_in_use(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    configure_logging(LogConfig(file=folder / "log"))
+    folder.rename(tmp_path / "gone")
+    assert not reopen_log()
+    log.info("a.b")
+    told = [json.loads(line) for line in (tmp_path / "gone" / "log").read_text().splitlines()]
+    assert [line["event"] for line in told] == ["log.not_reopened", "a.b"]
+    assert "cannot be opened: No such file or directory" in told[0]["faults"][0]
+
+
+def test_standard_error_needs_no_opening(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(LogConfig(format="json"))
+    assert reopen_log()
+    assert capsys.readouterr().err == ""
+
+
+# --- the level ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["debug", "info", "warning", "error"])
+def test_the_level_can_be_changed_and_the_log_tells_it(name: str, tmp_path: Path) -> None:
+    configure_logging(LogConfig(level="info", file=tmp_path / "log"))
+    set_level(name)
+    assert level() == name
+    written = []
+    for method in ("debug", "info", "warning", "error"):
+        getattr(log, method)("a.b")
+        assert is_on(method) == (
+            len((tmp_path / "log").read_text().splitlines()) > len(written) + (name != "info")
+        )
+        written = [each for each in events((tmp_path / "log").read_text()) if each == "a.b"]
+    told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    changes = [line["new_level"] for line in told if line["event"] == "log.level_changed"]
+    assert changes == ([] if name == "info" else [name])
+
+
+@pytest.mark.parametrize("name", ["", "loud", "INFO", "x" * 10_000, "a\nb"])
+def test_a_level_that_is_none_is_refused_and_changes_nothing(name: str) -> None:
+    configure_logging(LogConfig(level="warning"))
+    with pytest.raises(ConfigError, match="is no level of the log; use debug, info, warning, error") as error:
+        set_level(name)
+    assert len(str(error.value)) < 400
+    assert level() == "warning"
+
+
+def test_a_stream_that_goes_wrong_in_its_own_way_is_no_fault_of_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Strange(io.StringIO):
+        def write(self, text: str) -> Any:
+            raise RuntimeError(signal.SIGPIPE)
+
+        def flush(self) -> None:
+            raise RuntimeError
+
+    configure_logging(LogConfig(format="json"))
+    monkeypatch.setattr(sys, "stderr", Strange())
+    log.info("a.b")
+    flush_log()
+    assert lost_lines() == 1

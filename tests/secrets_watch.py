@@ -1,0 +1,357 @@
+"""Watches all tests: no secret that they make may be in what they log, print as an error, answer or serve.
+
+What is recorded as made: whatever the system's entropy gives in 16 bytes and more, tokens, keys of users, pairing
+codes, private keys, and the value of every Secret. What is searched: lines of the log, Python's own logging,
+standard error here and of other processes, messages of our exceptions, bodies of ERROR, EVENT and GOAWAY, figures
+of `server.stats`, and all that an HTTP server sends. Standard output is not: `zcproto user add` shows a key there,
+as it should.
+
+A secret is found raw, in hex, base64, base64url, escaped or as a list of numbers, by eight bytes of it, at any
+place of whatever was encoded. `--secrets-at-least N` fails a run that made fewer: it would prove little.
+"""
+
+from __future__ import annotations
+
+import binascii
+import functools
+import logging
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import zcproto.clock
+
+WINDOW = 8
+MADE_BY_ONE_TEST = 2_000
+"""Secrets of one test that are watched; some make a hundred thousand."""
+
+ONE_OUTPUT = 1_000_000
+"""Bytes of one output that are searched."""
+
+_HEX = re.compile(rb"[0-9A-Fa-f]{16,}")
+_PAIRS = re.compile(rb"(?:[0-9A-Fa-f]{2}[: -]){7,}[0-9A-Fa-f]{2}")
+_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{12,}")
+_NUMBERS = re.compile(rb"(?:\d{1,3}, ?){7,}\d{1,3}")
+_ESCAPED = re.compile(rb"\\+(?:x|u00)([0-9A-Fa-f]{2})|\\+([\\'\"abfnrtv])")
+_LETTERS = dict(zip(b"abfnrtv", b"\a\b\f\n\r\t\v", strict=True))
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+
+class Watch:
+    """Secrets that were made, and outputs to be searched for them. For all threads."""
+
+    def __init__(self) -> None:
+        self._windows: dict[bytes, bytes] = {}  # with what must follow
+        self._outputs: list[tuple[str, bytes]] = []
+        self._lock = threading.Lock()
+        self._known: set[bytes] = set()
+        self._left = MADE_BY_ONE_TEST
+        self.made = 0
+        self.searched = 0
+        self.found: list[str] = []
+
+    def begin_test(self) -> None:
+        self._left = MADE_BY_ONE_TEST
+
+    def secret(self, value: bytes | str | None) -> None:
+        """Something was made that nobody may see: random bytes, or a text."""
+        if value is None:
+            return
+        data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else bytes(value)
+        if self._left <= 0 or len(data) < WINDOW or data in self._known:
+            return
+        starts = range(0, len(data) - WINDOW + 1, WINDOW) if isinstance(value, bytes) else [0]
+        with self._lock:
+            recorded = False
+            for start in starts:
+                window = data[start : start + WINDOW]
+                if len(set(window)) < WINDOW - 3:  # made by hand for a test, such as 32 equal bytes
+                    continue
+                recorded = True
+                self._windows[window] = b"" if isinstance(value, bytes) else data[WINDOW:]
+            if recorded:
+                self._known.add(data)
+                self._left -= 1
+                self.made += 1
+
+    def saw(self, where: str, output: Any) -> None:
+        """Something was put out, which is searched at the end of the test."""
+        if not isinstance(output, bytes):
+            output = (output if isinstance(output, str) else repr(output)).encode("utf-8", "surrogatepass")
+        if output:
+            self._outputs.append((where, output[:ONE_OUTPUT]))
+
+    def search(self) -> list[str]:
+        """Where secrets are in what was put out since this was last called."""
+        outputs, self._outputs = self._outputs, []
+        joined: dict[str, list[bytes]] = {}
+        for where, output in dict.fromkeys(outputs):
+            joined.setdefault(where, []).append(output)
+        found = []
+        for where, parts in joined.items():
+            data = b"\n".join(parts)
+            self.searched += len(data)
+            found += [f"{where}: {context}" for context in self._search(data)]
+        self.found += found
+        return found
+
+    def _search(self, data: bytes) -> Iterator[str]:
+        for form, text in forms(data):
+            windows = self._windows
+            for at in range(len(text) - WINDOW + 1):
+                rest = windows.get(text[at : at + WINDOW])
+                if rest is not None and text.startswith(rest, at + WINDOW):
+                    shown = text[max(0, at - 60) : at].decode("utf-8", "backslashreplace")
+                    yield f"{form}, behind {shown!r}"
+                    break
+
+
+def forms(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """What is written, and what may be written in it."""
+    yield "as it is", data
+    if b"\\" in data:
+        plain = _ESCAPED.sub(_unescaped, data)
+        yield "escaped", plain
+        if not plain.isascii():
+            yield "escaped text", plain.decode("utf-8", "replace").encode("latin-1", "replace")
+    if not data.isascii():
+        yield "text", data.decode("utf-8", "replace").encode("latin-1", "replace")
+    for run in set(_HEX.findall(data)):
+        for start in (0, 1):
+            yield "hex", bytes.fromhex(run[start : start + (len(run) - start) // 2 * 2].decode())
+    for run in set(_PAIRS.findall(data)):
+        yield "hex in pairs", bytes.fromhex(re.sub(rb"[: -]", b"", run).decode())
+    for run in set(_BASE64.findall(data)):
+        standard = run.translate(_URL_SAFE)
+        for start in range(4):
+            whole = standard[start : start + (len(run) - start) // 4 * 4]
+            rest = standard[start + len(whole) : start + len(run)]
+            if len(rest) > 1:
+                whole += rest + b"=" * (4 - len(rest))
+            yield "base64", binascii.a2b_base64(whole)
+    for run in set(_NUMBERS.findall(data)):
+        numbers = [int(number) for number in run.split(b",")]
+        if max(numbers) < 256:
+            yield "numbers", bytes(numbers)
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    if found[1]:
+        return bytes.fromhex(found[1].decode())
+    return bytes([_LETTERS.get(found[2][0], found[2][0])])
+
+
+watch = Watch()
+"""What everything below reports to."""
+
+
+# --- where secrets are made, and where things are put out --------------------------------------------------------
+
+
+def _entropy(size: int, /) -> bytes:
+    data = _system_entropy(size)
+    if size >= 16:  # less is a salt, or jitter
+        watch.secret(data)
+    return data
+
+
+_system_entropy = zcproto.clock.system_entropy
+zcproto.clock.system_entropy = _entropy  # before any module takes it as a default
+
+
+def _after(report: Callable[..., None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Call `report` with what a function returned and was given."""
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*arguments: Any, **named: Any) -> Any:
+            result = function(*arguments, **named)
+            report(result, *arguments)
+            return result
+
+        return wrapper
+
+    return wrap
+
+
+def _tokens(_: Any, holder: Any, *__: Any) -> None:
+    watch.secret(holder.token)
+    watch.secret(holder.refresh_token)
+
+
+def _client_tokens(_: Any, holder: Any, *__: Any) -> None:
+    watch.secret(holder.token_bytes)
+    watch.secret(holder.refresh_token_bytes)
+
+
+def _answer(answer: Any, *_: Any) -> None:
+    if isinstance(answer, dict):
+        for name in ("token", "refresh_token"):
+            if isinstance(answer.get(name), bytes):
+                watch.secret(answer[name])
+
+
+def _frame(frame: Any, *_: Any) -> None:
+    if frame.kind in (4, 8, 9):
+        watch.saw("a frame to a peer", frame.body)
+
+
+def _code(code: Any, *_: Any) -> None:
+    text = code.reveal() if hasattr(code, "reveal") else code
+    watch.secret(text)
+    watch.secret(text.replace("-", ""))
+
+
+def _private_key(key: Any, *_: Any) -> None:
+    if hasattr(key, "private_bytes_raw"):
+        watch.secret(key.private_bytes_raw())
+        return
+    numbers = key.private_numbers()
+    secrets = (
+        [numbers.private_value] if hasattr(numbers, "private_value") else [numbers.d, numbers.p, numbers.q]
+    )
+    for number in secrets:
+        watch.secret(number.to_bytes((number.bit_length() + 7) // 8, "big"))
+
+
+def _secret(_: Any, holder: Any, *__: Any) -> None:
+    value = holder.reveal()
+    watch.secret(value if isinstance(value, str | bytes) else None)
+
+
+def _exception(_: Any, __: Any, *arguments: Any) -> None:
+    watch.saw("an exception", "\n".join(str(each)[:4_096] for each in arguments))
+
+
+def _sent_by_http(data: Any, connection: Any, *_: Any) -> None:
+    import h11
+
+    if connection.our_role is h11.SERVER and data:
+        watch.saw("an answer over HTTP", bytes(data))
+
+
+def _process_log(_: Any, process: Any, *__: Any) -> None:
+    watch.saw("the log of a process", process._text)
+
+
+def _standard_error(outcome: Any, *_: Any) -> None:
+    if outcome[1]:
+        watch.saw("standard error of a process", outcome[1])
+
+
+def _captured(captured: Any, *_: Any) -> None:
+    watch.saw("standard error", captured.err)
+
+
+_last_statistics: dict[int, Any] = {}
+
+
+def _statistics(figures: Any, server: Any, *_: Any) -> None:
+    _last_statistics[id(server)] = figures  # they are asked for often, and searched once
+
+
+PLACES: list[tuple[str, str, Callable[..., None]]] = [
+    ("zcproto.sessions.session", "OpenedSession.__init__", _tokens),
+    ("zcproto.sessions.session", "NewSession.__init__", _tokens),
+    ("zcproto.client.session", "ClientSession.__init__", _client_tokens),
+    ("zcproto.auth.pairing", "PairingFile.make", _code),
+    ("zcproto.observe.secret", "Secret.__init__", _secret),
+    ("cryptography.hazmat.primitives.asymmetric.rsa", "generate_private_key", _private_key),
+    ("cryptography.hazmat.primitives.asymmetric.ec", "generate_private_key", _private_key),
+    ("tests.server.helpers", "Client.call", _answer),
+    ("tests.server.helpers", "Client.receive", _frame),
+    ("tests.server.helpers", "ServerProcess.wait", _process_log),
+    ("zcproto.errors", "ZcprotoError.__init__", _exception),
+    ("zcproto.server.server", "Server.statistics", _statistics),
+    ("h11", "Connection.send", _sent_by_http),
+    ("subprocess", "Popen.communicate", _standard_error),
+    ("_pytest.capture", "CaptureFixture.readouterr", _captured),
+]
+"""Module, name in it, and what is told of each call."""
+
+_waiting = list(PLACES)
+
+
+def hook_places() -> None:
+    """Begin to watch the modules that have been imported since."""
+    for place in list(_waiting):
+        module_name, name, report = place
+        owner: Any = sys.modules.get(module_name)
+        if owner is None:
+            continue
+        _waiting.remove(place)
+        *owners, last = name.split(".")
+        for each in owners:
+            owner = getattr(owner, each)
+        setattr(owner, last, _after(report)(getattr(owner, last)))
+
+
+def _hook_log() -> None:
+    from zcproto.observe import log
+
+    def told(_: Any, writer: Any, line: str) -> None:
+        watch.saw("the log", line)
+
+    for level in ("debug", "info", "warning", "error"):
+        setattr(log._Writer, level, _after(told)(getattr(log._Writer, level)))
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        watch.saw("logging", self.format(record))
+
+
+# --- pytest -----------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--secrets-at-least", type=int, default=0, help="secrets that the run must have made")
+
+
+def pytest_configure() -> None:
+    _hook_log()
+    logging.getLogger().addHandler(_Handler())
+
+
+def pytest_runtest_setup() -> None:
+    hook_places()
+    watch.begin_test()
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    yield
+    for figures in _last_statistics.values():
+        watch.saw("statistics", figures)
+    _last_statistics.clear()
+    found = watch.search()
+    if found:
+        pytest.fail("a secret is in " + "\n".join(found[:20]), pytrace=False)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for name, text in report.sections:
+        if "stderr" in name or "log" in name:
+            watch.saw(name, text)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    watch.search()
+    wanted = session.config.getoption("--secrets-at-least")
+    if watch.found or watch.made < wanted:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    wanted = config.getoption("--secrets-at-least")
+    if wanted or watch.found:
+        terminalreporter.write_line(
+            f"secrets: {watch.made:,} made (at least {wanted:,} wanted), {len(watch.found)} found"
+            f" in {watch.searched / 1e6:.1f} MB of logs, errors, pages and figures"
+        )
+        for each in watch.found[:20]:
+            terminalreporter.write_line(f"a secret is in {each}")

@@ -1,0 +1,170 @@
+"""The watch over all tests finds what it has to find, and a run with a leak fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from base64 import b64encode, urlsafe_b64encode
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from zcproto.sessions.token import token_text
+
+from .secrets_watch import MADE_BY_ONE_TEST, PLACES, Watch, watch
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKEN = bytes.fromhex("e31f4122c05b7d099afa5c1e0b6627d8914c3e72a5f0188b6dd42a97c3b10e5f")
+
+FORMS: dict[str, Callable[[bytes], object]] = {
+    "raw": lambda token: token,
+    "hex": lambda token: token.hex(),
+    "capitals": lambda token: token.hex().upper(),
+    "an odd place": lambda token: f"f{token.hex()}",
+    "hex in pairs": lambda token: token.hex(":"),
+    "base64": b64encode,
+    "base64url": urlsafe_b64encode,
+    "as tokens are shown": token_text,
+    "repr": repr,
+    "repr of repr": lambda token: repr(repr(token)),
+    "in a map": lambda token: {"token": token},
+    "a bytearray": bytearray,
+    "numbers": list,
+    "JSON of text": lambda token: json.dumps(token.decode("latin-1")),
+    "text": lambda token: token.decode("latin-1"),
+    "escaped text": lambda token: token.decode("utf-8", "backslashreplace"),
+    "within what is encoded": lambda token: b64encode(b"xy" + token + b"z"),
+    "behind letters": lambda token: f"abc{token_text(token)}",
+    "the first half": lambda token: token_text(token)[:22],
+    "the second half": lambda token: token[16:].hex(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+def test_a_token_is_found_in_every_form(form: Callable[[bytes], object]) -> None:
+    mine = Watch()
+    mine.secret(TOKEN)
+    mine.saw(
+        "the log", b"before it " + form(TOKEN) if form is FORMS["raw"] else f"before {form(TOKEN)!s} behind"
+    )
+    assert mine.search()
+    assert mine.search() == []
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+def test_another_one_is_not_taken_for_it(form: Callable[[bytes], object]) -> None:
+    mine = Watch()
+    mine.secret(TOKEN)
+    mine.saw("the log", f"{form(bytes(byte ^ 0x55 for byte in TOKEN))!s}")
+    assert mine.search() == []
+    assert mine.searched > 0
+
+
+def test_a_text_is_found_whole() -> None:
+    mine = Watch()
+    mine.secret("7QK2-M9XD")
+    mine.saw("an error", "no device for 7QK2-M9XE")
+    assert mine.search() == []
+    mine.saw("an error", "no device for 7QK2-M9XD")
+    (found,) = mine.search()
+    assert found.startswith("an error: as it is, behind 'no device for '")
+
+
+def test_what_is_found_is_not_shown() -> None:
+    mine = Watch()
+    mine.secret(TOKEN)
+    mine.saw("the log", f"x {TOKEN.hex()}")
+    (found,) = mine.search()
+    assert TOKEN.hex()[:8] not in found
+
+
+def test_each_secret_is_counted_once_and_no_test_makes_all() -> None:
+    mine = Watch()
+    for number in range(2 * MADE_BY_ONE_TEST):
+        for _ in range(2):
+            mine.secret(TOKEN[:24] + number.to_bytes(8, "big"))
+    for empty in (None, b"", bytes(32), "short", "a" * 40):
+        mine.secret(empty)
+    assert mine.made == MADE_BY_ONE_TEST
+    mine.begin_test()
+    mine.secret(TOKEN)
+    assert mine.made == MADE_BY_ONE_TEST + 1
+
+
+def test_what_the_package_makes_is_watched() -> None:
+    from zcproto.clock import system_clock, system_entropy
+    from zcproto.sessions import SessionRegistry, SessionSettings
+
+    before = watch.made
+    registry = SessionRegistry(SessionSettings(), system_entropy)
+    registry.open("ada", operator=False, client="x/1", address="192.0.2.1", wall=system_clock.wall())
+    assert watch.made - before in (2, 3)  # both tokens, and the random part of one
+
+
+# --- a whole run -------------------------------------------------------------------------------------------------
+
+BEGINNING = """
+import logging, sys
+import pytest
+from zcproto.clock import system_entropy
+from zcproto.errors import InvalidArgument
+from zcproto.observe.log import get_logger
+from zcproto.observe.secret import Secret
+from zcproto.sessions.token import token_text
+
+log = get_logger("zcproto.test")
+
+def test_it(capsys):
+    token = system_entropy(32)
+    text = token_text(token)
+"""
+
+LEAKS = {
+    "the log": 'log.warning("a.b", name="x" + text)',
+    "logging": 'logging.getLogger("x").warning("%s", token.hex())',
+    "standard error": "print(text, file=sys.stderr)\n    capsys.readouterr()",
+    "Captured stderr": "print(text, file=sys.stderr)",
+    "an exception": 'pytest.raises(InvalidArgument, lambda: (_ for _ in ()).throw(InvalidArgument(f"{token}")))',
+    "a Secret in an exception": 'InvalidArgument(Secret("correct horse").reveal())',
+}
+
+
+def run(tmp_path: Path, body: str, *options: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "test_leak.py").write_text(f"{BEGINNING}    {body}\n")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.secrets_watch", "--rootdir", str(tmp_path)]
+    return subprocess.run(
+        [*command, "-c", os.devnull, str(tmp_path), *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("where", LEAKS)
+def test_a_run_with_a_leak_fails_and_says_where(tmp_path: Path, where: str) -> None:
+    done = run(tmp_path, LEAKS[where])
+    assert done.returncode == 1, done.stdout
+    assert f"a secret is in {where.removeprefix('a Secret in ')}" in done.stdout
+
+
+def test_a_run_without_one_passes_if_it_made_enough(tmp_path: Path) -> None:
+    shown_only = 'log.warning("a.b", token=token, name=Secret(text)); print(text)'
+    done = run(tmp_path, shown_only, "--secrets-at-least", "1")
+    assert done.returncode == 0, done.stdout
+    assert "made (at least 1 wanted), 0 found" in done.stdout
+    assert run(tmp_path, shown_only, "--secrets-at-least", "1000").returncode == 1
+
+
+def test_every_place_that_is_watched_is_there() -> None:
+    import importlib
+
+    for module, name, _ in PLACES:
+        owner = importlib.import_module(module)
+        for part in name.split("."):
+            owner = getattr(owner, part)
+        assert callable(owner)
