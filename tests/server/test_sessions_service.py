@@ -39,7 +39,7 @@ from zcproto.errors import (
 from zcproto.server import sessions as sessions_module
 from zcproto.server import store_keeper as keeper_module
 from zcproto.server.sessions import MISSES_PER_ADDRESS, MISSES_S, NOT_KNOWN_S, MemorySessions, StoredSessions
-from zcproto.server.store_keeper import REPEAT_S, StoreKeeper
+from zcproto.server.store_keeper import REPEATS_S, StoreKeeper
 from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
 from zcproto.sessions.health import MAX_DELAY_S, State
 from zcproto.sessions.record import EndedRecord, UserLimit
@@ -1448,12 +1448,65 @@ async def test_what_another_process_brings_back_is_revoked_again(begin: Begin) -
     emptied(other)
     await other.settle()
     await one.recover()
-    one.clock.advance(REPEAT_S)
-    await one.keeper.clean()
+    await one.advance(REPEATS_S[0])
     assert one.store.registry.kept == 0
     other.store.tell_all()
     await other.settle()
     assert not any(other.good(each) for each in (before, meanwhile, of_user))
+
+
+async def test_what_comes_back_late_is_revoked_again_and_again(begin: Begin) -> None:
+    one = await begin(shared=True)
+    other = await begin(FaultyStoreView(one.store))
+    opened = [await one.open(), await one.open("bob"), await one.open("bob")]
+    for each in opened:
+        await other.find(each.token)
+        other.use(each)
+    await one.outage()
+    await one.revoke(opened[0])
+    await one.sessions.revoke_user("bob", "all")
+    one.store.lose_all()
+    emptied(one)
+    await one.recover()
+    for _ in range(3):
+        other.store.registry, other.store._inner = one.store.registry, one.store._inner
+        emptied(other)
+        await other.settle()
+        assert one.store.registry.kept == 3
+        await one.advance(REPEATS_S[0])
+        assert one.store.registry.kept == 0
+        one.store.lose_all()
+    one.store.mode = FAILS
+    await one.advance(REPEATS_S[0])
+    assert one.keeper._repeated
+    await one.recover()
+    for _ in range(2):  # after an outage those that were missed come once
+        await one.advance(REPEATS_S[-1])
+    assert one.keeper._repeated == []
+    assert one.state is State.HEALTHY
+
+
+async def test_the_disk_begins_before_a_slow_store_is_given_up(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "_ALONE", 0.0)
+    office = await begin(shared=True)
+    office.keeper.store.timeout = 30.0
+    opened, other = await office.open(), await office.open()
+    for each, failed in ((opened, False), (other, True)):
+        office.store.gate = asyncio.Event()
+        if failed:
+            office.store.modes["end"] = FAILS
+        revoking = asyncio.create_task(office.revoke(each))
+        while not len(office.pending):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert not revoking.done()
+        office.store.gate.set()
+        assert await revoking
+        await office.settle()
+        assert len(office.pending) == failed
+        assert not office.good(each)
+    assert office.state is State.DEGRADED
 
 
 async def test_a_refresh_of_what_is_still_to_be_brought_back_brings_it_first(begin: Begin) -> None:

@@ -7,8 +7,8 @@ What this file decides:
 - What another process has changed is forgotten here if no connection uses it; else the store is asked within the
   second what became of it.
 - A store that has lost what it kept (EMPTIED) gets the sessions that are known here once more: those in use before
-  anything else, as nobody who is let in shall notice. Not after the grace: then nobody is let in any more. A while
-  later it is told once more what was revoked, as another process may have brought that back.
+  anything else, as nobody who is let in shall notice. Not after the grace: then nobody is let in any more. For a
+  while it is told again and again what was revoked, as another process may have brought that back.
 - What may have been created though nobody was told is ended.
 
 It must not know: connections (but for whether one uses a session), how a call is answered.
@@ -21,14 +21,14 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from zcproto.clock import Clock
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import CallError, Code, ConfigError, Unavailable
 from zcproto.observe.log import get_logger
 from zcproto.sessions import SessionRegistry
-from zcproto.sessions.health import Alert, StoreHealth
+from zcproto.sessions.health import NEVER, Alert, StoreHealth
 from zcproto.sessions.record import EndedRecord, SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
 from zcproto.stores.guarded import GuardedStore
@@ -55,17 +55,23 @@ CLOSE_LIMIT_S: Final = 2.0
 PAUSE_S: Final = 0.05
 """Before a question is asked again that failed without an outage."""
 
-REPEAT_S: Final = 30.0
-"""After a loss: by then every process has brought back what it knew."""
+REPEATS_S: Final = (*map(float, range(1, 11)), 20.0, 30.0)
+"""After a loss what was revoked is revoked again: each process brings back what it knows when it finds the store
+working, some at once, and all of them by then."""
 
 CHANGES: Final = 4_096
 ORPHANS: Final = 8_192
 CLOCK_SKEW_MS: Final = 10_000
 """Between processes that share a store."""
 
-_DISK_PART: Final = 5
+_ALONE: Final = 0.5
+"""The part of its timeout in which the store alone is asked to end a session."""
+
+_DISK_PART: Final = 0.7
+"""As much of it for writing that down, if that has to be: together little more than the timeout."""
+
 DISK_AT_LEAST_S: Final = 0.05
-"""For writing down a revocation, also where the store has had its whole time."""
+"""For writing down a revocation, with however short a timeout of the store."""
 
 _NO_LIMIT: Final = UserLimit(2**31 - 1, "refuse", None)
 _ENDED_ELSEWHERE: Final = "ended elsewhere"
@@ -89,6 +95,13 @@ class Ask(Protocol):
     """`GuardedStore.ask` or `attempt`."""
 
     def __call__(self, operation: Coroutine[Any, Any, T], /) -> Coroutine[Any, Any, T]: ...
+
+
+class _Repeated(NamedTuple):
+    """What is revoked again after a loss, and when (monotonic seconds, the next one last)."""
+
+    times: list[float]
+    revocations: list[Revocation]
 
 
 class StoreKeeper:
@@ -131,7 +144,8 @@ class StoreKeeper:
         self._touched_until = 0
         self._orphans: OrderedDict[bytes, None] = OrderedDict()
         self._replayed: list[Revocation] = []  # of users, or of all
-        self._repeated: list[tuple[float, list[Revocation]]] = []
+        self._repeated: list[_Repeated] = []
+        self._is_repeating = False
         # What others have changed
         self._all_changed = False
         self._is_emptied = False
@@ -256,11 +270,14 @@ class StoreKeeper:
     def handle_deadline(self, now: float) -> None:
         if self.health.handle_time(now):
             self.in_background(self._probe())
+        if not self._is_repeating and self._repeats_at() <= now:
+            self._is_repeating = True
+            self.in_background(self._revoke_again())
         self._set_deadline()
 
     def _set_deadline(self) -> None:
         if not self._is_stopping:
-            self._wheel.set(self, self.health.next_deadline())
+            self._wheel.set(self, min(self.health.next_deadline(), self._repeats_at()))
 
     def _alerted(self, alert: Alert) -> None:
         health, registry = self.health, self.registry
@@ -448,7 +465,35 @@ class StoreKeeper:
         since = self._clock.wall() - self._keep_ended_ms
         ended = self.registry.ended_since(Code.TOKEN_REVOKED, since)
         again = [Revocation(each.ended_at, each.id) for each in ended]
-        self._repeated.append((self._clock.now() + REPEAT_S, [*self._replayed, *again]))
+        if self._replayed or again:
+            now = self._clock.now()
+            times = [now + after_s for after_s in reversed(REPEATS_S)]
+            self._repeated.append(_Repeated(times, [*self._replayed, *again]))
+            self._set_deadline()
+
+    def _repeats_at(self) -> float:
+        """When something has to be revoked again; not while that is under way, or the store is out."""
+        if self._is_repeating or not self.health.is_asked:
+            return NEVER
+        return min((each.times[-1] for each in self._repeated), default=NEVER)
+
+    async def _revoke_again(self) -> None:
+        try:
+            for each in list(self._repeated):
+                now = self._clock.now()
+                if each.times[-1] > now:
+                    continue
+                await self._end_again(self.store.ask, each.revocations)
+                while each.times and each.times[-1] <= now:
+                    each.times.pop()
+                if not each.times:
+                    self._repeated.remove(each)
+        except StoreUnavailable:
+            await asyncio.sleep(PAUSE_S)
+            raise
+        finally:
+            self._is_repeating = False
+            self._set_deadline()
 
     async def fetch(
         self,
@@ -470,19 +515,28 @@ class StoreKeeper:
         Then they are written down instead. Raises Unavailable if that cannot be, either.
         """
         within = max(self.store.timeout, DISK_AT_LEAST_S)
+        keeping: asyncio.Task[None] | None = None
         if self.health.is_asked:
+            ending = self.spawn(self._end(self.store.ask, revocation))
+            # Nobody shall wait for the one and then for the other: the disk begins before the store is given up.
+            within = max(self.store.timeout * _DISK_PART, DISK_AT_LEAST_S)
+            ended_in_time, _ = await asyncio.wait([ending], timeout=self.store.timeout * _ALONE)
+            if not ended_in_time:
+                keeping = self.spawn(self.pending.add(revocation, within))
+                await asyncio.wait([ending])
             try:
-                ended = await self._end(self.store.ask, revocation)
+                ended = ending.result()
             except StoreUnavailable:
-                within = max(self.store.timeout / _DISK_PART, DISK_AT_LEAST_S)
+                # What waits is brought by a probe, so there must be one.
+                self.health.begin_outage(self._clock.now())
             else:
                 for each in ended:
                     self.end_here(each)
+                if keeping is not None:
+                    self.in_background(self._strike([revocation]))
                 return ended
-            # What waits is brought by a probe, so there must be one.
-            self.health.begin_outage(self._clock.now())
         try:
-            await self.pending.add(revocation, within)
+            await (keeping or self.pending.add(revocation, within))
         except StoreUnavailable as error:
             if revocation.id:
                 self.add_orphan(revocation.id)  # so it is not forgotten before this process ends
@@ -506,12 +560,16 @@ class StoreKeeper:
         if not entries:
             return
         await self._end_again(ask, entries)
-        try:
-            await self.pending.remove(entries, max(self.store.timeout, DISK_AT_LEAST_S))
-        except StoreUnavailable as error:
-            log.warning("revocations.not_removed", reason=error.reason)
+        await self._strike(entries)
         self.replayed += len(entries)
         self._replayed += [one for one in entries if not one.id]
+
+    async def _strike(self, revocations: Sequence[Revocation]) -> None:
+        """The store has these: they need not wait any longer."""
+        try:
+            await self.pending.remove(revocations, max(self.store.timeout, DISK_AT_LEAST_S))
+        except StoreUnavailable as error:
+            log.warning("revocations.not_removed", reason=error.reason)
 
     async def _end_again(self, ask: Ask, revocations: Sequence[Revocation]) -> None:
         store = self.store.store
@@ -600,7 +658,7 @@ class StoreKeeper:
         self._touched_until = wall - 1  # a session may be used again in this very millisecond
 
     async def clean(self) -> None:
-        """Remove what has ended by time, here and in the store; and what is left of outages."""
+        """Remove what has ended by time, here and in the store; and what may be left of outages."""
         registry, wall = self.registry, self._clock.wall()
         sweeps = registry.sweeps
         while registry.sweeps == sweeps:
@@ -611,9 +669,6 @@ class StoreKeeper:
             removed = await self.store.expire(wall, self._keep_ended_ms, EXPIRED_AT_ONCE)
             await asyncio.sleep(0)
         await self._end_orphans(self.store.ask)
-        while self._repeated and self._repeated[0][0] <= self._clock.now():
-            await self._end_again(self.store.ask, self._repeated[0][1])
-            del self._repeated[0]
 
     # --- what operators see ------------------------------------------------------------------------------
 
