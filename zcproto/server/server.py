@@ -60,6 +60,7 @@ from zcproto.server.https import HTTP_ALPN, HttpSide
 from zcproto.server.idempotency import OnceOnly, answer_limits
 from zcproto.server.keeper import CertificateKeeper, Kept, unix_ms
 from zcproto.server.listener import Listener, bind, log_listening, take_over
+from zcproto.server.metrics import USER_CHANGED, ServerMetrics
 from zcproto.server.pauses import PauseMeter
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.serving import Serving, log
@@ -228,7 +229,13 @@ class Server:
             methods[method.name] = method
         protocols: dict[str | None, Callable[[], asyncio.Protocol]] = {ALPN: lambda: ServerProtocol(serving)}
         if config.http.enabled:
-            self._http = HttpSide(config, serving, certificates=self._lives, schemes=login.schemes)
+            self._http = HttpSide(
+                config,
+                serving,
+                certificates=self._lives,
+                schemes=login.schemes,
+                metrics=lambda accept: self.metrics.render(accept),
+            )
             protocols |= self._http.protocols
         acceptor = TlsAcceptor(
             self._kept.contexts,
@@ -275,6 +282,19 @@ class Server:
         )
         self.pauses = PauseMeter(loop, lambda: serving.counters.requests + acceptor.handshakes_completed)
         self.pauses.start()
+        self.metrics = ServerMetrics(
+            config=config,
+            session_settings=settings,
+            clock=self._clock,
+            serving=serving,
+            acceptor=acceptor,
+            listener=self._listener,
+            login=login,
+            certificates=keeper,
+            pauses=self.pauses,
+            store=store_keeper,
+            http=self._http,
+        ).metrics()
         self._start_task(look_after_log())
         if store_keeper is None:
             self._start_task(self._clean_forever(registry))
@@ -328,7 +348,7 @@ class Server:
 
     async def _user_gone(self, name: str) -> None:
         """End the sessions of a user who is none any more, or somebody else."""
-        ended = await self.serving.sessions.revoke_user(name, "the user was changed")
+        ended = await self.serving.sessions.revoke_user(name, USER_CHANGED)
         log.info("user.gone", user=name, sessions=ended)
         self.serving.on_revoked(f"the user {name} was removed or changed", ended, False)
 
