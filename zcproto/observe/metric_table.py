@@ -1,4 +1,4 @@
-"""Every metric, with what it means. spec/metrics.md is made from this, and the dashboard and the alert rules use no other.
+"""Every metric, with what it means. spec/metrics.md is made from this; the dashboard and the alert rules use no other.
 
 Must not know: where the values come from.
 """
@@ -71,8 +71,8 @@ CONNECTIONS = _gauge("zcproto_connections", "Open conversations in ZCP/1.")
 CONNECTIONS_OPENED = _counter("zcproto_connections_opened_total", "Conversations in ZCP/1 that have begun.")
 CONNECTIONS_ENDED = _counter(
     "zcproto_connections_ended_total",
-    "Conversations in ZCP/1 that have ended. `reason` is what ended them: a rule of the server, a code or a cause of"
-    " zcproto_tls_failures_total.",
+    "Conversations in ZCP/1 that have ended. `reason` is what ended them: a rule of the server, a code or a cause"
+    " of zcproto_tls_failures_total.",
     "reason",
 )
 CONNECTIONS_REFUSED = _counter(
@@ -103,8 +103,8 @@ _end_of_part("TLS")
 
 CERTIFICATE_EXPIRES = _gauge(
     "zcproto_certificate_expires_timestamp_seconds",
-    "When a certificate in use ends, in seconds since the Unix epoch. `source`: own, files, authority (that signs own"
-    " ones), client_authority.",
+    "When a certificate in use ends, in seconds since the Unix epoch. `source`: own, files, authority (that signs"
+    " own ones), client_authority.",
     *("path", "source", "site", "key_type"),
 )
 CERTIFICATE_LEFT = _gauge(
@@ -168,13 +168,14 @@ LOGINS_THROTTLED = _counter(
 _end_of_part("Logins")
 
 REQUESTS = _counter(
-    "zcproto_requests_total", "Requests that reached a method, or asked for one that they cannot have."
+    "zcproto_requests_total", "Requests that reached a method, or asked for one that they may not have."
 )
 CALLS = _counter("zcproto_method_calls_total", "Calls of each method.", "method")
 IN_FLIGHT = _gauge("zcproto_requests_in_flight", "Calls that wait for something, of all connections.")
 DURATIONS = _histogram(
     "zcproto_method_duration_seconds",
-    "How long the loop was at a call, to its answer or its first wait. Measured of the requests of one read in 1/64 s.",
+    "How long the loop was at a call, to its answer or its first wait. Measured of the requests of one read in 1/64"
+    " of a second.",
     "method",
 )
 WAITS = _histogram(
@@ -185,8 +186,8 @@ WAITS = _histogram(
 ERRORS = _counter("zcproto_errors_total", "Error frames sent, by the name of their code.", "code")
 FRAMES_REFUSED = _counter(
     "zcproto_frames_refused_total",
-    "Frames that led to no call. `reason`: token, stale, stale_dropped (with no answer; counted when the connection"
-    " ends), malformed, deadline (it had passed), key_not_proved, max_streams, draining, too_large_without_session.",
+    "Frames that led to no call. `reason`: token, stale, stale_dropped (with no answer; counted when the"
+    " connection ends), malformed, deadline (it had passed), key_not_proved, max_streams, draining, too_large_without_session.",
     *("reason", "code"),
 )
 ONCE_RUNNING = _gauge("zcproto_idempotent_requests_running", "Requests with an idempotency key that run now.")
@@ -200,8 +201,8 @@ _end_of_part("Requests")
 
 STORE_STATE = _gauge(
     "zcproto_store_state",
-    "1 for the state that the store of sessions is in, 0 for the others: healthy; degraded (it is out, and not asked);"
-    " recovering (a probe is under way).",
+    "1 for the state that the store of sessions is in, 0 for the others: healthy; degraded (it is out, and not"
+    " asked); recovering (a probe is under way).",
     "state",
 )
 STORE_REFUSING = _gauge(

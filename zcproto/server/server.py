@@ -234,7 +234,7 @@ class Server:
                 serving,
                 certificates=self._lives,
                 schemes=login.schemes,
-                metrics=lambda accept: self.metrics.render(accept),
+                metrics=lambda accept: self.metrics.render(accept),  # noqa: PLW0108 - made below
             )
             protocols |= self._http.protocols
         acceptor = TlsAcceptor(
