@@ -17,6 +17,7 @@ import contextlib
 import os
 import signal
 import stat
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,22 +63,15 @@ class Command:
         loop = asyncio.get_running_loop()
         try:
             with _file_of(body) as stdin, _Output() as output:
-                process = await asyncio.create_subprocess_exec(
-                    *self._arguments,
-                    stdin=stdin,
-                    stdout=output.write_end,
-                    stderr=asyncio.subprocess.STDOUT,
-                    env=self._environ,
-                    cwd="/",
-                    start_new_session=True,
-                )
+                process = await self._begin(loop, stdin, output.write_end)
                 output.close_write_end()
                 try:
                     async with asyncio.timeout(self._timeout):
                         said = await output.read(loop)
-                        code = await process.wait()
+                        code = await loop.run_in_executor(None, process.wait)
                 except BaseException:
-                    await _kill(process)
+                    _kill(process)
+                    await loop.run_in_executor(None, process.wait)
                     raise
         except TimeoutError:
             raise Undelivered(f"it did not end within {self._timeout:g} s", tries=TRIES) from None
@@ -87,6 +81,29 @@ class Command:
             ended = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise Undelivered(f"it ended with {ended}{f': {said}' if said else ''}", tries=TRIES)
         return f"exit code 0{f': {said}' if said else ''}"
+
+    async def _begin(
+        self, loop: asyncio.AbstractEventLoop, stdin: IO[bytes], stdout: int
+    ) -> subprocess.Popen[bytes]:
+        # In a thread, as the disk may be slow; and not by the loop's own means: those of uvloop let a program have
+        # every descriptor that can be inherited, such as a listening socket of systemd's.
+        def run() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(  # noqa: S603 - the arguments are the configuration's
+                self._arguments,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                env=self._environ,
+                cwd="/",
+                start_new_session=True,
+            )
+
+        beginning = loop.run_in_executor(None, run)
+        try:
+            return await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            beginning.add_done_callback(_kill_begun)
+            raise
 
 
 class _Output:
@@ -135,11 +152,18 @@ def _file_of(body: bytes) -> IO[bytes]:
     return file
 
 
-async def _kill(process: asyncio.subprocess.Process) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """End the program with all that it has started in its session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
+
+
+def _kill_begun(beginning: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+    """End a program that nobody waits for any more."""
+    if not beginning.cancelled() and beginning.exception() is None:
+        process = beginning.result()
+        _kill(process)
+        process.wait()
 
 
 def _check(path: Path) -> None:
