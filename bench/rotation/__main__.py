@@ -9,8 +9,9 @@
 - All the while new connections come, a few a second, and look whether the certificate that they are shown is good
   and is the newest, or was until a moment ago.
 - For the first half minute nothing is rotated: how long the server's loop stands still then is told beside how
-  long it does while certificates change. Server, load and this process share the machine; so a pause is told whole,
-  and less the time for which other programs had the processor that the loop could have used.
+  long it does while certificates change. Server, load and this process share the machine, of which the load and
+  this process keep to one processor; and a pause is told whole, and less the time for which other programs had the
+  processor that the loop could have used.
 
 Exit code: 0 if all targets are met, 1 if not, 2 if it cannot be measured like this, 130 after Ctrl-C.
 """

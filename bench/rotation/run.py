@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -62,8 +64,26 @@ def run_in(home: Home, plan: RotationPlan, console: Console) -> Outcome:
     with DemoServer(home.path) as server:
         load = load_plan(plan, home, server.port, operator, credentials)
         check_plan(load)
-        with view_for(console) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
+        with (
+            one_processor(),
+            view_for(console) as view,
+            asyncio.Runner(loop_factory=new_event_loop) as runner,
+        ):
             return runner.run(Run(plan, load, home, view, console).conduct_interruptible())
+
+
+@contextmanager
+def one_processor() -> Iterator[None]:
+    """Keep this process and what it starts to one processor, where there is another for the server."""
+    allowed = os.sched_getaffinity(0) if sys.platform == "linux" else set()
+    if len(allowed) < 2:
+        yield
+        return
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def prepare(home: Home, plan: RotationPlan) -> tuple[Credential, tuple[Credential, ...]]:

@@ -431,6 +431,19 @@ def home(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     return Home(path)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's processor affinity")
+@pytest.mark.parametrize("allowed", [{0, 2, 5}, {3}])
+def test_the_load_keeps_to_one_processor_if_there_are_two(
+    allowed: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_to = [allowed]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(kept_to[-1]))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, processors: kept_to.append(processors))
+    with module.one_processor():
+        assert kept_to[-1] == {max(allowed)}
+    assert kept_to[-1] == allowed
+
+
 def test_a_home_is_made_ready(home: Home) -> None:
     plan = dataclasses.replace(QUICK, connections=12, watch_interval_s=0.5)
     operator, credentials = prepare(home, plan)
