@@ -79,11 +79,21 @@ class Home:
         shown = printable(str(self.path))
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = self.path.stat()
         except FileExistsError:
             raise ConfigError([f"{shown}: is no folder; name another one by --home"]) from None
         except OSError as error:
             raise ConfigError([f"{shown}: cannot be the home folder: {error.strerror}"]) from error
+        self.check()
+
+    def check(self) -> None:
+        """Raises ConfigError if the folder, which must be there, cannot be used."""
+        shown = printable(str(self.path))
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise ConfigError([f"{shown}: cannot be the home folder: {error.strerror}"]) from error
+        if not stat.S_ISDIR(status.st_mode):
+            raise ConfigError([f"{shown}: is no folder; name another one by --home"])
         if status.st_uid not in (os.geteuid(), 0):
             raise ConfigError([f"{shown}: belongs to another user (uid {status.st_uid}); run as that user"])
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from zcproto.clock import system_clock
 from zcproto.config import Config
@@ -22,6 +22,9 @@ from zcproto.server.server import Server, tune_interpreter
 from zcproto.server.serving import log
 from zcproto.server.supervision import Supervision
 from zcproto.service_manager import ServiceManager
+
+SPARE_FILES: Final = 256
+"""Descriptors beside those of connections: certificates, the store, the log, pipes."""
 
 
 def serve(
@@ -43,7 +46,7 @@ def serve(
     sockets = [passed.socket for passed in manager.sockets]
     server = Server(app, config, home=home, sockets=sockets, **options)
     configure_logging(server.config.log)
-    wanted = server.config.limits.max_connections + 256
+    wanted = server.config.limits.max_connections + SPARE_FILES
     limit = raise_file_limit(wanted)
     if limit < wanted:
         log.warning(

@@ -1,0 +1,632 @@
+"""`zcproto doctor`: a server that is well, and each fault put in."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from tests.server.conftest import Serve, certs, serve
+from tests.server.helpers import HEADER, KEY, ServerThread
+from zcproto.auth import UserFile
+from zcproto.cli import main
+from zcproto.cli.doctor import local, remote
+from zcproto.errors import ConfigError
+from zcproto.home import Home
+from zcproto.tls.failure import TlsFailure
+
+from .helpers import fill, new_session
+
+__all__ = ["certs", "serve"]
+
+Capture = pytest.CaptureFixture[str]
+Look = Callable[..., "Report"]
+
+
+class Report:
+    """What the doctor said."""
+
+    def __init__(self, code: int, out: str) -> None:
+        self.code = code
+        self.findings: list[dict[str, Any]] = json.loads(out)
+
+    def __repr__(self) -> str:
+        return f"exit code {self.code}: {json.dumps(self.findings, indent=1)}"
+
+    def of(self, check: str) -> list[dict[str, Any]]:
+        return [each for each in self.findings if each["check"] == check]
+
+    def state(self, check: str) -> str:
+        """The worst of a check."""
+        states = [each["state"] for each in self.of(check)]
+        assert states, f"{check} was not looked at: {self}"
+        return max(states, key=["ok", "skipped", "warning", "fault"].index)
+
+    def one(self, check: str, state: str) -> str:
+        """The words of the one finding with this state, which says what to do if something is wrong."""
+        (finding,) = [each for each in self.of(check) if each["state"] == state]
+        assert (finding["cure"] is not None) == (state in ("warning", "fault")), finding
+        return f"{finding['found']} | {finding['cure']}"
+
+    @property
+    def faults(self) -> list[str]:
+        return [each["check"] for each in self.findings if each["state"] == "fault"]
+
+
+@pytest.fixture
+def look(capsys: Capture) -> Look:
+    """Run the doctor; its words as data. The exit code is 1 just if there are faults."""
+
+    def look(*arguments: str) -> Report:
+        capsys.readouterr()
+        code = main(["doctor", "--json", *arguments])
+        report = Report(code, capsys.readouterr().out)
+        assert report.code == (1 if report.faults else 0)
+        return report
+
+    return look
+
+
+@pytest.fixture
+def folder(home: Path, certs: Path) -> Path:
+    """A home folder as a server leaves it."""
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    UserFile(home / "users.toml").add("ada")
+    (home / "config.toml").write_text(
+        f"[certificates]\nkey_types = ['ecdsa-p256']\n[server]\nport = {free()}\n"
+    )
+    fill(home, new_session())
+    return home
+
+
+def free() -> int:
+    """A port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        return int(bound.getsockname()[1])
+
+
+# --- this machine --------------------------------------------------------------------------------------------
+
+
+def test_a_home_that_is_not_there_yet_is_well(home: Path, look: Look) -> None:
+    report = look()
+    assert report.faults == []
+    assert "not there yet" in report.one("home", "ok")
+    assert not home.exists(), "nothing is made by looking"
+
+
+def test_what_a_server_left_is_well(folder: Path, look: Look) -> None:
+    before = sorted(folder.rglob("*"))
+    report = look()
+    assert report.faults == []
+    assert report.one("store", "ok").startswith("it answers; 1 sessions")
+    assert "is free; no server runs" in report.one("port", "ok")
+    assert {each["state"] for each in report.of("certificate")} == {"ok"}
+    assert sorted(path for path in folder.rglob("*") if not path.name.startswith("sessions.db")) == [
+        path for path in before if not path.name.startswith("sessions.db")
+    ]
+
+
+def test_it_is_told_as_a_table_for_people(folder: Path, capsys: Capture) -> None:
+    os.chmod(folder / "users.toml", 0o644)
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"ok        home          {folder}" in lines
+    at = next(n for n, line in enumerate(lines) if line.startswith("fault     permissions   "))
+    assert lines[at].endswith("users.toml: others can read or change it")
+    assert lines[at + 1] == f"{'':24}run: chmod go-rwx {folder / 'users.toml'}"
+
+
+def test_a_home_that_others_may_write_to_is_a_fault(folder: Path, look: Look) -> None:
+    folder.chmod(0o770)
+    assert "others may write to this folder | run: chmod go-w" in look().one("home", "fault")
+
+
+def test_a_home_that_is_no_folder_is_a_fault(home: Path, look: Look) -> None:
+    home.write_text("")
+    assert "is no folder | name another one" in look().one("home", "fault")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "sentence", "cure"),
+    [
+        ("users.toml", 0o640, "others can read or change it", "chmod go-rwx"),
+        ("sessions.db", 0o604, "others can read or change it", "chmod go-rwx"),
+        ("certs/server-ecdsa.key", 0o644, "others can read or change it", "chmod go-rwx"),
+        ("certs/ca.key", 0o660, "others can read or change it", "chmod go-rwx"),
+        ("certs/ca.crt", 0o666, "others can change it", "chmod go-w"),
+        ("config.toml", 0o622, "others can change it", "chmod go-w"),
+    ],
+)
+def test_files_that_are_not_their_owners_alone_are_faults(
+    folder: Path, look: Look, name: str, mode: int, sentence: str, cure: str
+) -> None:
+    (folder / name).chmod(mode)
+    said = look().one("permissions", "fault")
+    assert f"{name}: {sentence}" in said
+    assert cure in said
+
+
+@pytest.mark.parametrize("name", ["config.toml", "certs/ca.crt"])
+def test_what_is_public_may_be_read(folder: Path, look: Look, name: str) -> None:
+    (folder / name).chmod(0o644)
+    assert look().state("permissions") == "ok"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+def test_files_of_somebody_else_are_faults(folder: Path, look: Look) -> None:
+    os.chown(folder / "users.toml", 4711, 4711)
+    assert "belongs to uid 4711 | run: chown 0" in look().one("permissions", "fault")
+    # All of it is another user's: that is the server, and root is the stranger.
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 4711, 4711)
+    assert "belongs to another user (uid 4711) | run as that user" in look().one("home", "fault")
+
+
+def test_a_home_with_more_files_than_any_is_not_looked_through(
+    folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "MAX_FILES", 3)
+    assert "more than 3 files" in look().one("permissions", "warning")
+
+
+def test_each_fault_of_the_configuration_is_told_and_the_rest_waits(folder: Path, look: Look) -> None:
+    (folder / "config.toml").write_text("[server]\nport = 70000\nprot = 1\n")
+    report = look()
+    assert report.faults == ["config", "config"]
+    assert "server.port = 70000" in str(report.of("config"))
+    assert report.state("server") == "skipped"
+
+
+def test_a_file_of_keys_for_debugging_is_told(
+    folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSLKEYLOGFILE", "/tmp/keys")
+    assert any("SSLKEYLOGFILE is set" in each["found"] for each in look().of("process"))
+
+
+@pytest.mark.parametrize(("uid", "state"), [(0, "warning"), (1000, "ok")])
+def test_root_is_told_to_be_another(
+    home: Path, look: Look, monkeypatch: pytest.MonkeyPatch, uid: int, state: str
+) -> None:
+    monkeypatch.delenv("SSLKEYLOGFILE", raising=False)
+    monkeypatch.setattr(local.os, "geteuid", lambda: uid)
+    assert look().state("process") == state
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "free_files", "state"),
+    [
+        (10 * 2**30, 10**6, "ok"),
+        (10 * 2**30, 10, "warning"),
+        (100 * 2**20, 10**6, "warning"),
+        (2**20, 10**6, "fault"),
+    ],
+)
+def test_a_full_disk_is_told(
+    folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch, free_bytes: int, free_files: int, state: str
+) -> None:
+    real = os.statvfs
+
+    def statvfs(path: Path) -> os.statvfs_result:
+        values = list(real(path))
+        values[1], values[4], values[7] = 1, free_bytes, free_files  # f_frsize, f_bavail, f_favail
+        return os.statvfs_result(values)
+
+    monkeypatch.setattr(local.os, "statvfs", statvfs)
+    assert look().state("disk") == state
+
+
+@pytest.mark.parametrize(
+    ("hard", "state"), [(1_024, "warning"), (20_256, "ok"), (resource.RLIM_INFINITY, "ok")]
+)
+def test_too_few_files_are_told(
+    folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch, hard: int, state: str
+) -> None:
+    monkeypatch.setattr(local.resource, "getrlimit", lambda kind: (256, hard))
+    report = look()
+    assert report.state("file limit") == state
+    if state == "warning":
+        assert "limits.max_connections = 768" in report.one("file limit", "warning")
+
+
+# certificates
+
+
+def test_a_certificate_that_cannot_be_read_is_a_fault(folder: Path, look: Look) -> None:
+    (folder / "certs" / "server-ecdsa.crt").write_text("not a certificate")
+    assert look().faults == ["certificate"]
+
+
+def test_a_key_of_another_certificate_is_a_fault(folder: Path, look: Look) -> None:
+    key = trustme.CA().issue_cert("localhost", key_type=trustme.KeyType.ECDSA).private_key_pem
+    (folder / "certs" / "server-ecdsa.key").write_bytes(key.bytes())
+    assert "server-ecdsa.key" in look().one("certificate", "fault")
+
+
+def foreign(folder: Path, not_after: datetime, not_before: datetime | None = None) -> None:
+    """Certificates made by others, valid until then."""
+    issued = trustme.CA().issue_cert("server.example", not_after=not_after, not_before=not_before)
+    certificate, key = folder / "foreign.pem", folder / "foreign.key"
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    key.chmod(0o600)
+    (folder / "config.toml").write_text(
+        f"[server]\nport = {free()}\n[certificates]\nmode = 'files'\n"
+        f"certificate = ['{certificate}']\nkey = ['{key}']\n"
+    )
+
+
+NOW = datetime.now(UTC)
+
+
+def test_an_expired_certificate_is_a_fault(folder: Path, look: Look) -> None:
+    foreign(folder, NOW - timedelta(days=1), NOW - timedelta(days=90))
+    assert "expired on" in look().one("certificate", "fault")
+
+
+def test_one_that_ends_soon_is_a_warning(folder: Path, look: Look) -> None:
+    foreign(folder, NOW + timedelta(days=3, hours=1), NOW - timedelta(days=87))
+    said = look().one("certificate", "warning")
+    assert "3 days left; server.example" in said
+    assert "get others anew" in said
+
+
+# the store
+
+
+def test_a_damaged_store_is_a_fault(folder: Path, look: Look) -> None:
+    data = bytearray((folder / "sessions.db").read_bytes())
+    data[:100] = bytes(100)
+    (folder / "sessions.db").write_bytes(data)
+    report = look()
+    assert report.faults == ["store"]
+    assert "is damaged" in report.one("store", "fault")
+    assert "spec/backup.md" in report.one("store", "fault")
+
+
+def test_sessions_in_memory_are_a_warning(folder: Path, look: Look) -> None:
+    with (folder / "config.toml").open("a") as config:
+        config.write("[store]\nurl = 'memory'\n")
+    assert "sessions end with the server" in look().one("store", "warning")
+
+
+def test_a_store_that_does_not_answer_is_a_fault(folder: Path, look: Look) -> None:
+    pytest.importorskip("redis")
+    with (folder / "config.toml").open("a") as config:
+        config.write(f"[store]\nurl = 'valkey://127.0.0.1:{free()}'\n")
+    assert look().faults == ["store"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open all files")
+def test_a_lock_of_somebody_else_is_a_fault(folder: Path, look: Look) -> None:
+    (folder / "sessions.db.lock").chmod(0)
+    assert look().state("store") == "fault"
+
+
+# the port
+
+
+def test_a_port_that_cannot_be_had_is_a_fault(
+    folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bind(hosts: tuple[str, ...], port: int) -> list[socket.socket]:
+        raise ConfigError(["server.host = '127.0.0.1', server.port = 443: cannot listen: Permission denied"])
+
+    monkeypatch.setattr(local, "bind", bind)
+    assert "zcproto.socket" in look().one("port", "fault")
+
+
+def test_any_port_is_none_to_look_at(folder: Path, look: Look) -> None:
+    (folder / "config.toml").write_text("[server]\nport = 0\n")
+    assert look().state("port") == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [("::", "[::1]:7443"), ("0.0.0.0", "127.0.0.1:7443"), ("a.example", "a.example:7443")],
+)
+def test_a_server_on_all_addresses_is_reached_on_this_machine(home: Path, host: str, reached: str) -> None:
+    home.mkdir()
+    (home / "config.toml").write_text(f"[server]\nhost = '{host}'\n")
+    config = local.read(Home(home), None)
+    assert config is not None
+    assert local.own_address(config) == reached
+
+
+# --- a server ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(home: Path, serve: Serve) -> ServerThread:
+    """Its home folder is the one of the command line."""
+    return serve(users_file=True)
+
+
+@pytest.fixture
+def key_file(server: ServerThread, tmp_path: Path) -> Path:
+    path = tmp_path / "ada.key"
+    path.touch(0o600)
+    path.write_text(UserFile(server.home / "users.toml").add("ada"))
+    return path
+
+
+def at(server: ServerThread) -> str:
+    return f"localhost:{server.port}"
+
+
+def test_a_server_that_is_well_is_told_step_by_step(server: ServerThread, key_file: Path, look: Look) -> None:
+    report = look(at(server), "--user", "ada", "--key-file", str(key_file))
+    assert report.faults == []
+    assert {each["check"] for each in report.findings} >= {
+        "reachable",
+        "handshake",
+        "clock",
+        "trust",
+        "session",
+    }
+    assert "TLSv1.3, TLS_AES_256_GCM_SHA384, zcp/1" in report.one("handshake", "ok")
+    assert "pin sha256/" in report.one("trust", "ok")
+    assert "opened one, used it and closed it" in report.one("session", "ok")
+    server.until_left()
+    assert server.stats["sessions"] == 0
+    assert server.stats["tls_failures"] == {}
+
+
+def test_the_server_of_this_home_is_looked_at_where_it_listens(serve: Serve, home: Path, look: Look) -> None:
+    server = serve(users_file=True, store__url="sqlite", server__port=free())
+    (home / "config.toml").write_text(
+        f"[server]\nport = {server.port}\n[certificates]\nkey_types = ['ecdsa-p256']\n"
+    )
+    report = look()
+    assert report.faults == []
+    assert "something listens there" in report.one("port", "ok")
+    assert "a server runs with these sessions" in report.one("store", "ok")
+    assert report.state("trust") == "ok"
+    assert report.of("session") == []
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "state", "said"),
+    [
+        (0, "ok", "agree"),
+        (120, "warning", "ahead of"),
+        (-120, "warning", "behind"),
+        (86_400, "fault", "ahead of"),
+    ],
+)
+def test_clocks_that_differ_are_told(
+    server: ServerThread, look: Look, ahead_s: int, state: str, said: str
+) -> None:
+    server.clock.ahead_ms = ahead_s * 1000
+    assert said in look(at(server)).one("clock", state)
+
+
+def test_a_wrong_key_is_a_fault_and_is_sent_to_nobody_else(
+    server: ServerThread, look: Look, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong.key"
+    wrong.touch(0o600)
+    wrong.write_text("not the key")
+    arguments = (at(server), "--user", "ada", "--key-file", str(wrong))
+    assert "zcproto user" in look(*arguments).one("session", "fault")
+    other = tmp_path / "other-ca.pem"
+    trustme.CA().cert_pem.write_to_path(other)
+    report = look(*arguments, "--ca", str(other))
+    assert report.faults == ["trust"]
+    assert "no key is sent" in report.one("session", "skipped")
+
+
+def test_another_ca_is_a_fault_with_all_that_helps(server: ServerThread, look: Look, tmp_path: Path) -> None:
+    other = tmp_path / "other-ca.pem"
+    trustme.CA().cert_pem.write_to_path(other)
+    said = look(at(server), "--ca", str(other)).one("trust", "fault")
+    assert "certificate untrusted" in said
+    assert server.server.pins[0] in said
+    assert "--ca, or its pin by --pin" in said
+
+
+def test_a_ca_file_that_is_none_is_a_fault(server: ServerThread, look: Look, tmp_path: Path) -> None:
+    assert look(at(server), "--ca", str(tmp_path / "nowhere")).faults == ["trust"]
+
+
+def test_pins_are_trusted_alone_and_on_top(server: ServerThread, look: Look) -> None:
+    right, wrong = server.server.pins[0], "sha256/" + "A" * 43 + "="
+    assert "by a pin;" in look(at(server), "--pin", right).one("trust", "ok")
+    ca = str(server.home / "certs" / "ca.crt")
+    assert "and a pin" in look(at(server), "--pin", right, "--ca", ca).one("trust", "ok")
+    for trust in (("--pin", wrong), ("--pin", wrong, "--ca", ca)):
+        assert "zcproto cert pins" in look(at(server), *trust).one("trust", "fault")
+
+
+def test_a_pin_that_is_none_is_wrong_usage(server: ServerThread, capsys: Capture) -> None:
+    assert main(["doctor", at(server), "--pin", "sha256/x"]) == 2
+    assert main(["doctor", "a b"]) == 2
+    assert main(["doctor", at(server), "--key-file", "x"]) == 2
+
+
+def test_a_server_that_wants_certificates_says_so(home: Path, serve: Serve, look: Look) -> None:
+    server = serve(users_file=True, tls__client_auth="required")
+    assert "tls.client_auth" in look(at(server)).one("handshake", "fault")
+
+
+# --- what is no such server ----------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_none_is_a_fault(home: Path, look: Look) -> None:
+    assert "see the name, and DNS" in look("no.such.host.invalid:7443").one("reachable", "fault")
+
+
+def test_a_port_where_nobody_listens_is_a_fault(home: Path, look: Look) -> None:
+    assert "start the server there" in look(f"127.0.0.1:{free()}").one("reachable", "fault")
+
+
+def test_no_answer_is_a_fault(home: Path, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_answer(*args: Any) -> Any:
+        raise TimeoutError
+
+    monkeypatch.setattr(remote.socket, "create_connection", no_answer)
+    assert "no answer within 10 s" in look("192.0.2.1:7443").one("reachable", "fault")
+
+
+@contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server of another kind; its address. `answer` is called with each connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as connections:
+
+        def run() -> None:
+            with suppress(OSError):
+                while True:
+                    connection = connections.enter_context(listening.accept()[0])
+                    connection.settimeout(10)
+                    with suppress(OSError):
+                        answer(connection)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+def test_a_server_that_says_nothing_is_a_fault(home: Path, look: Look) -> None:
+    with answering(lambda connection: None) as address:
+        assert "no answer in time" in look(address, "--timeout", "0.2").one("handshake", "fault")
+
+
+def test_what_speaks_no_tls_is_a_fault(home: Path, look: Look) -> None:
+    with answering(lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")) as address:
+        said = look(address).one("handshake", "fault")
+    assert "see that it is the port of zcproto" in said
+
+
+def test_one_that_hangs_up_is_a_fault(home: Path, look: Look) -> None:
+    with answering(lambda connection: connection.close()) as address:
+        assert look(address).faults == ["handshake"]
+
+
+Speak = Callable[[ssl.SSLSocket], None]
+
+
+class OtherServer:
+    """Another TLS server's context, from trustme."""
+
+    def __init__(self, *names: str, alpn: str = "zcp/1", **options: Any) -> None:
+        self.ca = trustme.CA()
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.ca.issue_cert(*names, **options).configure_cert(self.context)
+        self.context.set_alpn_protocols([alpn])
+
+    def speak(self, then: Speak) -> Callable[[socket.socket], None]:
+        def answer(connection: socket.socket) -> None:
+            with self.context.wrap_socket(connection, server_side=True) as tls:
+                then(tls)
+
+        return answer
+
+
+def test_an_old_tls_is_a_fault(home: Path, look: Look) -> None:
+    other = OtherServer("localhost")
+    other.context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with answering(other.speak(lambda tls: None)) as address:
+        assert "unsupported version" in look(address).one("handshake", "fault")
+
+
+def test_another_protocol_is_a_fault(home: Path, look: Look) -> None:
+    with answering(OtherServer("localhost", alpn="h2").speak(lambda tls: None)) as address:
+        assert "it is no zcproto server" in look(address).one("handshake", "fault")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(b"", "without a greeting"), (b"HTTP/1.1 200 OK\r\n\r\n" * 10, "cannot be read"), (bytes(70), "")],
+)
+def test_another_greeting_is_a_fault(home: Path, look: Look, data: bytes, said: str) -> None:
+    def then(tls: ssl.SSLSocket) -> None:
+        tls.sendall(data)
+        tls.unwrap()
+
+    with answering(OtherServer("localhost").speak(then)) as address:
+        assert said in look(address).one("welcome", "fault")
+
+
+def test_a_greeting_without_an_end_is_a_fault(
+    home: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "MAX_WELCOME", 100)
+    endless = (5_000).to_bytes(4, "big") + b"\x01\x01\x00\x00" + bytes(1_000)
+    monkeypatch.setattr(remote.ClientConnection, "receive_data", lambda *args: [])
+    with answering(OtherServer("localhost").speak(lambda tls: tls.sendall(endless))) as address:
+        assert "has no end" in look(address).one("welcome", "fault")
+
+
+def judged(look: Look, server: ServerThread, *names: str, **dates: Any) -> Report:
+    """A server whose certificate is another one: the greeting is that of the real one."""
+    other = OtherServer(*names, **dates)
+    ca = server.home / "other-ca.pem"
+    other.ca.cert_pem.write_to_path(ca)
+    with server.client() as client:
+        welcome = client.welcome
+
+    def then(tls: ssl.SSLSocket) -> None:
+        head = HEADER.pack(
+            64 + len(welcome.body), 1, welcome.kind, 0, 0, welcome.timestamp, welcome.salt, 0, welcome.token
+        )
+        tls.sendall(head + welcome.body)
+        tls.recv(1)
+
+    with answering(other.speak(then)) as address:
+        return look(address, "--ca", str(ca))
+
+
+def test_a_certificate_for_other_names_is_a_fault(server: ServerThread, look: Look) -> None:
+    said = judged(look, server, "a.example").one("trust", "fault")
+    assert "certificate name mismatch" in said
+    assert "names: a.example" in said
+    assert "certificates.names" in said
+
+
+def test_an_expired_certificate_of_a_server_is_a_fault(server: ServerThread, look: Look) -> None:
+    dates = {"not_before": NOW - timedelta(days=9), "not_after": NOW - timedelta(days=1)}
+    said = judged(look, server, "127.0.0.1", **dates).one("trust", "fault")
+    assert "certificate expired" in said
+    assert "compare the clocks" in said
+
+
+def test_a_certificate_that_ends_soon_is_a_warning(server: ServerThread, look: Look) -> None:
+    dates = {"not_before": NOW - timedelta(days=80), "not_after": NOW + timedelta(days=4, hours=1)}
+    assert "4 days left" in judged(look, server, "127.0.0.1", **dates).one("trust", "warning")
+
+
+def test_a_certificate_that_cannot_be_read_is_told() -> None:
+    assert list(remote._about(b"not a certificate")) == ["its certificate cannot be read"]
+
+
+def test_each_cure_is_of_a_failure_that_a_client_can_see() -> None:
+    assert set(remote.CURES) <= set(TlsFailure)
+    assert all(cure.strip() for cure in remote.CURES.values())
+
+
+def test_a_user_with_too_many_sessions_is_told_so(
+    home: Path, serve: Serve, look: Look, tmp_path: Path
+) -> None:
+    server = serve(sessions__per_user=1)
+    path = tmp_path / "key"
+    path.touch(0o600)
+    path.write_text(KEY)
+    with server.client("ada"):
+        said = look(at(server), "--user", "ada", "--key-file", str(path)).one("session", "fault")
+    assert "sessions.per_user" in said

@@ -1,0 +1,298 @@
+"""What the doctor looks at on this machine. Nothing is made, changed or repaired.
+
+Rules: what a server would refuse to start with is a fault, in its own words; what will hurt later is a warning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shlex
+import stat
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from zcproto.cli import cert_report, read_config
+from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, told
+from zcproto.cli.kept_sessions import CONFIGURED, is_in_use, opened_store, with_store
+from zcproto.cli.store import damage_of
+from zcproto.clock import MS_PER_SECOND, system_clock
+from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.hardening import KEY_LOG
+from zcproto.home import Home
+from zcproto.printable import printable
+from zcproto.server.listener import bind
+from zcproto.server.run import SPARE_FILES
+from zcproto.stores.choose import MEMORY, SQLITE
+
+if TYPE_CHECKING:
+    from zcproto.config import Config
+
+LITTLE_SPACE: Final = 256 * 1024 * 1024
+"""Bytes: the store and the log of a busy day."""
+
+NO_SPACE: Final = 16 * 1024 * 1024
+"""Bytes below which SQLite cannot be sure of a checkpoint."""
+
+FEW_FILES: Final = 1_000
+MAX_FILES: Final = 1_000
+"""Files of the home folder that are looked at."""
+
+_OTHERS: Final = 0o077
+_OTHERS_WRITE: Final = 0o022
+_PUBLIC: Final = frozenset({".crt", ".pem", ".crl", ".toml~", ".log"})
+_MIB: Final = 1024 * 1024
+
+
+def folder(home: Home) -> list[Finding]:
+    """The home folder, and who may read what is in it."""
+    if not home.path.exists():
+        return [Finding("home", OK, f"{home.path}: is not there yet; a server makes it")]
+    try:
+        home.check()
+    except ConfigError as error:
+        return [told("home", fault) for fault in error.faults]
+    findings = [Finding("home", OK, str(home.path))]
+    wrong = list(_permissions(home))
+    return findings + (wrong or [Finding("permissions", OK, "keys and databases are their owner's alone")])
+
+
+def _permissions(home: Home) -> Iterator[Finding]:
+    owner = home.path.stat().st_uid
+    if os.geteuid() == 0 and owner != 0:
+        yield Finding(
+            "permissions",
+            WARNING,
+            f"the home folder belongs to uid {owner}, and root is asking",
+            f"run commands as the server's user: sudo -u '#{owner}' ..., as files of root shut it out",
+        )
+    for number, path in enumerate(_files(home.path)):
+        if number == MAX_FILES:
+            yield Finding("permissions", WARNING, f"there are more than {MAX_FILES} files here", "tidy up")
+            return
+        status = path.lstat()
+        quoted = shlex.quote(str(path))
+        if stat.S_ISLNK(status.st_mode) or stat.S_ISSOCK(status.st_mode):
+            continue
+        if status.st_uid not in (0, owner):
+            yield Finding(
+                "permissions",
+                FAULT,
+                f"{path}: belongs to uid {status.st_uid}",
+                f"run: chown {owner} {quoted}",
+            )
+        elif status.st_mode & (_OTHERS_WRITE if _is_public(path) else _OTHERS):
+            what = "change" if _is_public(path) else "read or change"
+            mode = "go-w" if _is_public(path) else "go-rwx"
+            yield Finding(
+                "permissions", FAULT, f"{path}: others can {what} it", f"run: chmod {mode} {quoted}"
+            )
+
+
+def _files(home: Path) -> Iterator[Path]:
+    for place in (home, home / "certs"):
+        if place.is_dir():
+            yield from (path for path in sorted(place.iterdir()) if not path.is_dir())
+
+
+def _is_public(path: Path) -> bool:
+    return path.suffix in _PUBLIC or path.name == "config.toml"
+
+
+def configuration(home: Home, config_file: Path | None) -> list[Finding]:
+    """What is wrong with the configuration."""
+    try:
+        read_config(home, config_file)
+    except ConfigError as error:
+        return [
+            Finding("config", FAULT, fault, "zcproto config init writes every key") for fault in error.faults
+        ]
+    where = home.config if config_file is None else config_file
+    return [Finding("config", OK, str(where) if where.exists() else "there is none: all defaults")]
+
+
+def read(home: Home, config_file: Path | None) -> Config | None:
+    """The configuration; None if it has faults, which `configuration` tells."""
+    try:
+        config = read_config(home, config_file)
+    except ConfigError:
+        return None
+    if "directory" in config.certificates.model_fields_set:
+        return config
+    certificates = config.certificates.model_copy(update={"directory": home.certs})
+    return config.model_copy(update={"certificates": certificates})
+
+
+def server(config: Config, home: Home) -> list[Finding]:
+    """All else that a server on this machine needs."""
+    return [
+        *_process(),
+        *_disk(config, home),
+        *_file_limit(config),
+        *_certificates(config),
+        *_store(config, home),
+        *_port(config),
+    ]
+
+
+def _process() -> Iterator[Finding]:
+    if os.environ.get(KEY_LOG):
+        yield Finding(
+            "process", WARNING, f"{KEY_LOG} is set", f"unset {KEY_LOG}: clients write their keys there"
+        )
+    if os.geteuid() == 0:
+        yield Finding(
+            "process", WARNING, "this is root", "run the server as a user of its own, as spec/systemd does"
+        )
+    else:
+        yield Finding("process", OK, f"uid {os.geteuid()}")
+
+
+def _disk(config: Config, home: Home) -> Iterator[Finding]:
+    places = [home.path, config.certificates.directory]
+    if config.log.file is not None:
+        places.append(config.log.file.parent)
+    seen: set[int] = set()
+    for place in places:
+        there = next((each for each in (place, *place.parents) if each.exists()), Path("/"))
+        device = there.stat().st_dev
+        if device in seen:
+            continue
+        seen.add(device)
+        disk = os.statvfs(there)
+        free = disk.f_bavail * disk.f_frsize
+        found = f"{free // _MIB} MiB free at {there}"
+        if free < NO_SPACE:
+            yield Finding(
+                "disk", FAULT, found, "free some: sessions cannot be written, and openings are refused"
+            )
+        elif free < LITTLE_SPACE:
+            yield Finding(
+                "disk", WARNING, found, f"free some; {LITTLE_SPACE // _MIB} MiB last for a busy day"
+            )
+        elif disk.f_files and disk.f_favail < FEW_FILES:
+            yield Finding(
+                "disk", WARNING, f"{disk.f_favail} files can still be made at {there}", "remove some"
+            )
+        else:
+            yield Finding("disk", OK, found)
+
+
+def _file_limit(config: Config) -> Iterator[Finding]:
+    wanted = config.limits.max_connections + SPARE_FILES
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        cure = f"raise it (ulimit -Hn, LimitNOFILE=), or set limits.max_connections = {max(1, hard - SPARE_FILES)}"
+        yield Finding("file limit", WARNING, f"{hard} open files are allowed here, {wanted} are wanted", cure)
+    else:
+        yield Finding("file limit", OK, f"{wanted} open files are allowed")
+
+
+def _certificates(config: Config) -> Iterator[Finding]:
+    now = datetime.fromtimestamp(system_clock.wall() / MS_PER_SECOND, UTC)
+    try:
+        found = cert_report.report(config, now, os.environ)
+    except ZcprotoError as error:
+        yield told("certificate", str(error))
+        return
+    for problem in found.problems:
+        yield told("certificate", problem)
+    for row in found.rows:
+        if row.status == cert_report.NOT_MADE:
+            yield Finding("certificate", OK, f"{row.certificate.name}: is not there yet; a server makes it")
+        elif row.status in cert_report.BAD:
+            ended = (
+                f"{row.certificate}: expired on {row.leaf.not_valid_after_utc:%Y-%m-%d}" if row.leaf else ""
+            )
+            finding = told("certificate", row.problem or ended)
+            cure = finding.cure or "own ones are renewed when the server starts; get others anew"
+            yield Finding("certificate", FAULT, finding.found, cure)
+        elif row.leaf is not None:
+            yield _good(row, now)
+
+
+def _good(row: cert_report.Row, now: datetime) -> Finding:
+    assert row.leaf is not None
+    names = cert_report.shown_names(cert_report.names_of(row.leaf)) if row.use == "server" else row.use
+    found = f"{row.certificate.name}: {cert_report.days_left(row.leaf, now)} days left; {names}"
+    if row.status == cert_report.DUE:
+        cure = "a running server renews its own; get others anew, and look into its log if this stays"
+        return Finding("certificate", WARNING, found, cure)
+    return Finding("certificate", OK, found)
+
+
+def _store(config: Config, home: Home) -> Iterator[Finding]:
+    url = config.store.url
+    if url == MEMORY:
+        yield Finding(
+            "store", WARNING, "sessions end with the server", 'set store.url = "sqlite" to keep them'
+        )
+        return
+    if url == SQLITE:
+        path = home.sessions
+        if not path.exists():
+            yield Finding("store", OK, f"{path.name}: is not there yet; a server makes it")
+            return
+        try:
+            used = is_in_use(path)
+        except OSError as error:
+            yield Finding("store", FAULT, f"{path}.lock: {error.strerror}", "make it the server's user's own")
+            return
+        if used:
+            yield Finding("store", OK, f"{path.name}: a server runs with these sessions")
+            return
+        faults = damage_of(path)
+        if faults:
+            cure = "a server sets it aside and begins with none; spec/backup.md says how to restore it"
+            yield Finding("store", FAULT, f"{path}: is damaged: {printable('; '.join(faults), 300)}", cure)
+            return
+    try:
+        count, notes = asyncio.run(_ask_store(config, home))
+    except ZcprotoError as error:
+        yield told("store", printable(str(error), 500))
+        return
+    yield Finding("store", OK, f"it answers; {count} sessions")
+    yield from (Finding("store", WARNING, printable(note, 500)) for note in notes)
+
+
+async def _ask_store(config: Config, home: Home) -> tuple[int, tuple[str, ...]]:
+    async with opened_store(with_store(config, CONFIGURED), home) as store:
+        await store.ping()
+        examine = getattr(store, "examine", None)
+        return await store.count(), () if examine is None else tuple(await examine())
+
+
+def _port(config: Config) -> Iterator[Finding]:
+    where = ", ".join(config.server.host)
+    if config.server.port == 0:
+        yield Finding("port", SKIPPED, "server.port = 0 is another port each time")
+        return
+    try:
+        sockets = bind(config.server.host, config.server.port)
+    except ConfigError as error:
+        taken = "Address already in use" in str(error)
+        if taken:
+            yield Finding("port", OK, f"{where} port {config.server.port}: something listens there")
+        else:
+            cure = (
+                "choose another server.port or server.host; below 1024 let systemd bind it (zcproto.socket)"
+            )
+            yield from (Finding("port", FAULT, fault, cure) for fault in error.faults)
+        return
+    for each in sockets:
+        each.close()
+    yield Finding("port", OK, f"{where} port {config.server.port}: is free; no server runs")
+
+
+def is_served(findings: list[Finding]) -> bool:
+    """Whether something listens on the configured port."""
+    return any(each.check == "port" and each.found.endswith("something listens there") for each in findings)
+
+
+def own_address(config: Config) -> str:
+    """Where a client on this machine reaches the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host[0], config.server.host[0])  # noqa: S104
+    return f"[{host}]:{config.server.port}" if ":" in host else f"{host}:{config.server.port}"

@@ -1,0 +1,307 @@
+"""What the doctor asks a server: step by step, each with its own words, until one fails.
+
+    name -> TCP -> TLS, without trust -> WELCOME, and its clock -> trust -> session
+
+Rules: no key is sent before the server has shown that it is trusted. The steps before that look at a server that
+may be anybody's, and say so by what they find.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+
+from zcproto.certs import pair
+from zcproto.cli import cert_report
+from zcproto.cli.call import read_key
+from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, told
+from zcproto.client.address import Address, parse_address
+from zcproto.clock import MS_PER_SECOND, system_clock
+from zcproto.connection.client import ClientConnection
+from zcproto.connection.events import Welcomed
+from zcproto.errors import CallError, ConfigError, TlsError, ZcprotoError
+from zcproto.home import Home
+from zcproto.printable import printable
+from zcproto.tls.client import ALPN, judge_pinned
+from zcproto.tls.context import client_context
+from zcproto.tls.failure import TlsFailure, failure_of
+from zcproto.tls.pins import parse_pins
+
+GOOD_CLOCK: Final = 5.0
+"""Seconds that two clocks may differ before it is a warning: those of machines with NTP differ by far less."""
+
+BAD_CLOCK: Final = 3_600.0
+"""Seconds beyond which certificates and expiries are soon misjudged."""
+
+MAX_WELCOME: Final = 65_536
+
+CURES: Final = {
+    TlsFailure.NOT_TLS: "see that it is the port of zcproto, and that no proxy ends TLS before it",
+    TlsFailure.UNSUPPORTED_VERSION: "it is no zcproto server, or something before it speaks an old TLS",
+    TlsFailure.NO_SHARED_SUITE: "it is no zcproto server, or something before it speaks other cipher suites",
+    TlsFailure.NO_APPLICATION_PROTOCOL: "it is no zcproto server: see the port",
+    TlsFailure.CERTIFICATE_REQUIRED: "it demands client certificates (tls.client_auth): call it with one",
+    TlsFailure.DISCONNECTED: "it may be full, or a load balancer has no server: see its log for connection.refused",
+    TlsFailure.HANDSHAKE_TIMEOUT: "it is overloaded, or a firewall drops large packets: try on its own machine",
+    TlsFailure.CERTIFICATE_EXPIRED: "renew it on the server (zcproto cert show), and compare the clocks",
+    TlsFailure.CERTIFICATE_NAME_MISMATCH: (
+        "connect to one of its names, or add this one to certificates.names on the server"
+    ),
+    TlsFailure.CERTIFICATE_UNTRUSTED: (
+        "get the server's CA (zcproto cert export-ca there) and give it by --ca, or its pin by --pin"
+    ),
+    TlsFailure.PIN_MISMATCH: "ask its operator for the pins (zcproto cert pins); if yours are right, it is another",
+}
+"""What to do about a failed handshake, as a client sees it."""
+
+_ANY_TLS: Final = "see the server's log for tls.failed, and spec/troubleshooting.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Which server is believed, in the words of the command line."""
+
+    ca: Path | None
+    pins: tuple[str, ...]
+    home: Home
+
+    @property
+    def ca_file(self) -> Path | None:
+        own = self.home.certs / "ca.crt"
+        return own if self.ca is None and not self.pins and own.exists() else self.ca
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Whose session to open."""
+
+    user: str
+    key_file: Path | None
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What one connection has shown."""
+
+    findings: list[Finding] = field(default_factory=list)
+    certificate: bytes = b""
+
+
+def look(text: str, trust: Trust, who: Who | None, timeout: float) -> list[Finding]:
+    """Go as far as it goes. Raises ConfigError for an address or a pin that is none."""
+    address = parse_address(text)
+    try:
+        pins = parse_pins(trust.pins)
+    except TlsError as error:
+        raise ConfigError([printable(str(error))]) from error
+    key = None if who is None else read_key(who.key_file)
+    seen = _Seen()
+    is_there = _connect(address, timeout, seen)
+    is_trusted = is_there and seen.certificate != b"" and _judge(address, trust, pins, timeout, seen)
+    if who is not None:
+        if is_trusted:
+            seen.findings += asyncio.run(_session(str(address), trust, who.user, key, timeout))
+        else:
+            seen.findings.append(
+                Finding("session", SKIPPED, "no key is sent to a server that is not trusted")
+            )
+    return seen.findings
+
+
+# --- without trust ---------------------------------------------------------------------------------------
+
+
+def _connect(address: Address, timeout: float, seen: _Seen) -> bool:
+    """Name, TCP, TLS and WELCOME. Whether all of it was there."""
+    found = seen.findings
+    try:
+        raw = socket.create_connection(address, timeout)
+    except socket.gaierror as error:
+        found.append(
+            Finding("reachable", FAULT, f"{address.host}: {error.strerror}", "see the name, and DNS")
+        )
+        return False
+    except TimeoutError:
+        cure = "a firewall drops it, or the machine is down: see both, and the port"
+        found.append(Finding("reachable", FAULT, f"{address}: no answer within {timeout:g} s", cure))
+        return False
+    except OSError as error:
+        cure = "start the server there, and see that server.host is not 127.0.0.1 alone"
+        found.append(Finding("reachable", FAULT, f"{address}: {error.strerror}", cure))
+        return False
+    peer = raw.getpeername()
+    found.append(Finding("reachable", OK, f"{address} at {peer[0]} port {peer[1]}"))
+    raw.settimeout(timeout)
+    context = client_context(verify=False, protocols=[ALPN])
+    try:
+        with context.wrap_socket(raw, server_hostname=address.host.partition("%")[0]) as tls:
+            return _greeted(tls, seen)
+    except (OSError, ssl.SSLError) as error:
+        raw.close()
+        found.append(_handshake_fault(error, "handshake"))
+        return False
+
+
+def _greeted(tls: ssl.SSLSocket, seen: _Seen) -> bool:
+    cipher = tls.cipher()
+    assert cipher is not None, "the handshake is done"
+    seen.certificate = tls.getpeercert(binary_form=True) or b""
+    alpn = tls.selected_alpn_protocol()
+    if alpn != ALPN:
+        cure = CURES[TlsFailure.NO_APPLICATION_PROTOCOL]
+        seen.findings.append(Finding("handshake", FAULT, f"it speaks TLS, but {alpn or 'no'} protocol", cure))
+        return False
+    seen.findings.append(Finding("handshake", OK, f"{tls.version()}, {cipher[0]}, {alpn}"))
+    connection = ClientConnection(max_frame=MAX_WELCOME, tolerance_ms=30_000)
+    received = 0
+    while received < MAX_WELCOME:
+        data = tls.recv(MAX_WELCOME)
+        received += len(data)
+        if not data:
+            cure = "see its log: it may be full, or want a client certificate"
+            seen.findings.append(
+                Finding("welcome", FAULT, "it closed the connection without a greeting", cure)
+            )
+            return False
+        wall = system_clock.wall()
+        for event in connection.receive_data(data, wall, system_clock.now()):
+            if isinstance(event, Welcomed):
+                seen.findings.append(_clock(connection.clock_offset_ms / MS_PER_SECOND))
+                with contextlib.suppress(OSError):  # it may have gone already
+                    tls.unwrap()
+                return True
+            cure = "it is no zcproto server, or of a later protocol: compare versions"
+            seen.findings.append(Finding("welcome", FAULT, "its greeting cannot be read", cure))
+            return False
+    seen.findings.append(Finding("welcome", FAULT, "its greeting has no end", "it is no zcproto server"))
+    return False
+
+
+def _clock(ahead: float) -> Finding:
+    """`ahead` is by how many seconds the server's clock is ahead of ours."""
+    if abs(ahead) <= GOOD_CLOCK:
+        return Finding("clock", OK, "that of the server and of this machine agree to within 5 s")
+    found = f"the server's is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
+    state = FAULT if abs(ahead) > BAD_CLOCK else WARNING
+    return Finding("clock", state, found, "let NTP set both: timedatectl set-ntp true")
+
+
+def _handshake_fault(error: Exception, check: str) -> Finding:
+    if isinstance(error, ssl.SSLError):
+        failure = failure_of(error)
+        return Finding(check, FAULT, failure.value.replace("_", " "), CURES.get(failure, _ANY_TLS))
+    if isinstance(error, TimeoutError):
+        return Finding(check, FAULT, "no answer in time", CURES[TlsFailure.HANDSHAKE_TIMEOUT])
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return Finding(check, FAULT, str(reason), CURES[TlsFailure.DISCONNECTED])
+
+
+# --- trust -----------------------------------------------------------------------------------------------
+
+
+def _judge(address: Address, trust: Trust, pins: frozenset[str], timeout: float, seen: _Seen) -> bool:
+    """Whether a client with this trust would go on."""
+    host = address.host.partition("%")[0]
+    by_ca = trust.ca is not None or not pins
+    source = "the system's store" if trust.ca_file is None else str(trust.ca_file)
+    failure: TlsFailure | None = None
+    detail = ""
+    if by_ca:
+        try:
+            context = client_context(ca_file=trust.ca_file, protocols=[ALPN])
+        except ZcprotoError as error:
+            seen.findings.append(told("trust", printable(str(error))))
+            return False
+        try:
+            with (
+                socket.create_connection(address, timeout) as raw,
+                context.wrap_socket(raw, server_hostname=host) as tls,
+            ):
+                seen.certificate = tls.getpeercert(binary_form=True) or b""
+                with contextlib.suppress(OSError):
+                    tls.unwrap()
+        except ssl.SSLCertVerificationError as error:
+            failure, detail = failure_of(error), error.verify_message
+        except OSError as error:
+            seen.findings.append(_handshake_fault(error, "trust"))
+            return False
+    if failure is None and pins:
+        judgement = judge_pinned(
+            seen.certificate, pins, host=host, wall=system_clock.wall(), chain_is_checked=by_ca
+        )
+        if judgement is not None:
+            failure, detail = judgement
+        source = f"{source} and a pin" if by_ca else "a pin"
+    about = list(_about(seen.certificate))
+    if failure is None:
+        seen.findings.append(Finding("trust", OK, f"by {source}; {'; '.join(about)}"))
+        seen.findings += _near_end(seen.certificate)
+        return True
+    found = f"{failure.value.replace('_', ' ')}: {printable(detail, 300)}; {'; '.join(about)}"
+    seen.findings.append(Finding("trust", FAULT, found, CURES.get(failure, _ANY_TLS)))
+    return False
+
+
+def _about(der: bytes) -> Iterator[str]:
+    """What is in the server's certificate, for people. It may be anybody's."""
+    try:
+        certificate = x509.load_der_x509_certificate(der)
+        yield f"names: {cert_report.shown_names(cert_report.names_of(certificate)) or 'none'}"
+        yield f"until {certificate.not_valid_after_utc:%Y-%m-%d}"
+        yield f"pin {pair.spki_pin(der)}"
+    except pair.UNREADABLE:
+        yield "its certificate cannot be read"
+
+
+def _near_end(der: bytes) -> Iterator[Finding]:
+    now = datetime.fromtimestamp(system_clock.wall() / MS_PER_SECOND, UTC)
+    certificate = x509.load_der_x509_certificate(der)
+    life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    left = certificate.not_valid_after_utc - now
+    if left < life / 6:  # renewal is due at a third of the life at the latest
+        cure = "its renewal is overdue: zcproto cert show on the server says why"
+        yield Finding("trust", WARNING, f"its certificate has {left.days} days left", cure)
+
+
+# --- the session -----------------------------------------------------------------------------------------
+
+
+async def _session(address: str, trust: Trust, user: str, key: str | None, limit: float) -> list[Finding]:
+    from zcproto.client import connect  # noqa: PLC0415 - only who gives a key needs it
+
+    client = connect(
+        address,
+        user=user,
+        key=key,
+        ca_file=trust.ca_file,
+        pins=trust.pins,
+        timeout=limit,
+        connect_timeout=limit,
+        client="zcproto-doctor",
+        home=trust.home.path,
+    )
+    try:
+        async with client:
+            await client.call("session.info")
+    except CallError as error:
+        return [Finding("session", FAULT, printable(str(error), 500), _session_cure(error))]
+    except (ZcprotoError, OSError) as error:
+        return [told("session", printable(str(error), 500))]
+    return [Finding("session", OK, f"{user} opened one, used it and closed it")]
+
+
+def _session_cure(error: CallError) -> str:
+    return {
+        "UNAUTHENTICATED": "see the name and the key: zcproto user list, zcproto user new-key on the server",
+        "RESOURCE_EXHAUSTED": "the user has sessions.per_user open already, or failed too often: wait, or end some",
+        "UNAVAILABLE": "the server's store is out, or it drains: zcproto doctor on the server",
+    }.get(error.code.name, "see the server's log")
