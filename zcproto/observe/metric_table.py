@@ -1,4 +1,4 @@
-"""Every metric, with what it means. spec/metrics.md is made from this; the dashboard and the alert rules use no other.
+"""Every metric, with what it means. spec/metrics.md is made from this, and spec/prometheus uses no other.
 
 Must not know: where the values come from.
 """
@@ -187,7 +187,8 @@ ERRORS = _counter("zcproto_errors_total", "Error frames sent, by the name of the
 FRAMES_REFUSED = _counter(
     "zcproto_frames_refused_total",
     "Frames that led to no call. `reason`: token, stale, stale_dropped (with no answer; counted when the"
-    " connection ends), malformed, deadline (it had passed), key_not_proved, max_streams, draining, too_large_without_session.",
+    " connection ends), malformed, deadline (it had passed), key_not_proved, max_streams, draining,"
+    " too_large_without_session.",
     *("reason", "code"),
 )
 ONCE_RUNNING = _gauge("zcproto_idempotent_requests_running", "Requests with an idempotency key that run now.")

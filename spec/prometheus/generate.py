@@ -1,0 +1,348 @@
+"""Writes spec/metrics.md from the table of metrics, and dashboard.json from the panels below.
+
+python spec/prometheus/generate.py           write what has changed
+python spec/prometheus/generate.py --check   say what is not up to date, and fail
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from zcproto.observe.metric_table import OF_THE_LIBRARY, TABLE
+from zcproto.observe.metrics import Metric
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "metrics.md"
+DASHBOARD = FOLDER / "dashboard.json"
+
+HEAD = """\
+# Metrics
+
+What `GET /metrics` tells over HTTPS, in Prometheus's text form, or as OpenMetrics if the Accept header asks for it.
+Who gets it is said by `http.metrics`. A configuration for Prometheus:
+
+```yaml
+scrape_configs:
+  - job_name: zcproto
+    scheme: https
+    tls_config: {ca_file: /etc/prometheus/zcproto-ca.crt}  # zcproto cert export-ca
+    static_configs: [{targets: ["server.example:7443"]}]
+```
+
+By default (`http.metrics = "session"`) Prometheus has to show the token of a session, by `authorization:
+{credentials_file: ...}`, and the token ends with its session. With `http.metrics = "address"` it needs none, if its
+address is in `http.allow`.
+
+[prometheus/alerts.yml](prometheus/alerts.yml) are rules for alerts, tested by `promtool test rules`;
+[prometheus/dashboard.json](prometheus/dashboard.json) is a dashboard for Grafana. This page is made by
+`python spec/prometheus/generate.py`.
+
+Names of users, addresses of peers and tokens are in no label. Counters begin at 0 with the process. Histograms have
+the buckets `_bucket`, and `_sum` and `_count`.
+"""
+
+
+def page() -> str:
+    """spec/metrics.md."""
+    parts = [HEAD]
+    for title, metrics in TABLE.items():
+        parts.append(f"\n## {title}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n")
+        parts += [_row(metric) for metric in metrics]
+    parts.append("\n## The process and the interpreter\n\n| metric | meaning |\n|---|---|\n")
+    parts += [f"| `{name}` | {help} |\n" for name, help in OF_THE_LIBRARY.items()]
+    return "".join(parts)
+
+
+def _row(metric: Metric) -> str:
+    labels = ", ".join(f"`{label}`" for label in metric.labels)
+    return f"| `{metric.name}` | {metric.kind.value} | {labels} | {metric.help} |\n"
+
+
+# --- the dashboard -----------------------------------------------------------------------------------------
+
+WHERE = 'job=~"$job", instance=~"$instance"'
+OVER = "$__rate_interval"
+LIVE = ', state="live"'
+
+
+class Panel(NamedTuple):
+    """One graph: a title, the unit of Grafana, and expressions with what their lines are called."""
+
+    title: str
+    unit: str
+    lines: dict[str, str]
+    kind: str = "timeseries"
+
+
+def rate(name: str, by: str, more: str = "") -> str:
+    """How much a counter grows in a second, by some labels."""
+    return f"sum by ({by}) (rate({name}{{{WHERE}{more}}}[{OVER}]))"
+
+
+def quantile(share: float, name: str, by: str = "") -> str:
+    """Below what a share of a histogram's values are."""
+    labels = ", ".join(["le", *([by] if by else [])])
+    return f"histogram_quantile({share}, {rate(f'{name}_bucket', labels)})"
+
+
+def now(name: str, more: str = "") -> str:
+    """A gauge."""
+    return f"{name}{{{WHERE}{more}}}"
+
+
+def total(name: str, more: str = "") -> str:
+    """A gauge, of all instances."""
+    return f"sum({now(name, more)})"
+
+
+PANELS: dict[str, list[Panel]] = {
+    "Now": [
+        Panel("Connections", "short", {total("zcproto_connections"): ""}, "stat"),
+        Panel("Live sessions", "short", {total("zcproto_sessions", LIVE): ""}, "stat"),
+        Panel("Requests a second", "reqps", {rate("zcproto_requests_total", ""): ""}, "stat"),
+        Panel(
+            "First certificate to end", "s", {f"min({now('zcproto_certificate_left_seconds')})": ""}, "stat"
+        ),
+        Panel("Store out for", "s", {f"max({now('zcproto_store_outage_seconds')})": ""}, "stat"),
+        Panel(
+            "Limit nearest to its end",
+            "percentunit",
+            {f"max({now('zcproto_limit_use')} / {now('zcproto_limit')})": ""},
+            "stat",
+        ),
+    ],
+    "Requests": [
+        Panel("Calls by method", "reqps", {rate("zcproto_method_calls_total", "method"): "{{method}}"}),
+        Panel("Errors by code", "reqps", {rate("zcproto_errors_total", "code") + " > 0": "{{code}}"}),
+        Panel("Frames refused", "reqps", {rate("zcproto_frames_refused_total", "reason"): "{{reason}}"}),
+        Panel(
+            "Time of the loop for a call",
+            "s",
+            {
+                quantile(0.5, "zcproto_method_duration_seconds"): "half",
+                quantile(0.99, "zcproto_method_duration_seconds"): "99 of 100",
+            },
+        ),
+        Panel(
+            "99 of 100 calls that wait",
+            "s",
+            {quantile(0.99, "zcproto_method_wait_seconds", "method"): "{{method}}"},
+        ),
+        Panel("In flight", "short", {now("zcproto_requests_in_flight"): "{{instance}}"}),
+    ],
+    "Connections and TLS": [
+        Panel(
+            "Connections",
+            "short",
+            {
+                now("zcproto_tcp_connections"): "TCP {{instance}}",
+                now("zcproto_connections"): "ZCP/1 {{instance}}",
+            },
+        ),
+        Panel(
+            "Handshakes", "ops", {rate("zcproto_tls_handshakes_completed_total", "instance"): "{{instance}}"}
+        ),
+        Panel(
+            "TLS failures by cause",
+            "ops",
+            {rate("zcproto_tls_failures_total", "cause") + " > 0": "{{cause}}"},
+        ),
+        Panel(
+            "Connections that end", "ops", {rate("zcproto_connections_ended_total", "reason"): "{{reason}}"}
+        ),
+        Panel(
+            "Connections refused", "ops", {rate("zcproto_connections_refused_total", "reason"): "{{reason}}"}
+        ),
+        Panel("Peers that do not read", "short", {now("zcproto_slow_readers"): "{{instance}}"}),
+    ],
+    "Sessions and logins": [
+        Panel("Sessions", "short", {f"sum by (state) ({now('zcproto_sessions')})": "{{state}}"}),
+        Panel(
+            "Sessions opened and refreshed",
+            "ops",
+            {
+                rate("zcproto_sessions_opened_total", ""): "opened",
+                rate("zcproto_sessions_refreshed_total", ""): "refreshed",
+            },
+        ),
+        Panel("Sessions that end", "ops", {rate("zcproto_sessions_ended_total", "reason"): "{{reason}}"}),
+        Panel("Logins", "ops", {rate("zcproto_logins_total", "scheme, result"): "{{scheme}} {{result}}"}),
+        Panel(
+            "Logins throttled", "ops", {rate("zcproto_logins_throttled_total", "instance"): "{{instance}}"}
+        ),
+        Panel(
+            "Signs of theft",
+            "short",
+            {
+                f"sum(increase(zcproto_refresh_tokens_reused_total{{{WHERE}}}[1h]))": "tokens reused in an hour",
+                f'sum(increase(zcproto_errors_total{{{WHERE}, code="REPLAYED"}}[1h]))': "replays in an hour",
+            },
+        ),
+    ],
+    "The store of sessions": [
+        Panel("State", "short", {now("zcproto_store_state") + " == 1": "{{instance}} {{state}}"}),
+        Panel(
+            "Operations",
+            "s",
+            {
+                quantile(0.5, "zcproto_store_operation_seconds"): "half",
+                quantile(0.99, "zcproto_store_operation_seconds"): "99 of 100",
+            },
+        ),
+        Panel("Failures", "ops", {rate("zcproto_store_failures_total", "instance"): "{{instance}}"}),
+        Panel("Operations that wait", "short", {now("zcproto_store_operations_in_progress"): "{{instance}}"}),
+        Panel("Revocations that wait", "short", {now("zcproto_store_pending_revocations"): "{{instance}}"}),
+        Panel("Tokens looked up", "ops", {rate("zcproto_store_lookups_total", "result"): "{{result}}"}),
+    ],
+    "Certificates and limits": [
+        Panel(
+            "Certificates: time left", "s", {now("zcproto_certificate_left_seconds"): "{{instance}} {{path}}"}
+        ),
+        Panel(
+            "Certificates: events in a day",
+            "short",
+            {f"sum by (event) (increase(zcproto_certificate_events_total{{{WHERE}}}[1d])) > 0": "{{event}}"},
+        ),
+        Panel(
+            "Limits in use",
+            "percentunit",
+            {f"{now('zcproto_limit_use')} / {now('zcproto_limit')}": "{{instance}} {{limit}}"},
+        ),
+    ],
+    "The process": [
+        Panel("CPU", "percentunit", {f"rate(process_cpu_seconds_total{{{WHERE}}}[{OVER}])": "{{instance}}"}),
+        Panel("Memory", "bytes", {now("process_resident_memory_bytes"): "{{instance}}"}),
+        Panel(
+            "File descriptors",
+            "short",
+            {now("process_open_fds"): "{{instance}}", now("process_max_fds"): "limit {{instance}}"},
+        ),
+        Panel(
+            "Loop lag, 99 of 100",
+            "s",
+            {quantile(0.99, "zcproto_loop_lag_seconds", "instance"): "{{instance}}"},
+        ),
+        Panel(
+            "Garbage collections",
+            "ops",
+            {rate("python_gc_collections_total", "generation"): "{{generation}}"},
+        ),
+        Panel("Faults", "short", {f"sum(increase(zcproto_incidents_total{{{WHERE}}}[1h]))": "in an hour"}),
+    ],
+}
+
+COLUMNS = 24
+ACROSS = {"stat": (4, 4), "timeseries": (8, 8)}
+"""Width and height of a panel, of 24 columns."""
+
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+
+
+def dashboard() -> str:
+    """dashboard.json."""
+    panels: list[dict[str, Any]] = []
+    y = 0
+    for title, row in PANELS.items():
+        panels.append(
+            _placed(
+                {"type": "row", "title": title, "collapsed": False, "panels": []}, len(panels), 0, y, 24, 1
+            )
+        )
+        y += 1
+        x = 0
+        for panel in row:
+            width, height = ACROSS[panel.kind]
+            if x + width > COLUMNS:
+                x, y = 0, y + height
+            panels.append(_placed(_panel(panel), len(panels), x, y, width, height))
+            x += width
+        y += ACROSS[row[-1].kind][1]
+    value = {
+        "title": "zcproto",
+        "uid": "zcproto",
+        "tags": ["zcproto"],
+        "schemaVersion": 39,
+        "editable": True,
+        "refresh": "30s",
+        "time": {"from": "now-6h", "to": "now"},
+        "templating": {
+            "list": [
+                {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
+                _variable("job", "label_values(zcproto_build_info, job)"),
+                _variable("instance", 'label_values(zcproto_build_info{job=~"$job"}, instance)'),
+            ]
+        },
+        "annotations": {"list": []},
+        "panels": panels,
+    }
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _placed(panel: dict[str, Any], number: int, x: int, y: int, width: int, height: int) -> dict[str, Any]:
+    return {"id": number + 1, "gridPos": {"x": x, "y": y, "w": width, "h": height}, **panel}
+
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    targets = [
+        {
+            "refId": chr(ord("A") + number),
+            "datasource": SOURCE,
+            "expr": expr,
+            "legendFormat": legend or "__auto",
+        }
+        for number, (expr, legend) in enumerate(panel.lines.items())
+    ]
+    return {
+        "type": panel.kind,
+        "title": panel.title,
+        "datasource": SOURCE,
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "options": {},
+        "targets": targets,
+    }
+
+
+def _variable(name: str, query: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": "query",
+        "datasource": SOURCE,
+        "query": {"query": query, "refId": name},
+        "definition": query,
+        "includeAll": True,
+        "multi": True,
+        "refresh": 2,
+        "current": {"text": "All", "value": "$__all"},
+    }
+
+
+# --- the files ---------------------------------------------------------------------------------------------
+
+
+def outdated() -> list[Path]:
+    """What is not as it would be written."""
+    return [
+        path
+        for path, text in ((PAGE, page()), (DASHBOARD, dashboard()))
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--check"]):
+        sys.stderr.write(__doc__ or "")
+        return 2
+    if arguments:
+        for path in outdated():
+            sys.stderr.write(f"not up to date: {path}\n")
+        return 1 if outdated() else 0
+    PAGE.write_text(page(), encoding="utf-8")
+    DASHBOARD.write_text(dashboard(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
