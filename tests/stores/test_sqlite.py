@@ -971,6 +971,24 @@ async def test_very_many_answers_are_removed_at_once(harness: SqliteHarness) -> 
     assert await store.expire(WALL + LEASE, KEEP_ENDED, 5_000) == 1_490
 
 
+@pytest.mark.parametrize("why", ["somebody waits", "it takes long"])
+async def test_cleaning_away_is_done_in_short_slices(
+    harness: SqliteHarness, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await harness.opened()
+    past = {"expires_at": WALL, "refresh_expires_at": WALL}
+    records = [session(number, f"user-{number}", **past) for number in range(250)]
+    await asyncio.gather(*(store.create(record, FIVE) for record in records))
+    if why == "it takes long":
+        monkeypatch.setattr(sqlite, "EXPIRE_S", 0.0)
+    else:
+        monkeypatch.setattr(sqlite, "EXPIRE_S", 60.0)
+        monkeypatch.setattr(worker.Worker, "is_waited_for", True)
+    assert [await store.expire(WALL, 0, 1_000) for _ in range(4)] == [100, 100, 50, 0]
+    monkeypatch.undo()
+    assert await store.count() == 0
+
+
 # --- the end of all ------------------------------------------------------------------------------------------
 
 

@@ -86,6 +86,20 @@ async def test_what_comes_meanwhile_is_the_next_group(bench: Bench) -> None:
     assert bench.groups[1:] == [[*range(5)]]
 
 
+async def test_a_job_can_see_that_another_waits(bench: Bench) -> None:
+    held = await bench.hold()
+    assert not bench.worker.is_waited_for
+    others = [asyncio.create_task(bench.worker.ask(number, LONG)) for number in range(2)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert bench.worker.is_waited_for
+    bench.go_on.set()
+    await asyncio.gather(held, *others)
+    assert bench.worker.is_waited_for  # the two were one group
+    await bench.worker.ask("alone", LONG)
+    assert not bench.worker.is_waited_for
+
+
 async def test_a_group_is_bounded(bench: Bench) -> None:
     count = 2 * GROUP + 10
     held = await bench.hold()

@@ -44,7 +44,7 @@ SLOTS: Final = 2_000
 LOADED_AT_ONCE: Final = 200
 """Records taken in in one turn, about as long."""
 
-EXPIRED_AT_ONCE: Final = 1_000
+EXPIRED_AT_ONCE: Final = 2_000
 ENDED_AT_ONCE: Final = 256
 ASKED_AT_ONCE: Final = 64
 

@@ -107,6 +107,7 @@ _KEYS: Final = 5_000
 _ROWS: Final = 1_000
 _SLICE: Final = 256
 _SWEPT: Final = 1_000
+_EXPIRED: Final = 100  # half a millisecond
 _CACHED: Final = 16  # the statements for many rows are large, and of many sizes
 
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -579,8 +580,9 @@ class SessionFile:
             statements.append((change, [value for use in chunk for value in use]))
         self._write(self._ready(), statements)
 
-    def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
-        """Remove what is past its time: sessions, then memories, then answers; at most `limit`."""
+    def expire(self, wall: int, keep_ended_ms: int, limit: int, enough: Callable[[], bool]) -> int:
+        """Remove what is past its time: sessions, then memories, then answers; at most `limit`, and fewer if it is
+        `enough`, which is asked now and then."""
         db = self._ready()
         answers = self._read_answers(db) if self._answers is None else self._answers
         removed = 0
@@ -588,7 +590,11 @@ class SessionFile:
         for code, before in (("= 0", wall), ("!= 0", wall - keep_ended_ms)):
             past = f"SELECT n FROM sessions WHERE code {code} AND due <= ? ORDER BY due LIMIT ?"  # noqa: S608
             change = f"DELETE FROM sessions WHERE n IN ({past})"  # noqa: S608 - parts of this file
-            removed += db.execute(change, (before, limit - removed)).rowcount
+            while not (removed and enough()):
+                gone = db.execute(change, (before, min(_EXPIRED, limit - removed))).rowcount
+                removed += gone
+                if gone < _EXPIRED:
+                    break
         removed += answers.expire(wall, limit - removed)
         for statement in _answer_statements(self._changed):
             db.execute(*statement)

@@ -72,6 +72,7 @@ class Worker:
         self._next: list[Job] = []
         self._waiting = 0
         self._groups = 0
+        self._is_group = False  # the thread's
         self._watched: asyncio.TimerHandle | None = None
         self._stopping = False
         self._ended = self._loop.create_future()
@@ -146,11 +147,17 @@ class Worker:
 
     # In the thread
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether there is more to do than one job."""
+        return self._is_group or not self._queue.empty()
+
     def _run(self) -> None:
         try:
             while (jobs := self._take()) is not None:
                 for start in range(0, len(jobs), GROUP):
                     group = jobs[start : start + GROUP]
+                    self._is_group = len(jobs) > 1
                     self._perform([job for job in group if job.lasting or not job.given_up])
                     self._call(self._deliver, group)
                 del jobs, group  # not kept alive while it waits
