@@ -172,7 +172,7 @@ def watch_rates(alerts: ServerAlerts, serving: Serving, acceptor: TlsAcceptor, l
     )
     alerts.watch(
         AlertKind.STALE_FRAMES,
-        lambda: counters.errors.get(Code.STALE_TIMESTAMP, 0) + counters.dropped_stale,
+        lambda: counters.refused.get(("stale", Code.STALE_TIMESTAMP), 0) + counters.dropped_stale,
         config.stale_frames,
         lambda count: f"{count} frames had a timestamp too far off within {window}",
     )
