@@ -259,7 +259,7 @@ PLACES: list[tuple[str, str, Callable[..., None]]] = [
     ("zcproto.sessions.session", "NewSession.__init__", _tokens),
     ("zcproto.client.session", "ClientSession.__init__", _client_tokens),
     ("zcproto.auth.pairing", "PairingFile.make", _code),
-    ("zcproto.observe.secret", "Secret.__init__", _secret),
+    ("zcproto.secret", "Secret.__init__", _secret),
     ("cryptography.hazmat.primitives.asymmetric.rsa", "generate_private_key", _private_key),
     ("cryptography.hazmat.primitives.asymmetric.ec", "generate_private_key", _private_key),
     ("tests.server.helpers", "Client.call", _answer),

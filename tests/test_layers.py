@@ -12,12 +12,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEAVES = {
     *("errors", "clock", "config", "home", "printable", "deadlines", "network", "signed", "suites"),
-    "histogram",
+    *("histogram", "secret"),
 }
 PROCESS = {"event_loop", "file_limit", "hardening", "service_manager"}
 """Leaves for whoever has a process of its own."""
 
-BELOW_THE_EDGE = {"tls", "connection", "wire", "sessions", "auth", "stores", "certs", "observe", "alerts", "http"}
+BELOW_THE_EDGE = {
+    "tls",
+    "connection",
+    "wire",
+    "sessions",
+    "auth",
+    "stores",
+    "certs",
+    "observe",
+    "alerts",
+    "http",
+}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # the leaves, below all
@@ -29,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "signed": set(),
     "suites": set(),
     "histogram": set(),
+    "secret": set(),
     "event_loop": set(),
     "file_limit": set(),
     "hardening": set(),
@@ -37,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "home": {"errors", "printable"},
     # the core, without I/O
     "wire": {"errors"},
-    "sessions": {"errors", "clock"},
+    "sessions": {"errors", "clock", "secret"},
     "connection": {"wire", "sessions", "errors"},
     "http": set(),
     # beside the core

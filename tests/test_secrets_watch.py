@@ -112,7 +112,7 @@ import pytest
 from zcproto.clock import system_entropy
 from zcproto.errors import InvalidArgument
 from zcproto.observe.log import get_logger
-from zcproto.observe.secret import Secret
+from zcproto.secret import Secret
 from zcproto.sessions.token import token_text
 
 log = get_logger("zcproto.test")

@@ -24,16 +24,13 @@ PAGE = ROOT / "spec" / "log-events.md"
 
 LEVELS = ("debug", "info", "warning", "error")
 
-HELPERS: dict[str, tuple[str | None, set[str]]] = {
-    "log_limited": (None, set()),
-    "told": ("info", {"session", "user", "peer", "connection"}),
+HELPERS: dict[tuple[str, str], tuple[str, set[str]]] = {
+    ("zcproto/server/builtin.py", "told"): ("info", {"session", "user", "peer", "connection"}),
 }
-"""Functions of ours that log the event which they are given first: their level (None: their argument `level`, or
-info), and the fields that they add."""
+"""Functions, by file, that log the event which they are given first: their level, and the fields that they add."""
 
 INDIRECT: dict[str, tuple[str, list[str]]] = {
     "zcproto/server/log_batch.py": ("what its callers give `add`, which are read", []),
-    "zcproto/server/serving.py": ("what its callers give `log_limited`, which are read", []),
     "zcproto/server/builtin.py": ("what the callers of `told` give it, which are read", []),
     "zcproto/server/keeper.py": (
         "the name is made of the kind of a notice",
@@ -79,13 +76,13 @@ def places(path: str, source: str) -> Iterator[Place]:
         called = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         of = _last_name(function.value) if isinstance(function, ast.Attribute) else ""
         level: str | None
+        added: set[str]
         if called in LEVELS and of in {"log", "_log", "logger"}:
             level, added = called, set()
         elif called == "add" and of == "log_soon":
             level, added = "info", set()
-        elif called in HELPERS:
-            level, added = HELPERS[called]
-            level = level or _constant(node, "level") or "info"
+        elif (path, called) in HELPERS:
+            level, added = HELPERS[path, called]
         elif (isinstance(function, ast.Call) and _last_name(function.func) == "getattr") or (
             called == "write" and isinstance(function, ast.Name) and path.endswith("server/keeper.py")
         ):
@@ -94,18 +91,13 @@ def places(path: str, source: str) -> Iterator[Place]:
             continue
         first = node.args[0]
         name = first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else None
-        given = {keyword.arg for keyword in node.keywords if keyword.arg is not None} - {"level"}
+        given = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
         unpacked = any(keyword.arg is None for keyword in node.keywords)
         yield Place(f"{path}:{node.lineno}", name, level, given | added, not unpacked)
 
 
 def _last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
-
-
-def _constant(call: ast.Call, name: str) -> str | None:
-    values = [keyword.value for keyword in call.keywords if keyword.arg == name]
-    return str(values[0].value) if values and isinstance(values[0], ast.Constant) else None
 
 
 def faults_of(place: Place, known: dict[str, Event]) -> list[str]:
@@ -209,9 +201,7 @@ def test_the_page_is_what_the_catalogue_makes() -> None:
     ("source", "said"),
     [
         ('log.info("no.such_event")', "not in the catalogue: add it to zcproto/observe/events.py"),
-        ('serving.log_limited("no.such_event", peer)', "not in the catalogue"),
         ('self.log_soon.add("no.such_event")', "not in the catalogue"),
-        ('told("no.such_event", context)', "not in the catalogue"),
         ('self._log.warning("server.ended", cut_off=1)', "as warning; the catalogue says info"),
         ('log.info("server.ended", cut_off=1, colour=2)', "fields that are not listed: colour"),
         ("log.info(name)", "not written out"),
@@ -231,7 +221,7 @@ def test_a_place_that_logs_otherwise_is_found_and_told_what_to_do(source: str, s
     "source",
     [
         'log.info("server.ended", cut_off=1)',
-        'serving.log_limited("listener.exhausted", "", level="error", reason="x")',
+        'log.error("listener.exhausted", reason="x")',
         'import logging\nlog = logging.getLogger("x")\nlog.info("anything")',
         "math.log(2.0)",
     ],

@@ -17,7 +17,7 @@ from zcproto.clock import system_clock
 from zcproto.config import LogConfig
 from zcproto.errors import ConfigError
 from zcproto.observe.log import MAX_LINE, configure_logging, get_logger, lost_lines
-from zcproto.observe.secret import Secret
+from zcproto.secret import Secret
 
 log = get_logger("zcproto.test")
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcproto.errors import Code, ConnectionClosed
-from zcproto.observe.secret import Secret
+from zcproto.errors import Code, ConfigError, ConnectionClosed
 from zcproto.observe.values import MAX_DEPTH, MAX_FRAMES, MAX_ITEMS, describe, loggable, places
+from zcproto.secret import Secret, SecretBytes, SecretText
 
 
 class Colour(enum.Enum):
@@ -141,3 +141,34 @@ ANY = st.recursive(
 @given(st.text(), ANY)
 def test_any_value_becomes_json(name: str, value: object) -> None:
     json.dumps(loggable(name, value), allow_nan=False).encode("ascii")
+
+
+TOKEN_TEXT = "4x9BIsBbfQma-lweC2Yn2JFMPnKl8BiLbdQql8OxDl8"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [SecretBytes(b"hunter2"), SecretText("hunter2"), [SecretText("hunter2")], {"a": SecretBytes(b"hunter2")}],
+)
+def test_bytes_and_text_that_are_secret_are_masked_by_their_type(value: object) -> None:
+    assert "hidden" in str(loggable("name", value))
+    assert "hunter2" not in str(loggable("name", value))
+    assert "(7 bytes)" not in str(loggable("name", value))
+
+
+@pytest.mark.parametrize(
+    "form", ["{}", "token={} is bad", "({})", "Bearer {}", "a" * 200 + " {} " + "b" * 200]
+)
+def test_text_in_the_form_of_a_token_is_masked_wherever_it_stands(form: str) -> None:
+    for value in (form.format(TOKEN_TEXT), [form.format(TOKEN_TEXT)], ConfigError([form.format(TOKEN_TEXT)])):
+        shown = str(loggable("client", value))
+        assert "(hidden)" in shown
+        assert TOKEN_TEXT[:8] not in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sha256/4x9BIsBbfQma+lweC2Yn2JFMPnKl8BiLbdQql8OxDl8=", TOKEN_TEXT[:-1], TOKEN_TEXT + "A", "e3" * 32],
+)
+def test_pins_and_other_long_words_are_not_masked(text: str) -> None:
+    assert loggable("pins", [text]) == [text]

@@ -13,7 +13,7 @@ import trustme
 
 from zcproto.alerts.signature import check_signature
 from zcproto.errors import ConfigError
-from zcproto.observe.secret import Secret
+from zcproto.secret import Secret
 from zcproto.server.alert_sinks import Undelivered
 from zcproto.server.alert_webhook import MAX_ANSWER, REFUSED_TRIES, Webhook
 

@@ -39,6 +39,7 @@ from zcproto.auth.private_text import LOCK_WAIT_S, PrivateText
 from zcproto.auth.throttle import Throttle
 from zcproto.clock import Entropy, system_entropy
 from zcproto.errors import AlreadyExists, InvalidArgument, ResourceExhausted, Unauthenticated
+from zcproto.secret import SecretText
 
 MAX_WRONG: Final = 5
 """Wrong tries that end a code."""
@@ -100,7 +101,7 @@ class PairingFile:
     def __repr__(self) -> str:
         return f"PairingFile({str(self._file.path)!r})"
 
-    def make(self, user: str, life_ms: int, wall: int) -> str:
+    def make(self, user: str, life_ms: int, wall: int) -> SecretText:
         """A new code for a device of this user, which is shown this once."""
         faults = name_faults(user)
         if faults:
@@ -115,7 +116,7 @@ class PairingFile:
                 salt = self._entropy(_SALT_BYTES)
             text = _text_of(self._entropy(_CODE_BYTES))
             self._write(salt, [*codes, _Code(user, _digest_of(text, salt), wall + life_ms, 0)])
-        return f"{text[:_GROUP]}-{text[_GROUP:]}"
+        return SecretText(f"{text[:_GROUP]}-{text[_GROUP:]}")
 
     def count_open(self, wall: int) -> int:
         """How many codes are open."""

@@ -38,6 +38,7 @@ from zcproto.auth.names import name_faults, quoted, toml_key
 from zcproto.auth.private_text import LOCK_WAIT_S, NO_FILE, NOT_READ, PrivateText, Stamp
 from zcproto.clock import Entropy, system_entropy
 from zcproto.errors import ConfigError, NotFound
+from zcproto.secret import SecretText
 from zcproto.sessions.token import DIGEST_SIZE, TOKEN_SIZE, digest_of, token_from_text, token_text
 
 MAX_FILE_BYTES: Final = 256 << 20
@@ -166,7 +167,7 @@ class UserFile:
 
     # Writing
 
-    def add(self, name: str, operator: bool = False) -> str:
+    def add(self, name: str, operator: bool = False) -> SecretText:
         """Add a user; the key as text, which is shown this once."""
         return self.add_many([name], operator)[0][1]
 
@@ -174,11 +175,11 @@ class UserFile:
         """Add a user who opens sessions by devices and client certificates only."""
         self._add([(name, None)], operator)
 
-    def add_many(self, names: Sequence[str], operator: bool = False) -> list[tuple[str, str]]:
+    def add_many(self, names: Sequence[str], operator: bool = False) -> list[tuple[str, SecretText]]:
         """Add users, all or none; each with the key as text, which is shown this once."""
         added = [(name, self._entropy(TOKEN_SIZE)) for name in names]
         self._add(added, operator)
-        return [(name, token_text(key)) for name, key in added]
+        return [(name, SecretText(token_text(key))) for name, key in added]
 
     def _add(self, added: Sequence[tuple[str, bytes | None]], operator: bool) -> None:
         names = [name for name, _ in added]
@@ -207,13 +208,13 @@ class UserFile:
     def remove(self, name: str) -> None:
         self._change(name, lambda user: None, lambda lines: [])
 
-    def new_key(self, name: str) -> str:
+    def new_key(self, name: str) -> SecretText:
         """Another key for a user, instead of the one there is; as text, which is shown this once."""
         key = self._entropy(TOKEN_SIZE)
         digest = digest_of(key)
         edit = _with(KEY, f'"{token_text(digest)}"')
         self._change(name, lambda user: user._replace(digest=digest), edit)
-        return token_text(key)
+        return SecretText(token_text(key))
 
     def _change(
         self, name: str, change: Callable[[User], User | None], edit: Callable[[list[str]], list[str]]

@@ -29,6 +29,7 @@ from zcproto.certs.names import check_names
 from zcproto.certs.pair import MAX_PASSPHRASE_BYTES, CertificatePair, load_pair
 from zcproto.certs.watch import Watch
 from zcproto.errors import CertificateError
+from zcproto.secret import SecretBytes
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class PassphraseSource:
     """Its first line is the passphrase. It is its owner's alone."""
     variable: str = ""
 
-    def read(self, environ: Mapping[str, str]) -> bytes | None:
+    def read(self, environ: Mapping[str, str]) -> SecretBytes | None:
         """The passphrase; None if there is no source. Raises CertificateError, which does not show it."""
         if self.file is not None and self.variable:
             raise CertificateError(
@@ -260,7 +261,7 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _bounded(passphrase: bytes, where: str) -> bytes:
+def _bounded(passphrase: bytes, where: str) -> SecretBytes:
     if not 1 <= len(passphrase) <= MAX_PASSPHRASE_BYTES:
         raise CertificateError(f"{where} must be a passphrase of 1 to {MAX_PASSPHRASE_BYTES} bytes")
-    return passphrase
+    return SecretBytes(passphrase)

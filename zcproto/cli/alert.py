@@ -17,8 +17,8 @@ from zcproto.cli.table import table
 from zcproto.clock import system_clock, system_entropy
 from zcproto.errors import ConfigError
 from zcproto.home import Home
-from zcproto.observe.secret import Secret
 from zcproto.printable import printable
+from zcproto.secret import Secret
 from zcproto.server.alert_sinks import Sink, Undelivered
 from zcproto.server.alerts import LEAST_SECRET, sinks_of
 from zcproto.server.secret_file import secret_line

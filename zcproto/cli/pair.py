@@ -48,9 +48,9 @@ def pair(home: Home, config_file: Path | None, user: str | None, minutes: int) -
         " five wrong tries end it. It is shown this once:",
         err=True,
     )
-    click.echo(code)
+    click.echo(code.reveal())
     if sys.stdout.isatty():
-        click.echo(_qr_code(code) or 'For a QR code, run: pip install "zcproto[qr]"', err=True)
+        click.echo(_qr_code(code.reveal()) or 'For a QR code, run: pip install "zcproto[qr]"', err=True)
 
 
 def _user(users: UserFile, name: str | None) -> str:

@@ -72,12 +72,12 @@ def add(
     if count is None or keys_out is None:
         key = users.add(name, operator=operator)
         click.echo(f"{printable(name)} is {role} now. Keep this key; it is shown this once:", err=True)
-        click.echo(key)
+        click.echo(key.reveal())
         return
     # The file comes first: keys that cannot be written down would be lost.
     with private_file(keys_out, replace=force) as file:
         added = users.add_many([f"{name}-{number}" for number in range(1, count + 1)], operator=operator)
-        file.writelines(f"{each}\t{key}\n" for each, key in added)
+        file.writelines(f"{each}\t{key.reveal()}\n" for each, key in added)
     click.echo(f"{count} users are added; their keys are in {printable(str(keys_out))}", err=True)
 
 
@@ -150,7 +150,7 @@ def new_key(home: Home, config_file: Path | None, name: str) -> None:
     config = read_config(home, config_file)
     key = UserFile(home.users).new_key(name)
     click.echo(f"{printable(name)} has a new key. Keep it; it is shown this once:", err=True)
-    click.echo(key)
+    click.echo(key.reveal())
     _end_sessions(home, config, name, "has a new key")
 
 

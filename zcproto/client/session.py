@@ -7,6 +7,7 @@ from typing import Any, Final, Protocol
 
 from zcproto.client.device import Device
 from zcproto.errors import Code, ConfigError, ProtocolError
+from zcproto.secret import SecretBytes, SecretText
 from zcproto.signed import attach_message, open_message
 from zcproto.wire.frame import TOKEN_SIZE
 
@@ -42,7 +43,7 @@ class ApiKey:
 
     def __init__(self, user: str, key: str) -> None:
         self.user = user
-        self._key = key
+        self._key = SecretText(key)
 
     def __repr__(self) -> str:
         return f"ApiKey(user={self.user!r})"
@@ -149,8 +150,9 @@ class ClientSession:
         Raises ProtocolError if the result is not as the contract says.
         """
         fields = _check_opened(result)
-        self._token: bytes = fields["token"]
-        self._refresh_token: bytes | None = fields["refresh_token"]
+        self._token = SecretBytes(fields["token"])
+        spare = fields["refresh_token"]
+        self._refresh_token = None if spare is None else SecretBytes(spare)
         self.id: str = fields["id"]
         self.user: str = fields["user"]
         self.expires_at: int = fields["expires_at"]

@@ -413,7 +413,7 @@ class ClientConnection:
     def _token_taken(self, token: bytes, value: Any) -> None:
         """A RESPONSE shows that the server took its request's token, or gave one."""
         taken = value.get("token") if token == _OPENING and value.__class__ is dict else token
-        if taken.__class__ is bytes and len(taken) == TOKEN_SIZE and taken != NO_TOKEN:
+        if isinstance(taken, bytes) and len(taken) == TOKEN_SIZE and taken != NO_TOKEN:
             self._tokens.add(taken)
 
     def session_ended(self, token: bytes) -> None:

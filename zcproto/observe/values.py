@@ -1,6 +1,7 @@
 """Decides what of a value may be written to a log.
 
-Rules: a secret is masked, by its type and again by the name it is logged under. Bytes of any kind are only
+Rules: a secret is masked, by its type and again by the name it is logged under; so is text that has the form of a
+token, as a peer may have sent one in the wrong place. Bytes of any kind are only
 counted: they may be a token, a key or a payload. Text is cut to 256 characters, lists and maps are bounded in
 length and depth. Of an exception there are the type and the places it passed; its message only where this
 package made it or the system did, as any other may quote what a peer sent.
@@ -15,7 +16,7 @@ from pathlib import PurePath
 from typing import TypeAlias
 
 from zcproto.errors import ZcprotoError
-from zcproto.observe.secret import Secret
+from zcproto.secret import Secret, SecretBytes, SecretText
 
 MAX_TEXT = 256
 MAX_ITEMS = 16
@@ -27,13 +28,17 @@ Loggable: TypeAlias = "bool | int | float | str | list[Loggable] | dict[str, Log
 _SECRET_NAME = re.compile(
     r"(.*_)?(token|key|secret|password|passphrase|signature|authorization|cookie|credentials?)", re.IGNORECASE
 )
+_SECRETS = (Secret, SecretBytes, SecretText)
+# 32 bytes as base64url, which may be a token that somebody sent in the wrong place. Before a pin there is sha256/.
+_TOKEN = re.compile(r"(?<![A-Za-z0-9_+/-])[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048](?![A-Za-z0-9_+/=-])")
+_TOKEN_LENGTH = 43
 _MASK = "(hidden)"
 _MAX_INTEGER = 2**64
 
 
 def loggable(name: str, value: object) -> Loggable:
     """`value`, logged under `name`, as what may be written."""
-    if isinstance(value, Secret) or _SECRET_NAME.fullmatch(name):
+    if isinstance(value, _SECRETS) or _SECRET_NAME.fullmatch(name):
         return _MASK
     return _loggable(value, 0)
 
@@ -49,12 +54,12 @@ def _loggable(value: object, depth: int) -> Loggable:
         case float():
             # Infinity and NaN are no JSON.
             return float(value) if abs(value) < float("inf") else str(float(value))
+        case Secret() | SecretBytes() | SecretText():
+            return _MASK
         case str():
             return cut(value)
         case bytes() | bytearray() | memoryview():
             return f"({len(value)} bytes)"
-        case Secret():
-            return _MASK
         case PurePath():
             return cut(str(value))
         case BaseException():
@@ -76,7 +81,9 @@ def _loggable_pair(key: object, value: object, depth: int) -> tuple[str, Loggabl
 
 
 def cut(text: str) -> str:
-    """`text` in at most 256 characters, none of them half a pair of surrogates."""
+    """`text` in at most 256 characters, none of them half a pair of surrogates, and without tokens."""
+    if len(text) >= _TOKEN_LENGTH:
+        text = _TOKEN.sub(_MASK, text[: 2 * MAX_TEXT])
     if len(text) > MAX_TEXT:
         text = text[: MAX_TEXT - 3] + "..."
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")

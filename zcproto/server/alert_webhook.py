@@ -26,7 +26,7 @@ import h11
 from zcproto.alerts.signature import HEADER, sign
 from zcproto.clock import Clock
 from zcproto.errors import ConfigError
-from zcproto.observe.secret import Secret
+from zcproto.secret import Secret
 from zcproto.server.alert_sinks import Undelivered
 
 MAX_ANSWER: Final = 65_536

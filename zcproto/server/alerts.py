@@ -22,7 +22,7 @@ from zcproto.alerts.rates import RateRule, RateState, RateWatch
 from zcproto.clock import Clock, Entropy
 from zcproto.config import AlertsConfig
 from zcproto.observe.log import get_logger
-from zcproto.observe.secret import Secret
+from zcproto.secret import Secret
 from zcproto.server.alert_command import Command
 from zcproto.server.alert_sinks import Sink, SinkQueue
 from zcproto.server.alert_webhook import Webhook

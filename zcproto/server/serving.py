@@ -195,13 +195,16 @@ class Serving:
         self._numbers += 1
         return self._numbers
 
-    def log_limited(self, event: str, key: str, level: str = "info", **values: Any) -> None:
-        """As `log`: each event is kept to the limit that zcproto/observe/events.py gives it."""
-        getattr(log, level)(event, **values)
-
-    def incident(self, what: str, error: BaseException, **values: Any) -> str:
+    def incident(self, what: str, error: BaseException, *, peer: str, connection: str) -> str:
         """Log a fault of ours with the places it passed; returns the id that the peer is told."""
         incident_id = secrets.token_hex(8)
         self.counters.incidents += 1
-        log.error("request.failed", what=what, incident=incident_id, exc_info=error, **values)
+        log.error(
+            "request.failed",
+            what=what,
+            incident=incident_id,
+            exc_info=error,
+            peer=peer,
+            connection=connection,
+        )
         return incident_id

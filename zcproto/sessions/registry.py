@@ -24,6 +24,7 @@ from hmac import compare_digest
 from typing import Final
 
 from zcproto.errors import CallError, Code, InvalidArgument, NotFound, ResourceExhausted
+from zcproto.secret import SecretBytes
 from zcproto.sessions.exchange import Exchange
 from zcproto.sessions.index import DigestIndex
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, WhenFull
@@ -160,7 +161,7 @@ class SessionRegistry(Exchange):
         settings, table = self._settings, self._table
         self._make_room(user, wall, settings.per_user, settings.when_full)
         token, digest = self._new_token()
-        refresh_token = self._entropy(TOKEN_SIZE)
+        refresh_token = SecretBytes(self._entropy(TOKEN_SIZE))
         session_id = id_of(refresh_token[:FAMILY_SIZE])
         if table.ids.find(session_id) != NONE:
             raise _repeats_itself()
@@ -189,7 +190,7 @@ class SessionRegistry(Exchange):
         _check_text("client", client)
         settings = self._settings
         token, digest = self._new_token()
-        refresh_token = self._entropy(TOKEN_SIZE)
+        refresh_token = SecretBytes(self._entropy(TOKEN_SIZE))
         record = SessionRecord(
             id=id_of(refresh_token[:FAMILY_SIZE]),
             token_digest=digest,
@@ -251,7 +252,7 @@ class SessionRegistry(Exchange):
             self._refuse_reuse(slot)
         self._check_refresh_life(slot, wall)
         token, token_digest = self._new_token()
-        new_refresh_token = refresh_token[:FAMILY_SIZE] + self._entropy(TOKEN_SIZE - FAMILY_SIZE)
+        new_refresh_token = SecretBytes(refresh_token[:FAMILY_SIZE] + self._entropy(TOKEN_SIZE - FAMILY_SIZE))
         self._replace(slot, token_digest, digest_of(new_refresh_token), client, address, wall)
         return self._rotated(slot, digest, token, new_refresh_token, wall)
 
@@ -267,7 +268,7 @@ class SessionRegistry(Exchange):
             return None
         family = refresh_token[:FAMILY_SIZE]
         token, token_digest = self._new_token()
-        new_refresh_token = family + self._entropy(TOKEN_SIZE - FAMILY_SIZE)
+        new_refresh_token = SecretBytes(family + self._entropy(TOKEN_SIZE - FAMILY_SIZE))
         rotation = Rotation(
             id=id_of(family),
             spent_digest=digest_of(refresh_token),
@@ -466,7 +467,7 @@ class SessionRegistry(Exchange):
         return ended
 
     def _new_token(self) -> tuple[bytes, bytes]:
-        token = self._entropy(TOKEN_SIZE)
+        token = SecretBytes(self._entropy(TOKEN_SIZE))
         digest = digest_of(token)
         if self._table.tokens.find(digest) != NONE:
             raise _repeats_itself()
