@@ -1,0 +1,171 @@
+"""What a metric must be, and how readings are written down."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from zcproto.histogram import Histogram
+from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY, TABLE
+from zcproto.observe.metrics import MAX_LABEL, Kind, Metric, Metrics, Reading
+
+OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+
+THINGS = Metric("zcproto_things_total", Kind.COUNTER, "Things.", ("kind",))
+HEIGHT = Metric("zcproto_height", Kind.GAUGE, "How high.")
+TIMES = Metric("zcproto_times_seconds", Kind.HISTOGRAM, "How long.", ("what",))
+
+
+def text_of(*readings: Reading, accept: str = "") -> str:
+    return Metrics(lambda: readings).render(accept)[1].decode()
+
+
+def ours(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "zcproto_" in line]
+
+
+def test_counters_and_gauges_are_written_as_they_are_read() -> None:
+    assert ours(text_of(THINGS.at(3, "a"), THINGS.at(4, "b"), HEIGHT.at(-1.5))) == [
+        "# HELP zcproto_things_total Things.",
+        "# TYPE zcproto_things_total counter",
+        'zcproto_things_total{kind="a"} 3.0',
+        'zcproto_things_total{kind="b"} 4.0',
+        "# HELP zcproto_height How high.",
+        "# TYPE zcproto_height gauge",
+        "zcproto_height -1.5",
+    ]
+
+
+def test_a_histogram_tells_how_many_values_are_up_to_each_bound() -> None:
+    histogram = Histogram([0.01, 1.0])
+    for value in (0.001, 0.01, 0.5, 3.0):
+        histogram.add(value)
+    assert ours(text_of(TIMES.at(histogram, "x")))[2:] == [
+        'zcproto_times_seconds_bucket{le="0.01",what="x"} 2.0',
+        'zcproto_times_seconds_bucket{le="1.0",what="x"} 3.0',
+        'zcproto_times_seconds_bucket{le="+Inf",what="x"} 4.0',
+        'zcproto_times_seconds_count{what="x"} 4.0',
+        f'zcproto_times_seconds_sum{{what="x"}} {0.001 + 0.01 + 0.5 + 3.0}',
+    ]
+
+
+def test_the_accept_header_chooses_the_form() -> None:
+    metrics = Metrics(lambda: [THINGS.at(1, "a")])
+    content_type, text = metrics.render("")
+    assert content_type.startswith("text/plain; version=0.0.4")
+    assert next(one.name for one in parse_text(text.decode())) == "zcproto_things"
+    content_type, text = metrics.render(OPENMETRICS)
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    assert text.endswith(b"# EOF\n")
+    assert next(one.name for one in parse_openmetrics(text.decode())) == "zcproto_things"
+
+
+def test_units_are_told_where_the_form_has_them() -> None:
+    text = text_of(TIMES.at(Histogram([1.0]), "x"), accept=OPENMETRICS)
+    assert "# UNIT zcproto_times_seconds seconds" in text
+    assert [metric.unit for metric in (THINGS, HEIGHT, TIMES)] == ["", "", "seconds"]
+
+
+@given(st.text(max_size=300))
+def test_any_accept_header_gets_one_of_the_two_forms(accept: str) -> None:
+    content_type, text = Metrics(lambda: [HEIGHT.at(1)]).render(accept)
+    assert content_type.startswith(("text/plain; version=", "application/openmetrics-text; version="))
+    assert b"\nzcproto_height 1.0\n" in text
+
+
+@given(st.text(max_size=300))
+def test_any_label_is_on_one_line_and_comes_back_as_it_was_meant(value: str) -> None:
+    text = text_of(THINGS.at(1, value))
+    (line,) = [line for line in text.split("\n") if line.startswith("zcproto_things_total{")]
+    assert line.isprintable()
+    assert len(line) <= 12 * MAX_LABEL
+    (family,) = [one for one in parse_text(text) if one.name == "zcproto_things"]
+    (sample,) = family.samples
+    if value.isprintable() and len(value) <= MAX_LABEL:
+        assert sample.labels == {"kind": value}
+
+
+def test_a_series_is_there_once_whoever_reads_it() -> None:
+    def first() -> Iterator[Reading]:
+        yield THINGS.at(1, "a")
+
+    metrics = Metrics(first)
+    metrics.add(lambda: [THINGS.at(2, "b"), THINGS.at(3, "a")])
+    text = metrics.render("")[1].decode()
+    assert ours(text)[2:] == ['zcproto_things_total{kind="a"} 3.0', 'zcproto_things_total{kind="b"} 2.0']
+
+
+def test_what_is_not_read_is_not_there_and_nothing_is_read_before_a_scrape() -> None:
+    reads = []
+
+    def source() -> list[Reading]:
+        reads.append(1)
+        return []
+
+    metrics = Metrics(source)
+    assert not reads
+    assert ours(metrics.render("")[1].decode()) == []
+    assert reads == [1]
+
+
+def test_the_usual_metrics_of_a_process_are_told_and_the_registry_of_others_is_left_alone() -> None:
+    before = set(REGISTRY._names_to_collectors)
+    first, second = Metrics(), Metrics()  # two servers of one process
+    for metrics in (first, second):
+        names = {
+            sample.name for family in parse_text(metrics.render("")[1].decode()) for sample in family.samples
+        }
+        assert names == set(OF_THE_LIBRARY)
+    assert set(REGISTRY._names_to_collectors) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "help", "labels"),
+    [
+        ("things_total", Kind.COUNTER, "A.", ()),
+        ("zcproto_things", Kind.COUNTER, "A.", ()),
+        ("zcproto_things_total", Kind.GAUGE, "A.", ()),
+        ("zcproto_Things_total", Kind.COUNTER, "A.", ()),
+        ("zcproto_things_total", Kind.COUNTER, "No full stop", ()),
+        ("zcproto_things_total", Kind.COUNTER, "A.", ("le",)),
+        ("zcproto_things_total", Kind.COUNTER, "A.", ("a-b",)),
+    ],
+)
+def test_a_metric_that_breaks_the_conventions_is_a_bug(
+    name: str, kind: Kind, help: str, labels: tuple[str, ...]
+) -> None:
+    with pytest.raises(AssertionError):
+        Metric(name, kind, help, labels)
+
+
+def test_a_reading_fits_its_metric() -> None:
+    for bad in (
+        lambda: THINGS.at(1),
+        lambda: HEIGHT.at(1, "a"),
+        lambda: HEIGHT.at(Histogram([1.0])),
+        lambda: TIMES.at(1, "a"),
+    ):
+        with pytest.raises(AssertionError):
+            bad()
+
+
+def test_each_name_of_the_table_is_there_once_and_is_not_the_beginning_of_a_histograms_own() -> None:
+    names = [metric.name for metric in ALL]
+    assert len(names) == len(set(names))
+    assert all(TABLE.values())
+    suffixes = ("_bucket", "_sum", "_count", "_created", "_info")
+    assert not [name for name in names if name.endswith(suffixes) and name != "zcproto_build_info"]
+
+
+def test_no_label_of_the_table_can_name_a_person_or_a_peer() -> None:
+    labels = {label for metric in ALL for label in metric.labels}
+    assert not [
+        label for label in labels if re.search("user|peer|address|client|token|session|device", label)
+    ]
