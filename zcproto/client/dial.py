@@ -21,6 +21,7 @@ from zcproto.clock import Clock
 from zcproto.connection.client import ClientConnection
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import CannotConnect, CertificateError, ConfigError, ConnectionClosed, TlsError
+from zcproto.printable import printable
 from zcproto.tls.client import TlsConnector
 from zcproto.tls.context import Passphrase, client_context
 from zcproto.tls.pins import CERTIFICATE_PREFIX, MAX_PINS, parse_pins
@@ -98,7 +99,9 @@ class Trust:
             except CertificateError as error:
                 if found is None or found[0][0] != stamp[0]:  # what is trusted is never taken from the past
                     raise
-                log.warning("%s; until that is mended, the certificate from before is shown", error)
+                log.warning(
+                    "%s; until that is mended, the certificate from before is shown", printable(str(error))
+                )
                 return found[1]
             found = known[made_of] = stamp, context
             if len(known) > MAX_CONTEXTS:
@@ -253,7 +256,9 @@ class Dialer:
                 known_hosts.learn, self._server_hostname, link.welcome["sts"], self._system_clock.wall()
             )
         except (OSError, ConfigError) as error:
-            log.warning("the sts policy of %s is not remembered: %s", self._server_hostname, error)
+            log.warning(
+                "the sts policy of %s is not remembered: %s", self._server_hostname, printable(str(error))
+            )
 
 
 _ERRNO: Final = re.compile(r"\[Errno (\d+)\]")
