@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -10,10 +11,13 @@ import socket
 import ssl
 import subprocess
 import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from zcproto.certs import clients
+from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import HttpRequest, HttpResponse, text_response
 from zcproto.http.router import Route
 from zcproto.server.http_resources import PAGE_POLICY, STYLE
@@ -27,8 +31,14 @@ HSTS = "max-age=31536000; includeSubDomains"
 OPEN = ["/", "/healthz", "/readyz", "/.well-known/zcp"]
 
 
-def tls(server: ServerThread, alpn: tuple[str, ...] = ("http/1.1",)) -> ssl.SSLSocket:
+def tls(
+    server: ServerThread,
+    alpn: tuple[str, ...] = ("http/1.1",),
+    shows: clients.ClientCertificate | None = None,
+) -> ssl.SSLSocket:
     context = client_context(server.home / "certs" / "ca.crt", alpn)
+    if shows is not None:
+        context.load_cert_chain(shows.certificate, shows.key)
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(server.tcp())
         connection = context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False)
@@ -367,12 +377,28 @@ def test_nothing_is_left_of_connections_that_go_in_any_way(serve: Serve) -> None
     server.until(lambda: server.server.statistics()["http"]["connections"] == 0)
 
 
+def test_a_client_whose_certificate_is_revoked_is_closed_here_too(serve: Serve) -> None:
+    server = serve(tls__client_auth="optional")
+    folder, now = server.home / "certs", datetime.now(UTC)
+    good, bad = (
+        clients.issue_client(folder, name, lifetime=timedelta(days=30), now=now) for name in ("good", "bad")
+    )
+    with tls(server) as first, tls(server, shows=good) as second, tls(server, shows=bad) as third:
+        for connection in (first, second, third):
+            connection.sendall(GET)
+            assert answers(receive_one(connection))[0].status == 200
+        clients.revoke_client(folder, name="bad", now=now)
+        asyncio.run_coroutine_threadsafe(server.server._keeper.look(), server.loop).result(10)
+        assert read_to_end(third) == b""
+        for connection in (first, second):
+            connection.sendall(GET)
+            assert answers(receive_one(connection))[0].status == 200
+
+
 # --- handlers --------------------------------------------------------------------------------------------
 
 
 async def broken_later(request: HttpRequest) -> HttpResponse:
-    import asyncio
-
     await asyncio.sleep(0)
     raise RuntimeError("a secret of ours")
 
@@ -399,8 +425,6 @@ def test_a_fault_of_ours_is_500_with_an_id_and_nothing_else(serve: Serve, handle
 
 
 def test_a_handler_that_waits_holds_up_its_own_connection_alone(serve: Serve) -> None:
-    import asyncio
-
     server = serve()
     gate = server.in_loop(asyncio.Event)
 
@@ -420,8 +444,6 @@ def test_a_handler_that_waits_holds_up_its_own_connection_alone(serve: Serve) ->
 
 
 def test_a_handler_ends_with_its_connection(serve: Serve) -> None:
-    import asyncio
-
     server = serve()
 
     async def wait(request: HttpRequest) -> HttpResponse:
@@ -509,3 +531,44 @@ def test_a_plain_socket_that_speaks_no_tls_is_told_as_before(shared: ServerThrea
             answer += data
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"Strict-Transport-Security" not in answer
+
+
+# --- the edge of it, in the server's own loop --------------------------------------------------------------
+
+
+def test_who_comes_while_the_server_drains_gets_one_answer(serve: Serve) -> None:
+    server = serve()
+    side = server.server._http
+    assert side is not None
+    server.in_loop(side.endpoint.drain)
+    with tls(server) as connection:
+        connection.sendall(GET)
+        (answer,) = answers(read_to_end(connection))
+    assert answer.status == 200
+    assert answer.closes
+    asyncio.run_coroutine_threadsafe(side.endpoint.wait_at_rest(), server.loop).result(10)
+
+
+def test_a_handler_that_waits_too_long_is_cancelled_and_its_client_told(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    side = server.server._http
+    assert side is not None
+    monkeypatch.setattr(side.endpoint, "limits", HttpLimits(answer_timeout=0.2))
+    ended = []
+
+    async def wait(request: HttpRequest) -> HttpResponse:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(request.path)
+        raise AssertionError
+
+    add(server, Route("GET", "/wait", wait))
+    with tls(server) as waiting:
+        waiting.sendall(GET.replace(b"GET /", b"GET /wait"))
+        (answer,) = answers(read_to_end(waiting))
+    assert (answer.status, answer.closes) == (503, True)
+    server.until_left()
+    assert ended == ["/wait"]
