@@ -6,10 +6,10 @@ protocol's: header, freshness, stream in flight, token, body.
 
 What it must not know: sockets, TLS, clocks, handlers.
 
-`receive_data` is a generator: each request is handed out before the next frame is looked at, so an answer
-that changes what is allowed (a session opened, closed or revoked) holds for the very next frame of the same
-read. The edge must take all events of one call before it feeds the next, and may stop in between for as
-long as the peer does not read.
+`receive_data` works as its events are taken: each request is handed out before the next frame is looked at,
+so an answer that changes what is allowed (a session opened, closed or revoked) holds for the very next frame
+of the same read. The edge must take all events of one call before it feeds the next, and may stop in between
+for as long as the peer does not read.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from zcproto.wire.frame import (
     REQUEST,
     RESPONSE,
     WELCOME,
+    RawFrame,
     Side,
 )
 from zcproto.wire.message import (
@@ -91,6 +92,7 @@ DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline ha
 
 _pack_header = HEADER.pack
 _CLOSED: Final = State.CLOSED  # an enumeration's members are slow to reach
+_OPEN: Final = State.OPEN
 _DRAINING: Final = State.DRAINING
 _READING: Final = frozenset({State.OPEN, State.DRAINING})
 _NO_KEYS: Final[frozenset[str]] = frozenset()
@@ -184,6 +186,35 @@ class ServerConnection:
 
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
         """Take in decrypted bytes; hand out what they mean, one event at a time."""
+        frame = self._decoder.take_one(data)
+        if frame is not None:
+            # One usual request, about which there is nothing to decide: it is as `_events` would have it, for less.
+            _, _, stream, timestamp, salt, counter, token, body = frame
+            settings = self._settings
+            tolerance = settings.tolerance_ms
+            if (
+                salt == self._salt
+                and counter > self._last_counter
+                and -tolerance <= wall - timestamp <= tolerance
+                and token == self._token
+                and wall < self._recheck_at
+                and self._registry.generation == self._seen_generation
+                and self._session is not None
+                and not (self._held or self._lingering or self._stale_in_a_row)
+                and self.state is _OPEN
+            ):
+                try:
+                    method, params, meta = decode_request(body, settings.max_depth)
+                except MessageError:
+                    return self._events(data, frame, wall, now)
+                if meta is NO_META or meta.deadline_ms is None or meta.deadline_ms > 0:
+                    self._last_counter = counter
+                    self._last_frame = now
+                    return iter(((stream, token, self._session, method, params, meta),))
+        return self._events(data, frame, wall, now)
+
+    def _events(self, data: bytes, frame: RawFrame | None, wall: int, now: float) -> Iterator[ServerEvent]:
+        """What bytes mean that are not just one usual request. `frame`: the one that they are, if it is one."""
         if self.state not in _READING:
             return
         registry = self._registry
@@ -192,7 +223,6 @@ class ServerConnection:
         looks_up = self._settings.looks_up
         own_salt = self._salt
         decoder = self._decoder
-        frame = decoder.take_one(data)
         if frame is None:
             decoder.feed(data)
         frames = decoder.frames() if frame is None else (frame,)

@@ -20,7 +20,6 @@ from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.connection.events import (
     ConnectionEnded,
     KeyWanted,
-    RawRequest,
     Request,
     RequestEnded,
     ServerEvent,
@@ -192,12 +191,40 @@ class ServerProtocol(asyncio.Protocol):
     def _process(self, events: Iterator[ServerEvent], wall: int) -> None:
         """Take events until there are none, or the peer must read first; then send what there is to send."""
         serving = self._serving
-        run = self._run_timed if serving.reads.time_next else self._run
+        methods = serving.methods
+        timed = serving.reads.time_next
         requests = 0
         for event in events:
             if event.__class__ is tuple:
                 requests += 1
-                run(event, wall)  # type: ignore[arg-type]  # the only bare tuple among the events
+                stream, token, session, name, params, meta = event  # type: ignore[misc]  # the only bare tuple
+                method = methods.get(name)
+                if (
+                    method is None
+                    or not method.takes_params_as_they_are
+                    or not (method.public if session is None else method.unrestricted)
+                    or (meta is not NO_META and meta.idempotency_key is not None)
+                    or timed
+                ):
+                    (self._run_timed if timed else self._run)(Request(*event), method)
+                else:
+                    method.calls += 1
+                    try:
+                        result = method.function(**params)
+                        worker = serving.tasks.start(result) if method.is_async else None
+                        if worker is None:
+                            body = encode_body(serving.tasks.result if method.is_async else result)
+                    except (KeyboardInterrupt, SystemExit):
+                        raise
+                    except BaseException as error:  # whatever a method raises, its caller gets one answer
+                        self._answer_exception(Request(*event), error)
+                    else:
+                        if worker is not None:
+                            self._hold(Request(*event), worker)
+                        elif len(body) >= SENT_AT_ONCE:
+                            self._answer_large(Request(*event), body)
+                        elif self._connection is not None:
+                            self._connection.respond_at_once(stream, token, body, wall)
                 if self._paused_since is not None:
                     self._suspended = events
                     break
@@ -229,61 +256,18 @@ class ServerProtocol(asyncio.Protocol):
         if connection.deadline_moved:
             self._set_deadline()
 
-    def _run(self, raw: RawRequest, wall: int) -> None:
-        """Run a request's method as far as it goes without waiting."""
-        stream, token, session, name, params, meta = raw
+    def _run(self, request: Request, method: Method | None) -> None:
+        """Run a request's method as far as it goes without waiting, whatever the method and the request ask for."""
         serving = self._serving
-        method = serving.methods.get(name)
-        if method is None or not (method.public if session is None else method.unrestricted):
-            request = Request(*raw)
-            refusal = self._refusal(request, method)
-            if refusal is not None:
-                self._fail(request, *refusal)
-                return
-            assert method is not None
+        refusal = self._refusal(request, method)
+        if refusal is not None:
+            self._fail(request, *refusal)
+            return
+        assert method is not None
         method.calls += 1
-        if (
-            meta is not NO_META
-            and meta.idempotency_key is not None
-            and not name.startswith(RESERVED_PREFIXES)  # an answer of theirs may hold tokens
-        ):
-            self._run_once(Request(*raw), method)
+        if request.meta.idempotency_key is not None and not request.method.startswith(RESERVED_PREFIXES):
+            self._run_once(request, method)  # never the protocol's own: an answer of theirs may hold tokens
             return
-        if not method.takes_params_as_they_are:
-            self._run_bound(Request(*raw), method)
-            return
-        try:
-            result = method.function(**params)
-            if method.is_async:
-                worker = serving.tasks.start(result)
-                if worker is not None:
-                    self._hold(Request(*raw), worker)
-                    return
-                result = serving.tasks.result
-            body = encode_body(result)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # whatever a method raises, its caller gets one answer
-            self._answer_exception(Request(*raw), error)
-            return
-        if len(body) >= SENT_AT_ONCE:
-            self._answer_large(Request(*raw), body)
-        elif self._connection is not None:
-            self._connection.respond_at_once(stream, token, body, wall)
-
-    def _run_timed(self, raw: RawRequest, wall: int) -> None:
-        """As `_run`, and note how long that took."""
-        serving = self._serving
-        serving.reads.timed()
-        method = serving.methods.get(raw[3])
-        began = serving.clock.now()
-        self._run(raw, wall)
-        if method is not None:
-            method.durations.add(serving.clock.now() - began)
-
-    def _run_bound(self, request: Request, method: Method) -> None:
-        """As `_run`, for a method whose parameters are checked one by one."""
-        serving = self._serving
         try:
             arguments = method.bind(request.params)
             if method.context_name is not None:
@@ -302,6 +286,15 @@ class ServerProtocol(asyncio.Protocol):
             self._answer_exception(request, error)
         else:
             self._answer_with(request, body)
+
+    def _run_timed(self, request: Request, method: Method | None) -> None:
+        """As `_run`, and note how long that took."""
+        serving = self._serving
+        serving.reads.timed()
+        began = serving.clock.now()
+        self._run(request, method)
+        if method is not None:
+            method.durations.add(serving.clock.now() - began)
 
     def _run_once(self, request: Request, method: Method) -> None:
         """Run a request with an idempotency key, unless it was run: then answer as it was answered."""
