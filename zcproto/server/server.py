@@ -605,10 +605,8 @@ def _connection_settings(config: Config) -> ConnectionSettings:
         tolerance_ms=_ms(config.freshness.tolerance),
         idle_timeout_s=limits.idle_timeout,
         open_timeout_s=config.sessions.open_timeout,
-        sts=TransportSecurityPolicy(
-            config.http.hsts_max_age_seconds if config.http.hsts else 0,
-            config.http.hsts_include_subdomains,
-        ),
+        # Whether browsers are told is not asked: this one is for clients that speak nothing but TLS anyway.
+        sts=TransportSecurityPolicy(config.http.hsts_max_age_seconds, config.http.hsts_include_subdomains),
     )
 
 
