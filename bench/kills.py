@@ -198,6 +198,7 @@ class Client:
                 self._report.halves += 1
             for told, is_live in zip(sessions, good, strict=True):
                 if is_live:
+                    told.is_asked = False  # it is renewed with all others
                     self.live.append(told)
                 elif what != "refresh":  # of a refresh nobody has the new pair
                     self._take_end(told)
@@ -209,7 +210,7 @@ class Client:
         async def renew(told: Told) -> None:
             try:
                 await self._refresh(caller, told)
-            except CallError:
+            except CallError:  # whatever it is: the pair is the newest
                 self._report.pairs_refused += 1
                 self.live.remove(told)
 
@@ -257,7 +258,7 @@ class Kills:
             report.checked["replaced"] += sum(bool(told.replaced) for told in sessions)
             broken = await check(caller, sessions)
             report.broken.add(broken)
-            client.live = [told for told in client.live if told.id not in broken.lost]
+            client.live = [told for told in client.live if told.name not in broken.lost]
             await client.renew(caller)
             some = min(len(client.ended), REMEMBERED // CLIENTS)
             client.ended = self._chance.sample(client.ended, some)

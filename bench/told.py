@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from bench.load.caller import Caller
 from bench.load.plan import Credential
@@ -21,6 +22,7 @@ AT_ONCE: Final = 8
 PATIENCE_S: Final = 20.0
 """For a server that says "later": a store that is out, or too many tokens that nobody knows."""
 
+_T = TypeVar("_T")
 _ENDED: Final = (Code.TOKEN_REVOKED, Code.SESSION_REPLACED, Code.UNAUTHENTICATED)
 _PAUSE_S: Final = 0.05
 
@@ -38,11 +40,19 @@ class Told:
     is_ended: bool = False
     is_unsure: bool = False
     """Whether somebody asked to end it, and was not told that it has."""
+    is_asked: bool = False
+    """Whether a refresh was asked for and not answered with a pair: its client asks again."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.user}/{self.id}"
 
     def take(self, opened: dict[str, Any]) -> None:
         """A refresh was answered."""
         self.replaced, self.token = self.token, opened["token"]
         self.refresh_token = opened["refresh_token"]
+        self.is_asked = False
 
 
 async def open_session(caller: Caller, credential: Credential) -> Told:
@@ -54,6 +64,7 @@ async def open_session(caller: Caller, credential: Credential) -> Told:
 
 async def refresh(caller: Caller, told: Told) -> None:
     """Trade a session's pair for a new one. Raises CallError or ConnectionClosed; then nothing is known of it."""
+    told.is_asked = True
     told.take(await caller.call("session.refresh", {"refresh_token": told.refresh_token, "client": CLIENT}))
 
 
@@ -72,7 +83,7 @@ async def is_good(caller: Caller, token: bytes) -> bool:
     return await patiently(ask)
 
 
-async def patiently(ask: Callable[[], Awaitable[bool]]) -> bool:
+async def patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
     """Ask again as long as the answer is to come later."""
     loop = asyncio.get_running_loop()
     end = loop.time() + PATIENCE_S
@@ -91,11 +102,11 @@ class Broken:
     """Promises that a server did not keep."""
 
     lost: set[str] = field(default_factory=set)
-    """Ids of sessions that live, and that it refused."""
+    """Sessions that live, and that it refused, by name."""
     risen: set[str] = field(default_factory=set)
-    """Ids of sessions that had ended, and that it let in."""
+    """Sessions that had ended, and that it let in."""
     spent: set[str] = field(default_factory=set)
-    """Ids of those whose replaced token it took."""
+    """Those whose replaced token it took."""
 
     def add(self, other: Broken) -> None:
         self.lost |= other.lost
@@ -107,19 +118,22 @@ class Broken:
 
 
 async def check(caller: Caller, sessions: Iterable[Told]) -> Broken:
-    """See what a server says of each session that is not unsure. Raises CallError or ConnectionClosed."""
+    """See what a server says of each session that is not unsure; a refresh that was not answered is asked for
+    once more. Raises CallError or ConnectionClosed."""
     broken = Broken()
 
     async def check_one(told: Told) -> None:
         if told.is_unsure:
             return
+        if told.is_asked and not told.is_ended:
+            await patiently(partial(refresh, caller, told))
         good = await is_good(caller, told.token)
         if good and told.is_ended:
-            broken.risen.add(told.id)
+            broken.risen.add(told.name)
         elif not good and not told.is_ended:
-            broken.lost.add(told.id)
+            broken.lost.add(told.name)
         if told.replaced and await is_good(caller, told.replaced):
-            broken.spent.add(told.id)
+            broken.spent.add(told.name)
 
     # Those that live first: they are what makes this connection one with a session.
     await each_of(sorted(sessions, key=lambda told: told.is_ended), check_one)

@@ -15,7 +15,7 @@ from bench.load.plan import SESSIONS_PER_USER, Credential
 from bench.outages.load import Phase, Waits, said
 from bench.outages.plan import OutagePlan
 from bench.told import Told, open_session, refresh
-from zcproto.errors import ConnectionClosed, Unavailable, ZcprotoError
+from zcproto.errors import Unavailable, ZcprotoError
 
 CALLS_PER_VICTIM: Final = 4
 """By which a user's five sessions are ended: two at once by the last."""
@@ -29,7 +29,9 @@ class Victims(NamedTuple):
 
 
 class Churn:
-    """`phase` is the owner's to set; a call belongs to that in which it was answered.
+    """It goes on until there is nobody left to be opened, and no session to be ended.
+
+    `phase` is the owner's to set; a call belongs to that in which it was answered.
 
     `opened` are the sessions whose opening was answered, `refused` the openings and refreshes, by phase, that were
     answered with UNAVAILABLE and a time to wait; `failed` all calls that had another end.
@@ -103,7 +105,7 @@ class Churn:
     async def _open(self) -> None:
         credential = next(self._places, None)
         if credential is None:
-            raise ConnectionClosed("no users are left to open sessions for")
+            return
         self.opened.append(await open_session(self._caller, credential))
         self.let_in[self.phase] += 1
 
@@ -121,7 +123,7 @@ class Churn:
     async def _end(self) -> None:
         end = next(self._ends, None)
         if end is None:
-            raise ConnectionClosed("no sessions are left to end")
+            return
         ended = await end()
         self.ended[self.phase] += ended
 

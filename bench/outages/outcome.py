@@ -10,6 +10,7 @@ from bench.outages.load import Phase, Waits
 from bench.told import Broken
 
 MAX_WAIT_MS: Final = 300.0
+NAMED: Final = 3
 SCHEMA: Final = "zcproto-outages/1"
 
 
@@ -133,9 +134,10 @@ class Outcome:
             said.append("it did not recover, and nothing was checked afterwards")
         for where, broken in self.checks:
             if broken:
+                some = sorted(broken.lost | broken.risen | broken.spent)[:NAMED]
                 said.append(
                     f"{where}: {len(broken.lost)} sessions lost, {len(broken.risen)} revoked ones let in, "
-                    f"{len(broken.spent)} replaced tokens taken"
+                    f"{len(broken.spent)} replaced tokens taken, such as {', '.join(some)}"
                 )
         if not self.revoked_meanwhile:
             said.append("nothing was revoked meanwhile")

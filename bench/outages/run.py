@@ -40,10 +40,16 @@ HOST: Final = "127.0.0.1"
 RECOVER_S: Final = 20.0
 """After this a server is not waited for any longer."""
 
+CHURN_S: Final = 5.0
+"""How long the store may take to recover before there is nobody left to be opened, or to be ended."""
+
 NEWS_S: Final = 1.0
 """Within which a server has heard of what others revoked."""
 
 LOOK_S: Final = 0.02
+COLUMNS: Final = 4
+"""Outages in one table: no wider than a page."""
+
 REFRESHED: Final = 10
 
 Say = Callable[[str], None]
@@ -53,12 +59,16 @@ class Users:
     """Who there is, by what for."""
 
     def __init__(self, plan: OutagePlan, file: UserFile) -> None:
-        longest_s = 2 * plan.quiet_s + plan.seconds + RECOVER_S
+        longest_s = 2 * plan.quiet_s + plan.seconds + CHURN_S
         self.operator = Credential("operator", file.add("operator", operator=True))
         self.load = _add(file, "load", -(-plan.sessions // SESSIONS_PER_USER))
         self.refreshed = _add(file, "refreshed", REFRESHED // SESSIONS_PER_USER)
         self.victims = _add(file, "victim", int(plan.revocations * longest_s) // CALLS_PER_VICTIM + 1)
         self.new = _add(file, "new", int(plan.openings * longest_s) // SESSIONS_PER_USER + 1)
+
+    def connections(self, plan: OutagePlan) -> int:
+        """How many there are at once, to both servers."""
+        return plan.sessions + plan.shared + 2 * len(self.victims) + SPARE_CONNECTIONS
 
 
 def _add(file: UserFile, name: str, count: int) -> list[Credential]:
@@ -75,13 +85,13 @@ def run_outages(plan: OutagePlan, console: Console, progress: Say, json_file: Pa
         raise ConfigError(
             [f"--only {', '.join(sorted(unknown))}: there is no such outage; there are {known}"]
         )
-    connections = 2 * plan.sessions + SPARE_CONNECTIONS
-    require_open_files(connections + SERVER_SPARE, plan.sessions, lambda limit: (limit - SERVER_SPARE) // 2)
     started = time.time()
     outcomes = []
     with temporary_home() as home:
         progress("making users, keys and certificates ...")
         pattern, users = prepare(home, plan)
+        needed = users.connections(plan) + SERVER_SPARE
+        require_open_files(needed, plan.sessions, lambda limit: plan.sessions - (needed - limit))
         for harm in HARMS:
             if plan.only and harm.name not in plan.only:
                 continue
@@ -110,7 +120,7 @@ def prepare(home: Home, plan: OutagePlan) -> tuple[Home, Users]:
     users = Users(plan, UserFile(pattern.users))
     pattern.config.write_text(
         "[limits]\n"
-        f"max_connections = {2 * plan.sessions + SPARE_CONNECTIONS}\n"
+        f"max_connections = {users.connections(plan)}\n"
         "connections_per_address = 0    # all come from one\n\n"
         "[certificates]\n"
         'key_types = ["ecdsa-p256"]\n',
@@ -362,9 +372,17 @@ class Run:
 
 
 def show(outcomes: Sequence[Outcome], console: Console) -> None:
-    """Print one table, a column for each outage, and the verdict of each."""
-    if not outcomes:
-        return
+    """Print tables with a column for each outage, and the verdict of each."""
+    for first in range(0, len(outcomes), COLUMNS):
+        _show_some(outcomes[first : first + COLUMNS], console)
+    for outcome in outcomes:
+        reasons = outcome.reasons()
+        style = "bold red" if reasons else "bold green"
+        line = f"{outcome.title}: {'FAILED: ' + '; '.join(reasons) if reasons else 'passed'}"
+        console.print(Text(line, style), soft_wrap=True)
+
+
+def _show_some(outcomes: Sequence[Outcome], console: Console) -> None:
     table = Table(
         title="Outages of the store under load",
         title_justify="left",
@@ -374,17 +392,12 @@ def show(outcomes: Sequence[Outcome], console: Console) -> None:
     )
     table.add_column("", no_wrap=True)
     for outcome in outcomes:
-        table.add_column(outcome.title, justify="right")
+        table.add_column(outcome.name, justify="right", no_wrap=True)
     table.add_column("unit", no_wrap=True)
     table.add_column("target", justify="right", no_wrap=True)
     for rows in zip(*(outcome.rows() for outcome in outcomes), strict=True):
         table.add_row(rows[0].label, *map(_cell, rows), rows[0].unit, _target(rows[0]))
     console.print(table)
-    for outcome in outcomes:
-        reasons = outcome.reasons()
-        style = "bold red" if reasons else "bold green"
-        line = f"{outcome.title}: {'FAILED: ' + '; '.join(reasons) if reasons else 'passed'}"
-        console.print(Text(line, style), soft_wrap=True)
 
 
 def _cell(row: Row) -> Text:
