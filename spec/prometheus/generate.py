@@ -157,6 +157,13 @@ PANELS: dict[str, list[Panel]] = {
             "Connections refused", "ops", {rate("zcproto_connections_refused_total", "reason"): "{{reason}}"}
         ),
         Panel("Peers that do not read", "short", {now("zcproto_slow_readers"): "{{instance}}"}),
+        Panel("Handshakes in progress", "short", {now("zcproto_tls_handshakes_in_progress"): "{{instance}}"}),
+        Panel(
+            "HTTPS responses by status",
+            "reqps",
+            {rate("zcproto_http_responses_total", "status"): "{{status}}"},
+        ),
+        Panel("Events sent", "ops", {rate("zcproto_events_sent_total", "instance"): "{{instance}}"}),
     ],
     "Sessions and logins": [
         Panel("Sessions", "short", {f"sum by (state) ({now('zcproto_sessions')})": "{{state}}"}),
@@ -170,6 +177,19 @@ PANELS: dict[str, list[Panel]] = {
         ),
         Panel("Sessions that end", "ops", {rate("zcproto_sessions_ended_total", "reason"): "{{reason}}"}),
         Panel("Logins", "ops", {rate("zcproto_logins_total", "scheme, result"): "{{scheme}} {{result}}"}),
+        Panel(
+            "Tokens refused",
+            "ops",
+            {
+                rate("zcproto_tokens_refused_total", ""): "not good",
+                rate("zcproto_sessions_not_admitted_total", "reason"): "not with this {{reason}}",
+            },
+        ),
+        Panel(
+            "Requests with a key that were not run",
+            "ops",
+            {rate("zcproto_idempotent_answers_total", "result"): "{{result}}"},
+        ),
         Panel(
             "Logins throttled", "ops", {rate("zcproto_logins_throttled_total", "instance"): "{{instance}}"}
         ),

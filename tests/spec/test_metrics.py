@@ -1,0 +1,162 @@
+"""The page of metrics, the alert rules and the dashboard go by the table, and Prometheus's own tool takes them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.interop.support import needs
+from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY
+from zcproto.observe.metrics import Kind
+
+from ..wire.vectors import SPEC
+
+FOLDER = SPEC / "prometheus"
+RULES, RULES_TEST, DASHBOARD = FOLDER / "alerts.yml", FOLDER / "alerts_test.yml", FOLDER / "dashboard.json"
+
+LABELS = {metric.name: {*metric.labels, "job", "instance"} for metric in ALL}
+LABELS |= {name: {"job", "instance", "generation"} for name in OF_THE_LIBRARY}
+LABELS |= {
+    f"{metric.name}{suffix}": {*LABELS[metric.name], *(["le"] if suffix == "_bucket" else [])}
+    for metric in ALL
+    for suffix in ("_bucket", "_sum", "_count")
+    if metric.kind is Kind.HISTOGRAM
+}
+"""Labels by every name that an expression may have."""
+
+_NAME = re.compile(r"\b(?:zcproto|process|python)_[a-z0-9_]+")
+_SELECTOR = re.compile(r"\b((?:zcproto|process|python)_[a-z0-9_]+)\{([^}]*)\}")
+_FIRST_LABEL = re.compile(r'([a-z_]+)\s*(?:=~|!~|!=|=)\s*"')
+
+
+@pytest.fixture(scope="module")
+def generator() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(FOLDER))
+    known = sys.modules.pop("generate", None)
+    try:
+        import generate
+
+        yield generate
+    finally:
+        sys.path.remove(str(FOLDER))
+        del sys.modules["generate"]
+        if known is not None:
+            sys.modules["generate"] = known
+
+
+def panels() -> list[dict[str, Any]]:
+    return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+
+
+def expressions() -> dict[str, str]:
+    """Every expression of the dashboard and of the rules."""
+    found = {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in panels()
+        for target in panel["targets"]
+    }
+    rules = re.findall(r"- alert: (\w+)\n\s+expr: (>\n(?:\s{10,}.*\n)+|.*\n)", RULES.read_text())
+    assert len(rules) == RULES.read_text().count("- alert:")
+    return found | dict(rules)
+
+
+def test_the_files_are_what_the_generator_makes(generator: ModuleType) -> None:
+    assert generator.outdated() == [], "run: python spec/prometheus/generate.py"
+
+
+def test_the_generator_can_be_asked_whether_the_files_are_up_to_date(
+    generator: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert generator.main(["--check"]) == 0
+    assert generator.main(["--nonsense"]) == 2
+    monkeypatch.setattr(generator, "PAGE", tmp_path / "metrics.md")
+    monkeypatch.setattr(generator, "DASHBOARD", tmp_path / "dashboard.json")
+    capsys.readouterr()
+    assert generator.main(["--check"]) == 1
+    assert "metrics.md" in capsys.readouterr().err
+    assert generator.main([]) == 0
+    assert generator.outdated() == []
+
+
+def test_every_metric_is_on_the_page() -> None:
+    page = (SPEC / "metrics.md").read_text()
+    for name in [*(metric.name for metric in ALL), *OF_THE_LIBRARY]:
+        assert page.count(f"| `{name}` |") == 1
+
+
+def test_expressions_name_nothing_that_is_not_in_the_table() -> None:
+    found = expressions()
+    assert len(found) > 50
+    unknown = {
+        title: names
+        for title, expression in found.items()
+        if (names := [name for name in _NAME.findall(expression) if name not in LABELS])
+    }
+    assert unknown == {}
+
+
+def test_expressions_ask_for_no_label_that_a_metric_does_not_have() -> None:
+    for title, expression in expressions().items():
+        for name, selector in _SELECTOR.findall(expression):
+            asked = set(_FIRST_LABEL.findall(selector))
+            assert asked <= LABELS[name], title
+        for grouping in re.findall(r"\b(?:by|without) \(([^)]*)\)", expression):
+            asked = {label.strip() for label in grouping.split(",") if label.strip()}
+            known = set().union(*(LABELS[name] for name in _NAME.findall(expression)))
+            assert asked <= known, title
+
+
+def test_legends_name_labels_that_are_there() -> None:
+    for panel in panels():
+        for target in panel["targets"]:
+            known = set().union(*(LABELS[name] for name in _NAME.findall(target["expr"])))
+            assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= known, panel["title"]
+
+
+def test_panels_do_not_lie_on_one_another() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {
+            (place["x"] + right, place["y"] + down)
+            for right in range(place["w"])
+            for down in range(place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_most_metrics_are_shown_or_watched() -> None:
+    used = {name for expression in expressions().values() for name in _NAME.findall(expression)}
+    used |= {re.sub("_(bucket|sum|count)$", "", name) for name in used}
+    unused = {metric.name for metric in ALL} - used
+    assert len(unused) < len(ALL) / 3, unused
+
+
+def test_every_alert_is_tested() -> None:
+    tests = RULES_TEST.read_text()
+    for name in re.findall(r"- alert: (\w+)", RULES.read_text()):
+        assert f'alertname="{name}"' in tests
+
+
+@needs("promtool")
+@pytest.mark.parametrize(
+    "command",
+    [["check", "rules", "--lint-fatal", RULES.name], ["test", "rules", RULES_TEST.name]],
+    ids=lambda command: command[0],
+)
+def test_promtool_takes_the_rules(command: list[str]) -> None:
+    done = subprocess.run(
+        ["promtool", *command], cwd=FOLDER, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SUCCESS" in done.stdout
