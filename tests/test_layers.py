@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tls": LEAVES,
     "certs": LEAVES,
     "observe": LEAVES,
-    "alerts": {"observe", "errors", "printable"},
+    "alerts": {"observe", "errors", "printable", "secret"},
     # the edge
     "server": BELOW_THE_EDGE | LEAVES | PROCESS,
     "client": {"tls", "connection", "wire", "observe"} | LEAVES | PROCESS,

@@ -140,6 +140,23 @@ def test_show_shows_no_password(
     assert "hunter2" not in out
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://hooks.example.com/T0/hunter2", "https://hooks.example.com/(hidden)"),
+        ("https://hooks.example.com:8443?key=hunter2", "https://hooks.example.com:8443?(hidden)"),
+        ("http://localhost:9000/", "http://localhost:9000/"),
+        ("", ""),
+    ],
+)
+def test_show_shows_no_path_of_a_webhook(
+    url: str, shown: str, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_ALERTS__WEBHOOK", url)
+    assert main(["config", "show"]) == 0
+    assert tomli.loads(capsys.readouterr().out)["alerts"]["webhook"] == shown
+
+
 def test_show_tells_faults_instead(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZCPROTO_HTTP__ENABLED", "perhaps")
     assert main(["config", "show"]) == 2

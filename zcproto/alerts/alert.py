@@ -21,6 +21,9 @@ MAX_ABOUT: Final = 200
 
 MAX_TITLE: Final = 300
 MAX_DETAILS: Final = 16
+MAX_MESSAGE: Final = 8_192
+"""Bytes of a message; a longer one keeps all but its details."""
+
 FORMAT: Final = 1
 """The version of the JSON form. Fields may be added to a version; none changes its meaning."""
 
@@ -87,14 +90,22 @@ class Message:
         `origin` is random and the process's own: with the number it makes an id that no other message has, and that
         stays the same when a message is sent again. `source` says which server it is, for people.
         """
-        fields = {
+        fields: dict[str, Any] = {
             "format": FORMAT,
             "id": f"{origin}-{self.number}",
             "phase": self.phase.value,
             "source": source,
             "alert": self.alert.as_dict(),
         }
-        return json.dumps(fields, separators=(",", ":")).encode("ascii")
+        body = _encode(fields)
+        if len(body) > MAX_MESSAGE:
+            fields["alert"]["details"] = {"oversize": len(body)}
+            body = _encode(fields)
+        return body
+
+
+def _encode(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, separators=(",", ":")).encode("ascii")
 
 
 def clean_text(text: str, limit: int) -> str:

@@ -103,7 +103,7 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
     AlertKind.CERTIFICATE_NOT_USED: KindEntry(
         Severity.ERROR,
         Ending.RESOLVED,
-        "(nothing)",
+        "",
         "New certificates failed the handshake by which they prove themselves. The old ones are served on.",
         "`zcproto cert check FILE`; the message says which file.",
     ),
@@ -127,7 +127,7 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
     AlertKind.REVOCATION_RATE: KindEntry(
         Severity.ERROR,
         Ending.RATE,
-        "(nothing)",
+        "",
         "Many sessions were revoked within `alerts.rate_window`, whoever did it: `alerts.revocation_rate`.",
         "Ask the operators. If nobody did it, take away the keys of operators by `zcproto user disable`.",
     ),
@@ -142,7 +142,7 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
     AlertKind.REPLAYED: KindEntry(
         Severity.ERROR,
         Ending.RATE,
-        "(nothing)",
+        "",
         "Frames were refused as replays (error 66): they were seen before, or belong to another connection."
         " Within TLS nobody can do that but the client itself.",
         "A client with a fault, or one that somebody else directs: the log names its address at"
@@ -151,14 +151,14 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
     AlertKind.STALE_FRAMES: KindEntry(
         Severity.WARNING,
         Ending.RATE,
-        "(nothing)",
+        "",
         "Many requests were refused for their timestamps, which are further off than `freshness.tolerance`.",
         "See that the clocks of the server and of its clients are set, by NTP.",
     ),
     AlertKind.LOGINS_THROTTLED: KindEntry(
         Severity.WARNING,
         Ending.RATE,
-        "(nothing)",
+        "",
         "Many logins were sent away to wait, within `alerts.rate_window`: `alerts.throttled_logins`. Somebody"
         " guesses keys, or a program tries a wrong one for ever.",
         "The log names the addresses at `login.failed`. Shut out what guesses, by the firewall.",
@@ -166,7 +166,7 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
     AlertKind.STORE_DEGRADED: KindEntry(
         Severity.ERROR,
         Ending.RESOLVED,
-        "(nothing)",
+        "",
         "The store of sessions does not answer. Known sessions go on for `store.grace`, new ones are refused, and"
         " revocations are written down for later.",
         "The message gives the reason. Bring the store back, or the disk; the rest is by itself.",
@@ -174,7 +174,7 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
     AlertKind.STORE_GRACE_OVER: KindEntry(
         Severity.CRITICAL,
         Ending.RESOLVED,
-        "(nothing)",
+        "",
         "The store has been out for longer than `store.grace`: all tokens are refused until it is back.",
         "As for `store.degraded`, with haste.",
     ),
@@ -189,14 +189,14 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
     AlertKind.STORE_EMPTIED: KindEntry(
         Severity.ERROR,
         Ending.QUIET,
-        "(nothing)",
+        "",
         "A shared store has lost what it kept. The servers bring back the sessions that they know.",
         "See why: a restart without persistence, `FLUSHALL`, or a limit of memory with eviction.",
     ),
     AlertKind.REVOCATIONS_NOT_KEPT: KindEntry(
         Severity.CRITICAL,
         Ending.QUIET,
-        "(nothing)",
+        "",
         "A revocation could be written neither to the store nor to the disk, as that fails or too many wait. It"
         " holds while this process runs, and its caller was told that it is not kept.",
         "Bring back the store before you restart the server, then revoke again.",
@@ -220,7 +220,7 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
     AlertKind.TEST: KindEntry(
         Severity.INFO,
         Ending.QUIET,
-        "(nothing)",
+        "",
         "Sent by `zcproto alert test`, to see that messages arrive.",
         "Nothing.",
     ),

@@ -16,6 +16,8 @@ from zcproto.printable import printable
 
 _PASSWORD = re.compile(r'(?m)^(url = "[a-z+]+://[^"/@:]*):[^"@]*@')
 
+_WEBHOOK = re.compile(r'(?m)^(webhook = "https?://[^"/?]+[/?])[^"]+"')
+
 
 @click.group()
 @home_options
@@ -62,7 +64,8 @@ def check(home: Home, config_file: Path | None) -> None:
 def show(home: Home, config_file: Path | None) -> None:
     """Print the settings in force, from the file, the environment and the defaults.
 
-    A password within an address is not shown.
+    A password within an address is not shown, nor is the path of a webhook, which may be as good as one.
     """
     text = config_as_toml(read_config(home, config_file))
+    text = _WEBHOOK.sub(r'\1(hidden)"', text)
     click.echo(_PASSWORD.sub(r"\1:(hidden)@", text), nl=False)
