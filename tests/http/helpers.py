@@ -19,6 +19,7 @@ LIMITS = HttpLimits(
     max_target=100,
     max_fields=10,
     max_body=64,
+    max_chunks=10,
     max_requests=5,
     request_timeout=10.0,
     answer_timeout=20.0,

@@ -44,6 +44,10 @@ GOOD: dict[str, tuple[bytes, list[str]]] = {
         post(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n", "Transfer-Encoding: chunked"),
         ["POST /p ? b'abcde'"],
     ),
+    "many chunks": (
+        post(b"1\r\nx\r\n" * 10 + b"0\r\n\r\n", "Transfer-Encoding: chunked"),
+        ["POST /p ? b'xxxxxxxxxx'"],
+    ),
     "no host in HTTP/1.0": (head(first="GET / HTTP/1.0"), ["GET / ? b''"]),
     "an empty host": (head("Host:"), ["GET / ? b''"]),
     "an address as host": (head("Host: [::1]:7443"), ["GET / ? b''"]),
@@ -102,6 +106,7 @@ BAD: dict[str, tuple[int, bytes]] = {
     "a body too large": (413, post(b"", "Content-Length: 65")),
     "a body huge beyond words": (413, post(b"", "Content-Length: 99999999999999999999")),
     "chunks too large": (413, post(b"41\r\n" + b"x" * 65, "Transfer-Encoding: chunked")),
+    "too many chunks": (413, post(b"1\r\nx\r\n" * 11, "Transfer-Encoding: chunked")),
     "a target too long": (414, head("Host: a", first=f"GET /{'x' * 100} HTTP/1.1")),
     "a line that never ends": (414, b"GET /" + b"x" * 200),
     "an expectation that nobody has": (417, post(b"", "Content-Length: 2", "Expect: tea")),

@@ -62,6 +62,8 @@ class HttpLimits:
     max_target: int = 2_048
     max_fields: int = 64
     max_body: int = 16_384
+    max_chunks: int = 256
+    """Of one body. Reading a chunk costs some 50 us, however small it is; clients send them by the KiB."""
     max_requests: int = 1_000
     """Requests of one connection, after which the client connects anew."""
     request_timeout: float = 10.0
@@ -95,6 +97,7 @@ class HttpConnection:
 
     __slots__ = (
         "_body",
+        "_chunks",
         "_buffer",
         "_deadline",
         "_h11",
@@ -123,6 +126,7 @@ class HttpConnection:
         self._h11: h11.Connection | None = None  # of the request that is being read or answered
         self._request: h11.Request | None = None
         self._body = bytearray()
+        self._chunks = 0
         self._out: list[bytes] = []
         self._left = limits.max_requests
         self._is_last = False
@@ -264,7 +268,8 @@ class HttpConnection:
             while event.__class__ is h11.Data:
                 assert isinstance(event, h11.Data)
                 self._body += event.data
-                if len(self._body) > self._limits.max_body:
+                self._chunks += event.chunk_start
+                if len(self._body) > self._limits.max_body or self._chunks > self._limits.max_chunks:
                     raise _Refused(413)
                 event = parser.next_event()
         except h11.RemoteProtocolError as error:
