@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import shutil
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trustme
@@ -327,6 +330,51 @@ def test_what_is_found_when_the_loop_is_gone_or_the_watch_at_its_end_goes_nowher
     keeper._look_for = look  # type: ignore[method-assign]
     keeper._watch(loop, ended)
     assert looks == 2
+
+
+LEFT_ALONE = """
+import asyncio, sys
+from pathlib import Path
+from zcproto import Server
+from zcproto.config import load_config
+
+home = Path(sys.argv[1])
+overrides = {"server.port": 0, "certificates.key_types": ["ecdsa-p256"], "certificates.watch_interval": "1h"}
+config = load_config(None, home=home, environ={}, overrides={**overrides, "store.url": "memory"})
+asyncio.new_event_loop().run_until_complete(Server(config=config, home=home).start())
+print("started")
+"""
+
+
+def test_a_program_that_leaves_its_server_alone_ends(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    shutil.copytree(certs, home / "certs")
+    ended = subprocess.run(
+        [sys.executable, "-c", LEFT_ALONE, str(home)], capture_output=True, timeout=TIMEOUT, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, b"started\n"), ended.stderr
+
+
+def test_a_long_wait_is_as_long_as_it_should_be(tmp_path: Path, certs: Path) -> None:
+    class Impatient(threading.Event):
+        """Takes down how long it is asked to wait, and does not."""
+
+        waits: ClassVar[list[float]] = []
+
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            self.waits.append(timeout)
+            return False
+
+    config = configuration(tmp_path / "home", certificates__directory=certs)
+    keeper = CertificateKeeper(
+        config, system_clock, ["zcp/1"], on_kept=lambda kept: None, on_next_pins=lambda pins: None
+    )
+    keeper._interval = 1.3
+    assert keeper._waited(Impatient())
+    assert sum(Impatient.waits) == pytest.approx(1.3)
+    assert max(Impatient.waits) <= keeper_module.LONGEST_WAIT
 
 
 # --- certificates of others -------------------------------------------------------------------------------------

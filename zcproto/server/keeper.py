@@ -51,6 +51,9 @@ from zcproto.tls.sites import SiteContexts
 _WARNINGS: Final = frozenset({NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD, NoticeKind.EXPIRY})
 THREAD: Final = "zcproto-certificates"
 
+LONGEST_WAIT: Final = 0.5
+"""Seconds for which a program that ends without its server's end may have to wait for the thread."""
+
 REST: Final = 0.002
 """Seconds for which the thread stops between what takes some milliseconds."""
 
@@ -194,8 +197,17 @@ class CertificateKeeper:
             with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody to serve any more
                 loop.call_soon_threadsafe(lambda: None if ended.is_set() else report())
 
-        while not ended.wait(self._interval) and not loop.is_closed():
+        while self._waited(ended) and not loop.is_closed():
             self._look_for(hand)
+
+    def _waited(self, ended: threading.Event) -> bool:
+        """Wait until the next look; False if there is to be none, as the watch ends, or the program does."""
+        left = self._interval
+        while not ended.wait(min(left, LONGEST_WAIT)) and threading.main_thread().is_alive():
+            left -= LONGEST_WAIT
+            if left <= 0:
+                return True
+        return False
 
     def _look_for(self, hand: Callable[[Report], object]) -> None:
         """Look, and hand the loop what is new. One look at a time, so that it gets them in their order."""
