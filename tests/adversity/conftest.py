@@ -15,6 +15,8 @@ from .helpers import Bystander, left_alone
 
 __all__ = ["certs", "serve", "shared"]
 
+SETTINGS: dict[str, Any] = {"limits__write_buffer_bytes": 65_536, "limits__max_streams": 16}
+
 
 def application() -> App:
     app = default_app()
@@ -28,15 +30,9 @@ def application() -> App:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[ServerThread]:
-    """One server for all tests of a module, impatient so that they need not wait long."""
-    settings: dict[str, Any] = {
-        "tls__handshake_timeout": "300ms",
-        "limits__write_timeout": "500ms",
-        "limits__write_buffer_bytes": 65_536,
-        "limits__max_streams": 16,
-    }
+    """One server for all tests of a module."""
     home = tmp_path_factory.mktemp("adversity") / "home"
-    with ServerThread(home, certs, application(), **settings) as server:
+    with ServerThread(home, certs, application(), **SETTINGS) as server:
         yield server
 
 

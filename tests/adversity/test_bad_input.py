@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 import struct
@@ -13,7 +14,9 @@ from typing import Any
 import msgpack
 import pytest
 
+from zcproto.config.model import TlsConfig
 from zcproto.server.app import App
+from zcproto.server.builtin import default_app
 
 from ..server.conftest import Serve
 from ..server.helpers import (
@@ -129,12 +132,12 @@ def test_http_gets_no_application_protocol_where_it_is_off(serve: Serve, alpn: t
 
 
 def test_half_a_hello_and_silence_ends_at_the_handshake_timeout(serve: Serve) -> None:
-    server = serve(tls__handshake_timeout=0.3)
+    server = serve(tls__handshake_timeout=1.0)
     with bystander(server), server.tcp() as raw:
         raw.sendall(first_hello()[:100])
         began = time.monotonic()
         read_to_end(raw)
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < TlsConfig().handshake_timeout
         assert failures(server, "handshake_timeout") == 1
 
 
@@ -340,14 +343,23 @@ def test_a_session_of_another_user_is_out_of_reach(shared: ServerThread) -> None
 
 
 def test_requests_beyond_max_streams_are_refused_and_the_others_run(serve: Serve) -> None:
-    server = serve(limits__max_streams=8)
+    app = default_app()
+    opened = asyncio.Event()
+
+    @app.method("wait")
+    async def wait() -> None:
+        await opened.wait()
+
+    server = serve(app, limits__max_streams=8)
     with bystander(server), server.client("ada") as client:
-        client.send(*[client.request("sleep", {"ms": 100}) for _ in range(50)])
-        answers = client.answers(50)
-        refused = [frame for frame in answers.values() if frame.kind == ERROR]
-        assert len(refused) == 42
-        assert {frame.code for frame in refused} == {RESOURCE_EXHAUSTED}
-        assert all(frame.details["retry_after_ms"] > 0 for frame in refused)
+        client.send(*[client.request("wait", {}) for _ in range(50)])
+        refused = client.answers(42)
+        assert {frame.code for frame in refused.values()} == {RESOURCE_EXHAUSTED}
+        assert all(frame.details["retry_after_ms"] > 0 for frame in refused.values())
+        server.in_loop(opened.set)
+        run = client.answers(8)
+        assert {frame.kind for frame in run.values()} == {RESPONSE}
+        assert not run.keys() & refused.keys()
 
 
 def test_a_flood_of_pings_is_answered_and_harms_nobody(shared: ServerThread) -> None:
@@ -391,9 +403,8 @@ def test_guessing_keys_is_delayed(serve: Serve) -> None:
     with bystander(server), server.client() as client:
         guess = {"scheme": "api_key", "user": "ada", "key": "wrong", "client": "eve/1"}
         codes = [client.refused("session.open", guess).code for _ in range(20)]
-        assert codes[0] == UNAUTHENTICATED
-        assert codes[-1] == RESOURCE_EXHAUSTED
-        assert codes.count(UNAUTHENTICATED) <= 13
+        assert codes[:3] == [UNAUTHENTICATED] * 3
+        assert codes.count(RESOURCE_EXHAUSTED) >= 7
 
 
 # --- a disconnect at every point -------------------------------------------------------------------------

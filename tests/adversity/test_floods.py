@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import math
 import select
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,8 +33,8 @@ from ..server.helpers import (
     eventually,
     reset,
 )
-from .conftest import application
-from .helpers import Bystander, left_alone
+from .conftest import SETTINGS, application
+from .helpers import Bystander, left_alone, while_impatient
 from .test_bad_input import BODIES, POINTS
 from .tls13 import RawTls
 
@@ -86,17 +88,22 @@ FLOODS = [
 
 
 def flood(client: Client, make: Callable[[Client], bytes], limit: int) -> int:
-    """Send without ever reading, until the server takes no more; how many bytes that was."""
-    client.tls.settimeout(0.05)
+    """Send without ever reading, until the server ends it; how many bytes that was."""
     sent = 0
-    try:
-        while sent < limit:
-            data = make(client)
-            client.tls.sendall(data)
-            sent += len(data)
-    except (TimeoutError, OSError):
-        pass
-    client.tls.settimeout(10)
+
+    def send() -> None:
+        nonlocal sent
+        with contextlib.suppress(OSError):
+            while sent < limit:
+                data = make(client)
+                client.tls.sendall(data)
+                sent += len(data)
+
+    # OpenSSL keeps errors for each thread, and the `ssl` of Python 3.13 would tell the next connection of this
+    # thread that it was reset.
+    thread = threading.Thread(target=send)
+    thread.start()
+    thread.join()
     return sent
 
 
@@ -106,11 +113,9 @@ def test_who_never_reads_is_not_read_from_and_cut_off_in_time(
 ) -> None:
     before, rss = ended(server, "write_timeout"), server.stats["rss_bytes"]
     client = server.client("flooder", receive_buffer=4_096)
-    started = time.monotonic()
-    sent = flood(client, make, 64 * MIB)
-    assert sent < 32 * MIB
-    eventually(lambda: ended(server, "write_timeout") == before + 1)
-    assert time.monotonic() - started < 5
+    with while_impatient(server):
+        assert flood(client, make, 64 * MIB) < 32 * MIB
+        eventually(lambda: ended(server, "write_timeout") == before + 1)
     assert server.stats["rss_bytes"] - rss < 32 * MIB
     reset(client.tls)
 
@@ -165,23 +170,20 @@ def all_wait(server: ServerThread, count: int) -> bool:
 
 def test_the_greatest_length_is_closed_at_once(connect: Connect) -> None:
     client = connect("ada")
-    started = time.monotonic()
     client.send(client.frame(length=2**32 - 1)[:4])
-    frames, how = client.rest_until_closed()
-    assert time.monotonic() - started < 0.1
+    frames, how = client.rest_until_closed()  # far sooner than silence would end it
     assert ([frame.code for frame in frames], how) == ([Code.FRAME_TOO_LARGE], "close_notify")
 
 
 def test_a_frame_that_drips_for_ever_is_silence(serve: Callable[..., ServerThread]) -> None:
-    server = serve(limits__idle_timeout="200ms")
+    server = serve(limits__idle_timeout="1s")
     with server.client("ada") as client:
-        data = client.request("echo", {"a": "b" * 1_000})
-        started = time.monotonic()
-        for byte in data:
+        for byte in client.request("echo", {"a": "b" * 1_000}):
             client.tls.sendall(bytes([byte]))
             if select.select([client.tls], [], [], 0.01)[0]:
                 break
-        assert time.monotonic() - started < 1.5
+        else:
+            raise AssertionError("it was waited for to the end")
         assert [frame.value["reason"] for frame in client.rest_until_closed()[0]] == ["idle"]
 
 
@@ -219,9 +221,12 @@ def test_guessing_from_many_connections_is_slowed_down_for_that_user_alone(
     with left_alone(server):
         clients = [server.client() for _ in range(10)]
         login = {"scheme": "api_key", "user": "ada", "key": "guess"}
+        began = time.monotonic()
         codes = [client.refused("session.open", login).code for client in clients for _ in range(5)]
-        assert codes.count(Code.UNAUTHENTICATED) <= 4
-        assert set(codes[5:]) == {Code.RESOURCE_EXHAUSTED}
+        heard = codes.count(Code.UNAUTHENTICATED)
+        assert heard + codes.count(Code.RESOURCE_EXHAUSTED) == 50
+        # Three are free; then one after a second, one after two more, one after four more.
+        assert 3 <= heard <= 3 + math.log2(time.monotonic() - began + 1)
         for client in clients:
             client.close()
 
@@ -320,13 +325,7 @@ def test_a_sudden_end_leaves_nothing_behind(
 def asyncio_server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[ServerThread]:
     """As the module's server, on asyncio's own loop."""
     home = tmp_path_factory.mktemp("asyncio") / "home"
-    settings: dict[str, Any] = {
-        "tls__handshake_timeout": "300ms",
-        "limits__write_timeout": "500ms",
-        "limits__write_buffer_bytes": 65_536,
-        "limits__max_streams": 16,
-    }
-    with ServerThread(home, certs, application(), loop_factory=asyncio.new_event_loop, **settings) as server:
+    with ServerThread(home, certs, application(), loop_factory=asyncio.new_event_loop, **SETTINGS) as server:
         yield server
 
 
@@ -359,8 +358,9 @@ def test_on_asyncios_loop_who_never_reads_is_cut_off_too(
     with left_alone(asyncio_server):
         before = ended(asyncio_server, "write_timeout")
         client = asyncio_server.client("flooder", receive_buffer=4_096)
-        assert flood(client, make, 64 * MIB) < 32 * MIB
-        eventually(lambda: ended(asyncio_server, "write_timeout") == before + 1)
+        with while_impatient(asyncio_server):
+            assert flood(client, make, 64 * MIB) < 32 * MIB
+            eventually(lambda: ended(asyncio_server, "write_timeout") == before + 1)
         reset(client.tls)
 
 
@@ -391,7 +391,7 @@ def test_no_cycle_of_references_keeps_a_connection_that_is_gone(
         left = {"connections": 1, "tcp": 1, "sites": 1, "by_session": 1, "wheel": 1}
         target.until_left(**(left if loop == "uvloop" else {}))
         try:
-            eventually(lambda: in_memory() == before, 2.0)
+            eventually(lambda: in_memory() == before)
         except AssertionError:
             raise AssertionError(f"before: {before}, after: {in_memory()}") from None
     finally:

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -290,7 +291,9 @@ def test_the_two_clients_have_the_same_names_and_options() -> None:
 def test_a_blocking_call_is_quick(shared: ServerThread, blocking: Blocking) -> None:
     with blocking(shared) as client:
         client.call("echo")
-        start = time.perf_counter()
+        seconds = []
         for _ in range(100):
+            start = time.perf_counter()
             client.call("echo")
-        assert time.perf_counter() - start < 5
+            seconds.append(time.perf_counter() - start)
+        assert statistics.median(seconds) < 0.05  # and not when somebody looks the next time

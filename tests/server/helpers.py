@@ -194,6 +194,11 @@ class ServerThread:
     def stats(self) -> dict[str, Any]:
         return self.in_loop(self.server.statistics)
 
+    def cpu_time(self) -> float:
+        """Seconds of processor time that the server's thread has used."""
+        assert self._thread.ident is not None
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
+
     @property
     def port(self) -> int:
         return self.server.port

@@ -168,7 +168,7 @@ def test_a_connection_may_carry_the_sessions_of_several_devices(office: Office) 
 
 
 def test_without_a_proof_the_connection_has_no_session(tmp_path: Path, certs: Path) -> None:
-    office = Office(tmp_path / "home", certs, sessions__open_timeout="300ms")
+    office = Office(tmp_path / "home", certs, sessions__open_timeout="1s")
     with office.server, office.open() as client, office.client() as other:
         assert needs_attach(other.refused("echo", token=client.token))
         frames, how = other.rest_until_closed()

@@ -65,20 +65,37 @@ def key(home: Path) -> str:
 # --- real processes ------------------------------------------------------------------------------------------
 
 
+GATE = """
+import asyncio
+from pathlib import Path
+from zcproto.server.app import App
+
+app = App()
+
+@app.method("wait")
+async def wait():
+    while not Path(__file__).with_name("open").exists():
+        await asyncio.sleep(0.01)
+"""
+"""A method that runs until a file is there."""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_exits_with_0(home: Path, certs: Path, key: str, number: int) -> None:
-    with ServerProcess(home, certs) as server:
+    (home / "gate.py").write_text(GATE)
+    with ServerProcess(home, certs, app="gate:app") as server:
         with (
             server.client("ada", key) as client,
             server.client("ada", key) as idle,
             server.client() as nobody,
         ):
-            client.echo()
-            client.send(client.request("sleep", {"ms": 150}))
+            client.send(client.request("wait"), client.request("server.info"))
+            client.answer(client.stream)
             server.signal(number)
             for other in (idle, nobody):
                 frames, how = other.rest_until_closed()
                 assert ([frame.kind for frame in frames], how) == ([GOAWAY], "close_notify")
+            (home / "open").touch()
             frames, how = client.rest_until_closed()
             assert [frame.kind for frame in frames] == [GOAWAY, RESPONSE]
             assert how == "close_notify"
@@ -118,7 +135,7 @@ def test_a_second_signal_forces_the_end(home: Path, certs: Path, key: str) -> No
 
 
 def test_a_signal_during_a_handshake_ends_all_the_same(home: Path, certs: Path) -> None:
-    (home / "config.toml").write_text(f'{CONFIG}\n[tls]\nhandshake_timeout = "200ms"')
+    (home / "config.toml").write_text(f'{CONFIG}\n[tls]\nhandshake_timeout = "2s"')
     with (
         ServerProcess(home, certs) as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=10) as half,

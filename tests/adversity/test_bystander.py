@@ -1,0 +1,76 @@
+"""The bystander of the attacks: what disturbs a connection is found, and none is left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from zcproto.server.protocol import ServerProtocol
+
+from ..server.conftest import Serve
+from ..server.helpers import ServerThread, eventually
+from .helpers import Bystander, left_alone
+
+
+def hold(server: ServerThread, bystander: Bystander) -> None:
+    """The loop works on something else while the bystander waits."""
+
+    def work() -> None:
+        while not bystander.waiting:
+            pass
+        end = time.thread_time() + 2 * bystander.LIMIT_CPU_S
+        while time.thread_time() < end:
+            pass
+
+    server.in_loop(work)
+
+
+def the_bystanders_own(server: ServerThread) -> ServerProtocol:
+    (protocol,) = server.server.serving.connections
+    return protocol
+
+
+def stall(server: ServerThread, bystander: Bystander) -> None:
+    """The bystander's connection is not read from, until it has given up."""
+    protocol = the_bystanders_own(server)
+    server.in_loop(protocol.pause_writing)
+    eventually(lambda: bystander.failure)
+    server.in_loop(protocol.resume_writing)
+
+
+def cut(server: ServerThread, bystander: Bystander) -> None:
+    server.in_loop(lambda: the_bystanders_own(server).abort("write_timeout"))
+    eventually(lambda: bystander.failure)
+
+
+def tell(server: ServerThread, bystander: Bystander) -> None:
+    """Somebody ends the bystander's session, which is told to it."""
+    with server.client("bystander") as other:
+        other.call("session.revoke", {"all": True})
+    eventually(lambda: bystander.failure)
+
+
+@pytest.mark.parametrize(
+    ("attack", "found"),
+    [(hold, "waited for"), (stall, "disturbed"), (cut, "disturbed"), (tell, "disturbed")],
+)
+def test_whatever_disturbs_it_is_found(
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    attack: Callable[[ServerThread, Bystander], None],
+    found: str,
+) -> None:
+    monkeypatch.setattr(Bystander, "LIMIT_CPU_S", 0.1)
+    monkeypatch.setattr(Bystander, "LIMIT_S", 20.0 if attack is hold else 1.0)
+    server = serve()
+    with pytest.raises(AssertionError, match=found), left_alone(server) as bystander:
+        attack(server, bystander)
+    server.until_left()
+
+
+def test_a_quiet_server_is_no_disturbance(serve: Serve) -> None:
+    server = serve()
+    with left_alone(server) as bystander:
+        eventually(lambda: bystander.calls >= 10)
