@@ -37,12 +37,17 @@ class EventLimits:
             limit: RateLimited(limit.lines, MAX_KEYS if limit.by else 1024, limit.total) for limit in limits
         }
 
-    def admit(self, event: Event, values: Mapping[str, Any], now: float) -> int | None:
-        """None if the event is not to be written, else how many of this key were not since the last that was."""
+    def admit(
+        self, event: Event, values: Mapping[str, Any], bound: Mapping[str, Any], now: float
+    ) -> int | None:
+        """None if the event is not to be written, else how many of this key were not since the last that was.
+
+        The key is what the line has in the fields of the limit: of `values`, or else of what is `bound`.
+        """
         limit = event.limit
         if limit is None:
             return 0
-        key = tuple(_key(name, values.get(name)) for name in limit.by)
+        key = tuple([_key(name, values[name] if name in values else bound.get(name)) for name in limit.by])
         with self._lock:
             return self._rates[limit].admit(event.name, key, now)
 

@@ -69,7 +69,7 @@ class Logger(structlog.BoundLoggerBase):
         try:
             known = EVENTS.get(event)
             if known is not None and known.limit is not None:
-                left_out = state.limits.admit(known, {**self._context, **values}, state.clock.now())
+                left_out = state.limits.admit(known, values, self._context, state.clock.now())
                 if left_out is None:
                     return
                 if left_out:
