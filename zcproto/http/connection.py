@@ -268,7 +268,7 @@ class HttpConnection:
             while event.__class__ is h11.Data:
                 assert isinstance(event, h11.Data)
                 self._body += event.data
-                self._chunks += event.chunk_start
+                self._chunks += event.chunk_end
                 if len(self._body) > self._limits.max_body or self._chunks > self._limits.max_chunks:
                     raise _Refused(413)
                 event = parser.next_event()

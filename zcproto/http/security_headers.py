@@ -34,7 +34,7 @@ _PERMISSIONS: Final = ", ".join(
         ),
         *("fullscreen", "geolocation", "gyroscope", "keyboard-map", "magnetometer", "microphone", "midi"),
         *("payment", "picture-in-picture", "publickey-credentials-get", "screen-wake-lock", "sync-xhr"),
-        *("usb", "web-share", "xr-spatial-tracking"),
+        *("usb", "xr-spatial-tracking"),
     )
 )
 
