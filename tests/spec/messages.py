@@ -1,0 +1,130 @@
+"""The messages that a person can meet, read from the sources: what is raised as one of our errors, with `…` for
+whatever varies."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+ROOTS: Final = {"ZcprotoError", "ClickException", "UsageError", "BadParameter", "RefusedError"}
+MAKERS: Final = {"_fault", "fault", "_bad", "refuse", "_unusable", "_refusal"}
+"""Functions that make one of our errors, or a fault for one, of a text."""
+
+RETURNERS: Final = {
+    "zcproto/config/faults.py": {"unknown_key", "unknown_section", "outside_section"},
+    "zcproto/certs/pair.py": {"_mismatch"},
+    "zcproto/certs/keys.py": {"_unknown_key_type"},
+    "zcproto/cli/__init__.py": {"_explain"},
+    "zcproto/cli/cert_report.py": {"_key_problem"},
+}
+"""Functions by file whose result is, or begins, a message."""
+
+PEERS_ALONE: Final = {"MessageError", "FrameError"}
+"""What a program with a fault is told by the other end, always with the code PROTOCOL_ERROR in front."""
+
+
+class Message(NamedTuple):
+    """A text, with the place where it is made."""
+
+    text: str
+    place: str
+
+
+def text_of(node: ast.expr) -> str | None:
+    """A literal or an f-string, with `…` for what varies. None for anything else."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = text_of(node.left), text_of(node.right)
+        return None if parts == (None, None) else "".join(part or "…" for part in parts)
+    return None
+
+
+def texts_in(node: ast.expr) -> Iterator[str]:
+    """All texts of an expression that are no part of a larger one, and no key of a map."""
+    text = text_of(node)
+    if text is not None:
+        yield text
+        return
+    if isinstance(node, ast.Dict | ast.Call) and not (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "printable"
+    ):
+        return
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            yield from texts_in(child)
+
+
+class Sources:
+    """All sources of the package."""
+
+    def __init__(self) -> None:
+        paths = sorted((ROOT / "zcproto").rglob("*.py"))
+        self.trees = {
+            path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths
+        }
+        self.bases: dict[str, list[str]] = {}
+        self.codes: dict[str, str] = {}
+        for tree in self.trees.values():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef):
+                    self.bases[node.name] = [_last_name(base) for base in node.bases]
+                    code = _code_of(node)
+                    if code:
+                        self.codes[node.name] = code
+
+    def is_ours(self, name: str) -> bool:
+        return name in ROOTS or any(map(self.is_ours, self.bases.get(name, [])))
+
+    def messages(self) -> Iterator[Message]:
+        for path, tree in self.trees.items():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call):
+                    for text in self._raised(_last_name(node.func), node):
+                        yield Message(text, f"{path}:{node.lineno}")
+                elif isinstance(node, ast.FunctionDef) and node.name in RETURNERS.get(path, ()):
+                    for each in ast.walk(node):
+                        if isinstance(each, ast.Return) and each.value is not None:
+                            for text in texts_in(each.value):
+                                yield Message(text, f"{path}:{each.lineno}")
+
+    def _raised(self, name: str, call: ast.Call) -> Iterator[str]:
+        if name in PEERS_ALONE or not (name in MAKERS or self.is_ours(name)):
+            return
+        found = [text for argument in call.args for text in texts_in(argument)]
+        if name == "TlsError":
+            yield ": ".join(text for text in found if text)
+        elif name == "ProtocolError":
+            yield from (f"PROTOCOL_ERROR: {text}" for text in found)
+        elif name in self.codes:
+            yield from (f"{self.codes[name]}: {text}" for text in found)
+        else:
+            yield from (text for text in found if " " in text)
+
+
+def _code_of(node: ast.ClassDef) -> str:
+    """The name of the code of a CallError; empty for any other class."""
+    for each in node.body:
+        if (
+            isinstance(each, ast.Assign)
+            and _last_name(each.targets[0]) == "code"
+            and isinstance(each.value, ast.Attribute)
+        ):
+            return each.value.attr
+    return ""
+
+
+def _last_name(node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    return node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def all_messages() -> list[Message]:
+    return list(Sources().messages())
