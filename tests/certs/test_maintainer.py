@@ -110,6 +110,22 @@ def disk_fails(monkeypatch: pytest.MonkeyPatch, error: int, *functions: str) -> 
         monkeypatch.setattr(os, function, fail)
 
 
+def test_it_rests_between_reading_what_is_new_and_seeing_to_it(tmp_path: Path) -> None:
+    world = own_world(tmp_path)
+    rests: list[int] = []
+    world.maintainer = Maintainer(
+        world.settings, random=lambda: 0.5, environ={}, rest=lambda: rests.append(1)
+    )
+    world.check()
+    world.settle()
+    rests.clear()
+    world.checks(3)
+    assert rests == []  # nothing has changed
+    own.renew(tmp_path / "certs", OWN, world.now)
+    assert kinds(world.check()) == ["loaded"]
+    assert rests == [1]
+
+
 def write(folder: Path, stem: str, key: Any, *names: str, **changes: Any) -> tuple[Path, Path]:
     san = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
     certificate, key_path = folder / f"{stem}.crt", folder / f"{stem}.key"

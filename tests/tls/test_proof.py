@@ -178,6 +178,14 @@ def test_a_pair_of_which_one_half_changed_is_refused(
         proven_context(pairs, ["zcp/1"])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_it_rests_before_each_handshake_that_takes_long(pairs: list[Checked], count: int) -> None:
+    rests: list[int] = []
+    site = Site((), tuple(pairs[:count]))
+    proven_sites([site], ["zcp/1"], rest=lambda: rests.append(1))
+    assert len(rests) == count + (count > 1)  # each pair alone, then all together
+
+
 def test_a_context_with_no_certificate_is_refused(pairs: list[Checked]) -> None:
     with pytest.raises(CertificateError, match="has no certificate"):
         proven_context([], ["zcp/1"])
