@@ -231,6 +231,10 @@ def test_the_operator_need_not_be_told(door: Door, tmp_path: Path) -> None:
 def test_the_device_proves_its_key_on_a_further_connection(door: Door) -> None:
     door.attach(attaching())
     door.attach(attaching(leaf=OTHER_LEAF), channel=Channel(salt=SALT, leaves=frozenset({LEAF, OTHER_LEAF})))
+    assert door.login.accepted["session.attach"] == 2
+    with pytest.raises(Unauthenticated):
+        door.attach(attaching(1))
+    assert door.login.refused["session.attach"] == 1
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,21 @@ def test_one_function_says_no_in_the_same_words() -> None:
     assert caught.value.message == "the login was not accepted; check the name, and the key or certificate"
 
 
+def test_logins_are_counted_by_scheme_and_result(login: Login, key: str) -> None:
+    assert login.schemes == ("api_key",)
+    ask(login, "alice", key)
+    for _ in range(5):
+        with pytest.raises(Unauthenticated):
+            ask(login, "bob", DIGEST)
+    with pytest.raises(ResourceExhausted):
+        ask(login, "bob", DIGEST)
+    with pytest.raises(InvalidArgument):
+        drive(login.open({"scheme": "other"}, ADDRESS, NOW))
+    assert login.accepted == {"api_key": 1, "session.attach": 0}
+    assert login.refused == {"api_key": 5, "session.attach": 0}
+    assert login.throttled == 1
+
+
 # Schemes
 
 

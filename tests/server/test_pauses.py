@@ -82,6 +82,7 @@ def test_each_pause_is_counted_in_its_class(meter: PauseMeter) -> None:
 
 def test_a_timer_that_comes_early_is_no_pause(meter: PauseMeter) -> None:
     meter.record(-0.001)
+    assert meter.total == 0
     assert meter.longest == 0.0
     assert meter.counts[0] == 1
 

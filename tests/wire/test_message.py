@@ -18,6 +18,7 @@ from zcproto.wire.message import (
     ErrorMessage,
     MessageError,
     RequestMeta,
+    code_in,
     decode_body,
     decode_error,
     decode_event,
@@ -210,6 +211,11 @@ def test_an_error_comes_back_as_it_was() -> None:
     assert decode_error(encode_error(5, "no")) == ErrorMessage(5, "no", {})
     assert decode_error(encode_error(5, "no", {})) == ErrorMessage(5, "no", {})
     assert encode_error(Code.NOT_FOUND, "no") == msgpack.packb([5, "no"])
+
+
+@pytest.mark.parametrize("code", Code)
+def test_the_code_of_an_error_that_was_encoded_is_read_without_decoding(code: Code) -> None:
+    assert code_in(encode_error(code, "no")) == code_in(encode_error(code, "no", {"a": 1})) == code
 
 
 def test_details_may_be_nil() -> None:

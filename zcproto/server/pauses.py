@@ -128,7 +128,7 @@ class PauseMeter:
         """Take in one timer's lateness, and how much of it other programs took; in seconds."""
         self.longest = max(self.longest, late)
         self.longest_own = max(self.longest_own, late - others)
-        self.total += late
+        self.total += max(0.0, late)
         late_ms = late * 1000
         for index, bound in enumerate(BOUNDS_MS):
             if late_ms <= bound:

@@ -1,0 +1,72 @@
+"""Frames that lead to no request are counted by cause and code, of all connections together."""
+
+from __future__ import annotations
+
+from zcproto.connection.server import ServerConnection
+from zcproto.errors import Code
+from zcproto.wire.frame import NO_TOKEN, REQUEST
+from zcproto.wire.message import encode_request
+
+from ..helpers import SALT, ConnectionPair
+
+Counts = dict[tuple[str, int], int]
+
+
+def counted() -> tuple[ConnectionPair, Counts]:
+    """A conversation, and where it counts."""
+    counts: Counts = {}
+    return counting(counts), counts
+
+
+def counting(counts: Counts) -> ConnectionPair:
+    """A conversation that counts there."""
+    pair = ConnectionPair()
+    pair.server = ServerConnection(
+        pair.settings,
+        pair.registry,
+        salt=SALT,
+        wall=pair.clock.wall(),
+        now=pair.clock.now(),
+        refused=counts,
+    )
+    return pair
+
+
+def echo(pair: ConnectionPair, **fields: object) -> bytes:
+    return pair.frame(REQUEST, 1, encode_request("echo", None), **fields)  # type: ignore[arg-type]
+
+
+def test_each_cause_is_counted_with_its_code() -> None:
+    pair, counts = counted()
+    pair.login()
+    pair.send(echo(pair, timestamp=pair.clock.wall() - 60_000))
+    pair.send(echo(pair, token=b"?" * 32))
+    pair.send(pair.frame(REQUEST, 1, b"\xc1"))
+    pair.send(pair.frame(REQUEST, 1, encode_request("echo", None, {"deadline_ms": 0})))
+    pair.send(pair.frame(REQUEST, 1, bytes(20_000), token=NO_TOKEN))
+    pair.server.go_away("draining", 1_000, pair.clock.wall())
+    pair.send(echo(pair))
+    assert counts == {
+        ("stale", Code.STALE_TIMESTAMP): 1,
+        ("token", Code.UNAUTHENTICATED): 1,
+        ("malformed", Code.INVALID_ARGUMENT): 1,
+        ("deadline", Code.DEADLINE_EXCEEDED): 1,
+        ("too_large_without_session", Code.UNAUTHENTICATED): 1,
+        ("draining", Code.UNAVAILABLE): 1,
+    }
+
+
+def test_what_comes_through_is_not_counted() -> None:
+    pair, counts = counted()
+    pair.login()
+    (event,) = pair.send(echo(pair))
+    assert event is not None
+    assert counts == {}
+
+
+def test_connections_count_together_if_they_count_in_one_place() -> None:
+    counts: Counts = {}
+    for number in (1, 2):
+        pair = counting(counts)
+        pair.send(echo(pair, token=b"?" * 32))
+        assert counts == {("token", Code.UNAUTHENTICATED): number}
