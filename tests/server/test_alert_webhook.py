@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -223,6 +224,42 @@ async def test_nobody_there_is_told_in_words(clock: FakeClock) -> None:
     assert "secret" not in str(caught.value)
     with pytest.raises(Undelivered, match=r"no-such-name\.invalid cannot be reached"):
         await webhook("https://no-such-name.invalid/", None, clock, timeout=60.0).deliver(BODY)
+
+
+async def test_where_nobody_answers_there_may_be_another_address(
+    certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = socket.getaddrinfo
+
+    def several(host: str, port: int, *more: Any, **options: Any) -> list[Any]:
+        if host != "localhost":
+            return real(host, port, *more, **options)
+        return [(2, 1, 6, "", (address, port)) for address in ("127.0.0.9", "127.0.0.9", "127.0.0.1")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", several)
+    with Receiver(certificate) as receiver:
+        await webhook(receiver.url, ca_file, clock).deliver(BODY)
+
+
+async def test_a_resolver_that_hangs_is_left_and_forgotten(
+    ca_file: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def hang(host: str, port: int, **options: object) -> list[object]:
+        asked.set()
+        assert go_on.wait(TIMEOUT)
+        return [(2, 1, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    with pytest.raises(Undelivered, match="did not answer within"):
+        await webhook("https://localhost:9/", ca_file, clock, timeout=0.2).deliver(BODY)
+    assert asked.is_set()
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "zcproto-alerts-name":
+            await asyncio.to_thread(thread.join, TIMEOUT)
+    await asyncio.sleep(0)
 
 
 def test_a_file_of_authorities_is_looked_at_when_it_is_named(clock: FakeClock, tmp_path: Path) -> None:

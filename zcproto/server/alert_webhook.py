@@ -17,6 +17,7 @@ import contextlib
 import os
 import socket
 import ssl
+import threading
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -42,7 +43,6 @@ CLOSE_S: Final = 1.0
 
 _RETRIED: Final = frozenset({408, 425, 429})
 _READ: Final = 4_096
-_SHOWN: Final = 200
 
 
 class Webhook:
@@ -97,12 +97,7 @@ class Webhook:
 
     async def _post(self, body: bytes) -> int:
         """Send one message; the status of the answer."""
-        reader, writer = await asyncio.open_connection(
-            self._host,
-            self._port,
-            ssl=self._context,
-            server_hostname=None if self._context is None else self._host,
-        )
+        reader, writer = await self._connect()
         try:
             connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
             for event in (self._request(body), h11.Data(data=body), h11.EndOfMessage()):
@@ -121,6 +116,23 @@ class Webhook:
         finally:
             writer.transport.abort()
 
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to the first of the host's addresses that answers."""
+        addresses = await _look_up(self._host, self._port)
+        while True:
+            address = addresses.pop(0)
+            try:
+                return await asyncio.open_connection(
+                    address,
+                    self._port,
+                    ssl=self._context,
+                    server_hostname=None if self._context is None else self._host,
+                )
+            except OSError as error:
+                # What TLS says is the receiver's last word; where nobody answers there may be another address.
+                if isinstance(error, ssl.SSLError) or not addresses:
+                    raise
+
     def _request(self, body: bytes) -> h11.Request:
         headers = [
             (b"Host", self._host_header.encode("ascii")),
@@ -133,6 +145,36 @@ class Webhook:
             signature = sign(self._secret, body, self._clock.wall())
             headers.append((HEADER.encode("ascii"), signature.encode("ascii")))
         return h11.Request(method=b"POST", target=self._target.encode("ascii"), headers=headers)
+
+
+async def _look_up(host: str, port: int) -> list[str]:
+    """The addresses of a host. Raises OSError.
+
+    In a thread that nobody waits for at the end, unlike those of the loop: a resolver may take half a minute.
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[list[str]] = loop.create_future()
+
+    def settle(addresses: list[str], error: OSError | None) -> None:
+        if not found.done():
+            if error is None:
+                found.set_result(addresses)
+            else:
+                found.set_exception(error)
+
+    def look_up() -> None:
+        addresses: list[str] = []
+        fault: OSError | None = None
+        try:
+            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
+        except OSError as error:
+            fault = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, addresses, fault)
+
+    threading.Thread(target=look_up, name="zcproto-alerts-name", daemon=True).start()
+    return await found
 
 
 async def _status(connection: h11.Connection, reader: asyncio.StreamReader) -> int:
@@ -154,11 +196,7 @@ def _reason(error: OSError) -> str:
     """What went wrong, in the system's words."""
     if isinstance(error, socket.gaierror):
         return error.strerror or "no such name"
-    if error.errno is not None:
-        return os.strerror(error.errno)
-    return (
-        str(error)[:_SHOWN] or type(error).__name__
-    )  # such as that of several addresses, each with its reason
+    return os.strerror(error.errno) if error.errno is not None else type(error).__name__
 
 
 def _context(ca_file: Path | None) -> ssl.SSLContext:
