@@ -18,6 +18,7 @@ import logging
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ class Watch:
         self._left = MADE_BY_ONE_TEST
         self.made = 0
         self.searched = 0
+        self.seconds = 0.0
         self.found: list[str] = []
 
     def begin_test(self) -> None:
@@ -87,6 +89,7 @@ class Watch:
 
     def search(self) -> list[str]:
         """Where secrets are in what was put out since this was last called."""
+        began = time.thread_time()
         outputs, self._outputs = self._outputs, []
         joined: dict[str, list[bytes]] = {}
         for where, output in dict.fromkeys(outputs):
@@ -97,6 +100,7 @@ class Watch:
             self.searched += len(data)
             found += [f"{where}: {context}" for context in self._search(data)]
         self.found += found
+        self.seconds += time.thread_time() - began
         return found
 
     def _search(self, data: bytes) -> Iterator[str]:
@@ -247,6 +251,10 @@ def _captured(captured: Any, *_: Any) -> None:
     watch.saw("standard error", captured.err)
 
 
+def _page(rendered: Any, *_: Any) -> None:
+    watch.saw("metrics", rendered[1])
+
+
 _last_statistics: dict[int, Any] = {}
 
 
@@ -267,6 +275,7 @@ PLACES: list[tuple[str, str, Callable[..., None]]] = [
     ("tests.server.helpers", "ServerProcess.wait", _process_log),
     ("zcproto.errors", "ZcprotoError.__init__", _exception),
     ("zcproto.server.server", "Server.statistics", _statistics),
+    ("zcproto.observe.metrics", "Metrics.render", _page),
     ("h11", "Connection.send", _sent_by_http),
     ("subprocess", "Popen.communicate", _standard_error),
     ("_pytest.capture", "CaptureFixture.readouterr", _captured),
@@ -351,7 +360,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if wanted or watch.found:
         terminalreporter.write_line(
             f"secrets: {watch.made:,} made (at least {wanted:,} wanted), {len(watch.found)} found"
-            f" in {watch.searched / 1e6:.1f} MB of logs, errors, pages and figures"
+            f" in {watch.searched / 1e6:.1f} MB of logs, errors, pages and figures, by {watch.seconds:.1f} s of CPU"
         )
         for each in watch.found[:20]:
             terminalreporter.write_line(f"a secret is in {each}")
