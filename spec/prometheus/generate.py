@@ -51,7 +51,7 @@ def page() -> str:
     for title, metrics in TABLE.items():
         parts.append(f"\n## {title}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n")
         parts += [_row(metric) for metric in metrics]
-    parts.append("\n## The process and the interpreter\n\n| metric | meaning |\n|---|---|\n")
+    parts.append("\n## The interpreter\n\n| metric | meaning |\n|---|---|\n")
     parts += [f"| `{name}` | {help} |\n" for name, help in OF_THE_LIBRARY.items()]
     return "".join(parts)
 

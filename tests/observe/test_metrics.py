@@ -115,7 +115,7 @@ def test_what_is_not_read_is_not_there_and_nothing_is_read_before_a_scrape() -> 
     assert reads == [1]
 
 
-def test_the_usual_metrics_of_a_process_are_told_and_the_registry_of_others_is_left_alone() -> None:
+def test_those_of_the_interpreter_are_told_and_the_registry_of_others_is_left_alone() -> None:
     before = set(REGISTRY._names_to_collectors)
     first, second = Metrics(), Metrics()  # two servers of one process
     for metrics in (first, second):

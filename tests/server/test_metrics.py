@@ -367,6 +367,7 @@ def test_a_server_that_drains_says_so(serve: Serve) -> None:
         server.begin_drain(30)
         eventually(lambda: value(server, "zcproto_draining") == 1)
         client.cancel(client.stream)
+    server.join()
 
 
 def test_the_loops_lag_is_a_histogram(serve: Serve) -> None:

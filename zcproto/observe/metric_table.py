@@ -245,18 +245,20 @@ HTTP_WRITE_TIMEOUTS = _counter(
 )
 _end_of_part("HTTPS")
 
+CPU = _counter("process_cpu_seconds_total", "CPU of the process, user and system.")
+RESIDENT = _gauge("process_resident_memory_bytes", "Memory of the process that is in RAM.")
+VIRTUAL = _gauge("process_virtual_memory_bytes", "Address space of the process.")
+STARTED = _gauge("process_start_time_seconds", "When the process began, in seconds since the Unix epoch.")
+OPEN_FDS = _gauge("process_open_fds", "Open file descriptors.")
+MAX_FDS = _gauge("process_max_fds", "The limit of file descriptors.")
+_end_of_part("The process")
+
 ALL: Final[tuple[Metric, ...]] = tuple(metric for part in TABLE.values() for metric in part)
 
 OF_THE_LIBRARY: Final[dict[str, str]] = {
-    "process_cpu_seconds_total": "CPU of the process, user and system.",
-    "process_resident_memory_bytes": "Memory of the process that is in RAM.",
-    "process_virtual_memory_bytes": "Address space of the process.",
-    "process_start_time_seconds": "When the process began, in seconds since the Unix epoch.",
-    "process_open_fds": "Open file descriptors.",
-    "process_max_fds": "The limit of file descriptors.",
     "python_gc_collections_total": "Runs of the garbage collector, by generation.",
     "python_gc_objects_collected_total": "Objects that it collected, by generation.",
     "python_gc_objects_uncollectable_total": "Objects that it found and could not collect, by generation.",
     "python_info": "Always 1; its labels are the version of Python.",
 }
-"""What prometheus_client tells of any process, by its usual names (on Linux)."""
+"""What prometheus_client tells of any interpreter, by its usual names."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import choose_encoder
@@ -28,7 +28,9 @@ from prometheus_client.exposition import choose_encoder
 from zcproto.histogram import Histogram
 from zcproto.printable import printable
 
-PREFIX: Final = "zcproto_"
+PREFIXES: Final = ("zcproto_", "process_")
+"""The second is for what is known of any process, by the names that are usual for it."""
+
 MAX_LABEL: Final = 200
 """Characters of a label's value: paths may be long."""
 
@@ -65,7 +67,7 @@ class Metric:
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        assert self.name.startswith(PREFIX), self.name
+        assert self.name.startswith(PREFIXES), self.name
         assert all(map(_NAME.fullmatch, (self.name, *self.labels))), self.name
         assert self.name.endswith("_total") == (self.kind is Kind.COUNTER), self.name
         assert self.help.endswith("."), self.name
@@ -89,13 +91,12 @@ Source = Callable[[], Iterable[Reading]]
 
 
 class Metrics:
-    """All metrics of a process: its own, and those of the interpreter and of the system about it."""
+    """All metrics of a process: those of its sources, and those of the interpreter."""
 
     def __init__(self, *sources: Source) -> None:
         self._sources = list(sources)
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        ProcessCollector(registry=self._registry)
         GCCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 

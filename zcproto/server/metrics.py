@@ -22,6 +22,7 @@ from zcproto.histogram import Histogram
 from zcproto.observe import metric_table as table
 from zcproto.observe.log import lost_lines
 from zcproto.observe.metrics import Metrics, Reading
+from zcproto.observe.process import ProcessMetrics
 from zcproto.server.builtin import KEY_GONE, REVOKED_BY_USER
 from zcproto.server.https import HttpSide
 from zcproto.server.idempotency import OnceOnly
@@ -88,6 +89,7 @@ class ServerMetrics:
             self._of_errors,
             self._of_the_store,
             self._of_https,
+            ProcessMetrics(),
         )
 
     def _of_the_server(self) -> Iterator[Reading]:

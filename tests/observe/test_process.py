@@ -1,0 +1,66 @@
+"""What is told of the process is what the system and prometheus_client's own collector say."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+from zcproto.observe.metrics import Metrics
+from zcproto.observe.process import ProcessMetrics, open_descriptors
+
+
+def told(process: ProcessMetrics) -> dict[str, float]:
+    text = Metrics(process).render("")[1].decode()
+    return {
+        sample.name: sample.value
+        for family in parse(text)
+        for sample in family.samples
+        if sample.name.startswith("process_")
+    }
+
+
+def test_prometheus_clients_own_collector_says_the_same() -> None:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    theirs = {sample.name: sample.value for family in registry.collect() for sample in family.samples}
+    ours = told(ProcessMetrics())
+    assert ours.keys() == theirs.keys()
+    for name in ("process_open_fds", "process_max_fds"):
+        assert abs(ours[name] - theirs[name]) <= 2  # each has its own file open while it looks
+    assert ours["process_start_time_seconds"] == pytest.approx(theirs["process_start_time_seconds"], abs=0.1)
+    for name in ("process_resident_memory_bytes", "process_virtual_memory_bytes"):
+        assert ours[name] == pytest.approx(theirs[name], rel=0.2)
+    assert ours["process_cpu_seconds_total"] == pytest.approx(theirs["process_cpu_seconds_total"], abs=1)
+    assert ours["process_start_time_seconds"] < time.time()
+
+
+def test_descriptors_are_counted_whether_the_system_says_how_many_or_not(tmp_path: Path) -> None:
+    before = open_descriptors(Path("/proc/self/fd"))
+    descriptors = [os.open("/dev/null", os.O_RDONLY) for _ in range(50)]
+    try:
+        assert open_descriptors(Path("/proc/self/fd")) == before + 50
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def test_a_folder_of_an_older_system_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in "012":
+        (tmp_path / name).touch()
+
+    class Nothing:
+        st_size = 0
+
+    monkeypatch.setattr(os, "stat", lambda path: Nothing())
+    assert open_descriptors(tmp_path) == 3
+
+
+def test_a_system_without_proc_tells_what_it_knows(tmp_path: Path) -> None:
+    assert set(told(ProcessMetrics(tmp_path))) == {"process_cpu_seconds_total", "process_max_fds"}
+    (tmp_path / "stat").write_text("cpu 1 2 3\n")
+    assert set(told(ProcessMetrics(tmp_path))) == {"process_cpu_seconds_total", "process_max_fds"}
