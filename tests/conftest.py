@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import secrets_watch  # first: modules take its entropy as a default
 from zcproto.observe import log as log_module
@@ -18,8 +20,19 @@ if TYPE_CHECKING:
     import trustme
 
 
+# A busy machine may make a single example slow; what hangs is ended by the limit of its test.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.register(secrets_watch)  # here, as it has an option of its own
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection need look at it again, and tests that collect are quick."""
+    gc.collect()
+    gc.freeze()
 
 
 class ServerPair(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,13 @@ MEASURES = "bench"
 """This room exists to measure, so it reads clocks where it likes."""
 
 
+@cache
+def parsed(source: str) -> ast.Module:
+    """Each file is parsed once for all rules."""
+    return ast.parse(source)
+
+
+@cache
 def sources() -> dict[str, str]:
     """Every source file of the package and of bench by its path from the root."""
     paths = [path for folder in ("zcproto", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -151,7 +159,7 @@ def imports_of(path: str, source: str) -> Iterator[tuple[int, str]]:
     package = module_of(path).split(".")
     if not path.endswith("/__init__.py"):
         package = package[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -195,7 +203,7 @@ def io_in_the_core(path: str, source: str) -> list[str]:
 
 def readers(path: str, source: str) -> Iterator[tuple[int, str, str]]:
     """Line, module and name of every use of time or chance."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     names: dict[str, str] = {}  # what a module is called in this file
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..server.helpers import Client, ServerProcess
 
-WARM_UP = 2_000
-GONE = 8_000
+WARM_UP = 1_000
+GONE = 3_000
 MAX_KIB_EACH = 0.75
 AT_ONCE = 100
 

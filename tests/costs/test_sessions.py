@@ -11,6 +11,8 @@ from zcproto.sessions.slab import CHUNK
 
 from ..sessions.helpers import DAY, HOUR, WALL, Desk
 
+pytestmark = pytest.mark.no_cover  # the costs are those of the code, not of the measuring
+
 
 @pytest.mark.parametrize("max_slots", [10, 100, 1000])
 def test_a_slice_does_a_bounded_amount_of_work(max_slots: int) -> None:

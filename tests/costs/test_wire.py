@@ -13,6 +13,8 @@ from zcproto.wire.message import decode_body
 
 from ..wire.helpers import MIB, SALT, peak_of, request, take_all
 
+pytestmark = pytest.mark.no_cover  # the costs are those of the code, not of the measuring
+
 
 def drip(data: bytes, step: int) -> bytes:
     """The body of a frame that comes in pieces of `step` bytes."""

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 
-TIMEOUT = 10.0
+TIMEOUT = 30.0
 """Seconds after which a test that waits has failed."""
 
 HEADER = struct.Struct("!IBBHIQ8sQ32s")
@@ -232,6 +232,7 @@ class ServerThread:
                 "handlers": serving.tasks.running,
                 "handshakes": server._acceptor.handshakes_in_progress,
                 "queue": len(server._acceptor._queue),
+                "http": 0 if server._http is None else len(server._http.connections),
             }
 
         return self.in_loop(count)

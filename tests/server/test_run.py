@@ -231,9 +231,10 @@ def process_state() -> Iterator[None]:
     thresholds = gc.get_threshold()
     limits = {kind: resource.getrlimit(kind) for kind in (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE)}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    gc.unfreeze()
     yield
     gc.set_threshold(*thresholds)
-    gc.unfreeze()
+    gc.freeze()  # as it was: tests/conftest.py
     for kind, limit in limits.items():
         resource.setrlimit(kind, limit)
     for number, handler in handlers.items():

@@ -20,8 +20,8 @@ import redis
 PROGRAMS = ("valkey-server", "redis-server")
 """The tests of a server are done with each of them."""
 
-_START_S = 10.0
-_UNTIL_S = 5.0
+_START_S = 30.0
+_UNTIL_S = 30.0
 
 
 def is_installed(program: str) -> bool:
