@@ -547,6 +547,7 @@ async def test_a_session_closes(office: Office) -> None:
 
 
 async def test_a_session_that_is_revoked_before_it_is_told_of_is_not_told_of(office: Office) -> None:
+    office.keeper.store.timeout = 30.0  # for a slow machine
     office.store.late["create"] = asyncio.Event()
     opening = asyncio.ensure_future(office.open())
     while not office.store.registry.kept:  # noqa: ASYNC110 - the store knows no events
@@ -559,6 +560,7 @@ async def test_a_session_that_is_revoked_before_it_is_told_of_is_not_told_of(off
 
 async def test_a_session_that_is_revoked_while_it_is_refreshed_is_not_brought_back(office: Office) -> None:
     opened = await office.open()
+    office.keeper.store.timeout = 30.0  # for a slow machine
     office.store.late["rotate"] = asyncio.Event()
     refreshing = asyncio.ensure_future(office.refresh(opened))
     while office.store.registry.refresh_reused + office.store.calls.count("rotate") < 1:  # noqa: ASYNC110
@@ -770,12 +772,11 @@ async def test_known_sessions_go_on_and_the_rest_waits(
 
 async def test_one_that_hangs_costs_its_timeout_once(office: Office) -> None:
     office.store.mode = HANGS
-    loop = asyncio.get_running_loop()
-    began = loop.time()
     outcomes = await asyncio.gather(*(office.open(f"u{n}") for n in range(50)), return_exceptions=True)
     assert all(isinstance(outcome, Unavailable) for outcome in outcomes)
+    asked = office.store.calls.count("create")
     await refused(office.open())
-    assert loop.time() - began < 10 * TIMEOUT
+    assert office.store.calls.count("create") == asked  # it is not even begun
     assert office.keeper.health.outages == 1
 
 
@@ -1063,6 +1064,7 @@ async def test_a_revocation_during_the_recovery_waits_for_its_end(office: Office
     first, second = await office.open(), await office.open()
     await office.outage()
     await office.revoke(first)
+    office.keeper.store.timeout = 30.0  # for a slow machine
     office.store.mode = WORKS
     office.store.gate = asyncio.Event()
     office.clock.advance(MAX_DELAY_S)
@@ -1484,6 +1486,24 @@ async def test_what_comes_back_late_is_revoked_again_and_again(begin: Begin) -> 
         await one.advance(REPEATS_S[-1])
     assert one.keeper._repeated == []
     assert one.state is State.HEALTHY
+
+
+async def test_a_process_that_did_not_see_the_loss_revokes_again_what_nobody_knew(begin: Begin) -> None:
+    one = await begin(shared=True)
+    other = await begin(FaultyStoreView(one.store))
+    opened = await one.open()
+    await other.find(opened.token)
+    other.use(opened)
+    await one.outage()
+    await one.revoke(opened)
+    one.store.lose_all()
+    await one.recover()  # as one that was started again meanwhile: it is not told that anything was lost
+    other.store.registry, other.store._inner = one.store.registry, one.store._inner
+    emptied(other)
+    await other.settle()
+    assert one.store.registry.kept == 1
+    await one.advance(REPEATS_S[0])
+    assert one.store.registry.kept == 0
 
 
 async def test_the_disk_begins_before_a_slow_store_is_given_up(

@@ -465,10 +465,14 @@ class StoreKeeper:
         since = self._clock.wall() - self._keep_ended_ms
         ended = self.registry.ended_since(Code.TOKEN_REVOKED, since)
         again = [Revocation(each.ended_at, each.id) for each in ended]
-        if self._replayed or again:
+        self._repeat([*self._replayed, *again])
+
+    def _repeat(self, revocations: list[Revocation]) -> None:
+        """Revoke this again for a while."""
+        if revocations:
             now = self._clock.now()
             times = [now + after_s for after_s in reversed(REPEATS_S)]
-            self._repeated.append(_Repeated(times, [*self._replayed, *again]))
+            self._repeated.append(_Repeated(times, revocations))
             self._set_deadline()
 
     def _repeats_at(self) -> float:
@@ -559,7 +563,10 @@ class StoreKeeper:
         entries = self.pending.entries
         if not entries:
             return
-        await self._end_again(ask, entries)
+        unknown = await self._end_again(ask, entries)
+        if self.store.shared:
+            # They may have ended already; or this process began after the store had lost them, and does not know.
+            self._repeat(unknown)
         await self._strike(entries)
         self.replayed += len(entries)
         self._replayed += [one for one in entries if not one.id]
@@ -571,8 +578,9 @@ class StoreKeeper:
         except StoreUnavailable as error:
             log.warning("revocations.not_removed", reason=error.reason)
 
-    async def _end_again(self, ask: Ask, revocations: Sequence[Revocation]) -> None:
-        store = self.store.store
+    async def _end_again(self, ask: Ask, revocations: Sequence[Revocation]) -> list[Revocation]:
+        """Those for one session are given back of which the store had none that could be ended."""
+        store, found = self.store.store, set()
         ids: dict[tuple[Code, int], list[bytes]] = {}
         for one in revocations:
             if one.id:
@@ -581,9 +589,11 @@ class StoreKeeper:
             for first in range(0, len(group), ENDED_AT_ONCE):
                 for ended in await ask(store.end(group[first : first + ENDED_AT_ONCE], code, wall)):
                     self.end_here(ended)
+                    found.add(ended.id)
         for one in revocations:
             if not one.id:
                 await self._end_opened_before(ask, one)
+        return [one for one in revocations if one.id and one.id not in found]
 
     async def _end_opened_before(self, ask: Ask, revocation: Revocation) -> None:
         """End a user's sessions, or everybody's, but for those that were opened after the revocation."""
