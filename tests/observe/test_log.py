@@ -193,6 +193,24 @@ def test_an_event_that_is_no_name_is_written_as_a_value(capsys: pytest.CaptureFi
     assert len(told[-1]["text"]) == 256
 
 
+def test_a_flood_of_texts_that_are_no_names_is_bounded(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    for number in range(200):
+        log.info(f"user {number} logged in")
+    assert len(records(capsys.readouterr().err)) == 60
+
+
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_a_megabyte_anywhere_is_cut(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format=format_)
+    flood = HOSTILE * (1_000_000 // len(HOSTILE))
+    log.info("a.b", user=flood, names=[flood] * 100, map={flood: {flood: flood}}, error=ConfigError([flood]))
+    log.info(flood)
+    text = capsys.readouterr().err
+    assert text.count("\n") == 2
+    assert len(text) < 2 * MAX_LINE
+
+
 def test_a_value_never_takes_the_place_of_the_lines_own_fields(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     log.info("a.b", level="x", timestamp=0)

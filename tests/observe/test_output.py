@@ -19,6 +19,7 @@ import pytest
 from zcproto.config import LogConfig
 from zcproto.errors import ConfigError
 from zcproto.observe import log as log_module
+from zcproto.observe import output as output_module
 from zcproto.observe.log import (
     configure_logging,
     flush_log,
@@ -220,6 +221,46 @@ def test_a_standard_error_that_is_replaced_is_the_one_that_is_written_to(
     output.flush()
     assert pipe.read() == "first\nthird\n"
     assert in_memory.getvalue() == "second\n"
+
+
+def test_at_the_end_a_reader_that_is_late_is_waited_for(pipe: Pipe) -> None:
+    output = Descriptor(pipe.writer)
+    lines = fill(output)
+    taken: list[bytes] = []
+
+    def read() -> None:
+        os.set_blocking(pipe.reader, True)
+        while sum(map(len, taken)) < lines * len(LINE):
+            taken.append(os.read(pipe.reader, 65_536))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    output.finish()
+    reader.join()
+    assert b"".join(taken).decode() == lines * LINE
+
+
+def test_at_the_end_a_reader_that_never_comes_is_not_waited_for(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_module, "FINISH_TRY_MS", 1)
+    output = Descriptor(pipe.writer)
+    lines = fill(output)
+    output.finish()
+    assert output.waiting > 0
+    assert lines * len(LINE) > MAX_WAITING
+
+
+def test_what_is_closed_is_never_written_to_under_its_old_number(tmp_path: Path) -> None:
+    output = LogFile(tmp_path / "log")
+    output.close()
+    other = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)  # takes the number that became free
+    with pytest.raises(LinesLostError):
+        output.write(LINE)
+    output.flush()
+    assert output.close() == 0
+    os.close(other)
+    assert (tmp_path / "other").read_text() == ""
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class Logger(structlog.BoundLoggerBase):
         if level < state.level:
             return
         try:
-            known = EVENTS.get(event)
+            known = EVENTS.get(event) or (None if _EVENT.fullmatch(event) else EVENTS["log.misnamed"])
             if known is not None and known.limit is not None:
                 left_out = state.limits.admit(known, values, self._context, state.clock.now())
                 if left_out is None:
@@ -141,8 +141,14 @@ def flush_log() -> None:
         _state.output.flush()
     except LinesLostError as lost:
         _state.lose(lost.lines)
-    except Exception:  # as for a line
-        _state.lose(0)
+
+
+def finish_log() -> None:
+    """At the end of a process: write what waits, within a second."""
+    try:
+        _state.output.finish()
+    except LinesLostError as lost:
+        _state.lose(lost.lines)
 
 
 def tell_suppressed() -> None:
@@ -176,9 +182,7 @@ class _State:
             old.flush()
         except LinesLostError as lost:
             self.lose(lost.lines)
-        if old.waiting:
-            self.lose(1)
-        old.close()
+        self.lose(old.close())
 
     def lose(self, lines: int) -> None:
         self.lost += lines

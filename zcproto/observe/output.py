@@ -29,6 +29,10 @@ MAX_WAITING: Final = 1_048_576
 _PART: Final = (
     4_096  # a pipe that is ready takes so much at once, whoever else writes to it (pipe(7), PIPE_BUF)
 )
+FINISH_TRIES: Final = 20
+FINISH_TRY_MS: Final = 50
+
+_CLOSED: Final = -1
 _WAIT: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EDQUOT})
 
 
@@ -50,9 +54,15 @@ class Output(Protocol):
     @property
     def waiting(self) -> int: ...
 
+    def finish(self) -> None:
+        """Flush, and wait a little for whoever reads. For the end of a process."""
+        ...
+
     def is_terminal(self) -> bool: ...
 
-    def close(self) -> None: ...
+    def close(self) -> int:
+        """Let go; how many lines are lost by that."""
+        ...
 
 
 class Descriptor:
@@ -77,6 +87,8 @@ class Descriptor:
         data = line.encode("ascii", "backslashreplace")
         is_rest = False
         with self._lock:
+            if self._descriptor == _CLOSED:
+                raise LinesLostError(1)
             if self._poll is None and not self._waiting and not self._within_line:
                 written = self._write_at_once(data)
                 if written == len(data):
@@ -105,6 +117,28 @@ class Descriptor:
         """Write what waits, as far as that goes at once."""
         with self._lock:
             self._write_waiting()
+
+    def finish(self) -> None:
+        """Flush, and wait for a reader, up to a second."""
+        for _ in range(FINISH_TRIES):
+            self.flush()
+            if not self._waiting or self._poll is None:
+                return
+            self._poll.poll(FINISH_TRY_MS)
+        self.flush()
+
+    def close(self, *, keep: bool = False) -> int:
+        """Use the descriptor no more, and close it unless somebody else will; how many lines are lost by that.
+
+        A thread that is about to write does not write to what has this number next.
+        """
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, _CLOSED
+            lost = self._waiting.count(b"\n")
+            self._waiting.clear()
+            if not keep and descriptor != _CLOSED:
+                os.close(descriptor)
+        return lost
 
     def _write_waiting(self) -> None:
         waiting = self._waiting
@@ -147,6 +181,11 @@ class StandardError:
         if self._descriptor is not None and stream is not None and stream is sys.stderr and not stream.closed:
             self._descriptor.flush()
 
+    def finish(self) -> None:
+        self.flush()
+        if self.waiting and self._descriptor is not None:
+            self._descriptor.finish()
+
     @property
     def waiting(self) -> int:
         return 0 if self._descriptor is None else self._descriptor.waiting
@@ -154,8 +193,9 @@ class StandardError:
     def is_terminal(self) -> bool:
         return sys.stderr.isatty()
 
-    def close(self) -> None:
-        """It is not ours to close."""
+    def close(self) -> int:
+        # It is not ours to close.
+        return 0 if self._descriptor is None else self._descriptor.close(keep=True)
 
 
 def _descriptor_of(stream: TextIO) -> Descriptor | None:
@@ -173,10 +213,9 @@ class LogFile:
         # Non-blocking is for a named pipe: without a reader it fails here, and a full one makes lines wait.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
-            self._number = os.open(path, flags, 0o600)
+            self._descriptor = Descriptor(os.open(path, flags, 0o600))
         except OSError as error:
             raise ConfigError([f'log.file = "{path}": cannot be opened: {error.strerror}']) from error
-        self._descriptor = Descriptor(self._number)
 
     def write(self, line: str) -> None:
         self._descriptor.write(line)
@@ -188,8 +227,11 @@ class LogFile:
     def waiting(self) -> int:
         return self._descriptor.waiting
 
+    def finish(self) -> None:
+        self._descriptor.finish()
+
     def is_terminal(self) -> bool:
         return False
 
-    def close(self) -> None:
-        os.close(self._number)
+    def close(self) -> int:
+        return self._descriptor.close()

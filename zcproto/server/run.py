@@ -15,7 +15,7 @@ from zcproto.config import Config
 from zcproto.event_loop import new_event_loop
 from zcproto.file_limit import raise_file_limit
 from zcproto.hardening import Risk, harden
-from zcproto.observe.log import configure_logging, reopen_log
+from zcproto.observe.log import configure_logging, finish_log, reopen_log
 from zcproto.server import loop_faults
 from zcproto.server.app import App
 from zcproto.server.server import Server, tune_interpreter
@@ -52,8 +52,11 @@ def serve(
         log.warning(
             "server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE="
         )
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve(server, ready, manager, risks))
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_serve(server, ready, manager, risks))
+    finally:
+        finish_log()
 
 
 async def _serve(
@@ -95,6 +98,7 @@ async def _serve(
 
 
 def _exit_at_once() -> None:
+    finish_log()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
