@@ -574,3 +574,18 @@ def test_a_fault_of_ours_ends_no_watch(watch: Watch, capsys: pytest.CaptureFixtu
 def test_a_server_that_does_not_start_leaves_no_task(tmp_path: Path, certs: Path) -> None:
     with ServerThread(tmp_path / "home", certs) as server, contextlib.suppress(ConfigError):
         ServerThread(tmp_path / "other", certs, server__port=server.port).start()
+
+
+def test_alerts_are_among_the_metrics(watch: Watch) -> None:
+    watched = watch(answer(400))
+    raise_one(watched)
+    eventually(lambda: watched.alerts.queues[0].failures == 1)
+    lines = watched.server.in_loop(lambda: watched.server.server.metrics.render(""))[1].decode().splitlines()
+    for line in (
+        'zcproto_alerts_open{severity="error"} 1.0',
+        'zcproto_alerts_raised_total{kind="store.emptied"} 1.0',
+        'zcproto_alert_messages_total{result="failed",sink="webhook"} 1.0',
+        'zcproto_alert_messages_total{result="arrived",sink="command"} 0.0',
+        'zcproto_alert_sink_down{sink="webhook"} 0.0',
+    ):
+        assert line in lines

@@ -245,6 +245,24 @@ HTTP_WRITE_TIMEOUTS = _counter(
 )
 _end_of_part("HTTPS")
 
+ALERTS_OPEN = _gauge(
+    "zcproto_alerts_open", "Alerts that were told and are not over, by severity.", "severity"
+)
+ALERTS_RAISED = _counter(
+    "zcproto_alerts_raised_total",
+    "How often something was an alert, told or only counted. `kind`: as in spec/alerts.md.",
+    "kind",
+)
+ALERT_MESSAGES = _counter(
+    "zcproto_alert_messages_total",
+    "Messages about alerts by what takes them (webhook, command). `result`: arrived; failed (one try, there may be"
+    " more); lost (given up).",
+    *("sink", "result"),
+)
+ALERT_MESSAGES_WAITING = _gauge("zcproto_alert_messages_waiting", "Messages that wait to be taken.", "sink")
+ALERT_SINK_DOWN = _gauge("zcproto_alert_sink_down", "1 if the last messages were not taken, else 0.", "sink")
+_end_of_part("Alerts")
+
 CPU = _counter("process_cpu_seconds_total", "CPU of the process, user and system.")
 RESIDENT = _gauge("process_resident_memory_bytes", "Memory of the process that is in RAM.")
 VIRTUAL = _gauge("process_virtual_memory_bytes", "Address space of the process.")

@@ -28,6 +28,9 @@ from zcproto.server.alert_sinks import Sink, SinkQueue
 from zcproto.server.alert_webhook import Webhook
 from zcproto.server.secret_file import secret_line
 
+SINKS: Final = (Webhook.name, Command.name)
+"""All that there can be."""
+
 TICK_S: Final = 1.0
 STOP_S: Final = 3.0
 """For what waits when the server ends. Service managers wait longer, and clients are gone by then."""

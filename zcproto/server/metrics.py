@@ -6,6 +6,7 @@ Everything here runs at a scrape, in the loop, and reads plain integers: nothing
 from __future__ import annotations
 
 import ssl
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ from importlib.metadata import version
 from platform import python_version
 from typing import Final
 
+from zcproto.alerts import Severity
 from zcproto.auth import Login
 from zcproto.certs.maintainer import CertificateStatus, NoticeKind
 from zcproto.clock import Clock
@@ -23,6 +25,7 @@ from zcproto.observe import metric_table as table
 from zcproto.observe.log import lost_lines
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import ProcessMetrics
+from zcproto.server.alerts import SINKS, ServerAlerts
 from zcproto.server.builtin import KEY_GONE, REVOKED_BY_USER
 from zcproto.server.https import HttpSide
 from zcproto.server.idempotency import OnceOnly
@@ -72,6 +75,7 @@ class ServerMetrics:
     login: Login
     certificates: CertificateKeeper
     pauses: PauseMeter
+    alerts: ServerAlerts
     store: StoreKeeper | None = None
     http: HttpSide | None = None
 
@@ -89,6 +93,7 @@ class ServerMetrics:
             self._of_errors,
             self._of_the_store,
             self._of_https,
+            self._of_alerts,
             ProcessMetrics(),
         )
 
@@ -250,6 +255,22 @@ class ServerMetrics:
         yield table.HTTP_WRITE_TIMEOUTS.at(counters.write_timeouts)
         for status, count in counters.responses.items():
             yield table.HTTP_RESPONSES.at(count, str(int(status)))
+
+    def _of_alerts(self) -> Iterator[Reading]:
+        center = self.alerts.center
+        open_now = Counter(alert.severity for alert in center.open_alerts())
+        for severity in Severity:
+            yield table.ALERTS_OPEN.at(open_now[severity], severity.word)
+        for kind, count in center.raised.items():
+            yield table.ALERTS_RAISED.at(count, kind.value)
+        queues = {queue.name: queue for queue in self.alerts.queues}
+        for name in SINKS:
+            queue = queues.get(name)
+            results = (0, 0, 0) if queue is None else (queue.delivered, queue.failures, queue.lost)
+            for result, count in zip(("arrived", "failed", "lost"), results, strict=True):
+                yield table.ALERT_MESSAGES.at(count, name, result)
+            yield table.ALERT_MESSAGES_WAITING.at(0 if queue is None else len(queue), name)
+            yield table.ALERT_SINK_DOWN.at(queue is not None and queue.is_down, name)
 
 
 @cache

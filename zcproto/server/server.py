@@ -292,6 +292,7 @@ class Server:
             login=login,
             certificates=keeper,
             pauses=self.pauses,
+            alerts=alerts,
             store=store_keeper,
             http=self._http,
         ).metrics()
