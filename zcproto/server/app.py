@@ -128,7 +128,9 @@ class Method:
             if checker is not None:
                 arguments[name] = checker(value, name)
             elif self.takes_any and name != self.context_name:
-                arguments[name] = self._check_rest(value, f"parameter {shown(name)}")
+                check = self._check_rest
+                usual = check is take_anything  # and then no words for a complaint need be found
+                arguments[name] = value if usual else check(value, f"parameter {shown(name)}")
             else:
                 raise InvalidArgument(f"unknown parameter {shown(name)}")
         if len(arguments) < len(checkers) or self.takes_any:
