@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -156,6 +157,19 @@ def test_a_reload_is_told_with_its_time_and_is_over_whatever_comes_of_it(manager
     told.supervision.close()
 
 
+def test_before_it_is_ready_and_while_it_drains_no_reload_is_told(manager: Manager) -> None:
+    told = Told(manager, watchdog=None)
+    with told.supervision.reloading():
+        assert manager.is_silent(0.01)
+    told.supervision.ready()
+    manager.next()
+    told.supervision.stopping(1.0)
+    manager.next()
+    with told.supervision.reloading():
+        assert manager.is_silent(0.01)
+    told.supervision.close()
+
+
 def test_a_drain_asks_for_its_time_and_feeds_on(manager: Manager) -> None:
     told = Told(manager, watchdog=4.0)
     told.supervision.ready()
@@ -252,6 +266,11 @@ def test_a_process_tells_its_life(start: Start, manager: Manager, home: Path) ->
     assert manager.next() == {"WATCHDOG": "1"}
     with Client(port, home / "certs" / "ca.crt"):
         assert manager.until("STATUS", "serving 1 connections, 0 sessions")["WATCHDOG"] == "1"
+    before = time.monotonic_ns() // 1000
+    process.send_signal(signal.SIGHUP)
+    reloading = manager.until("RELOADING", "1")
+    assert before <= int(reloading["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    manager.until("READY", "1")
     process.send_signal(signal.SIGTERM)
     assert manager.until("STOPPING", "1")["EXTEND_TIMEOUT_USEC"] == "40000000"
     assert process.wait(TIMEOUT) == 0

@@ -73,13 +73,18 @@ async def _serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
-    loop.add_signal_handler(signal.SIGHUP, reopen_log)
+    supervision = Supervision(manager, loop, system_clock, server.summary)
+
+    def hung_up() -> None:
+        with supervision.reloading():
+            reopen_log()
+
+    loop.add_signal_handler(signal.SIGHUP, hung_up)
     loop.set_exception_handler(loop_faults.tell)
     await server.start()
     for risk in risks:
         log.warning(risk.event, cure=risk.cure)
     tune_interpreter()
-    supervision = Supervision(manager, loop, system_clock, server.summary)
     ready(server)
     supervision.ready()
     await stop.wait()

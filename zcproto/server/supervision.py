@@ -47,6 +47,7 @@ class Supervision:
         if manager.watchdog is not None:
             self._interval = min(STATUS_INTERVAL, manager.watchdog / 2)
         self._next: asyncio.TimerHandle | None = None
+        self._is_stopping = False
 
     def ready(self) -> None:
         """It listens. From here on the watchdog is fed."""
@@ -73,8 +74,11 @@ class Supervision:
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """The configuration is read anew within the body; whatever comes of it, the service is ready after it."""
-        if not self._manager.is_told:
+        """What SIGHUP asks for is done within the body; whatever comes of it, the service is ready after it.
+
+        Before `ready` and while it drains there is nothing to tell.
+        """
+        if self._next is None or self._is_stopping:
             yield
             return
         # Type=notify-reload compares this time with that of its signal (systemd.service(5)).
@@ -87,6 +91,7 @@ class Supervision:
 
     def stopping(self, drain_timeout: float) -> None:
         """It drains, which may take `drain_timeout` seconds. The watchdog is fed on."""
+        self._is_stopping = True
         self._manager.notify(
             STOPPING=1,
             STATUS="draining",
