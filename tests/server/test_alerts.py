@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -406,6 +407,7 @@ def test_a_damaged_file_of_sessions_is_told(watch: Watch, tmp_path: Path) -> Non
     (home / "sessions.db").chmod(0o600)
     watched = watch(store__url="sqlite")
     alert = watched.until("store.damaged")
+    assert watched.messages()[0]["source"] == f"{socket.gethostname()}:0", "it was told before it listened"
     assert alert["about"] == str(home / "sessions.db")
     assert Path(alert["details"]["aside"]).exists()
 

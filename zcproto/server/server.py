@@ -162,7 +162,13 @@ class Server:
         self._check_suites()
         await asyncio.to_thread(self.home.ensure)
         sinks = await asyncio.to_thread(sinks_of, config.alerts, self._clock)
-        alerts = self.alerts = ServerAlerts(config.alerts, sinks, clock=self._clock, entropy=self._entropy)
+        alerts = self.alerts = ServerAlerts(
+            config.alerts,
+            sinks,
+            clock=self._clock,
+            entropy=self._entropy,
+            source=_source(config.server.port),
+        )
         on_store_event = partial(tell_store, alerts)
         keeper = self._keeper = CertificateKeeper(
             config,
@@ -299,7 +305,7 @@ class Server:
         self._start_task(look_after_log())
         if store_keeper is None:
             self._start_task(self._clean_forever(registry))
-        alerts.source = f"{socket.gethostname()}:{self.port}"
+        alerts.source = _source(self.port)
         alerts.start()
         self._start_task(alerts.run())
         self._start_task(keeper.run())
@@ -567,6 +573,11 @@ def _at_home(config: Config, home: Home) -> Config:
         return config
     certificates = config.certificates.model_copy(update={"directory": home.certs})
     return config.model_copy(update={"certificates": certificates})
+
+
+def _source(port: int) -> str:
+    """Which server it is, for whoever gets its alerts."""
+    return f"{socket.gethostname()}:{port}"
 
 
 async def look_after_log() -> None:
