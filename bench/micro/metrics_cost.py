@@ -1,0 +1,213 @@
+"""What metrics cost: a request with all that is counted for it and without that, and a scrape.
+
+    python -m bench.micro.metrics_cost [--requests 200000] [--json FILE]
+
+A request is all that happens between its bytes and those of its answer, without a network and without TLS, beside
+which the counting would look smaller. Those without counting run the same code, but for the lines that count: they
+are taken out of its source. One read of each kind is made in turn, each timed alone, so that what else the machine
+does hits both. The figure is the ratio of the medians.
+
+A scrape is the text of all metrics of a server with 10,000 connections, in CPU time. Its share of a request is that
+at 5,000 requests a second and a scrape in 15 seconds: 75,000 have one together.
+"""
+
+from __future__ import annotations
+import __future__
+
+import argparse
+import asyncio
+import inspect
+import statistics
+import textwrap
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, cast
+
+import uvloop
+
+from bench.micro.token_check import NS_PER_US, Figure, conclude
+from zcproto.clock import system_clock, system_entropy
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.deadlines import DeadlineWheel
+from zcproto.observe import metric_table as table
+from zcproto.observe.metrics import Metrics, Reading
+from zcproto.observe.process import ProcessMetrics
+from zcproto.server import protocol as module
+from zcproto.server.app import App
+from zcproto.server.eager import EagerTasks
+from zcproto.server.protocol import ServerProtocol
+from zcproto.server.serving import Serving
+from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.wire.frame import REQUEST, encode_frame
+from zcproto.wire.message import encode_request
+
+ANNOTATIONS: Final = __future__.annotations.compiler_flag
+
+COUNTING: Final = {
+    "timed = serving.reads.time_next": "timed = False",
+    "    or timed\n": "\n",
+    "requests += 1": "pass",
+    "method.calls += 1": "pass",
+    "serving.counters.requests += requests": "pass",
+}
+"""The lines of `ServerProtocol._process` that count, and what is there without them."""
+
+LEAST: Final = 1_000
+CONNECTIONS: Final = 20
+CONNECTED: Final = 10_000
+REQUESTS_PER_SCRAPE: Final = 75_000
+SCRAPES: Final = 9
+MAX_ADDED: Final = 5.0
+"""Percent of a request's CPU."""
+
+BODY: Final = encode_request("echo", {"data": b"x" * 64})
+SALT: Final = bytes(range(8))
+
+
+def without_counting() -> type[ServerProtocol]:
+    """The protocol of a connection, less the lines that count."""
+    source = textwrap.dedent(inspect.getsource(ServerProtocol._process))
+    for line, instead in COUNTING.items():
+        assert source.count(line) == 1, f"{line!r} is not there once any more"
+        source = source.replace(line, instead)
+    made: dict[str, Any] = {"__slots__": ()}
+    exec(compile(source, module.__file__, "exec", ANNOTATIONS), module.__dict__, made)  # noqa: S102 - it is ours
+    return cast("type[ServerProtocol]", type("Uncounted", (ServerProtocol,), made))
+
+
+class Transport:
+    """Takes what is written, and keeps the last of it."""
+
+    peer = "192.0.2.7"
+
+    def __init__(self) -> None:
+        self.last = b""
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        """Nothing waits here."""
+
+    def write(self, data: bytes) -> None:
+        self.last = data
+
+
+class Peer:
+    """One connection, and the client that is at its other end."""
+
+    def __init__(self, serving: Serving, kind: type[ServerProtocol], user: str) -> None:
+        self.transport = Transport()
+        self.protocol = kind(serving)
+        self.protocol.connection_made(cast("asyncio.BaseTransport", self.transport))
+        wall = system_clock.wall()
+        opened = serving.registry.open(user, operator=False, client="", address="", wall=wall)
+        self.token = opened.token
+        self.counter = 0
+
+    def request(self) -> bytes:
+        self.counter += 1
+        return encode_frame(REQUEST, 1, system_clock.wall(), SALT, self.counter, self.token, BODY)
+
+
+def serving_on(loop: asyncio.AbstractEventLoop) -> Serving:
+    app = App()
+
+    @app.method("echo")
+    def echo(**params: Any) -> dict[str, Any]:
+        return params
+
+    return Serving(
+        settings=ConnectionSettings(),
+        registry=SessionRegistry(SessionSettings(), system_entropy),
+        methods={method.name: method for method in app},
+        wheel=DeadlineWheel(loop),
+        tasks=EagerTasks(loop),
+        call_soon=loop.call_soon,
+        clock=system_clock,
+        entropy=lambda size: SALT,
+        write_buffer_bytes=1 << 20,
+        write_timeout=20.0,
+        session_idle_timeout_ms=None,
+    )
+
+
+async def time_requests(requests: int) -> tuple[array[int], array[int]]:
+    """Nanoseconds of each read of a request with counting, and of each without."""
+    serving = serving_on(asyncio.get_running_loop())
+    kinds = (ServerProtocol, without_counting())
+    sides = [
+        ([Peer(serving, kind, f"{kind.__name__}{number}") for number in range(CONNECTIONS)], array("Q"))
+        for kind in kinds
+    ]
+    clock = time.perf_counter_ns
+    for number in range(requests):
+        for peers, times in sides if number % 2 else reversed(sides):  # neither is always the first
+            peer = peers[number % CONNECTIONS]
+            data = peer.request()
+            begin = clock()
+            peer.protocol.data_received(data)
+            times.append(clock() - begin)
+        if not number % LEAST:
+            await asyncio.sleep(0)  # so that timers come due: reads are timed in every 1/64 s
+    echo = serving.methods["echo"]
+    assert echo.calls == requests, "one side counts, the other does not"
+    assert all(BODY[-64:] in peer.transport.last for peers, _ in sides for peer in peers), (
+        "an echo is missing"
+    )
+    assert sum(echo.durations.counts) > 0
+    serving.close()
+    return sides[0][1], sides[1][1]
+
+
+async def time_scrapes() -> float:
+    """Nanoseconds of CPU of one, the median, with as many connections as are scanned for one."""
+    serving = serving_on(asyncio.get_running_loop())
+    serving.connections.update(ServerProtocol(serving) for _ in range(CONNECTED))
+
+    def source() -> Iterator[Reading]:
+        """As many series as a server has, and what looks at each connection."""
+        most = max(protocol.in_flight for protocol in serving.connections)
+        yield table.LIMIT_USE.at(most, "limits.max_streams")
+        yield table.SLOW_READERS.at(sum(protocol.reads_too_slowly for protocol in serving.connections))
+        for number in range(150):
+            yield table.CALLS.at(number, f"method{number}")
+        for number in range(10):
+            yield table.WAITS.at(serving.methods["echo"].waits, f"method{number}")
+
+    metrics = Metrics(source, ProcessMetrics())
+    spent = []
+    for _ in range(SCRAPES):
+        begin = time.thread_time_ns()
+        metrics.render("")
+        spent.append(time.thread_time_ns() - begin)
+    return statistics.median(spent)
+
+
+def measure(requests: int) -> list[Figure]:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        on, off = (statistics.median(times) for times in runner.run(time_requests(requests)))
+        scrape = runner.run(time_scrapes())
+    return [
+        Figure("requests of each kind", requests, ""),
+        Figure("a request with counting, p50", on / NS_PER_US, "us"),
+        Figure("a request without it, p50", off / NS_PER_US, "us"),
+        Figure("a scrape with 10,000 connections, p50", scrape / NS_PER_US, "us"),
+        Figure("its share of a request", scrape / REQUESTS_PER_SCRAPE, "ns"),
+        Figure("added by counting", 100 * (on / off - 1), "%", MAX_ADDED),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.micro.metrics_cost", description=__doc__.split("\n", maxsplit=1)[0]
+    )
+    parser.add_argument("--requests", type=int, default=200_000, help="requests of each kind")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(arguments)
+    if options.requests < LEAST:
+        parser.error(f"at least {LEAST} requests are needed")
+    return conclude(measure(options.requests), options.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
