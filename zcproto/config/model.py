@@ -524,7 +524,8 @@ class LogConfig(BaseModel):
     )
     file: Annotated[Path | None, FilePath(empty=True)] = _key(
         None,
-        "The file to append to, made with mode 0600. Empty: standard error, for the service manager to keep.",
+        "The file to append to, made with mode 0600; SIGHUP opens it anew. Empty: standard error, for the service"
+        " manager to keep.",
     )
 
 

@@ -16,6 +16,8 @@ from zcproto.observe.rate import RateLimited
 MAX_KEYS: Final = 16_384
 """Peers, users or causes that are counted for themselves, about 250 bytes each."""
 
+KEYS_PER_LINE: Final = 4
+
 _KEY_MAX: Final = 128
 
 
@@ -34,7 +36,7 @@ class EventLimits:
         self._lock = threading.Lock()
         limits = {event.limit for event in EVENTS.values() if event.limit is not None}
         self._rates: dict[Limit, RateLimited] = {
-            limit: RateLimited(limit.lines, MAX_KEYS if limit.by else 1024, limit.total) for limit in limits
+            limit: RateLimited(limit.lines, _keys_of(limit), limit.total) for limit in limits
         }
 
     def admit(
@@ -59,6 +61,11 @@ class EventLimits:
         for event, _, count in ended:
             lines.setdefault(event, []).append(count)
         return [LeftOut(event, sum(counts), len(counts)) for event, counts in sorted(lines.items())]
+
+
+def _keys_of(limit: Limit) -> int:
+    # Beyond as many keys as get a line, an entry is worth only that its key is counted for itself.
+    return MAX_KEYS if limit.total is None else min(MAX_KEYS, KEYS_PER_LINE * limit.total)
 
 
 def _key(name: str, value: Any) -> str:
