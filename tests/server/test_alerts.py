@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from zcproto.alerts import AlertKind
 from zcproto.alerts.center import BURST, MANY_DELAY_S
@@ -591,3 +593,29 @@ def test_alerts_are_among_the_metrics(watch: Watch) -> None:
         'zcproto_alert_sink_down{sink="webhook"} 0.0',
     ):
         assert line in lines
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(AlertKind), st.text(), st.text(), st.dictionaries(st.text(), ANYTHING))
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_whatever_is_raised_is_a_message_and_never_a_fault(
+    raised: list[tuple[AlertKind, str, str, dict[str, Any]]],
+) -> None:
+    alerts = desk(FakeClock(), Taking("webhook"))
+    for kind, title, about, details in raised:
+        alerts.raise_(kind, title, about=about, details=details)
+        alerts.resolve(kind, title, about=about, details=details)
+    for waiting in alerts.queues[0]._queue:
+        alert = json.loads(waiting.body)["alert"]
+        assert (alert["title"] + alert["about"]).isprintable()
+    json.dumps(alerts.report())
