@@ -47,7 +47,7 @@ from zcproto.sessions.token import digest_of, id_from_text
 from zcproto.stores.pending import PendingRevocations, Revocation
 from zcproto.stores.store import StoreUnavailable
 
-TIMEOUT = 0.02
+TIMEOUT = 0.25
 GRACE = 300.0
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS

@@ -163,7 +163,7 @@ async def test_hung_while_many_ask(server: ServerProcess) -> None:
             *(here.store.find(bytes([number % 256]) * 32) for number in range(9_000)), return_exceptions=True
         )
         assert {type(result) for result in results} == {StoreUnavailable}
-        assert loop.time() - begin < 2  # so many tasks take a while to be made
+        assert loop.time() - begin < 20  # one after the other they would take half an hour
         assert any("too many" in result.reason for result in results if isinstance(result, StoreUnavailable))
         server.go_on()
         assert await here.store.count() == 0
