@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
@@ -57,9 +58,12 @@ class Reading(NamedTuple):
     value: float | Histogram
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Metric:
-    """A metric by its whole name. `help` is a sentence for people, `labels` are names."""
+    """A metric by its whole name. `help` is a sentence for people, `labels` are names.
+
+    It is equal to itself alone, as each scrape looks for it some hundred times.
+    """
 
     name: str
     kind: Kind
@@ -123,6 +127,7 @@ class Metrics:
             yield _family(metric, series)
 
 
+@lru_cache(maxsize=4_096)
 def _label(value: str) -> str:
     return printable(value[:MAX_LABEL])
 
