@@ -331,6 +331,27 @@ def test_sockets_that_are_passed_are_served_and_no_other(start: Start, home: Pat
             start("--port", str(taken), passed=(first.fileno(),))
 
 
+def test_a_socket_called_redirect_is_the_one_without_tls(start: Start, home: Path) -> None:
+    with listening("127.0.0.1") as tls, listening("127.0.0.1") as plain:
+        process = start(passed=(tls.fileno(), plain.fileno()), LISTEN_FDNAMES="zcproto:redirect")
+        (port,) = where(process, home)
+        assert port == tls.getsockname()[1]
+        with Client(port, home / "certs" / "ca.crt") as client:
+            assert client.is_open()
+        with socket.create_connection(plain.getsockname()[:2], TIMEOUT) as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert raw.recv(65_536).startswith(b"HTTP/1.1 308 ")
+
+
+def test_a_socket_called_redirect_takes_the_https_side(start: Start, home: Path) -> None:
+    with (home / "config.toml").open("a") as config:
+        config.write("[http]\nenabled = false\n")
+    with listening("127.0.0.1") as plain:
+        process = start("--port", "0", passed=(plain.fileno(),), LISTEN_FDNAMES="redirect")
+        assert process.wait(TIMEOUT) == 2
+    assert "http.enabled = false: a socket" in (home / "log").read_text()
+
+
 def test_a_socket_for_both_families_knows_ipv4_clients_by_their_address(start: Start, home: Path) -> None:
     key = UserFile(home / "users.toml").add("ada")
     with listening("::", dual=True) as both:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from zcproto.http.router import Router
 from zcproto.http.security_headers import SecurityHeaders
 from zcproto.server.http_protocol import HttpEndpoint, HttpProtocol
 from zcproto.server.http_resources import CertificateLife, Metrics, Resources, hsts_of
-from zcproto.server.listener import bind
+from zcproto.server.listener import bind, take_over
 from zcproto.server.redirect import PlainListener
 from zcproto.server.serving import Serving, log
 from zcproto.tls.server import TlsServerTransport
@@ -73,10 +74,19 @@ class HttpSide:
             "redirect": None if self._plain is None else self._plain.figures(),
         }
 
-    def redirect(self, names: Callable[[], Iterable[str]], https_port: int) -> None:
-        """Bind the port without TLS. `names` are those that the certificates have. Raises ConfigError."""
+    def redirect(
+        self, names: Callable[[], Iterable[str]], https_port: int, passed: Sequence[socket.socket] = ()
+    ) -> None:
+        """Bind the port without TLS, or take sockets that were passed. `names` are those of the certificates.
+
+        Raises ConfigError.
+        """
         config = self._config
-        sockets = bind(config.server.host, config.http.redirect_port, "http.redirect_port")
+        if passed:
+            sockets = list(passed)
+            take_over(sockets)
+        else:
+            sockets = bind(config.server.host, config.http.redirect_port, "http.redirect_port")
         self._plain = PlainListener(sockets, self._serving, names, https_port)
 
     async def start_redirecting(self) -> None:

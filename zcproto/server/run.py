@@ -23,6 +23,9 @@ from zcproto.server.serving import log
 from zcproto.server.supervision import Supervision
 from zcproto.service_manager import ServiceManager
 
+REDIRECT_SOCKET: Final = "redirect"
+"""FileDescriptorName= of a socket without TLS, as http.redirect_port is. All others are for TLS."""
+
 SPARE_FILES: Final = 256
 """Descriptors beside those of connections: certificates, the store, the log, pipes."""
 
@@ -43,8 +46,11 @@ def serve(
     """
     risks = harden(os.environ)  # before there is a key
     manager = ServiceManager.from_environ(os.environ, os.getpid())
-    sockets = [passed.socket for passed in manager.sockets]
-    server = Server(app, config, home=home, sockets=sockets, **options)
+    options["sockets"] = [passed.socket for passed in manager.sockets if passed.name != REDIRECT_SOCKET]
+    options["redirect_sockets"] = [
+        passed.socket for passed in manager.sockets if passed.name == REDIRECT_SOCKET
+    ]
+    server = Server(app, config, home=home, **options)
     configure_logging(server.config.log)
     wanted = server.config.limits.max_connections + SPARE_FILES
     limit = raise_file_limit(wanted)

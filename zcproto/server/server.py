@@ -104,7 +104,8 @@ class Server:
     `home` is the folder of users and certificates; by default the one that the command line uses, and so is
     the configuration.
     `authenticators` decide who may open sessions; by default API keys of the home's users.
-    `sockets` are listening ones to serve on, in place of `server.host` and `server.port`; the server closes them.
+    `sockets` are listening ones to serve on, in place of `server.host` and `server.port`, and
+    `redirect_sockets` in place of `http.redirect_port`; the server closes them.
     Raises ConfigError or CertificateError on entering, before anything listens.
     """
 
@@ -116,6 +117,7 @@ class Server:
         home: Path | None = None,
         authenticators: Sequence[Authenticator] | None = None,
         sockets: Sequence[socket.socket] = (),
+        redirect_sockets: Sequence[socket.socket] = (),
         progress: Callable[[str], None] = lambda sentence: None,
         clock: Clock = system_clock,
         entropy: Entropy = system_entropy,
@@ -137,6 +139,7 @@ class Server:
         self._serving: Serving | None = None
         self._http: HttpSide | None = None
         self._sockets: list[socket.socket] = list(sockets)
+        self._redirect_sockets = list(redirect_sockets)
         self._addresses: list[tuple[str, int]] = []
         self._closed = asyncio.Event()
         self._ending = asyncio.Lock()
@@ -268,11 +271,15 @@ class Server:
             else:
                 self._sockets = bind(config.server.host, config.server.port)
             self._addresses = [listening.getsockname()[:2] for listening in self._sockets]
-            if self._http is not None and config.http.redirect_port:
-                self._http.redirect(self._certificate_names, self.port)
+            if self._http is not None and (config.http.redirect_port or self._redirect_sockets):
+                self._http.redirect(self._certificate_names, self.port, self._redirect_sockets)
+            elif self._redirect_sockets:
+                raise ConfigError(
+                    ["http.enabled = false: a socket for http.redirect_port was passed all the same"]
+                )
         except BaseException:
             await serving.sessions.stop()
-            for listening in self._sockets:
+            for listening in (*self._sockets, *self._redirect_sockets):
                 listening.close()
             raise
         self._wheel = wheel
