@@ -254,7 +254,7 @@ async def test_a_resolver_that_hangs_is_left_and_forgotten(
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     with pytest.raises(Undelivered, match="did not answer within"):
         await webhook("https://localhost:9/", ca_file, clock, timeout=0.2).deliver(BODY)
-    assert asked.is_set()
+    assert await asyncio.to_thread(asked.wait, TIMEOUT)
     go_on.set()
     for thread in threading.enumerate():
         if thread.name == "zcproto-alerts-name":
