@@ -48,10 +48,10 @@ def tls(
 
 def read_to_end(connection: ssl.SSLSocket) -> bytes:
     """All bytes until close_notify; anything else is an error."""
-    received = b""
+    received = bytearray()
     while data := connection.recv(65_536):
         received += data
-    return received
+    return bytes(received)
 
 
 def exchange(server: ServerThread, data: bytes, alpn: tuple[str, ...] = ("http/1.1",)) -> list[Answer]:
@@ -356,6 +356,20 @@ def test_who_reads_nothing_is_disconnected(serve: Serve) -> None:
         eventually(lambda: server.stats["http"]["write_timeouts"] == 1)
         assert server.stats["http"]["responses"]["200"] < 50
     server.until_left()
+
+
+def test_who_reads_late_gets_all_of_it_and_nothing_is_made_ahead(serve: Serve) -> None:
+    server = serve()
+    add(server, Route("GET", "/big", lambda request: text_response(200, "x" * 3_000_000)))
+    big = GET.replace(b"GET /", b"GET /big")
+    with bystander(server), tls(server) as connection:
+        connection.sendall(big * 7 + big.replace(b"Host", b"Connection: close\r\nHost"))
+        server.until(lambda: any(each._paused_since is not None for each in server.server._http.connections))  # type: ignore[union-attr]
+        made = server.stats["http"]["responses"]["200"]
+        found = answers(read_to_end(connection))
+    assert made < 8
+    assert [len(answer.body) for answer in found] == [3_000_001] * 8
+    assert [answer.closes for answer in found] == [False] * 7 + [True]
 
 
 def test_http_connections_count_with_all_others(serve: Serve) -> None:

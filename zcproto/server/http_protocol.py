@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from zcproto.server.eager import Worker
     from zcproto.server.serving import Serving
 
+TAKEN_AT_LEAST: Final = 16_384
+"""Bytes that a client which lets an answer wait must take in each `write_timeout`: a drip is no reading."""
+
 WRITE_BUFFER: Final = 65_536
 """Bytes that wait for a client that reads slowly, before nothing more is answered."""
 
@@ -35,6 +38,7 @@ class HttpTransport(Protocol):
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+    def get_write_buffer_size(self) -> int: ...
 
 
 class Routes(Protocol):
@@ -115,6 +119,7 @@ class HttpProtocol(asyncio.Protocol):
         "_paused_since",
         "_reading",
         "_transport",
+        "_unread",
         "_worker",
         "deadline_tick",
         "peer",
@@ -127,7 +132,8 @@ class HttpProtocol(asyncio.Protocol):
         self._number = 0
         self._next: HttpRequest | None = None  # sent together with the one before; its turn comes
         self._worker: Worker | None = None
-        self._paused_since: float | None = None
+        self._paused_since: float | None = None  # or since its peer last took its least
+        self._unread = 0  # what waited for the peer then
         self._reading = True
         self.peer = ""
         self.deadline_tick = 0
@@ -175,6 +181,8 @@ class HttpProtocol(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._paused_since = self._endpoint.serving.clock.now()
+        if self._transport is not None:
+            self._unread = self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._paused_since = None
@@ -265,8 +273,8 @@ class HttpProtocol(asyncio.Protocol):
             self.close()
             return
         deadline = connection.next_deadline()
-        if self._paused_since is not None:
-            deadline = min(deadline, self._paused_since + endpoint.serving.write_timeout)
+        if self._paused_since is not None:  # no other counts: what waits, waits for the peer
+            deadline = self._paused_since + endpoint.serving.write_timeout
         endpoint.serving.wheel.set(self, deadline)
         reading = connection.wants_data and self._paused_since is None
         if reading is not self._reading:
@@ -277,14 +285,18 @@ class HttpProtocol(asyncio.Protocol):
                 transport.pause_reading()
 
     def handle_deadline(self, now: float) -> None:
-        connection, endpoint = self._connection, self._endpoint
-        if connection is None:
+        connection, transport, endpoint = self._connection, self._transport, self._endpoint
+        if connection is None or transport is None:
             return
-        if self._paused_since is not None and now >= self._paused_since + endpoint.serving.write_timeout:
-            endpoint.counters.write_timeouts += 1
-            self.abort()
-            return
-        connection.handle_timeout(endpoint.serving.clock.wall(), now)
+        if self._paused_since is not None:
+            unread = transport.get_write_buffer_size()
+            if unread > self._unread - TAKEN_AT_LEAST:
+                endpoint.counters.write_timeouts += 1
+                self.abort()
+                return
+            self._paused_since, self._unread = now, unread
+        else:
+            connection.handle_timeout(endpoint.serving.clock.wall(), now)
         self._update()
 
     # --- the end -------------------------------------------------------------------------------------
