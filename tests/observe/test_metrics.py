@@ -73,7 +73,57 @@ def test_units_are_told_where_the_form_has_them() -> None:
     assert [metric.unit for metric in (THINGS, HEIGHT, TIMES)] == ["", "", "seconds"]
 
 
-@given(st.text(max_size=300))
+@pytest.mark.parametrize(
+    ("accept", "is_openmetrics"),
+    [
+        ("application/openmetrics-text", True),
+        ("application/openmetrics-text; version=0.0.1", True),
+        ("Application/OpenMetrics-Text;Version=1.0.0;charset=utf-8", True),
+        (
+            "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
+            "application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+            True,
+        ),
+        ("text/plain, application/openmetrics-text;version=1.0.0", True),
+        ("", False),
+        ("*/*", False),
+        ("text/html,application/xhtml+xml,*/*;q=0.8", False),
+        ("text/plain;version=1.0.0;escaping=x", False),
+        ("application/openmetrics-text;version=1.0.0;q=0", False),
+        ("application/openmetrics-text;version=1.0.0;q=0.000", False),
+        ("application/openmetrics-text;version=abc", False),
+        ("application/openmetrics-text;version=99999999999999999999.0.0", False),
+        ("application/openmetrics-text;version=", False),
+        ("application/openmetrics-textual", False),
+        (";,;,=,==;q=q;" * 100, False),
+    ],
+)
+def test_openmetrics_is_for_whoever_names_it(accept: str, is_openmetrics: bool) -> None:
+    content_type, text = Metrics(lambda: [HEIGHT.at(1)]).render(accept)
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0") is is_openmetrics
+    assert content_type.startswith("text/plain; version=0.0.4") is not is_openmetrics
+    assert text.endswith(b"# EOF\n") is is_openmetrics
+
+
+PIECES = [
+    *(
+        "application/openmetrics-text",
+        "text/plain",
+        "*/*",
+        "version",
+        "1.0.0",
+        "0.0.4",
+        "abc",
+        "q",
+        "0",
+        "0.5",
+    ),
+    *(";", ",", "=", " ", "escaping", "allow-utf-8", "\t", "\x00", "\u0660"),
+]
+ACCEPT = st.lists(st.sampled_from(PIECES), max_size=20).map("".join)
+
+
+@given(st.one_of(ACCEPT, st.text(max_size=300)))
 def test_any_accept_header_gets_one_of_the_two_forms(accept: str) -> None:
     content_type, text = Metrics(lambda: [HEIGHT.at(1)]).render(accept)
     assert content_type.startswith(("text/plain; version=", "application/openmetrics-text; version="))

@@ -24,7 +24,8 @@ from typing import Final, NamedTuple
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from zcproto.histogram import Histogram
 from zcproto.printable import printable
@@ -32,11 +33,16 @@ from zcproto.printable import printable
 PREFIXES: Final = ("zcproto_", "process_")
 """The second is for what is known of any process, by the names that are usual for it."""
 
+TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
 MAX_LABEL: Final = 200
 """Characters of a label's value: paths may be long."""
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _UNITS: Final = ("seconds", "bytes")
+_OPENMETRICS_VERSIONS: Final = ("0.0.1", "1.0.0")
+_NEVER: Final = re.compile(r"0(\.0{0,3})?")
 
 
 class Kind(Enum):
@@ -110,8 +116,9 @@ class Metrics:
 
     def render(self, accept: str) -> tuple[str, bytes]:
         """The content type, and the text: OpenMetrics if an `Accept` header asks for it, else Prometheus's."""
-        encode, content_type = choose_encoder(accept)
-        return content_type, encode(self._registry)
+        if _wants_openmetrics(accept):
+            return OPENMETRICS, openmetrics.generate_latest(self._registry)
+        return TEXT, generate_latest(self._registry)
 
     def describe(self) -> Iterator[Family]:
         """Nothing: the registry shall not scrape to learn names."""
@@ -125,6 +132,24 @@ class Metrics:
                 found.setdefault(metric, {})[tuple(map(_label, labels))] = value
         for metric, series in found.items():
             yield _family(metric, series)
+
+
+def _wants_openmetrics(accept: str) -> bool:
+    """Whether an Accept header names OpenMetrics (RFC 9110 section 12.5.1), in a version that is written here.
+
+    Who takes it at all gets it: a scraper that names both forms can read both. prometheus_client's own choice ends
+    in an exception for a version that is no number.
+    """
+    for choice in accept.lower().split(","):
+        media_type, *parameters = (part.strip() for part in choice.split(";"))
+        if media_type != "application/openmetrics-text":
+            continue
+        named = dict(parameter.partition("=")[::2] for parameter in parameters)
+        if named.get("version", "1.0.0") in _OPENMETRICS_VERSIONS and not _NEVER.fullmatch(
+            named.get("q", "1")
+        ):
+            return True
+    return False
 
 
 @lru_cache(maxsize=4_096)
