@@ -563,6 +563,23 @@ def test_another_greeting_is_a_fault(home: Path, look: Look, data: bytes, said: 
         assert said in look(address).one("welcome", "fault")
 
 
+def test_a_greeting_that_comes_byte_by_byte_has_its_time(home: Path, look: Look) -> None:
+    def drip(tls: ssl.SSLSocket) -> None:
+        for byte in bytes([0, 0, 255, 0, 1, 1]) + bytes(10_000):
+            tls.sendall(bytes([byte]))
+
+    with answering(OtherServer("localhost").speak(drip)) as address:
+        assert look(address, "--timeout", "0.2").state("welcome") == "fault"
+
+
+def test_files_that_a_server_replaces_meanwhile_are_no_fault(
+    folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = local._files
+    monkeypatch.setattr(local, "_files", lambda home: [*real(home), home / "gone"])
+    assert look().state("permissions") == "ok"
+
+
 def test_a_greeting_without_an_end_is_a_fault(
     home: Path, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:

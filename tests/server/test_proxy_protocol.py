@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import ssl
 import struct
+import subprocess
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from zcproto.config.model import LogConfig
 from zcproto.observe.log import configure_logging
 
-from .helpers import KEY, TIMEOUT, Client, ServerThread, client_context, read_to_end
+from .helpers import KEY, TIMEOUT, Client, ServerThread, client_context, eventually, read_to_end
 
 Serve = Callable[..., ServerThread]
 
@@ -180,3 +182,52 @@ def test_everybody_else_goes_on(server: ServerThread) -> None:
                 assert read_to_end(raw)[0] == b""
             client.echo()
     server.until_left()
+
+
+# --- HAProxy itself ------------------------------------------------------------------------------------------
+
+HAPROXY = """
+defaults
+    mode tcp
+    timeout connect 10s
+    timeout client 30s
+    timeout server 30s
+listen version_2
+    bind 127.0.0.1:{good}
+    bind [::1]:{good}
+    server it 127.0.0.1:{port} send-proxy-v2 proxy-v2-options crc32c,unique-id,authority check check-send-proxy
+listen version_1
+    bind 127.0.0.1:{bad}
+    server it 127.0.0.1:{port} send-proxy
+"""
+
+
+def free() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        return int(bound.getsockname()[1])
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.skipif(shutil.which("haproxy") is None, reason="takes HAProxy")
+def test_haproxys_own_headers_are_read(serve: Serve, tmp_path: Path) -> None:
+    server = serve(server__proxy_protocol_from=["127.0.0.1"])
+    good, bad = free(), free()
+    (tmp_path / "haproxy.cfg").write_text(HAPROXY.format(good=good, bad=bad, port=server.port))
+    ca = server.home / "certs" / "ca.crt"
+    with subprocess.Popen(["haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg")]) as balancer:
+        try:
+            eventually(lambda: is_open(bad))
+            for host in ("127.0.0.1", "::1"):
+                with Client(good, ca, host=host) as client:
+                    client.open_session("ada")
+                    assert client.call("session.info")["address"] == host
+            with pytest.raises((ssl.SSLError, ConnectionResetError)):
+                Client(bad, ca)
+        finally:
+            balancer.terminate()
+    assert server.stats["tls_failures"]["proxy_header_version"] >= 1
+    assert "proxy_header_malformed" not in server.stats["tls_failures"]

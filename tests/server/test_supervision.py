@@ -129,6 +129,18 @@ def test_without_a_watchdog_only_news_is_told(manager: Manager) -> None:
     told.supervision.close()
 
 
+def test_a_watchdog_that_nobody_could_feed_does_not_take_the_loop(manager: Manager) -> None:
+    told = Told(manager, watchdog=0.000_001)
+    told.supervision.ready()
+    told.timers.advance(0.1)
+    manager.next()
+    fed = 0
+    while not manager.is_silent(0.01):
+        fed += 1
+    assert 1 <= fed <= 6
+    told.supervision.close()
+
+
 def test_a_long_watchdog_leaves_the_status_fresh(manager: Manager) -> None:
     told = Told(manager, watchdog=3600)
     told.supervision.ready()

@@ -21,6 +21,9 @@ from zcproto.service_manager import USEC, ServiceManager
 STATUS_INTERVAL: Final = 10.0
 """Seconds between two looks at what is said of the service, if no watchdog asks for more."""
 
+MIN_INTERVAL: Final = 0.02
+"""Seconds: a watchdog of microseconds cannot be fed, and must not be all that the loop does."""
+
 STOP_MARGIN: Final = 10.0
 """Seconds beyond the time to drain in which a process ends."""
 
@@ -45,7 +48,7 @@ class Supervision:
         self._said = ""
         self._interval = STATUS_INTERVAL
         if manager.watchdog is not None:
-            self._interval = min(STATUS_INTERVAL, manager.watchdog / 2)
+            self._interval = max(MIN_INTERVAL, min(STATUS_INTERVAL, manager.watchdog / 2))
         self._next: asyncio.TimerHandle | None = None
         self._is_stopping = False
 

@@ -73,7 +73,10 @@ def _permissions(home: Home) -> Iterator[Finding]:
         if number == MAX_FILES:
             yield Finding("permissions", WARNING, f"there are more than {MAX_FILES} files here", "tidy up")
             return
-        status = path.lstat()
+        try:
+            status = path.lstat()
+        except FileNotFoundError:  # a server that runs replaces its files
+            continue
         quoted = shlex.quote(str(path))
         if stat.S_ISLNK(status.st_mode) or stat.S_ISSOCK(status.st_mode):
             continue

@@ -144,14 +144,14 @@ def _connect(address: Address, timeout: float, seen: _Seen) -> bool:
     context = client_context(verify=False, protocols=[ALPN])
     try:
         with context.wrap_socket(raw, server_hostname=address.host.partition("%")[0]) as tls:
-            return _greeted(tls, seen)
+            return _greeted(tls, seen, system_clock.now() + timeout)
     except (OSError, ssl.SSLError) as error:
         raw.close()
         found.append(_handshake_fault(error, "handshake"))
         return False
 
 
-def _greeted(tls: ssl.SSLSocket, seen: _Seen) -> bool:
+def _greeted(tls: ssl.SSLSocket, seen: _Seen, deadline: float) -> bool:
     cipher = tls.cipher()
     assert cipher is not None, "the handshake is done"
     seen.certificate = tls.getpeercert(binary_form=True) or b""
@@ -163,7 +163,7 @@ def _greeted(tls: ssl.SSLSocket, seen: _Seen) -> bool:
     seen.findings.append(Finding("handshake", OK, f"{tls.version()}, {cipher[0]}, {alpn}"))
     connection = ClientConnection(max_frame=MAX_WELCOME, tolerance_ms=30_000)
     received = 0
-    while received < MAX_WELCOME:
+    while received < MAX_WELCOME and system_clock.now() < deadline:  # also if it comes byte by byte
         data = tls.recv(MAX_WELCOME)
         received += len(data)
         if not data:
