@@ -36,3 +36,18 @@ class Histogram:
         """Count a value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
+
+
+def quantile(bounds: Sequence[float], counts: Sequence[int], part: float) -> float | None:
+    """The value that this part of all values (0 to 1) is at most, as far as their sizes tell; None without any.
+
+    Within two bounds the values are taken to be spread evenly. Beyond the last one it is that bound.
+    """
+    rank = part * sum(counts)
+    below, lower = 0, 0.0
+    for bound, count in zip(bounds, counts, strict=False):
+        if count and below + count >= rank:
+            return lower + (bound - lower) * (rank - below) / count
+        below += count
+        lower = bound
+    return bounds[-1] if sum(counts) else None

@@ -30,8 +30,7 @@ class ProcessMetrics:
         self._started_at = _started_at(proc)
 
     def __call__(self) -> Iterator[Reading]:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        yield table.CPU.at(used.ru_utime + used.ru_stime)
+        yield table.CPU.at(used_cpu_s())
         yield table.MAX_FDS.at(_number(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
         if self._started_at is None:
             return
@@ -40,6 +39,21 @@ class ProcessMetrics:
         yield table.VIRTUAL.at(int(virtual) * self._page)
         yield table.RESIDENT.at(int(resident) * self._page)
         yield table.OPEN_FDS.at(open_descriptors(self._self / "fd"))
+
+
+def used_cpu_s() -> float:
+    """Seconds of processor time that this process has used."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, in bytes; the largest so far where /proc is missing."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def open_descriptors(folder: Path) -> int:

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import resource
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -41,6 +40,7 @@ from zcproto.errors import ConfigError
 from zcproto.home import Home, resolve_home
 from zcproto.network import Networks
 from zcproto.observe.log import flush_log, tell_suppressed
+from zcproto.observe.process import resident_bytes, used_cpu_s
 from zcproto.server.alert_sources import (
     tell_certificate,
     tell_certificates_not_used,
@@ -65,7 +65,9 @@ from zcproto.server.pauses import PauseMeter
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.serving import Serving, log
 from zcproto.server.sessions import StoredSessions
+from zcproto.server.status import ServerStatus
 from zcproto.server.store_setup import NEAR_CACHE, keeper_of, store_of
+from zcproto.server.traffic import Traffic
 from zcproto.server.users import Users
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.session import DEVICE_KEY
@@ -309,6 +311,22 @@ class Server:
             store=store_keeper,
             http=self._http,
         ).metrics()
+        traffic = Traffic(self._clock, serving.counters, acceptor, methods)
+        self.status = ServerStatus(
+            config=lambda: self.config,
+            addresses=lambda: self.addresses,
+            clock=self._clock,
+            started_at=self._clock.wall(),
+            serving=serving,
+            acceptor=acceptor,
+            listener=self._listener,
+            certificates=keeper,
+            pauses=self.pauses,
+            alerts=alerts,
+            traffic=traffic,
+            http=self._http,
+        )
+        self._start_task(traffic.run())
         self._start_task(look_after_log())
         if store_keeper is None:
             self._start_task(self._clean_forever(registry))
@@ -481,7 +499,6 @@ class Server:
         counters = serving.counters
         acceptor = self._acceptor
         assert acceptor is not None
-        used = resource.getrusage(resource.RUSAGE_SELF)
         return {
             "connections": len(serving.connections),
             "tcp_connections": self._listener.connections,
@@ -504,7 +521,7 @@ class Server:
             "handshakes_completed": acceptor.handshakes_completed,
             "handshakes_in_progress": acceptor.handshakes_in_progress,
             "tls_failures": {failure.value: count for failure, count in acceptor.failures.items() if count},
-            "cpu_s": used.ru_utime + used.ru_stime,
+            "cpu_s": used_cpu_s(),
             "rss_bytes": resident_bytes(),
             "longest_pause_s": self.pauses.take_longest(),
             "longest_own_pause_s": self.pauses.take_longest_own(),
@@ -594,15 +611,6 @@ async def look_after_log() -> None:
             await asyncio.sleep(FLUSH_INTERVAL)
             flush_log()
         tell_suppressed()
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM, in bytes; the largest so far where /proc is missing."""
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tune_interpreter() -> None:
