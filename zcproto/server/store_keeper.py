@@ -45,6 +45,9 @@ LOADED_AT_ONCE: Final = 200
 """Records taken in in one turn, about as long."""
 
 EXPIRED_AT_ONCE: Final = 2_000
+ROOM_S: Final = 0.02
+"""For others, after a slice that was cut short because they wait."""
+
 ENDED_AT_ONCE: Final = 256
 ASKED_AT_ONCE: Final = 64
 
@@ -677,7 +680,7 @@ class StoreKeeper:
         removed = 1
         while removed:
             removed = await self.store.expire(wall, self._keep_ended_ms, EXPIRED_AT_ONCE)
-            await asyncio.sleep(0)
+            await asyncio.sleep(ROOM_S if 0 < removed < EXPIRED_AT_ONCE else 0)
         await self._end_orphans(self.store.ask)
 
     # --- what operators see ------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from zcproto.stores.worker import Job, Worker
 TIMEOUT_S: Final = 0.25
 OPEN_TIMEOUT_S: Final = 30.0
 CLOSE_TIMEOUT_S: Final = 5.0
-EXPIRE_S: Final = 0.02
+EXPIRE_S: Final = 0.05
 """A slice of what is past its time takes so long at most where nobody waits, and then comes to the disk."""
 QUEUE: Final = 8_192
 """Operations that may wait at once."""
