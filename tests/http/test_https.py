@@ -208,6 +208,26 @@ def receive_one(connection: ssl.SSLSocket) -> bytes:
     return head + b"\r\n\r\n" + body
 
 
+def test_a_drain_waits_for_handlers_as_for_methods(serve: Serve) -> None:
+    server = serve()
+    gate = server.in_loop(asyncio.Event)
+
+    async def wait(request: HttpRequest) -> HttpResponse:
+        await gate.wait()
+        return text_response(200, "waited")
+
+    add(server, Route("GET", "/wait", wait))
+    with tls(server) as waiting:
+        waiting.sendall(GET.replace(b"GET /", b"GET /wait"))
+        server.until(lambda: server.server._http.endpoint.answering == 1)  # type: ignore[union-attr]
+        server.begin_drain(30.0)
+        server.until(lambda: server.server.serving.draining)
+        server.in_loop(gate.set)
+        (answer,) = answers(read_to_end(waiting))
+    assert (answer.body, answer.closes) == (b"waited\n", True)
+    server.join()
+
+
 def test_idle_connections_do_not_hold_up_the_end(serve: Serve) -> None:
     server = serve()
     with tls(server) as idle, tls(server) as silent:

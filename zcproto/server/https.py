@@ -6,7 +6,6 @@ What it decides: which fields and limits they have, and how they end with the se
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -24,8 +23,6 @@ from zcproto.server.serving import Serving, log
 from zcproto.tls.server import TlsServerTransport
 
 HTTP_ALPN: Final = "http/1.1"
-ANSWER_LIMIT: Final = 2.0
-"""Seconds that handlers at work have, once all else has ended."""
 
 
 class HttpSide:
@@ -108,10 +105,12 @@ class HttpSide:
             self._plain.close()
         self.endpoint.drain()
 
-    async def end(self) -> None:
-        """Let handlers that are at work finish, for a moment, and close every connection."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.endpoint.wait_at_rest(), ANSWER_LIMIT)
+    async def wait_at_rest(self) -> None:
+        """After `drain`: return when no handler is at work."""
+        await self.endpoint.wait_at_rest()
+
+    def end(self) -> None:
+        """Close every connection."""
         self.endpoint.close()
 
 

@@ -553,9 +553,9 @@ class Server:
             protocol.go_away("draining")
             if number % GOAWAYS_PER_TURN == GOAWAYS_PER_TURN - 1:
                 await asyncio.sleep(0)
-        await self._within(limit, serving.wait_drained())
+        await self._within(limit, self._wait_at_rest())
         if self._http is not None:
-            await self._http.end()
+            self._http.end()
         cut_off = len(serving.connections)
         for protocol in list(serving.connections):
             protocol.cancel_all()
@@ -581,6 +581,11 @@ class Server:
         log.info("server.ended", cut_off=cut_off)
         tell_suppressed()
         flush_log()
+
+    async def _wait_at_rest(self) -> None:
+        await self.serving.wait_drained()
+        if self._http is not None:
+            await self._http.wait_at_rest()
 
     async def _within(self, seconds: float, condition: Coroutine[Any, Any, None]) -> None:
         with contextlib.suppress(TimeoutError):
