@@ -513,7 +513,7 @@ class Client:
     def close(self) -> None:
         """Say close_notify and close, as a client should."""
         with contextlib.suppress(OSError, ValueError):
-            self.tls.settimeout(1.0)
+            self.tls.settimeout(5.0)
             while True:
                 try:
                     self.tls.unwrap()

@@ -65,9 +65,7 @@ CHANGES: dict[str, Callable[[ValkeyStore, SessionRecord], Awaitable[object]]] = 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_a_change_is_told_to_the_other(
-    both: tuple[Process, Process], change: str
-) -> None:
+async def test_a_change_is_told_to_the_other(both: tuple[Process, Process], change: str) -> None:
     here, there = both
     record = session()
     await here.store.create(record, FIVE)
