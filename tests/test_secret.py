@@ -72,5 +72,12 @@ def test_bytes_and_text_are_otherwise_what_they_were() -> None:
     assert TEXT.encode() == b"hunter2"
 
 
+def test_one_that_is_made_of_another_is_the_same() -> None:
+    assert SecretBytes(BYTES) == b"hunter2"
+    assert SecretText(TEXT) == "hunter2"
+    assert pickle.loads(pickle.dumps([BYTES, TEXT])) == [b"hunter2", "hunter2"]
+    assert copy.deepcopy(TEXT) == "hunter2"
+
+
 def test_what_they_reveal_is_plain() -> None:
     assert (repr(BYTES.reveal()), repr(TEXT.reveal())) == ("b'hunter2'", "'hunter2'")

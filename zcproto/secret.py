@@ -9,7 +9,7 @@ one, or of one and something else, is plain again: use that at once. `Secret` is
 from __future__ import annotations
 
 import hmac
-from typing import Final, Generic, NoReturn, TypeVar
+from typing import Final, Generic, NoReturn, Self, TypeVar
 
 _T = TypeVar("_T", bytes, str)
 _MASK: Final = "Secret(hidden)"
@@ -77,6 +77,9 @@ class SecretText(str):
     """Text that does not show itself."""
 
     __slots__ = ()
+
+    def __new__(cls, value: str) -> Self:
+        return super().__new__(cls, value[:])  # `str` of one that hides itself already would be the mask
 
     def reveal(self) -> str:
         """The same as plain text, to be shown to whom it is for."""

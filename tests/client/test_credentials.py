@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from zcproto.client.device import Device
 from zcproto.client.session import ApiKey, Certificate, DeviceKey, choose_credentials
 from zcproto.errors import ConfigError
+from zcproto.secret import SecretText
 from zcproto.signed import attach_message, open_message
 
 
@@ -23,8 +24,9 @@ DEVICE = Device(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 
 
 @pytest.mark.parametrize("has_certificate", [False, True])
-def test_a_key_comes_first(has_certificate: bool) -> None:
-    credentials = choose_credentials("ada", "secret", has_certificate=has_certificate)
+@pytest.mark.parametrize("key", ["secret", SecretText("secret")])
+def test_a_key_comes_first(has_certificate: bool, key: str) -> None:
+    credentials = choose_credentials("ada", key, has_certificate=has_certificate)
     assert isinstance(credentials, ApiKey)
     assert credentials.params(CHANNEL) == {"scheme": "api_key", "user": "ada", "key": "secret"}
 
