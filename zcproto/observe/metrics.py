@@ -42,6 +42,7 @@ MAX_LABEL: Final = 200
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _UNITS: Final = ("seconds", "bytes")
 _OPENMETRICS_VERSIONS: Final = ("0.0.1", "1.0.0")
+_generate_openmetrics: Final[Callable[[CollectorRegistry], bytes]] = openmetrics.generate_latest
 _NEVER: Final = re.compile(r"0(\.0{0,3})?")
 
 
@@ -117,7 +118,7 @@ class Metrics:
     def render(self, accept: str) -> tuple[str, bytes]:
         """The content type, and the text: OpenMetrics if an `Accept` header asks for it, else Prometheus's."""
         if _wants_openmetrics(accept):
-            return OPENMETRICS, openmetrics.generate_latest(self._registry)
+            return OPENMETRICS, _generate_openmetrics(self._registry)
         return TEXT, generate_latest(self._registry)
 
     def describe(self) -> Iterator[Family]:
