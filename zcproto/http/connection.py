@@ -1,6 +1,6 @@
 """The server's side of one HTTP/1.1 connection, without I/O: bytes and times in; requests, bytes, a deadline out.
 
-    connection = HttpConnection(limits, headers, now)
+    connection = HttpConnection(limits, security, now, peer)
     request = connection.receive_data(data, wall, now)      # None: none is complete
     request = connection.respond(response, wall, now)       # the next one that is there already, if any
     transport.write(connection.data_to_send())              # after each of these; close if `closing`
@@ -10,7 +10,7 @@ h11 reads and writes the messages; each request has an h11.Connection of its own
 of everything is taken and for how long, what is refused with which status, and when the connection ends.
 
 Rules:
-- One request at a time is handed out, whole. What follows it waits here, and nobody should read on (`wants_data`).
+- One request at a time is handed out, whole. What follows it waits here, up to a bound (`wants_data`).
 - Whatever h11 takes though two readers could understand it in two ways is refused: a bare CR or LF, control
   characters, folded lines, Content-Length twice or beside Transfer-Encoding (RFC 9112 sections 2.2, 5.2 and 6.1).
 - After an error in what came in nothing more is read: where the next request begins is anybody's guess. After a
@@ -97,8 +97,8 @@ class HttpConnection:
 
     __slots__ = (
         "_body",
-        "_chunks",
         "_buffer",
+        "_chunks",
         "_deadline",
         "_h11",
         "_is_last",
