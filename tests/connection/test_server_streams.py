@@ -265,6 +265,21 @@ def test_a_deadline_that_has_passed_is_answered_at_once(pair: ConnectionPair, de
     assert (answer.stream, answer.code) == (1, Code.DEADLINE_EXCEEDED)
 
 
+def test_a_deadline_that_has_passed_is_no_usual_request_where_others_were(pair: ConnectionPair) -> None:
+    pair.respond(pair.get(pair.request(1)))
+    assert pair.answer().kind is Kind.RESPONSE
+    answer = pair.refused(pair.request(3, meta={"deadline_ms": 0}))
+    assert (answer.stream, answer.code) == (3, Code.DEADLINE_EXCEEDED)
+    assert pair.get(pair.request(5, meta={"deadline_ms": 1})).meta.deadline_ms == 1
+
+
+def test_a_malformed_body_is_no_usual_request_where_others_were(pair: ConnectionPair) -> None:
+    pair.respond(pair.get(pair.request(1)))
+    assert pair.answer().kind is Kind.RESPONSE
+    answer = pair.refused(pair.frame(REQUEST, 3, b"\x92\xa4echo"))
+    assert (answer.stream, answer.code) == (3, Code.INVALID_ARGUMENT)
+
+
 def test_a_held_request_is_answered_at_its_deadline(pair: ConnectionPair) -> None:
     request = pair.hold(pair.request(1, meta={"deadline_ms": 1_500}))
     assert request.deadline == NOW + 1.5
