@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ssl
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -64,9 +64,9 @@ _MS: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class ServerMetrics:
-    """Reads one server. `store` and `http` are None where there is none."""
+    """Reads one server. `config` gives what is configured now; `store` and `http` are None where there is none."""
 
-    config: Config
+    config: Callable[[], Config]
     session_settings: SessionSettings
     clock: Clock
     serving: Serving
@@ -107,7 +107,7 @@ class ServerMetrics:
         yield table.LOOP_LAG.at(lag)
 
     def _of_limits(self) -> Iterator[Reading]:
-        config, serving, registry = self.config, self.serving, self.serving.registry
+        config, serving, registry = self.config(), self.serving, self.serving.registry
         limits: list[tuple[str, int, int | None]] = [
             ("limits.max_connections", config.limits.max_connections, self.listener.connections),
             (

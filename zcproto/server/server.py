@@ -298,7 +298,7 @@ class Server:
         self.pauses = PauseMeter(loop, lambda: serving.counters.requests + acceptor.handshakes_completed)
         self.pauses.start()
         self.metrics = ServerMetrics(
-            config=config,
+            config=lambda: self.config,
             session_settings=settings,
             clock=self._clock,
             serving=serving,
