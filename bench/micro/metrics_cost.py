@@ -46,7 +46,7 @@ from zcproto.wire.message import encode_request
 ANNOTATIONS: Final = __future__.annotations.compiler_flag
 
 COUNTING: Final = {
-    "timed = serving.reads.time_next": "timed = False",
+    "timed = wall >> PART_BITS != serving.reads.part": "timed = False",
     "    or timed\n": "\n",
     "requests += 1": "pass",
     "method.calls += 1": "pass",

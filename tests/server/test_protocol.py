@@ -250,7 +250,6 @@ def nothing_left(harness: Harness) -> None:
     serving = harness.serving
     assert serving.connections == set()
     assert serving._by_session == {}
-    serving.reads.stop()  # it has a deadline of its own
     assert len(serving.wheel) == 0
     assert serving.tasks.running == 0
 

@@ -4,46 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers import FakeTimers
-from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import NotFound
 from zcproto.server.app import App
-from zcproto.server.read_timing import PERIOD, ReadTiming
+from zcproto.server.read_timing import PART_BITS, ReadTiming
 
 from .conftest import Serve
 from .helpers import AnsweredError
 
 
-def test_one_read_in_each_period_is_timed(timers: FakeTimers) -> None:
-    timing = ReadTiming(DeadlineWheel(timers))
-    assert timing.time_next
-    timing.timed()
-    assert not timing.time_next
-    timers.advance(3 * PERIOD)
-    assert timing.time_next
-    timers.advance(100)  # nobody reads: nothing is planned either
-    assert timing.time_next
-    assert timing.deadline_tick == 0
-
-
-def test_all_requests_of_a_read_make_one_deadline(timers: FakeTimers) -> None:
-    wheel = DeadlineWheel(timers)
-    timing = ReadTiming(wheel)
-    for _ in range(5):
-        timing.timed()
-    assert len(wheel) == 1
-
-
-def test_what_was_stopped_times_nothing_and_leaves_nothing(timers: FakeTimers) -> None:
-    wheel = DeadlineWheel(timers)
-    timing = ReadTiming(wheel)
-    timing.timed()
-    timing.stop()
-    assert len(wheel) == 0
-    timers.advance(1)
-    assert not timing.time_next
-    timing.timed()  # by a read that was planned before
-    assert len(wheel) == 0
+def test_one_read_in_each_part_of_time_is_timed() -> None:
+    timing = ReadTiming()
+    timed = []
+    for wall in [*range(1_600, 1_632), 1_600, 10_000]:  # the wall clock may go back
+        if wall >> PART_BITS != timing.part:
+            timed.append(wall)
+            timing.timed(wall)
+    assert timed == [1_600, 1_616, 1_600, 10_000]
 
 
 def two_methods() -> App:
@@ -66,11 +42,11 @@ def test_a_timed_read_is_answered_as_any_other(serve: Serve) -> None:
     server = serve(app)
     with server.client("ada") as client:
         for _ in range(20):
-            server.in_loop(lambda: setattr(server.server.serving.reads, "time_next", True))
+            server.in_loop(lambda: setattr(server.server.serving.reads, "part", -1))
             assert client.call("quick") == 1
         with pytest.raises(AnsweredError):
             client.call("bad")
-        server.in_loop(lambda: setattr(server.server.serving.reads, "time_next", True))
+        server.in_loop(lambda: setattr(server.server.serving.reads, "part", -1))
         refused = client.refused("nobody.has.this")
         assert "unknown method" in refused.message
     assert quick.calls == 20
@@ -80,16 +56,20 @@ def test_a_timed_read_is_answered_as_any_other(serve: Serve) -> None:
     assert sum(quick.waits.counts) == 0, "it never waits"
 
 
-def test_most_reads_are_not_timed(serve: Serve) -> None:
+def test_most_reads_are_not_timed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     app = two_methods()
     quick, _ = list(app)
     server = serve(app)
     with server.client("ada") as client:
-        server.in_loop(server.server.serving.reads.stop)  # no period ends meanwhile
+        wall = server.server.serving.clock.wall()
+        monkeypatch.setattr(
+            type(server.server.serving.clock), "wall", lambda _: wall
+        )  # no part ends meanwhile
+        client.call("quick")
         before = sum(quick.durations.counts)
         for _ in range(50):
             client.call("quick")
-        assert quick.calls == 50
+        assert quick.calls == 51
         assert sum(quick.durations.counts) == before
 
 

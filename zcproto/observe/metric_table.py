@@ -174,8 +174,8 @@ CALLS = _counter("zcproto_method_calls_total", "Calls of each method.", "method"
 IN_FLIGHT = _gauge("zcproto_requests_in_flight", "Calls that wait for something, of all connections.")
 DURATIONS = _histogram(
     "zcproto_method_duration_seconds",
-    "How long the loop was at a call, to its answer or its first wait. Measured of the requests of one read in 1/64"
-    " of a second.",
+    "How long the loop was at a call, to its answer or its first wait. Measured of the requests of one read in 16"
+    " ms.",
     "method",
 )
 WAITS = _histogram(

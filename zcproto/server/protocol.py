@@ -34,6 +34,7 @@ from zcproto.server.app import RESERVED_PREFIXES
 from zcproto.server.context import Context, OnceContext
 from zcproto.server.eager import Worker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
+from zcproto.server.read_timing import PART_BITS
 from zcproto.server.serving import log
 from zcproto.sessions import Session
 from zcproto.sessions.session import CERTIFICATE_KEY
@@ -192,7 +193,7 @@ class ServerProtocol(asyncio.Protocol):
         """Take events until there are none, or the peer must read first; then send what there is to send."""
         serving = self._serving
         methods = serving.methods
-        timed = serving.reads.time_next
+        timed = wall >> PART_BITS != serving.reads.part
         requests = 0
         for event in events:
             if event.__class__ is tuple:
@@ -206,7 +207,10 @@ class ServerProtocol(asyncio.Protocol):
                     or (meta is not NO_META and meta.idempotency_key is not None)
                     or timed
                 ):
-                    (self._run_timed if timed else self._run)(Request(*event), method)
+                    if timed:
+                        self._run_timed(Request(*event), method, wall)
+                    else:
+                        self._run(Request(*event), method)
                 else:
                     method.calls += 1
                     try:
@@ -287,10 +291,10 @@ class ServerProtocol(asyncio.Protocol):
         else:
             self._answer_with(request, body)
 
-    def _run_timed(self, request: Request, method: Method | None) -> None:
+    def _run_timed(self, request: Request, method: Method | None, wall: int) -> None:
         """As `_run`, and note how long that took."""
         serving = self._serving
-        serving.reads.timed()
+        serving.reads.timed(wall)
         began = serving.clock.now()
         self._run(request, method)
         if method is not None:

@@ -571,7 +571,6 @@ class Server:
         await self.alerts.stop()
         self.pauses.stop()
         serving.log_soon.write()
-        serving.reads.stop()
         for waiting in self._wheel.close():  # handshakes that were never finished: nobody else would end them
             assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
             waiting.abort()

@@ -103,7 +103,7 @@ class Serving:
         self.sessions: Sessions = MemorySessions(registry, clock)
         """What `session.*` does; the server puts another one here if sessions are kept in a store."""
         self.counters = Counters()
-        self.reads = ReadTiming(wheel)
+        self.reads = ReadTiming()
         self.connections: set[ServerProtocol] = set()
         self.draining = False
         self.pins: tuple[str, ...] = ()
@@ -150,7 +150,6 @@ class Serving:
 
     def close(self) -> None:
         self.log_soon.write()
-        self.reads.stop()
         self.registry.observers.remove(self._session_ended)
 
     # --- which connections use a session ---------------------------------------------------------
