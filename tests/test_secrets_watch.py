@@ -86,7 +86,16 @@ def test_each_secret_is_counted_once_and_no_test_makes_all() -> None:
     for number in range(2 * MADE_BY_ONE_TEST):
         for _ in range(2):
             mine.secret(TOKEN[:24] + number.to_bytes(8, "big"))
-    for empty in (None, b"", bytes(32), "short", "a" * 40):
+    for empty in (
+        None,
+        b"",
+        bytes(32),
+        "short",
+        "a" * 40,
+        b"a token of this protocol",
+        bytes(range(32)),
+        "protocol",
+    ):
         mine.secret(empty)
     assert mine.made == MADE_BY_ONE_TEST
     mine.begin_test()
