@@ -121,7 +121,7 @@ def is_made_by_hand(window: bytes, secret: bytes | str) -> bool:
         return True
     if isinstance(secret, bytes):
         return all(0x20 <= byte < 0x7F for byte in window)  # of random ones, one in 2,500
-    return secret.isalpha() and secret.islower()
+    return not any(character.isdigit() or character.isupper() for character in secret)
 
 
 def forms(data: bytes) -> Iterator[tuple[str, bytes]]:

@@ -137,7 +137,7 @@ LEAKS = {
     "standard error": "print(text, file=sys.stderr)\n    capsys.readouterr()",
     "Captured stderr": "print(text, file=sys.stderr)",
     "an exception": 'pytest.raises(InvalidArgument, lambda: (_ for _ in ()).throw(InvalidArgument(f"{token}")))',
-    "a Secret in an exception": 'InvalidArgument(Secret("correct horse").reveal())',
+    "a Secret in an exception": 'InvalidArgument(Secret("Correct horse 7").reveal())',
 }
 
 
