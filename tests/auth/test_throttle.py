@@ -277,3 +277,17 @@ def test_whatever_happens_a_delay_ends_by_itself(steps: list[tuple[str, str, str
         wait = throttle.check(user, address, now)
         assert 0 <= wait <= 1000 * ADDRESS_DELAY_S
         assert throttle.check(user, address, now + wait / 1000 + 0.001) == 0
+
+
+def test_another_number_of_failures_is_free_from_now_on() -> None:
+    throttle = Throttle(5)
+    for _ in range(3):
+        throttle.failed("ada", "192.0.2.1", 0.0)
+    assert throttle.check("ada", "192.0.2.1", 0.0) == 0
+    throttle.reconfigure(2)
+    assert throttle.check("ada", "192.0.2.1", 0.0) == 2000  # what was counted stays counted
+    throttle.reconfigure(4)
+    assert throttle.check("ada", "192.0.2.1", 0.0) == 0
+    for user in range(16):
+        throttle.failed(f"user-{user}", "198.51.100.1", 0.0)
+    assert throttle.check("somebody", "198.51.100.1", 0.0) > 0

@@ -29,6 +29,7 @@ from zcproto.clock import SystemClock
 from zcproto.config import Config, load_config
 from zcproto.server.app import App
 from zcproto.server.builtin import default_app
+from zcproto.server.reload import Reloaded
 from zcproto.server.server import Server
 
 T = TypeVar("T")
@@ -104,11 +105,13 @@ class ServerThread:
         self.clock = TestClock()
         if authenticators is None and not users_file:
             authenticators = [CallableAuthenticator("api_key", identify)]
+        self.settings = settings
         self.server = Server(
             default_app() if app is None else app,
             configuration(home, **settings),
             home=home,
             authenticators=authenticators,
+            read_config=lambda: configuration(home, **self.settings),
             clock=self.clock,
         )
         self.loop = loop_factory()
@@ -145,6 +148,11 @@ class ServerThread:
         """Drain and wait for the end."""
         self.begin_drain(limit)
         self.join()
+
+    def reload(self, **settings: Any) -> Reloaded:
+        """Reload with these settings beside those that there are. Raises ConfigError."""
+        self.settings = {**self.settings, **settings}
+        return asyncio.run_coroutine_threadsafe(self.server.reload(), self.loop).result(TIMEOUT)
 
     def begin_drain(self, limit: float | None = None) -> None:
         self.loop.call_soon_threadsafe(lambda: self.loop.create_task(self.server.drain(limit)))

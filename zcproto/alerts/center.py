@@ -122,6 +122,11 @@ class AlertCenter:
         self.raised = dict.fromkeys(AlertKind, 0)
         self.told = dict.fromkeys(AlertKind, 0)
 
+    def reconfigure(self, *, repeat_s: float | None, quiet_s: float) -> None:
+        """Go by other times, for what is open too."""
+        self._repeat_s = repeat_s
+        self._quiet_s = quiet_s
+
     # --- what happens --------------------------------------------------------------------------------
 
     def raise_(

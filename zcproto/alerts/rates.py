@@ -47,16 +47,16 @@ class RateChange:
 
 
 class RateWatch:
-    """Watches one counter, which begins at 0."""
+    """Watches one counter, which begins at `total`."""
 
     __slots__ = ("_is_on", "_low_since", "_rule", "_slots", "_sum", "_total")
 
-    def __init__(self, rule: RateRule) -> None:
+    def __init__(self, rule: RateRule, total: int = 0) -> None:
         assert rule.threshold >= 1, "no event is no alert"
         self._rule = rule
         self._slots: dict[int, int] = {}  # events by part of time, the oldest first
         self._sum = 0
-        self._total = 0
+        self._total = total
         self._is_on = False
         self._low_since: float | None = None
 

@@ -54,10 +54,10 @@ class _Row(NamedTuple):
 class _Failures(Generic[Key]):
     """Failures by key, the key that failed last at the end."""
 
-    __slots__ = ("_free", "_limit", "_rows")
+    __slots__ = ("_limit", "_rows", "free")
 
     def __init__(self, free: int, limit: int) -> None:
-        self._free = free
+        self.free = free
         self._limit = limit
         self._rows: OrderedDict[Key, _Row] = OrderedDict()
 
@@ -67,9 +67,9 @@ class _Failures(Generic[Key]):
     def wait_s(self, key: Key, longest_s: float, now: float) -> float:
         """Seconds until the next attempt, 0 or less for none."""
         row = self._rows.get(key)
-        if row is None or row.failures < self._free or now - row.last >= QUIET_S:
+        if row is None or row.failures < self.free or now - row.last >= QUIET_S:
             return 0.0
-        doublings = min(row.failures - self._free, _MAX_DOUBLINGS)
+        doublings = min(row.failures - self.free, _MAX_DOUBLINGS)
         return row.last + min(FIRST_DELAY_S * 2.0**doublings, longest_s) - now
 
     def add(self, key: Key, now: float) -> int:
@@ -105,6 +105,11 @@ class Throttle:
     def __len__(self) -> int:
         """Rows of all tables."""
         return len(self._pairs) + len(self._users) + len(self._addresses) + len(self._known)
+
+    def reconfigure(self, login_failures: int) -> None:
+        """Have another number of failures free. What was counted stays counted."""
+        self._free = self._pairs.free = self._users.free = login_failures
+        self._addresses.free = ADDRESS_FACTOR * login_failures
 
     def check(self, user: str, address: str, now: float) -> int:
         """Milliseconds that a login of this user from this address has to wait; 0: go on."""

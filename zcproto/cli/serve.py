@@ -15,6 +15,7 @@ from zcproto.errors import ConfigError
 from zcproto.home import Home
 
 if TYPE_CHECKING:
+    from zcproto.config import Config
     from zcproto.server.app import App
     from zcproto.server.server import Server
 
@@ -44,7 +45,17 @@ def serve(
 
     from zcproto.server.run import serve as run  # noqa: PLC0415 - after the faults of the configuration are told
 
-    run(application, config, home=home.path, ready=_tell, progress=_tell_progress)
+    def read_again() -> Config:
+        return read_config(home, config_file, overrides)
+
+    run(
+        application,
+        config,
+        home=home.path,
+        ready=_tell,
+        progress=_tell_progress,
+        read_config=read_again,
+    )
 
 
 def load_app(name: str) -> App:

@@ -476,6 +476,11 @@ class ServerConnection:
         self._lingering += 1
         self._send(ERROR, request.stream, request.token, body, wall)
 
+    @property
+    def max_body(self) -> int:
+        """The largest body of an answer, in bytes, as the client was told."""
+        return self._settings.max_body
+
     def is_held(self, request: Request) -> bool:
         """Whether an answer to a request that was held is still owed."""
         return self._held.get(request.stream) is request

@@ -57,6 +57,7 @@ FIELDS: Final[dict[str, str]] = {
     "all": "whether all sessions of the server were meant",
     "aside": "where a damaged file was put",
     "balancer": "the address of the load balancer that forwarded it",
+    "changed": "keys of the configuration that have other values now",
     "cause": "why a handshake failed: one word of a fixed list",
     "client": "what a client calls itself, up to 128 printable characters",
     "code": "the code that a connection was ended with, as in the protocol",
@@ -88,10 +89,12 @@ FIELDS: Final[dict[str, str]] = {
     "path": "a file",
     "peer": "the address of the other end",
     "pending": "revocations that wait for the store",
+    "pid": "the process at the other end of the control socket",
     "pins": "pins of public keys, as clients take them",
     "port": "the TCP port",
     "reason": "why",
     "replayed": "revocations that were made up for",
+    "restart": "keys that have changed, and take a restart",
     "retry_after_s": "seconds until it is tried again",
     "scheme": "how a session was to be opened: api_key, device, certificate",
     "seconds": "how long it took",
@@ -103,6 +106,7 @@ FIELDS: Final[dict[str, str]] = {
     "text": "what was given instead of a name",
     "threshold_days": "which of certificates.alert_days was reached",
     "title": "an alert in a sentence",
+    "uid": "the user of the system at the other end of the control socket",
     "user": "the name of a user",
     "wanted": "what would be needed",
     "what": "which part of the work: a method's name, or a step of our own",
@@ -143,6 +147,40 @@ _event("server.ended", "info", "All connections are closed.", "cut_off")
 _event("server.forced", "warning", "A second signal ended it at once.")
 _event(
     "server.fault", "error", "A fault of ours in the event loop.", "what exc_info", PER_EVENT, by_peer=True
+)
+
+# --- the configuration, read again -----------------------------------------------------------------------
+
+_event(
+    "config.reloaded",
+    "info",
+    "The configuration was read again: what changed holds now, but for what takes a restart.",
+    "changed restart",
+    PER_EVENT,
+)
+_event(
+    "config.refused",
+    "error",
+    "The configuration was read again, and has faults: nothing has changed.",
+    "faults",
+    PER_EVENT,
+)
+
+# --- the control socket ----------------------------------------------------------------------------------
+
+_event(
+    "control.refused",
+    "warning",
+    "Somebody who may not was at the control socket.",
+    "uid pid",
+    PER_EVENT,
+)
+_event(
+    "control.asked",
+    "info",
+    "Somebody had something done by the control socket.",
+    "what uid pid user sessions device",
+    PER_EVENT,
 )
 
 # --- connections -----------------------------------------------------------------------------------------

@@ -97,6 +97,34 @@ def configure_logging(log: LogConfig, *, clock: Clock = system_clock) -> None:
     _state.clock = clock
 
 
+class LogChange:
+    """Other settings for the log, which can be put in force: what can fail has been done.
+
+    Either `apply` or `drop` is called, once.
+    """
+
+    def __init__(self, old: LogConfig, new: LogConfig) -> None:
+        """Raises ConfigError if the file cannot be opened."""
+        self._output: Output | None = None
+        if new.file != old.file:
+            self._output = StandardError() if new.file is None else LogFile(new.file)
+        self._format = new.format
+        self._level = new.level if new.level != old.level else None
+
+    def apply(self) -> None:
+        """Go by these from now on. A level that is not another one leaves that of `set_level`."""
+        if self._output is not None:
+            _state.take_output(self._output)
+        _state.format = self._format
+        if self._level is not None:
+            set_level(self._level)
+
+    def drop(self) -> None:
+        """Let go of what was opened."""
+        if self._output is not None:
+            self._output.close()
+
+
 def set_level(level: str) -> None:
     """Write events of this level (debug, info, warning, error) and above from now on.
 

@@ -62,6 +62,11 @@ INCIDENTS = _counter(
     "zcproto_incidents_total",
     "Faults of a method or of the server. Each is in the log with its traceback, and the caller got its id.",
 )
+CONFIG_RELOADS = _counter(
+    "zcproto_config_reloads_total",
+    "How often the configuration was read again; refused is one with faults, which changed nothing.",
+    "result",
+)
 _end_of_part("The server")
 
 TCP_CONNECTIONS = _gauge(

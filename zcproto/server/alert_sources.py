@@ -150,7 +150,7 @@ def tell_revoked(alerts: ServerAlerts, by: str, sessions: int, by_user: bool) ->
 # --- rates -------------------------------------------------------------------------------------------------
 
 
-def watch_rates(alerts: ServerAlerts, serving: Serving, acceptor: TlsAcceptor, login: Login) -> None:
+def watch_rates(alerts: ServerAlerts, *, serving: Serving, acceptor: TlsAcceptor, login: Login) -> None:
     """Have the counters watched that are an alert if they grow fast."""
     config = alerts.config
     window = f"{config.rate_window:g} s"

@@ -67,15 +67,54 @@ class ServerAlerts:
         self.center = AlertCenter(repeat_s=config.repeat, quiet_s=config.quiet)
         self._clock = clock
         self._origin = entropy(_ORIGIN_SIZE).hex()
-        self._watched: list[_Watched] = []
+        self._watched: dict[tuple[AlertKind, str], _Watched] = {}
+        self._before: dict[tuple[AlertKind, str], _Watched] = {}
+        self._entropy = entropy
+        self._running = False
+        self._ending: set[asyncio.Task[None]] = set()
+        self.queues = [self._queue_for(sink) for sink in sinks]
 
+    def _queue_for(self, sink: Sink) -> SinkQueue:
         def random() -> float:
-            return int.from_bytes(entropy(_RANDOM_SIZE), "big") / 2.0 ** (8 * _RANDOM_SIZE)
+            return int.from_bytes(self._entropy(_RANDOM_SIZE), "big") / 2.0 ** (8 * _RANDOM_SIZE)
 
-        self.queues = [
-            SinkQueue(sink, clock=clock, random=random, on_down=self._sink_down, on_up=self._sink_up)
-            for sink in sinks
-        ]
+        return SinkQueue(sink, clock=self._clock, random=random, on_down=self._sink_down, on_up=self._sink_up)
+
+    def reconfigure(
+        self, config: AlertsConfig, sinks: Sequence[Sink], watch: Callable[[ServerAlerts], None]
+    ) -> None:
+        """Go by another configuration. `watch` has the counters watched, as it did at first.
+
+        What waits for a sink goes to the one that takes its place. What waits for one that is no more is delivered
+        as far as that goes within `STOP_S`.
+        """
+        self.config = config
+        self.center.reconfigure(repeat_s=config.repeat, quiet_s=config.quiet)
+        self._take_sinks(sinks)
+        self._before, self._watched = self._watched, {}
+        watch(self)
+        before, self._before = self._before, {}
+        for (kind, about), old in before.items():
+            new = self._watched.get((kind, about))
+            if old.watch.is_on and (new is None or new.watch is not old.watch):
+                self.resolve(kind, about=about)
+
+    def _take_sinks(self, sinks: Sequence[Sink]) -> None:
+        queues = {queue.name: queue for queue in self.queues}
+        self.queues = []
+        for sink in sinks:
+            queue = queues.pop(sink.name, None)
+            if queue is None:
+                queue = self._queue_for(sink)
+                if self._running:
+                    queue.start()
+            queue.sink = sink
+            self.queues.append(queue)
+        for queue in queues.values():
+            self.resolve(AlertKind.UNDELIVERED, f"the {queue.name} is configured no more", about=queue.name)
+            ending = asyncio.get_running_loop().create_task(queue.stop(STOP_S))
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
 
     # --- what happens --------------------------------------------------------------------------------
 
@@ -124,12 +163,20 @@ class ServerAlerts:
         """Raise an alert while a counter grows by `threshold` or more within the window; 0: never."""
         if threshold:
             rule = RateRule(threshold, self.config.rate_window, self.config.quiet)
-            self._watched.append(_Watched(kind, about, read, RateWatch(rule), title, rule))
+            old = self._before.get((kind, about))
+            if old is None:
+                rate = RateWatch(rule)
+            elif old.rule == rule:
+                rate = old.watch
+            else:  # what was counted before is of another window
+                rate = RateWatch(rule, read())
+            self._watched[kind, about] = _Watched(kind, about, read, rate, title, rule)
 
     # --- its own life --------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to deliver. What was raised before waits."""
+        self._running = True
         for queue in self.queues:
             queue.start()
 
@@ -145,7 +192,7 @@ class ServerAlerts:
     def tick(self) -> None:
         """Judge the counters, and do what is due."""
         now = self._clock.now()
-        for each in self._watched:
+        for each in self._watched.values():
             change = each.watch.read(each.read(), now)
             if change is None:
                 continue
@@ -164,7 +211,7 @@ class ServerAlerts:
 
     async def stop(self) -> None:
         """Deliver what waits, as far as that goes within `STOP_S`."""
-        await asyncio.gather(*(queue.stop(STOP_S) for queue in self.queues))
+        await asyncio.gather(*(queue.stop(STOP_S) for queue in self.queues), *self._ending)
 
     # --- what goes out -------------------------------------------------------------------------------
 

@@ -47,6 +47,11 @@ class Binding:
         self.refused_addresses = 0
         self.refused_clients = 0
 
+    def reconfigure(self, address: str, client: bool) -> None:
+        """Go by other settings. Connections that use a session already are not asked again."""
+        self._address = address
+        self._client = client
+
     @property
     def asks(self) -> bool:
         """Whether a token alone may not be enough."""

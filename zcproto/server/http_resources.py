@@ -90,12 +90,17 @@ class Resources:
         self._tokens = BearerTokens(serving)
         self._allowed = Networks(config.allow)
 
+    def reconfigure(self, config: HttpConfig) -> None:
+        """Go by another configuration, from the next request on."""
+        self._config = config
+        self._allowed = Networks(config.allow)
+
     def routes(self) -> Iterator[Route]:
         yield Route("GET", "/", self._page)
         yield Route("GET", "/healthz", self._healthz)
         yield Route("GET", "/readyz", self._readyz)
         yield Route("GET", "/.well-known/zcp", self._well_known)
-        if self._metrics is not None and self._config.metrics != "off":
+        if self._metrics is not None:
             yield Route("GET", "/metrics", self._show_metrics)
 
     # --- for anybody ---------------------------------------------------------------------------------
@@ -182,6 +187,8 @@ class Resources:
 
     async def _may_see_figures(self, request: HttpRequest) -> HttpResponse | None:
         """None if whoever asks may see metrics; else what to answer."""
+        if self._config.metrics == "off":
+            return text_response(404, "not found")
         if self._config.metrics == "open":
             return None
         if self._config.metrics == "address":

@@ -44,12 +44,16 @@ class HttpSide:
             config.http, serving, certificates=certificates, schemes=schemes, metrics=metrics
         )
         self.router = Router(self.resources.routes())
-        limits = HttpLimits(
-            request_timeout=config.http.request_timeout, idle_timeout=config.http.idle_timeout
-        )
         self.endpoint = HttpEndpoint(
-            serving, self.router, SecurityHeaders(hsts_of(config.http)), limits, tls_peer
+            serving, self.router, SecurityHeaders(hsts_of(config.http)), _limits(config), tls_peer
         )
+
+    def reconfigure(self, config: Config) -> None:
+        """Go by another configuration: of who may see what at once, of the rest for connections to come."""
+        self._config = config
+        self.resources.reconfigure(config.http)
+        self.endpoint.security = SecurityHeaders(hsts_of(config.http))
+        self.endpoint.limits = _limits(config)
 
     @property
     def protocols(self) -> dict[str | None, Callable[[], asyncio.Protocol]]:
@@ -112,6 +116,10 @@ class HttpSide:
     def end(self) -> None:
         """Close every connection."""
         self.endpoint.close()
+
+
+def _limits(config: Config) -> HttpLimits:
+    return HttpLimits(request_timeout=config.http.request_timeout, idle_timeout=config.http.idle_timeout)
 
 
 def tls_peer(transport: TlsServerTransport) -> Peer:

@@ -112,11 +112,9 @@ class CertificateKeeper:
         progress: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         """Raises CertificateError if the configured sites contradict one another."""
-        settings = maintainer_settings(config)
-        self._maintainer = Maintainer(
-            settings, random=random.random, environ=os.environ, progress=progress, rest=_rest
-        )
-        self._clients = settings.clients
+        self._progress = progress
+        self._settings = maintainer_settings(config)
+        self._maintainer = self._maintainer_for(self._settings)
         self._client_auth: ClientAuth = config.tls.client_auth  # type: ignore[assignment]  # the rule has checked it
         self._protocols = list(protocols)
         self._suites = config.tls.suites
@@ -135,6 +133,11 @@ class CertificateKeeper:
         self._next_pins: NextPins | None = None
         self.notices: dict[NoticeKind, int] = dict.fromkeys(NoticeKind, 0)
         self.last_renewal: Renewal | None = None
+
+    def _maintainer_for(self, settings: MaintainerSettings) -> Maintainer:
+        return Maintainer(
+            settings, random=random.random, environ=os.environ, progress=self._progress, rest=_rest
+        )
 
     async def start(self) -> None:
         """Have something to serve. Raises CertificateError if there is nothing good."""
@@ -166,6 +169,34 @@ class CertificateKeeper:
         """Look once, and take what is new. Whatever happens, what is served stays."""
         # What is new is handed over before the thread has ended, and so it is taken before this goes on.
         await asyncio.to_thread(self._look_for, asyncio.get_running_loop().call_soon_threadsafe)
+
+    async def reconfigure(self, config: Config, apply: Callable[[], None]) -> bool:
+        """Go by another configuration, if there is something good to serve by it. Whether certificates were looked
+        at anew for that.
+
+        `apply` is called in the loop, in the same turn in which that is handed out. Raises CertificateError; then
+        it is not called, and all is as it was.
+        """
+        settings = maintainer_settings(config)
+        if settings == self._settings:
+            self._interval = config.certificates.watch_interval
+            apply()
+            return False
+        loop = asyncio.get_running_loop()
+        failed: list[Exception] = []
+
+        def take(found: _Found) -> None:
+            self._interval = config.certificates.watch_interval
+            try:
+                apply()
+            except Exception as error:  # it is for who asked for this
+                failed.append(error)
+            self._take(found)
+
+        await asyncio.to_thread(self._look_by, settings, lambda found: loop.call_soon_threadsafe(take, found))
+        if failed:
+            raise failed[0]
+        return True
 
     def status(self) -> tuple[CertificateStatus, ...]:
         """Every certificate in use, with the seconds that it has left."""
@@ -202,12 +233,14 @@ class CertificateKeeper:
 
     def _waited(self, ended: threading.Event) -> bool:
         """Wait until the next look; False if there is to be none, as the watch ends, or the program does."""
-        left = self._interval
-        while not ended.wait(min(left, LONGEST_WAIT)) and threading.main_thread().is_alive():
-            left -= LONGEST_WAIT
-            if left <= 0:
+        waited = 0.0
+        while True:
+            part = min(max(self._interval - waited, 0.0), LONGEST_WAIT)  # the interval may change meanwhile
+            if ended.wait(part) or not threading.main_thread().is_alive():
+                return False
+            waited += part
+            if waited >= self._interval:
                 return True
-        return False
 
     def _look_for(self, hand: Callable[[Report], object]) -> None:
         """Look, and hand the loop what is new. One look at a time, so that it gets them in their order."""
@@ -230,6 +263,20 @@ class CertificateKeeper:
                 report = partial(self._take, found)
             hand(report)
 
+    def _look_by(self, settings: MaintainerSettings, hand: Callable[[_Found], object]) -> None:
+        """Look by other settings, and go by them from now on unless nothing good is found."""
+        with self._looking:
+            before = self._maintainer, self._settings, self._proven, self._unproven, self._untold
+            try:
+                self._maintainer = self._maintainer_for(settings)
+                self._settings, self._proven, self._untold = settings, {}, ()
+                found = self._look()
+            except BaseException:
+                self._maintainer, self._settings, self._proven, self._unproven, self._untold = before
+                raise
+            self._handed = _Handed(found.next_pins, found.last_renewal, is_good=True)
+            hand(found)
+
     def _look(self) -> _Found:
         outcome = self._maintainer.check(self.now(), self._clock.now())
         self._untold += outcome.notices  # what cannot be used yet is told when it is used
@@ -246,7 +293,7 @@ class CertificateKeeper:
         return _Found(kept, untold, outcome.next_pins, outcome.last_renewal)
 
     def _prove(self, certificates: CertificateSet) -> Kept:
-        clients = self._clients
+        clients = self._settings.clients
         contexts = proven_sites(
             certificates.sites,
             self._protocols,
@@ -277,7 +324,8 @@ class CertificateKeeper:
         if self._problem:
             self._problem = ""
             self._on_problem("")
-        self.last_renewal = found.last_renewal
+        if found.last_renewal is not None:
+            self.last_renewal = found.last_renewal
         if found.kept is not None:
             self._on_kept(found.kept)
         for notice in found.notices:

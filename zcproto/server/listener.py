@@ -54,9 +54,7 @@ def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[sock
                     listening.listen(BACKLOG)
                 except OSError as error:
                     raise ConfigError(
-                        [
-                            f"server.host = {host!r}, {key} = {address[1]}: cannot listen: {error.strerror}"
-                        ]
+                        [f"server.host = {host!r}, {key} = {address[1]}: cannot listen: {error.strerror}"]
                     ) from error
                 listening.setblocking(False)
     except BaseException:
@@ -117,6 +115,21 @@ class Listener:
         acceptor.on_slot_free = self._resume
         acceptor.on_closed = self._connection_closed
         acceptor.on_forwarded = self._connection_forwarded
+
+    def reconfigure(
+        self,
+        *,
+        max_handshakes: int,
+        max_connections: int,
+        connections_per_address: int,
+        balancers: Networks,
+    ) -> None:
+        """Go by other limits, for connections to come: those that are too many now stay."""
+        self._max_handshakes = max_handshakes
+        self._max_connections = max_connections
+        self._per_address = connections_per_address
+        self.balancers = balancers
+        self._resume()
 
     @property
     def connections(self) -> int:
@@ -200,9 +213,7 @@ class Listener:
 
     def _refuse_address(self, address: str, balancer: str | None = None) -> None:
         self._serving.counters.refused_per_address += 1
-        log.info(
-            "connection.refused_per_address", peer=address, balancer=balancer, limit=self._per_address
-        )
+        log.info("connection.refused_per_address", peer=address, balancer=balancer, limit=self._per_address)
 
     def _connection_forwarded(self, balancer: str, client: str) -> bool:
         """The connection is this client's from here on; or False, if the client has as many as it may."""

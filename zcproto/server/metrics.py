@@ -102,6 +102,8 @@ class ServerMetrics:
         yield table.DRAINING.at(self.serving.draining)
         yield table.LOST_LOG_LINES.at(lost_lines())
         yield table.INCIDENTS.at(self.serving.counters.incidents)
+        yield table.CONFIG_RELOADS.at(self.serving.counters.reloads, "applied")
+        yield table.CONFIG_RELOADS.at(self.serving.counters.reloads_refused, "refused")
         lag = Histogram([bound / _MS for bound in BOUNDS_MS])
         lag.counts, lag.total = list(self.pauses.counts), self.pauses.total
         yield table.LOOP_LAG.at(lag)

@@ -431,9 +431,11 @@ class ServerProtocol(asyncio.Protocol):
 
     def _answer_large(self, request: Request, body: bytes) -> None:
         """Answer, and send at once: if the peer does not read, the next request is not even run."""
-        if len(body) > self._serving.settings.max_body:
+        if self._connection is None:
+            return
+        if len(body) > self._connection.max_body:
             self._answer_fault(request, MessageError(f"the answer has {len(body)} bytes"))
-        elif self._connection is not None:
+        else:
             self._connection.respond(request, body, self.wall())
             self._flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 from zcproto.clock import system_clock
 from zcproto.config import Config
+from zcproto.errors import ConfigError
 from zcproto.event_loop import new_event_loop
 from zcproto.file_limit import raise_file_limit
 from zcproto.hardening import Risk, harden
@@ -52,17 +54,23 @@ def serve(
     ]
     server = Server(app, config, home=home, **options)
     configure_logging(server.config.log)
-    wanted = server.config.limits.max_connections + SPARE_FILES
-    limit = raise_file_limit(wanted)
-    if limit < wanted:
-        log.warning(
-            "server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE="
-        )
+    server.owns_log = True
+    server.on_config = _raise_file_limit
+    _raise_file_limit(server.config)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(server, ready, manager, risks))
     finally:
         finish_log()
+
+
+def _raise_file_limit(config: Config) -> None:
+    wanted = config.limits.max_connections + SPARE_FILES
+    limit = raise_file_limit(wanted)
+    if limit < wanted:
+        log.warning(
+            "server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE="
+        )
 
 
 async def _serve(
@@ -81,9 +89,13 @@ async def _serve(
         loop.add_signal_handler(number, signalled)
     supervision = Supervision(manager, loop, system_clock, server.summary)
 
+    server.around_reload = supervision.reloading
+    reloads: set[asyncio.Task[None]] = set()
+
     def hung_up() -> None:
-        with supervision.reloading():
-            reopen_log()
+        reload = loop.create_task(_reload(server, supervision))
+        reloads.add(reload)
+        reload.add_done_callback(reloads.discard)
 
     loop.add_signal_handler(signal.SIGHUP, hung_up)
     loop.set_exception_handler(loop_faults.tell)
@@ -106,6 +118,17 @@ async def _serve(
     supervision.close()
     if server.serving.tasks.running:  # methods that cannot be cancelled: the loop's end would wait for them
         _exit_at_once()
+
+
+async def _reload(server: Server, supervision: Supervision) -> None:
+    """What SIGHUP asks for: the configuration is read again, and the log's file opened anew."""
+    if not server.can_reload:
+        with supervision.reloading():
+            reopen_log()
+        return
+    with contextlib.suppress(ConfigError):  # the log says why nothing has changed
+        await server.reload()
+    reopen_log()
 
 
 def _exit_at_once() -> None:

@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,8 @@ from zcproto.certs import CertificatePair
 from zcproto.certs.certificates import NextPins
 from zcproto.certs.clients import user_of
 from zcproto.certs.revoked import Issue, issue_of
-from zcproto.clock import MS_PER_SECOND, Clock, Entropy, system_clock, system_entropy
+from zcproto.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.config import Config, load_config
-from zcproto.connection.settings import ConnectionSettings, TransportSecurityPolicy
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError
 from zcproto.home import Home, resolve_home
@@ -63,13 +63,15 @@ from zcproto.server.listener import Listener, bind, log_listening, take_over
 from zcproto.server.metrics import USER_CHANGED, ServerMetrics
 from zcproto.server.pauses import PauseMeter
 from zcproto.server.protocol import ServerProtocol
+from zcproto.server.reload import ReadConfig, Reloaded, Reloader
 from zcproto.server.serving import Serving, log
 from zcproto.server.sessions import StoredSessions
+from zcproto.server.settings import connection_settings, session_settings, to_ms
 from zcproto.server.status import ServerStatus
 from zcproto.server.store_setup import NEAR_CACHE, keeper_of, store_of
 from zcproto.server.traffic import Traffic
 from zcproto.server.users import Users
-from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.sessions import SessionRegistry
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.suites import SUITES
 from zcproto.tls.context import can_choose_suites
@@ -106,6 +108,7 @@ class Server:
     `home` is the folder of users and certificates; by default the one that the command line uses, and so is
     the configuration.
     `authenticators` decide who may open sessions; by default API keys of the home's users.
+    `read_config` reads the configuration again for `reload`; it is known if `config` is left out.
     `sockets` are listening ones to serve on, in place of `server.host` and `server.port`, and
     `redirect_sockets` in place of `http.redirect_port`; the server closes them.
     Raises ConfigError or CertificateError on entering, before anything listens.
@@ -121,14 +124,17 @@ class Server:
         sockets: Sequence[socket.socket] = (),
         redirect_sockets: Sequence[socket.socket] = (),
         progress: Callable[[str], None] = lambda sentence: None,
+        read_config: ReadConfig | None = None,
         clock: Clock = system_clock,
         entropy: Entropy = system_entropy,
     ) -> None:
         self._app = default_app() if app is None else app
         self.home = resolve_home(None, os.environ) if home is None else Home(home)
         if config is None:
-            config = load_config(None, home=self.home.path, environ=os.environ)
+            read_config = partial(load_config, None, home=self.home.path, environ=os.environ)
+            config = read_config()
         self.config = _at_home(config, self.home)
+        self._read_config = read_config
         self._authenticators = authenticators
         self._progress = progress
         self._clock = clock
@@ -145,6 +151,12 @@ class Server:
         self._addresses: list[tuple[str, int]] = []
         self._closed = asyncio.Event()
         self._ending = asyncio.Lock()
+        self.owns_log = False
+        """Whether the log of the process goes by this server's configuration."""
+        self.on_config: Callable[[Config], None] = lambda config: None
+        """Called with each configuration that `reload` puts in force."""
+        self.around_reload: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        """Entered while a configuration is read and put in force."""
 
     # --- start ---------------------------------------------------------------------------------------
 
@@ -188,7 +200,7 @@ class Server:
         await keeper.start()
         assert self._kept is not None
         wheel = DeadlineWheel(loop)
-        settings = _session_settings(config)
+        settings = session_settings(config)
         store = await asyncio.to_thread(store_of, config, self.home, on_store_event)
         is_shared = store is not None and store.shared
         if is_shared:
@@ -211,7 +223,7 @@ class Server:
         methods: dict[str, Method] = {}
         tasks = EagerTasks(loop)
         serving = Serving(
-            settings=replace(_connection_settings(config), looks_up=is_shared),
+            settings=replace(connection_settings(config), looks_up=is_shared),
             registry=registry,
             methods=methods,
             wheel=wheel,
@@ -226,7 +238,7 @@ class Server:
                 tasks,
                 self._clock,
                 store=None if store_keeper is None else store_keeper.store,
-                keep_ms=_ms(config.idempotency.keep),
+                keep_ms=to_ms(config.idempotency.keep),
                 limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
             ),
             binding=Binding(config.sessions.bind_address, config.sessions.bind_client),
@@ -266,7 +278,7 @@ class Server:
             await store_keeper.start()
         serving.sessions.on_reuse = partial(tell_refresh_reused, alerts)
         serving.on_revoked = partial(tell_revoked, alerts)
-        watch_rates(alerts, serving, acceptor, login)
+        watch_rates(alerts, serving=serving, acceptor=acceptor, login=login)
         try:
             if self._sockets:
                 take_over(self._sockets)
@@ -326,6 +338,22 @@ class Server:
             traffic=traffic,
             http=self._http,
         )
+        self._reloader = Reloader(
+            config=config,
+            read=None if self._read_config is None else self._read_again,
+            on_config=self._configured,
+            watch=partial(watch_rates, serving=serving, acceptor=acceptor, login=login),
+            clock=self._clock,
+            serving=serving,
+            acceptor=acceptor,
+            listener=self._listener,
+            keeper=keeper,
+            throttle=self._throttle,
+            alerts=alerts,
+            session_settings=settings,
+            http=self._http,
+            owns_log=self.owns_log,
+        )
         self._start_task(traffic.run())
         self._start_task(look_after_log())
         if store_keeper is None:
@@ -352,7 +380,7 @@ class Server:
 
     def _login(self) -> Login:
         authenticators = self._authenticators
-        throttle = Throttle(self.config.limits.login_failures)
+        throttle = self._throttle = Throttle(self.config.limits.login_failures)
         if authenticators is None:
             users = self._users = Users(self.home, on_gone=self._user_gone)
             self._devices = Devices(
@@ -394,6 +422,27 @@ class Server:
         self.serving.on_revoked(f"the device {name} of {device.user} was removed", ended, False)
 
     # --- while it runs -------------------------------------------------------------------------------
+
+    async def reload(self) -> Reloaded:
+        """Read the configuration again, and put it in force: all that can be, or nothing.
+
+        Raises ConfigError with all faults; then nothing has changed. No connection is closed by it.
+        """
+        with self.around_reload():
+            return await self._reloader.reload()
+
+    @property
+    def can_reload(self) -> bool:
+        """Whether there is a configuration to be read again."""
+        return self._read_config is not None
+
+    def _read_again(self) -> Config:
+        assert self._read_config is not None
+        return _at_home(self._read_config(), self.home)
+
+    def _configured(self, config: Config) -> None:
+        self.config = config
+        self.on_config(config)
 
     @property
     def serving(self) -> Serving:
@@ -624,35 +673,3 @@ def tune_interpreter() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-
-
-def _connection_settings(config: Config) -> ConnectionSettings:
-    limits = config.limits
-    return ConnectionSettings(
-        max_frame=limits.max_frame_bytes,
-        max_frame_before_session=limits.max_frame_bytes_before_session,
-        max_streams=limits.max_streams,
-        max_depth=limits.max_depth,
-        tolerance_ms=_ms(config.freshness.tolerance),
-        idle_timeout_s=limits.idle_timeout,
-        open_timeout_s=config.sessions.open_timeout,
-        # Whether browsers are told is not asked: this one is for clients that speak nothing but TLS anyway.
-        sts=TransportSecurityPolicy(config.http.hsts_max_age_seconds, config.http.hsts_include_subdomains),
-    )
-
-
-def _session_settings(config: Config) -> SessionSettings:
-    sessions = config.sessions
-    return SessionSettings(
-        lifetime_ms=_ms(sessions.lifetime),
-        idle_timeout_ms=None if sessions.idle_timeout is None else _ms(sessions.idle_timeout),
-        per_user=sessions.per_user,
-        when_full="evict_oldest" if sessions.when_full == "evict_oldest" else "refuse",
-        refresh=sessions.refresh,
-        refresh_lifetime_ms=_ms(sessions.refresh_lifetime),
-        refresh_grace_ms=_ms(sessions.refresh_grace),
-    )
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * MS_PER_SECOND)

@@ -51,6 +51,9 @@ class Counters:
     """Of those that methods and the server send; warnings of expiry are the connection's own."""
     write_pauses: int = 0
     incidents: int = 0
+    reloads: int = 0
+    """Configurations that were put in force while it ran."""
+    reloads_refused: int = 0
 
     def count_error(self, code: int) -> None:
         self.errors[code] = self.errors.get(code, 0) + 1

@@ -135,6 +135,10 @@ class Sessions(Protocol):
         """
         ...
 
+    def reconfigure(self, settings: SessionSettings) -> None:
+        """Go by other settings: those that the registry has got already."""
+        ...
+
     async def stop(self) -> None:
         """Bring to the end what is under way, and let go."""
         ...
@@ -208,6 +212,9 @@ class MemorySessions:
     async def find(self, token: bytes, address: str, code: Code) -> None:
         """There is nothing more to know."""
 
+    def reconfigure(self, settings: SessionSettings) -> None:
+        """The registry knows them."""
+
     async def stop(self) -> None:
         """There is nothing to let go."""
 
@@ -239,6 +246,11 @@ class StoredSessions:
         self.on_reuse: OnReuse = _nobody
         self.lookups = 0
         self.misses = 0
+
+    def reconfigure(self, settings: SessionSettings) -> None:
+        """Go by other settings, from the next opening on."""
+        self._settings = settings
+        self._limit = UserLimit(settings.per_user, settings.when_full, settings.idle_timeout_ms)
 
     @property
     def looks_up(self) -> bool:

@@ -26,12 +26,12 @@ class Spent(NamedTuple):
 
 
 class GraceTable:
-    """One pair for each session id, of the last `limit` refreshes."""
+    """One pair for each session id, of the last `limit` refreshes. `grace_ms`: how long those to come are kept."""
 
-    __slots__ = ("_grace_ms", "_limit", "_spent")
+    __slots__ = ("_limit", "_spent", "grace_ms")
 
     def __init__(self, grace_ms: int, limit: int) -> None:
-        self._grace_ms = grace_ms
+        self.grace_ms = grace_ms
         self._limit = limit
         self._spent: OrderedDict[bytes, Spent] = OrderedDict()
 
@@ -41,7 +41,7 @@ class GraceTable:
     def keep(self, session_id: bytes, digest: bytes, token: bytes, refresh_token: bytes, wall: int) -> None:
         """Note what was given for the refresh token of this digest, instead of what was noted before."""
         self._spent.pop(session_id, None)
-        self._spent[session_id] = Spent(digest, token, refresh_token, wall + self._grace_ms)
+        self._spent[session_id] = Spent(digest, token, refresh_token, wall + self.grace_ms)
         self.expire(wall)
 
     def find(self, session_id: bytes, digest: bytes, wall: int) -> Spent | None:

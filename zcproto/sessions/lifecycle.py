@@ -100,6 +100,21 @@ class Lifecycle:
         """Dead tokens still remembered."""
         return self._table.dead
 
+    def reconfigure(self, settings: SessionSettings) -> None:
+        """Go by other settings. Sessions that are there keep their end, but for the idle limit.
+
+        What bounds the table stays: `max_sessions`, `dead_limit` and `grace_limit` must be what they were.
+        """
+        assert (settings.max_sessions, settings.dead_limit, settings.grace_limit) == (
+            self._settings.max_sessions,
+            self._settings.dead_limit,
+            self._settings.grace_limit,
+        )
+        self._settings = settings
+        self._idle = NEVER if settings.idle_timeout_ms is None else settings.idle_timeout_ms
+        self._grace.grace_ms = settings.refresh_grace_ms
+        self.generation += 1  # how long a token is good may be another time now
+
     def clean(self, wall: int, max_slots: int) -> int:
         """One slice of the search for what time has ended; how many live tokens it found expired.
 

@@ -74,6 +74,10 @@ class SessionRegistry(Exchange):
         self._tokens: DigestIndex | _NoTokens = self._table.tokens  # where `check` looks
         self._users = self._table.users
 
+    def reconfigure(self, settings: SessionSettings) -> None:
+        super().reconfigure(settings)
+        self._tenth = settings.lifetime_ms // 10
+
     # One token
 
     def check(self, token: bytes, wall: int) -> Session | Code:

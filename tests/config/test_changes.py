@@ -1,0 +1,108 @@
+"""What a new configuration changes, and which of it can be applied while a server runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.config import Config, load_config
+from zcproto.config.changes import (
+    MAX_SHOWN,
+    TAKES_EFFECT,
+    WAIT_FOR,
+    Effect,
+    changes_between,
+    in_force,
+    value_of,
+)
+from zcproto.config.checks import CHECKS
+from zcproto.config.model import rules
+
+HOME = Path("/home/of/a/test")
+
+
+def config(**settings: Any) -> Config:
+    overrides = {name.replace("__", "."): value for name, value in settings.items()}
+    return load_config(None, home=HOME, environ={}, overrides=overrides)
+
+
+def test_every_key_has_its_place_and_there_are_no_others() -> None:
+    assert set(TAKES_EFFECT) == set(rules())
+
+
+def test_the_keys_of_a_check_are_of_one_kind_or_wait_for_one_another() -> None:
+    """Else a part of a new configuration could be applied that contradicts what stays of the old one."""
+    for check in CHECKS:
+        restart = {key for key in check.keys if TAKES_EFFECT[key] is Effect.RESTART}
+        live = set(check.keys) - restart
+        for key in live if restart else ():
+            assert all(key in WAIT_FOR.get(each, ()) for each in restart), check.keys
+
+
+def test_nothing_changes_between_equal_configurations() -> None:
+    assert changes_between(config(), config()) == []
+    assert in_force(config(), config()) == config()
+
+
+def test_each_change_is_told_with_its_values_and_when_it_takes_effect() -> None:
+    old = config()
+    new = config(limits__max_streams=4, server__port=7000, sessions__lifetime="2h", log__level="debug")
+    assert [each.as_dict() for each in changes_between(old, new)] == [
+        {"key": "server.port", "old": "7443", "new": "7000", "effect": "restart"},
+        {"key": "sessions.lifetime", "old": '"24h"', "new": '"2h"', "effect": "new sessions"},
+        {"key": "limits.max_streams", "old": "128", "new": "4", "effect": "new connections"},
+        {"key": "log.level", "old": '"info"', "new": '"debug"', "effect": "live"},
+    ]
+    force = in_force(old, new)
+    assert (force.server.port, force.limits.max_streams, force.log.level) == (7443, 4, "debug")
+    assert [each.key for each in changes_between(force, new)] == ["server.port"]
+
+
+def test_what_takes_a_restart_for_somebody_else_is_kept_too() -> None:
+    old, new = config(), config(log__level="debug", limits__max_streams=4)
+    fixed = frozenset({"log.level"})
+    assert [each.effect for each in changes_between(old, new, fixed)] == [
+        Effect.NEW_CONNECTIONS,
+        Effect.RESTART,
+    ]
+    assert in_force(old, new, fixed).log.level == "info"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"store__url": "valkey://user:hunter2@store.example"},
+        {"alerts__webhook": "https://hooks.example/hunter2"},
+        {"alerts__command": ["/bin/tell", "--password", "hunter2"]},
+    ],
+)
+def test_what_may_be_a_secret_is_not_shown(settings: dict[str, Any]) -> None:
+    (change,) = changes_between(config(), config(**settings))
+    assert change.key == next(iter(settings)).replace("__", ".")
+    assert "hunter2" not in str(change.as_dict())
+
+
+def test_a_long_value_is_cut() -> None:
+    (change,) = changes_between(
+        config(), config(certificates__names=[f"host-{n}.example" for n in range(90)])
+    )
+    assert len(change.new) == MAX_SHOWN + 3
+
+
+def test_files_for_clients_wait_for_client_auth() -> None:
+    """With client_auth off they would be refused in the file, so they must not be in force beside it."""
+    old = config()
+    new = config(tls__client_auth="optional", tls__client_ca_file="/etc/ca.pem")
+    assert {each.key: each.effect for each in changes_between(old, new)} == {
+        "tls.client_auth": Effect.RESTART,
+        "tls.client_ca_file": Effect.RESTART,
+    }
+    assert in_force(old, new) == old
+    on = config(tls__client_auth="optional")
+    assert in_force(on, new).tls.client_ca_file == Path("/etc/ca.pem")
+
+
+def test_a_value_is_found_by_its_key() -> None:
+    assert value_of(config(), "server.port") == 7443

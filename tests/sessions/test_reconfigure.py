@@ -1,0 +1,78 @@
+"""Other settings for sessions while there are some."""
+
+from __future__ import annotations
+
+import pytest
+
+from zcproto.errors import Code, ResourceExhausted
+from zcproto.sessions import Session, SessionRegistry, SessionSettings
+
+HOUR = 3_600_000
+
+
+def registry(**settings: object) -> SessionRegistry:
+    numbers = iter(range(1, 1_000_000))
+    return SessionRegistry(
+        SessionSettings(**settings),  # type: ignore[arg-type]
+        lambda size: next(numbers).to_bytes(size, "big")[::-1],
+    )
+
+
+def open_one(sessions: SessionRegistry, wall: int = 0, user: str = "ada") -> bytes:
+    return sessions.open(user, operator=False, client="t/1", address="192.0.2.1", wall=wall).token
+
+
+def test_a_session_keeps_its_end_and_one_that_is_opened_later_gets_another() -> None:
+    sessions = registry(lifetime_ms=2 * HOUR, idle_timeout_ms=None)
+    old = open_one(sessions)
+    sessions.reconfigure(SessionSettings(lifetime_ms=HOUR, idle_timeout_ms=None))
+    new = open_one(sessions)
+    assert isinstance(sessions.check(old, HOUR), Session)
+    assert sessions.check(new, HOUR) is Code.TOKEN_EXPIRED
+    session = sessions.check(old, 0)
+    assert isinstance(session, Session)
+    assert session.expires_at == 2 * HOUR
+
+
+def test_another_idle_limit_holds_for_all_from_now_on() -> None:
+    sessions = registry(idle_timeout_ms=HOUR)
+    token = open_one(sessions)
+    session = sessions.check(token, 0)
+    assert isinstance(session, Session)
+    assert session.valid_until == HOUR
+    before = sessions.generation
+    sessions.reconfigure(SessionSettings(idle_timeout_ms=1000))
+    assert sessions.generation > before  # whoever remembers the session must ask again
+    assert sessions.check(token, 1000) is Code.TOKEN_EXPIRED
+
+
+def test_no_idle_limit_is_one_too() -> None:
+    sessions = registry(idle_timeout_ms=1000)
+    token = open_one(sessions)
+    sessions.reconfigure(SessionSettings(idle_timeout_ms=None))
+    assert isinstance(sessions.check(token, HOUR), Session)
+
+
+def test_a_smaller_number_ends_nothing_and_lets_nobody_in() -> None:
+    sessions = registry(per_user=3)
+    tokens = [open_one(sessions) for _ in range(3)]
+    sessions.reconfigure(SessionSettings(per_user=1))
+    assert all(isinstance(sessions.check(token, 0), Session) for token in tokens)
+    with pytest.raises(ResourceExhausted):
+        open_one(sessions)
+
+
+def test_a_refresh_token_gets_the_new_grace() -> None:
+    sessions = registry(refresh_grace_ms=0)
+    opened = sessions.open("ada", operator=False, client="t/1", address="192.0.2.1", wall=0)
+    sessions.reconfigure(SessionSettings(refresh_grace_ms=5000))
+    assert opened.refresh_token is not None
+    first = sessions.refresh(opened.refresh_token, client="t/1", address="192.0.2.1", wall=1)
+    again = sessions.refresh(opened.refresh_token, client="t/1", address="192.0.2.1", wall=5000)
+    assert again.token == first.token
+
+
+def test_the_bounds_of_the_table_stay() -> None:
+    sessions = registry(max_sessions=10)
+    with pytest.raises(AssertionError):
+        sessions.reconfigure(SessionSettings(max_sessions=11))

@@ -1,0 +1,159 @@
+"""What a new configuration changes of the one in force, and which of it can be applied while a server runs.
+
+Rules: every key has its line in TAKES_EFFECT; a test holds that. The keys of one check (checks.py) take effect
+together, so that what is in force never contradicts itself.
+
+Must not know: how a change is applied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from zcproto.config.model import Config, rules, split_key
+
+
+class Effect(Enum):
+    """When a changed key takes effect."""
+
+    NOW = "live"
+    """For everybody, from the reload on."""
+    NEW_CONNECTIONS = "new connections"
+    """Connections that stand keep what they were told, or began with."""
+    NEW_SESSIONS = "new sessions"
+    """Sessions that are open keep their end."""
+    RESTART = "restart"
+    """With the next start of the server."""
+
+
+_BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
+    "server": {
+        Effect.NOW: "drain_timeout",
+        Effect.NEW_CONNECTIONS: "proxy_protocol_from",
+        Effect.RESTART: "host port",
+    },
+    "tls": {
+        Effect.NEW_CONNECTIONS: (
+            "handshake_timeout max_handshakes client_name client_ca_file client_crl_file client_pins"
+        ),
+        Effect.RESTART: "suites client_auth",
+    },
+    "certificates": {
+        Effect.NEW_CONNECTIONS: (
+            "directory mode key_types names lifetime renew_before renew_key announce_key certificate key"
+            " key_passphrase_file key_passphrase_variable watch_interval alert_days site"
+        ),
+    },
+    "sessions": {
+        Effect.NOW: "idle_timeout per_user when_full refresh_grace bind_client",
+        Effect.NEW_SESSIONS: "lifetime refresh refresh_lifetime",
+        Effect.NEW_CONNECTIONS: "open_timeout bind_address",
+    },
+    "store": {
+        Effect.RESTART: (
+            "url password_file ca_file certificate_file key_file timeout grace cleanup_interval"
+        ),
+    },
+    "idempotency": {Effect.RESTART: "keep max_bytes per_user"},
+    "freshness": {Effect.NEW_CONNECTIONS: "tolerance"},
+    "limits": {
+        Effect.NOW: "write_timeout login_failures",
+        Effect.NEW_CONNECTIONS: (
+            "max_connections connections_per_address max_frame_bytes max_frame_bytes_before_session max_streams"
+            " max_depth idle_timeout write_buffer_bytes"
+        ),
+    },
+    "http": {
+        Effect.NOW: "metrics allow",
+        Effect.NEW_CONNECTIONS: (
+            "hsts hsts_max_age_seconds hsts_include_subdomains hsts_preload request_timeout idle_timeout"
+        ),
+        Effect.RESTART: "enabled redirect_port",
+    },
+    "alerts": {
+        Effect.NOW: (
+            "webhook webhook_secret_file webhook_ca_file webhook_timeout command command_timeout repeat"
+            " rate_window quiet tls_failures throttled_logins replays stale_frames revocation_rate"
+            " refused_connections revocations"
+        ),
+    },
+    "log": {Effect.NOW: "level format file"},
+}
+
+TAKES_EFFECT: Final[dict[str, Effect]] = {
+    f"{section}.{name}": effect
+    for section, effects in _BY_SECTION.items()
+    for effect, names in effects.items()
+    for name in names.split()
+}
+"""When a change of each key takes effect."""
+
+WAIT_FOR: Final[dict[str, tuple[str, ...]]] = {
+    "tls.client_auth": ("tls.client_ca_file", "tls.client_crl_file", "tls.client_pins")
+}
+"""If the first has changed, which takes a restart, so do the others."""
+
+_NOT_SHOWN: Final = frozenset({"store.url", "alerts.webhook", "alerts.command"})
+"""What may hold a password, or be a secret in itself."""
+
+MAX_SHOWN: Final = 200
+_NONE: Final[frozenset[str]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A key whose value is another one. `old` and `new` are as in the TOML file; empty where they are not shown."""
+
+    key: str
+    old: str
+    new: str
+    effect: Effect
+
+    def as_dict(self) -> dict[str, str]:
+        return {"key": self.key, "old": self.old, "new": self.new, "effect": self.effect.value}
+
+
+def changes_between(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> list[Change]:
+    """Every key that differs, in the order of the file. `fixed` are further keys that take a restart."""
+    found = []
+    kept = _kept(old, new) | fixed
+    for key, rule in rules().items():
+        before, after = value_of(old, key), value_of(new, key)
+        if before != after:
+            shown = ("", "") if key in _NOT_SHOWN else (_shown(rule.write(before)), _shown(rule.write(after)))
+            effect = Effect.RESTART if key in kept else TAKES_EFFECT[key]
+            found.append(Change(key, *shown, effect))
+    return found
+
+
+def in_force(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> Config:
+    """The new configuration, with the old values of what takes a restart, and of the keys in `fixed`."""
+    updates: dict[str, dict[str, object]] = {}
+    for key in _kept(old, new) | fixed:
+        section, name = split_key(key)
+        updates.setdefault(section, {})[name] = value_of(old, key)
+    sections = {
+        section: getattr(new, section).model_copy(update=values) for section, values in updates.items()
+    }
+    return new.model_copy(update=sections)
+
+
+def _kept(old: Config, new: Config) -> set[str]:
+    """The keys that keep their values until a restart."""
+    kept = {key for key, effect in TAKES_EFFECT.items() if effect is Effect.RESTART}
+    for key, waiting in WAIT_FOR.items():
+        if value_of(old, key) != value_of(new, key):
+            kept.update(waiting)
+    return kept
+
+
+def value_of(config: Config, key: str) -> object:
+    """The value of a dotted key."""
+    section, name = split_key(key)
+    return getattr(getattr(config, section), name)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
