@@ -24,6 +24,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import currently_in_test_context
 
 import zcproto.clock
 
@@ -64,6 +65,8 @@ class Watch:
         """Something was made that nobody may see: random bytes, or a text."""
         if value is None:
             return
+        if isinstance(value, str) and currently_in_test_context():
+            return  # Hypothesis draws words of the sources and of other tests, which are no secrets there
         data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else bytes(value)
         if self._left <= 0 or len(data) < WINDOW or data in self._known:
             return

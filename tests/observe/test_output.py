@@ -26,6 +26,7 @@ from zcproto.observe.log import (
     get_logger,
     is_on,
     level,
+    lines_together,
     lost_lines,
     reopen_log,
     set_level,
@@ -449,3 +450,58 @@ def test_a_stream_that_goes_wrong_in_its_own_way_is_no_fault_of_the_caller(
     log.info("a.b")
     flush_log()
     assert lost_lines() == 1
+
+
+def test_lines_together_are_one_write_and_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    configure_logging(LogConfig(file=path, level="info"))
+    writes: list[bytes] = []
+    write = os.write
+
+    def counted(descriptor: int, data: bytes) -> int:
+        writes.append(bytes(data))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", counted)
+    beside = threading.Thread(target=lambda: log.info("other.thread"))
+    with lines_together():
+        log.info("a.first")
+        beside.start()
+        beside.join()
+        log.info("a.second")
+    log.info("a.third")
+    assert events(path.read_text()) == ["other.thread", "a.first", "a.second", "a.third"]
+    assert len(writes) == 3
+
+
+def test_lines_together_are_counted_singly_if_they_are_lost(tmp_path: Path) -> None:
+    configure_logging(LogConfig(file=tmp_path / "log", level="info"))
+    before = lost_lines()
+    with lines_together():
+        log.info("a.first")
+        log.info("a.second")
+        log_module._state.output.close()
+    assert lost_lines() == before + 2
+
+
+def test_several_lines_cut_at_the_end_of_one_are_no_broken_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    output = Descriptor(writer)
+    output._poll = None  # as a file, whose disk is full in between
+    write = os.write
+    taken = iter([4, OSError(errno.ENOSPC, "full")])
+
+    def short(descriptor: int, data: bytes) -> int:
+        what = next(taken, len(data))
+        if isinstance(what, OSError):
+            raise what
+        return write(descriptor, bytes(data)[:what])
+
+    monkeypatch.setattr(os, "write", short)
+    output.write("one\ntwo\n")
+    output.write("three\n")
+    assert os.read(reader, 100) == b"one\ntwo\nthree\n"
+    output.close()
+    os.close(reader)

@@ -51,7 +51,7 @@ NOT_READ: Final[Stamp] = (-1,)
 class PrivateText:
     """One such file. Making this touches nothing. `what` is what it should be, such as "file of users"."""
 
-    __slots__ = ("_lock_wait_s", "_max_bytes", "_what", "path")
+    __slots__ = ("_lock_wait_s", "_max_bytes", "_path", "_what", "path")
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class PrivateText:
         lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
         self.path = Path(path)
+        self._path = str(self.path)  # a login looks at a file: as text it is not turned into text again
         self._what = what
         self._max_bytes = max_bytes
         self._lock_wait_s = lock_wait_s
@@ -69,7 +70,7 @@ class PrivateText:
     def look(self) -> Stamp:
         """The state that the file is in. Takes one stat, and never raises."""
         try:
-            return _stamp_of(os.stat(self.path))
+            return _stamp_of(os.stat(self._path))
         except FileNotFoundError:
             return NO_FILE
         except OSError as error:

@@ -16,9 +16,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -185,6 +187,24 @@ def tell_suppressed() -> None:
         _log.info("log.suppressed", of=event, count=lines, keys=keys)
 
 
+@contextmanager
+def lines_together() -> Iterator[None]:
+    """What this thread logs meanwhile is written at once, at the end: each write alone is a system call or two."""
+    lines: list[str] = []
+    _state.gathering = get_ident(), lines
+    try:
+        yield
+    finally:
+        _state.gathering = None
+        if lines:
+            try:
+                _state.write("".join(lines))
+            except LinesLostError as lost:
+                _state.lose(lost.lines)
+            except Exception:  # as for a line alone
+                _state.lose(len(lines))
+
+
 def lost_lines() -> int:
     """How many lines could not be written since the start of the process, and never will be."""
     return _state.lost
@@ -193,7 +213,7 @@ def lost_lines() -> int:
 class _State:
     """What `configure_logging` sets. One for the process: its standard error is one."""
 
-    __slots__ = ("clock", "format", "level", "limits", "lost", "lost_untold", "output")
+    __slots__ = ("clock", "format", "gathering", "level", "limits", "lost", "lost_untold", "output")
 
     def __init__(self) -> None:
         self.level = logging.WARNING
@@ -203,6 +223,14 @@ class _State:
         self.limits = EventLimits()
         self.lost = 0
         self.lost_untold = 0
+        self.gathering: tuple[int, list[str]] | None = None
+        """The thread whose lines are gathered, and those."""
+
+    def write(self, lines: str) -> None:
+        self.output.write(lines)
+        if self.lost_untold and not self.output.waiting:
+            lost, self.lost_untold = self.lost_untold, 0
+            _log.error("log.lost", lines=lost)
 
     def take_output(self, output: Output) -> None:
         old, self.output = self.output, output
@@ -224,11 +252,11 @@ class _Writer:
     """The end of structlog's chain; it calls the method named as the level."""
 
     def debug(self, line: str) -> None:
-        state = _state
-        state.output.write(line)
-        if state.lost_untold and not state.output.waiting:
-            lost, state.lost_untold = state.lost_untold, 0
-            _log.error("log.lost", lines=lost)
+        gathering = _state.gathering
+        if gathering is not None and gathering[0] == get_ident():
+            gathering[1].append(line)
+        else:
+            _state.write(line)
 
     info = warning = error = debug
 

@@ -45,9 +45,12 @@ class LinesLostError(Exception):
 
 
 class Output(Protocol):
-    """What lines are written to. `write` and `flush` raise LinesLostError, or whatever a strange stream raises."""
+    """What lines are written to, one or several at once.
 
-    def write(self, line: str) -> None: ...
+    `write` and `flush` raise LinesLostError, or whatever a strange stream raises.
+    """
+
+    def write(self, lines: str) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -83,12 +86,12 @@ class Descriptor:
         """Bytes that could not be written yet."""
         return len(self._waiting)
 
-    def write(self, line: str) -> None:
-        data = line.encode("ascii", "backslashreplace")
+    def write(self, lines: str) -> None:
+        data = lines.encode("ascii", "backslashreplace")
         is_rest = False
         with self._lock:
             if self._descriptor == _CLOSED:
-                raise LinesLostError(1)
+                raise LinesLostError(lines.count("\n"))
             if self._poll is None and not self._waiting and not self._within_line:
                 written = self._write_at_once(data)
                 if written == len(data):
@@ -97,7 +100,7 @@ class Descriptor:
             if len(self._waiting) + len(data) > MAX_WAITING:
                 self._write_waiting()
                 if len(self._waiting) + len(data) > MAX_WAITING:
-                    raise LinesLostError(1)
+                    raise LinesLostError(data.count(b"\n"))
             if self._within_line and not self._waiting and not is_rest:  # the rest of that line is lost
                 self._waiting += b"\n"
             self._waiting += data
@@ -109,8 +112,8 @@ class Descriptor:
         except OSError as error:
             if error.errno in _WAIT:
                 return 0
-            raise LinesLostError(1) from error
-        self._within_line = 0 < written < len(data)
+            raise LinesLostError(data.count(b"\n")) from error
+        self._within_line = 0 < written < len(data) and data[written - 1] != ord("\n")
         return written
 
     def flush(self) -> None:
@@ -165,16 +168,22 @@ class StandardError:
     def __init__(self) -> None:
         self._stream: TextIO | None = None
         self._descriptor: Descriptor | None = None
+        self._is_terminal = False
 
-    def write(self, line: str) -> None:
+    def write(self, lines: str) -> None:
+        stream = self._now()
+        if self._descriptor is None or stream.closed:  # no system is behind it that could make us wait
+            stream.write(lines)
+            stream.flush()
+        else:
+            self._descriptor.write(lines)
+
+    def _now(self) -> TextIO:
         stream = sys.stderr
         if stream is not self._stream:
             self._stream, self._descriptor = stream, _descriptor_of(stream)
-        if self._descriptor is None or stream.closed:  # no system is behind it that could make us wait
-            stream.write(line)
-            stream.flush()
-        else:
-            self._descriptor.write(line)
+            self._is_terminal = stream.isatty()
+        return stream
 
     def flush(self) -> None:
         stream = self._stream
@@ -191,7 +200,8 @@ class StandardError:
         return 0 if self._descriptor is None else self._descriptor.waiting
 
     def is_terminal(self) -> bool:
-        return sys.stderr.isatty()
+        self._now()
+        return self._is_terminal
 
     def close(self) -> int:
         # It is not ours to close.
@@ -217,8 +227,8 @@ class LogFile:
         except OSError as error:
             raise ConfigError([f'log.file = "{path}": cannot be opened: {error.strerror}']) from error
 
-    def write(self, line: str) -> None:
-        self._descriptor.write(line)
+    def write(self, lines: str) -> None:
+        self._descriptor.write(lines)
 
     def flush(self) -> None:
         self._descriptor.flush()

@@ -203,7 +203,6 @@ class Listener:
             return
         self._by_network[network] = of_network + 1
         self._open += 1
-        connection.setblocking(False)
         # From here on it is a handshake in progress.
         if is_forwarded:
             transport: TlsServerTransport = ForwardedTransport(self._acceptor, address)

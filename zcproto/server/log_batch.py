@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from zcproto.clock import Clock
 from zcproto.deadlines import DeadlineWheel
-from zcproto.observe.log import AT, Logger
+from zcproto.observe.log import AT, Logger, lines_together
 
 DELAY: Final = 0.05
 """Seconds that a line waits for others, at most."""
@@ -45,8 +45,10 @@ class LogBatch:
         """Write what waits."""
         self._wheel.discard(self)
         lines, self._lines = self._lines, []
-        for event, values in lines:
-            self._log.info(event, **values)
+        if lines:
+            with lines_together():
+                for event, values in lines:
+                    self._log.info(event, **values)
 
     def handle_deadline(self, now: float) -> None:
         self.write()
