@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.server.conftest import certs
 from tests.server.helpers import ServerThread
 from zcproto.auth import UserFile
 from zcproto.cli import main
+from zcproto.sessions.token import id_from_text
 from zcproto.stores.store import MAX_LISTED
 
 from .helpers import HOUR_MS, fill, id_of, kept, new_session, secrets_of
@@ -95,6 +97,18 @@ def test_sessions_are_ended_by_id_by_user_and_all(home: Path, capsys: Capture) -
     assert kept(home) == []
 
 
+def test_an_id_that_begins_with_a_dash_is_no_option(home: Path, capsys: Capture) -> None:
+    ids = ["-" * 21 + "A", "-user" + "A" * 17]
+    dashed = []
+    for text in ids:
+        session, raw = new_session(), id_from_text(text)
+        assert raw is not None
+        dashed.append(replace(session, record=replace(session.record, id=raw)))
+    fill(home, *dashed)
+    assert main(["session", "revoke", *ids]) == 0
+    assert capsys.readouterr().err == "sessions ended: 2\n"
+
+
 @pytest.mark.parametrize("ids", [["A" * 22], ["no id"], ["A" * 22, "B" * 22]])
 def test_an_id_that_is_none_is_told(home: Path, capsys: Capture, ids: list[str]) -> None:
     session = new_session()
@@ -114,6 +128,8 @@ def test_an_id_that_is_none_is_told(home: Path, capsys: Capture, ids: list[str])
         ["--all", "--user", "ada"],
         ["A" * 22, "--user", "ada"],
         [f"x{n}" for n in range(1_001)],
+        ["--usr", "ada"],
+        ["-x"],
     ],
 )
 def test_what_is_to_be_ended_is_said_in_one_way(home: Path, capsys: Capture, options: list[str]) -> None:

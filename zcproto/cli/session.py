@@ -65,7 +65,7 @@ def list_sessions(
         )
 
 
-@session.command()
+@session.command(context_settings={"ignore_unknown_options": True})  # one ID in 64 begins with a dash
 @click.argument("ids", metavar="[ID]...", nargs=-1)
 @click.option("--user", metavar="NAME", help="End all sessions of this user.")
 @click.option("--all", "everybody", is_flag=True, help="End all sessions of everybody.")
@@ -80,6 +80,9 @@ def revoke(
     server: Operator | None,
 ) -> None:
     """End sessions: those with the IDs, or all of a user, or all there are."""
+    for each in ids:
+        if each.startswith("-") and id_from_text(each) is None:
+            raise click.NoSuchOption(each)
     if sum((bool(ids), user is not None, everybody)) != 1:
         raise click.UsageError("Give IDs, or --user NAME, or --all.")
     ids = tuple(dict.fromkeys(ids))
