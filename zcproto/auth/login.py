@@ -44,7 +44,7 @@ Decision = TypeVar("Decision")
 class Login:
     """The way into a session. One authenticator for each scheme.
 
-    Logins are counted: by scheme those that were `accepted` and `refused`, and those that had to wait (`throttled`).
+    Logins are counted: those `accepted` and `refused` by scheme, and those that had to wait (`throttled`).
     """
 
     __slots__ = (

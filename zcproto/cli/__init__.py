@@ -46,7 +46,10 @@ COMMANDS = {
     "device": ("zcproto.cli.device:device", "List and remove devices, which open sessions by a key."),
     "pair": ("zcproto.cli.pair:pair", "Print a one-time code that lets in a device."),
     "alert": ("zcproto.cli.alert:alert", "Try whether alerts arrive, and check a signature."),
-    "doctor": ("zcproto.cli.doctor:doctor", "See what is wrong with a server or the way to it, and what to do."),
+    "doctor": (
+        "zcproto.cli.doctor:doctor",
+        "See what is wrong with a server or the way to it, and what to do.",
+    ),
     "config": ("zcproto.cli.config:config", "Begin, check and show the configuration."),
     "demo": ("zcproto.cli.demo:demo", "See 10,000 verified connections to a server of its own."),
     "bench": ("zcproto.cli.bench:bench", "Measure a server under load."),
