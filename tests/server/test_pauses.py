@@ -15,6 +15,7 @@ from zcproto.server.pauses import (
     BOUNDS_MS,
     IDLE_PERIOD,
     PERIOD,
+    TOLD_FOR,
     PauseMeter,
     ThreadUsage,
     Usage,
@@ -144,6 +145,7 @@ def test_what_other_programs_took_is_taken_off(
 ) -> None:
     usage.now = Usage(7.0, 3.0)  # from before
     meter.start()
+    meter.take_longest_own()
     usage.now = Usage(7.08, 3.0)
     timers.clock += PERIOD + 0.1
     timers.run()
@@ -151,10 +153,33 @@ def test_what_other_programs_took_is_taken_off(
     assert meter.longest_own == pytest.approx(0.02)
 
 
+def test_before_anybody_looks_and_long_after_nothing_is_taken_off(
+    meter: PauseMeter, timers: FakeTimers, traffic: Traffic, usage: FakeUsage
+) -> None:
+    def pause() -> float:
+        traffic.count += 1
+        timers.advance(IDLE_PERIOD)  # from here on it looks often
+        usage.now = usage.now._replace(waited=usage.now.waited + 0.08)
+        timers.clock = timers.armed[0] + 0.1
+        timers.run()
+        return meter.take_longest_own()
+
+    meter.start()
+    assert pause() == pytest.approx(0.1)
+    assert pause() == pytest.approx(0.02)
+    timers.advance(TOLD_FOR + IDLE_PERIOD)
+    assert meter.take_longest_own() == pytest.approx(0.0)
+    timers.advance(TOLD_FOR - 1)
+    assert pause() == pytest.approx(0.02)
+    timers.advance(2 * TOLD_FOR)
+    assert pause() == pytest.approx(0.1)
+
+
 def test_what_our_other_threads_may_have_taken_is_not(
     meter: PauseMeter, timers: FakeTimers, usage: FakeUsage
 ) -> None:
     meter.start()
+    meter.take_longest_own()
     usage.now = Usage(0.08, 0.05)
     timers.clock += PERIOD + 0.1
     timers.run()

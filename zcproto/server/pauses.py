@@ -8,6 +8,8 @@ thread has, or it waits for a processor. The last may be the doing of other prog
 help. So each pause is told twice: whole, and less what other programs took. Linux counts how long a thread could
 have run and did not (`run_delay` in schedstat). Of that, all is taken off but the CPU of this process's other
 threads in the same time, which may have been what it waited for: the second figure is never too small by them.
+To ask the system takes longer than all else here, so that is done only for a while after somebody has looked: until
+then the second figure is the first.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from typing import Final, NamedTuple
 
 PERIOD: Final = 0.005
 IDLE_PERIOD: Final = 0.25
+TOLD_FOR: Final = 600.0
+"""Seconds after a look at the figures in which what other programs took is told apart."""
+
 BOUNDS_MS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 
 _NS: Final = 1_000_000_000
@@ -73,7 +78,8 @@ class PauseMeter:
         self._activity = activity
         self._open_usage = open_usage
         self._usage: ThreadUsage | None = None
-        self._used = Usage(0.0, 0.0)
+        self._used: Usage | None = None  # None: nobody has looked for a while
+        self._used_until = 0.0
         self._seen = -1
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -89,7 +95,6 @@ class PauseMeter:
     def start(self) -> None:
         """Begin, in the loop's thread."""
         self._usage = self._open_usage()
-        self._used = self._usage.read()
         self._arm(PERIOD)
 
     def stop(self) -> None:
@@ -98,7 +103,7 @@ class PauseMeter:
             self._timer = None
         if self._usage is not None:
             self._usage.close()
-            self._usage = None
+            self._usage = self._used = None
 
     def take_longest(self) -> float:
         """The longest pause in seconds since the last time it was taken."""
@@ -106,7 +111,11 @@ class PauseMeter:
         return longest
 
     def take_longest_own(self) -> float:
-        """As `take_longest`, less what other programs took."""
+        """As `take_longest`, less what other programs took; call it in the loop's thread."""
+        if self._usage is not None:
+            self._used_until = time.perf_counter() + TOLD_FOR
+            if self._used is None:
+                self._used = self._usage.read()
         longest, self.longest_own = self.longest_own, 0.0
         return longest
 
@@ -115,10 +124,15 @@ class PauseMeter:
         self._timer = self._loop.call_later(period, self._tick)
 
     def _tick(self) -> None:
-        late = time.perf_counter() - self._due
-        assert self._usage is not None
-        before, self._used = self._used, self._usage.read()
-        self.record(late, taken_by_others(before, self._used))
+        now = time.perf_counter()
+        others = 0.0
+        if self._used is not None:
+            assert self._usage is not None
+            before, self._used = self._used, self._usage.read()
+            others = taken_by_others(before, self._used)
+            if now > self._used_until:
+                self._used = None
+        self.record(now - self._due, others)
         activity = self._activity()
         busy = activity != self._seen
         self._seen = activity
