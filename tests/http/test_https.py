@@ -20,7 +20,6 @@ from zcproto.certs import clients
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import HttpRequest, HttpResponse, text_response
 from zcproto.http.router import Route
-from zcproto.server.http_resources import PAGE_POLICY, STYLE
 from zcproto.sessions.token import token_text
 
 from ..server.conftest import Serve
@@ -105,17 +104,6 @@ def test_what_is_open_is_had_without_a_session(shared: ServerThread, path: str, 
 
 def test_healthz_says_ok(shared: ServerThread) -> None:
     assert ask(shared, "/healthz").body == b"ok\n"
-
-
-def test_the_page_is_for_people_and_can_do_nothing(shared: ServerThread) -> None:
-    answer = ask(shared, "/")
-    page = answer.body.decode()
-    assert answer.one("content-type") == "text/html; charset=utf-8"
-    assert answer.one("content-security-policy") == PAGE_POLICY
-    assert "ZCP/1" in page
-    assert "://" not in page
-    assert "<script" not in page
-    assert f"<style>{STYLE}</style>" in page
 
 
 def test_a_client_finds_what_it_needs_to_connect(shared: ServerThread) -> None:

@@ -1,4 +1,4 @@
-"""What is to be had over HTTPS: /healthz, /readyz, /.well-known/zcp, /metrics and /.
+"""What is to be had over HTTPS: /healthz, /readyz, /.well-known/zcp, /metrics, / and /status.json.
 
 What this file decides: what each says, and to whom.
 
@@ -9,18 +9,17 @@ Rules:
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from zcproto.config.model import HttpConfig
-from zcproto.http.messages import HTML, HttpRequest, HttpResponse, json_response, text_response
+from zcproto.http.messages import HttpRequest, HttpResponse, json_response, text_response
 from zcproto.http.router import Route
 from zcproto.http.security_headers import StrictTransportSecurity
 from zcproto.network import Networks, plain_address
 from zcproto.server.http_access import BearerTokens
 from zcproto.server.serving import Serving
+from zcproto.server.status_page import Figures, StatusFigures, page
 from zcproto.sessions import Session
 from zcproto.suites import SUITES
 from zcproto.wire.frame import VERSION
@@ -28,35 +27,6 @@ from zcproto.wire.frame import VERSION
 ALPN: Final = "zcp/1"
 Metrics = Callable[[str], tuple[str, bytes]]
 """The metrics in the form that an Accept header asks for: their content type, and the text."""
-
-STYLE: Final = (
-    ":root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;max-width:40rem;margin:3rem auto;"
-    "padding:0 1rem}code{font-family:ui-monospace,monospace}"
-)
-PAGE: Final = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>zcproto</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>zcproto</h1>
-<p>This server is for programs: they call it by the protocol ZCP/1, on this same port.</p>
-<ul>
-<li><a href="/healthz">/healthz</a>: whether it answers</li>
-<li><a href="/readyz">/readyz</a>: whether it takes new clients, and why not</li>
-<li><a href="/.well-known/zcp">/.well-known/zcp</a>: what a client needs to connect</li>
-</ul>
-</body>
-</html>
-"""
-_STYLE_HASH: Final = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-PAGE_POLICY: Final = (
-    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none';"
-    " frame-ancestors 'none'"
-)
 
 
 class CertificateLife(NamedTuple):
@@ -69,8 +39,8 @@ class CertificateLife(NamedTuple):
 class Resources:
     """The routes of a server's HTTPS side.
 
-    `certificates` tells those that are served now, `schemes` are the ways to open a session. `metrics` is None if
-    there are none to be had.
+    `certificates` tells those that are served now, `schemes` are the ways to open a session, `figures` is the
+    server's status. `metrics` is None if there are none to be had.
     """
 
     def __init__(
@@ -80,6 +50,7 @@ class Resources:
         *,
         certificates: Callable[[], Sequence[CertificateLife]],
         schemes: Sequence[str],
+        figures: Figures,
         metrics: Metrics | None = None,
     ) -> None:
         self._config = config
@@ -87,6 +58,8 @@ class Resources:
         self._certificates = certificates
         self._schemes = tuple(schemes)
         self._metrics = metrics
+        self._page = page()
+        self._status = StatusFigures(figures, self.readiness, serving.clock)
         self._tokens = BearerTokens(serving)
         self._allowed = Networks(config.allow)
 
@@ -96,7 +69,8 @@ class Resources:
         self._allowed = Networks(config.allow)
 
     def routes(self) -> Iterator[Route]:
-        yield Route("GET", "/", self._page)
+        yield Route("GET", "/", self._show_page)
+        yield Route("GET", "/status.json", self._show_status)
         yield Route("GET", "/healthz", self._healthz)
         yield Route("GET", "/readyz", self._readyz)
         yield Route("GET", "/.well-known/zcp", self._well_known)
@@ -105,8 +79,8 @@ class Resources:
 
     # --- for anybody ---------------------------------------------------------------------------------
 
-    def _page(self, request: HttpRequest) -> HttpResponse:
-        return HttpResponse(200, PAGE.encode(), HTML, policy=PAGE_POLICY)
+    def _show_page(self, request: HttpRequest) -> HttpResponse:
+        return self._page
 
     def _healthz(self, request: HttpRequest) -> HttpResponse:
         return text_response(200, "ok")
@@ -176,6 +150,10 @@ class Resources:
         )
 
     # --- for some ------------------------------------------------------------------------------------
+
+    async def _show_status(self, request: HttpRequest) -> HttpResponse:
+        session = await self._tokens.session_of(request)
+        return self._status.answer(session.operator) if isinstance(session, Session) else session
 
     async def _show_metrics(self, request: HttpRequest) -> HttpResponse:
         refusal = await self._may_see_figures(request)

@@ -20,6 +20,7 @@ from zcproto.server.http_resources import CertificateLife, Metrics, Resources, h
 from zcproto.server.listener import bind, take_over
 from zcproto.server.redirect import PlainListener
 from zcproto.server.serving import Serving, log
+from zcproto.server.status_page import Figures
 from zcproto.tls.server import TlsServerTransport
 
 HTTP_ALPN: Final = "http/1.1"
@@ -35,13 +36,19 @@ class HttpSide:
         *,
         certificates: Callable[[], Sequence[CertificateLife]],
         schemes: Sequence[str],
+        figures: Figures,
         metrics: Metrics | None = None,
     ) -> None:
         self._config = config
         self._serving = serving
         self._plain: PlainListener | None = None
         self.resources = Resources(
-            config.http, serving, certificates=certificates, schemes=schemes, metrics=metrics
+            config.http,
+            serving,
+            certificates=certificates,
+            schemes=schemes,
+            figures=figures,
+            metrics=metrics,
         )
         self.router = Router(self.resources.routes())
         self.endpoint = HttpEndpoint(
