@@ -61,6 +61,12 @@ class DemoServer:
     ) -> None:
         self._end()
 
+    @property
+    def pid(self) -> int:
+        """Of its process, as long as it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """End it at once, with no moment to do anything."""
         assert self._process is not None

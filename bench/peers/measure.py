@@ -1,0 +1,318 @@
+"""The figures: CPU of the server's process and its memory, each server in its turn on the same processor.
+
+What disturbs the machine disturbs all alike: a round asks each server for a short slice of work, then each again.
+CPU time is the scheduler's own account of all threads of the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from bench.demo.server import DemoServer
+from bench.load.plan import SESSIONS_PER_USER
+from bench.peers.clients import (
+    Client,
+    GrpcClient,
+    StreamsClient,
+    UvicornClient,
+    WebsocketsClient,
+    ZcprotoClient,
+    context_for,
+)
+from bench.peers.environment import Environment
+from bench.processes import module_environment
+from zcproto.auth import UserFile
+from zcproto.errors import ZcprotoError
+from zcproto.home import Home
+from zcproto.printable import printable
+
+ZCPROTO: Final = "zcproto"
+STREAMS: Final = "asyncio streams"
+GRPC: Final = "grpcio aio"
+UVICORN: Final = "uvicorn"
+WEBSOCKETS: Final = "websockets on uvloop"
+NAMES: Final = (ZCPROTO, STREAMS, GRPC, UVICORN, WEBSOCKETS)
+
+_PEERS: Final[dict[str, tuple[str, type[Client]]]] = {
+    STREAMS: ("streams", StreamsClient),
+    GRPC: ("grpc_aio", GrpcClient),
+    UVICORN: ("uvicorn_http", UvicornClient),
+    WEBSOCKETS: ("websockets_uvloop", WebsocketsClient),
+}
+
+CONNECTIONS: Final = 50
+"""That requests are sent on, one at a time on each."""
+
+SLICE: Final = 500
+"""Requests to one server before the next has its turn."""
+
+CONNECTS: Final = 25
+"""Connections made in a slice."""
+
+WARM_UP: Final = 20
+"""Connections of a new server that come and go before its memory is read."""
+
+SETTLE_S: Final = 1.0
+START_S: Final = 30.0
+END_S: Final = 10.0
+LINES_SHOWN: Final = 3
+BYTES_PER_KIB: Final = 1_024
+
+PROCESSORS: Final = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+"""Those that this process may use: the first is the servers', the second ours."""
+
+Say = Callable[[str], None]
+
+
+class Asked(Protocol):
+    """A connection of any client."""
+
+    @property
+    def suite(self) -> str: ...
+
+    def send(self) -> None: ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked for. `held` connections are weighed; 0 leaves that out."""
+
+    rounds: int = 7
+    requests: int = 5_000
+    """In each round, of each server."""
+    connects: int = 200
+    held: int = 10_000
+    payload_bytes: int = 64
+
+
+@dataclass(slots=True)
+class Figures:
+    """Of each server, by its name. Seconds by round; KiB of one connection."""
+
+    request_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in NAMES})
+    connect_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in NAMES})
+    memory_kib: dict[str, float] = field(default_factory=dict)
+    suites: dict[str, str] = field(default_factory=dict)
+
+
+class Server:
+    """A running server, and how to connect to it."""
+
+    def __init__(self, name: str, pid: int, connect: Callable[[], Asked]) -> None:
+        self.name = name
+        self.pid = pid
+        self.connect = connect
+
+    def cpu_s(self) -> float:
+        """CPU time of all its threads so far."""
+        total = 0
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                total += int((task / "schedstat").read_text().split()[0])
+        return total / 1e9
+
+    def resident(self) -> int:
+        """Memory that is in RAM, in bytes."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Servers:
+    """Starts each of them, on one processor, with the certificate of one home folder."""
+
+    def __init__(self, home: Home, environment: Environment, plan: Plan) -> None:
+        self._home = home
+        self._environment = environment
+        self._payload = os.urandom(plan.payload_bytes)
+        self._certificate = (home.certs / "server-ecdsa.crt", home.certs / "server-ecdsa.key")
+        users = UserFile(home.users)
+        names = [f"load-{number}" for number in range(1, plan.held // SESSIONS_PER_USER + 2)]
+        self._users = users.add_many(names)
+        # Sessions outlive their connections, so whoever connects again and again needs room for more than five.
+        home.config.write_text(
+            "[sessions]\nper_user = 100000\n\n"
+            f"[limits]\nmax_connections = {max(plan.held, CONNECTIONS) + 1_000}\nconnections_per_address = 0\n\n"
+            '[certificates]\nkey_types = ["ecdsa-p256"]\n\n'
+            f'[log]\nfile = "{home.path / "server.log"}"\n',
+            encoding="utf-8",
+        )
+        home.config.chmod(0o600)
+
+    @contextlib.contextmanager
+    def run(self, name: str) -> Iterator[Server]:
+        """One of them, new."""
+        starter = self._run_zcproto() if name == ZCPROTO else self._run_peer(name)
+        with starter as server:
+            yield server
+
+    @contextlib.contextmanager
+    def _run_zcproto(self) -> Iterator[Server]:
+        server = DemoServer(self._home.path, "memory")
+        with contextlib.ExitStack() as stack:
+            with on_processor(0):
+                stack.enter_context(server)
+            context = context_for(self._home.certs / "ca.crt", *ZcprotoClient.alpn)
+            params = {"data": self._payload}
+            users = itertools.cycle(self._users)
+
+            def connect() -> Asked:
+                user, key = next(users)
+                return ZcprotoClient(server.port, context, params, user, key)
+
+            yield Server(ZCPROTO, server.pid, connect)
+
+    @contextlib.contextmanager
+    def _run_peer(self, name: str) -> Iterator[Server]:
+        module, client = _PEERS[name]
+        command = [str(self._environment.python), "-P", "-m", f"bench.peers.servers.{module}"]
+        errors = self._home.path / f"{module}.err"
+        with on_processor(0), errors.open("wb") as log:
+            process = subprocess.Popen(
+                [*command, *map(str, self._certificate)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=module_environment(),
+            )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            readable, _, _ = select.select([process.stdout], [], [], START_S)
+            line = process.stdout.readline() if readable else b""
+            if not line.strip().isdigit():
+                said = " / ".join(errors.read_text(errors="replace").splitlines()[-LINES_SHOWN:])
+                raise ZcprotoError(f"the server of {name} did not start: {printable(said, 500)}")
+            port = int(line)
+            context = context_for(self._home.certs / "ca.crt", *client.alpn)
+            yield Server(name, process.pid, lambda: client(port, context, self._payload))
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+
+
+@contextlib.contextmanager
+def on_processor(number: int) -> Iterator[None]:
+    """Keep what is started meanwhile, with all its threads to come, to one of the processors."""
+    if sys.platform != "linux" or len(PROCESSORS) < 2:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {PROCESSORS[number]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def measure(servers: Servers, plan: Plan, say: Say) -> Figures:
+    """All figures. Raises ZcprotoError for a wrong answer, OSError for a server that is gone."""
+    figures = Figures()
+    with on_processor(1):
+        with contextlib.ExitStack() as stack:
+            say("starting all five servers ...")
+            running = [stack.enter_context(servers.run(name)) for name in NAMES]
+            measure_requests(running, plan, figures, say)
+            measure_connects(running, plan, figures, say)
+        if plan.held:
+            for name in NAMES:
+                say(f"{plan.held:,} connections to {name} ...")
+                with servers.run(name) as server:
+                    figures.memory_kib[name] = memory_of_connection(server, plan.held)
+    return figures
+
+
+def measure_requests(servers: list[Server], plan: Plan, figures: Figures, say: Say) -> None:
+    """CPU of a request at depth 1."""
+    connections = {server.name: [server.connect() for _ in range(CONNECTIONS)] for server in servers}
+    try:
+        for server in servers:
+            asked = connections[server.name]
+            figures.suites[server.name] = asked[0].suite
+            _ask(asked, 2 * SLICE // CONNECTIONS)
+        turns = SLICE // CONNECTIONS
+        slices = max(1, plan.requests // SLICE)
+        for number in range(plan.rounds):
+            say(f"requests, round {number + 1} of {plan.rounds} ...")
+            spent = dict.fromkeys(connections, 0.0)
+            for _ in range(slices):
+                for server in servers:
+                    before = server.cpu_s()
+                    _ask(connections[server.name], turns)
+                    spent[server.name] += server.cpu_s() - before
+            for name, seconds in spent.items():
+                figures.request_s[name].append(seconds / (slices * turns * CONNECTIONS))
+    finally:
+        _close(itertools.chain.from_iterable(connections.values()))
+
+
+def measure_connects(servers: list[Server], plan: Plan, figures: Figures, say: Say) -> None:
+    """CPU of a connection: accepted, its handshake, what its protocol begins with, and one request."""
+    slices = max(1, plan.connects // CONNECTS)
+    for number in range(plan.rounds):
+        say(f"connections, round {number + 1} of {plan.rounds} ...")
+        spent = {server.name: 0.0 for server in servers}
+        opened: list[Asked] = []
+        for _ in range(slices):
+            for server in servers:
+                before = server.cpu_s()
+                for _ in range(CONNECTS):
+                    connection = server.connect()
+                    opened.append(connection)
+                    _ask([connection], 1)  # its answer shows that the server's side is done, too
+                spent[server.name] += server.cpu_s() - before
+        for name, seconds in spent.items():
+            figures.connect_s[name].append(seconds / (slices * CONNECTS))
+        _close(opened)
+        time.sleep(SETTLE_S)  # the servers' ends of them must be gone before the next count
+
+
+def memory_of_connection(server: Server, count: int) -> float:
+    """KiB of resident memory of one of so many connections that are held, each after two requests."""
+    warm = [server.connect() for _ in range(WARM_UP)]
+    _ask(warm, 2)
+    _close(warm)
+    time.sleep(SETTLE_S)
+    before = server.resident()
+    held: list[Asked] = []
+    try:
+        for _ in range(count):
+            connection = server.connect()
+            held.append(connection)
+            _ask([connection], 1)
+        for connection in held:  # all are there still
+            _ask([connection], 1)
+        time.sleep(SETTLE_S)
+        return (server.resident() - before) / count / BYTES_PER_KIB
+    finally:
+        _close(held)
+
+
+def _ask(connections: list[Asked], turns: int) -> None:
+    for _ in range(turns):
+        for connection in connections:
+            connection.send()
+        for connection in connections:
+            connection.check()
+
+
+def _close(connections: Iterable[Asked]) -> None:
+    for connection in connections:
+        connection.close()

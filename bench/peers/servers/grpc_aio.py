@@ -1,0 +1,32 @@
+"""grpcio's asyncio server: one unary method on bytes, without protobuf."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from bench.peers.servers.common import HOST, certificate, listening, until_parent_ends
+
+
+async def echo(request: bytes, context: Any) -> bytes:
+    return request
+
+
+async def main() -> None:
+    certificate_file, key_file = (Path(name).read_bytes() for name in certificate())  # noqa: ASYNC240
+    server = grpc.aio.server()
+    method = grpc.unary_unary_rpc_method_handler(echo)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("peer.Echo", {"Echo": method}),))
+    port = server.add_secure_port(f"{HOST}:0", grpc.ssl_server_credentials([(key_file, certificate_file)]))
+    await server.start()
+    listening(port)
+    await until_parent_ends()
+    await server.stop(None)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
