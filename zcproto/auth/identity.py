@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 MAX_USER: Final = 128
@@ -18,8 +17,7 @@ def no_certificate() -> None:
     """The certificate of a client that shows none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Channel:
+class Channel(NamedTuple):
     """The connection that a login comes through: what ties a proof to it."""
 
     certificate: PeerCertificate = no_certificate
