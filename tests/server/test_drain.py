@@ -311,6 +311,6 @@ async def test_two_servers_run_on_one_loop(tmp_path: Path, certs: Path) -> None:
     home = prepared(tmp_path, certs)
     async with (
         Server(config=configuration(home), home=home) as first,
-        Server(config=configuration(home), home=home) as second,
+        Server(config=configuration(home), home=home, control=False) as second,
     ):
         assert first.port != second.port

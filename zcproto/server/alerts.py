@@ -66,7 +66,8 @@ class ServerAlerts:
         self.source = source
         self.center = AlertCenter(repeat_s=config.repeat, quiet_s=config.quiet)
         self._clock = clock
-        self._origin = entropy(_ORIGIN_SIZE).hex()
+        self.origin = entropy(_ORIGIN_SIZE).hex()
+        """Tells the messages of this process from those of others."""
         self._watched: dict[tuple[AlertKind, str], _Watched] = {}
         self._before: dict[tuple[AlertKind, str], _Watched] = {}
         self._entropy = entropy
@@ -219,7 +220,7 @@ class ServerAlerts:
         for message in self.center.take():
             _log(message)
             alert = message.alert
-            body = message.as_json(self._origin, self.source)
+            body = message.as_json(self.origin, self.source)
             for queue in self.queues:
                 is_about_it = alert.kind is AlertKind.UNDELIVERED and alert.about == queue.name
                 if not is_about_it or message.phase is Phase.ENDED:

@@ -39,7 +39,7 @@ class Devices:
         users: CurrentUsers,
         throttle: Throttle,
         *,
-        on_gone: Callable[[str, Device], Awaitable[None]],
+        on_gone: Callable[[str, Device], Awaitable[int | None]],
         on_refused: Callable[[str, str], None],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -49,6 +49,8 @@ class Devices:
         self._on_gone = on_gone
         self._sleep = sleep
         self._gone: list[tuple[str, Device]] = []
+        self._looking = asyncio.Lock()
+        self._file = file
         self._current = CurrentDevices(
             file,
             on_fault=_unreadable,
@@ -58,21 +60,40 @@ class Devices:
         self.authenticator = DeviceAuthenticator(self._current, users, on_refused=on_refused)
         self.enrollment = Enrollment(PairingFile(home.pairing), file, users, throttle)
 
+    @property
+    def known(self) -> Mapping[str, Device]:
+        """The devices by name, as of the last look at their file."""
+        return self._file.devices
+
     async def watch(self) -> None:
         """Look at the file again and again, until cancelled."""
         while True:
             await self._sleep(LOOK_INTERVAL)
+            async with self._looking:
+                await self._look()
+
+    async def remove(self, name: str) -> tuple[Device, int]:
+        """Remove a device from the file: what it was, and how many sessions ended by it. Raises NotFound,
+        ConfigError."""
+        async with self._looking:
+            removed = await asyncio.to_thread(DeviceFile(self._file.path).remove, name)
+            return removed, (await self._look()).get(name, 0)
+
+    async def _look(self) -> dict[str, int]:
+        """Look at the file, and tell of what is gone: how many sessions ended, by device."""
+        ended: dict[str, int] = {}
+        try:
+            await self._current.refresh()
+        except Exception as error:  # a fault of ours must not end the watch
+            log.error("devices.look_failed", exc_info=error)
+        gone, self._gone = self._gone, []
+        for name, device in gone:
             try:
-                await self._current.refresh()
-            except Exception as error:  # a fault of ours must not end the watch
-                log.error("devices.look_failed", exc_info=error)
-            gone, self._gone = self._gone, []
-            for name, device in gone:
-                try:
-                    await self._on_gone(name, device)
-                except Exception as error:
-                    log.error("devices.not_gone", device=name, exc_info=error)
-                    self._gone.append((name, device))
+                ended[name] = await self._on_gone(name, device) or 0
+            except Exception as error:
+                log.error("devices.not_gone", device=name, exc_info=error)
+                self._gone.append((name, device))
+        return ended
 
     def _note_gone(self, gone: Mapping[str, Device]) -> None:
         self._gone += gone.items()

@@ -55,8 +55,8 @@ def serve(
     server = Server(app, config, home=home, **options)
     configure_logging(server.config.log)
     server.owns_log = True
-    server.on_config = _raise_file_limit
-    _raise_file_limit(server.config)
+    server.on_config = _FileLimit().raise_for
+    server.on_config(server.config)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(server, ready, manager, risks))
@@ -64,13 +64,25 @@ def serve(
         finish_log()
 
 
-def _raise_file_limit(config: Config) -> None:
-    wanted = config.limits.max_connections + SPARE_FILES
-    limit = raise_file_limit(wanted)
-    if limit < wanted:
-        log.warning(
-            "server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE="
-        )
+class _FileLimit:
+    """The limit of open files, raised as the configuration asks for it; that it cannot be is told once."""
+
+    def __init__(self) -> None:
+        self._wanted = 0
+
+    def raise_for(self, config: Config) -> None:
+        wanted = config.limits.max_connections + SPARE_FILES
+        if wanted == self._wanted:
+            return
+        self._wanted = wanted
+        limit = raise_file_limit(wanted)
+        if limit < wanted:
+            log.warning(
+                "server.file_limit",
+                limit=limit,
+                wanted=wanted,
+                cure="raise it with ulimit -n or LimitNOFILE=",
+            )
 
 
 async def _serve(
@@ -85,6 +97,13 @@ async def _serve(
             force.set()
         stop.set()
 
+    asked: dict[str, float] = {}
+
+    def drains(limit: float) -> None:
+        asked["limit"] = limit
+        stop.set()  # the next signal forces the end, whoever has asked for this one
+
+    server.on_drain = drains
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
     supervision = Supervision(manager, loop, system_clock, server.summary)
@@ -106,7 +125,7 @@ async def _serve(
     ready(server)
     supervision.ready()
     await stop.wait()
-    supervision.stopping(server.config.server.drain_timeout)
+    supervision.stopping(asked.get("limit", server.config.server.drain_timeout))
     draining = loop.create_task(server.drain())
     forced = loop.create_task(force.wait())
     await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)

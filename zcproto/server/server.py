@@ -17,10 +17,11 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from zcproto.auth import (
     Authenticator,
@@ -38,6 +39,7 @@ from zcproto.config import Config, load_config
 from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError
 from zcproto.home import Home, resolve_home
+from zcproto.http.router import Router
 from zcproto.network import Networks
 from zcproto.observe.log import flush_log, tell_suppressed
 from zcproto.observe.process import resident_bytes, used_cpu_s
@@ -53,6 +55,8 @@ from zcproto.server.alerts import ServerAlerts, sinks_of
 from zcproto.server.app import App, Method
 from zcproto.server.binding import Binding
 from zcproto.server.builtin import KEY_GONE, default_app, protocol_methods
+from zcproto.server.control import ControlSocket
+from zcproto.server.control_resources import ControlResources
 from zcproto.server.devices import Devices
 from zcproto.server.eager import EagerTasks
 from zcproto.server.http_resources import ALPN, CertificateLife
@@ -102,6 +106,9 @@ SWITCH_INTERVAL: Final = 0.000_5
 """Seconds that another thread may keep the loop waiting for the interpreter: the usual 5 ms would be felt."""
 
 
+T = TypeVar("T")
+
+
 class Server:
     """A server for an application.
 
@@ -109,6 +116,7 @@ class Server:
     the configuration.
     `authenticators` decide who may open sessions; by default API keys of the home's users.
     `read_config` reads the configuration again for `reload`; it is known if `config` is left out.
+    `control` is whether there is a control socket in the home folder, which one server alone can have.
     `sockets` are listening ones to serve on, in place of `server.host` and `server.port`, and
     `redirect_sockets` in place of `http.redirect_port`; the server closes them.
     Raises ConfigError or CertificateError on entering, before anything listens.
@@ -125,6 +133,7 @@ class Server:
         redirect_sockets: Sequence[socket.socket] = (),
         progress: Callable[[str], None] = lambda sentence: None,
         read_config: ReadConfig | None = None,
+        control: bool = True,
         clock: Clock = system_clock,
         entropy: Entropy = system_entropy,
     ) -> None:
@@ -135,6 +144,10 @@ class Server:
             config = read_config()
         self.config = _at_home(config, self.home)
         self._read_config = read_config
+        self._wants_control = control
+        self._control: ControlSocket | None = None
+        self.on_drain: Callable[[float], None] = lambda limit: None
+        """Called with the limit when `begin_drain` has begun to drain."""
         self._authenticators = authenticators
         self._progress = progress
         self._clock = clock
@@ -144,6 +157,7 @@ class Server:
         self._kept: Kept | None = None
         self._next_pins: NextPins | None = None
         self._background: set[asyncio.Task[None]] = set()
+        self._ending_tasks: set[asyncio.Task[None]] = set()
         self._serving: Serving | None = None
         self._http: HttpSide | None = None
         self._sockets: list[socket.socket] = list(sockets)
@@ -281,6 +295,9 @@ class Server:
         serving.on_revoked = partial(tell_revoked, alerts)
         watch_rates(alerts, serving=serving, acceptor=acceptor, login=login)
         try:
+            if self._wants_control:
+                self._control = ControlSocket(self.home, serving, Router(ControlResources(self).routes()))
+                await asyncio.to_thread(self._control.open)
             if self._sockets:
                 take_over(self._sockets)
             else:
@@ -294,6 +311,8 @@ class Server:
                 )
         except BaseException:
             await serving.sessions.stop()
+            if self._control is not None:
+                self._control.close()
             for listening in (*self._sockets, *self._redirect_sockets):
                 listening.close()
             raise
@@ -367,6 +386,8 @@ class Server:
             self._start_task(devices.watch())
         if self._users is not None:
             self._start_task(self._users.watch())
+        if self._control is not None:
+            self._control.start(loop)
         self._listener.start()
         if self._http is not None:
             await self._http.start_redirecting()
@@ -407,13 +428,14 @@ class Server:
     def _device_refused(self, reason: str, address: str) -> None:
         log.info("login.device_refused", peer=address, reason=reason)
 
-    async def _user_gone(self, name: str) -> None:
+    async def _user_gone(self, name: str) -> int:
         """End the sessions of a user who is none any more, or somebody else."""
         ended = await self.serving.sessions.revoke_user(name, USER_CHANGED)
         log.info("user.gone", user=name, sessions=ended)
         self.serving.on_revoked(f"the user {name} was removed or changed", ended, False)
+        return ended
 
-    async def _device_gone(self, name: str, device: Device) -> None:
+    async def _device_gone(self, name: str, device: Device) -> int:
         """End the sessions of a device that is removed. No connection counts as its own any more."""
         key = DEVICE_KEY + name
         for protocol in self.serving.connections:
@@ -421,8 +443,37 @@ class Server:
         ended = await self.serving.sessions.revoke_key(device.user, key, KEY_GONE)
         log.info("device.gone", device=name, user=device.user, sessions=ended)
         self.serving.on_revoked(f"the device {name} of {device.user} was removed", ended, False)
+        return ended
 
     # --- while it runs -------------------------------------------------------------------------------
+
+    @property
+    def clock(self) -> Clock:
+        return self._clock
+
+    @property
+    def users(self) -> Users | None:
+        """The users of the home folder; None if others decide who may open sessions."""
+        return self._users
+
+    @property
+    def devices(self) -> Devices | None:
+        """The devices of the home folder; None if others decide who may open sessions."""
+        return self._devices
+
+    @property
+    def next_pins(self) -> NextPins | None:
+        """What is announced of keys to come."""
+        return self._next_pins
+
+    async def make_certificates(self, make: Callable[[datetime], T]) -> T:
+        """Have own certificates made in a thread, and serve them by the time that this returns.
+
+        `make` gets the wall time, aware. What it raises is raised.
+        """
+        made = await asyncio.to_thread(make, self._keeper.now())
+        await self._keeper.look()
+        return made
 
     async def reload(self) -> Reloaded:
         """Read the configuration again, and put it in force: all that can be, or nothing.
@@ -480,11 +531,12 @@ class Server:
         assert self._kept is not None, "there is a certificate before anything listens"
         return [name for pair in self._kept.certificates.pairs for name in pair.names]
 
-    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
-        """Start what goes on until the server ends."""
+    def _start_task(self, work: Coroutine[Any, Any, None], *, keeps_going: bool = False) -> None:
+        """Start what goes on until the server ends; or what brings about its end, and is not cancelled by it."""
         task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        tasks = self._ending_tasks if keeps_going else self._background
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     # --- certificates ----------------------------------------------------------------------------
 
@@ -581,6 +633,12 @@ class Server:
 
     # --- the end -------------------------------------------------------------------------------------
 
+    def begin_drain(self, limit: float | None = None) -> None:
+        """As `drain`, without waiting for the end."""
+        limit = self.config.server.drain_timeout if limit is None else limit
+        self._start_task(self.drain(limit), keeps_going=True)
+        self.on_drain(limit)
+
     async def drain(self, limit: float | None = None) -> None:
         """Stop accepting, say GOAWAY, finish what runs within the limit, close every connection, end.
 
@@ -621,6 +679,8 @@ class Server:
         await self.alerts.stop()
         self.pauses.stop()
         serving.log_soon.write()
+        if self._control is not None:
+            self._control.close()
         for waiting in self._wheel.close():  # handshakes that were never finished: nobody else would end them
             assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
             waiting.abort()

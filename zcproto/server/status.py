@@ -85,7 +85,7 @@ class ServerStatus:
             },
             "requests": {
                 "total": serving.counters.requests,
-                "in_flight": serving.tasks.running,
+                "in_flight": sum(protocol.in_flight for protocol in serving.connections),
                 "incidents": serving.counters.incidents,
             },
             "traffic": self.traffic.figures(),
