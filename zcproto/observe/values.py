@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import re
 import traceback
+from functools import lru_cache
 from pathlib import PurePath
 from typing import TypeAlias
 
@@ -28,7 +29,6 @@ Loggable: TypeAlias = "bool | int | float | str | list[Loggable] | dict[str, Log
 _SECRET_NAME = re.compile(
     r"(.*_)?(token|key|secret|password|passphrase|signature|authorization|cookie|credentials?)", re.IGNORECASE
 )
-_SECRETS = (Secret, SecretBytes, SecretText)
 # 32 bytes as base64url, which may be a token that somebody sent in the wrong place. Before a pin there is sha256/.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9_+/-])[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048](?![A-Za-z0-9_+/=-])")
 _TOKEN_LENGTH = 43
@@ -38,9 +38,16 @@ _MAX_INTEGER = 2**64
 
 def loggable(name: str, value: object) -> Loggable:
     """`value`, logged under `name`, as what may be written."""
-    if isinstance(value, _SECRETS) or _SECRET_NAME.fullmatch(name):
+    if _is_secret_name(name):
         return _MASK
+    if value.__class__ is str:  # most values are
+        return cut(value)
     return _loggable(value, 0)
+
+
+@lru_cache(maxsize=256)
+def _is_secret_name(name: str) -> bool:
+    return _SECRET_NAME.fullmatch(name) is not None
 
 
 def _loggable(value: object, depth: int) -> Loggable:
@@ -77,7 +84,7 @@ def _loggable(value: object, depth: int) -> Loggable:
 
 def _loggable_pair(key: object, value: object, depth: int) -> tuple[str, Loggable]:
     name = str(_loggable(key, MAX_DEPTH))
-    return name, _MASK if _SECRET_NAME.fullmatch(name) else _loggable(value, depth)
+    return name, _MASK if _is_secret_name(name) else _loggable(value, depth)
 
 
 def cut(text: str) -> str:

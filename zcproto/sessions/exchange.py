@@ -53,15 +53,20 @@ class Exchange(Lifecycle):
             if not make_room:
                 return False
             self._make_way()
-        slot = table.add(record.user, record.client, record.address, record.key)
-        table.tokens.put(slot, record.token_digest)
-        table.ids.put(slot, record.id)
-        table.flags[slot] = record.flags
-        table.created_at[slot] = record.created_at
-        table.last_used_at[slot] = record.last_used_at
-        table.expires_at[slot] = record.expires_at
-        table.refresh_expires_at[slot] = record.refresh_expires_at
-        table.set_refresh_digest(slot, record.refresh_digest)
+        table.add(
+            record.user,
+            record.client,
+            record.address,
+            record.key,
+            record.flags,
+            record.created_at,
+            record.last_used_at,
+            record.expires_at,
+            record.refresh_expires_at,
+            record.id,
+            record.token_digest,
+            record.refresh_digest,
+        )
         self._live += 1
         return True
 

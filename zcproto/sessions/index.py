@@ -164,4 +164,8 @@ class DigestIndex(LinearHash):
         """Enter a slot, which is not in the index, under a digest."""
         start = slot * self._record_size + self._offset
         self._bytes[start : start + self._width] = digest
+        self.enter(slot, digest)
+
+    def enter(self, slot: int, digest: bytes) -> None:
+        """Enter a slot, which is not in the index, under the digest that its record has already."""
         self.add(slot, int.from_bytes(digest[:4], sys.byteorder))

@@ -169,15 +169,21 @@ class SessionRegistry(Exchange):
         session_id = id_of(refresh_token[:FAMILY_SIZE])
         if table.ids.find(session_id) != NONE:
             raise _repeats_itself()
-        slot = table.add(user, client, address, key)
-        table.tokens.put(slot, digest)
-        table.ids.put(slot, session_id)
-        table.flags[slot] = (OPERATOR if operator else 0) | (BOUND if key else 0)
-        table.created_at[slot] = table.last_used_at[slot] = wall
-        table.expires_at[slot] = wall + settings.lifetime_ms
-        # Without refresh tokens the id still comes from such bytes; nobody is ever told them.
-        table.refresh_expires_at[slot] = wall + settings.refresh_lifetime_ms if settings.refresh else 0
-        table.set_refresh_digest(slot, digest_of(refresh_token))
+        slot = table.add(
+            user,
+            client,
+            address,
+            key,
+            (OPERATOR if operator else 0) | (BOUND if key else 0),
+            wall,
+            wall,
+            wall + settings.lifetime_ms,
+            # Without refresh tokens the id still comes from such bytes; nobody is ever told them.
+            wall + settings.refresh_lifetime_ms if settings.refresh else 0,
+            session_id,
+            digest,
+            digest_of(refresh_token),
+        )
         self._live += 1
         self.opened += 1
         self._announce()
