@@ -7,7 +7,7 @@
   const EVERY_MS = 1000;
   const PATIENCE_MS = 10000;
   const LONGEST_PAUSE_MS = 10000; // between two tries, if the server does not answer
-  const WINDOW_MS = 300000;
+  const SHORTEST_MS = 60000, WINDOW_MS = 300000; // that a chart shows
   const GAP_MS = 5000; // without figures: the line of a chart is broken there
   const MOST_POINTS = 400;
   const MOST_ALERTS = 20;
@@ -35,9 +35,13 @@
   const day = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
 
   const count = (value) => (value >= 1e6 ? short : whole).format(value);
-  const rate = (value) => (value > 0 && value < 10 ? value.toFixed(1) : count(value));
+  const rate = (value) => (value < 10 && !Number.isInteger(value) ? value.toFixed(1) : count(value));
   const plural = (value, one, many) => `${count(value)} ${value === 1 ? one : many}`;
-  const words = (name) => name.replaceAll("_", " ");
+
+  function words(name) {
+    const text = name.replace(".", ": ").replaceAll("_", " ").replace(/\b(tls|http)\b/g, (word) => word.toUpperCase());
+    return text[0].toUpperCase() + text.slice(1);
+  }
 
   function latency(seconds) {
     if (seconds === null) return "–";
@@ -117,8 +121,9 @@
     return node;
   }
 
-  function say(message) {
-    put(at("message"), message);
+  function say(fault) { // beside the field, or below the figures: whichever is there
+    put(at("token-fault"), token === null ? fault : "");
+    put(at("fault"), token === null ? "" : fault);
   }
 
   function state(name, mood) {
@@ -140,19 +145,20 @@
     top.className = "top";
     top.setAttribute("aria-hidden", "true"); // the label of the chart says it
     svg.before(top);
-    const most = make("span", "", top);
-    return { svg, names, area, lines, most, asText: svg.dataset.unit === "s" ? latency : rate };
+    const most = make("span", "", top), since = make("span", "", top);
+    return { svg, names, area, lines, most, since, asText: svg.dataset.unit === "s" ? latency : rate };
   });
 
-  function chart({ svg, names, area, lines, most, asText }, now) {
+  function chart({ svg, names, area, lines, most, since, asText }, now) {
     const known = points.flatMap((point) => names.map((name) => point[name])).filter((value) => value !== null);
     const highest = known.length ? Math.max(...known) : 0;
+    const shown = points.length ? Math.max(SHORTEST_MS, now - points[0].time) : SHORTEST_MS;
     const scale = highest > 0 ? (CHART_HEIGHT - 4) / highest : 0;
     names.forEach((name, index) => {
       let line = "", filled = "", last = null;
       for (const point of points) {
         if (point[name] === null) { last = null; continue; }
-        const x = (CHART_WIDTH * (1 - (now - point.time) / WINDOW_MS)).toFixed(1);
+        const x = (CHART_WIDTH * (1 - (now - point.time) / shown)).toFixed(1);
         const y = (CHART_HEIGHT - 1 - point[name] * scale).toFixed(1);
         if (last === null || point.time - last.time > GAP_MS) {
           if (last !== null) filled += `V${CHART_HEIGHT}Z`;
@@ -168,8 +174,10 @@
       if (area !== null) area.setAttribute("d", last === null ? "" : `${filled}V${CHART_HEIGHT}Z`);
     });
     const told = known.length ? `most ${asText(highest)}` : "no figures yet";
+    const window = shown < 90000 ? `${Math.round(shown / 1000)} s` : `${Math.round(shown / 60000)} min`;
     put(most, told);
-    svg.setAttribute("aria-label", `Chart of the last five minutes: ${told}`);
+    put(since, window);
+    svg.setAttribute("aria-label", `Chart of the last ${window}: ${told}`);
   }
 
   // --- figures ---------------------------------------------------------------------------------------
@@ -195,7 +203,7 @@
     showHandshakes(handshakes);
     showCertificates(figures.certificates);
     showStore(figures.store);
-    showAlerts(figures.alerts, figures.time);
+    showAlerts(figures.alerts, figures.time, figures.operator);
     showProcess(figures);
 
     if (figures.draining) state("Draining", "warn");
@@ -210,7 +218,7 @@
     const causes = Object.entries(failed).sort((one, other) => other[1] - one[1]);
     const all = causes.reduce((sum, [, number]) => sum + number, completed) || 1;
     rows(at("results"), [
-      { label: "completed", values: [count(completed)], part: completed / all, good: true },
+      { label: "Completed", values: [count(completed)], part: completed / all, good: true },
       ...causes.map(([cause, number]) => ({ label: words(cause), values: [count(number)], part: number / all })),
     ]);
   }
@@ -239,7 +247,7 @@
     ]);
   }
 
-  function showAlerts({ open, more_open: moreOpen, over, more_over: moreOver }, now) {
+  function showAlerts({ open, more_open: moreOpen, over, more_over: moreOver }, now, operator) {
     const shown = [...open, ...over].slice(0, MOST_ALERTS);
     const lines = shown.map((alert) => {
       const ended = alert.ended_at !== null;
@@ -248,13 +256,14 @@
       return {
         mark: ended ? "over" : alert.severity,
         mood: ended ? "" : alert.severity === "info" ? "" : alert.severity === "warning" ? "warn" : "bad",
-        title: alert.title ?? words(alert.kind.replace(".", ": ")),
+        title: alert.title ?? words(alert.kind),
         small: ended ? `${when(alert.began_at)} to ${when(alert.ended_at)}${often}` : `since ${when(alert.began_at)}${often}`,
       };
     });
     const rest = open.length + over.length + moreOpen + moreOver - shown.length;
     if (rest) lines.push({ mark: "", title: `and ${count(rest)} more`, small: "" });
     if (!lines.length) lines.push({ mark: "", title: "None.", small: "" });
+    at("alerts-note").hidden = operator || !shown.length;
     const list = at("alerts");
     while (list.children.length > lines.length) list.lastChild.remove();
     while (list.children.length < lines.length) {
@@ -361,10 +370,10 @@
     failures += 1;
     const given = Number.parseInt(retryAfter ?? "", 10) * 1000;
     const wait = Math.min(LONGEST_PAUSE_MS, Math.max(EVERY_MS * 2 ** Math.min(failures - 1, 4), given || 0));
-    const last = lastSeen === null ? "" : ` What is shown is of ${clock.format(lastSeen)}.`;
+    const last = lastSeen === null ? "" : ` The figures are those of ${clock.format(lastSeen)}.`;
     state("No answer", "bad");
     at("figures").classList.add("stale");
-    say(`${what} It is asked again every ${wait / 1000} s.${last}`);
+    say(`${what} Next try in ${wait / 1000} s.${last}`);
     soon(wait);
   }
 
