@@ -1,4 +1,5 @@
-"""Starting a module of this package in a process of its own, and clearing up whatever comes between."""
+"""Starting a module of this package in a process of its own, where it is to run, and clearing up whatever comes
+between."""
 
 from __future__ import annotations
 
@@ -9,8 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import bench
+
+PROCESSORS: Final = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+"""Those that this process may use."""
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
@@ -42,3 +47,20 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if came:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def on_processor(number: int) -> Iterator[None]:
+    """Keep this process and what is started meanwhile, with all its threads to come, to one of the processors.
+
+    By custom the first is the server's, and the second that of who asks it. With one processor nothing is changed.
+    """
+    if len(PROCESSORS) < 2:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {PROCESSORS[number]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -11,7 +11,6 @@ import itertools
 import os
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from bench.peers.clients import (
     context_for,
 )
 from bench.peers.environment import Environment
-from bench.processes import module_environment
+from bench.processes import module_environment, on_processor
 from zcproto.auth import UserFile
 from zcproto.errors import ZcprotoError
 from zcproto.home import Home
@@ -67,9 +66,6 @@ START_S: Final = 30.0
 END_S: Final = 10.0
 LINES_SHOWN: Final = 3
 BYTES_PER_KIB: Final = 1_024
-
-PROCESSORS: Final = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
-"""Those that this process may use: the first is the servers', the second ours."""
 
 Say = Callable[[str], None]
 
@@ -206,20 +202,6 @@ class Servers:
                 process.kill()
                 process.wait()
             process.stdout.close()
-
-
-@contextlib.contextmanager
-def on_processor(number: int) -> Iterator[None]:
-    """Keep what is started meanwhile, with all its threads to come, to one of the processors."""
-    if sys.platform != "linux" or len(PROCESSORS) < 2:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {PROCESSORS[number]})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def measure(servers: Servers, plan: Plan, say: Say) -> Figures:
