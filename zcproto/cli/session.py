@@ -1,4 +1,4 @@
-"""`zcproto session`: the sessions that there are, and their end."""
+"""`zcproto session`: the sessions that there are, one more, and their end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import click
 from zcproto.cli import home_options, read_config
 from zcproto.cli.kept_sessions import CONFIGURED, has_none, opened_store, with_store
 from zcproto.cli.operator import Operator, server_options
+from zcproto.cli.session_open import open_session
 from zcproto.cli.table import table
 from zcproto.clock import MS_PER_SECOND, system_clock
 from zcproto.errors import Code, NotFound
@@ -34,6 +35,9 @@ def session(home: Home, config_file: Path | None) -> None:
     With Valkey these work on the store, and so they do with "sqlite" where no server runs. Else a running server is
     asked: --server HOST:PORT --operator NAME --key-file FILE.
     """
+
+
+session.add_command(open_session)
 
 
 @session.command("list")
