@@ -38,6 +38,10 @@ __all__ = ["group", "home_options", "main", "read_config"]
 
 COMMANDS = {
     "serve": ("zcproto.cli.serve:serve", "Run a server: an application of yours, or a built-in one."),
+    "status": ("zcproto.cli.status:status", "Show what a running server does, once or live."),
+    "reload": ("zcproto.cli.running:reload", "Have a running server read its configuration again."),
+    "drain": ("zcproto.cli.running:drain", "Have a running server finish what runs, and end."),
+    "log": ("zcproto.cli.running:log", "See and set how much a running server logs."),
     "call": ("zcproto.cli.call:call", "Call a method of a server and print the result."),
     "user": ("zcproto.cli.user:user", "Add, list and change users, who may open sessions."),
     "session": ("zcproto.cli.session:session", "See who has sessions, and end them."),

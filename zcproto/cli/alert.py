@@ -1,25 +1,25 @@
-"""`zcproto alert`: see that alerts arrive, with no server running."""
+"""`zcproto alert`: which alerts a running server has, and whether they arrive."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import socket
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 
-from zcproto.alerts import CATALOGUE, Alert, AlertKind, Message, Phase
 from zcproto.alerts.signature import check_signature
 from zcproto.cli import EXIT_FAILED, home_options, read_config
+from zcproto.cli.control import control_of, needed_control
 from zcproto.cli.table import table
 from zcproto.clock import system_clock, system_entropy
 from zcproto.errors import ConfigError
 from zcproto.home import Home
-from zcproto.printable import printable
 from zcproto.secret import Secret
-from zcproto.server.alert_sinks import Sink, Undelivered
+from zcproto.server.alert_trial import try_sinks
 from zcproto.server.alerts import LEAST_SECRET, sinks_of
 from zcproto.server.secret_file import secret_line
 
@@ -31,7 +31,38 @@ _MS = 1000
 @click.group()
 @home_options
 def alert(home: Home, config_file: Path | None) -> None:
-    """Try whether alerts arrive, and check a signature."""
+    """List the alerts of a running server, try whether they arrive, and check a signature."""
+
+
+@alert.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@home_options
+def list_alerts(home: Home, config_file: Path | None, as_json: bool) -> None:
+    """List the alerts of the running server: those that are open, and those of the last day that are over."""
+    found = needed_control(home).get("/v1/alerts")
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        return
+    rows = [_row(each, "open") for each in found["open"]] + [_row(each, "over") for each in found["over"]]
+    if rows:
+        click.echo(table(["SINCE", "STATE", "SEVERITY", "KIND", "COUNT", "WHAT"], rows))
+    else:
+        click.echo("no alert is open, and none is over since a day")
+    for sink in found["sinks"]:
+        if sink["down"]:
+            click.echo(f"note: alerts do not reach the {sink['name']}; {sink['waiting']} wait", err=True)
+
+
+def _row(found: dict[str, Any], state: str) -> tuple[str, ...]:
+    began = datetime.fromtimestamp(found["began_at"] / _MS, UTC)
+    return (
+        f"{began:%Y-%m-%d %H:%M:%SZ}",
+        state,
+        found["severity"],
+        found["kind"],
+        str(found["count"]),
+        found["title"],
+    )
 
 
 @alert.command()
@@ -40,11 +71,17 @@ def alert(home: Home, config_file: Path | None) -> None:
 def test(home: Home, config_file: Path | None, as_json: bool) -> int:
     """Send a test alert to the webhook and to the command of [alerts], one try each.
 
+    A running server sends it, by the configuration that it has. Where none runs, this command does.
+
     Exit code 1 if it did not arrive somewhere, or if there is nowhere to send it to.
     """
-    sinks = sinks_of(read_config(home, config_file).alerts, system_clock)
-    body = _message().as_json(system_entropy(_ORIGIN_SIZE).hex(), socket.gethostname())
-    results = asyncio.run(_deliver(sinks, body))
+    control = control_of(home)
+    if control is not None:
+        results = control.post("/v1/alerts/test")["sinks"]
+    else:
+        sinks = sinks_of(read_config(home, config_file).alerts, system_clock)
+        origin = system_entropy(_ORIGIN_SIZE).hex()
+        results = asyncio.run(try_sinks(sinks, system_clock, origin, socket.gethostname()))
     if as_json:
         click.echo(json.dumps(results))
     elif not results:
@@ -96,30 +133,3 @@ def verify(
     fault = check_signature(secret, data, signature, system_clock.wall())
     click.echo(fault or "good: it is from whoever has the secret, and new")
     return EXIT_FAILED if fault else 0
-
-
-def _message() -> Message:
-    kind, wall = AlertKind.TEST, system_clock.wall()
-    title = "a test of zcproto: alerts arrive here"
-    return Message(1, Phase.BEGAN, Alert(kind, "", CATALOGUE[kind].severity, title, {}, wall, wall, None, 1))
-
-
-async def _deliver(sinks: list[Sink], body: bytes) -> list[dict[str, Any]]:
-    """Try each sink once, one after the other; what came of it."""
-    results = []
-    for sink in sinks:
-        began = system_clock.now()
-        try:
-            said, arrived = await sink.deliver(body), True
-        except Undelivered as error:
-            said, arrived = str(error), False
-        ms = round((system_clock.now() - began) * _MS)
-        result = {
-            "sink": sink.name,
-            "where": sink.where,
-            "arrived": arrived,
-            "ms": ms,
-            "said": printable(said),
-        }
-        results.append(result)
-    return results

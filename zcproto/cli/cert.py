@@ -1,7 +1,9 @@
 """`zcproto cert`: see, check, renew and hand out certificates.
 
-Rules: commands work on the files, under their folder's lock; a running server watches the same files and
-takes a change within a second. A private key is never printed, and what is written is its owner's alone.
+Rules: a server that runs with this home folder makes its certificates itself when that is asked for, by its control
+socket, and serves them when the command ends. All else works on the files, under their folder's lock; a running
+server watches them and takes a change within a second. A private key is never printed, and what is written is its
+owner's alone.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from zcproto.certs.foreign import PassphraseSource
 from zcproto.certs.maintainer import OwnSource
 from zcproto.cli import cert_report as reports
 from zcproto.cli import home_options, read_config
+from zcproto.cli.control import control_of
 from zcproto.cli.private_file import private_file
 from zcproto.clock import MS_PER_SECOND, system_clock
 from zcproto.errors import CertificateError, ConfigError
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from zcproto.config import Config
 
 EXIT_UNUSABLE = 2
+SERVED = "The running server uses it now."
 TAKEN = "A running server uses it within a second, one that is started later from its start."
 
 IN_FILE = click.Path(path_type=Path, dir_okay=False)
@@ -206,9 +210,14 @@ def renew(home: Home, config_file: Path | None, family: str | None, as_json: boo
     families = sorted({keys.family(key_type) for key_type in config.certificates.key_types})
     if family is not None and family not in families:
         raise ConfigError([f"--type {family}: certificates.key_types has {', '.join(families)} alone"])
+    control = control_of(home)
+    if control is not None:
+        _print_result(_told(control.post("/v1/certificates/renew", type=family)), as_json)
+        _tell(SERVED)
+        return
     wanted = families if family is None else [family]
     result = own.renew(config.certificates.directory, _settings(config), _now(), _tell, families=wanted)
-    _print_result(result, as_json)
+    _print_result(_data(result), as_json)
     _tell(TAKEN)
 
 
@@ -226,14 +235,21 @@ def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as
         raise click.UsageError("Give --now or --cancel.")
     config = _own_config(home, config_file, "makes new keys for")
     directory = config.certificates.directory
+    control = control_of(home)
     if cancel:
-        aside = own.cancel(directory, _tell)
+        if control is not None:
+            aside = _told(control.post("/v1/certificates/cancel"))["cancelled"]
+        else:
+            aside = [str(path) for path in own.cancel(directory, _tell)]
         if as_json:
-            _print({"cancelled": [str(path) for path in aside]})
+            _print({"cancelled": aside})
         elif not aside:
             _print("Nothing to do: no key is announced.")
         return
-    result = own.rotate(directory, _settings(config), _now(), _tell, at_once=at_once)
+    if control is not None:
+        result = _told(control.post("/v1/certificates/rotate", at_once=at_once))
+    else:
+        result = _data(own.rotate(directory, _settings(config), _now(), _tell, at_once=at_once))
     _print_result(result, as_json)
     if at_once:
         _tell("Clients that know none of these pins by now are refused from now on: give them the new ones.")
@@ -241,7 +257,14 @@ def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as
         _tell(
             "Clients that are connected learn the next pins by the event pins.next; give them to the others."
         )
-    _tell(TAKEN)
+    _tell(TAKEN if control is None else SERVED)
+
+
+def _told(answer: dict[str, Any]) -> dict[str, Any]:
+    """What a server has done, after what it had to tell of that."""
+    for sentence in answer.pop("told"):
+        _tell(str(sentence))
+    return answer
 
 
 def _own_config(home: Home, config_file: Path | None, does: str) -> Config:
@@ -270,39 +293,43 @@ def _settings(config: Config) -> own.OwnSettings:
     return source.settings
 
 
-def _print_result(result: own.OwnCertificates, as_json: bool) -> None:
-    if as_json:
-        _print(
+def _data(result: own.OwnCertificates) -> dict[str, Any]:
+    """As a server answers."""
+    return {
+        "certificates": [
             {
-                "certificates": [
-                    {
-                        "certificate": str(one.certificate),
-                        "key_type": one.key_type,
-                        "names": list(one.names),
-                        "not_after": reports.stamp(one.not_after),
-                        "pin": one.pin,
-                        "new_key": one.pin in result.used,
-                    }
-                    for one in result.pairs
-                ],
-                "next_pins": reports.next_pins_data(result.announced),
+                "certificate": str(one.certificate),
+                "key_type": one.key_type,
+                "names": list(one.names),
+                "not_after": reports.stamp(one.not_after),
+                "pin": one.pin,
+                "new_key": one.pin in result.used,
             }
-        )
+            for one in result.pairs
+        ],
+        "next_pins": reports.next_pins_data(result.announced),
+    }
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print(result)
         return
     rows = [
         (
-            printable(one.certificate.name),
-            one.key_type,
-            reports.moment(one.not_after),
-            "new" if one.pin in result.used else "kept",
-            one.pin,
+            printable(Path(one["certificate"]).name),
+            one["key_type"],
+            reports.moment(datetime.fromisoformat(one["not_after"])),
+            "new" if one["new_key"] else "kept",
+            one["pin"],
         )
-        for one in result.pairs
+        for one in result["certificates"]
     ]
     _print(reports.table([("certificate", "key", "until", "key is", "pin"), *rows]))
-    if result.announced is not None:
-        _print(f"\nNext pins, used from {reports.moment(result.announced.use_from)}:")
-        _print("\n".join(result.announced.pins))
+    announced = result["next_pins"]
+    if announced is not None:
+        _print(f"\nNext pins, used from {reports.moment(datetime.fromisoformat(announced['use_from']))}:")
+        _print("\n".join(announced["pins"]))
 
 
 # --- clients ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`zcproto device`: the devices that open sessions of their users by a key of their own.
 
-Rules: commands work on the file, under its lock; a running server looks at it twice a second, and ends the sessions
-of a device that is gone. Where no server runs, the sessions that its store keeps are ended here.
+Rules: a server that runs with this home folder does what is asked, by its control socket. Where none does, a
+command works on the file, under its lock, and ends the sessions that the store keeps. A list is read from the file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import click
 
 from zcproto.auth import Device, DeviceFile
 from zcproto.cli import home_options, read_config
+from zcproto.cli.control import control_of
 from zcproto.cli.kept_sessions import NotHereError, has_none, is_in_use, opened_store
 from zcproto.cli.table import table
 from zcproto.clock import system_clock
@@ -73,16 +74,26 @@ def _table(devices: Mapping[str, Device]) -> str:
 
 @device.command()
 @click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @home_options
-def remove(home: Home, config_file: Path | None, name: str) -> None:
+def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Remove a device, and end the sessions there are."""
     config = read_config(home, config_file)
-    removed = DeviceFile(home.devices).remove(name)
-    ended = asyncio.run(_end_sessions(removed.user, DEVICE_KEY + name, home, config))
+    control = control_of(home)
+    ended: int | None
+    if control is not None:
+        done = control.post("/v1/devices/remove", name=name)
+        user, ended = done["user"], done["sessions"]
+    else:
+        user = DeviceFile(home.devices).remove(name).user
+        ended = asyncio.run(_end_sessions(user, DEVICE_KEY + name, home, config))
+    if as_json:
+        click.echo(json.dumps({"name": name, "user": user, "sessions": ended}, ensure_ascii=False))
+        return
     sessions = (
         "a running server ends the sessions within a second" if ended is None else f"sessions ended: {ended}"
     )
-    click.echo(f"{printable(name)} of {printable(removed.user)} is removed; {sessions}.", err=True)
+    click.echo(f"{printable(name)} of {printable(user)} is removed; {sessions}.", err=True)
 
 
 async def _end_sessions(user: str, key: str, home: Home, config: Config) -> int | None:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import click
 
 from zcproto.cli import home_options, read_config
+from zcproto.cli.control import control_of
 from zcproto.cli.kept_sessions import CONFIGURED, has_none, opened_store, with_store
 from zcproto.cli.operator import Operator, server_options
 from zcproto.cli.session_open import open_session
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 def session(home: Home, config_file: Path | None) -> None:
     """See who has sessions, and end them.
 
-    With Valkey these work on the store, and so they do with "sqlite" where no server runs. Else a running server is
-    asked: --server HOST:PORT --operator NAME --key-file FILE.
+    A server that runs with this home folder is asked by its control socket. Where none does, these work on the
+    store. A server elsewhere is asked as an operator: --server HOST:PORT --operator NAME --key-file FILE.
     """
 
 
@@ -49,8 +51,12 @@ def list_sessions(
     home: Home, config_file: Path | None, user: str | None, as_json: bool, server: Operator | None
 ) -> None:
     """List sessions, the oldest first."""
+    control = None if server is not None else control_of(home)
     if server is not None:
         found = server.ask(home, "server.sessions", {} if user is None else {"user": user})
+    elif control is not None:
+        query = "" if user is None else f"?{urlencode({'user': user})}"
+        found = control.get(f"/v1/sessions{query}")["sessions"]
     else:
         config = with_store(read_config(home, config_file), CONFIGURED)
         found = [] if has_none(config, home) else asyncio.run(_list(config, home, user))
@@ -63,7 +69,7 @@ def list_sessions(
             [_row(each) for each in found],
         )
     )
-    if len(found) >= (MAX_LISTED if server is None else LISTED):
+    if len(found) >= (MAX_LISTED if server is None and control is None else LISTED):
         click.echo(
             f"there may be more; these are {len(found)}. --user NAME lists those of one user", err=True
         )
@@ -73,6 +79,7 @@ def list_sessions(
 @click.argument("ids", metavar="[ID]...", nargs=-1)
 @click.option("--user", metavar="NAME", help="End all sessions of this user.")
 @click.option("--all", "everybody", is_flag=True, help="End all sessions of everybody.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @server_options
 @home_options
 def revoke(
@@ -81,6 +88,7 @@ def revoke(
     ids: tuple[str, ...],
     user: str | None,
     everybody: bool,
+    as_json: bool,
     server: Operator | None,
 ) -> None:
     """End sessions: those with the IDs, or all of a user, or all there are."""
@@ -92,8 +100,14 @@ def revoke(
     ids = tuple(dict.fromkeys(ids))
     if len(ids) > REVOKED_AT_ONCE:
         raise click.UsageError(f"At most {REVOKED_AT_ONCE} IDs.")
+    control = None if server is not None else control_of(home)
     if server is not None:
         ended = _ask_to_revoke(server, home, ids, user)
+    elif control is not None:
+        revoked = control.post(
+            "/v1/sessions/revoke", ids=list(ids) or None, user=user, all=True if everybody else None
+        )
+        ended = revoked["revoked"]
     else:
         config = with_store(read_config(home, config_file), CONFIGURED)
         ended = 0 if has_none(config, home) else asyncio.run(_revoke(config, home, ids, user))
@@ -102,7 +116,10 @@ def revoke(
             "no session has this ID" if len(ids) == 1 else f"{len(ids) - ended} of these are no sessions"
         )
         raise NotFound(f"{missing}; sessions ended: {ended}")
-    click.echo(f"sessions ended: {ended}", err=True)
+    if as_json:
+        click.echo(json.dumps({"revoked": ended}))
+    else:
+        click.echo(f"sessions ended: {ended}", err=True)
 
 
 # --- in the store --------------------------------------------------------------------------------------------

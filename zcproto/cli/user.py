@@ -1,7 +1,8 @@
 """`zcproto user`: the users, who may open sessions.
 
-Rules: commands work on the file, under its lock; a running server looks at it twice a second, and ends the sessions
-of whoever is gone. Where no server runs, the sessions that its store keeps are ended here.
+Rules: a server that runs with this home folder does what is asked, by its control socket. Where none does, commands
+work on the file, under its lock, and end the sessions that the store keeps. Lists are of the file, and many users at
+once are added to it: a running server looks at it twice a second.
 """
 
 from __future__ import annotations
@@ -9,23 +10,22 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from zcproto.auth import UserFile
 from zcproto.auth.users import User
 from zcproto.cli import home_options, read_config
+from zcproto.cli.control import control_of
 from zcproto.cli.kept_sessions import end_sessions_of
 from zcproto.cli.private_file import private_file
 from zcproto.cli.table import table
 from zcproto.home import Home
 from zcproto.printable import printable
 
-if TYPE_CHECKING:
-    from zcproto.config import Config
-
 MAX_COUNT = 1_000_000
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group()
@@ -46,6 +46,7 @@ def user(home: Home, config_file: Path | None) -> None:
     help="Write the keys of --count here, a name, a tab and a key on each line. The file is yours alone.",
 )
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@as_json_option
 @home_options
 def add(
     home: Home,
@@ -56,6 +57,7 @@ def add(
     count: int | None,
     keys_out: Path | None,
     force: bool,
+    as_json: bool,
 ) -> None:
     """Add a user and print the key, this once. A running server knows the user at once."""
     if (count is None) != (keys_out is None):
@@ -65,20 +67,35 @@ def add(
     home.ensure()
     users = UserFile(home.users)
     role = "an operator" if operator else "a user"
-    if no_key:
-        users.add_without_key(name, operator=operator)
-        click.echo(f"{printable(name)} is {role} now, without a key.", err=True)
-        return
     if count is None or keys_out is None:
-        key = users.add(name, operator=operator)
-        click.echo(f"{printable(name)} is {role} now. Keep this key; it is shown this once:", err=True)
-        click.echo(key.reveal())
+        key = _add(home, users, name, operator=operator, with_key=not no_key)
+        if as_json:
+            click.echo(json.dumps({"name": name, "key": key}, ensure_ascii=False))
+        elif key is None:
+            click.echo(f"{printable(name)} is {role} now, without a key.", err=True)
+        else:
+            click.echo(f"{printable(name)} is {role} now. Keep this key; it is shown this once:", err=True)
+            click.echo(key)
         return
     # The file comes first: keys that cannot be written down would be lost.
     with private_file(keys_out, replace=force) as file:
         added = users.add_many([f"{name}-{number}" for number in range(1, count + 1)], operator=operator)
         file.writelines(f"{each}\t{key.reveal()}\n" for each, key in added)
-    click.echo(f"{count} users are added; their keys are in {printable(str(keys_out))}", err=True)
+    if as_json:
+        click.echo(json.dumps({"added": count, "keys": str(keys_out)}))
+    else:
+        click.echo(f"{count} users are added; their keys are in {printable(str(keys_out))}", err=True)
+
+
+def _add(home: Home, users: UserFile, name: str, *, operator: bool, with_key: bool) -> str | None:
+    control = control_of(home)
+    if control is not None:
+        key: str | None = control.post("/v1/users/add", name=name, operator=operator, key=with_key)["key"]
+        return key
+    if with_key:
+        return users.add(name, operator=operator).reveal()
+    users.add_without_key(name, operator=operator)
+    return None
 
 
 @user.command("list")
@@ -115,47 +132,79 @@ def _row(name: str, user: User) -> tuple[str, ...]:
 
 @user.command()
 @click.argument("name")
+@as_json_option
 @home_options
-def disable(home: Home, config_file: Path | None, name: str) -> None:
+def disable(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Let a user open no more sessions, and end those there are."""
     config = read_config(home, config_file)
-    UserFile(home.users).disable(name)
-    _end_sessions(home, config, name, "is disabled now")
+    control = control_of(home)
+    if control is not None:
+        ended = control.post("/v1/users/disable", name=name)["sessions"]
+    else:
+        UserFile(home.users).disable(name)
+        ended = asyncio.run(end_sessions_of(name, config, home))
+    _tell_ended(name, "is disabled now", ended, as_json)
 
 
 @user.command()
 @click.argument("name")
+@as_json_option
 @home_options
-def enable(home: Home, config_file: Path | None, name: str) -> None:
+def enable(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Let a user open sessions again."""
-    UserFile(home.users).enable(name)
-    click.echo(f"{printable(name)} is enabled now.", err=True)
+    control = control_of(home)
+    if control is not None:
+        control.post("/v1/users/enable", name=name)
+    else:
+        UserFile(home.users).enable(name)
+    if as_json:
+        click.echo(json.dumps({"name": name}, ensure_ascii=False))
+    else:
+        click.echo(f"{printable(name)} is enabled now.", err=True)
 
 
 @user.command()
 @click.argument("name")
+@as_json_option
 @home_options
-def remove(home: Home, config_file: Path | None, name: str) -> None:
+def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Remove a user, and end the sessions there are."""
     config = read_config(home, config_file)
-    UserFile(home.users).remove(name)
-    _end_sessions(home, config, name, "is removed")
+    control = control_of(home)
+    if control is not None:
+        ended = control.post("/v1/users/remove", name=name)["sessions"]
+    else:
+        UserFile(home.users).remove(name)
+        ended = asyncio.run(end_sessions_of(name, config, home))
+    _tell_ended(name, "is removed", ended, as_json)
 
 
 @user.command("new-key")
 @click.argument("name")
+@as_json_option
 @home_options
-def new_key(home: Home, config_file: Path | None, name: str) -> None:
+def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Give a user another key, print it this once, and end the sessions that the old one has opened."""
     config = read_config(home, config_file)
-    key = UserFile(home.users).new_key(name)
-    click.echo(f"{printable(name)} has a new key. Keep it; it is shown this once:", err=True)
-    click.echo(key.reveal())
-    _end_sessions(home, config, name, "has a new key")
+    control = control_of(home)
+    if control is not None:
+        made = control.post("/v1/users/new-key", name=name)
+        key, ended = made["key"], made["sessions"]
+    else:
+        key = UserFile(home.users).new_key(name).reveal()
+    if not as_json:
+        click.echo(f"{printable(name)} has a new key. Keep it; it is shown this once:", err=True)
+        click.echo(key)
+    if control is None:  # last: it may fail, and the key must have been shown by then
+        ended = asyncio.run(end_sessions_of(name, config, home))
+    _tell_ended(name, "has a new key", ended, as_json, key=key)
 
 
-def _end_sessions(home: Home, config: Config, name: str, what: str) -> None:
-    ended = asyncio.run(end_sessions_of(name, config, home))
+def _tell_ended(name: str, what: str, ended: int | None, as_json: bool, **more: str) -> None:
+    """`ended` is None if a running server ends the sessions, which could not be asked how many there are."""
+    if as_json:
+        click.echo(json.dumps({"name": name, "sessions": ended, **more}, ensure_ascii=False))
+        return
     sessions = (
         "a running server ends the sessions within a second" if ended is None else f"sessions ended: {ended}"
     )
