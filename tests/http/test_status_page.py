@@ -253,3 +253,35 @@ def test_figures_are_made_once_a_second_however_many_look_and_never_if_nobody_do
     newest = json.loads(desk.answer(operator=False).body)
     assert (newest["time"], newest["ready"], newest["reasons"]) == (2, False, ["store: out"])
     assert len(made) == 2
+
+
+# --- colours ---------------------------------------------------------------------------------------------
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rgb or #rrggbb, as WCAG 2.2 reckons it."""
+    digits = colour.removeprefix("#")
+    if len(digits) == 3:
+        digits = "".join(digit * 2 for digit in digits)
+    channels = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_all_text_can_be_read(scheme: int) -> None:
+    """WCAG 2.2, 1.4.3 and 1.4.11: 4.5 for text, 3 for lines that mean something."""
+    found = re.findall(r":root \{(.*?)\}", page().body.decode(), re.DOTALL)
+    colour = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]+);", found[scheme]))
+    assert len(found) == 2
+    for text in ("text", "quiet", "good", "warn", "bad", "first"):
+        for ground in ("card", "ground"):
+            assert contrast(colour[text], colour[ground]) >= 4.5, (text, ground)
+    assert contrast(colour["on-mark"], colour["first"]) >= 4.5
+    for line in ("first", "second", "field"):
+        assert contrast(colour[line], colour["card"]) >= 3, line
