@@ -4,6 +4,7 @@ two ends of a conversation joined in memory."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -148,6 +149,7 @@ class MockTransport(asyncio.Transport):
         self.eof_written = False
         self.aborted = False
         self.can_half_close = True
+        self.is_reset = False
         self.lost = False
         self._closing = False
         self._reading = True
@@ -213,6 +215,8 @@ class MockTransport(asyncio.Transport):
         return self.can_half_close
 
     def write_eof(self) -> None:
+        if self.is_reset:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
         self.eof_written = True
 
     def close(self) -> None:

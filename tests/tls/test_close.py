@@ -232,6 +232,16 @@ def test_a_connection_that_dies_while_it_lingers_is_no_failure(agreed: TlsPair) 
     assert not agreed.raw.aborted
 
 
+def test_a_reset_that_is_not_told_yet_disturbs_no_close(agreed: TlsPair) -> None:
+    agreed.raw.is_reset = True
+    agreed.server.close()
+    agreed.timers.run()
+    assert agreed.raw.aborted
+    assert agreed.above.told == ["made", None]
+    assert agreed.failures == {}
+    assert len(agreed.acceptor.wheel) == 0
+
+
 # --- aborted --------------------------------------------------------------------------------------------
 
 

@@ -279,7 +279,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._unsent = raw.get_write_buffer_size()
         self._wheel.set(self, self._now() + LINGER_TIME)
         if raw.can_write_eof():
-            raw.write_eof()
+            try:
+                raw.write_eof()
+            except OSError:  # the peer's reset has arrived, and the loop has not told us yet
+                raw.abort()
+                return
         if not raw.is_reading():
             raw.resume_reading()
 
