@@ -1,7 +1,8 @@
 """Blocking clients, by hand: one request in flight on a connection, each answer compared with what was sent.
 
 The libraries' own clients are not used. What they cost would slow the load down unlike for each server, and a
-server that waits more wakes up more, which costs it. Written by hand, all are asked in the same rhythm.
+server that waits more wakes up more, which costs it. Written by hand, all are asked in the same rhythm: what a
+request consists of is made before the first of its turn is sent.
 """
 
 from __future__ import annotations
@@ -53,8 +54,11 @@ class Client(ABC):
         """What a protocol has to say before the first request."""
 
     @abstractmethod
-    def send(self) -> None:
-        """One request."""
+    def request(self) -> bytes:
+        """The bytes of the next request."""
+
+    def send(self, request: bytes) -> None:
+        self.tls.sendall(request)
 
     @abstractmethod
     def check(self) -> None:
@@ -95,8 +99,8 @@ class Client(ABC):
 class StreamsClient(Client):
     """A length of four bytes, and the payload."""
 
-    def send(self) -> None:
-        self.tls.sendall(len(self.payload).to_bytes(4, "big") + self.payload)
+    def request(self) -> bytes:
+        return len(self.payload).to_bytes(4, "big") + self.payload
 
     def check(self) -> None:
         self._compare(self._take(int.from_bytes(self._take(4), "big")))
@@ -109,8 +113,8 @@ class UvicornClient(Client):
         head = f"POST / HTTP/1.1\r\nHost: {NAME}\r\nContent-Length: {len(self.payload)}\r\n\r\n"
         self._request = head.encode() + self.payload
 
-    def send(self) -> None:
-        self.tls.sendall(self._request)
+    def request(self) -> bytes:
+        return self._request
 
     def check(self) -> None:
         status, *lines = self._take_through(b"\r\n\r\n").split(b"\r\n")
@@ -133,13 +137,13 @@ class WebsocketsClient(Client):
         if not head.startswith(b"HTTP/1.1 101 "):
             raise ZcprotoError(f"websockets answered {head[:80]!r}")
 
-    def send(self) -> None:
+    def request(self) -> bytes:
         size = len(self.payload)
         mask = os.urandom(4)
         whole = (mask * (size // 4 + 1))[:size]
         masked = (int.from_bytes(self.payload, "big") ^ int.from_bytes(whole, "big")).to_bytes(size, "big")
         length = bytes((0x80 | size,)) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
-        self.tls.sendall(b"\x82" + length + mask + masked)
+        return b"\x82" + length + mask + masked
 
     def check(self) -> None:
         first, size = self._take(2)
@@ -191,11 +195,10 @@ class GrpcClient(Client):
             block += name + bytes((len(value),)) + value
         return block
 
-    def send(self) -> None:
+    def request(self) -> bytes:
         self._stream += 2
-        self.tls.sendall(
-            self._frame(self._HEADERS, self._END_HEADERS, self._stream, self._fields())
-            + self._frame(self._DATA, self._END_STREAM, self._stream, self._message)
+        return self._frame(self._HEADERS, self._END_HEADERS, self._stream, self._fields()) + self._frame(
+            self._DATA, self._END_STREAM, self._stream, self._message
         )
 
     def check(self) -> None:
@@ -228,8 +231,11 @@ class ZcprotoClient:
         self._connection = zcp.Connection(port, context)
         self._connection.open_session(user, key)
 
-    def send(self) -> None:
-        self._connection.echo("echo", self._params, 1)
+    def request(self) -> bytes:
+        return self._connection.frame("echo", self._params)
+
+    def send(self, request: bytes) -> None:
+        self._connection.send([request])
 
     def check(self) -> None:
         self._connection.check_echoes(self._answer, 1)

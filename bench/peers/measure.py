@@ -52,7 +52,7 @@ _PEERS: Final[dict[str, tuple[str, type[Client]]]] = {
 CONNECTIONS: Final = 50
 """That requests are sent on, one at a time on each."""
 
-SLICE: Final = 500
+SLICE: Final = 1_000
 """Requests to one server before the next has its turn."""
 
 CONNECTS: Final = 25
@@ -76,7 +76,9 @@ class Asked(Protocol):
     @property
     def suite(self) -> str: ...
 
-    def send(self) -> None: ...
+    def request(self) -> bytes: ...
+
+    def send(self, request: bytes) -> None: ...
 
     def check(self) -> None: ...
 
@@ -289,8 +291,9 @@ def memory_of_connection(server: Server, count: int) -> float:
 
 def _ask(connections: list[Asked], turns: int) -> None:
     for _ in range(turns):
-        for connection in connections:
-            connection.send()
+        requests = [connection.request() for connection in connections]
+        for connection, request in zip(connections, requests, strict=True):
+            connection.send(request)
         for connection in connections:
             connection.check()
 

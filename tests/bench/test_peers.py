@@ -126,7 +126,7 @@ GOOD = [
 @pytest.mark.parametrize(("kind", "answers"), GOOD)
 def test_an_answer_that_is_what_was_sent_is_taken(kind: type[Client], answers: bytes) -> None:
     made, tls = client(kind, answers)
-    made.send()
+    made.send(made.request())
     made.check()
     assert made._rest == b""
     assert tls.answers.read() == b""
@@ -137,7 +137,7 @@ def test_an_answer_that_is_what_was_sent_is_taken(kind: type[Client], answers: b
 @pytest.mark.parametrize(("kind", "answers"), GOOD)
 def test_a_wrong_answer_is_none(kind: type[Client], answers: bytes) -> None:
     made, _ = client(kind, answers.replace(b"payload", b"paylord"))
-    made.send()
+    made.send(made.request())
     with pytest.raises(ZcprotoError, match="a wrong answer"):
         made.check()
 
@@ -145,7 +145,7 @@ def test_a_wrong_answer_is_none(kind: type[Client], answers: bytes) -> None:
 @pytest.mark.parametrize(("kind", "answers"), GOOD)
 def test_a_server_that_has_closed_is_told(kind: type[Client], answers: bytes) -> None:
     made, _ = client(kind, answers[:-1])
-    made.send()
+    made.send(made.request())
     with pytest.raises(ZcprotoError, match="has closed"):
         made.check()
 
@@ -161,7 +161,7 @@ def test_a_server_that_has_closed_is_told(kind: type[Client], answers: bytes) ->
 )
 def test_a_refusal_is_told(kind: type[Client], answers: bytes, said: str) -> None:
     made, _ = client(kind, answers)
-    made.send()
+    made.send(made.request())
     with pytest.raises(ZcprotoError, match=said):
         made.check()
 
@@ -173,7 +173,7 @@ def test_websockets_must_take_the_upgrade() -> None:
 
 def test_grpc_acknowledges_what_asks_for_it() -> None:
     made, tls = client(*GOOD[3])
-    made.send()
+    made.send(made.request())
     first = tls.sent
     made.check()
     assert tls.sent[len(first) :] == h2(4, 1, 0, b"") + h2(6, 1, 0, b"12345678")
@@ -181,11 +181,11 @@ def test_grpc_acknowledges_what_asks_for_it() -> None:
 
 def test_grpc_names_fields_once() -> None:
     made, tls = client(GrpcClient, GRPC_ANSWER)
-    made.send()
+    made.send(made.request())
     made.check()
     assert b"/peer.Echo/Echo" in tls.sent
     before = len(tls.sent)
-    made.send()
+    made.send(made.request())
     assert tls.sent[before:] == h2(1, 4, 3, b"\x83\x87\xc1\xc0\xbf\xbe") + h2(0, 1, 3, b"\0\0\0\0\7payload")
 
 
@@ -196,7 +196,7 @@ def test_websockets_masks_what_it_sends(size: int) -> None:
     length = bytes((size,)) if size < 126 else b"\x7e" + size.to_bytes(2, "big")
     made, tls = client(WebsocketsClient, head + b"\x82" + length + payload, payload)
     before = len(tls.sent)
-    made.send()
+    made.send(made.request())
     frame = tls.sent[before:]
     assert frame[0] == 0x82
     assert frame[1] & 0x80
