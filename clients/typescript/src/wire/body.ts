@@ -1,0 +1,337 @@
+/**
+ * Bodies: one msgpack value each, bounded before it is believed (the contract's section 8).
+ *
+ * Rules: exactly one value, map keys are str, str is UTF-8, no ext types, nested at most `maxDepth` deep (the outermost
+ * container is 1), and memory in proportion to the bytes that are really there. Everything that is refused is a
+ * MessageError with a fixed phrase; no input reaches any other exception.
+ *
+ * In this language: an int is a number where that is exact, else a bigint; a float is a number; bin is a Uint8Array;
+ * a map is a plain object. @msgpack/msgpack writes bodies. It does not read them: it takes keys that are no str, str
+ * that is no UTF-8, any depth, and arrays of a declared length, and a check before it would walk each body twice.
+ */
+
+import { isUtf8 } from "node:buffer";
+import { Encoder } from "@msgpack/msgpack";
+import { ZcprotoError } from "../errors.js";
+
+export const MAX_DEPTH = 32;
+
+const INT64_MIN = -(2n ** 63n);
+const UINT64_MAX = 2n ** 64n - 1n;
+const UINT32 = 2 ** 32;
+
+/** A body that no message may have, or a value that cannot be sent. The message is a fixed phrase. */
+export class MessageError extends ZcprotoError {}
+
+export interface DecodeOptions {
+  readonly maxDepth?: number;
+  /** What stands for a float; a number, unless floats and ints must be told apart. */
+  readonly float?: (value: number) => unknown;
+}
+
+/** A float that is told apart from an int of the same value. */
+export class Float {
+  constructor(readonly value: number) {}
+
+  static of(this: void, value: number): Float {
+    return new Float(value);
+  }
+}
+
+/** The one value of a body. Throws MessageError. */
+export function decodeBody(body: Buffer, { maxDepth = MAX_DEPTH, float }: DecodeOptions = {}): unknown {
+  if (body.length === 0) {
+    throw new MessageError("body is empty");
+  }
+  const reader = new Reader(body, float);
+  const value = reader.value(maxDepth);
+  if (reader.at !== body.length) {
+    throw new MessageError("bytes after the value");
+  }
+  return value;
+}
+
+class Reader {
+  at = 0;
+  readonly #data: Buffer;
+  readonly #float: ((value: number) => unknown) | undefined;
+
+  constructor(data: Buffer, float: ((value: number) => unknown) | undefined) {
+    this.#data = data;
+    this.#float = float;
+  }
+
+  value(depth: number): unknown {
+    const first = this.#uint8();
+    if (first < 0x80) {
+      return first;
+    }
+    if (first < 0x90) {
+      return this.#map(first & 0x0f, depth);
+    }
+    if (first < 0xa0) {
+      return this.#array(first & 0x0f, depth);
+    }
+    if (first < 0xc0) {
+      return this.#str(first & 0x1f);
+    }
+    if (first >= 0xe0) {
+      return first - 0x100;
+    }
+    switch (first) {
+      case 0xc0:
+        return null;
+      case 0xc2:
+        return false;
+      case 0xc3:
+        return true;
+      case 0xc4:
+        return this.#bin(this.#uint8());
+      case 0xc5:
+        return this.#bin(this.#uint16());
+      case 0xc6:
+        return this.#bin(this.#uint32());
+      case 0xca:
+        return this.#asFloat(this.#data.readFloatBE(this.#take(4)));
+      case 0xcb:
+        return this.#asFloat(this.#data.readDoubleBE(this.#take(8)));
+      case 0xcc:
+        return this.#uint8();
+      case 0xcd:
+        return this.#uint16();
+      case 0xce:
+        return this.#uint32();
+      case 0xcf:
+        return this.#int64(this.#uint32());
+      case 0xd0:
+        return this.#data.readInt8(this.#take(1));
+      case 0xd1:
+        return this.#data.readInt16BE(this.#take(2));
+      case 0xd2:
+        return this.#data.readInt32BE(this.#take(4));
+      case 0xd3:
+        return this.#int64(this.#data.readInt32BE(this.#take(4)));
+      case 0xd9:
+        return this.#str(this.#uint8());
+      case 0xda:
+        return this.#str(this.#uint16());
+      case 0xdb:
+        return this.#str(this.#uint32());
+      case 0xdc:
+        return this.#array(this.#uint16(), depth);
+      case 0xdd:
+        return this.#array(this.#uint32(), depth);
+      case 0xde:
+        return this.#map(this.#uint16(), depth);
+      case 0xdf:
+        return this.#map(this.#uint32(), depth);
+      default: // 0xc1, which msgpack never uses, and the ext types
+        throw new MessageError("body is not one msgpack value of the allowed types");
+    }
+  }
+
+  /** Where `size` bytes begin that are there. */
+  #take(size: number): number {
+    const at = this.at;
+    if (size > this.#data.length - at) {
+      throw new MessageError("body ends before its value does");
+    }
+    this.at = at + size;
+    return at;
+  }
+
+  #uint8(): number {
+    return this.#data[this.#take(1)] as number;
+  }
+
+  #uint16(): number {
+    return this.#data.readUInt16BE(this.#take(2));
+  }
+
+  #uint32(): number {
+    return this.#data.readUInt32BE(this.#take(4));
+  }
+
+  /** With the upper half read already: a number if that is exact. */
+  #int64(high: number): number | bigint {
+    const low = this.#uint32();
+    const value = high * UINT32 + low;
+    return Number.isSafeInteger(value) ? value : (BigInt(high) << 32n) + BigInt(low);
+  }
+
+  #asFloat(value: number): unknown {
+    return this.#float === undefined ? value : this.#float(value);
+  }
+
+  #bin(size: number): Uint8Array {
+    const at = this.#take(size);
+    return new Uint8Array(this.#data.subarray(at, at + size)); // a copy: a view would hold all of the read
+  }
+
+  #str(size: number): string {
+    const at = this.#take(size);
+    const end = at + size;
+    const data = this.#data;
+    if (size < 24) {
+      // Most are short and ASCII, which is cheaper by hand than two calls into the runtime.
+      let text = "";
+      for (let index = at; index < end; index++) {
+        const byte = data[index] as number;
+        if (byte >= 0x80) {
+          break;
+        }
+        text += String.fromCharCode(byte);
+      }
+      if (text.length === size) {
+        return text;
+      }
+    }
+    if (!isUtf8(data.subarray(at, end))) {
+      throw new MessageError("str is not UTF-8");
+    }
+    return data.toString("utf8", at, end);
+  }
+
+  #array(size: number, depth: number): unknown[] {
+    this.#enter(size, depth);
+    const array: unknown[] = [];
+    for (let left = size; left > 0; left--) {
+      array.push(this.value(depth - 1));
+    }
+    return array;
+  }
+
+  #map(size: number, depth: number): Record<string, unknown> {
+    this.#enter(2 * size, depth);
+    const map: Record<string, unknown> = {};
+    for (let left = size; left > 0; left--) {
+      const key = this.#key();
+      const value = this.value(depth - 1);
+      if (key === "__proto__") {
+        Object.defineProperty(map, key, { value, enumerable: true, configurable: true, writable: true });
+      } else {
+        map[key] = value;
+      }
+    }
+    return map;
+  }
+
+  #key(): string {
+    const first = this.#uint8();
+    if (first >= 0xa0 && first < 0xc0) {
+      return this.#str(first & 0x1f);
+    }
+    switch (first) {
+      case 0xd9:
+        return this.#str(this.#uint8());
+      case 0xda:
+        return this.#str(this.#uint16());
+      case 0xdb:
+        return this.#str(this.#uint32());
+      default:
+        throw new MessageError("map keys must be str");
+    }
+  }
+
+  /** Into a container: each value in it takes one byte at least, which must be there. */
+  #enter(values: number, depth: number): void {
+    if (depth <= 0) {
+      throw new MessageError("nested too deep");
+    }
+    if (values > this.#data.length - this.at) {
+      throw new MessageError("body ends before its value does");
+    }
+  }
+}
+
+const MAX_KEPT = 1_048_576; // the encoder keeps a buffer as large as its largest body
+
+// `useBigInt64` writes bigint as int, and integers beyond 32 bits as float: `prepared` sees to those.
+const newEncoder = () => new Encoder({ useBigInt64: true, maxDepth: MAX_DEPTH + 1 });
+let encoder = newEncoder();
+
+/** msgpack of a value. Valid until the next call: copy it before. Throws MessageError for what cannot be sent. */
+export function encodeBody(value: unknown): Uint8Array {
+  const body = encoder.encodeSharedRef(prepared(value, MAX_DEPTH));
+  if (body.length > MAX_KEPT) {
+    encoder = newEncoder();
+  }
+  return body;
+}
+
+/**
+ * A value as the encoder must have it: itself, if nothing in it has to be changed.
+ *
+ * Properties that are undefined are left out, as JSON.stringify does.
+ */
+function prepared(value: unknown, depth: number): unknown {
+  switch (typeof value) {
+    case "boolean":
+      return value;
+    case "number":
+      return Number.isSafeInteger(value) && (value >= UINT32 || value < -UINT32 / 2) ? BigInt(value) : value;
+    case "bigint":
+      if (value < INT64_MIN || value > UINT64_MAX) {
+        throw new MessageError("value cannot be sent: an int is -2^63 to 2^64 - 1");
+      }
+      return value;
+    case "string":
+      return checkText(value);
+    case "object":
+      return value === null || value instanceof Uint8Array ? value : preparedContainer(value, depth);
+    default:
+      throw new MessageError(`value cannot be sent: ${typeof value}`);
+  }
+}
+
+function preparedContainer(value: object, depth: number): unknown {
+  if (depth <= 0) {
+    throw new MessageError("value cannot be sent: nested too deep");
+  }
+  if (Array.isArray(value)) {
+    return preparedArray(value, depth);
+  }
+  const prototype: unknown = Object.getPrototypeOf(value);
+  if (prototype !== Object.prototype && prototype !== null) {
+    throw new MessageError(`value cannot be sent: ${value.constructor?.name ?? "an object of a class"}`);
+  }
+  let copy: Map<string, unknown> | undefined;
+  const entries = Object.entries(value);
+  for (const [key, was] of entries) {
+    checkText(key);
+    const is = was === undefined ? undefined : prepared(was, depth - 1);
+    if (is !== was || was === undefined || key === "__proto__") {
+      copy ??= new Map(entries);
+      if (is === undefined) {
+        copy.delete(key);
+      } else {
+        copy.set(key, is);
+      }
+    }
+  }
+  return copy === undefined ? value : objectOf(copy);
+}
+
+function objectOf(entries: Map<string, unknown>): object {
+  return Object.fromEntries(entries); // which makes an own property of "__proto__", too
+}
+
+function preparedArray(value: readonly unknown[], depth: number): unknown {
+  let copy: unknown[] | undefined;
+  for (let index = 0; index < value.length; index++) {
+    const was = value[index];
+    const is = prepared(was, depth - 1);
+    if (is !== was && !Number.isNaN(was)) {
+      copy ??= value.slice();
+      copy[index] = is;
+    }
+  }
+  return copy ?? value;
+}
+
+function checkText(text: string): string {
+  if (!text.isWellFormed()) {
+    throw new MessageError("value cannot be sent: a text has half a surrogate pair");
+  }
+  return text;
+}

@@ -1,0 +1,149 @@
+/**
+ * One frame: its layout, and what a header must be by itself (the contract's sections 2 and 3).
+ *
+ * 64-bit fields are bigint: a counter or a timestamp can be any value, and a number loses digits above 2^53. A token
+ * is a string of 32 characters from 0 to 255, one for each byte: it is compared and kept in maps, never shown.
+ */
+
+import { Code, ProtocolError } from "../errors.js";
+
+export const VERSION = 1;
+export const LENGTH_SIZE = 4;
+export const HEADER_SIZE = 68;
+export const MIN_LENGTH = HEADER_SIZE - LENGTH_SIZE;
+export const TOKEN_SIZE = 32;
+export const SALT_SIZE = 8;
+export const MAX_STREAM = 0xffff_ffff;
+export const NO_TOKEN: Token = "\0".repeat(TOKEN_SIZE);
+
+/** 32 bytes as a string of as many characters ("latin1"). */
+export type Token = string;
+
+export const Kind = {
+  WELCOME: 0x01,
+  REQUEST: 0x02,
+  RESPONSE: 0x03,
+  ERROR: 0x04,
+  CANCEL: 0x05,
+  PING: 0x06,
+  PONG: 0x07,
+  GOAWAY: 0x08,
+  EVENT: 0x09,
+} as const;
+
+export type Kind = (typeof Kind)[keyof typeof Kind];
+
+/** Who gets the frames. */
+export type Side = "client" | "server";
+
+interface KindRule {
+  readonly sentTo: readonly Side[];
+  readonly onStream: boolean | undefined; // undefined: stream 0 or that of a request
+}
+
+const RULES: Readonly<Record<Kind, KindRule>> = {
+  [Kind.WELCOME]: { sentTo: ["client"], onStream: false },
+  [Kind.REQUEST]: { sentTo: ["server"], onStream: true },
+  [Kind.RESPONSE]: { sentTo: ["client"], onStream: true },
+  [Kind.ERROR]: { sentTo: ["client"], onStream: undefined },
+  [Kind.CANCEL]: { sentTo: ["server"], onStream: true },
+  [Kind.PING]: { sentTo: ["client", "server"], onStream: false },
+  [Kind.PONG]: { sentTo: ["client", "server"], onStream: false },
+  [Kind.GOAWAY]: { sentTo: ["client"], onStream: false },
+  [Kind.EVENT]: { sentTo: ["client"], onStream: false },
+};
+
+/** A frame whose header was judged good. `body` is a view of what was read: take what is to be kept. */
+export interface Frame {
+  readonly length: number;
+  readonly kind: Kind;
+  readonly stream: number;
+  readonly timestamp: bigint;
+  readonly salt: bigint;
+  readonly counter: bigint;
+  readonly token: Token;
+  readonly body: Buffer;
+}
+
+/** Throws ProtocolError for a length that no frame may have. */
+export function checkLength(length: number, limit: number): void {
+  if (length < MIN_LENGTH) {
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "length is below 64");
+  }
+  if (length > limit) {
+    throw new ProtocolError(Code.FRAME_TOO_LARGE, "frame is larger than allowed here");
+  }
+}
+
+/**
+ * The kind of a header at `at` in `data`, which `receiver` got. Throws ProtocolError for what is wrong with it, in the
+ * contract's order: version, kind, flags, stream. The length was judged before.
+ */
+export function checkHead(data: Buffer, at: number, receiver: Side): Kind {
+  if (data[at + 4] !== VERSION) {
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "version is not 1");
+  }
+  const kind = data[at + 5] as Kind;
+  const rule = RULES[kind] as KindRule | undefined;
+  if (rule === undefined) {
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "kind of frame is unknown");
+  }
+  if (!rule.sentTo.includes(receiver)) {
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "this side does not get frames of this kind");
+  }
+  if (data[at + 6] !== 0 || data[at + 7] !== 0) {
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "flags are set");
+  }
+  if (rule.onStream !== undefined && rule.onStream !== (data.readUInt32BE(at + 8) !== 0)) {
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "stream does not suit the kind of frame");
+  }
+  return kind;
+}
+
+/** The bytes of a frame. */
+export function encodeFrame(
+  kind: Kind,
+  stream: number,
+  timestamp: bigint,
+  salt: bigint,
+  counter: bigint,
+  token: Token,
+  body: Uint8Array,
+): Buffer {
+  const frame = Buffer.allocUnsafe(HEADER_SIZE + body.length);
+  frame.writeUInt32BE(MIN_LENGTH + body.length, 0);
+  frame.writeUInt32BE((VERSION << 24) | (kind << 16), 4);
+  frame.writeUInt32BE(stream, 8);
+  frame.writeBigUInt64BE(timestamp, 12);
+  frame.writeBigUInt64BE(salt, 20);
+  frame.writeBigUInt64BE(counter, 28);
+  frame.write(token, 36, TOKEN_SIZE, "latin1");
+  frame.set(body, HEADER_SIZE);
+  return frame;
+}
+
+/** A token from its 32 bytes. */
+export function tokenOf(bytes: Uint8Array): Token {
+  return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString("latin1");
+}
+
+/** The 32 bytes of a token. */
+export function tokenBytes(token: Token): Buffer {
+  return Buffer.from(token, "latin1");
+}
+
+const TOKEN_TEXT = /^[A-Za-z0-9_-]{43}$/;
+
+/** A token as text: base64url without padding, 43 characters. */
+export function tokenToText(token: Token): string {
+  return tokenBytes(token).toString("base64url");
+}
+
+/** The token of a text, or undefined if it is none. The text must be the canonical one. */
+export function tokenFromText(text: string): Token | undefined {
+  if (!TOKEN_TEXT.test(text)) {
+    return undefined;
+  }
+  const bytes = Buffer.from(text, "base64url");
+  return bytes.toString("base64url") === text ? bytes.toString("latin1") : undefined;
+}

@@ -1,0 +1,119 @@
+/** `zcproto serve` in a process of its own, from this repository. */
+
+import { type ChildProcess, execFileSync, spawn } from "node:child_process";
+import { once } from "node:events";
+import { appendFileSync, existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { createInterface } from "node:readline";
+import { fileURLToPath } from "node:url";
+import { type ConnectOptions, connect } from "../../src/connect.js";
+
+/** The folder of package.json: this file is run from dist/test/support. */
+export const PACKAGE = join(dirname(fileURLToPath(import.meta.url)), "../../..");
+export const ROOT = join(PACKAGE, "../..");
+const START_TIMEOUT_MS = 60_000;
+
+/** The Python that has zcproto: that of ZCPROTO_PYTHON, of the repository's environment, or the system's. */
+export function python(): string {
+  const own = join(ROOT, ".venv/bin/python");
+  return process.env["ZCPROTO_PYTHON"] ?? (existsSync(own) ? own : "python3");
+}
+
+export class Server {
+  readonly home = mkdtempSync(join(tmpdir(), "zcproto-client-"));
+  readonly config = join(this.home, "config.toml");
+  #process: ChildProcess | undefined;
+  #log = "";
+  #port = 0;
+
+  constructor(config = "") {
+    appendFileSync(this.config, config, { mode: 0o600 });
+  }
+
+  get caFile(): string {
+    return join(this.home, "certs/ca.crt");
+  }
+
+  get address(): string {
+    return `localhost:${this.#port}`;
+  }
+
+  get port(): number {
+    return this.#port;
+  }
+
+  get log(): string {
+    return this.#log;
+  }
+
+  /** What a command prints. */
+  run(...command: string[]): string {
+    const path = process.env["PYTHONPATH"];
+    const env = { ...process.env, PYTHONPATH: path === undefined ? ROOT : `${ROOT}:${path}` };
+    const stdio = ["ignore", "pipe", "ignore"] as const;
+    return execFileSync(python(), ["-m", "zcproto", "--home", this.home, ...command], {
+      env,
+      encoding: "utf8",
+      stdio: [...stdio],
+    });
+  }
+
+  /** A new user's key. */
+  addUser(name: string): string {
+    return this.run("user", "add", name).trim();
+  }
+
+  /** Start it; on the port that it had before, if it had one. */
+  async start(app?: string): Promise<this> {
+    const command = ["-m", "zcproto", "--home", this.home, "serve", "--port", String(this.#port)];
+    const child = spawn(python(), [...command, ...(app === undefined ? [] : [app])], {
+      cwd: this.home,
+      env: { ...process.env, PYTHONPATH: ROOT },
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    this.#process = child;
+    child.stderr.setEncoding("utf8").on("data", (text: string) => {
+      this.#log += text;
+    });
+    const [line] = (await once(createInterface(child.stdout), "line", {
+      signal: AbortSignal.timeout(START_TIMEOUT_MS),
+    })) as [string];
+    const port = /^zcproto: listening on .*:(\d+)$/.exec(line)?.[1];
+    if (port === undefined) {
+      throw new Error(`no server: ${line}\n${this.#log}`);
+    }
+    this.#port = Number(port);
+    return this;
+  }
+
+  /** End it by a signal and wait for that. */
+  async stop(signal: NodeJS.Signals = "SIGTERM"): Promise<void> {
+    const child = this.#process;
+    if (child !== undefined && child.exitCode === null && child.signalCode === null) {
+      const ended = once(child, "exit");
+      child.kill(signal);
+      await ended;
+    }
+  }
+
+  kill(signal: NodeJS.Signals): void {
+    this.#process?.kill(signal);
+  }
+
+  /** Connect to it with this server's CA and a home of its own. */
+  connect(options: ConnectOptions = {}) {
+    const trusted = options.pins === undefined && options.verify === undefined ? { caFile: this.caFile } : {};
+    return connect(this.address, { ...trusted, home: join(this.home, "client"), ...options });
+  }
+
+  /** What a method prints when it is called by `zcproto call`. */
+  text(file: string): string {
+    return readFileSync(join(this.home, file), "utf8");
+  }
+
+  async remove(): Promise<void> {
+    await this.stop("SIGKILL");
+    rmSync(this.home, { recursive: true, force: true });
+  }
+}
