@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -23,6 +24,7 @@ from zcproto.local_socket import address_of
 from zcproto.printable import printable
 
 CONNECT_S = 5.0
+RETRY_S = 0.05
 TIMEOUT_S = 660.0
 """For an answer: longer than the server gives itself, which may have keys to make."""
 
@@ -115,8 +117,7 @@ def control_of(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connected.settimeout(CONNECT_S)
     try:
-        with address_of(home.control) as address:
-            connected.connect(address)
+        _connect(connected, home)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         connected.close()
         return None
@@ -129,6 +130,19 @@ def control_of(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
             f"{home.control}: the server cannot be asked: {error.strerror or error}"
         ) from error
     return Control(home, connected, timeout)
+
+
+def _connect(connected: socket.socket, home: Home) -> None:
+    """Connect; while as many wait as may, which the system does not wait for by itself, try again for a while."""
+    with address_of(home.control) as address:
+        for _ in range(int(CONNECT_S / RETRY_S)):
+            try:
+                connected.connect(address)
+            except BlockingIOError:
+                time.sleep(RETRY_S)
+            else:
+                return
+        connected.connect(address)
 
 
 def needed_control(home: Home, timeout: float = TIMEOUT_S) -> Control:

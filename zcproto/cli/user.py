@@ -1,8 +1,8 @@
 """`zcproto user`: the users, who may open sessions.
 
 Rules: a server that runs with this home folder does what is asked, by its control socket. Where none does, commands
-work on the file, under its lock, and end the sessions that the store keeps. Lists are of the file, and many users at
-once are added to it: a running server looks at it twice a second.
+work on the file, under its lock, and end the sessions that the store keeps. Lists are of the file, and it is to the
+file that many users at once are added: a running server looks at it twice a second.
 """
 
 from __future__ import annotations

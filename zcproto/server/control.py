@@ -31,7 +31,7 @@ from zcproto.http.messages import Peer
 from zcproto.http.router import Router
 from zcproto.http.security_headers import SecurityHeaders
 from zcproto.local_socket import LocalPeer, address_of, peer_of
-from zcproto.server.http_protocol import HttpEndpoint
+from zcproto.server.http_protocol import HttpEndpoint, HttpProtocol
 from zcproto.server.serving import Serving, log
 
 MAX_CONNECTIONS: Final = 32
@@ -71,7 +71,7 @@ class ControlSocket:
         self._lock: int | None = None
         self._inode = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._adopting: set[asyncio.Task[Any]] = set()
+        self._adopting: dict[asyncio.Task[Any], list[HttpProtocol]] = {}
         self.endpoint = HttpEndpoint(serving, router, SecurityHeaders(None), LIMITS, _peer)
         self.refused = 0
 
@@ -170,7 +170,7 @@ class ControlSocket:
             with contextlib.suppress(OSError):  # it did not stay to hear it
                 connection.send(_REFUSED)
             connection.close()
-        elif len(self.endpoint.connections) + len(self._adopting) >= MAX_CONNECTIONS:
+        elif self._count() >= MAX_CONNECTIONS:
             self.refused += 1
             connection.close()
         else:
@@ -179,15 +179,26 @@ class ControlSocket:
     def _may_come_in(self, peer: LocalPeer | None) -> bool:
         return peer is None or peer.uid in (self._own_uid, _ROOT)
 
+    def _count(self) -> int:
+        """Connections, those included that the loop does not have yet."""
+        there = self.endpoint.connections
+        return len(there) + sum(there.isdisjoint(made) for made in self._adopting.values())
+
     def _adopt(self, connection: socket.socket) -> None:
         assert self._loop is not None
+        made: list[HttpProtocol] = []
+
+        def protocol() -> HttpProtocol:
+            made.append(self.endpoint.protocol())
+            return made[0]
+
         adopting = self._loop.create_task(
-            self._loop.connect_accepted_socket(self.endpoint.protocol, connection), name="zcproto-control"
+            self._loop.connect_accepted_socket(protocol, connection), name="zcproto-control"
         )
-        self._adopting.add(adopting)
+        self._adopting[adopting] = made
 
         def adopted(task: asyncio.Task[Any]) -> None:
-            self._adopting.discard(task)
+            del self._adopting[task]
             if task.cancelled() or task.exception() is not None:  # it went away before it was ours
                 connection.close()
 
