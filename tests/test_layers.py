@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEAVES = {
     *("errors", "clock", "config", "home", "printable", "deadlines", "network", "signed", "suites"),
-    *("histogram", "secret"),
+    *("histogram", "local_socket", "secret"),
 }
 PROCESS = {"event_loop", "file_limit", "hardening", "service_manager"}
 """Leaves for whoever has a process of its own."""
@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "signed": set(),
     "suites": set(),
     "histogram": set(),
+    "local_socket": set(),
     "secret": set(),
     "event_loop": set(),
     "file_limit": set(),
@@ -65,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": {"tls", "connection", "wire", "observe"} | LEAVES | PROCESS,
     # on top
     "bench": {"server", "client"} | BELOW_THE_EDGE | LEAVES | PROCESS,
+    "conformance": {"client", "connection", "wire", "tls"} | LEAVES | PROCESS,
     "cli": {"bench", "server", "client"} | BELOW_THE_EDGE | LEAVES | PROCESS,
     "__main__": {"cli"},
     "zcproto": {"server", "client", "config", "errors"},

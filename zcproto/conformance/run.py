@@ -1,0 +1,140 @@
+"""Running checks: one program for all, a stage for each, a result for each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from zcproto.conformance.check import VECTORS, Broken, Check, KitError
+from zcproto.conformance.program import Program, Refused
+from zcproto.conformance.stage import Fixtures, Stage
+
+MAX_EXCEPTIONS_FILE: Final = 1 << 20
+CHECK_LIMIT: Final = 10
+"""A check may take so many times the patience for one step; no usual one comes near it."""
+
+PASSED: Final = "passed"
+FAILED: Final = "failed"
+EXCEPTED: Final = "excepted"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a check."""
+
+    check: Check
+    result: str
+    seconds: float
+    why: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        said = {"name": self.check.name, "proves": self.check.proves, "result": self.result}
+        return {**said, "seconds": round(self.seconds, 3), **({"why": self.why} if self.why else {})}
+
+
+async def run_check(check: Check, program: Program, fixtures: Fixtures, *, patience: float) -> Result:
+    """Run one check. A program that did not keep up with it is stopped, so that the next check gets a new one."""
+    loop = asyncio.get_running_loop()
+    begin = loop.time()
+    program.leaked = False
+    why = ""
+    try:
+        async with asyncio.timeout(patience * CHECK_LIMIT):
+            if check.name.startswith(VECTORS):
+                await check.run(Stage(program, fixtures, patience=patience))
+            else:
+                async with Stage(program, fixtures, patience=patience) as stage:
+                    await check.run(stage)
+    except Broken as broken:
+        why = str(broken)
+    except Refused as refused:
+        why = f"a step failed: {refused}"
+    except TimeoutError:
+        why = f"it was not over within {patience * CHECK_LIMIT:g} s"
+    if program.leaked:
+        why = f"a token or a key was put out{'; ' if why else ''}{why}"
+    if why:
+        await program.stop()
+        if program.stderr:
+            why += f"\n{program.stderr.strip()}"
+    return Result(check, FAILED if why else PASSED, loop.time() - begin, why)
+
+
+async def run_checks(
+    checks: Iterable[Check],
+    command: Sequence[str],
+    fixtures: Fixtures,
+    *,
+    patience: float,
+    tell: Callable[[str], None] | None = None,
+    on_result: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Run checks one after the other. Raises KitError if the command cannot be run."""
+    program = Program(command, tell=tell)
+    results = []
+    try:
+        await _greet(program, patience)
+        for check in checks:
+            results.append(await run_check(check, program, fixtures, patience=patience))
+            on_result(results[-1])
+    finally:
+        await program.stop()
+        await fixtures.close()
+    return results
+
+
+async def _greet(program: Program, patience: float) -> None:
+    """The program must be one that was made for this kit."""
+    try:
+        async with asyncio.timeout(patience):
+            hello = await (await program.begin("hello", {}))
+    except (Broken, Refused, TimeoutError) as error:
+        shown = f"\n{program.stderr.strip()}" if program.stderr else ""
+        raise KitError(f"the program does not answer hello: {error or 'in time'}{shown}") from error
+    if not isinstance(hello, dict) or hello.get("kit") != 1:
+        raise KitError(f"the program was made for another kit: {str(hello)[:200]}")
+
+
+# --- exceptions -------------------------------------------------------------------------------------
+
+
+def load_exceptions(path: Path) -> dict[str, str]:
+    """The reasons by the names of checks. Raises KitError for a file that is not as it must be."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            entries = json.loads(file.read(MAX_EXCEPTIONS_FILE))
+    except (OSError, ValueError) as error:
+        raise KitError(f"{path}: cannot be read: {type(error).__name__}") from error
+    exceptions: dict[str, str] = {}
+    if not isinstance(entries, list):
+        raise KitError(f"{path}: it must be an array")
+    for entry in entries:
+        name, reason = (entry.get(key) if isinstance(entry, dict) else None for key in ("check", "reason"))
+        if not isinstance(name, str) or not isinstance(reason, str) or not reason.strip():
+            raise KitError(f"{path}: each entry must have a check and a reason: {str(entry)[:200]}")
+        if name in exceptions:
+            raise KitError(f"{path}: {name} is there twice")
+        exceptions[name] = reason
+    return exceptions
+
+
+def apply_exceptions(
+    results: Iterable[Result], exceptions: dict[str, str], known: set[str]
+) -> tuple[list[Result], list[str]]:
+    """The results with exceptions in them, and what is wrong with the exceptions: the list may only shrink."""
+    judged = []
+    faults = [f"{name} is an exception, and no check" for name in exceptions if name not in known]
+    for result in results:
+        reason = exceptions.get(result.check.name)
+        if reason is None:
+            judged.append(result)
+        elif result.result == PASSED:
+            judged.append(result)
+            faults.append(f"{result.check.name} passes: take it out of the exceptions")
+        else:
+            judged.append(Result(result.check, EXCEPTED, result.seconds, f"{reason}\n{result.why}"))
+    return judged, faults
