@@ -186,14 +186,14 @@
     const { connections, sessions, requests, traffic, handshakes } = figures;
     put(at("connections"), count(connections.tcp));
     put(at("connections-more"),
-      `of ${count(connections.limit)} at most; ${count(connections.zcp)} ZCP, ${count(connections.http)} HTTP`);
+      `of ${count(connections.limit)}; ${count(connections.zcp)} ZCP, ${count(connections.http)} HTTP`);
     put(at("sessions"), count(sessions.live));
-    put(at("sessions-more"), `${count(sessions.opened)} opened, ${count(sessions.revoked)} revoked since the start`);
+    put(at("sessions-more"), `${count(sessions.opened)} opened, ${count(sessions.revoked)} revoked`);
     put(at("requests"), rate(traffic.requests_per_s));
-    put(at("requests-more"), `${rate(traffic.errors_per_s)} errors a second, ${count(requests.in_flight)} in flight`);
+    put(at("requests-more"), `${rate(traffic.errors_per_s)} errors / s, ${count(requests.in_flight)} in flight`);
     put(at("handshakes"), rate(traffic.handshakes_per_s));
     put(at("handshakes-more"),
-      `${rate(traffic.handshake_failures_per_s)} failures a second, ${count(handshakes.in_progress)} in progress`);
+      `${rate(traffic.handshake_failures_per_s)} failed / s, ${count(handshakes.in_progress)} begun`);
 
     const percentiles = (of) => [of.p50, of.p90, of.p99, of.p999].map(latency);
     rows(at("latency"), [
