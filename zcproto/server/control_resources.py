@@ -130,7 +130,10 @@ class ControlResources:
     # --- sessions ------------------------------------------------------------------------------------
 
     async def _sessions(self, request: HttpRequest) -> Any:
-        users = parse_qs(request.query, keep_blank_values=True, max_num_fields=4)
+        try:
+            users = parse_qs(request.query, keep_blank_values=True, max_num_fields=4)
+        except ValueError:
+            raise InvalidArgument("the query may name one user") from None
         if set(users) - {"user"} or len(users.get("user", ())) > 1:
             raise InvalidArgument("the query may name one user")
         user = users["user"][0] if users else None
