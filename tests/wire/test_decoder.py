@@ -26,16 +26,16 @@ def test_a_frame_comes_out_as_it_was_written() -> None:
     assert decoder.next_frame() is None
 
 
-def test_one_whole_request_is_taken_without_being_fed() -> None:
+def test_one_whole_request_is_judged_without_being_fed() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     data = request(10)
-    taken = decoder.take_one(data)
+    header = decoder.judge_one(data)
     decoder.feed(data)
-    assert taken is not None
-    assert taken == decoder.next_frame()
+    assert header is not None
+    assert (*header, data[HEADER_SIZE:]) == decoder.next_frame()
 
 
-def test_nothing_else_is_taken() -> None:
+def test_nothing_else_is_judged() -> None:
     """What is not just one frame that any server takes is left to be fed, with the answer that has."""
     limit = len(request(10)) - 4
     others = {
@@ -49,11 +49,11 @@ def test_nothing_else_is_taken() -> None:
         "a frame above the limit": request(11),
     }
     for what, data in others.items():
-        assert FrameDecoder(Side.SERVER, limit).take_one(data) is None, what
+        assert FrameDecoder(Side.SERVER, limit).judge_one(data) is None, what
     behind = FrameDecoder(Side.SERVER, limit)
     behind.feed(request(10)[:5])
     assert take_all(behind) == []
-    assert behind.take_one(request(10)) is None
+    assert behind.judge_one(request(10)) is None
 
 
 def test_no_bytes_are_no_frame() -> None:

@@ -14,7 +14,7 @@ for as long as the peer does not read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from zcproto.connection.events import (
@@ -40,6 +40,7 @@ from zcproto.wire.frame import (
     EVENT,
     GOAWAY,
     HEADER,
+    HEADER_SIZE,
     MIN_LENGTH,
     NO_TOKEN,
     PING,
@@ -48,6 +49,7 @@ from zcproto.wire.frame import (
     RESPONSE,
     WELCOME,
     RawFrame,
+    RawHeader,
     Side,
 )
 from zcproto.wire.message import (
@@ -186,10 +188,10 @@ class ServerConnection:
 
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
         """Take in decrypted bytes; hand out what they mean, one event at a time."""
-        frame = self._decoder.take_one(data)
-        if frame is not None:
+        header = self._decoder.judge_one(data)
+        if header is not None:
             # One usual request, about which there is nothing to decide: it is as `_events` would have it, for less.
-            _, _, stream, timestamp, salt, counter, token, body = frame
+            _, _, stream, timestamp, salt, counter, token = header
             settings = self._settings
             tolerance = settings.tolerance_ms
             if (
@@ -204,17 +206,18 @@ class ServerConnection:
                 and self.state is _OPEN
             ):
                 try:
-                    method, params, meta = decode_request(body, settings.max_depth)
+                    method, params, meta = decode_request(data[HEADER_SIZE:], settings.max_depth)
                 except MessageError:
-                    return self._events(data, frame, wall, now)
+                    return self._events(data, header, wall, now)
                 if meta is NO_META or meta.deadline_ms is None or meta.deadline_ms > 0:
                     self._last_counter = counter
                     self._last_frame = now
                     return iter(((stream, token, self._session, method, params, meta),))
-        return self._events(data, frame, wall, now)
+        return self._events(data, header, wall, now)
 
-    def _events(self, data: bytes, frame: RawFrame | None, wall: int, now: float) -> Iterator[ServerEvent]:
-        """What bytes mean that are not just one usual request. `frame`: the one that they are, if it is one."""
+    def _events(self, data: bytes, header: RawHeader | None, wall: int, now: float) -> Iterator[ServerEvent]:
+        """What bytes mean that are not just one usual request. `header`: that of the frame that they are, if it is
+        one."""
         if self.state not in _READING:
             return
         registry = self._registry
@@ -223,9 +226,12 @@ class ServerConnection:
         looks_up = self._settings.looks_up
         own_salt = self._salt
         decoder = self._decoder
-        if frame is None:
+        frames: Iterable[RawFrame]
+        if header is None:
             decoder.feed(data)
-        frames = decoder.frames() if frame is None else (frame,)
+            frames = decoder.frames()
+        else:
+            frames = ((*header, data[HEADER_SIZE:]),)
         try:
             for length, head, stream, timestamp, salt, counter, token, body in frames:
                 if salt != own_salt:

@@ -17,6 +17,7 @@ from zcproto.wire.frame import (
     REQUEST,
     RESPONSE,
     RawFrame,
+    RawHeader,
     Side,
     check_head,
     check_length,
@@ -50,15 +51,18 @@ class FrameDecoder:
         """Bytes held of a frame that is not complete."""
         return len(self._data) - self._at if self._partial is None else len(self._partial)
 
-    def take_one(self, data: bytes) -> RawFrame | None:
-        """The frame that these bytes are, if they are just one of the usual kind and nothing came before it.
+    def judge_one(self, data: bytes) -> RawHeader | None:
+        """The header of the frame that these bytes are, if they are just one of the usual kind and nothing came
+        before it; all behind the header is its body.
 
         None: `feed` them. Most reads are one frame, and this is a third of what `frames` takes for it.
         """
         if self._partial is None and len(data) >= HEADER_SIZE:
-            length, head, stream, timestamp, salt, counter, token = _unpack_header(data)
-            if LENGTH_SIZE + length == len(data) and length <= self.limit and head == self._usual and stream:
-                return length, head, stream, timestamp, salt, counter, token, data[HEADER_SIZE:]
+            header = _unpack_header(data)
+            length = header[0]
+            fits = LENGTH_SIZE + length == len(data) and length <= self.limit
+            if fits and header[1] == self._usual and header[2]:
+                return header
         return None
 
     def feed(self, data: bytes) -> None:

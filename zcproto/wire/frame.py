@@ -36,6 +36,9 @@ NO_TOKEN: Final = bytes(TOKEN_SIZE)
 MAX_STREAM: Final = 2**32 - 1
 MAX_COUNTER: Final = 2**64 - 1
 
+RawHeader = tuple[int, int, int, int, bytes, int, bytes]
+"""A header as decoded: length, head, stream, timestamp, salt, counter, token."""
+
 RawFrame = tuple[int, int, int, int, bytes, int, bytes, bytes]
 """A frame as decoded: length, head, stream, timestamp, salt, counter, token, body."""
 
