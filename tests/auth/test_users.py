@@ -746,3 +746,17 @@ def test_nobody_is_gone_when_the_file_cannot_be_read(path: Path, users: UserFile
     write(path, "")
     reader.reload()
     assert reader.take_gone() == ["alice"]
+
+
+def test_of_a_key_that_somebody_else_has_made_the_digest_is_enough(tmp_path: Path) -> None:
+    users = UserFile(tmp_path / "users.toml")
+    users.add_digest("ada", bytes(range(32)), operator=True)
+    user = users.get("ada")
+    assert user is not None
+    assert (user.digest, user.operator) == (bytes(range(32)), True)
+    users.replace_digest("ada", bytes(32)[:31] + b"x")
+    again = UserFile(tmp_path / "users.toml")
+    again.load()
+    user = again.get("ada")
+    assert user is not None
+    assert user.digest == bytes(31) + b"x"

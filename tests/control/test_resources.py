@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from datetime import UTC, datetime
@@ -20,6 +21,12 @@ from zcproto.sessions.token import token_text
 from ..server.conftest import Serve
 from ..server.helpers import Client, ServerThread, eventually
 from .helpers import Answered, ask
+
+
+def made_key() -> tuple[str, str]:
+    """A key, and the digest that is sent of it."""
+    key = os.urandom(32)
+    return token_text(key), token_text(hashlib.sha256(key).digest())
 
 
 def get(server: ServerThread, path: str) -> Any:
@@ -194,8 +201,9 @@ def test_names_are_any_text(serve: Serve) -> None:
 
 def test_users_come_change_and_go(serve: Serve) -> None:
     server = serve(users_file=True)
-    key = done(server, "users/add", {"name": "ada"})["key"]
-    assert done(server, "users/add", {"name": "robot", "key": False, "operator": True}) == {"key": None}
+    key, digest = made_key()
+    assert done(server, "users/add", {"name": "ada", "key_digest": digest}) == {}
+    assert done(server, "users/add", {"name": "robot", "operator": True}) == {}
     assert get(server, "users") == {
         "users": [
             {"name": "ada", "operator": False, "key": True, "disabled": False},
@@ -205,15 +213,15 @@ def test_users_come_change_and_go(serve: Serve) -> None:
     }
     with server.client() as client:
         client.open_session("ada", key)
-        made = done(server, "users/new-key", {"name": "ada"})
-        assert made["sessions"] == 1
+        key, digest = made_key()
+        assert done(server, "users/new-key", {"name": "ada", "key_digest": digest}) == {"sessions": 1}
         assert ended(client)
-        client.open_session("ada", made["key"])
+        client.open_session("ada", key)
         assert done(server, "users/disable", {"name": "ada"}) == {"sessions": 1}
         assert ended(client)
         assert get(server, "users")["users"][0]["disabled"]
         assert done(server, "users/enable", {"name": "ada"}) == {}
-        client.open_session("ada", made["key"])
+        client.open_session("ada", key)
         assert done(server, "users/remove", {"name": "ada"}) == {"sessions": 1}
         assert ended(client)
     file = UserFile(server.home / "users.toml")
@@ -223,7 +231,7 @@ def test_users_come_change_and_go(serve: Serve) -> None:
 
 def test_what_the_file_of_users_refuses_is_told(serve: Serve) -> None:
     server = serve(users_file=True)
-    assert done(server, "users/add", {"name": "ada"})["key"]
+    done(server, "users/add", {"name": "ada"})
     answer = post(server, "users/add", {"name": "ada"})
     assert answer.status == 422
     assert "is there already" in answer.value["error"]
@@ -232,13 +240,18 @@ def test_what_the_file_of_users_refuses_is_told(serve: Serve) -> None:
     assert answer.value["error"] == 'there is no user "ben"'
     assert post(server, "users/add", {}).value["error"] == "name is missing"
     assert post(server, "users/add", {"name": "a\nb"}).status == 422
+    for digest in ("", "x" * 43 + "=", "x" * 42, "\u00e9" * 43):
+        assert post(server, "users/add", {"name": "eve", "key_digest": digest}).status == 400
+        assert post(server, "users/new-key", {"name": "ada", "key_digest": digest}).status == 400
+    assert post(server, "users/new-key", {"name": "ada"}).value["error"] == "key_digest is missing"
 
 
 def test_a_user_is_known_before_the_watch_has_looked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked for by the socket holds when it is answered."""
     monkeypatch.setattr("zcproto.server.users.LOOK_INTERVAL", 3600.0)
     server = serve(users_file=True)
-    key = done(server, "users/add", {"name": "ada"})["key"]
+    key, digest = made_key()
+    done(server, "users/add", {"name": "ada", "key_digest": digest})
     with server.client() as client:
         client.open_session("ada", key)
         assert done(server, "users/remove", {"name": "ada"}) == {"sessions": 1}

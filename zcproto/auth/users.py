@@ -175,10 +175,14 @@ class UserFile:
         """Add a user who opens sessions by devices and client certificates only."""
         self._add([(name, None)], operator)
 
+    def add_digest(self, name: str, digest: bytes, operator: bool = False) -> None:
+        """Add a user whose key somebody else has made: of it only the digest is known here, 32 bytes."""
+        self._add([(name, digest)], operator)
+
     def add_many(self, names: Sequence[str], operator: bool = False) -> list[tuple[str, SecretText]]:
         """Add users, all or none; each with the key as text, which is shown this once."""
         added = [(name, self._entropy(TOKEN_SIZE)) for name in names]
-        self._add(added, operator)
+        self._add([(name, digest_of(key)) for name, key in added], operator)
         return [(name, SecretText(token_text(key))) for name, key in added]
 
     def _add(self, added: Sequence[tuple[str, bytes | None]], operator: bool) -> None:
@@ -195,7 +199,7 @@ class UserFile:
                 raise self._file.fault(*(f"user {quoted(name)} is there already" for name in taken))
             if text and not text.endswith("\n"):
                 text += "\n"
-            text += "".join(_entry(name, key, operator) for name, key in added)
+            text += "".join(_entry(name, digest, operator) for name, digest in added)
             self._take(text, self._parse(text))
 
     def disable(self, name: str) -> None:
@@ -211,10 +215,13 @@ class UserFile:
     def new_key(self, name: str) -> SecretText:
         """Another key for a user, instead of the one there is; as text, which is shown this once."""
         key = self._entropy(TOKEN_SIZE)
-        digest = digest_of(key)
+        self.replace_digest(name, digest_of(key))
+        return SecretText(token_text(key))
+
+    def replace_digest(self, name: str, digest: bytes) -> None:
+        """As `new_key`, with a key that somebody else has made: of it only the digest is known here."""
         edit = _with(KEY, f'"{token_text(digest)}"')
         self._change(name, lambda user: user._replace(digest=digest), edit)
-        return SecretText(token_text(key))
 
     def _change(
         self, name: str, change: Callable[[User], User | None], edit: Callable[[list[str]], list[str]]
@@ -277,9 +284,9 @@ def _user_faults(name: str, table: Any) -> list[str]:
     return faults
 
 
-def _entry(name: str, key: bytes | None, operator: bool) -> str:
+def _entry(name: str, digest: bytes | None, operator: bool) -> str:
     """One user as TOML."""
-    secret = "" if key is None else f'{KEY} = "{token_text(digest_of(key))}"\n'
+    secret = "" if digest is None else f'{KEY} = "{token_text(digest)}"\n'
     role = "operator = true\n" if operator else ""
     return f"\n[users.{toml_key(name)}]\n{secret}{role}"
 

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
+import click
+
 from zcproto.errors import ConfigError, NotFound, ZcprotoError
 from zcproto.home import Home
 from zcproto.local_socket import address_of
@@ -110,7 +112,7 @@ class Control:
 
 
 def control_of(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
-    """The server that runs with this home folder; None if none does.
+    """The server that runs with this home folder; None if none does. It is let go when the command ends.
 
     Raises ControlError for one that may not be asked, or does not let anybody in.
     """
@@ -129,7 +131,11 @@ def control_of(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
         raise ControlError(
             f"{home.control}: the server cannot be asked: {error.strerror or error}"
         ) from error
-    return Control(home, connected, timeout)
+    found = Control(home, connected, timeout)
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.call_on_close(found.close)
+    return found
 
 
 def _connect(connected: socket.socket, home: Home) -> None:

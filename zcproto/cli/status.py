@@ -44,18 +44,15 @@ def status(home: Home, config_file: Path | None, watch: bool, interval: float, a
     It is asked by its control socket. Exit code 1 if none runs.
     """
     server = needed_control(home, STATUS_S)
-    try:
-        if not watch:
-            found = server.get("/v1/status")
-            click.echo(json.dumps(found, indent=2) if as_json else _plain(found))
-        elif as_json or not sys.stdout.isatty():
-            for found in _looks(server, interval):
-                click.echo(json.dumps(found) if as_json else f"{_plain(found)}\n")
-                sys.stdout.flush()
-        else:
-            _show(server, interval)
-    finally:
-        server.close()
+    if not watch:
+        found = server.get("/v1/status")
+        click.echo(json.dumps(found, indent=2) if as_json else _plain(found))
+    elif as_json or not sys.stdout.isatty():
+        for found in _looks(server, interval):
+            click.echo(json.dumps(found) if as_json else f"{_plain(found)}\n")
+            sys.stdout.flush()
+    else:
+        _show(server, interval)
 
 
 def _looks(server: Control, interval: float) -> Iterator[dict[str, Any]]:

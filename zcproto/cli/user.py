@@ -20,8 +20,10 @@ from zcproto.cli.control import control_of
 from zcproto.cli.kept_sessions import end_sessions_of
 from zcproto.cli.private_file import private_file
 from zcproto.cli.table import table
+from zcproto.clock import system_entropy
 from zcproto.home import Home
 from zcproto.printable import printable
+from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
 
 MAX_COUNT = 1_000_000
 
@@ -90,7 +92,8 @@ def add(
 def _add(home: Home, users: UserFile, name: str, *, operator: bool, with_key: bool) -> str | None:
     control = control_of(home)
     if control is not None:
-        key: str | None = control.post("/v1/users/add", name=name, operator=operator, key=with_key)["key"]
+        key, digest = _made_key() if with_key else (None, None)
+        control.post("/v1/users/add", name=name, operator=operator, key_digest=digest)
         return key
     if with_key:
         return users.add(name, operator=operator).reveal()
@@ -188,8 +191,8 @@ def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> N
     config = read_config(home, config_file)
     control = control_of(home)
     if control is not None:
-        made = control.post("/v1/users/new-key", name=name)
-        key, ended = made["key"], made["sessions"]
+        key, digest = _made_key()
+        ended = control.post("/v1/users/new-key", name=name, key_digest=digest)["sessions"]
     else:
         key = UserFile(home.users).new_key(name).reveal()
     if not as_json:
@@ -198,6 +201,12 @@ def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> N
     if control is None:  # last: it may fail, and the key must have been shown by then
         ended = asyncio.run(end_sessions_of(name, config, home))
     _tell_ended(name, "has a new key", ended, as_json, key=key)
+
+
+def _made_key() -> tuple[str, str]:
+    """A new key as text, and its digest, which is all that a server is sent of it."""
+    key = system_entropy(TOKEN_SIZE)
+    return token_text(key), token_text(digest_of(key))
 
 
 def _tell_ended(name: str, what: str, ended: int | None, as_json: bool, **more: str) -> None:

@@ -7,6 +7,7 @@ the system's user who asked.
 Rules:
 - GET changes nothing, POST changes something. A field that is not known is refused, not ignored.
 - An error is an object with `error`, a sentence, and `faults`, if there are several.
+- No key and no token is in a request or an answer: whoever adds a user makes the key, and sends its digest.
 - What is listed has a bound; `more` says that there is more.
 """
 
@@ -38,7 +39,7 @@ from zcproto.server.control import ControlPeer
 from zcproto.server.keeper import maintainer_settings, unix_ms
 from zcproto.server.operators import LISTED, REASON, REVOKED_AT_ONCE, describe
 from zcproto.server.serving import log
-from zcproto.sessions.token import token_text
+from zcproto.sessions.token import token_from_text, token_text
 
 if TYPE_CHECKING:
     from zcproto.server.devices import Devices
@@ -186,17 +187,18 @@ class ControlResources:
         }
 
     async def _add_user(self, request: HttpRequest) -> Any:
-        given = _fields(request, name=str, operator=bool, key=bool)
+        given = _fields(request, name=str, operator=bool, key_digest=str)
         operator = bool(given.get("operator", False))
+        digest = _digest(given) if "key_digest" in given else None
 
-        def add(file: UserFile, name: str) -> str | None:
-            if given.get("key", True):
-                return file.add(name, operator=operator).reveal()
-            file.add_without_key(name, operator=operator)
-            return None
+        def add(file: UserFile, name: str) -> None:
+            if digest is None:
+                file.add_without_key(name, operator=operator)
+            else:
+                file.add_digest(name, digest, operator=operator)
 
-        key, _ = await self._change_user(request, given, "users.add", add)
-        return {"key": key}
+        await self._change_user(request, given, "users.add", add)
+        return {}
 
     async def _disable_user(self, request: HttpRequest) -> Any:
         given = _fields(request, name=str)
@@ -214,9 +216,14 @@ class ControlResources:
         return {"sessions": sessions}
 
     async def _new_key(self, request: HttpRequest) -> Any:
-        given = _fields(request, name=str)
-        key, sessions = await self._change_user(request, given, "users.new-key", UserFile.new_key)
-        return {"key": key.reveal(), "sessions": sessions}
+        given = _fields(request, name=str, key_digest=str)
+        digest = _digest(given)
+
+        def replace(file: UserFile, name: str) -> None:
+            file.replace_digest(name, digest)
+
+        _, sessions = await self._change_user(request, given, "users.new-key", replace)
+        return {"sessions": sessions}
 
     async def _change_user(
         self,
@@ -397,6 +404,13 @@ def _text(given: Mapping[str, Any], name: str) -> str:
     text = given[name]
     assert isinstance(text, str)
     return text
+
+
+def _digest(given: Mapping[str, Any]) -> bytes:
+    digest = token_from_text(_text(given, "key_digest"))
+    if digest is None:
+        raise InvalidArgument("key_digest: 43 characters of base64url are needed, a SHA-256")
+    return digest
 
 
 def _tell(

@@ -1,0 +1,483 @@
+"""Commands that ask a running server by its control socket, and what they say if none can be asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.alerts import AlertKind
+from zcproto.auth import DeviceFile
+from zcproto.cli import main
+from zcproto.cli import status as status_module
+from zcproto.cli.status import frame
+from zcproto.cli.status_view import duration, lines_of, size, span
+from zcproto.home import Home
+from zcproto.local_socket import address_of
+from zcproto.observe.log import level, set_level
+
+from ..server.conftest import Serve, certs, serve
+from ..server.helpers import TIMEOUT, ServerProcess, ServerThread, eventually
+
+__all__ = ["certs", "serve"]
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def running(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> ServerThread:
+    """A server with users in a file; the command line has its home folder."""
+    server = serve(users_file=True, store__url="sqlite")
+    monkeypatch.setenv("ZCPROTO_HOME", str(server.home))
+    return server
+
+
+def out_of(capsys: Capture, *args: str, code: int = 0) -> str:
+    assert main(list(args)) == code, capsys.readouterr()
+    return capsys.readouterr().out
+
+
+def json_of(capsys: Capture, *args: str) -> Any:
+    return json.loads(out_of(capsys, *args, "--json"))
+
+
+# --- with a server -------------------------------------------------------------------------------------------
+
+
+def test_the_status_is_shown(running: ServerThread, capsys: Capture) -> None:
+    key = out_of(capsys, "user", "add", "ada").strip()
+    with running.client() as client:
+        client.open_session("ada", key)
+        for _ in range(20):
+            client.echo()
+        text = out_of(capsys, "status")
+        assert f"127.0.0.1:{running.port}  serving" in text
+        assert "1 ZCP, 0 HTTPS" in text
+        assert "1 live, 0 to be refreshed" in text
+        assert "server-ecdsa.crt" in text
+        assert "days left" in text
+        assert "p99" in text
+        assert "sqlite: healthy" in text
+        assert "alerts: 0 open" in text
+        found = json_of(capsys, "status")
+        assert found["requests"]["total"] == 21
+    running.in_loop(lambda: running.server.alerts.raise_(AlertKind.STORE_DEGRADED, "the store is out"))
+    text = out_of(capsys, "status")
+    assert "the store is out" in text
+    assert "1 open" in text
+
+
+def test_users_are_changed_by_the_server(running: ServerThread, capsys: Capture) -> None:
+    assert main(["user", "add", "ada"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "ada is a user now. Keep this key; it is shown this once:\n"
+    with running.client() as client:
+        client.open_session("ada", said.out.strip())
+        made = json_of(capsys, "user", "new-key", "ada")
+        assert (made["name"], made["sessions"]) == ("ada", 1)
+        client.event()
+        client.open_session("ada", made["key"])
+        assert main(["user", "disable", "ada"]) == 0
+        assert capsys.readouterr().err == "ada is disabled now; sessions ended: 1.\n"
+        client.event()
+        assert json_of(capsys, "user", "enable", "ada") == {"name": "ada"}
+        client.open_session("ada", made["key"])
+        assert json_of(capsys, "user", "remove", "ada") == {"name": "ada", "sessions": 1}
+    assert json_of(capsys, "user", "add", "robot", "--no-key") == {"name": "robot", "key": None}
+    assert [each["name"] for each in json_of(capsys, "user", "list")] == ["robot"]
+    assert main(["user", "remove", "ben"]) == 1
+    assert capsys.readouterr().err == 'zcproto: NOT_FOUND: there is no user "ben"\n'
+    assert main(["user", "add", "robot"]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_sessions_are_listed_and_ended_by_the_server(running: ServerThread, capsys: Capture) -> None:
+    key = out_of(capsys, "user", "add", "ada").strip()
+    with running.client() as client, running.client() as other:
+        client.open_session("ada", key)
+        other.open_session("ada", key)
+        found = json_of(capsys, "session", "list", "--user", "ada")
+        assert [each["id"] for each in found] == [client.opened["id"], other.opened["id"]]
+        assert json_of(capsys, "session", "list", "--user", "ben") == []
+        assert client.opened["id"] in out_of(capsys, "session", "list")
+        assert json_of(capsys, "session", "revoke", client.opened["id"]) == {"revoked": 1}
+        client.event()
+        assert main(["session", "revoke", client.opened["id"]]) == 1
+        assert "no session has this ID; sessions ended: 0" in capsys.readouterr().err
+        assert json_of(capsys, "session", "revoke", "--user", "ada") == {"revoked": 1}
+        other.event()
+        assert json_of(capsys, "session", "revoke", "--all") == {"revoked": 0}
+
+
+def test_a_device_is_removed_by_the_server(running: ServerThread, capsys: Capture) -> None:
+    out_of(capsys, "user", "add", "ada")
+    DeviceFile(running.home / "devices.toml").add("laptop", "ada", bytes(range(32)), datetime.now(UTC))
+    found = json_of(capsys, "device", "remove", "laptop")
+    assert found == {"name": "laptop", "user": "ada", "sessions": 0}
+    assert main(["device", "remove", "laptop"]) == 1
+    assert json_of(capsys, "device", "list") == []
+
+
+def test_certificates_are_made_by_the_server(running: ServerThread, capsys: Capture) -> None:
+    (running.home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
+    leaf = running.in_loop(lambda: running.server.certificates[0].leaf_sha256)
+    assert main(["cert", "renew"]) == 0
+    said = capsys.readouterr()
+    assert "server-ecdsa.crt" in said.out
+    assert said.err.endswith("The running server uses it now.\n")
+    assert running.in_loop(lambda: running.server.certificates[0].leaf_sha256) != leaf
+    made = json_of(capsys, "cert", "rotate")
+    assert made["next_pins"]["pins"]
+    assert "told" not in made
+    assert len(json_of(capsys, "cert", "rotate", "--cancel")["cancelled"]) == 1
+    pins = running.in_loop(lambda: running.server.pins)
+    (one,) = json_of(capsys, "cert", "rotate", "--now")["certificates"]
+    assert one["new_key"]
+    assert running.in_loop(lambda: running.server.pins) == [one["pin"]] != pins
+
+
+def test_alerts_are_listed_and_tried(running: ServerThread, capsys: Capture, tmp_path: Path) -> None:
+    assert out_of(capsys, "alert", "list") == "no alert is open, and none is over since a day\n"
+    assert main(["alert", "test"]) == 1
+    assert "no webhook and no command" in capsys.readouterr().out
+    running.reload(alerts__command=["/bin/sh", "-c", "cat > /dev/null; echo told"])
+    alerts = running.server.alerts
+
+    def happen() -> None:
+        alerts.raise_(AlertKind.STORE_DEGRADED, "the store is out")
+        alerts.raise_(AlertKind.STORE_GRACE_OVER, "for too long")
+        alerts.resolve(AlertKind.STORE_GRACE_OVER)
+
+    running.in_loop(happen)
+    rows = [line.split() for line in out_of(capsys, "alert", "list").splitlines()]
+    assert [row[2] for row in rows[1:]] == ["open", "over"]
+    assert len(json_of(capsys, "alert", "list")["open"]) == 1
+    (result,) = json_of(capsys, "alert", "test")
+    assert result["arrived"]
+
+
+def test_the_configuration_is_reloaded(running: ServerThread, capsys: Capture) -> None:
+    assert out_of(capsys, "reload") == "nothing has changed\n"
+    running.settings = {
+        **running.settings,
+        "limits__max_streams": 3,
+        "idempotency__keep": "1h",
+        "alerts__webhook": "https://hooks.example/hidden",
+    }
+    assert main(["reload"]) == 0
+    said = capsys.readouterr()
+    rows = {line.split()[0]: line for line in said.out.splitlines()}
+    assert rows["limits.max_streams"].split() == ["limits.max_streams", "128", "3", "new", "connections"]
+    assert rows["idempotency.keep"].endswith("restart needed")
+    assert "(not shown)" in rows["alerts.webhook"]
+    assert "hidden" not in said.out
+    assert said.err == "1 of these are as they were until the server is restarted\n"
+    assert [each["key"] for each in json_of(capsys, "reload")["restart"]] == ["idempotency.keep"]
+    running.settings = {**running.settings, "limits__max_streams": 0, "limits__max_depth": 0}
+    assert main(["reload"]) == 2
+    said = capsys.readouterr()
+    faults = [
+        line for line in said.err.splitlines() if not line.startswith("{")
+    ]  # this process logs there, too
+    assert [fault.split()[0] for fault in faults] == ["limits.max_streams", "limits.max_depth"]
+
+
+def test_the_level_of_the_log_is_shown_and_set(running: ServerThread, capsys: Capture) -> None:
+    before = level()
+    try:
+        assert out_of(capsys, "log", "level") == f"{before}\n"
+        assert json_of(capsys, "log", "level", "error") == {"level": "error", "before": before}
+        assert level() == "error"
+        assert main(["log", "level", "debug"]) == 0
+        assert capsys.readouterr().err.endswith("the log has debug and above now; it had error\n")
+        assert main(["log", "level", "loud"]) == 2
+    finally:
+        set_level(before)
+
+
+def test_a_server_is_drained(running: ServerThread, capsys: Capture) -> None:
+    assert main(["drain", "--timeout", "7"]) == 0
+    assert capsys.readouterr().err == "the server drains 0 connections, for 7 s at most\n"
+    running.join()
+
+
+def test_the_end_of_a_drain_is_waited_for(running: ServerThread, capsys: Capture) -> None:
+    assert json_of(capsys, "drain", "--wait") == {"connections": 0, "timeout": 30.0, "ended": True}
+    running.join()
+    assert main(["status"]) == 1
+
+
+def test_a_process_that_is_drained_ends_well(
+    tmp_path: Path, certs: Path, home: Path, capsys: Capture
+) -> None:
+    with ServerProcess(home, certs) as server:
+        assert main(["drain", "--wait", "--timeout", "5"]) == 0
+        assert server.wait() == 0
+    assert '"server.ended"' in server.log
+
+
+# --- the live view -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def found(running: ServerThread) -> dict[str, Any]:
+    return running.in_loop(running.server.status.figures)
+
+
+def test_a_frame_fits_its_terminal(found: dict[str, Any]) -> None:
+    for width, height in ((100, 40), (40, 10), (20, 2)):
+        text = frame(found, width, height)
+        lines = text.split("\r\n")
+        assert len(lines) <= height
+        for line in lines:
+            bare = line
+            for code in ("\x1b[H", "\x1b[K", "\x1b[J", "\x1b[1m", "\x1b[31m", "\x1b[0m"):
+                bare = bare.replace(code, "")
+            assert len(bare) <= width
+            assert "\x1b" not in bare
+
+
+def test_what_is_wrong_stands_out_and_nothing_moves_a_cursor(found: dict[str, Any]) -> None:
+    found["certificates"][0] |= {"days_left": -1, "seconds_left": -5, "site": ["\x1b[2J.example"]}
+    found["store"] |= {"state": "degraded", "refusing": True, "pending_revocations": 2}
+    found["draining"] = True
+    found["handshakes"]["failed"] = {"not_tls": 3, "truncated": 5}
+    found["requests"]["incidents"] = 1
+    found["traffic"]["waits"] = {"count": 1, "p50": 2.5, "p90": 2.5, "p99": 2.5, "p999": 2.5}
+    alert = {"severity": "error", "title": "bad\r\n\x1b[31mnews", "began_at": found["time"] - 90_000}
+    found["alerts"] = {
+        "open": [alert] * 12,
+        "sinks": [{"name": "webhook", "down": True, "waiting": 7}],
+        "over": [],
+    }
+    lines = lines_of(found)
+    text = "\n".join(line for line, _ in lines)
+    assert "\x1b" not in text
+    assert "EXPIRED" in text
+    assert "degraded, all tokens are refused, 2 revocations wait" in text
+    assert "8 failed: truncated 5, not_tls 3" in text
+    assert "DRAINING" in text
+    assert "and 2 more" in text
+    assert "(for 1m 30s)" in text
+    assert "they do not reach the webhook: 7 wait" in text
+    assert sum(style == "bad" for _, style in lines) >= 15
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "text"),
+    [
+        (duration, 0.000_025, "25 us"),
+        (duration, 0.0123, "12.3 ms"),
+        (duration, 2.5, "2.5 s"),
+        (span, 5, "5s"),
+        (span, 65, "1m 5s"),
+        (span, 3_700, "1h 1m"),
+        (span, 100_000, "1d 3h"),
+        (size, 3 * 1024 * 1024, "3 MiB"),
+    ],
+)
+def test_numbers_are_for_people(function: Callable[[float], str], value: float, text: str) -> None:
+    assert function(value) == text
+
+
+def test_watching_goes_on_until_it_is_ended(
+    running: ServerThread, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+
+    def wait(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status_module.time, "sleep", wait)
+    assert main(["status", "--watch", "--json", "--interval", "0.5"]) == 130
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["pid"] for line in lines] == [os.getpid()] * 3
+    assert looks == [0.5] * 3
+    looks.clear()
+    assert main(["status", "--watch"]) == 130  # no terminal: texts, one after the other
+    assert capsys.readouterr().out.count("zcproto 0.") == 3
+
+
+def test_on_a_terminal_it_is_one_picture_and_the_terminal_is_given_back(running: ServerThread) -> None:
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zcproto", "status", "--watch", "--interval", "0.2"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "ZCPROTO_HOME": str(running.home), "COLUMNS": "80", "LINES": "20"},
+    )
+    os.close(theirs)
+    seen = b""
+    try:
+        while seen.count(b"\x1b[H") < 3:
+            seen += os.read(ours, 65_536)
+        process.send_signal(signal.SIGINT)
+        while b"\x1b[?1049l" not in seen:
+            seen += os.read(ours, 65_536)
+        assert process.wait(TIMEOUT) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert seen.startswith(b"\x1b[?1049h")
+    assert b"serving" in seen
+
+
+# --- without a server, or with a strange one -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", [["status"], ["reload"], ["drain"], ["log", "level"], ["alert", "list"], ["status", "--watch"]]
+)
+def test_without_a_server_it_is_said_that_there_is_none(
+    home: Path, capsys: Capture, command: list[str]
+) -> None:
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        f"zcproto: no server runs with the home folder {home}; start one, or name another by --home\n"
+    )
+
+
+def test_a_socket_of_a_dead_server_is_no_server(home: Path, capsys: Capture) -> None:
+    home.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as dead, address_of(home / "control.sock") as address:
+        dead.bind(address)
+    assert main(["status"]) == 1
+    assert "no server runs" in capsys.readouterr().err
+    assert main(["user", "add", "ada"]) == 0  # the file is worked on
+
+
+@pytest.fixture
+def strange(home: Path) -> Iterator[Callable[[bytes], None]]:
+    """Something else at the socket, that answers each connection with these bytes."""
+    home.mkdir(mode=0o700)
+    listening = socket.socket(socket.AF_UNIX)
+    with address_of(home / "control.sock") as address:
+        listening.bind(address)
+    listening.listen()
+    threads = []
+
+    def answer(data: bytes) -> None:
+        def run() -> None:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(65_536)
+                try:
+                    connection.sendall(data)
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        threads.append(thread)
+
+    yield answer
+    listening.close()
+    for thread in threads:
+        thread.join(TIMEOUT)
+
+
+JSON = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "it ended the connection"),
+        (b"\x00\x01 nonsense\r\n\r\n", "it ended the connection"),
+        (
+            b"HTTP/1.1 404 Not Found\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n",
+            "another version",
+        ),
+        (b"HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n", "not allowed"),
+        (b"HTTP/1.1 500 Oh\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n", "answered 500"),
+        (JSON % (b"200 OK", 1, b"{"), "no JSON"),
+        (JSON % (b"409 Conflict", 15, b'{"error": "x"}\n'), "zcproto: x"),
+        (JSON % (b"409 Conflict", 2, b"[]"), "answered 409"),
+        (JSON % (b"409 Conflict", 26, b'{"error": "a\\u001b[31mb" }\n'[:26]), "a\\x1b[31mb"),
+        (JSON % (b"200 OK", 17_000_000, b" " * 17_000_000), "too much"),
+    ],
+    ids=["nothing", "garbage", "404", "403", "500", "json", "409", "list", "escape", "large"],
+)
+def test_whoever_answers_strangely_is_told_of(
+    strange: Callable[[bytes], None], home: Path, capsys: Capture, data: bytes, said: str
+) -> None:
+    strange(data)
+    assert main(["status"]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert "\x1b" not in err
+    assert err.count("\n") == 1
+
+
+def test_nothing_is_done_to_files_behind_the_back_of_a_server(
+    strange: Callable[[bytes], None], home: Path, capsys: Capture
+) -> None:
+    strange(b"HTTP/1.1 500 Oh\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n")
+    assert main(["user", "add", "ada"]) == 1
+    assert not (home / "users.toml").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may do it")
+def test_a_socket_of_somebody_else_is_told(home: Path, capsys: Capture) -> None:
+    home.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as other, address_of(home / "control.sock") as address:
+        other.bind(address)
+        other.listen()
+        (home / "control.sock").chmod(0)
+        assert main(["status"]) == 1
+    assert "you are not allowed; it belongs to the user with the uid" in capsys.readouterr().err
+
+
+def test_what_root_would_be_told_is_worded(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """As above, for whoever runs the tests as root."""
+
+    def refuse(connected: socket.socket, home: Home) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("zcproto.cli.control._connect", refuse)
+    assert main(["status"]) == 1
+    assert "you are not allowed; run this as the server's user, or as root" in capsys.readouterr().err
+
+
+def test_a_server_with_a_full_backlog_is_waited_for(home: Path, capsys: Capture) -> None:
+    home.mkdir(mode=0o700)
+    listening = socket.socket(socket.AF_UNIX)
+    with address_of(home / "control.sock") as address:
+        listening.bind(address)
+        listening.listen(0)
+        first = socket.socket(socket.AF_UNIX)
+        first.connect(address)
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["status"])))
+    thread.start()
+    try:
+        connection, _ = listening.accept()  # makes room
+        connection.close()
+        connection, _ = listening.accept()
+        connection.close()
+        thread.join(TIMEOUT)
+    finally:
+        first.close()
+        listening.close()
+    eventually(lambda: codes == [1])
