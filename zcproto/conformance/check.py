@@ -31,7 +31,7 @@ class KitError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that is checked. `name` begins with its part; `proves` is a section of spec/zcp1.md and its rule."""
+    """One check. `name` begins with its part; `proves` is a section of spec/zcp1.md and its rule."""
 
     name: str
     proves: str

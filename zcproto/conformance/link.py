@@ -108,7 +108,8 @@ Answer = Callable[["Link", Frame], None]
 class Link:
     """One connection, from the accepted socket on.
 
-    `ahead_ms` is how far the server's clock is ahead of this machine's. `auto` answers requests that clients may make by themselves; a conversation that wants to see one takes it out.
+    `ahead_ms` is how far the server's clock is ahead of this machine's. `auto` answers requests that clients may
+    make by themselves; a conversation that wants to see one takes it out.
     """
 
     def __init__(

@@ -209,7 +209,7 @@ def _converse(pieces: list[bytes], context: Mapping[str, Any]) -> list[Outcome]:
     for piece in pieces:
         for event in connection.receive_data(piece, int(context["now"]), 0.0):
             events.setdefault(len(decoder.given), event)  # one more is the fault of a header after it
-    outcomes = []
+    outcomes: list[Outcome] = []
     after = [*(dropped for _, dropped in decoder.given[1:]), _dropped(connection)]
     for number, (frame, before) in enumerate(decoder.given, 1):
         if after[number - 1] > before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import ssl
 from collections.abc import Awaitable, Callable
@@ -285,7 +286,8 @@ class Stage:
         refresh_token = self.fixtures.entropy(32) if refresh else None
         for secret in (token, refresh_token):
             if secret is not None:
-                self.program.secrets.add(secret.hex())
+                text = base64.urlsafe_b64encode(secret).rstrip(b"=").decode()
+                self.program.secrets |= {secret.hex(), text}
         return Session(f"s-{next(self.fixtures.numbers)}", token, refresh_token, bound)
 
     async def open_session(self, link: Link, *, refresh: bool = True, bound: bool = False) -> Session:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from zcproto.conformance.check import SCRIPTED, Talks, expect
-from zcproto.conformance.link import BEFORE_SESSION, NO_TOKEN, QUIET, Answer, Frame, Link
+from zcproto.conformance.link import BEFORE_SESSION, MAX_FRAME, NO_TOKEN, QUIET, Answer, Frame, Link
 from zcproto.conformance.stage import USER, Joined, Session, Stage
 
 talk: Final = Talks(SCRIPTED)
@@ -42,6 +42,23 @@ async def _(stage: Stage) -> None:
     expect(
         told is not None and told.get("id") == session.id and told.get("user") == USER, f"session is {told}"
     )
+
+
+@talk("secrets", "9.1: no token and no key is ever put out, whatever happens")
+async def _(stage: Stage) -> None:
+    joined = await stage.with_session()
+    for code in (TOKEN_EXPIRED, UNAUTHENTICATED, TOKEN_REVOKED):
+        call = await joined.client.call("echo", {})
+        joined.link.refuse(await joined.link.request("echo"), code)
+        if code == TOKEN_EXPIRED:
+            fresh = await _refreshed(stage, joined)
+            await _after(joined, fresh.token)
+            await call.gives({})
+        else:
+            await call.refused(code)
+    joined.link.send("PING", version=9)  # a fault, of which the client may write to its log
+    await joined.link.ended_by_client("after a frame of version 9")
+    await stage.pause(QUIET)  # whatever was put out is looked through as it comes
 
 
 @talk("no-session", "9.2: without a session a call carries zeros")
@@ -308,10 +325,18 @@ async def _(stage: Stage) -> None:
     joined = await stage.with_session()
     await joined.exchange()
     joined.link.truncate()
-    link = await stage.back(joined.session)
+    link = await stage.welcomed()
+    link.auto.clear()
     blob = b"z" * (4 * BEFORE_SESSION)
     call = await joined.client.call("echo", {"blob": blob})
-    request = await link.request("echo")  # a large one on a connection without a session is a fault by itself
+    small = await link.frame(
+        "a small request"
+    )  # a large one on a connection without a session is a fault by itself
+    expect(small.kind == "REQUEST" and small.token == joined.session.token, f"{small} came, or another token")
+    await link.quiet("before the first request was answered")
+    link.limit = MAX_FRAME
+    link.answer(small, {})
+    request = await link.request("echo")
     expect(request.params == {"blob": blob}, "the params are not as they were given")
     link.answer(request, None)
     await call.gives(None)
