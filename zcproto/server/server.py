@@ -608,6 +608,7 @@ class Server:
             "sessions": len(serving.registry),
             "requests": counters.requests,
             "running": serving.tasks.running,
+            "tasks": len(asyncio.all_tasks()),
             "errors": {str(code): count for code, count in counters.errors.items()},
             "connections_opened": counters.connections_opened,
             "connections_ended": counters.connections_ended,
