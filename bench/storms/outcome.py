@@ -113,6 +113,10 @@ class Storm:
     """Of them, when all were asked once more."""
     tries: int
     wrong: int
+    begun_s: float
+    """How long it took this side until all had begun."""
+    cpu_share: float
+    """Of a processor, that the crowd has used."""
     causes: Mapping[str, int]
     memory_before: int
     memory_after: int
@@ -133,6 +137,8 @@ class Storm:
             Row("served", "clients served", len(served), "", bar(self.clients), exact=True),
             Row("all_served_s", "until all were", last, "s", bar(ALL_SERVED_S)),
             Row("half_served_s", "until half were", served[self.clients // 2] if last else None, "s"),
+            Row("begun_s", "until all had begun to connect", self.begun_s, "s"),
+            Row("crowd_cpu", "processor of the crowd, in use", self.cpu_share * 100, "%"),
             Row("verified", "of them answered once more", self.answered, "", bar(self.clients), exact=True),
             Row("tries", "tries of a client", self.tries / self.clients),
             Row("wrong", "wrong answers", self.wrong, "", 0, exact=True),

@@ -115,6 +115,8 @@ async def _storm(
         answered=checked["answered"],
         tries=told["tries"],
         wrong=told["wrong"],
+        begun_s=told["begun_s"],
+        cpu_share=told["cpu_share"],
         causes=told["causes"],
         memory_before=before,
         memory_after=after,
