@@ -27,6 +27,7 @@ from typing import Any, Final, NamedTuple
 import msgpack
 
 from bench.compare.client import Connection, context_for
+from zcproto.errors import ZcprotoError
 
 CONNECTIONS: Final = 50
 SESSIONS_PER_USER: Final = 5
@@ -69,8 +70,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if len(os.sched_getaffinity(0)) > CLIENT_CPU:
         os.sched_setaffinity(0, {CLIENT_CPU})
-    with tempfile.TemporaryDirectory(prefix="zcproto-compare-") as folder:
-        rows = compare(Path(folder), arguments.rounds, arguments.requests, arguments.connects)
+    try:
+        with tempfile.TemporaryDirectory(prefix="zcproto-compare-") as folder:
+            rows = compare(Path(folder), arguments.rounds, arguments.requests, arguments.connects)
+    except ZcprotoError as error:
+        print(error, file=sys.stderr)
+        return 1
     show(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import msgpack
 
+from zcproto.errors import ConnectionClosed, ZcprotoError
+
 HEADER: Final = struct.Struct("!IBBHIQ8sQ32s")
 WELCOME: Final = 1
 REQUEST: Final = 2
@@ -34,7 +36,7 @@ class Connection:
         self.salt = b""
         kind, _, header, _ = self.receive()
         if kind != WELCOME:
-            raise SystemExit("the server did not begin with WELCOME")
+            raise ZcprotoError("the server did not begin with WELCOME")
         self.salt = header[6]
 
     def open_session(self, user: str, key: str) -> None:
@@ -42,7 +44,7 @@ class Connection:
         self.send([self.frame("session.open", params)])
         kind, _, _, body = self.receive()
         if kind != RESPONSE:
-            raise SystemExit(f"no session for {user}: {msgpack.unpackb(body)}")
+            raise ZcprotoError(f"no session for {user}: {msgpack.unpackb(body)}")
         self.token = msgpack.unpackb(body)["token"]
 
     def frame(self, method: str, params: dict[str, Any]) -> bytes:
@@ -63,7 +65,7 @@ class Connection:
         while len(self._rest) < HEADER.size or len(self._rest) < 4 + HEADER.unpack_from(self._rest)[0]:
             data = self.tls.recv(65_536)
             if not data:
-                raise SystemExit("the server closed the connection")
+                raise ConnectionClosed("the server closed the connection")
             self._rest += data
         header = HEADER.unpack_from(self._rest)
         end = 4 + header[0]
@@ -78,7 +80,7 @@ class Connection:
         for _ in range(depth):
             kind, _, _, body = self.receive()
             if kind != RESPONSE or body != params:
-                raise SystemExit(f"wrong answer: kind {kind}, {body[:80]!r}")
+                raise ZcprotoError(f"wrong answer: kind {kind}, {body[:80]!r}")
 
     def close(self) -> None:
         self.tls.close()

@@ -41,6 +41,9 @@ ANSWER_TIMEOUT: Final = 10.0
 """Seconds after the last request of a phase in which answers still count."""
 
 CLOSE_TIMEOUT: Final = 10.0
+PORTS_OF_AN_ADDRESS: Final = 20_000
+"""Connections to one port that are made from one address; systems commonly have 28,232 ports for them."""
+
 CLOSES_PER_TURN: Final = 64
 POOL_BYTES: Final = 65_536
 POOL_STEP: Final = 31
@@ -200,7 +203,12 @@ class Generator:
         transport = link.tls = self._connector.transport(link, lambda error: self._handshaken(link, error))
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await self._loop.create_connection(lambda: transport, self.share.address, self.share.port)
+                await self._loop.create_connection(
+                    lambda: transport,
+                    self.share.address,
+                    self.share.port,
+                    local_addr=source(self.share.address, link.index),
+                )
         except TimeoutError:
             self._not_made(link, "no TCP connection in time")
         except OSError as error:
@@ -389,3 +397,14 @@ def code_name(code: int) -> str:
         return Code(code).name
     except ValueError:
         return f"CODE_{code}"
+
+
+def source(address: str, index: int) -> tuple[str, int] | None:
+    """From where a connection is made; None is as the system likes.
+
+    A machine has many addresses for itself, each with ports of its own, so there may be more connections to itself
+    than an address has ports.
+    """
+    if index < PORTS_OF_AN_ADDRESS or not address.startswith("127."):
+        return None
+    return f"127.0.0.{1 + index // PORTS_OF_AN_ADDRESS}", 0

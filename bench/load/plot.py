@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +11,7 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from bench.load.latency import Latencies
 from bench.load.record import TICKS_PER_SECOND
@@ -20,6 +21,9 @@ INK: Final = "#1f2933"
 FAINT: Final = "#d9dee4"
 BLUE: Final = "#2563eb"
 GREEN: Final = "#059669"
+FEW_DECADES: Final = 1_000
+"""A scale of fewer has room for more than one number in each decade."""
+
 LINES: Final = {
     "request": ("request, from when it was due", BLUE, "-"),
     "from_send": ("request, from when it was sent", "#7aa5f8", "--"),
@@ -46,7 +50,8 @@ def write_plot(path: Path, result: Result) -> None:
     latencies, connections, rate = figure.subplots(3, 1, height_ratios=(2.4, 1, 1))
     figure.suptitle(_title(result), x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
     figure.get_layout_engine().set(hspace=0.03, h_pad=0.06)  # type: ignore[union-attr, call-arg]
-    _draw_latencies(latencies, result)
+    lines = [(result.record.latencies[name], *style) for name, style in LINES.items()]
+    draw_latencies(latencies, lines, "Latency by percentile, in milliseconds; a dot is the slowest of all")
     _draw_connections(connections, result)
     _draw_rate(rate, result)
     rate.sharex(connections)
@@ -62,7 +67,8 @@ def _title(result: Result) -> str:
     return f"{what}: {result.verdict.value}"
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """The frame, the ticks and the grid of all our plots."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -87,11 +93,15 @@ def curve(latencies: Latencies) -> tuple[list[float], list[float]]:
     return xs, ys
 
 
-def _draw_latencies(axes: Axes, result: Result) -> None:
-    _plain(axes)
+Line = tuple[Latencies, str, str, str]
+"""Durations, then the label, the colour and the style of their line."""
+
+
+def draw_latencies(axes: Axes, lines: Iterable[Line], text: str, columns: int = 4) -> None:
+    """Latency by percentile, both on scales on which the longest ones can be seen."""
+    plain(axes)
     longest = 1.0
-    for name, (label, color, style) in LINES.items():
-        latencies = result.record.latencies[name]
+    for latencies, label, color, style in lines:
         if not latencies.counts:
             continue
         xs, ys = curve(latencies)
@@ -104,17 +114,20 @@ def _draw_latencies(axes: Axes, result: Result) -> None:
     axes.minorticks_off()
     ticks = [part for part in NINES if 1 / (1 - part) <= longest * 1.2]
     axes.set_xticks([1 / (1 - part) for part in ticks], [NINES[part] for part in ticks])
+    low, high = axes.get_ylim()
+    if high / low < FEW_DECADES:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _head(axes, "Latency by percentile, in milliseconds; a dot is the slowest of all", pad=24)
+    head(axes, text, pad=6 + 18 * -(-len(axes.lines) // 2 // columns))
     if axes.lines:
         axes.legend(
-            frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(-0.01, 0.99), labelcolor=INK,
-            handlelength=1.6, columnspacing=1.6,
+            frameon=False, fontsize=9, ncols=columns, loc="lower left", bbox_to_anchor=(-0.01, 0.99),
+            labelcolor=INK, handlelength=1.6, columnspacing=1.6,
         )  # fmt: skip
 
 
 def _draw_connections(axes: Axes, result: Result) -> None:
-    _plain(axes)
+    plain(axes)
     series = result.record.connected_over_time
     ticks = _ticks(result)
     opened = [0, *accumulate(series.get(tick, 0) for tick in range(ticks))]
@@ -122,12 +135,12 @@ def _draw_connections(axes: Axes, result: Result) -> None:
     axes.fill_between(at, opened, color=GREEN, alpha=0.14, linewidth=0)
     axes.plot(at, opened, color=GREEN, linewidth=1.8)
     _over_time(axes, max(opened), at[-1])
-    _head(axes, "Connections with a session")
+    head(axes, "Connections with a session")
     _name_phases(axes, result)
 
 
 def _draw_rate(axes: Axes, result: Result) -> None:
-    _plain(axes)
+    plain(axes)
     series = result.record.answered_over_time
     ticks = _ticks(result)
     rates = [series.get(tick, 0) * TICKS_PER_SECOND for tick in range(ticks)]
@@ -135,7 +148,7 @@ def _draw_rate(axes: Axes, result: Result) -> None:
     axes.stairs(rates, at, color=BLUE, linewidth=1.8, fill=True, alpha=0.14)
     axes.stairs(rates, at, color=BLUE, linewidth=1.8)
     _over_time(axes, max(rates), at[-1])
-    _head(axes, "Answers per second")
+    head(axes, "Answers per second")
     _name_phases(axes, result)
 
 
@@ -150,7 +163,8 @@ def _over_time(axes: Axes, highest: float, seconds: float) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _head(axes: Axes, text: str, pad: float = 6) -> None:
+def head(axes: Axes, text: str, pad: float = 6) -> None:
+    """What a plot shows."""
     axes.set_title(text, loc="left", fontsize=10.5, color=INK, pad=pad)
 
 

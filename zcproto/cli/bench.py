@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -12,8 +13,47 @@ from zcproto.home import Home
 OUTPUT = click.Path(path_type=Path, dir_okay=False)
 
 
+def mode_options(command: Callable[..., int]) -> Callable[..., int]:
+    """The options of what is measured on servers of its own."""
+    for option in reversed(
+        (
+            click.option(
+                "--requirements",
+                is_flag=True,
+                help="Measure or check every requirement: a table, 1 if one fails.",
+            ),
+            click.option(
+                "--curves", is_flag=True, help="How cost grows by connections, payload, depth and sessions."
+            ),
+            click.option(
+                "--quick", is_flag=True, help="With these two: small numbers, to see whether all of it works."
+            ),
+            click.option(
+                "--step",
+                "steps",
+                multiple=True,
+                metavar="NAME",
+                help="With one of these two: this step or curve alone; may be given again.",
+            ),
+            click.option(
+                "--html", "html_file", type=OUTPUT, metavar="FILE", help="With these two: a page with plots."
+            ),
+            click.option(
+                "--markdown",
+                "markdown_file",
+                type=OUTPUT,
+                metavar="FILE",
+                help="With these two: as Markdown.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @click.command()
-@click.argument("address", metavar="HOST:PORT")
+@click.argument("address", metavar="[HOST:PORT]", required=False)
+@mode_options
 @click.option(
     "--connections",
     type=click.IntRange(1, 1_000_000),
@@ -80,7 +120,6 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
     "--keys",
     type=OUTPUT,
     metavar="FILE",
-    required=True,
     help="Users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
 )
 @click.option(
@@ -107,7 +146,13 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
 @click.option("--plot", type=OUTPUT, metavar="FILE.png", help="Draw latencies, connections and rates.")
 @home_options
 def bench(
-    address: str,
+    address: str | None,
+    requirements: bool,
+    curves: bool,
+    quick: bool,
+    steps: tuple[str, ...],
+    html_file: Path | None,
+    markdown_file: Path | None,
     connections: int,
     sessions: int | None,
     rate: float,
@@ -116,7 +161,7 @@ def bench(
     pipeline: int,
     arrival_rate: float,
     processes: int,
-    keys: Path,
+    keys: Path | None,
     operator_key_file: Path | None,
     ca: Path | None,
     seed: int,
@@ -131,7 +176,22 @@ def bench(
     Every answer is compared with what was sent, and the server's own count with ours. Exit code 1 if anything
     was lost, unequal or unverified. Latencies count from when a request was due, so a slow server cannot hide
     behind requests that were not made. Its method `echo` is called, which `zcproto serve` has by itself.
+
+    With --requirements or --curves, and no HOST:PORT, servers of its own are measured, in a temporary folder.
     """
+    if requirements or curves:
+        from bench.requirements.command import Files, measure  # noqa: PLC0415
+
+        if address is not None:
+            raise click.UsageError(
+                "--requirements and --curves start servers of their own: give no HOST:PORT"
+            )
+        files = Files(json_file, html_file, markdown_file)
+        return measure(requirements=requirements, curves=curves, quick=quick, only=steps, files=files)
+    if address is None:
+        raise click.UsageError("Missing argument 'HOST:PORT'; or give --requirements or --curves.")
+    if keys is None:
+        raise click.UsageError("Missing option '--keys'.")
     from bench.load.command import EXIT_CODES, Outputs, run_and_report  # noqa: PLC0415
     from bench.load.plan import Plan, read_credentials  # noqa: PLC0415
     from bench.load.progress import new_console  # noqa: PLC0415

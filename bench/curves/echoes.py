@@ -1,0 +1,85 @@
+"""What a request costs a server: CPU time by the kernel's account, and how long its client waits."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgpack
+
+from bench.compare.__main__ import cpu_seconds
+from bench.compare.client import Connection
+from bench.load.plan import SESSIONS_PER_USER, Credential
+from bench.requirements.homes import Served
+
+ROUNDS: Final = 3
+"""Measurements of one point; the figure is the median of them."""
+
+WARM_UP: Final = 10
+"""One of so many requests goes before, and is not counted."""
+
+WAITING: Final = 4
+"""One of so many is timed at its client as well."""
+
+
+class Cost(NamedTuple):
+    """Of one request, in microseconds."""
+
+    cpu_us: float
+    """CPU of the server's process, with requests waiting on all connections: it does not sleep in between."""
+    wait_us: float
+    """From a write to the last answer to it, by the requests in it, with one connection at a time: the median."""
+    requests: int
+
+
+def sessions_on(served: Served, users: Sequence[Credential], count: int) -> list[Connection]:
+    """So many connections, each with a session of its own."""
+    context, connections = served.context(), []
+    for number in range(count):
+        who = users[number // SESSIONS_PER_USER]
+        connection = Connection(served.port, context)
+        connection.open_session(who.user, who.key)
+        connections.append(connection)
+    return connections
+
+
+def echo_cost(pid: int, connections: Sequence[Connection], payload: int, depth: int, requests: int) -> Cost:
+    """So many requests of this size, `depth` in each write. Every answer is compared with what was sent."""
+    params: dict[str, Any] = {"data": os.urandom(payload)}
+    answer = msgpack.packb(params)
+    turns = max(1, requests // (len(connections) * depth))
+    _all_at_once(connections, params, answer, depth, max(1, turns // WARM_UP))
+    costs = []
+    for _ in range(ROUNDS):
+        before = cpu_seconds(pid)
+        _all_at_once(connections, params, answer, depth, turns)
+        costs.append((cpu_seconds(pid) - before) / (turns * len(connections) * depth) * 1e6)
+    waits = _one_by_one(connections, params, answer, depth, max(1, turns // WAITING))
+    return Cost(statistics.median(costs), statistics.median(waits), ROUNDS * turns * len(connections) * depth)
+
+
+def _all_at_once(
+    connections: Sequence[Connection], params: dict[str, Any], answer: bytes, depth: int, turns: int
+) -> None:
+    for _ in range(turns):
+        for connection in connections:
+            connection.echo("echo", params, depth)
+        for connection in connections:
+            connection.check_echoes(answer, depth)
+
+
+def _one_by_one(
+    connections: Sequence[Connection], params: dict[str, Any], answer: bytes, depth: int, turns: int
+) -> list[float]:
+    """Microseconds for each write, by the requests in it."""
+    waits = []
+    for _ in range(turns):
+        for connection in connections:
+            begin = time.perf_counter()
+            connection.echo("echo", params, depth)
+            connection.check_echoes(answer, depth)
+            waits.append((time.perf_counter() - begin) / depth * 1e6)
+    return waits

@@ -1,0 +1,60 @@
+"""What a check costs and what memory there is, by live sessions: one point in a process of its own.
+
+    python -m bench.curves.tokens SESSIONS CHECKS
+
+Memory is measured from a fresh process on, as an allocator that was used before says nothing. One JSON object is
+printed: `check_us` is the median, `p99_us` what 99 of 100 take at most, `bytes` the resident memory above the empty
+registry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from typing import Final, NamedTuple
+
+from bench.micro.token_check import fill, quantile, resident_bytes, time_checks
+from bench.processes import module_command, module_environment
+from zcproto.clock import system_clock, system_entropy
+from zcproto.errors import ZcprotoError
+from zcproto.sessions import TOKEN_SIZE, SessionRegistry, SessionSettings
+
+TIMEOUT: Final = 600.0
+
+
+class Point(NamedTuple):
+    """A registry with so many live sessions."""
+
+    check_us: float
+    p99_us: float
+    bytes: int
+
+
+def measure(sessions: int, checks: int) -> Point:
+    kept = bytearray(os.urandom(sessions * TOKEN_SIZE))  # resident before the count begins
+    wall = system_clock.wall()
+    registry = SessionRegistry(SessionSettings(), system_entropy)
+    before = resident_bytes()
+    fill(registry, sessions, wall, kept)
+    used = resident_bytes() - before
+    passes = time_checks(registry, kept, sessions, checks, wall)
+    medians = sorted(map(statistics.median_low, zip(*passes, strict=True)))
+    return Point(quantile(medians, 0.5), quantile(medians, 0.99), used)
+
+
+def in_a_process(sessions: int, checks: int) -> Point:
+    """The same in a new process. Raises ZcprotoError if that fails."""
+    done = subprocess.run(
+        module_command("bench.curves.tokens", str(sessions), str(checks)),
+        capture_output=True, text=True, timeout=TIMEOUT, env=module_environment(), check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise ZcprotoError(f"bench.curves.tokens {sessions}: {done.stderr[-200:]}")
+    return Point(**json.loads(done.stdout))
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]))._asdict()))

@@ -1,0 +1,134 @@
+"""A load of many connections, while the server's figures are read again and again: what grows with it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final, NamedTuple, Self
+
+from bench.load.plan import Plan, check_plan
+from bench.load.result import Moment, Result
+from bench.load.run import Stop, View, run
+from bench.load.stats import Operator
+from zcproto.errors import ZcprotoError
+from zcproto.event_loop import new_event_loop
+
+PERIOD: Final = 0.5
+WATCHED: Final = {"connect": Moment.CONNECTED, "load": Moment.LOADED}
+"""The phases in which figures are read, and the reading that ends each."""
+
+
+class Sample(NamedTuple):
+    """The server's figures at one moment."""
+
+    phase: str
+    at: float
+    """Monotonic seconds."""
+    connections: int
+    sessions: int
+    rss_bytes: int
+    longest_s: float
+    """The longest pause of its loop since the sample before."""
+    longest_own_s: float
+    """The same, less what other programs had."""
+    pauses: tuple[int, ...]
+    """Since its start, by length: bounds in zcproto.server.pauses.BOUNDS_MS, then all that is longer."""
+
+    @classmethod
+    def of(cls, phase: str, stats: Mapping[str, Any]) -> Self:
+        return cls(
+            phase,
+            time.monotonic(),
+            int(stats["connections"]),
+            int(stats["sessions"]),
+            int(stats["rss_bytes"]),
+            float(stats["longest_pause_s"]),
+            float(stats["longest_own_pause_s"]),
+            tuple(map(int, stats["pauses"])),
+        )
+
+
+class Pauses(NamedTuple):
+    """How often a loop stood still in a time."""
+
+    seconds: float
+    counts: tuple[int, ...]
+    """By length, as in `Sample.pauses`."""
+
+
+class Watched(NamedTuple):
+    """A run, and what was read meanwhile."""
+
+    result: Result
+    samples: list[Sample]
+
+    def longest_ms(self, phase: str, *, own: bool = False) -> float | None:
+        """The longest pause of a phase; None if nothing was read in it."""
+        pauses = [
+            (each.longest_own_s if own else each.longest_s) * 1000
+            for each in self.samples
+            if each.phase == phase
+        ]
+        if not own and (last := self.result.longest_pause_ms(WATCHED[phase])) is not None:
+            pauses.append(last)
+        return max(pauses, default=None)
+
+    def pauses(self, phase: str) -> Pauses | None:
+        """The pauses of a phase; None if too little was read in it."""
+        samples = [each for each in self.samples if each.phase == phase]
+        if len(samples) < 2:
+            return None
+        first, last = samples[0], samples[-1]
+        counts = tuple(after - before for before, after in zip(first.pauses, last.pauses, strict=True))
+        return Pauses(last.at - first.at, counts)
+
+
+class _WatchingView:
+    """Passes on what a view is shown, and reads while the phases that count go on."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._operator: Operator | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.samples: list[Sample] = []
+
+    def lend(self, operator: Operator) -> None:
+        self._operator = operator
+
+    def phase(self, name: str, label: str, total: int) -> None:
+        self.stop()
+        if name in WATCHED:
+            self._task = asyncio.get_running_loop().create_task(self._read(name))
+        self._view.phase(name, label, total)
+
+    def update(self, counts: dict[str, int]) -> None:
+        self._view.update(counts)
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def _read(self, phase: str) -> None:
+        assert self._operator is not None
+        with suppress(ZcprotoError):  # the server is gone, which the load's record tells, too
+            while True:
+                self.samples.append(Sample.of(phase, await self._operator.call("server.stats", {})))
+                await asyncio.sleep(PERIOD)
+
+
+def watched_run(plan: Plan, view: View) -> Watched:
+    """Carry out a plan. Raises as `run`, and ConfigError for a plan that cannot be carried out."""
+    check_plan(plan)
+    watching = _WatchingView(view)
+
+    async def carry_out() -> Result:
+        try:
+            return await run(plan, watching, Stop(), lend=watching.lend)
+        finally:
+            watching.stop()
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return Watched(runner.run(carry_out()), watching.samples)

@@ -1,0 +1,225 @@
+"""The plots of a run, each a figure of its own."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Final
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from bench.curves.fit import line
+from bench.curves.watch import Pauses
+from bench.load.plot import BLUE, GREEN, INK, LINES, draw_latencies, head, plain
+from bench.requirements.run import Drawn
+from zcproto.server.pauses import BOUNDS_MS
+
+ORANGE: Final = "#d97706"
+GREY: Final = "#9aa5b1"
+FAINT_INK: Final = "#52606d"
+COLORS: Final = (BLUE, ORANGE, GREEN, GREY)
+SIZE: Final = (9.0, 3.9)
+MIB: Final = 1024 * 1024
+MINUTE: Final = 60.0
+
+Plots = dict[str, Figure]
+"""By what they show."""
+
+
+def plots(drawn: Drawn) -> Plots:
+    """Those for which something was measured."""
+    made: Plots = {}
+    if drawn.many is not None and drawn.many.result.record.latencies["request"].counts:
+        made["Latency by percentile"] = _figure(lambda axes: _latency(axes, drawn), 4.4)
+    if drawn.handshakes:
+        made["Handshakes by key type"] = _handshakes(drawn)
+    if drawn.many is not None and len(_memory_points(drawn)[0]) > 2:
+        made["Memory by connections"] = _figure(lambda axes: _memory(axes, drawn))
+    if drawn.payloads:
+        made["CPU per request by payload"] = _figure(lambda axes: _payloads(axes, drawn))
+    spans = pause_spans(drawn)
+    if spans:
+        made["Pauses of the server's loop"] = _figure(lambda axes: _pauses(axes, spans))
+    return made
+
+
+def svg(figure: Figure) -> str:
+    """As a part of a page of HTML."""
+    text = io.StringIO()
+    with rc_context({"svg.hashsalt": "zcproto", "svg.fonttype": "path"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def new_figure(height: float = SIZE[1]) -> Figure:
+    figure = Figure(figsize=(SIZE[0], height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure(draw: Callable[[Axes], None], height: float = SIZE[1]) -> Figure:
+    figure = new_figure(height)
+    draw(figure.subplots())
+    return figure
+
+
+def label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=INK, fontsize=9.5)
+    axes.set_ylabel(y, color=INK, fontsize=9.5)
+
+
+def _latency(axes: Axes, drawn: Drawn) -> None:
+    assert drawn.many is not None
+    plan, record = drawn.many.result.plan, drawn.many.result.record
+    lines = [(record.latencies[name], *style) for name, style in LINES.items()]
+    text = (
+        f"{plan.connections:,} connections, {plan.rate:,.0f} requests a second; a dot is the slowest of all"
+    )
+    draw_latencies(axes, lines, text)
+    label(axes, "share of all that took at most so long", "milliseconds")
+
+
+def _handshakes(drawn: Drawn) -> Figure:
+    figure = new_figure()
+    latency, cpu = figure.subplots(1, 2, width_ratios=(2.2, 1))
+    lines = [
+        (each.latencies, f"{name}, {each.latencies.total:,} handshakes", COLORS[number], "-")
+        for number, (name, each) in enumerate(drawn.handshakes.items())
+    ]
+    draw_latencies(latency, lines, "From TCP connect to the end of the handshake, at rest", columns=2)
+    label(latency, "share of all that took at most so long", "milliseconds")
+    plain(cpu)
+    names = list(drawn.handshakes)
+    values = [drawn.handshakes[name].cpu_ms for name in names]
+    bars = cpu.bar(names, values, color=COLORS[: len(names)], width=0.5)
+    cpu.bar_label(bars, [f"{value:.2f} ms" for value in values], fontsize=9, color=INK, padding=3)
+    cpu.set_ylim(0, max(values) * 1.2)
+    cpu.grid(False, axis="x")
+    head(cpu, "Server CPU for one")
+    return figure
+
+
+def _memory_points(drawn: Drawn) -> tuple[list[float], list[float]]:
+    """Connections, and MiB above the first reading."""
+    assert drawn.many is not None
+    samples = [each for each in drawn.many.samples if each.phase == "connect"]
+    if not samples:
+        return [], []
+    first = samples[0]
+    xs = [float(each.connections - first.connections) for each in samples[1:]]
+    return xs, [(each.rss_bytes - first.rss_bytes) / MIB for each in samples[1:]]
+
+
+def _memory(axes: Axes, drawn: Drawn) -> None:
+    plain(axes)
+    xs, ys = _memory_points(drawn)
+    axes.plot(xs, ys, "o", color=BLUE, markersize=4, label="read while they arrived")
+    fit = line(xs, ys) if min(ys) > 0 else None
+    if fit is not None:
+        ends = [0.0, max(xs)]
+        text = f"{fit.slope * 1024:.1f} KiB a connection, R² {fit.r2:.3f}"
+        axes.plot(ends, [fit.at(x) for x in ends], "-", color=ORANGE, linewidth=1.4, label=text)
+    axes.set_xlim(0, max(xs) * 1.03)
+    axes.set_ylim(0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.legend(frameon=False, fontsize=9, loc="upper left", labelcolor=INK)
+    head(axes, "Resident memory of the server above its start, each connection with a session")
+    label(axes, "connections", "MiB")
+
+
+def _payloads(axes: Axes, drawn: Drawn) -> None:
+    plain(axes)
+    xs = list(drawn.payloads)
+    for color, name, ys in (
+        (BLUE, "server CPU", [each.cpu_us for each in drawn.payloads.values()]),
+        (GREY, "its client waits", [each.wait_us for each in drawn.payloads.values()]),
+    ):
+        axes.plot(xs, ys, "o-", color=color, linewidth=1.8, markersize=4, label=name)
+    for x, cost in drawn.payloads.items():
+        axes.annotate(
+            micros(cost.cpu_us),
+            (x, cost.cpu_us),
+            (7, -9),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=BLUE,
+        )
+    axes.margins(x=0.08, y=0.14)
+    by_bytes(axes, xs)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: micros(value)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False, fontsize=9, loc="upper left", labelcolor=INK)
+    head(
+        axes,
+        "One request and its answer of the same size: CPU of a busy server, and the wait at one that is not",
+    )
+    label(axes, "payload", "")
+
+
+def by_bytes(axes: Axes, sizes: list[int]) -> None:
+    """A scale of sizes, with these as its ticks."""
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(sizes, [in_bytes(size) for size in sizes])
+
+
+def in_bytes(size: float) -> str:
+    for unit, factor in (("MiB", MIB), ("KiB", 1024)):
+        if size >= factor:
+            return f"{size / factor:g} {unit}"
+    return f"{size:g} B"
+
+
+def micros(value: float) -> str:
+    if value >= 1000:
+        return f"{value / 1000:.3g} ms"
+    return f"{value:.3g} us"
+
+
+def pause_spans(drawn: Drawn) -> dict[str, Pauses]:
+    """Pauses of the times that were watched, by what went on."""
+    spans: dict[str, Pauses] = {}
+    if drawn.many is not None:
+        for phase, name in (("connect", "connections arrive"), ("load", "under load")):
+            pauses = drawn.many.pauses(phase)
+            if pauses is not None:
+                spans[name] = pauses
+    if drawn.rotation is not None:
+        for span, name in (
+            (drawn.rotation.at_rest, "before rotations"),
+            (drawn.rotation.rotating, "while rotating"),
+        ):
+            if span is not None:
+                pairs = zip(span.before.counts, span.after.counts, strict=True)
+                spans[name] = Pauses(span.seconds, tuple(after - before for before, after in pairs))
+    return {name: each for name, each in spans.items() if each.seconds > 0}
+
+
+def _pauses(axes: Axes, spans: dict[str, Pauses]) -> None:
+    plain(axes)
+    longest = 100
+    for color, (name, pauses) in zip((BLUE, "#7aa5f8", GREY, ORANGE), spans.items(), strict=False):
+        longer = [sum(pauses.counts[at + 1 :]) / pauses.seconds * MINUTE for at in range(len(BOUNDS_MS))]
+        shown = [(bound, count) for bound, count in zip(BOUNDS_MS, longer, strict=True) if count > 0]
+        if shown:
+            xs, ys = zip(*shown, strict=True)
+            longest = max(longest, *xs)
+            axes.plot(xs, ys, "o-", color=color, linewidth=1.8, markersize=4, label=name)
+        else:
+            axes.plot([], [], "o-", color=color, label=f"{name}: none")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = [bound for bound in BOUNDS_MS if bound <= longest]
+    axes.set_xlim(0.9, ticks[-1] * 1.1)
+    axes.set_xticks(ticks, [f"{bound} ms" for bound in ticks])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.axvline(10, color=FAINT_INK, linewidth=0.8, linestyle=":")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
+    head(axes, "How often the loop stood still for longer, whoever had the processor meanwhile")
+    label(axes, "longer than", "a minute")
