@@ -23,6 +23,10 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .9rem .4rem 0;
   border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; border-bottom-color: var(--faint); }
+table.rows { table-layout: fixed; min-width: 60rem; }
+.rows th:nth-child(1), .rows th:nth-child(2) { width: 15%; }
+.rows th:nth-child(3) { width: 29%; } .rows th:nth-child(4) { width: 6.5%; } .rows th:nth-child(5) { width: 11%; }
+table.numbers { width: auto; }
 td.verdict { font-weight: 600; white-space: nowrap; }
 td.how { color: var(--faint); font-size: .85rem; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -61,11 +65,11 @@ def cell(text: str, kind: str = "") -> str:
     return _tag("td", text, kind)
 
 
-def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
-    """Columns with their classes; rows of cells as `cell` makes them."""
+def table(kind: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
+    """A table of the class `kind`: columns with their classes; rows of cells as `cell` makes them."""
     head = "".join(_tag("th", name, kind) for name, kind in columns)
     body = "\n".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
-    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+    return f'<div class="wide"><table class="{kind}">\n<tr>{head}</tr>\n{body}\n</table></div>'
 
 
 def picture(caption: str, svg: str) -> str:

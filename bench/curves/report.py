@@ -55,7 +55,9 @@ def html(grown: Grown) -> list[str]:
         parts.append(page.picture("", svg(draw(curve))))
         columns = [(name, "number") for name in _columns(curve)]
         parts.append(
-            page.table(columns, ([page.cell(cell, "number") for cell in row] for row in _rows(curve)))
+            page.table(
+                "numbers", columns, ([page.cell(cell, "number") for cell in row] for row in _rows(curve))
+            )
         )
         parts += [page.paragraph(note, "meta") for note in (*curve.notes, curve.how)]
     parts += [

@@ -57,7 +57,6 @@ def run_curves(sizes: Sizes, console: Console, only: Sequence[str] = ()) -> Grow
         unknown = sorted(set(only) - set(steps))
         if unknown:
             raise ConfigError([f"no such curve: {', '.join(unknown)}; there are {', '.join(steps)}"])
-        workshop.make_certificates()
         for key, step in steps.items():
             if only and key not in only:
                 continue

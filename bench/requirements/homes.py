@@ -102,20 +102,23 @@ class House:
 class Workshop:
     """Makes houses. As RSA keys take seconds, all their certificates are copies of the same."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificates: Path | None = None) -> None:
+        """`certificates` is a folder of those of the default configuration; without it they are made when needed."""
         self.folder = folder
-        self._certificates = folder / "certs"
+        self._certificates = certificates
 
-    def make_certificates(self) -> None:
-        """Those of the default configuration."""
-        make_own(self._certificates, datetime.now(UTC))
+    def _own_certificates(self) -> Path:
+        if self._certificates is None:
+            self._certificates = self.folder / "certs"
+            make_own(self._certificates, datetime.now(UTC))
+        return self._certificates
 
     def house(self, name: str, config: str = "", *, sessions: int = 10, certificates: bool = True) -> House:
         """A home with a configuration, users for so many sessions, and an operator. The log is in server.log."""
         home = Home(self.folder / name)
         home.path.mkdir(mode=0o700)
         if certificates:
-            shutil.copytree(self._certificates, home.certs)
+            shutil.copytree(self._own_certificates(), home.certs)
         users = UserFile(home.users)
         operator = Credential("operator", users.add("operator", operator=True))
         names = [f"user-{number}" for number in range(1, -(-sessions // SESSIONS_PER_USER) + 1)]

@@ -27,7 +27,7 @@ def parts(run: Run) -> list[str]:
     for section in SECTIONS:
         rows = [row for row in run.rows if row.requirement.section == section]
         if rows:
-            parts += [page.heading(section), page.table(COLUMNS, map(_cells, rows))]
+            parts += [page.heading(section), page.table("rows", COLUMNS, map(_cells, rows))]
     drawn = plots(run.drawn)
     if drawn:
         parts.append(page.heading("Plots"))

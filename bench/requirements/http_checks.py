@@ -12,6 +12,7 @@ from bench.load.caller import Place
 from bench.requirements.finding import Facts, Finding
 from bench.requirements.homes import House, Response, Served, get, https
 from bench.requirements.session_checks import code_of, opened
+from zcproto.errors import ZcprotoError
 
 MAX_AGE: Final = 31_536_000
 HSTS: Final = "strict-transport-security"
@@ -41,7 +42,11 @@ def hsts(served: Served) -> Finding:
     """Strict-Transport-Security, exactly once, in every response (RFC 6797 section 7.1)."""
     facts, statuses = Facts(), set()
     for what, request in REQUESTS.items():
-        response = https(served, request)
+        try:
+            response = https(served, request)
+        except (ZcprotoError, OSError) as error:
+            facts.note(f"{what}: there is a response", False, error)
+            continue
         statuses.add(response.status)
         values = response.all(HSTS)
         right = len(values) == 1 and max_age(values[0]) == MAX_AGE

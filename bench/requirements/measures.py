@@ -14,6 +14,7 @@ from bench.compare.__main__ import CLIENT_CPU, SERVER_CPU, cpu_seconds
 from bench.curves.echoes import Cost, echo_cost, sessions_on
 from bench.curves.watch import Watched, watched_run
 from bench.demo.run import SERVER_SPARE, SPARE_CONNECTIONS
+from bench.load.figures import generator_saturated
 from bench.load.hdr import percentiles_ms
 from bench.load.latency import Latencies
 from bench.load.plan import Plan, require_open_files
@@ -24,6 +25,7 @@ from bench.processes import module_command, module_environment, on_processor
 from bench.requirements.finding import Finding
 from bench.requirements.homes import HOST, NAME, TIMEOUT, House, Workshop
 from bench.requirements.sizes import FULL, Sizes
+from bench.rotation import outcome as outcomes
 from bench.rotation.outcome import Outcome
 from bench.rotation.plan import RotationPlan
 from bench.rotation.run import run_in
@@ -144,8 +146,9 @@ def arriving_row(watched: Watched, sizes: Sizes) -> Finding | None:
     if not found:
         return None
     arrived = watched.result.connected
+    late = "; the generator was late itself: a busy machine" if generator_saturated(watched.result) else ""
     return Finding(
-        f"p99 {found['p99']:.1f} ms of {arrived:,} at {sizes.arrival_rate:,.0f} a second",
+        f"p99 {found['p99']:.1f} ms of {arrived:,} at {sizes.arrival_rate:,.0f} a second{late}",
         found["p99"] < MAX_HANDSHAKE_MS,
         small=arrived < FULL.connections,
         values={f"{name}_ms": value for name, value in found.items()},
@@ -276,7 +279,7 @@ def rotation_row(outcome: Outcome, sizes: Sizes) -> Finding:
     failed = rows["newcomers_failed"].value or 0.0
     causes = [
         *outcome.load.reasons(),
-        *(f"{row.label}: {row.value}" for row in rows.values() if not row.holds),
+        *(f"{row.label}: {_value(row)}" for row in rows.values() if not row.holds),
     ]
     good = f"{done:,.0f} rotations, {lost:,.0f} requests lost, {failed:,.0f} new connections failed"
     rate = rows["rotation_rate"].value
@@ -288,6 +291,10 @@ def rotation_row(outcome: Outcome, sizes: Sizes) -> Finding:
         values={"rotations": done, "requests_lost": lost, "newcomers": rows["newcomers"].value or 0.0}
         | ({} if rate is None else {"rotations_a_second": rate}),
     )
+
+
+def _value(row: outcomes.Row) -> str:
+    return "not measured" if row.value is None else f"{row.value:,.3g} {row.unit}".rstrip()
 
 
 def stall_row(outcome: Outcome, sizes: Sizes) -> Finding | None:

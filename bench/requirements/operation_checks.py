@@ -29,6 +29,7 @@ suites = ["TLS_AES_128_GCM_SHA256"]
 """
 FAULTS: Final = ("server.prot", "server.drain_timeout", "sessions.per_user", "tls.suites")
 PAYLOAD: Final = "a payload that nobody logs"
+CLOSED: Final = b'"session.closed"'
 
 
 def configuration(workshop: Workshop) -> Finding:
@@ -125,9 +126,13 @@ def logs(served: Served, house: House) -> Finding:
             tokens.extend(await _use(caller, who))
         await caller.leave()
 
+    log = served.home.path / "server.log"
+    before = log.read_bytes().count(CLOSED)
     served.talk(use)
     facts = Facts()
-    lines = (served.home.path / "server.log").read_text().splitlines()
+    written = until(lambda: log.read_bytes().count(CLOSED) >= before + len(house.users[7:]))
+    facts.note("what was done is in the log", written is not None)
+    lines = log.read_text().splitlines()
     events: list[dict[str, Any]] = []
     for line in lines:
         try:

@@ -123,16 +123,13 @@ def run_requirements(sizes: Sizes, console: Console, only: Sequence[str] = ()) -
     run, fill = Run(sizes), Fill(console)
     with temporary_home() as home:
         workshop = Workshop(home.path)
-        steps = _steps(workshop, run, console)
+        steps = steps_of(workshop, run, console)
         unknown = sorted(set(only) - {step.name for step in steps})
         if unknown:
             names = ", ".join(step.name for step in steps)
             raise ConfigError([f"no such step: {', '.join(unknown)}; there are {names}"])
         chosen = [step for step in steps if not only or step.name in only]
         started = time.monotonic()
-        fill.say("making keys and certificates (RSA-4096 takes some seconds) ...")
-        workshop.make_certificates()
-        run.steps_s["certificates"] = time.monotonic() - started
         for number, step in enumerate(chosen, 1):
             began = time.monotonic()
             fill.say(f"[{number} of {len(chosen)}] {step.name} ...")
@@ -149,7 +146,7 @@ def run_requirements(sizes: Sizes, console: Console, only: Sequence[str] = ()) -
     return run
 
 
-def _steps(workshop: Workshop, run: Run, console: Console) -> list[Step]:
+def steps_of(workshop: Workshop, run: Run, console: Console) -> list[Step]:
     """In an order in which what needs a quiet machine comes first."""
     sizes, drawn = run.sizes, run.drawn
 
