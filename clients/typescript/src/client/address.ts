@@ -50,7 +50,9 @@ function hostOf(host: string, shown: string): string {
     return host.toLowerCase();
   }
   // The underscore is no part of IDNA, and of names all the same.
-  const ascii = /^[\x21-\x7e]*$/.test(host) ? host.toLowerCase() : domainToASCII(host);
+  const isAscii = /^[\x21-\x7e]*$/.test(host);
+  // domainToASCII passes over what is no character of a name at all, such as ends of lines.
+  const ascii = isAscii ? host.toLowerCase() : host === printable(host) ? domainToASCII(host) : "";
   const name = ascii.endsWith(".") ? ascii.slice(0, -1) : ascii;
   const labels = name.split(".");
   const isName =

@@ -99,6 +99,8 @@ export class ClientConnection {
   droppedStale = 0;
   droppedUnknown = 0;
   queuedBytes = 0;
+  /** The stream of the next request, unless that is in flight. Any that a stream can have will do. */
+  nextStream = 1;
   readonly #maxFrame: number;
   readonly #toleranceMs: number;
   readonly #maxDepth: number;
@@ -106,7 +108,6 @@ export class ClientConnection {
   #freshness: Freshness | undefined; // from WELCOME on
   #counter = 0n; // of the last frame sent; the first has 1
   #staleInARow = 0;
-  #nextStream = 1;
   readonly #inFlight = new Map<number, Token>(); // stream -> the token that its request carried
   readonly #tokens = new Set<Token>(); // those that the server took on this connection
   #out: Buffer[] = [];
@@ -388,11 +389,11 @@ export class ClientConnection {
   }
 
   #freeStream(): number {
-    let stream = this.#nextStream;
+    let stream = this.nextStream;
     while (this.#inFlight.has(stream)) {
       stream = stream === MAX_STREAM ? 1 : stream + 1;
     }
-    this.#nextStream = stream === MAX_STREAM ? 1 : stream + 1;
+    this.nextStream = stream === MAX_STREAM ? 1 : stream + 1;
     return stream;
   }
 

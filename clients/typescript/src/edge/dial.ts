@@ -9,7 +9,7 @@ import { mayPass } from "../client/retry.js";
 import { ClientConnection } from "../connection/connection.js";
 import { CannotConnect, ConfigError, ConnectionClosed, TlsError } from "../errors.js";
 import type { KnownHosts } from "./known_hosts.js";
-import { startTls } from "./transport.js";
+import { startTls, type TlsSettings } from "./transport.js";
 import type { Trust } from "./trust.js";
 
 export interface DialSettings {
@@ -51,13 +51,14 @@ export class Dialer {
   async #connect(owner: Owner, signal: AbortSignal): Promise<Link> {
     const { address, clock, connectTimeoutMs, maxFrame, toleranceMs } = this.#settings;
     const link = new Link(owner, clock, new ClientConnection({ maxFrame, toleranceMs }));
+    const options = await this.#settings.trust.tlsOptions();
     const tcp = connect({ ...address, noDelay: true });
     const patience = new AbortController();
     const timer = clock.after(connectTimeoutMs, () => {
       patience.abort(new CannotConnect(`${addressText(address)}: no answer within ${connectTimeoutMs / 1000} s`));
     });
     try {
-      await unlessAborted(this.#establish(tcp, link), AbortSignal.any([patience.signal, signal]));
+      await unlessAborted(this.#establish(tcp, link, options), AbortSignal.any([patience.signal, signal]));
       return link;
     } catch (error) {
       link.abort();
@@ -68,18 +69,18 @@ export class Dialer {
     }
   }
 
-  async #establish(tcp: Socket, link: Link): Promise<void> {
+  async #establish(tcp: Socket, link: Link, options: TlsSettings["options"]): Promise<void> {
     const { address, serverHostname, trust, clock, systemClock } = this.#settings;
+    const wall = () => systemClock.wall();
     await new Promise<void>((resolve, reject) => {
       tcp.once("connect", () => {
         tcp.removeAllListeners("error");
-        resolve();
+        startTls(tcp, link, { options, host: serverHostname, trust, clock, wall }).then(resolve, reject);
       });
       tcp.once("error", (error) => {
         reject(new CannotConnect(`${addressText(address)}: ${causeOf(error)}`, { cause: error }));
       });
     });
-    await startTls(tcp, link, { host: serverHostname, trust, clock, wall: () => systemClock.wall() });
     await link.welcomed;
   }
 

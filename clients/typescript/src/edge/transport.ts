@@ -1,6 +1,6 @@
 /** One TLS connection over node:tls, for a link: the handshake, the judgement, records, and how it ends. */
 
-import { createHash } from "node:crypto";
+import { createHash, type X509Certificate } from "node:crypto";
 import { isIP, type Socket } from "node:net";
 import { connect, type TLSSocket } from "node:tls";
 import type { Clock, Timer } from "../client/clock.js";
@@ -17,6 +17,16 @@ export const LINGER_BYTES = 4_194_304;
 /** Bytes written and not sent yet, above which no more requests are taken. */
 const MAX_UNSENT = 262_144;
 
+export interface TlsSettings {
+  /** Of the trust. */
+  readonly options: Awaited<ReturnType<Trust["tlsOptions"]>>;
+  readonly host: string;
+  readonly trust: Trust;
+  readonly clock: Clock;
+  /** Against which dates are judged. */
+  readonly wall: () => number;
+}
+
 /**
  * Speak TLS on a TCP connection, and connect the link to it. Resolves when the server has proved to be the one expected;
  * rejects with TlsError, and then nothing was sent but the ClientHello.
@@ -24,23 +34,17 @@ const MAX_UNSENT = 262_144;
 export async function startTls(
   tcp: Socket,
   link: Link,
-  { host, trust, clock, wall }: { host: string; trust: Trust; clock: Clock; wall: () => number },
+  { options, host, trust, clock, wall }: TlsSettings,
 ): Promise<void> {
-  const held = new HeldStream(tcp);
-  let socket: TLSSocket;
-  try {
-    socket = connect({
-      socket: held,
-      host,
-      ...(isIP(host) ? {} : { servername: host }),
-      ALPNProtocols: [ALPN],
-      checkServerIdentity: () => undefined, // by `judge`, in all three ways of trust
-      ...(await trust.tlsOptions()),
-    });
-  } catch (error) {
-    tcp.destroy();
-    throw error;
-  }
+  const held = new HeldStream(tcp); // in the turn in which TCP is connected: none of its events is missed
+  const socket = connect({
+    ...options,
+    socket: held,
+    host,
+    ...(isIP(host) ? {} : { servername: host }),
+    ALPNProtocols: [ALPN],
+    checkServerIdentity: () => undefined, // by `judge`, in all three ways of trust
+  });
   await new Promise<void>((resolve, reject) => {
     let refusal: TlsError | undefined;
     const fail = (error: TlsError) => {
@@ -54,15 +58,16 @@ export async function startTls(
     socket.on("error", failed);
     socket.once("close", closed);
     socket.once("secureConnect", () => {
-      const wrong = trust.judge(socket, host, wall());
-      if (wrong !== undefined) {
-        fail(wrong);
+      const certificate = socket.getPeerX509Certificate(); // once: Node 20 has none when it is asked again
+      const wrong = trust.judge(socket, certificate, host, wall());
+      if (wrong !== undefined || certificate === undefined) {
+        fail(wrong ?? tlsError("other"));
         return;
       }
       socket.off("error", failed);
       socket.off("close", closed);
       held.approve();
-      new TlsTransport(socket, held, link, clock);
+      new TlsTransport(socket, certificate, held, link, clock);
       resolve();
     });
   });
@@ -79,13 +84,11 @@ class TlsTransport implements Transport {
   #discarded = 0;
   #linger: Timer | undefined;
 
-  constructor(socket: TLSSocket, held: HeldStream, link: Link, clock: Clock) {
+  constructor(socket: TLSSocket, certificate: X509Certificate, held: HeldStream, link: Link, clock: Clock) {
     this.#socket = socket;
     this.#held = held;
     this.#clock = clock;
-    this.leaf = createHash("sha256")
-      .update(socket.getPeerX509Certificate()?.raw ?? "")
-      .digest();
+    this.leaf = createHash("sha256").update(certificate.raw).digest();
     link.connectionMade(this);
     socket.on("data", (data: Buffer) => {
       if (this.#isClosing) {

@@ -103,14 +103,13 @@ export class Trust {
   }
 
   /** What is wrong with a completed handshake, if anything is: parameters, name, pins, dates. */
-  judge(socket: TLSSocket, host: string, wall: number): TlsError | undefined {
+  judge(socket: TLSSocket, certificate: X509Certificate | undefined, host: string, wall: number): TlsError | undefined {
     if (socket.getProtocol() !== "TLSv1.3" || !SUITES.includes(socket.getCipher().standardName)) {
       return tlsError("wrong_parameters");
     }
     if (socket.alpnProtocol !== ALPN) {
       return tlsError("no_application_protocol");
     }
-    const certificate = socket.getPeerX509Certificate();
     if (certificate === undefined) {
       return new TlsError("certificate_untrusted", "the server has shown no certificate");
     }

@@ -76,9 +76,11 @@ export class Server {
     child.stderr.setEncoding("utf8").on("data", (text: string) => {
       this.#log += text;
     });
-    const [line] = (await once(createInterface(child.stdout), "line", {
-      signal: AbortSignal.timeout(START_TIMEOUT_MS),
-    })) as [string];
+    const signal = AbortSignal.timeout(START_TIMEOUT_MS);
+    const [line] = (await Promise.race([
+      once(createInterface(child.stdout), "line", { signal }),
+      once(child, "close").then(() => [`it has ended: ${this.#log}`]),
+    ])) as [string];
     const port = /^zcproto: listening on .*:(\d+)$/.exec(line)?.[1];
     if (port === undefined) {
       throw new Error(`no server: ${line}\n${this.#log}`);

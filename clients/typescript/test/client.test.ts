@@ -1,0 +1,704 @@
+/** Calls, sessions, retries and reconnecting, against a server in memory and with time turned by hand. */
+
+import assert from "node:assert/strict";
+import { afterEach, beforeEach, describe, test } from "node:test";
+import { inspect } from "node:util";
+import type { Client } from "../src/client/client.js";
+import { DeviceKey } from "../src/client/session.js";
+import {
+  Cancelled,
+  CannotConnect,
+  Code,
+  ConnectionClosed,
+  DeadlineExceeded,
+  FailedPrecondition,
+  InternalError,
+  InvalidArgument,
+  ResourceExhausted,
+  SessionReplaced,
+  StaleTimestamp,
+  TlsError,
+  TokenExpired,
+  TokenRevoked,
+  Unauthenticated,
+  Unavailable,
+  UnknownError,
+} from "../src/errors.js";
+import { Kind, NO_TOKEN } from "../src/wire/frame.js";
+import {
+  Failure,
+  FakeServer,
+  KEY,
+  NOTHING,
+  opened,
+  settled,
+  tokenNumber,
+  tokenText,
+  WALL,
+  WELCOME,
+  watch,
+} from "./support/fake.js";
+
+let server: FakeServer;
+let client: Client;
+
+beforeEach(() => {
+  server = new FakeServer();
+});
+
+/** After a test nothing is left that waits: no timer, no connection. */
+afterEach(async () => {
+  const closed = watch(client.close());
+  await server.clock.advance(5_000);
+  assert.ok(closed.isDone, "closing ends");
+  assert.equal(server.clock.waiting, 0, "timers left behind");
+  assert.ok(server.connections.every(({ isClosed }) => isClosed));
+});
+
+describe("calls", () => {
+  beforeEach(async () => {
+    client = await server.connect();
+  });
+
+  test("run at once and get their own answers, in whatever order these come", async () => {
+    const held: (() => void)[] = [];
+    server.on("echo", (request) => {
+      held.unshift(() => request.connection.answer(request, request.params));
+      return NOTHING;
+    });
+    const calls = Array.from({ length: 100 }, (_, n) => client.call("echo", { n }));
+    await settled();
+    for (const answer of held) {
+      answer();
+    }
+    assert.deepEqual(
+      await Promise.all(calls),
+      Array.from({ length: 100 }, (_, n) => ({ n })),
+    );
+  });
+
+  test("carry the token, and the timeout as deadline", async () => {
+    await client.call("echo", {}, { timeoutMs: 1_500, traceparent: "00-x" });
+    const { token, meta } = server.requests.at(-1) ?? {};
+    assert.equal(token, tokenText(1));
+    assert.deepEqual(meta, { deadline_ms: 1_500, traceparent: "00-x" });
+    await client.call("echo", {}, { timeoutMs: Number.POSITIVE_INFINITY });
+    assert.deepEqual(server.requests.at(-1)?.meta, {});
+  });
+
+  test("wait for a free stream, first come, first served", async () => {
+    await client.close();
+    server.welcome = { ...WELCOME, max_streams: 2 };
+    client = await server.connect();
+    const order: unknown[] = [];
+    server.on("echo", ({ params }) => {
+      order.push(params["n"]);
+      return params;
+    });
+    const calls = Array.from({ length: 20 }, (_, n) => client.call("echo", { n }));
+    await Promise.all(calls);
+    assert.deepEqual(
+      order,
+      Array.from({ length: 20 }, (_, n) => n),
+    );
+  });
+
+  test("that time out are cancelled, and disturb no other", async () => {
+    server.on("sleep", () => NOTHING);
+    const slow = watch(client.call("sleep", {}, { timeoutMs: 100 }));
+    const other = watch(client.call("sleep", {}, { timeoutMs: 200 }));
+    await server.clock.advance(99);
+    assert.ok(!slow.isDone);
+    await server.clock.advance(1);
+    assert.ok(slow.error instanceof DeadlineExceeded);
+    assert.ok(!other.isDone);
+    const sleeping = server.requests.find(({ method }) => method === "sleep");
+    assert.deepEqual(server.cancelled, [sleeping?.stream]);
+    assert.ok(sleeping);
+    server.last.fail(sleeping, Code.CANCELLED); // its answer comes all the same, and is nobody's
+    assert.deepEqual(await client.call("echo", { still: "here" }), { still: "here" });
+    await server.clock.advance(100);
+    assert.ok(other.error instanceof DeadlineExceeded);
+  });
+
+  test("are given up by their signal, with its reason", async () => {
+    server.on("sleep", () => NOTHING);
+    const controller = new AbortController();
+    const call = watch(client.call("sleep", {}, { signal: controller.signal }));
+    await settled();
+    const reason = new Error("not interested");
+    controller.abort(reason);
+    await settled();
+    assert.equal(call.error, reason);
+    assert.equal(server.cancelled.length, 1);
+    await assert.rejects(client.call("echo", {}, { signal: controller.signal }), reason);
+    assert.equal(server.methods.filter((method) => method === "echo").length, 0);
+  });
+
+  test("that wait for a stream leave the queue by their signal", async () => {
+    await client.close();
+    server.welcome = { ...WELCOME, max_streams: 1 };
+    client = await server.connect();
+    server.on("sleep", () => NOTHING);
+    const controller = new AbortController();
+    const holds = watch(client.call("sleep"));
+    const leaves = watch(client.call("echo", {}, { signal: controller.signal }));
+    const stays = watch(client.call("echo"));
+    await settled();
+    controller.abort();
+    await settled();
+    assert.ok(leaves.isDone && !stays.isDone);
+    const sleeping = server.requests.find(({ method }) => method === "sleep");
+    assert.ok(sleeping);
+    server.last.answer(sleeping, {});
+    await settled();
+    assert.deepEqual(holds.value, {});
+    assert.deepEqual(stays.value, {});
+  });
+
+  test("that cannot be sent are refused at once", async () => {
+    await assert.rejects(client.call("No Such"), InvalidArgument);
+    await assert.rejects(client.call("echo", { date: new Date() }), InvalidArgument);
+    await assert.rejects(client.call("echo", { text: "a".repeat(2_000_000) }), InvalidArgument);
+  });
+
+  test("too large for a connection without a session show the token first", async () => {
+    const large = { text: "a".repeat(100_000) };
+    assert.deepEqual(await client.call("echo", large), large);
+  });
+
+  test("by an unknown code are UNKNOWN with the number", async () => {
+    server.script("echo", new Failure(200));
+    await assert.rejects(client.call("echo"), (error) => error instanceof UnknownError && /200/.test(error.message));
+  });
+});
+
+describe("after an error (the contract's section 7)", () => {
+  beforeEach(async () => {
+    client = await server.connect();
+  });
+
+  const attempts = (method = "echo") => server.methods.filter((name) => name === method).length;
+
+  for (const code of [Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED]) {
+    test(`${code}: again after retry_after_ms with jitter, as long as there is time`, async () => {
+      const busy = new Failure(code, { retry_after_ms: 1_000 });
+      server.script("echo", busy, busy, { done: true });
+      const call = watch(client.call("echo"));
+      await server.clock.advance(1_049); // 1000 and half of 100
+      assert.equal(attempts(), 1);
+      await server.clock.advance(1);
+      assert.equal(attempts(), 2);
+      await server.clock.advance(1_100);
+      assert.deepEqual(call.value, { done: true });
+    });
+
+    test(`${code}: told at once if it would come too late`, async () => {
+      server.script("echo", new Failure(code, { retry_after_ms: 1_000 }));
+      const call = watch(client.call("echo", {}, { timeoutMs: 1_000 }));
+      await settled();
+      assert.ok(call.error instanceof Unavailable || call.error instanceof ResourceExhausted);
+      assert.equal(attempts(), 1);
+    });
+  }
+
+  test("too many sessions: told", async () => {
+    server.script("echo", new Failure(Code.RESOURCE_EXHAUSTED, { limit: 5 }));
+    await assert.rejects(client.call("echo"), ResourceExhausted);
+    assert.equal(attempts(), 1);
+  });
+
+  test("STALE_TIMESTAMP: the clock is set, again at once, once", async () => {
+    server.script("echo", new Failure(Code.STALE_TIMESTAMP, { server_time: WALL + 100_000 }), { done: true });
+    server.ahead = 100_000;
+    assert.deepEqual(await client.call("echo"), { done: true });
+    const [, frame] = server.last.frames.filter(({ kind }) => kind === Kind.REQUEST).slice(-2);
+    assert.equal(frame?.timestamp, BigInt(WALL + 100_000));
+    server.script("echo", new Failure(Code.STALE_TIMESTAMP, { server_time: WALL + 100_000 }));
+    await assert.rejects(client.call("echo"), StaleTimestamp);
+    assert.equal(attempts(), 4);
+  });
+
+  test("TOKEN_EXPIRED without a refresh token: another session, again, once", async () => {
+    server.script("echo", new Failure(Code.TOKEN_EXPIRED), { done: true });
+    assert.deepEqual(await client.call("echo"), { done: true });
+    assert.equal(attempts("session.open"), 2);
+    assert.equal(server.requests.at(-1)?.token, tokenText(2));
+    server.script("echo", new Failure(Code.TOKEN_EXPIRED));
+    await assert.rejects(client.call("echo"), TokenExpired);
+  });
+
+  for (const [code, kind] of [
+    [Code.TOKEN_REVOKED, TokenRevoked],
+    [Code.SESSION_REPLACED, SessionReplaced],
+  ] as const) {
+    test(`${code}: told to every call, and nothing by itself until the application asks`, async () => {
+      server.script("echo", new Failure(code));
+      await assert.rejects(client.call("echo"), kind);
+      await assert.rejects(client.call("echo"), kind);
+      assert.equal(attempts(), 1);
+      server.last.lose();
+      await server.clock.advance(60_000);
+      assert.equal(server.connections.length, 1, "it does not even come back");
+      assert.equal(attempts("session.open"), 1);
+      server.script("echo", { done: true });
+      const session = await client.openSession();
+      assert.equal(session.id, "s-2");
+      assert.deepEqual(await client.call("echo"), { done: true });
+    });
+  }
+
+  test("UNAUTHENTICATED: told; the next session is opened when the application asks", async () => {
+    server.script("echo", new Failure(Code.UNAUTHENTICATED));
+    await assert.rejects(client.call("echo"), Unauthenticated);
+    assert.equal(attempts("session.open"), 1);
+    await client.openSession();
+    assert.equal(attempts("session.open"), 2);
+  });
+
+  for (const code of [
+    Code.DEADLINE_EXCEEDED,
+    Code.CANCELLED,
+    Code.INTERNAL,
+    Code.UNKNOWN,
+    Code.NOT_FOUND,
+    Code.PERMISSION_DENIED,
+    Code.ABORTED,
+    Code.DATA_LOSS,
+  ]) {
+    test(`${code}: told, once, with or without an idempotency key`, async () => {
+      server.script("echo", new Failure(code, { a: 1 }));
+      for (const idempotencyKey of [undefined, "k"]) {
+        await assert.rejects(
+          client.call("echo", {}, { idempotencyKey }),
+          (error: InternalError) => error.code === code && error.details["a"] === 1,
+        );
+      }
+      assert.equal(attempts(), 2);
+    });
+  }
+
+  test("a lost connection: told, as the call may have run", async () => {
+    server.on("echo", () => NOTHING);
+    const call = watch(client.call("echo"));
+    await settled();
+    server.last.lose(new TlsError("truncated"));
+    await settled();
+    assert.ok(call.error instanceof ConnectionClosed && !call.error.clean);
+    await server.clock.advance(1_000);
+    assert.equal(attempts(), 1);
+    assert.equal(server.connections.length, 2);
+  });
+
+  test("a lost connection, with an idempotency key: again", async () => {
+    server.on("echo", () => NOTHING);
+    const call = watch(client.call("echo", {}, { idempotencyKey: "order-7" }));
+    await settled();
+    server.on("echo", ({ meta }) => ({ key: meta.idempotency_key }));
+    server.last.lose(new TlsError("truncated"));
+    await server.clock.advance(1_000);
+    assert.deepEqual(call.value, { key: "order-7" });
+    assert.equal(attempts(), 2);
+  });
+
+  test("GOAWAY, and then a clean end without an answer: again, as it was not run", async () => {
+    server.on("echo", () => NOTHING);
+    const call = watch(client.call("echo"));
+    await settled();
+    const first = server.last;
+    first.goAway("draining", 1_000);
+    await server.clock.advance(1_000);
+    assert.equal(server.connections.length, 1, "not before it was asked to");
+    await server.clock.advance(100);
+    assert.equal(server.connections.length, 2);
+    assert.ok(!call.isDone, "its answer may still come");
+    server.script("echo", { done: true });
+    first.lose();
+    await server.clock.advance(1_000);
+    assert.deepEqual(call.value, { done: true });
+  });
+
+  test("GOAWAY, and then a truncation: told", async () => {
+    server.on("echo", () => NOTHING);
+    const call = watch(client.call("echo"));
+    await settled();
+    server.last.goAway();
+    server.connections[0]?.lose(new TlsError("truncated"));
+    await server.clock.advance(1_000);
+    assert.ok(call.error instanceof ConnectionClosed);
+  });
+
+  test("GOAWAY: what is in flight gets its answer, new calls go elsewhere, then the old one is closed", async () => {
+    server.on("echo", () => NOTHING);
+    const old = watch(client.call("echo", { n: 1 }));
+    await settled();
+    const request = server.requests.at(-1);
+    const first = server.last;
+    first.goAway();
+    server.script("echo", { new: true });
+    const young = watch(client.call("echo"));
+    await server.clock.advance(200);
+    assert.deepEqual(young.value, { new: true });
+    assert.ok(request && !first.isClosed);
+    first.answer(request, { old: true });
+    await settled();
+    assert.deepEqual(old.value, { old: true });
+    assert.ok(first.isClosed);
+  });
+});
+
+describe("connections", () => {
+  test("the first attempt's error is told", async () => {
+    server.refusals = [new CannotConnect("fake:7443: ECONNREFUSED")];
+    client = server.client();
+    await assert.rejects(client.open(), CannotConnect);
+    await assert.rejects(client.call("echo"), ConnectionClosed);
+  });
+
+  test("come back with full jitter that doubles up to 30 s, and begins again after a success", async () => {
+    client = await server.connect();
+    server.refusals = Array.from({ length: 12 }, () => new CannotConnect("no"));
+    const left = () => server.refusals.length;
+    server.last.lose(new TlsError("truncated"));
+    const delays: number[] = [];
+    for (let count = 12; count >= 0; count--) {
+      const began = server.clock.ms;
+      const goal = count;
+      while (count > 0 ? left() === goal : server.connections.length === 1) {
+        await server.clock.advance(25);
+      }
+      delays.push(server.clock.ms - began);
+    }
+    assert.deepEqual(delays, [50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 15_000, 15_000, 15_000, 15_000]);
+    await client.call("echo");
+    server.last.lose();
+    await server.clock.advance(49);
+    assert.equal(server.connections.length, 2);
+    await server.clock.advance(1);
+    assert.equal(server.connections.length, 3);
+  });
+
+  test("calls wait while a connection is made, and are told what stood in the way when their time is over", async () => {
+    client = await server.connect();
+    server.refusals = Array.from({ length: 100 }, () => new CannotConnect("fake:7443: ECONNREFUSED"));
+    server.last.lose();
+    const call = watch(client.call("echo", {}, { timeoutMs: 2_000 }));
+    await server.clock.advance(2_000);
+    assert.ok(call.error instanceof DeadlineExceeded);
+    assert.match(call.error.message, /ECONNREFUSED/);
+  });
+
+  test("a server that is not trusted any more is told, and not tried again and again", async () => {
+    client = await server.connect();
+    server.refusals = [new TlsError("pin_mismatch"), new TlsError("pin_mismatch")];
+    server.last.lose();
+    await server.clock.advance(60_000);
+    assert.equal(server.refusals.length, 1);
+    await assert.rejects(client.call("echo"), (error) => error instanceof TlsError && error.failure === "pin_mismatch");
+    assert.deepEqual(await client.call("echo"), {});
+  });
+
+  test("closed for idleness they come back with the next call only", async () => {
+    client = await server.connect();
+    server.last.goAway("idle");
+    await server.clock.advance(60_000);
+    assert.equal(server.connections.length, 1);
+    const call = watch(client.call("echo"));
+    await server.clock.advance(1_000);
+    assert.deepEqual(call.value, {});
+  });
+
+  test("a new one has the old session, shown by a small request", async () => {
+    client = await server.connect();
+    server.last.lose();
+    await server.clock.advance(1_000);
+    assert.deepEqual(server.methods, ["session.open", "session.info"]);
+    assert.equal(server.requests.at(-1)?.token, tokenText(1));
+    assert.equal(client.session?.id, "s-1");
+  });
+
+  test("a server that falls silent is given up after its PING", async () => {
+    server.welcome = { ...WELCOME, idle_timeout_ms: 90_000 };
+    client = await server.connect();
+    const first = server.last;
+    await server.clock.advance(60_000);
+    assert.ok(first.isAborted || first.frames.some(({ kind }) => kind === Kind.PING));
+    await server.clock.advance(20_000);
+    assert.ok(first.isAborted);
+    assert.ok(server.connections.length > 1);
+  });
+
+  test("a fatal ERROR is told with its code", async () => {
+    client = await server.connect();
+    server.on("echo", ({ connection }) => {
+      connection.say(Kind.ERROR, 0, [Code.REPLAYED, "nonce"]);
+      return NOTHING;
+    });
+    await assert.rejects(
+      client.call("echo"),
+      (error) => error instanceof ConnectionClosed && error.code === Code.REPLAYED,
+    );
+  });
+
+  test("closing ends calls, and is the same when it is done twice", async () => {
+    client = await server.connect();
+    server.on("sleep", () => NOTHING);
+    const call = watch(client.call("sleep"));
+    await settled();
+    await Promise.all([client.close(), client.close()]);
+    assert.ok(call.error instanceof ConnectionClosed && call.error.clean);
+    assert.equal(server.methods.at(-1), "session.close");
+    await assert.rejects(client.call("echo"), ConnectionClosed);
+  });
+
+  test("closing does not wait for a server that says nothing", async () => {
+    client = await server.connect();
+    server.on("session.close", () => NOTHING);
+    const closed = watch(client.close());
+    await server.clock.advance(1_999);
+    assert.ok(!closed.isDone);
+    await server.clock.advance(1);
+    assert.ok(closed.isDone);
+  });
+});
+
+describe("sessions", () => {
+  test("are opened without a token, by name and key", async () => {
+    client = await server.connect();
+    const [request] = server.requests;
+    assert.equal(request?.token, NO_TOKEN);
+    assert.deepEqual(request?.params, { scheme: "api_key", user: "ada", key: KEY, client: "test/1" });
+  });
+
+  test("hold their tokens where no inspection, JSON or message shows them", async () => {
+    server.on("session.open", () => opened(5, { refresh_token: tokenNumber(6), refresh_expires_at: WALL + 9e9 }));
+    client = await server.connect();
+    const shown = [
+      inspect(client, { depth: 9 }),
+      inspect(client.session, { depth: 9 }),
+      JSON.stringify(client.session),
+    ];
+    for (const text of shown) {
+      assert.doesNotMatch(text, /BQUFBQ|\\x05|0505|5, 5, 5|c3RhbmRz/);
+    }
+    assert.equal(client.session?.token, Buffer.alloc(32, 5).toString("base64url"));
+  });
+
+  test("refused for ever is told to all, without trying again", async () => {
+    server.on("session.open", () => new Failure(Code.UNAUTHENTICATED));
+    client = server.client();
+    await assert.rejects(client.open(), Unauthenticated);
+    assert.deepEqual(server.methods, ["session.open"]);
+  });
+
+  test("refused for the moment is tried again in time", async () => {
+    server.script("session.open", new Failure(Code.UNAVAILABLE, { retry_after_ms: 500 }), opened(1));
+    client = server.client();
+    const open = watch(client.open());
+    await server.clock.advance(600);
+    assert.ok(open.isDone && open.error === undefined);
+  });
+
+  test("an answer that is not as it must be is refused", async () => {
+    for (const wrong of [{}, { token: "x" }, { token: tokenNumber(0) }, { expires_at: "soon" }, { bound: null }]) {
+      server.on("session.open", () => ({ ...opened(1), ...wrong, ...(Object.keys(wrong).length ? {} : { id: 1 }) }));
+      client = server.client();
+      await assert.rejects(client.open(), /not as it must be/);
+    }
+  });
+
+  const refreshable = { refresh_token: tokenNumber(100), refresh_expires_at: WALL + 86_400_000 };
+
+  test("are refreshed at 80 % of their life with jitter, one at a time; calls wait for it", async () => {
+    server.on("session.open", () => opened(1, refreshable));
+    client = await server.connect();
+    const answers: (() => void)[] = [];
+    server.on("session.refresh", (request) => {
+      answers.push(() => request.connection.answer(request, opened(2, { expires_at: WALL + 7_200_000 })));
+      return NOTHING;
+    });
+    await server.clock.advance(3_600_000 * 0.82);
+    assert.equal(answers.length, 0);
+    await server.clock.advance(3_600_000 * 0.006);
+    assert.equal(answers.length, 1);
+    const { token, params } = server.requests.at(-1) ?? {};
+    assert.equal(token, NO_TOKEN);
+    assert.deepEqual(params, { refresh_token: tokenNumber(100), client: "test/1" });
+    const calls = Array.from({ length: 10 }, () => client.call("echo"));
+    await settled();
+    assert.equal(server.methods.filter((method) => method === "session.refresh").length, 1);
+    assert.ok(!server.methods.includes("echo"));
+    answers[0]?.();
+    await Promise.all(calls);
+    assert.ok(server.requests.slice(-10).every((request) => request.token === tokenText(2)));
+  });
+
+  test("are refreshed once for all calls that find the token expired", async () => {
+    server.on("session.open", () => opened(1, refreshable));
+    client = await server.connect();
+    server.on("session.refresh", () => opened(2));
+    server.on("echo", ({ token }) => (token === tokenText(1) ? new Failure(Code.TOKEN_EXPIRED) : {}));
+    await Promise.all(Array.from({ length: 20 }, () => client.call("echo")));
+    assert.equal(server.methods.filter((method) => method === "session.refresh").length, 1);
+  });
+
+  test("whose refresh token is past its life, or may be spent, are opened anew", async () => {
+    server.on("session.open", () => opened(1, refreshable));
+    client = await server.connect();
+    server.script("echo", new Failure(Code.TOKEN_EXPIRED), {});
+    server.script("session.refresh", new Failure(Code.TOKEN_EXPIRED));
+    await client.call("echo");
+    assert.deepEqual(server.methods.filter((method) => method.startsWith("session.")).slice(-2), [
+      "session.refresh",
+      "session.open",
+    ]);
+  });
+
+  test("whose refresh was taken for theft are over", async () => {
+    server.on("session.open", () => opened(1, refreshable));
+    client = await server.connect();
+    server.script("echo", new Failure(Code.TOKEN_EXPIRED));
+    server.script("session.refresh", new Failure(Code.TOKEN_REVOKED));
+    await assert.rejects(client.call("echo"), TokenRevoked);
+    await assert.rejects(client.call("echo"), TokenRevoked);
+    assert.equal(server.methods.filter((method) => method === "session.open").length, 1);
+  });
+
+  test("send the same refresh token again when its answer was lost, but not after its grace", async () => {
+    server.on("session.open", () => opened(1, refreshable));
+    client = await server.connect();
+    server.script(
+      "session.refresh",
+      ({ connection }: { connection: FakeServer["last"] }) => {
+        connection.lose(new TlsError("truncated"));
+        return NOTHING;
+      },
+      opened(2),
+    );
+    server.script("echo", new Failure(Code.TOKEN_EXPIRED), {});
+    const call = watch(client.call("echo"));
+    await server.clock.advance(1_000);
+    assert.deepEqual(call.value, {});
+    const tokens = server.requests.filter(({ method }) => method === "session.refresh").map(({ params }) => params);
+    assert.equal(tokens.length, 2);
+    assert.deepEqual(tokens[0], tokens[1]);
+  });
+
+  test("that end for not being used are opened anew before the next call", async () => {
+    server.on("session.open", () => opened(1, { idle_timeout_ms: 60_000 }));
+    client = await server.connect();
+    await server.clock.advance(50_000);
+    await client.call("echo");
+    await server.clock.advance(59_000);
+    await client.call("echo");
+    assert.equal(server.methods.filter((method) => method === "session.open").length, 1);
+    await server.clock.advance(60_000);
+    await client.call("echo");
+    assert.equal(server.methods.filter((method) => method === "session.open").length, 2);
+  });
+
+  test("session.expiring refreshes at once, session.revoked asks what has become of it", async () => {
+    server.on("session.open", () => opened(1, refreshable));
+    client = await server.connect();
+    server.on("session.refresh", () => opened(2));
+    server.last.say(Kind.EVENT, 0, ["session.expiring", { expires_at: WALL }], { token: tokenText(1) });
+    await settled();
+    assert.equal(client.session?.id, "s-2");
+    server.on("session.info", () => new Failure(Code.SESSION_REPLACED));
+    server.last.say(Kind.EVENT, 0, ["session.revoked", { reason: "replaced" }], { token: tokenText(2) });
+    await settled();
+    await assert.rejects(client.call("echo"), SessionReplaced);
+    assert.deepEqual((await client.events.next()).value?.name, "session.expiring");
+    assert.deepEqual((await client.events.next()).value, { name: "session.revoked", data: { reason: "replaced" } });
+  });
+
+  test("without credentials only public methods are called, with no token", async () => {
+    client = await server.connect({ credentials: undefined, opensSession: false });
+    await client.call("echo");
+    assert.equal(server.requests.at(-1)?.token, NO_TOKEN);
+    await assert.rejects(client.openSession(), Unauthenticated);
+  });
+});
+
+describe("bound sessions", () => {
+  const signer = { sign: (message: Uint8Array) => new Uint8Array(64).fill(message.length) };
+
+  beforeEach(async () => {
+    server.on("session.open", () => opened(1, { bound: true }));
+    server.on("session.attach", () => ({}));
+    client = await server.connect({ credentials: new DeviceKey(signer, "laptop") });
+  });
+
+  test("are opened by a signature over salt, leaf and name", () => {
+    const { scheme, device, signature } = server.requests[0]?.params ?? {};
+    assert.deepEqual([scheme, device], ["ed25519", "laptop"]);
+    assert.deepEqual(signature, new Uint8Array(64).fill(11 + 8 + 32 + 6));
+  });
+
+  test("are attached on each further connection", async () => {
+    server.last.lose();
+    await server.clock.advance(1_000);
+    assert.equal(server.methods.at(-1), "session.attach");
+    assert.deepEqual(server.requests.at(-1)?.params, { signature: new Uint8Array(64).fill(13 + 8 + 32 + 32) });
+    assert.equal(server.requests.at(-1)?.token, tokenText(1));
+    await client.call("echo");
+  });
+
+  test("are attached once for all calls that are refused for it, and each is sent again once", async () => {
+    const refused = new Failure(Code.UNAUTHENTICATED, { attach: true });
+    let isAttached = false;
+    server.on("session.attach", () => {
+      isAttached = true;
+      return {};
+    });
+    server.on("echo", () => (isAttached ? {} : refused));
+    await Promise.all(Array.from({ length: 10 }, () => client.call("echo")));
+    assert.equal(server.methods.filter((method) => method === "session.attach").length, 1);
+    server.on("echo", () => refused);
+    await assert.rejects(client.call("echo"), Unauthenticated);
+  });
+
+  test("whose attaching is refused are told", async () => {
+    server.on("session.attach", () => new Failure(Code.FAILED_PRECONDITION));
+    server.on("echo", () => new Failure(Code.UNAUTHENTICATED, { attach: true }));
+    await assert.rejects(client.call("echo"), FailedPrecondition);
+  });
+});
+
+describe("events", () => {
+  test("go to whoever takes them, unknown ones too", async () => {
+    const seen: string[] = [];
+    client = await server.connect({ onEvent: ({ name }) => seen.push(name) });
+    server.last.say(Kind.EVENT, 0, ["weather.changed", [1]]);
+    server.last.say(Kind.EVENT, 0, ["pins.next", { pins: [], from: 1 }]);
+    await settled();
+    assert.deepEqual(seen, ["weather.changed", "pins.next"]);
+  });
+
+  test("wait to be read, 1,000 at most, and end with the client", async () => {
+    client = await server.connect();
+    for (let n = 0; n < 1_005; n++) {
+      server.last.say(Kind.EVENT, 0, ["n", n]);
+    }
+    await settled();
+    assert.equal(client.events.dropped, 5);
+    assert.deepEqual((await client.events.next()).value?.data, 5);
+    await client.close();
+    let count = 0;
+    for await (const _event of client.events) {
+      count += 1;
+    }
+    assert.equal(count, 999);
+  });
+});
+
+test("errors have their code's name", async () => {
+  client = await server.connect();
+  server.script("echo", new Failure(Code.CANCELLED));
+  await assert.rejects(client.call("echo"), (error) => {
+    assert.ok(error instanceof Cancelled);
+    assert.deepEqual([error.name, error.code, error.codeName], ["Cancelled", 1, "CANCELLED"]);
+    return true;
+  });
+  assert.ok(new InternalError() instanceof Error);
+});

@@ -1,0 +1,326 @@
+/** Against a real `zcproto serve`. */
+
+import assert from "node:assert/strict";
+import { execFile } from "node:child_process";
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import type { AddressInfo } from "node:net";
+import { connect as connectTcp, createServer, type Socket, type Server as TcpServer } from "node:net";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+import { promisify } from "node:util";
+import {
+  AlreadyExists,
+  type Client,
+  ConnectionClosed,
+  connect,
+  DeadlineExceeded,
+  Device,
+  enroll,
+  InvalidArgument,
+  ResourceExhausted,
+  type ServerEvent,
+  TlsError,
+  TokenRevoked,
+  Unauthenticated,
+  Unimplemented,
+} from "../src/index.js";
+import { PACKAGE, Server } from "./support/server.js";
+
+const CONFIG = `
+[sessions]
+per_user = 1000
+`;
+
+let server: Server;
+let key: string;
+const clients: Client[] = [];
+
+before(async () => {
+  server = new Server(CONFIG);
+  key = server.addUser("ada");
+  await server.start();
+});
+
+after(async () => {
+  await Promise.all(clients.map((client) => client.close()));
+  await server.remove();
+});
+
+async function connected(options: Parameters<Server["connect"]>[0] = {}): Promise<Client> {
+  const client = await server.connect({ user: "ada", key, ...options });
+  clients.push(client);
+  return client;
+}
+
+/** The next event of a name. */
+async function event(client: Client, name: string): Promise<ServerEvent> {
+  for await (const seen of client.events) {
+    if (seen.name === name) {
+      return seen;
+    }
+  }
+  throw new Error("the client was closed");
+}
+
+describe("calls", () => {
+  test("are answered with what was sent, whatever it was", async () => {
+    const client = await connected();
+    const params = {
+      text: "漢字 😀",
+      bytes: new Uint8Array([0, 255]),
+      numbers: [0, -1, 2 ** 31, 2 ** 53 - 1, -(2 ** 53) + 1, 2n ** 64n - 1n, -(2n ** 63n), 1.5],
+      nothing: null,
+      nested: { yes: true, no: [false] },
+    };
+    assert.deepEqual(await client.call("echo", params), params);
+    assert.equal(typeof (await client.call<number>("time")), "number");
+    assert.equal(client.welcome?.max_frame, 1_048_576);
+  });
+
+  test("run at once, more than there are streams", async () => {
+    const client = await connected();
+    const numbers = Array.from({ length: 1_000 }, (_, n) => n);
+    const answers = await Promise.all(numbers.map((n) => client.call<{ n: number }>("echo", { n })));
+    assert.deepEqual(
+      answers.map(({ n }) => n),
+      numbers,
+    );
+  });
+
+  test("of half a megabyte go through, also first on a connection", async () => {
+    const client = await connected();
+    const text = "x".repeat(500_000);
+    assert.equal((await client.call<{ text: string }>("echo", { text })).text.length, text.length);
+  });
+
+  test("are told what is wrong", async () => {
+    const client = await connected();
+    await assert.rejects(client.call("no.such.method"), Unimplemented);
+    await assert.rejects(client.call("sleep", { minutes: 1 }), InvalidArgument);
+    await assert.rejects(client.call("sleep", { ms: 60_000 }, { timeoutMs: 50 }), DeadlineExceeded);
+    await assert.rejects(client.call("sleep", { ms: 60_000 }, { signal: AbortSignal.timeout(50) }), {
+      name: "TimeoutError",
+    });
+    assert.deepEqual(await client.call("sleep", { ms: 1 }), {});
+  });
+
+  test("with an idempotency key run once", async () => {
+    const client = await connected();
+    const options = { idempotencyKey: "once" };
+    const first = await client.call<number>("time", {}, options);
+    assert.equal(await client.call("time", {}, options), first);
+  });
+});
+
+describe("sessions", () => {
+  test("are listed, revoked and opened again", async () => {
+    const [first, second] = [await connected({ client: "first/1" }), await connected()];
+    const id = first.session?.id;
+    const list = await second.call<{ id: string; client: string }[]>("session.list");
+    assert.equal(list.find((session) => session.id === id)?.client, "first/1");
+    await second.call("session.revoke", { id });
+    await event(first, "session.revoked");
+    await assert.rejects(first.call("echo"), TokenRevoked);
+    assert.notEqual((await first.openSession()).id, id);
+    assert.deepEqual(await first.call("echo", { back: true }), { back: true });
+  });
+
+  test("with a wrong key are refused", async () => {
+    await assert.rejects(connected({ key: "wrong" }), Unauthenticated);
+  });
+
+  test("are not needed for public methods", async () => {
+    const client = await server.connect();
+    const { versions } = await client.call<{ versions: number[] }>("server.info");
+    assert.deepEqual(versions, [1]);
+    await assert.rejects(client.call("echo"), Unauthenticated);
+    await client.close();
+  });
+
+  test("of a device are bound, and attached on a further connection", async () => {
+    const file = join(server.home, "laptop.key");
+    const device = await Device.create(file);
+    const options = { caFile: server.caFile, home: join(server.home, "client") };
+    const code = server.run("pair", "--user", "ada").trim();
+    assert.equal(await enroll(server.address, code, device, "laptop", options), "ada");
+    await assert.rejects(enroll(server.address, code, device, "laptop", options), Unauthenticated);
+    const again = server.run("pair", "--user", "ada").trim();
+    await assert.rejects(enroll(server.address, again, device, "laptop", options), AlreadyExists);
+    const client = await connected({ user: undefined, key: undefined, device: file, deviceName: "laptop" });
+    assert.equal(client.session?.bound, true);
+    const { id } = client.session;
+    client.cut();
+    await client.call("echo", {}, { idempotencyKey: "after the cut" });
+    assert.equal(client.session?.id, id);
+  });
+});
+
+describe("connections", () => {
+  test("that are cut come back with the same session; what was on its way is told or sent again", async () => {
+    const client = await connected();
+    const id = client.session?.id;
+    const lost = client.call("sleep", { ms: 300 });
+    const kept = client.call("sleep", { ms: 300 }, { idempotencyKey: "kept" });
+    setTimeout(() => client.cut(), 100);
+    await assert.rejects(lost, (error) => error instanceof ConnectionClosed && !error.clean);
+    assert.deepEqual(await kept, {});
+    assert.equal(client.session?.id, id);
+  });
+
+  test("that end without close_notify are truncated, with it they are clean", async () => {
+    const proxy = await Middle.to(server.port);
+    const client = await connect(`localhost:${proxy.port}`, {
+      caFile: server.caFile,
+      user: "ada",
+      key,
+      home: server.home,
+    });
+    const call = client.call("sleep", { ms: 60_000 });
+    setTimeout(() => proxy.end(), 100);
+    await assert.rejects(
+      call,
+      (error) => error instanceof ConnectionClosed && !error.clean && error.reason === "truncated",
+    );
+    await client.close();
+    await proxy.close();
+  });
+
+  test("survive a server that is restarted on its port", async () => {
+    const own = new Server(CONFIG);
+    const ownKey = own.addUser("eve");
+    await own.start();
+    const client = await own.connect({ user: "eve", key: ownKey });
+    const id = client.session?.id;
+    const sleeping = client.call("sleep", { ms: 500 });
+    await own.stop("SIGTERM");
+    assert.deepEqual(await sleeping, {}, "what was in flight was answered while it drained");
+    const waiting = client.call("echo", { after: "restart" });
+    await own.start();
+    assert.deepEqual(await waiting, { after: "restart" });
+    assert.equal(client.session?.id, id);
+    await client.close();
+    await own.remove();
+  });
+
+  test("to a full house are told", async () => {
+    const own = new Server("[sessions]\nper_user = 1\n");
+    const ownKey = own.addUser("eve");
+    await own.start();
+    const first = await own.connect({ user: "eve", key: ownKey });
+    await assert.rejects(
+      own.connect({ user: "eve", key: ownKey }),
+      (error) => error instanceof ResourceExhausted && error.details["limit"] === 1,
+    );
+    await first.close();
+    await (await own.connect({ user: "eve", key: ownKey })).close();
+    await own.remove();
+  });
+});
+
+describe("trust", () => {
+  const pins = () => server.run("cert", "pins", "--plain").trim().split("\n");
+
+  test("by pins alone, with a backup, and on top of a CA", async () => {
+    const backup = `sha256/${Buffer.alloc(32).toString("base64")}`;
+    for (const options of [{ pins: pins() }, { pins: [...pins(), backup] }, { pins: pins(), caFile: server.caFile }]) {
+      const client = await connected(options);
+      assert.deepEqual(await client.call("echo", { a: 1 }), { a: 1 });
+    }
+    for (const options of [{ pins: [backup] }, { pins: [backup], caFile: server.caFile }]) {
+      await assert.rejects(
+        connected(options),
+        (error) => error instanceof TlsError && error.failure === "pin_mismatch",
+      );
+    }
+  });
+
+  test("needs the right name, by a CA and by pins", async () => {
+    for (const options of [{ pins: pins() }, { caFile: server.caFile }]) {
+      await assert.rejects(
+        connected({ ...options, serverHostname: "other.example" }),
+        (error) => error instanceof TlsError && error.failure === "certificate_name_mismatch",
+      );
+    }
+  });
+
+  test("is not in a CA that is another", async () => {
+    await assert.rejects(
+      connected({ caFile: join(PACKAGE, "test/support/certificate.pem") }),
+      (error) => error instanceof TlsError && error.failure === "certificate_untrusted",
+    );
+    await assert.rejects(connected({ caFile: undefined, systemStore: true }), TlsError);
+  });
+
+  test("cannot be switched off for a host that demanded it", async () => {
+    const home = join(server.home, "another");
+    const unseen = await connected({ verify: false, home });
+    await unseen.call("echo");
+    await connected({ home, caFile: server.caFile });
+    await assert.rejects(
+      connected({ verify: false, home }),
+      (error) => error instanceof TlsError && error.failure === "sts_policy",
+    );
+  });
+});
+
+test("the README's program runs as pasted", async () => {
+  const text = readFileSync(join(PACKAGE, "README.md"), "utf8");
+  const program = /```js\n([\s\S]+?)```/.exec(text)?.[1] ?? "";
+  assert.ok(program.trim().split("\n").length <= 10);
+  const folder = join(PACKAGE, "dist/readme"); // inside, where the package finds itself by its name
+  mkdirSync(folder, { recursive: true });
+  const at = program.replaceAll("localhost:7443", server.address);
+  assert.notEqual(at, program);
+  writeFileSync(join(folder, "ask.mjs"), at);
+  writeFileSync(join(folder, "ada.key"), key, { mode: 0o600 });
+  const env = { ...process.env, ZCPROTO_HOME: server.home };
+  const { stdout } = await promisify(execFile)(process.execPath, ["ask.mjs"], { cwd: folder, env });
+  assert.match(stdout, /hello/);
+});
+
+test("neither the log nor what went wrong shows a key or a token", () => {
+  assert.ok(!server.log.includes(key));
+  for (const client of clients) {
+    if (client.session !== undefined) {
+      assert.ok(!server.log.includes(client.session.token));
+    }
+  }
+});
+
+/** A TCP proxy that can end connections as nobody should: without a word of TLS. */
+class Middle {
+  readonly #sockets = new Set<Socket>();
+
+  private constructor(readonly server: TcpServer) {}
+
+  static async to(port: number): Promise<Middle> {
+    const proxy = new Middle(createServer());
+    proxy.server.on("connection", (near) => {
+      const far = connectTcp(port, "localhost");
+      proxy.#sockets.add(near);
+      near.on("error", () => far.destroy());
+      far.on("error", () => near.destroy());
+      near.pipe(far);
+      far.pipe(near);
+    });
+    await new Promise<void>((resolve) => proxy.server.listen(0, "localhost", resolve));
+    return proxy;
+  }
+
+  get port(): number {
+    return (this.server.address() as AddressInfo).port;
+  }
+
+  end(): void {
+    for (const socket of this.#sockets) {
+      socket.end();
+    }
+  }
+
+  async close(): Promise<void> {
+    for (const socket of this.#sockets) {
+      socket.destroy();
+    }
+    await new Promise((resolve) => this.server.close(resolve));
+  }
+}

@@ -1,0 +1,27 @@
+/** The vectors of spec/vectors, as they are. */
+
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import type { Context, Outcome } from "../../conform/outcomes.js";
+import type { Side } from "../../src/wire/frame.js";
+import { ROOT } from "./server.js";
+
+export const FRAME_FILES = ["frames", "headers", "freshness", "streams", "bodies", "bodies-invalid", "segments"];
+
+export interface Vector {
+  readonly name: string;
+  readonly receiver: Side;
+  readonly bytes: string;
+  readonly context: Context;
+  readonly expect: readonly Outcome[];
+}
+
+export interface VectorFile<Kind> {
+  readonly count: number;
+  readonly vectors: readonly Kind[];
+}
+
+export function vectorFile<Kind = Vector>(name: string): VectorFile<Kind> {
+  const text = readFileSync(join(ROOT, "spec/vectors", `${name}.json`), "utf8");
+  return JSON.parse(text) as VectorFile<Kind>;
+}

@@ -1,0 +1,267 @@
+/** What TLS has to be, and how it ends, against servers of node:tls that do it wrong. */
+
+import assert from "node:assert/strict";
+import { X509Certificate } from "node:crypto";
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import {
+  type AddressInfo,
+  connect as connectTcp,
+  createServer as createTcpServer,
+  type Server,
+  type Socket,
+} from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, afterEach, before, describe, test } from "node:test";
+import { createServer, type TLSSocket, type TlsOptions } from "node:tls";
+import { systemClock } from "../src/client/clock.js";
+import { type ConnectOptions, connect } from "../src/connect.js";
+import { Dialer } from "../src/edge/dial.js";
+import { keyPin } from "../src/edge/pins.js";
+import { Trust } from "../src/edge/trust.js";
+import { CannotConnect, Code, ConnectionClosed, TlsError, type TlsFailure } from "../src/errors.js";
+import { encodeBody } from "../src/wire/body.js";
+import { encodeFrame, Kind, NO_TOKEN } from "../src/wire/frame.js";
+import { WELCOME } from "./support/fake.js";
+import { PACKAGE } from "./support/server.js";
+
+const caFile = join(PACKAGE, "test/support/certificate.pem");
+const cert = readFileSync(caFile);
+const key = readFileSync(join(PACKAGE, "test/support/key.pem"));
+const PIN = keyPin(new X509Certificate(cert));
+const OTHER_PIN = `sha256/${Buffer.alloc(32).toString("base64")}`;
+const GOOD: TlsOptions = { cert, key, ALPNProtocols: ["zcp/1"] };
+
+let home: string;
+const servers: Server[] = [];
+const sockets = new Set<Socket>();
+
+before(() => {
+  home = mkdtempSync(join(tmpdir(), "zcproto-tls-"));
+});
+
+afterEach(async () => {
+  for (const socket of sockets) {
+    socket.destroy();
+  }
+  await Promise.all(servers.splice(0).map((server) => new Promise((resolve) => server.close(resolve))));
+});
+
+after(() => rmSync(home, { recursive: true, force: true }));
+
+async function listen(server: Server): Promise<string> {
+  server.on("connection", (socket: Socket) => {
+    sockets.add(socket);
+    socket.on("error", () => undefined); // clients that hang up are what is tested
+  });
+  server.on("tlsClientError", () => undefined);
+  servers.push(server);
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  return `localhost:${(server.address() as AddressInfo).port}`;
+}
+
+function frame(kind: Kind, counter: bigint, body?: unknown, time = Date.now()): Buffer {
+  const bytes = body === undefined ? new Uint8Array(0) : encodeBody(body);
+  return encodeFrame(kind, 0, BigInt(time), 7n, counter, NO_TOKEN, bytes);
+}
+
+/** A server that speaks ZCP/1 as far as its WELCOME, and then does what it is told. */
+function welcoming(then: (socket: TLSSocket) => void, options: TlsOptions = GOOD): Promise<string> {
+  return listen(
+    createServer(options, (socket) => {
+      socket.on("error", () => undefined);
+      socket.write(frame(Kind.WELCOME, 0n, WELCOME));
+      then(socket);
+    }),
+  );
+}
+
+const open = (address: string, options: ConnectOptions = {}) => connect(address, { caFile, home, ...options });
+
+function isFailure(failure: TlsFailure): (error: unknown) => boolean {
+  return (error) => {
+    assert.ok(error instanceof TlsError, String(error));
+    assert.equal(error.failure, failure);
+    return true;
+  };
+}
+
+describe("a server that", () => {
+  const wrong: [string, TlsOptions, TlsFailure][] = [
+    ["speaks TLS 1.2", { ...GOOD, maxVersion: "TLSv1.2" }, "unsupported_version"],
+    ["has other suites", { ...GOOD, ciphers: "TLS_AES_128_GCM_SHA256" }, "no_shared_suite"],
+    ["knows no ALPN", { cert, key }, "no_application_protocol"],
+    ["speaks something else", { ...GOOD, ALPNProtocols: ["http/1.1"] }, "no_application_protocol"],
+    ["wants a certificate", { ...GOOD, requestCert: true, rejectUnauthorized: true, ca: cert }, "certificate_required"],
+  ];
+  for (const [name, options, failure] of wrong) {
+    test(`${name} is refused`, async () => {
+      const address = await listen(createServer(options));
+      await assert.rejects(open(address, { connectTimeoutMs: 5_000 }), isFailure(failure));
+    });
+  }
+
+  test("speaks no TLS is refused", async () => {
+    const address = await listen(createTcpServer((socket) => socket.write("220 mail.example ESMTP ready\r\n")));
+    await assert.rejects(open(address), isFailure("not_tls"));
+  });
+
+  test("hangs up is refused", async () => {
+    const address = await listen(createTcpServer((socket) => socket.destroy()));
+    await assert.rejects(open(address), isFailure("disconnected"));
+  });
+
+  test("says nothing is given up in time", async () => {
+    for (const server of [createTcpServer(() => undefined), createServer(GOOD)]) {
+      const address = await listen(server);
+      await assert.rejects(open(address, { connectTimeoutMs: 300 }), (error) => error instanceof CannotConnect);
+    }
+  });
+
+  test("is not there is told", async () => {
+    const address = await listen(createTcpServer());
+    await new Promise((resolve) => servers.pop()?.close(resolve));
+    await assert.rejects(
+      open(address),
+      (error) => error instanceof CannotConnect && /ECONNREFUSED/.test(error.message),
+    );
+    await assert.rejects(open("no-such-host.invalid"), CannotConnect);
+  });
+
+  test("has a certificate that has expired, or is for later, is refused by pins too", async () => {
+    const address = await welcoming(() => undefined);
+    const [host, port] = address.split(":");
+    for (const years of [200, -200]) {
+      const wall = () => Date.now() + years * 365 * 86_400_000;
+      const dialer = new Dialer({
+        address: { host: host ?? "", port: Number(port) },
+        serverHostname: "localhost",
+        trust: new Trust({ pins: [PIN, OTHER_PIN], onWarning: () => undefined }),
+        knownHosts: undefined,
+        clock: systemClock,
+        systemClock: { ...systemClock, wall },
+        connectTimeoutMs: 5_000,
+        maxFrame: 1_048_576,
+        toleranceMs: 30_000,
+        onWarning: () => undefined,
+      });
+      const owner = { eventReceived: () => 0, linkDraining: () => 0, linkLost: () => 0 };
+      await assert.rejects(dialer.dial(owner, new AbortController().signal), isFailure("certificate_expired"));
+    }
+  });
+});
+
+test("on a wrong pin, name or CA nothing is sent but the ClientHello", async () => {
+  const seen: Buffer[] = [];
+  const [, port] = (await listen(createServer(GOOD))).split(":");
+  const address = await listen(
+    createTcpServer((near) => {
+      const far = connectTcp(Number(port), "127.0.0.1");
+      near.on("data", (chunk: Buffer) => {
+        seen.push(chunk);
+        far.write(chunk);
+      });
+      far.on("error", () => near.destroy()).pipe(near);
+      near.on("close", () => far.destroy());
+    }),
+  );
+  const wrong: [ConnectOptions, TlsFailure][] = [
+    [{ caFile: undefined, pins: [OTHER_PIN] }, "pin_mismatch"],
+    [{ pins: [OTHER_PIN] }, "pin_mismatch"],
+    [{ serverHostname: "other.example" }, "certificate_name_mismatch"],
+    [{ caFile: undefined, pins: [PIN], serverHostname: "127.0.0.2" }, "certificate_name_mismatch"],
+    [{ caFile: undefined, systemStore: true }, "certificate_untrusted"],
+  ];
+  for (const [options, failure] of wrong) {
+    seen.length = 0;
+    await assert.rejects(open(address, { ...options, user: "ada", key: "secret" }), isFailure(failure));
+    const bytes = Buffer.concat(seen);
+    for (let at = 0; at < bytes.length; at += 5 + bytes.readUInt16BE(at + 3)) {
+      assert.notEqual(bytes[at], 0x17, "an encrypted record went out");
+    }
+    assert.ok(bytes.length > 0);
+  }
+});
+
+test("an address as name, and pins of a certificate or with a backup, are believed", async () => {
+  const address = await welcoming(() => undefined);
+  for (const options of [{ pins: [OTHER_PIN, PIN] }, { caFile: undefined, pins: [OTHER_PIN, PIN] }]) {
+    await (await open(address, options)).close();
+  }
+  await (await open(address.replace("localhost", "127.0.0.1"))).close();
+});
+
+describe("the end of a connection", () => {
+  const lost = (then: (socket: TLSSocket) => void) => async (): Promise<ConnectionClosed> => {
+    const address = await welcoming((socket) => socket.once("data", () => then(socket)));
+    const client = await open(address);
+    try {
+      await client.call("server.info");
+    } catch (error) {
+      assert.ok(error instanceof ConnectionClosed, String(error));
+      return error;
+    } finally {
+      await client.close();
+    }
+    throw new Error("it was answered");
+  };
+  /** The TCP connection below TLS, at the server. */
+  const below = (socket: TLSSocket): Socket => {
+    const [tcp] = [...sockets].filter(({ remotePort }) => remotePort === socket.remotePort);
+    assert.ok(tcp);
+    return tcp;
+  };
+
+  test("with close_notify is clean", async () => {
+    const error = await lost((socket) => socket.end())();
+    assert.ok(error.clean);
+  });
+
+  test("by TCP alone is a truncation", async () => {
+    const error = await lost((socket) => below(socket).end())();
+    assert.deepEqual([error.clean, error.reason], [false, "truncated"]);
+  });
+
+  test("by a reset is one, too", async () => {
+    const error = await lost((socket) => below(socket).resetAndDestroy())();
+    assert.ok(!error.clean);
+  });
+
+  const faults: [string, Buffer, Code][] = [
+    ["a frame of another connection", Buffer.from(frame(Kind.PING, 1n)).fill(9, 20, 28), Code.REPLAYED],
+    ["a counter that does not grow", frame(Kind.PING, 0n), Code.REPLAYED],
+    ["a second WELCOME", frame(Kind.WELCOME, 1n, WELCOME), Code.PROTOCOL_ERROR],
+    ["a length above the limit", Buffer.from("7fffffff01030000", "hex"), Code.FRAME_TOO_LARGE],
+    ["noise", Buffer.alloc(100, 0xff), Code.FRAME_TOO_LARGE],
+    ["an ERROR on stream 0", frame(Kind.ERROR, 1n, [Code.FRAME_TOO_LARGE, "too large"]), Code.FRAME_TOO_LARGE],
+  ];
+  for (const [name, bytes, code] of faults) {
+    test(`by ${name} has its code, and the client says goodbye`, async () => {
+      let saidGoodbye: Promise<boolean> = Promise.resolve(false);
+      const error = await lost((socket) => {
+        saidGoodbye = new Promise((resolve) => socket.once("end", () => resolve(true)));
+        socket.write(bytes);
+      })();
+      assert.equal(error.code, code);
+      assert.ok(await saidGoodbye);
+    });
+  }
+
+  test("is not waited for, for ever, nor is all read that a server pours out", async () => {
+    let written = 0;
+    const began = Date.now();
+    const error = await lost((socket) => {
+      socket.write(Buffer.alloc(100, 0xff));
+      const pour = () => {
+        while (!socket.destroyed && socket.write(Buffer.alloc(65_536))) {
+          written += 65_536;
+        }
+      };
+      socket.on("drain", pour);
+      pour();
+    })();
+    assert.equal(error.code, Code.FRAME_TOO_LARGE);
+    assert.ok(Date.now() - began < 10_000);
+    assert.ok(written < 64 * 1_048_576);
+  });
+});
