@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -112,6 +113,22 @@ async def test_a_server_whose_start_fails_leaves_nothing(tmp_path: Path, certs: 
     assert not (home / "control.sock").exists()
     async with Server(config=configuration(home), home=home):
         pass
+
+
+async def test_a_folder_that_takes_no_socket_does_not_keep_a_server_from_starting(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "certs").symlink_to(certs)
+
+    def read_only(control: ControlSocket) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(ControlSocket, "_bind", read_only)
+    async with Server(config=configuration(home), home=home) as server:
+        assert server._control is None
+        assert not (home / "control.sock").exists()
 
 
 async def test_a_server_may_have_none(tmp_path: Path, certs: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import signal
 import ssl
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,8 @@ async def test_a_configuration_made_by_a_program_cannot_be_read_again(tmp_path: 
     (tmp_path / "certs").symlink_to(certs)
     server = Server(config=configuration(tmp_path), home=tmp_path)
     assert not server.can_reload
+    with pytest.raises(ConfigError, match="has not been started"):
+        await server.reload()
     async with server:
         with pytest.raises(ConfigError, match="made its configuration"):
             await server.reload()
@@ -296,6 +299,45 @@ def test_nothing_is_reloaded_while_a_server_drains(serve: Serve) -> None:
             server.reload()
         client.fin()
     server.join()
+
+
+def test_a_drain_that_begins_meanwhile_wins(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve()
+    looked = server.server._keeper._look_by
+
+    def look_by(*arguments: Any) -> None:
+        server.in_loop(lambda: setattr(server.server.serving, "draining", True))
+        looked(*arguments)
+
+    monkeypatch.setattr(server.server._keeper, "_look_by", look_by)
+    settings = server.server.serving.settings
+    with pytest.raises(ConfigError, match="draining"):
+        server.reload(limits__max_streams=3, certificates__alert_days=[3])
+    assert server.server.serving.settings is settings
+    assert server.server.serving.counters.reloads_refused == 1
+
+
+def test_who_asks_for_a_reload_and_goes_away_leaves_no_half_of_it(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    began, go_on = threading.Event(), threading.Event()
+    looked = server.server._keeper._look_by
+
+    def look_by(*arguments: Any) -> None:
+        began.set()
+        assert go_on.wait(30)
+        looked(*arguments)
+
+    monkeypatch.setattr(server.server._keeper, "_look_by", look_by)
+    server.settings = {"limits__max_streams": 3, "certificates__alert_days": [3]}
+    asking = asyncio.run_coroutine_threadsafe(server.server.reload(), server.loop)
+    assert began.wait(30)
+    asking.cancel()
+    go_on.set()
+    server.until(lambda: server.server.serving.counters.reloads == 1)
+    assert server.server.serving.settings.max_streams == 3
+    server.until(lambda: not server.server._ending_tasks)
 
 
 def test_reloads_that_come_together_are_done_one_after_the_other(serve: Serve) -> None:

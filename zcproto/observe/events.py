@@ -176,6 +176,12 @@ _event(
     PER_EVENT,
 )
 _event(
+    "control.unavailable",
+    "warning",
+    "There is no control socket, as the home folder takes none.",
+    "path reason",
+)
+_event(
     "control.asked",
     "info",
     "Somebody had something done by the control socket.",

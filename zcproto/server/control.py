@@ -44,6 +44,9 @@ LIMITS: Final = HttpLimits(
     idle_timeout=60.0,
 )
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
+_TAKES_NONE: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP})
+"""A folder that is read-only, as in some containers, or a file system without sockets."""
+
 _ROOT: Final = 0
 _REFUSED: Final = (
     b"HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain\r\nContent-Length: 46\r\nConnection: close\r\n\r\n"
@@ -77,17 +80,24 @@ class ControlSocket:
 
     # --- the file ------------------------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Make the socket; nobody is let in yet. Raises ConfigError if there cannot be one."""
+    def open(self) -> bool:
+        """Make the socket; nobody is let in yet. False where the folder takes none: a server can do without.
+
+        Raises ConfigError for what can be mended.
+        """
         try:
             self._take_lock()
             self._bind()
         except OSError as error:
             self.close()
+            if error.errno in _TAKES_NONE:
+                log.warning("control.unavailable", path=self._path, reason=error.strerror)
+                return False
             raise ConfigError([f"{self._path}: cannot be made: {error.strerror or error}"]) from error
         except BaseException:
             self.close()
             raise
+        return True
 
     def _take_lock(self) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -191,7 +191,8 @@ class CertificateKeeper:
                 apply()
             except Exception as error:  # it is for who asked for this
                 failed.append(error)
-            self._take(found)
+            else:
+                self._take(found)
 
         await asyncio.to_thread(self._look_by, settings, lambda found: loop.call_soon_threadsafe(take, found))
         if failed:

@@ -121,8 +121,7 @@ class Reloader:
                     "the program that runs this server has made its configuration: there is no file to read again"
                 ]
             )
-        if self.serving.draining:
-            raise ConfigError(["the server is draining: nothing is reloaded any more"])
+        self._check_draining()
         old, read = self.config, await asyncio.to_thread(self.read)
         kept = frozenset() if self.owns_log else LOG_KEYS
         reloaded = Reloaded(tuple(changes_between(old, read, kept)))
@@ -131,6 +130,7 @@ class Reloader:
         log_change = await asyncio.to_thread(LogChange, old.log, new.log)
 
         def apply() -> None:
+            self._check_draining()  # it may have begun meanwhile
             self._apply(new)
             self.alerts.reconfigure(new.alerts, sinks, self.watch)
             if self.owns_log:
@@ -146,6 +146,10 @@ class Reloader:
         if looked_anew:
             self._end_alerts(before)
         return reloaded
+
+    def _check_draining(self) -> None:
+        if self.serving.draining:
+            raise ConfigError(["the server is draining: nothing is reloaded any more"])
 
     def _apply(self, new: Config) -> None:
         """Put in force what cannot fail."""

@@ -146,6 +146,7 @@ class Server:
         self._read_config = read_config
         self._wants_control = control
         self._control: ControlSocket | None = None
+        self._reloader: Reloader | None = None
         self.on_drain: Callable[[float], None] = lambda limit: None
         """Called with the limit when `begin_drain` has begun to drain."""
         self._authenticators = authenticators
@@ -157,7 +158,7 @@ class Server:
         self._kept: Kept | None = None
         self._next_pins: NextPins | None = None
         self._background: set[asyncio.Task[None]] = set()
-        self._ending_tasks: set[asyncio.Task[None]] = set()
+        self._ending_tasks: set[asyncio.Task[Any]] = set()
         self._serving: Serving | None = None
         self._http: HttpSide | None = None
         self._sockets: list[socket.socket] = list(sockets)
@@ -296,8 +297,9 @@ class Server:
         watch_rates(alerts, serving=serving, acceptor=acceptor, login=login)
         try:
             if self._wants_control:
-                self._control = ControlSocket(self.home, serving, Router(ControlResources(self).routes()))
-                await asyncio.to_thread(self._control.open)
+                control = ControlSocket(self.home, serving, Router(ControlResources(self).routes()))
+                if await asyncio.to_thread(control.open):
+                    self._control = control
             if self._sockets:
                 take_over(self._sockets)
             else:
@@ -480,13 +482,27 @@ class Server:
 
         Raises ConfigError with all faults; then nothing has changed. No connection is closed by it.
         """
+        if self._reloader is None:
+            raise ConfigError(["the server has not been started: it reads its configuration when it is"])
+        # A task of its own: who asked may go away, and a half of it must not be left.
+        reload = asyncio.get_running_loop().create_task(self._reload(self._reloader))
+        self._ending_tasks.add(reload)
+        reload.add_done_callback(self._reload_done)
+        return await asyncio.shield(reload)
+
+    async def _reload(self, reloader: Reloader) -> Reloaded:
         with self.around_reload():
-            return await self._reloader.reload()
+            return await reloader.reload()
+
+    def _reload_done(self, reload: asyncio.Task[Reloaded]) -> None:
+        self._ending_tasks.discard(reload)
+        if not reload.cancelled():
+            reload.exception()  # it is for who asked, if that is still there
 
     @property
     def can_reload(self) -> bool:
-        """Whether there is a configuration to be read again."""
-        return self._read_config is not None
+        """Whether there is a configuration to be read again, now."""
+        return self._read_config is not None and self._reloader is not None
 
     def _read_again(self) -> Config:
         assert self._read_config is not None
@@ -534,7 +550,7 @@ class Server:
     def _start_task(self, work: Coroutine[Any, Any, None], *, keeps_going: bool = False) -> None:
         """Start what goes on until the server ends; or what brings about its end, and is not cancelled by it."""
         task = asyncio.get_running_loop().create_task(work)
-        tasks = self._ending_tasks if keeps_going else self._background
+        tasks: set[Any] = self._ending_tasks if keeps_going else self._background
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
