@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import socket
 import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -284,8 +285,8 @@ class Link:
         """So many requests of one method."""
         return [await self.request(method) for _ in range(count)]
 
-    async def quiet(self, why: str, seconds: float = QUIET) -> None:
-        """Raise Broken if the client sends a frame, or ends the connection, within a time."""
+    async def collect(self, seconds: float = QUIET) -> AsyncIterator[Frame]:
+        """What comes within a time, but for what is answered by itself. Raises Ended if the client leaves."""
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while (left := until - loop.time()) > 0:
@@ -295,7 +296,12 @@ class Link:
             except TimeoutError:
                 return
             if not self._answers_itself(frame):
-                raise Broken(f"{frame} came {why}")
+                yield frame
+
+    async def quiet(self, why: str, seconds: float = QUIET) -> None:
+        """Raise Broken if the client sends a frame, or ends the connection, within a time."""
+        async for frame in self.collect(seconds):
+            raise Broken(f"{frame} came {why}")
 
     async def quiet_or_gone(self, why: str, seconds: float = QUIET) -> bool:
         """As `quiet`, but the client may leave. Whether it did."""
@@ -452,7 +458,9 @@ class Link:
                 self._writer.write_eof()
 
     def reset(self) -> None:
-        """Destroy the TCP connection."""
+        """Destroy the TCP connection: the client gets a reset, not an end."""
+        plug: socket.socket = self._writer.get_extra_info("socket")
+        plug.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._writer.transport.abort()
 
     async def drop(self) -> None:
