@@ -25,7 +25,8 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .9rem .4rem 0;
 th { color: var(--faint); font-weight: 600; border-bottom-color: var(--faint); }
 table.rows { table-layout: fixed; min-width: 60rem; }
 .rows th:nth-child(1), .rows th:nth-child(2) { width: 15%; }
-.rows th:nth-child(3) { width: 29%; } .rows th:nth-child(4) { width: 6.5%; } .rows th:nth-child(5) { width: 11%; }
+.rows th:nth-child(3) { width: 29%; } .rows th:nth-child(4) { width: 7%; } .rows th:nth-child(5) { width: 11%; }
+table.rows td { overflow-wrap: anywhere; }
 table.numbers { width: auto; }
 td.verdict { font-weight: 600; white-space: nowrap; }
 td.how { color: var(--faint); font-size: .85rem; }

@@ -103,7 +103,7 @@ class Workshop:
     """Makes houses. As RSA keys take seconds, all their certificates are copies of the same."""
 
     def __init__(self, folder: Path, certificates: Path | None = None) -> None:
-        """`certificates` is a folder of those of the default configuration; without it they are made when needed."""
+        """`certificates` is a folder of own certificates; without it those of the default are made when needed."""
         self.folder = folder
         self._certificates = certificates
 

@@ -13,7 +13,7 @@ from bench.requirements.table import aim, figure, sentence
 
 CLASSES: Final = {Verdict.PASS: "pass", Verdict.SMALL: "small", Verdict.FAIL: "fail", Verdict.NONE: "fail"}
 COLUMNS: Final = (
-    ("requirement", ""), ("target", ""), ("figure", ""), ("", ""), ("aim", ""), ("how", ""),
+    ("requirement", ""), ("target", ""), ("figure", ""), ("verdict", ""), ("aim", ""), ("how", ""),
 )  # fmt: skip
 
 
