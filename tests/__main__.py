@@ -1,7 +1,8 @@
 """All checks, in the order in which they fail fastest: `python -m tests`.
 
-    --quick    the tests alone: no style, no types, no coverage
-    --fix      let ruff mend what it can first
+    --quick           the tests alone: no style, no types, no coverage
+    --another-python  as --quick, and without what a run on one version has shown for all
+    --fix             let ruff mend what it can first
 
 Further arguments go to pytest.
 """
@@ -21,21 +22,33 @@ COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
 SECRETS = 10_000
 """Tokens, keys and the like that all tests together make; none of them may show up (tests/secrets_watch.py)."""
 
+SHOWN_FOR_ALL = (
+    *("bench", "costs", "interop", "spec", "http/test_browser.py", "http/test_prometheus.py"),
+    *("stores/test_kill.py", "test_layers.py", "test_secrets_watch.py"),
+)
+"""Tests of other programs, of documents and of measurements, which no version of Python makes different."""
+
 LIMIT = 720
 """Seconds for one tool: one that hangs must fail."""
 
 
+OPTIONS = ("--quick", "--another-python", "--fix")
+
+
 def main(arguments: list[str]) -> int:
-    quick = "--quick" in arguments
+    another = "--another-python" in arguments
+    quick = another or "--quick" in arguments
     if "--fix" in arguments:
         run("ruff", "check", "--fix", "-q", ".")
         run("ruff", "format", "-q", ".")
-    for_pytest = [argument for argument in arguments if argument not in ("--quick", "--fix")]
+    for_pytest = [argument for argument in arguments if argument not in OPTIONS]
     if not quick and not all((run("ruff", "check", "."), run("ruff", "format", "--check", "."), run("mypy"))):
         return 1
     if for_pytest:
         return 0 if run("pytest", *for_pytest) else 1
     secrets = f"--secrets-at-least={SECRETS}"
+    if another:
+        return 0 if run("pytest", *(f"--ignore=tests/{each}" for each in SHOWN_FOR_ALL)) else 1
     if quick:
         return 0 if run("pytest", secrets) else 1
     coverage = [f"--cov=zcproto.{room}" for room in COVERED]

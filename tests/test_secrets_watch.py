@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from base64 import b64encode, urlsafe_b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -125,10 +125,13 @@ from zcproto.secret import Secret
 from zcproto.sessions.token import token_text
 
 log = get_logger("zcproto.test")
+"""
 
-def test_it(capsys):
+TEST = """
+def test_number_{number}(capsys):
     token = system_entropy(32)
     text = token_text(token)
+    {body}
 """
 
 LEAKS = {
@@ -141,8 +144,9 @@ LEAKS = {
 }
 
 
-def run(tmp_path: Path, body: str, *options: str) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "test_leak.py").write_text(f"{BEGINNING}    {body}\n")
+def run(tmp_path: Path, bodies: Iterable[str], *options: str) -> subprocess.CompletedProcess[str]:
+    tests = [TEST.format(number=number, body=body) for number, body in enumerate(bodies)]
+    (tmp_path / "test_leak.py").write_text(BEGINNING + "".join(tests))
     command = [sys.executable, "-m", "pytest", "-p", "tests.secrets_watch", "--rootdir", str(tmp_path)]
     return subprocess.run(
         [*command, "-c", os.devnull, str(tmp_path), *options],
@@ -154,15 +158,18 @@ def run(tmp_path: Path, body: str, *options: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("where", LEAKS)
-def test_a_run_with_a_leak_fails_and_says_where(tmp_path: Path, where: str) -> None:
-    done = run(tmp_path, LEAKS[where])
+def test_each_test_with_a_leak_fails_and_says_where(tmp_path: Path) -> None:
+    done = run(tmp_path, LEAKS.values())
     assert done.returncode == 1, done.stdout
-    assert f"a secret is in {where.removeprefix('a Secret in ')}" in done.stdout
+    for number, where in enumerate(LEAKS):
+        _, _, said = done.stdout.partition(f"ERROR at teardown of test_number_{number} ")
+        said = said.partition(" ERROR at teardown of ")[0]
+        assert "a secret is in " in said, (where, done.stdout)
+        assert where.removeprefix("a Secret in ") in said, (where, done.stdout)
 
 
 def test_a_run_without_one_passes_if_it_made_enough(tmp_path: Path) -> None:
-    shown_only = 'log.warning("a.b", token=token, name=Secret(text)); print(text)'
+    shown_only = ['log.warning("a.b", token=token, name=Secret(text)); print(text)']
     done = run(tmp_path, shown_only, "--secrets-at-least", "1")
     assert done.returncode == 0, done.stdout
     assert "made (at least 1 wanted), 0 found" in done.stdout
