@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile
+from zcproto.certs import own
+from zcproto.certs.own import OwnSettings
 from zcproto.cli import main
 from zcproto.cli import status as status_module
 from zcproto.cli.status import frame
@@ -144,6 +147,46 @@ def test_certificates_are_made_by_the_server(running: ServerThread, capsys: Capt
     (one,) = json_of(capsys, "cert", "rotate", "--now")["certificates"]
     assert one["new_key"]
     assert running.in_loop(lambda: running.server.pins) == [one["pin"]] != pins
+
+
+def test_files_that_the_server_does_not_serve_are_told(running: ServerThread, capsys: Capture) -> None:
+    (running.home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
+    assert main(["cert", "show"]) == 0
+    assert capsys.readouterr().err == ""
+    (served, _) = json_of(capsys, "cert", "show")["served"]
+    assert served["file"] == "server-ecdsa.crt"
+    folder = running.home / "certs"
+    other = running.home / "other"
+    shutil.copytree(folder, other)
+    settings = OwnSettings(
+        names=(),
+        key_types=("ecdsa-p256",),
+        lifetime=timedelta(days=90),
+        renew_before=timedelta(days=30),
+        renew_key=False,
+        announce_key=timedelta(days=1),
+    )
+    own.renew(other, settings, datetime.now(UTC))
+    (running.home / "config.toml").write_text(
+        f'[certificates]\nkey_types = ["ecdsa-p256"]\ndirectory = "{other}"\n'
+    )
+    assert main(["cert", "show"]) == 0
+    assert "server-ecdsa.crt is not what the running server serves" in capsys.readouterr().err
+
+
+def test_files_are_shown_though_the_server_cannot_be_asked(
+    running: ServerThread, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (running.home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
+
+    def refuse(connected: socket.socket, home: Home) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("zcproto.cli.control._connect", refuse)
+    assert main(["cert", "show"]) == 0
+    said = capsys.readouterr()
+    assert "you are not allowed" in said.err
+    assert "server-ecdsa.crt" in said.out
 
 
 def test_alerts_are_listed_and_tried(running: ServerThread, capsys: Capture, tmp_path: Path) -> None:

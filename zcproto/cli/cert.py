@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 
 from zcproto.certs import authority, clients, files, keys, own, pair, rotation
 from zcproto.certs.examine import Examination, examine
@@ -24,7 +24,7 @@ from zcproto.certs.foreign import PassphraseSource
 from zcproto.certs.maintainer import OwnSource
 from zcproto.cli import cert_report as reports
 from zcproto.cli import home_options, read_config
-from zcproto.cli.control import control_of
+from zcproto.cli.control import ControlError, control_of
 from zcproto.cli.private_file import private_file
 from zcproto.clock import MS_PER_SECOND, system_clock
 from zcproto.errors import CertificateError, ConfigError
@@ -60,11 +60,18 @@ def cert(home: Home, config_file: Path | None) -> None:
 def show(home: Home, config_file: Path | None, as_json: bool) -> int:
     """Show the certificates of the configuration, their pins, when they end, and what is wrong.
 
+    These are the files. If a server runs and serves others, that is told, too.
+
     Exit code 2 if one has expired or cannot be served.
     """
     now = _now()
     found = reports.report(read_config(home, config_file), now, os.environ)
-    _print(reports.as_data(found, now) if as_json else reports.as_text(found, now))
+    served = _served(home)
+    if as_json:
+        _print(reports.as_data(found, now) | ({} if served is None else {"served": served}))
+    else:
+        _print(reports.as_text(found, now))
+        _compare(found, served)
     return 0 if found.is_good else EXIT_UNUSABLE
 
 
@@ -154,6 +161,31 @@ def check(
     found = examine(file, key, now, passphrase=passphrase, host=name)
     _print(_check_data(found, now) if as_json else _check_text(found, now))
     return EXIT_UNUSABLE if found.refused else 0
+
+
+def _served(home: Home) -> list[dict[str, Any]] | None:
+    """The certificates that a running server serves; None if none runs, or cannot be asked."""
+    try:
+        control = control_of(home)
+        if control is None:
+            return None
+        served: list[dict[str, Any]] = control.get("/v1/certificates")["certificates"]
+    except ControlError as error:
+        _tell(f"note: {error}")
+        return None
+    return served
+
+
+def _compare(found: reports.Report, served: list[dict[str, Any]] | None) -> None:
+    """Tell what a running server does not serve of the files."""
+    if served is None:
+        return
+    known = {one["sha256"] for one in served}
+    for row in found.rows:
+        if row.use != "server" or row.leaf is None:
+            continue
+        if row.leaf.fingerprint(hashes.SHA256()).hex() not in known:
+            _tell(f"note: {row.certificate} is not what the running server serves; its log says why")
 
 
 def _check_text(found: Examination, now: datetime) -> str:

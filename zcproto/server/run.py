@@ -112,6 +112,8 @@ async def _serve(
     reloads: set[asyncio.Task[None]] = set()
 
     def hung_up() -> None:
+        if len(reloads) > 1:  # one is under way, and one that waits will see all that there is to see
+            return
         reload = loop.create_task(_reload(server, supervision))
         reloads.add(reload)
         reload.add_done_callback(reloads.discard)
