@@ -130,6 +130,7 @@ class Link:
         self._tls: ssl.SSLObject | None = None
         self._data = b""
         self._end: str | None = None
+        self._has_ended = False
         self._counter_in = 0
         self.patience = patience
         self.salt = entropy(8)
@@ -189,7 +190,7 @@ class Link:
         return True
 
     def _flush(self) -> None:
-        if self._outgoing.pending and not self._writer.is_closing():
+        if self._outgoing.pending and not (self._has_ended or self._writer.is_closing()):
             self._writer.write(self._outgoing.read())
 
     def _decrypt(self) -> None:
@@ -302,6 +303,15 @@ class Link:
         """Raise Broken if the client sends a frame, or ends the connection, within a time."""
         async for frame in self.collect(seconds):
             raise Broken(f"{frame} came {why}")
+
+    async def heard(self) -> None:
+        """Return when the client has read all that was sent before, or has left for it."""
+        self.send("PING")
+        try:
+            frame = await self.frame("PONG")
+        except Ended:
+            return
+        expect(frame.kind == "PONG", f"{frame} came instead of PONG")
 
     async def quiet_or_gone(self, why: str, seconds: float = QUIET) -> bool:
         """As `quiet`, but the client may leave. Whether it did."""
@@ -453,9 +463,18 @@ class Link:
         self._end_writing()
 
     def _end_writing(self) -> None:
-        if not self._writer.is_closing():
+        if not (self._has_ended or self._writer.is_closing()):
+            self._has_ended = True
             with contextlib.suppress(OSError):  # the client was quicker, and its end was not read yet
                 self._writer.write_eof()
+
+    async def lose(self) -> None:
+        """End the TCP stream without close_notify, and wait for the client's end.
+
+        A call that is made next needs an idempotency key: it may still go to the connection that is lost.
+        """
+        self.truncate()
+        await self.end("that was cut")
 
     def reset(self) -> None:
         """Destroy the TCP connection: the client gets a reset, not an end."""

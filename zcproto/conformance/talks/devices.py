@@ -86,10 +86,10 @@ async def _(stage: Stage) -> None:
 async def _(stage: Stage) -> None:
     joined, device = await _with_device(stage)
     await joined.exchange()
-    joined.link.truncate()
+    await joined.link.lose()
     use_leaf(stage, stage.fixtures.next_leaf)
     link = await _attached_link(stage, joined, device)
-    call = await joined.client.call("echo", {})
+    call = await joined.client.call("echo", {}, idempotency_key="again")
     request = await link.request("echo")
     expect(request.token == joined.session.token, "the call came with another token than the session's")
     link.answer(request, "attached")

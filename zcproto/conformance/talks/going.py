@@ -35,6 +35,7 @@ async def _(stage: Stage) -> None:
     old = await joined.client.call("sleep", {})
     request = await joined.link.request("sleep")
     joined.link.goaway()
+    await joined.link.heard()
     new = await joined.client.call("echo", {})
     link = await stage.welcomed()
     link.answer(await link.request("echo"), "over here")
@@ -48,6 +49,7 @@ async def _(stage: Stage) -> None:
 async def _(stage: Stage) -> None:
     joined = await stage.joined()
     joined.link.goaway(retry_after_ms=_WHILE_MS)
+    await joined.link.heard()
     call = await joined.client.call("echo", {})
     await stage.server.nobody("before retry_after_ms", _WHILE_MS / 1000 * 0.8)
     link = await stage.welcomed()
@@ -141,8 +143,8 @@ async def _(stage: Stage) -> None:
 @talk("no-storm", "11.2: a client that is thrown out again and again comes back ever more slowly")
 async def _(stage: Stage) -> None:
     joined = await stage.joined()
-    joined.link.truncate()
-    call = await joined.client.call("echo", {})
+    await joined.link.lose()
+    call = await joined.client.call("echo", {}, idempotency_key="again")
     before = stage.server.connections
     try:
         async with asyncio.timeout(_STORM_SECONDS):

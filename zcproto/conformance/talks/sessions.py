@@ -211,7 +211,7 @@ async def _(stage: Stage) -> None:
     call = await joined.client.call("echo", {"n": 1})
     joined.link.refuse(await joined.link.request("echo"), TOKEN_EXPIRED)
     await joined.link.request("session.refresh")
-    joined.link.truncate()
+    await joined.link.lose()
     joined.link = await stage.welcomed()
     request = await joined.link.frame("session.refresh or session.open")
     expect(request.kind == "REQUEST" and request.token == NO_TOKEN, f"{request} came after a lost refresh")
@@ -309,9 +309,9 @@ async def _(stage: Stage) -> None:
 async def _(stage: Stage) -> None:
     joined = await stage.with_session()
     await joined.exchange()
-    joined.link.truncate()
+    await joined.link.lose()
     link = await stage.back(joined.session)
-    call = await joined.client.call("echo", {})
+    call = await joined.client.call("echo", {}, idempotency_key="again")
     request = await link.request("echo")
     expect(request.token == joined.session.token, "the call came with another token than the session's")
     link.answer(request, "the same session")
@@ -324,11 +324,11 @@ async def _(stage: Stage) -> None:
 async def _(stage: Stage) -> None:
     joined = await stage.with_session()
     await joined.exchange()
-    joined.link.truncate()
+    await joined.link.lose()
     link = await stage.welcomed()
     link.auto.clear()
     blob = b"z" * (4 * BEFORE_SESSION)
-    call = await joined.client.call("echo", {"blob": blob})
+    call = await joined.client.call("echo", {"blob": blob}, idempotency_key="again")
     small = [await link.frame("a small request")]  # a large one is a fault until one of them was answered
     small += [frame async for frame in link.collect()]
     link.limit = MAX_FRAME

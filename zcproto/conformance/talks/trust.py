@@ -189,8 +189,8 @@ async def _(stage: Stage) -> None:
 async def _changes(stage: Stage, joined: Joined, leaf: Leaf) -> None:
     """The server comes back with another key; the client must not believe it."""
     use_leaf(stage, leaf)
-    joined.link.truncate()
-    call = await joined.client.call("echo", {})
+    await joined.link.lose()
+    call = await joined.client.call("echo", {}, idempotency_key="again")
     link = await stage.server.connection()
     try:
         await link.handshake(stage.context)
@@ -224,8 +224,8 @@ async def _(stage: Stage) -> None:
     following = stage.fixtures.next_leaf
     joined = await _trusted(stage, pins=[stage.leaf.pin, following.pin])
     use_leaf(stage, following)
-    joined.link.truncate()
-    call = await joined.client.call("echo", {})
+    await joined.link.lose()
+    call = await joined.client.call("echo", {}, idempotency_key="again")
     link = await stage.welcomed()
     link.answer(await link.request("echo"), "the next key")
     await call.gives("the next key")
