@@ -6,7 +6,8 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ from bench.requirements.sizes import FULL, QUICK
 from zcproto.errors import ConfigError
 from zcproto.printable import printable
 
+ENVIRONMENT: Final = "ZCPROTO_"
 WIDTH: Final = 150
 """Of tables that go into a file or a pipe."""
 
@@ -56,13 +58,26 @@ def measure(*, requirements: bool, curves: bool, quick: bool, only: Sequence[str
     importlib.import_module("matplotlib")  # if it is not installed, better to know now
     progress, told, started = Console(stderr=True, highlight=False), machine.machine(), time.time()
     run = grown = None
-    if requirements:
-        run = run_requirements(QUICK if quick else FULL, progress, only)
-        table.show(run, _console())
-    if curves:
-        grown = _curves(quick, only, progress)
+    with default_settings():
+        if requirements:
+            run = run_requirements(QUICK if quick else FULL, progress, only)
+            table.show(run, _console())
+        if curves:
+            grown = _curves(quick, only, progress)
     _write(files, told, started, run, grown)
     return 0 if all(each is None or each.passes for each in (run, grown)) else 1
+
+
+@contextmanager
+def default_settings() -> Iterator[None]:
+    """Without what the environment says of settings: the requirements are about what is configured here."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)}
+    for name in kept:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def _curves(quick: bool, only: Sequence[str], progress: Console) -> Grown:

@@ -270,7 +270,10 @@ def rotations(workshop: Workshop, sizes: Sizes, console: Console) -> Outcome:
     )
     house = workshop.house("rotation")
     house.home.users.unlink()  # the run makes its own users
-    return run_in(house.home, plan, console)
+    outcome = run_in(house.home, plan, console)
+    if outcome.load.interrupted:
+        raise KeyboardInterrupt  # it takes the first one for itself, and gives what there is
+    return outcome
 
 
 def rotation_row(outcome: Outcome, sizes: Sizes) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,14 @@ def test_a_curve_that_could_not_be_measured_is_said_to_be(
     monkeypatch.setattr(curves_run.tokens, "in_a_process", broken)
     assert main(["bench", "--curves", "--quick", "--step", "sessions"]) == 1
     assert "curve sessions: not measured: OSError: no process any more" in capsys.readouterr().out
+
+
+def test_settings_of_the_environment_do_not_change_what_is_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_LIMITS__NONSENSE", "1")  # no server would start with it
+    assert main(["bench", "--requirements", "--quick", "--step", "first_run"]) == 0
+    assert os.environ["ZCPROTO_LIMITS__NONSENSE"] == "1"
 
 
 @pytest.mark.parametrize(
