@@ -104,5 +104,23 @@ def test_files_for_clients_wait_for_client_auth() -> None:
     assert in_force(on, new).tls.client_ca_file == Path("/etc/ca.pem")
 
 
+def test_the_guide_names_every_key_that_takes_a_restart() -> None:
+    """By itself, or with all others of its section."""
+    guide = (Path(__file__).parents[2] / "spec" / "control.md").read_text(encoding="utf-8")
+    (row,) = [line for line in guide.splitlines() if line.startswith("| after a restart")]
+    sections = {key.partition(".")[0] for key in TAKES_EFFECT}
+    whole = {
+        section
+        for section in sections
+        if all(
+            effect is Effect.RESTART for key, effect in TAKES_EFFECT.items() if key.startswith(f"{section}.")
+        )
+    }
+    for key, effect in TAKES_EFFECT.items():
+        section = key.partition(".")[0]
+        named = f"`{key}`" in row or (section in whole and f"`[{section}]`" in row)
+        assert named == (effect is Effect.RESTART), key
+
+
 def test_a_value_is_found_by_its_key() -> None:
     assert value_of(config(), "server.port") == 7443
