@@ -29,6 +29,9 @@ DEAD_TRIED: Final = 20
 """Ended sessions and replaced tokens that a client remembers."""
 
 SIZES: Final = (0, 16, 64, 1_000, 8_000, 60_000)
+SMALL: Final = 8_000
+"""Bytes that a connection without a session may send, too."""
+
 MARGIN_MS: Final = 2_000
 """Around the moment of an expiry either answer is right: the server's clock reads when it reads the frame."""
 
@@ -157,23 +160,34 @@ class Client:
         if caller is not None:
             self._caller = None
             raise ConnectionClosed("the connection was ended by the server")
-        assert self._place is not None
-        caller = self._caller = await self._place.caller()
-        self._seen.done["connect"] += 1
         held = next((each for each in self._live if not _may_have_expired(each.expires_at)), None)
-        if held is None:
-            await self._open()
-        else:
-            await self._check_echo(caller, held, 1, 16)
+        return await self._connect(held)
+
+    async def _connect(self, held: Held | None) -> Caller:
+        """A new connection, and a session taken on it: this one, or a new one. If that fails it is left again."""
+        assert self._place is not None
+        caller = await self._place.caller()
+        self._seen.done["connect"] += 1
+        try:
+            if held is None:
+                await self._open_on(caller)
+            else:
+                await self._check_echo(caller, held, 1, 16)
+        except ZcprotoError:
+            await caller.leave()
+            raise
+        self._caller = caller
         return caller
 
     async def _open(self) -> None:
         caller = self._caller
         if caller is None or caller.ended:
             self._caller = None
-            assert self._place is not None
-            caller = self._caller = await self._place.caller()
-            self._seen.done["connect"] += 1
+            await self._connect(None)
+        else:
+            await self._open_on(caller)
+
+    async def _open_on(self, caller: Caller) -> None:
         params = {
             "scheme": "api_key",
             "user": self._credential.user,
@@ -192,6 +206,10 @@ class Client:
 
     async def _check_echo(self, caller: Caller, held: Held, depth: int, size: int) -> None:
         """Some requests at once, each answered with what it was."""
+        if size > SMALL:  # spec/zcp1.md 5.3: taken here first, as the last one here may have ended
+            await self._check_echo(caller, held, 1, 16)
+            if _may_have_expired(held.expires_at):
+                return
         params = [{"n": number, "data": self._chance.randbytes(size)} for number in range(depth)]
         calls = [caller.call("echo", each, held.token) for each in params]
         answers = await asyncio.gather(*calls, return_exceptions=True)

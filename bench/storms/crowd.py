@@ -76,8 +76,9 @@ class Crowd:
 
     async def come_back(self, port: int, within_s: float) -> Answer:
         """All at once: when each was served, how often it had to try, and why tries failed."""
-        place = self._new_place(port)
+        await asyncio.gather(*(caller.leave() for caller in self._callers))
         self._callers = []
+        place = self._new_place(port)
         causes: Counter[str] = Counter()
         served: list[float] = []
         tries = wrong = 0
@@ -138,9 +139,9 @@ class Crowd:
         return {"answered": answered}
 
     async def leave(self) -> Answer:
-        for caller in self._callers:
-            caller.close()
-        await asyncio.sleep(0)
+        await asyncio.gather(*(caller.leave() for caller in self._callers))
+        if self._place is not None:
+            self._place.close()
         return {}
 
 

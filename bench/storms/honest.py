@@ -43,7 +43,7 @@ class Honest:
         self._begin()
 
     def commands(self) -> Commands:
-        return {"open": self.open, "load": self.load, "stop": self.stop}
+        return {"open": self.open, "load": self.load, "stop": self.stop, "leave": self.leave}
 
     def _begin(self) -> None:
         self._sent = self._equal = self._in_flight = 0
@@ -88,6 +88,12 @@ class Honest:
 
     async def stop(self) -> Answer:
         self._pacer.stop()
+        return {}
+
+    async def leave(self) -> Answer:
+        await asyncio.gather(*(caller.leave() for caller in self._callers))
+        self._pacer.close()
+        self._place.close()
         return {}
 
     def _ask(self, caller: Caller, due: float) -> None:

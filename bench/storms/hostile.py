@@ -98,6 +98,7 @@ class Hostile:
         for task in self._tasks:
             task.cancel()
         ended = await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._place.close()
         faults = [each for each in ended if isinstance(each, Exception)]
         if faults:
             raise faults[0]
@@ -118,7 +119,7 @@ class Hostile:
                 self._causes[cause(error)] += 1
             finally:
                 self._counts["thrown_out"] += intruder.out.is_set()
-                intruder.close()
+                await intruder.leave()
             await asyncio.sleep(self._comes_back_s * (0.5 + self._random.random()))
 
     async def _drip(self, intruder: Intruder) -> None:

@@ -97,7 +97,7 @@ def test_settings_of_the_environment_do_not_change_what_is_found(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "Missing argument 'HOST:PORT'; or give --requirements or --curves."),
+        ([], "Missing argument 'HOST:PORT'; or give --requirements, --curves or --soak."),
         (["localhost:1"], "Missing option '--keys'."),
         (["localhost:1", "--requirements"], "give no HOST:PORT"),
         (["--requirements", "--step", "nonsense"], "no such step: nonsense"),

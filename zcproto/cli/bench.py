@@ -45,6 +45,12 @@ def mode_options(command: Callable[..., int]) -> Callable[..., int]:
                 metavar="FILE",
                 help="With these two: as Markdown.",
             ),
+            click.option(
+                "--soak",
+                type=click.FloatRange(0.1, 10_080),
+                metavar="MINUTES",
+                help="Churn and harm at random for so long: every answer judged, memory and descriptors watched.",
+            ),
         )
     ):
         command = option(command)
@@ -134,7 +140,9 @@ def mode_options(command: Callable[..., int]) -> Callable[..., int]:
     metavar="FILE",
     help="The CA to believe. [default: that of the home folder if it has one, else the system's store]",
 )
-@click.option("--seed", type=int, default=1, show_default=True, metavar="N", help="Of arrivals and payloads.")
+@click.option(
+    "--seed", type=int, default=1, show_default=True, metavar="N", help="Of arrivals, payloads and a soak."
+)
 @click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write everything measured.")
 @click.option(
     "--hdr",
@@ -153,6 +161,7 @@ def bench(
     steps: tuple[str, ...],
     html_file: Path | None,
     markdown_file: Path | None,
+    soak: float | None,
     connections: int,
     sessions: int | None,
     rate: float,
@@ -177,8 +186,19 @@ def bench(
     was lost, unequal or unverified. Latencies count from when a request was due, so a slow server cannot hide
     behind requests that were not made. Its method `echo` is called, which `zcproto serve` has by itself.
 
-    With --requirements or --curves, and no HOST:PORT, servers of its own are measured, in a temporary folder.
+    With --requirements, --curves or --soak, and no HOST:PORT, servers of its own are measured, in a temporary
+    folder.
     """
+    if soak is not None:
+        if address is not None or requirements or curves:
+            raise click.UsageError(
+                "--soak starts a server of its own: give no HOST:PORT, and nothing else to measure"
+            )
+        from bench.load.progress import new_console  # noqa: PLC0415
+        from bench.soak.command import soak_and_report  # noqa: PLC0415
+        from bench.soak.plan import SoakPlan  # noqa: PLC0415
+
+        return soak_and_report(SoakPlan(soak, seed), json_file, plot, new_console())
     if requirements or curves:
         from bench.requirements.command import Files, measure  # noqa: PLC0415
 
@@ -189,7 +209,7 @@ def bench(
         files = Files(json_file, html_file, markdown_file)
         return measure(requirements=requirements, curves=curves, quick=quick, only=steps, files=files)
     if address is None:
-        raise click.UsageError("Missing argument 'HOST:PORT'; or give --requirements or --curves.")
+        raise click.UsageError("Missing argument 'HOST:PORT'; or give --requirements, --curves or --soak.")
     if keys is None:
         raise click.UsageError("Missing option '--keys'.")
     from bench.load.command import EXIT_CODES, Outputs, run_and_report  # noqa: PLC0415
