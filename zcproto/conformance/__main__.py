@@ -51,6 +51,7 @@ DEFAULT_VECTORS: Final = Path(__file__).resolve().parents[2] / "spec" / "vectors
     metavar="FACTOR",
     help="How much longer to wait on a slow machine.",
 )
+@click.option("--jobs", type=click.IntRange(1, 64), default=1, metavar="N", help="So many checks at a time.")
 @click.option("--verbose", is_flag=True, help="Show each line between the kit and the program.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="CLIENT-COMMAND...")
 def main(
@@ -61,6 +62,7 @@ def main(
     exceptions: Path | None,
     vectors_folder: Path,
     patience: float,
+    jobs: int,
     verbose: bool,
     command: tuple[str, ...],
 ) -> None:
@@ -74,7 +76,7 @@ def main(
         if not command:
             raise KitError("name the command that runs the client's program")
         allowed = load_exceptions(exceptions) if exceptions is not None else {}
-        results = run(chosen, command, patience=PATIENCE * patience, verbose=verbose)
+        results = run(chosen, command, patience=PATIENCE * patience, jobs=jobs, verbose=verbose)
         results, faults = apply_exceptions(results, allowed, {check.name for check in every})
         _say(line for result in results if result.result != PASSED for line in report.lines_of(result))
         _say(report.table(results))
@@ -106,14 +108,14 @@ def choose(checks: Sequence[Check], parts: Sequence[str], only: Sequence[str]) -
 
 
 def run(
-    checks: Sequence[Check], command: Sequence[str], *, patience: float, verbose: bool = False
+    checks: Sequence[Check], command: Sequence[str], *, patience: float, jobs: int = 1, verbose: bool = False
 ) -> list[Result]:
     """Run checks in a temporary folder."""
     tell = (lambda line: click.echo(line, err=True)) if verbose else None
 
     async def run_all(folder: Path) -> list[Result]:
         fixtures = Fixtures(folder, system_clock, system_entropy)
-        return await run_checks(checks, command, fixtures, patience=patience, tell=tell)
+        return await run_checks(checks, command, fixtures, patience=patience, jobs=jobs, tell=tell)
 
     with tempfile.TemporaryDirectory(prefix="zcproto-conformance-") as folder:
         return asyncio.run(run_all(Path(folder)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -65,26 +65,44 @@ async def run_check(check: Check, program: Program, fixtures: Fixtures, *, patie
 
 
 async def run_checks(
-    checks: Iterable[Check],
+    checks: Sequence[Check],
     command: Sequence[str],
     fixtures: Fixtures,
     *,
     patience: float,
+    jobs: int = 1,
     tell: Callable[[str], None] | None = None,
+    prepare: Callable[[Program, Check], Awaitable[None]] | None = None,
     on_result: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
-    """Run checks one after the other. Raises KitError if the command cannot be run."""
-    program = Program(command, tell=tell)
-    results = []
+    """Run checks, `jobs` of them at a time with a program each. The results are in the order of the checks.
+
+    `prepare` is called before each check. Raises KitError if the command cannot be run.
+    """
+    results: dict[int, Result] = {}
+    left = iter(enumerate(checks))
+
+    async def work() -> None:
+        program = Program(command, tell=tell)
+        try:
+            await _greet(program, patience)
+            for number, check in left:
+                if prepare is not None:
+                    await prepare(program, check)
+                results[number] = await run_check(check, program, fixtures, patience=patience)
+                on_result(results[number])
+        finally:
+            await program.stop()
+
+    workers = [asyncio.create_task(work()) for _ in range(min(jobs, len(checks)))]
     try:
-        await _greet(program, patience)
-        for check in checks:
-            results.append(await run_check(check, program, fixtures, patience=patience))
-            on_result(results[-1])
+        await asyncio.gather(*workers)
     finally:
-        await program.stop()
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
         await fixtures.close()
-    return results
+    return [results[number] for number in range(len(checks))]
 
 
 async def _greet(program: Program, patience: float) -> None:

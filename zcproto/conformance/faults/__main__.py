@@ -14,10 +14,10 @@ import click
 
 from zcproto.clock import system_clock, system_entropy
 from zcproto.conformance import talks
-from zcproto.conformance.check import Broken, Check
+from zcproto.conformance.check import Broken, Check, KitError
 from zcproto.conformance.faults import FAULTS
 from zcproto.conformance.program import Program, Refused
-from zcproto.conformance.run import PASSED, Result, run_check
+from zcproto.conformance.run import PASSED, Result, run_checks
 from zcproto.conformance.stage import Fixtures
 
 PATIENCE: Final = 3.0
@@ -37,37 +37,24 @@ async def seen_to_fail(
     on_result: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Run each check against the client with its fault, several at a time: most of them wait."""
-    results: list[Result] = []
-    left = iter(checks)
-
-    async def work(folder: Path) -> None:
-        fixtures = Fixtures(folder, system_clock, system_entropy)
-        program = Program(PROGRAM)
-        try:
-            for check in left:
-                await _put_in(program, check.name)
-                results.append(await run_check(check, program, fixtures, patience=patience))
-                on_result(results[-1])
-        finally:
-            await program.stop()
-            await fixtures.close()
-
     with tempfile.TemporaryDirectory(prefix="zcproto-conformance-") as folder:
-        workers = [Path(folder) / str(number) for number in range(min(jobs, len(checks)))]
-        for worker in workers:
-            worker.mkdir()
-        async with asyncio.TaskGroup() as group:
-            for worker in workers:
-                group.create_task(work(worker))
-    return results
+        return await run_checks(
+            checks,
+            PROGRAM,
+            Fixtures(Path(folder), system_clock, system_entropy),
+            patience=patience,
+            jobs=jobs,
+            prepare=put_in,
+            on_result=on_result,
+        )
 
 
-async def _put_in(program: Program, name: str) -> None:
-    """Put a fault in, in place of the one before."""
+async def put_in(program: Program, check: Check) -> None:
+    """Put the fault of a check into a client's program, in place of the one before. Raises KitError."""
     try:
-        await (await program.begin("fault", {"check": name}))
+        await (await program.begin("fault", {"check": check.name}))
     except (Broken, Refused) as error:
-        raise RuntimeError(f"{name}: its fault cannot be put in: {error}\n{program.stderr}") from error
+        raise KitError(f"{check.name}: its fault cannot be put in: {error}\n{program.stderr}") from error
 
 
 @click.command()

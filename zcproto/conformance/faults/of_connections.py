@@ -340,6 +340,10 @@ FRAMING: Final[dict[str, Fault]] = {
         "leaves without close_notify",
         (f"{_PUMP}.close", "self._transport.close()", "self._transport.abort()"),
     ),
+    "end-of-input": fault(
+        "leaves without close_notify",
+        (f"{_PUMP}.close", "self._transport.close()", "self._transport.abort()"),
+    ),
 }
 
 _SALT_UNSEEN: Final = (

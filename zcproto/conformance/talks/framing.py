@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
-from zcproto.conformance.check import SCRIPTED, Talks
+from zcproto.conformance.check import SCRIPTED, Talks, expect
 from zcproto.conformance.link import MAX_FRAME, MIN_LENGTH, Frame, Link, pack
 from zcproto.conformance.stage import Joined, Stage
 
@@ -194,3 +195,13 @@ async def _(stage: Stage) -> None:
     await joined.link.ended_by_client("when the application closed it")
     joined.link.close()
     await stage.answer(closing, "close")
+
+
+@talk("end-of-input", "4.3: a program whose input ends says goodbye for its clients, and exits with 0")
+async def _(stage: Stage) -> None:
+    joined = await stage.joined()
+    await joined.exchange()
+    stopping = asyncio.create_task(stage.program.stop())
+    await joined.link.ended_by_client("when the program's input ended")
+    code = await stopping
+    expect(code == 0, f"the program's exit code is {code}")
