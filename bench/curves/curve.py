@@ -11,6 +11,9 @@ from bench.curves.fit import FLAT, LEAST, Fit, growth, line, power
 CLEAR: Final = 0.5
 """R2 below this is no description of anything."""
 
+MUCH: Final = 2.0
+"""What goes up and down by less, with no fit, is called constant."""
+
 
 class Series(NamedTuple):
     """One cost at each size."""
@@ -70,10 +73,11 @@ class Curve:
                 f" write's, which all in it share (R² {straight.r2:.3f}); {spread}"
             )
         exponent = f"exponent {by_power.slope:.2f}, R² {by_power.r2:.3f}"
-        if abs(by_power.slope) <= FLAT:
-            return f"{name} {growth(by_power)}: {spread} ({exponent})"
-        if max(straight.r2, by_power.r2) < CLEAR:
+        noise = max(straight.r2, by_power.r2) < CLEAR
+        if noise and max(costs) > MUCH * min(costs):
             return f"{name} has no clear trend: {spread} ({exponent})"
+        if noise or abs(by_power.slope) <= FLAT:
+            return f"{name} hardly grows: {spread} ({exponent})"
         if _error(straight, sizes, costs) <= _error(by_power, sizes, costs):
             sign = "+" if straight.slope >= 0 else "-"
             each = f"{sign} {number(abs(straight.slope))} {unit} for each {self.size}"

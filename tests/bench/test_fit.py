@@ -98,6 +98,8 @@ def test_a_cost_that_is_a_power_is_told_by_its_exponent() -> None:
 
 def test_noise_is_no_growth() -> None:
     assert "has no clear trend" in described(1, 30, 2, 9).sentence
+    assert "has no clear trend" in described(2, 9, 1, 2.5).sentence
+    assert "hardly grows" in described(2, 2.5, 1.5, 2.9).sentence
 
 
 def test_what_a_write_shares_is_told_apart_from_what_each_request_costs() -> None:
