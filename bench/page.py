@@ -28,6 +28,7 @@ table.rows { table-layout: fixed; min-width: 60rem; }
 .rows th:nth-child(3) { width: 29%; } .rows th:nth-child(4) { width: 7%; } .rows th:nth-child(5) { width: 11%; }
 table.rows td { overflow-wrap: anywhere; }
 table.numbers { width: auto; }
+.numbers th.number { white-space: normal; max-width: 9.5rem; }
 td.verdict { font-weight: 600; white-space: nowrap; }
 td.how { color: var(--faint); font-size: .85rem; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bench.curves.curve import Curve, Described, best
+from bench.curves.curve import CLEAR, Curve, Described, best
 from bench.load.plot import BLUE, GREEN, INK, head, plain
 from bench.requirements.plots import ORANGE, by_bytes, label, new_figure
 
@@ -42,7 +42,7 @@ def _draw(axes: Axes, curve: Curve, part: list[Described]) -> None:
     for color, each in zip(COLORS, part, strict=False):
         axes.plot(sizes, each.series.values, "o", color=color, markersize=5, label=each.series.name)
         fit = each.line if curve.inverse else best(each, xs)
-        if fit is not None:
+        if fit is not None and fit.r2 >= CLEAR:
             path = [sizes[0] * (sizes[-1] / sizes[0]) ** (step / STEPS) for step in range(STEPS + 1)]
             costs = [fit.at(1 / size if curve.inverse else size) for size in path]
             shown = [(size, cost) for size, cost in zip(path, costs, strict=True) if cost > 0]
