@@ -25,8 +25,9 @@ NO_TOKEN: Final = bytes(32)
 class Connection:
     """One connection, one session."""
 
-    def __init__(self, port: int, context: ssl.SSLContext) -> None:
-        raw = socket.create_connection(("127.0.0.1", port))
+    def __init__(self, port: int, context: ssl.SSLContext, timeout: float | None = None) -> None:
+        """`timeout`, in seconds, is of each step; with one, steps cost this side more."""
+        raw = socket.create_connection(("127.0.0.1", port), timeout)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.tls = context.wrap_socket(raw, server_hostname="localhost")
         self.counter = 0

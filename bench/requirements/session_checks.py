@@ -14,7 +14,7 @@ from bench.compare.client import HEADER, Connection
 from bench.load.caller import Caller, Place
 from bench.load.plan import Credential
 from bench.requirements.finding import Facts, Finding
-from bench.requirements.homes import House, Served, get, https
+from bench.requirements.homes import TIMEOUT, House, Served, get, https
 from zcproto.errors import CallError, Code, ConnectionClosed
 from zcproto.sessions import TOKEN_SIZE
 from zcproto.wire.frame import NO_TOKEN
@@ -27,15 +27,15 @@ CLIENT: Final = "zcproto-bench/1"
 THIEF: Final = "thief/1"
 SHORT_LIVES: Final = """
 [sessions]
-lifetime = "4s"
-idle_timeout = "2s"
+lifetime = "6s"
+idle_timeout = "3s"
 per_user = 2
 when_full = "evict_oldest"
 refresh = false
 """
 """For a server whose sessions end while one watches."""
 
-LIFETIME_S, IDLE_S = 4.0, 2.0
+LIFETIME_S, IDLE_S = 6.0, 3.0
 
 
 async def opened(caller: Caller, who: Credential, client: str = CLIENT) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def replays(served: Served, house: House) -> Finding:
     who = house.users[4]
 
     def fresh() -> Connection:
-        return Connection(served.port, served.context())
+        return Connection(served.port, served.context(), TIMEOUT)
 
     def session() -> Connection:
         connection = fresh()
