@@ -485,3 +485,5 @@ class Link:
     async def drop(self) -> None:
         """Be rid of the connection, whatever its state."""
         self._writer.transport.abort()
+        with contextlib.suppress(OSError):  # how it ended is of no interest any more
+            await self._writer.wait_closed()

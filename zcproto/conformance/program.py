@@ -31,8 +31,15 @@ class Refused(Exception):
 class Program:
     """Runs the client's command. `tell` is called with each line that passes, if somebody wants to see them."""
 
-    def __init__(self, command: Sequence[str], *, tell: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        stop_seconds: float = STOP_SECONDS,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
         self._command = list(command)
+        self._stop_seconds = stop_seconds
         self._tell = tell
         self._process: asyncio.subprocess.Process | None = None
         self._readers: list[asyncio.Task[None]] = []
@@ -99,6 +106,8 @@ class Program:
             return f"it wrote a line that is no JSON: {text[:200]!r}"
         if not isinstance(answer, dict) or not isinstance(answer.get("id"), int):
             return f"it wrote a line without an id: {text[:200]!r}"
+        if not any(key in answer for key in ("ok", "error", "unsupported")):
+            return f"it wrote an answer with neither ok nor error: {text[:200]!r}"
         future = self._waiting.pop(answer["id"], None)
         if future is None:
             return f"it answered step {answer['id']}, which waits for no answer"
@@ -108,11 +117,11 @@ class Program:
             future.set_exception(Unsupported(f"unsupported: {answer['unsupported']}"))
         elif isinstance(answer.get("error"), dict):
             future.set_exception(Refused(answer["error"]))
-        elif "ok" in answer:
-            future.set_result(answer["ok"])
+        elif "error" in answer:
+            future.set_exception(Broken(f"its error is no object: {text[:200]!r}"))
         else:
-            return f"it wrote an answer with neither ok nor error: {text[:200]!r}"
-        future.exception()
+            future.set_result(answer["ok"])
+        future.exception()  # whoever waits is told; a step nobody waits for is no fault
         return None
 
     async def _read_stderr(self, process: asyncio.subprocess.Process) -> None:
@@ -128,6 +137,11 @@ class Program:
             self.leaked = True
 
     @property
+    def is_gone(self) -> bool:
+        """Whether it was started, and answers no more."""
+        return self._process is not None and self._readers[0].done()
+
+    @property
     def stderr(self) -> str:
         """The end of what it wrote to standard error."""
         return self._stderr.decode("utf-8", "replace")[-STDERR_SHOWN:]
@@ -137,7 +151,7 @@ class Program:
         process = self._process or await self._start()
         self._last_id += 1
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if self._readers[0].done():
+        if self.is_gone:
             raise Broken(f"the program failed: {self._gone}")
         self._waiting[self._last_id] = future
         line = json.dumps({"id": self._last_id, "step": step, **fields})
@@ -159,12 +173,13 @@ class Program:
         assert process.stdin is not None
         process.stdin.close()
         try:
-            async with asyncio.timeout(STOP_SECONDS):
+            async with asyncio.timeout(self._stop_seconds):
                 await process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+        await asyncio.wait(self._readers, timeout=1.0)  # its last words are looked through, too
         for reader in self._readers:
             reader.cancel()
         await asyncio.wait(self._readers)

@@ -80,8 +80,8 @@ class Conform:
             if f"{name}_ms" in step:
                 options[name] = step[f"{name}_ms"] / _MS
         client = Client(step["address"], **options)
+        self.clients[step["client"]] = client  # known before it is open, so that it can be closed at any time
         await client.open()
-        self.clients[step["client"]] = client
         return {"session": None if client.session is None else client.session.id}
 
     async def call(self, step: Mapping[str, Any]) -> Any:

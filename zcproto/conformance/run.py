@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from zcproto.conformance.check import VECTORS, Broken, Check, KitError
-from zcproto.conformance.program import Program, Refused
-from zcproto.conformance.stage import Fixtures, Stage
+from zcproto.conformance.program import STOP_SECONDS, Program, Refused
+from zcproto.conformance.stage import NO_ANSWER, Fixtures, Stage
 
 MAX_EXCEPTIONS_FILE: Final = 1 << 20
 CHECK_LIMIT: Final = 10
@@ -37,17 +37,18 @@ class Result:
 
 
 async def run_check(check: Check, program: Program, fixtures: Fixtures, *, patience: float) -> Result:
-    """Run one check. A program that did not keep up with it is stopped, so that the next check gets a new one."""
+    """Run one check. A program that hangs or put out a secret is stopped, and the next check gets a new one."""
     loop = asyncio.get_running_loop()
     begin = loop.time()
     program.leaked = False
-    why = ""
+    stage = Stage(program, fixtures, patience=patience)
+    why, hangs = "", False
     try:
         async with asyncio.timeout(patience * CHECK_LIMIT):
             if check.name.startswith(VECTORS):
-                await check.run(Stage(program, fixtures, patience=patience))
+                await check.run(stage)
             else:
-                async with Stage(program, fixtures, patience=patience) as stage:
+                async with stage:
                     await check.run(stage)
     except Broken as broken:
         why = str(broken)
@@ -55,12 +56,15 @@ async def run_check(check: Check, program: Program, fixtures: Fixtures, *, patie
         why = f"a step failed: {refused}"
     except TimeoutError:
         why = f"it was not over within {patience * CHECK_LIMIT:g} s"
+        hangs = True
+    hangs = hangs or stage.answered_at_end is False
+    hangs = hangs or (stage.answered_at_end is None and why.startswith(NO_ANSWER))
     if program.leaked:
         why = f"a token or a key was put out{'; ' if why else ''}{why}"
-    if why:
+    if program.leaked or program.is_gone or hangs:
         await program.stop()
-        if program.stderr:
-            why += f"\n{program.stderr.strip()}"
+    if why and program.stderr:
+        why += f"\n{program.stderr.strip()}"
     return Result(check, FAILED if why else PASSED, loop.time() - begin, why)
 
 
@@ -83,7 +87,7 @@ async def run_checks(
     left = iter(enumerate(checks))
 
     async def work() -> None:
-        program = Program(command, tell=tell)
+        program = Program(command, stop_seconds=min(patience, STOP_SECONDS), tell=tell)
         try:
             await _greet(program, patience)
             for number, check in left:

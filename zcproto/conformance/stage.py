@@ -21,6 +21,7 @@ from zcproto.conformance.values import typed, untyped
 
 USER: Final = "ada"
 HOUR_MS: Final = 3_600_000
+NO_ANSWER: Final = "no answer"
 PATIENCE: Final = 20.0
 """Seconds that the kit waits for what must come, unless it is told to be more patient."""
 
@@ -177,13 +178,14 @@ class Stage:
         self.ahead_ms = 0
         self.key = fixtures.entropy(24).hex()
         self.program.secrets.add(self.key)
+        self.answered_at_end: bool | None = None  # None: nothing was asked
         self._clients: list[Client] = []
 
     async def __aenter__(self) -> Self:
         await self.server.start()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         """Clients are told to close, then the server goes. What a client does now is no part of the check."""
         closing = []
         for client in self._clients:
@@ -193,7 +195,8 @@ class Stage:
                 break  # the program is gone, with all its clients
         await self.server.stop()
         if closing:
-            await asyncio.wait(closing, timeout=self.patience)
+            _, late = await asyncio.wait(closing, timeout=self.patience)
+            self.answered_at_end = not late
 
     # --- the program ------------------------------------------------------------------------------
 
@@ -209,7 +212,7 @@ class Stage:
         """Wait for the answer to a step."""
         done, _ = await asyncio.wait([future], timeout=self.patience)
         if not done:
-            raise Broken(f"no answer to {step} within {self.patience:g} s")
+            raise Broken(f"{NO_ANSWER} to {step} within {self.patience:g} s")
         return future.result()
 
     async def refused(self, step: str, *kinds: str, **fields: Any) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""Running the kit in a test: against the Python client, and against programs that are wrong."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from zcproto.clock import system_clock, system_entropy
+from zcproto.conformance import talks
+from zcproto.conformance.check import Check
+from zcproto.conformance.run import PASSED, Result, run_checks
+from zcproto.conformance.stage import PATIENCE, Fixtures
+
+PYTHON_CLIENT = (sys.executable, "-m", "zcproto.conformance.python_client")
+SLOW = 2 * PATIENCE
+"""For a machine on which other tests run, too."""
+
+SCRIPTED = {check.name: check for check in talks.checks()}
+
+
+async def results_of(
+    checks: Sequence[Check],
+    command: Sequence[str] = PYTHON_CLIENT,
+    *,
+    patience: float = SLOW,
+    jobs: int = 1,
+) -> list[Result]:
+    with tempfile.TemporaryDirectory() as folder:
+        fixtures = Fixtures(Path(folder), system_clock, system_entropy)
+        return await run_checks(checks, command, fixtures, patience=patience, jobs=jobs)
+
+
+def failures(results: Sequence[Result]) -> list[str]:
+    return [f"{result.check.name}: {result.why}" for result in results if result.result != PASSED]
+
+
+def program(*answers: str) -> list[str]:
+    """A program that greets the kit well, and answers each step after that with the next of these lines."""
+    hello = '{"id": 1, "ok": {"kit": 1, "client": "wrong/1"}}'
+    source = (
+        "import sys\n"
+        f"for answer in {[hello, *answers]!r}:\n"
+        "    if not sys.stdin.readline(): break\n"
+        "    print(answer, flush=True)\n"
+    )
+    return [sys.executable, "-c", source]

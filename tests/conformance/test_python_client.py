@@ -1,0 +1,58 @@
+"""The Python client passes the kit. A part of it is run here; all of it is
+
+python -m zcproto.conformance python -m zcproto.conformance.python_client
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from zcproto.conformance import real_server, vectors
+from zcproto.conformance.check import Check
+
+from ..wire.vectors import FOLDER
+from .helpers import SCRIPTED, failures, results_of
+
+EVERY = 8
+TAKE_LONG = {
+    f"scripted/{name}"
+    for name in ("no-storm", "every-cut", "revoked-token", "replaced-session", "retry-after", "keepalive")
+}
+"""Conversations that wait for half a second and more."""
+
+
+def some_vectors() -> list[Check]:
+    """Every eighth of each file, the first among them."""
+    counted: Counter[str] = Counter()
+    chosen = []
+    for check in vectors.checks(FOLDER):
+        file = check.name.split("/")[1]
+        if counted[file] % EVERY == 0:
+            chosen.append(check)
+        counted[file] += 1
+    return chosen
+
+
+def test_every_vector_is_a_check() -> None:
+    checks = vectors.checks(FOLDER)
+    names = {check.name for check in checks}
+    assert len(names) == len(checks)
+    for file in vectors.FILES:
+        count = vectors._load(FOLDER, file).get("count", 1)
+        assert len([name for name in names if name.split("/")[1] == file]) == count, file
+
+
+async def test_it_passes_vectors_of_each_file() -> None:
+    assert failures(await results_of(some_vectors())) == []
+
+
+async def test_it_passes_the_conversations() -> None:
+    chosen = [check for name, check in SCRIPTED.items() if name not in TAKE_LONG]
+    assert failures(await results_of(chosen, jobs=6)) == []
+
+
+async def test_it_passes_conversations_with_the_real_server() -> None:
+    wanted = {"server/echo", "server/revoked-by-another"}
+    chosen = [check for check in real_server.talk.checks if check.name in wanted]
+    assert len(chosen) == len(wanted)
+    assert failures(await results_of(chosen)) == []
