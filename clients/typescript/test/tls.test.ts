@@ -54,7 +54,7 @@ async function listen(server: Server): Promise<string> {
     sockets.add(socket);
     socket.on("error", () => undefined); // clients that hang up are what is tested
   });
-  server.on("tlsClientError", () => undefined);
+  server.on("tlsClientError", (_error, socket: TLSSocket) => socket.destroy());
   servers.push(server);
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
   return `localhost:${(server.address() as AddressInfo).port}`;

@@ -163,14 +163,19 @@ export class Link {
     }
   }
 
-  /** The transport has ended: after a close_notify if there is no error. */
-  connectionLost(error: TlsError | undefined): void {
+  /** Nothing more comes from the server: after a close_notify if there is no error. */
+  endReceived(error: TlsError | undefined): void {
     if (error !== undefined) {
       this.#ended(new ConnectionClosed(error.failure, { cause: error }));
     } else if (this.error === undefined) {
       this.unansweredNotRun = this.draining;
       this.#ended(new ConnectionClosed("the server closed the connection", { clean: true }));
     }
+  }
+
+  /** The transport is gone. */
+  connectionLost(error: TlsError | undefined): void {
+    this.endReceived(error);
     this.#transport = undefined;
     this.#goneResolve();
   }

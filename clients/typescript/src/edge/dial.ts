@@ -52,7 +52,7 @@ export class Dialer {
     const { address, clock, connectTimeoutMs, maxFrame, toleranceMs } = this.#settings;
     const link = new Link(owner, clock, new ClientConnection({ maxFrame, toleranceMs }));
     const options = await this.#settings.trust.tlsOptions();
-    const tcp = connect({ ...address, noDelay: true });
+    const tcp = connect({ ...address, noDelay: true, allowHalfOpen: true }); // our close_notify comes after theirs
     const patience = new AbortController();
     const timer = clock.after(connectTimeoutMs, () => {
       patience.abort(new CannotConnect(`${addressText(address)}: no answer within ${connectTimeoutMs / 1000} s`));

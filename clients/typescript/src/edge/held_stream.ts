@@ -79,7 +79,11 @@ export class HeldStream extends Duplex {
 
   /** Reset the connection, as a network would. */
   reset(): void {
-    this.#tcp.resetAndDestroy();
+    if (this.#tcp.writableEnded || this.#tcp.destroyed) {
+      this.#tcp.destroy(); // libuv resets nothing that is being shut down, and Node would never close it then
+    } else {
+      this.#tcp.resetAndDestroy();
+    }
   }
 }
 

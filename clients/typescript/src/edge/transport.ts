@@ -103,6 +103,8 @@ class TlsTransport implements Transport {
       if (held.hasEnded) {
         this.#error ??= tlsError("truncated");
       }
+      link.endReceived(this.#error); // before our own end goes out
+      this.close();
     });
     socket.on("error", (error) => {
       this.#error ??= failureOf(error, socket, true);

@@ -1,0 +1,22 @@
+/**
+ * The program by which the conformance kit drives this client (spec/conformance/README.md):
+ *
+ *     python -m zcproto.conformance node clients/typescript/dist/conform.js
+ */
+
+import { createInterface } from "node:readline";
+import { Conform, type Step } from "./conform/steps.js";
+
+const MAX_LINE = 8 * 1024 * 1024;
+const conform = new Conform();
+
+for await (const line of createInterface({ input: process.stdin })) {
+  if (line.length > MAX_LINE) {
+    throw new Error("a line is too long");
+  }
+  const step = JSON.parse(line) as Step;
+  void conform.answer(step).then((answer) => {
+    process.stdout.write(`${JSON.stringify({ id: step.id, ...(answer as object) })}\n`);
+  });
+}
+await conform.close();
