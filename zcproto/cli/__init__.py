@@ -49,7 +49,7 @@ COMMANDS = {
     "cert": ("zcproto.cli.cert:cert", "See, check, renew and hand out certificates."),
     "device": ("zcproto.cli.device:device", "List and remove devices, which open sessions by a key."),
     "pair": ("zcproto.cli.pair:pair", "Print a one-time code that lets in a device."),
-    "alert": ("zcproto.cli.alert:alert", "Try whether alerts arrive, and check a signature."),
+    "alert": ("zcproto.cli.alert:alert", "List alerts, try whether they arrive, and check a signature."),
     "doctor": (
         "zcproto.cli.doctor:doctor",
         "See what is wrong with a server or the way to it, and what to do.",
