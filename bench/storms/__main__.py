@@ -33,10 +33,11 @@ from rich.text import Text
 
 from bench.demo.run import SERVER_SPARE, temporary_home
 from bench.load.command import Outputs, check_outputs
+from bench.load.figures import SATURATED_LAG_MS
 from bench.load.plan import require_open_files
 from bench.load.progress import new_console
 from bench.rotation.__main__ import bounded, positive
-from bench.storms.outcome import Mix, Row, Storm, reasons
+from bench.storms.outcome import Felt, Mix, Row, Storm, reasons
 from bench.storms.run import StormPlan, run_all
 from bench.storms.stage import is_measurable
 from zcproto.errors import ConfigError, ZcprotoError
@@ -126,9 +127,23 @@ def show(outcomes: Sequence[Storm | Mix], plan: StormPlan, console: Console) -> 
             f"{plan.clients:,} connections, {plan.hostile:,} of them hostile; the others ask {plan.rate:,g}/s"
         )
         console.print(table(title, mixed))
+    late = [each.title for each in outcomes if (_felt(each).lag_p99_ms or 0.0) > SATURATED_LAG_MS]
+    if late:
+        console.print(
+            Text(
+                f"late were the clients themselves ({', '.join(late)}): this machine is too small or too busy to "
+                "show what the server alone would have made them wait",
+                "yellow",
+            ),
+            soft_wrap=True,
+        )
     failed = reasons(list(outcomes))
     said = f"failed: {'; '.join(failed)}" if failed else "passed: every bar is met"
     console.print(Text(said, "bold red" if failed else "bold green"), soft_wrap=True)
+
+
+def _felt(outcome: Storm | Mix) -> Felt:
+    return outcome.meanwhile if isinstance(outcome, Storm) else outcome.felt
 
 
 def table(title: str, outcomes: Sequence[Storm | Mix]) -> Table:

@@ -272,6 +272,10 @@ def test_the_report_tells_all() -> None:
     assert "TLS: disconnected 1, server: handshake_timeout 1" in said
     assert "FAIL" not in said
     assert "FAIL" in said_by([mix(replays_refused=0)])
+    assert "late were" not in said
+    assert "late were the clients themselves (all kinds)" in said_by(
+        [storm(), mix(felt=felt(lag=latencies(9.0)))]
+    )
     assert "with admission: until all were: not measured" in said_by([storm(served_s=[])])
 
 
