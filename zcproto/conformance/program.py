@@ -168,6 +168,7 @@ class Program:
     async def stop(self) -> int | None:
         """End the program as the contract says, or by force if it does not end. Returns its exit code."""
         process, self._process = self._process, None
+        readers, self._readers = self._readers, []
         if process is None:
             return None
         assert process.stdin is not None
@@ -179,8 +180,8 @@ class Program:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-        await asyncio.wait(self._readers, timeout=1.0)  # its last words are looked through, too
-        for reader in self._readers:
+        await asyncio.wait(readers, timeout=1.0)  # its last words are looked through, too
+        for reader in readers:
             reader.cancel()
-        await asyncio.wait(self._readers)
+        await asyncio.wait(readers)
         return process.returncode

@@ -17,6 +17,9 @@ MAX_EXCEPTIONS_FILE: Final = 1 << 20
 CHECK_LIMIT: Final = 10
 """A check may take so many times the patience for one step; no usual one comes near it."""
 
+START_SECONDS: Final = 60.0
+"""For a program to start: some languages compile first, and several may start at once."""
+
 PASSED: Final = "passed"
 FAILED: Final = "failed"
 EXCEPTED: Final = "excepted"
@@ -110,9 +113,9 @@ async def run_checks(
 
 
 async def _greet(program: Program, patience: float) -> None:
-    """The program must be one that was made for this kit."""
+    """The program must be one that was made for this kit. It has time to start, however short patience is."""
     try:
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(max(patience, START_SECONDS)):
             hello = await (await program.begin("hello", {}))
     except (Broken, Refused, TimeoutError) as error:
         shown = f"\n{program.stderr.strip()}" if program.stderr else ""

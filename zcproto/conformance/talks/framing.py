@@ -202,6 +202,8 @@ async def _(stage: Stage) -> None:
     joined = await stage.joined()
     await joined.exchange()
     stopping = asyncio.create_task(stage.program.stop())
-    await joined.link.ended_by_client("when the program's input ended")
-    code = await stopping
+    try:
+        await joined.link.ended_by_client("when the program's input ended")
+    finally:
+        code = await stopping
     expect(code == 0, f"the program's exit code is {code}")
