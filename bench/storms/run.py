@@ -32,7 +32,9 @@ AFTER_S: Final = 0.5
 """Seconds of load after the last of a crowd was served."""
 
 KINDS: Final = ("slow", "garbage", "replay", "deaf")
-NO_KIND: Final[tuple[str, ...]] = ()
+ALONE: Final[tuple[str, tuple[str, ...]]] = ("the honest alone", ())
+MIXES: Final = (ALONE, *((f"{kind} ones", (kind,)) for kind in KINDS), ("all kinds", KINDS))
+"""Names, and who is hostile."""
 
 Say = Callable[[str], None]
 
@@ -142,16 +144,13 @@ async def _loading(honest: Helper) -> AsyncIterator[dict[str, Any]]:
 
 async def mixes(plan: StormPlan, home: Home, say: Say) -> list[Mix]:
     """The honest alone, then among hostile ones of each kind, then among all kinds."""
-    wanted: list[tuple[str, tuple[str, ...]]] = [("the honest alone", NO_KIND)]
-    wanted += [(f"{kind} ones", (kind,)) for kind in KINDS]
-    wanted.append(("all kinds", KINDS))
     pattern = Stage(home, plan.clients, "memory")
     honest_users = pattern.users("honest", plan.clients - plan.hostile)
     hostile_users = pattern.users("hostile", plan.hostile)
     with pattern.server():
         pass  # it makes its certificates
     found = []
-    for title, kinds in wanted:
+    for title, kinds in MIXES:
         say(f"a mix: {title} ...")
         with pattern.server() as server:
             found.append(await _mix(plan, pattern, server, title, kinds, honest_users, hostile_users))

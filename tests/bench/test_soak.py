@@ -65,7 +65,7 @@ def samples(**by_minute: Callable[[int], float]) -> list[Sample]:
 def outcome(**changes: Any) -> SoakOutcome:
     seen = Seen(done=Counter({"echo": 1000, "open": 20}))
     usual: dict[str, Any] = {
-        "plan": SoakPlan(9.0),
+        "plan": SoakPlan(30.0),
         "seen": seen,
         "samples": samples(),
         "done": Counter({"rotation": 9, "reload": 9, "outage": 4}),
@@ -131,6 +131,11 @@ def test_what_must_not_be_fails(changes: dict[str, Any], key: str) -> None:
     made = outcome(**changes)
     assert not row(made, key).holds
     assert any(why.startswith(row(made, key).label) for why in made.reasons())
+
+
+@pytest.mark.parametrize(("minutes", "most"), [(30.0, 4.0), (120.0, 4.0), (15.0, 9.0), (3.0, 6.0)])
+def test_short_runs_see_what_is_kept_fill(minutes: float, most: float) -> None:
+    assert outcome(plan=SoakPlan(minutes)).memory_bound_mib == pytest.approx(most)
 
 
 # --- carried out -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from bench.load.latency import Latencies
 from bench.storms import __main__ as program
 from bench.storms import lines as lines_module
 from bench.storms import outcome as outcome_module
+from bench.storms import run as run_module
 from bench.storms.crowd import Crowd
 from bench.storms.honest import Honest
 from bench.storms.hostile import Hostile
@@ -162,8 +163,11 @@ def test_all_of_it_on_a_small_scale(
     # How long anything takes is not promised on a machine that runs tests.
     monkeypatch.setattr(outcome_module, "ALL_SERVED_S", 60.0)
     monkeypatch.setattr(outcome_module, "HONEST_P99_MS", 30_000.0)
+    monkeypatch.setattr(
+        run_module, "MIXES", (run_module.MIXES[0], run_module.MIXES[-1])
+    )  # the others are in the last
     json_file, plot = tmp_path / "storms.json", tmp_path / "storms.png"
-    words = ["--clients", "20", "--honest", "3", "--rate", "100", "--seconds", "2", "--comes-back", "0.3"]
+    words = ["--clients", "20", "--honest", "3", "--rate", "100", "--seconds", "4", "--comes-back", "0.3"]
     code = program.main([*words, "--json", str(json_file), "--plot", str(plot)])
     said = capsys.readouterr()
     assert code == 0, said
@@ -171,12 +175,14 @@ def test_all_of_it_on_a_small_scale(
     assert [each["title"] for each in told["storms"]] == ["with admission", "without admission"]
     assert all(len(each["served_s"]) == 20 for each in told["storms"])
     by_title = {each["title"]: each for each in told["mixes"]}
-    assert by_title["slow ones"]["counts"]["bytes_dripped"] > 0
-    assert by_title["garbage ones"]["counts"]["thrown_out"] > 0
-    assert by_title["replay ones"]["figures"]["replays"]["value"] > 0
-    assert by_title["deaf ones"]["counts"]["deaf_requests"] > 0
+    counts = by_title["all kinds"]["counts"]
+    assert counts["bytes_dripped"] > 0
+    assert counts["garbage_sent"] > 0
+    assert counts["thrown_out"] > 0
+    assert counts["deaf_requests"] > 0
+    assert by_title["all kinds"]["figures"]["replays"]["value"] > 0
     assert by_title["all kinds"]["figures"]["connected"]["value"] >= 4
-    assert by_title["the honest alone"]["felt"]["sent"] == 200
+    assert by_title["the honest alone"]["felt"]["sent"] == 400
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert KEY not in json_file.read_text()
 
