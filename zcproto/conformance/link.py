@@ -151,6 +151,12 @@ class Link:
         """The server's time, in milliseconds since the Unix epoch."""
         return self._clock.wall() + self.ahead_ms
 
+    @property
+    def suite(self) -> str:
+        """The cipher suite that was agreed on; empty before."""
+        cipher = None if self._tls is None else self._tls.cipher()
+        return "" if cipher is None else cipher[0]
+
     # --- TLS --------------------------------------------------------------------------------------
 
     async def handshake(self, context: ssl.SSLContext) -> None:

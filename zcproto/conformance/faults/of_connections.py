@@ -62,6 +62,10 @@ TRUST: Final[dict[str, Fault]] = {
         ("zcproto.tls.context:suites_are_allowed", 'tls.version() == "TLSv1.3" and', ""),
         ("zcproto.tls.context:suites_are_allowed", "and cipher[0] in suites", ""),
     ),
+    "other-suite": fault(
+        "takes any suite",
+        ("zcproto.tls.context:suites_are_allowed", "and cipher[0] in suites", ""),
+    ),
     "no-alpn": fault("does not look at ALPN", (_JUDGE, _JUDGE_ALPN, "if False:")),
     "no-tls": fault(
         "takes a server without TLS for one that is down",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import ssl
 import struct
+import sys
 from typing import Any, Final
 
+from zcproto.conformance import other_suite
 from zcproto.conformance.certificates import HOST, Leaf
 from zcproto.conformance.check import SCRIPTED, Broken, Talks, expect
 from zcproto.conformance.link import QUIET, Link
@@ -128,6 +132,30 @@ async def _(stage: Stage) -> None:
 async def _(stage: Stage) -> None:
     stage.context = tls_context(stage.leaf.file, version=ssl.TLSVersion.TLSv1_2)
     await _distrusted(stage, "protocol")
+
+
+@talk("other-suite", "4.1: a suite that is none of the two is never agreed on, whatever the server prefers")
+async def _(stage: Stage) -> None:
+    configuration = stage.fixtures.folder / "openssl.cnf"
+    configuration.write_text(other_suite.CONFIGURATION)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", other_suite.__name__, str(stage.leaf.file), str(stage.patience)),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "OPENSSL_CONF": str(configuration)},
+    )
+    assert process.stdout is not None
+    try:
+        address = f"{stage.server.address.partition(':')[0]}:{int(await process.stdout.readline())}"
+        _, connected = await stage.connecting(address=address, user=USER, key=stage.key)
+        error = await stage.refusal(connected, "connect", "tls")
+        told = (await process.stdout.readline()).decode().split()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+    known = told in (["refused"], [other_suite.SUITE, "0"])
+    expect(known, f"the server has seen {told} instead of no handshake, or none of the client's frames")
+    expect(error.get("cause") == "protocol", f"connect ended with {error} instead of cause protocol")
 
 
 @talk("no-alpn", "4.1: a server that does not choose zcp/1 is left")
