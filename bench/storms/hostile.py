@@ -34,6 +34,9 @@ DEAF_BYTES: Final = 12_000
 DEAF_AT_ONCE: Final = 100
 """Requests of which no answer was read: fewer than a connection may have in flight, more than fit into buffers."""
 
+DEAF_PAUSE_S: Final = 0.5
+"""Between two of them: what is measured is that nobody reads, not a flood."""
+
 DEAF_RECEIVE_BYTES: Final = 4_096
 """Of the system's receive buffer, which would take megabytes for who does not read them."""
 
@@ -159,7 +162,7 @@ class Hostile:
             ):
                 intruder.send(intruder.request(params))
                 self._counts["deaf_requests"] += 1
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(DEAF_PAUSE_S)
             elif await _is_set(intruder.out, 0.5) or transport.is_closing():
                 return
 
