@@ -5,6 +5,8 @@ python -m zcproto.conformance.faults
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from zcproto.client.backoff import Backoff
@@ -41,6 +43,11 @@ def test_there_are_enough_conversations_and_each_says_what_it_proves() -> None:
     for check in SCRIPTED.values():
         section = check.proves.split(":")[0].split(",")[0]
         assert section[0].isdigit() or section.startswith("0"), check.name
+
+
+def test_the_readme_counts_them() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"{len(SCRIPTED)} conversations with a scripted server" in readme
 
 
 def test_each_conversation_has_its_fault() -> None:

@@ -39,7 +39,6 @@ class RealServer:
     """One server. `settings` are those of the configuration, as environment variables."""
 
     def __init__(self, stage: Stage, settings: dict[str, str]) -> None:
-        self._stage = stage
         self.home = stage.fixtures.folder / f"server-{next(stage.fixtures.numbers)}"
         self.home.mkdir(mode=0o700)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("ZCPROTO_")}
@@ -66,7 +65,6 @@ class RealServer:
         """Start it, or start it again on the same port."""
         if not self.key:
             self.key = (await self.command("user", "add", USER)).strip()
-            self._stage.program.secrets.add(self.key)
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "zcproto", "--home", str(self.home), "serve"),
             *("--host", "127.0.0.1", "--port", str(self.port)),
@@ -105,11 +103,12 @@ class RealServer:
         ca_file = str(self.home / "certs" / "ca.crt")
         return {"address": f"127.0.0.1:{self.port}", "server_name": "localhost", "ca_file": ca_file}
 
-    async def connect(self, **options: Any) -> Client:
+    async def connect(self, stage: Stage, **options: Any) -> Client:
         """A client that is connected, with a session unless options say otherwise."""
+        stage.program.secrets.add(self.key)
         usual = {**self.options, "user": USER, "key": self.key}
-        client, connected = await self._stage.connecting(**{**usual, **options})
-        await self._stage.answer(connected, "connect")
+        client, connected = await stage.connecting(**{**usual, **options})
+        await stage.answer(connected, "connect")
         return client
 
 
@@ -134,7 +133,7 @@ async def _works(client: Client) -> None:
 
 @talk("echo", "9.3: a session by a key, and params of all types there and back")
 async def _(stage: Stage) -> None:
-    client = await (await _server(stage)).connect()
+    client = await (await _server(stage)).connect(stage)
     params = {
         "int": 2**64 - 1,
         "least": -(2**63),
@@ -147,7 +146,7 @@ async def _(stage: Stage) -> None:
 
 @talk("many-at-once", "6.3: a hundred calls on one connection, answered in any order")
 async def _(stage: Stage) -> None:
-    client = await (await _server(stage)).connect()
+    client = await (await _server(stage)).connect(stage)
     slow = await client.call("sleep", {"ms": 300})
     calls = await client.calls("echo", 99)
     for number, call in enumerate(calls):
@@ -157,14 +156,14 @@ async def _(stage: Stage) -> None:
 
 @talk("large-params", "5.3: frames of nearly a megabyte both ways")
 async def _(stage: Stage) -> None:
-    client = await (await _server(stage)).connect()
+    client = await (await _server(stage)).connect(stage)
     params = {"blob": bytes(900_000)}
     await (await client.call("echo", params)).gives(params)
 
 
 @talk("public-methods", "9.2: without a session server.info is answered, and all else is UNAUTHENTICATED")
 async def _(stage: Stage) -> None:
-    client = await (await _server(stage)).connect(user=None, key=None)
+    client = await (await _server(stage)).connect(stage, user=None, key=None)
     info = await (await client.call("server.info")).result()
     expect(isinstance(info, dict) and 1 in info.get("versions", ()), f"server.info gave {info}")
     await (await client.call("echo", {})).refused(UNAUTHENTICATED)
@@ -172,7 +171,7 @@ async def _(stage: Stage) -> None:
 
 @talk("errors", "10.1: codes of the real server reach the application")
 async def _(stage: Stage) -> None:
-    client = await (await _server(stage)).connect()
+    client = await (await _server(stage)).connect(stage)
     await (await client.call("no.such.method")).refused(UNIMPLEMENTED)
     await (await client.call("sleep", {"ms": "long"})).refused(INVALID_ARGUMENT)
     await (await client.call("sleep", {"ms": 1, "more": 2})).refused(INVALID_ARGUMENT)
@@ -191,7 +190,7 @@ async def _(stage: Stage) -> None:
 
 @talk("deadline", "6.3: a call whose time is over is DEADLINE_EXCEEDED, and disturbs no other")
 async def _(stage: Stage) -> None:
-    client = await (await _server(stage)).connect()
+    client = await (await _server(stage)).connect(stage)
     call = await client.call("sleep", {"ms": 600_000}, timeout_ms=300)
     await call.refused(DEADLINE_EXCEEDED)
     await _works(client)
@@ -199,7 +198,7 @@ async def _(stage: Stage) -> None:
 
 @talk("cancel", "6.5: a call that is given up disturbs no other")
 async def _(stage: Stage) -> None:
-    client = await (await _server(stage)).connect()
+    client = await (await _server(stage)).connect(stage)
     call, beside = await client.call("sleep", {"ms": 600_000}), await client.call("sleep", {"ms": 100})
     await call.cancel()
     await call.refused(CANCELLED)
@@ -209,7 +208,7 @@ async def _(stage: Stage) -> None:
 
 @talk("idempotency", "16.1: a call that is repeated with its key has the same answer")
 async def _(stage: Stage) -> None:
-    client = await (await _server(stage)).connect()
+    client = await (await _server(stage)).connect(stage)
     first = await (await client.call("time", idempotency_key="once")).result()
     await stage.pause(POLL / 10)
     await (await client.call("time", idempotency_key="once")).gives(first)
@@ -218,7 +217,7 @@ async def _(stage: Stage) -> None:
 @talk("revoked-by-another", "9.3, 9.7: a revoked session is told by an event, and refused from then on")
 async def _(stage: Stage) -> None:
     server = await _server(stage)
-    client, other = await server.connect(), await server.connect()
+    client, other = await server.connect(stage), await server.connect(stage)
     session = await client.session()
     assert session is not None
     await (await other.call("session.revoke", {"id": session["id"]})).gives({"revoked": 1})
@@ -232,7 +231,7 @@ async def _(stage: Stage) -> None:
 @talk("refresh", "9.6: a session outlives its token by refreshes")
 async def _(stage: Stage) -> None:
     server = await _server(stage, SESSIONS__LIFETIME="2s")
-    client = await server.connect()
+    client = await server.connect(stage)
     begun = await client.session()
     assert begun is not None
     async with asyncio.timeout(stage.patience * 5):
@@ -249,9 +248,9 @@ async def _(stage: Stage) -> None:
 @talk("too-many-sessions", "9.8: the cap on sessions is told at once")
 async def _(stage: Stage) -> None:
     server = await _server(stage, SESSIONS__PER_USER="1")
-    await server.connect()
+    await server.connect(stage)
     try:
-        await server.connect()
+        await server.connect(stage)
     except Refused as refused:
         expect(refused.error.get("code") == RESOURCE_EXHAUSTED, f"connect ended with {refused}")
         return
@@ -261,8 +260,8 @@ async def _(stage: Stage) -> None:
 @talk("replaced-session", "9.8: the session that made room is SESSION_REPLACED, and its client stays away")
 async def _(stage: Stage) -> None:
     server = await _server(stage, SESSIONS__PER_USER="1", SESSIONS__WHEN_FULL="evict_oldest")
-    client = await server.connect()
-    other = await server.connect()
+    client = await server.connect(stage)
+    other = await server.connect(stage)
     await (await client.call("echo", {})).refused(SESSION_REPLACED)
     await (await client.call("echo", {})).refused(SESSION_REPLACED)
     await _works(other)
@@ -275,10 +274,10 @@ async def _(stage: Stage) -> None:
     seed = stage.fixtures.entropy(32)
     stage.program.secrets.add(seed.hex())
     public_key = Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
-    stranger = await server.connect(user=None, key=None)
+    stranger = await server.connect(stage, user=None, key=None)
     params = {"code": _code_in(code), "public_key": public_key, "name": "laptop"}
     await (await stranger.call("device.enroll", params)).gives({"user": USER, "device": "laptop"})
-    client = await server.connect(user=None, key=None, device="laptop", device_key=seed.hex())
+    client = await server.connect(stage, user=None, key=None, device="laptop", device_key=seed.hex())
     await _works(client)
     await client.cut()
     await _works(client)
@@ -294,7 +293,7 @@ def _code_in(words: list[str]) -> str:
 @talk("drain-and-restart", "6.7, 9.1: what runs is finished; after a restart the same session goes on")
 async def _(stage: Stage) -> None:
     server = await _server(stage, SERVER__DRAIN_TIMEOUT="20s")
-    client = await server.connect()
+    client = await server.connect(stage)
     before = await client.session()
     running = await client.call("sleep", {"ms": 500})
     await _works(client)
@@ -311,7 +310,7 @@ async def _(stage: Stage) -> None:
 @talk("killed", "11.1, 11.2: a server that is killed and started again is found again, with the same session")
 async def _(stage: Stage) -> None:
     server = await _server(stage, SERVER__DRAIN_TIMEOUT="1s")
-    client = await server.connect()
+    client = await server.connect(stage)
     before = await client.session()
     running = await client.call("sleep", {"ms": 600_000})
     await _works(client)
