@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 from bench.demo.server import DemoServer
-from bench.load.caller import Place
+from bench.load.caller import Caller, Place
 from bench.load.plan import SESSIONS_PER_USER, Credential
 from bench.processes import module_environment, on_processor
 from zcproto.auth import UserFile
@@ -35,6 +35,26 @@ TIMEOUT: Final = 30.0
 
 MAX_RESPONSE: Final = 4_000_000
 T = TypeVar("T")
+
+
+C = TypeVar("C", bound=Caller)
+
+
+class _TidyPlace(Place):
+    """Leaves every connection that was made, however the conversation ended."""
+
+    def __init__(self, host: str, address: str, port: int, ca_file: Path | None) -> None:
+        super().__init__(host, address, port, ca_file)
+        self._joined: list[Caller] = []
+
+    async def join(self, caller: C) -> C:
+        self._joined.append(await super().join(caller))
+        return caller
+
+    async def leave_all(self) -> None:
+        for caller in self._joined:
+            if not caller.ended:
+                await caller.leave()
 
 
 class Served(NamedTuple):
@@ -59,10 +79,11 @@ class Served(NamedTuple):
         """Have a conversation with it on an event loop of its own."""
 
         async def run() -> T:
-            place = Place(NAME, HOST, self.port, self.ca_file)
+            place = _TidyPlace(NAME, HOST, self.port, self.ca_file)
             try:
                 return await conversation(place)
             finally:
+                await place.leave_all()
                 place.close()
 
         with asyncio.Runner(loop_factory=new_event_loop) as runner:

@@ -141,6 +141,9 @@ def refresh(usual: Served, house: House, short: Served, short_house: House) -> F
         caller = await place.caller()
         first = await opened(caller, house.users[2])
         facts.note("it is another token", first["refresh_token"] not in (None, first["token"]))
+        if first["refresh_token"] is None:
+            await caller.leave()
+            return
         facts.equal(
             "it is no session token", await code_of(caller, "echo", {}, first["refresh_token"]),
             Code.UNAUTHENTICATED,

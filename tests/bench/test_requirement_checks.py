@@ -6,7 +6,7 @@ import io
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench.requirements import http_checks, operation_checks, tls_checks
-from bench.requirements.finding import Verdict
+from bench.requirements import http_checks, operation_checks, session_checks, tls_checks
+from bench.requirements.finding import Finding, Verdict
 from bench.requirements.hello import (
     HANDSHAKE_FAILURE,
     NO_APPLICATION_PROTOCOL,
@@ -27,7 +27,7 @@ from bench.requirements.hello import (
     ask,
     client_hello,
 )
-from bench.requirements.homes import Served, Workshop, make_own, parse_response
+from bench.requirements.homes import House, Served, Workshop, make_own, parse_response
 from bench.requirements.run import Fill, Run, steps_of
 from bench.requirements.sizes import QUICK
 from zcproto.certs import authority
@@ -85,6 +85,21 @@ def test_a_server_of_ours_passes(
         else:
             assert finding.small, key
             assert finding.values, key
+
+
+Check = Callable[[Served, House], Finding]
+
+
+def per_user(served: Served, house: House) -> Finding:
+    return session_checks.per_user(served, house, served, house)
+
+
+def refresh(served: Served, house: House) -> Finding:
+    return session_checks.refresh(served, house, served, house)
+
+
+def hsts(served: Served, house: House) -> Finding:
+    return http_checks.hsts(served)
 
 
 # --- servers that do otherwise ----------------------------------------------------------------------------
@@ -178,6 +193,29 @@ def test_a_response_without_hsts_as_demanded_is_found_out(own: Path, header: byt
         finding = http_checks.hsts(served)
     assert finding.verdict is Verdict.FAIL
     assert [fact.right for fact in finding.facts if fact.what == "health (200)"] == [False], finding.facts
+
+
+@pytest.mark.parametrize(
+    ("config", "check", "wrong"),
+    [
+        ("[freshness]\ntolerance = '10m'\n", session_checks.replays, "a frame a minute late"),
+        ("[sessions]\nper_user = 7\n", per_user, "sessions by default: 7 instead of 5"),
+        ("[sessions]\nrefresh = false\n", refresh, "it is another token"),
+        ("[http]\nhsts_max_age_seconds = 60\n", hsts, "health (200)"),
+        ("[http]\nhsts = false\n", hsts, "health (200)"),
+    ],
+)
+def test_a_server_that_is_configured_otherwise_is_found_out(
+    config: str, check: Check, wrong: str, own: Path, tmp_path: Path
+) -> None:
+    workshop = Workshop(tmp_path, own)
+    house = workshop.house("otherwise", config, sessions=50)
+    with house.serve() as served:
+        finding = check(served, house)
+    assert finding.verdict is Verdict.FAIL
+    named = [fact.what for fact in finding.facts if not fact.right]
+    assert any(wrong.partition(":")[0] in what for what in named), finding.facts
+    assert wrong in f"{finding.figure} {named}"
 
 
 @pytest.mark.parametrize(
