@@ -169,6 +169,20 @@ def test_frequent_use_counts_as_use_though_it_is_not_always_written() -> None:
     pair.get(pair.request(1))
 
 
+@pytest.mark.parametrize("every_ms", [1, 250, 499])
+def test_with_the_shortest_idle_limit_a_session_in_use_goes_on(every_ms: int) -> None:
+    pair = ConnectionPair(small_registry(idle_timeout_ms=1_000))
+    pair.login()
+    for _ in range(12):
+        pair.clock.advance(every_ms / 1_000)
+        pair.get(pair.request(1))
+    for _ in range(12):
+        pair.clock.advance(0.499)
+        pair.get(pair.request(1))
+    pair.clock.advance(1)
+    assert pair.refused(pair.request(1)).code == Code.TOKEN_EXPIRED
+
+
 def test_the_last_use_is_written_once_a_second_at_most() -> None:
     pair = ConnectionPair()
     opened = pair.login()

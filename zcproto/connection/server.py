@@ -358,7 +358,8 @@ class ServerConnection:
             registry.use(session, wall)
         self._token = token
         self._session = session
-        self._recheck_at = min(session.valid_until, wall + TOUCH_INTERVAL_MS)
+        # Half of what is left: a session in use must be noted as used before it would be taken for idle.
+        self._recheck_at = wall + min(TOUCH_INTERVAL_MS, (session.valid_until - wall) // 2)
         if is_known:
             return None
         self.join(session, token, wall, now)
