@@ -77,6 +77,11 @@ export class HeldStream extends Duplex {
     done(error);
   }
 
+  /** TLS is over: let TCP go when what was written is out. */
+  release(): void {
+    this.#tcp.destroySoon();
+  }
+
   /** Reset the connection, as a network would. */
   reset(): void {
     if (this.#tcp.writableEnded || this.#tcp.destroyed) {

@@ -111,6 +111,7 @@ class TlsTransport implements Transport {
     });
     socket.once("close", () => {
       this.#linger?.cancel();
+      held.release();
       if (!this.#hasEnded && !this.#isClosing) {
         this.#error ??= tlsError("truncated");
       }
