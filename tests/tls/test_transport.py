@@ -367,7 +367,7 @@ def test_empty_records_are_bounded(forged: Forged) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Forger], bytes], TlsFailure, str]] = {
-    "bad mac": (lambda f: f.record(b"x")[:-1] + b"\0", TlsFailure.BAD_RECORD, "bad record mac"),
+    "bad mac": (lambda f: _flipped(f.record(b"x")), TlsFailure.BAD_RECORD, "bad record mac"),
     "replayed": (lambda f: f.record(b"x") + _again(f, b"x"), TlsFailure.BAD_RECORD, "bad record mac"),
     "too much inside": (lambda f: f.record(bytes(RECORD_SIZE + 1)), TlsFailure.BAD_RECORD, "overflow"),
     "too long": (lambda f: b"\x17\3\3\x45\0" + bytes(0x4500), TlsFailure.BAD_RECORD, "overflow"),
@@ -387,6 +387,11 @@ HOSTILE: dict[str, tuple[Callable[[Forger], bytes], TlsFailure, str]] = {
         "illegal parameter",
     ),
 }
+
+
+def _flipped(record: bytes) -> bytes:
+    """The last byte of a tag is any one, so it is not replaced but changed."""
+    return record[:-1] + bytes([record[-1] ^ 1])
 
 
 def _again(forger: Forger, content: bytes) -> bytes:
