@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
-import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { chmodSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import type { AddressInfo } from "node:net";
 import { connect as connectTcp, createServer, type Socket, type Server as TcpServer } from "node:net";
 import { join } from "node:path";
@@ -10,6 +10,7 @@ import { after, before, describe, test } from "node:test";
 import { promisify } from "node:util";
 import {
   AlreadyExists,
+  CertificateError,
   type Client,
   ConnectionClosed,
   connect,
@@ -153,6 +154,24 @@ describe("sessions", () => {
     await client.call("echo", {}, { idempotencyKey: "after the cut" });
     assert.equal(client.session?.id, id);
   });
+});
+
+test("a client certificate opens sessions, and its key must be its owner's alone", async () => {
+  const own = new Server('[tls]\nclient_auth = "optional"\n');
+  own.addUser("eve");
+  await own.start();
+  const folder = join(own.home, "handout");
+  own.run("cert", "issue-client", "eve", "--out", folder);
+  const [certificate, keyFile] = [join(folder, "eve.crt"), join(folder, "eve.key")];
+  const client = await own.connect({ certificate, keyFile });
+  assert.deepEqual([client.session?.user, client.session?.bound], ["eve", true]);
+  client.cut();
+  await client.call("echo", {}, { idempotencyKey: "after the cut" });
+  await client.close();
+  await assert.rejects(own.connect({ certificate, keyFile, user: "ada" }), Unauthenticated);
+  chmodSync(keyFile, 0o644);
+  await assert.rejects(own.connect({ certificate, keyFile }), CertificateError);
+  await own.remove();
 });
 
 describe("connections", () => {
