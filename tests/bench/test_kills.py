@@ -16,6 +16,7 @@ from zcproto.errors import ConfigError, ConnectionClosed
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_what_was_acknowledged_is_there_after_each_kill(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,7 +122,7 @@ def test_waits_are_the_longest_of_their_phase() -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", ["hung", "lost"])
+@pytest.mark.parametrize("name", [pytest.param("hung", marks=pytest.mark.slow), "lost"])
 def test_nothing_is_lost_and_what_was_revoked_stays_so(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

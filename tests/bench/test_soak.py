@@ -142,6 +142,7 @@ def test_short_runs_see_what_is_kept_fill(minutes: float, most: float) -> None:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_seconds_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

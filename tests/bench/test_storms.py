@@ -157,6 +157,7 @@ def test_the_honest_alone_have_nobody_to_be_judged_by() -> None:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_all_of_it_on_a_small_scale(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
