@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
-import { chmodSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { chmodSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import type { AddressInfo } from "node:net";
 import { connect as connectTcp, createServer, type Socket, type Server as TcpServer } from "node:net";
 import { join } from "node:path";
@@ -35,16 +35,24 @@ per_user = 1000
 let server: Server;
 let key: string;
 const clients: Client[] = [];
+const servers: Server[] = [];
+
+/** A server of one test's own, that is gone when the tests have ended, however they end. */
+function newServer(config: string): Server {
+  const own = new Server(config);
+  servers.push(own);
+  return own;
+}
 
 before(async () => {
-  server = new Server(CONFIG);
+  server = newServer(CONFIG);
   key = server.addUser("ada");
   await server.start();
 });
 
 after(async () => {
   await Promise.all(clients.map((client) => client.close()));
-  await server.remove();
+  await Promise.all(servers.map((each) => each.remove()));
 });
 
 async function connected(options: Parameters<Server["connect"]>[0] = {}): Promise<Client> {
@@ -157,7 +165,7 @@ describe("sessions", () => {
 });
 
 test("a client certificate opens sessions, and its key must be its owner's alone", async () => {
-  const own = new Server('[tls]\nclient_auth = "optional"\n');
+  const own = newServer('[tls]\nclient_auth = "optional"\n');
   own.addUser("eve");
   await own.start();
   const folder = join(own.home, "handout");
@@ -205,10 +213,11 @@ describe("connections", () => {
   });
 
   test("survive a server that is restarted on its port", async () => {
-    const own = new Server(CONFIG);
+    const own = newServer(CONFIG);
     const ownKey = own.addUser("eve");
     await own.start();
-    const client = await own.connect({ user: "eve", key: ownKey });
+    const client = await own.connect({ user: "eve", key: ownKey, timeoutMs: 120_000 }); // a busy machine starts slowly
+    clients.push(client);
     const id = client.session?.id;
     const sleeping = client.call("sleep", { ms: 500 });
     await own.stop("SIGTERM");
@@ -222,7 +231,7 @@ describe("connections", () => {
   });
 
   test("to a full house are told", async () => {
-    const own = new Server("[sessions]\nper_user = 1\n");
+    const own = newServer("[sessions]\nper_user = 1\n");
     const ownKey = own.addUser("eve");
     await own.start();
     const first = await own.connect({ user: "eve", key: ownKey });
@@ -286,8 +295,7 @@ test("the README's program runs as pasted", async () => {
   const text = readFileSync(join(PACKAGE, "README.md"), "utf8");
   const program = /```js\n([\s\S]+?)```/.exec(text)?.[1] ?? "";
   assert.ok(program.trim().split("\n").length <= 10);
-  const folder = join(PACKAGE, "dist/readme"); // inside, where the package finds itself by its name
-  mkdirSync(folder, { recursive: true });
+  const folder = mkdtempSync(join(PACKAGE, "dist/readme-")); // inside, where the package finds itself by its name
   const at = program.replaceAll("localhost:7443", server.address);
   assert.notEqual(at, program);
   writeFileSync(join(folder, "ask.mjs"), at);
@@ -295,6 +303,7 @@ test("the README's program runs as pasted", async () => {
   const env = { ...process.env, ZCPROTO_HOME: server.home };
   const { stdout } = await promisify(execFile)(process.execPath, ["ask.mjs"], { cwd: folder, env });
   assert.match(stdout, /hello/);
+  rmSync(folder, { recursive: true });
 });
 
 test("neither the log nor what went wrong shows a key or a token", () => {
