@@ -20,6 +20,12 @@ export function python(): string {
   return process.env["ZCPROTO_PYTHON"] ?? (existsSync(own) ? own : "python3");
 }
 
+/** This repository's zcproto; compiled once for all of its processes, in a folder that no checkout has. */
+function environment(): NodeJS.ProcessEnv {
+  const { PYTHONDONTWRITEBYTECODE: _, ...inherited } = process.env;
+  return { ...inherited, PYTHONPATH: ROOT, PYTHONPYCACHEPREFIX: join(PACKAGE, "dist/pycache") };
+}
+
 export class Server {
   readonly home = mkdtempSync(join(tmpdir(), "zcproto-client-"));
   readonly config = join(this.home, "config.toml");
@@ -50,8 +56,7 @@ export class Server {
 
   /** What a command prints. */
   run(...command: string[]): string {
-    const path = process.env["PYTHONPATH"];
-    const env = { ...process.env, PYTHONPATH: path === undefined ? ROOT : `${ROOT}:${path}` };
+    const env = environment();
     const stdio = ["ignore", "pipe", "ignore"] as const;
     return execFileSync(python(), ["-m", "zcproto", "--home", this.home, ...command], {
       env,
@@ -70,7 +75,7 @@ export class Server {
     const command = ["-m", "zcproto", "--home", this.home, "serve", "--port", String(this.#port)];
     const child = spawn(python(), [...command, ...(app === undefined ? [] : [app])], {
       cwd: this.home,
-      env: { ...process.env, PYTHONPATH: ROOT },
+      env: environment(),
       stdio: ["ignore", "pipe", "pipe"],
     });
     this.#process = child;
