@@ -188,7 +188,8 @@ describe("connections", () => {
     const id = client.session?.id;
     const lost = client.call("sleep", { ms: 300 });
     const kept = client.call("sleep", { ms: 300 }, { idempotencyKey: "kept" });
-    setTimeout(() => client.cut(), 100);
+    await client.call("echo");
+    client.cut();
     await assert.rejects(lost, (error) => error instanceof ConnectionClosed && !error.clean);
     assert.deepEqual(await kept, {});
     assert.equal(client.session?.id, id);
@@ -203,7 +204,8 @@ describe("connections", () => {
       home: server.home,
     });
     const call = client.call("sleep", { ms: 60_000 });
-    setTimeout(() => proxy.end(), 100);
+    await client.call("echo");
+    proxy.end();
     await assert.rejects(
       call,
       (error) => error instanceof ConnectionClosed && !error.clean && error.reason === "truncated",
@@ -220,6 +222,7 @@ describe("connections", () => {
     clients.push(client);
     const id = client.session?.id;
     const sleeping = client.call("sleep", { ms: 500 });
+    await client.call("echo"); // the server has read what came before it
     await own.stop("SIGTERM");
     assert.deepEqual(await sleeping, {}, "what was in flight was answered while it drained");
     const waiting = client.call("echo", { after: "restart" });
