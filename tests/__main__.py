@@ -10,21 +10,20 @@ Further arguments go to pytest.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).parent.parent
 COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
 """Rooms of which every line and every branch is run by a test."""
 
-
-SECRETS = 10_000
-"""Tokens, keys and the like that the tests make at least; none of them may show up (tests/secrets_watch.py)."""
 
 SHOWN_FOR_ALL = (
     *("bench", "costs", "interop", "spec", "http/test_browser.py", "http/test_prometheus.py"),
@@ -32,9 +31,40 @@ SHOWN_FOR_ALL = (
 )
 """Tests of other programs, of documents and of measurements, which no version of Python makes different."""
 
-APART = ("alerts", "bench", "cli", "client", "config", "conformance", "control", "interop", "observe", "spec")
-"""Tests that those rooms are covered without. They run beside the others: both wait for other programs for much of
-their time."""
+
+class Group(NamedTuple):
+    """Rooms whose tests run in one process."""
+
+    rooms: tuple[str, ...]
+    secrets: int = 0
+    """Tokens, keys and the like that they make at least; none of them may show up (tests/secrets_watch.py)."""
+
+    covers: bool = True
+
+
+GROUPS = (
+    Group(("adversity", "http", "server"), secrets=5_000),
+    Group(
+        ("auth", "certs", "connection", "costs", "properties", "sessions", "stores", "tls", "wire", "*.py"),
+        secrets=5_000,
+    ),
+    Group(
+        (
+            "alerts",
+            "bench",
+            "cli",
+            "client",
+            "config",
+            "conformance",
+            "control",
+            "interop",
+            "observe",
+            "spec",
+        ),
+        covers=False,
+    ),
+)
+"""They run at the same time, as they wait for timeouts and other programs for most of theirs."""
 
 LIMIT = 840
 """Seconds for one tool: one that hangs must fail."""
@@ -55,24 +85,51 @@ def main(arguments: list[str]) -> int:
         return 1
     if for_pytest:
         return 0 if run("pytest", *for_pytest) else 1
-    apart = [f"tests/{each}" for each in APART if not (another and each in SHOWN_FOR_ALL)]
-    skipped = [f"--ignore=tests/{each}" for each in (*APART, *(SHOWN_FOR_ALL if another else ()))]
-    strict: list[str] = []
-    if not another:
-        strict.append(f"--secrets-at-least={SECRETS}")
-    if not quick:
-        strict += [f"--cov=zcproto.{room}" for room in COVERED]
-        strict += ["--cov-branch", "--cov-report=term-missing:skip-covered", "--cov-fail-under=100"]
-    with ThreadPoolExecutor(1) as beside, tempfile.TemporaryFile("w+") as said:
-        others = beside.submit(run, "pytest", *chosen, *apart, output=said)
-        passed = run("pytest", *chosen, *strict, *skipped)
-        passed = others.result() and passed
-        said.seek(0)
-        print("-- what the tests beside these said:", said.read(), sep="\n", flush=True)
+    covered = (
+        [] if quick else [*(f"--cov=zcproto.{room}" for room in COVERED), "--cov-branch", "--cov-report="]
+    )
+    with ThreadPoolExecutor(len(GROUPS)) as beside, tempfile.TemporaryDirectory() as folder:
+
+        def test(group: Group, number: int) -> tuple[bool, Path]:
+            said = Path(folder) / f"said.{number}"
+            options = [*chosen, *(covered if group.covers else ())]
+            if group.secrets and not another:
+                options.append(f"--secrets-at-least={group.secrets}")
+            data = {"COVERAGE_FILE": str(Path(folder) / f".coverage.{number}")}
+            with open(said, "w", encoding="utf-8") as output:
+                return run("pytest", *options, *paths(group, another), output=output, environment=data), said
+
+        passed = True
+        for ended in as_completed([beside.submit(test, group, n) for n, group in enumerate(GROUPS)]):
+            good, said = ended.result()
+            passed = passed and good
+            print(said.read_text(encoding="utf-8", errors="replace"), flush=True)
+        if covered and passed:
+            data = {"COVERAGE_FILE": str(Path(folder) / ".coverage")}
+            report = ("report", "--show-missing", "--skip-covered", "--fail-under=100")
+            passed = run("coverage", "combine", "-q", folder, environment=data) and run(
+                "coverage", *report, environment=data
+            )
     return 0 if passed else 1
 
 
-def run(module: str, *arguments: str, output: TextIO | None = None) -> bool:
+def paths(group: Group, another: bool) -> list[str]:
+    """Where the tests of a group are."""
+    tests = ROOT / "tests"
+    found = [path for room in group.rooms for path in sorted(tests.glob(room)) if path.name[:2] != "__"]
+    names = [path.relative_to(tests).as_posix() for path in found if path.is_dir() or path.match("test_*.py")]
+    if not another:
+        return [f"tests/{name}" for name in names]
+    without = [f"--ignore=tests/{name}" for name in SHOWN_FOR_ALL if name not in names]
+    return without + [f"tests/{name}" for name in names if name not in SHOWN_FOR_ALL]
+
+
+def run(
+    module: str,
+    *arguments: str,
+    output: TextIO | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> bool:
     """Run a tool of this environment; tell what it is and how long it took."""
     print(f"-- {module} {' '.join(arguments)}", flush=True)
     began = time.monotonic()
@@ -80,6 +137,7 @@ def run(module: str, *arguments: str, output: TextIO | None = None) -> bool:
         code = subprocess.run(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
+            env={**os.environ, **(environment or {})},
             check=False,
             timeout=LIMIT,
             stdout=output,
