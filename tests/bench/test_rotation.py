@@ -533,7 +533,7 @@ def test_ctrl_c_ends_it_early_and_in_order(home: Home, monkeypatch: pytest.Monke
     made = run_in(home, dataclasses.replace(QUICK, rotations=1_000), console()[0])
     assert time.monotonic() - began < 20
     assert made.verdict is Verdict.INTERRUPTED
-    assert len(made.rotated) < 10
+    assert len(made.rotated) < 100, "of a thousand; a busy machine goes on for a while"
     assert made.newcomers
     assert signal.getsignal(signal.SIGINT) is before
 
