@@ -7,30 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from bench.outages.load import Phase, Waits
+from bench.row import Row
 from bench.told import Broken
 
 MAX_WAIT_MS: Final = 300.0
 NAMED: Final = 3
 SCHEMA: Final = "zcproto-outages/1"
-
-
-class Row(NamedTuple):
-    """One figure. `value` is None if there was nothing to measure. With `exact` it must be the bar, else below."""
-
-    key: str
-    label: str
-    value: float | None
-    unit: str = ""
-    bar: float | None = None
-    exact: bool = False
-
-    @property
-    def holds(self) -> bool:
-        if self.bar is None:
-            return True
-        if self.value is None:
-            return False
-        return self.value == self.bar if self.exact else self.value < self.bar
 
 
 class Check(NamedTuple):

@@ -27,9 +27,10 @@ from bench.load.stats import Operator
 from bench.outages.churn import CALLS_PER_VICTIM, Churn, Victims
 from bench.outages.harm import HARMS, Harm
 from bench.outages.load import Load, Phase
-from bench.outages.outcome import SCHEMA, Check, Outcome, Row
+from bench.outages.outcome import SCHEMA, Check, Outcome
 from bench.outages.plan import OutagePlan
 from bench.outages.valkey import Valkey, Way
+from bench.row import Row
 from bench.told import AT_ONCE, Told, check, each_of, open_session
 from zcproto.auth import UserFile
 from zcproto.errors import ConfigError
@@ -411,8 +412,4 @@ def _cell(row: Row) -> Text:
 
 
 def _target(row: Row) -> str:
-    if row.bar is None:
-        return ""
-    if row.key in ("held", "kept"):
-        return "all"
-    return f"= {row.bar:,g}" if row.exact else f"< {row.bar:,g}"
+    return "all" if row.bar is not None and row.key in ("held", "kept") else row.target

@@ -25,10 +25,10 @@ from bench.processes import module_command, module_environment, on_processor
 from bench.requirements.finding import Finding
 from bench.requirements.homes import HOST, NAME, TIMEOUT, House, Workshop
 from bench.requirements.sizes import FULL, Sizes
-from bench.rotation import outcome as outcomes
 from bench.rotation.outcome import Outcome
 from bench.rotation.plan import RotationPlan
 from bench.rotation.run import run_in
+from bench.row import Row
 from zcproto.config.model import KEY_TYPES
 from zcproto.errors import ZcprotoError
 
@@ -296,7 +296,7 @@ def rotation_row(outcome: Outcome, sizes: Sizes) -> Finding:
     )
 
 
-def _value(row: outcomes.Row) -> str:
+def _value(row: Row) -> str:
     return "not measured" if row.value is None else f"{row.value:,.3g} {row.unit}".rstrip()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from bench.load.result import Result, Verdict
 from bench.load.tally import Kind
@@ -12,42 +12,11 @@ from bench.rotation.newcomers import Newcomer
 from bench.rotation.pauses import FEW_MS, MANY_MS, Span
 from bench.rotation.plan import RotationPlan
 from bench.rotation.rotator import Rotated
+from bench.row import Row
 
 MAX_PAUSE_MS: Final = 10.0
 LONGEST_PAUSE: Final = "longest pause of the server's loop"
 SCHEMA: Final = "zcproto-rotation/2"
-
-
-class Row(NamedTuple):
-    """One figure. `value` is None if it could not be measured. With `exact` it must be the bar, else below it."""
-
-    key: str
-    label: str
-    value: float | None
-    unit: str = ""
-    bar: float | None = None
-    exact: bool = False
-    at_rest: float | None = None
-    """The same figure from the time before the first rotation, where there is one. It is held against no bar."""
-
-    @property
-    def holds(self) -> bool:
-        if self.bar is None:
-            return True
-        if self.value is None:
-            return False
-        return self.value == self.bar if self.exact else self.value < self.bar
-
-    def as_json(self) -> dict[str, Any]:
-        value = None if self.value is None else round(self.value, 6)
-        return {
-            "value": value,
-            "unit": self.unit,
-            "bar": self.bar,
-            "exact": self.exact,
-            "holds": self.holds,
-            "at_rest": None if self.at_rest is None else round(self.at_rest, 6),
-        }
 
 
 class Made(NamedTuple):

@@ -29,10 +29,11 @@ from bench.load.result import Moment, Result, Verdict
 from bench.load.run import Stop, View, resolve, run
 from bench.load.stats import Operator
 from bench.rotation.newcomers import Newcomers
-from bench.rotation.outcome import SCHEMA, Outcome, Row
+from bench.rotation.outcome import SCHEMA, Outcome
 from bench.rotation.pauses import Figures, Span
 from bench.rotation.plan import RotationPlan
 from bench.rotation.rotator import Rotated, Rotator, settings_of
+from bench.row import Row
 from zcproto.auth import UserFile
 from zcproto.config import load_config
 from zcproto.errors import ZcprotoError
@@ -326,9 +327,19 @@ def _cells(row: Row) -> list[str | Text]:
     value = _figure(row.value, row.unit)
     if row.bar is None:
         return [value, row.unit, "", ""]
-    target = f"= {row.bar:,g}" if row.exact else f"< {row.bar:,g}"
     verdict = Text("pass", "green") if row.holds else Text("FAIL", "bold red")
-    return [value, row.unit, target, verdict]
+    return [value, row.unit, row.target, verdict]
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    return {
+        "value": None if row.value is None else round(row.value, 6),
+        "unit": row.unit,
+        "bar": row.bar,
+        "exact": row.exact,
+        "holds": row.holds,
+        "at_rest": None if row.at_rest is None else round(row.at_rest, 6),
+    }
 
 
 def as_json(outcome: Outcome, started: float) -> dict[str, Any]:
@@ -342,7 +353,7 @@ def as_json(outcome: Outcome, started: float) -> dict[str, Any]:
         "verdict": outcome.verdict.value,
         "reasons": outcome.reasons(),
         "plan": {name: getattr(plan, name) for name in plan.__slots__},
-        "figures": {row.key: row.as_json() for row in outcome.rows()},
+        "figures": {row.key: _as_json(row) for row in outcome.rows()},
         "server_failures": outcome.server_failures,
         "rotations": [
             {

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from bench.demo.run import temporary_home
 from bench.load.command import Outputs, check_outputs
+from bench.row import Row
 from bench.soak.outcome import SoakOutcome
 from bench.soak.plan import SoakPlan, check_plan
 from bench.soak.run import run_soak
-from bench.storms.outcome import Row
 
 SCHEMA: Final = "zcproto-bench-soak/1"
 FAILED: Final = 1
@@ -90,5 +90,4 @@ def _cells(row: Row) -> list[str | Text]:
     value = "-" if row.value is None else f"{row.value:,.2f}" if row.unit else f"{row.value:,.0f}"
     if row.bar is None:
         return [value, row.unit, "", ""]
-    target = f"= {row.bar:,g}" if row.exact else f"< {row.bar:,g}"
-    return [value, row.unit, target, Text("pass", "green") if row.holds else Text("FAIL", "bold red")]
+    return [value, row.unit, row.target, Text("pass", "green") if row.holds else Text("FAIL", "bold red")]

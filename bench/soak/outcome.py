@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from bench.row import Row
 from bench.soak.clients import Seen
 from bench.soak.plan import SoakPlan
 from bench.soak.watch import WARM_UP, Sample, growth, per_minute
-from bench.storms.outcome import Row
+from bench.storms.outcome import figures_json
 from zcproto.errors import Code
 
 MEMORY_GROWTH_MIB: Final = 4.0
@@ -108,7 +109,7 @@ class SoakOutcome:
             "plan": {name: getattr(self.plan, name) for name in self.plan.__slots__},
             "interrupted": self.interrupted,
             "reasons": self.reasons(),
-            "figures": {row.key: row.as_json() for row in self.rows()},
+            "figures": figures_json(self.rows()),
             "answers": {
                 "right": dict(self.seen.done),
                 "wrong": dict(self.seen.wrong),

@@ -37,7 +37,8 @@ from bench.load.figures import SATURATED_LAG_MS
 from bench.load.plan import require_open_files
 from bench.load.progress import new_console
 from bench.rotation.__main__ import bounded, positive
-from bench.storms.outcome import Felt, Mix, Row, Storm, reasons
+from bench.row import Row
+from bench.storms.outcome import Felt, Mix, Storm, reasons
 from bench.storms.run import StormPlan, run_all
 from bench.storms.stage import is_measurable
 from zcproto.errors import ConfigError, ZcprotoError
@@ -161,7 +162,7 @@ def table(title: str, outcomes: Sequence[Storm | Mix]) -> Table:
     for rows in by_key.values():
         first = next(iter(rows.values()))
         told = [cell(rows.get(number)) for number in range(len(outcomes))]
-        targets = {_target(row) for row in rows.values() if row.bar is not None}
+        targets = {row.target for row in rows.values() if row.bar is not None}
         made.add_row(first.label, *told, first.unit, targets.pop() if len(targets) == 1 else "")
     return made
 
@@ -171,10 +172,6 @@ def cell(row: Row | None) -> Text:
         return Text("")
     value = "-" if row.value is None else f"{row.value:,.0f}" if not row.unit else f"{row.value:,.2f}"
     return Text(value if row.holds else f"{value} FAIL", "" if row.holds else "bold red")
-
-
-def _target(row: Row) -> str:
-    return f"{'=' if row.exact else '<'} {row.bar:,g}"
 
 
 def as_json(outcomes: Sequence[Storm | Mix], plan: StormPlan, started: float) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from bench.load.hdr import percentiles_ms
 from bench.load.latency import Latencies
+from bench.row import Row
 
 ALL_SERVED_S: Final = 15.0
 """By when all of a crowd have to be served."""
@@ -18,33 +19,18 @@ HONEST_P99_MS: Final = 100.0
 MIB: Final = 1 << 20
 
 
-class Row(NamedTuple):
-    """One figure. `value` is None if it could not be measured, which a bar does not forgive."""
-
-    key: str
-    label: str
-    value: float | None
-    unit: str = ""
-    bar: float | None = None
-    exact: bool = False
-    """Whether it has to be the bar, and not below it."""
-
-    @property
-    def holds(self) -> bool:
-        if self.bar is None:
-            return True
-        if self.value is None:
-            return False
-        return self.value == self.bar if self.exact else self.value < self.bar
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "label": self.label,
-            "value": self.value,
-            "unit": self.unit,
-            "bar": self.bar,
-            "holds": self.holds,
+def figures_json(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Figures for machines, by their keys."""
+    return {
+        row.key: {
+            "label": row.label,
+            "value": row.value,
+            "unit": row.unit,
+            "bar": row.bar,
+            "holds": row.holds,
         }
+        for row in rows
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +143,7 @@ class Storm:
         return {
             "title": self.title,
             "max_handshakes": self.admission,
-            "figures": {row.key: row.as_json() for row in self.rows()},
+            "figures": figures_json(self.rows()),
             "served_s": [round(each, 4) for each in self.served_s],
             "causes": dict(self.causes),
             "tls_failures": dict(self.tls_failures),
@@ -212,7 +198,7 @@ class Mix:
             "title": self.title,
             "kinds": list(self.kinds),
             "hostile": self.hostile,
-            "figures": {row.key: row.as_json() for row in self.rows()},
+            "figures": figures_json(self.rows()),
             "counts": dict(self.counts),
             "causes": dict(self.causes),
             "felt": self.felt.as_json(),

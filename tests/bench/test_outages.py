@@ -17,10 +17,11 @@ from bench.outages import __main__ as command
 from bench.outages import run as module
 from bench.outages.harm import HARMS
 from bench.outages.load import Phase, Waits
-from bench.outages.outcome import Check, Outcome, Row
+from bench.outages.outcome import Check, Outcome
 from bench.outages.plan import OutagePlan
 from bench.outages.run import run_outages, show
 from bench.outages.valkey import PROGRAM
+from bench.row import Row
 from bench.told import Broken
 from tests.stores.servers import needs
 from zcproto.errors import ConfigError

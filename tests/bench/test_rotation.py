@@ -32,11 +32,12 @@ from bench.rotation import newcomers as newcomers_module
 from bench.rotation import plan as plan_module
 from bench.rotation import run as module
 from bench.rotation.newcomers import Newcomer, Newcomers
-from bench.rotation.outcome import Outcome, Row, quantile
+from bench.rotation.outcome import Outcome, quantile
 from bench.rotation.pauses import Figures, Span
 from bench.rotation.plan import RotationPlan
 from bench.rotation.rotator import Rotated, Rotator, settings_of
 from bench.rotation.run import as_json, load_plan, prepare, run_in, run_rotations, sentence, show
+from bench.row import Row
 from zcproto.certs import load_pair
 from zcproto.config import load_config
 from zcproto.config.model import CertificatesConfig

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from bench.load.caller import Place
 from bench.load.plan import Credential
+from bench.row import Row
 from bench.soak import clients as clients_module
 from bench.soak import command
 from bench.soak import harm as harm_module
@@ -28,7 +29,6 @@ from bench.soak.plan import SoakPlan, check_plan
 from bench.soak.plot import write_plot
 from bench.soak.run import log_events
 from bench.soak.watch import Sample, growth, judged, per_minute
-from bench.storms.outcome import Row
 from tests.server.helpers import KEY, ServerThread
 from zcproto.cli import main
 from zcproto.errors import ConfigError, ConnectionClosed, Unavailable, ZcprotoError

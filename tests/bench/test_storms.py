@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from bench.load.latency import Latencies
+from bench.row import Row
 from bench.storms import __main__ as program
 from bench.storms import lines as lines_module
 from bench.storms import outcome as outcome_module
@@ -22,7 +23,7 @@ from bench.storms.crowd import Crowd
 from bench.storms.honest import Honest
 from bench.storms.hostile import Hostile
 from bench.storms.lines import Helper
-from bench.storms.outcome import Felt, Mix, Row, Storm, reasons
+from bench.storms.outcome import Felt, Mix, Storm, reasons
 from bench.storms.plot import write_plot
 from bench.storms.run import StormPlan, run_all
 from bench.storms.stage import memory_bytes
