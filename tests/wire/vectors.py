@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from zcproto.conformance.frames import fields_of, message_of
+from zcproto.conformance.values import typed
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
-from zcproto.wire.frame import WITHOUT_BODY, Kind, RawFrame, Side
-from zcproto.wire.message import (
-    MessageError,
-    decode_body,
-    decode_error,
-    decode_event,
-    decode_map,
-    decode_request,
-)
+from zcproto.wire.frame import RawFrame, Side
+
+__all__ = ["fields_of", "message_of", "typed"]
 
 SPEC = Path(__file__).resolve().parents[2] / "spec"
 FOLDER = SPEC / "vectors"
@@ -68,52 +63,6 @@ def ways_to_cut(data: bytes) -> Iterator[list[bytes]]:
             yield [data[:at], data[at:]]
 
 
-def kind_of(frame: RawFrame) -> Kind:
-    return Kind(frame[1] >> 16 & 0xFF)
-
-
-def fields_of(frame: RawFrame) -> dict[str, Any]:
-    """A frame in the words of the vectors."""
-    length, head, stream, timestamp, salt, counter, token, body = frame
-    return {
-        "result": "frame",
-        "length": length,
-        "version": head >> 24,
-        "kind": kind_of(frame).name,
-        "flags": head & 0xFFFF,
-        "stream": stream,
-        "timestamp": str(timestamp),
-        "salt": salt.hex(),
-        "counter": str(counter),
-        "token": token.hex(),
-        "body": body.hex(),
-    }
-
-
-def message_of(frame: RawFrame, max_depth: int) -> dict[str, Any] | None:
-    """What a frame says, in the words of the vectors. Raises MessageError."""
-    kind, body = kind_of(frame), frame[7]
-    if frame[1] in WITHOUT_BODY:
-        if body:
-            raise MessageError("this kind has no body")
-        return None
-    match kind:
-        case Kind.REQUEST:
-            method, params, meta = decode_request(body, max_depth)
-            said = {key: typed(value) for key, value in meta._asdict().items() if value is not None}
-            return {"method": method, "params": typed(params), "meta": said}
-        case Kind.ERROR:
-            error = decode_error(body, max_depth)
-            return {"code": error.code, "message": error.message, "details": typed(error.details)}
-        case Kind.EVENT:
-            name, data = decode_event(body, max_depth)
-            return {"name": name, "data": typed(data)}
-        case Kind.WELCOME | Kind.GOAWAY:
-            return {"map": typed(decode_map(body, max_depth))}
-        case _:
-            return {"value": typed(decode_body(body, max_depth))}
-
-
 def expected_message(outcome: Vector) -> dict[str, Any] | None:
     """The message of a vector as zcproto.wire has it: nil params are an empty map, no meta is an empty one."""
     message: dict[str, Any] | None = outcome.get("message")
@@ -124,21 +73,3 @@ def expected_message(outcome: Vector) -> dict[str, Any] | None:
         "params": message["params"] or {"map": {}},
         "meta": message.get("meta", {}),
     }
-
-
-def typed(value: Any) -> Any:
-    """A value as the typed JSON of the vectors."""
-    match value:
-        case None | bool() | str():
-            return value
-        case int():
-            return value if abs(value) < 2**53 else {"int": str(value)}
-        case float():
-            return {"float64": struct.pack("!d", value).hex()}
-        case bytes():
-            return {"bin": value.hex()}
-        case list():
-            return [typed(item) for item in value]
-        case dict():
-            return {"map": {key: typed(item) for key, item in value.items()}}
-    raise TypeError(type(value).__name__)

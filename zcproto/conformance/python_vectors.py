@@ -10,7 +10,8 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from zcproto.client.device import Device
-from zcproto.conformance.values import typed, untyped
+from zcproto.conformance.frames import fields_of, message_of
+from zcproto.conformance.values import untyped
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import ClientEvent, ConnectionEnded, ErrorReceived
 from zcproto.connection.state import State
@@ -20,11 +21,6 @@ from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import ERROR, TOKEN_SIZE, WITHOUT_BODY, Kind, RawFrame, Side, encode_frame, head_of
 from zcproto.wire.message import (
     MessageError,
-    decode_body,
-    decode_error,
-    decode_event,
-    decode_map,
-    decode_request,
     encode_request,
     parse_traceparent,
 )
@@ -122,47 +118,8 @@ def _decode(pieces: list[bytes], context: Mapping[str, Any]) -> list[Outcome]:
 
 def _frame(frame: RawFrame, max_depth: int) -> Outcome:
     """A frame in the words of the vectors. Raises MessageError."""
-    length, head, stream, timestamp, salt, counter, token, body = frame
-    outcome = {
-        "result": "frame",
-        "length": length,
-        "version": head >> 24,
-        "kind": _kind(frame).name,
-        "flags": head & 0xFFFF,
-        "stream": stream,
-        "timestamp": str(timestamp),
-        "salt": salt.hex(),
-        "counter": str(counter),
-        "token": token.hex(),
-        "body": body.hex(),
-    }
-    message = _message(frame, max_depth)
+    outcome, message = fields_of(frame), message_of(frame, max_depth)
     return outcome if message is None else {**outcome, "message": message}
-
-
-def _kind(frame: RawFrame) -> Kind:
-    return Kind(frame[1] >> 16 & 0xFF)
-
-
-def _message(frame: RawFrame, max_depth: int) -> dict[str, Any] | None:
-    kind, body = _kind(frame), frame[7]
-    if frame[1] in WITHOUT_BODY:
-        return None
-    match kind:
-        case Kind.REQUEST:
-            method, params, meta = decode_request(body, max_depth)
-            said = {key: typed(value) for key, value in meta._asdict().items() if value is not None}
-            return {"method": method, "params": typed(params), "meta": said}
-        case Kind.ERROR:
-            error = decode_error(body, max_depth)
-            return {"code": error.code, "message": error.message, "details": typed(error.details)}
-        case Kind.EVENT:
-            name, data = decode_event(body, max_depth)
-            return {"name": name, "data": typed(data)}
-        case Kind.WELCOME | Kind.GOAWAY:
-            return {"map": typed(decode_map(body, max_depth))}
-        case _:
-            return {"value": typed(decode_body(body, max_depth))}
 
 
 # --- as a client on a connection --------------------------------------------------------------------
