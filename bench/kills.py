@@ -225,7 +225,7 @@ class Kills:
         self._chance = random.Random(seed)  # noqa: S311 - moments and choices, no secret
         self._report = report
         self._clients = [
-            Client(each, random.Random(self._chance.getrandbits(64)), report)  # noqa: S311
+            Client(each, random.Random(self._chance.getrandbits(64)), report)  # noqa: S311 - likewise
             for each in credentials
         ]
 

@@ -273,7 +273,7 @@ def memory_of_connection(server: Server, count: int) -> float:
     warm = [server.connect() for _ in range(WARM_UP)]
     _ask(warm, 2)
     _close(warm)
-    time.sleep(SETTLE_S)
+    time.sleep(SETTLE_S)  # what the warm-up has left must be given back before it is counted from
     before = server.resident()
     held: list[Asked] = []
     try:
@@ -283,7 +283,7 @@ def memory_of_connection(server: Server, count: int) -> float:
             _ask([connection], 1)
         for connection in held:  # all are there still
             _ask([connection], 1)
-        time.sleep(SETTLE_S)
+        time.sleep(SETTLE_S)  # what the last requests took for a moment is no connection's
         return (server.resident() - before) / count / BYTES_PER_KIB
     finally:
         _close(held)

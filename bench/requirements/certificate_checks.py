@@ -273,7 +273,7 @@ def renewal(workshop: Workshop) -> Finding:
     with house.serve() as served:
         first = _leaf_of(served, authority.file)
         made.certificate_file.write_text("this is no certificate")
-        time.sleep(0.4)
+        time.sleep(0.4)  # longer than certificates.watch_interval: the server has looked at it
         facts.note("a file that went bad changes nothing", _leaf_of(served, authority.file) == first)
         authority.issue("server", KEYS["P-256"](), timedelta(days=90))
         seconds = until(lambda: _leaf_of(served, authority.file) != first)

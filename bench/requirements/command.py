@@ -95,8 +95,8 @@ def _console() -> Console:
 
 
 def _write(files: Files, told: dict[str, Any], started: float, run: Run | None, grown: Grown | None) -> None:
-    from bench import page  # noqa: PLC0415
-    from bench.curves import report  # noqa: PLC0415
+    from bench import page  # noqa: PLC0415  likewise
+    from bench.curves import report  # noqa: PLC0415  likewise
     from bench.requirements import html, text  # noqa: PLC0415  matplotlib takes half a second to import
 
     if files.json is not None:

@@ -21,7 +21,7 @@ class Fact(NamedTuple):
 
 
 class Verdict(StrEnum):
-    PASS = "pass"  # noqa: S105
+    PASS = "pass"  # noqa: S105 - a verdict, no password
     FAIL = "FAIL"
     NONE = "no figure"
     SMALL = "small"

@@ -131,7 +131,7 @@ class Soak:
     def _client(self, number: int) -> Client:
         plan = self._plan
         is_steady = number >= plan.churning
-        chance = random.Random(self._chance.getrandbits(64))  # noqa: S311
+        chance = random.Random(self._chance.getrandbits(64))  # noqa: S311 - likewise
         pause_s = plan.pause_s * (2 if is_steady else 1)
         return Client(self._credentials[number], chance, self._seen, pause_s, is_steady)
 
@@ -188,7 +188,7 @@ class Soak:
         """Wait until those who came and went are gone, and take down what the server has then."""
         outcome, at_rest = self._outcome, self._plan.steady + 1
         end = time.monotonic() + GONE_S
-        while (await harm.stats())["tcp_connections"] > at_rest and time.monotonic() < end:  # noqa: ASYNC110
+        while (await harm.stats())["tcp_connections"] > at_rest and time.monotonic() < end:  # noqa: ASYNC110 - it is another process
             await asyncio.sleep(LOOK_S)
         await asyncio.sleep(REST_S)
         at_s = time.monotonic() - self._began

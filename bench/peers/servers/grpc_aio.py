@@ -17,7 +17,7 @@ async def echo(request: bytes, context: Any) -> bytes:
 
 
 async def main() -> None:
-    certificate_file, key_file = (Path(name).read_bytes() for name in certificate())  # noqa: ASYNC240
+    certificate_file, key_file = (Path(name).read_bytes() for name in certificate())  # noqa: ASYNC240 - before it serves
     server = grpc.aio.server()
     method = grpc.unary_unary_rpc_method_handler(echo)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("peer.Echo", {"Echo": method}),))
