@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from zcproto.auth import Identity
 from zcproto.sessions import token_text
 
 T = TypeVar("T")
@@ -22,6 +23,11 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
         return result
     coroutine.close()
     raise AssertionError("it suspended")
+
+
+async def decision(answer: Identity | Awaitable[Identity | None] | None) -> Identity | None:
+    """What an authenticator says, at once or in the end."""
+    return answer if answer is None or isinstance(answer, Identity) else await answer
 
 
 def write(path: Path, text: str | bytes, mode: int = 0o600) -> None:

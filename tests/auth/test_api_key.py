@@ -14,7 +14,7 @@ from zcproto.auth import api_key as api_key_module
 from zcproto.errors import ConfigError, InvalidArgument
 from zcproto.sessions import token_text
 
-from .helpers import DIGEST, drive, write
+from .helpers import DIGEST, decision, drive, write
 
 ADDRESS = "192.0.2.1"
 
@@ -31,9 +31,8 @@ class Door:
         )
 
     async def ask(self, user: Any, key: Any, **more: Any) -> Identity | None:
-        return await self.authenticator.authenticate(
-            {"scheme": "api_key", "user": user, "key": key, **more}, ADDRESS
-        )
+        params = {"scheme": "api_key", "user": user, "key": key, **more}
+        return await decision(self.authenticator.authenticate(params, ADDRESS))
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_the_stand_in_for_unknown_users_is_nobodys(path: Path) -> None:
         users, on_fault=pytest.fail, entropy=lambda size: api_key_module.digest_of(secret)
     )
     params = {"scheme": "api_key", "user": "nobody", "key": token_text(secret)}
-    assert drive(authenticator.authenticate(params, ADDRESS)) is None
+    assert authenticator.authenticate(params, ADDRESS) is None
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,7 @@ def test_a_missing_field_is_named(door: Door, missing: str) -> None:
     params = {"scheme": "api_key", "user": "alice", "key": DIGEST}
     del params[missing]
     with pytest.raises(InvalidArgument, match=missing):
-        drive(door.authenticator.authenticate(params, ADDRESS))
+        door.authenticator.authenticate(params, ADDRESS)
 
 
 def test_an_unknown_field_is_refused_without_repeating_it(door: Door) -> None:
@@ -251,7 +250,7 @@ async def test_recovery_may_go_unreported(path: Path) -> None:
     authenticator = ApiKeyAuthenticator(users, on_fault=reported.append)
     params = {"scheme": "api_key", "user": "alice", "key": key}
     write(path, "nonsense")
-    assert await authenticator.authenticate(params, ADDRESS) == Identity("alice")
+    assert await decision(authenticator.authenticate(params, ADDRESS)) == Identity("alice")
     write(path, f'[users.alice]\nkey_sha256 = "{token_text(users.find("alice").digest)}"\n')
-    assert await authenticator.authenticate(params, ADDRESS) == Identity("alice")
+    assert await decision(authenticator.authenticate(params, ADDRESS)) == Identity("alice")
     assert len(reported) == 1

@@ -49,6 +49,10 @@ class CurrentFile:
         self._reading = asyncio.Lock()
         self._faulty = False
 
+    def changed(self) -> bool:
+        """Whether `refresh` would read the file. Takes one stat."""
+        return self._readable.changed()
+
     async def refresh(self) -> None:
         """Take in the file if it changed."""
         if self._readable.changed():

@@ -59,7 +59,7 @@ class DeviceAuthenticator:
         name, signature = _fields(params)
         device = await self._devices.find(name)
         user = await self._users.find("" if device is None else device.user)
-        messages = [open_message(channel.salt, leaf, name) for leaf in channel.leaves]
+        messages = [open_message(channel.salt, leaf, name) for leaf in channel.leaves()]
         fits = _fits(_NOBODY if device is None else device.public_key, signature, messages)
         if device is None:
             reason = "is not known here"
@@ -78,7 +78,7 @@ class DeviceAuthenticator:
         device = await self._devices.find(name)
         if name == key or (device is not None and device.user != user):
             device = None
-        messages = [attach_message(channel.salt, leaf, token) for leaf in channel.leaves]
+        messages = [attach_message(channel.salt, leaf, token) for leaf in channel.leaves()]
         fits = _fits(_NOBODY if device is None else device.public_key, signature, messages)
         return fits and device is not None
 

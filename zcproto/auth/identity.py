@@ -23,8 +23,8 @@ class Channel(NamedTuple):
     certificate: PeerCertificate = no_certificate
     salt: bytes = b""
     """No other connection has it."""
-    leaves: frozenset[bytes] = frozenset()
-    """SHA-256 of the server's certificates (DER), one of which the client was shown here."""
+    leaves: Callable[[], frozenset[bytes]] = frozenset
+    """Gives the SHA-256 of the server's certificates (DER), one of which the client was shown here."""
 
 
 NO_CHANNEL: Final = Channel()

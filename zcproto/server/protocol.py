@@ -117,7 +117,7 @@ class ServerProtocol(asyncio.Protocol):
         """What proofs of the peer's are tied to."""
         if self._connection is None or self._transport is None:
             return NO_CHANNEL
-        return Channel(self.peer_certificate, self._connection.salt, self._transport.leaves())
+        return Channel(self.peer_certificate, self._connection.salt, self._transport.leaves)
 
     # --- the transport's calls ---------------------------------------------------------------------
 
