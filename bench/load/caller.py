@@ -114,7 +114,8 @@ class Caller(Link):
         self._gone.set()
 
     def welcomed(self) -> None:
-        self._ready.set_result(None)
+        if not self._ready.done():  # whoever waited may have gone
+            self._ready.set_result(None)
 
     def answered(self, stream: int, value: Any) -> None:
         done = self._calls.pop(stream, None)
