@@ -43,7 +43,7 @@ def test_lines_are_written_together_with_the_times_of_their_events(desk: Desk) -
     first, second = desk.written()
     assert (first["event"], second["event"]) == ("session.opened", "session.closed")
     assert first["timestamp"] == "2026-01-01T00:00:00.000Z"
-    assert second["timestamp"] == "2026-01-01T00:00:00.025Z"
+    assert second["timestamp"] == "2026-01-01T00:00:00.125Z"
     assert (first["user"], "_at" in first) == ("ada", False)
 
 

@@ -268,7 +268,7 @@ def _prepare(_: Any, method: str, values: MutableMapping[str, Any]) -> dict[str,
     if wall is None:
         wall = _state.clock.wall()
     fields: dict[str, Loggable] = {"timestamp": _timestamp(wall), "level": method}
-    if _EVENT.fullmatch(event):
+    if event in EVENTS or _EVENT.fullmatch(event):
         fields["event"] = event
     else:
         # A mistake of ours, or a text from outside in the wrong place: it is not taken for a name.

@@ -40,8 +40,8 @@ def loggable(name: str, value: object) -> Loggable:
     """`value`, logged under `name`, as what may be written."""
     if _is_secret_name(name):
         return _MASK
-    if value.__class__ is str:  # most values are
-        return cut(value)
+    if value.__class__ is str:  # most values are, and short ones have nothing that must be cut
+        return value if len(value) < _TOKEN_LENGTH and value.isascii() else cut(value)
     return _loggable(value, 0)
 
 

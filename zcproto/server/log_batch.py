@@ -13,8 +13,9 @@ from zcproto.clock import Clock
 from zcproto.deadlines import DeadlineWheel
 from zcproto.observe.log import AT, Logger, lines_together
 
-DELAY: Final = 0.05
-"""Seconds that a line waits for others, at most."""
+DELAY: Final = 0.25
+"""Seconds that a line waits for others, at most: who reads along does not notice, and a login in a crowd finds a
+hundred others to share the cold start with."""
 
 MAX_LINES: Final = 128
 """Lines written in one turn of the loop, about two milliseconds; the next one does not wait any more."""
