@@ -1,10 +1,12 @@
 """What a request costs the server, beside the bare yardstick: CPU time in one run, in turn on the same core.
 
-    python -m bench.compare [--rounds 7] [--json FILE] [--connections 10000]
+    python -m bench.compare [--rounds 7] [--json FILE] [--floor]
 
 The bare server (bare_server.py) does the least that a Python server of these frames can do, and checks
 almost nothing. The ratio says what the checks, sessions, limits, dispatch and metrics of zcproto cost. Both
 servers serve the same ECDSA P-256 certificate on uvloop. CPU time is the kernel's, of the server process alone.
+With `--floor` a server in C (floor.c), which checks nothing at all, stands beside it, too: that is TLS and system
+calls. It takes a C compiler and OpenSSL's headers.
 """
 
 from __future__ import annotations
@@ -44,6 +46,10 @@ SLICE: Final = 2_000
 CONNECTED: Final = 50
 """Connections in a slice."""
 
+FIRST_PORT: Final = 20_000
+PORTS: Final = 5_000
+"""Each yardstick takes one of so many, by the id of this process. The system gives away higher ones."""
+
 
 class Slice(NamedTuple):
     """CPU time of a server, and how many requests or connections it was for."""
@@ -66,13 +72,16 @@ def main() -> int:
     parser.add_argument(
         "--connects", type=int, default=2_000, help="connections in each measurement of connecting"
     )
+    parser.add_argument("--floor", action="store_true", help="set a server in C beside it, too")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     if len(os.sched_getaffinity(0)) > CLIENT_CPU:
         os.sched_setaffinity(0, {CLIENT_CPU})
     try:
         with tempfile.TemporaryDirectory(prefix="zcproto-compare-") as folder:
-            rows = compare(Path(folder), arguments.rounds, arguments.requests, arguments.connects)
+            rows = compare(
+                Path(folder), arguments.rounds, arguments.requests, arguments.connects, arguments.floor
+            )
     except ZcprotoError as error:
         print(error, file=sys.stderr)
         return 1
@@ -82,10 +91,17 @@ def main() -> int:
     return 0 if all(row["ratio"] <= row["bar"] for row in rows) else 1
 
 
-def compare(folder: Path, rounds: int, requests: int, connects: int) -> list[dict[str, Any]]:
+def compare(
+    folder: Path, rounds: int, requests: int, connects: int, with_floor: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of the table. Raises ZcprotoError if a server does not do as it must, or cannot be made."""
     keys = make_home(folder)
     rows = []
-    with run_zcproto(folder) as (ours_pid, ours_port), run_bare(folder) as (bare_pid, bare_port):
+    with (
+        run_zcproto(folder) as (ours_pid, ours_port),
+        run_bare(folder) as (bare_pid, bare_port),
+        run_floor(folder) if with_floor else contextlib.nullcontext((0, 0)) as (floor_pid, floor_port),
+    ):
         context = context_for(str(folder / "certs" / "ca.crt"))
 
         users = iter(enumerate(keys, 1))
@@ -100,13 +116,14 @@ def compare(folder: Path, rounds: int, requests: int, connects: int) -> list[dic
                 connections.append(connection)
             return connections
 
-        def connect_bare(count: int) -> list[Connection]:
-            connections = [Connection(bare_port, context) for _ in range(count)]
+        def connect_bare(count: int, port: int = bare_port) -> list[Connection]:
+            connections = [Connection(port, context) for _ in range(count)]
             for connection in connections:
                 connection.token = b"k" * 32
             return connections
 
         ours, bare = connect_ours(CONNECTIONS), connect_bare(CONNECTIONS)
+        floor = connect_bare(CONNECTIONS, floor_port) if with_floor else []
 
         def cost(pid: int, connections: list[Connection], method: str, depth: int) -> Slice:
             """A slice of requests; its server's CPU time, and how many they were."""
@@ -136,12 +153,20 @@ def compare(folder: Path, rounds: int, requests: int, connects: int) -> list[dic
                 lambda: cost(ours_pid, ours, "echo", 1),
             ),
         ]
+        if with_floor:
+            cases.append(
+                (
+                    Bar("CPU per request, depth 1, sync / floor in C", 4.0),
+                    lambda: cost(ours_pid, ours, "echo", 1),
+                    lambda: cost(floor_pid, floor, "echo", 1),
+                )
+            )
         for bar, measured, reference in cases:
             for warmed_up in (measured, reference):
                 warmed_up()
             found = [in_turn(measured, reference, requests // SLICE) for _ in range(rounds)]
             rows.append(pairs(bar, "us", [(first * 1e6, second * 1e6) for first, second in found]))
-        for connection in ours + bare:
+        for connection in ours + bare + floor:
             connection.close()
 
         def connect_cost(pid: int, connect: Callable[[int], list[Connection]]) -> Slice:
@@ -250,14 +275,39 @@ def run_zcproto(home: Path) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def run_bare(home: Path) -> Iterator[tuple[int, int]]:
-    pem = home / "bare.pem"
+    script = Path(__file__).parent / "bare_server.py"
+    port = FIRST_PORT + os.getpid() % PORTS
+    with _yardstick(
+        home, port, lambda pem: [sys.executable, str(script), str(port), pem, "uvloop"]
+    ) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def run_floor(home: Path) -> Iterator[tuple[int, int]]:
+    program, source = home / "floor", Path(__file__).parent / "floor.c"
+    command = ["cc", "-O2", "-o", str(program), str(source), "-lssl", "-lcrypto"]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ZcprotoError(
+            "floor.c cannot be compiled; it takes a C compiler and OpenSSL's headers, on Debian: "
+            "apt-get install gcc libc6-dev libssl-dev"
+        ) from error
+    port = FIRST_PORT + PORTS + os.getpid() % PORTS
+    with _yardstick(home, port, lambda pem: [str(program), str(port), pem]) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _yardstick(home: Path, port: int, command: Callable[[str], list[str]]) -> Iterator[tuple[int, int]]:
+    """A server that takes a port, and certificate and key in one file; it is there when it can be connected to."""
+    pem = home / f"{port}.pem"
     with open(pem, "wb") as out:
         for name in ("server-ecdsa.crt", "server-ecdsa.key"):
             with open(home / "certs" / name, "rb") as part:
                 shutil.copyfileobj(part, out)
-    port = 20_000 + os.getpid() % 10_000
-    script = Path(__file__).parent / "bare_server.py"
-    with running([sys.executable, str(script), str(port), str(pem), "uvloop"]) as server:
+    with running(command(str(pem))) as server:
         context = context_for(str(home / "certs" / "ca.crt"))
         for _ in range(100):
             try:
