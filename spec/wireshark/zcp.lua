@@ -1,0 +1,1161 @@
+-- ZCP/1 in Wireshark 4.4 and later. How to install and use it: README.md beside this file.
+--
+-- Frames are put together here, not by the TLS dissector: what that one waits with is shown as a field of raw bytes,
+-- and tokens would be readable in it.
+--
+-- Whatever comes is from the network. Nothing of it may raise an error, loop without end, or take memory out of
+-- proportion to the bytes that are there.
+
+if not utf8 then
+    error("zcp.lua needs Wireshark 4.4 or later, which has Lua 5.4")
+end
+
+local zcp = Proto("zcp", "ZCP/1")
+
+local HEADER = 68
+local MIN_LENGTH = 64
+local MAX_DEPTH = 32
+local MAX_METHOD = 128
+local MAX_SHOWN = 5000 -- values of one body in the tree; Wireshark takes far more items for a loop
+local MAX_PREVIEW = 72 -- characters of the short form of a map or an array
+local MAX_INFO = 8 -- frames that the Info column names
+local NO_TOKEN = string.rep("\0", 32)
+
+local WELCOME, REQUEST, RESPONSE, ERROR, CANCEL, PING, PONG, GOAWAY, EVENT = 1, 2, 3, 4, 5, 6, 7, 8, 9
+
+-- What section 6.1 of the protocol says of each kind. `stream` is 0 or not 0, nil for either.
+local KINDS = {
+    [WELCOME] = { name = "WELCOME", sender = "server", stream = "zero", body = true },
+    [REQUEST] = { name = "REQUEST", sender = "client", stream = "number", body = true },
+    [RESPONSE] = { name = "RESPONSE", sender = "server", stream = "number", body = true },
+    [ERROR] = { name = "ERROR", sender = "server", body = true },
+    [CANCEL] = { name = "CANCEL", sender = "client", stream = "number", body = false },
+    [PING] = { name = "PING", stream = "zero", body = false },
+    [PONG] = { name = "PONG", stream = "zero", body = false },
+    [GOAWAY] = { name = "GOAWAY", sender = "server", stream = "zero", body = true },
+    [EVENT] = { name = "EVENT", sender = "server", stream = "zero", body = true },
+}
+
+local KIND_NAMES = {}
+for kind, rule in pairs(KINDS) do
+    KIND_NAMES[kind] = rule.name
+end
+
+local CODES = {
+    [1] = "CANCELLED",
+    [2] = "UNKNOWN",
+    [3] = "INVALID_ARGUMENT",
+    [4] = "DEADLINE_EXCEEDED",
+    [5] = "NOT_FOUND",
+    [6] = "ALREADY_EXISTS",
+    [7] = "PERMISSION_DENIED",
+    [8] = "RESOURCE_EXHAUSTED",
+    [9] = "FAILED_PRECONDITION",
+    [10] = "ABORTED",
+    [11] = "OUT_OF_RANGE",
+    [12] = "UNIMPLEMENTED",
+    [13] = "INTERNAL",
+    [14] = "UNAVAILABLE",
+    [15] = "DATA_LOSS",
+    [16] = "UNAUTHENTICATED",
+    [64] = "PROTOCOL_ERROR",
+    [65] = "FRAME_TOO_LARGE",
+    [66] = "REPLAYED",
+    [67] = "STALE_TIMESTAMP",
+    [68] = "TOKEN_EXPIRED",
+    [69] = "TOKEN_REVOKED",
+    [70] = "SESSION_REPLACED",
+}
+
+-- --- preferences ---------------------------------------------------------------------------------------------
+
+zcp.prefs.port = Pref.uint("TLS port", 7443, "Port taken for ZCP/1 where no ALPN was captured; 0 for none")
+zcp.prefs.max_length = Pref.uint("Largest length", 1048576, "A frame that declares more is shown as a fault")
+zcp.prefs.show_secrets =
+    Pref.bool("Show secrets", false, "Show tokens, keys, codes and signatures, which are masked otherwise")
+
+-- --- fields --------------------------------------------------------------------------------------------------
+
+local f = {
+    length = ProtoField.uint32("zcp.length", "Length"),
+    version = ProtoField.uint8("zcp.version", "Version"),
+    kind = ProtoField.uint8("zcp.kind", "Kind", base.DEC, KIND_NAMES),
+    flags = ProtoField.uint16("zcp.flags", "Flags", base.HEX),
+    stream = ProtoField.uint32("zcp.stream", "Stream"),
+    timestamp = ProtoField.absolute_time("zcp.timestamp", "Timestamp", base.UTC),
+    timestamp_ms = ProtoField.uint64("zcp.timestamp_ms", "Milliseconds since 1970"),
+    salt = ProtoField.bytes("zcp.salt", "Salt", base.NONE),
+    counter = ProtoField.uint64("zcp.counter", "Counter"),
+    token = ProtoField.string("zcp.token", "Token"),
+    token_number = ProtoField.uint32("zcp.token_number", "Token's number in this capture"),
+
+    sender = ProtoField.string("zcp.sender", "Sender"),
+    request_in = ProtoField.framenum("zcp.request_in", "Request in", base.NONE, frametype.REQUEST),
+    answer_in = ProtoField.framenum("zcp.answer_in", "Answer in", base.NONE, frametype.RESPONSE),
+    time = ProtoField.relative_time("zcp.time", "Time from request to answer"),
+    begins_in = ProtoField.framenum("zcp.begins_in", "Frame begins in"),
+    complete_in = ProtoField.framenum("zcp.complete_in", "Frame is complete in"),
+
+    body = ProtoField.none("zcp.body", "Body"),
+    method = ProtoField.string("zcp.method", "Method"),
+    params = ProtoField.none("zcp.params", "Params"),
+    meta = ProtoField.none("zcp.meta", "Meta"),
+    deadline_ms = ProtoField.int64("zcp.meta.deadline_ms", "deadline_ms"),
+    idempotency_key = ProtoField.string("zcp.meta.idempotency_key", "idempotency_key"),
+    traceparent = ProtoField.string("zcp.meta.traceparent", "traceparent"),
+    result = ProtoField.none("zcp.result", "Result"),
+    code = ProtoField.int64("zcp.error.code", "Code", base.DEC, CODES),
+    message = ProtoField.string("zcp.error.message", "Message"),
+    details = ProtoField.none("zcp.error.details", "Details"),
+    event_name = ProtoField.string("zcp.event.name", "Name"),
+    event_data = ProtoField.none("zcp.event.data", "Data"),
+    goaway = ProtoField.none("zcp.goaway", "GOAWAY"),
+    reason = ProtoField.string("zcp.goaway.reason", "reason"),
+    retry_after_ms = ProtoField.int64("zcp.goaway.retry_after_ms", "retry_after_ms"),
+    welcome = ProtoField.none("zcp.welcome", "WELCOME"),
+    server = ProtoField.string("zcp.welcome.server", "server"),
+    versions = ProtoField.none("zcp.welcome.versions", "versions"),
+    max_frame = ProtoField.int64("zcp.welcome.max_frame", "max_frame"),
+    max_streams = ProtoField.int64("zcp.welcome.max_streams", "max_streams"),
+    idle_timeout_ms = ProtoField.int64("zcp.welcome.idle_timeout_ms", "idle_timeout_ms"),
+    tolerance_ms = ProtoField.int64("zcp.welcome.tolerance_ms", "tolerance_ms"),
+    sts = ProtoField.none("zcp.welcome.sts", "sts"),
+    max_age = ProtoField.int64("zcp.welcome.sts.max_age", "max_age"),
+    include_subdomains = ProtoField.bool("zcp.welcome.sts.include_subdomains", "include_subdomains"),
+
+    path = ProtoField.string("zcp.path", "Path"),
+    v_nil = ProtoField.none("zcp.value.nil", "nil"),
+    v_bool = ProtoField.bool("zcp.value.bool", "bool"),
+    v_int = ProtoField.int64("zcp.value.int", "int"),
+    v_uint = ProtoField.uint64("zcp.value.uint", "int of 2^63 or more"),
+    v_float = ProtoField.double("zcp.value.float", "float"),
+    v_str = ProtoField.string("zcp.value.str", "str"),
+    v_bin = ProtoField.bytes("zcp.value.bin", "bin", base.NONE),
+    v_array = ProtoField.none("zcp.value.array", "array"),
+    v_map = ProtoField.none("zcp.value.map", "map"),
+    v_masked = ProtoField.string("zcp.value.masked", "masked"),
+}
+
+zcp.fields = f
+
+local FIELD_OF_TYPE = {
+    ["nil"] = f.v_nil,
+    bool = f.v_bool,
+    int = f.v_int,
+    uint = f.v_uint,
+    float = f.v_float,
+    str = f.v_str,
+    bin = f.v_bin,
+    array = f.v_array,
+    map = f.v_map,
+}
+
+-- Keys that have fields of their own, with the type and the least value that the protocol demands, by the field of
+-- their map.
+local KEYS = {
+    [f.meta] = {
+        deadline_ms = { field = f.deadline_ms, type = "int" },
+        idempotency_key = { field = f.idempotency_key, type = "str" },
+        traceparent = { field = f.traceparent, type = "str", any = true }, -- one of another type is ignored
+    },
+    [f.goaway] = {
+        reason = { field = f.reason, type = "str" },
+        retry_after_ms = { field = f.retry_after_ms, type = "int", least = 0 },
+    },
+    [f.welcome] = {
+        server = { field = f.server, type = "str" },
+        versions = { field = f.versions, type = "array" },
+        max_frame = { field = f.max_frame, type = "int", least = MIN_LENGTH },
+        max_streams = { field = f.max_streams, type = "int", least = 1 },
+        idle_timeout_ms = { field = f.idle_timeout_ms, type = "int", least = 0 },
+        tolerance_ms = { field = f.tolerance_ms, type = "int", least = 0 },
+        sts = { field = f.sts, type = "map" },
+    },
+    [f.sts] = {
+        max_age = { field = f.max_age, type = "int", least = 0 },
+        include_subdomains = { field = f.include_subdomains, type = "bool" },
+    },
+}
+
+-- Maps in which all of these keys must be.
+local COMPLETE = { [f.welcome] = true, [f.sts] = true, [f.goaway] = true }
+
+local function fault(name, text)
+    return ProtoExpert.new("zcp.expert." .. name, text, expert.group.PROTOCOL, expert.severity.ERROR)
+end
+
+local function remark(name, text, severity)
+    return ProtoExpert.new("zcp.expert." .. name, text, expert.group.SEQUENCE, severity)
+end
+
+local e = {
+    length = fault("length", "Length that no frame may have"),
+    version = fault("version", "Unknown version"),
+    kind = fault("kind", "Unknown kind"),
+    sender = fault("sender", "Kind from the wrong side"),
+    flags = fault("flags", "Flags are set"),
+    stream = fault("stream", "Stream that this kind may not have"),
+    in_flight = fault("in_flight", "Stream is in flight already"),
+    replayed = fault("replayed", "Salt of another connection, or counter that did not grow"),
+    greeting = fault("greeting", "Exactly one WELCOME must come, and first"),
+    body = fault("body", "Body on a kind that has none"),
+    msgpack = fault("msgpack", "Body that cannot be decoded"),
+    trailing = fault("trailing", "Bytes behind the value of the body"),
+    form = fault("form", "Body that has not the form of its kind"),
+    after_fault = remark("after_fault", "Bytes after a fault that hides where frames begin", expert.severity.WARN),
+    stale = remark("stale", "Timestamp beyond the tolerance", expert.severity.WARN),
+    unasked = remark("unasked", "Answer on a stream that is not in flight", expert.severity.WARN),
+    fatal = remark("fatal", "Error that ends the connection", expert.severity.WARN),
+    failed = remark("failed", "Call that failed", expert.severity.NOTE),
+    cut_short = remark("cut_short", "More values than are shown", expert.severity.NOTE),
+}
+
+zcp.experts = e
+
+-- --- secrets -------------------------------------------------------------------------------------------------
+
+-- What methods of sessions and devices take that is no secret. Anything else may be one: a server can have schemes of
+-- its own in session.open.
+local OPEN_PARAMS = {
+    scheme = true,
+    user = true,
+    device = true,
+    client = true,
+    name = true,
+    public_key = true,
+    id = true,
+    all = true,
+}
+
+local SECRET_KEYS = { token = true, refresh_token = true, key = true, code = true, signature = true }
+
+local function is_of_sessions(method)
+    return method:find("^session%.") ~= nil or method:find("^device%.") ~= nil
+end
+
+-- Which keys hold secrets in what belongs to a method; all that could if the method is not known.
+local function secret_in_params(method)
+    if method == nil then
+        return function(key)
+            return SECRET_KEYS[key]
+        end
+    end
+    return is_of_sessions(method) and function(key)
+        return not OPEN_PARAMS[key]
+    end
+end
+
+local function secret_in_result(method)
+    return (method == nil or is_of_sessions(method)) and function(key)
+        return SECRET_KEYS[key]
+    end
+end
+
+-- --- what is known of a capture ------------------------------------------------------------------------------
+
+local conversations -- by the two ends
+local calls -- what was found, by packet and by the number of the call for it
+local numbers, last_number -- of tokens, in the order in which they come
+
+local function forget()
+    conversations, calls, numbers, last_number = {}, {}, {}, 0
+end
+
+forget()
+zcp.init = forget -- before each capture, and before packets are looked at anew
+
+local function number_of(token)
+    if not numbers[token] then
+        last_number = last_number + 1
+        numbers[token] = last_number
+    end
+    return numbers[token]
+end
+
+local function ends_of(pinfo)
+    return tostring(pinfo.src) .. " " .. pinfo.src_port, tostring(pinfo.dst) .. " " .. pinfo.dst_port
+end
+
+local function key_of(source, destination)
+    return source < destination and source .. "|" .. destination or destination .. "|" .. source
+end
+
+local function begins_with_welcome(chunk)
+    if #chunk < HEADER then
+        return false
+    end
+    local length, version, kind, flags, stream, counter, _ = string.unpack(">I4BBI2I4xxxxxxxxxxxxxxxxi8", chunk)
+    return length >= MIN_LENGTH and version == 1 and kind == WELCOME and flags == 0 and stream == 0 and counter == 0
+end
+
+-- The conversation of a packet. A WELCOME with a new salt at the beginning of a chunk is another connection between the
+-- same two ends: ports are used again.
+local function conversation_of(source, destination, chunk)
+    local key = key_of(source, destination)
+    local known = conversations[key]
+    if not known or known.salt and begins_with_welcome(chunk) and chunk:sub(21, 28) ~= known.salt then
+        known = { flows = {}, in_flight = {}, pings = {} }
+        conversations[key] = known
+    end
+    return known
+end
+
+-- --- msgpack -------------------------------------------------------------------------------------------------
+
+-- The value of a body as a node {at, length, type, value, items}, and what is wrong with it as {at, text}. `at` counts
+-- from 0. Of a body that cannot be decoded there are the nodes before the fault. Maps have in `items` pairs {key, value};
+-- `left_out` is how many items were checked and not kept.
+local function decode(body)
+    local size, kept, wrong = #body, 0, nil
+    local value
+
+    local function fail(at, text)
+        wrong = wrong or { at = at, text = text }
+    end
+
+    -- A number after the first byte, or nil.
+    local function read(format, at, width)
+        if at + width > size then
+            return fail(at, "the body ends within a value")
+        end
+        return (string.unpack(format, body, at + 1))
+    end
+
+    local function items(node, count, depth, is_map)
+        local at = node.at + node.head
+        if depth > MAX_DEPTH then
+            return fail(node.at, "nested more than " .. MAX_DEPTH .. " deep")
+        end
+        if count * (is_map and 2 or 1) > size - at then
+            return fail(node.at, "declares " .. count .. " items, which are not there")
+        end
+        node.items, node.left_out, node.count = {}, 0, count
+        for _ = 1, count do
+            local key, item
+            if is_map then
+                key = value(at, depth + 1)
+                if wrong then
+                    return nil
+                elseif key.type ~= "str" then
+                    return fail(at, "a key is no str")
+                end
+                at = at + key.length
+            end
+            item = value(at, depth + 1)
+            if item and kept < MAX_SHOWN then
+                kept = kept + 1
+                node.items[#node.items + 1] = is_map and { key = key, value = item } or { value = item }
+            else
+                node.left_out = node.left_out + 1
+            end
+            if wrong then
+                return nil
+            end
+            at = at + item.length
+        end
+        node.length = at - node.at
+    end
+
+    local function text(node, width)
+        local at = node.at + node.head
+        if width > size - at then
+            return fail(node.at, "declares " .. width .. " bytes, which are not there")
+        end
+        node.length = node.head + width
+        node.value = body:sub(at + 1, at + width)
+        if node.type == "str" and not utf8.len(node.value) then
+            node.type = "bin" -- shown as what it is
+            return fail(node.at, "a str is not UTF-8")
+        end
+    end
+
+    local FORMATS = { [1] = ">I1", [2] = ">I2", [4] = ">I4", [8] = ">I8" }
+
+    -- Lengths and counts that stand behind the first byte.
+    local function counted(node, width, depth)
+        local count = read(FORMATS[width], node.at + 1, width)
+        if not count then
+            return
+        end
+        node.head = 1 + width
+        if node.type == "str" or node.type == "bin" then
+            text(node, count)
+        else
+            items(node, count, depth, node.type == "map")
+        end
+    end
+
+    local function fixed(node, kind, format, width)
+        node.type, node.value = kind, read(format, node.at + 1, width)
+        node.length = node.value ~= nil and 1 + width or nil
+    end
+
+    function value(at, depth)
+        if at >= size then
+            return fail(at, "the body ends where a value is due")
+        end
+        local first = body:byte(at + 1)
+        local node = { at = at, head = 1 }
+        if first <= 0x7f then
+            node.type, node.value, node.length = "int", first, 1
+        elseif first <= 0x8f then
+            node.type = "map"
+            items(node, first - 0x80, depth, true)
+        elseif first <= 0x9f then
+            node.type = "array"
+            items(node, first - 0x90, depth, false)
+        elseif first <= 0xbf then
+            node.type = "str"
+            text(node, first - 0xa0)
+        elseif first == 0xc0 then
+            node.type, node.length = "nil", 1
+        elseif first == 0xc1 then
+            return fail(at, "0xc1 begins no value")
+        elseif first <= 0xc3 then
+            node.type, node.value, node.length = "bool", first == 0xc3, 1
+        elseif first <= 0xc6 then
+            node.type = "bin"
+            counted(node, 1 << (first - 0xc4), depth)
+        elseif first <= 0xc9 or (first >= 0xd4 and first <= 0xd8) then
+            return fail(at, "ext types are not allowed")
+        elseif first <= 0xcb then
+            fixed(node, "float", first == 0xca and ">f" or ">d", first == 0xca and 4 or 8)
+        elseif first <= 0xcf then
+            local width = 1 << (first - 0xcc)
+            fixed(node, "int", FORMATS[width], width)
+            if width == 8 and node.value and node.value < 0 then
+                node.type = "uint" -- Lua has signed integers alone
+            end
+        elseif first <= 0xd3 then
+            local width = 1 << (first - 0xd0)
+            fixed(node, "int", ">i" .. width, width)
+        elseif first <= 0xdb then
+            node.type = "str"
+            counted(node, 1 << (first - 0xd9), depth)
+        elseif first <= 0xdf then
+            node.type = first <= 0xdd and "array" or "map"
+            counted(node, first % 2 == 0 and 2 or 4, depth)
+        else
+            node.type, node.value, node.length = "int", first - 0x100, 1
+        end
+        if not node.length then
+            node.length = size - at -- what there is of it
+        end
+        -- A container with a fault in it is shown as far as it goes, anything else not at all.
+        return (not wrong or node.items or node.value) and node or nil
+    end
+
+    local root = value(0, 1)
+    if not wrong and root.length < size then
+        return root, nil, root.length
+    end
+    return root, wrong
+end
+
+-- The item of an array, or nil.
+local function item_of(root, index, kind)
+    local item = root and root.type == "array" and root.items and root.items[index]
+    return item and item.value.type == kind and item.value.value or nil
+end
+
+-- --- taking frames off the stream ----------------------------------------------------------------------------
+
+local function as_float(unsigned)
+    return unsigned >= 0 and unsigned + 0.0 or (unsigned >> 1) * 2.0
+end
+
+-- What can only be said of a frame in its place: who asked, what is in flight, whether it was replayed. It is said once,
+-- since packets are looked at again in any order.
+local function judge(conversation, flow, source, pinfo, raw)
+    local length, version, kind, flags, stream, timestamp, salt, counter, token =
+        string.unpack(">I4BBI2I4i8c8i8c32", raw)
+    local frame = { kind = kind, stream = stream, packet = pinfo.number, time = pinfo.rel_ts, faults = {} }
+    local rule = KINDS[kind]
+    local function say(what, text)
+        frame.faults[#frame.faults + 1] = { what, text }
+    end
+    if token ~= NO_TOKEN then
+        number_of(token)
+    end
+    if rule and rule.sender == "server" and not conversation.server then
+        conversation.server = source
+    elseif rule and rule.sender == "client" and not conversation.client then
+        conversation.client = source
+    end
+    if conversation.server then
+        frame.sender = conversation.server == source and "server" or "client"
+    elseif conversation.client then
+        frame.sender = conversation.client == source and "client" or "server"
+    end
+    if version ~= 1 or not rule then
+        return frame
+    end
+    if rule.sender and frame.sender and rule.sender ~= frame.sender then
+        say(e.sender, rule.name .. " is sent by the " .. rule.sender .. " alone")
+        return frame
+    end
+    if kind == WELCOME then
+        if conversation.salt then
+            say(e.greeting, "a second WELCOME")
+            return frame
+        elseif counter ~= 0 then
+            say(e.greeting, "the counter of WELCOME is 0")
+        end
+        conversation.salt = salt
+        conversation.clock = { timestamp = timestamp, at = pinfo.abs_ts }
+        flow.counter = counter
+        local root = decode(raw:sub(HEADER + 1))
+        for _, item in ipairs(root and root.type == "map" and root.items or {}) do
+            if item.key.value == "tolerance_ms" and item.value.type == "int" then
+                conversation.tolerance = item.value.value
+            end
+        end
+        return frame
+    end
+    if not conversation.salt then
+        say(e.greeting, "no WELCOME came before this frame")
+    elseif salt ~= conversation.salt then
+        say(e.replayed, "the salt is not that of this connection's WELCOME")
+    elseif flow.counter and not math.ult(flow.counter, counter) then
+        say(e.replayed, string.format("the counter is not above %u, which was used", flow.counter))
+    else
+        flow.counter = counter
+    end
+    if conversation.clock and conversation.tolerance then
+        -- The server's clock when this frame was captured. Both are milliseconds; floats will do for what is told.
+        local passed = math.floor((pinfo.abs_ts - conversation.clock.at) * 1000 + 0.5)
+        local off = as_float(timestamp) - (as_float(conversation.clock.timestamp) + passed)
+        if math.abs(off) > conversation.tolerance then
+            say(e.stale, string.format("the timestamp is off by about %.0f ms", off))
+        end
+    end
+    if kind == REQUEST then
+        if conversation.in_flight[stream] then
+            say(e.in_flight, "stream " .. stream .. " is in flight since packet " .. conversation.in_flight[stream].packet)
+        end
+        frame.method = item_of(decode(raw:sub(HEADER + 1)), 1, "str")
+        conversation.in_flight[stream] = frame
+    elseif kind == CANCEL then
+        frame.request = conversation.in_flight[stream]
+    elseif (kind == RESPONSE or kind == ERROR) and stream ~= 0 then
+        frame.request = conversation.in_flight[stream]
+        if frame.request then
+            frame.request.answer, frame.answers = frame, true
+            conversation.in_flight[stream] = nil
+        elseif conversation.salt then
+            say(e.unasked, "nothing is in flight on stream " .. stream)
+        end
+    elseif kind == PING then
+        local waiting = conversation.pings[source] or { first = 1, last = 0 }
+        conversation.pings[source] = waiting
+        waiting.last = waiting.last + 1
+        waiting[waiting.last] = frame
+    elseif kind == PONG then
+        for side, waiting in pairs(conversation.pings) do
+            if side ~= source and waiting.first <= waiting.last then
+                frame.request, frame.answers = waiting[waiting.first], true
+                frame.request.answer = frame
+                waiting[waiting.first] = nil
+                waiting.first = waiting.first + 1
+            end
+        end
+    end
+    return frame
+end
+
+-- Cut a chunk into the frames and pieces of frames that are in it. A piece is copied once; a frame is put together when
+-- its last byte has come, and only if it is not whole in this chunk.
+local function take(chunk, pinfo)
+    local source, destination = ends_of(pinfo)
+    local conversation = conversation_of(source, destination, chunk)
+    local flow = conversation.flows[source]
+    if not flow then
+        flow = { pieces = {}, have = 0 }
+        conversation.flows[source] = flow
+    end
+    local found, at, limit = { size = #chunk }, 0, zcp.prefs.max_length
+    while at < #chunk do
+        local part = { at = at }
+        found[#found + 1] = part
+        if flow.broken then
+            part.size, part.after_fault = #chunk - at, flow.broken
+            return found
+        end
+        if flow.have == 0 then
+            flow.started = { packet = pinfo.number }
+        end
+        local whole = flow.have == 0
+        local function collect(wanted)
+            local got = math.min(wanted - flow.have, #chunk - at)
+            flow.pieces[#flow.pieces + 1] = chunk:sub(at + 1, at + got)
+            flow.have, at = flow.have + got, at + got
+        end
+        if flow.have < 4 then
+            collect(4)
+        end
+        if flow.have >= 4 and not flow.wanted then
+            local length = string.unpack(">I4", table.concat(flow.pieces))
+            if length < MIN_LENGTH or length > limit then
+                collect(HEADER) -- for the other fields of the header, as far as they are there
+                part.bad_length, part.raw, flow.broken = length, table.concat(flow.pieces), pinfo.number
+                part.size = at - part.at
+                part.begins_in = not whole and flow.started.packet or nil
+                goto next
+            end
+            flow.wanted = 4 + length
+        end
+        if flow.wanted then
+            collect(flow.wanted)
+        end
+        part.size, part.started = at - part.at, flow.started
+        if flow.wanted and flow.have == flow.wanted then
+            local raw = table.concat(flow.pieces)
+            part.frame = judge(conversation, flow, source, pinfo, raw)
+            part.raw = not whole and raw or nil
+            flow.started.complete_in = pinfo.number
+            flow.pieces, flow.have, flow.wanted = {}, 0, nil
+        else
+            part.have, part.wanted = flow.have, flow.wanted
+        end
+        ::next::
+    end
+    return found
+end
+
+-- --- showing -------------------------------------------------------------------------------------------------
+
+local function plural(count, what)
+    return count .. " " .. what .. (count == 1 and "" or "s")
+end
+
+local function generated(item)
+    item:set_generated(true)
+    return item
+end
+
+-- Text that is safe in a line: no control characters.
+local function printable(text)
+    return (text:gsub("%c", "."))
+end
+
+-- A short form of a value, secrets masked.
+local function preview(node, secret, room)
+    local kind = node.type
+    if kind == "nil" then
+        return "nil"
+    elseif kind == "str" then
+        local last = #node.value > room and utf8.offset(node.value:sub(1, room + 4), 0, room + 1)
+        return '"' .. printable(last and node.value:sub(1, last - 1) .. "…" or node.value) .. '"'
+    elseif kind == "bin" then
+        return plural(#node.value, "byte")
+    elseif kind == "uint" then
+        return string.format("%u", node.value)
+    elseif kind == "float" then
+        return string.format("%.17g", node.value)
+    elseif not node.items then
+        return tostring(node.value)
+    end
+    local parts, used = {}, 0
+    for _, item in ipairs(node.items) do
+        local key = item.key and item.key.value
+        local masked = key and secret and secret(key) and item.value.type ~= "nil"
+        local part = masked and "masked" or preview(item.value, secret, math.max(room - used, 8))
+        part = key and printable(key) .. ": " .. part or part
+        used = used + #part + 2
+        if used > room then
+            parts[#parts + 1] = "…"
+            break
+        end
+        parts[#parts + 1] = part
+    end
+    local inside = table.concat(parts, ", ")
+    return kind == "array" and "[" .. inside .. "]" or "{" .. inside .. "}"
+end
+
+-- Whether a secret is in a value. Nothing of such a value is marked as bytes of the packet: PDML has the bytes of fields.
+local function has_secret(node, secret)
+    if not secret or not node.items then
+        return false
+    end
+    for _, item in ipairs(node.items) do
+        local key = item.key and item.key.value
+        if key and secret(key) or has_secret(item.value, secret) then
+            return true
+        end
+    end
+    return node.left_out > 0
+end
+
+local function halves(class, value)
+    return class.new(value & 0xffffffff, value >> 32)
+end
+
+local MASKED = {} -- in place of a function that tells which keys hold secrets: all of it is one
+
+-- Add a value and what is in it. `bytes` gives ranges of the body; `field` is one of its own, or nil; `name` is its label
+-- if it has none; `secret` tells which keys hold secrets.
+local function add_value(bytes, tree, node, field, name, path, secret)
+    local kind, item = node.type, nil
+    if secret == MASKED and kind ~= "nil" then
+        local text = (kind == "bin" or kind == "str") and plural(#node.value, "byte") or kind
+        if (name == "token" or name == "refresh_token") and kind == "bin" and #node.value == 32 then
+            text = "#" .. number_of(node.value) .. ", " .. text
+        end
+        item = tree:add(f.v_masked, bytes(node.at, 0), text .. ", masked")
+        item:set_text(name .. ": " .. text .. ", masked")
+    elseif node.items then
+        local known = KEYS[field]
+        item = tree:add(field or FIELD_OF_TYPE[kind], bytes(node.at, has_secret(node, secret) and 0 or node.length))
+        item:set_text(name .. ": " .. preview(node, secret, MAX_PREVIEW))
+        for index, each in ipairs(node.items) do
+            local key = each.key and each.key.value
+            local rule = key and known and known[key]
+            local label = key and printable(key) or "[" .. index - 1 .. "]"
+            local deeper = key and path .. "." .. label or path .. label
+            local within = secret
+            if key and secret and secret(key) then
+                within = MASKED
+            end
+            local right = rule and rule.type == each.value.type
+            local child = add_value(bytes, item, each.value, right and rule.field or nil, label, deeper, within)
+            if rule and not rule.any and not (right or field == f.meta and each.value.type == "nil") then
+                child:add_proto_expert_info(e.form, label .. " must be " .. rule.type)
+            elseif right and rule.least and each.value.value < rule.least then
+                child:add_proto_expert_info(e.form, label .. " must be " .. rule.least .. " or more")
+            end
+        end
+        if node.left_out > 0 and #node.items + node.left_out == node.count then
+            item:add_proto_expert_info(e.cut_short, plural(node.left_out, "more value") .. " not shown")
+        end
+        return item
+    else
+        local range, typed = bytes(node.at, node.length), field or FIELD_OF_TYPE[kind]
+        if kind == "nil" then
+            item = tree:add(typed, range)
+        elseif kind == "int" then
+            item = tree:add(typed, range, halves(Int64, node.value))
+        elseif kind == "uint" then
+            item = tree:add(typed, range, halves(UInt64, node.value))
+        elseif kind == "bin" then
+            item = tree:add(typed, bytes(node.at + node.head, #node.value))
+        else
+            item = tree:add(typed, range, node.value)
+        end
+        if not field then
+            item:set_text(name .. ": " .. preview(node, nil, 4 * MAX_PREVIEW))
+        end
+    end
+    local where = tree:add(f.path, bytes(node.at, 0), path)
+    where:set_hidden(true)
+    return item
+end
+
+-- Whether all keys are there that a map must have.
+local function check_complete(item, node, field)
+    local missing, there = {}, {}
+    for _, each in ipairs(node.items) do
+        there[each.key.value] = each.value
+    end
+    for key in pairs(KEYS[field]) do
+        if not there[key] then
+            missing[#missing + 1] = key
+        end
+    end
+    table.sort(missing)
+    if #missing > 0 then
+        item:add_proto_expert_info(e.form, "without " .. table.concat(missing, ", "))
+    end
+    return there
+end
+
+-- What an array of a kind holds: for each element the field, its label and the types that it may have.
+local ELEMENTS = {
+    [REQUEST] = {
+        { f.method, "Method", { str = true } },
+        { f.params, "Params", { map = true, ["nil"] = true } },
+        { f.meta, "Meta", { map = true } },
+        least = 2,
+        form = "[method, params] or [method, params, meta]",
+    },
+    [ERROR] = {
+        { f.code, "Code", { int = true } },
+        { f.message, "Message", { str = true } },
+        { f.details, "Details", { map = true, ["nil"] = true } },
+        least = 2,
+        form = "[code, message] or [code, message, details]",
+    },
+    [EVENT] = {
+        { f.event_name, "Name", { str = true } },
+        { f.event_data, "Data" },
+        least = 2,
+        form = "[name, data]",
+    },
+}
+
+local PATHS = {
+    [f.params] = "params",
+    [f.meta] = "meta",
+    [f.details] = "details",
+    [f.event_data] = "data",
+    [f.method] = "method",
+    [f.code] = "code",
+    [f.message] = "message",
+    [f.event_name] = "name",
+}
+
+-- Which keys of a frame's body hold secrets, or MASKED; nil for none.
+local function secrets_of(frame, element, node)
+    if zcp.prefs.show_secrets then
+        return nil
+    elseif frame.kind == REQUEST and element == f.params then
+        local secret = secret_in_params(frame.method)
+        return secret and (node.type == "map" and secret or MASKED) or nil
+    elseif frame.kind == RESPONSE then
+        return secret_in_result(frame.request and frame.request.method) or nil
+    elseif frame.kind == REQUEST and frame.method == nil then
+        return secret_in_params(nil)
+    end
+    return nil
+end
+
+-- The body of a frame of a known kind. Returns what the Info column says of it.
+local function add_body(frame, bytes, tree, body)
+    local root, wrong, trailing = decode(body)
+    local item = tree:add(f.body, bytes(0, 0))
+    item:set_text("Body: " .. plural(#body, "byte"))
+    local info
+    if root then
+        local form = ELEMENTS[frame.kind]
+        if form then
+            local right = root.type == "array" and (wrong or root.count >= form.least and root.count <= #form)
+            if not right then
+                item:add_proto_expert_info(e.form, "must be " .. form.form)
+                add_value(bytes, item, root, nil, "value", "value", secrets_of(frame, nil, root))
+            end
+            for index, each in ipairs(right and root.items or {}) do
+                local field, label, types = table.unpack(each.value and form[index])
+                local node, fits = each.value, not types or types[each.value.type]
+                local path = PATHS[field]
+                -- An element of another type has no place in its field. nil is a value of any field without a type.
+                local own = fits and (node.items or types and node.type ~= "nil") and field or nil
+                local added = add_value(bytes, item, node, own, label, path, secrets_of(frame, field, node))
+                if not fits then
+                    added:add_proto_expert_info(e.form, label:lower() .. " must not be " .. node.type)
+                end
+                if field == f.method and fits then
+                    info = printable(node.value:sub(1, MAX_METHOD))
+                    if #node.value > MAX_METHOD or not node.value:find("^[a-z0-9_.]+$") then
+                        added:add_proto_expert_info(e.form, "no name that a method can have")
+                    end
+                elseif field == f.event_name and fits then
+                    info = printable(node.value:sub(1, MAX_METHOD))
+                elseif field == f.code and fits then
+                    info = CODES[node.value] or tostring(node.value)
+                    local fatal = frame.stream == 0
+                    added:add_proto_expert_info(fatal and e.fatal or e.failed, info)
+                end
+            end
+        elseif frame.kind == RESPONSE then
+            local own = root.items and f.result or nil
+            add_value(bytes, item, root, own, "Result", "result", secrets_of(frame, f.result, root))
+        else
+            local field = frame.kind == WELCOME and f.welcome or f.goaway
+            local is_map = root.type == "map"
+            local added = add_value(bytes, item, root, is_map and field or nil, KIND_NAMES[frame.kind], KIND_NAMES[frame.kind]:lower())
+            if not is_map then
+                added:add_proto_expert_info(e.form, "must be a map")
+            elseif not wrong then
+                local there = check_complete(added, root, field)
+                if there.sts and there.sts.type == "map" then
+                    check_complete(added, there.sts, f.sts)
+                end
+                if there.versions and there.versions.type == "array" then
+                    local speaks = false
+                    for _, each in ipairs(there.versions.items) do
+                        speaks = speaks or each.value.type == "int" and each.value.value == 1
+                    end
+                    if not speaks then
+                        added:add_proto_expert_info(e.form, "version 1 is not among the versions")
+                    end
+                end
+                local reason = there.reason
+                info = reason and reason.type == "str" and printable(reason.value:sub(1, MAX_METHOD)) or nil
+            end
+        end
+    end
+    if wrong then
+        item:add_proto_expert_info(e.msgpack, wrong.text .. " (byte " .. wrong.at .. " of the body)")
+    elseif trailing then
+        item:add_proto_expert_info(e.trailing, plural(#body - trailing, "byte") .. " behind the value")
+    end
+    return info
+end
+
+-- The time of a header. Any 64 bits can be one; what is beyond the year 9999 is shown as the number alone.
+local function time_of(milliseconds)
+    if milliseconds < 0 or milliseconds > 253402300799999 then
+        return nil
+    end
+    return NSTime.new(milliseconds // 1000, milliseconds % 1000 * 1000000)
+end
+
+-- The header's fields, as far as they are there. Returns the items that faults are told at.
+local function add_header(bytes, tree, raw)
+    local items, size = {}, #raw
+    local function add(name, at, width, value)
+        if size >= at + width then
+            items[name] = value and tree:add(f[name], bytes(at, width), value) or tree:add(f[name], bytes(at, width))
+        end
+    end
+    add("length", 0, 4)
+    add("version", 4, 1)
+    add("kind", 5, 1)
+    add("flags", 6, 2)
+    add("stream", 8, 4)
+    if size >= 20 then
+        local milliseconds = string.unpack(">i8", raw, 13)
+        local time = time_of(milliseconds)
+        if time then
+            add("timestamp", 12, 8, time)
+        end
+        items.timestamp_ms = (items.timestamp or tree):add(f.timestamp_ms, bytes(12, 8))
+    end
+    add("salt", 20, 8)
+    add("counter", 28, 8)
+    if size >= HEADER then
+        local token = raw:sub(37, HEADER)
+        if token == NO_TOKEN then
+            items.token = tree:add(f.token, bytes(36, 32), "none")
+        elseif zcp.prefs.show_secrets then
+            items.token = tree:add(f.token, bytes(36, 32), (token:gsub(".", function(each)
+                return string.format("%02x", each:byte())
+            end)))
+        else
+            items.token = tree:add(f.token, bytes(36, 0), "#" .. number_of(token) .. ", 32 bytes, masked")
+        end
+        if token ~= NO_TOKEN then
+            generated(items.token:add(f.token_number, bytes(36, 0), number_of(token)))
+        end
+    end
+    return items
+end
+
+local function add_packet(tree, field, bytes, number)
+    if number then
+        generated(tree:add(field, bytes(0, 0), number))
+    end
+end
+
+-- Where another frame is that belongs to this one, and how long it took.
+local function add_links(tree, bytes, frame)
+    if frame.sender then
+        generated(tree:add(f.sender, bytes(0, 0), frame.sender))
+    end
+    if frame.request then
+        add_packet(tree, f.request_in, bytes, frame.request.packet)
+    end
+    if frame.answer then
+        add_packet(tree, f.answer_in, bytes, frame.answer.packet)
+    end
+    if frame.answers then
+        local took = math.max(frame.time - frame.request.time, 0)
+        local seconds = math.floor(took)
+        local rest = math.min(math.floor((took - seconds) * 1e9 + 0.5), 999999999)
+        generated(tree:add(f.time, bytes(0, 0), NSTime.new(seconds, rest)))
+    end
+end
+
+-- Faults that the header shows by itself.
+local function add_header_faults(items, raw, frame)
+    local _, version, kind, flags, stream = string.unpack(">I4BBI2I4", raw)
+    local rule = KINDS[kind]
+    if version ~= 1 then
+        items.version:add_proto_expert_info(e.version, "version " .. version .. ", and not 1")
+    end
+    if not rule then
+        local reserved = kind >= 0x10 and kind <= 0x1f
+        items.kind:add_proto_expert_info(e.kind, string.format("kind 0x%02x %s", kind, reserved and "is reserved" or "is unknown"))
+    end
+    if flags ~= 0 then
+        items.flags:add_proto_expert_info(e.flags)
+    end
+    if rule and rule.stream == "zero" and stream ~= 0 then
+        items.stream:add_proto_expert_info(e.stream, rule.name .. " speaks of the connection: stream 0")
+    elseif rule and rule.stream == "number" and stream == 0 then
+        items.stream:add_proto_expert_info(e.stream, rule.name .. " needs the stream of a request")
+    end
+    for _, each in ipairs(frame.faults) do
+        local at = items.kind
+        if each[1] == e.replayed then
+            at = items.counter
+        elseif each[1] == e.stale then
+            at = items.timestamp_ms
+        elseif each[1] == e.in_flight or each[1] == e.unasked then
+            at = items.stream
+        end
+        at:add_proto_expert_info(each[1], each[2])
+    end
+    return version == 1 and rule
+end
+
+-- A whole frame. Returns what the Info column says of it.
+local function show_frame(frame, bytes, tree, raw)
+    local name = KIND_NAMES[frame.kind] or string.format("kind 0x%02x", frame.kind)
+    local top = tree:add(zcp, bytes(0, #raw))
+    local items = add_header(bytes, top, raw)
+    local rule = add_header_faults(items, raw, frame)
+    add_links(top, bytes, frame)
+    local said
+    if #raw > HEADER then
+        local body = raw:sub(HEADER + 1)
+        if rule and rule.body then
+            said = add_body(frame, function(at, width)
+                return bytes(HEADER + at, width)
+            end, top, body)
+        else
+            local item = top:add(f.body, bytes(HEADER, 0))
+            item:set_text("Body: " .. plural(#body, "byte") .. ", not decoded")
+            if rule then
+                item:add_proto_expert_info(e.body, rule.name .. " has no body")
+            end
+        end
+    elseif rule and rule.body then
+        items.length:add_proto_expert_info(e.msgpack, rule.name .. " without a body")
+    end
+    if frame.kind == RESPONSE and frame.request and frame.request.method then
+        said = printable(frame.request.method:sub(1, MAX_METHOD))
+    end
+    local info = name
+    if frame.stream ~= 0 then
+        info = info .. " " .. frame.stream
+    end
+    info = said and info .. " " .. said or info
+    top:set_text("ZCP/1, " .. info)
+    return info
+end
+
+-- A length that no frame may have, and the header behind it as far as it is there.
+local function show_bad_length(part, bytes, tree)
+    local top = tree:add(zcp, bytes(0, #part.raw))
+    top:set_text("ZCP/1, a frame with a length that cannot be")
+    local items = add_header(bytes, top, part.raw)
+    local text = part.bad_length < MIN_LENGTH and "below " .. MIN_LENGTH
+        or "above " .. zcp.prefs.max_length .. ", which can be set"
+    items.length:add_proto_expert_info(e.length, "length " .. part.bad_length .. " is " .. text)
+    return "length " .. part.bad_length
+end
+
+local function show_part(part, tvb, tree)
+    local function here(at, width)
+        return tvb:range(part.at + at, width)
+    end
+    local function apart()
+        local together = ByteArray.new(part.raw, true):tvb("ZCP/1 frame")
+        return function(at, width)
+            return together:range(at, width)
+        end
+    end
+    if part.frame then
+        local bytes = part.raw and apart() or here
+        return show_frame(part.frame, bytes, tree, part.raw or tvb:raw(part.at, part.size))
+    elseif part.bad_length then
+        return show_bad_length(part, #part.raw == part.size and here or apart(), tree)
+    end
+    local item = tree:add(zcp, here(0, part.size))
+    if part.after_fault then
+        item:set_text("ZCP/1, " .. plural(part.size, "byte") .. " that mean nothing any more")
+        item:add_proto_expert_info(e.after_fault, "the fault is in packet " .. part.after_fault)
+        return nil
+    end
+    local of = part.wanted and plural(part.wanted, "byte") or "a frame whose length is not there yet"
+    item:set_text("ZCP/1, part of a frame: " .. part.have .. " of " .. of)
+    add_packet(item, f.begins_in, here, part.started.packet ~= part.packet and part.started.packet or nil)
+    add_packet(item, f.complete_in, here, part.started.complete_in)
+    return "part of a frame"
+end
+
+-- --- being called --------------------------------------------------------------------------------------------
+
+-- How often this was called for the packet before, in this pass over it: a packet can hold several TLS records. What
+-- is private to a packet lives as long as the pass.
+local function count_call(pinfo)
+    local before = tonumber(pinfo.private["zcp.calls"]) or 0
+    pinfo.private["zcp.calls"] = tostring(before + 1)
+    return before + 1
+end
+
+-- The Info column: what all frames of the packet say, since each TLS record comes in a call of its own.
+local function tell(pinfo, told)
+    local before = pinfo.private["zcp.info"]
+    local line = before and before .. ", " .. told or told
+    pinfo.private["zcp.info"] = line
+    pinfo.cols.info = line
+end
+
+local http = Dissector.get("http")
+
+-- HTTPS is spoken on the same port with whoever offers no ALPN. No frame begins with a letter: it would be of a gigabyte.
+local function is_http(pinfo, chunk)
+    local key = key_of(ends_of(pinfo))
+    local known = conversations[key]
+    if not known and chunk:find("^%u%u%u") then
+        known = { http = true }
+        conversations[key] = known
+    elseif known and known.http and begins_with_welcome(chunk) then
+        conversations[key], known = nil, nil -- the port is used again
+    end
+    return known and known.http
+end
+
+function zcp.dissector(tvb, pinfo, tree)
+    local chunk = tvb:raw()
+    if is_http(pinfo, chunk) then
+        return http:call(tvb, pinfo, tree)
+    end
+    local count = count_call(pinfo)
+    local of_packet = calls[pinfo.number] or {}
+    calls[pinfo.number] = of_packet
+    local found = of_packet[count]
+    if not found or found.size ~= #chunk then
+        found = take(chunk, pinfo)
+        of_packet[count] = found
+    end
+    pinfo.cols.protocol = "ZCP"
+    local told = {}
+    for index, part in ipairs(found) do
+        part.packet = pinfo.number
+        local info = show_part(part, tvb, tree)
+        if info and index <= MAX_INFO then
+            told[#told + 1] = info
+        elseif info and index == MAX_INFO + 1 then
+            told[#told + 1] = "…"
+        end
+    end
+    tell(pinfo, table.concat(told, ", "))
+    return #chunk
+end
+
+-- --- being found ---------------------------------------------------------------------------------------------
+
+DissectorTable.get("tls.alpn"):add("zcp/1", zcp)
+DissectorTable.get("tcp.port"):add_for_decode_as(zcp) -- for traffic that somebody else has decrypted
+
+local tls_ports, port = DissectorTable.get("tls.port"), 0
+
+local function listen_on(wanted)
+    if port ~= 0 then
+        tls_ports:remove(port, zcp)
+    end
+    port = wanted
+    if port ~= 0 then
+        tls_ports:add(port, zcp)
+    end
+end
+
+function zcp.prefs_changed()
+    if zcp.prefs.port ~= port then
+        listen_on(zcp.prefs.port)
+    end
+end
+
+listen_on(zcp.prefs.port)
