@@ -1,4 +1,4 @@
-"""TLS contexts: version 1.3 alone, no tickets, no compression, no key log.
+"""TLS contexts: version 1.3 alone, no tickets, no compression; a key log for clients that ask for one.
 
 What a server demands of its clients' certificates, where it asks for them: a chain to a certificate of the client
 CA's file, which may be an issuing CA without its root (whoever names one does not want its sisters); valid dates;
@@ -23,6 +23,7 @@ from typing import Final, Literal, Protocol
 
 from zcproto.errors import CertificateError, TlsError
 from zcproto.suites import SUITES
+from zcproto.tls.key_log import log_keys
 
 MAX_KEY_FILE: Final = 1 << 20
 _OTHERS: Final = 0o077
@@ -153,12 +154,14 @@ def client_context(
     certificate: Path | None = None,
     key: Path | None = None,
     passphrase: Passphrase | None = None,
+    key_log: Path | None = None,
 ) -> ssl.SSLContext:
     """A client's context: trust in a CA file, or in the system's store if none is named.
 
     With `verify` off the chain and the name are not checked here; the caller must check a pin instead.
     `certificate` is shown to servers that ask for one; its key may be in the same file. A `passphrase` that is a
-    function is called only for a key that is encrypted. Raises CertificateError for a file that cannot be used.
+    function is called only for a key that is encrypted. With `key_log` the secrets of all connections are
+    appended to that file. Raises CertificateError for a file that cannot be used, ConfigError for the key log.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _restrict(context, SUITES)
@@ -174,6 +177,8 @@ def client_context(
         key = certificate if key is None else key
         require_private(key)
         _load_pair(context, certificate, key, passphrase)
+    if key_log is not None:
+        log_keys(context, key_log)
     return context
 
 
