@@ -54,6 +54,17 @@ def test_the_result_is_printed_as_json(call: Callable[..., int], capsys: Capture
     assert err == ""
 
 
+def test_the_secrets_of_the_connection_are_written_where_that_is_asked_for(
+    call: Callable[..., int], tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "keys"
+    assert call("echo", "--key-log", str(path)) == 0
+    assert "CLIENT_TRAFFIC_SECRET_0 " in path.read_text()
+    path.chmod(0o644)
+    assert call("echo", "--key-log", str(path)) == 2
+    assert "others can read or change this key log" in capsys.readouterr().err
+
+
 def test_params_may_be_left_out(call: Callable[..., int], capsys: Capture) -> None:
     assert call("echo") == 0
     assert capsys.readouterr().out == "{}\n"

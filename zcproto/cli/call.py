@@ -61,6 +61,12 @@ MAX_MESSAGE = 2_000
     metavar="SECONDS",
     help="For the call.",
 )
+@click.option(
+    "--key-log",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Append the secrets of the connection, so that Wireshark can show its frames (spec/wireshark).",
+)
 @home_options
 def call(
     home: Home,
@@ -73,6 +79,7 @@ def call(
     ca: Path | None,
     pins: tuple[str, ...],
     timeout: float,
+    key_log: Path | None,
 ) -> int:
     """Call METHOD of the server at HOST:PORT and print the result as JSON.
 
@@ -92,6 +99,7 @@ def call(
     if ca is None and not pins and (home.certs / "ca.crt").exists():
         ca = home.certs / "ca.crt"
     options = {"user": user, "key": key, "ca_file": ca, "pins": pins, "timeout": timeout, "home": home.path}
+    options["key_log_file"] = key_log
     from zcproto.event_loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:

@@ -86,6 +86,7 @@ class Client:
         client: str | None = None,
         on_event: Callable[[Event], object] | None = None,
         home: str | Path | None = None,
+        key_log_file: str | Path | None = None,
         max_frame: int = 1_048_576,
         tolerance_ms: int = 30_000,
         clock: Clock = system_clock,
@@ -116,6 +117,7 @@ class Client:
                 certificate=None if certificate is None else Path(certificate),
                 key_file=None if key_file is None else Path(key_file),
                 key_passphrase=key_passphrase,
+                key_log=None if key_log_file is None else Path(key_log_file),
             ),
             _known_hosts(home),
             server_hostname=host,
@@ -152,8 +154,8 @@ class Client:
     async def open(self) -> None:
         """Connect, and open a session if there is something to open one with. `async with` does it.
 
-        Raises at the first attempt: CannotConnect, TlsError, CertificateError, ConnectionClosed, and the
-        CallErrors of `session.open`.
+        Raises at the first attempt: CannotConnect, TlsError, CertificateError, ConnectionClosed, ConfigError for a
+        key log that cannot be written, and the CallErrors of `session.open`.
         """
         if self._loop is not None:
             raise RuntimeError("this client was opened before; make a new one")

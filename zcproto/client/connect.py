@@ -33,6 +33,7 @@ def connect(
     client: str | None = None,
     on_event: Callable[[Event], object] | None = None,
     home: str | Path | None = None,
+    key_log_file: str | Path | None = None,
 ) -> Client:
     """A client of the server at `host`, `host:port` or `[::1]:port`; the port is 7443 by default.
 
@@ -60,6 +61,8 @@ def connect(
     client            product/version, as the server lists it
     on_event          called with each `Event` that the server sends; without it they wait in `client.events`
     home              where hosts with a policy are remembered; ZCPROTO_HOME, else ~/.zeroclaw, by default
+    key_log_file      a file that the secrets of all connections are appended to, so that Wireshark can show their
+                      frames; whoever has it can read what was captured of them. SSLKEYLOGFILE is ignored
 
     Raises ConfigError for what cannot be meant, TlsError for a malformed pin, CertificateError for a device's key
     that cannot be used; connecting raises what
@@ -85,6 +88,7 @@ def connect(
         client=client,
         on_event=on_event,
         home=home,
+        key_log_file=key_log_file,
     )
 
 
@@ -109,6 +113,7 @@ def connect_blocking(
     client: str | None = None,
     on_event: Callable[[Event], object] | None = None,
     home: str | Path | None = None,
+    key_log_file: str | Path | None = None,
 ) -> BlockingClient:
     """As `connect`, for programs without an event loop. `on_event` is called in the client's own thread.
 
@@ -136,6 +141,7 @@ def connect_blocking(
             client=client,
             on_event=on_event,
             home=home,
+            key_log_file=key_log_file,
         )
     )
 

@@ -41,13 +41,23 @@ Contexts = dict[FilesAndOptions, tuple[Stamp, ssl.SSLContext]]
 
 class Trust:
     """Which servers are believed: those of a CA file or of the system's store, those with a pin, or both; and the
-    certificate that is shown to those that ask for one.
+    certificate that is shown to those that ask for one. With `key_log` the secrets of its
+    connections are appended to that file.
 
     With `verify` off any server is believed. Raises ConfigError for what contradicts itself, TlsError for a
     malformed pin.
     """
 
-    __slots__ = ("ca_file", "certificate", "key_file", "key_passphrase", "pins", "system_store", "verify")
+    __slots__ = (
+        "ca_file",
+        "certificate",
+        "key_file",
+        "key_log",
+        "key_passphrase",
+        "pins",
+        "system_store",
+        "verify",
+    )
 
     def __init__(
         self,
@@ -59,6 +69,7 @@ class Trust:
         certificate: Path | None = None,
         key_file: Path | None = None,
         key_passphrase: Passphrase | None = None,
+        key_log: Path | None = None,
     ) -> None:
         self.ca_file = ca_file
         self.pins = parse_pins(pins)
@@ -67,6 +78,7 @@ class Trust:
         self.certificate = certificate
         self.key_file = key_file
         self.key_passphrase = key_passphrase
+        self.key_log = key_log
         if not verify and (ca_file or self.pins or system_store):
             raise ConfigError(["verify=False: leave out ca_file, pins and system_store, or leave it on"])
         if ca_file and system_store:
@@ -77,14 +89,15 @@ class Trust:
             _warn_of_single_pin(*self.pins)
 
     def context(self, known: Contexts) -> ssl.SSLContext:
-        """The context, or one of those known if it is the same. Reads the disk. Raises CertificateError.
+        """The context, or one of those known if it is the same. Reads the disk.
 
         Files are looked at each time: of a certificate that was renewed the next connection makes use. One that
         cannot be used, as it is for a moment between its two files, leaves the one from before in its place.
+        Raises CertificateError, and ConfigError for a key log that cannot be written.
         """
         by_ca = self.verify and (self.ca_file is not None or self.system_store)
         files = (self.ca_file, self.certificate, self.key_file)
-        made_of = (by_ca, *files, self.key_passphrase)
+        made_of = (by_ca, *files, self.key_passphrase, self.key_log)
         stamp = tuple(map(_stamp, files))  # before they are read: what changes later is seen next time
         found = known.get(made_of)
         if found is None or found[0] != stamp:
@@ -95,6 +108,7 @@ class Trust:
                     certificate=self.certificate,
                     key=self.key_file,
                     passphrase=self.key_passphrase,
+                    key_log=self.key_log,
                 )
             except CertificateError as error:
                 if found is None or found[0][0] != stamp[0]:  # what is trusted is never taken from the past
@@ -103,6 +117,8 @@ class Trust:
                     "%s; until that is mended, the certificate from before is shown", printable(str(error))
                 )
                 return found[1]
+            if self.key_log is not None:
+                _warn_of_key_log(self.key_log)
             found = known[made_of] = stamp, context
             if len(known) > MAX_CONTEXTS:
                 known.pop(next(iter(known)), None)
@@ -125,6 +141,15 @@ def _warn_of_single_pin(pin: str) -> None:
         " changed; add the pin of the server's next key as a backup",
         pin,
         "certificate" if pin.startswith(CERTIFICATE_PREFIX) else "key",
+    )
+
+
+@lru_cache(MAX_CONTEXTS)
+def _warn_of_key_log(path: Path) -> None:
+    """Once for each file, as often as it is opened."""
+    log.warning(
+        "the secrets of connections are appended to %s: whoever has it can read all that was captured of them",
+        printable(str(path)),
     )
 
 
@@ -189,7 +214,7 @@ class Dialer:
     async def __call__(self, owner: Owner, share: LoopShare) -> ClientProtocol:
         """A connection whose server was welcomed.
 
-        Raises CannotConnect, ConnectionClosed, TlsError, CertificateError.
+        Raises CannotConnect, ConnectionClosed, TlsError, CertificateError, ConfigError.
         """
         wall = self._system_clock.wall
         if not self._trust.verify and self._known_hosts is not None:

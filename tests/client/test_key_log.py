@@ -1,0 +1,117 @@
+"""`key_log_file`: the secrets of a client's connections, for those that ask for them, and for nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zcproto
+from zcproto.client.connect import connect_blocking
+from zcproto.client.dial import LoopShare, Trust
+from zcproto.errors import ConfigError
+
+from ..server.conftest import Serve
+from ..server.helpers import KEY, ServerThread
+from .conftest import ConnectTo
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+def lines(path: Path) -> int:
+    return path.read_text().count("CLIENT_TRAFFIC_SECRET_0 ")
+
+
+async def test_the_secrets_of_a_connection_are_appended(
+    shared: ServerThread, connect_to: ConnectTo, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys"
+    for count in (1, 2):
+        async with connect_to(shared, key_log_file=str(path)) as client:
+            assert await client.call("echo", x=1) == {"x": 1}
+        assert await asyncio.to_thread(lines, path) == count
+    assert (await asyncio.to_thread(path.stat)).st_mode & 0o777 == 0o600
+
+
+def test_the_blocking_client_does_it_too(shared: ServerThread, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    trust = {"ca_file": shared.home / "certs" / "ca.crt", "key_log_file": path}
+    with connect_blocking(f"127.0.0.1:{shared.port}", user="ada", key=KEY, **trust) as client:
+        assert client.call("echo", x=1) == {"x": 1}
+    assert lines(path) == 1
+
+
+async def test_it_is_told_once_for_each_file(
+    shared: ServerThread, connect_to: ConnectTo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys"
+    with caplog.at_level(logging.WARNING, "zcproto.client"):
+        for _ in range(2):
+            async with connect_to(shared, key_log_file=path):
+                pass
+    assert [each.getMessage() for each in caplog.records] == [
+        f"the secrets of connections are appended to {path}: whoever has it can read all that was captured of them"
+    ]
+
+
+async def test_a_client_without_one_never_shares_the_context_of_one_with(
+    ca_file: Path, tmp_path: Path
+) -> None:
+    share = LoopShare(asyncio.get_running_loop())
+
+    def context(key_log: Path | None) -> ssl.SSLContext:
+        usual: dict[str, Any] = {"ca_file": ca_file, "pins": (), "system_store": False, "verify": True}
+        return Trust(**usual, key_log=key_log).context(share.contexts)
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert context(first).keylog_filename == str(first)
+    assert context(None).keylog_filename is None
+    assert context(second).keylog_filename == str(second)
+    assert context(first) is context(first)
+    assert len({id(context(first)), id(context(None)), id(context(second))}) == 3
+
+
+async def test_beside_a_client_with_one_another_client_writes_nothing(
+    shared: ServerThread, connect_to: ConnectTo, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys"
+    async with connect_to(shared, key_log_file=path), connect_to(shared) as other:
+        assert await other.call("echo", x=1) == {"x": 1}
+    assert await asyncio.to_thread(lines, path) == 1
+
+
+async def test_the_variable_alone_makes_neither_client_nor_server_write(
+    serve: Serve, connect_to: ConnectTo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable, path = tmp_path / "variable", tmp_path / "keys"
+    monkeypatch.setenv("SSLKEYLOGFILE", str(variable))
+    server = serve()
+    async with connect_to(server) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+    async with connect_to(server, key_log_file=path):
+        pass
+    assert not await asyncio.to_thread(variable.exists)
+    assert await asyncio.to_thread(lines, path) == 1, (
+        "the client's line; a server that wrote would add a second"
+    )
+
+
+async def test_a_file_that_cannot_be_used_is_told_before_anything_is_sent(
+    serve: Serve, connect_to: ConnectTo, tmp_path: Path
+) -> None:
+    server = serve()
+    path = tmp_path / "keys"
+    path.touch()
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="others can read or change this key log"):
+        await connect_to(server, key_log_file=path)
+    assert server.stats["connections_opened"] == 0
+
+
+def test_a_server_has_no_such_option() -> None:
+    with pytest.raises(TypeError):
+        zcproto.Server(zcproto.App(), key_log_file="keys")  # type: ignore[call-arg]
