@@ -150,12 +150,12 @@ local FIELD_OF_TYPE = {
     map = f.v_map,
 }
 
--- Keys that have fields of their own, with the type and the least value that the protocol demands, by the field of
--- their map.
+-- Keys that have fields of their own, by the field of their map: with the type that the protocol demands, the least
+-- value of an int, and of a str how many characters it has at most (and one at least).
 local KEYS = {
     [f.meta] = {
         deadline_ms = { field = f.deadline_ms, type = "int" },
-        idempotency_key = { field = f.idempotency_key, type = "str" },
+        idempotency_key = { field = f.idempotency_key, type = "str", most = 64 },
         traceparent = { field = f.traceparent, type = "str", any = true }, -- one of another type is ignored
     },
     [f.goaway] = {
@@ -332,6 +332,8 @@ local function decode(body)
         node.items, node.left_out, node.count = {}, 0, count
         for _ = 1, count do
             local key, item
+            local keep = kept < MAX_SHOWN -- before what is in it, which would use up all
+            kept = keep and kept + 1 or kept
             if is_map then
                 key = value(at, depth + 1)
                 if wrong then
@@ -342,8 +344,7 @@ local function decode(body)
                 at = at + key.length
             end
             item = value(at, depth + 1)
-            if item and kept < MAX_SHOWN then
-                kept = kept + 1
+            if item and keep then
                 node.items[#node.items + 1] = is_map and { key = key, value = item } or { value = item }
             else
                 node.left_out = node.left_out + 1
@@ -452,16 +453,22 @@ local function decode(body)
     return root, wrong
 end
 
--- The item of an array, or nil.
-local function item_of(root, index, kind)
-    local item = root and root.type == "array" and root.items and root.items[index]
-    return item and item.value.type == kind and item.value.value or nil
+-- The method of a REQUEST, or nil. It stands at the beginning: the rest need not be decoded for it.
+local function method_of(raw)
+    local root = decode(raw:sub(HEADER + 1, HEADER + 2 * MAX_METHOD))
+    local item = root and root.type == "array" and root.items[1]
+    return item and item.value.type == "str" and item.value.value or nil
 end
 
 -- --- taking frames off the stream ----------------------------------------------------------------------------
 
-local function as_float(unsigned)
-    return unsigned >= 0 and unsigned + 0.0 or (unsigned >> 1) * 2.0
+-- Lua has signed integers alone, and prints none without its sign.
+local function unsigned(value)
+    return tostring(UInt64.new(value & 0xffffffff, value >> 32))
+end
+
+local function as_float(value)
+    return value >= 0 and value + 0.0 or (value >> 1) * 2.0
 end
 
 -- What can only be said of a frame in its place: who asked, what is in flight, whether it was replayed. It is said once,
@@ -503,7 +510,6 @@ local function judge(conversation, flow, source, pinfo, raw)
         end
         conversation.salt = salt
         conversation.clock = { timestamp = timestamp, at = pinfo.abs_ts }
-        flow.counter = counter
         local root = decode(raw:sub(HEADER + 1))
         for _, item in ipairs(root and root.type == "map" and root.items or {}) do
             if item.key.value == "tolerance_ms" and item.value.type == "int" then
@@ -516,8 +522,8 @@ local function judge(conversation, flow, source, pinfo, raw)
         say(e.greeting, "no WELCOME came before this frame")
     elseif salt ~= conversation.salt then
         say(e.replayed, "the salt is not that of this connection's WELCOME")
-    elseif flow.counter and not math.ult(flow.counter, counter) then
-        say(e.replayed, string.format("the counter is not above %u, which was used", flow.counter))
+    elseif not math.ult(flow.counter, counter) then
+        say(e.replayed, string.format("the counter is not above %s", unsigned(flow.counter)))
     else
         flow.counter = counter
     end
@@ -527,13 +533,15 @@ local function judge(conversation, flow, source, pinfo, raw)
         local off = as_float(timestamp) - (as_float(conversation.clock.timestamp) + passed)
         if math.abs(off) > conversation.tolerance then
             say(e.stale, string.format("the timestamp is off by about %.0f ms", off))
+            frame.stale = true
         end
     end
     if kind == REQUEST then
-        if conversation.in_flight[stream] then
-            say(e.in_flight, "stream " .. stream .. " is in flight since packet " .. conversation.in_flight[stream].packet)
+        local other = conversation.in_flight[stream]
+        if other and not other.stale then -- a stale one is refused at once, and its stream is free again
+            say(e.in_flight, "stream " .. stream .. " is in flight since packet " .. other.packet)
         end
-        frame.method = item_of(decode(raw:sub(HEADER + 1)), 1, "str")
+        frame.method = method_of(raw)
         conversation.in_flight[stream] = frame
     elseif kind == CANCEL then
         frame.request = conversation.in_flight[stream]
@@ -570,7 +578,7 @@ local function take(chunk, pinfo)
     local conversation = conversation_of(source, destination, chunk)
     local flow = conversation.flows[source]
     if not flow then
-        flow = { pieces = {}, have = 0 }
+        flow = { pieces = {}, have = 0, counter = 0 } -- the first counter after WELCOME is 1 or more
         conversation.flows[source] = flow
     end
     local found, at, limit = { size = #chunk }, 0, zcp.prefs.max_length
@@ -649,7 +657,7 @@ local function preview(node, secret, room)
     elseif kind == "bin" then
         return plural(#node.value, "byte")
     elseif kind == "uint" then
-        return string.format("%u", node.value)
+        return unsigned(node.value)
     elseif kind == "float" then
         return string.format("%.17g", node.value)
     elseif not node.items then
@@ -717,11 +725,14 @@ local function add_value(bytes, tree, node, field, name, path, secret)
                 within = MASKED
             end
             local right = rule and rule.type == each.value.type
+            local large = rule and rule.type == "int" and each.value.type == "uint" -- right, but not for the field
             local child = add_value(bytes, item, each.value, right and rule.field or nil, label, deeper, within)
-            if rule and not rule.any and not (right or field == f.meta and each.value.type == "nil") then
+            if rule and not (right or large or rule.any or field == f.meta and each.value.type == "nil") then
                 child:add_proto_expert_info(e.form, label .. " must be " .. rule.type)
             elseif right and rule.least and each.value.value < rule.least then
                 child:add_proto_expert_info(e.form, label .. " must be " .. rule.least .. " or more")
+            elseif right and rule.most and (each.value.value == "" or utf8.len(each.value.value) > rule.most) then
+                child:add_proto_expert_info(e.form, label .. " must have 1 to " .. rule.most .. " characters")
             end
         end
         if node.left_out > 0 and #node.items + node.left_out == node.count then
@@ -738,6 +749,8 @@ local function add_value(bytes, tree, node, field, name, path, secret)
             item = tree:add(typed, range, halves(UInt64, node.value))
         elseif kind == "bin" then
             item = tree:add(typed, bytes(node.at + node.head, #node.value))
+        elseif kind == "str" then
+            item = tree:add(typed, range, (node.value:gsub("\0", "␀"))) -- Wireshark would end the text there
         else
             item = tree:add(typed, range, node.value)
         end
@@ -778,7 +791,7 @@ local ELEMENTS = {
         form = "[method, params] or [method, params, meta]",
     },
     [ERROR] = {
-        { f.code, "Code", { int = true } },
+        { f.code, "Code", { int = true, uint = true } },
         { f.message, "Message", { str = true } },
         { f.details, "Details", { map = true, ["nil"] = true } },
         least = 2,
@@ -836,8 +849,9 @@ local function add_body(frame, bytes, tree, body)
                 local field, label, types = table.unpack(each.value and form[index])
                 local node, fits = each.value, not types or types[each.value.type]
                 local path = PATHS[field]
-                -- An element of another type has no place in its field. nil is a value of any field without a type.
-                local own = fits and (node.items or types and node.type ~= "nil") and field or nil
+                -- What has no place in the field of its element is shown as a value.
+                local plain = types and node.type ~= "nil" and node.type ~= "uint"
+                local own = fits and (node.items or plain) and field or nil
                 local added = add_value(bytes, item, node, own, label, path, secrets_of(frame, field, node))
                 if not fits then
                     added:add_proto_expert_info(e.form, label:lower() .. " must not be " .. node.type)
@@ -850,7 +864,7 @@ local function add_body(frame, bytes, tree, body)
                 elseif field == f.event_name and fits then
                     info = printable(node.value:sub(1, MAX_METHOD))
                 elseif field == f.code and fits then
-                    info = CODES[node.value] or tostring(node.value)
+                    info = CODES[node.value] or preview(node, nil, MAX_PREVIEW)
                     local fatal = frame.stream == 0
                     added:add_proto_expert_info(fatal and e.fatal or e.failed, info)
                 end
@@ -1068,10 +1082,11 @@ local function show_part(part, tvb, tree)
         return nil
     end
     local of = part.wanted and plural(part.wanted, "byte") or "a frame whose length is not there yet"
-    item:set_text("ZCP/1, part of a frame: " .. part.have .. " of " .. of)
+    local told = "part of a frame, " .. part.have .. " of " .. of
+    item:set_text("ZCP/1, " .. told)
     add_packet(item, f.begins_in, here, part.started.packet ~= part.packet and part.started.packet or nil)
     add_packet(item, f.complete_in, here, part.started.complete_in)
-    return "part of a frame"
+    return told
 end
 
 -- --- being called --------------------------------------------------------------------------------------------
