@@ -69,7 +69,7 @@ local CODES = {
 
 -- --- preferences ---------------------------------------------------------------------------------------------
 
-zcp.prefs.port = Pref.uint("TLS port", 7443, "Port taken for ZCP/1 where no ALPN was captured; 0 for none")
+zcp.prefs.port = Pref.uint("TLS port", 7443, "Port taken for ZCP/1 where the ALPN is not known; 0 for none")
 zcp.prefs.max_length = Pref.uint("Largest length", 1048576, "A frame that declares more is shown as a fault")
 zcp.prefs.show_secrets =
     Pref.bool("Show secrets", false, "Show tokens, keys, codes and signatures, which are masked otherwise")
@@ -303,7 +303,7 @@ end
 -- --- msgpack -------------------------------------------------------------------------------------------------
 
 -- The value of a body as a node {at, length, type, value, items}, and what is wrong with it as {at, text}. `at` counts
--- from 0. Of a body that cannot be decoded there are the nodes before the fault. Maps have in `items` pairs {key, value};
+-- from 0. Of a body that cannot be decoded there are the nodes before the fault. Maps have pairs {key, value} in `items`;
 -- `left_out` is how many items were checked and not kept.
 local function decode(body)
     local size, kept, wrong = #body, 0, nil
@@ -440,7 +440,7 @@ local function decode(body)
             node.type, node.value, node.length = "int", first - 0x100, 1
         end
         if not node.length then
-            node.length = size - at -- what there is of it
+            node.length, node.broken = size - at, true -- what there is of it
         end
         -- A container with a fault in it is shown as far as it goes, anything else not at all.
         return (not wrong or node.items or node.value) and node or nil
@@ -471,8 +471,8 @@ local function as_float(value)
     return value >= 0 and value + 0.0 or (value >> 1) * 2.0
 end
 
--- What can only be said of a frame in its place: who asked, what is in flight, whether it was replayed. It is said once,
--- since packets are looked at again in any order.
+-- What can only be said of a frame in its place: who asked, what is in flight, whether it was replayed. It is said
+-- once, since packets are looked at again in any order.
 local function judge(conversation, flow, source, pinfo, raw)
     local length, version, kind, flags, stream, timestamp, salt, counter, token =
         string.unpack(">I4BBI2I4i8c8i8c32", raw)
@@ -680,7 +680,8 @@ local function preview(node, secret, room)
     return kind == "array" and "[" .. inside .. "]" or "{" .. inside .. "}"
 end
 
--- Whether a secret is in a value. Nothing of such a value is marked as bytes of the packet: PDML has the bytes of fields.
+-- Whether a secret is in a value. Nothing of such a value is marked as bytes of the packet, since PDML has those of
+-- each field.
 local function has_secret(node, secret)
     if not secret or not node.items then
         return false
@@ -691,7 +692,7 @@ local function has_secret(node, secret)
             return true
         end
     end
-    return node.left_out > 0
+    return node.left_out > 0 or node.broken -- for all that is known
 end
 
 local function halves(class, value)
@@ -700,8 +701,8 @@ end
 
 local MASKED = {} -- in place of a function that tells which keys hold secrets: all of it is one
 
--- Add a value and what is in it. `bytes` gives ranges of the body; `field` is one of its own, or nil; `name` is its label
--- if it has none; `secret` tells which keys hold secrets.
+-- Add a value and what is in it. `bytes` gives ranges of the body; `field` is one of its own, or nil; `name` is its
+-- label if it has none; `secret` tells which keys hold secrets.
 local function add_value(bytes, tree, node, field, name, path, secret)
     local kind, item = node.type, nil
     if secret == MASKED and kind ~= "nil" then
@@ -820,15 +821,16 @@ local PATHS = {
 local function secrets_of(frame, element, node)
     if zcp.prefs.show_secrets then
         return nil
-    elseif frame.kind == REQUEST and element == f.params then
-        local secret = secret_in_params(frame.method)
-        return secret and (node.type == "map" and secret or MASKED) or nil
     elseif frame.kind == RESPONSE then
         return secret_in_result(frame.request and frame.request.method) or nil
-    elseif frame.kind == REQUEST and frame.method == nil then
+    elseif frame.kind ~= REQUEST or element == f.method and node.type == "str" then
+        return nil
+    elseif element == f.meta and node.type == "map" then
         return secret_in_params(nil)
     end
-    return nil
+    local secret = secret_in_params(frame.method)
+    -- Where params are not what they must be, there are no keys that tell which part of them is a secret.
+    return secret and (element == f.params and node.type == "map" and secret or MASKED) or nil
 end
 
 -- The body of a frame of a known kind. Returns what the Info column says of it.
@@ -875,7 +877,8 @@ local function add_body(frame, bytes, tree, body)
         else
             local field = frame.kind == WELCOME and f.welcome or f.goaway
             local is_map = root.type == "map"
-            local added = add_value(bytes, item, root, is_map and field or nil, KIND_NAMES[frame.kind], KIND_NAMES[frame.kind]:lower())
+            local name = KIND_NAMES[frame.kind]
+            local added = add_value(bytes, item, root, is_map and field or nil, name, name:lower())
             if not is_map then
                 added:add_proto_expert_info(e.form, "must be a map")
             elseif not wrong then
@@ -987,8 +990,8 @@ local function add_header_faults(items, raw, frame)
         items.version:add_proto_expert_info(e.version, "version " .. version .. ", and not 1")
     end
     if not rule then
-        local reserved = kind >= 0x10 and kind <= 0x1f
-        items.kind:add_proto_expert_info(e.kind, string.format("kind 0x%02x %s", kind, reserved and "is reserved" or "is unknown"))
+        local why = kind >= 0x10 and kind <= 0x1f and "reserved" or "unknown"
+        items.kind:add_proto_expert_info(e.kind, string.format("kind 0x%02x is %s", kind, why))
     end
     if flags ~= 0 then
         items.flags:add_proto_expert_info(e.flags)
@@ -1109,7 +1112,8 @@ end
 
 local http = Dissector.get("http")
 
--- HTTPS is spoken on the same port with whoever offers no ALPN. No frame begins with a letter: it would be of a gigabyte.
+-- HTTPS is spoken on the same port with whoever offers no ALPN. No frame begins with a letter: it would be of a
+-- gigabyte.
 local function is_http(pinfo, chunk)
     local key = key_of(ends_of(pinfo))
     local known = conversations[key]

@@ -97,10 +97,14 @@ class Connection:
 
 
 class RecordingProxy:
-    """Passes TCP connections on to a port of this machine, and writes down what both sides say."""
+    """Passes TCP connections on to a port of this machine, and writes down what both sides say.
 
-    def __init__(self, port: int) -> None:
+    `shown` is the server's port in the capture.
+    """
+
+    def __init__(self, port: int, shown: int = 7443) -> None:
         self.capture = Capture()
+        self._shown = shown
         self._target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -132,7 +136,7 @@ class RecordingProxy:
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self.capture.lock:
-                connection = self.capture.connection(7443, time.time_ns() // 1_000)
+                connection = self.capture.connection(self._shown, time.time_ns() // 1_000)
             both = [threading.Event(), threading.Event()]
             self._start(self._pump, near, far, connection, "client", both)
             self._start(self._pump, far, near, connection, "server", both[::-1])

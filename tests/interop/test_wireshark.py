@@ -55,6 +55,8 @@ pytestmark = needs("tshark")
 VECTORS = Path(__file__).parents[2] / "spec" / "vectors"
 KINDS = json.loads((VECTORS / "tables.json").read_text(encoding="utf-8"))["kinds"]
 PORT = 7443
+OTHER_PORT = 9443
+"""One that only the ALPN says something of."""
 LARGE = random.Random(7).randbytes(100 * 1024)
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 SIDES = {WELCOME: "server", REQUEST: "client", RESPONSE: "server", ERROR: "server", CANCEL: "client"}
@@ -251,7 +253,7 @@ def conversation(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         readable_folder() as folder,
         pytest.MonkeyPatch.context() as patch,
         ServerThread(home, certs, sessions__refresh=True) as server,
-        RecordingProxy(server.port) as proxy,
+        RecordingProxy(server.port, OTHER_PORT) as proxy,
     ):
         patch.setenv("ZCPROTO_HOME", str(home / "client"))
         keys, ca_file = folder / "keys", home / "certs" / "ca.crt"
@@ -418,6 +420,41 @@ def masked_token(item: Item) -> str | None:
         if path == "result.token" and field == "zcp.value.masked":
             return value.split(",")[0].removeprefix("#")
     return None
+
+
+def test_secrets_are_masked_in_frames_that_are_wrong() -> None:
+    secret = b"a secret of thirty-two bytes: 32"
+    params = {"scheme": "api_key", "user": "ada", "key": secret.decode(), "client": "test/1"}
+    right = msgpack.packb(["session.open", params])
+    bodies = [
+        right[:-4],
+        right + b"\xc0",
+        right.replace(b"\xa4user", b"\xc0\xc0\xc0\xc0\xc0"),  # a key that is no str
+        right.replace(b"\xa3ada", b"\xa3\xff\xff\xff"),  # no UTF-8
+        right.replace(b"a secret", b"\xff secret"),
+        msgpack.packb(["session.open", params, {}, 4]),
+        msgpack.packb(["session.open", [secret]]),
+        msgpack.packb(["session.open", secret]),
+        msgpack.packb(["session.open", {"scheme": "other", "proof": {"of": [secret]}}]),
+        msgpack.packb([5, params]),
+        msgpack.packb([params, "session.open"]),
+        msgpack.packb({"token": secret}),
+    ]
+    capture, header = Capture(), [0, 1, 0, bytes(8), 1, secret]
+    connection = capture.connection(PORT, 0)
+    for body in bodies:
+        connection.says("client", HEADER.pack(64 + len(body), 1, REQUEST, *header) + body, 0)
+    for version, kind in ((2, REQUEST), (1, PING), (1, 0x10), (1, RESPONSE)):
+        body = msgpack.packb({"token": secret})
+        connection.says("client", HEADER.pack(64 + len(body), version, kind, *header) + body, 0)
+    connection.says("client", HEADER.pack(2**31, 1, REQUEST, *header) + right, 0)
+    with readable_folder() as folder:
+        path = capture.write(folder / "wrong.pcap")
+        for options in (("-T", "pdml", "-J", "zcp"), ("-T", "json", "-J", "zcp"), ("-V", "-P")):
+            output = tshark(folder, path, "-d", f"tcp.port=={PORT},zcp", *options).lower()
+            assert "session.open" in output
+            for form in forms(secret) | forms(secret[1:]) | forms(secret[2:]):
+                assert form.lower() not in output
 
 
 @pytest.mark.parametrize("output", ["json", "pdml", "text"])
@@ -708,6 +745,12 @@ def test_a_large_body_of_small_values_is_looked_at_in_bounds() -> None:
 
 
 # --- where it is found ----------------------------------------------------------------------------------
+
+
+def test_where_the_alpn_is_not_known_the_port_names_it(conversation: Conversation) -> None:
+    for port, named in ((PORT, False), (OTHER_PORT, True)):
+        output = tshark(conversation.folder, conversation.packets, "-o", f"zcp.port:{port}", "-T", "json")
+        assert ('"tls.app_data_proto": "ZCP/1"' in output) == named
 
 
 def test_a_port_used_again_is_another_conversation() -> None:

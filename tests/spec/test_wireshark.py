@@ -1,0 +1,39 @@
+"""spec/wireshark: the dissector's tables are those of the protocol, and its guide has all that it shows.
+
+What it makes of frames is in tests/interop.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from .messages import ROOT
+
+FOLDER = ROOT / "spec" / "wireshark"
+DISSECTOR = (FOLDER / "zcp.lua").read_text(encoding="utf-8")
+GUIDE = (FOLDER / "README.md").read_text(encoding="utf-8")
+TABLES = json.loads((ROOT / "spec" / "vectors" / "tables.json").read_text(encoding="utf-8"))
+
+
+def test_codes_and_kinds_are_those_of_the_protocol() -> None:
+    codes = re.findall(r'^    \[(\d+)\] = "([A-Z_]+)",$', DISSECTOR, re.MULTILINE)
+    assert {name: int(code) for code, name in codes} == TABLES["codes"]
+    names, numbers = re.findall(r"^local (WELCOME[A-Z, ]+) = ([0-9, ]+)$", DISSECTOR, re.MULTILINE)[0]
+    kinds = dict(zip(names.split(", "), map(int, numbers.split(", ")), strict=True))
+    assert kinds == TABLES["kinds"]
+
+
+def test_the_guide_has_every_field() -> None:
+    fields = set(re.findall(r'ProtoField\.\w+\(\s*"([a-z_.]+)"', DISSECTOR))
+    assert len(fields) > 40
+    listed = GUIDE[GUIDE.index("## Fields") : GUIDE.index("## Masking")]
+    assert set(re.findall(r"`(zcp\.[a-z_.]+)`", listed)) == fields
+
+
+def test_the_guide_has_everything_that_is_told() -> None:
+    told = set(re.findall(r'= (?:fault|remark)\("([a-z_]+)"', DISSECTOR))
+    assert len(told) > 15
+    rows = GUIDE[GUIDE.index("| told ") : GUIDE.index("## Masking")].splitlines()[2:]
+    cells = [row.split("|")[1] for row in rows if row.startswith("|")]
+    assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == told
