@@ -177,9 +177,6 @@ local KEYS = {
     },
 }
 
--- Maps in which all of these keys must be.
-local COMPLETE = { [f.welcome] = true, [f.sts] = true, [f.goaway] = true }
-
 local function fault(name, text)
     return ProtoExpert.new("zcp.expert." .. name, text, expert.group.PROTOCOL, expert.severity.ERROR)
 end
@@ -607,7 +604,6 @@ local function take(chunk, pinfo)
                 collect(HEADER) -- for the other fields of the header, as far as they are there
                 part.bad_length, part.raw, flow.broken = length, table.concat(flow.pieces), pinfo.number
                 part.size = at - part.at
-                part.begins_in = not whole and flow.started.packet or nil
                 goto next
             end
             flow.wanted = 4 + length
@@ -842,13 +838,13 @@ local function add_body(frame, bytes, tree, body)
     if root then
         local form = ELEMENTS[frame.kind]
         if form then
-            local right = root.type == "array" and (wrong or root.count >= form.least and root.count <= #form)
+            local right = root.type == "array" and root.count >= form.least and root.count <= #form
             if not right then
                 item:add_proto_expert_info(e.form, "must be " .. form.form)
                 add_value(bytes, item, root, nil, "value", "value", secrets_of(frame, nil, root))
             end
             for index, each in ipairs(right and root.items or {}) do
-                local field, label, types = table.unpack(each.value and form[index])
+                local field, label, types = table.unpack(form[index])
                 local node, fits = each.value, not types or types[each.value.type]
                 local path = PATHS[field]
                 -- What has no place in the field of its element is shown as a value.
@@ -1082,7 +1078,7 @@ local function show_part(part, tvb, tree)
     if part.after_fault then
         item:set_text("ZCP/1, " .. plural(part.size, "byte") .. " that mean nothing any more")
         item:add_proto_expert_info(e.after_fault, "the fault is in packet " .. part.after_fault)
-        return nil
+        return plural(part.size, "byte") .. " after a fault"
     end
     local of = part.wanted and plural(part.wanted, "byte") or "a frame whose length is not there yet"
     local told = "part of a frame, " .. part.have .. " of " .. of
@@ -1128,25 +1124,25 @@ end
 
 function zcp.dissector(tvb, pinfo, tree)
     local chunk = tvb:raw()
-    if is_http(pinfo, chunk) then
-        return http:call(tvb, pinfo, tree)
-    end
     local count = count_call(pinfo)
     local of_packet = calls[pinfo.number] or {}
     calls[pinfo.number] = of_packet
     local found = of_packet[count]
     if not found or found.size ~= #chunk then
-        found = take(chunk, pinfo)
+        found = is_http(pinfo, chunk) and { size = #chunk, http = true } or take(chunk, pinfo)
         of_packet[count] = found
+    end
+    if found.http then
+        return http:call(tvb, pinfo, tree)
     end
     pinfo.cols.protocol = "ZCP"
     local told = {}
     for index, part in ipairs(found) do
         part.packet = pinfo.number
         local info = show_part(part, tvb, tree)
-        if info and index <= MAX_INFO then
+        if index <= MAX_INFO then
             told[#told + 1] = info
-        elseif info and index == MAX_INFO + 1 then
+        elseif index == MAX_INFO + 1 then
             told[#told + 1] = "…"
         end
     end

@@ -433,6 +433,7 @@ def test_secrets_are_masked_in_frames_that_are_wrong() -> None:
         right.replace(b"\xa3ada", b"\xa3\xff\xff\xff"),  # no UTF-8
         right.replace(b"a secret", b"\xff secret"),
         msgpack.packb(["session.open", params, {}, 4]),
+        msgpack.packb(["session.open", params, {}, 4, 5, 6])[:-1],
         msgpack.packb(["session.open", [secret]]),
         msgpack.packb(["session.open", secret]),
         msgpack.packb(["session.open", {"scheme": "other", "proof": {"of": [secret]}}]),
