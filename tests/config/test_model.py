@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from zcproto.config import CertificatesConfig, Config, LimitsConfig, SiteConfig
 from zcproto.config.checks import CHECKS, SITE_CHECKS
-from zcproto.config.model import keys, rules, sections, split_key
+from zcproto.config.model import AlertsConfig, StoreConfig, keys, rules, sections, split_key
 from zcproto.config.tables import rules_of
 
 DEFAULTS = {
@@ -211,3 +211,13 @@ def test_two_sites_of_one_name_are_refused_in_python_too() -> None:
         ValidationError, match=r"certificates\.site\[1\]\.names\[0\] is a name of certificates\.site\[0\]"
     ):
         CertificatesConfig(site=(site, site))
+
+
+def test_no_repr_has_an_address_that_may_hold_a_secret() -> None:
+    config = Config(
+        certificates=CertificatesConfig(directory=Path("/certs")),
+        store=StoreConfig(url="redis://ada:hunter2@localhost:6379/0"),
+        alerts=AlertsConfig(webhook="https://hooks.example.com/hunter2"),
+    )
+    assert "hunter2" not in repr(config) + str(config)
+    assert "port=7443" in repr(config)

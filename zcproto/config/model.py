@@ -43,8 +43,9 @@ DEFAULT_HOME = "~/.zeroclaw"
 _SETTINGS = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
-def _key(default: Any, about: str) -> Any:
-    return Field(default, description=about)
+def _key(default: Any, about: str, *, shown: bool = True) -> Any:
+    """A setting. One that is not shown may hold a secret, as an address can: no repr has it."""
+    return Field(default, description=about, repr=shown)
 
 
 class ServerConfig(BaseModel):
@@ -285,6 +286,7 @@ class StoreConfig(BaseModel):
         'The store of sessions. "sqlite" is the file sessions.db in the home folder, for one server: sessions'
         ' outlive it. "memory": they end with it, and nothing is on the disk. An address of Valkey or Redis is for'
         " several servers that share their sessions.",
+        shown=False,
     )
     password_file: Annotated[Path | None, FilePath(empty=True)] = _key(
         None,
@@ -399,6 +401,7 @@ class AlertsConfig(BaseModel):
         "",
         "Where alerts are sent to, as JSON by HTTPS. The certificate is checked, and redirects are not followed."
         " Empty: nowhere.",
+        shown=False,
     )
     webhook_secret_file: Annotated[Path | None, FilePath(empty=True)] = _key(
         None,
