@@ -19,7 +19,7 @@ from zcproto.certs import load_pair
 from zcproto.certs.examine import Examination, examine
 from zcproto.errors import CertificateError
 
-from .support import DAY, NOW, build, pem, pem_of, pem_of_key, write_pair
+from .support import DAY, NOW, build, der, pem, pem_of, pem_of_key, write_pair
 
 SAN = x509.SubjectAlternativeName(
     [x509.DNSName("A.example"), x509.DNSName("*.b.example"), x509.IPAddress(ip_address("192.0.2.7"))]
@@ -181,6 +181,18 @@ def test_an_extension_that_cannot_be_read_is_told_once(folder: Path, ec_key: Any
     damaged = x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, b"\x30\x03\x02")
     found = look(folder, [leaf(ec_key, root_key, damaged)], ec_key, host="a.example")
     assert found.refused == [f"{folder}/site.crt: holds a certificate that cannot be read; get it anew"]
+
+
+def test_a_name_that_cannot_be_read_is_refused_as_a_server_refuses_it(
+    folder: Path, ec_key: Any, root_key: Any
+) -> None:
+    good = der(leaf(ec_key, root_key, subject="owner of it"))
+    path, key_path = write_pair(folder, pem_of(good.replace(b"owner", b"own\xffr")), ec_key)
+    refusal = f"{path}: holds a certificate that cannot be read; get it anew"
+    assert examine(path, key_path, NOW).refused == [refusal]
+    with pytest.raises(CertificateError) as caught:
+        load_pair(path, key_path, NOW)
+    assert str(caught.value) == refusal
 
 
 def test_what_is_no_file_is_an_error(folder: Path) -> None:

@@ -86,7 +86,7 @@ def examine(
         _take_key(found, data, path, passphrase)
     if found.chain:
         _judge_chain(found, path, key_path, moment)
-        _warn(found, path, moment)
+        found.passes(lambda: _warn(found, path, moment), path)
         if wanted is not None:
             _check_host(found, path, wanted)
     return found

@@ -278,8 +278,10 @@ def _parse_encrypted_key(data: bytes, path: Path, passphrase: bytes | None, erro
 
 def _check_order(chain: list[x509.Certificate], path: Path) -> None:
     """Each certificate is issued by the next (RFC 8446 section 4.4.2); some clients take no other order."""
+    # All names are read here, as whoever shows a certificate later reads them: one may not be readable.
+    names = [(_comparable(each.subject), _comparable(each.issuer)) for each in chain]
     for position, (issued, issuer) in enumerate(pairwise(chain), 1):
-        if _comparable(issued.issuer) != _comparable(issuer.subject):
+        if names[position - 1][1] != names[position][0]:
             raise CertificateError(
                 f"{path}: certificate {position + 1} is not the issuer of certificate {position};"
                 " put the server's first, after each the one that issued it, and no other"
