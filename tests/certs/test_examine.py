@@ -232,6 +232,19 @@ def test_the_name_that_clients_use_must_be_in_it(
         assert found.refused[0].endswith("clients refuse it; it is for A.example, *.b.example, 192.0.2.7")
 
 
+def test_names_of_others_are_shown_on_one_line_and_not_without_end(
+    folder: Path, ec_key: Any, root_key: Any
+) -> None:
+    names = [x509.DNSName(f"\x1b[2J\n{'a' * 60}{number}") for number in range(10)]
+    found = look(
+        folder, [leaf(ec_key, root_key, x509.SubjectAlternativeName(names))], ec_key, host="b.example"
+    )
+    (refusal,) = found.refused
+    assert refusal.isprintable()
+    assert r"it is for \x1b[2J\naaa" in refusal
+    assert len(refusal) < 500 + len(str(folder))
+
+
 def test_a_name_that_cannot_be_is_an_error(folder: Path, ec_key: Any, root_key: Any) -> None:
     with pytest.raises(CertificateError, match="cannot be a name"):
         look(folder, [leaf(ec_key, root_key)], ec_key, host="no name")

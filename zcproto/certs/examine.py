@@ -24,6 +24,10 @@ from zcproto.certs import files, keys, pair
 from zcproto.certs.foreign import covers
 from zcproto.certs.names import check_name
 from zcproto.errors import CertificateError
+from zcproto.printable import printable
+
+_MAX_SHOWN = 300
+"""Characters of a certificate's names in a message."""
 
 EXPIRY_WARNING = timedelta(days=30)
 """The time left at which an end is called near; a third of the life where that is less."""
@@ -222,7 +226,8 @@ def _check_host(found: Examination, path: Path, host: str) -> None:
     def check() -> None:
         names = pair.names_of(found.chain[0])
         if not any(covers(name, host) for name in names):
-            others = f"; it is for {', '.join(names[:10])}" if names else ""
+            shown = printable(", ".join(names[:10]), _MAX_SHOWN)
+            others = f"; it is for {shown}" if names else ""
             raise CertificateError(f"{path}: is not for {host}, so its clients refuse it{others}")
 
     found.passes(check, path)
