@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 
 # A busy machine may make a single example slow; what hangs is ended by the limit of its test.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "long",
+    deadline=None,
+    max_examples=5_000,
+    stateful_step_count=100,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+"""For state machines that are let run for minutes: `pytest --hypothesis-profile=long tests/properties/...`."""
+
 settings.load_profile("patient")
 
 
