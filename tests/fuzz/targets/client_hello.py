@@ -1,0 +1,70 @@
+"""Any first bytes of a connection are accepted, refused for a reason, or too few to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zcproto.tls.alert import Alert
+from zcproto.tls.client_hello import MAX_NAME, MAX_SIZE, SUITE_IDS, Accepted, ClientHelloReader, Refusal
+from zcproto.tls.failure import TlsFailure
+
+from ..target import Target, ways_to_cut
+
+SUITES = frozenset(SUITE_IDS.values())
+PROTOCOLS = frozenset({"zcp/1", "http/1.1", None})
+NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
+WITHOUT_ALERT = frozenset({TlsFailure.NOT_TLS, TlsFailure.PLAINTEXT_HTTP})
+
+
+def verdict(
+    pieces: Sequence[bytes],
+    suites: frozenset[int] = SUITES,
+    protocols: frozenset[str | None] = PROTOCOLS,
+) -> tuple[Accepted | Refusal | None, int]:
+    """The judgement, and how many bytes there were when it came."""
+    reader = ClientHelloReader(suites, protocols)
+    for piece in pieces:
+        judged = reader.feed(piece)
+        if judged is not None:
+            return judged, len(reader.raw)
+        assert len(reader.raw) <= MAX_SIZE
+    return None, len(reader.raw)
+
+
+def take(data: bytes) -> None:
+    verdict([data])
+
+
+def check(data: bytes) -> None:
+    whole, size = verdict([data])
+    assert size == len(data)
+    for pieces in ways_to_cut(data):
+        judged, at = verdict(pieces)
+        # A judgement may come earlier; then it is the one of the bytes so far.
+        assert (judged, at) == verdict([data[:at]])
+        if isinstance(judged, Refusal):
+            assert isinstance(whole, Refusal)
+        elif judged is None:
+            assert whole is None
+    match whole:
+        case Refusal(failure, alert):
+            assert isinstance(failure, TlsFailure)
+            assert (alert is None) is (failure in WITHOUT_ALERT)
+            assert alert is None or isinstance(alert, Alert)
+        case Accepted(name):
+            assert data[0] == 22
+            assert 9 < len(data) <= MAX_SIZE
+            if name is not None:
+                assert 0 < len(name) <= MAX_NAME
+                assert NAME.issuperset(name)
+                assert all(name.split("."))
+            # The order of the alerts is 70, 40, 120, and none comes while another is due.
+            no_suite, _ = verdict([data], suites=frozenset())
+            assert no_suite == Refusal(TlsFailure.NO_SHARED_SUITE, Alert.HANDSHAKE_FAILURE)
+            no_protocol, _ = verdict([data], protocols=frozenset())
+            assert no_protocol == Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL)
+            assert verdict([data[:-1]])[0] is None
+            assert isinstance(verdict([data + b"\0"])[0], Refusal)
+
+
+TARGET = Target("client_hello", take, check)

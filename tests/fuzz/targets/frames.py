@@ -1,0 +1,68 @@
+"""Any bytes are frames, the beginning of one, or a ProtocolError, however they are cut."""
+
+from __future__ import annotations
+
+from zcproto.errors import Code, ProtocolError
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import HEADER_SIZE, LENGTH_SIZE, MIN_LENGTH, RawFrame, Side, check_head, encode_frame
+
+from ..target import Target, ways_to_cut
+
+SIDES = (Side.SERVER, Side.CLIENT)
+LIMITS = (300, 16_384)
+
+
+def decode(decoder: FrameDecoder, pieces: list[bytes]) -> tuple[list[RawFrame], tuple[Code, str] | int]:
+    """The frames, and then the fault or the number of bytes left over."""
+    frames: list[RawFrame] = []
+    try:
+        for piece in pieces:
+            decoder.feed(piece)
+            frames += decoder.frames()
+    except ProtocolError as error:
+        return frames, (error.code, error.reason)
+    return frames, decoder.buffered
+
+
+def parts(data: bytes) -> tuple[Side, int, bytes]:
+    """The first byte says who reads, and up to which length."""
+    first = data[0] if data else 0
+    return SIDES[first & 1], LIMITS[first >> 1 & 1], data[1:]
+
+
+def take(data: bytes) -> None:
+    side, limit, stream = parts(data)
+    decode(FrameDecoder(side, limit), [stream])
+
+
+def check(data: bytes) -> None:
+    side, limit, stream = parts(data)
+    frames: list[RawFrame] = []
+    decoder = FrameDecoder(side, limit)
+    fault: tuple[Code, str] | None = None
+    try:
+        decoder.feed(stream)
+        while (frame := decoder.next_frame()) is not None:
+            frames.append(frame)
+    except ProtocolError as error:
+        fault = (error.code, error.reason)
+    assert fault is None or fault[0] in {Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE}
+    taken = sum(LENGTH_SIZE + frame[0] for frame in frames)
+    assert b"".join(encode_frame(*frame[1:]) for frame in frames) == stream[:taken]
+    for length, head, number, *_, body in frames:
+        assert MIN_LENGTH <= length <= limit
+        assert len(body) == length - MIN_LENGTH
+        check_head(head, number, side)
+    if fault is None:
+        assert decoder.buffered == len(stream) - taken < LENGTH_SIZE + limit
+    for pieces in ways_to_cut(stream):
+        found, rest = decode(FrameDecoder(side, limit), pieces)
+        assert found == frames
+        assert rest == (decoder.buffered if fault is None else fault)
+    header = FrameDecoder(side, limit).judge_one(stream)
+    if header is not None:
+        assert fault is None
+        assert frames == [(*header, stream[HEADER_SIZE:])]
+
+
+TARGET = Target("frames", take, check)

@@ -1,0 +1,57 @@
+"""Any first bytes of a balancer's connection are a header, a reason why not, or too few to tell."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+
+from zcproto.tls.failure import TlsFailure
+from zcproto.tls.proxy_header import MAX_SIZE, SIGNATURE, ProxyHeader, ProxyHeaderReader
+
+from ..target import Target, ways_to_cut
+
+FAILURES = frozenset(
+    {TlsFailure.PROXY_HEADER_MISSING, TlsFailure.PROXY_HEADER_VERSION, TlsFailure.PROXY_HEADER_MALFORMED}
+)
+
+
+def verdict(pieces: Sequence[bytes]) -> tuple[ProxyHeader | TlsFailure | None, int]:
+    """The judgement, and how many bytes there were when it came."""
+    reader = ProxyHeaderReader()
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        judged = reader.feed(piece)
+        if judged is not None:
+            return judged, size
+        assert size < MAX_SIZE
+    return None, size
+
+
+def take(data: bytes) -> None:
+    verdict([data])
+
+
+def check(data: bytes) -> None:
+    whole, _ = verdict([data])
+    for pieces in ways_to_cut(data):
+        judged, at = verdict(pieces)
+        assert judged == verdict([data[:at]])[0]
+        if isinstance(judged, ProxyHeader):
+            assert isinstance(whole, ProxyHeader)
+            assert whole == ProxyHeader(judged.address, judged.rest + data[at:])
+        else:
+            assert judged is whole
+    if isinstance(whole, ProxyHeader):
+        assert data.startswith(SIGNATURE)
+        assert data.endswith(whole.rest)
+        assert len(SIGNATURE) + 4 <= len(data) - len(whole.rest) <= MAX_SIZE
+        if whole.address is not None:
+            assert str(ipaddress.ip_address(whole.address)) == whole.address
+    elif whole is None:
+        assert SIGNATURE.startswith(data[:12]) or b"PROXY ".startswith(data)
+    else:
+        assert whole in FAILURES
+
+
+TARGET = Target("proxy_header", take, check)

@@ -1,0 +1,193 @@
+"""A server's conversation in which the client does as it likes, after a good beginning.
+
+An input is read as a script: what comes next, with its choices.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from zcproto.connection.events import (
+    NEVER,
+    ConnectionEnded,
+    Request,
+    RequestEnded,
+    ServerEvent,
+    SessionJoined,
+)
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.connection.state import State
+from zcproto.errors import FATAL_CODES, Code
+from zcproto.wire.frame import ACCEPTED, LENGTH_SIZE, NO_TOKEN, PING, PONG, REQUEST, Kind, Side
+from zcproto.wire.message import encode_body
+
+from ...helpers import SALT, ConnectionPair, small_registry
+from ..target import Script, Target
+
+SETTINGS = ConnectionSettings(
+    max_frame=2_000, max_frame_before_session=600, max_streams=3, idle_timeout_s=60.0, open_timeout_s=10.0
+)
+ENDING = FATAL_CODES | {Code.STALE_TIMESTAMP}
+"""The tenth stale frame in a row ends a connection."""
+
+ORDER = [State.OPEN, State.DRAINING, State.CLOSED]
+HEADS = (*sorted(ACCEPTED[Side.SERVER]), 0x01030000, 0x01020001, 0x02020000, 0x01FF0000)
+METHODS = ("echo", "server.info", "session.open", "NOT ONE")
+DEADLINES = (None, 0, 1, 5_000, 2**63)
+SECONDS = (0.0, 0.001, 0.5, 4.0, 15.0, 61.0)
+JUMPS_MS = (-(2**40), -40_000, -1_000, 1_000, 40_000, 2**40)
+COUNTERS = (0, 1, 2, 2**32, 2**64 - 1)
+
+
+class Talk:
+    """What was said and is owed. `checked` is False where time is taken."""
+
+    def __init__(self, checked: bool = True) -> None:
+        registry = small_registry(lifetime_ms=600_000, idle_timeout_ms=120_000)
+        self.pair = ConnectionPair(registry, SETTINGS)
+        self.checked = checked
+        opened = [self.pair.login("ada"), self.pair.open_session("ben")]
+        self.tokens = [opened[0].token, opened[1].token, NO_TOKEN, b"?" * 32]
+        self.held: list[Request] = []
+        self.owed: Counter[int] = Counter()
+        self.counter = 0
+        self.state = State.OPEN
+        self.ended = 0
+
+    def play(self, data: bytes) -> None:
+        script = Script(data)
+        while not script.ended:
+            self.step(script)
+            if self.checked:
+                self.check()
+            else:
+                self.pair.server.data_to_send()
+
+    def step(self, script: Script) -> None:
+        pair, server, clock = self.pair, self.pair.server, self.pair.clock
+        match script.byte() % 13:
+            case 0:
+                self.feed(script.bytes(), script)
+            case 1:
+                self.feed(self.any_frame(script), script)
+            case 2 | 3:
+                stream, method = script.byte() % 5 + 1, script.one_of(METHODS)
+                deadline = script.one_of(DEADLINES)
+                meta = None if deadline is None else {"deadline_ms": deadline}
+                self.feed(
+                    pair.request(stream, method, {"x": script.bytes()}, meta, token=self.token(script)),
+                    script,
+                )
+            case 4:
+                self.feed(
+                    pair.frame(REQUEST, script.byte() % 5, script.bytes(), token=self.token(script)), script
+                )
+            case 5:
+                self.feed(pair.cancel(script.byte() % 5, token=self.token(script)), script)
+            case 6:
+                self.feed(pair.frame(script.one_of((PING, PONG)), token=self.token(script)), script)
+            case 7:
+                clock.advance(script.one_of(SECONDS))
+                self.take(server.handle_timeout(clock.wall(), clock.now()), False)
+                if self.checked:
+                    assert server.next_deadline() > clock.now()
+            case 8:
+                clock.wall_ms = max(0, clock.wall_ms + script.one_of(JUMPS_MS))
+            case 9 if self.held:
+                request = self.held.pop(script.byte() % len(self.held))
+                pair.respond(request, encode_body(script.bytes()))
+            case 10:
+                user = script.one_of(("ada", "ben"))
+                for info in pair.registry.list(user, clock.wall()):
+                    pair.registry.revoke(info.id, user=user, reason="x")
+                    server.session_revoked(info.id, "x", clock.wall(), clock.now())
+            case 11:
+                if len(self.tokens) < 8:
+                    self.tokens.append(pair.open_session("ada").token)
+            case 12 if script.byte() % 8 == 0:
+                server.go_away("draining", 100, clock.wall())
+
+    def token(self, script: Script) -> bytes:
+        return script.one_of(self.tokens)
+
+    def any_frame(self, script: Script) -> bytes:
+        """A frame with any fields, whole or cut."""
+        fields: dict[str, Any] = {"token": self.token(script)}
+        choices = script.byte()
+        if choices & 1:
+            fields["counter"] = script.one_of(COUNTERS)
+        if choices & 2:
+            fields["timestamp"] = script.number(8)
+        if choices & 4:
+            fields["salt"] = SALT[:-1] + bytes([script.byte()])
+        frame = self.pair.frame(script.one_of(HEADS), script.byte() % 5, script.bytes(), **fields)
+        if choices & 8:
+            frame = script.number(4).to_bytes(4, "big") + frame[LENGTH_SIZE:]
+        return frame[: script.byte()] if choices & 16 else frame
+
+    def feed(self, data: bytes, script: Script) -> None:
+        self.take(self.pair.receive_data(data), script.byte() % 2 == 1)
+
+    def take(self, events: Iterable[ServerEvent | Request], hold: bool) -> None:
+        server, clock = self.pair.server, self.pair.clock
+        for event in events:
+            match event:
+                case Request() if hold:
+                    assert all(not server.is_held(each) for each in self.held if each.stream == event.stream)
+                    server.hold(event, clock.now())
+                    self.held.append(event)
+                case Request():
+                    assert self.pair.respond(event)
+                case RequestEnded():
+                    assert event.request.lingers
+                case ConnectionEnded():
+                    self.ended += 1
+                    assert server.state is State.CLOSED
+                case _:
+                    assert isinstance(event, SessionJoined)
+
+    def check(self) -> None:
+        """A legal state, frames that follow one another, and nothing that grows."""
+        server = self.pair.server
+        assert ORDER.index(server.state) >= ORDER.index(self.state)
+        was_closed, self.state = self.state is State.CLOSED, server.state
+        assert self.ended == (server.state is State.CLOSED)
+        answers = self.pair.answers()
+        assert not (was_closed and answers)
+        for number, answer in enumerate(answers):
+            self.counter += 1
+            assert answer.counter == self.counter
+            assert answer.salt == SALT
+            assert len(answer.body) <= SETTINGS.max_body
+            if answer.kind is Kind.ERROR and not answer.stream:
+                assert answer.code in ENDING
+                assert number == len(answers) - 1
+                assert server.state is State.CLOSED
+        assert server.in_flight + server._lingering <= SETTINGS.max_streams
+        assert len(server._sessions) <= len(self.tokens)
+        if server.state is State.CLOSED:
+            assert server.next_deadline() == NEVER
+            assert not self.pair.timeout()
+        else:
+            assert server._decoder.buffered <= SETTINGS.max_frame + LENGTH_SIZE
+            assert server.next_deadline() <= self.pair.clock.now() + SETTINGS.idle_timeout_s
+
+
+def take(data: bytes) -> None:
+    Talk(checked=False).play(data)
+
+
+def check(data: bytes) -> None:
+    Talk().play(data)
+
+
+TARGET = Target(
+    "server",
+    take,
+    check,
+    longest=1_024,
+    limit_s=0.040,
+    stretches=False,
+)
