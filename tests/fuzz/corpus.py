@@ -1,0 +1,90 @@
+"""The inputs that are kept, and which of many are worth it."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .target import Target
+
+KEPT = Path(__file__).parent / "corpus"
+ROOT = Path(__file__).parents[2]
+PRODUCT = str(ROOT / "zcproto")
+
+REAL = "real-"
+"""How the names begin of inputs that programs really send. They stay, whatever else reaches the same."""
+
+Reach = set[tuple[str, int, int, int, int]]
+"""Three lines after one another, by file, and how often: 1 once, 2 up to three times, 3 up to seven, 4 more."""
+
+
+def inputs(folder: Path) -> dict[str, bytes]:
+    """The inputs in a folder by their names, in the same order each time."""
+    if not folder.is_dir():
+        return {}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def reach(target: Target, data: bytes) -> Reach:
+    """The steps that the product takes for this input."""
+    found: Counter[tuple[str, int, int, int]] = Counter()
+    last: dict[FrameType, tuple[int, int]] = {}
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "call" and not frame.f_code.co_filename.startswith(PRODUCT):
+            return None
+        line = frame.f_lineno
+        first, second = last.get(frame, (0, 0))
+        found[frame.f_code.co_filename, first, second, line] += 1
+        last[frame] = second, line
+        if event == "return":
+            last.pop(frame, None)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        target.check(data)
+    finally:
+        sys.settrace(before)
+    return {(*step, min(count.bit_length(), 4)) for step, count in found.items()}
+
+
+def worth_keeping(target: Target, found: Iterable[bytes], always: Iterable[bytes] = ()) -> list[bytes]:
+    """Few and small inputs that take all the steps that all of them take; with those that are kept always."""
+    left = {data: reach(target, data) for data in sorted(set(found), key=lambda data: (len(data), data))}
+    chosen = list(always)
+    taken = {step for data in chosen for step in left.pop(data)}
+    left = {data: rest for data, steps in left.items() if (rest := steps - taken)}
+    while left:
+        # The one that adds most for its size; among equals the smallest.
+        best = max(left, key=lambda data: len(left[data]) / (len(data) + 64))
+        gained = left.pop(best)
+        if not gained:
+            break
+        chosen.append(best)
+        left = {data: rest for data, steps in left.items() if (rest := steps - gained)}
+    return chosen
+
+
+def keep(target: Target, found: Iterable[bytes]) -> tuple[int, int]:
+    """Make the kept corpus of a target the fewest inputs of it and of what was found; how many came and went."""
+    folder = KEPT / target.name
+    folder.mkdir(parents=True, exist_ok=True)
+    before = inputs(folder)
+    names = {data: name for name, data in before.items()}
+    real = [data for name, data in before.items() if name.startswith(REAL)]
+    chosen = worth_keeping(target, [*before.values(), *found], real)
+    for name, data in before.items():
+        if data not in chosen:
+            (folder / name).unlink()
+    for data in chosen:
+        if data not in names:
+            (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+    added = sum(data not in names for data in chosen)
+    return added, len(before) + added - len(chosen)
