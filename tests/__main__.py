@@ -26,10 +26,10 @@ COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
 
 
 SHOWN_FOR_ALL = (
-    *("bench", "costs", "interop", "spec", "http/test_browser.py", "http/test_prometheus.py"),
-    *("stores/test_kill.py", "test_layers.py", "test_secrets_watch.py"),
+    *("bench", "costs", "fuzz/test_search.py", "interop", "spec", "http/test_browser.py"),
+    *("http/test_prometheus.py", "stores/test_kill.py", "test_layers.py", "test_secrets_watch.py"),
 )
-"""Tests of other programs, of documents and of measurements, which no version of Python makes different."""
+"""Tests of other programs, documents and measurements, and a search, which no version of Python makes different."""
 
 
 class Group(NamedTuple):
@@ -45,7 +45,10 @@ class Group(NamedTuple):
 GROUPS = (
     Group(("adversity", "http", "server"), secrets=5_000),
     Group(
-        ("auth", "certs", "connection", "costs", "properties", "sessions", "stores", "tls", "wire", "*.py"),
+        (
+            *("auth", "certs", "connection", "costs", "fuzz", "properties", "sessions", "stores", "tls"),
+            *("wire", "*.py"),
+        ),
         secrets=5_000,
     ),
     Group(

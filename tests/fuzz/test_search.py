@@ -1,0 +1,30 @@
+"""A search by coverage for a few seconds, where there is atheris."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .__main__ import has_atheris
+from .corpus import ROOT
+from .targets import NAMES
+
+RUNS = 150
+"""Inputs of each target, the kept ones among them."""
+
+
+@pytest.mark.skipif(not has_atheris(), reason="atheris is not installed (it has wheels for Linux on x86-64)")
+def test_a_search_by_coverage_finds_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.fuzz", "--runs", str(RUNS), "--corpus", str(tmp_path)]
+    # A search in a process that notes its coverage for others, too, would be slower than its limits.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-6_000:]
+    runs = [int(number) for number in re.findall(r"stat::number_of_executed_units: +(\d+)", done.stderr)]
+    assert len(runs) == len(NAMES)
+    assert min(runs) >= RUNS
