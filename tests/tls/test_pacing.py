@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ssl
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import zcproto.tls.server as tls_server
 from zcproto.tls.server import BUDGET_WINDOW, TURN_BUDGET, TlsAcceptor
 from zcproto.tls.transport import Phase
 
@@ -41,15 +39,13 @@ class Step:
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
-    watch = Stopwatch()
-    monkeypatch.setattr(tls_server, "time", SimpleNamespace(perf_counter=watch.perf_counter))
-    return watch
+def watch() -> Stopwatch:
+    return Stopwatch()
 
 
 @pytest.fixture
 def acceptor(timers: FakeTimers, server_tls: ssl.SSLContext, watch: Stopwatch) -> TlsAcceptor:
-    return new_acceptor(timers, server_tls, Above, [])
+    return new_acceptor(timers, server_tls, Above, [], perf_counter=watch.perf_counter)
 
 
 def schedule(acceptor: TlsAcceptor, *steps: Step) -> None:
@@ -184,11 +180,9 @@ def queued(
     timers: FakeTimers,
     server_tls: ssl.SSLContext,
     client_tls: ssl.SSLContext,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> list[TlsPair]:
     """Five connections whose hellos came in one turn."""
-    monkeypatch.setattr(tls_server, "time", SimpleNamespace(perf_counter=Ticking().perf_counter))
-    first = TlsPair(timers, server_tls, client_tls)
+    first = TlsPair(timers, server_tls, client_tls, perf_counter=Ticking().perf_counter)
     pairs = [first, *(TlsPair(timers, server_tls, client_tls, acceptor=first.acceptor) for _ in range(4))]
     for pair in pairs:
         pair.raw.deliver(pair.step())

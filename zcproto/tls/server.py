@@ -45,7 +45,7 @@ class TlsAcceptor:
     factory of what speaks it. `on_failure` is called with each cause and the peer's address; `failures`
     counts them. `on_slot_free` is called when a handshake ends, whichever way; `on_closed` when a connection
     is gone; `on_forwarded` with the addresses of a load balancer and of the client whose connection it passes on,
-    to say whether it may go on as the client's.
+    to say whether it may go on as the client's. `perf_counter` gives the seconds that handshakes take.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class TlsAcceptor:
         on_slot_free: Callable[[], None] = lambda: None,
         on_closed: Callable[[str], None] = lambda peer: None,
         on_forwarded: Callable[[str, str], bool] = lambda balancer, client: True,
+        perf_counter: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.contexts = contexts if isinstance(contexts, SiteContexts) else SiteContexts(contexts)
         self.client_pins = client_pins
@@ -79,6 +80,7 @@ class TlsAcceptor:
         self.handshakes_in_progress = 0
         self.handshakes_completed = 0
         self._timers = timers
+        self._perf_counter = perf_counter
         self._queue: deque[TlsServerTransport] = deque()
         self._turn_planned = False
         self._window_ends = 0.0
@@ -90,13 +92,13 @@ class TlsAcceptor:
 
     def schedule(self, transport: TlsServerTransport) -> None:
         """Run the expensive step of a handshake now if the budget allows, else in a later turn."""
-        now = time.perf_counter()
+        now = self._perf_counter()
         if now >= self._window_ends:
             self._window_ends = now + BUDGET_WINDOW
             self._spent = 0.0
         if not self._queue and self._spent < TURN_BUDGET:
             transport.start_handshake()
-            ended = time.perf_counter()
+            ended = self._perf_counter()
             self._spent += ended - now
             if self._spent >= TURN_BUDGET:  # a slow signature may have outlasted the window
                 self._window_ends = max(self._window_ends, ended + TURN_BUDGET)
@@ -109,11 +111,11 @@ class TlsAcceptor:
     def _turn(self) -> None:
         """Handshakes that had to wait, up to the budget of one turn."""
         queue = self._queue
-        turn_ends = time.perf_counter() + TURN_BUDGET
+        turn_ends = self._perf_counter() + TURN_BUDGET
         try:
             while queue:
                 queue.popleft().start_handshake()
-                if time.perf_counter() >= turn_ends:
+                if self._perf_counter() >= turn_ends:
                     break
         finally:  # whatever a handshake raises, the rest go on
             self._turn_planned = bool(queue)
