@@ -183,6 +183,7 @@ class ServerLink(asyncio.Transport):
         self.pings: list[float] = []
         self.last_counter = 0
         self.ended = ""
+        self.gone = False
         self.paused = False
         self._decoder = FrameDecoder(Side.SERVER, 2**32 - 1)
 
@@ -204,7 +205,17 @@ class ServerLink(asyncio.Transport):
     def _end(self, how: str, error: TlsError | None) -> None:
         if not self.ended:
             self.ended = how
-            self.loop.call_soon(self.protocol.connection_lost, error)
+            if self.server.lingers:
+                self.loop.call_later(self.server.lingers, self._lost, error)
+                return
+        elif how != "aborted":
+            return
+        self.loop.call_soon(self._lost, error)
+
+    def _lost(self, error: TlsError | None) -> None:
+        if not self.gone:
+            self.gone = True
+            self.protocol.connection_lost(error)
 
     # what the server does
 
@@ -273,8 +284,8 @@ class ScriptedServer:
     """Answers each method by its script, one action for each request; then as usual.
 
     `refuse` holds what the next attempts to connect fail with, `on_welcome` what is done right after the next
-    WELCOMEs. Without a script: `session.open` and
-    `session.refresh` give tokens, `echo` returns its params, anything else nil.
+    WELCOMEs. `lingers` is how long a connection takes from its end until it is gone. Without a script:
+    `session.open` and `session.refresh` give tokens, `echo` returns its params, anything else nil.
     """
 
     def __init__(self, **greeting: Any) -> None:
@@ -285,6 +296,7 @@ class ScriptedServer:
         self.refuse: list[Exception] = []
         self.scripts: dict[str, list[Action]] = {}
         self.answers_pings = True
+        self.lingers = 0.0
         self.ahead_ms = 0
         self.session: dict[str, Any] = {}
         self.writes = 0

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 
+from zcproto.client.dial import _shares
 from zcproto.client.links import QUIET_REASONS
 from zcproto.errors import (
     CannotConnect,
@@ -398,6 +399,36 @@ async def test_closing_ends_old_connections_too() -> None:
     with pytest.raises(ConnectionClosed):
         await call
     assert [link.ended for link in server.links] == ["closed", "closed"]
+
+
+@scripted
+async def test_closing_waits_for_connections_that_the_server_has_closed() -> None:
+    server = ScriptedServer()
+    server.lingers = 1.5
+    client = await client_of(server)
+    goodbye_said = now()
+    server.link.go_away("idle", 0)
+    server.link.close_cleanly()
+    await turns()
+    assert not server.link.gone
+    await client.close()
+    assert server.link.gone
+    assert now() - goodbye_said == pytest.approx(1.5)
+
+
+@scripted
+async def test_whoever_does_not_wait_for_the_close_leaves_nothing_open() -> None:
+    server = ScriptedServer()
+    server.lingers = 1.5
+    client = await client_of(server)
+    server.link.go_away("draining", 0)
+    await asyncio.sleep(1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await client.close()
+    await turns(1)
+    assert [link.gone for link in server.links] == [True, True]
+    assert _shares == {}
 
 
 @scripted

@@ -197,9 +197,11 @@ class Client:
         try:
             await self._sessions.close(self._links.link)
         finally:
-            await self._links.close()
-            self.events.close()
-            leave_share(self._loop)
+            try:
+                await self._links.close()
+            finally:
+                self.events.close()
+                leave_share(self._loop)
 
     # --- what there is to know --------------------------------------------------------------------
 

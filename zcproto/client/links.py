@@ -8,7 +8,6 @@ come back at all once the session was taken from this client. All who wait for a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -47,7 +46,7 @@ class LinkKeeper:
         self._on_event = on_event
         self._on_link = on_link
         self._is_wanted = is_wanted
-        self._older: set[ClientProtocol] = set()
+        self._older: set[ClientProtocol] = set()  # until they are gone, which takes the time of a TLS close
         self._connecting: asyncio.Task[None] | None = None
         self._not_before = 0.0
         self._had_one = False
@@ -119,7 +118,8 @@ class LinkKeeper:
         self._come_back()
 
     def link_lost(self, link: ClientProtocol, error: ConnectionClosed) -> None:
-        self._older.discard(link)
+        self._older.add(link)
+        link.gone.add_done_callback(lambda _: self._older.discard(link))
         if link is not self.link:
             return
         self.link = None
@@ -138,17 +138,20 @@ class LinkKeeper:
     async def close(self) -> None:
         """Take leave of the server on all connections. Each ends within the time of a TLS close."""
         self._closed = True
-        connecting = self._connecting
-        if connecting is not None:
-            connecting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ZcprotoError):
-                await connecting
         links = self._older | ({self.link} if self.link is not None else set())
         self.link = None
         for link in links:
             link.close("closed by this client")
-        for link in links:
-            await link.gone
+        leaving: list[asyncio.Future[None]] = [link.gone for link in links]
+        if self._connecting is not None:
+            self._connecting.cancel()
+            leaving.append(self._connecting)
+        try:
+            if leaving:
+                await asyncio.wait(leaving)
+        finally:  # whoever does not wait any longer may end the loop at once
+            for link in links:
+                link.abort()
 
 
 async def join(task: asyncio.Task[None]) -> None:
