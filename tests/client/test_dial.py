@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 
 from zcproto.client.connect import connect
 from zcproto.client.dial import MAX_CONTEXTS, LoopShare, Trust, _cause, _shares
+from zcproto.client.known_hosts import KnownHosts
 from zcproto.errors import CannotConnect, CertificateError, Code, ConfigError, ConnectionClosed, TlsError
 
 from ..conftest import ServerPairs
@@ -362,6 +364,47 @@ async def test_a_server_that_agrees_on_tls_and_leaves_is_told(
             await connect(address, ca_file=ca_file)
 
 
+async def test_a_refusal_is_told_when_the_connection_is_gone() -> None:
+    closed, may_close = asyncio.Event(), asyncio.Event()
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10_000)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        while await reader.read(10_000):
+            pass
+        closed.set()
+        await may_close.wait()
+
+    async with plain_server(speak) as address:
+        connecting = asyncio.create_task(connect(address).open())
+        await closed.wait()
+        assert not connecting.done()  # who is told may end the loop at once, with the connection still open
+        may_close.set()
+        with pytest.raises(TlsError, match="does not speak TLS"):
+            await connecting
+
+
+async def test_a_refusal_is_told_within_the_connect_timeout_if_the_server_does_not_close() -> None:
+    refused, reset = asyncio.Event(), asyncio.Event()
+
+    async def stay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10_000)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await refused.wait()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"still here")
+                await writer.drain()
+                await asyncio.sleep(0)
+        reset.set()
+
+    async with plain_server(stay) as address:
+        with pytest.raises(TlsError, match="does not speak TLS"):
+            await connect(address, connect_timeout=0.2)
+        refused.set()
+        await reset.wait()
+
+
 async def test_a_server_that_agrees_on_tls_and_says_nothing_is_told(
     server_pairs: ServerPairs, ca_file: Path
 ) -> None:
@@ -386,4 +429,27 @@ async def test_connecting_may_be_cancelled() -> None:
         connecting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await connecting
+    assert _shares == {}
+
+
+async def test_connecting_may_be_cancelled_while_the_policy_is_written_down(
+    serve: Serve, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(sessions__open_timeout="5m")  # it is the client that ends the connection
+    loop = asyncio.get_running_loop()
+    learning, may_go_on = asyncio.Event(), threading.Event()
+
+    def learn(*_: object) -> None:
+        loop.call_soon_threadsafe(learning.set)
+        may_go_on.wait(30)
+
+    monkeypatch.setattr(KnownHosts, "learn", learn)
+    connecting = asyncio.create_task(connect_to(server, host="localhost").open())
+    await learning.wait()
+    assert server.leftovers()["connections"] == 1
+    connecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await connecting
+    may_go_on.set()
+    await asyncio.to_thread(server.until_left)
     assert _shares == {}

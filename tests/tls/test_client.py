@@ -114,6 +114,10 @@ class Peer:
 
     @property
     def failure(self) -> TlsError:
+        """What went wrong. It is told when the server has closed its end, too, and not before."""
+        if not self.raw.lost:
+            assert self.told == []
+            self.raw.lose()
         (error,) = self.told
         assert error is not None
         return error
@@ -338,10 +342,12 @@ def test_silence_ends_at_the_handshake_timeout(peer: Peer, timers: FakeTimers) -
     timers.advance(4.9)
     assert peer.told == []
     timers.advance(0.3)
-    assert peer.failure.failure == "handshake_timeout"
-    assert peer.failure.detail
+    assert peer.raw.eof_written
     timers.advance(LINGER_TIME + 1)
     assert peer.raw.aborted
+    assert peer.told == [peer.failure]
+    assert peer.failure.failure == "handshake_timeout"
+    assert peer.failure.detail
 
 
 @pytest.mark.parametrize("end", [MockTransport.deliver_eof, MockTransport.lose])

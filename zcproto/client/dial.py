@@ -24,6 +24,7 @@ from zcproto.errors import CannotConnect, CertificateError, ConfigError, Connect
 from zcproto.printable import printable
 from zcproto.tls.client import TlsConnector
 from zcproto.tls.context import Passphrase, client_context
+from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import CERTIFICATE_PREFIX, MAX_PINS, parse_pins
 from zcproto.tls.transport import ReceiveBuffer
 
@@ -231,7 +232,11 @@ class Dialer:
         )
         link = await self._connect(connector, owner, share)
         if self._trust.verify and self._known_hosts is not None:
-            await self._remember(link, self._known_hosts)
+            try:
+                await self._remember(link, self._known_hosts)
+            except asyncio.CancelledError:
+                link.abort()
+                raise
         return link
 
     async def _connect(self, connector: TlsConnector, owner: Owner, share: LoopShare) -> ClientProtocol:
@@ -266,6 +271,9 @@ class Dialer:
             raise
         except TimeoutError:
             transport.abort()
+            refusal = transport.error
+            if refusal is not None and refusal.failure != TlsFailure.HANDSHAKE_TIMEOUT.value:
+                raise refusal from None  # told late, as the server has not closed its end
             raise CannotConnect(f"{self.address}: no answer within {self._connect_timeout:g} s") from None
         except OSError as failure:
             raise CannotConnect(f"{self.address}: {_cause(failure)}") from failure

@@ -115,7 +115,8 @@ class TlsConnector:
     ) -> TlsClientTransport:
         """A new connection's transport, to be given to `loop.create_connection` as its protocol.
 
-        `on_handshake` is called once, with None when `protocol` is connected, else with what went wrong.
+        `on_handshake` is called once, with None when `protocol` is connected, else with what went wrong: then when
+        the connection is gone, as whoever is told of it may end the loop at once.
         """
         return TlsClientTransport(self, protocol, on_handshake)
 
@@ -158,8 +159,10 @@ class TlsClientTransport(TlsTransport):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._waiting = None
-        # Closed by ourselves before it was agreed: whoever waits must not wait for ever.
-        self._tell(TlsError(TlsFailure.DISCONNECTED.value, "closed before the handshake was complete"))
+        if self._error is not None:
+            self._tell(self._error)
+        else:  # closed by ourselves before it was agreed: whoever waits must not wait for ever
+            self._tell(TlsError(TlsFailure.DISCONNECTED.value, "closed before the handshake was complete"))
 
     def _received_in_handshake(self, data: memoryview) -> None:
         self._incoming.write(data)
@@ -229,7 +232,6 @@ class TlsClientTransport(TlsTransport):
     def _note(self, failure: TlsFailure) -> None:
         if self._error is None:
             self._error = TlsError(failure.value, _SENTENCES.get(failure, ""))
-        self._tell(self._error)
 
     def _tell(self, error: TlsError | None) -> None:
         on_handshake, self._on_handshake = self._on_handshake, None
