@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,6 +44,29 @@ def pytest_collection_finish() -> None:
     """What was imported stays: no collection need look at it again, and tests that collect are quick."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def loops_end_with_nothing_open() -> Iterator[None]:
+    """Whoever ends a loop of asyncio with a connection still open fails there and then.
+
+    Left to the collector, it would fail whichever test runs when that comes by. uvloop's loops close all they have.
+    """
+    close = BaseSelectorEventLoop.close
+
+    def close_and_look(loop: BaseSelectorEventLoop) -> None:
+        left: list[asyncio.Transport] = [] if loop.is_closed() else list(loop._transports.values())  # type: ignore[attr-defined]
+        close(loop)
+        still_open = [transport for transport in left if transport._sock is not None]  # type: ignore[attr-defined]
+        said = [f"{transport._protocol!r} {transport._sock}" for transport in still_open]  # type: ignore[attr-defined]
+        for transport in still_open:
+            transport._sock.close()  # type: ignore[attr-defined]
+            transport._sock = None  # type: ignore[attr-defined]
+        assert not said, f"a loop ended with connections still open: {said}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseSelectorEventLoop, "close", close_and_look)
+        yield
 
 
 class ServerPair(NamedTuple):
