@@ -97,11 +97,13 @@ class Caller(Link):
 
     async def leave(self) -> None:
         """Close the connection; whether that succeeds changes nothing any more."""
-        self.close()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._gone.wait(), LEAVE_TIMEOUT)
         assert self._tls is not None
-        self._tls.abort()
+        self.close()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), LEAVE_TIMEOUT)
+        finally:  # whoever does not wait any longer may end the loop at once
+            self._tls.abort()
         await asyncio.sleep(0)
 
     # --- the connection's calls --------------------------------------------------------------------

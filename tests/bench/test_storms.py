@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bench.load.caller import Place
 from bench.load.latency import Latencies
 from bench.row import Row
 from bench.storms import __main__ as program
@@ -27,7 +29,7 @@ from bench.storms.outcome import Felt, Mix, Storm, reasons
 from bench.storms.plot import write_plot
 from bench.storms.run import StormPlan, run_all
 from bench.storms.stage import memory_bytes
-from tests.server.helpers import KEY
+from tests.server.helpers import KEY, TIMEOUT
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.home import Home
 from zcproto.server.app import App
@@ -202,6 +204,23 @@ async def test_garbage_that_is_suffered_is_seen(serve: Serve, monkeypatch: pytes
     told = await hostile.end()
     assert told["garbage_suffered"] == 1
     assert told["thrown_out"] == 0
+
+
+async def test_whoever_is_cut_short_in_leaving_leaves_nothing_open(serve: Serve) -> None:
+    server = serve()
+    place = Place("127.0.0.1", "127.0.0.1", server.port, server.home / "certs" / "ca.crt")
+    caller = await place.caller()
+    go_on = threading.Event()
+    server.loop.call_soon_threadsafe(go_on.wait, TIMEOUT)  # the server does not close its end
+    leaving = asyncio.create_task(caller.leave())
+    await asyncio.sleep(0)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    await asyncio.sleep(0)
+    assert caller._gone.is_set()
+    go_on.set()
+    place.close()
 
 
 async def test_another_answer_is_none(serve: Serve) -> None:
