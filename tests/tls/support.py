@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ssl
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from zcproto.tls.transport import Phase
 from ..helpers import FakeTimers, MockTransport
 
 PEER = "192.0.2.7"
+PATIENCE = 20.0
 ALERT, HANDSHAKE, DATA = 21, 22, 23
 
 
@@ -65,6 +66,13 @@ class Above(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.told.append(exc)
         self.transport = None
+
+
+async def all_gone(connections: Iterable[TlsServerTransport]) -> None:
+    """Wait until nothing is left of a server's connections: only then may its loop end."""
+    async with asyncio.timeout(PATIENCE):
+        while any(each._phase is not Phase.CLOSED for each in connections):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 class TlsPair:

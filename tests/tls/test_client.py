@@ -32,6 +32,7 @@ from zcproto.tls.transport import LINGER_TIME, Phase
 
 from ..conftest import ServerPairs
 from ..helpers import WALL, FakeTimers, MockTransport
+from .support import all_gone
 
 NOW = datetime.fromtimestamp(WALL / 1000, UTC)
 DAY = timedelta(days=1)
@@ -567,7 +568,8 @@ async def test_it_agrees_with_our_own_server_over_loopback(
     pair = getattr(server_pairs, kind)
     context = server_context([(pair.certificate, pair.key)], ["zcp/1"])
     acceptor = TlsAcceptor(context, {"zcp/1": Greeter}, wheel, loop, suites=frozenset(SUITES))
-    server = await loop.create_server(lambda: acceptor.transport("peer"), "127.0.0.1", 0)
+    accepted = acceptor.transport("peer")
+    server = await loop.create_server(lambda: accepted, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     connector = TlsConnector(client_context(ca_file=ca_file), host, wheel, wall=lambda: WALL)
     told: list[TlsError | None] = []
@@ -578,4 +580,5 @@ async def test_it_agrees_with_our_own_server_over_loopback(
     assert protocol.told == ["made", "eof", None]
     server.close()
     await server.wait_closed()
+    await all_gone([accepted])
     wheel.close()

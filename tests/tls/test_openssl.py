@@ -16,12 +16,11 @@ import pytest
 from zcproto.deadlines import DeadlineWheel
 from zcproto.suites import SUITES
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.server import PLAINTEXT_ANSWER, TlsAcceptor
+from zcproto.tls.server import PLAINTEXT_ANSWER, TlsAcceptor, TlsServerTransport
 
-from .support import Above
+from .support import PATIENCE, Above, all_gone
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl command")
-PATIENCE = 20.0
 
 
 class Listening:
@@ -99,15 +98,20 @@ def listening(
         wheel = DeadlineWheel(loop)
         protocols = dict.fromkeys(("zcp/1", "http/1.1", None), lambda: Above(data=answer))
         acceptor = TlsAcceptor(server_tls, protocols, wheel, loop, suites=frozenset(SUITES))
-        server = runner.run(_listen(acceptor))
+        connections: list[TlsServerTransport] = []
+        server = runner.run(_listen(acceptor, connections))
         yield Listening(runner, acceptor, server.sockets[0].getsockname()[1], ca_file)
         server.close()
+        runner.run(all_gone(connections))
         wheel.close()
 
 
-async def _listen(acceptor: TlsAcceptor) -> asyncio.Server:
-    loop = asyncio.get_running_loop()
-    return await loop.create_server(lambda: acceptor.transport("127.0.0.1"), "127.0.0.1", 0)
+async def _listen(acceptor: TlsAcceptor, connections: list[TlsServerTransport]) -> asyncio.Server:
+    def accepted() -> TlsServerTransport:
+        connections.append(acceptor.transport("127.0.0.1"))
+        return connections[-1]
+
+    return await asyncio.get_running_loop().create_server(accepted, "127.0.0.1", 0)
 
 
 def answer(above: Above, data: bytes) -> None:
