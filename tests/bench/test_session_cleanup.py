@@ -15,10 +15,11 @@ from tests.stores.servers import PROGRAMS, needs
 
 @pytest.mark.parametrize("program", [*PROGRAMS, "no-such-program"])
 def test_the_table_the_file_and_the_exit_code_agree(
-    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if program in PROGRAMS:
         needs(program)
+    monkeypatch.setattr(session_cleanup, "OPENED", 400)  # each waits for the disk
     file = tmp_path / "figures.json"
     arguments = ["--sessions", "500", "--program", program, "--folder", str(tmp_path), "--json", str(file)]
     code = main(arguments)
