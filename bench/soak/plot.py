@@ -76,4 +76,12 @@ def _draw(axes: Axes, title: str, minutes: list[float], lines: dict[str, tuple[l
         axes.plot(minutes, values, "o-", color=color, markersize=3, linewidth=1.5, label=label)
     axes.set_ylim(0, max([1.0, *(max(values, default=0.0) for values, _ in lines.values())]) * 1.2)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=9, ncols=len(lines), labelcolor=INK, loc="lower right")
+        axes.legend(
+            frameon=False,
+            fontsize=9,
+            ncols=len(lines),
+            labelcolor=INK,
+            loc="lower right",
+            bbox_to_anchor=(1.0, 0.98),  # above the axes: no line runs there
+            borderaxespad=0.0,
+        )
