@@ -318,8 +318,7 @@ def _hook_log() -> None:
     def told(_: Any, writer: Any, line: str) -> None:
         watch.saw("the log", line)
 
-    for level in ("debug", "info", "warning", "error"):
-        setattr(log._Writer, level, _after(told)(getattr(log._Writer, level)))
+    log._Writer.write = _after(told)(log._Writer.write)  # type: ignore[method-assign]
 
 
 class _Handler(logging.Handler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from zcproto.auth import ApiKeyAuthenticator, Identity, UserFile
 from zcproto.auth import api_key as api_key_module
+from zcproto.auth.api_key import LOOK_HOLDS_S
 from zcproto.errors import ConfigError, InvalidArgument
 from zcproto.sessions import token_text
 
@@ -20,17 +22,23 @@ ADDRESS = "192.0.2.1"
 
 
 class Door:
-    """An authenticator, its users, and what it reported."""
+    """An authenticator, its users, and what it reported. `passing` seconds go by before each login."""
 
     def __init__(self, path: Path) -> None:
         self.users = UserFile(path)
         self.users.load()
         self.events: list[ConfigError | str] = []
+        self.seconds = 0.0
+        self.passing = 1.0
         self.authenticator = ApiKeyAuthenticator(
-            self.users, on_fault=self.events.append, on_recovered=lambda: self.events.append("recovered")
+            self.users,
+            on_fault=self.events.append,
+            on_recovered=lambda: self.events.append("recovered"),
+            now=lambda: self.seconds,
         )
 
     async def ask(self, user: Any, key: Any, **more: Any) -> Identity | None:
+        self.seconds += self.passing
         params = {"scheme": "api_key", "user": user, "key": key, **more}
         return await decision(self.authenticator.authenticate(params, ADDRESS))
 
@@ -243,11 +251,49 @@ async def test_a_file_gone_bad_is_told_of_once_and_keeps_its_users(door: Door, p
     assert len(door.events) == 3
 
 
+def test_a_crowd_is_let_in_by_one_look(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = door.users.add("alice")
+    looks: list[float] = []
+    look = UserFile.changed
+
+    def changed(users: UserFile) -> bool:
+        looks.append(door.seconds)
+        return look(users)
+
+    monkeypatch.setattr(UserFile, "changed", changed)
+    door.passing = LOOK_HOLDS_S / 4
+    for _ in range(8):
+        assert drive(door.ask("alice", key)) == Identity("alice")
+    assert looks == [pytest.approx(LOOK_HOLDS_S / 4), pytest.approx(5 * LOOK_HOLDS_S / 4)]
+
+
+async def test_nobody_is_refused_by_a_look_of_before(door: Door, path: Path) -> None:
+    key = door.users.add("alice")
+    assert await door.ask("alice", key) == Identity("alice")
+    door.passing = 0.0
+    new = UserFile(path).add("bob")
+    assert await door.ask("bob", new) == Identity("bob")
+    other = UserFile(path).new_key("alice")
+    assert await door.ask("alice", other) == Identity("alice")
+    assert await door.ask("alice", key) is None
+
+
+async def test_who_is_removed_gets_in_for_a_moment_at_most(door: Door, path: Path) -> None:
+    key = door.users.add("alice")
+    assert await door.ask("alice", key) == Identity("alice")
+    UserFile(path).remove("alice")
+    door.passing = 0.6 * LOOK_HOLDS_S
+    assert await door.ask("alice", key) == Identity("alice")
+    assert await door.ask("alice", key) is None
+    assert await door.ask("alice", key) is None
+
+
 async def test_recovery_may_go_unreported(path: Path) -> None:
     users = UserFile(path)
     key = users.add("alice")
     reported: list[ConfigError] = []
-    authenticator = ApiKeyAuthenticator(users, on_fault=reported.append)
+    seconds = itertools.count()
+    authenticator = ApiKeyAuthenticator(users, on_fault=reported.append, now=lambda: next(seconds))
     params = {"scheme": "api_key", "user": "alice", "key": key}
     write(path, "nonsense")
     assert await decision(authenticator.authenticate(params, ADDRESS)) == Identity("alice")

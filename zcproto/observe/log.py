@@ -76,7 +76,9 @@ class Logger(structlog.BoundLoggerBase):
                     return
                 if left_out:
                     values["suppressed"] = left_out
-            self._proxy_to_logger(method, event, **values)
+            # What `_proxy_to_logger` does with these two processors, in fewer calls and copies.
+            fields = _prepare(None, method, {**self._context, **values, "event": event})
+            self._logger.write(_render(None, method, fields))
         except LinesLostError as lost:
             state.lose(lost.lines)
         except Exception:  # whatever fails in a log, such as a strange __str__, the caller's work goes on
@@ -249,16 +251,14 @@ _state = _State()
 
 
 class _Writer:
-    """The end of structlog's chain; it calls the method named as the level."""
+    """The end of structlog's chain."""
 
-    def debug(self, line: str) -> None:
+    def write(self, line: str) -> None:
         gathering = _state.gathering
         if gathering is not None and gathering[0] == get_ident():
             gathering[1].append(line)
         else:
             _state.write(line)
-
-    info = warning = error = debug
 
 
 def _prepare(_: Any, method: str, values: MutableMapping[str, Any]) -> dict[str, Loggable]:
