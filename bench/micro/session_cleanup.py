@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from bench.micro import token_check
-from bench.micro.session_opening import NS_PER_S, Pauses, open_sessions
+from bench.micro.session_opening import NS_PER_S, PATIENCE_S, Pauses, open_sessions
 from bench.micro.session_opening_valkey import server
 from bench.micro.token_check import (
     MAX_SLICE_MS,
@@ -49,8 +49,6 @@ BESIDE: Final = 4
 OPENED: Final = 4_000
 OPENED_PART: Final = 40
 FIRST_USER: Final = 1_000_000
-PATIENCE_S: Final = 10.0
-"""Of the stores: what is measured is how long it takes."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -43,6 +43,8 @@ CLEAN_SLICE: Final = 2_000
 ALONE: Final = 50
 TICK_S: Final = 0.001
 NS_PER_S: Final = 1_000_000_000
+PATIENCE_S: Final = 10.0
+"""Of the stores and for their news: what is measured is how long it takes."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +72,10 @@ async def measure(folder: Path, sessions: int, concurrency: int) -> list[Figure]
     syncs = sorted(time_syncs(folder / "disk"))
     path = folder / "home" / "sessions.db"
     latencies = array("Q", [0]) * sessions  # written, so that it is resident before the count begins
-    store, registry = SqliteStore(path), SessionRegistry(SessionSettings(), system_entropy)
+    store, registry = (
+        SqliteStore(path, timeout=PATIENCE_S),
+        SessionRegistry(SessionSettings(), system_entropy),
+    )
     await store.open(lambda change: None)
     before = resident_bytes()
     rate = await open_sessions(store, registry, latencies, concurrency)
@@ -157,7 +162,7 @@ async def open_sessions(
 async def start_again(path: Path, registry: SessionRegistry | None) -> tuple[float, float]:
     """Open the file and read it; seconds, and the longest pause of the loop in milliseconds."""
     pauses = Pauses()
-    store = SqliteStore(path)
+    store = SqliteStore(path, timeout=PATIENCE_S)
     begin = time.perf_counter_ns()
     await store.open(lambda change: None)
     async for batch in store.load():
@@ -196,7 +201,7 @@ class Pauses:
 async def clean(path: Path) -> tuple[float, float, float]:
     """Remove all sessions as past their time; how many a second, the longest slice, and the longest pause of the
     loop, both in milliseconds."""
-    store = SqliteStore(path)
+    store = SqliteStore(path, timeout=PATIENCE_S)
     await store.open(lambda change: None)
     settings = SessionSettings()
     wall = system_clock.wall() + settings.refresh_lifetime_ms + settings.lifetime_ms

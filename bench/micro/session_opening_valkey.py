@@ -29,7 +29,7 @@ from typing import Final
 
 import redis.asyncio
 
-from bench.micro.session_opening import ALONE, CLEAN_SLICE, NS_PER_S, open_sessions
+from bench.micro.session_opening import ALONE, CLEAN_SLICE, NS_PER_S, PATIENCE_S, open_sessions
 from bench.micro.token_check import NS_PER_MS, Figure, conclude, quantile
 from zcproto.clock import system_clock, system_entropy
 from zcproto.errors import Code
@@ -42,7 +42,6 @@ MIN_OPENINGS: Final = 2_000.0
 MAX_NEWS_MS: Final = 1_000.0
 
 REVOCATIONS: Final = 500
-PATIENCE_S: Final = 5.0
 START_S: Final = 10.0
 
 
@@ -110,7 +109,7 @@ class Listener:
 
 async def measure(url: str, sessions: int, concurrency: int) -> list[Figure]:
     latencies, listener = array("Q", [0]) * sessions, Listener()
-    store, other = ValkeyStore(url), ValkeyStore(url)
+    store, other = (ValkeyStore(url, timeout=PATIENCE_S) for _ in range(2))
     registry = SessionRegistry(SessionSettings(), system_entropy)
     await store.open(lambda change: None)
     await other.open(listener)
