@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import h11
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from zcproto.http.connection import HttpConnection, HttpLimits
@@ -183,6 +183,7 @@ TOKENS = (
 
 
 @given(st.lists(st.sampled_from(TOKENS), max_size=30).map("".join), st.integers(1, 50))
+@example("GET / HTTP/1.1" * 10 + "\n", 1)
 def test_any_words_of_the_protocol_mean_the_same_however_they_are_cut(text: str, size: int) -> None:
     data = text.encode()
     whole = Conversation().feed(data) if data else Conversation()

@@ -214,10 +214,12 @@ class HttpConnection:
             self._skipped = True
         end = buffer.find(_HEAD_END, max(0, self._looked - 3), limits.max_head)
         size = len(buffer) if end < 0 else end + len(_HEAD_END)
-        if _AMBIGUOUS.search(buffer, max(0, self._looked - 1), min(size, limits.max_head)):
-            raise _Refused(400)
         longest = limits.max_target + _AROUND_TARGET
-        if size > longest and buffer.find(_LINE_END, 0, longest) < 0:
+        is_too_long = size > longest and buffer.find(_LINE_END, 0, longest) < 0
+        bound = longest if is_too_long else limits.max_head  # what is behind it might not have come yet
+        if _AMBIGUOUS.search(buffer, max(0, self._looked - 1), min(size, bound)):
+            raise _Refused(400)
+        if is_too_long:
             raise _Refused(414)
         if size > limits.max_head:
             raise _Refused(431)
