@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from zcproto.clock import system_clock, system_entropy
 from zcproto.conformance.__main__ import CANNOT_RUN, choose, main
 from zcproto.conformance.check import Check, KitError
 from zcproto.conformance.run import (
@@ -20,6 +22,7 @@ from zcproto.conformance.run import (
     apply_exceptions,
     load_exceptions,
 )
+from zcproto.conformance.server import HOST, ScriptedServer
 from zcproto.conformance.stage import Stage
 from zcproto.conformance.values import typed, untyped
 
@@ -240,3 +243,15 @@ def test_a_run_that_fails_and_one_with_an_exception(tmp_path: Path) -> None:
     assert "being built" in excused.output
     exceptions.write_text('[{"check": "vectors/tables", "reason": "x"}, {"check": "y", "reason": "x"}]')
     assert invoke(*arguments, "--exceptions", str(exceptions), *wrong).exit_code == 1
+
+
+async def test_a_client_that_comes_when_the_server_stops_is_dropped() -> None:
+    server = ScriptedServer(system_clock, system_entropy, patience=1.0)
+    await server.start()
+    await server.stop()
+    async with await asyncio.start_server(server._accepted, HOST, 0) as late:
+        reader, writer = await asyncio.open_connection(*late.sockets[0].getsockname())
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+    assert server.connections == 0

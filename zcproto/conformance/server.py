@@ -36,6 +36,7 @@ class ScriptedServer:
         self._patience = patience
         self._waiting: asyncio.Queue[Link] = asyncio.Queue()
         self._links: list[Link] = []
+        self._stopped = False
         self.connections = 0
 
     async def start(self) -> None:
@@ -48,6 +49,9 @@ class ScriptedServer:
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = Link(reader, writer, self._clock, self._entropy, patience=self._patience)
+        if self._stopped:  # it was on its way meanwhile
+            await link.drop()
+            return
         self.connections += 1
         self._links.append(link)
         self._waiting.put_nowait(link)
@@ -71,6 +75,7 @@ class ScriptedServer:
 
     async def stop(self) -> None:
         self._server.close()
+        self._stopped = True
         for link in self._links:
             await link.drop()
         await self._server.wait_closed()
