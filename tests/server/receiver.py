@@ -43,6 +43,7 @@ class Receiver:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._served: list[socket.socket] = []
         self.port = self._socket.getsockname()[1]
         scheme = "http" if certificate is None else "https"
         self.url = f"{scheme}://localhost:{self.port}/hook?team=ops"
@@ -53,6 +54,9 @@ class Receiver:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        for connection in self._served:  # wakes who still sends, as the loop that reads may wait here
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
         with contextlib.suppress(OSError):  # wakes who waits in accept
             socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT).close()
         for thread in self._threads:
@@ -80,6 +84,7 @@ class Receiver:
         with raw, contextlib.suppress(OSError):
             connection = raw if self._context is None else self._context.wrap_socket(raw, server_side=True)
             with connection:
+                self._served.append(connection)
                 request = _read(connection)
                 if request is None:
                     return
