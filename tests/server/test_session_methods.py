@@ -193,6 +193,7 @@ def test_users_come_from_the_file_and_changes_of_it_are_seen(
         # A file gone bad leaves the users as they were.
         text = users.path.read_text()
         users.path.write_text("no file of users")
+        assert client.refused("session.open", wrong).body == nobody.body  # who is refused was looked up
         client.open_session("ada", key)
         assert '"event":"users.unreadable"' in capsys.readouterr().err
         users.path.write_text(text)

@@ -13,7 +13,6 @@ It must not know: how often someone tried.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from hmac import compare_digest
 from typing import Any, Final
@@ -21,7 +20,7 @@ from typing import Any, Final
 from zcproto.auth.current_users import CurrentUsers
 from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Channel, Identity
 from zcproto.auth.users import UserFile
-from zcproto.clock import Entropy, system_entropy
+from zcproto.clock import Entropy, system_clock, system_entropy
 from zcproto.errors import ConfigError, InvalidArgument
 from zcproto.sessions.token import DIGEST_SIZE, TOKEN_SIZE, digest_of, token_from_text
 
@@ -54,7 +53,7 @@ class ApiKeyAuthenticator:
         on_fault: Callable[[ConfigError], None],
         on_recovered: Callable[[], None] | None = None,
         entropy: Entropy = system_entropy,
-        now: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = system_clock.now,
     ) -> None:
         self.users: Final = CurrentUsers(users, on_fault=on_fault, on_recovered=on_recovered)
         self._nobody = entropy(DIGEST_SIZE)  # what unknown users are compared with; no key has this digest
