@@ -243,7 +243,16 @@ def hidden_time(path: str, source: str) -> list[str]:
     ]
 
 
-CHECKS = [broken_layers, io_in_the_core, hidden_time]
+def lost_cancellation(path: str, source: str) -> list[str]:
+    """Uses of wait_for: until Python 3.12 it swallows a cancellation that comes with what it waits for."""
+    return [
+        f"{path}:{node.lineno} uses asyncio.wait_for, which can lose a cancellation: use asyncio.timeout"
+        for node in ast.walk(parsed(source))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "asyncio.wait_for"
+    ]
+
+
+CHECKS = [broken_layers, io_in_the_core, hidden_time, lost_cancellation]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
@@ -369,3 +378,11 @@ def test_a_hidden_clock_is_found(source: str) -> None:
 )
 def test_what_is_no_clock_is_left_alone(source: str) -> None:
     assert hidden_time("zcproto/server/x.py", source) == []
+
+
+def test_a_wait_that_can_lose_a_cancellation_is_found() -> None:
+    (fault,) = lost_cancellation(
+        "bench/x.py", "import asyncio\nasync def f():\n await asyncio.wait_for(g(), 1)"
+    )
+    assert "bench/x.py:3 uses asyncio.wait_for" in fault
+    assert lost_cancellation("bench/x.py", "async def _wait_for(x): await self._wait_for(x)") == []

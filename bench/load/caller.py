@@ -91,7 +91,8 @@ class Caller(Link):
 
         self.ask(method, params, done, token)
         try:
-            return await asyncio.wait_for(answer, TIMEOUT)
+            async with asyncio.timeout(TIMEOUT):
+                return await answer
         except TimeoutError as error:
             raise ConnectionClosed(f"no answer to {method} within {TIMEOUT:.0f} s") from error
 
@@ -101,7 +102,8 @@ class Caller(Link):
         self.close()
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._gone.wait(), LEAVE_TIMEOUT)
+                async with asyncio.timeout(LEAVE_TIMEOUT):
+                    await self._gone.wait()
         finally:  # whoever does not wait any longer may end the loop at once
             self._tls.abort()
         await asyncio.sleep(0)

@@ -173,7 +173,8 @@ class Generator:
         while not done() and not self._stopped:
             self._event = self._loop.create_future()
             try:
-                await asyncio.wait_for(self._event, deadline - self._loop.time())
+                async with asyncio.timeout_at(deadline):
+                    await self._event
             except TimeoutError:
                 return
 

@@ -86,7 +86,8 @@ class Workers:
             process.stdin.close()
         for process in self._processes:
             try:
-                await asyncio.wait_for(process.wait(), END_TIMEOUT)
+                async with asyncio.timeout(END_TIMEOUT):
+                    await process.wait()
             except TimeoutError:
                 process.kill()
                 await process.wait()

@@ -284,7 +284,8 @@ class Client:
         intruder = await self._place.join(Intruder(self._place.wheel))
         intruder.send(self._chance.randbytes(self._chance.choice((64, 500, 5_000))))
         try:
-            await asyncio.wait_for(intruder.out.wait(), OUT_S)
+            async with asyncio.timeout(OUT_S):
+                await intruder.out.wait()
         except TimeoutError:
             self._seen.wrong["garbage was suffered"] += 1
         else:

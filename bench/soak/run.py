@@ -174,7 +174,8 @@ class Soak:
 
     async def _sleep(self, seconds: float) -> None:
         try:
-            await asyncio.wait_for(self._stopping.wait(), max(seconds, 0))
+            async with asyncio.timeout(max(seconds, 0)):
+                await self._stopping.wait()
         except TimeoutError:
             return
 

@@ -61,7 +61,8 @@ class Helper:
         assert reader is not None
         process.stdin.close()
         try:
-            await asyncio.wait_for(process.wait(), END_TIMEOUT)
+            async with asyncio.timeout(END_TIMEOUT):
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()

@@ -715,7 +715,8 @@ class Server:
 
     async def _within(self, seconds: float, condition: Coroutine[Any, Any, None]) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(condition, seconds)
+            async with asyncio.timeout(seconds):
+                await condition
 
     async def wait_closed(self) -> None:
         """Return when the server has ended."""
