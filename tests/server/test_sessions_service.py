@@ -42,7 +42,7 @@ from zcproto.server.sessions import MISSES_PER_ADDRESS, MISSES_S, NOT_KNOWN_S, M
 from zcproto.server.store_keeper import REPEATS_S, StoreKeeper
 from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
 from zcproto.sessions.health import MAX_DELAY_S, State
-from zcproto.sessions.record import EndedRecord, UserLimit
+from zcproto.sessions.record import EndedRecord, SessionRecord, UserLimit
 from zcproto.sessions.token import digest_of, id_from_text
 from zcproto.stores.pending import PendingRevocations, Revocation
 from zcproto.stores.store import StoreUnavailable
@@ -986,6 +986,35 @@ class FaultyStoreView(FaultyStore):
     def __init__(self, store: FaultyStore) -> None:
         super().__init__(store.registry, shared=store.shared)
         self._inner = store._inner
+
+
+async def test_what_changes_while_others_are_asked_for_is_asked_for_again(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await begin(shared=True)
+    other = await begin(FaultyStoreView(one.store))
+    first, second = await one.open(), await one.open()
+    for each in (first, second):
+        await other.find(each.token)
+        other.use(each)
+    get, held = other.store.get, asyncio.Event()
+
+    async def slow(id: bytes) -> SessionRecord | EndedRecord | None:
+        found = await get(id)
+        if id == raw(second):
+            await held.wait()
+        return found
+
+    monkeypatch.setattr(other.store, "get", slow)
+    for each in (first, second):
+        other.store.tell(raw(each))
+    while other.store.calls.count("get") < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await one.revoke(first)
+    other.store.tell(raw(first))  # what was said of it is old now, and the other's answer is still to come
+    held.set()
+    await other.settle()
+    assert (other.good(first), other.good(second)) == (False, True)
 
 
 async def test_a_clock_that_is_set_back_spares_nobody(office: Office) -> None:

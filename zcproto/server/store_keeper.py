@@ -152,8 +152,8 @@ class StoreKeeper:
         # What others have changed
         self._all_changed = False
         self._is_emptied = False
-        self._to_check: dict[bytes, None] = {}
-        self._to_bring_back: dict[bytes, None] = {}
+        self._to_check: dict[bytes, int] = {}  # with the change for which it has to be done
+        self._to_bring_back: dict[bytes, int] = {}
         self._checking = False
         self._changes: OrderedDict[bytes, int] = OrderedDict()
         self._all_changed_at = 0
@@ -364,7 +364,7 @@ class StoreKeeper:
         if len(self._changes) > CHANGES:
             _, self._all_changed_at = self._changes.popitem(last=False)
         if self._is_used(id_text(change.id)):
-            self._to_check[change.id] = None
+            self._to_check[change.id] = self.changes
             self._start_checking()
         else:
             self.registry.forget(change.id)
@@ -403,7 +403,7 @@ class StoreKeeper:
             if is_used:
                 used.append(session_id)
             elif emptied:
-                self._to_bring_back[session_id] = None
+                self._to_bring_back[session_id] = self.changes
             return is_used or emptied
 
         self._all_changed = self._is_emptied = False
@@ -423,10 +423,21 @@ class StoreKeeper:
 
     async def _check_some(self, ask: Ask, ids: Iterable[bytes]) -> None:
         """Bring what is known of sessions to what the store says."""
-        ids = list(ids)
-        await asyncio.gather(*(self._check_one(ask, session_id) for session_id in ids))
-        for session_id in ids:
-            self._to_check.pop(session_id, None)
+        await self._each(self._to_check, ids, partial(self._check_one, ask))
+
+    async def _each(
+        self,
+        waiting: dict[bytes, int],
+        ids: Iterable[bytes],
+        work: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        """Do something for sessions that wait for it, all at once. One for which it has to be done anew by the time
+        that all are done goes on waiting."""
+        begun = {session_id: waiting.get(session_id) for session_id in ids}
+        await asyncio.gather(*map(work, begun))
+        for session_id, change in begun.items():
+            if waiting.get(session_id) == change:
+                waiting.pop(session_id, None)
 
     async def _check_one(self, ask: Ask, session_id: bytes) -> None:
         if not await self._ask_again(ask, session_id):
@@ -447,10 +458,7 @@ class StoreKeeper:
 
     async def _bring_back(self, ask: Ask, ids: Iterable[bytes]) -> None:
         """Give the store sessions that it has lost."""
-        ids = list(ids)
-        await asyncio.gather(*(self._bring_back_one(ask, session_id) for session_id in ids))
-        for session_id in ids:
-            self._to_bring_back.pop(session_id, None)
+        await self._each(self._to_bring_back, ids, partial(self._bring_back_one, ask))
 
     async def _bring_back_one(self, ask: Ask, session_id: bytes) -> None:
         record = self.registry.record(session_id)
