@@ -175,7 +175,14 @@ def bare_steps(requests: int, module: Any) -> dict[str, float]:
                 data, 0
             )
             fresh = salt == bare.salt and counter > last and -30_000 < wall - stamp < 30_000
-            if version != 1 or kind != REQUEST or flags or not fresh or token != bare.known or not stream:
+            if (
+                version != 1
+                or kind != module.REQUEST
+                or flags
+                or not fresh
+                or token != bare.known
+                or not stream
+            ):
                 raise AssertionError("a good frame is refused")
             if length + 4 > len(data):
                 raise AssertionError("a whole frame is not whole")

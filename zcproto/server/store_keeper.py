@@ -44,7 +44,7 @@ SLOTS: Final = 2_000
 LOADED_AT_ONCE: Final = 200
 """Records taken in in one turn, about as long."""
 
-EXPIRED_AT_ONCE: Final = 2_000
+EXPIRED_AT_ONCE: Final = 4_000
 ROOM_S: Final = 0.02
 """For others, after a slice that was cut short because they wait."""
 
