@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -83,7 +84,7 @@ def server(program: str, folder: Path, fsync: str) -> Iterator[str]:
     )
     try:
         end = time.monotonic() + START_S
-        while not path.is_socket():
+        while not _answers(path):
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"{program} does not start")
             time.sleep(0.01)
@@ -91,6 +92,18 @@ def server(program: str, folder: Path, fsync: str) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+def _answers(path: Path) -> bool:
+    """Whether a server is there, and not only its socket, which cannot be connected to for a moment."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(START_S)
+        try:
+            connection.connect(str(path))
+            connection.sendall(b"PING\r\n")
+            return connection.recv(64).startswith(b"+PONG")
+        except OSError:
+            return False
 
 
 class Listener:
