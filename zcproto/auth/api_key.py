@@ -64,13 +64,14 @@ class ApiKeyAuthenticator:
         self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
     ) -> Identity | Awaitable[Identity | None] | None:
         user, key = _fields(params)
-        if self._now() < self._looked_until:
+        now = self._now()
+        if now < self._looked_until:
             identity = self._identity(user, key)
             if identity is not None:
                 return identity
         if self.users.changed():
             return self._when_read(user, key)
-        self._looked_until = self._now() + LOOK_HOLDS_S
+        self._looked_until = now + LOOK_HOLDS_S
         return self._identity(user, key)
 
     async def _when_read(self, user: str, key: str) -> Identity | None:

@@ -55,7 +55,7 @@ class CurrentFile:
 
     async def refresh(self) -> None:
         """Take in the file if it changed."""
-        if self._readable.changed():
+        if self.changed():
             await self._read_again()
 
     async def _read_again(self) -> None:
