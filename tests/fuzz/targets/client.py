@@ -23,7 +23,7 @@ from zcproto.wire.frame import (
 from zcproto.wire.message import encode_body, encode_error
 
 from ...connection.helpers import GREETING, TOKEN, Conversation
-from ...helpers import SALT
+from ..frame import any_frame
 from ..target import Script, Target
 
 ORDER = [State.AWAITING_WELCOME, State.OPEN, State.DRAINING, State.CLOSED]
@@ -44,7 +44,6 @@ BODIES = (
 )
 SECONDS = (0.0, 0.1, 5.0, 11.0, 101.0)
 JUMPS_MS = (-(2**40), -40_000, -1_000, 1_000, 40_000, 2**40)
-COUNTERS = (0, 1, 2, 2**32, 2**64 - 1)
 LIMIT = 2_000
 IDLE_S = 60.0
 
@@ -100,19 +99,9 @@ class Talk:
                 talk.wall = max(0, talk.wall + script.one_of(JUMPS_MS))
 
     def any_frame(self, script: Script) -> bytes:
-        """A frame with any fields, whole or cut."""
-        fields: dict[str, Any] = {"token": script.one_of((NO_TOKEN, TOKEN))}
-        choices = script.byte()
-        if choices & 1:
-            fields["counter"] = script.one_of(COUNTERS)
-        if choices & 2:
-            fields["timestamp"] = script.number(8)
-        if choices & 4:
-            fields["salt"] = SALT[:-1] + bytes([script.byte()])
-        frame = self.talk.frame(script.one_of(HEADS), script.byte() % 6, script.bytes(), **fields)
-        if choices & 8:
-            frame = script.number(4).to_bytes(4, "big") + frame[LENGTH_SIZE:]
-        return frame[: script.byte()] if choices & 16 else frame
+        return any_frame(
+            script, self.talk.frame, token=script.one_of((NO_TOKEN, TOKEN)), heads=HEADS, streams=6
+        )
 
     def hear(self, data: bytes) -> None:
         self.take(self.talk.hear(data))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 from zcproto.connection.events import (
     NEVER,
@@ -24,6 +23,7 @@ from zcproto.wire.frame import ACCEPTED, LENGTH_SIZE, NO_TOKEN, PING, PONG, REQU
 from zcproto.wire.message import encode_body
 
 from ...helpers import SALT, ConnectionPair, small_registry
+from ..frame import any_frame
 from ..target import Script, Target
 
 SETTINGS = ConnectionSettings(
@@ -38,7 +38,6 @@ METHODS = ("echo", "server.info", "session.open", "NOT ONE")
 DEADLINES = (None, 0, 1, 5_000, 2**63)
 SECONDS = (0.0, 0.001, 0.5, 4.0, 15.0, 61.0)
 JUMPS_MS = (-(2**40), -40_000, -1_000, 1_000, 40_000, 2**40)
-COUNTERS = (0, 1, 2, 2**32, 2**64 - 1)
 
 
 class Talk:
@@ -113,19 +112,7 @@ class Talk:
         return script.one_of(self.tokens)
 
     def any_frame(self, script: Script) -> bytes:
-        """A frame with any fields, whole or cut."""
-        fields: dict[str, Any] = {"token": self.token(script)}
-        choices = script.byte()
-        if choices & 1:
-            fields["counter"] = script.one_of(COUNTERS)
-        if choices & 2:
-            fields["timestamp"] = script.number(8)
-        if choices & 4:
-            fields["salt"] = SALT[:-1] + bytes([script.byte()])
-        frame = self.pair.frame(script.one_of(HEADS), script.byte() % 5, script.bytes(), **fields)
-        if choices & 8:
-            frame = script.number(4).to_bytes(4, "big") + frame[LENGTH_SIZE:]
-        return frame[: script.byte()] if choices & 16 else frame
+        return any_frame(script, self.pair.frame, token=self.token(script), heads=HEADS, streams=5)
 
     def feed(self, data: bytes, script: Script) -> None:
         self.take(self.pair.receive_data(data), script.byte() % 2 == 1)

@@ -1,0 +1,31 @@
+"""A frame as no well-behaved peer would send it, made of choices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from zcproto.wire.frame import LENGTH_SIZE
+
+from ..helpers import SALT
+from .target import Script
+
+COUNTERS = (0, 1, 2, 2**32, 2**64 - 1)
+
+
+def any_frame(
+    script: Script, make: Callable[..., bytes], *, token: bytes, heads: Sequence[int], streams: int
+) -> bytes:
+    """A frame with any fields, whole or cut. `make` takes head, stream and body, and fields other than usual."""
+    fields: dict[str, Any] = {"token": token}
+    choices = script.byte()
+    if choices & 1:
+        fields["counter"] = script.one_of(COUNTERS)
+    if choices & 2:
+        fields["timestamp"] = script.number(8)
+    if choices & 4:
+        fields["salt"] = SALT[:-1] + bytes([script.byte()])
+    frame = make(script.one_of(heads), script.byte() % streams, script.bytes(), **fields)
+    if choices & 8:
+        frame = script.number(4).to_bytes(4, "big") + frame[LENGTH_SIZE:]
+    return frame[: script.byte()] if choices & 16 else frame
