@@ -27,6 +27,7 @@ from typing import Final
 from bench.micro.token_check import NS_PER_MS, PER_USER, Figure, conclude, quantile, resident_bytes
 from zcproto.clock import system_clock, system_entropy
 from zcproto.event_loop import new_event_loop
+from zcproto.server.store_keeper import EXPIRED_AT_ONCE
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.stores.sqlite import SqliteStore
@@ -39,7 +40,6 @@ MIN_CLEAN_RATE: Final = 100_000.0
 
 SYNCS: Final = 200
 PAGE: Final = 4096
-CLEAN_SLICE: Final = 2_000
 ALONE: Final = 50
 TICK_S: Final = 0.001
 NS_PER_S: Final = 1_000_000_000
@@ -209,7 +209,7 @@ async def clean(path: Path) -> tuple[float, float, float]:
     removed, longest, begin = 0, 0, time.perf_counter_ns()
     while True:
         slice_begin = time.perf_counter_ns()
-        once = await store.expire(wall, settings.dead_keep_ms, CLEAN_SLICE)
+        once = await store.expire(wall, settings.dead_keep_ms, EXPIRED_AT_ONCE)
         if not once:
             break
         removed += once

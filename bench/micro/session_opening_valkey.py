@@ -30,11 +30,12 @@ from typing import Final
 
 import redis.asyncio
 
-from bench.micro.session_opening import ALONE, CLEAN_SLICE, NS_PER_S, PATIENCE_S, open_sessions
+from bench.micro.session_opening import ALONE, NS_PER_S, PATIENCE_S, open_sessions
 from bench.micro.token_check import NS_PER_MS, Figure, conclude, quantile
 from zcproto.clock import system_clock, system_entropy
 from zcproto.errors import Code
 from zcproto.event_loop import new_event_loop
+from zcproto.server.store_keeper import EXPIRED_AT_ONCE
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.stores.store import Change
 from zcproto.stores.valkey import ValkeyStore
@@ -182,7 +183,7 @@ async def clean(store: ValkeyStore) -> tuple[float, float]:
     removed, longest, begin = 0, 0, time.perf_counter_ns()
     while True:
         slice_begin = time.perf_counter_ns()
-        once = await store.expire(wall, settings.dead_keep_ms, CLEAN_SLICE)
+        once = await store.expire(wall, settings.dead_keep_ms, EXPIRED_AT_ONCE)
         if not once:
             break
         removed += once
