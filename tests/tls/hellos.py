@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 AES_128, AES_256, CHACHA20, CCM = 0x1301, 0x1302, 0x1303, 0x1304
 TLS_1_2_SUITE = 0xC02F
-SERVER_NAME, ALPN, SUPPORTED_VERSIONS = 0, 16, 43
+SERVER_NAME, ALPN, SUPPORTED_VERSIONS, KEY_SHARE = 0, 16, 43, 51
 
 
 def vector(data: bytes, size: int) -> bytes:

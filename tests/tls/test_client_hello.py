@@ -20,6 +20,7 @@ from zcproto.tls.client_hello import (
     MAX_SIZE,
     SUITE_IDS,
     Accepted,
+    ClientHelloJudge,
     ClientHelloReader,
     Refusal,
 )
@@ -32,6 +33,7 @@ from .hellos import (
     ALPN,
     CCM,
     CHACHA20,
+    KEY_SHARE,
     SERVER_NAME,
     SUPPORTED_VERSIONS,
     TLS_1_2_SUITE,
@@ -65,12 +67,22 @@ LOCALHOST = Accepted("localhost")
 GOOD = Hello()
 
 
+JUDGE = ClientHelloJudge(SUITES, PROTOCOLS)
+"""It has seen every hello of all these tests: what it remembers must change no judgement."""
+
+
 def reader() -> ClientHelloReader:
-    return ClientHelloReader(SUITES, PROTOCOLS)
+    return ClientHelloReader(JUDGE)
 
 
 def judge(data: bytes) -> Verdict:
-    return reader().feed(data)
+    """The judgement of bytes that come at once: the same whether they are taken whole or read as a piece, and
+    whatever was judged before."""
+    verdict = reader().feed(data)
+    for judging in (ClientHelloJudge(SUITES, PROTOCOLS), JUDGE, JUDGE):
+        whole = judging.judge_record(data)
+        assert whole is None or whole == verdict
+    return verdict
 
 
 def judge_pieces(*pieces: bytes) -> Verdict:
@@ -277,12 +289,12 @@ def test_protocols(offer: bytes | None, verdict: Verdict) -> None:
 
 def test_no_offer_of_protocols_needs_a_server_that_takes_it() -> None:
     hello = GOOD.with_extension(ALPN, None).bytes()
-    assert ClientHelloReader(SUITES, frozenset(["zcp/1"])).feed(hello) == NO_ALPN
+    assert ClientHelloJudge(SUITES, frozenset(["zcp/1"])).judge_record(hello) == NO_ALPN
 
 
 def test_suites_are_those_that_the_operator_left() -> None:
-    only = ClientHelloReader(frozenset([CHACHA20]), PROTOCOLS)
-    assert only.feed(replace(GOOD, suites=suite_list(AES_256)).bytes()) == NO_SUITE
+    only = ClientHelloJudge(frozenset([CHACHA20]), PROTOCOLS)
+    assert only.judge_record(replace(GOOD, suites=suite_list(AES_256)).bytes()) == NO_SUITE
 
 
 def test_the_numbers_of_the_suites_are_those_of_the_standard() -> None:
@@ -555,6 +567,115 @@ def test_no_more_than_16_kib_wait_for_the_rest() -> None:
     while slow.feed(data[len(slow.raw) : len(slow.raw) + 1_000]) is None:
         assert len(slow.raw) <= MAX_SIZE + 4
     assert len(slow.raw) <= MAX_SIZE + 1_000
+
+
+# --- what is remembered ---------------------------------------------------------------------------------
+
+SHARING = GOOD.with_extension(KEY_SHARE, bytes(38)).with_extension(SERVER_NAME, server_name(b"a.example"))
+Counted = tuple[ClientHelloJudge, list[int]]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """A judge, and the sizes of the hellos that it has read to the end."""
+    read: list[int] = []
+    judge_hello = ClientHelloJudge.judge_hello
+
+    def counting(self: ClientHelloJudge, data: bytes | bytearray, at: int) -> Accepted | Refusal:
+        read.append(len(data))
+        return judge_hello(self, data, at)
+
+    monkeypatch.setattr(ClientHelloJudge, "judge_hello", counting)
+    return ClientHelloJudge(SUITES, PROTOCOLS), read
+
+
+def of_another_connection(hello: Hello) -> Hello:
+    """The same program's next hello."""
+    hello = replace(hello, random=bytes(range(32, 64)), session_id=bytes(range(64, 96)))
+    extensions = [
+        (kind, bytes(each ^ 0xFF for each in content) if kind == KEY_SHARE else content)
+        for kind, content in hello.extensions or ()
+    ]
+    return replace(hello, extensions=extensions)
+
+
+@pytest.mark.parametrize("hello", [SHARING, GOOD, GOOD.with_extension(KEY_SHARE, b"")])
+def test_the_next_hello_of_a_program_is_not_read_to_the_end_again(hello: Hello, counted: Counted) -> None:
+    judge, read = counted
+    first = judge.judge_record(hello.bytes())
+    assert isinstance(first, Accepted)
+    assert judge.judge_record(of_another_connection(hello).bytes()) == first
+    assert len(read) == 1
+
+
+def test_two_programs_whose_hellos_have_one_size_are_both_remembered(counted: Counted) -> None:
+    judge, read = counted
+    other = SHARING.with_extension(SERVER_NAME, server_name(b"b.example"))
+    for _ in range(3):
+        assert judge.judge_record(SHARING.bytes()) == Accepted("a.example")
+        assert judge.judge_record(other.bytes()) == Accepted("b.example")
+    assert len(read) == 2
+
+
+def test_a_refusal_is_not_remembered(counted: Counted) -> None:
+    judge, read = counted
+    for _ in range(2):
+        assert judge.judge_record(replace(GOOD, suites=suite_list(AES_128)).bytes()) == NO_SUITE
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        replace(SHARING, session_id=b""),  # no size but 32 is sent by those who come often (RFC 8446, D.4)
+        GOOD.with_extension(21, bytes(1_024)),
+    ],
+)
+def test_an_unusual_hello_is_not_remembered(hello: Hello, counted: Counted) -> None:
+    judge, read = counted
+    for _ in range(2):
+        assert isinstance(judge.judge_record(hello.bytes()), Accepted)
+    assert len(read) == 2
+
+
+def test_no_more_hellos_are_remembered_than_there_is_room_for(counted: Counted) -> None:
+    judge, read = counted
+    names = [server_name(f"{number:03}.example".encode()) for number in range(100)]
+    hellos = [SHARING.with_extension(SERVER_NAME, name).bytes() for name in names]
+    hellos += [SHARING.with_extension(21, bytes(size)).bytes() for size in range(100)]
+    for hello in hellos:
+        judge.judge_record(hello)
+        assert judge.judge_record(hello) is not None
+    assert len(read) == len(hellos), "the last one is always there"
+    offers = list(judge._by_size.values())
+    assert len(offers) <= 32
+    assert all(len(each.accepted) <= 32 for each in offers)
+
+
+def test_a_share_elsewhere_in_a_hello_of_the_same_size_is_seen(counted: Counted) -> None:
+    """What is left out of a hello must be its own key share: in the place of another one's lies what is judged."""
+    judge, _ = counted
+    share = (KEY_SHARE, versions(0x0304, 0x0303))
+    judged = (SUPPORTED_VERSIONS, versions(0x0304, 0x0303))
+    for extensions in [[share, judged], [judged, share]]:
+        hello = replace(GOOD, extensions=extensions)
+        assert judge.judge_record(hello.bytes()) is ACCEPTED
+        for old in (OLD + b"\x03\x03", versions(0x0303, 0x0303)):
+            changed = [(kind, old if kind == SUPPORTED_VERSIONS else content) for kind, content in extensions]
+            data = replace(GOOD, extensions=changed).bytes()
+            assert judge.judge_record(data) == ClientHelloJudge(SUITES, PROTOCOLS).judge_record(data)
+            assert isinstance(judge.judge_record(data), Refusal)
+
+
+def test_any_one_byte_changed_is_judged_as_if_nothing_were_remembered() -> None:
+    judge = ClientHelloJudge(SUITES, PROTOCOLS)
+    hello = SHARING.bytes()
+    for at, byte in enumerate(hello):
+        assert judge.judge_record(hello) == Accepted("a.example")
+        for other in {0, 1, 32, 33, byte ^ 1, byte ^ 0x80, 255}:
+            changed = hello[:at] + bytes([other]) + hello[at + 1 :]
+            anew = ClientHelloJudge(SUITES, PROTOCOLS).judge_record(changed)
+            assert judge.judge_record(changed) == anew, (at, other)
 
 
 # --- no TLS at all --------------------------------------------------------------------------------------

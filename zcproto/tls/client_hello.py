@@ -40,9 +40,17 @@ _HEADERS: Final = _RECORD_HEADER + _MESSAGE_HEADER
 _EXT_SERVER_NAME: Final = 0
 _EXT_ALPN: Final = 16
 _EXT_SUPPORTED_VERSIONS: Final = 43
+_EXT_KEY_SHARE: Final = 51
 _HOST_NAME: Final = 0
 _TLS_1_3: Final = b"\x03\x04"
 _NAMES_REMEMBERED: Final = 256
+
+_SESSION_ID_AT: Final = _HEADERS + 2 + 32
+_SESSION_ID_SIZE: Final = 32
+_SUITES_AT: Final = _SESSION_ID_AT + 1 + _SESSION_ID_SIZE
+_SIZES_REMEMBERED: Final = 32
+_OFFERS_REMEMBERED: Final = 32
+_MAX_OFFER: Final = 1_024
 
 _both_headers: Final = struct.Struct("!BBxHBBH").unpack_from
 _uint16: Final = struct.Struct("!H").unpack_from
@@ -83,42 +91,100 @@ _LONGEST_HTTP_METHOD: Final = max(map(len, _HTTP_METHODS))
 _NAME_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
 
 
-class ClientHelloReader:
-    """The first bytes of one connection, and what to do with it.
+class _Offers:
+    """Hellos of one size that were accepted, each without its random, session id and key share, which lies from
+    `share_at` to `share_end`."""
+
+    __slots__ = ("accepted", "share_at", "share_end")
+
+    def __init__(self, share_at: int, share_end: int) -> None:
+        self.share_at = share_at
+        self.share_end = share_end
+        self.accepted: dict[bytes, Accepted] = {}
+
+
+class ClientHelloJudge:
+    """What all ClientHellos of one server are judged by.
 
     `suites` are the ids that may be negotiated; `protocols` are ALPN names, None standing for a client that
-    offers no ALPN at all. `raw` is all that was fed: at most MAX_SIZE bytes while more is needed.
+    offers no ALPN at all. Neither may change.
+
+    The hellos of one program differ in nothing but their random, session id and key share, and these are not
+    judged. So what was accepted is remembered without them: to find it again costs a tenth of reading all
+    extensions once more.
     """
 
-    __slots__ = ("_at", "_left", "_message", "_protocols", "_suites", "raw")
+    __slots__ = ("_by_size", "_protocols", "_suites")
 
     def __init__(self, suites: Container[int], protocols: Container[str | None]) -> None:
         self._suites = suites
         self._protocols = protocols
+        self._by_size: dict[int, _Offers] = {}
+
+    def judge_record(self, data: bytes) -> Accepted | Refusal | None:
+        """Judge what was received if it is one record with one ClientHello, as nearly always. None: it is not, read
+        it with a ClientHelloReader."""
+        size = len(data)
+        if not _HEADERS <= size <= MAX_SIZE or _both_headers(data) != (
+            _HANDSHAKE_RECORD,
+            3,
+            size - _RECORD_HEADER,
+            _CLIENT_HELLO,
+            0,
+            size - _HEADERS,
+        ):
+            return None
+        offers = self._by_size.get(size)
+        if offers is not None and data[_SESSION_ID_AT] == _SESSION_ID_SIZE:
+            accepted = offers.accepted.get(data[_SUITES_AT : offers.share_at] + data[offers.share_end :])
+            if accepted is not None:
+                return accepted
+        verdict = self.judge_hello(data, _HEADERS)
+        if isinstance(verdict, Accepted) and data[_SESSION_ID_AT] == _SESSION_ID_SIZE:
+            self._remember(data, verdict)
+        return verdict
+
+    def judge_hello(self, data: bytes | bytearray, at: int) -> Accepted | Refusal:
+        """Judge the hello that begins at `at`, behind its header, and ends with the data."""
+        try:
+            return _judge_hello(data, at, self._suites, self._protocols)
+        except (IndexError, struct.error):  # a declared length that its surroundings do not hold
+            return _MALFORMED
+
+    def _remember(self, data: bytes, accepted: Accepted) -> None:
+        share_at, share_end = _key_share(data)
+        offer = data[_SUITES_AT:share_at] + data[share_end:]
+        if len(offer) > _MAX_OFFER:
+            return
+        offers = self._by_size.get(len(data))
+        if offers is None or (offers.share_at, offers.share_end) != (share_at, share_end):
+            if len(self._by_size) >= _SIZES_REMEMBERED:
+                self._by_size.clear()  # those in use are back soon
+            offers = self._by_size[len(data)] = _Offers(share_at, share_end)
+        if len(offers.accepted) >= _OFFERS_REMEMBERED:
+            offers.accepted.clear()
+        offers.accepted[offer] = accepted
+
+
+class ClientHelloReader:
+    """The first bytes of one connection, where they come in pieces.
+
+    `raw` is all that was fed: at most MAX_SIZE bytes while more is needed.
+    """
+
+    __slots__ = ("_at", "_judge", "_left", "_message", "raw")
+
+    def __init__(self, judge: ClientHelloJudge) -> None:
+        self._judge = judge
         self.raw = bytearray()
         self._at = 0  # what of `raw` was looked at
         self._left = 0  # bytes of the record there that are not in `_message` yet
-        self._message: bytearray | None = None  # made for a hello that is not whole in its first read
+        self._message = bytearray()
 
     def feed(self, data: bytes | memoryview) -> Accepted | Refusal | None:
         """Take in bytes. None if they do not tell yet; once there is a judgement, feed nothing more."""
-        raw = self.raw
-        raw += data
-        size = len(raw)
-        try:
-            # Nearly always this is all: one record with one ClientHello. Then nothing more is copied.
-            if _HEADERS <= size <= MAX_SIZE and _both_headers(raw) == (
-                _HANDSHAKE_RECORD,
-                3,
-                size - _RECORD_HEADER,
-                _CLIENT_HELLO,
-                0,
-                size - _HEADERS,
-            ):
-                return _judge_hello(raw, _HEADERS, self._suites, self._protocols)
-            return self._judge_part() if size else None
-        except (IndexError, struct.error):  # a declared length that its surroundings do not hold
-            return _MALFORMED
+        self.raw += data
+        return self._judge_part() if self.raw else None
 
     def _judge_part(self) -> Accepted | Refusal | None:
         """Record by record, as far as there are bytes."""
@@ -128,8 +194,6 @@ class ClientHelloReader:
         if len(raw) > 1 and raw[1] != 3:
             return Refusal(TlsFailure.NOT_TLS, None)
         message = self._message
-        if message is None:
-            message = self._message = bytearray()
         while True:
             if not self._left:
                 if len(raw) - self._at < _RECORD_HEADER:
@@ -169,7 +233,7 @@ class ClientHelloReader:
         # Nothing may follow before the server has answered: not in the record, not behind it.
         if len(message) > wanted or self._left or self._at < len(self.raw):
             return _UNEXPECTED
-        return _judge_hello(message, _MESSAGE_HEADER, self._suites, self._protocols)
+        return self._judge.judge_hello(message, _MESSAGE_HEADER)
 
 
 def _judge_plaintext(data: bytearray) -> Refusal | None:
@@ -182,7 +246,7 @@ def _judge_plaintext(data: bytearray) -> Refusal | None:
 
 
 def _judge_hello(
-    data: bytearray, at: int, suites: Container[int], protocols: Container[str | None]
+    data: bytes | bytearray, at: int, suites: Container[int], protocols: Container[str | None]
 ) -> Accepted | Refusal:
     """Judge the hello that begins at `at` and ends with the data.
 
@@ -244,6 +308,20 @@ def _judge_hello(
         if protocol in protocols:
             return _accepted(name) if name else ACCEPTED
     return _NO_PROTOCOL
+
+
+def _key_share(data: bytes) -> tuple[int, int]:
+    """Where the first key share of an accepted hello begins and ends; at its end if there is none."""
+    size = len(data)
+    at = _SUITES_AT + 2 + _uint16(data, _SUITES_AT)[0]
+    at += 1 + data[at] + 2
+    while at < size:
+        kind, length = _extension_header(data, at)
+        at += 4
+        if kind == _EXT_KEY_SHARE:
+            return at, at + length
+        at += length
+    return size, size
 
 
 def _protocol_names(data: bytes) -> list[str | None]:

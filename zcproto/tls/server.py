@@ -17,7 +17,7 @@ from typing import Final
 
 from zcproto.deadlines import DeadlineWheel, Timers
 from zcproto.tls.alert import Alert, alert_record
-from zcproto.tls.client_hello import SUITE_IDS, Accepted, ClientHelloReader, Refusal
+from zcproto.tls.client_hello import SUITE_IDS, Accepted, ClientHelloJudge, ClientHelloReader, Refusal
 from zcproto.tls.context import suites_are_allowed
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import pins_match
@@ -69,7 +69,7 @@ class TlsAcceptor:
         self.protocols = protocols
         self.wheel = wheel
         self.suites = suites
-        self.suite_ids = frozenset(SUITE_IDS[name] for name in suites)
+        self.judge = ClientHelloJudge(frozenset(SUITE_IDS[name] for name in suites), frozenset(protocols))
         self.handshake_timeout = handshake_timeout
         self.on_failure = on_failure
         self.on_slot_free = on_slot_free
@@ -141,10 +141,8 @@ class TlsServerTransport(TlsTransport):
     def __init__(self, acceptor: TlsAcceptor, peer: str) -> None:
         super().__init__(acceptor.buffer, acceptor.wheel, peer)
         self._acceptor = acceptor
-        # Its judgement takes its place while the handshake waits for its turn.
-        self._hello: ClientHelloReader | Accepted | None = ClientHelloReader(
-            acceptor.suite_ids, acceptor.protocols
-        )
+        # None: nothing has come yet. Its judgement takes its place while the handshake waits for its turn.
+        self._hello: ClientHelloReader | Accepted | None = None
         self._in_handshake = True
         acceptor.handshakes_in_progress += 1
 
@@ -180,17 +178,23 @@ class TlsServerTransport(TlsTransport):
             self._handshake()
             return
         hello = self._hello
-        if not isinstance(hello, ClientHelloReader):  # judged: nothing may follow before our answer
+        if isinstance(hello, Accepted):  # nothing may follow before our answer
             self._refuse(Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE))
             return
-        verdict = hello.feed(data)
+        received = bytes(data)
+        verdict = self._acceptor.judge.judge_record(received) if hello is None else None
         if verdict is None:
-            return
+            if hello is None:
+                hello = self._hello = ClientHelloReader(self._acceptor.judge)
+            verdict = hello.feed(received)
+            if verdict is None:
+                return
+            received = bytes(hello.raw)
         if isinstance(verdict, Refusal):
             self._refuse(verdict)
             return
         self._incoming = ssl.MemoryBIO()
-        self._incoming.write(hello.raw)
+        self._incoming.write(received)
         self._hello = verdict
         self._acceptor.schedule(self)
 

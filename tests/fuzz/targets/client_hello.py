@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zcproto.tls.alert import Alert
-from zcproto.tls.client_hello import MAX_NAME, MAX_SIZE, SUITE_IDS, Accepted, ClientHelloReader, Refusal
+from zcproto.tls.client_hello import (
+    MAX_NAME,
+    MAX_SIZE,
+    SUITE_IDS,
+    Accepted,
+    ClientHelloJudge,
+    ClientHelloReader,
+    Refusal,
+)
 from zcproto.tls.failure import TlsFailure
 
 from ..target import Target, ways_to_cut
@@ -13,6 +21,8 @@ from ..target import Target, ways_to_cut
 SUITES = frozenset(SUITE_IDS.values())
 PROTOCOLS = frozenset({"zcp/1", "http/1.1", None})
 NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
+JUDGE = ClientHelloJudge(SUITES, PROTOCOLS)
+"""It remembers what it has accepted; that must change no judgement of another input."""
 WITHOUT_ALERT = frozenset({TlsFailure.NOT_TLS, TlsFailure.PLAINTEXT_HTTP})
 
 
@@ -22,7 +32,7 @@ def verdict(
     protocols: frozenset[str | None] = PROTOCOLS,
 ) -> tuple[Accepted | Refusal | None, int]:
     """The judgement, and how many bytes there were when it came."""
-    reader = ClientHelloReader(suites, protocols)
+    reader = ClientHelloReader(ClientHelloJudge(suites, protocols))
     for piece in pieces:
         judged = reader.feed(piece)
         if judged is not None:
@@ -32,11 +42,13 @@ def verdict(
 
 
 def take(data: bytes) -> None:
+    JUDGE.judge_record(data)
     verdict([data])
 
 
 def check(data: bytes) -> None:
     whole, size = verdict([data])
+    assert JUDGE.judge_record(data) in (None, whole)
     assert size == len(data)
     for pieces in ways_to_cut(data):
         judged, at = verdict(pieces)
