@@ -234,17 +234,17 @@ def test_a_connection_that_is_aborted_in_the_backlog_is_no_fault(
         def __init__(self) -> None:
             self.accepts = 0
 
-        def accept(self) -> Any:
+        def _accept(self) -> Any:
             self.accepts += 1
             if self.accepts == 1:
                 raise ConnectionAbortedError
-            return real.accept()
+            return real._accept()  # type: ignore[attr-defined]
 
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)
 
     backlog: Any = Backlog()
-    server.in_loop(lambda: server.server._listener._accept(backlog))
+    server.in_loop(lambda: server.server._listener._accept(backlog, socket.AF_INET))
     assert backlog.accepts == 1
     with server.client("ada") as client:
         client.echo()
@@ -254,12 +254,12 @@ def test_an_unknown_fault_of_accept_is_not_hidden(serve: Serve) -> None:
     server = serve()
 
     class Broken:
-        def accept(self) -> Any:
+        def _accept(self) -> Any:
             raise OSError(errno.EBADF, "Bad file descriptor")
 
     broken: Any = Broken()
     with pytest.raises(OSError, match="Bad file descriptor"):
-        server.in_loop(lambda: server.server._listener._accept(broken))
+        server.in_loop(lambda: server.server._listener._accept(broken, socket.AF_INET))
 
 
 def test_running_out_of_descriptors_pauses_accepting_and_recovers(
@@ -269,19 +269,19 @@ def test_running_out_of_descriptors_pauses_accepting_and_recovers(
     server = serve()
 
     class Exhausted:
-        def accept(self) -> Any:
+        def _accept(self) -> Any:
             raise OSError(errno.EMFILE, "Too many open files")
 
     exhausted: Any = Exhausted()
     with bystander(server) as client:
-        server.in_loop(lambda: server.server._listener._accept(exhausted))
+        server.in_loop(lambda: server.server._listener._accept(exhausted, socket.AF_INET))
         assert server.stats["accept_failed"] == 1
         assert not server.server._listener._accepting
         client.echo()
         with server.client("ada") as later:  # it waits in the backlog until the pause is over
             later.echo()
     # Closed meanwhile, it is not opened again.
-    server.in_loop(lambda: server.server._listener._accept(exhausted))
+    server.in_loop(lambda: server.server._listener._accept(exhausted, socket.AF_INET))
     server.drain()
     assert not server.server._listener._accepting
 

@@ -29,6 +29,19 @@ NO_NETWORKS: Final = Networks()
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
+
+class PlainSocket(socket.socket):
+    """An accepted socket, which tells its family and type as numbers.
+
+    `socket.accept`, and the loop that gets the socket, ask for them five times. To make members of enumerations of
+    them takes as long as the system call.
+    """
+
+    __slots__ = ()
+    family = socket.SocketType.family  # type: ignore[assignment]
+    type = socket.SocketType.type  # type: ignore[assignment]
+
+
 Opening = Coroutine[Any, Any, Any]
 """`connect_accepted_socket` on its way."""
 
@@ -144,7 +157,7 @@ class Listener:
     def start(self) -> None:
         self._accepting = True
         for listening in self._sockets:
-            self._loop.add_reader(listening.fileno(), self._accept, listening)
+            self._loop.add_reader(listening.fileno(), self._accept, listening, int(listening.family))
 
     def close(self) -> None:
         """Accept nothing more. Connections go on."""
@@ -168,13 +181,13 @@ class Listener:
         if not self._accepting and not self._closed:
             self.start()
 
-    def _accept(self, listening: socket.socket) -> None:
+    def _accept(self, listening: socket.socket, family: int) -> None:
         # One a call: the loop calls again while there are more, and others get their turn in between.
         if self._acceptor.handshakes_in_progress >= self._max_handshakes:
             self._pause()
             return
         try:
-            connection, address = listening.accept()
+            descriptor, address = listening._accept()  # type: ignore[attr-defined]  # as `accept` does
         except (BlockingIOError, ConnectionAbortedError, InterruptedError):
             return
         except OSError as error:
@@ -185,6 +198,7 @@ class Listener:
             self._pause()
             self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
             return
+        connection = PlainSocket(family, socket.SOCK_STREAM, 0, descriptor)
         self._admit(connection, plain_address(address[0]))
 
     def _admit(self, connection: socket.socket, address: str) -> None:
