@@ -8,6 +8,7 @@ import pytest
 
 from zcproto.errors import Code
 from zcproto.sessions.slab import CHUNK
+from zcproto.sessions.table import LEAST_BUCKETS
 
 from ..sessions.helpers import DAY, HOUR, WALL, Desk
 
@@ -42,7 +43,7 @@ def test_memory_goes_back_when_the_sessions_are_gone(refresh: bool) -> None:
         CHUNK,
         CHUNK,
     )
-    assert (table.tokens.buckets, table.ids.buckets) == (8, 8)
+    assert (table.tokens.buckets, table.ids.buckets) == (LEAST_BUCKETS, LEAST_BUCKETS)
     assert desk.strings == (0, 0, 0)
 
 

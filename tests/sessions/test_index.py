@@ -65,6 +65,20 @@ def test_an_insert_splits_one_bucket_at_most_and_a_removal_joins_two() -> None:
         assert 0 <= before - index.buckets <= 2
 
 
+def test_an_index_made_for_many_entries_splits_and_joins_nothing_for_fewer() -> None:
+    slab = Slab(8 * CHUNK, 12, link=8)
+    index = LinearHash(slab, hash_=0, next_=4, least=2048)
+    slots = [slab.take() for _ in range(3000)]
+    for slot in slots:
+        index.add(slot, slot * 7)
+        assert index.buckets == max(2048, index.count)
+    assert all(list(index.chain(slot * 7)) == [slot] for slot in slots)
+    for slot in slots:
+        index.remove(slot)
+        assert 2048 <= index.buckets <= max(2048, 2 * index.count)
+    assert (index.count, index.buckets) == (0, 2048)
+
+
 def test_chains_stay_short() -> None:
     slab, index = digests()
     for number in range(5000):

@@ -8,7 +8,8 @@ bytes.
 Rules:
 - With n buckets, `mask` is the smallest 2**k - 1 with n <= 2**k. A hash belongs to bucket `hash & mask`,
   or, where that bucket is not there yet, to `hash & (mask >> 1)`, from which it will split off.
-- There are at least one and at most two buckets for each entry (but never fewer than eight).
+- There are at least one and at most two buckets for each entry, but never fewer than at the beginning: an
+  index that is made for some thousands of entries splits none of its buckets for them.
 - Hashes come from SHA-256 of server-made secrets or from Python's keyed string hash: a peer can't aim at
   a chain.
 
@@ -26,7 +27,7 @@ from typing import Final
 from zcproto.sessions.slab import Memory, Slab
 
 END: Final = -1
-_MIN_BUCKETS: Final = 8
+MIN_BUCKETS: Final = 8
 _HEAD_SIZE: Final = array("i").itemsize
 _HEADS_DISCARDED: Final = 4096
 
@@ -34,19 +35,23 @@ _HEADS_DISCARDED: Final = 4096
 class LinearHash:
     """Slots of a slab by 32-bit hashes. Several slots may have the same hash.
 
-    `hash_` and `next_` are the offsets of an "I" and an "i" field for it in the slab's records.
+    `hash_` and `next_` are the offsets of an "I" and an "i" field for it in the slab's records. `least` is the
+    number of buckets that there always are, at four bytes each: a power of two, at most the slab's capacity.
     """
 
-    __slots__ = ("_hashes", "_heads", "_mask", "_memory", "_next", "buckets", "count")
+    __slots__ = ("_hashes", "_heads", "_least", "_mask", "_memory", "_next", "buckets", "count")
 
-    def __init__(self, slab: Slab, *, hash_: int, next_: int) -> None:
+    def __init__(self, slab: Slab, *, hash_: int, next_: int, least: int = MIN_BUCKETS) -> None:
+        assert least.bit_count() == 1
+        assert least <= slab.capacity
         self._hashes = slab.column("I", hash_)
         self._next = slab.column("i", next_)
         self._memory = Memory(slab.capacity * _HEAD_SIZE)
         self._heads = self._memory.view.cast("i")
-        self._heads[:_MIN_BUCKETS] = memoryview(array("i", [END]) * _MIN_BUCKETS)
-        self._mask = _MIN_BUCKETS - 1
-        self.buckets = _MIN_BUCKETS
+        self._heads[:least] = memoryview(array("i", [END]) * least)
+        self._least = least
+        self._mask = least - 1
+        self.buckets = least
         self.count = 0
 
     def _bucket(self, hash_: int) -> int:
@@ -63,10 +68,13 @@ class LinearHash:
 
     def add(self, slot: int, hash_: int) -> None:
         """Enter a slot that is not in the index."""
-        bucket = self._bucket(hash_)
+        heads = self._heads
+        bucket = hash_ & self._mask  # `_bucket`, written out
+        if bucket >= self.buckets:
+            bucket &= self._mask >> 1
         self._hashes[slot] = hash_
-        self._next[slot] = self._heads[bucket]
-        self._heads[bucket] = slot
+        self._next[slot] = heads[bucket]
+        heads[bucket] = slot
         self.count += 1
         if self.count > self.buckets:
             self._split()
@@ -83,7 +91,7 @@ class LinearHash:
                 other = following[other]
             following[other] = following[slot]
         self.count -= 1
-        while 2 * self.count < self.buckets > _MIN_BUCKETS:
+        while 2 * self.count < self.buckets > self._least:
             self._join()
 
     def _split(self) -> None:
@@ -132,8 +140,8 @@ class DigestIndex(LinearHash):
 
     __slots__ = ("_bytes", "_offset", "_record_size", "_width")
 
-    def __init__(self, slab: Slab, *, offset: int, width: int, next_: int) -> None:
-        super().__init__(slab, hash_=offset, next_=next_)
+    def __init__(self, slab: Slab, *, offset: int, width: int, next_: int, least: int = MIN_BUCKETS) -> None:
+        super().__init__(slab, hash_=offset, next_=next_, least=least)
         self._bytes = slab.bytes
         self._record_size = slab.record_size
         self._offset = offset

@@ -16,7 +16,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import Final
 
-from zcproto.sessions.index import LinearHash
+from zcproto.sessions.index import MIN_BUCKETS, LinearHash
 from zcproto.sessions.slab import Slab
 
 UNKNOWN: Final = -1
@@ -28,7 +28,8 @@ _HASH_MASK: Final = 0xFFFF_FFFF
 class StringTable:
     """Numbers for strings, with a count of uses each.
 
-    `marks` is a field for the owner: a number for each string, which it sets when `uses` becomes 1.
+    `marks` is a field for the owner: a number for each string, which it sets when `uses` becomes 1. `least` is
+    for the index.
     """
 
     __slots__ = (
@@ -45,13 +46,13 @@ class StringTable:
         "uses",
     )
 
-    def __init__(self, capacity: int, inline: int) -> None:
+    def __init__(self, capacity: int, inline: int, least: int = MIN_BUCKETS) -> None:
         assert inline % 4 == 3  # with the byte for the length, the record is of whole cells
         self._inline = inline
         self._record_size = _TEXT + 1 + inline
         self._text = Struct(f"{_TEXT}x{inline + 1}p")
         self.slab = Slab(capacity, self._record_size, link=_USES)
-        self._index = LinearHash(self.slab, hash_=_HASH, next_=_NEXT)
+        self._index = LinearHash(self.slab, hash_=_HASH, next_=_NEXT, least=least)
         self._bytes = self.slab.bytes
         self._long: dict[int, bytes] = {}
         self._last_text: str | None = None

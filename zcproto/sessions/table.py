@@ -44,6 +44,10 @@ HOT: Final = Struct("@32xQQ4xiBB6x16s")
 _WHOLE: Final = Struct("=32sQQiiBB2xi16siiQQii32si4x")
 assert _WHOLE.size == RECORD_SIZE
 
+LEAST_BUCKETS: Final = 16_384
+"""Of each index by digest, and a quarter as many of that of users: most servers have fewer sessions at once. In all
+144 KiB."""
+
 _NAME_BYTES: Final = 23
 _ADDRESS_BYTES: Final = 39  # the longest IPv6 address as text
 _KEY_BYTES: Final = 71  # `tls:` with a digest in hex
@@ -92,9 +96,10 @@ class SessionTable:
         self.key = slab.column("i", _KEY)  # NONE: the session is not bound
         self._before = slab.column("i", _BEFORE)
         self._after = slab.column("i", _AFTER)
-        self.tokens = DigestIndex(slab, offset=_TOKEN, width=DIGEST_SIZE, next_=_TOKEN_NEXT)
-        self.ids = DigestIndex(slab, offset=_ID, width=ID_SIZE, next_=_ID_NEXT)
-        self.users = StringTable(capacity, _NAME_BYTES)  # the mark is the user's oldest session
+        least = min(LEAST_BUCKETS, 1 << slab.capacity.bit_length() - 1)
+        self.tokens = DigestIndex(slab, offset=_TOKEN, width=DIGEST_SIZE, next_=_TOKEN_NEXT, least=least)
+        self.ids = DigestIndex(slab, offset=_ID, width=ID_SIZE, next_=_ID_NEXT, least=least)
+        self.users = StringTable(capacity, _NAME_BYTES, least // 4)  # the mark is the user's oldest session
         self.clients = StringTable(capacity, _NAME_BYTES)
         self.addresses = StringTable(capacity, _ADDRESS_BYTES)
         self.keys = StringTable(capacity, _KEY_BYTES)
