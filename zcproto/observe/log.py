@@ -30,7 +30,7 @@ from zcproto.errors import ConfigError
 from zcproto.observe.events import EVENTS
 from zcproto.observe.limits import EventLimits
 from zcproto.observe.output import LinesLostError, LogFile, Output, StandardError
-from zcproto.observe.values import Loggable, cut, loggable, places
+from zcproto.observe.values import TOKEN_LENGTH, Loggable, cut, is_secret_name, loggable, places
 from zcproto.printable import printable
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ AT = "_at"
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _encode = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` makes one for each line
 _EVENT = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
+_OWN_NAMES = frozenset({"timestamp", "level", "event", "text"})
 _BARE = re.compile(r"[A-Za-z0-9_.:/@+()\[\]-]+")
 
 
@@ -77,7 +78,7 @@ class Logger(structlog.BoundLoggerBase):
                 if left_out:
                     values["suppressed"] = left_out
             # Not by a chain of structlog's processors, which takes more calls and copies for the same.
-            self._logger.write(_render(_prepare(method, {**self._context, **values, "event": event})))
+            self._logger.write(_render(_prepare(method, event, {**self._context, **values})))
         except LinesLostError as lost:
             state.lose(lost.lines)
         except Exception:  # whatever fails in a log, such as a strange __str__, the caller's work goes on
@@ -260,9 +261,8 @@ class _Writer:
             _state.write(line)
 
 
-def _prepare(method: str, values: dict[str, Any]) -> dict[str, Loggable]:
+def _prepare(method: str, event: str, values: dict[str, Any]) -> dict[str, Loggable]:
     """The fields of a line, in their order, each fit to be written."""
-    event = str(values.pop("event"))
     wall = values.pop(AT, None)
     if wall is None:
         wall = _state.clock.wall()
@@ -273,12 +273,21 @@ def _prepare(method: str, values: dict[str, Any]) -> dict[str, Loggable]:
         # A mistake of ours, or a text from outside in the wrong place: it is not taken for a name.
         fields |= {"event": "log.misnamed", "text": cut(event)}
     for name, value in values.items():
+        if value.__class__ is str and len(value) < TOKEN_LENGTH and value.isascii() and _is_usual(name):
+            fields[name] = value  # as `loggable` has it, and most values are like that
+            continue
         if value is None:
             continue
         fields[f"{name}_" if name in fields else name] = loggable(name, value)
         if method == "error" and isinstance(value, BaseException):
             fields[f"{name}_at"] = places(value)
     return fields
+
+
+@lru_cache(maxsize=256)
+def _is_usual(name: str) -> bool:
+    """Whether a short value may be written under its own name as it is, whatever else is in the line."""
+    return not (is_secret_name(name) or name in _OWN_NAMES or name.endswith(("_", "_at")))
 
 
 def _timestamp(wall: int) -> str:

@@ -31,22 +31,24 @@ _SECRET_NAME = re.compile(
 )
 # 32 bytes as base64url, which may be a token that somebody sent in the wrong place. Before a pin there is sha256/.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9_+/-])[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048](?![A-Za-z0-9_+/=-])")
-_TOKEN_LENGTH = 43
+TOKEN_LENGTH = 43
+"""A shorter text cannot have a token in it."""
+
 _MASK = "(hidden)"
 _MAX_INTEGER = 2**64
 
 
 def loggable(name: str, value: object) -> Loggable:
     """`value`, logged under `name`, as what may be written."""
-    if _is_secret_name(name):
+    if is_secret_name(name):
         return _MASK
     if value.__class__ is str:  # most values are, and short ones have nothing that must be cut
-        return value if len(value) < _TOKEN_LENGTH and value.isascii() else cut(value)
+        return value if len(value) < TOKEN_LENGTH and value.isascii() else cut(value)
     return _loggable(value, 0)
 
 
 @lru_cache(maxsize=256)
-def _is_secret_name(name: str) -> bool:
+def is_secret_name(name: str) -> bool:
     return _SECRET_NAME.fullmatch(name) is not None
 
 
@@ -84,12 +86,12 @@ def _loggable(value: object, depth: int) -> Loggable:
 
 def _loggable_pair(key: object, value: object, depth: int) -> tuple[str, Loggable]:
     name = str(_loggable(key, MAX_DEPTH))
-    return name, _MASK if _is_secret_name(name) else _loggable(value, depth)
+    return name, _MASK if is_secret_name(name) else _loggable(value, depth)
 
 
 def cut(text: str) -> str:
     """`text` in at most 256 characters, none of them half a pair of surrogates, and without tokens."""
-    if len(text) >= _TOKEN_LENGTH:
+    if len(text) >= TOKEN_LENGTH:
         text = _TOKEN.sub(_MASK, text[: 2 * MAX_TEXT])
     if len(text) > MAX_TEXT:
         text = text[: MAX_TEXT - 3] + "..."
