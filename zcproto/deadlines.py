@@ -64,12 +64,15 @@ class DeadlineWheel:
         ahead = deadline - self._timers.time()
         grain = TICKS_PER_SECOND if ahead > 10 else TICKS_PER_SECOND // 8 if ahead > 1 else 1
         tick = max(1, -int(-deadline * TICKS_PER_SECOND // grain) * grain)
-        if tick == entry.deadline_tick:
-            return
-        self.discard(entry)
-        bucket = self._buckets.get(tick)
+        buckets = self._buckets
+        old = entry.deadline_tick
+        if old:
+            if tick == old:
+                return
+            buckets[old].discard(entry)
+        bucket = buckets.get(tick)
         if bucket is None:
-            self._buckets[tick] = {entry}
+            buckets[tick] = {entry}
             heapq.heappush(self._heap, tick)
         else:
             bucket.add(entry)

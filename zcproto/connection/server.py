@@ -62,6 +62,9 @@ from zcproto.wire.message import (
 )
 
 MS: Final = 1000
+ALWAYS: Final = 2**64
+"""Milliseconds: no time comes after it."""
+
 TOUCH_INTERVAL_MS: Final = 1_000
 """A session's last use is written at most this often by one connection; idle limits are minutes."""
 
@@ -171,7 +174,7 @@ class ServerConnection:
         self._token = NO_TOKEN  # the token last accepted, with its session, so that most checks compare
         self._session: Session | None = None
         self._seen_generation = registry.generation
-        self._recheck_at = 0
+        self._recheck_at = ALWAYS
         self._sessions: dict[str, JoinedSession] = {}  # the live ones that were used here
         self._proved = _NO_KEYS  # those whose bound sessions may be used here
         self._expiring_at = NEVER
@@ -191,7 +194,7 @@ class ServerConnection:
         header = self._decoder.judge_one(data)
         if header is not None:
             # One usual request, about which there is nothing to decide: it is as `_events` would have it, for less.
-            _, _, stream, timestamp, salt, counter, token = header
+            length, _, stream, timestamp, salt, counter, token = header
             settings = self._settings
             tolerance = settings.tolerance_ms
             if (
@@ -201,7 +204,7 @@ class ServerConnection:
                 and token == self._token
                 and wall < self._recheck_at
                 and self._registry.generation == self._seen_generation
-                and self._session is not None
+                and (self._session is not None or length <= settings.max_frame_before_session)
                 and not (self._held or self._lingering or self._stale_in_a_row)
                 and self.state is _OPEN
             ):
@@ -339,7 +342,7 @@ class ServerConnection:
         registry = self._registry
         self._seen_generation = registry.generation
         if token == NO_TOKEN:
-            self._token, self._session, self._recheck_at = token, None, 2**64
+            self._token, self._session, self._recheck_at = token, None, ALWAYS
             return None
         session = registry.check(token, wall)
         if isinstance(session, Code):

@@ -42,6 +42,7 @@ class Method:
         "_check_rest",
         "_checkers",
         "_required",
+        "_takes_rest_as_it_is",
         "calls",
         "context_name",
         "doc",
@@ -84,11 +85,9 @@ class Method:
         self._required: frozenset[str] = frozenset()
         self._read_signature()
         # Decided once, so that the usual call asks two questions.
+        self._takes_rest_as_it_is = self.takes_any and self._check_rest is take_anything
         self.takes_params_as_they_are = (
-            self.takes_any
-            and self._check_rest is take_anything
-            and not self._checkers
-            and self.context_name is None
+            self._takes_rest_as_it_is and not self._checkers and self.context_name is None
         )
         self.unrestricted = not operator
 
@@ -122,15 +121,21 @@ class Method:
     def bind(self, params: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments for a call's params. Raises InvalidArgument naming the parameter."""
         checkers = self._checkers
-        arguments: dict[str, Any] = {}
+        if self._takes_rest_as_it_is and self.context_name not in params:
+            arguments = params.copy()
+            for name, check in checkers.items():
+                if name in params:
+                    arguments[name] = check(params[name], name)
+                elif name in self._required:
+                    raise InvalidArgument(f"missing parameter '{name}'")
+            return arguments
+        arguments = {}
         for name, value in params.items():
             checker = checkers.get(name)
             if checker is not None:
                 arguments[name] = checker(value, name)
             elif self.takes_any and name != self.context_name:
-                check = self._check_rest
-                usual = check is take_anything  # and then no words for a complaint need be found
-                arguments[name] = value if usual else check(value, f"parameter {shown(name)}")
+                arguments[name] = self._check_rest(value, f"parameter {shown(name)}")
             else:
                 raise InvalidArgument(f"unknown parameter {shown(name)}")
         if len(arguments) < len(checkers) or self.takes_any:

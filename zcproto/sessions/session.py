@@ -141,7 +141,7 @@ class Session:
         return f"Session(id={self.id!r}, user={self.user!r}, slot={self.slot}, expires_at={self.expires_at})"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(slots=True, repr=False)  # a frozen one takes a call for each field
 class OpenedSession:
     """A session just opened or refreshed, with the tokens, which are shown this once."""
 

@@ -129,9 +129,12 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         return self._buffer.array
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._phase is _OPEN and nbytes <= RECORD_SIZE:
-            self._incoming.write(self._view[:nbytes])
-            self._read_records(nbytes)
+        if nbytes <= RECORD_SIZE:
+            if self._phase is _OPEN:
+                self._incoming.write(self._view[:nbytes])
+                self._read_records(nbytes)
+            else:
+                self._received_outside_open(self._view[:nbytes])
             return
         for start in range(0, nbytes, RECORD_SIZE):
             size = min(RECORD_SIZE, nbytes - start)
