@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -46,6 +46,7 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARN
 _encode = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` makes one for each line
 _EVENT = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 _OWN_NAMES = frozenset({"timestamp", "level", "event", "text"})
+_TEXT_ALONE = frozenset({str})
 _BARE = re.compile(r"[A-Za-z0-9_.:/@+()\[\]-]+")
 
 
@@ -272,10 +273,9 @@ def _prepare(method: str, event: str, values: dict[str, Any]) -> dict[str, Logga
     else:
         # A mistake of ours, or a text from outside in the wrong place: it is not taken for a name.
         fields |= {"event": "log.misnamed", "text": cut(event)}
+    if _are_usual(tuple(values)) and _are_plain(values.values()):
+        return {**fields, **values}  # as what follows would have it; most lines are like that
     for name, value in values.items():
-        if value.__class__ is str and len(value) < TOKEN_LENGTH and value.isascii() and _is_usual(name):
-            fields[name] = value  # as `loggable` has it, and most values are like that
-            continue
         if value is None:
             continue
         fields[f"{name}_" if name in fields else name] = loggable(name, value)
@@ -285,9 +285,18 @@ def _prepare(method: str, event: str, values: dict[str, Any]) -> dict[str, Logga
 
 
 @lru_cache(maxsize=256)
-def _is_usual(name: str) -> bool:
-    """Whether a short value may be written under its own name as it is, whatever else is in the line."""
-    return not (is_secret_name(name) or name in _OWN_NAMES or name.endswith(("_", "_at")))
+def _are_usual(names: tuple[str, ...]) -> bool:
+    """Whether values may be written under these names: some, and none that is a secret's or the line's own."""
+    return bool(names) and not any(is_secret_name(name) or name in _OWN_NAMES for name in names)
+
+
+def _are_plain(values: Collection[Any]) -> bool:
+    """Whether all of these are texts which are written as they are."""
+    return (
+        {*map(type, values)} == _TEXT_ALONE
+        and max(map(len, values)) < TOKEN_LENGTH
+        and "".join(values).isascii()
+    )
 
 
 def _timestamp(wall: int) -> str:

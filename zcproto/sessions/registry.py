@@ -163,6 +163,9 @@ class SessionRegistry(Exchange):
         _check_text("user", user)
         _check_text("client", client)
         settings, table = self._settings, self._table
+        flags = (OPERATOR if operator else 0) | (BOUND if key else 0)
+        expires_at = wall + settings.lifetime_ms
+        refresh_expires_at = wall + settings.refresh_lifetime_ms if settings.refresh else 0
         self._make_room(user, wall, settings.per_user, settings.when_full)
         token, digest = self._new_token()
         refresh_token = SecretBytes(self._entropy(TOKEN_SIZE))
@@ -174,12 +177,11 @@ class SessionRegistry(Exchange):
             client,
             address,
             key,
-            (OPERATOR if operator else 0) | (BOUND if key else 0),
+            flags,
             wall,
             wall,
-            wall + settings.lifetime_ms,
-            # Without refresh tokens the id still comes from such bytes; nobody is ever told them.
-            wall + settings.refresh_lifetime_ms if settings.refresh else 0,
+            expires_at,
+            refresh_expires_at,
             session_id,
             digest,
             digest_of(refresh_token),
@@ -187,7 +189,11 @@ class SessionRegistry(Exchange):
         self._live += 1
         self.opened += 1
         self._announce()
-        return self._opened(slot, token, refresh_token if settings.refresh else None)
+        valid_until = min(expires_at, wall + self._idle)
+        session = Session(session_id, user, flags, slot, expires_at, valid_until, expires_at - self._tenth)
+        if not settings.refresh:  # the id comes from such bytes all the same; nobody is ever told them
+            return OpenedSession(token, None, None, session)
+        return OpenedSession(token, refresh_token, refresh_expires_at, session)
 
     def new_session(
         self, user: str, *, operator: bool, client: str, address: str, wall: int, key: str = ""
@@ -454,7 +460,9 @@ class SessionRegistry(Exchange):
     def _make_room(self, user: str, wall: int, per_user: int, when_full: WhenFull) -> EndedRecord | None:
         """See to it that the user may have one session more, and that there is a place for it."""
         table, ended = self._table, None
-        slots = [slot for slot in table.of_user(user) if self._settle(slot, wall)]
+        slots = [
+            slot for slot in table.of_user(user) if not self._is_due(slot, wall) or self._settle(slot, wall)
+        ]
         if len(slots) >= per_user:
             lapsed = [slot for slot in slots if self._state[slot] == LAPSED]
             if lapsed:
