@@ -10,8 +10,8 @@ often deadlines move, there are never more buckets than ticks ahead.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable
+from math import ceil, inf
 from typing import Any, Final, Protocol
 
 TICKS_PER_SECOND: Final = 64
@@ -58,12 +58,16 @@ class DeadlineWheel:
 
     def set(self, entry: Timed, deadline: float) -> None:
         """Have `entry.handle_deadline` called at `deadline` or a little later. Replaces what was set before."""
-        if deadline == math.inf:
+        if deadline == inf:
             self.discard(entry)
             return
         ahead = deadline - self._timers.time()
-        grain = TICKS_PER_SECOND if ahead > 10 else TICKS_PER_SECOND // 8 if ahead > 1 else 1
-        tick = max(1, -int(-deadline * TICKS_PER_SECOND // grain) * grain)
+        if ahead > 10:
+            tick = ceil(deadline) * TICKS_PER_SECOND
+        elif ahead > 1:
+            tick = ceil(deadline * 8) * (TICKS_PER_SECOND // 8)
+        else:
+            tick = max(1, ceil(deadline * TICKS_PER_SECOND))
         buckets = self._buckets
         old = entry.deadline_tick
         if old:

@@ -75,18 +75,17 @@ def protocol_methods(
     async def session_open(context: Context, scheme: str, client: str = "", **fields: Any) -> dict[str, Any]:
         """Open a session: `scheme`, the scheme's own fields, and `client` as product/version."""
         _check_client(client)
+        peer = context.peer
         try:
-            identity = await login.open(
-                {"scheme": scheme, **fields}, context.peer, context.now(), context.channel()
-            )
+            identity = await login.open({"scheme": scheme, **fields}, peer, context.now(), context.channel())
         except Unauthenticated:
-            log.info("login.failed", peer=context.peer, connection=context.connection, scheme=scheme)
+            log.info("login.failed", peer=peer, connection=context.connection, scheme=scheme)
             raise
         opened = await serving.sessions.open(
             identity.user,
             operator=identity.operator,
             client=client,
-            address=context.peer,
+            address=peer,
             key=identity.key,
         )
         if identity.key:
@@ -148,16 +147,17 @@ def protocol_methods(
             )
 
     def _opened(context: Context, opened: OpenedSession) -> dict[str, Any]:
-        context.join(opened.session, opened.token)
+        session = opened.session
+        context.join(session, opened.token)
         return {
             "token": opened.token,
-            "id": opened.session.id,
-            "user": opened.session.user,
-            "expires_at": opened.session.expires_at,
+            "id": session.id,
+            "user": session.user,
+            "expires_at": session.expires_at,
             "idle_timeout_ms": serving.session_idle_timeout_ms or 0,
             "refresh_token": opened.refresh_token,
             "refresh_expires_at": opened.refresh_expires_at,
-            "bound": opened.session.bound,
+            "bound": session.bound,
         }
 
     def session_info(context: Context) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any, Final
 
 from zcproto.errors import ConfigError
@@ -111,7 +112,7 @@ class Listener:
         connections_per_address: int,
         balancers: Networks = NO_NETWORKS,
     ) -> None:
-        self.balancers = balancers
+        self._take_balancers(balancers)
         self._sockets = list(sockets)
         self._acceptor = acceptor
         self._serving = serving
@@ -141,8 +142,12 @@ class Listener:
         self._max_handshakes = max_handshakes
         self._max_connections = max_connections
         self._per_address = connections_per_address
-        self.balancers = balancers
+        self._take_balancers(balancers)
         self._resume()
+
+    def _take_balancers(self, balancers: Networks) -> None:
+        self.balancers = balancers
+        self._has_balancers = bool(balancers)  # asked at each accept
 
     @property
     def connections(self) -> int:
@@ -204,7 +209,7 @@ class Listener:
     def _admit(self, connection: socket.socket, address: str) -> None:
         counters = self._serving.counters
         network = network_of(address)
-        is_forwarded = bool(self.balancers) and self.balancers.contains(address)
+        is_forwarded = self._has_balancers and self.balancers.contains(address)
         if self._open >= self._max_connections:
             counters.refused_full += 1
             log.info("connection.refused_full", limit=self._max_connections)
@@ -245,7 +250,13 @@ class Listener:
         self._adopting.add(opening)
         self._step(opening, connection, transport)
 
-    def _step(self, opening: Opening, connection: socket.socket, transport: TlsServerTransport) -> None:
+    def _step(
+        self,
+        opening: Opening,
+        connection: socket.socket,
+        transport: TlsServerTransport,
+        waiter: asyncio.Future[Any] | None = None,
+    ) -> None:
         # No function of its own for each socket, which would name itself: such a cycle keeps the transport.
         try:
             waiter = opening.send(None)
@@ -256,7 +267,7 @@ class Listener:
             connection.close()
             transport.connection_lost(error)
         else:
-            waiter.add_done_callback(lambda _: self._step(opening, connection, transport))
+            waiter.add_done_callback(partial(self._step, opening, connection, transport))
 
     def _connection_closed(self, address: str) -> None:
         self._open -= 1

@@ -289,7 +289,13 @@ class ServerProtocol(asyncio.Protocol):
         except BaseException as error:  # whatever a method raises, its caller gets one answer
             self._answer_exception(request, error)
         else:
-            self._answer_with(request, body)
+            connection = self._connection
+            if connection is None:  # the method ended its own connection
+                return
+            if len(body) < SENT_AT_ONCE:
+                connection.respond_at_once(request.stream, request.token, body, serving.clock.wall())
+            else:
+                self._answer_large(request, body)
 
     def _run_timed(self, request: Request, method: Method | None, wall: int) -> None:
         """As `_run`, and note how long that took."""
@@ -483,8 +489,9 @@ class ServerProtocol(asyncio.Protocol):
     def join(self, session: Session, token: bytes) -> None:
         """A session was opened or refreshed by a request of this connection."""
         if self._connection is not None:
-            self._connection.join(session, token, self.wall(), self.now())
-            self._serving.session_joined(session.id, self)
+            serving = self._serving
+            self._connection.join(session, token, serving.clock.wall(), serving.clock.now())
+            serving.session_joined(session.id, self)
 
     def _prove_by_certificate(self, key: str) -> None:
         """If a session is bound to a certificate's key: TLS has seen whether this connection's client has it."""
