@@ -218,6 +218,39 @@ def test_a_value_never_takes_the_place_of_the_lines_own_fields(capsys: pytest.Ca
     assert (record["level"], record["level_"], record["timestamp_"]) == ("info", "x", 0)
 
 
+NAMES = st.sampled_from(["user", "client", "level", "event", "text", "api_key", "peer", "50%", 'a"b', "%s"])
+TEXTS = st.one_of(
+    st.text(alphabet=st.sampled_from("aZ09 .:/-_%'\"\\\x00\x1b\n\x7fé\ud800"), max_size=50),
+    st.sampled_from(["", "%s", "%(user)s", "x" * 42, "x" * 43, "A" * 43]),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(NAMES, st.one_of(TEXTS, st.none(), st.integers(0, 9))))
+def test_a_line_of_plain_texts_is_as_the_long_way_would_have_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], values: dict[str, Any]
+) -> None:
+    configure(format="json")
+    with monkeypatch.context() as patch:
+        write_as_long_way(patch)
+        get_logger("zcproto.test")._log(20, "info", "a.b", dict(values))
+    log._log(20, "info", "a.b", dict(values))
+    the_long_way, the_usual_way = capsys.readouterr().err.splitlines(keepends=True)
+    assert the_usual_way == the_long_way
+
+
+def write_as_long_way(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("zcproto.observe.log._are_plain", lambda values: False)
+
+
+def test_more_plain_values_than_any_event_has_are_all_written(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    values = {f"value{number}": "x" for number in range(100)}
+    log._log(20, "info", "a.b", dict(values))
+    (record,) = records(capsys.readouterr().err)
+    assert values.items() <= record.items()
+
+
 def test_an_error_is_told_with_the_places_it_passed(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     try:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 MAX_LINE = 16_384
 """Characters of a line; a longer one keeps its event and loses its values. Log shippers commonly cut there."""
 
+MAX_PLAIN_VALUES = 32
+
 AT = "_at"
 """The name of a value that is the time of an event, milliseconds since the Unix epoch, if that is not now."""
 
@@ -79,7 +81,7 @@ class Logger(structlog.BoundLoggerBase):
                 if left_out:
                     values["suppressed"] = left_out
             # Not by a chain of structlog's processors, which takes more calls and copies for the same.
-            self._logger.write(_render(_prepare(method, event, {**self._context, **values})))
+            self._logger.write(_line(method, event, {**self._context, **values}))
         except LinesLostError as lost:
             state.lose(lost.lines)
         except Exception:  # whatever fails in a log, such as a strange __str__, the caller's work goes on
@@ -262,19 +264,46 @@ class _Writer:
             _state.write(line)
 
 
-def _prepare(method: str, event: str, values: dict[str, Any]) -> dict[str, Loggable]:
-    """The fields of a line, in their order, each fit to be written."""
+def _line(method: str, event: str, values: dict[str, Any]) -> str:
     wall = values.pop(AT, None)
-    if wall is None:
-        wall = _state.clock.wall()
-    fields: dict[str, Loggable] = {"timestamp": _timestamp(wall), "level": method}
+    timestamp = _timestamp(_state.clock.wall() if wall is None else wall)
+    as_text = _state.format == "console" or (_state.format == "auto" and _state.output.is_terminal())
+    if not as_text and _are_plain(values.values()):  # most lines of a busy server are like that
+        form = _json_form(method, event, tuple(values))
+        if form is not None:
+            return form % (timestamp, *values.values())
+    return _render(_prepare(method, event, timestamp, values), as_text)
+
+
+def _are_plain(values: Collection[Any]) -> bool:
+    """Whether all of these are texts that a line of JSON has just as they are."""
+    if {*map(type, values)} != _TEXT_ALONE or max(map(len, values)) >= TOKEN_LENGTH:
+        return False
+    text = "".join(values)
+    return text.isascii() and text.isprintable() and '"' not in text and "\\" not in text
+
+
+@lru_cache(maxsize=256)
+def _json_form(method: str, event: str, names: tuple[str, ...]) -> str | None:
+    """What a line of plain values is, as `_prepare` and `_render` would have it, with places for the time and the
+    values. None if there is something in it to decide about."""
+    if len(names) > MAX_PLAIN_VALUES or not (event in EVENTS or _EVENT.fullmatch(event)):
+        return None
+    if any(is_secret_name(name) or name in _OWN_NAMES for name in names):
+        return None
+    fields = {"timestamp": "%s", "level": method, "event": event, **dict.fromkeys(names, "%s")}
+    pairs = [f"{_encode(name).replace('%', '%%')}:{_encode(value)}" for name, value in fields.items()]
+    return "{" + ",".join(pairs) + "}\n"
+
+
+def _prepare(method: str, event: str, timestamp: str, values: dict[str, Any]) -> dict[str, Loggable]:
+    """The fields of a line, in their order, each fit to be written."""
+    fields: dict[str, Loggable] = {"timestamp": timestamp, "level": method}
     if event in EVENTS or _EVENT.fullmatch(event):
         fields["event"] = event
     else:
         # A mistake of ours, or a text from outside in the wrong place: it is not taken for a name.
         fields |= {"event": "log.misnamed", "text": cut(event)}
-    if _are_usual(tuple(values)) and _are_plain(values.values()):
-        return {**fields, **values}  # as what follows would have it; most lines are like that
     for name, value in values.items():
         if value is None:
             continue
@@ -282,21 +311,6 @@ def _prepare(method: str, event: str, values: dict[str, Any]) -> dict[str, Logga
         if method == "error" and isinstance(value, BaseException):
             fields[f"{name}_at"] = places(value)
     return fields
-
-
-@lru_cache(maxsize=256)
-def _are_usual(names: tuple[str, ...]) -> bool:
-    """Whether values may be written under these names: some, and none that is a secret's or the line's own."""
-    return bool(names) and not any(is_secret_name(name) or name in _OWN_NAMES for name in names)
-
-
-def _are_plain(values: Collection[Any]) -> bool:
-    """Whether all of these are texts which are written as they are."""
-    return (
-        {*map(type, values)} == _TEXT_ALONE
-        and max(map(len, values)) < TOKEN_LENGTH
-        and "".join(values).isascii()
-    )
 
 
 def _timestamp(wall: int) -> str:
@@ -309,9 +323,8 @@ def _second(seconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
-def _render(fields: dict[str, Loggable]) -> str:
-    text = _state.format == "console" or (_state.format == "auto" and _state.output.is_terminal())
-    form = _as_text if text else _as_json
+def _render(fields: dict[str, Loggable], as_text: bool) -> str:
+    form = _as_text if as_text else _as_json
     line = form(fields)
     if len(line) > MAX_LINE:
         head = {name: fields[name] for name in ("timestamp", "level", "event")}
