@@ -239,6 +239,15 @@ def test_a_line_of_plain_texts_is_as_the_long_way_would_have_it(
     assert the_usual_way == the_long_way
 
 
+def test_every_character_of_ascii_is_written_as_json_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    for code in range(128):
+        log._log(20, "info", "a.b", {"user": f"a{chr(code)}"})
+    lines = capsys.readouterr().err.split("\n")[:-1]
+    assert [json.loads(line)["user"] for line in lines] == [f"a{chr(code)}" for code in range(128)]
+    assert all(line.isprintable() for line in lines)
+
+
 def write_as_long_way(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("zcproto.observe.log._are_plain", lambda values: False)
 
