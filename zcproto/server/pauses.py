@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -143,9 +144,4 @@ class PauseMeter:
         self.longest = max(self.longest, late)
         self.longest_own = max(self.longest_own, late - others)
         self.total += max(0.0, late)
-        late_ms = late * 1000
-        for index, bound in enumerate(BOUNDS_MS):
-            if late_ms <= bound:
-                self.counts[index] += 1
-                return
-        self.counts[-1] += 1
+        self.counts[bisect_left(BOUNDS_MS, late * 1000)] += 1
