@@ -48,6 +48,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[C
         yield browser
 
 
+@pytest.fixture(autouse=True)
+def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chromium keeps idle connections for a while, though the server has said that it ends them."""
+    monkeypatch.setattr("zcproto.tls.transport.LINGER_TIME", 0.1)
+
+
 @pytest.fixture
 def show(browser: Chromium) -> Iterator[Open]:
     """Show the page of a server in a new tab, which is closed at the end of the test."""
