@@ -54,19 +54,19 @@ class _Row(NamedTuple):
 class _Failures(Generic[Key]):
     """Failures by key, the key that failed last at the end."""
 
-    __slots__ = ("_limit", "_rows", "free")
+    __slots__ = ("_limit", "free", "rows")
 
     def __init__(self, free: int, limit: int) -> None:
         self.free = free
         self._limit = limit
-        self._rows: OrderedDict[Key, _Row] = OrderedDict()
+        self.rows: OrderedDict[Key, _Row] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def wait_s(self, key: Key, longest_s: float, now: float) -> float:
         """Seconds until the next attempt, 0 or less for none."""
-        row = self._rows.get(key)
+        row = self.rows.get(key)
         if row is None or row.failures < self.free or now - row.last >= QUIET_S:
             return 0.0
         doublings = min(row.failures - self.free, _MAX_DOUBLINGS)
@@ -74,7 +74,7 @@ class _Failures(Generic[Key]):
 
     def add(self, key: Key, now: float) -> int:
         """Count a failure; how many there are of this key now."""
-        rows = self._rows
+        rows = self.rows
         while rows and now - next(iter(rows.values())).last >= QUIET_S:
             rows.popitem(last=False)
         row = rows.pop(key, None)
@@ -85,8 +85,8 @@ class _Failures(Generic[Key]):
         return failures
 
     def forget(self, key: Key) -> None:
-        if self._rows:
-            self._rows.pop(key, None)
+        if self.rows:
+            self.rows.pop(key, None)
 
 
 class Throttle:
@@ -113,6 +113,8 @@ class Throttle:
 
     def check(self, user: str, address: str, now: float) -> int:
         """Milliseconds that a login of this user from this address has to wait; 0: go on."""
+        if not (self._pairs.rows or self._users.rows or self._addresses.rows):
+            return 0  # nobody has failed of late: nearly always
         network = network_of(address)
         pair = (user, network)
         if pair in self._known:
