@@ -14,7 +14,7 @@ It must not know: sessions, connections, how users prove who they are.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Coroutine, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 from zcproto.auth.identity import (
@@ -89,13 +89,19 @@ class Login:
         now: float,
         channel: Channel = NO_CHANNEL,
     ) -> Identity:
-        """Who the client at `address` is, by the fields of `session.open` and by its connection.
+        """As `begin`, to the end."""
+        begun = self.begin(params, address, now, channel)
+        return begun if isinstance(begun, Identity) else await begun
+
+    def begin(
+        self, params: Mapping[str, Any], address: str, now: float, channel: Channel = NO_CHANNEL
+    ) -> Identity | Coroutine[Any, Any, Identity]:
+        """Who the client at `address` is, by the fields of `session.open` and by its connection. A coroutine only
+        if the authenticator has to wait for something.
 
         `now` is monotonic seconds.
 
-        Suspends only if the authenticator does.
-
-        Raises:
+        Raises, at once or later:
             Unauthenticated: not proved, whatever the cause.
             ResourceExhausted: too many failures; `details["retry_after_ms"]` says when to come back.
             InvalidArgument: the scheme is not offered, or its fields are missing or of the wrong type.
@@ -106,15 +112,23 @@ class Login:
         self._admit(name, address, now)
         answer = authenticator.authenticate(params, address, channel)
         if answer is None or isinstance(answer, Identity):
-            identity = answer
-        else:
-            identity = await self._decision(name, answer)
+            return self._decided(answer, authenticator.scheme, name, address, now)
+        return self._when_decided(answer, authenticator.scheme, name, address, now)
+
+    async def _when_decided(
+        self, answer: Awaitable[Identity | None], scheme: str, name: str, address: str, now: float
+    ) -> Identity:
+        return self._decided(await self._decision(name, answer), scheme, name, address, now)
+
+    def _decided(
+        self, identity: Identity | None, scheme: str, name: str, address: str, now: float
+    ) -> Identity:
         if identity is None:
             self._throttle.failed(name, address, now)
-            self.refused[authenticator.scheme] += 1
+            self.refused[scheme] += 1
             raise Unauthenticated("the login was not accepted; check the name, and the key or certificate")
         self._throttle.succeeded(name, address, now)
-        self.accepted[authenticator.scheme] += 1
+        self.accepted[scheme] += 1
         return identity
 
     async def attach(

@@ -32,7 +32,8 @@ RESERVED_PREFIXES: Final = ("session.", "server.", "device.")
 
 
 class Method:
-    """One method. `function` is called with keyword arguments only.
+    """One method. `function` is called with keyword arguments only. `may_wait` says of a plain one that it may
+    return a coroutine in place of its result.
 
     `calls` counts them; `durations` are how long the loop was at some of them, to their answer or first wait, and
     `waits` how long those took that waited, in seconds. Servers of one process with the same method count together.
@@ -49,6 +50,7 @@ class Method:
         "durations",
         "function",
         "is_async",
+        "may_wait",
         "name",
         "operator",
         "params",
@@ -60,7 +62,13 @@ class Method:
     )
 
     def __init__(
-        self, name: str, function: Callable[..., Any], *, public: bool = False, operator: bool = False
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *,
+        public: bool = False,
+        operator: bool = False,
+        may_wait: bool = False,
     ) -> None:
         if not 1 <= len(name) <= METHOD_MAX_LENGTH or not METHOD_ALPHABET.issuperset(name):
             raise ValueError(
@@ -74,6 +82,7 @@ class Method:
         self.operator = operator
         self.doc = inspect.getdoc(function) or ""
         self.is_async = _is_async(function)
+        self.may_wait = may_wait
         self.calls = 0
         self.durations = Histogram(QUICK_S)
         self.waits = Histogram(WAITED_S)
@@ -87,7 +96,7 @@ class Method:
         # Decided once, so that the usual call asks two questions.
         self._takes_rest_as_it_is = self.takes_any and self._check_rest is take_anything
         self.takes_params_as_they_are = (
-            self._takes_rest_as_it_is and not self._checkers and self.context_name is None
+            self._takes_rest_as_it_is and not self._checkers and self.context_name is None and not may_wait
         )
         self.unrestricted = not operator
 

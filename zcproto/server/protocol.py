@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from zcproto.auth.certificate import certificate_key
@@ -277,7 +278,7 @@ class ServerProtocol(asyncio.Protocol):
             if method.context_name is not None:
                 arguments[method.context_name] = Context(self, request)
             result = method.function(**arguments)
-            if method.is_async:
+            if method.is_async or (method.may_wait and isinstance(result, CoroutineType)):
                 worker = serving.tasks.start(result)
                 if worker is not None:
                     self._hold(request, worker)

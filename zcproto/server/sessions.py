@@ -85,6 +85,12 @@ class Sessions(Protocol):
         Unavailable."""
         ...
 
+    def open_at_once(
+        self, user: str, *, operator: bool, client: str, address: str, key: str = ""
+    ) -> OpenedSession | None:
+        """As `open`, if that takes no store; None if it does, and nothing was done."""
+        ...
+
     async def refresh(self, refresh_token: bytes, *, client: str, address: str) -> OpenedSession:
         """A new pair of tokens. Raises as `SessionRegistry.refresh`, and Unavailable."""
         ...
@@ -160,6 +166,11 @@ class MemorySessions:
         self.on_reuse: OnReuse = _nobody
 
     async def open(
+        self, user: str, *, operator: bool, client: str, address: str, key: str = ""
+    ) -> OpenedSession:
+        return self.open_at_once(user, operator=operator, client=client, address=address, key=key)
+
+    def open_at_once(
         self, user: str, *, operator: bool, client: str, address: str, key: str = ""
     ) -> OpenedSession:
         return self._registry.open(
@@ -290,6 +301,9 @@ class StoredSessions:
         if opened is None:
             raise TokenRevoked("the session was revoked while it was opened; log in again")
         return opened
+
+    def open_at_once(self, user: str, *, operator: bool, client: str, address: str, key: str = "") -> None:
+        return None
 
     def _created(self, creating: asyncio.Task[None]) -> None:
         self._opening -= 1
