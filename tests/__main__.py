@@ -43,7 +43,8 @@ class Group(NamedTuple):
 
 
 GROUPS = (
-    Group(("adversity", "http", "server"), secrets=5_000),
+    Group(("adversity", "server"), secrets=5_000),
+    Group(("http",)),
     Group(
         (
             *("auth", "certs", "connection", "costs", "fuzz", "properties", "sessions", "stores", "tls"),

@@ -27,6 +27,7 @@ import {
 import { Kind, NO_TOKEN } from "../src/wire/frame.js";
 import {
   Failure,
+  type FakeConnection,
   FakeServer,
   KEY,
   NOTHING,
@@ -449,6 +450,35 @@ describe("connections", () => {
     assert.ok(call.error instanceof ConnectionClosed && call.error.clean);
     assert.equal(server.methods.at(-1), "session.close");
     await assert.rejects(client.call("echo"), ConnectionClosed);
+  });
+
+  test("closing waits for connections that the server had closed before", async () => {
+    client = await server.connect();
+    const [first] = server.connections as [FakeConnection];
+    first.endsAtOnce = false;
+    first.goAway();
+    await server.clock.advance(1_000);
+    assert.equal(server.connections.length, 2);
+    const closed = watch(client.close());
+    await server.clock.advance(1_000);
+    assert.ok(server.last.isClosed && !first.isClosed && !closed.isDone);
+    first.lose();
+    await settled();
+    assert.ok(closed.isDone && closed.error === undefined);
+  });
+
+  test("closing waits for a connection that was made for nothing", async () => {
+    server.onConnection = (connection) => {
+      connection.endsAtOnce = false;
+      connection.goAway();
+    };
+    client = server.client();
+    const opened = watch(client.open());
+    await settled();
+    assert.ok(!opened.isDone, "the client is closed where it cannot connect");
+    server.last.lose();
+    await settled();
+    assert.ok(opened.error instanceof CannotConnect);
   });
 
   test("closing does not wait for a server that says nothing", async () => {

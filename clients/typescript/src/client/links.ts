@@ -34,6 +34,8 @@ export class LinkKeeper implements Owner {
   lastError: ZcprotoError | undefined;
   readonly #options: LinkKeeperOptions;
   readonly #older = new Set<Link>();
+  /** Nothing is asked on these any more, but TCP is still there. */
+  readonly #leaving = new Set<Link>();
   readonly #closing = new AbortController();
   #connecting: Promise<void> | undefined;
   #notBefore = Number.NEGATIVE_INFINITY;
@@ -79,7 +81,6 @@ export class LinkKeeper implements Owner {
         const link = await dial(this, signal);
         if (signal.aborted) {
           link.close("closed by this client");
-          await link.gone;
           throw signal.reason;
         }
         if (link.draining) {
@@ -134,6 +135,8 @@ export class LinkKeeper implements Owner {
 
   linkLost(link: Link, error: ConnectionClosed): void {
     this.#older.delete(link);
+    this.#leaving.add(link);
+    void link.gone.then(() => this.#leaving.delete(link));
     if (link !== this.link) {
       return;
     }
@@ -155,7 +158,10 @@ export class LinkKeeper implements Owner {
 
   // --- the end ----------------------------------------------------------------------------------
 
-  /** Take leave of the server on all connections. Each ends within the time of a TLS close. */
+  /**
+   * Take leave of the server on all connections, and wait until none is left, those too that it had closed before. Each
+   * ends within the time of a TLS close.
+   */
   async close(): Promise<void> {
     this.#closing.abort(new ConnectionClosed("this client is closed", { clean: true }));
     await this.#connecting?.catch(() => undefined); // whoever waited was told
@@ -164,7 +170,7 @@ export class LinkKeeper implements Owner {
     for (const link of links) {
       link.close("closed by this client");
     }
-    await Promise.all(links.map((link) => link.gone));
+    await Promise.all([...this.#leaving].map((link) => link.gone));
   }
 
   /** Reset all connections, as a network would. */

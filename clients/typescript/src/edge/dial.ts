@@ -43,7 +43,12 @@ export class Dialer {
     }
     const link = await this.#connect(owner, signal);
     if (trust.verify && knownHosts !== undefined) {
-      await this.#remember(link, knownHosts);
+      try {
+        await this.#remember(link, knownHosts);
+      } catch (error) {
+        link.abort();
+        throw error;
+      }
     }
     return link;
   }

@@ -120,6 +120,8 @@ export class FakeConnection implements Transport {
   readonly frames: Frame[] = [];
   isClosed = false;
   isAborted = false;
+  /** Whether the end of the connection takes what it is told to: else it ends by `lose`. */
+  endsAtOnce = true;
   #counter = -1n;
   readonly #decoder = new FrameDecoder("server", 2 ** 32 - 1);
   readonly #server: FakeServer;
@@ -176,7 +178,9 @@ export class FakeConnection implements Transport {
   }
 
   close(): void {
-    setImmediate(() => this.lose());
+    if (this.endsAtOnce) {
+      setImmediate(() => this.lose());
+    }
   }
 
   abort(): void {
