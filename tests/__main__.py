@@ -43,8 +43,7 @@ class Group(NamedTuple):
 
 
 GROUPS = (
-    Group(("adversity", "server"), secrets=5_000),
-    Group(("http",)),
+    Group(("adversity", "http", "server"), secrets=5_000),
     Group(
         (
             *("auth", "certs", "connection", "costs", "fuzz", "properties", "sessions", "stores", "tls"),
