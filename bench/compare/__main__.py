@@ -5,6 +5,9 @@
 The bare server (bare_server.py) does the least that a Python server of these frames can do, and checks
 almost nothing. The ratio says what the checks, sessions, limits, dispatch and metrics of zcproto cost. Both
 servers serve the same ECDSA P-256 certificate on uvloop. CPU time is the kernel's, of the server process alone.
+Both have their turns in slices of some tens of milliseconds. A ratio is that of a slice to the one right after it;
+told are the median of all pairs, and between what the middle half of them lies: what disturbs the machine for a
+moment is in few pairs, and what disturbs it for longer is in both sides of each.
 With `--floor` a server in C (floor.c), which checks nothing at all, stands beside it, too: that is TLS and system
 calls. It takes a C compiler and OpenSSL's headers.
 """
@@ -51,13 +54,6 @@ PORTS: Final = 5_000
 """Each yardstick takes one of so many, by the id of this process. The system gives away higher ones."""
 
 
-class Slice(NamedTuple):
-    """CPU time of a server, and how many requests or connections it was for."""
-
-    seconds: float
-    number: int
-
-
 class Bar(NamedTuple):
     """One comparison: its figure must not exceed `limit`."""
 
@@ -67,10 +63,10 @@ class Bar(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7, help="pairs of measurements for each ratio")
-    parser.add_argument("--requests", type=int, default=20_000, help="requests in each measurement")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each comparison is made")
+    parser.add_argument("--requests", type=int, default=20_000, help="requests to each server in a round")
     parser.add_argument(
-        "--connects", type=int, default=2_000, help="connections in each measurement of connecting"
+        "--connects", type=int, default=2_000, help="connections to each server in a round of connecting"
     )
     parser.add_argument("--floor", action="store_true", help="set a server in C beside it, too")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -125,8 +121,8 @@ def compare(
         ours, bare = connect_ours(CONNECTIONS), connect_bare(CONNECTIONS)
         floor = connect_bare(CONNECTIONS, floor_port) if with_floor else []
 
-        def cost(pid: int, connections: list[Connection], method: str, depth: int) -> Slice:
-            """A slice of requests; its server's CPU time, and how many they were."""
+        def cost(pid: int, connections: list[Connection], method: str, depth: int) -> float:
+            """Make a slice of requests; its server's CPU time for each, in microseconds."""
             turns = max(1, SLICE // (len(connections) * depth))
             before = cpu_seconds(pid)
             for _ in range(turns):
@@ -134,9 +130,9 @@ def compare(
                     connection.echo(method, PARAMS, depth)
                 for connection in connections:
                     connection.check_echoes(ANSWER, depth)
-            return Slice(cpu_seconds(pid) - before, turns * len(connections) * depth)
+            return (cpu_seconds(pid) - before) * 1e6 / (turns * len(connections) * depth)
 
-        cases: list[tuple[Bar, Callable[[], Slice], Callable[[], Slice]]] = [
+        cases: list[tuple[Bar, Callable[[], float], Callable[[], float]]] = [
             (
                 Bar("CPU per request, depth 1, sync / bare", 1.3),
                 lambda: cost(ours_pid, ours, "echo", 1),
@@ -164,69 +160,62 @@ def compare(
         for bar, measured, reference in cases:
             for warmed_up in (measured, reference):
                 warmed_up()
-            found = [in_turn(measured, reference, requests // SLICE) for _ in range(rounds)]
-            rows.append(pairs(bar, "us", [(first * 1e6, second * 1e6) for first, second in found]))
+            rows.append(row(bar, "us", in_turn(measured, reference, rounds * max(1, requests // SLICE))))
         for connection in ours + bare + floor:
             connection.close()
 
-        def connect_cost(pid: int, connect: Callable[[int], list[Connection]]) -> Slice:
-            """A slice of connections; its server's CPU time, and how many they were."""
+        def connect_cost(pid: int, connect: Callable[[int], list[Connection]]) -> float:
+            """Make a slice of connections; its server's CPU time for 10,000 of them, in seconds."""
             before = cpu_seconds(pid)
             opened.extend(connect(CONNECTED))
-            return Slice(cpu_seconds(pid) - before, CONNECTED)
+            return (cpu_seconds(pid) - before) * 10_000 / CONNECTED
 
         opened: list[Connection] = []
-        found = []
+        found: list[tuple[float, float]] = []
         for _ in range(max(3, rounds // 2)):
-            found.append(
-                in_turn(
-                    lambda: connect_cost(ours_pid, connect_ours),
-                    lambda: connect_cost(bare_pid, connect_bare),
-                    connects // CONNECTED,
-                )
+            found += in_turn(
+                lambda: connect_cost(ours_pid, connect_ours),
+                lambda: connect_cost(bare_pid, connect_bare),
+                max(1, connects // CONNECTED),
             )
             for connection in opened:
                 connection.close()
             opened.clear()
             time.sleep(0.5)  # the servers' ends of them must be gone before the next count
-        seconds = [(first * 10_000, second * 10_000) for first, second in found]
-        rows.append(pairs(Bar("CPU to connect 10,000, with sessions / bare", 1.6), "s", seconds))
+        rows.append(row(Bar("CPU to connect 10,000, with sessions / bare", 1.6), "s", found))
     return rows
 
 
-def in_turn(first: Callable[[], Slice], second: Callable[[], Slice], slices: int) -> tuple[float, float]:
-    """Seconds of CPU for one of each, measured in short slices in turn: what disturbs the machine disturbs both."""
-    spent, done = [0.0, 0.0], [0, 0]
-    for _ in range(max(1, slices)):
-        for side, run in enumerate((first, second)):
-            measured = run()
-            spent[side] += measured.seconds
-            done[side] += measured.number
-    return spent[0] / done[0], spent[1] / done[1]
+def in_turn(
+    first: Callable[[], float], second: Callable[[], float], slices: int
+) -> list[tuple[float, float]]:
+    """What slices of both cost, in pairs of neighbours: what disturbs the machine disturbs both."""
+    return [(first(), second()) for _ in range(slices)]
 
 
-def pairs(bar: Bar, unit: str, measured: list[tuple[float, float]]) -> dict[str, Any]:
-    ratios = sorted(ours / reference for ours, reference in measured)
+def row(bar: Bar, unit: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    ratios = sorted(ours / reference for ours, reference in pairs)
     return {
         "name": bar.name,
         "unit": unit,
-        "measured": statistics.median(ours for ours, _ in measured),
-        "reference": statistics.median(reference for _, reference in measured),
+        "measured": statistics.median(ours for ours, _ in pairs),
+        "reference": statistics.median(reference for _, reference in pairs),
         "ratio": statistics.median(ratios),
-        "ratio_min": ratios[0],
-        "ratio_max": ratios[-1],
+        "ratio_low": ratios[len(ratios) // 4],
+        "ratio_high": ratios[-1 - len(ratios) // 4],
+        "pairs": len(pairs),
         "bar": bar.limit,
     }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     width = max(len(row["name"]) for row in rows)
-    print(f"{'':{width}}  {'measured':>10} {'reference':>10}  {'ratio':>5}  {'min..max':>11}  {'bar':>5}")
+    print(f"{'':{width}}  {'measured':>10} {'reference':>10}  {'ratio':>5}  {'middle half':>11}  {'bar':>5}")
     for row in rows:
         verdict = "pass" if row["ratio"] <= row["bar"] else "FAIL"
         figures = f"{row['measured']:>7.2f} {row['unit']:>2} {row['reference']:>7.2f} {row['unit']:>2}"
-        ratios = f"{row['ratio']:>5.2f}  {row['ratio_min']:.2f}..{row['ratio_max']:.2f}"
-        print(f"{row['name']:{width}}  {figures}  {ratios}   {row['bar']:>5.2f}  {verdict}")
+        ratios = f"{row['ratio']:>5.2f}  {row['ratio_low']:.2f}..{row['ratio_high']:.2f}"
+        print(f"{row['name']:{width}}  {figures}  {ratios}    {row['bar']:>5.2f}  {verdict}")
 
 
 def cpu_seconds(pid: int) -> float:
