@@ -46,8 +46,8 @@ GROUPS = (
     Group(("adversity", "http", "server"), secrets=5_000),
     Group(
         (
-            *("auth", "certs", "connection", "costs", "fuzz", "properties", "sessions", "stores", "tls"),
-            *("wire", "*.py"),
+            *("auth", "certs", "cli", "connection", "costs", "fuzz", "properties", "sessions", "stores"),
+            *("tls", "wire", "*.py"),
         ),
         secrets=5_000,
     ),
@@ -55,7 +55,6 @@ GROUPS = (
         (
             "alerts",
             "bench",
-            "cli",
             "client",
             "config",
             "conformance",
