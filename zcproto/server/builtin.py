@@ -74,7 +74,7 @@ def protocol_methods(
 
     def session_open(context: Context, scheme: str, client: str = "", **fields: Any) -> Any:
         """Open a session: `scheme`, the scheme's own fields, and `client` as product/version."""
-        # A plain function: in a crowd of logins that wait for nothing, coroutines are a tenth of the work.
+        # A plain function: in a crowd of logins that wait for nothing, coroutines are a twentieth of the work.
         _check_client(client)
         peer = context.peer
         try:
