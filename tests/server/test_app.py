@@ -175,6 +175,14 @@ def test_a_function_of_keywords_takes_whatever_comes() -> None:
     assert bind(function) == {}
 
 
+def test_one_that_may_return_a_coroutine_never_goes_the_shortest_way() -> None:
+    def function(**params: Any) -> Any:
+        return params
+
+    assert Method("m", function).takes_params_as_they_are
+    assert not Method("m", function, may_wait=True).takes_params_as_they_are
+
+
 def test_named_parameters_beside_keywords_are_checked() -> None:
     def function(a: int, **rest: Any) -> None: ...
 
