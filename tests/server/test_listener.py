@@ -238,7 +238,7 @@ def test_a_connection_that_is_aborted_in_the_backlog_is_no_fault(
             self.accepts += 1
             if self.accepts == 1:
                 raise ConnectionAbortedError
-            return real._accept()  # type: ignore[attr-defined]
+            return real._accept()  # type: ignore[attr-defined]  # no stub names it
 
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)

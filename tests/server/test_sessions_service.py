@@ -1008,7 +1008,7 @@ async def test_what_changes_while_others_are_asked_for_is_asked_for_again(
     monkeypatch.setattr(other.store, "get", slow)
     for each in (first, second):
         other.store.tell(raw(each))
-    while other.store.calls.count("get") < 2:  # noqa: ASYNC110
+    while other.store.calls.count("get") < 2:  # noqa: ASYNC110 - a list of calls tells nobody
         await asyncio.sleep(0)
     await one.revoke(first)
     other.store.tell(raw(first))  # what was said of it is old now, and the other's answer is still to come

@@ -40,6 +40,7 @@ MAX_LINE = 16_384
 """Characters of a line; a longer one keeps its event and loses its values. Log shippers commonly cut there."""
 
 MAX_PLAIN_VALUES = 32
+"""Values of a line that is put together in one step: more than any event has, and too few to make it too long."""
 
 AT = "_at"
 """The name of a value that is the time of an event, milliseconds since the Unix epoch, if that is not now."""

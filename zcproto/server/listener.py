@@ -39,6 +39,7 @@ class PlainSocket(socket.socket):
     """
 
     __slots__ = ()
+    # The properties of `socket.socket` promise the enumerations, which an int equals.
     family = socket.SocketType.family  # type: ignore[assignment]
     type = socket.SocketType.type  # type: ignore[assignment]
 
@@ -192,7 +193,8 @@ class Listener:
             self._pause()
             return
         try:
-            descriptor, address = listening._accept()  # type: ignore[attr-defined]  # as `accept` does
+            # What `accept` is made of, in all versions of CPython; no stub names it.
+            descriptor, address = listening._accept()  # type: ignore[attr-defined]
         except (BlockingIOError, ConnectionAbortedError, InterruptedError):
             return
         except OSError as error:

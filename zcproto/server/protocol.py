@@ -290,13 +290,7 @@ class ServerProtocol(asyncio.Protocol):
         except BaseException as error:  # whatever a method raises, its caller gets one answer
             self._answer_exception(request, error)
         else:
-            connection = self._connection
-            if connection is None:  # the method ended its own connection
-                return
-            if len(body) < SENT_AT_ONCE:
-                connection.respond_at_once(request.stream, request.token, body, serving.clock.wall())
-            else:
-                self._answer_large(request, body)
+            self._answer_with(request, body)
 
     def _run_timed(self, request: Request, method: Method | None, wall: int) -> None:
         """As `_run`, and note how long that took."""

@@ -68,13 +68,10 @@ class LinearHash:
 
     def add(self, slot: int, hash_: int) -> None:
         """Enter a slot that is not in the index."""
-        heads = self._heads
-        bucket = hash_ & self._mask  # `_bucket`, written out
-        if bucket >= self.buckets:
-            bucket &= self._mask >> 1
+        bucket = self._bucket(hash_)
         self._hashes[slot] = hash_
-        self._next[slot] = heads[bucket]
-        heads[bucket] = slot
+        self._next[slot] = self._heads[bucket]
+        self._heads[bucket] = slot
         self.count += 1
         if self.count > self.buckets:
             self._split()
