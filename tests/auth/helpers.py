@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from zcproto.auth import Identity
+from zcproto.auth import NO_CHANNEL, Channel, Identity, Login
 from zcproto.sessions import token_text
 
 T = TypeVar("T")
@@ -37,3 +37,11 @@ def write(path: Path, text: str | bytes, mode: int = 0o600) -> None:
     new.write_bytes(text.encode() if isinstance(text, str) else text)
     new.chmod(mode)
     new.replace(path)
+
+
+async def identified(
+    login: Login, params: Mapping[str, Any], address: str, now: float, channel: Channel = NO_CHANNEL
+) -> Identity:
+    """Who logs in, at once or in the end."""
+    opening = login.open(params, address, now, channel)
+    return opening if isinstance(opening, Identity) else await opening

@@ -24,7 +24,7 @@ from zcproto.auth import (
 from zcproto.auth.certificate import certificate_key
 from zcproto.errors import CertificateError, ConfigError, InvalidArgument, ResourceExhausted, Unauthenticated
 
-from .helpers import drive, write
+from .helpers import drive, identified, write
 
 ADDRESS, ELSEWHERE = "192.0.2.1", "198.51.100.7"
 NOW = 50.0
@@ -62,7 +62,9 @@ class Door:
     def ask(
         self, certificate: bytes | None, address: str = ADDRESS, now: float = NOW, **fields: Any
     ) -> Identity:
-        return drive(self.login.open({"scheme": "tls", **fields}, address, now, Channel(lambda: certificate)))
+        return drive(
+            identified(self.login, {"scheme": "tls", **fields}, address, now, Channel(lambda: certificate))
+        )
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_everyone_else_gets_one_answer_and_the_operator_the_reason(
 
 def test_a_login_without_word_of_a_certificate_has_none(door: Door) -> None:
     with pytest.raises(Unauthenticated):
-        drive(door.login.open({"scheme": "tls"}, ADDRESS, NOW))
+        drive(identified(door.login, {"scheme": "tls"}, ADDRESS, NOW))
     assert drive(door.authenticator.authenticate({"scheme": "tls"}, ADDRESS)) is None
 
 
@@ -137,7 +139,7 @@ def test_other_fields_are_refused(door: Door, field: str) -> None:
 
 async def test_users_come_and_go_with_their_file(door: Door, path: Path) -> None:
     def ask() -> Any:
-        return door.login.open({"scheme": "tls"}, ADDRESS, NOW, Channel(lambda: b"ada"))
+        return identified(door.login, {"scheme": "tls"}, ADDRESS, NOW, Channel(lambda: b"ada"))
 
     write(path, "")
     with pytest.raises(Unauthenticated):
@@ -157,8 +159,8 @@ async def test_two_schemes_can_share_the_users(path: Path) -> None:
     by_key = ApiKeyAuthenticator(file, on_fault=faults.append)
     login = Login([by_key, CertificateAuthenticator(by_key.users, user_of, key_of=key_of)], Throttle())
     write(path, "nonsense")
-    by_certificate = await login.open({"scheme": "tls"}, ADDRESS, NOW, Channel(lambda: b"ada"))
-    by_api_key = await login.open({"scheme": "api_key", "user": "ada", "key": key}, ADDRESS, NOW)
+    by_certificate = await identified(login, {"scheme": "tls"}, ADDRESS, NOW, Channel(lambda: b"ada"))
+    by_api_key = await identified(login, {"scheme": "api_key", "user": "ada", "key": key}, ADDRESS, NOW)
     assert (by_certificate.user, by_api_key) == ("ada", Identity("ada"))
     assert len(faults) == 1
 

@@ -27,7 +27,7 @@ from zcproto.auth.ed25519 import is_public_key, is_signed
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
 from zcproto.signed import attach_message, open_message
 
-from .helpers import drive, write
+from .helpers import drive, identified, write
 
 ADDRESS = "192.0.2.1"
 NOW = 50.0
@@ -80,7 +80,7 @@ class Door:
         **more: Any,
     ) -> Identity:
         params = {"scheme": "ed25519", "device": device, "signature": signature, **more}
-        return drive(self.login.open(params, ADDRESS, now, channel))
+        return drive(identified(self.login, params, ADDRESS, now, channel))
 
     def attach(
         self,
@@ -195,7 +195,7 @@ def test_a_wrong_signature_and_an_unknown_device_or_user_take_the_same_steps(
 )
 def test_fields_that_cannot_be_are_named(door: Door, params: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidArgument, match=said):
-        drive(door.login.open({"scheme": "ed25519", **params}, ADDRESS, NOW, CHANNEL))
+        drive(identified(door.login, {"scheme": "ed25519", **params}, ADDRESS, NOW, CHANNEL))
 
 
 async def test_devices_and_users_come_and_go_with_their_files(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ async def test_devices_and_users_come_and_go_with_their_files(tmp_path: Path) ->
 
     async def ask() -> Identity:
         params = {"scheme": "ed25519", "device": "laptop", "signature": opening()}
-        return await door.login.open(params, ADDRESS, NOW, CHANNEL)
+        return await identified(door.login, params, ADDRESS, NOW, CHANNEL)
 
     assert (await ask()).user == "ada"
     entry = door.devices.remove("laptop")

@@ -14,7 +14,7 @@ from zcproto.auth.login import MAX_UNDECIDED
 from zcproto.errors import CallError, InvalidArgument, ResourceExhausted, Unauthenticated, Unavailable
 from zcproto.sessions import token_text
 
-from .helpers import DIGEST, drive
+from .helpers import DIGEST, drive, identified
 
 ADDRESS, ELSEWHERE = "192.0.2.1", "198.51.100.7"
 NOW = 50.0
@@ -35,7 +35,7 @@ def login(users: UserFile, key: str) -> Login:
 
 
 def ask(login: Login, user: str, key: str, address: str = ADDRESS, now: float = NOW) -> Identity:
-    return drive(login.open({"scheme": "api_key", "user": user, "key": key}, address, now))
+    return drive(identified(login, {"scheme": "api_key", "user": user, "key": key}, address, now))
 
 
 def test_who_has_the_key_is_let_in_without_a_wait(login: Login, key: str) -> None:
@@ -56,7 +56,7 @@ def test_everyone_else_gets_the_same_answer(login: Login, user: str, text: str) 
 def test_one_function_says_no_in_the_same_words() -> None:
     login = Login([CallableAuthenticator("own", never)], Throttle())
     with pytest.raises(Unauthenticated) as caught:
-        drive(login.open({"scheme": "own"}, ADDRESS, NOW))
+        drive(identified(login, {"scheme": "own"}, ADDRESS, NOW))
     assert caught.value.message == "the login was not accepted; check the name, and the key or certificate"
 
 
@@ -69,7 +69,7 @@ def test_logins_are_counted_by_scheme_and_result(login: Login, key: str) -> None
     with pytest.raises(ResourceExhausted):
         ask(login, "bob", DIGEST)
     with pytest.raises(InvalidArgument):
-        drive(login.open({"scheme": "other"}, ADDRESS, NOW))
+        drive(identified(login, {"scheme": "other"}, ADDRESS, NOW))
     assert login.accepted == {"api_key": 1, "session.attach": 0}
     assert login.refused == {"api_key": 5, "session.attach": 0}
     assert login.throttled == 1
@@ -81,18 +81,18 @@ def test_logins_are_counted_by_scheme_and_result(login: Login, key: str) -> None
 @pytest.mark.parametrize("scheme", [None, 5, b"api_key", ["api_key"], {}])
 def test_a_scheme_is_a_str(login: Login, scheme: Any) -> None:
     with pytest.raises(InvalidArgument, match="scheme: a str is needed"):
-        drive(login.open({"scheme": scheme}, ADDRESS, NOW))
+        drive(identified(login, {"scheme": scheme}, ADDRESS, NOW))
 
 
 def test_a_missing_scheme_is_named(login: Login) -> None:
     with pytest.raises(InvalidArgument, match="scheme"):
-        drive(login.open({}, ADDRESS, NOW))
+        drive(identified(login, {}, ADDRESS, NOW))
 
 
 @pytest.mark.parametrize("scheme", ["", "API_KEY", "tls", "api_key ", "x" * 10**5, "<script>"])
 def test_an_unknown_scheme_is_not_repeated(login: Login, scheme: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        drive(login.open({"scheme": scheme}, ADDRESS, NOW))
+        drive(identified(login, {"scheme": scheme}, ADDRESS, NOW))
     assert caught.value.message == "scheme: not offered here; use one of: api_key"
 
 
@@ -101,9 +101,9 @@ def test_schemes_are_chosen_by_name() -> None:
         [CallableAuthenticator(name, lambda p, a, name=name: name) for name in ("one", "two")], Throttle()
     )
     for name in ("one", "two"):
-        assert drive(login.open({"scheme": name}, ADDRESS, NOW)) == Identity(name)
+        assert drive(identified(login, {"scheme": name}, ADDRESS, NOW)) == Identity(name)
     with pytest.raises(InvalidArgument, match="one, two"):
-        drive(login.open({"scheme": "three"}, ADDRESS, NOW))
+        drive(identified(login, {"scheme": "three"}, ADDRESS, NOW))
 
 
 def test_a_scheme_has_one_authenticator() -> None:
@@ -134,7 +134,7 @@ def test_a_delayed_login_is_not_looked_at() -> None:
     login = Login([CallableAuthenticator("own", function)], Throttle(2))
     for _ in range(10):
         with pytest.raises(CallError):
-            drive(login.open({"scheme": "own", "user": "alice"}, ADDRESS, NOW))
+            drive(identified(login, {"scheme": "own", "user": "alice"}, ADDRESS, NOW))
     assert len(calls) == 2
 
 
@@ -163,7 +163,7 @@ def test_users_known_and_unknown_are_answered_alike_all_the_way(login: Login) ->
 def test_a_faulty_field_is_no_failure(login: Login, key: str) -> None:
     for _ in range(20):
         with pytest.raises(InvalidArgument):
-            drive(login.open({"scheme": "api_key", "user": "alice", "key": 5}, ADDRESS, NOW))
+            drive(identified(login, {"scheme": "api_key", "user": "alice", "key": 5}, ADDRESS, NOW))
     assert ask(login, "alice", key)
 
 
@@ -184,9 +184,9 @@ async def test_a_fault_of_the_authenticator_is_no_failure(error: Exception, wait
     login = Login([CallableAuthenticator("own", waiting if waits else plain)], Throttle(1))
     for _ in range(MAX_UNDECIDED + 5):
         with pytest.raises(type(error)):
-            await login.open({"scheme": "own", "user": "alice"}, ADDRESS, NOW)
+            await identified(login, {"scheme": "own", "user": "alice"}, ADDRESS, NOW)
     broken = False
-    assert await login.open({"scheme": "own", "user": "alice"}, ADDRESS, NOW) == Identity("alice")
+    assert await identified(login, {"scheme": "own", "user": "alice"}, ADDRESS, NOW) == Identity("alice")
 
 
 @pytest.mark.parametrize("field", ["user", "device"])
@@ -201,14 +201,14 @@ async def test_guesses_sent_together_do_not_all_pass(field: str) -> None:
     login = Login([CallableAuthenticator("own", function)], Throttle())
     params = {"scheme": "own", field: "alice"}
     results = await asyncio.gather(
-        *(login.open(params, ADDRESS, NOW) for _ in range(200)), return_exceptions=True
+        *(identified(login, params, ADDRESS, NOW) for _ in range(200)), return_exceptions=True
     )
     assert tried == MAX_UNDECIDED
     refused = [each for each in results if isinstance(each, ResourceExhausted)]
     assert len(refused) == 200 - MAX_UNDECIDED
     assert all(each.details == {"retry_after_ms": 1000} for each in refused)
     with pytest.raises(ResourceExhausted):
-        await login.open(params, ADDRESS, NOW)
+        await identified(login, params, ADDRESS, NOW)
     assert login._undecided == {}
 
 
@@ -218,7 +218,8 @@ async def test_a_login_cancelled_while_it_waits_is_undecided_no_more() -> None:
 
     login = Login([CallableAuthenticator("own", function)], Throttle())
     tasks = [
-        asyncio.ensure_future(login.open({"scheme": "own", "user": "a"}, ADDRESS, NOW)) for _ in range(3)
+        asyncio.ensure_future(identified(login, {"scheme": "own", "user": "a"}, ADDRESS, NOW))
+        for _ in range(3)
     ]
     await asyncio.sleep(0)
     assert login._undecided == {"a": 3}
@@ -234,18 +235,18 @@ async def test_logins_that_name_nobody_do_not_hold_up_each_other() -> None:
         return "somebody"
 
     login = Login([CallableAuthenticator("own", function)], Throttle())
-    results = await asyncio.gather(*(login.open({"scheme": "own"}, ADDRESS, NOW) for _ in range(100)))
+    results = await asyncio.gather(*(identified(login, {"scheme": "own"}, ADDRESS, NOW) for _ in range(100)))
     assert results == [Identity("somebody")] * 100
 
 
 def test_devices_and_users_of_one_name_are_counted_apart() -> None:
     login = Login([CallableAuthenticator("own", never)], Throttle(1))
     with pytest.raises(Unauthenticated):
-        drive(login.open({"scheme": "own", "device": "alice"}, ADDRESS, NOW))
+        drive(identified(login, {"scheme": "own", "device": "alice"}, ADDRESS, NOW))
     with pytest.raises(Unauthenticated):
-        drive(login.open({"scheme": "own", "user": "alice"}, ADDRESS, NOW))
+        drive(identified(login, {"scheme": "own", "user": "alice"}, ADDRESS, NOW))
     with pytest.raises(ResourceExhausted):
-        drive(login.open({"scheme": "own", "device": "alice"}, ADDRESS, NOW))
+        drive(identified(login, {"scheme": "own", "device": "alice"}, ADDRESS, NOW))
 
 
 @pytest.mark.parametrize("length", [129, 10**6])
@@ -253,7 +254,7 @@ def test_a_huge_name_costs_no_huge_memory(length: int) -> None:
     throttle = Throttle(1)
     login = Login([CallableAuthenticator("own", never)], throttle)
     with pytest.raises(Unauthenticated):
-        drive(login.open({"scheme": "own", "user": "x" * length}, ADDRESS, NOW))
+        drive(identified(login, {"scheme": "own", "user": "x" * length}, ADDRESS, NOW))
     assert throttle.check("x" * 128, ADDRESS, NOW) > 0
 
 

@@ -82,18 +82,7 @@ class Login:
         """The ways to open a session, as `session.open` names them."""
         return tuple(self._authenticators)
 
-    async def open(
-        self,
-        params: Mapping[str, Any],
-        address: str,
-        now: float,
-        channel: Channel = NO_CHANNEL,
-    ) -> Identity:
-        """As `begin`, to the end."""
-        begun = self.begin(params, address, now, channel)
-        return begun if isinstance(begun, Identity) else await begun
-
-    def begin(
+    def open(
         self, params: Mapping[str, Any], address: str, now: float, channel: Channel = NO_CHANNEL
     ) -> Identity | Coroutine[Any, Any, Identity]:
         """Who the client at `address` is, by the fields of `session.open` and by its connection. A coroutine only

@@ -78,7 +78,7 @@ def protocol_methods(
         _check_client(client)
         peer = context.peer
         try:
-            identity = login.begin({"scheme": scheme, **fields}, peer, context.now(), context.channel())
+            identity = login.open({"scheme": scheme, **fields}, peer, context.now(), context.channel())
         except Unauthenticated:
             refused(context, scheme)
             raise
