@@ -1,0 +1,270 @@
+"""Check that no text of the project has a word that its language rules exclude.
+
+    python -m tests.spec.test_language [PATH...]
+
+lists every occurrence as `file:line: word: text`, in the given files and folders or in all that are checked, and
+exits with 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[2]
+
+CHECKED: Final = (
+    *("zcproto", "docs", "spec", "bench", "clients", "tests"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml", ".ci"),
+)
+SUFFIXES: Final = {
+    *(
+        ".c",
+        ".css",
+        ".go",
+        ".html",
+        ".java",
+        ".js",
+        ".json",
+        ".lua",
+        ".md",
+        ".mjs",
+        ".py",
+        ".service",
+        ".socket",
+    ),
+    *(".sysusers", ".toml", ".ts", ".yml"),
+}
+SKIPPED: Final = {"node_modules", "dist", "build", "corpus", "__pycache__", "package-lock.json"}
+"""Names of folders and files that hold built, installed or binary content."""
+
+_GAP: Final = r"[\s#*/]+"
+"""What separates the words of a phrase: it may continue on the next line of a comment."""
+
+PHRASES: Final = (
+    *(
+        "whoever",
+        "somebody",
+        "nobody",
+        "anew",
+        "told",
+        "tells",
+        "to tell",
+        "sees to",
+        "are none",
+        "to be had",
+    ),
+    *("to be said", "so it is", "who is in", "upon which", "makes up for", "made up for", "are to be"),
+)
+PATTERNS: Final[dict[str, re.Pattern[str]]] = {
+    **{each: re.compile(rf"\b{each.replace(' ', _GAP)}\b", re.IGNORECASE) for each in PHRASES},
+    # Case matters: `x is None` is code.
+    "is none": re.compile(rf"\bis{_GAP}none\b"),
+    # "This is no number" for "this is not a number". "There is no" and comparisons are plain English.
+    "is no X": re.compile(
+        rf"\b(?!there\b)\w+\W+is{_GAP}no{_GAP}(?!(?:longer|more|less|fewer|later|earlier|larger|shorter|higher)\b)[a-z]",
+        re.IGNORECASE,
+    ),
+}
+
+ALLOWED: Final[dict[str, set[str]]] = {
+    "tests/spec/test_language.py": set(PATTERNS),  # names them
+}
+"""Banned words that may stand in a file, with the reason."""
+
+NOT_YET_CLEAN: Final = (
+    *(
+        "zcproto/admin",
+        "zcproto/alerts",
+        "zcproto/app",
+        "zcproto/auth",
+        "zcproto/certs",
+        "zcproto/cli",
+        "zcproto/client",
+        "zcproto/common",
+        "zcproto/config",
+        "zcproto/conformance",
+        "zcproto/connection",
+        "zcproto/http",
+        "zcproto/load",
+        "zcproto/observe",
+        "zcproto/runtime",
+        "zcproto/server",
+        "zcproto/sessions",
+        "zcproto/stores",
+        "zcproto/tls",
+        "zcproto/wire",
+    ),
+    *(
+        "zcproto/__init__.py",
+        "zcproto/__main__.py",
+        "zcproto/clock.py",
+        "zcproto/deadlines.py",
+        "zcproto/errors.py",
+        "zcproto/event_loop.py",
+        "zcproto/file_limit.py",
+        "zcproto/hardening.py",
+        "zcproto/histogram.py",
+        "zcproto/home.py",
+        "zcproto/local_socket.py",
+        "zcproto/network.py",
+        "zcproto/printable.py",
+        "zcproto/secret.py",
+        "zcproto/service_manager.py",
+        "zcproto/signed.py",
+        "zcproto/suites.py",
+    ),
+    *(
+        "tests/adversity",
+        "tests/admin",
+        "tests/alerts",
+        "tests/app",
+        "tests/auth",
+        "tests/bench",
+        "tests/certs",
+        "tests/cli",
+        "tests/client",
+        "tests/common",
+        "tests/config",
+        "tests/conformance",
+        "tests/connection",
+        "tests/control",
+        "tests/costs",
+        "tests/fuzz",
+        "tests/http",
+        "tests/interop",
+        "tests/load",
+        "tests/observe",
+        "tests/properties",
+        "tests/runtime",
+        "tests/server",
+        "tests/sessions",
+        "tests/spec",
+        "tests/stores",
+        "tests/tls",
+        "tests/wire",
+    ),
+    *(
+        "tests/__init__.py",
+        "tests/__main__.py",
+        "tests/conftest.py",
+        "tests/helpers.py",
+        "tests/secrets_watch.py",
+        "tests/test_deadlines.py",
+        "tests/test_errors.py",
+        "tests/test_event_loop.py",
+        "tests/test_file_limit.py",
+        "tests/test_hardening.py",
+        "tests/test_histogram.py",
+        "tests/test_home.py",
+        "tests/test_layers.py",
+        "tests/test_network.py",
+        "tests/test_printable.py",
+        "tests/test_public_api.py",
+        "tests/test_secret.py",
+        "tests/test_secrets_watch.py",
+        "tests/test_service_manager.py",
+    ),
+    *("spec", "bench", "clients", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml", ".ci"),
+)
+"""Files and folders that are still being rewritten: entries are removed, never added."""
+
+
+class Hit(NamedTuple):
+    """A banned word, and where it is."""
+
+    file: str
+    line: int
+    word: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.word}: {self.text}"
+
+
+def split_identifiers(text: str) -> str:
+    """Separate the words of identifiers, so that `_nobody` and `isTold` are found. Lines stay where they are."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text).replace("_", " ")
+
+
+def hits_in(text: str, file: str) -> Iterator[Hit]:
+    """Yield the banned words of a text that its file is not allowed to have."""
+    lines = text.splitlines()
+    searched = split_identifiers(text)
+    for word, pattern in PATTERNS.items():
+        if word in ALLOWED.get(file, ()):
+            continue
+        for match in pattern.finditer(searched):
+            line = searched.count("\n", 0, match.start())
+            yield Hit(file, line + 1, word, lines[line].strip())
+
+
+def files_below(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield the text files among `paths` and in their folders, sorted."""
+    for path in paths:
+        if path.is_dir():
+            yield from files_below(sorted(each for each in path.iterdir() if each.name not in SKIPPED))
+        elif path.suffix in SUFFIXES or path.parent.name == ".ci":
+            yield path
+
+
+def find(paths: Iterable[Path]) -> list[Hit]:
+    """Return every hit in the given files and folders, by file and line."""
+    found: list[Hit] = []
+    for path in files_below(paths):
+        file = path.resolve().relative_to(ROOT).as_posix()
+        found += sorted(hits_in(path.read_text(encoding="utf-8"), file), key=lambda hit: hit.line)
+    return found
+
+
+def is_clean_by_now(file: str) -> bool:
+    """Return whether a file is in none of the rooms that are still being rewritten."""
+    return not any(file == each or file.startswith(f"{each}/") for each in NOT_YET_CLEAN)
+
+
+def test_no_text_has_a_banned_word() -> None:
+    checked = [ROOT / name for name in CHECKED if (ROOT / name).exists()]
+    hits = [hit for hit in find(checked) if is_clean_by_now(hit.file)]
+    assert not hits, "reword these:\n" + "\n".join(map(str, hits))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Nobody is told.", ["told", "nobody"]),
+        ("def _nobody(): ...", ["nobody"]),
+        ("const isTold = hasANewValue", ["told"]),
+        ("# whatever sees\n    # to it", ["sees to"]),
+        ("this is no number", ["is no X"]),
+        ("There is no number, and it is no longer than there\n    # is no other", []),
+        ("if value is None:", []),
+        ("of these there is none", ["is none"]),
+        ("intolerable, janewman", []),
+    ],
+)
+def test_banned_word_is_found_in_prose_and_identifiers(text: str, words: list[str]) -> None:
+    assert sorted(hit.word for hit in hits_in(text, "any.py")) == sorted(words)
+
+
+def test_hit_names_the_line_of_the_word() -> None:
+    assert list(hits_in("first\nis told\n", "a.py")) == [Hit("a.py", 2, "told", "is told")]
+
+
+def main(arguments: list[str]) -> int:
+    """List the hits in the given paths, or in all that are checked. Return the exit code."""
+    hits = find(
+        map(Path, arguments) if arguments else (ROOT / name for name in CHECKED if (ROOT / name).exists())
+    )
+    for hit in hits:
+        sys.stdout.write(f"{hit}\n")
+    sys.stdout.write(f"{len(hits)} occurrences\n")
+    return 1 if hits else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
