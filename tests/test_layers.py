@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+KIT = "clients/conformance"
 
 LEAVES = {
     *("errors", "clock", "config", "home", "printable", "deadlines", "network", "signed", "suites"),
@@ -66,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": {"tls", "connection", "wire", "observe"} | LEAVES | PROCESS,
     # on top
     "bench": {"server", "client"} | BELOW_THE_EDGE | LEAVES | PROCESS,
-    "conformance": {"client", "connection", "wire", "tls"} | LEAVES | PROCESS,
+    "zcproto_conformance": {"client", "connection", "wire", "tls"} | LEAVES | PROCESS,
     "cli": {"bench", "server", "client"} | BELOW_THE_EDGE | LEAVES | PROCESS,
     "__main__": {"cli"},
     "zcproto": {"server", "client", "config", "errors"},
@@ -137,23 +138,27 @@ def parsed(source: str) -> ast.Module:
 
 @cache
 def sources() -> dict[str, str]:
-    """Every source file of the package and of bench by its path from the root."""
-    paths = [path for folder in ("zcproto", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
-    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    """Every source file of the package, of bench and of the conformance kit by its path from the root."""
+    paths = [path for folder in ("zcproto", "bench", KIT) for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for path in paths
+        if path.name != "setup.py"
+    }
 
 
 def room_of(dotted: str) -> str | None:
     """The room of a module of ours, or None for anybody else's."""
     first, *rest = dotted.split(".")
-    if first == "bench":
-        return "bench"
+    if first in {"bench", "zcproto_conformance"}:
+        return first
     if first != "zcproto":
         return None
     return rest[0] if rest else "zcproto"
 
 
 def module_of(path: str) -> str:
-    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    return path.removeprefix(f"{KIT}/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def imports_of(path: str, source: str) -> Iterator[tuple[int, str]]:

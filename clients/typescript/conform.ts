@@ -1,7 +1,7 @@
 /**
- * The program by which the conformance kit drives this client (spec/conformance/README.md):
+ * The program by which the conformance kit drives this client (clients/conformance/README.md):
  *
- *     python -m zcproto.conformance node clients/typescript/dist/conform.js
+ *     zcproto-conformance node clients/typescript/dist/conform.js
  */
 
 import { createInterface } from "node:readline";

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zcproto.clock import system_clock, system_entropy
-from zcproto.conformance import talks
-from zcproto.conformance.check import Check
-from zcproto.conformance.run import PASSED, Result, run_checks
-from zcproto.conformance.stage import PATIENCE, Fixtures
+from zcproto_conformance import scenarios
+from zcproto_conformance.check import Check
+from zcproto_conformance.run import PASSED, Result, run_checks
+from zcproto_conformance.stage import PATIENCE, Fixtures
 
-PYTHON_CLIENT = (sys.executable, "-m", "zcproto.conformance.python_client")
+PYTHON_CLIENT = (sys.executable, "-m", "zcproto_conformance.python_client")
 SLOW = 2 * PATIENCE
 """For a machine on which other tests run, too."""
 
-SCRIPTED = {check.name: check for check in talks.checks()}
+SCRIPTED = {check.name: check for check in scenarios.checks()}
 
 
 async def results_of(

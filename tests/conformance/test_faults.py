@@ -1,6 +1,6 @@
 """Each conversation is there for a fault. A part of them is run here; all of them are
 
-python -m zcproto.conformance.faults
+python -m tests.conformance.faults
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.conformance.faults import FAULTS, fault_of
+from tests.conformance.faults.__main__ import seen_to_fail
+from tests.conformance.faults.mutation import Unmatched, fault
 from zcproto.client.backoff import Backoff
-from zcproto.conformance.faults import FAULTS, fault_of
-from zcproto.conformance.faults.__main__ import seen_to_fail
-from zcproto.conformance.faults.mutate import Unmatched, fault
-from zcproto.conformance.run import FAILED
 from zcproto.errors import CallError
+from zcproto_conformance.run import FAILED
 
 from .helpers import SCRIPTED
 
@@ -45,9 +45,9 @@ def test_there_are_enough_conversations_and_each_says_what_it_proves() -> None:
         assert section[0].isdigit() or section.startswith("0"), check.name
 
 
-def test_the_readme_counts_them() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"{len(SCRIPTED)} conversations with a scripted server" in readme
+def test_readme_of_the_kit_has_the_number_of_scenarios() -> None:
+    readme = (Path(__file__).parents[2] / "clients" / "conformance" / "README.md").read_text(encoding="utf-8")
+    assert f"{len(SCRIPTED)} scenarios with a scripted server" in readme
 
 
 def test_each_conversation_has_its_fault() -> None:

@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from zcproto.clock import system_clock, system_entropy
-from zcproto.conformance.__main__ import CANNOT_RUN, choose, main
-from zcproto.conformance.check import Check, KitError
-from zcproto.conformance.run import (
+from zcproto_conformance.__main__ import CANNOT_RUN, choose, main
+from zcproto_conformance.check import Check
+from zcproto_conformance.errors import KitError
+from zcproto_conformance.run import (
     EXCEPTED,
     FAILED,
     PASSED,
@@ -22,9 +23,9 @@ from zcproto.conformance.run import (
     apply_exceptions,
     load_exceptions,
 )
-from zcproto.conformance.server import HOST, ScriptedServer
-from zcproto.conformance.stage import Stage
-from zcproto.conformance.values import typed, untyped
+from zcproto_conformance.server import HOST, ScriptedServer
+from zcproto_conformance.stage import Stage
+from zcproto_conformance.values import typed, untyped
 
 from .helpers import PYTHON_CLIENT, SCRIPTED, program, results_of
 

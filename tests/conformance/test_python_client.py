@@ -1,14 +1,14 @@
 """The Python client passes the kit. A part of it is run here; all of it is
 
-python -m zcproto.conformance python -m zcproto.conformance.python_client
+python -m zcproto_conformance python -m zcproto_conformance.python_client
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
-from zcproto.conformance import real_server, vectors
-from zcproto.conformance.check import Check
+from zcproto_conformance import real_server, vectors
+from zcproto_conformance.check import Check
 
 from ..wire.vectors import FOLDER
 from .helpers import SCRIPTED, failures, results_of
@@ -53,6 +53,6 @@ async def test_it_passes_the_conversations() -> None:
 
 async def test_it_passes_conversations_with_the_real_server() -> None:
     wanted = {"server/echo", "server/revoked-by-another"}
-    chosen = [check for check in real_server.talk.checks if check.name in wanted]
+    chosen = [check for check in real_server.scenario.checks if check.name in wanted]
     assert len(chosen) == len(wanted)
     assert failures(await results_of(chosen)) == []

@@ -26,9 +26,6 @@ RETURNERS: Final = {
 PEERS_ALONE: Final = {"MessageError", "FrameError"}
 """What a program with a fault is told by the other end, always with the code PROTOCOL_ERROR in front."""
 
-TOLD_BY_THE_KIT: Final = ("zcproto/conformance/faults/", "zcproto/conformance/talks/")
-"""What clients in other languages are held to: its texts are explained where they stand."""
-
 
 class Message(NamedTuple):
     """A text, with the place where it is made."""
@@ -68,13 +65,9 @@ class Sources:
     """All sources of the package."""
 
     def __init__(self) -> None:
-        paths = [
-            path
-            for path in sorted((ROOT / "zcproto").rglob("*.py"))
-            if not path.relative_to(ROOT).as_posix().startswith(TOLD_BY_THE_KIT)
-        ]
         self.trees = {
-            path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths
+            path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+            for path in sorted((ROOT / "zcproto").rglob("*.py"))
         }
         self.bases: dict[str, list[str]] = {}
         self.codes: dict[str, str] = {}

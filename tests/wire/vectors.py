@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from zcproto.conformance.frames import fields_of, message_of
-from zcproto.conformance.values import typed
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import RawFrame, Side
+from zcproto_conformance.frames import fields_of, message_of
+from zcproto_conformance.values import typed
 
 __all__ = ["fields_of", "message_of", "typed"]
 

@@ -1,4 +1,4 @@
-/** The steps by which the conformance kit drives this client: spec/conformance/README.md, one by one. */
+/** The steps by which the conformance kit drives this client: clients/conformance/README.md, one by one. */
 
 import { attachMessage, openMessage } from "../src/client/signed.js";
 import {

@@ -1,0 +1,42 @@
+"""Checks: a name, the rule of the specification that is checked, and the scenario that checks it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from zcproto_conformance.stage import Stage
+
+Scenario = Callable[[Stage], Awaitable[None]]
+
+VECTORS: Final = "vectors"
+SCRIPTED: Final = "scripted"
+SERVER: Final = "server"
+PARTS: Final = (VECTORS, SCRIPTED, SERVER)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check. `name` begins with its part; `proves` is a section of spec/zcp1.md and its rule."""
+
+    name: str
+    proves: str
+    run: Scenario
+
+
+class Scenarios:
+    """A decorator that registers the scenarios of one module as checks, in order of definition."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+        self.checks: list[Check] = []
+
+    def __call__(self, name: str, proves: str) -> Callable[[Scenario], Scenario]:
+        """Register a scenario."""
+
+        def register(scenario: Scenario) -> Scenario:
+            self.checks.append(Check(f"{self.part}/{name}", proves, scenario))
+            return scenario
+
+        return register

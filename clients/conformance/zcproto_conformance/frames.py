@@ -1,0 +1,62 @@
+"""A frame in the words of the vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zcproto.wire.frame import WITHOUT_BODY, Kind, RawFrame
+from zcproto.wire.message import (
+    MessageError,
+    decode_body,
+    decode_error,
+    decode_event,
+    decode_map,
+    decode_request,
+)
+from zcproto_conformance.values import typed
+
+
+def kind_of(frame: RawFrame) -> Kind:
+    return Kind(frame[1] >> 16 & 0xFF)
+
+
+def fields_of(frame: RawFrame) -> dict[str, Any]:
+    """What its header and its bytes say."""
+    length, head, stream, timestamp, salt, counter, token, body = frame
+    return {
+        "result": "frame",
+        "length": length,
+        "version": head >> 24,
+        "kind": kind_of(frame).name,
+        "flags": head & 0xFFFF,
+        "stream": stream,
+        "timestamp": str(timestamp),
+        "salt": salt.hex(),
+        "counter": str(counter),
+        "token": token.hex(),
+        "body": body.hex(),
+    }
+
+
+def message_of(frame: RawFrame, max_depth: int) -> dict[str, Any] | None:
+    """What its body says; None for a kind that has none. Raises MessageError."""
+    kind, body = kind_of(frame), frame[7]
+    if frame[1] in WITHOUT_BODY:
+        if body:
+            raise MessageError("this kind has no body")
+        return None
+    match kind:
+        case Kind.REQUEST:
+            method, params, meta = decode_request(body, max_depth)
+            said = {key: typed(value) for key, value in meta._asdict().items() if value is not None}
+            return {"method": method, "params": typed(params), "meta": said}
+        case Kind.ERROR:
+            error = decode_error(body, max_depth)
+            return {"code": error.code, "message": error.message, "details": typed(error.details)}
+        case Kind.EVENT:
+            name, data = decode_event(body, max_depth)
+            return {"name": name, "data": typed(data)}
+        case Kind.WELCOME | Kind.GOAWAY:
+            return {"map": typed(decode_map(body, max_depth))}
+        case _:
+            return {"value": typed(decode_body(body, max_depth))}

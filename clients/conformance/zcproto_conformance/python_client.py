@@ -1,0 +1,217 @@
+"""The program by which the conformance kit drives the Python client: spec/conformance/README.md, step by step.
+
+python -m zcproto_conformance python -m zcproto_conformance.python_client
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from zcproto.client.client import Client, default_client
+from zcproto.client.device import Device
+from zcproto.errors import (
+    CallError,
+    CannotConnect,
+    CertificateError,
+    Code,
+    ConfigError,
+    ConnectionClosed,
+    ProtocolError,
+    TlsError,
+)
+from zcproto.tls.transport import TlsTransport
+from zcproto_conformance.python_vectors import STEPS as VECTOR_STEPS
+from zcproto_conformance.values import typed, untyped
+
+KIT: Final = 1
+MAX_LINE: Final = 8 * 1024 * 1024
+_MS: Final = 1000
+
+_CAUSES: Final = {
+    "certificate_untrusted": "certificate",
+    "certificate_expired": "certificate",
+    "certificate_name_mismatch": "certificate",
+    "certificate_revoked": "certificate",
+    "pin_mismatch": "pin",
+    "no_application_protocol": "protocol",
+    "unsupported_version": "protocol",
+    "no_shared_suite": "protocol",
+    "wrong_parameters": "protocol",
+    "not_tls": "protocol",
+    "sts_policy": "policy",
+}
+
+Step = Callable[[Mapping[str, Any]], Awaitable[Any]]
+
+
+class Conform:
+    """The steps. Each is a method by the name of its step; it returns what `ok` says."""
+
+    def __init__(self) -> None:
+        self.clients: dict[str, Client] = {}
+        self.calls: dict[str, asyncio.Task[Any]] = {}
+
+    async def hello(self, step: Mapping[str, Any]) -> Any:
+        return {"kit": KIT, "client": default_client()}
+
+    async def connect(self, step: Mapping[str, Any]) -> Any:
+        key = step.get("device_key")
+        device = None if key is None else Device(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(key)))
+        options: dict[str, Any] = {
+            "user": step.get("user"),
+            "key": step.get("key"),
+            "ca_file": step.get("ca_file"),
+            "pins": step.get("pins", ()),
+            "verify": step.get("verify", True),
+            "server_hostname": step.get("server_name"),
+            "device": device,
+            "device_name": step.get("device"),
+            "client": step.get("client_name"),
+            "home": Path(step["home"]),
+        }
+        for name in ("timeout", "connect_timeout"):
+            if f"{name}_ms" in step:
+                options[name] = step[f"{name}_ms"] / _MS
+        client = Client(step["address"], **options)
+        self.clients[step["client"]] = client  # known before it is open, so that it can be closed at any time
+        await client.open()
+        return {"session": None if client.session is None else client.session.id}
+
+    async def call(self, step: Mapping[str, Any]) -> Any:
+        client = self.clients[step["client"]]
+        options: dict[str, Any] = {
+            name: step[name] for name in ("idempotency_key", "traceparent") if name in step
+        }
+        if "timeout_ms" in step:
+            options["timeout"] = step["timeout_ms"] / _MS
+        call = client.call(step["method"], untyped(step.get("params")), **options)
+        self.calls[step["call"]] = asyncio.create_task(call)
+        await asyncio.sleep(0)  # it begins
+
+    async def expect(self, step: Mapping[str, Any]) -> Any:
+        call = self.calls[step["call"]]
+        await asyncio.wait([call])
+        return typed(call.result())
+
+    async def cancel(self, step: Mapping[str, Any]) -> Any:
+        self.calls[step["call"]].cancel()
+
+    async def event(self, step: Mapping[str, Any]) -> Any:
+        event = await anext(self.clients[step["client"]].events)
+        return {"name": event.name, "data": typed(event.data)}
+
+    async def session(self, step: Mapping[str, Any]) -> Any:
+        session = self.clients[step["client"]].session
+        if session is None:
+            return None
+        return {"id": session.id, "user": session.user, "expires_at": session.expires_at}
+
+    async def open_session(self, step: Mapping[str, Any]) -> Any:
+        return {"session": (await self.clients[step["client"]].open_session()).id}
+
+    async def cut(self, step: Mapping[str, Any]) -> Any:
+        link = self.clients[step["client"]]._links.link
+        transport = None if link is None else link._transport
+        if isinstance(transport, TlsTransport):
+            transport._raw.abort()  # below TLS, which must find out
+
+    async def close(self, step: Mapping[str, Any]) -> Any:
+        client = self.clients.pop(step["client"], None)
+        if client is not None:  # None: it never got so far
+            await client.close()
+
+    # --- the program ------------------------------------------------------------------------------
+
+    def step(self, name: str) -> Step | None:
+        """What does a step, or None if there is no such step."""
+        if name in VECTOR_STEPS:
+            return in_one_go(VECTOR_STEPS[name])
+        found: Step | None = getattr(self, name, None) if name in STEPS else None
+        return found
+
+    async def run(self) -> None:
+        """Do what standard input says until it ends."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=MAX_LINE)
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        tasks: set[asyncio.Task[None]] = set()
+        while line := await reader.readline():
+            task = asyncio.create_task(self._do(json.loads(line)))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        for task in tasks:
+            task.cancel()
+        for client in self.clients.values():
+            await client.close()
+
+    async def _do(self, step: Mapping[str, Any]) -> None:
+        do = self.step(step["step"])
+        if do is None:
+            write({"id": step["id"], "unsupported": f"there is no step {step['step']!r}"})
+            return
+        try:
+            answer = {"ok": await do(step)}
+        except KNOWN as error:
+            answer = {"error": describe(error)}
+        except asyncio.CancelledError as error:
+            if step["step"] != "expect":
+                raise
+            answer = {"error": describe(error)}
+        write({"id": step["id"], **answer})
+
+
+STEPS: Final = frozenset(
+    {"hello", "connect", "call", "expect", "cancel", "event", "session", "open_session", "cut", "close"}
+)
+KNOWN: Final = (CallError, ConnectionClosed, TlsError, CertificateError, ConfigError, ProtocolError)
+
+
+def in_one_go(do: Callable[[Mapping[str, Any]], Any]) -> Step:
+    async def step(fields: Mapping[str, Any]) -> Any:
+        return do(fields)
+
+    return step
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """An error in the words of the kit."""
+    if isinstance(error, asyncio.CancelledError):
+        return {"kind": "call", "code": Code.CANCELLED, "name": "CANCELLED", "message": "", "details": None}
+    if isinstance(error, CallError):
+        return {
+            "kind": "call",
+            "code": error.code,
+            "name": error.code.name,
+            "message": error.message,
+            "details": typed(error.details),
+        }
+    if isinstance(error, CannotConnect):
+        return {"kind": "connect", "message": str(error)}
+    if isinstance(error, ConnectionClosed):
+        return {"kind": "closed", "clean": error.clean, "code": error.code, "message": str(error)}
+    if isinstance(error, ProtocolError):
+        return {"kind": "closed", "clean": False, "code": error.code, "message": str(error)}
+    if isinstance(error, TlsError):
+        return {"kind": "tls", "cause": _CAUSES.get(error.failure, "other"), "message": str(error)}
+    return {"kind": "argument", "message": str(error)}
+
+
+def write(answer: Mapping[str, Any]) -> None:
+    """One line, at once."""
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    asyncio.run(Conform().run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""A fault for each conversation about calls, retries, sessions and devices."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.conformance.faults.mutation import Fault, fault
+
+_CLIENT: Final = "zcproto.client.client:Client"
+_AFTER: Final = f"{_CLIENT}._after_error"
+_PUMP: Final = "zcproto.client.protocol:ClientProtocol"
+_CONNECTION: Final = "zcproto.connection.client:ClientConnection"
+_RECEIVE: Final = f"{_CONNECTION}.receive_data"
+_LINKS: Final = "zcproto.client.links:LinkKeeper"
+_KEEPER: Final = "zcproto.client.sessions:SessionKeeper"
+_SESSION: Final = "zcproto.client.session"
+_WHAT_NEXT: Final = "zcproto.client.retry:what_next"
+_BY_CODE: Final = "return _BY_CODE.get(error.code, Then.TELL)"
+_FROM_WIRE: Final = "zcproto.errors:CallError.from_wire"
+_MESSAGE: Final = "zcproto.wire.message"
+_DECODE: Final = f"{_MESSAGE}:_decode"
+_UNPACK: Final = "return _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)"
+_NESTED: Final = f"{_MESSAGE}:_check_nested"
+_KEY: Final = "if key.__class__ is not str:"
+_DEEP: Final = "_check_nested([value], max_depth)"
+_SEND_CANCEL: Final = 'self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)'
+
+
+def _then(code: str, then: str) -> tuple[str, str, str]:
+    """After an error with this code the client does something else."""
+    return _WHAT_NEXT, _BY_CODE, f"return Then.{then} if error.code is Code.{code} else {_BY_CODE[7:]}"
+
+
+_ANSWER_ENDS_IT: Final = fault(
+    "ends a connection for an answer that it cannot read",
+    (
+        _RECEIVE,
+        'yield ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})\n'
+        "                    continue",
+        'yield self._end_with(Code.PROTOCOL_ERROR, "a fault")\n                    return',
+    ),
+)
+_STRANGE_ANSWER_ENDS_IT: Final = fault(
+    "ends a connection for an answer that it did not ask for",
+    (
+        _RECEIVE,
+        "self.dropped_unknown += 1\n                    continue",
+        'yield self._end_with(Code.PROTOCOL_ERROR, "a fault")\n                    return',
+    ),
+)
+_NO_LIMIT_FOR_WHAT_IS_SENT: Final = fault(
+    "does not look at the size of what it sends",
+    (f"{_CONNECTION}._check_size", "if size > limit:", "if False:"),
+)
+
+CALLS: Final[dict[str, Fault]] = {
+    "answers-out-of-order": fault(
+        "matches answers by their order",
+        (
+            f"{_PUMP}.data_received",
+            "call = pending.pop(event.stream, None)",
+            "call = pending.pop(next(iter(pending)), None)",
+        ),
+    ),
+    "answer-to-nothing": _STRANGE_ANSWER_ENDS_IT,
+    "answered-twice": _STRANGE_ANSWER_ENDS_IT,
+    "error-codes": fault(
+        "loses details", (_FROM_WIRE, "return kind(message, details)", "return kind(message)")
+    ),
+    "error-without-details": fault(
+        "wants details", (f"{_MESSAGE}:decode_error", "not 2 <= len(value) <= 3", "len(value) != 3")
+    ),
+    "unknown-code": fault(
+        "fails at a code that it does not know",
+        (_FROM_WIRE, "kind = cls.by_code.get(code)", "kind = cls.by_code[code]"),
+    ),
+    "body-no-msgpack": _ANSWER_ENDS_IT,
+    "body-empty": _ANSWER_ENDS_IT,
+    "body-that-promises-too-much": _ANSWER_ENDS_IT,
+    "body-with-more-behind": fault(
+        "reads the first value of a body",
+        (
+            _DECODE,
+            _UNPACK,
+            "return (lambda reader: (reader.feed(body), reader.unpack())[1])(msgpack.Unpacker())",
+        ),
+    ),
+    "body-with-an-ext-type": fault(
+        "takes ext types", (_DECODE, _UNPACK, "return _unpack(body, ext_hook=lambda code, data: data)")
+    ),
+    "body-with-a-timestamp": fault(
+        "takes msgpack's timestamps", (_DECODE, _UNPACK, "return _unpack(body, timestamp=1)")
+    ),
+    "body-with-an-int-key": fault(
+        "takes int for a key",
+        (_DECODE, _UNPACK, "return _unpack(body, strict_map_key=False)"),
+        (_NESTED, _KEY, "if key.__class__ not in (str, int):"),
+    ),
+    "body-with-a-bin-key": fault(
+        "takes bin for a key", (_NESTED, _KEY, "if key.__class__ not in (str, bytes):")
+    ),
+    "body-not-utf-8": fault(
+        "replaces what is no UTF-8", (_DECODE, _UNPACK, 'return _unpack(body, unicode_errors="replace")')
+    ),
+    "body-too-deep": fault(
+        "takes any depth", (f"{_MESSAGE}:decode_body", _DEEP, "_check_nested([value], max_depth + 99)")
+    ),
+    "body-32-deep": fault(
+        "takes a depth of 31", (f"{_MESSAGE}:decode_body", _DEEP, "_check_nested([value], max_depth - 1)")
+    ),
+    "results-of-all-types": fault(
+        "holds ints in doubles",
+        (
+            f"{_MESSAGE}:decode_body",
+            "value = _decode(body)",
+            "value = (lambda got: float(got) if got.__class__ is int else got)(_decode(body))",
+        ),
+    ),
+    "params-of-all-types": fault(
+        "sends bytes as str",
+        (f"{_MESSAGE}:encode_body", "return _pack(value)", "return msgpack.packb(value, use_bin_type=False)"),
+    ),
+    "call-without-params": fault(
+        "sends an array for no params",
+        (
+            f"{_MESSAGE}:encode_request",
+            "return encode_body([method, params, meta] if meta else [method, params])",
+            "return encode_body([method, params or [], meta or {}])",
+        ),
+    ),
+    "deadline-travels": fault(
+        "keeps the deadline for itself",
+        (
+            f"{_CLIENT}.call",
+            '{"deadline_ms": min(math.ceil((deadline - now) * MS_PER_SECOND), MAX_DEADLINE_MS)}',
+            "{}",
+        ),
+    ),
+    "deadline-of-the-client": fault(
+        "leaves deadlines to the server",
+        (
+            "zcproto.client.protocol:PendingCall.handle_deadline",
+            "if self.link.abandon(self) and not self.done():",
+            "if False:",
+        ),
+    ),
+    "cancel": fault(
+        "sends CANCEL without its request's token",
+        (f"{_CONNECTION}.cancel", _SEND_CANCEL, 'self._send(CANCEL, stream, NO_TOKEN, b"", wall)'),
+    ),
+    "cancelled-is-in-flight": fault(
+        "takes a cancelled request for answered",
+        (f"{_CONNECTION}.cancel", _SEND_CANCEL, f"{_SEND_CANCEL}; self._in_flight.pop(stream)"),
+        (f"{_PUMP}.abandon", "self._flush_soon()", "self._flush_soon(); self._update_ready()"),
+    ),
+    "traceparent-travels": fault(
+        "keeps traceparent for itself",
+        ("zcproto.client.client:_meta", 'more["traceparent"] = traceparent', "pass"),
+    ),
+    "request-above-max-frame": _NO_LIMIT_FOR_WHAT_IS_SENT,
+    "ping-is-answered": fault(
+        "answers no PING",
+        (f"{_CONNECTION}._received_other", 'self._send(PONG, 0, token, b"", wall)', "pass"),
+    ),
+    "keepalive": fault("sends no PING", (f"{_CONNECTION}.handle_timeout", "self.ping(wall)", "pass")),
+    "unknown-event": fault(
+        "ends a connection for an event that it does not know",
+        (
+            f"{_CONNECTION}._received_other",
+            "return EventReceived(name, data, token)",
+            'return self._end_with(Code.PROTOCOL_ERROR, "a fault")',
+        ),
+    ),
+    "events-are-told": fault(
+        "loses the data of events",
+        (f"{_CLIENT}._event_received", "Event(event.name, event.data)", "Event(event.name, None)"),
+    ),
+}
+
+_LOST: Final = "if self._closed or not (link.unanswered_not_run or idempotency_key is not None):"
+
+GOING: Final[dict[str, Fault]] = {
+    "goaway-in-the-middle": fault(
+        "closes at GOAWAY",
+        (
+            f"{_PUMP}._go_away",
+            "self._owner.link_draining(self, event)",
+            'self._owner.link_draining(self, event); self.close("a fault")',
+        ),
+    ),
+    "goaway-and-new-calls": fault(
+        "does not listen to GOAWAY",
+        (f"{_CONNECTION}._received_go_away", "self.state = next_state(self.state, Input.GOAWAY)", "pass"),
+        (f"{_PUMP}._go_away", "if self.draining:", "if True:"),
+    ),
+    "goaway-retry-after": fault(
+        "comes back at once after GOAWAY",
+        (
+            f"{_LINKS}.link_draining",
+            "self._wait(self._backoff.next(min(event.retry_after_ms, MAX_RETRY_AFTER_MS)))",
+            "pass",
+        ),
+    ),
+    "goaway-twice": fault(
+        "refuses a second GOAWAY",
+        (
+            f"{_CONNECTION}._received_go_away",
+            'reason = said.get("reason")',
+            'reason = said.get("reason") if self.state is State.OPEN else None',
+        ),
+    ),
+    "goaway-then-a-clean-end": fault(
+        "takes a request that did not run for one that may have",
+        (
+            f"{_PUMP}._closed_by_peer",
+            "self.unanswered_not_run = self.draining",
+            "self.unanswered_not_run = False",
+        ),
+    ),
+    "goaway-then-cut": fault(
+        "takes a request that may have run for one that did not",
+        (f"{_CLIENT}.call", _LOST, _LOST.replace("link.unanswered_not_run", "link.draining")),
+    ),
+    "lost-without-a-key": fault("sends a lost call again", (f"{_CLIENT}.call", _LOST, "if self._closed:")),
+    "lost-with-a-key": fault(
+        "does not send a lost call again that has a key",
+        (f"{_CLIENT}.call", _LOST, "if self._closed or not link.unanswered_not_run:"),
+    ),
+    "cut-by-the-network": fault(
+        "takes a cut for a clean end",
+        (
+            f"{_PUMP}.connection_lost",
+            "self._ended(ConnectionClosed(exc.failure))",
+            "self._ended(ConnectionClosed(exc.failure, clean=True))",
+        ),
+    ),
+    "no-storm": fault(
+        "comes back at once, always",
+        ("zcproto.client.backoff:Backoff.next", "self._random() * self._ceiling", "0"),
+    ),
+    "unavailable": fault("gives up at UNAVAILABLE", _then("UNAVAILABLE", "TELL")),
+    "resource-exhausted": fault("gives up at RESOURCE_EXHAUSTED", _then("RESOURCE_EXHAUSTED", "TELL")),
+    "retry-after": fault(
+        "does not look at retry_after_ms",
+        (_AFTER, "attempt.backoff.next(retry_after_ms(error.details))", "attempt.backoff.next()"),
+    ),
+    "retry-has-an-end": fault(
+        "waits beyond the time of a call",
+        (f"{_CLIENT}._wait", "if self._loop.time() + delay >= deadline:", "if False:"),
+    ),
+    "limit-reached": fault(
+        "waits for a limit that does not pass",
+        (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
+    ),
+    "other-errors-are-told": fault(
+        "sends again whatever failed", (_WHAT_NEXT, "error.code, Then.TELL", "error.code, Then.LATER")
+    ),
+}
+
+_SAME_ONE: Final = (
+    '"refresh_token": self.__dict__.setdefault("_first_refresh_token", session.refresh_token_bytes)'
+)
+
+SESSIONS: Final[dict[str, Fault]] = {
+    "session-open": fault(
+        "does not say which client it is",
+        (
+            f"{_KEEPER}._next_request",
+            'return "session.open", {**self._credentials.params(link), "client": self._client}',
+            'return "session.open", self._credentials.params(link)',
+        ),
+    ),
+    "secrets": fault(
+        "writes its token to standard error",
+        (
+            f"{_KEEPER}._opened",
+            "self.session = session\n",
+            "self.session = session; print(session.token, file=__import__('sys').stderr, flush=True)\n",
+        ),
+    ),
+    "no-session": fault(
+        "sends a token of its own",
+        (
+            f"{_CLIENT}.call",
+            "token = sessions.token",
+            "token = sessions.token if sessions.session else b'x' * 32",
+        ),
+    ),
+    "wrong-key": fault(
+        "tries a key that was refused again and again",
+        (
+            f"{_KEEPER}._renew",
+            "if then is Then.LATER and must:",
+            "if then in (Then.LATER, Then.TELL) and must:",
+        ),
+    ),
+    "too-many-sessions": fault(
+        "waits for a limit that does not pass",
+        (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
+    ),
+    "unauthenticated": fault("tries UNAUTHENTICATED again", _then("UNAUTHENTICATED", "AT_ONCE")),
+    "expired-token": fault("gives up at TOKEN_EXPIRED", _then("TOKEN_EXPIRED", "TELL")),
+    "refresh-rotation": fault(
+        "uses its first refresh token for ever",
+        (f"{_KEEPER}._next_request", '"refresh_token": session.refresh_token_bytes', _SAME_ONE),
+    ),
+    "one-refresh-at-a-time": fault(
+        "refreshes for each call", (f"{_KEEPER}.make_good", "if self._renewing is None:", "if True:")
+    ),
+    "expired-twice": fault(
+        "refreshes as often as it is told that a token expired",
+        (
+            _AFTER,
+            "elif then is Then.RENEW and token != NO_TOKEN and attempt.once(then):",
+            "elif then is Then.RENEW and token != NO_TOKEN:",
+        ),
+    ),
+    "expired-without-refresh": fault(
+        "refreshes with nothing",
+        (
+            f"{_KEEPER}._next_request",
+            "if session is not None and session.can_refresh(self._loop.time()):",
+            "if session is not None:",
+        ),
+    ),
+    "expired-refresh-token": fault(
+        "gives up when its refresh token has expired",
+        (
+            f"{_KEEPER}._goes_on_without_refresh",
+            "self._drop_refresh_token()\n        return True",
+            "return False",
+        ),
+    ),
+    "lost-refresh": fault(
+        "gives up when a refresh was lost", (f"{_KEEPER}._renew", "lost += 1\n", "raise\n")
+    ),
+    "refresh-of-a-revoked-session": fault(
+        "opens a session when its refresh was refused for good",
+        (
+            f"{_KEEPER}._goes_on_without_refresh",
+            "if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN and not is_anothers:",
+            "if False:",
+        ),
+    ),
+    "revoked-token": fault("takes TOKEN_REVOKED for TOKEN_EXPIRED", _then("TOKEN_REVOKED", "RENEW")),
+    "replaced-session": fault(
+        "comes back by itself when its session is over",
+        (f"{_CLIENT}.open", "is_wanted=lambda: not self._sessions.is_over,", "is_wanted=lambda: True,"),
+    ),
+    "another-session": fault(
+        "never opens a session again once one is over", (f"{_KEEPER}.want", "self._over = None", "pass")
+    ),
+    "revoked-event": fault(
+        "takes session.revoked for an expiry",
+        (f"{_KEEPER}.event_received", "self.show(link)", "self.expired(event.token)"),
+    ),
+    "back-with-its-token": fault(
+        "opens a session on each connection",
+        (
+            f"{_KEEPER}.show",
+            "self._show(link)",
+            "self.session = None; self.token = NO_TOKEN; self._set_good()",
+        ),
+    ),
+    "small-frame-first": fault(
+        "trusts in its token before it was taken",
+        (f"{_CONNECTION}._check_size", "limit = self.send_limit", 'limit = self.welcome["max_frame"]'),
+    ),
+    "large-frame-without-a-session": _NO_LIMIT_FOR_WHAT_IS_SENT,
+}
+
+DEVICES: Final[dict[str, Fault]] = {
+    "device-opens": fault(
+        "signs without the salt",
+        (
+            f"{_SESSION}:DeviceKey.params",
+            "open_message(channel.salt, channel.leaf, self.name)",
+            "open_message(bytes(8), channel.leaf, self.name)",
+        ),
+    ),
+    "device-attaches": fault(
+        "signs without the server's certificate",
+        (
+            f"{_SESSION}:DeviceKey.attach_params",
+            "attach_message(channel.salt, channel.leaf, token)",
+            "attach_message(channel.salt, bytes(32), token)",
+        ),
+    ),
+    "attach-when-asked": fault(
+        "gives up when it must attach", (_WHAT_NEXT, "return Then.ATTACH", "return Then.TELL")
+    ),
+    "attach-in-vain": fault(
+        "attaches as often as it is told to",
+        (
+            _AFTER,
+            "elif then is Then.ATTACH and token != NO_TOKEN and attempt.once(then):",
+            "elif then is Then.ATTACH and token != NO_TOKEN:",
+        ),
+    ),
+    "attach-without-a-key": fault(
+        "tries again without having attached",
+        (
+            f"{_KEEPER}.attach",
+            "        if self._device is None:\n            return False",
+            "        if self._device is None:\n            return True",
+        ),
+    ),
+}
