@@ -25,17 +25,17 @@ from typing import Final
 from rich.console import Console
 
 from bench.curves.watch import Watched
-from bench.demo.run import ARRIVAL_RATE
-from bench.load.command import Outputs, check_outputs
-from bench.load.figures import generator_saturated
-from bench.load.hdr import percentiles_ms
-from bench.load.progress import new_console
-from bench.load.result import Result, Verdict
 from bench.micro.token_check import Figure, conclude
 from bench.requirements.homes import Workshop
 from bench.requirements.measures import load_on
 from bench.rotation.__main__ import positive, whole
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.load.command import Outputs, check_outputs
+from zcproto.load.demo.run import ARRIVAL_RATE
+from zcproto.load.figures import generator_saturated
+from zcproto.load.hdr import percentiles_ms
+from zcproto.load.progress import new_console
+from zcproto.load.result import Result, Verdict
 
 MAX_P99_9_MS: Final = 25.0
 CANNOT: Final = 2

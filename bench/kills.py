@@ -26,18 +26,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from bench.demo.run import temporary_home
-from bench.demo.server import DemoServer
-from bench.load.caller import Caller, Place
-from bench.load.command import Outputs, check_outputs
-from bench.load.plan import Credential
 from bench.micro.token_check import Figure, conclude
 from bench.rotation.__main__ import whole
 from bench.told import Broken, Told, check, each_of, is_good, open_session, refresh
 from zcproto.auth import UserFile
+from zcproto.common.event_loop import new_event_loop
+from zcproto.common.home import Home
 from zcproto.errors import CallError, ConfigError, ConnectionClosed, Unavailable, ZcprotoError
-from zcproto.event_loop import new_event_loop
-from zcproto.home import Home
+from zcproto.load.caller import Caller, Place
+from zcproto.load.command import Outputs, check_outputs
+from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import Credential
 
 HOST: Final = "127.0.0.1"
 CLIENTS: Final = 8

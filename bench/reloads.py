@@ -3,7 +3,7 @@
     python -m bench.reloads [--reloads 50] [--connections 500] [--rate 5000] [--json FILE]
 
 - A server in a process of its own; a generator in another process, with connections that have a session each and
-  whose every answer is checked (`bench.load`).
+  whose every answer is checked (`zcproto.load`).
 - This process changes the file and asks for a reload by the control socket, every half second: half of the reloads
   bring other values (limits, sessions, alerts, headers, certificates), one in ten a file with faults, the others
   the file that is in force already.
@@ -30,23 +30,23 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from bench.demo.run import PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
-from bench.demo.server import DemoServer
-from bench.load import report as load_report
-from bench.load.command import Outputs, check_outputs
-from bench.load.plan import SESSIONS_PER_USER, Credential, Plan, check_plan, require_open_files
-from bench.load.progress import new_console, view_for
-from bench.load.result import Result, Verdict
-from bench.load.run import Stop, run
-from bench.load.tally import Kind
 from bench.micro.token_check import Figure, conclude
 from bench.rotation.__main__ import positive, whole
 from bench.rotation.run import LoadingView, one_processor
 from zcproto.auth import UserFile
+from zcproto.common.event_loop import new_event_loop
+from zcproto.common.home import Home
+from zcproto.common.local_socket import address_of
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.event_loop import new_event_loop
-from zcproto.home import Home
-from zcproto.local_socket import address_of
+from zcproto.load import report as load_report
+from zcproto.load.command import Outputs, check_outputs
+from zcproto.load.demo.run import PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import SESSIONS_PER_USER, Credential, Plan, check_plan, require_open_files
+from zcproto.load.progress import new_console, view_for
+from zcproto.load.result import Result, Verdict
+from zcproto.load.run import Stop, run
+from zcproto.load.tally import Kind
 
 HOST: Final = "127.0.0.1"
 INTERVAL_S: Final = 0.5

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from bench.load.caller import Caller
-from bench.load.plan import Credential
 from zcproto.errors import CallError, Code, ResourceExhausted, Unavailable
+from zcproto.load.caller import Caller
+from zcproto.load.plan import Credential
 
 CLIENT: Final = "zcproto-bench/1"
 AT_ONCE: Final = 8

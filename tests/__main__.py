@@ -26,8 +26,8 @@ COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
 
 
 SHOWN_FOR_ALL = (
-    *("bench", "costs", "fuzz/test_search.py", "interop", "spec", "http/test_browser.py"),
-    *("http/test_prometheus.py", "stores/test_kill.py", "test_layers.py", "test_secrets_watch.py"),
+    *("bench", "load", "costs", "fuzz/test_search.py", "interop", "spec", "admin/test_browser.py"),
+    *("admin/test_prometheus.py", "stores/test_kill.py", "test_layers.py", "test_secrets_watch.py"),
 )
 """Tests of other programs, documents and measurements, and a search, which no version of Python makes different."""
 
@@ -43,11 +43,11 @@ class Group(NamedTuple):
 
 
 GROUPS = (
-    Group(("adversity", "http", "server"), secrets=5_000),
+    Group(("adversity", "admin", "app", "http", "runtime", "server"), secrets=5_000),
     Group(
         (
-            *("auth", "certs", "cli", "connection", "costs", "fuzz", "properties", "sessions", "stores"),
-            *("tls", "wire", "*.py"),
+            *("auth", "certs", "cli", "common", "connection", "costs", "fuzz", "properties", "sessions"),
+            *("stores", "tls", "wire", "*.py"),
         ),
         secrets=5_000,
     ),
@@ -58,8 +58,8 @@ GROUPS = (
             "client",
             "config",
             "conformance",
-            "control",
             "interop",
+            "load",
             "observe",
             "spec",
         ),

@@ -13,10 +13,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import secrets_watch  # first: modules take its entropy as a default
+from tests.helpers import ConnectionPair, FakeClock, FakeTimers, small_registry
 from zcproto.observe import log as log_module
 from zcproto.sessions import SessionRegistry
-
-from .helpers import ConnectionPair, FakeClock, FakeTimers, small_registry
 
 if TYPE_CHECKING:
     import trustme

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 from hypothesis import currently_in_test_context
 
-import zcproto.clock
+import zcproto.common.clock
 
 WINDOW = 8
 MADE_BY_ONE_TEST = 2_000
@@ -176,8 +176,8 @@ def _entropy(size: int, /) -> bytes:
     return data
 
 
-_system_entropy = zcproto.clock.system_entropy
-zcproto.clock.system_entropy = _entropy  # before any module takes it as a default
+_system_entropy = zcproto.common.clock.system_entropy
+zcproto.common.clock.system_entropy = _entropy  # before any module takes it as a default
 
 
 def _after(report: Callable[..., None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -280,14 +280,14 @@ PLACES: list[tuple[str, str, Callable[..., None]]] = [
     ("zcproto.sessions.session", "NewSession.__init__", _tokens),
     ("zcproto.client.session", "ClientSession.__init__", _client_tokens),
     ("zcproto.auth.pairing", "PairingFile.make", _code),
-    ("zcproto.secret", "Secret.__init__", _secret),
+    ("zcproto.common.secret", "Secret.__init__", _secret),
     ("cryptography.hazmat.primitives.asymmetric.rsa", "generate_private_key", _private_key),
     ("cryptography.hazmat.primitives.asymmetric.ec", "generate_private_key", _private_key),
     ("tests.server.helpers", "Client.call", _answer),
     ("tests.server.helpers", "Client.receive", _frame),
     ("tests.server.helpers", "ServerProcess.wait", _process_log),
     ("zcproto.errors", "ZcprotoError.__init__", _exception),
-    ("zcproto.server.server", "Server.statistics", _statistics),
+    ("zcproto.runtime.server", "Server.statistics", _statistics),
     ("zcproto.observe.metrics", "Metrics.render", _page),
     ("h11", "Connection.send", _sent_by_http),
     ("subprocess", "Popen.communicate", _standard_error),

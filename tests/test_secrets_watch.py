@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.secrets_watch import MADE_BY_ONE_TEST, PLACES, Watch, watch
 from zcproto.sessions.token import token_text
-
-from .secrets_watch import MADE_BY_ONE_TEST, PLACES, Watch, watch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = bytes.fromhex("e31f4122c05b7d099afa5c1e0b6627d8914c3e72a5f0188b6dd42a97c3b10e5f")
@@ -104,7 +103,7 @@ def test_each_secret_is_counted_once_and_no_test_makes_all() -> None:
 
 
 def test_what_the_package_makes_is_watched() -> None:
-    from zcproto.clock import system_clock, system_entropy
+    from zcproto.common.clock import system_clock, system_entropy
     from zcproto.sessions import SessionRegistry, SessionSettings
 
     before = watch.made
@@ -118,10 +117,10 @@ def test_what_the_package_makes_is_watched() -> None:
 BEGINNING = """
 import logging, sys
 import pytest
-from zcproto.clock import system_entropy
+from zcproto.common.clock import system_entropy
 from zcproto.errors import InvalidArgument
 from zcproto.observe.log import get_logger
-from zcproto.secret import Secret
+from zcproto.common.secret import Secret
 from zcproto.sessions.token import token_text
 
 log = get_logger("zcproto.test")

@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zcproto.app.app import App
+    from zcproto.app.context import Context
     from zcproto.client import (
         BlockingClient,
         Client,
@@ -53,10 +55,8 @@ if TYPE_CHECKING:
         UnknownError,
         ZcprotoError,
     )
-    from zcproto.server.app import App
-    from zcproto.server.context import Context
-    from zcproto.server.run import serve
-    from zcproto.server.server import Server
+    from zcproto.runtime.run import serve
+    from zcproto.runtime.server import Server
 
 __all__ = [
     "Aborted",
@@ -105,20 +105,20 @@ __all__ = [
 ]
 
 _ELSEWHERE = {
-    "App": "zcproto.server.app",
+    "App": "zcproto.app.app",
     "BlockingClient": "zcproto.client",
     "Client": "zcproto.client",
     "ClientSession": "zcproto.client",
     "Config": "zcproto.config",
-    "Context": "zcproto.server.context",
+    "Context": "zcproto.app.context",
     "Device": "zcproto.client",
     "Event": "zcproto.client",
-    "Server": "zcproto.server.server",
+    "Server": "zcproto.runtime.server",
     "connect": "zcproto.client",
     "connect_blocking": "zcproto.client",
     "enroll": "zcproto.client",
     "enroll_blocking": "zcproto.client",
-    "serve": "zcproto.server.run",
+    "serve": "zcproto.runtime.run",
 }
 """Where a name comes from, if not from `zcproto.errors`."""
 

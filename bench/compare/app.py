@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zcproto.server.app import App
+from zcproto.app.app import App
 
 app = App()
 

@@ -12,8 +12,8 @@ import msgpack
 
 from bench.compare.__main__ import cpu_seconds
 from bench.compare.client import Connection
-from bench.load.plan import SESSIONS_PER_USER, Credential
 from bench.requirements.homes import Served
+from zcproto.load.plan import SESSIONS_PER_USER, Credential
 
 ROUNDS: Final = 3
 """Measurements of one point; the figure is the median of them."""

@@ -15,14 +15,14 @@ from bench.curves.curve import Curve, Series
 from bench.curves.echoes import Cost, echo_cost, sessions_on
 from bench.curves.sizes import Sizes
 from bench.curves.watch import Watched
-from bench.demo.run import SERVER_SPARE, temporary_home
-from bench.load.hdr import percentiles_ms
-from bench.load.result import Verdict
-from bench.processes import on_processor
 from bench.requirements.homes import Workshop
 from bench.requirements.measures import BIG_FRAMES, ECHO_CONNECTIONS, load_on, requests_of
+from zcproto.common.file_limit import raise_file_limit
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.file_limit import raise_file_limit
+from zcproto.load.demo.run import SERVER_SPARE, temporary_home
+from zcproto.load.hdr import percentiles_ms
+from zcproto.load.processes import on_processor
+from zcproto.load.result import Verdict
 
 ROUND_TO: Final = 500
 SMALL_PAYLOAD: Final = 64

@@ -17,9 +17,9 @@ import sys
 from typing import Final, NamedTuple
 
 from bench.micro.token_check import fill, quantile, resident_bytes, time_checks
-from bench.processes import module_command, module_environment
-from zcproto.clock import system_clock, system_entropy
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto.errors import ZcprotoError
+from zcproto.load.processes import module_command, module_environment
 from zcproto.sessions import TOKEN_SIZE, SessionRegistry, SessionSettings
 
 TIMEOUT: Final = 600.0

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final, NamedTuple, Self
 
-from bench.load.plan import Plan, check_plan
-from bench.load.result import Moment, Result
-from bench.load.run import Stop, View, run
-from bench.load.stats import Operator
+from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import ZcprotoError
-from zcproto.event_loop import new_event_loop
+from zcproto.load.plan import Plan, check_plan
+from zcproto.load.result import Moment, Result
+from zcproto.load.run import Stop, View, run
+from zcproto.load.stats import Operator
 
 PERIOD: Final = 0.5
 WATCHED: Final = {"connect": Moment.CONNECTED, "load": Moment.LOADED}
@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     longest_own_s: float
     """The same, less what other programs had."""
     pauses: tuple[int, ...]
-    """Since its start, by length: bounds in zcproto.server.pauses.BOUNDS_MS, then all that is longer."""
+    """Since its start, by length: bounds in zcproto.observe.loop_lag.BOUNDS_MS, then all that is longer."""
 
     @classmethod
     def of(cls, phase: str, stats: Mapping[str, Any]) -> Self:

@@ -31,7 +31,7 @@ import uvloop
 from bench.micro.metrics_cost import BODY, SALT, Peer, serving_on
 from bench.micro.token_check import NS_PER_US
 from zcproto.certs import ensure_own_certificates
-from zcproto.clock import system_clock
+from zcproto.common.clock import system_clock
 from zcproto.server.protocol import ServerProtocol
 from zcproto.tls.context import client_context, server_context
 from zcproto.wire.frame import HEADER_SIZE, REQUEST, encode_frame

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.micro.token_check import NS_PER_US, Figure, conclude
-from zcproto.clock import system_clock
+from zcproto.common.clock import system_clock
 from zcproto.http.connection import HttpConnection, HttpLimits
 from zcproto.http.messages import text_response
 from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity

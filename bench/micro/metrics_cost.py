@@ -28,17 +28,17 @@ from typing import Any, Final, cast
 import uvloop
 
 from bench.micro.token_check import NS_PER_US, Figure, conclude
-from zcproto.clock import system_clock, system_entropy
+from zcproto.app.app import App
+from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.settings import ConnectionSettings
-from zcproto.deadlines import DeadlineWheel
 from zcproto.observe import metric_table as table
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import ProcessMetrics
 from zcproto.server import protocol as module
-from zcproto.server.app import App
 from zcproto.server.eager import EagerTasks
 from zcproto.server.protocol import ServerProtocol
-from zcproto.server.serving import Serving
+from zcproto.server.state import Serving
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.wire.frame import REQUEST, encode_frame
 from zcproto.wire.message import encode_request

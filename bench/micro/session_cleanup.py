@@ -34,12 +34,12 @@ from bench.micro.token_check import (
     fill,
     quantile,
 )
-from zcproto.clock import system_clock, system_entropy
-from zcproto.event_loop import new_event_loop
-from zcproto.server.store_keeper import EXPIRED_AT_ONCE, ROOM_S
+from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.event_loop import new_event_loop
 from zcproto.sessions import TOKEN_SIZE, SessionRegistry, SessionSettings
 from zcproto.stores.sqlite import SqliteStore
 from zcproto.stores.store import SessionStore
+from zcproto.stores.sync import EXPIRED_AT_ONCE, ROOM_S
 from zcproto.stores.valkey import ValkeyStore
 
 CONCURRENCY: Final = 64

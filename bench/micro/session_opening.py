@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Final
 
 from bench.micro.token_check import NS_PER_MS, PER_USER, Figure, conclude, quantile, resident_bytes
-from zcproto.clock import system_clock, system_entropy
-from zcproto.event_loop import new_event_loop
-from zcproto.server.store_keeper import EXPIRED_AT_ONCE
+from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.event_loop import new_event_loop
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.stores.sqlite import SqliteStore
 from zcproto.stores.store import Created, SessionStore
+from zcproto.stores.sync import EXPIRED_AT_ONCE
 
 MIN_OPENINGS: Final = 3_000.0
 MAX_MEMORY_MB: Final = 40.0

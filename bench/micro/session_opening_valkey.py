@@ -32,12 +32,12 @@ import redis.asyncio
 
 from bench.micro.session_opening import ALONE, NS_PER_S, PATIENCE_S, open_sessions
 from bench.micro.token_check import NS_PER_MS, Figure, conclude, quantile
-from zcproto.clock import system_clock, system_entropy
+from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import Code
-from zcproto.event_loop import new_event_loop
-from zcproto.server.store_keeper import EXPIRED_AT_ONCE
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.stores.store import Change
+from zcproto.stores.sync import EXPIRED_AT_ONCE
 from zcproto.stores.valkey import ValkeyStore
 
 MIN_OPENINGS: Final = 2_000.0

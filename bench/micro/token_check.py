@@ -29,7 +29,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from zcproto.clock import system_clock, system_entropy
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto.errors import Code
 from zcproto.sessions import TOKEN_SIZE, Session, SessionRegistry, SessionSettings
 

@@ -21,12 +21,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.load.progress import new_console
 from bench.outages.harm import HARMS
 from bench.outages.plan import OutagePlan
 from bench.outages.run import run_outages
 from bench.rotation.__main__ import positive, whole
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.load.progress import new_console
 
 CANNOT = 2
 INTERRUPTED = 130

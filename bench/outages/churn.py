@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from bench.load.caller import Caller
-from bench.load.plan import SESSIONS_PER_USER, Credential
 from bench.outages.load import Phase, Waits, said
 from bench.outages.plan import OutagePlan
 from bench.told import Told, open_session, refresh
 from zcproto.errors import Unavailable, ZcprotoError
+from zcproto.load.caller import Caller
+from zcproto.load.plan import SESSIONS_PER_USER, Credential
 
 CALLS_PER_VICTIM: Final = 4
 """By which a user's five sessions are ended: two at once by the last."""

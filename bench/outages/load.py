@@ -12,10 +12,10 @@ from enum import Enum
 from functools import partial
 from typing import Any, Final
 
-from bench.load.caller import Caller
-from bench.load.pacer import Pacer
-from bench.load.schedule import arrivals, rounds
 from zcproto.errors import CallError, ZcprotoError
+from zcproto.load.caller import Caller
+from zcproto.load.pacer import Pacer
+from zcproto.load.schedule import arrivals, rounds
 
 LAST_ANSWERS_S: Final = 5.0
 """Seconds after the last request for answers that have not come."""

@@ -18,12 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.demo.run import SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
-from bench.demo.server import DemoServer
-from bench.load.caller import Caller, Place
-from bench.load.command import Outputs, check_outputs
-from bench.load.plan import SESSIONS_PER_USER, Credential, require_open_files
-from bench.load.stats import Operator
 from bench.outages.churn import CALLS_PER_VICTIM, Churn, Victims
 from bench.outages.harm import HARMS, Harm
 from bench.outages.load import Load, Phase
@@ -33,9 +27,15 @@ from bench.outages.valkey import Valkey, Way
 from bench.row import Row
 from bench.told import AT_ONCE, Told, check, each_of, open_session
 from zcproto.auth import UserFile
+from zcproto.common.event_loop import new_event_loop
+from zcproto.common.home import Home
 from zcproto.errors import ConfigError
-from zcproto.event_loop import new_event_loop
-from zcproto.home import Home
+from zcproto.load.caller import Caller, Place
+from zcproto.load.command import Outputs, check_outputs
+from zcproto.load.demo.run import SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import SESSIONS_PER_USER, Credential, require_open_files
+from zcproto.load.stats import Operator
 
 HOST: Final = "127.0.0.1"
 RECOVER_S: Final = 20.0

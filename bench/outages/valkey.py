@@ -14,8 +14,8 @@ from typing import Final, Self
 
 import redis
 
-from bench.processes import uninterrupted
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.load.processes import uninterrupted
 
 PROGRAM: Final = "valkey-server"
 _START_S: Final = 10.0

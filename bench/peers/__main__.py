@@ -32,16 +32,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.demo.run import temporary_home
-from bench.demo.server import DemoServer
-from bench.load.command import Outputs, check_outputs
-from bench.load.plan import SPARE_FILES, require_open_files
-from bench.load.progress import new_console
 from bench.peers.environment import Environment, default_folder
 from bench.peers.measure import CONNECTIONS, NAMES, Plan, Servers, measure
 from bench.peers.outcome import CONNECT, MEMORY, REQUEST, Row, reasons, rows
 from bench.rotation.__main__ import bounded, whole
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.load.command import Outputs, check_outputs
+from zcproto.load.demo.run import temporary_home
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import SPARE_FILES, require_open_files
+from zcproto.load.progress import new_console
 
 CANNOT: Final = 2
 INTERRUPTED: Final = 130

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from zcproto.common.text import printable
 from zcproto.errors import ZcprotoError
-from zcproto.printable import printable
 
 REQUIREMENTS: Final = (
     "grpcio>=1.66",

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from bench.demo.server import DemoServer
-from bench.load.plan import SESSIONS_PER_USER
 from bench.peers.clients import (
     Client,
     GrpcClient,
@@ -29,11 +27,13 @@ from bench.peers.clients import (
     context_for,
 )
 from bench.peers.environment import Environment
-from bench.processes import module_environment, on_processor
 from zcproto.auth import UserFile
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.errors import ZcprotoError
-from zcproto.home import Home
-from zcproto.printable import printable
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import SESSIONS_PER_USER
+from zcproto.load.processes import module_environment, on_processor
 
 ZCPROTO: Final = "zcproto"
 STREAMS: Final = "asyncio streams"

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.load.plot import BLUE, FAINT, INK
 from bench.peers.measure import ZCPROTO, Plan
 from bench.peers.outcome import CONNECT, MEMORY, REQUEST, Row
+from zcproto.load.plot import BLUE, FAINT, INK
 
 GREY: Final = "#9aa5b1"
 TITLES: Final = {

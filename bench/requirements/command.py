@@ -18,8 +18,8 @@ from bench.curves.run import Grown
 from bench.requirements import machine, table
 from bench.requirements.run import Run, run_requirements
 from bench.requirements.sizes import FULL, QUICK
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError
-from zcproto.printable import printable
 
 ENVIRONMENT: Final = "ZCPROTO_"
 WIDTH: Final = 150

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from zcproto.printable import printable
+from zcproto.common.text import printable
 
 SHOWN: Final = 3
 """Facts that are wrong are named up to this number."""

@@ -15,16 +15,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
-from bench.demo.server import DemoServer
-from bench.load.caller import Caller, Place
-from bench.load.plan import SESSIONS_PER_USER, Credential
-from bench.processes import module_environment, on_processor
 from zcproto.auth import UserFile
 from zcproto.certs import ensure_own_certificates
+from zcproto.common.event_loop import new_event_loop
+from zcproto.common.home import Home
 from zcproto.config.model import CertificatesConfig
 from zcproto.errors import ZcprotoError
-from zcproto.event_loop import new_event_loop
-from zcproto.home import Home
+from zcproto.load.caller import Caller, Place
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import SESSIONS_PER_USER, Credential
+from zcproto.load.processes import module_environment, on_processor
 from zcproto.tls.client import ALPN
 from zcproto.tls.context import client_context
 

@@ -8,11 +8,11 @@ from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.load.caller import Place
 from bench.requirements.finding import Facts, Finding
 from bench.requirements.homes import House, Response, Served, get, https
 from bench.requirements.session_checks import code_of, opened
 from zcproto.errors import ZcprotoError
+from zcproto.load.caller import Place
 
 MAX_AGE: Final = 31_536_000
 HSTS: Final = "strict-transport-security"

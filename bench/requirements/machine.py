@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from bench.load import report
+from zcproto.load import report
 
 PACKAGES: Final = ("zcproto", "uvloop", "cryptography", "msgpack", "pydantic", "h11")
 

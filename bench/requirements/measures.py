@@ -13,15 +13,7 @@ from rich.console import Console
 from bench.compare.__main__ import CLIENT_CPU, SERVER_CPU, cpu_seconds
 from bench.curves.echoes import Cost, echo_cost, sessions_on
 from bench.curves.watch import Watched, watched_run
-from bench.demo.run import SERVER_SPARE, SPARE_CONNECTIONS
-from bench.load.figures import generator_saturated
-from bench.load.hdr import percentiles_ms
-from bench.load.latency import Latencies
-from bench.load.plan import Plan, require_open_files
-from bench.load.progress import view_for
-from bench.load.result import Verdict
 from bench.micro import certificate_loading, hsts_header
-from bench.processes import module_command, module_environment, on_processor
 from bench.requirements.finding import Finding
 from bench.requirements.homes import HOST, NAME, TIMEOUT, House, Workshop
 from bench.requirements.sizes import FULL, Sizes
@@ -31,6 +23,14 @@ from bench.rotation.run import run_in
 from bench.row import Row
 from zcproto.config.model import KEY_TYPES
 from zcproto.errors import ZcprotoError
+from zcproto.load.demo.run import SERVER_SPARE, SPARE_CONNECTIONS
+from zcproto.load.figures import generator_saturated
+from zcproto.load.hdr import percentiles_ms
+from zcproto.load.latency import Latencies
+from zcproto.load.plan import Plan, require_open_files
+from zcproto.load.processes import module_command, module_environment, on_processor
+from zcproto.load.progress import view_for
+from zcproto.load.result import Verdict
 
 PAYLOAD_BYTES: Final = 64
 PAYLOADS: Final = (16, 256, 4_096, 65_536, 1_048_576)

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from bench.load.caller import Caller, Place
-from bench.load.stats import Operator
 from bench.requirements.certificate_checks import alert_command, alerts, until
 from bench.requirements.finding import Facts, Finding
 from bench.requirements.hello import ask, client_hello
 from bench.requirements.homes import HOST, NAME, House, Served, Workshop, zcproto
 from bench.requirements.session_checks import CLIENT, THIEF, code_of, opened
+from zcproto.load.caller import Caller, Place
+from zcproto.load.stats import Operator
 from zcproto.wire.frame import NO_TOKEN
 
 FAULTY: Final = """

@@ -14,9 +14,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.curves.fit import line
 from bench.curves.watch import Pauses
-from bench.load.plot import BLUE, GREEN, INK, LINES, draw_latencies, head, plain
 from bench.requirements.run import Drawn
-from zcproto.server.pauses import BOUNDS_MS
+from zcproto.load.plot import BLUE, GREEN, INK, LINES, draw_latencies, head, plain
+from zcproto.observe.loop_lag import BOUNDS_MS
 
 ORANGE: Final = "#d97706"
 GREY: Final = "#9aa5b1"

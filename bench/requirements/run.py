@@ -12,7 +12,6 @@ from rich.console import Console
 
 from bench.curves.echoes import Cost
 from bench.curves.watch import Watched
-from bench.demo.run import temporary_home
 from bench.requirements import (
     certificate_checks,
     http_checks,
@@ -29,6 +28,7 @@ from bench.requirements.requirement import REQUIREMENTS, Requirement
 from bench.requirements.sizes import Sizes
 from bench.rotation.outcome import Outcome
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.load.demo.run import temporary_home
 
 
 class Row(NamedTuple):

@@ -11,11 +11,11 @@ from typing import Any, Final
 import msgpack
 
 from bench.compare.client import HEADER, Connection
-from bench.load.caller import Caller, Place
-from bench.load.plan import Credential
 from bench.requirements.finding import Facts, Finding
 from bench.requirements.homes import TIMEOUT, House, Served, get, https
 from zcproto.errors import CallError, Code, ConnectionClosed
+from zcproto.load.caller import Caller, Place
+from zcproto.load.plan import Credential
 from zcproto.sessions import TOKEN_SIZE
 from zcproto.wire.frame import NO_TOKEN
 

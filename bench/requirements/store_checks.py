@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-from bench.load.caller import Caller, Place
-from bench.load.stats import Operator
 from bench.requirements.certificate_checks import alert_command, alerts
 from bench.requirements.finding import Facts, Finding
 from bench.requirements.homes import HOST, NAME, TIMEOUT, House, Served, Workshop, get, https
 from bench.requirements.session_checks import code_of, opened
 from zcproto.errors import CallError, Code
+from zcproto.load.caller import Caller, Place
+from zcproto.load.stats import Operator
 
 FULL_AT: Final = 4096
 """Bytes of any file that can be written then: less than a page of the store, more than a revocation takes."""

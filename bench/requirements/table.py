@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.load.hdr import percentiles_ms
 from bench.requirements.finding import Verdict
 from bench.requirements.requirement import SECTIONS
 from bench.requirements.run import Row, Run
+from zcproto.load.hdr import percentiles_ms
 
 SCHEMA: Final = "zcproto-requirements/1"
 STYLES: Final = {

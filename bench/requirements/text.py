@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from bench.load.hdr import PERCENTILES, percentiles_ms
-from bench.load.report import LATENCY_LABELS
 from bench.requirements.requirement import SECTIONS
 from bench.requirements.run import Run
 from bench.requirements.table import aim, figure, sentence
+from zcproto.load.hdr import PERCENTILES, percentiles_ms
+from zcproto.load.report import LATENCY_LABELS
 
 COMMAND: Final = "zcproto bench --requirements --curves --markdown spec/benchmarks.md"
 

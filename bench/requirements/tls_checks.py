@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import socket
 
-from bench.load.caller import Place
-from bench.load.stats import Operator
 from bench.requirements.finding import Facts, Finding
 from bench.requirements.hello import (
     HANDSHAKE_FAILURE,
@@ -22,7 +20,9 @@ from bench.requirements.hello import (
     client_hello,
 )
 from bench.requirements.homes import HOST, NAME, TIMEOUT, House, Served
-from zcproto.suites import SUITES as OURS
+from zcproto.load.caller import Place
+from zcproto.load.stats import Operator
+from zcproto.tls.suites import SUITES as OURS
 
 CONNECTIONS = 20
 """Handshakes whose key shares must all be different."""

@@ -3,7 +3,7 @@
     python -m bench.rotation [--rotations 100] [--connections 1000] [--rate 2000] [--json FILE]
 
 - A server in a process of its own, on certificates of both key types in a temporary folder; a generator in
-  another process, with connections that have a session each and whose every answer is checked (`bench.load`).
+  another process, with connections that have a session each and whose every answer is checked (`zcproto.load`).
 - This process replaces the certificates, one rotation a second, by the files alone, as `zcproto cert` does: all are
   renewed with their keys, and every tenth time the ECDSA one gets a new key.
 - All the while new connections come, a few a second, and look whether the certificate that they are shown is good
@@ -23,11 +23,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.load.command import EXIT_CODES
-from bench.load.progress import new_console
 from bench.rotation.plan import RotationPlan
 from bench.rotation.run import run_rotations
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.load.command import EXIT_CODES
+from zcproto.load.progress import new_console
 
 CANNOT = 2
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from zcproto.printable import printable
+from zcproto.common.text import printable
 from zcproto.tls.context import client_context
 from zcproto.wire.frame import HEADER_SIZE, WELCOME
 

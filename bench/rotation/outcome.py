@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from bench.load.result import Result, Verdict
-from bench.load.tally import Kind
 from bench.rotation.newcomers import Newcomer
 from bench.rotation.pauses import FEW_MS, MANY_MS, Span
 from bench.rotation.plan import RotationPlan
 from bench.rotation.rotator import Rotated
 from bench.row import Row
+from zcproto.load.result import Result, Verdict
+from zcproto.load.tally import Kind
 
 MAX_PAUSE_MS: Final = 10.0
 LONGEST_PAUSE: Final = "longest pause of the server's loop"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, Self
 
 from zcproto.errors import ZcprotoError
-from zcproto.server.pauses import BOUNDS_MS
+from zcproto.observe.loop_lag import BOUNDS_MS
 
 MINUTE: Final = 60.0
 FEW_MS: Final = 5

@@ -19,15 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.demo.run import ARRIVAL_RATE, PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
-from bench.demo.server import DemoServer
-from bench.load import report
-from bench.load.command import Outputs, check_outputs
-from bench.load.plan import SESSIONS_PER_USER, Credential, Plan, check_plan, require_open_files
-from bench.load.progress import view_for
-from bench.load.result import Moment, Result, Verdict
-from bench.load.run import Stop, View, resolve, run
-from bench.load.stats import Operator
 from bench.rotation.newcomers import Newcomers
 from bench.rotation.outcome import SCHEMA, Outcome
 from bench.rotation.pauses import Figures, Span
@@ -35,10 +26,19 @@ from bench.rotation.plan import RotationPlan
 from bench.rotation.rotator import Rotated, Rotator, settings_of
 from bench.row import Row
 from zcproto.auth import UserFile
+from zcproto.common.event_loop import new_event_loop
+from zcproto.common.home import Home
 from zcproto.config import load_config
 from zcproto.errors import ZcprotoError
-from zcproto.event_loop import new_event_loop
-from zcproto.home import Home
+from zcproto.load import report
+from zcproto.load.command import Outputs, check_outputs
+from zcproto.load.demo.run import ARRIVAL_RATE, PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import SESSIONS_PER_USER, Credential, Plan, check_plan, require_open_files
+from zcproto.load.progress import view_for
+from zcproto.load.result import Moment, Result, Verdict
+from zcproto.load.run import Stop, View, resolve, run
+from zcproto.load.stats import Operator
 
 HOST: Final = "127.0.0.1"
 LINES: Final = 10

@@ -15,10 +15,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from bench.load.caller import Caller, Place
-from bench.load.plan import Credential
 from bench.storms.hostile import Intruder
 from zcproto.errors import CallError, Code, ConnectionClosed, ResourceExhausted, Unavailable, ZcprotoError
+from zcproto.load.caller import Caller, Place
+from zcproto.load.plan import Credential
 from zcproto.wire.frame import NO_TOKEN
 
 CLIENT: Final = "zcproto-soak/1"

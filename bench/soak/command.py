@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.demo.run import temporary_home
-from bench.load.command import Outputs, check_outputs
 from bench.row import Row
 from bench.soak.outcome import SoakOutcome
 from bench.soak.plan import SoakPlan, check_plan
 from bench.soak.run import run_soak
+from zcproto.load.command import Outputs, check_outputs
+from zcproto.load.demo.run import temporary_home
 
 SCHEMA: Final = "zcproto-bench-soak/1"
 FAILED: Final = 1

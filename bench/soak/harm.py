@@ -11,13 +11,13 @@ import signal
 import time
 from typing import Any, Final, cast
 
-from bench.load.caller import Caller, Place
 from bench.rotation.plan import RotationPlan
 from bench.rotation.rotator import Rotator, settings_of
 from bench.soak.plan import SoakPlan
+from zcproto.common.home import Home
 from zcproto.config import load_config
 from zcproto.errors import ZcprotoError
-from zcproto.home import Home
+from zcproto.load.caller import Caller, Place
 from zcproto.tls.transport import TlsTransport
 
 SEEN_S: Final = 15.0

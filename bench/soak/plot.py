@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.load.plot import BLUE, FAINT, GREEN, INK
 from bench.soak.outcome import SoakOutcome
 from bench.soak.watch import judged
+from zcproto.load.plot import BLUE, FAINT, GREEN, INK
 
 ORANGE: Final = "#d97706"
 GREY: Final = "#9aa5b1"

@@ -13,10 +13,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-from bench.demo.server import DemoServer
-from bench.load.caller import Caller, Place
-from bench.load.plan import Credential
-from bench.processes import on_processor
 from bench.soak.clients import Client, Seen
 from bench.soak.harm import MOST_STREAMS, Harm, write_config
 from bench.soak.outcome import SoakOutcome
@@ -25,8 +21,12 @@ from bench.soak.watch import take
 from bench.storms.stage import HOST
 from bench.told import open_session
 from zcproto.auth import UserFile
+from zcproto.common.home import Home
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.home import Home
+from zcproto.load.caller import Caller, Place
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import Credential
+from zcproto.load.processes import on_processor
 
 REST_S: Final = 0.3
 """Between the end of the last connection and a sample: what the server does after it is done by then."""

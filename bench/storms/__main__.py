@@ -31,17 +31,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.demo.run import SERVER_SPARE, temporary_home
-from bench.load.command import Outputs, check_outputs
-from bench.load.figures import SATURATED_LAG_MS
-from bench.load.plan import require_open_files
-from bench.load.progress import new_console
 from bench.rotation.__main__ import bounded, positive
 from bench.row import Row
 from bench.storms.outcome import Felt, Mix, Storm, reasons
 from bench.storms.run import StormPlan, run_all
 from bench.storms.stage import is_measurable
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.load.command import Outputs, check_outputs
+from zcproto.load.demo.run import SERVER_SPARE, temporary_home
+from zcproto.load.figures import SATURATED_LAG_MS
+from zcproto.load.plan import require_open_files
+from zcproto.load.progress import new_console
 
 CANNOT: Final = 2
 INTERRUPTED: Final = 130

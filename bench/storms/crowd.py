@@ -13,11 +13,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-from bench.load.caller import Caller, Place
-from bench.load.plan import Credential
 from bench.storms.lines import Answer, Commands, run_helper
 from bench.told import open_session
 from zcproto.errors import CallError, TlsError, ZcprotoError
+from zcproto.load.caller import Caller, Place
+from zcproto.load.plan import Credential
 
 NICENESS: Final = 3
 """Those that are measured on the same processor come first: it is the server that is asked to be fair, not this."""

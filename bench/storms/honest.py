@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from bench.load.caller import Caller, Place
-from bench.load.latency import Latencies
-from bench.load.pacer import Pacer
-from bench.load.plan import Credential
-from bench.load.schedule import arrivals, rounds
 from bench.storms.lines import Answer, Commands, run_helper
 from bench.told import open_session
 from zcproto.errors import CallError, ZcprotoError
+from zcproto.load.caller import Caller, Place
+from zcproto.load.latency import Latencies
+from zcproto.load.pacer import Pacer
+from zcproto.load.plan import Credential
+from zcproto.load.schedule import arrivals, rounds
 
 ANSWER_S: Final = 10.0
 """Seconds after the last request for answers that have not come; what comes later is lost."""

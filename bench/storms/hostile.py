@@ -17,14 +17,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-from bench.load.caller import Caller, Place
-from bench.load.plan import Credential
 from bench.storms.crowd import cause
 from bench.storms.lines import Answer, Commands, run_helper
 from bench.told import open_session
-from zcproto.clock import system_clock
-from zcproto.deadlines import DeadlineWheel
+from zcproto.common.clock import system_clock
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import ZcprotoError
+from zcproto.load.caller import Caller, Place
+from zcproto.load.plan import Credential
 
 NICENESS: Final = 3
 GARBAGE_BYTES: Final = 256

@@ -17,10 +17,10 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Self
 
-from bench.load.worker import LINE_LIMIT
-from bench.processes import module_command, module_environment, on_processor
+from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import ZcprotoError
-from zcproto.event_loop import new_event_loop
+from zcproto.load.processes import module_command, module_environment, on_processor
+from zcproto.load.worker import LINE_LIMIT
 
 END_TIMEOUT: Final = 5.0
 """Seconds that a process has to end."""

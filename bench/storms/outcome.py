@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from bench.load.hdr import percentiles_ms
-from bench.load.latency import Latencies
 from bench.row import Row
+from zcproto.load.hdr import percentiles_ms
+from zcproto.load.latency import Latencies
 
 ALL_SERVED_S: Final = 15.0
 """By when all of a crowd have to be served."""

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from bench.load.plot import BLUE, FAINT, INK, NINES, curve
 from bench.storms.outcome import HONEST_P99_MS, Felt, Mix, Storm
+from zcproto.load.plot import BLUE, FAINT, INK, NINES, curve
 
 COLORS: Final = (BLUE, "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 

@@ -10,15 +10,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from bench.demo.server import DemoServer
-from bench.load.plan import Credential
-from bench.processes import on_processor
 from bench.storms.lines import Helper
 from bench.storms.outcome import Felt, Mix, Storm
 from bench.storms.stage import Stage, memory_bytes
+from zcproto.common.home import Home
 from zcproto.config import Config
 from zcproto.errors import Code, ZcprotoError
-from zcproto.home import Home
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import Credential
+from zcproto.load.processes import on_processor
 
 CROWD: Final = "bench.storms.crowd"
 HONEST: Final = "bench.storms.honest"

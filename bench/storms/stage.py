@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from bench.demo.run import SPARE_CONNECTIONS
-from bench.demo.server import DemoServer
-from bench.load.caller import Place
-from bench.load.plan import SESSIONS_PER_USER, Credential
-from bench.processes import on_processor
 from bench.told import open_session
 from zcproto.auth import UserFile
-from zcproto.home import Home
+from zcproto.common.home import Home
+from zcproto.load.caller import Place
+from zcproto.load.demo.run import SPARE_CONNECTIONS
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import SESSIONS_PER_USER, Credential
+from zcproto.load.processes import on_processor
 
 HOST: Final = "127.0.0.1"
 KIB: Final = 1_024

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from zcproto.server.app import App
-from zcproto.server.builtin import default_app
-
-from ..server.conftest import certs, serve, shared
-from ..server.helpers import Client, ServerThread
-from .helpers import Bystander, left_alone
+from tests.adversity.helpers import Bystander, left_alone
+from tests.server.conftest import certs, serve, shared
+from tests.server.helpers import Client, ServerThread
+from zcproto.app.app import App
+from zcproto.server.protocol_methods import default_app
 
 __all__ = ["certs", "serve", "shared"]
 

@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 
-from ..server.helpers import Client, ServerThread, read_to_end
+from tests.server.helpers import Client, ServerThread, read_to_end
 
 __all__ = ["Bystander", "fatal_alert", "left_alone", "read_to_end", "while_impatient"]
 

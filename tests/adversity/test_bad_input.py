@@ -14,12 +14,8 @@ from typing import Any
 import msgpack
 import pytest
 
-from zcproto.config.model import TlsConfig
-from zcproto.server.app import App
-from zcproto.server.builtin import default_app
-
-from ..server.conftest import Serve
-from ..server.helpers import (
+from tests.server.conftest import Serve
+from tests.server.helpers import (
     CANCEL,
     ERROR,
     EVENT,
@@ -39,7 +35,10 @@ from ..server.helpers import (
     reset,
     wall,
 )
-from ..tls.hellos import with_suites
+from tests.tls.hellos import with_suites
+from zcproto.app.app import App
+from zcproto.config.model import TlsConfig
+from zcproto.server.protocol_methods import default_app
 
 INVALID_ARGUMENT, UNAUTHENTICATED, RESOURCE_EXHAUSTED = 3, 16, 8
 PROTOCOL_ERROR, FRAME_TOO_LARGE, REPLAYED, STALE_TIMESTAMP = 64, 65, 66, 67

@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.adversity.helpers import Bystander, left_alone
+from tests.server.conftest import Serve
+from tests.server.helpers import ServerThread, eventually
 from zcproto.server.protocol import ServerProtocol
-
-from ..server.conftest import Serve
-from ..server.helpers import ServerThread, eventually
-from .helpers import Bystander, left_alone
 
 
 def hold(server: ServerThread, bystander: Bystander) -> None:

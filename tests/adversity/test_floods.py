@@ -15,12 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from zcproto.connection.server import ServerConnection
-from zcproto.errors import Code
-from zcproto.server.protocol import ServerProtocol
-from zcproto.tls.server import TlsServerTransport
-
-from ..server.helpers import (
+from tests.adversity.conftest import SETTINGS, application
+from tests.adversity.helpers import Bystander, left_alone, while_impatient
+from tests.adversity.test_bad_input import BODIES, POINTS
+from tests.adversity.tls13 import RawTls
+from tests.server.helpers import (
     CANCEL,
     ERROR,
     NO_TOKEN,
@@ -33,10 +32,10 @@ from ..server.helpers import (
     eventually,
     reset,
 )
-from .conftest import SETTINGS, application
-from .helpers import Bystander, left_alone, while_impatient
-from .test_bad_input import BODIES, POINTS
-from .tls13 import RawTls
+from zcproto.connection.server import ServerConnection
+from zcproto.errors import Code
+from zcproto.server.protocol import ServerProtocol
+from zcproto.tls.server import TlsServerTransport
 
 MIB = 2**20
 Connect = Callable[..., Client]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..server.helpers import Client, ServerProcess
+from tests.server.helpers import Client, ServerProcess
 
 WARM_UP = 1_000
 GONE = 3_000

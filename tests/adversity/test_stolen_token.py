@@ -21,14 +21,13 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.server.helpers import NO_TOKEN, Client, Frame, ServerThread, client_context
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.client.blocking import BlockingClient
 from zcproto.client.connect import connect_blocking
 from zcproto.client.device import Device
 from zcproto.errors import Code, Unauthenticated
-from zcproto.signed import attach_message, open_message
-
-from ..server.helpers import NO_TOKEN, Client, Frame, ServerThread, client_context
+from zcproto.wire.signing import attach_message, open_message
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
 THIEFS_KEY = Ed25519PrivateKey.from_private_bytes(b"t" * 32)

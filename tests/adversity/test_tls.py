@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 
-from zcproto.config.model import TlsConfig
-
-from ..server.helpers import HEADER, WELCOME, ServerThread, client_context, read_to_end
-from .helpers import fatal_alert, while_impatient
-from .tls13 import (
+from tests.adversity.helpers import fatal_alert, while_impatient
+from tests.adversity.tls13 import (
     AES_128,
     AES_256,
     ALERT,
@@ -26,6 +23,8 @@ from .tls13 import (
     client_hello,
     record,
 )
+from tests.server.helpers import HEADER, WELCOME, ServerThread, client_context, read_to_end
+from zcproto.config.model import TlsConfig
 
 PROTOCOL_VERSION, HANDSHAKE_FAILURE, NO_APPLICATION_PROTOCOL = 70, 40, 120
 UNEXPECTED_MESSAGE, DECODE_ERROR, ILLEGAL_PARAMETER = 10, 50, 47

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import FakeClock
 from zcproto.alerts import CATALOGUE, AlertCenter, AlertKind, Ending, Message, Phase, Severity
 from zcproto.alerts.center import (
     BURST,
@@ -16,8 +17,6 @@ from zcproto.alerts.center import (
     MAX_OPEN,
     REFILL_S,
 )
-
-from ..helpers import FakeClock
 
 STATE = AlertKind.CERTIFICATE_FILES
 EVENT = AlertKind.REFRESH_REUSED

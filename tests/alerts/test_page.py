@@ -16,14 +16,14 @@ import pytest
 from zcproto.alerts import CATALOGUE, Alert, AlertCenter, AlertKind, Ending, Message, Phase, Severity
 from zcproto.alerts.alert import MAX_MESSAGE
 from zcproto.alerts.center import BURST, MANY_DELAY_S, MANY_REPEAT_S, REFILL_S
+from zcproto.alerts.command import PASSED_ON, SHOWN, TRIES
 from zcproto.alerts.page import table
+from zcproto.alerts.service import STOP_S
 from zcproto.alerts.signature import HEADER, TOLERANCE_S, sign
+from zcproto.alerts.sinks import DOWN_AFTER, MAX_AGE_S, MAX_DELAY_S, QUEUED
+from zcproto.alerts.webhook import REFUSED_TRIES
+from zcproto.common.secret import Secret
 from zcproto.config.model import rules
-from zcproto.secret import Secret
-from zcproto.server.alert_command import PASSED_ON, SHOWN, TRIES
-from zcproto.server.alert_sinks import DOWN_AFTER, MAX_AGE_S, MAX_DELAY_S, QUEUED
-from zcproto.server.alert_webhook import REFUSED_TRIES
-from zcproto.server.alerts import STOP_S
 
 PAGE = Path(__file__).resolve().parents[2] / "spec" / "alerts.md"
 TEXT = PAGE.read_text(encoding="utf-8")

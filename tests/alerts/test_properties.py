@@ -6,10 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tests.helpers import FakeClock
 from zcproto.alerts import AlertCenter, AlertKind, Message, Phase, Severity
 from zcproto.alerts.center import BURST, MAX_HISTORY, MAX_OPEN, REFILL_S
-
-from ..helpers import FakeClock
 
 KINDS = st.sampled_from([AlertKind.CERTIFICATE_FILES, AlertKind.REFRESH_REUSED, AlertKind.TLS_FAILURES])
 ABOUT = st.sampled_from([f"n{number}" for number in range(20)])

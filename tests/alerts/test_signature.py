@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zcproto.alerts.signature import HEADER, TOLERANCE_S, check_signature, sign
-from zcproto.secret import Secret
+from zcproto.common.secret import Secret
 
 SECRET = Secret("correct horse battery staple")
 BODY = b'{"id":"1"}'

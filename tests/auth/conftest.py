@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.conftest import certs, serve, shared
 from zcproto.auth import UserFile
+
+__all__ = ["certs", "path", "serve", "shared", "users"]
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.auth.helpers import DIGEST, decision, drive, write
 from zcproto.auth import ApiKeyAuthenticator, Identity, UserFile
 from zcproto.auth import api_key as api_key_module
 from zcproto.auth.api_key import LOOK_HOLDS_S
 from zcproto.errors import ConfigError, InvalidArgument
 from zcproto.sessions import token_text
-
-from .helpers import DIGEST, decision, drive, write
 
 ADDRESS = "192.0.2.1"
 

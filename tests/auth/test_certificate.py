@@ -11,6 +11,7 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from tests.auth.helpers import drive, identified, write
 from zcproto.auth import (
     ApiKeyAuthenticator,
     CertificateAuthenticator,
@@ -23,8 +24,6 @@ from zcproto.auth import (
 )
 from zcproto.auth.certificate import certificate_key
 from zcproto.errors import CertificateError, ConfigError, InvalidArgument, ResourceExhausted, Unauthenticated
-
-from .helpers import drive, identified, write
 
 ADDRESS, ELSEWHERE = "192.0.2.1", "198.51.100.7"
 NOW = 50.0

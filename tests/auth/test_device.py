@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.auth.helpers import drive, identified, write
 from zcproto.auth import (
     ApiKeyAuthenticator,
     Channel,
@@ -25,9 +26,7 @@ from zcproto.auth import (
 from zcproto.auth import device as device_module
 from zcproto.auth.ed25519 import is_public_key, is_signed
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
-from zcproto.signed import attach_message, open_message
-
-from .helpers import drive, identified, write
+from zcproto.wire.signing import attach_message, open_message
 
 ADDRESS = "192.0.2.1"
 NOW = 50.0

@@ -16,12 +16,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.auth.helpers import write
 from zcproto.auth import CurrentUsers, Device, DeviceFile, Enrollment, PairingFile, Throttle, UserFile
 from zcproto.auth import pairing as pairing_module
 from zcproto.auth.pairing import MAX_OPEN, MAX_WAITING, MAX_WRONG, Pairing
 from zcproto.errors import AlreadyExists, ConfigError, InvalidArgument, ResourceExhausted, Unauthenticated
-
-from .helpers import write
 
 WALL = 1_767_225_600_000
 NOW = 50.0

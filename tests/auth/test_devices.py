@@ -14,12 +14,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.auth.helpers import write
 from zcproto.auth import CurrentDevices, Device, DeviceFile
 from zcproto.auth.devices import gone_between
 from zcproto.errors import AlreadyExists, ConfigError, NotFound
 from zcproto.sessions import token_text
-
-from .helpers import write
 
 ADDED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 KEYS = [

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.auth.helpers import DIGEST, drive, identified
 from zcproto.auth import ApiKeyAuthenticator, CallableAuthenticator, Identity, Login, Throttle, UserFile
 from zcproto.auth.login import MAX_UNDECIDED
 from zcproto.errors import CallError, InvalidArgument, ResourceExhausted, Unauthenticated, Unavailable
 from zcproto.sessions import token_text
-
-from .helpers import DIGEST, drive, identified
 
 ADDRESS, ELSEWHERE = "192.0.2.1", "198.51.100.7"
 NOW = 50.0

@@ -19,11 +19,10 @@ import tomli
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.auth.helpers import DIGEST, write
 from zcproto.auth import UserFile, private_text
 from zcproto.errors import ConfigError, NotFound
 from zcproto.sessions import token_from_text, token_text
-
-from .helpers import DIGEST, write
 
 NAMES = [
     "alice",

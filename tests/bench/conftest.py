@@ -1,52 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
+from tests.load.conftest import certs, serve, short_limits
 
-import pytest
-
-from bench.load import generator
-from tests.server.helpers import ServerThread
-from zcproto.certs import authority, ensure_own_certificates
-from zcproto.server.app import App
-
-Serve = Callable[..., ServerThread]
-
-
-@pytest.fixture(scope="session")
-def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of own certificates, to be copied. The authority has 2048 bits, as 4096 take a second to make."""
-    folder = tmp_path_factory.mktemp("bench") / "certs"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(authority, "KEY_TYPE", "rsa-2048")
-        ensure_own_certificates(
-            folder,
-            names=(),
-            key_types=("ecdsa-p256",),
-            lifetime=timedelta(days=90),
-            renew_before=timedelta(days=30),
-            renew_key=False,
-            now=datetime.now(UTC),
-        )
-    return folder
-
-
-@pytest.fixture
-def serve(tmp_path: Path, certs: Path) -> Iterator[Serve]:
-    """Start a server for an application; it is stopped at the end of the test."""
-    with ExitStack() as stack:
-
-        def start(app: App | None = None, **options: Any) -> ServerThread:
-            return stack.enter_context(ServerThread(tmp_path / "home", certs, app, **options))
-
-        yield start
-
-
-@pytest.fixture
-def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What never comes is not waited for as long as usual."""
-    monkeypatch.setattr(generator, "ANSWER_TIMEOUT", 0.3)
-    monkeypatch.setattr(generator, "CLOSE_TIMEOUT", 3.0)
+__all__ = ["certs", "serve", "short_limits"]

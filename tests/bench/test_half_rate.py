@@ -12,13 +12,12 @@ from rich.console import Console
 import bench.half_rate as module
 from bench.curves.watch import Watched
 from bench.half_rate import HalfPlan, Halved, main, measure
-from bench.load.record import Record
-from bench.load.result import Result
-from bench.load.tally import Kind
 from bench.requirements.homes import Workshop
+from tests.bench import helpers
 from zcproto.errors import ConfigError, ConnectionClosed
-
-from . import helpers
+from zcproto.load.record import Record
+from zcproto.load.result import Result
+from zcproto.load.tally import Kind
 
 QUICK = HalfPlan(connections=10, too_many=3_000.0, flood_s=0.3, seconds=0.5, arrival_rate=100.0)
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.demo.server import DemoServer
 from bench.peers import __main__ as program
 from bench.peers import environment as environment_module
 from bench.peers import measure as module
@@ -21,8 +20,9 @@ from bench.peers.environment import MARK, REQUIREMENTS, Environment, default_fol
 from bench.peers.measure import GRPC, NAMES, STREAMS, UVICORN, WEBSOCKETS, ZCPROTO, Figures, Plan, Servers
 from bench.peers.outcome import BARS, MEMORY, NOTES, REQUEST, UNITS, Row, reasons, rows
 from bench.peers.plot import write_plot
+from zcproto.common.home import Home
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.home import Home
+from zcproto.load.demo.server import DemoServer
 
 QUICK = Plan(rounds=2, requests=50, connects=2, held=5, payload_bytes=64)
 

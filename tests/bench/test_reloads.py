@@ -16,12 +16,12 @@ import pytest
 from rich.console import Console
 
 import bench.reloads as module
-from bench.load.result import Verdict
 from bench.reloads import CHANGES, FAULTY, ReloadPlan, Report, Settings, main, measure
+from zcproto.common.home import Home
 from zcproto.config import load_config
 from zcproto.config.changes import TAKES_EFFECT, Effect
 from zcproto.errors import ConfigError
-from zcproto.home import Home
+from zcproto.load.result import Verdict
 
 QUICK = ReloadPlan(reloads=10, connections=10, rate=200.0, interval_s=0.1)
 

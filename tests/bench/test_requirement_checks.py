@@ -31,8 +31,8 @@ from bench.requirements.homes import House, Served, Workshop, make_own, parse_re
 from bench.requirements.run import Fill, Run, steps_of
 from bench.requirements.sizes import QUICK
 from zcproto.certs import authority
+from zcproto.common.home import Home
 from zcproto.errors import ZcprotoError
-from zcproto.home import Home
 
 TINY = replace(
     QUICK,

@@ -13,9 +13,9 @@ from bench.curves import run as curves_run
 from bench.curves import sizes, tokens
 from bench.curves.run import fitting
 from bench.curves.sizes import QUICK
-from bench.load.generator import PORTS_OF_AN_ADDRESS, source
 from zcproto.certs import authority
 from zcproto.cli import main
+from zcproto.load.generator import PORTS_OF_AN_ADDRESS, source
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from bench import page
-from bench.load.latency import Latencies
 from bench.requirements import html, machine, table, text
 from bench.requirements.finding import Facts, Finding, Verdict
 from bench.requirements.homes import Workshop
@@ -20,6 +19,7 @@ from bench.requirements.requirement import KEYS, REQUIREMENTS
 from bench.requirements.run import Drawn, Fill, Row, Run, run_requirements, steps_of
 from bench.requirements.sizes import FULL, QUICK
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.load.latency import Latencies
 
 GOOD = Finding("as it should be", True)
 

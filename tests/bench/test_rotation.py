@@ -24,9 +24,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.demo.server import DemoServer
-from bench.load.result import Result, Verdict
-from bench.load.tally import Kind
 from bench.rotation import __main__ as program
 from bench.rotation import newcomers as newcomers_module
 from bench.rotation import plan as plan_module
@@ -38,15 +35,17 @@ from bench.rotation.plan import RotationPlan
 from bench.rotation.rotator import Rotated, Rotator, settings_of
 from bench.rotation.run import as_json, load_plan, prepare, run_in, run_rotations, sentence, show
 from bench.row import Row
+from tests.load.conftest import Serve
+from tests.load.helpers import plan as usual_load_plan
+from tests.load.helpers import verified_result
 from zcproto.certs import load_pair
+from zcproto.common.home import Home
 from zcproto.config import load_config
 from zcproto.config.model import CertificatesConfig
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.home import Home
-
-from .conftest import Serve
-from .helpers import plan as usual_load_plan
-from .helpers import verified_result
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.result import Result, Verdict
+from zcproto.load.tally import Kind
 
 QUICK = RotationPlan(
     rotations=4,
@@ -479,7 +478,7 @@ def test_a_server_that_takes_no_new_certificate_fails_and_loses_nothing(home: Ho
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("zcproto.server.keeper") is None,
+    importlib.util.find_spec("zcproto.certs.keeper") is None,
     reason="this server keeps its first certificate",
 )
 def test_a_server_that_takes_new_certificates_passes(home: Home) -> None:

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.load.caller import Place
-from bench.load.plan import Credential
 from bench.row import Row
 from bench.soak import clients as clients_module
 from bench.soak import command
@@ -29,12 +27,13 @@ from bench.soak.plan import SoakPlan, check_plan
 from bench.soak.plot import write_plot
 from bench.soak.run import log_events
 from bench.soak.watch import Sample, growth, judged, per_minute
+from tests.load.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
+from zcproto.app.app import App
 from zcproto.cli import main
 from zcproto.errors import ConfigError, ConnectionClosed, Unavailable, ZcprotoError
-from zcproto.server.app import App
-
-from .conftest import Serve
+from zcproto.load.caller import Place
+from zcproto.load.plan import Credential
 
 HOUR_MS = 3_600_000
 

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.load.caller import Place
-from bench.load.latency import Latencies
 from bench.row import Row
 from bench.storms import __main__ as program
 from bench.storms import lines as lines_module
@@ -29,12 +27,13 @@ from bench.storms.outcome import Felt, Mix, Storm, reasons
 from bench.storms.plot import write_plot
 from bench.storms.run import StormPlan, run_all
 from bench.storms.stage import memory_bytes
+from tests.load.conftest import Serve
 from tests.server.helpers import KEY, TIMEOUT
+from zcproto.app.app import App
+from zcproto.common.home import Home
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.home import Home
-from zcproto.server.app import App
-
-from .conftest import Serve
+from zcproto.load.caller import Place
+from zcproto.load.latency import Latencies
 
 QUICK = StormPlan(clients=20, honest=3, rate=100.0, rest_s=0.2, seconds=1.0, comes_back_s=0.3, within_s=30.0)
 

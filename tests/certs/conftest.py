@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from tests.certs.support import ensure
+from tests.server.conftest import certs, serve, shared
 from zcproto.certs import authority
 
-from .support import ensure
+__all__ = ["certs", "ec_key", "made", "other_rsa_key", "quick_authority", "rsa_key", "serve", "shared"]
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from tests.certs.support import DAY, NOW, build, der, ensure, openssl, pem, pem_of, pem_of_key
 from zcproto.certs import issue, pair
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW, build, der, ensure, openssl, pem, pem_of, pem_of_key
 
 
 def read(path: Path) -> x509.Certificate:

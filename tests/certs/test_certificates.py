@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.certs.support import ensure
 from zcproto.certs import CertificateSet, Site
-
-from .support import ensure
 
 
 def test_a_set_knows_its_default_all_its_pairs_and_the_pins_of_the_default(made: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.certs.support import DAY, NOW
 from zcproto.certs.client_list import (
     KEEP_EXPIRED,
     MAX_SERIAL_NUMBER,
@@ -21,8 +22,6 @@ from zcproto.certs.client_list import (
     render_list,
 )
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW
 
 WHEN = NOW.replace(microsecond=0)
 ADA = Issued(0x4D2A9F, "ada", WHEN + 90 * DAY)

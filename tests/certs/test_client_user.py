@@ -9,13 +9,12 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.certs.support import DAY, NOW, build, der
 from zcproto.auth import UserFile
 from zcproto.auth.identity import MAX_USER
 from zcproto.certs import client_user
 from zcproto.certs.clients import USER_KINDS, user_of
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW, build, der
 
 SAN_OID = x509.ObjectIdentifier("2.5.29.17")
 KEY = ec.generate_private_key(ec.SECP256R1())

@@ -14,11 +14,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from tests.certs.support import DAY, NOW, build, der, openssl, pem, pem_of_key
 from zcproto.certs import client_list, clients, files, spki_pin
 from zcproto.certs.clients import ClientCertificate, Issued
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW, build, der, openssl, pem, pem_of_key
 
 WHEN = NOW.replace(microsecond=0)
 

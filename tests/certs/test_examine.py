@@ -15,11 +15,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID
 
+from tests.certs.support import DAY, NOW, build, der, pem, pem_of, pem_of_key, write_pair
 from zcproto.certs import load_pair
 from zcproto.certs.examine import Examination, examine
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW, build, der, pem, pem_of, pem_of_key, write_pair
 
 SAN = x509.SubjectAlternativeName(
     [x509.DNSName("A.example"), x509.DNSName("*.b.example"), x509.IPAddress(ip_address("192.0.2.7"))]

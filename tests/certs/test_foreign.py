@@ -12,12 +12,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from tests.certs.support import DAY, NOW, build, pem, pem_of_key
 from zcproto.certs import foreign, pair
 from zcproto.certs.certificates import Site
 from zcproto.certs.foreign import ForeignSite, Look, PassphraseSource, covers, load_site, watched_site
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW, build, pem, pem_of_key
 
 NOTHING = Look()
 

@@ -13,9 +13,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from tests.certs.support import DAY, NOW, build, openssl, pem
 from zcproto.certs import issue
-
-from .support import DAY, NOW, build, openssl, pem
 
 SECOND = timedelta(seconds=1)
 NAMES = ("localhost", "*.b.example", "192.0.2.7", "2001:db8::7")

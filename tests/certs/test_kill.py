@@ -26,10 +26,9 @@ from typing import Any
 import pytest
 from cryptography import x509
 
+from tests.certs.support import DAY, NOW, ensure, settings
 from zcproto.certs import CertificatePair, issue, keys, rotation
 from zcproto.certs.own import OwnCertificates, OwnSettings, cancel, keep, renew, rotate
-
-from .support import DAY, NOW, ensure, settings
 
 BOTH = settings()
 ONE = settings(key_types=["ecdsa-p256"])

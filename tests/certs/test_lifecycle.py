@@ -7,11 +7,10 @@ from itertools import pairwise
 
 import pytest
 
+from tests.certs.support import DAY, NOW
 from zcproto.certs import lifecycle
 from zcproto.certs.issue import CLOCK_SKEW
 from zcproto.certs.lifecycle import EXPIRED, Expiring, ExpiryAlert, ExpiryAlerts, Retry
-
-from .support import DAY, NOW
 
 HOUR, MINUTE, SECOND = timedelta(hours=1), timedelta(minutes=1), timedelta(seconds=1)
 ALERT_DAYS = (30, 14, 7, 3, 1)

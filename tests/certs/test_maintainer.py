@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.certs.support import DAY, NOW, build, pem, pem_of_key
 from zcproto.certs import clients, keys, maintainer, own
 from zcproto.certs.foreign import ForeignSite
 from zcproto.certs.maintainer import (
@@ -30,8 +31,6 @@ from zcproto.certs.maintainer import (
 from zcproto.certs.own import OwnSettings
 from zcproto.certs.pair import CertificatePair
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW, build, pem, pem_of_key
 
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)

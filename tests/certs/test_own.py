@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from cryptography import x509
 
+from tests.certs.support import DAY, NOW, build, der, ensure, openssl, pem, pem_of_key, settings
+from tests.certs.test_authority import fail_to_write, read
 from zcproto.certs import (
     CertificatePair,
     NextPins,
@@ -31,9 +33,6 @@ from zcproto.certs import (
 )
 from zcproto.certs.own import OwnCertificates, cancel, keep, renew, rotate
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW, build, der, ensure, openssl, pem, pem_of_key, settings
-from .test_authority import fail_to_write, read
 
 LEAVES = ("server.crt", "server-ecdsa.crt")
 

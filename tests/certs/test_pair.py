@@ -18,10 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, padding,
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from tests.certs.support import DAY, NOW, build, der, openssl, pem, pem_of, pem_of_key, write_pair
 from zcproto.certs import files, load_pair, pair, spki_pin
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW, build, der, openssl, pem, pem_of, pem_of_key, write_pair
 
 TRADITIONAL = serialization.PrivateFormat.TraditionalOpenSSL
 SAN = x509.SubjectAlternativeName(

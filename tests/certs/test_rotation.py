@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
+from tests.certs.support import DAY, NOW, build, der, openssl, pem_of_key
 from zcproto.certs import files, rotation, spki_pin
 from zcproto.certs.certificates import NextPins
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW, build, der, openssl, pem_of_key
 
 TYPES = ("rsa-2048", "ecdsa-p256")
 WHOLE_NOW = NOW.replace(microsecond=0)

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.certs.support import ensure
 from zcproto.certs import CertificatePair, authority
-
-from .support import ensure
 
 
 @pytest.fixture(scope="module")

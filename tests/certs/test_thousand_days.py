@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.certs.support import DAY, NOW, build, pem, pem_of_key
 from zcproto.certs import clients, keys, lifecycle, own, rotation
 from zcproto.certs.foreign import ForeignSite
 from zcproto.certs.maintainer import (
@@ -37,8 +38,6 @@ from zcproto.certs.maintainer import (
 from zcproto.certs.own import OwnSettings
 from zcproto.certs.pair import CertificatePair
 from zcproto.errors import CertificateError
-
-from .support import DAY, NOW, build, pem, pem_of_key
 
 LIVES = int(os.environ.get("ZCPROTO_THOUSAND_DAYS", "2"))
 DAYS = 1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from zcproto.clock import system_clock, system_entropy
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto.sessions import SessionRegistry, SessionSettings, token_text
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.sessions.session import NewSession

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.alerts.receiver import Receiver, answer
+from tests.conftest import ServerPairs
 from zcproto.alerts.signature import sign
 from zcproto.cli import main
-from zcproto.secret import Secret
-
-from ..conftest import ServerPairs
-from ..server.receiver import Receiver, answer
+from zcproto.common.secret import Secret
 
 SECRET = "0123456789abcdef0123456789abcdef"
 

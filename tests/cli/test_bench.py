@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from bench.load import command
-from bench.load.command import Outputs
-from bench.load.plan import Credential, Plan
-from bench.load.result import Result
-from tests.bench.helpers import verified_result
+from tests.load.helpers import verified_result
 from zcproto.cli import main
+from zcproto.load import command
+from zcproto.load.command import Outputs
+from zcproto.load.plan import Credential, Plan
+from zcproto.load.result import Result
 
 Capture = pytest.CaptureFixture[str]
 

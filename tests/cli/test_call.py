@@ -14,12 +14,11 @@ from typing import Any
 import click
 import pytest
 
+from tests.server.conftest import Serve, certs, serve, shared
+from tests.server.helpers import KEY, ServerThread
+from zcproto.app.app import App
 from zcproto.cli import main
 from zcproto.cli.call import KEY_VARIABLE, MAX_KEY, parse_params, to_json
-from zcproto.server.app import App
-
-from ..server.conftest import Serve, certs, serve, shared
-from ..server.helpers import KEY, ServerThread
 
 __all__ = ["certs", "serve", "shared"]
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.server.conftest import Serve, certs, serve
+from tests.server.helpers import TIMEOUT, ServerProcess, ServerThread, eventually
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile
 from zcproto.certs import own
@@ -25,12 +27,9 @@ from zcproto.cli import main
 from zcproto.cli import status as status_module
 from zcproto.cli.status import frame
 from zcproto.cli.status_view import duration, lines_of, size, span
-from zcproto.home import Home
-from zcproto.local_socket import address_of
+from zcproto.common.home import Home
+from zcproto.common.local_socket import address_of
 from zcproto.observe.log import level, set_level
-
-from ..server.conftest import Serve, certs, serve
-from ..server.helpers import TIMEOUT, ServerProcess, ServerThread, eventually
 
 __all__ = ["certs", "serve"]
 

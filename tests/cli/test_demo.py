@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from bench.demo import run as demonstration
-from bench.demo.run import Demo
-from bench.load.result import Result
-from tests.bench.helpers import plan, verified_result
+from tests.load.helpers import plan, verified_result
 from zcproto.cli import main
+from zcproto.load.demo import run as demonstration
+from zcproto.load.demo.run import Demo
+from zcproto.load.result import Result
 
 Capture = pytest.CaptureFixture[str]
 

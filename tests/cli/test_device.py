@@ -22,8 +22,8 @@ from zcproto.cli import device as device_module
 from zcproto.cli import main
 from zcproto.cli import pair as pair_module
 from zcproto.cli.kept_sessions import NotHereError
-from zcproto.clock import system_clock
-from zcproto.home import Home
+from zcproto.common.clock import system_clock
+from zcproto.common.home import Home
 from zcproto.sessions import token_text
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.sessions.session import BOUND

@@ -18,16 +18,15 @@ from typing import Any
 import pytest
 import trustme
 
+from tests.cli.helpers import fill, new_session
 from tests.server.conftest import Serve, certs, serve
 from tests.server.helpers import HEADER, KEY, ServerThread
 from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.cli.doctor import local, remote
+from zcproto.common.home import Home
 from zcproto.errors import ConfigError
-from zcproto.home import Home
 from zcproto.tls.failure import TlsFailure
-
-from .helpers import fill, new_session
 
 __all__ = ["certs", "serve"]
 

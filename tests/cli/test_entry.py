@@ -15,8 +15,8 @@ import pytest
 
 from zcproto import cli
 from zcproto.cli import COMMANDS, home_options, main
+from zcproto.common.home import Home
 from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, InvalidArgument, ZcprotoError
-from zcproto.home import Home
 
 Capture = pytest.CaptureFixture[str]
 

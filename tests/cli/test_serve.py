@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import certs
+from zcproto.app.app import App
 from zcproto.cli import main
 from zcproto.cli.serve import load_app
 from zcproto.config import Config
 from zcproto.errors import ConfigError
-from zcproto.server import run
-from zcproto.server.app import App
+from zcproto.runtime import run
 
 __all__ = ["certs"]
 
 Capture = pytest.CaptureFixture[str]
 
 APPLICATION = """
-from zcproto.server.app import App
+from zcproto.app.app import App
 
 api = App()
 number = 5
@@ -214,6 +214,6 @@ def test_what_is_unusable_is_told_and_nothing_starts(
     def bind(*args: Any) -> Any:
         raise AssertionError("a port was bound")
 
-    monkeypatch.setattr("zcproto.server.server.bind", bind)
+    monkeypatch.setattr("zcproto.runtime.server.bind", bind)
     spoil(prepared)
     assert word in refused(capsys)

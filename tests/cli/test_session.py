@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
+from tests.cli.helpers import HOUR_MS, fill, id_of, kept, new_session, secrets_of
 from tests.server.conftest import certs
 from tests.server.helpers import ServerThread
 from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.store import MAX_LISTED
-
-from .helpers import HOUR_MS, fill, id_of, kept, new_session, secrets_of
 
 __all__ = ["certs"]
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.admin.test_https import ask, bearer
+from tests.server.conftest import Serve, certs, serve, shared
+from tests.server.helpers import KEY, ServerThread
 from zcproto.cli import main
 from zcproto.cli.call import KEY_VARIABLE
 from zcproto.sessions.token import token_from_text
-
-from ..http.test_https import ask, bearer
-from ..server.conftest import Serve, certs, serve, shared
-from ..server.helpers import KEY, ServerThread
 
 __all__ = ["certs", "serve", "shared"]
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.helpers import ANY_NUMBER, HOUR_MS, fill, kept, new_session, secrets_of
 from tests.stores.servers import PROGRAMS, ServerProcess, is_installed, running
 from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.sqlite import SqliteStore
-
-from .helpers import ANY_NUMBER, HOUR_MS, fill, kept, new_session, secrets_of
 
 Capture = pytest.CaptureFixture[str]
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.helpers import fill, kept, new_session
 from zcproto.auth import UserFile
 from zcproto.auth.users import User
 from zcproto.cli import kept_sessions, main
 from zcproto.sessions import token_from_text
 from zcproto.sessions.token import digest_of
-
-from .helpers import fill, kept, new_session
 
 Capture = pytest.CaptureFixture[str]
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.server.conftest import certs, serve, shared
+from tests.server.helpers import KEY, ServerThread
 from zcproto.client.client import Client
 from zcproto.client.connect import connect
-
-from ..server.conftest import certs, serve, shared
-from ..server.helpers import KEY, ServerThread
 
 __all__ = ["certs", "serve", "shared"]
 

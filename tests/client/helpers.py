@@ -10,6 +10,7 @@ import selectors
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple, ParamSpec
 
+from tests.helpers import NOW, WALL
 from zcproto.client.client import Client
 from zcproto.client.dial import LoopShare
 from zcproto.client.links import LinkKeeper
@@ -32,8 +33,6 @@ from zcproto.wire.frame import (
     encode_frame,
 )
 from zcproto.wire.message import decode_request, encode_body, encode_error
-
-from ..helpers import NOW, WALL
 
 P = ParamSpec("P")
 

@@ -19,6 +19,10 @@ from typing import Any
 
 import pytest
 
+from tests.server.conftest import Serve
+from tests.server.helpers import KEY, ServerThread
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.client.blocking import BlockingClient
 from zcproto.client.client import Client
 from zcproto.client.connect import connect, connect_blocking
@@ -30,11 +34,6 @@ from zcproto.errors import (
     TlsError,
     Unauthenticated,
 )
-from zcproto.server.app import App
-from zcproto.server.context import Context
-
-from ..server.conftest import Serve
-from ..server.helpers import KEY, ServerThread
 
 Blocking = Callable[..., BlockingClient]
 

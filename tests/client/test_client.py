@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 import uvloop
 
+from tests.client.conftest import ConnectTo
+from tests.server.conftest import Serve
+from tests.server.helpers import ServerThread
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.client import client as client_module
 from zcproto.client.client import Client, default_client
 from zcproto.client.dial import _shares
@@ -26,13 +31,7 @@ from zcproto.errors import (
     Unauthenticated,
     Unimplemented,
 )
-from zcproto.server.app import App
-from zcproto.server.builtin import default_app
-from zcproto.server.context import Context
-
-from ..server.conftest import Serve
-from ..server.helpers import ServerThread
-from .conftest import ConnectTo
+from zcproto.server.protocol_methods import default_app
 
 DAY_MS = 86_400_000
 

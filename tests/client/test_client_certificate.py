@@ -14,16 +14,10 @@ from typing import Any
 import pytest
 import trustme
 
-from zcproto import auth
-from zcproto.client.connect import connect, connect_blocking
-from zcproto.client.dial import LoopShare, Trust
-from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, TlsError
-from zcproto.tls.context import server_context
-from zcproto.tls.sites import SiteContexts
-
-from ..server.conftest import Serve
-from ..server.helpers import KEY, ServerThread
-from ..tls.identities import (
+from tests.client.conftest import ConnectTo
+from tests.server.conftest import Serve
+from tests.server.helpers import KEY, ServerThread
+from tests.tls.identities import (
     DAY,
     Identity,
     for_clients,
@@ -32,7 +26,12 @@ from ..tls.identities import (
     revocation_list,
     write_identity,
 )
-from .conftest import ConnectTo
+from zcproto import auth
+from zcproto.client.connect import connect, connect_blocking
+from zcproto.client.dial import LoopShare, Trust
+from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, TlsError
+from zcproto.tls.context import server_context
+from zcproto.tls.sites import SiteContexts
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from zcproto.client.device import Device
 from zcproto.client.session import ApiKey, Certificate, DeviceKey, choose_credentials
+from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
-from zcproto.secret import SecretText
-from zcproto.signed import attach_message, open_message
+from zcproto.wire.signing import attach_message, open_message
 
 
 class Channel:

@@ -22,29 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from zcproto.auth import PairingFile, UserFile
-from zcproto.auth import pairing as pairing_module
-from zcproto.client.client import Client
-from zcproto.client.connect import connect, connect_blocking, enroll, enroll_blocking
-from zcproto.client.device import Device
-from zcproto.client.session import Certificate
-from zcproto.clock import system_clock
-from zcproto.errors import (
-    AlreadyExists,
-    CertificateError,
-    Code,
-    ConfigError,
-    DeadlineExceeded,
-    InvalidArgument,
-    ResourceExhausted,
-    Unauthenticated,
-)
-from zcproto.signed import attach_message, open_message
-from zcproto.wire.frame import NO_TOKEN
-
-from ..helpers import WALL
-from ..server.helpers import ServerThread
-from .helpers import (
+from tests.client.helpers import (
     Asked,
     ScriptedServer,
     ServerLink,
@@ -57,6 +35,27 @@ from .helpers import (
     silence,
     turns,
 )
+from tests.helpers import WALL
+from tests.server.helpers import ServerThread
+from zcproto.auth import PairingFile, UserFile
+from zcproto.auth import pairing as pairing_module
+from zcproto.client.client import Client
+from zcproto.client.connect import connect, connect_blocking, enroll, enroll_blocking
+from zcproto.client.device import Device
+from zcproto.client.session import Certificate
+from zcproto.common.clock import system_clock
+from zcproto.errors import (
+    AlreadyExists,
+    CertificateError,
+    Code,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidArgument,
+    ResourceExhausted,
+    Unauthenticated,
+)
+from zcproto.wire.frame import NO_TOKEN
+from zcproto.wire.signing import attach_message, open_message
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 DEVICE = Device(KEY)

@@ -18,15 +18,14 @@ from typing import Any
 
 import pytest
 
+from tests.client.conftest import ConnectTo
+from tests.conftest import ServerPairs
+from tests.server.conftest import Serve
+from tests.server.helpers import ServerThread
 from zcproto.client.connect import connect
 from zcproto.client.dial import MAX_CONTEXTS, LoopShare, Trust, _cause, _shares
 from zcproto.client.known_hosts import KnownHosts
 from zcproto.errors import CannotConnect, CertificateError, Code, ConfigError, ConnectionClosed, TlsError
-
-from ..conftest import ServerPairs
-from ..server.conftest import Serve
-from ..server.helpers import ServerThread
-from .conftest import ConnectTo
 
 WRONG_PIN = "sha256/" + "A" * 43 + "="
 

@@ -6,9 +6,8 @@ import asyncio
 
 import pytest
 
+from tests.client.helpers import scripted, turns
 from zcproto.client.events import MAX_EVENTS, Event, EventStream
-
-from .helpers import scripted, turns
 
 
 @scripted

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 import zcproto
+from tests.client.conftest import ConnectTo
+from tests.server.conftest import Serve
+from tests.server.helpers import KEY, ServerThread
 from zcproto.client.connect import connect_blocking
 from zcproto.client.dial import LoopShare, Trust
 from zcproto.errors import ConfigError
-
-from ..server.conftest import Serve
-from ..server.helpers import KEY, ServerThread
-from .conftest import ConnectTo
 
 pytestmark = pytest.mark.usefixtures("home")
 

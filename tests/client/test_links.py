@@ -7,6 +7,17 @@ import itertools
 
 import pytest
 
+from tests.client.helpers import (
+    ScriptedServer,
+    client_of,
+    cut,
+    fail,
+    now,
+    numbers,
+    scripted,
+    silence,
+    turns,
+)
 from zcproto.client.dial import _shares
 from zcproto.client.links import QUIET_REASONS
 from zcproto.errors import (
@@ -17,18 +28,6 @@ from zcproto.errors import (
     SessionReplaced,
     TlsError,
     TokenRevoked,
-)
-
-from .helpers import (
-    ScriptedServer,
-    client_of,
-    cut,
-    fail,
-    now,
-    numbers,
-    scripted,
-    silence,
-    turns,
 )
 
 PERMANENT = [

@@ -6,13 +6,12 @@ import asyncio
 
 import pytest
 
+from tests.client.conftest import ConnectTo
+from tests.server.conftest import Serve
+from tests.server.helpers import ServerThread
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.errors import ConnectionClosed, FailedPrecondition
-from zcproto.server.app import App
-from zcproto.server.context import Context
-
-from ..server.conftest import Serve
-from ..server.helpers import ServerThread
-from .conftest import ConnectTo
 
 
 class Shop:

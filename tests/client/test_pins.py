@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests.client.conftest import ConnectTo
+from tests.server.helpers import ServerThread
 from zcproto.client.connect import connect, connect_blocking
 from zcproto.client.dial import Trust, _warn_of_single_pin
 from zcproto.errors import TlsError
-
-from ..server.helpers import ServerThread
-from .conftest import ConnectTo
 
 WRONG, BACKUP = ("sha256/" + letter * 43 + "=" for letter in "AE")
 USUAL: dict[str, Any] = {"ca_file": None, "system_store": False, "verify": True}

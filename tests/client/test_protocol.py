@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 
+from tests.client.helpers import (
+    GREETING,
+    LoopClock,
+    ScriptedServer,
+    ServerLink,
+    now,
+    scripted,
+    silence,
+    turns,
+)
 from zcproto.client.protocol import ClientProtocol, PendingCall
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import EventReceived, GoAwayReceived
-from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import Code, ConnectionClosed, DeadlineExceeded
 from zcproto.wire.frame import NO_TOKEN, PING, RESPONSE, WELCOME
 from zcproto.wire.message import encode_body
-
-from .helpers import GREETING, LoopClock, ScriptedServer, ServerLink, now, scripted, silence, turns
 
 FOREVER = float("inf")
 

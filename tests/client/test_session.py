@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import NOW, WALL
 from zcproto.client.session import ApiKey, ClientSession
-
-from ..helpers import NOW, WALL
 
 TOKEN = bytes(range(1, 33))
 

@@ -7,6 +7,21 @@ from typing import Any
 
 import pytest
 
+from tests.client.helpers import (
+    Asked,
+    ScriptedServer,
+    client_of,
+    cut,
+    fail,
+    now,
+    numbers,
+    ok,
+    refreshable,
+    scripted,
+    silence,
+    turns,
+)
+from tests.helpers import WALL
 from zcproto.client.client import Client
 from zcproto.client.events import Event
 from zcproto.client.sessions import MAX_LOST
@@ -25,22 +40,6 @@ from zcproto.errors import (
     Unavailable,
 )
 from zcproto.wire.frame import NO_TOKEN
-
-from ..helpers import WALL
-from .helpers import (
-    Asked,
-    ScriptedServer,
-    client_of,
-    cut,
-    fail,
-    now,
-    numbers,
-    ok,
-    refreshable,
-    scripted,
-    silence,
-    turns,
-)
 
 HOUR_MS = 3_600_000
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from tests.helpers import NOW, WALL, FakeClock
 from zcproto.client.steady import SteadyClock
-
-from ..helpers import NOW, WALL, FakeClock
 
 
 def test_wall_time_goes_on_with_monotonic_time_when_somebody_sets_the_clock() -> None:

@@ -8,6 +8,20 @@ from typing import Any
 
 import pytest
 
+from tests.client.helpers import (
+    ScriptedServer,
+    client_of,
+    cut,
+    fail,
+    goodbye,
+    now,
+    numbers,
+    ok,
+    refreshable,
+    scripted,
+    silence,
+    turns,
+)
 from zcproto.client.client import Client
 from zcproto.errors import (
     CallError,
@@ -24,21 +38,6 @@ from zcproto.errors import (
     Unauthenticated,
     Unavailable,
     UnknownError,
-)
-
-from .helpers import (
-    ScriptedServer,
-    client_of,
-    cut,
-    fail,
-    goodbye,
-    now,
-    numbers,
-    ok,
-    refreshable,
-    scripted,
-    silence,
-    turns,
 )
 
 # --- UNAVAILABLE, RESOURCE_EXHAUSTED: not run, again after retry_after_ms with jitter ----------------

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.config.helpers import faults, load
 from zcproto.config.load import MAX_FAULTS
-
-from .helpers import faults, load
 
 PIN = "sha256/" + "A" * 43 + "="
 

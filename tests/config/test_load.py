@@ -7,11 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.config.helpers import faults, load
 from zcproto.config import Config, SiteConfig, load_config
 from zcproto.config.load import MAX_FILE_BYTES
 from zcproto.errors import ConfigError
-
-from .helpers import faults, load
 
 DOCUMENTED = """
 [server]

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from zcproto.clock import system_clock, system_entropy
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto_conformance import scenarios
 from zcproto_conformance.check import Check
 from zcproto_conformance.run import PASSED, Result, run_checks

@@ -16,7 +16,7 @@ from zcproto.client.backoff import Backoff
 from zcproto.errors import CallError
 from zcproto_conformance.run import FAILED
 
-from .helpers import SCRIPTED
+from tests.conformance.helpers import SCRIPTED
 
 QUICKLY_FOUND = {
     "client-hello": "the protocols offered are []",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from zcproto.clock import system_clock, system_entropy
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto_conformance.__main__ import CANNOT_RUN, choose, main
 from zcproto_conformance.check import Check
 from zcproto_conformance.errors import KitError
@@ -27,7 +27,7 @@ from zcproto_conformance.server import HOST, ScriptedServer
 from zcproto_conformance.stage import Stage
 from zcproto_conformance.values import typed, untyped
 
-from .helpers import PYTHON_CLIENT, SCRIPTED, program, results_of
+from tests.conformance.helpers import PYTHON_CLIENT, SCRIPTED, program, results_of
 
 
 async def _asks_for_tables(stage: Stage) -> None:

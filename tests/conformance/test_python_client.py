@@ -10,8 +10,8 @@ from collections import Counter
 from zcproto_conformance import real_server, vectors
 from zcproto_conformance.check import Check
 
-from ..wire.vectors import FOLDER
-from .helpers import SCRIPTED, failures, results_of
+from tests.wire.vectors import FOLDER
+from tests.conformance.helpers import SCRIPTED, failures, results_of
 
 EVERY = 8
 TAKE_LONG = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .helpers import GREETING, Conversation
+from tests.connection.helpers import GREETING, Conversation
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.helpers import NOW, SALT, WALL
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import ClientEvent, ConnectionEnded, Welcomed
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import NO_TOKEN, PONG, WELCOME, RawFrame, Side, encode_frame
 from zcproto.wire.message import encode_body
-
-from ..helpers import NOW, SALT, WALL
 
 TOKEN = b"k" * 32
 GREETING: dict[str, Any] = {

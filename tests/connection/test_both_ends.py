@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.helpers import NOW, SALT, WALL, small_registry, with_requests
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import GoAwayReceived, ResponseReceived, Welcomed
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.wire.message import encode_body
-
-from ..helpers import NOW, SALT, WALL, small_registry, with_requests
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from tests.connection.helpers import GREETING, TOKEN, Conversation
+from tests.helpers import SALT, WALL
 from zcproto.connection.events import ErrorReceived, ResponseReceived
 from zcproto.connection.state import State
 from zcproto.errors import Code, InvalidArgument, ResourceExhausted
 from zcproto.wire.frame import ERROR, MAX_STREAM, NO_TOKEN, REQUEST, RESPONSE
 from zcproto.wire.message import decode_request, encode_body, encode_error
-
-from ..helpers import SALT, WALL
-from .helpers import GREETING, TOKEN, Conversation
 
 
 def test_a_request_is_a_frame_with_salt_counter_token_and_meta(talk: Conversation) -> None:

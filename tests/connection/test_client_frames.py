@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
+from tests.connection.helpers import TOKEN, Conversation, ended
+from tests.helpers import WALL
 from zcproto.connection.events import ConnectionEnded, EventReceived, GoAwayReceived, ResponseReceived
 from zcproto.connection.state import State
 from zcproto.errors import Code, ConnectionClosed, Unavailable
 from zcproto.wire.frame import CANCEL, ERROR, EVENT, GOAWAY, NO_TOKEN, PING, PONG, REQUEST, RESPONSE
 from zcproto.wire.message import encode_body, encode_error
-
-from ..helpers import WALL
-from .helpers import TOKEN, Conversation, ended
 
 
 def test_cancel_carries_the_token_of_its_request_and_the_answer_is_still_awaited(talk: Conversation) -> None:

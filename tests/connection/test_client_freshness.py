@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 
+from tests.connection.helpers import GREETING, TOKEN, Conversation, ended
+from tests.helpers import WALL
 from zcproto.connection.client import MAX_SERVER_TIME
 from zcproto.connection.events import ConnectionEnded, ErrorReceived, ResponseReceived
 from zcproto.connection.state import State
 from zcproto.errors import Code
 from zcproto.wire.frame import CANCEL, ERROR, EVENT, GOAWAY, PING, PONG, REQUEST, RESPONSE
 from zcproto.wire.message import encode_body, encode_error
-
-from ..helpers import WALL
-from .helpers import GREETING, TOKEN, Conversation, ended
 
 
 def test_another_salt_ends_it(talk: Conversation) -> None:

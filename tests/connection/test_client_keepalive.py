@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from tests.connection.helpers import GREETING, Conversation, ended
+from tests.helpers import NOW
 from zcproto.connection.client import PONG_TIMEOUT
 from zcproto.connection.events import NEVER, ClientEvent, ConnectionEnded
 from zcproto.wire.frame import EVENT, PING, PONG, REQUEST, RESPONSE
 from zcproto.wire.message import encode_body
-
-from ..helpers import NOW
-from .helpers import GREETING, Conversation, ended
 
 
 def timeout(talk: Conversation) -> list[ClientEvent]:

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.connection.helpers import GREETING, TOKEN, Conversation
 from zcproto.connection.client import MAX_FRAME_BEFORE_SESSION
 from zcproto.connection.events import ClientEvent, EventReceived, ResponseReceived
 from zcproto.errors import Code, InvalidArgument
 from zcproto.wire.frame import ERROR, EVENT, NO_TOKEN, RESPONSE
 from zcproto.wire.message import encode_body, encode_error
-
-from .helpers import GREETING, TOKEN, Conversation
 
 
 def body_of(size: int) -> dict[str, Any]:

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
+from tests.connection.helpers import GREETING, Conversation, ended
+from tests.helpers import SALT, WALL
 from zcproto.connection.client import MAX_FRAME_BEFORE_SESSION, MAX_SERVER_TIME
 from zcproto.connection.events import NEVER, ConnectionEnded, Welcomed
 from zcproto.connection.state import State
 from zcproto.errors import Code, Unavailable
 from zcproto.wire.frame import ERROR, EVENT, GOAWAY, HEADER, NO_TOKEN, PING, RESPONSE, WELCOME
 from zcproto.wire.message import encode_body
-
-from ..helpers import SALT, WALL
-from .helpers import GREETING, Conversation, ended
 
 
 def test_welcome_opens_the_conversation_and_its_map_is_kept_whole() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from tests.helpers import ConnectionPair
 from zcproto.connection.events import Request, SessionJoined
 from zcproto.connection.server import ServerConnection
 from zcproto.errors import Code
 from zcproto.sessions import Session
-
-from ..helpers import ConnectionPair
 
 
 class Door:

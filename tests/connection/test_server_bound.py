@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import ConnectionPair
 from zcproto.connection.events import KeyWanted, Request, SessionJoined
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession
 from zcproto.wire.frame import NO_TOKEN, REQUEST
 from zcproto.wire.message import encode_request
-
-from ..helpers import ConnectionPair
 
 LAPTOP = "device:laptop"
 CERTIFICATE = "tls:" + "0f" * 32

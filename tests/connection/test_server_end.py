@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from tests.helpers import SALT, WALL, ConnectionPair, FakeClock, small_registry
 from zcproto.connection.events import NEVER, ConnectionEnded, Request
 from zcproto.connection.settings import ConnectionSettings, TransportSecurityPolicy
 from zcproto.connection.state import State
 from zcproto.errors import Code
 from zcproto.wire.frame import NO_TOKEN, Kind
 from zcproto.wire.message import decode_body
-
-from ..helpers import SALT, WALL, ConnectionPair, FakeClock, small_registry
 
 # --- WELCOME --------------------------------------------------------------------------------------------
 

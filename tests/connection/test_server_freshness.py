@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import SALT, WALL, ConnectionPair, FakeClock
 from zcproto.connection.events import ConnectionEnded, Request
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession, SessionRegistry
 from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, PONG, REQUEST, Kind
 from zcproto.wire.message import encode_request
-
-from ..helpers import SALT, WALL, ConnectionPair, FakeClock
 
 KINDS = {"request": (REQUEST, 1), "cancel": (CANCEL, 1), "ping": (PING, 0), "pong": (PONG, 0)}
 

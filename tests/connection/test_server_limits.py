@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.helpers import SALT, WALL, ConnectionPair
 from zcproto.connection.events import Request
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession
 from zcproto.wire.frame import HEADER, MIN_LENGTH, NO_TOKEN, PING, REQUEST
-
-from ..helpers import SALT, WALL, ConnectionPair
 
 SMALL, LARGE = 16_384, 1_048_576
 

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.helpers import ConnectionPair, small_registry
 from zcproto.connection.events import ConnectionEnded, Request, ServerEvent, SessionJoined, TokenUnknown
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.token import id_from_text
 from zcproto.wire.message import encode_error
-
-from ..helpers import ConnectionPair, small_registry
 
 HOUR_MS = 3_600_000
 REFUSAL = encode_error(Code.UNAVAILABLE, "the store is out", {"retry_after_ms": 5})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from tests.helpers import SALT, ConnectionPair
 from zcproto.connection.server import ServerConnection
 from zcproto.errors import Code
 from zcproto.wire.frame import NO_TOKEN, REQUEST
 from zcproto.wire.message import encode_request
-
-from ..helpers import SALT, ConnectionPair
 
 Counts = dict[tuple[str, int], int]
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import NOW, ConnectionPair
 from zcproto.connection.events import NEVER, Request, RequestEnded
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, PONG, REQUEST, Kind
 from zcproto.wire.message import encode_body, encode_error
-
-from ..helpers import NOW, ConnectionPair
 
 
 @pytest.fixture

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import NOW, WALL, ConnectionPair, small_registry
 from zcproto.connection.events import NEVER, ConnectionEnded, RequestEnded
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
 from zcproto.errors import Code
 from zcproto.wire.frame import NO_TOKEN, PONG, Kind
-
-from ..helpers import NOW, WALL, ConnectionPair, small_registry
 
 HOUR_MS = 3_600_000
 

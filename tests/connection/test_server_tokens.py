@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.helpers import WALL, ConnectionPair, small_registry
 from zcproto.connection.events import Request, SessionJoined
 from zcproto.connection.server import JoinedSession, ServerConnection
 from zcproto.connection.settings import ConnectionSettings
@@ -11,8 +12,6 @@ from zcproto.errors import Code
 from zcproto.sessions import OpenedSession
 from zcproto.wire.frame import NO_TOKEN, Kind
 from zcproto.wire.message import MessageError, encode_body
-
-from ..helpers import WALL, ConnectionPair, small_registry
 
 HOUR_MS = 3_600_000
 

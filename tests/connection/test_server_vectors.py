@@ -7,6 +7,8 @@ from functools import cache
 
 import pytest
 
+from tests.helpers import NOW, Answer, with_requests
+from tests.wire.vectors import Vector, document, expected_message, frame_vectors, typed
 from zcproto.connection.events import ConnectionEnded, Request, RequestEnded, SessionJoined
 from zcproto.connection.server import NEEDS_SESSION, ServerConnection
 from zcproto.connection.settings import ConnectionSettings
@@ -15,9 +17,6 @@ from zcproto.sessions import OpenedSession, SessionRegistry, SessionSettings
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import NO_TOKEN, PING, Kind, Side, encode_frame
 from zcproto.wire.message import NO_META, encode_body
-
-from ..helpers import NOW, Answer, with_requests
-from ..wire.vectors import Vector, document, expected_message, frame_vectors, typed
 
 PUBLIC = ("session.open", "session.refresh", "device.enroll", "server.info")
 VECTORS = {name: vector for name, vector in frame_vectors().items() if vector["receiver"] == "server"}

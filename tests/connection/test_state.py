@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.helpers import ConnectionPair
 from zcproto.connection.events import NEVER, ConnectionEnded, Request, RequestEnded
 from zcproto.connection.state import TRANSITIONS, Input, State, next_state
 from zcproto.errors import Code
 from zcproto.wire.frame import Kind, head_of
-
-from ..helpers import ConnectionPair
 
 
 @pytest.mark.parametrize("state", State)

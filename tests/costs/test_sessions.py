@@ -6,11 +6,10 @@ from collections import Counter
 
 import pytest
 
+from tests.sessions.helpers import DAY, HOUR, WALL, Desk
 from zcproto.errors import Code
 from zcproto.sessions.slab import CHUNK
 from zcproto.sessions.table import LEAST_BUCKETS
-
-from ..sessions.helpers import DAY, HOUR, WALL, Desk
 
 pytestmark = pytest.mark.no_cover  # the costs are those of the code, not of the measuring
 

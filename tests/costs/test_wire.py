@@ -7,11 +7,10 @@ import tracemalloc
 
 import pytest
 
+from tests.wire.helpers import MIB, SALT, peak_of, request, take_all
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, Side, encode_frame
 from zcproto.wire.message import decode_body
-
-from ..wire.helpers import MIB, SALT, peak_of, request, take_all
 
 pytestmark = pytest.mark.no_cover  # the costs are those of the code, not of the measuring
 

@@ -14,10 +14,10 @@ import time
 import traceback
 from pathlib import Path
 
-from .corpus import KEPT, ROOT, inputs, keep
-from .mutate import mutations
-from .target import Target, judge
-from .targets import NAMES, target_named
+from tests.fuzz.corpus import KEPT, ROOT, inputs, keep
+from tests.fuzz.mutate import mutations
+from tests.fuzz.target import Target, judge
+from tests.fuzz.targets import NAMES, target_named
 
 NO_END = -1
 SEED = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .target import Target
+from tests.fuzz.target import Target
 
 KEPT = Path(__file__).parent / "corpus"
 ROOT = Path(__file__).parents[2]

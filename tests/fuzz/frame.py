@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tests.fuzz.target import Script
+from tests.helpers import SALT
 from zcproto.wire.frame import LENGTH_SIZE
-
-from ..helpers import SALT
-from .target import Script
 
 COUNTERS = (0, 1, 2, 2**32, 2**64 - 1)
 

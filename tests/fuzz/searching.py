@@ -16,9 +16,9 @@ from pathlib import Path
 
 import atheris
 
-from .corpus import KEPT
-from .target import Target, judge
-from .targets import target_named
+from tests.fuzz.corpus import KEPT
+from tests.fuzz.target import Target, judge
+from tests.fuzz.targets import target_named
 
 INSTRUMENTED = ["zcproto", "h11"]
 """Packages whose coverage leads the search. atheris takes no smaller parts."""

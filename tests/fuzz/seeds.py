@@ -22,12 +22,11 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from tests.fuzz.corpus import KEPT, REAL, ROOT
+from tests.fuzz.targets.certificates import OWN
+from tests.fuzz.targets.config import SECRET_KEYS
+from tests.tls.hellos import Hello, alpn, server_name
 from zcproto.config import default_config_file
-
-from ..tls.hellos import Hello, alpn, server_name
-from .corpus import KEPT, REAL, ROOT
-from .targets.certificates import OWN
-from .targets.config import SECRET_KEYS
 
 VECTORS = ROOT / "spec" / "vectors"
 HEADER = 68

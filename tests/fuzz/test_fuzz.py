@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from .__main__ import NO_END, main, search_by_chance
-from .corpus import KEPT, inputs, worth_keeping
-from .mutate import mutations
-from .target import Target, TooSlowError, check_time, cut, judge
-from .targets import NAMES, target_named
+from tests.fuzz.__main__ import NO_END, main, search_by_chance
+from tests.fuzz.corpus import KEPT, inputs, worth_keeping
+from tests.fuzz.mutate import mutations
+from tests.fuzz.target import Target, TooSlowError, check_time, cut, judge
+from tests.fuzz.targets import NAMES, target_named
 
 CHANGED = {"certificates": 60, "config": 60, "http": 100, "server": 150, "client": 150}
 """Inputs made by chance; for the other targets, which are quicker, there are MANY."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from .__main__ import has_atheris
-from .corpus import ROOT
-from .targets import NAMES
+from tests.fuzz.__main__ import has_atheris
+from tests.fuzz.corpus import ROOT
+from tests.fuzz.targets import NAMES
 
 RUNS = 150
 """Inputs of each target, the kept ones among them."""

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import h11
 
+from tests.helpers import NOW, WALL
 from zcproto.http.connection import HttpConnection, HttpLimits
 from zcproto.http.messages import HttpRequest, HttpResponse, text_response
 from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
-
-from ..helpers import NOW, WALL
 
 LIMITS = HttpLimits(
     max_head=1_024,

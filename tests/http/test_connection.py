@@ -10,12 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.helpers import NOW, WALL
+from tests.http.helpers import GET, LIMITS, SECURITY, Conversation, answers
 from zcproto.http.connection import HttpConnection, HttpLimits
 from zcproto.http.messages import HttpResponse, text_response
 from zcproto.http.security_headers import SecurityHeaders
-
-from ..helpers import NOW, WALL
-from .helpers import GET, LIMITS, SECURITY, Conversation, answers
 
 HSTS = "max-age=31536000; includeSubDomains"
 

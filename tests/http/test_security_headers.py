@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from zcproto.admin.http_resources import hsts_of
 from zcproto.config import Config
 from zcproto.config.load import load_config
 from zcproto.errors import ConfigError
 from zcproto.http.messages import NOT_OF_A_HANDLER, HttpResponse
 from zcproto.http.security_headers import NO_PAGE, YEAR_S, SecurityHeaders, StrictTransportSecurity
-from zcproto.server.http_resources import hsts_of
 
 
 def fields(block: bytes) -> dict[str, str]:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.interop.support import Programs
 from tests.server.helpers import TIMEOUT, ServerThread, client_context
 from zcproto.certs import ensure_own_certificates
 from zcproto.config.model import CertificatesConfig
-
-from .support import Programs
 
 NAMES = ("zcp.example.com", "192.0.2.7", "2001:db8::7")
 """What is configured; the names of this machine come in beside it, as they do by default."""

@@ -13,9 +13,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.certs.support import build, pem
-
-from .conftest import CERTIFICATES, NAMES
-from .support import is_address, needs, told
+from tests.interop.conftest import CERTIFICATES, NAMES
+from tests.interop.support import is_address, needs, told
 
 OTHER_NAMES = ["other.example", "com", "sub.zcp.example.com", "192.0.2.8", "2001:db8::8"]
 SERVER_AUTH = "1.3.6.1.5.5.7.3.1"

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.interop.conftest import CERTIFICATES, Serve
+from tests.interop.support import Outcome, Programs, is_address, needs, run
 from zcproto.wire.frame import MIN_LENGTH, WELCOME
-
-from .conftest import CERTIFICATES, Serve
-from .support import Outcome, Programs, is_address, needs, run
 
 GOOD_NAMES = ["localhost", "zcp.example.com", "127.0.0.1", "2001:db8::7"]
 OTHER_NAMES = ["other.example", "192.0.2.8"]

@@ -23,11 +23,11 @@ import msgpack
 import pytest
 
 import zcproto
-from zcproto.client.connect import connect
-
-from ..server import helpers
-from ..server.conftest import certs
-from ..server.helpers import (
+from tests.interop.capture import Capture, Item, RecordingProxy, items_of, layers_of, readable_folder, tshark
+from tests.interop.support import needs
+from tests.server import helpers
+from tests.server.conftest import certs
+from tests.server.helpers import (
     CANCEL,
     ERROR,
     EVENT,
@@ -45,8 +45,7 @@ from ..server.helpers import (
     ServerThread,
     eventually,
 )
-from .capture import Capture, Item, RecordingProxy, items_of, layers_of, readable_folder, tshark
-from .support import needs
+from zcproto.client.connect import connect
 
 __all__ = ["certs"]
 

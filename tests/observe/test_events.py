@@ -25,23 +25,23 @@ PAGE = ROOT / "spec" / "log-events.md"
 LEVELS = ("debug", "info", "warning", "error")
 
 HELPERS: dict[tuple[str, str], tuple[str, set[str]]] = {
-    ("zcproto/server/builtin.py", "told"): ("info", {"session", "user", "peer", "connection"}),
+    ("zcproto/server/protocol_methods.py", "told"): ("info", {"session", "user", "peer", "connection"}),
 }
 """Functions, by file, that log the event which they are given first: their level, and the fields that they add."""
 
 INDIRECT: dict[str, tuple[str, list[str]]] = {
-    "zcproto/server/log_batch.py": ("what its callers give `add`, which are read", []),
-    "zcproto/server/builtin.py": ("what the callers of `told` give it, which are read", []),
-    "zcproto/server/keeper.py": (
+    "zcproto/observe/log_batch.py": ("what its callers give `add`, which are read", []),
+    "zcproto/server/protocol_methods.py": ("what the callers of `told` give it, which are read", []),
+    "zcproto/certs/keeper.py": (
         "the name is made of the kind of a notice",
         [f"certificate.{kind.value}" for kind in NoticeKind],
     ),
-    "zcproto/server/alerts.py": ("the fields are those of an alert, in one place", []),
-    "zcproto/server/run.py": (
+    "zcproto/alerts/service.py": ("the fields are those of an alert, in one place", []),
+    "zcproto/runtime/run.py": (
         "the name is that of a risk which was found",
         ["server.traceable", "server.key_log_ignored", "server.runs_as_root"],
     ),
-    "zcproto/server/store_setup.py": (
+    "zcproto/runtime/store_setup.py": (
         "the name is that of a store's notice, such as store_damaged",
         ["store.damaged", "store.missing", "store.close_failed"],
     ),

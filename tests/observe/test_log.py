@@ -13,11 +13,11 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zcproto.clock import system_clock
+from zcproto.common.clock import system_clock
+from zcproto.common.secret import Secret
 from zcproto.config import LogConfig
 from zcproto.errors import ConfigError
 from zcproto.observe.log import MAX_LINE, configure_logging, get_logger, lost_lines
-from zcproto.secret import Secret
 
 log = get_logger("zcproto.test")
 

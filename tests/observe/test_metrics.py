@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from zcproto.histogram import Histogram
+from zcproto.observe.histogram import Histogram
 from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY, TABLE
 from zcproto.observe.metrics import MAX_LABEL, Kind, Metric, Metrics, Reading
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zcproto.common.secret import Secret, SecretBytes, SecretText
 from zcproto.errors import Code, ConfigError, ConnectionClosed
 from zcproto.observe.values import MAX_DEPTH, MAX_FRAMES, MAX_ITEMS, describe, loggable, places
-from zcproto.secret import Secret, SecretBytes, SecretText
 
 
 class Colour(enum.Enum):

@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.helpers import NOW, SALT, WALL, small_registry, with_requests
 from zcproto.connection.client import PONG_TIMEOUT, ClientConnection
 from zcproto.connection.events import (
     NEVER,
@@ -42,8 +43,6 @@ from zcproto.errors import (
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, LENGTH_SIZE, NO_TOKEN, REQUEST, RESPONSE, Side, encode_frame
 from zcproto.wire.message import encode_body, encode_error, encode_request
-
-from ..helpers import NOW, SALT, WALL, small_registry, with_requests
 
 MAX_STREAMS = 3
 IDLE_S = 60.0

@@ -5,13 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.connection.helpers import GREETING, Conversation
+from tests.helpers import WALL
 from zcproto.connection.events import ConnectionEnded
 from zcproto.connection.state import State
 from zcproto.wire.frame import CANCEL, ERROR, EVENT, GOAWAY, PING, PONG, REQUEST, RESPONSE, WELCOME
 from zcproto.wire.message import encode_body, encode_error
-
-from ..connection.helpers import GREETING, Conversation
-from ..helpers import WALL
 
 
 @given(st.binary(max_size=400))

@@ -9,10 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.sessions.helpers import WALL, Desk
 from zcproto.errors import CallError, Code
 from zcproto.sessions import OpenedSession, Session
-
-from ..sessions.helpers import WALL, Desk
 
 LIFETIME, IDLE, REFRESH_LIFETIME, GRACE, PER_USER = 1000, 300, 2500, 50, 2
 DEAD_LIMIT, DEAD_KEEP = 6, 500

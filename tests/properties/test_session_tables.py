@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.sessions.helpers import digest, digests, longest_chain
 from zcproto.sessions import TOKEN_SIZE, token_from_text, token_text
 from zcproto.sessions.index import END
 from zcproto.sessions.slab import CHUNK, Slab
 from zcproto.sessions.strings import UNKNOWN, StringTable
 from zcproto.sessions.token import id_from_text, id_text
-
-from ..sessions.helpers import digest, digests, longest_chain
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.server.helpers import ServerThread
+from zcproto.app.app import App
 from zcproto.certs import ensure_own_certificates
-from zcproto.server.app import App
-
-from .helpers import ServerThread
 
 
 @pytest.fixture(scope="session")

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple, Self, TypeVar
 import msgpack
 import uvloop
 
+from zcproto.app.app import App
 from zcproto.auth import Authenticator, CallableAuthenticator, Identity
-from zcproto.clock import SystemClock
+from zcproto.common.clock import SystemClock
 from zcproto.config import Config, load_config
-from zcproto.server.app import App
-from zcproto.server.builtin import default_app
-from zcproto.server.reload import Reloaded
-from zcproto.server.server import Server
+from zcproto.runtime.reload import Reloaded
+from zcproto.runtime.server import Server
+from zcproto.server.protocol_methods import default_app
 
 T = TypeVar("T")
 

@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.server.helpers import EVENT, NO_TOKEN, Client, Frame, ServerThread, eventually, wall
 from zcproto.auth import CurrentUsers, Device, DeviceFile, PairingFile, Throttle, UserFile
 from zcproto.auth import pairing as pairing_module
+from zcproto.auth.device_directory import LOOK_INTERVAL, Devices
+from zcproto.common.home import Home
 from zcproto.errors import Code
-from zcproto.home import Home
-from zcproto.server.devices import LOOK_INTERVAL, Devices
-from zcproto.signed import attach_message, open_message
-
-from .helpers import EVENT, NO_TOKEN, Client, Frame, ServerThread, eventually, wall
+from zcproto.wire.signing import attach_message, open_message
 
 KEYS = {
     name: Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n, name in enumerate(("laptop", "phone"))

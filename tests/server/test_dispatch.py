@@ -14,6 +14,20 @@ from typing import Any
 import pytest
 import uvloop
 
+from tests.server.helpers import (
+    CANCEL,
+    ERROR,
+    EVENT,
+    NO_TOKEN,
+    PONG,
+    RESPONSE,
+    Client,
+    ServerThread,
+    eventually,
+    wall,
+)
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.errors import (
     Aborted,
     AlreadyExists,
@@ -33,21 +47,6 @@ from zcproto.errors import (
     Unavailable,
     Unimplemented,
     UnknownError,
-)
-from zcproto.server.app import App
-from zcproto.server.context import Context
-
-from .helpers import (
-    CANCEL,
-    ERROR,
-    EVENT,
-    NO_TOKEN,
-    PONG,
-    RESPONSE,
-    Client,
-    ServerThread,
-    eventually,
-    wall,
 )
 
 SECRET = "canary-5e1f"

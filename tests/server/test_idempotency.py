@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from tests.helpers import FakeClock
+from tests.server.test_protocol import Harness, Peer
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.errors import (
     CallError,
     Cancelled,
@@ -25,8 +28,6 @@ from zcproto.errors import (
     TokenExpired,
     Unavailable,
 )
-from zcproto.server.app import App
-from zcproto.server.context import Context
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import (
     LEFT_BEHIND,
@@ -43,8 +44,6 @@ from zcproto.stores.answers import AnswerLimits, Answers
 from zcproto.stores.store import Claim, StoreUnavailable
 from zcproto.wire.frame import CANCEL, NO_TOKEN, Kind
 from zcproto.wire.message import decode_error, encode_body, encode_error
-
-from .test_protocol import Harness, Peer
 
 KEEP_MS = 600_000
 DIGEST = request_digest("pay", {"amount": 5})

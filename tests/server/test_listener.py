@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.server.helpers import ServerThread, bystander, eventually, read_to_end, reset
 from zcproto.errors import ConfigError
 from zcproto.server import listener
 from zcproto.server.listener import bind
-
-from .helpers import ServerThread, bystander, eventually, read_to_end, reset
 
 Serve = Callable[..., ServerThread]
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.server.helpers import AnsweredError, Client, ServerThread
 from tests.stores.servers import PROGRAMS, ServerProcess, is_installed, running
+from zcproto.app.app import App
 from zcproto.errors import Code
-from zcproto.server.app import App
-
-from .helpers import AnsweredError, Client, ServerThread
 
 KEY = {"idempotency_key": "order-7"}
 

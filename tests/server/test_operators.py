@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.server.conftest import Serve
+from tests.server.helpers import AnsweredError, Client
 from zcproto.errors import Code
 from zcproto.server.operators import LISTED, REVOKED_AT_ONCE, operator_methods
 from zcproto.sessions.token import token_text
 from zcproto.wire.frame import NO_TOKEN
-
-from .conftest import Serve
-from .helpers import AnsweredError, Client
 
 
 def refused(client: Client, method: str, **params: Any) -> AnsweredError:

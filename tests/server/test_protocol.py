@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 
 from tests.helpers import Answer, FakeClock, FakeTimers, small_registry
+from zcproto.app.app import App
+from zcproto.app.context import Context
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.settings import ConnectionSettings
-from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import Code, TlsError
 from zcproto.observe import log as log_module
 from zcproto.observe.events import PER_ADDRESS
-from zcproto.server.app import App
-from zcproto.server.context import Context
 from zcproto.server.eager import EagerTasks
 from zcproto.server.protocol import TAKEN_AT_LEAST, WRITE_BUFFER_HARD_FACTOR, ServerProtocol
-from zcproto.server.serving import ANNOUNCED_PER_TURN, Serving
+from zcproto.server.state import ANNOUNCED_PER_TURN, Serving
 from zcproto.sessions import OpenedSession
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, REQUEST, Kind, Side, encode_frame

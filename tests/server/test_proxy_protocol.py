@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.helpers import KEY, TIMEOUT, Client, ServerThread, client_context, eventually, read_to_end
 from zcproto.config.model import LogConfig
 from zcproto.observe.log import configure_logging
-
-from .helpers import KEY, TIMEOUT, Client, ServerThread, client_context, eventually, read_to_end
 
 Serve = Callable[..., ServerThread]
 

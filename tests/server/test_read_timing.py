@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from tests.server.conftest import Serve
+from tests.server.helpers import AnsweredError
+from zcproto.app.app import App
 from zcproto.errors import NotFound
-from zcproto.server.app import App
 from zcproto.server.read_timing import PART_BITS, ReadTiming
-
-from .conftest import Serve
-from .helpers import AnsweredError
 
 
 def test_one_read_in_each_part_of_time_is_timed() -> None:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
+from tests.server.conftest import Serve
+from tests.server.helpers import KEY, AnsweredError, Client, ServerThread
 from zcproto.config import LogConfig
 from zcproto.observe.log import configure_logging
 from zcproto.sessions.token import token_text
 from zcproto.wire.frame import NO_TOKEN
-
-from .conftest import Serve
-from .helpers import KEY, AnsweredError, Client, ServerThread
 
 Log = Callable[[], list[dict[str, Any]]]
 

@@ -9,11 +9,7 @@ from typing import Any
 
 import pytest
 
-from zcproto.auth import CallableAuthenticator, Identity, UserFile
-from zcproto.errors import Code
-from zcproto.server.app import App
-
-from .helpers import (
+from tests.server.helpers import (
     ERROR,
     EVENT,
     GOAWAY,
@@ -24,6 +20,9 @@ from .helpers import (
     ServerThread,
     wall,
 )
+from zcproto.app.app import App
+from zcproto.auth import CallableAuthenticator, Identity, UserFile
+from zcproto.errors import Code
 
 Serve = Callable[..., ServerThread]
 

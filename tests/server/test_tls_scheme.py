@@ -17,20 +17,19 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from tests.server import helpers
+from tests.server.helpers import KEY, Client, Frame, ServerThread, eventually, identify
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.auth import CallableAuthenticator, CertificateAuthenticator, CurrentUsers, UserFile
 from zcproto.certs import clients
 from zcproto.certs.client_user import user_of
 from zcproto.client.blocking import BlockingClient
 from zcproto.client.connect import connect_blocking
 from zcproto.errors import Unauthenticated
-from zcproto.server.app import App
-from zcproto.server.builtin import default_app
-from zcproto.server.context import Context
+from zcproto.server.protocol_methods import default_app
 from zcproto.tls.context import server_context
 from zcproto.tls.sites import SiteContexts
-
-from . import helpers
-from .helpers import KEY, Client, Frame, ServerThread, eventually, identify
 
 DAY = timedelta(days=1)
 SAN_OID = x509.ObjectIdentifier("2.5.29.17")

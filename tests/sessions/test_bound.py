@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, Desk
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession
-
-from .helpers import DAY, HOUR, MINUTE, WALL, Desk
 
 LAPTOP, PHONE = "device:laptop", "device:" + "é" * 100
 CERTIFICATE = "tls:" + "0f" * 32

@@ -6,10 +6,9 @@ import os
 
 import pytest
 
+from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, Desk
 from zcproto.errors import Code
 from zcproto.sessions import Session
-
-from .helpers import DAY, HOUR, MINUTE, WALL, Desk
 
 NONE = bytes(32)
 

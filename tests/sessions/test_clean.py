@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, Desk
 from zcproto.errors import Code
 from zcproto.sessions.slab import CHUNK
-
-from .helpers import DAY, HOUR, MINUTE, WALL, Desk
 
 
 @pytest.mark.parametrize("refresh", [False, True])

@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from tests.sessions.helpers import DAY, HOUR, MINUTE, SECOND, WALL, Desk
 from zcproto.errors import Code, ResourceExhausted, TokenExpired, TokenRevoked, Unauthenticated
 from zcproto.sessions import SessionRegistry
 from zcproto.sessions.exchange import LOOKED_AT
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.session import NewSession
 from zcproto.sessions.token import digest_of
-
-from .helpers import DAY, HOUR, MINUTE, SECOND, WALL, Desk
 
 
 def new(desk: Desk, user: str = "alice", wall: int = WALL, *, key: str = "") -> NewSession:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.sessions.helpers import digest, digests, longest_chain
 from zcproto.sessions.index import END, LinearHash
 from zcproto.sessions.slab import CHUNK, Slab
-
-from .helpers import digest, digests, longest_chain
 
 
 def plain() -> tuple[Slab, LinearHash]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.sessions.helpers import DAY, HOUR, WALL, Desk
 from zcproto.errors import Code, InvalidArgument, NotFound, ResourceExhausted
 from zcproto.sessions.registry import MAX_TEXT
-
-from .helpers import DAY, HOUR, WALL, Desk
 
 
 def test_an_opened_session_is_told_in_full() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.sessions.helpers import DAY, HOUR, SECOND, WALL, Desk
 from zcproto.errors import (
     Code,
     InvalidArgument,
@@ -12,8 +13,6 @@ from zcproto.errors import (
     TokenRevoked,
     Unauthenticated,
 )
-
-from .helpers import DAY, HOUR, SECOND, WALL, Desk
 
 GRACE = 10 * SECOND
 LATER = WALL + GRACE

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.sessions.helpers import WALL, Desk
 from zcproto.errors import Code
 from zcproto.sessions.token import id_from_text, id_text
-
-from .helpers import WALL, Desk
 
 
 def test_while_all_are_refused_no_token_is_good() -> None:

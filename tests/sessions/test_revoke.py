@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.sessions.helpers import DAY, HOUR, WALL, Desk
 from zcproto.errors import Code, NotFound
-
-from .helpers import DAY, HOUR, WALL, Desk
 
 
 def test_a_revoked_token_is_dead_at_once() -> None:

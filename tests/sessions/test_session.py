@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.sessions.helpers import DAY, HOUR, SECOND, WALL, Desk
 from zcproto.errors import ConfigError
 from zcproto.sessions import Session, SessionInfo, SessionSettings, token_text
 from zcproto.sessions.grace import Spent
-
-from .helpers import DAY, HOUR, SECOND, WALL, Desk
 
 
 def test_the_defaults_are_those_of_the_configuration() -> None:

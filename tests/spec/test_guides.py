@@ -13,12 +13,11 @@ import pytest
 
 from tests.server.conftest import certs
 from tests.server.helpers import AnsweredError, ServerProcess
+from tests.spec.messages import ROOT
 from zcproto.auth import UserFile
 from zcproto.cli import COMMANDS
 from zcproto.config.model import keys, sections
 from zcproto.observe.events import EVENTS
-
-from .messages import ROOT
 
 __all__ = ["certs"]
 

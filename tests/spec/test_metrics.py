@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from tests.interop.support import needs
+from tests.wire.vectors import SPEC
 from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY
 from zcproto.observe.metrics import Kind
-
-from ..wire.vectors import SPEC
 
 FOLDER = SPEC / "prometheus"
 RULES, RULES_TEST, DASHBOARD = FOLDER / "alerts.yml", FOLDER / "alerts_test.yml", FOLDER / "dashboard.json"

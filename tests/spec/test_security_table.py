@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from ..wire.vectors import SPEC
+from tests.wire.vectors import SPEC
 
 ROOT = SPEC.parent
 TEXT = (SPEC / "security.md").read_text(encoding="utf-8")

@@ -11,12 +11,20 @@ from types import ModuleType
 import jsonschema
 import pytest
 
+from tests.wire.vectors import (
+    FOLDER,
+    FRAME_FILES,
+    SPEC,
+    document,
+    fields_of,
+    frame_vectors,
+    message_of,
+    typed,
+)
 from zcproto.errors import FATAL_CODES, Code
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import Kind, Side
 from zcproto.wire.message import METHOD_MAX_LENGTH
-
-from ..wire.vectors import FOLDER, FRAME_FILES, SPEC, document, fields_of, frame_vectors, message_of, typed
 
 FILES = [*FRAME_FILES, "text", "signatures", "conversation", "tables"]
 WITH_VECTORS = [name for name in FILES if name != "tables"]

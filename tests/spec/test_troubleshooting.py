@@ -12,11 +12,10 @@ from functools import cache
 
 import pytest
 
+from tests.spec.messages import ROOT, Message, Sources, all_messages, text_of
 from zcproto.errors import CallError
 from zcproto.observe.events import EVENTS
 from zcproto.tls.failure import TlsFailure
-
-from .messages import ROOT, Message, Sources, all_messages, text_of
 
 GUIDE = (ROOT / "spec" / "troubleshooting.md").read_text(encoding="utf-8")
 LEAST = 5

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.sessions.helpers import CountedEntropy
+from tests.stores.contract import DAY, HOUR, IDLE, LEASE, MINUTE, WALL, digest, rotation, session
 from zcproto.errors import Code
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.stores.memory import MemoryStore
 from zcproto.stores.sqlite import SqliteStore
 from zcproto.stores.store import Created, Rotated, SessionStore
-
-from .contract import DAY, HOUR, IDLE, LEASE, MINUTE, WALL, digest, rotation, session
 
 USERS = ("alice", "bob", "carol")
 STEPS = 400

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.stores.contract import KEEP, LEASE, WALL, digest
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
 from zcproto.stores.store import ClaimState
-
-from .contract import KEEP, LEASE, WALL, digest
 
 BODY = digest("body")
 

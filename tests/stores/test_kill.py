@@ -18,12 +18,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.stores.contract import DAY, FIVE, WALL, digest, session
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
 from zcproto.stores.sqlite import SqliteStore
 from zcproto.stores.store import Created, Rotated
-
-from .contract import DAY, FIVE, WALL, digest, session
 
 KILLS = 200
 SECONDS = 25.0

@@ -8,13 +8,7 @@ from typing import Any
 import pytest
 
 from tests.sessions.helpers import CountedEntropy
-from zcproto.errors import Code, ResourceExhausted
-from zcproto.sessions import SessionRegistry, SessionSettings
-from zcproto.stores.answers import AnswerLimits
-from zcproto.stores.memory import MemoryStore
-from zcproto.stores.store import Created, SessionStore
-
-from .contract import (
+from tests.stores.contract import (
     FIVE,
     IDLE,
     KEEP,
@@ -27,6 +21,11 @@ from .contract import (
     rotation,
     session,
 )
+from zcproto.errors import Code, ResourceExhausted
+from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.memory import MemoryStore
+from zcproto.stores.store import Created, SessionStore
 
 
 def registry(max_sessions: int = 10_000) -> SessionRegistry:

@@ -20,16 +20,7 @@ from typing import Any
 
 import pytest
 
-from zcproto.errors import Code, ConfigError
-from zcproto.sessions.record import SessionRecord
-from zcproto.stores import session_file, sqlite, worker
-from zcproto.stores.answers import AnswerLimits
-from zcproto.stores.rows import Create
-from zcproto.stores.session_file import APPLICATION_ID, VERSION, SessionFile
-from zcproto.stores.sqlite import SqliteStore
-from zcproto.stores.store import Claim, ClaimState, Created, SessionStore, StoreUnavailable
-
-from .contract import (
+from tests.stores.contract import (
     FIVE,
     KEEP,
     KEEP_ENDED,
@@ -44,7 +35,15 @@ from .contract import (
     rotation,
     session,
 )
-from .disk import Disk
+from tests.stores.disk import Disk
+from zcproto.errors import Code, ConfigError
+from zcproto.sessions.record import SessionRecord
+from zcproto.stores import session_file, sqlite, worker
+from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.rows import Create
+from zcproto.stores.session_file import APPLICATION_ID, VERSION, SessionFile
+from zcproto.stores.sqlite import SqliteStore
+from zcproto.stores.store import Claim, ClaimState, Created, SessionStore, StoreUnavailable
 
 LONG = 20.0
 """A timeout that never ends a test's wait on a machine that is busy with other things."""

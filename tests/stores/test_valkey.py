@@ -7,12 +7,11 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.stores.contract import StoreContract
+from tests.stores.servers import PROGRAMS, ServerProcess, is_installed, needs, running, wait_for
 from zcproto.stores.answers import AnswerLimits
 from zcproto.stores.store import Change, SessionStore
 from zcproto.stores.valkey import ValkeyStore
-
-from .contract import StoreContract
-from .servers import PROGRAMS, ServerProcess, is_installed, needs, running, wait_for
 
 CLUSTER = "--cluster-enabled"
 

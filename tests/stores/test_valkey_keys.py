@@ -8,16 +8,7 @@ from typing import Any
 
 import pytest
 
-from zcproto.errors import Code, ResourceExhausted
-from zcproto.sessions.record import EndedRecord, SessionRecord
-from zcproto.sessions.token import id_text
-from zcproto.stores.answers import AnswerLimits
-from zcproto.stores.store import ClaimState, Created, LimitReached
-from zcproto.stores.valkey import ValkeyStore
-from zcproto.stores.valkey_requests import _tag
-from zcproto.stores.valkey_scripts import SCRIPTS
-
-from .contract import (
+from tests.stores.contract import (
     DAY,
     EVICT_ONE,
     FIVE,
@@ -33,7 +24,15 @@ from .contract import (
     rotation,
     session,
 )
-from .servers import PROGRAMS, ServerProcess, running, wait_for
+from tests.stores.servers import PROGRAMS, ServerProcess, running, wait_for
+from zcproto.errors import Code, ResourceExhausted
+from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.token import id_text
+from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.store import ClaimState, Created, LimitReached
+from zcproto.stores.valkey import ValkeyStore
+from zcproto.stores.valkey_requests import _tag
+from zcproto.stores.valkey_scripts import SCRIPTS
 
 KINDS = [*PROGRAMS, f"{PROGRAMS[0]}, in a cluster"]
 KEPT_FOR_EVER = {b"v", b"n"}

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from redis.exceptions import ResponseError
 
+from tests.stores.servers import until
 from zcproto.errors import ConfigError
 from zcproto.stores.store import StoreUnavailable
 from zcproto.stores.valkey_link import Link, Target
 from zcproto.stores.valkey_servers import check_server
-
-from .servers import until
 
 HELLO = b"%3\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n$7\r\nversion\r\n$5\r\n8.1.1\r\n$5\r\nproto\r\n:3\r\n"
 SILENCE = 0.1

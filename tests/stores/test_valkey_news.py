@@ -7,13 +7,24 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 
+from tests.stores.contract import (
+    DAY,
+    EVICT_ONE,
+    FIVE,
+    KEEP,
+    KEEP_ENDED,
+    LEASE,
+    MINUTE,
+    WALL,
+    digest,
+    rotation,
+    session,
+)
+from tests.stores.servers import PROGRAMS, ServerProcess, running, until
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.store import Change, ChangeKind, Created, LimitReached, Rotated
 from zcproto.stores.valkey import ValkeyStore
-
-from .contract import DAY, EVICT_ONE, FIVE, KEEP, KEEP_ENDED, LEASE, MINUTE, WALL, digest, rotation, session
-from .servers import PROGRAMS, ServerProcess, running, until
 
 WITHIN = 1.0
 """Seconds in which a revocation has to be known everywhere."""

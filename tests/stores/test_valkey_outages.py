@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.stores.contract import FIVE, WALL, ended, session
+from tests.stores.servers import PROGRAMS, Proxy, ServerProcess, running, until
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import UserLimit
 from zcproto.stores.store import Change, ChangeKind, Created, StoreUnavailable
 from zcproto.stores.valkey import ValkeyStore
-
-from .contract import FIVE, WALL, ended, session
-from .servers import PROGRAMS, Proxy, ServerProcess, running, until
 
 TIMEOUT = 0.25
 AT_MOST = TIMEOUT + 0.05

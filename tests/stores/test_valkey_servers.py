@@ -14,6 +14,8 @@ import redis
 import trustme
 from redis.crc import key_slot
 
+from tests.stores.contract import FIVE, KEEP_ENDED, WALL, digest, ended, rotated, rotation, session
+from tests.stores.servers import PROGRAMS, ServerProcess, free_port, running, until, wait_for
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.store import Change, ChangeKind, Created, LimitReached, Rotated, StoreUnavailable
@@ -21,9 +23,6 @@ from zcproto.stores.valkey import ValkeyStore
 from zcproto.stores.valkey_link import Target
 from zcproto.stores.valkey_requests import _tag
 from zcproto.stores.valkey_servers import Cluster
-
-from .contract import FIVE, KEEP_ENDED, WALL, digest, ended, rotated, rotation, session
-from .servers import PROGRAMS, ServerProcess, free_port, running, until, wait_for
 
 ALL = Change(ChangeKind.ALL)
 PASSWORD = "hunter2/@:%?#"

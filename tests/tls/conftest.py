@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ServerPairs
+from tests.helpers import FakeTimers
+from tests.tls.support import TlsPair
 from zcproto.tls.context import client_context, server_context
-
-from ..conftest import ServerPairs
-from ..helpers import FakeTimers
-from .support import TlsPair
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,13 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from zcproto.deadlines import DeadlineWheel
-from zcproto.suites import SUITES
+from tests.helpers import FakeTimers, MockTransport
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.sites import SiteContexts
+from zcproto.tls.suites import SUITES
 from zcproto.tls.transport import Phase
-
-from ..helpers import FakeTimers, MockTransport
 
 PEER = "192.0.2.7"
 PATIENCE = 20.0

@@ -19,20 +19,19 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import zcproto.tls.client as tls_client
-from zcproto.deadlines import DeadlineWheel
+from tests.conftest import ServerPairs
+from tests.helpers import WALL, FakeTimers, MockTransport
+from tests.tls.support import all_gone
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
-from zcproto.suites import SUITES
 from zcproto.tls.alert import Alert, alert_record
 from zcproto.tls.client import SHOWN_PINS, TlsClientTransport, TlsConnector, dns_name_matches, judge_pinned
 from zcproto.tls.context import client_context, server_context
 from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.pins import certificate_pin, key_pin, parse_pins
 from zcproto.tls.server import TlsAcceptor
+from zcproto.tls.suites import SUITES
 from zcproto.tls.transport import LINGER_TIME, Phase
-
-from ..conftest import ServerPairs
-from ..helpers import WALL, FakeTimers, MockTransport
-from .support import all_gone
 
 NOW = datetime.fromtimestamp(WALL / 1000, UTC)
 DAY = timedelta(days=1)

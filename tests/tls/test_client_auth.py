@@ -12,16 +12,15 @@ import pytest
 import trustme
 from cryptography import x509
 
+from tests.conftest import ServerPairs
+from tests.helpers import FakeTimers
+from tests.tls.identities import DAY, Identity, for_clients, for_servers_only, revocation_list, write_identity
+from tests.tls.support import TlsPair
 from zcproto.errors import CertificateError
 from zcproto.tls.context import ClientAuth, client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import certificate_pin, key_pin
 from zcproto.tls.transport import Phase
-
-from ..conftest import ServerPairs
-from ..helpers import FakeTimers
-from .identities import DAY, Identity, for_clients, for_servers_only, revocation_list, write_identity
-from .support import TlsPair
 
 OTHER_PIN = "sha256/" + "A" * 43 + "="
 

@@ -13,21 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zcproto.tls.alert import Alert, alert_record
-from zcproto.tls.client_hello import (
-    ACCEPTED,
-    MAX_NAME,
-    MAX_SIZE,
-    SUITE_IDS,
-    Accepted,
-    ClientHelloJudge,
-    ClientHelloReader,
-    Refusal,
-)
-from zcproto.tls.context import client_context
-from zcproto.tls.failure import TlsFailure
-
-from .hellos import (
+from tests.tls.hellos import (
     AES_128,
     AES_256,
     ALPN,
@@ -47,7 +33,20 @@ from .hellos import (
     with_extension,
     with_suites,
 )
-from .support import captured_hello
+from tests.tls.support import captured_hello
+from zcproto.tls.alert import Alert, alert_record
+from zcproto.tls.client_hello import (
+    ACCEPTED,
+    MAX_NAME,
+    MAX_SIZE,
+    SUITE_IDS,
+    Accepted,
+    ClientHelloJudge,
+    ClientHelloReader,
+    Refusal,
+)
+from zcproto.tls.context import client_context
+from zcproto.tls.failure import TlsFailure
 
 SUITES = frozenset(SUITE_IDS.values())
 PROTOCOLS = frozenset(["zcp/1", "http/1.1", None])

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import FakeTimers
+from tests.tls.support import Above, TlsPair
 from zcproto.errors import TlsError
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsServerTransport
 from zcproto.tls.sites import SiteContexts
 from zcproto.tls.transport import LINGER_BYTES, LINGER_TIME, Phase
-
-from ..helpers import FakeTimers
-from .support import Above, TlsPair
 
 # --- clean ----------------------------------------------------------------------------------------------
 

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import trustme
 
+from tests.conftest import ServerPair, ServerPairs
+from tests.helpers import FakeTimers
+from tests.tls.identities import Identity, for_clients, locked, write_identity
+from tests.tls.support import TlsPair
 from zcproto.errors import CertificateError, TlsError
-from zcproto.suites import SUITES
 from zcproto.tls.context import (
     can_choose_suites,
     check_suite_order,
@@ -20,11 +23,7 @@ from zcproto.tls.context import (
     server_context,
     suites_are_allowed,
 )
-
-from ..conftest import ServerPair, ServerPairs
-from ..helpers import FakeTimers
-from .identities import Identity, for_clients, locked, write_identity
-from .support import TlsPair
+from zcproto.tls.suites import SUITES
 
 ALLOWED = frozenset(SUITES)
 

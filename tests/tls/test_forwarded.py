@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import FakeTimers
+from tests.tls.support import PEER, TlsPair
+from tests.tls.test_proxy_header import header
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.forwarded import ForwardedTransport
 from zcproto.tls.transport import Phase
-
-from ..helpers import FakeTimers
-from .support import PEER, TlsPair
-from .test_proxy_header import header
 
 CLIENT = "198.51.100.9"
 HEADER = header(body=bytes([198, 51, 100, 9, 192, 0, 2, 1]) + b"\x9c\x40\x1d\x13")

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ServerPairs
+from tests.helpers import FakeTimers
+from tests.tls.support import TlsPair
 from zcproto.errors import ConfigError
 from zcproto.tls.context import client_context, server_context
 from zcproto.tls.key_log import log_keys
-
-from ..conftest import ServerPairs
-from ..helpers import FakeTimers
-from .support import TlsPair
 
 SECRETS = {
     "SERVER_HANDSHAKE_TRAFFIC_SECRET",

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from zcproto.deadlines import DeadlineWheel
-from zcproto.suites import SUITES
+from tests.tls.support import PATIENCE, Above, all_gone
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER, TlsAcceptor, TlsServerTransport
-
-from .support import PATIENCE, Above, all_gone
+from zcproto.tls.suites import SUITES
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl command")
 

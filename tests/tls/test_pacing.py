@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import FakeTimers
+from tests.tls.support import Above, TlsPair, new_acceptor
 from zcproto.tls.server import BUDGET_WINDOW, TURN_BUDGET, TlsAcceptor
 from zcproto.tls.transport import Phase
-
-from ..helpers import FakeTimers
-from .support import Above, TlsPair, new_acceptor
 
 
 class Stopwatch:

@@ -10,10 +10,9 @@ import subprocess
 
 import pytest
 
+from tests.conftest import ServerPair, ServerPairs
 from zcproto.errors import TlsError
 from zcproto.tls.pins import MAX_PINS, certificate_pin, key_pin, parse_pins, pins_match
-
-from ..conftest import ServerPair, ServerPairs
 
 GOOD = "sha256/" + base64.b64encode(bytes(range(32))).decode()
 BACKUP = "sha256/" + base64.b64encode(bytes(32)).decode()

@@ -17,16 +17,15 @@ import pytest
 import trustme
 
 import zcproto.tls.proof as tls_proof
+from tests.conftest import ServerPair, ServerPairs
+from tests.helpers import FakeTimers
+from tests.tls.identities import locked, revocation_list
+from tests.tls.support import TlsPair
 from zcproto.errors import CertificateError
-from zcproto.suites import SUITES
 from zcproto.tls.context import ClientAuth, server_context
 from zcproto.tls.proof import prove, proven_context, proven_sites
 from zcproto.tls.sites import SiteContexts
-
-from ..conftest import ServerPair, ServerPairs
-from ..helpers import FakeTimers
-from .identities import locked, revocation_list
-from .support import TlsPair
+from zcproto.tls.suites import SUITES
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import ServerPairs
+from tests.helpers import NOW, FakeTimers
+from tests.tls.hellos import AES_128, Hello, alpn, in_records, with_suites
+from tests.tls.support import ALERT, DATA, PEER, Above, TlsPair, captured_hello, new_acceptor, records
 from zcproto.errors import TlsError
-from zcproto.suites import SUITES
 from zcproto.tls.alert import Alert, alert_record
 from zcproto.tls.context import client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER
 from zcproto.tls.sites import SiteContexts
+from zcproto.tls.suites import SUITES
 from zcproto.tls.transport import LINGER_TIME, Phase
-
-from ..conftest import ServerPairs
-from ..helpers import NOW, FakeTimers
-from .hellos import AES_128, Hello, alpn, in_records, with_suites
-from .support import ALERT, DATA, PEER, Above, TlsPair, captured_hello, new_acceptor, records
 
 TIMEOUT = 5.0
 
@@ -550,7 +549,7 @@ def test_the_end_of_an_open_connection_frees_no_second_slot(agreed: TlsPair) -> 
 def test_an_acceptor_may_have_no_listeners(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
-    from zcproto.deadlines import DeadlineWheel
+    from zcproto.common.deadlines import DeadlineWheel
     from zcproto.tls.server import TlsAcceptor
 
     acceptor = TlsAcceptor(server_tls, {None: Above}, DeadlineWheel(timers), timers, suites=frozenset(SUITES))

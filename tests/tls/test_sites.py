@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import trustme
 
+from tests.conftest import ServerPair
+from tests.helpers import FakeTimers
+from tests.tls.support import TlsPair
 from zcproto.errors import CertificateError
 from zcproto.tls.context import client_context, server_context
 from zcproto.tls.sites import SiteContexts
 from zcproto.tls.transport import Phase
-
-from ..conftest import ServerPair
-from ..helpers import FakeTimers
-from .support import TlsPair
 
 
 def bare() -> ssl.SSLContext:

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 import zcproto.tls.transport as tls_transport
+from tests.helpers import FakeTimers
+from tests.tls.support import ALERT, HANDSHAKE, Above, Forger, TlsPair, records
 from zcproto.errors import TlsError
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.transport import MAX_BARREN_BYTES, RECORD_SIZE, Phase, ReceiveBuffer, TlsTransport
-
-from ..helpers import FakeTimers
-from .support import ALERT, HANDSHAKE, Above, Forger, TlsPair, records
 
 MIB = 1_048_576
 
@@ -446,7 +445,7 @@ def test_a_warning_of_user_canceled_changes_nothing(forged: Forged) -> None:
 
 
 def test_the_base_has_no_handshake_of_its_own(timers: FakeTimers) -> None:
-    from zcproto.deadlines import DeadlineWheel
+    from zcproto.common.deadlines import DeadlineWheel
 
     transport = TlsTransport(ReceiveBuffer(), DeadlineWheel(timers), "peer")
     with pytest.raises(NotImplementedError):

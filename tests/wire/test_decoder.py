@@ -6,11 +6,10 @@ import tracemalloc
 
 import pytest
 
+from tests.wire.helpers import MIB, SALT, request, take_all
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, RESPONSE, Side, encode_frame
-
-from .helpers import MIB, SALT, request, take_all
 
 
 def refused_as(decoder: FrameDecoder) -> Code:

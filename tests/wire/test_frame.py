@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+from tests.wire.vectors import document
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire import frame as wire
 from zcproto.wire.frame import (
@@ -21,8 +22,6 @@ from zcproto.wire.frame import (
     encode_frame,
     head_of,
 )
-
-from .vectors import document
 
 SALT = b"a salt.."
 TOKEN = bytes(range(32))

@@ -11,6 +11,8 @@ from typing import Any
 import msgpack
 import pytest
 
+from tests.wire.helpers import peak_of
+from tests.wire.vectors import document
 from zcproto.errors import Code
 from zcproto.wire import message as wire
 from zcproto.wire.message import (
@@ -29,9 +31,6 @@ from zcproto.wire.message import (
     encode_request,
     parse_traceparent,
 )
-
-from .helpers import peak_of
-from .vectors import document
 
 LARGE = b"x" * 2000
 DECODERS: list[Callable[[bytes], Any]] = [decode_body, decode_request, decode_error, decode_event, decode_map]

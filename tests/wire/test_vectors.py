@@ -6,11 +6,7 @@ from typing import Any
 
 import pytest
 
-from zcproto.errors import Code
-from zcproto.wire.frame import PING, Side, encode_frame
-from zcproto.wire.message import MessageError, parse_traceparent
-
-from .vectors import (
+from tests.wire.vectors import (
     Seen,
     Vector,
     decode,
@@ -21,6 +17,9 @@ from .vectors import (
     message_of,
     ways_to_cut,
 )
+from zcproto.errors import Code
+from zcproto.wire.frame import PING, Side, encode_frame
+from zcproto.wire.message import MessageError, parse_traceparent
 
 VECTORS = frame_vectors()
 PING_BEHIND = encode_frame(PING, 0, 1, b"another.", 2, bytes(32))

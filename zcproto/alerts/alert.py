@@ -13,8 +13,8 @@ from enum import Enum
 from typing import Any, Final
 
 from zcproto.alerts.kinds import AlertKind, Severity
+from zcproto.common.text import printable
 from zcproto.observe.values import Loggable, loggable
-from zcproto.printable import printable
 
 MAX_ABOUT: Final = 200
 """Characters of what an alert is about."""

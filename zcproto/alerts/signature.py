@@ -15,7 +15,7 @@ import hmac
 import re
 from typing import Final
 
-from zcproto.secret import Secret
+from zcproto.common.secret import Secret
 
 HEADER: Final = "Zcproto-Signature"
 TOLERANCE_S: Final = 300

@@ -20,7 +20,7 @@ from typing import Any, Final
 from zcproto.auth.current_users import CurrentUsers
 from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Channel, Identity
 from zcproto.auth.users import UserFile
-from zcproto.clock import Entropy, system_clock, system_entropy
+from zcproto.common.clock import Entropy, system_clock, system_entropy
 from zcproto.errors import ConfigError, InvalidArgument
 from zcproto.sessions.token import DIGEST_SIZE, TOKEN_SIZE, digest_of, token_from_text
 
@@ -29,7 +29,7 @@ MAX_KEY: Final = 128
 
 LOOK_HOLDS_S: Final = 0.01
 """Seconds for which a look at the file is good enough to let somebody in. Whoever loses the right to log in by a
-change of the file loses the sessions of these seconds as well, when the change is seen (zcproto.server.users)."""
+change of the file loses the sessions of these seconds as well, when the change is seen (auth/user_directory.py)."""
 
 _FIELDS: Final = frozenset({"scheme", "client", "user", "key"})
 _NO_KEY: Final = bytes(TOKEN_SIZE)

@@ -25,7 +25,7 @@ from zcproto.auth.ed25519 import is_signed
 from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Channel, Identity
 from zcproto.errors import InvalidArgument
 from zcproto.sessions.session import DEVICE_KEY
-from zcproto.signed import SIGNATURE_SIZE, attach_message, open_message
+from zcproto.wire.signing import SIGNATURE_SIZE, attach_message, open_message
 
 _FIELDS: Final = frozenset({"scheme", "client", "device", "signature"})
 _NOBODY: Final = bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")

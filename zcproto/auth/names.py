@@ -7,7 +7,7 @@ import unicodedata
 from typing import Final
 
 from zcproto.auth.identity import MAX_USER
-from zcproto.printable import printable
+from zcproto.common.text import printable
 
 _SHOWN: Final = 60
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")

@@ -37,9 +37,9 @@ from zcproto.auth.ed25519 import is_public_key
 from zcproto.auth.names import name_faults, quoted, toml_string
 from zcproto.auth.private_text import LOCK_WAIT_S, PrivateText
 from zcproto.auth.throttle import Throttle
-from zcproto.clock import Entropy, system_entropy
+from zcproto.common.clock import Entropy, system_entropy
+from zcproto.common.secret import SecretText
 from zcproto.errors import AlreadyExists, InvalidArgument, ResourceExhausted, Unauthenticated
-from zcproto.secret import SecretText
 
 MAX_WRONG: Final = 5
 """Wrong tries that end a code."""

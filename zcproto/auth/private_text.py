@@ -26,9 +26,9 @@ from typing import Any, Final
 
 import tomli
 
-from zcproto.clock import system_clock
+from zcproto.common.clock import system_clock
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError
-from zcproto.printable import printable
 
 LOCK_WAIT_S: Final = 10.0
 """What another process needs to add a million users."""

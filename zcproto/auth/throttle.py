@@ -31,7 +31,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from zcproto.network import network_of
+from zcproto.common.network import network_of
 
 FIRST_DELAY_S: Final = 1.0
 USER_DELAY_S: Final = 60.0

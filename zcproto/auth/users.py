@@ -36,9 +36,9 @@ import tomli
 
 from zcproto.auth.names import name_faults, quoted, toml_key
 from zcproto.auth.private_text import LOCK_WAIT_S, NO_FILE, NOT_READ, PrivateText, Stamp
-from zcproto.clock import Entropy, system_entropy
+from zcproto.common.clock import Entropy, system_entropy
+from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError, NotFound
-from zcproto.secret import SecretText
 from zcproto.sessions.token import DIGEST_SIZE, TOKEN_SIZE, digest_of, token_from_text, token_text
 
 MAX_FILE_BYTES: Final = 256 << 20

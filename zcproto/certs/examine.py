@@ -23,8 +23,8 @@ from cryptography.x509.oid import AuthorityInformationAccessOID
 from zcproto.certs import files, keys, pair
 from zcproto.certs.foreign import covers
 from zcproto.certs.names import check_name
+from zcproto.common.text import printable
 from zcproto.errors import CertificateError
-from zcproto.printable import printable
 
 _MAX_SHOWN = 300
 """Characters of a certificate's names in a message."""

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from zcproto.clock import system_clock
+from zcproto.common.clock import system_clock
 from zcproto.errors import CertificateError
 
 MAX_FILE_BYTES = 1 << 20

@@ -28,8 +28,8 @@ from zcproto.certs.keys import family
 from zcproto.certs.names import check_names
 from zcproto.certs.pair import MAX_PASSPHRASE_BYTES, CertificatePair, load_pair
 from zcproto.certs.watch import Watch
+from zcproto.common.secret import SecretBytes
 from zcproto.errors import CertificateError
-from zcproto.secret import SecretBytes
 
 T = TypeVar("T")
 

@@ -51,8 +51,8 @@ from zcproto.certs.own import OwnSettings, Progress
 from zcproto.certs.pair import CertificatePair, load_pair
 from zcproto.certs.revoked import crl_blocks
 from zcproto.certs.watch import Watch
+from zcproto.common.text import printable
 from zcproto.errors import CertificateError
-from zcproto.printable import printable
 
 ROUTINE_S = 3600.0
 """Between visits to the folder of own certificates that nothing calls for: a host's names come and go."""

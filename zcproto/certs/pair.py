@@ -32,8 +32,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, SignatureAlgorithmOID
 from zcproto.certs import files
 from zcproto.certs.files import DamagedFileError
 from zcproto.certs.keys import PrivateKey, belongs, key_type_of, weakness
+from zcproto.common.text import printable
 from zcproto.errors import CertificateError
-from zcproto.printable import printable
 
 MAX_PASSPHRASE_BYTES = 1024
 """What OpenSSL takes from a callback for a passphrase (PEM_BUFSIZE)."""

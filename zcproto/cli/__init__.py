@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zcproto.common.home import resolve_home
+from zcproto.common.text import printable
 from zcproto.errors import CertificateError, ConfigError, ZcprotoError
-from zcproto.home import resolve_home
-from zcproto.printable import printable
 
 if TYPE_CHECKING:
+    from zcproto.common.home import Home
     from zcproto.config import Config
-    from zcproto.home import Home
 
 __all__ = ["group", "home_options", "main", "read_config"]
 

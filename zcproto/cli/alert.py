@@ -11,17 +11,17 @@ from typing import Any, BinaryIO
 
 import click
 
+from zcproto.alerts.service import LEAST_SECRET, sinks_of
 from zcproto.alerts.signature import check_signature
+from zcproto.alerts.trial import try_sinks
 from zcproto.cli import EXIT_FAILED, home_options, read_config
 from zcproto.cli.control import control_of, needed_control
 from zcproto.cli.table import table
-from zcproto.clock import system_clock, system_entropy
+from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.home import Home
+from zcproto.common.secret import Secret
+from zcproto.common.secret_file import secret_line
 from zcproto.errors import ConfigError
-from zcproto.home import Home
-from zcproto.secret import Secret
-from zcproto.server.alert_trial import try_sinks
-from zcproto.server.alerts import LEAST_SECRET, sinks_of
-from zcproto.server.secret_file import secret_line
 
 MAX_BODY = 1_048_576
 _ORIGIN_SIZE = 8

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from zcproto.cli import home_options
-from zcproto.home import Home
+from zcproto.common.home import Home
 
 OUTPUT = click.Path(path_type=Path, dir_okay=False)
 
@@ -194,9 +194,9 @@ def bench(
             raise click.UsageError(
                 "--soak starts a server of its own: give no HOST:PORT, and nothing else to measure"
             )
-        from bench.load.progress import new_console  # noqa: PLC0415
         from bench.soak.command import soak_and_report  # noqa: PLC0415
         from bench.soak.plan import SoakPlan  # noqa: PLC0415
+        from zcproto.load.progress import new_console  # noqa: PLC0415
 
         return soak_and_report(SoakPlan(soak, seed), json_file, plot, new_console())
     if requirements or curves:
@@ -212,10 +212,10 @@ def bench(
         raise click.UsageError("Missing argument 'HOST:PORT'; or give --requirements, --curves or --soak.")
     if keys is None:
         raise click.UsageError("Missing option '--keys'.")
-    from bench.load.command import EXIT_CODES, Outputs, run_and_report  # noqa: PLC0415
-    from bench.load.plan import Plan, read_credentials  # noqa: PLC0415
-    from bench.load.progress import new_console  # noqa: PLC0415
     from zcproto.client.address import parse_address  # noqa: PLC0415
+    from zcproto.load.command import EXIT_CODES, Outputs, run_and_report  # noqa: PLC0415
+    from zcproto.load.plan import Plan, read_credentials  # noqa: PLC0415
+    from zcproto.load.progress import new_console  # noqa: PLC0415
 
     host, port = parse_address(address)
     credentials = read_credentials(keys)

@@ -16,9 +16,9 @@ from typing import Any
 import click
 
 from zcproto.cli import home_options
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError, ConnectionClosed, ProtocolError, TlsError
-from zcproto.home import Home
-from zcproto.printable import printable
 
 EXIT_CANNOT_CONNECT = 3
 KEY_VARIABLE = "ZCPROTO_KEY"
@@ -100,7 +100,7 @@ def call(
         ca = home.certs / "ca.crt"
     options = {"user": user, "key": key, "ca_file": ca, "pins": pins, "timeout": timeout, "home": home.path}
     options["key_log_file"] = key_log
-    from zcproto.event_loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
+    from zcproto.common.event_loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_call(address, method, arguments, options))

@@ -21,16 +21,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from zcproto.certs import authority, clients, files, keys, own, pair, rotation
 from zcproto.certs.examine import Examination, examine
 from zcproto.certs.foreign import PassphraseSource
+from zcproto.certs.keeper import maintainer_settings
 from zcproto.certs.maintainer import OwnSource
 from zcproto.cli import cert_report as reports
 from zcproto.cli import home_options, read_config
 from zcproto.cli.control import ControlError, control_of
 from zcproto.cli.private_file import private_file
-from zcproto.clock import MS_PER_SECOND, system_clock
+from zcproto.common.clock import MS_PER_SECOND, system_clock
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.errors import CertificateError, ConfigError
-from zcproto.home import Home
-from zcproto.printable import printable
-from zcproto.server.keeper import maintainer_settings
 
 if TYPE_CHECKING:
     from zcproto.config import Config

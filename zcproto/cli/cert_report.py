@@ -22,10 +22,10 @@ from zcproto.certs import authority, clients, keys, lifecycle, pair, rotation
 from zcproto.certs.certificates import NextPins
 from zcproto.certs.files import read_certificate_file
 from zcproto.certs.foreign import ForeignSite, load_site
+from zcproto.certs.keeper import maintainer_settings
 from zcproto.certs.maintainer import MAX_AUTHORITIES
+from zcproto.common.text import printable
 from zcproto.errors import CertificateError
-from zcproto.printable import printable
-from zcproto.server.keeper import maintainer_settings
 
 if TYPE_CHECKING:
     from zcproto.config import Config

@@ -9,10 +9,10 @@ import click
 
 from zcproto.cli import home_options, read_config
 from zcproto.cli.private_file import private_file
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.config import config_as_toml, default_config_file
 from zcproto.errors import ConfigError
-from zcproto.home import Home
-from zcproto.printable import printable
 
 _PASSWORD = re.compile(r'(?m)^(url = "[a-z+]+://[^"/@:]*):[^"@]*@')
 

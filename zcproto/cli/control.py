@@ -20,10 +20,10 @@ from typing import Any
 
 import click
 
+from zcproto.common.home import Home
+from zcproto.common.local_socket import address_of
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError, NotFound, ZcprotoError
-from zcproto.home import Home
-from zcproto.local_socket import address_of
-from zcproto.printable import printable
 
 CONNECT_S = 5.0
 RETRY_S = 0.05

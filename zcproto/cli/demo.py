@@ -43,9 +43,9 @@ def demo(connections: int, rate: float, seconds: float, json_file: Path | None, 
     connections from another, each with a session of its own and each verified by its answers. It ends by
     itself, in less than a minute, and leaves nothing behind: no process, no file. Exit code 0 if all is verified.
     """
-    from bench.demo.run import Demo, run_demo  # noqa: PLC0415
-    from bench.load.command import EXIT_CODES  # noqa: PLC0415
-    from bench.load.progress import new_console  # noqa: PLC0415
+    from zcproto.load.command import EXIT_CODES  # noqa: PLC0415
+    from zcproto.load.demo.run import Demo, run_demo  # noqa: PLC0415
+    from zcproto.load.progress import new_console  # noqa: PLC0415
 
     result = run_demo(Demo(connections, rate, seconds, json=json_file, plot=plot), new_console())
     return EXIT_CODES[result.verdict]

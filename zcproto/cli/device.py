@@ -18,10 +18,10 @@ from zcproto.cli import home_options, read_config
 from zcproto.cli.control import control_of
 from zcproto.cli.kept_sessions import NotHereError, has_none, is_in_use, opened_store
 from zcproto.cli.table import table
-from zcproto.clock import system_clock
+from zcproto.common.clock import system_clock
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.errors import Code, ConfigError
-from zcproto.home import Home
-from zcproto.printable import printable
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import token_text
 from zcproto.stores.choose import MEMORY, SQLITE

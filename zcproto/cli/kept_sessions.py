@@ -16,10 +16,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zcproto.clock import system_clock
+from zcproto.common.clock import system_clock
+from zcproto.common.home import Home
 from zcproto.errors import Code, ConfigError
-from zcproto.home import Home
-from zcproto.server.store_setup import store_of
+from zcproto.runtime.store_setup import store_of
 from zcproto.stores.choose import MEMORY, SQLITE
 from zcproto.stores.store import Change, SessionStore, StoreUnavailable
 

@@ -15,9 +15,9 @@ from typing import Any
 import click
 
 from zcproto.cli.call import KEY_VARIABLE, MAX_CONNECT_TIMEOUT, MAX_MESSAGE, read_key
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError, TlsError
-from zcproto.home import Home
-from zcproto.printable import printable
 
 TIMEOUT_S = 30.0
 
@@ -34,7 +34,7 @@ class Operator:
 
     def ask(self, home: Home, method: str, params: dict[str, Any]) -> Any:
         """The server's answer. Raises ConfigError, and the errors of `zcproto.connect`."""
-        from zcproto.event_loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
+        from zcproto.common.event_loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
 
         key = read_key(self.key_file)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:

@@ -14,10 +14,10 @@ import click
 
 from zcproto.auth import PairingFile, UserFile
 from zcproto.cli import home_options
-from zcproto.clock import MS_PER_SECOND, system_clock
+from zcproto.common.clock import MS_PER_SECOND, system_clock
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError
-from zcproto.home import Home
-from zcproto.printable import printable
 
 MAX_MINUTES = 24 * 60
 _SECONDS_PER_MINUTE = 60

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from zcproto.common.text import printable
 from zcproto.errors import ZcprotoError
-from zcproto.printable import printable
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import click
 from zcproto.cli import home_options
 from zcproto.cli.control import ControlError, control_of, needed_control
 from zcproto.cli.table import table
-from zcproto.home import Home
+from zcproto.common.home import Home
 
 LEVELS = ("debug", "info", "warning", "error")
 LOOK_S = 0.2

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from zcproto.cli import home_options, read_config
+from zcproto.common.home import Home
 from zcproto.errors import ConfigError
-from zcproto.home import Home
 
 if TYPE_CHECKING:
+    from zcproto.app.app import App
     from zcproto.config import Config
-    from zcproto.server.app import App
-    from zcproto.server.server import Server
+    from zcproto.runtime.server import Server
 
 
 @click.command()
@@ -43,7 +43,7 @@ def serve(
     config = read_config(home, config_file, overrides)
     application = None if app is None else load_app(app)
 
-    from zcproto.server.run import serve as run  # noqa: PLC0415 - after the faults of the configuration are told
+    from zcproto.runtime.run import serve as run  # noqa: PLC0415 - after the faults of the configuration are told
 
     def read_again() -> Config:
         return read_config(home, config_file, overrides)
@@ -60,7 +60,7 @@ def serve(
 
 def load_app(name: str) -> App:
     """The App object that MODULE:APP names. Raises ConfigError that says what is wrong."""
-    from zcproto.server.app import App  # noqa: PLC0415 - see above
+    from zcproto.app.app import App  # noqa: PLC0415 - see above
 
     module_name, colon, attribute = name.partition(":")
     if not colon or not attribute or not all(module_name.split(".")):  # no part is empty: no relative name

@@ -18,9 +18,9 @@ from zcproto.cli.kept_sessions import CONFIGURED, has_none, opened_store, with_s
 from zcproto.cli.operator import Operator, server_options
 from zcproto.cli.session_open import open_session
 from zcproto.cli.table import table
-from zcproto.clock import MS_PER_SECOND, system_clock
+from zcproto.common.clock import MS_PER_SECOND, system_clock
+from zcproto.common.home import Home
 from zcproto.errors import Code, NotFound
-from zcproto.home import Home
 from zcproto.server.operators import LISTED, REVOKED_AT_ONCE, describe
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.store import MAX_LISTED

@@ -14,11 +14,11 @@ import click
 
 from zcproto.cli import home_options
 from zcproto.cli.call import EXIT_CANNOT_CONNECT, KEY_VARIABLE, MAX_CONNECT_TIMEOUT, MAX_MESSAGE, read_key
-from zcproto.clock import MS_PER_SECOND
+from zcproto.common.clock import MS_PER_SECOND
+from zcproto.common.home import Home
+from zcproto.common.secret import SecretText
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError, ConnectionClosed, ProtocolError, TlsError
-from zcproto.home import Home
-from zcproto.printable import printable
-from zcproto.secret import SecretText
 from zcproto.sessions.token import token_text
 
 TIMEOUT_S = 30.0
@@ -59,7 +59,7 @@ def open_session(
     if ca is None and not pins and (home.certs / "ca.crt").exists():
         ca = home.certs / "ca.crt"
     options = {"ca_file": ca, "pins": pins, "timeout": TIMEOUT_S, "home": home.path}
-    from zcproto.event_loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
+    from zcproto.common.event_loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_open(address, user, key, options))

@@ -15,7 +15,7 @@ import click
 from zcproto.cli import home_options
 from zcproto.cli.control import CONNECT_S, Control, needed_control
 from zcproto.cli.status_view import lines_of
-from zcproto.home import Home
+from zcproto.common.home import Home
 
 STATUS_S = 2 * CONNECT_S
 """For an answer: it takes a millisecond."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zcproto.printable import printable
+from zcproto.common.text import printable
 
 MAX_ALERTS = 10
 MAX_TEXT = 160

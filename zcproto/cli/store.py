@@ -22,9 +22,9 @@ from zcproto.cli.kept_sessions import (
     opened_store,
     with_store,
 )
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.home import Home
-from zcproto.printable import printable
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.stores.choose import MEMORY, SQLITE
 from zcproto.stores.store import MAX_LISTED, LimitReached, SessionStore

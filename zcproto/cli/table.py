@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zcproto.printable import printable
+from zcproto.common.text import printable
 
 MAX_CELL = 128
 

@@ -20,9 +20,9 @@ from zcproto.cli.control import control_of
 from zcproto.cli.kept_sessions import end_sessions_of
 from zcproto.cli.private_file import private_file
 from zcproto.cli.table import table
-from zcproto.clock import system_entropy
-from zcproto.home import Home
-from zcproto.printable import printable
+from zcproto.common.clock import system_entropy
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
 
 MAX_COUNT = 1_000_000

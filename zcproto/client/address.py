@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 from typing import Final, NamedTuple
 
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError
-from zcproto.printable import printable
 
 DEFAULT_PORT: Final = 7443
 _NAME_MAX_LENGTH: Final = 253

@@ -19,8 +19,8 @@ from zcproto.client.address import Address
 from zcproto.client.client import Client
 from zcproto.client.events import Event
 from zcproto.client.session import ClientSession
+from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import ConnectionClosed
-from zcproto.event_loop import new_event_loop
 
 Result = TypeVar("Result")
 

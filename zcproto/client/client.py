@@ -29,7 +29,8 @@ from zcproto.client.retry import SESSION_IS_OVER, Then, retry_after_ms, what_nex
 from zcproto.client.session import ClientSession, choose_credentials
 from zcproto.client.sessions import SessionKeeper
 from zcproto.client.steady import SteadyClock
-from zcproto.clock import MS_PER_SECOND, Clock, system_clock
+from zcproto.common.clock import MS_PER_SECOND, Clock, system_clock
+from zcproto.common.home import resolve_home
 from zcproto.connection.events import EventReceived
 from zcproto.errors import (
     CallError,
@@ -40,7 +41,6 @@ from zcproto.errors import (
     InvalidArgument,
     ZcprotoError,
 )
-from zcproto.home import resolve_home
 from zcproto.tls.context import Passphrase
 from zcproto.wire.frame import NO_TOKEN
 

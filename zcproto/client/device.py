@@ -26,8 +26,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from zcproto.common.text import printable
 from zcproto.errors import CertificateError
-from zcproto.printable import printable
 
 MAX_KEY_FILE: Final = 1 << 16
 _OTHERS: Final = 0o077

@@ -17,11 +17,11 @@ from zcproto.client.address import Address
 from zcproto.client.known_hosts import KnownHosts
 from zcproto.client.protocol import ClientProtocol, Owner
 from zcproto.client.retry import may_pass
-from zcproto.clock import Clock
+from zcproto.common.clock import Clock
+from zcproto.common.deadlines import DeadlineWheel
+from zcproto.common.text import printable
 from zcproto.connection.client import ClientConnection
-from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import CannotConnect, CertificateError, ConfigError, ConnectionClosed, TlsError
-from zcproto.printable import printable
 from zcproto.tls.client import TlsConnector
 from zcproto.tls.context import Passphrase, client_context
 from zcproto.tls.failure import TlsFailure

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from zcproto.client.address import is_ip
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError, TlsError
-from zcproto.printable import printable
 
 MAX_HOSTS: Final = 1_000
 MAX_FILE_SIZE: Final = 1_048_576

@@ -16,7 +16,9 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, Final, Protocol, cast
 
-from zcproto.clock import Clock
+from zcproto.common.clock import Clock
+from zcproto.common.deadlines import DeadlineWheel
+from zcproto.common.text import printable
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import (
     ClientEvent,
@@ -28,9 +30,7 @@ from zcproto.connection.events import (
     Welcomed,
 )
 from zcproto.connection.state import State
-from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded, TlsError
-from zcproto.printable import printable
 
 SENT_AT_ONCE: Final = 65_536
 """Bytes of requests gathered in one turn of the loop, beyond which they are written without waiting for its end:

@@ -6,10 +6,10 @@ import base64
 from typing import Any, Final, Protocol
 
 from zcproto.client.device import Device
+from zcproto.common.secret import SecretBytes, SecretText
 from zcproto.errors import Code, ConfigError, ProtocolError
-from zcproto.secret import SecretBytes, SecretText
-from zcproto.signed import attach_message, open_message
 from zcproto.wire.frame import TOKEN_SIZE
+from zcproto.wire.signing import attach_message, open_message
 
 _MS: Final = 1000
 REFRESH_AT: Final = 0.8

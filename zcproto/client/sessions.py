@@ -21,9 +21,9 @@ from zcproto.client.links import join
 from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.client.retry import SESSION_IS_OVER, Then, retry_after_ms, what_next
 from zcproto.client.session import Certificate, ClientSession, Credentials, DeviceKey
-from zcproto.clock import Clock
+from zcproto.common.clock import Clock
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import EventReceived
-from zcproto.deadlines import DeadlineWheel
 from zcproto.errors import CallError, Code, ConnectionClosed, Unauthenticated, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN
 

@@ -6,7 +6,7 @@ off the server's clock is taken from each WELCOME.
 
 from __future__ import annotations
 
-from zcproto.clock import MS_PER_SECOND, Clock
+from zcproto.common.clock import MS_PER_SECOND, Clock
 
 
 class SteadyClock:

@@ -11,10 +11,10 @@ import difflib
 import re
 from pathlib import Path
 
+from zcproto.common.text import printable
 from zcproto.config.model import keys, rules, sections, split_key
 from zcproto.config.rules import quoted
 from zcproto.config.tables import nearest
-from zcproto.printable import printable
 
 MAX_SHOWN = 60
 """Characters of a key or a value that are shown."""

@@ -15,13 +15,13 @@ from typing import Any
 
 import tomli
 
+from zcproto.common.text import printable
 from zcproto.config.checks import CHECKS
 from zcproto.config.faults import fault, outside_section, unknown_key, unknown_section, written
 from zcproto.config.model import Config, rules, sections, split_key
 from zcproto.config.rules import Refusal, RefusedError
 from zcproto.config.tables import TablesOf
 from zcproto.errors import ConfigError
-from zcproto.printable import printable
 
 MAX_FILE_BYTES = 1_048_576
 """The example with all comments has about 10 KiB."""

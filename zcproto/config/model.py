@@ -35,7 +35,7 @@ from zcproto.config.rules import (
     Whole,
 )
 from zcproto.config.tables import TablesOf, rules_of
-from zcproto.suites import SUITES
+from zcproto.tls.suites import SUITES
 
 KEY_TYPES = ("rsa-4096", "ecdsa-p256")
 DEFAULT_HOME = "~/.zeroclaw"

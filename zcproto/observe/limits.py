@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from zcproto.network import network_of
+from zcproto.common.network import network_of
 from zcproto.observe.events import EVENTS, Event, Limit
 from zcproto.observe.rate import RateLimited
 

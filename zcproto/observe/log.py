@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from zcproto.clock import MS_PER_SECOND, Clock, system_clock
+from zcproto.common.clock import MS_PER_SECOND, Clock, system_clock
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError
 from zcproto.observe.events import EVENTS
 from zcproto.observe.limits import EventLimits
 from zcproto.observe.output import LinesLostError, LogFile, Output, StandardError
 from zcproto.observe.values import TOKEN_LENGTH, Loggable, cut, is_secret_name, loggable, places
-from zcproto.printable import printable
 
 if TYPE_CHECKING:
     from zcproto.config import LogConfig

@@ -27,8 +27,8 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from zcproto.histogram import Histogram
-from zcproto.printable import printable
+from zcproto.common.text import printable
+from zcproto.observe.histogram import Histogram
 
 PREFIXES: Final = ("zcproto_", "process_")
 """The second is for what is known of any process, by the names that are usual for it."""

@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import PurePath
 from typing import TypeAlias
 
+from zcproto.common.secret import Secret, SecretBytes, SecretText
 from zcproto.errors import ZcprotoError
-from zcproto.secret import Secret, SecretBytes, SecretText
 
 MAX_TEXT = 256
 MAX_ITEMS = 16

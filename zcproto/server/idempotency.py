@@ -25,7 +25,7 @@ from hashlib import sha256
 from operator import itemgetter
 from typing import Any, Final, NamedTuple, Protocol
 
-from zcproto.clock import Clock
+from zcproto.common.clock import Clock
 from zcproto.errors import CallError, Code, FailedPrecondition, Unavailable, UnknownError
 from zcproto.server.eager import EagerTasks
 from zcproto.stores.answers import AnswerLimits, Answers

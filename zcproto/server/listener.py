@@ -16,9 +16,9 @@ from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any, Final
 
+from zcproto.common.network import Networks, network_of, plain_address
 from zcproto.errors import ConfigError
-from zcproto.network import Networks, network_of, plain_address
-from zcproto.server.serving import Serving, log
+from zcproto.server.state import Serving, log
 from zcproto.tls.forwarded import ForwardedTransport
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 

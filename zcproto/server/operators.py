@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from zcproto.app.app import Method
+from zcproto.app.context import Context
 from zcproto.errors import InvalidArgument
-from zcproto.server.app import Method
-from zcproto.server.context import Context
-from zcproto.server.serving import Serving, log
+from zcproto.server.state import Serving, log
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import BOUND, OPERATOR
 from zcproto.sessions.token import id_text

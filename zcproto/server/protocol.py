@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from zcproto.app.app import RESERVED_PREFIXES
+from zcproto.app.context import Context, OnceContext
 from zcproto.auth.certificate import certificate_key
 from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.connection.events import (
@@ -31,20 +33,18 @@ from zcproto.connection.server import NEEDS_SESSION, TOKEN_ERRORS, ServerConnect
 from zcproto.connection.state import State
 from zcproto.errors import CallError, Cancelled, CertificateError, Code, TlsError
 from zcproto.observe.log import is_on
-from zcproto.server.app import RESERVED_PREFIXES
-from zcproto.server.context import Context, OnceContext
 from zcproto.server.eager import Worker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
 from zcproto.server.read_timing import PART_BITS
-from zcproto.server.serving import log
+from zcproto.server.state import log
 from zcproto.sessions import Session
 from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.wire.frame import SALT_SIZE
 from zcproto.wire.message import NO_META, MessageError, encode_body, encode_error
 
 if TYPE_CHECKING:
-    from zcproto.server.app import Method
-    from zcproto.server.serving import Serving
+    from zcproto.app.app import Method
+    from zcproto.server.state import Serving
     from zcproto.tls.server import TlsServerTransport
 
 SENT_AT_ONCE: Final = 4_096

@@ -23,8 +23,8 @@ from hashlib import sha256
 from hmac import compare_digest
 from typing import Final
 
+from zcproto.common.secret import SecretBytes
 from zcproto.errors import CallError, Code, InvalidArgument, NotFound, ResourceExhausted
-from zcproto.secret import SecretBytes
 from zcproto.sessions.exchange import Exchange
 from zcproto.sessions.index import DigestIndex
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, WhenFull

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from zcproto.errors import Code
-from zcproto.histogram import WAITED_S, Histogram
+from zcproto.observe.histogram import WAITED_S, Histogram
 from zcproto.sessions.health import StoreHealth
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.store import (

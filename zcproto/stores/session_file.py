@@ -27,8 +27,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
+from zcproto.common.text import printable
 from zcproto.errors import CallError, Code, ConfigError
-from zcproto.printable import printable
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
 from zcproto.stores.rows import KEPT, ClaimRequest, Desk, Operation, Row, Wanted, session_of, text, utf8

@@ -21,9 +21,9 @@ from typing import Any, Final, TypeVar
 
 from redis.exceptions import AskError, OutOfMemoryError, ReadOnlyError, RedisError
 
-from zcproto.clock import Entropy, system_entropy
+from zcproto.common.clock import Entropy, system_entropy
+from zcproto.common.text import printable
 from zcproto.errors import Code, ConfigError
-from zcproto.printable import printable
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.answers import AnswerLimits, check_size

@@ -29,8 +29,8 @@ from redis.asyncio.connection import (
 )
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError
-from zcproto.printable import printable
 from zcproto.stores.store import StoreUnavailable
 
 MAX_WAITING: Final = 8_192

@@ -20,8 +20,8 @@ from enum import Enum
 from typing import Final
 from urllib.parse import parse_qsl, unquote
 
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError
-from zcproto.printable import printable
 
 PORT: Final = 6379
 SENTINEL_PORT: Final = 26379

@@ -28,12 +28,12 @@ from typing import Final
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from zcproto.deadlines import DeadlineWheel
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
-from zcproto.suites import SUITES
 from zcproto.tls.context import suites_are_allowed
 from zcproto.tls.failure import TlsFailure, failure_of, reason_of
 from zcproto.tls.pins import certificate_pin, key_pin
+from zcproto.tls.suites import SUITES
 from zcproto.tls.transport import Phase, ReceiveBuffer, TlsTransport
 
 ALPN: Final = "zcp/1"

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from zcproto.errors import CertificateError, TlsError
-from zcproto.suites import SUITES
 from zcproto.tls.key_log import log_keys
+from zcproto.tls.suites import SUITES
 
 MAX_KEY_FILE: Final = 1 << 20
 _OTHERS: Final = 0o077

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 from zcproto.errors import CertificateError
-from zcproto.suites import SUITES
 from zcproto.tls.context import (
     ClientAuth,
     PairOfFiles,
@@ -34,6 +33,7 @@ from zcproto.tls.context import (
     suites_are_allowed,
 )
 from zcproto.tls.sites import SiteContexts
+from zcproto.tls.suites import SUITES
 
 Site = TypeVar("Site", bound="SiteOfPairs")
 

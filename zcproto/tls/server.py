@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from zcproto.deadlines import DeadlineWheel, Timers
+from zcproto.common.deadlines import DeadlineWheel, Timers
 from zcproto.tls.alert import Alert, alert_record
 from zcproto.tls.client_hello import SUITE_IDS, Accepted, ClientHelloJudge, ClientHelloReader, Refusal
 from zcproto.tls.context import suites_are_allowed

@@ -23,7 +23,7 @@ import ssl
 from enum import IntEnum
 from typing import Any, Final, cast
 
-from zcproto.deadlines import DeadlineWheel
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
 from zcproto.tls.failure import TlsFailure, failure_of
 

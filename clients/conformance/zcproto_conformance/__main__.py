@@ -12,7 +12,7 @@ from typing import Final
 
 import click
 
-from zcproto.clock import system_clock, system_entropy
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto_conformance import real_server, report, scenarios, vectors
 from zcproto_conformance.check import PARTS, Check
 from zcproto_conformance.errors import KitError

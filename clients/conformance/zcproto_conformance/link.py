@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import msgpack
 
-from zcproto.clock import Clock, Entropy
+from zcproto.common.clock import Clock, Entropy
 from zcproto_conformance.errors import CheckFailed, expect
 
 HEADER: Final = struct.Struct("!IBBHIQ8sQ32s")

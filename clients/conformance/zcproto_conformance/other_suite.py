@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from zcproto.clock import system_clock, system_entropy
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto_conformance.errors import CheckFailed
 from zcproto_conformance.link import Ended
 from zcproto_conformance.server import ScriptedServer, tls_context

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from zcproto.printable import printable
+from zcproto.common.text import printable
 from zcproto_conformance.check import PARTS, Check
 from zcproto_conformance.run import EXCEPTED, FAILED, PASSED, Result
 

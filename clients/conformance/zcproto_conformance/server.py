@@ -7,7 +7,7 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from zcproto.clock import Clock, Entropy
+from zcproto.common.clock import Clock, Entropy
 from zcproto_conformance.errors import CheckFailed
 from zcproto_conformance.link import Link
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from zcproto.clock import Clock, Entropy
+from zcproto.common.clock import Clock, Entropy
 from zcproto_conformance.certificates import HOST, Authority, Leaf
 from zcproto_conformance.errors import CheckFailed, expect
 from zcproto_conformance.link import NO_TOKEN, Frame, Link

@@ -13,7 +13,7 @@ from typing import Final
 import click
 
 from tests.conformance.faults import FAULTS
-from zcproto.clock import system_clock, system_entropy
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto_conformance import scenarios
 from zcproto_conformance.check import Check
 from zcproto_conformance.errors import CheckFailed, KitError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from ..target import Target
+from tests.fuzz.target import Target
 
 NAMES = (
     *("frames", "messages", "client_hello", "proxy_header", "http"),

@@ -15,11 +15,10 @@ from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from tests.fuzz.target import FILE_LIMIT_S, Target
 from zcproto.certs import CertificatePair, files, pair
 from zcproto.certs.examine import Examination, examine
 from zcproto.errors import CertificateError
-
-from ..target import FILE_LIMIT_S, Target
 
 T = TypeVar("T")
 NOW = datetime(2026, 6, 1, tzinfo=UTC)

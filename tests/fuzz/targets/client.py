@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from tests.connection.helpers import GREETING, TOKEN, Conversation
+from tests.fuzz.frame import any_frame
+from tests.fuzz.target import Script, Target
 from zcproto.connection.client import PONG_TIMEOUT
 from zcproto.connection.events import NEVER, ConnectionEnded, ErrorReceived, ResponseReceived
 from zcproto.connection.state import State
@@ -21,10 +24,6 @@ from zcproto.wire.frame import (
     Side,
 )
 from zcproto.wire.message import encode_body, encode_error
-
-from ...connection.helpers import GREETING, TOKEN, Conversation
-from ..frame import any_frame
-from ..target import Script, Target
 
 ORDER = [State.AWAITING_WELCOME, State.OPEN, State.DRAINING, State.CLOSED]
 HEADS = (*sorted(ACCEPTED[Side.CLIENT]), REQUEST, 0x01030001, 0x02030000)

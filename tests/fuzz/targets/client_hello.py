@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tests.fuzz.target import Target, ways_to_cut
 from zcproto.tls.alert import Alert
 from zcproto.tls.client_hello import (
     MAX_NAME,
@@ -15,8 +16,6 @@ from zcproto.tls.client_hello import (
     Refusal,
 )
 from zcproto.tls.failure import TlsFailure
-
-from ..target import Target, ways_to_cut
 
 SUITES = frozenset(SUITE_IDS.values())
 PROTOCOLS = frozenset({"zcp/1", "http/1.1", None})

@@ -10,11 +10,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.fuzz.target import FILE_LIMIT_S, Target
 from zcproto.config import Config, load_config
 from zcproto.config.load import MAX_FAULTS
 from zcproto.errors import ConfigError
-
-from ..target import FILE_LIMIT_S, Target
 
 SECRET = "Hunter2Zebra9"
 """Nothing else holds this word, nor a part of it."""

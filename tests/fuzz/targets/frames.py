@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from tests.fuzz.target import Target, ways_to_cut
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, LENGTH_SIZE, MIN_LENGTH, RawFrame, Side, check_head, encode_frame
-
-from ..target import Target, ways_to_cut
 
 SIDES = (Side.SERVER, Side.CLIENT)
 LIMITS = (300, 16_384)

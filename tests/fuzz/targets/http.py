@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tests.fuzz.target import Target, ways_to_cut
+from tests.helpers import NOW, WALL
+from tests.http.helpers import Answer, answers
 from zcproto.http.connection import NEVER, HttpConnection, HttpLimits
 from zcproto.http.messages import HttpRequest, HttpResponse, text_response
 from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
-
-from ...helpers import NOW, WALL
-from ...http.helpers import Answer, answers
-from ..target import Target, ways_to_cut
 
 LIMITS = HttpLimits(max_head=1_024, max_target=100, max_fields=10, max_body=64, max_chunks=10, max_requests=5)
 SECURITY = (

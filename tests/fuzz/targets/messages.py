@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tests.fuzz.target import Target
 from zcproto.connection.welcome import read_welcome
 from zcproto.errors import ProtocolError
 from zcproto.wire.message import (
@@ -18,8 +19,6 @@ from zcproto.wire.message import (
     decode_request,
     encode_body,
 )
-
-from ..target import Target
 
 DECODERS: tuple[Callable[[bytes, int], Any], ...] = (
     *(decode_body, decode_request, decode_error, decode_event, decode_map),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 
+from tests.fuzz.target import Target, ways_to_cut
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.proxy_header import MAX_SIZE, SIGNATURE, ProxyHeader, ProxyHeaderReader
-
-from ..target import Target, ways_to_cut
 
 FAILURES = frozenset(
     {TlsFailure.PROXY_HEADER_MISSING, TlsFailure.PROXY_HEADER_VERSION, TlsFailure.PROXY_HEADER_MALFORMED}

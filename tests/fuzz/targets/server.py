@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from tests.fuzz.frame import any_frame
+from tests.fuzz.target import Script, Target
+from tests.helpers import SALT, ConnectionPair, small_registry
 from zcproto.connection.events import (
     NEVER,
     ConnectionEnded,
@@ -21,10 +24,6 @@ from zcproto.connection.state import State
 from zcproto.errors import FATAL_CODES, Code
 from zcproto.wire.frame import ACCEPTED, LENGTH_SIZE, NO_TOKEN, PING, PONG, REQUEST, Kind, Side
 from zcproto.wire.message import encode_body
-
-from ...helpers import SALT, ConnectionPair, small_registry
-from ..frame import any_frame
-from ..target import Script, Target
 
 SETTINGS = ConnectionSettings(
     max_frame=2_000, max_frame_before_session=600, max_streams=3, idle_timeout_s=60.0, open_timeout_s=10.0

@@ -9,7 +9,7 @@ import click
 
 from zcproto.cli import EXIT_FAILED, home_options
 from zcproto.cli.doctor.finding import FAULT, SKIPPED, Finding, as_text
-from zcproto.home import Home
+from zcproto.common.home import Home
 
 MAX_TIMEOUT = 60
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from zcproto.printable import printable
+from zcproto.common.text import printable
 
 OK: Final = "ok"
 SKIPPED: Final = "skipped"

@@ -19,13 +19,13 @@ from zcproto.cli import cert_report, read_config
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, told
 from zcproto.cli.kept_sessions import CONFIGURED, is_in_use, opened_store, with_store
 from zcproto.cli.store import damage_of
-from zcproto.clock import MS_PER_SECOND, system_clock
+from zcproto.common.clock import MS_PER_SECOND, system_clock
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.hardening import KEY_LOG
-from zcproto.home import Home
-from zcproto.printable import printable
+from zcproto.runtime.hardening import KEY_LOG
+from zcproto.runtime.run import SPARE_FILES
 from zcproto.server.listener import bind
-from zcproto.server.run import SPARE_FILES
 from zcproto.stores.choose import MEMORY, SQLITE
 
 if TYPE_CHECKING:

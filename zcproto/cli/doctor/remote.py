@@ -25,12 +25,12 @@ from zcproto.cli import cert_report
 from zcproto.cli.call import read_key
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, told
 from zcproto.client.address import Address, parse_address
-from zcproto.clock import MS_PER_SECOND, system_clock
+from zcproto.common.clock import MS_PER_SECOND, system_clock
+from zcproto.common.home import Home
+from zcproto.common.text import printable
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import Welcomed
 from zcproto.errors import CallError, ConfigError, TlsError, ZcprotoError
-from zcproto.home import Home
-from zcproto.printable import printable
 from zcproto.tls.client import ALPN, judge_pinned
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure, failure_of

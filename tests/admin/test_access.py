@@ -1,0 +1,234 @@
+"""Who gets metrics: by the token of a session, by address, or not at all."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from tests.admin.test_https import ask, bearer
+from tests.helpers import WALL, FakeClock, small_registry
+from tests.server.conftest import Serve
+from zcproto.admin.http_access import BAD_TOKEN, NO_TOKEN, BearerTokens
+from zcproto.auth.certificate import certificate_key
+from zcproto.errors import Code, ResourceExhausted, Unavailable
+from zcproto.http.messages import HttpRequest, HttpResponse, Peer
+from zcproto.server.state import Serving
+from zcproto.sessions import OpenedSession, Session, SessionRegistry
+from zcproto.sessions.binding import Binding
+from zcproto.sessions.token import token_text
+from zcproto.stores.service import MemorySessions
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class LookedUp(MemorySessions):
+    """Sessions that are shared: what is not known here may be found elsewhere."""
+
+    looks_up = True
+
+    def __init__(self, registry: SessionRegistry, clock: FakeClock) -> None:
+        super().__init__(registry, clock)
+        self.asked: list[tuple[bytes, str, Code]] = []
+        self.error: Exception | None = None
+        self.found: Any = None
+
+    async def find(self, token: bytes, address: str, code: Code) -> None:
+        self.asked.append((token, address, code))
+        if self.error is not None:
+            raise self.error
+        if self.found is not None:
+            self.found()
+
+
+class Desk:
+    """The check of tokens, beside which a registry stands."""
+
+    def __init__(self, binding: Binding | None = None) -> None:
+        self.clock = FakeClock()
+        self.registry = small_registry()
+        self.sessions: MemorySessions = MemorySessions(self.registry, self.clock)
+        self.serving = SimpleNamespace(
+            registry=self.registry,
+            sessions=self.sessions,
+            clock=self.clock,
+            binding=Binding() if binding is None else binding,
+        )
+        self.tokens = BearerTokens(cast("Serving", self.serving))
+
+    def open(self, key: str = "", address: str = "192.0.2.1") -> OpenedSession:
+        return self.registry.open(
+            "ada", operator=False, client="test/1", address=address, wall=self.clock.wall(), key=key
+        )
+
+    async def ask(
+        self, authorization: str | None, address: str = "192.0.2.1", certificate: bytes | None = None
+    ) -> Session | HttpResponse:
+        headers = {} if authorization is None else {"authorization": authorization}
+        peer = Peer(address, lambda: certificate)
+        return await self.tokens.session_of(HttpRequest("GET", "/metrics", headers=headers, peer=peer))
+
+
+async def test_a_good_token_leads_to_its_session() -> None:
+    desk = Desk()
+    opened = desk.open()
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        found = await desk.ask(f"{scheme} {token_text(opened.token)}")
+        assert isinstance(found, Session)
+        assert found.id == opened.session.id
+
+
+async def test_without_a_token_one_is_asked_for() -> None:
+    answer = await Desk().ask(None)
+    assert answer is NO_TOKEN
+    assert answer.headers == (("WWW-Authenticate", 'Bearer realm="zcproto"'),)
+
+
+async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same() -> None:
+    desk = Desk()
+    good = token_text(desk.open().token)
+    ended = desk.open()
+    desk.registry.close(ended.session)
+    for text in (
+        *("", "Bearer", "Bearer ", "Basic " + good, good, "Bearer x", f"Bearer {good}=", f"Bearer {good} x"),
+        *(
+            f"Bearer {good}, Bearer {good}",
+            f"Bearer {token_text(bytes(32))}",
+            f"Bearer {token_text(ended.token)}",
+        ),
+    ):
+        assert await desk.ask(text) is BAD_TOKEN, text
+    assert BAD_TOKEN.status == 401
+    assert BAD_TOKEN.headers == (("WWW-Authenticate", 'Bearer realm="zcproto", error="invalid_token"'),)
+
+
+async def test_a_refresh_token_is_no_token() -> None:
+    desk = Desk()
+    refresh_token = desk.open().refresh_token
+    assert refresh_token is not None
+    assert await desk.ask(f"Bearer {token_text(refresh_token)}") is BAD_TOKEN
+
+
+async def test_an_expired_token_is_none() -> None:
+    desk = Desk()
+    opened = desk.open()
+    desk.clock.wall_ms = opened.session.expires_at
+    assert await desk.ask(f"Bearer {token_text(opened.token)}") is BAD_TOKEN
+
+
+async def test_a_bound_token_alone_is_worth_nothing(ca: trustme.CA) -> None:
+    desk = Desk()
+    issued = ca.issue_cert("ada.example")
+    certificate = x509.load_pem_x509_certificate(issued.cert_chain_pems[0].bytes()).public_bytes(Encoding.DER)
+    other = x509.load_pem_x509_certificate(ca.cert_pem.bytes()).public_bytes(Encoding.DER)
+    of_device = desk.open(key="device:phone")
+    of_certificate = desk.open(key=certificate_key(certificate))
+    for opened in (of_device, of_certificate):
+        for shown in (None, other, b"no certificate"):
+            assert await desk.ask(f"Bearer {token_text(opened.token)}", certificate=shown) is BAD_TOKEN
+    assert await desk.ask(f"Bearer {token_text(of_device.token)}", certificate=certificate) is BAD_TOKEN
+    found = await desk.ask(f"Bearer {token_text(of_certificate.token)}", certificate=certificate)
+    assert isinstance(found, Session)
+
+
+async def test_a_token_that_was_refused_does_not_count_as_used() -> None:
+    desk = Desk()
+    opened = desk.open(key="device:phone")
+    desk.clock.advance(10.0)
+    await desk.ask(f"Bearer {token_text(opened.token)}")
+    assert desk.registry.info(opened.session.id, desk.clock.wall()).last_used_at == WALL
+
+
+async def test_a_token_is_bound_to_its_network_as_everywhere() -> None:
+    desk = Desk(Binding("exact"))
+    token = token_text(desk.open(address="192.0.2.1").token)
+    assert isinstance(await desk.ask(f"Bearer {token}", "192.0.2.1"), Session)
+    assert await desk.ask(f"Bearer {token}", "192.0.2.2") is BAD_TOKEN
+
+
+async def test_the_token_of_somebody_who_is_no_user_any_more_is_refused() -> None:
+    binding = Binding()
+    binding.is_user = lambda user: user != "ada"
+    desk = Desk(binding)
+    assert await desk.ask(f"Bearer {token_text(desk.open().token)}") is BAD_TOKEN
+
+
+async def test_while_no_token_can_be_checked_it_is_503() -> None:
+    desk = Desk()
+    token = token_text(desk.open().token)
+    desk.registry.refuse_all()
+    answer = await desk.ask(f"Bearer {token}")
+    assert isinstance(answer, HttpResponse)
+    assert (answer.status, answer.headers) == (503, (("Retry-After", "1"),))
+
+
+async def test_a_shared_session_is_looked_up() -> None:
+    desk = Desk()
+    desk.serving.sessions = sessions = LookedUp(desk.registry, desk.clock)
+    new = desk.registry.new_session("ada", operator=False, client="", address="192.0.2.1", wall=WALL)
+    sessions.found = lambda: desk.registry.restore(new.record)
+    found = await desk.ask(f"Bearer {token_text(new.token)}")
+    assert isinstance(found, Session)
+    assert sessions.asked == [(new.token, "192.0.2.1", Code.UNAUTHENTICATED)]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "seconds"),
+    [
+        (Unavailable("the store does not answer", {"retry_after_ms": 1_500}), 503, "2"),
+        (ResourceExhausted("too many", {"retry_after_ms": 9_001}), 429, "10"),
+        (ResourceExhausted("too many", {"retry_after_ms": 1}), 429, "1"),
+    ],
+)
+async def test_who_cannot_be_looked_up_is_told_when_to_come_back(
+    error: Exception, status: int, seconds: str
+) -> None:
+    desk = Desk()
+    desk.serving.sessions = sessions = LookedUp(desk.registry, desk.clock)
+    sessions.error = error
+    answer = await desk.ask(f"Bearer {token_text(bytes(32))}")
+    assert isinstance(answer, HttpResponse)
+    assert answer.status == status
+    assert answer.headers == (("Retry-After", seconds),)
+
+
+# --- on a whole server -----------------------------------------------------------------------------------
+
+
+def test_metrics_are_for_whoever_has_a_session(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        refused = ask(server, "/metrics")
+        assert refused.status == 401
+        assert refused.one("www-authenticate") == 'Bearer realm="zcproto"'
+        answer = ask(server, "/metrics", headers=bearer(client.token))
+        assert (answer.status, answer.one("content-type")) == (200, TEXT)
+        assert answer.body.startswith(b"# HELP ")
+        wanted = {**bearer(client.token), "Accept": "application/openmetrics-text; version=1.0.0"}
+        assert (
+            ask(server, "/metrics", headers=wanted)
+            .one("content-type")
+            .startswith("application/openmetrics-text")
+        )
+        client.call("session.close")
+        revoked = ask(server, "/metrics", headers=bearer(client.token))
+    assert revoked.status == 401
+    assert 'error="invalid_token"' in revoked.one("www-authenticate")
+
+
+@pytest.mark.parametrize(
+    ("settings", "status"),
+    [
+        ({"http__metrics": "address"}, 200),
+        ({"http__metrics": "address", "http__allow": ["192.0.2.0/24"]}, 403),
+        ({"http__metrics": "address", "http__allow": []}, 403),
+        ({"http__metrics": "open"}, 200),
+        ({"http__metrics": "off"}, 404),
+    ],
+)
+def test_the_configuration_says_who_gets_metrics(serve: Serve, settings: dict[str, Any], status: int) -> None:
+    assert ask(serve(**settings), "/metrics").status == status

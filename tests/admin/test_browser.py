@@ -1,0 +1,378 @@
+"""The page in a real Chromium, over TLS: what it shows, what it asks for, and what it says when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from tests.admin.chromium import Chromium, Tab
+from tests.admin.test_https import add
+from tests.interop.support import needs
+from tests.server.conftest import Serve
+from tests.server.helpers import ServerThread
+from zcproto.alerts import AlertKind
+from zcproto.certs.pair import spki_pin
+from zcproto.http.messages import HttpResponse, text_response
+from zcproto.http.router import Route
+from zcproto.sessions.token import token_text
+
+pytestmark = [needs("chromium"), pytest.mark.timeout(600)]
+
+SIZES = {"phone": (390, 844), "desktop": (1280, 800)}
+SHIFTS = """
+  window.shifts = [];
+  new PerformanceObserver((list) => window.shifts.push(
+    ...list.getEntries().filter((entry) => !entry.hadRecentInput).map((entry) => entry.value)
+  )).observe({ type: "layout-shift", buffered: true });
+"""
+
+Open = Callable[..., Tab]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[Chromium]:
+    """A Chromium that takes the certificate which all servers of the suite have."""
+    pem = (certs / "server-ecdsa.crt").read_bytes()
+    certificate = x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+    with Chromium(tmp_path_factory.mktemp("chromium"), [spki_pin(certificate)]) as browser:
+        yield browser
+
+
+@pytest.fixture(autouse=True)
+def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chromium keeps idle connections for a while, though the server has said that it ends them."""
+    monkeypatch.setattr("zcproto.tls.transport.LINGER_TIME", 0.1)
+
+
+@pytest.fixture
+def show(browser: Chromium) -> Iterator[Open]:
+    """Show the page of a server in a new tab, which is closed at the end of the test."""
+    with ExitStack() as stack:
+
+        def open_tab(server: ServerThread, path: str = "", *, before: str = "", **options: Any) -> Tab:
+            tab = stack.enter_context(browser.tab(**options))
+            if before:
+                tab.call("Page.addScriptToEvaluateOnNewDocument", source=before)
+            tab.open(f"{home_of(server)}{path}")
+            return tab
+
+        yield open_tab
+
+
+def home_of(server: ServerThread) -> str:
+    return f"https://localhost:{server.port}/"
+
+
+def give(tab: Tab, token: bytes | str) -> None:
+    """Type a token and press Enter."""
+    tab.type("#token", token if isinstance(token, str) else token_text(token))
+    tab.press_enter()
+
+
+def figure(selector: str) -> str:
+    return f"document.querySelector({json.dumps(selector)}).innerText"
+
+
+def shows(tab: Tab, selector: str, text: str) -> None:
+    """Wait until an element that is to be seen has this text in it."""
+    tab.until(f"{figure(selector)}.includes({json.dumps(text)})")
+
+
+def look_elsewhere(tab: Tab, other: Tab) -> None:
+    """At another tab and back again: a page may take that for a wish to go on."""
+    tab.until("document.hidden")
+    tab.call("Page.bringToFront")
+    tab.until("!document.hidden")
+    other.until("document.hidden")
+
+
+def of_the_page(tab: Tab, server: ServerThread) -> None:
+    """Nothing was asked of anybody else, and the browser has nothing to complain of."""
+    home = home_of(server)
+    assert set(tab.requested()) <= {home, f"{home}status.json"}
+    assert tab.complaints() == []
+
+
+# --- figures ---------------------------------------------------------------------------------------------
+
+
+def test_figures_appear_and_change_and_nothing_else_is_asked_for(serve: Serve, show: Open) -> None:
+    server = serve(store__url="sqlite")
+    server.in_loop(
+        lambda: server.server.alerts.raise_(
+            AlertKind.SESSIONS_REVOKED, "bob ended a session of <b>ada</b>", about="ada"
+        )
+    )
+    with server.tcp() as plain:
+        plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        plain.recv(1)
+    with server.client("operator") as client:
+        tab = show(server)
+        assert tab.requested() == [home_of(server)]  # without a token nothing is asked
+        assert not tab.run("document.querySelector('#figures').checkVisibility()")
+        give(tab, client.token)
+        shows(tab, "#state", "Ready")
+        shows(tab, "#sessions", "1")
+        shows(tab, "#connections-more", "1 ZCP")
+        shows(tab, "#alerts", "warning bob ended a session of <b>ada</b>")  # as it is, not as markup
+        shows(tab, "#certificates", "server-ecdsa.crt")
+        assert re.search(r"8[89] days", tab.text("#certificates"))
+        shows(tab, "#store", "healthy")
+        shows(tab, "#results", "Completed")
+        shows(tab, "#results", "Plaintext HTTP")
+        shows(tab, "#process", "MB")
+        for _ in range(300):
+            client.echo()
+        tab.until("Number(document.querySelector('#requests').innerText) > 1")
+        shows(tab, "#latency", "µs")
+        with server.client("ada"), server.client("eve"):
+            shows(tab, "#sessions", "3")
+            shows(tab, "#connections-more", "3 ZCP")
+            tab.until("/L/.test(document.querySelector('[data-lines=sessions] .first').getAttribute('d'))")
+        of_the_page(tab, server)
+        assert tab.run("location.href") == home_of(server)
+        assert tab.run("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+        assert tab.run("document.querySelector('#token').value") == ""
+
+
+def test_what_alerts_are_about_is_shown_to_operators_alone(serve: Serve, show: Open) -> None:
+    server = serve()
+    server.in_loop(
+        lambda: server.server.alerts.raise_(AlertKind.SESSIONS_REVOKED, "bob ended one of ada", about="ada")
+    )
+    with server.client("eve") as eve:
+        tab = show(server)
+        give(tab, eve.token)
+        shows(tab, "#alerts", "warning Session: revoked")
+        assert "shown to operators" in tab.text()
+        assert "ada" not in tab.text()
+
+
+def test_a_page_that_nobody_sees_asks_for_nothing(serve: Serve, show: Open) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        tab = show(server)
+        give(tab, client.token)
+        shows(tab, "#state", "Ready")
+        other = show(server)
+        tab.until("document.hidden")
+        asked = tab.requested()
+        tab.advance(60)
+        assert tab.requested() == asked
+        assert other.requested() == [home_of(server)]
+
+
+def test_a_page_that_is_paused_goes_on_when_told_and_asks_for_nothing_meanwhile(
+    serve: Serve, show: Open
+) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        tab = show(server)
+        give(tab, client.token)
+        shows(tab, "#state", "Ready")
+        tab.click("#pause")
+        shows(tab, "#state", "Paused")
+        tab.click("#pause")
+        shows(tab, "#state", "Ready")
+        tab.click("#pause")
+        shows(tab, "#state", "Paused")
+        asked = tab.requested()
+        look_elsewhere(tab, show(server))
+        tab.advance(60)
+        assert tab.requested() == asked
+
+
+def test_a_token_is_forgotten_with_all_figures(serve: Serve, show: Open) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        tab = show(server)
+        give(tab, client.token)
+        shows(tab, "#state", "Ready")
+        tab.click("#forget")
+        shows(tab, "#state", "Not connected")
+        asked = tab.requested()
+        look_elsewhere(tab, show(server))
+        tab.advance(60)
+        assert tab.requested() == asked
+    assert tab.text("main").endswith("Show figures")
+    assert "healthy" not in tab.run("document.querySelector('main').textContent")
+
+
+# --- faults ----------------------------------------------------------------------------------------------
+
+
+def test_a_token_that_is_not_good_is_told_apart_from_none(serve: Serve, show: Open) -> None:
+    server = serve()
+    tab = show(server)
+    give(tab, "too short")
+    shows(tab, "#token-fault", "this is 9 characters")
+    assert tab.requested() == [home_of(server)]
+    tab.run("document.querySelector('#token').value = ''")
+    give(tab, bytes(range(32)))
+    shows(tab, "#token-fault", "does not take this token")
+    assert tab.run("document.activeElement.id") == "token"
+    assert tab.requested() == [home_of(server), f"{home_of(server)}status.json"]  # and not asked again
+
+
+def test_the_end_of_a_session_is_told_and_its_figures_are_gone(serve: Serve, show: Open) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        tab = show(server)
+        give(tab, client.token)
+        shows(tab, "#state", "Ready")
+        client.call("session.close")
+    shows(tab, "#token-fault", "The session has ended")
+    assert not tab.run("document.querySelector('#figures').checkVisibility()")
+    with server.client("ada") as client:
+        give(tab, client.token)
+        shows(tab, "#state", "Ready")
+
+
+def test_a_server_that_is_gone_is_told_and_the_last_figures_stay(serve: Serve, show: Open) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        tab = show(server)
+        give(tab, client.token)
+        shows(tab, "#state", "Ready")
+    server.drain()
+    shows(tab, "#fault", "No answer from the server.")
+    shows(tab, "#state", "No answer")
+    assert tab.run("document.querySelector('#figures').checkVisibility()")
+    assert re.search(r"those of \d\d:\d\d:\d\d", tab.text("#fault"))
+
+
+def test_a_server_that_is_not_ready_says_why(serve: Serve, show: Open) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        tab = show(server)
+        give(tab, client.token)
+        shows(tab, "#state", "Ready")
+        server.in_loop(lambda: setattr(server.server.serving, "draining", True))
+        shows(tab, "#state", "Draining")
+        shows(tab, "#fault", "draining: the server is stopping")
+        server.in_loop(lambda: setattr(server.server.serving, "draining", False))
+        shows(tab, "#state", "Ready")
+        tab.until("document.querySelector('#fault').innerText === ''")
+
+
+# --- what it may do --------------------------------------------------------------------------------------
+
+
+def test_its_policy_stops_what_is_not_its_own(serve: Serve, show: Open) -> None:
+    """That a complaint is seen at all, so that none means something."""
+    server = serve()
+    tab = show(server)
+    assert tab.complaints() == []
+    tab.run("""
+      window.broken = [];
+      document.addEventListener("securitypolicyviolation", (event) => window.broken.push(event.effectiveDirective));
+      const image = new Image(); image.src = "https://localhost/other.png";
+      const script = document.createElement("script");
+      try { script.textContent = "window.ran = 1"; } catch { window.refused = 1; }
+      fetch("https://localhost:1/").catch(() => 0);
+      document.body.setAttribute("style", "color: red");
+      try { document.body.innerHTML = "<b>x</b>"; } catch { window.refused += 1; }
+    """)
+    tab.until("window.broken.length >= 5")
+    assert {"img-src", "connect-src", "style-src-attr", "require-trusted-types-for"} <= set(
+        tab.run("window.broken")
+    )
+    assert tab.run("[window.ran, window.refused]") == [None, 2]
+    tab.wait(tab.complaints, "the browser said nothing of it")
+
+
+def test_it_is_in_no_frame_of_another_page(serve: Serve, show: Open) -> None:
+    server = serve()
+    html = b"<!doctype html><title>around</title><iframe src='/'></iframe>"
+    policy = "default-src 'none'; frame-src 'self'"
+    add(server, Route("GET", "/around", lambda _: HttpResponse(200, html, "text/html", policy=policy)))
+    tab = show(server, "around")
+    tab.wait(
+        lambda: any(
+            "frame-ancestors" in json.dumps(each) or "X-Frame" in json.dumps(each)
+            for each in tab.complaints()
+        ),
+        "the frame was not refused",
+    )
+
+
+# --- how it looks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_it_fits_in_dark_and_in_light_and_nothing_jumps(
+    serve: Serve, show: Open, tmp_path: Path, size: str
+) -> None:
+    server = serve()
+    width, height = SIZES[size]
+    with server.client("operator") as client:
+        tab = show(server, before=SHIFTS, width=width, height=height, mobile=size == "phone")
+        grounds = []
+        for step in ("token", "figures"):
+            if step == "figures":
+                give(tab, client.token)
+                shows(tab, "#state", "Ready")
+                tab.run("window.shifts.length = 0")
+                # Charts have lines after some rounds, and figures have changed.
+                client.echo()
+                tab.until("document.querySelector('.first').getAttribute('d').split('L').length > 3")
+                assert sum(tab.run("window.shifts")) < 0.01
+            assert tab.run("document.documentElement.scrollWidth") <= width
+            for dark in (False, True):
+                tab.dark(dark)
+                picture = tmp_path / f"{size}-{step}-{'dark' if dark else 'light'}.png"
+                tab.screenshot(picture)
+                assert struct.unpack("!II", picture.read_bytes()[16:24]) == (width, height)
+                grounds.append(tab.run("getComputedStyle(document.body).backgroundColor"))
+        assert grounds[0] == grounds[2] != grounds[1] == grounds[3]
+        assert min_target(tab) >= 24
+
+
+def min_target(tab: Tab) -> Any:
+    """The least height in pixels of what can be pressed (WCAG 2.2, 2.5.8)."""
+    return tab.run("""Math.min(...[...document.querySelectorAll("button, input")]
+      .filter((node) => node.checkVisibility()).map((node) => node.getBoundingClientRect().height))""")
+
+
+def test_all_that_it_holds_has_a_name_for_those_who_do_not_see_it(serve: Serve, show: Open) -> None:
+    server = serve()
+    with server.client("operator") as client:
+        tab = show(server)
+        give(tab, client.token)
+        shows(tab, "#state", "Ready")
+        tree = tab.call("Accessibility.getFullAXTree")["nodes"]
+    nodes = [
+        (node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]
+    ]
+    for role in ("button", "image", "region", "table", "heading", "textbox"):
+        assert all(name for found, name in nodes if found == role and role != "table"), role
+    assert {"Connections", "Sessions", "Certificates", "Alerts of the last day"} <= {
+        name for role, name in nodes if role == "region"
+    }
+    charts = [name for role, name in nodes if role == "image"]
+    assert len(charts) == 5
+    assert all(name.startswith("Chart of the last ") for name in charts)
+
+
+def test_a_stranger_is_told_why_no_figures_come(serve: Serve, show: Open) -> None:
+    """What a server answers that is neither figures nor 401, such as 429 with Retry-After."""
+    server = serve()
+    answers = [text_response(429, "too many tries; wait", headers=(("Retry-After", "3"),))]
+    side = server.server._http
+    assert side is not None
+    side.router._paths["/status.json"]["GET"] = lambda _: answers[0]
+    with server.client("ada") as client:
+        tab = show(server)
+        give(tab, client.token)
+        shows(tab, "#fault", "The server says 429: too many tries; wait. Next try in 3 s.")
+        answers[0] = HttpResponse(200, b'{"half": ', "application/json")
+        shows(tab, "#fault", "server and page are not of one version")

@@ -1,0 +1,382 @@
+"""What is to be had by the control socket: each path, what it takes, and what it does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.admin.control_helpers import Answered, ask
+from tests.server.conftest import Serve
+from tests.server.helpers import Client, ServerThread, eventually
+from zcproto.admin import control_resources
+from zcproto.alerts import AlertKind
+from zcproto.auth import DeviceFile, UserFile
+from zcproto.errors import InternalError, Unavailable
+from zcproto.observe.log import level, set_level
+from zcproto.sessions.token import token_text
+
+
+def made_key() -> tuple[str, str]:
+    """A key, and the digest that is sent of it."""
+    key = os.urandom(32)
+    return token_text(key), token_text(hashlib.sha256(key).digest())
+
+
+def get(server: ServerThread, path: str) -> Any:
+    answer = ask(server.home / "control.sock", "GET", f"/v1/{path}")
+    assert answer.status == 200, answer
+    return answer.value
+
+
+def post(server: ServerThread, path: str, fields: Any = None) -> Answered:
+    return ask(server.home / "control.sock", "POST", f"/v1/{path}", fields)
+
+
+def done(server: ServerThread, path: str, fields: Any = None) -> Any:
+    answer = post(server, path, fields)
+    assert answer.status == 200, answer
+    return answer.value
+
+
+def ended(client: Client) -> bool:
+    """Whether the session of a client is told to have ended."""
+    return str(client.event().value[0]) == "session.revoked"
+
+
+# --- the server --------------------------------------------------------------------------------------------
+
+
+def test_the_status_is_that_of_this_server(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada"):
+        found = get(server, "status")
+    assert found["pid"] == os.getpid()
+    assert found["sessions"]["live"] == 1
+    assert found["requests"]["in_flight"] == 0  # the question itself is none
+
+
+def test_a_reload_tells_what_changed_and_what_takes_a_restart(serve: Serve) -> None:
+    server = serve()
+    server.settings = {"limits__max_streams": 3, "idempotency__keep": "1h"}
+    found = done(server, "reload", {})
+    assert [each["key"] for each in found["changed"]] == ["limits.max_streams"]
+    assert found["restart"] == [
+        {"key": "idempotency.keep", "old": '"10m"', "new": '"1h"', "effect": "restart"}
+    ]
+    server.settings = {"limits__max_streams": 0}
+    answer = post(server, "reload")
+    assert answer.status == 422
+    assert len(answer.value["faults"]) == 1
+    assert "limits.max_streams" in answer.value["error"]
+    assert server.server.config.limits.max_streams == 3
+
+
+def test_a_drain_ends_the_server(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        client.send(client.request("sleep", {"ms": 60_000}))
+        server.until(lambda: server.server.serving.tasks.running == 1)
+        assert done(server, "drain", {"timeout": 60}) == {"connections": 1, "timeout": 60.0}
+        server.until(lambda: server.server.serving.draining)
+        assert get(server, "status")["draining"]
+        client.fin()
+    server.join()
+    assert not (server.home / "control.sock").exists()
+
+
+def test_a_drain_has_its_usual_limit(serve: Serve) -> None:
+    server = serve(server__drain_timeout="5s")
+    assert done(server, "drain")["timeout"] == 5.0
+    server.join()
+
+
+@pytest.mark.parametrize("timeout", [-1, 3601, "1", True, [1]])
+def test_a_drain_has_a_sane_limit_or_is_refused(serve: Serve, timeout: Any) -> None:
+    server = serve()
+    assert post(server, "drain", {"timeout": timeout}).status == 400
+    assert not server.server.serving.draining
+
+
+def test_the_level_of_the_log_is_told_and_set(serve: Serve) -> None:
+    server = serve()
+    before = level()
+    try:
+        assert get(server, "log") == {"level": before}
+        assert done(server, "log", {"level": "debug"}) == {"level": "debug", "before": before}
+        assert level() == "debug"
+        answer = post(server, "log", {"level": "loud"})
+        assert answer.status == 400
+        assert "use debug" in answer.value["error"]
+        assert post(server, "log").status == 400
+    finally:
+        set_level(before)
+
+
+# --- sessions ----------------------------------------------------------------------------------------------
+
+
+def test_sessions_are_listed_and_ended(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as ada, server.client("ben") as ben, server.client("cleo") as cleo:
+        found = get(server, "sessions")
+        assert [each["user"] for each in found["sessions"]] == ["ada", "ben", "cleo"]
+        assert not found["more"]
+        (only,) = get(server, "sessions?user=ada")["sessions"]
+        assert only["id"] == ada.opened["id"]
+        text = json.dumps(found)
+        for client in (ada, ben, cleo):
+            assert token_text(client.token) not in text
+        assert done(server, "sessions/revoke", {"ids": [only["id"], only["id"], "unknown"]}) == {"revoked": 1}
+        assert ended(ada)
+        assert done(server, "sessions/revoke", {"user": "ben"}) == {"revoked": 1}
+        assert ended(ben)
+        assert done(server, "sessions/revoke", {"all": True}) == {"revoked": 1}
+        assert ended(cleo)
+        assert get(server, "sessions")["sessions"] == []
+    kinds = server.in_loop(lambda: server.server.alerts.center.told[AlertKind.SESSIONS_REVOKED])
+    assert kinds == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"all": False},
+        {"ids": ["x"], "user": "ada"},
+        {"ids": ["x"], "all": True},
+        {"ids": [1]},
+        {"ids": ["x"] * 1_001},
+        {"ids": "x"},
+        {"user": 1},
+        {"all": 1},
+        {"everybody": True},
+        ["ids"],
+        b"{",
+        b"[" * 100_000,
+        b"\xff",
+    ],
+)
+def test_nothing_is_ended_by_what_is_not_clear(serve: Serve, fields: Any) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        answer = post(server, "sessions/revoke", fields)
+        assert answer.status == 400
+        assert answer.value["error"]
+        client.echo()
+
+
+@pytest.mark.parametrize("query", ["?users=ada", "?user=a&user=b", "?user=a&b=c", "?" + "a=b&" * 100])
+def test_a_query_that_is_not_known_is_refused(serve: Serve, query: str) -> None:
+    server = serve()
+    answer = ask(server.home / "control.sock", "GET", f"/v1/sessions{query}")
+    assert answer.status == 400
+
+
+def test_a_list_has_a_bound(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_resources, "LISTED", 2)
+    server = serve()
+    for name in ("ada", "ben", "cleo"):
+        server.client(name).close()
+    found = get(server, "sessions")
+    assert [each["user"] for each in found["sessions"]] == ["ada", "ben"]
+    assert found["more"]
+
+
+def test_names_are_any_text(serve: Serve) -> None:
+    server = serve()
+    server.client("zoë & co").close()
+    (found,) = get(server, "sessions?user=zo%C3%AB+%26+co")["sessions"]
+    assert found["user"] == "zoë & co"
+
+
+# --- users -------------------------------------------------------------------------------------------------
+
+
+def test_users_come_change_and_go(serve: Serve) -> None:
+    server = serve(users_file=True)
+    key, digest = made_key()
+    assert done(server, "users/add", {"name": "ada", "key_digest": digest}) == {}
+    assert done(server, "users/add", {"name": "robot", "operator": True}) == {}
+    assert get(server, "users") == {
+        "users": [
+            {"name": "ada", "operator": False, "key": True, "disabled": False},
+            {"name": "robot", "operator": True, "key": False, "disabled": False},
+        ],
+        "more": False,
+    }
+    with server.client() as client:
+        client.open_session("ada", key)
+        key, digest = made_key()
+        assert done(server, "users/new-key", {"name": "ada", "key_digest": digest}) == {"sessions": 1}
+        assert ended(client)
+        client.open_session("ada", key)
+        assert done(server, "users/disable", {"name": "ada"}) == {"sessions": 1}
+        assert ended(client)
+        assert get(server, "users")["users"][0]["disabled"]
+        assert done(server, "users/enable", {"name": "ada"}) == {}
+        client.open_session("ada", key)
+        assert done(server, "users/remove", {"name": "ada"}) == {"sessions": 1}
+        assert ended(client)
+    file = UserFile(server.home / "users.toml")
+    file.load()
+    assert file.names == ["robot"]
+
+
+def test_what_the_file_of_users_refuses_is_told(serve: Serve) -> None:
+    server = serve(users_file=True)
+    done(server, "users/add", {"name": "ada"})
+    answer = post(server, "users/add", {"name": "ada"})
+    assert answer.status == 422
+    assert "is there already" in answer.value["error"]
+    answer = post(server, "users/remove", {"name": "ben"})
+    assert answer.status == 404
+    assert answer.value["error"] == 'there is no user "ben"'
+    assert post(server, "users/add", {}).value["error"] == "name is missing"
+    assert post(server, "users/add", {"name": "a\nb"}).status == 422
+    for digest in ("", "x" * 43 + "=", "x" * 42, "\u00e9" * 43):
+        assert post(server, "users/add", {"name": "eve", "key_digest": digest}).status == 400
+        assert post(server, "users/new-key", {"name": "ada", "key_digest": digest}).status == 400
+    assert post(server, "users/new-key", {"name": "ada"}).value["error"] == "key_digest is missing"
+
+
+def test_a_user_is_known_before_the_watch_has_looked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for by the socket holds when it is answered."""
+    monkeypatch.setattr("zcproto.auth.user_directory.LOOK_INTERVAL", 3600.0)
+    server = serve(users_file=True)
+    key, digest = made_key()
+    done(server, "users/add", {"name": "ada", "key_digest": digest})
+    with server.client() as client:
+        client.open_session("ada", key)
+        assert done(server, "users/remove", {"name": "ada"}) == {"sessions": 1}
+        assert ended(client)
+
+
+def test_a_program_with_users_of_its_own_has_none_of_the_file(serve: Serve) -> None:
+    server = serve()
+    for path in ("users/add", "users/remove"):
+        assert post(server, path, {"name": "ada"}).status == 409
+    assert post(server, "devices/remove", {"name": "d"}).status == 409
+    assert ask(server.home / "control.sock", "GET", "/v1/devices").status == 409
+    assert not (server.home / "users.toml").exists()
+
+
+def test_devices_are_listed_and_removed(serve: Serve) -> None:
+    server = serve(users_file=True)
+    done(server, "users/add", {"name": "ada"})
+    DeviceFile(server.home / "devices.toml").add("laptop", "ada", bytes(range(32)), datetime.now(UTC))
+    eventually(lambda: get(server, "devices")["devices"])
+    (found,) = get(server, "devices")["devices"]
+    assert (found["name"], found["user"]) == ("laptop", "ada")
+    assert found["public_key"] == token_text(bytes(range(32)))
+    assert done(server, "devices/remove", {"name": "laptop"}) == {"user": "ada", "sessions": 0}
+    assert get(server, "devices")["devices"] == []
+    assert post(server, "devices/remove", {"name": "laptop"}).status == 404
+
+
+# --- certificates and alerts ---------------------------------------------------------------------------------
+
+
+def test_certificates_are_made_and_served_when_it_is_answered(serve: Serve) -> None:
+    server = serve(certificates__watch_interval="1h")
+    before = get(server, "certificates")
+    assert before["pins"] == [before["certificates"][0]["pin"]]
+    assert before["pins_next"] is None
+    made = done(server, "certificates/renew", {})
+    assert [each["new_key"] for each in made["certificates"]] == [False]
+    after = get(server, "certificates")
+    assert after["pins"] == before["pins"]
+    assert after["certificates"][0]["sha256"] != before["certificates"][0]["sha256"]
+    made = done(server, "certificates/rotate", {})
+    assert made["told"]
+    assert get(server, "certificates")["pins_next"]["pins"] == made["next_pins"]["pins"]
+    assert len(done(server, "certificates/cancel")["cancelled"]) == 1
+    assert get(server, "certificates")["pins_next"] is None
+    made = done(server, "certificates/rotate", {"at_once": True})
+    assert get(server, "certificates")["pins"] == [made["certificates"][0]["pin"]] != before["pins"]
+
+
+def test_a_kind_of_key_that_there_is_not_is_refused(serve: Serve) -> None:
+    server = serve()
+    answer = post(server, "certificates/renew", {"type": "rsa"})
+    assert (answer.status, answer.value["error"]) == (400, "type: certificates.key_types has ecdsa alone")
+    assert done(server, "certificates/renew", {"type": "ecdsa"})["certificates"]
+
+
+def test_what_cannot_be_made_is_told(serve: Serve) -> None:
+    server = serve()
+    (server.home / "certs" / "ca.key").write_text("no key")
+    answer = post(server, "certificates/renew", {})
+    assert answer.status == 422
+    assert "ca.key" in answer.value["error"]
+
+
+def test_certificates_of_others_are_theirs_to_renew(serve: Serve) -> None:
+    server = serve()
+    folder = server.home / "certs"
+    server.reload(
+        certificates__mode="files",
+        certificates__certificate=[str(folder / "server-ecdsa.crt")],
+        certificates__key=[str(folder / "server-ecdsa.key")],
+    )
+    for what in ("renew", "rotate", "cancel"):
+        assert post(server, f"certificates/{what}", {}).status == 409
+
+
+def test_alerts_are_listed_and_tried(serve: Serve, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    server = serve(alerts__command=["/bin/sh", "-c", f"cat >> {told}; echo got it"])
+    server.in_loop(lambda: server.server.alerts.raise_(AlertKind.STORE_DEGRADED, "the store is out"))
+    found = get(server, "alerts")
+    assert [each["title"] for each in found["open"]] == ["the store is out"]
+    (result,) = done(server, "alerts/test")["sinks"]
+    assert result["arrived"]
+    assert result["said"].endswith("got it")
+    kinds = [json.loads(line)["alert"]["kind"] for line in told.read_text().splitlines()]
+    assert "alerts.test" in kinds  # the store's may come before it, after it or later
+
+
+# --- the rest ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v2/status", "/v1/status/", "/healthz", "/metrics"])
+def test_there_is_nothing_else(serve: Serve, path: str) -> None:
+    server = serve()
+    answer = ask(server.home / "control.sock", "GET", path)
+    assert answer.status == 404
+    assert "application/json" not in answer.head
+
+
+def test_what_changes_something_is_not_done_by_get(serve: Serve) -> None:
+    server = serve()
+    for path in ("reload", "drain", "sessions/revoke", "users/add", "certificates/renew", "alerts/test"):
+        assert ask(server.home / "control.sock", "GET", f"/v1/{path}").status == 405
+
+
+def test_a_store_that_is_out_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve()
+
+    async def out(user: str | None, limit: int) -> Any:
+        raise Unavailable("the store of sessions does not answer: try again")
+
+    monkeypatch.setattr(server.server.serving.sessions, "records", out)
+    answer = ask(server.home / "control.sock", "GET", "/v1/sessions")
+    assert (answer.status, answer.value["error"][:9]) == (503, "the store")
+
+
+def test_a_fault_of_ours_is_an_incident(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve()
+
+    async def broken(user: str | None, limit: int) -> Any:
+        raise InternalError("a secret of ours")
+
+    monkeypatch.setattr(server.server.serving.sessions, "records", broken)
+    answer = ask(server.home / "control.sock", "GET", "/v1/sessions")
+    assert answer.status == 500
+    assert b"incident" in answer.body
+    assert b"secret" not in answer.body

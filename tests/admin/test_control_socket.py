@@ -1,0 +1,356 @@
+"""The control socket itself: whose it is, who may come in, and what hostile neighbours can do."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.admin.control_helpers import ask, connect, exchange
+from tests.server.conftest import Serve
+from tests.server.helpers import ServerProcess, ServerThread, configuration, eventually
+from zcproto.admin.control import MAX_CONNECTIONS, ControlSocket
+from zcproto.common.home import Home
+from zcproto.common.local_socket import MAX_ADDRESS, LocalPeer, address_of, peer_of
+from zcproto.errors import ConfigError
+from zcproto.runtime.server import Server
+
+STRANGER = 65_534
+
+
+def control(server: ServerThread) -> ControlSocket:
+    found = server.server._control
+    assert found is not None
+    return found
+
+
+# --- the file ----------------------------------------------------------------------------------------------
+
+
+def test_the_socket_is_its_owners_and_gone_at_the_end(serve: Serve) -> None:
+    server = serve()
+    status = server.home.joinpath("control.sock").lstat()
+    assert stat.S_ISSOCK(status.st_mode)
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert status.st_uid == os.geteuid()
+    assert ask(server.home / "control.sock", "GET", "/v1/status").status == 200
+    server.drain()
+    assert not (server.home / "control.sock").exists()
+    assert not (server.home / ".control.sock.new").exists()
+
+
+async def test_a_second_server_with_the_home_of_a_first_does_not_start(serve: Serve) -> None:
+    first = serve()
+    second = Server(config=configuration(first.home), home=first.home)
+    with pytest.raises(ConfigError, match="a server runs with this home folder"):
+        await second.start()
+    assert ask(first.home / "control.sock", "GET", "/v1/status").value["pid"] == os.getpid()
+    first.client("ada").close()
+
+
+async def test_what_a_dead_server_has_left_is_replaced(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / "home"
+    with ServerProcess(home, certs) as server:
+        path = home / "control.sock"
+        assert ask(path, "GET", "/v1/status").value["pid"] == server.process.pid
+        server.signal(signal.SIGKILL)
+        server.wait()
+        assert path.exists()
+        with pytest.raises(ConnectionRefusedError):
+            connect(path)
+    async with Server(config=configuration(home), home=home):
+        assert path.exists()
+    assert not path.exists()
+
+
+async def test_what_is_no_socket_is_never_replaced(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "certs").symlink_to(certs)
+    (home / "control.sock").write_text("somebody's notes")
+    with pytest.raises(ConfigError, match="is no socket"):
+        await Server(config=configuration(home), home=home).start()
+    assert (home / "control.sock").read_text() == "somebody's notes"
+    (home / "control.sock").unlink()
+    async with Server(config=configuration(home), home=home):  # the lock was let go
+        pass
+
+
+async def test_a_link_to_elsewhere_is_not_followed(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "certs").symlink_to(certs)
+    (home / "control.sock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is no socket"):
+        await Server(config=configuration(home), home=home).start()
+    (home / "control.sock").unlink()
+    (home / "control.lock").unlink()
+    (home / "control.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        await Server(config=configuration(home), home=home).start()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+async def test_a_server_whose_start_fails_leaves_nothing(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "certs").symlink_to(certs)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = configuration(home, server__port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match="cannot listen"):
+            await Server(config=config, home=home).start()
+    assert not (home / "control.sock").exists()
+    async with Server(config=configuration(home), home=home):
+        pass
+
+
+async def test_a_folder_that_takes_no_socket_does_not_keep_a_server_from_starting(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "certs").symlink_to(certs)
+
+    def read_only(control: ControlSocket) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(ControlSocket, "_bind", read_only)
+    async with Server(config=configuration(home), home=home) as server:
+        assert server._control is None
+        assert not (home / "control.sock").exists()
+
+
+async def test_a_server_may_have_none(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "certs").symlink_to(certs)
+    async with Server(config=configuration(home), home=home, control=False):
+        assert not (home / "control.sock").exists()
+
+
+def test_a_socket_that_somebody_else_has_put_there_is_left_alone(serve: Serve) -> None:
+    server = serve()
+    path = server.home / "control.sock"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other, address_of(path) as address:
+        other.bind(address)
+    server.drain()
+    assert path.exists()
+
+
+def test_a_path_that_is_too_long_for_the_system_is_named_otherwise(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / ("long" * 30)
+    with ServerThread(home, certs) as server:
+        assert len(os.fsencode(server.home / "control.sock")) > MAX_ADDRESS
+        assert ask(server.home / "control.sock", "GET", "/v1/status").status == 200
+
+
+def test_a_short_path_is_taken_as_it_is(tmp_path: Path) -> None:
+    with address_of(Path("/run/x.sock")) as address:
+        assert address == "/run/x.sock"
+
+
+# --- who comes in --------------------------------------------------------------------------------------------
+
+
+def test_the_system_says_who_is_there() -> None:
+    one, other = socket.socketpair(socket.AF_UNIX)
+    with one, other:
+        assert peer_of(one) == LocalPeer(os.getpid(), os.geteuid())
+
+
+def test_on_a_system_that_does_not_say_the_modes_decide(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    monkeypatch.delattr(socket, "SO_PEERCRED")
+    with socket.socket() as some:
+        assert peer_of(some) is None
+    assert ask(server.home / "control.sock", "POST", "/v1/reload", {}).status == 200
+
+
+def test_another_user_of_the_system_is_refused(serve: Serve) -> None:
+    server = serve()
+    found = control(server)
+    own, found._own_uid = found._own_uid, STRANGER + 1
+    try:
+        if os.geteuid() == 0:
+            assert ask(server.home / "control.sock", "GET", "/v1/status").status == 200  # root may
+        else:
+            assert ask(server.home / "control.sock", "GET", "/v1/status").status == 403
+    finally:
+        found._own_uid = own
+
+
+STRANGERS_PROGRAM = """
+import json, os, socket, sys
+path, uid = sys.argv[1], int(sys.argv[2])
+os.setgroups([])
+os.setgid(uid)
+os.setuid(uid)
+said = []
+for _ in range(50):
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(20)
+            connection.connect(path)
+            connection.sendall(b"GET /v1/status HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+            answer = b""
+            while part := connection.recv(65536):
+                answer += part
+            said.append(answer.decode("latin-1"))
+    except OSError as error:
+        said.append(type(error).__name__)
+print(json.dumps(said))
+"""
+
+
+def _ask_as_stranger(path: Path) -> list[str]:
+    """What another user of the system is answered, fifty times."""
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGERS_PROGRAM, str(path), str(STRANGER)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        cwd="/",
+    )
+    return [str(each) for each in json.loads(done.stdout)]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_hostile_user_gets_nothing_whatever_the_modes_are(certs: Path) -> None:
+    # pytest's own folders are closed to others, and it is the socket that is to be tried.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        with ServerThread(folder / "h", certs) as server:
+            path = server.home / "control.sock"
+            said = _ask_as_stranger(path)
+            assert set(said) == {"PermissionError"}  # the home folder is closed
+            server.home.chmod(0o755)
+            assert set(_ask_as_stranger(path)) == {"PermissionError"}  # so is the socket
+            path.chmod(0o666)
+            said = _ask_as_stranger(path)
+            assert len(said) == 50
+            for answer in said:  # an answer, or a reset that came before it was read
+                assert '"sessions"' not in answer
+                assert answer.startswith("HTTP/1.1 403 ") or answer in (
+                    "ConnectionResetError",
+                    "BrokenPipeError",
+                )
+            assert control(server).refused == 50
+            assert ask(path, "GET", "/v1/status").status == 200
+            server.until(lambda: len(control(server).endpoint.connections) == 0)
+
+
+def test_many_connections_are_bounded_and_let_others_in_when_they_go(serve: Serve) -> None:
+    server = serve()
+    path = server.home / "control.sock"
+    held = [connect(path) for _ in range(MAX_CONNECTIONS)]
+    server.until(lambda: len(control(server).endpoint.connections) == MAX_CONNECTIONS)
+    more = [connect(path) for _ in range(200)]
+    for each in more:
+        with each:
+            assert each.recv(1) == b""
+    assert len(control(server).endpoint.connections) == MAX_CONNECTIONS
+    server.client("ada").close()  # nobody else notices
+    for each in held:
+        each.close()
+    server.until(lambda: not control(server).endpoint.connections)
+    assert ask(path, "GET", "/v1/status").status == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 600 + b"\r\n\r\n", b" 400 "),
+        (b"GET / HTTP/1.1\r\n\r\n", b" 400 "),
+        (b"GET /v1/../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", b" 404 "),
+        (b"GET /" + b"a" * 100_000, b" 414 "),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"x: y\r\n" * 5_000, b" 431 "),
+        (b"POST /v1/reload HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n", b" 413 "),
+        (b"DELETE /v1/sessions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", b" 405 "),
+        (b"TRACE /v1/status HTTP/1.1\r\nHost: x\r\n\r\n", b" 501 "),
+    ],
+)
+def test_garbage_is_refused_and_nothing_else_happens(serve: Serve, sent: bytes, status: bytes) -> None:
+    server = serve()
+    path = server.home / "control.sock"
+    answer = exchange(path, sent)
+    assert status in answer.partition(b"\r\n")[0] or answer == b""  # a reset may have come before it
+    assert ask(path, "GET", "/v1/status").status == 200
+
+
+def test_random_bytes_are_survived(serve: Serve) -> None:
+    server = serve()
+    path = server.home / "control.sock"
+    for _ in range(50):
+        try:
+            with connect(path) as connection:
+                connection.sendall(os.urandom(5_000))
+        except OSError:
+            pass
+    assert ask(path, "GET", "/v1/status").status == 200
+    server.until(lambda: not control(server).endpoint.connections)
+
+
+def test_a_system_without_room_is_asked_again_later(serve: Serve) -> None:
+    server = serve()
+    path = server.home / "control.sock"
+    found = control(server)
+    real = found._socket
+    assert real is not None
+
+    class Full:
+        def accept(self) -> Any:
+            found._socket = real
+            raise OSError(24, "Too many open files")
+
+        def fileno(self) -> int:
+            return real.fileno()
+
+    def fill() -> None:
+        found._socket = Full()  # type: ignore[assignment]
+
+    server.in_loop(fill)
+    assert ask(path, "GET", "/v1/status").status == 200  # it waited for half a second
+    assert found._socket is real
+
+
+def test_a_connection_that_went_away_at_once_is_nobodys(serve: Serve) -> None:
+    server = serve()
+    path = server.home / "control.sock"
+    for _ in range(300):
+        connect(path).close()
+    server.until(lambda: not control(server).endpoint.connections and not control(server)._adopting)
+    assert ask(path, "GET", "/v1/status").status == 200
+
+
+def test_open_connections_do_not_hold_up_the_end(serve: Serve) -> None:
+    server = serve()
+    with connect(server.home / "control.sock") as idle:
+        eventually(lambda: len(control(server).endpoint.connections) == 1)
+        server.drain()
+        assert idle.recv(1) == b""
+
+
+def test_a_socket_that_never_opened_can_be_closed(tmp_path: Path, serve: Serve) -> None:
+    server = serve()
+    other = ControlSocket(Home(server.home), server.server.serving, control(server).endpoint.routes)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError):
+        other.open()
+    other.close()
+    assert (server.home / "control.sock").exists()

@@ -1,0 +1,604 @@
+"""The HTTPS side of a whole server, over real TLS: by Python's own client, by bytes, and by curl."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from tests.http.helpers import GET, Answer, answers
+from tests.server.conftest import Serve
+from tests.server.helpers import ServerThread, bystander, client_context, eventually
+from zcproto.certs import clients
+from zcproto.http.connection import HttpLimits
+from zcproto.http.messages import HttpRequest, HttpResponse, text_response
+from zcproto.http.router import Route
+from zcproto.sessions.token import token_text
+
+HSTS = "max-age=31536000; includeSubDomains"
+OPEN = ["/", "/healthz", "/readyz", "/.well-known/zcp"]
+
+
+def tls(
+    server: ServerThread,
+    alpn: tuple[str, ...] = ("http/1.1",),
+    shows: clients.ClientCertificate | None = None,
+) -> ssl.SSLSocket:
+    context = client_context(server.home / "certs" / "ca.crt", alpn)
+    if shows is not None:
+        context.load_cert_chain(shows.certificate, shows.key)
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(server.tcp())
+        connection = context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False)
+        stack.pop_all()
+        return connection
+
+
+def read_to_end(connection: ssl.SSLSocket) -> bytes:
+    """All bytes until close_notify; anything else is an error."""
+    received = bytearray()
+    while data := connection.recv(65_536):
+        received += data
+    return bytes(received)
+
+
+def exchange(server: ServerThread, data: bytes, alpn: tuple[str, ...] = ("http/1.1",)) -> list[Answer]:
+    """What the bytes are answered with; they must be such that the server closes."""
+    with tls(server, alpn) as connection:
+        connection.sendall(data)
+        return answers(read_to_end(connection))
+
+
+def ask(
+    server: ServerThread,
+    path: str,
+    method: str = "GET",
+    headers: dict[str, str] | None = None,
+    body: bytes = b"",
+) -> Answer:
+    """One request by Python's own client."""
+    context = client_context(server.home / "certs" / "ca.crt", ())
+    connection = http.client.HTTPSConnection("localhost", server.port, timeout=10, context=context)
+    with contextlib.closing(connection):
+        connection.request(method, path, body or None, headers or {})
+        response = connection.getresponse()
+        return Answer(
+            response.status, [(name.lower(), value) for name, value in response.getheaders()], response.read()
+        )
+
+
+def bearer(token: bytes) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token_text(token)}"}
+
+
+def add(server: ServerThread, *routes: Route) -> None:
+    side = server.server._http
+    assert side is not None
+    for route in routes:
+        server.in_loop(lambda route=route: side.router.add(route))
+
+
+# --- what there is ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", OPEN)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_what_is_open_is_had_without_a_session(shared: ServerThread, path: str, method: str) -> None:
+    answer = ask(shared, path, method)
+    assert answer.status == 200
+    assert answer.one("strict-transport-security") == HSTS
+    assert int(answer.one("content-length")) > 0
+    assert (answer.body == b"") is (method == "HEAD")
+
+
+def test_healthz_says_ok(shared: ServerThread) -> None:
+    assert ask(shared, "/healthz").body == b"ok\n"
+
+
+def test_a_client_finds_what_it_needs_to_connect(shared: ServerThread) -> None:
+    found = json.loads(ask(shared, "/.well-known/zcp").body)
+    assert found["alpn"] == ["zcp/1"]
+    assert found["versions"] == [1]
+    assert found["auth"] == ["api_key"]
+    assert found["pins"] == shared.server.pins
+    assert found["pins_next"] is None
+    with shared.client() as client:
+        welcome = client.welcome.value
+    assert found["sts"] == welcome["sts"] == {"max_age": 31_536_000, "include_subdomains": True}
+    for key in ("max_frame", "max_streams", "idle_timeout_ms", "tolerance_ms"):
+        assert found["limits"][key] == welcome[key]
+
+
+def test_what_is_not_there_says_so(shared: ServerThread) -> None:
+    assert ask(shared, "/nothing").status == 404
+    refused = ask(shared, "/healthz", "POST", body=b"x")
+    assert (refused.status, refused.one("allow")) == (405, "GET, HEAD")
+
+
+# --- readiness -------------------------------------------------------------------------------------------
+
+
+def ready(server: ServerThread) -> tuple[int, dict[str, Any]]:
+    answer = ask(server, "/readyz")
+    return answer.status, json.loads(answer.body)
+
+
+def test_readyz_says_what_it_looked_at(shared: ServerThread) -> None:
+    status, found = ready(shared)
+    assert status == 200
+    assert (found["ready"], found["reasons"]) == (True, [])
+    assert found["checks"]["draining"] is False
+    assert found["checks"]["store"] == "healthy"
+    (certificate,) = found["checks"]["certificates"]
+    assert certificate["key_type"] == "ecdsa-p256"
+    assert 89 * 86_400 < certificate["seconds_left"] <= 90 * 86_400
+
+
+def test_a_certificate_that_has_expired_is_a_reason(serve: Serve) -> None:
+    server = serve(certificates__watch_interval="1h")
+    server.clock.ahead_ms = 91 * 86_400_000
+    status, found = ready(server)
+    assert status == 503
+    assert found["ready"] is False
+    assert found["reasons"] == ["certificate: one that is served has expired"]
+
+
+def test_a_store_that_does_not_answer_is_a_reason(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve()
+    sessions = server.server.serving.sessions
+    monkeypatch.setattr(sessions, "statistics", lambda: {"state": "degraded"})
+    status, found = ready(server)
+    assert status == 503
+    assert [reason.partition(":")[0] for reason in found["reasons"]] == ["store"]
+    assert "known go on" in found["reasons"][0]
+    server.in_loop(server.server.serving.registry.refuse_all)
+    assert "every token is refused" in ready(server)[1]["reasons"][0]
+
+
+def test_draining_is_a_reason_and_the_last_answer(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as busy, tls(server) as connection:
+        busy.send(busy.request("sleep", {"ms": 60_000}))
+        server.until(lambda: server.server.serving.tasks.running == 1)
+        connection.sendall(GET.replace(b"GET /", b"GET /readyz"))
+        (before,) = answers(receive_one(connection))
+        server.begin_drain(30.0)
+        server.until(lambda: server.server.serving.draining)
+        connection.sendall(GET.replace(b"GET /", b"GET /readyz"))
+        (after,) = answers(read_to_end(connection))
+        busy.close()
+    assert (before.status, before.closes) == (200, False)
+    assert (after.status, after.closes) == (503, True)
+    assert json.loads(after.body)["reasons"] == ["draining: the server is stopping"]
+    server.join()
+
+
+def receive_one(connection: ssl.SSLSocket) -> bytes:
+    """One response that has a length."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65_536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    while len(body) < length:
+        body += connection.recv(65_536)
+    return head + b"\r\n\r\n" + body
+
+
+def test_a_drain_waits_for_handlers_as_for_methods(serve: Serve) -> None:
+    server = serve()
+    gate = server.in_loop(asyncio.Event)
+
+    async def wait(request: HttpRequest) -> HttpResponse:
+        await gate.wait()
+        return text_response(200, "waited")
+
+    add(server, Route("GET", "/wait", wait))
+    with tls(server) as waiting:
+        waiting.sendall(GET.replace(b"GET /", b"GET /wait"))
+        server.until(lambda: server.server._http.endpoint.answering == 1)  # type: ignore[union-attr]
+        server.begin_drain(30.0)
+        server.until(lambda: server.server.serving.draining)
+        server.in_loop(gate.set)
+        (answer,) = answers(read_to_end(waiting))
+    assert (answer.body, answer.closes) == (b"waited\n", True)
+    server.join()
+
+
+def test_idle_connections_do_not_hold_up_the_end(serve: Serve) -> None:
+    server = serve()
+    with tls(server) as idle, tls(server) as silent:
+        idle.sendall(GET)
+        receive_one(idle)
+        silent.sendall(b"GET / HT")
+        server.until(lambda: server.server.statistics()["http"]["connections"] == 2)
+        began = time.monotonic()
+        server.begin_drain(30.0)
+        assert read_to_end(idle) == b""
+        assert read_to_end(silent) == b""
+        assert time.monotonic() - began < 20.0
+    server.join()
+
+
+# --- which protocol --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpn", [(), ("http/1.1",), ("h2", "http/1.1"), ("http/1.1", "h2", "http/1.0")])
+def test_http_is_what_a_client_gets_that_does_not_offer_ours(
+    shared: ServerThread, alpn: tuple[str, ...]
+) -> None:
+    with tls(shared, alpn) as connection:
+        assert connection.selected_alpn_protocol() == ("http/1.1" if alpn else None)
+        connection.sendall(GET)
+        assert answers(receive_one(connection))[0].status == 200
+
+
+def test_offered_both_ours_is_chosen_and_no_http_is_spoken(shared: ServerThread) -> None:
+    with tls(shared, ("http/1.1", "zcp/1")) as connection:
+        assert connection.selected_alpn_protocol() == "zcp/1"
+        connection.sendall(GET)
+        assert b"HTTP/1.1" not in read_to_end(connection)
+
+
+def test_a_frame_on_the_https_side_is_a_bad_request(shared: ServerThread) -> None:
+    with shared.client() as client:
+        frame = client.request("server.info")
+    (answer,) = exchange(shared, frame)
+    assert answer.status == 400
+
+
+def test_without_the_https_side_nothing_of_it_is_there(serve: Serve) -> None:
+    server = serve(http__enabled=False)
+    with pytest.raises(ssl.SSLError, match=r"(?i)no.application.protocol"):
+        tls(server)
+    assert server.stats["http"] is None
+    with server.client("ada") as client:
+        client.echo()
+
+
+# --- every response, each header once --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "data"),
+    [
+        (200, b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"),
+        (400, b"\0"),
+        (400, b"GET / HTTP/1.1\nHost: a\n\n"),
+        (404, b"GET /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"),
+        (405, b"PUT / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"),
+        (413, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n" + bytes(100_000)),
+        (414, b"GET /" + b"x" * 20_000),
+        (431, b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 20_000),
+        (501, b"BREW / HTTP/1.1\r\nHost: a\r\n\r\n"),
+        (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    ],
+)
+def test_every_response_has_hsts_and_no_version_of_ours(
+    shared: ServerThread, status: int, data: bytes
+) -> None:
+    with bystander(shared):
+        (answer,) = exchange(shared, data)
+    assert answer.status == status
+    assert answer.closes
+    names = [name for name, _ in answer.headers]
+    assert len(names) == len(set(names))
+    assert answer.one("strict-transport-security") == HSTS
+    assert answer.one("x-frame-options") == "DENY"
+    assert answer.all("server") == []
+
+
+def test_hsts_can_be_switched_off(serve: Serve) -> None:
+    server = serve(http__hsts=False)
+    assert ask(server, "/").all("strict-transport-security") == []
+    with server.client() as client:
+        assert client.welcome.value["sts"] == {"max_age": 31_536_000, "include_subdomains": True}
+
+
+def test_native_clients_get_the_same_policy(serve: Serve) -> None:
+    server = serve(http__hsts_max_age_seconds=60, http__hsts_include_subdomains=False)
+    assert ask(server, "/").one("strict-transport-security") == "max-age=60"
+    policy = {"max_age": 60, "include_subdomains": False}
+    assert json.loads(ask(server, "/.well-known/zcp").body)["sts"] == policy
+    with server.client() as client:
+        assert client.welcome.value["sts"] == policy
+
+
+# --- time and limits -------------------------------------------------------------------------------------
+
+
+def test_a_head_that_drips_is_cut_off(serve: Serve) -> None:
+    server = serve(http__request_timeout=0.5)
+    with bystander(server), tls(server) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
+        (answer,) = answers(read_to_end(connection))
+    assert answer.status == 408
+    assert answer.one("strict-transport-security") == HSTS
+
+
+def test_silence_and_idleness_end_without_a_word(serve: Serve) -> None:
+    server = serve(http__request_timeout=0.5, http__idle_timeout=0.5)
+    with tls(server) as silent, tls(server) as idle:
+        idle.sendall(GET)
+        assert len(answers(read_to_end(idle))) == 1
+        assert read_to_end(silent) == b""
+    server.until_left()
+
+
+def test_many_requests_at_once_are_answered_in_their_order(shared: ServerThread) -> None:
+    paths = [*OPEN, "/nothing", *OPEN]
+    data = b"".join(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode() for path in paths * 20)
+    end = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    with bystander(shared):
+        found = exchange(shared, data + end)
+    assert [answer.status for answer in found] == [
+        404 if path == "/nothing" else 200 for path in paths * 20
+    ] + [200]
+    assert [answer.closes for answer in found] == [False] * len(paths) * 20 + [True]
+
+
+def test_a_connection_has_its_number_of_requests(shared: ServerThread) -> None:
+    found = exchange(shared, GET.replace(b"GET /", b"GET /healthz") * 1_001)
+    assert len(found) == 1_000
+    assert [answer.closes for answer in found[-2:]] == [False, True]
+
+
+def test_who_reads_nothing_is_disconnected(serve: Serve) -> None:
+    server = serve(limits__write_timeout=0.5)
+    add(server, Route("GET", "/big", lambda request: text_response(200, "x" * 1_000_000)))
+    with bystander(server), tls(server) as connection:
+        with contextlib.suppress(OSError):
+            connection.settimeout(5)
+            connection.sendall(GET.replace(b"GET /", b"GET /big") * 200)
+        eventually(lambda: server.stats["http"]["write_timeouts"] == 1)
+        assert server.stats["http"]["responses"]["200"] < 50
+    server.until_left()
+
+
+def test_who_reads_late_gets_all_of_it_and_nothing_is_made_ahead(serve: Serve) -> None:
+    server = serve()
+    add(server, Route("GET", "/big", lambda request: text_response(200, "x" * 3_000_000)))
+    big = GET.replace(b"GET /", b"GET /big")
+    with bystander(server), tls(server) as connection:
+        connection.sendall(big * 7 + big.replace(b"Host", b"Connection: close\r\nHost"))
+        server.until(lambda: any(each._paused_since is not None for each in server.server._http.connections))  # type: ignore[union-attr]
+        made = server.stats["http"]["responses"]["200"]
+        found = answers(read_to_end(connection))
+    assert made < 8
+    assert [len(answer.body) for answer in found] == [3_000_001] * 8
+    assert [answer.closes for answer in found] == [False] * 7 + [True]
+
+
+def test_http_connections_count_with_all_others(serve: Serve) -> None:
+    server = serve(limits__connections_per_address=2)
+    with tls(server), tls(server):
+        server.until(lambda: server.server.statistics()["http"]["connections"] == 2)
+        assert server.stats["tcp_connections"] == 2
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            tls(server)
+    assert server.stats["refused_per_address"] == 1
+    server.until_left()
+
+
+def test_nothing_is_left_of_connections_that_go_in_any_way(serve: Serve) -> None:
+    server = serve()
+    for _ in range(3):
+        with tls(server) as closed:
+            closed.sendall(GET)
+            receive_one(closed)
+            with contextlib.suppress(OSError):
+                closed.unwrap()
+        with tls(server) as cut:
+            cut.sendall(b"GET / HTTP/1.1\r\n")
+        with tls(server) as refused:
+            refused.sendall(b"\0")
+            read_to_end(refused)
+    server.until_left()
+    server.until(lambda: server.server.statistics()["http"]["connections"] == 0)
+
+
+def test_a_client_whose_certificate_is_revoked_is_closed_here_too(serve: Serve) -> None:
+    server = serve(tls__client_auth="optional")
+    folder, now = server.home / "certs", datetime.now(UTC)
+    good, bad = (
+        clients.issue_client(folder, name, lifetime=timedelta(days=30), now=now) for name in ("good", "bad")
+    )
+    with tls(server) as first, tls(server, shows=good) as second, tls(server, shows=bad) as third:
+        for connection in (first, second, third):
+            connection.sendall(GET)
+            assert answers(receive_one(connection))[0].status == 200
+        clients.revoke_client(folder, name="bad", now=now)
+        asyncio.run_coroutine_threadsafe(server.server._keeper.look(), server.loop).result(10)
+        assert read_to_end(third) == b""
+        for connection in (first, second):
+            connection.sendall(GET)
+            assert answers(receive_one(connection))[0].status == 200
+
+
+# --- handlers --------------------------------------------------------------------------------------------
+
+
+async def broken_later(request: HttpRequest) -> HttpResponse:
+    await asyncio.sleep(0)
+    raise RuntimeError("a secret of ours")
+
+
+def broken(request: HttpRequest) -> HttpResponse:
+    raise RuntimeError("a secret of ours")
+
+
+def unwritable(request: HttpRequest) -> HttpResponse:
+    return text_response(200, "x", headers=(("X", "a\r\nb"),))
+
+
+@pytest.mark.parametrize("handler", [broken, broken_later, unwritable])
+def test_a_fault_of_ours_is_500_with_an_id_and_nothing_else(serve: Serve, handler: Any) -> None:
+    server = serve()
+    add(server, Route("GET", "/broken", handler))
+    answer = ask(server, "/broken")
+    assert answer.status == 500
+    assert answer.closes
+    assert answer.body.startswith(b"internal error, incident ")
+    assert b"secret" not in answer.body
+    assert answer.one("strict-transport-security") == HSTS
+    assert ask(server, "/healthz").status == 200
+
+
+def test_a_handler_that_waits_holds_up_its_own_connection_alone(serve: Serve) -> None:
+    server = serve()
+    gate = server.in_loop(asyncio.Event)
+
+    async def wait(request: HttpRequest) -> HttpResponse:
+        await gate.wait()
+        return text_response(200, "waited")
+
+    add(server, Route("GET", "/wait", wait))
+    with tls(server) as waiting:
+        waiting.sendall(GET.replace(b"GET /", b"GET /wait") + GET.replace(b"GET /", b"GET /healthz"))
+        server.until(lambda: server.server._http.endpoint.answering == 1)  # type: ignore[union-attr]
+        assert ask(server, "/healthz").status == 200
+        server.in_loop(gate.set)
+        first, second = receive_one(waiting), receive_one(waiting)
+    assert answers(first)[0].body == b"waited\n"
+    assert answers(second)[0].body == b"ok\n"
+
+
+def test_a_handler_ends_with_its_connection(serve: Serve) -> None:
+    server = serve()
+
+    async def wait(request: HttpRequest) -> HttpResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    add(server, Route("GET", "/wait", wait))
+    with tls(server) as waiting:
+        waiting.sendall(GET.replace(b"GET /", b"GET /wait"))
+        server.until(lambda: server.server.serving.tasks.running == 1)
+    server.until_left()
+    assert server.server._http is not None
+    assert server.server._http.endpoint.answering == 0
+
+
+# --- other programs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def curl(shared: ServerThread) -> Any:
+    program = shutil.which("curl")
+    if program is None:
+        pytest.skip("curl is not installed")
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [
+                program,
+                "-sS",
+                "--max-time",
+                "20",
+                "--cacert",
+                str(shared.home / "certs" / "ca.crt"),
+                *arguments,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_curl_gets_all_there_is_on_one_connection(shared: ServerThread, curl: Any) -> None:
+    before = shared.stats["http"]["connections_opened"]
+    out = curl(
+        "-w",
+        "%{http_code} %{num_connects} %{http_version}\n",
+        "-o",
+        "/dev/null",
+        *(part for path in OPEN for part in (f"https://localhost:{shared.port}{path}", "-o", "/dev/null")),
+    )
+    assert out.split("\n")[:4] == ["200 1 1.1", "200 0 1.1", "200 0 1.1", "200 0 1.1"]
+    assert shared.stats["http"]["connections_opened"] == before + 1
+
+
+def test_curl_sends_bodies_of_every_kind(shared: ServerThread, curl: Any) -> None:
+    url = f"https://localhost:{shared.port}/healthz"
+    for arguments in (
+        ["-d", "x" * 2_000],
+        ["-d", "x" * 2_000, "-H", "Expect: 100-continue"],
+        ["-d", "x" * 2_000, "-H", "Transfer-Encoding: chunked"],
+        ["--http1.0", "-d", "x"],
+        ["-I"],
+        ["--no-alpn"],
+    ):
+        out = curl("-o", "/dev/null", "-w", "%{http_code}", *arguments, url)
+        assert out == ("405" if "-d" in arguments else "200"), arguments
+
+
+def test_curl_remembers_the_policy(shared: ServerThread, curl: Any, tmp_path: Any) -> None:
+    curl("--hsts", str(tmp_path / "hsts"), f"https://localhost:{shared.port}/")
+    kept = (tmp_path / "hsts").read_text()
+    assert ".localhost" in kept
+
+
+def test_a_plain_socket_that_speaks_no_tls_is_told_as_before(shared: ServerThread) -> None:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as raw:
+        raw.sendall(GET)
+        answer = b""
+        while data := raw.recv(65_536):
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"Strict-Transport-Security" not in answer
+
+
+# --- the edge of it, in the server's own loop --------------------------------------------------------------
+
+
+def test_who_comes_while_the_server_drains_gets_one_answer(serve: Serve) -> None:
+    server = serve()
+    side = server.server._http
+    assert side is not None
+    server.in_loop(side.endpoint.drain)
+    with tls(server) as connection:
+        connection.sendall(GET)
+        (answer,) = answers(read_to_end(connection))
+    assert answer.status == 200
+    assert answer.closes
+    asyncio.run_coroutine_threadsafe(side.endpoint.wait_at_rest(), server.loop).result(10)
+
+
+def test_a_handler_that_waits_too_long_is_cancelled_and_its_client_told(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    side = server.server._http
+    assert side is not None
+    monkeypatch.setattr(side.endpoint, "limits", HttpLimits(answer_timeout=0.2))
+    ended = []
+
+    async def wait(request: HttpRequest) -> HttpResponse:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(request.path)
+        raise AssertionError
+
+    add(server, Route("GET", "/wait", wait))
+    with tls(server) as waiting:
+        waiting.sendall(GET.replace(b"GET /", b"GET /wait"))
+        (answer,) = answers(read_to_end(waiting))
+    assert (answer.status, answer.closes) == (503, True)
+    server.until_left()
+    assert ended == ["/wait"]

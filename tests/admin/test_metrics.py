@@ -1,0 +1,375 @@
+"""What a whole server tells Prometheus: each fact by the metric that it belongs to, and never who it was."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import subprocess
+from typing import Any
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from tests.interop.support import needs
+from tests.server.conftest import Serve
+from tests.server.helpers import NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
+from zcproto.admin.metrics import END_REASONS, USER_CHANGED
+from zcproto.app.app import App
+from zcproto.errors import CallError
+from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY
+from zcproto.sessions.token import token_text
+from zcproto.stores.service import StoredSessions
+from zcproto.stores.store import StoreUnavailable
+from zcproto.tls.failure import TlsFailure
+
+SHARED_ONLY = {
+    "zcproto_certificate_last_renewal_timestamp_seconds",
+    "zcproto_certificate_last_renewal_success",
+}
+"""There only once certificates were renewed."""
+
+
+def render(server: ServerThread, accept: str = "") -> str:
+    return server.in_loop(lambda: server.server.metrics.render(accept))[1].decode()
+
+
+def value(server: ServerThread, name: str, **labels: str) -> float:
+    """The value of a series; 0 where there is none."""
+    for family in parse_text(render(server)):
+        for sample in family.samples:
+            if sample.name == name and sample.labels == labels:
+                return sample.value
+    return 0.0
+
+
+def grows(server: ServerThread, name: str, by: float = 1, **labels: str) -> Any:
+    """Within it, a series grows by so much, and what it counts by no more."""
+
+    @contextlib.contextmanager
+    def check() -> Any:
+        before = value(server, name, **labels)
+        yield
+        eventually(lambda: value(server, name, **labels) - before == by)
+
+    return check()
+
+
+def names_in(text: str) -> set[str]:
+    """Metrics by their whole names."""
+    return {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in parse_text(text)
+        if family.samples
+    }
+
+
+# --- all of it ---------------------------------------------------------------------------------------------
+
+
+@needs("promtool")
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+def test_promtool_has_nothing_to_say(serve: Serve, store: str) -> None:
+    server = serve(store__url=store)
+    with server.client("ada") as client:
+        client.call("sleep", {"ms": 1})
+        client.refused("nobody.has.this")
+        text = render(server)
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_what_is_told_is_in_the_table_and_all_of_the_table_is_told(serve: Serve) -> None:
+    server = serve(store__url="sqlite")
+    with server.client("ada") as client:
+        client.call("sleep", {"ms": 1})
+        client.refused("nobody.has.this")
+        client.send(client.frame(PING, timestamp=wall() - 3_600_000))
+        client.send(client.request("echo", timestamp=wall() - 3_600_000))
+        client.answer()
+    server.until(lambda: not server.server.serving.connections)
+    told = names_in(render(server))
+    shared_store = {"zcproto_http_responses_total"}  # nobody has asked yet
+    assert told - set(OF_THE_LIBRARY) <= {metric.name for metric in ALL}
+    assert {metric.name for metric in ALL} - told == SHARED_ONLY | shared_store
+
+
+def test_labels_are_those_of_the_table(serve: Serve) -> None:
+    server = serve(store__url="sqlite")
+    with server.client("ada") as client:
+        client.call("sleep", {"ms": 1})
+    labels = {metric.name.removesuffix("_total"): set(metric.labels) for metric in ALL}
+    for parse, accept in (
+        (parse_text, ""),
+        (parse_openmetrics, "application/openmetrics-text;version=1.0.0"),
+    ):
+        for family in parse(render(server, accept)):
+            for sample in family.samples:
+                if family.name in labels:
+                    assert set(sample.labels) - {"le"} == labels[family.name]
+
+
+def test_no_name_address_token_or_key_is_in_any_line(serve: Serve) -> None:
+    user = f"user{secrets.token_hex(8)}"
+    server = serve(store__url="sqlite", certificates__key_types=["ecdsa-p256"])
+    with server.client(user) as client:
+        client.echo()
+        for scheme in ("api_key", user):
+            refused = {"scheme": scheme, "user": user, "key": "the wrong key"}
+            client.refused("session.open", refused, token=NO_TOKEN)
+        client.refused(f"{user}.method")
+        client.refused("echo", token=secrets.token_bytes(32))
+        client.call("session.revoke", {"id": client.opened["id"]})
+        secret = [token_text(client.token), client.token.hex(), token_text(client.opened["refresh_token"])]
+        text = render(server)
+    for hidden in (user, "127.0.0.1", "the wrong key", client.opened["id"], *secret):
+        assert hidden not in text
+
+
+# --- fact by fact ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+def test_sessions_are_counted_by_what_becomes_of_them(serve: Serve, store: str) -> None:
+    server = serve(store__url=store)
+    ended = "zcproto_sessions_ended_total"
+    with server.client("ada") as client, server.client("operator") as operator:
+        assert value(server, "zcproto_sessions", state="live") == 2
+        with grows(server, "zcproto_sessions_refreshed_total"):
+            refresh_token = client.opened["refresh_token"]
+            opened = client.call("session.refresh", {"refresh_token": refresh_token, "client": "test/1"})
+            client.token = opened["token"]
+        with grows(server, ended, reason="closed"):
+            client.call("session.close")
+        with grows(server, ended, reason="by_user"):
+            client.open_session("ada")
+            client.call("session.revoke", {"id": client.opened["id"]})
+        with grows(server, ended, reason="by_operator"), grows(server, "zcproto_events_sent_total"):
+            client.open_session("ada")
+            operator.call("server.revoke", {"user": "ada"})
+        with (
+            grows(server, ended, reason="refresh_reused"),
+            grows(server, "zcproto_refresh_tokens_reused_total"),
+        ):
+            client.open_session("ada")
+            first = client.opened["refresh_token"]
+            client.call("session.refresh", {"refresh_token": first, "client": "test/1"}, token=NO_TOKEN)
+            client.refused("session.refresh", {"refresh_token": first, "client": "a thief"}, token=NO_TOKEN)
+        assert value(server, "zcproto_sessions_opened_total") == 5
+        assert value(server, ended, reason="other") == 0
+
+
+def test_a_session_that_expires_and_one_that_makes_room_are_told_apart(serve: Serve) -> None:
+    server = serve(sessions__per_user=1, sessions__when_full="evict_oldest", store__cleanup_interval=0.1)
+    with server.client("ada") as client:
+        with grows(server, "zcproto_sessions_ended_total", reason="replaced"):
+            client.open_session("ada")
+        with grows(server, "zcproto_sessions_ended_total", reason="expired"):
+            server.clock.ahead_ms = 25 * 3_600_000
+        eventually(lambda: value(server, "zcproto_sessions", state="lapsed") == 1)
+        assert value(server, "zcproto_sessions", state="live") == 0
+
+
+def test_every_reason_that_the_code_gives_has_a_name() -> None:
+    assert END_REASONS[USER_CHANGED] == "user_changed"
+    assert "other" not in END_REASONS.values()
+
+
+def test_logins_are_counted_by_scheme_and_result(serve: Serve) -> None:
+    server = serve(limits__login_failures=1)
+    bad = {"scheme": "api_key", "user": "ada", "key": "wrong"}
+    with server.client() as client:
+        with grows(server, "zcproto_logins_total", scheme="api_key", result="refused"):
+            client.refused("session.open", bad, token=NO_TOKEN)
+        with grows(server, "zcproto_logins_throttled_total"):
+            client.refused("session.open", bad, token=NO_TOKEN)
+        with grows(server, "zcproto_logins_total", scheme="api_key", result="accepted"):
+            client.open_session("bob")
+
+
+def test_frames_that_lead_to_no_call_are_counted_by_cause_and_code(serve: Serve) -> None:
+    server = serve(limits__max_streams=1)
+    refused, errors = "zcproto_frames_refused_total", "zcproto_errors_total"
+    with server.client("ada") as client:
+        old = wall() - 3_600_000
+        with (
+            grows(server, refused, reason="stale", code="STALE_TIMESTAMP"),
+            grows(server, errors, code="STALE_TIMESTAMP"),
+        ):
+            client.refused("echo", timestamp=old)
+        with (
+            grows(server, refused, reason="token", code="UNAUTHENTICATED"),
+            grows(server, errors, code="UNAUTHENTICATED"),
+            grows(server, "zcproto_tokens_refused_total"),
+        ):
+            client.refused("echo", token=secrets.token_bytes(32))
+        with grows(server, refused, reason="malformed", code="INVALID_ARGUMENT"):
+            client.send(client.frame(2, b"\xc1"))
+            client.answer()
+        with grows(server, refused, reason="deadline", code="DEADLINE_EXCEEDED"):
+            client.refused("echo", meta={"deadline_ms": 0})
+        with grows(server, refused, reason="max_streams", code="RESOURCE_EXHAUSTED"):
+            client.send(client.request("sleep", {"ms": 60_000}, stream=900))
+            client.refused("echo")
+            assert value(server, "zcproto_limit_use", limit="limits.max_streams") == 1
+            assert value(server, "zcproto_requests_in_flight") == 1
+            client.cancel(900)
+            client.answer(900)
+        with grows(server, errors, code="UNIMPLEMENTED"):
+            client.refused("nobody.has.this")
+
+
+def test_a_replay_is_counted_and_ends_its_connection(serve: Serve) -> None:
+    server = serve()
+    with (
+        grows(server, "zcproto_errors_total", code="REPLAYED"),
+        grows(server, "zcproto_connections_ended_total", reason="replayed"),
+        server.client("ada") as client,
+    ):
+        frame = client.request("echo")
+        client.send(frame, frame)
+        client.rest_until_closed()
+
+
+def test_an_error_with_a_code_that_the_protocol_does_not_know_does_not_break_the_scrape(serve: Serve) -> None:
+    class OurOwnError(CallError):
+        code = 99  # type: ignore[assignment]
+
+    app = App()
+
+    @app.method("fails")
+    def fails() -> None:
+        raise OurOwnError("this is ours")
+
+    try:
+        server = serve(app)
+        with server.client("ada") as client, grows(server, "zcproto_errors_total", code="other"):
+            assert client.refused("fails").code == 99
+    finally:
+        del CallError.by_code[99]
+
+
+def test_faults_of_methods_are_incidents(serve: Serve) -> None:
+    app = App()
+
+    @app.method("breaks")
+    def breaks() -> None:
+        raise ZeroDivisionError
+
+    server = serve(app)
+    with (
+        server.client("ada") as client,
+        grows(server, "zcproto_incidents_total"),
+        grows(server, "zcproto_errors_total", code="INTERNAL"),
+        grows(server, "zcproto_method_calls_total", method="breaks"),
+    ):
+        client.refused("breaks")
+
+
+def test_limits_tell_what_is_used_of_them(serve: Serve) -> None:
+    server = serve(limits__max_connections=3, limits__connections_per_address=0)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(server.client("ada"))
+        assert value(server, "zcproto_limit", limit="limits.max_connections") == 3
+        assert value(server, "zcproto_limit_use", limit="limits.max_connections") == 3
+        assert value(server, "zcproto_limit", limit="limits.connections_per_address") == float("inf")
+        assert value(server, "zcproto_limit_use", limit="limits.connections_per_address") == 3
+        assert value(server, "zcproto_limit_use", limit="sessions") == 3
+        with grows(server, "zcproto_connections_refused_total", reason="full"), server.tcp() as raw:
+            read_to_end(raw)
+
+
+def test_tls_failures_are_counted_by_cause(serve: Serve) -> None:
+    server = serve()
+    for cause in TlsFailure:
+        assert f'zcproto_tls_failures_total{{cause="{cause.value}"}} 0.0' in render(server)
+    with grows(server, "zcproto_tls_failures_total", cause="plaintext_http"), server.tcp() as raw:
+        raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        raw.recv(100)
+    with grows(server, "zcproto_tls_handshakes_completed_total"), server.client("ada"):
+        pass
+
+
+def test_certificates_are_told_with_their_end_and_their_renewal(serve: Serve) -> None:
+    server = serve()
+    path = str(server.home / "certs" / "server-ecdsa.crt")
+    labels = {"path": path, "source": "own", "site": "", "key_type": "ecdsa-p256"}
+    left = value(server, "zcproto_certificate_left_seconds", **labels)
+    assert 89 * 86_400 < left <= 90 * 86_400
+    ends = value(server, "zcproto_certificate_expires_timestamp_seconds", **labels)
+    assert abs(ends - wall() / 1000 - left) < 60
+    assert value(server, "zcproto_certificate_left_seconds", **{**labels, "path": path[:-16] + "ca.crt"}) == 0
+    assert "zcproto_certificate_last_renewal_success" not in render(server)
+    with grows(server, "zcproto_certificate_events_total", event="renewed"):
+        server.clock.ahead_ms = 61 * 86_400_000
+    eventually(lambda: value(server, "zcproto_certificate_last_renewal_success") == 1)
+    renewed = value(server, "zcproto_certificate_last_renewal_timestamp_seconds")
+    assert abs(renewed - wall() / 1000 - 61 * 86_400) < 60
+
+
+def test_an_outage_of_the_store_is_told_while_it_lasts(serve: Serve) -> None:
+    server = serve(store__url="sqlite")
+    sessions = server.server.serving.sessions
+    assert isinstance(sessions, StoredSessions)
+    keeper = sessions._keeper
+
+    async def out(*_: object) -> None:
+        raise StoreUnavailable("a test has taken it away")
+
+    with server.client("ada") as client:
+        assert value(server, "zcproto_store_state", state="healthy") == 1
+        assert value(server, "zcproto_store_operation_seconds_count") >= 1
+        assert value(server, "zcproto_store_outage_seconds") == 0
+        real = keeper.store.store.ping
+
+        def take_away() -> None:
+            keeper.store.store.ping = out  # type: ignore[method-assign]  # so that no probe succeeds
+            keeper.health.begin_outage(server.clock.now())
+
+        with grows(server, "zcproto_store_outages_total"):
+            server.in_loop(take_away)
+        eventually(lambda: value(server, "zcproto_store_outage_seconds") > 0)
+        assert value(server, "zcproto_store_state", state="healthy") == 0
+        with grows(server, "zcproto_store_pending_revocations"):
+            client.call("session.close")
+        server.in_loop(lambda: setattr(keeper.store.store, "ping", real))
+        eventually(lambda: value(server, "zcproto_store_state", state="healthy") == 1)
+        assert value(server, "zcproto_store_outage_seconds") == 0
+        assert value(server, "zcproto_store_pending_revocations") == 0
+        assert value(server, "zcproto_store_operations_in_progress") == 0
+
+
+def test_a_peer_that_does_not_read_is_told(serve: Serve) -> None:
+    app = App()
+
+    @app.method("large")
+    def large() -> bytes:
+        return b"x" * 100_000
+
+    server = serve(app, limits__write_buffer_bytes=65_536, limits__write_timeout=600)
+    with server.client("ada", receive_buffer=4_096) as client:
+        client.send(*(client.request("large", {}) for _ in range(100)))
+        eventually(lambda: value(server, "zcproto_slow_readers") == 1)
+        assert value(server, "zcproto_write_pauses_total") >= 1
+        client.answers(100)
+        eventually(lambda: value(server, "zcproto_slow_readers") == 0)
+
+
+def test_a_server_that_drains_says_so(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        client.send(client.request("sleep", {"ms": 60_000}))
+        server.until(lambda: server.server.serving.tasks.running)
+        server.begin_drain(30)
+        eventually(lambda: value(server, "zcproto_draining") == 1)
+        client.cancel(client.stream)
+    server.join()
+
+
+def test_the_loops_lag_is_a_histogram(serve: Serve) -> None:
+    server = serve()
+    eventually(lambda: value(server, "zcproto_loop_lag_seconds_count") > 0)
+    assert value(server, "zcproto_loop_lag_seconds_bucket", le="+Inf") > 0

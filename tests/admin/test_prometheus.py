@@ -1,0 +1,187 @@
+"""Prometheus itself scrapes a server, by a session's token and by address, and takes rules and dashboard."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.interop.support import needs
+from tests.server.conftest import Serve
+from tests.server.helpers import ServerThread
+from tests.wire.vectors import SPEC
+from zcproto.observe.metric_table import ALL
+from zcproto.sessions.token import token_text
+
+PATIENCE = 45.0
+"""Seconds for a Prometheus to start, and to scrape twice."""
+
+pytestmark = [needs("prometheus"), pytest.mark.timeout(180)]
+
+
+class Prometheus:
+    """A running one, asked over its API."""
+
+    def __init__(self, port: int) -> None:
+        self._address = f"http://127.0.0.1:{port}/api/v1/"
+
+    def get(self, what: str, **query: str) -> Any:
+        url = f"{self._address}{what}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+            value = json.load(answer)
+        assert value["status"] == "success", value
+        return value["data"]
+
+    def is_up(self) -> bool:
+        try:
+            self.get("status/runtimeinfo")
+        except OSError:
+            return False
+        return True
+
+    def target(self) -> dict[str, Any]:
+        """The one that it scrapes."""
+        (target,) = self.get("targets")["activeTargets"] or [{"health": "unknown"}]
+        return dict(target)
+
+    def value(self, expression: str) -> float | None:
+        found = self.get("query", query=expression)["result"]
+        return float(found[0]["value"][1]) if found else None
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait until a condition holds, asking ten times a second: it is another program that is asked."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+@contextmanager
+def prometheus(folder: Path, server: ServerThread, token: str | None) -> Iterator[Prometheus]:
+    """One that scrapes a server each second, with the alert rules."""
+    job: dict[str, Any] = {
+        "job_name": "zcproto",
+        "scheme": "https",
+        "tls_config": {"ca_file": str(server.home / "certs" / "ca.crt"), "server_name": "localhost"},
+        "static_configs": [{"targets": [f"127.0.0.1:{server.port}"]}],
+    }
+    if token is not None:
+        (folder / "token").write_text(token)
+        job["authorization"] = {"credentials_file": str(folder / "token")}
+    settings = {
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(SPEC / "prometheus" / "alerts.yml")],
+        "scrape_configs": [job],
+    }
+    (folder / "prometheus.yml").write_text(json.dumps(settings))  # JSON is YAML
+    port = free_port()
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            witness = Prometheus(port)
+            until(lambda: process.poll() is not None or witness.is_up())
+            assert process.poll() is None, (folder / "log").read_text()
+            yield witness
+        finally:
+            process.kill()
+            process.wait(PATIENCE)
+
+
+def expressions() -> dict[str, str]:
+    """The dashboard's, as Grafana would ask for them."""
+    dashboard = json.loads((SPEC / "prometheus" / "dashboard.json").read_text())
+    return {
+        f"{panel['title']} {target['refId']}": re.sub(
+            r"\$(job|instance)", ".*", target["expr"].replace("$__rate_interval", "1m")
+        )
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", [])
+    }
+
+
+def test_prometheus_scrapes_by_a_sessions_token_and_takes_all_expressions(
+    serve: Serve, tmp_path: Path
+) -> None:
+    server = serve(store__url="sqlite")
+    with (
+        server.client("prometheus") as client,
+        prometheus(tmp_path, server, token_text(client.token)) as witness,
+    ):
+        for _ in range(10):
+            client.echo()
+        client.call("sleep", {"ms": 1})
+        until(lambda: (witness.value('zcproto_method_calls_total{method="echo"}') or 0) >= 10)
+        until(lambda: witness.target()["health"] == "up")
+        assert witness.target()["lastError"] == ""
+        known = {name for name in witness.get("label/__name__/values") if name.startswith("zcproto_")}
+        names = {metric.name for metric in ALL}
+        assert {re.sub("_(bucket|sum|count)$", "", name) for name in known} <= names
+        assert len(known) > 50
+        types = {name: told[0]["type"] for name, told in witness.get("metadata").items()}
+        for metric in ALL:
+            if metric.name in known:
+                assert (
+                    types.get(metric.name.removesuffix("_total"), types.get(metric.name)) == metric.kind.value
+                )
+
+        until(lambda: witness.value("rate(zcproto_http_responses_total[1m])") is not None)
+        assert {
+            title for title, expression in expressions().items() if witness.value(expression) is None
+        } <= {
+            "Errors by code A",  # these there are only where something went wrong
+            "TLS failures by cause A",
+            "Certificates: events in a day A",
+            "Connections that end A",
+            "Frames refused A",
+            "Tokens looked up A",
+        }
+        rules = [rule for group in witness.get("rules")["groups"] for rule in group["rules"]]
+        assert len(rules) >= 18
+        until(
+            lambda: all(
+                rule["health"] == "ok" for group in witness.get("rules")["groups"] for rule in group["rules"]
+            ),
+        )
+        assert witness.get("alerts")["alerts"] == []
+
+
+def test_prometheus_is_turned_away_with_a_token_that_is_not_good(serve: Serve, tmp_path: Path) -> None:
+    server = serve()
+    with prometheus(tmp_path, server, token_text(bytes(range(32)))) as witness:
+        until(lambda: witness.target()["health"] == "down")
+        assert "401" in witness.target()["lastError"]
+
+
+def test_prometheus_scrapes_from_an_address_on_the_list(serve: Serve, tmp_path: Path) -> None:
+    server = serve(http__metrics="address", http__allow=["127.0.0.1/32"])
+    with prometheus(tmp_path, server, None) as witness:
+        until(
+            lambda: witness.value("zcproto_build_info") == 1
+        )  # it is up a moment before its samples are there
+        until(lambda: witness.target()["health"] == "up")

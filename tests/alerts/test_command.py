@@ -1,0 +1,190 @@
+"""The command as a sink, with real programs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from tests.server.helpers import TIMEOUT, eventually
+from zcproto.alerts.command import MAX_OUTPUT, SHOWN, TRIES, Command
+from zcproto.alerts.sinks import Undelivered
+from zcproto.errors import ConfigError
+
+BODY = b'{"id":"1"}'
+LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
+
+
+@pytest.fixture(params=LOOPS, ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Callable[..., str]:
+    """Deliver a message to a program, on each kind of loop."""
+
+    def deliver(
+        *arguments: str, body: bytes = BODY, timeout: float = 30.0, environ: dict[str, str] | None = None
+    ) -> str:
+        sink = Command(arguments, timeout=timeout, environ=environ or {})
+
+        async def main() -> str:
+            return await sink.deliver(body)
+
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            return runner.run(main())
+
+    return deliver
+
+
+def python(script: str) -> tuple[str, str, str]:
+    return sys.executable, "-c", script
+
+
+def test_it_gets_the_message_on_its_standard_input(run: Callable[..., str], tmp_path: Path) -> None:
+    place = tmp_path / "got"
+    script = f"import sys; open({str(place)!r}, 'wb').write(sys.stdin.buffer.read())"
+    assert run(*python(script)) == "exit code 0"
+    assert place.read_bytes() == BODY + b"\n"
+
+
+def test_no_shell_is_in_between(run: Callable[..., str]) -> None:
+    assert run("/bin/echo", "$HOME; rm -rf *", "`id`") == "exit code 0: $HOME; rm -rf * `id`"
+
+
+def test_it_gets_a_small_environment_and_no_more_descriptors(run: Callable[..., str]) -> None:
+    environ = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "KEY_PASSPHRASE": "hunter2", "ZCPROTO_HOME": "/x"}
+    script = "import os; print(sorted(os.environ), sorted(map(int, os.listdir('/proc/self/fd')))[:-1], os.getcwd())"
+    inherited = os.open("/dev/null", os.O_RDONLY)
+    os.set_inheritable(inherited, True)
+    try:
+        said = run(*python(script), environ=environ)
+    finally:
+        os.close(inherited)
+    assert said == "exit code 0: ['LANG', 'PATH'] [0, 1, 2] /"
+
+
+def test_a_failure_is_told_with_what_it_said(run: Callable[..., str]) -> None:
+    script = "import sys; print('no pager'); sys.exit(3)"
+    with pytest.raises(Undelivered, match="it ended with exit code 3: no pager") as caught:
+        run(*python(script))
+    assert caught.value.tries == TRIES
+    with pytest.raises(Undelivered, match=r"^it ended with signal 9$"):
+        run(*python("import os; os.kill(os.getpid(), 9)"))
+
+
+def test_what_it_says_is_bounded_and_on_one_line(run: Callable[..., str]) -> None:
+    script = "import sys; sys.stdout.write('a\\x1b[31m\\n' + 'b' * 5_000_000)"
+    said = run(*python(script))
+    assert len(said) <= len("exit code 0: ") + SHOWN
+    assert said.isprintable()
+    assert MAX_OUTPUT < 5_000_000
+
+
+def test_a_program_that_does_not_read_is_no_fault(run: Callable[..., str]) -> None:
+    assert run("/bin/true", body=b"x" * 1_000_000) == "exit code 0"
+
+
+def test_it_is_killed_with_all_that_it_started(run: Callable[..., str], tmp_path: Path) -> None:
+    place = tmp_path / "pids"
+    script = f"sleep 600 & echo $$ $! > {place}; wait"
+    with pytest.raises(Undelivered, match="it did not end within 3 s") as caught:
+        run("/bin/sh", "-c", script, timeout=3.0)
+    assert caught.value.tries == TRIES
+    for pid in map(int, place.read_text().split()):
+        eventually(lambda pid=pid: not is_running(pid))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_one_that_leaves_its_session_and_keeps_the_pipe_holds_up_nobody(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    place = tmp_path / "pid"
+    script = f"setsid sh -c 'echo $$ > {place}; exec sleep 600' &"
+    try:
+        with pytest.raises(Undelivered, match="it did not end within 3 s"):
+            run("/bin/sh", "-c", script, timeout=3.0)
+    finally:
+        os.kill(int(place.read_text()), 9)
+
+
+async def test_it_can_be_cancelled_and_leaves_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "pid"
+    script = f"import os, time; open({str(place)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    task = asyncio.create_task(Command(python(script), timeout=600.0, environ={}).deliver(BODY))
+    await asyncio.to_thread(eventually, lambda: place.exists() and place.read_text())
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not is_running(int(place.read_text()))
+
+
+async def test_it_can_be_cancelled_while_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+    asked, go_on = threading.Event(), threading.Event()
+
+    class Slow(subprocess.Popen[bytes]):
+        def __init__(self, *args: object, **options: Any) -> None:
+            asked.set()
+            assert go_on.wait(TIMEOUT)
+            super().__init__(["/bin/sleep", "600"], **{**options, "stdin": None, "stdout": None})
+            begun.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    task = asyncio.create_task(Command(["/bin/true"], timeout=600.0, environ={}).deliver(BODY))
+    await asyncio.to_thread(asked.wait, TIMEOUT)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go_on.set()
+    await asyncio.to_thread(eventually, lambda: begun and begun[0].returncode == -9)
+
+
+async def test_a_program_that_is_gone_meanwhile_is_a_failure(tmp_path: Path) -> None:
+    program = tmp_path / "page"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o700)
+    sink = Command([str(program)], timeout=10.0, environ={})
+    assert sink.where == str(program)
+    assert await sink.deliver(BODY) == "exit code 0"
+    before = set(os.listdir("/proc/self/fd"))
+    program.unlink()
+    with pytest.raises(Undelivered, match="it cannot be run: No such file"):
+        await sink.deliver(BODY)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+async def test_where_there_is_no_memory_file_another_one_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    assert await Command(["/bin/cat"], timeout=10.0, environ={}).deliver(BODY) == 'exit code 0: {"id":"1"}'
+
+
+def test_what_cannot_be_run_is_told_at_the_start(tmp_path: Path) -> None:
+    for path, said in (
+        (tmp_path / "none", "cannot be run: No such file"),
+        (tmp_path, "is no program"),
+        (Path("/etc/passwd"), "is no program"),
+    ):
+        with pytest.raises(ConfigError, match=rf"alerts\.command: .*{said}"):
+            Command([str(path)], timeout=1.0, environ={})
+
+
+@pytest.mark.parametrize("mode", [0o722, 0o772])
+def test_a_program_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    program = tmp_path / "page"
+    program.touch()
+    program.chmod(mode)
+    with pytest.raises(ConfigError, match=r"others may write to .*run: chmod go-w"):
+        Command([str(program)], timeout=1.0, environ={})

@@ -1,0 +1,292 @@
+"""Which functions can be methods, and how their arguments come together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pytest
+
+from zcproto.app.app import App, Method
+from zcproto.app.context import Context
+from zcproto.app.parameters import ParamInfo
+from zcproto.errors import InvalidArgument
+from zcproto.wire.message import METHOD_MAX_LENGTH
+
+
+@dataclass
+class Point:
+    x: int
+    y: int = 0
+
+
+def bind(function: Callable[..., Any], **params: Any) -> dict[str, Any]:
+    return Method("m", function).bind(params)
+
+
+def complaint(function: Callable[..., Any], **params: Any) -> str:
+    with pytest.raises(InvalidArgument) as raised:
+        bind(function, **params)
+    return raised.value.message
+
+
+# --- registering -----------------------------------------------------------------------------------------
+
+
+def test_the_decorator_registers_the_function_and_leaves_it_as_it_is() -> None:
+    app = App()
+
+    @app.method("greet", public=True)
+    def greet(name: str) -> str:
+        """Say hello."""
+        return f"hello {name}"
+
+    @app.method("stop", operator=True)
+    async def stop() -> None: ...
+
+    assert greet("you") == "hello you"
+    assert len(app) == 2
+    first, second = app
+    assert (first.name, first.public, first.operator, first.doc) == ("greet", True, False, "Say hello.")
+    assert (second.name, second.public, second.operator, second.doc) == ("stop", False, True, "")
+    assert (first.is_async, second.is_async) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["a", "a.b_c.9", ".", "x" * METHOD_MAX_LENGTH])
+def test_a_name_of_the_allowed_characters_is_taken(name: str) -> None:
+    app = App()
+    app.method(name)(lambda: None)
+    assert [method.name for method in app] == [name]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "x" * (METHOD_MAX_LENGTH + 1), "Upper", "a-b", "a b", "ä", "a/b", "a\n"]
+)
+def test_a_malformed_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="must be 1 to 128 characters of a-z 0-9 _"):
+        App().method(name)(lambda: None)
+
+
+@pytest.mark.parametrize("name", ["session.open", "session.x", "server.info", "device.enroll", "server."])
+def test_the_protocols_own_names_are_reserved(name: str) -> None:
+    app = App()
+    with pytest.raises(ValueError, match="are the protocol's own"):
+        app.method(name)(lambda: None)
+    with pytest.raises(ValueError, match="are the protocol's own"):
+        app.add(Method(name, lambda: None))
+    assert len(app) == 0
+
+
+@pytest.mark.parametrize("name", ["sessions.open", "server", "session", "my.session.open"])
+def test_names_that_only_resemble_the_protocols_are_free(name: str) -> None:
+    app = App()
+    app.method(name)(lambda: None)
+    assert len(app) == 1
+
+
+def test_a_name_can_be_taken_once() -> None:
+    app = App()
+    app.method("m")(lambda: 1)
+    with pytest.raises(ValueError, match="'m' is registered twice"):
+        app.method("m")(lambda: 2)
+    assert next(iter(app)).function() == 1
+
+
+def test_a_method_is_not_for_everyone_and_for_operators_at_once() -> None:
+    with pytest.raises(ValueError, match="for everyone or for operators"):
+        App().method("m", public=True, operator=True)(lambda: None)
+
+
+# --- signatures that cannot be served ----------------------------------------------------------------------
+
+
+def positional_only(a: int, /) -> None: ...
+def variadic(*rest: int) -> None: ...
+def uncheckable(a: complex) -> None: ...
+def unresolvable(a: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+def uncheckable_inside(a: list[set[int]]) -> None: ...
+
+
+def generator() -> Iterator[int]:
+    yield 1
+
+
+async def async_generator() -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (positional_only, "'a' must be passable by name"),
+        (variadic, "'rest' must be passable by name"),
+        (uncheckable, "complex cannot be the type of a parameter"),
+        (uncheckable_inside, "cannot be the type of a parameter"),
+        (unresolvable, "cannot be resolved: name 'Missing'"),
+        (generator, "it does not yield"),
+        (async_generator, "it does not yield"),
+    ],
+)
+def test_a_function_that_cannot_be_served_is_refused_when_it_is_registered(
+    function: Callable[..., Any], reason: str
+) -> None:
+    with pytest.raises(TypeError, match=reason):
+        App().method("m")(function)
+
+
+# --- arguments -------------------------------------------------------------------------------------------
+
+
+def test_parameters_come_by_name_and_keep_their_defaults() -> None:
+    def function(a: int, b: str = "x", *, c: bool = False) -> None: ...
+
+    assert bind(function, a=1) == {"a": 1}
+    assert bind(function, c=True, a=1, b="y") == {"a": 1, "b": "y", "c": True}
+
+
+def test_what_is_missing_or_unknown_or_wrong_is_named() -> None:
+    def function(b: int, a: int, c: int = 0) -> None: ...
+
+    assert complaint(function) == "missing parameter 'a'"
+    assert complaint(function, a=1) == "missing parameter 'b'"
+    assert complaint(function, a=1, b=2, d=3) == "unknown parameter 'd'"
+    assert complaint(function, a=1, b="x") == "b must be an int"
+    assert complaint(function, **{"a secret text": 1}) == "unknown parameter (not an identifier)"
+
+
+def test_dataclasses_and_any_are_parameters() -> None:
+    def function(point: Point, whatever, more: Annotated[int, "an extra"] = 0) -> None: ...  # type: ignore[no-untyped-def]
+
+    assert bind(function, point={"x": 1}, whatever=b"w", more=2) == {
+        "point": Point(1),
+        "whatever": b"w",
+        "more": 2,
+    }
+    assert complaint(function, point={"x": 1, "y": None}, whatever=0) == "point.y must be an int"
+
+
+def test_a_function_of_keywords_takes_whatever_comes() -> None:
+    def function(**params: Any) -> None: ...
+
+    assert Method("m", function).takes_params_as_they_are
+    assert bind(function, a=1, b=[2]) == {"a": 1, "b": [2]}
+    assert bind(function) == {}
+
+
+def test_one_that_may_return_a_coroutine_never_goes_the_shortest_way() -> None:
+    def function(**params: Any) -> Any:
+        return params
+
+    assert Method("m", function).takes_params_as_they_are
+    assert not Method("m", function, may_wait=True).takes_params_as_they_are
+
+
+def test_named_parameters_beside_keywords_are_checked() -> None:
+    def function(a: int, **rest: Any) -> None: ...
+
+    assert bind(function, a=1, b="x") == {"a": 1, "b": "x"}
+    assert complaint(function, a="x", b="x") == "a must be an int"
+    assert complaint(function, b="x") == "missing parameter 'a'"
+    assert not Method("m", function).takes_params_as_they_are
+
+
+def test_an_annotation_of_the_keywords_holds_for_each() -> None:
+    def function(**counts: int) -> None: ...
+
+    assert bind(function, a=1, b=2) == {"a": 1, "b": 2}
+    assert complaint(function, a=1, b="x") == "parameter 'b' must be an int"
+    assert complaint(function, **{"a secret text": "x"}) == "parameter (not an identifier) must be an int"
+
+
+def test_the_context_is_not_the_callers_to_give() -> None:
+    def checked(context: Context, a: int = 0) -> None: ...
+    def open_to_all(ctx: Context, **rest: Any) -> None: ...
+
+    assert Method("m", checked).context_name == "context"
+    assert complaint(checked, context=1) == "unknown parameter 'context'"
+    assert complaint(open_to_all, ctx=1) == "unknown parameter 'ctx'"
+    assert bind(open_to_all, a=1) == {"a": 1}
+    assert not Method("m", open_to_all).takes_params_as_they_are
+
+
+def test_parameters_are_listed_as_callers_see_them() -> None:
+    def function(a: int, context: Context, b: list[Point] | None = None, **rest: str) -> None: ...
+
+    assert Method("m", function).params == [
+        ParamInfo("a", "int", True),
+        ParamInfo("b", "list[Point] | None", False),
+        ParamInfo("**rest", "str", False),
+    ]
+
+
+# --- all that can be called --------------------------------------------------------------------------------
+
+
+class Counter:
+    """Counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, n: int = 1) -> int:
+        self.count += n
+        return self.count
+
+    async def add_later(self, n: int) -> int:
+        return self.add(n)
+
+    def __call__(self, n: int) -> int:
+        return self.add(n)
+
+
+class AsyncCall:
+    async def __call__(self, n: int) -> int:
+        return n
+
+
+def test_bound_methods_are_methods() -> None:
+    counter = Counter()
+    method = Method("m", counter.add)
+    assert method.function(**method.bind({"n": 2})) == 2
+    assert Method("m", counter.add_later).is_async
+    assert complaint(counter.add, n="x") == "n must be an int"
+
+
+def test_objects_that_can_be_called_are_methods() -> None:
+    assert complaint(Counter(), n="x") == "n must be an int"
+    assert not Method("m", Counter()).is_async
+    assert Method("m", AsyncCall()).is_async
+    assert complaint(AsyncCall(), n="x") == "n must be an int"
+
+
+def test_partials_are_methods() -> None:
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    async def later(a: int, b: int) -> int:
+        return a + b
+
+    plain = Method("m", functools.partial(add, 1))
+    assert plain.function(**plain.bind({"b": 2})) == 3
+    assert [param.name for param in plain.params] == ["b"]
+    assert complaint(functools.partial(add, 1), b="x") == "b must be an int"
+    assert Method("m", functools.partial(functools.partial(later), b=1)).is_async
+
+
+def test_a_decorated_function_shows_the_parameters_of_the_original() -> None:
+    def logged(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    @logged
+    def add(a: int) -> int:
+        return a + 1
+
+    method = Method("m", add)
+    assert method.function(**method.bind({"a": 1})) == 2
+    assert complaint(add, a="x") == "a must be an int"

@@ -1,0 +1,207 @@
+"""Users who are removed, disabled or changed while a server runs, and while none does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.helpers import AnsweredError, Client
+from zcproto.auth import UserFile
+from zcproto.auth.user_directory import LOOK_INTERVAL, Users
+from zcproto.common.home import Home
+from zcproto.errors import Code
+from zcproto.wire.frame import NO_TOKEN
+
+CHANGES = {
+    "disable": lambda users: users.disable("ada"),
+    "remove": lambda users: users.remove("ada"),
+    "new key": lambda users: users.new_key("ada"),
+}
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> UserFile:
+    """The users of the server's home."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    return UserFile(home / "users.toml")
+
+
+def refused(client: Client, method: str = "echo", params: dict[str, Any] | None = None) -> int:
+    with pytest.raises(AnsweredError) as error:
+        client.call(method, params)
+    return error.value.code
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_sessions_of_a_user_who_is_gone_end_within_a_second(
+    serve: Serve, users: UserFile, change: Callable[[UserFile], object]
+) -> None:
+    keys = {name: users.add(name) for name in ("ada", "bob")}
+    server = serve(users_file=True)
+    with server.client() as ada, server.client() as bob:
+        opened = ada.open_session("ada", keys["ada"])
+        bob.open_session("bob", keys["bob"])
+        change(users)
+        event = ada.event()
+        assert event.value == ["session.revoked", {"reason": "the user was changed"}]
+        assert event.token == ada.token
+        assert refused(ada) == Code.TOKEN_REVOKED
+        ada.token = NO_TOKEN
+        assert (
+            refused(ada, "session.refresh", {"refresh_token": opened["refresh_token"]}) == Code.TOKEN_REVOKED
+        )
+        with pytest.raises(AnsweredError):
+            ada.open_session("ada", keys["ada"])
+        bob.echo()
+
+
+def test_a_user_who_is_enabled_again_opens_another_session(serve: Serve, users: UserFile) -> None:
+    key = users.add("ada")
+    server = serve(users_file=True)
+    with server.client() as client:
+        client.open_session("ada", key)
+        users.disable("ada")
+        client.event()
+        users.enable("ada")
+        client.token = NO_TOKEN
+        client.open_session("ada", key)
+        client.echo()
+
+
+def test_a_session_that_outlives_its_user_is_worth_nothing(serve: Serve, users: UserFile) -> None:
+    """As one does that a store kept, or that came from another server."""
+    users.add("bob")
+    server = serve(users_file=True)
+
+    def open_session() -> Any:
+        return server.server.serving.registry.open(
+            "ada", operator=False, client="", address="127.0.0.1", wall=server.clock.wall()
+        )
+
+    opened = server.in_loop(open_session)
+    with server.client() as client:
+        client.token = opened.token
+        assert refused(client) == Code.UNAUTHENTICATED
+        client.token = NO_TOKEN
+        answer = refused(client, "session.refresh", {"refresh_token": opened.refresh_token})
+        assert answer == Code.UNAUTHENTICATED
+    assert server.stats["refused_users"] == 2
+
+
+def test_users_whom_an_authenticator_of_an_embedder_knows_are_left_to_it(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as client, server.client() as other:
+        other.token = client.token
+        other.echo()
+    assert server.server.serving.binding.is_user is None
+
+
+# --- the watch -----------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """A watch whose time is turned by hand."""
+
+    def __init__(self, home: Path) -> None:
+        self.told: list[str] = []
+        self.fails = False
+        self.slept: list[float] = []
+        self.users = Users(Home(home), on_gone=self.on_gone, sleep=self.sleep)
+
+    async def on_gone(self, name: str) -> None:
+        self.told.append(name)
+        if self.fails:
+            raise RuntimeError("the store is out")
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.looked.set()
+        await self.turn.wait()
+        self.turn.clear()
+
+    async def run(self, *steps: Callable[[], object]) -> list[list[str]]:
+        """Whom the watch tells of after each step."""
+        self.turn, self.looked = asyncio.Event(), asyncio.Event()
+        task = asyncio.ensure_future(self.users.watch())
+        told = []
+        for step in steps:
+            await self.looked.wait()
+            self.looked.clear()
+            self.told = []
+            step()
+            self.turn.set()
+            await self.looked.wait()
+            told.append(self.told)
+        task.cancel()
+        await asyncio.wait([task])
+        return told
+
+
+async def test_each_change_is_told_of_once(users: UserFile) -> None:
+    users.add("ada")
+    users.add("bob")
+    watch = Watch(users.path.parent)
+    told = await watch.run(
+        lambda: None, lambda: users.disable("ada"), lambda: None, lambda: users.remove("bob"), lambda: None
+    )
+    assert told == [[], ["ada"], [], ["bob"], []]
+    assert set(watch.slept) == {LOOK_INTERVAL}
+
+
+async def test_a_change_that_a_login_has_read_is_told_of_too(users: UserFile) -> None:
+    users.add("ada")
+    watch = Watch(users.path.parent)
+    users.remove("ada")
+    assert watch.users.is_user("ada")
+    assert await watch.users.current.find("ada") is None
+    assert not watch.users.is_user("ada")
+    assert await watch.run(lambda: None) == [["ada"]]
+
+
+async def test_who_could_not_be_dealt_with_is_told_of_again(users: UserFile) -> None:
+    users.add("ada")
+    users.add("bob")
+    watch = Watch(users.path.parent)
+    watch.fails = True
+    told = await watch.run(
+        lambda: users.disable("ada"),
+        lambda: users.disable("bob"),
+        lambda: setattr(watch, "fails", False),
+        lambda: None,
+    )
+    assert told == [["ada"], ["ada", "bob"], ["ada", "bob"], []]
+
+
+async def test_a_fault_of_ours_does_not_end_the_watch(
+    users: UserFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users.add("ada")
+    watch = Watch(users.path.parent)
+    works = watch.users.current.refresh
+
+    async def broken() -> None:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(type(watch.users.current), "refresh", lambda self: broken())
+    told = await watch.run(
+        lambda: users.disable("ada"),
+        lambda: monkeypatch.setattr(type(watch.users.current), "refresh", lambda self: works()),
+    )
+    assert told == [[], ["ada"]]
+
+
+async def test_a_file_that_cannot_be_read_ends_no_session(users: UserFile) -> None:
+    users.add("ada")
+    watch = Watch(users.path.parent)
+    good = users.path.read_bytes()
+    told = await watch.run(
+        lambda: users.path.write_bytes(b"nonsense"), users.path.unlink, lambda: users.path.write_bytes(good)
+    )
+    assert told == [[], [], []]
+    assert watch.users.is_user("ada")

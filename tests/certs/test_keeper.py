@@ -1,0 +1,545 @@
+"""Certificates that change under a running server: what new connections get, what standing ones notice."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import trustme
+
+from tests.server.helpers import EVENT, TIMEOUT, ClosedError, ServerThread, configuration
+from zcproto.certs import clients, own
+from zcproto.certs import keeper as keeper_module
+from zcproto.certs.keeper import CertificateKeeper
+from zcproto.certs.own import OwnSettings
+from zcproto.common.clock import system_clock
+from zcproto.errors import CertificateError
+from zcproto.runtime.server import Server
+
+DAY = timedelta(days=1)
+ECDSA = {"certificates__key_types": ["ecdsa-p256"]}
+
+Serve = Callable[..., ServerThread]
+
+
+def look(server: ServerThread) -> None:
+    """Have the keeper look now."""
+    asyncio.run_coroutine_threadsafe(server.server._keeper.look(), server.loop).result(TIMEOUT)
+
+
+def served(server: ServerThread, name: str | None = "localhost") -> bytes:
+    """SHA-256 of the certificate that a new connection gets."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["zcp/1"])
+    with server.tcp() as raw, context.wrap_socket(raw, server_hostname=name) as tls:
+        der = tls.getpeercert(binary_form=True)
+        tls.recv(1)  # the handshake is at its end for the server, too
+    assert der is not None
+    return hashlib.sha256(der).digest()
+
+
+def settings(server: ServerThread) -> OwnSettings:
+    chosen = keeper_module.maintainer_settings(server.server.config).default
+    assert isinstance(chosen, keeper_module.OwnSource)
+    return chosen.settings
+
+
+def wall(server: ServerThread) -> datetime:
+    return datetime.fromtimestamp(server.clock.wall() / 1000, UTC)
+
+
+def notices(server: ServerThread) -> dict[str, int]:
+    return dict(server.stats["certificate_notices"])
+
+
+def events(err: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+
+
+# --- own certificates ------------------------------------------------------------------------------------------
+
+
+def test_a_renewal_on_the_disk_is_served_within_a_look_and_ends_no_connection(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as standing:
+        before, pins = served(server), standing.call("server.info")["pins"]
+        own.renew(server.home / "certs", settings(server), wall(server))
+        look(server)
+        after = served(server)
+        assert after != before
+        assert standing.call("echo", {"word": "still here"}) == {"word": "still here"}
+        assert standing.call("server.info")["pins"] == pins == server.server.pins
+    assert server.server.certificates[0].leaf_sha256 == after
+
+
+def test_it_looks_by_itself(serve: Serve) -> None:
+    server = serve(certificates__watch_interval="100ms")
+    before = served(server)
+    own.renew(server.home / "certs", settings(server), wall(server))
+    server.until(lambda: server.server.certificates[0].leaf_sha256 != before)
+    assert served(server) != before
+
+
+def test_a_certificate_that_is_due_is_renewed_with_its_key(serve: Serve) -> None:
+    server = serve()
+    before, pins = served(server), server.server.pins
+    server.clock.ahead_ms = 61 * 86_400_000
+    look(server)
+    assert served(server) != before
+    assert server.server.pins == pins
+    stats = server.stats
+    assert stats["certificate_notices"]["renewed"] == 1
+    assert stats["last_renewal"]["ok"]
+    leaf, authority = stats["certificates"]
+    assert (leaf["source"], leaf["key_type"], leaf["pin"]) == ("own", "ecdsa-p256", pins[0])
+    assert leaf["seconds_left"] == pytest.approx(90 * 86_400, abs=120)
+    assert authority["source"] == "authority"
+
+
+def test_a_next_key_is_announced_and_used_when_its_time_has_come(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as standing, server.client() as nobody:
+        use_from = wall(server).replace(microsecond=0) + 3 * DAY
+        done = own.rotate(server.home / "certs", settings(server), wall(server), use_from=use_from)
+        assert done.announced is not None
+        look(server)
+        told = {"pins": list(done.announced.pins), "from": round(use_from.timestamp() * 1000)}
+        for client in (standing, nobody):
+            event = client.receive()
+            assert (event.kind, event.value, event.token) == (EVENT, ["pins.next", told], bytes(32))
+        with server.client() as late:
+            assert late.receive().value == ["pins.next", told]
+            assert late.call("server.info")["pins_next"] == told
+        server.clock.ahead_ms = 3 * 86_400_000 + 60_000
+        look(server)
+        assert server.server.pins == told["pins"]
+        info = standing.call("server.info", timestamp=server.clock.wall(), token=bytes(32))
+        assert (info["pins"], info["pins_next"]) == (told["pins"], None)
+    assert server.server.serving.announcement is None
+    assert notices(server)["key_rotated"] == 1
+
+
+def test_what_was_announced_before_the_start_is_announced_again(tmp_path: Path, certs: Path) -> None:
+    first = ServerThread(tmp_path / "home", certs)
+    with first:
+        own.rotate(tmp_path / "home" / "certs", settings(first), wall(first))
+    with ServerThread(tmp_path / "home", certs) as server, server.client() as client:
+        assert client.receive().value[0] == "pins.next"
+
+
+def test_a_disk_that_fails_changes_nothing_and_is_told_once(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve()
+    before = served(server)
+    server.clock.ahead_ms = 61 * 86_400_000
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("zcproto.certs.files._stage", fail)
+        for _ in range(3):
+            look(server)
+    assert served(server) == before
+    assert notices(server) == {"loaded": 1, "renewal_failed": 1, "expiry": 1}
+    server.clock.ahead_ms += 86_400_000
+    look(server)
+    assert served(server) != before
+    assert notices(server)["renewal_recovered"] == 1
+
+
+# --- contexts that do not prove themselves ----------------------------------------------------------------------
+
+
+def test_what_does_not_prove_itself_is_not_served(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve()
+    before = served(server)
+    own.renew(server.home / "certs", settings(server), wall(server))
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise CertificateError("a handshake with the new certificate fails: NO_SHARED_CIPHER")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keeper_module, "proven_sites", refuse)
+        for _ in range(3):
+            look(server)
+    assert served(server) == before
+    assert notices(server) == {"loaded": 1}
+    look(server)
+    assert served(server) != before
+    assert notices(server) == {"loaded": 2}
+
+
+async def test_a_refused_context_is_told_once_and_a_fault_each_time(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = ServerThread(tmp_path / "home", certs).server
+    async with server:
+        keeper = server._keeper
+        keeper._unproven = True
+        with monkeypatch.context() as patched:
+            patched.setattr(keeper, "_prove", lambda certificates: _raise(CertificateError("it is bad")))
+            for _ in range(3):
+                await keeper.look()
+            patched.setattr(keeper, "_prove", lambda certificates: _raise(CertificateError("it is worse")))
+            await keeper.look()
+            patched.setattr(keeper._maintainer, "check", lambda now, monotonic: _raise(MemoryError()))
+            await keeper.look()
+            await keeper.look()
+        await keeper.look()
+    told = [event for event in events(capsys.readouterr().err) if event["event"].startswith("certificate.")]
+    assert [event["event"] for event in told] == [
+        *("certificate.not_used", "certificate.not_used"),
+        *("certificate.look_failed", "certificate.look_failed"),
+    ]
+    assert [event["message"] for event in told[:2]] == ["it is bad", "it is worse"]
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
+
+
+async def test_without_a_context_that_proves_itself_there_is_no_server(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ServerThread(tmp_path / "home", certs).server
+    monkeypatch.setattr(
+        CertificateKeeper, "_prove", lambda self, certificates: _raise(CertificateError("no"))
+    )
+    with pytest.raises(CertificateError, match="no"):
+        await server.start()
+    assert server._sockets == []
+
+
+# --- the thread that looks ----------------------------------------------------------------------------------------
+
+
+async def test_the_loop_hears_only_of_what_is_new(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ServerThread(tmp_path / "home", certs).server
+    async with server:
+        keeper = server._keeper
+        handed: list[Callable[[], None]] = []
+        keeper._look_for(handed.append)
+        keeper._look_for(handed.append)
+        assert handed == []
+        folder = server.config.certificates.directory
+        chosen = keeper_module.maintainer_settings(server.config).default
+        assert isinstance(chosen, keeper_module.OwnSource)
+        own.renew(folder, chosen.settings, keeper.now())
+        keeper._look_for(handed.append)
+        keeper._look_for(handed.append)
+        assert len(handed) == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(keeper, "_look", lambda: _raise(CertificateError("it is bad")))
+            keeper._look_for(handed.append)
+        keeper._look_for(handed.append)  # that it is good again is news, too
+        keeper._look_for(handed.append)
+        assert len(handed) == 3
+        problems: list[str] = []
+        keeper._on_problem = problems.append
+        before = server.certificates
+        for report in handed:
+            report()
+        assert server.certificates != before
+        assert problems == ["it is bad", ""]
+
+
+def test_the_thread_takes_what_is_new_by_itself_and_ends_with_the_server(tmp_path: Path, certs: Path) -> None:
+    others = set(threading.enumerate())
+    with ServerThread(tmp_path / "home", certs, certificates__watch_interval="100ms") as server:
+        before = served(server)
+        (thread,) = [each for each in {*threading.enumerate()} - others if each.name == keeper_module.THREAD]
+        own.renew(server.home / "certs", settings(server), wall(server))
+        server.until(lambda: server.server.certificates[0].leaf_sha256 != before)
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+
+
+async def test_a_keeper_that_gets_no_thread_tries_again(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = ServerThread(tmp_path / "home", certs).server
+    async with server:
+        keeper = server._keeper
+        keeper._interval = 0.01
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(keeper, "_look_for", lambda hand: loop.call_soon_threadsafe(started.set))
+        real = threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            monkeypatch.setattr(threading.Thread, "start", real)
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        again = asyncio.create_task(keeper.run())
+        await asyncio.wait_for(started.wait(), TIMEOUT)
+        again.cancel()
+        await asyncio.wait({again})
+    told = [each for each in events(capsys.readouterr().err) if each["event"] == "certificate.look_failed"]
+    assert len(told) == 1
+
+
+def test_what_is_found_when_the_loop_is_gone_or_the_watch_at_its_end_goes_nowhere(
+    tmp_path: Path, certs: Path
+) -> None:
+    home = tmp_path / "home"
+    keeper = CertificateKeeper(
+        configuration(home, certificates__directory=certs, **ECDSA),
+        system_clock,
+        ["zcp/1"],
+        on_kept=lambda kept: _raise(AssertionError()),
+        on_next_pins=lambda pins: _raise(AssertionError()),
+    )
+    keeper._interval = 0.0
+    ended = threading.Event()
+    loop = asyncio.new_event_loop()
+    looks = 0
+
+    def look(hand: Callable[[keeper_module.Report], object]) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            hand(lambda: _raise(AssertionError()))  # dropped, as the watch is over when the loop gets to it
+            ended.set()
+            loop.run_until_complete(asyncio.sleep(0))
+            ended.clear()
+        else:
+            loop.close()
+            hand(lambda: _raise(AssertionError()))
+
+    keeper._look_for = look  # type: ignore[method-assign]
+    keeper._watch(loop, ended)
+    assert looks == 2
+
+
+LEFT_ALONE = """
+import asyncio, sys
+from pathlib import Path
+from zcproto import Server
+from zcproto.config import load_config
+
+home = Path(sys.argv[1])
+overrides = {"server.port": 0, "certificates.key_types": ["ecdsa-p256"], "certificates.watch_interval": "1h"}
+config = load_config(None, home=home, environ={}, overrides={**overrides, "store.url": "memory"})
+asyncio.new_event_loop().run_until_complete(Server(config=config, home=home).start())
+print("started")
+"""
+
+
+def test_a_program_that_leaves_its_server_alone_ends(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    shutil.copytree(certs, home / "certs")
+    ended = subprocess.run(
+        [sys.executable, "-c", LEFT_ALONE, str(home)], capture_output=True, timeout=TIMEOUT, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, b"started\n"), ended.stderr
+
+
+def test_a_long_wait_is_as_long_as_it_should_be(tmp_path: Path, certs: Path) -> None:
+    class Impatient(threading.Event):
+        """Takes down how long it is asked to wait, and does not."""
+
+        waits: ClassVar[list[float]] = []
+
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            self.waits.append(timeout)
+            return False
+
+    config = configuration(tmp_path / "home", certificates__directory=certs)
+    keeper = CertificateKeeper(
+        config, system_clock, ["zcp/1"], on_kept=lambda kept: None, on_next_pins=lambda pins: None
+    )
+    keeper._interval = 1.3
+    assert keeper._waited(Impatient())
+    assert sum(Impatient.waits) == pytest.approx(1.3)
+    assert max(Impatient.waits) <= keeper_module.LONGEST_WAIT
+
+
+# --- certificates of others -------------------------------------------------------------------------------------
+
+
+def write_pair(issued: trustme.LeafCert, certificate: Path, key: Path) -> bytes:
+    """Write a pair of files; SHA-256 of the certificate."""
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    key.touch(0o600)
+    issued.private_key_pem.write_to_path(key)
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(issued.cert_chain_pems[0].bytes().decode())).digest()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "others"
+    made.mkdir(0o700)
+    return made
+
+
+def test_certificates_of_others_are_served_and_watched(serve: Serve, ca: trustme.CA, folder: Path) -> None:
+    certificate, key = folder / "server.pem", folder / "server.key"
+    first = write_pair(ca.issue_cert("localhost"), certificate, key)
+    server = serve(
+        certificates__mode="files", certificates__certificate=[certificate], certificates__key=[key]
+    )
+    assert served(server) == first
+    second = ca.issue_cert("localhost")
+    second.cert_chain_pems[0].write_to_path(certificate)  # the key comes later: half is not taken
+    look(server)
+    assert served(server) == first
+    assert write_pair(second, certificate, key) != first
+    look(server)
+    assert served(server) == write_pair(second, certificate, key)
+    certificate.write_text("damaged")
+    look(server)
+    assert served(server) != first
+    assert not (server.home / "certs" / "server.crt").exists()
+
+
+def test_each_name_gets_the_certificate_of_its_site(serve: Serve, ca: trustme.CA, folder: Path) -> None:
+    sites, expected = [], {}
+    for name in ("a.example", "*.b.example"):
+        files = folder / f"{name.strip('*.')}.pem", folder / f"{name.strip('*.')}.key"
+        expected[name] = write_pair(ca.issue_cert(name), *files)
+        sites.append({"names": [name], "certificate": [files[0]], "key": [files[1]]})
+    server = serve(certificates__site=sites)
+    default = server.server.certificates[0].leaf_sha256
+    assert served(server, "a.example") == expected["a.example"]
+    assert served(server, "A.Example") == expected["a.example"]
+    assert served(server, "x.b.example") == expected["*.b.example"]
+    for name in ("localhost", "b.example", "x.y.b.example", "unknown.example", None):
+        assert served(server, name) == default
+
+
+def test_a_site_with_damaged_files_does_not_hold_up_the_others(
+    serve: Serve, ca: trustme.CA, folder: Path
+) -> None:
+    files = folder / "a.pem", folder / "a.key"
+    of_site = write_pair(ca.issue_cert("a.example"), *files)
+    site = {"names": ["a.example"], "certificate": [files[0]], "key": [files[1]]}
+    server = serve(certificates__site=[site])
+    before = served(server)
+    files[0].write_text("damaged")
+    own.renew(server.home / "certs", settings(server), wall(server))
+    look(server)
+    assert served(server) != before
+    assert served(server, "a.example") == of_site
+
+
+async def test_a_certificate_of_others_near_its_end_is_told(
+    tmp_path: Path, ca: trustme.CA, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issued = ca.issue_cert("localhost", not_after=datetime.now(UTC) + 5 * DAY)
+    write_pair(issued, folder / "a.pem", folder / "a.key")
+    home = tmp_path / "home"
+    config = configuration(
+        home,
+        certificates__mode="files",
+        certificates__certificate=[folder / "a.pem"],
+        certificates__key=[folder / "a.key"],
+    )
+    async with Server(config=config, home=home) as server:
+        await server._keeper.look()
+    (told,) = [event for event in events(capsys.readouterr().err) if event["event"] == "certificate.expiry"]
+    assert (told["threshold_days"], told["days_left"]) == (7, 4)
+    assert told["level"] == "warning"
+
+
+# --- certificates of clients ------------------------------------------------------------------------------------
+
+
+def shown(server: ServerThread, issued: clients.ClientCertificate) -> Any:
+    """A connection that shows a client's certificate."""
+    from zcproto.client.connect import connect_blocking
+
+    assert issued.key is not None
+    return connect_blocking(
+        f"localhost:{server.port}",
+        ca_file=server.home / "certs" / "ca.crt",
+        certificate=issued.certificate,
+        key_file=issued.key,
+        session=False,
+        home=server.home / "client",
+    )
+
+
+def test_a_client_whose_certificate_is_revoked_is_closed_and_the_others_are_not(serve: Serve) -> None:
+    server = serve(tls__client_auth="optional")
+    folder, now = server.home / "certs", datetime.now(UTC)
+    good, bad = (clients.issue_client(folder, name, lifetime=30 * DAY, now=now) for name in ("good", "bad"))
+    with shown(server, good) as first, shown(server, bad) as second, server.client("ada") as third:
+        for client in (first, second):
+            assert client.call("server.info")["versions"] == [1]
+        clients.revoke_client(folder, name="bad", now=now)
+        look(server)
+        server.until(lambda: server.server.serving.counters.connections_ended.get("certificate_revoked") == 1)
+        assert first.call("server.info")["versions"] == [1]
+        assert third.call("echo", {"word": "x"}) == {"word": "x"}
+    assert notices(server)["client_trust_loaded"] >= 1
+
+
+def test_many_connections_are_looked_at_over_several_turns(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcproto.runtime.server.GOAWAYS_PER_TURN", 1)
+    server = serve()
+    with server.client("ada") as one, server.client("bob") as other:
+        asyncio.run_coroutine_threadsafe(
+            server.server._close_revoked(frozenset({(b"", 1)})), server.loop
+        ).result(TIMEOUT)
+        assert one.call("echo") == other.call("echo") == {}
+
+
+def test_without_a_certificate_nobody_gets_in_where_one_is_required(serve: Serve) -> None:
+    server = serve(tls__client_auth="required")
+    with pytest.raises((ClosedError, ssl.SSLError)):
+        server.client()
+    server.until(lambda: server.server._acceptor.failures[_failure("certificate_required")])
+
+
+def _failure(value: str) -> Any:
+    from zcproto.tls.failure import TlsFailure
+
+    return TlsFailure(value)
+
+
+# --- time ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wall_ms", "year"), [(-1, 1970), (0, 1970), (1_800_000_000_000, 2027), (2**63, 9999)]
+)
+def test_any_wall_clock_is_a_date(tmp_path: Path, wall_ms: int, year: int) -> None:
+    class Clock:
+        def wall(self) -> int:
+            return wall_ms
+
+        def now(self) -> float:
+            return 0.0
+
+    keeper = CertificateKeeper(
+        configuration(tmp_path), Clock(), ["zcp/1"], on_kept=_unused, on_next_pins=_unused
+    )
+    assert keeper.now().year in (year, year - 1)
+
+
+def _unused(value: object) -> None:
+    raise AssertionError(value)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from zcproto.common.home import Home, resolve_home
+from zcproto.errors import ConfigError
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_the_option_wins_over_the_variable_and_that_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    assert resolve_home(Path("/a"), {"ZCPROTO_HOME": "/b"}).path == Path("/a")
+    assert resolve_home("/a", {}).path == Path("/a")
+    assert resolve_home(None, {"ZCPROTO_HOME": "/b"}).path == Path("/b")
+    assert resolve_home(None, {"ZCPROTO_HOME": ""}).path == Path("/home/alice/.zeroclaw")
+    assert resolve_home(None, {}).path == Path("/home/alice/.zeroclaw")
+
+
+def test_the_users_home_is_put_in_for_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    assert resolve_home("~/zc", {}).path == Path("/home/alice/zc")
+
+
+def test_a_relative_path_is_taken_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_home("zc", {}).path == tmp_path / "zc"
+
+
+@pytest.mark.parametrize("option", ["~nobody-by-this-name/x", "/a\nb", "/a\x00b", "/" + "a" * 4096])
+def test_what_cannot_be_a_path_is_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match="--home") as caught:
+        resolve_home(option, {})
+    assert str(caught.value).isprintable()
+
+
+def test_each_file_has_its_place() -> None:
+    home = Home(Path("/h"))
+    assert [home.config, home.certs, home.users, home.sessions, home.control] == [
+        Path("/h/config.toml"),
+        Path("/h/certs"),
+        Path("/h/users.toml"),
+        Path("/h/sessions.db"),
+        Path("/h/control.sock"),
+    ]
+    assert os.fspath(home) == "/h"
+    assert repr(home) == "Home('/h')"
+
+
+def test_the_folder_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    home = Home(tmp_path / "a" / "b")
+    home.ensure()
+    assert mode(home.path) == 0o700
+    home.ensure()
+    assert mode(home.path) == 0o700
+
+
+def test_the_mode_does_not_depend_on_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        Home(tmp_path / "h").ensure()
+    finally:
+        os.umask(old)
+    assert mode(tmp_path / "h") == 0o700
+
+
+@pytest.mark.parametrize("others", [0o020, 0o002])
+def test_a_folder_that_others_may_write_to_is_refused_with_the_cure(tmp_path: Path, others: int) -> None:
+    path = tmp_path / "h"
+    path.mkdir()
+    path.chmod(0o700 | others)
+    with pytest.raises(ConfigError) as caught:
+        Home(path).ensure()
+    assert caught.value.faults == [f"{path}: others may write to this folder; run: chmod go-w '{path}'"]
+
+
+def test_a_folder_that_others_may_only_read_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "h"
+    path.mkdir(mode=0o755)
+    Home(path).ensure()
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = tmp_path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    if uid == 0:  # root's own folders are as safe as the system, so the folder gets another owner
+        uid = 54_321
+        os.chown(tmp_path, uid, -1)
+    with pytest.raises(ConfigError, match=rf"belongs to another user \(uid {uid}\); run as that user"):
+        Home(tmp_path).ensure()
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "h").touch()
+    with pytest.raises(ConfigError, match="is no folder"):
+        Home(tmp_path / "h").ensure()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be the home folder: Not a directory"):
+        Home(tmp_path / "file" / "h").ensure()

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from zcproto.common.network import Networks, network_of, plain_address
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("2001:db8:0:0:ffff:1:2:3", "2001:db8::/64"),
+        ("2001:db8:0:1::1", "2001:db8:0:1::/64"),
+        ("::1", "::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("fe80::2%eth0", "fe80::/64"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("", ""),
+        ("/run/socket", "/run/socket"),
+        ("192.0.2.1:80", "192.0.2.1:80"),
+    ],
+)
+def test_addresses_are_counted_for_their_networks(address: str, network: str) -> None:
+    assert network_of(address) == network
+
+
+@pytest.mark.parametrize(
+    ("address", "plain"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("::ffff:0:1", "::ffff:0:1"),
+        ("", ""),
+    ],
+)
+def test_an_ipv4_address_is_told_as_such(address: str, plain: str) -> None:
+    assert plain_address(address) == plain
+
+
+LISTED = ["10.0.0.0/8", "192.0.2.7", "2001:db8::/32", "fe80::1"]
+
+
+@pytest.mark.parametrize(
+    "address", ["10.255.0.1", "192.0.2.7", "2001:db8:1::1", "::ffff:10.1.2.3", "fe80::1%eth0", "fe80::1"]
+)
+def test_an_address_of_a_listed_network_is_in_the_list(address: str) -> None:
+    networks = Networks(LISTED)
+    assert networks
+    assert networks.contains(address)
+    assert networks.contains(address)  # remembered
+
+
+@pytest.mark.parametrize("address", ["11.0.0.1", "192.0.2.8", "2001:db9::1", "", "/run/socket", "10.0.0.0/8"])
+def test_any_other_text_is_not(address: str) -> None:
+    assert not Networks(LISTED).contains(address)
+
+
+def test_an_empty_list_is_false() -> None:
+    assert not Networks()
+    assert not Networks().contains("10.0.0.1")
+
+
+@pytest.mark.parametrize("network", ["10.0.0.1/8", "10.0.0.0/33", "here", ""])
+def test_what_is_no_network_is_refused(network: str) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        Networks([network])

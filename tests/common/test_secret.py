@@ -1,0 +1,83 @@
+"""Secrets hide wherever a value is turned into text, and are otherwise what they were."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import hmac
+import json
+import logging
+import pickle
+import traceback
+from typing import Any
+
+import msgpack
+import pytest
+
+from zcproto.common.secret import Secret, SecretBytes, SecretText
+
+BYTES = SecretBytes(b"hunter2")
+TEXT = SecretText("hunter2")
+
+
+@pytest.mark.parametrize("secret", [Secret("hunter2"), Secret(b"hunter2"), BYTES, TEXT], ids=type)
+def test_a_secret_shows_a_mask_wherever_it_is_printed(secret: Any) -> None:
+    shown = [
+        repr(secret),
+        str(secret),
+        f"{secret}",
+        f"{secret:>30}",
+        f"{secret!r}",
+        f"{secret!a}",
+        "{:s}".format(secret),  # noqa: UP032 - the form is what is tried
+        "%s %r" % (secret, secret),  # noqa: UP031 - as well
+        repr([secret]),
+        repr({"key": (secret,)}),
+        logging.LogRecord("x", 0, "", 0, "%s", (secret,), None).getMessage(),
+    ]
+    assert not [text for text in shown if "hunter2" in text]
+    assert "hunter2" not in "".join(traceback.format_exception(ValueError(secret)))
+
+
+@pytest.mark.parametrize("value", ["hunter2", b"hunter2"])
+def test_a_secret_is_revealed_only_when_asked(value: str | bytes) -> None:
+    assert Secret(value).reveal() == value
+    assert len(Secret(value)) == 7
+
+
+def test_secrets_compare_by_value() -> None:
+    assert Secret("a") == Secret("a")
+    assert Secret("a") == Secret(b"a")
+    assert Secret("a") != Secret("b")
+    assert Secret("\ud800") != Secret("b")
+    assert Secret("a") != "a"
+    assert len({Secret("a"), Secret("a"), Secret("b")}) == 2
+
+
+def test_a_secret_is_not_pickled_or_copied() -> None:
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(Secret("a"))
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        copy.deepcopy(Secret("a"))
+
+
+def test_bytes_and_text_are_otherwise_what_they_were() -> None:
+    assert BYTES == b"hunter2"
+    assert TEXT == "hunter2"
+    assert {b"hunter2": 1}[BYTES] == {"hunter2": 1}[TEXT] == 1
+    assert msgpack.packb([BYTES, TEXT]) == msgpack.packb([b"hunter2", "hunter2"])
+    assert json.dumps([TEXT]) == '["hunter2"]'
+    assert hashlib.sha256(BYTES).digest() == hashlib.sha256(b"hunter2").digest()
+    assert hmac.compare_digest(BYTES, b"hunter2")
+    assert TEXT.encode() == b"hunter2"
+
+
+def test_one_that_is_made_of_another_is_the_same() -> None:
+    assert SecretBytes(BYTES) == b"hunter2"
+    assert SecretText(TEXT) == "hunter2"
+    assert pickle.loads(pickle.dumps([BYTES, TEXT])) == [b"hunter2", "hunter2"]
+    assert copy.deepcopy(TEXT) == "hunter2"
+
+
+def test_what_they_reveal_is_plain() -> None:
+    assert (repr(BYTES.reveal()), repr(TEXT.reveal())) == ("b'hunter2'", "'hunter2'")

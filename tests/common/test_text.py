@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zcproto.common.text import printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", ""),
+        ("plain text", "plain text"),
+        ("Grüße", "Grüße"),
+        ("a\r\nb", "a\\r\\nb"),
+        ("\x1b[31m", "\\x1b[31m"),
+        ("\x7f\x85", "\\x7f\\x85"),
+        ("\u2028\u2029", "\\u2028\\u2029"),
+        ("\u202eevil", "\\u202eevil"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_what_does_not_print_is_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_text_is_cut_to_the_limit_before_it_is_escaped() -> None:
+    assert printable("x" * 11, 10) == "xxxxxxx..."
+    assert printable("x" * 10, 10) == "x" * 10
+
+
+@given(st.text())
+def test_any_text_becomes_one_printable_line(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable()
+    assert len(shown.splitlines()) <= 1

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.load.conftest import Serve
+from tests.load.helpers import plan, plan_for, verified_result
+from zcproto.app.app import App
+from zcproto.errors import ConfigError
+from zcproto.load import command
+from zcproto.load.command import EXIT_CODES, Outputs, run_and_report
+from zcproto.load.result import Verdict
+from zcproto.load.run import Stop
+
+
+def console() -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, width=110, highlight=False), out
+
+
+def test_a_run_is_shown_and_written_down(serve: Serve, tmp_path: Path) -> None:
+    view, out = console()
+    outputs = Outputs(
+        tmp_path / "run.json", tmp_path / "run.hlog", tmp_path / "run.png", {"connect_cpu_s": 1e-9}
+    )
+    result = run_and_report(plan_for(serve()), outputs, view)
+    assert EXIT_CODES[result.verdict] == 0
+    assert "verified: 10 of 10 connections" in out.getvalue()
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert written["verdict"] == "verified"
+    assert written["figures"]["connect_cpu_s"]["holds"] is False
+    assert "HISTF" in (tmp_path / "run.hlog").read_text()
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_is_not_verified_has_exit_code_1(serve: Serve) -> None:
+    app = App()
+    app.method("echo")(lambda **params: {})
+    view, out = console()
+    result = run_and_report(plan_for(serve(app)), Outputs(), view)
+    assert EXIT_CODES[result.verdict] == 1
+    assert "10 of 10 connections are unverified" in out.getvalue()
+
+
+def test_nothing_is_connected_for_a_plan_that_cannot_be_carried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "run", None)
+    with pytest.raises(ConfigError, match="at most --sessions 10"):
+        run_and_report(plan(sessions=11), Outputs(), console()[0])
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (100, 100))
+    with pytest.raises(ConfigError, match="--connections 72"):
+        run_and_report(plan(connections=200, processes=2), Outputs(), console()[0])
+
+
+def test_files_that_cannot_be_written_are_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "run", None)
+    outputs = Outputs(tmp_path / "no" / "run.json", tmp_path / "run.hlog", tmp_path / "run.gif")
+    with pytest.raises(ConfigError) as caught:
+        run_and_report(plan(), outputs, console()[0])
+    assert [fault.partition(": ")[0] for fault in caught.value.faults] == [
+        str(tmp_path / "no" / "run.json"),
+        str(tmp_path / "run.gif"),
+    ]
+
+
+def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "run", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError):
+        run_and_report(plan(), Outputs(plot=tmp_path / "run.png"), console()[0])
+
+
+def test_ctrl_c_ends_a_run_early_with_a_report(serve: Serve) -> None:
+    server = serve()
+    view, out = console()
+    begun = threading.Timer(0, lambda: (server.until(lambda: server.server.serving.counters.requests > 50),
+                                        os.kill(os.getpid(), signal.SIGINT)))  # fmt: skip
+    begun.start()
+    before = signal.getsignal(signal.SIGINT)
+    result = run_and_report(plan_for(server, duration_s=60.0), Outputs(), view)
+    begun.join()
+    assert EXIT_CODES[result.verdict] == 130
+    assert "interrupted: the figures are those of a part of the run" in out.getvalue()
+    assert signal.getsignal(signal.SIGINT) is before
+    server.until_left()
+
+
+def test_a_second_ctrl_c_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[bool] = []
+
+    async def run(plan: Any, view: Any, stop: Stop) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not stop.requested:  # noqa: ASYNC110  a signal sets it
+            await asyncio.sleep(0.001)
+        requested.append(True)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(command, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        run_and_report(plan(), Outputs(), console()[0])
+    assert requested == [True]
+
+
+def test_each_verdict_has_its_exit_code() -> None:
+    assert EXIT_CODES == {Verdict.VERIFIED: 0, Verdict.FAILED: 1, Verdict.INTERRUPTED: 130}
+    assert EXIT_CODES.keys() == {*Verdict}
+    assert EXIT_CODES[verified_result().verdict] == 0

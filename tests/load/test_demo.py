@@ -1,0 +1,380 @@
+"""The demonstration as a whole, and what is left of it however it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.load.helpers import plan, verified_result
+from tests.server.helpers import eventually
+from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.load.demo import child, server
+from zcproto.load.demo import run as module
+from zcproto.load.demo.run import Demo, run_demo, temporary_home
+from zcproto.load.demo.server import DemoServer
+from zcproto.load.processes import module_command, module_environment, uninterrupted
+from zcproto.load.result import Result, Verdict
+
+QUICK = Demo(connections=20, rate=400.0, seconds=0.2)
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders are made, so that a test sees what is left."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return folder
+
+
+@pytest.fixture
+def children() -> Callable[[], list[int]]:
+    """Processes that this one has started and that are still there."""
+
+    def alive() -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+    before = alive()
+    return lambda: [pid for pid in alive() if pid not in before]
+
+
+def console() -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, width=110, highlight=False), out
+
+
+def test_the_whole_is_shown_and_nothing_is_left(
+    temporary: Path, tmp_path: Path, children: Callable[[], list[int]]
+) -> None:
+    view, out = console()
+    path = tmp_path / "demo.json"
+    result = run_demo(Demo(20, 400.0, 0.2, json=path), view)
+    assert result.verdict is Verdict.VERIFIED
+    first, *_, last = out.getvalue().splitlines()
+    assert first.startswith("zcproto demo: makes users and certificates in a temporary folder")
+    assert "20 TLS 1.3 connections" in first
+    assert last.startswith("Proven: 20 TLS 1.3 connections were open at once on one server process")
+    assert "all 100 answers were equal to what had been sent" in last
+    written = json.loads(path.read_text())
+    assert written["verified_connections"] == 20
+    assert written["figures"]["memory_per_connection_kib"]["bar"] == 38.0
+    assert written["figures"]["memory_per_connection_kib"]["value"] > 0
+    assert [*temporary.iterdir()] == []
+    assert children() == []
+
+
+def test_too_low_a_limit_of_files_is_told_with_what_fits(
+    monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1_024, 4_096))
+    with pytest.raises(ConfigError, match="--connections 3776"):
+        run_demo(Demo(10_000, 5_000.0, 6.0), console()[0])
+    assert [*temporary.iterdir()] == []
+
+
+def test_a_file_that_cannot_be_written_is_told_first(temporary: Path, tmp_path: Path) -> None:
+    view, out = console()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run_demo(Demo(20, 400.0, 0.2, json=tmp_path / "no" / "demo.json"), view)
+    assert out.getvalue() == ""
+    assert [*temporary.iterdir()] == []
+
+
+def test_a_failure_midway_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, temporary: Path, children: Callable[[], list[int]]
+) -> None:
+    def fail(*args: Any) -> None:
+        assert len(children()) == 1
+        raise ZcprotoError("midway")
+
+    monkeypatch.setattr(module, "run_and_report", fail)
+    with pytest.raises(ZcprotoError, match="midway"):
+        run_demo(QUICK, console()[0])
+    assert [*temporary.iterdir()] == []
+    assert children() == []
+
+
+def test_ctrl_c_while_keys_are_made_leaves_nothing(
+    temporary: Path, children: Callable[[], list[int]]
+) -> None:
+    def interrupt() -> None:
+        eventually(children)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(QUICK, console()[0])
+    assert [*temporary.iterdir()] == []
+    assert children() == []
+
+
+def demo_process(*options: str) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, "-m", "zcproto", "demo", "--connections", "20", *options]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, env=module_environment())
+
+
+def test_a_demo_that_is_killed_leaves_no_process_and_no_folder(temporary: Path) -> None:
+    process = demo_process("--seconds", "60", "--rate", "100")
+    assert process.stdout is not None
+    said = b""
+    while b"loading" not in said:
+        said += process.stdout.readline()
+    pids = descendants(process.pid)
+    assert len(pids) == 2  # the server and a generator
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    eventually(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids))
+    eventually(lambda: not [*temporary.iterdir()])
+
+
+def test_ctrl_c_under_load_gives_a_report_and_leaves_nothing(temporary: Path) -> None:
+    process = demo_process("--seconds", "60", "--rate", "100")
+    assert process.stdout is not None
+    said = b""
+    while b"loading" not in said:
+        said += process.stdout.readline()
+    pids = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert rest.splitlines()[-1].startswith(b"Broken off, so nothing is proven. Server and folder are gone")
+    assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
+    assert [*temporary.iterdir()] == []
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(each) for each in (task / "children").read_text().split()]
+    return found
+
+
+# --- words ------------------------------------------------------------------------------------------------
+
+
+def test_the_last_sentence_says_what_was_proven() -> None:
+    assert module._conclusion(verified_result(), 33.4).endswith(
+        "both sides counted the same. Server and folder are gone; all took 33 s."
+    )
+    unproven = module._conclusion(Result(plan()), 5.0)
+    assert unproven.startswith("Not proven: 10 of 10 connections are unverified; ")
+    assert module._conclusion(Result(plan(), interrupted=True), 5.0).startswith("Broken off")
+
+
+# --- the server's process -----------------------------------------------------------------------------------
+
+
+def test_a_server_that_does_not_start_is_told_with_its_last_words() -> None:
+    with temporary_home() as home:
+        home.config.write_text("[server]\nprot = 1\n")
+        with pytest.raises(ZcprotoError, match=r"did not start: .*server\.prot"), DemoServer(home.path):
+            pass
+
+
+def program(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Another program in the server's place."""
+    monkeypatch.setattr(server, "module_command", lambda module, *arguments: [sys.executable, "-c", source])
+
+
+@pytest.mark.parametrize(
+    ("source", "phrase"),
+    [
+        ("", "did not start: it did not say why"),
+        ("print('hello')", "said 'hello' instead of where it listens"),
+        ("import time; time.sleep(60)", "was not ready within 0 s"),
+    ],
+)
+def test_a_program_that_is_no_server_is_told(
+    source: str, phrase: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program(monkeypatch, source)
+    if "sleep" in source:
+        monkeypatch.setattr(server, "START_TIMEOUT", 0.1)
+    with pytest.raises(ZcprotoError, match=phrase), DemoServer(tmp_path):
+        pass
+
+
+def test_a_server_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(server, "module_command", lambda *_: ["/no/such/program"])
+    with pytest.raises(FileNotFoundError), DemoServer(tmp_path):
+        pass
+
+
+def test_a_temporary_folder_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    with pytest.raises(FileNotFoundError), temporary_home():
+        pass
+
+
+def test_ctrl_c_waits_for_what_must_be_done() -> None:
+    done: list[str] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def work() -> None:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("all of it")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["all of it"]
+    assert signal.getsignal(signal.SIGINT) is before
+    with uninterrupted():
+        pass
+
+
+def test_a_server_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program(
+        monkeypatch,
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "print('zcproto: listening on 127.0.0.1:4711', flush=True); time.sleep(60)",
+    )
+    monkeypatch.setattr(server, "END_TIMEOUT", 0.1)
+    with DemoServer(tmp_path) as running:
+        assert running.port == 4711
+        process = running._process
+    assert process is not None
+    assert process.returncode == -signal.SIGKILL
+
+
+# --- the child, from inside -----------------------------------------------------------------------------------
+
+
+class Parent:
+    """What holds the other end of the child's standard input."""
+
+    def __init__(self) -> None:
+        reading, writing = os.pipe()
+        self.stdin = os.fdopen(reading, "rb", buffering=0)
+        self._pipe = os.fdopen(writing, "wb", buffering=0)
+
+    def say(self, words: bytes) -> None:
+        self._pipe.write(words)
+
+    def die(self) -> None:
+        self._pipe.close()
+
+
+@pytest.fixture
+def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parent]:
+    made = Parent()
+    monkeypatch.setattr(sys, "stdin", made.stdin)
+    before = signal.getsignal(signal.SIGTERM)
+    yield made
+    signal.signal(signal.SIGTERM, before)
+    made.die()
+    made.stdin.close()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    return folder
+
+
+def test_a_child_serves_its_folder_and_leaves_it_to_its_parent(
+    parent: Parent, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    asked: list[list[str]] = []
+    watched: list[int] = []
+    monkeypatch.setattr(child, "zcproto", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setattr(child, "_end_with_parent", lambda parent, *_: watched.append(parent))
+    assert child.main(str(home)) == 0
+    assert asked == [["--home", str(home), "serve", "--port", "0"]]
+    assert watched == [parent.stdin.fileno()]
+    assert home.exists()
+
+
+def test_a_child_whose_parent_is_gone_ends_and_clears_up(
+    parent: Parent, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    def serve(arguments: list[str]) -> int:
+        parent.say(b"words change nothing")
+        parent.die()
+        signal.pause()
+        raise AssertionError("SIGTERM did not end it")
+
+    monkeypatch.setattr(child, "zcproto", serve)
+    with pytest.raises(SystemExit) as caught:
+        child.main(str(home))
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert not home.exists()
+
+
+def test_the_module_is_the_program(parent: Parent, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.delitem(sys.modules, "zcproto.load.demo.child")
+    monkeypatch.setattr("zcproto.cli.main", len)
+    monkeypatch.setattr(sys, "argv", ["child", str(home)])
+    threads = {*threading.enumerate()}
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("zcproto.load.demo.child", run_name="__main__")
+    assert caught.value.code == 5
+    parent.die()
+    for thread in {*threading.enumerate()} - threads:
+        thread.join(10)
+
+
+def test_an_orphan_that_does_not_end_is_ended(
+    parent: Parent, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setattr(child, "DRAIN_TIMEOUT", 0.0)
+    sent: list[tuple[int, int]] = []
+    codes: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    parent.die()
+    orphaned = threading.Event()
+    child._end_with_parent(parent.stdin.fileno(), str(home), orphaned, threading.Event())
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+    assert codes == [1]
+    assert orphaned.is_set()
+    assert not home.exists()
+
+
+def test_a_parent_that_goes_after_its_child_has_ended_changes_nothing(
+    parent: Parent, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setattr(os, "kill", None)
+    parent.die()
+    orphaned, ended = threading.Event(), threading.Event()
+    ended.set()
+    child._end_with_parent(parent.stdin.fileno(), str(home), orphaned, ended)
+    assert not orphaned.is_set()
+    assert home.exists()
+
+
+def test_a_module_is_found_wherever_the_user_is(tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    done = subprocess.run(
+        module_command("zcproto.load.processes", "x"),
+        cwd=tmp_path,
+        env=module_environment(),
+        capture_output=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == (b"", b"")
+
+
+def test_a_path_of_modules_that_was_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    assert module_environment()["PYTHONPATH"].endswith(os.pathsep + "/somewhere")
+    monkeypatch.delenv("PYTHONPATH")
+    assert os.pathsep not in module_environment()["PYTHONPATH"]

@@ -1,0 +1,170 @@
+"""The worker's process, from inside: its commands come by a pipe, its answers go to standard output."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvloop
+
+from tests.load.conftest import Serve
+from tests.load.helpers import share
+from zcproto.load import worker
+from zcproto.load.plan import Share
+from zcproto.load.record import Record
+from zcproto.load.tally import Kind
+
+
+class Commands:
+    """The parent's end of the worker's standard input."""
+
+    def __init__(self) -> None:
+        reading, writing = os.pipe()
+        self.stdin = os.fdopen(reading, "rb", buffering=0)
+        self._writing = os.fdopen(writing, "wb", buffering=0)
+
+    def say(self, *lines: str) -> None:
+        self._writing.write("".join(line + "\n" for line in lines).encode())
+
+    def close(self) -> None:
+        self._writing.close()
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[Commands]:
+    made = Commands()
+    monkeypatch.setattr(sys, "stdin", made.stdin)
+    yield made
+    made.close()
+    made.stdin.close()
+
+
+def messages(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def done(said: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {each["done"]: each for each in said if "done" in each}
+
+
+async def test_a_worker_carries_out_its_commands_and_tells(
+    commands: Commands, serve: Serve, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "PROGRESS_PERIOD", 0.02)
+    asked = share(serve())
+    commands.say(json.dumps(asked.as_json()))
+    serving = asyncio.create_task(worker.serve())
+    said: list[dict[str, Any]] = []
+    for command in ("connect", "load", "verify", "close"):
+        commands.say(command)
+        while command not in done(said):
+            await asyncio.sleep(0.01)
+            said += messages(capsys)
+    commands.close()
+    await serving
+    ends = done(said)
+    assert [*ends] == ["start", "connect", "load", "verify", "close"]
+    assert (ends["connect"]["ready"], ends["connect"]["sessions"], ends["connect"]["requests"]) == (4, 4, 4)
+    assert ends["verify"]["requests"] == 48
+    assert "record" not in ends["verify"]
+    record = Record.from_json(ends["close"]["record"])
+    assert record.tallies[Kind.LOAD].equal == 40
+    progress = [each["progress"] for each in said if "progress" in each]
+    assert progress[-1] == {"connect": 4, "load": 40, "verify": 4, "failed": 0}
+    assert len(progress) > 4
+
+
+async def test_a_worker_stops_when_told_and_still_closes(
+    commands: Commands, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve()
+    commands.say(json.dumps(share(server, duration_s=60.0).as_json()), "connect")
+    serving = asyncio.create_task(worker.serve())
+    said: list[dict[str, Any]] = []
+    for last, then in (("connect", ("load",)), ("load", ("close",)), ("close", ())):
+        while last not in done(said):
+            await asyncio.sleep(0.01)
+            said += messages(capsys)
+            if last == "load":
+                commands.say("stop")
+        commands.say(*then)
+    commands.close()
+    await serving
+    assert Record.from_json(done(said)["close"]["record"]).tallies[Kind.LOAD].planned < 1000
+    server.until_left()
+
+
+async def test_a_worker_ends_with_its_parent(commands: Commands, serve: Serve) -> None:
+    server = serve()
+    commands.say(json.dumps(share(server, duration_s=3600.0).as_json()), "connect")
+    serving = asyncio.create_task(worker.serve())
+    await asyncio.to_thread(server.until, lambda: server.server.serving.counters.requests == 4)
+    commands.say("load")
+    await asyncio.to_thread(server.until, lambda: server.server.serving.counters.requests > 10)
+    commands.close()
+    await serving
+    await asyncio.to_thread(
+        server.in_loop, lambda: [each.abort("test") for each in [*server.server.serving.connections]]
+    )
+    await asyncio.sleep(0.05)
+
+
+async def test_a_parent_that_is_gone_at_once_is_no_fault(commands: Commands) -> None:
+    commands.close()
+    await worker.serve()
+
+
+async def test_a_parent_that_is_gone_before_its_first_command_is_no_fault(
+    commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.say(json.dumps(share(connections=1, credentials=[["user-1", "key"]]).as_json()))
+    commands.close()
+    await worker.serve()
+    assert messages(capsys) == [{"done": "start"}]
+
+
+async def test_an_unknown_command_ends_the_worker_visibly(commands: Commands) -> None:
+    nowhere: Share = share(connections=1, credentials=[["user-1", "key"]])
+    commands.say(json.dumps(nowhere.as_json()), "dance")
+    with pytest.raises(ExceptionGroup) as caught:
+        await worker.serve()
+    assert caught.group_contains(KeyError)
+
+
+def test_the_process_ignores_ctrl_c_and_collects_no_garbage(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    async def serve() -> None:
+        seen.extend([signal.getsignal(signal.SIGINT), gc.isenabled(), asyncio.get_running_loop()])
+
+    monkeypatch.setattr(worker, "serve", serve)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        worker.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        gc.enable()
+    assert seen[:2] == [signal.SIG_IGN, False]
+    assert isinstance(seen[2], uvloop.Loop)
+
+
+def test_the_module_is_the_program(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "zcproto.load.worker")
+    commands.close()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        runpy.run_module("zcproto.load.worker", run_name="__main__")
+        assert not gc.isenabled()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        gc.enable()

@@ -1,0 +1,166 @@
+"""Which fact is which alert: the tables, without a server."""
+
+from __future__ import annotations
+
+import ast
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import WALL, FakeClock
+from zcproto.alerts import AlertKind, Severity
+from zcproto.alerts.service import ServerAlerts
+from zcproto.certs.maintainer import Notice, NoticeKind
+from zcproto.config import AlertsConfig
+from zcproto.runtime.alert_sources import tell_certificate, tell_refresh_reused, tell_revoked, tell_store
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def alerts(clock: FakeClock) -> ServerAlerts:
+    return ServerAlerts(AlertsConfig(), [], clock=clock, entropy=bytes)
+
+
+def open_now(alerts: ServerAlerts) -> list[tuple[AlertKind, str, Severity]]:
+    return [(each.kind, each.about, each.severity) for each in alerts.center.open_alerts()]
+
+
+def about(alerts: ServerAlerts) -> set[tuple[AlertKind, str]]:
+    return {(each.kind, each.about) for each in alerts.center.open_alerts()}
+
+
+# --- the store ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("event", "values", "kind", "named"),
+    [
+        ("store.degraded", {"reason": "it is full", "sessions": 3}, AlertKind.STORE_DEGRADED, ""),
+        ("store.grace_over", {"reason": "it is full"}, AlertKind.STORE_GRACE_OVER, ""),
+        ("store.emptied", {"sessions": 3}, AlertKind.STORE_EMPTIED, ""),
+        ("store.damaged", {"path": "/s.db", "aside": "/s.db.damaged-1"}, AlertKind.STORE_DAMAGED, "/s.db"),
+        ("store.missing", {"path": "/s.db"}, AlertKind.STORE_DAMAGED, "/s.db"),
+        ("revocations.damaged", {"copy": "/r.copy"}, AlertKind.STORE_DAMAGED, "/r.copy"),
+        ("revocations.not_kept", {"reason": "it is full", "pending": 9}, AlertKind.REVOCATIONS_NOT_KEPT, ""),
+    ],
+)
+def test_what_happens_to_the_store_is_an_alert(
+    alerts: ServerAlerts, event: str, values: dict[str, Any], kind: AlertKind, named: str
+) -> None:
+    tell_store(alerts, event, values)
+    (alert,) = alerts.center.open_alerts()
+    assert (alert.kind, alert.about, dict(alert.details)) == (kind, named, values)
+    if "reason" in values:
+        assert "it is full" in alert.title
+
+
+def test_a_store_that_is_back_ends_both_alerts(alerts: ServerAlerts) -> None:
+    tell_store(alerts, "store.degraded", {"reason": "it is full"})
+    tell_store(alerts, "store.grace_over", {"reason": "it is full"})
+    assert len(alerts.center.open_alerts()) == 2
+    tell_store(alerts, "store.recovered", {"seconds": 3.0, "replayed": 1})
+    assert alerts.center.open_alerts() == []
+    assert {alert.title for alert in alerts.center.history()} == {"the store of sessions answers again"}
+
+
+def test_what_nobody_has_to_know_is_none(alerts: ServerAlerts) -> None:
+    tell_store(alerts, "store.close_failed", {"reason": "x"})
+    assert alerts.center.open_alerts() == []
+
+
+# --- certificates -----------------------------------------------------------------------------------------------
+
+
+def notice(kind: NoticeKind, what: str = "/c.crt", days: int | None = None) -> Notice:
+    left = None if days is None else timedelta(days=days)
+    return Notice(kind, what, "a sentence", days=days, left=left)
+
+
+@pytest.mark.parametrize(
+    ("days", "severity"),
+    [
+        *((30, Severity.WARNING), (14, Severity.WARNING), (8, Severity.WARNING)),
+        *((7, Severity.ERROR), (3, Severity.ERROR), (2, Severity.ERROR)),
+        *((1, Severity.CRITICAL), (0, Severity.CRITICAL)),
+    ],
+)
+def test_the_end_of_a_certificate_gets_graver(alerts: ServerAlerts, days: int, severity: Severity) -> None:
+    tell_certificate(alerts, notice(NoticeKind.EXPIRY, days=days))
+    assert open_now(alerts) == [(AlertKind.CERTIFICATE_EXPIRY, "/c.crt", severity)]
+    tell_certificate(alerts, notice(NoticeKind.EXPIRY_ENDED, "/other.crt", days=90))
+    assert len(open_now(alerts)) == 1
+    tell_certificate(alerts, notice(NoticeKind.EXPIRY_ENDED, days=90))
+    assert open_now(alerts) == []
+
+
+def test_each_threshold_is_told(alerts: ServerAlerts) -> None:
+    for days in (30, 14, 7, 3, 1, 0):
+        tell_certificate(alerts, notice(NoticeKind.EXPIRY, days=days))
+    assert alerts.center.told[AlertKind.CERTIFICATE_EXPIRY] == 6
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "kind"),
+    [
+        (NoticeKind.RENEWAL_FAILED, NoticeKind.RENEWAL_RECOVERED, AlertKind.CERTIFICATE_RENEWAL),
+        (NoticeKind.FILES_BAD, NoticeKind.FILES_RECOVERED, AlertKind.CERTIFICATE_FILES),
+    ],
+)
+def test_what_fails_is_told_until_it_works(
+    alerts: ServerAlerts, begins: NoticeKind, ends: NoticeKind, kind: AlertKind
+) -> None:
+    tell_certificate(alerts, notice(begins, "/a"))
+    tell_certificate(alerts, notice(begins, "/b"))
+    tell_certificate(alerts, notice(begins, "/a"))
+    assert about(alerts) == {(kind, "/a"), (kind, "/b")}
+    tell_certificate(alerts, notice(ends, "/a"))
+    assert about(alerts) == {(kind, "/b")}
+
+
+def test_each_notice_is_an_alert_or_good_news(alerts: ServerAlerts) -> None:
+    told = {}
+    for kind in NoticeKind:
+        before = sum(alerts.center.raised.values())
+        tell_certificate(alerts, notice(kind, days=5))
+        told[kind] = sum(alerts.center.raised.values()) > before
+    bad = {NoticeKind.EXPIRY, NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD}
+    assert {kind for kind, is_told in told.items() if is_told} == bad
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------
+
+
+def test_each_session_with_a_stolen_token_is_told_of_once(alerts: ServerAlerts) -> None:
+    for _ in range(3):
+        tell_refresh_reused(alerts, "abc", "192.0.2.7")
+    tell_refresh_reused(alerts, "def", "192.0.2.8")
+    found = {each.about: (each.count, each.details["peer"]) for each in alerts.center.open_alerts()}
+    assert found == {"abc": (3, "192.0.2.7"), "def": (1, "192.0.2.8")}
+
+
+def test_a_revocation_of_nothing_is_none(alerts: ServerAlerts) -> None:
+    tell_revoked(alerts, "operator ada", 0, False)
+    assert alerts.center.open_alerts() == []
+    tell_revoked(alerts, "operator ada", 2, False)
+    (alert,) = alerts.center.open_alerts()
+    assert (alert.title, alert.began_at) == ("2 sessions revoked: operator ada", WALL)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------
+
+
+def test_each_kind_is_raised_somewhere() -> None:
+    """A kind in the catalogue that nothing raises would be a promise that is not kept."""
+    used: set[str] = set()
+    for path in (*(ROOT / "zcproto" / "server").glob("alert*.py"), ROOT / "zcproto" / "cli" / "alert.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "AlertKind"
+            ):
+                used.add(node.attr)
+    assert used == {kind.name for kind in AlertKind}

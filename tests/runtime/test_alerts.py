@@ -1,0 +1,430 @@
+"""What a real webhook hears of a real server, and what it does when the webhook does not do its part."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from tests.alerts.receiver import Answer, Receiver, answer, hang
+from tests.certs.test_keeper import look
+from tests.conftest import ServerPairs
+from tests.server.helpers import NO_TOKEN, TIMEOUT, AnsweredError, ServerThread, eventually
+from zcproto.alerts import AlertKind
+from zcproto.alerts.service import STOP_S, ServerAlerts
+from zcproto.alerts.signature import check_signature
+from zcproto.auth import UserFile
+from zcproto.certs import keeper as keeper_module
+from zcproto.common.secret import Secret
+from zcproto.errors import CertificateError, Code, ConfigError
+
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+class Watched:
+    """A server whose alerts go to a receiver."""
+
+    def __init__(self, server: ServerThread, receiver: Receiver) -> None:
+        self.server = server
+        self.receiver = receiver
+
+    @property
+    def alerts(self) -> ServerAlerts:
+        return self.server.server.alerts
+
+    def tick(self) -> None:
+        self.server.in_loop(self.alerts.tick)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """All that arrived, each with a good signature, of whatever time."""
+        found = []
+        for request in list(self.receiver.received):
+            header = request.headers["zcproto-signature"]
+            wall = 1000 * int(header.removeprefix("t=").partition(",")[0])
+            assert check_signature(Secret(SECRET), request.body, header, wall) == ""
+            found.append(json.loads(request.body))
+        return found
+
+    def told(self) -> list[tuple[str, str]]:
+        return [(each["alert"]["kind"], each["phase"]) for each in self.messages()]
+
+    def until(self, kind: str, phase: str = "began") -> dict[str, Any]:
+        """Wait for a message; its alert."""
+        try:
+            eventually(lambda: (kind, phase) in self.told())
+        except AssertionError:
+            raise AssertionError(f"no {phase} of {kind}: {self.told()}") from None
+        message = next(
+            each for each in self.messages() if (each["alert"]["kind"], each["phase"]) == (kind, phase)
+        )
+        alert: dict[str, Any] = message["alert"]
+        return alert
+
+
+Watch = Callable[..., Watched]
+
+
+@pytest.fixture
+def watch(tmp_path: Path, certs: Path, server_pairs: ServerPairs, ca_file: Path) -> Iterator[Watch]:
+    secret = tmp_path / "secret"
+    secret.write_text(f"{SECRET}\n")
+    secret.chmod(0o600)
+    pair = server_pairs.ecdsa
+    with ExitStack() as stack:
+
+        def start(
+            *answers: Answer, home: Path | None = None, users_file: bool = False, **settings: Any
+        ) -> Watched:
+            receiver = stack.enter_context(Receiver((pair.certificate, pair.key), *answers))
+            chosen = {
+                "alerts__webhook": receiver.url,
+                "alerts__webhook_secret_file": str(secret),
+                "alerts__webhook_ca_file": str(ca_file),
+                **settings,
+            }
+            server = ServerThread(home or tmp_path / "home", certs, users_file=users_file, **chosen)
+            return Watched(stack.enter_context(server), receiver)
+
+        yield start
+
+
+def refused(call: Callable[[], object]) -> int:
+    with pytest.raises(AnsweredError) as caught:
+        call()
+    return caught.value.code
+
+
+def test_a_replay_is_told_by_a_signed_message(watch: Watch) -> None:
+    watched = watch()
+    with watched.server.client("ada") as client:
+        frame = client.request("echo", {})
+        client.send(frame, frame)
+        client.rest_until_closed()
+    alert = watched.until("connection.replayed")
+    assert alert["severity"] == "error"
+    assert alert["details"]["in_window"] == 1
+    (message,) = watched.messages()
+    header = watched.receiver.received[0].headers["zcproto-signature"]
+    body = watched.receiver.received[0].body
+    assert check_signature(Secret(SECRET), body, header, watched.server.clock.wall()) == ""
+    assert message["source"].endswith(f":{watched.server.port}")
+
+
+def test_stale_frames_are_told_when_they_are_many(watch: Watch) -> None:
+    watched = watch(alerts__stale_frames=3)
+    with watched.server.client("ada") as client:
+        for _ in range(3):
+            assert refused(lambda: client.call("echo", {}, timestamp=1)) == Code.STALE_TIMESTAMP
+    assert watched.until("connection.stale_frames")["details"]["in_window"] == 3
+
+
+def test_tls_failures_are_told_by_cause(watch: Watch) -> None:
+    watched = watch(alerts__tls_failures=2)
+    stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trustme.CA().configure_trust(stranger)
+    stranger.set_alpn_protocols(["zcp/1"])
+    for _ in range(2):
+        with watched.server.tcp() as raw, pytest.raises(ssl.SSLCertVerificationError):
+            stranger.wrap_socket(raw, server_hostname="localhost")
+        with watched.server.tcp() as raw:
+            raw.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            raw.recv(100)
+    alert = watched.until("tls.failures")
+    assert alert["about"] == "peer_rejected_certificate"
+    assert "2 TLS connections failed within 300 s: peer_rejected_certificate" in alert["title"]
+    assert [each["alert"]["about"] for each in watched.messages()] == ["peer_rejected_certificate"]
+
+
+def test_throttled_logins_are_told_when_they_are_many(watch: Watch) -> None:
+    watched = watch(limits__login_failures=1, alerts__throttled_logins=3)
+    with watched.server.client() as client:
+        params = {"scheme": "api_key", "user": "ada", "key": "wrong"}
+        codes = [refused(lambda: client.call("session.open", params, token=NO_TOKEN)) for _ in range(4)]
+    assert len(set(codes)) == 2
+    assert watched.until("login.throttled")["details"]["in_window"] == 3
+
+
+@pytest.mark.parametrize("url", ["memory", "sqlite"])
+def test_a_spent_refresh_token_is_told_with_its_session(watch: Watch, url: str) -> None:
+    watched = watch(store__url=url, sessions__refresh_grace="0s")
+    with watched.server.client("ada") as client:
+        spent = client.opened["refresh_token"]
+        client.call("session.refresh", {"refresh_token": spent}, token=NO_TOKEN)
+        refused(lambda: client.call("session.refresh", {"refresh_token": spent}, token=NO_TOKEN))
+        alert = watched.until("session.refresh_reused")
+    assert (alert["about"], alert["details"]) == (client.opened["id"], {"peer": "127.0.0.1"})
+    body = b"".join(request.body for request in watched.receiver.received)
+    assert spent.hex().encode() not in body
+
+
+def test_what_operators_revoke_is_told(watch: Watch) -> None:
+    watched = watch()
+    with watched.server.client("ada"), watched.server.client("operator") as operator:
+        operator.call("server.revoke", {"user": "nobody"})  # nothing has happened
+        operator.call("server.revoke", {"user": "ada"})
+    alert = watched.until("session.revoked")
+    assert (alert["about"], alert["details"]["sessions"]) == ("operator operator", 1)
+    assert alert["title"] == "1 session revoked: operator operator"
+    assert watched.told() == [("session.revoked", "began")]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"), [("any", ["info", "warning"]), ("operators", ["warning"]), ("rate", [])]
+)
+def test_which_revocations_are_told_can_be_chosen(watch: Watch, wanted: str, told: list[str]) -> None:
+    watched = watch(alerts__revocations=wanted)
+    with watched.server.client("ada") as one, watched.server.client("operator") as operator:
+        with watched.server.client("ada") as other:
+            one.call("session.revoke", {"id": other.opened["id"]})
+        operator.call("server.revoke", {"user": "ada"})
+        watched.tick()
+    watched.server.drain()  # all that there is to tell has been told
+    assert [each["alert"]["severity"] for each in watched.messages()] == told
+
+
+def test_very_many_revocations_are_told_and_closing_is_none(watch: Watch) -> None:
+    watched = watch(alerts__revocation_rate=5, alerts__revocations="rate")
+    with watched.server.client("operator") as operator, ExitStack() as stack:
+        for _ in range(6):
+            with watched.server.client("bob") as bob:
+                bob.call("session.close")
+        watched.tick()
+        for _ in range(5):
+            stack.enter_context(watched.server.client("ada"))
+        operator.call("server.revoke", {"user": "ada"})
+    alert = watched.until("session.revocation_rate")
+    assert alert["details"]["in_window"] == 5
+    assert watched.server.in_loop(lambda: watched.server.server.serving.revoked) == 5
+
+
+def test_a_user_who_is_removed_is_told(watch: Watch, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    users = UserFile(home / "users.toml")
+    key = users.add("ada")
+    watched = watch(users_file=True)
+    with watched.server.client() as client:
+        client.open_session("ada", key=key)
+        users.remove("ada")
+        alert = watched.until("session.revoked")
+    assert alert["title"] == "1 session revoked: the user ada was removed or changed"
+
+
+def test_a_store_that_is_out_and_back_is_told(watch: Watch) -> None:
+    watched = watch(store__url="sqlite", store__grace="0s")
+    server = watched.server.server
+    keeper: Any = server.serving.sessions._keeper  # type: ignore[attr-defined]
+
+    def break_it() -> None:
+        keeper.store.reason = "the disk is full"
+        keeper.health.begin_outage(server._clock.now())
+
+    watched.server.in_loop(break_it)
+    assert watched.until("store.degraded")["title"].endswith("does not answer: the disk is full")
+    assert watched.until("store.grace_over")["severity"] == "critical"
+    watched.until("store.grace_over", "ended")
+    ended = watched.until("store.degraded", "ended")
+    assert ended["title"] == "the store of sessions answers again"
+    assert ended["details"]["replayed"] == 0
+    assert ended["ended_at"] >= ended["began_at"]
+
+
+def test_a_damaged_file_of_sessions_is_told(watch: Watch, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "sessions.db").write_bytes(b"no database" * 1_000)
+    (home / "sessions.db").chmod(0o600)
+    watched = watch(store__url="sqlite")
+    alert = watched.until("store.damaged")
+    assert watched.messages()[0]["source"] == f"{socket.gethostname()}:0", "it was told before it listened"
+    assert alert["about"] == str(home / "sessions.db")
+    assert Path(alert["details"]["aside"]).exists()
+
+
+def test_a_renewal_that_fails_is_told_and_its_end(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = watch(certificates__watch_interval="1h")
+    server = watched.server
+    with monkeypatch.context() as patched:
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr("zcproto.certs.files._stage", fail)
+        server.clock.ahead_ms = 61 * 86_400_000
+        look(server)
+        renewal = watched.until("certificate.renewal_failed")
+        assert "No space left" in renewal["title"]
+        first = watched.until("certificate.expiry")
+        assert (first["severity"], first["details"]["threshold_days"]) == ("warning", 30)
+        server.clock.ahead_ms = 84 * 86_400_000
+        look(server)
+        assert watched.until("certificate.expiry", "changed")["severity"] == "error"
+    server.clock.ahead_ms += 86_400_000
+    look(server)
+    watched.until("certificate.renewal_failed", "ended")
+    assert watched.until("certificate.expiry", "ended")["about"] == first["about"]
+
+
+def test_files_that_are_bad_are_told_until_they_are_good(
+    watch: Watch, tmp_path: Path, server_pairs: ServerPairs
+) -> None:
+    pair = server_pairs.ecdsa
+    chain, key = tmp_path / "site.pem", tmp_path / "site.key"
+    chain.write_bytes(pair.certificate.read_bytes())
+    key.write_bytes(pair.key.read_bytes())
+    key.chmod(0o600)
+    watched = watch(
+        certificates__mode="files", certificates__certificate=[str(chain)], certificates__key=[str(key)]
+    )
+    origin: Any = watched.server.server._keeper._maintainer._origin
+    origin._watched._settle_s = 0.0  # else half a minute is given to whoever writes them
+    good = chain.read_bytes()
+    chain.write_bytes(b"no certificate")
+    alert = watched.until("certificate.files_bad")
+    assert "site.pem" in alert["title"] + alert["about"]
+    chain.write_bytes(good)
+    watched.until("certificate.files_bad", "ended")
+
+
+def test_certificates_that_do_not_prove_themselves_are_told(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = watch(certificates__watch_interval="1h")
+    keeper = watched.server.server._keeper
+    with monkeypatch.context() as patched:
+
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise CertificateError("the handshake fails")
+
+        patched.setattr(keeper_module, "proven_sites", refuse)
+        keeper._unproven = True
+        look(watched.server)
+        assert watched.until("certificate.not_used")["title"].endswith("the handshake fails")
+    look(watched.server)
+    watched.until("certificate.not_used", "ended")
+
+
+# --- a webhook that does not do its part --------------------------------------------------------------------------
+
+
+def raise_one(watched: Watched, kind: AlertKind = AlertKind.STORE_EMPTIED) -> None:
+    watched.server.in_loop(lambda: watched.alerts.raise_(kind, "so it is"))
+
+
+def test_what_failed_at_first_arrives_later_and_with_the_same_id(watch: Watch) -> None:
+    watched = watch(answer(503), answer(200))
+    raise_one(watched)
+    first, second = watched.receiver.until(2)[:2]
+    assert json.loads(first.body)["id"] == json.loads(second.body)["id"]
+    eventually(lambda: watched.alerts.queues[0].delivered == 1)
+
+
+def test_what_waits_is_delivered_at_the_end(watch: Watch) -> None:
+    watched = watch()
+    watched.server.in_loop(
+        lambda: [watched.alerts.raise_(AlertKind.CERTIFICATE_FILES, "bad", about=str(n)) for n in range(5)]
+    )
+    watched.server.drain()
+    assert len(watched.messages()) == 5
+
+
+def test_one_that_hangs_holds_up_neither_calls_nor_the_end(
+    watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched = watch(hang, alerts__webhook_timeout="1m")
+    raise_one(watched)
+    watched.receiver.until(1)
+    with watched.server.client("ada") as client:
+        assert client.call("echo", {"word": "here"}) == {"word": "here"}
+    assert STOP_S < TIMEOUT
+    watched.server.drain()  # within TIMEOUT, or it fails
+    assert watched.alerts.queues[0].lost == 1
+    assert "alert.lost" in capsys.readouterr().err
+
+
+def test_a_command_gets_what_the_webhook_gets(watch: Watch, tmp_path: Path) -> None:
+    place = tmp_path / "alerts.jsonl"
+    watched = watch(alerts__command=["/bin/sh", "-c", f"cat >> {place}"])
+    raise_one(watched)
+    raise_one(watched, AlertKind.STORE_DAMAGED)
+    eventually(lambda: place.exists() and len(place.read_text().splitlines()) == 2)
+    eventually(lambda: len(watched.receiver.received) == 2)
+    assert place.read_text().splitlines() == [each.body.decode() for each in watched.receiver.received]
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "said"),
+    [
+        (0o644, SECRET, "others can read"),
+        (0o600, "short", "16 to 4096 characters"),
+        (0o600, "", "16 to 4096"),
+    ],
+)
+def test_a_secret_that_is_none_keeps_the_server_from_listening(
+    tmp_path: Path, certs: Path, mode: int, text: str, said: str
+) -> None:
+    secret = tmp_path / "key"
+    secret.write_text(text)
+    secret.chmod(mode)
+    settings = {"alerts__webhook": "https://localhost:1/", "alerts__webhook_secret_file": str(secret)}
+    with pytest.raises(ConfigError, match=rf"alerts\.webhook_secret_file: .*{said}") as caught:
+        ServerThread(tmp_path / "home", certs, **settings).start()
+    assert text == "" or text not in str(caught.value)
+
+
+def test_a_command_that_is_none_keeps_the_server_from_listening(tmp_path: Path, certs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"alerts\.command: /no/such cannot be run"):
+        ServerThread(tmp_path / "home", certs, alerts__command=["/no/such"]).start()
+
+
+def test_a_fault_of_ours_ends_no_watch(watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+    watched = watch()
+    broken = True
+
+    def read() -> int:
+        if broken:
+            raise RuntimeError("a fault")
+        return 1
+
+    def begin() -> None:
+        watched.alerts.watch(AlertKind.STORE_EMPTIED, read, 1, lambda count: "so it is")
+
+    watched.server.in_loop(begin)
+    told = ""
+
+    def is_told() -> bool:
+        nonlocal told
+        told += capsys.readouterr().err
+        return "alert.tick_failed" in told
+
+    eventually(is_told)
+    broken = False
+    watched.until("store.emptied")
+
+
+def test_a_server_that_does_not_start_leaves_no_task(tmp_path: Path, certs: Path) -> None:
+    with ServerThread(tmp_path / "home", certs) as server, contextlib.suppress(ConfigError):
+        ServerThread(tmp_path / "other", certs, server__port=server.port).start()
+
+
+def test_alerts_are_among_the_metrics(watch: Watch) -> None:
+    watched = watch(answer(400))
+    raise_one(watched)
+    eventually(lambda: watched.alerts.queues[0].failures == 1)
+    lines = watched.server.in_loop(lambda: watched.server.server.metrics.render(""))[1].decode().splitlines()
+    for line in (
+        'zcproto_alerts_open{severity="error"} 1.0',
+        'zcproto_alerts_raised_total{kind="store.emptied"} 1.0',
+        'zcproto_alert_messages_total{result="failed",sink="webhook"} 1.0',
+        'zcproto_alert_messages_total{result="arrived",sink="command"} 0.0',
+        'zcproto_alert_sink_down{sink="webhook"} 0.0',
+    ):
+        assert line in lines

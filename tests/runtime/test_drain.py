@@ -1,0 +1,315 @@
+"""How a server ends: nobody new, GOAWAY, what runs is finished or cancelled, close_notify, nothing left."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from tests.server.helpers import (
+    ERROR,
+    GOAWAY,
+    PONG,
+    RESPONSE,
+    ServerThread,
+    client_context,
+    configuration,
+    eventually,
+    read_to_end,
+)
+from zcproto.app.app import App
+from zcproto.app.context import Context
+from zcproto.errors import Code
+from zcproto.runtime import server as server_module
+from zcproto.runtime.server import Server
+
+Serve = Callable[..., ServerThread]
+
+
+class Gate:
+    """A method that waits until the test lets it go."""
+
+    def __init__(self) -> None:
+        self.app = App()
+        self.running: list[asyncio.Future[str]] = []
+        self.cancelled = 0
+        self.contexts: list[Context] = []
+        self.app.method("echo")(lambda **params: params)
+        self.app.method("wait")(self.wait)
+        self.app.method("stubborn")(self.stubborn)
+
+    async def wait(self, context: Context) -> str:
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.contexts.append(context)
+        self.running.append(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    async def stubborn(self) -> str:
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.running.append(future)
+        while not future.done():
+            try:
+                await asyncio.shield(future)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+        return future.result()
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def server(request: pytest.FixtureRequest, serve: Serve, gate: Gate) -> ServerThread:
+    loop_factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
+    return serve(gate.app, loop_factory=loop_factory)
+
+
+def test_idle_clients_get_goaway_and_close_notify_and_hold_nothing_up(server: ServerThread) -> None:
+    clients = [server.client("ada") for _ in range(3)] + [server.client()]
+    started = time.monotonic()
+    server.begin_drain(30.0)
+    for client in clients:
+        frames, how = client.rest_until_closed()
+        assert [frame.kind for frame in frames] == [GOAWAY]
+        assert frames[0].value == {"reason": "draining", "retry_after_ms": 1_000}
+        assert how == "close_notify"
+        client.close()
+    server.join()
+    assert time.monotonic() - started < 15.0
+    assert server.server.serving.counters.connections_ended == {"draining": 4}
+
+
+def test_many_connections_are_told_in_turns(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "GOAWAYS_PER_TURN", 2)
+    clients = [server.client() for _ in range(5)]
+    server.begin_drain(30.0)
+    for client in clients:
+        assert client.rest_until_closed()[0][0].kind == GOAWAY
+        client.close()
+    server.join()
+
+
+def test_what_runs_is_finished_within_the_limit(server: ServerThread, gate: Gate) -> None:
+    with server.client("ada") as client:
+        client.send(client.request("wait"), client.request("wait"))
+        eventually(lambda: len(gate.running) == 2)
+        server.begin_drain(30.0)
+        assert client.receive().kind == GOAWAY
+        # Nothing new is taken; what was taken goes on, one after the other.
+        refused = client.refused("echo")
+        assert refused.code == Code.UNAVAILABLE
+        assert refused.details == {"retry_after_ms": 1_000}
+        server.in_loop(lambda: gate.running[0].set_result("first"))
+        assert client.answer().value == "first"
+        client.send(client.frame(6))
+        assert client.receive().kind == PONG
+        server.in_loop(lambda: gate.running[1].set_result("second"))
+        frames, how = client.rest_until_closed()
+        assert [frame.value for frame in frames] == ["second"]
+        assert how == "close_notify"
+    server.join()
+    assert gate.cancelled == 0
+
+
+def test_what_is_cancelled_by_its_caller_lets_the_connection_end(server: ServerThread, gate: Gate) -> None:
+    with server.client("ada") as client:
+        client.send(client.request("wait"))
+        eventually(lambda: gate.running)
+        server.begin_drain(30.0)
+        assert client.receive().kind == GOAWAY
+        client.cancel(client.stream)
+        frames, how = client.rest_until_closed()
+        assert [frame.code for frame in frames] == [Code.CANCELLED]
+        assert how == "close_notify"
+    server.join()
+
+
+def test_after_the_limit_what_runs_is_answered_cancelled(server: ServerThread, gate: Gate) -> None:
+    with server.client("ada") as client, server.client("eve") as idle:
+        client.send(client.request("wait"), client.request("wait"))
+        eventually(lambda: len(gate.running) == 2)
+        server.begin_drain(0.05)
+        assert [frame.kind for frame in idle.rest_until_closed()[0]] == [GOAWAY]
+        frames, how = client.rest_until_closed()
+        assert [frame.kind for frame in frames] == [GOAWAY, ERROR, ERROR]
+        assert {frame.code for frame in frames[1:]} == {Code.CANCELLED}
+        assert {frame.stream for frame in frames[1:]} == {client.stream - 1, client.stream}
+        assert how == "close_notify"
+        assert [context.cancelled for context in gate.contexts] == [True, True]
+    server.join()
+    assert gate.cancelled == 2
+    ended = server.server.serving.counters.connections_ended
+    assert ended == {"draining": 1, "drain_timeout": 1}
+
+
+def test_no_limit_at_all_cancels_at_once(server: ServerThread, gate: Gate) -> None:
+    with server.client("ada") as client:
+        client.send(client.request("wait"))
+        eventually(lambda: gate.running)
+        server.begin_drain(0)
+        frames, _ = client.rest_until_closed()
+        assert [frame.kind for frame in frames] == [GOAWAY, ERROR]
+    server.join()
+
+
+def test_who_comes_while_it_drains_finds_nobody(server: ServerThread, gate: Gate) -> None:
+    with server.client("ada") as client:
+        client.send(client.request("wait"))
+        eventually(lambda: gate.running)
+        server.begin_drain(30.0)
+        assert client.receive().kind == GOAWAY
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port))
+        server.in_loop(lambda: gate.running[0].set_result("x"))
+        assert client.answer().kind == RESPONSE
+        client.rest_until_closed()
+    server.join()
+
+
+def test_a_handshake_that_ends_while_it_drains_is_told_to_go(server: ServerThread, gate: Gate) -> None:
+    context = client_context(server.home / "certs" / "ca.crt")
+    with server.client("ada") as client, server.tcp() as raw:
+        server.until(lambda: server.server._listener.connections == 2)
+        client.send(client.request("wait"))
+        eventually(lambda: gate.running)
+        server.begin_drain(30.0)
+        assert client.receive().kind == GOAWAY
+        with context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False) as late:
+            data = b""
+            while piece := late.recv(65_536):  # ends with close_notify
+                data += piece
+            assert b"draining" in data
+        server.in_loop(lambda: gate.running[0].set_result("x"))
+        client.rest_until_closed()
+    server.join()
+
+
+def test_a_handshake_that_never_ends_does_not_outlive_the_server(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    monkeypatch.setattr(server_module, "LINGER_TIME", 0.0)
+    with server.tcp() as raw:
+        raw.sendall(b"\x16\x03\x01")
+        server.until(lambda: server.server._acceptor.handshakes_in_progress == 1)
+        server.drain(0.0)
+        assert read_to_end(raw) == (b"", "FIN")
+    assert server.server._listener.connections == 0
+    assert len(server.server._wheel) == 0
+
+
+def test_a_client_that_does_not_answer_close_notify_is_cut_off(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    monkeypatch.setattr(server_module, "LINGER_TIME", 0.0)
+    client = server.client("ada")
+    server.drain(0.0)  # half a second of grace for the end of its side
+    frames, _ = client.rest_until_closed()
+    assert [frame.kind for frame in frames] == [GOAWAY]
+    client.fin()
+    assert server.server._listener.connections == 0
+
+
+def test_a_method_that_cannot_be_cancelled_does_not_hold_it_up_for_ever(
+    server: ServerThread, gate: Gate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server_module, "CANCELLED_TIME", 0.02)
+    with server.client("ada") as client:
+        client.send(client.request("stubborn"))
+        eventually(lambda: gate.running)
+        server.begin_drain(0)
+        frames, how = client.rest_until_closed()
+        assert [frame.kind for frame in frames] == [GOAWAY, ERROR]
+        assert how == "close_notify"
+    # The server ends; here the thread's loop ends with it.
+    server.join()
+    assert server.server.serving.tasks.running == 1
+    assert '"event":"server.methods_stuck"' in capsys.readouterr().err
+
+
+def test_draining_twice_at_once_is_one_drain(server: ServerThread, gate: Gate) -> None:
+    with server.client("ada") as client:
+        client.send(client.request("wait"))
+        eventually(lambda: gate.running)
+        drains = [asyncio.run_coroutine_threadsafe(server.server.drain(30.0), server.loop) for _ in range(2)]
+        assert client.receive().kind == GOAWAY
+        server.in_loop(lambda: gate.running[0].set_result("x"))
+        client.rest_until_closed()
+    for drain in drains:
+        drain.result(5)
+    server.join()
+
+
+def test_a_drain_that_is_given_up_can_be_taken_up_again(server: ServerThread, gate: Gate) -> None:
+    with server.client("ada") as client:
+        client.send(client.request("wait"))
+        eventually(lambda: gate.running)
+        first = asyncio.run_coroutine_threadsafe(server.server.drain(30.0), server.loop)
+        assert client.receive().kind == GOAWAY
+        first.cancel()
+        server.begin_drain(0)
+        assert [frame.code for frame in client.rest_until_closed()[0]] == [Code.CANCELLED]
+    server.join()
+
+
+# --- the server as a context manager --------------------------------------------------------------------------
+
+
+def prepared(tmp_path: Path, certs: Path) -> Path:
+    import shutil
+
+    home = tmp_path / "home"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    return home
+
+
+async def test_a_server_is_an_async_context_manager(tmp_path: Path, certs: Path) -> None:
+    home = prepared(tmp_path, certs)
+    async with Server(config=configuration(home), home=home) as server:
+        port = server.port
+        assert server.addresses == [("127.0.0.1", port)]
+        assert [pin.startswith("sha256/") for pin in server.pins] == [True]
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+        await writer.wait_closed()
+    await server.wait_closed()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+    await server.drain()  # once more does no harm
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_an_exception_in_the_body_ends_the_server_too(tmp_path: Path, certs: Path) -> None:
+    home = prepared(tmp_path, certs)
+    server = Server(config=configuration(home), home=home)
+    with pytest.raises(LookupError):
+        async with server:
+            raise LookupError
+    await server.wait_closed()
+
+
+async def test_a_server_that_never_started_has_nothing_to_drain(tmp_path: Path, certs: Path) -> None:
+    home = prepared(tmp_path, certs)
+    await Server(config=configuration(home), home=home).drain()
+
+
+async def test_two_servers_run_on_one_loop(tmp_path: Path, certs: Path) -> None:
+    home = prepared(tmp_path, certs)
+    async with (
+        Server(config=configuration(home), home=home) as first,
+        Server(config=configuration(home), home=home, control=False) as second,
+    ):
+        assert first.port != second.port

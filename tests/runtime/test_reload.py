@@ -1,0 +1,430 @@
+"""The configuration read again while a server runs: all or nothing, and no connection notices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import ssl
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.helpers import AnsweredError, ServerProcess, ServerThread, configuration, eventually
+from zcproto.alerts import AlertKind
+from zcproto.certs import own
+from zcproto.certs.keeper import maintainer_settings
+from zcproto.certs.maintainer import OwnSource
+from zcproto.errors import Code, ConfigError
+from zcproto.observe.log import level
+from zcproto.runtime.server import Server
+
+
+def test_new_connections_get_new_limits_and_old_ones_keep_theirs(serve: Serve) -> None:
+    server = serve(limits__max_streams=8, freshness__tolerance="30s")
+    with server.client("ada") as old:
+        reloaded = server.reload(limits__max_streams=2, freshness__tolerance="5s")
+        assert [each.key for each in reloaded.applied] == ["freshness.tolerance", "limits.max_streams"]
+        assert reloaded.waiting == []
+        with server.client("ada") as new:
+            assert (old.welcome.value["max_streams"], new.welcome.value["max_streams"]) == (8, 2)
+            assert new.welcome.value["tolerance_ms"] == 5000
+            frames = [new.request("sleep", {"ms": 60_000}) for _ in range(3)]
+            new.send(*frames)
+            assert new.answer(new.stream).code == Code.RESOURCE_EXHAUSTED
+        old.echo()
+        assert old.is_open()
+
+
+def test_what_takes_a_restart_is_told_again_until_there_was_one(serve: Serve) -> None:
+    server = serve()
+    for _ in range(2):
+        reloaded = server.reload(idempotency__keep="1h")
+        assert [each.key for each in reloaded.waiting] == ["idempotency.keep"]
+        assert reloaded.applied == []
+    assert server.server.config.idempotency.keep == 600.0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"limits__max_streams": 0},
+        {"limits__max_frame_bytes": 2000, "limits__max_frame_bytes_before_session": 3000},
+        {"alerts__webhook": "https://h.example/", "alerts__webhook_secret_file": "/no/such/file"},
+        {
+            "certificates__mode": "files",
+            "certificates__certificate": ["/no/such.pem"],
+        },
+    ],
+)
+def test_a_bad_configuration_changes_nothing(serve: Serve, bad: dict[str, Any]) -> None:
+    server = serve(sessions__per_user=3)
+    config, settings = server.server.config, server.server.serving.settings
+    pins = server.in_loop(lambda: server.server.pins)
+    with server.client("ada") as client:
+        with pytest.raises(ConfigError):
+            server.reload(sessions__per_user=1, **bad)
+        assert server.server.config is config
+        assert server.server.serving.settings is settings
+        client.echo()
+        for _ in range(2):  # three are allowed, as before
+            server.client("ada").close()
+        assert server.in_loop(lambda: server.server.pins) == pins
+    server.settings = {"sessions__per_user": 1}
+    server.reload()
+    assert server.server.config.sessions.per_user == 1
+
+
+def test_sessions_go_by_the_new_settings(serve: Serve) -> None:
+    server = serve(sessions__per_user=2, sessions__idle_timeout="1h")
+    with server.client("ada") as one:
+        server.reload(sessions__per_user=1, sessions__idle_timeout="2s", sessions__lifetime="1h")
+        with server.client() as other:
+            assert other.refused(
+                "session.open", {"scheme": "api_key", "user": "ada", "key": "the right key"}
+            ).code == (Code.RESOURCE_EXHAUSTED)
+            other.open_session("ben")
+            assert other.opened["idle_timeout_ms"] == 2000
+        one.echo()
+        server.clock.ahead_ms = 10_000
+        with pytest.raises(AnsweredError) as refused:
+            one.call("echo", {}, timestamp=server.clock.wall())
+        assert refused.value.code == Code.TOKEN_EXPIRED
+
+
+def test_a_session_in_a_store_goes_by_the_new_settings(serve: Serve) -> None:
+    server = serve(store__url="sqlite", sessions__per_user=5)
+    with server.client("ada"):
+        server.reload(sessions__per_user=1)
+        with server.client() as other:
+            params = {"scheme": "api_key", "user": "ada", "key": "the right key"}
+            assert other.refused("session.open", params).code == Code.RESOURCE_EXHAUSTED
+
+
+def test_limits_of_connections_hold_for_those_to_come(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as one, server.client("ben"):
+        server.reload(limits__max_connections=1)
+        with pytest.raises((OSError, ssl.SSLError)):
+            server.client()
+        one.echo()
+        server.reload(limits__max_connections=100, limits__connections_per_address=2)
+        with pytest.raises((OSError, ssl.SSLError)):
+            server.client()
+        server.reload(limits__connections_per_address=0)
+        server.client("eve").close()
+
+
+def test_guessing_is_slowed_down_by_the_new_limit(serve: Serve) -> None:
+    server = serve(limits__login_failures=100)
+    params = {"scheme": "api_key", "user": "ada", "key": "wrong"}
+    with server.client() as client:
+        for _ in range(3):
+            assert client.refused("session.open", params).code == Code.UNAUTHENTICATED
+        server.reload(limits__login_failures=2)
+        assert client.refused("session.open", params).code == Code.RESOURCE_EXHAUSTED
+
+
+def test_an_answer_is_as_large_as_its_connection_was_told(serve: Serve) -> None:
+    server = serve(limits__max_frame_bytes=200_000)
+    with server.client("ada") as old:
+        server.reload(limits__max_frame_bytes=50_000)
+        old.echo(size=150_000)
+        with server.client("ada") as new:
+            new.echo(size=10_000)
+        server.reload(limits__max_frame_bytes=1_000_000)
+        old.echo(size=150_000)
+
+
+def test_the_https_side_goes_by_the_new_settings(serve: Serve) -> None:
+    server = serve(http__metrics="open")
+
+    def get(path: str) -> tuple[bytes, bytes]:
+        context = ssl.create_default_context(cafile=str(server.home / "certs" / "ca.crt"))
+        with context.wrap_socket(server.tcp(), server_hostname="localhost") as tls:
+            tls.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path.encode())
+            data = b""
+            while part := tls.recv(65_536):
+                data += part
+        head, _, body = data.partition(b"\r\n\r\n")
+        return head, body
+
+    head, _ = get("/metrics")
+    assert b" 200 " in head
+    assert b"max-age=31536000" in head
+    server.reload(http__metrics="off", http__hsts_max_age_seconds=60)
+    head, _ = get("/metrics")
+    assert b" 404 " in head
+    assert b"max-age=60;" in head
+    server.reload(http__metrics="address", http__allow=["192.0.2.0/24"], http__hsts=False)
+    head, _ = get("/metrics")
+    assert b" 403 " in head
+    assert b"Strict-Transport-Security" not in head
+    server.reload(http__allow=["127.0.0.0/8"])
+    head, body = get("/metrics")
+    assert b" 200 " in head
+    assert b"zcproto_config_reloads" in body
+
+
+# --- certificates ------------------------------------------------------------------------------------------
+
+
+def test_certificates_get_other_names_without_a_pause(serve: Serve) -> None:
+    server = serve()
+    names = server.in_loop(server.server._certificate_names)
+    assert "added.localhost" not in names
+    pins = server.in_loop(lambda: server.server.pins)
+    with server.client("ada") as old:
+        server.reload(certificates__names=["added.localhost"])
+        assert "added.localhost" in server.in_loop(server.server._certificate_names)
+        assert server.in_loop(lambda: server.server.pins) == pins  # the key is the same
+        server.client("ben").close()
+        old.echo()
+
+
+def test_timings_of_certificates_change_nothing_that_is_served(serve: Serve) -> None:
+    server = serve(certificates__watch_interval="1h")
+    leaf = server.in_loop(lambda: server.server.certificates[0].leaf_sha256)
+    server.reload(certificates__watch_interval="200ms")
+    assert server.server._keeper._interval == 0.2
+    server.reload(certificates__renew_before="10d", certificates__alert_days=[5])
+    assert server.in_loop(lambda: server.server.certificates[0].leaf_sha256) == leaf
+    default = maintainer_settings(server.server.config).default
+    assert isinstance(default, OwnSource)
+    own.renew(default.directory, default.settings, datetime.now(UTC), print)
+    # It is watched on, by the new interval.
+    server.until(lambda: server.server.certificates[0].leaf_sha256 != leaf)
+
+
+def test_an_alert_of_certificates_that_are_no_more_ends(serve: Serve, tmp_path: Path) -> None:
+    server = serve()
+    alerts = server.server.alerts
+
+    def raise_() -> None:
+        alerts.raise_(AlertKind.CERTIFICATE_FILES, "site is bad", about="/etc/site.pem")
+        alerts.raise_(AlertKind.STORE_DEGRADED, "the store is out")
+
+    server.in_loop(raise_)
+    server.reload(certificates__alert_days=[3])
+    kinds = server.in_loop(lambda: {each.kind for each in alerts.center.open_alerts()})
+    assert kinds == {AlertKind.STORE_DEGRADED}
+
+
+def test_a_reload_of_other_things_does_not_look_at_certificates(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    maintainer = server.server._keeper._maintainer
+    server.reload(limits__max_streams=9)
+    assert server.server._keeper._maintainer is maintainer
+
+
+def test_pins_of_clients_hold_for_the_next_handshake(serve: Serve) -> None:
+    server = serve(tls__client_auth="optional")
+    assert server.server._acceptor.client_pins == frozenset()
+    reloaded = server.reload(tls__client_pins=["sha256/" + "A" * 43 + "="])
+    assert [each.key for each in reloaded.applied] == ["tls.client_pins"]
+    assert len(server.server._acceptor.client_pins) == 1
+    server.client("ada").close()  # who shows no certificate is not asked for its pin
+
+
+# --- alerts ------------------------------------------------------------------------------------------------
+
+
+def test_a_command_for_alerts_can_be_added_and_taken_away(serve: Serve, tmp_path: Path) -> None:
+    server = serve()
+    told = tmp_path / "told"
+    command = ["/bin/sh", "-c", f"cat >> {told}"]
+    server.reload(alerts__command=command)
+    alerts = server.server.alerts
+    server.in_loop(lambda: alerts.raise_(AlertKind.TEST, "first"))
+    eventually(lambda: told.exists() and "first" in told.read_text())
+    queue = alerts.queues[0]
+    server.reload(alerts__command=[*command, "x"])
+    assert alerts.queues == [queue]  # what waits in it would not be lost
+    server.in_loop(lambda: alerts.raise_(AlertKind.TEST, "second", about="2"))
+    server.reload(alerts__command=[])
+    eventually(lambda: "second" in told.read_text())
+    assert alerts.queues == []
+    server.until(lambda: not alerts._ending)
+
+
+def test_a_threshold_that_changes_does_not_count_what_was_before(serve: Serve) -> None:
+    server = serve(alerts__replays=1000, alerts__stale_frames=1000)
+    alerts, counters = server.server.alerts, server.server.serving.counters
+
+    def count(errors: int) -> set[AlertKind]:
+        for _ in range(errors):
+            counters.count_error(Code.REPLAYED)
+        alerts.tick()
+        return {each.kind for each in alerts.center.open_alerts()}
+
+    assert server.in_loop(lambda: count(50)) == set()
+    server.reload(alerts__replays=10)
+    assert server.in_loop(lambda: count(9)) == set()
+    assert server.in_loop(lambda: count(1)) == {AlertKind.REPLAYED}
+    server.reload(alerts__stale_frames=999)  # the alert is another rule's, and stays
+    assert server.in_loop(lambda: count(0)) == {AlertKind.REPLAYED}
+    server.reload(alerts__replays=0)
+    assert server.in_loop(lambda: count(50)) == set()
+
+
+# --- whose configuration, and when --------------------------------------------------------------------------
+
+
+async def test_a_configuration_made_by_a_program_cannot_be_read_again(tmp_path: Path, certs: Path) -> None:
+    (tmp_path / "certs").symlink_to(certs)
+    server = Server(config=configuration(tmp_path), home=tmp_path)
+    assert not server.can_reload
+    with pytest.raises(ConfigError, match="has not been started"):
+        await server.reload()
+    async with server:
+        with pytest.raises(ConfigError, match="made its configuration"):
+            await server.reload()
+
+
+def test_nothing_is_reloaded_while_a_server_drains(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as client:
+        client.send(client.request("sleep", {"ms": 60_000}))
+        server.begin_drain(30.0)
+        server.until(lambda: server.server.serving.draining)
+        with pytest.raises(ConfigError, match="draining"):
+            server.reload()
+        client.fin()
+    server.join()
+
+
+def test_a_drain_that_begins_meanwhile_wins(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve()
+    looked = server.server._keeper._look_by
+
+    def look_by(*arguments: Any) -> None:
+        server.in_loop(lambda: setattr(server.server.serving, "draining", True))
+        looked(*arguments)
+
+    monkeypatch.setattr(server.server._keeper, "_look_by", look_by)
+    settings = server.server.serving.settings
+    with pytest.raises(ConfigError, match="draining"):
+        server.reload(limits__max_streams=3, certificates__alert_days=[3])
+    assert server.server.serving.settings is settings
+    assert server.server.serving.counters.reloads_refused == 1
+
+
+def test_who_asks_for_a_reload_and_goes_away_leaves_no_half_of_it(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    began, go_on = threading.Event(), threading.Event()
+    looked = server.server._keeper._look_by
+
+    def look_by(*arguments: Any) -> None:
+        began.set()
+        assert go_on.wait(30)
+        looked(*arguments)
+
+    monkeypatch.setattr(server.server._keeper, "_look_by", look_by)
+    server.settings = {"limits__max_streams": 3, "certificates__alert_days": [3]}
+    asking = asyncio.run_coroutine_threadsafe(server.server.reload(), server.loop)
+    assert began.wait(30)
+    asking.cancel()
+    go_on.set()
+    server.until(lambda: server.server.serving.counters.reloads == 1)
+    assert server.server.serving.settings.max_streams == 3
+    server.until(lambda: not server.server._ending_tasks)
+
+
+def test_reloads_that_come_together_are_done_one_after_the_other(serve: Serve) -> None:
+    server = serve()
+
+    async def several() -> None:
+        await asyncio.gather(*(server.server.reload() for _ in range(5)))
+
+    server.settings = {"limits__max_streams": 3}
+    asyncio.run_coroutine_threadsafe(several(), server.loop).result(30)
+    assert server.server.serving.counters.reloads == 5
+    assert server.server.serving.settings.max_streams == 3
+
+
+def test_the_log_is_the_programs_own_where_no_process_is_a_server(serve: Serve) -> None:
+    server = serve()
+    before = level()
+    reloaded = server.reload(log__level="error")
+    assert [each.key for each in reloaded.waiting] == ["log.level"]
+    assert level() == before
+
+
+# --- a process -----------------------------------------------------------------------------------------------
+
+
+def _lines(server: ServerProcess) -> list[dict[str, Any]]:
+    found = []
+    for line in server.log.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def test_sighup_reads_the_file_again_and_a_bad_one_changes_nothing(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    file = home / "config.toml"
+    file.write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n[store]\nurl = "memory"\n')
+    good = file.read_text()
+
+    def events(name: str) -> list[dict[str, Any]]:
+        return [line for line in _lines(server) if line.get("event") == name]
+
+    with ServerProcess(home, certs) as server:
+        with server.client() as client:
+            file.write_text(
+                good + '[limits]\nmax_streams = 5\n[log]\nlevel = "debug"\n[server]\nport = 9999\n'
+            )
+            server.signal(signal.SIGHUP)
+            eventually(lambda: events("config.reloaded"))
+            (line,) = events("config.reloaded")
+            assert line["changed"] == ["limits.max_streams", "log.level"]
+            assert "restart" not in line or line["restart"] == []  # the port is that of the command line
+            with server.client() as other:
+                assert other.welcome.value["max_streams"] == 5
+            eventually(lambda: events("connection.opened"))
+            file.write_text(good + "[limits]\nmax_streams = 0\nmax_stream = 1\n")
+            server.signal(signal.SIGHUP)
+            eventually(lambda: events("config.refused"))
+            (line,) = events("config.refused")
+            assert len(line["faults"]) == 2
+            with server.client() as other:
+                assert other.welcome.value["max_streams"] == 5
+            assert client.is_open()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_the_log_moves_to_another_file(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    file = home / "config.toml"
+    good = '[certificates]\nkey_types = ["ecdsa-p256"]\n[store]\nurl = "memory"\n'
+    file.write_text(good)
+    with ServerProcess(home, certs) as server:
+        file.write_text(f'{good}[log]\nfile = "{home}/no/such/folder/log"\n')
+        server.signal(signal.SIGHUP)
+        eventually(lambda: "config.refused" in server.log)
+        other = home / "other.log"
+        file.write_text(f'{good}[log]\nfile = "{other}"\nformat = "json"\n')
+        server.signal(signal.SIGHUP)
+        eventually(lambda: other.exists() and "config.reloaded" in other.read_text())
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert "server.ended" in other.read_text()
+
+
+def test_a_server_thread_is_what_it_was_before(serve: Serve) -> None:
+    """The helper of these tests reloads what it was made with: that changes nothing."""
+    server: ServerThread = serve(limits__max_streams=7)
+    assert server.reload().changes == ()

@@ -1,0 +1,430 @@
+"""A whole process that is a server: signals and exit codes, and what it does for its own safety."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.helpers import (
+    GOAWAY,
+    RESPONSE,
+    ServerProcess,
+    configuration,
+    eventually,
+    read_to_end,
+)
+from zcproto.auth import UserFile
+from zcproto.config import Config
+from zcproto.config.model import CertificatesConfig
+from zcproto.errors import CertificateError, Code, ConfigError
+from zcproto.runtime import run
+from zcproto.runtime import server as server_module
+from zcproto.runtime.run import serve
+from zcproto.runtime.server import GC_THRESHOLDS, SWITCH_INTERVAL, Server, resident_bytes
+from zcproto.runtime.service_manager import ServiceManager
+
+CONFIG = """
+[certificates]
+key_types = ["ecdsa-p256"]
+
+[limits]
+max_connections = 500
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, certs: Path) -> Path:
+    """A home folder with certificates, a user and a configuration."""
+    home = tmp_path / "home"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    (home / "config.toml").write_text(CONFIG)
+    return home
+
+
+@pytest.fixture
+def key(home: Path) -> str:
+    return UserFile(home / "users.toml").add("ada")
+
+
+# --- real processes ------------------------------------------------------------------------------------------
+
+
+GATE = """
+import asyncio
+from pathlib import Path
+from zcproto.app.app import App
+
+app = App()
+
+@app.method("wait")
+async def wait():
+    while not Path(__file__).with_name("open").exists():
+        await asyncio.sleep(0.01)
+"""
+"""A method that runs until a file is there."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_exits_with_0(home: Path, certs: Path, key: str, number: int) -> None:
+    (home / "gate.py").write_text(GATE)
+    with ServerProcess(home, certs, app="gate:app") as server:
+        with (
+            server.client("ada", key) as client,
+            server.client("ada", key) as idle,
+            server.client() as nobody,
+        ):
+            client.send(client.request("wait"), client.request("server.info"))
+            client.answer(client.stream)
+            server.signal(number)
+            for other in (idle, nobody):
+                frames, how = other.rest_until_closed()
+                assert ([frame.kind for frame in frames], how) == ([GOAWAY], "close_notify")
+            (home / "open").touch()
+            frames, how = client.rest_until_closed()
+            assert [frame.kind for frame in frames] == [GOAWAY, RESPONSE]
+            assert how == "close_notify"
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", server.port))
+        assert server.wait() == 0
+        events = re.findall(r'"event":"([a-z._]+)"', server.log)
+        assert events[:3] == ["certificate.loaded", "sessions.loaded", "server.listening"]
+        assert events[-2:] == ["server.draining", "server.ended"]
+        assert "Traceback" not in server.log
+
+
+def test_after_the_drain_limit_what_runs_is_cancelled(home: Path, certs: Path, key: str) -> None:
+    (home / "config.toml").write_text(f'{CONFIG}\n[server]\ndrain_timeout = "100ms"')
+    with ServerProcess(home, certs) as server:
+        with server.client("ada", key) as client:
+            client.send(client.request("sleep", {"ms": 3_600_000}), client.request("time"))
+            assert client.answer(client.stream).kind == RESPONSE
+            server.signal(signal.SIGTERM)
+            frames, how = client.rest_until_closed()
+            assert frames[0].kind == GOAWAY
+            assert [frame.code for frame in frames[1:]] == [Code.CANCELLED]
+            assert how == "close_notify"
+        assert server.wait() == 0
+
+
+def test_a_second_signal_forces_the_end(home: Path, certs: Path, key: str) -> None:
+    with ServerProcess(home, certs) as server, server.client("ada", key) as client:
+        client.send(client.request("sleep", {"ms": 3_600_000}), client.request("time"))
+        client.answer(client.stream)
+        server.signal(signal.SIGTERM)
+        assert client.receive().kind == GOAWAY
+        assert server.process.poll() is None
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 1
+        assert '"event":"server.forced"' in server.log
+
+
+def test_a_signal_during_a_handshake_ends_all_the_same(home: Path, certs: Path) -> None:
+    (home / "config.toml").write_text(f'{CONFIG}\n[tls]\nhandshake_timeout = "2s"')
+    with (
+        ServerProcess(home, certs) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as half,
+    ):
+        half.sendall(b"\x16\x03\x01\x02\x00\x01")
+        with server.client():  # by now the half one is taken in
+            server.signal(signal.SIGTERM)
+            assert read_to_end(half)[0] == b""
+        half.close()
+        assert server.wait() == 0
+
+
+STUBBORN = """
+import asyncio
+from zcproto.runtime import server
+from zcproto.app.app import App
+
+server.CANCELLED_TIME = 0.05
+app = App()
+
+@app.method("stubborn")
+async def stubborn():
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+"""
+
+
+def test_a_method_that_cannot_be_cancelled_does_not_keep_the_process(
+    home: Path, certs: Path, key: str
+) -> None:
+    (home / "config.toml").write_text(f'{CONFIG}\n[server]\ndrain_timeout = "0s"')
+    (home / "stubborn.py").write_text(STUBBORN)
+    with ServerProcess(home, certs, app="stubborn:app") as server:
+        with server.client("ada", key) as client:
+            client.send(client.request("stubborn"), client.request("server.info"))
+            client.answer(client.stream)
+            server.signal(signal.SIGTERM)
+            frames, how = client.rest_until_closed()
+            assert [frame.code for frame in frames[1:]] == [Code.CANCELLED]
+            assert how == "close_notify"
+        assert server.wait() == 1
+        assert '"event":"server.methods_stuck"' in server.log
+
+
+def test_a_server_process_leaves_no_core_and_many_files(home: Path, certs: Path) -> None:
+    with ServerProcess(home, certs) as server:
+        limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+        assert re.search(r"Max core file size +0 ", limits)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_the_users_file_is_read_again_when_it_changed(home: Path, certs: Path, key: str) -> None:
+    with ServerProcess(home, certs) as server:
+        later = UserFile(home / "users.toml").add("eve", operator=True)
+        with server.client("eve", later) as eve:
+            assert eve.call("server.stats")["connections"] == 1
+        text = (home / "users.toml").read_text()
+        (home / "users.toml").write_text("not a file of users")
+        with server.client("ada", key) as ada:
+            ada.echo()
+        eventually(lambda: '"event":"users.unreadable"' in server.log)
+        (home / "users.toml").write_text(text)
+        with server.client("ada", key) as ada:
+            ada.echo()
+        eventually(lambda: '"event":"users.readable"' in server.log)
+
+
+def test_no_key_is_in_the_log(home: Path, certs: Path, key: str) -> None:
+    with ServerProcess(home, certs, "--log-level", "debug") as server:
+        with server.client("ada", key) as client:
+            client.echo()
+            token = client.token
+        with server.client() as client:
+            client.refused("session.open", {"scheme": "api_key", "user": "ada", "key": "a-wrong-key"})
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        private = (home / "certs" / "server-ecdsa.key").read_text().splitlines()[1]
+        for secret in (key, "a-wrong-key", base64.urlsafe_b64encode(token).decode().rstrip("="), token.hex()):
+            assert secret not in server.log
+        assert private not in server.log
+
+
+# --- the same inside this process ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_state() -> Iterator[None]:
+    """`serve` tunes the process that it has for itself: put back what it does."""
+    thresholds = gc.get_threshold()
+    limits = {kind: resource.getrlimit(kind) for kind in (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    gc.unfreeze()
+    yield
+    gc.set_threshold(*thresholds)
+    gc.freeze()  # as it was: tests/conftest.py
+    for kind, limit in limits.items():
+        resource.setrlimit(kind, limit)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class ExitError(BaseException):
+    """What `os._exit` is in these tests."""
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    codes: list[int] = []
+
+    def exit_(code: int) -> None:
+        codes.append(code)
+        raise ExitError
+
+    monkeypatch.setattr(os, "_exit", exit_)
+    return codes
+
+
+def signal_when(condition: Callable[[], Any]) -> threading.Thread:
+    """Send SIGTERM to this process from another thread, once the condition holds."""
+
+    def wait() -> None:
+        eventually(condition)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.usefixtures("process_state")
+def test_serve_runs_until_a_signal_and_then_drains(home: Path) -> None:
+    listening: list[Server] = []
+    thread = signal_when(lambda: listening)
+    serve(None, configuration(home), home=home, ready=listening.append)
+    thread.join()
+    assert listening[0].port > 0
+    assert gc.get_threshold() == GC_THRESHOLDS
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL)
+    assert gc.get_freeze_count() > 0
+    assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", listening[0].port))
+
+
+class SlowServer:
+    """A server whose drain lasts as long as the test likes."""
+
+    def __init__(self, running: int = 0) -> None:
+        self.drains = 0
+        self.drained = asyncio.Event()
+        self.serving = self.tasks = self
+        self.running = running
+        self.config = Config()
+
+    def summary(self) -> str:
+        return "serving"
+
+    async def start(self) -> None:
+        pass
+
+    async def drain(self) -> None:
+        self.drains += 1
+        await self.drained.wait()
+
+
+async def run_until_exit(server: Any) -> None:
+    """`serve`'s inner part, signalled twice if once is not enough; it must exit."""
+    loop = asyncio.get_running_loop()
+
+    def ready(_: Server) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        loop.call_later(0.01, os.kill, os.getpid(), signal.SIGINT)
+
+    with pytest.raises(ExitError):
+        await run._serve(server, ready, ServiceManager(), [])
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+
+
+@pytest.mark.usefixtures("process_state")
+async def test_a_second_signal_does_not_wait_for_the_drain(
+    exits: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = SlowServer()
+    await run_until_exit(server)
+    assert (server.drains, exits) == (1, [1])
+    assert '"event":"server.forced"' in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("process_state")
+async def test_methods_that_cannot_be_cancelled_do_not_keep_the_process(exits: list[int]) -> None:
+    server = SlowServer(running=1)
+    server.drained.set()
+    await run_until_exit(server)
+    assert (server.drains, exits) == (1, [1])
+
+
+@pytest.mark.usefixtures("process_state")
+def test_too_low_a_file_limit_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 100)
+    listening: list[Server] = []
+    thread = signal_when(lambda: listening)
+    serve(None, configuration(home), home=home, ready=listening.append)
+    thread.join()
+    assert '"event":"server.file_limit"' in capsys.readouterr().err
+
+
+def test_memory_is_told_without_proc_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 10_000_000 < resident_bytes() < 10_000_000_000
+
+    def no_proc(*args: Any) -> Any:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", no_proc)
+    assert 10_000_000 < resident_bytes() < 10_000_000_000
+
+
+# --- no certificate, no listening ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(*args: Any) -> Any:
+        raise AssertionError("a port was bound")
+
+    monkeypatch.setattr(server_module, "bind", bind)
+
+
+@pytest.mark.usefixtures("nothing_is_bound")
+async def test_a_key_that_others_can_read_is_refused_before_a_port_is_bound(home: Path) -> None:
+    path = home / "certs" / "server-ecdsa.key"
+    path.chmod(0o644)
+    with pytest.raises(CertificateError, match=f"chmod 600 {path}"):
+        await Server(config=configuration(home), home=home).start()
+
+
+@pytest.mark.usefixtures("nothing_is_bound")
+async def test_a_home_that_others_may_write_to_is_refused(home: Path) -> None:
+    os.chmod(home, 0o777)
+    with pytest.raises(ConfigError, match="chmod go-w"):
+        await Server(config=configuration(home), home=home).start()
+
+
+@pytest.mark.usefixtures("nothing_is_bound")
+async def test_users_that_others_can_read_are_refused(home: Path, key: str) -> None:
+    (home / "users.toml").chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        await Server(config=configuration(home), home=home).start()
+
+
+@pytest.mark.usefixtures("nothing_is_bound")
+async def test_an_order_of_suites_that_this_python_cannot_serve_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "can_choose_suites", lambda: False)
+    config = configuration(home, tls__suites=["TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_256_GCM_SHA384"])
+    with pytest.raises(ConfigError, match="TLS_AES_256_GCM_SHA384 must come first"):
+        await Server(config=config, home=home).start()
+
+
+def test_by_default_it_takes_home_and_configuration_as_the_command_line_does(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_HOME", str(home))
+    (home / "config.toml").write_text("[server]\nport = 7444")
+    server = Server()
+    assert server.home.path == home
+    assert server.config.server.port == 7444
+    assert server.config.certificates.directory == home / "certs"
+
+
+def test_a_configuration_of_its_own_keeps_the_certificates_in_the_home(tmp_path: Path) -> None:
+    assert Server(config=Config(), home=tmp_path).config.certificates.directory == tmp_path / "certs"
+    chosen = CertificatesConfig(directory=tmp_path / "elsewhere")
+    server = Server(config=Config(certificates=chosen), home=tmp_path)
+    assert server.config.certificates.directory == tmp_path / "elsewhere"
+
+
+async def test_ended_sessions_are_cleaned_up_by_and_by(home: Path) -> None:
+    config = configuration(home, store__cleanup_interval="100ms", sessions__refresh=False)
+    async with Server(config=config, home=home) as server:
+        registry = server.serving.registry
+        registry.open("ada", operator=False, client="", address="", wall=0)
+        assert len(registry) == 1
+        async with asyncio.timeout(5):
+            while len(registry):  # noqa: ASYNC110 - the registry knows no events
+                await asyncio.sleep(0.005)

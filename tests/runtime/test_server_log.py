@@ -1,0 +1,195 @@
+"""The log of a server: what joins its lines, and what peers can do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.helpers import ServerProcess, eventually
+from zcproto.app.app import App
+from zcproto.auth import UserFile
+from zcproto.config import LogConfig
+from zcproto.errors import Code, FailedPrecondition
+from zcproto.observe.events import EVENTS
+from zcproto.observe.log import configure_logging
+from zcproto.runtime import loop_faults
+from zcproto.wire.frame import NO_TOKEN
+
+Log = Callable[[], list[dict[str, Any]]]
+HOSTILE = "x\r\n\x1b[2J\x00\x7f\u2028\u202e\x85 event=server.ended" + "y" * 12_000
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Log:
+    """All lines of the log so far."""
+    path = tmp_path / "server.log"
+    configure_logging(LogConfig(level="debug", file=path))
+    return lambda: [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def of(lines: list[dict[str, Any]], *events: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line["event"] in events]
+
+
+def test_all_lines_of_a_connection_have_its_id_and_others_have_another(serve: Serve, lines: Log) -> None:
+    server = serve()
+    for user in ("ada", "bob"):
+        with server.client(user) as client:
+            client.send(client.frame(0x66))
+            client.rest_until_closed()
+    server.until_left()
+    names = ("connection.opened", "session.opened", "connection.refused", "connection.ended")
+    eventually(lambda: len(of(lines(), *names)) == 2 * len(names))
+    told = of(lines(), *names)
+    ids = {line["user"]: line["connection"] for line in told if line["event"] == "session.opened"}
+    assert len(set(ids.values())) == 2
+    for connection in ids.values():
+        assert re.fullmatch(r"[0-9a-f]{4}-[0-9]+", connection)
+        assert {line["event"] for line in told if line["connection"] == connection} == set(names)
+
+
+def test_a_connection_has_a_number_only_when_it_is_told_of(serve: Serve) -> None:
+    configure_logging(LogConfig(level="error"))
+    server = serve()
+    with server.client(), server.client() as client:
+        assert client.refused("nothing", token=NO_TOKEN).code == Code.UNAUTHENTICATED
+        assert server.in_loop(lambda: [each._number for each in server.server.serving.connections]) == [0, 0]
+
+
+def test_an_incident_joins_an_answer_to_its_line(serve: Serve, lines: Log) -> None:
+    app = App()
+
+    @app.method("fail")
+    def fail() -> None:
+        raise KeyError("hunter2 and more")
+
+    server = serve(app)
+    with server.client("ada") as client:
+        answer = client.refused("fail")
+    (line,) = of(lines(), "request.failed")
+    assert answer.details == {"incident": line["incident"]}
+    assert (line["what"], line["exc_info"], line["level"]) == ("fail", "KeyError", "error")
+    assert line["exc_info_at"][-1].endswith(" fail")
+    assert line["connection"]
+    assert "hunter2" not in json.dumps(lines())
+
+
+def test_a_method_that_always_fails_cannot_fill_a_disk(serve: Serve, lines: Log) -> None:
+    app = App()
+
+    @app.method("fail")
+    def fail() -> None:
+        raise KeyError
+
+    server = serve(app)
+    with server.client("ada") as client:
+        for _ in range(200):
+            client.refused("fail")
+    assert len(of(lines(), "request.failed")) == 60
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_whatever_a_peer_sends_is_within_one_line(serve: Serve, tmp_path: Path, form: str) -> None:
+    path = tmp_path / "server.log"
+    app = App()
+
+    @app.method("fail")
+    def fail(text: str) -> None:
+        raise FailedPrecondition(text) if text == "x" else KeyError(text)
+
+    configure_logging(LogConfig(level="debug", file=path, format=form))
+    server = serve(app)
+    with server.client("ada") as client:
+        refusals: list[dict[str, Any]] = [
+            {"scheme": HOSTILE},
+            {"scheme": "api_key", "user": HOSTILE, "key": HOSTILE},
+            {"scheme": "api_key", "client": HOSTILE},
+            {HOSTILE: HOSTILE, "scheme": HOSTILE},
+        ]
+        for params in refusals:
+            client.refused("session.open", params)
+        client.refused("fail", {"text": HOSTILE})
+        client.refused("session.revoke", {"id": HOSTILE})
+        client.send(client.request(HOSTILE[:100]))  # no method's name
+    server.until_left()
+    text = path.read_text(encoding="ascii")
+    assert text.endswith("\n")
+    lines = text.splitlines()
+    assert len(lines) == text.count("\n")
+    for line in lines:
+        assert line.isprintable()
+        assert len(line) < 4_000
+        if form == "json":
+            assert json.loads(line)["event"] in EVENTS
+        else:
+            _, _, event, _ = line.split(maxsplit=3)
+            assert event in EVENTS
+    assert sum("login.failed" in line for line in lines) >= 1
+    assert not any(line.startswith("event=") for line in lines)
+
+
+# --- a whole process ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_home(tmp_path: Path, certs: Path) -> Path:
+    home = tmp_path / "home"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    file = tmp_path / "server.log"
+    (home / "config.toml").write_text(
+        f'[certificates]\nkey_types = ["ecdsa-p256"]\n[log]\nfile = "{file}"\n[limits]\nmax_connections = 500\n'
+    )
+    return home
+
+
+def test_a_process_opens_its_file_anew_on_sighup(process_home: Path, certs: Path, tmp_path: Path) -> None:
+    file, moved = tmp_path / "server.log", tmp_path / "server.log.1"
+    key = UserFile(process_home / "users.toml").add("ada")
+    with ServerProcess(process_home, certs) as server:
+        with server.client("ada", key):
+            pass
+        eventually(lambda: "session.opened" in file.read_text())
+        file.rename(moved)
+        server.signal(signal.SIGHUP)
+        eventually(lambda: file.exists() and "log.reopened" in file.read_text())
+        with server.client("ada", key):
+            pass
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert server.log == ""
+    assert "server.listening" in moved.read_text()
+    assert "server.ended" not in moved.read_text()
+    rest = [json.loads(line)["event"] for line in file.read_text().splitlines()]
+    assert rest[0] == "log.reopened"
+    assert rest[-1] == "server.ended"
+    assert "session.opened" in rest
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_fault_that_nobody_caught_is_told_without_what_was_at_hand(lines: Log) -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(loop_faults.tell)
+
+    def broken(token: bytes) -> None:
+        raise ValueError(token)
+
+    loop.call_soon(broken, b"hunter2 and more")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    loop.call_exception_handler({"message": "\r\n<nothing>"})
+    one, other = lines()
+    assert (one["event"], one["exc_info"]) == ("server.fault", "ValueError")
+    assert one["what"].startswith("Exception in callback")
+    assert one["exc_info_at"][-1].endswith(" broken")
+    assert "what" not in other
+    assert "hunter2" not in json.dumps(lines())

@@ -1,0 +1,200 @@
+"""What a service manager says to a process and hears from it: a real datagram socket, real descriptors."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zcproto.errors import ConfigError
+from zcproto.runtime.service_manager import MAX_SOCKETS, ServiceManager
+
+PID = 4711
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(5)
+        yield listener
+
+
+def test_without_one_nothing_is_there_and_nothing_is_said() -> None:
+    environ = {"PATH": "/bin"}
+    manager = ServiceManager.from_environ(environ, PID)
+    assert (manager.watchdog, manager.sockets, manager.is_told) == (None, (), False)
+    assert not manager.notify(READY=1)
+    assert manager.failed == 0
+    manager.close()
+    assert environ == {"PATH": "/bin"}
+
+
+def test_a_message_is_one_datagram_of_lines(listener: socket.socket) -> None:
+    environ = {"NOTIFY_SOCKET": listener.getsockname(), "WATCHDOG_USEC": "30000000", "PATH": "/bin"}
+    manager = ServiceManager.from_environ(environ, PID)
+    assert environ == {"PATH": "/bin"}, "children are not meant"
+    assert (manager.watchdog, manager.is_told) == (30.0, True)
+    assert manager.notify(READY=1, STATUS="serving")
+    assert listener.recv(4096) == b"READY=1\nSTATUS=serving"
+    manager.notify(STATUS="a\nSTOPPING=1")
+    assert listener.recv(4096) == b"STATUS=a\\nSTOPPING=1", "a value ends with its line"
+    manager.close()
+    manager.close()
+    assert not manager.notify(READY=1)
+
+
+def test_an_abstract_address_is_one() -> None:
+    name = f"zcproto-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(f"\0{name}")
+        listener.settimeout(5)
+        manager = ServiceManager.from_environ({"NOTIFY_SOCKET": f"@{name}"}, PID)
+        assert manager.notify(READY=1)
+        assert listener.recv(4096) == b"READY=1"
+        manager.close()
+
+
+def test_nobody_who_reads_is_counted_and_stops_nothing(listener: socket.socket) -> None:
+    manager = ServiceManager(listener.getsockname())
+    sent = 0
+    while manager.notify(WATCHDOG=1):  # until its queue is full
+        sent += 1
+        assert sent < 100_000
+    assert sent > 0
+    assert manager.failed == 1
+    listener.close()
+    assert not manager.notify(WATCHDOG=1)
+    assert manager.failed == 2
+    manager.close()
+
+
+@pytest.mark.parametrize("address", ["relative", "vsock:2:1", "/" + "a" * 107])
+def test_an_address_that_is_none_is_a_fault(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"NOTIFY_SOCKET = .* must be the path of a UNIX socket"):
+        ServiceManager.from_environ({"NOTIFY_SOCKET": address}, PID)
+
+
+@pytest.mark.parametrize(
+    ("variables", "watchdog"),
+    [
+        ({"WATCHDOG_USEC": "1"}, 0.000_001),
+        ({"WATCHDOG_USEC": "2500000", "WATCHDOG_PID": str(PID)}, 2.5),
+        ({"WATCHDOG_USEC": "2500000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_PID": str(PID)}, None),
+    ],
+)
+def test_the_watchdog_is_for_this_process_alone(
+    listener: socket.socket, variables: dict[str, str], watchdog: float | None
+) -> None:
+    manager = ServiceManager.from_environ({"NOTIFY_SOCKET": listener.getsockname(), **variables}, PID)
+    assert manager.watchdog == watchdog
+    manager.close()
+
+
+def test_a_watchdog_that_nobody_hears_is_none() -> None:
+    assert ServiceManager.from_environ({"WATCHDOG_USEC": "1000"}, PID).watchdog is None
+
+
+@pytest.mark.parametrize("number", ["", "0", "-1", "1.5", "1e9", " 1", "²", "9" * 20, "x" * 100_000])
+def test_a_watchdog_without_a_time_is_a_fault(number: str) -> None:
+    with pytest.raises(ConfigError, match=r"WATCHDOG_USEC = .* must be a number from 1"):
+        ServiceManager.from_environ({"WATCHDOG_USEC": number}, PID)
+
+
+@pytest.mark.parametrize("number", ["", "-1", str(MAX_SOCKETS + 1), "two"])
+def test_a_number_of_sockets_that_is_none_is_a_fault(number: str) -> None:
+    with pytest.raises(ConfigError, match=r"LISTEN_FDS = .* must be a number from 0 to 64"):
+        ServiceManager.from_environ({"LISTEN_PID": str(PID), "LISTEN_FDS": number}, PID)
+
+
+@pytest.mark.parametrize("variables", [{}, {"LISTEN_PID": "1"}, {"LISTEN_PID": ""}])
+def test_sockets_for_another_process_are_left_alone(variables: dict[str, str]) -> None:
+    assert ServiceManager.from_environ({"LISTEN_FDS": "2", **variables}, PID).sockets == ()
+    assert ServiceManager.from_environ({"LISTEN_PID": str(PID)}, PID).sockets == ()
+
+
+# --- descriptors, in a process of their own ------------------------------------------------------------------
+
+CHILD = """
+import os, sys
+from zcproto.errors import ConfigError
+from zcproto.runtime.service_manager import ServiceManager
+os.environ["LISTEN_PID"] = str(os.getpid())
+try:
+    manager = ServiceManager.from_environ(os.environ, os.getpid())
+except ConfigError as error:
+    print(error)
+else:
+    for name, passed in manager.sockets:
+        print(name, passed.getsockname()[0], passed.fileno(), os.get_inheritable(passed.fileno()))
+print(sorted(name for name in os.environ if name.startswith("LISTEN")))
+"""
+
+
+def passed(*sockets: socket.socket, names: str = "", count: int | None = None) -> list[str]:
+    """What a process says that is given these sockets from descriptor 3 on."""
+    plan = [f"{place}<&{each.fileno()}" for place, each in enumerate(sockets, 3)]
+    done = subprocess.run(
+        ["/bin/bash", "-c", f'exec "$@" {" ".join(plan)}', "-", sys.executable, "-c", CHILD],
+        pass_fds=[each.fileno() for each in sockets],
+        env={
+            **os.environ,
+            "LISTEN_FDS": str(len(sockets) if count is None else count),
+            "LISTEN_FDNAMES": names,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    *lines, variables = done.stdout.splitlines()
+    assert variables == "[]"
+    return lines
+
+
+def high(bound: socket.socket) -> socket.socket:
+    """The same socket under a number that the child needs for nothing else."""
+    number = fcntl.fcntl(bound.fileno(), fcntl.F_DUPFD_CLOEXEC, 100)
+    bound.close()
+    return socket.socket(fileno=number)
+
+
+def listening(host: str) -> socket.socket:
+    return high(socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET))
+
+
+def test_sockets_are_taken_with_their_names_and_kept_from_children() -> None:
+    with listening("127.0.0.1") as first, listening("::1") as second:
+        assert passed(first, second, names="zcproto:other") == [
+            "zcproto 127.0.0.1 3 False",
+            "other ::1 4 False",
+        ]
+        assert passed(first) == [" 127.0.0.1 3 False"]
+        assert passed(first, second, names="one") == ["one 127.0.0.1 3 False", " ::1 4 False"]
+
+
+def test_a_descriptor_that_is_not_there_is_a_fault() -> None:
+    with listening("127.0.0.1") as first:
+        (fault,) = passed(first, count=60)
+    assert "LISTEN_FDS" in fault
+    assert "is no socket: Bad file descriptor" in fault
+
+
+def test_what_is_no_listening_tcp_socket_is_a_fault(tmp_path: Path) -> None:
+    sentence = "LISTEN_FDS = '3' (environment): is no listening TCP socket; use ListenStream=, Accept=no"
+    datagrams = high(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    idle = high(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+    local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    local.bind(str(tmp_path / "socket"))
+    local.listen()
+    for wrong in (datagrams, idle, high(local)):
+        with wrong:
+            assert passed(wrong) == [sentence]

@@ -1,0 +1,199 @@
+"""A server with its sessions in a file: they outlive it, however it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.helpers import NO_TOKEN, Client, ServerProcess, ServerThread
+from zcproto.auth import UserFile
+from zcproto.errors import Code, ConfigError
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+class Servers:
+    """Servers of one home, one after the other."""
+
+    def __init__(self, home: Path, certs: Path, stack: ExitStack) -> None:
+        self._home = home
+        self._certs = certs
+        self._stack = stack
+
+    def start(self, **settings: Any) -> ServerThread:
+        return self._stack.enter_context(
+            ServerThread(self._home, self._certs, **{"store__url": "sqlite", **settings})
+        )
+
+    def client(self, server: ServerThread, user: str | None = None, token: bytes | None = None) -> Client:
+        client = self._stack.enter_context(server.client(user))
+        if token is not None:
+            client.token = token
+        return client
+
+
+@pytest.fixture
+def servers(home: Path, certs: Path) -> Iterator[Servers]:
+    with ExitStack() as stack:
+        yield Servers(home, certs, stack)
+
+
+def end(server: ServerThread, *clients: Client) -> None:
+    server.begin_drain()
+    for client in clients:
+        client.rest_until_closed()
+        client.close()
+    server.join()
+
+
+def refresh(client: Client) -> dict[str, Any]:
+    client.opened = client.call(
+        "session.refresh",
+        {"refresh_token": client.opened["refresh_token"], "client": "test/1"},
+        token=NO_TOKEN,
+    )
+    client.token = client.opened["token"]
+    return client.opened
+
+
+def test_a_client_goes_on_with_its_token_on_the_next_server(servers: Servers, home: Path) -> None:
+    one = servers.start()
+    client = servers.client(one, "ada")
+    info = client.call("session.info")
+    end(one, client)
+    other = servers.start()
+    again = servers.client(other, token=client.token)
+    again.echo()
+    assert {**again.call("session.info"), "last_used_at": 0} == {**info, "last_used_at": 0}
+    again.opened = client.opened
+    refreshed = refresh(again)
+    assert refreshed["id"] == client.opened["id"]
+    again.echo()
+    assert again.refused("echo", token=client.token).code == Code.TOKEN_REVOKED
+    assert stat.S_IMODE((home / "sessions.db").stat().st_mode) == 0o600
+    assert other.stats["store"]["state"] == "healthy"
+
+
+def test_what_ended_on_one_server_has_ended_on_the_next(servers: Servers) -> None:
+    one = servers.start(sessions__per_user=2, sessions__when_full="evict_oldest")
+    evicted, revoked, keeper = (servers.client(one, "ada") for _ in range(3))
+    keeper.call("session.revoke", {"id": revoked.opened["id"]})
+    before = keeper.token
+    refresh(keeper)
+    end(one, evicted, revoked, keeper)
+    other = servers.start()
+    client = servers.client(other)
+    assert client.refused("echo", token=evicted.token).code == Code.SESSION_REPLACED
+    assert client.refused("echo", token=revoked.token).code == Code.TOKEN_REVOKED
+    assert client.refused("echo", token=before).code == Code.TOKEN_REVOKED
+    assert client.call("echo", {"n": 1}, token=keeper.token) == {"n": 1}
+
+
+def test_the_limit_counts_sessions_of_before(servers: Servers) -> None:
+    one = servers.start(sessions__per_user=1)
+    client = servers.client(one, "ada")
+    end(one, client)
+    other = servers.start(sessions__per_user=1)
+    again = servers.client(other)
+    login = {"scheme": "api_key", "user": "ada", "key": "the right key", "client": "test/1"}
+    refused = again.refused("session.open", login)
+    assert (refused.code, refused.details) == (Code.RESOURCE_EXHAUSTED, {"limit": 1})
+
+
+def test_last_uses_are_kept_at_the_end(servers: Servers) -> None:
+    one = servers.start()
+    client = servers.client(one, "ada")
+    one.clock.ahead_ms = 10_000
+    client.echo()
+    used = client.call("session.info")["last_used_at"]
+    end(one, client)
+    other = servers.start()
+    record = other.in_loop(lambda: other.server.serving.registry.records("ada", 1))[0]
+    assert abs(record.last_used_at - used) < 5_000
+
+
+def test_an_idempotency_key_holds_over_a_restart(servers: Servers) -> None:
+    one = servers.start()
+    client = servers.client(one, "ada")
+    client.send(client.request("time", None, {"idempotency_key": "k"}))
+    first = client.answer(client.stream).value
+    end(one, client)
+    other = servers.start()
+    again = servers.client(other, token=client.token)
+    again.send(again.request("time", None, {"idempotency_key": "k"}))
+    assert again.answer(again.stream).value == first
+
+
+def test_two_servers_cannot_have_one_file(servers: Servers) -> None:
+    servers.start()
+    with pytest.raises(ConfigError, match="sessions"):
+        servers.start()
+
+
+def test_a_port_in_use_leaves_the_file_to_others(servers: Servers) -> None:
+    one = servers.start()
+    port = one.port
+    end(one)
+    busy = servers.start()
+    with pytest.raises(ConfigError):
+        servers.start(server__port=port)
+    end(busy)
+    servers.start()
+
+
+def test_a_damaged_file_is_set_aside_and_told_of(
+    servers: Servers, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = servers.start()
+    client = servers.client(one, "ada")
+    end(one, client)
+    for path in home.glob("sessions.db*"):
+        if path.name in ("sessions.db-wal", "sessions.db-shm"):
+            path.unlink()
+    (home / "sessions.db").write_bytes(b"this is no database" * 1_000)
+    other = servers.start()
+    servers.client(other, "ada").echo()
+    events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert "store.damaged" in [event["event"] for event in events]
+
+
+def test_kill_9_loses_nothing_that_was_acknowledged(home: Path, certs: Path) -> None:
+    home.mkdir(mode=0o700)
+    users = UserFile(home / "users.toml")
+    key = users.add("ada")
+    (home / "config.toml").write_text("[sessions]\nper_user = 1000\n")
+    kept: dict[str, bytes] = {}
+    gone: list[bytes] = []
+    for round_ in range(3):
+        with ServerProcess(home, certs) as server:
+            with server.client() as client:
+                for token in kept.values():
+                    assert client.call("echo", {"n": round_}, token=token) == {"n": round_}
+                for token in gone:
+                    assert client.refused("echo", token=token).code in (
+                        Code.TOKEN_REVOKED,
+                        Code.UNAUTHENTICATED,
+                    )
+                for number in range(12):
+                    client.open_session("ada", key)
+                    if number % 3 == 1:
+                        gone.append(client.token)
+                        refresh(client)
+                    if number % 3 == 2:
+                        gone.append(client.token)
+                        client.call("session.close")
+                    else:
+                        kept[client.opened["id"]] = client.token
+            server.signal(signal.SIGKILL)
+            assert server.wait() == -signal.SIGKILL
+    assert len(kept) == 24

@@ -1,0 +1,472 @@
+"""A server whose store of sessions fails, over real TLS: who is let in goes on, and what is promised holds."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.helpers import EVENT, NO_TOKEN, AnsweredError, Client, ServerThread, eventually
+from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, READ_ONLY, WORKS, FaultyStore
+from zcproto.common.clock import system_entropy
+from zcproto.errors import Code, NotFound
+from zcproto.runtime import server as server_module
+from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.sessions.token import digest_of, id_from_text
+from zcproto.stores import sync as keeper_module
+
+TIMEOUT = "250ms"
+TIMEOUT_S = 0.25
+SLACK_S = 5.0
+"""What a busy machine may add to one call."""
+
+
+class Site:
+    """Servers with one store between them."""
+
+    def __init__(self, folder: Path, certs: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder = folder
+        self._certs = certs
+        self._stack = stack
+        self._monkeypatch = monkeypatch
+        self.store = self.new_store()
+
+    def new_store(self, *, shared: bool = False) -> FaultyStore:
+        registry = SessionRegistry(SessionSettings(per_user=100_000), system_entropy)
+        return FaultyStore(registry, shared=shared)
+
+    def serve(self, store: FaultyStore | None = None, home: str = "home", **settings: Any) -> ServerThread:
+        store = self.store if store is None else store
+        self._monkeypatch.setattr(server_module, "store_of", lambda *_: store)
+        return self._stack.enter_context(
+            ServerThread(self._folder / home, self._certs, **{"store__timeout": TIMEOUT, **settings})
+        )
+
+    def client(self, server: ServerThread, user: str | None = None) -> Client:
+        return self._stack.enter_context(server.client(user))
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeouts here are short, and the disk of a busy machine may be slow."""
+    monkeypatch.setattr(keeper_module, "DISK_AT_LEAST_S", 5.0)
+
+
+@pytest.fixture
+def site(tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    with ExitStack() as stack:
+        yield Site(tmp_path, certs, stack, monkeypatch)
+
+
+def until_recovered(server: ServerThread) -> None:
+    eventually(lambda: server.stats["store"]["state"] == "healthy")
+
+
+def opens(client: Client, user: str) -> dict[str, Any]:
+    """Open a session as a client does: again when it is told to."""
+    while True:
+        try:
+            return client.open_session(user)
+        except AnsweredError as answered:
+            if answered.code != Code.UNAVAILABLE:
+                raise
+            time.sleep(answered.details["retry_after_ms"] / 1000)
+
+
+def ended(server: ServerThread, *clients: Client) -> None:
+    """End a server, as its clients do who are told so."""
+    server.begin_drain()
+    for client in clients:
+        client.rest_until_closed()
+        client.close()
+    server.join()
+
+
+# --- an outage ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [FAILS, HANGS, FAILS_AFTER, READ_ONLY])
+def test_known_sessions_lose_nothing_and_nobody_waits(site: Site, mode: str) -> None:
+    server = site.serve()
+    clients = [site.client(server, f"user{number}") for number in range(5)]
+    newcomer = site.client(server)
+    site.store.mode = mode
+    for _ in range(5):
+        began = time.monotonic()
+        with pytest.raises(AnsweredError) as refused:
+            newcomer.open_session("new")
+        assert time.monotonic() - began < TIMEOUT_S + SLACK_S
+        assert refused.value.code == Code.UNAVAILABLE
+        assert refused.value.details["retry_after_ms"] >= 100
+        for client in clients:
+            client.echo()
+            with pytest.raises(AnsweredError) as refused:
+                client.call(
+                    "session.refresh",
+                    {"refresh_token": client.opened["refresh_token"], "client": "test/1"},
+                    token=NO_TOKEN,
+                )
+            assert refused.value.code == Code.UNAVAILABLE
+    assert server.stats["store"]["state"] in ("degraded", "recovering")
+    site.store.mode = WORKS
+    opens(newcomer, "new")
+    newcomer.echo()
+    for client in clients:
+        client.echo()
+        assert client.events == []
+
+
+def test_a_refresh_goes_on_where_it_was_cut_off(site: Site) -> None:
+    server = site.serve()
+    client = site.client(server, "ada")
+    site.store.mode = FAILS_AFTER
+    params = {"refresh_token": client.opened["refresh_token"], "client": "test/1"}
+    assert client.refused("session.refresh", params, token=NO_TOKEN).code == Code.UNAVAILABLE
+    client.echo()
+    site.store.mode = WORKS
+    refreshed = client.call("session.refresh", params, token=NO_TOKEN)
+    client.token = refreshed["token"]
+    client.echo()
+
+
+@pytest.mark.parametrize("mode", [FAILS, HANGS, READ_ONLY])
+def test_revocations_made_meanwhile_hold(site: Site, mode: str) -> None:
+    server = site.serve()
+    mine, other, bob = (site.client(server, user) for user in ("ada", "ada", "bob"))
+    site.store.mode = mode
+    began = time.monotonic()
+    assert mine.call("session.revoke", {"id": other.opened["id"]}) == {"revoked": 1}
+    assert time.monotonic() - began < TIMEOUT_S + SLACK_S
+    assert other.event().value == ["session.revoked", {"reason": "revoked by its user"}]
+    assert other.refused("echo").code == Code.TOKEN_REVOKED
+    assert bob.call("session.close") == {}
+    assert bob.refused("echo").code == Code.TOKEN_REVOKED
+    assert server.stats["store"]["pending_revocations"] == 2
+    mine.echo()
+    site.store.mode = WORKS
+    until_recovered(server)
+    assert server.stats["store"]["pending_revocations"] == 0
+    assert other.refused("echo").code == Code.TOKEN_REVOKED
+    mine.echo()
+    ended(server, mine, other, bob)
+    assert [record.user for record in site.store.registry.records(None, 9)] == ["ada"]
+    again = site.serve()
+    for gone in (other, bob):
+        client = site.client(again)
+        client.token = gone.token
+        assert client.refused("echo").code in (Code.TOKEN_REVOKED, Code.UNAUTHENTICATED)
+    client = site.client(again)
+    client.token = mine.token
+    client.echo()
+
+
+def test_revocations_survive_a_server_that_ends_before_its_store_is_back(site: Site) -> None:
+    server = site.serve()
+    gone, kept = site.client(server, "ada"), site.client(server, "ada")
+    site.store.mode = FAILS
+    kept.call("session.revoke", {"id": gone.opened["id"]})
+    ended(server, gone, kept)
+    again = site.serve()
+    client = site.client(again)
+    for token in (gone.token, kept.token):  # nobody can tell
+        assert client.refused("echo", token=token).code == Code.UNAVAILABLE
+    site.store.mode = WORKS
+    until_recovered(again)
+    assert client.refused("echo", token=gone.token).code == Code.TOKEN_REVOKED
+    client.token = kept.token
+    client.echo()
+
+
+def test_after_the_grace_all_are_refused_until_the_store_is_back(site: Site) -> None:
+    server = site.serve(store__grace="200ms")
+    client = site.client(server, "ada")
+    site.store.mode = FAILS
+    server.in_loop(
+        lambda: server.server.serving.sessions._keeper.health.begin_outage(  # type: ignore[attr-defined]
+            server.clock.now()
+        )
+    )
+    client.echo()
+    server.until(lambda: server.server.serving.registry.closed)
+    refused = client.refused("echo")
+    assert (refused.code, refused.details) == (Code.UNAVAILABLE, {"retry_after_ms": 1_000})
+    assert client.refused("echo", token=b"x" * 32).code == Code.UNAVAILABLE
+    assert client.is_open()
+    assert client.call("server.info", token=NO_TOKEN)["versions"] == [1]
+    site.store.mode = WORKS
+    until_recovered(server)
+    client.echo()
+    assert client.events == []
+
+
+def test_operators_see_the_store(site: Site) -> None:
+    server = site.serve()
+    operator = site.client(server, "operator")
+    assert operator.call("server.stats")["store"]["state"] == "healthy"
+    site.store.mode = FAILS
+    operator.call("session.revoke", {"all": True})
+    told = server.stats["store"]
+    assert (told["state"], told["pending_revocations"], told["outages"]) == ("degraded", 1, 1)
+
+
+# --- a store that others use, too -----------------------------------------------------------------------------
+
+
+def test_a_session_of_one_server_is_good_on_another(site: Site) -> None:
+    store = site.new_store(shared=True)
+    one, other = site.serve(store), site.serve(store, "other")
+    first = site.client(one, "ada")
+    second = site.client(other)
+    second.token = first.token
+    second.send(*(second.request("echo", {"n": number}) for number in range(20)))
+    answers = second.answers(20)
+    assert [answers[stream].value for stream in sorted(answers)] == [{"n": number} for number in range(20)]
+    assert other.stats["store"]["lookups"] == 1
+    assert second.call("session.info")["id"] == first.opened["id"]
+    assert len(second.call("session.list")) == 1
+
+
+def test_a_session_that_ends_on_one_server_is_refused_on_another_within_a_second(site: Site) -> None:
+    store = site.new_store(shared=True)
+    view = site.new_store(shared=True)
+    view.registry, view._inner = store.registry, store._inner
+    one, other = site.serve(store), site.serve(view, "other")
+    first, second = site.client(one, "ada"), site.client(other)
+    second.token = first.token
+    second.echo()
+    assert first.call("session.close") == {}
+    session_id = id_from_text(first.opened["id"])
+    assert session_id is not None
+    other.in_loop(lambda: view.tell(session_id))
+    event = second.event()
+    assert event.value == ["session.revoked", {"reason": "revoked"}]
+    assert second.refused("echo").code == Code.TOKEN_REVOKED
+    third = site.client(other)
+    assert third.refused("echo", token=first.token).code == Code.TOKEN_REVOKED
+
+
+def test_an_unknown_token_is_refused_and_what_stands_behind_it_is_served(site: Site) -> None:
+    store = site.new_store(shared=True)
+    server = site.serve(store)
+    client = site.client(server, "ada")
+    frames = []
+    for number in range(30):
+        token = b"%032d" % number if number % 3 == 0 else client.token
+        frames.append(client.request("echo", {"n": number}, token=token))
+    first = client.stream - 29
+    client.send(*frames)
+    answers = client.answers(30)
+    for number in range(30):
+        answer = answers[first + number]
+        if number % 3 == 0:
+            assert answer.code == Code.UNAUTHENTICATED
+        else:
+            assert answer.value == {"n": number}
+
+
+def test_a_token_that_nobody_can_look_up_is_neither_good_nor_bad(site: Site) -> None:
+    store = site.new_store(shared=True)
+    view = site.new_store(shared=True)
+    view.registry, view._inner = store.registry, store._inner
+    one, other = site.serve(store), site.serve(view, "other")
+    first, second = site.client(one, "ada"), site.client(other)
+    second.token = first.token
+    view.mode = HANGS
+    refused = second.refused("echo")
+    assert refused.code == Code.UNAVAILABLE
+    assert refused.details["retry_after_ms"] >= 100
+    view.mode = WORKS
+    until_recovered(other)
+    second.echo()
+
+
+# --- frames that wait for a token -----------------------------------------------------------------------------
+
+
+class Desk:
+    """Looks up tokens when the test says so."""
+
+    looks_up = True
+
+    def __init__(self, server: ServerThread) -> None:
+        self.inner = server.server.serving.sessions
+        self.asked: list[bytes] = []
+        self.answer: asyncio.Future[None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def find(self, token: bytes, address: str, code: Code) -> None:
+        self.asked.append(token)
+        self.answer = asyncio.get_running_loop().create_future()
+        await self.answer
+
+
+@pytest.fixture
+def desk(site: Site) -> tuple[ServerThread, Desk]:
+    server = site.serve(site.new_store(shared=True))
+    desk = Desk(server)
+    server.server.serving.sessions = desk  # type: ignore[assignment]
+    return server, desk
+
+
+Looked = tuple[ServerThread, Desk]
+
+
+def settle(server: ServerThread, desk: Desk, error: Exception | None = None) -> None:
+    def answer() -> None:
+        assert desk.answer is not None
+        if error is None:
+            desk.answer.set_result(None)
+        else:
+            desk.answer.set_exception(error)
+
+    server.in_loop(answer)
+
+
+def test_frames_behind_a_token_wait_and_others_are_served(desk: Looked, site: Site) -> None:
+    server, looked = desk
+    client, other = site.client(server, "ada"), site.client(server, "bob")
+    client.send(
+        client.request("echo", {"n": 1}),
+        client.request("echo", token=b"x" * 32),
+        client.request("echo", {"n": 3}),
+    )
+    assert client.answer(client.stream - 2).value == {"n": 1}
+    server.until(lambda: looked.answer)
+    client.send(client.request("echo", {"n": 4}))
+    other.echo()
+    client.tls.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        client.receive()
+    client.tls.settimeout(10)
+    settle(server, looked)
+    assert client.answer(client.stream - 2).code == Code.UNAUTHENTICATED
+    assert client.answer(client.stream - 1).value == {"n": 3}
+    assert client.answer(client.stream).value == {"n": 4}
+    assert looked.asked == [b"x" * 32]
+
+
+def test_a_fault_of_ours_is_told_by_its_incident(desk: Looked, site: Site) -> None:
+    server, looked = desk
+    client = site.client(server, "ada")
+    client.send(client.request("echo", token=b"x" * 32))
+    server.until(lambda: looked.answer)
+    settle(server, looked, ValueError("a bug"))
+    answer = client.answer(client.stream)
+    assert answer.code == Code.INTERNAL
+    assert "incident" in answer.details
+    client.echo()
+    client.send(client.request("echo", token=b"y" * 32))
+    server.until(lambda: looked.answer and not looked.answer.done())
+    settle(server, looked, NotFound("no such thing"))
+    assert client.answer(client.stream).code == Code.NOT_FOUND
+
+
+def test_a_peer_that_goes_meanwhile_leaves_nothing(desk: Looked, site: Site) -> None:
+    server, looked = desk
+    with server.client("ada") as client:
+        client.send(client.request("echo", token=b"x" * 32))
+        server.until(lambda: looked.answer)
+        client.fin()
+    # It is not read from, so its end is seen when somebody writes, or by its deadlines.
+    protocol = server.in_loop(lambda: next(iter(server.server.serving.connections)))
+    server.in_loop(lambda: protocol.abort("write_timeout"))
+    server.until_left()
+    assert looked.answer is not None
+    assert looked.answer.cancelled()
+
+
+def test_a_server_that_drains_meanwhile_ends(desk: Looked, site: Site) -> None:
+    server, looked = desk
+    client = site.client(server, "ada")
+    client.send(client.request("echo", token=b"x" * 32))
+    server.until(lambda: looked.answer)
+    ended(server, client)
+
+
+def test_a_peer_that_does_not_read_is_not_served_when_its_token_was_found(desk: Looked, site: Site) -> None:
+    server, looked = desk
+    client = site.client(server, "ada")
+    client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
+    server.until(lambda: looked.answer)
+    protocol = server.in_loop(
+        lambda: next(each for each in server.server.serving.connections if each._looking_up is not None)
+    )
+    server.in_loop(protocol.pause_writing)
+    settle(server, looked)
+    server.until(lambda: protocol._looking_up is None)
+    assert server.in_loop(lambda: protocol._suspended is not None)
+    server.in_loop(protocol.resume_writing)
+    assert client.answer(client.stream - 1).code == Code.UNAUTHENTICATED
+    assert client.answer(client.stream).value == {"n": 2}
+
+
+def test_a_peer_that_reads_again_waits_for_its_token_still(desk: Looked, site: Site) -> None:
+    server, looked = desk
+    client = site.client(server, "ada")
+    client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
+    server.until(lambda: looked.answer)
+    protocol = server.in_loop(
+        lambda: next(each for each in server.server.serving.connections if each._looking_up is not None)
+    )
+    server.in_loop(protocol.pause_writing)
+    server.in_loop(protocol.resume_writing)
+    assert server.in_loop(lambda: protocol._suspended is not None)
+    settle(server, looked)
+    assert client.answer(client.stream - 1).code == Code.UNAUTHENTICATED
+    assert client.answer(client.stream).value == {"n": 2}
+
+
+def test_events_go_out_while_a_token_is_looked_up(desk: Looked, site: Site) -> None:
+    server, looked = desk
+    client, other = site.client(server, "ada"), site.client(server, "ada")
+    client.send(client.request("echo", token=b"x" * 32))
+    server.until(lambda: looked.answer)
+    other.call("session.revoke", {"id": client.opened["id"]})
+    assert client.receive().kind == EVENT
+    settle(server, looked)
+    assert client.answer(client.stream).code == Code.UNAUTHENTICATED
+
+
+def test_the_digest_is_all_that_a_store_is_asked_by(site: Site) -> None:
+    store = site.new_store(shared=True)
+    server = site.serve(store)
+    client = site.client(server, "ada")
+    record = store.registry.record_of(digest_of(client.token))
+    assert record is not None
+    assert client.token not in repr(record).encode()
+
+
+# --- callers that go ------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_is_gone_before_its_session_was_opened_leaves_none(site: Site) -> None:
+    server = site.serve(store__timeout="5s")
+    gate = server.in_loop(asyncio.Event)
+    site.store.gate = gate
+    with server.client() as client:
+        params = {"scheme": "api_key", "user": "ada", "key": "the right key", "client": "test/1"}
+        client.send(client.request("session.open", params))
+        server.until(lambda: "create" in site.store.calls)
+        client.cancel(client.stream)
+        assert client.answer(client.stream).code == Code.CANCELLED
+    server.in_loop(gate.set)
+    server.until(lambda: "end" in site.store.calls and not site.store.registry.kept)
+    server.until(lambda: not server.server.serving.registry.kept)
+
+
+def test_a_session_ends_in_the_store_though_its_holder_did_not_wait(site: Site) -> None:
+    server = site.serve(store__timeout="5s")
+    gate = server.in_loop(asyncio.Event)
+    with server.client("ada") as client:
+        site.store.gate = gate
+        client.send(client.request("session.close"))
+        server.until(lambda: "end" in site.store.calls)
+    server.in_loop(gate.set)
+    server.until(lambda: not site.store.registry.kept)

@@ -1,0 +1,420 @@
+"""What a service manager hears of a server, and the sockets that it passes: real datagrams, real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import FakeClock, FakeTimers
+from tests.server.helpers import ROOT, TIMEOUT, Client, configuration
+from zcproto.auth import UserFile
+from zcproto.runtime.server import Server
+from zcproto.runtime.service_manager import ServiceManager
+from zcproto.runtime.supervision import STATUS_INTERVAL, Supervision
+
+Message = dict[str, str]
+
+APPLICATION = """
+from zcproto import App
+
+app = App()
+
+
+@app.method("block", public=True)
+def block(path: str) -> str:
+    \"\"\"Stands still until somebody writes.\"\"\"
+    with open(path) as pipe:
+        return pipe.read()
+"""
+
+
+class Manager:
+    """A service manager's socket. `heard` is what has come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.heard: list[Message] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+
+    def next(self, timeout: float = TIMEOUT) -> Message:
+        self._socket.settimeout(timeout)
+        text = self._socket.recv(4096).decode()
+        message = dict(line.split("=", 1) for line in text.splitlines())
+        self.heard.append(message)
+        return message
+
+    def until(self, name: str, value: str) -> Message:
+        while (message := self.next()).get(name) != value:
+            pass
+        return message
+
+    def is_silent(self, seconds: float) -> bool:
+        try:
+            self.next(seconds)
+        except TimeoutError:
+            return True
+        return False
+
+    def drain(self) -> None:
+        while not self.is_silent(0.001):
+            pass
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    manager = Manager(tmp_path / "notify")
+    yield manager
+    manager.close()
+
+
+# --- with a clock that is turned by hand ---------------------------------------------------------------------
+
+
+class Told:
+    """A supervision and what it says."""
+
+    def __init__(self, manager: Manager, watchdog: float | None) -> None:
+        self.timers = FakeTimers()
+        self.status = "serving nobody"
+        loop: Any = self.timers
+        self.supervision = Supervision(
+            ServiceManager(str(manager.path), watchdog), loop, FakeClock(now=12.5), lambda: self.status
+        )
+
+
+def test_the_watchdog_is_fed_twice_in_its_time_by_the_loop_itself(manager: Manager) -> None:
+    told = Told(manager, watchdog=4.0)
+    told.supervision.ready()
+    assert manager.next() == {"READY": "1", "MAINPID": str(os.getpid()), "STATUS": "serving nobody"}
+    told.timers.advance(1.9)
+    assert manager.is_silent(0.01)
+    told.timers.advance(0.2)
+    assert manager.next() == {"WATCHDOG": "1"}
+    told.status = "serving 1"
+    told.timers.advance(2)
+    assert manager.next() == {"WATCHDOG": "1", "STATUS": "serving 1"}
+    told.timers.advance(2)
+    assert manager.next() == {"WATCHDOG": "1"}
+    told.supervision.close()
+    told.timers.advance(100)
+
+
+def test_without_a_watchdog_only_news_is_told(manager: Manager) -> None:
+    told = Told(manager, watchdog=None)
+    told.supervision.ready()
+    manager.next()
+    told.timers.advance(STATUS_INTERVAL * 3)
+    assert manager.is_silent(0.01)
+    told.status = "serving 1"
+    told.timers.advance(STATUS_INTERVAL)
+    assert manager.next() == {"STATUS": "serving 1"}
+    told.supervision.close()
+
+
+def test_a_watchdog_that_nobody_could_feed_does_not_take_the_loop(manager: Manager) -> None:
+    told = Told(manager, watchdog=0.000_001)
+    told.supervision.ready()
+    told.timers.advance(0.1)
+    manager.next()
+    fed = 0
+    while not manager.is_silent(0.01):
+        fed += 1
+    assert 1 <= fed <= 6
+    told.supervision.close()
+
+
+def test_a_long_watchdog_leaves_the_status_fresh(manager: Manager) -> None:
+    told = Told(manager, watchdog=3600)
+    told.supervision.ready()
+    manager.next()
+    told.timers.advance(STATUS_INTERVAL + 0.1)
+    assert manager.next() == {"WATCHDOG": "1"}
+    told.supervision.close()
+
+
+def test_a_reload_is_told_with_its_time_and_is_over_whatever_comes_of_it(manager: Manager) -> None:
+    told = Told(manager, watchdog=None)
+    told.supervision.ready()
+    manager.next()
+    with told.supervision.reloading():
+        assert manager.next() == {"RELOADING": "1", "MONOTONIC_USEC": "12500000"}
+    assert manager.next() == {"READY": "1", "STATUS": "serving nobody"}
+
+    def fail() -> None:
+        with told.supervision.reloading():
+            raise ValueError("no configuration")
+
+    with pytest.raises(ValueError, match="no configuration"):
+        fail()
+    assert manager.next()["RELOADING"] == "1"
+    assert manager.next() == {"READY": "1", "STATUS": "serving nobody"}
+    told.supervision.close()
+
+
+def test_before_it_is_ready_and_while_it_drains_no_reload_is_told(manager: Manager) -> None:
+    told = Told(manager, watchdog=None)
+    with told.supervision.reloading():
+        assert manager.is_silent(0.01)
+    told.supervision.ready()
+    manager.next()
+    told.supervision.stopping(1.0)
+    manager.next()
+    with told.supervision.reloading():
+        assert manager.is_silent(0.01)
+    told.supervision.close()
+
+
+def test_a_drain_asks_for_its_time_and_feeds_on(manager: Manager) -> None:
+    told = Told(manager, watchdog=4.0)
+    told.supervision.ready()
+    manager.next()
+    told.supervision.stopping(30.0)
+    assert manager.next() == {"STOPPING": "1", "STATUS": "draining", "EXTEND_TIMEOUT_USEC": "40000000"}
+    told.timers.advance(2.1)
+    assert manager.next() == {"WATCHDOG": "1"}
+    told.supervision.close()
+
+
+def test_without_a_manager_nothing_happens() -> None:
+    timers: Any = FakeTimers()
+    supervision = Supervision(ServiceManager(), timers, FakeClock(), lambda: "")
+    supervision.ready()
+    with supervision.reloading():
+        pass
+    supervision.stopping(1.0)
+    supervision.close()
+    assert timers._heap == []
+
+
+def test_a_manager_that_cannot_be_reached_is_told_in_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timers: Any = FakeTimers()
+    supervision = Supervision(ServiceManager(str(tmp_path / "gone")), timers, FakeClock(), lambda: "serving")
+    supervision.ready()
+    assert "service_manager.unreachable" in capsys.readouterr().err
+    supervision.close()
+
+
+# --- real processes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, certs: Path) -> Path:
+    home = tmp_path / "home"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    (home / "config.toml").write_text("[certificates]\nkey_types = ['ecdsa-p256']\n")
+    (home / "blocking_app.py").write_text(APPLICATION)
+    return home
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(home: Path) -> Iterator[Start]:
+    """Start `zcproto serve` as a service manager does; `passed` are sockets from descriptor 3 on."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str, passed: tuple[int, ...] = (), **variables: str) -> subprocess.Popen[str]:
+            plan = " ".join(f"{place}<&{descriptor}" for place, descriptor in enumerate(passed, 3))
+            if passed:
+                variables = {"LISTEN_FDS": str(len(passed)), **variables}
+            # $$ is the process that the program takes the place of
+            script = f'LISTEN_PID=$$ exec "$@" {plan}'
+            command = [sys.executable, "-m", "zcproto", "--home", str(home), "serve", *arguments]
+            process = stack.enter_context(
+                subprocess.Popen(
+                    ["/bin/bash", "-c", script, "-", *command],
+                    stdout=subprocess.PIPE,
+                    stderr=stack.enter_context(open(home / "log", "w")),
+                    text=True,
+                    cwd=home,
+                    pass_fds=passed,
+                    env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+                )
+            )
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def where(process: subprocess.Popen[str], home: Path) -> list[int]:
+    """The ports that a process says it listens on, in their order."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("zcproto: listening on "), (home / "log").read_text()
+    return [int(line.rpartition(":")[2])]
+
+
+def test_a_process_tells_its_life(start: Start, manager: Manager, home: Path) -> None:
+    process = start("--port", "0", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="100000")
+    assert manager.next() == {
+        "READY": "1",
+        "MAINPID": str(process.pid),
+        "STATUS": "serving 0 connections, 0 sessions",
+    }
+    (port,) = where(process, home)
+    assert manager.next() == {"WATCHDOG": "1"}
+    with Client(port, home / "certs" / "ca.crt"):
+        assert manager.until("STATUS", "serving 1 connections, 0 sessions")["WATCHDOG"] == "1"
+    before = time.monotonic_ns() // 1000
+    process.send_signal(signal.SIGHUP)
+    reloading = manager.until("RELOADING", "1")
+    assert before <= int(reloading["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    manager.until("READY", "1")
+    process.send_signal(signal.SIGTERM)
+    assert manager.until("STOPPING", "1")["EXTEND_TIMEOUT_USEC"] == "40000000"
+    assert process.wait(TIMEOUT) == 0
+
+
+def test_a_loop_that_stands_still_feeds_no_watchdog(start: Start, manager: Manager, home: Path) -> None:
+    key = UserFile(home / "users.toml").add("ada")
+    process = start(
+        "--port", "0", "blocking_app:app", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="200000"
+    )
+    manager.until("READY", "1")
+    (port,) = where(process, home)
+    manager.until("WATCHDOG", "1")
+    os.mkfifo(home / "pipe")
+    with Client(port, home / "certs" / "ca.crt") as client:
+        client.open_session("ada", key)
+        client.send(client.request("block", {"path": str(home / "pipe")}))
+        with open(home / "pipe", "w") as pipe:  # open as soon as the method waits
+            manager.drain()
+            assert manager.is_silent(0.5)
+            pipe.write("go on")
+        assert client.answer().value == "go on"
+        manager.until("WATCHDOG", "1")
+        # What a service manager does when it hears nothing: the log then says where the loop stood.
+        client.send(client.request("block", {"path": str(home / "pipe")}))
+        with open(home / "pipe", "w"):
+            process.send_signal(signal.SIGABRT)
+            assert process.wait(TIMEOUT) == -signal.SIGABRT
+    log = (home / "log").read_text()
+    assert "Fatal Python error: Aborted" in log
+    assert "blocking_app.py" in log
+
+
+def listening(host: str, *, dual: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.create_server((host, 0), family=family, dualstack_ipv6=dual)
+    # A number that the child needs for nothing else.
+    number = fcntl.fcntl(bound.fileno(), fcntl.F_DUPFD_CLOEXEC, 100)
+    bound.close()
+    return socket.socket(fileno=number)
+
+
+def test_sockets_that_are_passed_are_served_and_no_other(start: Start, home: Path) -> None:
+    key = UserFile(home / "users.toml").add("ada")
+    with listening("127.0.0.1") as first, listening("::1") as second, listening("127.0.0.1") as configured:
+        taken = configured.getsockname()[1]  # were it bound again, it would fail
+        process = start("--port", str(taken), passed=(first.fileno(), second.fileno()))
+        (port,) = where(process, home)
+        assert port == first.getsockname()[1]
+        for host, listener in (("127.0.0.1", first), ("::1", second)):
+            with Client(listener.getsockname()[1], home / "certs" / "ca.crt", host=host) as client:
+                client.open_session("ada", key)
+                assert client.call("session.info")["address"] == host
+        # While no process serves, connections wait: the socket is still the service manager's.
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT) == 0
+        with socket.create_connection(first.getsockname()[:2], TIMEOUT):
+            start("--port", str(taken), passed=(first.fileno(),))
+
+
+def test_a_socket_called_redirect_is_the_one_without_tls(start: Start, home: Path) -> None:
+    with listening("127.0.0.1") as tls, listening("127.0.0.1") as plain:
+        process = start(passed=(tls.fileno(), plain.fileno()), LISTEN_FDNAMES="zcproto:redirect")
+        (port,) = where(process, home)
+        assert port == tls.getsockname()[1]
+        with Client(port, home / "certs" / "ca.crt") as client:
+            assert client.is_open()
+        with socket.create_connection(plain.getsockname()[:2], TIMEOUT) as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert raw.recv(65_536).startswith(b"HTTP/1.1 308 ")
+
+
+def test_a_socket_called_redirect_takes_the_https_side(start: Start, home: Path) -> None:
+    with (home / "config.toml").open("a") as config:
+        config.write("[http]\nenabled = false\n")
+    with listening("127.0.0.1") as plain:
+        process = start("--port", "0", passed=(plain.fileno(),), LISTEN_FDNAMES="redirect")
+        assert process.wait(TIMEOUT) == 2
+    assert "http.enabled = false: a socket" in (home / "log").read_text()
+
+
+def test_a_socket_for_both_families_knows_ipv4_clients_by_their_address(start: Start, home: Path) -> None:
+    key = UserFile(home / "users.toml").add("ada")
+    with listening("::", dual=True) as both:
+        process = start(passed=(both.fileno(),))
+        (port,) = where(process, home)
+        for host in ("127.0.0.1", "::1"):
+            with Client(port, home / "certs" / "ca.crt", host=host) as client:
+                client.open_session("ada", key)
+                assert client.call("session.info")["address"] == host
+
+
+def test_what_cannot_be_served_on_starts_nothing(start: Start, home: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wrong:
+        process = start(passed=(wrong.fileno(),))
+        assert process.wait(TIMEOUT) == 2
+    assert "is no listening TCP socket; use ListenStream=, Accept=no" in (home / "log").read_text()
+
+
+@pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="takes systemd")
+def test_systemds_own_program_passes_a_socket(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}", "-E", f"PYTHONPATH={ROOT}"]
+    process = subprocess.Popen(
+        [*command, sys.executable, "-m", "zcproto", "--home", str(home), "serve", "--port", "1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=home,
+    )
+    try:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("Listening on "):
+            assert process.poll() is None
+        with Client(port, home / "certs" / "ca.crt") as client:
+            assert client.is_open()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def test_a_server_in_a_program_takes_sockets_too(home: Path) -> None:
+    bound = socket.create_server(("127.0.0.1", 0))
+    address = bound.getsockname()
+    async with Server(None, configuration(home), home=home, sockets=[bound]) as server:
+        assert server.addresses == [address]
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        assert (await reader.read(12)) == b"HTTP/1.1 400"
+        writer.close()
+        await writer.wait_closed()
+    assert bound.fileno() == -1

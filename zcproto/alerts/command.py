@@ -1,0 +1,180 @@
+"""Messages to a program: run once for each, with the message as JSON on its standard input.
+
+Rules:
+- No shell: the arguments are what the configuration says, and nothing of a message is among them.
+- The program gets a small environment, no descriptor but the three standard ones, and a session of its own. After
+  its time it is killed with all that it has started there.
+- Of its output the first `MAX_OUTPUT` bytes are kept, for whoever looks for a fault; the rest is read and dropped.
+- It has taken the message when it ends with exit code 0.
+
+It must not know: what a message says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import stat
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Final, Self
+
+from zcproto.alerts.alert import clean_text
+from zcproto.alerts.sinks import Undelivered
+from zcproto.common.text import printable
+from zcproto.errors import ConfigError
+
+MAX_OUTPUT: Final = 4_096
+SHOWN: Final = 200
+"""Characters of its output that are told when it fails."""
+
+TRIES: Final = 3
+"""A program that has failed may have done a part of its work."""
+
+PASSED_ON: Final = ("PATH", "HOME", "LANG", "TZ")
+"""Variables that the program gets, if they are there. Others may hold passphrases."""
+
+_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
+_READ: Final = 65_536
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+
+
+class Command:
+    """A sink that runs a program. Raises ConfigError if there is none, or if others may write to it."""
+
+    name = "command"
+
+    def __init__(self, arguments: Sequence[str], *, timeout: float, environ: Mapping[str, str]) -> None:
+        _check(Path(arguments[0]))
+        self._arguments = list(arguments)
+        self._timeout = timeout
+        self._environ = {"PATH": _PATH, **{name: environ[name] for name in PASSED_ON if name in environ}}
+
+    @property
+    def where(self) -> str:
+        """The program."""
+        return printable(self._arguments[0])
+
+    async def deliver(self, body: bytes) -> str:
+        loop = asyncio.get_running_loop()
+        try:
+            with _file_of(body) as stdin, _Output() as output:
+                process = await self._begin(loop, stdin, output.write_end)
+                output.close_write_end()
+                try:
+                    async with asyncio.timeout(self._timeout):
+                        said = await output.read(loop)
+                        code = await loop.run_in_executor(None, process.wait)
+                except BaseException:
+                    _kill(process)
+                    await loop.run_in_executor(None, process.wait)
+                    raise
+        except TimeoutError:
+            raise Undelivered(f"it did not end within {self._timeout:g} s", tries=TRIES) from None
+        except OSError as error:
+            raise Undelivered(f"it cannot be run: {error.strerror}", tries=TRIES) from error
+        if code:
+            ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise Undelivered(f"it ended with {ended}{f': {said}' if said else ''}", tries=TRIES)
+        return f"exit code 0{f': {said}' if said else ''}"
+
+    async def _begin(
+        self, loop: asyncio.AbstractEventLoop, stdin: IO[bytes], stdout: int
+    ) -> subprocess.Popen[bytes]:
+        # In a thread, as the disk may be slow; and not by the loop's own means: those of uvloop let a program have
+        # every descriptor that can be inherited, such as a listening socket of systemd's.
+        def run() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(  # noqa: S603 - the arguments are the configuration's
+                self._arguments,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                env=self._environ,
+                cwd="/",
+                start_new_session=True,
+            )
+
+        beginning = loop.run_in_executor(None, run)
+        try:
+            return await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            beginning.add_done_callback(_kill_begun)
+            raise
+
+
+class _Output:
+    """A pipe for what a program says. Our own, so that it can be let go of while somebody still holds its end."""
+
+    def __init__(self) -> None:
+        read_end, self.write_end = os.pipe()
+        self._file = open(read_end, "rb", buffering=0)  # noqa: SIM115 - closed at the exit
+        self._transport: asyncio.BaseTransport | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_write_end()
+        if self._transport is not None:
+            self._transport.close()
+        else:
+            self._file.close()
+
+    def close_write_end(self) -> None:
+        """Keep the reading end alone; the program has the other one."""
+        if self.write_end >= 0:
+            os.close(self.write_end)
+            self.write_end = -1
+
+    async def read(self, loop: asyncio.AbstractEventLoop) -> str:
+        """The beginning of what is said until the last one who could say anything has ended."""
+        reader = asyncio.StreamReader(loop=loop)
+        self._transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader, loop=loop), self._file
+        )
+        kept = b""
+        while data := await reader.read(_READ):
+            kept += data[: MAX_OUTPUT - len(kept)]
+        return clean_text(kept.decode("utf-8", "replace").strip(), SHOWN)
+
+
+def _file_of(body: bytes) -> IO[bytes]:
+    """A file with the message, at its beginning: a program need not read it, and nobody waits until it does."""
+    # In memory where the system can: a full disk may be what there is to tell.
+    in_memory = hasattr(os, "memfd_create")
+    file: IO[bytes] = open(os.memfd_create("alert"), "w+b") if in_memory else tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(body + b"\n")
+    file.seek(0)
+    return file
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the program with all that it has started in its session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _kill_begun(beginning: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+    """End a program that nobody waits for any more."""
+    if not beginning.cancelled() and beginning.exception() is None:
+        process = beginning.result()
+        _kill(process)
+        process.wait()
+
+
+def _check(path: Path) -> None:
+    key = "alerts.command"
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ConfigError([f"{key}: {printable(str(path))} cannot be run: {error.strerror}"]) from error
+    if not stat.S_ISREG(status.st_mode) or not os.access(path, os.X_OK):
+        raise ConfigError([f"{key}: {printable(str(path))} is no program that this user may run"])
+    if status.st_mode & _OTHERS_WRITE:
+        raise ConfigError(
+            [f"{key}: others may write to {printable(str(path))}, which runs as this user; run: chmod go-w"]
+        )

@@ -1,0 +1,297 @@
+"""The alerts of a server: from whoever sees that something is wrong to the log, the webhook and the command.
+
+    raise_ / resolve, and counters that are read once a second -> AlertCenter -> log, and a SinkQueue for each sink
+
+Rules:
+- Raising an alert never waits and never raises: whoever sees a fault has other things to do.
+- What can come often is counted where it happens, by a plain integer, and judged here once a second.
+- That a sink is down is an alert itself, for the others; the sink hears of it when it is back.
+
+It must not know: what the alerts are about; that is in alert_sources.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from zcproto.alerts import AlertCenter, AlertKind, Message, Phase, Severity
+from zcproto.alerts.command import Command
+from zcproto.alerts.rates import RateRule, RateState, RateWatch
+from zcproto.alerts.sinks import Sink, SinkQueue
+from zcproto.alerts.webhook import Webhook
+from zcproto.common.clock import Clock, Entropy
+from zcproto.common.secret import Secret
+from zcproto.common.secret_file import secret_line
+from zcproto.config import AlertsConfig
+from zcproto.observe.log import get_logger
+
+SINKS: Final = (Webhook.name, Command.name)
+"""All that there can be."""
+
+TICK_S: Final = 1.0
+STOP_S: Final = 3.0
+"""For what waits when the server ends. Service managers wait longer, and clients are gone by then."""
+
+LEAST_SECRET: Final = 16
+"""Characters of a webhook's secret: fewer could be guessed from one message."""
+
+_NOTHING: Final[Mapping[str, object]] = {}
+_ORIGIN_SIZE: Final = 8
+_RANDOM_SIZE: Final = 4
+
+log = get_logger("zcproto.alerts")
+
+
+class _Watched(NamedTuple):
+    """A counter that is an alert if it grows too fast. `title` gets the number of events in the window."""
+
+    kind: AlertKind
+    about: str
+    read: Callable[[], int]
+    watch: RateWatch
+    title: Callable[[int], str]
+    rule: RateRule
+
+
+class ServerAlerts:
+    """All alerts of one server. `source` says to receivers which server it is."""
+
+    def __init__(
+        self, config: AlertsConfig, sinks: Sequence[Sink], *, clock: Clock, entropy: Entropy, source: str = ""
+    ) -> None:
+        self.config = config
+        self.source = source
+        self.center = AlertCenter(repeat_s=config.repeat, quiet_s=config.quiet)
+        self._clock = clock
+        self.origin = entropy(_ORIGIN_SIZE).hex()
+        """Tells the messages of this process from those of others."""
+        self._watched: dict[tuple[AlertKind, str], _Watched] = {}
+        self._before: dict[tuple[AlertKind, str], _Watched] = {}
+        self._entropy = entropy
+        self._running = False
+        self._ending: set[asyncio.Task[None]] = set()
+        self.queues = [self._queue_for(sink) for sink in sinks]
+
+    def _queue_for(self, sink: Sink) -> SinkQueue:
+        def random() -> float:
+            return int.from_bytes(self._entropy(_RANDOM_SIZE), "big") / 2.0 ** (8 * _RANDOM_SIZE)
+
+        return SinkQueue(sink, clock=self._clock, random=random, on_down=self._sink_down, on_up=self._sink_up)
+
+    def reconfigure(
+        self, config: AlertsConfig, sinks: Sequence[Sink], watch: Callable[[ServerAlerts], None]
+    ) -> None:
+        """Go by another configuration. `watch` has the counters watched, as it did at first.
+
+        What waits for a sink goes to the one that takes its place. What waits for one that is no more is delivered
+        as far as that goes within `STOP_S`.
+        """
+        self.config = config
+        self.center.reconfigure(repeat_s=config.repeat, quiet_s=config.quiet)
+        self._take_sinks(sinks)
+        self._before, self._watched = self._watched, {}
+        watch(self)
+        before, self._before = self._before, {}
+        for (kind, about), old in before.items():
+            new = self._watched.get((kind, about))
+            if old.watch.is_on and (new is None or new.watch is not old.watch):
+                self.resolve(kind, about=about)
+
+    def _take_sinks(self, sinks: Sequence[Sink]) -> None:
+        queues = {queue.name: queue for queue in self.queues}
+        self.queues = []
+        for sink in sinks:
+            queue = queues.pop(sink.name, None)
+            if queue is None:
+                queue = self._queue_for(sink)
+                if self._running:
+                    queue.start()
+            queue.sink = sink
+            self.queues.append(queue)
+        for queue in queues.values():
+            self.resolve(AlertKind.UNDELIVERED, f"the {queue.name} is configured no more", about=queue.name)
+            ending = asyncio.get_running_loop().create_task(queue.stop(STOP_S))
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+
+    # --- what happens --------------------------------------------------------------------------------
+
+    def raise_(
+        self,
+        kind: AlertKind,
+        title: str,
+        *,
+        about: str = "",
+        severity: Severity | None = None,
+        changed: bool = False,
+        count: int = 1,
+        details: Mapping[str, object] = _NOTHING,
+    ) -> None:
+        """As `AlertCenter.raise_`, now."""
+        self.center.raise_(
+            kind,
+            title,
+            about=about,
+            details=details,
+            severity=severity,
+            changed=changed,
+            count=count,
+            wall=self._clock.wall(),
+            now=self._clock.now(),
+        )
+        self._send()
+
+    def resolve(
+        self, kind: AlertKind, title: str = "", *, about: str = "", details: Mapping[str, object] = _NOTHING
+    ) -> None:
+        """As `AlertCenter.resolve`, now."""
+        self.center.resolve(
+            kind, about=about, title=title, details=details, wall=self._clock.wall(), now=self._clock.now()
+        )
+        self._send()
+
+    def watch(
+        self,
+        kind: AlertKind,
+        read: Callable[[], int],
+        threshold: int,
+        title: Callable[[int], str],
+        about: str = "",
+    ) -> None:
+        """Raise an alert while a counter grows by `threshold` or more within the window; 0: never."""
+        if threshold:
+            rule = RateRule(threshold, self.config.rate_window, self.config.quiet)
+            old = self._before.get((kind, about))
+            if old is None:
+                rate = RateWatch(rule)
+            elif old.rule == rule:
+                rate = old.watch
+            else:  # what was counted before is of another window
+                rate = RateWatch(rule, read())
+            self._watched[kind, about] = _Watched(kind, about, read, rate, title, rule)
+
+    # --- its own life --------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to deliver. What was raised before waits."""
+        self._running = True
+        for queue in self.queues:
+            queue.start()
+
+    async def run(self) -> None:
+        """Look once a second, until cancelled."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self.tick()
+            except Exception as error:  # a fault of ours must not end the alerts
+                log.error("alert.tick_failed", exc_info=error)
+
+    def tick(self) -> None:
+        """Judge the counters, and do what is due."""
+        now = self._clock.now()
+        for each in self._watched.values():
+            change = each.watch.read(each.read(), now)
+            if change is None:
+                continue
+            title = each.title(change.in_window)
+            details = {
+                "in_window": change.in_window,
+                "window_s": each.rule.window_s,
+                "threshold": each.rule.threshold,
+            }
+            if change.state is RateState.ENDED:
+                self.resolve(each.kind, about=each.about)
+            else:
+                self.raise_(each.kind, title, about=each.about, count=max(1, change.events), details=details)
+        self.center.handle_time(self._clock.wall(), now)
+        self._send()
+
+    async def stop(self) -> None:
+        """Deliver what waits, as far as that goes within `STOP_S`."""
+        await asyncio.gather(*(queue.stop(STOP_S) for queue in self.queues), *self._ending)
+
+    # --- what goes out -------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        for message in self.center.take():
+            _log(message)
+            alert = message.alert
+            body = message.as_json(self.origin, self.source)
+            for queue in self.queues:
+                is_about_it = alert.kind is AlertKind.UNDELIVERED and alert.about == queue.name
+                if not is_about_it or message.phase is Phase.ENDED:
+                    queue.put(body, f"{alert.kind.value} {message.phase.value}")
+
+    def _sink_down(self, name: str, reason: str) -> None:
+        title = f"alerts do not reach the {name}: {reason}"
+        self.raise_(AlertKind.UNDELIVERED, title, about=name, details={"reason": reason})
+
+    def _sink_up(self, name: str) -> None:
+        self.resolve(AlertKind.UNDELIVERED, f"alerts reach the {name} again", about=name)
+
+    # --- what operators see --------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """Open alerts, those of the last day that are over, and how delivery goes: for lists and pages."""
+        return {
+            "open": [alert.as_dict() for alert in self.center.open_alerts()],
+            "over": [alert.as_dict() for alert in self.center.history()],
+            "sinks": [
+                {
+                    "name": queue.name,
+                    "down": queue.is_down,
+                    "waiting": len(queue),
+                    "delivered": queue.delivered,
+                    "failures": queue.failures,
+                    "lost": queue.lost,
+                }
+                for queue in self.queues
+            ],
+        }
+
+
+def sinks_of(config: AlertsConfig, clock: Clock) -> list[Sink]:
+    """The sinks that are configured. Raises ConfigError for what waiting cannot mend, with all faults."""
+    sinks: list[Sink] = []
+    if config.webhook:
+        secret = None
+        if config.webhook_secret_file is not None:
+            key = "alerts.webhook_secret_file"
+            secret = Secret(secret_line(config.webhook_secret_file, key, least=LEAST_SECRET))
+        sinks.append(
+            Webhook(
+                config.webhook,
+                secret,
+                ca_file=config.webhook_ca_file,
+                timeout=config.webhook_timeout,
+                clock=clock,
+            )
+        )
+    if config.command:
+        sinks.append(Command(config.command, timeout=config.command_timeout, environ=os.environ))
+    return sinks
+
+
+def _log(message: Message) -> None:
+    alert = message.alert
+    fields: dict[str, Any] = {
+        "kind": alert.kind.value,
+        "about": alert.about,
+        "severity": alert.severity.word,
+        "title": alert.title,
+        "details": alert.details,
+        "count": alert.count,
+    }
+    match message.phase:
+        case Phase.BEGAN:
+            log.warning("alert.began", **fields)
+        case Phase.CHANGED:
+            log.warning("alert.changed", **fields)
+        case Phase.REMINDER:
+            log.warning("alert.reminder", **fields)
+        case Phase.ENDED:
+            log.info("alert.ended", **fields)

@@ -1,0 +1,54 @@
+"""The server's process of a demonstration: `python -m zcproto.load.demo.child HOME`.
+
+It is `zcproto serve` in a home folder, and ends with its parent, however that one ends: the parent holds the
+other end of standard input. Then the folder goes, too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from typing import Final, NoReturn
+
+from zcproto.cli import main as zcproto
+
+DRAIN_TIMEOUT: Final = 5.0
+"""Seconds for a server without its parent to end in an orderly way."""
+
+
+def main(home: str) -> int:
+    signal.signal(signal.SIGTERM, _terminated)  # until the server has its own handler
+    orphaned, ended = threading.Event(), threading.Event()
+    threading.Thread(
+        target=_end_with_parent, args=(sys.stdin.fileno(), home, orphaned, ended), daemon=True
+    ).start()
+    try:
+        return zcproto(["--home", home, "serve", "--port", "0"])
+    finally:
+        ended.set()
+        if orphaned.is_set():
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _end_with_parent(parent: int, home: str, orphaned: threading.Event, ended: threading.Event) -> None:
+    # Not by sys.stdin, which has a lock that the interpreter could not take at its end.
+    with open(parent, "rb", buffering=0, closefd=False) as pipe:
+        pipe.readall()
+    if ended.is_set():
+        return
+    orphaned.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+    if not ended.wait(DRAIN_TIMEOUT):
+        shutil.rmtree(home, ignore_errors=True)
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,80 @@
+"""HdrHistograms of what was timed, and files of them that the usual tools read."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from hdrh.histogram import HdrHistogram
+
+from zcproto.load.latency import Latencies
+from zcproto.load.record import TICKS_PER_SECOND, Record
+
+NS_PER_US: Final = 1_000
+LONGEST_NS: Final = 3_600 * 1_000_000_000
+SIGNIFICANT_DIGITS: Final = 3
+NS_PER_MS: Final = 1_000_000.0
+PERCENTILES: Final = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9}
+TICKS_PER_HALF_DISTANCE: Final = 5
+
+
+def histogram(latencies: Latencies) -> Any:
+    """An HdrHistogram in nanoseconds, the unit that its tools expect, of what was counted in microseconds."""
+    made = HdrHistogram(NS_PER_US, LONGEST_NS, SIGNIFICANT_DIGITS)
+    for micros, count in latencies.counts.items():
+        made.record_value(min(micros * NS_PER_US, LONGEST_NS), count)
+    return made
+
+
+def percentiles_ms(latencies: Latencies) -> dict[str, float]:
+    """Milliseconds at the percentiles of a report, and `max`. Empty if nothing was timed."""
+    if not latencies.counts:
+        return {}
+    made = histogram(latencies)
+    figures = {
+        name: min(made.get_value_at_percentile(percentile) / NS_PER_MS, latencies.max_us / 1000)
+        for name, percentile in PERCENTILES.items()
+    }
+    return {**figures, "max": latencies.max_us / 1000}
+
+
+def write_file(path: Path, record: Record, started: float) -> None:
+    """Write the latencies for HdrHistogram's tools. `started` is the run's start, Unix seconds.
+
+    `NAME.hgrm`: the percentile distribution of the load's requests in milliseconds, as its plotter takes it.
+    Any other name: a histogram log (version 1.2) of all, with an interval for each second of the load.
+    """
+    if path.suffix == ".hgrm":
+        path.write_bytes(_distribution(record.latencies["request"]))
+        return
+    with path.open("w", encoding="ascii") as file:
+        _write_log(file, record, started)
+
+
+def _distribution(latencies: Latencies) -> bytes:
+    made = histogram(latencies)
+    text = io.BytesIO()
+    made.output_percentile_distribution(text, NS_PER_MS, TICKS_PER_HALF_DISTANCE)
+    # The library scales everything but the deviation.
+    deviation = b"StdDeviation   = %12.3f" % (made.get_stddev() / NS_PER_MS)
+    return re.sub(rb"StdDeviation   = *[0-9.]+", deviation, text.getvalue())
+
+
+def _write_log(file: TextIO, record: Record, started: float) -> None:
+    file.write("#[Latencies in nanoseconds, from when each thing was due]\n")
+    file.write("#[Histogram log format version 1.2]\n")
+    file.write(f"#[StartTime: {started:.3f} (seconds since epoch)]\n")
+    file.write('"StartTimestamp","Interval_Length","Interval_Max","Interval_Compressed_Histogram"\n')
+    for second, latencies in sorted(record.request_by_second.items()):
+        _write_interval(file, "", second, 1, latencies)
+    ended = max((*record.answered_over_time, *record.connected_over_time), default=0) / TICKS_PER_SECOND
+    for name in ("handshake", "session_open", "last_request"):
+        if record.latencies[name].counts:
+            _write_interval(file, f"Tag={name},", 0, ended + 1 / TICKS_PER_SECOND, record.latencies[name])
+
+
+def _write_interval(file: TextIO, tag: str, start: float, length: float, latencies: Latencies) -> None:
+    encoded = histogram(latencies).encode().decode("ascii")
+    file.write(f"{tag}{start:.3f},{length:.3f},{latencies.max_us / 1000:.3f},{encoded}\n")

@@ -1,0 +1,189 @@
+"""A run as one picture: latency by percentile above, connections and rate over time below it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Final
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from zcproto.load.latency import Latencies
+from zcproto.load.record import TICKS_PER_SECOND
+from zcproto.load.result import Moment, Result, Verdict
+
+INK: Final = "#1f2933"
+FAINT: Final = "#d9dee4"
+BLUE: Final = "#2563eb"
+GREEN: Final = "#059669"
+FEW_DECADES: Final = 1_000
+"""A scale of fewer has room for more than one number in each decade."""
+
+LINES: Final = {
+    "request": ("request, from when it was due", BLUE, "-"),
+    "from_send": ("request, from when it was sent", "#7aa5f8", "--"),
+    "session_open": ("session.open", GREEN, "-"),
+    "handshake": ("TCP and TLS handshake", "#d97706", "-"),
+}
+NINES: Final = {
+    0.0: "0 %",
+    0.5: "50 %",
+    0.9: "90 %",
+    0.99: "99 %",
+    0.999: "99.9 %",
+    0.9999: "99.99 %",
+    0.99999: "99.999 %",
+}
+PHASES: Final = ((Moment.IDLE, Moment.CONNECTED, "connecting"), (Moment.CONNECTED, Moment.LOADED, "load"),
+                 (Moment.LOADED, Moment.VERIFIED, "last requests"))  # fmt: skip
+
+
+def write_plot(path: Path, result: Result) -> None:
+    """Draw into a file; its ending says how (png, svg, pdf)."""
+    figure = Figure(figsize=(10, 9.4), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    latencies, connections, rate = figure.subplots(3, 1, height_ratios=(2.4, 1, 1))
+    figure.suptitle(_title(result), x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
+    figure.get_layout_engine().set(hspace=0.03, h_pad=0.06)  # type: ignore[union-attr, call-arg]
+    lines = [(result.record.latencies[name], *style) for name, style in LINES.items()]
+    draw_latencies(latencies, lines, "Latency by percentile, in milliseconds; a dot is the slowest of all")
+    _draw_connections(connections, result)
+    _draw_rate(rate, result)
+    rate.sharex(connections)
+    rate.set_xlabel("seconds since the start", color=INK, fontsize=9.5)
+    figure.savefig(path)
+
+
+def _title(result: Result) -> str:
+    plan = result.plan
+    what = f"{plan.connections:,} connections, {plan.rate:,.0f} requests/s, {plan.payload_bytes:,} bytes each"
+    if result.verdict is Verdict.VERIFIED:
+        return f"{what}: all verified"
+    return f"{what}: {result.verdict.value}"
+
+
+def plain(axes: Axes) -> None:
+    """The frame, the ticks and the grid of all our plots."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#9aa5b1")
+    axes.tick_params(colors="#52606d", labelsize=9, length=3)
+    axes.grid(True, which="major", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def curve(latencies: Latencies) -> tuple[list[float], list[float]]:
+    """Points of 'this part of all took at most so long': 1/(1 - part), and milliseconds."""
+    total = latencies.total
+    xs, ys = [], []
+    below = 0
+    for micros, count in sorted(latencies.counts.items()):
+        xs.append(total / (total - below))
+        ys.append(micros / 1000)
+        below += count
+    if total:
+        xs.append(float(total))
+        ys.append(latencies.max_us / 1000)
+    return xs, ys
+
+
+Line = tuple[Latencies, str, str, str]
+"""Durations, then the label, the colour and the style of their line."""
+
+
+def draw_latencies(axes: Axes, lines: Iterable[Line], text: str, columns: int = 4) -> None:
+    """Latency by percentile, both on scales on which the longest ones can be seen."""
+    plain(axes)
+    longest = 1.0
+    for latencies, label, color, style in lines:
+        if not latencies.counts:
+            continue
+        xs, ys = curve(latencies)
+        longest = max(longest, xs[-1])
+        axes.plot(xs, ys, style, color=color, linewidth=1.8, label=label, drawstyle="steps-post")
+        axes.plot(xs[-1:], ys[-1:], "o", color=color, markersize=4)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(1, longest * 1.2)
+    axes.minorticks_off()
+    ticks = [part for part in NINES if 1 / (1 - part) <= longest * 1.2]
+    axes.set_xticks([1 / (1 - part) for part in ticks], [NINES[part] for part in ticks])
+    low, high = axes.get_ylim()
+    if high / low < FEW_DECADES:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    head(axes, text, pad=6 + 18 * -(-len(axes.lines) // 2 // columns))
+    if axes.lines:
+        axes.legend(
+            frameon=False, fontsize=9, ncols=columns, loc="lower left", bbox_to_anchor=(-0.01, 0.99),
+            labelcolor=INK, handlelength=1.6, columnspacing=1.6,
+        )  # fmt: skip
+
+
+def _draw_connections(axes: Axes, result: Result) -> None:
+    plain(axes)
+    series = result.record.connected_over_time
+    ticks = _ticks(result)
+    opened = [0, *accumulate(series.get(tick, 0) for tick in range(ticks))]
+    at = [tick / TICKS_PER_SECOND for tick in range(ticks + 1)]
+    axes.fill_between(at, opened, color=GREEN, alpha=0.14, linewidth=0)
+    axes.plot(at, opened, color=GREEN, linewidth=1.8)
+    _over_time(axes, max(opened), at[-1])
+    head(axes, "Connections with a session")
+    _name_phases(axes, result)
+
+
+def _draw_rate(axes: Axes, result: Result) -> None:
+    plain(axes)
+    series = result.record.answered_over_time
+    ticks = _ticks(result)
+    rates = [series.get(tick, 0) * TICKS_PER_SECOND for tick in range(ticks)]
+    at = [tick / TICKS_PER_SECOND for tick in range(ticks + 1)]
+    axes.stairs(rates, at, color=BLUE, linewidth=1.8, fill=True, alpha=0.14)
+    axes.stairs(rates, at, color=BLUE, linewidth=1.8)
+    _over_time(axes, max(rates), at[-1])
+    head(axes, "Answers per second")
+    _name_phases(axes, result)
+
+
+def _ticks(result: Result) -> int:
+    return max((*result.record.connected_over_time, *result.record.answered_over_time), default=0) + 1
+
+
+def _over_time(axes: Axes, highest: float, seconds: float) -> None:
+    axes.set_xlim(0, seconds)
+    axes.set_ylim(0, _top(highest))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def head(axes: Axes, text: str, pad: float = 6) -> None:
+    """What a plot shows."""
+    axes.set_title(text, loc="left", fontsize=10.5, color=INK, pad=pad)
+
+
+def _name_phases(axes: Axes, result: Result) -> None:
+    """Say what went on when, where there is room for the words."""
+    style: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8.5, "color": "#52606d"}
+    room = axes.get_xlim()[1] / 9
+    for first, second, name in PHASES:
+        if first not in result.readings or second not in result.readings:
+            continue
+        start, end = result.readings[first].at, result.readings[second].at
+        axes.axvline(end, color="#9aa5b1", linewidth=0.8, linestyle=":")
+        if end - start > room:
+            axes.text((start + end) / 2, 0.97, name, transform=axes.get_xaxis_transform(), **style)
+
+
+def _top(highest: float) -> float:
+    """A round number with some room above the highest value."""
+    if highest <= 0:
+        return 1.0
+    grain: float = 10 ** math.floor(math.log10(highest))
+    return math.ceil(highest * 1.2 / (grain / 2)) * grain / 2

@@ -1,0 +1,204 @@
+"""A run's result for people: tables with units. And for programs: one JSON object."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import ssl
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from zcproto.load.figures import Figure, figures, generator_saturated
+from zcproto.load.hdr import PERCENTILES, percentiles_ms
+from zcproto.load.record import TICKS_PER_SECOND
+from zcproto.load.result import Counted, Result, Verdict
+from zcproto.load.tally import Kind
+
+SCHEMA: Final = "zcproto-bench/1"
+
+LATENCY_LABELS: Final = {
+    "handshake": "TCP and TLS handshake",
+    "session_open": "session.open",
+    "request": "request",
+    "from_send": "request, from when it was sent",
+    "last_request": "last request on each",
+}
+_STYLES: Final = {
+    Verdict.VERIFIED: "bold green",
+    Verdict.FAILED: "bold red",
+    Verdict.INTERRUPTED: "bold yellow",
+}
+
+
+def show(result: Result, console: Console, bars: Mapping[str, float]) -> None:
+    """Print the tables and the verdict."""
+    console.print()
+    console.print(_latency_table(result))
+    console.print(_rate_table(result))
+    console.print(_figure_table(figures(result, bars)))
+    console.print(_count_table(result))
+    _show_errors(result, console)
+    if generator_saturated(result):
+        console.print(
+            Text(
+                "generator saturated: it could not keep its own schedule, so the latencies say more about it "
+                "than about the server; use more --processes, a lower --rate, or a machine of its own",
+                "yellow",
+            )
+        )
+    if result.server_was_used:
+        console.print(
+            "memory per connection is not told: this server has held connections before, whose memory it uses again"
+        )
+    console.print(Text(_sentence(result), _STYLES[result.verdict]), soft_wrap=True)
+
+
+def _sentence(result: Result) -> str:
+    if result.verdict is Verdict.VERIFIED:
+        requests = result.record.tallies[Kind.LOAD].equal + result.record.tallies[Kind.LAST].equal
+        return (
+            f"verified: {result.verified_connections:,} of {result.plan.connections:,} connections, "
+            f"{requests:,} answers equal to what was sent, 0 errors"
+        )
+    if result.verdict is Verdict.INTERRUPTED:
+        return "interrupted: the figures are those of a part of the run, and nothing is verified"
+    return "failed: " + "; ".join(result.reasons())
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _latency_table(result: Result) -> Table:
+    table = _table("Latency in ms, from when each was due", "", "count", *PERCENTILES, "max")
+    for name, label in LATENCY_LABELS.items():
+        latencies = result.record.latencies[name]
+        values = percentiles_ms(latencies)
+        cells = [f"{values[key]:.2f}" if values else "-" for key in (*PERCENTILES, "max")]
+        table.add_row(label, f"{latencies.total:,}", *cells)
+    return table
+
+
+def _rate_table(result: Result) -> Table:
+    table = _table("Rate per second", "", "asked", "reached", "seconds")
+    plan = result.plan
+    table.add_row(
+        "connections", f"{plan.arrival_rate:,.0f}", f"{result.connect_rate:,.0f}", f"{result.connect_s:.1f}"
+    )
+    table.add_row("requests", f"{plan.rate:,.0f}", f"{result.request_rate:,.0f}", f"{result.load_s:.1f}")
+    return table
+
+
+def _figure_table(rows: list[Figure]) -> Table:
+    with_bars = any(row.bar is not None for row in rows)
+    table = _table("Figures", "", "figure", "unit", *(("below", "") if with_bars else ()))
+    table.columns[2].justify = "left"
+    for row in rows:
+        value = "-" if row.value is None else f"{row.value:,.2f}"
+        cells: list[str | Text] = [row.label, value, row.unit]
+        if with_bars:
+            cells += ["", ""] if row.bar is None else [f"{row.bar:g}", _mark(row.holds)]
+        table.add_row(*cells)
+    return table
+
+
+def _count_table(result: Result) -> Table:
+    table = _table("Counted by both sides", "", "asked", "client", "server", "")
+    for row in result.counted():
+        table.add_row(*_count_cells(row))
+    verified = result.verified_connections
+    asked = result.plan.connections
+    table.add_row("verified by a last request", f"{asked:,}", f"{verified:,}", "", _mark(verified == asked))
+    return table
+
+
+def _count_cells(row: Counted) -> list[str | Text]:
+    server = "-" if row.server is None else f"{row.server:,}"
+    return [row.what, f"{row.asked:,}", f"{row.client:,}", server, _mark(row.agree)]
+
+
+def _mark(holds: bool) -> Text:
+    return Text("ok", "green") if holds else Text("no", "bold red")
+
+
+def _show_errors(result: Result, console: Console) -> None:
+    table = _table("What went wrong", "", "count")
+    for kind, tally in result.record.tallies.items():
+        for name, number in sorted(tally.errors.items()):
+            table.add_row(f"{kind.value}: answered with {name}", f"{number:,}")
+        for cause, number in sorted(tally.not_sent.items()):
+            table.add_row(f"{kind.value}: not sent, {cause}", f"{number:,}")
+        if tally.unequal:
+            table.add_row(f"{kind.value}: unequal", f"{tally.unequal:,}")
+        if tally.lost:
+            table.add_row(f"{kind.value}: lost", f"{tally.lost:,}")
+    for cause, number in sorted(result.record.lost_links.items()):
+        table.add_row(f"connection: {cause}", f"{number:,}")
+    if table.row_count:
+        console.print(table)
+
+
+def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[str, Any]:
+    """The whole result. `started` is the run's start, Unix seconds. No keys are in it."""
+    plan = result.plan
+    record = result.record
+    return {
+        "schema": SCHEMA,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "plan": {
+            field.name: getattr(plan, field.name)
+            for field in dataclasses.fields(plan)
+            if field.name not in ("credentials", "operator", "ca_file")
+        },
+        "verdict": result.verdict.value,
+        "reasons": result.reasons(),
+        "verified_connections": result.verified_connections,
+        "counted": [{**row._asdict(), "agree": row.agree} for row in result.counted()],
+        "latency_ms": {
+            name: {"count": each.total, **percentiles_ms(each)} for name, each in record.latencies.items()
+        },
+        "rate_per_s": {
+            "connections": {"asked": plan.arrival_rate, "reached": round(result.connect_rate, 1)},
+            "requests": {"asked": plan.rate, "reached": round(result.request_rate, 1)},
+        },
+        "duration_s": {
+            "connecting": round(result.connect_s, 3),
+            "loading": round(result.load_s, 3),
+            "total": round(result.total_s, 3),
+        },
+        "figures": {each.key: each.as_json() for each in figures(result, bars)},
+        "generator_saturated": generator_saturated(result),
+        "requests": {kind.value: tally.as_json() for kind, tally in record.tallies.items()},
+        "lost_connections": record.lost_links,
+        "server": {
+            moment.value: {"at_s": round(reading.at, 3), **reading.stats._asdict()}
+            for moment, reading in result.readings.items()
+        },
+        "over_time": {
+            "tick_s": 1 / TICKS_PER_SECOND,
+            "connected": dict(sorted(record.connected_over_time.items())),
+            "answered": dict(sorted(record.answered_over_time.items())),
+        },
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on beside the code."""
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": sys.version.split()[0],
+        "openssl": ssl.OPENSSL_VERSION,
+    }
