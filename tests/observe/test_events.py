@@ -84,7 +84,7 @@ def places(path: str, source: str) -> Iterator[Place]:
         elif (path, called) in HELPERS:
             level, added = HELPERS[path, called]
         elif (isinstance(function, ast.Call) and _last_name(function.func) == "getattr") or (
-            called == "write" and isinstance(function, ast.Name) and path.endswith("server/keeper.py")
+            called == "write" and isinstance(function, ast.Name) and path.endswith("certs/keeper.py")
         ):
             level, added = None, set()
         else:

@@ -16,7 +16,7 @@ import pytest
 from zcproto.runtime import hardening
 from zcproto.runtime.hardening import deny_tracing, forget_key_log, harden
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CHILD = """
 import json, os, sys

@@ -148,7 +148,7 @@ def passed(*sockets: socket.socket, names: str = "", count: int | None = None) -
             **os.environ,
             "LISTEN_FDS": str(len(sockets) if count is None else count),
             "LISTEN_FDNAMES": names,
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
         },
         capture_output=True,
         text=True,

@@ -68,6 +68,7 @@ class Sources:
         self.trees = {
             path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
             for path in sorted((ROOT / "zcproto").rglob("*.py"))
+            if path.parts[len(ROOT.parts) + 1] != "load"  # its messages name their cure where they are raised
         }
         self.bases: dict[str, list[str]] = {}
         self.codes: dict[str, str] = {}
