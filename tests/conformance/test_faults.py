@@ -12,11 +12,10 @@ import pytest
 from tests.conformance.faults import FAULTS, fault_of
 from tests.conformance.faults.__main__ import seen_to_fail
 from tests.conformance.faults.mutation import Unmatched, fault
+from tests.conformance.helpers import SCRIPTED
 from zcproto.client.backoff import Backoff
 from zcproto.errors import CallError
 from zcproto_conformance.run import FAILED
-
-from tests.conformance.helpers import SCRIPTED
 
 QUICKLY_FOUND = {
     "client-hello": "the protocols offered are []",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tests.conformance.helpers import PYTHON_CLIENT, SCRIPTED, program, results_of
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto_conformance.__main__ import CANNOT_RUN, choose, main
 from zcproto_conformance.check import Check
@@ -26,8 +27,6 @@ from zcproto_conformance.run import (
 from zcproto_conformance.server import HOST, ScriptedServer
 from zcproto_conformance.stage import Stage
 from zcproto_conformance.values import typed, untyped
-
-from tests.conformance.helpers import PYTHON_CLIENT, SCRIPTED, program, results_of
 
 
 async def _asks_for_tables(stage: Stage) -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tests.conformance.helpers import SCRIPTED, failures, results_of
+from tests.wire.vectors import FOLDER
 from zcproto_conformance import real_server, vectors
 from zcproto_conformance.check import Check
-
-from tests.wire.vectors import FOLDER
-from tests.conformance.helpers import SCRIPTED, failures, results_of
 
 EVERY = 8
 TAKE_LONG = {

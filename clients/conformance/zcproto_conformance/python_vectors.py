@@ -14,7 +14,6 @@ from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import ClientEvent, ConnectionEnded, ErrorReceived
 from zcproto.connection.state import State
 from zcproto.errors import Code, ProtocolError
-from zcproto.wire.signing import attach_message, open_message
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import ERROR, TOKEN_SIZE, WITHOUT_BODY, Kind, RawFrame, Side, encode_frame, head_of
 from zcproto.wire.message import (
@@ -22,6 +21,7 @@ from zcproto.wire.message import (
     encode_request,
     parse_traceparent,
 )
+from zcproto.wire.signing import attach_message, open_message
 from zcproto_conformance.frames import fields_of, message_of
 from zcproto_conformance.values import untyped
 
