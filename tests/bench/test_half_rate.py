@@ -13,7 +13,7 @@ import bench.half_rate as module
 from bench.curves.watch import Watched
 from bench.half_rate import HalfPlan, Halved, main, measure
 from bench.requirements.homes import Workshop
-from tests.bench import helpers
+from tests.load import helpers
 from zcproto.errors import ConfigError, ConnectionClosed
 from zcproto.load.record import Record
 from zcproto.load.result import Result
