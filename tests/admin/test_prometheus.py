@@ -19,9 +19,10 @@ import pytest
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from tests.wire.vectors import SPEC
 from zcproto.observe.metric_table import ALL
 from zcproto.sessions.token import token_text
+
+DEPLOY = Path(__file__).parents[2] / "zcproto" / "deploy"
 
 PATIENCE = 45.0
 """Seconds for a Prometheus to start, and to scrape twice."""
@@ -87,7 +88,7 @@ def prometheus(folder: Path, server: ServerThread, token: str | None) -> Iterato
         job["authorization"] = {"credentials_file": str(folder / "token")}
     settings = {
         "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(SPEC / "prometheus" / "alerts.yml")],
+        "rule_files": [str(DEPLOY / "prometheus" / "alerts.yml")],
         "scrape_configs": [job],
     }
     (folder / "prometheus.yml").write_text(json.dumps(settings))  # JSON is YAML
@@ -115,7 +116,7 @@ def prometheus(folder: Path, server: ServerThread, token: str | None) -> Iterato
 
 def expressions() -> dict[str, str]:
     """The dashboard's, as Grafana would ask for them."""
-    dashboard = json.loads((SPEC / "prometheus" / "dashboard.json").read_text())
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
     return {
         f"{panel['title']} {target['refId']}": re.sub(
             r"\$(job|instance)", ".*", target["expr"].replace("$__rate_interval", "1m")

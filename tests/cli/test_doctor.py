@@ -294,7 +294,7 @@ def test_a_damaged_store_is_a_fault(folder: Path, look: Look) -> None:
     report = look()
     assert report.faults == ["store"]
     assert "is damaged" in report.one("store", "fault")
-    assert "spec/backup.md" in report.one("store", "fault")
+    assert "docs/backup.md" in report.one("store", "fault")
 
 
 def test_sessions_in_memory_are_a_warning(folder: Path, look: Look) -> None:

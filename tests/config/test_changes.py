@@ -106,7 +106,7 @@ def test_files_for_clients_wait_for_client_auth() -> None:
 
 def test_the_guide_names_every_key_that_takes_a_restart() -> None:
     """By itself, or with all others of its section."""
-    guide = (Path(__file__).parents[2] / "spec" / "control.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[2] / "docs" / "control.md").read_text(encoding="utf-8")
     (row,) = [line for line in guide.splitlines() if line.startswith("| after a restart")]
     sections = {key.partition(".")[0] for key in TAKES_EFFECT}
     whole = {

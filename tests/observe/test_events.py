@@ -14,13 +14,12 @@ import pytest
 from tests.helpers import FakeClock
 from zcproto.certs.maintainer import NoticeKind
 from zcproto.config import LogConfig
-from zcproto.observe.events import EVENTS, FIELDS, Event, page
+from zcproto.observe.events import EVENTS, FIELDS, Event
 from zcproto.observe.log import configure_logging, get_logger, tell_suppressed
 from zcproto.observe.rate import WINDOW_S
 from zcproto.observe.values import loggable
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "spec" / "log-events.md"
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -51,7 +50,7 @@ no such place any more is a fault, too. Anywhere else names and fields are liter
 
 HOW_TO_ADD = (
     "add it to zcproto/observe/events.py, by _event(name, level, meaning, fields, limit, by_peer=...), and what is"
-    " new to FIELDS; then: python -m zcproto.observe.events > spec/log-events.md"
+    " new to FIELDS; then: python -m docs.generate"
 )
 
 
@@ -190,11 +189,6 @@ def test_an_event_is_named_levelled_and_limited_as_all(event: Event) -> None:
         assert set(event.limit.by) <= set(event.fields), "a line is limited by what it has"
         # Peers choose what they are limited by, so that there is a limit for all of them, too.
         assert event.limit.total is not None or not event.limit.by
-
-
-def test_the_page_is_what_the_catalogue_makes() -> None:
-    said = "run: python -m zcproto.observe.events > spec/log-events.md"
-    assert PAGE.read_text(encoding="utf-8") == page(), said
 
 
 @pytest.mark.parametrize(

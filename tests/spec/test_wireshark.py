@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 
-from tests.spec.messages import ROOT
+from tests.docs.messages import ROOT
 
 FOLDER = ROOT / "spec" / "wireshark"
 DISSECTOR = (FOLDER / "zcp.lua").read_text(encoding="utf-8")

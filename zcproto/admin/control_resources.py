@@ -1,7 +1,7 @@
 """What is to be had by the control socket, as JSON: the status, sessions, users, devices, certificates, alerts, the
 reload, the drain and the log.
 
-What this file decides: the paths and the fields; spec/control.md describes them. Every change is in the log, with
+What this file decides: the paths and the fields; docs/control.md describes them. Every change is in the log, with
 the system's user who asked.
 
 Rules:

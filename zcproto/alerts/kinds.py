@@ -1,6 +1,6 @@
 """Every kind of alert, in one table: how grave it is, how it ends, what it means and what to do about it.
 
-spec/alerts.md is made from this table by spec/generate_alerts.py, and a test holds them together.
+docs/reference/alerts.md is generated from this table.
 """
 
 from __future__ import annotations

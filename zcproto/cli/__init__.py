@@ -54,6 +54,7 @@ COMMANDS = {
         "zcproto.cli.doctor:doctor",
         "See what is wrong with a server or the way to it, and what to do.",
     ),
+    "deploy": ("zcproto.cli.deploy:deploy", "Print the files that systemd, Prometheus and Grafana need."),
     "config": ("zcproto.cli.config:config", "Begin, check and show the configuration."),
     "demo": ("zcproto.cli.demo:demo", "See 10,000 verified connections to a server of its own."),
     "bench": ("zcproto.cli.bench:bench", "Measure a server under load."),

@@ -3,15 +3,13 @@
 Rules:
 - One name for one fact. A name is a part of the program and what happened, `part.what_happened`.
 - What a peer can cause as often as it likes has a limit; `zcproto.observe.log` keeps to it, whoever logs the event.
-- spec/log-events.md is made of this table, by `python -m zcproto.observe.events`; a test compares both with each
-  other and with all places that log.
+- docs/reference/log-events.md is generated from this table; a test compares the table with all places that log.
 
 An event is added here first: `_event(...)` below, and each field that is new in FIELDS.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Final, NamedTuple
 
 
@@ -77,7 +75,7 @@ FIELDS: Final[dict[str, str]] = {
     "host": "the address that is listened on",
     "incident": "the id that the peer was told, to ask about",
     "keys": "how many peers, users or causes the lines would have been of",
-    "kind": "a kind of alert: spec/alerts.md",
+    "kind": "a kind of alert: docs/alerts.md",
     "limit": "the limit that was reached",
     "lines": "how many lines",
     "lost": "messages that never arrived at this sink, in all",
@@ -458,7 +456,7 @@ _ALERT: Final = "kind about severity title details count"
 _event(
     "alert.began",
     "warning",
-    "Somebody has to know something: spec/alerts.md.",
+    "Somebody has to know something: docs/alerts.md.",
     _ALERT,
     PER_EVENT,
     by_peer=True,
@@ -548,49 +546,3 @@ _event("log.level_changed", "info", "Another level holds from now on.", "new_lev
 _event(
     "log.misnamed", "error", "A fault of ours: a text was logged that is no event's name.", "text", PER_EVENT
 )
-
-
-# --- the page --------------------------------------------------------------------------------------------
-
-_HEAD: Final = """\
-# Events of the log
-
-Made by `python -m zcproto.observe.events > spec/log-events.md`; a test compares it with the code.
-
-A line is one JSON object, or text on a terminal. Each has `timestamp` (UTC, milliseconds), `level`, `event` and
-`logger`; further fields are listed with the event, and those without a value are left out. No line has a token, a
-key, a passphrase, a pairing code or what a request carries. Control characters, line ends and marks of direction in
-a value are escaped; a value has at most 256 characters and a line 16,384 bytes.
-
-`a minute` is how many lines of the event are written for each value of the fields named there, and of all together.
-What is beyond is counted: the next line of the same says `suppressed`, and `log.suppressed` the rest. `P` marks
-what peers can cause as often as they like.
-
-A write never waits. What a pipe, a terminal or a full disk does not take is kept, up to 1 MiB, and written once
-that is possible; what is beyond is lost and counted, and `log.lost` tells it. The server goes on.
-"""
-
-
-def page() -> str:
-    """The text of spec/log-events.md."""
-    rows = ["| event | level | | what it means | fields | a minute |", "|---|---|---|---|---|---|"]
-    for event in EVENTS.values():
-        fields = ", ".join(f"`{name}`" for name in event.fields)
-        mark = "P" if event.by_peer else ""
-        rows.append(
-            f"| `{event.name}` | {event.level} | {mark} | {event.meaning} | {fields} | {_shown(event.limit)} |"
-        )
-    meanings = ["| field | what it means |", "|---|---|"]
-    meanings += [f"| `{name}` | {meaning} |" for name, meaning in sorted(FIELDS.items())]
-    return "\n".join([_HEAD, *rows, "", "## Fields", "", *meanings, ""])
-
-
-def _shown(limit: Limit | None) -> str:
-    if limit is None:
-        return ""
-    each = f"{limit.lines:,} by {', '.join(limit.by)}" if limit.by else f"{limit.lines:,}"
-    return each if limit.total is None else f"{each}; {limit.total:,}"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(page())

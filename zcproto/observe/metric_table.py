@@ -1,4 +1,4 @@
-"""Every metric, with what it means. spec/metrics.md is made from this, and spec/prometheus uses no other.
+"""Every metric, with what it means: the source of docs/reference/metrics.md.
 
 Must not know: where the values come from.
 """
@@ -255,7 +255,7 @@ ALERTS_OPEN = _gauge(
 )
 ALERTS_RAISED = _counter(
     "zcproto_alerts_raised_total",
-    "How often something was an alert, told or only counted. `kind`: as in spec/alerts.md.",
+    "How often something was an alert, told or only counted. `kind`: as in docs/alerts.md.",
     "kind",
 )
 ALERT_MESSAGES = _counter(

@@ -64,5 +64,10 @@ def harden(environ: MutableMapping[str, str]) -> list[Risk]:
     if forget_key_log(environ):
         found.append(Risk("server.key_log_ignored", f"unset {KEY_LOG}; no keys are written"))
     if os.geteuid() == 0:
-        found.append(Risk("server.runs_as_root", "run it as a user of its own, as spec/systemd does"))
+        found.append(
+            Risk(
+                "server.runs_as_root",
+                "run it as a user of its own: zcproto deploy systemd",
+            )
+        )
     return found

@@ -148,7 +148,10 @@ def _process() -> Iterator[Finding]:
         )
     if os.geteuid() == 0:
         yield Finding(
-            "process", WARNING, "this is root", "run the server as a user of its own, as spec/systemd does"
+            "process",
+            WARNING,
+            "this is root",
+            "run the server as a user of its own: zcproto deploy systemd",
         )
     else:
         yield Finding("process", OK, f"uid {os.geteuid()}")
@@ -249,7 +252,7 @@ def _store(config: Config, home: Home) -> Iterator[Finding]:
             return
         faults = damage_of(path)
         if faults:
-            cure = "a server sets it aside and begins with none; spec/backup.md says how to restore it"
+            cure = "a server sets it aside and begins with none; docs/backup.md says how to restore it"
             yield Finding("store", FAULT, f"{path}: is damaged: {printable('; '.join(faults), 300)}", cure)
             return
     try:

@@ -63,7 +63,7 @@ CURES: Final = {
 }
 """What to do about a failed handshake, as a client sees it."""
 
-_ANY_TLS: Final = "see the server's log for tls.failed, and spec/troubleshooting.md"
+_ANY_TLS: Final = "see the server's log for tls.failed, and docs/troubleshooting.md"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.messages import ROOT
 from tests.server.conftest import certs
 from tests.server.helpers import AnsweredError, ServerProcess
-from tests.spec.messages import ROOT
 from zcproto.auth import UserFile
 from zcproto.cli import COMMANDS
 from zcproto.config.model import keys, sections
@@ -21,17 +21,17 @@ from zcproto.observe.events import EVENTS
 
 __all__ = ["certs"]
 
-SPEC = ROOT / "spec"
+DOCS = ROOT / "docs"
 GUIDES = sorted(
     path
-    for path in SPEC.glob("*.md")
-    if path.name in {"first-day.md", "upgrades.md", "backup.md", "troubleshooting.md"}
+    for path in DOCS.glob("*.md")
+    if path.name in {"installation.md", "upgrades.md", "backup.md", "troubleshooting.md"}
 )
 
 
 def blocks(guide: str) -> list[str]:
     """The commands of a guide."""
-    return re.findall(r"^```sh\n(.*?)^```$", (SPEC / guide).read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```sh\n(.*?)^```$", (DOCS / guide).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def run(script: str, folder: Path) -> str:

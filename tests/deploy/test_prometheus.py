@@ -1,25 +1,22 @@
-"""The page of metrics, the alert rules and the dashboard go by the table, and Prometheus's own tool takes them."""
+"""The alert rules and the dashboard use metrics that exist, and Prometheus accepts the rules."""
 
 from __future__ import annotations
 
 import json
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.interop.support import needs
-from tests.wire.vectors import SPEC
 from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY
 from zcproto.observe.metrics import Kind
 
-FOLDER = SPEC / "prometheus"
-RULES, RULES_TEST, DASHBOARD = FOLDER / "alerts.yml", FOLDER / "alerts_test.yml", FOLDER / "dashboard.json"
+DEPLOY = Path(__file__).parents[2] / "zcproto" / "deploy"
+RULES, DASHBOARD = DEPLOY / "prometheus" / "alerts.yml", DEPLOY / "grafana" / "dashboard.json"
+RULES_TEST = Path(__file__).parent / "alerts_test.yml"
 
 LABELS = {metric.name: {*metric.labels, "job", "instance"} for metric in ALL}
 LABELS |= {name: {"job", "instance", "generation"} for name in OF_THE_LIBRARY}
@@ -36,21 +33,6 @@ _SELECTOR = re.compile(r"\b((?:zcproto|process|python)_[a-z0-9_]+)\{([^}]*)\}")
 _FIRST_LABEL = re.compile(r'([a-z_]+)\s*(?:=~|!~|!=|=)\s*"')
 
 
-@pytest.fixture(scope="module")
-def generator() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(FOLDER))
-    known = sys.modules.pop("generate", None)
-    try:
-        import generate
-
-        yield generate
-    finally:
-        sys.path.remove(str(FOLDER))
-        del sys.modules["generate"]
-        if known is not None:
-            sys.modules["generate"] = known
-
-
 def panels() -> list[dict[str, Any]]:
     return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
 
@@ -65,30 +47,6 @@ def expressions() -> dict[str, str]:
     rules = re.findall(r"- alert: (\w+)\n\s+expr: (>\n(?:\s{10,}.*\n)+|.*\n)", RULES.read_text())
     assert len(rules) == RULES.read_text().count("- alert:")
     return found | dict(rules)
-
-
-def test_the_files_are_what_the_generator_makes(generator: ModuleType) -> None:
-    assert generator.outdated() == [], "run: python spec/prometheus/generate.py"
-
-
-def test_the_generator_can_be_asked_whether_the_files_are_up_to_date(
-    generator: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert generator.main(["--check"]) == 0
-    assert generator.main(["--nonsense"]) == 2
-    monkeypatch.setattr(generator, "PAGE", tmp_path / "metrics.md")
-    monkeypatch.setattr(generator, "DASHBOARD", tmp_path / "dashboard.json")
-    capsys.readouterr()
-    assert generator.main(["--check"]) == 1
-    assert "metrics.md" in capsys.readouterr().err
-    assert generator.main([]) == 0
-    assert generator.outdated() == []
-
-
-def test_every_metric_is_on_the_page() -> None:
-    page = (SPEC / "metrics.md").read_text()
-    for name in [*(metric.name for metric in ALL), *OF_THE_LIBRARY]:
-        assert page.count(f"| `{name}` |") == 1
 
 
 def test_expressions_name_nothing_that_is_not_in_the_table() -> None:
@@ -150,12 +108,10 @@ def test_every_alert_is_tested() -> None:
 @needs("promtool")
 @pytest.mark.parametrize(
     "command",
-    [["check", "rules", "--lint-fatal", RULES.name], ["test", "rules", RULES_TEST.name]],
+    [["check", "rules", "--lint-fatal", str(RULES)], ["test", "rules", str(RULES_TEST)]],
     ids=lambda command: command[0],
 )
 def test_promtool_takes_the_rules(command: list[str]) -> None:
-    done = subprocess.run(
-        ["promtool", *command], cwd=FOLDER, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run(["promtool", *command], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCESS" in done.stdout

@@ -1,4 +1,4 @@
-"""spec/troubleshooting.md has every message that a person can meet, and nothing that nobody can.
+"""docs/troubleshooting.md has every message that a person can meet, and nothing that nobody can.
 
 A row of its tables begins with the message in code marks, `…` standing for anything; one row may be for several.
 """
@@ -12,12 +12,12 @@ from functools import cache
 
 import pytest
 
-from tests.spec.messages import ROOT, Message, Sources, all_messages, text_of
+from tests.docs.messages import ROOT, Message, Sources, all_messages, text_of
 from zcproto.errors import CallError
 from zcproto.observe.events import EVENTS
 from zcproto.tls.failure import TlsFailure
 
-GUIDE = (ROOT / "spec" / "troubleshooting.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 LEAST = 5
 """Characters of a pattern beside its wildcards: one that matches anything explains nothing."""
 
@@ -67,7 +67,7 @@ def test_every_message_is_explained() -> None:
     messages = [each for each in all_messages() if not OTHERS.fullmatch(each.text)]
     assert len(messages) > 300, "they are found"
     missing = [f"{each.place}: {each.text}" for each in messages if not explained(each)]
-    assert not missing, "add a row to spec/troubleshooting.md for:\n" + "\n".join(sorted(missing))
+    assert not missing, "add a row to docs/troubleshooting.md for:\n" + "\n".join(sorted(missing))
 
 
 def test_every_row_is_of_a_message_that_there_is() -> None:

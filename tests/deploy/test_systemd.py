@@ -22,7 +22,7 @@ from zcproto.config import Config
 
 __all__ = ["certs"]
 
-UNITS = ROOT / "spec" / "systemd"
+UNITS = ROOT / "zcproto" / "deploy" / "systemd"
 SERVICE = (UNITS / "zcproto.service").read_text()
 
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="takes systemd")
@@ -69,7 +69,7 @@ def test_its_exposure_is_what_the_guide_says() -> None:
     done = run("systemd-analyze", "security", "--offline=yes", "--no-pager", str(UNITS / "zcproto.service"))
     exposure = re.search(r"Overall exposure level for zcproto\.service: ([0-9.]+) OK", done.stdout)
     assert exposure is not None, done.stdout + done.stderr
-    told = re.search(r"exposure level of ([0-9.]+)", (ROOT / "spec" / "first-day.md").read_text())
+    told = re.search(r"exposure level of ([0-9.]+)", (ROOT / "docs" / "installation.md").read_text())
     assert told is not None
     assert float(exposure[1]) <= float(told[1])
 

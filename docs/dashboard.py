@@ -1,67 +1,9 @@
-"""Writes spec/metrics.md from the table of metrics, and dashboard.json from the panels below.
-
-python spec/prometheus/generate.py           write what has changed
-python spec/prometheus/generate.py --check   say what is not up to date, and fail
-"""
+"""The Grafana dashboard: its panels, and its JSON, which `python -m docs.generate` writes."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from zcproto.observe.metric_table import OF_THE_LIBRARY, TABLE
-from zcproto.observe.metrics import Metric
-
-FOLDER = Path(__file__).parent
-PAGE = FOLDER.parent / "metrics.md"
-DASHBOARD = FOLDER / "dashboard.json"
-
-HEAD = """\
-# Metrics
-
-What `GET /metrics` tells over HTTPS, in Prometheus's text form, or as OpenMetrics if the Accept header asks for it.
-Who gets it is said by `http.metrics`. A configuration for Prometheus:
-
-```yaml
-scrape_configs:
-  - job_name: zcproto
-    scheme: https
-    tls_config: {ca_file: /etc/prometheus/zcproto-ca.crt}  # zcproto cert export-ca
-    static_configs: [{targets: ["server.example:7443"]}]
-```
-
-By default (`http.metrics = "session"`) Prometheus has to show the token of a session, by `authorization:
-{credentials_file: ...}`, and the token ends with its session. With `http.metrics = "address"` it needs none, if its
-address is in `http.allow`.
-
-[prometheus/alerts.yml](prometheus/alerts.yml) are rules for alerts, tested by `promtool test rules`;
-[prometheus/dashboard.json](prometheus/dashboard.json) is a dashboard for Grafana. This page is made by
-`python spec/prometheus/generate.py`.
-
-Names of users, addresses of peers and tokens are in no label. Counters begin at 0 with the process. Histograms have
-the buckets `_bucket`, and `_sum` and `_count`.
-"""
-
-
-def page() -> str:
-    """spec/metrics.md."""
-    parts = [HEAD]
-    for title, metrics in TABLE.items():
-        parts.append(f"\n## {title}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n")
-        parts += [_row(metric) for metric in metrics]
-    parts.append("\n## The interpreter\n\n| metric | meaning |\n|---|---|\n")
-    parts += [f"| `{name}` | {help} |\n" for name, help in OF_THE_LIBRARY.items()]
-    return "".join(parts)
-
-
-def _row(metric: Metric) -> str:
-    labels = ", ".join(f"`{label}`" for label in metric.labels)
-    return f"| `{metric.name}` | {metric.kind.value} | {labels} | {metric.help} |\n"
-
-
-# --- the dashboard -----------------------------------------------------------------------------------------
 
 WHERE = 'job=~"$job", instance=~"$instance"'
 OVER = "$__rate_interval"
@@ -337,32 +279,3 @@ def _variable(name: str, query: str) -> dict[str, Any]:
         "refresh": 2,
         "current": {"text": "All", "value": "$__all"},
     }
-
-
-# --- the files ---------------------------------------------------------------------------------------------
-
-
-def outdated() -> list[Path]:
-    """What is not as it would be written."""
-    return [
-        path
-        for path, text in ((PAGE, page()), (DASHBOARD, dashboard()))
-        if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
-
-
-def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--check"]):
-        sys.stderr.write(__doc__ or "")
-        return 2
-    if arguments:
-        for path in outdated():
-            sys.stderr.write(f"not up to date: {path}\n")
-        return 1 if outdated() else 0
-    PAGE.write_text(page(), encoding="utf-8")
-    DASHBOARD.write_text(dashboard(), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Pages for people, and the generator of the reference pages: `python -m docs.generate`."""

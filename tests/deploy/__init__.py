@@ -1,0 +1,1 @@
+"""Files for systemd, Prometheus and Grafana, and the command that prints them."""
