@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ZcprotoError
 
 REQUIREMENTS: Final = (
@@ -87,8 +87,8 @@ class Environment:
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ZcprotoError(f"{self.python}: {printable(str(error), 500)}") from error
+            raise ZcprotoError(f"{self.python}: {escape_text(str(error), 500)}") from error
         if done.returncode:
             last = " / ".join(done.stderr.strip().splitlines()[-3:])
-            raise ZcprotoError(f"the environment of the peers cannot be made: {printable(last, 800)}")
+            raise ZcprotoError(f"the environment of the peers cannot be made: {escape_text(last, 800)}")
         return done.stdout

@@ -29,7 +29,7 @@ from bench.peers.clients import (
 from bench.peers.environment import Environment
 from zcproto.auth import UserFile
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ZcprotoError
 from zcproto.load.demo.server import DemoServer
 from zcproto.load.plan import SESSIONS_PER_USER
@@ -192,7 +192,7 @@ class Servers:
             line = process.stdout.readline() if readable else b""
             if not line.strip().isdigit():
                 said = " / ".join(errors.read_text(errors="replace").splitlines()[-LINES_SHOWN:])
-                raise ZcprotoError(f"the server of {name} did not start: {printable(said, 500)}")
+                raise ZcprotoError(f"the server of {name} did not start: {escape_text(said, 500)}")
             port = int(line)
             context = context_for(self._home.certs / "ca.crt", *client.alpn)
             yield Server(name, process.pid, lambda: client(port, context, self._payload))

@@ -18,7 +18,7 @@ from bench.curves.run import Grown
 from bench.requirements import machine, table
 from bench.requirements.run import Run, run_requirements
 from bench.requirements.sizes import FULL, QUICK
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 ENVIRONMENT: Final = "ZCPROTO_"
@@ -37,7 +37,7 @@ class Files:
     def check(self) -> None:
         """Raises ConfigError for files that could not be written: it would be a pity to find out after minutes."""
         faults = [
-            f"{printable(str(path))}: cannot be written; name a file in a folder of yours"
+            f"{escape_text(str(path))}: cannot be written; name a file in a folder of yours"
             for path in (self.json, self.html, self.markdown)
             if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK)
         ]

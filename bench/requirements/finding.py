@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 
 SHOWN: Final = 3
 """Facts that are wrong are named up to this number."""
@@ -66,7 +66,7 @@ class Facts:
         self._facts: list[Fact] = []
 
     def note(self, what: str, right: bool, seen: object = "") -> None:
-        self._facts.append(Fact(what, bool(right), printable(str(seen), 200)))
+        self._facts.append(Fact(what, bool(right), escape_text(str(seen), 200)))
 
     def equal(self, what: str, seen: object, wanted: object) -> None:
         self.note(what, seen == wanted, seen if seen == wanted else f"{seen!r} instead of {wanted!r}")

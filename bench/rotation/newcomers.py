@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.tls.context import client_context
 from zcproto.wire.frame import HEADER_SIZE, WELCOME
 
@@ -79,7 +79,7 @@ class Newcomers:
                     with contextlib.suppress(OSError):  # it has what it wants, or has failed already
                         await writer.wait_closed()
         except (OSError, EOFError) as error:
-            return Newcomer(due, begun, shaken, leaf, printable(f"{type(error).__name__}: {error}", 160))
+            return Newcomer(due, begun, shaken, leaf, escape_text(f"{type(error).__name__}: {error}", 160))
         if _START.unpack_from(header)[1] != WELCOME:
             return Newcomer(due, begun, shaken, leaf, "the first frame was no WELCOME")
         return Newcomer(due, begun, shaken, leaf)

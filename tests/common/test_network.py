@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from zcproto.common.network import Networks, network_of, plain_address
+from zcproto.common.network import AddressSet, network_of, plain_address
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ LISTED = ["10.0.0.0/8", "192.0.2.7", "2001:db8::/32", "fe80::1"]
     "address", ["10.255.0.1", "192.0.2.7", "2001:db8:1::1", "::ffff:10.1.2.3", "fe80::1%eth0", "fe80::1"]
 )
 def test_an_address_of_a_listed_network_is_in_the_list(address: str) -> None:
-    networks = Networks(LISTED)
+    networks = AddressSet(LISTED)
     assert networks
     assert networks.contains(address)
     assert networks.contains(address)  # remembered
@@ -54,15 +54,15 @@ def test_an_address_of_a_listed_network_is_in_the_list(address: str) -> None:
 
 @pytest.mark.parametrize("address", ["11.0.0.1", "192.0.2.8", "2001:db9::1", "", "/run/socket", "10.0.0.0/8"])
 def test_any_other_text_is_not(address: str) -> None:
-    assert not Networks(LISTED).contains(address)
+    assert not AddressSet(LISTED).contains(address)
 
 
 def test_an_empty_list_is_false() -> None:
-    assert not Networks()
-    assert not Networks().contains("10.0.0.1")
+    assert not AddressSet()
+    assert not AddressSet().contains("10.0.0.1")
 
 
 @pytest.mark.parametrize("network", ["10.0.0.1/8", "10.0.0.0/33", "here", ""])
 def test_what_is_no_network_is_refused(network: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        Networks([network])
+        AddressSet([network])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 
 
 @pytest.mark.parametrize(
@@ -21,17 +21,17 @@ from zcproto.common.text import printable
         ("\ud800", "\\ud800"),
     ],
 )
-def test_what_does_not_print_is_escaped(text: str, shown: str) -> None:
-    assert printable(text) == shown
+def test_unprintable_characters_are_escaped(text: str, shown: str) -> None:
+    assert escape_text(text) == shown
 
 
-def test_text_is_cut_to_the_limit_before_it_is_escaped() -> None:
-    assert printable("x" * 11, 10) == "xxxxxxx..."
-    assert printable("x" * 10, 10) == "x" * 10
+def test_text_is_truncated_before_escaping() -> None:
+    assert escape_text("x" * 11, 10) == "xxxxxxx..."
+    assert escape_text("x" * 10, 10) == "x" * 10
 
 
 @given(st.text())
 def test_any_text_becomes_one_printable_line(text: str) -> None:
-    shown = printable(text)
+    shown = escape_text(text)
     assert shown.isprintable()
     assert len(shown.splitlines()) <= 1

@@ -53,7 +53,7 @@ def texts_in(node: ast.expr) -> Iterator[str]:
         yield text
         return
     if isinstance(node, ast.Dict | ast.Call) and not (
-        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "printable"
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "escape_text"
     ):
         return
     for child in ast.iter_child_nodes(node):

@@ -99,7 +99,7 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, str, str]]:
     """Path, field and value of all that is in a value, as tshark prints them."""
     if isinstance(value, dict):
         for key, each in value.items():
-            yield from leaves(each, f"{path}.{printable(key)}")
+            yield from leaves(each, f"{path}.{escape_text(key)}")
     elif isinstance(value, list):
         for index, each in enumerate(value):
             yield from leaves(each, f"{path}[{index}]")
@@ -108,7 +108,7 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, str, str]]:
         yield path, field if field == "zcp.value.uint" else NAMED.get((path, type(value)), field), text
 
 
-def printable(text: str) -> str:
+def escape_text(text: str) -> str:
     return "".join("." if ord(each) < 32 or ord(each) == 127 else each for each in text)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from zcproto.admin.http_access import BearerTokens
 from zcproto.admin.status_page import Figures, StatusFigures, page
-from zcproto.common.network import Networks, plain_address
+from zcproto.common.network import AddressSet, plain_address
 from zcproto.config.model import HttpConfig
 from zcproto.http.messages import HttpRequest, HttpResponse, json_response, text_response
 from zcproto.http.router import Route
@@ -61,12 +61,12 @@ class Resources:
         self._page = page()
         self._status = StatusFigures(figures, self.readiness, serving.clock)
         self._tokens = BearerTokens(serving)
-        self._allowed = Networks(config.allow)
+        self._allowed = AddressSet(config.allow)
 
     def reconfigure(self, config: HttpConfig) -> None:
         """Go by another configuration, from the next request on."""
         self._config = config
-        self._allowed = Networks(config.allow)
+        self._allowed = AddressSet(config.allow)
 
     def routes(self) -> Iterator[Route]:
         yield Route("GET", "/", self._show_page)

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any, Final
 
 from zcproto.alerts.kinds import AlertKind, Severity
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.observe.values import Loggable, loggable
 
 MAX_ABOUT: Final = 200
@@ -110,7 +110,7 @@ def _encode(fields: Mapping[str, Any]) -> bytes:
 
 def clean_text(text: str, limit: int) -> str:
     """`text` on one line, and no longer than `limit`."""
-    return printable(printable(text, limit), limit)
+    return escape_text(escape_text(text, limit), limit)
 
 
 def clean_details(details: Mapping[str, object]) -> dict[str, Loggable]:

@@ -25,7 +25,7 @@ from typing import IO, Final, Self
 
 from zcproto.alerts.alert import clean_text
 from zcproto.alerts.sinks import Undelivered
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 MAX_OUTPUT: Final = 4_096
@@ -57,7 +57,7 @@ class Command:
     @property
     def where(self) -> str:
         """The program."""
-        return printable(self._arguments[0])
+        return escape_text(self._arguments[0])
 
     async def deliver(self, body: bytes) -> str:
         loop = asyncio.get_running_loop()
@@ -171,10 +171,10 @@ def _check(path: Path) -> None:
     try:
         status = path.stat()
     except OSError as error:
-        raise ConfigError([f"{key}: {printable(str(path))} cannot be run: {error.strerror}"]) from error
+        raise ConfigError([f"{key}: {escape_text(str(path))} cannot be run: {error.strerror}"]) from error
     if not stat.S_ISREG(status.st_mode) or not os.access(path, os.X_OK):
-        raise ConfigError([f"{key}: {printable(str(path))} is no program that this user may run"])
+        raise ConfigError([f"{key}: {escape_text(str(path))} is no program that this user may run"])
     if status.st_mode & _OTHERS_WRITE:
         raise ConfigError(
-            [f"{key}: others may write to {printable(str(path))}, which runs as this user; run: chmod go-w"]
+            [f"{key}: others may write to {escape_text(str(path))}, which runs as this user; run: chmod go-w"]
         )

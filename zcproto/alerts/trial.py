@@ -8,7 +8,7 @@ from typing import Any, Final
 from zcproto.alerts import CATALOGUE, Alert, AlertKind, Message, Phase
 from zcproto.alerts.sinks import Sink, Undelivered
 from zcproto.common.clock import Clock
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 
 TITLE: Final = "a test of zcproto: alerts arrive here"
 _MS: Final = 1000
@@ -30,7 +30,7 @@ async def try_sinks(sinks: Iterable[Sink], clock: Clock, origin: str, source: st
                 "where": sink.where,
                 "arrived": arrived,
                 "ms": round((clock.now() - began) * _MS),
-                "said": printable(said),
+                "said": escape_text(said),
             }
         )
     return results

@@ -7,7 +7,7 @@ import unicodedata
 from typing import Final
 
 from zcproto.auth.identity import MAX_USER
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 
 _SHOWN: Final = 60
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
@@ -24,7 +24,7 @@ def name_faults(name: str) -> list[str]:
 
 def quoted(name: str) -> str:
     """Any text in the place of a name, safe to show."""
-    return f'"{printable(name, _SHOWN)}"'
+    return f'"{escape_text(name, _SHOWN)}"'
 
 
 def toml_string(name: str) -> str:

@@ -27,7 +27,7 @@ from typing import Any, Final
 import tomli
 
 from zcproto.common.clock import system_clock
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 LOCK_WAIT_S: Final = 10.0
@@ -118,7 +118,7 @@ class PrivateText:
         try:
             return tomli.loads(text)
         except tomli.TOMLDecodeError as error:
-            raise self.fault(printable(str(error), _SHOWN)) from None
+            raise self.fault(escape_text(str(error), _SHOWN)) from None
         except RecursionError:
             raise self.fault(f"is nested too deep; it is no {self._what}") from None
 
@@ -164,7 +164,7 @@ class PrivateText:
 
     def fault(self, *faults: str) -> ConfigError:
         """What is wrong with the file, each with its path."""
-        path = printable(str(self.path))
+        path = escape_text(str(self.path))
         return ConfigError([f"{path}: {fault}" for fault in faults])
 
     @contextmanager

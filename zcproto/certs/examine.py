@@ -23,7 +23,7 @@ from cryptography.x509.oid import AuthorityInformationAccessOID
 from zcproto.certs import files, keys, pair
 from zcproto.certs.foreign import covers
 from zcproto.certs.names import check_name
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
 
 _MAX_SHOWN = 300
@@ -226,7 +226,7 @@ def _check_host(found: Examination, path: Path, host: str) -> None:
     def check() -> None:
         names = pair.names_of(found.chain[0])
         if not any(covers(name, host) for name in names):
-            shown = printable(", ".join(names[:10]), _MAX_SHOWN)
+            shown = escape_text(", ".join(names[:10]), _MAX_SHOWN)
             others = f"; it is for {shown}" if names else ""
             raise CertificateError(f"{path}: is not for {host}, so its clients refuse it{others}")
 

@@ -51,7 +51,7 @@ from zcproto.certs.own import OwnSettings, Progress
 from zcproto.certs.pair import CertificatePair, load_pair
 from zcproto.certs.revoked import crl_blocks
 from zcproto.certs.watch import Watch
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
 
 ROUTINE_S = 3600.0
@@ -699,7 +699,7 @@ def _ending(certificate: x509.Certificate, path: Path) -> _Ending:
 
 
 def _name_of(name: x509.Name) -> str:
-    return printable(name.rfc4514_string(), _SUBJECT)
+    return escape_text(name.rfc4514_string(), _SUBJECT)
 
 
 def _loaded(before: Iterable[CertificatePair], now: Iterable[CertificatePair]) -> list[Notice]:
@@ -728,7 +728,7 @@ def _rotated(one: CertificatePair) -> Notice:
 
 
 def _described(one: CertificatePair) -> str:
-    names = printable(", ".join(one.names), _SUBJECT) or "no names"
+    names = escape_text(", ".join(one.names), _SUBJECT) or "no names"
     return (
         f"{one.certificate}: {one.key_type} for {names}; valid until {_day(one.not_after)};"
         f" SHA-256 {one.leaf_sha256.hex()}; pin {one.pin}."

@@ -32,7 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, SignatureAlgorithmOID
 from zcproto.certs import files
 from zcproto.certs.files import DamagedFileError
 from zcproto.certs.keys import PrivateKey, belongs, key_type_of, weakness
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
 
 MAX_PASSPHRASE_BYTES = 1024
@@ -109,7 +109,7 @@ def load_pair(
         _check_purpose(leaf, certificate)
         _check_order(chain, certificate)
         names = names_of(leaf)
-        issuer = printable(leaf.issuer.rfc4514_string(), _MAX_ISSUER)
+        issuer = escape_text(leaf.issuer.rfc4514_string(), _MAX_ISSUER)
     except UNREADABLE as error:
         raise DamagedFileError(
             f"{certificate}: holds a certificate that cannot be read; get it anew"

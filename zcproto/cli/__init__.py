@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zcproto.common.home import resolve_home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError, ZcprotoError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class _LazyGroup(click.Group):
         if args[0] not in COMMANDS:
             near = get_close_matches(args[0][:60], COMMANDS, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
-            raise click.UsageError(f"No command {printable(args[0], 60)!r}; {hint}", ctx)
+            raise click.UsageError(f"No command {escape_text(args[0], 60)!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -210,13 +210,13 @@ def _explain(error: Exception) -> str:
         return "\n".join([*error.faults[:MAX_FAULTS], *([f"and {more} more"] if more > 0 else [])])
     if isinstance(error, ZcprotoError):
         # A message can come from the peer.
-        return f"zcproto: {printable(str(error) or type(error).__name__, MAX_MESSAGE)}"
+        return f"zcproto: {escape_text(str(error) or type(error).__name__, MAX_MESSAGE)}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         cure = f'; run: pip install "zcproto[{EXTRAS[package]}]"' if package in EXTRAS else ""
         return f"zcproto: this needs the Python package {error.name}, which is not installed{cure}"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{printable(str(error.filename))}: " if error.filename is not None else ""
+        where = f"{escape_text(str(error.filename))}: " if error.filename is not None else ""
         return f"zcproto: {where}{error.strerror}"
     # The message of any other exception can hold anything, a secret too.
     return f"zcproto: a fault of this program ({type(error).__name__}); with ZCPROTO_DEBUG=1 it tells where"

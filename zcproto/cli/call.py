@@ -17,7 +17,7 @@ import click
 
 from zcproto.cli import home_options
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ConnectionClosed, ProtocolError, TlsError
 
 EXIT_CANNOT_CONNECT = 3
@@ -112,11 +112,11 @@ async def _call(address: str, method: str, arguments: dict[str, Any], options: d
     try:
         client = connect(address, connect_timeout=min(options["timeout"], MAX_CONNECT_TIMEOUT), **options)
     except TlsError as error:  # a malformed pin
-        raise ConfigError([printable(str(error), MAX_MESSAGE)]) from error
+        raise ConfigError([escape_text(str(error), MAX_MESSAGE)]) from error
     try:
         await client.open()
     except (ConnectionClosed, ProtocolError, TlsError) as error:
-        click.echo(f"zcproto: no connection: {printable(str(error), MAX_MESSAGE)}", err=True)
+        click.echo(f"zcproto: no connection: {escape_text(str(error), MAX_MESSAGE)}", err=True)
         return EXIT_CANNOT_CONNECT
     try:
         result = await client.call(method, arguments)
@@ -133,7 +133,7 @@ def parse_params(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"JSON: {printable(str(error), 200)}.") from error
+        raise click.UsageError(f"JSON: {escape_text(str(error), 200)}.") from error
     if not isinstance(value, dict):
         raise click.UsageError('JSON must be an object with the params, such as {"name": "value"}.')
     converted: dict[str, Any] = {name: _from_json(each) for name, each in value.items()}
@@ -149,7 +149,7 @@ def _from_json(value: Any) -> Any:
         try:
             return base64.b64decode(value["base64"], validate=True)
         except (binascii.Error, ValueError) as error:
-            raise click.UsageError(f"JSON: {printable(value['base64'], 60)!r} is not base64.") from error
+            raise click.UsageError(f"JSON: {escape_text(value['base64'], 60)!r} is not base64.") from error
     return {name: _from_json(each) for name, each in value.items()}
 
 
@@ -184,7 +184,7 @@ def read_key(path: Path | None) -> str:
         )
         where = "standard input"
     else:
-        where = printable(str(path))
+        where = escape_text(str(path))
         key = _read_key_file(path, where)
     key = key.strip()
     if not key:

@@ -29,7 +29,7 @@ from zcproto.cli.control import ControlError, control_of
 from zcproto.cli.private_file import private_file
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def export_ca(home: Home, config_file: Path | None, file: Path, der: bool, clien
         sys.stdout.buffer.write(data)
         return
     _write(file, data, replace=force)
-    click.echo(f"{printable(str(file))}: written", err=True)
+    click.echo(f"{escape_text(str(file))}: written", err=True)
 
 
 @cert.command()
@@ -204,8 +204,8 @@ def _check_text(found: Examination, now: datetime) -> str:
         ]
     if found.key is not None:
         lines.append(("private key", f"{keys.key_type_of(found.key)}, pin {rotation.key_pin(found.key)}"))
-    lines += [("REFUSED", printable(reason)) for reason in found.refused]
-    lines += [("warning", printable(reason)) for reason in found.warnings]
+    lines += [("REFUSED", escape_text(reason)) for reason in found.refused]
+    lines += [("warning", escape_text(reason)) for reason in found.warnings]
     what = "certificate" if found.chain else "key"
     verdict = "a server refuses this" if found.refused else f"a server takes this {what}"
     return reports.table([*lines, ("verdict", verdict)])
@@ -349,7 +349,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         return
     rows = [
         (
-            printable(Path(one["certificate"]).name),
+            escape_text(Path(one["certificate"]).name),
             one["key_type"],
             reports.moment(datetime.fromisoformat(one["not_after"])),
             "new" if one["new_key"] else "kept",
@@ -426,8 +426,8 @@ def issue_client(
             }
         )
         return
-    lines = [("certificate", printable(str(written[0])))]
-    lines += [("key", printable(str(path))) for path in written[1:]]
+    lines = [("certificate", escape_text(str(written[0])))]
+    lines += [("key", escape_text(str(path))) for path in written[1:]]
     lines += [("serial", issued.serial), ("until", reports.moment(issued.not_after)), ("pin", issued.pin)]
     _print(reports.table(lines))
     if config.tls.client_auth == "off":
@@ -460,7 +460,7 @@ def revoke_client(
     if not revoked:
         _print("Nothing to do: it was revoked before.")
         return
-    _print("\n".join(f"revoked {entry.serial} of {printable(entry.name)}" for entry in revoked))
+    _print("\n".join(f"revoked {entry.serial} of {escape_text(entry.name)}" for entry in revoked))
     _tell(TAKEN)
 
 
@@ -474,7 +474,7 @@ def _read_csr(path: Path) -> bytes:
 def _refuse_to_replace(paths: list[Path]) -> None:
     for path in paths:
         if os.path.lexists(path):
-            raise ConfigError([f"{printable(str(path))}: is there already; --force replaces it"])
+            raise ConfigError([f"{escape_text(str(path))}: is there already; --force replaces it"])
 
 
 def _copy(source: Path, target: Path, force: bool) -> Path:
@@ -521,4 +521,4 @@ def _print(result: str | dict[str, Any]) -> None:
 
 def _tell(sentence: str) -> None:
     """What goes on, beside the result."""
-    click.echo(printable(sentence), err=True)
+    click.echo(escape_text(sentence), err=True)

@@ -24,7 +24,7 @@ from zcproto.certs.files import read_certificate_file
 from zcproto.certs.foreign import ForeignSite, load_site
 from zcproto.certs.keeper import maintainer_settings
 from zcproto.certs.maintainer import MAX_AUTHORITIES
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def _status(leaf: x509.Certificate | None, due: datetime | None, problem: str, n
 def as_text(found: Report, now: datetime) -> str:
     """Tables for people, of about 100 columns."""
     made_by = "its own CA" if found.mode == "own" else "others"
-    parts = [f"Made by {made_by}; the folder is {printable(str(found.directory))}."]
+    parts = [f"Made by {made_by}; the folder is {escape_text(str(found.directory))}."]
     head = ("site", "key", "from", "until", "days left", "renewal due", "status", "file")
     parts.append(table([head, *(_summary(row, found, now) for row in found.rows)], right=(4,)))
     served = [(_file(row, found), row.leaf) for row in found.rows if row.use == "server" and row.leaf]
@@ -310,7 +310,7 @@ def as_text(found: Report, now: datetime) -> str:
     if any(row.status == NOT_MADE for row in found.rows):
         parts.append("What is not made yet is made when the server starts.")
     problems = [row.problem for row in found.rows if row.problem] + list(found.problems)
-    parts += [f"PROBLEM: {printable(problem)}" for problem in problems]
+    parts += [f"PROBLEM: {escape_text(problem)}" for problem in problems]
     return "\n\n".join(parts)
 
 
@@ -346,7 +346,7 @@ def certificate_pin(certificate: x509.Certificate) -> str:
 
 def shown_names(names: Sequence[str]) -> str:
     more = len(names) - MAX_SHOWN_NAMES
-    text = ", ".join(printable(name, MAX_SHOWN_NAME) for name in names[:MAX_SHOWN_NAMES])
+    text = ", ".join(escape_text(name, MAX_SHOWN_NAME) for name in names[:MAX_SHOWN_NAMES])
     return f"{text} and {more} more" if more > 0 else text
 
 
@@ -359,7 +359,7 @@ def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
 
 
 def issuer_of(certificate: x509.Certificate) -> str:
-    return printable(certificate.issuer.rfc4514_string(), MAX_SHOWN_NAME)
+    return escape_text(certificate.issuer.rfc4514_string(), MAX_SHOWN_NAME)
 
 
 def _summary(row: Row, found: Report, now: datetime) -> tuple[str, ...]:
@@ -378,7 +378,7 @@ def _summary(row: Row, found: Report, now: datetime) -> tuple[str, ...]:
 
 def _file(row: Row, found: Report) -> str:
     inside = row.certificate.parent == found.directory
-    return printable(row.certificate.name if inside else str(row.certificate))
+    return escape_text(row.certificate.name if inside else str(row.certificate))
 
 
 def _issuer(certificate: x509.Certificate) -> str:
@@ -393,7 +393,7 @@ def _clients(found: Report, now: datetime) -> str:
     )
     for one in found.revoked:
         end = "for ever" if one.not_after is None else f"until {moment(one.not_after)}"
-        name = printable(one.path.name)
+        name = escape_text(one.path.name)
         lines.append(f"{name} has {one.count} revoked; signed {moment(one.signed_at)}, good {end}.")
     return "\n".join(lines)
 

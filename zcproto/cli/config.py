@@ -10,7 +10,7 @@ import click
 from zcproto.cli import home_options, read_config
 from zcproto.cli.private_file import private_file
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.config import config_as_toml, default_config_file
 from zcproto.errors import ConfigError
 
@@ -35,7 +35,7 @@ def init(home: Home, config_file: Path | None, force: bool) -> None:
         home.ensure()
     with private_file(path, replace=force) as file:
         file.write(default_config_file(home.path))
-    click.echo(f"{printable(str(path))}: written; uncomment what you want to set")
+    click.echo(f"{escape_text(str(path))}: written; uncomment what you want to set")
 
 
 @config.command()
@@ -55,7 +55,7 @@ def check(home: Home, config_file: Path | None) -> None:
     if faults:
         raise ConfigError(faults)
     path = config_file or home.config
-    subject = printable(str(path)) if path.exists() else "no file, so every key has its default"
+    subject = escape_text(str(path)) if path.exists() else "no file, so every key has its default"
     click.echo(f"{subject}: sound")
 
 

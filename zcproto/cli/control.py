@@ -22,7 +22,7 @@ import click
 
 from zcproto.common.home import Home
 from zcproto.common.local_socket import address_of
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, NotFound, ZcprotoError
 
 CONNECT_S = 5.0
@@ -105,10 +105,10 @@ class Control:
     def _refused(self, status: int, value: Any) -> ZcprotoError:
         faults = value.get("faults") if isinstance(value, dict) else None
         if isinstance(faults, list):
-            return ConfigError([printable(str(fault), MAX_SENTENCE) for fault in faults])
+            return ConfigError([escape_text(str(fault), MAX_SENTENCE) for fault in faults])
         sentence = str(value.get("error", "")) if isinstance(value, dict) else ""
         kind = NotFound if status == HTTPStatus.NOT_FOUND else ControlError
-        return kind(printable(sentence or f"the server answered {status}", MAX_SENTENCE))
+        return kind(escape_text(sentence or f"the server answered {status}", MAX_SENTENCE))
 
 
 def control_of(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
@@ -156,7 +156,7 @@ def needed_control(home: Home, timeout: float = TIMEOUT_S) -> Control:
     found = control_of(home, timeout)
     if found is None:
         raise ControlError(
-            f"no server runs with the home folder {printable(str(home.path))}; start one, or name another by --home"
+            f"no server runs with the home folder {escape_text(str(home.path))}; start one, or use --home"
         )
     return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.deploy import TOOLS, read_files
 from zcproto.errors import ZcprotoError
 
@@ -34,7 +34,7 @@ def deploy(tool: str, out: Path | None, force: bool) -> None:
             with path.open("w" if force else "x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
-            raise ZcprotoError(f"{printable(str(path))}: is there already; --force replaces it") from None
+            raise ZcprotoError(f"{escape_text(str(path))}: is there already; --force replaces it") from None
         except OSError as error:
-            raise ZcprotoError(f"{printable(str(path))}: cannot be written: {error.strerror}") from error
+            raise ZcprotoError(f"{escape_text(str(path))}: cannot be written: {error.strerror}") from error
         click.echo(path)

@@ -20,7 +20,7 @@ from zcproto.cli.kept_sessions import NotHereError, has_none, is_in_use, opened_
 from zcproto.cli.table import table
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import token_text
@@ -93,7 +93,7 @@ def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> No
     sessions = (
         "a running server ends the sessions within a second" if ended is None else f"sessions ended: {ended}"
     )
-    click.echo(f"{printable(name)} of {printable(user)} is removed; {sessions}.", err=True)
+    click.echo(f"{escape_text(name)} of {escape_text(user)} is removed; {sessions}.", err=True)
 
 
 async def _end_sessions(user: str, key: str, home: Home, config: Config) -> int | None:

@@ -16,7 +16,7 @@ import click
 
 from zcproto.cli.call import KEY_VARIABLE, MAX_CONNECT_TIMEOUT, MAX_MESSAGE, read_key
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, TlsError
 
 TIMEOUT_S = 30.0
@@ -58,7 +58,7 @@ class Operator:
                 home=home.path,
             )
         except TlsError as error:  # a malformed pin
-            raise ConfigError([printable(str(error), MAX_MESSAGE)]) from error
+            raise ConfigError([escape_text(str(error), MAX_MESSAGE)]) from error
         async with client:
             return await client.call(method, params)
 

@@ -16,7 +16,7 @@ from zcproto.auth import PairingFile, UserFile
 from zcproto.cli import home_options
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 MAX_MINUTES = 24 * 60
@@ -44,7 +44,7 @@ def pair(home: Home, config_file: Path | None, user: str | None, minutes: int) -
     life_ms = minutes * _SECONDS_PER_MINUTE * MS_PER_SECOND
     code = PairingFile(home.pairing).make(name, life_ms, system_clock.wall())
     click.echo(
-        f"This code is good once, for a device of {printable(name)}, for {minutes} min;"
+        f"This code is good once, for a device of {escape_text(name)}, for {minutes} min;"
         " five wrong tries end it. It is shown this once:",
         err=True,
     )
@@ -64,7 +64,7 @@ def _user(users: UserFile, name: str | None) -> str:
         return names[0]
     if users.find(name) is None:
         raise ConfigError(
-            [f"{printable(name)} is no user here, or disabled; add them by zcproto user add NAME"]
+            [f"{escape_text(name)} is no user here, or disabled; add them by zcproto user add NAME"]
         )
     return name
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ZcprotoError
 
 
@@ -24,7 +24,7 @@ def private_file(path: Path, *, replace: bool) -> Iterator[TextIO]:
     try:
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        raise ZcprotoError(f"{printable(str(path))}: is there already; --force replaces it") from None
+        raise ZcprotoError(f"{escape_text(str(path))}: is there already; --force replaces it") from None
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             yield file

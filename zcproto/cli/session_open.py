@@ -17,7 +17,7 @@ from zcproto.cli.call import EXIT_CANNOT_CONNECT, KEY_VARIABLE, MAX_CONNECT_TIME
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.home import Home
 from zcproto.common.secret import SecretText
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ConnectionClosed, ProtocolError, TlsError
 from zcproto.sessions.token import token_text
 
@@ -72,11 +72,11 @@ async def _open(address: str, user: str, key: SecretText, options: dict[str, Any
     try:
         client = connect(address, connect_timeout=MAX_CONNECT_TIMEOUT, **options)
     except TlsError as error:  # a malformed pin
-        raise ConfigError([printable(str(error), MAX_MESSAGE)]) from error
+        raise ConfigError([escape_text(str(error), MAX_MESSAGE)]) from error
     try:
         await client.open()
     except (ConnectionClosed, ProtocolError, TlsError) as error:
-        click.echo(f"zcproto: no connection: {printable(str(error), MAX_MESSAGE)}", err=True)
+        click.echo(f"zcproto: no connection: {escape_text(str(error), MAX_MESSAGE)}", err=True)
         return EXIT_CANNOT_CONNECT
     params = {"scheme": "api_key", "user": user, "key": key, "client": default_client()}
     try:
@@ -85,5 +85,5 @@ async def _open(address: str, user: str, key: SecretText, options: dict[str, Any
         await client.close()
     click.echo(token_text(opened["token"]))
     until = datetime.fromtimestamp(opened["expires_at"] / MS_PER_SECOND, UTC)
-    click.echo(f"session {printable(opened['id'], 60)}, until {until:%Y-%m-%d %H:%M} UTC", err=True)
+    click.echo(f"session {escape_text(opened['id'], 60)}, until {until:%Y-%m-%d %H:%M} UTC", err=True)
     return 0

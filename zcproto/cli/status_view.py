@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 
 MAX_ALERTS = 10
 MAX_TEXT = 160
@@ -27,7 +27,7 @@ def lines_of(found: Mapping[str, Any]) -> list[Line]:
         *_certificates(found["certificates"]),
         *_alerts(found["alerts"], found["time"]),
     ]
-    return [(printable(text, MAX_TEXT), style) for text, style in lines]
+    return [(escape_text(text, MAX_TEXT), style) for text, style in lines]
 
 
 def _server(found: Mapping[str, Any]) -> list[Line]:

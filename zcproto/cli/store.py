@@ -23,7 +23,7 @@ from zcproto.cli.kept_sessions import (
     with_store,
 )
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.stores.choose import MEMORY, SQLITE
@@ -69,14 +69,14 @@ def check(home: Home, config_file: Path | None, url: str | None) -> int:
         return _check_file(config, home)
     count, warnings = asyncio.run(_look_at(config, home))
     for warning in warnings:
-        click.echo(f"note: {printable(warning, 500)}", err=True)
+        click.echo(f"note: {escape_text(warning, 500)}", err=True)
     click.echo(f"the store answers; sessions: {count}")
     return 0
 
 
 def _check_file(config: Config, home: Home) -> int:
     path = home.sessions
-    shown = printable(str(path))
+    shown = escape_text(str(path))
     if not path.exists():
         click.echo(f"{shown}: is not there yet; a server makes it")
         return 0
@@ -84,7 +84,7 @@ def _check_file(config: Config, home: Home) -> int:
         raise NotHereError([f"{shown}: a server runs with these sessions; {ASK_SERVER}"])
     faults = damage_of(path)
     for fault in faults:
-        click.echo(f"{shown}: {printable(fault, 500)}", err=True)
+        click.echo(f"{shown}: {escape_text(fault, 500)}", err=True)
     if faults:
         click.echo(f"{shown}: is damaged; a server would set it aside and begin with none", err=True)
         return 1

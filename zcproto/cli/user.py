@@ -22,7 +22,7 @@ from zcproto.cli.private_file import private_file
 from zcproto.cli.table import table
 from zcproto.common.clock import system_entropy
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
 
 MAX_COUNT = 1_000_000
@@ -74,9 +74,9 @@ def add(
         if as_json:
             click.echo(json.dumps({"name": name, "key": key}, ensure_ascii=False))
         elif key is None:
-            click.echo(f"{printable(name)} is {role} now, without a key.", err=True)
+            click.echo(f"{escape_text(name)} is {role} now, without a key.", err=True)
         else:
-            click.echo(f"{printable(name)} is {role} now. Keep this key; it is shown this once:", err=True)
+            click.echo(f"{escape_text(name)} is {role} now. Keep this key; it is shown this once:", err=True)
             click.echo(key)
         return
     # The file comes first: keys that cannot be written down would be lost.
@@ -86,7 +86,7 @@ def add(
     if as_json:
         click.echo(json.dumps({"added": count, "keys": str(keys_out)}))
     else:
-        click.echo(f"{count} users are added; their keys are in {printable(str(keys_out))}", err=True)
+        click.echo(f"{count} users are added; their keys are in {escape_text(str(keys_out))}", err=True)
 
 
 def _add(home: Home, users: UserFile, name: str, *, operator: bool, with_key: bool) -> str | None:
@@ -163,7 +163,7 @@ def enable(home: Home, config_file: Path | None, name: str, as_json: bool) -> No
     if as_json:
         click.echo(json.dumps({"name": name}, ensure_ascii=False))
     else:
-        click.echo(f"{printable(name)} is enabled now.", err=True)
+        click.echo(f"{escape_text(name)} is enabled now.", err=True)
 
 
 @user.command()
@@ -196,7 +196,7 @@ def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> N
     else:
         key = UserFile(home.users).new_key(name).reveal()
     if not as_json:
-        click.echo(f"{printable(name)} has a new key. Keep it; it is shown this once:", err=True)
+        click.echo(f"{escape_text(name)} has a new key. Keep it; it is shown this once:", err=True)
         click.echo(key)
     if control is None:  # last: it may fail, and the key must have been shown by then
         ended = asyncio.run(end_sessions_of(name, config, home))
@@ -217,4 +217,4 @@ def _tell_ended(name: str, what: str, ended: int | None, as_json: bool, **more: 
     sessions = (
         "a running server ends the sessions within a second" if ended is None else f"sessions ended: {ended}"
     )
-    click.echo(f"{printable(name)} {what}; {sessions}.", err=True)
+    click.echo(f"{escape_text(name)} {what}; {sessions}.", err=True)

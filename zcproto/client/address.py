@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from typing import Final, NamedTuple
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 DEFAULT_PORT: Final = 7443
@@ -32,7 +32,7 @@ class Address(NamedTuple):
 
 def parse_address(text: str) -> Address:
     """The address that a text names. Raises ConfigError saying what is wrong with it."""
-    shown = printable(text, 120)
+    shown = escape_text(text, 120)
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket or (rest and not rest.startswith(":")) or not (":" in host and is_ip(host)):

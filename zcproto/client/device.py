@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
 
 MAX_KEY_FILE: Final = 1 << 16
@@ -130,7 +130,7 @@ def _check(path: Path, status: os.stat_result) -> None:
 
 
 def _unusable(path: Path, what: str) -> CertificateError:
-    return CertificateError(f"{printable(str(path))}: {what}")
+    return CertificateError(f"{escape_text(str(path))}: {what}")
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ from zcproto.client.protocol import ClientProtocol, Owner
 from zcproto.client.retry import may_pass
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.connection.client import ClientConnection
 from zcproto.errors import CannotConnect, CertificateError, ConfigError, ConnectionClosed, TlsError
 from zcproto.tls.client import TlsConnector
@@ -115,7 +115,7 @@ class Trust:
                 if found is None or found[0][0] != stamp[0]:  # what is trusted is never taken from the past
                     raise
                 log.warning(
-                    "%s; until that is mended, the certificate from before is shown", printable(str(error))
+                    "%s; until that is mended, the certificate from before is shown", escape_text(str(error))
                 )
                 return found[1]
             if self.key_log is not None:
@@ -150,7 +150,7 @@ def _warn_of_key_log(path: Path) -> None:
     """Once for each file, as often as it is opened."""
     log.warning(
         "the secrets of connections are appended to %s: whoever has it can read all that was captured of them",
-        printable(str(path)),
+        escape_text(str(path)),
     )
 
 
@@ -290,7 +290,7 @@ class Dialer:
             )
         except (OSError, ConfigError) as error:
             log.warning(
-                "the sts policy of %s is not remembered: %s", self._server_hostname, printable(str(error))
+                "the sts policy of %s is not remembered: %s", self._server_hostname, escape_text(str(error))
             )
 
 

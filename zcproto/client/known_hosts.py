@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from zcproto.client.address import is_ip
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, TlsError
 
 MAX_HOSTS: Final = 1_000
@@ -94,7 +94,7 @@ class KnownHosts:
             raise TlsError(
                 "sts_policy",
                 f"{name} demanded verified connections, for {days} more days; verification cannot be off"
-                f" (remembered in {printable(str(self.path))})",
+                f" (remembered in {escape_text(str(self.path))})",
             )
 
     def _read(self) -> dict[str, Policy]:
@@ -116,7 +116,7 @@ class KnownHosts:
 
     def _unreadable(self, cause: str) -> ConfigError:
         return ConfigError(
-            [f"{printable(str(self.path))}: {cause}; mend it, or remove it to forget its hosts"]
+            [f"{escape_text(str(self.path))}: {cause}; mend it, or remove it to forget its hosts"]
         )
 
     @contextlib.contextmanager

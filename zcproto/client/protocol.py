@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, cast
 
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import (
     ClientEvent,
@@ -237,7 +237,7 @@ class ClientProtocol(asyncio.Protocol):
         self._owner.link_draining(self, event)
 
     def _end_with(self, event: ConnectionEnded) -> None:
-        self._ended(ConnectionClosed(printable(event.reason, REASON_SHOWN), code=event.code))
+        self._ended(ConnectionClosed(escape_text(event.reason, REASON_SHOWN), code=event.code))
         assert self._transport is not None
         self._transport.close()
 

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 VARIABLE = "ZCPROTO_HOME"
@@ -76,7 +76,7 @@ class Home:
 
     def ensure(self) -> None:
         """Makes the folder if it is not there. Raises ConfigError if it cannot be used."""
-        shown = printable(str(self.path))
+        shown = escape_text(str(self.path))
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except FileExistsError:
@@ -87,7 +87,7 @@ class Home:
 
     def check(self) -> None:
         """Raises ConfigError if the folder, which must be there, cannot be used."""
-        shown = printable(str(self.path))
+        shown = escape_text(str(self.path))
         try:
             status = self.path.stat()
         except OSError as error:
@@ -111,10 +111,10 @@ def resolve_home(option: str | os.PathLike[str] | None, environ: Mapping[str, st
         path = path.expanduser()
     except RuntimeError:  # no such user, or a user without a home, as in some containers
         raise ConfigError(
-            [f"{printable(str(path))}: whose home folder is this? Name a folder by --home"]
+            [f"{escape_text(str(path))}: whose home folder is this? Name a folder by --home"]
         ) from None
     # Absolute, so that it stays the same folder wherever the program goes.
     path = path.absolute()
     if len(str(path)) > MAX_PATH or not str(path).isprintable():
-        raise ConfigError([f"{printable(str(path), 60)}: is no path; name another one by --home"])
+        raise ConfigError([f"{escape_text(str(path), 60)}: is no path; name another one by --home"])
     return Home(path)

@@ -33,7 +33,7 @@ def plain_address(address: str) -> str:
     return address[7:] if address.startswith("::ffff:") and "." in address else address
 
 
-class Networks:
+class AddressSet:
     """A list of networks, each as 10.0.0.0/8 or one address. An empty one is false, and has no address in it.
 
     Raises ValueError for what is no network, or has bits set behind its prefix.

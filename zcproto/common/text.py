@@ -1,4 +1,4 @@
-"""Text from outside, made safe to print on one line of a terminal or a log."""
+"""Escape text from outside, so that it is safe on one line of a terminal or a log."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 _PLAIN = re.compile(r"[ -~]*")
 
 
-def printable(text: str, limit: int | None = None) -> str:
-    """`text` on one line, with all that does not print escaped, cut to `limit` characters.
+def escape_text(text: str, limit: int | None = None) -> str:
+    """Return `text` as one line with unprintable characters escaped, truncated to `limit` characters first.
 
-    CR, LF, ESC, the other control characters, U+2028, U+2029, the marks that turn the direction of writing
-    and lone surrogates become `\\xNN` or `\\uNNNN`: no name can start a new line or move the cursor.
+    CR, LF, ESC and other control characters, U+2028, U+2029, bidirectional marks and lone surrogates become
+    `\\xNN` or `\\uNNNN`, so that text from outside cannot start a new line or move the cursor.
     """
     if limit is not None and len(text) > limit:
         text = text[: limit - 3] + "..."

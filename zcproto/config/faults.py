@@ -11,7 +11,7 @@ import difflib
 import re
 from pathlib import Path
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.config.model import keys, rules, sections, split_key
 from zcproto.config.rules import quoted
 from zcproto.config.tables import nearest
@@ -31,12 +31,12 @@ _MAX_NESTING = 2
 
 def fault(key: str, value: object, source: str, sentence: str) -> str:
     """One fault as a line."""
-    return f"{printable(key, MAX_SHOWN)} = {show(key, value)} ({source}): {sentence}"
+    return f"{escape_text(key, MAX_SHOWN)} = {show(key, value)} ({source}): {sentence}"
 
 
 def show(key: str, value: object) -> str:
     """The value under `key`, for people."""
-    return "(hidden)" if hides(key) else printable(_text(value), MAX_SHOWN)
+    return "(hidden)" if hides(key) else escape_text(_text(value), MAX_SHOWN)
 
 
 def written(key: str, value: object) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.config.checks import CHECKS
 from zcproto.config.faults import fault, outside_section, unknown_key, unknown_section, written
 from zcproto.config.model import Config, rules, sections, split_key
@@ -93,16 +93,16 @@ _Items = Iterator[str | tuple[str, _Given]]
 
 def _from_file(path: Path | None, home: Path) -> _Items:
     source = path or home / FILE_NAME
-    name = printable(source.name, 60)
+    name = escape_text(source.name, 60)
     try:
         with source.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         if path is not None:
-            yield f"{printable(str(source))}: there is no such file; `config init` makes one"
+            yield f"{escape_text(str(source))}: there is no such file; `config init` makes one"
         return
     except OSError as error:
-        yield f"{printable(str(source))}: cannot be read: {error.strerror}"
+        yield f"{escape_text(str(source))}: cannot be read: {error.strerror}"
         return
     if len(data) > MAX_FILE_BYTES:
         yield f"{name}: is larger than {MAX_FILE_BYTES} bytes"
@@ -131,7 +131,7 @@ def _where(message: str, text: str) -> str:
         last = text.split("\n")
         place = f"(at line {len(last)}, column {len(last[-1]) + 1}, the end of the file)"
         message = message.removesuffix(end) + place
-    return printable(message)
+    return escape_text(message)
 
 
 def _from_document(document: Mapping[str, Any], source: str) -> _Items:
@@ -145,7 +145,7 @@ def _from_document(document: Mapping[str, Any], source: str) -> _Items:
                     section, table, source, f"is a section: write [{section}], and its keys below that"
                 )
         elif isinstance(table, dict):
-            yield f"[{printable(section, 60)}] ({source}): {unknown_section(section)}"
+            yield f"[{escape_text(section, 60)}] ({source}): {unknown_section(section)}"
         else:
             yield fault(section, table, source, outside_section(section))
 
@@ -155,7 +155,7 @@ def _from_environ(environ: Mapping[str, str]) -> _Items:
         if not variable.startswith(PREFIX):
             continue
         section, separator, name = variable.removeprefix(PREFIX).lower().partition("__")
-        shown = printable(variable, 60)
+        shown = escape_text(variable, 60)
         if not separator:
             # One underscore is a slip that would leave a setting without effect. ZCPROTO_HOME has no section.
             first, separator, rest = section.partition("_")

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 from zcproto.common.clock import system_clock
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import CallError, ConnectionClosed, TlsError, ZcprotoError
 from zcproto.load.link import Link
 from zcproto.tls.client import TlsConnector
@@ -59,10 +59,10 @@ class Caller(Link):
         except BaseException as error:
             await self.leave()
             if isinstance(error, TimeoutError):
-                raise ConnectionClosed(f"{printable(host)}:{port} does not answer") from error
+                raise ConnectionClosed(f"{escape_text(host)}:{port} does not answer") from error
             if isinstance(error, OSError):
                 reason = type(error).__name__ if error.errno is None else os.strerror(error.errno)
-                raise ConnectionClosed(f"{printable(host)}:{port}: {reason}") from error
+                raise ConnectionClosed(f"{escape_text(host)}:{port}: {reason}") from error
             raise
 
     def ask(self, method: str, params: dict[str, Any], done: Done, token: bytes | None = None) -> int:
@@ -129,7 +129,7 @@ class Caller(Link):
     def refused(self, stream: int, code: int, message: str, details: dict[str, Any]) -> None:
         done = self._calls.pop(stream, None)
         if done is not None:
-            done(None, CallError.from_wire(code, printable(message, 200), details))
+            done(None, CallError.from_wire(code, escape_text(message, 200), details))
 
     def lost(self, cause: str) -> None:
         self._fail_all(ConnectionClosed(f"the connection is gone: {cause}"))

@@ -16,7 +16,7 @@ from typing import Final
 from rich.console import Console
 
 from zcproto.common.event_loop import new_event_loop
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.load import hdr, report
 from zcproto.load.plan import SPARE_FILES, Plan, check_plan, require_open_files
@@ -43,11 +43,13 @@ def check_outputs(outputs: Outputs) -> None:
     faults = []
     for path in (outputs.json, outputs.hdr, outputs.plot):
         if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
-            faults.append(f"{printable(str(path))}: cannot be written; name a file in a folder of yours")
+            faults.append(f"{escape_text(str(path))}: cannot be written; name a file in a folder of yours")
     if outputs.plot is not None:
         importlib.import_module("matplotlib")  # if it is not installed, better to know now
         if outputs.plot.suffix not in PLOT_SUFFIXES:
-            faults.append(f"{printable(str(outputs.plot))}: the name must end in {', '.join(PLOT_SUFFIXES)}")
+            faults.append(
+                f"{escape_text(str(outputs.plot))}: the name must end in {', '.join(PLOT_SUFFIXES)}"
+            )
     if faults:
         raise ConfigError(faults)
 

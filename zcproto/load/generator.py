@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from zcproto.common.clock import system_clock
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import Code, TlsError
 from zcproto.load.latency import Latencies
 from zcproto.load.load_link import Asked, LoadLink, Stage
@@ -275,7 +275,7 @@ class Generator:
         if link.stage >= Stage.READY:
             return
         link.stage = Stage.OVER
-        count(self.record.lost_links, printable(cause, 120))
+        count(self.record.lost_links, escape_text(cause, 120))
         self._settled(link)
         for waiting in self._joining.pop(link.index, ()):
             self._not_made(waiting, "its session could not be opened")
@@ -367,7 +367,7 @@ class Generator:
         if link.stage is Stage.READY:
             link.stage = Stage.OVER
             self.record.ready -= 1
-            count(self.record.lost_links, printable(cause, 120))
+            count(self.record.lost_links, escape_text(cause, 120))
             self._count(self.record.connected_over_time, -1)
         else:
             self._not_made(link, cause)

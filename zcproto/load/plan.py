@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from zcproto.common.file_limit import raise_file_limit
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 SESSIONS_PER_USER: Final = 5
@@ -161,7 +161,7 @@ def shares(plan: Plan, address: str, origin: float, verify_rate: float) -> list[
 
 def read_credentials(path: Path) -> tuple[Credential, ...]:
     """The users of a keys file: a name, a tab and a key on each line. Raises ConfigError."""
-    shown = printable(str(path))
+    shown = escape_text(str(path))
     try:
         if path.stat().st_size > MAX_KEY_FILE_BYTES:
             raise ConfigError([f"{shown}: too large to be a keys file"])

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ConnectionClosed
 from zcproto.load.plan import Plan, shares
 from zcproto.load.result import Moment, Reading, Result
@@ -52,7 +52,7 @@ async def resolve(host: str, port: int) -> str:
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError([f"{printable(host)}: no such host: {error.strerror}"]) from error
+        raise ConfigError([f"{escape_text(host)}: no such host: {error.strerror}"]) from error
     return str(found[0][4][0])
 
 

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import CallError, ConfigError, ConnectionClosed, PermissionDenied, ZcprotoError
 from zcproto.load.caller import Caller, Place
 from zcproto.load.plan import Credential
@@ -80,7 +80,7 @@ class Operator(Caller):
             opened = await self.call("session.open", params)
         except CallError as error:
             raise ConfigError(
-                [f"the operator {printable(credential.user)!r} got no session: {error}"]
+                [f"the operator {escape_text(credential.user)!r} got no session: {error}"]
             ) from error
         self.token = opened["token"]
         try:
@@ -88,7 +88,7 @@ class Operator(Caller):
         except PermissionDenied as error:
             raise ConfigError(
                 [
-                    f"the server's own count is for operators, and {printable(credential.user)!r} is none; make "
+                    f"the server's own count is for operators, and {escape_text(credential.user)!r} is none; make "
                     "one by: zcproto user add ops --operator --count 1 --keys-out ops.keys, and give "
                     "--operator-key-file ops.keys"
                 ]

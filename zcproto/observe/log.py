@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from zcproto.common.clock import MS_PER_SECOND, Clock, system_clock
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.observe.events import EVENTS
 from zcproto.observe.limits import EventLimits
@@ -341,7 +341,7 @@ def _as_json(fields: MutableMapping[str, Any]) -> str:
 def _as_text(fields: MutableMapping[str, Any]) -> str:
     head = f"{fields['timestamp']} {fields['level']:7} {fields['event']}"
     values = (f"{name}={_value_as_text(fields[name])}" for name in list(fields)[3:])
-    return " ".join([head, *map(printable, values)])
+    return " ".join([head, *map(escape_text, values)])
 
 
 def _value_as_text(value: Loggable) -> str:

@@ -27,7 +27,7 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.observe.histogram import Histogram
 
 PREFIXES: Final = ("zcproto_", "process_")
@@ -155,7 +155,7 @@ def _wants_openmetrics(accept: str) -> bool:
 
 @lru_cache(maxsize=4_096)
 def _label(value: str) -> str:
-    return printable(value[:MAX_LABEL])
+    return escape_text(value[:MAX_LABEL])
 
 
 def _family(metric: Metric, series: dict[tuple[str, ...], float | Histogram]) -> Family:

@@ -24,7 +24,7 @@ from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.auth import Throttle
 from zcproto.certs.keeper import CertificateKeeper
 from zcproto.common.clock import Clock
-from zcproto.common.network import Networks
+from zcproto.common.network import AddressSet
 from zcproto.config import Config
 from zcproto.config.changes import TAKES_EFFECT, Change, Effect, changes_between, in_force
 from zcproto.errors import CertificateError, ConfigError
@@ -172,7 +172,7 @@ class Reloader:
             max_handshakes=new.tls.max_handshakes,
             max_connections=limits.max_connections,
             connections_per_address=limits.connections_per_address,
-            balancers=Networks(new.server.proxy_protocol_from),
+            balancers=AddressSet(new.server.proxy_protocol_from),
         )
         if self.http is not None:
             self.http.reconfigure(new)

@@ -49,7 +49,7 @@ from zcproto.certs.revoked import Issue, issue_of
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home, resolve_home
-from zcproto.common.network import Networks
+from zcproto.common.network import AddressSet
 from zcproto.config import Config, load_config
 from zcproto.errors import ConfigError
 from zcproto.http.router import Router
@@ -327,7 +327,7 @@ class Server:
             max_handshakes=config.tls.max_handshakes,
             max_connections=config.limits.max_connections,
             connections_per_address=config.limits.connections_per_address,
-            balancers=Networks(config.server.proxy_protocol_from),
+            balancers=AddressSet(config.server.proxy_protocol_from),
         )
         self.pauses = PauseMeter(loop, lambda: serving.counters.requests + acceptor.handshakes_completed)
         self.pauses.start()

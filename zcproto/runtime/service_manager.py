@@ -15,7 +15,7 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from typing import Final, NamedTuple, Self
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 FIRST_DESCRIPTOR: Final = 3
@@ -84,7 +84,7 @@ class ServiceManager:
         """Send one message: `notify(READY=1, STATUS="serving")`. Never waits; False if it was not sent."""
         if self._socket is None:
             return False
-        text = "\n".join(f"{name}={printable(str(value))}" for name, value in values.items())
+        text = "\n".join(f"{name}={escape_text(str(value))}" for name, value in values.items())
         try:
             self._socket.sendto(text.encode(), self._address)
         except OSError:  # nobody reads any more, or not fast enough: the service goes on
@@ -133,4 +133,4 @@ def _number(told: Mapping[str, str], name: str, least: int, most: int) -> int:
 
 
 def _fault(name: str, value: str, sentence: str) -> ConfigError:
-    return ConfigError([f"{name} = {printable(value, 60)!r} (environment): {sentence}"])
+    return ConfigError([f"{name} = {escape_text(value, 60)!r} (environment): {sentence}"])

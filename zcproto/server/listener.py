@@ -16,7 +16,7 @@ from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any, Final
 
-from zcproto.common.network import Networks, network_of, plain_address
+from zcproto.common.network import AddressSet, network_of, plain_address
 from zcproto.errors import ConfigError
 from zcproto.server.state import Serving, log
 from zcproto.tls.forwarded import ForwardedTransport
@@ -26,7 +26,7 @@ BACKLOG: Final = 4_096
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
 
-NO_NETWORKS: Final = Networks()
+NO_ADDRESSES: Final = AddressSet()
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -111,7 +111,7 @@ class Listener:
         max_handshakes: int,
         max_connections: int,
         connections_per_address: int,
-        balancers: Networks = NO_NETWORKS,
+        balancers: AddressSet = NO_ADDRESSES,
     ) -> None:
         self._take_balancers(balancers)
         self._sockets = list(sockets)
@@ -137,7 +137,7 @@ class Listener:
         max_handshakes: int,
         max_connections: int,
         connections_per_address: int,
-        balancers: Networks,
+        balancers: AddressSet,
     ) -> None:
         """Go by other limits, for connections to come: those that are too many now stay."""
         self._max_handshakes = max_handshakes
@@ -146,7 +146,7 @@ class Listener:
         self._take_balancers(balancers)
         self._resume()
 
-    def _take_balancers(self, balancers: Networks) -> None:
+    def _take_balancers(self, balancers: AddressSet) -> None:
         self.balancers = balancers
         self._has_balancers = bool(balancers)  # asked at each accept
 

@@ -27,7 +27,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import CallError, Code, ConfigError
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
@@ -206,13 +206,13 @@ class SessionFile:
 
     @property
     def _shown(self) -> str:
-        return printable(str(self._path))
+        return escape_text(str(self._path))
 
     def _check_folder(self) -> None:
         folder = self._path.parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_mode & _OTHERS_WRITE:
-            shown = printable(shlex.quote(str(folder)))
+            shown = escape_text(shlex.quote(str(folder)))
             raise ConfigError([f"{self._shown}: others may write to its folder; run: chmod go-w {shown}"])
 
     def _take_lock(self) -> None:
@@ -268,7 +268,7 @@ class SessionFile:
                 [f"{self._shown}: belongs to another user (uid {status.st_uid}); run as that user"]
             )
         if status.st_mode & _OTHERS:
-            shown = printable(shlex.quote(str(path)))
+            shown = escape_text(shlex.quote(str(path)))
             raise ConfigError([f"{self._shown}: others may use this file; run: chmod 600 {shown}"])
 
     def _make_empty(self) -> None:

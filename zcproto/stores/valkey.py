@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 from redis.exceptions import AskError, OutOfMemoryError, ReadOnlyError, RedisError
 
 from zcproto.common.clock import Entropy, system_entropy
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.token import id_from_text
@@ -290,7 +290,7 @@ class ValkeyStore:
             return
         version, _, mark = found.partition(b" ")
         if not version.isdigit() or int(version) > SCHEMA:
-            said = printable(version.decode("latin-1"), 20)
+            said = escape_text(version.decode("latin-1"), 20)
             raise ConfigError(
                 [
                     f"store.url: what {self._url} keeps was written by a newer version of zcproto "
@@ -317,7 +317,7 @@ class ValkeyStore:
     def _hide(self, text: str) -> str:
         if self._password:
             text = text.replace(self._password, "***")
-        return printable(text, 200)
+        return escape_text(text, 200)
 
 
 async def _load_scripts(link: Link) -> None:

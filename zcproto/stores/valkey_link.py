@@ -29,7 +29,7 @@ from redis.asyncio.connection import (
 )
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.stores.store import StoreUnavailable
 
@@ -70,7 +70,7 @@ class Target:
         where = self.path or (
             f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
         )
-        return printable(where, 200)
+        return escape_text(where, 200)
 
     def connection(self) -> AbstractConnection:
         options: dict[str, Any] = {
@@ -184,7 +184,7 @@ class Link:
 
     def _end(self, reason: str) -> None:
         if not self.lost:
-            self.lost = printable(reason, 200)
+            self.lost = escape_text(reason, 200)
             for future in self._waiting:
                 if not future.done():
                     future.set_exception(StoreUnavailable(self.lost))
@@ -260,7 +260,7 @@ def _refused(error: RedisError, target: Target) -> StoreUnavailable | ConfigErro
                 ]
             )
         cause = cause.__cause__ or cause.__context__
-    said = printable(_said(error), 200)
+    said = escape_text(_said(error), 200)
     if target.password:
         said = said.replace(target.password, "***")
     if isinstance(error, AuthenticationError | NoPermissionError):

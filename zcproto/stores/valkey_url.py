@@ -20,7 +20,7 @@ from enum import Enum
 from typing import Final
 from urllib.parse import parse_qsl, unquote
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 PORT: Final = 6379
@@ -72,7 +72,7 @@ class ServerUrl:
             kind += f"+{self.kind.value}"
         user = f"{self.username}@" if self.username else ""
         service = f"/{self.service}" if self.service else ""
-        return printable(f"{kind}://{user}{where}{service}/{self.database}", 200)
+        return escape_text(f"{kind}://{user}{where}{service}/{self.database}", 200)
 
 
 def address_text(address: Address) -> str:

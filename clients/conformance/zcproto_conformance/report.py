@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto_conformance.check import PARTS, Check
 from zcproto_conformance.run import EXCEPTED, FAILED, PASSED, Result
 
@@ -19,7 +19,7 @@ def lines_of(result: Result) -> Iterator[str]:
     yield f"{result.result:8} {result.check.name}   {result.check.proves}"
     if result.why:
         for line in result.why[:WHY_SHOWN].splitlines():
-            yield f"         {printable(line, WHY_SHOWN)}"
+            yield f"         {escape_text(line, WHY_SHOWN)}"
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:

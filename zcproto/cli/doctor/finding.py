@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 
 OK: Final = "ok"
 SKIPPED: Final = "skipped"
@@ -44,7 +44,7 @@ def as_text(findings: Iterable[Finding]) -> str:
     for each in findings:
         colour = {OK: "green", WARNING: "yellow", FAULT: "red"}.get(each.state)
         state = click.style(f"{each.state:<8}", fg=colour)
-        lines.append(f"{state}  {each.check:<12}  {printable(each.found, _MAX_SHOWN)}")
+        lines.append(f"{state}  {each.check:<12}  {escape_text(each.found, _MAX_SHOWN)}")
         if each.cure:
-            lines.append(f"{'':<24}{printable(each.cure, _MAX_SHOWN)}")
+            lines.append(f"{'':<24}{escape_text(each.cure, _MAX_SHOWN)}")
     return "\n".join(lines)

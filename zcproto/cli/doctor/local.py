@@ -21,7 +21,7 @@ from zcproto.cli.kept_sessions import CONFIGURED, is_in_use, opened_store, with_
 from zcproto.cli.store import damage_of
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.runtime.hardening import KEY_LOG
 from zcproto.runtime.run import SPARE_FILES
@@ -253,15 +253,15 @@ def _store(config: Config, home: Home) -> Iterator[Finding]:
         faults = damage_of(path)
         if faults:
             cure = "a server sets it aside and begins with none; docs/backup.md says how to restore it"
-            yield Finding("store", FAULT, f"{path}: is damaged: {printable('; '.join(faults), 300)}", cure)
+            yield Finding("store", FAULT, f"{path}: is damaged: {escape_text('; '.join(faults), 300)}", cure)
             return
     try:
         count, notes = asyncio.run(_ask_store(config, home))
     except ZcprotoError as error:
-        yield told("store", printable(str(error), 500))
+        yield told("store", escape_text(str(error), 500))
         return
     yield Finding("store", OK, f"it answers; {count} sessions")
-    yield from (Finding("store", WARNING, printable(note, 500)) for note in notes)
+    yield from (Finding("store", WARNING, escape_text(note, 500)) for note in notes)
 
 
 async def _ask_store(config: Config, home: Home) -> tuple[int, tuple[str, ...]]:

@@ -27,7 +27,7 @@ from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, tol
 from zcproto.client.address import Address, parse_address
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import Welcomed
 from zcproto.errors import CallError, ConfigError, TlsError, ZcprotoError
@@ -102,7 +102,7 @@ def look(text: str, trust: Trust, who: Who | None, timeout: float) -> list[Findi
     try:
         pins = parse_pins(trust.pins)
     except TlsError as error:
-        raise ConfigError([printable(str(error))]) from error
+        raise ConfigError([escape_text(str(error))]) from error
     key = None if who is None else read_key(who.key_file)
     seen = _Seen()
     is_there = _connect(address, timeout, seen)
@@ -219,7 +219,7 @@ def _judge(address: Address, trust: Trust, pins: frozenset[str], timeout: float,
         try:
             context = client_context(ca_file=trust.ca_file, protocols=[ALPN])
         except ZcprotoError as error:
-            seen.findings.append(told("trust", printable(str(error))))
+            seen.findings.append(told("trust", escape_text(str(error))))
             return False
         try:
             with (
@@ -246,7 +246,7 @@ def _judge(address: Address, trust: Trust, pins: frozenset[str], timeout: float,
         seen.findings.append(Finding("trust", OK, f"by {source}; {'; '.join(about)}"))
         seen.findings += _near_end(seen.certificate)
         return True
-    found = f"{failure.value.replace('_', ' ')}: {printable(detail, 300)}; {'; '.join(about)}"
+    found = f"{failure.value.replace('_', ' ')}: {escape_text(detail, 300)}; {'; '.join(about)}"
     seen.findings.append(Finding("trust", FAULT, found, CURES.get(failure, _ANY_TLS)))
     return False
 
@@ -293,9 +293,9 @@ async def _session(address: str, trust: Trust, user: str, key: str | None, limit
         async with client:
             await client.call("session.info")
     except CallError as error:
-        return [Finding("session", FAULT, printable(str(error), 500), _session_cure(error))]
+        return [Finding("session", FAULT, escape_text(str(error), 500), _session_cure(error))]
     except (ZcprotoError, OSError) as error:
-        return [told("session", printable(str(error), 500))]
+        return [told("session", escape_text(str(error), 500))]
     return [Finding("session", OK, f"{user} opened one, used it and closed it")]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from zcproto.common.text import printable
+from zcproto.common.text import escape_text
 from zcproto.errors import ZcprotoError
 from zcproto.load.processes import module_command, module_environment, uninterrupted
 
@@ -87,12 +87,12 @@ class DemoServer:
             said += data
         first = said.decode(errors="replace").splitlines()[0]
         if not first.startswith(READY):
-            raise ZcprotoError(f"the server said {printable(first, 200)!r} instead of where it listens")
+            raise ZcprotoError(f"the server said {escape_text(first, 200)!r} instead of where it listens")
         return int(first.rpartition(":")[2])
 
     def _last_words(self) -> str:
         lines = self._errors.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
-        return " / ".join(printable(line, 500) for line in lines) or "it did not say why"
+        return " / ".join(escape_text(line, 500) for line in lines) or "it did not say why"
 
     def _end(self) -> None:
         """Drain it, and if that does not help, kill it."""
