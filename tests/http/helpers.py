@@ -1,4 +1,4 @@
-"""An HTTP connection without a network, and responses read by h11's client side."""
+"""Run an HTTP connection in memory and parse its responses with h11."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Answer(NamedTuple):
 
 
 def answers(data: bytes, methods: Iterable[str] | None = None) -> list[Answer]:
-    """The responses in these bytes to requests of these methods. They must fill the bytes to the last one."""
+    """Parse the responses to requests of these methods; no byte may be left over."""
     found: list[Answer] = []
     pending = itertools.repeat("GET") if methods is None else iter(methods)
     while data:
@@ -70,12 +70,12 @@ def answers(data: bytes, methods: Iterable[str] | None = None) -> list[Answer]:
 
 
 def describe(request: HttpRequest) -> HttpResponse:
-    """A response that tells what was understood."""
+    """Return a response that describes the parsed request."""
     return text_response(200, f"{request.method} {request.path} ?{request.query} {request.body!r}")
 
 
 class Conversation:
-    """A connection whose requests are answered at once, by what they say."""
+    """A connection that answers each request at once with its description."""
 
     def __init__(self, limits: HttpLimits = LIMITS, security: SecurityHeaders = SECURITY) -> None:
         self.connection = HttpConnection(limits, security, NOW)

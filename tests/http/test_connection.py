@@ -1,5 +1,4 @@
-"""What a client may send, what it gets for it, and for how long: whole, byte by byte, and in two pieces at every
-place."""
+"""Test requests, refusals, limits and timeouts of an HTTP connection, for every split of the bytes."""
 
 from __future__ import annotations
 
@@ -52,11 +51,11 @@ GOOD: dict[str, tuple[bytes, list[str]]] = {
     "an address as host": (head("Host: [::1]:7443"), ["GET / ? b''"]),
     "pipelined": (GET * 3, ["GET / ? b''"] * 3),
     "pipelined behind a body": (post(b"hi", "Content-Length: 2") + GET, ["POST /p ? b'hi'", "GET / ? b''"]),
-    "a wish to change the protocol": (
+    "an upgrade request": (
         head("Host: a", "Upgrade: h2c", "Connection: upgrade"),
         ["GET / ? b''"],
     ),
-    "expecting to be asked": (
+    "expect: 100-continue": (
         post(b"hi", "Content-Length: 2", "Expect: 100-continue"),
         ["POST /p ? b'hi'"],
     ),
@@ -81,7 +80,7 @@ BAD: dict[str, tuple[int, bytes]] = {
     "no name": (400, head("Host: a", ": x")),
     "no host": (400, head()),
     "two hosts": (400, head("Host: a", "Host: b")),
-    "a host that is none": (400, head("Host: a/b")),
+    "an invalid host": (400, head("Host: a/b")),
     "a host with a user": (400, head("Host: u@a")),
     "two lengths": (400, post(b"hello", "Content-Length: 5", "Content-Length: 6")),
     "the same length twice": (400, post(b"hello", "Content-Length: 5", "content-length: 5")),
@@ -101,14 +100,14 @@ BAD: dict[str, tuple[int, bytes]] = {
     "a chunk that goes on": (400, post(b"1\r\nabc\r\n", "Transfer-Encoding: chunked")),
     "a fragment or another form": (400, head("Host: a", first="GET a/b HTTP/1.1")),
     "another scheme": (400, head("Host: a", first="GET ftp://a/b HTTP/1.1")),
-    "an asterisk that is no OPTIONS": (400, head("Host: a", first="GET * HTTP/1.1")),
+    "an asterisk without OPTIONS": (400, head("Host: a", first="GET * HTTP/1.1")),
     "a body too large": (413, post(b"", "Content-Length: 65")),
-    "a body huge beyond words": (413, post(b"", "Content-Length: 99999999999999999999")),
+    "a body of absurd size": (413, post(b"", "Content-Length: 99999999999999999999")),
     "chunks too large": (413, post(b"41\r\n" + b"x" * 65, "Transfer-Encoding: chunked")),
     "too many chunks": (413, post(b"1\r\nx\r\n" * 11, "Transfer-Encoding: chunked")),
     "a target too long": (414, head("Host: a", first=f"GET /{'x' * 100} HTTP/1.1")),
     "a line that never ends": (414, b"GET /" + b"x" * 200),
-    "an expectation that nobody has": (417, post(b"", "Content-Length: 2", "Expect: tea")),
+    "an unknown expectation": (417, post(b"", "Content-Length: 2", "Expect: tea")),
     "fields too long": (431, head("Host: a", *(f"X{n}: {'y' * 250}" for n in range(4)))),
     "fields that never end": (431, b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 1_100),
     "too many fields": (431, head("Host: a", *(f"X{n}: y" for n in range(10)))),
@@ -119,18 +118,18 @@ BAD: dict[str, tuple[int, bytes]] = {
     "two codings": (501, post(b"", "Transfer-Encoding: gzip, chunked")),
     "coded twice": (501, post(b"", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked")),
     "HTTP/2": (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
-    "HTTP/0.9 in new clothes": (505, head("Host: a", first="GET / HTTP/0.9")),
+    "HTTP/0.9 with a version": (505, head("Host: a", first="GET / HTTP/0.9")),
 }
 
 
 def splits(data: bytes) -> list[list[bytes]]:
-    """Whole, byte by byte, and in two pieces at every place."""
+    """Return the data whole, byte by byte, and in two pieces at every position."""
     single = [data[at : at + 1] for at in range(len(data))]
     return [[data], single, *([data[:at], data[at:]] for at in range(1, len(data)))]
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_request_is_understood_however_it_is_cut(name: str) -> None:
+def test_request_is_parsed_for_every_split(name: str) -> None:
     data, expected = GOOD[name]
     for pieces in splits(data):
         conversation = Conversation().feed(*pieces)
@@ -139,7 +138,7 @@ def test_a_request_is_understood_however_it_is_cut(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_bad_gets_its_status_however_it_is_cut_and_the_connection_ends(name: str) -> None:
+def test_invalid_request_gets_its_status_for_every_split_and_closes(name: str) -> None:
     status, data = BAD[name]
     for pieces in splits(data):
         conversation = Conversation().feed(*pieces, GET)
@@ -153,7 +152,7 @@ def test_what_is_bad_gets_its_status_however_it_is_cut_and_the_connection_ends(n
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_nothing_bad_is_read_before_or_behind_a_good_request(name: str) -> None:
+def test_invalid_pipelined_request_is_refused_after_a_valid_one(name: str) -> None:
     status, data = BAD[name]
     conversation = Conversation().feed(GET + data + GET)
     assert [answer.status for answer in conversation.answers] == [200, status]
@@ -161,7 +160,7 @@ def test_nothing_bad_is_read_before_or_behind_a_good_request(name: str) -> None:
 
 
 @given(st.lists(st.binary(max_size=60), max_size=20))
-def test_any_bytes_are_requests_or_one_refusal(pieces: list[bytes]) -> None:
+def test_any_bytes_give_requests_or_one_refusal(pieces: list[bytes]) -> None:
     conversation = Conversation().feed(*pieces)
     refused = [answer for answer in conversation.answers if answer.status != 200]
     assert len(refused) <= 1
@@ -183,7 +182,7 @@ TOKENS = (
 
 @given(st.lists(st.sampled_from(TOKENS), max_size=30).map("".join), st.integers(1, 50))
 @example("GET / HTTP/1.1" * 10 + "\n", 1)
-def test_any_words_of_the_protocol_mean_the_same_however_they_are_cut(text: str, size: int) -> None:
+def test_any_tokens_parse_the_same_for_every_split(text: str, size: int) -> None:
     data = text.encode()
     whole = Conversation().feed(data) if data else Conversation()
     cut = Conversation().feed(*(data[at : at + size] for at in range(0, len(data), size)))
@@ -191,10 +190,10 @@ def test_any_words_of_the_protocol_mean_the_same_however_they_are_cut(text: str,
     assert [request.path for request in cut.requests] == [request.path for request in whole.requests]
 
 
-# --- one after the other ---------------------------------------------------------------------------------
+# --- keep-alive and pipelining ---------------------------------------------------------------------------------
 
 
-def test_the_connection_stays_until_its_requests_are_used_up() -> None:
+def test_connection_closes_after_max_requests() -> None:
     conversation = Conversation()
     for number in range(1, 6):
         conversation.feed(GET)
@@ -213,21 +212,21 @@ def test_the_connection_stays_until_its_requests_are_used_up() -> None:
         post(b"0\r\n\r\n", "Transfer-Encoding: chunked"),
     ],
 )
-def test_who_wants_the_end_gets_it_behind_the_answer(request_: bytes) -> None:
+def test_connection_close_is_honoured_after_the_response(request_: bytes) -> None:
     conversation = Conversation().feed(request_ + GET)
     assert conversation.answer.closes
     assert conversation.connection.closing
     assert len(conversation.requests) == 1
 
 
-def test_the_answer_to_head_has_the_length_and_no_body() -> None:
+def test_head_response_has_length_and_no_body() -> None:
     conversation = Conversation().feed(head("Host: a", first="HEAD / HTTP/1.1") + GET)
     of_head, of_get = conversation.answers
     assert of_head.body == b""
     assert int(of_head.one("content-length")) == len(of_get.body) + 1  # HEAD is a letter longer
 
 
-def test_a_request_waits_until_the_one_before_is_answered() -> None:
+def test_pipelined_request_waits_for_previous_response() -> None:
     connection = HttpConnection(LIMITS, SECURITY, NOW)
     first = connection.receive_data(GET + head("Host: a", first="GET /2 HTTP/1.1"), WALL, NOW)
     assert first is not None
@@ -238,7 +237,7 @@ def test_a_request_waits_until_the_one_before_is_answered() -> None:
     assert connection.sent == [200]
 
 
-def test_what_is_sent_while_a_request_is_answered_is_kept_up_to_a_bound() -> None:
+def test_bytes_received_while_answering_are_bounded() -> None:
     connection = HttpConnection(LIMITS, SECURITY, NOW)
     connection.receive_data(GET, WALL, NOW)
     kept = 0
@@ -250,13 +249,13 @@ def test_what_is_sent_while_a_request_is_answered_is_kept_up_to_a_bound() -> Non
     assert connection.wants_data
 
 
-def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
+def test_response_without_request_is_dropped() -> None:
     connection = HttpConnection(LIMITS, SECURITY, NOW)
     assert connection.respond(text_response(200, "early"), WALL, NOW) is None
     assert connection.data_to_send() == b""
 
 
-def test_the_body_is_asked_for_only_where_the_client_waits_to_be_asked() -> None:
+def test_100_continue_is_sent_only_when_expected() -> None:
     request = post(b"", "Content-Length: 2", "Expect: 100-continue")
     conversation = Conversation().feed(request)
     assert conversation.out == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -269,7 +268,7 @@ def test_the_body_is_asked_for_only_where_the_client_waits_to_be_asked() -> None
     assert b"100 Continue" not in refused.out
 
 
-def test_a_drain_makes_the_next_answer_the_last() -> None:
+def test_go_away_closes_after_next_response() -> None:
     conversation = Conversation().feed(GET)
     conversation.connection.go_away()
     assert not conversation.connection.closing
@@ -278,7 +277,7 @@ def test_a_drain_makes_the_next_answer_the_last() -> None:
     assert conversation.connection.closing
 
 
-def test_values_of_a_name_that_came_twice_are_joined() -> None:
+def test_repeated_header_fields_are_joined() -> None:
     (request,) = Conversation().feed(head("Host: a", "X: 1", "x: 2", "Y: \xe4")).requests
     assert request.headers == {"host": "a", "x": "1, 2", "y": "\xe4"}
 
@@ -286,7 +285,7 @@ def test_values_of_a_name_that_came_twice_are_joined() -> None:
 # --- responses -------------------------------------------------------------------------------------------
 
 
-def test_a_response_is_as_its_handler_made_it() -> None:
+def test_response_carries_status_headers_and_body() -> None:
     connection = HttpConnection(LIMITS, SECURITY, NOW)
     connection.receive_data(GET, WALL, NOW)
     connection.respond(
@@ -302,7 +301,7 @@ def test_a_response_is_as_its_handler_made_it() -> None:
     assert not answer.closes
 
 
-def test_no_content_has_no_length() -> None:
+def test_204_has_no_content_length() -> None:
     connection = HttpConnection(LIMITS, SECURITY, NOW)
     connection.receive_data(GET, WALL, NOW)
     connection.respond(HttpResponse(204), WALL, NOW)
@@ -322,7 +321,7 @@ def test_no_content_has_no_length() -> None:
         text_response(299, "x"),
     ],
 )
-def test_a_response_that_cannot_be_written_leaves_room_for_another(method: str, bad: HttpResponse) -> None:
+def test_invalid_response_raises_and_another_can_be_sent(method: str, bad: HttpResponse) -> None:
     connection = HttpConnection(LIMITS, SECURITY, NOW)
     connection.receive_data(head("Host: a", first=f"{method} / HTTP/1.1"), WALL, NOW)
     with pytest.raises((h11.LocalProtocolError, ValueError)):
@@ -335,7 +334,7 @@ def test_a_response_that_cannot_be_written_leaves_room_for_another(method: str, 
     assert answer.all("set-cookie") == []
 
 
-def test_without_tls_there_is_no_hsts() -> None:
+def test_hsts_is_absent_without_tls() -> None:
     for data in (GET, b"\0"):
         answer = Conversation(security=SecurityHeaders(None)).feed(data).answer
         assert answer.all("strict-transport-security") == []
@@ -346,7 +345,7 @@ def test_without_tls_there_is_no_hsts() -> None:
 
 
 def expire(conversation: Conversation, after: float) -> None:
-    """Just before the deadline nothing happens; at the deadline what must."""
+    """Assert that nothing happens before the deadline and that the connection closes at it."""
     connection = conversation.connection
     assert connection.next_deadline() == conversation.now + after
     before = conversation.out
@@ -358,13 +357,13 @@ def expire(conversation: Conversation, after: float) -> None:
     assert connection.closing
 
 
-def test_who_sends_nothing_is_closed_without_a_word() -> None:
+def test_silent_connection_times_out_without_response() -> None:
     conversation = Conversation()
     expire(conversation, 10.0)
     assert conversation.out == b""
 
 
-def test_who_has_sent_half_a_head_gets_408() -> None:
+def test_truncated_head_times_out_with_408() -> None:
     conversation = Conversation().feed(GET[:-2])
     expire(conversation, 10.0)
     assert conversation.answer.status == 408
@@ -372,7 +371,7 @@ def test_who_has_sent_half_a_head_gets_408() -> None:
     assert conversation.answer.one("strict-transport-security") == HSTS
 
 
-def test_dripping_gains_no_time() -> None:
+def test_slow_bytes_do_not_extend_head_timeout() -> None:
     conversation = Conversation()
     for letter in GET[:-2]:
         conversation.now += 0.1
@@ -380,7 +379,7 @@ def test_dripping_gains_no_time() -> None:
     assert conversation.connection.next_deadline() == NOW + 10.0
 
 
-def test_a_body_has_its_own_time_which_dripping_does_not_extend() -> None:
+def test_body_timeout_is_separate_and_not_extended_by_slow_bytes() -> None:
     conversation = Conversation()
     conversation.now = NOW + 9.0
     conversation.feed(post(b"h", "Content-Length: 5"))
@@ -391,13 +390,13 @@ def test_a_body_has_its_own_time_which_dripping_does_not_extend() -> None:
     assert conversation.answer.status == 408
 
 
-def test_an_idle_connection_is_closed_without_a_word() -> None:
+def test_idle_connection_times_out_without_response() -> None:
     conversation = Conversation().feed(GET)
     expire(conversation, 30.0)
     assert len(conversation.answers) == 1
 
 
-def test_the_next_request_has_the_time_of_the_first() -> None:
+def test_next_request_gets_full_request_timeout() -> None:
     conversation = Conversation().feed(GET)
     conversation.now = NOW + 29.0
     conversation.feed(b"G")
@@ -410,7 +409,7 @@ def test_the_next_request_has_the_time_of_the_first() -> None:
     assert conversation.connection.next_deadline() == NOW + 10.0
 
 
-def test_a_handler_that_takes_too_long_is_503() -> None:
+def test_slow_handler_times_out_with_503() -> None:
     connection = HttpConnection(LIMITS, SECURITY, NOW)
     connection.receive_data(GET, WALL, NOW)
     connection.handle_timeout(WALL, NOW + 19.9)
@@ -426,7 +425,7 @@ def test_a_handler_that_takes_too_long_is_503() -> None:
     assert connection.data_to_send() == b""
 
 
-def test_little_is_kept_of_a_connection() -> None:
+def test_idle_connection_holds_no_buffers() -> None:
     connection = HttpConnection(HttpLimits(), SECURITY, NOW)
     for _ in range(100):
         request = connection.receive_data(GET, WALL, NOW)
@@ -439,7 +438,7 @@ def test_little_is_kept_of_a_connection() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 100, 1_000])
-def test_what_is_kept_of_a_head_is_bounded(size: int) -> None:
+def test_buffer_of_head_is_bounded(size: int) -> None:
     limits = replace(LIMITS, max_head=1_000, max_target=900)
     connection = HttpConnection(limits, SECURITY, NOW)
     most = 0

@@ -1,4 +1,4 @@
-"""Which handler a request gets, and what is said where there is none."""
+"""Test routing, 404, 405 and response validation."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ROUTER = Router([Route("GET", "/a", get), Route("POST", "/a", post), Route("POST
     ("method", "path", "handler"),
     [("GET", "/a", get), ("HEAD", "/a", get), ("POST", "/a", post), ("POST", "/b", post)],
 )
-def test_path_and_method_lead_to_a_handler(method: str, path: str, handler: object) -> None:
+def test_path_and_method_select_handler(method: str, path: str, handler: object) -> None:
     assert ROUTER.find(HttpRequest(method, path)) is handler
 
 
 @pytest.mark.parametrize("path", ["/", "/A", "/a/", "//a", "/a/../a", "/%61", "/a;b", "*", ""])
-def test_any_other_path_is_404(path: str) -> None:
+def test_unknown_path_is_404(path: str) -> None:
     answer = ROUTER.find(HttpRequest("GET", path))
     assert isinstance(answer, HttpResponse)
     assert answer.status == 404
@@ -43,28 +43,28 @@ def test_any_other_path_is_404(path: str) -> None:
         ("HEAD", "/b", "POST"),
     ],
 )
-def test_any_other_method_is_405_with_those_that_there_are(method: str, path: str, allow: str) -> None:
+def test_unsupported_method_is_405_with_allow(method: str, path: str, allow: str) -> None:
     answer = ROUTER.find(HttpRequest(method, path))
     assert isinstance(answer, HttpResponse)
     assert answer.status == 405
     assert answer.headers == (("Allow", allow),)
 
 
-def test_a_route_is_added_once() -> None:
+def test_duplicate_route_is_refused() -> None:
     router = Router()
     router.add(Route("GET", "/a", get))
-    with pytest.raises(ValueError, match="GET /a has a handler already"):
+    with pytest.raises(ValueError, match="GET /a already has a handler"):
         router.add(Route("GET", "/a", post))
     assert router.paths == ("/a",)
 
 
 @pytest.mark.parametrize("path", ["a", "", "/a?b", "/ä", "/a b", "/%61"])
-def test_a_path_that_no_request_can_name_is_refused(path: str) -> None:
-    with pytest.raises(ValueError, match="no path"):
+def test_invalid_route_path_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="invalid path"):
         Router([Route("GET", path, get)])
 
 
-def test_a_body_is_json_or_an_error() -> None:
+def test_json_parses_body_or_raises() -> None:
     assert HttpRequest("POST", "/", body=b'{"a": 1}').json() == {"a": 1}
     with pytest.raises(ValueError, match="Expecting value"):
         HttpRequest("POST", "/", body=b"x").json()
@@ -75,6 +75,6 @@ def test_json_ends_with_a_line_end() -> None:
 
 
 @pytest.mark.parametrize(("status", "body"), [(100, b""), (101, b""), (600, b""), (204, b"x"), (304, b"x")])
-def test_a_response_that_http_does_not_have_is_refused(status: int, body: bytes) -> None:
-    with pytest.raises(ValueError, match="no final response"):
+def test_invalid_status_or_body_is_refused(status: int, body: bytes) -> None:
+    with pytest.raises(ValueError, match="must be final"):
         HttpResponse(status, body)

@@ -1,4 +1,4 @@
-"""The header fields of every response: which, with what in them, and each once."""
+"""Test the security header fields of every response."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from zcproto.admin.http_resources import hsts_of
 from zcproto.config import Config
 from zcproto.config.load import load_config
 from zcproto.errors import ConfigError
-from zcproto.http.messages import NOT_OF_A_HANDLER, HttpResponse
-from zcproto.http.security_headers import NO_PAGE, YEAR_S, SecurityHeaders, StrictTransportSecurity
+from zcproto.http.messages import RESERVED_FIELDS, HttpResponse
+from zcproto.http.security_headers import DEFAULT_POLICY, YEAR_S, SecurityHeaders, StrictTransportSecurity
 
 
 def fields(block: bytes) -> dict[str, str]:
-    """The lines of a block, of which no two may have one name."""
+    """Parse a block; names must be unique."""
     assert block.endswith(b"\r\n")
     lines = [line.partition(": ") for line in block.decode("ascii").removesuffix("\r\n").split("\r\n")]
     found = {name: value for name, _, value in lines}
@@ -23,7 +23,7 @@ def fields(block: bytes) -> dict[str, str]:
     return found
 
 
-def test_all_that_owasp_lists_is_there() -> None:
+def test_owasp_headers_are_present() -> None:
     found = fields(SecurityHeaders(StrictTransportSecurity()).block())
     permissions = found.pop("Permissions-Policy")
     assert found == {
@@ -36,7 +36,7 @@ def test_all_that_owasp_lists_is_there() -> None:
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Embedder-Policy": "require-corp",
         "Cross-Origin-Resource-Policy": "same-origin",
-        "Content-Security-Policy": NO_PAGE,
+        "Content-Security-Policy": DEFAULT_POLICY,
     }
     assert {each.partition("=")[2] for each in permissions.split(", ")} == {"()"}
     assert {"camera=()", "geolocation=()", "microphone=()", "payment=()", "usb=()"} <= set(
@@ -53,15 +53,15 @@ def test_all_that_owasp_lists_is_there() -> None:
         (StrictTransportSecurity(0, True), "max-age=0; includeSubDomains"),
     ],
 )
-def test_the_policy_is_written_as_rfc_6797_says(policy: StrictTransportSecurity, value: str) -> None:
+def test_hsts_value_follows_rfc_6797(policy: StrictTransportSecurity, value: str) -> None:
     assert fields(SecurityHeaders(policy).block())["Strict-Transport-Security"] == value
 
 
-def test_without_a_policy_there_is_no_such_field() -> None:
+def test_hsts_is_absent_when_switched_off() -> None:
     assert "Strict-Transport-Security" not in fields(SecurityHeaders(None).block())
 
 
-def test_a_page_has_a_policy_of_its_own_in_the_place_of_the_usual_one() -> None:
+def test_page_policy_replaces_default_policy() -> None:
     headers = SecurityHeaders(StrictTransportSecurity())
     found = fields(headers.block("default-src 'self'"))
     assert found["Content-Security-Policy"] == "default-src 'self'"
@@ -69,17 +69,17 @@ def test_a_page_has_a_policy_of_its_own_in_the_place_of_the_usual_one() -> None:
 
 
 @pytest.mark.parametrize("policy", ["a\r\nSet-Cookie: b", "a\nb", "\u2028", "é", "a\0"])
-def test_a_policy_cannot_bring_lines_of_its_own(policy: str) -> None:
+def test_multiline_policy_is_refused(policy: str) -> None:
     with pytest.raises(ValueError, match="one line of ASCII"):
         SecurityHeaders(None).block(policy)
 
 
-def test_no_handler_sets_what_every_response_has() -> None:
+def test_handler_cannot_set_reserved_fields() -> None:
     assert {
         name.lower() for name in fields(SecurityHeaders(StrictTransportSecurity()).block())
-    } <= NOT_OF_A_HANDLER
-    for name in NOT_OF_A_HANDLER:
-        with pytest.raises(ValueError, match="not set by a handler"):
+    } <= RESERVED_FIELDS
+    for name in RESERVED_FIELDS:
+        with pytest.raises(ValueError, match="reserved"):
             HttpResponse(200, headers=((name.title(), "x"),))
 
 
@@ -92,7 +92,7 @@ def test_no_handler_sets_what_every_response_has() -> None:
         ({"hsts": False}, None),
     ],
 )
-def test_the_configuration_decides(settings: dict[str, object], value: str | None) -> None:
+def test_hsts_follows_configuration(settings: dict[str, object], value: str | None) -> None:
     hsts = hsts_of(Config.model_validate({"http": settings}).http)
     assert (None if hsts is None else hsts.value) == value
 
@@ -105,7 +105,7 @@ def test_the_configuration_decides(settings: dict[str, object], value: str | Non
         ({"hsts_max_age_seconds": YEAR_S - 1}, "http.hsts_max_age_seconds"),
     ],
 )
-def test_preload_is_refused_where_browsers_would_refuse_it(
+def test_preload_is_refused_without_its_requirements(
     settings: dict[str, object], key: str, tmp_path: Path
 ) -> None:
     overrides = {f"http.{name}": value for name, value in {"hsts_preload": True, **settings}.items()}
@@ -116,12 +116,14 @@ def test_preload_is_refused_where_browsers_would_refuse_it(
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"http.enabled": False}, "must be 0 with http.enabled, which is false"),
         ({"server.port": 8080}, "must not be server.port, which is 8080"),
     ],
 )
-def test_a_redirect_to_nowhere_is_refused(settings: dict[str, object], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_redirect_port_without_https_is_refused(
+    settings: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_config(None, home=tmp_path, environ={}, overrides={"http.redirect_port": 8080, **settings})

@@ -1,4 +1,4 @@
-"""Frames to decode, and what decoding them takes."""
+"""Build frames and measure the memory of decoding."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MIB = 1 << 20
 
 
 def request(size: int, stream: int = 1) -> bytes:
-    """A REQUEST with a body of so many bytes, which is no message."""
+    """Return a REQUEST with `size` bytes of body, not valid msgpack."""
     return encode_frame(REQUEST, stream, 5, SALT, stream, NO_TOKEN, b"x" * size)
 
 
-def take_all(decoder: FrameDecoder) -> list[int]:
-    """The streams of all frames that are there."""
+def read_streams(decoder: FrameDecoder) -> list[int]:
+    """Return the streams of all complete frames."""
     streams = []
     while (frame := decoder.next_frame()) is not None:
         streams.append(frame[2])
@@ -29,7 +29,7 @@ def take_all(decoder: FrameDecoder) -> list[int]:
 
 
 def peak_of(decode: Callable[[bytes], Any], body: bytes) -> int:
-    """Bytes allocated at most while a body is decoded, whatever comes of it."""
+    """Return the peak of bytes allocated while decoding a body, valid or not."""
     tracemalloc.start()
     with contextlib.suppress(MessageError):
         decode(body)

@@ -1,4 +1,4 @@
-"""The decoder: what it keeps, and how its limit changes."""
+"""Test buffering and limits of the frame decoder."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import tracemalloc
 
 import pytest
 
-from tests.wire.helpers import MIB, SALT, request, take_all
+from tests.wire.helpers import MIB, SALT, read_streams, request
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, RESPONSE, Side, encode_frame
 
 
-def refused_as(decoder: FrameDecoder) -> Code:
+def refusal_code(decoder: FrameDecoder) -> Code:
     with pytest.raises(ProtocolError) as caught:
         decoder.next_frame()
     return caught.value.code
 
 
-def test_a_frame_comes_out_as_it_was_written() -> None:
+def test_frame_round_trips() -> None:
     decoder = FrameDecoder(Side.CLIENT, 1000)
     decoder.feed(encode_frame(RESPONSE, 7, 2**64 - 1, SALT, 2**63, bytes(range(32)), b"\xc0"))
     assert decoder.next_frame() == (65, RESPONSE, 7, 2**64 - 1, SALT, 2**63, bytes(range(32)), b"\xc0")
     assert decoder.next_frame() is None
 
 
-def test_one_whole_request_is_judged_without_being_fed() -> None:
+def test_single_complete_request_is_judged_without_buffering() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     data = request(10)
     header = decoder.judge_one(data)
@@ -34,8 +34,8 @@ def test_one_whole_request_is_judged_without_being_fed() -> None:
     assert (*header, data[HEADER_SIZE:]) == decoder.next_frame()
 
 
-def test_nothing_else_is_judged() -> None:
-    """What is not just one frame that any server takes is left to be fed, with the answer that has."""
+def test_judge_one_returns_none_for_anything_else() -> None:
+    """Everything but one complete frame of the usual kind must go through `feed`."""
     limit = len(request(10)) - 4
     others = {
         "nothing": b"",
@@ -49,13 +49,13 @@ def test_nothing_else_is_judged() -> None:
     }
     for what, data in others.items():
         assert FrameDecoder(Side.SERVER, limit).judge_one(data) is None, what
-    behind = FrameDecoder(Side.SERVER, limit)
-    behind.feed(request(10)[:5])
-    assert take_all(behind) == []
-    assert behind.judge_one(request(10)) is None
+    partial = FrameDecoder(Side.SERVER, limit)
+    partial.feed(request(10)[:5])
+    assert read_streams(partial) == []
+    assert partial.judge_one(request(10)) is None
 
 
-def test_no_bytes_are_no_frame() -> None:
+def test_no_input_gives_no_frame() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     assert decoder.next_frame() is None
     decoder.feed(b"")
@@ -63,28 +63,28 @@ def test_no_bytes_are_no_frame() -> None:
     assert decoder.buffered == 0
 
 
-def test_empty_pieces_in_the_middle_do_not_matter() -> None:
+def test_empty_reads_are_ignored() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     data = request(10)
     for piece in (b"", data[:2], b"", data[2:70], b"", data[70:], b""):
         decoder.feed(piece)
         if piece == data[70:]:
-            assert take_all(decoder) == [1]
+            assert read_streams(decoder) == [1]
         else:
-            assert take_all(decoder) == []
+            assert read_streams(decoder) == []
     assert decoder.buffered == 0
 
 
-def test_asking_again_for_more_changes_nothing() -> None:
+def test_next_frame_on_incomplete_input_is_repeatable() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     data = request(10)
     decoder.feed(data[:30])
     assert [decoder.next_frame(), decoder.next_frame(), decoder.buffered] == [None, None, 30]
     decoder.feed(data[30:])
-    assert take_all(decoder) == [1]
+    assert read_streams(decoder) == [1]
 
 
-def test_buffered_counts_the_bytes_of_the_frame_that_is_not_complete() -> None:
+def test_buffered_counts_bytes_of_incomplete_frame() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     data = request(10)
     for have in range(1, len(data)):
@@ -92,12 +92,12 @@ def test_buffered_counts_the_bytes_of_the_frame_that_is_not_complete() -> None:
         assert decoder.next_frame() is None
         assert decoder.buffered == have
     decoder.feed(data[-1:] + data[:3])
-    assert take_all(decoder) == [1]
+    assert read_streams(decoder) == [1]
     assert decoder.buffered == 3
 
 
 @pytest.mark.parametrize("receiver", Side)
-def test_each_receiver_takes_pings(receiver: Side) -> None:
+def test_both_sides_accept_ping(receiver: Side) -> None:
     decoder = FrameDecoder(receiver, 1000)
     decoder.feed(encode_frame(PING, 0, 5, SALT, 1, NO_TOKEN))
     frame = decoder.next_frame()
@@ -105,40 +105,40 @@ def test_each_receiver_takes_pings(receiver: Side) -> None:
     assert frame[1] == PING
 
 
-def test_a_length_of_exactly_the_limit_is_accepted_and_one_more_is_not() -> None:
+def test_length_at_limit_is_accepted_and_above_is_refused() -> None:
     decoder = FrameDecoder(Side.SERVER, 100)
     decoder.feed(request(36) + request(37, stream=2))
     frame = decoder.next_frame()
     assert frame is not None
     assert frame[0] == 100
-    assert refused_as(decoder) is Code.FRAME_TOO_LARGE
+    assert refusal_code(decoder) is Code.FRAME_TOO_LARGE
 
 
-def test_a_refused_length_is_judged_before_its_header_is_complete() -> None:
+def test_length_above_limit_is_refused_before_header_is_complete() -> None:
     for have in range(4, HEADER_SIZE + 1):
         decoder = FrameDecoder(Side.SERVER, 100)
         decoder.feed(request(37)[:have])
-        assert refused_as(decoder) is Code.FRAME_TOO_LARGE
+        assert refusal_code(decoder) is Code.FRAME_TOO_LARGE
 
 
-def test_a_larger_limit_holds_for_the_next_frame_of_the_same_read() -> None:
+def test_raised_limit_applies_to_next_frame_of_same_read() -> None:
     decoder = FrameDecoder(Side.SERVER, 100)
     decoder.feed(request(10) + request(500, stream=2))
     assert decoder.next_frame() is not None
     decoder.limit = 1000
-    assert take_all(decoder) == [2]
+    assert read_streams(decoder) == [2]
 
 
-def test_a_smaller_limit_holds_for_the_next_frame_of_the_same_read() -> None:
+def test_lowered_limit_applies_to_next_frame_of_same_read() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     decoder.feed(request(10) + request(500, stream=2))
     assert decoder.next_frame() is not None
     decoder.limit = 100
-    assert refused_as(decoder) is Code.FRAME_TOO_LARGE
+    assert refusal_code(decoder) is Code.FRAME_TOO_LARGE
 
 
 @pytest.mark.parametrize("have", [4, 30, HEADER_SIZE, HEADER_SIZE + 1, HEADER_SIZE + 499])
-def test_a_smaller_limit_spares_a_frame_whose_length_was_accepted(have: int) -> None:
+def test_lowered_limit_keeps_frame_whose_length_was_accepted(have: int) -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     data = request(500)
     decoder.feed(data[:have])
@@ -146,12 +146,12 @@ def test_a_smaller_limit_spares_a_frame_whose_length_was_accepted(have: int) -> 
     decoder.limit = 100
     for at in range(have, len(data)):
         decoder.feed(data[at : at + 1])
-        assert take_all(decoder) == ([1] if at == len(data) - 1 else [])
+        assert read_streams(decoder) == ([1] if at == len(data) - 1 else [])
     decoder.feed(data)
-    assert refused_as(decoder) is Code.FRAME_TOO_LARGE
+    assert refusal_code(decoder) is Code.FRAME_TOO_LARGE
 
 
-def test_only_the_frame_that_was_accepted_is_spared() -> None:
+def test_lowered_limit_refuses_frame_after_the_accepted_one() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     data = request(500)
     decoder.feed(data[:200])
@@ -159,20 +159,20 @@ def test_only_the_frame_that_was_accepted_is_spared() -> None:
     decoder.limit = 100
     decoder.feed(data[200:] + request(500, stream=2))
     assert decoder.next_frame() is not None
-    assert refused_as(decoder) is Code.FRAME_TOO_LARGE
+    assert refusal_code(decoder) is Code.FRAME_TOO_LARGE
 
 
-def test_a_frame_whose_length_was_not_complete_is_not_spared() -> None:
+def test_lowered_limit_refuses_frame_with_truncated_length() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     data = request(500)
     decoder.feed(data[:3])
     assert decoder.next_frame() is None
     decoder.limit = 100
     decoder.feed(data[3:])
-    assert refused_as(decoder) is Code.FRAME_TOO_LARGE
+    assert refusal_code(decoder) is Code.FRAME_TOO_LARGE
 
 
-def test_a_frame_spared_and_then_allowed_leaves_nothing_behind() -> None:
+def test_accepted_frame_leaves_no_exemption_after_limit_is_raised() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     data = request(500)
     decoder.feed(data[:200])
@@ -180,13 +180,13 @@ def test_a_frame_spared_and_then_allowed_leaves_nothing_behind() -> None:
     decoder.limit = 100
     decoder.feed(data[200:])
     decoder.limit = 1000
-    assert take_all(decoder) == [1]
+    assert read_streams(decoder) == [1]
     decoder.limit = 100
     decoder.feed(data)
-    assert refused_as(decoder) is Code.FRAME_TOO_LARGE
+    assert refusal_code(decoder) is Code.FRAME_TOO_LARGE
 
 
-def test_a_declared_length_reserves_nothing() -> None:
+def test_declared_length_allocates_no_memory() -> None:
     header = request(MIB - 64)[:HEADER_SIZE]
     tracemalloc.start()
     decoder = FrameDecoder(Side.SERVER, MIB)
@@ -197,7 +197,7 @@ def test_a_declared_length_reserves_nothing() -> None:
     assert peak < 4096
 
 
-def test_the_rest_of_a_read_can_be_taken_later() -> None:
+def test_remaining_frames_of_a_read_can_be_read_later() -> None:
     decoder = FrameDecoder(Side.SERVER, MIB)
     decoder.feed(request(5, stream=1) + request(5, stream=2) + request(5, stream=3)[:20])
     assert next(decoder.frames())[2] == 1
@@ -207,7 +207,7 @@ def test_the_rest_of_a_read_can_be_taken_later() -> None:
     assert [frame[2] for frame in decoder.frames()] == [3]
 
 
-def test_the_limit_is_asked_anew_for_each_frame_of_an_iteration() -> None:
+def test_limit_is_read_again_for_each_frame() -> None:
     decoder = FrameDecoder(Side.SERVER, 100)
     decoder.feed(request(10) + request(500, stream=2) + request(500, stream=3))
     frames = decoder.frames()

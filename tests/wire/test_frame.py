@@ -1,4 +1,4 @@
-"""The layout of a frame, and what its header alone must satisfy."""
+"""Test the layout of a frame and the validation of its header."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SALT = b"a salt.."
 TOKEN = bytes(range(32))
 
 
-def test_each_field_lies_where_the_table_says() -> None:
+def test_fields_are_at_the_specified_offsets() -> None:
     data = encode_frame(REQUEST, 0x01020304, 0x1112131415161718, SALT, 0x2122232425262728, TOKEN, b"body")
     assert data[0:4] == struct.pack("!I", len(data) - 4)
     assert data[4:6] == b"\x01\x02"
@@ -40,44 +40,44 @@ def test_each_field_lies_where_the_table_says() -> None:
     assert data[68:] == b"body"
 
 
-def test_a_frame_without_body_is_a_header() -> None:
+def test_frame_without_body_is_68_bytes() -> None:
     data = encode_frame(wire.PING, 0, 5, SALT, 1, NO_TOKEN)
     assert len(data) == HEADER_SIZE == 68
     assert int.from_bytes(data[:4], "big") == MIN_LENGTH == 64
 
 
-def test_kinds_have_the_numbers_of_the_specification() -> None:
+def test_kind_numbers_match_specification() -> None:
     assert {kind.name: kind.value for kind in Kind} == document("tables")["kinds"]
 
 
-def test_codes_have_the_numbers_of_the_specification() -> None:
+def test_code_numbers_match_specification() -> None:
     assert {code.name: code.value for code in Code} == document("tables")["codes"]
 
 
-def test_every_kind_has_its_head_as_a_constant() -> None:
+def test_every_kind_has_a_head_constant() -> None:
     for kind in Kind:
         assert getattr(wire, kind.name) == head_of(kind) == 0x01000000 | kind << 16
 
 
-def test_only_ping_and_pong_go_both_ways() -> None:
+def test_only_ping_and_pong_are_accepted_by_both_sides() -> None:
     assert ACCEPTED[Side.SERVER] & ACCEPTED[Side.CLIENT] == {wire.PING, wire.PONG}
     assert ACCEPTED[Side.SERVER] | ACCEPTED[Side.CLIENT] == {head_of(kind) for kind in Kind}
 
 
 @pytest.mark.parametrize("length", [0, 1, 63])
-def test_a_length_below_the_header_is_a_protocol_error(length: int) -> None:
+def test_length_below_header_is_protocol_error(length: int) -> None:
     with pytest.raises(ProtocolError) as caught:
         check_length(length, 1000)
     assert caught.value.code is Code.PROTOCOL_ERROR
 
 
 @pytest.mark.parametrize("length", [64, 65, 999, 1000])
-def test_a_length_up_to_the_limit_is_accepted(length: int) -> None:
+def test_length_up_to_limit_is_accepted(length: int) -> None:
     check_length(length, 1000)
 
 
 @pytest.mark.parametrize("length", [1001, 2**31, 2**32 - 1])
-def test_a_length_above_the_limit_is_too_large(length: int) -> None:
+def test_length_above_limit_is_frame_too_large(length: int) -> None:
     with pytest.raises(ProtocolError) as caught:
         check_length(length, 1000)
     assert caught.value.code is Code.FRAME_TOO_LARGE
@@ -95,7 +95,7 @@ STREAMS = {
         Kind.EVENT: {0},
     },
 }
-"""Which streams (0, or any other) each side may receive a kind on, written down once more."""
+"""Streams (0 or another) on which each side may receive a kind, written independently of the code."""
 
 
 def is_accepted(head: int, stream: int, receiver: Side) -> bool:
@@ -110,20 +110,20 @@ def is_accepted(head: int, stream: int, receiver: Side) -> bool:
 
 @pytest.mark.parametrize("receiver", Side)
 @pytest.mark.parametrize("stream", [0, 1])
-def test_of_all_kinds_only_the_listed_are_accepted_and_on_their_streams(receiver: Side, stream: int) -> None:
+def test_only_listed_kinds_are_accepted_on_their_streams(receiver: Side, stream: int) -> None:
     for kind in range(256):
         allowed = stream in STREAMS[receiver].get(kind, set())  # type: ignore[call-overload]
         assert is_accepted(0x01000000 | kind << 16, stream, receiver) is allowed, hex(kind)
 
 
 @pytest.mark.parametrize("receiver", Side)
-def test_no_other_version_is_accepted(receiver: Side) -> None:
+def test_unknown_version_is_refused(receiver: Side) -> None:
     for version in range(256):
         assert is_accepted(version << 24 | Kind.PING << 16, 0, receiver) is (version == 1)
 
 
 @pytest.mark.parametrize(("kind", "stream"), [(Kind.REQUEST, 1), (Kind.PING, 0)])
-def test_no_flag_is_accepted(kind: Kind, stream: int) -> None:
+def test_flags_are_refused(kind: Kind, stream: int) -> None:
     assert is_accepted(head_of(kind), stream, Side.SERVER)
     for bit in range(16):
         assert not is_accepted(head_of(kind) | 1 << bit, stream, Side.SERVER), bit
@@ -138,7 +138,7 @@ def test_no_flag_is_accepted(kind: Kind, stream: int) -> None:
         (0x01020000, 0, "stream does not fit the frame kind"),
     ],
 )
-def test_version_kind_flags_and_stream_are_judged_in_this_order(head: int, stream: int, reason: str) -> None:
+def test_header_is_checked_in_order_version_kind_flags_stream(head: int, stream: int, reason: str) -> None:
     with pytest.raises(ProtocolError) as caught:
         check_head(head, stream, Side.SERVER)
     assert caught.value.reason == reason

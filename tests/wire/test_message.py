@@ -1,4 +1,4 @@
-"""Bodies: what is refused and how, and that no failure leaves anything behind."""
+"""Test encoding and decoding of bodies, refusals and their isolation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def nested(depth: int) -> bytes:
 @pytest.mark.parametrize(
     "value", [None, True, 0, -1, 2**64 - 1, 1.5, "", "\u00e9", b"", [], {}, {"a": [1, {"b": b"c"}]}]
 )
-def test_a_value_comes_back_as_it_was(value: Any) -> None:
+def test_value_round_trips(value: Any) -> None:
     back = decode_body(encode_body(value))
     assert back == value
     assert type(back) is type(value)
@@ -77,13 +77,13 @@ UNSENDABLE = {
 
 
 @pytest.mark.parametrize("value", UNSENDABLE.values(), ids=UNSENDABLE.keys())
-def test_what_cannot_be_sent_is_refused_and_the_next_value_is_whole(value: Any) -> None:
+def test_unencodable_value_is_refused_and_next_value_is_intact(value: Any) -> None:
     with pytest.raises(MessageError, match=r"^value cannot be sent: [A-Za-z]+$"):
         encode_body(value)
     assert encode_body({"next": [1, "two"]}) == msgpack.packb({"next": [1, "two"]})
 
 
-def test_a_refused_value_is_not_in_the_message() -> None:
+def test_refused_value_does_not_appear_in_error() -> None:
     with pytest.raises(MessageError) as caught:
         encode_body({"secret": {"a": object()}})
     assert "secret" not in str(caught.value)
@@ -108,7 +108,7 @@ def test_a_refused_value_is_not_in_the_message() -> None:
         (nested(32), "nested too deep"),
     ],
 )
-def test_a_fault_has_a_fixed_phrase_however_large_the_body(padding: bytes, tail: bytes, phrase: str) -> None:
+def test_invalid_body_gives_fixed_phrase_at_any_size(padding: bytes, tail: bytes, phrase: str) -> None:
     body = b"\x92" + encode_body(padding) + tail
     with pytest.raises(MessageError) as caught:
         decode_body(body)
@@ -116,20 +116,20 @@ def test_a_fault_has_a_fixed_phrase_however_large_the_body(padding: bytes, tail:
 
 
 @pytest.mark.parametrize("decode", DECODERS)
-def test_an_empty_body_says_so(decode: Callable[[bytes], Any]) -> None:
+def test_empty_body_is_refused(decode: Callable[[bytes], Any]) -> None:
     with pytest.raises(MessageError, match=r"^body is empty$"):
         decode(b"")
 
 
 @pytest.mark.parametrize("decode", DECODERS)
-def test_what_is_no_msgpack_is_refused_by_every_decoder(decode: Callable[[bytes], Any]) -> None:
+def test_invalid_msgpack_is_refused_by_every_decoder(decode: Callable[[bytes], Any]) -> None:
     for body in (b"\xc1", b"\x92", b"\xdd\xff\xff\xff\xff", LARGE):
         with pytest.raises(MessageError):
             decode(body)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 32])
-def test_a_body_is_nested_up_to_the_limit_and_no_deeper(depth: int) -> None:
+def test_nesting_beyond_max_depth_is_refused(depth: int) -> None:
     decode_body(nested(depth), depth)
     decode_body(b"\x81\xa0" * (depth - 1) + b"\x80", depth)
     with pytest.raises(MessageError, match=r"^nested too deep$"):
@@ -139,7 +139,7 @@ def test_a_body_is_nested_up_to_the_limit_and_no_deeper(depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [3, 5, 32])
-def test_params_and_meta_count_the_outer_array(depth: int) -> None:
+def test_depth_of_params_and_meta_includes_outer_array(depth: int) -> None:
     fits, deeper = msgpack.unpackb(nested(depth - 2)), msgpack.unpackb(nested(depth - 1))
     decode_request(encode_request("m", {"x": fits}), depth)
     decode_request(encode_request("m", None, {"x": fits}), depth)
@@ -152,7 +152,7 @@ def test_params_and_meta_count_the_outer_array(depth: int) -> None:
             decode_request(encode_request("m", params, meta), depth)
 
 
-def test_the_depth_of_errors_events_and_maps_is_limited_too() -> None:
+def test_depth_of_errors_events_and_maps_is_limited() -> None:
     deep = msgpack.unpackb(nested(31))
     for decode, value in (
         (decode_error, [5, "m", {"x": deep}]),
@@ -167,25 +167,25 @@ def test_the_depth_of_errors_events_and_maps_is_limited_too() -> None:
 # --- requests ----------------------------------------------------------------------------------------
 
 
-def test_a_request_comes_back_as_it_was() -> None:
+def test_request_round_trips() -> None:
     meta = {"deadline_ms": 5, "idempotency_key": "k", "traceparent": TRACEPARENT, "more": [1]}
     assert decode_request(encode_request("a.b_c9", {"x": 1})) == ("a.b_c9", {"x": 1}, NO_META)
     assert decode_request(encode_request("m", None)) == ("m", {}, RequestMeta(None, None, None))
     assert decode_request(encode_request("m", {}, meta)) == ("m", {}, RequestMeta(5, "k", TRACEPARENT))
 
 
-def test_an_empty_meta_is_not_sent() -> None:
+def test_empty_meta_is_omitted() -> None:
     assert encode_request("m", {}, {}) == encode_request("m", {}, None) == msgpack.packb(["m", {}])
 
 
-def test_the_same_method_is_judged_the_same_again() -> None:
+def test_cached_method_check_gives_same_result() -> None:
     for _ in range(3):
         assert decode_request(encode_request("judged.once", None))[0] == "judged.once"
         with pytest.raises(MessageError):
             decode_request(encode_request("Judged", None))
 
 
-def test_more_methods_than_are_remembered_are_still_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_beyond_cache_size_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "_well_formed_methods", set())
     for number in range(wire._WELL_FORMED_METHODS_KEPT + 50):
         assert decode_request(encode_request(f"m{number}", None))[0] == f"m{number}"
@@ -195,14 +195,14 @@ def test_more_methods_than_are_remembered_are_still_accepted(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("value", [None, 7, b"00", ["00"], {"a": 1}, True, 1.5])
-def test_a_traceparent_that_is_no_str_is_ignored(value: Any) -> None:
+def test_traceparent_of_wrong_type_is_ignored(value: Any) -> None:
     assert parse_traceparent(value) is None
 
 
 # --- errors, events, maps --------------------------------------------------------------------------------
 
 
-def test_an_error_comes_back_as_it_was() -> None:
+def test_error_round_trips() -> None:
     details = {"retry_after_ms": 5}
     assert decode_error(encode_error(Code.UNAVAILABLE, "later", details)) == ErrorMessage(
         14, "later", details
@@ -213,7 +213,7 @@ def test_an_error_comes_back_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("code", Code)
-def test_the_code_of_an_error_that_was_encoded_is_read_without_decoding(code: Code) -> None:
+def test_code_in_reads_code_without_decoding(code: Code) -> None:
     assert code_in(encode_error(code, "no")) == code_in(encode_error(code, "no", {"a": 1})) == code
 
 
@@ -221,7 +221,7 @@ def test_details_may_be_nil() -> None:
     assert decode_error(encode_body([5, "no", None])) == ErrorMessage(5, "no", {})
 
 
-def test_an_event_and_a_map_come_back_as_they_were() -> None:
+def test_event_and_map_round_trip() -> None:
     assert decode_event(encode_body(["name", None])) == ("name", None)
     assert decode_map(encode_body({"a": 1})) == {"a": 1}
 
@@ -234,18 +234,18 @@ BOMBS = {
     for vector in document("bodies-invalid")["vectors"]
     if "bomb" in vector["flags"]
 }
-BOMBS["worst-that-is-believed"] = b"\xdc\x01\x00" * 85
-BOMBS["worst-of-maps-that-is-believed"] = b"\x81\xa0\xdc\x00\xfa" * 51
+BOMBS["worst-trusted-arrays"] = b"\xdc\x01\x00" * 85
+BOMBS["worst-trusted-maps"] = b"\x81\xa0\xdc\x00\xfa" * 51
 BOMBS["wide-then-cut"] = b"\xdd\x00\x0f\xff\xf0" + b"\x90" * 300
 
 
 @pytest.mark.parametrize("body", BOMBS.values(), ids=BOMBS.keys())
-def test_declared_lengths_reserve_no_memory(body: bytes) -> None:
+def test_declared_lengths_of_body_allocate_no_memory(body: bytes) -> None:
     for decode in DECODERS:
         assert peak_of(decode, body) < 200_000
 
 
-# --- what a failure leaves behind ---------------------------------------------------------------------------
+# --- isolation of failures ---------------------------------------------------------------------------
 
 BROKEN = {
     "cut": b"\x92" + encode_body(LARGE),
@@ -259,7 +259,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
-def test_after_a_body_that_fails_the_next_one_is_judged_alone(broken: bytes) -> None:
+def test_invalid_body_does_not_affect_the_next(broken: bytes) -> None:
     good = encode_body([LARGE, {"a": 1}])
     for _ in range(3):
         with pytest.raises(MessageError):
@@ -269,7 +269,7 @@ def test_after_a_body_that_fails_the_next_one_is_judged_alone(broken: bytes) -> 
         decode_body(good + b"\xc0")
 
 
-def test_bodies_in_several_threads_do_not_mix() -> None:
+def test_concurrent_decoding_in_threads_does_not_mix_bodies() -> None:
     body = encode_body([LARGE, {"numbers": list(range(200))}])
     value = decode_body(body)
     cut = body[:-1]

@@ -1,4 +1,4 @@
-"""Every vector of the specification: whole, byte by byte, in two pieces, and with more bytes behind."""
+"""Test every vector of the specification: whole, byte by byte, in two pieces, and with trailing bytes."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from zcproto.wire.frame import PING, Side, encode_frame
 from zcproto.wire.message import MessageError, parse_traceparent
 
 VECTORS = frame_vectors()
-PING_BEHIND = encode_frame(PING, 0, 1, b"another.", 2, bytes(32))
+TRAILING_PING = encode_frame(PING, 0, 1, b"another.", 2, bytes(32))
 
 
 def judge_all(seen: list[Seen], vector: Vector) -> None:
-    """Assert that the decoder gave what the vector says, and no more."""
+    """Assert that the decoder gave exactly the outcomes of the vector."""
     expected = vector["expect"]
     for got, outcome in zip(seen, expected, strict=False):
         judge(got, outcome, vector["context"]["max_depth"])
     if not any(outcome.get("fatal") for outcome in expected):
         assert len(seen) == len(expected)
-    else:  # a fault that only the conversation sees does not stop the decoder
+    else:  # an error found by the conversation does not stop the decoder
         assert len(seen) >= len(expected)
 
 
 def judge(seen: Seen, outcome: Vector, max_depth: int) -> None:
-    """Assert that one thing it gave is what the vector says, as far as bytes alone can tell."""
+    """Assert one outcome, as far as the bytes alone determine it."""
     match outcome["result"]:
         case "incomplete":
             assert seen == outcome["have"]
@@ -63,8 +63,8 @@ def judge_frame(frame: Any, outcome: Vector, max_depth: int) -> None:
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_the_decoder_does_what_the_vector_says(name: str) -> None:
-    """Whole, in pieces, and with more bytes behind."""
+def test_decoder_follows_vector(name: str) -> None:
+    """Whole, in pieces, and with trailing bytes."""
     vector = VECTORS[name]
     data = bytes.fromhex(vector["bytes"])
     whole = decode(vector, [data])
@@ -75,20 +75,20 @@ def test_the_decoder_does_what_the_vector_says(name: str) -> None:
         assert decode(vector, [data + b"\xff" * 100]) == whole
         assert decode(vector, [data[:-1], data[-1:] + b"\x00" * 100]) == whole
     elif not whole or isinstance(whole[-1], tuple):
-        assert decode(vector, [data + PING_BEHIND]) == [
+        assert decode(vector, [data + TRAILING_PING]) == [
             *whole,
             (64, PING, 0, 1, b"another.", 2, bytes(32), b""),
         ]
 
 
-def test_a_header_fault_is_found_in_the_first_68_bytes() -> None:
+def test_header_error_is_found_in_first_68_bytes() -> None:
     for name, vector in VECTORS.items():
         if name.startswith("headers/"):
             data = bytes.fromhex(vector["bytes"])
             assert isinstance(decode(vector, [data[:68]])[-1], Code), name
 
 
-def test_a_length_fault_is_found_in_the_first_4_bytes() -> None:
+def test_length_error_is_found_in_first_4_bytes() -> None:
     for name, vector in VECTORS.items():
         if name.startswith("headers/length"):
             data = bytes.fromhex(vector["bytes"])
@@ -96,7 +96,7 @@ def test_a_length_fault_is_found_in_the_first_4_bytes() -> None:
 
 
 def test_every_kind_and_both_receivers_have_vectors() -> None:
-    taken = {
+    covered = {
         (vector["receiver"], outcome["kind"])
         for vector in VECTORS.values()
         for outcome in vector["expect"]
@@ -105,12 +105,12 @@ def test_every_kind_and_both_receivers_have_vectors() -> None:
     to_the_client = {"WELCOME", "RESPONSE", "ERROR", "PING", "PONG", "GOAWAY", "EVENT"}
     to_the_server = {"REQUEST", "CANCEL", "PING", "PONG"}
     wanted = {(Side.SERVER.value, kind) for kind in to_the_server}
-    assert taken == wanted | {(Side.CLIENT.value, kind) for kind in to_the_client}
+    assert covered == wanted | {(Side.CLIENT.value, kind) for kind in to_the_client}
 
 
 TRACEPARENTS = [vector for vector in document("text")["vectors"] if vector["type"] == "traceparent"]
 
 
 @pytest.mark.parametrize("vector", TRACEPARENTS, ids=[vector["name"] for vector in TRACEPARENTS])
-def test_traceparents_are_taken_or_ignored_as_the_vector_says(vector: Vector) -> None:
+def test_traceparent_follows_vector(vector: Vector) -> None:
     assert parse_traceparent(vector["text"]) == (vector["text"] if vector["expect"]["valid"] else None)

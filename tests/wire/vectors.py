@@ -1,4 +1,4 @@
-"""The vectors of spec/vectors, and what zcproto.wire makes of their bytes."""
+"""Load the vectors of spec/vectors and decode them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FRAME_FILES = ("frames", "headers", "freshness", "streams", "bodies", "bodies-in
 SIDES = {side.value: side for side in Side}
 Vector = dict[str, Any]
 Seen = RawFrame | Code | int
-"""What comes out of a decoder: a frame, the code of the fault that ends it, or how many bytes are left over."""
+"""One outcome of a decoder: a frame, the code of a fatal error, or the number of bytes left over."""
 
 
 @cache
@@ -32,14 +32,14 @@ def document(name: str) -> dict[str, Any]:
 
 
 def frame_vectors() -> dict[str, Vector]:
-    """Every vector of frames by `file/name`."""
+    """Return all frame vectors by `file/name`."""
     return {
         f"{file}/{vector['name']}": vector for file in FRAME_FILES for vector in document(file)["vectors"]
     }
 
 
 def decode(vector: Vector, pieces: Iterable[bytes]) -> list[Seen]:
-    """Feed a fresh decoder piece by piece."""
+    """Feed a new decoder piece by piece and return its outcomes."""
     decoder = FrameDecoder(SIDES[vector["receiver"]], vector["context"]["limit"])
     seen: list[Seen] = []
     try:
@@ -56,7 +56,7 @@ def decode(vector: Vector, pieces: Iterable[bytes]) -> list[Seen]:
 
 
 def ways_to_cut(data: bytes) -> Iterator[list[bytes]]:
-    """One byte at a time, and in two pieces at every position."""
+    """Yield the data byte by byte, and in two pieces at every position."""
     yield [data[at : at + 1] for at in range(len(data))]
     if len(data) <= 600:
         for at in range(len(data) + 1):
@@ -64,7 +64,7 @@ def ways_to_cut(data: bytes) -> Iterator[list[bytes]]:
 
 
 def expected_message(outcome: Vector) -> dict[str, Any] | None:
-    """The message of a vector as zcproto.wire has it: nil params are an empty map, no meta is an empty one."""
+    """Return the message of a vector as zcproto.wire decodes it: nil params and missing meta are empty maps."""
     message: dict[str, Any] | None = outcome.get("message")
     if message is None or "method" not in message:
         return message

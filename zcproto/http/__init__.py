@@ -1,1 +1,1 @@
-"""HTTP/1.1 for what is no call: health, metrics, a page for people, the control socket. No I/O, no clock."""
+"""HTTP/1.1 for health checks, metrics, the status page and the control socket (sans-IO)."""

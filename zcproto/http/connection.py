@@ -1,21 +1,21 @@
-"""The server's side of one HTTP/1.1 connection, without I/O: bytes and times in; requests, bytes, a deadline out.
+"""Run the server side of one HTTP/1.1 connection (sans-IO): bytes and times in; requests, bytes, a deadline out.
 
     connection = HttpConnection(limits, security, now, peer)
-    request = connection.receive_data(data, wall, now)      # None: none is complete
-    request = connection.respond(response, wall, now)       # the next one that is there already, if any
+    request = connection.receive_data(data, wall, now)      # None: no request is complete
+    request = connection.respond(response, wall, now)       # the next pipelined request, if complete
     transport.write(connection.data_to_send())              # after each of these; close if `closing`
     connection.handle_timeout(wall, now)                    # at `next_deadline()`
 
-h11 reads and writes the messages; each request has an h11.Connection of its own. What this file decides: how much
-of everything is taken and for how long, what is refused with which status, and when the connection ends.
+h11 reads and writes the messages; each request has its own h11.Connection. This file decides the limits of size,
+count and time, the status of each refusal, and when the connection ends.
 
 Rules:
-- One request at a time is handed out, whole. What follows it waits here, up to a bound (`wants_data`).
-- Whatever h11 takes though two readers could understand it in two ways is refused: a bare CR or LF, control
-  characters, folded lines, Content-Length twice or beside Transfer-Encoding (RFC 9112 sections 2.2, 5.2 and 6.1).
-- After an error in what came in nothing more is read: where the next request begins is anybody's guess. After a
-  chunked body nothing is read either, as programs disagree about its trailer.
-- Every response goes out through `_send`, which puts the security headers in.
+- One complete request at a time is returned. Bytes after it are buffered up to a bound (`wants_data`).
+- Ambiguous input that h11 accepts is refused: a bare CR or LF, control characters, folded lines, a repeated
+  Content-Length or one beside Transfer-Encoding (RFC 9112 sections 2.2, 5.2 and 6.1).
+- After an invalid request nothing more is read: the start of the next one is unknown. Nor after a chunked body,
+  because implementations disagree about trailers.
+- Every response is sent by `_send`, which adds the security headers.
 
 It must not know: transports, TLS, clocks, routes.
 """
@@ -33,12 +33,12 @@ from typing import Final
 
 import h11
 
-from zcproto.http.messages import NOBODY, HttpRequest, HttpResponse, Peer, text_response
+from zcproto.http.messages import UNKNOWN_PEER, HttpRequest, HttpResponse, Peer, text_response
 from zcproto.http.security_headers import SecurityHeaders
 
 METHODS: Final = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"})
-"""Any other is 501: there are no tunnels here, and TRACE would show what somebody else has put into a request.
-Whether a path takes one of these is for routes to say."""
+"""Any other method is 501: CONNECT has no use here, and TRACE would reveal header fields added by proxies.
+The router decides which of these a path accepts."""
 
 _LINE_END: Final = b"\r\n"
 _HEAD_END: Final = b"\r\n\r\n"
@@ -55,7 +55,7 @@ NEVER: Final = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """What a client may take. Sizes in bytes, times in seconds."""
+    """Limits of one client. Sizes in bytes, times in seconds."""
 
     max_head: int = 16_384
     """The request line and all header fields. Browsers send under 2 KiB."""
@@ -63,26 +63,26 @@ class HttpLimits:
     max_fields: int = 64
     max_body: int = 16_384
     max_chunks: int = 256
-    """Of one body. Reading a chunk costs some 50 us, however small it is; clients send them by the KiB."""
+    """Chunks of one body. Each costs about 50 us, however small; clients send chunks of several KiB."""
     max_requests: int = 1_000
-    """Requests of one connection, after which the client connects anew."""
+    """Requests of one connection; then it is closed and the client reconnects."""
     request_timeout: float = 10.0
-    """For the whole head, and again for the whole body, however the bytes drip."""
+    """Time for the complete head, and again for the complete body."""
     answer_timeout: float = 30.0
-    """For a handler that waits for something."""
+    """Time for a handler."""
     idle_timeout: float = 30.0
-    """Between two requests."""
+    """Time between two requests."""
 
 
 class _State(Enum):
-    HEAD = "head"  # idle, or in the midst of a head
+    HEAD = "head"  # idle, or reading a head
     BODY = "body"
     ANSWERING = "answering"
     CLOSING = "closing"
 
 
 class _Refused(Exception):
-    """What came in is answered with this status, and is the last that was read."""
+    """Refuse the request with this status and read nothing more."""
 
     def __init__(self, status: int, text: str = "") -> None:
         super().__init__(text or HTTPStatus(status).phrase.lower())
@@ -90,9 +90,9 @@ class _Refused(Exception):
 
 
 class HttpConnection:
-    """One client's conversation. `wall` is milliseconds since the Unix epoch, `now` monotonic seconds.
+    """One HTTP connection. `wall` is milliseconds since the Unix epoch, `now` monotonic seconds.
 
-    `sent` are the statuses of the responses since it was last emptied, for whoever counts them.
+    `sent` holds the statuses of responses since it was last emptied; metrics read it.
     """
 
     __slots__ = (
@@ -102,46 +102,46 @@ class HttpConnection:
         "_deadline",
         "_h11",
         "_is_last",
-        "_left",
         "_limits",
-        "_looked",
         "_out",
         "_peer",
         "_request",
+        "_requests_left",
+        "_scanned",
         "_security",
-        "_skipped",
+        "_skipped_empty_line",
         "_state",
         "sent",
     )
 
     def __init__(
-        self, limits: HttpLimits, security: SecurityHeaders, now: float, peer: Peer = NOBODY
+        self, limits: HttpLimits, security: SecurityHeaders, now: float, peer: Peer = UNKNOWN_PEER
     ) -> None:
         self._limits = limits
         self._peer = peer
         self._security = security
         self._buffer = bytearray()
-        self._looked = 0  # how much of it is known to hold no end of a head, and nothing ambiguous
-        self._skipped = False  # an empty line before the request
-        self._h11: h11.Connection | None = None  # of the request that is being read or answered
+        self._scanned = 0  # bytes of the buffer that hold neither the end of a head nor ambiguous input
+        self._skipped_empty_line = False  # before the request line
+        self._h11: h11.Connection | None = None  # parser of the current request
         self._request: h11.Request | None = None
         self._body = bytearray()
         self._chunks = 0
         self._out: list[bytes] = []
-        self._left = limits.max_requests
+        self._requests_left = limits.max_requests
         self._is_last = False
         self._state = _State.HEAD
         self._deadline = now + limits.request_timeout
         self.sent: list[int] = []
 
-    # --- what the one who moves the bytes asks -------------------------------------------------------
+    # --- interface of the transport ------------------------------------------------------------------
 
     @property
     def wants_data(self) -> bool:
-        """Whether more should be read.
+        """Return True if the transport should keep reading.
 
-        While a request is being answered, that is to learn that its client is gone: what else comes is kept, but
-        no more than the largest head before reading stops.
+        Reading continues while a request is being answered, to notice a disconnect; at most one maximum head is
+        buffered before it pauses.
         """
         if self._state is _State.ANSWERING:
             return len(self._buffer) < self._limits.max_head
@@ -149,12 +149,12 @@ class HttpConnection:
 
     @property
     def closing(self) -> bool:
-        """Whether the connection ends when `data_to_send` has been sent."""
+        """Return True if the connection closes once `data_to_send` is flushed."""
         return self._state is _State.CLOSING
 
     @property
     def idle(self) -> bool:
-        """Whether nothing of a request is there."""
+        """Return True if no byte of a request has been received."""
         return self._state is _State.HEAD and not self._buffer
 
     def data_to_send(self) -> bytes:
@@ -167,7 +167,7 @@ class HttpConnection:
     # --- bytes in ------------------------------------------------------------------------------------
 
     def receive_data(self, data: bytes, wall: int, now: float) -> HttpRequest | None:
-        """Take in bytes; the request that they complete, if none is being answered."""
+        """Add received bytes. Return the request that they complete, unless one is being answered."""
         if self._state is _State.CLOSING:
             return None
         if self.idle:
@@ -199,42 +199,43 @@ class HttpConnection:
         except h11.RemoteProtocolError as error:
             status = 400 if lengths else error.error_status_hint
             raise _Refused(status) from error
-        assert isinstance(request, h11.Request), "a whole head is a request, or an error"
+        assert isinstance(request, h11.Request), "a complete head is a request or an error"
         self._request = request
         self._check(request, lengths)
-        self._left -= 1
+        self._requests_left -= 1
         self._state = _State.BODY
         self._deadline = now + self._limits.request_timeout
 
     def _take_head(self) -> bytes | None:
-        """The head in the buffer, if it is whole. Each byte is looked at about once, however they come."""
+        """Remove and return the head if it is complete. Each byte is scanned about once, however they arrive."""
         buffer, limits = self._buffer, self._limits
-        if not self._skipped and buffer.startswith(_LINE_END):  # RFC 9112 section 2.2
+        if not self._skipped_empty_line and buffer.startswith(_LINE_END):  # RFC 9112 section 2.2
             del buffer[:2]
-            self._skipped = True
-        end = buffer.find(_HEAD_END, max(0, self._looked - 3), limits.max_head)
+            self._skipped_empty_line = True
+        end = buffer.find(_HEAD_END, max(0, self._scanned - 3), limits.max_head)
         size = len(buffer) if end < 0 else end + len(_HEAD_END)
         longest = limits.max_target + _AROUND_TARGET
         is_too_long = size > longest and buffer.find(_LINE_END, 0, longest) < 0
-        bound = longest if is_too_long else limits.max_head  # what is behind it might not have come yet
-        if _AMBIGUOUS.search(buffer, max(0, self._looked - 1), min(size, bound)):
+        # The answer must not depend on how many bytes after the bound have arrived.
+        bound = longest if is_too_long else limits.max_head
+        if _AMBIGUOUS.search(buffer, max(0, self._scanned - 1), min(size, bound)):
             raise _Refused(400)
         if is_too_long:
             raise _Refused(414)
         if size > limits.max_head:
             raise _Refused(431)
         if end < 0:
-            self._looked = size
+            self._scanned = size
             return None
         head = bytes(buffer[:size])
         del buffer[:size]
-        self._looked, self._skipped = 0, False
+        self._scanned, self._skipped_empty_line = 0, False
         if head.count(_LINE_END) - 2 > limits.max_fields:
             raise _Refused(431, "too many header fields")
         return head
 
     def _check(self, request: h11.Request, lengths: Sequence[bytes]) -> None:
-        """What h11 leaves to others. Raises _Refused."""
+        """Check what h11 does not. Raises _Refused."""
         fields = dict(request.headers)
         if not request.http_version.startswith(b"1."):
             raise _Refused(505)
@@ -243,7 +244,7 @@ class HttpConnection:
         if len(request.target) > self._limits.max_target:
             raise _Refused(414)
         if not _HOST.fullmatch(fields.get(b"host", b"")):
-            raise _Refused(400, "host is no name or address")
+            raise _Refused(400, "host must be a name or an address")
         if b"transfer-encoding" in fields:
             if lengths or request.http_version == b"1.0":
                 raise _Refused(400, "transfer-encoding is not allowed here")
@@ -253,11 +254,11 @@ class HttpConnection:
         if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
             raise _Refused(417)
         if not request.target.startswith(b"/") and _form_of(request) is None:
-            raise _Refused(400, "the target is no path")
+            raise _Refused(400, "the target must be a path")
 
     def _read_body(self, now: float) -> HttpRequest | None:
         parser = self._h11
-        assert parser is not None, "there is one from the head to the answer"
+        assert parser is not None, "set from the head to the answer"
         try:
             event = parser.next_event()
             if event is h11.NEED_DATA and self._buffer:
@@ -265,8 +266,8 @@ class HttpConnection:
                 self._buffer.clear()
                 event = parser.next_event()
             elif parser.they_are_waiting_for_100_continue:
-                go_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
-                self._out.append(parser.send(go_on))
+                proceed = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+                self._out.append(parser.send(proceed))
             while event.__class__ is h11.Data:
                 assert isinstance(event, h11.Data)
                 self._body += event.data
@@ -278,8 +279,8 @@ class HttpConnection:
             raise _Refused(error.error_status_hint) from error
         if event is h11.NEED_DATA:
             return None
-        assert isinstance(event, h11.EndOfMessage), "a body is data, and then its end"
-        # Only now are there bytes behind the request, and they belong to the next one.
+        assert isinstance(event, h11.EndOfMessage), "a body is data, then its end"
+        # Trailing bytes belong to the next request.
         self._buffer += parser.trailing_data[0]
         body, self._body = bytes(self._body), bytearray()
         self._state = _State.ANSWERING
@@ -290,7 +291,7 @@ class HttpConnection:
     # --- responses out -------------------------------------------------------------------------------
 
     def respond(self, response: HttpResponse, wall: int, now: float) -> HttpRequest | None:
-        """Answer the request; the next one, if it is there already. Too late an answer is dropped."""
+        """Send a response. Return the next pipelined request, if complete. A late response is dropped."""
         if self._state is not _State.ANSWERING:
             return None
         self._send(response, wall)
@@ -303,11 +304,11 @@ class HttpConnection:
         return self._advance(wall, now)
 
     def _send(self, response: HttpResponse, wall: int) -> None:
-        """The one way out for responses."""
+        """Queue a response; every response passes here."""
         parser = self._h11
-        if parser is None:  # nothing was understood
+        if parser is None:  # the head was not parsed
             parser = h11.Connection(h11.SERVER)
-        last = self._is_last or response.close or self._left <= 0
+        last = self._is_last or response.close or self._requests_left <= 0
         fields: list[tuple[str, str]] = [("Date", _date(wall // _MS)), *response.headers]
         if response.status != HTTPStatus.NO_CONTENT:
             fields += [("Content-Type", response.content_type), ("Content-Length", str(len(response.body)))]
@@ -317,7 +318,7 @@ class HttpConnection:
             status_code=response.status, headers=fields, reason=HTTPStatus(response.status).phrase
         )
         security = self._security.block(response.policy)
-        # From here on nothing raises: what was wrong with the response was found above.
+        # Nothing below raises: an invalid response was refused above.
         status_line, line_end, rest = parser.send(message).partition(_LINE_END)
         self._out += (status_line, line_end, security, rest)
         if self._request is None or self._request.method != b"HEAD":
@@ -334,7 +335,7 @@ class HttpConnection:
     # --- time, and the end ---------------------------------------------------------------------------
 
     def handle_timeout(self, wall: int, now: float) -> None:
-        """Do what is due: what is half there is 408, a handler that takes too long 503, silence just ends."""
+        """Answer an incomplete request with 408 and a slow handler with 503; close an idle connection."""
         if now < self._deadline or self._state is _State.CLOSING:
             return
         if self.idle:
@@ -343,7 +344,7 @@ class HttpConnection:
             self._refuse(_Refused(503 if self._state is _State.ANSWERING else 408), wall)
 
     def go_away(self) -> None:
-        """The next answer is the last."""
+        """Close the connection after the next response."""
         self._is_last = True
 
     def _end(self) -> None:
@@ -355,7 +356,7 @@ class HttpConnection:
 
 
 def _form_of(request: h11.Request) -> re.Match[str] | bool | None:
-    """The absolute form of a target (RFC 9112 section 3.2.2); true for the one that names no path."""
+    """Match a target in absolute form (RFC 9112 section 3.2.2). Return True for the asterisk form of OPTIONS."""
     if request.target == b"*" and request.method == b"OPTIONS":
         return True
     return _ABSOLUTE.fullmatch(request.target.decode("ascii"))
@@ -377,5 +378,5 @@ def _request_of(request: h11.Request, body: bytes, peer: Peer) -> HttpRequest:
 
 @lru_cache(maxsize=2)
 def _date(second: int) -> str:
-    """A moment as RFC 9110 section 5.6.7 writes it."""
+    """Format a time as an HTTP-date (RFC 9110 section 5.6.7)."""
     return formatdate(second, usegmt=True)

@@ -1,7 +1,7 @@
-"""Requests and responses, as the handlers of routes see them.
+"""Define the requests and responses that route handlers work with.
 
-What this file decides: which header fields a handler may set. Those of security_headers.py, and those that frame
-a message, are not its own: they are on every response exactly once.
+Decides which header fields a handler may set: not those of security_headers.py nor those that frame a message. Every
+response has these exactly once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
 HTML: Final = "text/html; charset=utf-8"
 
-NOT_OF_A_HANDLER: Final = frozenset(
+RESERVED_FIELDS: Final = frozenset(
     {
         *("connection", "content-length", "content-type", "date", "server", "trailer", "transfer-encoding"),
         *("cache-control", "content-security-policy", "cross-origin-embedder-policy"),
@@ -29,26 +29,25 @@ NOT_OF_A_HANDLER: Final = frozenset(
         *("x-permitted-cross-domain-policies",),
     }
 )
-"""Header fields that every response gets by itself."""
+"""Header fields that a handler must not set."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Peer:
-    """Who sends requests. `certificate` reads the client's certificate (DER), if it showed one."""
+    """The sender of requests. `certificate` returns the client certificate (DER), or None."""
 
     address: str = ""
     certificate: Callable[[], bytes | None] = lambda: None
 
 
-NOBODY: Final = Peer()
+UNKNOWN_PEER: Final = Peer()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HttpRequest:
-    """One whole request. `path` and `query` are as they came, with nothing decoded; `query` is without its `?`.
+    """A complete request. `path` and `query` are not decoded; `query` excludes the `?`.
 
-    `headers` have names in lower case; the values of a name that came more than once are joined by a comma, as
-    RFC 9110 section 5.3 says.
+    `headers` have lower-case names; repeated fields are joined by a comma (RFC 9110 section 5.3).
     """
 
     method: str
@@ -56,20 +55,19 @@ class HttpRequest:
     query: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
-    peer: Peer = NOBODY
+    peer: Peer = UNKNOWN_PEER
 
     def json(self) -> Any:
-        """The body as JSON. Raises ValueError if it is none."""
+        """Return the body as JSON. Raises ValueError if it is not valid JSON."""
         return json.loads(self.body)
 
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """What a request is answered with.
+    """A response.
 
-    `headers` are beside those that every response has: `WWW-Authenticate`, `Allow`, `Location` and such.
-    `policy` takes the place of the Content-Security-Policy of what is no page. With `close` no other request is
-    read from this connection.
+    `headers` are added to those of every response: `WWW-Authenticate`, `Allow`, `Location` and the like. `policy`
+    replaces the default Content-Security-Policy. With `close` the connection ends after this response.
     """
 
     status: int
@@ -81,21 +79,21 @@ class HttpResponse:
 
     def __post_init__(self) -> None:
         if not 200 <= self.status <= 599 or (self.status in (204, 304) and self.body):
-            raise ValueError(f"{self.status} is no final response, or one without a body")
+            raise ValueError(f"status {self.status} must be final, and 204 and 304 have no body")
         for name, _ in self.headers:
-            if name.lower() in NOT_OF_A_HANDLER:
-                raise ValueError(f"{name} is not set by a handler")
+            if name.lower() in RESERVED_FIELDS:
+                raise ValueError(f"{name} is reserved: handlers cannot set it")
 
 
 Handler = Callable[[HttpRequest], HttpResponse | Coroutine[Any, Any, HttpResponse]]
-"""Answers a request. It may be a coroutine function, if what it needs has to be waited for."""
+"""Answer a request. May be a coroutine function."""
 
 
 def text_response(status: int, text: str, **more: Any) -> HttpResponse:
-    """A line of text for people."""
+    """Return a response with one line of plain text."""
     return HttpResponse(status, f"{text}\n".encode(), TEXT, **more)
 
 
 def json_response(status: int, value: Any, **more: Any) -> HttpResponse:
-    """A value as JSON, with a line end for those who read it on a terminal."""
+    """Return a value as JSON, with a line end for terminals."""
     return HttpResponse(status, json.dumps(value).encode() + b"\n", JSON, **more)

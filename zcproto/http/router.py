@@ -1,8 +1,7 @@
-"""Which handler answers a request: by path and method, exactly as they came.
+"""Route a request to its handler by exact path and method.
 
-What this file decides: 404 for a path that nobody has, 405 with Allow for a method that the path does not take,
-HEAD where GET is (the connection leaves the body away), and that no path is decoded or made simpler before it is
-looked up: what is not written as in the table is another path.
+Decides 404 for an unknown path, 405 with Allow for an unsupported method, and HEAD wherever there is GET (the
+connection omits the body). Paths are neither decoded nor normalised before the lookup.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _PATH: Final = re.compile(r"/[A-Za-z0-9._~/-]*")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One method of one path, and who answers it."""
+    """One method of one path with its handler."""
 
     method: str
     path: str
@@ -37,12 +36,12 @@ class Router:
             self.add(route)
 
     def add(self, route: Route) -> None:
-        """Raises ValueError for a path that has this method already, or that no request can name."""
+        """Add a route. Raises ValueError if the path is invalid or already has this method."""
         if not _PATH.fullmatch(route.path):
-            raise ValueError(f"{route.path!r} is no path of letters, digits and . _ ~ / -")
+            raise ValueError(f"invalid path {route.path!r}: use / followed by letters, digits and . _ ~ / -")
         methods = self._paths.setdefault(route.path, {})
         if route.method in methods:
-            raise ValueError(f"{route.method} {route.path} has a handler already")
+            raise ValueError(f"{route.method} {route.path} already has a handler")
         methods[route.method] = route.handler
 
     @property
@@ -50,7 +49,7 @@ class Router:
         return tuple(self._paths)
 
     def find(self, request: HttpRequest) -> Handler | HttpResponse:
-        """Who answers a request; or the answer, if nobody does."""
+        """Return the handler of a request, or an error response if it has none."""
         methods = self._paths.get(request.path)
         if methods is None:
             return text_response(404, "not found")

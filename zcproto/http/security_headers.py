@@ -1,13 +1,12 @@
-"""The header fields that are on every response, made once.
+"""Build the header fields of every response once.
 
-What this file decides: Strict-Transport-Security (RFC 6797), and what OWASP's Secure Headers Project and ASVS 5.0
-(3.4) list beside it, for an origin that serves figures to programs and one page to people.
+Decides Strict-Transport-Security (RFC 6797) and the fields listed by OWASP's Secure Headers Project and ASVS 5.0
+(3.4), for an origin that serves figures to programs and one page to people.
 
 Rules:
-- They are bytes that stand behind the status line of every response, errors included; so no response can be
-  without them, and none can have one of them twice.
-- No Strict-Transport-Security where there is no TLS (RFC 6797 section 7.2), nor when it is switched off.
-- What is no page may do nothing at all in a browser. A page brings a policy of its own.
+- The fields are fixed bytes after the status line of every response, errors included, so none is missing or doubled.
+- No Strict-Transport-Security without TLS (RFC 6797 section 7.2), nor when it is switched off.
+- A response that is not a page may do nothing in a browser. A page has its own policy.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 YEAR_S: Final = 31_536_000
-"""What the preload lists of browsers demand of max-age at least."""
+"""The minimum max-age of the browsers' preload lists."""
 
-NO_PAGE: Final = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-"""The Content-Security-Policy of what is no page: default-src does not stand for the other three."""
+DEFAULT_POLICY: Final = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+"""The Content-Security-Policy of responses other than pages. default-src does not cover the other three."""
 
 _PERMISSIONS: Final = ", ".join(
     f"{feature}=()"
@@ -53,7 +52,7 @@ _ALWAYS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class StrictTransportSecurity:
-    """The policy of RFC 6797 section 6.1. `max_age_s` of 0 tells browsers to forget it."""
+    """The policy of RFC 6797 section 6.1. With `max_age_s` 0, browsers delete it."""
 
     max_age_s: int = YEAR_S
     include_subdomains: bool = True
@@ -61,14 +60,14 @@ class StrictTransportSecurity:
 
     @property
     def value(self) -> str:
-        """The value of the header field."""
+        """Return the value of the header field."""
         subdomains = "; includeSubDomains" if self.include_subdomains else ""
         return f"max-age={self.max_age_s}{subdomains}{'; preload' if self.preload else ''}"
 
 
 @dataclass(frozen=True, slots=True)
 class SecurityHeaders:
-    """The fields of every response of one endpoint. `hsts` is None for one without TLS, or with it switched off."""
+    """The fields of every response of one endpoint. `hsts` is None without TLS or when it is switched off."""
 
     hsts: StrictTransportSecurity | None
     _before: bytes = field(init=False, repr=False)
@@ -78,16 +77,16 @@ class SecurityHeaders:
         hsts = () if self.hsts is None else (("Strict-Transport-Security", self.hsts.value),)
         lines = "".join(f"{name}: {value}\r\n" for name, value in (*hsts, *_ALWAYS))
         object.__setattr__(self, "_before", lines.encode("ascii"))
-        object.__setattr__(self, "_usual", self._with(NO_PAGE))
+        object.__setattr__(self, "_usual", self._with(DEFAULT_POLICY))
 
     def block(self, policy: str | None = None) -> bytes:
-        """All of them as bytes, each line with its end. `policy` is the Content-Security-Policy of a page.
+        """Return the fields as bytes, line ends included. `policy` is the Content-Security-Policy of a page.
 
-        Raises ValueError for a policy that is more than one line of ASCII.
+        Raises ValueError if the policy is not one line of ASCII.
         """
         return self._usual if policy is None else self._with(policy)
 
     def _with(self, policy: str) -> bytes:
         if not policy.isascii() or not policy.isprintable():
-            raise ValueError("a Content-Security-Policy is one line of ASCII")
+            raise ValueError("a Content-Security-Policy must be one line of ASCII")
         return b"%bContent-Security-Policy: %b\r\n" % (self._before, policy.encode("ascii"))

@@ -1,1 +1,1 @@
-"""Frames and messages of ZCP/1, without I/O, clock or session."""
+"""Encode and decode the frames and messages of ZCP/1 (sans-IO)."""

@@ -1,8 +1,8 @@
-"""A stream of bytes, cut into frames.
+"""Split a byte stream into frames.
 
-Total on any bytes: the next frame, None for 'more is needed', or a ProtocolError. A header is judged as
-soon as it is there, so the body of a refused frame is never buffered. However the bytes are cut into
-pieces, the frames are the same, and the work stays linear in the bytes.
+Every input gives a frame, None ("more bytes needed") or a ProtocolError. A header is validated as soon as it is
+complete, so the body of a refused frame is never buffered. The frames do not depend on how the bytes were split,
+and the work is linear in the number of bytes.
 """
 
 from __future__ import annotations
@@ -27,35 +27,37 @@ _unpack_header = HEADER.unpack_from
 
 
 class FrameDecoder:
-    """Feed it what arrives, then take frames until there is none.
+    """Decode frames from a byte stream: `feed` received bytes, then read frames until None.
 
-    `limit` is the largest `length` accepted, in bytes. It may be changed at any time and holds from the
-    next frame on; a frame whose length was accepted before may still come. After a ProtocolError the decoder
-    must not be used again: there is no resynchronising.
+    `limit` is the largest accepted `length`, in bytes. A new value applies from the next frame on; a frame whose
+    length was already accepted is still decoded. Do not use the decoder after a ProtocolError: the stream cannot be
+    resynchronised.
     """
 
-    __slots__ = ("_at", "_data", "_missing", "_partial", "_receiver", "_spared", "_usual", "limit")
+    __slots__ = ("_accepted_before", "_at", "_data", "_missing", "_partial", "_receiver", "_usual", "limit")
 
     def __init__(self, receiver: Side, limit: int) -> None:
         self.limit = limit
         self._receiver = receiver
-        self._usual = REQUEST if receiver is Side.SERVER else RESPONSE  # judged by one comparison
+        self._usual = REQUEST if receiver is Side.SERVER else RESPONSE  # the common kind costs one comparison
         self._data = b""
         self._at = 0
-        self._partial: bytearray | None = None  # the beginning of a frame that is not complete yet
-        self._missing = 0  # bytes that `_partial` needs before looking at it again can help
-        self._spared: bytes | None = None  # begins with a frame accepted before the limit became smaller
+        self._partial: bytearray | None = None  # an incomplete frame
+        self._missing = 0  # bytes that `_partial` needs before it is worth parsing again
+        self._accepted_before: bytes | None = (
+            None  # begins with a frame accepted under an earlier, larger limit
+        )
 
     @property
     def buffered(self) -> int:
-        """Bytes held of a frame that is not complete."""
+        """Return the number of bytes held of an incomplete frame."""
         return len(self._data) - self._at if self._partial is None else len(self._partial)
 
     def judge_one(self, data: bytes) -> RawHeader | None:
-        """The header of the frame that these bytes are, if they are just one of the usual kind and nothing came
-        before it; all behind the header is its body.
+        """Return the header if `data` is exactly one frame of the usual kind and nothing is buffered, else None.
 
-        None: `feed` them. Most reads are one frame, and this is a third of what `frames` takes for it.
+        The body is everything after the header. On None, pass `data` to `feed`. Most reads are one frame, and this
+        costs a third of `frames`.
         """
         if self._partial is None and len(data) >= HEADER_SIZE:
             header = _unpack_header(data)
@@ -66,7 +68,7 @@ class FrameDecoder:
         return None
 
     def feed(self, data: bytes) -> None:
-        """Take in bytes. All frames of the bytes before must have been taken."""
+        """Add received bytes. All frames of the previous bytes must have been read."""
         partial = self._partial
         if partial is None:
             self._data = data
@@ -80,16 +82,17 @@ class FrameDecoder:
             self._partial = None
             was_judged = len(partial) - len(data) >= LENGTH_SIZE
             if was_judged and int.from_bytes(partial[:LENGTH_SIZE], "big") > self.limit:
-                self._spared = self._data
+                self._accepted_before = self._data
 
     def next_frame(self) -> RawFrame | None:
-        """The next complete frame, or None if more bytes are needed. Raises as `frames` does."""
+        """Return the next complete frame, or None if more bytes are needed. Raises as `frames` does."""
         return None if self._partial is not None else next(self.frames(), None)
 
     def frames(self) -> Iterator[RawFrame]:
-        """The complete frames of what was fed, one after the other; `limit` is asked anew for each.
+        """Yield the complete frames in order; `limit` is read again for each.
 
-        Raises ProtocolError for a header that no frame may have, before its body arrives.
+        Raises:
+            ProtocolError: an invalid header, before its body arrives.
         """
         data = self._data
         at = self._at
@@ -98,9 +101,9 @@ class FrameDecoder:
         while size - at >= HEADER_SIZE:
             length, head, stream, timestamp, salt, counter, token = _unpack_header(data, at)
             if not MIN_LENGTH <= length <= self.limit:
-                if at or data is not self._spared:
+                if at or data is not self._accepted_before:
                     check_length(length, self.limit)
-                self._spared = None
+                self._accepted_before = None
             if head != usual or not stream:
                 check_head(head, stream, self._receiver)
             end = at + LENGTH_SIZE + length
@@ -113,7 +116,7 @@ class FrameDecoder:
         if size > at:
             self._keep_header(at, size - at)
         else:
-            self._data = b""  # else each idle connection would hold its last read, which may be a large one
+            self._data = b""  # an idle connection must not hold its last read, which may be large
             self._at = 0
 
     def _keep_header(self, at: int, available: int) -> None:
@@ -124,7 +127,7 @@ class FrameDecoder:
             self._keep(at, LENGTH_SIZE - available)
 
     def _keep(self, at: int, missing: int) -> None:
-        # A bytearray grows in place: a frame that comes byte by byte costs linear time and no list of pieces.
+        # A bytearray grows in place: a frame that arrives byte by byte costs linear time.
         self._partial = bytearray(memoryview(self._data)[at:])
         self._missing = missing
         self._data = b""

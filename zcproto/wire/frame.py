@@ -1,20 +1,21 @@
-"""One frame: where its fields are, how it is written, and what its header alone must satisfy.
+"""Lay out, encode and validate the header of a frame (zcp1.md, section 5).
 
     offset  size  field
     0       4     length     bytes that follow this field: 64 + body
     4       1     version    1
-    5       1     kind       what the frame says (`Kind`)
+    5       1     kind       `Kind`
     6       2     flags      0
-    8       4     stream     request id; 0 speaks of the connection
-    12      8     timestamp  when the frame was made, milliseconds since the Unix epoch
-    20      8     salt       nonce, first half: the connection's salt
-    28      8     counter    nonce, second half: counts up
-    36      32    token      the session's token, or zeros
-    68      n     body       one msgpack value, or nothing
+    8       4     stream     request id; 0 for the connection itself
+    12      8     timestamp  creation time, milliseconds since the Unix epoch
+    20      8     salt       nonce, first half: salt of the connection
+    28      8     counter    nonce, second half: incremented by each frame
+    36      32    token      session token, or zeros
+    68      n     body       one msgpack value, or empty
 
-All integers are unsigned and big-endian. Version, kind and flags are read as one 32-bit word, the `head`,
-so that the common frame costs one comparison. This module knows the layout; it knows no clock, no session
-and no message.
+All integers are unsigned and big-endian. Version, kind and flags are read as one 32-bit word, the `head`, so that
+the common frame costs one comparison.
+
+It must not know: clocks, sessions, messages.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ MAX_STREAM: Final = 2**32 - 1
 MAX_COUNTER: Final = 2**64 - 1
 
 RawHeader = tuple[int, int, int, int, bytes, int, bytes]
-"""A header as decoded: length, head, stream, timestamp, salt, counter, token."""
+"""A decoded header: length, head, stream, timestamp, salt, counter, token."""
 
 RawFrame = tuple[int, int, int, int, bytes, int, bytes, bytes]
-"""A frame as decoded: length, head, stream, timestamp, salt, counter, token, body."""
+"""A decoded frame: length, head, stream, timestamp, salt, counter, token, body."""
 
 
 class Kind(IntEnum):
-    """What a frame says."""
+    """Kinds of frames."""
 
     WELCOME = 0x01
     REQUEST = 0x02
@@ -65,7 +66,7 @@ class Side(Enum):
 
 
 def head_of(kind: Kind) -> int:
-    """The word that version, kind and flags make in a frame of this kind."""
+    """Return the version, kind and flags of this kind as one 32-bit word."""
     return VERSION << 24 | kind << 16
 
 
@@ -83,10 +84,10 @@ ACCEPTED: Final = {
     Side.SERVER: frozenset({REQUEST, CANCEL, PING, PONG}),
     Side.CLIENT: frozenset({WELCOME, RESPONSE, ERROR, PING, PONG, GOAWAY, EVENT}),
 }
-"""The heads that each side may receive."""
+"""Heads that each side may receive."""
 
 ON_A_STREAM: Final = frozenset({REQUEST, RESPONSE, CANCEL})
-"""Heads whose stream is never 0. ERROR may speak of either; all others have stream 0."""
+"""Heads whose stream is never 0. ERROR may have any stream; all others have stream 0."""
 
 WITHOUT_BODY: Final = frozenset({CANCEL, PING, PONG})
 
@@ -94,12 +95,12 @@ WITHOUT_BODY: Final = frozenset({CANCEL, PING, PONG})
 def encode_frame(
     head: int, stream: int, timestamp: int, salt: bytes, counter: int, token: bytes, body: bytes = b""
 ) -> bytes:
-    """The bytes of one frame. The caller keeps to the limit of the peer."""
+    """Return the bytes of one frame. The caller respects the peer's limit."""
     return HEADER.pack(MIN_LENGTH + len(body), head, stream, timestamp, salt, counter, token) + body
 
 
 def check_length(length: int, limit: int) -> None:
-    """Refuse a length from the first four bytes alone, before anything is buffered for it."""
+    """Validate the length before anything is buffered for it. Raises ProtocolError."""
     if length < MIN_LENGTH:
         raise ProtocolError(Code.PROTOCOL_ERROR, "frame length below 64")
     if length > limit:
@@ -107,7 +108,7 @@ def check_length(length: int, limit: int) -> None:
 
 
 def check_head(head: int, stream: int, receiver: Side) -> None:
-    """Say what is wrong with version, kind, flags and stream, in this order; return if nothing is."""
+    """Validate version, kind, flags and stream, in this order. Raises ProtocolError."""
     if head >> 24 != VERSION:
         raise ProtocolError(Code.PROTOCOL_ERROR, "unsupported frame version")
     bare_head = head & 0xFFFF0000

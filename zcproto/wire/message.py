@@ -1,8 +1,9 @@
-"""Bodies: one msgpack value each, bounded before it is believed.
+"""Encode and decode bodies: one bounded msgpack value each (zcp1.md, section 12).
 
-Rules (ZCP/1 section 8): exactly one value, map keys are str, no ext types, nested at most `max_depth` deep
-(the outermost array is 1), and memory in proportion to the bytes that are really there. Everything a
-decoder refuses is a MessageError with a fixed phrase; no input reaches any other exception.
+Rules:
+- Exactly one value, map keys are str, no ext types, nested at most `max_depth` deep (the outermost array is 1).
+- Memory stays in proportion to the bytes received, whatever lengths they declare.
+- Every refused body raises MessageError with a fixed phrase, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ METHOD_MAX_LENGTH: Final = 128
 METHOD_ALPHABET: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.")
 IDEMPOTENCY_KEY_MAX_LENGTH: Final = 64
 
-# Up to this size declared lengths are believed: at worst 85 arrays in one another claim 256 elements each,
-# 170 KiB for the blink of a decode. Above it the value is walked first without building anything.
+# Up to this size the declared lengths are trusted: at worst 85 nested arrays declare 256 elements each, 170 KiB for
+# the duration of one decode. A larger body is scanned first without building anything.
 _TRUSTED_SIZE: Final = 256
 _CONTAINERS: Final = frozenset({dict, list})
 
 
 class MessageError(ZcprotoError):
-    """A body that no message may have. `str()` is a fixed phrase, safe to send."""
+    """An invalid body. `str()` is a fixed phrase, safe to send."""
 
 
 class RequestMeta(NamedTuple):
-    """What a caller says beside the params. `deadline_ms` is relative; None is no deadline."""
+    """Metadata of a request. `deadline_ms` is relative; None means no deadline."""
 
     deadline_ms: int | None = None
     idempotency_key: str | None = None
@@ -45,7 +46,7 @@ def _refuse_ext(code: int, data: bytes) -> Any:
 
 
 def _new_scanner() -> msgpack.Unpacker:
-    # Its buffer grows to twice the largest body; `read_size` is what it begins with, 1 MiB by default.
+    # The buffer starts with `read_size` (1 MiB by default) and grows to twice the largest body.
     return msgpack.Unpacker(
         None, read_size=16_384, max_buffer_size=2**32 - 1, max_ext_len=0, ext_hook=_refuse_ext
     )
@@ -57,8 +58,8 @@ _unpack = msgpack.unpackb
 
 
 def encode_body(value: Any) -> bytes:
-    """msgpack of a value. Raises MessageError for what msgpack cannot carry."""
-    global _pack  # noqa: PLW0603  a packer that failed half-way still holds bytes of the failed value
+    """Return a value as msgpack. Raises MessageError if msgpack cannot encode it."""
+    global _pack  # noqa: PLW0603  a packer that failed keeps the first bytes of the failed value
     try:
         return _pack(value)  # type: ignore[no-any-return]
     except (TypeError, ValueError, OverflowError, RecursionError, UnicodeEncodeError) as error:
@@ -67,7 +68,7 @@ def encode_body(value: Any) -> bytes:
 
 
 def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:
-    """The one value of a body. Raises MessageError."""
+    """Return the value of a body. Raises MessageError."""
     value = _decode(body)
     if value.__class__ in _CONTAINERS:
         _check_nested([value], max_depth)
@@ -77,7 +78,7 @@ def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:
 def decode_request(
     body: bytes, max_depth: int = DEFAULT_MAX_DEPTH
 ) -> tuple[str, dict[str, Any], RequestMeta]:
-    """Method, params and meta of `[method, params]` or `[method, params, meta]`. Raises MessageError."""
+    """Return method, params and meta of `[method, params]` or `[method, params, meta]`. Raises MessageError."""
     if len(body) > _TRUSTED_SIZE:
         _scan(body)
     try:
@@ -142,7 +143,7 @@ _HEX: Final = frozenset("0123456789abcdef")
 
 
 def parse_traceparent(value: Any) -> str | None:
-    """A valid W3C Trace Context `traceparent`, or None for anything else: a bad one is ignored."""
+    """Return a valid W3C Trace Context `traceparent`, or None: an invalid one is ignored."""
     if value.__class__ is not str or len(value) != 55:
         return None
     parts = value.split("-")
@@ -157,12 +158,12 @@ def parse_traceparent(value: Any) -> str | None:
 def encode_request(
     method: str, params: Mapping[str, Any] | None, meta: Mapping[str, Any] | None = None
 ) -> bytes:
-    """The body of a REQUEST. Raises MessageError for what cannot be sent."""
+    """Return the body of a REQUEST. Raises MessageError if a value cannot be encoded."""
     return encode_body([method, params, meta] if meta else [method, params])
 
 
 class ErrorMessage(NamedTuple):
-    """What an ERROR's body says."""
+    """The decoded body of an ERROR."""
 
     code: int
     message: str
@@ -170,17 +171,17 @@ class ErrorMessage(NamedTuple):
 
 
 def encode_error(code: int, message: str, details: Mapping[str, Any] | None = None) -> bytes:
-    """The body of an ERROR."""
+    """Return the body of an ERROR."""
     return encode_body([int(code), message, details] if details else [int(code), message])
 
 
 def code_in(body: bytes) -> int:
-    """The code in the body of an ERROR that `encode_error` made: its second byte, as all codes are below 128."""
+    """Return the code in a body made by `encode_error`: the second byte, because all codes are below 128."""
     return body[1]
 
 
 def decode_error(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> ErrorMessage:
-    """The message of an ERROR: `[code, message]` or `[code, message, details]`. Raises MessageError."""
+    """Decode the body of an ERROR: `[code, message]` or `[code, message, details]`. Raises MessageError."""
     value = decode_body(body, max_depth)
     if value.__class__ is not list or not 2 <= len(value) <= 3:
         raise MessageError("error must be [code, message] or [code, message, details]")
@@ -196,7 +197,7 @@ def decode_error(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> ErrorMessag
 
 
 def decode_event(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> tuple[str, Any]:
-    """The name and data of an EVENT. Raises MessageError."""
+    """Return the name and data of an EVENT. Raises MessageError."""
     value = decode_body(body, max_depth)
     if value.__class__ is not list or len(value) != 2 or value[0].__class__ is not str:
         raise MessageError("event must be [name, data]")
@@ -204,7 +205,7 @@ def decode_event(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> tuple[str, 
 
 
 def decode_map(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> dict[str, Any]:
-    """The map that WELCOME and GOAWAY carry. Raises MessageError."""
+    """Return the map of a WELCOME or GOAWAY. Raises MessageError."""
     value = decode_body(body, max_depth)
     if value.__class__ is not dict:
         raise MessageError("body must be a map")
@@ -221,9 +222,9 @@ def _decode(body: bytes) -> Any:
 
 
 def _scan(body: bytes) -> None:
-    """Walk the value, building nothing: all that it declares must be there, and nothing after it."""
+    """Walk the value without building it: it must be complete, with nothing after it."""
     try:
-        scanner = _idle_scanners.pop()  # nobody else's until it is put back: other threads scan too
+        scanner = _idle_scanners.pop()  # owned by this thread until it is put back
     except IndexError:
         scanner = _new_scanner()
     start = scanner.tell()
@@ -231,7 +232,7 @@ def _scan(body: bytes) -> None:
         scanner.feed(body)
         scanner.skip()
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise MessageError(_phrase(error, body)) from error  # a scanner that failed must not be used again
+        raise MessageError(_phrase(error, body)) from error  # do not reuse a scanner that failed
     if scanner.tell() - start != len(body):
         raise MessageError("bytes after the value")
     _idle_scanners.append(scanner)
@@ -248,7 +249,7 @@ def _phrase(error: BaseException, body: bytes) -> str:
 
 
 def _check_nested(level: list[Any], max_depth: int) -> None:
-    """Refuse values nested deeper than allowed, and map keys that are no str, level by level."""
+    """Refuse values nested deeper than allowed and map keys other than str, level by level."""
     while level:
         if max_depth <= 0:
             raise MessageError("nested too deep")

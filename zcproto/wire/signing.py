@@ -1,7 +1,6 @@
-"""What a device signs (the contract's section 6): the same bytes for whoever signs and whoever verifies.
+"""Build the messages that a device signs and a server verifies (zcp1.md, section 9).
 
-`salt` is the connection's, `leaf` the SHA-256 of the server's certificate (DER) as it was shown there: so a
-signature is worth nothing on another connection, or relayed through another server.
+`salt` is the salt of the connection and `leaf` the SHA-256 of its server certificate (DER), so a signature is not valid on another connection or relayed through another server.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ _ATTACH: Final = b"zcp/1 attach\0"
 
 
 def open_message(salt: bytes, leaf: bytes, device: str) -> bytes:
-    """To open a session."""
+    """Return the message that opens a session."""
     return _OPEN + salt + leaf + device.encode("utf-8", "surrogatepass")
 
 
 def attach_message(salt: bytes, leaf: bytes, token: bytes) -> bytes:
-    """To use a bound token on a further connection."""
+    """Return the message that attaches a bound token to another connection."""
     return _ATTACH + salt + leaf + token
