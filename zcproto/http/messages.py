@@ -1,7 +1,7 @@
 """Define the requests and responses that route handlers work with.
 
-Decides which header fields a handler may set: not those of security_headers.py nor those that frame a message. Every
-response has these exactly once.
+Decides which header fields a handler may set: not those of security_headers.py nor those that frame a message.
+Every response has these exactly once.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Decides Strict-Transport-Security (RFC 6797) and the fields listed by OWASP's Se
 (3.4), for an origin that serves figures to programs and one page to people.
 
 Rules:
-- The fields are fixed bytes after the status line of every response, errors included, so none is missing or doubled.
+- The fields are fixed bytes after the status line of every response, errors included, so none is missing or
+  doubled.
 - No Strict-Transport-Security without TLS (RFC 6797 section 7.2), nor when it is switched off.
 - A response that is not a page may do nothing in a browser. A page has its own policy.
 """

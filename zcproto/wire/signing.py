@@ -1,6 +1,7 @@
 """Build the messages that a device signs and a server verifies (zcp1.md, section 9).
 
-`salt` is the salt of the connection and `leaf` the SHA-256 of its server certificate (DER), so a signature is not valid on another connection or relayed through another server.
+`salt` is the salt of the connection and `leaf` the SHA-256 of its server certificate (DER), so a signature is
+not valid on another connection or relayed through another server.
 """
 
 from __future__ import annotations
