@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from tests.wire.helpers import MIB, SALT, peak_of, request, take_all
+from tests.wire.helpers import MIB, SALT, peak_of, request, read_streams
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, Side, encode_frame
 from zcproto.wire.message import decode_body
@@ -61,7 +61,7 @@ def test_nothing_is_held_of_a_large_frame_that_was_taken(step: int) -> None:
     data = request(MIB - 64)
     for at in range(0, len(data), step):
         decoder.feed(data[at : at + step])
-        take_all(decoder)
+        read_streams(decoder)
     del data
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
