@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from tests.wire.helpers import MIB, SALT, peak_of, request, read_streams
+from tests.wire.helpers import MIB, SALT, peak_of, read_streams, request
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, Side, encode_frame
 from zcproto.wire.message import decode_body
