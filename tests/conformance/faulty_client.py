@@ -1,4 +1,4 @@
-"""The Python client's program with one more step, which puts one fault into the client or takes it out again.
+"""The Python client's program with one more step, which applies one fault to the client or removes it.
 
 {"id": 1, "step": "fault", "check": "scripted/wrong-salt"}
 {"id": 2, "step": "fault", "check": null}
@@ -16,7 +16,7 @@ from zcproto_conformance.python_client import Conform, Step
 
 
 class FaultyConform(Conform):
-    """As Conform, with a fault in the client's code while a check runs."""
+    """The program, with at most one fault in the client's code at a time."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Running the kit in a test: against the Python client, and against programs that are wrong."""
+"""Run the kit in a test: against the Python client, and against faulty programs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto_conformance import scenarios
 from zcproto_conformance.check import Check
+from zcproto_conformance.harness import PATIENCE, Fixtures
 from zcproto_conformance.run import PASSED, Result, run_checks
-from zcproto_conformance.stage import PATIENCE, Fixtures
 
 PYTHON_CLIENT = (sys.executable, "-m", "zcproto_conformance.python_client")
 SLOW = 2 * PATIENCE
-"""For a machine on which other tests run, too."""
+"""For a machine on which other tests run at the same time."""
 
-SCRIPTED = {check.name: check for check in scenarios.checks()}
+SCRIPTED = {check.name: check for check in scenarios.scripted()}
 
 
 async def results_of(
@@ -37,8 +37,8 @@ def failures(results: Sequence[Result]) -> list[str]:
 
 
 def program(*answers: str) -> list[str]:
-    """A program that greets the kit well, and answers each step after that with the next of these lines."""
-    hello = '{"id": 1, "ok": {"kit": 1, "client": "wrong/1"}}'
+    """Return the command of a program that answers hello, and then each step with the next of these lines."""
+    hello = '{"id": 1, "ok": {"kit": 1, "client": "faulty/1"}}'
     source = (
         "import sys\n"
         f"for answer in {[hello, *answers]!r}:\n"

@@ -1,6 +1,6 @@
-"""The Python client passes the kit. A part of it is run here; all of it is
+"""The Python client passes the kit. Some of the checks run here; this runs all of them:
 
-python -m zcproto_conformance python -m zcproto_conformance.python_client
+zcproto-conformance python -m zcproto_conformance.python_client
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from collections import Counter
 
 from tests.conformance.helpers import SCRIPTED, failures, results_of
 from tests.wire.vectors import FOLDER
-from zcproto_conformance import real_server, vectors
+from zcproto_conformance import scenarios, vectors
 from zcproto_conformance.check import Check
 
 EVERY = 8
-TAKE_LONG = {
+SLOW = {
     f"scripted/{name}"
-    for name in ("no-storm", "every-cut", "revoked-token", "replaced-session", "retry-after", "keepalive")
+    for name in (
+        *("reconnect-backoff", "truncated-everywhere", "revoked-token", "replaced-session", "retry-after"),
+        "keepalive",
+    )
 }
-"""Conversations that wait for half a second and more."""
+"""Scenarios that wait for half a second or more."""
 
 
 def some_vectors() -> list[Check]:
-    """Every eighth of each file, the first among them."""
+    """Return every eighth vector of each file, including the first."""
     counted: Counter[str] = Counter()
     chosen = []
     for check in vectors.checks(FOLDER):
@@ -41,17 +44,17 @@ def test_every_vector_is_a_check() -> None:
         assert len([name for name in names if name.split("/")[1] == file]) == count, file
 
 
-async def test_it_passes_vectors_of_each_file() -> None:
+async def test_python_client_passes_vectors_of_each_file() -> None:
     assert failures(await results_of(some_vectors())) == []
 
 
-async def test_it_passes_the_conversations() -> None:
-    chosen = [check for name, check in SCRIPTED.items() if name not in TAKE_LONG]
+async def test_python_client_passes_scripted_scenarios() -> None:
+    chosen = [check for name, check in SCRIPTED.items() if name not in SLOW]
     assert failures(await results_of(chosen, jobs=6)) == []
 
 
-async def test_it_passes_conversations_with_the_real_server() -> None:
+async def test_python_client_passes_scenarios_with_the_real_server() -> None:
     wanted = {"server/echo", "server/revoked-by-another"}
-    chosen = [check for check in real_server.scenario.checks if check.name in wanted]
+    chosen = [check for check in scenarios.with_real_server() if check.name in wanted]
     assert len(chosen) == len(wanted)
     assert failures(await results_of(chosen)) == []

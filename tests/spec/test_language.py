@@ -131,7 +131,6 @@ NOT_YET_CLEAN: Final = (
         "tests/client",
         "tests/common",
         "tests/config",
-        "tests/conformance",
         "tests/connection",
         "tests/control",
         "tests/costs",

@@ -1,8 +1,6 @@
-"""The conformance kit: plays the server to a client in any language, and judges what it does.
+"""The conformance kit: plays the server to a client in any language, and checks what the client does.
 
-spec/conformance/README.md is the contract with the client's program. Reading order: `check.py` (what a check is),
-`link.py` (one connection of the scripted server), `stage.py` (what a conversation is made with), `scenarios/` (the
-conversations), `run.py`.
-
-The scripted server shares no decision with the real one: it parses, judges and breaks frames by itself.
+README.md of this distribution specifies the client's program. Reading order: `check.py` (what a check is),
+`connection.py` (one connection of the scripted server), `harness.py` (what a scenario works with), `scenarios/`,
+`run.py`.
 """

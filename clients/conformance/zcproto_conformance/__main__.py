@@ -13,11 +13,11 @@ from typing import Final
 import click
 
 from zcproto.common.clock import system_clock, system_entropy
-from zcproto_conformance import real_server, report, scenarios, vectors
+from zcproto_conformance import report, scenarios, vectors
 from zcproto_conformance.check import PARTS, Check
 from zcproto_conformance.errors import KitError
+from zcproto_conformance.harness import PATIENCE, Fixtures
 from zcproto_conformance.run import FAILED, PASSED, Result, apply_exceptions, load_exceptions, run_checks
-from zcproto_conformance.stage import PATIENCE, Fixtures
 
 CANNOT_RUN: Final = 2
 _PACKAGE: Final = Path(__file__).resolve().parent
@@ -30,18 +30,22 @@ def default_vectors() -> Path:
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Run this part. Repeatable.")
 @click.option(
-    "--part", "parts", multiple=True, type=click.Choice(PARTS), help="One part alone; may be given again."
+    "--only",
+    multiple=True,
+    metavar="PATTERN",
+    help="Run checks with a matching name, such as scripted/goaway-*. Repeatable.",
+)
+@click.option("--list", "lists", is_flag=True, help="List the checks and exit.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the results to FILE."
 )
 @click.option(
-    "--only", multiple=True, metavar="PATTERN", help="Checks of this name, such as scripted/goaway-*."
-)
-@click.option("--list", "lists", is_flag=True, help="Say what is checked, and stop.")
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Results for machines."
-)
-@click.option(
-    "--exceptions", type=click.Path(path_type=Path), metavar="FILE", help="What may fail, with reasons."
+    "--exceptions",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Accept the failures listed in FILE.",
 )
 @click.option(
     "--vectors",
@@ -49,17 +53,17 @@ def default_vectors() -> Path:
     type=click.Path(path_type=Path),
     default=default_vectors,
     metavar="DIR",
-    help="Vectors to use instead of those of this kit.",
+    help="Use the vectors in DIR instead of those of the kit.",
 )
 @click.option(
     "--patience",
     type=click.FloatRange(0.1, 100),
     default=1.0,
     metavar="FACTOR",
-    help="How much longer to wait on a slow machine.",
+    help="Multiply all timeouts, for a slow machine.",
 )
-@click.option("--jobs", type=click.IntRange(1, 64), default=1, metavar="N", help="So many checks at a time.")
-@click.option("--verbose", is_flag=True, help="Show each line between the kit and the program.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=1, metavar="N", help="Run N checks concurrently.")
+@click.option("--verbose", is_flag=True, help="Print each line between the kit and the program.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="CLIENT-COMMAND...")
 def main(
     parts: tuple[str, ...],
@@ -75,34 +79,34 @@ def main(
 ) -> None:
     """Check a client of ZCP/1 in any language. CLIENT-COMMAND runs its `conform` program."""
     try:
-        every = all_checks(vectors_folder)
-        chosen = choose(every, parts or PARTS, only)
+        known = all_checks(vectors_folder)
+        chosen = choose(known, parts or PARTS, only)
         if lists:
-            _say(report.listing(chosen))
+            _echo(report.listing(chosen))
             return
         if not command:
-            raise KitError("name the command that runs the client's program")
+            raise KitError("no command; give the command that runs the client's program")
         allowed = load_exceptions(exceptions) if exceptions is not None else {}
         results = run(chosen, command, patience=PATIENCE * patience, jobs=jobs, verbose=verbose)
-        results, faults = apply_exceptions(results, allowed, {check.name for check in every})
-        _say(line for result in results if result.result != PASSED for line in report.lines_of(result))
-        _say(report.table(results))
-        _say(faults)
+        results, faults = apply_exceptions(results, allowed, {check.name for check in known})
+        _echo(line for result in results if result.result != PASSED for line in report.lines_of(result))
+        _echo(report.table(results))
+        _echo(faults)
         if json_file is not None:
             report.write_json(json_file, command, results, faults)
     except (KitError, OSError) as error:
-        click.echo(f"the kit cannot be run: {error}", err=True)
+        click.echo(f"the kit cannot run: {error}", err=True)
         sys.exit(CANNOT_RUN)
     sys.exit(1 if faults or any(result.result == FAILED for result in results) else 0)
 
 
 def all_checks(vectors_folder: Path) -> list[Check]:
-    """Every check there is, in the order of the parts. Raises KitError if the vectors are not there."""
-    return [*vectors.checks(vectors_folder), *scenarios.checks(), *real_server.scenario.checks]
+    """Return all checks in the order of the parts. Raises KitError if the vectors cannot be read."""
+    return [*vectors.checks(vectors_folder), *scenarios.scripted(), *scenarios.with_real_server()]
 
 
 def choose(checks: Sequence[Check], parts: Sequence[str], only: Sequence[str]) -> list[Check]:
-    """The checks of these parts whose names match. Raises KitError if there is none."""
+    """Return the checks of these parts whose names match. Raises KitError if none does."""
     chosen = [
         check
         for check in checks
@@ -110,7 +114,7 @@ def choose(checks: Sequence[Check], parts: Sequence[str], only: Sequence[str]) -
         and (not only or any(fnmatch.fnmatchcase(check.name, pattern) for pattern in only))
     ]
     if not chosen:
-        raise KitError("there is no such check; --list says which there are")
+        raise KitError("no check matches; run --list to see all")
     return chosen
 
 
@@ -118,17 +122,17 @@ def run(
     checks: Sequence[Check], command: Sequence[str], *, patience: float, jobs: int = 1, verbose: bool = False
 ) -> list[Result]:
     """Run checks in a temporary folder."""
-    tell = (lambda line: click.echo(line, err=True)) if verbose else None
+    on_line = (lambda line: click.echo(line, err=True)) if verbose else None
 
     async def run_all(folder: Path) -> list[Result]:
         fixtures = Fixtures(folder, system_clock, system_entropy)
-        return await run_checks(checks, command, fixtures, patience=patience, jobs=jobs, tell=tell)
+        return await run_checks(checks, command, fixtures, patience=patience, jobs=jobs, on_line=on_line)
 
     with tempfile.TemporaryDirectory(prefix="zcproto-conformance-") as folder:
         return asyncio.run(run_all(Path(folder)))
 
 
-def _say(lines: Iterable[str]) -> None:
+def _echo(lines: Iterable[str]) -> None:
     for line in lines:
         click.echo(line)
 

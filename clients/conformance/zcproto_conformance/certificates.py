@@ -1,4 +1,4 @@
-"""Certificates for the scripted server: good ones, and each kind of bad one. They live as long as a run."""
+"""Certificates for the scripted server: valid ones, and each kind of invalid one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DAY: Final = timedelta(days=1)
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A certificate with its key in one PEM file."""
+    """A certificate and its key in one PEM file."""
 
     file: Path
     der: bytes
@@ -35,20 +35,20 @@ class Leaf:
 
     @property
     def sha256(self) -> bytes:
-        """What devices sign: the SHA-256 of the DER."""
+        """The SHA-256 of the DER, which devices sign."""
         return hashlib.sha256(self.der).digest()
 
 
 class Authority:
-    """A CA of its own. `file` is its certificate; `wall` is milliseconds since the Unix epoch."""
+    """A CA. `file` has its certificate; `wall` is milliseconds since the Unix epoch."""
 
     def __init__(self, folder: Path, name: str, wall: int) -> None:
         self._folder = folder
         self._name = name
         self._now = datetime.fromtimestamp(wall / _MS, UTC).replace(microsecond=0)
         self._key = generate_private_key(SECP256R1())
-        self._subject = _named(f"conformance {name}")
-        self._made = 0
+        self._subject = _name(f"conformance {name}")
+        self._issued = 0
         builder = _builder(self._subject, self._subject, self._key, self._now - _DAY, self._now + 30 * _DAY)
         certificate = (
             builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -60,11 +60,11 @@ class Authority:
         self.file.write_bytes(certificate.public_bytes(Encoding.PEM))
 
     def leaf(self, host: str = HOST, *, days_ago: int = 1, days_left: float = 7) -> Leaf:
-        """A server's certificate with a new key; with `days_left` below 0 it has expired."""
+        """Issue a server certificate with a new key. With a negative `days_left` it has expired."""
         key = generate_private_key(SECP256R1())
         begin, end = self._now - days_ago * _DAY, self._now + days_left * _DAY
         certificate = (
-            _builder(_named(host), self._subject, key, begin, end)
+            _builder(_name(host), self._subject, key, begin, end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -81,8 +81,8 @@ class Authority:
             )
             .sign(self._key, SHA256())
         )
-        self._made += 1
-        file = self._folder / f"{self._name}-{self._made}.pem"
+        self._issued += 1
+        file = self._folder / f"{self._name}-{self._issued}.pem"
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         file.touch(mode=0o600)
         file.write_bytes(pem + certificate.public_bytes(Encoding.PEM))
@@ -103,7 +103,7 @@ def _builder(
     )
 
 
-def _named(name: str) -> x509.Name:
+def _name(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 

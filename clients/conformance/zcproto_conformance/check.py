@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
-from zcproto_conformance.stage import Stage
+from zcproto_conformance.harness import Harness
 
-Scenario = Callable[[Stage], Awaitable[None]]
+Scenario = Callable[[Harness], Awaitable[None]]
 
 VECTORS: Final = "vectors"
 SCRIPTED: Final = "scripted"

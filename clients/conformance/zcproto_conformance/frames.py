@@ -1,4 +1,4 @@
-"""A frame in the words of the vectors."""
+"""Frames of zcproto.wire in the form of the vectors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def kind_of(frame: RawFrame) -> Kind:
 
 
 def fields_of(frame: RawFrame) -> dict[str, Any]:
-    """What its header and its bytes say."""
+    """Return the header fields and the body of a frame."""
     length, head, stream, timestamp, salt, counter, token, body = frame
     return {
         "result": "frame",
@@ -39,17 +39,17 @@ def fields_of(frame: RawFrame) -> dict[str, Any]:
 
 
 def message_of(frame: RawFrame, max_depth: int) -> dict[str, Any] | None:
-    """What its body says; None for a kind that has none. Raises MessageError."""
+    """Return the decoded body, or None for a kind without a body. Raises MessageError."""
     kind, body = kind_of(frame), frame[7]
     if frame[1] in WITHOUT_BODY:
         if body:
-            raise MessageError("this kind has no body")
+            raise MessageError("this kind must not have a body")
         return None
     match kind:
         case Kind.REQUEST:
             method, params, meta = decode_request(body, max_depth)
-            said = {key: typed(value) for key, value in meta._asdict().items() if value is not None}
-            return {"method": method, "params": typed(params), "meta": said}
+            fields = {key: typed(value) for key, value in meta._asdict().items() if value is not None}
+            return {"method": method, "params": typed(params), "meta": fields}
         case Kind.ERROR:
             error = decode_error(body, max_depth)
             return {"code": error.code, "message": error.message, "details": typed(error.details)}

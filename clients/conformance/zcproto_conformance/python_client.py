@@ -1,6 +1,8 @@
-"""The program by which the conformance kit drives the Python client: spec/conformance/README.md, step by step.
+"""The program through which the conformance kit drives the Python client.
 
-python -m zcproto_conformance python -m zcproto_conformance.python_client
+    zcproto-conformance python -m zcproto_conformance.python_client
+
+README.md of the distribution specifies the steps.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ Step = Callable[[Mapping[str, Any]], Awaitable[Any]]
 
 
 class Conform:
-    """The steps. Each is a method by the name of its step; it returns what `ok` says."""
+    """The steps, each a method named after its step that returns the value of `ok`."""
 
     def __init__(self) -> None:
         self.clients: dict[str, Client] = {}
@@ -80,7 +82,7 @@ class Conform:
             if f"{name}_ms" in step:
                 options[name] = step[f"{name}_ms"] / _MS
         client = Client(step["address"], **options)
-        self.clients[step["client"]] = client  # known before it is open, so that it can be closed at any time
+        self.clients[step["client"]] = client  # before it is open, so that `close` always finds it
         await client.open()
         return {"session": None if client.session is None else client.session.id}
 
@@ -93,7 +95,7 @@ class Conform:
             options["timeout"] = step["timeout_ms"] / _MS
         call = client.call(step["method"], untyped(step.get("params")), **options)
         self.calls[step["call"]] = asyncio.create_task(call)
-        await asyncio.sleep(0)  # it begins
+        await asyncio.sleep(0)  # let it start
 
     async def expect(self, step: Mapping[str, Any]) -> Any:
         call = self.calls[step["call"]]
@@ -120,30 +122,30 @@ class Conform:
         link = self.clients[step["client"]]._links.link
         transport = None if link is None else link._transport
         if isinstance(transport, TlsTransport):
-            transport._raw.abort()  # below TLS, which must find out
+            transport._raw.abort()  # below TLS, like a network failure
 
     async def close(self, step: Mapping[str, Any]) -> Any:
         client = self.clients.pop(step["client"], None)
-        if client is not None:  # None: it never got so far
+        if client is not None:  # None: the connect step failed before it was made
             await client.close()
 
     # --- the program ------------------------------------------------------------------------------
 
     def step(self, name: str) -> Step | None:
-        """What does a step, or None if there is no such step."""
+        """Return the implementation of a step, or None for an unknown step."""
         if name in VECTOR_STEPS:
-            return in_one_go(VECTOR_STEPS[name])
+            return as_coroutine(VECTOR_STEPS[name])
         found: Step | None = getattr(self, name, None) if name in STEPS else None
         return found
 
     async def run(self) -> None:
-        """Do what standard input says until it ends."""
+        """Execute the steps from standard input until it ends."""
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=MAX_LINE)
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         tasks: set[asyncio.Task[None]] = set()
         while line := await reader.readline():
-            task = asyncio.create_task(self._do(json.loads(line)))
+            task = asyncio.create_task(self._execute(json.loads(line)))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
         for task in tasks:
@@ -151,10 +153,10 @@ class Conform:
         for client in self.clients.values():
             await client.close()
 
-    async def _do(self, step: Mapping[str, Any]) -> None:
+    async def _execute(self, step: Mapping[str, Any]) -> None:
         do = self.step(step["step"])
         if do is None:
-            write({"id": step["id"], "unsupported": f"there is no step {step['step']!r}"})
+            write({"id": step["id"], "unsupported": f"unknown step {step['step']!r}"})
             return
         try:
             answer = {"ok": await do(step)}
@@ -173,7 +175,7 @@ STEPS: Final = frozenset(
 KNOWN: Final = (CallError, ConnectionClosed, TlsError, CertificateError, ConfigError, ProtocolError)
 
 
-def in_one_go(do: Callable[[Mapping[str, Any]], Any]) -> Step:
+def as_coroutine(do: Callable[[Mapping[str, Any]], Any]) -> Step:
     async def step(fields: Mapping[str, Any]) -> Any:
         return do(fields)
 
@@ -181,7 +183,7 @@ def in_one_go(do: Callable[[Mapping[str, Any]], Any]) -> Step:
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """An error in the words of the kit."""
+    """Return an error in the form of the kit."""
     if isinstance(error, asyncio.CancelledError):
         return {"kind": "call", "code": Code.CANCELLED, "name": "CANCELLED", "message": "", "details": None}
     if isinstance(error, CallError):
@@ -204,7 +206,7 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 
 def write(answer: Mapping[str, Any]) -> None:
-    """One line, at once."""
+    """Write one line and flush it."""
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""The steps with vectors, done by the Python client's own decoder, encoder and conversation."""
+"""The steps with vectors, implemented by the Python client's decoder, encoder and connection."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def encode(step: Mapping[str, Any]) -> Any:
     return {"bytes": frame.hex()}
 
 
-def encode_a_request(step: Mapping[str, Any]) -> Any:
+def encode_request_body(step: Mapping[str, Any]) -> Any:
     params, meta = untyped(step["params"]), untyped(step.get("meta"))
     return {"body": encode_request(step["method"], params, meta).hex()}
 
 
 def text(step: Mapping[str, Any]) -> Any:
-    said = step["text"]
+    encoded = step["text"]
     if step["type"] == "traceparent":
-        return {"valid": parse_traceparent(said) is not None}
+        return {"valid": parse_traceparent(encoded) is not None}
     try:
-        token = base64.b64decode(said + "=", altchars=b"-_", validate=True)
+        token = base64.b64decode(encoded + "=", altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
         return {"valid": False}
-    if len(token) != TOKEN_SIZE or base64.urlsafe_b64encode(token).rstrip(b"=").decode() != said:
+    if len(token) != TOKEN_SIZE or base64.urlsafe_b64encode(token).rstrip(b"=").decode() != encoded:
         return {"valid": False}
     return {"valid": True, "bytes": token.hex()}
 
@@ -79,21 +79,21 @@ def sign(step: Mapping[str, Any]) -> Any:
 def decode(step: Mapping[str, Any]) -> Any:
     pieces = [bytes.fromhex(piece) for piece in step["pieces"]]
     if step["receiver"] == "client":
-        return _converse(pieces, step["context"])
+        return _run_connection(pieces, step["context"])
     return _decode(pieces, step["context"])
 
 
 STEPS: Final[dict[str, Callable[[Mapping[str, Any]], Any]]] = {
     "tables": tables,
     "encode": encode,
-    "encode_request": encode_a_request,
+    "encode_request": encode_request_body,
     "text": text,
     "sign": sign,
     "decode": decode,
 }
 
 
-# --- as a server's decoder --------------------------------------------------------------------------
+# --- receiver "server": the decoder --------------------------------------------------------------------------
 
 
 def _decode(pieces: list[bytes], context: Mapping[str, Any]) -> list[Outcome]:
@@ -117,23 +117,23 @@ def _decode(pieces: list[bytes], context: Mapping[str, Any]) -> list[Outcome]:
 
 
 def _frame(frame: RawFrame, max_depth: int) -> Outcome:
-    """A frame in the words of the vectors. Raises MessageError."""
+    """Return a frame in the form of the vectors. Raises MessageError."""
     outcome, message = fields_of(frame), message_of(frame, max_depth)
     return outcome if message is None else {**outcome, "message": message}
 
 
-# --- as a client on a connection --------------------------------------------------------------------
+# --- receiver "client": the connection --------------------------------------------------------------------
 
 
-class _Watched(FrameDecoder):
-    """Keeps the frames that it gave out, each with how many were dropped before it, and the fault that ended it."""
+class _RecordingDecoder(FrameDecoder):
+    """Records each frame it returned with the number of frames dropped before it, and the error that ended it."""
 
-    __slots__ = ("_connection", "fault", "given")
+    __slots__ = ("_connection", "fault", "returned")
 
     def __init__(self, limit: int, connection: ClientConnection) -> None:
         super().__init__(Side.CLIENT, limit)
         self._connection = connection
-        self.given: list[tuple[RawFrame, int]] = []
+        self.returned: list[tuple[RawFrame, int]] = []
         self.fault: ProtocolError | None = None
 
     def next_frame(self) -> RawFrame | None:
@@ -143,7 +143,7 @@ class _Watched(FrameDecoder):
             self.fault = error
             raise
         if frame is not None:
-            self.given.append((frame, _dropped(self._connection)))
+            self.returned.append((frame, _dropped(self._connection)))
         return frame
 
 
@@ -151,24 +151,24 @@ def _dropped(connection: ClientConnection) -> int:
     return connection.dropped_stale + connection.dropped_unknown
 
 
-def _converse(pieces: list[bytes], context: Mapping[str, Any]) -> list[Outcome]:
+def _run_connection(pieces: list[bytes], context: Mapping[str, Any]) -> list[Outcome]:
     connection = ClientConnection(
         max_frame=context["limit"], tolerance_ms=context["tolerance_ms"], max_depth=context["max_depth"]
     )
-    decoder = connection._decoder = _Watched(context["limit"], connection)
+    decoder = connection._decoder = _RecordingDecoder(context["limit"], connection)
     token = bytes.fromhex(context["tokens"][0]) if context["tokens"] else bytes(TOKEN_SIZE)
     if context["salt"] is not None:
         connection._salt = bytes.fromhex(context["salt"])
         connection._last_counter = int(context["last_counter"])
         connection.state = State.OPEN
     connection._in_flight = dict.fromkeys(context["in_flight"], token)
-    events: dict[int, ClientEvent] = {}  # by the frame that they are about, counted from 1
+    events: dict[int, ClientEvent] = {}  # by the number of their frame, from 1
     for piece in pieces:
         for event in connection.receive_data(piece, int(context["now"]), 0.0):
-            events.setdefault(len(decoder.given), event)  # one more is the fault of a header after it
+            events.setdefault(len(decoder.returned), event)  # one more for an error in the next header
     outcomes: list[Outcome] = []
-    after = [*(dropped for _, dropped in decoder.given[1:]), _dropped(connection)]
-    for number, (frame, before) in enumerate(decoder.given, 1):
+    after = [*(dropped for _, dropped in decoder.returned[1:]), _dropped(connection)]
+    for number, (frame, before) in enumerate(decoder.returned, 1):
         if after[number - 1] > before:
             outcomes.append({"result": "dropped"})
         else:

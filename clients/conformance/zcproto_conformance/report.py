@@ -1,4 +1,4 @@
-"""What a run says: a line for each check that did not pass, a table, a file for machines."""
+"""Reports of a run: a line for each check that did not pass, a table, and a JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WHY_SHOWN = 2_000
 
 
 def lines_of(result: Result) -> Iterator[str]:
-    """A check and what it proves; why it failed, if it did."""
+    """Yield a check, what it proves, and why it failed."""
     yield f"{result.result:8} {result.check.name}   {result.check.proves}"
     if result.why:
         for line in result.why[:WHY_SHOWN].splitlines():
@@ -23,7 +23,7 @@ def lines_of(result: Result) -> Iterator[str]:
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:
-    """How many checks of each part came out how."""
+    """Yield a table of the number of results by part."""
     yield f"{'part':10}{'checks':>8}{'passed':>8}{'excepted':>10}{'failed':>8}{'seconds':>9}"
     for part in PARTS:
         of_part = [result for result in results if part_of(result.check) == part]
@@ -44,13 +44,13 @@ def part_of(check: Check) -> str:
 
 
 def listing(checks: Iterable[Check]) -> Iterator[str]:
-    """Every check with what it proves."""
+    """Yield each check with what it proves."""
     for check in checks:
         yield f"{check.name}   {check.proves}"
 
 
 def write_json(path: Path, command: Sequence[str], results: Sequence[Result], faults: Sequence[str]) -> None:
-    """Write the results down. Raises OSError."""
+    """Write the results to a file. Raises OSError."""
     document = {
         "kit": 1,
         "command": list(command),

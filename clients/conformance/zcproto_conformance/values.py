@@ -1,4 +1,4 @@
-"""Values as the typed JSON of the vectors: what passes between the kit and a client's program."""
+"""The typed JSON of the vectors, in which the kit and a client's program exchange values."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import struct
 from typing import Any, Final
 
 SAFE_INT: Final = 2**53
-"""JSON numbers from here on are not exact in every language."""
+"""From here on, not every language represents JSON numbers exactly."""
 
 
 def typed(value: Any) -> Any:
-    """A value as typed JSON. Raises TypeError for what msgpack does not carry."""
+    """Encode a value as typed JSON. Raises TypeError for a type that msgpack does not have."""
     match value:
         case None | bool() | str():
             return value
@@ -28,7 +28,7 @@ def typed(value: Any) -> Any:
 
 
 def untyped(value: Any) -> Any:
-    """The value that typed JSON stands for. Raises ValueError for anything else."""
+    """Decode a value from typed JSON. Raises ValueError for anything else."""
     match value:
         case None | bool() | str() | int():
             return value
@@ -42,4 +42,4 @@ def untyped(value: Any) -> Any:
             return bytes.fromhex(digits)
         case {"map": dict() as items}:
             return {key: untyped(item) for key, item in items.items()}
-    raise ValueError(f"no typed value: {str(value)[:80]}")
+    raise ValueError(f"not a typed value: {str(value)[:80]}")

@@ -1,7 +1,7 @@
-"""The vectors of the specification, put to a client's program: nothing is skipped.
+"""Checks of a client's program against the vectors of the specification, one for each vector.
 
-Each vector of frames is decoded whole, byte by byte, in two pieces at the places where frames are usually cut
-wrongly, and with more bytes behind it.
+Each vector of frames is decoded whole, byte by byte, in two pieces cut at field boundaries, and followed by more
+bytes if the receiver must ignore them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from zcproto_conformance.check import VECTORS, Check, Scenario
+from zcproto_conformance.connection import HEADER, KINDS, MAX_FRAME, MIN_LENGTH, TOLERANCE_MS
 from zcproto_conformance.errors import CheckFailed, KitError, expect
-from zcproto_conformance.link import HEADER, KINDS, MIN_LENGTH
-from zcproto_conformance.program import Refused
-from zcproto_conformance.stage import Stage
+from zcproto_conformance.harness import Harness
+from zcproto_conformance.program import StepFailed
 
 Vector = dict[str, Any]
 
@@ -24,14 +24,14 @@ FILES: Final = (*FRAME_FILES, "text", "signatures", "conversation", "tables")
 INVALID_ARGUMENT: Final = 3
 PROTOCOL_ERROR: Final = 64
 _FIELD_ENDS: Final = (1, 3, 4, 5, 6, 8, 12, 20, 28, 36, 67, 68, 69)
-"""The ends of a header's fields, and some places within."""
+"""Offsets of the ends of header fields, and some within fields."""
 
-_AT_ONCE: Final = 200
-"""Steps on their way at a time."""
+_CONCURRENT: Final = 200
+"""Steps that wait for an answer at a time."""
 
 
 def checks(folder: Path) -> list[Check]:
-    """A check for each vector. Raises KitError if the vectors are not there."""
+    """Return a check for each vector. Raises KitError if the vectors cannot be read."""
     return [check for name in FILES for check in _of_file(name, _load(folder, name))]
 
 
@@ -40,7 +40,7 @@ def _load(folder: Path, name: str) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise KitError(f"{path}: cannot be read; name the folder of the vectors with --vectors") from error
+        raise KitError(f"{path}: cannot be read; give the folder of the vectors with --vectors") from error
     return document
 
 
@@ -59,34 +59,34 @@ def _of_file(name: str, document: dict[str, Any]) -> Iterator[Check]:
 
 
 def _tables(document: dict[str, Any]) -> Scenario:
-    async def scenario(stage: Stage) -> None:
-        told = await stage.do("tables")
+    async def scenario(harness: Harness) -> None:
+        tables = await harness.step("tables")
         for table in ("kinds", "codes"):
-            got = told.get(table) if isinstance(told, dict) else None
-            expect(got == document[table], f"{table}: {got} instead of {document[table]}")
+            actual = tables.get(table) if isinstance(tables, dict) else None
+            expect(actual == document[table], f"{table}: {actual} instead of {document[table]}")
 
     return scenario
 
 
 def _text(vector: Vector) -> Scenario:
-    async def scenario(stage: Stage) -> None:
-        told = await stage.do("text", type=vector["type"], text=vector["text"])
-        expect(told == vector["expect"], f"{vector['text']!r} is told to be {told}, not {vector['expect']}")
+    async def scenario(harness: Harness) -> None:
+        result = await harness.step("text", type=vector["type"], text=vector["text"])
+        expect(result == vector["expect"], f"{vector['text']!r} gave {result} instead of {vector['expect']}")
 
     return scenario
 
 
 def _signature(vector: Vector) -> Scenario:
-    """A client signs, so the message is compared always, and the signature where the vector's is right."""
+    """Compare the signed message; a vector whose signature is invalid must not be reproduced by the client."""
     names = ("private_key", "salt", "leaf", "scheme", "device", "token")
     fields = {name: vector[name] for name in names if name in vector}
 
-    async def scenario(stage: Stage) -> None:
-        told = await stage.do("sign", **fields)
-        expect(isinstance(told, dict), f"sign was answered with {told}")
-        expect(told.get("message") == vector["message"], f"{told.get('message')} was signed instead")
-        is_the_vectors = told.get("signature") == vector["signature"]
-        expect(is_the_vectors is vector["expect"]["valid"], f"the signature is {told.get('signature')}")
+    async def scenario(harness: Harness) -> None:
+        result = await harness.step("sign", **fields)
+        expect(isinstance(result, dict), f"sign returned {result}")
+        expect(result.get("message") == vector["message"], f"the signed message is {result.get('message')}")
+        matches = result.get("signature") == vector["signature"]
+        expect(matches is vector["expect"]["valid"], f"the signature is {result.get('signature')}")
 
     return scenario
 
@@ -95,50 +95,50 @@ def _signature(vector: Vector) -> Scenario:
 
 
 def _frames(vector: Vector) -> Scenario:
-    async def scenario(stage: Stage) -> None:
-        ways = list(_ways(bytes.fromhex(vector["bytes"]), _ends_it(vector)))
-        for begin in range(0, len(ways), _AT_ONCE):
+    async def scenario(harness: Harness) -> None:
+        cuts = list(_cuts(bytes.fromhex(vector["bytes"]), _stops_reading(vector)))
+        for begin in range(0, len(cuts), _CONCURRENT):
             steps = [
-                await stage.begin(
+                await harness.begin_step(
                     "decode",
                     receiver=vector["receiver"],
                     context=vector["context"],
                     pieces=[piece.hex() for piece in pieces],
                 )
-                for pieces in ways[begin : begin + _AT_ONCE]
+                for pieces in cuts[begin : begin + _CONCURRENT]
             ]
-            for step, pieces in zip(steps, ways[begin:], strict=False):
-                told = await _told(stage, step)
+            for step, pieces in zip(steps, cuts[begin:], strict=False):
+                outcomes = await _decoded(harness, step)
                 try:
-                    judge(told, vector)
-                except CheckFailed as broken:
-                    raise CheckFailed(f"{_way(pieces)}: {broken}") from broken
+                    judge(outcomes, vector)
+                except CheckFailed as failure:
+                    raise CheckFailed(f"{_describe_cut(pieces)}: {failure}") from failure
         for outcome in vector["expect"]:
             if outcome["result"] == "frame":
-                await _encoded(stage, outcome, vector)
+                await _check_encoding(harness, outcome, vector)
 
     return scenario
 
 
-async def _told(stage: Stage, step: Any) -> list[Any]:
+async def _decoded(harness: Harness, step: Any) -> list[Any]:
     try:
-        told = await stage.answer(step, "decode")
-    except Refused as refused:
-        raise CheckFailed(f"decode was answered with the error {refused}") from refused
-    expect(isinstance(told, list), f"decode was answered with {str(told)[:200]}")
-    outcomes: list[Any] = told
+        result = await harness.step_result(step, "decode")
+    except StepFailed as failure:
+        raise CheckFailed(f"decode failed with {failure}") from failure
+    expect(isinstance(result, list), f"decode returned {str(result)[:200]}")
+    outcomes: list[Any] = result
     return outcomes
 
 
-def _ends_it(vector: Vector) -> bool:
-    """Whether the receiver looks at no byte behind these."""
+def _stops_reading(vector: Vector) -> bool:
+    """Return whether the receiver must ignore all bytes after these."""
     last = vector["expect"][-1] if vector["expect"] else {}
     return bool(last.get("fatal")) and (vector["receiver"] == "client" or last["stage"] == "header")
 
 
-def _ways(data: bytes, ends_it: bool) -> Iterator[list[bytes]]:
+def _cuts(data: bytes, stops_reading: bool) -> Iterator[list[bytes]]:
     yield [data]
-    if ends_it:
+    if stops_reading:
         yield [data + b"\xff" * 100]
         yield [data, b"\xff" * 100]
     yield [data[at : at + 1] for at in range(len(data))]
@@ -147,56 +147,55 @@ def _ways(data: bytes, ends_it: bool) -> Iterator[list[bytes]]:
             yield [data[:at], data[at:]]
 
 
-def _way(pieces: list[bytes]) -> str:
+def _describe_cut(pieces: list[bytes]) -> str:
     if len(pieces) == 1:
         return "whole"
     return "byte by byte" if len(pieces) > 2 else f"cut at {len(pieces[0])}"
 
 
-def judge(told: list[Any], vector: Vector) -> None:
-    """Raise CheckFailed unless outcomes are those of a vector, as far as its receiver can see them."""
-    wanted = vector["expect"]
-    for number, outcome in enumerate(wanted):
-        expect(number < len(told), f"{len(told)} outcomes instead of {len(wanted)}: {told}")
-        _judge_one(told[number], outcome, vector["receiver"])
-    # A fault that only a conversation sees does not stop a server's decoder.
-    if _ends_it(vector) or not any(outcome.get("fatal") for outcome in wanted):
-        expect(len(told) == len(wanted), f"{len(told)} outcomes instead of {len(wanted)}: {told}")
+def judge(outcomes: list[Any], vector: Vector) -> None:
+    """Raise CheckFailed unless the outcomes match those of a vector that its receiver can detect."""
+    expected = vector["expect"]
+    for number, outcome in enumerate(expected):
+        expect(number < len(outcomes), f"{len(outcomes)} outcomes instead of {len(expected)}: {outcomes}")
+        _judge_outcome(outcomes[number], outcome, vector["receiver"])
+    # A fault that only the connection detects does not stop a server's decoder.
+    if _stops_reading(vector) or not any(outcome.get("fatal") for outcome in expected):
+        expect(
+            len(outcomes) == len(expected), f"{len(outcomes)} outcomes instead of {len(expected)}: {outcomes}"
+        )
 
 
-def _judge_one(got: Any, outcome: Vector, receiver: str) -> None:
-    expect(isinstance(got, dict), f"an outcome is {got!r}")
+def _judge_outcome(actual: Any, outcome: Vector, receiver: str) -> None:
+    expect(isinstance(actual, dict), f"an outcome is {actual!r}")
     result, stage = outcome["result"], outcome.get("stage")
     if result == "frame":
-        _judge_frame(got, outcome)
+        _judge_frame(actual, outcome)
     elif result == "incomplete":
-        expect(got == {"result": "incomplete", "have": outcome["have"]}, f"{got} instead of {outcome}")
-    elif receiver == "client" or stage == "header":
-        wanted = {key: outcome[key] for key in ("result", "code", "fatal") if key in outcome}
-        seen = {key: got.get(key) for key in wanted}
-        expect(seen == wanted, f"{got} instead of {wanted}")
-    elif stage == "body":
-        wanted = {key: outcome[key] for key in ("result", "code", "fatal")}
-        expect({key: got.get(key) for key in wanted} == wanted, f"{got} instead of {wanted}")
+        expect(actual == {"result": "incomplete", "have": outcome["have"]}, f"{actual} instead of {outcome}")
+    elif receiver == "client" or stage in ("header", "body"):
+        expected = {key: outcome[key] for key in ("result", "code", "fatal") if key in outcome}
+        expect({key: actual.get(key) for key in expected} == expected, f"{actual} instead of {expected}")
     elif stage == "deadline":
-        expect(got.get("result") == "frame", f"{got} instead of a frame with its deadline")
-        deadline = got["message"]["meta"]["deadline_ms"]
-        expect(int(deadline["int"] if isinstance(deadline, dict) else deadline) <= 0, f"{got}")
-    else:  # what only a server can see: its body may be anything
-        known = got.get("result") == "frame" or got.get("code") in (INVALID_ARGUMENT, PROTOCOL_ERROR)
-        expect(known, f"{got} instead of a frame")
+        expect(actual.get("result") == "frame", f"{actual} instead of a frame with its deadline")
+        deadline = actual["message"]["meta"]["deadline_ms"]
+        expect(int(deadline["int"] if isinstance(deadline, dict) else deadline) <= 0, f"{actual}")
+    else:  # only a server detects it: the body may be anything
+        is_known = actual.get("result") == "frame" or actual.get("code") in (INVALID_ARGUMENT, PROTOCOL_ERROR)
+        expect(is_known, f"{actual} instead of a frame")
 
 
-def _judge_frame(got: Vector, outcome: Vector) -> None:
-    for key, wanted in outcome.items():
+def _judge_frame(actual: Vector, outcome: Vector) -> None:
+    for key, expected in outcome.items():
         if key != "message":
-            expect(got.get(key) == wanted, f"{key} is {got.get(key)!r} instead of {wanted!r}: {got}")
-    seen, wanted = _plain(got.get("message")), _plain(outcome.get("message"))
-    expect(seen == wanted, f"message is {seen} instead of {wanted}")
+            value = actual.get(key)
+            expect(value == expected, f"{key} is {value!r} instead of {expected!r}: {actual}")
+    message, expected = _normalized(actual.get("message")), _normalized(outcome.get("message"))
+    expect(message == expected, f"message is {message} instead of {expected}")
 
 
-def _plain(message: Any) -> Any:
-    """A message with what counts as the same written alike."""
+def _normalized(message: Any) -> Any:
+    """Return a message in which nil params are an empty map and absent meta is empty."""
     if not isinstance(message, dict) or "method" not in message:
         return message
     return {
@@ -206,13 +205,13 @@ def _plain(message: Any) -> Any:
     }
 
 
-async def _encoded(stage: Stage, outcome: Vector, vector: Vector) -> None:
-    """The client's encoder makes the frame that its decoder has read."""
+async def _check_encoding(harness: Harness, outcome: Vector, vector: Vector) -> None:
+    """Raise CheckFailed unless the client's encoder reproduces a frame that its decoder accepted."""
     names = ("kind", "stream", "timestamp", "salt", "counter", "token", "body")
-    told = await stage.do("encode", **{name: outcome[name] for name in names})
+    frame = await harness.step("encode", **{name: outcome[name] for name in names})
     expect(
-        isinstance(told, dict) and str(told.get("bytes")) in vector["bytes"] and told.get("bytes"),
-        f"encoded it is {told}",
+        isinstance(frame, dict) and frame.get("bytes") and str(frame["bytes"]) in vector["bytes"],
+        f"encode returned {frame}",
     )
     message = outcome.get("message") or {}
     if "method" not in message:
@@ -220,17 +219,21 @@ async def _encoded(stage: Stage, outcome: Vector, vector: Vector) -> None:
     fields = {key: message[key] for key in ("method", "params") if key in message}
     if message.get("meta"):
         fields["meta"] = {"map": message["meta"]}
-    told = await stage.do("encode_request", **fields)
-    body = bytes.fromhex(str(told["body"]))
+    body = bytes.fromhex(str((await harness.step("encode_request", **fields))["body"]))
     again = HEADER.pack(MIN_LENGTH + len(body), 1, KINDS["REQUEST"], 0, 1, 0, bytes(8), 1, bytes(32)) + body
-    step = await stage.begin("decode", receiver="server", context=vector["context"], pieces=[again.hex()])
-    read = await _told(stage, step)
-    seen = _plain(read[0].get("message")) if read and isinstance(read[0], dict) else read
-    expect(seen == _plain(message), f"its request is read as {seen} instead of {message}")
+    step = await harness.begin_step(
+        "decode", receiver="server", context=vector["context"], pieces=[again.hex()]
+    )
+    outcomes = await _decoded(harness, step)
+    decoded = outcomes[0].get("message") if outcomes and isinstance(outcomes[0], dict) else outcomes
+    expect(
+        _normalized(decoded) == _normalized(message),
+        f"the encoded request decodes to {decoded} instead of {message}",
+    )
 
 
 def _as_frames(vectors: list[Vector]) -> Iterator[Vector]:
-    """The example conversation, each frame with what its receiver knows when it comes."""
+    """Yield the frames of the example conversation, each with the context of its receiver."""
     salt: str | None = None
     counters = {"client": -1, "server": -1}
     in_flight: set[int] = set()
@@ -240,16 +243,16 @@ def _as_frames(vectors: list[Vector]) -> Iterator[Vector]:
         sender = vector["from"]
         receiver = "server" if sender == "client" else "client"
         yield {
-            "title": f"{vector['title']} is taken",
+            "title": f"{vector['title']} is accepted",
             "receiver": receiver,
             "bytes": vector["bytes"],
             "context": {
-                "limit": 1_048_576,
+                "limit": MAX_FRAME,
                 "max_depth": 32,
                 "salt": salt,
                 "last_counter": str(max(counters[sender], 0)),
                 "now": vector["now"],
-                "tolerance_ms": 30_000,
+                "tolerance_ms": TOLERANCE_MS,
                 "tokens": [outcome["token"]],
                 "in_flight": sorted(in_flight),
             },
@@ -292,8 +295,8 @@ def _as_message(kind: str, body: Any) -> Vector | None:
         case "RESPONSE":
             return {"value": body}
         case "ERROR":
-            code, said, *details = body
-            return {"code": code, "message": said, "details": details[0] if details else {"map": {}}}
+            code, text, *details = body
+            return {"code": code, "message": text, "details": details[0] if details else {"map": {}}}
         case "WELCOME":
             return {"map": body}
     return None

@@ -1,9 +1,9 @@
-"""Faulty clients: for each conversation with the scripted server the one fault that it is there to find.
+"""Faulty clients: for each scripted scenario, the one fault that it exists to detect.
 
     python -m tests.conformance.faults
 
-runs every conversation against the Python client with just that fault in its code. A conversation that passes all
-the same proves nothing, and is told.
+runs every scenario against the Python client with its fault applied. A scenario that passes all the same proves
+nothing and is reported.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tests.conformance.faults.mutation import Fault
 
 _TABLES: Final = (
     connections.TRUST,
-    connections.GREETING,
+    connections.WELCOME,
     connections.FRAMING,
     connections.FRESHNESS,
     calls.CALLS,
-    calls.GOING,
+    calls.GOAWAY,
     calls.SESSIONS,
     calls.DEVICES,
 )
@@ -30,5 +30,5 @@ FAULTS: Final[dict[str, Fault]] = {
 
 
 def fault_of(check: str) -> Fault:
-    """The fault that a check is there to find. Raises KeyError if there is none."""
+    """Return the fault that a check exists to detect. Raises KeyError if it has none."""
     return FAULTS[check]

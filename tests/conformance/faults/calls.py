@@ -1,4 +1,4 @@
-"""A fault for each conversation about calls, retries, sessions and devices."""
+"""A fault for each scenario about calls, retries, sessions and devices."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _SEND_CANCEL: Final = 'self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)'
 
 
 def _then(code: str, then: str) -> tuple[str, str, str]:
-    """After an error with this code the client does something else."""
+    """Change what the client does after an error with this code."""
     return _WHAT_NEXT, _BY_CODE, f"return Then.{then} if error.code is Code.{code} else {_BY_CODE[7:]}"
 
 
-_ANSWER_ENDS_IT: Final = fault(
-    "ends a connection for an answer that it cannot read",
+_INVALID_RESPONSE_IS_FATAL: Final = fault(
+    "ends the connection after an invalid response",
     (
         _RECEIVE,
         'yield ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})\n'
@@ -40,76 +40,75 @@ _ANSWER_ENDS_IT: Final = fault(
         'yield self._end_with(Code.PROTOCOL_ERROR, "a fault")\n                    return',
     ),
 )
-_STRANGE_ANSWER_ENDS_IT: Final = fault(
-    "ends a connection for an answer that it did not ask for",
+_UNKNOWN_RESPONSE_IS_FATAL: Final = fault(
+    "ends the connection after a response on an unknown stream",
     (
         _RECEIVE,
         "self.dropped_unknown += 1\n                    continue",
         'yield self._end_with(Code.PROTOCOL_ERROR, "a fault")\n                    return',
     ),
 )
-_NO_LIMIT_FOR_WHAT_IS_SENT: Final = fault(
-    "does not look at the size of what it sends",
+_NO_SEND_LIMIT: Final = fault(
+    "does not limit the size of sent frames",
     (f"{_CONNECTION}._check_size", "if size > limit:", "if False:"),
 )
 
 CALLS: Final[dict[str, Fault]] = {
-    "answers-out-of-order": fault(
-        "matches answers by their order",
+    "responses-out-of-order": fault(
+        "matches responses by their order",
         (
             f"{_PUMP}.data_received",
             "call = pending.pop(event.stream, None)",
             "call = pending.pop(next(iter(pending)), None)",
         ),
     ),
-    "answer-to-nothing": _STRANGE_ANSWER_ENDS_IT,
-    "answered-twice": _STRANGE_ANSWER_ENDS_IT,
+    "response-on-unknown-stream": _UNKNOWN_RESPONSE_IS_FATAL,
+    "duplicate-response": _UNKNOWN_RESPONSE_IS_FATAL,
     "error-codes": fault(
-        "loses details", (_FROM_WIRE, "return kind(message, details)", "return kind(message)")
+        "drops details", (_FROM_WIRE, "return kind(message, details)", "return kind(message)")
     ),
     "error-without-details": fault(
-        "wants details", (f"{_MESSAGE}:decode_error", "not 2 <= len(value) <= 3", "len(value) != 3")
+        "requires details", (f"{_MESSAGE}:decode_error", "not 2 <= len(value) <= 3", "len(value) != 3")
     ),
     "unknown-code": fault(
-        "fails at a code that it does not know",
+        "fails at an unknown code",
         (_FROM_WIRE, "kind = cls.by_code.get(code)", "kind = cls.by_code[code]"),
     ),
-    "body-no-msgpack": _ANSWER_ENDS_IT,
-    "body-empty": _ANSWER_ENDS_IT,
-    "body-that-promises-too-much": _ANSWER_ENDS_IT,
-    "body-with-more-behind": fault(
-        "reads the first value of a body",
+    "body-not-msgpack": _INVALID_RESPONSE_IS_FATAL,
+    "body-empty": _INVALID_RESPONSE_IS_FATAL,
+    "body-with-huge-array-length": _INVALID_RESPONSE_IS_FATAL,
+    "body-with-trailing-bytes": fault(
+        "decodes the first value of a body and ignores the rest",
         (
             _DECODE,
             _UNPACK,
             "return (lambda reader: (reader.feed(body), reader.unpack())[1])(msgpack.Unpacker())",
         ),
     ),
-    "body-with-an-ext-type": fault(
-        "takes ext types", (_DECODE, _UNPACK, "return _unpack(body, ext_hook=lambda code, data: data)")
+    "body-with-ext-type": fault(
+        "accepts ext types", (_DECODE, _UNPACK, "return _unpack(body, ext_hook=lambda code, data: data)")
     ),
-    "body-with-a-timestamp": fault(
-        "takes msgpack's timestamps", (_DECODE, _UNPACK, "return _unpack(body, timestamp=1)")
+    "body-with-timestamp": fault(
+        "accepts msgpack timestamps", (_DECODE, _UNPACK, "return _unpack(body, timestamp=1)")
     ),
-    "body-with-an-int-key": fault(
-        "takes int for a key",
+    "body-with-int-key": fault(
+        "accepts int keys",
         (_DECODE, _UNPACK, "return _unpack(body, strict_map_key=False)"),
         (_NESTED, _KEY, "if key.__class__ not in (str, int):"),
     ),
-    "body-with-a-bin-key": fault(
-        "takes bin for a key", (_NESTED, _KEY, "if key.__class__ not in (str, bytes):")
-    ),
+    "body-with-bin-key": fault("accepts bin keys", (_NESTED, _KEY, "if key.__class__ not in (str, bytes):")),
     "body-not-utf-8": fault(
-        "replaces what is no UTF-8", (_DECODE, _UNPACK, 'return _unpack(body, unicode_errors="replace")')
+        "replaces invalid UTF-8", (_DECODE, _UNPACK, 'return _unpack(body, unicode_errors="replace")')
     ),
-    "body-too-deep": fault(
-        "takes any depth", (f"{_MESSAGE}:decode_body", _DEEP, "_check_nested([value], max_depth + 99)")
+    "body-nested-too-deep": fault(
+        "accepts any depth", (f"{_MESSAGE}:decode_body", _DEEP, "_check_nested([value], max_depth + 99)")
     ),
     "body-32-deep": fault(
-        "takes a depth of 31", (f"{_MESSAGE}:decode_body", _DEEP, "_check_nested([value], max_depth - 1)")
+        "accepts a depth of at most 31",
+        (f"{_MESSAGE}:decode_body", _DEEP, "_check_nested([value], max_depth - 1)"),
     ),
     "results-of-all-types": fault(
-        "holds ints in doubles",
+        "stores ints in doubles",
         (
             f"{_MESSAGE}:decode_body",
             "value = _decode(body)",
@@ -121,23 +120,23 @@ CALLS: Final[dict[str, Fault]] = {
         (f"{_MESSAGE}:encode_body", "return _pack(value)", "return msgpack.packb(value, use_bin_type=False)"),
     ),
     "call-without-params": fault(
-        "sends an array for no params",
+        "sends an empty array instead of no params",
         (
             f"{_MESSAGE}:encode_request",
             "return encode_body([method, params, meta] if meta else [method, params])",
             "return encode_body([method, params or [], meta or {}])",
         ),
     ),
-    "deadline-travels": fault(
-        "keeps the deadline for itself",
+    "deadline-is-sent": fault(
+        "does not send the deadline",
         (
             f"{_CLIENT}.call",
             '{"deadline_ms": min(math.ceil((deadline - now) * MS_PER_SECOND), MAX_DEADLINE_MS)}',
             "{}",
         ),
     ),
-    "deadline-of-the-client": fault(
-        "leaves deadlines to the server",
+    "deadline-at-the-client": fault(
+        "does not enforce deadlines",
         (
             "zcproto.client.protocol:PendingCall.handle_deadline",
             "if self.link.abandon(self) and not self.done():",
@@ -148,18 +147,18 @@ CALLS: Final[dict[str, Fault]] = {
         "sends CANCEL without its request's token",
         (f"{_CONNECTION}.cancel", _SEND_CANCEL, 'self._send(CANCEL, stream, NO_TOKEN, b"", wall)'),
     ),
-    "cancelled-is-in-flight": fault(
-        "takes a cancelled request for answered",
+    "cancelled-call-stays-in-flight": fault(
+        "frees the stream of a cancelled request at once",
         (f"{_CONNECTION}.cancel", _SEND_CANCEL, f"{_SEND_CANCEL}; self._in_flight.pop(stream)"),
         (f"{_PUMP}.abandon", "self._flush_soon()", "self._flush_soon(); self._update_ready()"),
     ),
-    "traceparent-travels": fault(
-        "keeps traceparent for itself",
+    "traceparent-is-sent": fault(
+        "does not send traceparent",
         ("zcproto.client.client:_meta", 'more["traceparent"] = traceparent', "pass"),
     ),
-    "request-above-max-frame": _NO_LIMIT_FOR_WHAT_IS_SENT,
+    "request-above-max-frame": _NO_SEND_LIMIT,
     "ping-is-answered": fault(
-        "answers no PING",
+        "does not answer PING",
         (f"{_CONNECTION}._received_other", 'self._send(PONG, 0, token, b"", wall)', "pass"),
     ),
     "keepalive": fault("sends no PING", (f"{_CONNECTION}.handle_timeout", "self.ping(wall)", "pass")),
@@ -171,7 +170,7 @@ CALLS: Final[dict[str, Fault]] = {
             'return self._end_with(Code.PROTOCOL_ERROR, "a fault")',
         ),
     ),
-    "events-are-told": fault(
+    "events-are-delivered": fault(
         "loses the data of events",
         (f"{_CLIENT}._event_received", "Event(event.name, event.data)", "Event(event.name, None)"),
     ),
@@ -179,8 +178,8 @@ CALLS: Final[dict[str, Fault]] = {
 
 _LOST: Final = "if self._closed or not (link.unanswered_not_run or idempotency_key is not None):"
 
-GOING: Final[dict[str, Fault]] = {
-    "goaway-in-the-middle": fault(
+GOAWAY: Final[dict[str, Fault]] = {
+    "goaway-with-calls-in-flight": fault(
         "closes at GOAWAY",
         (
             f"{_PUMP}._go_away",
@@ -194,7 +193,7 @@ GOING: Final[dict[str, Fault]] = {
         (f"{_PUMP}._go_away", "if self.draining:", "if True:"),
     ),
     "goaway-retry-after": fault(
-        "comes back at once after GOAWAY",
+        "reconnects at once after GOAWAY",
         (
             f"{_LINKS}.link_draining",
             "self._wait(self._backoff.next(min(event.retry_after_ms, MAX_RETRY_AFTER_MS)))",
@@ -209,51 +208,53 @@ GOING: Final[dict[str, Fault]] = {
             'reason = said.get("reason") if self.state is State.OPEN else None',
         ),
     ),
-    "goaway-then-a-clean-end": fault(
-        "takes a request that did not run for one that may have",
+    "goaway-then-clean-end": fault(
+        "treats a request that did not run like one that may have",
         (
             f"{_PUMP}._closed_by_peer",
             "self.unanswered_not_run = self.draining",
             "self.unanswered_not_run = False",
         ),
     ),
-    "goaway-then-cut": fault(
-        "takes a request that may have run for one that did not",
+    "goaway-then-truncated": fault(
+        "treats a request that may have run like one that did not",
         (f"{_CLIENT}.call", _LOST, _LOST.replace("link.unanswered_not_run", "link.draining")),
     ),
-    "lost-without-a-key": fault("sends a lost call again", (f"{_CLIENT}.call", _LOST, "if self._closed:")),
-    "lost-with-a-key": fault(
-        "does not send a lost call again that has a key",
+    "lost-call-without-idempotency-key": fault(
+        "retries a lost call", (f"{_CLIENT}.call", _LOST, "if self._closed:")
+    ),
+    "lost-call-with-idempotency-key": fault(
+        "does not retry a lost call with an idempotency key",
         (f"{_CLIENT}.call", _LOST, "if self._closed or not link.unanswered_not_run:"),
     ),
-    "cut-by-the-network": fault(
-        "takes a cut for a clean end",
+    "reconnect-after-network-failure": fault(
+        "treats a truncation as a clean end",
         (
             f"{_PUMP}.connection_lost",
             "self._ended(ConnectionClosed(exc.failure))",
             "self._ended(ConnectionClosed(exc.failure, clean=True))",
         ),
     ),
-    "no-storm": fault(
-        "comes back at once, always",
+    "reconnect-backoff": fault(
+        "always reconnects at once",
         ("zcproto.client.backoff:Backoff.next", "self._random() * self._ceiling", "0"),
     ),
     "unavailable": fault("gives up at UNAVAILABLE", _then("UNAVAILABLE", "TELL")),
     "resource-exhausted": fault("gives up at RESOURCE_EXHAUSTED", _then("RESOURCE_EXHAUSTED", "TELL")),
     "retry-after": fault(
-        "does not look at retry_after_ms",
+        "ignores retry_after_ms",
         (_AFTER, "attempt.backoff.next(retry_after_ms(error.details))", "attempt.backoff.next()"),
     ),
-    "retry-has-an-end": fault(
-        "waits beyond the time of a call",
+    "retry-within-deadline": fault(
+        "waits beyond the deadline of a call",
         (f"{_CLIENT}._wait", "if self._loop.time() + delay >= deadline:", "if False:"),
     ),
     "limit-reached": fault(
-        "waits for a limit that does not pass",
+        "retries after an error with a limit",
         (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
     ),
-    "other-errors-are-told": fault(
-        "sends again whatever failed", (_WHAT_NEXT, "error.code, Then.TELL", "error.code, Then.LATER")
+    "other-errors-are-not-retried": fault(
+        "retries all errors", (_WHAT_NEXT, "error.code, Then.TELL", "error.code, Then.LATER")
     ),
 }
 
@@ -263,7 +264,7 @@ _SAME_ONE: Final = (
 
 SESSIONS: Final[dict[str, Fault]] = {
     "session-open": fault(
-        "does not say which client it is",
+        "does not send its name",
         (
             f"{_KEEPER}._next_request",
             'return "session.open", {**self._credentials.params(link), "client": self._client}',
@@ -279,7 +280,7 @@ SESSIONS: Final[dict[str, Fault]] = {
         ),
     ),
     "no-session": fault(
-        "sends a token of its own",
+        "sends a made-up token",
         (
             f"{_CLIENT}.call",
             "token = sessions.token",
@@ -287,7 +288,7 @@ SESSIONS: Final[dict[str, Fault]] = {
         ),
     ),
     "wrong-key": fault(
-        "tries a key that was refused again and again",
+        "retries a refused key",
         (
             f"{_KEEPER}._renew",
             "if then is Then.LATER and must:",
@@ -295,28 +296,28 @@ SESSIONS: Final[dict[str, Fault]] = {
         ),
     ),
     "too-many-sessions": fault(
-        "waits for a limit that does not pass",
+        "retries after an error with a limit",
         (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
     ),
-    "unauthenticated": fault("tries UNAUTHENTICATED again", _then("UNAUTHENTICATED", "AT_ONCE")),
+    "unauthenticated": fault("retries after UNAUTHENTICATED", _then("UNAUTHENTICATED", "AT_ONCE")),
     "expired-token": fault("gives up at TOKEN_EXPIRED", _then("TOKEN_EXPIRED", "TELL")),
     "refresh-rotation": fault(
-        "uses its first refresh token for ever",
+        "always uses its first refresh token",
         (f"{_KEEPER}._next_request", '"refresh_token": session.refresh_token_bytes', _SAME_ONE),
     ),
-    "one-refresh-at-a-time": fault(
-        "refreshes for each call", (f"{_KEEPER}.make_good", "if self._renewing is None:", "if True:")
+    "concurrent-calls-share-one-refresh": fault(
+        "refreshes once per call", (f"{_KEEPER}.make_good", "if self._renewing is None:", "if True:")
     ),
     "expired-twice": fault(
-        "refreshes as often as it is told that a token expired",
+        "refreshes after each TOKEN_EXPIRED",
         (
             _AFTER,
             "elif then is Then.RENEW and token != NO_TOKEN and attempt.once(then):",
             "elif then is Then.RENEW and token != NO_TOKEN:",
         ),
     ),
-    "expired-without-refresh": fault(
-        "refreshes with nothing",
+    "expired-without-refresh-token": fault(
+        "refreshes without a refresh token",
         (
             f"{_KEEPER}._next_request",
             "if session is not None and session.can_refresh(self._loop.time()):",
@@ -331,30 +332,28 @@ SESSIONS: Final[dict[str, Fault]] = {
             "return False",
         ),
     ),
-    "lost-refresh": fault(
-        "gives up when a refresh was lost", (f"{_KEEPER}._renew", "lost += 1\n", "raise\n")
-    ),
-    "refresh-of-a-revoked-session": fault(
-        "opens a session when its refresh was refused for good",
+    "lost-refresh": fault("gives up after a lost refresh", (f"{_KEEPER}._renew", "lost += 1\n", "raise\n")),
+    "refresh-of-revoked-session": fault(
+        "opens a session after a refused refresh",
         (
             f"{_KEEPER}._goes_on_without_refresh",
             "if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN and not is_anothers:",
             "if False:",
         ),
     ),
-    "revoked-token": fault("takes TOKEN_REVOKED for TOKEN_EXPIRED", _then("TOKEN_REVOKED", "RENEW")),
+    "revoked-token": fault("treats TOKEN_REVOKED like TOKEN_EXPIRED", _then("TOKEN_REVOKED", "RENEW")),
     "replaced-session": fault(
-        "comes back by itself when its session is over",
+        "reconnects after its session was replaced",
         (f"{_CLIENT}.open", "is_wanted=lambda: not self._sessions.is_over,", "is_wanted=lambda: True,"),
     ),
-    "another-session": fault(
-        "never opens a session again once one is over", (f"{_KEEPER}.want", "self._over = None", "pass")
+    "new-session-after-revocation": fault(
+        "never opens a second session", (f"{_KEEPER}.want", "self._over = None", "pass")
     ),
-    "revoked-event": fault(
-        "takes session.revoked for an expiry",
+    "session-revoked-event": fault(
+        "treats session.revoked like an expiry",
         (f"{_KEEPER}.event_received", "self.show(link)", "self.expired(event.token)"),
     ),
-    "back-with-its-token": fault(
+    "reconnect-with-token": fault(
         "opens a session on each connection",
         (
             f"{_KEEPER}.show",
@@ -362,15 +361,15 @@ SESSIONS: Final[dict[str, Fault]] = {
             "self.session = None; self.token = NO_TOKEN; self._set_good()",
         ),
     ),
-    "small-frame-first": fault(
-        "trusts in its token before it was taken",
+    "reconnect-with-small-frame-first": fault(
+        "sends large frames before its token was accepted",
         (f"{_CONNECTION}._check_size", "limit = self.send_limit", 'limit = self.welcome["max_frame"]'),
     ),
-    "large-frame-without-a-session": _NO_LIMIT_FOR_WHAT_IS_SENT,
+    "large-frame-without-session": _NO_SEND_LIMIT,
 }
 
 DEVICES: Final[dict[str, Fault]] = {
-    "device-opens": fault(
+    "device-opens-session": fault(
         "signs without the salt",
         (
             f"{_SESSION}:DeviceKey.params",
@@ -378,7 +377,7 @@ DEVICES: Final[dict[str, Fault]] = {
             "open_message(bytes(8), channel.leaf, self.name)",
         ),
     ),
-    "device-attaches": fault(
+    "device-attaches-session": fault(
         "signs without the server's certificate",
         (
             f"{_SESSION}:DeviceKey.attach_params",
@@ -386,19 +385,19 @@ DEVICES: Final[dict[str, Fault]] = {
             "attach_message(channel.salt, bytes(32), token)",
         ),
     ),
-    "attach-when-asked": fault(
+    "attach-on-demand": fault(
         "gives up when it must attach", (_WHAT_NEXT, "return Then.ATTACH", "return Then.TELL")
     ),
-    "attach-in-vain": fault(
-        "attaches as often as it is told to",
+    "attach-refused-twice": fault(
+        "attaches after each refusal",
         (
             _AFTER,
             "elif then is Then.ATTACH and token != NO_TOKEN and attempt.once(then):",
             "elif then is Then.ATTACH and token != NO_TOKEN:",
         ),
     ),
-    "attach-without-a-key": fault(
-        "tries again without having attached",
+    "attach-without-device-key": fault(
+        "retries without attaching",
         (
             f"{_KEEPER}.attach",
             "        if self._device is None:\n            return False",

@@ -1,4 +1,4 @@
-"""A fault for each conversation about TLS, the greeting, framing and freshness."""
+"""A fault for each scenario about TLS, WELCOME, framing and freshness."""
 
 from __future__ import annotations
 
@@ -45,14 +45,16 @@ TRUST: Final[dict[str, Fault]] = {
         (_CONTEXT, _ALPN, "\n"),
         (_JUDGE, _JUDGE_ALPN, "if False:"),
     ),
-    "wrong-ca": fault("checks no certificate", (_CONTEXT, "    if not verify:\n", "    if True:\n")),
-    "wrong-name": fault("checks no name", (_CONTEXT, _ALPN, f"{_ALPN}    context.check_hostname = False\n")),
+    "wrong-ca": fault("does not verify certificates", (_CONTEXT, "    if not verify:\n", "    if True:\n")),
+    "wrong-name": fault(
+        "does not verify the name", (_CONTEXT, _ALPN, f"{_ALPN}    context.check_hostname = False\n")
+    ),
     "expired-certificate": fault(
-        "checks no dates (X509_V_FLAG_NO_CHECK_TIME)",
+        "does not verify the validity period (X509_V_FLAG_NO_CHECK_TIME)",
         (_CONTEXT, _ALPN, f"{_ALPN}    context.verify_flags |= 0x200000\n"),
     ),
     "tls-1.2": fault(
-        "takes TLS 1.2",
+        "accepts TLS 1.2",
         ("zcproto.tls.context:_restrict", "context.minimum_version = ssl.TLSVersion.TLSv1_3", "pass"),
         (
             "zcproto.tls.context:_restrict",
@@ -63,12 +65,12 @@ TRUST: Final[dict[str, Fault]] = {
         ("zcproto.tls.context:suites_are_allowed", "and cipher[0] in suites", ""),
     ),
     "other-suite": fault(
-        "takes any suite",
+        "accepts any suite",
         ("zcproto.tls.context:suites_are_allowed", "and cipher[0] in suites", ""),
     ),
-    "no-alpn": fault("does not look at ALPN", (_JUDGE, _JUDGE_ALPN, "if False:")),
+    "no-alpn": fault("does not check ALPN", (_JUDGE, _JUDGE_ALPN, "if False:")),
     "no-tls": fault(
-        "takes a server without TLS for one that is down",
+        "treats a server without TLS like one that is down",
         (
             "zcproto.client.links:LinkKeeper._connect",
             "if not (self._had_one and _may_pass(error)):",
@@ -76,59 +78,61 @@ TRUST: Final[dict[str, Fault]] = {
         ),
     ),
     "pin": fault(
-        "a pin is nothing without a CA",
+        "ignores pins without a CA",
         (
             "zcproto.client.dial:Trust.__init__",
             "system_store or not (ca_file or self.pins)",
             "system_store or not ca_file",
         ),
     ),
-    "wrong-pin": fault("looks at no pin", (_JUDGE, "if not connector.pins:", "if True:")),
+    "wrong-pin": fault("ignores pins", (_JUDGE, "if not connector.pins:", "if True:")),
     "backup-pin": fault(
-        "knows one pin", (_PARSE_PINS, "parsed = frozenset(pins)", "parsed = frozenset(list(pins)[:1])")
+        "uses only one pin", (_PARSE_PINS, "parsed = frozenset(pins)", "parsed = frozenset(list(pins)[:1])")
     ),
-    "pin-on-top-of-a-ca": fault(
-        "with a CA looks at no pin",
+    "wrong-pin-with-ca": fault(
+        "ignores pins if it has a CA",
         (
             _JUDGE,
             "if not connector.pins:",
             "if not connector.pins or connector.context.verify_mode is ssl.CERT_REQUIRED:",
         ),
     ),
-    "pin-with-the-wrong-ca": fault(
-        "with a pin looks at no CA",
+    "pin-with-wrong-ca": fault(
+        "ignores the CA if it has a pin",
         (
             "zcproto.client.dial:Trust.context",
             "by_ca = self.verify and",
             "by_ca = not self.pins and self.verify and",
         ),
     ),
-    "pin-that-changes": fault(
-        "looks at pins on the first connection only", (_DIAL, "pins=self._trust.pins,", _SOME_PINS)
+    "pin-checked-on-reconnect": fault(
+        "checks pins on the first connection only", (_DIAL, "pins=self._trust.pins,", _SOME_PINS)
     ),
-    "pin-announced": fault(
-        "believes the pins that a server announces",
+    "pins-next-event": fault(
+        "trusts the pins that a server announces",
         (
             "zcproto.client.client:Client._event_received",
             "seen = Event(event.name, event.data)",
             "seen = Event(event.name, event.data); self._dial._trust.pins |= frozenset(event.data['pins'])",
         ),
     ),
-    "pin-changes-as-announced": fault(
-        "knows one pin, the first",
+    "key-rollover-with-next-pin": fault(
+        "uses only the first pin",
         (_PARSE_PINS, "parsed = frozenset(pins)", "parsed = frozenset(list(pins)[:1])"),
     ),
-    "policy": fault(
-        "forgets policies",
+    "sts-policy": fault(
+        "ignores policies",
         (_DIAL, "if not self._trust.verify and self._known_hosts is not None:", "if False:"),
     ),
-    "policy-for-subdomains": fault(
-        "takes a policy for one name",
+    "sts-policy-for-subdomains": fault(
+        "applies a policy to one name only",
         (f"{_HOSTS}.require", "for start in range(len(labels)):", "for start in range(1):"),
     ),
-    "policy-taken-back": fault("forgets no policy", (f"{_HOSTS}.learn", "hosts.pop(host, None)", "pass")),
-    "policy-by-strangers": fault(
-        "learns policies of anybody",
+    "sts-policy-removed": fault(
+        "never removes a policy", (f"{_HOSTS}.learn", "hosts.pop(host, None)", "pass")
+    ),
+    "sts-policy-from-unverified-server": fault(
+        "stores policies of unverified servers",
         (
             _DIAL,
             "        if self._trust.verify and self._known_hosts is not None:",
@@ -137,82 +141,84 @@ TRUST: Final[dict[str, Fault]] = {
     ),
 }
 
-GREETING: Final[dict[str, Fault]] = {
-    "greeting-is-awaited": fault(
-        "sends PING as soon as TLS is agreed",
+WELCOME: Final[dict[str, Fault]] = {
+    "welcome-is-awaited": fault(
+        "sends PING right after the TLS handshake",
         (
             f"{_PUMP}.connection_made",
             'self._transport = cast("asyncio.Transport", transport)',
             'self._transport = transport; transport.write(b"\\0\\0\\0\\x40\\x01\\x06" + bytes(62))',
         ),
     ),
-    "greeting-in-pieces": fault(
-        "loses the beginning of a frame whose header is complete",
+    "welcome-byte-by-byte": fault(
+        "drops the beginning of a frame with a complete header",
         (f"{_DECODER}.frames", "self._keep(at, end - size)", "self._data = b''; self._at = 0"),
     ),
-    "greeting-with-unknown-keys": fault(
-        "refuses keys that it does not know",
+    "welcome-with-unknown-keys": fault(
+        "refuses unknown keys",
         (_WELCOME, 'sts = welcome["sts"]', 'sts = welcome["sts"] if len(welcome) == len(_TYPES) else {}'),
     ),
-    "greeting-with-a-frame-behind": fault(
-        "leaves what is behind WELCOME",
+    "welcome-followed-by-frame": fault(
+        "drops frames after WELCOME in the same read",
         (_RECEIVE, "if first.__class__ is ConnectionEnded:", "if True:"),
     ),
-    "greeting-without-version-1": fault(
-        "does not look at versions",
+    "welcome-without-version-1": fault(
+        "does not check versions",
         (
             _WELCOME,
             'if not any(version.__class__ is int and version == VERSION for version in welcome["versions"]):',
             "if False:",
         ),
     ),
-    "greeting-without-a-key": fault(
-        "takes defaults for keys that are missing",
+    "welcome-without-required-key": fault(
+        "uses defaults for missing keys",
         (
             _WELCOME,
             "if welcome.get(key).__class__ is not wanted:",
             "if welcome.setdefault(key, 128).__class__ is not wanted:",
         ),
     ),
-    "greeting-with-a-wrong-type": fault(
-        "does not look at types",
+    "welcome-with-wrong-type": fault(
+        "does not check types",
         (_WELCOME, "if welcome.get(key).__class__ is not wanted:", "if key not in welcome:"),
         (_WELCOME, "if welcome[key] < least:", "if int(welcome[key]) < least:"),
     ),
-    "greeting-not-first": fault(
-        "ignores what comes before WELCOME",
+    "welcome-not-first": fault(
+        "ignores frames before WELCOME",
         (
             _FIRST,
             'return self._end_with(Code.PROTOCOL_ERROR, "the first frame is not WELCOME")',
             'return EventReceived("ignored", None, b"")',
         ),
     ),
-    "greeting-with-a-counter": fault(
-        "takes WELCOME with any counter", (_FIRST, "if counter != 0:", "if False:")
+    "welcome-with-nonzero-counter": fault(
+        "accepts WELCOME with any counter", (_FIRST, "if counter != 0:", "if False:")
     ),
-    "greeting-twice": fault(
+    "welcome-twice": fault(
         "ignores a second WELCOME",
         (_OTHER, 'raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME came twice")', "return None"),
     ),
-    "greeting-unreadable": fault(
-        "takes defaults for a WELCOME that cannot be read",
+    "welcome-unparsable": fault(
+        "uses defaults for an invalid WELCOME",
         (
             _WELCOME,
             'raise ProtocolError(Code.PROTOCOL_ERROR, f"WELCOME cannot be read: {error}") from error',
             _SAVED_WELCOME,
         ),
     ),
-    "greeting-too-large": fault("knows no limit", (_CHECK_LENGTH, "if length > limit:", "if False:")),
-    "greeting-never-comes": fault(
-        "waits for WELCOME without end",
+    "welcome-too-large": fault(
+        "does not limit the length", (_CHECK_LENGTH, "if length > limit:", "if False:")
+    ),
+    "welcome-never-sent": fault(
+        "waits for WELCOME forever",
         (
             "zcproto.client.dial:Dialer._connect",
             "async with asyncio.timeout(self._connect_timeout):",
             "async with asyncio.timeout(None):",
         ),
     ),
-    "max-streams-is-kept": fault(
-        "does not look at max_streams",
+    "max-streams": fault(
+        "ignores max_streams",
         (f"{_PUMP}._handle", 'event.settings["max_streams"]', "128"),
         (f"{_CONNECTION}.request", 'if len(in_flight) >= self.welcome["max_streams"]:', "if False:"),
     ),
@@ -221,9 +227,9 @@ GREETING: Final[dict[str, Fault]] = {
 _END_IT: Final = 'yield self._end_with(Code.PROTOCOL_ERROR, "a fault")\n                        return'
 
 
-def _told(how: str) -> Fault:
+def _reported_as_clean(how: str) -> Fault:
     return fault(
-        f"tells its end by {how} as a clean one",
+        f"reports {how} as a clean end",
         (
             f"{_PUMP}.connection_lost",
             _LOST,
@@ -233,72 +239,74 @@ def _told(how: str) -> Fault:
 
 
 FRAMING: Final[dict[str, Fault]] = {
-    "answer-byte-by-byte": fault(
-        "loses the beginning of a header",
+    "response-byte-by-byte": fault(
+        "drops a partial length field",
         (
             f"{_DECODER}._keep_header",
             "self._keep(at, LENGTH_SIZE - available)",
             "self._data = b''; self._at = 0",
         ),
     ),
-    "answer-in-halves": fault(
-        "loses a header that is not complete",
+    "response-in-two-pieces": fault(
+        "drops a partial header",
         (
             f"{_DECODER}._keep_header",
             "self._keep(at, HEADER_SIZE - available)",
             "self._data = b''; self._at = 0",
         ),
     ),
-    "answers-in-one-read": fault(
-        "takes one answer of each read",
+    "responses-in-one-read": fault(
+        "handles one response per read",
         (
             _RECEIVE,
             "yield ResponseReceived(stream, value)\n                continue",
             "yield ResponseReceived(stream, value)\n                return",
         ),
     ),
-    "answer-of-a-megabyte": fault(
-        "keeps to the first limit", (_FIRST, "self._decoder.limit = self._max_frame", "pass")
+    "response-of-a-megabyte": fault(
+        "keeps the limit from before WELCOME", (_FIRST, "self._decoder.limit = self._max_frame", "pass")
     ),
     "length-below-64": fault(
-        "knows no least length", (_CHECK_LENGTH, "if length < MIN_LENGTH:", "if False:")
+        "does not check the minimum length", (_CHECK_LENGTH, "if length < MIN_LENGTH:", "if False:")
     ),
-    "length-above-the-limit": fault("knows no limit", (_CHECK_LENGTH, "if length > limit:", "if False:")),
+    "length-above-limit": fault(
+        "does not limit the length", (_CHECK_LENGTH, "if length > limit:", "if False:")
+    ),
     "version-2": fault(
-        "does not look at the version",
+        "does not check the version",
         (_CHECK_HEAD, "if head >> 24 != VERSION:", "if False:"),
         (_CHECK_HEAD, "bare_head = head & 0xFFFF0000", "bare_head = VERSION << 24 | head & 0xFF0000"),
     ),
-    "flag-set": fault("does not look at flags", (_CHECK_HEAD, "if head & 0xFFFF:", "if False:")),
+    "flag-set": fault("does not check flags", (_CHECK_HEAD, "if head & 0xFFFF:", "if False:")),
     "reserved-kind": fault(
         "ignores reserved kinds",
         (_CHECK_HEAD, _HEAD_KIND, "if bare_head not in ACCEPTED[receiver] and bare_head < head_of(0x10):"),
     ),
-    "kind-of-the-other-side": fault(
-        "ignores what a client sends",
+    "kind-of-client": fault(
+        "ignores a kind that only clients may send",
         (_CHECK_HEAD, _HEAD_KIND, "if bare_head not in ACCEPTED[receiver] and bare_head != CANCEL:"),
     ),
-    "answer-on-stream-0": fault(
-        "ignores an answer on stream 0",
+    "response-on-stream-0": fault(
+        "ignores a response on stream 0",
         (_CHECK_HEAD, _HEAD_STREAM, f"{_HEAD_STREAM[:-1]} and bare_head != RESPONSE:"),
     ),
-    "event-on-a-stream": fault(
-        "takes an event on any stream",
+    "event-on-nonzero-stream": fault(
+        "accepts an event on any stream",
         (_CHECK_HEAD, _HEAD_STREAM, f"{_HEAD_STREAM[:-1]} and bare_head != EVENT:"),
     ),
-    "ping-with-a-body": fault(
+    "ping-with-body": fault(
         "ignores the body of PING", (_OTHER, "        if body:\n", "        if False:\n")
     ),
-    "event-unreadable": fault(
-        "ignores an event that cannot be read",
+    "event-unparsable": fault(
+        "ignores an invalid event",
         (
             _OTHER,
             'raise ProtocolError(Code.PROTOCOL_ERROR, f"EVENT cannot be read: {error}") from error',
             "return None",
         ),
     ),
-    "goaway-without-its-keys": fault(
-        "takes defaults for keys of GOAWAY",
+    "goaway-without-required-key": fault(
+        "uses defaults for missing keys of GOAWAY",
         (
             f"{_CONNECTION}._received_go_away",
             'raise ProtocolError(Code.PROTOCOL_ERROR, "GOAWAY must have a reason and retry_after_ms")',
@@ -306,46 +314,46 @@ FRAMING: Final[dict[str, Fault]] = {
         ),
     ),
     "fatal-error": fault(
-        "goes on after ERROR on stream 0",
+        "continues after ERROR on stream 0",
         (_ERROR, "return ConnectionEnded(_code_of(code), message)", "return None"),
         (_ERROR, "self.state = next_state(self.state, Input.FATAL)", "pass"),
     ),
-    "fatal-error-unreadable": fault(
-        "ignores an ERROR on stream 0 that cannot be read",
+    "fatal-error-unparsable": fault(
+        "ignores an invalid ERROR on stream 0",
         (
             _ERROR,
             'raise ProtocolError(Code.PROTOCOL_ERROR, f"ERROR cannot be read: {error}") from error',
             "return None",
         ),
     ),
-    "truncation": _told("truncated"),
-    "reset": _told("connection_reset"),
+    "truncated": _reported_as_clean("truncated"),
+    "reset": _reported_as_clean("connection_reset"),
     "clean-end": fault(
-        "tells a clean end as another one",
+        "reports a clean end as a failure",
         (
             f"{_PUMP}._closed_by_peer",
             'ConnectionClosed("the server closed the connection", clean=True)',
             'ConnectionClosed("the server closed the connection")',
         ),
     ),
-    "every-cut": fault(
-        "takes a cut behind a header for a clean end",
+    "truncated-everywhere": fault(
+        "treats a truncation after a header as a clean end",
         (
             f"{_PUMP}.connection_lost",
             _LOST,
             "self._ended(ConnectionClosed(exc.failure, clean=self._connection._decoder.buffered >= 68))",
         ),
     ),
-    "end-before-the-greeting": fault(
+    "end-before-welcome": fault(
         "does not notice an end before WELCOME",
         (f"{_PUMP}._ended", "if not self.welcomed.done():", "if False:"),
     ),
-    "goodbye": fault(
-        "leaves without close_notify",
+    "close-notify-on-close": fault(
+        "closes without close_notify",
         (f"{_PUMP}.close", "self._transport.close()", "self._transport.abort()"),
     ),
-    "end-of-input": fault(
-        "leaves without close_notify",
+    "close-notify-at-end-of-input": fault(
+        "closes without close_notify",
         (f"{_PUMP}.close", "self._transport.close()", "self._transport.abort()"),
     ),
 }
@@ -355,26 +363,26 @@ _SALT_UNSEEN: Final = (
 )
 
 FRESHNESS: Final[dict[str, Fault]] = {
-    "wrong-salt": fault("does not look at the salt", (_RECEIVE, _NONCE, _SALT_UNSEEN)),
-    "counter-goes-back": fault(
-        "takes lower counters",
+    "wrong-salt": fault("does not check the salt", (_RECEIVE, _NONCE, _SALT_UNSEEN)),
+    "counter-decreases": fault(
+        "accepts lower counters",
         (_RECEIVE, _NONCE, "if salt != self._salt or counter == self._last_counter:"),
     ),
-    "answer-replayed": fault(
-        "takes a counter twice",
+    "replayed-response": fault(
+        "accepts a counter twice",
         (_RECEIVE, _NONCE, "if salt != self._salt or counter < self._last_counter:"),
     ),
-    "answer-of-another-connection": fault("does not look at the salt", (_RECEIVE, _NONCE, _SALT_UNSEEN)),
+    "replayed-from-another-connection": fault("does not check the salt", (_RECEIVE, _NONCE, _SALT_UNSEEN)),
     "counter-jumps": fault(
-        "holds counters in doubles",
+        "stores counters in doubles",
         (_RECEIVE, _NONCE, "if salt != self._salt or float(counter) <= self._last_counter:"),
     ),
-    "counters-of-the-client": fault(
-        "its counter stands still at ten",
+    "counters-of-concurrent-calls": fault(
+        "stops increasing its counter at ten",
         (f"{_CONNECTION}._send", "counter = self._counter + 1", "counter = min(self._counter + 1, 10)"),
     ),
-    "stale-answer": fault("takes stale frames", (_RECEIVE, _STALE, "if False:")),
-    "timestamps-of-all-sizes": fault(
+    "stale-response": fault("accepts stale frames", (_RECEIVE, _STALE, "if False:")),
+    "timestamps-of-any-value": fault(
         "compares timestamps as signed numbers",
         (
             _RECEIVE,
@@ -383,11 +391,11 @@ FRESHNESS: Final[dict[str, Fault]] = {
         ),
     ),
     "ten-stale-frames": fault(
-        "drops stale frames without end",
+        "drops any number of stale frames",
         (_RECEIVE, "if self._stale_in_a_row >= MAX_STALE_IN_A_ROW:", "if False:"),
     ),
     "nine-stale-frames": fault(
-        "a fresh frame does not end the row of stale ones",
+        "does not reset the count of stale frames",
         (_RECEIVE, "self._stale_in_a_row = 0\n", "pass\n"),
     ),
     "clock-ahead": fault(
@@ -395,7 +403,7 @@ FRESHNESS: Final[dict[str, Fault]] = {
         (f"{_CONNECTION}._send", "max(wall + self.clock_offset_ms, 0)", "max(wall, 0)"),
     ),
     "clock-behind": fault(
-        "holds frames against its own time",
+        "compares timestamps with its own time",
         (_RECEIVE, "wall + self.clock_offset_ms - timestamp", "wall - timestamp"),
     ),
     "clock-corrected": fault(
@@ -406,7 +414,7 @@ FRESHNESS: Final[dict[str, Fault]] = {
         "drops a stale STALE_TIMESTAMP", (_RECEIVE, _STALE, "if not is_fresh:")
     ),
     "stale-twice": fault(
-        "tries again as often as it is stale",
+        "retries after each STALE_TIMESTAMP",
         (
             "zcproto.client.client:Client._after_error",
             "elif then is Then.AT_ONCE and attempt.once(then):",

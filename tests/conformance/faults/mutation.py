@@ -1,8 +1,8 @@
-"""Putting a fault into a function of the client while it runs: a mutant, in the terms of mutation testing.
+"""Mutate functions of the client at run time, as in mutation testing.
 
-A fault names the function and a piece of its source with what takes its place. The function keeps its identity:
-only its code object is exchanged, so whoever has imported it has the mutant. When the source is rewritten and the
-piece is no longer there, applying the fault fails and says so; a fault that is not applied would prove nothing.
+A fault has the name of a function, a part of its source and the replacement. The function object stays the same and
+only its code object is replaced, so modules that imported the function see the mutant, too. If the part is not in
+the source any more, applying the fault fails: a fault that is not applied would prove nothing.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ from typing import Any
 
 
 class Unmatched(Exception):
-    """The piece of source that a fault replaces is not in its function just once."""
+    """The source to replace is not in the function exactly once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One function, `module:Class.function`, and what is replaced in its source: each `old` must be there once."""
+    """A function, `module:Class.function`, and replacements in its source. Each `old` must occur once."""
 
     target: str
     changes: tuple[tuple[str, str], ...]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """While this lasts, the function is the mutant. Raises Unmatched."""
+        """Replace the function by its mutant for the duration of the context. Raises Unmatched."""
         found = find(self.target)
         function = plain_function(found)
-        usual, mutated = function.__code__, self._code(function)
+        original, mutated = function.__code__, self._code(function)
         function.__code__ = mutated
-        forget(found)
+        clear_cache(found)
         try:
             yield
         finally:
-            function.__code__ = usual
-            forget(found)
+            function.__code__ = original
+            clear_cache(found)
 
     def _code(self, function: FunctionType) -> Any:
         source = inspect.getsource(function)
         for old, new in self.changes:
             if source.count(old) != 1:
-                raise Unmatched(f"{self.target}: {old!r} is there {source.count(old)} times")
+                raise Unmatched(f"{self.target}: {old!r} occurs {source.count(old)} times in the source")
             source = source.replace(old, new)
         source = textwrap.dedent(source)
         while source.startswith("@"):
             source = source.partition("\n")[2]
         flags = __future__.annotations.compiler_flag
-        made: dict[str, Any] = {}
+        namespace: dict[str, Any] = {}
         code = compile(source, f"<{self.target} with a fault>", "exec", flags=flags, dont_inherit=True)
-        exec(code, function.__globals__, made)
-        return made[function.__name__].__code__
+        exec(code, function.__globals__, namespace)
+        return namespace[function.__name__].__code__
 
 
 def find(target: str) -> Any:
-    """What `module:Class.function` names."""
+    """Return the attribute named by `module:Class.function`."""
     module, _, path = target.partition(":")
     found: Any = importlib.import_module(module)
     for name in path.split("."):
@@ -69,7 +69,7 @@ def find(target: str) -> Any:
 
 
 def plain_function(found: Any) -> FunctionType:
-    """The function below properties, class methods and caches."""
+    """Return the function inside a property, a class method or a cache."""
     for inner in ("__func__", "fget", "__wrapped__"):
         found = getattr(found, inner, None) or found
     if isinstance(found, MethodType):
@@ -78,22 +78,22 @@ def plain_function(found: Any) -> FunctionType:
     return found
 
 
-def forget(found: Any) -> None:
-    """A cache must not hold what the function gave before."""
+def clear_cache(found: Any) -> None:
+    """Drop results that a cached function returned before."""
     if hasattr(found, "cache_clear"):
         found.cache_clear()
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with a client, in words, and the mutants that make it so."""
+    """A description of what the faulty client does, and the mutants that make it do so."""
 
     what: str
     mutants: tuple[Mutant, ...]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """While this lasts, the client has the fault."""
+        """Apply the fault for the duration of the context."""
         if not self.mutants:
             yield
             return
@@ -103,7 +103,7 @@ class Fault:
 
 
 def fault(what: str, *mutants: tuple[str, str, str]) -> Fault:
-    """A fault of `(target, old, new)`; those of one target are put together."""
+    """Make a fault from tuples of `(target, old, new)`, which are grouped by target."""
     changes: dict[str, list[tuple[str, str]]] = {}
     for target, old, new in mutants:
         changes.setdefault(target, []).append((old, new))

@@ -1,4 +1,4 @@
-"""The conversations with the scripted server, by subject."""
+"""The scenarios by subject: with the scripted server, and with the real one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from zcproto_conformance.scenarios import (
     framing,
     freshness,
     goaway,
-    greeting,
+    real_server,
     sessions,
     trust,
+    welcome,
 )
 
-_SUBJECTS = (trust, greeting, framing, freshness, calls, goaway, sessions, devices)
+_SUBJECTS = (trust, welcome, framing, freshness, calls, goaway, sessions, devices)
 
 
-def checks() -> list[Check]:
-    """All of them, in their order."""
+def scripted() -> list[Check]:
+    """Return the checks with the scripted server, in order."""
     return [check for subject in _SUBJECTS for check in subject.scenario.checks]
+
+
+def with_real_server() -> list[Check]:
+    """Return the checks with the real server, in order."""
+    return list(real_server.scenario.checks)

@@ -1,4 +1,4 @@
-"""Bound sessions: what a device signs, and when."""
+"""Sessions bound to a device: what the device signs, and when."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from zcproto_conformance.check import SCRIPTED, Scenarios
+from zcproto_conformance.connection import MAX_FRAME, NO_TOKEN, Connection, Frame
 from zcproto_conformance.errors import CheckFailed, expect
-from zcproto_conformance.link import NO_TOKEN, Frame, Link
-from zcproto_conformance.stage import Joined, Session, Stage, use_leaf
+from zcproto_conformance.harness import ConnectedClient, Harness, Session
 
 scenario: Final = Scenarios(SCRIPTED)
 
@@ -20,12 +20,12 @@ NAME: Final = "d-\u00fc"
 
 
 class Device:
-    """A device of the client's, whose signatures the kit verifies by itself."""
+    """A device of the client. The kit verifies its signatures without code of zcproto."""
 
-    def __init__(self, stage: Stage) -> None:
-        seed = stage.fixtures.entropy(32)
+    def __init__(self, harness: Harness) -> None:
+        seed = harness.fixtures.entropy(32)
         self.seed = seed.hex()
-        stage.program.secrets.add(self.seed)
+        harness.program.secrets.add(self.seed)
         self._public = Ed25519PrivateKey.from_private_bytes(seed).public_key()
 
     def verify(self, signature: object, *parts: bytes) -> None:
@@ -35,111 +35,127 @@ class Device:
         try:
             self._public.verify(signature, b"".join(parts))
         except InvalidSignature:
-            raise CheckFailed("the signature is not over what must be signed") from None
+            raise CheckFailed("the signature does not match the message that must be signed") from None
 
-    async def opened(self, stage: Stage, link: Link) -> Session:
-        """Answer `session.open` by this device."""
-        request = await link.request("session.open")
-        expect(request.token == NO_TOKEN, "session.open came with a token")
+    async def answer_open(self, harness: Harness, connection: Connection) -> Session:
+        """Answer the `session.open` that must come next."""
+        request = await connection.expect_request("session.open")
+        expect(request.token == NO_TOKEN, "session.open was sent with a token")
         params = request.params
-        expect(params.get("scheme") == "ed25519" and params.get("device") == NAME, f"it came with {params}")
-        leaf = hashlib.sha256(stage.leaf.der).digest()
-        self.verify(params.get("signature"), b"zcp/1 open\0", link.salt, leaf, NAME.encode())
-        session = stage.new_session(bound=True)
-        stage.give(link, request, session)
+        expect(
+            params.get("scheme") == "ed25519" and params.get("device") == NAME,
+            f"session.open was sent with {params}",
+        )
+        leaf = hashlib.sha256(harness.leaf.der).digest()
+        self.verify(params.get("signature"), b"zcp/1 open\0", connection.salt, leaf, NAME.encode())
+        session = harness.new_session(bound=True)
+        harness.grant_session(connection, request, session)
         return session
 
-    async def attached(self, stage: Stage, link: Link, session: Session) -> None:
+    async def answer_attach(self, harness: Harness, connection: Connection, session: Session) -> None:
         """Answer the `session.attach` that must come next."""
-        request = await link.request("session.attach")
-        self.attach(stage, link, session, request)
+        request = await connection.expect_request("session.attach")
+        self.accept(harness, connection, session, request)
 
-    def attach(self, stage: Stage, link: Link, session: Session, request: Frame) -> None:
+    def accept(self, harness: Harness, connection: Connection, session: Session, request: Frame) -> None:
         """Answer a `session.attach`."""
-        expect(request.token == session.token, "session.attach came with another token than the session's")
-        leaf = hashlib.sha256(stage.leaf.der).digest()
-        parts = (b"zcp/1 attach\0", link.salt, leaf, session.token)
+        expect(
+            request.token == session.token, "session.attach was sent with a token other than the session's"
+        )
+        leaf = hashlib.sha256(harness.leaf.der).digest()
+        parts = (b"zcp/1 attach\0", connection.salt, leaf, session.token)
         self.verify(request.params.get("signature"), *parts)
-        link.limit = 1_048_576
-        link.answer(request, {})
+        connection.frame_limit = MAX_FRAME
+        connection.respond(request, {})
 
 
-async def _with_device(stage: Stage) -> tuple[Joined, Device]:
-    device = Device(stage)
-    client, connected = await stage.connecting(device=NAME, device_key=device.seed)
-    link = await stage.welcomed()
-    session = await device.opened(stage, link)
-    await stage.answer(connected, "connect")
-    return Joined(client, link, session), device
-
-
-@scenario(
-    "device-opens", "9.4: the signature covers purpose, salt, the server's certificate and the device's name"
-)
-async def _(stage: Stage) -> None:
-    joined, _ = await _with_device(stage)
-    await joined.exchange()
+async def _connect_with_device(harness: Harness) -> tuple[ConnectedClient, Device]:
+    device = Device(harness)
+    client, connecting = await harness.begin_connect(device=NAME, device_key=device.seed)
+    connection = await harness.next_welcomed()
+    session = await device.answer_open(harness, connection)
+    await harness.step_result(connecting, "connect")
+    return ConnectedClient(client, connection, session), device
 
 
 @scenario(
-    "device-attaches", "9.5: on each further connection the key is proved, over its own salt and certificate"
+    "device-opens-session", "9.4: the signature covers purpose, salt, server certificate and device name"
 )
-async def _(stage: Stage) -> None:
-    joined, device = await _with_device(stage)
-    await joined.exchange()
-    await joined.link.lose()
-    use_leaf(stage, stage.fixtures.next_leaf)
-    link = await _attached_link(stage, joined, device)
-    call = await joined.client.call("echo", {}, idempotency_key="again")
-    request = await link.request("echo")
-    expect(request.token == joined.session.token, "the call came with another token than the session's")
-    link.answer(request, "attached")
-    await call.gives("attached")
+async def _(harness: Harness) -> None:
+    peer, _ = await _connect_with_device(harness)
+    await peer.exchange()
 
 
-async def _attached_link(stage: Stage, joined: Joined, device: Device) -> Link:
-    """The next connection. What comes there before the key is proved is refused, whatever it is."""
-    link = await stage.welcomed()
-    link.auto.clear()
+@scenario(
+    "device-attaches-session",
+    "9.5: each further connection is attached with a signature over its own salt and certificate",
+)
+async def _(harness: Harness) -> None:
+    peer, device = await _connect_with_device(harness)
+    await peer.exchange()
+    await peer.connection.truncate_and_wait()
+    harness.use_leaf(harness.fixtures.next_leaf)
+    connection = await _next_attached(harness, peer, device)
+    call = await peer.client.call("echo", {}, idempotency_key="again")
+    request = await connection.expect_request("echo")
+    expect(request.token == peer.session.token, "the call was sent with a token other than the session's")
+    connection.respond(request, "attached")
+    await call.expect_result("attached")
+
+
+async def _next_attached(harness: Harness, peer: ConnectedClient, device: Device) -> Connection:
+    """Accept the next connection, which must be attached. Requests before `session.attach` are refused."""
+    connection = await harness.next_welcomed()
+    connection.auto_responses.clear()
     while True:
-        request = await link.frame("session.attach")
+        request = await connection.next_frame("session.attach")
         if request.kind == "REQUEST" and request.method == "session.attach":
-            device.attach(stage, link, joined.session, request)
-            return link
-        expect(request.kind == "REQUEST", f"{request} came before session.attach")
-        link.refuse(request, UNAUTHENTICATED, {"attach": True})
+            device.accept(harness, connection, peer.session, request)
+            return connection
+        expect(request.kind == "REQUEST", f"received {request} before session.attach")
+        connection.respond_error(request, UNAUTHENTICATED, {"attach": True})
 
 
 @scenario(
-    "attach-when-asked",
-    "11.1: UNAUTHENTICATED with attach leads to session.attach, and to the call again, once",
+    "attach-on-demand", "11.1: UNAUTHENTICATED with attach causes session.attach and one retry of the call"
 )
-async def _(stage: Stage) -> None:
-    joined, device = await _with_device(stage)
-    call = await joined.client.call("echo", {"n": 1})
-    joined.link.refuse(await joined.link.request("echo"), UNAUTHENTICATED, {"attach": True})
-    await device.attached(stage, joined.link, joined.session)
-    again = await joined.link.request("echo")
-    expect(again.params == {"n": 1}, f"the call came again with {again.params}")
-    joined.link.answer(again, "proved")
-    await call.gives("proved")
+async def _(harness: Harness) -> None:
+    peer, device = await _connect_with_device(harness)
+    call = await peer.client.call("echo", {"n": 1})
+    peer.connection.respond_error(
+        await peer.connection.expect_request("echo"), UNAUTHENTICATED, {"attach": True}
+    )
+    await device.answer_attach(harness, peer.connection, peer.session)
+    again = await peer.connection.expect_request("echo")
+    expect(again.params == {"n": 1}, f"the call was retried with params {again.params}")
+    peer.connection.respond(again, "attached")
+    await call.expect_result("attached")
 
 
-@scenario("attach-in-vain", "11.1: once: after a second refusal the application is told")
-async def _(stage: Stage) -> None:
-    joined, device = await _with_device(stage)
-    call = await joined.client.call("echo", {})
-    joined.link.refuse(await joined.link.request("echo"), UNAUTHENTICATED, {"attach": True})
-    await device.attached(stage, joined.link, joined.session)
-    joined.link.refuse(await joined.link.request("echo"), UNAUTHENTICATED, {"attach": True})
-    await call.refused(UNAUTHENTICATED)
-    await joined.link.quiet("after a second refusal")
+@scenario("attach-refused-twice", "11.1: a second UNAUTHENTICATED with attach is reported to the application")
+async def _(harness: Harness) -> None:
+    peer, device = await _connect_with_device(harness)
+    call = await peer.client.call("echo", {})
+    peer.connection.respond_error(
+        await peer.connection.expect_request("echo"), UNAUTHENTICATED, {"attach": True}
+    )
+    await device.answer_attach(harness, peer.connection, peer.session)
+    peer.connection.respond_error(
+        await peer.connection.expect_request("echo"), UNAUTHENTICATED, {"attach": True}
+    )
+    await call.expect_code(UNAUTHENTICATED)
+    await peer.connection.expect_silence("after a second refusal")
 
 
-@scenario("attach-without-a-key", "11.1: UNAUTHENTICATED with attach is told where there is no key to prove")
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    call = await joined.client.call("echo", {})
-    joined.link.refuse(await joined.link.request("echo"), UNAUTHENTICATED, {"attach": True})
-    await call.refused(UNAUTHENTICATED)
-    await joined.link.quiet("after UNAUTHENTICATED")
+@scenario(
+    "attach-without-device-key",
+    "11.1: without a device key, UNAUTHENTICATED with attach is reported to the application",
+)
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    call = await peer.client.call("echo", {})
+    peer.connection.respond_error(
+        await peer.connection.expect_request("echo"), UNAUTHENTICATED, {"attach": True}
+    )
+    await call.expect_code(UNAUTHENTICATED)
+    await peer.connection.expect_silence("after UNAUTHENTICATED")

@@ -1,180 +1,185 @@
-"""Salt, counter, timestamp and the clock: what a client checks, and what it sends."""
+"""Salt, counter, timestamp and clock: what a client checks and what it sends."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from zcproto_conformance.check import SCRIPTED, Scenarios
+from zcproto_conformance.connection import TOLERANCE_MS, pack
 from zcproto_conformance.errors import expect
-from zcproto_conformance.link import TOLERANCE_MS, pack
-from zcproto_conformance.stage import HOUR_MS, Stage
+from zcproto_conformance.harness import HOUR_MS, Harness
 
 scenario: Final = Scenarios(SCRIPTED)
 
 STALE_TIMESTAMP: Final = 67
-_FAR_OFF: Final = 10 * TOLERANCE_MS
+_STALE_MS: Final = 10 * TOLERANCE_MS
 
 
-@scenario("wrong-salt", "7.2: a frame with another salt is fatal")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    call = await joined.client.call("echo", {})
-    request = await joined.link.request("echo")
-    joined.link.answer(request, {}, salt=b"another!")
-    await joined.link.ended_by_client("after a frame with another salt")
-    await call.lost()
+@scenario("wrong-salt", "7.2: a frame with a wrong salt is fatal")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    call = await peer.client.call("echo", {})
+    request = await peer.connection.expect_request("echo")
+    peer.connection.respond(request, {}, salt=b"another!")
+    await peer.connection.expect_close("after a frame with a wrong salt")
+    await call.expect_lost()
 
 
-@scenario("counter-goes-back", "7.2: a counter below the last one is fatal")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    joined.link.send("PONG", counter=40)
-    call = await joined.client.call("echo", {})
-    joined.link.answer(await joined.link.request("echo"), {}, counter=39)
-    await joined.link.ended_by_client("after a counter that went back")
-    await call.lost()
+@scenario("counter-decreases", "7.2: a counter below the last one is fatal")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    peer.connection.send("PONG", counter=40)
+    call = await peer.client.call("echo", {})
+    peer.connection.respond(await peer.connection.expect_request("echo"), {}, counter=39)
+    await peer.connection.expect_close("after a counter that decreased")
+    await call.expect_lost()
 
 
-@scenario("answer-replayed", "7.2: a frame that comes twice is fatal, whatever was done with the first")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    first = await joined.client.call("echo", {})
-    answer = joined.link.answer_bytes(await joined.link.request("echo"), 1)
-    joined.link.write(answer)
-    await first.gives(1)
-    second = await joined.client.call("echo", {})
-    await joined.link.request("echo")
-    joined.link.write(answer)
-    await joined.link.ended_by_client("after a frame that came twice")
-    await second.lost()
+@scenario("replayed-response", "7.2: a replayed frame is fatal")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    first = await peer.client.call("echo", {})
+    answer = peer.connection.response_bytes(await peer.connection.expect_request("echo"), 1)
+    peer.connection.write(answer)
+    await first.expect_result(1)
+    second = await peer.client.call("echo", {})
+    await peer.connection.expect_request("echo")
+    peer.connection.write(answer)
+    await peer.connection.expect_close("after a replayed frame")
+    await second.expect_lost()
 
 
-@scenario("answer-of-another-connection", "7.5: a frame captured on another connection is worth nothing")
-async def _(stage: Stage) -> None:
-    other = await stage.joined()
+@scenario("replayed-from-another-connection", "7.5: a frame captured on another connection is fatal")
+async def _(harness: Harness) -> None:
+    other = await harness.connect()
     await other.exchange()
     captured = await other.client.call("echo", {})
-    answer = other.link.answer_bytes(await other.link.request("echo"), "captured")
-    other.link.write(answer)
-    await captured.gives("captured")
-    joined = await stage.joined()
-    call = await joined.client.call("echo", {})
-    await joined.link.request("echo")
-    joined.link.write(answer)
-    await joined.link.ended_by_client("after a frame of another connection")
-    await call.lost()
+    answer = other.connection.response_bytes(await other.connection.expect_request("echo"), "captured")
+    other.connection.write(answer)
+    await captured.expect_result("captured")
+    peer = await harness.connect()
+    call = await peer.client.call("echo", {})
+    await peer.connection.expect_request("echo")
+    peer.connection.write(answer)
+    await peer.connection.expect_close("after a frame captured on another connection")
+    await call.expect_lost()
 
 
 @scenario("counter-jumps", "7.2: counters may have gaps, up to the largest value")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
     for counter in (5, 2**32, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 2, 2**64 - 1):
-        call = await joined.client.call("echo", {})
-        joined.link.answer(await joined.link.request("echo"), str(counter), counter=counter)
-        await call.gives(str(counter))
-
-
-@scenario("counters-of-the-client", "7.2: a client's counters grow, however many calls run at once")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    calls = await joined.client.calls("echo", 40)
-    for request in await joined.link.requests("echo", 40):  # each is looked at as it comes
-        joined.link.answer(request, request.params)
-    for number, call in enumerate(calls):
-        await call.gives({"n": number})
-
-
-@scenario("stale-answer", "7.3: a stale frame is dropped, and the connection goes on")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    call = await joined.client.call("echo", {})
-    request = await joined.link.request("echo")
-    joined.link.answer(request, "stale", off_ms=-_FAR_OFF)
-    joined.link.answer(request, "from tomorrow", off_ms=_FAR_OFF)
-    joined.link.answer(request, "fresh")
-    await call.gives("fresh")
-
-
-@scenario("timestamps-of-all-sizes", "7.2: a timestamp can be any value, and never overflows")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    call = await joined.client.call("echo", {})
-    request = await joined.link.request("echo")
-    for timestamp in (0, 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1):
-        joined.link.answer(request, timestamp, timestamp=timestamp)
-    joined.link.answer(request, "fresh")
-    await call.gives("fresh")
-
-
-@scenario("ten-stale-frames", "7.3: the tenth stale frame in a row ends the connection")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    call = await joined.client.call("echo", {})
-    await joined.link.request("echo")
-    for _ in range(10):
-        joined.link.send("PONG", off_ms=-_FAR_OFF)
-    await joined.link.ended_by_client("after ten stale frames in a row")
-    await call.lost()
-
-
-@scenario("nine-stale-frames", "7.3: a frame that is not stale ends the row")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    for _ in range(3):
-        for _ in range(9):
-            joined.link.send("PONG", off_ms=-_FAR_OFF)
-        await joined.exchange()
-
-
-@scenario("clock-ahead", "7.4: a client sends the server's time, an hour ahead of its own")
-async def _(stage: Stage) -> None:
-    stage.ahead_ms = HOUR_MS
-    await (await stage.joined()).exchange()
+        call = await peer.client.call("echo", {})
+        peer.connection.respond(await peer.connection.expect_request("echo"), str(counter), counter=counter)
+        await call.expect_result(str(counter))
 
 
 @scenario(
-    "clock-behind", "7.4: a client holds the server's frames against the server's time, a year behind its own"
+    "counters-of-concurrent-calls",
+    "7.2: the counters of a client increase, however many calls run concurrently",
 )
-async def _(stage: Stage) -> None:
-    stage.ahead_ms = -365 * 24 * HOUR_MS
-    await (await stage.joined()).exchange()
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    calls = await peer.client.calls("echo", 40)
+    for request in await peer.connection.expect_requests("echo", 40):  # checks each counter
+        peer.connection.respond(request, request.params)
+    for number, call in enumerate(calls):
+        await call.expect_result({"n": number})
 
 
-@scenario("clock-corrected", "7.4, 11.1: STALE_TIMESTAMP corrects the offset; the call is sent again at once")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    call = await joined.client.call("echo", {"n": 1})
-    request = await joined.link.request("echo")
-    joined.link.ahead_ms = HOUR_MS
-    joined.link.refuse(request, STALE_TIMESTAMP, {"server_time": joined.link.wall})
-    again = await joined.link.request("echo")
-    expect(again.params == {"n": 1}, f"the call came again with {again.params}")
-    joined.link.answer(again, "in time")
-    await call.gives("in time")
+@scenario("stale-response", "7.3: a stale frame is dropped and the connection continues")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    call = await peer.client.call("echo", {})
+    request = await peer.connection.expect_request("echo")
+    peer.connection.respond(request, "stale", offset_ms=-_STALE_MS)
+    peer.connection.respond(request, "from the future", offset_ms=_STALE_MS)
+    peer.connection.respond(request, "fresh")
+    await call.expect_result("fresh")
+
+
+@scenario("timestamps-of-any-value", "7.2: a timestamp may have any value, and never overflows")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    call = await peer.client.call("echo", {})
+    request = await peer.connection.expect_request("echo")
+    for timestamp in (0, 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1):
+        peer.connection.respond(request, timestamp, timestamp=timestamp)
+    peer.connection.respond(request, "fresh")
+    await call.expect_result("fresh")
+
+
+@scenario("ten-stale-frames", "7.3: the tenth consecutive stale frame ends the connection")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    call = await peer.client.call("echo", {})
+    await peer.connection.expect_request("echo")
+    for _ in range(10):
+        peer.connection.send("PONG", offset_ms=-_STALE_MS)
+    await peer.connection.expect_close("after ten consecutive stale frames")
+    await call.expect_lost()
+
+
+@scenario("nine-stale-frames", "7.3: a fresh frame resets the count of stale ones")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    for _ in range(3):
+        for _ in range(9):
+            peer.connection.send("PONG", offset_ms=-_STALE_MS)
+        await peer.exchange()
+
+
+@scenario("clock-ahead", "7.4: a client sends the server's time, here an hour ahead of its own")
+async def _(harness: Harness) -> None:
+    harness.clock_ahead_ms = HOUR_MS
+    await (await harness.connect()).exchange()
+
+
+@scenario(
+    "clock-behind", "7.4: a client compares timestamps with the server's time, here a year behind its own"
+)
+async def _(harness: Harness) -> None:
+    harness.clock_ahead_ms = -365 * 24 * HOUR_MS
+    await (await harness.connect()).exchange()
+
+
+@scenario(
+    "clock-corrected", "7.4, 11.1: STALE_TIMESTAMP corrects the clock offset and the call is retried at once"
+)
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    call = await peer.client.call("echo", {"n": 1})
+    request = await peer.connection.expect_request("echo")
+    peer.connection.clock_ahead_ms = HOUR_MS
+    peer.connection.respond_error(request, STALE_TIMESTAMP, {"server_time": peer.connection.wall})
+    again = await peer.connection.expect_request("echo")
+    expect(again.params == {"n": 1}, f"the call was retried with params {again.params}")
+    peer.connection.respond(again, "in time")
+    await call.expect_result("in time")
 
 
 @scenario(
     "clock-corrected-by-a-stale-error",
-    "7.3: STALE_TIMESTAMP is heard though it is stale by the client's clock",
+    "7.3: STALE_TIMESTAMP is processed even if it is stale by the client's clock",
 )
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    call = await joined.client.call("echo", {})
-    request = await joined.link.request("echo")
-    joined.link.ahead_ms = -HOUR_MS
-    body = pack([STALE_TIMESTAMP, "your clock is off", {"server_time": joined.link.wall}])
-    joined.link.in_flight.clear()
-    joined.link.send("ERROR", request.stream, body)
-    joined.link.answer(await joined.link.request("echo"), "in time")
-    await call.gives("in time")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    call = await peer.client.call("echo", {})
+    request = await peer.connection.expect_request("echo")
+    peer.connection.clock_ahead_ms = -HOUR_MS
+    body = pack([STALE_TIMESTAMP, "your clock is off", {"server_time": peer.connection.wall}])
+    peer.connection.in_flight.clear()
+    peer.connection.send("ERROR", request.stream, body)
+    peer.connection.respond(await peer.connection.expect_request("echo"), "in time")
+    await call.expect_result("in time")
 
 
-@scenario("stale-twice", "11.1: after a second STALE_TIMESTAMP the application is told")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    call = await joined.client.call("echo", {})
+@scenario("stale-twice", "11.1: a second STALE_TIMESTAMP is reported to the application")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    call = await peer.client.call("echo", {})
     for _ in range(2):
-        request = await joined.link.request("echo")
-        joined.link.refuse(request, STALE_TIMESTAMP, {"server_time": joined.link.wall})
-    await call.refused(STALE_TIMESTAMP)
-    await joined.link.quiet("after a second STALE_TIMESTAMP")
+        request = await peer.connection.expect_request("echo")
+        peer.connection.respond_error(request, STALE_TIMESTAMP, {"server_time": peer.connection.wall})
+    await call.expect_code(STALE_TIMESTAMP)
+    await peer.connection.expect_silence("after a second STALE_TIMESTAMP")

@@ -1,13 +1,22 @@
-"""Sessions: opening, the token, refresh, and what takes a session away."""
+"""Sessions: opening, tokens, refresh, and how a session ends."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from zcproto_conformance.check import SCRIPTED, Scenarios
+from zcproto_conformance.connection import (
+    BEFORE_SESSION,
+    MAX_FRAME,
+    NO_TOKEN,
+    QUIET,
+    Connection,
+    Frame,
+    Responder,
+)
 from zcproto_conformance.errors import expect
-from zcproto_conformance.link import BEFORE_SESSION, MAX_FRAME, NO_TOKEN, QUIET, Answer, Frame, Link
-from zcproto_conformance.stage import USER, Joined, Session, Stage
+from zcproto_conformance.harness import USER, ConnectedClient, Harness, Session
 
 scenario: Final = Scenarios(SCRIPTED)
 
@@ -20,338 +29,345 @@ SESSION_REPLACED: Final = 70
 
 
 @scenario(
-    "session-open", "9.2, 9.4: session.open carries zeros, the scheme and its fields; later frames the token"
+    "session-open",
+    "9.2, 9.4: session.open carries zeros, the scheme and its fields; later frames carry the token",
 )
-async def _(stage: Stage) -> None:
-    client, connected = await stage.connecting(user=USER, key=stage.key, client_name="kit/1.0")
-    link = await stage.welcomed()
-    request = await link.request("session.open")
-    expect(request.token == NO_TOKEN, "session.open came with a token")
-    wanted = {"scheme": "api_key", "user": USER, "key": stage.key, "client": "kit/1.0"}
-    expect(
-        request.params == wanted, f"the params of session.open are {sorted(request.params)}, or not as told"
-    )
-    session = stage.new_session()
-    stage.give(link, request, session)
-    await stage.answer(connected, "connect")
+async def _(harness: Harness) -> None:
+    client, connecting = await harness.begin_connect(user=USER, key=harness.key, client_name="kit/1.0")
+    connection = await harness.next_welcomed()
+    request = await connection.expect_request("session.open")
+    expect(request.token == NO_TOKEN, "session.open was sent with a token")
+    expected = {"scheme": "api_key", "user": USER, "key": harness.key, "client": "kit/1.0"}
+    expect(request.params == expected, f"session.open has the keys {sorted(request.params)}, or wrong values")
+    session = harness.new_session()
+    harness.grant_session(connection, request, session)
+    await harness.step_result(connecting, "connect")
     call = await client.call("echo", {})
-    request = await link.request("echo")
-    expect(request.token == session.token, "a call came with another token than the session's")
-    link.answer(request, None)
-    await call.gives(None)
-    told = await client.session()
+    request = await connection.expect_request("echo")
+    expect(request.token == session.token, "the call was sent with a token other than the session's")
+    connection.respond(request, None)
+    await call.expect_result(None)
+    state = await client.session()
     expect(
-        told is not None and told.get("id") == session.id and told.get("user") == USER, f"session is {told}"
+        state is not None and state.get("id") == session.id and state.get("user") == USER,
+        f"session is {state}",
     )
 
 
-@scenario("secrets", "9.1: no token and no key is ever put out, whatever happens")
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
+@scenario("secrets", "9.1: no token and no key is ever printed")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
     for code in (TOKEN_EXPIRED, UNAUTHENTICATED, TOKEN_REVOKED):
-        call = await joined.client.call("echo", {})
-        joined.link.refuse(await joined.link.request("echo"), code)
+        call = await peer.client.call("echo", {})
+        peer.connection.respond_error(await peer.connection.expect_request("echo"), code)
         if code == TOKEN_EXPIRED:
-            fresh = await _refreshed(stage, joined)
-            await _after(joined, fresh.token)
-            await call.gives({})
+            fresh = await _answer_refresh(harness, peer)
+            await _answer_retry(peer, fresh.token)
+            await call.expect_result({})
         else:
-            await call.refused(code)
-    joined.link.send("PING", version=9)  # a fault, of which the client may write to its log
-    await joined.link.ended_by_client("after a frame of version 9")
-    await stage.pause(QUIET)  # whatever was put out is looked through as it comes
+            await call.expect_code(code)
+    peer.connection.send("PING", version=9)  # an error that the client may log
+    await peer.connection.expect_close("after a frame of version 9")
+    await asyncio.sleep(QUIET)  # all output is searched as it arrives
 
 
-@scenario("no-session", "9.2: without a session a call carries zeros")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    call = await joined.client.call("server.info")
-    request = await joined.link.request("server.info")
-    expect(request.token == NO_TOKEN, "a call without a session came with a token")
-    joined.link.answer(request, {})
-    await call.gives({})
+@scenario("no-session", "9.2: a call without a session carries zeros")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    call = await peer.client.call("server.info")
+    request = await peer.connection.expect_request("server.info")
+    expect(request.token == NO_TOKEN, "a call without a session was sent with a token")
+    peer.connection.respond(request, {})
+    await call.expect_result({})
 
 
-@scenario("wrong-key", "11.1: UNAUTHENTICATED at session.open is told; there is no second try")
-async def _(stage: Stage) -> None:
-    _, connected = await stage.connecting(user=USER, key=stage.key)
-    link = await stage.welcomed()
-    link.refuse(await link.request("session.open"), UNAUTHENTICATED)
-    await _no_more(stage, link)
-    error = await stage.refusal(connected, "connect", "call")
+@scenario("wrong-key", "11.1: UNAUTHENTICATED for session.open is reported and not retried")
+async def _(harness: Harness) -> None:
+    _, connecting = await harness.begin_connect(user=USER, key=harness.key)
+    connection = await harness.next_welcomed()
+    connection.respond_error(await connection.expect_request("session.open"), UNAUTHENTICATED)
+    await _expect_no_retry(harness, connection)
+    error = await harness.error_of(connecting, "connect", "call")
     expect(error.get("code") == UNAUTHENTICATED, f"connect ended with {error}")
 
 
-@scenario("too-many-sessions", "9.8, 11.1: RESOURCE_EXHAUSTED with limit at session.open is told")
-async def _(stage: Stage) -> None:
-    _, connected = await stage.connecting(user=USER, key=stage.key)
-    link = await stage.welcomed()
-    link.refuse(await link.request("session.open"), RESOURCE_EXHAUSTED, {"limit": 5})
-    await _no_more(stage, link)
-    error = await stage.refusal(connected, "connect", "call")
+@scenario(
+    "too-many-sessions",
+    "9.8, 11.1: RESOURCE_EXHAUSTED with limit for session.open is reported and not retried",
+)
+async def _(harness: Harness) -> None:
+    _, connecting = await harness.begin_connect(user=USER, key=harness.key)
+    connection = await harness.next_welcomed()
+    connection.respond_error(
+        await connection.expect_request("session.open"), RESOURCE_EXHAUSTED, {"limit": 5}
+    )
+    await _expect_no_retry(harness, connection)
+    error = await harness.error_of(connecting, "connect", "call")
     expect(error.get("code") == RESOURCE_EXHAUSTED, f"connect ended with {error}")
 
 
-async def _no_more(stage: Stage, link: Link) -> None:
-    """The client makes no further try: it stays silent, or leaves."""
-    if await link.quiet_or_gone("after a refusal that is for the application"):
-        await stage.server.nobody("after a refusal that is for the application", QUIET)
+async def _expect_no_retry(harness: Harness, connection: Connection) -> None:
+    """The client must not retry: it stays silent or closes the connection."""
+    if await connection.expect_silence_or_end("after an error that must not be retried"):
+        await harness.server.expect_no_connection("after an error that must not be retried", QUIET)
 
 
-@scenario("unauthenticated", "11.1: UNAUTHENTICATED is told, and not sent again")
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    call = await joined.client.call("echo", {})
-    joined.link.refuse(await joined.link.request("echo"), UNAUTHENTICATED)
-    await call.refused(UNAUTHENTICATED)
-    await joined.link.quiet("after UNAUTHENTICATED")
+@scenario("unauthenticated", "11.1: UNAUTHENTICATED is reported and not retried")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    call = await peer.client.call("echo", {})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), UNAUTHENTICATED)
+    await call.expect_code(UNAUTHENTICATED)
+    await peer.connection.expect_silence("after UNAUTHENTICATED")
 
 
 # --- refresh ----------------------------------------------------------------------------------------
 
 
-async def _refreshed(stage: Stage, joined: Joined) -> Session:
-    """Answer the refresh that must come next with new tokens."""
-    request = await joined.link.request("session.refresh")
-    expect(request.token == NO_TOKEN, "session.refresh came with a token")
+async def _answer_refresh(harness: Harness, peer: ConnectedClient) -> Session:
+    """Answer the `session.refresh` that must come next with new tokens."""
+    request = await peer.connection.expect_request("session.refresh")
+    expect(request.token == NO_TOKEN, "session.refresh was sent with a token")
     expect(
-        request.params.get("refresh_token") == joined.session.refresh_token,
-        "session.refresh came with another refresh token than the last one that was given",
+        request.params.get("refresh_token") == peer.session.refresh_token,
+        "session.refresh was sent with a refresh token other than the latest",
     )
-    fresh = stage.new_session()
-    fresh.id = joined.session.id
-    stage.give(joined.link, request, fresh)
-    joined.session = fresh
+    fresh = harness.new_session()
+    fresh.id = peer.session.id
+    harness.grant_session(peer.connection, request, fresh)
+    peer.session = fresh
     return fresh
 
 
-async def _after(joined: Joined, token: bytes) -> None:
-    """The call comes again, with a token."""
-    again = await joined.link.request("echo")
-    expect(again.token == token, "the call came again with another token than the new one")
-    joined.link.answer(again, again.params)
+async def _answer_retry(peer: ConnectedClient, token: bytes) -> None:
+    """Answer the retry of a call, which must carry this token."""
+    again = await peer.connection.expect_request("echo")
+    expect(again.token == token, "the call was retried with a token other than the new one")
+    peer.connection.respond(again, again.params)
 
 
-@scenario("expired-token", "11.1: TOKEN_EXPIRED leads to a refresh, and to the call again, once")
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    call = await joined.client.call("echo", {"n": 1})
-    joined.link.refuse(await joined.link.request("echo"), TOKEN_EXPIRED)
-    fresh = await _refreshed(stage, joined)
-    await _after(joined, fresh.token)
-    await call.gives({"n": 1})
+@scenario("expired-token", "11.1: TOKEN_EXPIRED causes a refresh and one retry of the call")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    call = await peer.client.call("echo", {"n": 1})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+    fresh = await _answer_refresh(harness, peer)
+    await _answer_retry(peer, fresh.token)
+    await call.expect_result({"n": 1})
 
 
-@scenario(
-    "refresh-rotation",
-    "9.6: a refresh token works once; the next refresh uses the one that came with the last",
-)
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
+@scenario("refresh-rotation", "9.6: a refresh token works once; the next refresh uses the new one")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
     for number in range(3):
-        call = await joined.client.call("echo", {"n": number})
-        joined.link.refuse(await joined.link.request("echo"), TOKEN_EXPIRED)
-        fresh = await _refreshed(stage, joined)
-        await _after(joined, fresh.token)
-        await call.gives({"n": number})
+        call = await peer.client.call("echo", {"n": number})
+        peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+        fresh = await _answer_refresh(harness, peer)
+        await _answer_retry(peer, fresh.token)
+        await call.expect_result({"n": number})
 
 
-@scenario("one-refresh-at-a-time", "9.6: all calls that need a fresh token wait for one refresh")
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    calls = await joined.client.calls("echo", 5)
-    for request in await joined.link.requests("echo", 5):
-        joined.link.refuse(request, TOKEN_EXPIRED)
-    request = await joined.link.request("session.refresh")
-    late = await joined.client.call("echo", {"n": 5})
-    await joined.link.quiet("while a refresh is on its way")
-    fresh = stage.new_session()
-    stage.give(joined.link, request, fresh)
+@scenario("concurrent-calls-share-one-refresh", "9.6: all calls that need a new token wait for one refresh")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    calls = await peer.client.calls("echo", 5)
+    for request in await peer.connection.expect_requests("echo", 5):
+        peer.connection.respond_error(request, TOKEN_EXPIRED)
+    request = await peer.connection.expect_request("session.refresh")
+    late = await peer.client.call("echo", {"n": 5})
+    await peer.connection.expect_silence("during a refresh")
+    fresh = harness.new_session()
+    harness.grant_session(peer.connection, request, fresh)
     for _ in range(6):
-        await _after(joined, fresh.token)
+        await _answer_retry(peer, fresh.token)
     for number, call in enumerate([*calls, late]):
-        await call.gives({"n": number})
+        await call.expect_result({"n": number})
 
 
-@scenario("expired-twice", "11.1: after a second TOKEN_EXPIRED the application is told")
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    call = await joined.client.call("echo", {})
-    joined.link.refuse(await joined.link.request("echo"), TOKEN_EXPIRED)
-    await _refreshed(stage, joined)
-    joined.link.refuse(await joined.link.request("echo"), TOKEN_EXPIRED)
-    await call.refused(TOKEN_EXPIRED)
-
-
-@scenario("expired-without-refresh", "11.1: without a refresh token TOKEN_EXPIRED leads to another session")
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session(refresh=False)
-    call = await joined.client.call("echo", {"n": 1})
-    joined.link.refuse(await joined.link.request("echo"), TOKEN_EXPIRED)
-    session = await stage.open_session(joined.link)
-    await _after(joined, session.token)
-    await call.gives({"n": 1})
-
-
-@scenario("expired-refresh-token", "11.1: a refresh token that has expired leads to another session")
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    call = await joined.client.call("echo", {"n": 1})
-    joined.link.refuse(await joined.link.request("echo"), TOKEN_EXPIRED)
-    joined.link.refuse(await joined.link.request("session.refresh"), TOKEN_EXPIRED)
-    session = await stage.open_session(joined.link)
-    await _after(joined, session.token)
-    await call.gives({"n": 1})
+@scenario("expired-twice", "11.1: a second TOKEN_EXPIRED is reported to the application")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    call = await peer.client.call("echo", {})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+    await _answer_refresh(harness, peer)
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+    await call.expect_code(TOKEN_EXPIRED)
 
 
 @scenario(
-    "lost-refresh", "9.6: when the answer to a refresh was lost, the same refresh token, or another session"
+    "expired-without-refresh-token", "11.1: without a refresh token, TOKEN_EXPIRED causes a new session"
 )
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    call = await joined.client.call("echo", {"n": 1})
-    joined.link.refuse(await joined.link.request("echo"), TOKEN_EXPIRED)
-    await joined.link.request("session.refresh")
-    await joined.link.lose()
-    joined.link = await stage.welcomed()
-    request = await joined.link.frame("session.refresh or session.open")
-    expect(request.kind == "REQUEST" and request.token == NO_TOKEN, f"{request} came after a lost refresh")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session(refresh=False)
+    call = await peer.client.call("echo", {"n": 1})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+    session = await harness.answer_session_open(peer.connection)
+    await _answer_retry(peer, session.token)
+    await call.expect_result({"n": 1})
+
+
+@scenario("expired-refresh-token", "11.1: an expired refresh token causes a new session")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    call = await peer.client.call("echo", {"n": 1})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+    peer.connection.respond_error(await peer.connection.expect_request("session.refresh"), TOKEN_EXPIRED)
+    session = await harness.answer_session_open(peer.connection)
+    await _answer_retry(peer, session.token)
+    await call.expect_result({"n": 1})
+
+
+@scenario(
+    "lost-refresh",
+    "9.6: after a lost refresh a client sends the same refresh token again or opens a new session",
+)
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    call = await peer.client.call("echo", {"n": 1})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+    await peer.connection.expect_request("session.refresh")
+    await peer.connection.truncate_and_wait()
+    peer.connection = await harness.next_welcomed()
+    request = await peer.connection.next_frame("session.refresh or session.open")
+    expect(
+        request.kind == "REQUEST" and request.token == NO_TOKEN, f"received {request} after a lost refresh"
+    )
     if request.method == "session.refresh":
-        same = request.params.get("refresh_token") == joined.session.refresh_token
-        expect(same, "session.refresh came again with another refresh token")
+        same = request.params.get("refresh_token") == peer.session.refresh_token
+        expect(same, "session.refresh was retried with another refresh token")
     else:
-        expect(request.method == "session.open", f"{request} came after a lost refresh")
-    fresh = stage.new_session()
-    stage.give(joined.link, request, fresh)
-    await _after(joined, fresh.token)
-    await call.gives({"n": 1})
+        expect(request.method == "session.open", f"received {request} after a lost refresh")
+    fresh = harness.new_session()
+    harness.grant_session(peer.connection, request, fresh)
+    await _answer_retry(peer, fresh.token)
+    await call.expect_result({"n": 1})
 
 
 @scenario(
-    "refresh-of-a-revoked-session", "11.1: a refresh that is TOKEN_REVOKED is told; no session is opened"
+    "refresh-of-revoked-session", "11.1: TOKEN_REVOKED for a refresh is reported, and no session is opened"
 )
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    call = await joined.client.call("echo", {})
-    joined.link.refuse(await joined.link.request("echo"), TOKEN_EXPIRED)
-    joined.link.refuse(await joined.link.request("session.refresh"), TOKEN_REVOKED)
-    await call.refused(TOKEN_REVOKED)
-    await joined.link.quiet("after a refresh that was refused for good")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    call = await peer.client.call("echo", {})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+    peer.connection.respond_error(await peer.connection.expect_request("session.refresh"), TOKEN_REVOKED)
+    await call.expect_code(TOKEN_REVOKED)
+    await peer.connection.expect_silence("after a refresh that must not be retried")
 
 
-# --- the end of a session ---------------------------------------------------------------------------
+# --- revoked and replaced sessions ---------------------------------------------------------------------------
 
 
-def _refuses_all(code: int, *more: str) -> dict[str, Answer]:
-    """Answers for whatever a client may ask by itself with a dead token, and for more methods."""
+def _refuse_all(code: int, *more: str) -> dict[str, Responder]:
+    """Return error responses to requests that a client may send on its own initiative, and to more methods."""
 
-    def refuse(link: Link, request: Frame) -> None:
-        link.refuse(request, code)
+    def refuse(connection: Connection, request: Frame) -> None:
+        connection.respond_error(request, code)
 
     return dict.fromkeys(["session.info", "session.close", *more], refuse)
 
 
-async def _over(stage: Stage, code: int) -> None:
-    """A session is taken away: the application is told, each call again, and nothing else happens by itself."""
-    joined = await stage.with_session()
-    joined.link.auto.update(_refuses_all(code))
-    call = await joined.client.call("echo", {})
-    joined.link.refuse(await joined.link.request("echo"), code)
-    await call.refused(code)
-    await joined.link.quiet("after the session was taken away")
-    joined.link.close()
-    await joined.link.end("when the server closed")
-    await stage.server.nobody("by itself after its session was taken away", QUIET * 2)
+async def _expect_session_ended(harness: Harness, code: int) -> None:
+    """End a session with an error; the client must report it and do nothing else on its own."""
+    peer = await harness.connect_with_session()
+    peer.connection.auto_responses.update(_refuse_all(code))
+    call = await peer.client.call("echo", {})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), code)
+    await call.expect_code(code)
+    await peer.connection.expect_silence("after the session ended")
+    peer.connection.close()
+    await peer.connection.wait_for_end("after the server closed")
+    await harness.server.expect_no_connection("on its own after its session ended", QUIET * 2)
 
 
-@scenario("revoked-token", "11.1: after TOKEN_REVOKED nothing is tried again by itself")
-async def _(stage: Stage) -> None:
-    await _over(stage, TOKEN_REVOKED)
+@scenario("revoked-token", "11.1: after TOKEN_REVOKED a client retries nothing on its own")
+async def _(harness: Harness) -> None:
+    await _expect_session_ended(harness, TOKEN_REVOKED)
 
 
 @scenario(
     "replaced-session",
-    "9.8: after SESSION_REPLACED a client neither opens a session nor reconnects by itself",
+    "9.8: after SESSION_REPLACED a client neither opens a session nor reconnects on its own",
 )
-async def _(stage: Stage) -> None:
-    await _over(stage, SESSION_REPLACED)
+async def _(harness: Harness) -> None:
+    await _expect_session_ended(harness, SESSION_REPLACED)
 
 
-@scenario("another-session", "11.1: after TOKEN_REVOKED the application can open another session")
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    call = await joined.client.call("echo", {})
-    joined.link.refuse(await joined.link.request("echo"), TOKEN_REVOKED)
-    await call.refused(TOKEN_REVOKED)
-    opening = await joined.client.open_session()
-    session = await stage.open_session(joined.link)
-    told = await stage.answer(opening, "open_session")
-    expect(told.get("session") == session.id, f"open_session was answered with {told}")
-    call = await joined.client.call("echo", {})
-    await _after(joined, session.token)
-    await call.gives({})
+@scenario("new-session-after-revocation", "11.1: after TOKEN_REVOKED the application can open a new session")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    call = await peer.client.call("echo", {})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_REVOKED)
+    await call.expect_code(TOKEN_REVOKED)
+    opening = await peer.client.begin_open_session()
+    session = await harness.answer_session_open(peer.connection)
+    result = await harness.step_result(opening, "open_session")
+    expect(result.get("session") == session.id, f"open_session returned {result}")
+    call = await peer.client.call("echo", {})
+    await _answer_retry(peer, session.token)
+    await call.expect_result({})
 
 
 @scenario(
-    "revoked-event",
-    "9.7: session.revoked is told to the application; the session is over, and none is opened",
+    "session-revoked-event",
+    "9.7: session.revoked is delivered, the session has ended, and no new one is opened",
 )
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    joined.link.auto.update(_refuses_all(TOKEN_REVOKED, "echo"))
-    joined.link.event("session.revoked", {"reason": "by an operator"}, joined.session.token)
-    told = await joined.client.event()
-    expect(told == ("session.revoked", {"reason": "by an operator"}), f"the application was told {told}")
-    async with joined.link.serving():  # the call may be made, or refused at the client already
-        call = await joined.client.call("echo", {})
-        await call.refused(TOKEN_REVOKED)
-    await joined.link.quiet("after the session was revoked")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    peer.connection.auto_responses.update(_refuse_all(TOKEN_REVOKED, "echo"))
+    peer.connection.event("session.revoked", {"reason": "by an operator"}, peer.session.token)
+    event = await peer.client.event()
+    expect(event == ("session.revoked", {"reason": "by an operator"}), f"the application received {event}")
+    async with peer.connection.auto_responding():  # the client may send the call or refuse it itself
+        call = await peer.client.call("echo", {})
+        await call.expect_code(TOKEN_REVOKED)
+    await peer.connection.expect_silence("after the session was revoked")
+
+
+@scenario("reconnect-with-token", "9.1: a client reconnects with its valid token and opens no new session")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    await peer.exchange()
+    await peer.connection.truncate_and_wait()
+    connection = await harness.next_resumed(peer.session)
+    call = await peer.client.call("echo", {}, idempotency_key="again")
+    request = await connection.expect_request("echo")
+    expect(request.token == peer.session.token, "the call was sent with a token other than the session's")
+    connection.respond(request, "the same session")
+    await call.expect_result("the same session")
 
 
 @scenario(
-    "back-with-its-token", "9.1: a client that comes back uses its live token, and opens no other session"
+    "reconnect-with-small-frame-first",
+    "5.3: a client that reconnects sends a small frame first and waits for its response",
 )
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    await joined.exchange()
-    await joined.link.lose()
-    link = await stage.back(joined.session)
-    call = await joined.client.call("echo", {}, idempotency_key="again")
-    request = await link.request("echo")
-    expect(request.token == joined.session.token, "the call came with another token than the session's")
-    link.answer(request, "the same session")
-    await call.gives("the same session")
-
-
-@scenario(
-    "small-frame-first", "5.3: a client that comes back begins with a small frame, and waits for its answer"
-)
-async def _(stage: Stage) -> None:
-    joined = await stage.with_session()
-    await joined.exchange()
-    await joined.link.lose()
-    link = await stage.welcomed()
-    link.auto.clear()
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    await peer.exchange()
+    await peer.connection.truncate_and_wait()
+    connection = await harness.next_welcomed()
+    connection.auto_responses.clear()
     blob = b"z" * (4 * BEFORE_SESSION)
-    call = await joined.client.call("echo", {"blob": blob}, idempotency_key="again")
-    small = [await link.frame("a small request")]  # a large one is a fault until one of them was answered
-    small += [frame async for frame in link.collect()]
-    link.limit = MAX_FRAME
+    call = await peer.client.call("echo", {"blob": blob}, idempotency_key="again")
+    small = [await connection.next_frame("a small request")]  # `frame_limit` rejects a large one
+    small += [frame async for frame in connection.frames_within()]
+    connection.frame_limit = MAX_FRAME
     for frame in small:
         expect(
-            frame.kind == "REQUEST" and frame.token == joined.session.token, f"{frame} came, or another token"
+            frame.kind == "REQUEST" and frame.token == peer.session.token,
+            f"received {frame}, or a wrong token",
         )
-        link.answer(frame, {})
-    request = await link.request("echo")
-    expect(request.params == {"blob": blob}, "the params are not as they were given")
-    link.answer(request, None)
-    await call.gives(None)
+        connection.respond(frame, {})
+    request = await connection.expect_request("echo")
+    expect(request.params == {"blob": blob}, "the params differ from those of the call")
+    connection.respond(request, None)
+    await call.expect_result(None)
 
 
-@scenario("large-frame-without-a-session", "13: without a session nothing above 16,384 is sent")
-async def _(stage: Stage) -> None:
-    joined = await stage.joined()
-    call = await joined.client.call("echo", {"blob": b"z" * BEFORE_SESSION})
-    error = await stage.refused("expect", "call", "argument", call=call.name)
+@scenario("large-frame-without-session", "13: without a session a client sends no frame above 16,384 bytes")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    call = await peer.client.call("echo", {"blob": b"z" * BEFORE_SESSION})
+    error = await harness.step_error("expect", "call", "argument", call=call.name)
     expect(error.get("code") in (None, INVALID_ARGUMENT, RESOURCE_EXHAUSTED), f"the call ended with {error}")
-    await joined.exchange()
+    await peer.exchange()
