@@ -26,7 +26,17 @@ COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
 
 
 SHOWN_FOR_ALL = (
-    *("bench", "load", "costs", "fuzz/test_search.py", "interop", "spec", "admin/test_browser.py"),
+    *(
+        "bench",
+        "load",
+        "costs",
+        "deploy",
+        "docs",
+        "fuzz/test_search.py",
+        "interop",
+        "spec",
+        "admin/test_browser.py",
+    ),
     *("admin/test_prometheus.py", "stores/test_kill.py", "test_layers.py", "test_secrets_watch.py"),
 )
 """Tests of other programs, documents and measurements, and a search, which no version of Python makes different."""
@@ -58,6 +68,8 @@ GROUPS = (
             "client",
             "config",
             "conformance",
+            "deploy",
+            "docs",
             "interop",
             "load",
             "observe",

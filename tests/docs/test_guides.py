@@ -1,4 +1,4 @@
-"""The guides: what they tell to run is run where that can be, and their links lead somewhere."""
+"""The guides: commands are run where possible, commands and options exist, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -7,26 +7,32 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import click
 import pytest
 
 from tests.docs.messages import ROOT
 from tests.server.conftest import certs
 from tests.server.helpers import AnsweredError, ServerProcess
+from zcproto.alerts.kinds import CATALOGUE
 from zcproto.auth import UserFile
-from zcproto.cli import COMMANDS
+from zcproto.cli import group
 from zcproto.config.model import keys, sections
 from zcproto.observe.events import EVENTS
 
 __all__ = ["certs"]
 
 DOCS = ROOT / "docs"
-GUIDES = sorted(
-    path
-    for path in DOCS.glob("*.md")
-    if path.name in {"installation.md", "upgrades.md", "backup.md", "troubleshooting.md"}
+PAGES = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(path for room in ("docs", "spec", "bench", "clients") for path in (ROOT / room).rglob("*.md")),
+    ]
 )
+PAGES = [path for path in PAGES if "node_modules" not in path.parts]
 
 
 def blocks(guide: str) -> list[str]:
@@ -120,29 +126,95 @@ def test_an_archive_is_its_owners_alone(tmp_path: Path) -> None:
     assert (tmp_path / "backup.tar").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
-def test_the_links_of_a_guide_lead_somewhere(guide: Path) -> None:
-    text = guide.read_text()
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
-    files = [link for link in links if "://" not in link]
-    assert [link for link in files if not (guide.parent / link).exists()] == []
-    anchors = {
-        re.sub(r"[^a-z0-9 -]", "", head.lower()).replace(" ", "-")
-        for head in re.findall(r"^#+ (.*)", text, re.M)
+def page_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", head) for head in heads]
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_to_existing_files_and_headings(page: Path) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        if "://" in name:
+            continue
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def commands_in(text: str) -> set[str]:
+    """Return the `zcproto` command lines in code spans and shell blocks of a page."""
+    scripts = re.findall(r"^```(?:sh|bash)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"`(?:ZCPROTO_DEBUG=1 )?(?:\.venv/bin/)?zc(?:proto)? ([^`]+)`", prose)
+    for script in scripts:
+        for line in script.replace("\\\n", " ").splitlines():
+            found += re.findall(
+                r"(?:^|[;&(] ?|sudo -u zcproto )(?:\.venv/bin/)?zc(?:proto)? ([^#;|&)>]+)",
+                line.split("  #")[0],
+            )
+    return {" ".join(command.split()) for command in found}
+
+
+def faults_of(command: str) -> Iterator[str]:
+    """Yield what the command line does not have of a command: subcommands and options."""
+    current: list[click.Command] = [group]
+    words = iter(re.sub(r"[\[\]]", " ", command).split())
+    for word in words:
+        if word.startswith("--"):
+            for name in word.split("=")[0].split("|"):
+                options = [each for one in current for each in one.params if name in each.opts]
+                if not options and name != "--help":
+                    yield f"{command}: no option {name}"
+                elif (
+                    options
+                    and isinstance(options[0], click.Option)
+                    and not options[0].is_flag
+                    and "=" not in word
+                ):
+                    next(words, None)  # its value
+        elif isinstance(current[0], click.Group) and re.fullmatch(r"[a-z][a-z|-]*", word):
+            with click.Context(current[0]) as context:
+                commands = [current[0].get_command(context, name) for name in word.split("|")]
+            if None in commands:
+                yield f"{command}: no command {word}"
+                return
+            current = [each for each in commands if each is not None]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_and_options_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert [fault for command in sorted(commands_in(text)) for fault in faults_of(command)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_settings_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    files = r"(?:crt|db|json|key|toml)`"
+    settings = set(re.findall(rf"`((?:{'|'.join(sections())})\.(?!{files})[a-z_]+)[` ]", text))
+    methods = {"server.info", "server.stats", "server.sessions", "server.revoke"}
+    alerts = {kind.value for kind in CATALOGUE}
+    assert settings - keys() - set(EVENTS) - alerts - methods == set()
+
+
+def test_fault_of_a_command_line_is_found() -> None:
+    assert list(faults_of("session list --user NAME")) == []
+    assert list(faults_of("cert show|renew --json")) == []
+    assert list(faults_of("session list --operators NAME")) == [
+        "session list --operators NAME: no option --operators"
+    ]
+    assert list(faults_of("store move A B")) == ["store move A B: no command move"]
+    assert commands_in("run `zcproto status --watch`\n```sh\n(umask 077; zc user add ada > key)\n```\n") == {
+        "status --watch",
+        "user add ada",
     }
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
-
-
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
-def test_commands_and_settings_of_a_guide_are_there(guide: Path) -> None:
-    text = guide.read_text()
-    scripts = "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    used = set(re.findall(r"`(?:ZCPROTO_DEBUG=1 )?zc(?:proto)? ([a-z]+)", text))
-    used |= set(
-        re.findall(r"^(?:\(umask 077; )?zc(?:proto)?(?: --home \S+)? ([a-z]+)", scripts, re.MULTILINE)
-    )
-    assert used
-    assert used <= set(COMMANDS), used - set(COMMANDS)
-    settings = set(re.findall(rf"`({'|'.join(sections())})\.([a-z_]+)[` ]", text))
-    named = {f"{section}.{name}" for section, name in settings}
-    assert named - keys() - set(EVENTS) - {"sessions.db", "server.info"} == set()

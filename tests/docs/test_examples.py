@@ -1,0 +1,112 @@
+"""The programs in the README and in docs/applications.md run as they are printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.docs.messages import ROOT
+from tests.server.conftest import certs
+
+__all__ = ["certs"]
+
+
+def write_programs(page: Path, folder: Path, port: int) -> None:
+    """Write each block of Python that is introduced by its file name."""
+    found = re.findall(r"^`(\w+\.py)`:\n\n```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert found
+    for name, text in found:
+        (folder / name).write_text(text.replace("localhost:7443", f"localhost:{port}"))
+
+
+def run(folder: Path, *command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def environment(folder: Path) -> dict[str, str]:
+    environ = {**os.environ, "HOME": str(folder), "PYTHONPATH": str(ROOT)}
+    environ.pop("ZCPROTO_HOME", None)
+    return environ
+
+
+@contextmanager
+def serving(folder: Path, port: int, *command: str) -> Iterator[None]:
+    """Run a server with its home in `folder`, and a user ada whose key is in ada.key."""
+    (folder / "ada.key").touch(0o600)
+    (folder / "ada.key").write_text(run(folder, "-m", "zcproto", "user", "add", "ada"))
+    environ = {**environment(folder), "ZCPROTO_SERVER__PORT": str(port)}
+    with open(folder / "log", "w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=folder, env=environ, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            while "server.listening" not in (folder / "log").read_text():
+                assert process.poll() is None, (folder / "log").read_text()
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(0.05)
+            yield
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, certs: Path) -> Path:
+    home = tmp_path / ".zeroclaw"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    return tmp_path
+
+
+def test_readme_client_calls_the_readme_server(folder: Path, port: int) -> None:
+    write_programs(ROOT / "README.md", folder, port)
+    with serving(folder, port, "greeter.py"):
+        assert run(folder, "ask.py") == "hello world (asked by ada)\n"
+        call = [
+            "call",
+            f"localhost:{port}",
+            "greet",
+            '{"name": "shell"}',
+            "--user",
+            "ada",
+            "--key-file",
+            "ada.key",
+        ]
+        assert "hello shell (asked by ada)" in run(folder, "-m", "zcproto", *call)
+
+
+def test_application_guide_programs_run(folder: Path, port: int) -> None:
+    write_programs(ROOT / "docs" / "applications.md", folder, port)
+    with serving(folder, port, "-m", "zcproto", "serve", "shop:app"):
+        assert run(folder, "buy.py") == "40\nonly 12 left; order fewer {'left': 12}\n"
+        assert "welcome" in run(folder, "-m", "zcproto", "call", f"localhost:{port}", "greeting")
+
+
+def test_application_guide_test_passes(folder: Path, port: int) -> None:
+    write_programs(ROOT / "docs" / "applications.md", folder, port)
+    assert "1 passed" in run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shop.py")
