@@ -61,7 +61,7 @@ def test_memory_is_bounded_while_sessions_come_and_go() -> None:
         CHUNK,
     )
     assert desk.strings == (0, 0, 0)
-    assert table.dead == 500
+    assert table.tombstones == 500
     assert len(desk.registry._grace) == 0
 
 
@@ -72,7 +72,7 @@ def test_memory_goes_back_when_all_sessions_of_all_users_are_revoked(dead_limit:
     assert desk.registry.revoke_all("key leaked") == len(opened) == len(desk.ended)
     codes = Counter(desk.code(each.token) for each in opened)
     remembered = min(len(opened), dead_limit)
-    assert codes[Code.TOKEN_REVOKED] == remembered == desk.registry.remembered
+    assert codes[Code.TOKEN_REVOKED] == remembered == desk.registry.tombstones
     assert codes[Code.UNAUTHENTICATED] == len(opened) - remembered
     assert (len(desk.registry), desk.registry.kept, desk.registry.revoked) == (0, 0, len(opened))
     assert desk.strings == (0, 0, 0)

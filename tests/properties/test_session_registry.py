@@ -312,7 +312,7 @@ class RegistryMachine(RuleBasedStateMachine):
             len(self.kept),
             len(self.kept) - live,
         )
-        assert registry.remembered == len(self.dead)
+        assert registry.tombstones == len(self.dead)
         assert {name: getattr(registry, name) for name in self.counts} == self.counts
         table = registry._table
         assert table.slab.used == table.tokens.count == len(self.kept) + len(self.dead)

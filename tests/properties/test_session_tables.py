@@ -23,11 +23,11 @@ def test_an_index_is_a_dict(steps: list[tuple[bool, int]]) -> None:
     model: dict[int, int] = {}
     for enter, number in steps:
         if enter and number not in model:
-            model[number] = slab.take()
+            model[number] = slab.allocate()
             index.put(model[number], digest(number))
         elif not enter and number in model:
             index.remove(model[number])
-            slab.give_back(model.pop(number))
+            slab.free_slot(model.pop(number))
         assert index.count == len(model)
         for each in range(41):
             assert index.find(digest(each)) == model.get(each, END)
@@ -43,12 +43,12 @@ def test_an_index_is_a_dict_while_it_grows_and_shrinks(seed: int) -> None:
         while len(model) != target:
             if len(model) < target:
                 number += 1
-                model[number] = slab.take()
+                model[number] = slab.allocate()
                 index.put(model[number], digest(number))
             else:
                 gone = chance.choice(list(model)[:20])
                 index.remove(model[gone])
-                slab.give_back(model.pop(gone))
+                slab.free_slot(model.pop(gone))
         assert all(index.find(digest(each)) == slot for each, slot in model.items())
         longest_chain(index)
 
@@ -60,10 +60,10 @@ def test_a_string_table_counts_like_a_dict(steps: list[tuple[bool, str]]) -> Non
     uses: dict[str, int] = {}
     for take, text in steps:
         if take:
-            assert table[table.take(text)] == text
+            assert table[table.acquire(text)] == text
             uses[text] = uses.get(text, 0) + 1
         elif uses.get(text):
-            table.give_back(table.find(text))
+            table.release(table.find(text))
             uses[text] -= 1
         number = table.find(text)
         assert (table.uses[number] if number != UNKNOWN else 0) == uses.get(text, 0)
@@ -78,14 +78,14 @@ def test_no_slot_of_a_slab_is_ever_given_twice(seed: int) -> None:
     for target in (3000, 10, 5000, 0, 2000):
         while len(used) != target:
             if len(used) < target or chance.random() < 0.1:
-                slot = slab.take()
+                slot = slab.allocate()
                 assert slot not in used
                 assert slot < slab.size
                 used.add(slot)
             else:
                 slot = chance.choice(tuple(used)) if chance.random() < 0.01 else next(iter(used))
                 used.remove(slot)
-                slab.give_back(slot)
+                slab.free_slot(slot)
             assert slab.used == len(used)
 
 

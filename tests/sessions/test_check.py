@@ -174,9 +174,9 @@ def test_a_dead_token_is_remembered_for_its_time_and_no_longer() -> None:
     desk.registry.revoke(opened.session.id, user=None, reason="test")
     assert desk.code(opened.token, WALL + 11 * MINUTE - 1) is Code.TOKEN_REVOKED
     assert desk.code(opened.token, WALL + 11 * MINUTE) is Code.UNAUTHENTICATED
-    assert desk.registry.remembered == 1
+    assert desk.registry.tombstones == 1
     desk.clean(WALL + 11 * MINUTE)
-    assert desk.registry.remembered == 0
+    assert desk.registry.tombstones == 0
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 10])
@@ -187,7 +187,7 @@ def test_only_so_many_dead_are_remembered_the_last_ones(limit: int) -> None:
         opened = desk.open(f"user {number}")
         tokens.append(opened.token)
         desk.registry.close(opened.session)
-    assert desk.registry.remembered == limit
+    assert desk.registry.tombstones == limit
     codes = [desk.code(token) for token in tokens]
     assert codes == [Code.UNAUTHENTICATED] * (12 - limit) + [Code.TOKEN_REVOKED] * limit
 
@@ -236,7 +236,7 @@ def test_a_source_that_repeats_itself_is_refused(again: str) -> None:
     values = iter([b"a" * 32, b"b" * 32, (b"a" if again == "token" else b"c") * 32, b"b" * 32])
     desk.registry._entropy = lambda size: next(values)[:size]
     desk.open()
-    with pytest.raises(RuntimeError, match="repeats itself"):
+    with pytest.raises(RuntimeError, match="repeated itself"):
         desk.open("bob")
     assert len(desk.registry) == 1
     assert desk.registry.list("bob", WALL) == []

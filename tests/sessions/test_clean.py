@@ -52,15 +52,15 @@ def test_forgetting_does_not_keep_a_slice_from_its_round() -> None:
     for number in range(100):
         desk.registry.close(desk.open(f"user {number}").session)
     assert desk.registry.clean(WALL + HOUR, 20) == 1
-    assert 90 < desk.registry.remembered < 100
+    assert 90 < desk.registry.tombstones < 100
 
 
 def test_cleaning_goes_on_giving_memory_back_where_a_call_stopped() -> None:
     desk = Desk()
     slab = desk.registry._table.slab
-    *slots, last = [slab.take() for _ in range(12 * CHUNK)]
+    *slots, last = [slab.allocate() for _ in range(12 * CHUNK)]
     for slot in (*slots, last):
-        slab.give_back(slot)
+        slab.free_slot(slot)
     assert slab.size == 4 * CHUNK
     desk.registry.clean(WALL, 1)
     assert slab.size == CHUNK
@@ -82,11 +82,11 @@ def test_the_dead_are_forgotten_in_their_time() -> None:
     for number in range(50):
         desk.registry.close(desk.open(f"user {number}", WALL + number * MINUTE).session)
     desk.clean(WALL + 49 * MINUTE)
-    assert desk.registry.remembered == 10
+    assert desk.registry.tombstones == 10
     desk.clean(WALL + 58 * MINUTE)
-    assert desk.registry.remembered == 1
+    assert desk.registry.tombstones == 1
     desk.clean(WALL + 59 * MINUTE)
-    assert desk.registry.remembered == 0
+    assert desk.registry.tombstones == 0
     assert desk.registry._table.slab.used == 0
 
 

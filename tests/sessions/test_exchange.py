@@ -9,7 +9,7 @@ import pytest
 from tests.sessions.helpers import DAY, HOUR, MINUTE, SECOND, WALL, Desk
 from zcproto.errors import Code, ResourceExhausted, TokenExpired, TokenRevoked, Unauthenticated
 from zcproto.sessions import SessionRegistry
-from zcproto.sessions.exchange import LOOKED_AT
+from zcproto.sessions.exchange import EVICTION_SAMPLE
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.session import NewSession
 from zcproto.sessions.token import digest_of
@@ -154,17 +154,17 @@ def test_room_is_made_by_what_was_not_used_for_long() -> None:
 
 
 def test_room_is_made_again_and_again_and_only_of_sessions() -> None:
-    desk = Desk(max_sessions=LOOKED_AT, dead_limit=4 * LOOKED_AT, idle_timeout_ms=None)
-    for number in range(3 * LOOKED_AT):  # the dead fill the slots in between
+    desk = Desk(max_sessions=EVICTION_SAMPLE, dead_limit=4 * EVICTION_SAMPLE, idle_timeout_ms=None)
+    for number in range(3 * EVICTION_SAMPLE):  # the dead fill the slots in between
         taken_in(desk, f"user-{number}", WALL)
         if number % 2:
             desk.registry.revoke_user(f"user-{number}", "test")
-        assert desk.registry.kept <= LOOKED_AT
-        if desk.registry.kept == LOOKED_AT:
+        assert desk.registry.kept <= EVICTION_SAMPLE
+        if desk.registry.kept == EVICTION_SAMPLE:
             break
-    for number in range(1000, 1000 + 2 * LOOKED_AT):
+    for number in range(1000, 1000 + 2 * EVICTION_SAMPLE):
         assert desk.registry.restore(new(desk, f"user-{number}").record, make_room=True)
-        assert desk.registry.kept == LOOKED_AT
+        assert desk.registry.kept == EVICTION_SAMPLE
 
 
 # --- forgetting and ending -------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_forgetting_all_keeps_the_dead() -> None:
     sessions = [taken_in(desk, f"user-{number}") for number in range(50)]
     desk.registry.revoke_user("user-7", "test")
     desk.registry.forget_all()
-    assert (desk.registry.kept, desk.registry.remembered) == (0, 1)
+    assert (desk.registry.kept, desk.registry.tombstones) == (0, 1)
     assert desk.code(sessions[7].token) is Code.TOKEN_REVOKED
 
 
@@ -225,7 +225,7 @@ def test_the_memory_of_an_ended_session_is_restored() -> None:
     desk.registry.restore_ended(ended)
     desk.registry.restore_ended(ended)
     assert desk.code(session.token) is Code.TOKEN_REVOKED
-    assert desk.registry.remembered == 1
+    assert desk.registry.tombstones == 1
     assert desk.registry.record_of(session.record.token_digest) == replace(ended, id=b"")
 
 
@@ -245,7 +245,7 @@ def test_memories_beyond_the_limit_are_forgotten() -> None:
         desk.registry.restore_ended(
             EndedRecord(b"", digest_of(b"%d" % number), Code.TOKEN_EXPIRED, WALL + number)
         )
-    assert desk.registry.remembered == 2
+    assert desk.registry.tombstones == 2
 
 
 # --- looking ---------------------------------------------------------------------------------------------------
@@ -380,10 +380,10 @@ def test_the_same_client_gets_the_same_pair_again_for_a_moment() -> None:
     spent = session.refresh_token or b""
     made = desk.registry.new_rotation(spent, client="zc/1", address="192.0.2.1", wall=WALL)
     assert made is not None
-    assert desk.registry.answer_again(spent, client="zc/1", address="192.0.2.1", wall=WALL) is None
+    assert desk.registry.repeat_refresh(spent, client="zc/1", address="192.0.2.1", wall=WALL) is None
     record, _ = desk.registry.rotate(made[0])
     desk.registry.apply_rotation(record, made[0].spent_digest, made[1], made[2], WALL)
-    again = desk.registry.answer_again(spent, client="zc/1", address="192.0.2.1", wall=WALL + SECOND)
+    again = desk.registry.repeat_refresh(spent, client="zc/1", address="192.0.2.1", wall=WALL + SECOND)
     assert again is not None
     assert (again.token, again.refresh_token) == made[1:]
     for client, address, wall in (
@@ -391,8 +391,8 @@ def test_the_same_client_gets_the_same_pair_again_for_a_moment() -> None:
         ("zc/1", "192.0.2.2", WALL),
         ("zc/1", "192.0.2.1", WALL + 10 * SECOND),
     ):
-        assert desk.registry.answer_again(spent, client=client, address=address, wall=wall) is None
-    assert desk.registry.answer_again(b"short", client="zc/1", address="192.0.2.1", wall=WALL) is None
+        assert desk.registry.repeat_refresh(spent, client=client, address=address, wall=wall) is None
+    assert desk.registry.repeat_refresh(b"short", client="zc/1", address="192.0.2.1", wall=WALL) is None
 
 
 def test_what_is_no_refresh_token_makes_no_rotation() -> None:

@@ -17,7 +17,7 @@ def plain() -> tuple[Slab, LinearHash]:
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 1000, 4097])
 def test_everything_entered_is_found_and_nothing_else(count: int) -> None:
     slab, index = digests()
-    slots = {digest(number): slab.take() for number in range(count)}
+    slots = {digest(number): slab.allocate() for number in range(count)}
     for value, slot in slots.items():
         index.put(slot, value)
     assert index.count == count
@@ -29,7 +29,7 @@ def test_everything_entered_is_found_and_nothing_else(count: int) -> None:
 @pytest.mark.parametrize("count", [9, 100, 1000, 4097])
 def test_it_shrinks_to_where_it_began(count: int) -> None:
     slab, index = digests()
-    slots = [slab.take() for _ in range(count)]
+    slots = [slab.allocate() for _ in range(count)]
     for number, slot in enumerate(slots):
         index.put(slot, digest(number))
     for number, slot in enumerate(slots):
@@ -43,7 +43,7 @@ def test_there_are_one_to_two_buckets_an_entry() -> None:
     slab, index = digests()
     slots = []
     for number in range(3000):
-        slots.append(slab.take())
+        slots.append(slab.allocate())
         index.put(slots[-1], digest(number))
         assert index.count <= index.buckets <= max(8, 2 * index.count)
     for slot in slots:
@@ -53,7 +53,7 @@ def test_there_are_one_to_two_buckets_an_entry() -> None:
 
 def test_an_insert_splits_one_bucket_at_most_and_a_removal_joins_two() -> None:
     slab, index = digests()
-    slots = [slab.take() for _ in range(2000)]
+    slots = [slab.allocate() for _ in range(2000)]
     for number, slot in enumerate(slots):
         before = index.buckets
         index.put(slot, digest(number))
@@ -67,7 +67,7 @@ def test_an_insert_splits_one_bucket_at_most_and_a_removal_joins_two() -> None:
 def test_an_index_made_for_many_entries_splits_and_joins_nothing_for_fewer() -> None:
     slab = Slab(8 * CHUNK, 12, link=8)
     index = LinearHash(slab, hash_=0, next_=4, least=2048)
-    slots = [slab.take() for _ in range(3000)]
+    slots = [slab.allocate() for _ in range(3000)]
     for slot in slots:
         index.add(slot, slot * 7)
         assert index.buckets == max(2048, index.count)
@@ -81,13 +81,13 @@ def test_an_index_made_for_many_entries_splits_and_joins_nothing_for_fewer() -> 
 def test_chains_stay_short() -> None:
     slab, index = digests()
     for number in range(5000):
-        index.put(slab.take(), digest(number))
+        index.put(slab.allocate(), digest(number))
     assert longest_chain(index) <= 12
 
 
 def test_heads_that_are_not_needed_any_more_go_back() -> None:
     slab, index = digests()
-    slots = [slab.take() for _ in range(5000)]
+    slots = [slab.allocate() for _ in range(5000)]
     for number, slot in enumerate(slots):
         index.put(slot, digest(number))
     assert any(index._heads[4096:5000])
@@ -101,7 +101,7 @@ def test_digests_that_differ_in_their_last_bit_are_told_apart(width: int) -> Non
     slab, index = digests(width)
     value = digest(1, width)
     near = value[:-1] + bytes([value[-1] ^ 1])
-    first, second = slab.take(), slab.take()
+    first, second = slab.allocate(), slab.allocate()
     index.put(first, value)
     assert index.find(near) == END
     index.put(second, near)
@@ -110,10 +110,10 @@ def test_digests_that_differ_in_their_last_bit_are_told_apart(width: int) -> Non
 
 def test_a_hash_may_be_that_of_several_slots() -> None:
     slab, index = plain()
-    slots = [slab.take() for _ in range(20)]
+    slots = [slab.allocate() for _ in range(20)]
     for slot in slots:
         index.add(slot, 0xDEADBEEF)
-    index.add(slab.take(), 0xDEADBEEF ^ 0x80000000)  # the same bucket
+    index.add(slab.allocate(), 0xDEADBEEF ^ 0x80000000)  # the same bucket
     assert sorted(index.chain(0xDEADBEEF)) == slots
     for slot in slots[::2]:
         index.remove(slot)

@@ -153,7 +153,7 @@ def test_the_dead_take_no_place_of_the_living() -> None:
         opened = desk.open(f"user {number}")
         desk.refresh(opened.refresh_token)
         desk.registry.close(opened.session)
-    assert desk.registry.remembered == 600
+    assert desk.registry.tombstones == 600
 
 
 @pytest.mark.parametrize("field", ["user", "client"])

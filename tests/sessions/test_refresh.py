@@ -349,7 +349,7 @@ def test_a_source_that_repeats_itself_changes_nothing() -> None:
     desk = Desk()
     opened = desk.open()
     desk.registry._entropy = lambda size: opened.token[:size]
-    with pytest.raises(RuntimeError, match="repeats itself"):
+    with pytest.raises(RuntimeError, match="repeated itself"):
         desk.refresh(opened.refresh_token)
     assert desk.good(opened.token)
 

@@ -63,7 +63,7 @@ def test_all_sessions_but_some_are_forgotten_in_slices(max_slots: int) -> None:
         Code.TOKEN_REVOKED if n == 0 else None if n % 10 == 0 else Code.UNAUTHENTICATED for n in range(50)
     ]
     assert len(desk.ended) == told
-    assert desk.registry.remembered == 1
+    assert desk.registry.tombstones == 1
 
 
 def test_what_ended_since_a_time_is_told_by_its_code() -> None:

@@ -18,16 +18,16 @@ def make(capacity: int = 16 * CHUNK) -> Slab:
 
 def test_slots_are_numbered_from_0() -> None:
     slab = make()
-    assert [slab.take() for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert [slab.allocate() for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
 def test_it_grows_by_whole_chunks() -> None:
     slab = make()
     assert slab.size == 0
     for _ in range(CHUNK):
-        slab.take()
+        slab.allocate()
     assert (slab.size, slab.free, slab.used) == (CHUNK, 0, CHUNK)
-    slab.take()
+    slab.allocate()
     assert (slab.size, slab.free, slab.used) == (2 * CHUNK, CHUNK - 1, CHUNK + 1)
 
 
@@ -38,59 +38,59 @@ def test_the_capacity_is_rounded_up_to_whole_chunks(asked: int, given: int) -> N
 
 def test_the_slot_freed_last_is_used_first() -> None:
     slab = make()
-    slots = [slab.take() for _ in range(10)]
+    slots = [slab.allocate() for _ in range(10)]
     for slot in (slots[3], slots[7]):
-        slab.give_back(slot)
-    assert slab.take() == slots[7]
-    assert slab.take() == slots[3]
-    assert slab.take() == 10
+        slab.free_slot(slot)
+    assert slab.allocate() == slots[7]
+    assert slab.allocate() == slots[3]
+    assert slab.allocate() == 10
 
 
 def test_the_lowest_chunk_with_a_free_slot_is_used_first() -> None:
     slab = make()
     for _ in range(3 * CHUNK):
-        slab.take()
-    slab.give_back(2 * CHUNK + 5)
-    slab.give_back(7)
-    slab.give_back(CHUNK + 6)
-    assert [slab.take() for _ in range(3)] == [7, CHUNK + 6, 2 * CHUNK + 5]
+        slab.allocate()
+    slab.free_slot(2 * CHUNK + 5)
+    slab.free_slot(7)
+    slab.free_slot(CHUNK + 6)
+    assert [slab.allocate() for _ in range(3)] == [7, CHUNK + 6, 2 * CHUNK + 5]
 
 
 def test_one_empty_chunk_at_the_end_is_kept() -> None:
     slab = make()
-    slots = [slab.take() for _ in range(3 * CHUNK)]
+    slots = [slab.allocate() for _ in range(3 * CHUNK)]
     for slot in slots[2 * CHUNK :]:
-        slab.give_back(slot)
+        slab.free_slot(slot)
     assert slab.size == 3 * CHUNK
     for slot in slots[CHUNK : 2 * CHUNK]:
-        slab.give_back(slot)
+        slab.free_slot(slot)
     assert (slab.size, slab.free) == (2 * CHUNK, CHUNK)
 
 
 def test_an_empty_slab_keeps_one_chunk() -> None:
     slab = make()
-    for slot in [slab.take() for _ in range(4 * CHUNK)]:
-        slab.give_back(slot)
+    for slot in [slab.allocate() for _ in range(4 * CHUNK)]:
+        slab.free_slot(slot)
     assert (slab.size, slab.free, slab.used) == (CHUNK, CHUNK, 0)
 
 
 def test_a_chunk_in_use_holds_those_below_it() -> None:
     slab = make()
-    slots = [slab.take() for _ in range(4 * CHUNK)]
+    slots = [slab.allocate() for _ in range(4 * CHUNK)]
     for slot in slots[:-1]:
-        slab.give_back(slot)
+        slab.free_slot(slot)
     assert slab.size == 4 * CHUNK
-    slab.give_back(slots[-1])
+    slab.free_slot(slots[-1])
     assert slab.size == CHUNK
 
 
 def test_a_call_gives_back_eight_chunks_at_most() -> None:
     slab = make()
-    *slots, last = [slab.take() for _ in range(12 * CHUNK)]
+    *slots, last = [slab.allocate() for _ in range(12 * CHUNK)]
     for slot in slots:
-        slab.give_back(slot)
+        slab.free_slot(slot)
     assert slab.size == 12 * CHUNK
-    slab.give_back(last)
+    slab.free_slot(last)
     assert slab.size == 4 * CHUNK
     slab.trim()
     assert slab.size == CHUNK
@@ -100,18 +100,18 @@ def test_a_call_gives_back_eight_chunks_at_most() -> None:
 
 def test_slots_taken_after_shrinking_are_all_different() -> None:
     slab = make()
-    for slot in [slab.take() for _ in range(5 * CHUNK)]:
-        slab.give_back(slot)
-    slots = {slab.take() for _ in range(5 * CHUNK)}
+    for slot in [slab.allocate() for _ in range(5 * CHUNK)]:
+        slab.free_slot(slot)
+    slots = {slab.allocate() for _ in range(5 * CHUNK)}
     assert slots == set(range(5 * CHUNK))
 
 
 def test_more_slots_than_the_capacity_are_a_mistake_of_ours() -> None:
     slab = make(CHUNK)
     for _ in range(CHUNK):
-        slab.take()
+        slab.allocate()
     with pytest.raises(AssertionError):
-        slab.take()
+        slab.allocate()
 
 
 def test_a_column_is_a_field_of_every_record() -> None:

@@ -34,21 +34,21 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_string_comes_back_as_it_was(text: str, inline: int) -> None:
     table = StringTable(CHUNK, inline)
-    number = table.take(text)
+    number = table.acquire(text)
     assert table[number] == text
     assert table.find(text) == number
-    assert table.take(text) == number
+    assert table.acquire(text) == number
     assert table.uses[number] == 2
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_string_is_forgotten_with_its_last_use(text: str) -> None:
     table = StringTable(CHUNK, 23)
-    number = table.take(text)
-    table.take(text)
-    table.give_back(number)
+    number = table.acquire(text)
+    table.acquire(text)
+    table.release(number)
     assert table.find(text) == number
-    table.give_back(number)
+    table.release(number)
     assert table.find(text) == UNKNOWN
     assert (len(table), table.slab.used, len(table._long)) == (0, 0, 0)
 
@@ -56,14 +56,14 @@ def test_a_string_is_forgotten_with_its_last_use(text: str) -> None:
 def test_a_slot_used_again_has_nothing_of_the_string_before() -> None:
     table = StringTable(CHUNK, 23)
     for text in ("long " * 10, "short", "a longer but short one", ""):
-        number = table.take(text)
+        number = table.acquire(text)
         assert (number, table[number], table.uses[number]) == (0, text, 1)
-        table.give_back(number)
+        table.release(number)
 
 
 def test_all_strings_together_are_told_apart() -> None:
     table = StringTable(CHUNK, 23)
-    numbers = [table.take(text) for text in TEXTS]
+    numbers = [table.acquire(text) for text in TEXTS]
     assert len(set(numbers)) == len(TEXTS) == len(table)
     assert [table[number] for number in numbers] == TEXTS
 
@@ -71,10 +71,10 @@ def test_all_strings_together_are_told_apart() -> None:
 def test_strings_with_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strings_module, "hash", lambda value: 7, raising=False)
     table = StringTable(CHUNK, 23)
-    numbers = [table.take(text) for text in TEXTS]
+    numbers = [table.acquire(text) for text in TEXTS]
     assert [table.find(text) for text in TEXTS] == numbers
     for number in numbers[::2]:
-        table.give_back(number)
+        table.release(number)
     assert [table.find(text) for text in TEXTS[1::2]] == numbers[1::2]
     assert {table.find(text) for text in TEXTS[::2]} == {UNKNOWN}
 
@@ -85,20 +85,20 @@ def test_an_unknown_string_has_no_number() -> None:
 
 def test_it_shrinks_again() -> None:
     table = StringTable(8 * CHUNK, 23)
-    numbers = [table.take(f"user {number} {'x' * (number % 30)}") for number in range(5 * CHUNK)]
+    numbers = [table.acquire(f"user {number} {'x' * (number % 30)}") for number in range(5 * CHUNK)]
     random.Random(1).shuffle(numbers)
     for number in numbers:
-        table.give_back(number)
+        table.release(number)
     assert (len(table), table.slab.size) == (0, CHUNK)
 
 
 def test_a_string_that_is_not_the_last_one_is_found_again() -> None:
     table = StringTable(2 * CHUNK, 23)
-    first = table.take("a")
-    table.take("b")
-    assert table.take("a") == first
-    table.give_back(first)
-    table.give_back(first)
+    first = table.acquire("a")
+    table.acquire("b")
+    assert table.acquire("a") == first
+    table.release(first)
+    table.release(first)
     assert table.find("a") == UNKNOWN
-    table.take("c")
+    table.acquire("c")
     assert table.find("a") == UNKNOWN

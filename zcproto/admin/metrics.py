@@ -136,7 +136,7 @@ class ServerMetrics:
                 serving.once.bytes_kept if self.store is None else None,
             ),
             ("sessions", self.session_settings.max_sessions, registry.kept),
-            ("remembered_tokens", self.session_settings.dead_limit, registry.remembered),
+            ("remembered_tokens", self.session_settings.dead_limit, registry.tombstones),
         ]
         if self.store is not None:
             limits.append(("pending_revocations", PENDING_LIMIT, len(self.store.pending)))

@@ -135,7 +135,7 @@ def protocol_methods(
             key, session.user, signature, context.token, context.peer, context.now(), context.channel()
         )
         if registry.key_of(session) != key:
-            raise Unauthenticated("the session has ended; open another")
+            raise Unauthenticated("the session has expired; open a new one")
         context.prove(key)
         context.join(session, context.token)
         return {}

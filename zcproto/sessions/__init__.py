@@ -1,7 +1,7 @@
-"""Sessions: tokens and what they stand for, in memory, without I/O.
+"""Sessions and their tokens in memory (sans-IO).
 
-Reading order: token.py (what a token is), session.py (what callers see), registry.py (all decisions),
-table.py, index.py, slab.py and strings.py (how 100,000 of them fit in 20 MB).
+Reading order: token.py (tokens and digests), session.py (settings and values returned to callers), registry.py (the
+decisions), then table.py, index.py, slab.py and strings.py (how 100,000 sessions fit in 20 MB).
 """
 
 from zcproto.sessions.registry import SessionRegistry

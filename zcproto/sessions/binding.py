@@ -1,17 +1,15 @@
-"""What sessions need beside their tokens: a user who is still one, the network and the client of their opening.
+"""Bind sessions to an existing user, and optionally to the network and client that opened them.
 
-What this file decides: whether a token may be used from an address, and a refresh token by a client.
+Decides whether a token may be used from an address, and a refresh token by a client.
 
 Rules:
-- Network and client are off by default: clients move between networks, and a client string is anybody's to copy.
-- User and address are looked at when a connection uses a token for the first time, and whenever a session is
-  refreshed. Sessions of a user who is removed while a server runs end by themselves; this is for those that
-  outlived a server, or come from another.
-- A client says what it is when it opens or refreshes a session, and nowhere else: there it is looked at.
-- Who is refused learns what somebody with an unknown token learns. The session lives on: ending it would let
-  whoever found a token end it, too.
+- Network and client are off by default: clients move between networks, and a client string is easy to copy.
+- User and address are checked when a connection first uses a token, and at every refresh. Removing a user ends the
+  sessions known to a running server; this check covers sessions that outlived a server or come from another one.
+- The client string is sent only when a session is opened or refreshed, and is checked there.
+- A refusal looks the same as for an unknown token. The session stays: otherwise a stolen token could end it.
 
-It must not know: connections, how sessions are kept.
+It must not know: connections, how sessions are stored.
 """
 
 from __future__ import annotations
@@ -29,14 +27,14 @@ EXACT: Final = "exact"
 
 _IPV4_BITS: Final = 32
 _IPV6_SITE: Final = 64
-"""What one IPv6 site is given at least: a prefix as short as those of IPv4 would be a whole provider's."""
+"""The smallest prefix assigned to an IPv6 site; one as short as in IPv4 would cover a whole provider."""
 
 
 class Binding:
-    """The binding of all sessions. `address` is "off", "exact" or the length of a prefix.
+    """The binding of all sessions. `address` is "off", "exact" or a prefix length.
 
-    `is_user` says whether somebody may open sessions now; None if nobody can tell. `refused_users`,
-    `refused_addresses` and `refused_clients` count.
+    `is_user` returns True if a user may open sessions; None if users cannot be looked up. `refused_users`,
+    `refused_addresses` and `refused_clients` are counters.
     """
 
     def __init__(self, address: str = OFF, client: bool = False) -> None:
@@ -48,17 +46,17 @@ class Binding:
         self.refused_clients = 0
 
     def reconfigure(self, address: str, client: bool) -> None:
-        """Go by other settings. Connections that use a session already are not asked again."""
+        """Apply new settings. Connections already using a session are not checked again."""
         self._address = address
         self._client = client
 
     @property
     def asks(self) -> bool:
-        """Whether a token alone may not be enough."""
+        """Return True if a valid token may still be refused."""
         return self._address != OFF or self.is_user is not None
 
     def admits(self, user: str, opened_at: str, address: str) -> bool:
-        """Whether a user's session that was opened at one address may be used from another."""
+        """Return True if a session of `user`, opened at one address, may be used from another."""
         if self.is_user is not None and not self.is_user(user):
             self.refused_users += 1
             return False
@@ -71,9 +69,9 @@ class Binding:
         return False
 
     def check_refresh(self, record: SessionRecord | None, client: str, address: str) -> None:
-        """Refuse to refresh a session from elsewhere, or for another client. Nothing is spent by that.
+        """Refuse a refresh from another network or client, without spending the refresh token.
 
-        Raises Unauthenticated, as for a refresh token that is not known.
+        Raises Unauthenticated, as for an unknown refresh token.
         """
         if record is None:
             return
@@ -81,15 +79,15 @@ class Binding:
             self.refused_clients += 1
         elif self.admits(record.user, record.address, address):
             return
-        raise Unauthenticated("the refresh token is not known; open a session")
+        raise Unauthenticated("unknown refresh token; open a session")
 
 
 @lru_cache(maxsize=1024)
 def network(address: str, bits: int | None) -> str:
-    """The network that an address is in; itself without `bits`, and where it is no address.
+    """Return the network of an address; the address itself without `bits` or if it is not an IP address.
 
-    Up to 32 bits are of an IPv4 address, and an IPv6 one goes by its site. More are of an IPv6 address, and an
-    IPv4 one stands for itself.
+    Up to 32 bits apply to IPv4, and IPv6 addresses use their site prefix. More bits apply to IPv6, and IPv4
+    addresses are kept whole.
     """
     try:
         ip = ipaddress.ip_address(address)

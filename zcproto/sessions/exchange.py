@@ -1,11 +1,11 @@
-"""What passes between the sessions known here and a store that keeps them.
+"""Exchange sessions between the in-memory table and a store.
 
-What this file decides: how a session of a store becomes one that tokens are checked against, and back.
+Decides how a stored record becomes a session that tokens are checked against, and back.
 
 Rules:
-- What ended here stays ended: no record of a store, which may be older, brings it back.
-- A session that is forgotten did not end. Nobody is told; its token is unknown until the session is restored.
-- Where the table is full, a session that can be restored makes room: one that was not used for long.
+- An ended session stays ended: no record of a store, which may be older, revives it.
+- Forgetting is not ending: observers are not notified, and the token is unknown until the session is restored.
+- If the table is full, a restored session evicts one that has not been used recently and can be restored itself.
 
 It must not know: the store, connections, clocks.
 """
@@ -20,21 +20,21 @@ from zcproto.sessions.lifecycle import Lifecycle
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.table import LIVE, NONE, TOKEN_ONLY
 
-LOOKED_AT: Final = 64
-"""Slots among which the one that was used longest ago makes room."""
+EVICTION_SAMPLE: Final = 64
+"""Slots sampled to find the least recently used session."""
 
 _ENDED_CODES: Final = frozenset({Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED})
 
 
 class Exchange(Lifecycle):
-    """The table of sessions, as a store sees it. Ids are the 16 bytes."""
+    """The session table as a store uses it. Ids are the 16 raw bytes."""
 
     __slots__ = ()
 
     def restore(self, record: SessionRecord, *, make_room: bool = False) -> bool:
-        """Take in a session as a store keeps it, instead of what was known of it.
+        """Insert or replace a session from its stored record.
 
-        False if it has ended here, or if there is no room (with `make_room` another is forgotten for it).
+        Return False if it has ended here, or if the table is full and `make_room` is not set.
         """
         table = self._table
         self._wall = max(self._wall, record.last_used_at)
@@ -46,13 +46,13 @@ class Exchange(Lifecycle):
                 self._update(slot, record)
                 return True
         if table.tokens.find(record.token_digest) != NONE:
-            return False  # a token that was good once, and is no more
+            return False  # the token was valid once and is not any more
         if slot != NONE:
             self._forget(slot)
         elif self.kept >= self._settings.max_sessions:
             if not make_room:
                 return False
-            self._make_way()
+            self._evict()
         table.add(
             record.user,
             record.client,
@@ -71,16 +71,16 @@ class Exchange(Lifecycle):
         return True
 
     def restore_ended(self, ended: EndedRecord) -> None:
-        """Take in the memory of a token that was good once. Its session, if it is known here, ends."""
+        """Insert a tombstone from a store. If its session is known here, it ends."""
         assert ended.code in _ENDED_CODES
         if not self.end(ended.id, ended.code, "", ended.ended_at) and (
             self._table.tokens.find(ended.token_digest) == NONE
         ):
-            self._table.bury_token(ended.token_digest, ended.code, ended.ended_at)
-            self._forget_surplus()
+            self._table.add_token_tombstone(ended.token_digest, ended.code, ended.ended_at)
+            self._drop_surplus_tombstone()
 
     def end(self, session_id: bytes, code: Code, reason: str, wall: int) -> bool:
-        """End a session, live or lapsed, as a store says. False if none has this id."""
+        """End a live or lapsed session on behalf of a store. Return False if the id is unknown."""
         slot = self._table.ids.find(session_id)
         if slot == NONE or not self._is_kept(slot):
             return False
@@ -94,7 +94,7 @@ class Exchange(Lifecycle):
         return True
 
     def forget(self, session_id: bytes) -> bool:
-        """Know nothing of a live or lapsed session any more. False if nothing was known."""
+        """Forget a live or lapsed session. Return False if the id is unknown."""
         slot = self._table.ids.find(session_id)
         if slot == NONE or not self._is_kept(slot):
             return False
@@ -102,30 +102,32 @@ class Exchange(Lifecycle):
         return True
 
     def forget_all(self) -> None:
-        """Know nothing of any live or lapsed session any more."""
+        """Forget all live and lapsed sessions."""
         slot = 0
-        while slot < self._table.slab.size:  # it shrinks as it empties
+        while slot < self._table.slab.size:  # the slab shrinks while it empties
             if self._is_kept(slot):
                 self._forget(slot)
             slot += 1
 
     def forget_unless(self, is_kept: Callable[[bytes], bool], start: int, max_slots: int) -> int:
-        """A slice of the table: know nothing any more of live and lapsed sessions, but for those (by id) that are
-        to be kept. It begins at 0, and 0 comes back when the table is through."""
+        """Forget live and lapsed sessions for which `is_kept(id)` is False, in one slice of the table.
+
+        Start at 0; return the start of the next slice, 0 at the end of the table.
+        """
         slot, end = start, start + max_slots
-        while slot < end and slot < self._table.slab.size:  # it shrinks as it empties
+        while slot < end and slot < self._table.slab.size:  # the slab shrinks while it empties
             if self._is_kept(slot) and not is_kept(self._table.ids[slot]):
                 self._forget(slot)
             slot += 1
         return 0 if slot >= self._table.slab.size else slot
 
     def record(self, session_id: bytes) -> SessionRecord | None:
-        """A live or lapsed session, as a store keeps it."""
+        """Return the record of a live or lapsed session, or None."""
         slot = self._table.ids.find(session_id)
         return None if slot == NONE or not self._is_kept(slot) else self._record(slot)
 
     def record_of(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
-        """The session of a token, or the memory of one."""
+        """Return the session of a token, its tombstone, or None."""
         table = self._table
         slot = table.tokens.find(token_digest)
         if slot == NONE:
@@ -136,7 +138,7 @@ class Exchange(Lifecycle):
         return EndedRecord(session_id, token_digest, Code(self._state[slot]), self._last_used_at[slot])
 
     def ended(self, session_id: bytes) -> EndedRecord | None:
-        """The memory of a session that has ended."""
+        """Return the tombstone of an ended session, or None."""
         table = self._table
         slot = table.ids.find(session_id)
         if slot == NONE or self._is_kept(slot):
@@ -144,7 +146,7 @@ class Exchange(Lifecycle):
         return EndedRecord(session_id, table.tokens[slot], Code(self._state[slot]), self._last_used_at[slot])
 
     def ended_since(self, code: Code, wall: int) -> list[EndedRecord]:
-        """The memories of sessions that have ended with a code, since that time. It looks at the whole table."""
+        """Return the tombstones of sessions that ended with `code` since `wall`. Scans the whole table."""
         table = self._table
         return [
             EndedRecord(table.ids[slot], table.tokens[slot], code, self._last_used_at[slot])
@@ -155,7 +157,7 @@ class Exchange(Lifecycle):
         ]
 
     def records(self, user: str | None, limit: int) -> list[SessionRecord]:
-        """A user's live and lapsed sessions, or everybody's; the oldest `limit`, the oldest first."""
+        """Return the oldest `limit` live and lapsed sessions of a user (None: of all), oldest first."""
         table = self._table
         if user is not None:
             return [self._record(slot) for slot in table.of_user(user)[:limit]]
@@ -164,9 +166,10 @@ class Exchange(Lifecycle):
         return [self._record(slot) for slot in slots[:limit]]
 
     def uses(self, since: int, start: int, max_slots: int) -> tuple[int, list[tuple[bytes, int]]]:
-        """A slice of the sessions (id, time) that were used after `since`, and where the next slice starts.
+        """Return the sessions (id, time) of one slice that were used after `since`, with the start of the next
+        slice.
 
-        It begins at 0, and 0 comes back when the table is through.
+        Start at 0; the next start is 0 at the end of the table.
         """
         table = self._table
         end = min(start + max_slots, table.slab.size)
@@ -176,8 +179,6 @@ class Exchange(Lifecycle):
             if self._state[slot] == LIVE and self._last_used_at[slot] > since
         ]
         return (0 if end >= table.slab.size else end), used
-
-    # Parts
 
     def _update(self, slot: int, record: SessionRecord) -> None:
         table = self._table
@@ -195,12 +196,12 @@ class Exchange(Lifecycle):
         self._grace.drop(self._table.ids[slot])
         self._table.drop(slot)
 
-    def _make_way(self) -> None:
-        """Forget the session that was used longest ago among some. There is at least one."""
-        size, looked_at, oldest = self._table.slab.size, 0, NONE
-        while looked_at < LOOKED_AT or oldest == NONE:
-            slot = self._way_cursor = (self._way_cursor + 1) % size
-            looked_at += 1
+    def _evict(self) -> None:
+        """Forget the least recently used session of a sample. There must be at least one session."""
+        size, sampled, oldest = self._table.slab.size, 0, NONE
+        while sampled < EVICTION_SAMPLE or oldest == NONE:
+            slot = self._eviction_cursor = (self._eviction_cursor + 1) % size
+            sampled += 1
             if self._is_kept(slot) and (
                 oldest == NONE or self._last_used_at[slot] < self._last_used_at[oldest]
             ):

@@ -1,9 +1,8 @@
-"""The pairs of tokens given last, kept for a client whose answer was lost.
+"""Keep the most recent token pairs for clients whose response to a refresh was lost (zcp1.md, section 9.6).
 
-What this file decides: how long, and how many. This is the one place where tokens themselves are in
-memory for longer than a call, and it is for seconds (wire.md section 6: in memory only).
+Decides how long and how many. This is the only place that holds tokens in memory beyond a call, for seconds.
 
-It must not know: who asks. The registry checks that it is the same client.
+It must not know: callers. The registry checks that the client is the same.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 
 class Spent(NamedTuple):
-    """The refresh token that a session spent last, as its digest, and the pair that was given for it."""
+    """The digest of the last spent refresh token of a session, and the pair issued for it."""
 
     digest: bytes
     token: bytes
@@ -26,7 +25,7 @@ class Spent(NamedTuple):
 
 
 class GraceTable:
-    """One pair for each session id, of the last `limit` refreshes. `grace_ms`: how long those to come are kept."""
+    """Keep one pair per session id for the last `limit` refreshes, each for `grace_ms`."""
 
     __slots__ = ("_limit", "_spent", "grace_ms")
 
@@ -39,25 +38,25 @@ class GraceTable:
         return len(self._spent)
 
     def keep(self, session_id: bytes, digest: bytes, token: bytes, refresh_token: bytes, wall: int) -> None:
-        """Note what was given for the refresh token of this digest, instead of what was noted before."""
+        """Store the pair issued for the refresh token with this digest, replacing the previous one."""
         self._spent.pop(session_id, None)
         self._spent[session_id] = Spent(digest, token, refresh_token, wall + self.grace_ms)
         self.expire(wall)
 
     def find(self, session_id: bytes, digest: bytes, wall: int) -> Spent | None:
-        """What was given, if this is the refresh token that the session spent last, and spent just now."""
+        """Return the issued pair if the digest is that of the last spent token and the grace is not over."""
         spent = self._spent.get(session_id)
         if spent is None or wall >= spent.until or not compare_digest(digest, spent.digest):
             return None
         return spent
 
     def drop(self, session_id: bytes) -> None:
-        """Give up the pair of a session that has ended."""
+        """Remove the pair of a session that has ended."""
         if self._spent:
             self._spent.pop(session_id, None)
 
     def expire(self, wall: int) -> None:
-        """Give up the pairs whose time is over, and the oldest of too many."""
+        """Remove expired pairs, and the oldest ones above the limit."""
         spent = self._spent
         while spent:
             session_id = next(iter(spent))

@@ -1,22 +1,21 @@
-"""Whether the store of sessions is asked, and what holds while it is not.
+"""Track the health of the session store (sans-IO): a circuit breaker with a grace for known sessions.
 
-    HEALTHY     every operation goes to the store
-    DEGRADED    none does, so that nobody waits for it again and again; a probe will be made
-    RECOVERING  a probe is under way: it shows that the store works, brings to it what waited, and only then
-                is the store asked again
+    HEALTHY     every operation goes to the store DEGRADED    no operation does, so callers do not wait for
+    timeouts; a probe is planned RECOVERING  a probe is running: it checks the store and replays pending
+    operations before the store is used again
 
 Rules:
-- Every change of state is in this table; what is not in it is a bug of ours.
-- A failure that cost its caller half the timeout, or the third one within ten seconds, is an outage. What
-  succeeds in between does not count: a store that can be read and not written to would never be found out.
-- What fails or succeeds during an outage was begun before it, and says nothing new.
-- Sessions that are known go on for the grace, counted from the beginning of the outage on the monotonic clock.
-  After that all are refused, until a probe has succeeded.
-- Probes come after a random part of a delay that doubles. It begins anew only after a healthy minute, so that
-  a store that comes and goes is asked less and less often.
-- One alert when an outage begins, one when the grace is over, one when it has ended.
+- Every transition is in the table; any other is a bug in zcproto.
+- A failure that took half the timeout, or the third one within ten seconds, is an outage. Successes in between
+  do not reset the count: otherwise a store that can be read but not written would never be detected.
+- Results that arrive during an outage belong to operations begun before it and are ignored.
+- Known sessions stay valid for the grace, counted from the beginning of the outage on the monotonic clock. Then all
+  are refused until a probe succeeds.
+- Probes use exponential backoff with jitter. It is reset only after a healthy minute, so a flapping store is probed
+  less and less often.
+- One alert each when an outage begins, when the grace is over, and when the outage ends.
 
-Pure: time and chance are arguments. It must not know: the store, sessions, how an alert is delivered.
+Time and randomness are arguments. It must not know: the store, sessions, the delivery of alerts.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class State(Enum):
 
 
 class Input(Enum):
-    FAILURE = "failure"  # an operation failed, and no more follows from that
-    OUTAGE = "outage"  # one failed, and that was one too many
+    FAILURE = "failure"  # an operation failed, without consequence
+    OUTAGE = "outage"  # a failure that makes an outage
     PROBE_DUE = "probe_due"
     PROBE_OK = "probe_ok"
     PROBE_FAILED = "probe_failed"
@@ -74,12 +73,12 @@ TRANSITIONS: Final[dict[State, dict[Input, State]]] = {
 
 
 def next_state(state: State, given: Input) -> State:
-    """The state that follows. A KeyError is a bug in zcproto."""
+    """Return the next state. A KeyError is a bug in zcproto."""
     return TRANSITIONS[state][given]
 
 
 class Alert(Enum):
-    """What somebody is told of."""
+    """Alerts about an outage."""
 
     BEGAN = "began"
     GRACE_OVER = "grace_over"
@@ -87,10 +86,10 @@ class Alert(Enum):
 
 
 class StoreHealth:
-    """The health of one store. Times are monotonic seconds; `random` gives numbers from 0 up to 1.
+    """The health of one store. Times are monotonic seconds; `random` returns numbers in [0, 1).
 
-    `outages` counts how many have begun, `failures` how many operations have failed. `since` is when the last
-    outage began.
+    `outages` and `failures` are counters of outages begun and operations failed. `since` is the beginning of the
+    last outage.
     """
 
     __slots__ = (
@@ -133,11 +132,11 @@ class StoreHealth:
 
     @property
     def is_asked(self) -> bool:
-        """Whether operations go to the store."""
+        """Return True if operations go to the store."""
         return self.state is State.HEALTHY
 
     def failed(self, now: float, waited_s: float) -> None:
-        """An operation could not be done; `waited_s` is what that took."""
+        """Record a failed operation that took `waited_s`."""
         self.failures += 1
         self._recent.append(now)
         grave = waited_s >= self._timeout_s / 2
@@ -147,7 +146,7 @@ class StoreHealth:
             self._take(Input.FAILURE)
 
     def begin_outage(self, now: float, *, grace: bool = True) -> None:
-        """The store is not asked from here on, but for probes. Without `grace`, because nothing is known."""
+        """Stop using the store, except for probes. Pass `grace=False` if no sessions are known."""
         began = self.state is State.HEALTHY
         self._take(Input.OUTAGE)
         if not began:
@@ -163,7 +162,7 @@ class StoreHealth:
             self._end_grace()
 
     def handle_time(self, now: float) -> bool:
-        """Do what is due. True: the caller makes a probe now, and says what came of it."""
+        """Handle due timers. Return True if the caller must probe the store now and report the result."""
         if self._grace_ends_at() <= now:
             self._end_grace()
         if now < self._probe_at:
@@ -177,7 +176,7 @@ class StoreHealth:
         self._plan_probe(now)
 
     def probe_succeeded(self, now: float) -> None:
-        """The store works, and has all that waited for it."""
+        """Record that the store works and has received all pending operations."""
         self._take(Input.PROBE_OK)
         self._healthy_since = now
         self._recent.clear()
@@ -185,17 +184,15 @@ class StoreHealth:
         self._on_alert(Alert.ENDED)
 
     def next_deadline(self) -> float:
-        """When `handle_time` must be called at the latest. NEVER if it need not."""
+        """Return the latest time for the next call of `handle_time`, or NEVER."""
         return min(self._probe_at, self._grace_ends_at())
 
     def retry_after_ms(self, now: float) -> int:
-        """What to tell somebody who is sent away: when the next probe may have succeeded."""
+        """Return the retry delay for refused callers: the time until the next probe may have succeeded."""
         if self.state is State.HEALTHY:
             return MIN_RETRY_MS
         wait_s = self._timeout_s if self._probe_at == NEVER else self._probe_at - now
         return max(MIN_RETRY_MS, round(wait_s * _MS) + MIN_RETRY_MS)
-
-    # Parts
 
     def _take(self, given: Input) -> None:
         self.state = next_state(self.state, given)

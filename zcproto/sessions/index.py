@@ -1,19 +1,17 @@
-"""Hash indexes that grow and shrink one bucket at a time.
+"""Index slots by hash, growing and shrinking one bucket at a time.
 
-What this file decides: how a slot of a table is found by a digest. A dict would double its memory and
-stop the event loop for the whole rehash each time it grows; this is linear hashing (Litwin 1980) with
-chains: an insert splits at most one bucket, a removal joins at most two, and an entry costs 12 to 16
-bytes.
+A dict would double its memory and block the event loop for the whole rehash each time it grows. This is linear
+hashing (Litwin 1980) with chains: an insert splits at most one bucket, a removal joins at most two, and an entry
+costs 12 to 16 bytes.
 
 Rules:
-- With n buckets, `mask` is the smallest 2**k - 1 with n <= 2**k. A hash belongs to bucket `hash & mask`,
-  or, where that bucket is not there yet, to `hash & (mask >> 1)`, from which it will split off.
-- There are at least one and at most two buckets for each entry, but never fewer than at the beginning: an
-  index that is made for some thousands of entries splits none of its buckets for them.
-- Hashes come from SHA-256 of server-made secrets or from Python's keyed string hash: a peer can't aim at
-  a chain.
+- With n buckets, `mask` is the smallest 2**k - 1 with n <= 2**k. A hash belongs to bucket `hash & mask` or, if that
+  bucket does not exist yet, to `hash & (mask >> 1)`, from which it will split off.
+- There are one to two buckets per entry, but never fewer than initially, so an index sized for some thousands of
+  entries does not split buckets for them.
+- Hashes are SHA-256 of secrets made by the server or Python's keyed string hash, so a peer cannot target a chain.
 
-It must not know: what the slots hold.
+It must not know: the content of the slots.
 """
 
 from __future__ import annotations
@@ -33,10 +31,10 @@ _HEADS_DISCARDED: Final = 4096
 
 
 class LinearHash:
-    """Slots of a slab by 32-bit hashes. Several slots may have the same hash.
+    """Index slots of a slab by 32-bit hashes. Several slots may have the same hash.
 
-    `hash_` and `next_` are the offsets of an "I" and an "i" field for it in the slab's records. `least` is the
-    number of buckets that there always are, at four bytes each: a power of two, at most the slab's capacity.
+    `hash_` and `next_` are the offsets of an "I" and an "i" field in the slab's records. `least` is the minimum
+    number of buckets, four bytes each: a power of two, at most the slab's capacity.
     """
 
     __slots__ = ("_hashes", "_heads", "_least", "_mask", "_memory", "_next", "buckets", "count")
@@ -59,7 +57,7 @@ class LinearHash:
         return bucket if bucket < self.buckets else bucket & (self._mask >> 1)
 
     def chain(self, hash_: int) -> Iterator[int]:
-        """The slots entered under this hash."""
+        """Yield the slots with this hash."""
         slot = self._heads[self._bucket(hash_)]
         while slot != END:
             if self._hashes[slot] == hash_:
@@ -67,7 +65,7 @@ class LinearHash:
             slot = self._next[slot]
 
     def add(self, slot: int, hash_: int) -> None:
-        """Enter a slot that is not in the index."""
+        """Add a slot that is not in the index."""
         bucket = self._bucket(hash_)
         self._hashes[slot] = hash_
         self._next[slot] = self._heads[bucket]
@@ -77,7 +75,7 @@ class LinearHash:
             self._split()
 
     def remove(self, slot: int) -> None:
-        """Take out a slot that is in the index."""
+        """Remove a slot that is in the index."""
         following = self._next
         bucket = self._bucket(self._hashes[slot])
         other = self._heads[bucket]
@@ -92,29 +90,29 @@ class LinearHash:
             self._join()
 
     def _split(self) -> None:
-        """Add a bucket and move to it what belongs there from the one bucket that held its entries so far."""
+        """Add a bucket and move its entries there from the bucket that held them."""
         heads, following, hashes = self._heads, self._next, self._hashes
         new = self.buckets
         if new > self._mask:
             self._mask = 2 * self._mask + 1
         mask = self._mask
         old = new & (mask >> 1)
-        slot, stay, go = heads[old], END, END
+        slot, kept, moved = heads[old], END, END
         while slot != END:
             after = following[slot]
             if hashes[slot] & mask == new:
-                following[slot] = go
-                go = slot
+                following[slot] = moved
+                moved = slot
             else:
-                following[slot] = stay
-                stay = slot
+                following[slot] = kept
+                kept = slot
             slot = after
-        heads[old] = stay
-        heads[new] = go
+        heads[old] = kept
+        heads[new] = moved
         self.buckets = new + 1
 
     def _join(self) -> None:
-        """Give up the last bucket and hand its entries back to the one that it split off from."""
+        """Remove the last bucket and return its entries to the bucket that it split off from."""
         heads, following = self._heads, self._next
         last = self.buckets - 1
         old = last & (self._mask >> 1)
@@ -133,7 +131,7 @@ class LinearHash:
 
 
 class DigestIndex(LinearHash):
-    """Slots of a slab by digests of one width: the field at `offset`, whose first four bytes are the hash."""
+    """Index slots of a slab by a digest field at `offset`, whose first four bytes are the hash."""
 
     __slots__ = ("_bytes", "_offset", "_record_size", "_width")
 
@@ -149,8 +147,8 @@ class DigestIndex(LinearHash):
         return self._bytes[start : start + self._width].tobytes()
 
     def find(self, digest: bytes) -> int:
-        """The slot of a digest, or -1. The deciding comparison takes the same time wherever they differ."""
-        # Each token check comes here, so `chain` is written out.
+        """Return the slot of a digest, or END. The final comparison runs in constant time."""
+        # On the path of every token check, so `chain` is inlined.
         hash_ = int.from_bytes(digest[:4], sys.byteorder)
         hashes = self._hashes
         bucket = hash_ & self._mask
@@ -166,11 +164,11 @@ class DigestIndex(LinearHash):
         return END
 
     def put(self, slot: int, digest: bytes) -> None:
-        """Enter a slot, which is not in the index, under a digest."""
+        """Write a digest to a slot and add the slot, which is not in the index."""
         start = slot * self._record_size + self._offset
         self._bytes[start : start + self._width] = digest
         self.enter(slot, digest)
 
     def enter(self, slot: int, digest: bytes) -> None:
-        """Enter a slot, which is not in the index, under the digest that its record has already."""
+        """Add a slot, which is not in the index, whose record already holds the digest."""
         self.add(slot, int.from_bytes(digest[:4], sys.byteorder))

@@ -1,16 +1,15 @@
-"""How sessions end: by time, by a word, and what is remembered of them.
+"""End sessions: by expiry, revocation or eviction, and keep tombstones of them.
 
-What this file decides: when a session is live, lapsed or dead, and who is told.
+Decides when a session is live, lapsed or ended, and notifies observers.
 
 Rules:
-- A token is good while `wall` is below its `expires_at` and below its last use plus the idle limit.
-  Expiry is absolute against `wall`, and a session once seen expired stays so: nothing un-expires when the
-  clock goes back.
-- A session whose token expired lives on, lapsed, while its refresh token is good. It holds no live token.
-- `generation` grows whenever any token may have stopped being good.
-- Dead tokens are remembered for a while and up to a number, so that their holders learn why. A forgotten
-  token is refused as unknown; forgetting never makes one good.
-- A change is complete before anyone is told of it.
+- A token is valid while `wall` is below its `expires_at` and below its last use plus the idle limit. A session once
+  seen expired stays expired, even if the clock goes back.
+- A session whose token has expired stays, lapsed, while its refresh token is valid.
+- `generation` grows whenever a token may have become invalid.
+- Tombstones are kept for a time and up to a number, so that holders of ended tokens learn why. Without one a token
+  is refused as unknown; dropping a tombstone never makes a token valid.
+- A change is complete before observers are notified of it.
 
 It must not know: how sessions begin; connections, stores, clocks.
 """
@@ -29,15 +28,16 @@ from zcproto.sessions.token import id_text
 Observer = Callable[[str, Code, str], None]
 
 NEVER: Final = 2**63
-_ENDING_COST: Final = 4  # ending a session takes about as long as looking at this many
+_ENDING_COST: Final = 4  # ending a session takes about as long as scanning this many
 
 
 class Lifecycle:
-    """The table of sessions, and how they leave it. `SessionRegistry` is what is used."""
+    """The session table and how sessions leave it. Base of `SessionRegistry`."""
 
     __slots__ = (
         "_cursor",
         "_ended",
+        "_eviction_cursor",
         "_expires_at",
         "_grace",
         "_idle",
@@ -47,7 +47,6 @@ class Lifecycle:
         "_state",
         "_table",
         "_wall",
-        "_way_cursor",
         "checks_refused",
         "closed",
         "expired",
@@ -63,47 +62,47 @@ class Lifecycle:
 
     def __init__(self, settings: SessionSettings) -> None:
         self._settings = settings
-        # A refresh buries the old token before the oldest memory goes: one slot more.
+        # One more slot: a refresh adds a tombstone before the oldest one is dropped.
         self._table = table = SessionTable(settings.max_sessions + settings.dead_limit + 1)
         self._grace = GraceTable(settings.refresh_grace_ms, settings.grace_limit)
         self._state = table.state
         self._expires_at = table.expires_at
         self._last_used_at = table.last_used_at
         self._idle = NEVER if settings.idle_timeout_ms is None else settings.idle_timeout_ms
-        self._ended: list[tuple[bytes, Code, str]] = []  # not yet announced
-        self._wall = 0  # as of the last call that said it: the time of death where none is given
+        self._ended: list[tuple[bytes, Code, str]] = []  # not yet announced to observers
+        self._wall = 0  # of the last call that passed it; the time of death of sessions ended without one
         self._cursor = 0
-        self._way_cursor = 0
+        self._eviction_cursor = 0
         self._live = 0
         self.generation = 0
-        self.closed = False  # every token is refused; see `SessionRegistry.refuse_all`
+        self.closed = False  # refuse every token; see `SessionRegistry.refuse_all`
         self.observers: list[Observer] = []
         self.opened = self.refreshed = self.expired = self.revoked = self.replaced = 0
         self.refresh_reused = self.checks_refused = self.sweeps = 0
 
     def __len__(self) -> int:
-        """Live tokens, with those whose time has passed unnoticed so far."""
+        """Return the number of live sessions, including those not yet found expired."""
         return self._live
 
     @property
     def lapsed(self) -> int:
-        """Sessions that only wait to be refreshed."""
+        """Return the number of lapsed sessions."""
         return self.kept - self._live
 
     @property
     def kept(self) -> int:
-        """Sessions live and lapsed."""
-        return self._table.slab.used - self._table.dead
+        """Return the number of live and lapsed sessions."""
+        return self._table.slab.used - self._table.tombstones
 
     @property
-    def remembered(self) -> int:
-        """Dead tokens still remembered."""
-        return self._table.dead
+    def tombstones(self) -> int:
+        """Return the number of tombstones."""
+        return self._table.tombstones
 
     def reconfigure(self, settings: SessionSettings) -> None:
-        """Go by other settings. Sessions that are there keep their end, but for the idle limit.
+        """Apply new settings. Existing sessions keep their expiry; the idle limit changes for them too.
 
-        What bounds the table stays: `max_sessions`, `dead_limit` and `grace_limit` must be what they were.
+        `max_sessions`, `dead_limit` and `grace_limit` size the table and must not change.
         """
         assert (settings.max_sessions, settings.dead_limit, settings.grace_limit) == (
             self._settings.max_sessions,
@@ -113,23 +112,23 @@ class Lifecycle:
         self._settings = settings
         self._idle = NEVER if settings.idle_timeout_ms is None else settings.idle_timeout_ms
         self._grace.grace_ms = settings.refresh_grace_ms
-        self.generation += 1  # how long a token is good may be another time now
+        self.generation += 1  # tokens may now expire at another time
 
     def clean(self, wall: int, max_slots: int) -> int:
-        """One slice of the search for what time has ended; how many live tokens it found expired.
+        """Clean one slice of the table. Return the number of live tokens found expired.
 
-        It goes round the table. `max_slots` bounds the work: each slot looked at counts one, each session
-        ended and each memory forgotten four more. A slice ends at the end of the table at the latest, and
-        `sweeps` grows then: who wants all of it done calls until that changes.
+        `max_slots` bounds the work: each scanned slot counts one, each ended session and dropped tombstone four
+        more. A slice stops at the end of the table and then increments `sweeps`: call until it changes for a
+        full pass.
         """
         self._wall = wall
         self._grace.expire(wall)
         before = self.expired
-        work = max_slots - self._forget_old(wall, max_slots // 2)
+        work = max_slots - self._drop_old_tombstones(wall, max_slots // 2)
         state, slab, slot = self._state, self._table.slab, self._cursor
         while work > 0 and slot < slab.size:
             if FREE < state[slot] <= LAPSED and self._is_due(slot, wall):
-                self._settle(slot, wall)
+                self._expire_if_due(slot, wall)
                 work -= _ENDING_COST
             slot += 1
             work -= 1
@@ -141,17 +140,17 @@ class Lifecycle:
         self._announce()
         return self.expired - before
 
-    def _forget_old(self, wall: int, work: int) -> int:
-        """Forget the dead whose time is up; the work that it was."""
+    def _drop_old_tombstones(self, wall: int, work: int) -> int:
+        """Drop tombstones past their lifetime. Return the work done."""
         table, done = self._table, 0
-        while done < work and table.dead and self._is_forgotten(table.dead_first, wall):
-            table.forget_oldest()
+        while done < work and table.tombstones and self._is_forgotten(table.first_tombstone, wall):
+            table.drop_oldest_tombstone()
             done += _ENDING_COST
         return done
 
-    def _forget_surplus(self) -> None:
-        if self._table.dead > self._settings.dead_limit:
-            self._table.forget_oldest()
+    def _drop_surplus_tombstone(self) -> None:
+        if self._table.tombstones > self._settings.dead_limit:
+            self._table.drop_oldest_tombstone()
 
     def _is_forgotten(self, slot: int, wall: int) -> bool:
         return wall - self._last_used_at[slot] >= self._settings.dead_keep_ms
@@ -160,18 +159,20 @@ class Lifecycle:
         return FREE < self._state[slot] <= LAPSED
 
     def _is_due(self, slot: int, wall: int) -> bool:
-        """Whether a live session should have lapsed by now, or a lapsed one ended."""
+        """Return True if a live session should have lapsed, or a lapsed one ended."""
         if self._state[slot] == LIVE:
             return wall >= self._expires_at[slot] or wall >= self._last_used_at[slot] + self._idle
         return wall >= self._table.refresh_expires_at[slot]
 
-    def _settle(self, slot: int, wall: int) -> bool:
-        """Bring a live or lapsed session to the state that the time asks for; False if that was its end."""
+    def _expire_if_due(self, slot: int, wall: int) -> bool:
+        """Let a live or lapsed session lapse or end if it is due. Return False if it has ended."""
         if not self._is_due(slot, wall):
             return True
         if self._state[slot] == LIVE:
             self.expired += 1
-            self._die(slot, Code.TOKEN_EXPIRED, "expired" if wall >= self._expires_at[slot] else "idle")
+            self._invalidate(
+                slot, Code.TOKEN_EXPIRED, "expired" if wall >= self._expires_at[slot] else "idle"
+            )
             self._state[slot] = LAPSED
         if wall < self._table.refresh_expires_at[slot]:
             return True
@@ -179,17 +180,17 @@ class Lifecycle:
         return False
 
     def _refusal(self, slot: int, wall: int) -> Code:
-        """The code for a token that is not good."""
+        """Return the code for an invalid token."""
         if slot == NONE:
             return Code.UNAUTHENTICATED
         if self._is_kept(slot):
-            self._settle(slot, wall)
+            self._expire_if_due(slot, wall)
             self._announce()
             return Code.TOKEN_EXPIRED
         return Code.UNAUTHENTICATED if self._is_forgotten(slot, wall) else Code(self._state[slot])
 
-    def _die(self, slot: int, code: Code, reason: str) -> None:
-        """A live token is one no more."""
+    def _invalidate(self, slot: int, code: Code, reason: str) -> None:
+        """Invalidate a live token."""
         self._live -= 1
         self.generation += 1
         if self.observers:
@@ -198,17 +199,17 @@ class Lifecycle:
     def _end(self, slot: int, code: Code, reason: str) -> None:
         """End a live or lapsed session for good."""
         if self._state[slot] == LIVE:
-            self._die(slot, code, reason)
+            self._invalidate(slot, code, reason)
         self._grace.drop(self._table.ids[slot])
-        self._table.bury(slot, code, self._wall)
-        self._forget_surplus()
+        self._table.add_tombstone(slot, code, self._wall)
+        self._drop_surplus_tombstone()
 
     def _revoke(self, slot: int, reason: str) -> None:
         self.revoked += 1
         self._end(slot, Code.TOKEN_REVOKED, reason)
 
     def _announce(self) -> None:
-        """Tell the observers what has ended since the last time."""
+        """Notify observers of the sessions ended since the last call."""
         if self._ended:
             ended, self._ended = self._ended, []
             for session_id, code, reason in ended:

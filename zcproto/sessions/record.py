@@ -1,7 +1,6 @@
-"""Sessions as they are kept outside of this process: values, with digests and never a token.
+"""Define sessions as a store keeps them: digests, never tokens.
 
-All times are milliseconds since the Unix epoch. Nothing here opens anything: a copy of all records lets nobody
-in.
+All times are milliseconds since the Unix epoch. A copy of all records gives no access.
 """
 
 from __future__ import annotations
@@ -16,36 +15,36 @@ WhenFull = Literal["refuse", "evict_oldest"]
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """One live or lapsed session."""
+    """A live or lapsed session."""
 
     id: bytes
-    """16 bytes, as `token.id_of` makes them."""
+    """16 bytes, see `token.id_of`."""
     token_digest: bytes
     """SHA-256 of the access token."""
     refresh_digest: bytes
-    """SHA-256 of the refresh token; of bytes that nobody was told where there is none."""
+    """SHA-256 of the refresh token; of discarded random bytes without a refresh token."""
     user: str
     client: str
     address: str
     flags: int
-    """OPERATOR and BOUND of session.py."""
+    """OPERATOR and BOUND, see session.py."""
     created_at: int
     last_used_at: int
-    """Written behind: as old as the store's last `touch`."""
+    """Written behind: the time of the last `touch` of the store."""
     expires_at: int
-    """The token's absolute limit."""
+    """Absolute expiry of the access token."""
     refresh_expires_at: int
-    """0: there is no refresh token."""
+    """0 without a refresh token."""
     key: str = ""
-    """What a bound session is bound to: `device:NAME`, or `tls:` and the hex SHA-256 of a certificate's key."""
+    """Key of a bound session: `device:NAME`, or `tls:` and the hex SHA-256 of a certificate's public key."""
 
 
 @dataclass(frozen=True, slots=True)
 class EndedRecord:
-    """The memory of a token that was good once, so that its holder learns what became of it."""
+    """The tombstone of a token: the reason given to its holder."""
 
     id: bytes
-    """Empty if its session lives on with another token."""
+    """Empty if the session continues with another token."""
     token_digest: bytes
     code: Code
     """TOKEN_EXPIRED, TOKEN_REVOKED or SESSION_REPLACED."""
@@ -54,24 +53,24 @@ class EndedRecord:
 
 @dataclass(frozen=True, slots=True)
 class UserLimit:
-    """How many sessions a user may have, live and lapsed ones together, and what one too many does.
+    """The limit of sessions per user, live and lapsed together.
 
-    To make room the oldest lapsed one goes first; only when all are live does `when_full` decide.
+    The oldest lapsed session is evicted first; `when_full` applies only when all are live.
     """
 
     per_user: int
     when_full: WhenFull
     idle_ms: int | None
-    """The idle limit, by which a session counts as lapsed too."""
+    """Idle limit, after which a session counts as lapsed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """A refresh: what replaces what. The id, the user and `refresh_expires_at` stay."""
+    """A refresh of a session. The id, the user and `refresh_expires_at` do not change."""
 
     id: bytes
     spent_digest: bytes
-    """SHA-256 of the refresh token that was shown."""
+    """SHA-256 of the presented refresh token."""
     token_digest: bytes
     refresh_digest: bytes
     expires_at: int

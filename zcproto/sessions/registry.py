@@ -1,19 +1,18 @@
-"""The registry: who holds a token, and what each token is answered with.
+"""Check tokens; open, refresh, list and revoke sessions in memory.
 
-What this file decides: how many sessions a user has, what a check says, what a refresh token does, who
-may see and end which session. How sessions end is in lifecycle.py.
+Decides the number of sessions per user, the result of a check, the effect of a refresh token, and access to
+sessions of others. How sessions end is in lifecycle.py.
 
 Rules:
-- A caller that remembers a Session may go on with it while `generation` is unchanged and `wall` is below
-  its `valid_until`.
-- A lapsed session never keeps its user out.
-- A refresh token works once. A spent one, however old, ends the whole session, but for the one spent last
-  when the same client shows it again within the grace (wire.md section 6, RFC 9700 section 4.14.2). No
-  spent refresh token is forgotten while its session lives (see token.py).
-- No operation takes longer for more sessions, but for `revoke_all`.
+- A caller may reuse a Session while `generation` is unchanged and `wall` is below its `valid_until`.
+- A lapsed session never prevents a login.
+- A refresh token works once. Reuse of a spent one, however old, ends the whole session, except when the same client
+  repeats the last one within the grace (zcp1.md, section 9.6; RFC 9700 section 4.14.2). Every spent refresh
+  token is recognised while its session exists (see token.py).
+- No operation takes longer with more sessions, except `revoke_all`.
 
-It must not know: connections, stores, clocks. Times come in as `wall`, random bytes from `entropy`. It is
-for one thread. An observer must neither raise nor call the registry.
+It must not know: connections, stores, clocks. Times are passed as `wall`, random bytes come from `entropy`. Use it
+from one thread. An observer must neither raise nor call the registry.
 """
 
 from __future__ import annotations
@@ -45,22 +44,21 @@ MAX_TEXT: Final = 128
 
 _RETRY_FULL_MS: Final = 10_000
 _REFRESH_REFUSED: Final = {
-    Code.UNAUTHENTICATED: "the refresh token is not known; open a session",
-    Code.TOKEN_EXPIRED: "the session has ended; open another",
+    Code.UNAUTHENTICATED: "unknown refresh token; open a session",
+    Code.TOKEN_EXPIRED: "the session has expired; open a new one",
     Code.TOKEN_REVOKED: "the session was revoked; log in again",
-    Code.SESSION_REPLACED: "a newer session of this user took the place of this one",
+    Code.SESSION_REPLACED: "the session was replaced by a newer session of this user; open a new one",
 }
 
 
 class SessionRegistry(Exchange):
-    """All sessions of one process, in memory.
+    """All sessions of one process.
 
-    `observers` are called with (session id, code, reason) when a live session ends: TOKEN_EXPIRED (also
-    when a refresh could bring it back), TOKEN_REVOKED or SESSION_REPLACED. A refresh ends nothing.
-    `generation` grows whenever a token may have stopped being good. The other integers count, from the
-    start: sessions `opened`, `refreshed`, `expired`, `revoked` (closed ones too) and `replaced`; spent
-    refresh tokens that ended a session (`refresh_reused`); tokens that `check` refused
-    (`checks_refused`); times that `clean` came to the end of the table (`sweeps`).
+    `observers` are called with (session id, code, reason) when a live session ends: TOKEN_EXPIRED (also if a
+    refresh could revive it), TOKEN_REVOKED or SESSION_REPLACED; not for a refresh. `generation` grows whenever a
+    token may have become invalid. The other integers are counters: sessions `opened`, `refreshed`, `expired`,
+    `revoked` (closed ones included) and `replaced`; reused refresh tokens that ended a session
+    (`refresh_reused`); tokens refused by `check` (`checks_refused`); completed passes of `clean` (`sweeps`).
     """
 
     __slots__ = ("_bytes", "_entropy", "_read", "_tenth", "_tokens", "_users")
@@ -71,22 +69,22 @@ class SessionRegistry(Exchange):
         self._tenth = settings.lifetime_ms // 10
         self._bytes = self._table.bytes
         self._read = HOT.unpack_from
-        self._tokens: DigestIndex | _NoTokens = self._table.tokens  # where `check` looks
+        self._tokens: DigestIndex | _NoTokens = self._table.tokens  # the index used by `check`
         self._users = self._table.users
 
     def reconfigure(self, settings: SessionSettings) -> None:
         super().reconfigure(settings)
         self._tenth = settings.lifetime_ms // 10
 
-    # One token
+    # Checks
 
     def check(self, token: bytes, wall: int) -> Session | Code:
-        """The session of a token, or the code to refuse it with. A good token counts as used now; one that is
-        bound does so by `use`, where its key has been proved.
+        """Return the session of a token, or the code to refuse it with. Accepts any bytes.
 
-        UNAUTHENTICATED: never known, or forgotten. UNAVAILABLE: all are refused. Any bytes may be given.
+        A valid token counts as used now; a bound one only by `use`, after its key has been proved. UNAUTHENTICATED:
+        unknown, or without a tombstone any more. UNAVAILABLE: all tokens are refused.
         """
-        # Written out for speed: this is all that stands between a frame and its session.
+        # Inlined for speed: every frame passes here.
         self._wall = wall
         slot = self._tokens.find(sha256(token).digest())
         if slot != NONE:
@@ -110,36 +108,36 @@ class SessionRegistry(Exchange):
         return Code.UNAVAILABLE if self.closed else self._refusal(slot, wall)
 
     def touch(self, session: Session, wall: int) -> None:
-        """Count a session as used now. A clock that goes back changes nothing.
+        """Count a session as used now. Ignored if the clock has gone back.
 
-        Only while `generation` is what it was when the session was checked: its slot is not looked at again.
+        Call it only while `generation` is unchanged since the check: the slot is not verified.
         """
         if wall > self._last_used_at[session.slot]:  # noqa: PLR1730 - a call of max() would double the cost
             self._last_used_at[session.slot] = wall
 
     def use(self, session: Session, wall: int) -> None:
-        """Count a bound session as used, right after its check: its key has been proved where it is used."""
+        """Count a bound session as used, right after its check, on a connection that proved its key."""
         self.touch(session, wall)
         session.valid_until = min(session.expires_at, self._last_used_at[session.slot] + self._idle)
 
     def key_of(self, session: Session) -> str:
-        """What a session is bound to; empty if it is not bound, or has ended."""
+        """Return the key that a session is bound to; empty if it is not bound or has ended."""
         slot = self._table.ids.find(session.raw_id)
         number = NONE if slot == NONE or not self._is_kept(slot) else self._table.key[slot]
         return "" if number == NONE else self._table.keys[number]
 
     def close(self, session: Session) -> None:
-        """End a session at its holder's wish. One that has ended already is left alone."""
+        """End a session on request of its holder. Does nothing if it has ended."""
         self.revoke(session.id, user=session.user, reason="closed")
 
     def refuse_all(self) -> None:
-        """Refuse every token with UNAVAILABLE, whatever is known of it. Nothing ends; sessions can be ended."""
+        """Refuse every token with UNAVAILABLE. Sessions do not end, and can still be revoked."""
         self.closed = True
         self._tokens = _NO_TOKENS
         self.generation += 1
 
     def stop_refusing(self) -> None:
-        """Go by what is known of each token again."""
+        """Check tokens normally again."""
         self.closed = False
         self._tokens = self._table.tokens
 
@@ -148,16 +146,16 @@ class SessionRegistry(Exchange):
     def open(
         self, user: str, *, operator: bool, client: str, address: str, wall: int, key: str = ""
     ) -> OpenedSession:
-        """Open a session for a user who has proved who they are.
+        """Open a session for an authenticated user.
 
-        Live and lapsed sessions together are at most `per_user`. To make room the oldest lapsed one goes
-        first, without a word: it is no live token, and a user must not be locked out by what is left of
-        old logins. Only when all are live does `when_full` decide. A session with a `key` is bound to it.
+        A user has at most `per_user` sessions, live and lapsed. The oldest lapsed one is evicted first, without
+        notice: it has no live token, and remnants of old logins must not lock a user out. `when_full` applies only
+        when all are live. A session with a `key` is bound to it.
 
         Raises:
-            ResourceExhausted: the user has `details["limit"]` live sessions; or, with `retry_after_ms`,
-                all users together have `max_sessions`.
-            InvalidArgument: the user's or the client's name is longer than MAX_TEXT.
+            ResourceExhausted: the user has `details["limit"]` live sessions; or, with `retry_after_ms`, the server
+                has `max_sessions`.
+            InvalidArgument: the name of the user or client is longer than MAX_TEXT.
         """
         self._wall = wall
         _check_text("user", user)
@@ -171,7 +169,7 @@ class SessionRegistry(Exchange):
         refresh_token = SecretBytes(self._entropy(TOKEN_SIZE))
         session_id = id_of(refresh_token[:FAMILY_SIZE])
         if table.ids.find(session_id) != NONE:
-            raise _repeats_itself()
+            raise _entropy_repeats()
         slot = table.add(
             user,
             client,
@@ -191,16 +189,16 @@ class SessionRegistry(Exchange):
         self._announce()
         valid_until = min(expires_at, wall + self._idle)
         session = Session(session_id, user, flags, slot, expires_at, valid_until, expires_at - self._tenth)
-        if not settings.refresh:  # the id comes from such bytes all the same; nobody is ever told them
+        if not settings.refresh:  # the id is derived from a refresh token that is never issued
             return OpenedSession(token, None, None, session)
         return OpenedSession(token, refresh_token, refresh_expires_at, session)
 
     def new_session(
         self, user: str, *, operator: bool, client: str, address: str, wall: int, key: str = ""
     ) -> NewSession:
-        """Tokens for a session, and what a store keeps of it. It is not known here before `restore`.
+        """Return a new session for a store, with its tokens. It is unknown here until `restore`.
 
-        Raises InvalidArgument if the user's or the client's name is longer than MAX_TEXT.
+        Raises InvalidArgument if the name of the user or client is longer than MAX_TEXT.
         """
         _check_text("user", user)
         _check_text("client", client)
@@ -224,7 +222,7 @@ class SessionRegistry(Exchange):
         return NewSession(record, token, refresh_token if settings.refresh else None)
 
     def opened_session(self, new: NewSession) -> OpenedSession | None:
-        """What its holder is told, once it was restored here; None if it has ended meanwhile."""
+        """Return the result for the holder of a restored new session, or None if it has ended meanwhile."""
         slot = self._table.ids.find(new.record.id)
         if slot == NONE or not self._is_kept(slot):
             return None
@@ -232,9 +230,9 @@ class SessionRegistry(Exchange):
         return self._opened(slot, new.token, new.refresh_token)
 
     def admit(self, record: SessionRecord, per_user: int, when_full: WhenFull) -> EndedRecord | None:
-        """Take in a new session as `open` does; the one that made room for it, if any.
+        """Insert a new session under the limits of `open`. Return the tombstone of an evicted session, if any.
 
-        Raises ResourceExhausted as `open`. The same record once more changes nothing.
+        Raises ResourceExhausted as `open` does. Idempotent.
         """
         wall = self._wall = record.created_at
         if self.record(record.id) is not None:
@@ -245,26 +243,26 @@ class SessionRegistry(Exchange):
         return ended
 
     def refresh(self, refresh_token: bytes, *, client: str, address: str, wall: int) -> OpenedSession:
-        """A new pair of tokens for a refresh token. Both old ones are dead from here on.
+        """Exchange a refresh token for a new pair of tokens. Both old tokens become invalid.
 
-        The id and `refresh_expires_at` stay, and no new token outlives the latter. It does not count
-        against the cap. `client` and `address` become the session's.
+        The id and `refresh_expires_at` do not change, and no token outlives the latter. `client` and `address`
+        replace those of the session.
 
         Raises:
-            Unauthenticated: never known, or forgotten.
+            Unauthenticated: unknown, or without a tombstone any more.
             TokenExpired: `refresh_expires_at` has passed.
-            TokenRevoked: the session was revoked, or is now, because the refresh token had been spent.
+            TokenRevoked: the session was revoked, or is revoked now because the refresh token was reused.
             SessionReplaced: the session was evicted.
-            InvalidArgument: the client's name is longer than MAX_TEXT.
+            InvalidArgument: the name of the client is longer than MAX_TEXT.
         """
         _check_text("client", client)
         slot = self._table.ids.find(id_of(refresh_token[:FAMILY_SIZE])) if _is_token(refresh_token) else NONE
         self._check_refresh(slot, wall)
         digest = digest_of(refresh_token)
         if not compare_digest(digest, self._table.refresh_digest(slot)):
-            again = self.answer_again(refresh_token, client=client, address=address, wall=wall)
-            if again is not None:
-                return again
+            repeated = self.repeat_refresh(refresh_token, client=client, address=address, wall=wall)
+            if repeated is not None:
+                return repeated
             self._refuse_reuse(slot)
         self._check_refresh_life(slot, wall)
         token, token_digest = self._new_token()
@@ -275,9 +273,9 @@ class SessionRegistry(Exchange):
     def new_rotation(
         self, refresh_token: bytes, *, client: str, address: str, wall: int
     ) -> tuple[Rotation, bytes, bytes] | None:
-        """What a store needs to refresh a session, and the new pair; None if these bytes are no refresh token.
+        """Return the rotation for a store and the new pair, or None if the bytes are not a refresh token.
 
-        Raises InvalidArgument if the client's name is longer than MAX_TEXT.
+        Raises InvalidArgument if the name of the client is longer than MAX_TEXT.
         """
         _check_text("client", client)
         if not _is_token(refresh_token):
@@ -298,9 +296,10 @@ class SessionRegistry(Exchange):
         return rotation, token, new_refresh_token
 
     def rotate(self, rotation: Rotation) -> tuple[SessionRecord, bytes]:
-        """Refresh a session as `refresh` does, but for the grace: the session, and the digest of its old token.
+        """Refresh a session as `refresh` does, without the grace. Return its record and the digest of its old
+        token.
 
-        Raises as `refresh`.
+        Raises as `refresh` does.
         """
         slot, wall = self._table.ids.find(rotation.id), rotation.wall
         self._check_refresh(slot, wall)
@@ -316,7 +315,7 @@ class SessionRegistry(Exchange):
     def apply_rotation(
         self, record: SessionRecord, spent_digest: bytes, token: bytes, refresh_token: bytes, wall: int
     ) -> OpenedSession:
-        """A store has refreshed this session: use its new pair, and keep it for the grace.
+        """Apply a refresh made by a store, and keep the pair for the grace.
 
         Raises TokenRevoked if the session has ended here meanwhile.
         """
@@ -333,10 +332,10 @@ class SessionRegistry(Exchange):
         table.expires_at[slot] = record.expires_at
         return self._rotated(slot, spent_digest, token, refresh_token, wall)
 
-    def answer_again(
+    def repeat_refresh(
         self, refresh_token: bytes, *, client: str, address: str, wall: int
     ) -> OpenedSession | None:
-        """The pair that was given for this refresh token a moment ago, to the same client at the same address."""
+        """Return the pair issued for this refresh token within the grace, to the same client and address only."""
         table = self._table
         slot = table.ids.find(id_of(refresh_token[:FAMILY_SIZE])) if _is_token(refresh_token) else NONE
         if slot == NONE or not self._is_kept(slot):
@@ -352,11 +351,11 @@ class SessionRegistry(Exchange):
         return self._opened(slot, spent.token, spent.refresh_token)
 
     def _check_refresh(self, slot: int, wall: int) -> None:
-        """Refuse what is no session that lives or could live again."""
+        """Raise unless the slot holds a live or lapsed session."""
         self._wall = wall
         if slot == NONE or not self._is_kept(slot):
             raise refresh_refused(self._refusal(slot, wall))
-        if not self._settle(slot, wall):
+        if not self._expire_if_due(slot, wall):
             self._announce()
             raise refresh_refused(Code.TOKEN_EXPIRED)
 
@@ -366,7 +365,7 @@ class SessionRegistry(Exchange):
             raise refresh_refused(Code.TOKEN_EXPIRED)
 
     def _refuse_reuse(self, slot: int) -> None:
-        """A spent refresh token was shown: the session ends (RFC 9700 section 4.14.2)."""
+        """End a session whose spent refresh token was reused (RFC 9700 section 4.14.2)."""
         self.refresh_reused += 1
         self._revoke(slot, "refresh token reused")
         self._announce()
@@ -375,14 +374,14 @@ class SessionRegistry(Exchange):
     def _replace(
         self, slot: int, token_digest: bytes, refresh_digest: bytes, client: str, address: str, wall: int
     ) -> bytes:
-        """Another pair for a session; the digest of the token that is dead from now on."""
+        """Replace the pair of a session. Return the digest of the invalidated token."""
         settings, table = self._settings, self._table
         old = table.tokens[slot]
         table.tokens.remove(slot)
         table.tokens.put(slot, token_digest)
         table.set_refresh_digest(slot, refresh_digest)
-        table.bury_token(old, Code.TOKEN_REVOKED, wall)
-        self._forget_surplus()
+        table.add_token_tombstone(old, Code.TOKEN_REVOKED, wall)
+        self._drop_surplus_tombstone()
         table.move(slot, client, address)
         if table.state[slot] == LAPSED:
             table.state[slot] = LIVE
@@ -399,27 +398,27 @@ class SessionRegistry(Exchange):
         self.refreshed += 1
         return self._opened(slot, token, refresh_token)
 
-    # Looking and revoking
+    # Listing and revoking
 
     def info(self, session_id: str, wall: int) -> SessionInfo:
-        """What is known of a live or lapsed session. Raises NotFound for any other."""
+        """Describe a live or lapsed session. Raises NotFound for an unknown id."""
         self._wall = wall
         slot = self._find(session_id)
-        alive = slot != NONE and self._settle(slot, wall)
+        alive = slot != NONE and self._expire_if_due(slot, wall)
         self._announce()
         if not alive:
-            raise NotFound("there is no such session")
+            raise NotFound("unknown session; call session.list to list your sessions")
         return self._info(slot)
 
     def list(self, user: str, wall: int) -> list[SessionInfo]:
-        """A user's live and lapsed sessions, the oldest first."""
+        """Return a user's live and lapsed sessions, oldest first."""
         self._wall = wall
-        infos = [self._info(slot) for slot in self._table.of_user(user) if self._settle(slot, wall)]
+        infos = [self._info(slot) for slot in self._table.of_user(user) if self._expire_if_due(slot, wall)]
         self._announce()
         return infos
 
     def revoke(self, session_id: str, *, user: str | None, reason: str) -> bool:
-        """End a session, live or lapsed. False if none has this id, or if it is not `user`'s (None: any)."""
+        """End a live or lapsed session. Return False if the id is unknown or not of `user` (None: any)."""
         slot = self._find(session_id)
         if slot == NONE or user not in (None, self._table.users[self._table.user[slot]]):
             return False
@@ -428,7 +427,7 @@ class SessionRegistry(Exchange):
         return True
 
     def revoke_user(self, user: str, reason: str) -> int:
-        """End all sessions of a user, live and lapsed; how many there were."""
+        """End all live and lapsed sessions of a user. Return their number."""
         slots = self._table.of_user(user)
         for slot in slots:
             self._revoke(slot, reason)
@@ -436,7 +435,7 @@ class SessionRegistry(Exchange):
         return len(slots)
 
     def revoke_key(self, user: str, key: str, reason: str) -> int:
-        """End those sessions of a user that are bound to a key, live and lapsed; how many there were."""
+        """End all live and lapsed sessions of a user that are bound to a key. Return their number."""
         number = self._table.keys.find(key)
         slots = [slot for slot in self._table.of_user(user) if NONE != number == self._table.key[slot]]
         for slot in slots:
@@ -445,23 +444,25 @@ class SessionRegistry(Exchange):
         return len(slots)
 
     def revoke_all(self, reason: str) -> int:
-        """End every session, live and lapsed; how many there were. Takes some microseconds for each."""
+        """End every live and lapsed session. Return their number. Takes some microseconds per session."""
         before = self.revoked
         slot = 0
-        while slot < self._table.slab.size:  # it shrinks as it empties
+        while slot < self._table.slab.size:  # the slab shrinks while it empties
             if self._is_kept(slot):
                 self._revoke(slot, reason)
             slot += 1
         self._announce()
         return self.revoked - before
 
-    # Parts
+    # Helpers
 
     def _make_room(self, user: str, wall: int, per_user: int, when_full: WhenFull) -> EndedRecord | None:
-        """See to it that the user may have one session more, and that there is a place for it."""
+        """Make room for one more session of the user. Return the tombstone of an evicted one, if any."""
         table, ended = self._table, None
         slots = [
-            slot for slot in table.of_user(user) if not self._is_due(slot, wall) or self._settle(slot, wall)
+            slot
+            for slot in table.of_user(user)
+            if not self._is_due(slot, wall) or self._expire_if_due(slot, wall)
         ]
         if len(slots) >= per_user:
             lapsed = [slot for slot in slots if self._state[slot] == LAPSED]
@@ -473,14 +474,15 @@ class SessionRegistry(Exchange):
             else:
                 self._announce()
                 raise ResourceExhausted(
-                    "the user has all sessions allowed; close one first", {"limit": per_user}
+                    "the user has reached the limit of sessions; close one first", {"limit": per_user}
                 )
             ended = EndedRecord(table.ids[slot], table.tokens[slot], code, wall)
             self._end(slot, code, reason)
         if self.kept >= self._settings.max_sessions:
             self._announce()
             raise ResourceExhausted(
-                "the server has all sessions it can hold", {"retry_after_ms": _RETRY_FULL_MS}
+                "the server has reached its limit of sessions; retry later",
+                {"retry_after_ms": _RETRY_FULL_MS},
             )
         return ended
 
@@ -488,11 +490,11 @@ class SessionRegistry(Exchange):
         token = SecretBytes(self._entropy(TOKEN_SIZE))
         digest = digest_of(token)
         if self._table.tokens.find(digest) != NONE:
-            raise _repeats_itself()
+            raise _entropy_repeats()
         return token, digest
 
     def _find(self, session_id: str) -> int:
-        """The slot of a live or lapsed session, or -1."""
+        """Return the slot of a live or lapsed session, or NONE."""
         raw = id_from_text(session_id)
         slot = NONE if raw is None else self._table.ids.find(raw)
         return slot if slot != NONE and self._is_kept(slot) else NONE
@@ -526,7 +528,7 @@ class SessionRegistry(Exchange):
 
 
 class _NoTokens:
-    """What `check` looks in while every token is refused: so the usual check asks no further question."""
+    """An empty index that replaces the real one while every token is refused, so `check` needs no extra test."""
 
     __slots__ = ()
 
@@ -547,9 +549,9 @@ def _is_token(refresh_token: bytes) -> bool:
 
 
 def refresh_refused(code: Code) -> CallError:
-    """What a refresh is refused with, by what `NotRotated` or a check says."""
+    """Return the error that refuses a refresh with this code."""
     return CallError.by_code[code](_REFRESH_REFUSED[code])
 
 
-def _repeats_itself() -> RuntimeError:
-    return RuntimeError("the source of random bytes repeats itself; no token of it is safe")
+def _entropy_repeats() -> RuntimeError:
+    return RuntimeError("the source of random bytes repeated itself; its tokens are not safe")

@@ -1,6 +1,6 @@
-"""What callers see of sessions: the settings, and the records handed out.
+"""Define the settings of sessions and the values returned to callers.
 
-All times are milliseconds since the Unix epoch, all durations milliseconds. Nothing here prints a token.
+All times are milliseconds since the Unix epoch, all durations milliseconds. No `repr` contains a token.
 """
 
 from __future__ import annotations
@@ -20,43 +20,42 @@ OPERATOR: Final = 1
 BOUND: Final = 2
 
 DEVICE_KEY: Final = "device:"
-"""Before a device's name: what its sessions are bound to."""
+"""Prefix of the key of sessions bound to a device; the device's name follows."""
 CERTIFICATE_KEY: Final = "tls:"
-"""Before the hex SHA-256 of a client certificate's public key: what sessions opened with it are bound to."""
+"""Prefix of the key of sessions bound to a client certificate; the hex SHA-256 of its public key follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
-    """How long sessions live and how many a user may have. Faults raise ConfigError, all at once."""
+    """Lifetimes and limits of sessions. Raises ConfigError with all faults at once."""
 
     lifetime_ms: int = _DAY_MS
-    """A token's absolute limit, which use does not extend."""
+    """Absolute lifetime of an access token; use does not extend it."""
     idle_timeout_ms: int | None = _HOUR_MS
-    """A token unused for this long is dead. None: no idle limit."""
+    """A token unused for this long expires. None: no idle limit."""
     per_user: int = 5
-    """Sessions a user may have, with those that only wait to be refreshed (but see `SessionRegistry.open`)."""
+    """Sessions per user, lapsed ones included (but see `SessionRegistry.open`)."""
     when_full: WhenFull = "refuse"
-    """What a further login does: is refused, or ends the user's oldest session."""
+    """At the limit, refuse a new login or end the user's oldest session."""
     refresh: bool = True
-    """Whether sessions get refresh tokens."""
+    """Issue refresh tokens."""
     refresh_lifetime_ms: int = 30 * _DAY_MS
-    """The absolute limit of a session with all its refreshes, counted from its opening."""
+    """Absolute lifetime of a session with all its refreshes, from its opening."""
     refresh_grace_ms: int = 10_000
-    """How long the refresh token used last may be shown again by the same client, whose answer was lost.
-    At most a minute: for that long a thief at the same address could use it too."""
+    """Time during which the same client may repeat its last refresh because the response was lost. At most a
+    minute: a thief at the same address could use it too."""
     dead_limit: int = 16_384
-    """Dead tokens remembered, so that their holders learn what became of them; the oldest is forgotten
-    first. A forgotten one is refused as unknown. Here: 2.6 MB at most, and over 1,600 refreshes a minute
-    remembered in full."""
+    """Tombstones kept, so that holders of ended tokens learn why; the oldest is dropped first, after which its
+    token is refused as unknown. The default takes at most 2.6 MB and covers over 1,600 refreshes a minute."""
     dead_keep_ms: int = 600_000
-    """How long a dead token is remembered: longer than any client takes to notice."""
+    """Lifetime of a tombstone: longer than any client takes to notice."""
     grace_limit: int = 8_192
-    """Pairs kept for `refresh_grace_ms`; beyond that (800 refreshes a second) the oldest lose their
-    grace, and showing the spent token again counts as reuse. About 500 bytes each."""
+    """Pairs kept for `refresh_grace_ms`, about 500 bytes each. Beyond that (800 refreshes a second) the oldest lose
+    their grace, and repeating their refresh counts as reuse."""
 
     max_sessions: int = 1_000_000
-    """Sessions of all users together, lapsed ones included. Each takes about 170 bytes once it is there;
-    until then address space is all that is reserved."""
+    """Sessions of all users, lapsed ones included. About 170 bytes each once used; before that only address
+    space is reserved."""
 
     def __post_init__(self) -> None:
         faults = [
@@ -85,12 +84,11 @@ class SessionSettings:
 
 
 class Session:
-    """A live session as of one check of its token.
+    """A live session at the time of a check of its token.
 
-    `slot` is its place in the registry. It belongs to this session for as long as the registry's
-    `generation` is what it was at the check. `expires_at` is the token's absolute limit; `valid_until`
-    the moment from which the token must be checked again, because it may have been idle too long;
-    `expiring_at` when a tenth of the lifetime is left.
+    `slot` is its slot in the registry while the registry's `generation` is unchanged since the check.
+    `expires_at` is the absolute expiry of the token; from `valid_until` on it must be checked again for
+    idleness; at `expiring_at` a tenth of its lifetime is left.
     """
 
     __slots__ = ("_flags", "_id", "_id_text", "expires_at", "expiring_at", "slot", "user", "valid_until")
@@ -116,22 +114,22 @@ class Session:
 
     @property
     def operator(self) -> bool:
-        """Whether the user may look at and steer the server."""
+        """Return True if the user may operate the server."""
         return self._flags & OPERATOR != 0
 
     @property
     def bound(self) -> bool:
-        """Whether the token is good only where its key was proved (wire.md section 6)."""
+        """Return True if the token is valid only on connections that proved its key (zcp1.md, section 9.5)."""
         return self._flags & BOUND != 0
 
     @property
     def raw_id(self) -> bytes:
-        """The 16 bytes of the id."""
+        """Return the 16 bytes of the id."""
         return self._id
 
     @property
     def id(self) -> str:
-        """The public handle: 22 characters of base64url. Made when first asked for: most checks never ask."""
+        """Return the public id: 22 characters of base64url. Computed on first use; most checks do not need it."""
         text = self._id_text
         if text is None:
             text = self._id_text = id_text(self._id)
@@ -141,9 +139,9 @@ class Session:
         return f"Session(id={self.id!r}, user={self.user!r}, slot={self.slot}, expires_at={self.expires_at})"
 
 
-@dataclass(slots=True, repr=False)  # a frozen one takes a call for each field
+@dataclass(slots=True, repr=False)  # a frozen dataclass costs a call per field
 class OpenedSession:
-    """A session just opened or refreshed, with the tokens, which are shown this once."""
+    """A session just opened or refreshed, with its tokens, which are not available again."""
 
     token: bytes
     refresh_token: bytes | None
@@ -160,7 +158,7 @@ class OpenedSession:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class NewSession:
-    """A session that a store is asked to keep, with the tokens, which are shown this once."""
+    """A new session for a store, with its tokens, which are not available again."""
 
     record: SessionRecord
     token: bytes
@@ -172,11 +170,10 @@ class NewSession:
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """What a user may know of a session.
+    """A session as listed to its user.
 
-    `live` is False once the token has expired and only a refresh brings the session back. `client` and
-    `address` are those of the login or of the last refresh. `refresh_expires_at` is None if there is no
-    refresh token.
+    `live` is False once the token has expired and only a refresh revives the session. `client` and `address` are
+    those of the login or the last refresh. `refresh_expires_at` is None without a refresh token.
     """
 
     id: str

@@ -1,21 +1,18 @@
-"""A slab: records of one size, packed in memory that never moves; slots are handed out and taken back.
+"""Allocate fixed-size records in packed memory that never moves.
 
-What this file decides: where records live, which slot is used next, and when memory is given back. A
-session takes 144 bytes here; as Python objects it would take several times that.
+Decides where records live, which slot is used next, and when memory is returned to the system. A session takes 152
+bytes here; Python objects would take several times that.
 
 Rules:
-- Memory is reserved once, for as many records as there may ever be, as an anonymous private mapping. Only
-  pages that were written to take up memory. So a slab grows without a copy that would stop the event
-  loop, and without the holes that growing blocks leave in the allocator's heap.
-- A field is a column of all its values, `column[slot]`: a view that steps over the rest of each record.
-  What is needed together lies together: a check of a random one of 100,000 tokens mostly waits for
-  memory.
-- A slot's fields hold what its last user left there; the next user writes them all.
-- The lowest chunk of 1,024 slots with a free one is used first. So chunks at the end empty themselves in
-  time, and their pages go back to the system. One empty chunk is kept, so that a slab at a boundary does
-  not grow and shrink all the time.
+- Memory for the maximum number of records is reserved once, as an anonymous private mapping; only written pages use
+  memory. A slab therefore grows without a copy that would block the event loop, and without fragmenting the heap.
+- A field is a column, `column[slot]`: a strided view over the records. Fields used together are adjacent, because a
+  check of one of 100,000 random tokens mostly waits for memory.
+- Fields of a new slot keep their old values; the next user writes them all.
+- The lowest chunk of 1,024 slots with a free slot is used first, so chunks at the end become empty over time and
+  are returned. One empty chunk is kept to avoid growing and shrinking at a boundary.
 
-It must not know: what is in the records.
+It must not know: the content of the records.
 """
 
 from __future__ import annotations
@@ -35,21 +32,21 @@ Format = Literal["B", "i", "I", "Q"]
 
 
 class Memory:
-    """Reserved memory. What was never written reads as 0."""
+    """Reserved memory. Unwritten bytes are 0."""
 
     __slots__ = ("_map", "view")
 
     def __init__(self, size: int) -> None:
-        # Private, so that a forked process goes on with a copy of its own.
+        # Private, so that a forked process gets its own copy.
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if _NO_HUGE_PAGES is not None:
-            # Huge pages (2 MiB) would make every small table a large one. A kernel that has none refuses.
+            # Huge pages (2 MiB) would inflate every small table. A kernel without them raises.
             with suppress(OSError):
                 self._map.madvise(_NO_HUGE_PAGES)
         self.view = memoryview(self._map)
 
     def discard(self, start: int, end: int) -> None:
-        """Give back the whole pages from `start` on; nothing from `end` on is in use."""
+        """Return the whole pages from `start` on to the system; nothing from `end` on is in use."""
         page = mmap.PAGESIZE
         first, last = -(start // -page) * page, min(-(end // -page) * page, len(self._map))
         if _DISCARD is not None and first < last:
@@ -57,9 +54,9 @@ class Memory:
 
 
 class Slab:
-    """Hands out slots, numbered from 0 and at most `capacity`, each with a record of `record_size` bytes.
+    """Allocate slots 0 to `capacity` - 1, each with a record of `record_size` bytes.
 
-    `link` is the offset of an "i" field that the slab may write to while the slot is free.
+    `link` is the offset of an "i" field that the slab writes while the slot is free.
     """
 
     __slots__ = (
@@ -81,8 +78,8 @@ class Slab:
         self._memory = Memory(self.capacity * record_size)
         self.bytes = self._memory.view
         self._link = self.column("i", link)
-        self._free_heads = array("i")  # for each chunk: its first free slot
-        self._free = array("i")  # for each chunk: how many are free
+        self._free_heads = array("i")  # per chunk: its first free slot
+        self._free = array("i")  # per chunk: number of free slots
         self._lowest = 0  # no chunk below this has a free slot
         self.free = 0
         self.size = 0
@@ -92,12 +89,12 @@ class Slab:
         return self.size - self.free
 
     def column(self, format_: Format, offset: int) -> memoryview:
-        """The field at `offset` of all records; both are multiples of its size."""
+        """Return the field at `offset` of all records. Offset and record size are multiples of its size."""
         cells = self._memory.view.cast(format_)
         return cells[offset // cells.itemsize :: self.record_size // cells.itemsize]
 
-    def take(self) -> int:
-        """A free slot. The caller sees to it that no more than `capacity` are in use."""
+    def allocate(self) -> int:
+        """Return a free slot. The caller keeps the number in use below `capacity`."""
         if not self.free:
             self._grow()
         chunk = self._lowest
@@ -110,8 +107,8 @@ class Slab:
         self.free -= 1
         return slot
 
-    def give_back(self, slot: int) -> None:
-        """Free a slot that is in use."""
+    def free_slot(self, slot: int) -> None:
+        """Free a slot in use."""
         chunk = slot // CHUNK
         self._link[slot] = self._free_heads[chunk]
         self._free_heads[chunk] = slot
@@ -122,7 +119,7 @@ class Slab:
             self.trim()
 
     def trim(self) -> None:
-        """Give back empty chunks at the end, but for one; at most eight a call, to keep it short."""
+        """Return empty chunks at the end, except one, to the system; at most eight a call to bound its time."""
         free = self._free
         for _ in range(_TRIM):
             if len(free) < 2 or free[-1] < CHUNK or free[-2] < CHUNK:

@@ -1,14 +1,14 @@
-"""Strings kept once, however many sessions have them.
+"""Intern strings with reference counts.
 
-What this file decides: user names, client names and addresses become small numbers in a session's record.
-Each string is counted, and given up with its last use, so that strings chosen by peers do not pile up.
+User names, client names and addresses become small numbers in a session record. A string is freed with its last
+use, so strings chosen by peers do not accumulate.
 
 Rules:
-- The string found last is remembered: a login asks for its user twice, and most clients are of one product.
-- A string of up to `inline` bytes of UTF-8 lies in its record, which takes half of what an object and a
-  place in a dict would; the few longer ones are objects beside it.
+- The last string found is cached: a login looks up its user twice, and most clients are of one product.
+- A string of up to `inline` bytes of UTF-8 is stored in its record, half the size of an object and a dict entry;
+  longer ones are separate objects.
 
-It must not know: what the strings mean.
+It must not know: the meaning of the strings.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _HASH_MASK: Final = 0xFFFF_FFFF
 
 
 class StringTable:
-    """Numbers for strings, with a count of uses each.
+    """Map strings to numbers and count the uses of each.
 
-    `marks` is a field for the owner: a number for each string, which it sets when `uses` becomes 1. `least` is
-    for the index.
+    `marks` is a number per string for the owner, which sets it when `uses` becomes 1. `least` is the minimum number
+    of buckets of the index.
     """
 
     __slots__ = (
@@ -47,7 +47,7 @@ class StringTable:
     )
 
     def __init__(self, capacity: int, inline: int, least: int = MIN_BUCKETS) -> None:
-        assert inline % 4 == 3  # with the byte for the length, the record is of whole cells
+        assert inline % 4 == 3  # with the length byte, records align to 4 bytes
         self._inline = inline
         self._record_size = _TEXT + 1 + inline
         self._text = Struct(f"{_TEXT}x{inline + 1}p")
@@ -67,7 +67,7 @@ class StringTable:
         return self._value(number).decode("utf-8", "surrogatepass")
 
     def find(self, text: str) -> int:
-        """The number of a string that is in use, or -1."""
+        """Return the number of a string in use, or UNKNOWN."""
         if text == self._last_text:
             return self._last
         number = self._find(text.encode("utf-8", "surrogatepass"))
@@ -75,15 +75,15 @@ class StringTable:
             self._last_text, self._last = text, number
         return number
 
-    def take(self, text: str) -> int:
-        """The number of a string, with one more use of it."""
+    def acquire(self, text: str) -> int:
+        """Return the number of a string and add one use."""
         if text == self._last_text:
             self.uses[self._last] += 1
             return self._last
         value = text.encode("utf-8", "surrogatepass")
         number = self._find(value)
         if number == UNKNOWN:
-            number = self.slab.take()
+            number = self.slab.allocate()
             self.uses[number] = 0
             if len(value) > self._inline:
                 self._long[number] = value
@@ -96,15 +96,15 @@ class StringTable:
         self._last_text, self._last = text, number
         return number
 
-    def give_back(self, number: int) -> None:
-        """One use less; the string is forgotten with the last one."""
+    def release(self, number: int) -> None:
+        """Remove one use; free the string with the last one."""
         self.uses[number] -= 1
         if not self.uses[number]:
             if number == self._last:
                 self._last_text, self._last = None, UNKNOWN
             self._index.remove(number)
             self._long.pop(number, None)
-            self.slab.give_back(number)
+            self.slab.free_slot(number)
 
     def _find(self, value: bytes) -> int:
         for number in self._index.chain(hash(value) & _HASH_MASK):

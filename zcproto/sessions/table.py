@@ -1,16 +1,15 @@
-"""The sessions themselves, as packed records.
+"""Store sessions as packed records.
 
-What this file decides: where each fact of a session is kept, and the lists that sessions are on.
+Decides the layout of a record and the lists of sessions.
 
 Rules:
-- A slot is free, live, lapsed (its token expired, a refresh brings it back), or dead; a dead one's state
-  is the code that its token is answered with.
-- Live and lapsed sessions are on their user's list, in the order of opening. Dead ones are on the list of
-  the dead, in the order of dying, and keep nothing but their digests and the time of death (in
-  `last_used_at`).
-- A slot that is not free is in the index of tokens, and in that of ids if it is a session's.
+- A slot is free, live, lapsed (its token expired, a refresh revives it) or a tombstone, whose state is the code
+  that its token is answered with.
+- Live and lapsed sessions are on the list of their user, in the order of opening. Tombstones are on their own list,
+  oldest first, and keep only their digests and the time of death (in `last_used_at`).
+- Every used slot is in the index of tokens and, if it belongs to a session, in the index of ids.
 
-It must not know: the time, the settings, who is told.
+It must not know: the time, the settings, observers.
 """
 
 from __future__ import annotations
@@ -24,29 +23,29 @@ from zcproto.sessions.slab import Slab
 from zcproto.sessions.strings import UNKNOWN, StringTable
 from zcproto.sessions.token import DIGEST_SIZE, ID_SIZE
 
-# States. Any other is the code of a dead one.
+# States. Any other value is the code of a tombstone.
 FREE: Final = 0
 LIVE: Final = 1
 LAPSED: Final = 2
 
-TOKEN_ONLY: Final = 128  # a flag: the memory of a token, not of a session; it is not found by id
+TOKEN_ONLY: Final = 128  # flag: tombstone of a token, not of a session; not found by id
 
 NONE: Final = -1
 
-# The record. What a check reads comes first, to be in few lines of the processor's cache.
+# The record. Fields read by a check come first, to share few cache lines.
 _TOKEN, _EXPIRES_AT, _LAST_USED_AT, _TOKEN_NEXT, _USER, _STATE, _FLAGS = 0, 32, 40, 48, 52, 56, 57
 _CLIENT, _ID, _ID_NEXT, _ADDRESS, _CREATED_AT, _REFRESH_EXPIRES_AT = 60, 64, 80, 84, 88, 96
 _BEFORE, _AFTER, _REFRESH, _KEY = 104, 108, 112, 144
 RECORD_SIZE: Final = 152
 HOT: Final = Struct("@32xQQ4xiBB6x16s")
-"""What a check reads of a record: expires_at, last_used_at, user, state, flags, id."""
+"""The fields read by a check: expires_at, last_used_at, user, state, flags, id."""
 
 _WHOLE: Final = Struct("=32sQQiiBB2xi16siiQQii32si4x")
 assert _WHOLE.size == RECORD_SIZE
 
 LEAST_BUCKETS: Final = 16_384
-"""Of each index by digest, and a quarter as many of that of users: most servers have fewer sessions at once. In all
-144 KiB."""
+"""Minimum buckets of each digest index, and four times those of users: most servers have fewer sessions. 144 KiB
+in total."""
 
 _NAME_BYTES: Final = 23
 _ADDRESS_BYTES: Final = 39  # the longest IPv6 address as text
@@ -54,7 +53,7 @@ _KEY_BYTES: Final = 71  # `tls:` with a digest in hex
 
 
 class SessionTable:
-    """Records of sessions, the indexes over them, the lists through them. `capacity` counts the dead too."""
+    """Records of sessions with their indexes and lists. `capacity` includes tombstones."""
 
     __slots__ = (
         "_after",
@@ -65,9 +64,8 @@ class SessionTable:
         "client",
         "clients",
         "created_at",
-        "dead",
-        "dead_first",
         "expires_at",
+        "first_tombstone",
         "flags",
         "ids",
         "key",
@@ -77,6 +75,7 @@ class SessionTable:
         "slab",
         "state",
         "tokens",
+        "tombstones",
         "user",
         "users",
     )
@@ -89,11 +88,11 @@ class SessionTable:
         self.created_at = slab.column("Q", _CREATED_AT)
         self.last_used_at = slab.column("Q", _LAST_USED_AT)
         self.expires_at = slab.column("Q", _EXPIRES_AT)
-        self.refresh_expires_at = slab.column("Q", _REFRESH_EXPIRES_AT)  # 0: no refresh token
+        self.refresh_expires_at = slab.column("Q", _REFRESH_EXPIRES_AT)  # 0 without a refresh token
         self.user = slab.column("i", _USER)
         self.client = slab.column("i", _CLIENT)
         self.address = slab.column("i", _ADDRESS)
-        self.key = slab.column("i", _KEY)  # NONE: the session is not bound
+        self.key = slab.column("i", _KEY)  # NONE unless the session is bound
         self._before = slab.column("i", _BEFORE)
         self._after = slab.column("i", _AFTER)
         least = min(LEAST_BUCKETS, 1 << slab.capacity.bit_length() - 1)
@@ -103,8 +102,8 @@ class SessionTable:
         self.clients = StringTable(capacity, _NAME_BYTES)
         self.addresses = StringTable(capacity, _ADDRESS_BYTES)
         self.keys = StringTable(capacity, _KEY_BYTES)
-        self.dead_first = NONE
-        self.dead = 0
+        self.first_tombstone = NONE
+        self.tombstones = 0
 
     # Sessions
 
@@ -123,32 +122,32 @@ class SessionTable:
         token_digest: bytes,
         refresh_digest: bytes,
     ) -> int:
-        """The slot of a new live session, at the end of its user's list and in the indexes."""
-        slot = self.slab.take()
+        """Add a live session to the end of its user's list and to the indexes. Return its slot."""
+        slot = self.slab.allocate()
         users = self.users
-        number = users.take(user)
+        number = users.acquire(user)
         first = users.marks[number] if users.uses[number] > 1 else NONE
-        # At once: a login is not warm in the processor's cache, and each column by itself costs it some lines.
+        # In one call: a login is cold in the cache, and writing each column separately costs more cache misses.
         _WHOLE.pack_into(
             self.bytes,
             slot * RECORD_SIZE,
             token_digest,
             expires_at,
             last_used_at,
-            NONE,  # both indexes' links follow when it is entered there
+            NONE,  # the links of both indexes are set below
             number,
             LIVE,
             flags,
-            self.clients.take(client),
+            self.clients.acquire(client),
             session_id,
             NONE,
-            self.addresses.take(address),
+            self.addresses.acquire(address),
             created_at,
             refresh_expires_at,
             slot,
             slot,
             refresh_digest,
-            self.keys.take(key) if key else NONE,
+            self.keys.acquire(key) if key else NONE,
         )
         users.marks[number] = slot if first == NONE else self._append(first, slot)
         self.tokens.enter(slot, token_digest)
@@ -156,23 +155,23 @@ class SessionTable:
         return slot
 
     def drop(self, slot: int) -> None:
-        """Give up a live or lapsed session without a memory of it."""
-        self._leave(slot)
+        """Remove a live or lapsed session without a tombstone."""
+        self._release(slot)
         self.tokens.remove(slot)
         self.ids.remove(slot)
         self.state[slot] = FREE
-        self.slab.give_back(slot)
+        self.slab.free_slot(slot)
 
     def move(self, slot: int, client: str, address: str) -> None:
-        """Note that a session is now used by this client from this address."""
+        """Update the client and address of a session."""
         old_client, old_address = self.client[slot], self.address[slot]
-        self.client[slot] = self.clients.take(client)
-        self.address[slot] = self.addresses.take(address)
-        self.clients.give_back(old_client)
-        self.addresses.give_back(old_address)
+        self.client[slot] = self.clients.acquire(client)
+        self.address[slot] = self.addresses.acquire(address)
+        self.clients.release(old_client)
+        self.addresses.release(old_address)
 
     def of_user(self, user: str) -> list[int]:
-        """A user's live and lapsed sessions, the oldest first."""
+        """Return the slots of a user's live and lapsed sessions, oldest first."""
         number = self.users.find(user)
         return [] if number == UNKNOWN else self._listed(self.users.marks[number])
 
@@ -184,53 +183,52 @@ class SessionTable:
         start = slot * RECORD_SIZE + _REFRESH
         self.bytes[start : start + DIGEST_SIZE] = digest
 
-    # The dead
+    # Tombstones
 
-    def bury(self, slot: int, code: Code, died_at: int) -> None:
-        """Turn a live or lapsed session into the memory of one, to be answered with `code`."""
-        self._leave(slot)
-        self._mourn(slot, code, died_at)
+    def add_tombstone(self, slot: int, code: Code, died_at: int) -> None:
+        """Turn a live or lapsed session into a tombstone that is answered with `code`."""
+        self._release(slot)
+        self._append_tombstone(slot, code, died_at)
 
-    def _leave(self, slot: int) -> None:
-        """Take a session from its user's list, and give up its strings."""
+    def _release(self, slot: int) -> None:
+        """Remove a session from its user's list and release its strings."""
         number = self.user[slot]
         self.users.marks[number] = self._unlink(self.users.marks[number], slot)
-        self.users.give_back(number)
-        self.clients.give_back(self.client[slot])
-        self.addresses.give_back(self.address[slot])
+        self.users.release(number)
+        self.clients.release(self.client[slot])
+        self.addresses.release(self.address[slot])
         if self.key[slot] != NONE:
-            self.keys.give_back(self.key[slot])
+            self.keys.release(self.key[slot])
 
-    def bury_token(self, digest: bytes, code: Code, died_at: int) -> None:
-        """Remember a single token, whose session lives on with another."""
-        slot = self.slab.take()
+    def add_token_tombstone(self, digest: bytes, code: Code, died_at: int) -> None:
+        """Add a tombstone for a token whose session continues with another token."""
+        slot = self.slab.allocate()
         self.tokens.put(slot, digest)
         self.flags[slot] = TOKEN_ONLY
-        self._mourn(slot, code, died_at)
+        self._append_tombstone(slot, code, died_at)
 
-    def _mourn(self, slot: int, code: Code, died_at: int) -> None:
+    def _append_tombstone(self, slot: int, code: Code, died_at: int) -> None:
         self.state[slot] = code
         self.last_used_at[slot] = died_at
-        self.dead_first = self._append(self.dead_first, slot)
-        self.dead += 1
+        self.first_tombstone = self._append(self.first_tombstone, slot)
+        self.tombstones += 1
 
-    def forget_oldest(self) -> None:
-        """Give up the oldest memory."""
-        slot = self.dead_first
-        self.dead_first = self._unlink(slot, slot)
-        self.dead -= 1
+    def drop_oldest_tombstone(self) -> None:
+        slot = self.first_tombstone
+        self.first_tombstone = self._unlink(slot, slot)
+        self.tombstones -= 1
         self.tokens.remove(slot)
         if not self.flags[slot] & TOKEN_ONLY:
             self.ids.remove(slot)
         self.state[slot] = FREE
-        self.slab.give_back(slot)
+        self.slab.free_slot(slot)
 
     def trim(self) -> None:
-        """Give back memory that is not needed any more, a part of it in each call."""
+        """Return unused memory to the system, a bounded part of it in each call."""
         for slab in (self.slab, self.users.slab, self.clients.slab, self.addresses.slab, self.keys.slab):
             slab.trim()
 
-    # Circular doubly linked lists; a list is known by its first slot.
+    # Circular doubly linked lists, identified by their first slot
 
     def _append(self, first: int, slot: int) -> int:
         before, after = self._before, self._after

@@ -1,21 +1,17 @@
-"""Tokens, the digests that are kept of them, and their text forms.
+"""Define tokens, the stored digests of them, and their text forms.
 
-What this file decides: the shape of access tokens, refresh tokens and session ids, and how each follows
-from random bytes.
+Decides the format of access tokens, refresh tokens and session ids, and how each is derived from random bytes.
 
-- An access token is 32 random bytes. Only its SHA-256 is kept. A plain hash is enough: nothing can be
-  searched in 256 random bits (OWASP ASVS 5.0, 6.5.2).
-- A refresh token is 32 random bytes too: a *family* of 16 that stays the same for the whole life of a
-  session, then 16 that are new at each refresh. Kept are the SHA-256 of the whole and, as the session's
-  id, a digest of the family. So every refresh token that a session ever had leads to that session, with
-  nothing stored for the spent ones: whoever shows the right family with the wrong rest holds a spent
-  token (RFC 9700 section 4.14.2 allows to encode the grant in the token). The family is as secret as the
-  rest: nobody can make one up, and who has an older token of the family still has to guess 128 bits, in
-  one try.
-- A session's id is 16 bytes of a digest under a label of its own, so that an id seen in a log or in a
-  list gives nothing to try.
+- An access token is 32 random bytes. Only its SHA-256 is stored; a plain hash is enough for 256 random bits (OWASP
+  ASVS 5.0, 6.5.2).
+- A refresh token is 32 random bytes too: a *family* of 16 that is constant for the life of a session, then 16 that
+  are new at each refresh. Stored are the SHA-256 of the whole and, as the session id, a digest of the family.
+  Every refresh token of a session thus leads to that session without storing spent tokens: the right family with
+  the wrong rest is a spent token (RFC 9700 section 4.14.2 allows encoding the grant in the token). The family is
+  as secret as the rest, and the holder of an older token still has to guess 128 bits in one attempt.
+- A session id is 16 bytes of a digest with its own label, so an id from a log or a list is not a credential.
 
-It must not know: users, time, where the random bytes come from.
+It must not know: users, time, the source of random bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ ID_SIZE: Final = 16
 
 _ID_LABEL: Final = b"zcp/1 session id\0"
 
-# `base64` has the same in two more calls each; every login makes three of these texts.
+# `base64` needs two more calls for the same; every login makes three of these texts.
 _TO_URL_ALPHABET: Final = bytes.maketrans(b"+/", b"-_")
 _FROM_URL_ALPHABET: Final = bytes.maketrans(b"-_", b"+/")
 _TOKEN_LENGTH: Final = 43
@@ -39,32 +35,32 @@ _ID_LENGTH: Final = 22
 
 
 def digest_of(token: bytes) -> bytes:
-    """What is kept of a token: its SHA-256."""
+    """Return the stored digest of a token: its SHA-256."""
     return sha256(token).digest()
 
 
 def id_of(family: bytes) -> bytes:
-    """The session id (16 bytes) that belongs to a family of refresh tokens."""
+    """Return the session id (16 bytes) of a family of refresh tokens."""
     return sha256(_ID_LABEL + family).digest()[:ID_SIZE]
 
 
 def token_text(token: bytes) -> str:
-    """A token as text: base64url without padding, 43 characters for the 32 bytes."""
+    """Return a token as text: base64url without padding, 43 characters for 32 bytes."""
     return _text(token)
 
 
 def token_from_text(text: str) -> bytes | None:
-    """The 32 bytes of a token's text, or None for any text that `token_text` does not write. Never raises."""
+    """Return the 32 bytes of a token's text, or None for text that `token_text` does not produce. Never raises."""
     return _bytes(text, b"=") if len(text) == _TOKEN_LENGTH else None
 
 
 def id_text(session_id: bytes) -> str:
-    """A session id as text: base64url without padding, 22 characters for the 16 bytes."""
+    """Return a session id as text: base64url without padding, 22 characters for 16 bytes."""
     return _text(session_id)
 
 
 def id_from_text(text: str) -> bytes | None:
-    """The 16 bytes of an id's text, or None for any text that `id_text` does not write. Never raises."""
+    """Return the 16 bytes of an id's text, or None for text that `id_text` does not produce. Never raises."""
     return _bytes(text, b"==") if len(text) == _ID_LENGTH else None
 
 
@@ -77,6 +73,6 @@ def _bytes(text: str, padding: bytes) -> bytes | None:
         data = a2b_base64(text.encode("ascii").translate(_FROM_URL_ALPHABET) + padding)
     except ValueError:
         return None
-    # The decoder passes over what it does not know, and over the unused bits of the last character (RFC 4648
-    # section 3.5). Each of these has one text only.
+    # The decoder ignores unknown characters and the unused bits of the last one (RFC 4648 section 3.5); only the
+    # canonical text is accepted.
     return data if _text(data) == text else None

@@ -122,10 +122,10 @@ class MemoryStore:
         """As `SessionStore.expire`, but a part of the table in each call, and memories are kept as long as the
         registry is told to."""
         registry = self._registry
-        kept, remembered = registry.kept, registry.remembered
+        kept, remembered = registry.kept, registry.tombstones
         registry.clean(wall, _SLOTS_EACH * limit)
         ended = kept - registry.kept
-        removed = ended + (remembered + ended - registry.remembered)
+        removed = ended + (remembered + ended - registry.tombstones)
         return removed + self._answers.expire(wall, limit - min(removed, limit))
 
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:

@@ -281,7 +281,8 @@ class StoredSessions:
         self._keeper.check()
         if not self.looks_up and self._registry.kept + self._opening >= self._settings.max_sessions:
             raise ResourceExhausted(
-                "the server has all sessions it can hold", {"retry_after_ms": _RETRY_FULL_MS}
+                "the server has reached its limit of sessions; retry later",
+                {"retry_after_ms": _RETRY_FULL_MS},
             )
         wall = self._clock.wall()
         self._newest = max(self._newest, wall)
@@ -315,7 +316,8 @@ class StoredSessions:
             created = await self._store.create(record, self._limit)
             if isinstance(created, LimitReached):
                 raise ResourceExhausted(
-                    "the user has all sessions allowed; close one first", {"limit": self._limit.per_user}
+                    "the user has reached the limit of sessions; close one first",
+                    {"limit": self._limit.per_user},
                 )
             for ended in created.ended:
                 keeper.end_here(ended)
@@ -341,7 +343,7 @@ class StoredSessions:
         session_id = id_of(refresh_token[:FAMILY_SIZE])
         while True:
             wall = self._clock.wall()
-            again = registry.answer_again(refresh_token, client=client, address=address, wall=wall)
+            again = registry.repeat_refresh(refresh_token, client=client, address=address, wall=wall)
             if again is not None:
                 return again
             running = self._refreshing.get(session_id)
