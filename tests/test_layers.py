@@ -103,7 +103,6 @@ ALLOWED = {
     "zcproto/client/client.py": {
         "random": "jitter of retries, for whoever gives no other source; nothing secret"
     },
-    "zcproto/client/known_hosts.py": {"secrets": "the name of a temporary file"},
     "zcproto/cli/private_file.py": {"secrets": "the name of a temporary file"},
     "zcproto/certs/keeper.py": {"random": "jitter of retries; nothing secret"},
     "zcproto/observe/loop_lag.py": {"time": "measures how long the loop of this machine really stood still"},

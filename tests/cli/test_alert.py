@@ -147,4 +147,4 @@ def test_it_needs_a_secret_and_a_message_of_some_size(
     assert verify(secret_file, "x") == 2
     err = capsys.readouterr().err
     assert "has more than 1048576 bytes" in err
-    assert "--secret-file: others can read" in err
+    assert "others can read or change this file" in err

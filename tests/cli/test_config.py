@@ -73,7 +73,7 @@ def test_check_looks_at_the_home_folder_too(home: Path, capsys: Capture) -> None
     (home / "config.toml").write_text("[server]\nport = -1")
     assert main(["config", "check"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first == f"{home}: others may write to this folder; run: chmod go-w '{home}'"
+    assert first == f"{home}: others can change this folder (mode 0777); run: chmod go-w {home}"
     assert second.startswith("server.port = -1")
 
 

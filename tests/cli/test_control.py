@@ -390,9 +390,7 @@ def test_without_a_server_it_is_said_that_there_is_none(
     assert main(command) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == (
-        f"zcproto: no server runs with the home folder {home}; start one, or name another by --home\n"
-    )
+    assert said.err == (f"zcproto: no server runs with the home folder {home}; start one, or use --home\n")
 
 
 def test_a_socket_of_a_dead_server_is_no_server(home: Path, capsys: Capture) -> None:

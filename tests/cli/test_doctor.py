@@ -131,12 +131,12 @@ def test_it_is_told_as_a_table_for_people(folder: Path, capsys: Capture) -> None
 
 def test_a_home_that_others_may_write_to_is_a_fault(folder: Path, look: Look) -> None:
     folder.chmod(0o770)
-    assert "others may write to this folder | run: chmod go-w" in look().one("home", "fault")
+    assert "others can change this folder (mode 0770) | run: chmod go-w" in look().one("home", "fault")
 
 
 def test_a_home_that_is_no_folder_is_a_fault(home: Path, look: Look) -> None:
     home.write_text("")
-    assert "is no folder | name another one" in look().one("home", "fault")
+    assert "is not a folder | move it away" in look().one("home", "fault")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def test_a_folder_that_others_may_write_to_is_refused_with_the_cure(tmp_path: Pa
     path.chmod(0o700 | others)
     with pytest.raises(ConfigError) as caught:
         Home(path).ensure()
-    assert caught.value.faults == [f"{path}: others may write to this folder; run: chmod go-w '{path}'"]
+    found = f"others can change this folder (mode {0o700 | others:04o})"
+    assert caught.value.faults == [f"{path}: {found}; run: chmod go-w {path}"]
 
 
 def test_a_folder_that_others_may_only_read_is_used(tmp_path: Path) -> None:
@@ -99,11 +100,11 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "h").touch()
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         Home(tmp_path / "h").ensure()
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be the home folder: Not a directory"):
+    with pytest.raises(ConfigError, match="cannot be used as the home folder: Not a directory"):
         Home(tmp_path / "file" / "h").ensure()

@@ -23,8 +23,8 @@ from zcproto.alerts.rates import RateRule, RateState, RateWatch
 from zcproto.alerts.sinks import Sink, SinkQueue
 from zcproto.alerts.webhook import Webhook
 from zcproto.common.clock import Clock, Entropy
+from zcproto.common.files import read_secret
 from zcproto.common.secret import Secret
-from zcproto.common.secret_file import secret_line
 from zcproto.config import AlertsConfig
 from zcproto.observe.log import get_logger
 
@@ -261,7 +261,7 @@ def sinks_of(config: AlertsConfig, clock: Clock) -> list[Sink]:
         secret = None
         if config.webhook_secret_file is not None:
             key = "alerts.webhook_secret_file"
-            secret = Secret(secret_line(config.webhook_secret_file, key, least=LEAST_SECRET))
+            secret = Secret(read_secret(config.webhook_secret_file, key, least=LEAST_SECRET))
         sinks.append(
             Webhook(
                 config.webhook,

@@ -28,7 +28,8 @@ from typing import Any, Final, NamedTuple
 from zcproto.auth.current_file import CurrentFile
 from zcproto.auth.ed25519 import is_public_key
 from zcproto.auth.names import name_faults, quoted, toml_key, toml_string
-from zcproto.auth.private_text import LOCK_WAIT_S, NO_FILE, NOT_READ, PrivateText, Stamp
+from zcproto.auth.private_text import LOCK_WAIT_S, NOT_READ, PrivateText
+from zcproto.common.watcher import NO_FILE, Identity
 from zcproto.errors import AlreadyExists, ConfigError, NotFound
 from zcproto.sessions.token import token_from_text, token_text
 
@@ -101,7 +102,7 @@ class DeviceFile:
             # Last: whoever finds the file unchanged must find its devices.
             self._stamp = stamp
 
-    def _read(self) -> tuple[Stamp, dict[str, Device]]:
+    def _read(self) -> tuple[Identity, dict[str, Device]]:
         stamp, text = self._file.read()
         return stamp, self._parse(text)
 

@@ -35,9 +35,10 @@ from typing import Any, Final, NamedTuple
 import tomli
 
 from zcproto.auth.names import name_faults, quoted, toml_key
-from zcproto.auth.private_text import LOCK_WAIT_S, NO_FILE, NOT_READ, PrivateText, Stamp
+from zcproto.auth.private_text import LOCK_WAIT_S, NOT_READ, PrivateText
 from zcproto.common.clock import Entropy, system_entropy
 from zcproto.common.secret import SecretText
+from zcproto.common.watcher import NO_FILE, Identity
 from zcproto.errors import ConfigError, NotFound
 from zcproto.sessions.token import DIGEST_SIZE, TOKEN_SIZE, digest_of, token_from_text, token_text
 
@@ -141,7 +142,7 @@ class UserFile:
             # Last: whoever finds the file unchanged must find its users.
             self._stamp = stamp
 
-    def _read(self) -> tuple[Stamp, str, dict[str, User]]:
+    def _read(self) -> tuple[Identity, str, dict[str, User]]:
         """What the file is, its text, and the users in it."""
         stamp, text = self._file.read()
         return stamp, text, self._parse(text)

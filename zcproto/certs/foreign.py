@@ -27,8 +27,8 @@ from zcproto.certs.certificates import Site
 from zcproto.certs.keys import family
 from zcproto.certs.names import check_names
 from zcproto.certs.pair import MAX_PASSPHRASE_BYTES, CertificatePair, load_pair
-from zcproto.certs.watch import Watch
 from zcproto.common.secret import SecretBytes
+from zcproto.common.watcher import FileWatcher
 from zcproto.errors import CertificateError
 
 T = TypeVar("T")
@@ -186,7 +186,7 @@ class Watched(Generic[T]):
         self._load = load
         self._settle_s = settle_s
         self._longest_settle_s = longest_settle_s
-        self._watch = Watch(paths)
+        self._watch = FileWatcher(paths, files.MAX_FILE_BYTES)
         self._failing_since: float | None = None
         self._quiet_since = 0.0
         self._retry_at = 0.0

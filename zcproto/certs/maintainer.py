@@ -32,7 +32,7 @@ from typing import Protocol
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from zcproto.certs import authority, clients, lifecycle, own, pair, rotation
+from zcproto.certs import authority, clients, files, lifecycle, own, pair, rotation
 from zcproto.certs.authority import Authority
 from zcproto.certs.certificates import CertificateSet, NextPins, Site
 from zcproto.certs.foreign import (
@@ -50,8 +50,8 @@ from zcproto.certs.names import check_names
 from zcproto.certs.own import OwnSettings, Progress
 from zcproto.certs.pair import CertificatePair, load_pair
 from zcproto.certs.revoked import crl_blocks
-from zcproto.certs.watch import Watch
 from zcproto.common.text import escape_text
+from zcproto.common.watcher import FileWatcher
 from zcproto.errors import CertificateError
 
 ROUTINE_S = 3600.0
@@ -360,12 +360,13 @@ class _Own:
         self._rest = rest
         self._failures = _Failures(origin.directory, random)
         self._pairs: dict[str, CertificatePair] = {}  # by key type
-        self._watch = Watch(
+        self._watch = FileWatcher(
             [
                 *authority.paths(origin.directory),
                 *(path for kind in origin.settings.key_types for path in self._paths(kind)),
                 *rotation.paths(origin.directory),
-            ]
+            ],
+            files.MAX_FILE_BYTES,
         )
         self._next_change = _NEVER
         self._routine_at = 0.0

@@ -18,9 +18,9 @@ from zcproto.cli import EXIT_FAILED, home_options, read_config
 from zcproto.cli.control import control_of, needed_control
 from zcproto.cli.table import table
 from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.files import read_secret
 from zcproto.common.home import Home
 from zcproto.common.secret import Secret
-from zcproto.common.secret_file import secret_line
 from zcproto.errors import ConfigError
 
 MAX_BODY = 1_048_576
@@ -126,7 +126,7 @@ def verify(
         secret_file = read_config(home, config_file).alerts.webhook_secret_file
         if secret_file is None:
             raise ConfigError([f"{key}: none is configured; name one by --secret-file"])
-    secret = Secret(secret_line(secret_file, key, least=LEAST_SECRET))
+    secret = Secret(read_secret(secret_file, key, least=LEAST_SECRET))
     data = body.read(MAX_BODY + 1)
     if len(data) > MAX_BODY:
         raise ConfigError([f"the message has more than {MAX_BODY} bytes: no message of zcproto has"])

@@ -20,6 +20,7 @@ from zcproto.client.retry import may_pass
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
+from zcproto.common.watcher import NO_FILE, Identity, file_identity
 from zcproto.connection.client import ClientConnection
 from zcproto.errors import CannotConnect, CertificateError, ConfigError, ConnectionClosed, TlsError
 from zcproto.tls.client import TlsConnector
@@ -126,12 +127,8 @@ class Trust:
         return found[1]
 
 
-def _stamp(file: Path | None) -> tuple[int, int, int] | None:
-    try:
-        status = None if file is None else file.stat()
-    except OSError:
-        return None  # whoever reads it says so
-    return None if status is None else (status.st_mtime_ns, status.st_ino, status.st_size)
+def _stamp(file: Path | None) -> Identity:
+    return NO_FILE if file is None else file_identity(file)
 
 
 @lru_cache(MAX_PINS)

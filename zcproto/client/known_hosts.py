@@ -8,16 +8,13 @@ end first make room. One that cannot be read is never taken for empty.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from zcproto.client.address import is_ip
+from zcproto.common.files import locked, replace_file
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, TlsError
 
@@ -28,6 +25,8 @@ MAX_AGE: Final = 10 * 365 * 86_400
 
 REWRITE_AFTER: Final = 86_400
 """Seconds. Each connection moves a policy's end; the file is written again when it moves by more than this."""
+
+LOCK_WAIT_S: Final = 10.0
 
 _MS: Final = 1000
 
@@ -56,7 +55,7 @@ class KnownHosts:
         if self._is_known(host, policy, max_age, wall):
             return
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._locked():
+        with locked(self.path.with_name(f"{self.path.name}.lock"), LOCK_WAIT_S):
             hosts = {name: known for name, known in self._read().items() if known.until > wall // _MS}
             if max_age:
                 hosts[host] = policy
@@ -119,32 +118,11 @@ class KnownHosts:
             [f"{escape_text(str(self.path))}: {cause}; mend it, or remove it to forget its hosts"]
         )
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = os.open(
-            self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
-
     def _write(self, hosts: dict[str, Policy]) -> None:
         text = json.dumps(
             {"hosts": {name: policy._asdict() for name, policy in sorted(hosts.items())}}, indent=1
         )
-        temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        except BaseException:
-            temporary.unlink()
-            raise
+        replace_file(self.path, f"{text}\n".encode())
 
 
 def _policy(entry: dict[str, Any]) -> Policy:

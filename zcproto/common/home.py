@@ -1,16 +1,17 @@
-"""The home folder: where it is, what stands where in it, and who may write to it.
+"""Locate and check the home folder, and name the files in it.
 
-Rules: the folder is made with mode 0700. One that others may write to is refused: whoever can replace
-config.toml or a key file owns the server.
+Rules: the folder is created with mode 0700. One that others can write to is refused: replacing config.toml or a
+key file gives full control of the server.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from zcproto.common.files import check_folder, file_errors
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
@@ -21,7 +22,7 @@ MAX_PATH = 4096
 
 
 class Home:
-    """The home folder. Making one touches nothing; `ensure` does."""
+    """The home folder. Creating this object touches nothing; `ensure` does."""
 
     __slots__ = ("path",)
 
@@ -36,7 +37,7 @@ class Home:
 
     @property
     def config(self) -> Path:
-        """Read if present and no other configuration is named."""
+        """The default configuration file; optional."""
         return self.path / "config.toml"
 
     @property
@@ -56,54 +57,40 @@ class Home:
 
     @property
     def pairing(self) -> Path:
-        """One-time codes for devices to come, as digests."""
+        """One-time pairing codes, as digests."""
         return self.path / "pairing.toml"
 
     @property
     def sessions(self) -> Path:
-        """Sessions, digests only."""
+        """Sessions, with digests of their tokens."""
         return self.path / "sessions.db"
 
     @property
     def revocations(self) -> Path:
-        """Revocations that wait until the store of sessions can be written to."""
+        """Revocations to replay when the session store is writable again."""
         return self.path / "revocations.pending"
 
     @property
     def control(self) -> Path:
-        """The socket by which a running server is controlled."""
+        """The control socket of a running server."""
         return self.path / "control.sock"
 
     def ensure(self) -> None:
-        """Makes the folder if it is not there. Raises ConfigError if it cannot be used."""
-        shown = escape_text(str(self.path))
-        try:
+        """Create the folder if it is missing. Raises ConfigError if it cannot be used."""
+        with file_errors(self.path, "used as the home folder"), suppress(FileExistsError):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except FileExistsError:
-            raise ConfigError([f"{shown}: is no folder; name another one by --home"]) from None
-        except OSError as error:
-            raise ConfigError([f"{shown}: cannot be the home folder: {error.strerror}"]) from error
         self.check()
 
     def check(self) -> None:
-        """Raises ConfigError if the folder, which must be there, cannot be used."""
-        shown = escape_text(str(self.path))
-        try:
-            status = self.path.stat()
-        except OSError as error:
-            raise ConfigError([f"{shown}: cannot be the home folder: {error.strerror}"]) from error
-        if not stat.S_ISDIR(status.st_mode):
-            raise ConfigError([f"{shown}: is no folder; name another one by --home"])
-        if status.st_uid not in (os.geteuid(), 0):
-            raise ConfigError([f"{shown}: belongs to another user (uid {status.st_uid}); run as that user"])
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ConfigError([f"{shown}: others may write to this folder; run: chmod go-w '{shown}'"])
+        """Raise ConfigError if the folder is missing or cannot be used."""
+        with file_errors(self.path, "used as the home folder"):
+            check_folder(self.path)
 
 
 def resolve_home(option: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> Home:
-    """The home folder of --home, else of ZCPROTO_HOME, else ~/.zeroclaw. Relative to the current folder.
+    """Return the home folder of --home, else ZCPROTO_HOME, else ~/.zeroclaw, relative to the current folder.
 
-    Raises ConfigError for a path that no folder can have.
+    Raises ConfigError for a path that a folder cannot have.
     """
     named = os.fspath(option) if option is not None else environ.get(VARIABLE)
     path = Path(named or DEFAULT)
@@ -111,10 +98,9 @@ def resolve_home(option: str | os.PathLike[str] | None, environ: Mapping[str, st
         path = path.expanduser()
     except RuntimeError:  # no such user, or a user without a home, as in some containers
         raise ConfigError(
-            [f"{escape_text(str(path))}: whose home folder is this? Name a folder by --home"]
+            [f"{escape_text(str(path))}: the user has no home folder; use --home to name a folder"]
         ) from None
-    # Absolute, so that it stays the same folder wherever the program goes.
-    path = path.absolute()
+    path = path.absolute()  # the program may change its current folder
     if len(str(path)) > MAX_PATH or not str(path).isprintable():
-        raise ConfigError([f"{escape_text(str(path), 60)}: is no path; name another one by --home"])
+        raise ConfigError([f"{escape_text(str(path), 60)}: is not a valid path; use --home to name another"])
     return Home(path)

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
+from zcproto.common.files import read_secret
 from zcproto.common.home import Home
-from zcproto.common.secret_file import secret_line
 from zcproto.config import Config
 from zcproto.observe.log import get_logger
 from zcproto.server.idempotency import answer_limits
@@ -46,7 +46,7 @@ def store_of(
         options["certificate_file"] = settings.certificate_file
         options["key_file"] = settings.key_file
         if settings.password_file is not None:
-            options["password"] = secret_line(settings.password_file, "store.password_file")
+            options["password"] = read_secret(settings.password_file, "store.password_file")
     limits = answer_limits(config.idempotency.max_bytes, config.idempotency.per_user)
     return make_store(settings.url, home.sessions, timeout=settings.timeout, answers=limits, **options)
 

@@ -1,0 +1,312 @@
+"""Read, replace and lock files that belong to one user.
+
+Decides: which owner and mode a file or folder may have, how a file is replaced, and how processes exclude each
+other.
+
+Rules:
+- Checks apply to the open descriptor, so that a path cannot be swapped between check and use.
+- A new file has mode 0600, whatever the umask, and never follows or overwrites what is at its path.
+- To replace a file, write a staging file beside it, sync it, rename it and sync the folder: after a crash the
+  path holds either the old content or the new. Staging files have a fixed name, `.NAME.new`, which the holder
+  of the lock may complete or delete.
+- Locks are `flock` on a lock file that stays: the kernel releases a lock when its process ends.
+
+Must not know: what files contain.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shlex
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.text import escape_text
+from zcproto.errors import ConfigError
+
+OTHERS_ANY: Final = 0o077
+OTHERS_READ_WRITE: Final = 0o066
+OTHERS_WRITE: Final = 0o022
+
+MAX_SECRET: Final = 4_096
+"""Characters of a secret that has a file to itself."""
+
+_READ: Final = 0o044
+_LOCK_POLL_S: Final = 0.05
+_NO_FOLDER_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
+"""Network file systems that persist names without being asked."""
+
+
+class UnusableFileError(ConfigError):
+    """A file or folder breaks a rule of this module. The message says how to fix it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__([f"{escape_text(str(path))}: {reason}"])
+
+
+def config_error(fault: str) -> ConfigError:
+    return ConfigError([fault])
+
+
+@contextmanager
+def file_errors(
+    path: Path, action: str, error: Callable[[str], Exception] = config_error, *, fix: str = ""
+) -> Iterator[None]:
+    """Raise `error` for an OSError ("PATH: cannot be ACTION: ...; FIX") and for an UnusableFileError."""
+    try:
+        yield
+    except OSError as fault:
+        reason = f"cannot be {action}: {fault.strerror or fault}{fix and '; ' + fix}"
+        raise error(f"{escape_text(str(path))}: {reason}") from fault
+    except UnusableFileError as fault:
+        raise error(str(fault)) from fault
+
+
+# --- ownership and mode ----------------------------------------------------------------------------------
+
+
+def trusted_owners() -> frozenset[int]:
+    """Return the users whose files are trusted: this one, and root, who can change them anyway."""
+    return frozenset({0, os.geteuid()})
+
+
+def check_owner(path: Path, status: os.stat_result) -> None:
+    """Raise UnusableFileError if a file or folder belongs to a user who is not trusted."""
+    if status.st_uid not in trusted_owners():
+        raise UnusableFileError(
+            path,
+            f"belongs to another user (uid {status.st_uid}); run as that user,"
+            f" or run: chown {os.geteuid()} {_quoted(path)}",
+        )
+
+
+def check_mode(path: Path, status: os.stat_result, forbidden: int) -> None:
+    """Raise UnusableFileError if a file or folder grants one of the `forbidden` rights."""
+    if not status.st_mode & forbidden:
+        return
+    is_folder = stat.S_ISDIR(status.st_mode)
+    rights = "change"
+    mode = "go-w"
+    if forbidden & _READ:
+        rights = f"{'list' if is_folder else 'read'} or change"
+        mode = "700" if is_folder else "600"
+    raise UnusableFileError(
+        path,
+        f"others can {rights} this {'folder' if is_folder else 'file'}"
+        f" (mode {stat.S_IMODE(status.st_mode):04o}); run: chmod {mode} {_quoted(path)}",
+    )
+
+
+def check_access(path: Path, status: os.stat_result, forbidden: int = OTHERS_ANY) -> None:
+    """Raise UnusableFileError for an untrusted owner or a forbidden right."""
+    check_owner(path, status)
+    check_mode(path, status, forbidden)
+
+
+def check_folder(path: Path, forbidden: int = OTHERS_WRITE) -> None:
+    """Raise UnusableFileError unless `path` is a folder with a trusted owner and no forbidden right."""
+    status = path.stat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise UnusableFileError(path, "is not a folder; move it away, or name another folder")
+    check_access(path, status, forbidden)
+
+
+def _quoted(path: Path) -> str:
+    return escape_text(shlex.quote(str(path)))
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def read_file(
+    path: Path, max_bytes: int, *, forbidden: int | None = OTHERS_ANY, follow_links: bool = True
+) -> tuple[bytes, os.stat_result]:
+    """Return the content and the status of a regular file of at most `max_bytes`.
+
+    The owner and mode are checked too, unless `forbidden` is None. Raises OSError, UnusableFileError.
+    """
+    # O_NONBLOCK: opening a FIFO would wait for a writer.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnusableFileError(path, "is not a regular file; check the path")
+        if forbidden is not None:
+            check_access(path, status, forbidden)
+        size = status.st_size
+        if size <= max_bytes:  # else do not even begin to read
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(max_bytes + 1)
+            size = len(data)
+    finally:
+        os.close(descriptor)
+    if size > max_bytes:
+        raise UnusableFileError(path, f"is larger than {max_bytes} bytes; check the path")
+    return data, status
+
+
+def read_secret(path: Path, key: str, *, least: int = 1) -> str:
+    """Return the one line of a file that only its owner can read. `key` is the setting that names the file.
+
+    Raises ConfigError if the file is missing, readable by others, or not one line of `least` to MAX_SECRET
+    characters.
+    """
+    try:
+        data, status = read_file(path, MAX_SECRET + 2, forbidden=None)
+        check_mode(path, status, OTHERS_ANY)
+    except OSError as error:
+        raise ConfigError([f"{key}: {escape_text(str(path))}: cannot be read: {error.strerror}"]) from error
+    except UnusableFileError as error:
+        raise ConfigError([f"{key}: {error}"]) from error
+    text = data.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+    if not least <= len(text) <= MAX_SECRET or not text.isprintable() or "\ufffd" in text:
+        count = f"up to {MAX_SECRET}" if least == 1 else f"{least} to {MAX_SECRET}"
+        raise ConfigError([f"{key}: {escape_text(str(path))}: must hold one line of {count} characters"])
+    return text
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def create_file(path: Path) -> int:
+    """Create a file of mode 0600 and return a descriptor for it. Raises FileExistsError, also for a link."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)  # a umask may have taken the owner's bits
+    except BaseException:
+        os.close(descriptor)
+        path.unlink()
+        raise
+    return descriptor
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Create a file of mode 0600, and sync it when the body has written it; delete it if the body raises."""
+    descriptor = create_file(path)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replaced_file(path: Path, *, is_locked: bool = True) -> Iterator[BinaryIO]:
+    """Replace a file, in one step, by what the body writes; keep the old one if the body raises.
+
+    Without a lock the staging file has a random name, which a crash leaves behind.
+    """
+    staged = staging_path(path)
+    if is_locked:
+        staged.unlink(missing_ok=True)  # left by a crash
+    else:
+        staged = path.with_name(f".{path.name}.{system_entropy(8).hex()}")
+    with new_file(staged) as file:
+        yield file
+    try:
+        install_file(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file, in one step, by `data`. The caller holds the lock."""
+    with replaced_file(path) as file:
+        file.write(data)
+
+
+def staging_path(path: Path) -> Path:
+    """Return the path at which the next content of `path` is written."""
+    return path.with_name(f".{path.name}.new")
+
+
+def install_file(staged: Path, path: Path) -> None:
+    """Rename a synced staging file to its final path, and sync the folder before anything else is renamed."""
+    staged.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Persist the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# --- locking ---------------------------------------------------------------------------------------------
+
+
+def try_lock(path: Path, *, create: bool = True) -> int | None:
+    """Return a descriptor that holds the lock until it is closed, or None if another one holds it."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock. A missing lock file is not created."""
+    try:
+        descriptor = try_lock(path, create=False)
+    except FileNotFoundError:
+        return False
+    if descriptor is None:
+        return True
+    os.close(descriptor)
+    return False
+
+
+@contextmanager
+def locked(
+    path: Path,
+    wait_s: float,
+    *,
+    on_wait: Callable[[], None] | None = None,
+    now: Callable[[], float] = system_clock.now,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[None]:
+    """Hold a lock, exclusive among threads and processes. `on_wait` is called once if it is not free.
+
+    Raises UnusableFileError after `wait_s` seconds.
+    """
+    deadline: float | None = None
+    while (descriptor := try_lock(path)) is None:
+        if deadline is None:
+            deadline = now() + wait_s
+            if on_wait is not None:
+                on_wait()
+        elif now() >= deadline:
+            raise UnusableFileError(
+                path,
+                f"another process has held this lock for {wait_s:g} s; wait until it ends, then try again",
+            )
+        sleep(_LOCK_POLL_S)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
