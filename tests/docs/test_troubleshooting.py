@@ -38,7 +38,7 @@ def tables(text: str) -> Iterator[tuple[str, str, list[str]]]:
 
 ROWS = list(tables(GUIDE))
 PATTERNS = [pattern for _, first, _ in ROWS for pattern in re.findall(r"`([^`]+)`", first)]
-EVENTS_SECTION = "Lines of the log"
+EVENTS_SECTION = "Log events"
 CAUSES_SECTION = "Causes of tls.failed"
 
 
