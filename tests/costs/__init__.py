@@ -1,1 +1,1 @@
-"""Time and memory of the core, measured on inputs large enough to tell."""
+"""Tests of the time and memory of the core, on inputs large enough to measure."""

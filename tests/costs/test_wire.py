@@ -1,4 +1,4 @@
-"""What bytes from a peer cost: work in proportion to them, and memory that goes back."""
+"""Test the cost of bytes from a peer: proportional work, and memory that is returned."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, Side, encode_frame
 from zcproto.wire.message import decode_body
 
-pytestmark = pytest.mark.no_cover  # the costs are those of the code, not of the measuring
+pytestmark = pytest.mark.no_cover  # coverage would distort the measurement
 
 
-def drip(data: bytes, step: int) -> bytes:
-    """The body of a frame that comes in pieces of `step` bytes."""
+def decode_in_pieces(data: bytes, step: int) -> bytes:
+    """Return the body of a frame received in pieces of `step` bytes."""
     decoder = FrameDecoder(Side.SERVER, MIB)
     feed, next_frame = decoder.feed, decoder.next_frame
     last = (len(data) - 1) // step * step
@@ -30,24 +30,24 @@ def drip(data: bytes, step: int) -> bytes:
     return frame[7]
 
 
-def test_a_large_frame_byte_by_byte_costs_linear_time() -> None:
+def test_large_frame_byte_by_byte_costs_linear_time() -> None:
     def seconds(size: int) -> float:
         data = request(size)
         began = time.thread_time()
-        body = drip(data, 1)
+        body = decode_in_pieces(data, 1)
         took = time.thread_time() - began
         assert body == data[HEADER_SIZE:]
         return took
 
     small = min(seconds(MIB // 16) for _ in range(3))
-    # Copying what is there at each byte would take 40 times as long, or longer.
+    # Quadratic copying would take at least 40 times as long.
     assert seconds(MIB // 2) < 16 * small
 
 
-def test_a_frame_of_1_mib_in_small_pieces_costs_its_own_memory() -> None:
+def test_1_mib_frame_in_small_pieces_uses_its_own_size() -> None:
     data = request(MIB - 64)
     tracemalloc.start()
-    body = drip(data, 100)
+    body = decode_in_pieces(data, 100)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert body == data[HEADER_SIZE:]
@@ -55,7 +55,7 @@ def test_a_frame_of_1_mib_in_small_pieces_costs_its_own_memory() -> None:
 
 
 @pytest.mark.parametrize("step", [100, MIB + 4])
-def test_nothing_is_held_of_a_large_frame_that_was_taken(step: int) -> None:
+def test_decoder_holds_nothing_of_a_decoded_large_frame(step: int) -> None:
     decoder = FrameDecoder(Side.SERVER, MIB)
     tracemalloc.start()
     data = request(MIB - 64)
@@ -69,7 +69,7 @@ def test_nothing_is_held_of_a_large_frame_that_was_taken(step: int) -> None:
     assert held < 4096
 
 
-def test_many_small_frames_in_one_read_cost_what_they_cost_apart() -> None:
+def test_many_small_frames_in_one_read_use_no_extra_memory() -> None:
     one = encode_frame(PING, 0, 5, SALT, 1, NO_TOKEN)
     decoder = FrameDecoder(Side.SERVER, MIB)
     data = one * 5000
@@ -84,7 +84,7 @@ def test_many_small_frames_in_one_read_cost_what_they_cost_apart() -> None:
     assert peak < 4096
 
 
-def test_what_is_built_is_in_proportion_to_what_is_there() -> None:
+def test_decoded_value_is_proportional_to_body() -> None:
     count = 5_000
     for element in (b"\x90", b"\x80", b"\xc0", b"\xa0"):
         body = b"\xdd" + count.to_bytes(4, "big") + element * count

@@ -1,1 +1,1 @@
-"""What holds for any input, by Hypothesis. Apart from the rooms' own tests, so that those take seconds."""
+"""Property tests (Hypothesis), kept apart so that the other core tests take seconds."""

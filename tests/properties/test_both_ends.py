@@ -1,8 +1,8 @@
-"""A client and a server, joined in memory, against a simple model: what they were asked, and which sessions live.
+"""Test a client and a server joined in memory against a simple model of requests and sessions.
 
-Bytes wait on the way and arrive in pieces; both clocks are moved; the way is cut, and strangers' bytes are put into
-it. Whatever happens, in whatever order: each end is in a state of the table, each request gets just one answer or
-its connection has ended, and nothing grows.
+Bytes are delayed and split, both clocks move, the link is cut, and foreign bytes are injected. In any
+order of events each end is in a state of the table, each request gets exactly one answer or its connection ends,
+and nothing grows without bound.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ REFRESH_MS = 1_200_000
 USERS = ("ada", "ben")
 DEAD_TOKEN = {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED}
 ENDING = FATAL_CODES | {Code.STALE_TIMESTAMP}
-"""What may end a connection. The tenth stale frame in a row does."""
+"""Errors that may end a connection. The tenth stale frame in a row does."""
 
 METHODS = st.sampled_from(["echo", "echo", "wait", "wait", "server.info", "NOT ONE"])
 WAITS = st.sampled_from([False, False, True])
-"""Whether what was said stays on its way for now."""
+"""Return True if sent bytes stay in transit for now."""
 
 PARAMS = {"text": "x" * 20}
 
 
 @dataclass
-class Known:
-    """What the model knows of a session. `tokens` are all it ever had, the last one the live one."""
+class ModelSession:
+    """A session in the model. `tokens` are all it ever had; the last one is live."""
 
     id: str
     tokens: list[bytes]
@@ -75,18 +75,18 @@ class Known:
 
 
 @dataclass
-class Way:
-    """Bytes on their way from one end to the other. Counters of the frames grow by one."""
+class Link:
+    """Bytes in transit from one end to the other. Checks that frame counters grow by one."""
 
     decoder: FrameDecoder
     counter: int
     waiting: bytes = b""
     frames: list[bytes] = field(default_factory=list)
     is_fatal: bool = False
-    """Whether there is something on the way that ends whoever gets it."""
+    """Return True if bytes in transit will end the receiver."""
 
     def put(self, data: bytes) -> int:
-        """Bytes of an end; how many frames they are."""
+        """Add sent bytes. Return their number of frames."""
         self.waiting += data
         self.decoder.feed(data)
         count = 0
@@ -101,7 +101,7 @@ class Way:
 
     @property
     def is_over(self) -> bool:
-        """Whether what ends the other side has arrived there."""
+        """Return True if the bytes that end the receiver have arrived."""
         return self.is_fatal and not self.waiting
 
     def take(self, size: int) -> bytes:
@@ -110,7 +110,7 @@ class Way:
 
 
 def may_follow(before: State, after: State) -> bool:
-    """Whether the table leads from one state to the other, in any number of steps."""
+    """Return True if the table leads from one state to the other in any number of steps."""
     reached = {before}
     for _ in TRANSITIONS:
         reached |= {each for state in reached for each in TRANSITIONS[state].values()}
@@ -118,7 +118,7 @@ def may_follow(before: State, after: State) -> bool:
 
 
 class BothEnds(RuleBasedStateMachine):
-    """`asked` are the requests without their answers, by stream; `held` those that the server still works on."""
+    """`asked` are unanswered requests by stream; `held` those that the server is still running."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,15 +132,15 @@ class BothEnds(RuleBasedStateMachine):
         )
         self.server = ServerConnection(limits, self.registry, salt=SALT, wall=WALL, now=NOW)
         self.client = ClientConnection(max_frame=4_000)
-        self.to_server = Way(FrameDecoder(Side.SERVER, 2**32 - 1), 0)
-        self.to_client = Way(FrameDecoder(Side.CLIENT, 2**32 - 1), -1)
-        self.sessions: list[Known] = []
+        self.to_server = Link(FrameDecoder(Side.SERVER, 2**32 - 1), 0)
+        self.to_client = Link(FrameDecoder(Side.CLIENT, 2**32 - 1), -1)
+        self.sessions: list[ModelSession] = []
         self.asked: dict[int, str] = {}
         self.held: list[Request] = []
         self.ended: dict[str, int] = {"server": 0, "client": 0}
         self.states = {"server": self.server.state, "client": self.client.state}
-        self.is_clean = True  # nobody else's bytes were on the way
-        self.is_whole = True  # no bytes were lost on the way
+        self.is_clean = True  # no foreign bytes were injected
+        self.is_whole = True  # no bytes were lost in transit
         self.collect()
 
     @initialize(greeted=st.sampled_from([True] * 7 + [False]), sessions=st.sampled_from([0, 1, 2, 2]))
@@ -162,7 +162,7 @@ class BothEnds(RuleBasedStateMachine):
         waits=WAITS,
     )
     def call(self, calls: list[str], session: int, old: bool, deadline_ms: int | None, waits: bool) -> None:
-        """With the token of a session, or an old one of it."""
+        """Call with a current or an old token of a session."""
         tokens = self.sessions[session % len(self.sessions)].tokens
         for method in calls:
             meta = None if deadline_ms is None else {"deadline_ms": deadline_ms}
@@ -190,7 +190,7 @@ class BothEnds(RuleBasedStateMachine):
 
     @rule(stream=st.integers(0, 12), waits=WAITS)
     def cancel(self, stream: int, waits: bool) -> None:
-        """A request in flight, or one that never was; else it is a PING."""
+        """Cancel a request in flight or an unknown one, else send a PING."""
         if stream < 3:
             self.client.ping(self.client_wall)
         else:
@@ -214,7 +214,7 @@ class BothEnds(RuleBasedStateMachine):
             assert client.state is State.OPEN
             self.asked[stream] = method
 
-    # --- the way --------------------------------------------------------------------------------------
+    # --- the link --------------------------------------------------------------------------------------
 
     @rule(size=st.sampled_from([1, 30, 68, 100, 300, 10_000, 10_000]))
     def deliver_to_server(self, size: int) -> None:
@@ -251,18 +251,18 @@ class BothEnds(RuleBasedStateMachine):
                 kinds = st.sampled_from(
                     ["again", "again", "zeros", "noise", "other salt", "high counter", "huge"]
                 )
-                self.somebody_else_writes(data.draw(st.booleans()), data.draw(kinds))
+                self.foreign_bytes_are_injected(data.draw(st.booleans()), data.draw(kinds))
             case "revoke":
                 if self.sessions:
                     self.revoke(data.draw(st.sampled_from(self.sessions)))
             case "cut":
-                self.the_way_is_cut(data.draw(st.integers(0, 200)))
+                self.link_is_cut(data.draw(st.integers(0, 200)))
             case "go away":
                 self.server.go_away("draining", 100, self.server_wall)
             case _:
                 self.ask("echo", {"text": "x" * data.draw(st.sampled_from([3_900, 20_000]))})
 
-    def somebody_else_writes(self, to_server: bool, what: str) -> None:
+    def foreign_bytes_are_injected(self, to_server: bool, what: str) -> None:
         way = self.to_server if to_server else self.to_client
         head = REQUEST if to_server else RESPONSE
         match what:
@@ -284,8 +284,8 @@ class BothEnds(RuleBasedStateMachine):
             way.waiting += data
             way.is_fatal = way.is_fatal or what != "high counter"
 
-    def the_way_is_cut(self, keep: int) -> None:
-        """Both ends hear of it; what was on the way is gone but for a part."""
+    def link_is_cut(self, keep: int) -> None:
+        """Notify both ends; bytes in transit are lost except for a part."""
         self.is_whole = False
         self.deliver_to_server(keep)
         self.deliver_to_client(keep)
@@ -306,7 +306,7 @@ class BothEnds(RuleBasedStateMachine):
         else:
             assert self.server.fail(request, encode_error(Code.INTERNAL, "x"), self.server_wall) is owed
 
-    def revoke(self, known: Known) -> None:
+    def revoke(self, known: ModelSession) -> None:
         self.registry.revoke(known.id, user=None, reason="x")
         known.revoked = True
         self.server.session_revoked(known.id, "x", self.server_wall, self.now)
@@ -319,7 +319,7 @@ class BothEnds(RuleBasedStateMachine):
     def learn(self, opened: Any) -> None:
         session = opened.session
         self.sessions.append(
-            Known(
+            ModelSession(
                 session.id,
                 [opened.token],
                 opened.refresh_token,
@@ -345,7 +345,7 @@ class BothEnds(RuleBasedStateMachine):
                     assert any(known.id == event.session_id for known in self.sessions)
 
     def run(self, request: Request) -> None:
-        """What may run has a live token or none."""
+        """Check that a running request has a live token or none."""
         self.check_token(request)
         server = self.server
         match request.method:
@@ -416,7 +416,7 @@ class BothEnds(RuleBasedStateMachine):
     # --- time -----------------------------------------------------------------------------------------
 
     @rule(seconds=st.sampled_from([0.0, 0.001, 0.5, 0.5, 2.0, 4.0, 9.0, 21.0, 61.0, 250.0]))
-    def time_goes_by(self, seconds: float) -> None:
+    def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.server_wall += round(seconds * 1_000)
         self.client_wall += round(seconds * 1_000)
@@ -435,10 +435,10 @@ class BothEnds(RuleBasedStateMachine):
         if whose != "server":
             self.client_wall += jump_ms
 
-    # --- what holds at any time -----------------------------------------------------------------------
+    # --- invariants -----------------------------------------------------------------------
 
     def collect(self) -> None:
-        """Put what both ends have to say on its way."""
+        """Send the pending output of both ends."""
         was_closed = self.states["server"] is State.CLOSED, self.states["client"] is State.CLOSED
         sent = (
             self.to_client.put(self.server.data_to_send()),
@@ -482,7 +482,7 @@ class BothEnds(RuleBasedStateMachine):
             assert client.next_deadline() <= self.now + max(IDLE_S / 3, PONG_TIMEOUT)
 
     def teardown(self) -> None:
-        """Let everything arrive and all handlers return: then each request has its answer, or its end."""
+        """Deliver everything and return all handlers: each request then has its answer or its end."""
         while self.held:
             self.server.respond(self.held.pop(), b"\x80", self.server_wall)
         for _ in range(2):
@@ -493,11 +493,11 @@ class BothEnds(RuleBasedStateMachine):
         self.states_follow_one_another()
         if self.client.state is State.OPEN and self.server.state is State.OPEN and self.is_clean:
             assert self.is_whole
-            # What a wrong clock makes stale is dropped, an answer too: its caller waits for its deadline.
+            # A wrong clock makes answers stale; they are dropped, and their callers wait for the deadline.
             assert len(self.asked) <= self.client.dropped_stale
             assert not self.client.dropped_unknown
         if self.is_clean and self.is_whole and self.ended["client"] and not self.ended["server"]:
-            # Only silence and stale frames end a client whose server goes on.
+            # Only silence and stale frames end a client whose server continues.
             assert self.client.dropped_stale or self.client.state is State.CLOSED
 
 

@@ -1,4 +1,4 @@
-"""What holds for a client, whatever a server sends."""
+"""Test properties of a client for any bytes from a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zcproto.wire.message import encode_body, encode_error
 
 
 @given(st.binary(max_size=400))
-def test_any_bytes_after_welcome_are_events_or_one_end(data: bytes) -> None:
+def test_any_bytes_after_welcome_give_events_or_one_end(data: bytes) -> None:
     talk = Conversation(GREETING)
     events = talk.hear(data)
     ends = [event for event in events if isinstance(event, ConnectionEnded)]
@@ -37,7 +37,7 @@ HEADS = [WELCOME, RESPONSE, ERROR, PING, PONG, GOAWAY, EVENT, REQUEST, CANCEL, 0
         max_size=12,
     )
 )
-def test_any_frames_in_any_order_are_events_or_one_end(
+def test_any_frames_in_any_order_give_events_or_one_end(
     frames: list[tuple[int, int, int, int, bytes]],
 ) -> None:
     talk = Conversation(GREETING)

@@ -1,4 +1,4 @@
-"""What holds for every sequence of frames, answers, cancellations, timeouts and revocations."""
+"""Test properties of a server for any sequence of frames, answers, cancellations, timeouts and revocations."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def new_pair() -> ConnectionPair:
 
 
 class Conversation(RuleBasedStateMachine):
-    """A server with an edge that answers when it likes, and a client that does as it likes.
+    """A server whose edge answers at any time, and a client that sends anything.
 
-    `owed` counts by stream the requests that were sent and have no answer. An answer that nobody is owed is
-    a second one; what is owed and not held, while the connection lives, is an answer that was forgotten.
+    `owed` counts unanswered requests by stream. An answer that is not owed is a duplicate; a request that is
+    owed but not held, while the connection lives, has lost its answer.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Conversation(RuleBasedStateMachine):
         self.pair = new_pair()
         self.owed: Counter[int] = Counter()
         self.held: dict[int, Request] = {}
-        self.known: list[Request] = []  # every request the edge was ever given and has not answered at once
+        self.known: list[Request] = []  # every request that the edge did not answer at once
         self.counter = 0
         self.state = State.OPEN
         self.tokens: dict[str, bytes] = {}
@@ -86,7 +86,7 @@ class Conversation(RuleBasedStateMachine):
         self._feed(self.pair.ping())
 
     @rule(data=st.sampled_from([b"\0" * 4, b"\xff" * 4]), rare=st.integers(0, 15))
-    def nonsense(self, data: bytes, rare: int) -> None:
+    def garbage(self, data: bytes, rare: int) -> None:
         if not rare:
             self._feed(data)
 
@@ -102,7 +102,7 @@ class Conversation(RuleBasedStateMachine):
             del self.held[request.stream]
 
     @rule(seconds=st.sampled_from([0.001, 0.5, 4.0, 15.0, 61.0]))
-    def time_goes_by(self, seconds: float) -> None:
+    def time_passes(self, seconds: float) -> None:
         self.pair.clock.advance(seconds)
         self._take(self.pair.timeout())
 
@@ -122,7 +122,7 @@ class Conversation(RuleBasedStateMachine):
         if not rare:
             self.pair.server.go_away("draining", 100, self.pair.clock.wall())
 
-    # what follows
+    # checks
 
     def _feed(self, data: bytes, hold: bool = False) -> None:
         self._take(self.pair.receive_data(data), hold)
@@ -155,7 +155,7 @@ class Conversation(RuleBasedStateMachine):
                 assert answer.kind is Kind.RESPONSE or answer.code not in FATAL_CODES
 
     @invariant()
-    def nothing_is_forgotten(self) -> None:
+    def no_answer_is_lost(self) -> None:
         server = self.pair.server
         assert ORDER.index(server.state) >= ORDER.index(self.state)
         self.state = server.state
@@ -168,7 +168,7 @@ class Conversation(RuleBasedStateMachine):
         assert server.next_deadline() <= self.pair.clock.now() + 60
 
     def teardown(self) -> None:
-        """Let all handlers return: then nothing may be owed."""
+        """Return all handlers: nothing may be owed then."""
         for request in list(self.known):
             self.pair.respond(request)
         self.held.clear()
@@ -184,11 +184,11 @@ TestConversation.settings = settings(
 )
 
 
-# --- however the bytes are cut --------------------------------------------------------------------------
+# --- splits of the bytes --------------------------------------------------------------------------
 
 
 def conversation(steps: list[tuple[str, int]], pair: ConnectionPair) -> bytes:
-    """Frames of all sorts, the bad ones among them."""
+    """Generate frames of all kinds, invalid ones included."""
     frames: list[bytes] = []
     for what, stream in steps:
         match what:
@@ -226,8 +226,8 @@ STEPS = st.lists(
 )
 
 
-def said(pieces: list[bytes]) -> tuple[list[str], bytes, State, int]:
-    """What a server makes of these pieces: its events, its bytes, its state, what is left in its buffer."""
+def output_of(pieces: list[bytes]) -> tuple[list[str], bytes, State, int]:
+    """Return the events, output, state and buffered bytes of a server fed with these pieces."""
     pair = new_pair()
     pair.login()
     pair.answers()
@@ -254,42 +254,40 @@ def scripted(steps: list[tuple[str, int]]) -> bytes:
 
 @settings(max_examples=40, deadline=None)
 @given(STEPS, st.data())
-def test_however_a_conversation_is_cut_the_server_says_the_same(
-    steps: list[tuple[str, int]], data: st.DataObject
-) -> None:
+def test_server_output_is_the_same_for_every_split(steps: list[tuple[str, int]], data: st.DataObject) -> None:
     stream = scripted(steps)
     cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12))
     edges = [0, *sorted(cuts), len(stream)]
     pieces = [stream[start:end] for start, end in itertools.pairwise(edges)]
-    assert said(pieces) == said([stream])
+    assert output_of(pieces) == output_of([stream])
 
 
-def test_in_two_pieces_and_byte_by_byte_it_says_the_same() -> None:
+def test_server_output_is_the_same_in_two_pieces_and_byte_by_byte() -> None:
     stream = scripted([("hold", 1), ("echo", 2), ("cancel", 1), ("stale", 3), ("bad body", 4), ("ping", 1)])
-    whole = said([stream])
+    whole = output_of([stream])
     assert len(whole[0]) == 3
-    assert said([stream[at : at + 1] for at in range(len(stream))]) == whole
+    assert output_of([stream[at : at + 1] for at in range(len(stream))]) == whole
     for at in range(0, len(stream), 3):
-        assert said([stream[:at], stream[at:]]) == whole
+        assert output_of([stream[:at], stream[at:]]) == whole
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=5))
-def test_any_bytes_are_frames_or_the_end(pieces: list[bytes]) -> None:
-    events, _, state, left = said(pieces)
+def test_any_bytes_give_frames_or_the_end(pieces: list[bytes]) -> None:
+    events, _, state, left = output_of(pieces)
     assert state is State.CLOSED or left < 1_000
     assert len(events) <= 1
 
 
 @settings(max_examples=60, deadline=None)
 @given(STEPS.filter(bool), st.data())
-def test_any_damage_to_a_conversation_is_answered_and_never_raised(
+def test_damaged_conversation_is_answered_and_never_raises(
     steps: list[tuple[str, int]], data: st.DataObject
 ) -> None:
     stream = bytearray(scripted(steps))
     for _ in range(data.draw(st.integers(1, 4))):
         stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
-    events, sent, state, _ = said([bytes(stream)])
+    events, sent, state, _ = output_of([bytes(stream)])
     if state is State.CLOSED:
         assert events[-1].startswith("ConnectionEnded")
         assert sent
@@ -297,7 +295,7 @@ def test_any_damage_to_a_conversation_is_answered_and_never_raised(
 
 @settings(max_examples=30, deadline=None)
 @given(st.binary(max_size=200))
-def test_any_body_is_a_request_or_refused_on_its_stream(body: bytes) -> None:
+def test_any_body_is_a_request_or_an_error_on_its_stream(body: bytes) -> None:
     pair = new_pair()
     pair.login()
     events = pair.send(pair.frame(REQUEST, 1, body))

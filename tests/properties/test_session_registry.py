@@ -1,4 +1,4 @@
-"""The registry against a model of dicts and lists: the same answers to any sequence of calls."""
+"""Test the registry against a model of dicts and lists for any sequence of calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.sessions.helpers import WALL, Desk
+from tests.sessions.helpers import WALL, RegistryHarness
 from zcproto.errors import CallError, Code
 from zcproto.sessions import OpenedSession, Session
 
@@ -21,7 +21,7 @@ CLIENTS = (("zc/1", "192.0.2.1"), ("zc/2", "192.0.2.1"), ("zc/1", "192.0.2.2"))
 
 @dataclass
 class Kept:
-    """A session, live or lapsed."""
+    """A live or lapsed session in the model."""
 
     id: str
     user: str
@@ -39,7 +39,7 @@ class Kept:
 
 @dataclass
 class Dead:
-    """A token, and a family of refresh tokens, that are no more."""
+    """A tombstone in the model: a token and a family of refresh tokens."""
 
     token: bytes
     family: list[bytes]
@@ -55,12 +55,12 @@ def outcome(call: Callable[[], OpenedSession]) -> OpenedSession | CallError:
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """Calls on both, the clock going any way."""
+    """Call both with a clock that moves in any direction."""
 
     @initialize(evict=st.booleans(), refresh=st.booleans(), idle=st.booleans())
     def begin(self, evict: bool, refresh: bool, idle: bool) -> None:
         self.evict, self.refresh_on, self.idle = evict, refresh, IDLE if idle else None
-        self.desk = Desk(
+        self.harness = RegistryHarness(
             lifetime_ms=LIFETIME,
             idle_timeout_ms=self.idle,
             per_user=PER_USER,
@@ -75,7 +75,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.kept: list[Kept] = []
         self.dead: list[Dead] = []
         self.forgotten: list[bytes] = []
-        self.told: list[tuple[str, Code]] = []
+        self.endings: list[tuple[str, Code]] = []
         self.seen_wall = 0
         self.remembered: list[tuple[bytes, Session, int]] = []
         self.counts = dict.fromkeys(
@@ -84,7 +84,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     # The model
 
-    def bury(self, dead: Dead) -> None:
+    def add_tombstone(self, dead: Dead) -> None:
         self.dead.append(dead)
         if len(self.dead) > DEAD_LIMIT:
             self.forget(self.dead[0])
@@ -95,17 +95,17 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def end(self, session: Kept, code: Code) -> None:
         if session.live:
-            self.told.append((session.id, code))
+            self.endings.append((session.id, code))
         self.kept.remove(session)
         family = [*session.spent, *([session.refresh] if session.refresh else [])]
-        self.bury(Dead(session.token, family, code, self.seen_wall))
+        self.add_tombstone(Dead(session.token, family, code, self.seen_wall))
 
-    def settle(self, session: Kept) -> bool:
-        """As the time asks for; whether the session is still kept."""
+    def expire_if_due(self, session: Kept) -> bool:
+        """Expire the session if it is due. Return True if it is still kept."""
         wall = self.wall
         idle = self.idle is not None and wall >= session.last_used_at + self.idle
         if session.live and (wall >= session.expires_at or idle):
-            self.told.append((session.id, Code.TOKEN_EXPIRED))
+            self.endings.append((session.id, Code.TOKEN_EXPIRED))
             self.counts["expired"] += 1
             session.live = False
         if not session.live and wall >= (session.refresh_expires_at or 0):
@@ -119,14 +119,14 @@ class RegistryMachine(RuleBasedStateMachine):
     # Calls
 
     @rule(step=st.sampled_from([0, 1, 49, 50, 299, 300, 500, 1000, 2500, -1, -300, -5000]))
-    def turn_the_clock(self, step: int) -> None:
+    def move_clock(self, step: int) -> None:
         self.wall += step
 
     @rule(user=st.sampled_from(USERS), client=st.sampled_from(CLIENTS))
     def open(self, user: str, client: tuple[str, str]) -> None:
         self.seen_wall = self.wall
         mine = [each for each in self.kept if each.user == user]
-        mine = [each for each in mine if self.settle(each)]
+        mine = [each for each in mine if self.expire_if_due(each)]
         refused = False
         if len(mine) >= PER_USER:
             lapsed = [each for each in mine if not each.live]
@@ -137,7 +137,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 self.end(mine[0], Code.SESSION_REPLACED)
             else:
                 refused = True
-        opened = outcome(lambda: self.desk.open(user, self.wall, client=client[0], address=client[1]))
+        opened = outcome(lambda: self.harness.open(user, self.wall, client=client[0], address=client[1]))
         if isinstance(opened, CallError):
             assert refused
             assert (opened.code, opened.details) == (Code.RESOURCE_EXHAUSTED, {"limit": PER_USER})
@@ -163,7 +163,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.note(opened)
 
     def note(self, opened: OpenedSession) -> None:
-        self.remembered.append((opened.token, opened.session, self.desk.registry.generation))
+        self.remembered.append((opened.token, opened.session, self.harness.registry.generation))
 
     @rule(data=st.data())
     def check(self, data: st.DataObject) -> None:
@@ -174,7 +174,7 @@ class RegistryMachine(RuleBasedStateMachine):
         for session in self.kept:
             if session.token == token:
                 was_live = session.live
-                if self.settle(session) and session.live:
+                if self.expire_if_due(session) and session.live:
                     session.last_used_at = max(session.last_used_at, self.wall)
                     expected = session
                 else:
@@ -185,11 +185,11 @@ class RegistryMachine(RuleBasedStateMachine):
             for dead in self.dead:
                 if dead.token == token:
                     expected = self.dead_code(dead)
-        result = self.desk.registry.check(token, self.wall)
+        result = self.harness.registry.check(token, self.wall)
         if isinstance(expected, Kept):
             assert isinstance(result, Session)
             self.compare(result, expected)
-            self.remembered.append((token, result, self.desk.registry.generation))
+            self.remembered.append((token, result, self.harness.registry.generation))
         else:
             assert result is expected
             self.counts["checks_refused"] += 1
@@ -216,7 +216,7 @@ class RegistryMachine(RuleBasedStateMachine):
             for dead in self.dead:
                 if token in dead.family:
                     expected = self.dead_code(dead)
-        elif not self.settle(session):
+        elif not self.expire_if_due(session):
             expected = Code.TOKEN_EXPIRED
         elif token != session.refresh:
             grace = session.grace
@@ -227,7 +227,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 self.counts["revoked"] += 1
                 self.end(session, Code.TOKEN_REVOKED)
                 expected = Code.TOKEN_REVOKED
-        opened = outcome(lambda: self.desk.refresh(token, self.wall, client=client[0], address=client[1]))
+        opened = outcome(lambda: self.harness.refresh(token, self.wall, client=client[0], address=client[1]))
         if isinstance(opened, CallError):
             assert opened.code is expected
             return
@@ -240,14 +240,14 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         assert opened.refresh_token is not None
         assert session.refresh_expires_at is not None
-        self.bury(Dead(session.token, [], Code.TOKEN_REVOKED, self.wall))
+        self.add_tombstone(Dead(session.token, [], Code.TOKEN_REVOKED, self.wall))
         session.spent.append(token)
         session.grace = (token, self.wall + GRACE, opened.token, opened.refresh_token)
         session.token, session.refresh, session.live = opened.token, opened.refresh_token, True
         session.client, session.last_used_at = client, self.wall
         session.expires_at = min(self.wall + LIFETIME, session.refresh_expires_at)
         self.counts["refreshed"] += 1
-        # Pairs whose time is over are given up now, so a clock that goes back does not bring them back.
+        # Expired pairs are dropped now, so a clock that goes back does not revive them.
         self.expire_grace()
         self.note(opened)
 
@@ -264,7 +264,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if allowed:
             self.counts["revoked"] += 1
             self.end(session, Code.TOKEN_REVOKED)
-        assert self.desk.registry.revoke(session.id, user=user, reason="test") == allowed
+        assert self.harness.registry.revoke(session.id, user=user, reason="test") == allowed
 
     @rule(user=st.sampled_from(USERS))
     def revoke_user(self, user: str) -> None:
@@ -272,16 +272,16 @@ class RegistryMachine(RuleBasedStateMachine):
         for session in mine:
             self.counts["revoked"] += 1
             self.end(session, Code.TOKEN_REVOKED)
-        assert self.desk.registry.revoke_user(user, "test") == len(mine)
+        assert self.harness.registry.revoke_user(user, "test") == len(mine)
 
     @rule(user=st.sampled_from(USERS))
     def list(self, user: str) -> None:
         self.seen_wall = self.wall
         mine = [each for each in self.kept if each.user == user]
-        mine = [each for each in mine if self.settle(each)]
+        mine = [each for each in mine if self.expire_if_due(each)]
         listed = [
             (i.id, i.user, i.created_at, i.last_used_at, i.expires_at, (i.client, i.address), i.live)
-            for i in self.desk.registry.list(user, self.wall)
+            for i in self.harness.registry.list(user, self.wall)
         ]
         assert listed == [
             (s.id, s.user, s.created_at, s.last_used_at, s.expires_at, s.client, s.live) for s in mine
@@ -295,17 +295,17 @@ class RegistryMachine(RuleBasedStateMachine):
             self.forget(self.dead[0])
         before = self.counts["expired"]
         for session in sorted(self.kept, key=self.slot_of):
-            self.settle(session)
-        assert self.desk.registry.clean(self.wall, 10**6) == self.counts["expired"] - before
+            self.expire_if_due(session)
+        assert self.harness.registry.clean(self.wall, 10**6) == self.counts["expired"] - before
 
     def slot_of(self, session: Kept) -> int:
-        return self.desk.registry._find(session.id)
+        return self.harness.registry._find(session.id)
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def counts_agree(self) -> None:
-        registry = self.desk.registry
+        registry = self.harness.registry
         live = sum(each.live for each in self.kept)
         assert (len(registry), registry.kept, registry.lapsed) == (
             live,
@@ -319,7 +319,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def strings_agree(self) -> None:
-        assert self.desk.strings == (
+        assert self.harness.strings == (
             len({each.user for each in self.kept}),
             len({each.client[0] for each in self.kept}),
             len({each.client[1] for each in self.kept}),
@@ -331,12 +331,12 @@ class RegistryMachine(RuleBasedStateMachine):
             assert sum(each.user == user for each in self.kept) <= PER_USER
 
     @invariant()
-    def the_same_ends_were_told(self) -> None:
-        assert sorted((each[0], each[1]) for each in self.desk.ended) == sorted(self.told)
+    def observed_endings_match(self) -> None:
+        assert sorted((each[0], each[1]) for each in self.harness.ended) == sorted(self.endings)
 
     @invariant()
-    def a_session_remembered_by_the_rules_is_good(self) -> None:
-        generation = self.desk.registry.generation
+    def cached_session_is_valid(self) -> None:
+        generation = self.harness.registry.generation
         self.remembered = [each for each in self.remembered if each[2] == generation][-10:]
         live = {each.token: each for each in self.kept if each.live}
         for token, session, _ in self.remembered:

@@ -1,4 +1,4 @@
-"""The tables of sessions against dicts and sets, and the text of tokens."""
+"""Test the tables of sessions against dicts and sets, and token texts for any input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zcproto.sessions.token import id_from_text, id_text
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=200))
-def test_an_index_is_a_dict(steps: list[tuple[bool, int]]) -> None:
+def test_index_behaves_like_dict(steps: list[tuple[bool, int]]) -> None:
     slab, index = digests()
     model: dict[int, int] = {}
     for enter, number in steps:
@@ -34,7 +34,7 @@ def test_an_index_is_a_dict(steps: list[tuple[bool, int]]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_an_index_is_a_dict_while_it_grows_and_shrinks(seed: int) -> None:
+def test_index_behaves_like_dict_while_growing_and_shrinking(seed: int) -> None:
     chance = random.Random(seed)
     slab, index = digests()
     model: dict[int, int] = {}
@@ -55,7 +55,7 @@ def test_an_index_is_a_dict_while_it_grows_and_shrinks(seed: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.text(max_size=30))))
-def test_a_string_table_counts_like_a_dict(steps: list[tuple[bool, str]]) -> None:
+def test_string_table_behaves_like_counter(steps: list[tuple[bool, str]]) -> None:
     table = StringTable(CHUNK, 23)
     uses: dict[str, int] = {}
     for take, text in steps:
@@ -71,7 +71,7 @@ def test_a_string_table_counts_like_a_dict(steps: list[tuple[bool, str]]) -> Non
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_no_slot_of_a_slab_is_ever_given_twice(seed: int) -> None:
+def test_slab_never_allocates_a_slot_twice(seed: int) -> None:
     chance = random.Random(seed)
     slab = Slab(16 * CHUNK, 16, link=4)
     used: set[int] = set()
@@ -90,12 +90,12 @@ def test_no_slot_of_a_slab_is_ever_given_twice(seed: int) -> None:
 
 
 @given(st.binary(min_size=TOKEN_SIZE, max_size=TOKEN_SIZE))
-def test_every_token_survives_its_text(token: bytes) -> None:
+def test_any_token_round_trips_as_text(token: bytes) -> None:
     assert token_from_text(token_text(token)) == token
 
 
 @given(st.text(max_size=60))
-def test_any_text_gives_none_or_the_token_that_is_written_so(text: str) -> None:
+def test_any_text_gives_none_or_its_canonical_token(text: str) -> None:
     token = token_from_text(text)
     assert token is None or token_text(token) == text
     session_id = id_from_text(text)

@@ -1,7 +1,7 @@
-"""What holds for any bytes and any values.
+"""Test properties of frames and messages for any bytes and values.
 
-Any bytes are frames, the beginning of one, or a ProtocolError; any body is a message or a MessageError;
-what is written is read back; and how bytes are cut makes no difference.
+Any bytes give frames, the prefix of one, or a ProtocolError; any body gives a message or a MessageError; encoding
+round-trips; and the split of the bytes makes no difference.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def good_frames(draw: st.DrawFn, receiver: Side) -> bytes:
 
 @st.composite
 def streams_of_bytes(draw: st.DrawFn, receiver: Side) -> bytes:
-    """Good frames, often with a byte changed, a piece cut out, or noise between them."""
+    """Generate valid frames, often with a changed byte, a removed piece, or noise between them."""
     data = bytearray(b"".join(draw(st.lists(good_frames(receiver), max_size=4))))
     match draw(st.sampled_from(["as it is", "byte", "cut", "noise"])):
         case "byte" if data:
@@ -65,7 +65,7 @@ def streams_of_bytes(draw: st.DrawFn, receiver: Side) -> bytes:
 
 
 def decode(receiver: Side, pieces: list[bytes]) -> tuple[list[RawFrame], Code | int]:
-    """The frames, and then the code of the fault or the number of bytes left over."""
+    """Return the frames, then the code of the error or the number of bytes left over."""
     decoder = FrameDecoder(receiver, LIMIT)
     frames: list[RawFrame] = []
     try:
@@ -80,7 +80,7 @@ def decode(receiver: Side, pieces: list[bytes]) -> tuple[list[RawFrame], Code | 
 
 @quick
 @given(st.data(), sides)
-def test_any_bytes_are_frames_a_beginning_or_a_protocol_error(data: st.DataObject, receiver: Side) -> None:
+def test_any_bytes_give_frames_a_prefix_or_protocol_error(data: st.DataObject, receiver: Side) -> None:
     stream = data.draw(st.one_of(streams_of_bytes(receiver), st.binary(max_size=300)))
     frames, rest = decode(receiver, [stream])
     taken = sum(4 + frame[0] for frame in frames)
@@ -96,7 +96,7 @@ def test_any_bytes_are_frames_a_beginning_or_a_protocol_error(data: st.DataObjec
 
 @quick
 @given(st.data(), sides)
-def test_any_cuts_give_the_same_frames_and_the_same_end(data: st.DataObject, receiver: Side) -> None:
+def test_any_split_gives_same_frames(data: st.DataObject, receiver: Side) -> None:
     stream = data.draw(streams_of_bytes(receiver))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     pieces = [stream[start:end] for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
@@ -105,7 +105,7 @@ def test_any_cuts_give_the_same_frames_and_the_same_end(data: st.DataObject, rec
 
 @quick
 @given(st.data(), sides)
-def test_a_frame_written_is_the_frame_read(data: st.DataObject, receiver: Side) -> None:
+def test_any_frame_round_trips(data: st.DataObject, receiver: Side) -> None:
     written = data.draw(st.lists(good_frames(receiver), min_size=1, max_size=5))
     frames, rest = decode(receiver, [b"".join(written)])
     assert rest == 0
@@ -125,7 +125,7 @@ params = st.dictionaries(texts, values, max_size=4)
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal in value and type, with -0.0 told from 0.0."""
+    """Compare value and type, distinguishing -0.0 from 0.0."""
     if type(one) is not type(other):
         return False
     match one:
@@ -146,7 +146,7 @@ def depth_of(value: Any) -> int:
 
 @quick
 @given(values, st.integers(0, 8))
-def test_a_value_written_is_the_value_read_or_too_deep(value: Any, limit: int) -> None:
+def test_any_value_round_trips_or_is_too_deep(value: Any, limit: int) -> None:
     body = encode_body(value)
     assert same(decode_body(body), value)
     try:
@@ -158,7 +158,7 @@ def test_a_value_written_is_the_value_read_or_too_deep(value: Any, limit: int) -
 
 @quick
 @given(st.binary(max_size=600), params, st.text("abc.", min_size=1, max_size=10))
-def test_a_request_written_is_the_request_read(filler: bytes, arguments: dict[str, Any], method: str) -> None:
+def test_any_request_round_trips(filler: bytes, arguments: dict[str, Any], method: str) -> None:
     arguments["filler"] = filler
     read_method, read_params, _ = decode_request(encode_request(method, arguments))
     assert read_method == method
@@ -167,7 +167,7 @@ def test_a_request_written_is_the_request_read(filler: bytes, arguments: dict[st
 
 @quick
 @given(st.integers(-(2**31), 2**31), texts, params)
-def test_an_error_written_is_the_error_read(code: int, text: str, details: dict[str, Any]) -> None:
+def test_any_error_round_trips(code: int, text: str, details: dict[str, Any]) -> None:
     error = decode_error(encode_error(code, text, details))
     assert (error.code, error.message) == (code, text)
     assert same(error.details, details)
@@ -175,7 +175,7 @@ def test_an_error_written_is_the_error_read(code: int, text: str, details: dict[
 
 @st.composite
 def bodies(draw: st.DrawFn) -> bytes:
-    """Messages, often with a byte changed or cut, behind much or little; or noise."""
+    """Generate messages, often with a changed or removed byte, after padding of any size; or noise."""
     if draw(st.booleans()):
         return draw(st.binary(max_size=60))
     filler = b"x" * draw(st.sampled_from([0, 1000]))
@@ -190,7 +190,7 @@ def bodies(draw: st.DrawFn) -> bytes:
 
 @settings(quick, max_examples=100)
 @given(bodies(), st.integers(1, 40))
-def test_any_body_is_a_message_or_a_message_error(body: bytes, max_depth: int) -> None:
+def test_any_body_gives_message_or_message_error(body: bytes, max_depth: int) -> None:
     for decoder in (decode_body, decode_request, decode_error, decode_event, decode_map):
         with contextlib.suppress(MessageError):  # any other exception is a bug
             decoder(body, max_depth)
@@ -198,7 +198,7 @@ def test_any_body_is_a_message_or_a_message_error(body: bytes, max_depth: int) -
 
 @settings(quick, max_examples=100)
 @given(bodies())
-def test_a_body_that_is_read_is_written_to_the_same_value(body: bytes) -> None:
+def test_decoded_body_encodes_to_same_value(body: bytes) -> None:
     try:
         value = decode_body(body)
     except MessageError:

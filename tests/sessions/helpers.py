@@ -1,4 +1,4 @@
-"""Registries with a clock turned by hand and random bytes that repeat from run to run."""
+"""Build registries with a manual clock and deterministic random bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DAY = 24 * HOUR
 
 
 class CountedEntropy:
-    """Bytes that differ at each call, and look random."""
+    """Deterministic random bytes that differ at each call."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -30,8 +30,8 @@ class CountedEntropy:
         return sha256(self.calls.to_bytes(8, "big")).digest()[:size]
 
 
-class Desk:
-    """A registry, its observations, and short ways to use it."""
+class RegistryHarness:
+    """A registry with its observed endings and shortcuts to use it."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = SessionSettings(**settings)
@@ -68,13 +68,13 @@ class Desk:
         return self.registry.refresh(token, client=client, address=address, wall=wall)
 
     def good(self, token: bytes, wall: int = WALL) -> Session:
-        """The session of a token that must be good."""
+        """Return the session of a token that must be valid."""
         session = self.registry.check(token, wall)
         assert isinstance(session, Session), session
         return session
 
     def code(self, token: bytes, wall: int = WALL) -> Code:
-        """The code of a token that must be refused."""
+        """Return the code of a token that must be refused."""
         code = self.registry.check(token, wall)
         assert isinstance(code, Code), code
         return code
@@ -88,7 +88,7 @@ class Desk:
 
     @property
     def strings(self) -> tuple[int, int, int]:
-        """Users, clients and addresses kept."""
+        """Return the number of interned users, clients and addresses."""
         table = self.registry._table
         return len(table.users), len(table.clients), len(table.addresses)
 

@@ -1,4 +1,4 @@
-"""Sessions bound to an address or a client: refused elsewhere like an unknown token, and alive all the same."""
+"""Test binding of sessions to users, networks and clients: refusals look like an unknown token and end nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from zcproto.wire.frame import NO_TOKEN, Kind
         ("a socket", "another", 24, False),
     ],
 )
-def test_which_addresses_are_in_one_network(one: str, other: str, bits: int | None, same: bool) -> None:
+def test_network_groups_addresses(one: str, other: str, bits: int | None, same: bool) -> None:
     assert (network(one, bits) == network(other, bits)) == same
     binding = Binding("exact" if bits is None else str(bits))
     assert binding.asks
@@ -50,7 +50,7 @@ def test_which_addresses_are_in_one_network(one: str, other: str, bits: int | No
     assert binding.refused_addresses == (0 if same else 2)
 
 
-def test_nothing_is_bound_by_default() -> None:
+def test_binding_is_off_by_default() -> None:
     binding = Binding()
     assert not binding.asks
     assert binding.admits("ada", "192.0.2.7", "2001:db8::1")
@@ -65,7 +65,7 @@ def record() -> SessionRecord:
     )  # fmt: skip
 
 
-def test_a_refresh_is_held_to_what_is_configured() -> None:
+def test_refresh_is_checked_against_configured_binding() -> None:
     by_client, by_address = Binding(client=True), Binding("24")
     by_client.check_refresh(record(), "test/1", "2001:db8::1")
     by_address.check_refresh(record(), "other/1", "192.0.2.8")
@@ -77,7 +77,7 @@ def test_a_refresh_is_held_to_what_is_configured() -> None:
     assert (by_address.refused_clients, by_address.refused_addresses) == (0, 1)
 
 
-def test_a_user_who_is_none_any_more_is_refused_everywhere() -> None:
+def test_removed_user_is_refused() -> None:
     binding = Binding()
     binding.is_user = {"bob"}.__contains__
     assert binding.asks
@@ -88,7 +88,7 @@ def test_a_user_who_is_none_any_more_is_refused_everywhere() -> None:
     assert (binding.refused_users, binding.refused_addresses) == (2, 0)
 
 
-def test_a_refresh_token_that_is_not_known_is_left_to_who_knows() -> None:
+def test_unknown_refresh_token_is_not_checked() -> None:
     Binding("exact", client=True).check_refresh(None, "any", "192.0.2.7")
 
 
@@ -124,9 +124,7 @@ def code(peer: Peer, stream: int) -> int:
     return answer.error.code if answer.kind is Kind.ERROR else 0
 
 
-def test_a_token_is_refused_from_another_network_and_good_in_its_own(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_is_refused_from_another_network(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     token = open_at(harness, "192.0.2.7")
     thief = peer_at(harness, "198.51.100.1", monkeypatch, token)
     owner = peer_at(harness, "192.0.2.8", monkeypatch, token)
@@ -137,7 +135,7 @@ def test_a_token_is_refused_from_another_network_and_good_in_its_own(
     assert list(thief.protocol._connection.session_ids) == []  # type: ignore[union-attr]
 
 
-def test_a_connection_is_asked_once_for_each_session(
+def test_binding_is_checked_once_per_connection_and_session(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -150,7 +148,7 @@ def test_a_connection_is_asked_once_for_each_session(
     assert asked == ["192.0.2.8"]
 
 
-def test_a_refused_token_does_not_hold_a_connection_open(
+def test_refused_token_does_not_keep_connection_open(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peer = peer_at(harness, "198.51.100.1", monkeypatch, open_at(harness, "192.0.2.7"))
@@ -159,7 +157,7 @@ def test_a_refused_token_does_not_hold_a_connection_open(
     assert peer.transport.closed
 
 
-def test_a_session_that_ends_while_it_is_asked_for_is_not_admitted(
+def test_session_ended_during_lookup_is_not_admitted(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = open_at(harness, "192.0.2.7")
@@ -171,9 +169,7 @@ def test_a_session_that_ends_while_it_is_asked_for_is_not_admitted(
     assert not peer.protocol._admits(session)
 
 
-def test_connections_do_not_ask_where_nothing_is_bound(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_binding_is_not_checked_when_off(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     harness.serving.binding = Binding()
     peer = peer_at(harness, "198.51.100.1", monkeypatch, open_at(harness, "192.0.2.7"))
     assert code(peer, 1) == 0
@@ -201,7 +197,7 @@ def client_of(server: ServerThread, host: str) -> Client:
     return Client(port, server.home / "certs" / "ca.crt", host=host)
 
 
-def test_the_answer_from_another_address_is_that_of_an_unknown_token(both: ServerThread) -> None:
+def test_token_from_another_address_looks_unknown(both: ServerThread) -> None:
     with client_of(both, "127.0.0.1") as owner, client_of(both, "::1") as thief:
         owner.open_session("ada")
         thief.token = owner.token
@@ -213,7 +209,7 @@ def test_the_answer_from_another_address_is_that_of_an_unknown_token(both: Serve
 
 
 @pytest.mark.parametrize("what", ["address", "client"])
-def test_a_refresh_from_elsewhere_is_refused_and_the_owner_goes_on(both: ServerThread, what: str) -> None:
+def test_refresh_from_another_address_is_refused_and_session_stays(both: ServerThread, what: str) -> None:
     with client_of(both, "127.0.0.1") as owner, client_of(both, "::1") as elsewhere:
         owner.open_session("ada")
         token = owner.opened["refresh_token"]

@@ -1,10 +1,10 @@
-"""Sessions that are bound to a key: what they are bound to, when they count as used, and how a key ends them."""
+"""Test sessions bound to a key: their key, when they count as used, and revocation by key."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, Desk
+from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, RegistryHarness
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession
 
@@ -12,85 +12,85 @@ LAPTOP, PHONE = "device:laptop", "device:" + "é" * 100
 CERTIFICATE = "tls:" + "0f" * 32
 
 
-def bound(desk: Desk, key: str, user: str = "alice") -> OpenedSession:
-    return desk.registry.open(user, operator=False, client="zc/1", address="192.0.2.1", wall=WALL, key=key)
+def bound(harness: RegistryHarness, key: str, user: str = "alice") -> OpenedSession:
+    return harness.registry.open(user, operator=False, client="zc/1", address="192.0.2.1", wall=WALL, key=key)
 
 
 @pytest.mark.parametrize("key", [LAPTOP, PHONE, CERTIFICATE])
-def test_the_key_is_that_of_the_opening_also_after_a_refresh(key: str) -> None:
-    desk = Desk()
-    opened = bound(desk, key)
+def test_key_stays_the_same_after_refresh(key: str) -> None:
+    harness = RegistryHarness()
+    opened = bound(harness, key)
     assert opened.session.bound
-    assert desk.registry.key_of(opened.session) == key
-    assert desk.registry.info(opened.session.id, WALL).bound
+    assert harness.registry.key_of(opened.session) == key
+    assert harness.registry.info(opened.session.id, WALL).bound
     assert opened.refresh_token is not None
-    refreshed = desk.registry.refresh(opened.refresh_token, client="", address="", wall=WALL)
+    refreshed = harness.registry.refresh(opened.refresh_token, client="", address="", wall=WALL)
     assert refreshed.session.bound
-    assert desk.registry.key_of(refreshed.session) == key
+    assert harness.registry.key_of(refreshed.session) == key
 
 
-def test_what_is_not_bound_or_has_ended_has_no_key() -> None:
-    desk = Desk()
-    free, ended = desk.open(), bound(desk, LAPTOP)
-    assert desk.registry.key_of(free.session) == ""
-    desk.registry.close(ended.session)
-    assert desk.registry.key_of(ended.session) == ""
-    other = Desk().open("bob")
-    assert Desk().registry.key_of(other.session) == ""
+def test_unbound_or_ended_session_has_no_key() -> None:
+    harness = RegistryHarness()
+    free, ended = harness.open(), bound(harness, LAPTOP)
+    assert harness.registry.key_of(free.session) == ""
+    harness.registry.close(ended.session)
+    assert harness.registry.key_of(ended.session) == ""
+    other = RegistryHarness().open("bob")
+    assert RegistryHarness().registry.key_of(other.session) == ""
 
 
-def test_a_check_alone_does_not_keep_a_bound_session_alive() -> None:
-    desk = Desk()
-    opened = bound(desk, LAPTOP)
+def test_check_alone_does_not_count_as_use_of_bound_session() -> None:
+    harness = RegistryHarness()
+    opened = bound(harness, LAPTOP)
     for minute in range(0, 60, 10):
-        session = desk.good(opened.token, WALL + minute * MINUTE)
+        session = harness.good(opened.token, WALL + minute * MINUTE)
         assert session.valid_until == WALL + HOUR
-    assert desk.code(opened.token, WALL + HOUR) is Code.TOKEN_EXPIRED
+    assert harness.code(opened.token, WALL + HOUR) is Code.TOKEN_EXPIRED
 
 
-def test_a_bound_session_counts_as_used_where_its_key_is_proved() -> None:
-    desk = Desk()
-    opened = bound(desk, LAPTOP)
+def test_use_counts_after_key_is_proved() -> None:
+    harness = RegistryHarness()
+    opened = bound(harness, LAPTOP)
     for minute in (30, 60, 90):
-        session = desk.good(opened.token, WALL + minute * MINUTE)
-        desk.registry.use(session, WALL + minute * MINUTE)
+        session = harness.good(opened.token, WALL + minute * MINUTE)
+        harness.registry.use(session, WALL + minute * MINUTE)
         assert session.valid_until == WALL + minute * MINUTE + HOUR
-    assert desk.registry.info(opened.session.id, WALL + 90 * MINUTE).last_used_at == WALL + 90 * MINUTE
-    desk.registry.use(session, WALL)  # a clock that goes back
+    assert harness.registry.info(opened.session.id, WALL + 90 * MINUTE).last_used_at == WALL + 90 * MINUTE
+    harness.registry.use(session, WALL)  # the clock goes back
     assert session.valid_until == WALL + 150 * MINUTE
 
 
-def test_use_does_not_go_beyond_the_absolute_limit() -> None:
-    desk = Desk(idle_timeout_ms=None)
-    opened = bound(desk, LAPTOP)
-    session = desk.good(opened.token, WALL + DAY - 1)
-    desk.registry.use(session, WALL + DAY - 1)
+def test_use_does_not_extend_absolute_expiry() -> None:
+    harness = RegistryHarness(idle_timeout_ms=None)
+    opened = bound(harness, LAPTOP)
+    session = harness.good(opened.token, WALL + DAY - 1)
+    harness.registry.use(session, WALL + DAY - 1)
     assert session.valid_until == WALL + DAY
 
 
-def test_a_key_ends_its_users_sessions_and_no_others() -> None:
-    desk = Desk()
-    gone = [bound(desk, LAPTOP), bound(desk, LAPTOP)]
-    stay = [bound(desk, PHONE), desk.open(), bound(desk, LAPTOP, "bob")]
-    assert desk.registry.revoke_key("alice", LAPTOP, "removed") == 2
-    assert desk.ended == [(each.session.id, Code.TOKEN_REVOKED, "removed") for each in gone]
-    assert [desk.code(each.token) for each in gone] == [Code.TOKEN_REVOKED] * 2
+def test_revoke_key_ends_only_sessions_with_that_key() -> None:
+    harness = RegistryHarness()
+    gone = [bound(harness, LAPTOP), bound(harness, LAPTOP)]
+    stay = [bound(harness, PHONE), harness.open(), bound(harness, LAPTOP, "bob")]
+    assert harness.registry.revoke_key("alice", LAPTOP, "removed") == 2
+    assert harness.ended == [(each.session.id, Code.TOKEN_REVOKED, "removed") for each in gone]
+    assert [harness.code(each.token) for each in gone] == [Code.TOKEN_REVOKED] * 2
     for each in stay:
-        desk.good(each.token)
-    assert desk.registry.revoke_key("alice", LAPTOP, "removed") == 0
+        harness.good(each.token)
+    assert harness.registry.revoke_key("alice", LAPTOP, "removed") == 0
 
 
-def test_a_key_that_nobody_has_ends_nothing() -> None:
-    desk = Desk()
-    desk.open()
-    assert desk.registry.revoke_key("alice", LAPTOP, "removed") == 0
-    assert desk.registry.revoke_key("nobody", LAPTOP, "removed") == 0
-    assert len(desk.registry) == 1
+def test_revoke_unknown_key_ends_nothing() -> None:
+    harness = RegistryHarness()
+    harness.open()
+    assert harness.registry.revoke_key("alice", LAPTOP, "removed") == 0
+    assert harness.registry.revoke_key("mallory", LAPTOP, "removed") == 0
+    assert len(harness.registry) == 1
 
 
-def test_a_lapsed_session_of_a_key_ends_too() -> None:
-    desk = Desk()
-    opened = bound(desk, LAPTOP)
-    assert desk.code(opened.token, WALL + HOUR) is Code.TOKEN_EXPIRED
-    assert desk.registry.revoke_key("alice", LAPTOP, "removed") == 1
-    assert desk.registry.kept == 0
+def test_revoke_key_ends_lapsed_session() -> None:
+    harness = RegistryHarness()
+    opened = bound(harness, LAPTOP)
+    assert harness.code(opened.token, WALL + HOUR) is Code.TOKEN_EXPIRED
+    assert harness.registry.revoke_key("alice", LAPTOP, "removed") == 1
+    assert harness.registry.kept == 0

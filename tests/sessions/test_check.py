@@ -1,4 +1,4 @@
-"""What a check answers, and when a token stops being good."""
+"""Test the check of a token: results, expiry and tombstones."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 
 import pytest
 
-from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, Desk
+from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, RegistryHarness
 from zcproto.errors import Code
 from zcproto.sessions import Session
 
 NONE = bytes(32)
 
 
-def test_a_good_token_gives_its_session() -> None:
-    desk = Desk()
-    opened = desk.open("alice", operator=True)
-    session = desk.good(opened.token, WALL + 5)
+def test_valid_token_gives_its_session() -> None:
+    harness = RegistryHarness()
+    opened = harness.open("alice", operator=True)
+    session = harness.good(opened.token, WALL + 5)
     assert session.id == opened.session.id
     assert (session.user, session.operator, session.slot) == ("alice", True, opened.session.slot)
     assert session.expires_at == WALL + DAY
@@ -24,54 +24,54 @@ def test_a_good_token_gives_its_session() -> None:
     assert session.expiring_at == WALL + DAY - DAY // 10
 
 
-def test_each_token_gives_its_own_session() -> None:
-    desk = Desk()
-    opened = [desk.open(f"user {number}") for number in range(50)]
+def test_tokens_give_their_own_sessions() -> None:
+    harness = RegistryHarness()
+    opened = [harness.open(f"user {number}") for number in range(50)]
     for number, each in enumerate(opened):
-        session = desk.good(each.token)
+        session = harness.good(each.token)
         assert (session.user, session.id) == (f"user {number}", each.session.id)
 
 
 @pytest.mark.parametrize("token", [NONE, b"", b"x", b"x" * 31, b"x" * 33, b"x" * 100_000, bytes(range(32))])
 @pytest.mark.parametrize("filled", [False, True])
-def test_what_was_never_given_out_is_unauthenticated(token: bytes, filled: bool) -> None:
-    desk = Desk()
+def test_unknown_token_is_unauthenticated(token: bytes, filled: bool) -> None:
+    harness = RegistryHarness()
     if filled:
         for number in range(20):
-            desk.open(f"user {number}")
-    assert desk.code(token) is Code.UNAUTHENTICATED
+            harness.open(f"user {number}")
+    assert harness.code(token) is Code.UNAUTHENTICATED
 
 
-def test_each_bit_of_a_token_decides() -> None:
-    desk = Desk()
-    token = desk.open().token
+def test_token_with_one_bit_changed_is_refused() -> None:
+    harness = RegistryHarness()
+    token = harness.open().token
     for bit in range(256):
         wrong = bytearray(token)
         wrong[bit // 8] ^= 1 << bit % 8
-        assert desk.code(bytes(wrong)) is Code.UNAUTHENTICATED, bit
-    desk.good(token)
+        assert harness.code(bytes(wrong)) is Code.UNAUTHENTICATED, bit
+    harness.good(token)
 
 
-def test_tokens_are_not_mistaken_for_each_other() -> None:
-    desk = Desk()
-    opened = desk.open()
+def test_tokens_with_same_hash_prefix_are_distinguished() -> None:
+    harness = RegistryHarness()
+    opened = harness.open()
     assert opened.refresh_token is not None
-    assert desk.code(opened.refresh_token) is Code.UNAUTHENTICATED
-    assert desk.good(opened.token).id == opened.session.id
+    assert harness.code(opened.refresh_token) is Code.UNAUTHENTICATED
+    assert harness.good(opened.token).id == opened.session.id
 
 
 @pytest.mark.parametrize("idle", [None, HOUR])
 @pytest.mark.parametrize(
     ("before_end", "good"), [(2, True), (1, True), (0, False), (-1, False), (-DAY, False)]
 )
-def test_the_absolute_limit_is_exact_and_use_does_not_extend_it(
+def test_absolute_expiry_is_exact_and_not_extended_by_use(
     idle: int | None, before_end: int, good: bool
 ) -> None:
-    desk = Desk(idle_timeout_ms=idle)
-    token = desk.open().token
+    harness = RegistryHarness(idle_timeout_ms=idle)
+    token = harness.open().token
     for minute in range(0, 24 * 60, 30):
-        desk.good(token, WALL + minute * MINUTE)
-    result = desk.registry.check(token, WALL + DAY - before_end)
+        harness.good(token, WALL + minute * MINUTE)
+    result = harness.registry.check(token, WALL + DAY - before_end)
     if good:
         assert isinstance(result, Session)
         assert result.valid_until == WALL + DAY
@@ -80,133 +80,134 @@ def test_the_absolute_limit_is_exact_and_use_does_not_extend_it(
 
 
 @pytest.mark.parametrize(("silence", "good"), [(0, True), (HOUR - 1, True), (HOUR, False), (HOUR + 1, False)])
-def test_the_idle_limit_is_exact_and_use_restarts_it(silence: int, good: bool) -> None:
-    desk = Desk()
-    token = desk.open().token
-    desk.good(token, WALL + 40 * MINUTE)
+def test_idle_limit_is_exact_and_restarted_by_use(silence: int, good: bool) -> None:
+    harness = RegistryHarness()
+    token = harness.open().token
+    harness.good(token, WALL + 40 * MINUTE)
     last = WALL + 80 * MINUTE
-    desk.good(token, last)
-    result = desk.registry.check(token, last + silence)
+    harness.good(token, last)
+    result = harness.registry.check(token, last + silence)
     assert isinstance(result, Session) if good else result is Code.TOKEN_EXPIRED
 
 
-def test_without_an_idle_limit_only_the_lifetime_counts() -> None:
-    desk = Desk(idle_timeout_ms=None)
-    token = desk.open().token
-    assert desk.good(token, WALL + DAY - 1).valid_until == WALL + DAY
+def test_without_idle_limit_only_lifetime_counts() -> None:
+    harness = RegistryHarness(idle_timeout_ms=None)
+    token = harness.open().token
+    assert harness.good(token, WALL + DAY - 1).valid_until == WALL + DAY
 
 
 def test_touch_counts_as_use() -> None:
-    desk = Desk()
-    session = desk.open().session
-    desk.registry.touch(session, WALL + 50 * MINUTE)
-    assert desk.registry.info(session.id, WALL + 100 * MINUTE).last_used_at == WALL + 50 * MINUTE
+    harness = RegistryHarness()
+    session = harness.open().session
+    harness.registry.touch(session, WALL + 50 * MINUTE)
+    assert harness.registry.info(session.id, WALL + 100 * MINUTE).last_used_at == WALL + 50 * MINUTE
 
 
 @pytest.mark.parametrize("use", ["touch", "check"])
-def test_use_does_not_go_back_with_the_clock(use: str) -> None:
-    desk = Desk()
-    opened = desk.open()
-    desk.good(opened.token, WALL + MINUTE)
+def test_last_use_does_not_go_back_with_clock(use: str) -> None:
+    harness = RegistryHarness()
+    opened = harness.open()
+    harness.good(opened.token, WALL + MINUTE)
     if use == "touch":
-        desk.registry.touch(opened.session, WALL - DAY)
+        harness.registry.touch(opened.session, WALL - DAY)
     else:
-        assert desk.good(opened.token, WALL - DAY).valid_until == WALL + MINUTE + HOUR
-    assert desk.registry.info(opened.session.id, WALL).last_used_at == WALL + MINUTE
+        assert harness.good(opened.token, WALL - DAY).valid_until == WALL + MINUTE + HOUR
+    assert harness.registry.info(opened.session.id, WALL).last_used_at == WALL + MINUTE
 
 
 @pytest.mark.parametrize("refresh", [False, True])
 @pytest.mark.parametrize("seen_by", ["check", "clean", "info", "list", "open"])
 @pytest.mark.parametrize("step_back", [1, HOUR, 2 * DAY])
-def test_nothing_comes_back_to_life_when_the_clock_goes_back(
+def test_expired_session_stays_expired_when_clock_goes_back(
     refresh: bool, seen_by: str, step_back: int
 ) -> None:
-    desk = Desk(refresh=refresh)
-    opened = desk.open()
+    harness = RegistryHarness(refresh=refresh)
+    opened = harness.open()
     end = WALL + DAY
     if seen_by == "check":
-        desk.code(opened.token, end)
+        harness.code(opened.token, end)
     elif seen_by == "clean":
-        assert desk.clean(end) == 1
+        assert harness.clean(end) == 1
     elif seen_by == "info":
         if refresh:
-            assert not desk.registry.info(opened.session.id, end).live
+            assert not harness.registry.info(opened.session.id, end).live
         else:
-            assert desk.registry.list("alice", end) == []
+            assert harness.registry.list("alice", end) == []
     elif seen_by == "list":
-        desk.registry.list("alice", end)
+        harness.registry.list("alice", end)
     else:
-        desk.open("alice", end)
-    assert desk.code(opened.token, end - step_back) is Code.TOKEN_EXPIRED
-    assert desk.registry.expired == 1
+        harness.open("alice", end)
+    assert harness.code(opened.token, end - step_back) is Code.TOKEN_EXPIRED
+    assert harness.registry.expired == 1
 
 
 @pytest.mark.parametrize("reason", ["expired", "idle"])
 @pytest.mark.parametrize("refresh", [False, True])
-def test_the_end_by_time_is_told_once(reason: str, refresh: bool) -> None:
-    desk = Desk(refresh=refresh, idle_timeout_ms=None if reason == "expired" else HOUR)
-    opened = desk.open()
-    generation = desk.registry.generation
+def test_expiry_is_announced_once(reason: str, refresh: bool) -> None:
+    harness = RegistryHarness(refresh=refresh, idle_timeout_ms=None if reason == "expired" else HOUR)
+    opened = harness.open()
+    generation = harness.registry.generation
     for extra in range(3):
         assert (
-            desk.code(opened.token, WALL + DAY - (1 if reason == "idle" else 0) + extra) is Code.TOKEN_EXPIRED
+            harness.code(opened.token, WALL + DAY - (1 if reason == "idle" else 0) + extra)
+            is Code.TOKEN_EXPIRED
         )
-    assert desk.ended == [(opened.session.id, Code.TOKEN_EXPIRED, reason)]
-    assert (desk.registry.expired, desk.registry.checks_refused) == (1, 3)
-    assert desk.registry.generation > generation
-    assert (len(desk.registry), desk.registry.lapsed) == (0, int(refresh))
+    assert harness.ended == [(opened.session.id, Code.TOKEN_EXPIRED, reason)]
+    assert (harness.registry.expired, harness.registry.checks_refused) == (1, 3)
+    assert harness.registry.generation > generation
+    assert (len(harness.registry), harness.registry.lapsed) == (0, int(refresh))
 
 
-def test_a_check_alone_leaves_the_generation_as_it_is() -> None:
-    desk = Desk()
-    token = desk.open().token
-    generation = desk.registry.generation
-    desk.open("bob")
-    desk.good(token, WALL + 1)
-    desk.code(NONE)
-    assert desk.registry.generation == generation
+def test_check_does_not_change_generation() -> None:
+    harness = RegistryHarness()
+    token = harness.open().token
+    generation = harness.registry.generation
+    harness.open("bob")
+    harness.good(token, WALL + 1)
+    harness.code(NONE)
+    assert harness.registry.generation == generation
 
 
-def test_a_dead_token_is_remembered_for_its_time_and_no_longer() -> None:
-    desk = Desk(dead_keep_ms=10 * MINUTE)
-    opened = desk.open()
-    desk.good(opened.token, WALL + MINUTE)  # the time of death: revoke is told none
-    desk.registry.revoke(opened.session.id, user=None, reason="test")
-    assert desk.code(opened.token, WALL + 11 * MINUTE - 1) is Code.TOKEN_REVOKED
-    assert desk.code(opened.token, WALL + 11 * MINUTE) is Code.UNAUTHENTICATED
-    assert desk.registry.tombstones == 1
-    desk.clean(WALL + 11 * MINUTE)
-    assert desk.registry.tombstones == 0
+def test_tombstone_is_kept_for_its_lifetime() -> None:
+    harness = RegistryHarness(dead_keep_ms=10 * MINUTE)
+    opened = harness.open()
+    harness.good(opened.token, WALL + MINUTE)  # sets the time of death, which revoke does not pass
+    harness.registry.revoke(opened.session.id, user=None, reason="test")
+    assert harness.code(opened.token, WALL + 11 * MINUTE - 1) is Code.TOKEN_REVOKED
+    assert harness.code(opened.token, WALL + 11 * MINUTE) is Code.UNAUTHENTICATED
+    assert harness.registry.tombstones == 1
+    harness.clean(WALL + 11 * MINUTE)
+    assert harness.registry.tombstones == 0
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 10])
-def test_only_so_many_dead_are_remembered_the_last_ones(limit: int) -> None:
-    desk = Desk(dead_limit=limit)
+def test_tombstones_are_limited_to_the_newest(limit: int) -> None:
+    harness = RegistryHarness(dead_limit=limit)
     tokens = []
     for number in range(12):
-        opened = desk.open(f"user {number}")
+        opened = harness.open(f"user {number}")
         tokens.append(opened.token)
-        desk.registry.close(opened.session)
-    assert desk.registry.tombstones == limit
-    codes = [desk.code(token) for token in tokens]
+        harness.registry.close(opened.session)
+    assert harness.registry.tombstones == limit
+    codes = [harness.code(token) for token in tokens]
     assert codes == [Code.UNAUTHENTICATED] * (12 - limit) + [Code.TOKEN_REVOKED] * limit
 
 
 @pytest.mark.parametrize("limit", [0, 1])
 @pytest.mark.parametrize("refresh", [False, True])
-def test_expiry_is_told_even_if_nothing_is_remembered(limit: int, refresh: bool) -> None:
-    desk = Desk(dead_limit=limit, refresh=refresh)
-    token = desk.open().token
-    assert desk.code(token, WALL + DAY) is Code.TOKEN_EXPIRED
+def test_expiry_is_announced_without_tombstones(limit: int, refresh: bool) -> None:
+    harness = RegistryHarness(dead_limit=limit, refresh=refresh)
+    token = harness.open().token
+    assert harness.code(token, WALL + DAY) is Code.TOKEN_EXPIRED
 
 
-def test_no_token_is_in_the_table() -> None:
-    desk = Desk()
+def test_table_contains_no_token() -> None:
+    harness = RegistryHarness()
     tokens = []
     for number in range(10):
-        opened = desk.open(f"user {number}")
+        opened = harness.open(f"user {number}")
         tokens += [opened.token, opened.refresh_token]
-    table = desk.registry._table
+    table = harness.registry._table
     memory = table.bytes[: table.slab.size * table.slab.record_size].tobytes()
     for token in tokens:
         assert token is not None
@@ -215,39 +216,39 @@ def test_no_token_is_in_the_table() -> None:
         assert token[16:] not in memory
 
 
-def test_tokens_come_whole_from_the_source() -> None:
+def test_tokens_come_unchanged_from_entropy() -> None:
     given: list[bytes] = []
 
     def entropy(size: int) -> bytes:
         given.append(os.urandom(size))
         return given[-1]
 
-    desk = Desk()
-    desk.registry._entropy = entropy
-    opened = desk.open()
+    harness = RegistryHarness()
+    harness.registry._entropy = entropy
+    opened = harness.open()
     assert given == [opened.token, opened.refresh_token]
-    desk.refresh(opened.refresh_token)
+    harness.refresh(opened.refresh_token)
     assert [len(each) for each in given] == [32, 32, 32, 16]
 
 
 @pytest.mark.parametrize("again", ["token", "family"])
-def test_a_source_that_repeats_itself_is_refused(again: str) -> None:
-    desk = Desk()
+def test_repeating_entropy_is_refused(again: str) -> None:
+    harness = RegistryHarness()
     values = iter([b"a" * 32, b"b" * 32, (b"a" if again == "token" else b"c") * 32, b"b" * 32])
-    desk.registry._entropy = lambda size: next(values)[:size]
-    desk.open()
+    harness.registry._entropy = lambda size: next(values)[:size]
+    harness.open()
     with pytest.raises(RuntimeError, match="repeated itself"):
-        desk.open("bob")
-    assert len(desk.registry) == 1
-    assert desk.registry.list("bob", WALL) == []
+        harness.open("bob")
+    assert len(harness.registry) == 1
+    assert harness.registry.list("bob", WALL) == []
 
 
-def test_bits_of_tokens_are_evenly_spread() -> None:
-    desk = Desk()
-    desk.registry._entropy = os.urandom
+def test_token_bits_are_evenly_distributed() -> None:
+    harness = RegistryHarness()
+    harness.registry._entropy = os.urandom
     ones = 0
     for number in range(1000):
-        opened = desk.open(f"user {number}")
+        opened = harness.open(f"user {number}")
         assert opened.refresh_token is not None
         ones += int.from_bytes(opened.token + opened.refresh_token, "big").bit_count()
     bits = 1000 * 512

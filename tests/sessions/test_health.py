@@ -1,4 +1,4 @@
-"""When the store is asked, when not, and what follows; time is turned by hand."""
+"""Test the health of a store: outages, probes, grace and alerts, with a manual clock."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUICK = 0.001
 
 
 class Watch:
-    """A store's health, what was told of it, and a clock."""
+    """The health of a store with its alerts and a manual clock."""
 
     def __init__(self, *, grace: float = GRACE, random: Callable[[], float] = lambda: 0.5) -> None:
         self.alerts: list[Alert] = []
@@ -44,7 +44,7 @@ class Watch:
         assert self.health.state is State.DEGRADED
 
     def probe(self) -> None:
-        """Let time go by until a probe is due."""
+        """Advance the clock until a probe is due."""
         while not self.health.handle_time(self.now):
             assert self.health.next_deadline() > self.now
             self.now = self.health.next_deadline()
@@ -78,7 +78,7 @@ AFTER = {
 
 
 @pytest.mark.parametrize(("state", "given"), [*itertools.product(State, Input)])
-def test_every_pair_of_state_and_input(state: State, given: Input) -> None:
+def test_every_state_and_input(state: State, given: Input) -> None:
     if (state, given) in AFTER:
         assert next_state(state, given) is AFTER[state, given]
     else:
@@ -86,12 +86,12 @@ def test_every_pair_of_state_and_input(state: State, given: Input) -> None:
             next_state(state, given)
 
 
-def test_the_table_has_a_row_for_each_state_and_leads_everywhere() -> None:
+def test_table_covers_and_reaches_every_state() -> None:
     assert set(TRANSITIONS) == set(State)
     assert {state for row in TRANSITIONS.values() for state in row.values()} == set(State)
 
 
-def test_the_store_is_asked_only_while_it_is_healthy(watch: Watch) -> None:
+def test_store_is_used_only_while_healthy(watch: Watch) -> None:
     assert watch.health.is_asked
     watch.outage()
     assert not watch.health.is_asked
@@ -104,13 +104,13 @@ def test_the_store_is_asked_only_while_it_is_healthy(watch: Watch) -> None:
 # --- what is an outage -------------------------------------------------------------------------------------
 
 
-def test_one_failure_that_took_its_time_is_an_outage(watch: Watch) -> None:
+def test_slow_failure_is_an_outage(watch: Watch) -> None:
     watch.health.failed(NOW, TIMEOUT / 2)
     assert watch.health.state is State.DEGRADED
     assert watch.alerts == [Alert.BEGAN]
 
 
-def test_quick_failures_are_one_if_they_are_many(watch: Watch) -> None:
+def test_third_quick_failure_is_an_outage(watch: Watch) -> None:
     for number in range(FAILURES - 1):
         watch.health.failed(NOW + number, QUICK)
         assert watch.health.is_asked
@@ -119,7 +119,7 @@ def test_quick_failures_are_one_if_they_are_many(watch: Watch) -> None:
     assert watch.health.failures == FAILURES
 
 
-def test_quick_failures_far_apart_are_none(watch: Watch) -> None:
+def test_quick_failures_far_apart_are_no_outage(watch: Watch) -> None:
     for number in range(20):
         watch.health.failed(NOW + number * WINDOW_S, QUICK)
         assert watch.health.is_asked
@@ -128,7 +128,7 @@ def test_quick_failures_far_apart_are_none(watch: Watch) -> None:
     assert not watch.health.is_asked
 
 
-def test_failures_before_an_outage_do_not_count_after_it(watch: Watch) -> None:
+def test_failures_before_outage_do_not_count_after_recovery(watch: Watch) -> None:
     watch.health.failed(NOW, QUICK)
     watch.health.failed(NOW, QUICK)
     watch.outage()
@@ -139,7 +139,7 @@ def test_failures_before_an_outage_do_not_count_after_it(watch: Watch) -> None:
 
 
 @pytest.mark.parametrize("probing", [False, True])
-def test_what_fails_during_an_outage_is_nothing_new(watch: Watch, probing: bool) -> None:
+def test_failures_during_outage_are_ignored(watch: Watch, probing: bool) -> None:
     watch.outage()
     if probing:
         watch.probe()
@@ -156,14 +156,14 @@ def test_what_fails_during_an_outage_is_nothing_new(watch: Watch, probing: bool)
 # --- probes -------------------------------------------------------------------------------------------------
 
 
-def test_a_healthy_store_is_not_probed(watch: Watch) -> None:
+def test_healthy_store_is_not_probed(watch: Watch) -> None:
     assert watch.health.next_deadline() == NEVER
     assert not watch.health.handle_time(NOW + 1e6)
     assert watch.health.state is State.HEALTHY
 
 
 @pytest.mark.parametrize(("random", "part"), [(0.0, 0.5), (0.5, 0.75), (0.999, 0.9995)])
-def test_probes_come_after_a_random_part_of_a_growing_delay(random: float, part: float) -> None:
+def test_probes_use_backoff_with_jitter(random: float, part: float) -> None:
     watch = Watch(grace=1e9, random=lambda: random)
     watch.outage()
     delays = []
@@ -177,7 +177,7 @@ def test_probes_come_after_a_random_part_of_a_growing_delay(random: float, part:
     assert delays == pytest.approx([ceiling * part for ceiling in ceilings])
 
 
-def test_a_probe_is_not_made_before_its_time(watch: Watch) -> None:
+def test_probe_waits_for_its_time(watch: Watch) -> None:
     watch.outage()
     due = watch.health.next_deadline()
     assert not watch.health.handle_time(due - 0.001)
@@ -185,9 +185,7 @@ def test_a_probe_is_not_made_before_its_time(watch: Watch) -> None:
 
 
 @pytest.mark.parametrize(("healthy_s", "first"), [(STEADY_S - 1, False), (STEADY_S, True)])
-def test_a_store_that_comes_and_goes_is_asked_less_and_less(
-    watch: Watch, healthy_s: float, first: bool
-) -> None:
+def test_flapping_store_is_probed_less_often(watch: Watch, healthy_s: float, first: bool) -> None:
     for _ in range(4):
         watch.outage()
         watch.recover()
@@ -200,7 +198,7 @@ def test_a_store_that_comes_and_goes_is_asked_less_and_less(
 # --- the grace ----------------------------------------------------------------------------------------------
 
 
-def test_the_grace_is_counted_from_the_beginning_of_the_outage(watch: Watch) -> None:
+def test_grace_starts_with_the_outage(watch: Watch) -> None:
     watch.outage()
     while watch.now < NOW + GRACE - MAX_DELAY_S:
         watch.probe()
@@ -214,7 +212,7 @@ def test_the_grace_is_counted_from_the_beginning_of_the_outage(watch: Watch) -> 
     assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER]
 
 
-def test_the_grace_ends_during_a_probe_too(watch: Watch) -> None:
+def test_grace_ends_during_probe(watch: Watch) -> None:
     watch.outage()
     watch.probe()
     assert not watch.health.handle_time(NOW + GRACE)
@@ -224,7 +222,7 @@ def test_the_grace_ends_during_a_probe_too(watch: Watch) -> None:
     assert not watch.health.grace_over
 
 
-def test_the_end_of_the_grace_is_told_once_and_probes_go_on(watch: Watch) -> None:
+def test_end_of_grace_is_alerted_once_and_probes_continue(watch: Watch) -> None:
     watch.outage()
     watch.now = NOW + GRACE
     for _ in range(5):
@@ -234,7 +232,7 @@ def test_the_end_of_the_grace_is_told_once_and_probes_go_on(watch: Watch) -> Non
     assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER, Alert.ENDED]
 
 
-def test_each_outage_has_its_own_grace(watch: Watch) -> None:
+def test_each_outage_starts_a_new_grace(watch: Watch) -> None:
     watch.outage()
     watch.recover()
     watch.now = NOW + GRACE - 10
@@ -247,24 +245,24 @@ def test_each_outage_has_its_own_grace(watch: Watch) -> None:
     assert watch.health.since == NOW + GRACE - 10
 
 
-def test_without_grace_all_are_refused_at_once() -> None:
+def test_zero_grace_refuses_all_at_once() -> None:
     watch = Watch(grace=0.0)
     watch.outage()
     assert watch.health.grace_over
     assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER]
 
 
-def test_there_is_no_grace_where_nothing_is_known(watch: Watch) -> None:
+def test_no_grace_without_known_sessions(watch: Watch) -> None:
     watch.health.begin_outage(NOW, grace=False)
     assert watch.health.grace_over
     watch.recover()
     assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER, Alert.ENDED]
 
 
-# --- what those are told who are sent away ------------------------------------------------------------------
+# --- retry delay and alerts ------------------------------------------------------------------
 
 
-def test_who_is_sent_away_is_told_when_to_come_back(watch: Watch) -> None:
+def test_retry_after_is_the_next_probe(watch: Watch) -> None:
     assert watch.health.retry_after_ms(NOW) == MIN_RETRY_MS
     watch.outage()
     first = watch.health.retry_after_ms(NOW)
@@ -274,7 +272,7 @@ def test_who_is_sent_away_is_told_when_to_come_back(watch: Watch) -> None:
     assert watch.health.retry_after_ms(watch.now) == round(TIMEOUT * 1000) + MIN_RETRY_MS
 
 
-def test_one_alert_begins_and_one_ends_an_outage(watch: Watch) -> None:
+def test_outage_has_one_alert_at_begin_and_end(watch: Watch) -> None:
     for _ in range(3):
         watch.outage()
         for _ in range(4):

@@ -1,4 +1,4 @@
-"""The hash indexes: what is entered is found, and they grow and shrink with it."""
+"""Test the hash indexes: lookup, growth and shrinking."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def plain() -> tuple[Slab, LinearHash]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 1000, 4097])
-def test_everything_entered_is_found_and_nothing_else(count: int) -> None:
+def test_index_finds_exactly_its_entries(count: int) -> None:
     slab, index = digests()
     slots = {digest(number): slab.allocate() for number in range(count)}
     for value, slot in slots.items():
@@ -27,7 +27,7 @@ def test_everything_entered_is_found_and_nothing_else(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [9, 100, 1000, 4097])
-def test_it_shrinks_to_where_it_began(count: int) -> None:
+def test_index_shrinks_to_initial_size(count: int) -> None:
     slab, index = digests()
     slots = [slab.allocate() for _ in range(count)]
     for number, slot in enumerate(slots):
@@ -39,7 +39,7 @@ def test_it_shrinks_to_where_it_began(count: int) -> None:
     assert (index.count, index.buckets) == (0, 8)
 
 
-def test_there_are_one_to_two_buckets_an_entry() -> None:
+def test_index_has_one_to_two_buckets_per_entry() -> None:
     slab, index = digests()
     slots = []
     for number in range(3000):
@@ -51,7 +51,7 @@ def test_there_are_one_to_two_buckets_an_entry() -> None:
         assert index.count <= index.buckets <= max(8, 2 * index.count)
 
 
-def test_an_insert_splits_one_bucket_at_most_and_a_removal_joins_two() -> None:
+def test_insert_splits_at_most_one_bucket_and_removal_joins_two() -> None:
     slab, index = digests()
     slots = [slab.allocate() for _ in range(2000)]
     for number, slot in enumerate(slots):
@@ -64,7 +64,7 @@ def test_an_insert_splits_one_bucket_at_most_and_a_removal_joins_two() -> None:
         assert 0 <= before - index.buckets <= 2
 
 
-def test_an_index_made_for_many_entries_splits_and_joins_nothing_for_fewer() -> None:
+def test_presized_index_does_not_split_or_join() -> None:
     slab = Slab(8 * CHUNK, 12, link=8)
     index = LinearHash(slab, hash_=0, next_=4, least=2048)
     slots = [slab.allocate() for _ in range(3000)]
@@ -85,7 +85,7 @@ def test_chains_stay_short() -> None:
     assert longest_chain(index) <= 12
 
 
-def test_heads_that_are_not_needed_any_more_go_back() -> None:
+def test_unused_bucket_heads_are_returned() -> None:
     slab, index = digests()
     slots = [slab.allocate() for _ in range(5000)]
     for number, slot in enumerate(slots):
@@ -97,7 +97,7 @@ def test_heads_that_are_not_needed_any_more_go_back() -> None:
 
 
 @pytest.mark.parametrize("width", [16, 32])
-def test_digests_that_differ_in_their_last_bit_are_told_apart(width: int) -> None:
+def test_digests_differing_in_last_bit_are_distinguished(width: int) -> None:
     slab, index = digests(width)
     value = digest(1, width)
     near = value[:-1] + bytes([value[-1] ^ 1])
@@ -108,7 +108,7 @@ def test_digests_that_differ_in_their_last_bit_are_told_apart(width: int) -> Non
     assert (index.find(value), index.find(near)) == (first, second)
 
 
-def test_a_hash_may_be_that_of_several_slots() -> None:
+def test_several_slots_may_share_a_hash() -> None:
     slab, index = plain()
     slots = [slab.allocate() for _ in range(20)]
     for slot in slots:

@@ -1,4 +1,4 @@
-"""Other settings for sessions while there are some."""
+"""Test new settings while sessions exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_one(sessions: SessionRegistry, wall: int = 0, user: str = "ada") -> byt
     return sessions.open(user, operator=False, client="t/1", address="192.0.2.1", wall=wall).token
 
 
-def test_a_session_keeps_its_end_and_one_that_is_opened_later_gets_another() -> None:
+def test_new_lifetime_applies_to_new_sessions_only() -> None:
     sessions = registry(lifetime_ms=2 * HOUR, idle_timeout_ms=None)
     old = open_one(sessions)
     sessions.reconfigure(SessionSettings(lifetime_ms=HOUR, idle_timeout_ms=None))
@@ -34,7 +34,7 @@ def test_a_session_keeps_its_end_and_one_that_is_opened_later_gets_another() -> 
     assert session.expires_at == 2 * HOUR
 
 
-def test_another_idle_limit_holds_for_all_from_now_on() -> None:
+def test_new_idle_limit_applies_to_all_sessions() -> None:
     sessions = registry(idle_timeout_ms=HOUR)
     token = open_one(sessions)
     session = sessions.check(token, 0)
@@ -42,18 +42,18 @@ def test_another_idle_limit_holds_for_all_from_now_on() -> None:
     assert session.valid_until == HOUR
     before = sessions.generation
     sessions.reconfigure(SessionSettings(idle_timeout_ms=1000))
-    assert sessions.generation > before  # whoever remembers the session must ask again
+    assert sessions.generation > before  # callers that cached the session must check again
     assert sessions.check(token, 1000) is Code.TOKEN_EXPIRED
 
 
-def test_no_idle_limit_is_one_too() -> None:
+def test_idle_limit_can_be_switched_off() -> None:
     sessions = registry(idle_timeout_ms=1000)
     token = open_one(sessions)
     sessions.reconfigure(SessionSettings(idle_timeout_ms=None))
     assert isinstance(sessions.check(token, HOUR), Session)
 
 
-def test_a_smaller_number_ends_nothing_and_lets_nobody_in() -> None:
+def test_lower_limit_keeps_sessions_and_refuses_new_ones() -> None:
     sessions = registry(per_user=3)
     tokens = [open_one(sessions) for _ in range(3)]
     sessions.reconfigure(SessionSettings(per_user=1))
@@ -62,7 +62,7 @@ def test_a_smaller_number_ends_nothing_and_lets_nobody_in() -> None:
         open_one(sessions)
 
 
-def test_a_refresh_token_gets_the_new_grace() -> None:
+def test_new_grace_applies_to_next_refresh() -> None:
     sessions = registry(refresh_grace_ms=0)
     opened = sessions.open("ada", operator=False, client="t/1", address="192.0.2.1", wall=0)
     sessions.reconfigure(SessionSettings(refresh_grace_ms=5000))
@@ -72,7 +72,7 @@ def test_a_refresh_token_gets_the_new_grace() -> None:
     assert again.token == first.token
 
 
-def test_the_bounds_of_the_table_stay() -> None:
+def test_table_bounds_cannot_be_reconfigured() -> None:
     sessions = registry(max_sessions=10)
     with pytest.raises(AssertionError):
         sessions.reconfigure(SessionSettings(max_sessions=11))

@@ -1,4 +1,4 @@
-"""Slots, columns, and the memory that goes back."""
+"""Test slots, columns and returned memory of the slab."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_slots_are_numbered_from_0() -> None:
     assert [slab.allocate() for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
-def test_it_grows_by_whole_chunks() -> None:
+def test_slab_grows_by_chunks() -> None:
     slab = make()
     assert slab.size == 0
     for _ in range(CHUNK):
@@ -32,11 +32,11 @@ def test_it_grows_by_whole_chunks() -> None:
 
 
 @pytest.mark.parametrize(("asked", "given"), [(1, CHUNK), (CHUNK, CHUNK), (CHUNK + 1, 2 * CHUNK)])
-def test_the_capacity_is_rounded_up_to_whole_chunks(asked: int, given: int) -> None:
+def test_capacity_is_rounded_up_to_chunks(asked: int, given: int) -> None:
     assert make(asked).capacity == given
 
 
-def test_the_slot_freed_last_is_used_first() -> None:
+def test_last_freed_slot_is_used_first() -> None:
     slab = make()
     slots = [slab.allocate() for _ in range(10)]
     for slot in (slots[3], slots[7]):
@@ -46,7 +46,7 @@ def test_the_slot_freed_last_is_used_first() -> None:
     assert slab.allocate() == 10
 
 
-def test_the_lowest_chunk_with_a_free_slot_is_used_first() -> None:
+def test_lowest_chunk_with_free_slot_is_used_first() -> None:
     slab = make()
     for _ in range(3 * CHUNK):
         slab.allocate()
@@ -56,7 +56,7 @@ def test_the_lowest_chunk_with_a_free_slot_is_used_first() -> None:
     assert [slab.allocate() for _ in range(3)] == [7, CHUNK + 6, 2 * CHUNK + 5]
 
 
-def test_one_empty_chunk_at_the_end_is_kept() -> None:
+def test_one_empty_chunk_is_kept() -> None:
     slab = make()
     slots = [slab.allocate() for _ in range(3 * CHUNK)]
     for slot in slots[2 * CHUNK :]:
@@ -67,14 +67,14 @@ def test_one_empty_chunk_at_the_end_is_kept() -> None:
     assert (slab.size, slab.free) == (2 * CHUNK, CHUNK)
 
 
-def test_an_empty_slab_keeps_one_chunk() -> None:
+def test_empty_slab_keeps_one_chunk() -> None:
     slab = make()
     for slot in [slab.allocate() for _ in range(4 * CHUNK)]:
         slab.free_slot(slot)
     assert (slab.size, slab.free, slab.used) == (CHUNK, CHUNK, 0)
 
 
-def test_a_chunk_in_use_holds_those_below_it() -> None:
+def test_used_chunk_keeps_chunks_below_it() -> None:
     slab = make()
     slots = [slab.allocate() for _ in range(4 * CHUNK)]
     for slot in slots[:-1]:
@@ -84,7 +84,7 @@ def test_a_chunk_in_use_holds_those_below_it() -> None:
     assert slab.size == CHUNK
 
 
-def test_a_call_gives_back_eight_chunks_at_most() -> None:
+def test_trim_returns_at_most_eight_chunks() -> None:
     slab = make()
     *slots, last = [slab.allocate() for _ in range(12 * CHUNK)]
     for slot in slots:
@@ -98,7 +98,7 @@ def test_a_call_gives_back_eight_chunks_at_most() -> None:
     assert slab.size == CHUNK
 
 
-def test_slots_taken_after_shrinking_are_all_different() -> None:
+def test_slots_are_unique_after_shrinking() -> None:
     slab = make()
     for slot in [slab.allocate() for _ in range(5 * CHUNK)]:
         slab.free_slot(slot)
@@ -106,7 +106,7 @@ def test_slots_taken_after_shrinking_are_all_different() -> None:
     assert slots == set(range(5 * CHUNK))
 
 
-def test_more_slots_than_the_capacity_are_a_mistake_of_ours() -> None:
+def test_allocating_above_capacity_asserts() -> None:
     slab = make(CHUNK)
     for _ in range(CHUNK):
         slab.allocate()
@@ -114,7 +114,7 @@ def test_more_slots_than_the_capacity_are_a_mistake_of_ours() -> None:
         slab.allocate()
 
 
-def test_a_column_is_a_field_of_every_record() -> None:
+def test_column_is_a_field_of_every_record() -> None:
     slab = Slab(CHUNK, 24, link=20)
     wide, narrow, small = slab.column("Q", 8), slab.column("I", 16), slab.column("B", 3)
     for slot in range(5):
@@ -124,7 +124,7 @@ def test_a_column_is_a_field_of_every_record() -> None:
     assert [slab.bytes[24 * slot + 3] for slot in range(5)] == [200, 201, 202, 203, 204]
 
 
-def test_pages_given_back_read_as_0() -> None:
+def test_returned_pages_read_as_zero() -> None:
     memory = Memory(8 * PAGE)
     memory.view[:] = b"x" * (8 * PAGE)
     memory.discard(2 * PAGE + 1, 4 * PAGE)
@@ -133,21 +133,21 @@ def test_pages_given_back_read_as_0() -> None:
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 0), (1, PAGE), (PAGE, PAGE), (8 * PAGE, 9 * PAGE)])
-def test_parts_of_pages_stay(start: int, end: int) -> None:
+def test_partial_pages_are_not_discarded(start: int, end: int) -> None:
     memory = Memory(8 * PAGE)
     memory.view[:] = b"x" * (8 * PAGE)
     memory.discard(start, end)
     assert memory.view.tobytes() == b"x" * (8 * PAGE)
 
 
-def test_discarding_past_the_end_is_cut_off() -> None:
+def test_discard_past_end_is_clipped() -> None:
     memory = Memory(2 * PAGE)
     memory.view[:] = b"x" * (2 * PAGE)
     memory.discard(PAGE, 5 * PAGE)
     assert memory.view[PAGE - 1 : PAGE + 1].tobytes() == b"x\0"
 
 
-def test_memory_works_where_the_system_takes_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_works_without_madvise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slab_module, "_NO_HUGE_PAGES", None)
     monkeypatch.setattr(slab_module, "_DISCARD", None)
     memory = Memory(2 * PAGE)
@@ -156,6 +156,6 @@ def test_memory_works_where_the_system_takes_no_advice(monkeypatch: pytest.Monke
     assert memory.view[0] == ord("x")
 
 
-def test_a_kernel_without_huge_pages_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab_module, "_NO_HUGE_PAGES", 12345)  # no advice has this number: EINVAL
+def test_kernel_without_huge_pages_is_tolerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab_module, "_NO_HUGE_PAGES", 12345)  # an invalid advice: EINVAL
     assert len(Memory(PAGE).view) == PAGE

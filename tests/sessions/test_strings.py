@@ -1,4 +1,4 @@
-"""Strings kept once."""
+"""Test interned strings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("inline", [23, 39])
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_string_comes_back_as_it_was(text: str, inline: int) -> None:
+def test_string_round_trips(text: str, inline: int) -> None:
     table = StringTable(CHUNK, inline)
     number = table.acquire(text)
     assert table[number] == text
@@ -42,7 +42,7 @@ def test_a_string_comes_back_as_it_was(text: str, inline: int) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_string_is_forgotten_with_its_last_use(text: str) -> None:
+def test_string_is_freed_with_last_use(text: str) -> None:
     table = StringTable(CHUNK, 23)
     number = table.acquire(text)
     table.acquire(text)
@@ -53,7 +53,7 @@ def test_a_string_is_forgotten_with_its_last_use(text: str) -> None:
     assert (len(table), table.slab.used, len(table._long)) == (0, 0, 0)
 
 
-def test_a_slot_used_again_has_nothing_of_the_string_before() -> None:
+def test_reused_slot_does_not_leak_previous_string() -> None:
     table = StringTable(CHUNK, 23)
     for text in ("long " * 10, "short", "a longer but short one", ""):
         number = table.acquire(text)
@@ -61,14 +61,14 @@ def test_a_slot_used_again_has_nothing_of_the_string_before() -> None:
         table.release(number)
 
 
-def test_all_strings_together_are_told_apart() -> None:
+def test_strings_are_distinguished() -> None:
     table = StringTable(CHUNK, 23)
     numbers = [table.acquire(text) for text in TEXTS]
     assert len(set(numbers)) == len(TEXTS) == len(table)
     assert [table[number] for number in numbers] == TEXTS
 
 
-def test_strings_with_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strings_with_same_hash_are_distinguished(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strings_module, "hash", lambda value: 7, raising=False)
     table = StringTable(CHUNK, 23)
     numbers = [table.acquire(text) for text in TEXTS]
@@ -79,11 +79,11 @@ def test_strings_with_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPat
     assert {table.find(text) for text in TEXTS[::2]} == {UNKNOWN}
 
 
-def test_an_unknown_string_has_no_number() -> None:
-    assert StringTable(CHUNK, 23).find("nobody") == UNKNOWN
+def test_unknown_string_is_not_found() -> None:
+    assert StringTable(CHUNK, 23).find("mallory") == UNKNOWN
 
 
-def test_it_shrinks_again() -> None:
+def test_string_table_shrinks() -> None:
     table = StringTable(8 * CHUNK, 23)
     numbers = [table.acquire(f"user {number} {'x' * (number % 30)}") for number in range(5 * CHUNK)]
     random.Random(1).shuffle(numbers)
@@ -92,7 +92,7 @@ def test_it_shrinks_again() -> None:
     assert (len(table), table.slab.size) == (0, CHUNK)
 
 
-def test_a_string_that_is_not_the_last_one_is_found_again() -> None:
+def test_uncached_string_is_found() -> None:
     table = StringTable(2 * CHUNK, 23)
     first = table.acquire("a")
     table.acquire("b")

@@ -1,4 +1,4 @@
-"""Tokens and ids, their digests and texts."""
+"""Test digests and text forms of tokens and ids."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ TEXT = token_text(TOKEN)
 ID = bytes(range(ID_SIZE))
 
 
-def test_a_token_has_43_characters_of_unpadded_base64url() -> None:
+def test_token_text_is_43_characters_of_unpadded_base64url() -> None:
     assert TEXT == "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"
     assert len(TEXT) == 43
 
 
-def test_an_id_has_22_characters_of_unpadded_base64url() -> None:
+def test_id_text_is_22_characters_of_unpadded_base64url() -> None:
     assert id_text(ID) == "AAECAwQFBgcICQoLDA0ODw"
 
 
 @pytest.mark.parametrize("byte", [0, 1, 0x3E, 0x3F, 0x7F, 0x80, 0xFB, 0xFE, 0xFF])
-def test_text_and_token_are_each_others_inverse_for_every_kind_of_byte(byte: int) -> None:
+def test_token_text_round_trips_for_every_byte(byte: int) -> None:
     assert token_from_text(token_text(bytes([byte]) * TOKEN_SIZE)) == bytes([byte]) * TOKEN_SIZE
     assert id_from_text(id_text(bytes([byte]) * ID_SIZE)) == bytes([byte]) * ID_SIZE
 
 
-def test_the_last_character_counts_only_if_its_2_unused_bits_are_0() -> None:
+def test_token_text_with_unused_bits_set_is_refused() -> None:
     texts = [TEXT[:-1] + character for character in ALPHABET]
     tokens = {text: token for text in texts if (token := token_from_text(text)) is not None}
     assert list(tokens) == texts[::4]
     assert all(token_text(token) == text for text, token in tokens.items())
 
 
-def test_the_last_character_of_an_id_counts_only_if_its_4_unused_bits_are_0() -> None:
+def test_id_text_with_unused_bits_set_is_refused() -> None:
     texts = [id_text(ID)[:-1] + character for character in ALPHABET]
     assert [text for text in texts if id_from_text(text) is not None] == texts[::16]
 
@@ -65,16 +65,16 @@ def test_the_last_character_of_an_id_counts_only_if_its_4_unused_bits_are_0() ->
         TOKEN.hex(),
     ],
 )
-def test_other_texts_are_no_token(text: str) -> None:
+def test_invalid_token_text_is_refused(text: str) -> None:
     assert token_from_text(text) is None
     assert id_from_text(text) is None
 
 
-def test_a_digest_is_the_sha_256_of_the_token() -> None:
+def test_digest_is_sha256_of_token() -> None:
     assert digest_of(TOKEN) == sha256(TOKEN).digest()
 
 
-def test_an_id_cannot_be_taken_for_a_digest_of_the_family() -> None:
+def test_id_differs_from_plain_digest_of_family() -> None:
     family = os.urandom(FAMILY_SIZE)
     assert id_of(family) != digest_of(family)[:ID_SIZE]
     assert len(id_of(family)) == ID_SIZE

@@ -185,7 +185,7 @@ class Wanted:
         self.users: set[bytes] = set()
 
 
-class Desk:
+class RegistryHarness:
     """The rows at hand, and what was changed. `rows` come in the order of opening."""
 
     __slots__ = ("_by_id", "_by_token", "_by_user", "answers", "changed")
@@ -245,7 +245,7 @@ class Operation(Protocol):
 
     def want(self, wanted: Wanted) -> None: ...
 
-    def apply(self, desk: Desk) -> object: ...
+    def apply(self, desk: RegistryHarness) -> object: ...
 
 
 class Create:
@@ -260,7 +260,7 @@ class Create:
         wanted.ids.add(self.record.id)
         wanted.users.add(utf8(self.record.user))
 
-    def apply(self, desk: Desk) -> Created | LimitReached:
+    def apply(self, desk: RegistryHarness) -> Created | LimitReached:
         record, limit, wall = self.record, self.limit, self.record.created_at
         if desk.by_id(record.id) is not None:
             return Created()
@@ -294,7 +294,7 @@ class Rotate:
     def want(self, wanted: Wanted) -> None:
         wanted.ids.add(self.rotation.id)
 
-    def apply(self, desk: Desk) -> Rotated | NotRotated:
+    def apply(self, desk: RegistryHarness) -> Rotated | NotRotated:
         rotation, wall = self.rotation, self.rotation.wall
         row = desk.by_id(rotation.id)
         if row is None:
@@ -324,7 +324,7 @@ class Find:
     def want(self, wanted: Wanted) -> None:
         wanted.tokens.add(self.token)
 
-    def apply(self, desk: Desk) -> SessionRecord | EndedRecord | None:
+    def apply(self, desk: RegistryHarness) -> SessionRecord | EndedRecord | None:
         row = desk.by_token(self.token)
         return None if row is None else row.record()
 
@@ -339,7 +339,7 @@ class Get:
     def want(self, wanted: Wanted) -> None:
         wanted.ids.add(self.id)
 
-    def apply(self, desk: Desk) -> SessionRecord | EndedRecord | None:
+    def apply(self, desk: RegistryHarness) -> SessionRecord | EndedRecord | None:
         row = desk.by_id(self.id)
         return None if row is None else row.record()
 
@@ -357,7 +357,7 @@ class End:
     def want(self, wanted: Wanted) -> None:
         wanted.ids.update(self.ids)
 
-    def apply(self, desk: Desk) -> list[EndedRecord]:
+    def apply(self, desk: RegistryHarness) -> list[EndedRecord]:
         ended = []
         for id_ in self.ids:
             row = desk.by_id(id_)
@@ -378,7 +378,7 @@ class EndUser:
     def want(self, wanted: Wanted) -> None:
         wanted.users.add(self.user)
 
-    def apply(self, desk: Desk) -> list[EndedRecord]:
+    def apply(self, desk: RegistryHarness) -> list[EndedRecord]:
         return [desk.end(row, self.code, self.wall) for row in desk.of_user(self.user)]
 
 
@@ -392,7 +392,7 @@ class ListUser:
     def want(self, wanted: Wanted) -> None:
         wanted.users.add(self.user)
 
-    def apply(self, desk: Desk) -> list[SessionRecord]:
+    def apply(self, desk: RegistryHarness) -> list[SessionRecord]:
         return [row.session() for row in desk.of_user(self.user)]
 
 
@@ -410,7 +410,7 @@ class ClaimRequest:
     def want(self, wanted: Wanted) -> None:
         """No row of a session."""
 
-    def apply(self, desk: Desk) -> Claim:
+    def apply(self, desk: RegistryHarness) -> Claim:
         return desk.answers.claim(self.user, self.key, self.digest, self.wall, self.lease_ms)
 
 
@@ -428,7 +428,7 @@ class KeepAnswer:
     def want(self, wanted: Wanted) -> None:
         """No row of a session."""
 
-    def apply(self, desk: Desk) -> None:
+    def apply(self, desk: RegistryHarness) -> None:
         desk.answers.keep(self.user, self.key, self.answer, self.wall, self.keep_ms)
 
 
@@ -443,5 +443,5 @@ class ReleaseClaim:
     def want(self, wanted: Wanted) -> None:
         """No row of a session."""
 
-    def apply(self, desk: Desk) -> None:
+    def apply(self, desk: RegistryHarness) -> None:
         desk.answers.release(self.user, self.key)

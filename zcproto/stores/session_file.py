@@ -31,7 +31,17 @@ from zcproto.common.text import escape_text
 from zcproto.errors import CallError, Code, ConfigError
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
-from zcproto.stores.rows import KEPT, ClaimRequest, Desk, Operation, Row, Wanted, session_of, text, utf8
+from zcproto.stores.rows import (
+    KEPT,
+    ClaimRequest,
+    Operation,
+    RegistryHarness,
+    Row,
+    Wanted,
+    session_of,
+    text,
+    utf8,
+)
 from zcproto.stores.store import MAX_LISTED, Claim, ClaimState
 
 VERSION: Final = 1
@@ -444,13 +454,13 @@ class SessionFile:
         for operation in operations:
             operation.want(wanted)
         answers = self._read_answers(db) if self._answers is None else self._answers
-        desk = Desk(self._read(db, wanted), answers)
+        desk = RegistryHarness(self._read(db, wanted), answers)
         outcomes = [self._outcome(operation, desk, db) for operation in operations]
         self._write(db, [*_upserts(list(desk.changed.values())), *_answer_statements(self._changed)])
         self._written()
         return outcomes
 
-    def _outcome(self, operation: Operation, desk: Desk, db: sqlite3.Connection) -> Outcome:
+    def _outcome(self, operation: Operation, desk: RegistryHarness, db: sqlite3.Connection) -> Outcome:
         try:
             result = operation.apply(desk)
         except CallError as error:
