@@ -56,10 +56,6 @@ UPWARD = {
         "zcproto/load/demo/child.py",
         "cli",
     ): "it is the program of a process of its own, which is `zcproto serve`",
-    (
-        "zcproto/admin/control_resources.py",
-        "runtime",
-    ): "for types; goes with the composition in runtime/build.py",
     ("zcproto/app/context.py", "server"): "for types; goes with the composition in runtime/build.py",
     ("zcproto/cli/bench.py", "bench"): "goes with `python -m bench`",
 }

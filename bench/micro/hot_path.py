@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple
 import msgpack
 import uvloop
 
-from bench.micro.metrics_cost import BODY, SALT, Peer, serving_on
+from bench.micro.metrics_cost import BODY, SALT, Peer, state_on
 from bench.micro.token_check import NS_PER_US
 from zcproto.certs import ensure_own_certificates
 from zcproto.common.clock import system_clock
@@ -86,9 +86,9 @@ def least(requests: int, prepare: Callable[[], list[Any]], act: Callable[[list[A
 
 async def our_steps(requests: int, tls: Tls) -> dict[str, float]:
     """Of zcproto: the whole without TLS, and each step."""
-    serving = serving_on(asyncio.get_running_loop())
-    peer = Peer(serving, ServerProtocol, "ada")
-    connection, method = peer.protocol._connection, serving.methods["echo"]
+    state = state_on(asyncio.get_running_loop())
+    peer = Peer(state, ServerProtocol, "ada")
+    connection, method = peer.protocol._connection, state.methods["echo"]
     assert connection is not None
     wall, now = system_clock.wall(), system_clock.now()
     peer.protocol.data_received(peer.request())  # the first looks its session up

@@ -38,7 +38,7 @@ from zcproto.observe.process import ProcessMetrics
 from zcproto.server import protocol as module
 from zcproto.server.eager import EagerTasks
 from zcproto.server.protocol import ServerProtocol
-from zcproto.server.state import Serving
+from zcproto.server.state import ServerState
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.wire.frame import REQUEST, encode_frame
 from zcproto.wire.message import encode_request
@@ -46,11 +46,11 @@ from zcproto.wire.message import encode_request
 ANNOTATIONS: Final = __future__.annotations.compiler_flag
 
 COUNTING: Final = {
-    "timed = wall >> PART_BITS != serving.reads.part": "timed = False",
+    "timed = wall >> PART_BITS != state.reads.part": "timed = False",
     "    or timed\n": "\n",
     "requests += 1": "pass",
     "method.calls += 1": "pass",
-    "serving.counters.requests += requests": "pass",
+    "state.counters.requests += requests": "pass",
 }
 """The lines of `ServerProtocol._process` that count, and what is there without them."""
 
@@ -95,12 +95,12 @@ class Transport:
 class Peer:
     """One connection, and the client that is at its other end."""
 
-    def __init__(self, serving: Serving, kind: type[ServerProtocol], user: str) -> None:
+    def __init__(self, state: ServerState, kind: type[ServerProtocol], user: str) -> None:
         self.transport = Transport()
-        self.protocol = kind(serving)
+        self.protocol = kind(state)
         self.protocol.connection_made(cast("asyncio.BaseTransport", self.transport))
         wall = system_clock.wall()
-        opened = serving.registry.open(user, operator=False, client="", address="", wall=wall)
+        opened = state.registry.open(user, operator=False, client="", address="", wall=wall)
         self.token = opened.token
         self.counter = 0
 
@@ -109,17 +109,17 @@ class Peer:
         return encode_frame(REQUEST, 1, system_clock.wall(), SALT, self.counter, self.token, BODY)
 
 
-def serving_on(loop: asyncio.AbstractEventLoop) -> Serving:
+def state_on(loop: asyncio.AbstractEventLoop) -> ServerState:
     app = App()
 
     @app.method("echo")
     def echo(**params: Any) -> dict[str, Any]:
         return params
 
-    return Serving(
+    return ServerState(
         settings=ConnectionSettings(),
         registry=SessionRegistry(SessionSettings(), system_entropy),
-        methods={method.name: method for method in app},
+        methods=app,
         wheel=DeadlineWheel(loop),
         tasks=EagerTasks(loop),
         call_soon=loop.call_soon,
@@ -133,10 +133,10 @@ def serving_on(loop: asyncio.AbstractEventLoop) -> Serving:
 
 async def time_requests(requests: int) -> tuple[array[int], array[int]]:
     """Nanoseconds of each read of a request with counting, and of each without."""
-    serving = serving_on(asyncio.get_running_loop())
+    state = state_on(asyncio.get_running_loop())
     kinds = (ServerProtocol, without_counting())
     sides = [
-        ([Peer(serving, kind, f"{kind.__name__}{number}") for number in range(CONNECTIONS)], array("Q"))
+        ([Peer(state, kind, f"{kind.__name__}{number}") for number in range(CONNECTIONS)], array("Q"))
         for kind in kinds
     ]
     clock = time.perf_counter_ns
@@ -149,30 +149,30 @@ async def time_requests(requests: int) -> tuple[array[int], array[int]]:
             times.append(clock() - begin)
         if not number % LEAST:
             await asyncio.sleep(0)  # so that timers come due: reads are timed in every 1/64 s
-    echo = serving.methods["echo"]
+    echo = state.methods["echo"]
     assert echo.calls == requests, "one side counts, the other does not"
     assert all(BODY[-64:] in peer.transport.last for peers, _ in sides for peer in peers), (
         "an echo is missing"
     )
     assert sum(echo.durations.counts) > 0
-    serving.close()
+    state.close()
     return sides[0][1], sides[1][1]
 
 
 async def time_scrapes() -> float:
     """Nanoseconds of CPU of one, the median, with as many connections as are scanned for one."""
-    serving = serving_on(asyncio.get_running_loop())
-    serving.connections.update(ServerProtocol(serving) for _ in range(CONNECTED))
+    state = state_on(asyncio.get_running_loop())
+    state.connections.update(ServerProtocol(state) for _ in range(CONNECTED))
 
     def source() -> Iterator[Reading]:
         """As many series as a server has, and what looks at each connection."""
-        most = max(protocol.in_flight for protocol in serving.connections)
+        most = max(protocol.in_flight for protocol in state.connections)
         yield table.LIMIT_USE.at(most, "limits.max_streams")
-        yield table.SLOW_READERS.at(sum(protocol.reads_too_slowly for protocol in serving.connections))
+        yield table.SLOW_READERS.at(sum(protocol.reads_too_slowly for protocol in state.connections))
         for number in range(150):
             yield table.CALLS.at(number, f"method{number}")
         for number in range(10):
-            yield table.WAITS.at(serving.methods["echo"].waits, f"method{number}")
+            yield table.WAITS.at(state.methods["echo"].waits, f"method{number}")
 
     metrics = Metrics(source, ProcessMetrics())
     spent = []

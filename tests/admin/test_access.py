@@ -17,7 +17,7 @@ from zcproto.admin.http_access import BAD_TOKEN, NO_TOKEN, BearerTokens
 from zcproto.auth.certificate import certificate_key
 from zcproto.errors import Code, ResourceExhausted, Unavailable
 from zcproto.http.messages import HttpRequest, HttpResponse, Peer
-from zcproto.server.state import Serving
+from zcproto.server.state import ServerState
 from zcproto.sessions import OpenedSession, Session, SessionRegistry
 from zcproto.sessions.binding import Binding
 from zcproto.sessions.token import token_text
@@ -52,13 +52,13 @@ class Desk:
         self.clock = FakeClock()
         self.registry = small_registry()
         self.sessions: MemorySessions = MemorySessions(self.registry, self.clock)
-        self.serving = SimpleNamespace(
+        self.state = SimpleNamespace(
             registry=self.registry,
             sessions=self.sessions,
             clock=self.clock,
             binding=Binding() if binding is None else binding,
         )
-        self.tokens = BearerTokens(cast("Serving", self.serving))
+        self.tokens = BearerTokens(cast("ServerState", self.state))
 
     def open(self, key: str = "", address: str = "192.0.2.1") -> OpenedSession:
         return self.registry.open(
@@ -168,7 +168,7 @@ async def test_while_no_token_can_be_checked_it_is_503() -> None:
 
 async def test_a_shared_session_is_looked_up() -> None:
     desk = Desk()
-    desk.serving.sessions = sessions = LookedUp(desk.registry, desk.clock)
+    desk.state.sessions = sessions = LookedUp(desk.registry, desk.clock)
     new = desk.registry.new_session("ada", operator=False, client="", address="192.0.2.1", wall=WALL)
     sessions.found = lambda: desk.registry.restore(new.record)
     found = await desk.ask(f"Bearer {token_text(new.token)}")
@@ -188,7 +188,7 @@ async def test_who_cannot_be_looked_up_is_told_when_to_come_back(
     error: Exception, status: int, seconds: str
 ) -> None:
     desk = Desk()
-    desk.serving.sessions = sessions = LookedUp(desk.registry, desk.clock)
+    desk.state.sessions = sessions = LookedUp(desk.registry, desk.clock)
     sessions.error = error
     answer = await desk.ask(f"Bearer {token_text(bytes(32))}")
     assert isinstance(answer, HttpResponse)

@@ -108,7 +108,7 @@ def of_the_page(tab: Tab, server: ServerThread) -> None:
 def test_figures_appear_and_change_and_nothing_else_is_asked_for(serve: Serve, show: Open) -> None:
     server = serve(store__url="sqlite")
     server.in_loop(
-        lambda: server.server.alerts.raise_(
+        lambda: server.server.parts.alerts.raise_(
             AlertKind.SESSIONS_REVOKED, "bob ended a session of <b>ada</b>", about="ada"
         )
     )
@@ -147,7 +147,9 @@ def test_figures_appear_and_change_and_nothing_else_is_asked_for(serve: Serve, s
 def test_what_alerts_are_about_is_shown_to_operators_alone(serve: Serve, show: Open) -> None:
     server = serve()
     server.in_loop(
-        lambda: server.server.alerts.raise_(AlertKind.SESSIONS_REVOKED, "bob ended one of ada", about="ada")
+        lambda: server.server.parts.alerts.raise_(
+            AlertKind.SESSIONS_REVOKED, "bob ended one of ada", about="ada"
+        )
     )
     with server.client("eve") as eve:
         tab = show(server)
@@ -256,10 +258,10 @@ def test_a_server_that_is_not_ready_says_why(serve: Serve, show: Open) -> None:
         tab = show(server)
         give(tab, client.token)
         shows(tab, "#state", "Ready")
-        server.in_loop(lambda: setattr(server.server.serving, "draining", True))
+        server.in_loop(lambda: setattr(server.server.state, "draining", True))
         shows(tab, "#state", "Draining")
         shows(tab, "#fault", "draining: the server is stopping")
-        server.in_loop(lambda: setattr(server.server.serving, "draining", False))
+        server.in_loop(lambda: setattr(server.server.state, "draining", False))
         shows(tab, "#state", "Ready")
         tab.until("document.querySelector('#fault').innerText === ''")
 
@@ -367,7 +369,7 @@ def test_a_stranger_is_told_why_no_figures_come(serve: Serve, show: Open) -> Non
     """What a server answers that is neither figures nor 401, such as 429 with Retry-After."""
     server = serve()
     answers = [text_response(429, "too many tries; wait", headers=(("Retry-After", "3"),))]
-    side = server.server._http
+    side = server.server.parts.http
     assert side is not None
     side.router._paths["/status.json"]["GET"] = lambda _: answers[0]
     with server.client("ada") as client:

@@ -81,9 +81,9 @@ def test_a_drain_ends_the_server(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         client.send(client.request("sleep", {"ms": 60_000}))
-        server.until(lambda: server.server.serving.tasks.running == 1)
+        server.until(lambda: server.server.state.tasks.running == 1)
         assert done(server, "drain", {"timeout": 60}) == {"connections": 1, "timeout": 60.0}
-        server.until(lambda: server.server.serving.draining)
+        server.until(lambda: server.server.state.draining)
         assert get(server, "status")["draining"]
         client.fin()
     server.join()
@@ -100,7 +100,7 @@ def test_a_drain_has_its_usual_limit(serve: Serve) -> None:
 def test_a_drain_has_a_sane_limit_or_is_refused(serve: Serve, timeout: Any) -> None:
     server = serve()
     assert post(server, "drain", {"timeout": timeout}).status == 400
-    assert not server.server.serving.draining
+    assert not server.server.state.draining
 
 
 def test_the_level_of_the_log_is_told_and_set(serve: Serve) -> None:
@@ -139,7 +139,7 @@ def test_sessions_are_listed_and_ended(serve: Serve) -> None:
         assert done(server, "sessions/revoke", {"all": True}) == {"revoked": 1}
         assert ended(cleo)
         assert get(server, "sessions")["sessions"] == []
-    kinds = server.in_loop(lambda: server.server.alerts.center.told[AlertKind.SESSIONS_REVOKED])
+    kinds = server.in_loop(lambda: server.server.parts.alerts.center.told[AlertKind.SESSIONS_REVOKED])
     assert kinds == 1
 
 
@@ -331,7 +331,7 @@ def test_certificates_of_others_are_theirs_to_renew(serve: Serve) -> None:
 def test_alerts_are_listed_and_tried(serve: Serve, tmp_path: Path) -> None:
     told = tmp_path / "told"
     server = serve(alerts__command=["/bin/sh", "-c", f"cat >> {told}; echo got it"])
-    server.in_loop(lambda: server.server.alerts.raise_(AlertKind.STORE_DEGRADED, "the store is out"))
+    server.in_loop(lambda: server.server.parts.alerts.raise_(AlertKind.STORE_DEGRADED, "the store is out"))
     found = get(server, "alerts")
     assert [each["title"] for each in found["open"]] == ["the store is out"]
     (result,) = done(server, "alerts/test")["sinks"]
@@ -364,7 +364,7 @@ def test_a_store_that_is_out_is_told(serve: Serve, monkeypatch: pytest.MonkeyPat
     async def out(user: str | None, limit: int) -> Any:
         raise Unavailable("the store of sessions does not answer: try again")
 
-    monkeypatch.setattr(server.server.serving.sessions, "records", out)
+    monkeypatch.setattr(server.server.state.sessions, "records", out)
     answer = ask(server.home / "control.sock", "GET", "/v1/sessions")
     assert (answer.status, answer.value["error"][:9]) == (503, "the store")
 
@@ -375,7 +375,7 @@ def test_a_fault_of_ours_is_an_incident(serve: Serve, monkeypatch: pytest.Monkey
     async def broken(user: str | None, limit: int) -> Any:
         raise InternalError("a secret of ours")
 
-    monkeypatch.setattr(server.server.serving.sessions, "records", broken)
+    monkeypatch.setattr(server.server.state.sessions, "records", broken)
     answer = ask(server.home / "control.sock", "GET", "/v1/sessions")
     assert answer.status == 500
     assert b"incident" in answer.body

@@ -349,7 +349,7 @@ def test_open_connections_do_not_hold_up_the_end(serve: Serve) -> None:
 
 def test_a_socket_that_never_opened_can_be_closed(tmp_path: Path, serve: Serve) -> None:
     server = serve()
-    other = ControlSocket(Home(server.home), server.server.serving, control(server).endpoint.routes)  # type: ignore[arg-type]
+    other = ControlSocket(Home(server.home), server.server.state, control(server).endpoint.routes)  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
         other.open()
     other.close()

@@ -17,7 +17,7 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.http.messages import HttpRequest, HttpResponse, Peer, text_response
 from zcproto.http.router import Route, Router
 from zcproto.server.eager import EagerTasks
-from zcproto.server.state import Serving
+from zcproto.server.state import ServerState
 
 WRITE_TIMEOUT = 20.0
 
@@ -68,7 +68,7 @@ class Harness:
         self.incidents: list[BaseException] = []
         self.served: list[str] = []
         self.gate: asyncio.Event = asyncio.Event()
-        serving = SimpleNamespace(
+        state = SimpleNamespace(
             clock=self.clock,
             wheel=self.wheel,
             tasks=EagerTasks(asyncio.get_running_loop()),
@@ -82,7 +82,7 @@ class Harness:
             [Route("GET", "/", self.small), Route("GET", "/big", self.big), Route("GET", "/wait", self.wait)]
         )
         self.endpoint = HttpEndpoint(
-            cast("Serving", serving), router, SECURITY, LIMITS, lambda transport: Peer("192.0.2.1")
+            cast("ServerState", state), router, SECURITY, LIMITS, lambda transport: Peer("192.0.2.1")
         )
 
     def incident(self, what: str, error: BaseException, **values: Any) -> str:
@@ -197,7 +197,7 @@ async def test_a_handler_that_is_cancelled_from_without_is_a_fault_of_ours() -> 
     harness = Harness()
     protocol, transport = harness.connect()
     protocol.data_received(WAIT)
-    await harness.endpoint.serving.tasks.close(5.0)
+    await harness.endpoint.state.tasks.close(5.0)
     (answer,) = answers(bytes(transport.out))
     assert answer.status == 500
     assert transport.end == "closed"

@@ -82,7 +82,7 @@ def bearer(token: bytes) -> dict[str, str]:
 
 
 def add(server: ServerThread, *routes: Route) -> None:
-    side = server.server._http
+    side = server.server.parts.http
     assert side is not None
     for route in routes:
         server.in_loop(lambda route=route: side.router.add(route))
@@ -155,13 +155,13 @@ def test_a_certificate_that_has_expired_is_a_reason(serve: Serve) -> None:
 
 def test_a_store_that_does_not_answer_is_a_reason(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
-    sessions = server.server.serving.sessions
+    sessions = server.server.state.sessions
     monkeypatch.setattr(sessions, "statistics", lambda: {"state": "degraded"})
     status, found = ready(server)
     assert status == 503
     assert [reason.partition(":")[0] for reason in found["reasons"]] == ["store"]
     assert "known go on" in found["reasons"][0]
-    server.in_loop(server.server.serving.registry.refuse_all)
+    server.in_loop(server.server.state.registry.refuse_all)
     assert "every token is refused" in ready(server)[1]["reasons"][0]
 
 
@@ -169,11 +169,11 @@ def test_draining_is_a_reason_and_the_last_answer(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as busy, tls(server) as connection:
         busy.send(busy.request("sleep", {"ms": 60_000}))
-        server.until(lambda: server.server.serving.tasks.running == 1)
+        server.until(lambda: server.server.state.tasks.running == 1)
         connection.sendall(GET.replace(b"GET /", b"GET /readyz"))
         (before,) = answers(receive_one(connection))
         server.begin_drain(30.0)
-        server.until(lambda: server.server.serving.draining)
+        server.until(lambda: server.server.state.draining)
         connection.sendall(GET.replace(b"GET /", b"GET /readyz"))
         (after,) = answers(read_to_end(connection))
         busy.close()
@@ -206,9 +206,9 @@ def test_a_drain_waits_for_handlers_as_for_methods(serve: Serve) -> None:
     add(server, Route("GET", "/wait", wait))
     with tls(server) as waiting:
         waiting.sendall(GET.replace(b"GET /", b"GET /wait"))
-        server.until(lambda: server.server._http.endpoint.answering == 1)  # type: ignore[union-attr]
+        server.until(lambda: server.server.parts.http.endpoint.answering == 1)  # type: ignore[union-attr]
         server.begin_drain(30.0)
-        server.until(lambda: server.server.serving.draining)
+        server.until(lambda: server.server.state.draining)
         server.in_loop(gate.set)
         (answer,) = answers(read_to_end(waiting))
     assert (answer.body, answer.closes) == (b"waited\n", True)
@@ -371,7 +371,9 @@ def test_who_reads_late_gets_all_of_it_and_nothing_is_made_ahead(serve: Serve) -
     big = GET.replace(b"GET /", b"GET /big")
     with bystander(server), tls(server) as connection:
         connection.sendall(big * 7 + big.replace(b"Host", b"Connection: close\r\nHost"))
-        server.until(lambda: any(each._paused_since is not None for each in server.server._http.connections))  # type: ignore[union-attr]
+        server.until(
+            lambda: any(each._paused_since is not None for each in server.server.parts.http.connections)
+        )  # type: ignore[union-attr]
         made = server.stats["http"]["responses"]["200"]
         found = answers(read_to_end(connection))
     assert made < 8
@@ -418,7 +420,7 @@ def test_a_client_whose_certificate_is_revoked_is_closed_here_too(serve: Serve) 
             connection.sendall(GET)
             assert answers(receive_one(connection))[0].status == 200
         clients.revoke_client(folder, name="bad", now=now)
-        asyncio.run_coroutine_threadsafe(server.server._keeper.look(), server.loop).result(10)
+        asyncio.run_coroutine_threadsafe(server.server.parts.certificates.look(), server.loop).result(10)
         assert read_to_end(third) == b""
         for connection in (first, second):
             connection.sendall(GET)
@@ -465,7 +467,7 @@ def test_a_handler_that_waits_holds_up_its_own_connection_alone(serve: Serve) ->
     add(server, Route("GET", "/wait", wait))
     with tls(server) as waiting:
         waiting.sendall(GET.replace(b"GET /", b"GET /wait") + GET.replace(b"GET /", b"GET /healthz"))
-        server.until(lambda: server.server._http.endpoint.answering == 1)  # type: ignore[union-attr]
+        server.until(lambda: server.server.parts.http.endpoint.answering == 1)  # type: ignore[union-attr]
         assert ask(server, "/healthz").status == 200
         server.in_loop(gate.set)
         first, second = receive_one(waiting), receive_one(waiting)
@@ -483,10 +485,10 @@ def test_a_handler_ends_with_its_connection(serve: Serve) -> None:
     add(server, Route("GET", "/wait", wait))
     with tls(server) as waiting:
         waiting.sendall(GET.replace(b"GET /", b"GET /wait"))
-        server.until(lambda: server.server.serving.tasks.running == 1)
+        server.until(lambda: server.server.state.tasks.running == 1)
     server.until_left()
-    assert server.server._http is not None
-    assert server.server._http.endpoint.answering == 0
+    assert server.server.parts.http is not None
+    assert server.server.parts.http.endpoint.answering == 0
 
 
 # --- other programs --------------------------------------------------------------------------------------
@@ -568,7 +570,7 @@ def test_a_plain_socket_that_speaks_no_tls_is_told_as_before(shared: ServerThrea
 
 def test_who_comes_while_the_server_drains_gets_one_answer(serve: Serve) -> None:
     server = serve()
-    side = server.server._http
+    side = server.server.parts.http
     assert side is not None
     server.in_loop(side.endpoint.drain)
     with tls(server) as connection:
@@ -583,7 +585,7 @@ def test_a_handler_that_waits_too_long_is_cancelled_and_its_client_told(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
-    side = server.server._http
+    side = server.server.parts.http
     assert side is not None
     monkeypatch.setattr(side.endpoint, "limits", HttpLimits(answer_timeout=0.2))
     ended = []

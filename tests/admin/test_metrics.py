@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
-from zcproto.admin.metrics import END_REASONS, USER_CHANGED
+from zcproto.admin.metrics import END_REASONS, USER_CHANGED, ServerMetrics
 from zcproto.app.app import App
 from zcproto.errors import CallError
 from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY
@@ -31,7 +31,7 @@ SHARED_ONLY = {
 
 
 def render(server: ServerThread, accept: str = "") -> str:
-    return server.in_loop(lambda: server.server.metrics.render(accept))[1].decode()
+    return server.in_loop(lambda: ServerMetrics(server.server.parts).metrics().render(accept))[1].decode()
 
 
 def value(server: ServerThread, name: str, **labels: str) -> float:
@@ -89,7 +89,7 @@ def test_what_is_told_is_in_the_table_and_all_of_the_table_is_told(serve: Serve)
         client.send(client.frame(PING, timestamp=wall() - 3_600_000))
         client.send(client.request("echo", timestamp=wall() - 3_600_000))
         client.answer()
-    server.until(lambda: not server.server.serving.connections)
+    server.until(lambda: not server.server.state.connections)
     told = names_in(render(server))
     shared_store = {"zcproto_http_responses_total"}  # nobody has asked yet
     assert told - set(OF_THE_LIBRARY) <= {metric.name for metric in ALL}
@@ -312,7 +312,7 @@ def test_certificates_are_told_with_their_end_and_their_renewal(serve: Serve) ->
 
 def test_an_outage_of_the_store_is_told_while_it_lasts(serve: Serve) -> None:
     server = serve(store__url="sqlite")
-    sessions = server.server.serving.sessions
+    sessions = server.server.state.sessions
     assert isinstance(sessions, StoredSessions)
     keeper = sessions._keeper
 
@@ -362,7 +362,7 @@ def test_a_server_that_drains_says_so(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         client.send(client.request("sleep", {"ms": 60_000}))
-        server.until(lambda: server.server.serving.tasks.running)
+        server.until(lambda: server.server.state.tasks.running)
         server.begin_drain(30)
         eventually(lambda: value(server, "zcproto_draining") == 1)
         client.cancel(client.stream)

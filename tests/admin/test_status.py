@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from tests.server.conftest import Serve
+from zcproto.admin.status import ServerStatus
 from zcproto.admin.traffic import RATE_S, WINDOW_S, Traffic
 from zcproto.app.app import Method
 from zcproto.observe.histogram import QUICK_S, quantile
@@ -108,7 +109,7 @@ def test_a_running_server_tells_all_of_it(serve: Serve) -> None:
     with server.client("ada") as client:
         for _ in range(50):
             client.echo()
-        figures = server.in_loop(server.server.status.figures)
+        figures = server.in_loop(ServerStatus(server.server.parts).figures)
     assert json.loads(json.dumps(figures)) == figures
     assert figures["api"] == 1
     assert figures["connections"]["zcp"] == figures["connections"]["tcp"] == 1
@@ -135,6 +136,6 @@ def test_an_address_of_a_store_is_not_shown(serve: Serve) -> None:
             )
         }
     )
-    figures = server.in_loop(server.server.status.figures)
+    figures = server.in_loop(ServerStatus(server.server.parts).figures)
     assert figures["store"]["url"] == "valkey"
     assert "hunter2" not in json.dumps(figures)

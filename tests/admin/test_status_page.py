@@ -187,7 +187,7 @@ def test_figures_are_those_of_the_server(serve: Serve) -> None:
 def test_what_names_users_is_for_operators(serve: Serve) -> None:
     server = serve()
     server.in_loop(
-        lambda: server.server.alerts.raise_(
+        lambda: server.server.parts.alerts.raise_(
             AlertKind.SESSIONS_REVOKED, "bob ended a session of ada", about="ada"
         )
     )

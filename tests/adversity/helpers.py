@@ -81,12 +81,12 @@ def while_impatient(server: ServerThread) -> Iterator[None]:
     """The server's times for a handshake and for what is written are short, but only while the body attacks:
     on a busy machine others may need longer than that.
     """
-    acceptor, serving = server.server._acceptor, server.server.serving
+    acceptor, state = server.server.parts.acceptor, server.server.state
     assert acceptor is not None
-    usual = acceptor.handshake_timeout, serving.write_timeout
+    usual = acceptor.handshake_timeout, state.write_timeout
 
     def wait(handshake: float, write: float) -> None:
-        acceptor.handshake_timeout, serving.write_timeout = handshake, write
+        acceptor.handshake_timeout, state.write_timeout = handshake, write
 
     server.in_loop(lambda: wait(HANDSHAKE_TIMEOUT, WRITE_TIMEOUT))
     try:

@@ -207,7 +207,7 @@ def test_a_stream_in_flight_is_not_used_twice(shared: ServerThread) -> None:
     with shared.client("ada") as client:
         client.send(client.request("sleep", {"ms": 60_000}, stream=7))
         assert fatal(client, client.request("echo", {}, stream=7)) == PROTOCOL_ERROR
-    shared.until(lambda: shared.server.serving.tasks.running == 0)
+    shared.until(lambda: shared.server.state.tasks.running == 0)
 
 
 # --- bodies ----------------------------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def test_a_reader_that_never_reads_is_not_served_further_and_is_closed(serve: Se
         before = server.stats
         client = server.client("ada", receive_buffer=4_096)
         client.send(*[client.request("large", {}) for _ in range(200)])
-        server.until(lambda: server.server.serving.counters.connections_ended.get("write_timeout"))
+        server.until(lambda: server.server.state.counters.connections_ended.get("write_timeout"))
         after = server.stats
         # 200 answers of a megabyte were asked for; only as many were made as the buffers take.
         assert after["requests"] - before["requests"] < 20

@@ -27,7 +27,7 @@ def hold(server: ServerThread, bystander: Bystander) -> None:
 
 
 def the_bystanders_own(server: ServerThread) -> ServerProtocol:
-    (protocol,) = server.server.serving.connections
+    (protocol,) = server.server.state.connections
     return protocol
 
 

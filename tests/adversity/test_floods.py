@@ -136,7 +136,7 @@ def test_who_reads_gets_every_answer_of_a_flood(
         client.cancel(stream)
     for _ in range(waiting):
         assert client.receive().code == Code.CANCELLED
-    server.until(lambda: server.server.serving.tasks.running == 0)  # until then they count as in flight
+    server.until(lambda: server.server.state.tasks.running == 0)  # until then they count as in flight
     client.echo()
 
 
@@ -164,7 +164,7 @@ def test_declared_lengths_take_no_memory(server: ServerThread) -> None:
 
 
 def all_wait(server: ServerThread, count: int) -> bool:
-    return len(server.server.serving.connections) == count
+    return len(server.server.state.connections) == count
 
 
 def test_the_greatest_length_is_closed_at_once(connect: Connect) -> None:
@@ -269,7 +269,7 @@ def finished_and_reset(server: ServerThread) -> None:
 def while_the_server_cannot_write(server: ServerThread) -> None:
     client = server.client("ada", receive_buffer=4_096)
     client.send(requests_of_big_answers(client))
-    server.until(lambda: any(each._paused_since is not None for each in server.server.serving.connections))
+    server.until(lambda: any(each._paused_since is not None for each in server.server.state.connections))
     client.reset()
 
 

@@ -121,7 +121,7 @@ def test_a_stolen_token_gets_no_event_no_larger_frame_and_no_time(house: House, 
     thief.send(thief.request("echo", {"x": b"x" * 100_000}, token=house.token))
     frames, _ = thief.rest_until_closed()
     assert frames[-1].code == Code.FRAME_TOO_LARGE
-    registry = house.server.server.serving.registry
+    registry = house.server.server.state.registry
     info = house.server.in_loop(lambda: registry.info(house.device.opened["id"], house.server.clock.wall()))
     assert info.last_used_at == before
 

@@ -80,7 +80,7 @@ def test_a_session_that_outlives_its_user_is_worth_nothing(serve: Serve, users: 
     server = serve(users_file=True)
 
     def open_session() -> Any:
-        return server.server.serving.registry.open(
+        return server.server.state.registry.open(
             "ada", operator=False, client="", address="127.0.0.1", wall=server.clock.wall()
         )
 
@@ -99,7 +99,7 @@ def test_users_whom_an_authenticator_of_an_embedder_knows_are_left_to_it(serve: 
     with server.client("ada") as client, server.client() as other:
         other.token = client.token
         other.echo()
-    assert server.server.serving.binding.is_user is None
+    assert server.server.state.binding.is_user is None
 
 
 # --- the watch -----------------------------------------------------------------------------------------------

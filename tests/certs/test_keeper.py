@@ -25,6 +25,7 @@ from zcproto.certs.keeper import CertificateKeeper
 from zcproto.certs.own import OwnSettings
 from zcproto.common.clock import system_clock
 from zcproto.errors import CertificateError
+from zcproto.runtime.certificate_rollout import close_revoked
 from zcproto.runtime.server import Server
 
 DAY = timedelta(days=1)
@@ -35,7 +36,7 @@ Serve = Callable[..., ServerThread]
 
 def look(server: ServerThread) -> None:
     """Have the keeper look now."""
-    asyncio.run_coroutine_threadsafe(server.server._keeper.look(), server.loop).result(TIMEOUT)
+    asyncio.run_coroutine_threadsafe(server.server.parts.certificates.look(), server.loop).result(TIMEOUT)
 
 
 def served(server: ServerThread, name: str | None = "localhost") -> bytes:
@@ -128,7 +129,7 @@ def test_a_next_key_is_announced_and_used_when_its_time_has_come(serve: Serve) -
         assert server.server.pins == told["pins"]
         info = standing.call("server.info", timestamp=server.clock.wall(), token=bytes(32))
         assert (info["pins"], info["pins_next"]) == (told["pins"], None)
-    assert server.server.serving.announcement is None
+    assert server.server.state.announcement is None
     assert notices(server)["key_rotated"] == 1
 
 
@@ -191,7 +192,7 @@ async def test_a_refused_context_is_told_once_and_a_fault_each_time(
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
     async with server:
-        keeper = server._keeper
+        keeper = server.parts.certificates
         keeper._unproven = True
         with monkeypatch.context() as patched:
             patched.setattr(keeper, "_prove", lambda certificates: _raise(CertificateError("it is bad")))
@@ -224,7 +225,8 @@ async def test_without_a_context_that_proves_itself_there_is_no_server(
     )
     with pytest.raises(CertificateError, match="no"):
         await server.start()
-    assert server._sockets == []
+    with pytest.raises(AssertionError, match="not been started"):
+        _ = server.port
 
 
 # --- the thread that looks ----------------------------------------------------------------------------------------
@@ -235,7 +237,7 @@ async def test_the_loop_hears_only_of_what_is_new(
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
     async with server:
-        keeper = server._keeper
+        keeper = server.parts.certificates
         handed: list[Callable[[], None]] = []
         keeper._look_for(handed.append)
         keeper._look_for(handed.append)
@@ -278,7 +280,7 @@ async def test_a_keeper_that_gets_no_thread_tries_again(
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
     async with server:
-        keeper = server._keeper
+        keeper = server.parts.certificates
         keeper._interval = 0.01
         started = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -457,7 +459,7 @@ async def test_a_certificate_of_others_near_its_end_is_told(
         certificates__key=[folder / "a.key"],
     )
     async with Server(config=config, home=home) as server:
-        await server._keeper.look()
+        await server.parts.certificates.look()
     (told,) = [event for event in events(capsys.readouterr().err) if event["event"] == "certificate.expiry"]
     assert (told["threshold_days"], told["days_left"]) == (7, 4)
     assert told["level"] == "warning"
@@ -490,7 +492,7 @@ def test_a_client_whose_certificate_is_revoked_is_closed_and_the_others_are_not(
             assert client.call("server.info")["versions"] == [1]
         clients.revoke_client(folder, name="bad", now=now)
         look(server)
-        server.until(lambda: server.server.serving.counters.connections_ended.get("certificate_revoked") == 1)
+        server.until(lambda: server.server.state.counters.connections_ended.get("certificate_revoked") == 1)
         assert first.call("server.info")["versions"] == [1]
         assert third.call("echo", {"word": "x"}) == {"word": "x"}
     assert notices(server)["client_trust_loaded"] >= 1
@@ -499,11 +501,11 @@ def test_a_client_whose_certificate_is_revoked_is_closed_and_the_others_are_not(
 def test_many_connections_are_looked_at_over_several_turns(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zcproto.runtime.server.GOAWAYS_PER_TURN", 1)
+    monkeypatch.setattr("zcproto.runtime.certificate_rollout.CLOSED_PER_TURN", 1)
     server = serve()
     with server.client("ada") as one, server.client("bob") as other:
         asyncio.run_coroutine_threadsafe(
-            server.server._close_revoked(frozenset({(b"", 1)})), server.loop
+            close_revoked(server.server.parts, frozenset({(b"", 1)})), server.loop
         ).result(TIMEOUT)
         assert one.call("echo") == other.call("echo") == {}
 
@@ -512,7 +514,7 @@ def test_without_a_certificate_nobody_gets_in_where_one_is_required(serve: Serve
     server = serve(tls__client_auth="required")
     with pytest.raises((ClosedError, ssl.SSLError)):
         server.client()
-    server.until(lambda: server.server._acceptor.failures[_failure("certificate_required")])
+    server.until(lambda: server.server.parts.acceptor.failures[_failure("certificate_required")])
 
 
 def _failure(value: str) -> Any:

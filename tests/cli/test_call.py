@@ -172,7 +172,7 @@ def test_the_session_is_ended_with_the_call(serve: Serve, call: Callable[..., in
     server = serve(sessions__per_user=1)
     for _ in range(3):
         assert call("echo", server=server) == 0
-    assert len(server.server.serving.registry) == 0
+    assert len(server.server.state.registry) == 0
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_a_lost_connection_is_1(serve: Serve, call: Callable[..., int], capsys: 
 
     @app.method("die")
     async def die() -> None:
-        server.server.serving.connections.copy().pop().abort("test")
+        server.server.state.connections.copy().pop().abort("test")
 
     server = serve(app)
     assert call("die", server=server) == 1

@@ -19,6 +19,7 @@ import pytest
 
 from tests.server.conftest import Serve, certs, serve
 from tests.server.helpers import TIMEOUT, ServerProcess, ServerThread, eventually
+from zcproto.admin.status import ServerStatus
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile
 from zcproto.certs import own
@@ -73,7 +74,7 @@ def test_the_status_is_shown(running: ServerThread, capsys: Capture) -> None:
         assert "alerts: 0 open" in text
         found = json_of(capsys, "status")
         assert found["requests"]["total"] == 21
-    running.in_loop(lambda: running.server.alerts.raise_(AlertKind.STORE_DEGRADED, "the store is out"))
+    running.in_loop(lambda: running.server.parts.alerts.raise_(AlertKind.STORE_DEGRADED, "the store is out"))
     text = out_of(capsys, "status")
     assert "the store is out" in text
     assert "1 open" in text
@@ -193,7 +194,7 @@ def test_alerts_are_listed_and_tried(running: ServerThread, capsys: Capture, tmp
     assert main(["alert", "test"]) == 1
     assert "no webhook and no command" in capsys.readouterr().out
     running.reload(alerts__command=["/bin/sh", "-c", "cat > /dev/null; echo told"])
-    alerts = running.server.alerts
+    alerts = running.server.parts.alerts
 
     def happen() -> None:
         alerts.raise_(AlertKind.STORE_DEGRADED, "the store is out")
@@ -273,7 +274,7 @@ def test_a_process_that_is_drained_ends_well(
 
 @pytest.fixture
 def found(running: ServerThread) -> dict[str, Any]:
-    return running.in_loop(running.server.status.figures)
+    return running.in_loop(ServerStatus(running.server.parts).figures)
 
 
 def test_a_frame_fits_its_terminal(found: dict[str, Any]) -> None:

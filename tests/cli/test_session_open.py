@@ -39,7 +39,7 @@ def test_the_token_is_all_that_is_printed_and_it_is_good(
     token = token_from_text(out.removesuffix("\n"))
     assert token is not None
     assert ask(server, "/status.json", headers=bearer(token)).status == 200
-    (record,) = server.in_loop(lambda: server.server.serving.registry.records("ada", 10))
+    (record,) = server.in_loop(lambda: server.server.state.registry.records("ada", 10))
     assert record.client.startswith("zcproto-python/")
     assert err.startswith("session ")
     assert err.endswith(" UTC\n")

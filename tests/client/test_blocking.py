@@ -178,7 +178,7 @@ def test_closing_tells_calls_that_wait_in_other_threads(shared: ServerThread, bl
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         before = shared.stats["running"]
         call = pool.submit(client.call, "sleep", ms=60_000)
-        shared.until(lambda: shared.server.serving.tasks.running > before)
+        shared.until(lambda: shared.server.state.tasks.running > before)
         client.close()
         with pytest.raises(ConnectionClosed):
             call.result()
@@ -239,7 +239,7 @@ def test_ctrl_c_cancels_the_call_on_the_server_and_leaves_the_client_usable(
     with blocking(server) as client:
         with ctrl_c(0.1), pytest.raises(KeyboardInterrupt):
             client.call("sleep", ms=60_000, timeout=None)
-        server.until(lambda: server.server.serving.tasks.running == 0)
+        server.until(lambda: server.server.state.tasks.running == 0)
         assert client.call("echo", x=1) == {"x": 1}
 
 
@@ -267,7 +267,7 @@ def test_a_program_that_forgets_to_close_ends_all_the_same_and_ends_its_session(
         check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "{'x': 1}\n", "")
-    server.until(lambda: len(server.server.serving.registry) == 0)
+    server.until(lambda: len(server.server.state.registry) == 0)
 
 
 def test_the_two_clients_have_the_same_names_and_options() -> None:

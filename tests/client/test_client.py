@@ -154,7 +154,7 @@ async def test_a_timed_out_call_is_cancelled_on_the_server_and_disturbs_no_other
         with pytest.raises(DeadlineExceeded):
             await client.call("sleep", ms=60_000, timeout=0.05)
         assert await slow == {}
-        server.until(lambda: server.server.serving.tasks.running == 0)
+        server.until(lambda: server.server.state.tasks.running == 0)
 
 
 async def test_a_cancelled_call_is_cancelled_on_the_server(serve: Serve, connect_to: ConnectTo) -> None:

@@ -68,7 +68,7 @@ def ask(server: ServerThread, **options: Any) -> None:
     """Have a running server ask for certificates."""
     certs = server.home / "certs"
     pair = certs / "server-ecdsa.crt", certs / "server-ecdsa.key"
-    server.server._acceptor.contexts = SiteContexts(server_context([pair], ["zcp/1"], **options))
+    server.server.parts.acceptor.contexts = SiteContexts(server_context([pair], ["zcp/1"], **options))
 
 
 def failures(server: ServerThread) -> dict[str, int]:
@@ -87,7 +87,7 @@ async def test_a_client_with_a_certificate_is_let_in(
         assert await client.call("echo", x=1) == {"x": 1}
 
         def shown() -> bytes | None:
-            (connection,) = server.server.serving.connections
+            (connection,) = server.server.state.connections
             return connection._transport.peer_certificate()  # type: ignore[union-attr]
 
         assert server.in_loop(shown) == identity.der
@@ -132,7 +132,7 @@ async def test_a_server_with_a_wrong_pin_is_shown_no_certificate(
     with pytest.raises(TlsError) as caught:
         await connect_to(server, pins=pins, certificate=identity.certificate, key_file=identity.key)
     assert caught.value.failure == "pin_mismatch"
-    server.until(lambda: server.server._acceptor.handshakes_in_progress == 0)
+    server.until(lambda: server.server.parts.acceptor.handshakes_in_progress == 0)
     assert failures(server) == {"disconnected": 1}
 
 
@@ -244,7 +244,7 @@ async def test_a_pin_that_the_server_does_not_have_closes_without_an_alert_and_t
 ) -> None:
     """After a handshake OpenSSL gives no way to send one."""
     server = asking()
-    server.server._acceptor.client_pins = frozenset({"sha256/" + "A" * 43 + "="})
+    server.server.parts.acceptor.client_pins = frozenset({"sha256/" + "A" * 43 + "="})
     with pytest.raises(ConnectionClosed, match="it may not take the certificate of this client"):
         await connect_to(server, certificate=identity.certificate, key_file=identity.key)
     assert failures(server) == {"pin_mismatch": 1}
@@ -357,7 +357,7 @@ async def test_a_client_that_runs_shows_its_renewed_certificate_on_its_next_conn
     server = asking()
 
     def shown() -> bytes | None:
-        (connection,) = server.server.serving.connections
+        (connection,) = server.server.state.connections
         return connection._transport.peer_certificate()  # type: ignore[union-attr]
 
     async with connect_to(server, certificate=identity.certificate, key_file=identity.key) as client:
@@ -370,5 +370,5 @@ async def test_a_client_that_runs_shows_its_renewed_certificate_on_its_next_conn
         link.close("for the test")
         await link.gone
         assert await client.call("echo", x=2) == {"x": 2}
-        server.until(lambda: len(server.server.serving.connections) == 1)
+        server.until(lambda: len(server.server.state.connections) == 1)
         assert server.in_loop(shown) == identity.der != old

@@ -559,7 +559,7 @@ class Office:
     def lose_connections(self) -> None:
         """Reset whatever is connected."""
         self.server.in_loop(
-            lambda: [each.abort("write_timeout") for each in list(self.server.server.serving.connections)]
+            lambda: [each.abort("write_timeout") for each in list(self.server.server.state.connections)]
         )
 
 

@@ -87,7 +87,7 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(
 def test_ctrl_c_ends_a_run_early_with_a_report(serve: Serve) -> None:
     server = serve()
     view, out = console()
-    begun = threading.Timer(0, lambda: (server.until(lambda: server.server.serving.counters.requests > 50),
+    begun = threading.Timer(0, lambda: (server.until(lambda: server.server.state.counters.requests > 50),
                                         os.kill(os.getpid(), signal.SIGINT)))  # fmt: skip
     begun.start()
     before = signal.getsignal(signal.SIGINT)

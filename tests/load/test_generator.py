@@ -224,7 +224,7 @@ async def test_requests_of_lost_connections_are_not_sent(serve: Serve) -> None:
     server = serve()
     generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
-    server.in_loop(lambda: [each.abort("test") for each in [*server.server.serving.connections][:3]])
+    server.in_loop(lambda: [each.abort("test") for each in [*server.server.state.connections][:3]])
     await until(lambda: generator.record.ready == 1)
     await generator.load()
     await generator.verify()
@@ -243,7 +243,7 @@ async def test_connections_lost_under_load_take_their_requests_with_them(serve: 
     async def echo(n: int, data: bytes) -> dict[str, Any]:
         seen.append(n)
         if len(seen) == 10:
-            for each in [*server[0].server.serving.connections]:
+            for each in [*server[0].server.state.connections]:
                 each.abort("test")
         return {"n": n, "data": data}
 

@@ -61,7 +61,7 @@ async def test_a_shared_session_that_echoes_wrongly_is_not_joined(serve: Serve) 
 async def test_a_session_without_a_token_is_none(serve: Serve) -> None:
     server = serve()
     opening = Method("session.open", lambda **params: {"token": b"short"}, public=True)
-    server.in_loop(lambda: server.server.serving.methods.update({"session.open": opening}))
+    server.in_loop(lambda: server.server.state.methods.update({"session.open": opening}))
     generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
     assert generator.record.tallies[Kind.OPEN].unequal == 4
@@ -73,11 +73,11 @@ async def test_a_connection_lost_before_its_session_is_told(serve: Serve) -> Non
     server = serve()
 
     def hang_up(**params: Any) -> None:
-        for each in [*server.server.serving.connections]:
+        for each in [*server.server.state.connections]:
             each.abort("test")
 
     opening = Method("session.open", hang_up, public=True)
-    server.in_loop(lambda: server.server.serving.methods.update({"session.open": opening}))
+    server.in_loop(lambda: server.server.state.methods.update({"session.open": opening}))
     generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
     assert sum(generator.record.lost_links.values()) == 4

@@ -85,7 +85,7 @@ async def test_a_server_that_counts_otherwise_is_not_verified(serve: Serve) -> N
     @app.method("echo")
     def echo(**params: Any) -> dict[str, Any]:
         if params["n"] == 7:
-            server[0].server.serving.counters.requests += 1  # somebody else's request
+            server[0].server.state.counters.requests += 1  # somebody else's request
         return params
 
     server.append(serve(app))

@@ -85,10 +85,8 @@ async def test_a_server_that_ends_fails_what_was_asked_of_it(serve: Serve) -> No
     operator = await connect(server)
     asked = asyncio.create_task(operator.call("sleep", {"ms": 60_000}))
     await asyncio.sleep(0)
-    await asyncio.to_thread(server.until, lambda: server.server.serving.tasks.running == 1)
-    await asyncio.to_thread(
-        server.in_loop, lambda: next(iter(server.server.serving.connections)).abort("test")
-    )
+    await asyncio.to_thread(server.until, lambda: server.server.state.tasks.running == 1)
+    await asyncio.to_thread(server.in_loop, lambda: next(iter(server.server.state.connections)).abort("test"))
     with pytest.raises(ConnectionClosed, match="the operator's connection is gone"):
         await asked
     with pytest.raises(ZcprotoError):

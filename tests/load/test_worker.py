@@ -106,13 +106,13 @@ async def test_a_worker_ends_with_its_parent(commands: Commands, serve: Serve) -
     server = serve()
     commands.say(json.dumps(share(server, duration_s=3600.0).as_json()), "connect")
     serving = asyncio.create_task(worker.serve())
-    await asyncio.to_thread(server.until, lambda: server.server.serving.counters.requests == 4)
+    await asyncio.to_thread(server.until, lambda: server.server.state.counters.requests == 4)
     commands.say("load")
-    await asyncio.to_thread(server.until, lambda: server.server.serving.counters.requests > 10)
+    await asyncio.to_thread(server.until, lambda: server.server.state.counters.requests > 10)
     commands.close()
     await serving
     await asyncio.to_thread(
-        server.in_loop, lambda: [each.abort("test") for each in [*server.server.serving.connections]]
+        server.in_loop, lambda: [each.abort("test") for each in [*server.server.state.connections]]
     )
     await asyncio.sleep(0.05)
 

@@ -16,7 +16,7 @@ from zcproto.observe.loop_lag import (
     IDLE_PERIOD,
     PERIOD,
     TOLD_FOR,
-    PauseMeter,
+    LoopLag,
     ThreadUsage,
     Usage,
     taken_by_others,
@@ -53,16 +53,14 @@ def usage() -> FakeUsage:
 
 
 @pytest.fixture
-def meter(
-    timers: FakeTimers, traffic: Traffic, usage: FakeUsage, monkeypatch: pytest.MonkeyPatch
-) -> PauseMeter:
+def meter(timers: FakeTimers, traffic: Traffic, usage: FakeUsage, monkeypatch: pytest.MonkeyPatch) -> LoopLag:
     monkeypatch.setattr(time, "perf_counter", timers.time)
     loop: Any = timers
     read: Any = usage
-    return PauseMeter(loop, lambda: traffic.count, lambda: read)
+    return LoopLag(loop, lambda: traffic.count, lambda: read)
 
 
-def test_each_pause_is_counted_in_its_class(meter: PauseMeter) -> None:
+def test_each_pause_is_counted_in_its_class(meter: LoopLag) -> None:
     for late_ms in (0.0, 1.0, 1.1, 4.0, 5.0, 6.0, 1_000.0, 1_000.1, 60_000.0):
         meter.record(late_ms / 1000)
     assert dict(zip((*BOUNDS_MS, None), meter.counts, strict=True)) == {
@@ -81,7 +79,7 @@ def test_each_pause_is_counted_in_its_class(meter: PauseMeter) -> None:
     assert meter.longest == 60.0
 
 
-def test_a_timer_that_comes_early_is_no_pause(meter: PauseMeter) -> None:
+def test_a_timer_that_comes_early_is_no_pause(meter: LoopLag) -> None:
     meter.record(-0.001)
     assert meter.total == 0
     assert meter.longest == 0.0
@@ -89,7 +87,7 @@ def test_a_timer_that_comes_early_is_no_pause(meter: PauseMeter) -> None:
 
 
 def test_a_loop_that_is_held_up_shows_as_a_pause(
-    meter: PauseMeter, timers: FakeTimers, traffic: Traffic
+    meter: LoopLag, timers: FakeTimers, traffic: Traffic
 ) -> None:
     meter.start()
     timers.advance(PERIOD)
@@ -100,7 +98,7 @@ def test_a_loop_that_is_held_up_shows_as_a_pause(
 
 
 def test_the_timer_is_frequent_under_traffic_and_rare_without(
-    meter: PauseMeter, timers: FakeTimers, traffic: Traffic
+    meter: LoopLag, timers: FakeTimers, traffic: Traffic
 ) -> None:
     meter.start()
     timers.advance(PERIOD)  # the first look is always taken for traffic
@@ -117,7 +115,7 @@ def test_the_timer_is_frequent_under_traffic_and_rare_without(
     assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
 
 
-def test_taking_the_longest_begins_anew_and_keeps_the_counts(meter: PauseMeter) -> None:
+def test_taking_the_longest_begins_anew_and_keeps_the_counts(meter: LoopLag) -> None:
     meter.record(0.3)
     assert meter.take_longest() == 0.3
     assert meter.take_longest() == 0.0
@@ -126,9 +124,7 @@ def test_taking_the_longest_begins_anew_and_keeps_the_counts(meter: PauseMeter) 
     assert meter.take_longest_own() == 0.0
 
 
-def test_stopped_it_leaves_no_timer_and_no_file(
-    meter: PauseMeter, timers: FakeTimers, usage: FakeUsage
-) -> None:
+def test_stopped_it_leaves_no_timer_and_no_file(meter: LoopLag, timers: FakeTimers, usage: FakeUsage) -> None:
     meter.stop()
     meter.start()
     meter.stop()
@@ -140,9 +136,7 @@ def test_stopped_it_leaves_no_timer_and_no_file(
 # --- whose doing a pause is ---------------------------------------------------------------------------------
 
 
-def test_what_other_programs_took_is_taken_off(
-    meter: PauseMeter, timers: FakeTimers, usage: FakeUsage
-) -> None:
+def test_what_other_programs_took_is_taken_off(meter: LoopLag, timers: FakeTimers, usage: FakeUsage) -> None:
     usage.now = Usage(7.0, 3.0)  # from before
     meter.start()
     meter.take_longest_own()
@@ -154,7 +148,7 @@ def test_what_other_programs_took_is_taken_off(
 
 
 def test_before_anybody_looks_and_long_after_nothing_is_taken_off(
-    meter: PauseMeter, timers: FakeTimers, traffic: Traffic, usage: FakeUsage
+    meter: LoopLag, timers: FakeTimers, traffic: Traffic, usage: FakeUsage
 ) -> None:
     def pause() -> float:
         traffic.count += 1
@@ -176,7 +170,7 @@ def test_before_anybody_looks_and_long_after_nothing_is_taken_off(
 
 
 def test_what_our_other_threads_may_have_taken_is_not(
-    meter: PauseMeter, timers: FakeTimers, usage: FakeUsage
+    meter: LoopLag, timers: FakeTimers, usage: FakeUsage
 ) -> None:
     meter.start()
     meter.take_longest_own()
@@ -186,13 +180,13 @@ def test_what_our_other_threads_may_have_taken_is_not(
     assert meter.longest_own == pytest.approx(0.07)
 
 
-def test_the_longest_of_our_own_may_be_another_one_than_the_longest(meter: PauseMeter) -> None:
+def test_the_longest_of_our_own_may_be_another_one_than_the_longest(meter: LoopLag) -> None:
     meter.record(0.1, 0.09)
     meter.record(0.05)
     assert (meter.longest, meter.longest_own) == (0.1, 0.05)
 
 
-def test_more_wait_than_pause_is_no_negative_pause(meter: PauseMeter) -> None:
+def test_more_wait_than_pause_is_no_negative_pause(meter: LoopLag) -> None:
     meter.record(0.01, 0.02)  # it had waited before the timer was due, too
     assert meter.longest_own == 0.0
 

@@ -18,6 +18,7 @@ from tests.alerts.receiver import Answer, Receiver, answer, hang
 from tests.certs.test_keeper import look
 from tests.conftest import ServerPairs
 from tests.server.helpers import NO_TOKEN, TIMEOUT, AnsweredError, ServerThread, eventually
+from zcproto.admin.metrics import ServerMetrics
 from zcproto.alerts import AlertKind
 from zcproto.alerts.service import STOP_S, ServerAlerts
 from zcproto.alerts.signature import check_signature
@@ -38,7 +39,7 @@ class Watched:
 
     @property
     def alerts(self) -> ServerAlerts:
-        return self.server.server.alerts
+        return self.server.server.parts.alerts
 
     def tick(self) -> None:
         self.server.in_loop(self.alerts.tick)
@@ -202,7 +203,7 @@ def test_very_many_revocations_are_told_and_closing_is_none(watch: Watch) -> Non
         operator.call("server.revoke", {"user": "ada"})
     alert = watched.until("session.revocation_rate")
     assert alert["details"]["in_window"] == 5
-    assert watched.server.in_loop(lambda: watched.server.server.serving.revoked) == 5
+    assert watched.server.in_loop(lambda: watched.server.server.state.revoked) == 5
 
 
 def test_a_user_who_is_removed_is_told(watch: Watch, tmp_path: Path) -> None:
@@ -221,11 +222,11 @@ def test_a_user_who_is_removed_is_told(watch: Watch, tmp_path: Path) -> None:
 def test_a_store_that_is_out_and_back_is_told(watch: Watch) -> None:
     watched = watch(store__url="sqlite", store__grace="0s")
     server = watched.server.server
-    keeper: Any = server.serving.sessions._keeper  # type: ignore[attr-defined]
+    keeper: Any = server.state.sessions._keeper  # type: ignore[attr-defined]
 
     def break_it() -> None:
         keeper.store.reason = "the disk is full"
-        keeper.health.begin_outage(server._clock.now())
+        keeper.health.begin_outage(server.parts.clock.now())
 
     watched.server.in_loop(break_it)
     assert watched.until("store.degraded")["title"].endswith("does not answer: the disk is full")
@@ -284,7 +285,7 @@ def test_files_that_are_bad_are_told_until_they_are_good(
     watched = watch(
         certificates__mode="files", certificates__certificate=[str(chain)], certificates__key=[str(key)]
     )
-    origin: Any = watched.server.server._keeper._maintainer._origin
+    origin: Any = watched.server.server.parts.certificates._maintainer._origin
     origin._watched._settle_s = 0.0  # else half a minute is given to whoever writes them
     good = chain.read_bytes()
     chain.write_bytes(b"no certificate")
@@ -298,7 +299,7 @@ def test_certificates_that_do_not_prove_themselves_are_told(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = watch(certificates__watch_interval="1h")
-    keeper = watched.server.server._keeper
+    keeper = watched.server.server.parts.certificates
     with monkeypatch.context() as patched:
 
         def refuse(*args: Any, **kwargs: Any) -> None:
@@ -419,7 +420,11 @@ def test_alerts_are_among_the_metrics(watch: Watch) -> None:
     watched = watch(answer(400))
     raise_one(watched)
     eventually(lambda: watched.alerts.queues[0].failures == 1)
-    lines = watched.server.in_loop(lambda: watched.server.server.metrics.render(""))[1].decode().splitlines()
+    lines = (
+        watched.server.in_loop(lambda: ServerMetrics(watched.server.server.parts).metrics().render(""))[1]
+        .decode()
+        .splitlines()
+    )
     for line in (
         'zcproto_alerts_open{severity="error"} 1.0',
         'zcproto_alerts_raised_total{kind="store.emptied"} 1.0',

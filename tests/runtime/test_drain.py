@@ -25,7 +25,7 @@ from tests.server.helpers import (
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.errors import Code
-from zcproto.runtime import server as server_module
+from zcproto.runtime import drain as drain_module
 from zcproto.runtime.server import Server
 
 Serve = Callable[..., ServerThread]
@@ -87,11 +87,11 @@ def test_idle_clients_get_goaway_and_close_notify_and_hold_nothing_up(server: Se
         client.close()
     server.join()
     assert time.monotonic() - started < 15.0
-    assert server.server.serving.counters.connections_ended == {"draining": 4}
+    assert server.server.state.counters.connections_ended == {"draining": 4}
 
 
 def test_many_connections_are_told_in_turns(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "GOAWAYS_PER_TURN", 2)
+    monkeypatch.setattr(drain_module, "GOAWAYS_PER_TURN", 2)
     clients = [server.client() for _ in range(5)]
     server.begin_drain(30.0)
     for client in clients:
@@ -149,7 +149,7 @@ def test_after_the_limit_what_runs_is_answered_cancelled(server: ServerThread, g
         assert [context.cancelled for context in gate.contexts] == [True, True]
     server.join()
     assert gate.cancelled == 2
-    ended = server.server.serving.counters.connections_ended
+    ended = server.server.state.counters.connections_ended
     assert ended == {"draining": 1, "drain_timeout": 1}
 
 
@@ -180,7 +180,7 @@ def test_who_comes_while_it_drains_finds_nobody(server: ServerThread, gate: Gate
 def test_a_handshake_that_ends_while_it_drains_is_told_to_go(server: ServerThread, gate: Gate) -> None:
     context = client_context(server.home / "certs" / "ca.crt")
     with server.client("ada") as client, server.tcp() as raw:
-        server.until(lambda: server.server._listener.connections == 2)
+        server.until(lambda: server.server.parts.listener.connections == 2)
         client.send(client.request("wait"))
         eventually(lambda: gate.running)
         server.begin_drain(30.0)
@@ -199,33 +199,33 @@ def test_a_handshake_that_never_ends_does_not_outlive_the_server(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
-    monkeypatch.setattr(server_module, "LINGER_TIME", 0.0)
+    monkeypatch.setattr(drain_module, "LINGER_TIME", 0.0)
     with server.tcp() as raw:
         raw.sendall(b"\x16\x03\x01")
-        server.until(lambda: server.server._acceptor.handshakes_in_progress == 1)
+        server.until(lambda: server.server.parts.acceptor.handshakes_in_progress == 1)
         server.drain(0.0)
         assert read_to_end(raw) == (b"", "FIN")
-    assert server.server._listener.connections == 0
-    assert len(server.server._wheel) == 0
+    assert server.server.parts.listener.connections == 0
+    assert len(server.server.parts.state.wheel) == 0
 
 
 def test_a_client_that_does_not_answer_close_notify_is_cut_off(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
-    monkeypatch.setattr(server_module, "LINGER_TIME", 0.0)
+    monkeypatch.setattr(drain_module, "LINGER_TIME", 0.0)
     client = server.client("ada")
     server.drain(0.0)  # half a second of grace for the end of its side
     frames, _ = client.rest_until_closed()
     assert [frame.kind for frame in frames] == [GOAWAY]
     client.fin()
-    assert server.server._listener.connections == 0
+    assert server.server.parts.listener.connections == 0
 
 
 def test_a_method_that_cannot_be_cancelled_does_not_hold_it_up_for_ever(
     server: ServerThread, gate: Gate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(server_module, "CANCELLED_TIME", 0.02)
+    monkeypatch.setattr(drain_module, "CANCELLED_TIME", 0.02)
     with server.client("ada") as client:
         client.send(client.request("stubborn"))
         eventually(lambda: gate.running)
@@ -235,7 +235,7 @@ def test_a_method_that_cannot_be_cancelled_does_not_hold_it_up_for_ever(
         assert how == "close_notify"
     # The server ends; here the thread's loop ends with it.
     server.join()
-    assert server.server.serving.tasks.running == 1
+    assert server.server.state.tasks.running == 1
     assert '"event":"server.methods_stuck"' in capsys.readouterr().err
 
 

@@ -22,7 +22,7 @@ CHILD = """
 import json, os, sys
 from pathlib import Path
 from zcproto.runtime.hardening import harden
-from zcproto.runtime.server import resident_bytes
+from zcproto.observe.process import resident_bytes
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)

@@ -64,13 +64,13 @@ def test_what_takes_a_restart_is_told_again_until_there_was_one(serve: Serve) ->
 )
 def test_a_bad_configuration_changes_nothing(serve: Serve, bad: dict[str, Any]) -> None:
     server = serve(sessions__per_user=3)
-    config, settings = server.server.config, server.server.serving.settings
+    config, settings = server.server.config, server.server.state.settings
     pins = server.in_loop(lambda: server.server.pins)
     with server.client("ada") as client:
         with pytest.raises(ConfigError):
             server.reload(sessions__per_user=1, **bad)
         assert server.server.config is config
-        assert server.server.serving.settings is settings
+        assert server.server.state.settings is settings
         client.echo()
         for _ in range(2):  # three are allowed, as before
             server.client("ada").close()
@@ -176,12 +176,12 @@ def test_the_https_side_goes_by_the_new_settings(serve: Serve) -> None:
 
 def test_certificates_get_other_names_without_a_pause(serve: Serve) -> None:
     server = serve()
-    names = server.in_loop(server.server._certificate_names)
+    names = server.in_loop(server.server.parts.certificate_names)
     assert "added.localhost" not in names
     pins = server.in_loop(lambda: server.server.pins)
     with server.client("ada") as old:
         server.reload(certificates__names=["added.localhost"])
-        assert "added.localhost" in server.in_loop(server.server._certificate_names)
+        assert "added.localhost" in server.in_loop(server.server.parts.certificate_names)
         assert server.in_loop(lambda: server.server.pins) == pins  # the key is the same
         server.client("ben").close()
         old.echo()
@@ -191,7 +191,7 @@ def test_timings_of_certificates_change_nothing_that_is_served(serve: Serve) -> 
     server = serve(certificates__watch_interval="1h")
     leaf = server.in_loop(lambda: server.server.certificates[0].leaf_sha256)
     server.reload(certificates__watch_interval="200ms")
-    assert server.server._keeper._interval == 0.2
+    assert server.server.parts.certificates._interval == 0.2
     server.reload(certificates__renew_before="10d", certificates__alert_days=[5])
     assert server.in_loop(lambda: server.server.certificates[0].leaf_sha256) == leaf
     default = maintainer_settings(server.server.config).default
@@ -203,7 +203,7 @@ def test_timings_of_certificates_change_nothing_that_is_served(serve: Serve) -> 
 
 def test_an_alert_of_certificates_that_are_no_more_ends(serve: Serve, tmp_path: Path) -> None:
     server = serve()
-    alerts = server.server.alerts
+    alerts = server.server.parts.alerts
 
     def raise_() -> None:
         alerts.raise_(AlertKind.CERTIFICATE_FILES, "site is bad", about="/etc/site.pem")
@@ -219,17 +219,17 @@ def test_a_reload_of_other_things_does_not_look_at_certificates(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
-    maintainer = server.server._keeper._maintainer
+    maintainer = server.server.parts.certificates._maintainer
     server.reload(limits__max_streams=9)
-    assert server.server._keeper._maintainer is maintainer
+    assert server.server.parts.certificates._maintainer is maintainer
 
 
 def test_pins_of_clients_hold_for_the_next_handshake(serve: Serve) -> None:
     server = serve(tls__client_auth="optional")
-    assert server.server._acceptor.client_pins == frozenset()
+    assert server.server.parts.acceptor.client_pins == frozenset()
     reloaded = server.reload(tls__client_pins=["sha256/" + "A" * 43 + "="])
     assert [each.key for each in reloaded.applied] == ["tls.client_pins"]
-    assert len(server.server._acceptor.client_pins) == 1
+    assert len(server.server.parts.acceptor.client_pins) == 1
     server.client("ada").close()  # who shows no certificate is not asked for its pin
 
 
@@ -241,7 +241,7 @@ def test_a_command_for_alerts_can_be_added_and_taken_away(serve: Serve, tmp_path
     told = tmp_path / "told"
     command = ["/bin/sh", "-c", f"cat >> {told}"]
     server.reload(alerts__command=command)
-    alerts = server.server.alerts
+    alerts = server.server.parts.alerts
     server.in_loop(lambda: alerts.raise_(AlertKind.TEST, "first"))
     eventually(lambda: told.exists() and "first" in told.read_text())
     queue = alerts.queues[0]
@@ -256,7 +256,7 @@ def test_a_command_for_alerts_can_be_added_and_taken_away(serve: Serve, tmp_path
 
 def test_a_threshold_that_changes_does_not_count_what_was_before(serve: Serve) -> None:
     server = serve(alerts__replays=1000, alerts__stale_frames=1000)
-    alerts, counters = server.server.alerts, server.server.serving.counters
+    alerts, counters = server.server.parts.alerts, server.server.state.counters
 
     def count(errors: int) -> set[AlertKind]:
         for _ in range(errors):
@@ -281,7 +281,7 @@ async def test_a_configuration_made_by_a_program_cannot_be_read_again(tmp_path: 
     (tmp_path / "certs").symlink_to(certs)
     server = Server(config=configuration(tmp_path), home=tmp_path)
     assert not server.can_reload
-    with pytest.raises(ConfigError, match="has not been started"):
+    with pytest.raises(ConfigError, match="not running: start it"):
         await server.reload()
     async with server:
         with pytest.raises(ConfigError, match="made its configuration"):
@@ -293,7 +293,7 @@ def test_nothing_is_reloaded_while_a_server_drains(serve: Serve) -> None:
     with server.client("ada") as client:
         client.send(client.request("sleep", {"ms": 60_000}))
         server.begin_drain(30.0)
-        server.until(lambda: server.server.serving.draining)
+        server.until(lambda: server.server.state.draining)
         with pytest.raises(ConfigError, match="draining"):
             server.reload()
         client.fin()
@@ -302,18 +302,18 @@ def test_nothing_is_reloaded_while_a_server_drains(serve: Serve) -> None:
 
 def test_a_drain_that_begins_meanwhile_wins(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
-    looked = server.server._keeper._look_by
+    looked = server.server.parts.certificates._look_by
 
     def look_by(*arguments: Any) -> None:
-        server.in_loop(lambda: setattr(server.server.serving, "draining", True))
+        server.in_loop(lambda: setattr(server.server.state, "draining", True))
         looked(*arguments)
 
-    monkeypatch.setattr(server.server._keeper, "_look_by", look_by)
-    settings = server.server.serving.settings
+    monkeypatch.setattr(server.server.parts.certificates, "_look_by", look_by)
+    settings = server.server.state.settings
     with pytest.raises(ConfigError, match="draining"):
         server.reload(limits__max_streams=3, certificates__alert_days=[3])
-    assert server.server.serving.settings is settings
-    assert server.server.serving.counters.reloads_refused == 1
+    assert server.server.state.settings is settings
+    assert server.server.state.counters.reloads_refused == 1
 
 
 def test_who_asks_for_a_reload_and_goes_away_leaves_no_half_of_it(
@@ -321,22 +321,22 @@ def test_who_asks_for_a_reload_and_goes_away_leaves_no_half_of_it(
 ) -> None:
     server = serve()
     began, go_on = threading.Event(), threading.Event()
-    looked = server.server._keeper._look_by
+    looked = server.server.parts.certificates._look_by
 
     def look_by(*arguments: Any) -> None:
         began.set()
         assert go_on.wait(30)
         looked(*arguments)
 
-    monkeypatch.setattr(server.server._keeper, "_look_by", look_by)
+    monkeypatch.setattr(server.server.parts.certificates, "_look_by", look_by)
     server.settings = {"limits__max_streams": 3, "certificates__alert_days": [3]}
     asking = asyncio.run_coroutine_threadsafe(server.server.reload(), server.loop)
     assert began.wait(30)
     asking.cancel()
     go_on.set()
-    server.until(lambda: server.server.serving.counters.reloads == 1)
-    assert server.server.serving.settings.max_streams == 3
-    server.until(lambda: not server.server._ending_tasks)
+    server.until(lambda: server.server.state.counters.reloads == 1)
+    assert server.server.state.settings.max_streams == 3
+    server.until(lambda: not server.server._requested)
 
 
 def test_reloads_that_come_together_are_done_one_after_the_other(serve: Serve) -> None:
@@ -347,8 +347,8 @@ def test_reloads_that_come_together_are_done_one_after_the_other(serve: Serve) -
 
     server.settings = {"limits__max_streams": 3}
     asyncio.run_coroutine_threadsafe(several(), server.loop).result(30)
-    assert server.server.serving.counters.reloads == 5
-    assert server.server.serving.settings.max_streams == 3
+    assert server.server.state.counters.reloads == 5
+    assert server.server.state.settings.max_streams == 3
 
 
 def test_the_log_is_the_programs_own_where_no_process_is_a_server(serve: Serve) -> None:

@@ -31,10 +31,12 @@ from zcproto.auth import UserFile
 from zcproto.config import Config
 from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, Code, ConfigError
+from zcproto.observe.process import resident_bytes
+from zcproto.runtime import build as build_module
 from zcproto.runtime import run
 from zcproto.runtime import server as server_module
 from zcproto.runtime.run import serve
-from zcproto.runtime.server import GC_THRESHOLDS, SWITCH_INTERVAL, Server, resident_bytes
+from zcproto.runtime.server import GC_THRESHOLDS, SWITCH_INTERVAL, Server
 from zcproto.runtime.service_manager import ServiceManager
 
 CONFIG = """
@@ -289,7 +291,7 @@ class SlowServer:
     def __init__(self, running: int = 0) -> None:
         self.drains = 0
         self.drained = asyncio.Event()
-        self.serving = self.tasks = self
+        self.state = self.tasks = self
         self.running = running
         self.config = Config()
 
@@ -395,7 +397,7 @@ async def test_users_that_others_can_read_are_refused(home: Path, key: str) -> N
 async def test_an_order_of_suites_that_this_python_cannot_serve_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "can_choose_suites", lambda: False)
+    monkeypatch.setattr(build_module, "can_choose_suites", lambda: False)
     config = configuration(home, tls__suites=["TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_256_GCM_SHA384"])
     with pytest.raises(ConfigError, match="TLS_AES_256_GCM_SHA384 must come first"):
         await Server(config=config, home=home).start()
@@ -422,7 +424,7 @@ def test_a_configuration_of_its_own_keeps_the_certificates_in_the_home(tmp_path:
 async def test_ended_sessions_are_cleaned_up_by_and_by(home: Path) -> None:
     config = configuration(home, store__cleanup_interval="100ms", sessions__refresh=False)
     async with Server(config=config, home=home) as server:
-        registry = server.serving.registry
+        registry = server.state.registry
         registry.open("ada", operator=False, client="", address="", wall=0)
         assert len(registry) == 1
         async with asyncio.timeout(5):

@@ -62,7 +62,7 @@ def test_a_connection_has_a_number_only_when_it_is_told_of(serve: Serve) -> None
     server = serve()
     with server.client(), server.client() as client:
         assert client.refused("nothing", token=NO_TOKEN).code == Code.UNAUTHENTICATED
-        assert server.in_loop(lambda: [each._number for each in server.server.serving.connections]) == [0, 0]
+        assert server.in_loop(lambda: [each._number for each in server.server.state.connections]) == [0, 0]
 
 
 def test_an_incident_joins_an_answer_to_its_line(serve: Serve, lines: Log) -> None:

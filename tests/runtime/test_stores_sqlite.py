@@ -118,7 +118,7 @@ def test_last_uses_are_kept_at_the_end(servers: Servers) -> None:
     used = client.call("session.info")["last_used_at"]
     end(one, client)
     other = servers.start()
-    record = other.in_loop(lambda: other.server.serving.registry.records("ada", 1))[0]
+    record = other.in_loop(lambda: other.server.state.registry.records("ada", 1))[0]
     assert abs(record.last_used_at - used) < 5_000
 
 
@@ -134,9 +134,9 @@ def test_an_idempotency_key_holds_over_a_restart(servers: Servers) -> None:
     assert again.answer(again.stream).value == first
 
 
-def test_two_servers_cannot_have_one_file(servers: Servers) -> None:
+def test_second_server_with_the_same_home_folder_is_refused(servers: Servers) -> None:
     servers.start()
-    with pytest.raises(ConfigError, match="sessions"):
+    with pytest.raises(ConfigError, match="a server runs with this home folder"):
         servers.start()
 
 

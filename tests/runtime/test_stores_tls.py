@@ -15,7 +15,7 @@ from tests.server.helpers import EVENT, NO_TOKEN, AnsweredError, Client, ServerT
 from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, READ_ONLY, WORKS, FaultyStore
 from zcproto.common.clock import system_entropy
 from zcproto.errors import Code, NotFound
-from zcproto.runtime import server as server_module
+from zcproto.runtime import build as build_module
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.token import digest_of, id_from_text
 from zcproto.stores import sync as keeper_module
@@ -42,7 +42,7 @@ class Site:
 
     def serve(self, store: FaultyStore | None = None, home: str = "home", **settings: Any) -> ServerThread:
         store = self.store if store is None else store
-        self._monkeypatch.setattr(server_module, "store_of", lambda *_: store)
+        self._monkeypatch.setattr(build_module, "store_of", lambda *_: store)
         return self._stack.enter_context(
             ServerThread(self._folder / home, self._certs, **{"store__timeout": TIMEOUT, **settings})
         )
@@ -187,12 +187,12 @@ def test_after_the_grace_all_are_refused_until_the_store_is_back(site: Site) -> 
     client = site.client(server, "ada")
     site.store.mode = FAILS
     server.in_loop(
-        lambda: server.server.serving.sessions._keeper.health.begin_outage(  # type: ignore[attr-defined]
+        lambda: server.server.state.sessions._keeper.health.begin_outage(  # type: ignore[attr-defined]
             server.clock.now()
         )
     )
     client.echo()
-    server.until(lambda: server.server.serving.registry.closed)
+    server.until(lambda: server.server.state.registry.closed)
     refused = client.refused("echo")
     assert (refused.code, refused.details) == (Code.UNAVAILABLE, {"retry_after_ms": 1_000})
     assert client.refused("echo", token=b"x" * 32).code == Code.UNAVAILABLE
@@ -294,7 +294,7 @@ class Desk:
     looks_up = True
 
     def __init__(self, server: ServerThread) -> None:
-        self.inner = server.server.serving.sessions
+        self.inner = server.server.state.sessions
         self.asked: list[bytes] = []
         self.answer: asyncio.Future[None] | None = None
 
@@ -311,7 +311,7 @@ class Desk:
 def desk(site: Site) -> tuple[ServerThread, Desk]:
     server = site.serve(site.new_store(shared=True))
     desk = Desk(server)
-    server.server.serving.sessions = desk  # type: ignore[assignment]
+    server.server.state.sessions = desk  # type: ignore[assignment]
     return server, desk
 
 
@@ -375,7 +375,7 @@ def test_a_peer_that_goes_meanwhile_leaves_nothing(desk: Looked, site: Site) -> 
         server.until(lambda: looked.answer)
         client.fin()
     # It is not read from, so its end is seen when somebody writes, or by its deadlines.
-    protocol = server.in_loop(lambda: next(iter(server.server.serving.connections)))
+    protocol = server.in_loop(lambda: next(iter(server.server.state.connections)))
     server.in_loop(lambda: protocol.abort("write_timeout"))
     server.until_left()
     assert looked.answer is not None
@@ -396,7 +396,7 @@ def test_a_peer_that_does_not_read_is_not_served_when_its_token_was_found(desk: 
     client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
     server.until(lambda: looked.answer)
     protocol = server.in_loop(
-        lambda: next(each for each in server.server.serving.connections if each._looking_up is not None)
+        lambda: next(each for each in server.server.state.connections if each._looking_up is not None)
     )
     server.in_loop(protocol.pause_writing)
     settle(server, looked)
@@ -413,7 +413,7 @@ def test_a_peer_that_reads_again_waits_for_its_token_still(desk: Looked, site: S
     client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
     server.until(lambda: looked.answer)
     protocol = server.in_loop(
-        lambda: next(each for each in server.server.serving.connections if each._looking_up is not None)
+        lambda: next(each for each in server.server.state.connections if each._looking_up is not None)
     )
     server.in_loop(protocol.pause_writing)
     server.in_loop(protocol.resume_writing)
@@ -458,7 +458,7 @@ def test_a_client_that_is_gone_before_its_session_was_opened_leaves_none(site: S
         assert client.answer(client.stream).code == Code.CANCELLED
     server.in_loop(gate.set)
     server.until(lambda: "end" in site.store.calls and not site.store.registry.kept)
-    server.until(lambda: not server.server.serving.registry.kept)
+    server.until(lambda: not server.server.state.registry.kept)
 
 
 def test_a_session_ends_in_the_store_though_its_holder_did_not_wait(site: Site) -> None:

@@ -360,7 +360,7 @@ def test_a_socket_called_redirect_takes_the_https_side(start: Start, home: Path)
     with listening("127.0.0.1") as plain:
         process = start("--port", "0", passed=(plain.fileno(),), LISTEN_FDNAMES="redirect")
         assert process.wait(TIMEOUT) == 2
-    assert "http.enabled = false: a socket" in (home / "log").read_text()
+    assert "http.enabled = false: pass no socket" in (home / "log").read_text()
 
 
 def test_a_socket_for_both_families_knows_ipv4_clients_by_their_address(start: Start, home: Path) -> None:

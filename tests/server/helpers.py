@@ -226,21 +226,21 @@ class ServerThread:
     def leftovers(self) -> dict[str, int]:
         """All that a connection may leave behind."""
         server = self.server
-        serving = server.serving
+        state = server.state
 
         def count() -> dict[str, int]:
-            serving.log_soon.write()  # lines that wait are nobody's leftovers
+            state.log_soon.write()  # lines that wait are nobody's leftovers
             return {
-                "connections": len(serving.connections),
-                "tcp": server._listener.connections,
-                "sites": sum(server._listener._by_network.values()),
-                "adopting": len(server._listener._adopting),
-                "by_session": len(serving._by_session),
-                "wheel": len(server._wheel),
-                "handlers": serving.tasks.running,
-                "handshakes": server._acceptor.handshakes_in_progress,
-                "queue": len(server._acceptor._queue),
-                "http": 0 if server._http is None else len(server._http.connections),
+                "connections": len(state.connections),
+                "tcp": server.parts.listener.connections,
+                "sites": sum(server.parts.listener._by_network.values()),
+                "adopting": len(server.parts.listener._adopting),
+                "by_session": len(state.session_connections),
+                "wheel": len(server.parts.state.wheel),
+                "handlers": state.tasks.running,
+                "handshakes": server.parts.acceptor.handshakes_in_progress,
+                "queue": len(server.parts.acceptor._queue),
+                "http": 0 if server.parts.http is None else len(server.parts.http.connections),
             }
 
         return self.in_loop(count)

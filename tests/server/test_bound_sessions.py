@@ -286,16 +286,16 @@ def test_a_connection_that_proved_an_old_device_is_none_of_the_new_one_of_its_na
 
 def test_a_device_that_is_removed_while_its_session_is_opened_gets_none(office: Office) -> None:
     server = office.server.server
-    opening_one = server.serving.sessions.open
+    opening_one = server.state.sessions.open
 
     async def slow(*args: Any, **options: Any) -> Any:
         opened = await opening_one(*args, **options)
         office.devices.remove("laptop")
-        assert server._devices is not None
-        await server._devices._current.refresh()  # the watch looks just now
+        assert server.parts.devices is not None
+        await server.parts.devices._current.refresh()  # the watch looks just now
         return opened
 
-    server.serving.sessions.open = slow  # type: ignore[method-assign]
+    server.state.sessions.open = slow  # type: ignore[method-assign]
     with office.client() as client:
         frame = client.refused("session.open", opening(client))
         assert (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
@@ -304,9 +304,9 @@ def test_a_device_that_is_removed_while_its_session_is_opened_gets_none(office: 
 
 def test_a_session_that_ends_while_it_is_attached_is_not_joined(office: Office) -> None:
     server = office.server.server
-    registry = server.serving.registry
-    assert server._devices is not None
-    proved = server._devices.authenticator.attaches
+    registry = server.state.registry
+    assert server.parts.devices is not None
+    proved = server.parts.devices.authenticator.attaches
 
     async def slow(*args: Any) -> bool:
         good = await proved(*args)
@@ -314,7 +314,7 @@ def test_a_session_that_ends_while_it_is_attached_is_not_joined(office: Office) 
         return good
 
     with office.open() as client, office.client() as other, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(server._devices.authenticator), "attaches", lambda self, *args: slow(*args))
+        patch.setattr(type(server.parts.devices.authenticator), "attaches", lambda self, *args: slow(*args))
         frame = other.refused("session.attach", attaching(other, client.token), token=client.token)
         assert frame.code == Code.UNAUTHENTICATED
         assert other.refused("echo", token=client.token).code == Code.TOKEN_REVOKED
@@ -324,7 +324,7 @@ def test_a_session_that_ends_while_it_is_attached_is_not_joined(office: Office) 
 def test_a_device_of_another_user_does_not_attach_what_its_name_had_before(office: Office) -> None:
     """Two servers in a row: the session is older than the device that has the name now."""
     with office.open() as client, office.client() as other:
-        sessions = office.server.server.serving.sessions
+        sessions = office.server.server.state.sessions
 
         async def leave(*_: str) -> int:
             return 0

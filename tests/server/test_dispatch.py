@@ -465,7 +465,7 @@ def test_a_method_that_ignores_its_cancellation_still_counts(
     assert client.refused("hello").code == Code.RESOURCE_EXHAUSTED
     for name in names:
         release(server, gate, name, "late")
-    server.until(lambda: server.server.serving.tasks.running == 0)
+    server.until(lambda: server.server.state.tasks.running == 0)
     assert client.call("hello")
 
 

@@ -825,7 +825,7 @@ def shop(loop: asyncio.AbstractEventLoop) -> Iterator[Shop]:
     for future in shop.futures:
         if not future.done():
             future.set_result(None)
-    assert loop.run_until_complete(shop.serving.tasks.close(1.0)) == 0
+    assert loop.run_until_complete(shop.state.tasks.close(1.0)) == 0
 
 
 def visitor(shop: Shop, user: str = "ada") -> Peer:
@@ -901,7 +901,7 @@ def test_a_large_answer_is_sent_and_kept_and_one_that_is_too_large_is_a_fault(sh
     peer = visitor(shop)
     assert len(ask(peer, 1, "pay", {"size": 9_000}).value) == 9_000
     assert len(ask(peer, 2, "pay", {"size": 9_000}).value) == 9_000
-    too_large = {"size": shop.serving.settings.max_frame}
+    too_large = {"size": shop.state.settings.max_frame}
     first = ask(peer, 3, "pay", too_large, idempotency_key="large").error
     assert first.code == Code.INTERNAL
     assert ask(peer, 4, "pay", too_large, idempotency_key="large").error == first
@@ -946,7 +946,7 @@ def test_connections_that_are_gone_leave_nothing_behind_at_a_run(shop: Shop) -> 
         peer.send(*(peer.request(stream, "wait", idempotency_key="k") for stream in (1, 2)))
         peer.send(peer.frame(CANCEL, 2))
         peer.lose()
-    (run,) = shop.serving.once._running.values()
+    (run,) = shop.state.once._running.values()
     assert run.waiting == {}
 
 
@@ -1013,8 +1013,8 @@ def test_draining_waits_for_runs_that_have_no_connection(shop: Shop) -> None:
     peer = visitor(shop)
     peer.send(peer.request(1, "wait", idempotency_key="k"))
     peer.lose()
-    shop.serving.draining = True
-    drained = shop.loop.create_task(shop.serving.wait_drained())
+    shop.state.draining = True
+    drained = shop.loop.create_task(shop.state.wait_drained())
     shop.turn()
     assert not drained.done()
     shop.futures[0].set_result(None)
@@ -1032,7 +1032,7 @@ def test_the_end_of_the_server_tells_the_callers_and_keeps_that(shop: Shop) -> N
     peer.protocol.close("drain_timeout")
     (answer,) = peer.answers()
     assert (answer.stream, answer.error.code) == (1, Code.CANCELLED)
-    assert shop.loop.run_until_complete(shop.serving.tasks.close(1.0)) == 0
+    assert shop.loop.run_until_complete(shop.state.tasks.close(1.0)) == 0
     assert ask(visitor(shop), 1, "wait").error.code == Code.CANCELLED
     assert len(shop.futures) == 1
 
@@ -1043,4 +1043,4 @@ def test_the_protocols_own_methods_keep_no_answers(shop: Shop) -> None:
     peer.token = NO_TOKEN
     answer = ask(peer, 1, "session.open", {"scheme": "none"})
     assert answer.kind is Kind.ERROR
-    assert len(shop.serving.once._memory) == 0
+    assert len(shop.state.once._memory) == 0

@@ -113,7 +113,7 @@ def test_too_many_of_one_address_are_closed_without_a_byte_and_counted(serve: Se
     server = serve(server__host=["127.0.0.1", "::1"], limits__connections_per_address=2)
     with server.client("ada") as first:
         half_open = server.tcp()
-        server.until(lambda: server.server._listener.connections == 2)
+        server.until(lambda: server.server.parts.listener.connections == 2)
         refused_at_accept(server)
         refused_at_accept(server)
         assert server.stats["refused_per_address"] == 2
@@ -123,7 +123,7 @@ def test_too_many_of_one_address_are_closed_without_a_byte_and_counted(serve: Se
         first.echo()
         # One that goes makes room for one.
         reset(half_open)
-        server.until(lambda: server.server._listener.connections == 1)
+        server.until(lambda: server.server.parts.listener.connections == 1)
         with server.client("ada") as next_one:
             next_one.echo()
     server.until_left()
@@ -155,14 +155,14 @@ def test_handshakes_in_progress_are_bounded_and_the_rest_wait_in_the_backlog(ser
     with bystander(server):
         before = server.leftovers()["tcp"]
         waiting = [server.tcp() for _ in range(8)]
-        server.until(lambda: server.server._acceptor.handshakes_in_progress == 3)
+        server.until(lambda: server.server.parts.acceptor.handshakes_in_progress == 3)
         assert server.leftovers()["tcp"] == before + 3
         # Each that ends lets one more in.
         reset(waiting.pop(0))
         server.until(
             lambda: (
                 server.server.statistics()["tls_failures"].get("disconnected") == 1
-                and server.server._acceptor.handshakes_in_progress == 3
+                and server.server.parts.acceptor.handshakes_in_progress == 3
             )
         )
         for each in waiting:
@@ -178,9 +178,9 @@ def test_never_more_handshakes_than_allowed_even_if_all_come_at_once(serve: Serv
 
     def look() -> None:
         nonlocal highest
-        highest = max(highest, server.server._acceptor.handshakes_in_progress)
+        highest = max(highest, server.server.parts.acceptor.handshakes_in_progress)
 
-    acceptor = server.server._acceptor
+    acceptor = server.server.parts.acceptor
     original = acceptor.transport
 
     def transport(peer: str) -> Any:
@@ -190,7 +190,7 @@ def test_never_more_handshakes_than_allowed_even_if_all_come_at_once(serve: Serv
 
     acceptor.transport = transport  # type: ignore[method-assign]
     waiting = [server.tcp() for _ in range(20)]
-    server.until(lambda: server.server._acceptor.handshakes_in_progress == 2)
+    server.until(lambda: server.server.parts.acceptor.handshakes_in_progress == 2)
     for each in waiting:
         reset(each)
     server.until_left()
@@ -211,10 +211,10 @@ def test_one_that_goes_before_it_is_adopted_leaves_nothing(
         def __getattr__(self, name: str) -> Any:
             return gone if name == "connect_accepted_socket" else getattr(server.loop, name)
 
-    loop = server.server._listener._loop
-    server.server._listener._loop = Loop()  # type: ignore[assignment]
+    loop = server.server.parts.listener._loop
+    server.server.parts.listener._loop = Loop()  # type: ignore[assignment]
     refused_at_accept(server)
-    server.server._listener._loop = loop
+    server.server.parts.listener._loop = loop
     server.until_left()
     assert server.stats["tls_failures"] == {"disconnected": 1}
     with server.client("ada") as client:
@@ -225,7 +225,7 @@ def test_a_connection_that_is_aborted_in_the_backlog_is_no_fault(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
-    real = server.server._sockets[0]
+    real = server.server.parts.listener._sockets[0]
 
     class Backlog:
         """A listening socket whose first connection was aborted."""
@@ -243,7 +243,7 @@ def test_a_connection_that_is_aborted_in_the_backlog_is_no_fault(
             return getattr(real, name)
 
     backlog: Any = Backlog()
-    server.in_loop(lambda: server.server._listener._accept(backlog, socket.AF_INET))
+    server.in_loop(lambda: server.server.parts.listener._accept(backlog, socket.AF_INET))
     assert backlog.accepts == 1
     with server.client("ada") as client:
         client.echo()
@@ -258,7 +258,7 @@ def test_an_unknown_fault_of_accept_is_not_hidden(serve: Serve) -> None:
 
     broken: Any = Broken()
     with pytest.raises(OSError, match="Bad file descriptor"):
-        server.in_loop(lambda: server.server._listener._accept(broken, socket.AF_INET))
+        server.in_loop(lambda: server.server.parts.listener._accept(broken, socket.AF_INET))
 
 
 def test_running_out_of_descriptors_pauses_accepting_and_recovers(
@@ -273,16 +273,16 @@ def test_running_out_of_descriptors_pauses_accepting_and_recovers(
 
     exhausted: Any = Exhausted()
     with bystander(server) as client:
-        server.in_loop(lambda: server.server._listener._accept(exhausted, socket.AF_INET))
+        server.in_loop(lambda: server.server.parts.listener._accept(exhausted, socket.AF_INET))
         assert server.stats["accept_failed"] == 1
-        assert not server.server._listener._accepting
+        assert not server.server.parts.listener._accepting
         client.echo()
         with server.client("ada") as later:  # it waits in the backlog until the pause is over
             later.echo()
     # Closed meanwhile, it is not opened again.
-    server.in_loop(lambda: server.server._listener._accept(exhausted, socket.AF_INET))
+    server.in_loop(lambda: server.server.parts.listener._accept(exhausted, socket.AF_INET))
     server.drain()
-    assert not server.server._listener._accepting
+    assert not server.server.parts.listener._accepting
 
 
 EXHAUST = """
@@ -300,11 +300,11 @@ waiting = []
 with contextlib.suppress(OSError):
     while True:
         waiting.append(server.tcp())
-eventually(lambda: server.server.serving.counters.accept_failed)
+eventually(lambda: server.server.state.counters.accept_failed)
 cpu = server.stats["cpu_s"]
-failed = server.server.serving.counters.accept_failed
+failed = server.server.state.counters.accept_failed
 client.echo()
-eventually(lambda: server.server.serving.counters.accept_failed >= failed + 3)
+eventually(lambda: server.server.state.counters.accept_failed >= failed + 3)
 assert server.stats["cpu_s"] - cpu < 0.1, "it spins"
 for each in waiting:
     reset(each)
@@ -348,7 +348,7 @@ def test_many_that_come_at_once_are_taken_in_by_and_by(serve: Serve) -> None:
     server = serve()
     # The loop is busy while they come: all are in the backlog when it looks.
     waiting = server.in_loop(lambda: [server.tcp() for _ in range(42)])
-    server.until(lambda: server.server._listener.connections == len(waiting))
+    server.until(lambda: server.server.parts.listener.connections == len(waiting))
     for each in waiting:
         reset(each)
     server.until_left()

@@ -84,7 +84,7 @@ def test_two_servers_run_it_once_whoever_comes_first(
         first = threads.submit(pay, clients[0])
         assert shop.begun.wait(10)
         others = [threads.submit(pay, client) for client in clients[1:]]
-        two.until(lambda: two.server.serving.once.running)
+        two.until(lambda: two.server.state.once.running)
         shop.goes_on.set()
         results = [each.result(10) for each in (first, *others)]
         for client in clients:

@@ -102,7 +102,7 @@ def test_the_list_of_everybody_is_bounded(serve: Serve) -> None:
 
     def fill() -> None:
         for number in range(LISTED + 10):
-            server.server.serving.registry.open(
+            server.server.state.registry.open(
                 f"{number:0128}", operator=False, client="c" * 128, address="192.0.2.7", wall=number
             )
 
@@ -114,5 +114,5 @@ def test_the_list_of_everybody_is_bounded(serve: Serve) -> None:
 
 def test_they_are_for_operators_by_their_own_word(serve: Serve) -> None:
     server = serve()
-    methods = operator_methods(server.server.serving)
+    methods = operator_methods(server.server.state)
     assert [method.name for method in methods if method.operator] == ["server.sessions", "server.revoke"]

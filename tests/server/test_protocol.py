@@ -23,7 +23,7 @@ from zcproto.observe import log as log_module
 from zcproto.observe.events import PER_ADDRESS
 from zcproto.server.eager import EagerTasks
 from zcproto.server.protocol import TAKEN_AT_LEAST, WRITE_BUFFER_HARD_FACTOR, ServerProtocol
-from zcproto.server.state import ANNOUNCED_PER_TURN, Serving
+from zcproto.server.state import ANNOUNCED_PER_TURN, ServerState
 from zcproto.sessions import OpenedSession
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, REQUEST, Kind, Side, encode_frame
@@ -101,10 +101,10 @@ class Harness:
         self.futures: list[asyncio.Future[Any]] = []
         self.ran: list[int] = []
         self.contexts: list[Context] = []
-        self.serving = Serving(
+        self.state = ServerState(
             settings=ConnectionSettings(idle_timeout_s=IDLE, max_streams=16),
             registry=self.registry,
-            methods={method.name: method for method in self._methods()},
+            methods=self._methods(),
             wheel=DeadlineWheel(self.timers),
             tasks=EagerTasks(loop),
             call_soon=self.timers.call_soon,
@@ -186,7 +186,7 @@ class Peer:
     def __init__(self, harness: Harness) -> None:
         self.harness = harness
         self.transport = Transport()
-        self.protocol = ServerProtocol(harness.serving)
+        self.protocol = ServerProtocol(harness.state)
         self.transport.protocol = self.protocol
         transport: Any = self.transport
         self.protocol.connection_made(transport)
@@ -234,7 +234,7 @@ def harness() -> Iterator[Harness]:
     loop = asyncio.new_event_loop()
     harness = Harness(loop)
     yield harness
-    assert loop.run_until_complete(harness.serving.tasks.close(1.0)) == 0
+    assert loop.run_until_complete(harness.state.tasks.close(1.0)) == 0
     loop.close()
 
 
@@ -247,15 +247,15 @@ def peer(harness: Harness) -> Peer:
 
 def nothing_left(harness: Harness) -> None:
     harness.turn()
-    serving = harness.serving
-    assert serving.connections == set()
-    assert serving._by_session == {}
-    assert len(serving.wheel) == 0
-    assert serving.tasks.running == 0
+    state = harness.state
+    assert state.connections == set()
+    assert len(state.session_connections) == 0
+    assert len(state.wheel) == 0
+    assert state.tasks.running == 0
 
 
 def ended(harness: Harness) -> dict[str, int]:
-    return harness.serving.counters.connections_ended
+    return harness.state.counters.connections_ended
 
 
 # --- what the server says of itself ----------------------------------------------------------------------
@@ -264,7 +264,7 @@ BODY = encode_body(["pins.next", {"pins": ["sha256/x"], "from": 1}])
 
 
 def announce(harness: Harness, body: bytes | None) -> None:
-    harness.loop.run_until_complete(harness.serving.announce(body))
+    harness.loop.run_until_complete(harness.state.announce(body))
     harness.turn()
 
 
@@ -295,7 +295,7 @@ def test_thousands_are_told_over_several_turns_and_the_newest_only(harness: Harn
     newer = encode_body(["pins.next", {"pins": ["sha256/y"], "from": 2}])
 
     async def both() -> None:
-        await asyncio.gather(harness.serving.announce(BODY), harness.serving.announce(newer))
+        await asyncio.gather(harness.state.announce(BODY), harness.state.announce(newer))
 
     harness.loop.run_until_complete(both())
     harness.turn()
@@ -478,7 +478,7 @@ def test_cut_off_while_requests_are_taken_nothing_of_them_is_kept(harness: Harne
 
 
 def test_pausing_before_and_after_there_is_a_connection_is_no_fault(harness: Harness) -> None:
-    protocol = ServerProtocol(harness.serving)
+    protocol = ServerProtocol(harness.state)
     protocol.pause_writing()
     protocol.resume_writing()
     peer = harness.connect()
@@ -542,7 +542,7 @@ def test_a_fatal_error_is_sent_counted_and_ends_it(harness: Harness, peer: Peer)
     assert (error.stream, error.code) == (0, Code.PROTOCOL_ERROR)
     assert peer.transport.closed
     assert ended(harness) == {"protocol_error": 1}
-    assert harness.serving.counters.errors == {Code.PROTOCOL_ERROR: 1}
+    assert harness.state.counters.errors == {Code.PROTOCOL_ERROR: 1}
     assert harness.ran == []
     nothing_left(harness)
 
@@ -655,7 +655,7 @@ def test_the_last_connection_of_a_session_clears_the_index(
         other.token = peer.token
         other.send(other.request(1, "big", {"n": 1}))
     for index in order:
-        assert harness.serving._by_session
+        assert len(harness.state.session_connections)
         peers[index].lose()
     nothing_left(harness)
 
@@ -686,7 +686,7 @@ def test_what_ends_the_program_is_no_answer(harness: Harness, peer: Peer) -> Non
 def test_draining_says_goaway_first_and_waits_for_answers(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "wait"))
     idle = harness.connect()
-    harness.serving.draining = True
+    harness.state.draining = True
     for each in (peer, idle):
         each.protocol.go_away("draining")
         assert [answer.kind for answer in each.answers()] == [Kind.GOAWAY]
@@ -739,7 +739,7 @@ def test_nothing_keeps_an_ended_connection_alive(harness: Harness, ending: str) 
 
 
 def test_leaving_a_session_that_nobody_has_is_no_fault(harness: Harness, peer: Peer) -> None:
-    harness.serving.session_left("no such session", peer.protocol)
+    harness.state.session_connections.leave("no such session", peer.protocol)
 
 
 def test_lines_of_one_kind_and_peer_are_bounded_and_the_rest_counted(

@@ -115,7 +115,7 @@ def test_the_limit_of_an_address_is_that_of_the_client(server: ServerThread) -> 
         check.close()
     # One that goes makes room for one.
     first.close()
-    server.until(lambda: server.server._listener._by_network == {"198.51.100.9": 1})
+    server.until(lambda: server.server.parts.listener._by_network == {"198.51.100.9": 1})
     with BehindBalancer(server, header("198.51.100.9")) as next_one:
         next_one.open_session("ada")
         next_one.echo()
@@ -125,7 +125,7 @@ def test_the_limit_of_an_address_is_that_of_the_client(server: ServerThread) -> 
 
 def test_a_balancer_has_no_limit_of_its_own_while_its_headers_come(server: ServerThread) -> None:
     waiting = [server.tcp() for _ in range(5)]
-    server.until(lambda: server.server._listener.connections == 5)
+    server.until(lambda: server.server.parts.listener.connections == 5)
     for each in waiting:
         each.close()
     server.until_left()
@@ -165,7 +165,7 @@ def test_the_log_names_the_client(serve: Serve, tmp_path: Path) -> None:
 def test_a_drain_does_not_wait_for_headers(serve: Serve) -> None:
     server = serve(server__proxy_protocol_from=["127.0.0.1"])
     with server.tcp() as raw:
-        server.until(lambda: server.server._listener.connections == 1)
+        server.until(lambda: server.server.parts.listener.connections == 1)
         server.drain()
         raw.settimeout(TIMEOUT)
         assert read_to_end(raw)[0] == b""

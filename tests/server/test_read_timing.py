@@ -41,11 +41,11 @@ def test_a_timed_read_is_answered_as_any_other(serve: Serve) -> None:
     server = serve(app)
     with server.client("ada") as client:
         for _ in range(20):
-            server.in_loop(lambda: setattr(server.server.serving.reads, "part", -1))
+            server.in_loop(lambda: setattr(server.server.state.reads, "part", -1))
             assert client.call("quick") == 1
         with pytest.raises(AnsweredError):
             client.call("bad")
-        server.in_loop(lambda: setattr(server.server.serving.reads, "part", -1))
+        server.in_loop(lambda: setattr(server.server.state.reads, "part", -1))
         refused = client.refused("nobody.has.this")
         assert "unknown method" in refused.message
     assert quick.calls == 20
@@ -60,10 +60,8 @@ def test_most_reads_are_not_timed(serve: Serve, monkeypatch: pytest.MonkeyPatch)
     quick, _ = list(app)
     server = serve(app)
     with server.client("ada") as client:
-        wall = server.server.serving.clock.wall()
-        monkeypatch.setattr(
-            type(server.server.serving.clock), "wall", lambda _: wall
-        )  # no part ends meanwhile
+        wall = server.server.state.clock.wall()
+        monkeypatch.setattr(type(server.server.state.clock), "wall", lambda _: wall)  # no part ends meanwhile
         client.call("quick")
         before = sum(quick.durations.counts)
         for _ in range(50):
@@ -75,7 +73,7 @@ def test_most_reads_are_not_timed(serve: Serve, monkeypatch: pytest.MonkeyPatch)
 def test_calls_that_wait_are_all_measured(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
-        sleep = server.server.serving.methods["sleep"]
+        sleep = server.server.state.methods["sleep"]
         before = sum(sleep.waits.counts)
         for _ in range(10):
             client.call("sleep", {"ms": 1})

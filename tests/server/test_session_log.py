@@ -32,7 +32,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> Log:
 
 def flush(server: ServerThread) -> None:
     """Have written what waits for other lines."""
-    server.in_loop(server.server.serving.log_soon.write)
+    server.in_loop(server.server.state.log_soon.write)
 
 
 def refused(client: Client, method: str, /, **params: Any) -> int:

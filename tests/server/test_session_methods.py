@@ -554,7 +554,7 @@ def test_what_info_lists_is_what_can_be_called(serve: Serve) -> None:
     for user in (None, "ada", "operator"):
         with server.client(user) as client:
             listed = set(names(client))
-            for method in server.server.serving.methods:
+            for method in server.server.state.methods:
                 if method not in ("session.close", "session.revoke"):
                     codes = {Code.UNAUTHENTICATED, Code.PERMISSION_DENIED}
                     client.send(client.request(method))
@@ -584,7 +584,7 @@ def test_stats_count_what_happened(serve: Serve) -> None:
         assert stats["longest_pause_s"] >= stats["longest_own_pause_s"] >= 0
         assert len(stats["pauses"]) == 11
         ada.close()
-        server.until(lambda: len(server.server.serving.connections) == 1)
+        server.until(lambda: len(server.server.state.connections) == 1)
         stats = operator.call("server.stats")
         assert (stats["connections"], stats["connections_opened"]) == (1, 2)
         assert stats["connections_ended"] == {"closed_by_peer": 1}

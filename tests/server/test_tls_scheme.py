@@ -96,7 +96,7 @@ class Gate:
             client_ca=ca or self.ca,
             client_crl=None if ca else self.crl,
         )
-        acceptor = self.server.server._acceptor
+        acceptor = self.server.server.parts.acceptor
 
         def put() -> None:
             acceptor.contexts = SiteContexts(context)

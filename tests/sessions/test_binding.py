@@ -99,9 +99,9 @@ def test_unknown_refresh_token_is_not_checked() -> None:
 def harness() -> Iterator[Harness]:
     loop = asyncio.new_event_loop()
     harness = Harness(loop)
-    harness.serving.binding = Binding("24")
+    harness.state.binding = Binding("24")
     yield harness
-    assert loop.run_until_complete(harness.serving.tasks.close(1.0)) == 0
+    assert loop.run_until_complete(harness.state.tasks.close(1.0)) == 0
     loop.close()
 
 
@@ -131,7 +131,7 @@ def test_token_is_refused_from_another_network(harness: Harness, monkeypatch: py
     for stream in range(1, 4):
         assert code(thief, stream) == Code.UNAUTHENTICATED
         assert code(owner, stream) == 0
-    assert harness.serving.binding.refused_addresses == 3
+    assert harness.state.binding.refused_addresses == 3
     assert list(thief.protocol._connection.session_ids) == []  # type: ignore[union-attr]
 
 
@@ -139,7 +139,7 @@ def test_binding_is_checked_once_per_connection_and_session(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    binding = harness.serving.binding
+    binding = harness.state.binding
     monkeypatch.setattr(binding, "admits", lambda user, opened_at, address: asked.append(address) or True)
     peer = peer_at(harness, "192.0.2.8", monkeypatch, open_at(harness, "192.0.2.7"))
     for stream in range(1, 10):
@@ -170,7 +170,7 @@ def test_session_ended_during_lookup_is_not_admitted(
 
 
 def test_binding_is_not_checked_when_off(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    harness.serving.binding = Binding()
+    harness.state.binding = Binding()
     peer = peer_at(harness, "198.51.100.1", monkeypatch, open_at(harness, "192.0.2.7"))
     assert code(peer, 1) == 0
     assert peer.protocol._connection._admits is None  # type: ignore[union-attr]

@@ -32,7 +32,7 @@ from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import Peer
 from zcproto.http.router import Router
 from zcproto.http.security_headers import SecurityHeaders
-from zcproto.server.state import Serving, log
+from zcproto.server.state import ServerState, log
 
 MAX_CONNECTIONS: Final = 32
 BACKLOG: Final = 64
@@ -66,7 +66,7 @@ class ControlPeer(Peer):
 class ControlSocket:
     """One server's control socket. `refused` counts those who may not come in, or for whom there was no room."""
 
-    def __init__(self, home: Home, serving: Serving, router: Router, *, own_uid: int | None = None) -> None:
+    def __init__(self, home: Home, state: ServerState, router: Router, *, own_uid: int | None = None) -> None:
         self._path = home.control
         self._lock_path = home.control.with_suffix(".lock")
         self._own_uid = os.geteuid() if own_uid is None else own_uid
@@ -75,7 +75,7 @@ class ControlSocket:
         self._inode = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._adopting: dict[asyncio.Task[Any], list[HttpProtocol]] = {}
-        self.endpoint = HttpEndpoint(serving, router, SecurityHeaders(None), LIMITS, _peer)
+        self.endpoint = HttpEndpoint(state, router, SecurityHeaders(None), LIMITS, _peer)
         self.refused = 0
 
     # --- the file ------------------------------------------------------------------------------------

@@ -13,15 +13,20 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import parse_qs
 
 from zcproto.admin.control import ControlPeer
+from zcproto.admin.parts import Parts
+from zcproto.admin.status import ServerStatus
 from zcproto.alerts.trial import try_sinks
 from zcproto.auth import UserFile
+from zcproto.auth.device_directory import Devices
+from zcproto.auth.user_directory import Users
 from zcproto.certs import own
 from zcproto.certs.keeper import maintainer_settings, unix_ms
 from zcproto.certs.keys import family
@@ -41,11 +46,6 @@ from zcproto.server.operators import LISTED, REASON, REVOKED_AT_ONCE, describe
 from zcproto.server.state import log
 from zcproto.sessions.token import token_from_text, token_text
 
-if TYPE_CHECKING:
-    from zcproto.auth.device_directory import Devices
-    from zcproto.auth.user_directory import Users
-    from zcproto.runtime.server import Server
-
 LISTED_NAMES: Final = 10_000
 """Users or devices in one answer."""
 
@@ -63,11 +63,29 @@ _STATUS: Final = {
 _Answer = Callable[[HttpRequest], Coroutine[Any, Any, Any]]
 
 
+T = TypeVar("T")
+
+
+class HasChanges(Protocol):
+    """The result of a reload."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+class Operations(Protocol):
+    """What a server does at an operator's request; implemented by `Server`."""
+
+    async def reload(self) -> HasChanges: ...
+    def begin_drain(self, limit: float | None = None) -> None: ...
+
+
 class ControlResources:
     """The routes of one server's control socket."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, parts: Parts, operations: Operations) -> None:
+        self._parts = parts
+        self._operations = operations
+        self._status_of = ServerStatus(parts)
 
     def routes(self) -> Iterator[Route]:
         for method, path, answer in (
@@ -98,12 +116,12 @@ class ControlResources:
     # --- the server ----------------------------------------------------------------------------------
 
     async def _status(self, request: HttpRequest) -> Any:
-        return self._server.status.figures()
+        return self._status_of.figures()
 
     async def _reload(self, request: HttpRequest) -> Any:
         _fields(request)
         _tell(request, "reload")
-        return (await self._server.reload()).as_dict()
+        return (await self._operations.reload()).as_dict()
 
     async def _drain(self, request: HttpRequest) -> Any:
         given = _fields(request, timeout=(int, float))
@@ -111,9 +129,9 @@ class ControlResources:
         if timeout is not None and not 0 <= timeout <= MAX_DRAIN_S:
             raise InvalidArgument(f"timeout: seconds from 0 to {MAX_DRAIN_S:g}")
         _tell(request, "drain")
-        limit = self._server.config.server.drain_timeout if timeout is None else float(timeout)
-        self._server.begin_drain(limit)
-        return {"connections": len(self._server.serving.connections), "timeout": limit}
+        limit = self._parts.config.server.drain_timeout if timeout is None else float(timeout)
+        self._operations.begin_drain(limit)
+        return {"connections": len(self._parts.state.connections), "timeout": limit}
 
     async def _log(self, request: HttpRequest) -> Any:
         return {"level": level()}
@@ -138,7 +156,7 @@ class ControlResources:
         if set(users) - {"user"} or len(users.get("user", ())) > 1:
             raise InvalidArgument("the query may name one user")
         user = users["user"][0] if users else None
-        records = await self._server.serving.sessions.records(user, LISTED + 1)
+        records = await self._parts.state.sessions.records(user, LISTED + 1)
         return {
             "sessions": [describe(record) for record in records[:LISTED]],
             "more": len(records) > LISTED,
@@ -151,8 +169,8 @@ class ControlResources:
             "all"
         ) is False:
             raise InvalidArgument("give ids, or user, or all = true")
-        serving = self._server.serving
-        sessions = serving.sessions
+        state = self._parts.state
+        sessions = state.sessions
         if ids is not None:
             if len(ids) > REVOKED_AT_ONCE or not all(isinstance(each, str) for each in ids):
                 raise InvalidArgument(f"ids: at most {REVOKED_AT_ONCE} texts")
@@ -164,7 +182,7 @@ class ControlResources:
         else:
             revoked = await sessions.revoke_all(REASON)
         _tell(request, "sessions.revoke", user=user, sessions=revoked)
-        serving.on_revoked("somebody by the control socket", revoked, False)
+        state.on_revoked("somebody by the control socket", revoked, False)
         return {"revoked": revoked}
 
     # --- users and devices ---------------------------------------------------------------------------
@@ -238,7 +256,7 @@ class ControlResources:
         return made, sessions
 
     def _users_here(self) -> Users:
-        users = self._server.users
+        users = self._parts.users
         if users is None:
             raise FailedPrecondition("this server's program decides by itself who its users are")
         return users
@@ -266,7 +284,7 @@ class ControlResources:
         return {"user": removed.user, "sessions": sessions}
 
     def _devices_here(self) -> Devices:
-        devices = self._server.devices
+        devices = self._parts.devices
         if devices is None:
             raise FailedPrecondition("this server's program decides by itself who its users are")
         return devices
@@ -274,11 +292,10 @@ class ControlResources:
     # --- certificates --------------------------------------------------------------------------------
 
     async def _certificates(self, request: HttpRequest) -> Any:
-        server = self._server
-        announced = server.next_pins
+        announced = self._parts.certificates.next_pins
         return {
-            "certificates": server.status.figures()["certificates"],
-            "pins": server.pins,
+            "certificates": self._status_of.figures()["certificates"],
+            "pins": [pair.pin for pair in self._parts.certificate_pairs],
             "pins_next": None
             if announced is None
             else {"pins": list(announced.pins), "from": unix_ms(announced.use_from)},
@@ -303,7 +320,7 @@ class ControlResources:
         _fields(request)
         directory = self._own_source().directory
         told: list[str] = []
-        aside = await self._server.make_certificates(lambda now: own.cancel(directory, told.append))
+        aside = await self._make_certificates(lambda now: own.cancel(directory, told.append))
         _tell(request, "certificates.cancel")
         return {"cancelled": [str(path) for path in aside], "told": told}
 
@@ -312,7 +329,7 @@ class ControlResources:
     ) -> Any:
         source = self._own_source()
         told: list[str] = []
-        made = await self._server.make_certificates(
+        made = await self._make_certificates(
             lambda now: make(source.directory, source.settings, now, told.append, **options)
         )
         _tell(request, what)
@@ -335,8 +352,15 @@ class ControlResources:
             "told": told,
         }
 
+    async def _make_certificates(self, make: Callable[[datetime], T]) -> T:
+        """Make certificates in a worker thread and start serving them before returning. `make` gets the time."""
+        certificates = self._parts.certificates
+        made = await asyncio.to_thread(make, certificates.now())
+        await certificates.look()
+        return made
+
     def _own_source(self) -> OwnSource:
-        source = maintainer_settings(self._server.config).default
+        source = maintainer_settings(self._parts.config).default
         if not isinstance(source, OwnSource):
             raise FailedPrecondition('certificates.mode = "files": whoever made the certificates renews them')
         return source
@@ -344,14 +368,14 @@ class ControlResources:
     # --- alerts --------------------------------------------------------------------------------------
 
     async def _alerts(self, request: HttpRequest) -> Any:
-        return self._server.alerts.report()
+        return self._parts.alerts.report()
 
     async def _test_alert(self, request: HttpRequest) -> Any:
         _fields(request)
         _tell(request, "alerts.test")
-        alerts = self._server.alerts
+        alerts = self._parts.alerts
         sinks = [queue.sink for queue in alerts.queues]
-        return {"sinks": await try_sinks(sinks, self._server.clock, alerts.origin, alerts.source)}
+        return {"sinks": await try_sinks(sinks, self._parts.clock, alerts.origin, alerts.source)}
 
 
 # --- requests and answers ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Final
 from zcproto.auth.certificate import certificate_key
 from zcproto.errors import CallError, CertificateError, Code
 from zcproto.http.messages import HttpRequest, HttpResponse, text_response
-from zcproto.server.state import Serving, log
+from zcproto.server.state import ServerState, log
 from zcproto.sessions import Session
 from zcproto.sessions.token import token_from_text
 
@@ -37,8 +37,8 @@ BAD_TOKEN: Final = text_response(
 class BearerTokens:
     """The check of tokens for one server."""
 
-    def __init__(self, serving: Serving) -> None:
-        self._serving = serving
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
 
     async def session_of(self, request: HttpRequest) -> Session | HttpResponse:
         """The session whose token a request shows; else what to answer it with."""
@@ -53,14 +53,14 @@ class BearerTokens:
         return found
 
     async def _check(self, token: bytes, request: HttpRequest) -> Session | HttpResponse:
-        serving, address = self._serving, request.peer.address
-        session = serving.registry.check(token, serving.clock.wall())
-        if not isinstance(session, Session) and serving.sessions.looks_up:
+        state, address = self._state, request.peer.address
+        session = state.registry.check(token, state.clock.wall())
+        if not isinstance(session, Session) and state.sessions.looks_up:
             try:
-                await serving.sessions.find(token, address, session)
+                await state.sessions.find(token, address, session)
             except CallError as error:
                 return _try_later(error)
-            session = serving.registry.check(token, serving.clock.wall())
+            session = state.registry.check(token, state.clock.wall())
         if session is Code.UNAVAILABLE:
             return text_response(503, "sessions cannot be checked just now", headers=(("Retry-After", "1"),))
         if not isinstance(session, Session) or not self._admits(session, request):
@@ -68,19 +68,19 @@ class BearerTokens:
         return session
 
     def _admits(self, session: Session, request: HttpRequest) -> bool:
-        serving = self._serving
-        record = serving.registry.record(session.raw_id)
+        state = self._state
+        record = state.registry.record(session.raw_id)
         if record is None:
             return False
-        if serving.binding.asks and not serving.binding.admits(
+        if state.binding.asks and not state.binding.admits(
             session.user, record.address, request.peer.address
         ):
             return False
         if session.bound:
             certificate = request.peer.certificate()
-            if certificate is None or _key_of(certificate) != serving.registry.key_of(session):
+            if certificate is None or _key_of(certificate) != state.registry.key_of(session):
                 return False
-            serving.registry.use(session, serving.clock.wall())
+            state.registry.use(session, state.clock.wall())
         return True
 
 

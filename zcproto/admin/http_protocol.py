@@ -20,7 +20,7 @@ from zcproto.http.security_headers import SecurityHeaders
 
 if TYPE_CHECKING:
     from zcproto.server.eager import Worker
-    from zcproto.server.state import Serving
+    from zcproto.server.state import ServerState
 
 TAKEN_AT_LEAST: Final = 16_384
 """Bytes that a client which lets an answer wait must take in each `write_timeout`: a drip is no reading."""
@@ -62,13 +62,13 @@ class HttpEndpoint:
 
     def __init__(
         self,
-        serving: Serving,
+        state: ServerState,
         routes: Routes,
         security: SecurityHeaders,
         limits: HttpLimits,
         peer_of: Callable[[Any], Peer],
     ) -> None:
-        self.serving = serving
+        self.state = state
         self.routes = routes
         self.security = security
         self.limits = limits
@@ -141,10 +141,10 @@ class HttpProtocol(asyncio.Protocol):
     @property
     def id(self) -> str:
         """What the connection is called in the log."""
-        serving = self._endpoint.serving
+        state = self._endpoint.state
         if not self._number:
-            self._number = serving.number_connection()
-        return f"{serving.run}-{self._number}"
+            self._number = state.number_connection()
+        return f"{state.run}-{self._number}"
 
     def peer_certificate(self) -> bytes | None:
         """The client's certificate in DER form; None without one."""
@@ -158,7 +158,7 @@ class HttpProtocol(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER)
         peer = endpoint.peer_of(transport)
         self.peer = peer.address
-        now = endpoint.serving.clock.now()
+        now = endpoint.state.clock.now()
         self._connection = HttpConnection(endpoint.limits, endpoint.security, now, peer)
         endpoint.connections.add(self)
         endpoint.counters.connections_opened += 1
@@ -167,7 +167,7 @@ class HttpProtocol(asyncio.Protocol):
         self._update()
 
     def data_received(self, data: bytes) -> None:
-        connection, clock = self._connection, self._endpoint.serving.clock
+        connection, clock = self._connection, self._endpoint.state.clock
         if connection is not None:
             self._take(connection.receive_data(data, clock.wall(), clock.now()))
             self._update()
@@ -180,7 +180,7 @@ class HttpProtocol(asyncio.Protocol):
         self._transport = None
 
     def pause_writing(self) -> None:
-        self._paused_since = self._endpoint.serving.clock.now()
+        self._paused_since = self._endpoint.state.clock.now()
         if self._transport is not None:
             self._unread = self._transport.get_write_buffer_size()
 
@@ -194,7 +194,7 @@ class HttpProtocol(asyncio.Protocol):
         """Run what answers a request, as far as it goes without waiting."""
         if request is None:
             return
-        tasks = self._endpoint.serving.tasks
+        tasks = self._endpoint.state.tasks
         try:
             answer: Any = self._endpoint.routes.find(request)
             if not isinstance(answer, HttpResponse):
@@ -229,13 +229,13 @@ class HttpProtocol(asyncio.Protocol):
         worker.done = done
 
     def _respond(self, response: HttpResponse) -> None:
-        connection, clock = self._connection, self._endpoint.serving.clock
+        connection, clock = self._connection, self._endpoint.state.clock
         if connection is None:
             return
         following = connection.respond(response, clock.wall(), clock.now())
         if following is not None:
             self._next = following
-            self._endpoint.serving.call_soon(self._go_on)
+            self._endpoint.state.call_soon(self._go_on)
 
     def _respond_safely(self, response: HttpResponse) -> None:
         """As `_respond`, with what a handler has made: it may hold what no response can."""
@@ -245,7 +245,7 @@ class HttpProtocol(asyncio.Protocol):
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        incident = self._endpoint.serving.incident("http", error, peer=self.peer, connection=self.id)
+        incident = self._endpoint.state.incident("http", error, peer=self.peer, connection=self.id)
         self._respond(text_response(500, f"internal error, incident {incident}", close=True))
 
     def _go_on(self) -> None:
@@ -274,8 +274,8 @@ class HttpProtocol(asyncio.Protocol):
             return
         deadline = connection.next_deadline()
         if self._paused_since is not None:  # no other counts: what waits, waits for the peer
-            deadline = self._paused_since + endpoint.serving.write_timeout
-        endpoint.serving.wheel.set(self, deadline)
+            deadline = self._paused_since + endpoint.state.write_timeout
+        endpoint.state.wheel.set(self, deadline)
         reading = connection.wants_data and self._paused_since is None
         if reading is not self._reading:
             self._reading = reading
@@ -296,7 +296,7 @@ class HttpProtocol(asyncio.Protocol):
                 return
             self._paused_since, self._unread = now, unread
         else:
-            connection.handle_timeout(endpoint.serving.clock.wall(), now)
+            connection.handle_timeout(endpoint.state.clock.wall(), now)
         self._update()
 
     # --- the end -------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ class HttpProtocol(asyncio.Protocol):
         if connection is None:
             return
         endpoint = self._endpoint
-        endpoint.serving.wheel.discard(self)
+        endpoint.state.wheel.discard(self)
         endpoint.connections.discard(self)
         self._next = None
         if self._worker is not None:

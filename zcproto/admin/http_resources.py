@@ -9,17 +9,15 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 from zcproto.admin.http_access import BearerTokens
+from zcproto.admin.parts import Parts
 from zcproto.admin.status_page import Figures, StatusFigures, page
 from zcproto.common.network import AddressSet, plain_address
-from zcproto.config.model import HttpConfig
 from zcproto.http.messages import HttpRequest, HttpResponse, json_response, text_response
 from zcproto.http.router import Route
-from zcproto.http.security_headers import StrictTransportSecurity
-from zcproto.server.state import Serving
 from zcproto.sessions import Session
 from zcproto.tls.suites import SUITES
 from zcproto.wire.frame import VERSION
@@ -29,44 +27,19 @@ Metrics = Callable[[str], tuple[str, bytes]]
 """The metrics in the form that an Accept header asks for: their content type, and the text."""
 
 
-class CertificateLife(NamedTuple):
-    """One certificate that is served, and what is left of its life."""
-
-    key_type: str
-    seconds_left: float
-
-
 class Resources:
     """The routes of a server's HTTPS side.
 
-    `certificates` tells those that are served now, `schemes` are the ways to open a session, `figures` is the
-    server's status. `metrics` is None if there are none to be had.
+    `figures` gives the server's status, `metrics` renders its metrics.
     """
 
-    def __init__(
-        self,
-        config: HttpConfig,
-        serving: Serving,
-        *,
-        certificates: Callable[[], Sequence[CertificateLife]],
-        schemes: Sequence[str],
-        figures: Figures,
-        metrics: Metrics | None = None,
-    ) -> None:
-        self._config = config
-        self._serving = serving
-        self._certificates = certificates
-        self._schemes = tuple(schemes)
+    def __init__(self, parts: Parts, *, figures: Figures, metrics: Metrics) -> None:
+        self._parts = parts
+        self._state = parts.state
         self._metrics = metrics
         self._page = page()
-        self._status = StatusFigures(figures, self.readiness, serving.clock)
-        self._tokens = BearerTokens(serving)
-        self._allowed = AddressSet(config.allow)
-
-    def reconfigure(self, config: HttpConfig) -> None:
-        """Go by another configuration, from the next request on."""
-        self._config = config
-        self._allowed = AddressSet(config.allow)
+        self._status = StatusFigures(figures, self.readiness, parts.clock)
+        self._tokens = BearerTokens(parts.state)
 
     def routes(self) -> Iterator[Route]:
         yield Route("GET", "/", self._show_page)
@@ -74,8 +47,7 @@ class Resources:
         yield Route("GET", "/healthz", self._healthz)
         yield Route("GET", "/readyz", self._readyz)
         yield Route("GET", "/.well-known/zcp", self._well_known)
-        if self._metrics is not None:
-            yield Route("GET", "/metrics", self._show_metrics)
+        yield Route("GET", "/metrics", self._show_metrics)
 
     # --- for anybody ---------------------------------------------------------------------------------
 
@@ -91,14 +63,17 @@ class Resources:
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
         """Whether new clients should come here; and all that this was found by, with the reasons if not."""
-        serving = self._serving
-        store = str(serving.sessions.statistics()["state"])
-        lives = self._certificates()
-        left = round(min((life.seconds_left for life in lives), default=0.0))
+        state = self._state
+        store = str(state.sessions.statistics()["state"])
+        now = self._parts.certificates.now()
+        lives = [
+            (pair.key_type, (pair.not_after - now).total_seconds()) for pair in self._parts.certificate_pairs
+        ]
+        left = round(min((seconds for _, seconds in lives), default=0.0))
         reasons = []
-        if serving.draining:
+        if state.draining:
             reasons.append("draining: the server is stopping")
-        if serving.registry.closed:
+        if state.registry.closed:
             reasons.append("store: sessions cannot be checked, and every token is refused")
         elif store != "healthy":
             reasons.append(
@@ -110,18 +85,18 @@ class Resources:
             "ready": not reasons,
             "reasons": reasons,
             "checks": {
-                "draining": serving.draining,
+                "draining": state.draining,
                 "store": store,
                 "certificates": [
-                    {"key_type": life.key_type, "seconds_left": round(life.seconds_left)} for life in lives
+                    {"key_type": key_type, "seconds_left": round(seconds)} for key_type, seconds in lives
                 ],
             },
         }
         return not reasons, body
 
     def _well_known(self, request: HttpRequest) -> HttpResponse:
-        serving = self._serving
-        settings = serving.settings
+        state = self._state
+        settings = state.settings
         return json_response(
             200,
             {
@@ -129,7 +104,7 @@ class Resources:
                 "alpn": [ALPN],
                 "versions": [VERSION],
                 "tls": {"versions": ["TLSv1.3"], "suites": list(SUITES)},
-                "time": serving.clock.wall(),
+                "time": state.clock.wall(),
                 "limits": {
                     "max_frame": settings.max_frame,
                     "max_frame_before_session": settings.max_frame_before_session,
@@ -139,9 +114,9 @@ class Resources:
                     "open_timeout_ms": round(settings.open_timeout_s * 1000),
                     "tolerance_ms": settings.tolerance_ms,
                 },
-                "auth": list(self._schemes),
-                "pins": list(serving.pins),
-                "pins_next": serving.pins_next,
+                "auth": list(self._parts.login.schemes),
+                "pins": list(state.pins),
+                "pins_next": state.pins_next,
                 "sts": {
                     "max_age": settings.sts.max_age_s,
                     "include_subdomains": settings.sts.include_subdomains,
@@ -159,28 +134,19 @@ class Resources:
         refusal = await self._may_see_figures(request)
         if refusal is not None:
             return refusal
-        assert self._metrics is not None, "without any there is no route"
         content_type, body = self._metrics(request.headers.get("accept", ""))
         return HttpResponse(200, body, content_type)
 
     async def _may_see_figures(self, request: HttpRequest) -> HttpResponse | None:
         """None if whoever asks may see metrics; else what to answer."""
-        if self._config.metrics == "off":
+        config = self._parts.config.http
+        if config.metrics == "off":
             return text_response(404, "not found")
-        if self._config.metrics == "open":
+        if config.metrics == "open":
             return None
-        if self._config.metrics == "address":
-            if self._allowed.contains(plain_address(request.peer.address)):
+        if config.metrics == "address":
+            if AddressSet(config.allow).contains(plain_address(request.peer.address)):
                 return None
             return text_response(403, "metrics are for the addresses of http.allow")
         session = await self._tokens.session_of(request)
         return None if isinstance(session, Session) else session
-
-
-def hsts_of(config: HttpConfig) -> StrictTransportSecurity | None:
-    """The policy of Strict-Transport-Security that is configured; None if it is switched off."""
-    if not config.hsts:
-        return None
-    return StrictTransportSecurity(
-        config.hsts_max_age_seconds, config.hsts_include_subdomains, config.hsts_preload
-    )

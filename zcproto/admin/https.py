@@ -11,54 +11,35 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from zcproto.admin.http_protocol import HttpEndpoint, HttpProtocol
-from zcproto.admin.http_resources import CertificateLife, Metrics, Resources, hsts_of
 from zcproto.admin.redirect import PlainListener
-from zcproto.admin.status_page import Figures
 from zcproto.config import Config
+from zcproto.config.model import HttpConfig
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import Peer
 from zcproto.http.router import Router
-from zcproto.http.security_headers import SecurityHeaders
+from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
 from zcproto.server.listener import bind, take_over
-from zcproto.server.state import Serving, log
+from zcproto.server.state import ServerState, log
 from zcproto.tls.server import TlsServerTransport
 
 HTTP_ALPN: Final = "http/1.1"
 
 
 class HttpSide:
-    """One server's HTTPS side. Further routes may be added to `router`."""
+    """One server's HTTPS side. Its routes are added to `router`."""
 
-    def __init__(
-        self,
-        config: Config,
-        serving: Serving,
-        *,
-        certificates: Callable[[], Sequence[CertificateLife]],
-        schemes: Sequence[str],
-        figures: Figures,
-        metrics: Metrics | None = None,
-    ) -> None:
+    def __init__(self, config: Config, state: ServerState) -> None:
         self._config = config
-        self._serving = serving
+        self._state = state
         self._plain: PlainListener | None = None
-        self.resources = Resources(
-            config.http,
-            serving,
-            certificates=certificates,
-            schemes=schemes,
-            figures=figures,
-            metrics=metrics,
-        )
-        self.router = Router(self.resources.routes())
+        self.router = Router()
         self.endpoint = HttpEndpoint(
-            serving, self.router, SecurityHeaders(hsts_of(config.http)), _limits(config), tls_peer
+            state, self.router, SecurityHeaders(hsts_of(config.http)), _limits(config), tls_peer
         )
 
     def reconfigure(self, config: Config) -> None:
-        """Go by another configuration: of who may see what at once, of the rest for connections to come."""
+        """Apply another configuration to future connections."""
         self._config = config
-        self.resources.reconfigure(config.http)
         self.endpoint.security = SecurityHeaders(hsts_of(config.http))
         self.endpoint.limits = _limits(config)
 
@@ -95,7 +76,7 @@ class HttpSide:
             take_over(sockets)
         else:
             sockets = bind(config.server.host, config.http.redirect_port, "http.redirect_port")
-        self._plain = PlainListener(sockets, self._serving, names, https_port)
+        self._plain = PlainListener(sockets, self._state, names, https_port)
 
     async def start_redirecting(self) -> None:
         """Accept on the port without TLS, if there is one."""
@@ -120,9 +101,20 @@ class HttpSide:
         """After `drain`: return when no handler is at work."""
         await self.endpoint.wait_at_rest()
 
-    def end(self) -> None:
-        """Close every connection."""
+    def close(self) -> None:
+        """Close every connection, and the port without TLS."""
+        if self._plain is not None:
+            self._plain.close()
         self.endpoint.close()
+
+
+def hsts_of(config: HttpConfig) -> StrictTransportSecurity | None:
+    """The policy of Strict-Transport-Security that is configured; None if it is switched off."""
+    if not config.hsts:
+        return None
+    return StrictTransportSecurity(
+        config.hsts_max_age_seconds, config.hsts_include_subdomains, config.hsts_preload
+    )
 
 
 def _limits(config: Config) -> HttpLimits:

@@ -7,39 +7,29 @@ from __future__ import annotations
 
 import ssl
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from platform import python_version
 from typing import Final
 
-from zcproto.admin.https import HttpSide
+from zcproto.admin.parts import Parts
 from zcproto.alerts import Severity
-from zcproto.alerts.service import SINKS, ServerAlerts
-from zcproto.auth import Login
-from zcproto.certs.keeper import CertificateKeeper
+from zcproto.alerts.service import SINKS
 from zcproto.certs.maintainer import CertificateStatus, NoticeKind
-from zcproto.common.clock import Clock
-from zcproto.config import Config
 from zcproto.errors import Code
 from zcproto.observe import metric_table as table
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.log import lost_lines
-from zcproto.observe.loop_lag import BOUNDS_MS, PauseMeter
+from zcproto.observe.loop_lag import BOUNDS_MS
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import ProcessMetrics
 from zcproto.server.idempotency import OnceOnly
-from zcproto.server.listener import Listener
 from zcproto.server.operators import REASON
 from zcproto.server.protocol_methods import KEY_GONE, REVOKED_BY_USER
-from zcproto.server.state import Serving
-from zcproto.sessions import SessionSettings
 from zcproto.sessions.health import State
 from zcproto.stores.pending import LIMIT as PENDING_LIMIT
 from zcproto.stores.service import CLOSED, REUSED
-from zcproto.stores.sync import StoreKeeper
-from zcproto.tls.server import TlsAcceptor
 
 USER_CHANGED: Final = "the user was changed"
 
@@ -62,22 +52,11 @@ OTHER: Final = "other"
 _MS: Final = 1_000
 
 
-@dataclass(frozen=True, slots=True)
 class ServerMetrics:
-    """Reads one server. `config` gives what is configured now; `store` and `http` are None where there is none."""
+    """Reads the parts of one server."""
 
-    config: Callable[[], Config]
-    session_settings: SessionSettings
-    clock: Clock
-    serving: Serving
-    acceptor: TlsAcceptor
-    listener: Listener
-    login: Login
-    certificates: CertificateKeeper
-    pauses: PauseMeter
-    alerts: ServerAlerts
-    store: StoreKeeper | None = None
-    http: HttpSide | None = None
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
 
     def metrics(self) -> Metrics:
         """All of them, to be rendered."""
@@ -99,23 +78,24 @@ class ServerMetrics:
 
     def _of_the_server(self) -> Iterator[Reading]:
         yield table.BUILD_INFO.at(1, *_versions())
-        yield table.DRAINING.at(self.serving.draining)
+        yield table.DRAINING.at(self.parts.state.draining)
         yield table.LOST_LOG_LINES.at(lost_lines())
-        yield table.INCIDENTS.at(self.serving.counters.incidents)
-        yield table.CONFIG_RELOADS.at(self.serving.counters.reloads, "applied")
-        yield table.CONFIG_RELOADS.at(self.serving.counters.reloads_refused, "refused")
+        yield table.INCIDENTS.at(self.parts.state.counters.incidents)
+        yield table.CONFIG_RELOADS.at(self.parts.state.counters.reloads, "applied")
+        yield table.CONFIG_RELOADS.at(self.parts.state.counters.reloads_refused, "refused")
         lag = Histogram([bound / _MS for bound in BOUNDS_MS])
-        lag.counts, lag.total = list(self.pauses.counts), self.pauses.total
+        lag.counts, lag.total = list(self.parts.loop_lag.counts), self.parts.loop_lag.total
         yield table.LOOP_LAG.at(lag)
 
     def _of_limits(self) -> Iterator[Reading]:
-        config, serving, registry = self.config(), self.serving, self.serving.registry
+        parts, config, state = self.parts, self.parts.config, self.parts.state
+        registry, settings = state.registry, state.registry.settings
         limits: list[tuple[str, int, int | None]] = [
-            ("limits.max_connections", config.limits.max_connections, self.listener.connections),
+            ("limits.max_connections", config.limits.max_connections, self.parts.listener.connections),
             (
                 "limits.connections_per_address",
                 config.limits.connections_per_address,
-                self.listener.most_of_one,
+                self.parts.listener.most_of_one,
             ),
             ("limits.max_streams", config.limits.max_streams, self._most_in_flight()),
             ("limits.max_frame_bytes", config.limits.max_frame_bytes, None),
@@ -127,31 +107,31 @@ class ServerMetrics:
             ("limits.max_depth", config.limits.max_depth, None),
             ("limits.write_buffer_bytes", config.limits.write_buffer_bytes, None),
             ("limits.login_failures", config.limits.login_failures, None),
-            ("tls.max_handshakes", config.tls.max_handshakes, self.acceptor.handshakes_in_progress),
+            ("tls.max_handshakes", config.tls.max_handshakes, self.parts.acceptor.handshakes_in_progress),
             ("sessions.per_user", config.sessions.per_user, None),
             ("idempotency.per_user", config.idempotency.per_user, None),
             (
                 "idempotency.max_bytes",
                 config.idempotency.max_bytes,
-                serving.once.bytes_kept if self.store is None else None,
+                state.once.bytes_kept if parts.store is None else None,
             ),
-            ("sessions", self.session_settings.max_sessions, registry.kept),
-            ("remembered_tokens", self.session_settings.dead_limit, registry.tombstones),
+            ("sessions", settings.max_sessions, registry.kept),
+            ("remembered_tokens", settings.dead_limit, registry.tombstones),
         ]
-        if self.store is not None:
-            limits.append(("pending_revocations", PENDING_LIMIT, len(self.store.pending)))
+        if parts.store is not None:
+            limits.append(("pending_revocations", PENDING_LIMIT, len(parts.store.pending)))
         for name, limit, use in limits:
             yield table.LIMIT.at(limit or float("inf"), name)  # 0 is no limit
             if use is not None:
                 yield table.LIMIT_USE.at(use, name)
 
     def _most_in_flight(self) -> int:
-        return max((protocol.in_flight for protocol in self.serving.connections), default=0)
+        return max((protocol.in_flight for protocol in self.parts.state.connections), default=0)
 
     def _of_connections(self) -> Iterator[Reading]:
-        serving, counters = self.serving, self.serving.counters
-        yield table.TCP_CONNECTIONS.at(self.listener.connections)
-        yield table.CONNECTIONS.at(len(serving.connections))
+        state, counters = self.parts.state, self.parts.state.counters
+        yield table.TCP_CONNECTIONS.at(self.parts.listener.connections)
+        yield table.CONNECTIONS.at(len(state.connections))
         yield table.CONNECTIONS_OPENED.at(counters.connections_opened)
         for reason, count in counters.connections_ended.items():
             yield table.CONNECTIONS_ENDED.at(count, reason)
@@ -159,17 +139,17 @@ class ServerMetrics:
         yield table.CONNECTIONS_REFUSED.at(counters.refused_per_address, "per_address")
         yield table.CONNECTIONS_REFUSED.at(counters.accept_failed, "exhausted")
         yield table.WRITE_PAUSES.at(counters.write_pauses)
-        yield table.SLOW_READERS.at(sum(protocol.reads_too_slowly for protocol in serving.connections))
+        yield table.SLOW_READERS.at(sum(protocol.reads_too_slowly for protocol in state.connections))
         yield table.EVENTS_SENT.at(counters.events)
 
     def _of_tls(self) -> Iterator[Reading]:
-        yield table.HANDSHAKES_COMPLETED.at(self.acceptor.handshakes_completed)
-        yield table.HANDSHAKES_IN_PROGRESS.at(self.acceptor.handshakes_in_progress)
-        for failure, count in self.acceptor.failures.items():
+        yield table.HANDSHAKES_COMPLETED.at(self.parts.acceptor.handshakes_completed)
+        yield table.HANDSHAKES_IN_PROGRESS.at(self.parts.acceptor.handshakes_in_progress)
+        for failure, count in self.parts.acceptor.failures.items():
             yield table.TLS_FAILURES.at(count, failure.value)
 
     def _of_certificates(self) -> Iterator[Reading]:
-        keeper = self.certificates
+        keeper = self.parts.certificates
         for one in keeper.status():
             labels = _certificate_labels(one)
             yield table.CERTIFICATE_EXPIRES.at(one.not_after.timestamp(), *labels)
@@ -181,7 +161,7 @@ class ServerMetrics:
             yield table.RENEWED_OK.at(keeper.last_renewal.ok)
 
     def _of_sessions(self) -> Iterator[Reading]:
-        registry, binding = self.serving.registry, self.serving.binding
+        registry, binding = self.parts.state.registry, self.parts.state.binding
         yield table.SESSIONS.at(len(registry), "live")
         yield table.SESSIONS.at(registry.lapsed, "lapsed")
         yield table.SESSIONS_OPENED.at(registry.opened)
@@ -190,7 +170,7 @@ class ServerMetrics:
         yield table.REFRESH_REUSED.at(registry.refresh_reused)
         yield table.TOKENS_REFUSED.at(registry.checks_refused)
         ended = dict.fromkeys([*END_REASONS.values(), OTHER], 0)
-        for reason, count in self.serving.counters.sessions_ended.items():
+        for reason, count in self.parts.state.counters.sessions_ended.items():
             ended[END_REASONS.get(reason, OTHER)] += count
         for reason, count in ended.items():
             yield table.SESSIONS_ENDED.at(count, reason)
@@ -199,25 +179,28 @@ class ServerMetrics:
         yield table.NOT_ADMITTED.at(binding.refused_clients, "client")
 
     def _of_logins(self) -> Iterator[Reading]:
-        for result, counts in (("accepted", self.login.accepted), ("refused", self.login.refused)):
+        for result, counts in (
+            ("accepted", self.parts.login.accepted),
+            ("refused", self.parts.login.refused),
+        ):
             for scheme, count in counts.items():
                 yield table.LOGINS.at(count, scheme, result)
-        yield table.LOGINS_THROTTLED.at(self.login.throttled)
+        yield table.LOGINS_THROTTLED.at(self.parts.login.throttled)
 
     def _of_requests(self) -> Iterator[Reading]:
-        serving = self.serving
-        yield table.REQUESTS.at(serving.counters.requests)
-        yield table.IN_FLIGHT.at(serving.tasks.running)
-        for name, method in serving.methods.items():
+        state = self.parts.state
+        yield table.REQUESTS.at(state.counters.requests)
+        yield table.IN_FLIGHT.at(state.tasks.running)
+        for name, method in state.methods.items():
             yield table.CALLS.at(method.calls, name)
             if any(method.durations.counts):
                 yield table.DURATIONS.at(method.durations, name)
             if any(method.waits.counts):
                 yield table.WAITS.at(method.waits, name)
-        yield from _of_once(serving.once)
+        yield from _of_once(state.once)
 
     def _of_errors(self) -> Iterator[Reading]:
-        counters = self.serving.counters
+        counters = self.parts.state.counters
         errors = {code.name: 0 for code in Code}
         for code, count in counters.errors.items():
             name = _code_name(code)
@@ -230,42 +213,46 @@ class ServerMetrics:
             yield table.ERRORS.at(count, name)
 
     def _of_the_store(self) -> Iterator[Reading]:
-        if self.store is None:
+        store = self.parts.store
+        if store is None:
             return
-        store, health = self.store, self.store.health
-        for state in State:
-            yield table.STORE_STATE.at(health.state is state, state.value)
+        health = store.health
+        for each in State:
+            yield table.STORE_STATE.at(health.state is each, each.value)
         yield table.STORE_REFUSING.at(store.registry.closed)
-        yield table.STORE_OUTAGE.at(0.0 if health.is_asked else max(0.0, self.clock.now() - health.since))
+        yield table.STORE_OUTAGE.at(
+            0.0 if health.is_asked else max(0.0, self.parts.clock.now() - health.since)
+        )
         yield table.STORE_OUTAGES.at(health.outages)
         yield table.STORE_FAILURES.at(health.failures)
         yield table.STORE_ASKING.at(store.store.asking)
         yield table.STORE_DURATION.at(store.store.durations)
         yield table.STORE_PENDING.at(len(store.pending))
         yield table.STORE_CHANGES.at(store.changes)
-        known = self.serving.sessions.statistics()
+        known = self.parts.state.sessions.statistics()
         if "lookups" in known:
             yield table.STORE_LOOKUPS.at(known["lookups"] - known["misses"], "found")
             yield table.STORE_LOOKUPS.at(known["misses"], "missed")
 
     def _of_https(self) -> Iterator[Reading]:
-        if self.http is None:
+        http = self.parts.http
+        if http is None:
             return
-        counters = self.http.endpoint.counters
-        yield table.HTTP_CONNECTIONS.at(len(self.http.connections))
+        counters = http.endpoint.counters
+        yield table.HTTP_CONNECTIONS.at(len(http.connections))
         yield table.HTTP_OPENED.at(counters.connections_opened)
         yield table.HTTP_WRITE_TIMEOUTS.at(counters.write_timeouts)
         for status, count in counters.responses.items():
             yield table.HTTP_RESPONSES.at(count, str(int(status)))
 
     def _of_alerts(self) -> Iterator[Reading]:
-        center = self.alerts.center
+        center = self.parts.alerts.center
         open_now = Counter(alert.severity for alert in center.open_alerts())
         for severity in Severity:
             yield table.ALERTS_OPEN.at(open_now[severity], severity.word)
         for kind, count in center.raised.items():
             yield table.ALERTS_RAISED.at(count, kind.value)
-        queues = {queue.name: queue for queue in self.alerts.queues}
+        queues = {queue.name: queue for queue in self.parts.alerts.queues}
         for name in SINKS:
             queue = queues.get(name)
             results = (0, 0, 0) if queue is None else (queue.delivered, queue.failures, queue.lost)

@@ -23,7 +23,7 @@ from zcproto.common.network import network_of
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import HttpRequest, HttpResponse, Peer, text_response
 from zcproto.http.security_headers import SecurityHeaders
-from zcproto.server.state import Serving, log
+from zcproto.server.state import ServerState, log
 
 LIMITS: Final = HttpLimits(
     max_head=8_192, max_body=1_024, max_requests=1, request_timeout=5.0, answer_timeout=5.0
@@ -89,15 +89,15 @@ class PlainListener:
     def __init__(
         self,
         sockets: Sequence[socket.socket],
-        serving: Serving,
+        state: ServerState,
         names: Callable[[], Iterable[str]],
         https_port: int,
     ) -> None:
         self._sockets = list(sockets)
         self._servers: list[asyncio.Server] = []
-        self.serving = serving
+        self.state = state
         self.endpoint = HttpEndpoint(
-            serving,
+            state,
             Redirects(names, https_port),
             SecurityHeaders(None),
             LIMITS,
@@ -218,7 +218,7 @@ class PlainTransport(asyncio.Protocol):
         self._raw.abort()
 
     def _let_go(self, exc: Exception | None) -> None:
-        self._listener.serving.wheel.discard(self)
+        self._listener.state.wheel.discard(self)
         self._listener.leave(self)
         http, self._http = self._http, None
         if http is not None:
@@ -233,7 +233,7 @@ class PlainTransport(asyncio.Protocol):
         self._http = None
         if self._raw.is_closing():
             return
-        wheel = self._listener.serving.wheel
+        wheel = self._listener.state.wheel
         wheel.set(self, wheel.now() + LINGER_TIME)
         self._raw.write_eof()
         self._raw.resume_reading()

@@ -7,25 +7,17 @@ secret, and nothing names a user.
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from typing import Any, Final
 
-from zcproto.admin.https import HttpSide
-from zcproto.admin.traffic import Traffic
-from zcproto.alerts.service import ServerAlerts
-from zcproto.certs.keeper import CertificateKeeper
-from zcproto.common.clock import MS_PER_SECOND, Clock
-from zcproto.config import Config
+from zcproto.admin.parts import Parts
+from zcproto.app.app import Method
+from zcproto.common.clock import MS_PER_SECOND
 from zcproto.observe.log import level
-from zcproto.observe.loop_lag import PauseMeter
 from zcproto.observe.process import resident_bytes, used_cpu_s
-from zcproto.server.listener import Listener
-from zcproto.server.state import Serving
-from zcproto.tls.server import TlsAcceptor
 
 API: Final = 1
 """The version of the control socket's resources. It changes when one of them means something else."""
@@ -33,48 +25,39 @@ API: Final = 1
 DAY_S: Final = 86_400
 
 
-@dataclass(frozen=True, slots=True)
 class ServerStatus:
-    """Reads one server. `config` gives the configuration in force, `addresses` where it listens."""
+    """Reads the parts of one server."""
 
-    config: Callable[[], Config]
-    addresses: Callable[[], Sequence[tuple[str, int]]]
-    clock: Clock
-    started_at: int
-    serving: Serving
-    acceptor: TlsAcceptor
-    listener: Listener
-    certificates: CertificateKeeper
-    pauses: PauseMeter
-    alerts: ServerAlerts
-    traffic: Traffic
-    http: HttpSide | None = None
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
 
     def figures(self) -> dict[str, Any]:
         """All of it. Moments are milliseconds since the Unix epoch, durations seconds, memory bytes."""
-        serving, config, wall = self.serving, self.config(), self.clock.wall()
-        registry = serving.registry
+        parts = self.parts
+        state, config, wall = parts.state, parts.config, parts.clock.wall()
+        registry = state.registry
         return {
             "api": API,
             "version": version("zcproto"),
             "pid": os.getpid(),
             "time": wall,
-            "started_at": self.started_at,
-            "uptime_s": max(0, wall - self.started_at) // MS_PER_SECOND,
+            "started_at": parts.started_at,
+            "uptime_s": max(0, wall - parts.started_at) // MS_PER_SECOND,
             "addresses": [
-                f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.addresses()
+                f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                for host, port in parts.listener.addresses
             ],
-            "draining": serving.draining,
+            "draining": state.draining,
             "log_level": level(),
             "connections": {
-                "tcp": self.listener.connections,
-                "zcp": len(serving.connections),
-                "http": 0 if self.http is None else len(self.http.connections),
+                "tcp": parts.listener.connections,
+                "zcp": len(state.connections),
+                "http": 0 if parts.http is None else len(parts.http.connections),
                 "limit": config.limits.max_connections,
                 "refused": {
-                    "full": serving.counters.refused_full,
-                    "per_address": serving.counters.refused_per_address,
-                    "exhausted": serving.counters.accept_failed,
+                    "full": state.counters.refused_full,
+                    "per_address": state.counters.refused_per_address,
+                    "exhausted": state.counters.accept_failed,
                 },
             },
             "sessions": {
@@ -84,19 +67,19 @@ class ServerStatus:
                 "revoked": registry.revoked,
             },
             "requests": {
-                "total": serving.counters.requests,
-                "in_flight": sum(protocol.in_flight for protocol in serving.connections),
-                "incidents": serving.counters.incidents,
+                "total": state.counters.requests,
+                "in_flight": sum(protocol.in_flight for protocol in state.connections),
+                "incidents": state.counters.incidents,
             },
-            "traffic": self.traffic.figures(),
+            "traffic": parts.traffic.figures(),
             "handshakes": {
-                "completed": self.acceptor.handshakes_completed,
-                "in_progress": self.acceptor.handshakes_in_progress,
-                "failed": {cause.value: count for cause, count in self.acceptor.failures.items() if count},
+                "completed": parts.acceptor.handshakes_completed,
+                "in_progress": parts.acceptor.handshakes_in_progress,
+                "failed": {cause.value: count for cause, count in parts.acceptor.failures.items() if count},
             },
             "certificates": self._certificates(),
-            "store": {"url": config.store.url.partition(":")[0], **serving.sessions.statistics()},
-            "alerts": self.alerts.report(),
+            "store": {"url": config.store.url.partition(":")[0], **state.sessions.statistics()},
+            "alerts": parts.alerts.report(),
             "process": {"cpu_s": used_cpu_s(), "rss_bytes": resident_bytes()},
         }
 
@@ -114,8 +97,53 @@ class ServerStatus:
                 "days_left": int(one.seconds_left // DAY_S),
                 "seconds_left": round(one.seconds_left),
             }
-            for one in self.certificates.status()
+            for one in self.parts.certificates.status()
         ]
+
+
+def server_stats(parts: Parts) -> Method:
+    """Return the method `server.stats`."""
+
+    def server_stats() -> dict[str, Any]:
+        """Connections, sessions, requests, CPU, memory and loop pauses."""
+        return statistics(parts)
+
+    return Method("server.stats", server_stats, operator=True)
+
+
+def statistics(parts: Parts) -> dict[str, Any]:
+    """Return the figures of `server.stats`: times in seconds, memory in bytes, loop pauses since the last call."""
+    state, acceptor, counters = parts.state, parts.acceptor, parts.state.counters
+    return {
+        "connections": len(state.connections),
+        "tcp_connections": parts.listener.connections,
+        "http": None if parts.http is None else parts.http.figures(),
+        "sessions": len(state.registry),
+        "requests": counters.requests,
+        "running": state.tasks.running,
+        "tasks": len(asyncio.all_tasks()),
+        "errors": {str(code): count for code, count in counters.errors.items()},
+        "connections_opened": counters.connections_opened,
+        "connections_ended": counters.connections_ended,
+        "refused_per_address": counters.refused_per_address,
+        "refused_full": counters.refused_full,
+        "accept_failed": counters.accept_failed,
+        "dropped_stale": counters.dropped_stale,
+        "refused_users": state.binding.refused_users,
+        "refused_addresses": state.binding.refused_addresses,
+        "refused_clients": state.binding.refused_clients,
+        "idempotency": state.once.counts,
+        "store": state.sessions.statistics(),
+        "handshakes_completed": acceptor.handshakes_completed,
+        "handshakes_in_progress": acceptor.handshakes_in_progress,
+        "tls_failures": {failure.value: count for failure, count in acceptor.failures.items() if count},
+        "cpu_s": used_cpu_s(),
+        "rss_bytes": resident_bytes(),
+        "longest_pause_s": parts.loop_lag.take_longest(),
+        "longest_own_pause_s": parts.loop_lag.take_longest_own(),
+        "pauses": parts.loop_lag.counts,
+        **parts.certificates.figures(),
+    }
 
 
 def _ms(moment: datetime) -> int:

@@ -107,8 +107,8 @@ class CertificateKeeper:
         clock: Clock,
         protocols: Collection[str],
         *,
-        on_kept: Callable[[Kept], None],
-        on_next_pins: Callable[[NextPins | None], None],
+        on_kept: Callable[[Kept], None] = lambda kept: None,
+        on_next_pins: Callable[[NextPins | None], None] = lambda next_pins: None,
         on_notice: Callable[[Notice], None] = lambda notice: None,
         on_problem: Callable[[str], None] = lambda problem: None,
         progress: Callable[[str], None] = lambda sentence: None,
@@ -122,8 +122,10 @@ class CertificateKeeper:
         self._suites = config.tls.suites
         self._interval = config.certificates.watch_interval
         self._clock = clock
-        self._on_kept = on_kept
-        self._on_next_pins = on_next_pins
+        self._kept: Kept | None = None
+        self.next_pins: NextPins | None = None
+        self.on_kept = on_kept
+        self.on_next_pins = on_next_pins
         self._on_notice = on_notice
         self._on_problem = on_problem
         self._looking = threading.Lock()
@@ -132,7 +134,6 @@ class CertificateKeeper:
         self._proven: dict[Site, ServerContext] = {}
         self._untold: tuple[Notice, ...] = ()
         self._problem = ""
-        self._next_pins: NextPins | None = None
         self.notices: dict[NoticeKind, int] = dict.fromkeys(NoticeKind, 0)
         self.last_renewal: Renewal | None = None
 
@@ -200,6 +201,12 @@ class CertificateKeeper:
         if failed:
             raise failed[0]
         return True
+
+    @property
+    def kept(self) -> Kept:
+        """What is served now."""
+        assert self._kept is not None, "the keeper has not been started"
+        return self._kept
 
     def status(self) -> tuple[CertificateStatus, ...]:
         """Every certificate in use, with the seconds that it has left."""
@@ -330,12 +337,13 @@ class CertificateKeeper:
         if found.last_renewal is not None:
             self.last_renewal = found.last_renewal
         if found.kept is not None:
-            self._on_kept(found.kept)
+            self._kept = found.kept
+            self.on_kept(found.kept)
         for notice in found.notices:
             self._tell(notice)
-        if found.next_pins != self._next_pins:
-            self._next_pins = found.next_pins
-            self._on_next_pins(found.next_pins)
+        if found.next_pins != self.next_pins:
+            self.next_pins = found.next_pins
+            self.on_next_pins(found.next_pins)
 
     def _tell(self, notice: Notice) -> None:
         self.notices[notice.kind] += 1

@@ -66,7 +66,7 @@ def taken_by_others(before: Usage, after: Usage) -> float:
     return max(0.0, (after.waited - before.waited) - (after.beside - before.beside))
 
 
-class PauseMeter:
+class LoopLag:
     """Counts pauses of one loop. `activity` is a number that grows while there is traffic."""
 
     def __init__(

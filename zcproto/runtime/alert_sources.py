@@ -14,7 +14,7 @@ from zcproto.alerts.service import ServerAlerts
 from zcproto.auth import Login
 from zcproto.certs.maintainer import Notice, NoticeKind
 from zcproto.errors import Code
-from zcproto.server.state import Serving
+from zcproto.server.state import ServerState
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor
 
@@ -150,11 +150,11 @@ def tell_revoked(alerts: ServerAlerts, by: str, sessions: int, by_user: bool) ->
 # --- rates -------------------------------------------------------------------------------------------------
 
 
-def watch_rates(alerts: ServerAlerts, *, serving: Serving, acceptor: TlsAcceptor, login: Login) -> None:
+def watch_rates(alerts: ServerAlerts, *, state: ServerState, acceptor: TlsAcceptor, login: Login) -> None:
     """Have the counters watched that are an alert if they grow fast."""
     config = alerts.config
     window = f"{config.rate_window:g} s"
-    counters = serving.counters
+    counters = state.counters
     for cause in TlsFailure:
         threshold = config.tls_failures * (SCANNERS_FACTOR if cause in BY_SCANNERS else 1)
         alerts.watch(
@@ -184,7 +184,7 @@ def watch_rates(alerts: ServerAlerts, *, serving: Serving, acceptor: TlsAcceptor
     )
     alerts.watch(
         AlertKind.REVOCATION_RATE,
-        lambda: serving.revoked,
+        lambda: state.revoked,
         config.revocation_rate,
         lambda count: f"{count} sessions were revoked within {window}",
     )

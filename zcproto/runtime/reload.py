@@ -18,23 +18,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from zcproto.admin.https import HttpSide
+from zcproto.admin.parts import Parts
 from zcproto.alerts import Alert, AlertKind
 from zcproto.alerts.service import ServerAlerts, sinks_of
-from zcproto.auth import Throttle
-from zcproto.certs.keeper import CertificateKeeper
-from zcproto.common.clock import Clock
 from zcproto.common.network import AddressSet
 from zcproto.config import Config
 from zcproto.config.changes import TAKES_EFFECT, Change, Effect, changes_between, in_force
 from zcproto.errors import CertificateError, ConfigError
 from zcproto.observe.log import LogChange
+from zcproto.runtime.alert_sources import watch_rates
 from zcproto.runtime.settings import connection_settings, session_settings
-from zcproto.server.listener import Listener
-from zcproto.server.state import Serving, log
-from zcproto.sessions import SessionSettings
+from zcproto.server.state import log
 from zcproto.tls.pins import parse_pins
-from zcproto.tls.server import TlsAcceptor
 
 ReadConfig = Callable[[], Config]
 
@@ -70,43 +65,33 @@ class Reloaded:
         }
 
 
-@dataclass(slots=True)
 class Reloader:
-    """Reloads one server. `read` reads its configuration, None if it was given by a program; `config` is in force.
+    """Reloads one server.
 
-    `owns_log`: the process's log is this server's, and `[log]` is applied.
-    `on_config` is called with each configuration that is put in force.
+    `read` reads its configuration; None if a program gave it. `on_config` is called with each configuration that
+    is applied. `owns_log` is whether `[log]` applies to the log of the process.
     """
 
-    config: Config
-    read: ReadConfig | None
-    on_config: Callable[[Config], None]
-    watch: Callable[[ServerAlerts], None]
-    clock: Clock
-    serving: Serving
-    acceptor: TlsAcceptor
-    listener: Listener
-    keeper: CertificateKeeper
-    throttle: Throttle
-    alerts: ServerAlerts
-    session_settings: SessionSettings
-    http: HttpSide | None = None
-    owns_log: bool = False
-    _one_at_a_time: asyncio.Lock | None = None
+    def __init__(
+        self, parts: Parts, read: ReadConfig | None, *, on_config: Callable[[Config], None], owns_log: bool
+    ) -> None:
+        self._parts = parts
+        self._read = read
+        self._on_config = on_config
+        self._owns_log = owns_log
+        self._one_at_a_time = asyncio.Lock()
 
     async def reload(self) -> Reloaded:
         """Read the configuration, and put it in force. Raises ConfigError; then nothing has changed."""
-        if self._one_at_a_time is None:
-            self._one_at_a_time = asyncio.Lock()
         async with self._one_at_a_time:
             try:
                 reloaded = await self._reload()
             except (ConfigError, CertificateError) as error:
                 faults = error.faults if isinstance(error, ConfigError) else [str(error)]
-                self.serving.counters.reloads_refused += 1
+                self._parts.state.counters.reloads_refused += 1
                 log.error("config.refused", faults=faults)
                 raise ConfigError(faults) from error
-            self.serving.counters.reloads += 1
+            self._parts.state.counters.reloads += 1
             log.info(
                 "config.reloaded",
                 changed=[change.key for change in reloaded.applied],
@@ -115,31 +100,31 @@ class Reloader:
             return reloaded
 
     async def _reload(self) -> Reloaded:
-        if self.read is None:
+        if self._read is None:
             raise ConfigError(
                 [
                     "the program that runs this server has made its configuration: there is no file to read again"
                 ]
             )
         self._check_draining()
-        old, read = self.config, await asyncio.to_thread(self.read)
-        kept = frozenset() if self.owns_log else LOG_KEYS
+        old, read = self._parts.config, await asyncio.to_thread(self._read)
+        kept = frozenset() if self._owns_log else LOG_KEYS
         reloaded = Reloaded(tuple(changes_between(old, read, kept)))
         new = in_force(old, read, kept)
-        sinks = await asyncio.to_thread(sinks_of, new.alerts, self.clock)
+        sinks = await asyncio.to_thread(sinks_of, new.alerts, self._parts.clock)
         log_change = await asyncio.to_thread(LogChange, old.log, new.log)
 
         def apply() -> None:
             self._check_draining()  # it may have begun meanwhile
             self._apply(new)
-            self.alerts.reconfigure(new.alerts, sinks, self.watch)
-            if self.owns_log:
+            self._parts.alerts.reconfigure(new.alerts, sinks, self._watch)
+            if self._owns_log:
                 log_change.apply()
-            self.on_config(new)
+            self._on_config(new)
 
         before = self._certificate_alerts()
         try:
-            looked_anew = await self.keeper.reconfigure(new, apply)
+            looked_anew = await self._parts.certificates.reconfigure(new, apply)
         except BaseException:
             log_change.drop()
             raise
@@ -148,39 +133,42 @@ class Reloader:
         return reloaded
 
     def _check_draining(self) -> None:
-        if self.serving.draining:
+        if self._parts.state.draining:
             raise ConfigError(["the server is draining: nothing is reloaded any more"])
 
+    def _watch(self, alerts: ServerAlerts) -> None:
+        parts = self._parts
+        watch_rates(alerts, state=parts.state, acceptor=parts.acceptor, login=parts.login)
+
     def _apply(self, new: Config) -> None:
-        """Put in force what cannot fail."""
-        self.config = new
-        serving, limits, sessions = self.serving, new.limits, new.sessions
-        serving.settings = replace(connection_settings(new), looks_up=serving.settings.looks_up)
-        serving.write_buffer_bytes = limits.write_buffer_bytes
-        serving.write_timeout = limits.write_timeout
-        settings = replace(session_settings(new), max_sessions=self.session_settings.max_sessions)
-        serving.session_idle_timeout_ms = settings.idle_timeout_ms
-        if settings != self.session_settings:
-            self.session_settings = settings
-            serving.registry.reconfigure(settings)
-            serving.sessions.reconfigure(settings)
-        serving.binding.reconfigure(sessions.bind_address, sessions.bind_client)
-        self.throttle.reconfigure(limits.login_failures)
-        self.acceptor.handshake_timeout = new.tls.handshake_timeout
-        self.acceptor.client_pins = parse_pins(new.tls.client_pins)
-        self.listener.reconfigure(
+        """Apply what cannot fail."""
+        parts, state, limits, sessions = self._parts, self._parts.state, new.limits, new.sessions
+        parts.active.config = new
+        state.settings = replace(connection_settings(new), looks_up=state.settings.looks_up)
+        state.write_buffer_bytes = limits.write_buffer_bytes
+        state.write_timeout = limits.write_timeout
+        settings = replace(session_settings(new), max_sessions=state.registry.settings.max_sessions)
+        state.session_idle_timeout_ms = settings.idle_timeout_ms
+        if settings != state.registry.settings:
+            state.registry.reconfigure(settings)
+            state.sessions.reconfigure(settings)
+        state.binding.reconfigure(sessions.bind_address, sessions.bind_client)
+        parts.throttle.reconfigure(limits.login_failures)
+        parts.acceptor.handshake_timeout = new.tls.handshake_timeout
+        parts.acceptor.client_pins = parse_pins(new.tls.client_pins)
+        parts.listener.reconfigure(
             max_handshakes=new.tls.max_handshakes,
             max_connections=limits.max_connections,
             connections_per_address=limits.connections_per_address,
             balancers=AddressSet(new.server.proxy_protocol_from),
         )
-        if self.http is not None:
-            self.http.reconfigure(new)
+        if parts.http is not None:
+            parts.http.reconfigure(new)
 
     def _certificate_alerts(self) -> dict[tuple[AlertKind, str], Alert]:
         return {
             (alert.kind, alert.about): alert
-            for alert in self.alerts.center.open_alerts()
+            for alert in self._parts.alerts.center.open_alerts()
             if alert.kind in _OF_CERTIFICATES
         }
 
@@ -189,4 +177,4 @@ class Reloader:
         for key, alert in self._certificate_alerts().items():
             old = before.get(key)
             if old is not None and old.count == alert.count:
-                self.alerts.resolve(alert.kind, about=alert.about)
+                self._parts.alerts.resolve(alert.kind, about=alert.about)

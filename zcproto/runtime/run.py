@@ -137,7 +137,7 @@ async def _serve(
     forced.cancel()
     draining.result()
     supervision.close()
-    if server.serving.tasks.running:  # methods that cannot be cancelled: the loop's end would wait for them
+    if server.state.tasks.running:  # methods that cannot be cancelled: the loop's end would wait for them
         _exit_at_once()
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from zcproto.common.network import AddressSet, network_of, plain_address
 from zcproto.errors import ConfigError
-from zcproto.server.state import Serving, log
+from zcproto.server.state import ServerState, log
 from zcproto.tls.forwarded import ForwardedTransport
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
@@ -103,9 +103,8 @@ class Listener:
 
     def __init__(
         self,
-        sockets: Sequence[socket.socket],
         acceptor: TlsAcceptor,
-        serving: Serving,
+        state: ServerState,
         loop: asyncio.AbstractEventLoop,
         *,
         max_handshakes: int,
@@ -114,9 +113,11 @@ class Listener:
         balancers: AddressSet = NO_ADDRESSES,
     ) -> None:
         self._take_balancers(balancers)
-        self._sockets = list(sockets)
+        self._sockets: list[socket.socket] = []
+        self.addresses: list[tuple[str, int]] = []
+        """Host and port of each listening socket; kept after the end."""
         self._acceptor = acceptor
-        self._serving = serving
+        self._state = state
         self._loop = loop
         self._max_handshakes = max_handshakes
         self._max_connections = max_connections
@@ -151,6 +152,10 @@ class Listener:
         self._has_balancers = bool(balancers)  # asked at each accept
 
     @property
+    def port(self) -> int:
+        return self.addresses[0][1]
+
+    @property
     def connections(self) -> int:
         """Open TCP connections, those in their handshake included."""
         return self._open
@@ -160,10 +165,16 @@ class Listener:
         """Open connections of the address that has most of them."""
         return max(self._by_network.values(), default=0)
 
+    def open(self, sockets: Sequence[socket.socket]) -> None:
+        """Take listening sockets; `start` begins to accept on them, `close` closes them."""
+        self._sockets = list(sockets)
+        self.addresses = [listening.getsockname()[:2] for listening in sockets]
+
     def start(self) -> None:
-        self._accepting = True
-        for listening in self._sockets:
-            self._loop.add_reader(listening.fileno(), self._accept, listening, int(listening.family))
+        """Accept connections from now on."""
+        self._resume()
+        for host, port in self.addresses:
+            log.info("server.listening", host=host, port=port)
 
     def close(self) -> None:
         """Accept nothing more. Connections go on."""
@@ -185,7 +196,9 @@ class Listener:
 
     def _resume(self) -> None:
         if not self._accepting and not self._closed:
-            self.start()
+            self._accepting = True
+            for listening in self._sockets:
+                self._loop.add_reader(listening.fileno(), self._accept, listening, int(listening.family))
 
     def _accept(self, listening: socket.socket, family: int) -> None:
         # One a call: the loop calls again while there are more, and others get their turn in between.
@@ -200,7 +213,7 @@ class Listener:
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
-            self._serving.counters.accept_failed += 1
+            self._state.counters.accept_failed += 1
             log.error("listener.exhausted", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED)
             self._pause()
             self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
@@ -209,7 +222,7 @@ class Listener:
         self._admit(connection, plain_address(address[0]))
 
     def _admit(self, connection: socket.socket, address: str) -> None:
-        counters = self._serving.counters
+        counters = self._state.counters
         network = network_of(address)
         is_forwarded = self._has_balancers and self.balancers.contains(address)
         if self._open >= self._max_connections:
@@ -232,7 +245,7 @@ class Listener:
         self._adopt(connection, transport)
 
     def _refuse_address(self, address: str, balancer: str | None = None) -> None:
-        self._serving.counters.refused_per_address += 1
+        self._state.counters.refused_per_address += 1
         log.info("connection.refused_per_address", peer=address, balancer=balancer, limit=self._per_address)
 
     def _connection_forwarded(self, balancer: str, client: str) -> bool:
@@ -284,9 +297,3 @@ class Listener:
             self._by_network[network] = left
         else:
             del self._by_network[network]
-
-
-def log_listening(sockets: Sequence[socket.socket]) -> None:
-    for listening in sockets:
-        host, port = listening.getsockname()[:2]
-        log.info("server.listening", host=host, port=port)

@@ -12,7 +12,7 @@ from typing import Any, Final
 from zcproto.app.app import Method
 from zcproto.app.context import Context
 from zcproto.errors import InvalidArgument
-from zcproto.server.state import Serving, log
+from zcproto.server.state import ServerState, log
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import BOUND, OPERATOR
 from zcproto.sessions.token import id_text
@@ -24,10 +24,10 @@ REVOKED_AT_ONCE: Final = 1_000
 REASON: Final = "revoked by an operator"
 
 
-def operator_methods(serving: Serving) -> list[Method]:
+def operator_methods(state: ServerState) -> list[Method]:
     async def server_sessions(user: str | None = None) -> list[dict[str, Any]]:
         """The sessions of a user, or of everybody: the 1,000 oldest."""
-        return [describe(record) for record in await serving.sessions.records(user, LISTED)]
+        return [describe(record) for record in await state.sessions.records(user, LISTED)]
 
     async def server_revoke(
         context: Context, ids: list[str] | None = None, user: str | None = None, all: bool = False
@@ -37,7 +37,7 @@ def operator_methods(serving: Serving) -> list[Method]:
             raise InvalidArgument("give ids, or user, or all = true")
         if ids is not None and len(ids) > REVOKED_AT_ONCE:
             raise InvalidArgument(f"at most {REVOKED_AT_ONCE} ids")
-        sessions = serving.sessions
+        sessions = state.sessions
         if user is not None:
             revoked = await sessions.revoke_user(user, REASON, context.asking())
         elif ids is not None:
@@ -51,7 +51,7 @@ def operator_methods(serving: Serving) -> list[Method]:
         log.warning(
             "operator.revoked", operator=context.user, user=user, all=all, sessions=revoked, peer=context.peer
         )
-        serving.on_revoked(f"operator {context.user}", revoked, False)
+        state.on_revoked(f"operator {context.user}", revoked, False)
         return {"revoked": revoked}
 
     return [

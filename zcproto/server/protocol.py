@@ -44,7 +44,7 @@ from zcproto.wire.message import NO_META, MessageError, encode_body, encode_erro
 
 if TYPE_CHECKING:
     from zcproto.app.app import Method
-    from zcproto.server.state import Serving
+    from zcproto.server.state import ServerState
     from zcproto.tls.server import TlsServerTransport
 
 SENT_AT_ONCE: Final = 4_096
@@ -72,7 +72,7 @@ class ServerProtocol(asyncio.Protocol):
         "_looking_up",
         "_number",
         "_paused_since",
-        "_serving",
+        "_state",
         "_suspended",
         "_transport",
         "_unread",
@@ -82,8 +82,8 @@ class ServerProtocol(asyncio.Protocol):
         "peer",
     )
 
-    def __init__(self, serving: Serving) -> None:
-        self._serving = serving
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
         self._transport: TlsServerTransport | None = None
         self._connection: ServerConnection | None = None
         self._suspended: Iterator[ServerEvent] | None = None  # until the peer reads, or a token was looked up
@@ -101,14 +101,14 @@ class ServerProtocol(asyncio.Protocol):
     def id(self) -> str:
         """What the connection is called in the log. It has no number before it is first told of."""
         if not self._number:
-            self._number = self._serving.number_connection()
-        return f"{self._serving.run}-{self._number}"
+            self._number = self._state.number_connection()
+        return f"{self._state.run}-{self._number}"
 
     def now(self) -> float:
-        return self._serving.clock.now()
+        return self._state.clock.now()
 
     def wall(self) -> int:
-        return self._serving.clock.wall()
+        return self._state.clock.wall()
 
     def peer_certificate(self) -> bytes | None:
         """The client's certificate, read from the connection: nothing is kept here. None without one."""
@@ -123,38 +123,38 @@ class ServerProtocol(asyncio.Protocol):
     # --- the transport's calls ---------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        serving = self._serving
+        state = self._state
         self._transport = cast("TlsServerTransport", transport)
         self.peer = self._transport.peer
-        self._transport.set_write_buffer_limits(high=serving.write_buffer_bytes)
-        wall, now = serving.clock.wall(), serving.clock.now()
+        self._transport.set_write_buffer_limits(high=state.write_buffer_bytes)
+        wall, now = state.clock.wall(), state.clock.now()
         self._connection = ServerConnection(
-            serving.settings,
-            serving.registry,
-            salt=serving.entropy(SALT_SIZE),
+            state.settings,
+            state.registry,
+            salt=state.entropy(SALT_SIZE),
             wall=wall,
             now=now,
-            admits=self._admits if serving.binding.asks else None,
-            refused=serving.counters.refused,
+            admits=self._admits if state.binding.asks else None,
+            refused=state.counters.refused,
         )
-        serving.connections.add(self)
-        serving.counters.connections_opened += 1
+        state.connections.add(self)
+        state.counters.connections_opened += 1
         if is_on("debug"):
             log.debug("connection.opened", peer=self.peer, connection=self.id)
-        if serving.announcement is not None:
-            self._connection.announce(serving.announcement, wall)
-            serving.counters.events += 1
-        if serving.draining:
-            self._connection.go_away("draining", serving.settings.retry_draining_ms, wall)
+        if state.announcement is not None:
+            self._connection.announce(state.announcement, wall)
+            state.counters.events += 1
+        if state.draining:
+            self._connection.go_away("draining", state.settings.retry_draining_ms, wall)
         self._flush()
         self._set_deadline()
-        if serving.draining:
+        if state.draining:
             self.close("draining")
 
     def data_received(self, data: bytes) -> None:
         connection = self._connection
         if connection is not None:
-            clock = self._serving.clock
+            clock = self._state.clock
             wall = clock.wall()
             self._process(connection.receive_data(data, wall, clock.now()), wall)
 
@@ -166,7 +166,7 @@ class ServerProtocol(asyncio.Protocol):
         self._transport = None
 
     def pause_writing(self) -> None:
-        self._serving.counters.write_pauses += 1
+        self._state.counters.write_pauses += 1
         self._paused_since = self.now()
         if self._transport is not None:
             self._unread = self._transport.get_write_buffer_size()
@@ -192,9 +192,9 @@ class ServerProtocol(asyncio.Protocol):
 
     def _process(self, events: Iterator[ServerEvent], wall: int) -> None:
         """Take events until there are none, or the peer must read first; then send what there is to send."""
-        serving = self._serving
-        methods = serving.methods
-        timed = wall >> PART_BITS != serving.reads.part
+        state = self._state
+        methods = state.methods
+        timed = wall >> PART_BITS != state.reads.part
         requests = 0
         for event in events:
             if event.__class__ is tuple:
@@ -216,9 +216,9 @@ class ServerProtocol(asyncio.Protocol):
                     method.calls += 1
                     try:
                         result = method.function(**params)
-                        worker = serving.tasks.start(result) if method.is_async else None
+                        worker = state.tasks.start(result) if method.is_async else None
                         if worker is None:
-                            body = encode_body(serving.tasks.result if method.is_async else result)
+                            body = encode_body(state.tasks.result if method.is_async else result)
                     except (KeyboardInterrupt, SystemExit):
                         raise
                     except BaseException as error:  # whatever a method raises, its caller gets one answer
@@ -234,7 +234,7 @@ class ServerProtocol(asyncio.Protocol):
                     self._suspended = events
                     break
             elif event.__class__ is SessionJoined:
-                serving.session_joined(event.session_id, self)
+                state.session_connections.join(event.session_id, self)
             elif event.__class__ is TokenUnknown:
                 if self._look_up(event):
                     self._suspended = events
@@ -246,7 +246,7 @@ class ServerProtocol(asyncio.Protocol):
             else:
                 self._conversation_ended(cast("ConnectionEnded", event))
                 break
-        serving.counters.requests += requests
+        state.counters.requests += requests
         connection = self._connection
         if connection is None:
             return
@@ -263,7 +263,7 @@ class ServerProtocol(asyncio.Protocol):
 
     def _run(self, request: Request, method: Method | None) -> None:
         """Run a request's method as far as it goes without waiting, whatever the method and the request ask for."""
-        serving = self._serving
+        state = self._state
         refusal = self._refusal(request, method)
         if refusal is not None:
             self._fail(request, *refusal)
@@ -279,11 +279,11 @@ class ServerProtocol(asyncio.Protocol):
                 arguments[method.context_name] = Context(self, request)
             result = method.function(**arguments)
             if method.is_async or (method.may_wait and isinstance(result, CoroutineType)):
-                worker = serving.tasks.start(result)
+                worker = state.tasks.start(result)
                 if worker is not None:
                     self._hold(request, worker)
                     return
-                result = serving.tasks.result
+                result = state.tasks.result
             body = encode_body(result)
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -294,16 +294,16 @@ class ServerProtocol(asyncio.Protocol):
 
     def _run_timed(self, request: Request, method: Method | None, wall: int) -> None:
         """As `_run`, and note how long that took."""
-        serving = self._serving
-        serving.reads.timed(wall)
-        began = serving.clock.now()
+        state = self._state
+        state.reads.timed(wall)
+        began = state.clock.now()
         self._run(request, method)
         if method is not None:
-            method.durations.add(serving.clock.now() - began)
+            method.durations.add(state.clock.now() - began)
 
     def _run_once(self, request: Request, method: Method) -> None:
         """Run a request with an idempotency key, unless it was run: then answer as it was answered."""
-        session, key, serving = request.session, request.meta.idempotency_key, self._serving
+        session, key, state = request.session, request.meta.idempotency_key, self._state
         assert key is not None
         if session is None:
             self._fail(request, Code.INVALID_ARGUMENT, KEY_NEEDS_SESSION)
@@ -333,7 +333,7 @@ class ServerProtocol(asyncio.Protocol):
             self._flush_soon()
 
         digest = request_digest(request.method, request.params)
-        outcome = serving.once.ask(session.user, key, digest, execute, failed, later)
+        outcome = state.once.ask(session.user, key, digest, execute, failed, later)
         if isinstance(outcome, Answer):
             self._answer_as(request, outcome)
         else:
@@ -361,7 +361,7 @@ class ServerProtocol(asyncio.Protocol):
         self._workers[request] = worker
         if isinstance(worker, Waiting):
             return
-        method = self._serving.methods[request.method]
+        method = self._state.methods[request.method]
 
         def done(result: Any, error: BaseException | None) -> None:
             method.waits.add(self.now() - now)
@@ -376,7 +376,7 @@ class ServerProtocol(asyncio.Protocol):
         worker.done = done
 
     def _stop(self, ended: RequestEnded) -> None:
-        self._serving.counters.count_error(ended.code)
+        self._state.counters.count_error(ended.code)
         assert self._workers is not None, "who is in flight has a worker"
         worker = self._workers[ended.request]
         if isinstance(worker, Worker):
@@ -426,7 +426,7 @@ class ServerProtocol(asyncio.Protocol):
 
     def _encode_answer(self, result: Any) -> bytes:
         body = encode_body(result)
-        if len(body) > self._serving.settings.max_body:
+        if len(body) > self._state.settings.max_body:
             raise MessageError(f"the answer has {len(body)} bytes")
         return body
 
@@ -454,7 +454,7 @@ class ServerProtocol(asyncio.Protocol):
             return self._fault_of(request, error)
         details = error.details
         if error.code in (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED) and not details:
-            details = {"retry_after_ms": self._serving.settings.retry_draining_ms}
+            details = {"retry_after_ms": self._state.settings.retry_draining_ms}
         try:
             return error.code, encode_error(error.code, error.message, details)
         except MessageError as unsendable:
@@ -462,21 +462,21 @@ class ServerProtocol(asyncio.Protocol):
 
     def _fault_of(self, request: Request, error: BaseException) -> tuple[Code, bytes]:
         """A fault of ours: the peer gets an id to ask about, the log gets the rest."""
-        incident = self._serving.incident(request.method, error, peer=self.peer, connection=self.id)
+        incident = self._state.incident(request.method, error, peer=self.peer, connection=self.id)
         body = encode_error(Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident})
         return Code.INTERNAL, body
 
     def _fail(self, request: Request, code: Code, body: bytes) -> None:
         if self._connection is not None and self._connection.fail(request, body, self.wall()):
-            self._serving.counters.count_error(code)
+            self._state.counters.count_error(code)
 
     # --- sessions ------------------------------------------------------------------------------------
 
     def _admits(self, session: Session) -> bool:
         """Whether a session may be used by this peer, for what it is beside its token."""
-        serving = self._serving
-        record = serving.registry.record(session.raw_id)
-        if record is not None and serving.binding.admits(session.user, record.address, self.peer):
+        state = self._state
+        record = state.registry.record(session.raw_id)
+        if record is not None and state.binding.admits(session.user, record.address, self.peer):
             return True
         log.info("session.not_admitted", peer=self.peer, connection=self.id, session=session.id)
         return False
@@ -484,9 +484,9 @@ class ServerProtocol(asyncio.Protocol):
     def join(self, session: Session, token: bytes) -> None:
         """A session was opened or refreshed by a request of this connection."""
         if self._connection is not None:
-            serving = self._serving
-            self._connection.join(session, token, serving.clock.wall(), serving.clock.now())
-            serving.session_joined(session.id, self)
+            state = self._state
+            self._connection.join(session, token, state.clock.wall(), state.clock.now())
+            state.session_connections.join(session.id, self)
 
     def _prove_by_certificate(self, key: str) -> None:
         """If a session is bound to a certificate's key: TLS has seen whether this connection's client has it."""
@@ -513,7 +513,7 @@ class ServerProtocol(asyncio.Protocol):
 
     def _look_up(self, unknown: TokenUnknown) -> bool:
         """Find out whether a token is good. True: that takes a while, for which this connection waits."""
-        worker = self._serving.tasks.start(self._find(unknown))
+        worker = self._state.tasks.start(self._find(unknown))
         if worker is None:
             return False
         assert self._transport is not None, "a conversation ends before its transport"
@@ -531,11 +531,11 @@ class ServerProtocol(asyncio.Protocol):
     async def _find(self, unknown: TokenUnknown) -> None:
         unknown.refusal = TOKEN_ERRORS[Code.UNAVAILABLE]  # should this be cancelled
         try:
-            await self._serving.sessions.find(unknown.token, self.peer, unknown.code)
+            await self._state.sessions.find(unknown.token, self.peer, unknown.code)
         except CallError as error:
             unknown.refusal = encode_error(error.code, error.message, error.details)
         except Exception as error:
-            incident = self._serving.incident("token", error, peer=self.peer, connection=self.id)
+            incident = self._state.incident("token", error, peer=self.peer, connection=self.id)
             unknown.refusal = encode_error(
                 Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident}
             )
@@ -550,7 +550,7 @@ class ServerProtocol(asyncio.Protocol):
             self._connection.leave(session_id, self.now())
         else:
             self._connection.session_revoked(session_id, reason, self.wall(), self.now())
-            self._serving.counters.events += 1
+            self._state.counters.events += 1
         self._flush_soon()
 
     def send_event(self, session_id: str, name: str, data: Any) -> bool:
@@ -558,7 +558,7 @@ class ServerProtocol(asyncio.Protocol):
         if self._connection is None:
             return False
         sent = self._connection.send_event(session_id, name, data, self.wall())
-        self._serving.counters.events += sent
+        self._state.counters.events += sent
         self._flush_soon()
         return sent
 
@@ -566,7 +566,7 @@ class ServerProtocol(asyncio.Protocol):
         """Send an event that speaks of the server."""
         if self._connection is not None:
             self._connection.announce(body, self.wall())
-            self._serving.counters.events += 1
+            self._state.counters.events += 1
             self._flush_soon()
 
     # --- bytes out -------------------------------------------------------------------------------------
@@ -588,7 +588,7 @@ class ServerProtocol(asyncio.Protocol):
 
     def _check_write_buffer(self) -> None:
         assert self._transport is not None
-        limit = WRITE_BUFFER_HARD_FACTOR * self._serving.write_buffer_bytes
+        limit = WRITE_BUFFER_HARD_FACTOR * self._state.write_buffer_bytes
         if self._transport.get_write_buffer_size() > limit:
             self.abort("write_buffer_full")
 
@@ -596,7 +596,7 @@ class ServerProtocol(asyncio.Protocol):
         """Gather what several methods answer in one turn of the loop into one write."""
         if not self._flush_planned and self._connection is not None:
             self._flush_planned = True
-            self._serving.call_soon(self._flush_now)
+            self._state.call_soon(self._flush_now)
 
     def _flush_now(self) -> None:
         self._flush_planned = False
@@ -615,13 +615,13 @@ class ServerProtocol(asyncio.Protocol):
             return
         deadline = self._connection.next_deadline()
         if self._paused_since is not None:
-            deadline = min(deadline, self._paused_since + self._serving.write_timeout)
-        self._serving.wheel.set(self, deadline)
+            deadline = min(deadline, self._paused_since + self._state.write_timeout)
+        self._state.wheel.set(self, deadline)
 
     def handle_deadline(self, now: float) -> None:
         if self._connection is None:
             return
-        if self._paused_since is not None and now >= self._paused_since + self._serving.write_timeout:
+        if self._paused_since is not None and now >= self._paused_since + self._state.write_timeout:
             assert self._transport is not None, "a conversation ends before its transport"
             unread = self._transport.get_write_buffer_size()
             if unread > self._unread - TAKEN_AT_LEAST:
@@ -639,8 +639,8 @@ class ServerProtocol(asyncio.Protocol):
         connection = self._connection
         if connection is None:
             return
-        serving = self._serving
-        connection.go_away(reason, serving.settings.retry_draining_ms, serving.clock.wall())
+        state = self._state
+        connection.go_away(reason, state.settings.retry_draining_ms, state.clock.wall())
         self._flush()
         if not connection.in_flight:
             self.close(reason)
@@ -654,7 +654,7 @@ class ServerProtocol(asyncio.Protocol):
 
     def _conversation_ended(self, ended: ConnectionEnded) -> None:
         if ended.code is not None:
-            self._serving.counters.count_error(ended.code)
+            self._state.counters.count_error(ended.code)
             name = ended.code.name
             log.info("connection.refused", peer=self.peer, connection=self.id, code=name, reason=ended.reason)
         self._flush()
@@ -680,15 +680,15 @@ class ServerProtocol(asyncio.Protocol):
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        serving = self._serving
-        serving.wheel.discard(self)
-        serving.connection_ended(self)
-        serving.counters.count_end(reason)
+        state = self._state
+        state.wheel.discard(self)
+        state.connection_ended(self)
+        state.counters.count_end(reason)
         if is_on("debug"):
             log.debug("connection.ended", peer=self.peer, connection=self.id, reason=reason)
-        serving.counters.dropped_stale += connection.dropped_stale
+        state.counters.dropped_stale += connection.dropped_stale
         for session_id in connection.session_ids:
-            serving.session_left(session_id, self)
+            state.session_connections.leave(session_id, self)
         connection.end()
         self._suspended = None
         if self._looking_up is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from typing import Any, Final
 
 from zcproto.app.app import App, Method
@@ -11,7 +11,7 @@ from zcproto.app.context import Context
 from zcproto.auth import Enrollment, Identity, Login
 from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
 from zcproto.server.operators import operator_methods
-from zcproto.server.state import Serving, log
+from zcproto.server.state import ServerState, log
 from zcproto.sessions import OpenedSession, Session, SessionInfo
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import DEVICE_KEY
@@ -50,16 +50,13 @@ def default_app() -> App:
 
 
 def protocol_methods(
-    serving: Serving,
-    login: Login,
-    statistics: Callable[[], dict[str, Any]],
-    enrollment: Enrollment | None = None,
+    state: ServerState, login: Login, enrollment: Enrollment | None = None
 ) -> Iterable[Method]:
     """`session.*` and `server.*`, and `device.*` where devices can be enrolled."""
-    registry = serving.registry
+    registry = state.registry
 
     def told(event: str, context: Context, session: Session, **values: Any) -> None:
-        serving.log_soon.add(
+        state.log_soon.add(
             event,
             session=session.id,
             user=session.user,
@@ -83,7 +80,7 @@ def protocol_methods(
             refused(context, scheme)
             raise
         if isinstance(identity, Identity) and not identity.key:
-            opened = serving.sessions.open_at_once(
+            opened = state.sessions.open_at_once(
                 identity.user, operator=identity.operator, client=client, address=peer
             )
             if opened is not None:
@@ -100,7 +97,7 @@ def protocol_methods(
             except Unauthenticated:
                 refused(context, scheme)
                 raise
-        opened = await serving.sessions.open(
+        opened = await state.sessions.open(
             identity.user,
             operator=identity.operator,
             client=client,
@@ -109,7 +106,7 @@ def protocol_methods(
         )
         if identity.key:
             if login.is_gone(identity.key):  # it was removed while the session was opened
-                await serving.sessions.revoke(opened.session.id, user=identity.user, reason=KEY_GONE)
+                await state.sessions.revoke(opened.session.id, user=identity.user, reason=KEY_GONE)
                 raise Unauthenticated("the device was removed; pair it again")
             context.prove(identity.key)
         return was_opened(context, opened, scheme, client)
@@ -145,11 +142,11 @@ def protocol_methods(
         if len(refresh_token) != TOKEN_SIZE:
             raise InvalidArgument(f"refresh_token must have {TOKEN_SIZE} bytes")
         _check_client(client)
-        session = await serving.sessions.of_refresh_token(refresh_token)
-        serving.binding.check_refresh(session, client, context.peer)
+        session = await state.sessions.of_refresh_token(refresh_token)
+        state.binding.check_refresh(session, client, context.peer)
         if session is not None and session.key and session.refresh_digest == digest_of(refresh_token):
             check_key(context, session)
-        opened = await serving.sessions.refresh(refresh_token, client=client, address=context.peer)
+        opened = await state.sessions.refresh(refresh_token, client=client, address=context.peer)
         told("session.refreshed", context, opened.session, client=client)
         return _opened(context, opened)
 
@@ -165,7 +162,7 @@ def protocol_methods(
             raise Unauthenticated(
                 "bound to another client certificate: open a session", {"certificate": True}
             )
-        wall, idle_ms = context.wall(), serving.session_idle_timeout_ms
+        wall, idle_ms = context.wall(), state.session_idle_timeout_ms
         if wall < session.expires_at and (idle_ms is None or wall < session.last_used_at + idle_ms):
             raise Unauthenticated(
                 "bound refresh token: prove its key here by session.attach first", {"attach": True}
@@ -179,7 +176,7 @@ def protocol_methods(
             "id": session.id,
             "user": session.user,
             "expires_at": session.expires_at,
-            "idle_timeout_ms": serving.session_idle_timeout_ms or 0,
+            "idle_timeout_ms": state.session_idle_timeout_ms or 0,
             "refresh_token": opened.refresh_token,
             "refresh_expires_at": opened.refresh_expires_at,
             "bound": session.bound,
@@ -187,12 +184,12 @@ def protocol_methods(
 
     def session_info(context: Context) -> dict[str, Any]:
         """What the server knows of this session."""
-        return _info(serving.sessions.info(current(context)))
+        return _info(state.sessions.info(current(context)))
 
     async def session_list(context: Context) -> list[dict[str, Any]]:
         """The sessions of this user, with `current` for the one that asks."""
         session = current(context)
-        sessions = await serving.sessions.list(session.user)
+        sessions = await state.sessions.list(session.user)
         return [{**_info(info), "current": info.id == session.id} for info in sessions]
 
     async def session_revoke(context: Context, id: str | None = None, all: bool = False) -> dict[str, Any]:
@@ -202,21 +199,21 @@ def protocol_methods(
             raise InvalidArgument("give either id, or all = true")
         quietly = context.asking()
         if id is None:
-            revoked = await serving.sessions.revoke_user(session.user, REVOKED_BY_USER, quietly)
+            revoked = await state.sessions.revoke_user(session.user, REVOKED_BY_USER, quietly)
         else:
-            revoked = await serving.sessions.revoke(
+            revoked = await state.sessions.revoke(
                 id, user=session.user, reason=REVOKED_BY_USER, quietly=quietly
             )
             if not revoked:
                 raise NotFound("no session with this id")
         told("session.revoked", context, session, which="all" if id is None else id, sessions=int(revoked))
-        serving.on_revoked(f"user {session.user}", int(revoked), True)
+        state.on_revoked(f"user {session.user}", int(revoked), True)
         return {"revoked": int(revoked)}
 
     async def session_close(context: Context) -> dict[str, Any]:
         """End this session."""
         session = current(context)
-        await serving.sessions.close(session, context.asking())
+        await state.sessions.close(session, context.asking())
         told("session.closed", context, session)
         return {}
 
@@ -243,16 +240,12 @@ def protocol_methods(
             "versions": [VERSION],
             "methods": [
                 {"name": name, "doc": method.doc, "params": [param._asdict() for param in method.params]}
-                for name, method in sorted(serving.methods.items())
+                for name, method in sorted(state.methods.items())
                 if method.public or (session is not None and (session.operator or not method.operator))
             ],
-            "pins": list(serving.pins),
-            "pins_next": serving.pins_next,
+            "pins": list(state.pins),
+            "pins_next": state.pins_next,
         }
-
-    def server_stats() -> dict[str, Any]:
-        """Connections, sessions, requests, CPU, memory and loop pauses."""
-        return statistics()
 
     methods = [
         Method("session.open", session_open, public=True, may_wait=True),
@@ -263,9 +256,8 @@ def protocol_methods(
         Method("session.revoke", session_revoke),
         Method("session.close", session_close),
         Method("server.info", server_info, public=True),
-        Method("server.stats", server_stats, operator=True),
     ]
-    methods += operator_methods(serving)
+    methods += operator_methods(state)
     if enrollment is not None:
         methods.append(Method("device.enroll", device_enroll, public=True))
     return methods

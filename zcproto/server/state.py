@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from zcproto.app.app import Method
 from zcproto.common.clock import Clock, Entropy
@@ -21,9 +21,6 @@ from zcproto.server.read_timing import ReadTiming
 from zcproto.sessions import SessionRegistry
 from zcproto.sessions.binding import Binding
 from zcproto.stores.service import CLOSED, MemorySessions, Sessions
-
-if TYPE_CHECKING:
-    from zcproto.server.protocol import ServerProtocol
 
 ANNOUNCED_PER_TURN: Final = 100
 RUN_SIZE: Final = 2
@@ -62,23 +59,81 @@ class Counters:
         self.connections_ended[reason] = self.connections_ended.get(reason, 0) + 1
 
 
+class Connection(Protocol):
+    """An open connection, as the rest of the server uses it; implemented by `ServerProtocol`."""
+
+    peer: str
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def reads_too_slowly(self) -> bool: ...
+    def peer_certificate(self) -> bytes | None: ...
+    def session_ended(self, session_id: str, code: Code, reason: str) -> None: ...
+    def disprove(self, key: str) -> None: ...
+    def announce(self, body: bytes) -> None: ...
+    def go_away(self, reason: str) -> None: ...
+    def cancel_all(self) -> None: ...
+    def close(self, reason: str) -> None: ...
+
+
+class SessionConnections:
+    """The connections that use each session."""
+
+    __slots__ = ("_by_session",)
+
+    def __init__(self) -> None:
+        self._by_session: dict[str, Connection | set[Connection]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_session)
+
+    def has_connection(self, session_id: str) -> bool:
+        return session_id in self._by_session
+
+    def join(self, session_id: str, connection: Connection) -> None:
+        users = self._by_session.get(session_id)
+        if users is None:
+            self._by_session[session_id] = connection  # no set for one connection, which is the usual case
+        elif isinstance(users, set):
+            users.add(connection)
+        elif users is not connection:
+            self._by_session[session_id] = {users, connection}
+
+    def leave(self, session_id: str, connection: Connection) -> None:
+        users = self._by_session.get(session_id)
+        if users is connection:
+            del self._by_session[session_id]
+        elif isinstance(users, set):
+            users.discard(connection)
+            if not users:
+                del self._by_session[session_id]
+
+    def remove(self, session_id: str) -> Iterable[Connection]:
+        """Forget a session that has ended; return the connections that used it."""
+        users = self._by_session.pop(session_id, ())
+        return users if isinstance(users, set | tuple) else (users,)
+
+
 OnRevoked = Callable[[str, int, bool], None]
-"""Hears of sessions that somebody has ended: who it was, how many, and whether they were that user's own."""
+"""Called when someone has revoked sessions: who, how many, and whether they were that user's own."""
 
 
-def _nobody(by: str, sessions: int, by_user: bool) -> None:
-    """Nobody is told."""
+def _ignore_revoked(by: str, sessions: int, by_user: bool) -> None:
+    """No-op callback."""
 
 
-class Serving:
-    """One loop's share of a server."""
+class ServerState:
+    """What all connections of one event loop share."""
 
     def __init__(
         self,
         *,
         settings: ConnectionSettings,
         registry: SessionRegistry,
-        methods: Mapping[str, Method],
+        methods: Iterable[Method] = (),
         wheel: DeadlineWheel,
         tasks: EagerTasks,
         call_soon: Callable[[Callable[[], None]], object],
@@ -87,12 +142,14 @@ class Serving:
         write_buffer_bytes: int,
         write_timeout: float,
         session_idle_timeout_ms: int | None,
+        sessions: Sessions | None = None,
+        session_connections: SessionConnections | None = None,
         once: OnceOnly | None = None,
         binding: Binding | None = None,
     ) -> None:
         self.settings = settings
         self.registry = registry
-        self.methods = methods
+        self.methods = {method.name: method for method in methods}
         self.wheel = wheel
         self.tasks = tasks
         self.call_soon = call_soon
@@ -103,11 +160,13 @@ class Serving:
         self.session_idle_timeout_ms = session_idle_timeout_ms
         self.once = OnceOnly(tasks, clock) if once is None else once
         self.binding = Binding() if binding is None else binding
-        self.sessions: Sessions = MemorySessions(registry, clock)
-        """What `session.*` does; the server puts another one here if sessions are kept in a store."""
+        self.sessions = MemorySessions(registry, clock) if sessions is None else sessions
+        self.session_connections = (
+            SessionConnections() if session_connections is None else session_connections
+        )
         self.counters = Counters()
         self.reads = ReadTiming()
-        self.connections: set[ServerProtocol] = set()
+        self.connections: set[Connection] = set()
         self.draining = False
         self.pins: tuple[str, ...] = ()
         """Pins of the public keys that are served, as clients take them."""
@@ -117,9 +176,8 @@ class Serving:
         """The body of an event that every connection gets, those to come right behind WELCOME."""
         self.revoked = 0
         """Sessions that were ended before their time, but not by whoever had them."""
-        self.on_revoked: OnRevoked = _nobody
+        self.on_revoked: OnRevoked = _ignore_revoked
         self._drained = asyncio.Event()
-        self._by_session: dict[str, ServerProtocol | set[ServerProtocol]] = {}
         self.run = secrets.token_hex(RUN_SIZE)
         """What the ids of connections begin with, so that those of another process are others."""
         self._numbers = 0
@@ -146,8 +204,8 @@ class Serving:
             if number % ANNOUNCED_PER_TURN == 0:
                 await asyncio.sleep(0)
 
-    def connection_ended(self, protocol: ServerProtocol) -> None:
-        self.connections.discard(protocol)
+    def connection_ended(self, connection: Connection) -> None:
+        self.connections.discard(connection)
         if self.draining and not self.connections:
             self._drained.set()
 
@@ -155,42 +213,16 @@ class Serving:
         self.log_soon.write()
         self.registry.observers.remove(self._session_ended)
 
-    # --- which connections use a session ---------------------------------------------------------
-
-    def session_joined(self, session_id: str, protocol: ServerProtocol) -> None:
-        users = self._by_session.get(session_id)
-        if users is None:
-            self._by_session[session_id] = protocol  # one connection is the rule: no set for it
-        elif isinstance(users, set):
-            users.add(protocol)
-        elif users is not protocol:
-            self._by_session[session_id] = {users, protocol}
-
-    def session_left(self, session_id: str, protocol: ServerProtocol) -> None:
-        users = self._by_session.get(session_id)
-        if users is protocol:
-            del self._by_session[session_id]
-        elif isinstance(users, set):
-            users.discard(protocol)
-            if not users:
-                del self._by_session[session_id]
-
-    def uses(self, session_id: str) -> bool:
-        """Whether a connection uses this session."""
-        return session_id in self._by_session
+    def add_methods(self, methods: Iterable[Method]) -> None:
+        self.methods.update((method.name, method) for method in methods)
 
     def _session_ended(self, session_id: str, code: Code, reason: str) -> None:
         if code is Code.TOKEN_REVOKED and reason != CLOSED:
             self.revoked += 1
         ended = self.counters.sessions_ended
         ended[reason] = ended.get(reason, 0) + 1
-        users = self._by_session.pop(session_id, None)
-        if users is None:
-            return
-        for protocol in users if isinstance(users, set) else (users,):
-            protocol.session_ended(session_id, code, reason)
-
-    # --- what operators see ------------------------------------------------------------------------
+        for connection in self.session_connections.remove(session_id):
+            connection.session_ended(session_id, code, reason)
 
     def number_connection(self) -> int:
         """The number of a connection that is told of in the log for the first time."""

@@ -99,6 +99,10 @@ class Lifecycle:
         """Return the number of tombstones."""
         return self._table.tombstones
 
+    @property
+    def settings(self) -> SessionSettings:
+        return self._settings
+
     def reconfigure(self, settings: SessionSettings) -> None:
         """Apply new settings. Existing sessions keep their expiry; the idle limit changes for them too.
 

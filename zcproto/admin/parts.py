@@ -1,0 +1,74 @@
+"""Everything that a running server is made of.
+
+zcproto/runtime/build.py makes the parts in order of dependency, zcproto/runtime/server.py starts and stops them.
+Status, metrics, the control API and the reload read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zcproto.admin.https import HttpSide
+from zcproto.admin.traffic import Traffic
+from zcproto.alerts.service import ServerAlerts
+from zcproto.auth import Login, Throttle
+from zcproto.auth.device_directory import Devices
+from zcproto.auth.user_directory import Users
+from zcproto.certs import CertificatePair
+from zcproto.certs.keeper import CertificateKeeper
+from zcproto.common.clock import Clock
+from zcproto.common.home import Home
+from zcproto.config import Config
+from zcproto.observe.loop_lag import LoopLag
+from zcproto.server.listener import Listener
+from zcproto.server.state import ServerState
+from zcproto.stores.sync import StoreKeeper
+from zcproto.tls.server import TlsAcceptor
+
+
+@dataclass(slots=True)
+class ActiveConfig:
+    """The configuration that applies now; a reload replaces it."""
+
+    config: Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The parts of one server.
+
+    `store` is None if sessions end with the process, `users` and `devices` if the program brings its own
+    authenticators, `http` if it is switched off. `started_at` is milliseconds since the Unix epoch.
+    """
+
+    active: ActiveConfig
+    home: Home
+    clock: Clock
+    started_at: int
+    alerts: ServerAlerts
+    certificates: CertificateKeeper
+    state: ServerState
+    store: StoreKeeper | None
+    throttle: Throttle
+    login: Login
+    users: Users | None
+    devices: Devices | None
+    acceptor: TlsAcceptor
+    listener: Listener
+    http: HttpSide | None
+    loop_lag: LoopLag
+    traffic: Traffic
+
+    @property
+    def config(self) -> Config:
+        """The configuration that applies now."""
+        return self.active.config
+
+    @property
+    def certificate_pairs(self) -> tuple[CertificatePair, ...]:
+        """The certificates of the default site, which clients get that name no other one."""
+        return tuple(self.certificates.kept.certificates.default.pairs)
+
+    def certificate_names(self) -> list[str]:
+        """Return the names of all certificates that are served."""
+        return [name for pair in self.certificates.kept.certificates.pairs for name in pair.names]

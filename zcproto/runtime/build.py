@@ -1,0 +1,336 @@
+"""Builds the parts of a server from its configuration, in order of dependency.
+
+    build_alerts -> build_certificates -> build_sessions -> build_login -> build_endpoints -> Parts
+
+Nothing listens or runs yet; zcproto/runtime/server.py starts what this file makes. All faults of the configuration
+and the certificates are raised here, before a port is bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from zcproto.admin.http_resources import ALPN, Resources
+from zcproto.admin.https import HTTP_ALPN, HttpSide
+from zcproto.admin.metrics import USER_CHANGED, ServerMetrics
+from zcproto.admin.parts import ActiveConfig, Parts
+from zcproto.admin.status import ServerStatus, server_stats
+from zcproto.admin.traffic import Traffic
+from zcproto.alerts.service import ServerAlerts, sinks_of
+from zcproto.app.app import App
+from zcproto.auth import Authenticator, CertificateAuthenticator, Device, Login, Throttle
+from zcproto.auth.device_directory import Devices
+from zcproto.auth.user_directory import Users
+from zcproto.certs.clients import user_of
+from zcproto.certs.keeper import CertificateKeeper
+from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
+from zcproto.common.deadlines import DeadlineWheel
+from zcproto.common.home import Home
+from zcproto.common.network import AddressSet
+from zcproto.config import Config
+from zcproto.errors import ConfigError
+from zcproto.observe.loop_lag import LoopLag
+from zcproto.runtime.alert_sources import (
+    tell_certificate,
+    tell_certificates_not_used,
+    tell_refresh_reused,
+    tell_revoked,
+    tell_store,
+    watch_rates,
+)
+from zcproto.runtime.settings import connection_settings, session_settings, to_ms
+from zcproto.runtime.store_setup import NEAR_CACHE, keeper_of, store_of
+from zcproto.server.eager import EagerTasks
+from zcproto.server.idempotency import OnceOnly, answer_limits
+from zcproto.server.listener import Listener
+from zcproto.server.protocol import ServerProtocol
+from zcproto.server.protocol_methods import KEY_GONE, protocol_methods
+from zcproto.server.state import ServerState, SessionConnections, log
+from zcproto.sessions import SessionRegistry
+from zcproto.sessions.binding import Binding
+from zcproto.sessions.session import DEVICE_KEY
+from zcproto.stores.service import MemorySessions, Sessions, StoredSessions
+from zcproto.stores.sync import StoreKeeper
+from zcproto.tls.context import can_choose_suites
+from zcproto.tls.failure import TlsFailure
+from zcproto.tls.pins import parse_pins
+from zcproto.tls.server import TlsAcceptor
+from zcproto.tls.suites import SUITES
+
+
+async def build(
+    config: Config,
+    home: Home,
+    app: App,
+    *,
+    authenticators: Sequence[Authenticator] | None = None,
+    progress: Callable[[str], None] = lambda sentence: None,
+    clock: Clock = system_clock,
+    entropy: Entropy = system_entropy,
+) -> Parts:
+    """Build all parts of a server. Raises ConfigError or CertificateError."""
+    _check_suites(config)
+    await asyncio.to_thread(home.ensure)
+    loop = asyncio.get_running_loop()
+    wheel = DeadlineWheel(loop)
+    alerts = await build_alerts(config, clock, entropy)
+    certificates = await build_certificates(config, alerts, clock, progress)
+    sessions = await build_sessions(config, home, alerts, wheel, clock, entropy)
+    state = build_state(config, sessions, wheel, clock, entropy)
+    state.on_revoked = partial(tell_revoked, alerts)
+    login = build_login(config, home, state, certificates, authenticators)
+    endpoints = build_endpoints(config, state, certificates, wheel)
+    watch_rates(alerts, state=state, acceptor=endpoints.acceptor, login=login.login)
+    enrollment = None if login.devices is None else login.devices.enrollment
+    state.add_methods([*protocol_methods(state, login.login, enrollment), *app])
+    parts = Parts(
+        active=ActiveConfig(config),
+        home=home,
+        clock=clock,
+        started_at=clock.wall(),
+        alerts=alerts,
+        certificates=certificates,
+        state=state,
+        store=sessions.store,
+        throttle=login.throttle,
+        login=login.login,
+        users=login.users,
+        devices=login.devices,
+        acceptor=endpoints.acceptor,
+        listener=endpoints.listener,
+        http=endpoints.http,
+        loop_lag=LoopLag(loop, partial(_work_done, state, endpoints.acceptor)),
+        traffic=Traffic(clock, state.counters, endpoints.acceptor, state.methods),
+    )
+    add_views(parts)
+    return parts
+
+
+def _check_suites(config: Config) -> None:
+    first = config.tls.suites[0]
+    if first != SUITES[0] and not can_choose_suites():
+        raise ConfigError([f"tls.suites = [{first!r}, ...]: {SUITES[0]} must come first before Python 3.15"])
+
+
+def _work_done(state: ServerState, acceptor: TlsAcceptor) -> int:
+    return state.counters.requests + acceptor.handshakes_completed
+
+
+async def build_alerts(config: Config, clock: Clock, entropy: Entropy) -> ServerAlerts:
+    """Build the alerts and the sinks that they are sent to."""
+    sinks = await asyncio.to_thread(sinks_of, config.alerts, clock)
+    return ServerAlerts(
+        config.alerts, sinks, clock=clock, entropy=entropy, source=alert_source(config.server.port)
+    )
+
+
+def alert_source(port: int) -> str:
+    """Return the name of this server in its alerts."""
+    return f"{socket.gethostname()}:{port}"
+
+
+async def build_certificates(
+    config: Config, alerts: ServerAlerts, clock: Clock, progress: Callable[[str], None]
+) -> CertificateKeeper:
+    """Load the certificates, or make them if the server manages its own."""
+    certificates = CertificateKeeper(
+        config,
+        clock,
+        [ALPN, HTTP_ALPN] if config.http.enabled else [ALPN],
+        on_notice=partial(tell_certificate, alerts),
+        on_problem=partial(tell_certificates_not_used, alerts),
+        progress=progress,
+    )
+    await certificates.start()
+    return certificates
+
+
+class SessionParts(NamedTuple):
+    """`store` is None if sessions end with the process."""
+
+    registry: SessionRegistry
+    sessions: Sessions
+    connections: SessionConnections
+    store: StoreKeeper | None
+
+
+async def build_sessions(
+    config: Config, home: Home, alerts: ServerAlerts, wheel: DeadlineWheel, clock: Clock, entropy: Entropy
+) -> SessionParts:
+    """Build the registry of sessions, and its store if one is configured."""
+    on_store_event = partial(tell_store, alerts)
+    store = await asyncio.to_thread(store_of, config, home, on_store_event)
+    settings = session_settings(config)
+    if store is not None and store.shared:
+        settings = replace(settings, max_sessions=NEAR_CACHE)
+    registry = SessionRegistry(settings, entropy)
+    connections = SessionConnections()
+    if store is None:
+        sessions: Sessions = MemorySessions(registry, clock)
+        keeper = None
+    else:
+        keeper = keeper_of(
+            store,
+            config,
+            home,
+            registry,
+            keep_ended_ms=settings.dead_keep_ms,
+            is_used=connections.has_connection,
+            wheel=wheel,
+            clock=clock,
+            entropy=entropy,
+            on_event=on_store_event,
+        )
+        sessions = StoredSessions(keeper, settings, clock)
+    sessions.on_reuse = partial(tell_refresh_reused, alerts)
+    return SessionParts(registry, sessions, connections, keeper)
+
+
+def build_state(
+    config: Config, sessions: SessionParts, wheel: DeadlineWheel, clock: Clock, entropy: Entropy
+) -> ServerState:
+    """Build what all connections share."""
+    loop = asyncio.get_running_loop()
+    tasks = EagerTasks(loop)
+    return ServerState(
+        settings=replace(connection_settings(config), looks_up=sessions.sessions.looks_up),
+        registry=sessions.registry,
+        wheel=wheel,
+        tasks=tasks,
+        call_soon=loop.call_soon,
+        clock=clock,
+        entropy=entropy,
+        write_buffer_bytes=config.limits.write_buffer_bytes,
+        write_timeout=config.limits.write_timeout,
+        session_idle_timeout_ms=session_settings(config).idle_timeout_ms,
+        sessions=sessions.sessions,
+        session_connections=sessions.connections,
+        once=OnceOnly(
+            tasks,
+            clock,
+            store=None if sessions.store is None else sessions.store.store,
+            keep_ms=to_ms(config.idempotency.keep),
+            limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
+        ),
+        binding=Binding(config.sessions.bind_address, config.sessions.bind_client),
+    )
+
+
+class LoginParts(NamedTuple):
+    """`users` and `devices` are None if the program brings its own authenticators."""
+
+    login: Login
+    throttle: Throttle
+    users: Users | None
+    devices: Devices | None
+
+
+def build_login(
+    config: Config,
+    home: Home,
+    state: ServerState,
+    certificates: CertificateKeeper,
+    authenticators: Sequence[Authenticator] | None,
+) -> LoginParts:
+    """Build the login: with these authenticators, or with the home's users, devices and client certificates."""
+    throttle = Throttle(config.limits.login_failures)
+    if authenticators is not None:
+        return LoginParts(Login(authenticators, throttle), throttle, None, None)
+    users = Users(home, on_gone=partial(end_user_sessions, state))
+    devices = Devices(
+        home,
+        users.current,
+        throttle,
+        on_gone=partial(end_device_sessions, state),
+        on_refused=partial(_log_refused, "login.device_refused"),
+    )
+    found: list[Authenticator] = [users.authenticator, devices.authenticator]
+    if config.tls.client_auth != "off":
+
+        def user_of_certificate(certificate: bytes) -> str:
+            return user_of(certificate, config.tls.client_name, certificates.now())
+
+        on_refused = partial(_log_refused, "login.certificate_refused")
+        found.append(CertificateAuthenticator(users.current, user_of_certificate, on_refused=on_refused))
+    state.binding.is_user = users.is_user
+    return LoginParts(Login(found, throttle), throttle, users, devices)
+
+
+def _log_refused(event: str, reason: str, address: str) -> None:
+    log.info(event, peer=address, reason=reason)
+
+
+async def end_user_sessions(state: ServerState, name: str) -> int:
+    """End the sessions of a user who was removed or changed; return how many."""
+    ended = await state.sessions.revoke_user(name, USER_CHANGED)
+    log.info("user.gone", user=name, sessions=ended)
+    state.on_revoked(f"the user {name} was removed or changed", ended, False)
+    return ended
+
+
+async def end_device_sessions(state: ServerState, name: str, device: Device) -> int:
+    """End the sessions of a device that was removed; return how many. Its proofs on open connections are void."""
+    key = DEVICE_KEY + name
+    for connection in state.connections:
+        connection.disprove(key)
+    ended = await state.sessions.revoke_key(device.user, key, KEY_GONE)
+    log.info("device.gone", device=name, user=device.user, sessions=ended)
+    state.on_revoked(f"the device {name} of {device.user} was removed", ended, False)
+    return ended
+
+
+class Endpoints(NamedTuple):
+    """`http` is None if it is switched off."""
+
+    acceptor: TlsAcceptor
+    listener: Listener
+    http: HttpSide | None
+
+
+def build_endpoints(
+    config: Config, state: ServerState, certificates: CertificateKeeper, wheel: DeadlineWheel
+) -> Endpoints:
+    """Build the TLS endpoint and the protocols that are spoken on it."""
+    loop = asyncio.get_running_loop()
+    protocols: dict[str | None, Callable[[], asyncio.Protocol]] = {ALPN: partial(ServerProtocol, state)}
+    http = HttpSide(config, state) if config.http.enabled else None
+    if http is not None:
+        protocols |= http.protocols
+    acceptor = TlsAcceptor(
+        certificates.kept.contexts,
+        protocols,
+        wheel,
+        loop,
+        suites=frozenset(config.tls.suites),
+        handshake_timeout=config.tls.handshake_timeout,
+        on_failure=_log_tls_failure,
+        client_pins=parse_pins(config.tls.client_pins),
+    )
+    listener = Listener(
+        acceptor,
+        state,
+        loop,
+        max_handshakes=config.tls.max_handshakes,
+        max_connections=config.limits.max_connections,
+        connections_per_address=config.limits.connections_per_address,
+        balancers=AddressSet(config.server.proxy_protocol_from),
+    )
+    return Endpoints(acceptor, listener, http)
+
+
+def _log_tls_failure(failure: TlsFailure, peer: str) -> None:
+    log.info("tls.failed", cause=failure.value, peer=peer)
+
+
+def add_views(parts: Parts) -> None:
+    """Add what reports on the parts: the method `server.stats`, and the HTTPS resources."""
+    parts.state.add_methods([server_stats(parts)])
+    if parts.http is not None:
+        status, metrics = ServerStatus(parts), ServerMetrics(parts).metrics()
+        for route in Resources(parts, figures=status.figures, metrics=metrics.render).routes():
+            parts.http.router.add(route)
