@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zcproto.admin.http_resources import hsts_of
+from zcproto.admin.https import hsts_of
 from zcproto.config import Config
 from zcproto.config.load import load_config
 from zcproto.errors import ConfigError
