@@ -61,7 +61,7 @@ def test_the_secrets_of_the_connection_are_written_where_that_is_asked_for(
     assert "CLIENT_TRAFFIC_SECRET_0 " in path.read_text()
     path.chmod(0o644)
     assert call("echo", "--key-log", str(path)) == 2
-    assert "others can read or change this key log" in capsys.readouterr().err
+    assert "others can read or change this file" in capsys.readouterr().err
 
 
 def test_params_may_be_left_out(call: Callable[..., int], capsys: Capture) -> None:

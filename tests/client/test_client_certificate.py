@@ -182,11 +182,11 @@ def shown_in(case: str, client_ca: trustme.CA, ada: trustme.LeafCert, folder: Pa
 @pytest.mark.parametrize(
     ("case", "failure", "words", "counted"),
     [
-        ("none", "certificate_required", "give it as `certificate`", "certificate_required"),
-        ("untrusted", "peer_rejected_certificate", "does not know the CA", "certificate_untrusted"),
-        ("expired", "peer_rejected_certificate", "has expired; renew it", "certificate_expired"),
+        ("none", "certificate_required", "pass it as `certificate`", "certificate_required"),
+        ("untrusted", "peer_rejected_certificate", "does not trust the CA", "certificate_untrusted"),
+        ("expired", "peer_rejected_certificate", "expired; renew it", "certificate_expired"),
         ("not yet valid", "peer_rejected_certificate", "not valid yet", "certificate_expired"),
-        ("purpose", "peer_rejected_certificate", "extended key usage is clientAuth", "certificate_untrusted"),
+        ("purpose", "peer_rejected_certificate", "extended key usage clientAuth", "certificate_untrusted"),
         ("revoked", "peer_rejected_certificate", "is revoked; get a new one", "certificate_revoked"),
     ],
 )
@@ -264,7 +264,7 @@ async def test_files_that_cannot_be_used_are_named_and_nothing_is_sent(
         await connect_to(server, certificate=tmp_path / "gone.crt")
     await asyncio.to_thread(identity.key.chmod, 0o600)
     shut = await asyncio.to_thread(locked, identity.key, b"hunter2")
-    with pytest.raises(CertificateError, match="its passphrase is not given"):
+    with pytest.raises(CertificateError, match="its passphrase is missing"):
         await connect_to(server, certificate=identity.certificate, key_file=shut)
     assert server.stats["handshakes_completed"] == 0
 
@@ -301,7 +301,7 @@ def test_a_wrong_passphrase_is_not_helped_by_somebody_elses_context(
 ) -> None:
     shut = identity._replace(key=locked(identity.key, b"hunter2"))
     trust_in(shut, key_passphrase=b"hunter2").context(share.contexts)
-    with pytest.raises(CertificateError, match="passphrase is another one"):
+    with pytest.raises(CertificateError, match="passphrase is wrong"):
         trust_in(shut, key_passphrase=b"hunter3").context(share.contexts)
 
 

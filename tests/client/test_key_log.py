@@ -106,7 +106,7 @@ async def test_a_file_that_cannot_be_used_is_told_before_anything_is_sent(
     path = tmp_path / "keys"
     path.touch()
     path.chmod(0o644)
-    with pytest.raises(ConfigError, match="others can read or change this key log"):
+    with pytest.raises(ConfigError, match="others can read or change this file"):
         await connect_to(server, key_log_file=path)
     assert server.stats["connections_opened"] == 0
 

@@ -412,8 +412,8 @@ def test_a_wrong_pin_ends_it_before_any_byte_and_shows_both_pins(
     peer = Peer(timers, serving(leaf), context, pins=parse_pins([wrong])).connect().pump()
     assert peer.failure.failure == "pin_mismatch"
     seen, _, expected = peer.failure.detail.partition("expected:")
-    assert f"{key_pin(der_of(leaf))} (its key)" in seen
-    assert f"{certificate_pin(der_of(leaf))} (the whole certificate)" in seen
+    assert f"Its key has {key_pin(der_of(leaf))}" in seen
+    assert f"its certificate {certificate_pin(der_of(leaf))}" in seen
     assert wrong in expected
     assert not peer.agreed
     assert peer.raw.take() == b""

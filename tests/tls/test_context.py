@@ -121,9 +121,7 @@ def locked_pair(server_pairs: ServerPairs, tmp_path: Path) -> ServerPair:
     return server_pairs.ecdsa._replace(key=locked(key, PASSPHRASE))
 
 
-@pytest.mark.parametrize(
-    ("given", "said"), [(None, "not given"), (b"hunter3", "another one"), (b"", "another")]
-)
+@pytest.mark.parametrize(("given", "said"), [(None, "missing"), (b"hunter3", "wrong"), (b"", "wrong")])
 def test_a_key_with_a_passphrase_is_refused_without_asking_for_it(
     given: bytes | None, said: str, locked_pair: ServerPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +248,7 @@ def test_a_clients_key_may_have_a_passphrase(form: str, identity: Identity) -> N
     given: Any = {"bytes": b"hunter2", "text": "hunter2", "function": lambda: "hunter2"}[form]
     key = locked(identity.key, PASSPHRASE)
     client_context(verify=False, certificate=identity.certificate, key=key, passphrase=given)
-    with pytest.raises(CertificateError, match="passphrase is another one"):
+    with pytest.raises(CertificateError, match="passphrase is wrong"):
         client_context(verify=False, certificate=identity.certificate, key=key, passphrase=lambda: b"x")
 
 
@@ -264,7 +262,7 @@ def test_a_passphrase_is_asked_for_only_where_it_is_needed(identity: Identity) -
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o620, 0o610])
 def test_a_clients_key_that_others_can_reach_is_refused_with_the_cure(mode: int, identity: Identity) -> None:
     identity.key.chmod(mode)
-    with pytest.raises(CertificateError, match=rf"client\.key: .*mode {mode:04o}\); run `chmod 600 "):
+    with pytest.raises(CertificateError, match=rf"client\.key: .*mode {mode:04o}\); run: chmod 600 "):
         client_context(verify=False, certificate=identity.certificate, key=identity.key)
 
 
@@ -278,7 +276,7 @@ def test_a_clients_key_of_another_user_is_refused(
             self.st_mode, self.st_uid = real.st_mode, 12_345
 
     monkeypatch.setattr(Path, "stat", lambda self: Foreign(stat(self)))
-    with pytest.raises(CertificateError, match=r"another user \(uid 12345\); run `chown \d+ "):
+    with pytest.raises(CertificateError, match=r"another user \(uid 12345\); .*run: chown \d+ "):
         client_context(verify=False, certificate=identity.certificate, key=identity.key)
 
 

@@ -68,13 +68,13 @@ def test_names_are_compared_without_case_and_last_dot() -> None:
     "name", ["", ".", "*", "*.", "a.*.example", "*a.example", "*.*.example", "a..b", ".a"]
 )
 def test_what_is_no_name_is_refused(name: str) -> None:
-    with pytest.raises(CertificateError, match="is no name of a site"):
+    with pytest.raises(CertificateError, match="invalid site name"):
         SiteContexts(DEFAULT, {name: EXACT})
 
 
 @pytest.mark.parametrize("twice", [("a.example", "A.example"), ("*.example", "*.example.")])
 def test_a_name_belongs_to_one_site(twice: tuple[str, str]) -> None:
-    with pytest.raises(CertificateError, match="is a name of two sites"):
+    with pytest.raises(CertificateError, match="two sites have the name"):
         SiteContexts(DEFAULT, dict.fromkeys(twice, EXACT))
 
 

@@ -1,4 +1,4 @@
-"""TLS alerts that we send ourselves, before any key is agreed (RFC 8446 section 6)."""
+"""Build the TLS alerts that the server sends before keys are established (RFC 8446 section 6)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _FATAL = 2
 
 
 class Alert(IntEnum):
-    """Descriptions of RFC 8446 section 6, those that a server needs before its handshake begins."""
+    """The alert descriptions of RFC 8446 section 6 that a server needs before the handshake begins."""
 
     UNEXPECTED_MESSAGE = 10
     HANDSHAKE_FAILURE = 40
@@ -21,5 +21,5 @@ class Alert(IntEnum):
 
 
 def alert_record(alert: Alert) -> bytes:
-    """A fatal alert as one plaintext record; its legacy version is 0x0303 (RFC 8446 section 5.1)."""
+    """Return a fatal alert as one plaintext record with legacy version 0x0303 (RFC 8446 section 5.1)."""
     return bytes((_ALERT_RECORD, 3, 3, 0, 2, _FATAL, alert))

@@ -1,19 +1,18 @@
-"""The client's side of a TLS connection: the handshake, and whether the server is the one expected.
+"""Run the client side of TLS connections: the handshake and the verification of the server.
 
-What it decides: that the handshake agreed on what the contract asks for, whoever offered what; that the
-certificate is the right one. Until then nothing is sent but the handshake itself: on a wrong pin not even our
-Finished goes out, so a server that is not the expected one never sees a byte of the application, nor a
-certificate of the client.
+Decides whether the negotiated parameters are allowed and whether the certificate is the expected one. Until then
+only the handshake is sent: with a wrong pin not even the Finished goes out, so an unexpected server never sees
+application data or the certificate of the client.
 
-A client that has a certificate shows it to servers that ask for one. In TLS 1.3 its handshake is over before the
-server has looked at it: a refusal arrives as an alert where the first data would be.
+A client certificate is presented to servers that request one. In TLS 1.3 the client's handshake ends before the
+server verifies the certificate, so a refusal arrives as an alert in place of the first data.
 
-Trust is one of three, in the context and the pins together:
+Trust is configured by the context and the pins together:
 
-- by CA: OpenSSL checks chain, dates and name; pins, if any, come on top;
-- by pins alone (a context that does not verify, and pins): the pin stands for the chain, and dates and name
-  are checked here;
-- none at all (a context that does not verify, and no pins): whoever asked for that has to say so loudly.
+- CA: OpenSSL checks chain, dates and name; pins are checked in addition;
+- pins alone (a context that does not verify, with pins): the pin replaces the chain; dates and name are checked
+  here;
+- none (a context that does not verify, without pins): callers must require an explicit opt-in.
 """
 
 from __future__ import annotations
@@ -42,51 +41,54 @@ _MS: Final = 1000
 
 _SENTENCES: Final = {
     TlsFailure.HANDSHAKE_TIMEOUT: "the server did not finish the TLS handshake in time",
-    TlsFailure.DISCONNECTED: "the server closed the connection before TLS was agreed: it may be full or down",
-    TlsFailure.NOT_TLS: "what answers at this address does not speak TLS",
+    TlsFailure.DISCONNECTED: "the server closed the connection during the TLS handshake: it may be full or down",
+    TlsFailure.NOT_TLS: "the server at this address does not speak TLS; check host and port",
     TlsFailure.UNSUPPORTED_VERSION: "the server does not speak TLS 1.3",
-    TlsFailure.NO_SHARED_SUITE: "the server accepts none of the cipher suites of this protocol",
+    TlsFailure.NO_SHARED_SUITE: "the server supports none of the cipher suites of this protocol",
     TlsFailure.NO_APPLICATION_PROTOCOL: f"the server speaks TLS, but not {ALPN}",
-    TlsFailure.WRONG_PARAMETERS: "the server agreed on a TLS version or cipher suite that is not allowed",
-    TlsFailure.PEER_REJECTED_CERTIFICATE: "the server refused the certificate of this client; its log says why",
+    TlsFailure.WRONG_PARAMETERS: "the server negotiated a TLS version or cipher suite that is not allowed",
+    TlsFailure.PEER_REJECTED_CERTIFICATE: (
+        "the server refused the certificate of this client; see the server's log for the reason"
+    ),
     TlsFailure.CERTIFICATE_REQUIRED: (
-        "the server wants a certificate of this client, and it has none; get one from the server's operator"
-        " and give it as `certificate`, with its `key_file`"
+        "the server requires a client certificate; get one from the server's operator and pass it as `certificate`,"
+        " with its `key_file`"
     ),
 }
 
-# What a server says about the certificate of a client (RFC 8446 section 6.2), and what helps.
+# Alerts about the client certificate (RFC 8446 section 6.2), with their cure
 _ALERT_SENTENCES: Final = {
     "SSLV3_ALERT_CERTIFICATE_REVOKED": (
-        "the server says that the certificate of this client is revoked; get a new one from its operator"
+        "the certificate of this client is revoked; get a new one from the server's operator"
     ),
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": (
-        "the server says that the certificate of this client has expired; renew it. If it is valid, the server's"
-        " clock is wrong, or its revocation list has expired"
+        "the server considers the certificate of this client expired; renew it. If it is valid, the server's clock"
+        " is wrong or its revocation list has expired"
     ),
     "TLSV1_ALERT_UNKNOWN_CA": (
-        "the server does not know the CA that issued the certificate of this client; get one from a CA that it"
-        " trusts for clients, and put the CAs in between behind it in its file"
+        "the server does not trust the CA that issued the certificate of this client; use a certificate from a CA"
+        " that it trusts for clients, with the intermediate CAs after it in its file"
     ),
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": (
-        "the server says that the certificate of this client is for something else; get one whose extended key"
-        " usage is clientAuth"
+        "the certificate of this client has the wrong purpose; get one with extended key usage clientAuth"
     ),
     "SSLV3_ALERT_BAD_CERTIFICATE": (
-        "the server finds the certificate of this client bad: it is not valid yet, or damaged, or signed in a way"
-        " that is not safe; get a new one, and compare the clocks"
+        "the server considers the certificate of this client invalid: not valid yet, damaged, or with an insecure"
+        " signature; get a new one, and compare the clocks"
     ),
 }
 SHOWN_PINS: Final = 8
 
 
 class TlsConnector:
-    """What the connections of one loop to one server have in common.
+    """The state shared by the connections of one loop to one server.
 
-    `context` is a `client_context`; `host` is the name or the address that the certificate must be for, and
-    the server name sent (RFC 6066). `pins` are pins as `parse_pins` returns them. `wall` tells the time,
-    against which dates are checked when pins alone are trusted. The timeout is in seconds, from the TCP
-    connection to the end of the handshake.
+    Args:
+        context: a `client_context`.
+        host: the name or address that the certificate must be valid for, and the server name sent (RFC 6066).
+        pins: pins, from `parse_pins`.
+        wall: returns the time that dates are checked against when only pins are trusted.
+        handshake_timeout: seconds from the TCP connection to the end of the handshake.
     """
 
     __slots__ = ("buffer", "context", "handshake_timeout", "host", "pins", "wall", "wheel")
@@ -103,7 +105,7 @@ class TlsConnector:
         handshake_timeout: float = 5.0,
     ) -> None:
         self.context = context
-        self.host = host.partition("%")[0]  # an address's zone is this machine's business (RFC 6874)
+        self.host = host.partition("%")[0]  # a zone has a local meaning only (RFC 6874)
         self.wheel = wheel
         self.pins = pins
         self.wall = wall
@@ -113,10 +115,10 @@ class TlsConnector:
     def transport(
         self, protocol: asyncio.Protocol, on_handshake: Callable[[TlsError | None], None]
     ) -> TlsClientTransport:
-        """A new connection's transport, to be given to `loop.create_connection` as its protocol.
+        """Return the transport for a new connection, to be passed to `loop.create_connection` as its protocol.
 
-        `on_handshake` is called once, with None when `protocol` is connected, else with what went wrong: then when
-        the connection is gone, as whoever is told of it may end the loop at once.
+        `on_handshake` is called once: with None when `protocol` is connected, or with the error after the
+        connection is gone, because its receiver may stop the loop at once.
         """
         return TlsClientTransport(self, protocol, on_handshake)
 
@@ -128,7 +130,7 @@ class TlsClientTransport(TlsTransport):
 
     @property
     def error(self) -> TlsError | None:
-        """What ended this connection, if it was not a clean close."""
+        """Return the error that ended this connection; None after a clean close."""
         return self._error
 
     def __init__(
@@ -139,11 +141,11 @@ class TlsClientTransport(TlsTransport):
     ) -> None:
         super().__init__(connector.buffer, connector.wheel, connector.host)
         self._connector = connector
-        self._waiting: asyncio.Protocol | None = protocol  # it is told of nothing before TLS is agreed
+        self._waiting: asyncio.Protocol | None = protocol  # connected after the handshake
         self._on_handshake: Callable[[TlsError | None], None] | None = on_handshake
         self._phase = Phase.HANDSHAKE
 
-    # --- the TCP transport's calls --------------------------------------------------------------
+    # --- callbacks of the TCP transport ---------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -160,9 +162,9 @@ class TlsClientTransport(TlsTransport):
         super().connection_lost(exc)
         self._waiting = None
         if self._error is not None:
-            self._tell(self._error)
-        else:  # closed by ourselves before it was agreed: whoever waits must not wait for ever
-            self._tell(TlsError(TlsFailure.DISCONNECTED.value, "closed before the handshake was complete"))
+            self._report(self._error)
+        else:  # closed locally during the handshake: the caller must not wait for ever
+            self._report(TlsError(TlsFailure.DISCONNECTED.value, "closed before the handshake was complete"))
 
     def _received_in_handshake(self, data: memoryview) -> None:
         self._incoming.write(data)
@@ -188,7 +190,7 @@ class TlsClientTransport(TlsTransport):
         assert self._outgoing is not None
         refusal = self._judge()
         if refusal is not None:
-            self._outgoing.read()  # our Finished: the server must not take this connection for agreed
+            self._outgoing.read()  # drop our Finished: the server must not consider this connection established
             self._refuse(*refusal)
             return
         self._wheel.discard(self)
@@ -198,12 +200,12 @@ class TlsClientTransport(TlsTransport):
         assert protocol is not None
         self._protocol = protocol
         protocol.connection_made(self)
-        self._tell(None)
+        self._report(None)
         if self._phase is Phase.OPEN and not self._reading_paused:
             self._read_records(0)
 
     def _judge(self) -> tuple[TlsFailure, str] | None:
-        """What is wrong with a handshake that OpenSSL completed, if anything is."""
+        """Return the failure of a handshake that OpenSSL completed, or None if it is acceptable."""
         if not suites_are_allowed(self._tls, _SUITES):
             return TlsFailure.WRONG_PARAMETERS, ""
         if self._tls.selected_alpn_protocol() != ALPN:
@@ -212,7 +214,7 @@ class TlsClientTransport(TlsTransport):
         if not connector.pins:
             return None
         certificate = self._tls.getpeercert(binary_form=True)
-        assert certificate is not None  # without resumption TLS 1.3 has no handshake that lacks one
+        assert certificate is not None  # always present in TLS 1.3 without resumption
         chain_is_checked = connector.context.verify_mode is ssl.CERT_REQUIRED
         return judge_pinned(
             certificate,
@@ -233,7 +235,7 @@ class TlsClientTransport(TlsTransport):
         if self._error is None:
             self._error = TlsError(failure.value, _SENTENCES.get(failure, ""))
 
-    def _tell(self, error: TlsError | None) -> None:
+    def _report(self, error: TlsError | None) -> None:
         on_handshake, self._on_handshake = self._on_handshake, None
         if on_handshake is not None:
             on_handshake(error)
@@ -242,10 +244,10 @@ class TlsClientTransport(TlsTransport):
 def judge_pinned(
     certificate_der: bytes, pins: frozenset[str], *, host: str, wall: int, chain_is_checked: bool
 ) -> tuple[TlsFailure, str] | None:
-    """What is wrong with a certificate that must have one of the pins, if anything is.
+    """Return the failure and its description if a certificate does not match the pins, or None.
 
-    With `chain_is_checked`, OpenSSL has seen to the dates and the name. `wall` is milliseconds since the Unix
-    epoch. The second of the result is for people.
+    With `chain_is_checked`, OpenSSL has already checked dates and name. `wall` is milliseconds since the Unix
+    epoch.
     """
     try:
         seen = key_pin(certificate_der), certificate_pin(certificate_der)
@@ -263,9 +265,9 @@ def _mismatch(key: str, certificate: str, pins: frozenset[str]) -> str:
     expected = sorted(pins)
     more = f" or {len(expected) - SHOWN_PINS} more" if len(expected) > SHOWN_PINS else ""
     return (
-        f"the server shows none of the pins that are expected of it. It shows {key} (its key) and {certificate}"
-        f" (the whole certificate); expected: {' or '.join(expected[:SHOWN_PINS])}{more}. If its operator confirms"
-        " that the key was changed, give the new pin in place of the old one; else somebody may be in between"
+        f"the server matches none of the expected pins. Its key has {key}, its certificate {certificate}; expected:"
+        f" {' or '.join(expected[:SHOWN_PINS])}{more}. If its operator confirms that the key was changed, replace"
+        " the old pin by the new one; otherwise the connection may be intercepted"
     )
 
 
@@ -274,7 +276,7 @@ def _judge_dates(certificate: x509.Certificate, wall: int) -> tuple[TlsFailure, 
     if now < certificate.not_valid_before_utc:
         return (
             TlsFailure.CERTIFICATE_EXPIRED,
-            f"valid only from {certificate.not_valid_before_utc:%F %T} UTC on",
+            f"valid from {certificate.not_valid_before_utc:%F %T} UTC",
         )
     if now > certificate.not_valid_after_utc:
         return TlsFailure.CERTIFICATE_EXPIRED, f"expired at {certificate.not_valid_after_utc:%F %T} UTC"
@@ -282,11 +284,11 @@ def _judge_dates(certificate: x509.Certificate, wall: int) -> tuple[TlsFailure, 
 
 
 def _judge_name(certificate: x509.Certificate, host: str) -> tuple[TlsFailure, str] | None:
-    """RFC 9525 section 6: only subject alternative names count, of the kind that was asked for."""
+    """Check the name: only subject alternative names of the requested type count (RFC 9525 section 6)."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
-        return TlsFailure.CERTIFICATE_NAME_MISMATCH, "the certificate is for no name at all"
+        return TlsFailure.CERTIFICATE_NAME_MISMATCH, "the certificate has no subject alternative name"
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -296,15 +298,15 @@ def _judge_name(certificate: x509.Certificate, host: str) -> tuple[TlsFailure, s
         matches = address in names.get_values_for_type(x509.IPAddress)
     if matches:
         return None
-    return TlsFailure.CERTIFICATE_NAME_MISMATCH, f"the certificate is not for {host!r}"
+    return TlsFailure.CERTIFICATE_NAME_MISMATCH, f"the certificate is not valid for {host!r}"
 
 
 def dns_name_matches(pattern: str, host: str) -> bool:
-    """Whether a certificate's DNS name is for a host. `*` stands for the whole first label, and no more."""
+    """Return True if a certificate's DNS name matches a host. `*` stands for exactly the first label."""
     wanted = host.lower().rstrip(".")
     offered = pattern.lower().rstrip(".")
     if not offered.startswith("*."):
         return offered == wanted
     first, _, rest = wanted.partition(".")
-    # A star right below a top-level domain would be for half the world.
+    # A star directly below a top-level domain would match too much.
     return bool(first) and "." in rest and offered[2:] == rest

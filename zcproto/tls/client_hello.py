@@ -1,14 +1,13 @@
-"""The ClientHello, read before OpenSSL sees it: versions, suites, ALPN and the server's name, nothing more.
+"""Parse the ClientHello before OpenSSL does: versions, suites, ALPN and server name only.
 
-Why: no public API of Python before 3.15 restricts the suites of TLS 1.3, and none refuses an ALPN mismatch
-with the alert that RFC 7301 section 3.2 demands. The server prefers its own order, so AES_128 could only ever
-be chosen for a client that offers neither of our suites: such a client is refused here, with the right alert.
-And as the name is known before the handshake begins, its context is taken then, not changed in the midst of it.
+No public API of Python before 3.15 restricts the suites of TLS 1.3, and none refuses an ALPN mismatch with the
+alert that RFC 7301 section 3.2 requires. The server prefers its own order, so AES_128 would be chosen only for a
+client that offers neither of our suites: it is refused here, with the correct alert. The server name is known
+before the handshake begins, so the right context is used from the start.
 
-Total on any bytes: a judgement, or None for 'more is needed'. It can come in pieces and in several records
-(RFC 8446 section 5.1); with a post-quantum key share it exceeds one segment. However it is cut, each byte is
-looked at once. Nothing is changed: the bytes go on to OpenSSL as they came. Where several alerts fit, the order
-is 70, 40, 120.
+Every input gives a verdict, or None ("more bytes needed"). A hello can arrive in pieces and in several records
+(RFC 8446 section 5.1); with a post-quantum key share it exceeds one segment. Each byte is read once, however it
+is split, and passed to OpenSSL unchanged. If several alerts apply, the order is 70, 40, 120.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from zcproto.tls.alert import Alert
 from zcproto.tls.failure import TlsFailure
 
 MAX_SIZE: Final = 16_384
-"""Bytes of a ClientHello, records included. Browsers with post-quantum shares send about 2,000."""
+"""Maximum bytes of a ClientHello, record headers included. Browsers with post-quantum shares send about 2,000."""
 
 MAX_NAME: Final = 255
-"""Bytes of a server's name, as OpenSSL has it (TLSEXT_MAXLEN_host_name)."""
+"""Maximum bytes of a server name, as in OpenSSL (TLSEXT_MAXLEN_host_name)."""
 
 SUITE_IDS: Final = {
     "TLS_AES_256_GCM_SHA384": 0x1302,
@@ -43,13 +42,13 @@ _EXT_SUPPORTED_VERSIONS: Final = 43
 _EXT_KEY_SHARE: Final = 51
 _HOST_NAME: Final = 0
 _TLS_1_3: Final = b"\x03\x04"
-_NAMES_REMEMBERED: Final = 256
+_CACHED_NAMES: Final = 256
 
 _SESSION_ID_AT: Final = _HEADERS + 2 + 32
 _SESSION_ID_SIZE: Final = 32
 _SUITES_AT: Final = _SESSION_ID_AT + 1 + _SESSION_ID_SIZE
-_SIZES_REMEMBERED: Final = 32
-_OFFERS_REMEMBERED: Final = 32
+_CACHED_SIZES: Final = 32
+_CACHED_OFFERS: Final = 32
 _MAX_OFFER: Final = 1_024
 
 _both_headers: Final = struct.Struct("!BBxHBBH").unpack_from
@@ -59,17 +58,16 @@ _server_name_header: Final = struct.Struct("!HBH").unpack_from
 
 
 class Refusal(NamedTuple):
-    """Why a connection ends before its handshake. `alert` is None where the peer does not speak TLS."""
+    """The reason to end a connection before its handshake. `alert` is None if the peer does not speak TLS."""
 
     failure: TlsFailure
     alert: Alert | None
 
 
 class Accepted(NamedTuple):
-    """OpenSSL may have it.
+    """The hello may be passed to OpenSSL.
 
-    `server_name` is the name of the server that the client wants, in lower case and without a dot at its end;
-    None if it says none, or none that is a host's name.
+    `server_name` is the requested name in lower case without a trailing dot; None if missing or not a host name.
     """
 
     server_name: str | None
@@ -92,8 +90,7 @@ _NAME_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234
 
 
 class _Offers:
-    """Hellos of one size that were accepted, each without its random, session id and key share, which lies from
-    `share_at` to `share_end`."""
+    """Accepted hellos of one size, without random, session id and key share (from `share_at` to `share_end`)."""
 
     __slots__ = ("accepted", "share_at", "share_end")
 
@@ -104,14 +101,13 @@ class _Offers:
 
 
 class ClientHelloJudge:
-    """What all ClientHellos of one server are judged by.
+    """Judge the ClientHellos of one server.
 
-    `suites` are the ids that may be negotiated; `protocols` are ALPN names, None standing for a client that
-    offers no ALPN at all. Neither may change.
+    `suites` are the ids that may be negotiated; `protocols` are ALPN names, None for a client without ALPN. Neither
+    may change.
 
-    The hellos of one program differ in nothing but their random, session id and key share, and these are not
-    judged. So what was accepted is remembered without them: to find it again costs a tenth of reading all
-    extensions once more.
+    Hellos of one program differ only in random, session id and key share, which are not judged. Accepted hellos are
+    therefore cached without them: a hit costs a tenth of parsing all extensions.
     """
 
     __slots__ = ("_by_size", "_protocols", "_suites")
@@ -122,8 +118,8 @@ class ClientHelloJudge:
         self._by_size: dict[int, _Offers] = {}
 
     def judge_record(self, data: bytes) -> Accepted | Refusal | None:
-        """Judge what was received if it is one record with one ClientHello, as nearly always. None: it is not, read
-        it with a ClientHelloReader."""
+        """Judge data that is exactly one record with one ClientHello, the usual case. None: use a
+        ClientHelloReader."""
         size = len(data)
         if not _HEADERS <= size <= MAX_SIZE or _both_headers(data) != (
             _HANDSHAKE_RECORD,
@@ -141,35 +137,35 @@ class ClientHelloJudge:
                 return accepted
         verdict = self.judge_hello(data, _HEADERS)
         if isinstance(verdict, Accepted) and data[_SESSION_ID_AT] == _SESSION_ID_SIZE:
-            self._remember(data, verdict)
+            self._cache(data, verdict)
         return verdict
 
     def judge_hello(self, data: bytes | bytearray, at: int) -> Accepted | Refusal:
-        """Judge the hello that begins at `at`, behind its header, and ends with the data."""
+        """Judge the hello from `at`, after its header, to the end of the data."""
         try:
             return _judge_hello(data, at, self._suites, self._protocols)
-        except (IndexError, struct.error):  # a declared length that its surroundings do not hold
+        except (IndexError, struct.error):  # a declared length exceeds the data
             return _MALFORMED
 
-    def _remember(self, data: bytes, accepted: Accepted) -> None:
+    def _cache(self, data: bytes, accepted: Accepted) -> None:
         share_at, share_end = _key_share(data)
         offer = data[_SUITES_AT:share_at] + data[share_end:]
         if len(offer) > _MAX_OFFER:
             return
         offers = self._by_size.get(len(data))
         if offers is None or (offers.share_at, offers.share_end) != (share_at, share_end):
-            if len(self._by_size) >= _SIZES_REMEMBERED:
-                self._by_size.clear()  # those in use are back soon
+            if len(self._by_size) >= _CACHED_SIZES:
+                self._by_size.clear()  # those in use return soon
             offers = self._by_size[len(data)] = _Offers(share_at, share_end)
-        if len(offers.accepted) >= _OFFERS_REMEMBERED:
+        if len(offers.accepted) >= _CACHED_OFFERS:
             offers.accepted.clear()
         offers.accepted[offer] = accepted
 
 
 class ClientHelloReader:
-    """The first bytes of one connection, where they come in pieces.
+    """Reassemble and judge a ClientHello that arrives in pieces.
 
-    `raw` is all that was fed: at most MAX_SIZE bytes while more is needed.
+    `raw` holds all received bytes: at most MAX_SIZE while more are needed.
     """
 
     __slots__ = ("_at", "_judge", "_left", "_message", "raw")
@@ -177,17 +173,18 @@ class ClientHelloReader:
     def __init__(self, judge: ClientHelloJudge) -> None:
         self._judge = judge
         self.raw = bytearray()
-        self._at = 0  # what of `raw` was looked at
-        self._left = 0  # bytes of the record there that are not in `_message` yet
+        self._at = 0  # position in `raw` of the next byte to read
+        self._left = 0  # bytes of the current record not yet in `_message`
         self._message = bytearray()
 
     def feed(self, data: bytes | memoryview) -> Accepted | Refusal | None:
-        """Take in bytes. None if they do not tell yet; once there is a judgement, feed nothing more."""
+        """Add received bytes. Return the verdict, or None if more bytes are needed. Do not call it after a
+        verdict."""
         self.raw += data
-        return self._judge_part() if self.raw else None
+        return self._judge_records() if self.raw else None
 
-    def _judge_part(self) -> Accepted | Refusal | None:
-        """Record by record, as far as there are bytes."""
+    def _judge_records(self) -> Accepted | Refusal | None:
+        """Read the received records, one after the other."""
         raw = self.raw
         if raw[0] not in _RECORD_TYPES:
             return _judge_plaintext(raw)
@@ -205,9 +202,9 @@ class ClientHelloReader:
             message += part
             self._at += len(part)
             self._left -= len(part)
-            judgement = self._judge_message(message)
-            if judgement is not None or self._left:
-                return judgement
+            verdict = self._judge_message(message)
+            if verdict is not None or self._left:
+                return verdict
 
     def _read_record_header(self) -> Refusal | None:
         raw, at = self.raw, self._at
@@ -230,7 +227,7 @@ class ClientHelloReader:
             return _TOO_LARGE
         if len(message) < wanted:
             return None
-        # Nothing may follow before the server has answered: not in the record, not behind it.
+        # Nothing may follow before the server has answered, neither in the record nor after it.
         if len(message) > wanted or self._left or self._at < len(self.raw):
             return _UNEXPECTED
         return self._judge.judge_hello(message, _MESSAGE_HEADER)
@@ -248,10 +245,10 @@ def _judge_plaintext(data: bytearray) -> Refusal | None:
 def _judge_hello(
     data: bytes | bytearray, at: int, suites: Container[int], protocols: Container[str | None]
 ) -> Accepted | Refusal:
-    """Judge the hello that begins at `at` and ends with the data.
+    """Judge the hello from `at` to the end of the data.
 
     RFC 8446 section 4.1.2: legacy_version, random, session id, suites, compression, extensions. Raises
-    IndexError or struct.error for what reaches beyond the end.
+    IndexError or struct.error if a length exceeds the data.
     """
     size = len(data)
     at += 2 + 32
@@ -311,7 +308,7 @@ def _judge_hello(
 
 
 def _key_share(data: bytes) -> tuple[int, int]:
-    """Where the first key share of an accepted hello begins and ends; at its end if there is none."""
+    """Return the start and end of the first key share of an accepted hello; twice the size if it has none."""
     size = len(data)
     at = _SUITES_AT + 2 + _uint16(data, _SUITES_AT)[0]
     at += 1 + data[at] + 2
@@ -325,7 +322,7 @@ def _key_share(data: bytes) -> tuple[int, int]:
 
 
 def _protocol_names(data: bytes) -> list[str | None]:
-    """The names of RFC 7301 section 3.1's list; none if it is malformed. An empty list or name is."""
+    """Return the names of an ALPN list (RFC 7301 section 3.1); empty if it is malformed or has an empty name."""
     size = len(data)
     if _uint16(data)[0] != size - 2:
         return []
@@ -340,16 +337,16 @@ def _protocol_names(data: bytes) -> list[str | None]:
     return names
 
 
-@lru_cache(_NAMES_REMEMBERED)
+@lru_cache(_CACHED_NAMES)
 def _accepted(name: bytes) -> Accepted:
-    """The judgement for a client that wants the server of this name.
+    """Return the verdict for a client that requests this server name.
 
-    What cannot be a host's name counts as none: a context is looked up by it, and logs may show it.
+    An invalid host name counts as none: it is used to look up a context and may appear in logs.
     """
     if name.translate(None, _NAME_BYTES):
         return ACCEPTED
     host = name.decode("ascii").lower().removesuffix(".")
     labels = host.split(".")
-    if not all(labels) or labels[-1].isdigit():  # an address is no name (RFC 6066 section 3)
+    if not all(labels) or labels[-1].isdigit():  # addresses are not names (RFC 6066 section 3)
         return ACCEPTED
     return Accepted(host)

@@ -1,19 +1,16 @@
-"""TLS contexts: version 1.3 alone, no tickets, no compression; a key log for clients that ask for one.
+"""Build TLS contexts: TLS 1.3 only, no tickets, no compression; an optional key log for clients.
 
-What a server demands of its clients' certificates, where it asks for them: a chain to a certificate of the client
-CA's file, which may be an issuing CA without its root (whoever names one does not want its sisters); valid dates;
-a purpose that allows TLS clients; and, with a revocation list, that the list is good and does not name the leaf.
-Not VERIFY_X509_STRICT: it refuses certificates that RFC 5280 would have otherwise but that are no danger, a CA
-whose basic constraints are not marked critical or a leaf without its issuer's key id, as the CAs of many companies
-have made them for years. Chain, signatures, key sizes and purposes are checked without it.
+A server that requests client certificates requires a chain to a certificate in the client CA file, which may be
+an issuing CA without its root (so that other CAs of that root are not trusted), valid dates, a purpose that
+allows TLS clients and, with a CRL, that the CRL is valid and does not list the leaf. VERIFY_X509_STRICT is not
+used: it refuses harmless deviations from RFC 5280 common in corporate CAs, such as basic constraints not marked
+critical or a missing authority key id. Chain, signatures, key sizes and purposes are checked without it.
 
-A context in use is never loaded into: build another one, let it prove itself (`proof.py`), put it in the place.
+Never load into a context in use: build a new one, test it (`proof.py`), and swap it in.
 """
 
 from __future__ import annotations
 
-import os
-import shlex
 import ssl
 import stat
 import tempfile
@@ -21,19 +18,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
+from zcproto.common.files import UnusableFileError, check_access
 from zcproto.errors import CertificateError, TlsError
 from zcproto.tls.key_log import log_keys
 from zcproto.tls.suites import SUITES
 
 MAX_KEY_FILE: Final = 1 << 20
-_OTHERS: Final = 0o077
+
 
 ClientAuth = Literal["off", "optional", "required"]
 Passphrase = str | bytes | Callable[[], str | bytes]
 
 
 class PairOfFiles(Protocol):
-    """A certificate's file, with its chain, and its key's, which may be the same."""
+    """The file of a certificate with its chain, and that of its key, which may be the same."""
 
     @property
     def certificate(self) -> Path: ...
@@ -43,11 +41,12 @@ class PairOfFiles(Protocol):
 
 
 Pair = PairOfFiles | tuple[Path, Path] | tuple[Path, Path, bytes | None]
-"""What a server is to show. A passphrase is the third of a tuple, or the attribute `passphrase`."""
+"""A certificate to serve. The passphrase is the third item of a tuple, or the attribute `passphrase`."""
 
 
 class ServerContext(ssl.SSLContext):
-    """A server's context. `leaves` are the SHA-256 of the certificates (DER) that it has proved to show."""
+    """A server context. `leaves` are the SHA-256 of the certificates (DER) that it serves, verified by a
+    handshake."""
 
     leaves: frozenset[bytes] = frozenset()
 
@@ -61,14 +60,21 @@ def server_context(
     client_ca: Path | bytes | None = None,
     client_crl: Path | bytes | None = None,
 ) -> ServerContext:
-    """A server's context with one certificate and key for each kind of key.
+    """Return a server context with one certificate and key per key type.
 
-    `protocols` are the ALPN names in the server's order. With `client_auth` not off, `client_ca` is the PEM file
-    of the CAs whose client certificates are believed, or what is in it, and `client_crl` their revocation lists.
-    Raises CertificateError if something does not load, and TlsError if this OpenSSL would prefer a suite outside
-    the contract.
+    Args:
+        pairs: certificates to serve.
+        protocols: ALPN names in the server's order.
+        suites: names of the allowed suites.
+        client_auth: whether to request or require client certificates.
+        client_ca: PEM file, or PEM, of the CAs trusted for client certificates.
+        client_crl: PEM file, or PEM, of their revocation lists.
+
+    Raises:
+        CertificateError: a file cannot be loaded.
+        TlsError: this OpenSSL prefers a suite that is not allowed.
     """
-    # Not create_default_context: that one honours SSLKEYLOGFILE, which a server must never do.
+    # Not create_default_context: it honours SSLKEYLOGFILE, which a server must never do.
     context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
     _restrict(context, suites)
     # A resumed handshake saves less than the tickets cost, and a ticket would outlive a rotation.
@@ -91,13 +97,13 @@ def _files_of(pair: Pair) -> tuple[Path, Path, bytes | None]:
 
 def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path, passphrase: Passphrase | None) -> None:
     try:
-        # A passphrase would be asked for on the terminal: an empty one makes it an error instead.
+        # Without a passphrase OpenSSL would prompt on the terminal; an empty one raises instead.
         context.load_cert_chain(certificate, key, password="" if passphrase is None else passphrase)
     except (ssl.SSLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
         if isinstance(error, ssl.SSLError) and error.reason is None and _is_encrypted(key):
-            reason = "the key is encrypted, and its passphrase is " + (
-                "not given" if passphrase is None else "another one"
+            reason = (
+                f"the key is encrypted, and its passphrase is {'missing' if passphrase is None else 'wrong'}"
             )
         raise CertificateError(f"{certificate}: cannot be used with {key}: {reason}") from error
 
@@ -107,14 +113,14 @@ def _is_encrypted(key: Path) -> bool:
         with key.open("rb") as file:
             return b"ENCRYPTED" in file.read(MAX_KEY_FILE)
     except OSError:
-        return False  # gone since
+        return False  # deleted meanwhile
 
 
 def _ask_for_certificates(
     context: ssl.SSLContext, client_auth: ClientAuth, ca: Path | bytes | None, crl: Path | bytes | None
 ) -> None:
     if ca is None:
-        raise CertificateError("client certificates cannot be checked without the CA that issued them")
+        raise CertificateError("client certificates cannot be checked without their CA; set tls.client_ca")
     _load_trusted(context, ca, "x509", "no CA certificate")
     if crl is not None:
         _load_trusted(context, crl, "crl", "no certificate revocation list")
@@ -124,7 +130,7 @@ def _ask_for_certificates(
 
 
 def _load_trusted(context: ssl.SSLContext, source: Path | bytes, kind: str, missing: str) -> None:
-    """Load the PEM in a file. The ssl module takes revocation lists from files only, so bytes become one."""
+    """Load PEM from a file or from bytes, by way of a file: the ssl module reads CRLs from files only."""
     before = context.cert_store_stats()[kind]
     try:
         if isinstance(source, bytes):
@@ -137,12 +143,12 @@ def _load_trusted(context: ssl.SSLContext, source: Path | bytes, kind: str, miss
         found = context.cert_store_stats()[kind] > before
     except (ssl.SSLError, OSError) as error:
         why = f": {error.strerror}" if not isinstance(error, ssl.SSLError) else ""
-        raise CertificateError(f"{_called(source)}: {missing} could be read from it{why}") from error
+        raise CertificateError(f"{_label(source)}: {missing} could be read from it{why}") from error
     if not found:
-        raise CertificateError(f"{_called(source)}: {missing} is in it")
+        raise CertificateError(f"{_label(source)}: contains {missing}")
 
 
-def _called(source: Path | bytes) -> str:
+def _label(source: Path | bytes) -> str:
     return "the PEM given" if isinstance(source, bytes) else str(source)
 
 
@@ -156,12 +162,15 @@ def client_context(
     passphrase: Passphrase | None = None,
     key_log: Path | None = None,
 ) -> ssl.SSLContext:
-    """A client's context: trust in a CA file, or in the system's store if none is named.
+    """Return a client context that trusts a CA file, or the system's store without one.
 
-    With `verify` off the chain and the name are not checked here; the caller must check a pin instead.
-    `certificate` is shown to servers that ask for one; its key may be in the same file. A `passphrase` that is a
-    function is called only for a key that is encrypted. With `key_log` the secrets of all connections are
-    appended to that file. Raises CertificateError for a file that cannot be used, ConfigError for the key log.
+    With `verify` off, chain and name are not checked, and the caller must check a pin. `certificate` is
+    presented to servers that request one; its key may be in the same file. A callable `passphrase` is called
+    only for an encrypted key. With `key_log` the secrets of all connections are appended to that file.
+
+    Raises:
+        CertificateError: a file cannot be used.
+        ConfigError: the key log cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     _restrict(context, SUITES)
@@ -183,25 +192,19 @@ def client_context(
 
 
 def require_private(key: Path) -> None:
-    """Raise CertificateError unless a key's file is its owner's alone, who is this user or root."""
+    """Raise CertificateError unless only this user or root can access the file of a key."""
     try:
         status = key.stat()
     except (OSError, ValueError) as error:
         raise CertificateError(
             f"{key}: cannot be read: {getattr(error, 'strerror', None) or error}; check the path"
         ) from error
-    if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for ever
-        raise CertificateError(f"{key}: is not a regular file; name the PEM file of the key")
-    if status.st_uid not in (0, os.geteuid()):
-        raise CertificateError(
-            f"{key}: belongs to another user (uid {status.st_uid});"
-            f" run `chown {os.geteuid()} {shlex.quote(str(key))}`"
-        )
-    if status.st_mode & _OTHERS:
-        raise CertificateError(
-            f"{key}: others can read or change this key (mode {stat.S_IMODE(status.st_mode):04o});"
-            f" run `chmod 600 {shlex.quote(str(key))}`"
-        )
+    if not stat.S_ISREG(status.st_mode):  # a FIFO would block
+        raise CertificateError(f"{key}: is not a regular file; give the PEM file of the key")
+    try:
+        check_access(key, status)
+    except UnusableFileError as error:
+        raise CertificateError(str(error)) from error
 
 
 def _restrict(context: ssl.SSLContext, suites: Sequence[str]) -> None:
@@ -217,14 +220,14 @@ def _restrict(context: ssl.SSLContext, suites: Sequence[str]) -> None:
 
 
 def can_choose_suites() -> bool:
-    """Whether this Python can set the suites of TLS 1.3, and their order (3.15 and later)."""
+    """Return True if this Python can set the suites of TLS 1.3 (3.15 and later)."""
     return hasattr(ssl.SSLContext, "set_ciphersuites")
 
 
 def check_suite_order(names: Sequence[str]) -> None:
-    """Refuse an OpenSSL that would choose another suite for a client that offers one of ours.
+    """Raise TlsError if OpenSSL could choose another suite for a client that offers an allowed one.
 
-    Reading the ClientHello keeps AES_128 out only because OpenSSL prefers ours to it. Raises TlsError.
+    Judging the ClientHello excludes AES_128 only because OpenSSL prefers the allowed suites to it.
     """
     ours = [name in SUITES for name in names]
     if not any(ours) or ours != sorted(ours, reverse=True):
@@ -234,6 +237,6 @@ def check_suite_order(names: Sequence[str]) -> None:
 
 
 def suites_are_allowed(tls: ssl.SSLObject, suites: frozenset[str]) -> bool:
-    """Whether a finished handshake agreed on TLS 1.3 and on one of the suites."""
+    """Return True if a completed handshake negotiated TLS 1.3 and one of the suites."""
     cipher = tls.cipher()
     return tls.version() == "TLSv1.3" and cipher is not None and cipher[0] in suites

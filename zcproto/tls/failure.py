@@ -1,4 +1,4 @@
-"""Why a TLS connection could not be made, or ended badly: an enumeration that is counted, never a string."""
+"""Classify failures of TLS connections as an enumeration that can be counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 
 
 class TlsFailure(Enum):
-    """Causes, as seen by the side that counts them. The value is the name used in metrics and logs."""
+    """Causes as seen by the side that counts them. The value is used in metrics and logs."""
 
     # before TLS began
     PROXY_HEADER_MISSING = "proxy_header_missing"
@@ -50,7 +50,7 @@ class TlsFailure(Enum):
     OTHER = "other"
 
 
-# OpenSSL's names for its reasons (include/openssl/sslerr.h), as `ssl.SSLError.reason` gives them.
+# OpenSSL's reason names (include/openssl/sslerr.h), as in `ssl.SSLError.reason`.
 _BY_REASON: Final = {
     "NO_SUITABLE_KEY_SHARE": TlsFailure.NO_SHARED_GROUP,
     "NO_SHARED_GROUPS": TlsFailure.NO_SHARED_GROUP,
@@ -69,7 +69,7 @@ _BY_REASON: Final = {
     "BAD_RECORD_TYPE": TlsFailure.BAD_RECORD,
     "DECRYPTION_FAILED_OR_BAD_RECORD_MAC": TlsFailure.BAD_RECORD,
     "BAD_PACKET": TlsFailure.BAD_RECORD,
-    "RECORD_LAYER_FAILURE": TlsFailure.BAD_RECORD,  # OpenSSL 3.2 and later say no more of any bad record
+    "RECORD_LAYER_FAILURE": TlsFailure.BAD_RECORD,  # OpenSSL 3.2 and later, for any bad record
     "UNEXPECTED_MESSAGE": TlsFailure.UNEXPECTED_MESSAGE,
     "INVALID_CCS_MESSAGE": TlsFailure.UNEXPECTED_MESSAGE,
     "BAD_KEY_UPDATE": TlsFailure.UNEXPECTED_MESSAGE,
@@ -81,24 +81,24 @@ _BY_REASON: Final = {
     "SSLV3_ALERT_CERTIFICATE_REVOKED": TlsFailure.PEER_REJECTED_CERTIFICATE,
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": TlsFailure.PEER_REJECTED_CERTIFICATE,
     "TLSV1_ALERT_ACCESS_DENIED": TlsFailure.PEER_REJECTED_CERTIFICATE,
-    # From either side: a server misses it, a client is told so.
+    # Seen by the server that misses it, and by the client as an alert.
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": TlsFailure.CERTIFICATE_REQUIRED,
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": TlsFailure.CERTIFICATE_REQUIRED,
 }
 
 # X509_V_ERR_* numbers (include/openssl/x509_vfy.h).
 _BY_VERIFY_CODE: Final = {
-    3: TlsFailure.REVOCATION_UNKNOWN,  # no list of the certificate's issuer
-    8: TlsFailure.REVOCATION_UNKNOWN,  # a list with a bad signature
+    3: TlsFailure.REVOCATION_UNKNOWN,  # no CRL of the certificate's issuer
+    8: TlsFailure.REVOCATION_UNKNOWN,  # CRL with a bad signature
     9: TlsFailure.CERTIFICATE_EXPIRED,  # not yet valid
     10: TlsFailure.CERTIFICATE_EXPIRED,
-    11: TlsFailure.REVOCATION_UNKNOWN,  # a list that is not yet valid
-    12: TlsFailure.REVOCATION_UNKNOWN,  # a list that has expired
+    11: TlsFailure.REVOCATION_UNKNOWN,  # CRL not yet valid
+    12: TlsFailure.REVOCATION_UNKNOWN,  # CRL expired
     23: TlsFailure.CERTIFICATE_REVOKED,
-    33: TlsFailure.REVOCATION_UNKNOWN,  # a list whose issuer is not there
-    35: TlsFailure.REVOCATION_UNKNOWN,  # a list whose issuer may sign none
-    36: TlsFailure.REVOCATION_UNKNOWN,  # a list with an unknown critical extension
-    44: TlsFailure.REVOCATION_UNKNOWN,  # a list for other certificates
+    33: TlsFailure.REVOCATION_UNKNOWN,  # CRL with unknown issuer
+    35: TlsFailure.REVOCATION_UNKNOWN,  # CRL whose issuer may not sign CRLs
+    36: TlsFailure.REVOCATION_UNKNOWN,  # CRL with an unknown critical extension
+    44: TlsFailure.REVOCATION_UNKNOWN,  # CRL for other certificates
     62: TlsFailure.CERTIFICATE_NAME_MISMATCH,
     64: TlsFailure.CERTIFICATE_NAME_MISMATCH,  # address
 }
@@ -108,19 +108,19 @@ _MESSAGE: Final = re.compile(r"\[SSL\] (.*?)( \(_ssl\.c:\d+\))?")
 
 
 def _name_in(message: str) -> str:
-    """OpenSSL's name for a reason, from its words. A Python built for an older OpenSSL has the words only."""
+    """Return OpenSSL's reason name from its message. A Python built for an older OpenSSL has only the message."""
     found = _MESSAGE.fullmatch(message)
-    # As of OpenSSL 3.2 the words say "ssl/tls" where the names go on saying SSLV3.
+    # Since OpenSSL 3.2 messages contain "ssl/tls" where names still have SSLV3.
     return found[1].upper().replace(" ", "_").replace("SSL/TLS_", "SSLV3_") if found else ""
 
 
 def reason_of(error: ssl.SSLError) -> str:
-    """OpenSSL's name for what went wrong; empty if it has none."""
+    """Return OpenSSL's reason name of an error; empty if it has none."""
     return error.reason or _name_in(str(error))
 
 
 def failure_of(error: ssl.SSLError) -> TlsFailure:
-    """The cause behind an error of the ssl module."""
+    """Return the cause of an error of the ssl module."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return _BY_VERIFY_CODE.get(error.verify_code, TlsFailure.CERTIFICATE_UNTRUSTED)
     if isinstance(error, ssl.SSLEOFError):

@@ -1,8 +1,7 @@
-"""A connection that a load balancer passes on: its header first, then TLS as ever.
+"""Accept a connection forwarded by a load balancer: a PROXY header, then TLS.
 
-The handshake's deadline began with the connection, so a header that does not come is no way to stay. Until it is
-there, the peer is the balancer; from then on it is the client. What is refused here gets no alert, as no
-TLS has begun.
+The handshake timeout starts with the connection, so a missing header does not hold it open. The peer is the
+balancer until the header is complete, then the client. A refusal here sends no alert, because TLS has not begun.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
 
 class ForwardedTransport(TlsServerTransport):
-    """One connection of a TlsAcceptor, from an address whose headers are believed.
+    """One connection of a TlsAcceptor, from an address whose PROXY headers are trusted.
 
-    Who else connects must never get one of these: the header's word is taken for the peer's address.
+    Never use it for other peers: the header sets the peer's address.
     """
 
     __slots__ = ("_header",)

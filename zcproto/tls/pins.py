@@ -1,4 +1,4 @@
-"""Certificate pins: SHA-256 of the public key (RFC 7469 section 2.4) or of the whole certificate."""
+"""Compute, parse and match certificate pins: SHA-256 of the public key (RFC 7469 section 2.4) or certificate."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ MAX_PINS: Final = 64
 
 
 def key_pin(certificate_der: bytes) -> str:
-    """The pin of a certificate's public key: `sha256/` and base64 of SHA-256 of its SubjectPublicKeyInfo."""
+    """Return the pin of a certificate's public key: `sha256/` and base64 of SHA-256 of its SubjectPublicKeyInfo."""
     public_key = x509.load_der_x509_certificate(certificate_der).public_key()
     spki = public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return KEY_PREFIX + base64.b64encode(hashlib.sha256(spki).digest()).decode()
 
 
 def certificate_pin(certificate_der: bytes) -> str:
-    """The pin of a whole certificate: `cert-sha256/` and base64 of SHA-256 of its DER."""
+    """Return the pin of a whole certificate: `cert-sha256/` and base64 of SHA-256 of its DER."""
     return CERTIFICATE_PREFIX + base64.b64encode(hashlib.sha256(certificate_der).digest()).decode()
 
 
 def parse_pins(pins: Iterable[str] | str) -> frozenset[str]:
-    """Check the form of pins. Raises TlsError naming the one that is malformed: never ignore a pin.
+    """Parse pins. A string may hold several, separated by commas or white space.
 
-    One text may hold several, between commas or white space; a text without any is malformed, too.
+    Raises TlsError for a malformed or missing pin: none is ever ignored.
     """
     if isinstance(pins, str):
         pins = pins.replace(",", " ").split() or [pins]
@@ -48,7 +48,7 @@ def parse_pins(pins: Iterable[str] | str) -> frozenset[str]:
         except (binascii.Error, ValueError):
             raw = b""
         well_formed = len(raw) == hashlib.sha256().digest_size
-        # Pins are compared as text: one that decodes alike but is written otherwise would never match.
+        # Pins are compared as text, so a non-canonical encoding would never match.
         canonical = base64.b64encode(raw).decode() == digest
         if prefix + "/" not in (KEY_PREFIX, CERTIFICATE_PREFIX) or not well_formed or not canonical:
             raise TlsError("pin_malformed", f"{pin[:80]!r} is not sha256/BASE64 or cert-sha256/BASE64")
@@ -56,10 +56,10 @@ def parse_pins(pins: Iterable[str] | str) -> frozenset[str]:
 
 
 def pins_match(certificate_der: bytes, pins: frozenset[str]) -> bool:
-    """Whether a certificate has one of the pins."""
+    """Return True if a certificate matches one of the pins."""
     if certificate_pin(certificate_der) in pins:
         return True
     try:
         return key_pin(certificate_der) in pins
-    except (ValueError, UnsupportedAlgorithm):  # what cannot be read has no pin
+    except (ValueError, UnsupportedAlgorithm):  # an unreadable key has no pin
         return False

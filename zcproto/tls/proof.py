@@ -1,17 +1,16 @@
-"""A fresh context proves itself before it serves anybody: by a handshake in memory, without a socket.
+"""Test a new server context by a handshake in memory before it serves connections.
 
-What it decides: whether a context, agreed with, gives the certificate that is expected and can sign for it, by TLS
-1.3, the right protocol and an allowed suite. What was read from the files when they were checked and what OpenSSL
-read from them a moment later may be two things, and a key that does not sign breaks every handshake from there on.
+Decides whether a context presents the expected certificate and can sign for it, with TLS 1.3, the right protocol
+and an allowed suite. The files may change between our check and OpenSSL's read, and a key that does not match
+breaks every later handshake.
 
-A client cannot ask OpenSSL for one kind of certificate by any public function before Python 3.15, so each pair
-shows itself in a context of its own, made by the same function; then all of them together in the one that will
-serve. The pairs' own contexts are made *after* that one: files that changed since they were checked have changed
-by then, whichever of the two read them first.
+Before Python 3.15 no public function lets a client request one type of certificate, so each pair is tested in
+its own context, and then all together in the one that will serve. The separate contexts are made *after* that
+one, so a file changed since its check is noticed whichever read it first.
 
-The handshake ends for the client with the server's flight: it needs no certificate of a client, also where the
-context demands one. Nothing here is shared between calls, and OpenSSL signs without the interpreter's lock, so all
-of it may run in a thread beside a loop that serves.
+The client's handshake ends with the server's flight, so no client certificate is needed even if the context
+requires one. Nothing is shared between calls, and OpenSSL signs without the interpreter lock, so this may run in
+a worker thread.
 """
 
 from __future__ import annotations
@@ -38,22 +37,22 @@ from zcproto.tls.suites import SUITES
 Site = TypeVar("Site", bound="SiteOfPairs")
 
 ROUNDS: Final = 4
-"""Flights of a client at most: its hello, again after a HelloRetryRequest, and its end."""
+"""Maximum flights of the client: its hello, another one after a HelloRetryRequest, and its Finished."""
 
 
 class CheckedPair(PairOfFiles, Protocol):
-    """Files whose content was checked."""
+    """A pair of files whose content was checked."""
 
     @property
     def leaf_sha256(self) -> bytes:
-        """SHA-256 of the DER of the certificate that was checked."""
+        """SHA-256 of the checked certificate (DER)."""
 
     @property
     def passphrase(self) -> bytes | None: ...
 
 
 class SiteOfPairs(Protocol):
-    """What is served for some names; no names for the default."""
+    """The certificates served for some names; the default site has no names."""
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -69,7 +68,7 @@ def prove(
     protocol: str,
     suites: Collection[str] = SUITES,
 ) -> None:
-    """Agree with a context, and raise CertificateError unless it serves one of these leaves (SHA-256 of DER)."""
+    """Raise CertificateError unless a handshake with the context presents one of these leaves (SHA-256 of DER)."""
     client_in, client_out = ssl.MemoryBIO(), ssl.MemoryBIO()
     server_in, server_out = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = client_context(verify=False, protocols=(protocol,)).wrap_bio(client_in, client_out)
@@ -82,7 +81,7 @@ def prove(
             _advance(server)
             client_in.write(server_out.read())
         else:
-            raise CertificateError("a handshake with the new certificate does not come to its end")
+            raise CertificateError("a handshake with the new certificate does not complete")
     except ssl.SSLError as error:
         raise CertificateError(
             f"a handshake with the new certificate fails: {error.reason or type(error).__name__}"
@@ -91,16 +90,16 @@ def prove(
     assert seen is not None
     if hashlib.sha256(seen).digest() not in leaves:
         raise CertificateError(
-            "another certificate is served than the one that was checked: its file has changed meanwhile; try again"
+            "the served certificate differs from the checked one: its file has changed meanwhile; try again"
         )
     if not suites_are_allowed(client, frozenset(suites)):
-        raise CertificateError(f"a handshake agrees on {client.version()} and {client.cipher()}")
+        raise CertificateError(f"a handshake negotiates {client.version()} and {client.cipher()}")
     if client.selected_alpn_protocol() != protocol:
-        raise CertificateError(f"a handshake does not agree on the protocol {protocol}")
+        raise CertificateError(f"a handshake does not negotiate the protocol {protocol}")
 
 
 def _advance(end: ssl.SSLObject) -> bool:
-    """Take one step of a handshake; whether it was the last."""
+    """Advance a handshake by one step. Return True if it is complete."""
     with contextlib.suppress(ssl.SSLWantReadError):
         end.do_handshake()
         return True
@@ -117,13 +116,13 @@ def proven_context(
     client_crl: Path | bytes | None = None,
     rest: Callable[[], None] = lambda: None,
 ) -> ServerContext:
-    """A server's context for these pairs, as `server_context`, that has proved that it serves their `leaves`.
+    """Return a tested `server_context` for these pairs, with their `leaves`.
 
-    Takes some milliseconds, most of them for an RSA signature. `rest` is called between what takes that long: a
-    thread that stops for a moment there leaves the processor to others. Raises CertificateError.
+    Takes some milliseconds, most of them for an RSA signature. `rest` is called between the steps, so that a worker
+    thread can yield the processor. Raises CertificateError.
     """
     if not pairs:
-        raise CertificateError("a site has no certificate; give it one")
+        raise CertificateError("a site has no certificate; configure one")
     context = server_context(
         pairs, protocols, suites, client_auth=client_auth, client_ca=client_ca, client_crl=client_crl
     )
@@ -160,13 +159,12 @@ def proven_sites(
     proven: dict[Site, ServerContext] | None = None,
     rest: Callable[[], None] = lambda: None,
 ) -> SiteContexts:
-    """The contexts of all sites, each proven; the first site is the default. All of them or none.
+    """Return the tested contexts of all sites; the first site is the default.
 
-    `proven` are the contexts of sites that have proved themselves before, made the same way; they are used again,
-    for the files of one site may be damaged while another's are renewed. It is brought up to date. `rest` is for
-    `proven_context`.
+    `proven` holds contexts tested earlier with the same arguments; they are reused, because the files of one
+    site may be damaged while those of another are renewed. It is updated. `rest` is passed to `proven_context`.
 
-    Raises CertificateError, also for a name of two sites.
+    Raises CertificateError if any site fails, also for a name of two sites.
     """
     known = {} if proven is None else proven
     by_name: dict[str, ssl.SSLContext] = {}
@@ -186,7 +184,7 @@ def proven_sites(
         contexts[site] = context
         for name in site.names:
             if name in by_name:
-                raise CertificateError(f"{name!r} is a name of two sites; leave it to one of them")
+                raise CertificateError(f"two sites have the name {name!r}; leave it in one of them")
             by_name[name] = context
     known.clear()
     known.update(contexts)

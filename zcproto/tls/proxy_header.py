@@ -1,14 +1,13 @@
-"""The header of a load balancer that tells whose connection it passes on: PROXY protocol, version 2.
+"""Parse the header in which a load balancer gives the client's address: PROXY protocol, version 2.
 
-It stands before the first byte of TLS (haproxy.org, proxy-protocol.txt section 2.2): a signature of 12 bytes, one
-with version and command, one with the family of the addresses, two with the length of the rest, the addresses,
-and fields of the balancer's own (TLVs), which are passed over unread.
+It precedes the first byte of TLS (haproxy.org, proxy-protocol.txt section 2.2): a signature of 12 bytes, one byte
+with version and command, one with the address family, two with the length of the rest, the addresses, and fields
+(TLVs) that are ignored.
 
-Total on any bytes: a header, the reason why it is none, or None for 'more is needed'. However it is cut, at most
-MAX_SIZE bytes wait, and looking at them takes the same few steps. Version 1, which is text without a length, is
-refused: what ends it has to be searched for.
+Every input gives a header, the failure, or None ("more bytes needed"). At most MAX_SIZE bytes are buffered, and
+parsing takes constant time. Version 1, which is text without a length, is refused.
 
-Must not know: who may send such a header. Whoever may can name any address as its own.
+Must not know: who may send such a header. A sender can give any address.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Final, NamedTuple
 from zcproto.tls.failure import TlsFailure
 
 MAX_SIZE: Final = 4_096
-"""Bytes of a header. The addresses take up to 232; some balancers add the certificate that a client showed them."""
+"""Maximum bytes of a header. Addresses take up to 232; some balancers add the certificate of the client."""
 
 SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
 _VERSION_1: Final = b"PROXY "
@@ -34,16 +33,16 @@ _TCP_4: Final = 0x11
 _TCP_6: Final = 0x21
 _UNIX_STREAM: Final = 0x31
 _ADDRESSES: Final = {_UNKNOWN: 0, _TCP_4: 12, _TCP_6: 36, _UNIX_STREAM: 216}
-"""Bytes of both addresses by family and transport. Datagrams (0x12, 0x22, 0x32) do not become a stream."""
+"""Bytes of both addresses by family and transport. Datagram families (0x12, 0x22, 0x32) are not accepted."""
 
 _fixed_part: Final = struct.Struct("!12xBBH").unpack_from
 
 
 class ProxyHeader(NamedTuple):
-    """A whole header.
+    """A complete header.
 
-    `address` is the client's, None where the balancer speaks for itself (a check of health) or knows no address
-    of TCP. `rest` is what came behind the header: the first bytes of TLS.
+    `address` is that of the client; None for a health check of the balancer or without a TCP address. `rest` are
+    the bytes after the header: the beginning of TLS.
     """
 
     address: str | None
@@ -51,7 +50,7 @@ class ProxyHeader(NamedTuple):
 
 
 class ProxyHeaderReader:
-    """The first bytes of one connection of a load balancer."""
+    """Read the header of one connection of a load balancer."""
 
     __slots__ = ("_raw",)
 
@@ -59,7 +58,8 @@ class ProxyHeaderReader:
         self._raw = bytearray()
 
     def feed(self, data: bytes | memoryview) -> ProxyHeader | TlsFailure | None:
-        """Take in bytes. None if they do not tell yet; once there is a judgement, feed nothing more."""
+        """Add received bytes. Return the result, or None if more bytes are needed. Do not call it after a
+        result."""
         raw = self._raw
         raw += data
         size = len(raw)
@@ -78,7 +78,7 @@ class ProxyHeaderReader:
         command = head & 0x0F
         if command not in (_LOCAL, _PROXY) or _FIXED + length > MAX_SIZE:
             return TlsFailure.PROXY_HEADER_MALFORMED
-        # What LOCAL says of addresses counts for nothing, its family included (section 2.2).
+        # LOCAL: addresses and family are ignored (section 2.2).
         if command == _PROXY and length < _ADDRESSES.get(family, MAX_SIZE):
             return TlsFailure.PROXY_HEADER_MALFORMED
         if size < _FIXED + length:
@@ -88,7 +88,7 @@ class ProxyHeaderReader:
 
 
 def _source(raw: bytearray, family: int) -> str | None:
-    """The client's address in a header whose length was checked."""
+    """Return the client's address in a header of checked length."""
     if family == _TCP_4:
         return str(ipaddress.IPv4Address(bytes(raw[_FIXED : _FIXED + 4])))
     if family == _TCP_6:

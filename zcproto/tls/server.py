@@ -1,9 +1,8 @@
-"""The server's side of a TLS connection: the ClientHello, the handshake, its pacing and its checks.
+"""Run the server side of TLS connections: ClientHello, handshake, pacing and checks.
 
-Whether clients show a certificate, and whose are believed, is in the contexts: OpenSSL checks chain, dates,
-purpose and revocation, and sends the alert that fits. Pins for client certificates come on top and are checked
-here, after the handshake and before a byte of the application. OpenSSL gives no way to send an alert then: such a
-client gets a close_notify and nothing else.
+The contexts decide whether client certificates are requested and which are trusted: OpenSSL checks chain, dates,
+purpose and revocation, and sends the alert. Pins for client certificates are checked here in addition, after the
+handshake and before any application data. OpenSSL cannot send an alert then: the client gets only close_notify.
 """
 
 from __future__ import annotations
@@ -29,23 +28,27 @@ PLAINTEXT_ANSWER: Final = (
     b"Connection: close\r\n\r\nThis port speaks TLS 1.3 only\n"
 )
 TURN_BUDGET: Final = 0.005
-"""Seconds of handshake signing in one turn of the loop, so that those already in are served in between."""
+"""Seconds of handshake signing per turn of the loop, so that established connections are served in between."""
 
 BUDGET_WINDOW: Final = 2 * TURN_BUDGET
-"""Seconds in which signing beyond the budget of a turn is put off, so that a single handshake never waits."""
+"""Seconds during which signing beyond TURN_BUDGET is deferred; a single handshake never waits."""
 
 
 class TlsAcceptor:
-    """What all server-side TLS connections of one loop share.
+    """The state shared by all server-side TLS connections of one loop.
 
-    `contexts` is read anew by each connection when its handshake begins: to serve other certificates, put other
-    SiteContexts in its place, never load into a context in use. One context alone serves every name.
-    `client_pins`, as `parse_pins` returns them, are what the certificate of a client that shows one must have; none
-    means any that the context takes. `protocols` maps an ALPN name (None: the client offers none) to the
-    factory of what speaks it. `on_failure` is called with each cause and the peer's address; `failures`
-    counts them. `on_slot_free` is called when a handshake ends, whichever way; `on_closed` when a connection
-    is gone; `on_forwarded` with the addresses of a load balancer and of the client whose connection it passes on,
-    to say whether it may go on as the client's. `perf_counter` gives the seconds that handshakes take.
+    Args:
+        contexts: read by each connection when its handshake begins. To serve other certificates, assign a new
+            SiteContexts; never load into a context in use. A single context serves every name.
+        protocols: protocol factories by ALPN name (None: the client offers no ALPN).
+        client_pins: pins, from `parse_pins`, that a presented client certificate must match; empty accepts every
+            certificate that the context trusts.
+        on_failure: called with the cause and the peer's address; `failures` counts the causes.
+        on_slot_free: called when a handshake ends, successful or not.
+        on_closed: called with the peer's address when a connection is gone.
+        on_forwarded: called with the addresses of a load balancer and its client; returns True to accept the
+            connection as the client's.
+        perf_counter: measures the time of handshakes.
     """
 
     def __init__(
@@ -87,11 +90,11 @@ class TlsAcceptor:
         self._spent = 0.0  # seconds of signing in this window
 
     def transport(self, peer: str) -> TlsServerTransport:
-        """A new connection's transport; `peer` is the address that failures are reported with."""
+        """Return the transport for a new connection; failures are reported with the address `peer`."""
         return TlsServerTransport(self, peer)
 
     def schedule(self, transport: TlsServerTransport) -> None:
-        """Run the expensive step of a handshake now if the budget allows, else in a later turn."""
+        """Run the expensive step of a handshake now if within budget, otherwise in a later turn."""
         now = self._perf_counter()
         if now >= self._window_ends:
             self._window_ends = now + BUDGET_WINDOW
@@ -109,7 +112,7 @@ class TlsAcceptor:
             self._timers.call_soon(self._turn)
 
     def _turn(self) -> None:
-        """Handshakes that had to wait, up to the budget of one turn."""
+        """Run queued handshakes up to the budget of one turn."""
         queue = self._queue
         turn_ends = self._perf_counter() + TURN_BUDGET
         try:
@@ -117,7 +120,7 @@ class TlsAcceptor:
                 queue.popleft().start_handshake()
                 if self._perf_counter() >= turn_ends:
                     break
-        finally:  # whatever a handshake raises, the rest go on
+        finally:  # a handshake that raises must not stop the others
             self._turn_planned = bool(queue)
             if queue:
                 self._timers.call_soon(self._turn)
@@ -141,14 +144,14 @@ class TlsServerTransport(TlsTransport):
     def __init__(self, acceptor: TlsAcceptor, peer: str) -> None:
         super().__init__(acceptor.buffer, acceptor.wheel, peer)
         self._acceptor = acceptor
-        # None: nothing has come yet. Its judgement takes its place while the handshake waits for its turn.
+        # None before the first byte; replaced by its verdict while the handshake is queued.
         self._hello: ClientHelloReader | Accepted | None = None
         self._in_handshake = True
         acceptor.handshakes_in_progress += 1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        # Absolute: a client that drips its bytes gains nothing.
+        # Absolute, so that slow bytes do not extend it.
         self._wheel.set(self, self._now() + self._acceptor.handshake_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -178,7 +181,7 @@ class TlsServerTransport(TlsTransport):
             self._handshake()
             return
         hello = self._hello
-        if isinstance(hello, Accepted):  # nothing may follow before our answer
+        if isinstance(hello, Accepted):  # nothing may follow before the server's flight
             self._refuse(Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE))
             return
         received = bytes(data)
@@ -209,9 +212,9 @@ class TlsServerTransport(TlsTransport):
     # --- the handshake --------------------------------------------------------------------------
 
     def start_handshake(self) -> None:
-        """Let OpenSSL answer the ClientHello. The acceptor calls it when it is this connection's turn."""
+        """Let OpenSSL answer the ClientHello. Called by the acceptor."""
         if self._phase is not Phase.HELLO:
-            return  # it ended while it waited
+            return  # closed while queued
         self._phase = Phase.HANDSHAKE
         hello, self._hello = self._hello, None
         assert isinstance(hello, Accepted)
@@ -233,7 +236,7 @@ class TlsServerTransport(TlsTransport):
 
     def _handshake_completed(self) -> None:
         acceptor = self._acceptor
-        # Checked once more, whatever was read and configured before: a mistake there must not go unseen.
+        # Defence in depth: an error in the checks above must not go unnoticed.
         alpn = self._tls.selected_alpn_protocol()
         factory = acceptor.protocols.get(alpn)
         if factory is None or not suites_are_allowed(self._tls, acceptor.suites):
@@ -254,12 +257,9 @@ class TlsServerTransport(TlsTransport):
             self._read_records(0)
 
     def leaves(self) -> frozenset[bytes]:
-        """SHA-256 of the certificates (DER), one of which this connection was shown. They may be served no more."""
+        """Return the SHA-256 of the certificates (DER) of this connection's context; one of them was presented."""
         return frozenset() if self._tls is None else getattr(self._tls.context, "leaves", frozenset())
 
     def peer_certificate(self) -> bytes | None:
-        """The client's certificate in DER form, which the context has found good; None if it showed none.
-
-        It is OpenSSL's copy, read anew each time: nothing is kept here.
-        """
+        """Return the verified client certificate (DER), or None. It is read from OpenSSL each time, not stored."""
         return None if self._tls is None else self._tls.getpeercert(binary_form=True)

@@ -1,13 +1,11 @@
-"""Which context serves which server name (SNI, RFC 6066 section 3).
+"""Select the TLS context for a server name (SNI, RFC 6066 section 3).
 
-What it decides: the exact name comes first, then the wildcard of the name's parent, then the default. A star
-stands for one left-most label, as in the certificates themselves (RFC 9525 section 6.3). A client that asks for
-a name which no site has gets the default's certificate and decides for itself, and so does one that asks for none:
-an alert (unrecognized_name) would tell scanners which names there are, and would lock out those who connect to
-an address, through a tunnel or by a name that only they use.
+Decides: the exact name first, then the wildcard of its parent, then the default. A star stands for one left-most
+label, as in certificates (RFC 9525 section 6.3). Clients with an unknown name, or none, get the default certificate
+and judge it themselves: an unrecognized_name alert would reveal the known names to scanners, and would lock out
+clients that connect to an address, through a tunnel or by a private name.
 
-Must not know: what is in the contexts, or where they come from. Nothing here changes: other sites are another
-SiteContexts, put in the place of this one.
+Must not know: the content or origin of the contexts. Instances are immutable: replace the whole SiteContexts.
 """
 
 from __future__ import annotations
@@ -22,10 +20,10 @@ _NONE: Final[Mapping[str, ssl.SSLContext]] = {}
 
 
 class SiteContexts:
-    """The contexts of one server: `default`, and those of `by_name` under exact names and `*.` wildcards.
+    """The contexts of one server: `default`, and those of `by_name` with exact names and `*.` wildcards.
 
-    Names are compared without case and without a dot at their end. Raises CertificateError for a star anywhere
-    but as the whole first label, and for a name that is there twice.
+    Names are compared without case and trailing dot. Raises CertificateError for a star that is not the whole first
+    label, and for a duplicate name.
     """
 
     __slots__ = ("_exact", "_wild", "default")
@@ -33,25 +31,25 @@ class SiteContexts:
     def __init__(self, default: ssl.SSLContext, by_name: Mapping[str, ssl.SSLContext] = _NONE) -> None:
         self.default = default
         self._exact: dict[str, ssl.SSLContext] = {}
-        self._wild: dict[str, ssl.SSLContext] = {}  # by what follows the star
+        self._wild: dict[str, ssl.SSLContext] = {}  # by the name after the star
         for name, context in by_name.items():
             host = name.lower().removesuffix(".")
             is_wild = host.startswith("*.")
             host = host.removeprefix("*.")
             if not all(host.split(".")) or "*" in host:
-                raise CertificateError(f"{name!r} is no name of a site; use a.example or *.example")
+                raise CertificateError(f"invalid site name {name!r}; use a.example or *.example")
             table = self._wild if is_wild else self._exact
             if host in table:
-                raise CertificateError(f"{name!r} is a name of two sites; leave it to one of them")
+                raise CertificateError(f"two sites have the name {name!r}; leave it in one of them")
             table[host] = context
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that have a context of their own."""
+        """Return the names with their own context."""
         return (*self._exact, *(f"*.{name}" for name in self._wild))
 
     def choose(self, server_name: str | None) -> ssl.SSLContext:
-        """The context for a client that asks for a server by this name, which is in lower case, or for none."""
+        """Return the context for a requested server name in lower case, or for None."""
         if server_name is None:
             return self.default
         found = self._exact.get(server_name)

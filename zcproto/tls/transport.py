@@ -1,18 +1,20 @@
-"""The TLS record pump: one plain TCP transport below, an ordinary asyncio transport to what is above.
+"""Pump TLS records between a plain TCP transport and an asyncio protocol.
 
     TCP bytes -> shared receive buffer -> incoming MemoryBIO -> SSLObject -> protocol.data_received
     protocol's write -> SSLObject -> outgoing MemoryBIO -> one write to the TCP transport
 
-Why our own: stock asyncio keeps 256 KiB a connection, loses the alert of a failed handshake, hides the
-failure from the application, and cannot tell a truncation from a clean close.
+Stock asyncio is not used because it keeps 256 KiB per connection, loses the alert of a failed handshake, hides the
+failure from the application, and does not distinguish a truncation from a clean close.
 
-What it decides: how records move, back-pressure both ways, close_notify both ways, truncation, and how a
-connection is closed so that the peer can still read the last answer. The two handshakes are in
-`server.py` and `client.py`. It must not know what the bytes mean.
+Decides the flow of records, back-pressure and close_notify in both directions, truncation, and closing a connection
+so that the peer can still read the last response. The handshakes are in `server.py` and `client.py`.
 
-Memory rules. All connections of a loop share one receive buffer. A MemoryBIO keeps its largest size for
-life, so neither BIO is ever given more than a record or so at a time. `connection_lost` clears every
-reference that could keep a closed connection alive.
+Memory rules:
+- All connections of a loop share one receive buffer.
+- A MemoryBIO never shrinks, so neither BIO gets more than about one record at a time.
+- `connection_lost` clears every reference that could keep a closed connection alive.
+
+It must not know: the meaning of the bytes.
 """
 
 from __future__ import annotations
@@ -28,41 +30,44 @@ from zcproto.errors import TlsError
 from zcproto.tls.failure import TlsFailure, failure_of
 
 RECORD_SIZE: Final = 16_384
-"""Plaintext in one TLS record at most (RFC 8446 section 5.1)."""
+"""Maximum plaintext of one TLS record (RFC 8446 section 5.1)."""
 
 RECEIVE_BUFFER_SIZE: Final = 65_536
 LINGER_TIME: Final = 2.0
-"""Seconds in which a peer may still send after we closed; then the connection is reset."""
+"""Seconds during which a peer may still send after our close; then the connection is reset."""
 
 LINGER_BYTES: Final = 4 * 1024 * 1024
 MAX_BARREN_BYTES: Final = 65_536
-"""Bytes of records in a row that bring no data (KeyUpdates, empty records) before the connection ends."""
+"""Bytes of consecutive records without data (KeyUpdates, empty records) that end the connection."""
 
 
 class Phase(IntEnum):
-    """Where a TLS connection is."""
+    """Phases of a TLS connection."""
 
-    HELLO = 0  # server only: the ClientHello is not complete, or waits for its turn
+    HELLO = 0  # server only: the ClientHello is incomplete or queued
     HANDSHAKE = 1
     OPEN = 2
-    CLOSING = 3  # close_notify was sent; what arrives is discarded until the peer ends
+    CLOSING = 3  # close_notify was sent; input is discarded until the peer closes
     CLOSED = 4
 
 
-# Looked up in each call: an enumeration's members are slow to reach.
+# Module globals: members of an enumeration are slow to look up on the hot path.
 _HANDSHAKE: Final = Phase.HANDSHAKE
 _OPEN: Final = Phase.OPEN
 _CLOSING: Final = Phase.CLOSING
 _NO_BIO: Final = ssl.MemoryBIO()
-# What is there while a connection lives is typed so: the phases guard its use, not a check at each step.
+# Typed as always present: the phases guard their use, without a check at each step.
 _NO_TLS: Final = cast("ssl.SSLObject", None)
 _NO_TRANSPORT: Final = cast("asyncio.Transport", None)
 _NO_PROTOCOL: Final = cast("asyncio.Protocol", None)
 
 
 class ReceiveBuffer:
-    """The one buffer that all connections of a loop receive into. asyncio calls `get_buffer` right before
-    each read and `buffer_updated` right after it, so no two connections ever use it at once."""
+    """The receive buffer shared by all connections of a loop.
+
+    asyncio calls `get_buffer` right before each read and `buffer_updated` right after it, so connections never
+    use it concurrently.
+    """
 
     __slots__ = ("array", "view")
 
@@ -72,11 +77,10 @@ class ReceiveBuffer:
 
 
 class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
-    """What both ends share: everything after the handshake, and the way to close.
+    """The part common to both ends: everything after the handshake, and closing.
 
-    Above it sits an ordinary `asyncio.Protocol`: connection_made, data_received, eof_received (the peer's
-    close_notify), pause_writing, resume_writing, connection_lost. The last gets None after a clean close
-    and a `TlsError` otherwise.
+    The protocol above is an ordinary `asyncio.Protocol`: eof_received means the peer's close_notify, and
+    connection_lost gets None after a clean close and a `TlsError` otherwise.
     """
 
     __slots__ = (
@@ -120,10 +124,10 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._unsent = 0
         self._error: TlsError | None = None
 
-    # --- what the TCP transport calls -----------------------------------------------------------
+    # --- callbacks of the TCP transport ---------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._raw = cast("asyncio.Transport", transport)  # uvloop's is none by class
+        self._raw = cast("asyncio.Transport", transport)  # uvloop's transport is not a subclass
 
     def get_buffer(self, sizehint: int) -> bytearray:
         return self._buffer.array
@@ -142,21 +146,21 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                 self._received_outside_open(self._view[start : start + size])
                 continue
             self._incoming.write(self._view[start : start + size])
-            if not self._reading_paused:  # else it waits in the BIO, at most one receive buffer of it
+            if not self._reading_paused:  # otherwise the BIO holds it, at most one receive buffer
                 self._read_records(size)
 
     def eof_received(self) -> bool:
-        """TCP's end of stream. Without a close_notify before it, it is a truncation (RFC 8446 section 6.1)."""
+        """Handle the end of the TCP stream: a truncation unless close_notify preceded it (RFC 8446 section 6.1)."""
         if self._phase is _OPEN:
             self._end_for(TlsFailure.TRUNCATED)
         elif self._phase <= _HANDSHAKE:
             self._fail(TlsFailure.DISCONNECTED)
-        return False  # the transport closes itself, after what it still has to write
+        return False  # the transport flushes its buffer and closes itself
 
     def pause_writing(self) -> None:
         self._writing_paused = True
         if not self.reads_while_writing_is_paused and self._raw is not None:
-            # What a peer that does not read makes us write (answers, responses to KeyUpdates) would pile up.
+            # Output caused by a peer that does not read (answers, responses to KeyUpdates) would accumulate.
             self._raw.pause_reading()
         if self._phase is _OPEN and self._protocol is not None:
             self._protocol.pause_writing()
@@ -191,11 +195,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         raise NotImplementedError
 
     def _read_records(self, arrived: int) -> None:
-        """Decrypt what has arrived and hand it on, until nothing is left or reading is paused."""
+        """Decrypt received records and pass the data on until nothing is left or reading is paused."""
         tls = self._tls
         incoming = self._incoming
         barren = True
-        # Asking `pending` costs a tenth of the SSLWantReadError that tells the same.
+        # Reading `pending` costs a tenth of catching SSLWantReadError.
         while arrived or incoming.pending:
             try:
                 data = tls.read(RECORD_SIZE)
@@ -222,7 +226,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self._raw.write(self._outgoing.read())
 
     def _peer_closed(self) -> None:
-        """close_notify arrived: the peer sends nothing more, and its silence is no truncation."""
+        """Handle the peer's close_notify: it sends nothing more, so the end of the stream is clean."""
         self._protocol.eof_received()
         self.close()
 
@@ -234,7 +238,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     # --- records out ----------------------------------------------------------------------------
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Encrypt and send. Bytes that the peer does not read gather in the TCP transport, which pauses us."""
+        """Encrypt and send. The TCP transport buffers what the peer does not read and pauses us."""
         if self._phase is not _OPEN:
             return
         if len(data) <= RECORD_SIZE:
@@ -255,11 +259,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     # --- the end --------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Send close_notify after all that was written, stop sending, and discard input until the peer ends.
+        """Send close_notify after all pending output, stop sending, and discard input until the peer closes.
 
-        Closing at once would answer input that is still on its way with a reset, which destroys what the
-        peer has not read yet. After LINGER_TIME or LINGER_BYTES it is reset all the same; the time begins anew
-        while the peer still takes what was written before.
+        Closing at once would answer input still in flight with a reset, which destroys data that the peer has not
+        read yet. After LINGER_TIME or LINGER_BYTES the connection is reset; the time restarts while the peer keeps
+        reading pending output.
         """
         if self._phase >= _CLOSING:
             return
@@ -268,8 +272,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._linger()
 
     def _send_close_notify(self) -> None:
-        # SSLWantReadError: the peer's close_notify has not come, and need not (RFC 8446 section 6.1).
-        # Any other: the connection had failed already; its alert, if any, is in the outgoing BIO.
+        # SSLWantReadError: the peer's close_notify has not arrived and is not required (RFC 8446 section 6.1).
+        # Any other error: the connection had already failed; its alert, if any, is in the outgoing BIO.
         with contextlib.suppress(ssl.SSLError):
             self._tls.unwrap()
         self._flush()
@@ -284,7 +288,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         if raw.can_write_eof():
             try:
                 raw.write_eof()
-            except OSError:  # the peer's reset has arrived, and the loop has not told us yet
+            except OSError:  # the peer's reset has arrived, but the loop has not reported it yet
                 raw.abort()
                 return
         if not raw.is_reading():
@@ -294,17 +298,17 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         return self._wheel.now()
 
     def abort(self) -> None:
-        """Reset the connection; what was not sent is lost."""
+        """Reset the connection; unsent data is lost."""
         if self._raw is not None:
-            self._phase = Phase.CLOSING  # it is no failure of the peer's
+            self._phase = Phase.CLOSING  # do not count it as a failure of the peer
             self._raw.abort()
 
     def _note(self, failure: TlsFailure) -> None:
-        """Keep the cause. There is only one: it ends the connection."""
+        """Record the cause that ends the connection."""
         self._error = TlsError(failure.value)
 
     def _fail(self, failure: TlsFailure) -> None:
-        """End the connection for a fault of the peer or the network. OpenSSL's alert goes out first."""
+        """End the connection for a failure of the peer or the network, after sending OpenSSL's alert."""
         self._note(failure)
         self._flush()
         self._linger()
@@ -313,7 +317,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._fail(failure_of(error))
 
     def _end_for(self, failure: TlsFailure) -> None:
-        """End an agreed connection for what OpenSSL has no alert for: with close_notify (RFC 8446 section 6.1)."""
+        """End an established connection with close_notify, where OpenSSL has no alert (RFC 8446 section 6.1)."""
         self._note(failure)
         self._send_close_notify()
         self._linger()
@@ -338,14 +342,14 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         return not self._reading_paused
 
     def pause_reading(self) -> None:
-        """Hand nothing more to the protocol until `resume_reading`."""
+        """Pass no data to the protocol until `resume_reading`."""
         if not self._reading_paused:
             self._reading_paused = True
             if self._phase is _OPEN and self._raw is not None and self._raw.is_reading():
                 self._raw.pause_reading()
 
     def resume_reading(self) -> None:
-        """Go on with what has arrived already, then with what the network brings."""
+        """Pass on data already received, then resume reading from the network."""
         if self._reading_paused:
             self._reading_paused = False
             if self._phase is _OPEN:
@@ -373,7 +377,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._protocol = cast("asyncio.Protocol", protocol)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """As asyncio's own TLS transport: `ssl_object`, `cipher`, `peercert`, and what TCP knows."""
+        """Return the information that asyncio's TLS transport has: `ssl_object`, `cipher`, `peercert`, and
+        TCP's."""
         if name == "ssl_object":
             return self._tls if self._tls is not None else default
         if name == "cipher":
@@ -383,4 +388,4 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         return default if self._raw is None else self._raw.get_extra_info(name, default)
 
     def can_write_eof(self) -> bool:
-        return False  # a TLS connection ends by close(); half-closing is not part of the contract
+        return False  # close with close(); half-closing is not supported (zcp1.md, section 4)
