@@ -19,7 +19,7 @@ from zcproto.errors import Code, ResourceExhausted, Unavailable
 from zcproto.http.messages import HttpRequest, HttpResponse, Peer
 from zcproto.server.state import ServerState
 from zcproto.sessions import OpenedSession, Session, SessionRegistry
-from zcproto.sessions.binding import Binding
+from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.token import token_text
 from zcproto.stores.service import MemorySessions
 
@@ -48,7 +48,7 @@ class LookedUp(MemorySessions):
 class Desk:
     """The check of tokens, beside which a registry stands."""
 
-    def __init__(self, binding: Binding | None = None) -> None:
+    def __init__(self, binding: SessionBinding | None = None) -> None:
         self.clock = FakeClock()
         self.registry = small_registry()
         self.sessions: MemorySessions = MemorySessions(self.registry, self.clock)
@@ -56,7 +56,7 @@ class Desk:
             registry=self.registry,
             sessions=self.sessions,
             clock=self.clock,
-            binding=Binding() if binding is None else binding,
+            binding=SessionBinding() if binding is None else binding,
         )
         self.tokens = BearerTokens(cast("ServerState", self.state))
 
@@ -144,14 +144,14 @@ async def test_a_token_that_was_refused_does_not_count_as_used() -> None:
 
 
 async def test_a_token_is_bound_to_its_network_as_everywhere() -> None:
-    desk = Desk(Binding("exact"))
+    desk = Desk(SessionBinding("exact"))
     token = token_text(desk.open(address="192.0.2.1").token)
     assert isinstance(await desk.ask(f"Bearer {token}", "192.0.2.1"), Session)
     assert await desk.ask(f"Bearer {token}", "192.0.2.2") is BAD_TOKEN
 
 
 async def test_the_token_of_somebody_who_is_no_user_any_more_is_refused() -> None:
-    binding = Binding()
+    binding = SessionBinding()
     binding.is_user = lambda user: user != "ada"
     desk = Desk(binding)
     assert await desk.ask(f"Bearer {token_text(desk.open().token)}") is BAD_TOKEN

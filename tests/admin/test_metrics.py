@@ -14,10 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
-from zcproto.admin.metrics import END_REASONS, USER_CHANGED, ServerMetrics
+from zcproto.admin.metrics import END_LABELS, ServerMetrics
 from zcproto.app.app import App
 from zcproto.errors import CallError
 from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY
+from zcproto.sessions import EndReason
 from zcproto.sessions.token import token_text
 from zcproto.stores.service import StoredSessions
 from zcproto.stores.store import StoreUnavailable
@@ -172,9 +173,9 @@ def test_a_session_that_expires_and_one_that_makes_room_are_told_apart(serve: Se
         assert value(server, "zcproto_sessions", state="live") == 0
 
 
-def test_every_reason_that_the_code_gives_has_a_name() -> None:
-    assert END_REASONS[USER_CHANGED] == "user_changed"
-    assert "other" not in END_REASONS.values()
+def test_every_end_reason_has_a_label() -> None:
+    assert END_LABELS[EndReason.USER_CHANGED] == "user_changed"
+    assert set(END_LABELS) == set(EndReason)
 
 
 def test_logins_are_counted_by_scheme_and_result(serve: Serve) -> None:

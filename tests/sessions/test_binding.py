@@ -12,7 +12,7 @@ from tests.server.helpers import AnsweredError, Client, ServerThread
 from tests.server.test_protocol import Harness, Peer
 from zcproto.errors import Code, Unauthenticated
 from zcproto.sessions import Session
-from zcproto.sessions.binding import Binding, network
+from zcproto.sessions.binding import SessionBinding, network
 from zcproto.sessions.record import SessionRecord
 from zcproto.wire.frame import NO_TOKEN, Kind
 
@@ -44,15 +44,15 @@ from zcproto.wire.frame import NO_TOKEN, Kind
 )
 def test_network_groups_addresses(one: str, other: str, bits: int | None, same: bool) -> None:
     assert (network(one, bits) == network(other, bits)) == same
-    binding = Binding("exact" if bits is None else str(bits))
-    assert binding.asks
+    binding = SessionBinding("exact" if bits is None else str(bits))
+    assert binding.is_enabled
     assert binding.admits("ada", one, other) == binding.admits("ada", other, one) == same
     assert binding.refused_addresses == (0 if same else 2)
 
 
 def test_binding_is_off_by_default() -> None:
-    binding = Binding()
-    assert not binding.asks
+    binding = SessionBinding()
+    assert not binding.is_enabled
     assert binding.admits("ada", "192.0.2.7", "2001:db8::1")
     binding.check_refresh(record(), "other/1", "2001:db8::1")
     assert binding.refused_addresses == binding.refused_clients == 0
@@ -66,7 +66,7 @@ def record() -> SessionRecord:
 
 
 def test_refresh_is_checked_against_configured_binding() -> None:
-    by_client, by_address = Binding(client=True), Binding("24")
+    by_client, by_address = SessionBinding(client=True), SessionBinding("24")
     by_client.check_refresh(record(), "test/1", "2001:db8::1")
     by_address.check_refresh(record(), "other/1", "192.0.2.8")
     with pytest.raises(Unauthenticated):
@@ -78,9 +78,9 @@ def test_refresh_is_checked_against_configured_binding() -> None:
 
 
 def test_removed_user_is_refused() -> None:
-    binding = Binding()
+    binding = SessionBinding()
     binding.is_user = {"bob"}.__contains__
-    assert binding.asks
+    assert binding.is_enabled
     assert binding.admits("bob", "192.0.2.7", "2001:db8::1")
     assert not binding.admits("ada", "192.0.2.7", "192.0.2.7")
     with pytest.raises(Unauthenticated):
@@ -89,7 +89,7 @@ def test_removed_user_is_refused() -> None:
 
 
 def test_unknown_refresh_token_is_not_checked() -> None:
-    Binding("exact", client=True).check_refresh(None, "any", "192.0.2.7")
+    SessionBinding("exact", client=True).check_refresh(None, "any", "192.0.2.7")
 
 
 # --- one connection ------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_unknown_refresh_token_is_not_checked() -> None:
 def harness() -> Iterator[Harness]:
     loop = asyncio.new_event_loop()
     harness = Harness(loop)
-    harness.state.binding = Binding("24")
+    harness.state.binding = SessionBinding("24")
     yield harness
     assert loop.run_until_complete(harness.state.tasks.close(1.0)) == 0
     loop.close()
@@ -170,7 +170,7 @@ def test_session_ended_during_lookup_is_not_admitted(
 
 
 def test_binding_is_not_checked_when_off(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    harness.state.binding = Binding()
+    harness.state.binding = SessionBinding()
     peer = peer_at(harness, "198.51.100.1", monkeypatch, open_at(harness, "192.0.2.7"))
     assert code(peer, 1) == 0
     assert peer.protocol._connection._admits is None  # type: ignore[union-attr]

@@ -42,8 +42,9 @@ from zcproto.errors import (
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, json_response
 from zcproto.http.router import Route
 from zcproto.observe.log import level, set_level
-from zcproto.server.operators import LISTED, REASON, REVOKED_AT_ONCE, describe
+from zcproto.server.operators import LISTED, REVOKED_AT_ONCE, describe
 from zcproto.server.state import log
+from zcproto.sessions import EndReason
 from zcproto.sessions.token import token_from_text, token_text
 
 LISTED_NAMES: Final = 10_000
@@ -176,11 +177,11 @@ class ControlResources:
                 raise InvalidArgument(f"ids: at most {REVOKED_AT_ONCE} texts")
             revoked = 0
             for session_id in dict.fromkeys(ids):
-                revoked += await sessions.revoke(session_id, user=None, reason=REASON)
+                revoked += await sessions.revoke(session_id, user=None, reason=EndReason.BY_OPERATOR)
         elif user is not None:
-            revoked = await sessions.revoke_user(user, REASON)
+            revoked = await sessions.revoke_user(user, EndReason.BY_OPERATOR)
         else:
-            revoked = await sessions.revoke_all(REASON)
+            revoked = await sessions.revoke_all(EndReason.BY_OPERATOR)
         _tell(request, "sessions.revoke", user=user, sessions=revoked)
         state.on_revoked("somebody by the control socket", revoked, False)
         return {"revoked": revoked}

@@ -72,7 +72,7 @@ class BearerTokens:
         record = state.registry.record(session.raw_id)
         if record is None:
             return False
-        if state.binding.asks and not state.binding.admits(
+        if state.binding.is_enabled and not state.binding.admits(
             session.user, record.address, request.peer.address
         ):
             return False

@@ -25,30 +25,17 @@ from zcproto.observe.loop_lag import BOUNDS_MS
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import ProcessMetrics
 from zcproto.server.idempotency import OnceOnly
-from zcproto.server.operators import REASON
-from zcproto.server.protocol_methods import KEY_GONE, REVOKED_BY_USER
+from zcproto.sessions import EndReason
 from zcproto.sessions.health import State
 from zcproto.stores.pending import LIMIT as PENDING_LIMIT
-from zcproto.stores.service import CLOSED, REUSED
-
-USER_CHANGED: Final = "the user was changed"
-
-END_REASONS: Final = {
-    "expired": "expired",
-    "idle": "idle",
-    CLOSED: "closed",
-    REVOKED_BY_USER: "by_user",
-    REASON: "by_operator",
-    USER_CHANGED: "user_changed",
-    KEY_GONE: "device_removed",
-    "replaced by a newer session": "replaced",
-    REUSED: "refresh_reused",
-    "ended elsewhere": "elsewhere",
-    "revoked": "elsewhere",
-}
-"""Names for what sessions end with; all else is `other`."""
 
 OTHER: Final = "other"
+END_LABELS: Final = {reason: reason.name.lower() for reason in EndReason} | {
+    EndReason.REVOKED_ELSEWHERE: "elsewhere",
+    EndReason.UNKNOWN: OTHER,
+}
+"""The label of each reason for the end of a session."""
+
 _MS: Final = 1_000
 
 
@@ -169,11 +156,11 @@ class ServerMetrics:
         yield table.SESSIONS_REVOKED.at(registry.revoked)
         yield table.REFRESH_REUSED.at(registry.refresh_reused)
         yield table.TOKENS_REFUSED.at(registry.checks_refused)
-        ended = dict.fromkeys([*END_REASONS.values(), OTHER], 0)
+        ended = dict.fromkeys(END_LABELS.values(), 0)
         for reason, count in self.parts.state.counters.sessions_ended.items():
-            ended[END_REASONS.get(reason, OTHER)] += count
-        for reason, count in ended.items():
-            yield table.SESSIONS_ENDED.at(count, reason)
+            ended[END_LABELS[reason]] += count
+        for label, count in ended.items():
+            yield table.SESSIONS_ENDED.at(count, label)
         yield table.NOT_ADMITTED.at(binding.refused_users, "user")
         yield table.NOT_ADMITTED.at(binding.refused_addresses, "address")
         yield table.NOT_ADMITTED.at(binding.refused_clients, "client")

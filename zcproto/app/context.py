@@ -1,62 +1,78 @@
-"""What a method may know of the call that it serves."""
+"""The context of a call, for methods that need more than their parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from zcproto.auth.identity import Channel
 from zcproto.connection.events import NEVER, Request
 from zcproto.errors import Unauthenticated
+from zcproto.sessions import Session
 
-if TYPE_CHECKING:
-    from zcproto.server.protocol import ServerProtocol
-    from zcproto.sessions import Session
+
+class CallConnection(Protocol):
+    """The connection of a call, as its context uses it; implemented by `ServerProtocol`."""
+
+    peer: str
+    suppress_revoked_event: bool
+
+    @property
+    def id(self) -> str: ...
+    def wall(self) -> int: ...
+    def now(self) -> float: ...
+    def peer_certificate(self) -> bytes | None: ...
+    def channel(self) -> Channel: ...
+    def has_ended(self, request: Request) -> bool: ...
+    def prove(self, key: str) -> None: ...
+    def has_proved(self, key: str) -> bool: ...
+    def join(self, session: Session, token: bytes) -> None: ...
+    def send_event(self, session_id: str, name: str, data: Any) -> bool: ...
 
 
 class Context:
-    """One call. Methods get it through a parameter annotated `Context`."""
+    """One call. A method gets it through a parameter annotated `Context`."""
 
-    __slots__ = ("_protocol", "_request")
+    __slots__ = ("_connection", "_request")
 
-    def __init__(self, protocol: ServerProtocol, request: Request) -> None:
-        self._protocol = protocol
+    def __init__(self, connection: CallConnection, request: Request) -> None:
+        self._connection = connection
         self._request = request
 
     @property
     def session(self) -> Session | None:
-        """The session of the call's token; None for a call of a public method without one."""
+        """The session of the call's token; None if a public method was called without one."""
         return self._request.session
 
     @property
     def user(self) -> str:
         """The name of the session's user. Raises Unauthenticated if the call has no session."""
         if self._request.session is None:
-            raise Unauthenticated("this method needs a session")
+            raise Unauthenticated("this method needs a session; call session.open first")
         return self._request.session.user
 
     @property
     def peer(self) -> str:
         """The peer's network address as text, without the port."""
-        return self._protocol.peer
+        return self._connection.peer
 
     @property
     def connection(self) -> str:
-        """What the call's connection is called in the log."""
-        return self._protocol.id
+        """The id of the call's connection in the log."""
+        return self._connection.id
 
     def peer_certificate(self) -> bytes | None:
-        """The client's certificate in this connection, which TLS has verified, in DER form; None without one."""
-        return self._protocol.peer_certificate()
+        """Return the verified client certificate of this connection in DER form; None without one."""
+        return self._connection.peer_certificate()
 
     def channel(self) -> Channel:
-        """The connection, as proofs are tied to it."""
-        return self._protocol.channel()
+        """Return the connection as proofs are bound to it."""
+        return self._connection.channel()
 
     @property
     def token(self) -> bytes:
-        """The token that the call carries; zeros for none."""
+        """The call's token; zeros without one."""
         return self._request.token
 
     @property
@@ -65,62 +81,62 @@ class Context:
 
     @property
     def traceparent(self) -> str | None:
-        """W3C Trace Context's header as the caller sent it, if it was valid."""
+        """The caller's W3C Trace Context header, if it is valid."""
         return self._request.meta.traceparent
 
     @property
     def time_left(self) -> float | None:
-        """Seconds until the caller's deadline; None without one. Past it the caller has its answer already."""
+        """Seconds until the caller's deadline; None without one. After it the caller has received an error."""
         if self._request.deadline != NEVER:
-            return self._request.deadline - self._protocol.now()
+            return self._request.deadline - self._connection.now()
         deadline_ms = self._request.meta.deadline_ms
         return None if deadline_ms is None else deadline_ms / 1000
 
     @property
     def cancelled(self) -> bool:
-        """Whether the caller has its answer already: it cancelled, its deadline passed, or it is gone."""
-        return self._protocol.has_ended(self._request)
+        """Whether the result will be discarded: the caller cancelled, ran out of time or disconnected."""
+        return self._connection.has_ended(self._request)
 
     def wall(self) -> int:
-        """The server's clock, milliseconds since the Unix epoch."""
-        return self._protocol.wall()
+        """Return the server's wall clock, milliseconds since the Unix epoch."""
+        return self._connection.wall()
 
     def now(self) -> float:
-        """Monotonic seconds of the server's clock."""
-        return self._protocol.now()
+        """Return the server's monotonic clock in seconds."""
+        return self._connection.now()
 
     def prove(self, key: str) -> None:
-        """The call has proved a key: sessions that are bound to it may be used on this connection."""
-        self._protocol.prove(key)
+        """Record that the call proved a key: this connection may use the sessions bound to it."""
+        self._connection.prove(key)
 
     def has_proved(self, key: str) -> bool:
-        """Whether this connection may use the sessions that are bound to a key."""
-        return self._protocol.has_proved(key)
+        """Return whether this connection may use the sessions bound to a key."""
+        return self._connection.has_proved(key)
 
     def join(self, session: Session, token: bytes) -> None:
-        """The call opened or refreshed a session: this connection has it from here on."""
-        self._protocol.join(session, token)
+        """Attach a session that the call opened or refreshed to this connection."""
+        self._connection.join(session, token)
 
     @contextmanager
-    def asking(self) -> Iterator[None]:
-        """While it ends sessions, this connection is answered and not told by event."""
-        self._protocol.asks = True
+    def suppress_revoked_event(self) -> Iterator[None]:
+        """Suppress `session.revoked` on this connection while the body handles its own revoke request."""
+        self._connection.suppress_revoked_event = True
         try:
             yield
         finally:
-            self._protocol.asks = False
+            self._connection.suppress_revoked_event = False
 
     def send_event(self, name: str, data: Any) -> bool:
-        """Send an event about the call's session to this connection. False if it cannot be delivered.
+        """Send an event about the call's session to this connection. Return False if it cannot be delivered.
 
-        Raises MessageError for data that no frame can carry.
+        Raises MessageError for data that a frame cannot carry.
         """
         session = self._request.session
-        return session is not None and self._protocol.send_event(session.id, name, data)
+        return session is not None and self._connection.send_event(session.id, name, data)
 
 
-class OnceContext(Context):
-    """A call with an idempotency key. It goes on without its caller, as others may come for its answer."""
+class DetachedContext(Context):
+    """A call with an idempotency key. It continues without its caller: others may request its answer."""
 
     __slots__ = ()
 

@@ -14,10 +14,10 @@ from typing import Final
 from zcproto.client.backoff import Backoff
 from zcproto.client.protocol import ClientProtocol
 from zcproto.client.retry import MAX_RETRY_AFTER_MS, may_pass
-from zcproto.connection.events import EventReceived, GoAwayReceived
+from zcproto.connection.events import EventReceived, GoAwayReason, GoAwayReceived
 from zcproto.errors import CannotConnect, ConnectionClosed, TlsError, ZcprotoError
 
-QUIET_REASONS: Final = frozenset({"idle", "no_session"})
+QUIET_REASONS: Final = frozenset({GoAwayReason.IDLE, GoAwayReason.NO_SESSION})
 """The server's reasons to close what nobody used: coming back at once would only be closed again."""
 
 

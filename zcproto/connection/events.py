@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 from zcproto.errors import Code
@@ -91,6 +92,14 @@ class TokenUnknown:
 
     def __repr__(self) -> str:
         return f"TokenUnknown(code={self.code!r})"
+
+
+class GoAwayReason(StrEnum):
+    """Why a server closes a connection in good order: the reason in GOAWAY."""
+
+    DRAINING = "draining"
+    IDLE = "idle"
+    NO_SESSION = "no_session"
 
 
 class ConnectionEnded(NamedTuple):

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 from zcproto.connection.events import (
     NEVER,
     ConnectionEnded,
+    GoAwayReason,
     KeyWanted,
     RawRequest,
     Request,
@@ -557,7 +558,7 @@ class ServerConnection:
 
     # --- the end --------------------------------------------------------------------------------
 
-    def go_away(self, reason: str, retry_after_ms: int, wall: int) -> None:
+    def go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
         """Announce the end: requests in flight are still answered, new ones get UNAVAILABLE."""
         if self.state is State.OPEN:
             self.state = next_state(self.state, Input.GOAWAY)
@@ -567,7 +568,7 @@ class ServerConnection:
         """The transport is gone, or about to be closed after what is queued."""
         self.state = next_state(self.state, Input.END)
 
-    def _send_go_away(self, reason: str, retry_after_ms: int, wall: int) -> None:
+    def _send_go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
         body = encode_body({"reason": reason, "retry_after_ms": retry_after_ms})
         self._send(GOAWAY, 0, NO_TOKEN, body, wall)
 
@@ -599,15 +600,15 @@ class ServerConnection:
             events.append(RequestEnded(request, Code.DEADLINE_EXCEEDED))
         if self._expiring_at <= now:
             self._warn_of_expiry(wall, now)
-        reason = ""
+        reason = None
         if self._open_deadline <= now:
-            reason = "no_session"
+            reason = GoAwayReason.NO_SESSION
         elif self._last_frame + self._settings.idle_timeout_s <= now:
             if self._held:
                 self._last_frame = now  # who waits for an answer is not idle: look again later
             else:
-                reason = "idle"
-        if reason:
+                reason = GoAwayReason.IDLE
+        if reason is not None:
             if self.state is State.OPEN:
                 self._send_go_away(reason, 0, wall)
             self.state = next_state(self.state, Input.END)

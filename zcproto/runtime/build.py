@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from zcproto.admin.http_resources import ALPN, Resources
 from zcproto.admin.https import HTTP_ALPN, HttpSide
-from zcproto.admin.metrics import USER_CHANGED, ServerMetrics
+from zcproto.admin.metrics import ServerMetrics
 from zcproto.admin.parts import ActiveConfig, Parts
 from zcproto.admin.status import ServerStatus, server_stats
 from zcproto.admin.traffic import Traffic
@@ -49,10 +49,10 @@ from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import OnceOnly, answer_limits
 from zcproto.server.listener import Listener
 from zcproto.server.protocol import ServerProtocol
-from zcproto.server.protocol_methods import KEY_GONE, protocol_methods
+from zcproto.server.protocol_methods import protocol_methods
 from zcproto.server.state import ServerState, SessionConnections, log
-from zcproto.sessions import SessionRegistry
-from zcproto.sessions.binding import Binding
+from zcproto.sessions import EndReason, SessionRegistry
+from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.stores.service import MemorySessions, Sessions, StoredSessions
 from zcproto.stores.sync import StoreKeeper
@@ -217,7 +217,7 @@ def build_state(
             keep_ms=to_ms(config.idempotency.keep),
             limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
         ),
-        binding=Binding(config.sessions.bind_address, config.sessions.bind_client),
+        binding=SessionBinding(config.sessions.bind_address, config.sessions.bind_client),
     )
 
 
@@ -267,7 +267,7 @@ def _log_refused(event: str, reason: str, address: str) -> None:
 
 async def end_user_sessions(state: ServerState, name: str) -> int:
     """End the sessions of a user who was removed or changed; return how many."""
-    ended = await state.sessions.revoke_user(name, USER_CHANGED)
+    ended = await state.sessions.revoke_user(name, EndReason.USER_CHANGED)
     log.info("user.gone", user=name, sessions=ended)
     state.on_revoked(f"the user {name} was removed or changed", ended, False)
     return ended
@@ -278,7 +278,7 @@ async def end_device_sessions(state: ServerState, name: str, device: Device) -> 
     key = DEVICE_KEY + name
     for connection in state.connections:
         connection.disprove(key)
-    ended = await state.sessions.revoke_key(device.user, key, KEY_GONE)
+    ended = await state.sessions.revoke_key(device.user, key, EndReason.DEVICE_REMOVED)
     log.info("device.gone", device=name, user=device.user, sessions=ended)
     state.on_revoked(f"the device {name} of {device.user} was removed", ended, False)
     return ended

@@ -17,6 +17,7 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 from zcproto.admin.parts import Parts
+from zcproto.connection.events import GoAwayReason
 from zcproto.server.state import log
 from zcproto.tls.server import TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME
@@ -37,7 +38,7 @@ async def drain_connections(parts: Parts, limit: float) -> int:
     state.log_soon.write()
     log.info("server.draining", connections=len(state.connections))
     for number, connection in enumerate(list(state.connections), 1):
-        connection.go_away("draining")
+        connection.go_away(GoAwayReason.DRAINING)
         if number % GOAWAYS_PER_TURN == 0:
             await asyncio.sleep(0)
     await _within(limit, _wait_idle(parts))

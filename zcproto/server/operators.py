@@ -13,6 +13,7 @@ from zcproto.app.app import Method
 from zcproto.app.context import Context
 from zcproto.errors import InvalidArgument
 from zcproto.server.state import ServerState, log
+from zcproto.sessions import EndReason
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import BOUND, OPERATOR
 from zcproto.sessions.token import id_text
@@ -21,7 +22,6 @@ LISTED: Final = 1_000
 """Sessions in one answer: at most 500 KB, which every client takes."""
 
 REVOKED_AT_ONCE: Final = 1_000
-REASON: Final = "revoked by an operator"
 
 
 def operator_methods(state: ServerState) -> list[Method]:
@@ -39,15 +39,20 @@ def operator_methods(state: ServerState) -> list[Method]:
             raise InvalidArgument(f"at most {REVOKED_AT_ONCE} ids")
         sessions = state.sessions
         if user is not None:
-            revoked = await sessions.revoke_user(user, REASON, context.asking())
+            revoked = await sessions.revoke_user(
+                user, EndReason.BY_OPERATOR, context.suppress_revoked_event()
+            )
         elif ids is not None:
             revoked = 0
             for session_id in dict.fromkeys(ids):
                 revoked += await sessions.revoke(
-                    session_id, user=None, reason=REASON, quietly=context.asking()
+                    session_id,
+                    user=None,
+                    reason=EndReason.BY_OPERATOR,
+                    quietly=context.suppress_revoked_event(),
                 )
         else:
-            revoked = await sessions.revoke_all(REASON)
+            revoked = await sessions.revoke_all(EndReason.BY_OPERATOR)
         log.warning(
             "operator.revoked", operator=context.user, user=user, all=all, sessions=revoked, peer=context.peer
         )

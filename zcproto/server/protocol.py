@@ -17,11 +17,12 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from zcproto.app.app import RESERVED_PREFIXES
-from zcproto.app.context import Context, OnceContext
+from zcproto.app.context import Context, DetachedContext
 from zcproto.auth.certificate import certificate_key
 from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.connection.events import (
     ConnectionEnded,
+    GoAwayReason,
     KeyWanted,
     Request,
     RequestEnded,
@@ -37,7 +38,7 @@ from zcproto.server.eager import Worker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
 from zcproto.server.read_timing import PART_BITS
 from zcproto.server.state import log
-from zcproto.sessions import Session
+from zcproto.sessions import EndReason, Session
 from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.wire.frame import SALT_SIZE
 from zcproto.wire.message import NO_META, MessageError, encode_body, encode_error
@@ -77,9 +78,9 @@ class ServerProtocol(asyncio.Protocol):
         "_transport",
         "_unread",
         "_workers",
-        "asks",
         "deadline_tick",
         "peer",
+        "suppress_revoked_event",
     )
 
     def __init__(self, state: ServerState) -> None:
@@ -92,7 +93,9 @@ class ServerProtocol(asyncio.Protocol):
         self._unread = 0  # what waited for the peer then, with what was added since
         self._flush_planned = False
         self._workers: dict[Request, Worker | Waiting] | None = None
-        self.asks = False  # its own request is ending sessions: it is answered, not told by event
+        self.suppress_revoked_event = (
+            False  # its own request is ending sessions: it is answered, not told by event
+        )
         self.peer = ""
         self._number = 0
         self.deadline_tick = 0
@@ -134,7 +137,7 @@ class ServerProtocol(asyncio.Protocol):
             salt=state.entropy(SALT_SIZE),
             wall=wall,
             now=now,
-            admits=self._admits if state.binding.asks else None,
+            admits=self._admits if state.binding.is_enabled else None,
             refused=state.counters.refused,
         )
         state.connections.add(self)
@@ -145,11 +148,11 @@ class ServerProtocol(asyncio.Protocol):
             self._connection.announce(state.announcement, wall)
             state.counters.events += 1
         if state.draining:
-            self._connection.go_away("draining", state.settings.retry_draining_ms, wall)
+            self._connection.go_away(GoAwayReason.DRAINING, state.settings.retry_draining_ms, wall)
         self._flush()
         self._set_deadline()
         if state.draining:
-            self.close("draining")
+            self.close(GoAwayReason.DRAINING)
 
     def data_received(self, data: bytes) -> None:
         connection = self._connection
@@ -311,7 +314,7 @@ class ServerProtocol(asyncio.Protocol):
         try:
             arguments = method.bind(request.params)
             if method.context_name is not None:
-                arguments[method.context_name] = OnceContext(self, request)
+                arguments[method.context_name] = DetachedContext(self, request)
         except Exception as error:
             self._answer_exception(request, error)
             return
@@ -542,11 +545,11 @@ class ServerProtocol(asyncio.Protocol):
         else:
             unknown.refusal = None
 
-    def session_ended(self, session_id: str, code: Code, reason: str) -> None:
+    def session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
         """A session that was used here ended: say so, unless it simply expired or this peer asked for it."""
         if self._connection is None:
             return
-        if code is Code.TOKEN_EXPIRED or self.asks:
+        if code is Code.TOKEN_EXPIRED or self.suppress_revoked_event:
             self._connection.leave(session_id, self.now())
         else:
             self._connection.session_revoked(session_id, reason, self.wall(), self.now())
@@ -606,7 +609,7 @@ class ServerProtocol(asyncio.Protocol):
             if connection.deadline_moved:
                 self._set_deadline()
             if connection.state is State.DRAINING and not connection.in_flight:
-                self.close("draining")
+                self.close(GoAwayReason.DRAINING)
 
     # --- time --------------------------------------------------------------------------------------------
 
@@ -634,7 +637,7 @@ class ServerProtocol(asyncio.Protocol):
 
     # --- the end -----------------------------------------------------------------------------------------
 
-    def go_away(self, reason: str) -> None:
+    def go_away(self, reason: GoAwayReason) -> None:
         """Announce the end, and close as soon as nothing is in flight."""
         connection = self._connection
         if connection is None:

@@ -12,7 +12,7 @@ from zcproto.auth import Enrollment, Identity, Login
 from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
 from zcproto.server.operators import operator_methods
 from zcproto.server.state import ServerState, log
-from zcproto.sessions import OpenedSession, Session, SessionInfo
+from zcproto.sessions import EndReason, OpenedSession, Session, SessionInfo
 from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import digest_of
@@ -20,8 +20,6 @@ from zcproto.wire.frame import TOKEN_SIZE, VERSION
 from zcproto.wire.signing import SIGNATURE_SIZE
 
 CLIENT_MAX_LENGTH: Final = 128
-REVOKED_BY_USER: Final = "revoked by its user"
-KEY_GONE: Final = "the device was removed"
 
 
 def default_app() -> App:
@@ -106,7 +104,9 @@ def protocol_methods(
         )
         if identity.key:
             if login.is_gone(identity.key):  # it was removed while the session was opened
-                await state.sessions.revoke(opened.session.id, user=identity.user, reason=KEY_GONE)
+                await state.sessions.revoke(
+                    opened.session.id, user=identity.user, reason=EndReason.DEVICE_REMOVED
+                )
                 raise Unauthenticated("the device was removed; pair it again")
             context.prove(identity.key)
         return was_opened(context, opened, scheme, client)
@@ -197,12 +197,12 @@ def protocol_methods(
         session = current(context)
         if (id is None) is not all:
             raise InvalidArgument("give either id, or all = true")
-        quietly = context.asking()
+        quietly = context.suppress_revoked_event()
         if id is None:
-            revoked = await state.sessions.revoke_user(session.user, REVOKED_BY_USER, quietly)
+            revoked = await state.sessions.revoke_user(session.user, EndReason.BY_USER, quietly)
         else:
             revoked = await state.sessions.revoke(
-                id, user=session.user, reason=REVOKED_BY_USER, quietly=quietly
+                id, user=session.user, reason=EndReason.BY_USER, quietly=quietly
             )
             if not revoked:
                 raise NotFound("no session with this id")
@@ -213,7 +213,7 @@ def protocol_methods(
     async def session_close(context: Context) -> dict[str, Any]:
         """End this session."""
         session = current(context)
-        await state.sessions.close(session, context.asking())
+        await state.sessions.close(session, context.suppress_revoked_event())
         told("session.closed", context, session)
         return {}
 

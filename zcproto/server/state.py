@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 from zcproto.app.app import Method
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
+from zcproto.connection.events import GoAwayReason
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.observe.log import get_logger
@@ -18,9 +19,9 @@ from zcproto.observe.log_batch import LogBatch
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import OnceOnly
 from zcproto.server.read_timing import ReadTiming
-from zcproto.sessions import SessionRegistry
-from zcproto.sessions.binding import Binding
-from zcproto.stores.service import CLOSED, MemorySessions, Sessions
+from zcproto.sessions import EndReason, SessionRegistry
+from zcproto.sessions.binding import SessionBinding
+from zcproto.stores.service import MemorySessions, Sessions
 
 ANNOUNCED_PER_TURN: Final = 100
 RUN_SIZE: Final = 2
@@ -42,7 +43,7 @@ class Counters:
     dropped_stale: int = 0
     refused: dict[tuple[str, int], int] = field(default_factory=dict)
     """Frames that led to no method, by cause and by the code that they were answered with."""
-    sessions_ended: dict[str, int] = field(default_factory=dict)
+    sessions_ended: dict[EndReason, int] = field(default_factory=dict)
     """Live sessions, by reason."""
     events: int = 0
     """Of those that methods and the server send; warnings of expiry are the connection's own."""
@@ -71,10 +72,10 @@ class Connection(Protocol):
     @property
     def reads_too_slowly(self) -> bool: ...
     def peer_certificate(self) -> bytes | None: ...
-    def session_ended(self, session_id: str, code: Code, reason: str) -> None: ...
+    def session_ended(self, session_id: str, code: Code, reason: EndReason) -> None: ...
     def disprove(self, key: str) -> None: ...
     def announce(self, body: bytes) -> None: ...
-    def go_away(self, reason: str) -> None: ...
+    def go_away(self, reason: GoAwayReason) -> None: ...
     def cancel_all(self) -> None: ...
     def close(self, reason: str) -> None: ...
 
@@ -145,7 +146,7 @@ class ServerState:
         sessions: Sessions | None = None,
         session_connections: SessionConnections | None = None,
         once: OnceOnly | None = None,
-        binding: Binding | None = None,
+        binding: SessionBinding | None = None,
     ) -> None:
         self.settings = settings
         self.registry = registry
@@ -159,7 +160,7 @@ class ServerState:
         self.write_timeout = write_timeout
         self.session_idle_timeout_ms = session_idle_timeout_ms
         self.once = OnceOnly(tasks, clock) if once is None else once
-        self.binding = Binding() if binding is None else binding
+        self.binding = SessionBinding() if binding is None else binding
         self.sessions = MemorySessions(registry, clock) if sessions is None else sessions
         self.session_connections = (
             SessionConnections() if session_connections is None else session_connections
@@ -216,8 +217,8 @@ class ServerState:
     def add_methods(self, methods: Iterable[Method]) -> None:
         self.methods.update((method.name, method) for method in methods)
 
-    def _session_ended(self, session_id: str, code: Code, reason: str) -> None:
-        if code is Code.TOKEN_REVOKED and reason != CLOSED:
+    def _session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
+        if code is Code.TOKEN_REVOKED and reason is not EndReason.CLOSED:
             self.revoked += 1
         ended = self.counters.sessions_ended
         ended[reason] = ended.get(reason, 0) + 1

@@ -5,11 +5,12 @@ decisions), then table.py, index.py, slab.py and strings.py (how 100,000 session
 """
 
 from zcproto.sessions.registry import SessionRegistry
-from zcproto.sessions.session import OpenedSession, Session, SessionInfo, SessionSettings
+from zcproto.sessions.session import EndReason, OpenedSession, Session, SessionInfo, SessionSettings
 from zcproto.sessions.token import TOKEN_SIZE, token_from_text, token_text
 
 __all__ = [
     "TOKEN_SIZE",
+    "EndReason",
     "OpenedSession",
     "Session",
     "SessionInfo",

@@ -30,7 +30,7 @@ _IPV6_SITE: Final = 64
 """The smallest prefix assigned to an IPv6 site; one as short as in IPv4 would cover a whole provider."""
 
 
-class Binding:
+class SessionBinding:
     """The binding of all sessions. `address` is "off", "exact" or a prefix length.
 
     `is_user` returns True if a user may open sessions; None if users cannot be looked up. `refused_users`,
@@ -51,7 +51,7 @@ class Binding:
         self._client = client
 
     @property
-    def asks(self) -> bool:
+    def is_enabled(self) -> bool:
         """Return True if a valid token may still be refused."""
         return self._address != OFF or self.is_user is not None
 

@@ -18,6 +18,7 @@ from typing import Final
 from zcproto.errors import Code
 from zcproto.sessions.lifecycle import Lifecycle
 from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.session import EndReason
 from zcproto.sessions.table import LIVE, NONE, TOKEN_ONLY
 
 EVICTION_SAMPLE: Final = 64
@@ -73,13 +74,13 @@ class Exchange(Lifecycle):
     def restore_ended(self, ended: EndedRecord) -> None:
         """Insert a tombstone from a store. If its session is known here, it ends."""
         assert ended.code in _ENDED_CODES
-        if not self.end(ended.id, ended.code, "", ended.ended_at) and (
+        if not self.end(ended.id, ended.code, EndReason.UNKNOWN, ended.ended_at) and (
             self._table.tokens.find(ended.token_digest) == NONE
         ):
             self._table.add_token_tombstone(ended.token_digest, ended.code, ended.ended_at)
             self._drop_surplus_tombstone()
 
-    def end(self, session_id: bytes, code: Code, reason: str, wall: int) -> bool:
+    def end(self, session_id: bytes, code: Code, reason: EndReason, wall: int) -> bool:
         """End a live or lapsed session on behalf of a store. Return False if the id is unknown."""
         slot = self._table.ids.find(session_id)
         if slot == NONE or not self._is_kept(slot):

@@ -21,11 +21,11 @@ from typing import Final
 
 from zcproto.errors import Code
 from zcproto.sessions.grace import GraceTable
-from zcproto.sessions.session import SessionSettings
+from zcproto.sessions.session import EndReason, SessionSettings
 from zcproto.sessions.table import FREE, LAPSED, LIVE, NONE, SessionTable
 from zcproto.sessions.token import id_text
 
-Observer = Callable[[str, Code, str], None]
+Observer = Callable[[str, Code, EndReason], None]
 
 NEVER: Final = 2**63
 _ENDING_COST: Final = 4  # ending a session takes about as long as scanning this many
@@ -69,7 +69,7 @@ class Lifecycle:
         self._expires_at = table.expires_at
         self._last_used_at = table.last_used_at
         self._idle = NEVER if settings.idle_timeout_ms is None else settings.idle_timeout_ms
-        self._ended: list[tuple[bytes, Code, str]] = []  # not yet announced to observers
+        self._ended: list[tuple[bytes, Code, EndReason]] = []  # not yet announced to observers
         self._wall = 0  # of the last call that passed it; the time of death of sessions ended without one
         self._cursor = 0
         self._eviction_cursor = 0
@@ -174,13 +174,12 @@ class Lifecycle:
             return True
         if self._state[slot] == LIVE:
             self.expired += 1
-            self._invalidate(
-                slot, Code.TOKEN_EXPIRED, "expired" if wall >= self._expires_at[slot] else "idle"
-            )
+            reason = EndReason.EXPIRED if wall >= self._expires_at[slot] else EndReason.IDLE
+            self._invalidate(slot, Code.TOKEN_EXPIRED, reason)
             self._state[slot] = LAPSED
         if wall < self._table.refresh_expires_at[slot]:
             return True
-        self._end(slot, Code.TOKEN_EXPIRED, "")
+        self._end(slot, Code.TOKEN_EXPIRED, EndReason.UNKNOWN)
         return False
 
     def _refusal(self, slot: int, wall: int) -> Code:
@@ -193,14 +192,14 @@ class Lifecycle:
             return Code.TOKEN_EXPIRED
         return Code.UNAUTHENTICATED if self._is_forgotten(slot, wall) else Code(self._state[slot])
 
-    def _invalidate(self, slot: int, code: Code, reason: str) -> None:
+    def _invalidate(self, slot: int, code: Code, reason: EndReason) -> None:
         """Invalidate a live token."""
         self._live -= 1
         self.generation += 1
         if self.observers:
             self._ended.append((self._table.ids[slot], code, reason))
 
-    def _end(self, slot: int, code: Code, reason: str) -> None:
+    def _end(self, slot: int, code: Code, reason: EndReason) -> None:
         """End a live or lapsed session for good."""
         if self._state[slot] == LIVE:
             self._invalidate(slot, code, reason)
@@ -208,7 +207,7 @@ class Lifecycle:
         self._table.add_tombstone(slot, code, self._wall)
         self._drop_surplus_tombstone()
 
-    def _revoke(self, slot: int, reason: str) -> None:
+    def _revoke(self, slot: int, reason: EndReason) -> None:
         self.revoked += 1
         self._end(slot, Code.TOKEN_REVOKED, reason)
 

@@ -30,6 +30,7 @@ from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, WhenFu
 from zcproto.sessions.session import (
     BOUND,
     OPERATOR,
+    EndReason,
     NewSession,
     OpenedSession,
     Session,
@@ -128,7 +129,7 @@ class SessionRegistry(Exchange):
 
     def close(self, session: Session) -> None:
         """End a session on request of its holder. Does nothing if it has ended."""
-        self.revoke(session.id, user=session.user, reason="closed")
+        self.revoke(session.id, user=session.user, reason=EndReason.CLOSED)
 
     def refuse_all(self) -> None:
         """Refuse every token with UNAVAILABLE. Sessions do not end, and can still be revoked."""
@@ -367,7 +368,7 @@ class SessionRegistry(Exchange):
     def _refuse_reuse(self, slot: int) -> None:
         """End a session whose spent refresh token was reused (RFC 9700 section 4.14.2)."""
         self.refresh_reused += 1
-        self._revoke(slot, "refresh token reused")
+        self._revoke(slot, EndReason.REFRESH_REUSED)
         self._announce()
         raise refresh_refused(Code.TOKEN_REVOKED)
 
@@ -417,7 +418,7 @@ class SessionRegistry(Exchange):
         self._announce()
         return infos
 
-    def revoke(self, session_id: str, *, user: str | None, reason: str) -> bool:
+    def revoke(self, session_id: str, *, user: str | None, reason: EndReason) -> bool:
         """End a live or lapsed session. Return False if the id is unknown or not of `user` (None: any)."""
         slot = self._find(session_id)
         if slot == NONE or user not in (None, self._table.users[self._table.user[slot]]):
@@ -426,7 +427,7 @@ class SessionRegistry(Exchange):
         self._announce()
         return True
 
-    def revoke_user(self, user: str, reason: str) -> int:
+    def revoke_user(self, user: str, reason: EndReason) -> int:
         """End all live and lapsed sessions of a user. Return their number."""
         slots = self._table.of_user(user)
         for slot in slots:
@@ -434,7 +435,7 @@ class SessionRegistry(Exchange):
         self._announce()
         return len(slots)
 
-    def revoke_key(self, user: str, key: str, reason: str) -> int:
+    def revoke_key(self, user: str, key: str, reason: EndReason) -> int:
         """End all live and lapsed sessions of a user that are bound to a key. Return their number."""
         number = self._table.keys.find(key)
         slots = [slot for slot in self._table.of_user(user) if NONE != number == self._table.key[slot]]
@@ -443,7 +444,7 @@ class SessionRegistry(Exchange):
         self._announce()
         return len(slots)
 
-    def revoke_all(self, reason: str) -> int:
+    def revoke_all(self, reason: EndReason) -> int:
         """End every live and lapsed session. Return their number. Takes some microseconds per session."""
         before = self.revoked
         slot = 0
@@ -467,10 +468,10 @@ class SessionRegistry(Exchange):
         if len(slots) >= per_user:
             lapsed = [slot for slot in slots if self._state[slot] == LAPSED]
             if lapsed:
-                slot, code, reason = lapsed[0], Code.TOKEN_EXPIRED, ""
+                slot, code, reason = lapsed[0], Code.TOKEN_EXPIRED, EndReason.UNKNOWN
             elif when_full == "evict_oldest":
                 self.replaced += 1
-                slot, code, reason = slots[0], Code.SESSION_REPLACED, "replaced by a newer session"
+                slot, code, reason = slots[0], Code.SESSION_REPLACED, EndReason.REPLACED
             else:
                 self._announce()
                 raise ResourceExhausted(

@@ -6,6 +6,7 @@ All times are milliseconds since the Unix epoch, all durations milliseconds. No 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 from zcproto.errors import ConfigError
@@ -23,6 +24,23 @@ DEVICE_KEY: Final = "device:"
 """Prefix of the key of sessions bound to a device; the device's name follows."""
 CERTIFICATE_KEY: Final = "tls:"
 """Prefix of the key of sessions bound to a client certificate; the hex SHA-256 of its public key follows."""
+
+
+class EndReason(StrEnum):
+    """Why a session ended, as in the event `session.revoked` and in the log."""
+
+    EXPIRED = "expired"
+    IDLE = "idle"
+    CLOSED = "closed"
+    BY_USER = "revoked by its user"
+    BY_OPERATOR = "revoked by an operator"
+    USER_CHANGED = "the user was changed"
+    DEVICE_REMOVED = "the device was removed"
+    REPLACED = "replaced by a newer session"
+    REFRESH_REUSED = "refresh token reused"
+    ELSEWHERE = "ended elsewhere"
+    REVOKED_ELSEWHERE = "revoked"
+    UNKNOWN = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from zcproto.errors import CallError, Code, ResourceExhausted
+from zcproto.sessions import EndReason
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import SessionRegistry
 from zcproto.stores.answers import AnswerLimits, Answers
@@ -109,7 +110,7 @@ class MemoryStore:
         return [
             EndedRecord(record.id, record.token_digest, code, wall)
             for record in records
-            if self._registry.end(record.id, code, "", wall)
+            if self._registry.end(record.id, code, EndReason.UNKNOWN, wall)
         ]
 
     async def list(self, user: str | None = None) -> list[SessionRecord]:

@@ -29,7 +29,7 @@ from zcproto.common.clock import Clock
 from zcproto.common.network import network_of
 from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Unavailable
 from zcproto.observe.log import get_logger
-from zcproto.sessions import OpenedSession, Session, SessionInfo, SessionRegistry, SessionSettings
+from zcproto.sessions import EndReason, OpenedSession, Session, SessionInfo, SessionRegistry, SessionSettings
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import refresh_refused
 from zcproto.sessions.session import BOUND, OPERATOR
@@ -37,9 +37,6 @@ from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, 
 from zcproto.stores.pending import Revocation
 from zcproto.stores.store import LimitReached, NotRotated, StoreUnavailable
 from zcproto.stores.sync import StoreKeeper
-
-CLOSED: Final = "closed"
-REUSED: Final = "refresh token reused"
 
 UNDECIDED: Final = 8_192
 """Refreshes of which nobody knows whether the store has done them."""
@@ -96,21 +93,21 @@ class Sessions(Protocol):
         ...
 
     async def revoke(
-        self, session_id: str, *, user: str | None, reason: str, quietly: Quietly = _QUIET
+        self, session_id: str, *, user: str | None, reason: EndReason, quietly: Quietly = _QUIET
     ) -> bool:
         """End a session. False if none has this id, or if it is not `user`'s (None: any). Raises Unavailable if it
         cannot be promised that it will not come back; it has ended here all the same."""
         ...
 
-    async def revoke_user(self, user: str, reason: str, quietly: Quietly = _QUIET) -> int:
+    async def revoke_user(self, user: str, reason: EndReason, quietly: Quietly = _QUIET) -> int:
         """End all sessions of a user; how many there were. Raises as `revoke`."""
         ...
 
-    async def revoke_key(self, user: str, key: str, reason: str) -> int:
+    async def revoke_key(self, user: str, key: str, reason: EndReason) -> int:
         """End those sessions of a user that are bound to a key; how many there were. Raises as `revoke`."""
         ...
 
-    async def revoke_all(self, reason: str) -> int:
+    async def revoke_all(self, reason: EndReason) -> int:
         """End all sessions; how many of them were known here. Raises as `revoke`."""
         ...
 
@@ -189,19 +186,19 @@ class MemorySessions:
                 self.on_reuse(session_id, address)
 
     async def revoke(
-        self, session_id: str, *, user: str | None, reason: str, quietly: Quietly = _QUIET
+        self, session_id: str, *, user: str | None, reason: EndReason, quietly: Quietly = _QUIET
     ) -> bool:
         with quietly:
             return self._registry.revoke(session_id, user=user, reason=reason)
 
-    async def revoke_user(self, user: str, reason: str, quietly: Quietly = _QUIET) -> int:
+    async def revoke_user(self, user: str, reason: EndReason, quietly: Quietly = _QUIET) -> int:
         with quietly:
             return self._registry.revoke_user(user, reason)
 
-    async def revoke_key(self, user: str, key: str, reason: str) -> int:
+    async def revoke_key(self, user: str, key: str, reason: EndReason) -> int:
         return self._registry.revoke_key(user, key, reason)
 
-    async def revoke_all(self, reason: str) -> int:
+    async def revoke_all(self, reason: EndReason) -> int:
         return self._registry.revoke_all(reason)
 
     async def close(self, session: Session, quietly: Quietly = _QUIET) -> None:
@@ -333,7 +330,7 @@ class StoredSessions:
         """Whoever opened a session is gone, and nobody has its tokens."""
         await asyncio.wait([creating])
         if not creating.cancelled() and creating.exception() is None:
-            self._registry.end(record.id, Code.TOKEN_REVOKED, CLOSED, self._clock.wall())
+            self._registry.end(record.id, Code.TOKEN_REVOKED, EndReason.CLOSED, self._clock.wall())
             await self._keeper.revoke(Revocation(self._clock.wall(), record.id, record.user))
 
     # --- refreshing --------------------------------------------------------------------------------
@@ -400,13 +397,14 @@ class StoredSessions:
             log.warning("session.refresh_reused", session=id_text(session_id), peer=rotation.address)
             self.on_reuse(id_text(session_id), rotation.address)
         if refused.code is not Code.UNAUTHENTICATED:
-            self._registry.end(session_id, refused.code, REUSED if refused.reused else "", wall)
+            reason = EndReason.REFRESH_REUSED if refused.reused else EndReason.UNKNOWN
+            self._registry.end(session_id, refused.code, reason, wall)
         return refresh_refused(refused.code)
 
     # --- ending ------------------------------------------------------------------------------------
 
     async def revoke(
-        self, session_id: str, *, user: str | None, reason: str, quietly: Quietly = _QUIET
+        self, session_id: str, *, user: str | None, reason: EndReason, quietly: Quietly = _QUIET
     ) -> bool:
         raw, registry, wall = id_from_text(session_id), self._registry, self._clock.wall()
         if raw is None:
@@ -429,13 +427,13 @@ class StoredSessions:
         except StoreUnavailable as error:
             raise self._keeper.unavailable() from error
 
-    async def revoke_user(self, user: str, reason: str, quietly: Quietly = _QUIET) -> int:
+    async def revoke_user(self, user: str, reason: EndReason, quietly: Quietly = _QUIET) -> int:
         with quietly:
             known = self._registry.revoke_user(user, reason)
         ended = await self._write(Revocation(self._until(), user=user))
         return known if ended is None else max(known, len(ended))
 
-    async def revoke_key(self, user: str, key: str, reason: str) -> int:
+    async def revoke_key(self, user: str, key: str, reason: EndReason) -> int:
         registry = self._registry
         records = {record.id: record for record in registry.records(user, registry.kept)}
         registry.revoke_key(user, key, reason)
@@ -456,13 +454,13 @@ class StoredSessions:
             raise self._keeper.unavailable() from failed
         return len(ids)
 
-    async def revoke_all(self, reason: str) -> int:
+    async def revoke_all(self, reason: EndReason) -> int:
         known = self._registry.revoke_all(reason)
         await self._write(Revocation(self._until()))
         return known
 
     async def close(self, session: Session, quietly: Quietly = _QUIET) -> None:
-        await self.revoke(session.id, user=session.user, reason=CLOSED, quietly=quietly)
+        await self.revoke(session.id, user=session.user, reason=EndReason.CLOSED, quietly=quietly)
 
     def _until(self) -> int:
         """By when the sessions were opened that end now: some may be of a time before the clock was set back."""

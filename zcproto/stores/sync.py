@@ -27,7 +27,7 @@ from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import CallError, Code, ConfigError, Unavailable
 from zcproto.observe.log import get_logger
-from zcproto.sessions import SessionRegistry
+from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.health import NEVER, Alert, StoreHealth
 from zcproto.sessions.record import EndedRecord, SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
@@ -77,11 +77,10 @@ DISK_AT_LEAST_S: Final = 0.05
 """For writing down a revocation, with however short a timeout of the store."""
 
 _NO_LIMIT: Final = UserLimit(2**31 - 1, "refuse", None)
-_ENDED_ELSEWHERE: Final = "ended elsewhere"
 _REASONS: Final = {
-    Code.TOKEN_REVOKED: "revoked",
-    Code.SESSION_REPLACED: "replaced by a newer session",
-    Code.TOKEN_EXPIRED: "",
+    Code.TOKEN_REVOKED: EndReason.REVOKED_ELSEWHERE,
+    Code.SESSION_REPLACED: EndReason.REPLACED,
+    Code.TOKEN_EXPIRED: EndReason.UNKNOWN,
 }
 
 _TASK: Final = "zcproto-store"
@@ -441,7 +440,7 @@ class StoreKeeper:
 
     async def _check_one(self, ask: Ask, session_id: bytes) -> None:
         if not await self._ask_again(ask, session_id):
-            self.registry.end(session_id, Code.TOKEN_REVOKED, _ENDED_ELSEWHERE, self._clock.wall())
+            self.registry.end(session_id, Code.TOKEN_REVOKED, EndReason.ELSEWHERE, self._clock.wall())
 
     async def _ask_again(self, ask: Ask, session_id: bytes) -> bool:
         """Whether the store knows anything of a session; what it does is taken in."""
