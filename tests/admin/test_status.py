@@ -129,7 +129,7 @@ def test_a_running_server_tells_all_of_it(serve: Serve) -> None:
 def test_an_address_of_a_store_is_not_shown(serve: Serve) -> None:
     """It may hold a password: what kind of store it is says enough."""
     server = serve(store__url="memory")
-    server.server.config = server.server.config.model_copy(
+    server.server.parts.active.config = server.server.config.model_copy(
         update={
             "store": server.server.config.store.model_copy(
                 update={"url": "valkey://user:hunter2@store.example"}

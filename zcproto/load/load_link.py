@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zcproto.common.clock import system_clock
 from zcproto.errors import InvalidArgument, ResourceExhausted, ZcprotoError
@@ -13,7 +13,8 @@ from zcproto.load.tally import Kind, count
 from zcproto.wire.frame import NO_TOKEN
 
 if TYPE_CHECKING:
-    from zcproto.load.generator import Generator
+    from zcproto.common.deadlines import DeadlineWheel
+    from zcproto.load.record import Record
     from zcproto.tls.transport import TlsTransport
 
 
@@ -35,12 +36,26 @@ class Asked(NamedTuple):
     sent: float
 
 
+class LinkOwner(Protocol):
+    """The owner of many links, as they use it; implemented by `Generator`."""
+
+    wheel: DeadlineWheel
+    record: Record
+    in_flight: int
+
+    def welcomed(self, link: LoadLink) -> None: ...
+    def answered(self, link: LoadLink, asked: Asked, value: Any) -> None: ...
+    def refused(self, link: LoadLink, asked: Asked, code: int) -> None: ...
+    def link_lost(self, link: LoadLink, cause: str) -> None: ...
+    def link_gone(self) -> None: ...
+
+
 class LoadLink(Link):
     """One of many connections of a `Generator`."""
 
     __slots__ = ("_generator", "index", "intended", "pending", "stage", "tls", "token")
 
-    def __init__(self, generator: Generator, index: int) -> None:
+    def __init__(self, generator: LinkOwner, index: int) -> None:
         super().__init__(generator.wheel)
         self._generator = generator
         self.index = index
