@@ -547,7 +547,10 @@ def test_a_call_without_deadline_has_no_time_left_to_tell(client: Client) -> Non
 def test_the_user_of_a_call_without_session_is_unauthenticated(client: Client) -> None:
     assert client.call("context.user") == "ada"
     refused = client.refused("context.user", token=NO_TOKEN)
-    assert (refused.code, refused.message) == (Code.UNAUTHENTICATED, "this method needs a session")
+    assert (refused.code, refused.message) == (
+        Code.UNAUTHENTICATED,
+        "this method needs a session; call session.open first",
+    )
 
 
 def test_a_method_sends_events_to_its_caller(client: Client) -> None:
