@@ -13,7 +13,7 @@ from zcproto.tls.context import client_context, server_context
 
 @pytest.fixture(scope="session")
 def server_tls(server_pairs: ServerPairs) -> ssl.SSLContext:
-    """A server's context with a certificate of each kind of key."""
+    """A server context with one certificate per key type."""
     return server_context(server_pairs, ["zcp/1", "http/1.1"])
 
 
@@ -24,11 +24,11 @@ def client_tls(ca_file: Path) -> ssl.SSLContext:
 
 @pytest.fixture
 def tls_pair(timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> TlsPair:
-    """A TCP connection on which nothing was said yet."""
+    """A TCP connection before the first byte."""
     return TlsPair(timers, server_tls, client_tls)
 
 
 @pytest.fixture
 def agreed(tls_pair: TlsPair) -> TlsPair:
-    """A connection whose handshake is done."""
+    """A connection after the handshake."""
     return tls_pair.agree()

@@ -1,4 +1,4 @@
-"""ClientHellos built field by field (RFC 8446 section 4.1.2), so that any of them may be wrong."""
+"""Build ClientHellos field by field (RFC 8446 section 4.1.2), so that each can be invalid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SERVER_NAME, ALPN, SUPPORTED_VERSIONS, KEY_SHARE = 0, 16, 43, 51
 
 
 def vector(data: bytes, size: int) -> bytes:
-    """A vector of the TLS presentation language: its length in `size` bytes, then the data."""
+    """Return a TLS vector: its length in `size` bytes, then the data."""
     return len(data).to_bytes(size, "big") + data
 
 
@@ -21,7 +21,7 @@ def alpn(*names: bytes) -> bytes:
 
 
 def server_name(name: bytes, kind: int = 0) -> bytes:
-    """RFC 6066 section 3: a list of one name."""
+    """Return a server name extension with one name (RFC 6066 section 3)."""
     return vector(bytes([kind]) + vector(name, 2), 2)
 
 
@@ -35,7 +35,7 @@ def suite_list(*numbers: int) -> bytes:
 
 @dataclass(frozen=True)
 class Hello:
-    """A ClientHello. `extensions` are pairs of type and content; None leaves out even their length."""
+    """A ClientHello. `extensions` are pairs of type and content; None omits even their length."""
 
     legacy_version: bytes = b"\3\3"
     random: bytes = bytes(range(32))
@@ -47,7 +47,7 @@ class Hello:
     )
 
     def with_extension(self, kind: int, content: bytes | None) -> Hello:
-        """This one with another content of an extension, or without it."""
+        """Return a copy with other content of an extension, or without it."""
         others = [item for item in self.extensions or () if item[0] != kind]
         return replace(self, extensions=others if content is None else [*others, (kind, content)])
 
@@ -65,18 +65,18 @@ class Hello:
         return b"\1" + vector(self.body(), 3)
 
     def bytes(self) -> bytes:
-        """In one record."""
+        """Return the hello in one record."""
         return in_records(self.message())
 
 
 def in_records(message: bytes, size: int = 2**14, version: bytes = b"\3\1") -> bytes:
-    """A handshake message in records of at most this size."""
+    """Split a handshake message into records of at most this size."""
     parts = [message[at : at + size] for at in range(0, len(message), size)]
     return b"".join(b"\x16" + version + vector(part, 2) for part in parts)
 
 
 def with_suites(hello: bytes, *numbers: int) -> bytes:
-    """A captured ClientHello (one record) with other suites, all lengths put right."""
+    """Return a captured ClientHello (one record) with other suites and corrected lengths."""
     body = hello[9:]
     at = 34
     at += 1 + body[at]
@@ -86,7 +86,7 @@ def with_suites(hello: bytes, *numbers: int) -> bytes:
 
 
 def with_extension(hello: bytes, kind: int, content: bytes) -> bytes:
-    """A captured ClientHello (one record) with another content of one extension, which comes first."""
+    """Return a captured ClientHello (one record) with other content of one extension, moved to the front."""
     body = hello[9:]
     at = 34
     at += 1 + body[at]

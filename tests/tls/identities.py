@@ -1,4 +1,4 @@
-"""Certificates of clients, and lists of those that are revoked, as trustme's authority would issue them."""
+"""Build client certificates and revocation lists issued by a trustme CA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PEM = serialization.Encoding.PEM
 
 
 class Identity(NamedTuple):
-    """The files of a client's certificate and key."""
+    """The files of a client certificate and its key."""
 
     certificate: Path
     key: Path
@@ -31,7 +31,7 @@ class Identity(NamedTuple):
 
 
 def write_identity(folder: Path, leaf: trustme.LeafCert, name: str = "client") -> Identity:
-    """Its files, the key for its owner alone."""
+    """Write the certificate, and the key with mode 0600."""
     identity = Identity(folder / f"{name}.crt", folder / f"{name}.key")
     identity.certificate.write_bytes(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
     identity.key.touch(0o600)
@@ -62,7 +62,7 @@ def revocation_list(
     end: timedelta = DAY,
     signer: trustme.CA | None = None,
 ) -> bytes:
-    """The PEM of an authority's list; `signer` may be another one than who it says it is from."""
+    """Return the PEM of a CRL; `signer` may differ from the named issuer."""
     now = datetime.now(UTC)
     issuer, key = _issuer(ca)
     builder = x509.CertificateRevocationListBuilder(issuer.subject, now + start, now + end)
@@ -76,7 +76,7 @@ def revocation_list(
 
 
 def for_servers_only(ca: trustme.CA, folder: Path) -> Identity:
-    """A certificate that is not for clients (RFC 5280 section 4.2.1.12)."""
+    """Return a certificate without the client purpose (RFC 5280 section 4.2.1.12)."""
     issuer, issuer_key = _issuer(ca)
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
@@ -101,7 +101,7 @@ def for_servers_only(ca: trustme.CA, folder: Path) -> Identity:
 
 
 def locked(key: Path, passphrase: bytes) -> Path:
-    """The key once more, encrypted."""
+    """Return a copy with the key encrypted."""
     loaded = serialization.load_pem_private_key(key.read_bytes(), None)
     path = key.with_suffix(".locked.key")
     path.touch(0o600)

@@ -1,4 +1,4 @@
-"""A server's TLS transport and a client of OpenSSL, joined in memory; and records that no client would send."""
+"""Join a server transport and an OpenSSL client in memory, and forge hostile records."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PATIENCE = 20.0
 ALERT, HANDSHAKE, DATA = 21, 22, 23
 
 
-class Above(asyncio.Protocol):
-    """What speaks above TLS: notes what it is told, and does on each what the test wants."""
+class RecordingProtocol(asyncio.Protocol):
+    """A protocol that records its callbacks and runs an action of the test on each."""
 
     def __init__(self, **then: Callable[..., object]) -> None:
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
         self.received = bytearray()
         self.pieces: list[bytes] = []
         self.transport: Any = None
@@ -42,7 +42,7 @@ class Above(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
-        self.told.append("made")
+        self.calls.append("made")
         self._do("made")
 
     def data_received(self, data: bytes) -> None:
@@ -51,31 +51,31 @@ class Above(asyncio.Protocol):
         self._do("data", data)
 
     def eof_received(self) -> None:
-        self.told.append("eof")
+        self.calls.append("eof")
         self._do("eof")
 
     def pause_writing(self) -> None:
-        self.told.append("pause")
+        self.calls.append("pause")
         self._do("pause")
 
     def resume_writing(self) -> None:
-        self.told.append("resume")
+        self.calls.append("resume")
         self._do("resume")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.told.append(exc)
+        self.calls.append(exc)
         self.transport = None
 
 
 async def all_gone(connections: Iterable[TlsServerTransport]) -> None:
-    """Wait until nothing is left of a server's connections: only then may its loop end."""
+    """Wait until all connections of a server are gone, before its loop ends."""
     async with asyncio.timeout(PATIENCE):
         while any(each._phase is not Phase.CLOSED for each in connections):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
 class TlsPair:
-    """One connection: `server` is ours, over the TCP of `raw`; `client` is OpenSSL's, over two BIOs."""
+    """One connection: `server` over the mock TCP of `raw`, `client` an SSLObject over two BIOs."""
 
     def __init__(
         self,
@@ -83,17 +83,17 @@ class TlsPair:
         server_context: ssl.SSLContext | SiteContexts,
         client_context: ssl.SSLContext,
         *,
-        above: Above | None = None,
+        protocol: RecordingProtocol | None = None,
         acceptor: TlsAcceptor | None = None,
         host: str = "localhost",
         kind: type[TlsServerTransport] = TlsServerTransport,
         **options: Any,
     ) -> None:
         self.timers = timers
-        self.above = Above() if above is None else above
+        self.protocol = RecordingProtocol() if protocol is None else protocol
         self.log: list[Any] = []
         if acceptor is None:
-            acceptor = new_acceptor(timers, server_context, lambda: self.above, self.log, **options)
+            acceptor = new_acceptor(timers, server_context, lambda: self.protocol, self.log, **options)
         self.acceptor = acceptor
         self.server = kind(acceptor, PEER)
         self.raw = MockTransport(timers)
@@ -104,19 +104,19 @@ class TlsPair:
     # the handshake
 
     def step(self) -> bytes:
-        """Let the client do its part of the handshake; what it sends."""
+        """Advance the client's handshake. Return the bytes it sends."""
         with contextlib.suppress(ssl.SSLWantReadError):
             self.client.do_handshake()
         return self.outgoing.read()
 
     def hear(self) -> bytes:
-        """Give the client what the server has sent; the bytes."""
+        """Pass the server's output to the client. Return the bytes."""
         data = self.raw.take()
         self.incoming.write(data)
         return data
 
     def agree(self) -> TlsPair:
-        """The whole handshake."""
+        """Complete the handshake."""
         self.raw.deliver(self.step())
         self.hear()
         self.raw.deliver(self.step())
@@ -134,7 +134,7 @@ class TlsPair:
     # data
 
     def sealed(self, data: bytes) -> bytes:
-        """What the client sends for this."""
+        """Return the client's records for this data."""
         for start in range(0, len(data), 16_384):
             self.client.write(data[start : start + 16_384])
         return self.outgoing.read()
@@ -143,7 +143,7 @@ class TlsPair:
         self.raw.deliver(self.sealed(data), piece)
 
     def client_reads(self) -> bytes:
-        """All that the client has got, to the end of what was sent or to the server's close_notify."""
+        """Return all data received by the client, up to the server's close_notify."""
         self.hear()
         data = b""
         while True:
@@ -156,13 +156,13 @@ class TlsPair:
             data += part
 
     def client_closes(self) -> bytes:
-        """The client's close_notify."""
+        """Return the client's close_notify."""
         with contextlib.suppress(ssl.SSLWantReadError):
             self.client.unwrap()
         return self.outgoing.read()
 
     def client_saw_close_notify(self) -> bool:
-        """Whether the stream that the client got ended cleanly."""
+        """Return True if the client's stream ended with close_notify."""
         self.hear()
         try:
             while self.client.read(65_536):
@@ -174,7 +174,7 @@ class TlsPair:
         return True
 
     def refusal(self) -> ssl.SSLError:
-        """The error that the client gets from what the server has sent."""
+        """Return the error that the client raises for the server's output."""
         self.hear()
         try:
             self.client.do_handshake()
@@ -195,9 +195,7 @@ def new_acceptor(
 ) -> TlsAcceptor:
     options.setdefault("protocols", {"zcp/1": factory, "http/1.1": factory, None: factory})
     options.setdefault("suites", frozenset(SUITES))
-    options.setdefault(
-        "perf_counter", lambda: 0.0
-    )  # however busy the machine, no handshake takes up its turn
+    options.setdefault("perf_counter", lambda: 0.0)  # on a busy machine, no handshake uses up a turn
     return TlsAcceptor(
         context,
         wheel=DeadlineWheel(timers),
@@ -210,7 +208,7 @@ def new_acceptor(
 
 
 def records(data: bytes) -> list[tuple[int, bytes]]:
-    """The TLS records of a stream: type and content."""
+    """Yield type and content of the TLS records of a stream."""
     found: list[tuple[int, bytes]] = []
     while data:
         kind, _, length = struct.unpack("!BHH", data[:5])
@@ -221,21 +219,21 @@ def records(data: bytes) -> list[tuple[int, bytes]]:
 
 
 def captured_hello(context: ssl.SSLContext, host: str | None = "localhost") -> bytes:
-    """The first bytes that OpenSSL's client sends."""
+    """Return the first bytes of an OpenSSL client."""
     outgoing = ssl.MemoryBIO()
     client = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=host)
     try:
         client.do_handshake()
     except ssl.SSLWantReadError:
         return outgoing.read()
-    raise AssertionError("a handshake with nobody")
+    raise AssertionError("a handshake without a peer")
 
 
 class Forger:
-    """Makes records under a client's keys (RFC 8446 sections 5.2 and 7.3), valid or not.
+    """Make records with a client's keys (RFC 8446 sections 5.2 and 7.3), valid or not.
 
-    Only TLS_AES_256_GCM_SHA384, which is what the server prefers. `secret` is the client's application
-    traffic secret, from the file that its context was told to log keys to.
+    Supports TLS_AES_256_GCM_SHA384, the server's preference. `secret` is the client's application traffic secret
+    from its key log.
     """
 
     def __init__(self, key_log: Path) -> None:
@@ -261,7 +259,7 @@ class Forger:
         return header + self._key.encrypt(nonce, inner, header)
 
     def key_update(self, *, answer: bool = False) -> bytes:
-        """RFC 8446 section 4.6.3; the next record is under new keys."""
+        """Return a KeyUpdate (RFC 8446 section 4.6.3) and switch to the new keys."""
         data = self.record(b"\x18\0\0\x01" + bytes([answer]), HANDSHAKE)
         self._secret = self._expand(b"traffic upd", 48)
         self._derive()

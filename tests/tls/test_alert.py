@@ -1,4 +1,4 @@
-"""The alerts that are sent before OpenSSL has seen a byte."""
+"""Test the alerts sent before OpenSSL is involved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from zcproto.tls.alert import Alert, alert_record
 
 
-def test_the_numbers_are_those_of_the_standard() -> None:
+def test_alert_numbers_match_rfc_8446() -> None:
     """RFC 8446 section 6."""
     assert {alert.name: alert.value for alert in Alert} == {
         "UNEXPECTED_MESSAGE": 10,
@@ -22,12 +22,12 @@ def test_the_numbers_are_those_of_the_standard() -> None:
     }
 
 
-def test_an_alert_is_one_fatal_plaintext_record() -> None:
+def test_alert_is_one_fatal_plaintext_record() -> None:
     assert alert_record(Alert.PROTOCOL_VERSION) == bytes.fromhex("15 0303 0002 02 46")
 
 
 @pytest.mark.parametrize("alert", Alert)
-def test_openssl_understands_each_of_them(alert: Alert, client_tls: ssl.SSLContext) -> None:
+def test_openssl_parses_each_alert(alert: Alert, client_tls: ssl.SSLContext) -> None:
     incoming = ssl.MemoryBIO()
     client = client_tls.wrap_bio(incoming, ssl.MemoryBIO(), server_hostname="localhost")
     with pytest.raises(ssl.SSLWantReadError):

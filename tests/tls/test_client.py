@@ -1,4 +1,4 @@
-"""The client's side of TLS, against OpenSSL's server in memory and against our own over loopback."""
+"""Test the TLS client against OpenSSL in memory and against our server over loopback."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ DAY = timedelta(days=1)
 
 
 class Recorder(asyncio.Protocol):
-    """What the protocol above was told."""
+    """A protocol that records its callbacks."""
 
     def __init__(self, on_made: Callable[[Any], None] = lambda transport: None) -> None:
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
         self.received = bytearray()
         self._on_made = on_made
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.told.append("made")
+        self.calls.append("made")
         self._on_made(transport)
 
     def data_received(self, data: bytes) -> None:
         self.received += data
 
     def eof_received(self) -> None:
-        self.told.append("eof")
+        self.calls.append("eof")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.told.append(exc)
+        self.calls.append(exc)
 
 
 class Peer:
-    """A server in memory, joined to a client transport by a mock of TCP."""
+    """An OpenSSL server in memory, joined to a client transport by a mock of TCP."""
 
     def __init__(
         self,
@@ -73,12 +73,12 @@ class Peer:
         wall: int = WALL,
         protocol: Recorder | None = None,
     ) -> None:
-        self.told: list[TlsError | None] = []
+        self.calls: list[TlsError | None] = []
         self.protocol = Recorder() if protocol is None else protocol
         self.connector = TlsConnector(
             client, host, DeadlineWheel(timers), pins=pins, wall=lambda: wall, handshake_timeout=5.0
         )
-        self.client = self.connector.transport(self.protocol, self.told.append)
+        self.client = self.connector.transport(self.protocol, self.calls.append)
         self.raw = MockTransport(timers)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = server.wrap_bio(self.incoming, self.outgoing, server_side=True)
@@ -90,7 +90,7 @@ class Peer:
         return self
 
     def pump(self) -> Peer:
-        """Carry bytes both ways until nobody has any."""
+        """Transfer bytes both ways until both ends are idle."""
         while True:
             sent = self.raw.take()
             self.incoming.write(sent)
@@ -114,11 +114,11 @@ class Peer:
 
     @property
     def failure(self) -> TlsError:
-        """What went wrong. It is told when the server has closed its end, too, and not before."""
+        """Return the reported error. It is reported only after the server has closed its end."""
         if not self.raw.lost:
-            assert self.told == []
+            assert self.calls == []
             self.raw.lose()
-        (error,) = self.told
+        (error,) = self.calls
         assert error is not None
         return error
 
@@ -145,13 +145,13 @@ def peer(timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path) -> Peer:
     return Peer(timers, serving(leaf), client_context(ca_file=ca_file))
 
 
-# --- a good server ----------------------------------------------------------------------------------
+# --- valid server ----------------------------------------------------------------------------------
 
 
-def test_a_trusted_server_is_agreed_on_and_data_flows_both_ways(peer: Peer) -> None:
+def test_trusted_server_exchanges_data_both_ways(peer: Peer) -> None:
     peer.connect().pump()
-    assert peer.told == [None]
-    assert peer.protocol.told == ["made"]
+    assert peer.calls == [None]
+    assert peer.protocol.calls == ["made"]
     assert peer.tls.selected_alpn_protocol() == "zcp/1"
     peer.tls.write(b"welcome")
     peer.pump()
@@ -161,14 +161,12 @@ def test_a_trusted_server_is_agreed_on_and_data_flows_both_ways(peer: Peer) -> N
     assert peer.tls.read(100) == b"request"
 
 
-def test_what_comes_in_the_same_read_as_the_end_of_the_handshake_is_not_lost(
-    peer: Peer, timers: FakeTimers
-) -> None:
+def test_data_in_the_same_read_as_end_of_handshake_is_delivered(peer: Peer, timers: FakeTimers) -> None:
     peer.connect()
     peer.incoming.write(peer.raw.take())
     peer._step()
     flight = peer.outgoing.read()
-    assert not peer.agreed  # the server has said all but waits for our Finished
+    assert not peer.agreed  # the server waits only for our Finished
     peer.raw.deliver(flight)
     peer.incoming.write(peer.raw.take())
     peer._step()
@@ -177,32 +175,32 @@ def test_what_comes_in_the_same_read_as_the_end_of_the_handshake_is_not_lost(
     assert peer.protocol.received == b"at once"
 
 
-def test_the_handshake_may_come_byte_by_byte(peer: Peer) -> None:
+def test_handshake_byte_by_byte_succeeds(peer: Peer) -> None:
     peer.connect()
     while not peer.agreed:
         peer.incoming.write(peer.raw.take())
         peer._step()
         peer.raw.deliver(peer.outgoing.read(), piece=1)
-    assert peer.told == [None]
+    assert peer.calls == [None]
 
 
-def test_after_the_handshake_there_is_no_deadline(peer: Peer, timers: FakeTimers) -> None:
+def test_no_deadline_after_handshake(peer: Peer, timers: FakeTimers) -> None:
     peer.connect().pump()
     timers.advance(3_600)
-    assert peer.protocol.told == ["made"]
+    assert peer.protocol.calls == ["made"]
 
 
-def test_a_protocol_that_closes_at_once_is_obeyed(
+def test_protocol_may_close_in_connection_made(
     timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path
 ) -> None:
     protocol = Recorder(on_made=lambda transport: transport.close())
     peer = Peer(timers, serving(leaf), client_context(ca_file=ca_file), protocol=protocol).connect().pump()
-    assert peer.told == [None]
+    assert peer.calls == [None]
     assert peer.client.is_closing()
     assert peer.raw.eof_written
 
 
-def test_a_protocol_that_reads_later_gets_what_came_meanwhile(
+def test_paused_protocol_gets_buffered_data_later(
     timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path
 ) -> None:
     protocol = Recorder(on_made=lambda transport: transport.pause_reading())
@@ -216,29 +214,27 @@ def test_a_protocol_that_reads_later_gets_what_came_meanwhile(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::1%lo"])
-def test_an_address_is_looked_for_in_the_certificate_too(
+def test_ip_address_is_matched_in_certificate(
     timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path, host: str
 ) -> None:
     peer = Peer(timers, serving(leaf), client_context(ca_file=ca_file), host=host).connect().pump()
-    assert peer.told == [None]
+    assert peer.calls == [None]
 
 
-# --- a certificate that is not good -----------------------------------------------------------------
+# --- invalid certificates -----------------------------------------------------------------
 
 
-def test_a_server_of_another_authority_is_untrusted_and_is_told_so_by_an_alert(
-    timers: FakeTimers, ca_file: Path
-) -> None:
+def test_server_of_unknown_ca_is_untrusted_and_gets_alert(timers: FakeTimers, ca_file: Path) -> None:
     other = trustme.CA(key_type=trustme.KeyType.ECDSA).issue_cert("localhost")
     peer = Peer(timers, serving(other), client_context(ca_file=ca_file)).connect().pump()
     assert peer.failure.failure == "certificate_untrusted"
     assert "issuer" in peer.failure.detail
     assert peer.error is not None
     assert "UNKNOWN_CA" in peer.error.reason
-    assert peer.protocol.told == []
+    assert peer.protocol.calls == []
 
 
-def test_an_expired_certificate_is_told_from_an_untrusted_one(
+def test_expired_certificate_is_distinguished_from_untrusted(
     timers: FakeTimers, ca: trustme.CA, ca_file: Path
 ) -> None:
     old = ca.issue_cert("localhost", not_after=datetime.now(UTC) - DAY)
@@ -248,7 +244,7 @@ def test_an_expired_certificate_is_told_from_an_untrusted_one(
 
 
 @pytest.mark.parametrize("host", ["example.org", "127.0.0.2"])
-def test_a_certificate_for_another_name_is_told_from_an_untrusted_one(
+def test_name_mismatch_is_distinguished_from_untrusted(
     timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path, host: str
 ) -> None:
     peer = Peer(timers, serving(leaf), client_context(ca_file=ca_file), host=host).connect().pump()
@@ -256,36 +252,34 @@ def test_a_certificate_for_another_name_is_told_from_an_untrusted_one(
     assert host in peer.failure.detail
 
 
-def test_with_verification_off_any_certificate_will_do(timers: FakeTimers) -> None:
+def test_without_verification_any_certificate_is_accepted(timers: FakeTimers) -> None:
     other = trustme.CA().issue_cert("elsewhere")
     peer = Peer(timers, serving(other), client_context(verify=False)).connect().pump()
-    assert peer.told == [None]
+    assert peer.calls == [None]
 
 
-# --- what the handshake agreed on -------------------------------------------------------------------
+# --- negotiated parameters -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpn", [[], ["h2"]])
-def test_a_server_that_does_not_choose_zcp_1_is_left_without_a_byte(
+def test_server_without_zcp_alpn_gets_no_byte(
     timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path, alpn: list[str]
 ) -> None:
     peer = Peer(timers, serving(leaf, alpn), client_context(ca_file=ca_file)).connect().pump()
     assert peer.failure.failure == "no_application_protocol"
-    assert not peer.agreed  # not even our Finished went out
+    assert not peer.agreed  # not even our Finished was sent
     assert peer.raw.eof_written
-    assert peer.protocol.told == []
+    assert peer.protocol.calls == []
 
 
-def test_a_suite_outside_the_contract_is_refused_whoever_offered_it(
-    peer: Peer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disallowed_suite_is_refused(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tls_client, "suites_are_allowed", lambda tls, suites: False)
     peer.connect().pump()
     assert peer.failure.failure == "wrong_parameters"
     assert not peer.agreed
 
 
-def test_a_server_that_speaks_tls_1_2_only_is_told_apart(
+def test_tls_1_2_only_server_is_unsupported_version(
     timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path
 ) -> None:
     context = serving(leaf)
@@ -305,7 +299,7 @@ def test_a_server_that_speaks_tls_1_2_only_is_told_apart(
         (b"SSH-2.0-OpenSSH_9.9\r\n", "not_tls"),
     ],
 )
-def test_each_refusal_has_its_cause_and_a_sentence(peer: Peer, answer: bytes, failure: str) -> None:
+def test_each_refusal_has_cause_and_message(peer: Peer, answer: bytes, failure: str) -> None:
     peer.connect()
     peer.raw.take()
     peer.raw.deliver(answer)
@@ -313,69 +307,69 @@ def test_each_refusal_has_its_cause_and_a_sentence(peer: Peer, answer: bytes, fa
     assert peer.failure.detail
 
 
-def test_alert_120_is_known_by_its_words_where_python_has_no_name_for_it() -> None:
+def test_alert_120_is_recognised_by_message_without_reason_name() -> None:
     error = ssl.SSLError(1, "[SSL] tlsv1 alert no application protocol (_ssl.c:1006)")
     error.reason = None  # type: ignore[assignment]
     assert failure_of(error) is TlsFailure.NO_APPLICATION_PROTOCOL
 
 
-def test_a_server_that_wants_a_client_certificate_ends_the_open_connection(
+def test_required_client_certificate_ends_open_connection(
     timers: FakeTimers, leaf: trustme.LeafCert, ca: trustme.CA, ca_file: Path
 ) -> None:
     context = serving(leaf)
     ca.configure_trust(context)
     context.verify_mode = ssl.CERT_REQUIRED
     peer = Peer(timers, context, client_context(ca_file=ca_file)).connect().pump()
-    assert peer.told == [None]  # in TLS 1.3 a client is done before its certificate is looked at
+    assert peer.calls == [None]  # in TLS 1.3 the client finishes before its certificate is verified
     peer.raw.lose()
-    assert isinstance(peer.protocol.told[-1], TlsError)
-    assert peer.protocol.told[-1].failure == "certificate_required"
-    assert "key_file" in peer.protocol.told[-1].detail
-    assert peer.client.error is peer.protocol.told[-1]
+    assert isinstance(peer.protocol.calls[-1], TlsError)
+    assert peer.protocol.calls[-1].failure == "certificate_required"
+    assert "key_file" in peer.protocol.calls[-1].detail
+    assert peer.client.error is peer.protocol.calls[-1]
 
 
-# --- the end before the beginning -------------------------------------------------------------------
+# --- failed handshakes -------------------------------------------------------------------
 
 
-def test_silence_ends_at_the_handshake_timeout(peer: Peer, timers: FakeTimers) -> None:
+def test_silent_server_ends_at_handshake_timeout(peer: Peer, timers: FakeTimers) -> None:
     peer.connect()
     timers.advance(4.9)
-    assert peer.told == []
+    assert peer.calls == []
     timers.advance(0.3)
     assert peer.raw.eof_written
     timers.advance(LINGER_TIME + 1)
     assert peer.raw.aborted
-    assert peer.told == [peer.failure]
+    assert peer.calls == [peer.failure]
     assert peer.failure.failure == "handshake_timeout"
     assert peer.failure.detail
 
 
 @pytest.mark.parametrize("end", [MockTransport.deliver_eof, MockTransport.lose])
-def test_a_server_that_closes_before_tls_is_agreed_is_told_from_a_truncation(
+def test_close_during_handshake_is_distinguished_from_truncation(
     peer: Peer, timers: FakeTimers, end: Callable[[MockTransport], None]
 ) -> None:
     peer.connect()
     end(peer.raw)
     assert peer.failure.failure == "disconnected"
     timers.advance(LINGER_TIME + 1)
-    assert peer.protocol.told == []
+    assert peer.protocol.calls == []
 
 
-def test_whoever_waits_is_told_when_we_close_it_ourselves(peer: Peer, timers: FakeTimers) -> None:
+def test_local_close_during_handshake_is_reported(peer: Peer, timers: FakeTimers) -> None:
     peer.connect()
     peer.client.close()
     peer.raw.lose()
     assert peer.failure.failure == "disconnected"
 
 
-def test_an_aborted_handshake_is_told_once(peer: Peer, timers: FakeTimers) -> None:
+def test_aborted_handshake_is_reported_once(peer: Peer, timers: FakeTimers) -> None:
     peer.connect()
     peer.client.abort()
     timers.run()
     assert peer.failure.failure == "disconnected"
 
 
-def test_after_the_end_nothing_keeps_the_protocol_alive(peer: Peer, timers: FakeTimers) -> None:
+def test_no_reference_to_protocol_after_end(peer: Peer, timers: FakeTimers) -> None:
     peer.connect()
     peer.client.abort()
     timers.run()
@@ -384,7 +378,7 @@ def test_after_the_end_nothing_keeps_the_protocol_alive(peer: Peer, timers: Fake
     assert peer.client._phase is Phase.CLOSED
 
 
-def test_a_transport_has_no_dict_for_there_are_many() -> None:
+def test_transport_uses_slots() -> None:
     assert "__dict__" not in TlsClientTransport.__slots__
     assert "__slots__" in vars(TlsClientTransport)
 
@@ -393,18 +387,18 @@ def test_a_transport_has_no_dict_for_there_are_many() -> None:
 
 
 @pytest.mark.parametrize("pin_of", [key_pin, certificate_pin])
-def test_a_pin_alone_is_trust_enough(
+def test_pin_alone_is_sufficient(
     timers: FakeTimers, leaf: trustme.LeafCert, pin_of: Callable[[bytes], str]
 ) -> None:
     pins = parse_pins(["sha256/" + "A" * 43 + "=", pin_of(der_of(leaf))])
     wall = round(datetime.now(UTC).timestamp() * 1000)
     peer = Peer(timers, serving(leaf), client_context(verify=False), pins=pins, wall=wall).connect().pump()
-    assert peer.told == [None]
+    assert peer.calls == [None]
     assert peer.agreed
 
 
 @pytest.mark.parametrize("by_ca", [True, False])
-def test_a_wrong_pin_ends_it_before_any_byte_and_shows_both_pins(
+def test_wrong_pin_ends_connection_before_any_byte_and_names_both_pins(
     timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path, by_ca: bool
 ) -> None:
     wrong = "sha256/" + "A" * 43 + "="
@@ -418,10 +412,10 @@ def test_a_wrong_pin_ends_it_before_any_byte_and_shows_both_pins(
     assert not peer.agreed
     assert peer.raw.take() == b""
     assert peer.raw.eof_written
-    assert peer.protocol.told == []
+    assert peer.protocol.calls == []
 
 
-def test_of_many_expected_pins_some_are_shown(timers: FakeTimers, leaf: trustme.LeafCert) -> None:
+def test_long_list_of_expected_pins_is_shortened(timers: FakeTimers, leaf: trustme.LeafCert) -> None:
     pins = ["sha256/" + base64.b64encode(bytes([number]) * 32).decode() for number in range(64)]
     context = client_context(verify=False)
     peer = Peer(timers, serving(leaf), context, pins=parse_pins(pins)).connect().pump()
@@ -429,17 +423,15 @@ def test_of_many_expected_pins_some_are_shown(timers: FakeTimers, leaf: trustme.
     assert f"or {64 - SHOWN_PINS} more" in peer.failure.detail
 
 
-def test_a_pin_adds_to_the_checks_of_the_authority(
-    timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path
-) -> None:
+def test_pin_is_checked_in_addition_to_ca(timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path) -> None:
     pins = parse_pins([key_pin(der_of(leaf))])
     good = Peer(timers, serving(leaf), client_context(ca_file=ca_file), pins=pins).connect().pump()
-    assert good.told == [None]
+    assert good.calls == [None]
     bad = Peer(timers, serving(leaf), client_context(ca_file=ca_file), pins=pins, host="example.org")
     assert bad.connect().pump().failure.failure == "certificate_name_mismatch"
 
 
-def test_a_pin_does_not_excuse_another_name(timers: FakeTimers, leaf: trustme.LeafCert) -> None:
+def test_pin_does_not_replace_name_check(timers: FakeTimers, leaf: trustme.LeafCert) -> None:
     pins = parse_pins([key_pin(der_of(leaf))])
     wall = round(datetime.now(UTC).timestamp() * 1000)
     context = client_context(verify=False)
@@ -490,12 +482,12 @@ def verdict(der: bytes, host: str = "localhost", *, wall: int = WALL) -> TlsFail
         (DNS, "127.0.0.1", False),
         (ADDRESS, "192.0.2.1", True),
         (ADDRESS, "192.0.2.2", False),
-        ([x509.DNSName("192.0.2.1")], "192.0.2.1", False),  # an address is no DNS name
+        ([x509.DNSName("192.0.2.1")], "192.0.2.1", False),  # addresses do not match DNS names
         ([x509.RFC822Name("localhost")], "localhost", False),
         (None, "localhost", False),  # the common name does not count (RFC 9525 section 2)
     ],
 )
-def test_a_pinned_certificate_must_be_for_the_host(
+def test_pinned_certificate_must_match_host(
     names: list[x509.GeneralName] | None, host: str, matches: bool
 ) -> None:
     expected = None if matches else TlsFailure.CERTIFICATE_NAME_MISMATCH
@@ -505,18 +497,18 @@ def test_a_pinned_certificate_must_be_for_the_host(
 @pytest.mark.parametrize(
     ("days", "good"), [(-1.1, False), (-0.9, True), (0, True), (0.9, True), (1.1, False)]
 )
-def test_a_pinned_certificate_must_be_valid_now(days: float, good: bool) -> None:
+def test_pinned_certificate_must_be_valid_now(days: float, good: bool) -> None:
     found = verdict(certificate(list(DNS)), wall=WALL + round(days * 86_400_000))
     assert found is (None if good else TlsFailure.CERTIFICATE_EXPIRED)
 
 
-def test_a_certificate_that_cannot_be_read_is_not_trusted() -> None:
+def test_unreadable_certificate_is_untrusted() -> None:
     found = judge_pinned(b"\x30\x00", frozenset({"x"}), host="a", wall=WALL, chain_is_checked=True)
     assert found is not None
     assert found[0] is TlsFailure.CERTIFICATE_UNTRUSTED
 
 
-def test_the_key_pin_is_the_hash_of_the_public_key_as_rfc_7469_says(leaf: trustme.LeafCert) -> None:
+def test_key_pin_follows_rfc_7469(leaf: trustme.LeafCert) -> None:
     public_key = x509.load_der_x509_certificate(der_of(leaf)).public_key()
     spki = public_key.public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -538,7 +530,7 @@ def test_the_key_pin_is_the_hash_of_the_public_key_as_rfc_7469_says(leaf: trustm
         ("www.*.org", "www.example.org", False),
     ],
 )
-def test_a_star_stands_for_one_whole_first_label(pattern: str, host: str, matches: bool) -> None:
+def test_wildcard_matches_exactly_one_label(pattern: str, host: str, matches: bool) -> None:
     assert dns_name_matches(pattern, host) is matches
 
 
@@ -546,9 +538,7 @@ def test_a_star_stands_for_one_whole_first_label(pattern: str, host: str, matche
 
 
 @pytest.mark.parametrize("kind", ["ecdsa", "rsa"])
-async def test_it_agrees_with_our_own_server_over_loopback(
-    server_pairs: ServerPairs, ca_file: Path, kind: str
-) -> None:
+async def test_client_and_server_over_loopback(server_pairs: ServerPairs, ca_file: Path, kind: str) -> None:
     loop = asyncio.get_running_loop()
     wheel = DeadlineWheel(loop)
     received: asyncio.Future[bytes] = loop.create_future()
@@ -571,12 +561,12 @@ async def test_it_agrees_with_our_own_server_over_loopback(
     server = await loop.create_server(lambda: accepted, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     connector = TlsConnector(client_context(ca_file=ca_file), host, wheel, wall=lambda: WALL)
-    told: list[TlsError | None] = []
+    errors: list[TlsError | None] = []
     protocol = Listener()
-    await loop.create_connection(lambda: connector.transport(protocol, told.append), host, port)
+    await loop.create_connection(lambda: connector.transport(protocol, errors.append), host, port)
     assert await received == b"welcome"
-    assert told == [None]
-    assert protocol.told == ["made", "eof", None]
+    assert errors == [None]
+    assert protocol.calls == ["made", "eof", None]
     server.close()
     await server.wait_closed()
     await all_gone([accepted])

@@ -1,4 +1,4 @@
-"""Clients with certificates: who is let in, what the others are told, and what is counted."""
+"""Test client certificates: acceptance, alerts and counters of refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OTHER_PIN = "sha256/" + "A" * 43 + "="
 
 @pytest.fixture(scope="module")
 def client_ca() -> trustme.CA:
-    """The authority of the clients, which is not the servers'."""
+    """The CA of the clients, which is not that of the servers."""
     return trustme.CA(organization_name="clients", key_type=trustme.KeyType.ECDSA)
 
 
@@ -46,7 +46,7 @@ Asking = Callable[..., ssl.SSLContext]
 
 @pytest.fixture
 def asking(server_pairs: ServerPairs, client_ca: trustme.CA) -> Asking:
-    """A server's context that asks for certificates."""
+    """Return a server context that requests client certificates."""
 
     def make(client_auth: ClientAuth = "required", **options: Any) -> ssl.SSLContext:
         options.setdefault("client_ca", client_ca.cert_pem.bytes())
@@ -57,7 +57,7 @@ def asking(server_pairs: ServerPairs, client_ca: trustme.CA) -> Asking:
 
 @pytest.fixture
 def showing(ca_file: Path) -> Callable[[Identity | None], ssl.SSLContext]:
-    """A client's context that shows a certificate, or none."""
+    """Return a client context with a certificate, or without."""
 
     def make(identity: Identity | None) -> ssl.SSLContext:
         if identity is None:
@@ -68,48 +68,48 @@ def showing(ca_file: Path) -> Callable[[Identity | None], ssl.SSLContext]:
 
 
 def refused(pair: TlsPair) -> ssl.SSLError:
-    """Carry the handshake to its end, which is a refusal; what the client reads of it."""
+    """Run the handshake to its refusal. Return the error of the client."""
     pair.raw.deliver(pair.step())
     pair.hear()
     pair.raw.deliver(pair.step())
     assert pair.phase is Phase.CLOSING
-    assert pair.above.told == []
+    assert pair.protocol.calls == []
     assert pair.log[-1] == "slot free"
     assert pair.acceptor.handshakes_in_progress == 0
     assert pair.acceptor.handshakes_completed == 0
     return pair.refusal()
 
 
-# --- let in -------------------------------------------------------------------------------------------
+# --- accepted -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("client_auth", ["optional", "required"])
-def test_a_client_with_a_good_certificate_is_let_in_and_the_certificate_can_be_had(
+def test_valid_client_certificate_is_accepted_and_readable(
     client_auth: ClientAuth, asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, asking(client_auth), showing(identity)).agree()
     assert pair.server.peer_certificate() == identity.der
     assert pair.failures == {}
     pair.say(b"hello")
-    assert pair.above.received == b"hello"
+    assert pair.protocol.received == b"hello"
 
 
 @pytest.mark.parametrize("client_auth", ["off", "optional"])
-def test_a_client_without_a_certificate_is_let_in_where_none_is_required(
+def test_optional_client_auth_accepts_client_without_certificate(
     client_auth: ClientAuth, asking: Asking, showing: Any, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, asking(client_auth), showing(None)).agree()
     assert pair.server.peer_certificate() is None
 
 
-def test_a_server_that_does_not_ask_is_shown_nothing(
+def test_client_certificate_is_not_sent_unless_requested(
     asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, asking("off", client_ca=None), showing(identity)).agree()
     assert pair.server.peer_certificate() is None
 
 
-def test_before_and_after_the_connection_there_is_no_certificate(
+def test_no_peer_certificate_before_and_after_connection(
     asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, asking(), showing(identity))
@@ -119,17 +119,17 @@ def test_before_and_after_the_connection_there_is_no_certificate(
     assert pair.server.peer_certificate() is None
 
 
-def test_what_is_above_can_read_the_certificate_when_it_begins(
+def test_certificate_is_readable_in_connection_made(
     asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, asking(), showing(identity))
     seen: list[bytes | None] = []
-    pair.above._then = {"made": lambda above: seen.append(above.transport.peer_certificate())}
+    pair.protocol._then = {"made": lambda protocol: seen.append(protocol.transport.peer_certificate())}
     pair.agree()
     assert seen == [identity.der]
 
 
-def test_the_authority_may_be_a_file(
+def test_client_ca_may_be_a_file(
     asking: Asking,
     showing: Any,
     identity: Identity,
@@ -143,7 +143,7 @@ def test_the_authority_may_be_a_file(
     TlsPair(timers, asking(client_ca=file, client_crl=crl), showing(identity)).agree()
 
 
-def test_an_issuing_authority_is_trusted_without_its_root_and_without_its_sisters(
+def test_intermediate_ca_is_trusted_without_root_or_siblings(
     asking: Asking, showing: Any, client_ca: trustme.CA, tmp_path: Path, timers: FakeTimers
 ) -> None:
     issuing, sister = client_ca.create_child_ca(), client_ca.create_child_ca()
@@ -155,7 +155,7 @@ def test_an_issuing_authority_is_trusted_without_its_root_and_without_its_sister
     assert "UNKNOWN_CA" in refused(pair).reason
 
 
-def test_a_chain_that_the_client_sends_leads_to_the_root(
+def test_client_chain_to_root_is_accepted(
     asking: Asking, showing: Any, client_ca: trustme.CA, tmp_path: Path, timers: FakeTimers
 ) -> None:
     leaf = client_ca.create_child_ca().issue_cert("ada@example.org")
@@ -218,7 +218,7 @@ REFUSED = [
     ("client_auth", "case", "failure", "alert"),
     [("required", *row) for row in REFUSED] + [("optional", *row) for row in REFUSED[1:]],
 )
-def test_each_refusal_has_its_cause_and_its_alert(
+def test_each_client_certificate_refusal_has_cause_and_alert(
     case: str,
     failure: TlsFailure,
     alert: str,
@@ -239,7 +239,7 @@ def test_each_refusal_has_its_cause_and_its_alert(
 @pytest.mark.parametrize(
     ("number", "case"), [(116, "none"), (44, "revoked"), (45, "expired"), (48, "untrusted")]
 )
-def test_the_alerts_are_those_of_the_standard(
+def test_client_auth_alerts_match_rfc_8446(
     number: int,
     case: str,
     asking: Asking,
@@ -249,7 +249,7 @@ def test_the_alerts_are_those_of_the_standard(
     tmp_path: Path,
     timers: FakeTimers,
 ) -> None:
-    """RFC 8446 section 6, by the number that OpenSSL puts into its own error (SSL_AD_REASON_OFFSET)."""
+    """Compare with RFC 8446 section 6, by the number in OpenSSL's error (SSL_AD_REASON_OFFSET)."""
     context = asking(client_crl=list_of(case, client_ca, ada))
     pair = TlsPair(timers, context, showing(certificate_of(case, client_ca, ada, tmp_path)))
     words = str(refused(pair))
@@ -262,7 +262,7 @@ def test_the_alerts_are_those_of_the_standard(
     assert f"alert {names[number]}" in words
 
 
-def test_a_list_that_does_not_name_the_client_lets_it_in(
+def test_crl_without_the_client_accepts_it(
     asking: Asking, showing: Any, client_ca: trustme.CA, identity: Identity, timers: FakeTimers
 ) -> None:
     context = asking(client_crl=revocation_list(client_ca, for_clients(client_ca, "eve@example.org")))
@@ -273,29 +273,29 @@ def test_a_list_that_does_not_name_the_client_lets_it_in(
 
 
 @pytest.mark.parametrize("pin_of", [key_pin, certificate_pin])
-def test_a_pinned_client_is_let_in(
+def test_client_with_matching_pin_is_accepted(
     pin_of: Callable[[bytes], str], asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
     pins = frozenset({OTHER_PIN, pin_of(identity.der)})
     TlsPair(timers, asking(), showing(identity), client_pins=pins).agree()
 
 
-def test_a_client_with_another_pin_is_refused_before_a_byte_and_counted(
+def test_client_with_wrong_pin_is_refused_and_counted(
     asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, asking(), showing(identity), client_pins=frozenset({OTHER_PIN}))
     pair.raw.deliver(pair.step())
     pair.hear()
     pair.raw.deliver(pair.step() + pair.sealed(b"at once"))
-    assert pair.above.told == []
-    assert pair.above.received == b""
+    assert pair.protocol.calls == []
+    assert pair.protocol.received == b""
     assert pair.failures == {TlsFailure.PIN_MISMATCH: 1}
     assert pair.acceptor.handshakes_completed == 0
     assert pair.acceptor.handshakes_in_progress == 0
     assert pair.client_saw_close_notify()
 
 
-def test_pins_are_on_top_of_the_authority(
+def test_client_pins_are_checked_in_addition_to_ca(
     asking: Asking,
     showing: Any,
     client_ca: trustme.CA,
@@ -311,13 +311,13 @@ def test_pins_are_on_top_of_the_authority(
     assert pair.failures == {TlsFailure.CERTIFICATE_UNTRUSTED: 1}
 
 
-def test_pins_ask_nothing_of_a_client_that_may_be_without_a_certificate(
+def test_pins_do_not_require_optional_client_certificate(
     asking: Asking, showing: Any, timers: FakeTimers
 ) -> None:
     TlsPair(timers, asking("optional"), showing(None), client_pins=frozenset({OTHER_PIN})).agree()
 
 
-def test_pins_may_change_while_connections_stand(
+def test_client_pins_can_change_while_connections_are_open(
     asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
     first = TlsPair(
@@ -335,7 +335,7 @@ def test_pins_may_change_while_connections_stand(
 # --- contexts -----------------------------------------------------------------------------------------
 
 
-def test_to_ask_needs_an_authority(asking: Asking) -> None:
+def test_client_auth_requires_client_ca(asking: Asking) -> None:
     with pytest.raises(CertificateError, match="without their CA"):
         asking(client_ca=None)
 
@@ -345,7 +345,7 @@ def test_to_ask_needs_an_authority(asking: Asking) -> None:
     ("option", "missing"), [("client_ca", "no CA certificate"), ("client_crl", "no certificate rev")]
 )
 @pytest.mark.parametrize("content", ["", "garbage", "the other"])
-def test_what_holds_something_else_is_refused_and_named(
+def test_file_without_certificate_or_crl_is_refused(
     option: str,
     missing: str,
     content: str,
@@ -365,12 +365,12 @@ def test_what_holds_something_else_is_refused_and_named(
 
 
 @pytest.mark.parametrize("option", ["client_ca", "client_crl"])
-def test_a_file_that_is_not_there_is_named(option: str, asking: Asking, tmp_path: Path) -> None:
+def test_missing_client_ca_file_is_named(option: str, asking: Asking, tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match=r"gone\.pem: no .* could be read from it: No such file"):
         asking(**{option: tmp_path / "gone.pem"})
 
 
-def test_no_file_of_what_was_given_as_bytes_stays(
+def test_temporary_file_of_pem_bytes_is_deleted(
     asking: Asking, client_ca: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -378,10 +378,10 @@ def test_no_file_of_what_was_given_as_bytes_stays(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_certificates_of_companies_are_taken_though_they_are_not_as_rfc_5280_would_have_them(
+def test_harmless_deviations_from_rfc_5280_are_accepted(
     asking: Asking, showing: Any, tmp_path: Path, timers: FakeTimers
 ) -> None:
-    """Basic constraints that are not critical, no key ids: what OpenSSL calls strict would refuse it."""
+    """Non-critical basic constraints and no key ids, which OpenSSL's strict mode refuses."""
     from datetime import timedelta
 
     from cryptography.hazmat.primitives import hashes, serialization

@@ -1,4 +1,4 @@
-"""The reader of ClientHellos: what is let through, what is refused with which alert, and when."""
+"""Test the ClientHello parser: acceptance, refusals with their alerts, limits and the cache."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ GOOD = Hello()
 
 
 JUDGE = ClientHelloJudge(SUITES, PROTOCOLS)
-"""It has seen every hello of all these tests: what it remembers must change no judgement."""
+"""Shared by all tests of this file: cached hellos must not change a verdict."""
 
 
 def reader() -> ClientHelloReader:
@@ -75,8 +75,7 @@ def reader() -> ClientHelloReader:
 
 
 def judge(data: bytes) -> Verdict:
-    """The judgement of bytes that come at once: the same whether they are taken whole or read as a piece, and
-    whatever was judged before."""
+    """Return the verdict on bytes received at once: the same by both entry points, whatever is cached."""
     verdict = reader().feed(data)
     for judging in (ClientHelloJudge(SUITES, PROTOCOLS), JUDGE, JUDGE):
         whole = judging.judge_record(data)
@@ -85,7 +84,7 @@ def judge(data: bytes) -> Verdict:
 
 
 def judge_pieces(*pieces: bytes) -> Verdict:
-    """Piece by piece, to the first verdict."""
+    """Feed pieces up to the first verdict."""
     slow = reader()
     for piece in pieces:
         verdict = slow.feed(piece)
@@ -98,7 +97,7 @@ def byte_by_byte(data: bytes) -> Verdict:
     return judge_pieces(*(data[at : at + 1] for at in range(len(data))))
 
 
-# --- real ones ------------------------------------------------------------------------------------------
+# --- real hellos ------------------------------------------------------------------------------------------
 
 
 def real_hello(kind: str, client: ssl.SSLContext) -> bytes:
@@ -142,7 +141,7 @@ REAL |= {"without name": None, "long name": ".".join(["a" * 60] * 4)}
 
 
 @pytest.mark.parametrize(("kind", "name"), REAL.items())
-def test_the_hello_of_a_real_client_is_accepted_and_its_name_is_read(
+def test_real_hello_is_accepted_with_its_server_name(
     kind: str, name: str | None, client_tls: ssl.SSLContext
 ) -> None:
     data = real_hello(kind, client_tls)
@@ -152,13 +151,13 @@ def test_the_hello_of_a_real_client_is_accepted_and_its_name_is_read(
 
 
 @pytest.mark.parametrize(("kind", "name"), REAL.items())
-def test_a_real_hello_may_come_byte_by_byte(kind: str, name: str | None, client_tls: ssl.SSLContext) -> None:
+def test_real_hello_byte_by_byte_is_accepted(kind: str, name: str | None, client_tls: ssl.SSLContext) -> None:
     data = real_hello(kind, client_tls)
     assert byte_by_byte(data[:-1]) is None
     assert byte_by_byte(data) == Accepted(name)
 
 
-def test_a_real_hello_may_be_cut_anywhere(client_tls: ssl.SSLContext) -> None:
+def test_real_hello_is_accepted_for_every_split(client_tls: ssl.SSLContext) -> None:
     data = real_hello("post-quantum share", client_tls)
     assert len(data) > 1_400, "a post-quantum share makes a hello longer than a segment"
     for at in range(1, len(data)):
@@ -169,14 +168,14 @@ def test_a_real_hello_may_be_cut_anywhere(client_tls: ssl.SSLContext) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 100, 500, 1_000])
-def test_a_real_hello_may_be_fragmented_over_records(size: int, client_tls: ssl.SSLContext) -> None:
+def test_real_hello_fragmented_over_records_is_accepted(size: int, client_tls: ssl.SSLContext) -> None:
     data = in_records(real_hello("post-quantum share", client_tls)[5:], size)
     assert judge(data) == LOCALHOST
     assert byte_by_byte(data) == LOCALHOST
     assert byte_by_byte(data[:-1]) is None
 
 
-def test_a_client_of_tls_1_2_is_refused_with_70() -> None:
+def test_tls_1_2_client_is_refused_with_alert_70() -> None:
     context = client_context(verify=False)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
     assert judge(captured_hello(context)) == NO_TLS_1_3
@@ -202,7 +201,7 @@ def test_a_real_hello_with_other_suites(
     assert byte_by_byte(data) == verdict
 
 
-# --- what is offered ------------------------------------------------------------------------------------
+# --- offers ------------------------------------------------------------------------------------
 
 OLD = versions(0x0303)
 FOREIGN = alpn(b"h2")
@@ -224,7 +223,7 @@ def offering(*faults: str) -> Hello:
 @pytest.mark.parametrize(
     "faults", [names for count in (0, 1, 2, 3) for names in itertools.combinations(FAULTS, count)]
 )
-def test_where_several_alerts_fit_the_order_is_70_40_120(faults: tuple[str, ...]) -> None:
+def test_order_of_alerts_is_70_40_120(faults: tuple[str, ...]) -> None:
     verdict = judge(offering(*faults).bytes())
     assert verdict == (FAULTS[faults[0]][2] if faults else ACCEPTED)
 
@@ -251,7 +250,7 @@ def test_versions(offer: bytes | None, verdict: Verdict) -> None:
 
 
 @pytest.mark.parametrize("legacy", [b"\3\0", b"\3\1", b"\3\4", b"\0\0", b"\xff\xff"])
-def test_the_legacy_version_says_nothing(legacy: bytes) -> None:
+def test_legacy_version_is_ignored(legacy: bytes) -> None:
     assert judge(replace(GOOD, legacy_version=legacy).bytes()) is ACCEPTED
 
 
@@ -286,17 +285,17 @@ def test_protocols(offer: bytes | None, verdict: Verdict) -> None:
     assert judge(GOOD.with_extension(ALPN, offer).bytes()) == verdict
 
 
-def test_no_offer_of_protocols_needs_a_server_that_takes_it() -> None:
+def test_hello_without_alpn_is_accepted_only_if_configured() -> None:
     hello = GOOD.with_extension(ALPN, None).bytes()
     assert ClientHelloJudge(SUITES, frozenset(["zcp/1"])).judge_record(hello) == NO_ALPN
 
 
-def test_suites_are_those_that_the_operator_left() -> None:
+def test_configured_suites_are_respected() -> None:
     only = ClientHelloJudge(frozenset([CHACHA20]), PROTOCOLS)
     assert only.judge_record(replace(GOOD, suites=suite_list(AES_256)).bytes()) == NO_SUITE
 
 
-def test_the_numbers_of_the_suites_are_those_of_the_standard() -> None:
+def test_suite_numbers_match_rfc_8446() -> None:
     assert SUITE_IDS == {"TLS_AES_256_GCM_SHA384": AES_256, "TLS_CHACHA20_POLY1305_SHA256": CHACHA20}
 
 
@@ -318,7 +317,7 @@ assert len(LONGEST) == MAX_NAME
         (b"xn--bcher-kva.example", "xn--bcher-kva.example"),
         (b"_service.a-b.example", "_service.a-b.example"),
         (LONGEST, LONGEST.decode()),
-        # as if there were none
+        # treated as missing
         (b"", None),
         (b".", None),
         (b"a..example", None),
@@ -337,7 +336,7 @@ assert len(LONGEST) == MAX_NAME
         (b"../../etc", None),
     ],
 )
-def test_a_name_is_read_in_lower_case_and_what_is_none_counts_as_none(name: bytes, read: str | None) -> None:
+def test_server_name_is_lowercased_and_invalid_names_are_ignored(name: bytes, read: str | None) -> None:
     data = GOOD.with_extension(SERVER_NAME, server_name(name)).bytes()
     assert judge(data) == Accepted(read)
     assert byte_by_byte(data) == Accepted(read)
@@ -369,7 +368,7 @@ SERVER_NAMES = [
 
 
 @pytest.mark.parametrize(("content", "refusal"), SERVER_NAMES)
-def test_what_is_no_list_of_one_name_is_refused(content: bytes, refusal: Refusal | None) -> None:
+def test_malformed_server_name_list_is_refused(content: bytes, refusal: Refusal | None) -> None:
     for hello in (
         GOOD.with_extension(SERVER_NAME, content),
         replace(GOOD, extensions=[(SERVER_NAME, content), *(GOOD.extensions or ())]),
@@ -381,7 +380,7 @@ def test_what_is_no_list_of_one_name_is_refused(content: bytes, refusal: Refusal
 
 
 @pytest.mark.parametrize(("content", "refusal"), SERVER_NAMES)
-def test_openssl_would_refuse_the_same_names_with_the_same_alert(
+def test_openssl_refuses_the_same_names_with_same_alert(
     content: bytes, refusal: Refusal | None, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     data = with_extension(captured_hello(client_tls), SERVER_NAME, content)
@@ -398,7 +397,7 @@ def test_openssl_would_refuse_the_same_names_with_the_same_alert(
 
 
 @pytest.mark.parametrize("faults", [("version",), ("suite",), ("alpn",)])
-def test_a_name_does_not_save_an_offer_that_does_not_fit(faults: tuple[str]) -> None:
+def test_server_name_does_not_override_other_refusals(faults: tuple[str]) -> None:
     hello = offering(*faults).with_extension(SERVER_NAME, server_name(b"a.example"))
     assert judge(hello.bytes()) == FAULTS[faults[0]][2]
 
@@ -417,9 +416,9 @@ def patched(at: int, new: bytes) -> bytes:
     return with_body(BODY[:at] + new + BODY[at + len(new) :])
 
 
-def test_a_body_cut_short_anywhere_is_malformed_or_offers_no_tls_1_3() -> None:
+def test_truncated_body_is_malformed_or_without_tls_1_3() -> None:
     for length in range(len(BODY)):
-        # Without extensions it is a whole hello of an older version.
+        # Without extensions it is a complete hello of an older version.
         expected = NO_TLS_1_3 if length == EXTENSIONS_AT else MALFORMED
         assert judge(with_body(BODY[:length])) == expected, length
 
@@ -448,13 +447,13 @@ def test_a_body_cut_short_anywhere_is_malformed_or_offers_no_tls_1_3() -> None:
     ],
     ids=range(18),
 )
-def test_a_length_that_its_surroundings_do_not_hold_is_malformed(data: bytes) -> None:
+def test_length_exceeding_its_container_is_malformed(data: bytes) -> None:
     assert judge(data) == MALFORMED
     assert byte_by_byte(data) == MALFORMED
 
 
 @pytest.mark.parametrize("more", [1, 2, 255])
-def test_the_last_extension_may_not_reach_beyond_the_end(more: int) -> None:
+def test_last_extension_beyond_end_is_malformed(more: int) -> None:
     hello = replace(GOOD, extensions=[*(GOOD.extensions or ()), (0xFFFF, b"abc")])
     body = hello.body()
     assert body.endswith(b"\0\3abc")
@@ -463,16 +462,16 @@ def test_the_last_extension_may_not_reach_beyond_the_end(more: int) -> None:
 
 
 @pytest.mark.parametrize("session_id", [b"", bytes(1), bytes(32)])
-def test_a_session_id_may_have_any_allowed_length(session_id: bytes) -> None:
+def test_session_id_of_any_allowed_length_is_accepted(session_id: bytes) -> None:
     assert judge(replace(GOOD, session_id=session_id).bytes()) is ACCEPTED
 
 
-def test_unknown_and_empty_extensions_are_passed_over() -> None:
+def test_unknown_and_empty_extensions_are_ignored() -> None:
     extensions = [(0x0A0A, b""), (0xFFFF, b"x" * 500), *(GOOD.extensions or ()), (21, bytes(100))]
     assert judge(replace(GOOD, extensions=extensions).bytes()) is ACCEPTED
 
 
-def test_a_hello_without_extensions_is_of_an_older_version() -> None:
+def test_hello_without_extensions_is_unsupported_version() -> None:
     assert judge(replace(GOOD, extensions=None).bytes()) == NO_TLS_1_3
     assert judge(replace(GOOD, extensions=[]).bytes()) == NO_TLS_1_3
 
@@ -508,7 +507,7 @@ def test_first_bytes_that_are_records(data: bytes, verdict: Verdict) -> None:
     assert byte_by_byte(data) == verdict
 
 
-def test_an_empty_record_among_others_is_malformed() -> None:
+def test_empty_handshake_record_is_malformed() -> None:
     message = GOOD.message()
     data = in_records(message[:20]) + b"\x16\3\1\0\0" + in_records(message[20:])
     assert judge(data) == MALFORMED
@@ -516,7 +515,7 @@ def test_an_empty_record_among_others_is_malformed() -> None:
 
 
 @pytest.mark.parametrize("kind", [20, 21, 23, 24, 0])
-def test_a_record_of_another_type_among_others_is_unexpected(kind: int) -> None:
+def test_record_of_other_type_within_hello_is_unexpected(kind: int) -> None:
     message = GOOD.message()
     data = in_records(message[:20]) + bytes([kind, 3, 3, 0, 1, 1]) + in_records(message[20:])
     assert judge(data) == UNEXPECTED
@@ -524,34 +523,34 @@ def test_a_record_of_another_type_among_others_is_unexpected(kind: int) -> None:
 
 
 @pytest.mark.parametrize("more", [b"\0", b"\x14\3\3\0\1\1", GOOD.bytes(), b"\x17\3\3\0\5hello"])
-def test_nothing_may_follow_behind_the_hello(more: bytes) -> None:
+def test_data_after_hello_is_unexpected(more: bytes) -> None:
     assert judge(GOOD.bytes() + more) == UNEXPECTED
 
 
 @pytest.mark.parametrize("size", [1, 5, 100_000])
-def test_nothing_may_follow_in_the_hellos_record(size: int) -> None:
+def test_data_after_hello_in_same_record_is_unexpected(size: int) -> None:
     data = in_records(GOOD.message() + b"\0", size)
     assert judge(data) == UNEXPECTED
 
 
-def test_a_hello_may_have_any_record_version_of_tls() -> None:
-    """RFC 8446 section 5.1: it is to be ignored; 3 tells TLS from noise."""
+def test_any_legacy_record_version_is_accepted() -> None:
+    """RFC 8446 section 5.1: ignored, except that 3 distinguishes TLS from noise."""
     for minor in range(256):
         assert judge(in_records(GOOD.message(), version=bytes([3, minor]))) is ACCEPTED
 
 
 def large_hello(size: int) -> bytes:
-    """A good hello of exactly so many bytes, record included."""
+    """Return a valid hello of exactly `size` bytes, record header included."""
     missing = size - len(GOOD.bytes()) - 4
     return replace(GOOD, extensions=[*(GOOD.extensions or ()), (21, bytes(missing))]).bytes()
 
 
-def test_the_largest_hello_is_16_kib() -> None:
+def test_hello_of_16_kib_is_accepted() -> None:
     assert judge(large_hello(MAX_SIZE)) is ACCEPTED
     assert judge(large_hello(MAX_SIZE + 1)) == TOO_LARGE
 
 
-def test_a_hello_of_many_records_is_bounded_with_their_headers() -> None:
+def test_record_headers_count_towards_size_limit() -> None:
     message = large_hello(4_000)[5:]
     assert judge(in_records(message, 2)) is ACCEPTED
     data = in_records(message, 1)
@@ -560,7 +559,7 @@ def test_a_hello_of_many_records_is_bounded_with_their_headers() -> None:
     assert byte_by_byte(data) == TOO_LARGE
 
 
-def test_no_more_than_16_kib_wait_for_the_rest() -> None:
+def test_incomplete_hello_buffers_at_most_16_kib() -> None:
     slow = reader()
     data = in_records(b"\1" + (10_000).to_bytes(3, "big") + bytes(10_000), 1)
     while slow.feed(data[len(slow.raw) : len(slow.raw) + 1_000]) is None:
@@ -568,7 +567,7 @@ def test_no_more_than_16_kib_wait_for_the_rest() -> None:
     assert len(slow.raw) <= MAX_SIZE + 1_000
 
 
-# --- what is remembered ---------------------------------------------------------------------------------
+# --- cache ---------------------------------------------------------------------------------
 
 SHARING = GOOD.with_extension(KEY_SHARE, bytes(38)).with_extension(SERVER_NAME, server_name(b"a.example"))
 Counted = tuple[ClientHelloJudge, list[int]]
@@ -576,7 +575,7 @@ Counted = tuple[ClientHelloJudge, list[int]]
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    """A judge, and the sizes of the hellos that it has read to the end."""
+    """Return a judge and the list of sizes of fully parsed hellos."""
     read: list[int] = []
     judge_hello = ClientHelloJudge.judge_hello
 
@@ -589,7 +588,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 
 def of_another_connection(hello: Hello) -> Hello:
-    """The same program's next hello."""
+    """Return the next hello of the same program."""
     hello = replace(hello, random=bytes(range(32, 64)), session_id=bytes(range(64, 96)))
     extensions = [
         (kind, bytes(each ^ 0xFF for each in content) if kind == KEY_SHARE else content)
@@ -599,7 +598,7 @@ def of_another_connection(hello: Hello) -> Hello:
 
 
 @pytest.mark.parametrize("hello", [SHARING, GOOD, GOOD.with_extension(KEY_SHARE, b"")])
-def test_the_next_hello_of_a_program_is_not_read_to_the_end_again(hello: Hello, counted: Counted) -> None:
+def test_repeated_hello_is_found_in_cache(hello: Hello, counted: Counted) -> None:
     judge, read = counted
     first = judge.judge_record(hello.bytes())
     assert isinstance(first, Accepted)
@@ -607,7 +606,7 @@ def test_the_next_hello_of_a_program_is_not_read_to_the_end_again(hello: Hello, 
     assert len(read) == 1
 
 
-def test_two_programs_whose_hellos_have_one_size_are_both_remembered(counted: Counted) -> None:
+def test_hellos_of_same_size_are_cached_separately(counted: Counted) -> None:
     judge, read = counted
     other = SHARING.with_extension(SERVER_NAME, server_name(b"b.example"))
     for _ in range(3):
@@ -616,7 +615,7 @@ def test_two_programs_whose_hellos_have_one_size_are_both_remembered(counted: Co
     assert len(read) == 2
 
 
-def test_a_refusal_is_not_remembered(counted: Counted) -> None:
+def test_refusal_is_not_cached(counted: Counted) -> None:
     judge, read = counted
     for _ in range(2):
         assert judge.judge_record(replace(GOOD, suites=suite_list(AES_128)).bytes()) == NO_SUITE
@@ -626,18 +625,18 @@ def test_a_refusal_is_not_remembered(counted: Counted) -> None:
 @pytest.mark.parametrize(
     "hello",
     [
-        replace(SHARING, session_id=b""),  # no size but 32 is sent by those who come often (RFC 8446, D.4)
+        replace(SHARING, session_id=b""),  # frequent clients send only size 32 (RFC 8446, D.4)
         GOOD.with_extension(21, bytes(1_024)),
     ],
 )
-def test_an_unusual_hello_is_not_remembered(hello: Hello, counted: Counted) -> None:
+def test_unusual_hello_is_not_cached(hello: Hello, counted: Counted) -> None:
     judge, read = counted
     for _ in range(2):
         assert isinstance(judge.judge_record(hello.bytes()), Accepted)
     assert len(read) == 2
 
 
-def test_no_more_hellos_are_remembered_than_there_is_room_for(counted: Counted) -> None:
+def test_hello_cache_is_bounded(counted: Counted) -> None:
     judge, read = counted
     names = [server_name(f"{number:03}.example".encode()) for number in range(100)]
     hellos = [SHARING.with_extension(SERVER_NAME, name).bytes() for name in names]
@@ -651,8 +650,8 @@ def test_no_more_hellos_are_remembered_than_there_is_room_for(counted: Counted) 
     assert all(len(each.accepted) <= 32 for each in offers)
 
 
-def test_a_share_elsewhere_in_a_hello_of_the_same_size_is_seen(counted: Counted) -> None:
-    """What is left out of a hello must be its own key share: in the place of another one's lies what is judged."""
+def test_key_share_at_other_position_is_not_a_cache_hit(counted: Counted) -> None:
+    """The excluded bytes must be the hello's own key share: elsewhere they hold judged fields."""
     judge, _ = counted
     share = (KEY_SHARE, versions(0x0304, 0x0303))
     judged = (SUPPORTED_VERSIONS, versions(0x0304, 0x0303))
@@ -666,24 +665,24 @@ def test_a_share_elsewhere_in_a_hello_of_the_same_size_is_seen(counted: Counted)
             assert isinstance(judge.judge_record(data), Refusal)
 
 
-def test_any_one_byte_changed_is_judged_as_if_nothing_were_remembered() -> None:
+def test_any_changed_byte_is_judged_the_same_with_and_without_cache() -> None:
     judge = ClientHelloJudge(SUITES, PROTOCOLS)
     hello = SHARING.bytes()
     for at, byte in enumerate(hello):
         assert judge.judge_record(hello) == Accepted("a.example")
         for other in {0, 1, 32, 33, byte ^ 1, byte ^ 0x80, 255}:
             changed = hello[:at] + bytes([other]) + hello[at + 1 :]
-            anew = ClientHelloJudge(SUITES, PROTOCOLS).judge_record(changed)
-            assert judge.judge_record(changed) == anew, (at, other)
+            uncached = ClientHelloJudge(SUITES, PROTOCOLS).judge_record(changed)
+            assert judge.judge_record(changed) == uncached, (at, other)
 
 
-# --- no TLS at all --------------------------------------------------------------------------------------
+# --- not TLS --------------------------------------------------------------------------------------
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_plaintext_http_request_is_told_apart(method: str) -> None:
+def test_plaintext_http_is_recognised(method: str) -> None:
     data = f"{method} / HTTP/1.1\r\nHost: a\r\n\r\n".encode()
     assert judge(data) == HTTP
     assert byte_by_byte(data) == HTTP
@@ -692,7 +691,7 @@ def test_a_plaintext_http_request_is_told_apart(method: str) -> None:
         assert judge(data[:length]) is None
 
 
-def test_the_preface_of_http_2_is_http() -> None:
+def test_http_2_preface_is_plaintext_http() -> None:
     assert judge(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") == HTTP
 
 
@@ -717,7 +716,7 @@ def test_the_preface_of_http_2_is_http() -> None:
         b" GET / HTTP/1.1",
     ],
 )
-def test_other_bytes_are_no_tls(data: bytes) -> None:
+def test_other_bytes_are_not_tls(data: bytes) -> None:
     assert judge(data) == NOT_TLS
     assert byte_by_byte(data) == NOT_TLS
 
@@ -732,7 +731,7 @@ def as_pieces(data: bytes, cuts: list[int]) -> list[bytes]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=400), st.lists(st.integers(0, 10_000), max_size=6))
-def test_any_bytes_have_a_verdict_or_need_more(data: bytes, cuts: list[int]) -> None:
+def test_any_bytes_give_verdict_or_need_more(data: bytes, cuts: list[int]) -> None:
     verdict = judge(data)
     assert verdict is None or isinstance(verdict, Refusal)
     assert judge_pieces(*as_pieces(data, cuts)) == verdict
@@ -740,7 +739,7 @@ def test_any_bytes_have_a_verdict_or_need_more(data: bytes, cuts: list[int]) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_damage_to_a_hello_is_judged_however_it_is_cut(data: st.DataObject) -> None:
+def test_damaged_hello_is_judged_the_same_for_every_split(data: st.DataObject) -> None:
     named = GOOD.with_extension(SERVER_NAME, server_name(b"a.example"))
     hello = bytearray(in_records(named.message(), data.draw(st.sampled_from([7, 40, 2**14]))))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -748,7 +747,7 @@ def test_any_damage_to_a_hello_is_judged_however_it_is_cut(data: st.DataObject) 
     whole = judge(bytes(hello))
     pieces = as_pieces(bytes(hello), data.draw(st.lists(st.integers(0, 10_000), max_size=6)))
     seen = judge_pieces(*pieces)
-    # What follows behind a whole hello is seen only if it comes with it.
+    # Bytes after a complete hello are noticed only in the same read.
     assert seen == whole or (
         whole == UNEXPECTED
         and (isinstance(seen, Accepted) or seen in (MALFORMED, NO_NAME, NO_TLS_1_3, NO_SUITE, NO_ALPN))
@@ -757,18 +756,18 @@ def test_any_damage_to_a_hello_is_judged_however_it_is_cut(data: st.DataObject) 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 60), st.binary(max_size=40)), max_size=8), st.binary(max_size=12))
-def test_any_extensions_are_judged(extensions: list[tuple[int, bytes]], suites: bytes) -> None:
+def test_any_extensions_give_verdict(extensions: list[tuple[int, bytes]], suites: bytes) -> None:
     assert judge(Hello(suites=suites, extensions=extensions).bytes()) is not None
 
 
-def test_the_time_is_linear_in_the_bytes() -> None:
-    """Byte by byte, in records of one byte: each is looked at once. Quadratic, this took a minute."""
+def test_hello_of_one_byte_records_takes_linear_time() -> None:
+    """Records of one byte, byte by byte: quadratic parsing took a minute."""
 
     def seconds(size: int) -> float:
         data = in_records(b"\1" + (MAX_SIZE - 4).to_bytes(3, "big") + bytes(size), 1)
         best = math.inf
         for _ in range(3):
-            start = time.thread_time()  # what other programs take is not counted
+            start = time.thread_time()  # CPU time, not wall time
             byte_by_byte(data)
             best = min(best, time.thread_time() - start)
         return best
@@ -776,8 +775,8 @@ def test_the_time_is_linear_in_the_bytes() -> None:
     assert seconds(2_000) < 12 * seconds(400) + 0.01
 
 
-def test_no_two_fields_are_confused() -> None:
-    """The offsets above are those of the hello that is patched."""
+def test_patch_offsets_match_the_hello() -> None:
+    """Check the offsets protocol against the patched hello."""
     assert BODY[SESSION_AT] == 32
     assert struct.unpack_from("!H", BODY, SUITES_AT) == (6,)
     assert BODY[COMPRESSION_AT] == 1

@@ -1,4 +1,4 @@
-"""How a connection ends: close_notify both ways, truncation, lingering, reset; and what is left of it."""
+"""Test the end of connections: close_notify, truncation, lingering, reset, and released memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import FakeTimers
-from tests.tls.support import Above, TlsPair
+from tests.tls.support import RecordingProtocol, TlsPair
 from zcproto.errors import TlsError
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsServerTransport
@@ -20,7 +20,7 @@ from zcproto.tls.transport import LINGER_BYTES, LINGER_TIME, Phase
 # --- clean ----------------------------------------------------------------------------------------------
 
 
-def test_our_close_sends_close_notify_behind_all_that_was_written(agreed: TlsPair) -> None:
+def test_close_sends_close_notify_after_pending_output(agreed: TlsPair) -> None:
     agreed.server.write(b"last words")
     agreed.server.close()
     assert agreed.server.is_closing()
@@ -29,49 +29,49 @@ def test_our_close_sends_close_notify_behind_all_that_was_written(agreed: TlsPai
     assert agreed.client_saw_close_notify()
 
 
-def test_a_clean_end_begun_by_us(agreed: TlsPair) -> None:
+def test_clean_close_started_locally(agreed: TlsPair) -> None:
     agreed.server.close()
     agreed.hear()
     agreed.raw.deliver(agreed.client_closes())
     agreed.raw.deliver_eof()
     agreed.timers.run()
-    assert agreed.above.told == ["made", None]
+    assert agreed.protocol.calls == ["made", None]
     assert agreed.failures == {}
     assert agreed.log == ["slot free", "closed"]
     assert not agreed.raw.aborted
     assert len(agreed.acceptor.wheel) == 0
 
 
-def test_a_clean_end_begun_by_the_peer(agreed: TlsPair) -> None:
+def test_clean_close_started_by_peer(agreed: TlsPair) -> None:
     agreed.raw.deliver(agreed.client_closes())
-    assert agreed.above.told == ["made", "eof"]
+    assert agreed.protocol.calls == ["made", "eof"]
     assert agreed.client_saw_close_notify()
     assert agreed.raw.eof_written
     agreed.raw.deliver_eof()
     agreed.timers.run()
-    assert agreed.above.told == ["made", "eof", None]
+    assert agreed.protocol.calls == ["made", "eof", None]
     assert agreed.failures == {}
 
 
-def test_a_peer_that_closed_still_gets_what_is_written_then(agreed: TlsPair) -> None:
-    agreed.above._then["eof"] = lambda above: above.transport.write(b"farewell")
+def test_peer_gets_data_written_in_eof_received(agreed: TlsPair) -> None:
+    agreed.protocol._then["eof"] = lambda protocol: protocol.transport.write(b"farewell")
     agreed.raw.deliver(agreed.sealed(b"bye") + agreed.client_closes())
-    assert agreed.above.received == b"bye"
+    assert agreed.protocol.received == b"bye"
     assert agreed.client_reads() == b"farewell"
     assert agreed.client_saw_close_notify()
 
 
 @pytest.mark.parametrize("again", ["close", "abort"])
-def test_a_protocol_may_end_it_when_the_peer_closes(agreed: TlsPair, again: str) -> None:
-    agreed.above._then["eof"] = lambda above: getattr(above.transport, again)()
+def test_protocol_may_close_in_eof_received(agreed: TlsPair, again: str) -> None:
+    agreed.protocol._then["eof"] = lambda protocol: getattr(protocol.transport, again)()
     agreed.raw.deliver(agreed.client_closes())
     agreed.raw.deliver_eof()
     agreed.timers.run()
-    assert agreed.above.told == ["made", "eof", None]
+    assert agreed.protocol.calls == ["made", "eof", None]
     assert agreed.raw.aborted is (again == "abort")
 
 
-def test_closing_twice_is_closing_once(agreed: TlsPair) -> None:
+def test_close_is_idempotent(agreed: TlsPair) -> None:
     agreed.server.close()
     sent = len(agreed.raw.sent)
     agreed.server.close()
@@ -80,7 +80,7 @@ def test_closing_twice_is_closing_once(agreed: TlsPair) -> None:
     agreed.server.close()
 
 
-def test_after_our_close_nothing_is_written_any_more(agreed: TlsPair) -> None:
+def test_write_after_close_is_ignored(agreed: TlsPair) -> None:
     agreed.server.close()
     sent = len(agreed.raw.sent)
     agreed.server.write(b"late")
@@ -89,76 +89,76 @@ def test_after_our_close_nothing_is_written_any_more(agreed: TlsPair) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "abort"])
-def test_a_protocol_may_end_it_at_any_piece_and_hears_no_other(agreed: TlsPair, how: str) -> None:
-    agreed.above._then["data"] = lambda above, data: getattr(above.transport, how)()
+def test_protocol_that_closes_gets_no_more_data(agreed: TlsPair, how: str) -> None:
+    agreed.protocol._then["data"] = lambda protocol, data: getattr(protocol.transport, how)()
     agreed.raw.deliver(agreed.sealed(b"one") + agreed.sealed(b"two") + agreed.sealed(bytes(50_000)))
-    assert agreed.above.pieces == [b"one"]
+    assert agreed.protocol.pieces == [b"one"]
     assert agreed.failures == {}
     assert agreed.client_saw_close_notify() is (how == "close")
     agreed.timers.advance(10)
-    assert agreed.above.told == ["made", None]
+    assert agreed.protocol.calls == ["made", None]
 
 
 # --- truncated ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("half", [b"", b"half a record"])
-def test_an_end_without_close_notify_is_a_truncation(agreed: TlsPair, half: bytes) -> None:
+def test_eof_without_close_notify_is_truncated(agreed: TlsPair, half: bytes) -> None:
     agreed.say(b"whole")
     if half:
         agreed.raw.deliver(agreed.sealed(half)[:-5])
     agreed.raw.deliver_eof()
     assert agreed.client_saw_close_notify(), "it may still read"
     agreed.timers.run()
-    assert agreed.above.received == b"whole"
+    assert agreed.protocol.received == b"whole"
     assert agreed.failures == {TlsFailure.TRUNCATED: 1}
-    made, error = agreed.above.told
+    made, error = agreed.protocol.calls
     assert made == "made"
     assert isinstance(error, TlsError)
     assert error.failure == "truncated"
     assert agreed.phase is Phase.CLOSED
 
 
-def test_a_reset_is_told_apart_from_a_truncation(agreed: TlsPair) -> None:
+def test_reset_is_distinguished_from_truncation(agreed: TlsPair) -> None:
     agreed.raw.lose(ConnectionResetError())
     assert agreed.failures == {TlsFailure.CONNECTION_RESET: 1}
-    assert agreed.above.told[-1].failure == "connection_reset"
+    assert agreed.protocol.calls[-1].failure == "connection_reset"
 
 
-def test_after_our_close_the_peer_owes_no_close_notify(agreed: TlsPair) -> None:
-    """RFC 8446 section 6.1: each side closes its own half."""
+def test_peer_need_not_send_close_notify_after_ours(agreed: TlsPair) -> None:
+    """RFC 8446 section 6.1: each side closes its own direction."""
     agreed.server.close()
     agreed.raw.deliver_eof()
     agreed.timers.run()
-    assert agreed.above.told == ["made", None]
+    assert agreed.protocol.calls == ["made", None]
     assert agreed.failures == {}
 
 
 # --- lingering ------------------------------------------------------------------------------------------
 
 
-def test_what_arrives_after_our_close_is_discarded(agreed: TlsPair) -> None:
+def test_data_after_close_is_discarded(agreed: TlsPair) -> None:
     agreed.server.close()
     agreed.raw.deliver(agreed.sealed(bytes(200_000)))
     agreed.raw.deliver(b"garbage")
-    assert agreed.above.received == b""
+    assert agreed.protocol.received == b""
     assert agreed.failures == {}
     assert not agreed.raw.aborted
     assert agreed.server._incoming.pending < 100
 
 
-def test_a_peer_that_stays_is_reset_after_two_seconds(agreed: TlsPair) -> None:
+def test_lingering_connection_is_reset_after_two_seconds(agreed: TlsPair) -> None:
     agreed.server.close()
     agreed.timers.advance(LINGER_TIME - 0.01)
     assert not agreed.raw.aborted
     agreed.timers.advance(0.2)
     assert agreed.raw.aborted
-    assert agreed.above.told == ["made", None]
+    assert agreed.protocol.calls == ["made", None]
     assert agreed.failures == {}
 
 
 @pytest.mark.parametrize("every", [0.1, 1.9])
-def test_a_peer_that_goes_on_sending_gains_no_time(agreed: TlsPair, every: float) -> None:
+def test_sending_does_not_extend_linger_time(agreed: TlsPair, every: float) -> None:
     agreed.server.close()
     waited = 0.0
     while not agreed.raw.aborted:
@@ -168,7 +168,7 @@ def test_a_peer_that_goes_on_sending_gains_no_time(agreed: TlsPair, every: float
     assert waited <= LINGER_TIME + every + 0.2
 
 
-def test_a_peer_that_sends_too_much_is_reset_at_once(agreed: TlsPair) -> None:
+def test_linger_byte_limit_resets_connection(agreed: TlsPair) -> None:
     agreed.server.close()
     agreed.raw.deliver(bytes(LINGER_BYTES))
     assert not agreed.raw.aborted
@@ -176,20 +176,20 @@ def test_a_peer_that_sends_too_much_is_reset_at_once(agreed: TlsPair) -> None:
     assert agreed.raw.aborted
     agreed.raw.deliver(b"more")
     agreed.timers.run()
-    assert agreed.above.told == ["made", None]
+    assert agreed.protocol.calls == ["made", None]
 
 
-def test_a_fault_lingers_too_so_that_its_alert_arrives(agreed: TlsPair) -> None:
+def test_failed_connection_lingers_so_that_alert_arrives(agreed: TlsPair) -> None:
     agreed.raw.deliver(b"\x17\3\3\0\x20" + bytes(32))
     agreed.raw.deliver(bytes(100_000))
     assert not agreed.raw.aborted
     assert "bad record mac" in str(agreed.refusal())
     agreed.timers.advance(LINGER_TIME + 0.2)
     assert agreed.raw.aborted
-    assert agreed.above.told[-1].failure == "bad_record"
+    assert agreed.protocol.calls[-1].failure == "bad_record"
 
 
-def test_a_slow_reader_gets_its_answer_as_long_as_it_takes_any(agreed: TlsPair) -> None:
+def test_slow_reader_extends_linger_while_it_reads(agreed: TlsPair) -> None:
     agreed.raw.stuck = True
     agreed.server.write(bytes(300_000))
     agreed.server.close()
@@ -202,7 +202,7 @@ def test_a_slow_reader_gets_its_answer_as_long_as_it_takes_any(agreed: TlsPair) 
     assert agreed.raw.aborted
 
 
-def test_a_peer_that_reads_nothing_more_is_reset(agreed: TlsPair) -> None:
+def test_peer_that_stops_reading_is_reset(agreed: TlsPair) -> None:
     agreed.raw.stuck = True
     agreed.server.write(bytes(300_000))
     agreed.server.close()
@@ -213,7 +213,7 @@ def test_a_peer_that_reads_nothing_more_is_reset(agreed: TlsPair) -> None:
     assert agreed.raw.aborted
 
 
-def test_a_transport_that_cannot_close_half_lingers_all_the_same(agreed: TlsPair) -> None:
+def test_transport_without_half_close_lingers(agreed: TlsPair) -> None:
     agreed.raw.can_half_close = False
     agreed.server.close()
     assert not agreed.raw.eof_written
@@ -222,21 +222,21 @@ def test_a_transport_that_cannot_close_half_lingers_all_the_same(agreed: TlsPair
     assert agreed.raw.aborted
 
 
-def test_a_connection_that_dies_while_it_lingers_is_no_failure(agreed: TlsPair) -> None:
+def test_connection_lost_while_lingering_is_not_a_failure(agreed: TlsPair) -> None:
     agreed.server.close()
     agreed.raw.lose(ConnectionResetError())
-    assert agreed.above.told == ["made", None]
+    assert agreed.protocol.calls == ["made", None]
     assert agreed.failures == {}
     agreed.timers.advance(10)
     assert not agreed.raw.aborted
 
 
-def test_a_reset_that_is_not_told_yet_disturbs_no_close(agreed: TlsPair) -> None:
+def test_close_tolerates_unreported_reset(agreed: TlsPair) -> None:
     agreed.raw.is_reset = True
     agreed.server.close()
     agreed.timers.run()
     assert agreed.raw.aborted
-    assert agreed.above.told == ["made", None]
+    assert agreed.protocol.calls == ["made", None]
     assert agreed.failures == {}
     assert len(agreed.acceptor.wheel) == 0
 
@@ -244,28 +244,28 @@ def test_a_reset_that_is_not_told_yet_disturbs_no_close(agreed: TlsPair) -> None
 # --- aborted --------------------------------------------------------------------------------------------
 
 
-def test_our_abort_is_no_failure_of_the_peer(agreed: TlsPair) -> None:
+def test_abort_is_not_a_failure_of_the_peer(agreed: TlsPair) -> None:
     agreed.server.abort()
     assert agreed.server.is_closing()
     agreed.server.write(b"late")
     agreed.timers.run()
     assert agreed.raw.aborted
     assert agreed.raw.take() == b""
-    assert agreed.above.told == ["made", None]
+    assert agreed.protocol.calls == ["made", None]
     assert agreed.failures == {}
     agreed.server.abort()
 
 
-def test_a_deadline_that_comes_late_does_nothing_to_an_open_connection(agreed: TlsPair) -> None:
+def test_late_deadline_does_not_affect_open_connection(agreed: TlsPair) -> None:
     agreed.server.handle_deadline(agreed.timers.time())
     assert agreed.phase is Phase.OPEN
     agreed.raw.lose()
     agreed.server.buffer_updated(5)
     agreed.server.buffer_updated(60_000)
-    assert agreed.above.told[0] == "made"
+    assert agreed.protocol.calls[0] == "made"
 
 
-# --- nothing is left ------------------------------------------------------------------------------------
+# --- released memory ------------------------------------------------------------------------------------
 
 
 class Tracked(TlsServerTransport):
@@ -277,7 +277,7 @@ ENDS += ["clean", "peer closed", "truncated", "reset", "bad record", "aborted", 
 
 
 def end(pair: TlsPair, how: str) -> None:
-    """Bring a connection to its end in one way of many."""
+    """End a connection in one of many ways."""
     hello = pair.step()
     if how in ("silent", "half a hello", "waiting for finished"):
         pair.raw.deliver({"silent": b"", "half a hello": hello[:100]}.get(how, hello))
@@ -317,12 +317,12 @@ def end(pair: TlsPair, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_a_connection_that_is_gone_is_kept_by_nothing(
+def test_closed_connection_leaves_no_reference_cycle(
     how: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
-    """Without the garbage collector, which a server runs seldom: no cycle may be left."""
+    """Checked without the garbage collector, which a server runs rarely: no cycle may remain."""
     pair = TlsPair(timers, server_tls, client_tls, kind=Tracked)
-    gone: list[weakref.ref[Any]] = [weakref.ref(pair.server), weakref.ref(pair.above)]
+    gone: list[weakref.ref[Any]] = [weakref.ref(pair.server), weakref.ref(pair.protocol)]
     wrap = ssl.SSLContext.wrap_bio
 
     class Watching(ssl.SSLContext):
@@ -338,7 +338,7 @@ def test_a_connection_that_is_gone_is_kept_by_nothing(
         assert pair.log[-1] == "closed"
         assert len(pair.acceptor.wheel) == 0
         assert len(gone) == (2 if how in ("silent", "half a hello", "refused", "timeout") else 3)
-        # What the test itself holds; the acceptor and its wheel live on.
+        # Held by the test itself; the acceptor and its wheel stay alive.
         acceptor, pair.acceptor.protocols = pair.acceptor, {}
         del pair
         assert [reference() for reference in gone] == [None] * len(gone)
@@ -347,7 +347,7 @@ def test_a_connection_that_is_gone_is_kept_by_nothing(
         gc.enable()
 
 
-def test_a_closed_connection_has_no_state_to_hold(agreed: TlsPair) -> None:
+def test_closed_connection_holds_no_state(agreed: TlsPair) -> None:
     server = agreed.server
     agreed.raw.lose()
     values = [getattr(server, name) for name in ("_raw", "_tls", "_protocol", "_hello")]
@@ -356,7 +356,7 @@ def test_a_closed_connection_has_no_state_to_hold(agreed: TlsPair) -> None:
     assert not hasattr(server, "__dict__")
 
 
-def test_an_above_that_was_told_of_its_end_is_let_go(agreed: TlsPair) -> None:
-    assert isinstance(agreed.above, Above)
+def test_protocol_is_released_after_connection_lost(agreed: TlsPair) -> None:
+    assert isinstance(agreed.protocol, RecordingProtocol)
     agreed.raw.lose()
-    assert agreed.above.transport is None
+    assert agreed.protocol.transport is None

@@ -1,4 +1,4 @@
-"""Contexts: version 1.3 alone, two suites in our order, no tickets, no key log, and clear refusals."""
+"""Test contexts: TLS 1.3 only, suites and their order, no tickets, trust, and refused files."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def context(
     return server_tls if request.param == "server" else client_tls
 
 
-def test_tls_1_3_alone_is_spoken(context: ssl.SSLContext) -> None:
+def test_only_tls_1_3_is_enabled(context: ssl.SSLContext) -> None:
     assert context.minimum_version is ssl.TLSVersion.TLSv1_3
     assert context.maximum_version is ssl.TLSVersion.TLSv1_3
 
 
-def test_nothing_is_compressed(context: ssl.SSLContext) -> None:
+def test_compression_is_disabled(context: ssl.SSLContext) -> None:
     assert context.options & ssl.OP_NO_COMPRESSION
 
 
-def test_a_server_gives_no_tickets_and_prefers_its_own_order(server_tls: ssl.SSLContext) -> None:
+def test_server_context_has_no_tickets_and_own_preference(server_tls: ssl.SSLContext) -> None:
     assert server_tls.num_tickets == 0
     assert server_tls.options & ssl.OP_CIPHER_SERVER_PREFERENCE
 
@@ -64,7 +64,7 @@ def test_sslkeylogfile_is_ignored(
     assert not key_log.exists()
 
 
-def test_a_pair_of_each_kind_serves_both_kinds(
+def test_ecdsa_and_rsa_pairs_serve_both_kinds_of_client(
     server_pairs: ServerPairs, client_tls: ssl.SSLContext, timers: FakeTimers
 ) -> None:
     for pairs in (server_pairs, server_pairs[:1], server_pairs[1:]):
@@ -73,12 +73,10 @@ def test_a_pair_of_each_kind_serves_both_kinds(
         assert der in [ssl.PEM_cert_to_DER_cert(x.certificate.read_text()) for x in pairs]
 
 
-# --- pairs that cannot be used --------------------------------------------------------------------------
+# --- invalid pairs --------------------------------------------------------------------------
 
 
-def test_a_key_of_another_certificate_is_refused(
-    server_pairs: ServerPairs, ca: trustme.CA, tmp_path: Path
-) -> None:
+def test_mismatched_key_is_refused(server_pairs: ServerPairs, ca: trustme.CA, tmp_path: Path) -> None:
     other = tmp_path / "other.key"
     ca.issue_cert("localhost").private_key_pem.write_to_path(other)
     with pytest.raises(CertificateError, match=r"ECDSA\.pem: cannot be used with .*other\.key"):
@@ -86,7 +84,7 @@ def test_a_key_of_another_certificate_is_refused(
 
 
 @pytest.mark.parametrize("missing", ["certificate", "key"])
-def test_a_missing_file_is_named(missing: str, server_pairs: ServerPairs, tmp_path: Path) -> None:
+def test_missing_certificate_file_is_named(missing: str, server_pairs: ServerPairs, tmp_path: Path) -> None:
     pair = server_pairs.ecdsa._replace(**{missing: tmp_path / "gone.pem"})
     with pytest.raises(CertificateError, match=r"gone\.pem.*No such file"):
         server_context([pair], ["zcp/1"])
@@ -96,7 +94,7 @@ def test_a_missing_file_is_named(missing: str, server_pairs: ServerPairs, tmp_pa
 @pytest.mark.parametrize(
     "content", [b"", b"garbage", b"-----BEGIN CERTIFICATE-----\nAA\n-----END CERTIFICATE-----\n"]
 )
-def test_a_file_that_holds_something_else_is_refused(
+def test_file_without_certificate_is_refused(
     which: str, content: bytes, server_pairs: ServerPairs, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.pem"
@@ -105,7 +103,7 @@ def test_a_file_that_holds_something_else_is_refused(
         server_context([server_pairs.ecdsa._replace(**{which: broken})], ["zcp/1"])
 
 
-def test_a_folder_in_place_of_a_file_is_refused(server_pairs: ServerPairs, tmp_path: Path) -> None:
+def test_folder_instead_of_file_is_refused(server_pairs: ServerPairs, tmp_path: Path) -> None:
     with pytest.raises(CertificateError):
         server_context([server_pairs.ecdsa._replace(key=tmp_path)], ["zcp/1"])
 
@@ -115,17 +113,17 @@ PASSPHRASE = b"hunter2"
 
 @pytest.fixture
 def locked_pair(server_pairs: ServerPairs, tmp_path: Path) -> ServerPair:
-    """A pair whose key is encrypted."""
+    """Return a pair with an encrypted key."""
     key = tmp_path / "pair.key"
     shutil.copy(server_pairs.ecdsa.key, key)
     return server_pairs.ecdsa._replace(key=locked(key, PASSPHRASE))
 
 
 @pytest.mark.parametrize(("given", "said"), [(None, "missing"), (b"hunter3", "wrong"), (b"", "wrong")])
-def test_a_key_with_a_passphrase_is_refused_without_asking_for_it(
+def test_encrypted_key_is_refused_without_prompt(
     given: bytes | None, said: str, locked_pair: ServerPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OpenSSL would read the terminal, and a service would hang."""
+    """Otherwise OpenSSL would prompt on the terminal, and a service would hang."""
     monkeypatch.setattr("getpass.getpass", lambda *args: pytest.fail("asked for a passphrase"))
     with pytest.raises(CertificateError, match=rf"locked\.key: the key is encrypted.*{said}") as caught:
         server_context([(*locked_pair, given)], ["zcp/1"])
@@ -133,7 +131,7 @@ def test_a_key_with_a_passphrase_is_refused_without_asking_for_it(
     assert "hunter" not in str(caught.value)
 
 
-def test_a_key_that_is_gone_when_its_error_is_explained_is_an_error_all_the_same(
+def test_key_deleted_during_error_handling_is_an_error(
     locked_pair: ServerPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = ssl.SSLContext.load_cert_chain
@@ -150,14 +148,14 @@ def test_a_key_that_is_gone_when_its_error_is_explained_is_an_error_all_the_same
 
 
 class Checked:
-    """A pair as it comes from certificates that were checked."""
+    """A checked pair."""
 
     def __init__(self, pair: ServerPair, passphrase: bytes | None) -> None:
         self.certificate, self.key = pair
         self.passphrase = passphrase
 
 
-def test_a_passphrase_opens_its_key(
+def test_passphrase_decrypts_key(
     locked_pair: ServerPair, server_pairs: ServerPairs, client_tls: ssl.SSLContext, timers: FakeTimers
 ) -> None:
     for pair in (
@@ -168,11 +166,11 @@ def test_a_passphrase_opens_its_key(
         TlsPair(timers, server_context([pair], ["zcp/1"]), client_tls).agree()
 
 
-def test_a_passphrase_that_is_not_needed_does_no_harm(server_pairs: ServerPairs) -> None:
+def test_unneeded_passphrase_is_ignored(server_pairs: ServerPairs) -> None:
     server_context([(*server_pairs.ecdsa, PASSPHRASE)], ["zcp/1"])
 
 
-def test_an_error_never_shows_what_is_in_a_key(server_pairs: ServerPairs, tmp_path: Path) -> None:
+def test_error_contains_no_key_material(server_pairs: ServerPairs, tmp_path: Path) -> None:
     lines = server_pairs.ecdsa.key.read_text().splitlines()
     broken = tmp_path / "broken.key"
     broken.write_text("\n".join([lines[0], lines[1][:-4], *lines[2:]]))
@@ -184,7 +182,7 @@ def test_an_error_never_shows_what_is_in_a_key(server_pairs: ServerPairs, tmp_pa
 # --- the client's trust ---------------------------------------------------------------------------------
 
 
-def test_a_client_trusts_the_ca_file_alone(
+def test_client_trusts_only_the_ca_file(
     server_tls: ssl.SSLContext, ca_file: Path, timers: FakeTimers, tmp_path: Path
 ) -> None:
     TlsPair(timers, server_tls, client_context(ca_file=ca_file)).agree()
@@ -197,7 +195,7 @@ def test_a_client_trusts_the_ca_file_alone(
         pair.step()
 
 
-def test_a_client_without_a_ca_file_trusts_the_systems_store(
+def test_client_without_ca_file_trusts_system_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[object] = []
@@ -208,7 +206,7 @@ def test_a_client_without_a_ca_file_trusts_the_systems_store(
     assert context.check_hostname
 
 
-def test_a_client_that_does_not_verify_takes_any_certificate(
+def test_unverified_client_context_accepts_any_certificate(
     server_tls: ssl.SSLContext, timers: FakeTimers
 ) -> None:
     context = client_context(verify=False)
@@ -217,7 +215,7 @@ def test_a_client_that_does_not_verify_takes_any_certificate(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage"])
-def test_a_ca_file_without_a_certificate_is_refused(content: bytes | None, tmp_path: Path) -> None:
+def test_ca_file_without_certificate_is_refused(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "ca.pem"
     if content is not None:
         path.write_bytes(content)
@@ -225,7 +223,9 @@ def test_a_ca_file_without_a_certificate_is_refused(content: bytes | None, tmp_p
         client_context(ca_file=path)
 
 
-def test_a_client_offers_its_protocols(server_tls: ssl.SSLContext, ca_file: Path, timers: FakeTimers) -> None:
+def test_client_offers_its_alpn_protocols(
+    server_tls: ssl.SSLContext, ca_file: Path, timers: FakeTimers
+) -> None:
     pair = TlsPair(timers, server_tls, client_context(ca_file=ca_file, protocols=("http/1.1",))).agree()
     assert pair.client.selected_alpn_protocol() == "http/1.1"
 
@@ -238,13 +238,13 @@ def identity(ca: trustme.CA, tmp_path: Path) -> Identity:
     return write_identity(tmp_path, for_clients(ca))
 
 
-def test_a_clients_certificate_and_key_may_be_in_one_file(identity: Identity, ca_file: Path) -> None:
+def test_client_certificate_and_key_in_one_file(identity: Identity, ca_file: Path) -> None:
     identity.key.write_bytes(identity.key.read_bytes() + identity.certificate.read_bytes())
     client_context(ca_file=ca_file, certificate=identity.key)
 
 
 @pytest.mark.parametrize("form", ["bytes", "text", "function"])
-def test_a_clients_key_may_have_a_passphrase(form: str, identity: Identity) -> None:
+def test_client_key_with_passphrase(form: str, identity: Identity) -> None:
     given: Any = {"bytes": b"hunter2", "text": "hunter2", "function": lambda: "hunter2"}[form]
     key = locked(identity.key, PASSPHRASE)
     client_context(verify=False, certificate=identity.certificate, key=key, passphrase=given)
@@ -252,7 +252,7 @@ def test_a_clients_key_may_have_a_passphrase(form: str, identity: Identity) -> N
         client_context(verify=False, certificate=identity.certificate, key=key, passphrase=lambda: b"x")
 
 
-def test_a_passphrase_is_asked_for_only_where_it_is_needed(identity: Identity) -> None:
+def test_passphrase_callable_is_called_only_for_encrypted_key(identity: Identity) -> None:
     def ask() -> str:
         raise AssertionError("asked for a passphrase")
 
@@ -260,15 +260,13 @@ def test_a_passphrase_is_asked_for_only_where_it_is_needed(identity: Identity) -
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o620, 0o610])
-def test_a_clients_key_that_others_can_reach_is_refused_with_the_cure(mode: int, identity: Identity) -> None:
+def test_client_key_readable_by_others_is_refused(mode: int, identity: Identity) -> None:
     identity.key.chmod(mode)
     with pytest.raises(CertificateError, match=rf"client\.key: .*mode {mode:04o}\); run: chmod 600 "):
         client_context(verify=False, certificate=identity.certificate, key=identity.key)
 
 
-def test_a_clients_key_of_another_user_is_refused(
-    identity: Identity, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_client_key_of_another_user_is_refused(identity: Identity, monkeypatch: pytest.MonkeyPatch) -> None:
     stat = Path.stat
 
     class Foreign:
@@ -281,7 +279,7 @@ def test_a_clients_key_of_another_user_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["gone", "folder", "fifo", "no path"])
-def test_a_clients_key_that_is_no_file_is_refused_without_waiting(
+def test_client_key_that_is_a_fifo_is_refused_without_blocking(
     kind: str, identity: Identity, tmp_path: Path
 ) -> None:
     key = tmp_path / kind
@@ -296,9 +294,7 @@ def test_a_clients_key_that_is_no_file_is_refused_without_waiting(
         client_context(verify=False, certificate=identity.certificate, key=key)
 
 
-def test_a_clients_key_of_another_certificate_is_refused(
-    identity: Identity, server_pairs: ServerPairs
-) -> None:
+def test_mismatched_client_key_is_refused(identity: Identity, server_pairs: ServerPairs) -> None:
     with pytest.raises(CertificateError, match=r"cannot be used with .*client\.key: KEY_VALUES_MISMATCH"):
         client_context(verify=False, certificate=server_pairs.ecdsa.certificate, key=identity.key)
 
@@ -312,20 +308,20 @@ FIRST, SECOND, AES_128 = *SUITES, "TLS_AES_128_GCM_SHA256"
     "names",
     [[FIRST], [SECOND], [FIRST, SECOND], [SECOND, FIRST], [FIRST, SECOND, AES_128, "TLS_AES_128_CCM_SHA256"]],
 )
-def test_an_openssl_that_prefers_our_suites_is_taken(names: list[str]) -> None:
+def test_allowed_suites_first_are_accepted(names: list[str]) -> None:
     check_suite_order(names)
 
 
 @pytest.mark.parametrize(
     "names", [[], [AES_128], [AES_128, FIRST], [FIRST, AES_128, SECOND], [FIRST, SECOND, AES_128, FIRST]]
 )
-def test_an_openssl_that_prefers_others_is_refused(names: list[str]) -> None:
-    """AES_128 would be chosen for a client that offers one of ours too."""
+def test_other_suites_first_are_refused(names: list[str]) -> None:
+    """AES_128 would be chosen for a client that also offers an allowed suite."""
     with pytest.raises(TlsError, match="prefers suites that are not allowed"):
         check_suite_order(names)
 
 
-def test_the_order_is_checked_on_each_context(
+def test_suite_order_is_checked_for_each_context(
     monkeypatch: pytest.MonkeyPatch, server_pairs: ServerPairs
 ) -> None:
     ciphers: list[dict[str, Any]] = [{"name": AES_128}, {"name": FIRST}, {"name": "ECDHE-RSA-AES256"}]
@@ -336,16 +332,16 @@ def test_the_order_is_checked_on_each_context(
         client_context(verify=False)
 
 
-def test_the_order_of_this_openssl_is_right(context: ssl.SSLContext) -> None:
+def test_suite_order_of_this_openssl_is_right(context: ssl.SSLContext) -> None:
     names = [cipher["name"] for cipher in context.get_ciphers() if cipher["name"].startswith("TLS_")]
     assert set(names[:2]) == ALLOWED
 
 
 @pytest.mark.parametrize("suites", [SUITES, SUITES[:1], SUITES[::-1]])
-def test_where_python_can_set_the_suites_it_does(
+def test_suites_are_set_where_python_can(
     suites: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, server_pairs: ServerPairs
 ) -> None:
-    """As of Python 3.15."""
+    """Python 3.15 and later."""
     asked: list[str] = []
     monkeypatch.setattr(
         ssl.SSLContext, "set_ciphersuites", lambda self, names: asked.append(names), raising=False
@@ -355,13 +351,13 @@ def test_where_python_can_set_the_suites_it_does(
     assert asked == [":".join(suites)]
 
 
-def test_where_python_cannot_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_can_choose_suites_reflects_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ssl.SSLContext, "set_ciphersuites", raising=False)
     assert not can_choose_suites()
 
 
 class Agreed:
-    """The end of some handshake."""
+    """A stand-in for a completed handshake."""
 
     def __init__(self, version: str | None, suite: str | None) -> None:
         self._version, self._suite = version, suite
@@ -384,14 +380,16 @@ class Agreed:
         (None, None, False),
     ],
 )
-def test_what_was_agreed_is_checked_once_more(version: str | None, suite: str | None, allowed: bool) -> None:
+def test_suites_are_allowed_checks_version_and_suite(
+    version: str | None, suite: str | None, allowed: bool
+) -> None:
     assert suites_are_allowed(Agreed(version, suite), ALLOWED) is allowed  # type: ignore[arg-type]
 
 
-def test_the_suites_are_in_the_order_of_the_contract() -> None:
+def test_suites_are_in_specified_order() -> None:
     assert SUITES == ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
 
 
-def test_a_pair_is_any_two_paths(server_pairs: ServerPairs) -> None:
+def test_pair_may_be_a_tuple_of_paths(server_pairs: ServerPairs) -> None:
     pair: ServerPair = server_pairs.rsa
     server_context([(pair.certificate, pair.key)], [])

@@ -1,4 +1,4 @@
-"""From what the ssl module raises to a cause that is counted."""
+"""Test the mapping from errors of the ssl module to failures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ssl_error(reason: str | None, message: str = "[SSL] something (_ssl.c:1006)"
         ("", TlsFailure.OTHER),
     ],
 )
-def test_a_reason_has_its_cause(reason: str, failure: TlsFailure) -> None:
+def test_reason_maps_to_failure(reason: str, failure: TlsFailure) -> None:
     assert failure_of(ssl_error(reason)) is failure
 
 
@@ -59,8 +59,8 @@ def test_a_reason_has_its_cause(reason: str, failure: TlsFailure) -> None:
         ("", TlsFailure.OTHER),
     ],
 )
-def test_without_a_reason_the_words_tell(message: str, failure: TlsFailure) -> None:
-    """As where OpenSSL is newer than what Python was built for."""
+def test_message_maps_to_failure_without_reason(message: str, failure: TlsFailure) -> None:
+    """As with an OpenSSL newer than the one Python was built for."""
     assert failure_of(ssl_error(None, message)) is failure
 
 
@@ -78,17 +78,17 @@ def test_without_a_reason_the_words_tell(message: str, failure: TlsFailure) -> N
         (20, TlsFailure.CERTIFICATE_UNTRUSTED),
     ],
 )
-def test_a_certificate_that_does_not_verify_has_its_cause(code: int, failure: TlsFailure) -> None:
+def test_verify_code_maps_to_failure(code: int, failure: TlsFailure) -> None:
     error: Any = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_code = code
     assert failure_of(error) is failure
 
 
-def test_an_end_of_stream_is_a_truncation() -> None:
+def test_eof_error_is_truncated() -> None:
     assert failure_of(ssl.SSLEOFError(8, "EOF occurred in violation of protocol")) is TlsFailure.TRUNCATED
 
 
-def test_causes_are_names_fit_for_metrics() -> None:
+def test_failure_values_are_valid_metric_labels() -> None:
     names = [failure.value for failure in TlsFailure]
     assert len(set(names)) == len(names)
     assert all(name.isidentifier() and name == name.lower() for name in names)

@@ -1,4 +1,4 @@
-"""Connections that a load balancer passes on: a header in front, and TLS behind it as ever."""
+"""Test connections forwarded by a load balancer: a PROXY header, then TLS."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ def end(pair: TlsPair) -> list[Any]:
     return pair.log
 
 
-def test_the_client_of_the_header_is_the_peer(pair: TlsPair) -> None:
+def test_client_of_header_becomes_peer(pair: TlsPair) -> None:
     assert pair.server.peer == PEER
     pair.raw.deliver(HEADER)
     assert pair.server.peer == CLIENT
     pair.agree()
-    assert pair.above.told == ["made"]
+    assert pair.protocol.calls == ["made"]
     pair.say(b"hello")
-    assert pair.above.received == b"hello"
+    assert pair.protocol.received == b"hello"
     assert end(pair) == [(PEER, CLIENT), "slot free", (TlsFailure.TRUNCATED, CLIENT), f"closed {CLIENT}"]
 
 
 @pytest.mark.parametrize("piece", [1, 7, 28, 29, 300, 65_536])
-def test_header_and_hello_may_come_in_any_pieces(pair: TlsPair, piece: int) -> None:
+def test_header_and_hello_work_for_every_split(pair: TlsPair, piece: int) -> None:
     pair.raw.deliver(HEADER + pair.step(), piece)
     pair.hear()
     pair.raw.deliver(pair.step(), piece)
-    assert pair.above.told == ["made"]
+    assert pair.protocol.calls == ["made"]
     assert pair.server.peer == CLIENT
 
 
-def test_a_balancer_that_speaks_for_itself_stays_the_peer(pair: TlsPair) -> None:
+def test_local_command_keeps_balancer_as_peer(pair: TlsPair) -> None:
     pair.raw.deliver(header(command=0, family=0, body=b""))
     pair.agree()
     assert pair.server.peer == PEER
@@ -70,18 +70,20 @@ def test_a_balancer_that_speaks_for_itself_stays_the_peer(pair: TlsPair) -> None
         (None, TlsFailure.PROXY_HEADER_MISSING),
     ],
 )
-def test_without_a_header_nothing_is_answered(pair: TlsPair, data: bytes | None, failure: TlsFailure) -> None:
+def test_connection_without_header_gets_no_answer(
+    pair: TlsPair, data: bytes | None, failure: TlsFailure
+) -> None:
     hello = pair.step()
     pair.raw.deliver(hello if data is None else data + hello)
     assert pair.failures == {failure: 1}
     assert pair.raw.take() == b""
     assert pair.raw.eof_written
-    pair.raw.deliver(HEADER + hello)  # too late: it is discarded
+    pair.raw.deliver(HEADER + hello)  # too late: discarded
     assert pair.raw.take() == b""
     assert end(pair) == [(failure, PEER), "slot free", f"closed {PEER}"]
 
 
-def test_a_client_that_may_not_go_on_is_cut_off_without_a_byte(pair: TlsPair) -> None:
+def test_refused_forwarded_client_is_cut_without_a_byte(pair: TlsPair) -> None:
     pair.acceptor.on_forwarded = lambda balancer, client: False
     pair.raw.deliver(HEADER + pair.step())
     assert pair.raw.aborted
@@ -90,7 +92,7 @@ def test_a_client_that_may_not_go_on_is_cut_off_without_a_byte(pair: TlsPair) ->
     assert pair.failures == {}, "it is the limit's doing, which counts it"
 
 
-def test_header_and_handshake_have_one_deadline(pair: TlsPair) -> None:
+def test_header_and_handshake_share_one_deadline(pair: TlsPair) -> None:
     pair.raw.deliver(HEADER[:-1])
     pair.timers.advance(4.0)
     pair.raw.deliver(HEADER[-1:])
@@ -98,7 +100,7 @@ def test_header_and_handshake_have_one_deadline(pair: TlsPair) -> None:
     assert pair.failures == {TlsFailure.HANDSHAKE_TIMEOUT: 1}
 
 
-def test_a_header_that_never_comes_ends_in_time(pair: TlsPair) -> None:
+def test_missing_header_ends_at_deadline(pair: TlsPair) -> None:
     for byte in HEADER[:5]:
         pair.raw.deliver(bytes([byte]))
         pair.timers.advance(1.1)
@@ -106,18 +108,18 @@ def test_a_header_that_never_comes_ends_in_time(pair: TlsPair) -> None:
     assert pair.raw.take() == b""
 
 
-def test_a_balancer_that_only_knocks_is_a_disconnect(pair: TlsPair) -> None:
+def test_balancer_health_probe_is_a_disconnect(pair: TlsPair) -> None:
     assert end(pair) == [(TlsFailure.DISCONNECTED, PEER), "slot free", f"closed {PEER}"]
 
 
-def test_a_second_header_is_no_tls(pair: TlsPair) -> None:
+def test_second_header_is_not_tls(pair: TlsPair) -> None:
     pair.raw.deliver(HEADER + HEADER)
     assert pair.failures == {TlsFailure.NOT_TLS: 1}
     assert pair.server.peer == CLIENT
 
 
-def test_a_header_from_elsewhere_is_no_tls(tls_pair: TlsPair) -> None:
-    """Whoever is not listed could claim any address."""
+def test_header_from_untrusted_address_is_not_tls(tls_pair: TlsPair) -> None:
+    """An untrusted sender could claim any address."""
     tls_pair.raw.deliver(HEADER + tls_pair.step())
     assert tls_pair.failures == {TlsFailure.NOT_TLS: 1}
     assert tls_pair.server.peer == PEER

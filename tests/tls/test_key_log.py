@@ -1,4 +1,4 @@
-"""The key log of a client: its owner's alone, in the form that other programs read."""
+"""Test the key log of a client: its mode, owner and format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def agree(server_pairs: ServerPairs, context: ssl.SSLContext) -> None:
     TlsPair(FakeTimers(), server_context(server_pairs, ["zcp/1"]), context).agree()
 
 
-def test_it_holds_the_secrets_of_each_connection(
+def test_key_log_holds_secrets_of_each_connection(
     server_pairs: ServerPairs, ca_file: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "keys"
@@ -43,7 +43,7 @@ def test_it_holds_the_secrets_of_each_connection(
     assert len(secrets_in(path)) == 2 * len(SECRETS)
 
 
-def test_it_is_made_for_its_owner_alone_whatever_the_umask_allows(tmp_path: Path) -> None:
+def test_key_log_has_mode_0600_for_any_umask(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     before = os.umask(0)
     try:
@@ -53,7 +53,7 @@ def test_it_is_made_for_its_owner_alone_whatever_the_umask_allows(tmp_path: Path
     assert path.stat().st_mode & 0o7777 == 0o600
 
 
-def test_what_is_in_it_already_is_kept(server_pairs: ServerPairs, ca_file: Path, tmp_path: Path) -> None:
+def test_key_log_is_appended_to(server_pairs: ServerPairs, ca_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.touch(0o600)
     path.write_text("# of before\n")
@@ -63,7 +63,7 @@ def test_what_is_in_it_already_is_kept(server_pairs: ServerPairs, ca_file: Path,
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602])
-def test_one_that_others_can_read_or_change_is_refused(mode: int, tmp_path: Path) -> None:
+def test_key_log_accessible_to_others_is_refused(mode: int, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.touch()
     path.chmod(mode)
@@ -72,7 +72,7 @@ def test_one_that_others_can_read_or_change_is_refused(mode: int, tmp_path: Path
     assert path.read_text() == ""
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_key_log_link_is_not_followed(tmp_path: Path) -> None:
     target, path = tmp_path / "target", tmp_path / "keys"
     path.symlink_to(target)
     with pytest.raises(ConfigError, match="is a link"):
@@ -80,7 +80,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_key_log_fifo_is_refused_without_blocking(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     os.mkfifo(path, 0o600)
     with pytest.raises(ConfigError, match="cannot be written: No such device"):
@@ -93,7 +93,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
         os.close(reader)
 
 
-def test_one_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_log_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     user = os.geteuid()
     monkeypatch.setattr("zcproto.common.files.trusted_owners", lambda: frozenset({user + 1}))
     with pytest.raises(ConfigError, match=f"belongs to another user \\(uid {user}\\)"):
@@ -101,6 +101,6 @@ def test_one_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["no-folder/keys", ".", "nul\0byte"])
-def test_a_path_that_cannot_be_written_is_named(name: str, tmp_path: Path) -> None:
+def test_unwritable_key_log_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the key log cannot be written: .*; check the path"):
         client_context(verify=False, key_log=tmp_path / name)

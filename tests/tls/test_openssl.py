@@ -1,4 +1,4 @@
-"""A server on a real socket, with the `openssl` command and with asyncio's own TLS for clients."""
+"""Test a server on a real socket with the `openssl` command and asyncio's TLS as clients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tls.support import PATIENCE, Above, all_gone
+from tests.tls.support import PATIENCE, RecordingProtocol, all_gone
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER, TlsAcceptor, TlsServerTransport
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="there i
 
 
 class Listening:
-    """A server that echoes in capitals and ends at `bye`, on a port of its own."""
+    """A server that echoes in upper case and closes at `bye`."""
 
     def __init__(self, runner: asyncio.Runner, acceptor: TlsAcceptor, port: int, ca_file: Path) -> None:
         self.run = runner.run
@@ -39,7 +39,7 @@ class Listening:
         return {failure: count for failure, count in self.acceptor.failures.items() if count}
 
     def s_client(self, *options: str, text: bytes = b"hello\n", until: bytes = b"HELLO") -> str:
-        """What `openssl s_client` prints; it is given the text, and `bye` once it has shown `until`."""
+        """Return the output of `openssl s_client`; send it the text, and `bye` once it has printed `until`."""
         return self.run(self._s_client(options, text, until))
 
     async def _s_client(self, options: tuple[str, ...], text: bytes, until: bytes) -> str:
@@ -60,7 +60,7 @@ class Listening:
                 process.stdin.write(text)
                 while until not in shown and (part := await process.stdout.read(65_536)):
                     shown += part
-                with contextlib.suppress(ConnectionError, RuntimeError):  # it has ended already
+                with contextlib.suppress(ConnectionError, RuntimeError):  # already ended
                     process.stdin.write(b"bye\n")
                     await process.stdin.drain()
                 shown += await process.stdout.read()
@@ -73,7 +73,7 @@ class Listening:
         return shown.decode("latin-1")
 
     def wait(self, is_so: Callable[[], bool]) -> None:
-        """Until something is so that the acceptor is told of."""
+        """Wait until a condition holds after a callback of the acceptor."""
         self.run(self._wait(is_so))
 
     async def _wait(self, is_so: Callable[[], bool]) -> None:
@@ -87,7 +87,7 @@ class Listening:
 def listening(
     request: pytest.FixtureRequest, server_tls: ssl.SSLContext, ca_file: Path
 ) -> Iterator[Listening]:
-    """Under both loops: they differ in when they write, pause and report the end."""
+    """Run with both event loops: they differ in when they write, pause and report the end."""
     if request.param == "uvloop":
         factory: Callable[[], asyncio.AbstractEventLoop] = pytest.importorskip("uvloop").new_event_loop
     else:
@@ -95,7 +95,7 @@ def listening(
     with asyncio.Runner(loop_factory=factory) as runner:
         loop = runner.get_loop()
         wheel = DeadlineWheel(loop)
-        protocols = dict.fromkeys(("zcp/1", "http/1.1", None), lambda: Above(data=answer))
+        protocols = dict.fromkeys(("zcp/1", "http/1.1", None), lambda: RecordingProtocol(data=answer))
         acceptor = TlsAcceptor(server_tls, protocols, wheel, loop, suites=frozenset(SUITES))
         connections: list[TlsServerTransport] = []
         server = runner.run(_listen(acceptor, connections))
@@ -113,10 +113,10 @@ async def _listen(acceptor: TlsAcceptor, connections: list[TlsServerTransport]) 
     return await asyncio.get_running_loop().create_server(accepted, "127.0.0.1", 0)
 
 
-def answer(above: Above, data: bytes) -> None:
-    above.transport.write(data.upper())
+def answer(protocol: RecordingProtocol, data: bytes) -> None:
+    protocol.transport.write(data.upper())
     if data.endswith(b"bye\n"):
-        above.transport.close()
+        protocol.transport.close()
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -124,9 +124,7 @@ def answer(above: Above, data: bytes) -> None:
     ("algorithms", "key"),
     [("ecdsa_secp256r1_sha256", "ecdsa"), ("rsa_pss_rsae_sha256:rsa_pkcs1_sha256", "rsa_pss")],
 )
-def test_both_suites_with_both_kinds_of_key(
-    listening: Listening, suite: str, algorithms: str, key: str
-) -> None:
+def test_both_suites_with_both_key_types(listening: Listening, suite: str, algorithms: str, key: str) -> None:
     shown = listening.s_client("-ciphersuites", suite, "-sigalgs", algorithms, "-alpn", "zcp/1")
     assert f"Cipher is {suite}" in shown
     assert f"Peer signature type: {key}" in shown
@@ -154,7 +152,7 @@ def test_both_suites_with_both_kinds_of_key(
         (["-sigalgs", "ed25519"], TlsFailure.NO_SHARED_SIGNATURE_ALGORITHM, "alert handshake failure"),
     ],
 )
-def test_a_client_that_does_not_fit_sees_why(
+def test_unsupported_client_gets_the_right_alert(
     listening: Listening, options: list[str], failure: TlsFailure, words: str
 ) -> None:
     shown = listening.s_client(*options)
@@ -164,28 +162,28 @@ def test_a_client_that_does_not_fit_sees_why(
     assert listening.failures == {failure: 1}
 
 
-def test_a_hello_retry_request_leads_to_an_agreement(listening: Listening) -> None:
+def test_hello_retry_request_completes(listening: Listening) -> None:
     shown = listening.s_client("-groups", "brainpoolP256r1tls13:P-256", "-msg")
     assert shown.count(", ClientHello") == 2
     assert "HELLO" in shown
 
 
-def test_no_ticket_is_given_and_no_early_data_taken(listening: Listening) -> None:
+def test_no_tickets_and_no_early_data(listening: Listening) -> None:
     shown = listening.s_client("-msg")
     assert "NewSessionTicket" not in shown
     assert "Early data was not sent" in shown
     assert "HELLO" in shown
 
 
-def test_our_close_is_clean_to_the_command(listening: Listening) -> None:
+def test_close_is_clean_for_openssl_command(listening: Listening) -> None:
     shown = listening.s_client("-msg")
     assert "close_notify" in shown
     assert "unexpected eof" not in shown
 
 
 @pytest.mark.parametrize(("command", "answers"), [(b"k\n", 0), (b"K\n", 1)])
-def test_a_key_update_by_command_is_followed(listening: Listening, command: bytes, answers: int) -> None:
-    """`k` is for new keys of the client's, `K` asks for the server's too."""
+def test_key_update_by_openssl_command_works(listening: Listening, command: bytes, answers: int) -> None:
+    """`k` updates the client's keys, `K` requests an update of the server's too."""
     shown = listening.s_client("-msg", text=command, until=b"KeyUpdate")
     assert shown.count(">>> TLS 1.3, Handshake [length 0005], KeyUpdate") == 1
     assert shown.count("<<< TLS 1.3, Handshake [length 0005], KeyUpdate") == answers
@@ -194,7 +192,7 @@ def test_a_key_update_by_command_is_followed(listening: Listening, command: byte
 
 
 async def raw(port: int, pieces: Iterable[bytes], *, half_close: bool = False) -> bytes:
-    """What a server answers to these bytes, to the end of its stream."""
+    """Return the server's answer to these bytes, up to the end of its stream."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     async with asyncio.timeout(PATIENCE):
         for piece in pieces:
@@ -218,21 +216,21 @@ async def raw(port: int, pieces: Iterable[bytes], *, half_close: bool = False) -
         (b"\x16\3\1\0\5\1\0\0\1\0", b"\x15\3\3\0\2\2\x32", TlsFailure.MALFORMED_CLIENT_HELLO),
     ],
 )
-def test_an_answer_survives_what_is_still_on_its_way(
+def test_response_survives_input_in_flight(
     listening: Listening, data: bytes, answer: bytes, failure: TlsFailure
 ) -> None:
-    """Closed at once, the kernel would answer the rest with a reset, and the answer be lost."""
+    """With an immediate close the kernel would reset the connection, and the answer would be lost."""
     assert listening.run(raw(listening.port, [data])) == answer
     assert listening.failures == {failure: 1}
 
 
-def test_a_silent_half_hello_is_ended_by_the_peers_end(listening: Listening) -> None:
+def test_truncated_hello_ends_with_peer_eof(listening: Listening) -> None:
     assert listening.run(raw(listening.port, [b"\x16\3\1\2\0\1"], half_close=True)) == b""
     assert listening.failures == {TlsFailure.DISCONNECTED: 1}
 
 
 def capitals(port: int, client_tls: ssl.SSLContext, data: bytes) -> bytes:
-    """What the server makes of the data, by a client that blocks: it writes much before it reads."""
+    """Return the server's answer to a blocking client that writes everything before it reads."""
     step = 262_144
     answer = b""
     with (
@@ -248,12 +246,10 @@ def capitals(port: int, client_tls: ssl.SSLContext, data: bytes) -> bytes:
     return answer
 
 
-def test_a_megabyte_each_way_with_a_client_that_blocks(
-    listening: Listening, client_tls: ssl.SSLContext
-) -> None:
+def test_megabyte_each_way_with_blocking_client(listening: Listening, client_tls: ssl.SSLContext) -> None:
     data = b"abcdefgh" * 131_072 + b"bye\n"
-    told = listening.run(asyncio.to_thread(capitals, listening.port, client_tls, data))
-    assert told == data.upper()
+    answer = listening.run(asyncio.to_thread(capitals, listening.port, client_tls, data))
+    assert answer == data.upper()
     assert listening.failures == {}
 
 
@@ -268,7 +264,7 @@ async def reset(port: int, client_tls: ssl.SSLContext) -> None:
     writer.transport.abort()
 
 
-def test_a_reset_is_counted_as_one(listening: Listening, client_tls: ssl.SSLContext) -> None:
+def test_reset_is_counted_as_connection_reset(listening: Listening, client_tls: ssl.SSLContext) -> None:
     listening.run(reset(listening.port, client_tls))
     listening.wait(lambda: bool(listening.failures))
     assert listening.failures == {TlsFailure.CONNECTION_RESET: 1}

@@ -1,4 +1,4 @@
-"""Many handshakes at once are spread over turns of the loop, so that those already in are served."""
+"""Test pacing: many handshakes are spread over turns of the loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import FakeTimers
-from tests.tls.support import Above, TlsPair, new_acceptor
+from tests.tls.support import RecordingProtocol, TlsPair, new_acceptor
 from zcproto.tls.server import BUDGET_WINDOW, TURN_BUDGET, TlsAcceptor
 from zcproto.tls.transport import Phase
 
@@ -22,7 +22,7 @@ class Stopwatch:
 
 
 class Step:
-    """The expensive step of a handshake: takes its time, and may do more."""
+    """A fake expensive step of a handshake."""
 
     def __init__(self, watch: Stopwatch, cost: float, fault: Exception | None = None) -> None:
         self.watch = watch
@@ -44,7 +44,7 @@ def watch() -> Stopwatch:
 
 @pytest.fixture
 def acceptor(timers: FakeTimers, server_tls: ssl.SSLContext, watch: Stopwatch) -> TlsAcceptor:
-    return new_acceptor(timers, server_tls, Above, [], perf_counter=watch.perf_counter)
+    return new_acceptor(timers, server_tls, RecordingProtocol, [], perf_counter=watch.perf_counter)
 
 
 def schedule(acceptor: TlsAcceptor, *steps: Step) -> None:
@@ -56,7 +56,7 @@ def done(steps: list[Step]) -> int:
     return sum(step.runs for step in steps)
 
 
-def test_a_single_handshake_is_not_delayed(acceptor: TlsAcceptor, watch: Stopwatch) -> None:
+def test_single_handshake_is_not_delayed(acceptor: TlsAcceptor, watch: Stopwatch) -> None:
     step = Step(watch, 0.002)
     schedule(acceptor, step)
     assert step.runs == 1
@@ -66,7 +66,7 @@ def test_a_single_handshake_is_not_delayed(acceptor: TlsAcceptor, watch: Stopwat
     ("cost", "per_turn"),
     [(TURN_BUDGET / 5, 5), (TURN_BUDGET / 2, 2), (TURN_BUDGET, 1), (10 * TURN_BUDGET, 1)],
 )
-def test_a_turn_takes_as_many_as_its_budget_allows_and_one_at_least(
+def test_turn_runs_handshakes_within_budget_and_at_least_one(
     acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers, cost: float, per_turn: int
 ) -> None:
     steps = [Step(watch, cost * 1.001) for _ in range(4 * per_turn)]
@@ -78,7 +78,7 @@ def test_a_turn_takes_as_many_as_its_budget_allows_and_one_at_least(
     assert after == [per_turn * n for n in range(1, 5)]
 
 
-def test_handshakes_are_started_in_the_order_of_their_hellos(
+def test_handshakes_start_in_order_of_hellos(
     acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
 ) -> None:
     steps = [Step(watch, 2 * TURN_BUDGET) for _ in range(6)]
@@ -88,7 +88,7 @@ def test_handshakes_are_started_in_the_order_of_their_hellos(
         timers.turn()
 
 
-def test_who_comes_later_waits_behind_who_waits(
+def test_new_handshake_queues_behind_waiting_ones(
     acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
 ) -> None:
     steps = [Step(watch, 2 * TURN_BUDGET) for _ in range(4)]
@@ -102,7 +102,7 @@ def test_who_comes_later_waits_behind_who_waits(
     assert steps[3].runs == 1
 
 
-def test_what_was_spent_is_forgotten_after_a_while(
+def test_spent_budget_expires_with_window(
     acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
 ) -> None:
     steps = [Step(watch, TURN_BUDGET / 10) for _ in range(10)]
@@ -118,7 +118,7 @@ def test_what_was_spent_is_forgotten_after_a_while(
     assert late.runs == 1
 
 
-def test_handshakes_that_come_now_and_then_never_wait(
+def test_occasional_handshakes_never_wait(
     acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
 ) -> None:
     for _ in range(20):
@@ -129,23 +129,21 @@ def test_handshakes_that_come_now_and_then_never_wait(
     assert timers.waiting == 0
 
 
-def test_when_nobody_waits_the_loop_is_left_alone(
-    acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
-) -> None:
+def test_empty_queue_schedules_no_turn(acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers) -> None:
     schedule(acceptor, Step(watch, 0.001))
     assert timers.waiting == 0
     schedule(acceptor, Step(watch, 2 * TURN_BUDGET), Step(watch, 0.001))
     assert timers.run() == 1
 
 
-def test_one_turn_at_a_time_is_planned(acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers) -> None:
+def test_only_one_turn_is_scheduled(acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers) -> None:
     schedule(acceptor, *(Step(watch, 2 * TURN_BUDGET) for _ in range(50)))
     for _ in range(49):
         assert timers.waiting == 1
         timers.turn()
 
 
-def test_a_fault_in_one_handshake_does_not_stop_the_others(
+def test_exception_in_one_handshake_does_not_stop_others(
     acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
 ) -> None:
     faults = [Step(watch, 2 * TURN_BUDGET, MemoryError()) for _ in range(2)]
@@ -164,7 +162,7 @@ def test_a_fault_in_one_handshake_does_not_stop_the_others(
 
 
 class Ticking:
-    """A stopwatch that goes on with each look, so that two handshakes fill a turn."""
+    """A clock that advances with each reading, so that two handshakes fill a turn."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -180,7 +178,7 @@ def queued(
     server_tls: ssl.SSLContext,
     client_tls: ssl.SSLContext,
 ) -> list[TlsPair]:
-    """Five connections whose hellos came in one turn."""
+    """Return five connections whose hellos arrived in one turn."""
     first = TlsPair(timers, server_tls, client_tls, perf_counter=Ticking().perf_counter)
     pairs = [first, *(TlsPair(timers, server_tls, client_tls, acceptor=first.acceptor) for _ in range(4))]
     for pair in pairs:
@@ -192,7 +190,7 @@ def phases(pairs: list[TlsPair]) -> list[Any]:
     return [pair.phase for pair in pairs]
 
 
-def test_real_handshakes_wait_for_their_turns(queued: list[TlsPair], timers: FakeTimers) -> None:
+def test_real_handshakes_are_paced(queued: list[TlsPair], timers: FakeTimers) -> None:
     for started in (2, 4, 5):
         assert phases(queued) == [Phase.HANDSHAKE] * started + [Phase.HELLO] * (5 - started)
         timers.turn()
@@ -203,7 +201,7 @@ def test_real_handshakes_wait_for_their_turns(queued: list[TlsPair], timers: Fak
 
 
 @pytest.mark.parametrize("how", ["reset", "end of stream", "timeout", "closed by us"])
-def test_a_connection_that_ends_while_it_waits_costs_no_handshake(
+def test_connection_closed_while_queued_costs_no_handshake(
     queued: list[TlsPair], timers: FakeTimers, how: str
 ) -> None:
     acceptor = queued[0].acceptor

@@ -1,4 +1,4 @@
-"""Pins of keys and of whole certificates (RFC 7469 section 2.4)."""
+"""Test pins of keys and certificates (RFC 7469 section 2.4)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def der_of(pair: ServerPair) -> bytes:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl command to be the witness")
-def test_a_key_pin_is_what_openssl_says(pair: ServerPair) -> None:
-    """The usual command for it, from the manual of RFC 7469's time."""
+def test_key_pin_matches_openssl_command(pair: ServerPair) -> None:
+    """Compare with the usual openssl command for HPKP pins."""
     spki = subprocess.run(
         ["openssl", "x509", "-in", pair.certificate, "-pubkey", "-noout"], capture_output=True, check=True
     ).stdout
@@ -38,26 +38,26 @@ def test_a_key_pin_is_what_openssl_says(pair: ServerPair) -> None:
     assert key_pin(der_of(pair)) == "sha256/" + base64.b64encode(hashlib.sha256(der).digest()).decode()
 
 
-def test_a_certificate_pin_is_the_digest_of_the_whole(pair: ServerPair) -> None:
+def test_certificate_pin_is_digest_of_certificate(pair: ServerPair) -> None:
     der = der_of(pair)
     expected = base64.b64encode(hashlib.sha256(der).digest()).decode()
     assert certificate_pin(der) == "cert-sha256/" + expected
 
 
-def test_a_certificate_matches_by_key_or_as_a_whole(pair: ServerPair) -> None:
+def test_certificate_matches_by_key_or_certificate_pin(pair: ServerPair) -> None:
     der = der_of(pair)
     assert pins_match(der, frozenset({key_pin(der)}))
     assert pins_match(der, frozenset({certificate_pin(der)}))
     assert pins_match(der, parse_pins([BACKUP, key_pin(der)]))
 
 
-def test_a_certificate_does_not_match_other_pins(server_pairs: ServerPairs) -> None:
+def test_certificate_does_not_match_other_pins(server_pairs: ServerPairs) -> None:
     der, other = der_of(server_pairs.ecdsa), der_of(server_pairs.rsa)
     assert not pins_match(der, frozenset({key_pin(other), certificate_pin(other), GOOD, BACKUP}))
     assert not pins_match(der, frozenset())
 
 
-def test_a_key_pin_is_no_certificate_pin(pair: ServerPair) -> None:
+def test_key_pin_is_not_a_certificate_pin(pair: ServerPair) -> None:
     der = der_of(pair)
     assert not pins_match(
         der, frozenset({"cert-" + key_pin(der), certificate_pin(der).removeprefix("cert-")})
@@ -80,19 +80,19 @@ def test_pins_are_parsed_as_a_set() -> None:
         f",{GOOD},,{BACKUP},",
     ],
 )
-def test_one_text_may_hold_several_pins(text: str) -> None:
+def test_string_may_hold_several_pins(text: str) -> None:
     assert parse_pins(text) == {GOOD, BACKUP}
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", "\n", GOOD[:-1], f"{GOOD};{BACKUP}", f"{GOOD} x"])
-def test_a_text_without_pins_or_with_other_words_is_refused(text: str) -> None:
-    """An empty variable of the environment must not switch pinning off."""
+def test_string_without_pins_is_refused(text: str) -> None:
+    """An empty environment variable must not disable pinning."""
     with pytest.raises(TlsError) as caught:
         parse_pins(text)
     assert caught.value.failure == "pin_malformed"
 
 
-def test_what_cannot_be_read_matches_as_a_whole_or_not_at_all() -> None:
+def test_unreadable_certificate_matches_only_by_certificate_pin() -> None:
     der = b"\x30\x00"
     assert not pins_match(der, frozenset({GOOD}))
     assert pins_match(der, frozenset({certificate_pin(der)}))
@@ -118,24 +118,24 @@ def test_what_cannot_be_read_matches_as_a_whole_or_not_at_all() -> None:
         "sha256/" + bytes(range(32)).hex(),
         "sha256/" + base64.urlsafe_b64encode(b"\xff" * 32).decode(),
         "sha256/" + "ä" * 44,
-        # decodes to the same 32 bytes, but would be compared as text and never match
+        # decodes to the same 32 bytes, but pins are compared as text
         GOOD[:-2] + chr(ord(GOOD[-2]) + 1) + "=",
     ],
 )
-def test_a_malformed_pin_is_refused_and_named_never_ignored(pin: str) -> None:
+def test_malformed_pin_is_refused_and_named(pin: str) -> None:
     with pytest.raises(TlsError) as caught:
         parse_pins([GOOD, pin])
     assert caught.value.failure == "pin_malformed"
     assert repr(pin)[1:20] in str(caught.value)
 
 
-def test_a_huge_pin_is_named_in_part() -> None:
+def test_long_malformed_pin_is_shortened_in_message() -> None:
     with pytest.raises(TlsError) as caught:
         parse_pins(["sha256/" + "A" * 100_000])
     assert len(str(caught.value)) < 200
 
 
-def test_the_number_of_pins_is_bounded() -> None:
+def test_number_of_pins_is_limited() -> None:
     pins = ["sha256/" + base64.b64encode(number.to_bytes(32, "big")).decode() for number in range(65)]
     assert len(parse_pins(pins[:MAX_PINS])) == MAX_PINS
     with pytest.raises(TlsError, match="64 pins"):

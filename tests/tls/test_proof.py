@@ -1,4 +1,4 @@
-"""A fresh context shows what it serves before it serves anybody."""
+"""Test the handshake in memory that a new context must pass before it serves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from zcproto.tls.suites import SUITES
 
 @dataclass(frozen=True)
 class Checked:
-    """A pair and what was in its file when it was checked."""
+    """A pair with the digest of its certificate at the time of the check."""
 
     certificate: Path
     key: Path
@@ -54,7 +54,7 @@ def checked(pair: ServerPair) -> Checked:
 
 @pytest.fixture
 def pairs(server_pairs: ServerPairs, tmp_path: Path) -> list[Checked]:
-    """A pair of each kind of key, in files that may change."""
+    """Return one pair per key type, in files that a test may change."""
     copies = [ServerPair(tmp_path / pair.certificate.name, tmp_path / pair.key.name) for pair in server_pairs]
     for pair, copy in zip(server_pairs, copies, strict=True):
         shutil.copy(pair.certificate, copy.certificate)
@@ -63,17 +63,17 @@ def pairs(server_pairs: ServerPairs, tmp_path: Path) -> list[Checked]:
 
 
 def put(ca: trustme.CA, pair: Checked, kind: trustme.KeyType = trustme.KeyType.ECDSA) -> None:
-    """Put another good pair in the place of this one."""
+    """Replace the pair by another valid one."""
     other = ca.issue_cert("localhost", key_type=kind)
     other.cert_chain_pems[0].write_to_path(pair.certificate)
     other.private_key_pem.write_to_path(pair.key)
 
 
-# --- good ---------------------------------------------------------------------------------------------
+# --- valid contexts ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kinds", [[0], [1], [0, 1], [1, 0]])
-def test_a_context_of_any_kinds_of_keys_proves_itself_and_serves(
+def test_tested_context_serves_for_any_key_types(
     kinds: list[int], pairs: list[Checked], client_tls: ssl.SSLContext, timers: FakeTimers
 ) -> None:
     context = proven_context([pairs[kind] for kind in kinds], ["zcp/1", "http/1.1"])
@@ -85,7 +85,7 @@ def test_a_context_of_any_kinds_of_keys_proves_itself_and_serves(
     assert context.leaves == {pairs[kind].leaf_sha256 for kind in kinds}
 
 
-def test_a_connection_knows_what_it_was_shown_also_when_that_is_served_no_more(
+def test_connection_keeps_leaves_of_replaced_context(
     pairs: list[Checked], client_tls: ssl.SSLContext, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, proven_context([pairs[0]], ["zcp/1"]), client_tls)
@@ -97,7 +97,7 @@ def test_a_connection_knows_what_it_was_shown_also_when_that_is_served_no_more(
     assert pair.server.leaves() == frozenset()
 
 
-def test_a_context_that_has_proved_nothing_has_no_leaves(
+def test_untested_context_has_no_leaves(
     pairs: list[Checked], client_tls: ssl.SSLContext, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, server_context([pairs[0]], ["zcp/1"]), client_tls).agree()
@@ -105,7 +105,7 @@ def test_a_context_that_has_proved_nothing_has_no_leaves(
 
 
 @pytest.mark.parametrize("client_auth", ["optional", "required"])
-def test_a_context_that_asks_for_certificates_proves_itself_without_one(
+def test_context_with_client_auth_is_tested_without_client_certificate(
     client_auth: ClientAuth, pairs: list[Checked], ca: trustme.CA
 ) -> None:
     context = proven_context(
@@ -118,27 +118,26 @@ def test_a_context_that_asks_for_certificates_proves_itself_without_one(
     assert context.verify_mode is (ssl.CERT_REQUIRED if client_auth == "required" else ssl.CERT_OPTIONAL)
 
 
-def test_a_key_with_a_passphrase_proves_itself(pairs: list[Checked]) -> None:
+def test_encrypted_key_is_tested_with_passphrase(pairs: list[Checked]) -> None:
     shut = replace(pairs[0], key=locked(pairs[0].key, b"hunter2"), passphrase=b"hunter2")
     proven_context([shut, pairs[1]], ["zcp/1"])
     with pytest.raises(CertificateError, match="encrypted"):
         proven_context([replace(shut, passphrase=None)], ["zcp/1"])
 
 
-def test_a_client_whose_first_share_does_not_fit_is_asked_again(pairs: list[Checked]) -> None:
-    """HelloRetryRequest (RFC 8446 section 4.1.4): the proof takes one flight more."""
+def test_hello_retry_request_takes_one_more_flight(pairs: list[Checked]) -> None:
+    """HelloRetryRequest (RFC 8446 section 4.1.4)."""
     context = server_context([pairs[0]], ["zcp/1"])
     context.set_ecdh_curve("secp521r1")
     prove(context, {pairs[0].leaf_sha256}, protocol="zcp/1")
 
 
-# --- bad ----------------------------------------------------------------------------------------------
+# --- invalid contexts
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changed", [0, 1])
-def test_a_file_that_changed_since_it_was_checked_is_found_out_whatever_its_kind(
-    changed: int, pairs: list[Checked], ca: trustme.CA
-) -> None:
+def test_file_changed_since_check_is_detected(changed: int, pairs: list[Checked], ca: trustme.CA) -> None:
     put(ca, pairs[changed], [trustme.KeyType.ECDSA, trustme.KeyType.RSA][changed])
     with pytest.raises(CertificateError, match=r"the served certificate differs") as caught:
         proven_context(pairs, ["zcp/1"])
@@ -146,10 +145,10 @@ def test_a_file_that_changed_since_it_was_checked_is_found_out_whatever_its_kind
 
 
 @pytest.mark.parametrize("when", range(3))
-def test_a_file_that_changes_meanwhile_is_found_out(
+def test_file_changed_during_test_is_detected(
     when: int, pairs: list[Checked], ca: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right before any of the three contexts is made."""
+    """Change the file right before each of the three contexts is built."""
     made: list[object] = []
 
     def changing(*args: Any, **options: Any) -> ssl.SSLContext:
@@ -159,7 +158,7 @@ def test_a_file_that_changes_meanwhile_is_found_out(
         return server_context(*args, **options)
 
     monkeypatch.setattr(tls_proof, "server_context", changing)
-    if when == 2:  # all of the first pair was read by then
+    if when == 2:  # the first pair has been read completely
         proven_context(pairs, ["zcp/1"])
         return
     with pytest.raises(CertificateError, match="the served certificate differs"):
@@ -167,7 +166,7 @@ def test_a_file_that_changes_meanwhile_is_found_out(
 
 
 @pytest.mark.parametrize("half", ["certificate", "key"])
-def test_a_pair_of_which_one_half_changed_is_refused(
+def test_pair_with_one_changed_file_is_refused(
     half: str, pairs: list[Checked], ca: trustme.CA, tmp_path: Path
 ) -> None:
     kept = getattr(pairs[0], half).read_bytes()
@@ -178,27 +177,27 @@ def test_a_pair_of_which_one_half_changed_is_refused(
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_it_rests_before_each_handshake_that_takes_long(pairs: list[Checked], count: int) -> None:
+def test_rest_is_called_before_each_slow_handshake(pairs: list[Checked], count: int) -> None:
     rests: list[int] = []
     site = Site((), tuple(pairs[:count]))
     proven_sites([site], ["zcp/1"], rest=lambda: rests.append(1))
     assert len(rests) == count + (count > 1)  # each pair alone, then all together
 
 
-def test_a_context_with_no_certificate_is_refused(pairs: list[Checked]) -> None:
+def test_context_without_certificate_is_refused(pairs: list[Checked]) -> None:
     with pytest.raises(CertificateError, match="has no certificate"):
         proven_context([], ["zcp/1"])
     with pytest.raises(CertificateError, match="a handshake with the new certificate fails"):
         prove(server_context([], ["zcp/1"]), {pairs[0].leaf_sha256}, protocol="zcp/1")
 
 
-def test_another_protocol_is_found_out(pairs: list[Checked]) -> None:
+def test_other_alpn_protocol_is_detected(pairs: list[Checked]) -> None:
     context = server_context([pairs[0]], ["http/1.1"])
     with pytest.raises(CertificateError, match="does not negotiate the protocol zcp/1"):
         prove(context, {pairs[0].leaf_sha256}, protocol="zcp/1")
 
 
-def test_another_suite_is_found_out(pairs: list[Checked]) -> None:
+def test_disallowed_suite_is_detected(pairs: list[Checked]) -> None:
     with pytest.raises(CertificateError, match=r"negotiates TLSv1\.3 and .*TLS_AES_256_GCM_SHA384"):
         prove(
             server_context([pairs[0]], ["zcp/1"]),
@@ -208,7 +207,7 @@ def test_another_suite_is_found_out(pairs: list[Checked]) -> None:
         )
 
 
-def test_a_context_that_never_answers_is_found_out(pairs: list[Checked]) -> None:
+def test_context_that_never_answers_is_detected(pairs: list[Checked]) -> None:
     class Silent:
         def do_handshake(self) -> None:
             raise ssl.SSLWantReadError
@@ -235,7 +234,7 @@ def other(ca: trustme.CA, tmp_path: Path) -> Checked:
     return replace(pair, leaf_sha256=leaf_of(pair.certificate))
 
 
-def test_all_sites_are_proven_and_the_first_is_the_default(pairs: list[Checked], other: Checked) -> None:
+def test_all_sites_are_tested_and_first_is_default(pairs: list[Checked], other: Checked) -> None:
     contexts = proven_sites(sites_of(pairs, other), ["zcp/1"])
     assert contexts.choose("c.example") is contexts.default
     assert contexts.choose("a.example") is contexts.choose("x.b.example") is not contexts.default
@@ -243,25 +242,27 @@ def test_all_sites_are_proven_and_the_first_is_the_default(pairs: list[Checked],
     prove(contexts.default, {pair.leaf_sha256 for pair in pairs}, protocol="zcp/1")
 
 
-def test_the_default_may_have_names_too(pairs: list[Checked], other: Checked) -> None:
+def test_default_site_may_have_names(pairs: list[Checked], other: Checked) -> None:
     sites = [Site(("d.b.example",), tuple(pairs)), *sites_of(pairs, other)[1:]]
     contexts = proven_sites(sites, ["zcp/1"])
     assert contexts.choose("d.b.example") is contexts.default
 
 
-def test_one_bad_site_refuses_all(pairs: list[Checked], other: Checked, ca: trustme.CA) -> None:
+def test_one_invalid_site_refuses_all(pairs: list[Checked], other: Checked, ca: trustme.CA) -> None:
     put(ca, other)
     with pytest.raises(CertificateError, match=r"other\.pem: the served certificate differs"):
         proven_sites(sites_of(pairs, other), ["zcp/1"])
 
 
 @pytest.mark.parametrize("again", ["a.example", "A.example."])
-def test_a_name_of_two_sites_is_refused(again: str, pairs: list[Checked], other: Checked) -> None:
+def test_name_of_two_sites_is_refused(again: str, pairs: list[Checked], other: Checked) -> None:
     with pytest.raises(CertificateError, match="two sites have the name"):
         proven_sites([*sites_of(pairs, other), Site((again,), (other,))], ["zcp/1"])
 
 
-def test_every_site_asks_for_certificates(pairs: list[Checked], other: Checked, ca: trustme.CA) -> None:
+def test_every_site_requests_client_certificates(
+    pairs: list[Checked], other: Checked, ca: trustme.CA
+) -> None:
     contexts = proven_sites(
         sites_of(pairs, other), ["zcp/1"], client_auth="required", client_ca=ca.cert_pem.bytes()
     )
@@ -269,17 +270,17 @@ def test_every_site_asks_for_certificates(pairs: list[Checked], other: Checked, 
     assert contexts.choose("a.example").verify_mode is ssl.CERT_REQUIRED
 
 
-# --- beside a server that runs --------------------------------------------------------------------------
+# --- in worker threads --------------------------------------------------------------------------
 
 
-def test_it_runs_in_threads_at_once(pairs: list[Checked]) -> None:
+def test_contexts_can_be_tested_concurrently_in_threads(pairs: list[Checked]) -> None:
     faults: list[BaseException] = []
 
     def work() -> None:
         try:
             for _ in range(3):
                 proven_context(pairs, ["zcp/1"])
-        except BaseException as error:  # told in the test's own thread
+        except BaseException as error:  # raised in the test's own thread
             faults.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -290,11 +291,11 @@ def test_it_runs_in_threads_at_once(pairs: list[Checked]) -> None:
     assert faults == []
 
 
-def test_it_takes_little_time(pairs: list[Checked]) -> None:
-    """Measured: 4 ms here, 8 with RSA-4096, of which no other thread waits for more than 4."""
+def test_context_test_takes_little_cpu(pairs: list[Checked]) -> None:
+    """Typical: 4 ms, 8 ms with RSA-4096."""
     best = math.inf
     for _ in range(5):
-        start = time.thread_time()  # what other programs take is not counted
+        start = time.thread_time()  # CPU time, not wall time
         proven_context(pairs, ["zcp/1"])
         best = min(best, time.thread_time() - start)
     assert best < 0.05

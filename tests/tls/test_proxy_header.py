@@ -1,4 +1,4 @@
-"""Headers of load balancers: every kind, every cut, and whatever else may come in their place."""
+"""Test PROXY headers: every kind, every split, and invalid input."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ BAD = {
 
 
 def read(*pieces: bytes) -> ProxyHeader | TlsFailure | None:
-    """What a reader says to these pieces; what follows a judgement is put behind its rest."""
+    """Return the result of a reader for these pieces, with later pieces appended to its rest."""
     reader = ProxyHeaderReader()
     for at, piece in enumerate(pieces, 1):
         verdict = reader.feed(piece)
@@ -80,7 +80,7 @@ def read(*pieces: bytes) -> ProxyHeader | TlsFailure | None:
 
 
 @pytest.mark.parametrize(("raw", "address"), GOOD.values(), ids=GOOD)
-def test_a_header_is_read_however_it_is_cut(raw: bytes, address: str | None) -> None:
+def test_header_is_parsed_for_every_split(raw: bytes, address: str | None) -> None:
     for rest in (b"", b"\x16\x03\x01", bytes(20_000)):
         expected = ProxyHeader(address, rest)
         data = raw + rest
@@ -91,24 +91,24 @@ def test_a_header_is_read_however_it_is_cut(raw: bytes, address: str | None) -> 
 
 
 @pytest.mark.parametrize(("raw", "address"), GOOD.values(), ids=GOOD)
-def test_a_header_that_is_not_whole_waits(raw: bytes, address: str | None) -> None:
+def test_truncated_header_needs_more(raw: bytes, address: str | None) -> None:
     for cut in range(len(raw)):
         assert read(raw[:cut]) is None
 
 
 @pytest.mark.parametrize(("raw", "failure"), BAD.values(), ids=BAD)
-def test_what_is_no_header_is_refused_however_it_is_cut(raw: bytes, failure: TlsFailure) -> None:
+def test_invalid_header_is_refused_for_every_split(raw: bytes, failure: TlsFailure) -> None:
     assert read(raw) is failure
     for cut in range(len(raw) + 1):
         assert read(raw[:cut], raw[cut:]) is failure
     assert read(*(raw[i : i + 1] for i in range(len(raw)))) is failure
 
 
-def test_a_header_that_is_too_long_is_refused_before_it_is_there() -> None:
+def test_oversized_header_is_refused_early() -> None:
     assert read(header(length=0xFFFF)[:16]) is MALFORMED
 
 
-def test_bytes_may_come_as_a_view() -> None:
+def test_header_accepts_memoryview() -> None:
     assert ProxyHeaderReader().feed(memoryview(header() + b"x")) == ProxyHeader("192.0.2.7", b"x")
 
 
@@ -123,7 +123,7 @@ any_header = st.builds(
 
 @given(st.binary(max_size=60) | any_header, st.lists(st.integers(0, 400), max_size=5))
 @example(b"", [])
-def test_any_bytes_give_a_header_or_a_reason_however_they_are_cut(data: bytes, cuts: list[int]) -> None:
+def test_any_bytes_give_header_or_failure_for_every_split(data: bytes, cuts: list[int]) -> None:
     whole = read(data)
     places = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
     assert read(*(data[start:end] for start, end in pairwise(places))) == whole

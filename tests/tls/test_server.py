@@ -1,4 +1,4 @@
-"""Handshakes of a server with OpenSSL's client, and every way in which one does not come about."""
+"""Test server handshakes with an OpenSSL client, and every way in which they fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ import pytest
 from tests.conftest import ServerPairs
 from tests.helpers import NOW, FakeTimers
 from tests.tls.hellos import AES_128, Hello, alpn, in_records, with_suites
-from tests.tls.support import ALERT, DATA, PEER, Above, TlsPair, captured_hello, new_acceptor, records
+from tests.tls.support import (
+    ALERT,
+    DATA,
+    PEER,
+    RecordingProtocol,
+    TlsPair,
+    captured_hello,
+    new_acceptor,
+    records,
+)
 from zcproto.errors import TlsError
 from zcproto.tls.alert import Alert, alert_record
 from zcproto.tls.context import client_context, server_context
@@ -26,32 +35,33 @@ TIMEOUT = 5.0
 
 
 def is_refused(pair: TlsPair, failure: TlsFailure) -> None:
-    """The connection is over for this cause, noted once, and nothing reached what is above."""
+    """Assert that the connection ended with this failure, counted once, and nothing reached the protocol."""
     assert pair.phase is Phase.CLOSING
     assert pair.failures == {failure: 1}
     assert pair.log == [(failure, PEER), "slot free"]
     assert pair.raw.eof_written
     assert pair.acceptor.handshakes_in_progress == 0
     assert pair.acceptor.handshakes_completed == 0
-    assert pair.above.told == []
+    assert pair.protocol.calls == []
     pair.raw.deliver_eof()
     pair.timers.run()
     assert pair.log == [(failure, PEER), "slot free", "closed"]
     assert pair.failures == {failure: 1}
-    assert pair.above.told == []
+    assert pair.protocol.calls == []
     assert pair.phase is Phase.CLOSED
     assert len(pair.acceptor.wheel) == 0
 
 
-# --- agreed ---------------------------------------------------------------------------------------------
+# --- successful handshakes
+# ---------------------------------------------------------------------------------------------
 
 
-def test_a_handshake_agrees_on_tls_1_3_and_the_servers_first_suite(agreed: TlsPair) -> None:
+def test_handshake_negotiates_tls_1_3_and_first_suite(agreed: TlsPair) -> None:
     assert agreed.client.version() == "TLSv1.3"
     cipher = agreed.client.cipher()
     assert cipher is not None
     assert cipher[0] == SUITES[0]
-    assert agreed.above.told == ["made"]
+    assert agreed.protocol.calls == ["made"]
     assert agreed.log == ["slot free"]
     assert agreed.acceptor.handshakes_completed == 1
     assert agreed.acceptor.handshakes_in_progress == 0
@@ -59,8 +69,8 @@ def test_a_handshake_agrees_on_tls_1_3_and_the_servers_first_suite(agreed: TlsPa
     assert len(agreed.acceptor.wheel) == 0
 
 
-def test_no_ticket_is_given(agreed: TlsPair) -> None:
-    """RFC 8446 section 4.6.1: it would come behind the handshake."""
+def test_no_session_ticket_is_sent(agreed: TlsPair) -> None:
+    """RFC 8446 section 4.6.1: a ticket would follow the handshake."""
     assert agreed.raw.take() == b""
     assert agreed.client.session is not None
     assert not agreed.client.session.has_ticket
@@ -76,13 +86,13 @@ def test_no_ticket_is_given(agreed: TlsPair) -> None:
         ([], None),
     ],
 )
-def test_the_offer_of_protocols_picks_what_speaks(
+def test_alpn_selects_protocol_factory(
     offer: list[str], chosen: str | None, timers: FakeTimers, server_tls: ssl.SSLContext, ca_file: Path
 ) -> None:
     spoke: list[str | None] = []
 
-    def factory(name: str | None) -> Callable[[], Above]:
-        return lambda: spoke.append(name) or Above()  # type: ignore[func-returns-value]
+    def factory(name: str | None) -> Callable[[], RecordingProtocol]:
+        return lambda: spoke.append(name) or RecordingProtocol()  # type: ignore[func-returns-value]
 
     client = client_context(ca_file=ca_file)
     if offer:
@@ -96,22 +106,22 @@ def test_the_offer_of_protocols_picks_what_speaks(
 
 
 @pytest.mark.parametrize("piece", [1, 2, 5, 100, 1_000])
-def test_a_handshake_may_come_in_pieces(tls_pair: TlsPair, piece: int) -> None:
+def test_handshake_in_pieces_succeeds(tls_pair: TlsPair, piece: int) -> None:
     tls_pair.raw.deliver(tls_pair.step(), piece)
     tls_pair.hear()
     tls_pair.raw.deliver(tls_pair.step(), piece)
-    assert tls_pair.above.told == ["made"]
+    assert tls_pair.protocol.calls == ["made"]
 
 
 @pytest.mark.parametrize("size", [1, 7, 200, 1_000])
-def test_a_hello_may_come_in_many_records(tls_pair: TlsPair, size: int) -> None:
+def test_hello_in_many_records_succeeds(tls_pair: TlsPair, size: int) -> None:
     tls_pair.raw.deliver(in_records(tls_pair.step()[5:], size, b"\3\1"))
     tls_pair.hear()
     tls_pair.raw.deliver(tls_pair.step())
-    assert tls_pair.above.told == ["made"]
+    assert tls_pair.protocol.calls == ["made"]
 
 
-def test_a_hello_retry_asks_for_a_group_that_both_have(
+def test_hello_retry_request_selects_shared_group(
     timers: FakeTimers, server_pairs: ServerPairs, client_tls: ssl.SSLContext
 ) -> None:
     """RFC 8446 section 4.1.4: the random of a HelloRetryRequest is a digest of its name."""
@@ -128,58 +138,61 @@ def test_a_hello_retry_asks_for_a_group_that_both_have(
     pair.raw.deliver(pair.step())
     assert pair.phase is Phase.OPEN
     pair.say(b"hello")
-    assert pair.above.received == b"hello"
+    assert pair.protocol.received == b"hello"
 
 
-def test_what_comes_in_one_read_with_the_finished_is_not_lost(tls_pair: TlsPair) -> None:
+def test_data_in_same_read_as_finished_is_delivered(tls_pair: TlsPair) -> None:
     tls_pair.raw.deliver(tls_pair.step())
     tls_pair.hear()
     tls_pair.raw.deliver(tls_pair.step() + tls_pair.sealed(b"first words"))
-    assert tls_pair.above.received == b"first words"
+    assert tls_pair.protocol.received == b"first words"
 
 
-def test_much_may_come_in_one_read_with_the_finished(tls_pair: TlsPair) -> None:
+def test_large_data_in_same_read_as_finished_is_delivered(tls_pair: TlsPair) -> None:
     data = bytes(range(256)) * 230
     tls_pair.raw.deliver(tls_pair.step())
     tls_pair.hear()
     tls_pair.raw.deliver(tls_pair.step() + tls_pair.sealed(data))
-    assert tls_pair.above.received == data
+    assert tls_pair.protocol.received == data
     assert tls_pair.raw.writes
 
 
-def test_a_protocol_may_write_and_close_as_soon_as_it_is_made(
+def test_protocol_may_write_and_close_in_connection_made(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
-    def made(above: Above) -> None:
-        above.transport.write(b"go away")
-        above.transport.close()
+    def made(protocol: RecordingProtocol) -> None:
+        protocol.transport.write(b"go away")
+        protocol.transport.close()
 
-    pair = TlsPair(timers, server_tls, client_tls, above=Above(made=made))
+    pair = TlsPair(timers, server_tls, client_tls, protocol=RecordingProtocol(made=made))
     pair.raw.deliver(pair.step())
     pair.hear()
     pair.raw.deliver(pair.step() + pair.sealed(b"unheard"))
-    assert pair.above.received == b""
+    assert pair.protocol.received == b""
     assert pair.client_reads() == b"go away"
     assert pair.client_saw_close_notify()
 
 
-def test_a_protocol_may_pause_reading_as_soon_as_it_is_made(
+def test_protocol_may_pause_reading_in_connection_made(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     pair = TlsPair(
-        timers, server_tls, client_tls, above=Above(made=lambda above: above.transport.pause_reading())
+        timers,
+        server_tls,
+        client_tls,
+        protocol=RecordingProtocol(made=lambda protocol: protocol.transport.pause_reading()),
     )
     pair.raw.deliver(pair.step())
     pair.hear()
     pair.raw.deliver(pair.step() + pair.sealed(b"later"))
-    assert pair.above.received == b""
+    assert pair.protocol.received == b""
     assert not pair.raw.is_reading()
     pair.server.resume_reading()
-    assert pair.above.received == b"later"
+    assert pair.protocol.received == b"later"
     assert pair.raw.is_reading()
 
 
-def test_the_context_is_read_anew_by_each_connection(
+def test_new_connections_use_replaced_context(
     timers: FakeTimers, server_pairs: ServerPairs, client_tls: ssl.SSLContext
 ) -> None:
     old, new = (server_context([pair], ["zcp/1"]) for pair in server_pairs)
@@ -193,20 +206,20 @@ def test_the_context_is_read_anew_by_each_connection(
     assert first.client.getpeercert(True) != second.client.getpeercert(True)
 
 
-def test_the_transport_tells_what_asyncios_own_would(agreed: TlsPair) -> None:
-    transport = agreed.above.transport
+def test_extra_info_matches_asyncio_tls_transport(agreed: TlsPair) -> None:
+    transport = agreed.protocol.transport
     assert transport is agreed.server
     assert transport.get_extra_info("peername") == ("192.0.2.7", 40_000)
     assert transport.get_extra_info("cipher")[0] == SUITES[0]
     assert transport.get_extra_info("ssl_object").version() == "TLSv1.3"
     assert transport.get_extra_info("peercert") is None
     assert transport.get_extra_info("nothing", "default") == "default"
-    assert transport.get_protocol() is agreed.above
+    assert transport.get_protocol() is agreed.protocol
     assert not transport.can_write_eof()
     assert transport.peer == PEER
 
 
-def test_before_and_after_there_is_nothing_to_tell(tls_pair: TlsPair) -> None:
+def test_extra_info_is_empty_before_and_after_connection(tls_pair: TlsPair) -> None:
     server = tls_pair.server
     names = ("ssl_object", "cipher", "peercert")
     assert [server.get_extra_info(name, "none") for name in names] == ["none"] * 3
@@ -217,15 +230,15 @@ def test_before_and_after_there_is_nothing_to_tell(tls_pair: TlsPair) -> None:
     server.set_write_buffer_limits(high=1)
 
 
-def test_another_protocol_may_take_over(agreed: TlsPair) -> None:
-    other = Above()
+def test_protocol_can_be_replaced(agreed: TlsPair) -> None:
+    other = RecordingProtocol()
     agreed.server.set_protocol(other)
     agreed.say(b"hello")
     assert other.received == b"hello"
-    assert agreed.above.received == b""
+    assert agreed.protocol.received == b""
 
 
-# --- refused before OpenSSL saw a byte ------------------------------------------------------------------
+# --- refused before OpenSSL ------------------------------------------------------------------
 
 
 def only_tls_1_2() -> ssl.SSLContext:
@@ -245,7 +258,7 @@ def foreign_alpn() -> ssl.SSLContext:
         (foreign_alpn, TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL),
     ],
 )
-def test_a_client_that_does_not_fit_sees_the_alert(
+def test_unsupported_client_gets_alert(
     context: Callable[[], ssl.SSLContext],
     failure: TlsFailure,
     alert: Alert,
@@ -259,7 +272,7 @@ def test_a_client_that_does_not_fit_sees_the_alert(
     is_refused(pair, failure)
 
 
-def test_a_client_with_aes_128_alone_gets_alert_40(tls_pair: TlsPair) -> None:
+def test_aes_128_only_client_gets_alert_40(tls_pair: TlsPair) -> None:
     tls_pair.raw.deliver(with_suites(tls_pair.step(), AES_128))
     assert bytes(tls_pair.raw.sent) == bytes.fromhex("15 0303 0002 02 28")
     is_refused(tls_pair, TlsFailure.NO_SHARED_SUITE)
@@ -279,7 +292,7 @@ REFUSED: list[tuple[str, bytes, TlsFailure, bytes]] = [
 
 @pytest.mark.parametrize("piece", [1, 65_536])
 @pytest.mark.parametrize(("name", "data", "failure", "answer"), REFUSED, ids=[row[0] for row in REFUSED])
-def test_what_is_no_hello_for_us_is_answered_and_counted(
+def test_invalid_hello_is_answered_and_counted(
     tls_pair: TlsPair, name: str, data: bytes, failure: TlsFailure, answer: bytes, piece: int
 ) -> None:
     tls_pair.raw.deliver(data, piece)
@@ -290,14 +303,14 @@ def test_what_is_no_hello_for_us_is_answered_and_counted(
 
 
 @pytest.mark.parametrize("more", [b"\x17\3\3\0\1x", Hello().bytes() * 300, b"\x14\3\3\0\1\1", b"x" * 65_000])
-def test_what_comes_in_one_read_behind_the_hello_is_refused(tls_pair: TlsPair, more: bytes) -> None:
-    """And never gets into a BIO, which would keep its size for life."""
+def test_data_in_same_read_after_hello_is_refused(tls_pair: TlsPair, more: bytes) -> None:
+    """It must never reach a BIO, which would keep its size."""
     tls_pair.raw.deliver(tls_pair.step() + more)
     assert bytes(tls_pair.raw.sent) == alert_record(Alert.UNEXPECTED_MESSAGE)
     is_refused(tls_pair, TlsFailure.UNEXPECTED_MESSAGE)
 
 
-def test_the_plaintext_answer_is_whole_http() -> None:
+def test_plaintext_answer_is_valid_http() -> None:
     head, _, body = PLAINTEXT_ANSWER.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert f"Content-Length: {len(body)}".encode() in head
@@ -305,7 +318,7 @@ def test_the_plaintext_answer_is_whole_http() -> None:
     assert b"TLS" in body
 
 
-def test_what_arrives_while_the_hello_waits_for_its_turn_is_refused(
+def test_data_while_hello_is_queued_is_refused(
     timers: FakeTimers,
     server_tls: ssl.SSLContext,
     client_tls: ssl.SSLContext,
@@ -317,14 +330,14 @@ def test_what_arrives_while_the_hello_waits_for_its_turn_is_refused(
     assert pair.phase is Phase.HELLO
     pair.raw.deliver(b"\x17\3\3\0\1x")
     assert bytes(pair.raw.sent) == alert_record(Alert.UNEXPECTED_MESSAGE)
-    pair.server.start_handshake()  # its turn comes all the same
+    pair.server.start_handshake()  # its turn still comes
     is_refused(pair, TlsFailure.UNEXPECTED_MESSAGE)
 
 
 # --- refused by OpenSSL ---------------------------------------------------------------------------------
 
 
-def test_no_group_in_common_is_told_by_openssls_alert(
+def test_no_shared_group_gets_openssl_alert(
     timers: FakeTimers, server_pairs: ServerPairs, ca_file: Path
 ) -> None:
     server, client = server_context(server_pairs, ["zcp/1"]), client_context(ca_file=ca_file)
@@ -337,7 +350,7 @@ def test_no_group_in_common_is_told_by_openssls_alert(
 
 
 @pytest.mark.parametrize("why", ["untrusted", "other name"])
-def test_a_client_that_rejects_the_certificate_is_heard(
+def test_client_rejecting_certificate_is_counted(
     why: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     client = ssl.create_default_context() if why == "untrusted" else client_tls
@@ -360,19 +373,17 @@ def test_a_client_that_rejects_the_certificate_is_heard(
         (alert_record(Alert.DECODE_ERROR), TlsFailure.PEER_ALERT),
     ],
 )
-def test_a_broken_second_flight_ends_the_handshake(
-    tls_pair: TlsPair, data: bytes, failure: TlsFailure
-) -> None:
+def test_corrupted_second_flight_ends_handshake(tls_pair: TlsPair, data: bytes, failure: TlsFailure) -> None:
     tls_pair.raw.deliver(tls_pair.step())
     tls_pair.raw.take()
     tls_pair.raw.deliver(data)
     sent = records(bytes(tls_pair.raw.sent))
-    # Its alert is encrypted by now (RFC 8446 section 6); an alert is not answered.
+    # Alerts are encrypted by now (RFC 8446 section 6) and not answered.
     assert [kind for kind, _ in sent] == ([] if failure is TlsFailure.PEER_ALERT else [DATA])
     is_refused(tls_pair, failure)
 
 
-def test_a_hello_that_only_openssl_finds_fault_with_is_its_business(tls_pair: TlsPair) -> None:
+def test_hello_invalid_only_for_openssl_is_refused_by_it(tls_pair: TlsPair) -> None:
     hello = Hello()
     twice = Hello(extensions=[*(hello.extensions or ()), (43, b"\2\3\4")])
     tls_pair.raw.deliver(twice.bytes())
@@ -382,31 +393,31 @@ def test_a_hello_that_only_openssl_finds_fault_with_is_its_business(tls_pair: Tl
     assert tls_pair.phase is Phase.CLOSING
 
 
-# --- checked once more ----------------------------------------------------------------------------------
+# --- defence in depth ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["suite", "protocol"])
-def test_parameters_that_slipped_through_end_the_connection(
+def test_wrong_negotiated_parameters_end_connection(
     what: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
-    """As if the ClientHello had been misread, or the context were not ours."""
+    """As if the ClientHello had been misread or the context misconfigured."""
     pair = TlsPair(timers, server_tls, client_tls)
     pair.raw.deliver(pair.step())
     pair.hear()
     if what == "suite":
         pair.acceptor.suites = frozenset(SUITES[1:])
     else:
-        pair.acceptor.protocols = {"http/1.1": lambda: pair.above}
+        pair.acceptor.protocols = {"http/1.1": lambda: pair.protocol}
     pair.raw.deliver(pair.step() + pair.sealed(b"unheard"))
     assert pair.client_saw_close_notify()
     is_refused(pair, TlsFailure.WRONG_PARAMETERS)
 
 
-# --- time -----------------------------------------------------------------------------------------------
+# --- timeouts -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", ["silent", "half a hello", "waiting for finished"])
-def test_a_handshake_has_its_time(
+def test_handshake_timeout_ends_connection(
     state: str, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     pair = TlsPair(timers, server_tls, client_tls, handshake_timeout=TIMEOUT)
@@ -419,7 +430,7 @@ def test_a_handshake_has_its_time(
 
 
 @pytest.mark.parametrize("every", [0.25, 1.0, 2.4])
-def test_a_drip_gains_no_time(
+def test_slow_bytes_do_not_extend_handshake_timeout(
     every: float, timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     pair = TlsPair(timers, server_tls, client_tls, handshake_timeout=TIMEOUT)
@@ -433,7 +444,7 @@ def test_a_drip_gains_no_time(
     assert pair.failures == {TlsFailure.HANDSHAKE_TIMEOUT: 1}
 
 
-def test_after_its_time_the_connection_lingers_and_is_reset(
+def test_timed_out_handshake_lingers_and_is_reset(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     pair = TlsPair(timers, server_tls, client_tls, handshake_timeout=TIMEOUT)
@@ -446,13 +457,13 @@ def test_after_its_time_the_connection_lingers_and_is_reset(
     assert pair.log[-1] == "closed"
 
 
-def test_the_time_of_a_handshake_ends_with_it(agreed: TlsPair) -> None:
+def test_handshake_deadline_is_cleared_on_completion(agreed: TlsPair) -> None:
     agreed.timers.advance(1_000)
     assert agreed.phase is Phase.OPEN
     assert agreed.failures == {}
 
 
-# --- gone -----------------------------------------------------------------------------------------------
+# --- disconnects -----------------------------------------------------------------------------------------------
 
 
 def hello_of(pair: TlsPair, state: str) -> bytes:
@@ -462,7 +473,7 @@ def hello_of(pair: TlsPair, state: str) -> bytes:
 
 @pytest.mark.parametrize("how", ["end of stream", "reset"])
 @pytest.mark.parametrize("state", ["silent", "half a hello", "waiting for finished"])
-def test_a_client_that_goes_away_is_counted_as_such(tls_pair: TlsPair, state: str, how: str) -> None:
+def test_client_disconnect_during_handshake_is_counted(tls_pair: TlsPair, state: str, how: str) -> None:
     tls_pair.raw.deliver(hello_of(tls_pair, state))
     if how == "reset":
         tls_pair.raw.lose(ConnectionResetError())
@@ -472,11 +483,11 @@ def test_a_client_that_goes_away_is_counted_as_such(tls_pair: TlsPair, state: st
     assert tls_pair.failures == {TlsFailure.DISCONNECTED: 1}
     assert tls_pair.log == [(TlsFailure.DISCONNECTED, PEER), "slot free", "closed"]
     assert tls_pair.acceptor.handshakes_in_progress == 0
-    assert tls_pair.above.told == []
+    assert tls_pair.protocol.calls == []
     assert len(tls_pair.acceptor.wheel) == 0
 
 
-def test_a_connection_that_we_abort_in_its_handshake_is_no_failure_of_the_peer(tls_pair: TlsPair) -> None:
+def test_abort_during_handshake_is_not_a_failure_of_the_peer(tls_pair: TlsPair) -> None:
     tls_pair.raw.deliver(tls_pair.step())
     tls_pair.server.abort()
     tls_pair.timers.run()
@@ -484,7 +495,7 @@ def test_a_connection_that_we_abort_in_its_handshake_is_no_failure_of_the_peer(t
     assert tls_pair.log == ["slot free", "closed"]
 
 
-def test_a_connection_that_we_close_in_its_handshake_ends_quietly(tls_pair: TlsPair) -> None:
+def test_close_during_handshake_is_silent(tls_pair: TlsPair) -> None:
     tls_pair.raw.deliver(tls_pair.step()[:100])
     tls_pair.server.close()
     assert tls_pair.raw.eof_written
@@ -495,12 +506,12 @@ def test_a_connection_that_we_close_in_its_handshake_ends_quietly(tls_pair: TlsP
     assert tls_pair.log == ["slot free", "closed"]
 
 
-def test_a_tcp_connection_lost_before_it_was_ours_leaves_nothing(
+def test_connection_lost_before_connection_made_leaves_nothing(
     timers: FakeTimers, server_tls: ssl.SSLContext
 ) -> None:
-    """What the listener does when the socket fails while asyncio takes it over."""
+    """The listener does this if the socket fails while asyncio takes it over."""
     log: list[Any] = []
-    acceptor = new_acceptor(timers, server_tls, Above, log)
+    acceptor = new_acceptor(timers, server_tls, RecordingProtocol, log)
     transport = acceptor.transport(PEER)
     assert acceptor.handshakes_in_progress == 1
     transport.abort()
@@ -509,7 +520,7 @@ def test_a_tcp_connection_lost_before_it_was_ours_leaves_nothing(
     assert log == [(TlsFailure.DISCONNECTED, PEER), "slot free", "closed"]
 
 
-def test_a_tcp_transport_that_is_closing_already_is_left_alone(tls_pair: TlsPair) -> None:
+def test_closing_tcp_transport_is_not_touched(tls_pair: TlsPair) -> None:
     tls_pair.raw.close()
     tls_pair.server.close()
     assert not tls_pair.raw.eof_written
@@ -520,10 +531,10 @@ def test_a_tcp_transport_that_is_closing_already_is_left_alone(tls_pair: TlsPair
     assert len(tls_pair.acceptor.wheel) == 0
 
 
-# --- how many -------------------------------------------------------------------------------------------
+# --- counters -------------------------------------------------------------------------------------------
 
 
-def test_handshakes_in_progress_are_counted_from_the_first_moment(
+def test_handshakes_in_progress_counts_from_creation(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     first = TlsPair(timers, server_tls, client_tls)
@@ -540,19 +551,21 @@ def test_handshakes_in_progress_are_counted_from_the_first_moment(
     assert acceptor.handshakes_completed == 1
 
 
-def test_the_end_of_an_open_connection_frees_no_second_slot(agreed: TlsPair) -> None:
+def test_closing_open_connection_frees_no_second_slot(agreed: TlsPair) -> None:
     agreed.raw.lose()
     assert agreed.log.count("slot free") == 1
     assert agreed.acceptor.handshakes_in_progress == 0
 
 
-def test_an_acceptor_may_have_no_listeners(
+def test_acceptor_works_without_callbacks(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     from zcproto.common.deadlines import DeadlineWheel
     from zcproto.tls.server import TlsAcceptor
 
-    acceptor = TlsAcceptor(server_tls, {None: Above}, DeadlineWheel(timers), timers, suites=frozenset(SUITES))
+    acceptor = TlsAcceptor(
+        server_tls, {None: RecordingProtocol}, DeadlineWheel(timers), timers, suites=frozenset(SUITES)
+    )
     pair = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
     pair.raw.deliver(captured_hello(client_tls))
     pair.raw.deliver_eof()
@@ -560,9 +573,9 @@ def test_an_acceptor_may_have_no_listeners(
     assert acceptor.failures[TlsFailure.NO_APPLICATION_PROTOCOL] == 1
 
 
-def test_a_failure_is_told_to_what_is_above_only_if_it_was_made(agreed: TlsPair) -> None:
+def test_failure_reaches_protocol_only_if_connected(agreed: TlsPair) -> None:
     agreed.raw.lose(ConnectionResetError())
-    made, error = agreed.above.told
+    made, error = agreed.protocol.calls
     assert made == "made"
     assert isinstance(error, TlsError)
     assert error.failure == "connection_reset"

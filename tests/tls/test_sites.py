@@ -1,4 +1,4 @@
-"""Which context serves which name, and that connections take it when their handshake begins."""
+"""Test the selection of contexts by server name."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ SITES = SiteContexts(
         (None, DEFAULT),
         ("a.example", EXACT),
         ("c.example", WILD),
-        ("b.example", WILD),  # *.b.example is for what is below it
+        ("b.example", WILD),  # *.b.example matches only names below it
         ("x.b.example", DEEP),
         ("sub.b.example", EXACT),  # exact before wildcard
-        ("y.sub.b.example", DEFAULT),  # a star is one label
+        ("y.sub.b.example", DEFAULT),  # a star matches one label
         ("x.y.b.example", DEFAULT),
         ("example", DEFAULT),
         ("a.example.org", DEFAULT),
@@ -47,17 +47,17 @@ SITES = SiteContexts(
         ("", DEFAULT),
     ],
 )
-def test_exact_comes_before_wildcard_before_default(name: str | None, context: ssl.SSLContext) -> None:
+def test_exact_name_precedes_wildcard_and_default(name: str | None, context: ssl.SSLContext) -> None:
     assert SITES.choose(name) is context
 
 
-def test_without_names_all_get_the_default() -> None:
+def test_without_names_default_serves_all() -> None:
     sites = SiteContexts(DEFAULT)
     assert sites.choose("a.example") is sites.choose("x.y.z") is sites.choose(None) is DEFAULT
     assert sites.names == ()
 
 
-def test_names_are_compared_without_case_and_last_dot() -> None:
+def test_names_ignore_case_and_trailing_dot() -> None:
     sites = SiteContexts(DEFAULT, {"A.Example.": EXACT, "*.B.Example.": WILD})
     assert sites.choose("a.example") is EXACT
     assert sites.choose("c.b.example") is WILD
@@ -67,18 +67,18 @@ def test_names_are_compared_without_case_and_last_dot() -> None:
 @pytest.mark.parametrize(
     "name", ["", ".", "*", "*.", "a.*.example", "*a.example", "*.*.example", "a..b", ".a"]
 )
-def test_what_is_no_name_is_refused(name: str) -> None:
+def test_invalid_site_name_is_refused(name: str) -> None:
     with pytest.raises(CertificateError, match="invalid site name"):
         SiteContexts(DEFAULT, {name: EXACT})
 
 
 @pytest.mark.parametrize("twice", [("a.example", "A.example"), ("*.example", "*.example.")])
-def test_a_name_belongs_to_one_site(twice: tuple[str, str]) -> None:
+def test_duplicate_site_name_is_refused(twice: tuple[str, str]) -> None:
     with pytest.raises(CertificateError, match="two sites have the name"):
         SiteContexts(DEFAULT, dict.fromkeys(twice, EXACT))
 
 
-def test_what_was_given_may_change_and_the_sites_do_not() -> None:
+def test_sites_copy_their_arguments() -> None:
     given = {"a.example": EXACT}
     sites = SiteContexts(DEFAULT, given)
     given["a.example"] = WILD
@@ -87,14 +87,14 @@ def test_what_was_given_may_change_and_the_sites_do_not() -> None:
     assert sites.choose("b.example") is DEFAULT
 
 
-# --- by real handshakes ---------------------------------------------------------------------------------
+# --- real handshakes ---------------------------------------------------------------------------------
 
 Serving = Callable[..., ssl.SSLContext]
 
 
 @pytest.fixture(scope="module")
 def serving(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Serving:
-    """A server's context for these names."""
+    """Return a server context for these names."""
 
     def make(*names: str) -> ssl.SSLContext:
         folder = tmp_path_factory.mktemp("site")
@@ -116,22 +116,20 @@ def sites(serving: Serving) -> SiteContexts:
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "a.example", "A.EXAMPLE", "x.b.example"])
-def test_a_client_that_checks_names_is_served_by_the_site_of_its_name(
+def test_sni_selects_site_certificate(
     host: str, sites: SiteContexts, client_tls: ssl.SSLContext, timers: FakeTimers
 ) -> None:
     TlsPair(timers, sites, client_tls, host=host).agree()
 
 
 @pytest.mark.parametrize("host", ["other.example", "b.example", "x.y.b.example"])
-def test_a_name_that_no_site_has_gets_the_defaults_certificate(
-    host: str, sites: SiteContexts, timers: FakeTimers
-) -> None:
+def test_unknown_sni_gets_default_certificate(host: str, sites: SiteContexts, timers: FakeTimers) -> None:
     pair = TlsPair(timers, sites, client_context(verify=False), host=host).agree()
     plain = TlsPair(timers, sites, client_context(verify=False)).agree()
     assert pair.client.getpeercert(True) == plain.client.getpeercert(True)
 
 
-def test_other_sites_are_for_connections_whose_handshake_begins_after_them(
+def test_replaced_sites_apply_to_later_handshakes(
     sites: SiteContexts, serving: Serving, timers: FakeTimers, ca_file: Path
 ) -> None:
     client = client_context(ca_file=ca_file)
@@ -150,9 +148,9 @@ def test_other_sites_are_for_connections_whose_handshake_begins_after_them(
     assert old.client.getpeercert(True) != leaf
     assert cut.phase is old.phase is Phase.OPEN
     old.say(b"still here")
-    assert old.above.received == b"still here"
+    assert old.protocol.received == b"still here"
 
 
-def test_the_name_is_not_kept_longer_than_it_is_needed(sites: SiteContexts, timers: FakeTimers) -> None:
+def test_server_name_is_released_after_handshake(sites: SiteContexts, timers: FakeTimers) -> None:
     pair = TlsPair(timers, sites, client_context(verify=False), host="a.example").agree()
     assert pair.server._hello is None

@@ -1,4 +1,4 @@
-"""Records in and out of an agreed connection: order, back-pressure both ways, sizes, and hostile records."""
+"""Test records of an open connection: order, back-pressure, sizes and hostile records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 import zcproto.tls.transport as tls_transport
 from tests.helpers import FakeTimers
-from tests.tls.support import ALERT, HANDSHAKE, Above, Forger, TlsPair, records
+from tests.tls.support import ALERT, HANDSHAKE, Forger, RecordingProtocol, TlsPair, records
 from zcproto.errors import TlsError
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure
@@ -22,30 +22,30 @@ MIB = 1_048_576
 
 
 def pattern(size: int) -> bytes:
-    """Bytes of which no two stretches look alike."""
+    """Return bytes without repeating sequences."""
     return b"".join(number.to_bytes(4, "big") for number in range(size // 4 + 1))[:size]
 
 
-# --- in -------------------------------------------------------------------------------------------------
+# --- receiving -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 100, RECORD_SIZE, RECORD_SIZE + 1, 60_000, 300_000])
 @pytest.mark.parametrize("piece", [777, RECORD_SIZE, 65_536])
-def test_what_is_said_is_heard_whole_and_in_order(agreed: TlsPair, size: int, piece: int) -> None:
+def test_data_is_delivered_complete_and_in_order(agreed: TlsPair, size: int, piece: int) -> None:
     data = pattern(size)
     agreed.say(data, piece)
-    assert agreed.above.received == data
+    assert agreed.protocol.received == data
 
 
-def test_a_record_may_come_byte_by_byte(agreed: TlsPair) -> None:
+def test_record_byte_by_byte_is_decrypted(agreed: TlsPair) -> None:
     agreed.say(b"hello", 1)
-    assert agreed.above.pieces == [b"hello"]
+    assert agreed.protocol.pieces == [b"hello"]
 
 
-def test_the_bio_is_never_given_more_than_a_record_at_a_time(agreed: TlsPair) -> None:
-    """A MemoryBIO keeps its largest size for life."""
+def test_bio_gets_at_most_one_record_at_a_time(agreed: TlsPair) -> None:
+    """A MemoryBIO never shrinks."""
     pending: list[int] = []
-    agreed.above._then["data"] = lambda above, data: pending.append(agreed.server._incoming.pending)
+    agreed.protocol._then["data"] = lambda protocol, data: pending.append(agreed.server._incoming.pending)
     agreed.say(pattern(300_000))
     assert max(pending) < RECORD_SIZE + 1_000
 
@@ -54,7 +54,7 @@ def test_connections_share_one_receive_buffer(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     first = TlsPair(timers, server_tls, client_tls).agree()
-    second = TlsPair(timers, server_tls, client_tls, acceptor=first.acceptor, above=Above())
+    second = TlsPair(timers, server_tls, client_tls, acceptor=first.acceptor, protocol=RecordingProtocol())
     assert first.server.get_buffer(-1) is second.server.get_buffer(-1)
     assert len(ReceiveBuffer(100).array) == 100
 
@@ -62,7 +62,7 @@ def test_connections_share_one_receive_buffer(
 # --- reading paused -------------------------------------------------------------------------------------
 
 
-def test_a_paused_protocol_gets_nothing_and_then_everything_in_order(agreed: TlsPair) -> None:
+def test_paused_reading_delivers_nothing_then_everything(agreed: TlsPair) -> None:
     agreed.server.pause_reading()
     assert not agreed.server.is_reading()
     assert not agreed.raw.is_reading()
@@ -72,55 +72,55 @@ def test_a_paused_protocol_gets_nothing_and_then_everything_in_order(agreed: Tls
     assert agreed.raw.is_reading()
     agreed.server.resume_reading()
     agreed.say(b"hello")
-    assert agreed.above.received == b"hello"
+    assert agreed.protocol.received == b"hello"
 
 
-def test_a_protocol_that_pauses_at_each_piece_gets_one_at_a_time(agreed: TlsPair) -> None:
-    agreed.above._then["data"] = lambda above, data: above.transport.pause_reading()
+def test_pausing_at_each_piece_delivers_one_at_a_time(agreed: TlsPair) -> None:
+    agreed.protocol._then["data"] = lambda protocol, data: protocol.transport.pause_reading()
     data = pattern(60_000)
     agreed.say(data)
-    heard = [len(agreed.above.received)]
-    while len(agreed.above.received) < len(data):
+    heard = [len(agreed.protocol.received)]
+    while len(agreed.protocol.received) < len(data):
         assert not agreed.raw.is_reading()
         agreed.server.resume_reading()
-        heard.append(len(agreed.above.received))
+        heard.append(len(agreed.protocol.received))
     assert heard == [RECORD_SIZE, 2 * RECORD_SIZE, 3 * RECORD_SIZE, 60_000]
-    assert agreed.above.received == data
+    assert agreed.protocol.received == data
 
 
-def test_what_waits_comes_before_what_arrives_later(agreed: TlsPair) -> None:
-    agreed.above._then["data"] = lambda above, data: above.transport.pause_reading()
+def test_buffered_data_precedes_later_data(agreed: TlsPair) -> None:
+    agreed.protocol._then["data"] = lambda protocol, data: protocol.transport.pause_reading()
     agreed.raw.deliver(agreed.sealed(b"one") + agreed.sealed(b"two"))
-    assert agreed.above.pieces == [b"one"]
-    del agreed.above._then["data"]
+    assert agreed.protocol.pieces == [b"one"]
+    del agreed.protocol._then["data"]
     agreed.server.resume_reading()
     agreed.say(b"three")
-    assert agreed.above.pieces == [b"one", b"two", b"three"]
+    assert agreed.protocol.pieces == [b"one", b"two", b"three"]
 
 
-def test_a_read_larger_than_a_record_waits_while_paused(agreed: TlsPair) -> None:
-    agreed.above._then["data"] = lambda above, data: above.transport.pause_reading()
+def test_large_read_is_buffered_while_paused(agreed: TlsPair) -> None:
+    agreed.protocol._then["data"] = lambda protocol, data: protocol.transport.pause_reading()
     data = pattern(50_000)
     agreed.raw.deliver(agreed.sealed(b"first") + agreed.sealed(data))
-    assert agreed.above.received == b"first"
+    assert agreed.protocol.received == b"first"
     assert agreed.server._incoming.pending < 65_536
-    del agreed.above._then["data"]
+    del agreed.protocol._then["data"]
     agreed.server.resume_reading()
-    assert agreed.above.received == b"first" + data
+    assert agreed.protocol.received == b"first" + data
 
 
-def test_a_protocol_may_resume_within_a_piece(agreed: TlsPair) -> None:
-    def stutter(above: Above, data: bytes) -> None:
-        above.transport.pause_reading()
-        above.transport.resume_reading()
+def test_protocol_may_resume_within_data_received(agreed: TlsPair) -> None:
+    def stutter(protocol: RecordingProtocol, data: bytes) -> None:
+        protocol.transport.pause_reading()
+        protocol.transport.resume_reading()
 
-    agreed.above._then["data"] = stutter
+    agreed.protocol._then["data"] = stutter
     data = pattern(60_000)
     agreed.say(data)
-    assert agreed.above.received == data
+    assert agreed.protocol.received == data
 
 
-def test_a_pause_outlasts_the_end_of_the_connection(agreed: TlsPair) -> None:
+def test_resume_after_end_is_ignored(agreed: TlsPair) -> None:
     agreed.server.pause_reading()
     agreed.server.close()
     assert agreed.raw.is_reading(), "what still comes is discarded"
@@ -129,18 +129,18 @@ def test_a_pause_outlasts_the_end_of_the_connection(agreed: TlsPair) -> None:
     agreed.server.pause_reading()
 
 
-def test_the_close_notify_of_a_paused_connection_waits_with_the_rest(agreed: TlsPair) -> None:
-    agreed.above._then["data"] = lambda above, data: above.transport.pause_reading()
+def test_close_notify_waits_while_paused(agreed: TlsPair) -> None:
+    agreed.protocol._then["data"] = lambda protocol, data: protocol.transport.pause_reading()
     agreed.raw.deliver(agreed.sealed(b"one") + agreed.sealed(b"two") + agreed.client_closes())
-    assert agreed.above.told == ["made"]
+    assert agreed.protocol.calls == ["made"]
     agreed.server.resume_reading()
-    assert agreed.above.told == ["made"]
+    assert agreed.protocol.calls == ["made"]
     agreed.server.resume_reading()
-    assert agreed.above.pieces == [b"one", b"two"]
-    assert agreed.above.told == ["made", "eof"]
+    assert agreed.protocol.pieces == [b"one", b"two"]
+    assert agreed.protocol.calls == ["made", "eof"]
 
 
-# --- out ------------------------------------------------------------------------------------------------
+# --- sending ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_the_close_notify_of_a_paused_connection_waits_with_the_rest(agreed: Tls
         (MIB, bytes),
     ],
 )
-def test_what_is_written_is_read_whole_and_goes_out_in_one_write(
+def test_write_is_sent_complete_in_one_tcp_write(
     agreed: TlsPair, size: int, kind: Callable[[bytes], Any]
 ) -> None:
     data = pattern(size)
@@ -167,7 +167,7 @@ def test_what_is_written_is_read_whole_and_goes_out_in_one_write(
     assert agreed.client_reads() == data
 
 
-def test_a_large_write_leaves_no_large_bio(agreed: TlsPair) -> None:
+def test_large_write_does_not_grow_bio(agreed: TlsPair) -> None:
     outgoing = agreed.server._outgoing
     largest = 0
 
@@ -188,13 +188,13 @@ def test_a_large_write_leaves_no_large_bio(agreed: TlsPair) -> None:
     assert len(agreed.client_reads()) == MIB
 
 
-def test_writing_nothing_harms_nothing(agreed: TlsPair) -> None:
+def test_empty_write_is_ignored(agreed: TlsPair) -> None:
     agreed.server.write(b"")
     agreed.server.writelines([b"a", b"b"])
     assert agreed.client_reads() == b"ab"
 
 
-def test_small_writes_are_records_of_their_own(agreed: TlsPair) -> None:
+def test_small_writes_are_separate_records(agreed: TlsPair) -> None:
     for _ in range(3):
         agreed.server.write(b"x")
     assert len(records(bytes(agreed.raw.sent))) == 3
@@ -204,21 +204,21 @@ def test_small_writes_are_records_of_their_own(agreed: TlsPair) -> None:
 # --- writing paused -------------------------------------------------------------------------------------
 
 
-def test_a_peer_that_does_not_read_pauses_writing_and_is_not_read_from(agreed: TlsPair) -> None:
+def test_peer_that_does_not_read_pauses_writing_and_reading(agreed: TlsPair) -> None:
     agreed.server.set_write_buffer_limits(high=10_000)
     agreed.raw.stuck = True
     agreed.server.write(bytes(8_000))
-    assert agreed.above.told == ["made"]
+    assert agreed.protocol.calls == ["made"]
     agreed.server.write(bytes(8_000))
-    assert agreed.above.told == ["made", "pause"]
+    assert agreed.protocol.calls == ["made", "pause"]
     assert not agreed.raw.is_reading()
     assert agreed.server.get_write_buffer_size() > 16_000
     agreed.raw.drain()
-    assert agreed.above.told == ["made", "pause", "resume"]
+    assert agreed.protocol.calls == ["made", "pause", "resume"]
     assert agreed.raw.is_reading()
 
 
-def test_reading_goes_on_only_when_neither_side_is_paused(agreed: TlsPair) -> None:
+def test_reading_resumes_only_when_neither_side_is_paused(agreed: TlsPair) -> None:
     agreed.server.set_write_buffer_limits(high=1_000)
     agreed.raw.stuck = True
     agreed.server.write(bytes(2_000))
@@ -232,17 +232,17 @@ def test_reading_goes_on_only_when_neither_side_is_paused(agreed: TlsPair) -> No
     assert agreed.raw.is_reading()
 
 
-def test_what_a_protocol_writes_when_it_may_again_pauses_again(agreed: TlsPair) -> None:
+def test_write_in_resume_writing_pauses_again(agreed: TlsPair) -> None:
     agreed.server.set_write_buffer_limits(high=1_000)
     agreed.raw.stuck = True
-    agreed.above._then["resume"] = lambda above: above.transport.write(bytes(2_000))
+    agreed.protocol._then["resume"] = lambda protocol: protocol.transport.write(bytes(2_000))
     agreed.server.write(bytes(2_000))
     agreed.raw.drain()
-    assert agreed.above.told == ["made", "pause", "resume", "pause"]
+    assert agreed.protocol.calls == ["made", "pause", "resume", "pause"]
     assert not agreed.raw.is_reading()
 
 
-def test_a_pause_in_the_handshake_is_none_of_the_protocols_business(tls_pair: TlsPair) -> None:
+def test_pause_during_handshake_is_not_forwarded(tls_pair: TlsPair) -> None:
     tls_pair.raw.stuck = True
     tls_pair.raw.high = 100
     tls_pair.raw.deliver(tls_pair.step())
@@ -251,21 +251,21 @@ def test_a_pause_in_the_handshake_is_none_of_the_protocols_business(tls_pair: Tl
     tls_pair.raw.stuck = False
     tls_pair.hear()
     tls_pair.raw.deliver(tls_pair.step())
-    assert tls_pair.above.told == ["made"]
+    assert tls_pair.protocol.calls == ["made"]
 
 
-def test_after_the_end_nobody_is_told_to_write_again(agreed: TlsPair) -> None:
+def test_resume_writing_after_end_is_ignored(agreed: TlsPair) -> None:
     agreed.server.set_write_buffer_limits(high=1_000)
     agreed.raw.stuck = True
     agreed.server.write(bytes(2_000))
     agreed.server.close()
     assert agreed.raw.is_reading()
     agreed.raw.drain()
-    assert agreed.above.told == ["made", "pause"]
+    assert agreed.protocol.calls == ["made", "pause"]
     agreed.raw.lose()
     agreed.server.pause_writing()
     agreed.server.resume_writing()
-    assert agreed.above.told == ["made", "pause", None]
+    assert agreed.protocol.calls == ["made", "pause", None]
 
 
 # --- hostile records ------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_after_the_end_nobody_is_told_to_write_again(agreed: TlsPair) -> None:
 def forged(
     timers: FakeTimers, server_tls: ssl.SSLContext, ca_file: Path, tmp_path: Path
 ) -> tuple[TlsPair, Forger]:
-    """An agreed connection, and one who knows its client's keys."""
+    """Return an open connection and a forger with its client's keys."""
     context = client_context(ca_file=ca_file)
     context.keylog_filename = str(tmp_path / "keys")
     return TlsPair(timers, server_tls, context).agree(), Forger(tmp_path / "keys")
@@ -284,26 +284,26 @@ def forged(
 Forged = tuple[TlsPair, Forger]
 
 
-def test_padding_is_taken_off(forged: Forged) -> None:
+def test_record_padding_is_removed(forged: Forged) -> None:
     """RFC 8446 section 5.4."""
     pair, forger = forged
     pair.raw.deliver(forger.record(b"hello", padding=1_000))
-    assert pair.above.received == b"hello"
+    assert pair.protocol.received == b"hello"
 
 
 @pytest.mark.parametrize("answer", [False, True])
-def test_key_updates_are_followed_and_answered_where_asked(forged: Forged, answer: bool) -> None:
+def test_key_updates_are_applied_and_answered(forged: Forged, answer: bool) -> None:
     """RFC 8446 section 4.6.3."""
     pair, forger = forged
     for number in range(10):
         pair.raw.deliver(forger.key_update(answer=answer) + forger.record(b"%d" % number))
-    assert pair.above.received == b"0123456789"
+    assert pair.protocol.received == b"0123456789"
     assert pair.phase is Phase.OPEN
     pair.server.write(b"still here")
     assert pair.client_reads() == b"still here"
 
 
-def test_a_key_update_is_answered_with_what_is_sent_next(forged: Forged) -> None:
+def test_key_update_is_answered_with_next_write(forged: Forged) -> None:
     pair, forger = forged
     pair.raw.deliver(forger.key_update(answer=True))
     pair.server.write(b"y")
@@ -311,15 +311,17 @@ def test_a_key_update_is_answered_with_what_is_sent_next(forged: Forged) -> None
     assert pair.client_reads() == b"y"
 
 
-def test_what_openssl_has_to_send_after_reading_is_sent(agreed: TlsPair) -> None:
-    """OpenSSL keeps its answers for the next write today; no version promises that."""
-    agreed.above._then["data"] = lambda above, data: agreed.server._outgoing.write(b"something of its own")
+def test_openssl_output_after_read_is_flushed(agreed: TlsPair) -> None:
+    """OpenSSL currently delays its answers to the next write, but does not promise to."""
+    agreed.protocol._then["data"] = lambda protocol, data: agreed.server._outgoing.write(
+        b"something of its own"
+    )
     agreed.say(b"hello")
     assert bytes(agreed.raw.sent) == b"something of its own"
 
 
 @pytest.mark.parametrize(("answer", "piece"), [(False, 65_536), (True, 100)])
-def test_a_flood_of_key_updates_is_bounded(forged: Forged, answer: bool, piece: int) -> None:
+def test_flood_of_key_updates_is_limited(forged: Forged, answer: bool, piece: int) -> None:
     pair, forger = forged
     before = len(pair.raw.sent)
     sent = 0
@@ -333,33 +335,31 @@ def test_a_flood_of_key_updates_is_bounded(forged: Forged, answer: bool, piece: 
     assert pair.client_saw_close_notify()
 
 
-def test_data_between_key_updates_starts_the_count_anew(
-    forged: Forged, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_between_key_updates_resets_count(forged: Forged, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tls_transport, "MAX_BARREN_BYTES", 3_000)
     pair, forger = forged
     for _ in range(3):
         pair.raw.deliver(b"".join(forger.key_update() for _ in range(100)))
         pair.raw.deliver(forger.record(b"x"))
-    assert pair.above.received == b"xxx"
+    assert pair.protocol.received == b"xxx"
     assert pair.phase is Phase.OPEN
     pair.raw.deliver(b"".join(forger.key_update() for _ in range(120)))
     assert pair.phase is Phase.CLOSING
 
 
-def test_a_record_in_many_pieces_is_not_barren(forged: Forged) -> None:
+def test_record_in_many_pieces_is_not_barren(forged: Forged) -> None:
     pair, forger = forged
     for _ in range(6):
         pair.raw.deliver(forger.record(pattern(RECORD_SIZE)), 100)
-    assert len(pair.above.received) == 6 * RECORD_SIZE
+    assert len(pair.protocol.received) == 6 * RECORD_SIZE
 
 
-def test_empty_records_are_bounded(forged: Forged) -> None:
-    """RFC 8446 section 5.1 allows them; OpenSSL allows 32 in a row."""
+def test_flood_of_empty_records_is_limited(forged: Forged) -> None:
+    """RFC 8446 section 5.1 allows empty records; OpenSSL allows 32 in a row."""
     pair, forger = forged
     pair.raw.deliver(forger.record(b"") * 1)
     assert pair.phase is Phase.OPEN
-    assert pair.above.received == b""
+    assert pair.protocol.received == b""
     pair.raw.deliver(b"".join(forger.record(b"") for _ in range(1_000)))
     assert pair.phase is Phase.CLOSING
     assert pair.failures == {TlsFailure.BAD_RECORD: 1}
@@ -389,7 +389,7 @@ HOSTILE: dict[str, tuple[Callable[[Forger], bytes], TlsFailure, str]] = {
 
 
 def _flipped(record: bytes) -> bytes:
-    """The last byte of a tag is any one, so it is not replaced but changed."""
+    """Flip a bit of the last byte of the tag."""
     return record[:-1] + bytes([record[-1] ^ 1])
 
 
@@ -399,7 +399,7 @@ def _again(forger: Forger, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_record_ends_the_connection_with_openssls_alert(forged: Forged, name: str) -> None:
+def test_hostile_record_ends_connection_with_alert(forged: Forged, name: str) -> None:
     pair, forger = forged
     make, failure, alert = HOSTILE[name]
     pair.raw.deliver(make(forger))
@@ -409,42 +409,40 @@ def test_a_hostile_record_ends_the_connection_with_openssls_alert(forged: Forged
     assert alert in str(pair.refusal())
     pair.raw.deliver_eof()
     pair.timers.run()
-    error = pair.above.told[-1]
+    error = pair.protocol.calls[-1]
     assert isinstance(error, TlsError)
     assert error.failure == failure.value
 
 
-def test_what_came_before_a_hostile_record_is_heard_and_nothing_after(forged: Forged) -> None:
+def test_data_before_hostile_record_is_delivered_and_none_after(forged: Forged) -> None:
     pair, forger = forged
     pair.raw.deliver(forger.record(b"good") + b"\x17\3\3\0\x20" + bytes(32) + forger.record(b"never"))
-    assert pair.above.received == b"good"
+    assert pair.protocol.received == b"good"
     assert pair.phase is Phase.CLOSING
 
 
 @pytest.mark.parametrize(
     ("number", "failure"), [(80, TlsFailure.PEER_ALERT), (48, TlsFailure.PEER_REJECTED_CERTIFICATE)]
 )
-def test_a_fatal_alert_of_the_peer_ends_the_connection(
-    forged: Forged, number: int, failure: TlsFailure
-) -> None:
+def test_fatal_alert_of_peer_ends_connection(forged: Forged, number: int, failure: TlsFailure) -> None:
     pair, forger = forged
     before = bytes(pair.raw.sent)
     pair.raw.deliver(forger.record(bytes([2, number]), ALERT))
     assert pair.failures == {failure: 1}
     assert bytes(pair.raw.sent) == before, "an alert is not answered"
     pair.raw.lose()
-    assert pair.above.told[-1].failure == failure.value
+    assert pair.protocol.calls[-1].failure == failure.value
 
 
-def test_a_warning_of_user_canceled_changes_nothing(forged: Forged) -> None:
+def test_user_canceled_warning_is_ignored(forged: Forged) -> None:
     """RFC 8446 section 6.1."""
     pair, forger = forged
     pair.raw.deliver(forger.record(bytes([1, 90]), ALERT))
     pair.raw.deliver(forger.record(b"hello"))
-    assert pair.above.received == b"hello"
+    assert pair.protocol.received == b"hello"
 
 
-def test_the_base_has_no_handshake_of_its_own(timers: FakeTimers) -> None:
+def test_base_transport_has_no_handshake(timers: FakeTimers) -> None:
     from zcproto.common.deadlines import DeadlineWheel
 
     transport = TlsTransport(ReceiveBuffer(), DeadlineWheel(timers), "peer")
