@@ -233,10 +233,10 @@ def test_what_the_file_of_users_refuses_is_told(serve: Serve) -> None:
     done(server, "users/add", {"name": "ada"})
     answer = post(server, "users/add", {"name": "ada"})
     assert answer.status == 422
-    assert "is there already" in answer.value["error"]
+    assert "exists already" in answer.value["error"]
     answer = post(server, "users/remove", {"name": "ben"})
     assert answer.status == 404
-    assert answer.value["error"] == 'there is no user "ben"'
+    assert answer.value["error"] == 'no user is named "ben"'
     assert post(server, "users/add", {}).value["error"] == "name is missing"
     assert post(server, "users/add", {"name": "a\nb"}).status == 422
     for digest in ("", "x" * 43 + "=", "x" * 42, "\u00e9" * 43):
@@ -247,7 +247,7 @@ def test_what_the_file_of_users_refuses_is_told(serve: Serve) -> None:
 
 def test_a_user_is_known_before_the_watch_has_looked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked for by the socket holds when it is answered."""
-    monkeypatch.setattr("zcproto.auth.user_directory.LOOK_INTERVAL", 3600.0)
+    monkeypatch.setattr("zcproto.auth.directory.LOOK_INTERVAL", 3600.0)
     server = serve(users_file=True)
     key, digest = made_key()
     done(server, "users/add", {"name": "ada", "key_digest": digest})

@@ -12,11 +12,11 @@ __all__ = ["certs", "path", "serve", "shared", "users"]
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file of users will be."""
+    """The path of the file of users."""
     return tmp_path / "home" / "users.toml"
 
 
 @pytest.fixture
 def users(path: Path) -> UserFile:
-    """A file of users that is not there yet."""
+    """A file of users that does not exist yet."""
     return UserFile(path)

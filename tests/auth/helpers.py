@@ -1,4 +1,4 @@
-"""Small things that the tests of logins share."""
+"""Helpers of the tests of logins."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ DIGEST = token_text(bytes(range(32)))
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that must never suspend, with no event loop there."""
+    """Run a coroutine that must never suspend, without an event loop."""
     try:
         coroutine.send(None)
     except StopIteration as end:
         result: T = end.value
         return result
     coroutine.close()
-    raise AssertionError("it suspended")
+    raise AssertionError("the coroutine suspended")
 
 
 async def decision(answer: Identity | Awaitable[Identity | None] | None) -> Identity | None:
-    """What an authenticator says, at once or in the end."""
+    """Return the answer of an authenticator, awaited if necessary."""
     return answer if answer is None or isinstance(answer, Identity) else await answer
 
 
 def write(path: Path, text: str | bytes, mode: int = 0o600) -> None:
-    """Put a file there in one step, as an editor does."""
+    """Replace a file in one step, like an editor."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     new = path.with_name("editor")
     new.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -42,6 +42,6 @@ def write(path: Path, text: str | bytes, mode: int = 0o600) -> None:
 async def identified(
     login: Login, params: Mapping[str, Any], address: str, now: float, channel: Channel = NO_CHANNEL
 ) -> Identity:
-    """Who logs in, at once or in the end."""
+    """Return the user of a login, awaited if necessary."""
     opening = login.open(params, address, now, channel)
     return opening if isinstance(opening, Identity) else await opening

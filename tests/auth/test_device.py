@@ -24,7 +24,7 @@ from zcproto.auth import (
     UserFile,
 )
 from zcproto.auth import device as device_module
-from zcproto.auth.ed25519 import is_public_key, is_signed
+from zcproto.auth.devices import is_public_key, is_signed
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
 from zcproto.wire.signing import attach_message, open_message
 
@@ -52,14 +52,14 @@ def attaching(number: int = 0, token: bytes = TOKEN, salt: bytes = SALT, leaf: b
     return KEYS[number].sign(attach_message(salt, leaf, token))
 
 
-class Door:
-    """The scheme with ada's laptop and root's desk, and what it reported."""
+class Scheme:
+    """The scheme with ada's laptop and root's desktop, and its reports."""
 
     def __init__(self, home: Path) -> None:
         self.users = UserFile(home / "users.toml")
         self.users.add("ada"), self.users.add("root", operator=True)
         self.devices = DeviceFile(home / "devices.toml")
-        for name, user, number in (("laptop", "ada", 0), ("desk", "root", 1), ("lost", "nobody", 2)):
+        for name, user, number in (("laptop", "ada", 0), ("desktop", "root", 1), ("lost", "unknown", 2)):
             self.devices.add(name, user, public(number), datetime(2026, 1, 1, tzinfo=UTC))
         self.devices.load()
         self.refused: list[tuple[str, str]] = []
@@ -94,26 +94,28 @@ class Door:
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Door:
-    return Door(tmp_path / "home")
+def scheme(tmp_path: Path) -> Scheme:
+    return Scheme(tmp_path / "home")
 
 
 # --- opening -----------------------------------------------------------------------------------------
 
 
-def test_a_device_opens_a_session_of_its_user_that_is_bound_to_it(door: Door) -> None:
-    assert door.ask(signature=opening()) == Identity("ada", operator=False, key="device:laptop")
-    assert door.ask("desk", opening(1, "desk"), client="zc/1") == Identity("root", True, "device:desk")
-    assert door.refused == []
+def test_device_opens_a_session_of_its_user_bound_to_the_device(scheme: Scheme) -> None:
+    assert scheme.ask(signature=opening()) == Identity("ada", operator=False, key="device:laptop")
+    assert scheme.ask("desktop", opening(1, "desktop"), client="zc/1") == Identity(
+        "root", True, "device:desktop"
+    )
+    assert scheme.refused == []
 
 
-def test_each_certificate_that_the_connection_may_have_been_shown_is_good(door: Door) -> None:
+def test_signature_for_any_certificate_shown_to_the_connection_is_valid(scheme: Scheme) -> None:
     both = Channel(salt=SALT, leaves=lambda: frozenset({LEAF, OTHER_LEAF}))
     for leaf in (LEAF, OTHER_LEAF):
-        assert door.ask(signature=opening(leaf=leaf), channel=both).user == "ada"
+        assert scheme.ask(signature=opening(leaf=leaf), channel=both).user == "ada"
 
 
-NOT_FITTING = "gives a signature that is by another key, or for another connection or server"
+NOT_FITTING = "sent a signature by another key, or for another connection or server"
 
 
 @pytest.mark.parametrize(
@@ -124,38 +126,39 @@ NOT_FITTING = "gives a signature that is by another key, or for another connecti
         ("laptop", b"\xff" * 64, NOT_FITTING),
         ("laptop", opening(salt=OTHER_SALT), NOT_FITTING),
         ("laptop", opening(leaf=OTHER_LEAF), NOT_FITTING),
-        ("laptop", opening(name="desk"), NOT_FITTING),
+        ("laptop", opening(name="desktop"), NOT_FITTING),
         ("laptop", attaching(), NOT_FITTING),
-        ("desk", opening(name="desk"), NOT_FITTING),
-        ("nothing", opening(name="nothing"), "is not known here"),
-        ("LAPTOP", opening(name="LAPTOP"), "is not known here"),
-        ("lost", opening(2, "lost"), "is of 'nobody', who is no user here"),
+        ("desktop", opening(name="desktop"), NOT_FITTING),
+        ("nothing", opening(name="nothing"), "is unknown"),
+        ("LAPTOP", opening(name="LAPTOP"), "is unknown"),
+        ("lost", opening(2, "lost"), "belongs to 'unknown', who is not a user here"),
     ],
 )
-def test_everyone_else_gets_one_answer_and_the_operator_the_reason(
-    door: Door, device: str, signature: bytes, reason: str
+def test_all_failed_logins_get_one_answer_and_the_operator_the_reason(
+    scheme: Scheme, device: str, signature: bytes, reason: str
 ) -> None:
     with pytest.raises(Unauthenticated) as caught:
-        door.ask(device, signature)
+        scheme.ask(device, signature)
     assert caught.value.message == "the login was not accepted; check the name, and the key or certificate"
     assert caught.value.details == {}
-    assert door.refused == [(f"the device {device!r} {reason}", ADDRESS)]
+    assert scheme.refused == [(f"the device {device!r} {reason}", ADDRESS)]
 
 
-def test_a_connection_that_nothing_can_be_tied_to_lets_nobody_in(door: Door) -> None:
+def test_connection_without_salt_or_certificate_is_refused(scheme: Scheme) -> None:
     for channel in (Channel(), Channel(salt=SALT)):
         with pytest.raises(Unauthenticated):
-            door.ask(signature=opening(), channel=channel)
+            scheme.ask(signature=opening(), channel=channel)
     assert (
-        drive(door.authenticator.authenticate({"device": "laptop", "signature": opening()}, ADDRESS)) is None
+        drive(scheme.authenticator.authenticate({"device": "laptop", "signature": opening()}, ADDRESS))
+        is None
     )
 
 
 @pytest.mark.parametrize(
     ("device", "signature"), [("laptop", opening(1)), ("nothing", opening(1)), ("lost", opening(1))]
 )
-def test_a_wrong_signature_and_an_unknown_device_or_user_take_the_same_steps(
-    door: Door, monkeypatch: pytest.MonkeyPatch, device: str, signature: bytes
+def test_wrong_signature_and_unknown_device_or_user_take_the_same_steps(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch, device: str, signature: bytes
 ) -> None:
     steps: list[Any] = []
 
@@ -163,20 +166,20 @@ def test_a_wrong_signature_and_an_unknown_device_or_user_take_the_same_steps(
         steps.append((len(key), len(message)))
         return is_signed(key, signature, message)
 
-    async def found(self: CurrentUsers, name: str) -> Any:
+    def found(self: UserFile, name: str) -> Any:
         steps.append("user")
         return find(self, name)
 
-    find = CurrentUsers.known
+    find = UserFile.find
     monkeypatch.setattr(device_module, "is_signed", signed)
-    monkeypatch.setattr(CurrentUsers, "find", found)
+    monkeypatch.setattr(UserFile, "find", found)
     with pytest.raises(Unauthenticated):
-        door.ask(device, signature, Channel(salt=SALT, leaves=lambda: frozenset({LEAF, OTHER_LEAF})))
+        scheme.ask(device, signature, Channel(salt=SALT, leaves=lambda: frozenset({LEAF, OTHER_LEAF})))
     assert steps == ["user", *[(32, len(open_message(SALT, LEAF, device)))] * 2]
 
 
 @pytest.mark.parametrize(
-    ("params", "said"),
+    ("params", "message"),
     [
         ({"signature": bytes(64)}, "device: the scheme ed25519 needs a str of 1 to 128 characters"),
         ({"device": "", "signature": bytes(64)}, "device: "),
@@ -192,33 +195,33 @@ def test_a_wrong_signature_and_an_unknown_device_or_user_take_the_same_steps(
         ),
     ],
 )
-def test_fields_that_cannot_be_are_named(door: Door, params: dict[str, Any], said: str) -> None:
-    with pytest.raises(InvalidArgument, match=said):
-        drive(identified(door.login, {"scheme": "ed25519", **params}, ADDRESS, NOW, CHANNEL))
+def test_invalid_fields_are_named(scheme: Scheme, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        drive(identified(scheme.login, {"scheme": "ed25519", **params}, ADDRESS, NOW, CHANNEL))
 
 
-async def test_devices_and_users_come_and_go_with_their_files(tmp_path: Path) -> None:
-    door = Door(tmp_path / "home")
+async def test_devices_and_users_follow_changes_of_their_files(tmp_path: Path) -> None:
+    scheme = Scheme(tmp_path / "home")
 
     async def ask() -> Identity:
         params = {"scheme": "ed25519", "device": "laptop", "signature": opening()}
-        return await identified(door.login, params, ADDRESS, NOW, CHANNEL)
+        return await identified(scheme.login, params, ADDRESS, NOW, CHANNEL)
 
     assert (await ask()).user == "ada"
-    entry = door.devices.remove("laptop")
+    entry = scheme.devices.remove("laptop")
     with pytest.raises(Unauthenticated):
         await ask()
-    door.devices.add("laptop", "ada", entry.public_key, entry.added)
+    scheme.devices.add("laptop", "ada", entry.public_key, entry.added)
     assert (await ask()).user == "ada"
-    users = door.users.path.read_text()
-    write(door.users.path, users.replace("[users.ada]", "[users.eve]"))
+    users = scheme.users.path.read_text()
+    write(scheme.users.path, users.replace("[users.ada]", "[users.eve]"))
     with pytest.raises(Unauthenticated):
         await ask()
 
 
-def test_the_operator_need_not_be_told(door: Door, tmp_path: Path) -> None:
+def test_refusal_callback_is_optional(scheme: Scheme, tmp_path: Path) -> None:
     authenticator = DeviceAuthenticator(
-        CurrentDevices(door.devices, on_fault=pytest.fail), CurrentUsers(door.users, on_fault=pytest.fail)
+        CurrentDevices(scheme.devices, on_fault=pytest.fail), CurrentUsers(scheme.users, on_fault=pytest.fail)
     )
     params = {"device": "laptop", "signature": bytes(64)}
     assert drive(authenticator.authenticate(params, ADDRESS, CHANNEL)) is None
@@ -227,15 +230,15 @@ def test_the_operator_need_not_be_told(door: Door, tmp_path: Path) -> None:
 # --- attaching ---------------------------------------------------------------------------------------
 
 
-def test_the_device_proves_its_key_on_a_further_connection(door: Door) -> None:
-    door.attach(attaching())
-    door.attach(
+def test_device_proves_its_key_on_a_further_connection(scheme: Scheme) -> None:
+    scheme.attach(attaching())
+    scheme.attach(
         attaching(leaf=OTHER_LEAF), channel=Channel(salt=SALT, leaves=lambda: frozenset({LEAF, OTHER_LEAF}))
     )
-    assert door.login.accepted["session.attach"] == 2
+    assert scheme.login.accepted["session.attach"] == 2
     with pytest.raises(Unauthenticated):
-        door.attach(attaching(1))
-    assert door.login.refused["session.attach"] == 1
+        scheme.attach(attaching(1))
+    assert scheme.login.refused["session.attach"] == 1
 
 
 @pytest.mark.parametrize(
@@ -250,18 +253,16 @@ def test_the_device_proves_its_key_on_a_further_connection(door: Door) -> None:
         (attaching(), "device:", "ada"),
         (attaching(), "laptop", "ada"),
         (attaching(), "tls:laptop", "ada"),
-        (attaching(), "device:laptop", "root"),  # the device's name was somebody else's before
-        (attaching(1), "device:desk", "ada"),
+        (attaching(), "device:laptop", "root"),  # the name belonged to another user's device before
+        (attaching(1), "device:desktop", "ada"),
     ],
 )
-def test_nobody_else_proves_it(door: Door, signature: bytes, key: str, user: str) -> None:
+def test_wrong_proof_of_a_key_is_refused(scheme: Scheme, signature: bytes, key: str, user: str) -> None:
     with pytest.raises(Unauthenticated, match="the key was not proved"):
-        door.attach(signature, key, user)
+        scheme.attach(signature, key, user)
 
 
-def test_a_wrong_proof_takes_the_same_steps_whatever_is_wrong(
-    door: Door, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_wrong_proof_takes_the_same_steps(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
 
     def signed(key: bytes, signature: bytes, message: bytes) -> bool:
@@ -272,53 +273,53 @@ def test_a_wrong_proof_takes_the_same_steps_whatever_is_wrong(
     for key, user in (("device:laptop", "ada"), ("device:nothing", "ada"), ("device:laptop", "root")):
         steps.clear()
         with pytest.raises(Unauthenticated):
-            door.attach(attaching(1), key, user)
+            scheme.attach(attaching(1), key, user)
         assert steps == [len(attach_message(SALT, LEAF, TOKEN))]
 
 
-async def test_where_no_devices_are_known_nothing_can_be_attached(tmp_path: Path) -> None:
-    by_key = ApiKeyAuthenticator(UserFile(tmp_path / "users.toml"), on_fault=pytest.fail)
+async def test_attach_is_refused_without_a_device_scheme(tmp_path: Path) -> None:
+    by_key = ApiKeyAuthenticator(CurrentUsers(UserFile(tmp_path / "users.toml"), on_fault=pytest.fail))
     with pytest.raises(Unauthenticated):
         await Login([by_key], Throttle()).attach(
             "device:laptop", "ada", attaching(), TOKEN, ADDRESS, NOW, CHANNEL
         )
 
 
-def test_a_key_is_gone_when_its_device_is_out_of_the_file(tmp_path: Path) -> None:
-    door = Door(tmp_path / "home")
-    assert not door.login.is_gone("device:laptop")
-    assert not door.login.is_gone("tls:laptop")  # that is somebody else's business
-    door.devices.remove("laptop")
-    assert not door.login.is_gone("device:laptop")
-    door.devices.load()
-    assert door.login.is_gone("device:laptop")
-    by_key = ApiKeyAuthenticator(door.users, on_fault=pytest.fail)
+def test_key_is_gone_when_its_device_is_removed(tmp_path: Path) -> None:
+    scheme = Scheme(tmp_path / "home")
+    assert not scheme.login.is_gone("device:laptop")
+    assert not scheme.login.is_gone("tls:laptop")  # a key of another kind
+    scheme.devices.remove("laptop")
+    assert not scheme.login.is_gone("device:laptop")
+    scheme.devices.load()
+    assert scheme.login.is_gone("device:laptop")
+    by_key = ApiKeyAuthenticator(CurrentUsers(scheme.users, on_fault=pytest.fail))
     assert not Login([by_key], Throttle()).is_gone("device:laptop")
 
 
 # --- throttling --------------------------------------------------------------------------------------
 
 
-def test_failures_of_a_device_are_counted_for_it_opening_and_attaching(door: Door) -> None:
+def test_failed_opens_and_attaches_are_counted_for_the_device(scheme: Scheme) -> None:
     for _ in range(2):
         with pytest.raises(Unauthenticated):
-            door.ask(signature=bytes(64))
+            scheme.ask(signature=bytes(64))
     for _ in range(3):
         with pytest.raises(Unauthenticated):
-            door.attach(bytes(64))
-    for attempt in (lambda: door.ask(signature=opening()), lambda: door.attach(attaching())):
+            scheme.attach(bytes(64))
+    for attempt in (lambda: scheme.ask(signature=opening()), lambda: scheme.attach(attaching())):
         with pytest.raises(ResourceExhausted) as caught:
             attempt()
         assert caught.value.details == {"retry_after_ms": 1000}
-    assert door.ask("desk", opening(1, "desk")).user == "root"
-    door.attach(attaching(), now=NOW + 1.0)
+    assert scheme.ask("desktop", opening(1, "desktop")).user == "root"
+    scheme.attach(attaching(), now=NOW + 1.0)
 
 
 # --- keys and signatures -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
-def test_the_vectors_of_the_specification(vector: dict[str, Any]) -> None:
+def test_vectors_of_the_specification(vector: dict[str, Any]) -> None:
     values = {
         name: bytes.fromhex(vector[name])
         for name in ("public_key", "salt", "leaf", "token", "signature")
@@ -356,17 +357,17 @@ NO_POINT = "0200000000000000000000000000000000000000000000000000000000000000"
 
 
 @pytest.mark.parametrize("data", [*SMALL_ORDER, *NOT_CANONICAL, NO_POINT, "00" * 31, "00" * 33, ""])
-def test_what_stands_for_no_secret_is_no_public_key(data: str) -> None:
+def test_invalid_and_small_order_points_are_not_public_keys(data: str) -> None:
     assert not is_public_key(bytes.fromhex(data))
 
 
-def test_a_key_of_small_order_would_let_anyone_sign() -> None:
-    """Why they are refused: this is a signature by nobody over anything."""
+def test_small_order_key_verifies_a_forged_signature() -> None:
+    """Shows why they are refused: a signature that is valid for any message."""
     identity = bytes.fromhex(SMALL_ORDER[0])
     assert is_signed(identity, identity + bytes(32), b"anything")
 
 
-def test_every_made_key_is_a_public_key() -> None:
+def test_every_generated_key_is_a_public_key() -> None:
     for number in range(256):
         private = Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
         assert is_public_key(private.public_key().public_bytes_raw())

@@ -1,4 +1,4 @@
-"""The file of devices: read whole or not at all, written in one step; and those that are gone from it."""
+"""The file of devices: read and replaced as a whole; devices that are gone from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import stat
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tomli
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 
 from tests.auth.helpers import write
 from zcproto.auth import CurrentDevices, Device, DeviceFile
-from zcproto.auth.devices import gone_between
 from zcproto.errors import AlreadyExists, ConfigError, NotFound
 from zcproto.sessions import token_text
 
@@ -45,17 +43,21 @@ def add(devices: DeviceFile, name: str, user: str = "ada", key: bytes = KEYS[0])
 # Writing
 
 
-def test_a_device_is_in_the_file_and_found_after_reading(path: Path, devices: DeviceFile) -> None:
+def test_added_device_is_found_after_reading(path: Path, devices: DeviceFile) -> None:
     add(devices, "laptop")
     document = tomli.loads(path.read_text())
     assert document == {"devices": {"laptop": {"user": "ada", "public_key": KEY, "added": ADDED}}}
-    assert devices.find("laptop") is None  # it is seen by reading, whoever wrote it
+    assert devices.find("laptop") is None  # found by the next reading
     devices.load()
     assert devices.find("laptop") == Device("ada", KEYS[0], ADDED)
-    assert (len(devices), devices.names(), repr(devices)) == (1, ["laptop"], f"DeviceFile({str(path)!r})")
+    assert (len(devices), devices.read_names(), repr(devices)) == (
+        1,
+        ["laptop"],
+        f"DeviceFile({str(path)!r})",
+    )
 
 
-def test_file_and_folder_are_for_the_owner_alone(path: Path, devices: DeviceFile) -> None:
+def test_file_and_folder_are_private(path: Path, devices: DeviceFile) -> None:
     old = os.umask(0)
     try:
         add(devices, "laptop")
@@ -65,10 +67,10 @@ def test_file_and_folder_are_for_the_owner_alone(path: Path, devices: DeviceFile
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_a_name_is_of_one_device_whoevers_it_is(path: Path, devices: DeviceFile) -> None:
+def test_device_name_is_unique_among_all_users(path: Path, devices: DeviceFile) -> None:
     add(devices, "laptop")
     before = path.read_bytes()
-    with pytest.raises(AlreadyExists, match='there is a device "laptop" already; choose another name'):
+    with pytest.raises(AlreadyExists, match='a device is named "laptop" already; choose another name'):
         add(devices, "laptop", "bob", KEYS[1])
     assert path.read_bytes() == before
 
@@ -86,7 +88,7 @@ def test_a_name_is_of_one_device_whoevers_it_is(path: Path, devices: DeviceFile)
         ("x", "ada", KEYS[0] + b"x"),
     ],
 )
-def test_what_could_not_be_read_again_is_not_written(
+def test_invalid_device_is_not_written(
     path: Path, devices: DeviceFile, name: str, user: str, key: bytes
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -97,7 +99,7 @@ def test_what_could_not_be_read_again_is_not_written(
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.text(min_size=1, max_size=20), user=st.text(min_size=1, max_size=20))
-def test_any_names_are_kept_exactly_or_refused(tmp_path: Path, name: str, user: str) -> None:
+def test_any_names_are_stored_exactly_or_refused(tmp_path: Path, name: str, user: str) -> None:
     devices = DeviceFile(tmp_path / "any" / "devices.toml")
     devices.path.unlink(missing_ok=True)
     try:
@@ -110,31 +112,31 @@ def test_any_names_are_kept_exactly_or_refused(tmp_path: Path, name: str, user: 
         assert devices.find(name) == Device(user, KEYS[0], ADDED)
 
 
-def test_the_time_is_kept_in_whole_seconds_of_utc(devices: DeviceFile) -> None:
+def test_time_is_stored_in_whole_seconds_of_utc(devices: DeviceFile) -> None:
     east = timezone(timedelta(hours=5))
     devices.add("a", "ada", KEYS[0], datetime(2026, 1, 2, 8, 4, 5, 678_900, tzinfo=east))
     devices.add("b", "ada", KEYS[1], datetime(1, 1, 1, tzinfo=UTC))
     devices.load()
-    assert devices.devices["a"].added == ADDED
-    assert devices.devices["b"].added.year == 1
+    assert devices.entries["a"].added == ADDED
+    assert devices.entries["b"].added.year == 1
 
 
-def test_a_removed_device_is_out_of_the_file_and_the_others_stay(path: Path, devices: DeviceFile) -> None:
+def test_removing_a_device_keeps_the_others(path: Path, devices: DeviceFile) -> None:
     for number, name in enumerate(("a", 'qu"o\\te', "c")):
         add(devices, name, key=KEYS[number])
     assert devices.remove('qu"o\\te') == Device("ada", KEYS[1], ADDED)
-    assert devices.names() == ["a", "c"]
-    with pytest.raises(NotFound, match='there is no device "b"'):
+    assert devices.read_names() == ["a", "c"]
+    with pytest.raises(NotFound, match='no device is named "b"'):
         devices.remove("b")
     devices.remove("a"), devices.remove("c")
-    assert devices.names() == []
+    assert devices.read_names() == []
     assert tomli.loads(path.read_text()) == {}
 
 
-def test_writers_do_not_lose_each_others_devices(path: Path) -> None:
+def test_concurrent_writers_lose_no_device(path: Path) -> None:
     first, second = DeviceFile(path), DeviceFile(path)
     add(first, "a"), add(second, "b", key=KEYS[1]), add(first, "c", key=KEYS[2])
-    assert second.names() == ["a", "b", "c"]
+    assert second.read_names() == ["a", "b", "c"]
 
 
 # Reading
@@ -146,7 +148,7 @@ def faults(devices: DeviceFile) -> list[str]:
     return [fault.removeprefix(f"{devices.path}: ") for fault in caught.value.faults]
 
 
-def test_without_a_file_there_are_no_devices_yet(devices: DeviceFile) -> None:
+def test_missing_file_has_no_devices(devices: DeviceFile) -> None:
     assert devices.changed()
     devices.load()
     assert len(devices) == 0
@@ -159,7 +161,7 @@ def test_without_a_file_there_are_no_devices_yet(devices: DeviceFile) -> None:
         ("nonsense", "at end of document"),
         ("other = 1", 'unknown key "other"'),
         ("devices = 5", "devices must be tables"),
-        ("[devices]\nx = 5", 'device "x": must be a table with user, public_key, added'),
+        ("[devices]\nx = 5", 'device "x": must be a table; it takes user, public_key, added'),
         (f"[devices.' x']\n{ENTRY}", 'device " x": a name has printable characters'),
         (f"[devices.x]\n{ENTRY.replace('ada', '')}", 'device "x": user must be'),
         (
@@ -179,20 +181,20 @@ def test_without_a_file_there_are_no_devices_yet(devices: DeviceFile) -> None:
         ),
     ],
 )
-def test_a_fault_names_its_place(path: Path, devices: DeviceFile, text: str, expected: str) -> None:
+def test_fault_names_its_place(path: Path, devices: DeviceFile, text: str, expected: str) -> None:
     write(path, text)
     (fault,) = faults(devices)
     assert expected in fault
     assert fault.isprintable()
 
 
-def test_a_file_that_others_can_use_is_refused(path: Path, devices: DeviceFile) -> None:
+def test_file_accessible_to_others_is_refused(path: Path, devices: DeviceFile) -> None:
     write(path, "", 0o644)
     assert f"chmod 600 {path}" in faults(devices)[0]
 
 
 @pytest.mark.parametrize("what", ["nonsense", "mode", "gone"])
-def test_a_file_gone_bad_leaves_the_devices_known_before(path: Path, devices: DeviceFile, what: str) -> None:
+def test_faulty_file_keeps_the_known_devices(path: Path, devices: DeviceFile, what: str) -> None:
     add(devices, "laptop")
     devices.load()
     if what == "nonsense":
@@ -208,53 +210,55 @@ def test_a_file_gone_bad_leaves_the_devices_known_before(path: Path, devices: De
     assert devices.find("laptop") is not None
 
 
-# Those that are gone
+# Gone devices
 
 
-def test_gone_is_what_was_removed_or_became_another() -> None:
+def test_removed_or_changed_device_is_gone() -> None:
     a, b = Device("ada", KEYS[0], ADDED), Device("bob", KEYS[1], ADDED)
-    before = {"a": a, "b": b}
-    assert gone_between(before, before) == {}
-    assert gone_between(before, {**before, "c": a}) == {}
-    assert gone_between(before, {"b": b}) == {"a": a}
-    assert gone_between(before, {"a": a._replace(user="bob"), "b": b}) == {"a": a}
-    assert gone_between(before, {"a": a._replace(public_key=KEYS[2]), "b": b}) == {"a": a}
-    assert gone_between(before, {"a": a._replace(added=ADDED + timedelta(1)), "b": b}) == {}
+    assert DeviceFile.is_gone(a, None)
+    assert DeviceFile.is_gone(a, b)
+    assert DeviceFile.is_gone(a, a._replace(user="bob"))
+    assert DeviceFile.is_gone(a, a._replace(public_key=KEYS[2]))
+    assert not DeviceFile.is_gone(a, a)
+    assert not DeviceFile.is_gone(a, a._replace(added=ADDED + timedelta(1)))
 
 
 class Watched:
-    """Devices of a running server, and what it was told of them."""
+    """Devices of a running server, and their reports."""
 
     def __init__(self, path: Path) -> None:
         self.file = DeviceFile(path)
         self.file.load()
-        self.told: list[Any] = []
+        self.reports: list[str] = []
         self.current = CurrentDevices(
             self.file,
-            on_fault=lambda fault: self.told.append("fault"),
-            on_recovered=lambda: self.told.append("good"),
-            on_gone=lambda gone: self.told.append(sorted(gone)),
+            on_fault=lambda fault: self.reports.append("fault"),
+            on_recovered=lambda: self.reports.append("recovered"),
         )
 
+    def take_gone(self) -> list[str]:
+        return [name for name, _ in self.file.take_gone()]
 
-async def test_new_and_removed_devices_are_known_at_once(path: Path, devices: DeviceFile) -> None:
+
+async def test_new_and_removed_devices_are_found_immediately(path: Path, devices: DeviceFile) -> None:
     add(devices, "a")
     watched = Watched(path)
     add(devices, "b", key=KEYS[1])
     assert await watched.current.find("b") == Device("ada", KEYS[1], ADDED)
-    assert watched.told == []
+    assert watched.take_gone() == []
     devices.remove("a")
     assert await watched.current.find("b") is not None
-    assert watched.told == [["a"]]
+    assert watched.take_gone() == ["a"]
     assert await watched.current.find("a") is None
     devices.remove("b")
     add(devices, "b", key=KEYS[2])
     await watched.current.refresh()
     await watched.current.refresh()
-    assert watched.told == [["a"], ["b"]]
+    assert watched.take_gone() == ["b"]
+    assert watched.take_gone() == []
 
 
-async def test_a_faulty_file_ends_no_device_and_what_it_hid_is_told_after(
+async def test_faulty_file_ends_no_device_and_hidden_changes_are_reported_later(
     path: Path, devices: DeviceFile
 ) -> None:
     add(devices, "a"), add(devices, "b", key=KEYS[1])
@@ -264,16 +268,9 @@ async def test_a_faulty_file_ends_no_device_and_what_it_hid_is_told_after(
     await watched.current.refresh()
     await watched.current.refresh()
     assert await watched.current.find("a") is not None
-    assert watched.told == ["fault"]
+    assert watched.reports == ["fault"]
+    assert watched.take_gone() == []
     write(path, good.replace("[devices.a]", "[devices.z]"))
     await watched.current.refresh()
-    assert watched.told == ["fault", ["a"], "good"]
-
-
-async def test_nobody_has_to_be_told_of_those_that_are_gone(path: Path, devices: DeviceFile) -> None:
-    add(devices, "a")
-    file = DeviceFile(path)
-    file.load()
-    current = CurrentDevices(file, on_fault=pytest.fail)
-    devices.remove("a")
-    assert await current.find("a") is None
+    assert watched.reports == ["fault", "recovered"]
+    assert watched.take_gone() == ["a"]

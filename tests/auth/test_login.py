@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 
 from tests.auth.helpers import DIGEST, drive, identified
-from zcproto.auth import ApiKeyAuthenticator, CallableAuthenticator, Identity, Login, Throttle, UserFile
-from zcproto.auth.login import MAX_UNDECIDED
+from zcproto.auth import (
+    ApiKeyAuthenticator,
+    CallableAuthenticator,
+    CurrentUsers,
+    Identity,
+    Login,
+    Throttle,
+    UserFile,
+)
+from zcproto.auth.login import MAX_PENDING
 from zcproto.errors import CallError, InvalidArgument, ResourceExhausted, Unauthenticated, Unavailable
 from zcproto.sessions import token_text
 
@@ -30,29 +38,29 @@ def key(users: UserFile) -> str:
 
 @pytest.fixture
 def login(users: UserFile, key: str) -> Login:
-    return Login([ApiKeyAuthenticator(users, on_fault=pytest.fail)], Throttle())
+    return Login([ApiKeyAuthenticator(CurrentUsers(users, on_fault=pytest.fail))], Throttle())
 
 
 def ask(login: Login, user: str, key: str, address: str = ADDRESS, now: float = NOW) -> Identity:
     return drive(identified(login, {"scheme": "api_key", "user": user, "key": key}, address, now))
 
 
-def test_who_has_the_key_is_let_in_without_a_wait(login: Login, key: str) -> None:
+def test_valid_key_is_accepted_without_suspending(login: Login, key: str) -> None:
     assert ask(login, "alice", key) == Identity("alice", operator=True)
 
 
 @pytest.mark.parametrize(
     ("user", "text"),
-    [("alice", DIGEST), ("nobody", DIGEST), ("alice", "no key"), ("nobody", ""), ("x" * 128, DIGEST)],
+    [("alice", DIGEST), ("unknown", DIGEST), ("alice", "no key"), ("unknown", ""), ("x" * 128, DIGEST)],
 )
-def test_everyone_else_gets_the_same_answer(login: Login, user: str, text: str) -> None:
+def test_all_failed_logins_get_the_same_error(login: Login, user: str, text: str) -> None:
     with pytest.raises(Unauthenticated) as caught:
         ask(login, user, text)
     assert caught.value.message == "the login was not accepted; check the name, and the key or certificate"
     assert caught.value.details == {}
 
 
-def test_one_function_says_no_in_the_same_words() -> None:
+def test_failed_login_of_a_function_gets_the_same_error() -> None:
     login = Login([CallableAuthenticator("own", never)], Throttle())
     with pytest.raises(Unauthenticated) as caught:
         drive(identified(login, {"scheme": "own"}, ADDRESS, NOW))
@@ -78,18 +86,18 @@ def test_logins_are_counted_by_scheme_and_result(login: Login, key: str) -> None
 
 
 @pytest.mark.parametrize("scheme", [None, 5, b"api_key", ["api_key"], {}])
-def test_a_scheme_is_a_str(login: Login, scheme: Any) -> None:
+def test_scheme_must_be_a_str(login: Login, scheme: Any) -> None:
     with pytest.raises(InvalidArgument, match="scheme: a str is needed"):
         drive(identified(login, {"scheme": scheme}, ADDRESS, NOW))
 
 
-def test_a_missing_scheme_is_named(login: Login) -> None:
+def test_missing_scheme_is_named(login: Login) -> None:
     with pytest.raises(InvalidArgument, match="scheme"):
         drive(identified(login, {}, ADDRESS, NOW))
 
 
 @pytest.mark.parametrize("scheme", ["", "API_KEY", "tls", "api_key ", "x" * 10**5, "<script>"])
-def test_an_unknown_scheme_is_not_repeated(login: Login, scheme: str) -> None:
+def test_unknown_scheme_is_not_repeated(login: Login, scheme: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         drive(identified(login, {"scheme": scheme}, ADDRESS, NOW))
     assert caught.value.message == "scheme: not offered here; use one of: api_key"
@@ -105,7 +113,7 @@ def test_schemes_are_chosen_by_name() -> None:
         drive(identified(login, {"scheme": "three"}, ADDRESS, NOW))
 
 
-def test_a_scheme_has_one_authenticator() -> None:
+def test_two_authenticators_for_one_scheme_are_refused() -> None:
     with pytest.raises(ValueError, match="'own'"):
         Login([CallableAuthenticator("own", never), CallableAuthenticator("own", never)], Throttle())
 
@@ -113,7 +121,7 @@ def test_a_scheme_has_one_authenticator() -> None:
 # Throttling
 
 
-def test_failures_lead_to_a_delay_that_says_when_to_come_back(login: Login, key: str) -> None:
+def test_throttled_login_gets_the_time_to_wait(login: Login, key: str) -> None:
     for _ in range(5):
         with pytest.raises(Unauthenticated):
             ask(login, "alice", DIGEST)
@@ -124,7 +132,7 @@ def test_failures_lead_to_a_delay_that_says_when_to_come_back(login: Login, key:
     assert ask(login, "alice", key, now=NOW + 1.0) == Identity("alice", operator=True)
 
 
-def test_a_delayed_login_is_not_looked_at() -> None:
+def test_throttled_login_is_not_examined() -> None:
     calls: list[str] = []
 
     def function(params: Mapping[str, Any], address: str) -> None:
@@ -137,7 +145,7 @@ def test_a_delayed_login_is_not_looked_at() -> None:
     assert len(calls) == 2
 
 
-def test_a_success_is_remembered_against_the_failures_of_others(login: Login, key: str) -> None:
+def test_known_user_is_not_throttled_by_failures_of_others(login: Login, key: str) -> None:
     ask(login, "alice", key)
     for _ in range(8):
         with pytest.raises(CallError):
@@ -147,19 +155,19 @@ def test_a_success_is_remembered_against_the_failures_of_others(login: Login, ke
         ask(login, "alice", key, "203.0.113.9")
 
 
-def test_users_known_and_unknown_are_answered_alike_all_the_way(login: Login) -> None:
-    answers: dict[str, list[tuple[str, str]]] = {"alice": [], "nobody": []}
-    for user, address in (("alice", ADDRESS), ("nobody", ELSEWHERE)):
+def test_known_and_unknown_users_get_the_same_answers(login: Login) -> None:
+    answers: dict[str, list[tuple[str, str]]] = {"alice": [], "unknown": []}
+    for user, address in (("alice", ADDRESS), ("unknown", ELSEWHERE)):
         now = NOW
         for _ in range(12):
             with pytest.raises(CallError) as caught:
                 ask(login, user, token_text(bytes(32)), address, now)
             answers[user].append((str(caught.value), repr(caught.value.details)))
             now += 0.5
-    assert answers["alice"] == answers["nobody"]
+    assert answers["alice"] == answers["unknown"]
 
 
-def test_a_faulty_field_is_no_failure(login: Login, key: str) -> None:
+def test_invalid_field_does_not_count_as_a_failure(login: Login, key: str) -> None:
     for _ in range(20):
         with pytest.raises(InvalidArgument):
             drive(identified(login, {"scheme": "api_key", "user": "alice", "key": 5}, ADDRESS, NOW))
@@ -168,7 +176,9 @@ def test_a_faulty_field_is_no_failure(login: Login, key: str) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("database is gone"), Unavailable("later")])
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_fault_of_the_authenticator_is_no_failure(error: Exception, waits: bool) -> None:
+async def test_exception_of_the_authenticator_does_not_count_as_a_failure(
+    error: Exception, waits: bool
+) -> None:
     broken = True
 
     def plain(params: Mapping[str, Any], address: str) -> str:
@@ -181,7 +191,7 @@ async def test_a_fault_of_the_authenticator_is_no_failure(error: Exception, wait
         return plain(params, address)
 
     login = Login([CallableAuthenticator("own", waiting if waits else plain)], Throttle(1))
-    for _ in range(MAX_UNDECIDED + 5):
+    for _ in range(MAX_PENDING + 5):
         with pytest.raises(type(error)):
             await identified(login, {"scheme": "own", "user": "alice"}, ADDRESS, NOW)
     broken = False
@@ -189,7 +199,7 @@ async def test_a_fault_of_the_authenticator_is_no_failure(error: Exception, wait
 
 
 @pytest.mark.parametrize("field", ["user", "device"])
-async def test_guesses_sent_together_do_not_all_pass(field: str) -> None:
+async def test_concurrent_guesses_are_limited(field: str) -> None:
     tried = 0
 
     async def function(params: Mapping[str, Any], address: str) -> None:
@@ -202,16 +212,16 @@ async def test_guesses_sent_together_do_not_all_pass(field: str) -> None:
     results = await asyncio.gather(
         *(identified(login, params, ADDRESS, NOW) for _ in range(200)), return_exceptions=True
     )
-    assert tried == MAX_UNDECIDED
+    assert tried == MAX_PENDING
     refused = [each for each in results if isinstance(each, ResourceExhausted)]
-    assert len(refused) == 200 - MAX_UNDECIDED
+    assert len(refused) == 200 - MAX_PENDING
     assert all(each.details == {"retry_after_ms": 1000} for each in refused)
     with pytest.raises(ResourceExhausted):
         await identified(login, params, ADDRESS, NOW)
-    assert login._undecided == {}
+    assert login._pending == {}
 
 
-async def test_a_login_cancelled_while_it_waits_is_undecided_no_more() -> None:
+async def test_cancelled_login_is_no_longer_pending() -> None:
     async def function(params: Mapping[str, Any], address: str) -> None:
         await asyncio.Event().wait()
 
@@ -221,24 +231,24 @@ async def test_a_login_cancelled_while_it_waits_is_undecided_no_more() -> None:
         for _ in range(3)
     ]
     await asyncio.sleep(0)
-    assert login._undecided == {"a": 3}
+    assert login._pending == {"a": 3}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert login._undecided == {}
+    assert login._pending == {}
 
 
-async def test_logins_that_name_nobody_do_not_hold_up_each_other() -> None:
+async def test_concurrent_logins_without_a_name_are_not_limited() -> None:
     async def function(params: Mapping[str, Any], address: str) -> str:
         await asyncio.sleep(0)
-        return "somebody"
+        return "alice"
 
     login = Login([CallableAuthenticator("own", function)], Throttle())
     results = await asyncio.gather(*(identified(login, {"scheme": "own"}, ADDRESS, NOW) for _ in range(100)))
-    assert results == [Identity("somebody")] * 100
+    assert results == [Identity("alice")] * 100
 
 
-def test_devices_and_users_of_one_name_are_counted_apart() -> None:
+def test_device_and_user_of_the_same_name_are_counted_separately() -> None:
     login = Login([CallableAuthenticator("own", never)], Throttle(1))
     with pytest.raises(Unauthenticated):
         drive(identified(login, {"scheme": "own", "device": "alice"}, ADDRESS, NOW))
@@ -249,7 +259,7 @@ def test_devices_and_users_of_one_name_are_counted_apart() -> None:
 
 
 @pytest.mark.parametrize("length", [129, 10**6])
-def test_a_huge_name_costs_no_huge_memory(length: int) -> None:
+def test_long_name_is_truncated_before_it_is_counted(length: int) -> None:
     throttle = Throttle(1)
     login = Login([CallableAuthenticator("own", never)], throttle)
     with pytest.raises(Unauthenticated):
@@ -257,9 +267,9 @@ def test_a_huge_name_costs_no_huge_memory(length: int) -> None:
     assert throttle.check("x" * 128, ADDRESS, NOW) > 0
 
 
-def test_a_session_is_never_opened_by_the_name_alone(tmp_path: Path) -> None:
+def test_user_name_alone_never_opens_a_session(tmp_path: Path) -> None:
     users = UserFile(tmp_path / "users.toml")
     users.load()
-    login = Login([ApiKeyAuthenticator(users, on_fault=pytest.fail)], Throttle())
+    login = Login([ApiKeyAuthenticator(CurrentUsers(users, on_fault=pytest.fail))], Throttle())
     with pytest.raises(Unauthenticated):
         ask(login, "alice", "")

@@ -38,7 +38,7 @@ def attack(
 
 
 @pytest.mark.parametrize("free", [1, 2, 5, 10])
-def test_the_first_failures_are_free_and_delays_double_then(free: int) -> None:
+def test_first_failures_are_free_then_delays_double(free: int) -> None:
     throttle = Throttle(free)
     for _ in range(free):
         assert throttle.check("alice", HOME, NOW) == 0
@@ -49,13 +49,13 @@ def test_the_first_failures_are_free_and_delays_double_then(free: int) -> None:
 
 
 @pytest.mark.parametrize(("after", "wait"), [(0, 1000), (0.25, 750), (0.9991, 1), (1.0, 0), (5.0, 0)])
-def test_a_delay_passes(after: float, wait: int) -> None:
+def test_delay_expires(after: float, wait: int) -> None:
     throttle = Throttle()
     fail(throttle, 5)
     assert throttle.check("alice", HOME, NOW + after) == wait
 
 
-def test_an_attempt_that_was_refused_changes_nothing() -> None:
+def test_throttled_attempt_is_not_counted() -> None:
     throttle = Throttle()
     fail(throttle, 6)
     for _ in range(100):
@@ -63,14 +63,14 @@ def test_an_attempt_that_was_refused_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("failures", [25, 1000])
-def test_no_delay_is_longer_than_its_limit(failures: int) -> None:
+def test_delays_are_bounded(failures: int) -> None:
     throttle = Throttle()
     fail(throttle, failures)
     assert throttle.check("alice", HOME, NOW) == 1000 * ADDRESS_DELAY_S
     assert throttle.check("alice", ELSEWHERE, NOW) == 1000 * USER_DELAY_S
 
 
-def test_a_success_forgets_the_failures_of_its_pair() -> None:
+def test_success_resets_the_failures_of_its_pair() -> None:
     throttle = Throttle()
     fail(throttle, 8)
     throttle.succeeded("alice", HOME, NOW)
@@ -81,7 +81,7 @@ def test_a_success_forgets_the_failures_of_its_pair() -> None:
     assert throttle.check("alice", HOME, NOW) == 1000
 
 
-def test_a_success_without_a_failure_is_noted_too() -> None:
+def test_success_without_failures_makes_the_pair_known() -> None:
     throttle = Throttle()
     throttle.succeeded("alice", HOME, NOW)
     fail(throttle, 50, address=ELSEWHERE)
@@ -89,7 +89,7 @@ def test_a_success_without_a_failure_is_noted_too() -> None:
 
 
 @pytest.mark.parametrize("after", [QUIET_S, QUIET_S + 1, 10 * QUIET_S])
-def test_quiet_time_forgets(after: float) -> None:
+def test_failures_expire(after: float) -> None:
     throttle = Throttle()
     fail(throttle, 30)
     assert throttle.check("alice", HOME, NOW + after) == 0
@@ -98,14 +98,14 @@ def test_quiet_time_forgets(after: float) -> None:
     assert len(throttle) == 3
 
 
-def test_quiet_time_is_longer_than_every_delay() -> None:
+def test_failures_expire_after_the_longest_delay() -> None:
     assert QUIET_S > ADDRESS_DELAY_S > USER_DELAY_S
 
 
 # Guessing
 
 
-def test_one_address_guessing_one_user_gets_few_tries() -> None:
+def test_one_address_guessing_one_user_gets_few_attempts() -> None:
     assert attack(Throttle(), 86_400, users=["alice"], addresses=[ELSEWHERE]) < 150
 
 
@@ -113,22 +113,22 @@ def test_one_address_guessing_one_user_is_slowed_well_before_100() -> None:
     assert attack(Throttle(), 3600, users=["alice"], addresses=[ELSEWHERE]) < 20
 
 
-def test_many_addresses_guessing_one_user_get_little_more_than_a_try_a_minute() -> None:
+def test_many_addresses_guessing_one_user_get_about_one_attempt_a_minute() -> None:
     addresses = [f"198.51.100.{number}" for number in range(100)]
     assert attack(Throttle(), 3600, users=["alice"], addresses=addresses) < 5 + 7 + 60
 
 
-def test_one_address_trying_many_users_is_slowed() -> None:
+def test_one_address_guessing_many_users_is_throttled() -> None:
     users = [f"user {number}" for number in range(500)]
     tries = attack(Throttle(), 3600, users=users, addresses=[ELSEWHERE])
     assert 20 <= tries < 50
 
 
-def test_unknown_users_and_known_ones_are_slowed_alike() -> None:
+def test_unknown_and_known_users_are_throttled_alike() -> None:
     throttle = Throttle()
     throttle.succeeded("alice", HOME, NOW)
     waits = []
-    for user in ("alice", "nobody"):
+    for user in ("alice", "unknown"):
         for _ in range(8):
             throttle.failed(user, f"198.51.100.{len(user)}", NOW)
             waits.append(throttle.check(user, f"198.51.100.{len(user)}", NOW))
@@ -138,14 +138,14 @@ def test_unknown_users_and_known_ones_are_slowed_alike() -> None:
 # No weapon
 
 
-def test_a_user_at_home_is_not_kept_out_by_others() -> None:
+def test_user_at_a_known_address_is_not_locked_out_by_others() -> None:
     throttle = Throttle()
     throttle.succeeded("alice", HOME, NOW)
     fail(throttle, 1000, address=ELSEWHERE)
     assert throttle.check("alice", HOME, NOW) == 0
 
 
-def test_a_user_at_home_is_not_kept_out_by_those_who_share_the_address() -> None:
+def test_user_at_a_known_address_is_not_locked_out_by_neighbours() -> None:
     throttle = Throttle()
     throttle.succeeded("alice", HOME, NOW)
     for number in range(200):
@@ -154,7 +154,7 @@ def test_a_user_at_home_is_not_kept_out_by_those_who_share_the_address() -> None
     assert throttle.check("bob", HOME, NOW) > 0
 
 
-def test_a_user_away_from_home_is_let_in_for_most_of_the_time_of_an_attack() -> None:
+def test_user_at_a_new_address_can_log_in_during_most_of_an_attack() -> None:
     throttle = Throttle()
     free = 0
     now = NOW
@@ -166,7 +166,7 @@ def test_a_user_away_from_home_is_let_in_for_most_of_the_time_of_an_attack() -> 
     assert free > 0.85 * 4 * 3600
 
 
-def test_a_mistake_at_home_counts_at_home_only() -> None:
+def test_failure_at_a_known_address_counts_only_there() -> None:
     throttle = Throttle()
     throttle.succeeded("alice", HOME, NOW)
     fail(throttle, 30)
@@ -175,7 +175,7 @@ def test_a_mistake_at_home_counts_at_home_only() -> None:
     assert throttle.check("bob", HOME, NOW) == 0
 
 
-def test_a_program_with_an_old_key_does_not_shut_out_its_neighbours() -> None:
+def test_program_with_an_old_key_does_not_lock_out_its_address() -> None:
     throttle = Throttle()
     now = NOW
     for _ in range(50):
@@ -191,7 +191,7 @@ def test_other_users_and_addresses_are_not_delayed() -> None:
     assert throttle.check("bob", HOME, NOW) == 0
 
 
-def test_logins_that_name_nobody_are_counted_by_address_alone() -> None:
+def test_logins_without_a_name_are_counted_by_address_only() -> None:
     throttle = Throttle()
     fail(throttle, 10, user="", address=ELSEWHERE)
     assert throttle.check("", ELSEWHERE, NOW) > 0
@@ -201,7 +201,7 @@ def test_logins_that_name_nobody_are_counted_by_address_alone() -> None:
 # Addresses
 
 
-def test_a_customer_cannot_change_addresses_within_a_network() -> None:
+def test_addresses_of_one_ipv6_network_are_counted_together() -> None:
     throttle = Throttle()
     for number in range(20):
         throttle.failed("alice", f"2001:db8::{number:x}", NOW)
@@ -220,7 +220,7 @@ def test_every_table_is_bounded() -> None:
     assert len(throttle) == 400
 
 
-def test_the_row_untouched_for_longest_goes_first() -> None:
+def test_least_recently_failed_row_is_evicted_first() -> None:
     throttle = Throttle(max_entries=3)
     fail(throttle, 10, "alice", "10.0.0.1")
     fail(throttle, 10, "bob", "10.0.0.2")
@@ -232,7 +232,7 @@ def test_the_row_untouched_for_longest_goes_first() -> None:
     assert throttle.check("carol", "10.0.0.3", NOW) > 0
 
 
-def test_the_home_visited_longest_ago_is_forgotten_first() -> None:
+def test_least_recently_known_pair_is_evicted_first() -> None:
     throttle = Throttle(max_entries=2)
     for user in ("alice", "bob", "alice", "carol"):
         throttle.succeeded(user, HOME, NOW)
@@ -243,7 +243,7 @@ def test_the_home_visited_longest_ago_is_forgotten_first() -> None:
     assert throttle.check("carol", HOME, NOW) == 0
 
 
-def test_old_rows_go_when_new_ones_come() -> None:
+def test_expired_rows_are_removed_on_insert() -> None:
     throttle = Throttle()
     for number in range(100):
         throttle.failed(f"user {number}", f"10.0.0.{number}", NOW)
@@ -264,7 +264,7 @@ def test_old_rows_go_when_new_ones_come() -> None:
         max_size=60,
     )
 )
-def test_whatever_happens_a_delay_ends_by_itself(steps: list[tuple[str, str, str, float]]) -> None:
+def test_every_delay_ends(steps: list[tuple[str, str, str, float]]) -> None:
     throttle = Throttle(3, max_entries=4)
     now = NOW
     for what, user, address, seconds in steps:
@@ -279,7 +279,7 @@ def test_whatever_happens_a_delay_ends_by_itself(steps: list[tuple[str, str, str
         assert throttle.check(user, address, now + wait / 1000 + 0.001) == 0
 
 
-def test_another_number_of_failures_is_free_from_now_on() -> None:
+def test_reconfigured_number_of_free_failures_applies() -> None:
     throttle = Throttle(5)
     for _ in range(3):
         throttle.failed("ada", "192.0.2.1", 0.0)
@@ -290,4 +290,4 @@ def test_another_number_of_failures_is_free_from_now_on() -> None:
     assert throttle.check("ada", "192.0.2.1", 0.0) == 0
     for user in range(16):
         throttle.failed(f"user-{user}", "198.51.100.1", 0.0)
-    assert throttle.check("somebody", "198.51.100.1", 0.0) > 0
+    assert throttle.check("alice", "198.51.100.1", 0.0) > 0

@@ -99,9 +99,9 @@ def test_users_are_changed_by_the_server(running: ServerThread, capsys: Capture)
     assert json_of(capsys, "user", "add", "robot", "--no-key") == {"name": "robot", "key": None}
     assert [each["name"] for each in json_of(capsys, "user", "list")] == ["robot"]
     assert main(["user", "remove", "ben"]) == 1
-    assert capsys.readouterr().err == 'zcproto: NOT_FOUND: there is no user "ben"\n'
+    assert capsys.readouterr().err == 'zcproto: NOT_FOUND: no user is named "ben"\n'
     assert main(["user", "add", "robot"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_sessions_are_listed_and_ended_by_the_server(running: ServerThread, capsys: Capture) -> None:

@@ -204,9 +204,9 @@ def test_a_faulty_file_is_told(devices: DeviceFile, capsys: Capture) -> None:
 def test_remove_takes_a_device_out(devices: DeviceFile, capsys: Capture) -> None:
     assert main(["device", "remove", "laptop"]) == 0
     assert capsys.readouterr() == ("", "laptop of ada is removed; sessions ended: 0.\n")
-    assert devices.names() == ["phone", "Zoë's"]
+    assert devices.read_names() == ["phone", "Zoë's"]
     assert main(["device", "remove", "laptop"]) == 1
-    assert capsys.readouterr() == ("", 'zcproto: NOT_FOUND: there is no device "laptop"\n')
+    assert capsys.readouterr() == ("", 'zcproto: NOT_FOUND: no device is named "laptop"\n')
 
 
 def kept(home: Path) -> SessionStore:
@@ -284,7 +284,7 @@ def test_a_running_server_ends_the_sessions_itself(home: Path, devices: DeviceFi
 def test_a_configuration_with_faults_leaves_the_device(home: Path, devices: DeviceFile) -> None:
     (home / "config.toml").write_text("nonsense = 1\n")
     assert main(["device", "remove", "laptop"]) == 2
-    assert "laptop" in devices.names()
+    assert "laptop" in devices.read_names()
 
 
 @pytest.mark.parametrize(
@@ -321,4 +321,4 @@ def test_a_store_that_cannot_be_had_costs_no_removal(
     monkeypatch.setattr(device_module, "has_none", lambda url, home: False)
     assert main(["device", "remove", "laptop"]) == code
     assert capsys.readouterr().err == said
-    assert devices.names() == ["phone", "Zoë's"]
+    assert devices.read_names() == ["phone", "Zoë's"]

@@ -229,7 +229,7 @@ def test_who_is_not_there_is_told(users: UserFile, home: Path, capsys: Capture, 
     assert main(["user", command, "eve"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert 'there is no user "eve"' in err
+    assert 'no user is named "eve"' in err
     assert users.path.read_text() == text
     assert len(kept(home)) == 3
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.server.helpers import EVENT, NO_TOKEN, Client, Frame, ServerThread, eventually, wall
 from zcproto.auth import CurrentUsers, Device, DeviceFile, PairingFile, Throttle, UserFile
 from zcproto.auth import pairing as pairing_module
-from zcproto.auth.device_directory import LOOK_INTERVAL, Devices
+from zcproto.auth.directory import LOOK_INTERVAL, Devices
 from zcproto.common.home import Home
 from zcproto.errors import Code
 from zcproto.wire.signing import attach_message, open_message
@@ -292,7 +292,7 @@ def test_a_device_that_is_removed_while_its_session_is_opened_gets_none(office: 
         opened = await opening_one(*args, **options)
         office.devices.remove("laptop")
         assert server.parts.devices is not None
-        await server.parts.devices._current.refresh()  # the watch looks just now
+        await server.parts.devices.current.refresh()
         return opened
 
     server.state.sessions.open = slow  # type: ignore[method-assign]
@@ -428,7 +428,7 @@ def test_guesses_are_throttled_by_device_and_codes_by_address(tmp_path: Path, ce
 # --- the watch over the file -------------------------------------------------------------------------
 
 
-class Watch:
+class WatchedDevices:
     """The devices of a home, with a sleep that lasts as long as the test says."""
 
     def __init__(self, home: Path) -> None:
@@ -467,7 +467,7 @@ class Watch:
 async def test_a_device_that_is_gone_is_told_of_until_something_was_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = Watch(tmp_path / "home")
+    watch = WatchedDevices(tmp_path / "home")
     task = asyncio.create_task(watch.devices.watch())
     try:
         await asyncio.sleep(0)

@@ -294,11 +294,11 @@ def test_every_cause_has_one_answer_and_the_operator_learns_which(gate: Gate) ->
     assert {frame.code for frame in frames} == {UNAUTHENTICATED}
     assert len({frame.body for frame in frames}) == 1
     assert gate.refused == [
-        "the client has shown no certificate",
-        "the client has shown no certificate",
-        "the client's certificate names 'stranger', who is no user here",
-        "the client's certificate names 'ada', and the client means another",
-        "the client's certificate names 'ada', and the client means another",
+        "the client sent no certificate",
+        "the client sent no certificate",
+        "the client's certificate names 'stranger', who is not a user here",
+        "the client's certificate names 'ada', but the client expects another user",
+        "the client's certificate names 'ada', but the client expects another user",
     ]
 
 

@@ -25,8 +25,7 @@ from zcproto.admin.parts import Parts
 from zcproto.admin.status import ServerStatus
 from zcproto.alerts.trial import try_sinks
 from zcproto.auth import UserFile
-from zcproto.auth.device_directory import Devices
-from zcproto.auth.user_directory import Users
+from zcproto.auth.directory import Devices, Users
 from zcproto.certs import own
 from zcproto.certs.keeper import maintainer_settings, unix_ms
 from zcproto.certs.keys import family

@@ -12,8 +12,7 @@ from zcproto.admin.https import HttpSide
 from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts
 from zcproto.auth import Login, Throttle
-from zcproto.auth.device_directory import Devices
-from zcproto.auth.user_directory import Users
+from zcproto.auth.directory import Devices, Users
 from zcproto.certs import CertificatePair
 from zcproto.certs.keeper import CertificateKeeper
 from zcproto.common.clock import Clock

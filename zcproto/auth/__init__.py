@@ -1,21 +1,26 @@
-"""Who may open a session.
+"""Decide who may open a session.
 
-Reading order: identity.py (the interface), login.py (what a login goes through), throttle.py, api_key.py,
-users.py and current_users.py (the scheme that comes with it), certificate.py (client certificates), device.py,
-devices.py and pairing.py (devices), function.py (schemes of embedders).
+Reading order: identity.py (the interface of authenticators), login.py (the steps of a login), throttle.py; the
+schemes api_key.py, certificate.py and device.py; files.py, users.py, devices.py and pairing.py (what is stored);
+current.py and directory.py (files that change while a server runs).
 """
 
 from zcproto.auth.api_key import ApiKeyAuthenticator
 from zcproto.auth.certificate import CertificateAuthenticator
-from zcproto.auth.current_users import CurrentUsers
 from zcproto.auth.device import DeviceAuthenticator
 from zcproto.auth.devices import CurrentDevices, Device, DeviceFile
-from zcproto.auth.function import CallableAuthenticator
-from zcproto.auth.identity import NO_CHANNEL, Authenticator, Channel, Identity, PeerCertificate
+from zcproto.auth.identity import (
+    NO_CHANNEL,
+    Authenticator,
+    CallableAuthenticator,
+    Channel,
+    Identity,
+    PeerCertificate,
+)
 from zcproto.auth.login import Login
 from zcproto.auth.pairing import Enrollment, PairingFile
 from zcproto.auth.throttle import Throttle
-from zcproto.auth.users import UserFile
+from zcproto.auth.users import CurrentUsers, UserFile
 
 __all__ = [
     "NO_CHANNEL",

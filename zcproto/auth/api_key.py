@@ -1,14 +1,14 @@
-"""The scheme `api_key`: a user's name and a key of 32 random bytes, as text of 43 characters.
+"""Authenticate the scheme `api_key`: a user's name and a key of 32 random bytes, as text of 43 characters.
 
-What this file decides: whether the key is the user's.
+Decides: whether the key is the user's.
 
 Rules:
-- An unknown user, a wrong key and a text that is no key take the same steps: one digest, one comparison.
-- While the file of users does not change, `authenticate` answers at once: nearly every login is one of these.
-- A key that was good by a look at the file a moment ago is good: in a crowd most logins need no look of their own.
-  One that is not good is never refused without a look, so that a new user is known at once.
+- An unknown user, a wrong key and a malformed key take the same steps: one digest, one comparison.
+- `authenticate` does not suspend unless the file of users has changed.
+- A valid key is accepted without a look at the file if the last look is recent: concurrent logins share one. A key
+  is never refused without a look, so that a new user is accepted immediately.
 
-It must not know: how often someone tried.
+Must not know: how many attempts there were.
 """
 
 from __future__ import annotations
@@ -17,46 +17,39 @@ from collections.abc import Awaitable, Callable, Mapping
 from hmac import compare_digest
 from typing import Any, Final
 
-from zcproto.auth.current_users import CurrentUsers
 from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Channel, Identity
-from zcproto.auth.users import UserFile
+from zcproto.auth.users import CurrentUsers
 from zcproto.common.clock import Entropy, system_clock, system_entropy
-from zcproto.errors import ConfigError, InvalidArgument
+from zcproto.errors import InvalidArgument
 from zcproto.sessions.token import DIGEST_SIZE, TOKEN_SIZE, digest_of, token_from_text
 
 MAX_KEY: Final = 128
-"""Longest text taken for a key, in characters: room for a typing error, no more."""
+"""Longest text accepted as a key, in characters: room for a typing error."""
 
 LOOK_HOLDS_S: Final = 0.01
-"""Seconds for which a look at the file is good enough to let somebody in. Whoever loses the right to log in by a
-change of the file loses the sessions of these seconds as well, when the change is seen (auth/user_directory.py)."""
+"""Seconds for which one look at the file suffices to accept keys. A session that a removed user opens within them
+ends when directory.py finds the change."""
 
 _FIELDS: Final = frozenset({"scheme", "client", "user", "key"})
 _NO_KEY: Final = bytes(TOKEN_SIZE)
 
 
 class ApiKeyAuthenticator:
-    """Checks API keys against a file of users.
-
-    `on_fault` and `on_recovered` are for CurrentUsers, which `users` is for other authenticators to share. `now`
-    gives monotonic seconds.
-    """
+    """Checks API keys against a file of users. `now` returns monotonic seconds."""
 
     scheme: Final = "api_key"
 
-    __slots__ = ("_looked_until", "_nobody", "_now", "users")
+    __slots__ = ("_decoy", "_looked_until", "_now", "_users")
 
     def __init__(
         self,
-        users: UserFile,
+        users: CurrentUsers,
         *,
-        on_fault: Callable[[ConfigError], None],
-        on_recovered: Callable[[], None] | None = None,
         entropy: Entropy = system_entropy,
         now: Callable[[], float] = system_clock.now,
     ) -> None:
-        self.users: Final = CurrentUsers(users, on_fault=on_fault, on_recovered=on_recovered)
-        self._nobody = entropy(DIGEST_SIZE)  # what unknown users are compared with; no key has this digest
+        self._users = users
+        self._decoy = entropy(DIGEST_SIZE)  # compared for unknown users; no key has this digest
         self._now = now
         self._looked_until = 0.0
 
@@ -69,21 +62,21 @@ class ApiKeyAuthenticator:
             identity = self._identity(user, key)
             if identity is not None:
                 return identity
-        if self.users.changed():
-            return self._when_read(user, key)
+        if self._users.changed():
+            return self._after_reading(user, key)
         self._looked_until = now + LOOK_HOLDS_S
         return self._identity(user, key)
 
-    async def _when_read(self, user: str, key: str) -> Identity | None:
-        await self.users.refresh()
+    async def _after_reading(self, user: str, key: str) -> Identity | None:
+        await self._users.refresh()
         return self._identity(user, key)
 
     def _identity(self, user: str, key: str) -> Identity | None:
-        known = self.users.known(user)
+        known = self._users.known(user)
         secret = token_from_text(key)
         digest = digest_of(_NO_KEY if secret is None else secret)
-        fits = compare_digest(digest, self._nobody if known is None else known.digest)
-        if not fits or known is None or secret is None:
+        matches = compare_digest(digest, self._decoy if known is None else known.digest)
+        if not matches or known is None or secret is None:
             return None
         return Identity(user, known.operator)
 

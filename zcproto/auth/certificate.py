@@ -1,18 +1,18 @@
-"""The scheme `tls`: the client's certificate in this connection names the user.
+"""Authenticate the scheme `tls`: the client's certificate in this connection names the user.
 
-What this file decides: whether that user may come in, and what the session is bound to.
+Decides: whether that user may log in, and what the session is bound to.
 
 Rules:
-- TLS has verified the certificate: that is the proof. What is left to decide is whom it names.
-- The user must be in the file of users now; the key that the file has is not asked for.
-- A client may say whom it means to be. If the certificate names another one, nobody is let in.
-- No certificate, one that names nobody, an unknown user and another user than meant get one answer. What it
-  was is for the operator.
-- Failures are counted for the user whom the certificate names, whatever the client says: nobody else's
-  logins are slowed down by them.
-- The session is bound to the certificate's public key: a certificate renewed with the same key goes on using it.
+- TLS has verified the certificate, which is the proof. This module only decides which user it names.
+- The user must be in the file of users; a key in that file is not required.
+- A client may send the user name that it expects. The login fails if the certificate names another user.
+- A missing certificate, one without a user, an unknown user and an unexpected user get the same answer. Only the
+  operator learns the reason.
+- Failures are counted for the user named by the certificate, whatever the client sends, so that they never delay
+  another user's logins.
+- The session is bound to the certificate's public key, and survives a renewal with the same key.
 
-It must not know: how a certificate names a user, TLS, how often someone tried.
+Must not know: how a certificate names a user, TLS, how many attempts there were.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from zcproto.auth.current_users import CurrentUsers
 from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Channel, Identity
+from zcproto.auth.users import CurrentUsers
 from zcproto.errors import CertificateError, InvalidArgument
 from zcproto.sessions.session import CERTIFICATE_KEY
 
@@ -34,9 +34,9 @@ _FIELDS: Final = frozenset({"scheme", "client", "user"})
 
 
 def certificate_key(certificate: bytes) -> str:
-    """What the sessions that a certificate (DER) opens are bound to: its public key.
+    """Return the binding of sessions opened with a certificate (DER): the digest of its public key.
 
-    Raises CertificateError if it cannot be read.
+    Raises CertificateError if the key cannot be read.
     """
     try:
         public_key = x509.load_der_x509_certificate(certificate).public_key()
@@ -49,7 +49,7 @@ def certificate_key(certificate: bytes) -> str:
 class CertificateAuthenticator:
     """Checks the user of a client certificate against a file of users.
 
-    `user_of` gives the user whom a certificate (DER) names, `key_of` what the session is bound to; both raise
+    `user_of` returns the user named by a certificate (DER), `key_of` the binding of the session; both raise
     CertificateError. `on_refused` is called with the reason and the client's address.
     """
 
@@ -71,7 +71,7 @@ class CertificateAuthenticator:
         self._on_refused = on_refused
 
     def user_named(self, channel: Channel) -> str:
-        """The user whom the certificate names; empty if it is nobody."""
+        """Return the user named by the certificate, or an empty text."""
         try:
             return self._named(channel)[0]
         except CertificateError:
@@ -80,7 +80,7 @@ class CertificateAuthenticator:
     async def authenticate(
         self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
     ) -> Identity | None:
-        meant = _meant(params)
+        expected = _expected_user(params)
         try:
             user, certificate = self._named(channel)
             key = self._key_of(certificate)
@@ -89,11 +89,11 @@ class CertificateAuthenticator:
             return None
         known = await self._users.find(user)
         if known is None:
-            self._on_refused(f"the client's certificate names {user!r}, who is no user here", address)
+            self._on_refused(f"the client's certificate names {user!r}, who is not a user here", address)
             return None
-        if meant is not None and meant != user:
+        if expected is not None and expected != user:
             self._on_refused(
-                f"the client's certificate names {user!r}, and the client means another", address
+                f"the client's certificate names {user!r}, but the client expects another user", address
             )
             return None
         return Identity(user, known.operator, key)
@@ -101,14 +101,14 @@ class CertificateAuthenticator:
     def _named(self, channel: Channel) -> tuple[str, bytes]:
         data = channel.certificate()
         if data is None:
-            raise CertificateError("the client has shown no certificate")
+            raise CertificateError("the client sent no certificate")
         user = self._user_of(data)
         if not 0 < len(user) <= MAX_USER:
             raise CertificateError(f"the client's certificate names no user of 1 to {MAX_USER} characters")
         return user, data
 
 
-def _meant(params: Mapping[str, Any]) -> str | None:
+def _expected_user(params: Mapping[str, Any]) -> str | None:
     user = params.get("user")
     if user is not None and (not isinstance(user, str) or not 0 < len(user) <= MAX_USER):
         raise InvalidArgument(f"user: the scheme tls takes a str of 1 to {MAX_USER} characters, or none")

@@ -1,17 +1,17 @@
-"""The scheme `ed25519`: a device signs for this connection, and proves its key again on each further one.
+"""Authenticate the scheme `ed25519`: a device signs for this connection, and proves its key on each further one.
 
-What this file decides: whether a signature is by the device, and whose session that opens or may use.
+Decides: whether a signature is by the device, and which user's session it opens or may use.
 
 Rules:
-- What is signed has the connection's salt and the certificate that the server showed in it: a signature that was
-  seen elsewhere, or relayed through another server, is worth nothing (wire.md section 6).
-- An unknown device, a wrong signature and a device of a user who is unknown now take the same steps and get one
-  answer. What it was is for the operator.
-- The session is bound to the device: its token is good only where the device proved its key.
-- A device proves its key for sessions of its own user alone: its name may have been another's before.
-- While the files do not change, nothing here suspends.
+- The signed message includes the connection's salt and the server's certificate, so that a signature replayed, or
+  relayed through another server, is worthless (zcp1.md, section 9.4).
+- An unknown device, a wrong signature and a device of an unknown user take the same steps and get the same answer.
+  Only the operator learns the reason.
+- The session is bound to the device: its token is valid only where the device has proved its key.
+- A device proves its key for sessions of its own user only: its name may have belonged to another user before.
+- Nothing here suspends unless a file has changed.
 
-It must not know: connections, how often someone tried.
+Must not know: connections, how many attempts there were.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from zcproto.auth.current_users import CurrentUsers
-from zcproto.auth.devices import CurrentDevices
-from zcproto.auth.ed25519 import is_signed
+from zcproto.auth.devices import CurrentDevices, is_signed
 from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Channel, Identity
+from zcproto.auth.users import CurrentUsers
 from zcproto.errors import InvalidArgument
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.wire.signing import SIGNATURE_SIZE, attach_message, open_message
 
 _FIELDS: Final = frozenset({"scheme", "client", "device", "signature"})
-_NOBODY: Final = bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
-"""What unknown devices are checked with: RFC 8032's first public key. What it signs counts for nothing."""
+_DECOY: Final = bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
+"""The key checked for unknown devices, RFC 8032's first public key. A valid signature still does not log in."""
 
 
 class DeviceAuthenticator:
-    """Checks devices against their file, and their users against that of users.
+    """Checks devices against their file, and their users against the file of users.
 
     `on_refused` is called with the reason and the client's address.
     """
@@ -60,35 +59,35 @@ class DeviceAuthenticator:
         device = await self._devices.find(name)
         user = await self._users.find("" if device is None else device.user)
         messages = [open_message(channel.salt, leaf, name) for leaf in channel.leaves()]
-        fits = _fits(_NOBODY if device is None else device.public_key, signature, messages)
+        is_valid = _is_signed_any(_DECOY if device is None else device.public_key, signature, messages)
         if device is None:
-            reason = "is not known here"
-        elif not fits:
-            reason = "gives a signature that is by another key, or for another connection or server"
+            reason = "is unknown"
+        elif not is_valid:
+            reason = "sent a signature by another key, or for another connection or server"
         elif user is None:
-            reason = f"is of {device.user!r}, who is no user here"
+            reason = f"belongs to {device.user!r}, who is not a user here"
         else:
             return Identity(device.user, user.operator, DEVICE_KEY + name)
         self._on_refused(f"the device {name!r} {reason}", address)
         return None
 
     async def attaches(self, key: str, user: str, signature: bytes, token: bytes, channel: Channel) -> bool:
-        """Whether the signature is by the device that a session of this user is bound to, for this connection."""
+        """Return whether the device to which a session of this user is bound has signed for this connection."""
         name = key.removeprefix(DEVICE_KEY)
         device = await self._devices.find(name)
         if name == key or (device is not None and device.user != user):
             device = None
         messages = [attach_message(channel.salt, leaf, token) for leaf in channel.leaves()]
-        fits = _fits(_NOBODY if device is None else device.public_key, signature, messages)
-        return fits and device is not None
+        is_valid = _is_signed_any(_DECOY if device is None else device.public_key, signature, messages)
+        return is_valid and device is not None
 
     def is_gone(self, key: str) -> bool:
-        """Whether a session's key is that of a device which was removed, as of the last look."""
+        """Return whether a session's key belongs to a removed device, as of the last reading."""
         return key.startswith(DEVICE_KEY) and self._devices.known(key.removeprefix(DEVICE_KEY)) is None
 
 
-def _fits(public_key: bytes, signature: bytes, messages: list[bytes]) -> bool:
-    """Whether the signature is over one of the messages. For one that is over none, all are tried."""
+def _is_signed_any(public_key: bytes, signature: bytes, messages: list[bytes]) -> bool:
+    """Return whether the signature is over one of the messages."""
     return any(is_signed(public_key, signature, message) for message in messages)
 
 

@@ -1,8 +1,9 @@
-"""What an authenticator is: it takes a login's fields and says who that is."""
+"""Define the interface of authenticators: from a login's fields to a user. Adapt a function to it."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from inspect import isawaitable
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 MAX_USER: Final = 128
@@ -10,29 +11,29 @@ MAX_USER: Final = 128
 
 
 PeerCertificate = Callable[[], bytes | None]
-"""Gives the client's certificate in this connection, which TLS has verified, in DER form; None without one."""
+"""Returns the client's certificate in this connection (DER, verified by TLS), or None."""
 
 
 def no_certificate() -> None:
-    """The certificate of a client that shows none."""
+    """Return the certificate of a client without one."""
 
 
 class Channel(NamedTuple):
-    """The connection that a login comes through: what ties a proof to it."""
+    """The connection of a login: what a proof is tied to."""
 
     certificate: PeerCertificate = no_certificate
     salt: bytes = b""
-    """No other connection has it."""
+    """Unique to the connection."""
     leaves: Callable[[], frozenset[bytes]] = frozenset
-    """Gives the SHA-256 of the server's certificates (DER), one of which the client was shown here."""
+    """Returns the SHA-256 of each server certificate (DER) that this client may have been shown."""
 
 
 NO_CHANNEL: Final = Channel()
-"""A connection that nothing can be tied to."""
+"""A connection that no proof can be tied to."""
 
 
 class Identity(NamedTuple):
-    """A user who has proved who they are. An operator may look into the server and steer it.
+    """An authenticated user. An operator may inspect and control the server.
 
     `key` is what the session is bound to, empty for none: `device:NAME`, or `tls:` and the hex SHA-256 of the
     public key in a client's certificate.
@@ -48,28 +49,27 @@ class Authenticator(Protocol):
 
     @property
     def scheme(self) -> str:
-        """The name that clients give."""
+        """The name that clients send."""
         ...
 
     def authenticate(
         self, params: Mapping[str, Any], address: str, channel: Channel
     ) -> Identity | Awaitable[Identity | None] | None:
-        """Who this is, or None for anyone who has not proved it, whatever the cause.
+        """Return the user, or None for a failed login, whatever the cause.
 
-        `params` are the fields of `session.open`, as the client sent them; `address` is the client's, and
-        `channel` the connection.
-        Raises InvalidArgument for fields that are missing or of the wrong type, before it looks at any
-        secret. An unknown user and a wrong secret must take the same steps.
+        `params` are the fields of `session.open` as received; `address` is the client's, `channel` the connection.
+        Raises InvalidArgument for missing or mistyped fields, before it uses a secret. An unknown user and a wrong
+        secret must take the same steps.
         """
         ...
 
 
 @runtime_checkable
 class NamesUser(Protocol):
-    """An authenticator that knows whom a login is of from the connection, and not from its fields."""
+    """An authenticator that names the user by the connection rather than by the fields."""
 
     def user_named(self, channel: Channel) -> str:
-        """The user for whom a failure is counted; empty if that is nobody."""
+        """Return the user for whom a failure is counted, or an empty text."""
         ...
 
 
@@ -78,12 +78,59 @@ class Attaches(Protocol):
     """An authenticator of sessions whose keys can be proved on further connections."""
 
     async def attaches(self, key: str, user: str, signature: bytes, token: bytes, channel: Channel) -> bool:
-        """Whether the signature proves the key that a session of this user, with this token, is bound to.
+        """Return whether the signature proves the key of this user's session with this token.
 
         An unknown key and a wrong signature must take the same steps.
         """
         ...
 
     def is_gone(self, key: str) -> bool:
-        """Whether a key of its kind is none any more, as of the last look."""
+        """Return whether a key of this authenticator has been removed, as of the last reading."""
         ...
+
+
+Answer = Identity | str | None
+Function = Callable[[Mapping[str, Any], str], Answer | Awaitable[Answer]]
+
+
+class CallableAuthenticator:
+    """A scheme decided by a function of the login's fields and the client's address.
+
+    The function returns an Identity, the name of a user who is not an operator, or None. A plain function runs in
+    the event loop and must not block; use an `async` one to hash a password or query a database.
+    """
+
+    __slots__ = ("_function", "scheme")
+
+    def __init__(self, scheme: str, function: Function) -> None:
+        self.scheme = scheme
+        self._function = function
+
+    def authenticate(
+        self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
+    ) -> Identity | Awaitable[Identity | None] | None:
+        answer = self._function(params, address)
+        if isawaitable(answer):
+            return self._wait_for(answer)
+        return self._identity(answer)
+
+    async def _wait_for(self, answer: Awaitable[Answer]) -> Identity | None:
+        return self._identity(await answer)
+
+    def _identity(self, answer: Answer) -> Identity | None:
+        """Check the answer, so that a bug in the function does not let anyone in."""
+        if answer is None or isinstance(answer, Identity):
+            identity = answer
+        elif isinstance(answer, str):
+            identity = Identity(answer)
+        else:
+            raise TypeError(
+                f"the function of scheme {self.scheme!r} must return an Identity, a user's name or None,"
+                f" not {type(answer).__name__}"
+            )
+        if identity is not None and not 0 < len(identity.user) <= MAX_USER:
+            raise ValueError(
+                f"the function of scheme {self.scheme!r} must return a user's name of 1 to {MAX_USER} characters,"
+                f" not {len(identity.user)}"
+            )
+        return identity

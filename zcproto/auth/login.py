@@ -1,15 +1,15 @@
-"""What a login goes through: its scheme, the throttle, the authenticator.
+"""Run a login through its scheme, the throttle and the authenticator.
 
 Rules:
-- Failures are counted for the user whom the login is of: by its fields, or by the client's certificate if
-  the authenticator goes by that. Those of a device, opening sessions or attaching them, are counted for it.
-- Whoever has not proved who they are gets one answer, whatever the cause (wire.md section 7).
-- A login refused by the throttle is not looked at, and says when to come back.
-- At most 16 logins of one user may be undecided at once, so that many guesses sent together, to an
-  authenticator that takes its time, do not all pass before the first one has failed.
-- A fault of the authenticator itself (an exception) is no failed login.
+- Failures are counted for the user named by the fields, or by the client's certificate if the authenticator uses
+  it. Failures of a device, opening or attaching sessions, are counted for the device.
+- All failed logins get the same error, whatever the cause (zcp1.md, section 9.4).
+- A login refused by the throttle is not examined; its error carries the time to wait.
+- At most 16 logins of one user are pending at once, so that concurrent guesses to a slow authenticator cannot all
+  pass before the first one has failed.
+- An exception of the authenticator does not count as a failed login.
 
-It must not know: sessions, connections, how users prove who they are.
+Must not know: sessions, connections, how users authenticate.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from zcproto.auth.throttle import Throttle
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
 from zcproto.sessions.session import DEVICE_KEY
 
-MAX_UNDECIDED: Final = 16
-"""Logins of one user that may wait for their authenticator at once."""
+MAX_PENDING: Final = 16
+"""Logins of one user that may wait for their authenticator at the same time."""
 
 ATTACH: Final = "session.attach"
-"""As what proofs of a device's key are counted, beside the schemes."""
+"""Counts proofs of a device's key; listed beside the schemes."""
 
-_RETRY_UNDECIDED_MS: Final = 1000
+_RETRY_PENDING_MS: Final = 1000
 
 Decision = TypeVar("Decision")
 
 
 class Login:
-    """The way into a session. One authenticator for each scheme.
+    """Opens and attaches sessions. One authenticator for each scheme.
 
-    Logins are counted: those `accepted` and `refused` by scheme, and those that had to wait (`throttled`).
+    Counts logins: `accepted` and `refused` by scheme, and `throttled`.
     """
 
     __slots__ = (
         "_attachers",
         "_authenticators",
         "_namers",
+        "_pending",
         "_throttle",
-        "_undecided",
         "accepted",
         "refused",
         "throttled",
@@ -60,7 +60,7 @@ class Login:
 
     def __init__(self, authenticators: Iterable[Authenticator], throttle: Throttle) -> None:
         self._authenticators: dict[str, Authenticator] = {}
-        # Sorted once: to ask whether an object fits a protocol takes longer than the rest of a login.
+        # Checked once: isinstance() of a protocol takes longer than the rest of a login.
         self._namers: dict[str, NamesUser] = {}
         self._attachers: list[Attaches] = []
         for authenticator in authenticators:
@@ -72,28 +72,28 @@ class Login:
             if isinstance(authenticator, Attaches):
                 self._attachers.append(authenticator)
         self._throttle = throttle
-        self._undecided: dict[str, int] = {}
+        self._pending: dict[str, int] = {}
         self.throttled = 0
         self.accepted = dict.fromkeys([*self._authenticators, ATTACH], 0)
         self.refused = dict.fromkeys(self.accepted, 0)
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """The ways to open a session, as `session.open` names them."""
+        """The schemes that `session.open` accepts."""
         return tuple(self._authenticators)
 
     def open(
         self, params: Mapping[str, Any], address: str, now: float, channel: Channel = NO_CHANNEL
     ) -> Identity | Coroutine[Any, Any, Identity]:
-        """Who the client at `address` is, by the fields of `session.open` and by its connection. A coroutine only
-        if the authenticator has to wait for something.
+        """Return the user of a login by the fields of `session.open` and the connection; a coroutine if the
+        authenticator has to wait.
 
         `now` is monotonic seconds.
 
         Raises, at once or later:
-            Unauthenticated: not proved, whatever the cause.
-            ResourceExhausted: too many failures; `details["retry_after_ms"]` says when to come back.
-            InvalidArgument: the scheme is not offered, or its fields are missing or of the wrong type.
+            Unauthenticated: the login failed, whatever the cause.
+            ResourceExhausted: too many failures; `details["retry_after_ms"]` is the time to wait.
+            InvalidArgument: the scheme is not offered, or its fields are missing or mistyped.
         """
         authenticator = self._authenticator(params)
         namer = self._namers.get(authenticator.scheme)
@@ -130,7 +130,7 @@ class Login:
         now: float,
         channel: Channel,
     ) -> None:
-        """Let the connection prove the key to which this user's session with this token is bound.
+        """Check the proof of the key to which this user's session with this token is bound.
 
         Raises Unauthenticated and ResourceExhausted as `open`.
         """
@@ -149,18 +149,18 @@ class Login:
         self.accepted[ATTACH] += 1
 
     def is_gone(self, key: str) -> bool:
-        """Whether the key of a session that is being opened is none any more: it must not be opened."""
+        """Return whether a key has been removed, so that no session may be opened with it."""
         return any(authenticator.is_gone(key) for authenticator in self._attachers)
 
     async def _decision(self, name: str, answer: Awaitable[Decision]) -> Decision:
-        """What the authenticator says in the end. Until then the login is undecided."""
-        self._undecided[name] = self._undecided.get(name, 0) + 1
+        """Await the authenticator's answer. Until then the login is pending."""
+        self._pending[name] = self._pending.get(name, 0) + 1
         try:
             return await answer
         finally:
-            undecided = self._undecided.pop(name) - 1
-            if undecided:
-                self._undecided[name] = undecided
+            pending = self._pending.pop(name) - 1
+            if pending:
+                self._pending[name] = pending
 
     def _authenticator(self, params: Mapping[str, Any]) -> Authenticator:
         scheme = params.get("scheme")
@@ -174,15 +174,15 @@ class Login:
 
     def _admit(self, name: str, address: str, now: float) -> None:
         retry_after_ms = self._throttle.check(name, address, now)
-        if not retry_after_ms and name and self._undecided.get(name, 0) >= MAX_UNDECIDED:
-            retry_after_ms = _RETRY_UNDECIDED_MS
+        if not retry_after_ms and name and self._pending.get(name, 0) >= MAX_PENDING:
+            retry_after_ms = _RETRY_PENDING_MS
         if retry_after_ms:
             self.throttled += 1
             raise ResourceExhausted("too many logins; wait", {"retry_after_ms": retry_after_ms})
 
 
 def _name(params: Mapping[str, Any]) -> str:
-    """Whom the client says it is: what failures are counted for. Empty if it says so in another way."""
+    """Return the name given by the fields, for which failures are counted, or an empty text."""
     user, device = params.get("user"), params.get("device")
     if isinstance(user, str):
         return user[:MAX_USER]

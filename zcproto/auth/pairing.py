@@ -1,4 +1,4 @@
-"""Pairing: a code that an operator hands to somebody, once traded for a device of a user's.
+"""Register devices by pairing codes, which operators create and users enter once.
 
     [[codes]]
     user = "alice"
@@ -6,19 +6,19 @@
     expires_at = 1767225600000
     wrong = 0
 
-What this file decides: what a code is, how long it is good, and how a device gets registered with one.
+Decides: what a code is, how long it is valid, and how it registers a device.
 
 Rules:
-- A code is 40 random bits, as two groups of four characters that cannot be taken for one another (Crockford's
-  base32). Reading one takes O for 0, I and L for 1, and any case.
-- A code is good once, until its time is over. Five wrong tries end every code that was open meanwhile: a wrong
-  code does not say which one it was meant to be. They are counted in the file, so also across restarts.
-- The file, `pairing.toml`, is its owner's alone. It holds slow digests: 40 bits could be searched through a fast
-  one within the code's life by whoever gets a copy of the file.
-- Tries are made one after another, in a thread, and are throttled by their address, which is told to wait.
-- A used, expired, unknown and malformed code, and one for a user who is gone, get one answer.
+- A code is 40 random bits, as two groups of four characters in Crockford's base32. Case is ignored; O reads as 0, I
+  and L as 1.
+- A code is valid once, until it expires. Five wrong attempts end all codes that were open meanwhile: a wrong code
+  does not show which one was intended. Attempts are counted in the file, and so across restarts.
+- The private file `pairing.toml` holds slow digests: with a fast digest, a copy of the file would give up 40 bits
+  within the code's lifetime.
+- Attempts run one after another, in a thread, and are throttled by address.
+- A used, expired, unknown or malformed code, and one for an unknown user, get the same answer.
 
-It must not know: connections, what devices do.
+Must not know: connections, what devices do.
 """
 
 from __future__ import annotations
@@ -31,27 +31,25 @@ from hashlib import scrypt
 from hmac import compare_digest
 from typing import Any, Final, NamedTuple
 
-from zcproto.auth.current_users import CurrentUsers
-from zcproto.auth.devices import DeviceFile
-from zcproto.auth.ed25519 import is_public_key
-from zcproto.auth.names import name_faults, quoted, toml_string
-from zcproto.auth.private_text import LOCK_WAIT_S, PrivateText
+from zcproto.auth.devices import DeviceFile, is_public_key
+from zcproto.auth.files import LOCK_WAIT_S, PrivateFile, name_faults, quoted, toml_string
 from zcproto.auth.throttle import Throttle
+from zcproto.auth.users import CurrentUsers
 from zcproto.common.clock import Entropy, system_entropy
 from zcproto.common.secret import SecretText
 from zcproto.errors import AlreadyExists, InvalidArgument, ResourceExhausted, Unauthenticated
 
 MAX_WRONG: Final = 5
-"""Wrong tries that end a code."""
+"""Wrong attempts that end a code."""
 
 MAX_OPEN: Final = 100
-"""Codes that may be open at once."""
+"""Codes that may be open at the same time."""
 
 MAX_CODE: Final = 64
-"""Longest text taken for a code, in characters: room for a typing error, no more."""
+"""Longest text accepted as a code, in characters: room for a typing error."""
 
 MAX_WAITING: Final = 16
-"""Tries that may wait for their turn."""
+"""Attempts that may wait for their turn."""
 
 MAX_FILE_BYTES: Final = 1 << 20
 
@@ -77,14 +75,14 @@ class _Code(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """What a code was traded for."""
+    """The registered device and its user."""
 
     user: str
     device: str
 
 
 class PairingFile:
-    """Open codes in a file. Making one touches nothing. Faults raise ConfigError. `wall` is milliseconds."""
+    """Open codes in a file. Creating this object touches nothing. Faults raise ConfigError. `wall` is in ms."""
 
     __slots__ = ("_entropy", "_file")
 
@@ -95,14 +93,14 @@ class PairingFile:
         entropy: Entropy = system_entropy,
         lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
-        self._file = PrivateText(path, "file of codes", max_bytes=MAX_FILE_BYTES, lock_wait_s=lock_wait_s)
+        self._file = PrivateFile(path, "file of codes", max_bytes=MAX_FILE_BYTES, lock_wait_s=lock_wait_s)
         self._entropy = entropy
 
     def __repr__(self) -> str:
         return f"PairingFile({str(self._file.path)!r})"
 
     def make(self, user: str, life_ms: int, wall: int) -> SecretText:
-        """A new code for a device of this user, which is shown this once."""
+        """Return a new code for a device of this user; it is not shown again."""
         faults = name_faults(user)
         if faults:
             raise self._file.fault(*(f"user {quoted(user)}: {fault}" for fault in faults))
@@ -110,7 +108,7 @@ class PairingFile:
             salt, codes = self._open_codes(wall)
             if len(codes) >= MAX_OPEN:
                 raise self._file.fault(
-                    f"{MAX_OPEN} codes are open already; use them, or wait until they expire"
+                    f"{MAX_OPEN} codes are open already; use them or wait until they expire"
                 )
             if not codes:
                 salt = self._entropy(_SALT_BYTES)
@@ -119,22 +117,22 @@ class PairingFile:
         return SecretText(f"{text[:_GROUP]}-{text[_GROUP:]}")
 
     def count_open(self, wall: int) -> int:
-        """How many codes are open."""
+        """Return the number of open codes."""
         return len(self._open_codes(wall)[1])
 
     def trade(self, code: str, wall: int, register: Callable[[str, Callable[[], None]], None]) -> None:
-        """Take a code. One that is not good counts as a wrong try.
+        """Redeem a code. An invalid one counts as a wrong attempt.
 
-        For a good one `register` is called with the user, and with what spends the code. If it does not call
-        that, the code stays good.
+        For a valid code, call `register` with the user and a function that spends the code. The code stays valid
+        unless `register` calls that function.
         """
         if not self.count_open(wall):
             return
         with self._file.locked():
             salt, codes = self._open_codes(wall)
-            if not codes:  # they were used up meanwhile
+            if not codes:  # another process has spent them
                 return
-            digest = _digest_of(_read(code), salt)
+            digest = _digest_of(_normalized(code), salt)
             found = [each for each in codes if compare_digest(each.digest, digest)]
             if not found:
                 self._write(salt, [each._replace(wrong=each.wrong + 1) for each in codes])
@@ -142,12 +140,12 @@ class PairingFile:
             register(found[0].user, lambda: self._write(salt, [each for each in codes if each != found[0]]))
 
     def _open_codes(self, wall: int) -> tuple[bytes, list[_Code]]:
-        """The salt, and the codes that are still good."""
+        """Return the salt and the codes that are still valid."""
         _, text = self._file.read()
         document = self._file.document(text)
         salt, tables = document.pop("salt", ""), document.pop("codes", [])
         if document or not _is_hex(salt, _SALT_BYTES * bool(text)) or not _are_codes(tables):
-            raise self._file.fault("is damaged; remove it, and make new codes by zcproto pair")
+            raise self._file.fault("is damaged; remove it and create new codes with zcproto pair")
         codes = [_Code(**{**table, "digest": bytes.fromhex(table["digest"])}) for table in tables]
         return bytes.fromhex(salt), [
             code for code in codes if wall < code.expires_at and code.wrong < MAX_WRONG
@@ -164,7 +162,7 @@ class PairingFile:
 
 
 class Enrollment:
-    """Trades codes for registered devices, for whoever may try."""
+    """Registers devices of clients that send a valid code."""
 
     __slots__ = ("_codes", "_devices", "_throttle", "_turn", "_users", "_waiting")
 
@@ -181,13 +179,13 @@ class Enrollment:
     async def enroll(
         self, code: str, public_key: bytes, name: str, *, address: str, wall: int, now: float
     ) -> Pairing:
-        """Register a device for the user whom the code is for. `now` is monotonic seconds.
+        """Register a device for the user of a code. `now` is monotonic seconds.
 
         Raises:
-            Unauthenticated: the code is not good, whatever the cause.
-            AlreadyExists: the code is good, and stays so; the name is taken.
-            ResourceExhausted: too many wrong codes; `details["retry_after_ms"]` says when to come back.
-            InvalidArgument: the name or the public key is none, or the code is far too long.
+            Unauthenticated: the code is not valid, whatever the cause.
+            AlreadyExists: the name is in use; the code stays valid.
+            ResourceExhausted: too many wrong codes; `details["retry_after_ms"]` is the time to wait.
+            InvalidArgument: the name or the public key is not valid, or the code is far too long.
         """
         _check(code, public_key, name)
         retry_after_ms = self._throttle.check("", address, now)
@@ -205,7 +203,7 @@ class Enrollment:
         if user is None:
             self._throttle.failed("", address, now)
             raise Unauthenticated(
-                "the code was not accepted: it was used, it has expired, or it is another; ask for a new one"
+                "the code was not accepted: it is wrong, used or expired; ask for a new one"
             )
         return Pairing(user, name)
 
@@ -216,9 +214,9 @@ class Enrollment:
             nonlocal registered
             if self._users.known(user) is None:
                 return
-            if name in self._devices.names():
-                raise AlreadyExists(f"there is a device {quoted(name)} already; choose another name")
-            spend()  # first: if this process ends here, the code is gone, and not good twice
+            if name in self._devices.read_names():
+                raise AlreadyExists(f"a device is named {quoted(name)} already; choose another name")
+            spend()  # first, so that a crash here cannot leave the code valid
             self._devices.add(name, user, public_key, _EPOCH + timedelta(milliseconds=wall))
             registered = user
 
@@ -233,7 +231,7 @@ def _check(code: str, public_key: bytes, name: str) -> None:
     if faults:
         raise InvalidArgument(f"name: {faults[0]}")
     if not is_public_key(public_key):
-        raise InvalidArgument("public_key must be a public key of Ed25519, 32 bytes")
+        raise InvalidArgument("public_key must be an Ed25519 public key of 32 bytes")
 
 
 def _text_of(data: bytes) -> str:
@@ -241,8 +239,8 @@ def _text_of(data: bytes) -> str:
     return "".join(_ALPHABET[number >> 5 * place & 31] for place in reversed(range(_CODE_LENGTH)))
 
 
-def _read(code: str) -> str:
-    """A code as it is written, whoever wrote it. What is none stays another text."""
+def _normalized(code: str) -> str:
+    """Normalize a code as typed by a person. A malformed code stays a different text."""
     return code.upper().translate(_READ_AS)
 
 

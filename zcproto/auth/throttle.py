@@ -1,27 +1,25 @@
-"""Slows down guessing, without giving anyone the means to lock a user out.
+"""Slow down guessing without letting attackers lock a user out.
 
-What this file decides: how long a login has to wait. Delays double from 1 s on; a login that comes too
-early is refused and does not count.
+Decides: how long a login has to wait. Delays double from 1 s; a login that comes too early is refused and does not
+count.
 
 Rules:
-- Failures are counted three ways: for a user at an address (*pair*), for a user, for an address. The
-  first `login_failures` of a pair or a user are free, and four times as many of an address (many may
-  share one).
-- A pair that logged in with success before is *known*. It waits for its own failures only: whoever
-  hammers a user's name, or shares an address, does not keep the user out where the user is at home.
-- Everybody else waits for the longest of the three. A user's delay is at most a minute, and that of one
-  pair or address a quarter of an hour: so one address can keep a user busy for a minute in fifteen. No
-  delay is permanent.
-- Of one pair only its free failures count for the address: a program with an old key, that tries for
-  ever, does not shut out what else comes from its address, while someone who tries many users is slowed
-  down soon.
-- A login that names no user (an empty name) is counted for its address alone.
-- Half an hour without a failure is forgotten. A success forgets the failures of its pair, not of the
-  user: they were somebody else's.
-- Every table is bounded; the row untouched for longest goes first. An IPv6 address stands for its /64
-  network, which one customer has whole.
+- Failures are counted for a user at an address (*pair*), for the user, and for the address. The first
+  `login_failures` of a pair or a user are free, and four times as many of an address, which many may share.
+- A pair with a successful login is *known*. Only its own failures delay it: an attacker who tries a user's name, or
+  shares an address, does not lock the user out of a known address.
+- Other pairs wait for the longest of the three delays. A user's delay is at most a minute, that of a pair or an
+  address at most a quarter of an hour: one address can delay a user for one minute in fifteen. No delay is
+  permanent.
+- Only the free failures of a pair count for its address. A program that retries an old key forever does not block
+  its neighbours, while an attacker who tries many users is slowed down soon.
+- A login without a user name counts for its address alone.
+- Failures expire after half an hour without another. A success resets the failures of its pair, but not of the
+  user: those were someone else's.
+- Every table is bounded and evicts the row unused for longest. An IPv6 address counts as its /64 network, which
+  one customer controls.
 
-It must not know: clocks (`now` is monotonic seconds), how users prove who they are.
+Must not know: clocks (`now` is monotonic seconds), how users authenticate.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ class _Row(NamedTuple):
 
 
 class _Failures(Generic[Key]):
-    """Failures by key, the key that failed last at the end."""
+    """Failures by key, ordered by the last failure."""
 
     __slots__ = ("_limit", "free", "rows")
 
@@ -65,7 +63,7 @@ class _Failures(Generic[Key]):
         return len(self.rows)
 
     def wait_s(self, key: Key, longest_s: float, now: float) -> float:
-        """Seconds until the next attempt, 0 or less for none."""
+        """Return the seconds until the next attempt is allowed; 0 or less for now."""
         row = self.rows.get(key)
         if row is None or row.failures < self.free or now - row.last >= QUIET_S:
             return 0.0
@@ -73,7 +71,7 @@ class _Failures(Generic[Key]):
         return row.last + min(FIRST_DELAY_S * 2.0**doublings, longest_s) - now
 
     def add(self, key: Key, now: float) -> int:
-        """Count a failure; how many there are of this key now."""
+        """Count a failure. Return the failures of this key."""
         rows = self.rows
         while rows and now - next(iter(rows.values())).last >= QUIET_S:
             rows.popitem(last=False)
@@ -90,7 +88,7 @@ class _Failures(Generic[Key]):
 
 
 class Throttle:
-    """Delays for logins. `login_failures` are free; each of the tables has at most `max_entries` rows."""
+    """Delays of logins. `login_failures` are free; each table has at most `max_entries` rows."""
 
     __slots__ = ("_addresses", "_free", "_known", "_max_entries", "_pairs", "_users")
 
@@ -103,18 +101,18 @@ class Throttle:
         self._known: OrderedDict[Pair, None] = OrderedDict()
 
     def __len__(self) -> int:
-        """Rows of all tables."""
+        """Return the number of rows in all tables."""
         return len(self._pairs) + len(self._users) + len(self._addresses) + len(self._known)
 
     def reconfigure(self, login_failures: int) -> None:
-        """Have another number of failures free. What was counted stays counted."""
+        """Change the number of free failures. Counts are kept."""
         self._free = self._pairs.free = self._users.free = login_failures
         self._addresses.free = ADDRESS_FACTOR * login_failures
 
     def check(self, user: str, address: str, now: float) -> int:
-        """Milliseconds that a login of this user from this address has to wait; 0: go on."""
+        """Return the milliseconds that a login of this user from this address has to wait, or 0."""
         if not (self._pairs.rows or self._users.rows or self._addresses.rows):
-            return 0  # nobody has failed of late: nearly always
+            return 0  # no recent failure: the usual case
         network = network_of(address)
         pair = (user, network)
         if pair in self._known:
@@ -128,7 +126,7 @@ class Throttle:
         return max(0, math.ceil(wait_s * _MS_PER_S))
 
     def failed(self, user: str, address: str, now: float) -> None:
-        """Count a login that was refused."""
+        """Count a refused login."""
         network = network_of(address)
         pair = (user, network)
         failures = self._pairs.add(pair, now)
@@ -139,7 +137,7 @@ class Throttle:
             self._addresses.add(network, now)
 
     def succeeded(self, user: str, address: str, now: float) -> None:
-        """Note that this user is at home at this address."""
+        """Record a successful login of this user from this address."""
         pair = (user, network_of(address))
         self._pairs.forget(pair)
         known = self._known

@@ -47,7 +47,7 @@ def list_devices(home: Home, config_file: Path | None, user: str | None, as_json
     """List the devices, in the order in which they came."""
     file = DeviceFile(home.devices)
     file.load()
-    found = {name: each for name, each in file.devices.items() if user in (None, each.user)}
+    found = {name: each for name, each in file.entries.items() if user in (None, each.user)}
     click.echo(_json(found) if as_json else _table(found))
 
 

@@ -24,8 +24,7 @@ from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App
 from zcproto.auth import Authenticator, CertificateAuthenticator, Device, Login, Throttle
-from zcproto.auth.device_directory import Devices
-from zcproto.auth.user_directory import Users
+from zcproto.auth.directory import Devices, Users
 from zcproto.certs.clients import user_of
 from zcproto.certs.keeper import CertificateKeeper
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy

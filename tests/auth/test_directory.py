@@ -1,4 +1,4 @@
-"""Users who are removed, disabled or changed while a server runs, and while none does."""
+"""Users who are removed, disabled or changed while a server runs or is stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, Client
 from zcproto.auth import UserFile
-from zcproto.auth.user_directory import LOOK_INTERVAL, Users
+from zcproto.auth.directory import LOOK_INTERVAL, Users
 from zcproto.common.home import Home
 from zcproto.errors import Code
 from zcproto.wire.frame import NO_TOKEN
@@ -39,7 +39,7 @@ def refused(client: Client, method: str = "echo", params: dict[str, Any] | None 
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_the_sessions_of_a_user_who_is_gone_end_within_a_second(
+def test_sessions_of_a_gone_user_end_within_a_second(
     serve: Serve, users: UserFile, change: Callable[[UserFile], object]
 ) -> None:
     keys = {name: users.add(name) for name in ("ada", "bob")}
@@ -61,7 +61,7 @@ def test_the_sessions_of_a_user_who_is_gone_end_within_a_second(
         bob.echo()
 
 
-def test_a_user_who_is_enabled_again_opens_another_session(serve: Serve, users: UserFile) -> None:
+def test_enabled_user_can_open_a_new_session(serve: Serve, users: UserFile) -> None:
     key = users.add("ada")
     server = serve(users_file=True)
     with server.client() as client:
@@ -74,8 +74,8 @@ def test_a_user_who_is_enabled_again_opens_another_session(serve: Serve, users: 
         client.echo()
 
 
-def test_a_session_that_outlives_its_user_is_worth_nothing(serve: Serve, users: UserFile) -> None:
-    """As one does that a store kept, or that came from another server."""
+def test_session_of_an_unknown_user_is_refused(serve: Serve, users: UserFile) -> None:
+    """Such as one restored from a store, or opened by another server."""
     users.add("bob")
     server = serve(users_file=True)
 
@@ -94,7 +94,7 @@ def test_a_session_that_outlives_its_user_is_worth_nothing(serve: Serve, users: 
     assert server.stats["refused_users"] == 2
 
 
-def test_users_whom_an_authenticator_of_an_embedder_knows_are_left_to_it(serve: Serve) -> None:
+def test_users_of_a_custom_authenticator_are_not_checked(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client, server.client() as other:
         other.token = client.token
@@ -102,20 +102,20 @@ def test_users_whom_an_authenticator_of_an_embedder_knows_are_left_to_it(serve: 
     assert server.server.state.binding.is_user is None
 
 
-# --- the watch -----------------------------------------------------------------------------------------------
+# --- the watch ---------------------------------------------------------------------------------------
 
 
-class Watch:
-    """A watch whose time is turned by hand."""
+class WatchedUsers:
+    """Users of a home folder, checked when a test says so."""
 
     def __init__(self, home: Path) -> None:
-        self.told: list[str] = []
+        self.reported: list[str] = []
         self.fails = False
         self.slept: list[float] = []
         self.users = Users(Home(home), on_gone=self.on_gone, sleep=self.sleep)
 
     async def on_gone(self, name: str) -> None:
-        self.told.append(name)
+        self.reported.append(name)
         if self.fails:
             raise RuntimeError("the store is out")
 
@@ -126,37 +126,37 @@ class Watch:
         self.turn.clear()
 
     async def run(self, *steps: Callable[[], object]) -> list[list[str]]:
-        """Whom the watch tells of after each step."""
+        """Return the users reported gone after each step."""
         self.turn, self.looked = asyncio.Event(), asyncio.Event()
         task = asyncio.ensure_future(self.users.watch())
-        told = []
+        reported = []
         for step in steps:
             await self.looked.wait()
             self.looked.clear()
-            self.told = []
+            self.reported = []
             step()
             self.turn.set()
             await self.looked.wait()
-            told.append(self.told)
+            reported.append(self.reported)
         task.cancel()
         await asyncio.wait([task])
-        return told
+        return reported
 
 
-async def test_each_change_is_told_of_once(users: UserFile) -> None:
+async def test_each_gone_user_is_reported_once(users: UserFile) -> None:
     users.add("ada")
     users.add("bob")
-    watch = Watch(users.path.parent)
-    told = await watch.run(
+    watch = WatchedUsers(users.path.parent)
+    reported = await watch.run(
         lambda: None, lambda: users.disable("ada"), lambda: None, lambda: users.remove("bob"), lambda: None
     )
-    assert told == [[], ["ada"], [], ["bob"], []]
+    assert reported == [[], ["ada"], [], ["bob"], []]
     assert set(watch.slept) == {LOOK_INTERVAL}
 
 
-async def test_a_change_that_a_login_has_read_is_told_of_too(users: UserFile) -> None:
+async def test_change_found_by_a_login_is_reported(users: UserFile) -> None:
     users.add("ada")
-    watch = Watch(users.path.parent)
+    watch = WatchedUsers(users.path.parent)
     users.remove("ada")
     assert watch.users.is_user("ada")
     assert await watch.users.current.find("ada") is None
@@ -164,44 +164,44 @@ async def test_a_change_that_a_login_has_read_is_told_of_too(users: UserFile) ->
     assert await watch.run(lambda: None) == [["ada"]]
 
 
-async def test_who_could_not_be_dealt_with_is_told_of_again(users: UserFile) -> None:
+async def test_gone_user_is_reported_again_after_a_failure(users: UserFile) -> None:
     users.add("ada")
     users.add("bob")
-    watch = Watch(users.path.parent)
+    watch = WatchedUsers(users.path.parent)
     watch.fails = True
-    told = await watch.run(
+    reported = await watch.run(
         lambda: users.disable("ada"),
         lambda: users.disable("bob"),
         lambda: setattr(watch, "fails", False),
         lambda: None,
     )
-    assert told == [["ada"], ["ada", "bob"], ["ada", "bob"], []]
+    assert reported == [["ada"], ["ada", "bob"], ["ada", "bob"], []]
 
 
-async def test_a_fault_of_ours_does_not_end_the_watch(
+async def test_internal_error_does_not_end_the_watch(
     users: UserFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     users.add("ada")
-    watch = Watch(users.path.parent)
+    watch = WatchedUsers(users.path.parent)
     works = watch.users.current.refresh
 
     async def broken() -> None:
-        raise ValueError("a fault")
+        raise ValueError("a bug")
 
     monkeypatch.setattr(type(watch.users.current), "refresh", lambda self: broken())
-    told = await watch.run(
+    reported = await watch.run(
         lambda: users.disable("ada"),
         lambda: monkeypatch.setattr(type(watch.users.current), "refresh", lambda self: works()),
     )
-    assert told == [[], ["ada"]]
+    assert reported == [[], ["ada"]]
 
 
-async def test_a_file_that_cannot_be_read_ends_no_session(users: UserFile) -> None:
+async def test_unreadable_file_ends_no_session(users: UserFile) -> None:
     users.add("ada")
-    watch = Watch(users.path.parent)
+    watch = WatchedUsers(users.path.parent)
     good = users.path.read_bytes()
-    told = await watch.run(
+    reported = await watch.run(
         lambda: users.path.write_bytes(b"nonsense"), users.path.unlink, lambda: users.path.write_bytes(good)
     )
-    assert told == [[], [], []]
+    assert reported == [[], [], []]
     assert watch.users.is_user("ada")

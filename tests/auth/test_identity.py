@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from zcproto.auth import CallableAuthenticator, Identity
-from zcproto.auth.function import Answer
+from zcproto.auth.identity import Answer
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -23,7 +23,7 @@ from zcproto.auth.function import Answer
         ("x" * 128, Identity("x" * 128)),
     ],
 )
-async def test_an_answer_becomes_an_identity(answer: Answer, identity: Identity | None, waits: bool) -> None:
+async def test_answer_becomes_an_identity(answer: Answer, identity: Identity | None, waits: bool) -> None:
     seen: list[tuple[Mapping[str, Any], str]] = []
 
     def plain(params: Mapping[str, Any], address: str) -> Answer:
@@ -45,7 +45,7 @@ async def test_an_answer_becomes_an_identity(answer: Answer, identity: Identity 
 
 
 @pytest.mark.parametrize("answer", [True, False, 0, 1, b"alice", ["alice"], ("alice", True), object()])
-async def test_an_answer_of_another_type_lets_nobody_in(answer: Any) -> None:
+async def test_answer_of_another_type_is_refused(answer: Any) -> None:
     async def waiting(params: Mapping[str, Any], address: str) -> Any:
         return answer
 
@@ -59,7 +59,7 @@ async def test_an_answer_of_another_type_lets_nobody_in(answer: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "x" * 129])
-def test_a_name_out_of_bounds_lets_nobody_in(name: str) -> None:
+def test_user_name_of_invalid_length_is_refused(name: str) -> None:
     for answer in (name, Identity(name)):
         with pytest.raises(ValueError, match="1 to 128"):
             CallableAuthenticator("own", lambda params, address, answer=answer: answer).authenticate({}, "")

@@ -1,0 +1,194 @@
+"""Provide the users and devices of a server, and end the sessions of those that are gone.
+
+Decides: how often a file is checked without logins. Every entry that is gone is reported until its sessions have
+been ended.
+
+Must not know: how sessions are ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Final, Generic, TypeVar
+
+from zcproto.auth.api_key import ApiKeyAuthenticator
+from zcproto.auth.current import CurrentFile
+from zcproto.auth.device import DeviceAuthenticator
+from zcproto.auth.devices import Device, DeviceFile
+from zcproto.auth.files import Entry, TableFile
+from zcproto.auth.pairing import Enrollment, PairingFile
+from zcproto.auth.throttle import Throttle
+from zcproto.auth.users import CurrentUsers, User, UserFile
+from zcproto.common.home import Home
+from zcproto.errors import ConfigError
+from zcproto.observe.log import get_logger
+
+LOOK_INTERVAL: Final = 0.5
+"""Seconds between checks of a file: sessions of a removed user or device end within a second."""
+
+T = TypeVar("T")
+Sleep = Callable[[float], Awaitable[None]]
+
+log = get_logger("zcproto.server")
+
+
+class Directory(ABC, Generic[Entry]):
+    """Entries of a file, watched for those that are gone.
+
+    `on_gone` ends the sessions of an entry that is gone and returns how many; if it raises, it is called again
+    after the next check. Raises ConfigError if the file has faults.
+    """
+
+    def __init__(
+        self,
+        file: TableFile[Entry],
+        on_gone: Callable[[str, Entry], Awaitable[int | None]],
+        sleep: Sleep,
+    ) -> None:
+        file.load()
+        self._file = file
+        self._on_gone = on_gone
+        self._sleep = sleep
+        self._gone: dict[tuple[str, Entry], None] = {}
+        self._checking = asyncio.Lock()
+        self.current = CurrentFile(file, on_fault=self._log_fault, on_recovered=self._log_recovery)
+
+    async def watch(self) -> None:
+        """Check the file until cancelled."""
+        while True:
+            await self._sleep(LOOK_INTERVAL)
+            async with self._checking:
+                await self._check()
+
+    async def _change(self, change: Callable[[], T], name: str) -> tuple[T, int]:
+        """Change the file in a thread and apply the change at once.
+
+        Return the result of `change`, and how many sessions of the entry have ended.
+        """
+        async with self._checking:
+            result = await asyncio.to_thread(change)
+            return result, (await self._check())[name]
+
+    async def _check(self) -> Counter[str]:
+        """Apply changes of the file. Return how many sessions have ended, by name."""
+        try:
+            await self.current.refresh()
+        except Exception as error:  # an internal error must not end the watch
+            self._log_failed_look(error)
+        self._gone |= dict.fromkeys(self._file.take_gone())
+        ended: Counter[str] = Counter()
+        for gone in list(self._gone):
+            try:
+                ended[gone[0]] += await self._on_gone(*gone) or 0
+            except Exception as error:
+                self._log_not_gone(gone[0], error)
+            else:
+                del self._gone[gone]
+        return ended
+
+    @staticmethod
+    @abstractmethod
+    def _log_fault(fault: ConfigError) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def _log_recovery() -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def _log_failed_look(error: Exception) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def _log_not_gone(name: str, error: Exception) -> None: ...
+
+
+class Users(Directory[User]):
+    """The users of a home folder, and the scheme `api_key`. `on_gone` is called with the name of a user."""
+
+    def __init__(
+        self,
+        home: Home,
+        *,
+        on_gone: Callable[[str], Awaitable[int | None]],
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self.file = UserFile(home.users)
+        super().__init__(self.file, lambda name, user: on_gone(name), sleep)
+        self.authenticator = ApiKeyAuthenticator(self.current)
+
+    def is_user(self, name: str) -> bool:
+        """Return whether a user may open sessions, as of the last reading."""
+        return self.file.find(name) is not None
+
+    async def change(self, change: Callable[[UserFile], T], name: str) -> tuple[T, int]:
+        """Change a user. Return the result of `change`, and how many of the user's sessions have ended."""
+        return await self._change(partial(change, UserFile(self.file.path)), name)
+
+    @staticmethod
+    def _log_fault(fault: ConfigError) -> None:
+        log.error("users.unreadable", faults=fault.faults)
+
+    @staticmethod
+    def _log_recovery() -> None:
+        log.info("users.readable")
+
+    @staticmethod
+    def _log_failed_look(error: Exception) -> None:
+        log.error("users.look_failed", exc_info=error)
+
+    @staticmethod
+    def _log_not_gone(name: str, error: Exception) -> None:
+        log.error("users.not_gone", user=name, exc_info=error)
+
+
+class Devices(Directory[Device]):
+    """The devices of the users in `users`, the scheme `ed25519`, and pairing.
+
+    `on_gone` is called with the name of a device and the device as it was; `on_refused` with the reason and the
+    client's address when a device is refused.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        users: CurrentUsers,
+        throttle: Throttle,
+        *,
+        on_gone: Callable[[str, Device], Awaitable[int | None]],
+        on_refused: Callable[[str, str], None],
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self.file = DeviceFile(home.devices)
+        super().__init__(self.file, on_gone, sleep)
+        self.authenticator = DeviceAuthenticator(self.current, users, on_refused=on_refused)
+        self.enrollment = Enrollment(PairingFile(home.pairing), self.file, users, throttle)
+
+    @property
+    def known(self) -> Mapping[str, Device]:
+        """The devices by name, as of the last reading."""
+        return self.file.entries
+
+    async def remove(self, name: str) -> tuple[Device, int]:
+        """Remove a device. Return it, and how many of its sessions have ended. Raises NotFound, ConfigError."""
+        return await self._change(partial(DeviceFile(self.file.path).remove, name), name)
+
+    @staticmethod
+    def _log_fault(fault: ConfigError) -> None:
+        log.error("devices.unreadable", faults=fault.faults)
+
+    @staticmethod
+    def _log_recovery() -> None:
+        log.info("devices.readable")
+
+    @staticmethod
+    def _log_failed_look(error: Exception) -> None:
+        log.error("devices.look_failed", exc_info=error)
+
+    @staticmethod
+    def _log_not_gone(name: str, error: Exception) -> None:
+        log.error("devices.not_gone", device=name, exc_info=error)

@@ -1,0 +1,251 @@
+"""Store users, devices and pairing codes as TOML in private files of the home folder.
+
+Decides: what a name may be, and when a file is read again.
+
+Rules:
+- zcproto/common/files.py; writers hold a lock. Every fault is a ConfigError that names the file.
+- Entries are replaced only by a file without faults; all faults are reported at once, each with its entry.
+- An entry is gone if it was removed, or changed so that its sessions may belong to someone else.
+
+Must not know: what entries are for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Final, Generic, TypeVar
+
+import tomli
+
+from zcproto.auth.identity import MAX_USER
+from zcproto.common.files import file_errors, locked, read_file, replace_file
+from zcproto.common.text import escape_text
+from zcproto.common.watcher import NO_FILE, Identity, file_identity, identity_of
+from zcproto.errors import ConfigError
+
+LOCK_WAIT_S: Final = 10.0
+"""Time another process needs to add a million users."""
+
+_SHOWN: Final = 120
+_SHOWN_NAME: Final = 60
+_NOT_READ: Final[Identity] = (-2,)
+_BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
+
+Entry = TypeVar("Entry")
+
+
+# --- names -----------------------------------------------------------------------------------------------
+
+
+def name_faults(name: str) -> list[str]:
+    """Return what is wrong with a name. Names that look alike must be equal: NFC, no surrounding space."""
+    if not 0 < len(name) <= MAX_USER:
+        return [f"a name has 1 to {MAX_USER} characters"]
+    if not name.isprintable() or name != name.strip() or not unicodedata.is_normalized("NFC", name):
+        return ["a name has printable characters, in Unicode's form NFC, and no space at its ends"]
+    return []
+
+
+def quoted(name: str) -> str:
+    """Quote and escape any text given as a name."""
+    return f'"{escape_text(name, _SHOWN_NAME)}"'
+
+
+def toml_string(name: str) -> str:
+    """Return a valid name as a TOML string."""
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def toml_key(name: str) -> str:
+    """Return a valid name as a TOML key."""
+    return name if _BARE_KEY.fullmatch(name) else toml_string(name)
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+class PrivateFile:
+    """A private TOML file. Creating this object touches nothing. `what` describes the file: "file of users"."""
+
+    __slots__ = ("_lock_wait_s", "_max_bytes", "_path", "_what", "path")
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        what: str,
+        *,
+        max_bytes: int,
+        lock_wait_s: float = LOCK_WAIT_S,
+    ) -> None:
+        self.path = Path(path)
+        self._path = str(self.path)  # every login looks at a file: convert its path once
+        self._what = what
+        self._max_bytes = max_bytes
+        self._lock_wait_s = lock_wait_s
+
+    def identity(self) -> Identity:
+        """Return the state of the file: one stat, no exception."""
+        return file_identity(self._path)
+
+    def read(self) -> tuple[Identity, str]:
+        """Return the state of the file and its text; NO_FILE and no text if it is missing."""
+        with file_errors(self.path, "read"):
+            try:
+                data, status = read_file(self.path, self._max_bytes)
+            except FileNotFoundError:
+                return NO_FILE, ""
+        try:
+            return identity_of(status), data.decode()
+        except UnicodeDecodeError as error:
+            raise self.fault(f"is not UTF-8 at byte {error.start}") from None
+
+    def document(self, text: str) -> dict[str, Any]:
+        """Parse a text of this file as TOML."""
+        try:
+            return tomli.loads(text)
+        except tomli.TOMLDecodeError as error:
+            raise self.fault(escape_text(str(error), _SHOWN)) from None
+        except RecursionError:
+            raise self.fault(f"is nested too deeply for a {self._what}") from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the writers. A missing folder is created."""
+        with file_errors(self.path, "written"):
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with locked(self.path.with_name(f".{self.path.name}.lock"), self._lock_wait_s):
+                yield
+
+    def replace(self, text: str) -> None:
+        """Replace the file in one step. The caller holds the lock."""
+        data = text.encode()
+        if len(data) > self._max_bytes:
+            raise self.fault(f"would be larger than {self._max_bytes} bytes")
+        replace_file(self.path, data)
+
+    def fault(self, *faults: str) -> ConfigError:
+        """Return an error that lists faults of this file, each with its path."""
+        path = escape_text(str(self.path))
+        return ConfigError([f"{path}: {fault}" for fault in faults])
+
+
+class TableFile(ABC, Generic[Entry]):
+    """Entries by name in a private file, each a TOML table such as `[users.alice]`.
+
+    Creating this object touches nothing; `load` reads. Faults raise ConfigError.
+    """
+
+    kind: ClassVar[str]
+    """What an entry is: "user". Its tables are in one of the plural."""
+
+    keys: ClassVar[tuple[str, ...]]
+    max_bytes: ClassVar[int]
+
+    __slots__ = ("_file", "_gone", "_identity", "entries")
+
+    def __init__(self, path: str | os.PathLike[str], *, lock_wait_s: float = LOCK_WAIT_S) -> None:
+        self._file = PrivateFile(
+            path, f"file of {self.kind}s", max_bytes=self.max_bytes, lock_wait_s=lock_wait_s
+        )
+        self._identity = _NOT_READ
+        self._gone: deque[tuple[str, Entry]] = deque()
+        self.entries: Mapping[str, Entry] = {}
+        """The entries as of the last reading, in the order of the file. A new mapping after each change."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
+
+    def find(self, name: str) -> Entry | None:
+        """Return an entry that may open sessions, as of the last reading."""
+        return self.entries.get(name)
+
+    def load(self) -> None:
+        """Read the file. Without a file there are no entries yet."""
+        self._identity, _, self.entries = self._read()
+
+    def changed(self) -> bool:
+        """Return whether the file differs from the one read last: one stat, no exception."""
+        return self._file.identity() != self._identity
+
+    def reload(self) -> None:
+        """Read the file again, in any thread. After a fault, or without the file, the entries stay.
+
+        A fault is raised once: `changed` is False until the file changes again.
+        """
+        identity = self._file.identity()
+        try:
+            identity, _, entries = self._read()
+            if identity == NO_FILE and self.entries:
+                raise self._file.fault(
+                    f"is missing; the last known {self.kind}s stay until the server ends; restore the file"
+                )
+            self._gone.extend(
+                (name, entry)
+                for name, entry in self.entries.items()
+                if self.is_gone(entry, entries.get(name))
+            )
+            self.entries = entries
+        finally:
+            self._identity = identity  # last: a file that looks unchanged must have its entries
+
+    def take_gone(self) -> list[tuple[str, Entry]]:
+        """Return the entries that `reload` has found gone since the last call."""
+        return [self._gone.popleft() for _ in range(len(self._gone))]
+
+    @staticmethod
+    @abstractmethod
+    def is_gone(before: Entry, now: Entry | None) -> bool:
+        """Return whether the sessions of an entry must end, given the entry that has its name now."""
+
+    @abstractmethod
+    def _value_faults(self, table: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the values of a table, without showing them."""
+
+    @abstractmethod
+    def _entry_of(self, table: dict[str, Any]) -> Entry:
+        """Return the entry of a table without faults."""
+
+    def _read(self) -> tuple[Identity, str, dict[str, Entry]]:
+        identity, text = self._file.read()
+        return identity, text, self._parse(text)
+
+    def _parse(self, text: str) -> dict[str, Entry]:
+        document = self._file.document(text)
+        tables = document.pop(f"{self.kind}s", {})
+        faults = [
+            f"unknown key {quoted(key)}; only tables [{self.kind}s.NAME] belong here" for key in document
+        ]
+        entries: dict[str, Entry] = {}
+        if isinstance(tables, dict):
+            for name, table in tables.items():
+                found = self._table_faults(name, table)
+                faults += [f"{self.kind} {quoted(name)}: {fault}" for fault in found]
+                if not found:
+                    entries[name] = self._entry_of(table)
+        else:
+            faults.append(f"{self.kind}s must be tables: [{self.kind}s.NAME]")
+        if faults:
+            raise self._file.fault(*faults)
+        return entries
+
+    def _table_faults(self, name: str, table: Any) -> list[str]:
+        accepted = ", ".join(self.keys)
+        if not isinstance(table, dict):
+            return [f"must be a table; it takes {accepted}"]
+        unknown = [f"unknown key {quoted(key)}; it takes {accepted}" for key in table if key not in self.keys]
+        return [*name_faults(name), *self._value_faults(table), *unknown]
