@@ -227,7 +227,7 @@ A method raises the exception, and `client.call` raises the same one at the othe
 
 Both clients follow this table ([ZCP/1](../../spec/zcp1.md), section 11).
 
-{table("it got | was the request run? | what it does", after)}
+{table("result | was the request run? | what the client does", after)}
 ## Exit codes of the command line
 
 {table("code | meaning", _EXIT_CODES)}"""

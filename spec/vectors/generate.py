@@ -1,7 +1,7 @@
 """Write the test vectors, and the example conversation in the specification, from one source.
 
-    python spec/vectors/generate.py           rewrites the files
-    python spec/vectors/generate.py --check   changes nothing; ends with 1 if a file is out of date
+    python spec/vectors/generate.py           write the files
+    python spec/vectors/generate.py --check   list outdated files, and exit with 1 if there are any
 
 The same source always gives the same bytes. To add a vector, add it to the module of its subject in
 `makers/` and run this.

@@ -1,1 +1,1 @@
-"""What the vectors are made from. Nothing here imports zcproto: it is a second witness of the format."""
+"""The sources of the vectors. Nothing here imports zcproto: it is a second, independent implementation."""

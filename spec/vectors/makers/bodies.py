@@ -1,4 +1,4 @@
-"""Bodies that are right, in every form that msgpack allows."""
+"""Valid bodies, in every form that msgpack allows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from makers.forms import KINDS, LIMIT_BEFORE_SESSION, TOKEN, Frame, pack
 from makers.frames import TRACEPARENT
 from makers.shape import Json, accepted, request, typed, vector
 
-SUBJECT = "Bodies that are right, in every form that msgpack allows."
+SUBJECT = "Valid bodies, in every form that msgpack allows."
 NOTES = {
     "boundary": "The largest or smallest value allowed; catches comparisons that are off by one.",
-    "longer-form": "A legal form that is not the shortest; catches decoders that want the shortest.",
+    "longer-form": "A valid form that is not the shortest; catches decoders that require the shortest.",
     "integer-width": "A value above 2^31 or 2^53; catches signed or floating-point integers.",
     "unicode": "Text outside ASCII; catches lengths counted in bytes or in UTF-16 units.",
 }
@@ -59,7 +59,7 @@ def _numbers() -> list[Json]:
         _value("float-64-whole", "A float stays a float.", f.float64(1.0), 1.0),
         _value("float-minus-zero", "The sign of zero.", f.float64(-0.0), -0.0),
         _value("float-infinity", "Infinity.", f.float64(math.inf), math.inf),
-        _value("float-nan", "Not a number need not be refused.", f.float64(math.nan), math.nan),
+        _value("float-nan", "NaN is accepted.", f.float64(math.nan), math.nan),
         _value("float-32-infinity", "Minus infinity in 32 bits.", f.float32(-math.inf), -math.inf),
         _value("nil", "nil.", b"\xc0", None),
         _value("false", "false.", b"\xc2", False),
@@ -139,7 +139,7 @@ def _containers() -> list[Json]:
 
 
 def nested(depth: int, innermost: Any = None) -> Any:
-    """Arrays in arrays: `depth` of them."""
+    """Return `depth` nested arrays."""
     value = innermost
     for _ in range(depth):
         value = [value]
@@ -250,7 +250,7 @@ def _requests() -> list[Json]:
         ),
         vector(
             "traceparent-int-ignored",
-            "One that is no str, too.",
+            "Also one that is not a str.",
             "server",
             int_trace,
             accepted(int_trace, ignored),

@@ -1,4 +1,4 @@
-"""Bodies that no message may have, one fault each."""
+"""Invalid bodies, one fault each."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from makers.bodies import nested
 from makers.forms import KINDS, TOKEN, Frame, fixarray, fixmap, pack
 from makers.shape import Json, refused, vector
 
-SUBJECT = (
-    "Bodies that no message may have, one fault each. The framing is intact: most cost one request alone."
-)
+SUBJECT = "Invalid bodies, one fault each. The framing is intact: most fail only their request."
 NOTES = {
-    "bomb": "A few bytes that declare a great deal; catches decoders that reserve before they look.",
+    "bomb": "A few bytes that declare a large size; catches decoders that allocate before they check.",
     "boundary": "One past the largest or smallest value allowed; catches comparisons that are off by one.",
-    "unicode": "Bytes that are no UTF-8; catches lenient decoders.",
+    "unicode": "Bytes that are not UTF-8; catches lenient decoders.",
     "must-be-empty": "A body on a kind that has none: fatal, and judged after freshness.",
 }
 ECHO = pack("echo")
@@ -45,7 +43,7 @@ def _bad(
 
 
 def _param(name: str, summary: str, form: bytes, *flags: str) -> Json:
-    """A fault in the value of a param."""
+    """Return a vector with a fault in the value of a param."""
     return _bad(name, summary, fixarray(ECHO, fixmap(pack("x"), form)), *flags)
 
 
@@ -55,7 +53,7 @@ def _cut() -> list[Json]:
         _bad("body-empty", "A REQUEST has a body.", b"", "boundary"),
         _bad("body-cut-after-array-header", "Nothing after the array's first byte.", whole[:1]),
         _bad("body-cut-in-method", "The method ends early.", whole[:3]),
-        _bad("body-cut-before-params", "The array declares two, one is there.", whole[:-1]),
+        _bad("body-cut-before-params", "The array declares two elements and has one.", whole[:-1]),
         _param("body-cut-before-map-value", "A key without its value.", b""),
         _param("body-cut-in-uint64", "7 of 8 bytes.", f.uint64(5)[:-1]),
         _param("body-cut-in-float64", "7 of 8 bytes.", f.float64(1.5)[:-1]),
@@ -65,7 +63,7 @@ def _cut() -> list[Json]:
         _param("body-cut-in-map32", "One value missing.", f.map32(pack("a"), b"\x01")[:-1]),
         _bad("body-one-byte-more", "A byte after the value.", whole + b"\xc0"),
         _bad("body-two-values", "The same value twice.", whole + whole),
-        _bad("body-junk-after-value", "Bytes after the value that are no msgpack.", whole + b"\xc1\xc1"),
+        _bad("body-junk-after-value", "Bytes after the value that are not msgpack.", whole + b"\xc1\xc1"),
         _bad("body-never-used-byte", "0xC1 means nothing in msgpack.", b"\xc1"),
         _param("body-never-used-byte-inside", "0xC1 as a value.", b"\xc1"),
         _bad(
@@ -108,7 +106,7 @@ def _extensions() -> list[Json]:
         _bad("ext-as-body", "An ext type in place of the array.", b"\xc7\x00\x01"),
         _param(
             "ext-in-a-large-body",
-            "Behind 2 KiB of good data.",
+            "After 2 KiB of valid data.",
             fixarray(f.bin16(bytes(2048)), b"\xd6\xff" + bytes(4)),
         ),
     ]
@@ -129,17 +127,17 @@ def _bombs() -> list[Json]:
         _param("depth-2000", "Deeper than many stacks.", b"\x91" * 2000 + b"\xc0", "bomb"),
         _bad("depth-16000-unfinished", "Arrays that never end.", b"\x91" * 16_000, "bomb"),
         _bad("depth-maps-unfinished", "Maps that never end.", b"\x81\xa0" * 8_000, "bomb"),
-        _param("bomb-array16", "65,535 elements, none there.", b"\xdc\xff\xff", "bomb"),
-        _param("bomb-array32", "2^32 - 1 elements, none there.", b"\xdd\xff\xff\xff\xff", "bomb"),
-        _param("bomb-map16", "65,535 pairs, none there.", b"\xde\xff\xff", "bomb"),
-        _param("bomb-map32", "2^32 - 1 pairs, none there.", b"\xdf\xff\xff\xff\xff", "bomb"),
-        _param("bomb-str32", "2^32 - 1 bytes of str, none there.", b"\xdb\xff\xff\xff\xff", "bomb"),
-        _param("bomb-bin32", "2^32 - 1 bytes of bin, none there.", b"\xc6\xff\xff\xff\xff", "bomb"),
-        _param("bomb-ext32", "2^32 - 1 bytes of ext, none there.", b"\xc9\xff\xff\xff\xff\x05", "bomb"),
+        _param("bomb-array16", "65,535 elements, none present.", b"\xdc\xff\xff", "bomb"),
+        _param("bomb-array32", "2^32 - 1 elements, none present.", b"\xdd\xff\xff\xff\xff", "bomb"),
+        _param("bomb-map16", "65,535 pairs, none present.", b"\xde\xff\xff", "bomb"),
+        _param("bomb-map32", "2^32 - 1 pairs, none present.", b"\xdf\xff\xff\xff\xff", "bomb"),
+        _param("bomb-str32", "2^32 - 1 bytes of str, none present.", b"\xdb\xff\xff\xff\xff", "bomb"),
+        _param("bomb-bin32", "2^32 - 1 bytes of bin, none present.", b"\xc6\xff\xff\xff\xff", "bomb"),
+        _param("bomb-ext32", "2^32 - 1 bytes of ext, none present.", b"\xc9\xff\xff\xff\xff\x05", "bomb"),
         _bad("bomb-outer-array32", "The outer array itself.", b"\xdd\xff\xff\xff\xff" + ECHO, "bomb"),
         _param(
             "bomb-nested-array16",
-            "Each array declares as much as the body could just hold.",
+            "Each array declares as many elements as the body could contain.",
             b"\xdc\x00\xf0" * 80,
             "bomb",
         ),
@@ -167,12 +165,12 @@ def _keys() -> list[Json]:
         _param("key-bin-nested-in-array", "Inner maps too.", fixarray(fixmap(f.bin8(b"x"), pack(1)))),
         _bad(
             "key-bin-after-str",
-            "Every key, not the first alone.",
+            "Every key, not only the first.",
             fixarray(ECHO, fixmap(pack("a"), pack(1), f.bin8(b"b"), pack(2))),
         ),
         _bad(
             "key-bin-after-container",
-            "Also behind a param that is a map.",
+            "Also after a param that is a map.",
             fixarray(ECHO, fixmap(pack("a"), fixmap(), f.bin8(b"b"), pack(2))),
         ),
         _bad(
@@ -201,7 +199,7 @@ def _utf8() -> list[Json]:
         _bad("utf8-in-key", "A key.", fixarray(ECHO, fixmap(f.fixstr(b"\xff"), pack(1))), "unicode"),
         _param(
             "utf8-in-a-large-body",
-            "Behind 2 KiB of good data.",
+            "After 2 KiB of valid data.",
             fixarray(f.bin16(bytes(2048)), f.fixstr(b"\xff")),
             "unicode",
         ),
@@ -299,7 +297,7 @@ def _at_the_client() -> list[Json]:
         ("response-ext", "RESPONSE", b"\xd6\xff\0\0\0\0", "Ext types are refused."),
         ("response-int-key", "RESPONSE", b"\x81\x01\x01", "Keys are str."),
         ("response-depth-33", "RESPONSE", pack(nested(33)), "One array too deep."),
-        ("response-bomb", "RESPONSE", b"\xdd\xff\xff\xff\xff", "2^32 - 1 elements, none there."),
+        ("response-bomb", "RESPONSE", b"\xdd\xff\xff\xff\xff", "2^32 - 1 elements, none present."),
         ("error-map", "ERROR", pack({"code": 5}), "A map in place of the array."),
         ("error-of-1", "ERROR", pack([5]), "Without message."),
         ("error-of-4", "ERROR", pack([5, "x", {}, 1]), "One element too many."),
@@ -315,7 +313,7 @@ def _at_the_client() -> list[Json]:
             "error-on-stream-0-cut",
             "ERROR",
             b"\x92\x40",
-            "It cannot be read, and ends the connection all the same.",
+            "It cannot be decoded, and still ends the connection.",
         ),
         ("welcome-array", "WELCOME", pack([1]), "WELCOME is a map."),
         ("welcome-empty", "WELCOME", b"", "WELCOME has a body."),

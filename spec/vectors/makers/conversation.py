@@ -9,14 +9,14 @@ from makers.forms import KINDS, NO_TOKEN, NOW, TOKEN, Frame, pack
 from makers.frames import OPENED, WELCOME
 from makers.shape import typed
 
-SUBJECT = "One conversation from WELCOME to the end. Each frame is good when it comes, after those before it."
+SUBJECT = "One conversation from WELCOME to the end. Each frame is valid after those before it."
 _NAMES = {code: name for name, code in KINDS.items()}
 _KEY = "c3RhbmRzIGZvciBhIGtleSBvZiAzMiBieXRlcy4uLi4"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One frame, and what its body holds."""
+    """One frame, and the content of its body."""
 
     sender: str
     title: str
@@ -55,14 +55,14 @@ def steps() -> list[Step]:
         "server",
         "WELCOME",
         0,
-        "The handshake has ended. The server speaks first and hands out the salt, which every later frame repeats.",
+        "The handshake has ended. The server sends first and assigns the salt, which every later frame repeats.",
         WELCOME,
     )
     add(
         "client",
         "REQUEST",
         40,
-        "The client writes the server's time: its own clock plus the offset learnt from WELCOME. No token yet.",
+        "The client writes the server's time: its own clock plus the offset computed from WELCOME. No token yet.",
         ["session.open", {"scheme": "api_key", "user": "ada", "key": _KEY, "client": "example/1.0"}],
         stream=1,
         title="REQUEST session.open",
@@ -99,29 +99,29 @@ def steps() -> list[Step]:
         "server",
         "RESPONSE",
         81,
-        "The second is answered first: the stream tells them apart.",
+        "The second is answered first: the stream identifies the request.",
         {"text": "hi"},
         stream=3,
         token=TOKEN,
     )
-    add("client", "CANCEL", 500, "The client has no more use for the first one.", stream=2, token=TOKEN)
+    add("client", "CANCEL", 500, "The client no longer needs the first result.", stream=2, token=TOKEN)
     add(
         "server",
         "ERROR",
         501,
-        "It is answered all the same, exactly once.",
+        "A cancelled request is answered, too, exactly once.",
         [1, "cancelled by the caller"],
         stream=2,
         title="ERROR CANCELLED",
         token=TOKEN,
     )
-    add("client", "PING", 30_500, "Nothing to say for a while: is the other side still there?")
-    add("server", "PONG", 30_501, "It is.")
+    add("client", "PING", 30_500, "After a silence the client checks that the server is still there.")
+    add("server", "PONG", 30_501, "The server answers.")
     add(
         "client",
         "REQUEST",
         61_000,
-        "The client closes its session. Stream 3 is free again and might be used; a fresh number is as good.",
+        "The client closes its session. Stream 3 is free again and could be used; a new number works as well.",
         ["session.close", None],
         stream=4,
         title="REQUEST session.close",
@@ -155,7 +155,7 @@ def as_json() -> list[dict[str, Any]]:
 
 
 def as_text() -> str:
-    """The conversation as Markdown."""
+    """Return the conversation as Markdown."""
     parts = []
     for number, step in enumerate(steps(), 1):
         arrow = "S -> C" if step.sender == "server" else "C -> S"

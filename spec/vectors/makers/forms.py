@@ -61,7 +61,7 @@ CODES = {
 
 @dataclass(frozen=True)
 class Frame:
-    """The fields of one frame. `length` is computed unless a lie is wanted."""
+    """The fields of one frame. `length` is computed unless it is given."""
 
     kind: int
     stream: int = 0
@@ -90,7 +90,7 @@ class Frame:
         )
 
     def but(self, **changes: Any) -> Frame:
-        """The same frame with other fields."""
+        """Return the same frame with other fields."""
         return replace(self, **changes)
 
 
@@ -178,7 +178,7 @@ def array32(*items: bytes) -> bytes:
 
 
 def fixmap(*pairs: bytes) -> bytes:
-    """A map of keys and values in turn."""
+    """Return a map of alternating keys and values."""
     return bytes([0x80 | len(pairs) // 2]) + b"".join(pairs)
 
 
@@ -191,7 +191,7 @@ def map32(*pairs: bytes) -> bytes:
 
 
 def pack(value: Any) -> bytes:
-    """A value in its shortest form."""
+    """Return a value in its shortest form."""
     match value:
         case None:
             return b"\xc0"

@@ -1,4 +1,4 @@
-"""Frames that are right: each kind, with the meaning of each field."""
+"""Valid frames: each kind, with the meaning of each field."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from makers.forms import (
 )
 from makers.shape import Json, accepted, request, typed, vector
 
-SUBJECT = "Frames that are right: each kind, with the meaning of each field."
+SUBJECT = "Valid frames: each kind, with the meaning of each field."
 NOTES = {
     "boundary": "The largest or smallest value allowed; catches comparisons that are off by one.",
-    "extension": "Something ZCP/1 allows and does not define; catches receivers that refuse what they do not know.",
+    "extension": "An extension that ZCP/1 allows; catches receivers that refuse unknown content.",
     "integer-width": "A value above 2^31 or 2^53; catches signed or floating-point integers.",
-    "before-session": "Sent with the zero token; catches receivers that want a session for public methods.",
+    "before-session": "Sent with the zero token; catches receivers that require a session for public methods.",
 }
 
 WELCOME: dict[str, Any] = {
@@ -218,14 +218,14 @@ def _errors() -> list[Json]:
         _error("error-with-empty-details", "Details may be an empty map.", 5, "no such session", {}),
         _error(
             "error-retry-after",
-            "UNAVAILABLE says when to come back.",
+            "UNAVAILABLE contains the time to wait.",
             14,
             "try again",
             {"retry_after_ms": 250},
         ),
         _error(
             "error-session-limit",
-            "The cap on sessions carries limit alone.",
+            "The limit on sessions carries only limit.",
             8,
             "too many sessions of this user: close one",
             {"limit": 5},
@@ -248,14 +248,14 @@ def _errors() -> list[Json]:
         ),
         _error(
             "error-unknown-code",
-            "A code that the client does not know is an error all the same.",
+            "An unknown code is an error of the call, too.",
             999,
             "from the future",
             flags=["extension"],
         ),
         _error(
             "error-on-stream-0",
-            "A fatal ERROR speaks of the connection and carries the zero token.",
+            "A fatal ERROR concerns the connection and carries the zero token.",
             66,
             "counter was used before",
             stream=0,
@@ -299,7 +299,7 @@ def _of_the_connection() -> list[Json]:
     said = {"map": typed(goaway | {"elsewhere": ["b.example:7443"]})}
     return [
         *made,
-        vector("ping-with-any-token", "The token of PING is not looked at.", "server", ping, accepted(ping)),
+        vector("ping-with-any-token", "The token of PING is ignored.", "server", ping, accepted(ping)),
         vector(
             "goaway", "No new requests are taken.", "client", leave, accepted(leave, {"map": typed(goaway)})
         ),
@@ -326,7 +326,7 @@ def _events() -> list[Json]:
     return [
         _event(
             "event-session-expiring",
-            "A tenth of the life is left.",
+            "A tenth of the lifetime is left.",
             "session.expiring",
             {"expires_at": NOW + 1},
         ),

@@ -1,4 +1,4 @@
-"""Salt, counter and timestamp, judged against what the receiver knows."""
+"""Salt, counter and timestamp, checked against the receiver's state."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from makers.forms import KINDS, NOW, SALT, TOKEN, TOLERANCE_MS, Frame, fixarray, fixmap, pack
 from makers.shape import Json, accepted, dropped, refused, request, typed, vector
 
-SUBJECT = "Salt, counter and timestamp, judged against what the receiver knows."
+SUBJECT = "Salt, counter and timestamp, checked against the receiver's state."
 NOTES = {
     "boundary": "Exactly at, or one past, the edge; both edges are inclusive.",
     "integer-width": "Values whose difference overflows 64 bits, or is lost in a float.",
     "order": "Two faults in one frame; catches checks in another order than the specification's.",
-    "replay": "A frame that was good once; it must not be good twice.",
-    "row": "Stale frames in a row: the tenth ends the connection, a fresh one ends the row.",
+    "replay": "A frame that was accepted once; it must not be accepted twice.",
+    "row": "Stale frames in a row: the tenth ends the connection, a fresh one resets the count.",
 }
 ECHO = fixarray(pack("echo"), fixmap())
 GOOD = Frame(KINDS["REQUEST"], stream=1, token=TOKEN, body=ECHO, counter=8)
@@ -47,7 +47,7 @@ def _nonces() -> list[Json]:
     return [
         _fault(
             "salt-of-another-connection",
-            "A good frame, captured elsewhere.",
+            "A valid frame, captured on another connection.",
             GOOD.but(salt=b"other123"),
             REPLAYED,
             flags=["replay"],
@@ -145,7 +145,7 @@ def _timestamps() -> list[Json]:
         ),
         _fault(
             "timestamp-in-seconds",
-            "The time in seconds, a common slip.",
+            "The time in seconds, a common mistake.",
             at(timestamp=NOW // 1000),
             STALE_ERROR,
         ),
@@ -199,7 +199,7 @@ def _rows() -> list[Json]:
         ),
         vector(
             "stale-nine",
-            "Nine in a row are nine refused requests.",
+            "Nine in a row: nine requests are refused.",
             "server",
             join(*nine),
             *[STALE_ERROR] * 9,
@@ -216,7 +216,7 @@ def _rows() -> list[Json]:
         ),
         vector(
             "stale-nine-fresh-nine",
-            "A fresh frame ends the row.",
+            "A fresh frame resets the count.",
             "server",
             join(*nine, fresh, *again),
             *[STALE_ERROR] * 9,
@@ -226,7 +226,7 @@ def _rows() -> list[Json]:
         ),
         vector(
             "stale-nine-pings-and-a-request",
-            "Dropped frames are counted in the row.",
+            "Dropped frames count, too.",
             "server",
             join(*ping, STALE.but(counter=10)),
             *[dropped("stale timestamp")] * 9,
@@ -296,7 +296,7 @@ def _order() -> list[Json]:
         ),
         _fault(
             "order-timestamp-before-body",
-            "Stale, with a body that is no msgpack.",
+            "Stale, with a body that is not msgpack.",
             STALE.but(body=b"\xc1"),
             STALE_ERROR,
             **order,
@@ -377,7 +377,7 @@ def _at_the_client() -> list[Json]:
         ),
         vector(
             "client-stale-error-stale-timestamp",
-            "STALE_TIMESTAMP is heard whatever its own timestamp says: it is what sets the clock right.",
+            "STALE_TIMESTAMP is processed whatever its own timestamp is, because it corrects the clock.",
             "client",
             correction,
             accepted(correction, said),

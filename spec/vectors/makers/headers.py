@@ -1,4 +1,4 @@
-"""Frames whose header alone condemns them."""
+"""Frames with an invalid header."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from makers.forms import KINDS, LIMIT, LIMIT_BEFORE_SESSION, TOKEN, Frame, fixarray, fixmap, pack
 from makers.shape import Json, refused, vector
 
-SUBJECT = "Frames whose header alone condemns them. All are fatal, and judged before the body arrives."
+SUBJECT = "Frames with an invalid header. All are fatal, and refused before the body arrives."
 NOTES = {
     "boundary": "One past the largest or smallest value allowed; catches comparisons that are off by one.",
     "integer-width": "A length with the top bit set; catches signed integers and sums that overflow.",
-    "reserved": "Kinds kept for later versions; catches receivers that skip what they do not know.",
+    "reserved": "Kinds reserved for later versions; catches receivers that skip unknown kinds.",
     "order": "Two faults in one frame; catches checks in another order than the specification's.",
 }
 ECHO = fixarray(pack("echo"), fixmap())
@@ -97,7 +97,9 @@ def _kinds() -> list[Json]:
     for kind in range(0x10, 0x20):
         frame = Frame(kind, stream=1, token=TOKEN, body=ECHO)
         name = f"kind-{kind:02x}-reserved"
-        made.append(_fault(name, f"Kind 0x{kind:02X} is kept for later versions.", frame, flags=["reserved"]))
+        made.append(
+            _fault(name, f"Kind 0x{kind:02X} is reserved for later versions.", frame, flags=["reserved"])
+        )
     made.append(
         _fault(
             "kind-10-reserved-to-the-client",
@@ -167,14 +169,14 @@ def _order() -> list[Json]:
     return [
         _fault(
             "order-length-before-version",
-            "Too long and of an unknown version: the length is looked at first.",
+            "Too long and of an unknown version: the length is checked first.",
             frame.but(length=LIMIT + 1, version=2),
             code="FRAME_TOO_LARGE",
             **order,
         ),
         _fault(
             "order-kind-before-salt",
-            "Unknown kind, and the salt of another connection: the header is looked at first.",
+            "Unknown kind, and the salt of another connection: the header is checked first.",
             frame.but(kind=0x0A, salt=bytes(8)),
             **order,
         ),
@@ -192,7 +194,7 @@ def _order() -> list[Json]:
         ),
         _fault(
             "order-version-before-body",
-            "Unknown version, and a body that is no msgpack.",
+            "Unknown version, and a body that is not msgpack.",
             frame.but(version=2, body=b"\xc1"),
             **order,
         ),

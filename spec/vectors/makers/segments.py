@@ -1,14 +1,14 @@
-"""How bytes come in pieces: several frames in one read, one frame in many, the end in the middle."""
+"""Bytes in pieces: several frames in one read, one frame in many, the end in the middle."""
 
 from __future__ import annotations
 
 from makers.forms import KINDS, TOKEN, Frame, fixarray, fixmap, pack
 from makers.shape import Json, accepted, incomplete, refused, request, vector
 
-SUBJECT = "How bytes come in pieces. Whatever the pieces, the outcomes are the same."
+SUBJECT = "Bytes in pieces. However they are divided, the outcomes are the same."
 NOTES = {
-    "truncation": "The beginning of a frame: the rest is waited for. A stream that ends here was cut.",
-    "no-resync": "After a fatal fault no further byte is looked at.",
+    "truncation": "The beginning of a frame: the receiver waits for more. A stream that ends here is truncated.",
+    "no-resync": "After a fatal fault all further bytes are ignored.",
 }
 FIRST = Frame(
     KINDS["REQUEST"],
@@ -122,7 +122,7 @@ def _after_a_fault() -> list[Json]:
     return [
         vector(
             "fault-after-a-frame",
-            "The frame before the fault is taken.",
+            "The frame before the fault is accepted.",
             "server",
             FIRST.encode() + bad.encode(),
             ONE,
@@ -148,7 +148,7 @@ def _after_a_fault() -> list[Json]:
         ),
         vector(
             "replay-after-a-frame",
-            "A replay ends the connection; the good frame behind it is not taken.",
+            "A replay ends the connection; the valid frame after it is ignored.",
             "server",
             FIRST.encode() + FIRST.encode() + SECOND.encode(),
             ONE,
@@ -157,7 +157,7 @@ def _after_a_fault() -> list[Json]:
         ),
         vector(
             "bad-body-between-frames",
-            "A body that does not decode costs its own request alone.",
+            "A body that cannot be decoded fails only its request.",
             "server",
             FIRST.encode() + SECOND.but(body=b"\xc1").encode() + PING.encode(),
             ONE,

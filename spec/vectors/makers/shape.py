@@ -1,8 +1,8 @@
-"""How a vector is written down: values as typed JSON, outcomes, contexts.
+"""The JSON form of a vector: typed values, outcomes, contexts.
 
 nil, bool, str    null, true or false, a string
 int               a number if it is within +-(2**53 - 1), else {"int": "decimal digits"}
-float             {"float64": "16 hex digits"}: its IEEE 754 bits, so that NaN and -0.0 can be told
+float             {"float64": "16 hex digits"}: its IEEE 754 bits, so that NaN and -0.0 are exact
 bin               {"bin": "hex"}
 array             an array
 map               {"map": {"key": value}}
@@ -22,7 +22,7 @@ _SAFE_INT = 2**53 - 1
 
 
 def typed(value: Any) -> Any:
-    """A value as typed JSON."""
+    """Return a value as typed JSON."""
     match value:
         case None | bool() | str():
             return value
@@ -40,7 +40,7 @@ def typed(value: Any) -> Any:
 
 
 def accepted(frame: Frame, message: Json | None = None) -> Json:
-    """The outcome of a frame that is taken, with the meaning of each field."""
+    """Return the outcome of an accepted frame, with the meaning of each field."""
     outcome: Json = {
         "result": "frame",
         "length": frame.real_length,
@@ -60,7 +60,7 @@ def accepted(frame: Frame, message: Json | None = None) -> Json:
 
 
 def refused(name: str, stage: str, stream: int = 0) -> Json:
-    """The outcome of a frame that is refused."""
+    """Return the outcome of a refused frame."""
     fatal = name in {"PROTOCOL_ERROR", "FRAME_TOO_LARGE", "REPLAYED"} or (
         name == "STALE_TIMESTAMP" and not stream
     )
@@ -75,17 +75,17 @@ def refused(name: str, stage: str, stream: int = 0) -> Json:
 
 
 def dropped(why: str) -> Json:
-    """The outcome of a frame that is taken off the wire and has no effect."""
+    """Return the outcome of a frame that is dropped."""
     return {"result": "dropped", "why": why}
 
 
 def incomplete(have: int) -> Json:
-    """The outcome of bytes that are the beginning of a frame."""
+    """Return the outcome of an incomplete frame."""
     return {"result": "incomplete", "have": have}
 
 
 def request(method: str, params: Any = None, meta: Json | None = None) -> Json:
-    """What a REQUEST says. `meta` holds only the keys that ZCP/1 knows."""
+    """Return the content of a REQUEST. `meta` has only the keys that ZCP/1 defines."""
     message: Json = {"method": method, "params": typed(params)}
     if meta is not None:
         message["meta"] = meta
@@ -101,7 +101,7 @@ def vector(
     flags: Iterable[str] = (),
     **context: Any,
 ) -> Json:
-    """One vector. What `context` does not say is as usual: one live session; a client waits for its answer."""
+    """Return one vector. `context` overrides the defaults: one live session; a client waits for its answer."""
     data = sent.encode() if isinstance(sent, Frame) else sent
     awaited = [sent.stream] if receiver == "client" and isinstance(sent, Frame) and sent.stream else []
     counters = {key: str(context.pop(key)) for key in ("now", "last_counter") if key in context}

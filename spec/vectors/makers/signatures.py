@@ -12,7 +12,7 @@ from makers.forms import SALT, TOKEN
 SUBJECT = "What a device signs to open a session and to attach it to another connection (Ed25519, RFC 8032)."
 NOTES = {
     "relay": "Signed for another connection or another server; catches servers that do not bind to both.",
-    "context": "Signed for another purpose; catches a prefix that is missing or shared.",
+    "context": "Signed for another purpose; catches a missing or shared prefix.",
 }
 SEED = bytes(range(32))
 LEAF = hashlib.sha256(b"stands for a certificate in DER").digest()

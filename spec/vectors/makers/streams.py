@@ -1,4 +1,4 @@
-"""Frames judged by what came before them: the greeting, what is in flight, the sessions."""
+"""Frames judged by the state of the conversation: the greeting, streams in flight, sessions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from makers.forms import (
 from makers.frames import WELCOME
 from makers.shape import Json, accepted, dropped, refused, request, typed, vector
 
-SUBJECT = "Frames judged by what came before them: the greeting, what is in flight, the sessions."
+SUBJECT = "Frames judged by the state of the conversation: the greeting, streams in flight, sessions."
 NOTES = {
     "boundary": "One past the largest value allowed; catches comparisons that are off by one.",
     "order": "Two faults in one frame; catches checks in another order than the specification's.",
@@ -58,7 +58,7 @@ def _streams() -> list[Json]:
         ),
         _server(
             "order-stream-before-body",
-            "In flight, with a body that is no msgpack.",
+            "In flight, with a body that is not msgpack.",
             CALL.but(body=b"\xc1"),
             REUSED,
             **order,
@@ -87,22 +87,22 @@ def _tokens() -> list[Json]:
             NO_SESSION,
             flags=["before-session"],
         ),
-        _server("token-unknown", "A token nobody has.", CALL.but(token=UNKNOWN), NO_SESSION),
+        _server("token-unknown", "An unknown token.", CALL.but(token=UNKNOWN), NO_SESSION),
         _server(
             "token-one-bit-off",
-            "The last bit of a good token differs.",
+            "The last bit of a valid token differs.",
             CALL.but(token=TOKEN[:31] + b"\x21"),
             NO_SESSION,
         ),
         _server(
             "token-unknown-for-a-public-method",
-            "The token is looked at on every REQUEST, also where none is needed.",
+            "The token is checked on every REQUEST, even if none is needed.",
             CALL.but(token=UNKNOWN, body=fixarray(pack("server.info"), pack(None))),
             NO_SESSION,
         ),
         _server(
             "order-token-before-body",
-            "Unknown token, and a body that is no msgpack.",
+            "Unknown token, and a body that is not msgpack.",
             CALL.but(token=UNKNOWN, body=b"\xc1"),
             NO_SESSION,
             flags=["order"],
@@ -157,7 +157,7 @@ def _at_the_client() -> list[Json]:
     return [
         vector(
             "response-to-nothing",
-            "An answer that nobody waits for is dropped and counted.",
+            "An answer without a request is dropped and counted.",
             "client",
             answer,
             late,
@@ -214,7 +214,7 @@ def _greetings() -> list[Json]:
         ),
         vector(
             "welcome-and-a-frame-with-another-salt",
-            "The salt of WELCOME holds at once.",
+            "The salt of WELCOME applies at once.",
             "client",
             welcome.encode() + ping.but(salt=bytes(8)).encode(),
             greeted,

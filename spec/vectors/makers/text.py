@@ -1,4 +1,4 @@
-"""Things that are text: tokens outside frames, and W3C's traceparent."""
+"""Text forms: tokens outside frames, and W3C's traceparent."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from makers.frames import TRACEPARENT
 
 SUBJECT = "Text forms: tokens outside frames, and traceparent."
 NOTES = {
-    "alphabet": "A character of another alphabet; catches decoders that skip what they do not know.",
+    "alphabet": "A character of another alphabet; catches decoders that skip unknown characters.",
     "boundary": "One character too many or too few.",
-    "canonical": "Unused bits that are not zero; catches decoders for which one token has four texts.",
+    "canonical": "Unused bits that are not zero; catches decoders that accept four texts for one token.",
 }
 ALL_ONES = b"\xff" * 32
 MIXED = bytes(range(224, 256))
@@ -65,7 +65,7 @@ def _tokens() -> list[dict[str, Any]]:
         ("space-before", " " + good[1:], "No white space.", "alphabet"),
         ("newline-after", good[:-1] + "\n", "No white space, also not at the end.", "alphabet"),
         ("newline-behind", good + "\n", "As read from a file without stripping.", "alphabet"),
-        ("dot", good[:20] + "." + good[21:], "A character of no base64 alphabet.", "alphabet"),
+        ("dot", good[:20] + "." + good[21:], "A character outside every base64 alphabet.", "alphabet"),
         ("non-ascii", good[:20] + "\u00e9" + good[21:], "A character outside ASCII.", "alphabet"),
         ("hex", bytes(range(1, 33)).hex(), "Hexadecimal is not the text form.", "boundary"),
         (
@@ -95,7 +95,7 @@ def _traceparents() -> list[dict[str, Any]]:
         ("trace-zero", f"00-{'0' * 32}-{parent}-01", "The trace id is not all zeros.", "boundary"),
         ("parent-zero", f"00-{trace}-{'0' * 16}-01", "The parent id is not all zeros.", "boundary"),
         ("uppercase", TRACEPARENT.upper(), "Hexadecimal is lower case.", "alphabet"),
-        ("not-hex", TRACEPARENT.replace("4bf9", "4bg9"), "g is no hexadecimal digit.", "alphabet"),
+        ("not-hex", TRACEPARENT.replace("4bf9", "4bg9"), "g is not a hexadecimal digit.", "alphabet"),
         ("54-characters", TRACEPARENT[:-1], "One character too few.", "boundary"),
         ("56-characters", TRACEPARENT + "1", "One character too many.", "boundary"),
         ("with-more-fields", TRACEPARENT + "-00", "Version 00 has four fields.", "boundary"),
