@@ -1,10 +1,10 @@
--- ZCP/1 in Wireshark 4.4 and later. How to install and use it: README.md beside this file.
+-- A dissector of ZCP/1 for Wireshark 4.4 and later. README.md explains how to install and use it.
 --
--- Frames are put together here, not by the TLS dissector: what that one waits with is shown as a field of raw bytes,
--- and tokens would be readable in it.
+-- Frames are reassembled here and not by the TLS dissector, which shows incomplete data as a field of raw bytes: tokens
+-- would be readable in it.
 --
--- Whatever comes is from the network. Nothing of it may raise an error, loop without end, or take memory out of
--- proportion to the bytes that are there.
+-- All input is from the network. It must not raise an error, cause an endless loop, or allocate memory out of
+-- proportion to its size.
 
 if not utf8 then
     error("zcp.lua needs Wireshark 4.4 or later, which has Lua 5.4")
@@ -23,7 +23,7 @@ local NO_TOKEN = string.rep("\0", 32)
 
 local WELCOME, REQUEST, RESPONSE, ERROR, CANCEL, PING, PONG, GOAWAY, EVENT = 1, 2, 3, 4, 5, 6, 7, 8, 9
 
--- What section 6.1 of the protocol says of each kind. `stream` is 0 or not 0, nil for either.
+-- The table of zcp1.md, section 6.1. `stream` is 0 or not 0, nil for either.
 local KINDS = {
     [WELCOME] = { name = "WELCOME", sender = "server", stream = "zero", body = true },
     [REQUEST] = { name = "REQUEST", sender = "client", stream = "number", body = true },
@@ -150,8 +150,8 @@ local FIELD_OF_TYPE = {
     map = f.v_map,
 }
 
--- Keys that have fields of their own, by the field of their map: with the type that the protocol demands, the least
--- value of an int, and of a str how many characters it has at most (and one at least).
+-- Keys that have their own fields, by the field of their map: the required type, the minimum of an int, and the maximum
+-- length of a str (its minimum is one character).
 local KEYS = {
     [f.meta] = {
         deadline_ms = { field = f.deadline_ms, type = "int" },
@@ -186,20 +186,20 @@ local function remark(name, text, severity)
 end
 
 local e = {
-    length = fault("length", "Length that no frame may have"),
+    length = fault("length", "Invalid length"),
     version = fault("version", "Unknown version"),
     kind = fault("kind", "Unknown kind"),
     sender = fault("sender", "Kind from the wrong side"),
     flags = fault("flags", "Flags are set"),
-    stream = fault("stream", "Stream that this kind may not have"),
-    in_flight = fault("in_flight", "Stream is in flight already"),
-    replayed = fault("replayed", "Salt of another connection, or counter that did not grow"),
-    greeting = fault("greeting", "Exactly one WELCOME must come, and first"),
+    stream = fault("stream", "Stream not allowed for this kind"),
+    in_flight = fault("in_flight", "Stream is already in flight"),
+    replayed = fault("replayed", "Wrong salt, or counter that did not increase"),
+    greeting = fault("greeting", "The first frame, and no other, must be WELCOME"),
     body = fault("body", "Body on a kind that has none"),
     msgpack = fault("msgpack", "Body that cannot be decoded"),
-    trailing = fault("trailing", "Bytes behind the value of the body"),
-    form = fault("form", "Body that has not the form of its kind"),
-    after_fault = remark("after_fault", "Bytes after a fault that hides where frames begin", expert.severity.WARN),
+    trailing = fault("trailing", "Bytes after the value of the body"),
+    form = fault("form", "Body with the wrong form for its kind"),
+    after_fault = remark("after_fault", "Bytes after a fault: the start of the next frame is unknown", expert.severity.WARN),
     stale = remark("stale", "Timestamp beyond the tolerance", expert.severity.WARN),
     unasked = remark("unasked", "Answer on a stream that is not in flight", expert.severity.WARN),
     fatal = remark("fatal", "Error that ends the connection", expert.severity.WARN),
@@ -211,8 +211,8 @@ zcp.experts = e
 
 -- --- secrets -------------------------------------------------------------------------------------------------
 
--- What methods of sessions and devices take that is no secret. Anything else may be one: a server can have schemes of
--- its own in session.open.
+-- Params of session and device methods that are not secret. All others may be: a server can add its own schemes to
+-- session.open.
 local OPEN_PARAMS = {
     scheme = true,
     user = true,
@@ -230,7 +230,7 @@ local function is_of_sessions(method)
     return method:find("^session%.") ~= nil or method:find("^device%.") ~= nil
 end
 
--- Which keys hold secrets in what belongs to a method; all that could if the method is not known.
+-- Return which keys of a method's params and result are secret; all possible ones if the method is not known.
 local function secret_in_params(method)
     if method == nil then
         return function(key)
@@ -248,7 +248,7 @@ local function secret_in_result(method)
     end
 end
 
--- --- what is known of a capture ------------------------------------------------------------------------------
+-- --- state of a capture --------------------------------------------------------------------------------------
 
 local conversations -- by the two ends
 local calls -- what was found, by packet and by the number of the call for it
@@ -259,7 +259,7 @@ local function forget()
 end
 
 forget()
-zcp.init = forget -- before each capture, and before packets are looked at anew
+zcp.init = forget -- before each capture, and before packets are dissected again
 
 local function number_of(token)
     if not numbers[token] then
@@ -285,8 +285,8 @@ local function begins_with_welcome(chunk)
     return length >= MIN_LENGTH and version == 1 and kind == WELCOME and flags == 0 and stream == 0 and counter == 0
 end
 
--- The conversation of a packet. A WELCOME with a new salt at the beginning of a chunk is another connection between the
--- same two ends: ports are used again.
+-- Return the conversation of a packet. A WELCOME with a new salt at the beginning of a chunk starts another connection
+-- between the same two ends: ports are reused.
 local function conversation_of(source, destination, chunk)
     local key = key_of(source, destination)
     local known = conversations[key]
@@ -299,9 +299,9 @@ end
 
 -- --- msgpack -------------------------------------------------------------------------------------------------
 
--- The value of a body as a node {at, length, type, value, items}, and what is wrong with it as {at, text}. `at` counts
--- from 0. Of a body that cannot be decoded there are the nodes before the fault. Maps have pairs {key, value} in `items`;
--- `left_out` is how many items were checked and not kept.
+-- Return the value of a body as a node {at, length, type, value, items}, and its fault as {at, text}. `at` counts from 0.
+-- A body that cannot be decoded has the nodes before the fault. Maps have pairs {key, value} in `items`; `left_out` is
+-- the number of items that were checked and dropped.
 local function decode(body)
     local size, kept, wrong = #body, 0, nil
     local value
@@ -310,7 +310,7 @@ local function decode(body)
         wrong = wrong or { at = at, text = text }
     end
 
-    -- A number after the first byte, or nil.
+    -- Return the number after the first byte, or nil.
     local function read(format, at, width)
         if at + width > size then
             return fail(at, "the body ends within a value")
@@ -336,7 +336,7 @@ local function decode(body)
                 if wrong then
                     return nil
                 elseif key.type ~= "str" then
-                    return fail(at, "a key is no str")
+                    return fail(at, "a key is not a str")
                 end
                 at = at + key.length
             end
@@ -369,7 +369,7 @@ local function decode(body)
 
     local FORMATS = { [1] = ">I1", [2] = ">I2", [4] = ">I4", [8] = ">I8" }
 
-    -- Lengths and counts that stand behind the first byte.
+    -- Lengths and counts after the first byte.
     local function counted(node, width, depth)
         local count = read(FORMATS[width], node.at + 1, width)
         if not count then
@@ -390,7 +390,7 @@ local function decode(body)
 
     function value(at, depth)
         if at >= size then
-            return fail(at, "the body ends where a value is due")
+            return fail(at, "the body ends before a value")
         end
         local first = body:byte(at + 1)
         local node = { at = at, head = 1 }
@@ -439,7 +439,7 @@ local function decode(body)
         if not node.length then
             node.length, node.broken = size - at, true -- what there is of it
         end
-        -- A container with a fault in it is shown as far as it goes, anything else not at all.
+        -- A container with a fault is shown up to the fault, any other value not at all.
         return (not wrong or node.items or node.value) and node or nil
     end
 
@@ -450,16 +450,16 @@ local function decode(body)
     return root, wrong
 end
 
--- The method of a REQUEST, or nil. It stands at the beginning: the rest need not be decoded for it.
+-- Return the method of a REQUEST, or nil. It is at the beginning, so the rest need not be decoded.
 local function method_of(raw)
     local root = decode(raw:sub(HEADER + 1, HEADER + 2 * MAX_METHOD))
     local item = root and root.type == "array" and root.items[1]
     return item and item.value.type == "str" and item.value.value or nil
 end
 
--- --- taking frames off the stream ----------------------------------------------------------------------------
+-- --- splitting the stream into frames ------------------------------------------------------------------------
 
--- Lua has signed integers alone, and prints none without its sign.
+-- Lua has only signed integers, and prints them with their sign.
 local function unsigned(value)
     return tostring(UInt64.new(value & 0xffffffff, value >> 32))
 end
@@ -468,8 +468,8 @@ local function as_float(value)
     return value >= 0 and value + 0.0 or (value >> 1) * 2.0
 end
 
--- What can only be said of a frame in its place: who asked, what is in flight, whether it was replayed. It is said
--- once, since packets are looked at again in any order.
+-- Judge a frame by the state of the conversation: its request, the streams in flight, replays. This is done once per
+-- frame, because packets are dissected again in any order.
 local function judge(conversation, flow, source, pinfo, raw)
     local length, version, kind, flags, stream, timestamp, salt, counter, token =
         string.unpack(">I4BBI2I4i8c8i8c32", raw)
@@ -525,7 +525,7 @@ local function judge(conversation, flow, source, pinfo, raw)
         flow.counter = counter
     end
     if conversation.clock and conversation.tolerance then
-        -- The server's clock when this frame was captured. Both are milliseconds; floats will do for what is told.
+        -- The server's clock when this frame was captured. Both are in milliseconds; floats are precise enough.
         local passed = math.floor((pinfo.abs_ts - conversation.clock.at) * 1000 + 0.5)
         local off = as_float(timestamp) - (as_float(conversation.clock.timestamp) + passed)
         if math.abs(off) > conversation.tolerance then
@@ -568,8 +568,8 @@ local function judge(conversation, flow, source, pinfo, raw)
     return frame
 end
 
--- Cut a chunk into the frames and pieces of frames that are in it. A piece is copied once; a frame is put together when
--- its last byte has come, and only if it is not whole in this chunk.
+-- Split a chunk into frames and pieces of frames. A piece is copied once; a frame is reassembled when its last byte has
+-- arrived, and only if it is not complete in this chunk.
 local function take(chunk, pinfo)
     local source, destination = ends_of(pinfo)
     local conversation = conversation_of(source, destination, chunk)
@@ -626,7 +626,7 @@ local function take(chunk, pinfo)
     return found
 end
 
--- --- showing -------------------------------------------------------------------------------------------------
+-- --- the tree ------------------------------------------------------------------------------------------------
 
 local function plural(count, what)
     return count .. " " .. what .. (count == 1 and "" or "s")
@@ -637,12 +637,12 @@ local function generated(item)
     return item
 end
 
--- Text that is safe in a line: no control characters.
+-- Return the text without control characters.
 local function printable(text)
     return (text:gsub("%c", "."))
 end
 
--- A short form of a value, secrets masked.
+-- Return a short form of a value, with secrets masked.
 local function preview(node, secret, room)
     local kind = node.type
     if kind == "nil" then
@@ -676,8 +676,8 @@ local function preview(node, secret, room)
     return kind == "array" and "[" .. inside .. "]" or "{" .. inside .. "}"
 end
 
--- Whether a secret is in a value. Nothing of such a value is marked as bytes of the packet, since PDML has those of
--- each field.
+-- Return whether a value contains a secret. No part of such a value is marked as bytes of the packet, because PDML shows
+-- the bytes of each field.
 local function has_secret(node, secret)
     if not secret or not node.items then
         return false
@@ -695,10 +695,10 @@ local function halves(class, value)
     return class.new(value & 0xffffffff, value >> 32)
 end
 
-local MASKED = {} -- in place of a function that tells which keys hold secrets: all of it is one
+local MASKED = {} -- in place of a function that returns which keys are secret: the whole value is
 
--- Add a value and what is in it. `bytes` gives ranges of the body; `field` is one of its own, or nil; `name` is its
--- label if it has none; `secret` tells which keys hold secrets.
+-- Add a value and its items. `bytes` returns ranges of the body; `field` is the value's own field, or nil; `name` is its
+-- label if it has none; `secret` returns which keys are secret.
 local function add_value(bytes, tree, node, field, name, path, secret)
     local kind, item = node.type, nil
     if secret == MASKED and kind ~= "nil" then
@@ -760,7 +760,7 @@ local function add_value(bytes, tree, node, field, name, path, secret)
     return item
 end
 
--- Whether all keys are there that a map must have.
+-- Check that a map has all required keys.
 local function check_complete(item, node, field)
     local missing, there = {}, {}
     for _, each in ipairs(node.items) do
@@ -778,7 +778,7 @@ local function check_complete(item, node, field)
     return there
 end
 
--- What an array of a kind holds: for each element the field, its label and the types that it may have.
+-- The elements of the array of each kind: the field, its label and the types that it may have.
 local ELEMENTS = {
     [REQUEST] = {
         { f.method, "Method", { str = true } },
@@ -813,7 +813,7 @@ local PATHS = {
     [f.event_name] = "name",
 }
 
--- Which keys of a frame's body hold secrets, or MASKED; nil for none.
+-- Return which keys of a frame's body are secret, or MASKED; nil for none.
 local function secrets_of(frame, element, node)
     if zcp.prefs.show_secrets then
         return nil
@@ -825,11 +825,11 @@ local function secrets_of(frame, element, node)
         return secret_in_params(nil)
     end
     local secret = secret_in_params(frame.method)
-    -- Where params are not what they must be, there are no keys that tell which part of them is a secret.
+    -- Params of the wrong type have no keys that show which part of them is secret.
     return secret and (element == f.params and node.type == "map" and secret or MASKED) or nil
 end
 
--- The body of a frame of a known kind. Returns what the Info column says of it.
+-- Add the body of a frame of a known kind. Return its text for the Info column.
 local function add_body(frame, bytes, tree, body)
     local root, wrong, trailing = decode(body)
     local item = tree:add(f.body, bytes(0, 0))
@@ -847,7 +847,7 @@ local function add_body(frame, bytes, tree, body)
                 local field, label, types = table.unpack(form[index])
                 local node, fits = each.value, not types or types[each.value.type]
                 local path = PATHS[field]
-                -- What has no place in the field of its element is shown as a value.
+                -- A value of the wrong type for the field of its element is shown as a plain value.
                 local plain = types and node.type ~= "nil" and node.type ~= "uint"
                 local own = fits and (node.items or plain) and field or nil
                 local added = add_value(bytes, item, node, own, label, path, secrets_of(frame, field, node))
@@ -857,7 +857,7 @@ local function add_body(frame, bytes, tree, body)
                 if field == f.method and fits then
                     info = printable(node.value:sub(1, MAX_METHOD))
                     if #node.value > MAX_METHOD or not node.value:find("^[a-z0-9_.]+$") then
-                        added:add_proto_expert_info(e.form, "no name that a method can have")
+                        added:add_proto_expert_info(e.form, "not a valid method name")
                     end
                 elseif field == f.event_name and fits then
                     info = printable(node.value:sub(1, MAX_METHOD))
@@ -899,12 +899,12 @@ local function add_body(frame, bytes, tree, body)
     if wrong then
         item:add_proto_expert_info(e.msgpack, wrong.text .. " (byte " .. wrong.at .. " of the body)")
     elseif trailing then
-        item:add_proto_expert_info(e.trailing, plural(#body - trailing, "byte") .. " behind the value")
+        item:add_proto_expert_info(e.trailing, plural(#body - trailing, "byte") .. " after the value")
     end
     return info
 end
 
--- The time of a header. Any 64 bits can be one; what is beyond the year 9999 is shown as the number alone.
+-- Add the time of a header. Any 64 bits are possible; a time after the year 9999 is shown as a number only.
 local function time_of(milliseconds)
     if milliseconds < 0 or milliseconds > 253402300799999 then
         return nil
@@ -912,7 +912,7 @@ local function time_of(milliseconds)
     return NSTime.new(milliseconds // 1000, milliseconds % 1000 * 1000000)
 end
 
--- The header's fields, as far as they are there. Returns the items that faults are told at.
+-- Add the header's fields that have arrived. Return the items that faults are attached to.
 local function add_header(bytes, tree, raw)
     local items, size = {}, #raw
     local function add(name, at, width, value)
@@ -959,7 +959,7 @@ local function add_packet(tree, field, bytes, number)
     end
 end
 
--- Where another frame is that belongs to this one, and how long it took.
+-- Add the packet of the frame that belongs to this one, and the time between them.
 local function add_links(tree, bytes, frame)
     if frame.sender then
         generated(tree:add(f.sender, bytes(0, 0), frame.sender))
@@ -978,12 +978,12 @@ local function add_links(tree, bytes, frame)
     end
 end
 
--- Faults that the header shows by itself.
+-- Add the faults of the header alone.
 local function add_header_faults(items, raw, frame)
     local _, version, kind, flags, stream = string.unpack(">I4BBI2I4", raw)
     local rule = KINDS[kind]
     if version ~= 1 then
-        items.version:add_proto_expert_info(e.version, "version " .. version .. ", and not 1")
+        items.version:add_proto_expert_info(e.version, "version " .. version .. " instead of 1")
     end
     if not rule then
         local why = kind >= 0x10 and kind <= 0x1f and "reserved" or "unknown"
@@ -993,7 +993,7 @@ local function add_header_faults(items, raw, frame)
         items.flags:add_proto_expert_info(e.flags)
     end
     if rule and rule.stream == "zero" and stream ~= 0 then
-        items.stream:add_proto_expert_info(e.stream, rule.name .. " speaks of the connection: stream 0")
+        items.stream:add_proto_expert_info(e.stream, rule.name .. " concerns the connection: stream 0")
     elseif rule and rule.stream == "number" and stream == 0 then
         items.stream:add_proto_expert_info(e.stream, rule.name .. " needs the stream of a request")
     end
@@ -1011,7 +1011,7 @@ local function add_header_faults(items, raw, frame)
     return version == 1 and rule
 end
 
--- A whole frame. Returns what the Info column says of it.
+-- Add a whole frame. Return its text for the Info column.
 local function show_frame(frame, bytes, tree, raw)
     local name = KIND_NAMES[frame.kind] or string.format("kind 0x%02x", frame.kind)
     local top = tree:add(zcp, bytes(0, #raw))
@@ -1047,7 +1047,7 @@ local function show_frame(frame, bytes, tree, raw)
     return info
 end
 
--- A length that no frame may have, and the header behind it as far as it is there.
+-- Add an invalid length, and the part of the header that has arrived.
 local function show_bad_length(part, bytes, tree)
     local top = tree:add(zcp, bytes(0, #part.raw))
     top:set_text("ZCP/1, a frame with a length that cannot be")
@@ -1081,35 +1081,34 @@ local function show_part(part, tvb, tree)
         return plural(part.size, "byte") .. " after a fault"
     end
     local of = part.wanted and plural(part.wanted, "byte") or "a frame whose length is not there yet"
-    local told = "part of a frame, " .. part.have .. " of " .. of
-    item:set_text("ZCP/1, " .. told)
+    local info = "part of a frame, " .. part.have .. " of " .. of
+    item:set_text("ZCP/1, " .. info)
     add_packet(item, f.begins_in, here, part.started.packet ~= part.packet and part.started.packet or nil)
     add_packet(item, f.complete_in, here, part.started.complete_in)
-    return told
+    return info
 end
 
--- --- being called --------------------------------------------------------------------------------------------
+-- --- entry point ---------------------------------------------------------------------------------------------
 
--- How often this was called for the packet before, in this pass over it: a packet can hold several TLS records. What
--- is private to a packet lives as long as the pass.
+-- Count the calls for a packet in this pass: a packet can contain several TLS records. Private data of a packet lives as
+-- long as the pass.
 local function count_call(pinfo)
     local before = tonumber(pinfo.private["zcp.calls"]) or 0
     pinfo.private["zcp.calls"] = tostring(before + 1)
     return before + 1
 end
 
--- The Info column: what all frames of the packet say, since each TLS record comes in a call of its own.
-local function tell(pinfo, told)
+-- Add text to the Info column, which has all frames of the packet: each TLS record comes in its own call.
+local function add_info(pinfo, text)
     local before = pinfo.private["zcp.info"]
-    local line = before and before .. ", " .. told or told
+    local line = before and before .. ", " .. text or text
     pinfo.private["zcp.info"] = line
     pinfo.cols.info = line
 end
 
 local http = Dissector.get("http")
 
--- HTTPS is spoken on the same port with whoever offers no ALPN. No frame begins with a letter: it would be of a
--- gigabyte.
+-- HTTPS uses the same port. No frame begins with a letter: its length would be over a gigabyte.
 local function is_http(pinfo, chunk)
     local key = key_of(ends_of(pinfo))
     local known = conversations[key]
@@ -1136,24 +1135,24 @@ function zcp.dissector(tvb, pinfo, tree)
         return http:call(tvb, pinfo, tree)
     end
     pinfo.cols.protocol = "ZCP"
-    local told = {}
+    local infos = {}
     for index, part in ipairs(found) do
         part.packet = pinfo.number
         local info = show_part(part, tvb, tree)
         if index <= MAX_INFO then
-            told[#told + 1] = info
+            infos[#infos + 1] = info
         elseif index == MAX_INFO + 1 then
-            told[#told + 1] = "…"
+            infos[#infos + 1] = "…"
         end
     end
-    tell(pinfo, table.concat(told, ", "))
+    add_info(pinfo, table.concat(infos, ", "))
     return #chunk
 end
 
--- --- being found ---------------------------------------------------------------------------------------------
+-- --- registration --------------------------------------------------------------------------------------------
 
 DissectorTable.get("tls.alpn"):add("zcp/1", zcp)
-DissectorTable.get("tcp.port"):add_for_decode_as(zcp) -- for traffic that somebody else has decrypted
+DissectorTable.get("tcp.port"):add_for_decode_as(zcp) -- for traffic that was decrypted elsewhere
 
 local tls_ports, port = DissectorTable.get("tls.port"), 0
 
