@@ -26,7 +26,7 @@ LABELS |= {
     for suffix in ("_bucket", "_sum", "_count")
     if metric.kind is Kind.HISTOGRAM
 }
-"""Labels by every name that an expression may have."""
+"""The labels of every name that an expression may use."""
 
 _NAME = re.compile(r"\b(?:zcproto|process|python)_[a-z0-9_]+")
 _SELECTOR = re.compile(r"\b((?:zcproto|process|python)_[a-z0-9_]+)\{([^}]*)\}")
@@ -38,7 +38,7 @@ def panels() -> list[dict[str, Any]]:
 
 
 def expressions() -> dict[str, str]:
-    """Every expression of the dashboard and of the rules."""
+    """Return every expression of the dashboard and of the rules, by title."""
     found = {
         f"{panel['title']} {target['refId']}": target["expr"]
         for panel in panels()
@@ -49,7 +49,7 @@ def expressions() -> dict[str, str]:
     return found | dict(rules)
 
 
-def test_expressions_name_nothing_that_is_not_in_the_table() -> None:
+def test_expressions_use_existing_metrics() -> None:
     found = expressions()
     assert len(found) > 50
     unknown = {
@@ -60,7 +60,7 @@ def test_expressions_name_nothing_that_is_not_in_the_table() -> None:
     assert unknown == {}
 
 
-def test_expressions_ask_for_no_label_that_a_metric_does_not_have() -> None:
+def test_expressions_use_existing_labels() -> None:
     for title, expression in expressions().items():
         for name, selector in _SELECTOR.findall(expression):
             asked = set(_FIRST_LABEL.findall(selector))
@@ -71,14 +71,14 @@ def test_expressions_ask_for_no_label_that_a_metric_does_not_have() -> None:
             assert asked <= known, title
 
 
-def test_legends_name_labels_that_are_there() -> None:
+def test_legends_use_existing_labels() -> None:
     for panel in panels():
         for target in panel["targets"]:
             known = set().union(*(LABELS[name] for name in _NAME.findall(target["expr"])))
             assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= known, panel["title"]
 
 
-def test_panels_do_not_lie_on_one_another() -> None:
+def test_panels_do_not_overlap() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         place = panel["gridPos"]
@@ -92,14 +92,14 @@ def test_panels_do_not_lie_on_one_another() -> None:
         taken |= cells
 
 
-def test_most_metrics_are_shown_or_watched() -> None:
+def test_most_metrics_are_in_the_dashboard_or_the_rules() -> None:
     used = {name for expression in expressions().values() for name in _NAME.findall(expression)}
     used |= {re.sub("_(bucket|sum|count)$", "", name) for name in used}
     unused = {metric.name for metric in ALL} - used
     assert len(unused) < len(ALL) / 3, unused
 
 
-def test_every_alert_is_tested() -> None:
+def test_every_alert_rule_is_tested() -> None:
     tests = RULES_TEST.read_text()
     for name in re.findall(r"- alert: (\w+)", RULES.read_text()):
         assert f'alertname="{name}"' in tests
@@ -111,7 +111,7 @@ def test_every_alert_is_tested() -> None:
     [["check", "rules", "--lint-fatal", str(RULES)], ["test", "rules", str(RULES_TEST)]],
     ids=lambda command: command[0],
 )
-def test_promtool_takes_the_rules(command: list[str]) -> None:
+def test_promtool_accepts_the_rules(command: list[str]) -> None:
     done = subprocess.run(["promtool", *command], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCESS" in done.stdout

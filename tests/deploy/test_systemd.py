@@ -1,4 +1,4 @@
-"""The units of systemd: that it takes them, that they fit the program, and that the program can live with them."""
+"""The systemd units: systemd accepts them, they match the program's defaults, and a server runs under them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["certs"]
 UNITS = ROOT / "zcproto" / "deploy" / "systemd"
 SERVICE = (UNITS / "zcproto.service").read_text()
 
-needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="takes systemd")
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
 
 
 def directives(unit: str) -> dict[str, list[str]]:
@@ -50,7 +50,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_systemd
-def test_systemd_takes_the_units(tmp_path: Path) -> None:
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     program = tmp_path / "zcproto"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
@@ -59,22 +59,22 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     units = [str(tmp_path / name) for name in ("zcproto.service", "zcproto.socket")]
     done = run("systemd-analyze", "verify", "--man=no", *units)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    # It would have said so: this test can fail.
+    # Counter-check: systemd-analyze does report a wrong unit.
     (tmp_path / "zcproto.service").write_text("[Service]\nExecStart=/nowhere\nNoNewPrivilege=yes\n")
     assert "NoNewPrivilege" in run("systemd-analyze", "verify", "--man=no", units[0]).stderr
 
 
 @needs_systemd
-def test_its_exposure_is_what_the_guide_says() -> None:
+def test_exposure_level_is_at_most_the_documented_one() -> None:
     done = run("systemd-analyze", "security", "--offline=yes", "--no-pager", str(UNITS / "zcproto.service"))
     exposure = re.search(r"Overall exposure level for zcproto\.service: ([0-9.]+) OK", done.stdout)
     assert exposure is not None, done.stdout + done.stderr
-    told = re.search(r"exposure level of ([0-9.]+)", (ROOT / "docs" / "installation.md").read_text())
-    assert told is not None
-    assert float(exposure[1]) <= float(told[1])
+    documented = re.search(r"exposure level of ([0-9.]+)", (ROOT / "docs" / "installation.md").read_text())
+    assert documented is not None
+    assert float(exposure[1]) <= float(documented[1])
 
 
-def test_the_unit_fits_the_defaults_of_the_program() -> None:
+def test_unit_matches_the_defaults_of_the_configuration() -> None:
     config = Config()
     assert int(one("LimitNOFILE")) >= config.limits.max_connections + 256
     assert int(one("TimeoutStopSec").removesuffix("s")) > config.server.drain_timeout
@@ -85,9 +85,9 @@ def test_the_unit_fits_the_defaults_of_the_program() -> None:
 
 
 @needs_systemd
-def test_the_user_of_the_unit_is_one_that_systemd_makes(tmp_path: Path) -> None:
+def test_sysusers_creates_the_user_of_the_unit(tmp_path: Path) -> None:
     if shutil.which("systemd-sysusers") is None:
-        pytest.skip("takes systemd-sysusers")
+        pytest.skip("needs systemd-sysusers")
     done = run("systemd-sysusers", "--dry-run", f"--root={tmp_path}", str(UNITS / "zcproto.sysusers"))
     assert done.returncode == 0, done.stderr
     assert f"user '{one('User')}'" in done.stdout + done.stderr
@@ -97,7 +97,7 @@ def test_the_user_of_the_unit_is_one_that_systemd_makes(tmp_path: Path) -> None:
 
 
 def allowed_calls() -> set[str]:
-    """The system calls that the unit's filter lets through, as systemd explains its groups."""
+    """Return the system calls that the unit's filter allows, with the groups as systemd defines them."""
     groups: dict[str, list[str]] = defaultdict(list)
     current = ""
     for line in run("systemd-analyze", "syscall-filter", "--no-pager").stdout.splitlines():
@@ -112,7 +112,7 @@ def allowed_calls() -> set[str]:
             return {name}
         return {call for each in groups[name] for call in members(each)}
 
-    allowed = members("@default")  # which systemd always lets through
+    allowed = members("@default")  # always allowed by systemd
     for value in DIRECTIVES["SystemCallFilter"]:
         named = {call for name in value.removeprefix("~").split() for call in members(name)}
         allowed = allowed - named if value.startswith("~") else allowed | named
@@ -128,15 +128,15 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 def has_mdwe() -> bool:
-    """Whether the kernel can refuse memory that is both written and run (Linux 6.3)."""
+    """Return whether the kernel can refuse memory that is both writable and executable (Linux 6.3)."""
     return sys.platform == "linux" and ctypes.CDLL(None).prctl(66, 0, 0, 0, 0) >= 0
 
 
-@pytest.mark.skipif(not has_mdwe(), reason="takes Linux 6.3")
+@pytest.mark.skipif(not has_mdwe(), reason="needs Linux 6.3")
 @needs_systemd
-@pytest.mark.skipif(shutil.which("strace") is None, reason="takes strace")
-def test_a_server_needs_no_call_that_the_filter_refuses(tmp_path: Path, certs: Path) -> None:
-    """What the unit refuses is refused here by strace, and writable code by the kernel."""
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_server_runs_under_the_system_call_filter(tmp_path: Path, certs: Path) -> None:
+    """strace refuses here what the unit refuses, and the kernel refuses writable code."""
     home = tmp_path / "home"
     home.mkdir(0o700)
     key = UserFile(home / "users.toml").add("ada")
@@ -167,6 +167,6 @@ def test_a_server_needs_no_call_that_the_filter_refuses(tmp_path: Path, certs: P
         _, err = process.communicate(timeout=3 * TIMEOUT)
     assert '"event":"server.ended"' in err
     used = set(re.findall(r"^\d+ +([a-z_0-9]+)\(", (tmp_path / "trace").read_text(), re.MULTILINE))
-    assert {"epoll_pwait", "fdatasync", "sendto"} & used, "it was seen at work"
-    # As root, SQLite tries to keep the owner of its files; io_uring is tried and done without.
+    assert {"epoll_pwait", "fdatasync", "sendto"} & used, "the server was traced"
+    # As root, SQLite tries to keep the owner of its files; uvloop falls back if io_uring is refused.
     assert used - allowed_calls() - set(refused.split(",")) == set()

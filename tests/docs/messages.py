@@ -1,5 +1,4 @@
-"""The messages that a person can meet, read from the sources: what is raised as one of our errors, with `…` for
-whatever varies."""
+"""The messages that users can see, read from the sources of the package, with `…` for their variable parts."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 ROOTS: Final = {"ZcprotoError", "ClickException", "UsageError", "BadParameter", "RefusedError"}
 MAKERS: Final = {"_fault", "fault", "_bad", "refuse", "_unusable", "_refusal"}
-"""Functions that make one of our errors, or a fault for one, of a text."""
+"""Functions that turn a text into an error, or into a fault of one."""
 
 RETURNERS: Final = {
     "zcproto/config/faults.py": {"unknown_key", "unknown_section", "outside_section"},
@@ -21,21 +20,21 @@ RETURNERS: Final = {
     "zcproto/cli/__init__.py": {"_explain"},
     "zcproto/cli/cert_report.py": {"_key_problem"},
 }
-"""Functions by file whose result is, or begins, a message."""
+"""Functions, by file, that return a message or its beginning."""
 
 PEERS_ALONE: Final = {"MessageError", "FrameError"}
-"""What a program with a fault is told by the other end, always with the code PROTOCOL_ERROR in front."""
+"""Errors that only a broken peer gets, always after the code PROTOCOL_ERROR."""
 
 
 class Message(NamedTuple):
-    """A text, with the place where it is made."""
+    """A message, and the place that creates it."""
 
     text: str
     place: str
 
 
 def text_of(node: ast.expr) -> str | None:
-    """A literal or an f-string, with `…` for what varies. None for anything else."""
+    """Return a literal or an f-string, with `…` for variable parts. Return None for anything else."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.JoinedStr):
@@ -47,7 +46,7 @@ def text_of(node: ast.expr) -> str | None:
 
 
 def texts_in(node: ast.expr) -> Iterator[str]:
-    """All texts of an expression that are no part of a larger one, and no key of a map."""
+    """Yield the outermost texts of an expression, except the keys of maps."""
     text = text_of(node)
     if text is not None:
         yield text
@@ -62,7 +61,7 @@ def texts_in(node: ast.expr) -> Iterator[str]:
 
 
 class Sources:
-    """All sources of the package."""
+    """The parsed sources of the package."""
 
     def __init__(self) -> None:
         self.trees = {
@@ -110,7 +109,7 @@ class Sources:
 
 
 def _code_of(node: ast.ClassDef) -> str:
-    """The name of the code of a CallError; empty for any other class."""
+    """Return the name of the code of a CallError, or an empty text for another class."""
     for each in node.body:
         if (
             isinstance(each, ast.Assign)

@@ -36,12 +36,12 @@ PAGES = [path for path in PAGES if "node_modules" not in path.parts]
 
 
 def blocks(guide: str) -> list[str]:
-    """The commands of a guide."""
+    """Return the shell blocks of a guide."""
     return re.findall(r"^```sh\n(.*?)^```$", (DOCS / guide).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def run(script: str, folder: Path) -> str:
-    """Run commands of a guide as a person does, whose home folder is `folder`."""
+    """Run commands of a guide with `folder` as HOME. Return their output."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
     program = programs / "zcproto"
@@ -67,13 +67,13 @@ def run(script: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_a_backup_is_taken_tried_and_restored_as_the_guide_says(tmp_path: Path, certs: Path) -> None:
+def test_backup_and_restore_commands_of_the_guide_work(tmp_path: Path, certs: Path) -> None:
     running, stopped, trial, restore = blocks("backup.md")
     home = tmp_path / ".zeroclaw"
     home.mkdir(0o700)
     key = UserFile(home / "users.toml").add("ada")
     (home / "config.toml").write_text("[certificates]\nkey_types = ['ecdsa-p256']\n[server]\nport = 0\n")
-    (home / "log").touch(0o600)  # which ServerProcess writes to
+    (home / "log").touch(0o600)  # ServerProcess writes to it
     with ServerProcess(home, certs) as server:
         with server.client("ada", key) as client:
             client.echo()
@@ -86,7 +86,7 @@ def test_a_backup_is_taken_tried_and_restored_as_the_guide_says(tmp_path: Path, 
     run(stopped, tmp_path)
     assert "ok        certificate" in run(trial, tmp_path)
 
-    # Everything is lost, and comes back from the archive that was taken while the server ran.
+    # Everything is lost, then restored from the archive of the running server.
     (home / "users.toml").write_text("damaged")
     (home / "certs" / "server-ecdsa.key").unlink()
     assert "permissions" in run(restore, tmp_path)
@@ -96,12 +96,12 @@ def test_a_backup_is_taken_tried_and_restored_as_the_guide_says(tmp_path: Path, 
     with ServerProcess(home, certs) as server, server.client("ada", key) as client:
         client.echo()
         client.token = token
-        assert client.refused("echo", {}).code == 16, "sessions of before are no more"
+        assert client.refused("echo", {}).code == 16, "sessions are not in the archive"
         with server.client() as stranger, pytest.raises(AnsweredError):
             stranger.open_session("eve", later)
 
 
-def test_an_archive_with_sessions_brings_them_back(tmp_path: Path, certs: Path) -> None:
+def test_archive_with_sessions_restores_them(tmp_path: Path, certs: Path) -> None:
     stopped = blocks("backup.md")[1]
     home = tmp_path / ".zeroclaw"
     home.mkdir(0o700)
@@ -120,7 +120,7 @@ def test_an_archive_with_sessions_brings_them_back(tmp_path: Path, certs: Path) 
         client.echo()
 
 
-def test_an_archive_is_its_owners_alone(tmp_path: Path) -> None:
+def test_archive_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     (tmp_path / ".zeroclaw").mkdir()
     run(blocks("backup.md")[0], tmp_path)
     assert (tmp_path / "backup.tar").stat().st_mode & 0o777 == 0o600

@@ -35,14 +35,14 @@ NIST = [
 
 
 def section(number: int) -> str:
-    """One section of the text."""
+    """Return one section of the page."""
     found = re.search(rf"^## {number}\. .*?(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
     assert found is not None
     return found[0]
 
 
 def rows(number: int) -> list[list[str]]:
-    """The cells of a section's table, without its head."""
+    """Return the cells of a section's table, without its head."""
     lines = [line for line in section(number).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -58,11 +58,11 @@ def names_in(path: str) -> frozenset[str]:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:40])
-def test_each_row_says_what_where_and_by_which_test(row: list[str]) -> None:
+def test_row_names_existing_files_and_tests(row: list[str]) -> None:
     assert len(row) == 4
     _, does, where, shown = row
     if does.startswith("does not apply") and not where:
-        assert ": " in does, "it says why"
+        assert ": " in does, "the reason is missing"
         assert not shown
         return
     files, tests = re.findall(r"`([^`]+)`", where), re.findall(r"`([^`]+)`", shown)
@@ -76,14 +76,14 @@ def test_each_row_says_what_where_and_by_which_test(row: list[str]) -> None:
         assert name.startswith("test_")
 
 
-@pytest.mark.parametrize(("number", "demands"), [(1, ASVS), (3, NIST)])
-def test_no_demand_is_left_out(number: int, demands: list[str]) -> None:
-    told = {match[0] for row in rows(number) if (match := re.match(r"[0-9.]+(?: \([0-9]\))?", row[0]))}
-    assert told == set(demands)
-    assert len(rows(number)) >= len(demands)
+@pytest.mark.parametrize(("number", "requirements"), [(1, ASVS), (3, NIST)])
+def test_every_requirement_has_a_row(number: int, requirements: list[str]) -> None:
+    listed = {match[0] for row in rows(number) if (match := re.match(r"[0-9.]+(?: \([0-9]\))?", row[0]))}
+    assert listed == set(requirements)
+    assert len(rows(number)) >= len(requirements)
 
 
-def test_the_times_are_those_of_the_configuration() -> None:
+def test_times_equal_the_defaults_of_the_configuration() -> None:
     from zcproto.config import Config
 
     sessions = Config().sessions

@@ -1,6 +1,6 @@
-"""docs/troubleshooting.md has every message that a person can meet, and nothing that nobody can.
+"""docs/troubleshooting.md explains every message that users can see, and no message that does not exist.
 
-A row of its tables begins with the message in code marks, `…` standing for anything; one row may be for several.
+A row of its tables begins with the messages in code marks; `…` stands for anything.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from zcproto.tls.failure import TlsFailure
 
 GUIDE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 LEAST = 5
-"""Characters of a pattern beside its wildcards: one that matches anything explains nothing."""
+"""Minimum characters of a pattern without its wildcards: one that matches anything explains nothing."""
 
 OTHERS = re.compile(r"[…:;,. '\"()=\[\]{}?-]*|zcproto: …+|no connection: …|…, by …")
-"""What is all of a message that another one is put into."""
+"""Templates that only wrap another message."""
 
 
 def tables(text: str) -> Iterator[tuple[str, str, list[str]]]:
-    """The section, the first cell and the others of each row."""
+    """Yield the section, the first cell and the other cells of each row."""
     section = ""
     for line in text.splitlines():
         if line.startswith("#"):
@@ -65,12 +65,12 @@ def explained(message: Message) -> bool:
 
 def test_every_message_is_explained() -> None:
     messages = [each for each in all_messages() if not OTHERS.fullmatch(each.text)]
-    assert len(messages) > 300, "they are found"
+    assert len(messages) > 300, "messages are found"
     missing = [f"{each.place}: {each.text}" for each in messages if not explained(each)]
     assert not missing, "add a row to docs/troubleshooting.md for:\n" + "\n".join(sorted(missing))
 
 
-def test_every_row_is_of_a_message_that_there_is() -> None:
+def test_every_row_matches_an_existing_message() -> None:
     messages = [
         *all_messages(),
         *(Message(f"{kind.code.name}: a", "") for kind in CallError.by_code.values()),
@@ -80,10 +80,10 @@ def test_every_row_is_of_a_message_that_there_is() -> None:
         for pattern in MESSAGES_PATTERNS
         if not any(matcher(pattern).fullmatch(message.text) for message in messages)
     ]
-    assert not stale, "no source has such a message any more; remove or mend the row:\n" + "\n".join(stale)
+    assert not stale, "no source has such a message; remove or correct the row:\n" + "\n".join(stale)
 
 
-def test_every_row_has_cause_and_cure_and_says_enough_of_its_message() -> None:
+def test_every_row_has_cause_and_cure_and_a_specific_pattern() -> None:
     for _, first, others in ROWS:
         assert len(others) >= 2, first
         assert all(others), first
@@ -92,17 +92,17 @@ def test_every_row_has_cause_and_cure_and_says_enough_of_its_message() -> None:
     assert len(set(PATTERNS)) == len(PATTERNS), "one row for one message"
 
 
-def test_every_warning_and_error_of_the_log_is_explained() -> None:
+def test_every_warning_and_error_event_is_explained() -> None:
     wanted = {event.name for event in EVENTS.values() if event.level in ("warning", "error")}
     assert wanted - named_in(EVENTS_SECTION) == set()
     assert named_in(EVENTS_SECTION) - set(EVENTS) == set()
 
 
-def test_every_cause_of_a_failed_handshake_is_explained() -> None:
+def test_every_cause_of_a_tls_failure_is_explained() -> None:
     assert named_in(CAUSES_SECTION) == {failure.value for failure in TlsFailure}
 
 
-def test_every_code_of_an_answer_is_explained() -> None:
+def test_every_error_code_is_explained() -> None:
     codes = {f"{kind.code.name}: …" for kind in CallError.by_code.values()}
     assert codes - set(PATTERNS) == set()
 
@@ -118,7 +118,7 @@ def test_every_code_of_an_answer_is_explained() -> None:
         ("1", None),
     ],
 )
-def test_a_message_is_read_as_it_is_written(source: str, text: str | None) -> None:
+def test_text_of_an_expression_is_read_from_the_source(source: str, text: str | None) -> None:
     assert text_of(ast.parse(source, mode="eval").body) == text
 
 

@@ -1,1 +1,1 @@
-"""The specification's own files: text, vectors, schema and generator agree."""
+"""The files of the specification agree, and the language rules hold."""

@@ -1,4 +1,4 @@
-"""The specification's files agree with one another, with their generator and with the code."""
+"""The files of the specification agree with each other, with their generator and with the code."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def generator() -> ModuleType:
     return module
 
 
-def test_the_files_are_what_the_generator_makes(generator: ModuleType) -> None:
+def test_generated_files_are_up_to_date(generator: ModuleType) -> None:
     assert generator.outdated() == [], "run: python spec/vectors/generate.py"
 
 
-def test_the_generator_can_be_asked_whether_the_files_are_up_to_date(
+def test_check_reports_outdated_files(
     generator: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert generator.main(["--check"]) == 0
@@ -59,7 +59,7 @@ def test_the_generator_can_be_asked_whether_the_files_are_up_to_date(
     assert "vectors/frames.json" in capsys.readouterr().err
 
 
-def test_the_generator_shares_no_code_with_the_package() -> None:
+def test_generator_does_not_import_the_package() -> None:
     for path in [FOLDER / "generate.py", *(FOLDER / "makers").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -67,29 +67,29 @@ def test_the_generator_shares_no_code_with_the_package() -> None:
             assert not [name for name in names if name.split(".")[0] in {"zcproto", "msgpack"}], path.name
 
 
-def test_no_file_lies_about_that_is_not_listed() -> None:
+def test_every_vector_file_is_listed_in_the_readme() -> None:
     assert {path.stem for path in FOLDER.glob("*.json")} == {*FILES, "schema"}
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert [name for name in FILES if f"`{name}.json`" not in readme] == []
 
 
-def test_the_schema_is_one() -> None:
+def test_schema_is_valid() -> None:
     jsonschema.Draft202012Validator.check_schema(document("schema"))
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_each_file_follows_the_schema(name: str) -> None:
+def test_file_matches_the_schema(name: str) -> None:
     jsonschema.Draft202012Validator(document("schema")).validate(document(name))
 
 
 @pytest.mark.parametrize("name", WITH_VECTORS)
-def test_each_file_counts_its_vectors_and_explains_its_flags(name: str) -> None:
+def test_file_has_the_number_of_vectors_and_explains_flags(name: str) -> None:
     vectors = document(name)["vectors"]
     assert document(name)["count"] == len(vectors)
     assert {flag for vector in vectors for flag in vector.get("flags", [])} == set(document(name)["notes"])
 
 
-def test_names_of_vectors_are_unique() -> None:
+def test_vector_names_are_unique() -> None:
     names = Counter(
         vector["name"] for file in WITH_VECTORS for vector in document(file)["vectors"] if "name" in vector
     )
@@ -97,7 +97,7 @@ def test_names_of_vectors_are_unique() -> None:
     assert len(names) >= 400
 
 
-def test_the_codes_that_vectors_expect_are_those_of_the_code() -> None:
+def test_expected_codes_of_vectors_exist_in_the_code() -> None:
     for name, vector in frame_vectors().items():
         for outcome in vector["expect"]:
             if outcome["result"] == "error":
@@ -106,7 +106,7 @@ def test_the_codes_that_vectors_expect_are_those_of_the_code() -> None:
                 assert outcome["fatal"] is (code in FATAL_CODES or outcome["stream"] == 0), name
 
 
-def test_the_example_conversation_is_one() -> None:
+def test_example_conversation_is_valid() -> None:
     decoders = {"server": FrameDecoder(Side.CLIENT, 2**20), "client": FrameDecoder(Side.SERVER, 2**20)}
     last = {"server": -1, "client": 0}
     salts = set()
@@ -127,7 +127,7 @@ def test_the_example_conversation_is_one() -> None:
 
 
 def rows_of(heading: str) -> list[list[str]]:
-    """The cells of the first table under a heading of the specification, without its head."""
+    """Return the cells of the first table under a heading of the specification, without its head."""
     text = SPECIFICATION.read_text(encoding="utf-8")
     section = text.split(f"\n{heading}\n", 1)[1]
     table = re.search(r"(?:^\|.*\|\n)+", section, re.MULTILINE)
@@ -135,19 +135,19 @@ def rows_of(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()[2:]]
 
 
-def test_the_specification_lists_every_kind_with_its_number() -> None:
+def test_specification_lists_every_kind() -> None:
     rows = rows_of("### 6.1 Kinds")
     assert {row[1]: int(row[0], 16) for row in rows if row[1] != "reserved"} == {
         kind.name: kind.value for kind in Kind
     }
 
 
-def test_the_specification_lists_every_code_with_its_number() -> None:
+def test_specification_lists_every_code() -> None:
     rows = rows_of("### 10.1 Codes of calls") + rows_of("### 10.2 Codes of the protocol")
     assert {row[1]: int(row[0]) for row in rows} == {code.name: code.value for code in Code}
 
 
-def test_the_specification_lists_the_fields_where_they_are() -> None:
+def test_specification_lists_header_fields_at_their_offsets() -> None:
     rows = rows_of("### 5.2 Fields")
     offsets = [int(row[0]) for row in rows]
     sizes = [int(row[1]) for row in rows[:-1]]
@@ -155,7 +155,7 @@ def test_the_specification_lists_the_fields_where_they_are() -> None:
     assert offsets[-1] == 68
 
 
-def test_the_sections_that_are_referred_to_exist() -> None:
+def test_referenced_sections_exist() -> None:
     text = SPECIFICATION.read_text(encoding="utf-8")
     headings = set(re.findall(r"^#{2,3} ([0-9]+(?:\.[0-9]+)?)\.? ", text, re.MULTILINE))
     mentioned = set(
@@ -167,5 +167,5 @@ def test_the_sections_that_are_referred_to_exist() -> None:
     assert mentioned - headings == set()
 
 
-def test_values_of_the_conversation_are_typed_json() -> None:
+def test_conversation_values_are_typed_json() -> None:
     assert typed([METHOD_MAX_LENGTH, b"\x00", None]) == [128, {"bin": "00"}, None]

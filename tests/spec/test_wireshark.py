@@ -1,6 +1,6 @@
-"""spec/wireshark: the dissector's tables are those of the protocol, and its guide has all that it shows.
+"""The dissector's tables equal those of the protocol, and its guide lists all of its fields.
 
-What it makes of frames is in tests/interop.
+tests/interop tests the dissection of frames.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GUIDE = (FOLDER / "README.md").read_text(encoding="utf-8")
 TABLES = json.loads((ROOT / "spec" / "vectors" / "tables.json").read_text(encoding="utf-8"))
 
 
-def test_codes_and_kinds_are_those_of_the_protocol() -> None:
+def test_codes_and_kinds_equal_those_of_the_protocol() -> None:
     codes = re.findall(r'^    \[(\d+)\] = "([A-Z_]+)",$', DISSECTOR, re.MULTILINE)
     assert {name: int(code) for code, name in codes} == TABLES["codes"]
     names, numbers = re.findall(r"^local (WELCOME[A-Z, ]+) = ([0-9, ]+)$", DISSECTOR, re.MULTILINE)[0]
@@ -24,7 +24,7 @@ def test_codes_and_kinds_are_those_of_the_protocol() -> None:
     assert kinds == TABLES["kinds"]
 
 
-def test_the_guide_has_every_field() -> None:
+def test_guide_lists_every_field() -> None:
     fields = set(re.findall(r'ProtoField\.\w+\(\s*"([a-z_.]+)"', DISSECTOR))
     assert len(fields) > 40
     listed = GUIDE[GUIDE.index("## Fields") : GUIDE.index("## Masking")]
@@ -32,8 +32,8 @@ def test_the_guide_has_every_field() -> None:
 
 
 def test_guide_lists_every_expert_info() -> None:
-    told = set(re.findall(r'= (?:fault|remark)\("([a-z_]+)"', DISSECTOR))
-    assert len(told) > 15
+    names = set(re.findall(r'= (?:fault|remark)\("([a-z_]+)"', DISSECTOR))
+    assert len(names) > 15
     rows = GUIDE[GUIDE.index("| expert info ") : GUIDE.index("## Masking")].splitlines()[2:]
     cells = [row.split("|")[1] for row in rows if row.startswith("|")]
-    assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == told
+    assert {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)} == names
