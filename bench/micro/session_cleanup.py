@@ -37,10 +37,10 @@ from bench.micro.token_check import (
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.event_loop import new_event_loop
 from zcproto.sessions import TOKEN_SIZE, SessionRegistry, SessionSettings
-from zcproto.stores.sqlite import SqliteStore
-from zcproto.stores.store import SessionStore
-from zcproto.stores.sync import EXPIRED_AT_ONCE, ROOM_S
-from zcproto.stores.valkey import ValkeyStore
+from zcproto.stores.base import SessionStore
+from zcproto.stores.sqlite.store import SqliteStore
+from zcproto.stores.sync import EXPIRE_PAUSE_S, EXPIRED_AT_ONCE
+from zcproto.stores.valkey.store import ValkeyStore
 
 CONCURRENCY: Final = 64
 BESIDE: Final = 4
@@ -115,7 +115,7 @@ async def clean(store: SessionStore) -> Cleaned:
             break
         slices.append(time.perf_counter_ns() - slice_begin)
         removed += once
-        await asyncio.sleep(ROOM_S if once < EXPIRED_AT_ONCE else 0)
+        await asyncio.sleep(EXPIRE_PAUSE_S if once < EXPIRED_AT_ONCE else 0)
     rate = removed / ((time.perf_counter_ns() - begin) / NS_PER_S)
     return Cleaned(rate, sorted(slices) or [0], pauses.stop())
 

@@ -29,8 +29,8 @@ from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.event_loop import new_event_loop
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.record import SessionRecord, UserLimit
-from zcproto.stores.sqlite import SqliteStore
-from zcproto.stores.store import Created, SessionStore
+from zcproto.stores.base import Created, SessionStore
+from zcproto.stores.sqlite.store import SqliteStore
 from zcproto.stores.sync import EXPIRED_AT_ONCE
 
 MIN_OPENINGS: Final = 3_000.0

@@ -36,9 +36,9 @@ from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import Code
 from zcproto.sessions import SessionRegistry, SessionSettings
-from zcproto.stores.store import Change
+from zcproto.stores.base import Change
 from zcproto.stores.sync import EXPIRED_AT_ONCE
-from zcproto.stores.valkey import ValkeyStore
+from zcproto.stores.valkey.store import ValkeyStore
 
 MIN_OPENINGS: Final = 2_000.0
 MAX_NEWS_MS: Final = 1_000.0

@@ -21,15 +21,15 @@ from zcproto.server.state import ServerState
 from zcproto.sessions import OpenedSession, Session, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.token import token_text
-from zcproto.stores.service import MemorySessions
+from zcproto.stores.service import SessionService
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class LookedUp(MemorySessions):
+class LookedUp(SessionService):
     """Sessions that are shared: what is not known here may be found elsewhere."""
 
-    looks_up = True
+    is_shared = True
 
     def __init__(self, registry: SessionRegistry, clock: FakeClock) -> None:
         super().__init__(registry, clock)
@@ -37,7 +37,7 @@ class LookedUp(MemorySessions):
         self.error: Exception | None = None
         self.found: Any = None
 
-    async def find(self, token: bytes, address: str, code: Code) -> None:
+    async def look_up(self, token: bytes, address: str, code: Code) -> None:
         self.asked.append((token, address, code))
         if self.error is not None:
             raise self.error
@@ -51,7 +51,7 @@ class Desk:
     def __init__(self, binding: SessionBinding | None = None) -> None:
         self.clock = FakeClock()
         self.registry = small_registry()
-        self.sessions: MemorySessions = MemorySessions(self.registry, self.clock)
+        self.sessions: SessionService = SessionService(self.registry, self.clock)
         self.state = SimpleNamespace(
             registry=self.registry,
             sessions=self.sessions,

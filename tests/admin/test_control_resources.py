@@ -362,7 +362,7 @@ def test_a_store_that_is_out_is_told(serve: Serve, monkeypatch: pytest.MonkeyPat
     server = serve()
 
     async def out(user: str | None, limit: int) -> Any:
-        raise Unavailable("the store of sessions does not answer: try again")
+        raise Unavailable("the session store does not answer: try again")
 
     monkeypatch.setattr(server.server.state.sessions, "records", out)
     answer = ask(server.home / "control.sock", "GET", "/v1/sessions")

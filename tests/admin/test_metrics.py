@@ -20,8 +20,8 @@ from zcproto.errors import CallError
 from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY
 from zcproto.sessions import EndReason
 from zcproto.sessions.token import token_text
-from zcproto.stores.service import StoredSessions
-from zcproto.stores.store import StoreUnavailable
+from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.service import StoredSessionService
 from zcproto.tls.failure import TlsFailure
 
 SHARED_ONLY = {
@@ -314,8 +314,8 @@ def test_certificates_are_told_with_their_end_and_their_renewal(serve: Serve) ->
 def test_an_outage_of_the_store_is_told_while_it_lasts(serve: Serve) -> None:
     server = serve(store__url="sqlite")
     sessions = server.server.state.sessions
-    assert isinstance(sessions, StoredSessions)
-    keeper = sessions._keeper
+    assert isinstance(sessions, StoredSessionService)
+    keeper = sessions.sync
 
     async def out(*_: object) -> None:
         raise StoreUnavailable("a test has taken it away")
@@ -324,10 +324,10 @@ def test_an_outage_of_the_store_is_told_while_it_lasts(serve: Serve) -> None:
         assert value(server, "zcproto_store_state", state="healthy") == 1
         assert value(server, "zcproto_store_operation_seconds_count") >= 1
         assert value(server, "zcproto_store_outage_seconds") == 0
-        real = keeper.store.store.ping
+        real = keeper.store.ping
 
         def take_away() -> None:
-            keeper.store.store.ping = out  # type: ignore[method-assign]  # so that no probe succeeds
+            keeper.store.ping = out  # type: ignore[method-assign]  # so that no probe succeeds
             keeper.health.begin_outage(server.clock.now())
 
         with grows(server, "zcproto_store_outages_total"):
@@ -336,7 +336,7 @@ def test_an_outage_of_the_store_is_told_while_it_lasts(serve: Serve) -> None:
         assert value(server, "zcproto_store_state", state="healthy") == 0
         with grows(server, "zcproto_store_pending_revocations"):
             client.call("session.close")
-        server.in_loop(lambda: setattr(keeper.store.store, "ping", real))
+        server.in_loop(lambda: setattr(keeper.store, "ping", real))
         eventually(lambda: value(server, "zcproto_store_state", state="healthy") == 1)
         assert value(server, "zcproto_store_outage_seconds") == 0
         assert value(server, "zcproto_store_pending_revocations") == 0

@@ -23,7 +23,7 @@ from bench.outages.run import run_outages, show
 from bench.outages.valkey import PROGRAM
 from bench.row import Row
 from bench.told import Broken
-from tests.stores.servers import needs
+from tests.stores.valkey.server_process import needs
 from zcproto.errors import ConfigError
 
 QUICK = OutagePlan(

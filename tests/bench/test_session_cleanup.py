@@ -10,7 +10,7 @@ import pytest
 from bench.micro import session_cleanup
 from bench.micro.session_cleanup import main
 from bench.micro.token_check import Figure
-from tests.stores.servers import PROGRAMS, needs
+from tests.stores.valkey.server_process import PROGRAMS, needs
 
 
 @pytest.mark.parametrize("program", [*PROGRAMS, "no-such-program"])

@@ -10,7 +10,7 @@ import pytest
 from bench.micro import session_opening_valkey
 from bench.micro.session_opening_valkey import main
 from bench.micro.token_check import Figure
-from tests.stores.servers import PROGRAMS, needs
+from tests.stores.valkey.server_process import PROGRAMS, needs
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

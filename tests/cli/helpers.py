@@ -10,8 +10,8 @@ from zcproto.sessions import SessionRegistry, SessionSettings, token_text
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.sessions.session import NewSession
 from zcproto.sessions.token import id_text
-from zcproto.stores.sqlite import SqliteStore
-from zcproto.stores.store import SessionStore
+from zcproto.stores.base import SessionStore
+from zcproto.stores.sqlite.store import SqliteStore
 
 HOUR_MS = 3_600_000
 ANY_NUMBER = UserLimit(1_000_000, "refuse", None)

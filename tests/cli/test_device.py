@@ -27,8 +27,8 @@ from zcproto.common.home import Home
 from zcproto.sessions import token_text
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.sessions.session import BOUND
-from zcproto.stores.choose import make_store
-from zcproto.stores.store import SessionStore, StoreUnavailable
+from zcproto.stores.base import SessionStore, StoreUnavailable
+from zcproto.stores.sqlite.store import SqliteStore
 
 Capture = pytest.CaptureFixture[str]
 
@@ -210,9 +210,7 @@ def test_remove_takes_a_device_out(devices: DeviceFile, capsys: Capture) -> None
 
 
 def kept(home: Path) -> SessionStore:
-    store = make_store("sqlite", home / "sessions.db", timeout=5)
-    assert store is not None
-    return store
+    return SqliteStore(home / "sessions.db", timeout=5)
 
 
 def record(number: int, user: str, key: str) -> SessionRecord:
@@ -299,7 +297,7 @@ def test_a_configuration_with_faults_leaves_the_device(home: Path, devices: Devi
             StoreUnavailable("the disk is full"),
             2,
             "the device is removed; the store still has its sessions, which nobody can use."
-            " the store of sessions is unavailable: the disk is full\n",
+            " the session store is unavailable: the disk is full\n",
         ),
     ],
 )

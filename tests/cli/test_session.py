@@ -17,7 +17,7 @@ from tests.server.helpers import ServerThread
 from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.sessions.token import id_from_text
-from zcproto.stores.store import MAX_LISTED
+from zcproto.stores.base import MAX_LISTED
 
 __all__ = ["certs"]
 

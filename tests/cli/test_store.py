@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.cli.helpers import ANY_NUMBER, HOUR_MS, fill, kept, new_session, secrets_of
-from tests.stores.servers import PROGRAMS, ServerProcess, is_installed, running
+from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, running
 from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.sessions.record import EndedRecord, SessionRecord
-from zcproto.stores.sqlite import SqliteStore
+from zcproto.stores.sqlite.store import SqliteStore
 
 Capture = pytest.CaptureFixture[str]
 
@@ -164,7 +164,7 @@ def test_more_than_a_store_lists_are_found_by_their_users_or_it_is_told(
     fill(home, *(new_session(user) for user in ("ada", "ada", "bob", "eve")))
     assert main(["store", "migrate", "sqlite", server.url]) == 0
     (home / "sessions.db").unlink()
-    for module in ("zcproto.cli.store", "zcproto.stores.valkey", "zcproto.stores.valkey_requests"):
+    for module in ("zcproto.cli.store", "zcproto.stores.valkey.store", "zcproto.stores.valkey.requests"):
         monkeypatch.setattr(f"{module}.MAX_LISTED", 1, raising=False)
     assert main(["store", "migrate", server.url, "sqlite"]) == 1
     assert "users who are not in the file of users" in capsys.readouterr().err

@@ -90,7 +90,7 @@ async def test_who_gives_up_can_ask_again_what_became_of_it(serve: Serve, connec
     shop, server = shop_of(serve, cuts=0)
     async with connect_to(server) as client:
         call = asyncio.ensure_future(client.call("ship", amount=5, idempotency_key="k"))
-        await asyncio.to_thread(server.until, lambda: server.server.state.once.running)
+        await asyncio.to_thread(server.until, lambda: server.server.state.idempotency.running)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call

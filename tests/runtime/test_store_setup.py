@@ -1,8 +1,9 @@
-"""Which store a server gets, by its configuration."""
+"""Which store a configuration selects."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +13,68 @@ from zcproto.common.home import Home
 from zcproto.config import load_config
 from zcproto.errors import ConfigError
 from zcproto.runtime import store_setup
-from zcproto.runtime.store_setup import store_of
-from zcproto.stores.sqlite import SqliteStore
-from zcproto.stores.valkey import ValkeyStore
+from zcproto.runtime.store_setup import build_store
+from zcproto.stores.sqlite.store import SqliteStore
+from zcproto.stores.valkey.store import ValkeyStore
 
 
 def store(home: Path, **settings: Any) -> Any:
     overrides = {f"store.{name}": value for name, value in settings.items()}
-    return store_of(load_config(None, home=home, environ={}, overrides=overrides), Home(home))
+    return build_store(load_config(None, home=home, environ={}, overrides=overrides), Home(home))
 
 
-def test_by_default_sessions_are_in_a_file_of_the_home(tmp_path: Path) -> None:
+def test_default_is_sqlite_in_the_home_folder(tmp_path: Path) -> None:
     made = store(tmp_path)
     assert isinstance(made, SqliteStore)
+    assert not made.shared
     assert made._path == tmp_path / "sessions.db"
     assert made._timeout == 0.25
+    assert list(tmp_path.iterdir()) == [], "building a store does no I/O"
 
 
-def test_in_memory_there_is_no_store(tmp_path: Path) -> None:
+def test_memory_has_no_store(tmp_path: Path) -> None:
     assert store(tmp_path, url="memory") is None
 
 
-def test_an_address_is_that_of_a_shared_store(tmp_path: Path) -> None:
-    made = store(tmp_path, url="valkey://cache", timeout="100ms")
+@pytest.mark.parametrize(
+    "url", ["redis://cache", "rediss://cache:1/2", "valkey://cache", "valkey+sentinel://a,b/main"]
+)
+def test_server_url_selects_a_shared_store(tmp_path: Path, url: str) -> None:
+    made = store(tmp_path, url=url, timeout="100ms")
     assert isinstance(made, ValkeyStore)
     assert made.shared
     assert made._timeout == 0.1
 
 
-def test_a_wrong_address_is_told_without_its_password(tmp_path: Path) -> None:
+def test_invalid_url_is_reported_without_its_password(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         store(tmp_path, url="valkey://:hunter2@cache:99999")
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_file_for_tls_without_tls_is_refused(tmp_path: Path) -> None:
+def test_ca_file_without_tls_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"store\.ca_file"):
         store(tmp_path, url="valkey://cache", ca_file=str(tmp_path / "ca.crt"))
+
+
+def test_missing_redis_package_is_reported_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [
+        module for module in sys.modules if module.startswith(("redis", "zcproto.stores.valkey."))
+    ]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(ConfigError, match=r'pip install "zcproto\[valkey\]"'):
+        store(tmp_path, url="redis://cache")
+
+
+def test_missing_module_of_zcproto_is_not_reported_as_a_missing_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zcproto.stores.valkey.store", None)
+    with pytest.raises(ModuleNotFoundError):
+        store(tmp_path, url="redis://cache")
 
 
 def password_file(folder: Path, data: bytes, mode: int = 0o600) -> Path:
@@ -59,13 +85,14 @@ def password_file(folder: Path, data: bytes, mode: int = 0o600) -> Path:
 
 
 @pytest.mark.parametrize("data", [b"hunter2", b"hunter2\n", b"hunter2\r\n"])
-def test_a_password_may_be_in_a_file(tmp_path: Path, data: bytes) -> None:
-    path = password_file(tmp_path, data)
-    assert store(tmp_path, url="valkey://cache", password_file=str(path))._password == "hunter2"
+def test_password_is_read_from_a_file_and_never_shown(tmp_path: Path, data: bytes) -> None:
+    made = store(tmp_path, url="valkey://cache", password_file=str(password_file(tmp_path, data)))
+    assert made._password == "hunter2"
+    assert "hunter2" not in repr(made)
 
 
 @pytest.mark.parametrize(
-    ("data", "mode", "said"),
+    ("data", "mode", "message"),
     [
         (b"", 0o600, "must hold one line"),
         (b"\n", 0o600, "must hold one line"),
@@ -75,25 +102,30 @@ def test_a_password_may_be_in_a_file(tmp_path: Path, data: bytes) -> None:
         (b"hunter2", 0o640, "others can read .*; run: chmod 600"),
     ],
 )
-def test_a_file_that_holds_no_password_is_refused(tmp_path: Path, data: bytes, mode: int, said: str) -> None:
+def test_invalid_password_file_is_refused(tmp_path: Path, data: bytes, mode: int, message: str) -> None:
     path = password_file(tmp_path, data, mode)
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         store(tmp_path, url="valkey://cache", password_file=str(path))
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_missing_password_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         store(tmp_path, url="valkey://cache", password_file=str(tmp_path / "none"))
+
+
+def test_password_file_that_is_a_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a regular file"):
         store(tmp_path, url="valkey://cache", password_file=str(tmp_path))
 
 
-def test_what_a_store_has_to_tell_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told: list[tuple[str, object]] = []
-    path = tmp_path / "sessions.db"
-    store_setup._notice(lambda *event: told.append(event), "store_damaged", path=path, reason="malformed")
-    assert told == [("store.damaged", {"path": str(path), "reason": "malformed"})]
+def test_notices_of_a_store_are_logged_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reported: list[tuple[str, object]] = []
+    path = str(tmp_path / "sessions.db")
+    store_setup._report(lambda *event: reported.append(event), "store_damaged", path=path, reason="malformed")
+    assert reported == [("store.damaged", {"path": path, "reason": "malformed"})]
     line = json.loads(capsys.readouterr().err)
     assert (line["event"], line["level"], line["reason"]) == ("store.damaged", "error", "malformed")
-    assert line["path"] == str(tmp_path / "sessions.db")
+    assert line["path"] == path

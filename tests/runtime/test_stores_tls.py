@@ -18,7 +18,7 @@ from zcproto.errors import Code, NotFound
 from zcproto.runtime import build as build_module
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.token import digest_of, id_from_text
-from zcproto.stores import sync as keeper_module
+from zcproto.stores import revoker
 
 TIMEOUT = "250ms"
 TIMEOUT_S = 0.25
@@ -42,7 +42,7 @@ class Site:
 
     def serve(self, store: FaultyStore | None = None, home: str = "home", **settings: Any) -> ServerThread:
         store = self.store if store is None else store
-        self._monkeypatch.setattr(build_module, "store_of", lambda *_: store)
+        self._monkeypatch.setattr(build_module, "build_store", lambda *_: store)
         return self._stack.enter_context(
             ServerThread(self._folder / home, self._certs, **{"store__timeout": TIMEOUT, **settings})
         )
@@ -54,7 +54,7 @@ class Site:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """The timeouts here are short, and the disk of a busy machine may be slow."""
-    monkeypatch.setattr(keeper_module, "DISK_AT_LEAST_S", 5.0)
+    monkeypatch.setattr(revoker, "MIN_DISK_S", 5.0)
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_after_the_grace_all_are_refused_until_the_store_is_back(site: Site) -> 
     client = site.client(server, "ada")
     site.store.mode = FAILS
     server.in_loop(
-        lambda: server.server.state.sessions._keeper.health.begin_outage(  # type: ignore[attr-defined]
+        lambda: server.server.state.sessions.sync.health.begin_outage(  # type: ignore[attr-defined]
             server.clock.now()
         )
     )
@@ -291,7 +291,7 @@ def test_a_token_that_nobody_can_look_up_is_neither_good_nor_bad(site: Site) -> 
 class Desk:
     """Looks up tokens when the test says so."""
 
-    looks_up = True
+    is_shared = True
 
     def __init__(self, server: ServerThread) -> None:
         self.inner = server.server.state.sessions
@@ -301,7 +301,7 @@ class Desk:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    async def find(self, token: bytes, address: str, code: Code) -> None:
+    async def look_up(self, token: bytes, address: str, code: Code) -> None:
         self.asked.append(token)
         self.answer = asyncio.get_running_loop().create_future()
         await self.answer

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.server.helpers import KEY, NO_TOKEN, AnsweredError, Client, ServerThread, eventually
-from tests.stores.servers import ServerProcess as StoreProcess
-from tests.stores.servers import running
+from tests.stores.valkey.server_process import ServerProcess as StoreProcess
+from tests.stores.valkey.server_process import running
 from zcproto.errors import Code
 
 PROGRAM = "valkey-server"

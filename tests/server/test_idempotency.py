@@ -7,8 +7,8 @@ turned by hand.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytest
 
@@ -30,20 +30,25 @@ from zcproto.errors import (
 )
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import (
-    LEFT_BEHIND,
+    MAX_REMEMBERED,
     NOT_RUN,
     POLL_FIRST_S,
     POLL_LAST_S,
     Answer,
-    OnceOnly,
+    IdempotencyCache,
     Waiting,
     answer_limits,
     request_digest,
 )
 from zcproto.stores.answers import AnswerLimits, Answers
-from zcproto.stores.store import Claim, StoreUnavailable
+from zcproto.stores.base import Claim, StoreUnavailable
 from zcproto.wire.frame import CANCEL, NO_TOKEN, Kind
 from zcproto.wire.message import decode_error, encode_body, encode_error
+
+if TYPE_CHECKING:
+    from zcproto.stores.circuit_breaker import CircuitBreaker
+
+T = TypeVar("T")
 
 KEEP_MS = 600_000
 DIGEST = request_digest("pay", {"amount": 5})
@@ -90,6 +95,16 @@ class FakeStore:
         self._end()
 
 
+class PassThrough:
+    """A circuit breaker that never opens."""
+
+    def __init__(self, store: FakeStore) -> None:
+        self.store = store
+
+    async def call(self, operation: Coroutine[Any, Any, T]) -> T:
+        return await operation
+
+
 class World:
     """One process that runs requests once. Its time is turned by hand."""
 
@@ -104,10 +119,10 @@ class World:
         self.tasks = EagerTasks(loop)
         self.slept: list[float] = []
         self.while_asleep: Callable[[], object] = lambda: None
-        self.once = OnceOnly(
+        self.once = IdempotencyCache(
             self.tasks,
             self.clock,
-            store=store,
+            breaker=None if store is None else cast("CircuitBreaker", PassThrough(store)),
             keep_ms=KEEP_MS,
             limits=limits,
             sleep=self.sleep,
@@ -147,7 +162,7 @@ class World:
         caller = Caller()
 
         async def ask() -> None:
-            outcome = self.once.ask(user, key, digest, execute, self.failed, caller.answers.append)
+            outcome = self.once.submit(user, key, digest, execute, self.failed, caller.answers.append)
             if isinstance(outcome, Answer):
                 caller.answers.append(outcome)
             else:
@@ -494,7 +509,7 @@ def test_an_answer_that_is_too_old_by_then_is_not_written(worlds: Worlds) -> Non
     world.call(key="another")
     world.turn()
     assert store.asked == ["claim", "keep"]
-    assert not world.once._not_kept
+    assert not world.once._unsaved
 
 
 def test_writing_later_goes_on_another_time_if_the_store_is_out_again(worlds: Worlds) -> None:
@@ -530,23 +545,23 @@ def test_writing_later_waits_for_a_store_that_works(worlds: Worlds) -> None:
     store.out = False
     works, store.keep_answer = store.keep_answer, keep_fails  # type: ignore[method-assign]
     world.call(key="another")
-    assert len(world.once._not_kept) == 2
+    assert len(world.once._unsaved) == 2
     store.keep_answer = works  # type: ignore[method-assign]
     world.call(key="a third")
     world.turn()
-    assert not world.once._not_kept
+    assert not world.once._unsaved
 
 
 def test_what_is_left_behind_is_bounded(worlds: Worlds) -> None:
     store = FakeStore()
     world = worlds(store)
     store.out = True
-    for number in range(LEFT_BEHIND + 5):
+    for number in range(MAX_REMEMBERED + 5):
         world.begin(key=str(number))
         if number % 50 == 0:
             world.turn()
     world.turn()
-    assert len(world.once._idle_claims) == LEFT_BEHIND
+    assert len(world.once._idle_claims) == MAX_REMEMBERED
 
 
 def test_a_fault_of_the_store_is_a_fault_of_the_server(worlds: Worlds) -> None:
@@ -712,7 +727,7 @@ def test_a_run_that_is_cancelled_before_its_task_began_is_answered(loop: asyncio
             await loop.create_future()
             raise AssertionError
 
-        world.once.ask("ada", "k", DIGEST, execute, world.failed, caller.answers.append)
+        world.once.submit("ada", "k", DIGEST, execute, world.failed, caller.answers.append)
         await world.tasks.close(1.0)
 
     loop.run_until_complete(scenario())
@@ -946,7 +961,7 @@ def test_connections_that_are_gone_leave_nothing_behind_at_a_run(shop: Shop) -> 
         peer.send(*(peer.request(stream, "wait", idempotency_key="k") for stream in (1, 2)))
         peer.send(peer.frame(CANCEL, 2))
         peer.lose()
-    (run,) = shop.state.once._running.values()
+    (run,) = shop.state.idempotency._running.values()
     assert run.waiting == {}
 
 
@@ -1043,4 +1058,4 @@ def test_the_protocols_own_methods_keep_no_answers(shop: Shop) -> None:
     peer.token = NO_TOKEN
     answer = ask(peer, 1, "session.open", {"scheme": "none"})
     assert answer.kind is Kind.ERROR
-    assert len(shop.state.once._memory) == 0
+    assert len(shop.state.idempotency._memory) == 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.server.helpers import AnsweredError, Client, ServerThread
-from tests.stores.servers import PROGRAMS, ServerProcess, is_installed, running
+from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, running
 from zcproto.app.app import App
 from zcproto.errors import Code
 
@@ -84,7 +84,7 @@ def test_two_servers_run_it_once_whoever_comes_first(
         first = threads.submit(pay, clients[0])
         assert shop.begun.wait(10)
         others = [threads.submit(pay, client) for client in clients[1:]]
-        two.until(lambda: two.server.state.once.running)
+        two.until(lambda: two.server.state.idempotency.running)
         shop.goes_on.set()
         results = [each.result(10) for each in (first, *others)]
         for client in clients:

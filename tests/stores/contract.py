@@ -19,7 +19,7 @@ import pytest
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import AnswerLimits
-from zcproto.stores.store import (
+from zcproto.stores.base import (
     Claim,
     ClaimState,
     Created,

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from tests.stores.memory_store import MemoryStore
 from zcproto.errors import Code
 from zcproto.sessions import SessionRegistry
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
-from zcproto.stores.memory import MemoryStore
-from zcproto.stores.store import (
+from zcproto.stores.base import (
     Change,
     ChangeKind,
     Claim,

@@ -11,12 +11,12 @@ import pytest
 
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.contract import DAY, HOUR, IDLE, LEASE, MINUTE, WALL, digest, rotation, session
+from tests.stores.memory_store import MemoryStore
 from zcproto.errors import Code
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.record import SessionRecord, UserLimit
-from zcproto.stores.memory import MemoryStore
-from zcproto.stores.sqlite import SqliteStore
-from zcproto.stores.store import Created, Rotated, SessionStore
+from zcproto.stores.base import Created, Rotated, SessionStore
+from zcproto.stores.sqlite.store import SqliteStore
 
 USERS = ("alice", "bob", "carol")
 STEPS = 400

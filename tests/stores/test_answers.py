@@ -6,7 +6,7 @@ import pytest
 
 from tests.stores.contract import KEEP, LEASE, WALL, digest
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
-from zcproto.stores.store import ClaimState
+from zcproto.stores.base import ClaimState
 
 BODY = digest("body")
 

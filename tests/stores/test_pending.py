@@ -18,8 +18,8 @@ import pytest
 
 from zcproto.errors import Code, ConfigError
 from zcproto.stores import pending as module
+from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.pending import WASTE, PendingRevocations, Revocation
-from zcproto.stores.store import StoreUnavailable
 
 WALL = 1_767_225_600_000
 WITHIN = 10.0

@@ -38,14 +38,24 @@ from zcproto.errors import (
 )
 from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
 from zcproto.sessions.health import MAX_DELAY_S, State
-from zcproto.sessions.record import EndedRecord, SessionRecord, UserLimit
+from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import digest_of, id_from_text
+from zcproto.stores import changes as changes_module
+from zcproto.stores import revoker as revoker_module
 from zcproto.stores import service as sessions_module
-from zcproto.stores import sync as keeper_module
+from zcproto.stores import sync as sync_module
+from zcproto.stores import tasks as tasks_module
+from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.pending import PendingRevocations, Revocation
-from zcproto.stores.service import MISSES_PER_ADDRESS, MISSES_S, NOT_KNOWN_S, MemorySessions, StoredSessions
-from zcproto.stores.store import StoreUnavailable
-from zcproto.stores.sync import REPEATS_S, StoreKeeper
+from zcproto.stores.revoker import REPEATS_S
+from zcproto.stores.service import (
+    MISSES_PER_ADDRESS,
+    MISSES_S,
+    UNKNOWN_TOKEN_S,
+    SessionService,
+    StoredSessionService,
+)
+from zcproto.stores.sync import StoreSync
 
 TIMEOUT = 0.25
 GRACE = 300.0
@@ -78,7 +88,7 @@ class Office:
         self.registry.observers.append(lambda *told: self.ended.append(told))
         self.used: set[str] = set()
         self.pending = PendingRevocations(folder / "revocations.pending", limit=pending_limit)
-        self.keeper = StoreKeeper(
+        self.sync = StoreSync(
             store,
             self.registry,
             self.pending,
@@ -91,7 +101,7 @@ class Office:
             cleanup_interval=3_600.0,
             keep_ended_ms=self.settings.dead_keep_ms,
         )
-        self.sessions = StoredSessions(self.keeper, self.settings, clock)
+        self.sessions = StoredSessionService(self.sync, self.settings, clock)
         store.hung = lambda: clock.advance(TIMEOUT)
 
     # what callers do
@@ -113,9 +123,9 @@ class Office:
     async def find(self, token: bytes, address: str = ADDRESS) -> Session | Code:
         """What a connection does with a frame's token."""
         found = self.check(token)
-        if self.sessions.looks_up and found in (Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED):
+        if self.sessions.is_shared and found in (Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED):
             assert isinstance(found, Code)
-            await self.sessions.find(token, address, found)
+            await self.sessions.look_up(token, address, found)
             return self.check(token)
         return found
 
@@ -140,7 +150,7 @@ class Office:
 
     async def settle(self) -> None:
         for _ in range(1_000):
-            running = [task for task in self.keeper._tasks if task.get_name() != keeper_module._UPKEEP]
+            running = [task for task in self.sync.tasks.running if task.get_name() != tasks_module.UPKEEP]
             if not running:
                 return
             await asyncio.wait(running)
@@ -156,18 +166,18 @@ class Office:
 
     async def outage(self, mode: str = FAILS) -> None:
         self.store.mode = mode
-        self.keeper.health.begin_outage(self.clock.now())
+        self.sync.health.begin_outage(self.clock.now())
         await self.settle()
 
     @property
     def state(self) -> State:
-        return self.keeper.health.state
+        return self.sync.health.state
 
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """The timeouts here are short, and the disk of a busy machine may be slow."""
-    monkeypatch.setattr(keeper_module, "DISK_AT_LEAST_S", 5.0)
+    monkeypatch.setattr(revoker_module, "MIN_DISK_S", 5.0)
 
 
 @pytest.fixture
@@ -216,7 +226,7 @@ async def begin(tmp_path: Path, clock: FakeClock) -> AsyncIterator[Begin]:
         office = Office(tmp_path, store, clock, entropy, **options)
         offices.append(office)
         if starts:
-            await office.keeper.start()
+            await office.sync.start()
         return office
 
     yield start
@@ -518,17 +528,17 @@ async def test_whose_a_refresh_token_is(begin: Begin, is_shared: bool) -> None:
     other = await begin(FaultyStoreView(one.store)) if is_shared else one
     opened = await one.open()
     assert opened.refresh_token is not None
-    record = await other.sessions.of_refresh_token(opened.refresh_token)
+    record = await other.sessions.find_by_refresh_token(opened.refresh_token)
     assert record is not None
     assert record.id == raw(opened)
     await one.refresh(opened)
-    assert await other.sessions.of_refresh_token(opened.refresh_token) is not None
-    assert await other.sessions.of_refresh_token(b"x" * 32) is None
+    assert await other.sessions.find_by_refresh_token(opened.refresh_token) is not None
+    assert await other.sessions.find_by_refresh_token(b"x" * 32) is None
     await one.revoke(opened)
-    assert await other.sessions.of_refresh_token(opened.refresh_token) is None
+    assert await other.sessions.find_by_refresh_token(opened.refresh_token) is None
     if is_shared:
         await other.outage()
-        await refused(other.sessions.of_refresh_token(opened.refresh_token))
+        await refused(other.sessions.find_by_refresh_token(opened.refresh_token))
 
 
 async def test_everything_ends(office: Office) -> None:
@@ -547,7 +557,7 @@ async def test_a_session_closes(office: Office) -> None:
 
 
 async def test_a_session_that_is_revoked_before_it_is_told_of_is_not_told_of(office: Office) -> None:
-    office.keeper.store.timeout = 30.0  # for a slow machine
+    office.sync.breaker.timeout = 30.0  # for a slow machine
     office.store.late["create"] = asyncio.Event()
     opening = asyncio.ensure_future(office.open())
     while not office.store.registry.kept:  # noqa: ASYNC110 - the store knows no events
@@ -560,7 +570,7 @@ async def test_a_session_that_is_revoked_before_it_is_told_of_is_not_told_of(off
 
 async def test_a_session_that_is_revoked_while_it_is_refreshed_is_not_brought_back(office: Office) -> None:
     opened = await office.open()
-    office.keeper.store.timeout = 30.0  # for a slow machine
+    office.sync.breaker.timeout = 30.0  # for a slow machine
     office.store.late["rotate"] = asyncio.Event()
     refreshing = asyncio.ensure_future(office.refresh(opened))
     while office.store.registry.refresh_reused + office.store.calls.count("rotate") < 1:  # noqa: ASYNC110
@@ -672,7 +682,7 @@ async def test_more_than_there_is_room_for_is_told(begin: Begin, log: list[dict[
 async def test_a_store_that_is_out_at_the_start_is_waited_for_with_every_token_refused(
     begin: Begin, monkeypatch: pytest.MonkeyPatch, mode: str, is_shared: bool
 ) -> None:
-    monkeypatch.setattr(keeper_module, "OPEN_LIMIT_S", TIMEOUT)
+    monkeypatch.setattr(sync_module, "OPEN_LIMIT_S", TIMEOUT)
     one = await begin(shared=is_shared)
     opened = await one.open()
     one.store.mode = mode
@@ -710,7 +720,7 @@ async def test_what_no_waiting_can_mend_stops_the_start(
 
     monkeypatch.setattr(office.store, "open", open_)
     with pytest.raises(ConfigError, match="no such database"):
-        await office.keeper.start()
+        await office.sync.start()
     assert office.store.closed == 1
 
 
@@ -723,8 +733,8 @@ async def test_a_file_of_revocations_that_cannot_be_read_stops_the_start(
         raise StoreUnavailable("no answer of the disk within 30000 ms")
 
     monkeypatch.setattr(office.pending, "open", open_)
-    with pytest.raises(ConfigError, match="revocations of before cannot be read: no answer of the disk"):
-        await office.keeper.start()
+    with pytest.raises(ConfigError, match="pending revocations cannot be read: no answer of the disk"):
+        await office.sync.start()
 
 
 async def test_a_damaged_file_of_revocations_is_told(
@@ -777,7 +787,7 @@ async def test_one_that_hangs_costs_its_timeout_once(office: Office) -> None:
     asked = office.store.calls.count("create")
     await refused(office.open())
     assert office.store.calls.count("create") == asked  # it is not even begun
-    assert office.keeper.health.outages == 1
+    assert office.sync.health.outages == 1
 
 
 async def test_after_the_grace_every_token_is_refused_until_it_is_over(
@@ -869,14 +879,14 @@ async def test_the_grace_for_a_lost_answer_needs_no_store(office: Office) -> Non
 async def test_orphans_are_ended_without_an_outage_too(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper_module, "ORPHANS", 1)
+    monkeypatch.setattr(revoker_module, "ORPHANS", 1)
     office.store.modes["create"] = FAILS_AFTER
     await refused(office.open())
     await refused(office.open())
     assert office.state is State.HEALTHY
     assert office.store.registry.kept == 2
     office.store.modes.clear()
-    await office.keeper.clean()
+    await office.sync.clean()
     assert office.store.registry.kept == 1  # the oldest was one too many to remember
 
 
@@ -943,7 +953,7 @@ async def test_they_come_before_anything_is_loaded(begin: Begin) -> None:
 
 
 async def test_all_sessions_end_during_an_outage(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper_module, "ENDED_AT_ONCE", 7)
+    monkeypatch.setattr(revoker_module, "MAX_ENDED", 7)
     office = await begin(per_user=100)
     opened = [await office.open(f"u{n % 3}") for n in range(30)]
     await office.outage()
@@ -954,9 +964,9 @@ async def test_all_sessions_end_during_an_outage(begin: Begin, monkeypatch: pyte
 
 
 async def test_more_than_can_be_listed_end_too(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zcproto.stores import memory
+    from tests.stores import memory_store as memory
 
-    monkeypatch.setattr(keeper_module, "MAX_LISTED", 10)
+    monkeypatch.setattr(revoker_module, "MAX_LISTED", 10)
     monkeypatch.setattr(memory, "MAX_LISTED", 10)
     office = await begin(per_user=100)
     for number in range(25):
@@ -973,7 +983,7 @@ async def test_who_logs_in_elsewhere_after_a_revocation_is_not_ended_by_it(begin
     await one.open()
     await one.outage()
     await one.sessions.revoke_user("ada", "all")
-    one.clock.advance(keeper_module.CLOCK_SKEW_MS / 1000 + 1)
+    one.clock.advance(revoker_module.CLOCK_SKEW_MS / 1000 + 1)
     new = await other.open()
     await one.recover()
     assert other.good(new)
@@ -1093,7 +1103,7 @@ async def test_a_revocation_during_the_recovery_waits_for_its_end(office: Office
     first, second = await office.open(), await office.open()
     await office.outage()
     await office.revoke(first)
-    office.keeper.store.timeout = 30.0  # for a slow machine
+    office.sync.breaker.timeout = 30.0  # for a slow machine
     office.store.mode = WORKS
     office.store.gate = asyncio.Event()
     office.clock.advance(MAX_DELAY_S)
@@ -1134,7 +1144,7 @@ async def test_a_token_of_another_process_is_found(begin: Begin) -> None:
 
 
 async def test_a_local_store_is_not_asked_for_tokens(office: Office) -> None:
-    assert not office.sessions.looks_up
+    assert not office.sessions.is_shared
     assert await office.find(b"x" * 32) is Code.UNAUTHENTICATED
     assert "find" not in office.store.calls
 
@@ -1152,16 +1162,16 @@ async def test_a_token_is_looked_up_once_at_a_time(begin: Begin) -> None:
 async def test_an_unknown_token_is_not_looked_up_again_for_a_while(
     shared: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions_module, "NOT_KNOWN", 3)
+    monkeypatch.setattr(sessions_module, "UNKNOWN_TOKENS", 3)
     for _ in range(10):
         assert await shared.find(b"x" * 32) is Code.UNAUTHENTICATED
     assert shared.store.calls.count("find") == 1
-    shared.clock.advance(NOT_KNOWN_S)
+    shared.clock.advance(UNKNOWN_TOKEN_S)
     assert await shared.find(b"x" * 32) is Code.UNAUTHENTICATED
     assert shared.store.calls.count("find") == 2
     for number in range(10):
         await shared.find(number.to_bytes(32, "big"))
-    assert len(shared.sessions._not_known) == 3
+    assert len(shared.sessions._unknown) == 3
 
 
 async def test_an_address_with_many_unknown_tokens_has_to_wait(
@@ -1191,7 +1201,7 @@ async def test_a_network_of_ipv6_counts_as_one_address(shared: Office) -> None:
 
 
 async def test_only_so_many_are_looked_up_at_once(shared: Office, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions_module, "LOOKED_UP_AT_ONCE", 2)
+    monkeypatch.setattr(sessions_module, "MAX_LOOKUPS", 2)
     shared.store.gate = asyncio.Event()
     finding = [asyncio.ensure_future(shared.find(bytes([n]) * 32)) for n in range(2)]
     await asyncio.sleep(0)
@@ -1233,7 +1243,7 @@ async def test_a_token_that_expired_is_looked_up_as_it_may_have_been_used_elsewh
     for _ in range(2):
         one.clock.advance(0.75 * HOUR_MS / 1000)
         assert one.good(opened)
-    await one.keeper.write_uses()
+    await one.sync.write_uses()
     assert isinstance(await other.find(opened.token), Session)
     one.clock.advance(2 * HOUR_MS / 1000)
     assert await other.find(opened.token) is Code.TOKEN_EXPIRED
@@ -1253,7 +1263,7 @@ async def test_a_token_that_expired_is_expired_while_nobody_can_tell_better(shar
 
 async def test_a_token_that_is_refused_for_another_reason_is_not_looked_up(shared: Office) -> None:
     opened = await shared.open()
-    await shared.sessions.find(
+    await shared.sessions.look_up(
         opened.token, ADDRESS, Code.UNAUTHENTICATED
     )  # known, but not from this address
     assert "find" not in shared.store.calls
@@ -1384,7 +1394,7 @@ async def test_when_anything_may_have_changed_only_what_is_in_use_is_asked_for(b
 async def test_a_session_that_ends_elsewhere_while_it_is_looked_up_does_not_come_in(
     begin: Begin, all_of_them: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper_module, "CHANGES", 2)
+    monkeypatch.setattr(changes_module, "CHANGES", 2)
     one = await begin(shared=True)
     other = await begin(FaultyStoreView(one.store))
     opened = await one.open()
@@ -1443,7 +1453,7 @@ async def test_sessions_are_brought_back_to_a_store_that_was_emptied(begin: Begi
 
 
 def emptied(office: Office) -> None:
-    from zcproto.stores.store import Change, ChangeKind
+    from zcproto.stores.base import Change, ChangeKind
 
     office.store.on_change(Change(ChangeKind.EMPTIED))
 
@@ -1509,11 +1519,11 @@ async def test_what_comes_back_late_is_revoked_again_and_again(begin: Begin) -> 
         one.store.lose_all()
     one.store.mode = FAILS
     await one.advance(REPEATS_S[0])
-    assert one.keeper._repeated
+    assert one.sync.revoker._repeats
     await one.recover()
     for _ in range(2):  # after an outage those that were missed come once
         await one.advance(REPEATS_S[-1])
-    assert one.keeper._repeated == []
+    assert one.sync.revoker._repeats == []
     assert one.state is State.HEALTHY
 
 
@@ -1538,9 +1548,9 @@ async def test_a_process_that_did_not_see_the_loss_revokes_again_what_nobody_kne
 async def test_the_disk_begins_before_a_slow_store_is_given_up(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper_module, "_ALONE", 0.0)
+    monkeypatch.setattr(revoker_module, "_STORE_ALONE", 0.0)
     office = await begin(shared=True)
-    office.keeper.store.timeout = 30.0
+    office.sync.breaker.timeout = 30.0
     opened, other = await office.open(), await office.open()
     for each, failed in ((opened, False), (other, True)):
         office.store.gate = asyncio.Event()
@@ -1592,20 +1602,20 @@ async def test_an_emptied_store_that_fails_again_is_filled_later(begin: Begin) -
 
 async def test_last_uses_are_written_behind(office: Office) -> None:
     one, other = await office.open(), await office.open()
-    await office.keeper.write_uses()
+    await office.sync.write_uses()
     office.store.calls.clear()
     office.clock.advance(60)
     assert office.good(one)
-    await office.keeper.write_uses()
+    await office.sync.write_uses()
     assert office.store.calls == ["touch"]
     used, unused = (office.store.registry.record(raw(each)) for each in (one, other))
     assert used is not None
     assert unused is not None
     assert used.last_used_at - unused.last_used_at == 60_000
-    await office.keeper.write_uses()
+    await office.sync.write_uses()
     office.clock.wall_ms -= HOUR_MS
     office.store.calls.clear()
-    await office.keeper.write_uses()  # the clock was set back: better once too often than never
+    await office.sync.write_uses()  # the clock was set back: better once too often than never
 
 
 async def test_uses_that_could_not_be_written_are_written_later(office: Office) -> None:
@@ -1614,9 +1624,9 @@ async def test_uses_that_could_not_be_written_are_written_later(office: Office) 
     assert office.good(opened)
     office.store.modes["touch"] = FAILS
     with pytest.raises(StoreUnavailable):
-        await office.keeper.write_uses()
+        await office.sync.write_uses()
     office.store.modes.clear()
-    await office.keeper.write_uses()
+    await office.sync.write_uses()
     record = office.store.registry.record(raw(opened))
     assert record is not None
     assert record.last_used_at == office.clock.wall()
@@ -1652,8 +1662,8 @@ async def test_a_probe_is_not_left_behind(office: Office) -> None:
     assert office.state is State.RECOVERING
     await asyncio.sleep(0)
     await office.sessions.stop()
-    assert not office.keeper._tasks
-    assert len(office.keeper._wheel) == 0
+    assert not office.sync.tasks.running
+    assert len(office.sync._wheel) == 0
 
 
 async def test_what_time_has_ended_is_removed_here_and_in_the_store(begin: Begin) -> None:
@@ -1661,7 +1671,7 @@ async def test_what_time_has_ended_is_removed_here_and_in_the_store(begin: Begin
     for _ in range(1_500):
         await office.open()
     office.clock.advance(2 * DAY_MS / 1000)
-    await office.keeper.clean()
+    await office.sync.clean()
     assert office.registry.kept == 0
     assert office.store.registry.kept == 0
 
@@ -1669,7 +1679,7 @@ async def test_what_time_has_ended_is_removed_here_and_in_the_store(begin: Begin
 async def test_upkeep_goes_on_by_itself_whatever_happens(
     begin: Begin, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper_module, "TOUCH_INTERVAL_S", 0.001)
+    monkeypatch.setattr(sync_module, "TOUCH_INTERVAL_S", 0.001)
     office = await begin()
     calls = itertools.count()
 
@@ -1714,7 +1724,7 @@ async def test_a_bug_in_the_background_is_told(
     async def wrong() -> None:
         raise ValueError("a bug")
 
-    office.keeper.in_background(wrong())
+    office.sync.tasks.run_in_background(wrong())
     await office.settle()
     assert "store.task_failed" in events(log)
 
@@ -1807,7 +1817,7 @@ async def test_what_operators_see(office: Office) -> None:
 
 async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
     registry = SessionRegistry(SessionSettings(), CountedEntropy())
-    sessions = MemorySessions(registry, clock)
+    sessions = SessionService(registry, clock)
 
     def at_once(work: Any) -> Any:
         with pytest.raises(StopIteration) as stopped:
@@ -1819,7 +1829,7 @@ async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
     assert again.session.id == opened.session.id
     assert [info.id for info in at_once(sessions.list("ada"))] == [opened.session.id]
     assert sessions.info(again.session).user == "ada"
-    assert at_once(sessions.find(b"x" * 32, ADDRESS, Code.UNAUTHENTICATED)) is None
+    assert at_once(sessions.look_up(b"x" * 32, ADDRESS, Code.UNAUTHENTICATED)) is None
     at_once(sessions.close(again.session))
     assert registry.kept == 0
     for _ in range(3):
@@ -1827,13 +1837,13 @@ async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
     assert at_once(sessions.revoke(opened.session.id, user="ada", reason=""))
     assert at_once(sessions.revoke_user("ada", "")) == 2
     opened = at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS, key="device:phone"))
-    assert at_once(sessions.of_refresh_token(opened.refresh_token)).user == "ada"
+    assert at_once(sessions.find_by_refresh_token(opened.refresh_token)).user == "ada"
     assert at_once(sessions.revoke_key("ada", "device:phone", "")) == 1
     at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS))
     assert at_once(sessions.revoke_all("")) == 1
     at_once(sessions.stop())
     assert sessions.statistics() == {"state": "healthy"}
-    assert not sessions.looks_up
+    assert not sessions.is_shared
 
 
 async def test_a_full_store_lets_the_limit_of_the_user_be_seen(begin: Begin) -> None:
@@ -1844,41 +1854,3 @@ async def test_a_full_store_lets_the_limit_of_the_user_be_seen(begin: Begin) -> 
     error = await refused(office.open("bob"), ResourceExhausted)
     assert error.details == {"retry_after_ms": 10_000}
     assert office.state is State.HEALTHY
-
-
-async def test_the_guard_hands_on_every_operation(office: Office) -> None:
-    guard, store = office.keeper.store, office.store
-    opened = await office.open()
-    record = office.registry.record(raw(opened))
-    assert record is not None
-    store.calls.clear()
-    assert not guard.shared
-    assert await guard.count() == 1
-    assert await guard.get(record.id) == record
-    assert await guard.find(record.token_digest) == record
-    await guard.ping()
-    assert (await guard.claim("ada", "k", bytes(32), 0, 10)).answer == b""
-    await guard.keep_answer("ada", "k", b"x", 0, 10)
-    await guard.release_claim("ada", "k")
-    assert [batch async for batch in guard.load()] == [[record]]
-    await guard.create(record, UserLimit(5, "refuse", None))
-    (ended,) = await guard.end([record.id], Code.TOKEN_REVOKED, office.clock.wall())
-    assert isinstance(ended, EndedRecord)
-    assert await guard.end_user("ada", Code.TOKEN_REVOKED, 0) == []
-    assert await guard.end_all(Code.TOKEN_REVOKED, 0) == 0
-    await guard.open(store.on_change)
-    await guard.close()
-    await office.outage(WORKS)
-    store.calls.clear()
-    for work in (
-        guard.count(),
-        guard.get(record.id),
-        guard.ping(),
-        guard.claim("ada", "k", bytes(32), 0, 10),
-        guard.keep_answer("ada", "k", b"x", 0, 10),
-        guard.release_claim("ada", "k"),
-        guard.end_all(Code.TOKEN_REVOKED, 0),
-    ):
-        with pytest.raises(StoreUnavailable, match="it is out, and is not asked"):
-            await work
-    assert store.calls == []

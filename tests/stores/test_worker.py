@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import pytest
 
 from zcproto.stores import worker
-from zcproto.stores.store import StoreUnavailable
+from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.worker import GROUP, Job, Worker
 
 LONG = 20.0

@@ -55,9 +55,9 @@ class BearerTokens:
     async def _check(self, token: bytes, request: HttpRequest) -> Session | HttpResponse:
         state, address = self._state, request.peer.address
         session = state.registry.check(token, state.clock.wall())
-        if not isinstance(session, Session) and state.sessions.looks_up:
+        if not isinstance(session, Session) and state.sessions.is_shared:
             try:
-                await state.sessions.find(token, address, session)
+                await state.sessions.look_up(token, address, session)
             except CallError as error:
                 return _try_later(error)
             session = state.registry.check(token, state.clock.wall())

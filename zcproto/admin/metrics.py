@@ -24,7 +24,7 @@ from zcproto.observe.log import lost_lines
 from zcproto.observe.loop_lag import BOUNDS_MS
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import ProcessMetrics
-from zcproto.server.idempotency import OnceOnly
+from zcproto.server.idempotency import IdempotencyCache
 from zcproto.sessions import EndReason
 from zcproto.sessions.health import State
 from zcproto.stores.pending import LIMIT as PENDING_LIMIT
@@ -100,7 +100,7 @@ class ServerMetrics:
             (
                 "idempotency.max_bytes",
                 config.idempotency.max_bytes,
-                state.once.bytes_kept if parts.store is None else None,
+                state.idempotency.bytes_kept if parts.store is None else None,
             ),
             ("sessions", settings.max_sessions, registry.kept),
             ("remembered_tokens", settings.dead_limit, registry.tombstones),
@@ -184,7 +184,7 @@ class ServerMetrics:
                 yield table.DURATIONS.at(method.durations, name)
             if any(method.waits.counts):
                 yield table.WAITS.at(method.waits, name)
-        yield from _of_once(state.once)
+        yield from _idempotency(state.idempotency)
 
     def _of_errors(self) -> Iterator[Reading]:
         counters = self.parts.state.counters
@@ -212,10 +212,10 @@ class ServerMetrics:
         )
         yield table.STORE_OUTAGES.at(health.outages)
         yield table.STORE_FAILURES.at(health.failures)
-        yield table.STORE_ASKING.at(store.store.asking)
-        yield table.STORE_DURATION.at(store.store.durations)
+        yield table.STORE_ASKING.at(store.breaker.in_flight)
+        yield table.STORE_DURATION.at(store.breaker.durations)
         yield table.STORE_PENDING.at(len(store.pending))
-        yield table.STORE_CHANGES.at(store.changes)
+        yield table.STORE_CHANGES.at(store.changes.count)
         known = self.parts.state.sessions.statistics()
         if "lookups" in known:
             yield table.STORE_LOOKUPS.at(known["lookups"] - known["misses"], "found")
@@ -262,11 +262,11 @@ def _code_name(code: int) -> str:
         return OTHER
 
 
-def _of_once(once: OnceOnly) -> Iterator[Reading]:
-    yield table.ONCE_RUNNING.at(once.running)
-    yield table.ONCE.at(once.repeated, "repeated")
-    yield table.ONCE.at(once.conflicts, "conflict")
-    yield table.ONCE.at(once.lost, "lost")
+def _idempotency(cache: IdempotencyCache) -> Iterator[Reading]:
+    yield table.ONCE_RUNNING.at(cache.running)
+    yield table.ONCE.at(cache.repeated, "repeated")
+    yield table.ONCE.at(cache.conflicts, "conflict")
+    yield table.ONCE.at(cache.lost, "lost")
 
 
 def _certificate_labels(one: CertificateStatus) -> tuple[str, str, str, str]:

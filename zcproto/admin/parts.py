@@ -21,7 +21,7 @@ from zcproto.config import Config
 from zcproto.observe.loop_lag import LoopLag
 from zcproto.server.listener import Listener
 from zcproto.server.state import ServerState
-from zcproto.stores.sync import StoreKeeper
+from zcproto.stores.sync import StoreSync
 from zcproto.tls.server import TlsAcceptor
 
 
@@ -47,7 +47,7 @@ class Parts:
     alerts: ServerAlerts
     certificates: CertificateKeeper
     state: ServerState
-    store: StoreKeeper | None
+    store: StoreSync | None
     throttle: Throttle
     login: Login
     users: Users | None

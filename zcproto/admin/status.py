@@ -132,7 +132,7 @@ def statistics(parts: Parts) -> dict[str, Any]:
         "refused_users": state.binding.refused_users,
         "refused_addresses": state.binding.refused_addresses,
         "refused_clients": state.binding.refused_clients,
-        "idempotency": state.once.counts,
+        "idempotency": state.idempotency.counts,
         "store": state.sessions.statistics(),
         "handshakes_completed": acceptor.handshakes_completed,
         "handshakes_in_progress": acceptor.handshakes_in_progress,

@@ -22,10 +22,10 @@ from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import Code, ConfigError
+from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import token_text
-from zcproto.stores.choose import MEMORY, SQLITE
-from zcproto.stores.store import StoreUnavailable
+from zcproto.stores.base import StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.errors import Code, ConfigError
-from zcproto.runtime.store_setup import store_of
-from zcproto.stores.choose import MEMORY, SQLITE
-from zcproto.stores.store import Change, SessionStore, StoreUnavailable
+from zcproto.runtime.store_setup import MEMORY, SQLITE, build_store
+from zcproto.stores.base import Change, SessionStore, StoreUnavailable
 
 if TYPE_CHECKING:
     from zcproto.config import Config
@@ -59,7 +58,7 @@ def with_store(config: Config, url: str) -> Config:
 @asynccontextmanager
 async def opened_store(config: Config, home: Home) -> AsyncIterator[SessionStore]:
     """The store that is configured, ready. Raises ConfigError, NotHereError and StoreUnavailable."""
-    store = store_of(config, home)
+    store = build_store(config, home)
     if store is None:
         raise NotHereError([f"store.url: sessions are in the memory of the server; {ASK_SERVER}"])
     if config.store.url == SQLITE and is_in_use(home.sessions):

@@ -23,7 +23,7 @@ from zcproto.common.home import Home
 from zcproto.errors import Code, NotFound
 from zcproto.server.operators import LISTED, REVOKED_AT_ONCE, describe
 from zcproto.sessions.token import id_from_text
-from zcproto.stores.store import MAX_LISTED
+from zcproto.stores.base import MAX_LISTED
 
 if TYPE_CHECKING:
     from zcproto.config import Config

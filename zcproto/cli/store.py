@@ -25,9 +25,9 @@ from zcproto.cli.kept_sessions import (
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.sessions.record import SessionRecord, UserLimit
-from zcproto.stores.choose import MEMORY, SQLITE
-from zcproto.stores.store import MAX_LISTED, LimitReached, SessionStore
+from zcproto.stores.base import MAX_LISTED, LimitReached, SessionStore
 
 if TYPE_CHECKING:
     from zcproto.config import Config

@@ -43,9 +43,9 @@ from zcproto.runtime.alert_sources import (
     watch_rates,
 )
 from zcproto.runtime.settings import connection_settings, session_settings, to_ms
-from zcproto.runtime.store_setup import NEAR_CACHE, keeper_of, store_of
+from zcproto.runtime.store_setup import NEAR_CACHE, build_store, build_sync
 from zcproto.server.eager import EagerTasks
-from zcproto.server.idempotency import OnceOnly, answer_limits
+from zcproto.server.idempotency import IdempotencyCache, answer_limits
 from zcproto.server.listener import Listener
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods
@@ -53,8 +53,8 @@ from zcproto.server.state import ServerState, SessionConnections, log
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.session import DEVICE_KEY
-from zcproto.stores.service import MemorySessions, Sessions, StoredSessions
-from zcproto.stores.sync import StoreKeeper
+from zcproto.stores.service import SessionService, StoredSessionService
+from zcproto.stores.sync import StoreSync
 from zcproto.tls.context import can_choose_suites
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import parse_pins
@@ -153,9 +153,9 @@ class SessionParts(NamedTuple):
     """`store` is None if sessions end with the process."""
 
     registry: SessionRegistry
-    sessions: Sessions
+    sessions: SessionService
     connections: SessionConnections
-    store: StoreKeeper | None
+    store: StoreSync | None
 
 
 async def build_sessions(
@@ -163,17 +163,17 @@ async def build_sessions(
 ) -> SessionParts:
     """Build the registry of sessions, and its store if one is configured."""
     on_store_event = partial(tell_store, alerts)
-    store = await asyncio.to_thread(store_of, config, home, on_store_event)
+    store = await asyncio.to_thread(build_store, config, home, on_store_event)
     settings = session_settings(config)
     if store is not None and store.shared:
         settings = replace(settings, max_sessions=NEAR_CACHE)
     registry = SessionRegistry(settings, entropy)
     connections = SessionConnections()
     if store is None:
-        sessions: Sessions = MemorySessions(registry, clock)
-        keeper = None
+        sessions: SessionService = SessionService(registry, clock)
+        sync = None
     else:
-        keeper = keeper_of(
+        sync = build_sync(
             store,
             config,
             home,
@@ -185,9 +185,9 @@ async def build_sessions(
             entropy=entropy,
             on_event=on_store_event,
         )
-        sessions = StoredSessions(keeper, settings, clock)
+        sessions = StoredSessionService(sync, settings, clock)
     sessions.on_reuse = partial(tell_refresh_reused, alerts)
-    return SessionParts(registry, sessions, connections, keeper)
+    return SessionParts(registry, sessions, connections, sync)
 
 
 def build_state(
@@ -197,7 +197,7 @@ def build_state(
     loop = asyncio.get_running_loop()
     tasks = EagerTasks(loop)
     return ServerState(
-        settings=replace(connection_settings(config), looks_up=sessions.sessions.looks_up),
+        settings=replace(connection_settings(config), looks_up=sessions.sessions.is_shared),
         registry=sessions.registry,
         wheel=wheel,
         tasks=tasks,
@@ -209,10 +209,10 @@ def build_state(
         session_idle_timeout_ms=session_settings(config).idle_timeout_ms,
         sessions=sessions.sessions,
         session_connections=sessions.connections,
-        once=OnceOnly(
+        idempotency=IdempotencyCache(
             tasks,
             clock,
-            store=None if sessions.store is None else sessions.store.store,
+            breaker=None if sessions.store is None else sessions.store.breaker,
             keep_ms=to_ms(config.idempotency.keep),
             limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
         ),

@@ -149,8 +149,7 @@ class Server:
             if self._has_control:
                 await self._open_control(parts, stack)
             stack.push_async_callback(parts.alerts.stop)
-            if parts.store is not None:
-                await parts.store.start()
+            await parts.state.sessions.start()
             stack.push_async_callback(parts.state.sessions.stop)
             stack.callback(parts.listener.close)
             if parts.http is not None:

@@ -1,17 +1,17 @@
-"""Requests with an idempotency key: each is run once for its user, whatever the connection, worker or retry.
+"""Idempotency keys: a request with a key is run once per user, whatever the connection, worker or retry.
 
-What this file decides: whether a request is run, waits for one that runs, or gets an answer that is kept; which
-answers are kept.
+What this file decides: whether a request is run, waits for one in progress or gets a stored answer; which answers
+are stored.
 
 Rules:
-- A run belongs to nobody's connection. A caller that cancels, is out of time or is gone ends its own wait, never
-  the run: whoever asks again must find out what became of it.
-- All callers of one key get one answer, and it is kept before the first of them gets it.
-- An answer that says for certain that nothing was done (`NOT_RUN`) is not kept: the next caller runs the request.
-  Every other one is, errors too: what failed half-way must not be done again by itself.
-- Without the store nothing is run: running it without a promise is what the key is there to prevent.
-- A claim lasts as long as an answer is kept. If the process that ran it is gone, nobody knows what was done, and
-  that is what callers are told; it is not run again.
+- A run belongs to no connection. A caller that cancels, times out or disconnects ends its own wait and never the
+  run, so that a retry can find out what happened.
+- All callers with one key get the same answer, which is stored before the first of them gets it.
+- An answer that guarantees that nothing was done (`NOT_RUN`) is not stored: the next caller runs the request.
+  Every other answer is, errors included: a request that failed half-way must not be repeated automatically.
+- Without the store no request with a key is run: running it without that promise is what the key prevents.
+- A claim lasts as long as an answer is stored. If the process that ran the request is gone, the outcome is unknown;
+  callers are told so and the request is not run again.
 
 It must not know: connections, frames, how a method is run.
 """
@@ -23,17 +23,18 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
 from operator import itemgetter
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from zcproto.common.clock import Clock
 from zcproto.errors import CallError, Code, FailedPrecondition, Unavailable, UnknownError
 from zcproto.server.eager import EagerTasks
 from zcproto.stores.answers import AnswerLimits, Answers
-from zcproto.stores.store import Claim, ClaimState, StoreUnavailable
+from zcproto.stores.base import Claim, ClaimState, StoreUnavailable
+from zcproto.stores.circuit_breaker import CircuitBreaker
 from zcproto.wire.message import encode_body
 
 DEFAULT_KEEP_MS: Final = 600_000
-"""Longer than a client goes on trying, and than a person who tries again by hand."""
+"""Longer than a client retries, and than a person who retries by hand."""
 
 NOT_RUN: Final = frozenset(
     {
@@ -46,22 +47,22 @@ NOT_RUN: Final = frozenset(
         Code.UNAUTHENTICATED,
     }
 )
-"""Codes by whose name section 11.1 of the specification says that the request was not run."""
+"""Codes that guarantee that the request was not run (zcp1.md, section 11.1)."""
 
 RETRY_MS: Final = 1_000
 
 POLL_FIRST_S: Final = 0.05
 POLL_LAST_S: Final = 1.0
-"""How often the store is asked whether another process has the answer; twice as long each time."""
+"""How often the store is polled for the answer of another process; the pause doubles each time."""
 
-LEFT_BEHIND: Final = 1_024
-"""Keys of which the store knows less than we do; beyond that the oldest are left to their time."""
+MAX_REMEMBERED: Final = 1_024
+"""Keys whose state is missing in the store; beyond that the oldest expire there on their own."""
 
 _SWEPT: Final = 8
-"""Old answers that are looked at for each request: twice as many as can be added would do."""
+"""Old answers checked for expiry at each request; two would keep up with new ones."""
 
 _USER_SHARE: Final = 4
-"""A user's answers take at most such a part of all."""
+"""The answers of one user take at most 1/4 of the memory for all."""
 
 _CONTAINERS: Final = frozenset({dict, list})
 
@@ -72,19 +73,6 @@ _Claimed = tuple[Name, int]
 """A claim in the store, by when it ends."""
 
 
-class AnswerStore(Protocol):
-    """What is asked of a store of sessions, or of one with a guard."""
-
-    @property
-    def shared(self) -> bool: ...
-
-    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim: ...
-
-    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None: ...
-
-    async def release_claim(self, user: str, key: str) -> None: ...
-
-
 class Answer(NamedTuple):
     """The body of a RESPONSE (`code` 0), or of an ERROR."""
 
@@ -93,14 +81,14 @@ class Answer(NamedTuple):
 
 
 Execute = Callable[[], Awaitable[bytes]]
-"""Runs the method; the encoded result. What it raises is the answer, too."""
+"""Runs the method and returns the encoded result. An exception is an answer too."""
 
-Failed = Callable[[BaseException], Answer]
-"""What an exception is answered with."""
+AnswerError = Callable[[BaseException], Answer]
+"""Returns the answer for an exception."""
 
 
 class _Run:
-    """A request that runs, or is about to. `until` is when its claim in the store ends."""
+    """A request in progress. `until` is when its claim in the store ends."""
 
     __slots__ = ("digest", "until", "waiting")
 
@@ -121,18 +109,18 @@ class Waiting:
         run.waiting[self] = None
 
     def cancel(self) -> None:
-        """Wait no longer. The run goes on."""
+        """Stop waiting. The run goes on."""
         self._run.waiting.pop(self, None)
 
 
-class OnceOnly:
-    """All requests with a key, of one process.
+class IdempotencyCache:
+    """The requests with a key in one process.
 
-    `store` makes it hold across processes and restarts. Without one, answers are kept in memory, within `limits`
-    (a store has its own).
+    With `breaker`, around a store, idempotency holds across processes and restarts. Without one, answers are kept
+    in memory within `limits` (a store has its own limits).
 
-    The counts are for operators: callers that got an answer again (`repeated`), that used a key for another
-    request (`conflicts`), and that had to be told that nobody knows (`lost`).
+    Counters for operators: callers that got a stored answer or joined a run (`repeated`), that used a key for
+    another request (`conflicts`), and whose outcome is unknown (`lost`).
     """
 
     def __init__(
@@ -140,22 +128,26 @@ class OnceOnly:
         tasks: EagerTasks,
         clock: Clock,
         *,
-        store: AnswerStore | None = None,
+        breaker: CircuitBreaker | None = None,
         keep_ms: int = DEFAULT_KEEP_MS,
         limits: AnswerLimits | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._tasks = tasks
         self._clock = clock
-        self._store = store
+        self._breaker = breaker
         self._keep_ms = keep_ms
         self._limits = AnswerLimits() if limits is None else limits
         self._sleep = sleep
         self._running: dict[Name, _Run] = {}
-        self._memory = Answers(self._limits)  # without a store all answers, else those it did not take
-        self._not_kept: OrderedDict[Name, None] = OrderedDict()  # of those, what the store must still be told
-        self._idle_claims: OrderedDict[_Claimed, None] = OrderedDict()  # ours, maybe, and nobody runs them
-        self._settling = False
+        self._memory = Answers(self._limits)  # all answers without a store, else those it failed to store
+        self._unsaved: OrderedDict[Name, None] = (
+            OrderedDict()
+        )  # answers in memory, to be written to the store
+        self._idle_claims: OrderedDict[_Claimed, None] = (
+            OrderedDict()
+        )  # the store may hold them; nothing runs
+        self._is_saving = False
         self._no_runs = asyncio.Event()
         self._no_runs.set()
         self.repeated = 0
@@ -164,17 +156,17 @@ class OnceOnly:
 
     @property
     def running(self) -> int:
-        """Requests that run now, or ask the store whether they may."""
+        """The number of requests in progress, including those that wait for their claim."""
         return len(self._running)
 
     @property
     def bytes_kept(self) -> int:
-        """Bytes of the answers that are kept here, and not in a store."""
+        """The bytes of the answers in memory."""
         return self._memory.bytes
 
     @property
     def counts(self) -> dict[str, int]:
-        """The figures for operators."""
+        """The counters for operators."""
         return {
             "running": self.running,
             "repeated": self.repeated,
@@ -183,33 +175,33 @@ class OnceOnly:
         }
 
     async def wait_idle(self) -> None:
-        """Return when nothing runs."""
+        """Wait until no request is in progress."""
         await self._no_runs.wait()
 
-    def ask(
+    def submit(
         self,
         user: str,
         key: str,
         digest: bytes,
         execute: Execute,
-        failed: Failed,
+        answer_error: AnswerError,
         on_answer: Callable[[Answer], None],
     ) -> Answer | Waiting:
-        """Run a request, unless it runs or has its answer. `digest` is what tells requests apart.
+        """Run a request unless it is in progress or has an answer. `digest` identifies its content.
 
-        Either the answer is there at once, or `on_answer` is called with it later.
+        Return the answer if it is available at once; otherwise `on_answer` is called with it later.
         """
         name = (user, key)
         run = self._running.get(name)
         if run is not None:
             if run.digest != digest:
-                return failed(self._conflict())
+                return answer_error(self._conflict())
             self.repeated += 1
             return Waiting(run, on_answer)
         run = self._running[name] = _Run(digest)
         self._no_runs.clear()
         try:
-            worker = self._tasks.start(self._answer(name, run, execute, failed))
+            worker = self._tasks.start(self._answer(name, run, execute, answer_error))
         except BaseException:
             self._ended(name)
             raise
@@ -222,7 +214,7 @@ class OnceOnly:
             self._ended(name)
             if answer is None:
                 assert error is not None
-                answer = failed(error)
+                answer = answer_error(error)
             for waiting in list(run.waiting):
                 if waiting in run.waiting:
                     waiting.on_answer(answer)
@@ -235,134 +227,140 @@ class OnceOnly:
         if not self._running:
             self._no_runs.set()
 
-    async def _answer(self, name: Name, run: _Run, execute: Execute, failed: Failed) -> Answer:
+    async def _answer(self, name: Name, run: _Run, execute: Execute, answer_error: AnswerError) -> Answer:
         try:
-            kept = await self._claim(name, run)
+            stored = await self._claim(name, run)
         except (Exception, asyncio.CancelledError) as error:
-            return failed(error)
-        if kept is not None:
+            return answer_error(error)
+        if stored is not None:
             self.repeated += 1
-            return kept
+            return stored
         try:
             answer = Answer(0, await execute())
         except (Exception, asyncio.CancelledError) as error:  # one that stops the process is no answer
-            answer = failed(error)
+            answer = answer_error(error)
         if answer.code in NOT_RUN:
             await self._release(name, run.until)
         else:
-            await self._keep(name, run.digest, self._keepable(answer, failed))
+            await self._keep(name, run.digest, self._fit(answer, answer_error))
         return answer
 
-    # --- may it run? -----------------------------------------------------------------------------
+    # --- claiming --------------------------------------------------------------------------------
 
     async def _claim(self, name: Name, run: _Run) -> Answer | None:
-        """The answer that is kept; None if the request is to be run. Raises CallError if it may not be."""
+        """Return the stored answer, or None if the request is to be run. Raises CallError if it may not be."""
         pause = POLL_FIRST_S
         while True:
             claim = await self._claim_once(name, run)
             if claim.state is ClaimState.CONFLICT:
                 raise self._conflict()
             if claim.state is ClaimState.DONE:
-                return self._kept(claim.answer)
+                return self._stored(claim.answer)
             if claim.state is ClaimState.NEW:
                 return None
             if (name, claim.until) in self._idle_claims:
                 del self._idle_claims[(name, claim.until)]
                 run.until = claim.until
                 return None
-            if self._store is None or not self._store.shared:
+            if self._breaker is None or not self._breaker.store.shared:
                 self.lost += 1
                 raise UnknownError(
-                    "the server stopped while it ran this request: see whether it was done, then use another key"
+                    "the server stopped while it ran this request: check whether it was done, then use another key"
                 )
             await self._sleep(pause)
             if not run.waiting:
-                raise Unavailable("nobody waits for it any more", {"retry_after_ms": RETRY_MS})
+                raise Unavailable(
+                    "no caller waits for this request any more; send it again", {"retry_after_ms": RETRY_MS}
+                )
             pause = min(2 * pause, POLL_LAST_S)
 
     async def _claim_once(self, name: Name, run: _Run) -> Claim:
-        wall, store = self._clock.wall(), self._store
+        wall, breaker = self._clock.wall(), self._breaker
         run.until = wall + self._keep_ms
         self._memory.expire(wall, _SWEPT)
         entry = self._memory.entry(*name)
-        if store is None or (entry is not None and wall < entry.until):
+        if breaker is None or (entry is not None and wall < entry.until):
             return self._memory.claim(*name, run.digest, wall, self._keep_ms)
         try:
-            claim = await store.claim(*name, run.digest, wall, self._keep_ms)
+            claim = await breaker.call(breaker.store.claim(*name, run.digest, wall, self._keep_ms))
         except StoreUnavailable as error:
-            _remember(self._idle_claims, (name, run.until))  # it may be claimed all the same
+            _remember(self._idle_claims, (name, run.until))  # it may have been claimed nevertheless
             raise Unavailable(
-                "requests with an idempotency key cannot be run just now", {"retry_after_ms": RETRY_MS}
+                "the session store does not answer, so no request with an idempotency key is run: try again",
+                {"retry_after_ms": RETRY_MS},
             ) from error
-        if self._not_kept and not self._settling:
-            self._settling = True
-            self._tasks.start(self._settle(store))
+        if self._unsaved and not self._is_saving:
+            self._is_saving = True
+            self._tasks.start(self._save(breaker))
         return claim
 
     def _conflict(self) -> CallError:
         self.conflicts += 1
-        return FailedPrecondition("this idempotency key was used for another request: use a new one")
+        return FailedPrecondition("this idempotency key was used for another request; use a new one")
 
-    def _kept(self, data: bytes) -> Answer:
+    def _stored(self, data: bytes) -> Answer:
         if not data:
             self.lost += 1
-            raise UnknownError("this request was run; its answer was not kept")
+            raise UnknownError("this request was run, but its answer was not kept; check what it did")
         return Answer(data[0], data[1:])
 
-    # --- what becomes of the answer ----------------------------------------------------------------
+    # --- storing the answer ------------------------------------------------------------------------
 
-    def _keepable(self, answer: Answer, failed: Failed) -> Answer:
+    def _fit(self, answer: Answer, answer_error: AnswerError) -> Answer:
         most = min(self._limits.user_bytes, self._limits.bytes)
         if 1 + len(answer.body) <= most:
             return answer
-        return failed(UnknownError("this request was run; its answer was too large to be kept"))
+        return answer_error(UnknownError("this request was run, but its answer was too large to be kept"))
 
     async def _keep(self, name: Name, digest: bytes, answer: Answer) -> None:
-        data, wall = bytes([answer.code]) + answer.body, self._clock.wall()
-        if self._store is not None:
+        data, wall, breaker = bytes([answer.code]) + answer.body, self._clock.wall(), self._breaker
+        if breaker is not None:
             try:
-                await self._store.keep_answer(*name, data, wall, self._keep_ms)
+                await breaker.call(breaker.store.keep_answer(*name, data, wall, self._keep_ms))
             except (StoreUnavailable, asyncio.CancelledError):
                 self._memory.claim(*name, digest, wall, self._keep_ms)
-                _remember(self._not_kept, name)
+                _remember(self._unsaved, name)
             else:
                 return
         self._memory.keep(*name, data, wall, self._keep_ms)
 
     async def _release(self, name: Name, until: int) -> None:
-        if self._store is None:
+        breaker = self._breaker
+        if breaker is None:
             self._memory.release(*name)
             return
         try:
-            await self._store.release_claim(*name)
+            await breaker.call(breaker.store.release_claim(*name))
         except (StoreUnavailable, asyncio.CancelledError):
             _remember(self._idle_claims, (name, until))
 
-    async def _settle(self, store: AnswerStore) -> None:
-        """Give the store the answers that it did not take."""
+    async def _save(self, breaker: CircuitBreaker) -> None:
+        """Write the answers to the store that it failed to store before."""
         try:
-            while self._not_kept:
-                name = next(iter(self._not_kept))
+            while self._unsaved:
+                name = next(iter(self._unsaved))
                 entry, wall = self._memory.entry(*name), self._clock.wall()
                 if entry is not None and entry.answer is not None and wall < entry.until:
-                    await store.keep_answer(*name, entry.answer, wall, entry.until - wall)
-                self._not_kept.pop(name, None)
+                    await breaker.call(
+                        breaker.store.keep_answer(*name, entry.answer, wall, entry.until - wall)
+                    )
+                self._unsaved.pop(name, None)
         except StoreUnavailable:
-            pass  # they are all there still, for the next time
+            pass  # retried at the next claim
         finally:
-            self._settling = False
+            self._is_saving = False
 
 
 def _remember(things: OrderedDict[Any, None], thing: Any) -> None:
     things[thing] = None
-    if len(things) > LEFT_BEHIND:
+    if len(things) > MAX_REMEMBERED:
         things.popitem(last=False)
 
 
 def request_digest(method: str, params: Mapping[str, Any]) -> bytes:
-    """What tells a request from others: its method and the values of its params.
+    """Return a digest of a request's method and params.
 
-    In which of its forms msgpack wrote a value, and the order of a map's keys, make no difference.
+    It depends neither on the encoding msgpack chose for a value nor on the order of keys in a map.
     """
     return sha256(encode_body([method, _ordered(params)])).digest()
 
@@ -375,7 +373,7 @@ def _ordered(value: Any) -> Any:
 
 
 def answer_limits(max_bytes: int, per_user: int) -> AnswerLimits:
-    """The limits of a store's answers, by what is configured."""
+    """Return the limits of stored answers from the configuration."""
     return AnswerLimits(
         count=max(AnswerLimits().count, per_user),
         bytes=max_bytes,

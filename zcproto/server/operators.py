@@ -49,7 +49,7 @@ def operator_methods(state: ServerState) -> list[Method]:
                     session_id,
                     user=None,
                     reason=EndReason.BY_OPERATOR,
-                    quietly=context.suppress_revoked_event(),
+                    suppress_event=context.suppress_revoked_event(),
                 )
         else:
             revoked = await sessions.revoke_all(EndReason.BY_OPERATOR)

@@ -336,7 +336,7 @@ class ServerProtocol(asyncio.Protocol):
             self._flush_soon()
 
         digest = request_digest(request.method, request.params)
-        outcome = state.once.ask(session.user, key, digest, execute, failed, later)
+        outcome = state.idempotency.submit(session.user, key, digest, execute, failed, later)
         if isinstance(outcome, Answer):
             self._answer_as(request, outcome)
         else:
@@ -534,7 +534,7 @@ class ServerProtocol(asyncio.Protocol):
     async def _find(self, unknown: TokenUnknown) -> None:
         unknown.refusal = TOKEN_ERRORS[Code.UNAVAILABLE]  # should this be cancelled
         try:
-            await self._state.sessions.find(unknown.token, self.peer, unknown.code)
+            await self._state.sessions.look_up(unknown.token, self.peer, unknown.code)
         except CallError as error:
             unknown.refusal = encode_error(error.code, error.message, error.details)
         except Exception as error:

@@ -78,7 +78,7 @@ def protocol_methods(
             refused(context, scheme)
             raise
         if isinstance(identity, Identity) and not identity.key:
-            opened = state.sessions.open_at_once(
+            opened = state.sessions.open_nowait(
                 identity.user, operator=identity.operator, client=client, address=peer
             )
             if opened is not None:
@@ -142,7 +142,7 @@ def protocol_methods(
         if len(refresh_token) != TOKEN_SIZE:
             raise InvalidArgument(f"refresh_token must have {TOKEN_SIZE} bytes")
         _check_client(client)
-        session = await state.sessions.of_refresh_token(refresh_token)
+        session = await state.sessions.find_by_refresh_token(refresh_token)
         state.binding.check_refresh(session, client, context.peer)
         if session is not None and session.key and session.refresh_digest == digest_of(refresh_token):
             check_key(context, session)
@@ -202,7 +202,7 @@ def protocol_methods(
             revoked = await state.sessions.revoke_user(session.user, EndReason.BY_USER, quietly)
         else:
             revoked = await state.sessions.revoke(
-                id, user=session.user, reason=EndReason.BY_USER, quietly=quietly
+                id, user=session.user, reason=EndReason.BY_USER, suppress_event=quietly
             )
             if not revoked:
                 raise NotFound("no session with this id")

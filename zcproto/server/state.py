@@ -17,11 +17,11 @@ from zcproto.errors import Code
 from zcproto.observe.log import get_logger
 from zcproto.observe.log_batch import LogBatch
 from zcproto.server.eager import EagerTasks
-from zcproto.server.idempotency import OnceOnly
+from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.read_timing import ReadTiming
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
-from zcproto.stores.service import MemorySessions, Sessions
+from zcproto.stores.service import SessionService
 
 ANNOUNCED_PER_TURN: Final = 100
 RUN_SIZE: Final = 2
@@ -143,9 +143,9 @@ class ServerState:
         write_buffer_bytes: int,
         write_timeout: float,
         session_idle_timeout_ms: int | None,
-        sessions: Sessions | None = None,
+        sessions: SessionService | None = None,
         session_connections: SessionConnections | None = None,
-        once: OnceOnly | None = None,
+        idempotency: IdempotencyCache | None = None,
         binding: SessionBinding | None = None,
     ) -> None:
         self.settings = settings
@@ -159,9 +159,9 @@ class ServerState:
         self.write_buffer_bytes = write_buffer_bytes
         self.write_timeout = write_timeout
         self.session_idle_timeout_ms = session_idle_timeout_ms
-        self.once = OnceOnly(tasks, clock) if once is None else once
+        self.idempotency = IdempotencyCache(tasks, clock) if idempotency is None else idempotency
         self.binding = SessionBinding() if binding is None else binding
-        self.sessions = MemorySessions(registry, clock) if sessions is None else sessions
+        self.sessions = SessionService(registry, clock) if sessions is None else sessions
         self.session_connections = (
             SessionConnections() if session_connections is None else session_connections
         )
@@ -189,7 +189,7 @@ class ServerState:
         """Return when no connection is left, and nothing that would run on without one."""
         if self.connections:
             await self._drained.wait()
-        await self.once.wait_idle()
+        await self.idempotency.wait_idle()
 
     async def announce(self, body: bytes | None) -> None:
         """Send an event to every connection, some in each turn of the loop. None: there is no more to say."""

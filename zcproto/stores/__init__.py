@@ -1,6 +1,9 @@
-"""Where sessions are kept: in memory, in a file of SQLite, in Valkey.
+"""Session stores: SQLite for one process, Valkey or Redis for several.
 
-Reading order: store.py (what every store does), memory.py; rows.py, session_file.py, worker.py and sqlite.py;
-valkey.py. answers.py bounds what is kept of requests with an idempotency key.
-This room does the I/O of sessions. What sessions are is decided in zcproto.sessions.
+Reading order: base.py (the contract of every store); sqlite/ (rows.py, database.py, file.py, store.py); valkey/
+(url.py, link.py, servers.py, requests.py, store.py); circuit_breaker.py, pending.py, revoker.py, changes.py and
+sync.py (one process's sessions and their store); service.py (the `session.*` operations). answers.py bounds the
+answers kept for idempotency keys.
+
+This room does the I/O of sessions. The rules of sessions are in zcproto.sessions.
 """

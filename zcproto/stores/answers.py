@@ -21,7 +21,7 @@ from hmac import compare_digest
 from typing import Final
 
 from zcproto.errors import ResourceExhausted
-from zcproto.stores.store import Claim, ClaimState
+from zcproto.stores.base import Claim, ClaimState
 
 LAST_MS: Final = 2**63 - 1
 _RETRY_MS: Final = 1_000

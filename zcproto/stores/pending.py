@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Final
 
 from zcproto.errors import Code, ConfigError
-from zcproto.stores.store import StoreUnavailable
+from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.worker import Job, Worker
 
 LIMIT: Final = 100_000

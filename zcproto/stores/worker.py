@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, Final
 
-from zcproto.stores.store import StoreUnavailable
+from zcproto.stores.base import StoreUnavailable
 
 GROUP: Final = 256
 """Jobs that are done together: a few milliseconds of work."""

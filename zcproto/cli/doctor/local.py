@@ -25,8 +25,8 @@ from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.runtime.hardening import KEY_LOG
 from zcproto.runtime.run import SPARE_FILES
+from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.server.listener import bind
-from zcproto.stores.choose import MEMORY, SQLITE
 
 if TYPE_CHECKING:
     from zcproto.config import Config

@@ -15,14 +15,14 @@ import trustme
 from redis.crc import key_slot
 
 from tests.stores.contract import FIVE, KEEP_ENDED, WALL, digest, ended, rotated, rotation, session
-from tests.stores.servers import PROGRAMS, ServerProcess, free_port, running, until, wait_for
+from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, free_port, running, until, wait_for
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import EndedRecord, SessionRecord
-from zcproto.stores.store import Change, ChangeKind, Created, LimitReached, Rotated, StoreUnavailable
-from zcproto.stores.valkey import ValkeyStore
-from zcproto.stores.valkey_link import Target
-from zcproto.stores.valkey_requests import _tag
-from zcproto.stores.valkey_servers import Cluster
+from zcproto.stores.base import Change, ChangeKind, Created, LimitReached, Rotated, StoreUnavailable
+from zcproto.stores.valkey.link import Target
+from zcproto.stores.valkey.requests import _tag
+from zcproto.stores.valkey.servers import Cluster
+from zcproto.stores.valkey.store import ValkeyStore
 
 ALL = Change(ChangeKind.ALL)
 PASSWORD = "hunter2/@:%?#"
@@ -384,7 +384,7 @@ async def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(StoreUnavailable, match="no slots yet"):
             await store.open(lambda change: None)
         server.stop()
-        monkeypatch.setattr("zcproto.stores.valkey_servers.OPEN_TIMEOUT_S", 0.3)
+        monkeypatch.setattr("zcproto.stores.valkey.servers.OPEN_TIMEOUT_S", 0.3)
         with pytest.raises(StoreUnavailable, match="do not answer"):
             await store.open(lambda change: None)
 
@@ -499,7 +499,7 @@ async def test_tls(tls: tuple[ServerProcess, Certificates], monkeypatch: pytest.
 
 
 async def test_a_server_without_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zcproto.stores.valkey_servers.OPEN_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("zcproto.stores.valkey.servers.OPEN_TIMEOUT_S", 0.3)
     with running(PROGRAMS[0], tmp_path / "server") as server, pytest.raises(StoreUnavailable):
         await ValkeyStore(f"rediss://{server.address}").open(lambda change: None)
 

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import Answers
-from zcproto.stores.store import Claim, Created, LimitReached, NotRotated, Rotated
+from zcproto.stores.base import Claim, Created, LimitReached, NotRotated, Rotated
 
 KEPT: Final = 0
 
@@ -185,7 +185,7 @@ class Wanted:
         self.users: set[bytes] = set()
 
 
-class RegistryHarness:
+class WorkingSet:
     """The rows at hand, and what was changed. `rows` come in the order of opening."""
 
     __slots__ = ("_by_id", "_by_token", "_by_user", "answers", "changed")
@@ -245,7 +245,7 @@ class Operation(Protocol):
 
     def want(self, wanted: Wanted) -> None: ...
 
-    def apply(self, desk: RegistryHarness) -> object: ...
+    def apply(self, rows: WorkingSet) -> object: ...
 
 
 class Create:
@@ -260,23 +260,23 @@ class Create:
         wanted.ids.add(self.record.id)
         wanted.users.add(utf8(self.record.user))
 
-    def apply(self, desk: RegistryHarness) -> Created | LimitReached:
+    def apply(self, rows: WorkingSet) -> Created | LimitReached:
         record, limit, wall = self.record, self.limit, self.record.created_at
-        if desk.by_id(record.id) is not None:
+        if rows.by_id(record.id) is not None:
             return Created()
         ended: tuple[EndedRecord, ...] = ()
-        mates = desk.of_user(utf8(record.user))
+        mates = rows.of_user(utf8(record.user))
         if len(mates) >= limit.per_user:
             live = [row for row in mates if self._is_live(row)]
             lapsed = [row for row in mates if row not in live and wall < row.refresh_expires_at]
             if len(live) + len(lapsed) >= limit.per_user:
                 if lapsed:
-                    ended = (desk.end(lapsed[0], Code.TOKEN_EXPIRED, wall),)
+                    ended = (rows.end(lapsed[0], Code.TOKEN_EXPIRED, wall),)
                 elif limit.when_full == "evict_oldest":
-                    ended = (desk.end(live[0], Code.SESSION_REPLACED, wall),)
+                    ended = (rows.end(live[0], Code.SESSION_REPLACED, wall),)
                 else:
                     return LimitReached()
-        desk.add(Row.of(record))
+        rows.add(Row.of(record))
         return Created(ended)
 
     def _is_live(self, row: Row) -> bool:
@@ -294,9 +294,9 @@ class Rotate:
     def want(self, wanted: Wanted) -> None:
         wanted.ids.add(self.rotation.id)
 
-    def apply(self, desk: RegistryHarness) -> Rotated | NotRotated:
+    def apply(self, rows: WorkingSet) -> Rotated | NotRotated:
         rotation, wall = self.rotation, self.rotation.wall
-        row = desk.by_id(rotation.id)
+        row = rows.by_id(rotation.id)
         if row is None:
             return NotRotated(Code.UNAUTHENTICATED)
         if row.code != KEPT:
@@ -306,11 +306,11 @@ class Rotate:
         if wall >= row.due:
             return NotRotated(Code.TOKEN_EXPIRED)
         if not compare_digest(row.refresh, rotation.spent_digest):
-            desk.end(row, Code.TOKEN_REVOKED, wall)
+            rows.end(row, Code.TOKEN_REVOKED, wall)
             return NotRotated(Code.TOKEN_REVOKED, reused=True)
         if wall >= row.refresh_expires_at:
             return NotRotated(Code.TOKEN_EXPIRED)
-        old = desk.rotate(row, rotation)
+        old = rows.rotate(row, rotation)
         return Rotated(row.session(), old)
 
 
@@ -324,8 +324,8 @@ class Find:
     def want(self, wanted: Wanted) -> None:
         wanted.tokens.add(self.token)
 
-    def apply(self, desk: RegistryHarness) -> SessionRecord | EndedRecord | None:
-        row = desk.by_token(self.token)
+    def apply(self, rows: WorkingSet) -> SessionRecord | EndedRecord | None:
+        row = rows.by_token(self.token)
         return None if row is None else row.record()
 
 
@@ -339,8 +339,8 @@ class Get:
     def want(self, wanted: Wanted) -> None:
         wanted.ids.add(self.id)
 
-    def apply(self, desk: RegistryHarness) -> SessionRecord | EndedRecord | None:
-        row = desk.by_id(self.id)
+    def apply(self, rows: WorkingSet) -> SessionRecord | EndedRecord | None:
+        row = rows.by_id(self.id)
         return None if row is None else row.record()
 
 
@@ -357,12 +357,12 @@ class End:
     def want(self, wanted: Wanted) -> None:
         wanted.ids.update(self.ids)
 
-    def apply(self, desk: RegistryHarness) -> list[EndedRecord]:
+    def apply(self, rows: WorkingSet) -> list[EndedRecord]:
         ended = []
         for id_ in self.ids:
-            row = desk.by_id(id_)
+            row = rows.by_id(id_)
             if row is not None and row.code == KEPT and self.user in (None, row.user):
-                ended.append(desk.end(row, self.code, self.wall))
+                ended.append(rows.end(row, self.code, self.wall))
         return ended
 
 
@@ -378,8 +378,8 @@ class EndUser:
     def want(self, wanted: Wanted) -> None:
         wanted.users.add(self.user)
 
-    def apply(self, desk: RegistryHarness) -> list[EndedRecord]:
-        return [desk.end(row, self.code, self.wall) for row in desk.of_user(self.user)]
+    def apply(self, rows: WorkingSet) -> list[EndedRecord]:
+        return [rows.end(row, self.code, self.wall) for row in rows.of_user(self.user)]
 
 
 class ListUser:
@@ -392,8 +392,8 @@ class ListUser:
     def want(self, wanted: Wanted) -> None:
         wanted.users.add(self.user)
 
-    def apply(self, desk: RegistryHarness) -> list[SessionRecord]:
-        return [row.session() for row in desk.of_user(self.user)]
+    def apply(self, rows: WorkingSet) -> list[SessionRecord]:
+        return [row.session() for row in rows.of_user(self.user)]
 
 
 class ClaimRequest:
@@ -410,8 +410,8 @@ class ClaimRequest:
     def want(self, wanted: Wanted) -> None:
         """No row of a session."""
 
-    def apply(self, desk: RegistryHarness) -> Claim:
-        return desk.answers.claim(self.user, self.key, self.digest, self.wall, self.lease_ms)
+    def apply(self, rows: WorkingSet) -> Claim:
+        return rows.answers.claim(self.user, self.key, self.digest, self.wall, self.lease_ms)
 
 
 class KeepAnswer:
@@ -428,8 +428,8 @@ class KeepAnswer:
     def want(self, wanted: Wanted) -> None:
         """No row of a session."""
 
-    def apply(self, desk: RegistryHarness) -> None:
-        desk.answers.keep(self.user, self.key, self.answer, self.wall, self.keep_ms)
+    def apply(self, rows: WorkingSet) -> None:
+        rows.answers.keep(self.user, self.key, self.answer, self.wall, self.keep_ms)
 
 
 class ReleaseClaim:
@@ -443,5 +443,5 @@ class ReleaseClaim:
     def want(self, wanted: Wanted) -> None:
         """No row of a session."""
 
-    def apply(self, desk: RegistryHarness) -> None:
-        desk.answers.release(self.user, self.key)
+    def apply(self, rows: WorkingSet) -> None:
+        rows.answers.release(self.user, self.key)

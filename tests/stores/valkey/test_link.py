@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from redis.exceptions import ResponseError
 
-from tests.stores.servers import until
+from tests.stores.valkey.server_process import until
 from zcproto.errors import ConfigError
-from zcproto.stores.store import StoreUnavailable
-from zcproto.stores.valkey_link import Link, Target
-from zcproto.stores.valkey_servers import check_server
+from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.valkey.link import Link, Target
+from zcproto.stores.valkey.servers import check_server
 
 HELLO = b"%3\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n$7\r\nversion\r\n$5\r\n8.1.1\r\n$5\r\nproto\r\n:3\r\n"
 SILENCE = 0.1
@@ -222,7 +222,7 @@ async def test_what_no_server_says_is_the_end(link: Link, played: Played, told: 
 async def test_commands_without_replies_are_bounded(
     link: Link, played: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zcproto.stores.valkey_link.MAX_WAITING", 3)
+    monkeypatch.setattr("zcproto.stores.valkey.link.MAX_WAITING", 3)
     waiting = [link.send("GET", name) for name in "abc"]
     with pytest.raises(StoreUnavailable, match="too many operations wait"):
         link.send("GET", "d")

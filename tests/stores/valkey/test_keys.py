@@ -24,15 +24,15 @@ from tests.stores.contract import (
     rotation,
     session,
 )
-from tests.stores.servers import PROGRAMS, ServerProcess, running, wait_for
+from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running, wait_for
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_text
 from zcproto.stores.answers import AnswerLimits
-from zcproto.stores.store import ClaimState, Created, LimitReached
-from zcproto.stores.valkey import ValkeyStore
-from zcproto.stores.valkey_requests import _tag
-from zcproto.stores.valkey_scripts import SCRIPTS
+from zcproto.stores.base import ClaimState, Created, LimitReached
+from zcproto.stores.valkey.requests import _tag
+from zcproto.stores.valkey.scripts import SCRIPTS
+from zcproto.stores.valkey.store import ValkeyStore
 
 KINDS = [*PROGRAMS, f"{PROGRAMS[0]}, in a cluster"]
 KEPT_FOR_EVER = {b"v", b"n"}

@@ -20,11 +20,11 @@ from tests.stores.contract import (
     rotation,
     session,
 )
-from tests.stores.servers import PROGRAMS, ServerProcess, running, until
+from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running, until
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
-from zcproto.stores.store import Change, ChangeKind, Created, LimitReached, Rotated
-from zcproto.stores.valkey import ValkeyStore
+from zcproto.stores.base import Change, ChangeKind, Created, LimitReached, Rotated
+from zcproto.stores.valkey.store import ValkeyStore
 
 WITHIN = 1.0
 """Seconds in which a revocation has to be known everywhere."""

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tests.stores.contract import FIVE, WALL, ended, session
-from tests.stores.servers import PROGRAMS, Proxy, ServerProcess, running, until
+from tests.stores.valkey.server_process import PROGRAMS, Proxy, ServerProcess, running, until
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import UserLimit
-from zcproto.stores.store import Change, ChangeKind, Created, StoreUnavailable
-from zcproto.stores.valkey import ValkeyStore
+from zcproto.stores.base import Change, ChangeKind, Created, StoreUnavailable
+from zcproto.stores.valkey.store import ValkeyStore
 
 TIMEOUT = 0.25
 AT_MOST = TIMEOUT + 0.05
@@ -381,7 +381,7 @@ async def test_not_there_at_the_start(server: ServerProcess) -> None:
 
 
 async def test_hung_at_the_start(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zcproto.stores.valkey_servers.OPEN_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("zcproto.stores.valkey.servers.OPEN_TIMEOUT_S", 0.3)
     server.stop()
     store = ValkeyStore(server.url)
     with pytest.raises(StoreUnavailable, match="no connection within"):

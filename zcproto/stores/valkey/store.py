@@ -1,7 +1,7 @@
 """Sessions in Valkey or Redis: the store of several processes and machines.
 
 What this file decides: what each operation asks of the servers, and what their news means. What is done to
-sessions there, and under which keys, is in valkey.lua; which servers there are, in valkey_servers.py.
+sessions there, and under which keys, is in sessions.lua; which servers there are, in servers.py.
 
 - An operation is one script, so it takes effect whole or not at all. In a cluster the script does so for all keys
   of one user; what leads there from a token or an id is written before, and cleaned up behind.
@@ -27,7 +27,7 @@ from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.answers import AnswerLimits, check_size
-from zcproto.stores.store import (
+from zcproto.stores.base import (
     MAX_LISTED,
     Change,
     ChangeKind,
@@ -38,11 +38,11 @@ from zcproto.stores.store import (
     Rotated,
     StoreUnavailable,
 )
-from zcproto.stores.valkey_link import Link, Target
-from zcproto.stores.valkey_requests import BATCH, NODE_SIZE, TAG_SIZE, Requests
-from zcproto.stores.valkey_scripts import SCRIPTS
-from zcproto.stores.valkey_servers import CLUSTER_SHARDS, Cluster, Sentinels, Servers, SingleServer
-from zcproto.stores.valkey_url import Address, Kind, ServerUrl, parse_url
+from zcproto.stores.valkey.link import Link, Target
+from zcproto.stores.valkey.requests import BATCH, NODE_SIZE, TAG_SIZE, Requests
+from zcproto.stores.valkey.scripts import SCRIPTS
+from zcproto.stores.valkey.servers import CLUSTER_SHARDS, Cluster, Sentinels, Servers, SingleServer
+from zcproto.stores.valkey.url import Address, Kind, ServerUrl, parse_url
 
 TIMEOUT_S: Final = 0.25
 PREFIX: Final = "zcp:"
@@ -54,7 +54,7 @@ _T = TypeVar("_T")
 
 
 class ValkeyStore:
-    """A store on the servers at `url` (see valkey_url.py), under keys that begin with `prefix`.
+    """A store on the servers at `url` (see url.py), under keys that begin with `prefix`.
 
     `timeout` is in seconds, for each operation and for connecting. `password` takes the place of the URL's. With
     TLS, `ca_file` holds the authorities to trust instead of the system's, and `certificate_file` and `key_file`

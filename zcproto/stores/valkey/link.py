@@ -31,7 +31,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError,
 
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
-from zcproto.stores.store import StoreUnavailable
+from zcproto.stores.base import StoreUnavailable
 
 MAX_WAITING: Final = 8_192
 """Commands without a reply, after which no more are taken."""

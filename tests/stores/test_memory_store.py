@@ -21,11 +21,11 @@ from tests.stores.contract import (
     rotation,
     session,
 )
+from tests.stores.memory_store import MemoryStore
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.stores.answers import AnswerLimits
-from zcproto.stores.memory import MemoryStore
-from zcproto.stores.store import Created, SessionStore
+from zcproto.stores.base import Created, SessionStore
 
 
 def registry(max_sessions: int = 10_000) -> SessionRegistry:

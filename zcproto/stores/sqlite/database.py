@@ -31,18 +31,18 @@ from zcproto.common.text import escape_text
 from zcproto.errors import CallError, Code, ConfigError
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
-from zcproto.stores.rows import (
+from zcproto.stores.base import MAX_LISTED, Claim, ClaimState
+from zcproto.stores.sqlite.rows import (
     KEPT,
     ClaimRequest,
     Operation,
-    RegistryHarness,
     Row,
     Wanted,
+    WorkingSet,
     session_of,
     text,
     utf8,
 )
-from zcproto.stores.store import MAX_LISTED, Claim, ClaimState
 
 VERSION: Final = 1
 APPLICATION_ID: Final = 0x7A637031  # zcp1
@@ -454,15 +454,15 @@ class SessionFile:
         for operation in operations:
             operation.want(wanted)
         answers = self._read_answers(db) if self._answers is None else self._answers
-        desk = RegistryHarness(self._read(db, wanted), answers)
-        outcomes = [self._outcome(operation, desk, db) for operation in operations]
-        self._write(db, [*_upserts(list(desk.changed.values())), *_answer_statements(self._changed)])
+        rows = WorkingSet(self._read(db, wanted), answers)
+        outcomes = [self._outcome(operation, rows, db) for operation in operations]
+        self._write(db, [*_upserts(list(rows.changed.values())), *_answer_statements(self._changed)])
         self._written()
         return outcomes
 
-    def _outcome(self, operation: Operation, desk: RegistryHarness, db: sqlite3.Connection) -> Outcome:
+    def _outcome(self, operation: Operation, rows: WorkingSet, db: sqlite3.Connection) -> Outcome:
         try:
-            result = operation.apply(desk)
+            result = operation.apply(rows)
         except CallError as error:
             return Outcome(error=error)
         if isinstance(operation, ClaimRequest) and result == Claim(ClaimState.DONE):

@@ -35,15 +35,17 @@ from tests.stores.contract import (
     rotation,
     session,
 )
-from tests.stores.disk import Disk
+from tests.stores.sqlite.disk import Disk
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import SessionRecord
-from zcproto.stores import session_file, sqlite, worker
+from zcproto.stores import worker
 from zcproto.stores.answers import AnswerLimits
-from zcproto.stores.rows import Create
-from zcproto.stores.session_file import APPLICATION_ID, VERSION, SessionFile
-from zcproto.stores.sqlite import SqliteStore
-from zcproto.stores.store import Claim, ClaimState, Created, SessionStore, StoreUnavailable
+from zcproto.stores.base import Claim, ClaimState, Created, SessionStore, StoreUnavailable
+from zcproto.stores.sqlite import database as session_file
+from zcproto.stores.sqlite import store as sqlite
+from zcproto.stores.sqlite.database import APPLICATION_ID, VERSION, SessionFile
+from zcproto.stores.sqlite.rows import Create
+from zcproto.stores.sqlite.store import SqliteStore
 
 LONG = 20.0
 """A timeout that never ends a test's wait on a machine that is busy with other things."""
@@ -281,7 +283,7 @@ async def test_a_second_store_on_the_file_is_refused(harness: SqliteHarness) -> 
 OTHER = """
 import asyncio, sys
 from pathlib import Path
-from zcproto.stores.sqlite import SqliteStore
+from zcproto.stores.sqlite.store import SqliteStore
 
 async def main():
     await SqliteStore(Path(sys.argv[1])).open(print)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from zcproto.errors import ConfigError
-from zcproto.stores.valkey import ValkeyStore
-from zcproto.stores.valkey_url import Kind, ServerUrl, parse_url
+from zcproto.stores.valkey.store import ValkeyStore
+from zcproto.stores.valkey.url import Kind, ServerUrl, parse_url
 
 SECRET = "hunter2"
 

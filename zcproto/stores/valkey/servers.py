@@ -30,9 +30,9 @@ from redis.exceptions import (
 )
 
 from zcproto.errors import ConfigError
-from zcproto.stores.store import StoreUnavailable
-from zcproto.stores.valkey_link import LAST_LOOK_S, Link, Target
-from zcproto.stores.valkey_url import Address
+from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.valkey.link import LAST_LOOK_S, Link, Target
+from zcproto.stores.valkey.url import Address
 
 OPEN_TIMEOUT_S: Final = 2.0
 HEARTBEAT_S: Final = 0.4

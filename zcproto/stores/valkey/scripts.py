@@ -1,4 +1,4 @@
-"""The scripts of valkey.lua and valkey_answers.lua, as the server takes them."""
+"""The scripts of sessions.lua and answers.lua, as the server takes them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Script:
 
 
 def _load() -> dict[str, Script]:
-    folder = files("zcproto.stores")
-    common, *parts = _HEADING.split(folder.joinpath("valkey.lua").read_text("utf-8"))
+    folder = files("zcproto.stores.valkey")
+    common, *parts = _HEADING.split(folder.joinpath("sessions.lua").read_text("utf-8"))
     scripts = _scripts(common, parts)
-    more, *parts = _HEADING.split(folder.joinpath("valkey_answers.lua").read_text("utf-8"))
+    more, *parts = _HEADING.split(folder.joinpath("answers.lua").read_text("utf-8"))
     return scripts | _scripts(common + more, parts)
 
 

@@ -1,4 +1,4 @@
-"""What each operation asks of the servers, and what their answers say. What is done there is in valkey.lua.
+"""What each operation asks of the servers, and what their answers say. What is done there is in sessions.lua.
 
 What this file decides: which script or command an operation takes, and in a cluster in which order.
 
@@ -25,9 +25,9 @@ from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.token import id_from_text, id_text
 from zcproto.stores.answers import LAST_MS, AnswerLimits
-from zcproto.stores.store import MAX_LISTED, Claim, ClaimState, Created, LimitReached, NotRotated, Rotated
-from zcproto.stores.valkey_scripts import SCRIPTS
-from zcproto.stores.valkey_servers import Servers
+from zcproto.stores.base import MAX_LISTED, Claim, ClaimState, Created, LimitReached, NotRotated, Rotated
+from zcproto.stores.valkey.scripts import SCRIPTS
+from zcproto.stores.valkey.servers import Servers
 
 BATCH: Final = 500
 _EXPIRED: Final = 200
@@ -486,7 +486,7 @@ def _ttl(ms: int) -> int:
 
 
 def _pack(record: SessionRecord) -> bytes:
-    """A session, as valkey.lua says. The scripts add its place in the order."""
+    """A session, as sessions.lua says. The scripts add its place in the order."""
     packed: bytes = msgpack.packb(
         [
             0,

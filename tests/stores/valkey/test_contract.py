@@ -8,10 +8,10 @@ from contextlib import ExitStack
 import pytest
 
 from tests.stores.contract import StoreContract
-from tests.stores.servers import PROGRAMS, ServerProcess, is_installed, needs, running, wait_for
+from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, needs, running, wait_for
 from zcproto.stores.answers import AnswerLimits
-from zcproto.stores.store import Change, SessionStore
-from zcproto.stores.valkey import ValkeyStore
+from zcproto.stores.base import Change, SessionStore
+from zcproto.stores.valkey.store import ValkeyStore
 
 CLUSTER = "--cluster-enabled"
 

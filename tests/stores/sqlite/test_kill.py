@@ -1,8 +1,7 @@
-"""A server whose process is killed at any moment: what it had answered is in the file, and nothing that had
-ended is alive again.
+"""Killing the process at any moment loses no acknowledged change and revives no ended session.
 
-Run as a program (`python -m tests.stores.test_kill FILE SEED SECONDS`) this file kills its own children while
-they open, refresh and end sessions, which no process with the threads of a test run should do.
+Run as a program (`python -m tests.stores.sqlite.test_kill FILE SEED SECONDS`), this file kills its own children
+while they open, refresh and end sessions. A test run has threads, so it should not do that itself.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from pathlib import Path
 from tests.stores.contract import DAY, FIVE, WALL, digest, session
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
-from zcproto.stores.sqlite import SqliteStore
-from zcproto.stores.store import Created, Rotated
+from zcproto.stores.base import Created, Rotated
+from zcproto.stores.sqlite.store import SqliteStore
 
 KILLS = 200
 SECONDS = 25.0
@@ -32,10 +31,10 @@ LONG = 20.0
 
 
 def test_a_server_that_is_killed_at_random_moments_loses_nothing_it_had_answered(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.stores.test_kill"]
+    command = [sys.executable, "-m", "tests.stores.sqlite.test_kill"]
     command += [str(tmp_path / "home" / "sessions.db"), "20260601", str(SECONDS)]
     done = subprocess.run(
-        command, capture_output=True, check=False, text=True, timeout=55, cwd=Path(__file__).parents[2]
+        command, capture_output=True, check=False, text=True, timeout=55, cwd=Path(__file__).parents[3]
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads(done.stdout)

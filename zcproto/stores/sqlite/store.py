@@ -18,10 +18,8 @@ from typing import Any, Final
 from zcproto.common.clock import system_clock
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
-from zcproto.stores import rows
 from zcproto.stores.answers import AnswerLimits, check_size
-from zcproto.stores.session_file import Connect, Notice, Position, SessionFile, StorageError
-from zcproto.stores.store import (
+from zcproto.stores.base import (
     Change,
     Claim,
     Created,
@@ -30,6 +28,8 @@ from zcproto.stores.store import (
     Rotated,
     StoreUnavailable,
 )
+from zcproto.stores.sqlite import rows
+from zcproto.stores.sqlite.database import Connect, Notice, Position, SessionFile, StorageError
 from zcproto.stores.worker import Job, Worker
 
 TIMEOUT_S: Final = 0.25

@@ -14,7 +14,7 @@ from zcproto.sessions import EndReason
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import SessionRegistry
 from zcproto.stores.answers import AnswerLimits, Answers
-from zcproto.stores.store import (
+from zcproto.stores.base import (
     MAX_LISTED,
     Change,
     Claim,

@@ -1,5 +1,5 @@
 -- Requests with an idempotency key: a second common part, for the scripts of this file. See answers.py for the
--- rules, and valkey.lua for the keys.
+-- rules, and sessions.lua for the keys.
 --
 -- q:{TAG} has for each request: its place in the order, whether it runs (1) or was answered (0), until when this
 -- lasts, the size of the answer, the digest of the request. The field "" has the next place, bytes and count.

@@ -1,0 +1,90 @@
+"""The circuit breaker counts and times operations, and stops calling the store during an outage."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.helpers import FakeClock, small_registry
+from tests.stores.memory_store import MemoryStore
+from zcproto.errors import Unavailable
+from zcproto.sessions.health import StoreHealth
+from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.circuit_breaker import CircuitBreaker
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def breaker(clock: FakeClock) -> CircuitBreaker:
+    health = StoreHealth(grace_s=60, timeout_s=5, random=lambda: 0.5, on_alert=lambda alert: None)
+    return CircuitBreaker(MemoryStore(small_registry()), health, timeout=5, now=clock.now)
+
+
+async def test_operation_in_progress_is_counted_and_timed_when_it_ends(
+    breaker: CircuitBreaker, clock: FakeClock
+) -> None:
+    finish = asyncio.Event()
+    running = asyncio.create_task(breaker.call(finish.wait()))
+    await asyncio.sleep(0)
+    assert breaker.in_flight == 1
+    assert sum(breaker.durations.counts) == 0
+    clock.advance(0.3)
+    finish.set()
+    assert await running is True
+    assert breaker.in_flight == 0
+    assert sum(breaker.durations.counts) == 1
+    assert breaker.durations.total == pytest.approx(0.3)
+
+
+async def test_failed_and_cancelled_operations_are_timed_too(
+    breaker: CircuitBreaker, clock: FakeClock
+) -> None:
+    async def fails() -> None:
+        clock.advance(0.1)
+        raise StoreUnavailable("the test makes it fail")
+
+    with pytest.raises(StoreUnavailable):
+        await breaker.call(fails())
+    assert breaker.reason == "the test makes it fail"
+    running = asyncio.create_task(breaker.call(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert breaker.in_flight == 0
+    assert sum(breaker.durations.counts) == 2
+
+
+async def test_operation_that_exceeds_the_timeout_raises_store_unavailable(breaker: CircuitBreaker) -> None:
+    breaker.timeout = 0.01
+    with pytest.raises(StoreUnavailable, match="no answer within 10 ms"):
+        await breaker.call(asyncio.Event().wait())
+    assert breaker.health.failures == 1
+
+
+async def test_during_an_outage_the_store_is_not_called(breaker: CircuitBreaker, clock: FakeClock) -> None:
+    breaker.check()
+    breaker.health.begin_outage(clock.now())
+    operation = breaker.store.ping()
+    with pytest.raises(StoreUnavailable, match="calls are suspended"):
+        await breaker.call(operation)
+    with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
+        await operation
+    assert sum(breaker.durations.counts) == 0
+    with pytest.raises(Unavailable) as refused:
+        breaker.check()
+    assert refused.value.details is not None
+    assert refused.value.details["retry_after_ms"] >= 100
+
+
+async def test_attempt_calls_the_store_even_during_an_outage(
+    breaker: CircuitBreaker, clock: FakeClock
+) -> None:
+    breaker.health.begin_outage(clock.now())
+    assert await breaker.attempt(breaker.store.count()) == 0
+    assert sum(breaker.durations.counts) == 0

@@ -1,0 +1,208 @@
+"""The contract of every session store. All stores pass the same tests (tests/stores/contract.py).
+
+Rules:
+- When a coroutine that changes something has returned, the change is durable: it survives a crash of this
+  process and, with a store in another process, of this machine. The one exception is `touch`.
+- Each operation is atomic, also between processes that share the store.
+- An operation that fails raises StoreUnavailable within the store's timeout. It may have taken effect
+  nevertheless, so repeating any operation must be harmless. No operation blocks the event loop.
+- Times are passed in as `wall`, in milliseconds. A store reads no clock to decide about a session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, Protocol
+
+from zcproto.errors import Code, ZcprotoError
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
+
+MAX_LISTED: Final = 10_000
+"""Sessions listed in one call when no user is named."""
+
+
+class StoreUnavailable(ZcprotoError):
+    """The store failed or did not answer in time. `reason` is for the operator's log and holds no secret."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the session store is unavailable: {reason}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """The session is stored. `ended` are the sessions that were ended to make room for it."""
+
+    ended: tuple[EndedRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReached:
+    """The user has as many live sessions as allowed, and none could be ended. Nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotated:
+    """The token pair was replaced. `old_token_digest` is the digest of the access token revoked by it; empty if
+    this rotation had been done before."""
+
+    record: SessionRecord
+    old_token_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NotRotated:
+    """Why a refresh was refused.
+
+    UNAUTHENTICATED: the session is unknown or expired from the store. TOKEN_EXPIRED: `refresh_expires_at` has
+    passed. TOKEN_REVOKED, SESSION_REPLACED: the session had ended this way. TOKEN_REVOKED with `reused`: a spent
+    refresh token of a live session was shown, and the session was ended because of it.
+    """
+
+    code: Code
+    reused: bool = False
+
+
+class ClaimState(Enum):
+    """The state of a request with an idempotency key."""
+
+    NEW = "new"  # the caller runs it
+    RUNNING = "running"  # another caller runs it; ask again
+    DONE = "done"  # its answer is stored
+    CONFLICT = "conflict"  # the key was used for another request
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    state: ClaimState
+    answer: bytes = b""
+    """DONE: the bytes that `keep_answer` was given."""
+    until: int = field(default=0, compare=False)
+    """RUNNING: when the claim ends, by which its owner recognizes it; 0 if the store does not report it."""
+
+
+class ChangeKind(Enum):
+    """What other processes did to sessions that this process may have cached."""
+
+    SESSION = "session"  # the session `id` was changed or ended: drop it from the cache
+    ALL = "all"  # anything may have changed: drop everything
+    EMPTIED = "emptied"  # like ALL, and the store lost its data unexpectedly
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    kind: ChangeKind
+    id: bytes = b""
+
+
+class SessionStore(Protocol):
+    """A session store. Its constructor does no I/O; `open` comes first, `close` last."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes write to it too, so that unknown tokens have to be looked up in it."""
+        ...
+
+    async def open(self, on_change: Callable[[Change], None]) -> None:
+        """Open the store. `on_change` is called for changes by other processes, never for those of this one.
+
+        Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Write what was delayed and release all resources. Never raises."""
+        ...
+
+    async def ping(self) -> None:
+        """Check that the store can be written to."""
+        ...
+
+    def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
+        """Yield all records in batches; nothing if the store is shared."""
+        ...
+
+    # --- sessions --------------------------------------------------------------------------------
+
+    async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
+        """Store a new session if the user's limit allows it; the current time is `record.created_at`.
+
+        Creating the same record again neither adds a session nor revives one that has ended.
+        """
+        ...
+
+    async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
+        """Replace a session's token pair if the refresh token shown is the current one.
+
+        A spent refresh token ends the session. The old access token is remembered as revoked. Repeating a
+        rotation changes nothing.
+        """
+        ...
+
+    async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
+        """Return the session of an access token, expired or not, or the tombstone of an ended one."""
+        ...
+
+    async def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
+        """Return the session with an id, or its tombstone."""
+        ...
+
+    async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
+        """Record the last use of sessions by id. Times never go backwards and unknown ids are skipped.
+
+        Need not be durable when it returns.
+        """
+        ...
+
+    async def end(
+        self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
+    ) -> list[EndedRecord]:
+        """End sessions by id, only those of `user` if given, and return those that were live or lapsed."""
+        ...
+
+    async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
+        """End all sessions of a user."""
+        ...
+
+    async def end_all(self, code: Code, wall: int) -> int:
+        """End every session and return how many there were."""
+        ...
+
+    async def list(self, user: str | None = None) -> list[SessionRecord]:
+        """Return the sessions of a user, oldest first, lapsed ones included.
+
+        None: those of all users, at most MAX_LISTED.
+        """
+        ...
+
+    async def count(self) -> int:
+        """Return the number of sessions stored, lapsed ones included."""
+        ...
+
+    async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
+        """Remove expired entries, at most `limit`, and return how many were removed.
+
+        These are sessions whose access and refresh tokens have both expired, tombstones at least `keep_ended_ms`
+        old, and expired answers.
+        """
+        ...
+
+    # --- answers to requests with an idempotency key ----------------------------------------------
+
+    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
+        """Claim a request, in order to run it. NEW: the caller owns it until `lease_ms` have passed.
+
+        Keys are per user. Expired entries count as absent. A full store evicts its oldest answers but never a
+        running request; if that does not make room it raises ResourceExhausted.
+        """
+        ...
+
+    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
+        """Store the answer of a claimed request for `keep_ms`. Does nothing without a claim."""
+        ...
+
+    async def release_claim(self, user: str, key: str) -> None:
+        """Give up the claim of a request that was not run. An answer already stored stays."""
+        ...

@@ -1,0 +1,84 @@
+"""A circuit breaker around a session store: during an outage operations fail at once instead of waiting.
+
+What this file decides: that each operation ends within the store's timeout. Whether the store may be called is
+decided by StoreHealth.
+
+It must not know: what an operation is for, what is done about an outage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
+from zcproto.errors import Unavailable
+from zcproto.observe.histogram import WAITED_S, Histogram
+from zcproto.sessions.health import StoreHealth
+from zcproto.stores.base import SessionStore, StoreUnavailable
+
+T = TypeVar("T")
+
+
+class Call(Protocol):
+    """The type of `CircuitBreaker.call` and `CircuitBreaker.attempt`."""
+
+    def __call__(self, operation: Coroutine[Any, Any, T], /) -> Coroutine[Any, Any, T]: ...
+
+
+class CircuitBreaker:
+    """Runs operations of `store` while its health allows them: `await breaker.call(breaker.store.find(digest))`.
+
+    `timeout` is in seconds; `now` returns monotonic seconds. `reason` is the store's last failure. `in_flight`
+    counts the operations that run now, `durations` how long the finished ones took.
+    """
+
+    def __init__(
+        self, store: SessionStore, health: StoreHealth, *, timeout: float, now: Callable[[], float]
+    ) -> None:
+        self.store = store
+        self.health = health
+        self.timeout = timeout
+        self.reason = ""
+        self.in_flight = 0
+        self.durations = Histogram(WAITED_S)
+        self._now = now
+
+    def check(self) -> None:
+        """Raise Unavailable if the store is not called now."""
+        if not self.health.is_asked:
+            raise self.unavailable()
+
+    def unavailable(self) -> Unavailable:
+        """Return the error for callers who need the store."""
+        return Unavailable(
+            "the session store does not answer: try again",
+            {"retry_after_ms": self.health.retry_after_ms(self._now())},
+        )
+
+    async def call(self, operation: Coroutine[Any, Any, T]) -> T:
+        """Run an operation and return its result. Raises StoreUnavailable."""
+        if not self.health.is_asked:
+            operation.close()
+            raise StoreUnavailable("it is out; calls are suspended until a probe succeeds")
+        began = self._now()
+        self.in_flight += 1
+        try:
+            return await self.attempt(operation)
+        except StoreUnavailable as error:
+            self.reason = error.reason
+            now = self._now()
+            self.health.failed(now, now - began)
+            raise
+        finally:
+            self.in_flight -= 1
+            self.durations.add(self._now() - began)
+
+    async def attempt(self, operation: Coroutine[Any, Any, T], within: float | None = None) -> T:
+        """Run an operation whatever the health, for probes. The outcome is not counted."""
+        limit = self.timeout if within is None else within
+        try:
+            async with asyncio.timeout(limit):
+                return await operation
+        except TimeoutError:
+            raise StoreUnavailable(f"no answer within {limit * 1000:.0f} ms") from None
