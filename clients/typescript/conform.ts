@@ -1,5 +1,5 @@
 /**
- * The program by which the conformance kit drives this client (clients/conformance/README.md):
+ * The program through which the conformance kit drives this client (clients/conformance/README.md):
  *
  *     zcproto-conformance node clients/typescript/dist/conform.js
  */
@@ -12,10 +12,10 @@ const conform = new Conform();
 
 for await (const line of createInterface({ input: process.stdin })) {
   if (line.length > MAX_LINE) {
-    throw new Error("a line is too long");
+    throw new Error("a line has more than 8 MiB");
   }
   const step = JSON.parse(line) as Step;
-  void conform.answer(step).then((answer) => {
+  void conform.run(step).then((answer) => {
     process.stdout.write(`${JSON.stringify({ id: step.id, ...(answer as object) })}\n`);
   });
 }

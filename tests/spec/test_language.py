@@ -80,7 +80,6 @@ ALLOWED: Final[dict[str, set[str]]] = {
 
 NOT_YET_CLEAN: Final = (
     "bench",
-    "clients/typescript",
     "docs/reference",
     "docs/security.md",
     "docs/troubleshooting.md",

@@ -1,4 +1,4 @@
-/** `node client_grpc.js ADDRESS CA_FILE CALLS`: figures as JSON. */
+/** `node client_grpc.js ADDRESS CA_FILE CALLS`: print figures as JSON. */
 
 import { readFileSync } from "node:fs";
 import { Client, credentials } from "@grpc/grpc-js";
@@ -12,20 +12,20 @@ const { path, requestSerialize, responseDeserialize } = METHOD;
 function echo(value: Echo): Promise<Echo> {
   return new Promise((resolve, reject) => {
     const options = { deadline: Date.now() + 30_000 };
-    client.makeUnaryRequest(path, requestSerialize, responseDeserialize, value, options, (error, answer) => {
-      if (error !== null || answer === undefined) {
-        reject(error ?? new Error("no answer"));
+    client.makeUnaryRequest(path, requestSerialize, responseDeserialize, value, options, (error, response) => {
+      if (error !== null || response === undefined) {
+        reject(error ?? new Error("no response"));
       } else {
-        resolve(answer);
+        resolve(response);
       }
     });
   });
 }
 
 const figures = await measure(async (number) => {
-  const answer = await echo({ text: "hello, world", number });
-  if (answer.number !== number) {
-    throw new Error("a wrong answer");
+  const response = await echo({ text: "hello, world", number });
+  if (response.number !== number) {
+    throw new Error("wrong response");
   }
 }, Number(calls));
 client.close();

@@ -1,4 +1,4 @@
-/** `node client_zcp.js ADDRESS CA_FILE USER KEY_FILE HOME CALLS`: figures as JSON. */
+/** `node client_zcp.js ADDRESS CA_FILE USER KEY_FILE HOME CALLS`: print figures as JSON. */
 
 import { readFileSync } from "node:fs";
 import { connect } from "../src/index.js";
@@ -8,9 +8,9 @@ const [address = "", caFile, user, keyFile = "", home, calls] = process.argv.sli
 const key = readFileSync(keyFile, "utf8").trim();
 const client = await connect(address, { user, key, caFile, home });
 const figures = await measure(async (number) => {
-  const answer = await client.call<{ number: number }>("echo", { text: "hello, world", number });
-  if (answer.number !== number) {
-    throw new Error("a wrong answer");
+  const response = await client.call<{ number: number }>("echo", { text: "hello, world", number });
+  if (response.number !== number) {
+    throw new Error("wrong response");
   }
 }, Number(calls));
 await client.close();

@@ -1,8 +1,8 @@
 /**
- * `npm run bench`: this client against `zcproto serve`, grpc-js against a server of grpc-js, the same echo over TLS 1.3 and
- * one connection. Each client is a process of its own, and they take turns; figures are medians of the rounds.
+ * `npm run bench`: compare this client with grpc-js, each with its own server, by the same echo over TLS 1.3 and one
+ * connection. The clients run alternately in separate processes; figures are medians of all rounds.
  *
- * Exit code 1 if the CPU of a call is more than half of that of grpc-js. `--json FILE` writes the figures, too.
+ * Exit code 1 if a call takes more than half of the CPU of grpc-js. `--json FILE` writes the figures.
  */
 
 import { execFile, spawn } from "node:child_process";
@@ -16,7 +16,7 @@ import { parseArgs, promisify } from "node:util";
 import { Server } from "../test/support/server.js";
 import { DEPTHS, type Figure } from "./measure.js";
 
-const MOST = 0.5;
+const MAX_CPU_RATIO = 0.5;
 const HERE = dirname(fileURLToPath(import.meta.url));
 const { values } = parseArgs({
   options: {
@@ -36,7 +36,7 @@ function median(numbers: number[]): number {
   return sorted[Math.floor(sorted.length / 2)] ?? Number.NaN;
 }
 
-function middle(rounds: Figure[][], depth: number): Figure {
+function medianFigure(rounds: Figure[][], depth: number): Figure {
   const all = rounds.flat().filter((figure) => figure.depth === depth);
   return {
     depth,
@@ -50,37 +50,37 @@ const keyFile = join(server.home, "bench.key");
 writeFileSync(keyFile, server.addUser("bench"), { mode: 0o600 });
 await server.start();
 const certificate = ["crt", "key"].map((ending) => join(server.home, `certs/server-ecdsa.${ending}`));
-const other = spawn(process.execPath, [join(HERE, "server_grpc.js"), ...certificate], {
+const grpcServer = spawn(process.execPath, [join(HERE, "server_grpc.js"), ...certificate], {
   stdio: ["ignore", "pipe", "inherit"],
 });
 try {
-  const [port] = (await once(createInterface(other.stdout), "line")) as [string];
-  const ours: Figure[][] = [];
-  const theirs: Figure[][] = [];
+  const [port] = (await once(createInterface(grpcServer.stdout), "line")) as [string];
+  const zcproto: Figure[][] = [];
+  const grpc: Figure[][] = [];
   for (let round = 0; round < Number(values.rounds); round++) {
     const clientHome = join(server.home, "client");
     const { calls } = values;
-    ours.push(await figures("client_zcp.js", server.address, server.caFile, "bench", keyFile, clientHome, calls));
-    theirs.push(await figures("client_grpc.js", `localhost:${port}`, server.caFile, calls));
+    zcproto.push(await figures("client_zcp.js", server.address, server.caFile, "bench", keyFile, clientHome, calls));
+    grpc.push(await figures("client_grpc.js", `localhost:${port}`, server.caFile, calls));
   }
   const compared = DEPTHS.map((depth) => {
-    const [our, their] = [middle(ours, depth), middle(theirs, depth)];
-    return { depth, ours: our, theirs: their, cpuRatio: our.cpuMicroseconds / their.cpuMicroseconds };
+    const figures = { zcproto: medianFigure(zcproto, depth), grpc: medianFigure(grpc, depth) };
+    return { depth, ...figures, cpuRatio: figures.zcproto.cpuMicroseconds / figures.grpc.cpuMicroseconds };
   });
   console.log(`Node ${process.version}, ${cpus()[0]?.model ?? "unknown CPU"} x ${cpus().length}`);
   console.log("depth  calls/s: zcproto  grpc-js   CPU us/call: zcproto  grpc-js  ratio");
-  for (const { depth, ours: our, theirs: their, cpuRatio } of compared) {
-    const columns = [our.callsPerSecond, their.callsPerSecond].map((value) => value.toFixed(0).padStart(8));
-    const cpu = [our.cpuMicroseconds, their.cpuMicroseconds].map((value) => value.toFixed(1).padStart(8));
+  for (const row of compared) {
+    const columns = [row.zcproto.callsPerSecond, row.grpc.callsPerSecond].map((value) => value.toFixed(0).padStart(8));
+    const cpu = [row.zcproto.cpuMicroseconds, row.grpc.cpuMicroseconds].map((value) => value.toFixed(1).padStart(8));
     console.log(
-      `${String(depth).padStart(5)}  ${" ".repeat(9)}${columns.join(" ")}${" ".repeat(14)}${cpu.join(" ")}  ${cpuRatio.toFixed(2)}`,
+      `${String(row.depth).padStart(5)}  ${" ".repeat(9)}${columns.join(" ")}${" ".repeat(14)}${cpu.join(" ")}  ${row.cpuRatio.toFixed(2)}`,
     );
   }
   if (values.json !== undefined) {
-    writeFileSync(values.json, `${JSON.stringify({ node: process.version, compared, ours, theirs }, null, 1)}\n`);
+    writeFileSync(values.json, `${JSON.stringify({ node: process.version, compared, zcproto, grpc }, null, 1)}\n`);
   }
-  process.exitCode = compared.every(({ cpuRatio }) => cpuRatio <= MOST) ? 0 : 1;
+  process.exitCode = compared.every(({ cpuRatio }) => cpuRatio <= MAX_CPU_RATIO) ? 0 : 1;
 } finally {
-  other.kill();
+  grpcServer.kill();
   await server.remove();
 }

@@ -1,4 +1,4 @@
-/** The same echo with grpc-js: msgpack bodies, so that both pay the same for them, and a deadline, as ours has one. */
+/** The echo method for grpc-js, with msgpack bodies and a deadline for a fair comparison. */
 
 import { decode, encode } from "@msgpack/msgpack";
 

@@ -1,4 +1,4 @@
-/** What both clients are measured by: calls a second, and CPU of this process for each, at one depth after the other. */
+/** Measures calls per second and CPU per call of this process, at each number of concurrent calls. */
 
 export const DEPTHS = [1, 16];
 
@@ -11,7 +11,7 @@ export interface Figure {
 export async function measure(call: (number: number) => Promise<unknown>, calls: number): Promise<Figure[]> {
   const figures: Figure[] = [];
   for (const depth of DEPTHS) {
-    await run(call, Math.ceil(calls / 2), depth); // until the code is compiled
+    await run(call, Math.ceil(calls / 2), depth); // warm up the compiler
     const began = performance.now();
     const cpu = process.cpuUsage();
     const done = await run(call, calls, depth);

@@ -1,4 +1,4 @@
-/** `node server_grpc.js CERTIFICATE KEY`: prints its port. */
+/** `node server_grpc.js CERTIFICATE KEY`: serve the echo with grpc-js and print the port. */
 
 import { readFileSync } from "node:fs";
 import { Server, ServerCredentials, type ServerUnaryCall, type sendUnaryData } from "@grpc/grpc-js";
@@ -9,7 +9,7 @@ const server = new Server();
 server.addService(
   { Echo: METHOD },
   {
-    Echo: (call: ServerUnaryCall<Echo, Echo>, answer: sendUnaryData<Echo>) => answer(null, call.request),
+    Echo: (call: ServerUnaryCall<Echo, Echo>, respond: sendUnaryData<Echo>) => respond(null, call.request),
   },
 );
 const pair = { cert_chain: readFileSync(certificate), private_key: readFileSync(key) };

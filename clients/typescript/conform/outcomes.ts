@@ -1,8 +1,8 @@
 /**
- * What this client makes of the bytes of a vector, in the words of the vectors.
+ * The outcomes of decoding the bytes of a vector, in the form of the vectors.
  *
- * What a client gets goes through its conversation, put into the state of the context. What a server gets goes through the
- * decoder and the reading of bodies alone, since a client is no server.
+ * With receiver "client", the bytes run through a ClientConnection in the state of the context; with receiver "server", only
+ * through the decoder and the body parser, since a client does not implement a server.
  */
 
 import { isDeepStrictEqual } from "node:util";
@@ -32,57 +32,57 @@ const KIND_NAMES = new Map<number, string>(Object.entries(Kind).map(([name, kind
 const WITHOUT_BODY: ReadonlySet<number> = new Set([Kind.CANCEL, Kind.PING, Kind.PONG]);
 const METHOD = /^[a-z0-9_.]{1,128}$/;
 
-/** The outcomes of bytes that come in pieces. */
+/** Return the outcomes of bytes that arrive in pieces. */
 export function outcomesOf(receiver: Side, context: Context, pieces: readonly Buffer[]): Outcome[] {
   return receiver === "client" ? asClient(context, pieces) : asServer(context, pieces);
 }
 
-// --- a client: through its conversation ---------------------------------------------------------------
+// --- receiver "client": through a ClientConnection ---------------------------------------------------------------
 
 function asClient(context: Context, pieces: readonly Buffer[]): Outcome[] {
   const now = BigInt(context.now);
-  const whole = conversation(context);
-  const heard: ClientEvent[] = pieces.flatMap((piece) => whole.receiveData(piece, now, 0));
-  // The same once more, frame by frame: to see what becomes of each.
-  const single = conversation(context);
-  const told: ClientEvent[] = [];
+  const inPieces = connectionIn(context);
+  const events: ClientEvent[] = pieces.flatMap((piece) => inPieces.receiveData(piece, now, 0));
+  // Once more frame by frame, for the outcome of each.
+  const byFrame = connectionIn(context);
+  const eventsByFrame: ClientEvent[] = [];
   const outcomes: Outcome[] = [];
   const { frames, left, fault } = framesOf(new FrameDecoder("client", context.limit), pieces);
   for (const frame of frames) {
-    const before = single.droppedStale + single.droppedUnknown;
-    const events = single.receiveData(bytesOf(frame), now, 0);
-    told.push(...events);
-    const [event] = events;
+    const before = byFrame.droppedStale + byFrame.droppedUnknown;
+    const eventsOfFrame = byFrame.receiveData(bytesOf(frame), now, 0);
+    eventsByFrame.push(...eventsOfFrame);
+    const [event] = eventsOfFrame;
     if (event?.type === "ended") {
-      // An ERROR that ends the connection is one that was taken, if it could be read.
-      const isSaid = frame.kind === Kind.ERROR && frame.stream === 0 && isReadable(frame, context.max_depth);
-      outcomes.push(isSaid ? frameOutcome(frame, context.max_depth) : errorOutcome(event.code ?? 0, true));
+      // A valid ERROR on stream 0 is itself a frame, which ends the connection.
+      const isFatalError = frame.kind === Kind.ERROR && frame.stream === 0 && isValidBody(frame, context.max_depth);
+      outcomes.push(isFatalError ? frameOutcome(frame, context.max_depth) : errorOutcome(event.code ?? 0, true));
       break;
     }
-    if (event?.type === "error" && !isReadable(frame, context.max_depth)) {
+    if (event?.type === "error" && !isValidBody(frame, context.max_depth)) {
       outcomes.push(errorOutcome(event.code, false));
-    } else if (single.droppedStale + single.droppedUnknown > before) {
+    } else if (byFrame.droppedStale + byFrame.droppedUnknown > before) {
       outcomes.push({ result: "dropped" });
     } else {
       outcomes.push(frameOutcome(frame, context.max_depth));
     }
   }
-  if (single.state !== "closed") {
+  if (byFrame.state !== "closed") {
     if (fault !== undefined) {
-      told.push({ type: "ended", code: fault.code, reason: fault.reason });
+      eventsByFrame.push({ type: "ended", code: fault.code, reason: fault.reason });
       outcomes.push(errorOutcome(fault.code, true));
     } else if (left > 0) {
       outcomes.push({ result: "incomplete", have: left });
     }
   }
-  if (!isDeepStrictEqual(heard, told)) {
-    throw new Error("the conversation hears something else when the bytes come in other pieces");
+  if (!isDeepStrictEqual(events, eventsByFrame)) {
+    throw new Error("the events depend on how the bytes are split");
   }
   return outcomes;
 }
 
-/** A conversation in the state of a context. */
-function conversation(context: Context): ClientConnection {
+/** Return a connection in the state of a context. */
+function connectionIn(context: Context): ClientConnection {
   const connection = new ClientConnection({
     maxFrame: context.limit,
     toleranceMs: context.tolerance_ms,
@@ -93,13 +93,13 @@ function conversation(context: Context): ClientConnection {
   }
   const now = BigInt(context.now);
   const salt = BigInt(`0x${context.salt}`);
-  const hear = (kind: Kind, counter: bigint, body: Uint8Array) => {
+  const receive = (kind: Kind, counter: bigint, body: Uint8Array) => {
     connection.receiveData(encodeFrame(kind, 0, now, salt, counter, NO_TOKEN, body), now, 0);
   };
-  hear(Kind.WELCOME, 0n, encodeBody(WELCOME));
+  receive(Kind.WELCOME, 0n, encodeBody(WELCOME));
   const last = BigInt(context.last_counter);
   if (last > 0n) {
-    hear(Kind.PING, last, Buffer.alloc(0));
+    receive(Kind.PING, last, Buffer.alloc(0));
   }
   const [token = ""] = context.tokens;
   for (const stream of context.in_flight) {
@@ -107,7 +107,7 @@ function conversation(context: Context): ClientConnection {
     connection.request("echo", {}, Buffer.from(token, "hex").toString("latin1"), undefined, now);
   }
   if (connection.state !== "open" || connection.inFlight !== context.in_flight.length) {
-    throw new Error("the conversation cannot be put into the state of the context");
+    throw new Error("the connection cannot reach the state of the context");
   }
   return connection;
 }
@@ -122,11 +122,11 @@ const WELCOME = {
   sts: { max_age: 0, include_subdomains: false },
 };
 
-function isReadable(frame: Frame, maxDepth: number): boolean {
+function isValidBody(frame: Frame, maxDepth: number): boolean {
   return messageOf(frame, maxDepth) !== undefined;
 }
 
-// --- a server: the decoder and the bodies alone -------------------------------------------------------
+// --- receiver "server": decoder and bodies only -------------------------------------------------------
 
 function asServer(context: Context, pieces: readonly Buffer[]): Outcome[] {
   const { frames, left, fault } = framesOf(new FrameDecoder("server", context.limit), pieces);
@@ -135,8 +135,8 @@ function asServer(context: Context, pieces: readonly Buffer[]): Outcome[] {
     if (WITHOUT_BODY.has(frame.kind) && frame.body.length > 0) {
       return [...outcomes, errorOutcome(Code.PROTOCOL_ERROR, true)];
     }
-    const isTaken = WITHOUT_BODY.has(frame.kind) || isReadable(frame, context.max_depth);
-    outcomes.push(isTaken ? frameOutcome(frame, context.max_depth) : errorOutcome(Code.INVALID_ARGUMENT, false));
+    const isValid = WITHOUT_BODY.has(frame.kind) || isValidBody(frame, context.max_depth);
+    outcomes.push(isValid ? frameOutcome(frame, context.max_depth) : errorOutcome(Code.INVALID_ARGUMENT, false));
   }
   if (fault !== undefined) {
     outcomes.push(errorOutcome(fault.code, true));
@@ -198,7 +198,7 @@ function frameOutcome(frame: Frame, maxDepth: number): Outcome {
   };
 }
 
-/** What a body says; undefined if it cannot be read or has another form than its kind demands. */
+/** Decode the body of a frame. Return undefined if it is invalid for its kind. */
 function messageOf(frame: Frame, maxDepth: number): Outcome | undefined {
   let value: unknown;
   try {
@@ -230,8 +230,8 @@ function messageOf(frame: Frame, maxDepth: number): Outcome | undefined {
 
 function errorOf(value: readonly unknown[]): Outcome | undefined {
   const [code, message, details = null] = value;
-  const isForm = value.length === 2 || value.length === 3;
-  if (!isForm || !isInt(code) || typeof message !== "string" || !(details === null || isMap(details))) {
+  const hasForm = value.length === 2 || value.length === 3;
+  if (!hasForm || !isInt(code) || typeof message !== "string" || !(details === null || isMap(details))) {
     return undefined;
   }
   return { code: Number(code), message, details: typed(details ?? {}) };
@@ -239,8 +239,8 @@ function errorOf(value: readonly unknown[]): Outcome | undefined {
 
 function requestOf(value: readonly unknown[]): Outcome | undefined {
   const [method, params, meta] = value;
-  const isForm = value.length === 2 || (value.length === 3 && isMap(meta));
-  if (!isForm || typeof method !== "string" || !METHOD.test(method) || !(params === null || isMap(params))) {
+  const hasForm = value.length === 2 || (value.length === 3 && isMap(meta));
+  if (!hasForm || typeof method !== "string" || !METHOD.test(method) || !(params === null || isMap(params))) {
     return undefined;
   }
   const known = isMap(meta) ? metaOf(meta) : {};

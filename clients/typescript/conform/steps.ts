@@ -1,6 +1,6 @@
-/** The steps by which the conformance kit drives this client: clients/conformance/README.md, one by one. */
+/** The steps through which the conformance kit drives this client, specified in clients/conformance/README.md. */
 
-import { attachMessage, openMessage } from "../src/client/signed.js";
+import { attachMessage, openMessage } from "../src/client/signing.js";
 import {
   CallError,
   CannotConnect,
@@ -24,7 +24,7 @@ import { type Json, typed, untyped } from "./typed.js";
 const KIT = 1;
 const NAME = `zcproto-typescript/${VERSION}`;
 
-/** A line of the kit. Which fields a step has is said in the kit's page. */
+/** A step of the kit. README.md of the kit lists its fields. */
 export type Step = Readonly<Record<string, Json>> & { readonly id: number; readonly step: string };
 
 const CAUSES: Readonly<Partial<Record<TlsFailure, string>>> = {
@@ -42,31 +42,31 @@ const CAUSES: Readonly<Partial<Record<TlsFailure, string>>> = {
 };
 
 interface Call {
-  readonly answer: Promise<unknown>;
-  readonly given: AbortController;
+  readonly result: Promise<unknown>;
+  readonly controller: AbortController;
 }
 
-/** What an application gives as the reason when it gives a call up. */
-const GIVEN_UP = new Error("given up");
+/** The reason with which a call is aborted by `cancel`. */
+const CANCELLED = new Error("cancelled");
 
 export class Conform {
   readonly #clients = new Map<string, Client>();
   readonly #calls = new Map<string, Call>();
 
-  /** The answer to a step, but for its id. */
-  async answer(step: Step): Promise<Json> {
+  /** Run a step and return its answer without the id. */
+  async run(step: Step): Promise<Json> {
     const action = this.#action(step);
     if (action === undefined) {
-      return { unsupported: `there is no step ${JSON.stringify(step.step)}` };
+      return { unsupported: `unknown step ${JSON.stringify(step.step)}` };
     }
     try {
       return { ok: (await action) ?? null };
     } catch (error) {
-      return { error: described(error) };
+      return { error: describe(error) };
     }
   }
 
-  /** Close what is open. */
+  /** Close all clients. */
   async close(): Promise<void> {
     await Promise.all([...this.#clients.values()].map((client) => client.close()));
   }
@@ -80,9 +80,9 @@ export class Conform {
       case "call":
         return this.#call(step);
       case "expect":
-        return this.#callOf(step).answer.then(typed);
+        return this.#callOf(step).result.then(typed);
       case "cancel":
-        this.#callOf(step).given.abort(GIVEN_UP);
+        this.#callOf(step).controller.abort(CANCELLED);
         return Promise.resolve(null);
       case "event":
         return this.#event(step);
@@ -98,14 +98,14 @@ export class Conform {
       case "close":
         return this.#close(step);
       default:
-        return withVectors(step);
+        return runVectorStep(step);
     }
   }
 
   #clientOf({ client }: Step): Client {
     const found = this.#clients.get(client as string);
     if (found === undefined) {
-      throw new Error(`there is no client ${JSON.stringify(client)}`);
+      throw new Error(`unknown client ${JSON.stringify(client)}`);
     }
     return found;
   }
@@ -113,7 +113,7 @@ export class Conform {
   #callOf({ call }: Step): Call {
     const found = this.#calls.get(call as string);
     if (found === undefined) {
-      throw new Error(`there is no call ${JSON.stringify(call)}`);
+      throw new Error(`unknown call ${JSON.stringify(call)}`);
     }
     return found;
   }
@@ -141,16 +141,16 @@ export class Conform {
   }
 
   #call(step: Step): Promise<null> {
-    const given = new AbortController();
+    const controller = new AbortController();
     const params = untyped(step["params"] ?? null) as Params | null;
-    const answer = this.#clientOf(step).call(step["method"] as string, params, {
+    const result = this.#clientOf(step).call(step["method"] as string, params, {
       timeoutMs: step["timeout_ms"] as number | undefined,
       idempotencyKey: step["idempotency_key"] as string | undefined,
       traceparent: step["traceparent"] as string | undefined,
-      signal: given.signal,
+      signal: controller.signal,
     });
-    answer.catch(() => undefined); // `expect` tells it
-    this.#calls.set(step["call"] as string, { answer, given });
+    result.catch(() => undefined); // `expect` reports it
+    this.#calls.set(step["call"] as string, { result, controller });
     return Promise.resolve(null);
   }
 
@@ -169,15 +169,15 @@ export class Conform {
 
   async #close(step: Step): Promise<null> {
     const name = step["client"] as string;
-    const client = this.#clients.get(name); // if it never got so far there is none
+    const client = this.#clients.get(name); // undefined if its connect step failed
     this.#clients.delete(name);
     await client?.close();
     return null;
   }
 }
 
-/** A step that needs no connection; undefined if there is no such step. */
-function withVectors(step: Step): Promise<Json> | undefined {
+/** Run a step that needs no connection. Return undefined for an unknown step. */
+function runVectorStep(step: Step): Promise<Json> | undefined {
   const hex = (name: string) => Buffer.from((step[name] ?? "") as string, "hex");
   switch (step.step) {
     case "tables":
@@ -229,9 +229,9 @@ function withVectors(step: Step): Promise<Json> | undefined {
   }
 }
 
-/** An error in the words of the kit. Any other is a fault of this program, and is thrown. */
-function described(error: unknown): Json {
-  if (error === GIVEN_UP) {
+/** Return an error in the form of the kit. Any other error is a bug of this program and is rethrown. */
+function describe(error: unknown): Json {
+  if (error === CANCELLED) {
     return { kind: "call", code: Code.CANCELLED, name: "CANCELLED", message: "", details: null };
   }
   if (error instanceof CallError) {

@@ -1,11 +1,11 @@
-/** Values as the typed JSON of the test vectors, both ways. */
+/** The typed JSON of the test vectors. */
 
 import { Float } from "../src/wire/body.js";
 import { isMap } from "../src/wire/message.js";
 
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
 
-/** As typed JSON. Floats must have been kept apart, or they are ints where they have no fraction. */
+/** Encode a value as typed JSON. A float without a fraction must be a Float, or it is encoded as an int. */
 export function typed(value: unknown): Json {
   if (value === null || typeof value === "boolean" || typeof value === "string") {
     return value;
@@ -28,7 +28,7 @@ export function typed(value: unknown): Json {
   if (isMap(value)) {
     return { map: Object.fromEntries(Object.entries(value).map(([key, item]) => [key, typed(item)])) };
   }
-  throw new TypeError(`no value of msgpack: ${typeof value}`);
+  throw new TypeError(`not a value of msgpack: ${typeof value}`);
 }
 
 function float(value: number): Json {
@@ -37,7 +37,7 @@ function float(value: number): Json {
   return { float64: bits.toString("hex") };
 }
 
-/** The value that typed JSON stands for. */
+/** Decode a value from typed JSON. */
 export function untyped(json: Json): unknown {
   if (json === null || typeof json !== "object") {
     return json;

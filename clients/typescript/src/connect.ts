@@ -1,10 +1,10 @@
-/** `connect`: the way to a server; `enroll`: how a device becomes known to one. */
+/** `connect` connects to a server, `enroll` enrolls a device. */
 
 import { homedir } from "node:os";
 import { join } from "node:path";
 import { parseAddress } from "./client/address.js";
 import { Client, type ClientSettings, DEFAULT_TIMEOUT_MS } from "./client/client.js";
-import { SteadyClock, systemClock } from "./client/clock.js";
+import { MonotonicClock, systemClock } from "./client/clock.js";
 import type { ServerEvent } from "./client/event_stream.js";
 import { chooseCredentials } from "./client/session.js";
 import { Device } from "./edge/device.js";
@@ -15,69 +15,70 @@ import { ConfigError } from "./errors.js";
 import { VERSION } from "./version.js";
 import type { Params } from "./wire/message.js";
 
-/** For one attempt to connect, from the name to the server's WELCOME. */
+/** Timeout of one connect attempt, from name resolution to WELCOME. */
 export const CONNECT_TIMEOUT_MS = 10_000;
 
 const KNOWN_HOSTS_FILE = "known_hosts.json";
 const MAX_WARNED = 64;
 
-/** Which server is believed, and how to find it. */
+/** How to reach and verify a server. */
 export interface TrustedServerOptions {
-  /** The file of the CA whose certificates are believed; without it and pins, those that Node trusts. */
+  /** PEM file of the trusted CA; without it and `pins`, the CAs that Node trusts. */
   readonly caFile?: string | undefined;
   /**
-   * `sha256/BASE64` of the server's public key (several: the ones to come), or `cert-sha256/...`, as a list, or as one
-   * text between commas or white space. With `caFile` or `systemStore` on top of it, else in its place: then dates and
-   * name of the certificate are still checked.
+   * Pins of the server: `sha256/BASE64` of its public key, also of future ones, or `cert-sha256/...` of its certificate, as a
+   * list or as a text with commas or white space. With `caFile` or `systemStore` both must match; without them a pin
+   * replaces the CA, and validity period and name are still verified.
    */
   readonly pins?: Iterable<string> | string | undefined;
-  /** Believe the CAs that Node trusts (its own list; see NODE_EXTRA_CA_CERTS and --use-openssl-ca), with pins too. */
+  /** Trust the CAs that Node trusts (see NODE_EXTRA_CA_CERTS and --use-openssl-ca), also with pins. */
   readonly systemStore?: boolean | undefined;
-  /** The name that the certificate must be for, if not the host's. */
+  /** The name to verify in the certificate, instead of the host. */
   readonly serverHostname?: string | undefined;
-  /** Milliseconds for a call, unless it says another; Infinity waits for ever. 30,000 by default. */
+  /** Default timeout of calls in milliseconds; Infinity for none. 30,000 by default. */
   readonly timeoutMs?: number | undefined;
-  /** Milliseconds for one attempt to connect. 10,000 by default. */
+  /** Timeout of one connect attempt in milliseconds. 10,000 by default. */
   readonly connectTimeoutMs?: number | undefined;
-  /** The folder where hosts with an `sts` policy are remembered; ZCPROTO_HOME, else ~/.zeroclaw, by default. */
+  /** The folder of the file of hosts with an `sts` policy. ZCPROTO_HOME or ~/.zeroclaw by default. */
   readonly home?: string | undefined;
 }
 
 export interface ConnectOptions extends TrustedServerOptions {
-  /** Whose session is opened; with a certificate it may be left out. Without credentials only public methods work. */
+  /** The user of the session; optional with a certificate. Without credentials only public methods work. */
   readonly user?: string | undefined;
   readonly key?: string | undefined;
-  /** Whose key opens the session, in place of user and key: a Device, or the file of its key. */
+  /** The device that opens the session, instead of user and key: a Device or its key file. */
   readonly device?: Device | string | undefined;
   /** The name under which the device was enrolled. */
   readonly deviceName?: string | undefined;
-  /** PEM file of this client's certificate, with its issuers; read again for each connection. */
+  /** PEM file of the client certificate with its issuers, read for each connection. */
   readonly certificate?: string | undefined;
-  /** Its key, which must be its owner's alone; without it the key is in the same file. */
+  /** Key file of the certificate, which only its owner can read. By default the key is in the certificate file. */
   readonly keyFile?: string | undefined;
-  /** Of an encrypted key: a text, or a function that returns it. */
+  /** Passphrase of an encrypted key: a text, or a function that returns it. */
   readonly keyPassphrase?: Passphrase | undefined;
-  /** False believes any server. Refused for hosts that were seen with an `sts` policy. */
+  /** False trusts any server. Refused for hosts with an `sts` policy. */
   readonly verify?: boolean | undefined;
-  /** False opens no session at connecting; `openSession` does later. */
+  /** False opens no session on connect; call `openSession` later. */
   readonly session?: boolean | undefined;
-  /** product/version, as the server lists it. */
+  /** The client as `product/version`, listed by the server. */
   readonly client?: string | undefined;
-  /** Called with each event that the server sends; without it they wait in `client.events`. */
+  /** Called with each event of the server; without it events are queued in `client.events`. */
   readonly onEvent?: ((event: ServerEvent) => void) | undefined;
   /** The largest frame accepted from the server, in bytes. 1 MiB by default. */
   readonly maxFrame?: number | undefined;
 }
 
 /**
- * A client of the server at `host`, `host:port` or `[::1]:port`; the port is 7443 by default.
+ * Connect to the server at `host`, `host:port` or `[::1]:port`; the port is 7443 by default.
  *
  *     const client = await connect("host:7443", { user: "ada", key, caFile: "ca.crt" });
  *     console.log(await client.call("echo", { word: "hello" }));
  *     await client.close();
  *
- * Rejects with ConfigError for what cannot be meant, TlsError for a malformed pin, CertificateError for files that cannot
- * be used, and at the first attempt with CannotConnect, TlsError, ConnectionClosed, and the CallErrors of `session.open`.
+ * Rejects with ConfigError for contradictory options, TlsError for a malformed pin and CertificateError for unusable files.
+ * The first attempt is not retried: it rejects with CannotConnect, TlsError, ConnectionClosed, or a CallError of
+ * `session.open`.
  */
 export async function connect(address: string, options: ConnectOptions = {}): Promise<Client> {
   const client = new Client(await settingsOf(address, options));
@@ -86,14 +87,13 @@ export async function connect(address: string, options: ConnectOptions = {}): Pr
 }
 
 /**
- * Trade a code of `zcproto pair` for a device that the server knows by `name`; resolves to the user whose device it is.
+ * Enroll a device under a name with a code of `zcproto pair`, and return the user of the device.
  *
  *     const device = await Device.create("laptop.key");
  *     await enroll("host:7443", "7D9K-X2MP", device, "laptop", { caFile: "ca.crt" });
  *
  * From then on `connect(address, { device, deviceName: "laptop" })` opens sessions of that user. Rejects with
- * Unauthenticated for a code that is not good, AlreadyExists for a name that is taken (the code stays good), and what
- * connecting rejects with.
+ * Unauthenticated for an invalid code, AlreadyExists for a name in use (the code stays valid), and like `connect`.
  */
 export async function enroll(
   address: string,
@@ -125,7 +125,7 @@ async function settingsOf(address: string, options: ConnectOptions): Promise<Cli
     device: typeof device === "string" ? await Device.load(device) : device,
     deviceName: options.deviceName,
   });
-  const clock = new SteadyClock(systemClock);
+  const clock = new MonotonicClock(systemClock);
   const home = options.home ?? (process.env["ZCPROTO_HOME"] || join(homedir(), ".zeroclaw"));
   const dialer = new Dialer({
     address: parsed,
@@ -155,7 +155,7 @@ async function settingsOf(address: string, options: ConnectOptions): Promise<Cli
 function checkNumbers(numbers: Record<string, number>): void {
   const faults = Object.entries(numbers)
     .filter(([, value]) => !(value > 0))
-    .map(([name, value]) => `${name}: ${value} is not above 0`);
+    .map(([name, value]) => `${name}: ${value} is not a number above 0`);
   if (faults.length > 0) {
     throw new ConfigError(faults);
   }
@@ -163,7 +163,7 @@ function checkNumbers(numbers: Record<string, number>): void {
 
 const warned = new Set<string>();
 
-/** Once for each text: a client that is made again and again need not say it each time. */
+/** Emit each warning once per process. */
 function warnOnce(message: string): void {
   if (!warned.has(message) && warned.size < MAX_WARNED) {
     warned.add(message);

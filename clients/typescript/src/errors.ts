@@ -1,19 +1,19 @@
 /**
- * Every error of this package, as one tree, and the codes that travel on the wire.
+ * The errors of this package as one tree, and the codes on the wire.
  *
  *     ZcprotoError
- *     ├── ConfigError         options that cannot be meant; all faults are listed
- *     ├── CertificateError    a certificate or key cannot be used, and why
- *     ├── ProtocolError       the server broke the wire contract; carries the code for it
- *     ├── TlsError            the TLS connection could not be made, or is not to be trusted
- *     ├── ConnectionClosed    the connection ended; `clean` tells a close from a truncation
- *     │   └── CannotConnect   there was none to begin with: refused, unreachable, no answer in time
- *     └── CallError           a call was answered with an error; one subclass a code
+ *     ├── ConfigError         invalid options; lists all faults
+ *     ├── CertificateError    a certificate or key is unusable
+ *     ├── ProtocolError       the server violated the protocol; has the code
+ *     ├── TlsError            the TLS handshake failed, or the server is not trusted
+ *     ├── ConnectionClosed    the connection ended; `clean` distinguishes a close from a truncation
+ *     │   └── CannotConnect   connecting failed: refused, unreachable, timeout
+ *     └── CallError           a call failed with an error; one subclass per code
  *
- * The classes hold data. Nothing here ever holds a token or a key.
+ * No error ever contains a token or a key.
  */
 
-/** Error codes of ZCP/1. 1 to 16 are gRPC's canonical codes, 64 and above are the protocol's own. */
+/** Error codes of ZCP/1. 1 to 16 are the canonical codes of gRPC, 64 and above are specific to the protocol. */
 export const Code = {
   CANCELLED: 1,
   UNKNOWN: 2,
@@ -45,20 +45,20 @@ export type CodeName = keyof typeof Code;
 
 const names = new Map<number, CodeName>(Object.entries(Code).map(([name, code]) => [code, name as CodeName]));
 
-/** The code's name; a code that is not known here is UNKNOWN. */
+/** Return the name of a code; UNKNOWN for an unknown code. */
 export function codeName(code: number): CodeName {
   return names.get(code) ?? "UNKNOWN";
 }
 
-/** A code as it is known here; one that is not is UNKNOWN. */
+/** Return a code; UNKNOWN for an unknown code. */
 export function knownCode(code: number): Code {
   return names.has(code) ? (code as Code) : Code.UNKNOWN;
 }
 
-/** What an ERROR may say beside its message: a map, empty if there is nothing to add. */
+/** The details of an ERROR, which may be empty. */
 export type Details = Readonly<Record<string, unknown>>;
 
-/** The root of all errors of this package. */
+/** The base of all errors of this package. */
 export class ZcprotoError extends Error {
   constructor(message: string, options?: ErrorOptions) {
     super(message, options);
@@ -66,7 +66,7 @@ export class ZcprotoError extends Error {
   }
 }
 
-/** Options that cannot be meant. Nothing was started. */
+/** Invalid options. Nothing was started. */
 export class ConfigError extends ZcprotoError {
   readonly faults: readonly string[];
 
@@ -76,10 +76,10 @@ export class ConfigError extends ZcprotoError {
   }
 }
 
-/** A certificate or a key cannot be used. The message names the file and the cure, never the key. */
+/** A certificate or a key is unusable. The message names the file and how to fix it, never the key. */
 export class CertificateError extends ZcprotoError {}
 
-/** The server broke the wire contract. `reason` is a fixed phrase, safe to log. */
+/** The server violated the protocol. `reason` is a fixed phrase, safe to log. */
 export class ProtocolError extends ZcprotoError {
   constructor(
     readonly code: Code,
@@ -93,7 +93,7 @@ export class ProtocolError extends ZcprotoError {
   }
 }
 
-/** Why a TLS connection could not be made, or is not to be trusted. */
+/** Why a TLS handshake failed or a server is not trusted. */
 export type TlsFailure =
   | "not_tls"
   | "unsupported_version"
@@ -116,7 +116,7 @@ export type TlsFailure =
   | "connection_reset"
   | "other";
 
-/** The TLS connection could not be made, or its server is not the one expected. */
+/** The TLS handshake failed, or the server is not trusted. */
 export class TlsError extends ZcprotoError {
   constructor(
     readonly failure: TlsFailure,
@@ -128,10 +128,10 @@ export class TlsError extends ZcprotoError {
 }
 
 /**
- * The connection ended before what was asked of it was done.
+ * The connection ended before the operation completed.
  *
  * `clean` is true after a close_notify, false after a reset or a truncation (RFC 8446 section 6.1). `code` is the
- * fatal error that the server sent, or that was found in what it sent.
+ * fatal error that the server sent or that was detected in its frames.
  */
 export class ConnectionClosed extends ZcprotoError {
   readonly clean: boolean;
@@ -147,13 +147,13 @@ export class ConnectionClosed extends ZcprotoError {
   }
 }
 
-/** No connection to the server could be made: no such host, refused, unreachable, or no answer in time. */
+/** Connecting failed: unknown host, refused, unreachable, or timeout. */
 export class CannotConnect extends ConnectionClosed {}
 
 /**
- * A call was answered with an error.
+ * A call failed with an error.
  *
- * `message` says what to do next; `details` is a map, empty if there is nothing to add.
+ * `details` may be empty.
  */
 export class CallError extends ZcprotoError {
   readonly code: Code = Code.UNKNOWN;
@@ -170,14 +170,14 @@ export class CallError extends ZcprotoError {
     return codeName(this.code);
   }
 
-  /** The error for a code received; a code not known here is UNKNOWN and keeps its number in the message. */
+  /** Make the error for a received code. The message of an UnknownError has the number of an unknown code. */
   static fromWire(code: number, message: string, details: Details): CallError {
     const kind = byCode.get(code);
     return kind === undefined ? new UnknownError(`${message} (code ${code})`, details) : new kind(message, details);
   }
 
-  /** The same error again, for another call: each has its own stack. */
-  again(): CallError {
+  /** Return a copy, so that each call gets an error with its own stack. */
+  copy(): CallError {
     return CallError.fromWire(this.code, this.message, this.details);
   }
 }

@@ -1,4 +1,4 @@
-/** Clients of zcproto: calls that get their answer or a clear error, whatever connections do meanwhile. */
+/** Client of zcproto. */
 
 export type { CallOptions, Client } from "./client/client.js";
 export { EventStream, type ServerEvent } from "./client/event_stream.js";

@@ -1,4 +1,4 @@
-/** Calls, sessions, retries and reconnecting, against a server in memory and with time turned by hand. */
+/** Calls, sessions, retries and reconnects, with a server in memory and a fake clock. */
 
 import assert from "node:assert/strict";
 import { afterEach, beforeEach, describe, test } from "node:test";
@@ -30,7 +30,7 @@ import {
   type FakeConnection,
   FakeServer,
   KEY,
-  NOTHING,
+  NO_RESPONSE,
   opened,
   settled,
   tokenNumber,
@@ -47,12 +47,12 @@ beforeEach(() => {
   server = new FakeServer();
 });
 
-/** After a test nothing is left that waits: no timer, no connection. */
+/** After each test no timer and no connection is left. */
 afterEach(async () => {
   const closed = watch(client.close());
   await server.clock.advance(5_000);
-  assert.ok(closed.isDone, "closing ends");
-  assert.equal(server.clock.waiting, 0, "timers left behind");
+  assert.ok(closed.isDone, "close() settles");
+  assert.equal(server.clock.pendingTimers, 0, "timers left behind");
   assert.ok(server.connections.every(({ isClosed }) => isClosed));
 });
 
@@ -61,16 +61,16 @@ describe("calls", () => {
     client = await server.connect();
   });
 
-  test("run at once and get their own answers, in whatever order these come", async () => {
-    const held: (() => void)[] = [];
+  test("concurrent calls get their own responses in any order", async () => {
+    const responses: (() => void)[] = [];
     server.on("echo", (request) => {
-      held.unshift(() => request.connection.answer(request, request.params));
-      return NOTHING;
+      responses.unshift(() => request.connection.respond(request, request.params));
+      return NO_RESPONSE;
     });
     const calls = Array.from({ length: 100 }, (_, n) => client.call("echo", { n }));
     await settled();
-    for (const answer of held) {
-      answer();
+    for (const respond of responses) {
+      respond();
     }
     assert.deepEqual(
       await Promise.all(calls),
@@ -78,7 +78,7 @@ describe("calls", () => {
     );
   });
 
-  test("carry the token, and the timeout as deadline", async () => {
+  test("calls carry the token and the timeout as deadline_ms", async () => {
     await client.call("echo", {}, { timeoutMs: 1_500, traceparent: "00-x" });
     const { token, meta } = server.requests.at(-1) ?? {};
     assert.equal(token, tokenText(1));
@@ -87,7 +87,7 @@ describe("calls", () => {
     assert.deepEqual(server.requests.at(-1)?.meta, {});
   });
 
-  test("wait for a free stream, first come, first served", async () => {
+  test("calls wait for a free stream in order", async () => {
     await client.close();
     server.welcome = { ...WELCOME, max_streams: 2 };
     client = await server.connect();
@@ -104,8 +104,8 @@ describe("calls", () => {
     );
   });
 
-  test("that time out are cancelled, and disturb no other", async () => {
-    server.on("sleep", () => NOTHING);
+  test("timed out call is cancelled without affecting others", async () => {
+    server.on("sleep", () => NO_RESPONSE);
     const slow = watch(client.call("sleep", {}, { timeoutMs: 100 }));
     const other = watch(client.call("sleep", {}, { timeoutMs: 200 }));
     await server.clock.advance(99);
@@ -116,18 +116,18 @@ describe("calls", () => {
     const sleeping = server.requests.find(({ method }) => method === "sleep");
     assert.deepEqual(server.cancelled, [sleeping?.stream]);
     assert.ok(sleeping);
-    server.last.fail(sleeping, Code.CANCELLED); // its answer comes all the same, and is nobody's
+    server.last.fail(sleeping, Code.CANCELLED); // its late response is dropped
     assert.deepEqual(await client.call("echo", { still: "here" }), { still: "here" });
     await server.clock.advance(100);
     assert.ok(other.error instanceof DeadlineExceeded);
   });
 
-  test("are given up by their signal, with its reason", async () => {
-    server.on("sleep", () => NOTHING);
+  test("aborted call rejects with the reason of its signal", async () => {
+    server.on("sleep", () => NO_RESPONSE);
     const controller = new AbortController();
     const call = watch(client.call("sleep", {}, { signal: controller.signal }));
     await settled();
-    const reason = new Error("not interested");
+    const reason = new Error("aborted by the test");
     controller.abort(reason);
     await settled();
     assert.equal(call.error, reason);
@@ -136,45 +136,45 @@ describe("calls", () => {
     assert.equal(server.methods.filter((method) => method === "echo").length, 0);
   });
 
-  test("that wait for a stream leave the queue by their signal", async () => {
+  test("aborted call leaves the queue for a free stream", async () => {
     await client.close();
     server.welcome = { ...WELCOME, max_streams: 1 };
     client = await server.connect();
-    server.on("sleep", () => NOTHING);
+    server.on("sleep", () => NO_RESPONSE);
     const controller = new AbortController();
-    const holds = watch(client.call("sleep"));
-    const leaves = watch(client.call("echo", {}, { signal: controller.signal }));
-    const stays = watch(client.call("echo"));
+    const running = watch(client.call("sleep"));
+    const aborted = watch(client.call("echo", {}, { signal: controller.signal }));
+    const waiting = watch(client.call("echo"));
     await settled();
     controller.abort();
     await settled();
-    assert.ok(leaves.isDone && !stays.isDone);
+    assert.ok(aborted.isDone && !waiting.isDone);
     const sleeping = server.requests.find(({ method }) => method === "sleep");
     assert.ok(sleeping);
-    server.last.answer(sleeping, {});
+    server.last.respond(sleeping, {});
     await settled();
-    assert.deepEqual(holds.value, {});
-    assert.deepEqual(stays.value, {});
+    assert.deepEqual(running.value, {});
+    assert.deepEqual(waiting.value, {});
   });
 
-  test("that cannot be sent are refused at once", async () => {
+  test("invalid params are refused before sending", async () => {
     await assert.rejects(client.call("No Such"), InvalidArgument);
     await assert.rejects(client.call("echo", { date: new Date() }), InvalidArgument);
     await assert.rejects(client.call("echo", { text: "a".repeat(2_000_000) }), InvalidArgument);
   });
 
-  test("too large for a connection without a session show the token first", async () => {
+  test("large first call is preceded by a small request with the token", async () => {
     const large = { text: "a".repeat(100_000) };
     assert.deepEqual(await client.call("echo", large), large);
   });
 
-  test("by an unknown code are UNKNOWN with the number", async () => {
+  test("unknown code is an UnknownError with the number", async () => {
     server.script("echo", new Failure(200));
     await assert.rejects(client.call("echo"), (error) => error instanceof UnknownError && /200/.test(error.message));
   });
 });
 
-describe("after an error (the contract's section 7)", () => {
+describe("retries (zcp1.md, section 11.1)", () => {
   beforeEach(async () => {
     client = await server.connect();
   });
@@ -182,7 +182,7 @@ describe("after an error (the contract's section 7)", () => {
   const attempts = (method = "echo") => server.methods.filter((name) => name === method).length;
 
   for (const code of [Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED]) {
-    test(`${code}: again after retry_after_ms with jitter, as long as there is time`, async () => {
+    test(`${code}: retried after retry_after_ms with jitter until the deadline`, async () => {
       const busy = new Failure(code, { retry_after_ms: 1_000 });
       server.script("echo", busy, busy, { done: true });
       const call = watch(client.call("echo"));
@@ -194,7 +194,7 @@ describe("after an error (the contract's section 7)", () => {
       assert.deepEqual(call.value, { done: true });
     });
 
-    test(`${code}: told at once if it would come too late`, async () => {
+    test(`${code}: reported at once if a retry would miss the deadline`, async () => {
       server.script("echo", new Failure(code, { retry_after_ms: 1_000 }));
       const call = watch(client.call("echo", {}, { timeoutMs: 1_000 }));
       await settled();
@@ -203,15 +203,15 @@ describe("after an error (the contract's section 7)", () => {
     });
   }
 
-  test("too many sessions: told", async () => {
+  test("session limit: reported without a retry", async () => {
     server.script("echo", new Failure(Code.RESOURCE_EXHAUSTED, { limit: 5 }));
     await assert.rejects(client.call("echo"), ResourceExhausted);
     assert.equal(attempts(), 1);
   });
 
-  test("STALE_TIMESTAMP: the clock is set, again at once, once", async () => {
+  test("STALE_TIMESTAMP: clock corrected, retried once at once", async () => {
     server.script("echo", new Failure(Code.STALE_TIMESTAMP, { server_time: WALL + 100_000 }), { done: true });
-    server.ahead = 100_000;
+    server.clockAheadMs = 100_000;
     assert.deepEqual(await client.call("echo"), { done: true });
     const [, frame] = server.last.frames.filter(({ kind }) => kind === Kind.REQUEST).slice(-2);
     assert.equal(frame?.timestamp, BigInt(WALL + 100_000));
@@ -220,7 +220,7 @@ describe("after an error (the contract's section 7)", () => {
     assert.equal(attempts(), 4);
   });
 
-  test("TOKEN_EXPIRED without a refresh token: another session, again, once", async () => {
+  test("TOKEN_EXPIRED without a refresh token: new session, retried once", async () => {
     server.script("echo", new Failure(Code.TOKEN_EXPIRED), { done: true });
     assert.deepEqual(await client.call("echo"), { done: true });
     assert.equal(attempts("session.open"), 2);
@@ -233,14 +233,14 @@ describe("after an error (the contract's section 7)", () => {
     [Code.TOKEN_REVOKED, TokenRevoked],
     [Code.SESSION_REPLACED, SessionReplaced],
   ] as const) {
-    test(`${code}: told to every call, and nothing by itself until the application asks`, async () => {
+    test(`${code}: reported to every call, no reconnect until openSession()`, async () => {
       server.script("echo", new Failure(code));
       await assert.rejects(client.call("echo"), kind);
       await assert.rejects(client.call("echo"), kind);
       assert.equal(attempts(), 1);
-      server.last.lose();
+      server.last.end();
       await server.clock.advance(60_000);
-      assert.equal(server.connections.length, 1, "it does not even come back");
+      assert.equal(server.connections.length, 1, "no reconnect");
       assert.equal(attempts("session.open"), 1);
       server.script("echo", { done: true });
       const session = await client.openSession();
@@ -249,7 +249,7 @@ describe("after an error (the contract's section 7)", () => {
     });
   }
 
-  test("UNAUTHENTICATED: told; the next session is opened when the application asks", async () => {
+  test("UNAUTHENTICATED: reported, new session only by openSession()", async () => {
     server.script("echo", new Failure(Code.UNAUTHENTICATED));
     await assert.rejects(client.call("echo"), Unauthenticated);
     assert.equal(attempts("session.open"), 1);
@@ -267,7 +267,7 @@ describe("after an error (the contract's section 7)", () => {
     Code.ABORTED,
     Code.DATA_LOSS,
   ]) {
-    test(`${code}: told, once, with or without an idempotency key`, async () => {
+    test(`${code}: never retried, with or without an idempotency key`, async () => {
       server.script("echo", new Failure(code, { a: 1 }));
       for (const idempotencyKey of [undefined, "k"]) {
         await assert.rejects(
@@ -279,11 +279,11 @@ describe("after an error (the contract's section 7)", () => {
     });
   }
 
-  test("a lost connection: told, as the call may have run", async () => {
-    server.on("echo", () => NOTHING);
+  test("lost connection: call without idempotency key is not retried", async () => {
+    server.on("echo", () => NO_RESPONSE);
     const call = watch(client.call("echo"));
     await settled();
-    server.last.lose(new TlsError("truncated"));
+    server.last.end(new TlsError("truncated"));
     await settled();
     assert.ok(call.error instanceof ConnectionClosed && !call.error.clean);
     await server.clock.advance(1_000);
@@ -291,57 +291,57 @@ describe("after an error (the contract's section 7)", () => {
     assert.equal(server.connections.length, 2);
   });
 
-  test("a lost connection, with an idempotency key: again", async () => {
-    server.on("echo", () => NOTHING);
+  test("lost connection: call with idempotency key is retried", async () => {
+    server.on("echo", () => NO_RESPONSE);
     const call = watch(client.call("echo", {}, { idempotencyKey: "order-7" }));
     await settled();
     server.on("echo", ({ meta }) => ({ key: meta.idempotency_key }));
-    server.last.lose(new TlsError("truncated"));
+    server.last.end(new TlsError("truncated"));
     await server.clock.advance(1_000);
     assert.deepEqual(call.value, { key: "order-7" });
     assert.equal(attempts(), 2);
   });
 
-  test("GOAWAY, and then a clean end without an answer: again, as it was not run", async () => {
-    server.on("echo", () => NOTHING);
+  test("GOAWAY and clean end without a response: call is retried", async () => {
+    server.on("echo", () => NO_RESPONSE);
     const call = watch(client.call("echo"));
     await settled();
     const first = server.last;
     first.goAway("draining", 1_000);
     await server.clock.advance(1_000);
-    assert.equal(server.connections.length, 1, "not before it was asked to");
+    assert.equal(server.connections.length, 1, "no reconnect before retry_after_ms");
     await server.clock.advance(100);
     assert.equal(server.connections.length, 2);
-    assert.ok(!call.isDone, "its answer may still come");
+    assert.ok(!call.isDone, "its response may still arrive");
     server.script("echo", { done: true });
-    first.lose();
+    first.end();
     await server.clock.advance(1_000);
     assert.deepEqual(call.value, { done: true });
   });
 
-  test("GOAWAY, and then a truncation: told", async () => {
-    server.on("echo", () => NOTHING);
+  test("GOAWAY and truncation: call is not retried", async () => {
+    server.on("echo", () => NO_RESPONSE);
     const call = watch(client.call("echo"));
     await settled();
     server.last.goAway();
-    server.connections[0]?.lose(new TlsError("truncated"));
+    server.connections[0]?.end(new TlsError("truncated"));
     await server.clock.advance(1_000);
     assert.ok(call.error instanceof ConnectionClosed);
   });
 
-  test("GOAWAY: what is in flight gets its answer, new calls go elsewhere, then the old one is closed", async () => {
-    server.on("echo", () => NOTHING);
+  test("GOAWAY: calls in flight finish, new calls use another connection, the old one is closed", async () => {
+    server.on("echo", () => NO_RESPONSE);
     const old = watch(client.call("echo", { n: 1 }));
     await settled();
     const request = server.requests.at(-1);
     const first = server.last;
     first.goAway();
     server.script("echo", { new: true });
-    const young = watch(client.call("echo"));
+    const next = watch(client.call("echo"));
     await server.clock.advance(200);
-    assert.deepEqual(young.value, { new: true });
+    assert.deepEqual(next.value, { new: true });
     assert.ok(request && !first.isClosed);
-    first.answer(request, { old: true });
+    first.respond(request, { old: true });
     await settled();
     assert.deepEqual(old.value, { old: true });
     assert.ok(first.isClosed);
@@ -349,18 +349,18 @@ describe("after an error (the contract's section 7)", () => {
 });
 
 describe("connections", () => {
-  test("the first attempt's error is told", async () => {
-    server.refusals = [new CannotConnect("fake:7443: ECONNREFUSED")];
+  test("error of the first attempt is reported", async () => {
+    server.connectErrors = [new CannotConnect("fake:7443: ECONNREFUSED")];
     client = server.client();
     await assert.rejects(client.open(), CannotConnect);
     await assert.rejects(client.call("echo"), ConnectionClosed);
   });
 
-  test("come back with full jitter that doubles up to 30 s, and begins again after a success", async () => {
+  test("reconnect backs off with full jitter up to 30 s and resets after a success", async () => {
     client = await server.connect();
-    server.refusals = Array.from({ length: 12 }, () => new CannotConnect("no"));
-    const left = () => server.refusals.length;
-    server.last.lose(new TlsError("truncated"));
+    server.connectErrors = Array.from({ length: 12 }, () => new CannotConnect("no"));
+    const left = () => server.connectErrors.length;
+    server.last.end(new TlsError("truncated"));
     const delays: number[] = [];
     for (let count = 12; count >= 0; count--) {
       const began = server.clock.ms;
@@ -372,34 +372,34 @@ describe("connections", () => {
     }
     assert.deepEqual(delays, [50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 15_000, 15_000, 15_000, 15_000]);
     await client.call("echo");
-    server.last.lose();
+    server.last.end();
     await server.clock.advance(49);
     assert.equal(server.connections.length, 2);
     await server.clock.advance(1);
     assert.equal(server.connections.length, 3);
   });
 
-  test("calls wait while a connection is made, and are told what stood in the way when their time is over", async () => {
+  test("timed out call reports why the reconnect failed", async () => {
     client = await server.connect();
-    server.refusals = Array.from({ length: 100 }, () => new CannotConnect("fake:7443: ECONNREFUSED"));
-    server.last.lose();
+    server.connectErrors = Array.from({ length: 100 }, () => new CannotConnect("fake:7443: ECONNREFUSED"));
+    server.last.end();
     const call = watch(client.call("echo", {}, { timeoutMs: 2_000 }));
     await server.clock.advance(2_000);
     assert.ok(call.error instanceof DeadlineExceeded);
     assert.match(call.error.message, /ECONNREFUSED/);
   });
 
-  test("a server that is not trusted any more is told, and not tried again and again", async () => {
+  test("pin mismatch on reconnect is reported and not retried", async () => {
     client = await server.connect();
-    server.refusals = [new TlsError("pin_mismatch"), new TlsError("pin_mismatch")];
-    server.last.lose();
+    server.connectErrors = [new TlsError("pin_mismatch"), new TlsError("pin_mismatch")];
+    server.last.end();
     await server.clock.advance(60_000);
-    assert.equal(server.refusals.length, 1);
+    assert.equal(server.connectErrors.length, 1);
     await assert.rejects(client.call("echo"), (error) => error instanceof TlsError && error.failure === "pin_mismatch");
     assert.deepEqual(await client.call("echo"), {});
   });
 
-  test("closed for idleness they come back with the next call only", async () => {
+  test("connection closed for idleness reconnects with the next call", async () => {
     client = await server.connect();
     server.last.goAway("idle");
     await server.clock.advance(60_000);
@@ -409,16 +409,16 @@ describe("connections", () => {
     assert.deepEqual(call.value, {});
   });
 
-  test("a new one has the old session, shown by a small request", async () => {
+  test("reconnect presents the session by a small request", async () => {
     client = await server.connect();
-    server.last.lose();
+    server.last.end();
     await server.clock.advance(1_000);
     assert.deepEqual(server.methods, ["session.open", "session.info"]);
     assert.equal(server.requests.at(-1)?.token, tokenText(1));
     assert.equal(client.session?.id, "s-1");
   });
 
-  test("a server that falls silent is given up after its PING", async () => {
+  test("connection is aborted after an unanswered PING", async () => {
     server.welcome = { ...WELCOME, idle_timeout_ms: 90_000 };
     client = await server.connect();
     const first = server.last;
@@ -429,11 +429,11 @@ describe("connections", () => {
     assert.ok(server.connections.length > 1);
   });
 
-  test("a fatal ERROR is told with its code", async () => {
+  test("fatal ERROR is reported with its code", async () => {
     client = await server.connect();
     server.on("echo", ({ connection }) => {
-      connection.say(Kind.ERROR, 0, [Code.REPLAYED, "nonce"]);
-      return NOTHING;
+      connection.send(Kind.ERROR, 0, [Code.REPLAYED, "nonce"]);
+      return NO_RESPONSE;
     });
     await assert.rejects(
       client.call("echo"),
@@ -441,9 +441,9 @@ describe("connections", () => {
     );
   });
 
-  test("closing ends calls, and is the same when it is done twice", async () => {
+  test("close() ends pending calls and is idempotent", async () => {
     client = await server.connect();
-    server.on("sleep", () => NOTHING);
+    server.on("sleep", () => NO_RESPONSE);
     const call = watch(client.call("sleep"));
     await settled();
     await Promise.all([client.close(), client.close()]);
@@ -452,38 +452,38 @@ describe("connections", () => {
     await assert.rejects(client.call("echo"), ConnectionClosed);
   });
 
-  test("closing waits for connections that the server had closed before", async () => {
+  test("close() waits for connections that the server closed before", async () => {
     client = await server.connect();
     const [first] = server.connections as [FakeConnection];
-    first.endsAtOnce = false;
+    first.endsOnClose = false;
     first.goAway();
     await server.clock.advance(1_000);
     assert.equal(server.connections.length, 2);
     const closed = watch(client.close());
     await server.clock.advance(1_000);
     assert.ok(server.last.isClosed && !first.isClosed && !closed.isDone);
-    first.lose();
+    first.end();
     await settled();
     assert.ok(closed.isDone && closed.error === undefined);
   });
 
-  test("closing waits for a connection that was made for nothing", async () => {
+  test("failed open() waits for its connection to close", async () => {
     server.onConnection = (connection) => {
-      connection.endsAtOnce = false;
+      connection.endsOnClose = false;
       connection.goAway();
     };
     client = server.client();
     const opened = watch(client.open());
     await settled();
-    assert.ok(!opened.isDone, "the client is closed where it cannot connect");
-    server.last.lose();
+    assert.ok(!opened.isDone, "open() waits for the connection");
+    server.last.end();
     await settled();
     assert.ok(opened.error instanceof CannotConnect);
   });
 
-  test("closing does not wait for a server that says nothing", async () => {
+  test("close() does not wait for an unresponsive server", async () => {
     client = await server.connect();
-    server.on("session.close", () => NOTHING);
+    server.on("session.close", () => NO_RESPONSE);
     const closed = watch(client.close());
     await server.clock.advance(1_999);
     assert.ok(!closed.isDone);
@@ -493,14 +493,14 @@ describe("connections", () => {
 });
 
 describe("sessions", () => {
-  test("are opened without a token, by name and key", async () => {
+  test("session.open has no token but user and key", async () => {
     client = await server.connect();
     const [request] = server.requests;
     assert.equal(request?.token, NO_TOKEN);
     assert.deepEqual(request?.params, { scheme: "api_key", user: "ada", key: KEY, client: "test/1" });
   });
 
-  test("hold their tokens where no inspection, JSON or message shows them", async () => {
+  test("tokens are hidden from inspection and JSON", async () => {
     server.on("session.open", () => opened(5, { refresh_token: tokenNumber(6), refresh_expires_at: WALL + 9e9 }));
     client = await server.connect();
     const shown = [
@@ -514,14 +514,14 @@ describe("sessions", () => {
     assert.equal(client.session?.token, Buffer.alloc(32, 5).toString("base64url"));
   });
 
-  test("refused for ever is told to all, without trying again", async () => {
+  test("refused session.open is not retried", async () => {
     server.on("session.open", () => new Failure(Code.UNAUTHENTICATED));
     client = server.client();
     await assert.rejects(client.open(), Unauthenticated);
     assert.deepEqual(server.methods, ["session.open"]);
   });
 
-  test("refused for the moment is tried again in time", async () => {
+  test("unavailable session.open is retried after retry_after_ms", async () => {
     server.script("session.open", new Failure(Code.UNAVAILABLE, { retry_after_ms: 500 }), opened(1));
     client = server.client();
     const open = watch(client.open());
@@ -529,28 +529,28 @@ describe("sessions", () => {
     assert.ok(open.isDone && open.error === undefined);
   });
 
-  test("an answer that is not as it must be is refused", async () => {
+  test("invalid result of session.open is refused", async () => {
     for (const wrong of [{}, { token: "x" }, { token: tokenNumber(0) }, { expires_at: "soon" }, { bound: null }]) {
       server.on("session.open", () => ({ ...opened(1), ...wrong, ...(Object.keys(wrong).length ? {} : { id: 1 }) }));
       client = server.client();
-      await assert.rejects(client.open(), /not as it must be/);
+      await assert.rejects(client.open(), /is invalid/);
     }
   });
 
   const refreshable = { refresh_token: tokenNumber(100), refresh_expires_at: WALL + 86_400_000 };
 
-  test("are refreshed at 80 % of their life with jitter, one at a time; calls wait for it", async () => {
+  test("session is refreshed once at 80 % of its lifetime with jitter, and calls wait", async () => {
     server.on("session.open", () => opened(1, refreshable));
     client = await server.connect();
-    const answers: (() => void)[] = [];
+    const responses: (() => void)[] = [];
     server.on("session.refresh", (request) => {
-      answers.push(() => request.connection.answer(request, opened(2, { expires_at: WALL + 7_200_000 })));
-      return NOTHING;
+      responses.push(() => request.connection.respond(request, opened(2, { expires_at: WALL + 7_200_000 })));
+      return NO_RESPONSE;
     });
     await server.clock.advance(3_600_000 * 0.82);
-    assert.equal(answers.length, 0);
+    assert.equal(responses.length, 0);
     await server.clock.advance(3_600_000 * 0.006);
-    assert.equal(answers.length, 1);
+    assert.equal(responses.length, 1);
     const { token, params } = server.requests.at(-1) ?? {};
     assert.equal(token, NO_TOKEN);
     assert.deepEqual(params, { refresh_token: tokenNumber(100), client: "test/1" });
@@ -558,12 +558,12 @@ describe("sessions", () => {
     await settled();
     assert.equal(server.methods.filter((method) => method === "session.refresh").length, 1);
     assert.ok(!server.methods.includes("echo"));
-    answers[0]?.();
+    responses[0]?.();
     await Promise.all(calls);
     assert.ok(server.requests.slice(-10).every((request) => request.token === tokenText(2)));
   });
 
-  test("are refreshed once for all calls that find the token expired", async () => {
+  test("concurrent calls with an expired token share one refresh", async () => {
     server.on("session.open", () => opened(1, refreshable));
     client = await server.connect();
     server.on("session.refresh", () => opened(2));
@@ -572,7 +572,7 @@ describe("sessions", () => {
     assert.equal(server.methods.filter((method) => method === "session.refresh").length, 1);
   });
 
-  test("whose refresh token is past its life, or may be spent, are opened anew", async () => {
+  test("expired refresh token causes a new session", async () => {
     server.on("session.open", () => opened(1, refreshable));
     client = await server.connect();
     server.script("echo", new Failure(Code.TOKEN_EXPIRED), {});
@@ -584,7 +584,7 @@ describe("sessions", () => {
     ]);
   });
 
-  test("whose refresh was taken for theft are over", async () => {
+  test("TOKEN_REVOKED for a refresh ends the session", async () => {
     server.on("session.open", () => opened(1, refreshable));
     client = await server.connect();
     server.script("echo", new Failure(Code.TOKEN_EXPIRED));
@@ -594,14 +594,14 @@ describe("sessions", () => {
     assert.equal(server.methods.filter((method) => method === "session.open").length, 1);
   });
 
-  test("send the same refresh token again when its answer was lost, but not after its grace", async () => {
+  test("lost refresh is retried with the same refresh token", async () => {
     server.on("session.open", () => opened(1, refreshable));
     client = await server.connect();
     server.script(
       "session.refresh",
       ({ connection }: { connection: FakeServer["last"] }) => {
-        connection.lose(new TlsError("truncated"));
-        return NOTHING;
+        connection.end(new TlsError("truncated"));
+        return NO_RESPONSE;
       },
       opened(2),
     );
@@ -614,7 +614,7 @@ describe("sessions", () => {
     assert.deepEqual(tokens[0], tokens[1]);
   });
 
-  test("that end for not being used are opened anew before the next call", async () => {
+  test("session past its idle timeout is reopened before the next call", async () => {
     server.on("session.open", () => opened(1, { idle_timeout_ms: 60_000 }));
     client = await server.connect();
     await server.clock.advance(50_000);
@@ -627,22 +627,22 @@ describe("sessions", () => {
     assert.equal(server.methods.filter((method) => method === "session.open").length, 2);
   });
 
-  test("session.expiring refreshes at once, session.revoked asks what has become of it", async () => {
+  test("session.expiring causes a refresh, session.revoked a session.info", async () => {
     server.on("session.open", () => opened(1, refreshable));
     client = await server.connect();
     server.on("session.refresh", () => opened(2));
-    server.last.say(Kind.EVENT, 0, ["session.expiring", { expires_at: WALL }], { token: tokenText(1) });
+    server.last.send(Kind.EVENT, 0, ["session.expiring", { expires_at: WALL }], { token: tokenText(1) });
     await settled();
     assert.equal(client.session?.id, "s-2");
     server.on("session.info", () => new Failure(Code.SESSION_REPLACED));
-    server.last.say(Kind.EVENT, 0, ["session.revoked", { reason: "replaced" }], { token: tokenText(2) });
+    server.last.send(Kind.EVENT, 0, ["session.revoked", { reason: "replaced" }], { token: tokenText(2) });
     await settled();
     await assert.rejects(client.call("echo"), SessionReplaced);
     assert.deepEqual((await client.events.next()).value?.name, "session.expiring");
     assert.deepEqual((await client.events.next()).value, { name: "session.revoked", data: { reason: "replaced" } });
   });
 
-  test("without credentials only public methods are called, with no token", async () => {
+  test("client without credentials sends no token", async () => {
     client = await server.connect({ credentials: undefined, opensSession: false });
     await client.call("echo");
     assert.equal(server.requests.at(-1)?.token, NO_TOKEN);
@@ -659,14 +659,14 @@ describe("bound sessions", () => {
     client = await server.connect({ credentials: new DeviceKey(signer, "laptop") });
   });
 
-  test("are opened by a signature over salt, leaf and name", () => {
+  test("session.open is signed over salt, leaf and name", () => {
     const { scheme, device, signature } = server.requests[0]?.params ?? {};
     assert.deepEqual([scheme, device], ["ed25519", "laptop"]);
     assert.deepEqual(signature, new Uint8Array(64).fill(11 + 8 + 32 + 6));
   });
 
-  test("are attached on each further connection", async () => {
-    server.last.lose();
+  test("session is attached on reconnect", async () => {
+    server.last.end();
     await server.clock.advance(1_000);
     assert.equal(server.methods.at(-1), "session.attach");
     assert.deepEqual(server.requests.at(-1)?.params, { signature: new Uint8Array(64).fill(13 + 8 + 32 + 32) });
@@ -674,7 +674,7 @@ describe("bound sessions", () => {
     await client.call("echo");
   });
 
-  test("are attached once for all calls that are refused for it, and each is sent again once", async () => {
+  test("concurrent refused calls share one session.attach and are retried once", async () => {
     const refused = new Failure(Code.UNAUTHENTICATED, { attach: true });
     let isAttached = false;
     server.on("session.attach", () => {
@@ -688,7 +688,7 @@ describe("bound sessions", () => {
     await assert.rejects(client.call("echo"), Unauthenticated);
   });
 
-  test("whose attaching is refused are told", async () => {
+  test("refused session.attach is reported", async () => {
     server.on("session.attach", () => new Failure(Code.FAILED_PRECONDITION));
     server.on("echo", () => new Failure(Code.UNAUTHENTICATED, { attach: true }));
     await assert.rejects(client.call("echo"), FailedPrecondition);
@@ -696,19 +696,19 @@ describe("bound sessions", () => {
 });
 
 describe("events", () => {
-  test("go to whoever takes them, unknown ones too", async () => {
-    const seen: string[] = [];
-    client = await server.connect({ onEvent: ({ name }) => seen.push(name) });
-    server.last.say(Kind.EVENT, 0, ["weather.changed", [1]]);
-    server.last.say(Kind.EVENT, 0, ["pins.next", { pins: [], from: 1 }]);
+  test("onEvent gets all events, including unknown ones", async () => {
+    const names: string[] = [];
+    client = await server.connect({ onEvent: ({ name }) => names.push(name) });
+    server.last.send(Kind.EVENT, 0, ["weather.changed", [1]]);
+    server.last.send(Kind.EVENT, 0, ["pins.next", { pins: [], from: 1 }]);
     await settled();
-    assert.deepEqual(seen, ["weather.changed", "pins.next"]);
+    assert.deepEqual(names, ["weather.changed", "pins.next"]);
   });
 
-  test("wait to be read, 1,000 at most, and end with the client", async () => {
+  test("event stream keeps 1,000 events and ends with the client", async () => {
     client = await server.connect();
     for (let n = 0; n < 1_005; n++) {
-      server.last.say(Kind.EVENT, 0, ["n", n]);
+      server.last.send(Kind.EVENT, 0, ["n", n]);
     }
     await settled();
     assert.equal(client.events.dropped, 5);
@@ -722,7 +722,7 @@ describe("events", () => {
   });
 });
 
-test("errors have their code's name", async () => {
+test("error has the name of its code", async () => {
   client = await server.connect();
   server.script("echo", new Failure(Code.CANCELLED));
   await assert.rejects(client.call("echo"), (error) => {

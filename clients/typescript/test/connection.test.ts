@@ -1,4 +1,4 @@
-/** The conversation with bytes and times passed in. */
+/** ClientConnection, with bytes and times passed in. */
 
 import assert from "node:assert/strict";
 import { beforeEach, describe, test } from "node:test";
@@ -20,7 +20,8 @@ const SALT = 0xa1b2c3d4e5f60718n;
 const NOW = BigInt(WALL);
 const TOKEN = tokenText(9);
 
-class Talk {
+/** A client connection and the frames of its server. */
+class Peer {
   readonly client = new ClientConnection();
   counter = -1n;
   wall = NOW;
@@ -33,16 +34,16 @@ class Talk {
     return encodeFrame(kind, stream, time, salt, this.counter, token, Buffer.from(bytes));
   }
 
-  hear(data: Buffer): ClientEvent[] {
+  receiveBytes(data: Buffer): ClientEvent[] {
     return this.client.receiveData(data, this.wall, this.now);
   }
 
-  say(...frame: Parameters<Talk["frame"]>): ClientEvent[] {
-    return this.hear(this.frame(...frame));
+  receive(...frame: Parameters<Peer["frame"]>): ClientEvent[] {
+    return this.receiveBytes(this.frame(...frame));
   }
 
   welcome(more: object = {}): void {
-    const [event] = this.say(Kind.WELCOME, 0, { ...WELCOME, ...more });
+    const [event] = this.receive(Kind.WELCOME, 0, { ...WELCOME, ...more });
     assert.equal(event?.type, "welcomed");
   }
 
@@ -60,19 +61,19 @@ class Talk {
   }
 }
 
-let talk: Talk;
+let peer: Peer;
 beforeEach(() => {
-  talk = new Talk();
+  peer = new Peer();
 });
 
-function endedBy(events: ClientEvent[]): Code | undefined {
+function endCode(events: ClientEvent[]): Code | undefined {
   const last = events.at(-1);
   assert.equal(last?.type, "ended");
   return last?.type === "ended" ? last.code : undefined;
 }
 
 describe("states", () => {
-  test("every state and input has its successor, or is a bug", () => {
+  test("every state and input has a next state or throws", () => {
     for (const state of Object.keys(TRANSITIONS) as State[]) {
       for (const input of ["welcome", "goaway", "fatal", "end"] as Input[]) {
         const next = TRANSITIONS[state][input];
@@ -85,47 +86,49 @@ describe("states", () => {
     }
   });
 
-  test("nothing is sent before WELCOME, and none after the end", () => {
-    assert.throws(() => talk.request(), Unavailable);
-    talk.client.ping(NOW);
-    assert.equal(talk.client.dataToSend(), undefined);
-    talk.welcome();
-    const stream = talk.request();
-    talk.client.end();
-    talk.client.cancel(stream, NOW);
-    talk.client.ping(NOW);
-    assert.equal(talk.sent().length, 1);
-    assert.throws(() => talk.request(), ConnectionClosed);
-    assert.deepEqual(talk.say(Kind.RESPONSE, stream, 1), []);
+  test("nothing is sent before WELCOME or after the end", () => {
+    assert.throws(() => peer.request(), Unavailable);
+    peer.client.ping(NOW);
+    assert.equal(peer.client.dataToSend(), undefined);
+    peer.welcome();
+    const stream = peer.request();
+    peer.client.end();
+    peer.client.cancel(stream, NOW);
+    peer.client.ping(NOW);
+    assert.equal(peer.sent().length, 1);
+    assert.throws(() => peer.request(), ConnectionClosed);
+    assert.deepEqual(peer.receive(Kind.RESPONSE, stream, 1), []);
   });
 
-  test("after GOAWAY answers still come and nothing new is sent", () => {
-    talk.welcome();
-    const stream = talk.request();
-    const said = { reason: "draining", retry_after_ms: 1_000, more: [] };
-    assert.deepEqual(talk.say(Kind.GOAWAY, 0, said), [{ type: "goaway", reason: "draining", retryAfterMs: 1_000 }]);
-    assert.equal(talk.say(Kind.GOAWAY, 0, said).length, 1);
-    assert.throws(() => talk.request(), Unavailable);
-    assert.deepEqual(talk.say(Kind.RESPONSE, stream, 1), [{ type: "response", stream, value: 1 }]);
+  test("after GOAWAY responses arrive and new requests are refused", () => {
+    peer.welcome();
+    const stream = peer.request();
+    const goAway = { reason: "draining", retry_after_ms: 1_000, more: [] };
+    assert.deepEqual(peer.receive(Kind.GOAWAY, 0, goAway), [
+      { type: "goaway", reason: "draining", retryAfterMs: 1_000 },
+    ]);
+    assert.equal(peer.receive(Kind.GOAWAY, 0, goAway).length, 1);
+    assert.throws(() => peer.request(), Unavailable);
+    assert.deepEqual(peer.receive(Kind.RESPONSE, stream, 1), [{ type: "response", stream, value: 1 }]);
   });
 
-  test("what follows the end in the same read is not looked at", () => {
-    talk.welcome();
-    const stream = talk.request();
-    const data = Buffer.concat([talk.frame(Kind.ERROR, 0, [66, "x"]), talk.frame(Kind.RESPONSE, stream, 1)]);
-    assert.equal(endedBy(talk.hear(data)), Code.REPLAYED);
-    assert.equal(talk.client.state, "closed");
+  test("frames after the end in the same read are ignored", () => {
+    peer.welcome();
+    const stream = peer.request();
+    const data = Buffer.concat([peer.frame(Kind.ERROR, 0, [66, "x"]), peer.frame(Kind.RESPONSE, stream, 1)]);
+    assert.equal(endCode(peer.receiveBytes(data)), Code.REPLAYED);
+    assert.equal(peer.client.state, "closed");
   });
 });
 
-describe("what is sent", () => {
-  test("counts up from 1, with the salt, the server's time and the token", () => {
-    talk.welcome();
-    talk.wall += 40n;
-    talk.request();
-    talk.request("session.open");
-    talk.client.ping(talk.wall);
-    const frames = talk.sent();
+describe("sending", () => {
+  test("frames have increasing counters, the salt, the server's time and the token", () => {
+    peer.welcome();
+    peer.wall += 40n;
+    peer.request();
+    peer.request("session.open");
+    peer.client.ping(peer.wall);
+    const frames = peer.sent();
     assert.deepEqual(
       frames.map(({ counter }) => counter),
       [1n, 2n, 3n],
@@ -138,164 +141,164 @@ describe("what is sent", () => {
     assert.deepEqual([...new Set(frames.map(({ timestamp }) => timestamp))], [NOW + 40n]);
   });
 
-  test("is in the server's time, wherever our clock is", () => {
+  test("timestamps are in server time, whatever the local clock", () => {
     for (const time of [0n, MAX_SERVER_TIME]) {
-      const far = new Talk();
-      const [event] = far.say(Kind.WELCOME, 0, WELCOME, { time });
+      const far = new Peer();
+      const [event] = far.receive(Kind.WELCOME, 0, WELCOME, { time });
       assert.equal(event?.type, "welcomed");
       far.wall += 5n;
       far.request();
       assert.equal(far.sent()[0]?.timestamp, time + 5n);
     }
-    assert.equal(endedBy(talk.say(Kind.WELCOME, 0, WELCOME, { time: MAX_SERVER_TIME + 1n })), Code.PROTOCOL_ERROR);
+    assert.equal(endCode(peer.receive(Kind.WELCOME, 0, WELCOME, { time: MAX_SERVER_TIME + 1n })), Code.PROTOCOL_ERROR);
   });
 
-  test("never has a timestamp that 64 bits cannot hold", () => {
-    talk.say(Kind.WELCOME, 0, WELCOME, { time: 5n });
-    talk.wall -= 100n;
-    talk.request();
-    assert.equal(talk.sent()[0]?.timestamp, 0n);
+  test("timestamps never exceed 64 bits", () => {
+    peer.receive(Kind.WELCOME, 0, WELCOME, { time: 5n });
+    peer.wall -= 100n;
+    peer.request();
+    assert.equal(peer.sent()[0]?.timestamp, 0n);
   });
 
-  test("streams begin again after the last one, and pass over those in flight", () => {
-    talk.welcome();
-    assert.equal(talk.request(), 1);
-    talk.client.nextStream = 2 ** 32 - 1;
-    assert.equal(talk.request(), 2 ** 32 - 1);
-    assert.equal(talk.request(), 2);
+  test("streams wrap around and skip those in flight", () => {
+    peer.welcome();
+    assert.equal(peer.request(), 1);
+    peer.client.nextStream = 2 ** 32 - 1;
+    assert.equal(peer.request(), 2 ** 32 - 1);
+    assert.equal(peer.request(), 2);
   });
 
-  test("is bounded by max_streams", () => {
-    talk.welcome({ max_streams: 2 });
-    const stream = talk.request();
-    talk.request();
-    assert.throws(() => talk.request(), ResourceExhausted);
-    talk.say(Kind.ERROR, stream, [Code.CANCELLED, ""]);
-    assert.doesNotThrow(() => talk.request());
+  test("requests in flight are limited by max_streams", () => {
+    peer.welcome({ max_streams: 2 });
+    const stream = peer.request();
+    peer.request();
+    assert.throws(() => peer.request(), ResourceExhausted);
+    peer.receive(Kind.ERROR, stream, [Code.CANCELLED, ""]);
+    assert.doesNotThrow(() => peer.request());
   });
 
-  test("is small until the server has taken a token, and again when that is over", () => {
-    talk.welcome();
+  test("frame size is limited without an accepted token", () => {
+    peer.welcome();
     const large = { text: "a".repeat(MAX_FRAME_BEFORE_SESSION) };
-    const ask = () => talk.client.request("echo", large, TOKEN, undefined, NOW);
-    assert.throws(ask, (error: InvalidArgument) => error.details["limit"] === MAX_FRAME_BEFORE_SESSION);
-    talk.say(Kind.RESPONSE, talk.request(), {});
-    assert.doesNotThrow(ask);
-    talk.say(Kind.EVENT, 0, ["session.revoked", {}], { token: TOKEN });
-    assert.throws(ask, InvalidArgument);
-    talk.say(Kind.RESPONSE, talk.request("session.open"), { token: tokenNumber(9) });
-    assert.doesNotThrow(ask);
-    talk.client.sessionEnded(TOKEN);
-    assert.throws(ask, InvalidArgument);
+    const request = () => peer.client.request("echo", large, TOKEN, undefined, NOW);
+    assert.throws(request, (error: InvalidArgument) => error.details["limit"] === MAX_FRAME_BEFORE_SESSION);
+    peer.receive(Kind.RESPONSE, peer.request(), {});
+    assert.doesNotThrow(request);
+    peer.receive(Kind.EVENT, 0, ["session.revoked", {}], { token: TOKEN });
+    assert.throws(request, InvalidArgument);
+    peer.receive(Kind.RESPONSE, peer.request("session.open"), { token: tokenNumber(9) });
+    assert.doesNotThrow(request);
+    peer.client.sessionEnded(TOKEN);
+    assert.throws(request, InvalidArgument);
   });
 
-  test("CANCEL carries the token of its request, and the answer is still awaited", () => {
-    talk.welcome();
-    const streams = [talk.request(), talk.request("session.refresh")];
-    talk.sent();
+  test("CANCEL has the token of its request, which stays in flight", () => {
+    peer.welcome();
+    const streams = [peer.request(), peer.request("session.refresh")];
+    peer.sent();
     for (const stream of streams) {
-      talk.client.cancel(stream, NOW);
+      peer.client.cancel(stream, NOW);
     }
     assert.deepEqual(
-      talk.sent().map(({ kind, token }) => [kind, token]),
+      peer.sent().map(({ kind, token }) => [kind, token]),
       [
         [Kind.CANCEL, TOKEN],
         [Kind.CANCEL, NO_TOKEN],
       ],
     );
-    assert.equal(talk.client.inFlight, 2);
+    assert.equal(peer.client.inFlight, 2);
   });
 
-  test("a PING is answered with its own token", () => {
-    talk.welcome();
-    assert.deepEqual(talk.say(Kind.PING, 0, undefined, { token: TOKEN }), []);
+  test("PONG has the token of its PING", () => {
+    peer.welcome();
+    assert.deepEqual(peer.receive(Kind.PING, 0, undefined, { token: TOKEN }), []);
     assert.deepEqual(
-      talk.sent().map(({ kind, token }) => [kind, token]),
+      peer.sent().map(({ kind, token }) => [kind, token]),
       [[Kind.PONG, TOKEN]],
     );
   });
 });
 
 describe("freshness", () => {
-  beforeEach(() => talk.welcome());
+  beforeEach(() => peer.welcome());
 
-  test("a frame of another connection, and a counter that does not grow, end it", () => {
-    assert.equal(endedBy(talk.say(Kind.PING, 0, undefined, { salt: SALT + 1n })), Code.REPLAYED);
-    const other = new Talk();
+  test("wrong salt or non-increasing counter ends the connection", () => {
+    assert.equal(endCode(peer.receive(Kind.PING, 0, undefined, { salt: SALT + 1n })), Code.REPLAYED);
+    const other = new Peer();
     other.welcome();
     other.counter = -1n;
-    assert.equal(endedBy(other.say(Kind.PING, 0)), Code.REPLAYED);
+    assert.equal(endCode(other.receive(Kind.PING, 0)), Code.REPLAYED);
   });
 
-  test("both edges of the tolerance are inside", () => {
-    for (const off of [30_000n, -30_000n]) {
-      talk.say(Kind.PING, 0, undefined, { time: NOW + off });
+  test("timestamps at both edges of the tolerance are fresh", () => {
+    for (const offset of [30_000n, -30_000n]) {
+      peer.receive(Kind.PING, 0, undefined, { time: NOW + offset });
     }
-    assert.equal(talk.sent().length, 2);
-    for (const off of [30_001n, -30_001n]) {
-      talk.say(Kind.PING, 0, undefined, { time: NOW + off });
+    assert.equal(peer.sent().length, 2);
+    for (const offset of [30_001n, -30_001n]) {
+      peer.receive(Kind.PING, 0, undefined, { time: NOW + offset });
     }
-    assert.equal(talk.sent().length, 0);
-    assert.equal(talk.client.droppedStale, 2);
+    assert.equal(peer.sent().length, 0);
+    assert.equal(peer.client.droppedStale, 2);
   });
 
-  test("any timestamp can be compared", () => {
+  test("timestamps of any value are compared", () => {
     for (const time of [0n, 2n ** 63n, 2n ** 64n - 1n]) {
-      assert.deepEqual(talk.say(Kind.PING, 0, undefined, { time }), []);
+      assert.deepEqual(peer.receive(Kind.PING, 0, undefined, { time }), []);
     }
-    assert.equal(talk.client.droppedStale, 3);
+    assert.equal(peer.client.droppedStale, 3);
   });
 
-  test("the tenth stale frame in a row ends it, and a fresh one ends the row", () => {
-    const stale = () => talk.say(Kind.PING, 0, undefined, { time: 0n });
+  test("tenth consecutive stale frame ends the connection, a fresh one resets the count", () => {
+    const stale = () => peer.receive(Kind.PING, 0, undefined, { time: 0n });
     for (let count = 0; count < 9; count++) {
       assert.deepEqual(stale(), []);
     }
-    talk.say(Kind.PING, 0);
+    peer.receive(Kind.PING, 0);
     for (let count = 0; count < 9; count++) {
       assert.deepEqual(stale(), []);
     }
-    assert.equal(endedBy(stale()), Code.STALE_TIMESTAMP);
+    assert.equal(endCode(stale()), Code.STALE_TIMESTAMP);
   });
 
-  test("ERROR STALE_TIMESTAMP sets the clock right, though it is stale itself", () => {
-    const stream = talk.request();
-    talk.sent();
+  test("stale ERROR STALE_TIMESTAMP corrects the clock", () => {
+    const stream = peer.request();
+    peer.sent();
     const time = NOW + 3_600_000n;
-    const [event] = talk.say(Kind.ERROR, stream, [67, "stale", { server_time: time }], { time });
+    const [event] = peer.receive(Kind.ERROR, stream, [67, "stale", { server_time: time }], { time });
     assert.equal(event?.type, "error");
-    talk.request();
-    assert.equal(talk.sent()[0]?.timestamp, time);
+    peer.request();
+    assert.equal(peer.sent()[0]?.timestamp, time);
   });
 
-  test("a server_time that is none is passed over", () => {
+  test("invalid server_time is ignored", () => {
     for (const server_time of [-1, "x", null, 1.5, MAX_SERVER_TIME + 1n]) {
-      const offset = talk.client.clockOffset;
-      talk.say(Kind.ERROR, talk.request(), [67, "stale", { server_time }]);
-      assert.equal(talk.client.clockOffset, offset);
+      const offset = peer.client.clockOffset;
+      peer.receive(Kind.ERROR, peer.request(), [67, "stale", { server_time }]);
+      assert.equal(peer.client.clockOffset, offset);
     }
   });
 });
 
-describe("answers", () => {
-  beforeEach(() => talk.welcome());
+describe("responses", () => {
+  beforeEach(() => peer.welcome());
 
-  test("that cannot be read fail their call with INTERNAL, and the connection goes on", () => {
+  test("invalid response fails its call with INTERNAL and the connection continues", () => {
     for (const kind of [Kind.RESPONSE, Kind.ERROR]) {
-      const [event] = talk.say(kind, talk.request(), Buffer.from("c1", "hex"));
+      const [event] = peer.receive(kind, peer.request(), Buffer.from("c1", "hex"));
       assert.equal(event?.type === "error" ? event.code : undefined, Code.INTERNAL);
     }
-    assert.equal(talk.client.state, "open");
+    assert.equal(peer.client.state, "open");
   });
 
-  test("to nothing are dropped and counted", () => {
-    assert.deepEqual(talk.say(Kind.RESPONSE, 7, 1), []);
-    assert.deepEqual(talk.say(Kind.ERROR, 7, [1, ""]), []);
-    assert.equal(talk.client.droppedUnknown, 2);
+  test("response on an unknown stream is dropped and counted", () => {
+    assert.deepEqual(peer.receive(Kind.RESPONSE, 7, 1), []);
+    assert.deepEqual(peer.receive(Kind.ERROR, 7, [1, ""]), []);
+    assert.equal(peer.client.droppedUnknown, 2);
   });
 
-  test("a kind without a body that has one, and what cannot be read, ends it", () => {
-    const wrong: [Kind, unknown][] = [
+  test("unexpected or invalid body ends the connection", () => {
+    const invalid: [Kind, unknown][] = [
       [Kind.PING, 1],
       [Kind.PONG, 1],
       [Kind.WELCOME, WELCOME],
@@ -305,51 +308,51 @@ describe("answers", () => {
       [Kind.GOAWAY, { reason: "x" }],
       [Kind.ERROR, "x"],
     ];
-    for (const [kind, body] of wrong) {
-      const other = new Talk();
+    for (const [kind, body] of invalid) {
+      const other = new Peer();
       other.welcome();
-      assert.equal(endedBy(other.say(kind, 0, body)), Code.PROTOCOL_ERROR);
+      assert.equal(endCode(other.receive(kind, 0, body)), Code.PROTOCOL_ERROR);
     }
   });
 
-  test("a GOAWAY with a float that looks like an int is wrong", () => {
+  test("GOAWAY with a float without a fraction is invalid", () => {
     const body = Buffer.from("82a6726561736f6ea178ae72657472795f61667465725f6d73cb3ff0000000000000", "hex");
-    assert.equal(endedBy(talk.say(Kind.GOAWAY, 0, body)), Code.PROTOCOL_ERROR);
+    assert.equal(endCode(peer.receive(Kind.GOAWAY, 0, body)), Code.PROTOCOL_ERROR);
   });
 });
 
 describe("keepalive", () => {
-  test("a PING goes out after a third of the idle timeout, and its silence ends it", () => {
-    talk.welcome({ idle_timeout_ms: 90_000 });
-    assert.equal(talk.client.nextDeadline(), 30_000);
-    assert.equal(talk.client.handleTimeout(NOW, 29_999), undefined);
-    assert.equal(talk.sent().length, 0);
-    assert.equal(talk.client.handleTimeout(NOW, 30_000), undefined);
-    assert.equal(talk.sent()[0]?.kind, Kind.PING);
-    assert.equal(talk.client.nextDeadline(), 30_000 + PONG_TIMEOUT_MS);
-    const ended = talk.client.handleTimeout(NOW, 30_000 + PONG_TIMEOUT_MS);
+  test("PING is sent after a third of the idle timeout, and ends the connection without a response", () => {
+    peer.welcome({ idle_timeout_ms: 90_000 });
+    assert.equal(peer.client.nextDeadline(), 30_000);
+    assert.equal(peer.client.handleTimeout(NOW, 29_999), undefined);
+    assert.equal(peer.sent().length, 0);
+    assert.equal(peer.client.handleTimeout(NOW, 30_000), undefined);
+    assert.equal(peer.sent()[0]?.kind, Kind.PING);
+    assert.equal(peer.client.nextDeadline(), 30_000 + PONG_TIMEOUT_MS);
+    const ended = peer.client.handleTimeout(NOW, 30_000 + PONG_TIMEOUT_MS);
     assert.equal(ended?.type, "ended");
-    assert.equal(talk.client.nextDeadline(), Number.POSITIVE_INFINITY);
+    assert.equal(peer.client.nextDeadline(), Number.POSITIVE_INFINITY);
   });
 
-  test("traffic both ways makes a PING needless", () => {
-    talk.welcome({ idle_timeout_ms: 90_000 });
-    talk.now = 10_000;
-    talk.say(Kind.RESPONSE, talk.request(), 1);
-    talk.sent();
-    talk.client.handleTimeout(NOW, 30_000);
-    assert.equal(talk.sent().length, 0);
-    talk.client.handleTimeout(NOW, 60_000);
-    assert.equal(talk.sent()[0]?.kind, Kind.PING);
-    talk.now = 60_001;
-    talk.say(Kind.PONG, 0);
-    assert.equal(talk.client.nextDeadline(), 90_000);
+  test("traffic in both directions delays the PING", () => {
+    peer.welcome({ idle_timeout_ms: 90_000 });
+    peer.now = 10_000;
+    peer.receive(Kind.RESPONSE, peer.request(), 1);
+    peer.sent();
+    peer.client.handleTimeout(NOW, 30_000);
+    assert.equal(peer.sent().length, 0);
+    peer.client.handleTimeout(NOW, 60_000);
+    assert.equal(peer.sent()[0]?.kind, Kind.PING);
+    peer.now = 60_001;
+    peer.receive(Kind.PONG, 0);
+    assert.equal(peer.client.nextDeadline(), 90_000);
   });
 
-  test("a tiny idle timeout floods nobody, and none needs no PING", () => {
-    talk.welcome({ idle_timeout_ms: 3 });
-    assert.equal(talk.client.nextDeadline(), 250);
-    const other = new Talk();
+  test("tiny idle timeout has a minimum interval, and 0 disables keepalive", () => {
+    peer.welcome({ idle_timeout_ms: 3 });
+    assert.equal(peer.client.nextDeadline(), 250);
+    const other = new Peer();
     other.welcome({ idle_timeout_ms: 0 });
     assert.equal(other.client.nextDeadline(), Number.POSITIVE_INFINITY);
   });

@@ -1,4 +1,4 @@
-/** What is at the edge, without a network: pins, addresses, key files, remembered hosts, options. */
+/** Pins, addresses, key files, known hosts and options, without a network. */
 
 import assert from "node:assert/strict";
 import { X509Certificate } from "node:crypto";
@@ -17,8 +17,8 @@ import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { inspect } from "node:util";
 import { addressText, parseAddress } from "../src/client/address.js";
-import { printable } from "../src/client/printable.js";
 import { chooseCredentials } from "../src/client/session.js";
+import { escapeText } from "../src/client/text.js";
 import { connect } from "../src/connect.js";
 import { Device } from "../src/edge/device.js";
 import { KnownHosts, MAX_HOSTS } from "../src/edge/known_hosts.js";
@@ -37,7 +37,7 @@ after(() => rmSync(folder, { recursive: true, force: true }));
 const PIN = `sha256/${Buffer.alloc(32, 1).toString("base64")}`;
 
 describe("pins", () => {
-  test("of a key and of a certificate are those that openssl computes", () => {
+  test("pins equal those of openssl", () => {
     // openssl req -x509 -newkey ed25519 -nodes -subj /CN=x -days 36500; then
     // openssl x509 -pubkey -noout | openssl pkey -pubin -outform der | openssl dgst -sha256 -binary | base64
     const certificate = new X509Certificate(readFileSync(join(PACKAGE, "test/support/certificate.pem")));
@@ -46,14 +46,14 @@ describe("pins", () => {
     assert.equal(certificatePin(certificate), `cert-sha256/${whole}`);
   });
 
-  test("are taken as a list or as a text", () => {
+  test("pins are accepted as a list or as a text", () => {
     const other = PIN.replace("sha256", "cert-sha256");
     assert.deepEqual([...parsePins(`${PIN}, ${other}\n`)], [PIN, other]);
     assert.deepEqual([...parsePins([PIN, PIN])], [PIN]);
     assert.deepEqual([...parsePins([])], []);
   });
 
-  for (const wrong of [
+  for (const malformed of [
     "",
     " ",
     "sha256/",
@@ -63,20 +63,20 @@ describe("pins", () => {
     "AAAA",
     `${PIN}\u0000`,
   ]) {
-    test(`${JSON.stringify(wrong)} is malformed, and never ignored`, () => {
-      assert.throws(() => parsePins(wrong), { failure: "pin_malformed" });
-      assert.throws(() => parsePins([PIN, wrong]), TlsError);
+    test(`${JSON.stringify(malformed)} is refused as malformed`, () => {
+      assert.throws(() => parsePins(malformed), { failure: "pin_malformed" });
+      assert.throws(() => parsePins([PIN, malformed]), TlsError);
     });
   }
 
-  test("are bounded", () => {
+  test("number of pins is limited", () => {
     const many = Array.from({ length: MAX_PINS + 1 }, (_, n) => `sha256/${Buffer.alloc(32, n).toString("base64")}`);
     assert.throws(() => parsePins(many), TlsError);
   });
 });
 
 describe("addresses", () => {
-  const right: [string, string][] = [
+  const valid: [string, string][] = [
     ["host", "host:7443"],
     ["Host.Example:1", "host.example:1"],
     ["host.", "host:7443"],
@@ -87,8 +87,8 @@ describe("addresses", () => {
     ["b\u00fccher.example", "xn--bcher-kva.example:7443"],
     ["a_b:7", "a_b:7"],
   ];
-  for (const [text, shown] of right) {
-    test(text, () => assert.equal(addressText(parseAddress(text)), shown));
+  for (const [text, shown] of valid) {
+    test(`${text} is parsed`, () => assert.equal(addressText(parseAddress(text)), shown));
   }
   for (const text of [
     "",
@@ -106,12 +106,12 @@ describe("addresses", () => {
     "-\n",
     "a".repeat(300),
   ]) {
-    test(`${JSON.stringify(text.slice(0, 20))} is none`, () => assert.throws(() => parseAddress(text), ConfigError));
+    test(`${JSON.stringify(text.slice(0, 20))} is refused`, () => assert.throws(() => parseAddress(text), ConfigError));
   }
 });
 
 describe("devices", () => {
-  test("are made once, in a file of their owner's, and loaded from then on", async () => {
+  test("device is created once in a private file and loaded again", async () => {
     const file = join(folder, "device.key");
     const device = await Device.create(file);
     assert.equal(statSync(file).mode & 0o777, 0o600);
@@ -124,7 +124,7 @@ describe("devices", () => {
     assert.deepEqual(Device.fromSeed(seed).publicKey, device.publicKey);
   });
 
-  test("whose key others can read, or that have none, are refused", async () => {
+  test("unusable key file is refused", async () => {
     const file = join(folder, "open.key");
     await Device.create(file);
     chmodSync(file, 0o644);
@@ -132,7 +132,7 @@ describe("devices", () => {
     await assert.rejects(Device.load(folder), CertificateError);
     await assert.rejects(Device.load(join(folder, "none")), /ENOENT/);
     writeFileSync(join(folder, "text.key"), "hello", { mode: 0o600 });
-    await assert.rejects(Device.load(join(folder, "text.key")), /no private key/);
+    await assert.rejects(Device.load(join(folder, "text.key")), /not a private key/);
     await assert.rejects(Device.create(join(folder, "no/such")), CertificateError);
     assert.throws(() => Device.fromSeed(Buffer.alloc(31)), RangeError);
   });
@@ -142,7 +142,7 @@ describe("hosts with an sts policy", () => {
   const year = { max_age: 31_536_000, include_subdomains: true };
   const at = (name: string) => new KnownHosts(join(folder, name, "known_hosts.json"));
 
-  test("are not connected to without verification, until it ends", async () => {
+  test("policy requires verification until it ends", async () => {
     const known = at("policy");
     await known.require("a.example", WALL);
     await known.learn("a.example", year, WALL);
@@ -158,13 +158,13 @@ describe("hosts with an sts policy", () => {
     await known.require("a.example", WALL);
   });
 
-  test("are names; addresses have no policy", async () => {
+  test("address has no policy", async () => {
     const known = at("addresses");
     await known.learn("127.0.0.1", year, WALL);
     assert.ok(!existsSync(known.path));
   });
 
-  test("are written by many at once without loss, and nothing is left beside the file", async () => {
+  test("concurrent writes lose nothing and leave no temporary file", async () => {
     const known = at("many");
     await Promise.all(
       Array.from({ length: 30 }, (_, n) => new KnownHosts(known.path).learn(`h${n}.example`, year, WALL)),
@@ -174,7 +174,7 @@ describe("hosts with an sts policy", () => {
     assert.deepEqual(readdirSync(join(folder, "many")), ["known_hosts.json"]);
   });
 
-  test("are bounded: those that end first make room", async () => {
+  test("number of policies is limited, those that end first are dropped", async () => {
     const known = at("bounded");
     await known.learn("first.example", year, WALL);
     const hosts = Object.fromEntries(
@@ -197,7 +197,7 @@ describe("hosts with an sts policy", () => {
     '{"hosts": {"a.example": {"until": "x", "include_subdomains": true}}}',
     '{"hosts": null}',
   ]) {
-    test(`a file with ${JSON.stringify(content)} is never taken for empty`, async () => {
+    test(`invalid file ${JSON.stringify(content)} is not treated as empty`, async () => {
       const known = new KnownHosts(join(folder, "damaged.json"));
       writeFileSync(known.path, content);
       await assert.rejects(known.require("a.example", WALL), { failure: "sts_policy" });
@@ -206,8 +206,8 @@ describe("hosts with an sts policy", () => {
   }
 });
 
-describe("options that cannot be meant", () => {
-  const wrong: [string, object][] = [
+describe("invalid options", () => {
+  const invalid: [string, object][] = [
     ["verify and a CA", { verify: false, caFile: "x" }],
     ["verify and pins", { verify: false, pins: PIN }],
     ["two kinds of CA", { caFile: "x", systemStore: true }],
@@ -217,25 +217,25 @@ describe("options that cannot be meant", () => {
     ["a device without its name", { device: Device.fromSeed(Buffer.alloc(32, 1)) }],
     ["a device and a user", { device: Device.fromSeed(Buffer.alloc(32, 1)), deviceName: "d", user: "u" }],
     ["a key file without a certificate", { keyFile: "x" }],
-    ["no time at all", { timeoutMs: 0 }],
-    ["no number", { connectTimeoutMs: Number.NaN }],
+    ["a timeout of 0", { timeoutMs: 0 }],
+    ["a timeout that is not a number", { connectTimeoutMs: Number.NaN }],
   ];
-  for (const [name, options] of wrong) {
-    test(name, () => assert.rejects(connect("localhost:1", { ...options, home: folder }), ConfigError));
+  for (const [name, options] of invalid) {
+    test(`${name} is refused`, () => assert.rejects(connect("localhost:1", { ...options, home: folder }), ConfigError));
   }
 
-  test("are those alone", () => {
+  test("no credentials and a certificate with a user are valid", () => {
     assert.equal(chooseCredentials({ hasCertificate: false }), undefined);
     assert.deepEqual(chooseCredentials({ hasCertificate: true, user: "u" })?.kind, "tls");
   });
 });
 
-test("texts of others are shown on one line, and not for ever", () => {
-  assert.equal(printable("a\r\n\u001b[31mb\u202e"), "a\ufffd\ufffd\ufffd[31mb\ufffd");
-  assert.equal(printable("x".repeat(500), 10), `${"x".repeat(10)}...`);
+test("escapeText replaces control characters and truncates", () => {
+  assert.equal(escapeText("a\r\n\u001b[31mb\u202e"), "a\ufffd\ufffd\ufffd[31mb\ufffd");
+  assert.equal(escapeText("x".repeat(500), 10), `${"x".repeat(10)}...`);
 });
 
-test("the version is that of the package", () => {
+test("VERSION equals that of package.json", () => {
   const { version } = JSON.parse(readFileSync(join(PACKAGE, "package.json"), "utf8")) as { version: string };
   assert.equal(VERSION, version);
 });

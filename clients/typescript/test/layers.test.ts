@@ -1,4 +1,4 @@
-/** Imports point one way, and what decides knows neither network, files nor time. */
+/** Checks that imports point down, and that only the edge uses network, files and time. */
 
 import assert from "node:assert/strict";
 import { readdirSync, readFileSync } from "node:fs";
@@ -8,7 +8,7 @@ import { PACKAGE } from "./support/server.js";
 
 const SOURCE = join(PACKAGE, "src");
 
-/** Which folder may import which, beside itself. The root holds errors.ts and version.ts, which import nothing. */
+/** The folders and files that each folder or file may import, besides itself. */
 const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   "errors.ts": [],
   "version.ts": [],
@@ -20,13 +20,13 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   "index.ts": ["connect.ts", "edge", "client", "connection", "wire", "errors.ts", "version.ts"],
 };
 
-/** Modules of Node and others that compute and do nothing else. */
+/** Modules without I/O that the layers below the edge may use. */
 const MAY_USE: Readonly<Record<string, readonly string[]>> = {
   wire: ["node:buffer", "@msgpack/msgpack"],
   client: ["node:net", "node:url", "node:util"], // net for isIP
 };
 
-/** The only file of each that reads time or sets timers. */
+/** Functions that read the time or set timers. */
 const TIME = /\b(Date\.now|performance\.now|setTimeout|setInterval|new Date\(\))/;
 
 function* sources(folder = ""): Generator<string> {
@@ -41,7 +41,7 @@ function* sources(folder = ""): Generator<string> {
 }
 
 for (const path of sources()) {
-  test(path, () => {
+  test(`${path} imports only lower layers and reads no time`, () => {
     const text = readFileSync(join(SOURCE, path), "utf8");
     const [layer = ""] = path.split("/");
     for (const [, module = ""] of text.matchAll(/\bfrom "([^"]+)"/g)) {
@@ -53,8 +53,8 @@ for (const path of sources()) {
       }
     }
     if (path !== "client/clock.ts") {
-      assert.doesNotMatch(text, TIME, "time comes from the clock that is passed in");
+      assert.doesNotMatch(text, TIME, "use the clock that is passed in");
     }
-    assert.ok(text.split("\n").length < 560, "a file is read from top to bottom");
+    assert.ok(text.split("\n").length < 560, "a file must have fewer than 560 lines");
   });
 }

@@ -1,4 +1,4 @@
-/** Against a real `zcproto serve`. */
+/** The client with a real `zcproto serve`. */
 
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
@@ -37,11 +37,11 @@ let key: string;
 const clients: Client[] = [];
 const servers: Server[] = [];
 
-/** A server of one test's own, that is gone when the tests have ended, however they end. */
+/** Make a server for one test, which is removed after all tests. */
 function newServer(config: string): Server {
-  const own = new Server(config);
-  servers.push(own);
-  return own;
+  const created = new Server(config);
+  servers.push(created);
+  return created;
 }
 
 before(async () => {
@@ -61,18 +61,18 @@ async function connected(options: Parameters<Server["connect"]>[0] = {}): Promis
   return client;
 }
 
-/** The next event of a name. */
-async function event(client: Client, name: string): Promise<ServerEvent> {
-  for await (const seen of client.events) {
-    if (seen.name === name) {
-      return seen;
+/** Wait for the next event of a name. */
+async function nextEvent(client: Client, name: string): Promise<ServerEvent> {
+  for await (const event of client.events) {
+    if (event.name === name) {
+      return event;
     }
   }
   throw new Error("the client was closed");
 }
 
 describe("calls", () => {
-  test("are answered with what was sent, whatever it was", async () => {
+  test("echo returns values of all types", async () => {
     const client = await connected();
     const params = {
       text: "漢字 😀",
@@ -86,23 +86,23 @@ describe("calls", () => {
     assert.equal(client.welcome?.max_frame, 1_048_576);
   });
 
-  test("run at once, more than there are streams", async () => {
+  test("more concurrent calls than streams succeed", async () => {
     const client = await connected();
     const numbers = Array.from({ length: 1_000 }, (_, n) => n);
-    const answers = await Promise.all(numbers.map((n) => client.call<{ n: number }>("echo", { n })));
+    const results = await Promise.all(numbers.map((n) => client.call<{ n: number }>("echo", { n })));
     assert.deepEqual(
-      answers.map(({ n }) => n),
+      results.map(({ n }) => n),
       numbers,
     );
   });
 
-  test("of half a megabyte go through, also first on a connection", async () => {
+  test("first call of half a megabyte succeeds", async () => {
     const client = await connected();
     const text = "x".repeat(500_000);
     assert.equal((await client.call<{ text: string }>("echo", { text })).text.length, text.length);
   });
 
-  test("are told what is wrong", async () => {
+  test("errors of the server reject the call", async () => {
     const client = await connected();
     await assert.rejects(client.call("no.such.method"), Unimplemented);
     await assert.rejects(client.call("sleep", { minutes: 1 }), InvalidArgument);
@@ -113,7 +113,7 @@ describe("calls", () => {
     assert.deepEqual(await client.call("sleep", { ms: 1 }), {});
   });
 
-  test("with an idempotency key run once", async () => {
+  test("repeated call with an idempotency key runs once", async () => {
     const client = await connected();
     const options = { idempotencyKey: "once" };
     const first = await client.call<number>("time", {}, options);
@@ -122,23 +122,23 @@ describe("calls", () => {
 });
 
 describe("sessions", () => {
-  test("are listed, revoked and opened again", async () => {
+  test("session is listed, revoked and opened again", async () => {
     const [first, second] = [await connected({ client: "first/1" }), await connected()];
     const id = first.session?.id;
     const list = await second.call<{ id: string; client: string }[]>("session.list");
     assert.equal(list.find((session) => session.id === id)?.client, "first/1");
     await second.call("session.revoke", { id });
-    await event(first, "session.revoked");
+    await nextEvent(first, "session.revoked");
     await assert.rejects(first.call("echo"), TokenRevoked);
     assert.notEqual((await first.openSession()).id, id);
     assert.deepEqual(await first.call("echo", { back: true }), { back: true });
   });
 
-  test("with a wrong key are refused", async () => {
+  test("wrong key is refused", async () => {
     await assert.rejects(connected({ key: "wrong" }), Unauthenticated);
   });
 
-  test("are not needed for public methods", async () => {
+  test("public methods need no session", async () => {
     const client = await server.connect();
     const { versions } = await client.call<{ versions: number[] }>("server.info");
     assert.deepEqual(versions, [1]);
@@ -146,7 +146,7 @@ describe("sessions", () => {
     await client.close();
   });
 
-  test("of a device are bound, and attached on a further connection", async () => {
+  test("session of a device is bound and attached on reconnect", async () => {
     const file = join(server.home, "laptop.key");
     const device = await Device.create(file);
     const options = { caFile: server.caFile, home: join(server.home, "client") };
@@ -164,7 +164,7 @@ describe("sessions", () => {
   });
 });
 
-test("a client certificate opens sessions, and its key must be its owner's alone", async () => {
+test("client certificate opens a session, its key file must be private", async () => {
   const own = newServer('[tls]\nclient_auth = "optional"\n');
   own.addUser("eve");
   await own.start();
@@ -183,20 +183,20 @@ test("a client certificate opens sessions, and its key must be its owner's alone
 });
 
 describe("connections", () => {
-  test("that are cut come back with the same session; what was on its way is told or sent again", async () => {
+  test("reconnect after a cut keeps the session and retries idempotent calls", async () => {
     const client = await connected();
     const id = client.session?.id;
     const lost = client.call("sleep", { ms: 300 });
-    const kept = client.call("sleep", { ms: 300 }, { idempotencyKey: "kept" });
+    const retried = client.call("sleep", { ms: 300 }, { idempotencyKey: "retried" });
     await client.call("echo");
     client.cut();
     await assert.rejects(lost, (error) => error instanceof ConnectionClosed && !error.clean);
-    assert.deepEqual(await kept, {});
+    assert.deepEqual(await retried, {});
     assert.equal(client.session?.id, id);
   });
 
-  test("that end without close_notify are truncated, with it they are clean", async () => {
-    const proxy = await Middle.to(server.port);
+  test("connection that ends without close_notify is truncated", async () => {
+    const proxy = await TruncatingProxy.to(server.port);
     const client = await connect(`localhost:${proxy.port}`, {
       caFile: server.caFile,
       user: "ada",
@@ -214,17 +214,17 @@ describe("connections", () => {
     await proxy.close();
   });
 
-  test("survive a server that is restarted on its port", async () => {
+  test("client reconnects to a restarted server with the same session", async () => {
     const own = newServer(CONFIG);
     const ownKey = own.addUser("eve");
     await own.start();
-    const client = await own.connect({ user: "eve", key: ownKey, timeoutMs: 120_000 }); // a busy machine starts slowly
+    const client = await own.connect({ user: "eve", key: ownKey, timeoutMs: 120_000 }); // the server starts slowly on a busy machine
     clients.push(client);
     const id = client.session?.id;
     const sleeping = client.call("sleep", { ms: 500 });
-    await client.call("echo"); // the server has read what came before it
+    await client.call("echo"); // ensures that the server has received the previous call
     await own.stop("SIGTERM");
-    assert.deepEqual(await sleeping, {}, "what was in flight was answered while it drained");
+    assert.deepEqual(await sleeping, {}, "call in flight is answered during the drain");
     const waiting = client.call("echo", { after: "restart" });
     await own.start();
     assert.deepEqual(await waiting, { after: "restart" });
@@ -233,7 +233,7 @@ describe("connections", () => {
     await own.remove();
   });
 
-  test("to a full house are told", async () => {
+  test("session limit is reported", async () => {
     const own = newServer("[sessions]\nper_user = 1\n");
     const ownKey = own.addUser("eve");
     await own.start();
@@ -251,7 +251,7 @@ describe("connections", () => {
 describe("trust", () => {
   const pins = () => server.run("cert", "pins", "--plain").trim().split("\n");
 
-  test("by pins alone, with a backup, and on top of a CA", async () => {
+  test("pins are checked alone, with a backup, and with a CA", async () => {
     const backup = `sha256/${Buffer.alloc(32).toString("base64")}`;
     for (const options of [{ pins: pins() }, { pins: [...pins(), backup] }, { pins: pins(), caFile: server.caFile }]) {
       const client = await connected(options);
@@ -265,7 +265,7 @@ describe("trust", () => {
     }
   });
 
-  test("needs the right name, by a CA and by pins", async () => {
+  test("name is verified with a CA and with pins", async () => {
     for (const options of [{ pins: pins() }, { caFile: server.caFile }]) {
       await assert.rejects(
         connected({ ...options, serverHostname: "other.example" }),
@@ -274,7 +274,7 @@ describe("trust", () => {
     }
   });
 
-  test("is not in a CA that is another", async () => {
+  test("certificate of another CA is refused", async () => {
     await assert.rejects(
       connected({ caFile: join(PACKAGE, "test/support/certificate.pem") }),
       (error) => error instanceof TlsError && error.failure === "certificate_untrusted",
@@ -282,10 +282,10 @@ describe("trust", () => {
     await assert.rejects(connected({ caFile: undefined, systemStore: true }), TlsError);
   });
 
-  test("cannot be switched off for a host that demanded it", async () => {
+  test("verify: false is refused for a host with an sts policy", async () => {
     const home = join(server.home, "another");
-    const unseen = await connected({ verify: false, home });
-    await unseen.call("echo");
+    const unverified = await connected({ verify: false, home });
+    await unverified.call("echo");
     await connected({ home, caFile: server.caFile });
     await assert.rejects(
       connected({ verify: false, home }),
@@ -294,14 +294,14 @@ describe("trust", () => {
   });
 });
 
-test("the README's program runs as pasted", async () => {
+test("program of the README runs as pasted", async () => {
   const text = readFileSync(join(PACKAGE, "README.md"), "utf8");
   const program = /```js\n([\s\S]+?)```/.exec(text)?.[1] ?? "";
   assert.ok(program.trim().split("\n").length <= 10);
-  const folder = mkdtempSync(join(PACKAGE, "dist/readme-")); // inside, where the package finds itself by its name
-  const at = program.replaceAll("localhost:7443", server.address);
-  assert.notEqual(at, program);
-  writeFileSync(join(folder, "ask.mjs"), at);
+  const folder = mkdtempSync(join(PACKAGE, "dist/readme-")); // inside the package, which can import itself by name
+  const source = program.replaceAll("localhost:7443", server.address);
+  assert.notEqual(source, program);
+  writeFileSync(join(folder, "ask.mjs"), source);
   writeFileSync(join(folder, "ada.key"), key, { mode: 0o600 });
   const env = { ...process.env, ZCPROTO_HOME: server.home };
   const { stdout } = await promisify(execFile)(process.execPath, ["ask.mjs"], { cwd: folder, env });
@@ -309,7 +309,7 @@ test("the README's program runs as pasted", async () => {
   rmSync(folder, { recursive: true });
 });
 
-test("neither the log nor what went wrong shows a key or a token", () => {
+test("log of the server has no key and no token", () => {
   assert.ok(!server.log.includes(key));
   for (const client of clients) {
     if (client.session !== undefined) {
@@ -318,14 +318,14 @@ test("neither the log nor what went wrong shows a key or a token", () => {
   }
 });
 
-/** A TCP proxy that can end connections as nobody should: without a word of TLS. */
-class Middle {
+/** A TCP proxy that can end connections without close_notify. */
+class TruncatingProxy {
   readonly #sockets = new Set<Socket>();
 
   private constructor(readonly server: TcpServer) {}
 
-  static async to(port: number): Promise<Middle> {
-    const proxy = new Middle(createServer());
+  static async to(port: number): Promise<TruncatingProxy> {
+    const proxy = new TruncatingProxy(createServer());
     proxy.server.on("connection", (near) => {
       const far = connectTcp(port, "localhost");
       proxy.#sockets.add(near);

@@ -1,4 +1,4 @@
-/** What TLS has to be, and how it ends, against servers of node:tls that do it wrong. */
+/** TLS handshakes and connection ends, with faulty servers of node:tls. */
 
 import assert from "node:assert/strict";
 import { X509Certificate } from "node:crypto";
@@ -52,7 +52,7 @@ after(() => rmSync(home, { recursive: true, force: true }));
 async function listen(server: Server): Promise<string> {
   server.on("connection", (socket: Socket) => {
     sockets.add(socket);
-    socket.on("error", () => undefined); // clients that hang up are what is tested
+    socket.on("error", () => undefined); // expected: clients close connections
   });
   server.on("tlsClientError", (_error, socket: TLSSocket) => socket.destroy());
   servers.push(server);
@@ -65,7 +65,7 @@ function frame(kind: Kind, counter: bigint, body?: unknown, time = Date.now()): 
   return encodeFrame(kind, 0, BigInt(time), 7n, counter, NO_TOKEN, bytes);
 }
 
-/** A server that speaks ZCP/1 as far as its WELCOME, and then does what it is told. */
+/** Start a server that sends WELCOME and then runs a callback. */
 function welcoming(then: (socket: TLSSocket) => void, options: TlsOptions = GOOD): Promise<string> {
   return listen(
     createServer(options, (socket) => {
@@ -86,39 +86,43 @@ function isFailure(failure: TlsFailure): (error: unknown) => boolean {
   };
 }
 
-describe("a server that", () => {
-  const wrong: [string, TlsOptions, TlsFailure][] = [
-    ["speaks TLS 1.2", { ...GOOD, maxVersion: "TLSv1.2" }, "unsupported_version"],
-    ["has other suites", { ...GOOD, ciphers: "TLS_AES_128_GCM_SHA256" }, "no_shared_suite"],
-    ["knows no ALPN", { cert, key }, "no_application_protocol"],
-    ["speaks something else", { ...GOOD, ALPNProtocols: ["http/1.1"] }, "no_application_protocol"],
-    ["wants a certificate", { ...GOOD, requestCert: true, rejectUnauthorized: true, ca: cert }, "certificate_required"],
+describe("handshake", () => {
+  const faulty: [string, TlsOptions, TlsFailure][] = [
+    ["with TLS 1.2", { ...GOOD, maxVersion: "TLSv1.2" }, "unsupported_version"],
+    ["with other suites", { ...GOOD, ciphers: "TLS_AES_128_GCM_SHA256" }, "no_shared_suite"],
+    ["without ALPN", { cert, key }, "no_application_protocol"],
+    ["with another protocol", { ...GOOD, ALPNProtocols: ["http/1.1"] }, "no_application_protocol"],
+    [
+      "that requires a certificate",
+      { ...GOOD, requestCert: true, rejectUnauthorized: true, ca: cert },
+      "certificate_required",
+    ],
   ];
-  for (const [name, options, failure] of wrong) {
-    test(`${name} is refused`, async () => {
+  for (const [name, options, failure] of faulty) {
+    test(`server ${name} is refused`, async () => {
       const address = await listen(createServer(options));
       await assert.rejects(open(address, { connectTimeoutMs: 5_000 }), isFailure(failure));
     });
   }
 
-  test("speaks no TLS is refused", async () => {
+  test("server without TLS is refused", async () => {
     const address = await listen(createTcpServer((socket) => socket.write("220 mail.example ESMTP ready\r\n")));
     await assert.rejects(open(address), isFailure("not_tls"));
   });
 
-  test("hangs up is refused", async () => {
+  test("server that closes the connection is refused", async () => {
     const address = await listen(createTcpServer((socket) => socket.destroy()));
     await assert.rejects(open(address), isFailure("disconnected"));
   });
 
-  test("says nothing is given up in time", async () => {
+  test("silent server times out", async () => {
     for (const server of [createTcpServer(() => undefined), createServer(GOOD)]) {
       const address = await listen(server);
       await assert.rejects(open(address, { connectTimeoutMs: 300 }), (error) => error instanceof CannotConnect);
     }
   });
 
-  test("is not there is told", async () => {
+  test("unreachable server is reported", async () => {
     const address = await listen(createTcpServer());
     await new Promise((resolve) => servers.pop()?.close(resolve));
     await assert.rejects(
@@ -128,7 +132,7 @@ describe("a server that", () => {
     await assert.rejects(open("no-such-host.invalid"), CannotConnect);
   });
 
-  test("has a certificate that has expired, or is for later, is refused by pins too", async () => {
+  test("expired or not yet valid certificate is refused with pins", async () => {
     const address = await welcoming(() => undefined);
     const [host, port] = address.split(":");
     for (const years of [200, -200]) {
@@ -145,45 +149,45 @@ describe("a server that", () => {
         toleranceMs: 30_000,
         onWarning: () => undefined,
       });
-      const owner = { eventReceived: () => 0, linkDraining: () => 0, linkLost: () => 0 };
+      const owner = { eventReceived: () => 0, connectionDraining: () => 0, connectionEnded: () => 0 };
       await assert.rejects(dialer.dial(owner, new AbortController().signal), isFailure("certificate_expired"));
     }
   });
 });
 
-test("on a wrong pin, name or CA nothing is sent but the ClientHello", async () => {
-  const seen: Buffer[] = [];
+test("wrong pin, name or CA: nothing is sent after the ClientHello", async () => {
+  const sent: Buffer[] = [];
   const [, port] = (await listen(createServer(GOOD))).split(":");
   const address = await listen(
     createTcpServer((near) => {
       const far = connectTcp(Number(port), "127.0.0.1");
       near.on("data", (chunk: Buffer) => {
-        seen.push(chunk);
+        sent.push(chunk);
         far.write(chunk);
       });
       far.on("error", () => near.destroy()).pipe(near);
       near.on("close", () => far.destroy());
     }),
   );
-  const wrong: [ConnectOptions, TlsFailure][] = [
+  const untrusted: [ConnectOptions, TlsFailure][] = [
     [{ caFile: undefined, pins: [OTHER_PIN] }, "pin_mismatch"],
     [{ pins: [OTHER_PIN] }, "pin_mismatch"],
     [{ serverHostname: "other.example" }, "certificate_name_mismatch"],
     [{ caFile: undefined, pins: [PIN], serverHostname: "127.0.0.2" }, "certificate_name_mismatch"],
     [{ caFile: undefined, systemStore: true }, "certificate_untrusted"],
   ];
-  for (const [options, failure] of wrong) {
-    seen.length = 0;
+  for (const [options, failure] of untrusted) {
+    sent.length = 0;
     await assert.rejects(open(address, { ...options, user: "ada", key: "secret" }), isFailure(failure));
-    const bytes = Buffer.concat(seen);
+    const bytes = Buffer.concat(sent);
     for (let at = 0; at < bytes.length; at += 5 + bytes.readUInt16BE(at + 3)) {
-      assert.notEqual(bytes[at], 0x17, "an encrypted record went out");
+      assert.notEqual(bytes[at], 0x17, "an encrypted record was sent");
     }
     assert.ok(bytes.length > 0);
   }
 });
 
-test("an address as name, and pins of a certificate or with a backup, are believed", async () => {
+test("address as name and backup pins are trusted", async () => {
   const address = await welcoming(() => undefined);
   for (const options of [{ pins: [OTHER_PIN, PIN] }, { caFile: undefined, pins: [OTHER_PIN, PIN] }]) {
     await (await open(address, options)).close();
@@ -191,7 +195,7 @@ test("an address as name, and pins of a certificate or with a backup, are believ
   await (await open(address.replace("localhost", "127.0.0.1"))).close();
 });
 
-describe("the end of a connection", () => {
+describe("end of a connection", () => {
   const lost = (then: (socket: TLSSocket) => void) => async (): Promise<ConnectionClosed> => {
     const address = await welcoming((socket) => socket.once("data", () => then(socket)));
     const client = await open(address);
@@ -203,62 +207,62 @@ describe("the end of a connection", () => {
     } finally {
       await client.close();
     }
-    throw new Error("it was answered");
+    throw new Error("the call succeeded");
   };
-  /** The TCP connection below TLS, at the server. */
+  /** The TCP socket of a TLS connection at the server. */
   const below = (socket: TLSSocket): Socket => {
     const [tcp] = [...sockets].filter(({ remotePort }) => remotePort === socket.remotePort);
     assert.ok(tcp);
     return tcp;
   };
 
-  test("with close_notify is clean", async () => {
+  test("close_notify is a clean end", async () => {
     const error = await lost((socket) => socket.end())();
     assert.ok(error.clean);
   });
 
-  test("by TCP alone is a truncation", async () => {
+  test("end of TCP without close_notify is a truncation", async () => {
     const error = await lost((socket) => below(socket).end())();
     assert.deepEqual([error.clean, error.reason], [false, "truncated"]);
   });
 
-  test("by a reset is one, too", async () => {
+  test("reset is not a clean end", async () => {
     const error = await lost((socket) => below(socket).resetAndDestroy())();
     assert.ok(!error.clean);
   });
 
   const faults: [string, Buffer, Code][] = [
     ["a frame of another connection", Buffer.from(frame(Kind.PING, 1n)).fill(9, 20, 28), Code.REPLAYED],
-    ["a counter that does not grow", frame(Kind.PING, 0n), Code.REPLAYED],
+    ["a counter that does not increase", frame(Kind.PING, 0n), Code.REPLAYED],
     ["a second WELCOME", frame(Kind.WELCOME, 1n, WELCOME), Code.PROTOCOL_ERROR],
     ["a length above the limit", Buffer.from("7fffffff01030000", "hex"), Code.FRAME_TOO_LARGE],
     ["noise", Buffer.alloc(100, 0xff), Code.FRAME_TOO_LARGE],
     ["an ERROR on stream 0", frame(Kind.ERROR, 1n, [Code.FRAME_TOO_LARGE, "too large"]), Code.FRAME_TOO_LARGE],
   ];
   for (const [name, bytes, code] of faults) {
-    test(`by ${name} has its code, and the client says goodbye`, async () => {
-      let saidGoodbye: Promise<boolean> = Promise.resolve(false);
+    test(`${name} ends the connection with its code and close_notify`, async () => {
+      let closeNotify: Promise<boolean> = Promise.resolve(false);
       const error = await lost((socket) => {
-        saidGoodbye = new Promise((resolve) => socket.once("end", () => resolve(true)));
+        closeNotify = new Promise((resolve) => socket.once("end", () => resolve(true)));
         socket.write(bytes);
       })();
       assert.equal(error.code, code);
-      assert.ok(await saidGoodbye);
+      assert.ok(await closeNotify);
     });
   }
 
-  test("is not waited for, for ever, nor is all read that a server pours out", async () => {
+  test("data after the end is discarded up to a limit", async () => {
     let written = 0;
     const began = Date.now();
     const error = await lost((socket) => {
       socket.write(Buffer.alloc(100, 0xff));
-      const pour = () => {
+      const flood = () => {
         while (!socket.destroyed && socket.write(Buffer.alloc(65_536))) {
           written += 65_536;
         }
       };
-      socket.on("drain", pour);
-      pour();
+      socket.on("drain", flood);
+      flood();
     })();
     assert.equal(error.code, Code.FRAME_TOO_LARGE);
     assert.ok(Date.now() - began < 10_000);

@@ -1,4 +1,4 @@
-/** Every vector of the specification, none left out: whole, byte by byte, cut in two everywhere, with bytes behind. */
+/** All vectors of the specification: whole, byte by byte, cut in two, and with trailing bytes. */
 
 import assert from "node:assert/strict";
 import { readdirSync, readFileSync } from "node:fs";
@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { type Outcome, outcomesOf } from "../conform/outcomes.js";
 import { type Json, typed, untyped } from "../conform/typed.js";
-import { attachMessage, openMessage } from "../src/client/signed.js";
+import { attachMessage, openMessage } from "../src/client/signing.js";
 import { ClientConnection } from "../src/connection/connection.js";
 import { Device } from "../src/edge/device.js";
 import { Code } from "../src/errors.js";
@@ -16,28 +16,28 @@ import { encodeRequest, isTraceparent, type Meta, type Params } from "../src/wir
 import { ROOT } from "./support/server.js";
 import { FRAME_FILES, type Vector, vectorFile } from "./support/vectors.js";
 
-const CUT_EVERYWHERE = 700; // bytes; longer ones are cut near each border of the header and at the end
+const CUT_EVERYWHERE = 700; // bytes; longer ones are cut near field boundaries and at the end
 
-function* waysToCut(data: Buffer): Generator<Buffer[]> {
+function* cutsOf(data: Buffer): Generator<Buffer[]> {
   yield Array.from(data, (_, at) => data.subarray(at, at + 1));
-  const borders = new Set([0, 3, 4, 5, 8, 12, 20, 28, 36, 67, 68, 69, data.length - 1, data.length]);
+  const boundaries = new Set([0, 3, 4, 5, 8, 12, 20, 28, 36, 67, 68, 69, data.length - 1, data.length]);
   for (let at = 0; at <= data.length; at++) {
-    if (data.length <= CUT_EVERYWHERE || borders.has(at)) {
+    if (data.length <= CUT_EVERYWHERE || boundaries.has(at)) {
       yield [data.subarray(0, at), data.subarray(at)];
     }
   }
 }
 
-/** What is expected of this client, of all that a vector says. */
+/** The outcomes that this client can detect. */
 function expected({ receiver, expect }: Vector): Outcome[] {
   if (receiver === "client") {
     return expect.map(simple);
   }
-  // The decoder of a client that is no server: only headers and bodies are judged (spec/vectors/README.md).
+  // Only headers and bodies are checked (spec/vectors/README.md), since a client does not implement a server.
   const outcomes: Outcome[] = [];
   for (const outcome of expect) {
     if (outcome["result"] === "dropped" || !["header", "body", undefined].includes(outcome["stage"] as string)) {
-      outcomes.push({}); // judged by what only a server knows
+      outcomes.push({}); // detected only by a server
     } else {
       outcomes.push(simple(outcome));
     }
@@ -52,46 +52,49 @@ function simple(outcome: Outcome): Outcome {
   return outcome["result"] === "dropped" ? { result: "dropped" } : outcome;
 }
 
-function judge(got: readonly Outcome[], vector: Vector): void {
-  const wanted = expected(vector);
+function check(actual: readonly Outcome[], vector: Vector): void {
+  const outcomes = expected(vector);
   const isEndedElsewhere = vector.receiver === "server" && vector.expect.some(({ fatal }) => fatal === true);
-  assert.ok(isEndedElsewhere ? got.length >= wanted.length : got.length === wanted.length, "how many outcomes");
-  for (const [index, outcome] of wanted.entries()) {
-    const seen = got[index] as Outcome;
+  assert.ok(
+    isEndedElsewhere ? actual.length >= outcomes.length : actual.length === outcomes.length,
+    "number of outcomes",
+  );
+  for (const [index, outcome] of outcomes.entries()) {
+    const found = actual[index] as Outcome;
     if (Object.keys(outcome).length === 0) {
-      assert.ok(seen);
+      assert.ok(found);
     } else if (outcome["result"] === "dropped") {
-      assert.equal(seen["result"], "dropped");
+      assert.equal(found["result"], "dropped");
     } else {
-      assert.deepEqual(comparable(seen), comparable(outcome));
+      assert.deepEqual(comparable(found), comparable(outcome));
     }
   }
 }
 
-/** NaN is any quiet one, `meta` that says nothing may be left out. */
+/** Normalize NaN and an empty `meta`. */
 function comparable(outcome: Outcome): unknown {
   const { message, ...rest } = outcome as { message?: { meta?: object } };
-  const { meta, ...said } = message ?? {};
-  const text = JSON.stringify({ ...rest, message: said, meta: meta ?? {} });
+  const { meta, ...fields } = message ?? {};
+  const text = JSON.stringify({ ...rest, message: fields, meta: meta ?? {} });
   return JSON.parse(text.replaceAll(/"(7ff8|fff8)0{12}"/g, '"NaN"').replaceAll(/"7ff[89a-f][0-9a-f]{12}"/g, '"NaN"'));
 }
 
 for (const file of FRAME_FILES) {
   const { vectors, count } = vectorFile(file);
   describe(`${file}.json`, () => {
-    test("all of it is here", () => assert.equal(vectors.length, count));
+    test("has the declared number of vectors", () => assert.equal(vectors.length, count));
     for (const vector of vectors) {
       test(vector.name, () => {
         const data = Buffer.from(vector.bytes, "hex");
         const whole = outcomesOf(vector.receiver, vector.context, [data]);
-        judge(whole, vector);
-        for (const pieces of waysToCut(data)) {
+        check(whole, vector);
+        for (const pieces of cutsOf(data)) {
           assert.deepEqual(outcomesOf(vector.receiver, vector.context, pieces), whole);
         }
         const last = whole.at(-1);
         if (last?.["fatal"] === true) {
-          const behind = Buffer.concat([data, Buffer.alloc(100, 0xff)]);
-          assert.deepEqual(outcomesOf(vector.receiver, vector.context, [behind]), whole);
+          const trailing = Buffer.concat([data, Buffer.alloc(100, 0xff)]);
+          assert.deepEqual(outcomesOf(vector.receiver, vector.context, [trailing]), whole);
         } else if (last?.["result"] === "frame" && last["kind"] !== "WELCOME") {
           const salt = BigInt(`0x${vector.context.salt ?? "0"}`);
           const ping = encodeFrame(
@@ -111,7 +114,7 @@ for (const file of FRAME_FILES) {
   });
 }
 
-test("frames that are taken are written in the same way", () => {
+test("accepted frames are encoded identically", () => {
   let count = 0;
   for (const file of FRAME_FILES) {
     for (const { expect } of vectorFile(file).vectors) {
@@ -137,14 +140,14 @@ test("frames that are taken are written in the same way", () => {
   assert.ok(count > 100);
 });
 
-test("values that are read can be written, and are the same again", () => {
+test("decoded values are encoded identically", () => {
   let count = 0;
   for (const { expect } of vectorFile("bodies").vectors) {
     for (const outcome of expect) {
       const { value } = (outcome["message"] ?? {}) as { value?: Json };
       if (value !== undefined) {
         const again = decodeBody(Buffer.from(encodeBody(untyped(value))));
-        assert.equal(JSON.stringify(typed(again)), JSON.stringify(typed(untyped(value)))); // -0 is written as 0
+        assert.equal(JSON.stringify(typed(again)), JSON.stringify(typed(untyped(value)))); // -0 is encoded as 0
         count += 1;
       }
     }
@@ -204,14 +207,14 @@ describe("signatures.json", () => {
   }
 });
 
-test("tables.json", () => {
+test("tables.json matches the constants", () => {
   const tables = vectorFile("tables") as unknown as Record<string, Record<string, number>>;
   assert.deepEqual(Kind, tables["kinds"]);
   assert.deepEqual(Code, tables["codes"]);
 });
 
-test("conversation.json, from the client's side, byte for byte", () => {
-  interface Passed {
+test("conversation.json is reproduced byte for byte by the client", () => {
+  interface ConversationFrame {
     readonly from: "client" | "server";
     readonly kind: string;
     readonly bytes: string;
@@ -219,19 +222,19 @@ test("conversation.json, from the client's side, byte for byte", () => {
     readonly now: string;
   }
   const connection = new ClientConnection();
-  const { vectors, count } = vectorFile<Passed>("conversation");
+  const { vectors, count } = vectorFile<ConversationFrame>("conversation");
   assert.equal(vectors.length, count);
   const sentStreams: number[] = [];
   for (const { from, kind, bytes, body, now } of vectors) {
     const data = Buffer.from(bytes, "hex");
-    const madeAt = data.readBigUInt64BE(12);
+    const timestamp = data.readBigUInt64BE(12);
     const token = data.toString("latin1", 36, 68);
     if (from === "server") {
       const events = connection.receiveData(data, BigInt(now), 0);
       assert.ok(events.every((event) => event.type !== "ended"));
       continue;
     }
-    const wall = madeAt - connection.clockOffset;
+    const wall = timestamp - connection.clockOffset;
     if (kind === "REQUEST") {
       const [method, params, meta] = untyped(body) as [string, Params | null, Meta | undefined];
       sentStreams.push(connection.request(method, params, token, meta, wall));
@@ -246,7 +249,7 @@ test("conversation.json, from the client's side, byte for byte", () => {
   assert.equal(connection.inFlight, 0);
 });
 
-test("what the vectors say of requests is what this client writes", () => {
+test("requests of the vectors are encoded identically", () => {
   let count = 0;
   for (const { expect, receiver } of FRAME_FILES.flatMap((file) => vectorFile(file).vectors)) {
     for (const { message } of expect) {
@@ -269,10 +272,10 @@ test("what the vectors say of requests is what this client writes", () => {
   assert.ok(count > 20);
 });
 
-test("every file with vectors is run", () => {
+test("every file of vectors is tested", () => {
   const files = readdirSync(join(ROOT, "spec/vectors")).filter((name) => name.endsWith(".json"));
-  const here = readFileSync(join(ROOT, "clients/typescript/test/vectors.test.ts"), "utf8");
+  const source = readFileSync(join(ROOT, "clients/typescript/test/vectors.test.ts"), "utf8");
   for (const name of files.map((file) => file.replace(".json", "")).filter((file) => file !== "schema")) {
-    assert.ok(FRAME_FILES.includes(name) || here.includes(`"${name}"`), `${name}.json is run by no test`);
+    assert.ok(FRAME_FILES.includes(name) || source.includes(`"${name}"`), `${name}.json is not tested`);
   }
 });

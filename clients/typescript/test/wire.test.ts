@@ -1,4 +1,4 @@
-/** Frames in any pieces, and bodies with their bounds. @msgpack/msgpack is the witness for what is read. */
+/** Frame decoding and bodies, compared with @msgpack/msgpack. */
 
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
@@ -9,7 +9,7 @@ import { FrameDecoder } from "../src/wire/decoder.js";
 import { encodeFrame, type Frame, Kind, NO_TOKEN } from "../src/wire/frame.js";
 import { decodeError, encodeRequest } from "../src/wire/message.js";
 
-/** Numbers from 0 up to 1 that are the same each time. */
+/** Return a reproducible generator of random numbers in [0, 1). */
 function seeded(seed: number): () => number {
   let state = seed;
   return () => {
@@ -22,7 +22,7 @@ function response(stream: number, size: number): Buffer {
   return encodeFrame(Kind.RESPONSE, stream, 1n, 2n, BigInt(stream), NO_TOKEN, Buffer.alloc(size, 0xc0));
 }
 
-function taken(decoder: FrameDecoder, pieces: Iterable<Buffer>): Frame[] {
+function decodeAll(decoder: FrameDecoder, pieces: Iterable<Buffer>): Frame[] {
   const frames: Frame[] = [];
   for (const piece of pieces) {
     decoder.feed(piece);
@@ -36,8 +36,8 @@ function taken(decoder: FrameDecoder, pieces: Iterable<Buffer>): Frame[] {
 describe("FrameDecoder", () => {
   const stream = Buffer.concat([response(1, 1), response(2, 0), response(3, 2_000), response(4, 10)]);
 
-  test("comes to the same frames however the bytes are cut", () => {
-    const whole = taken(new FrameDecoder("client", 16_384), [stream]);
+  test("frames do not depend on how the bytes are split", () => {
+    const whole = decodeAll(new FrameDecoder("client", 16_384), [stream]);
     assert.deepEqual(
       whole.map((frame) => [frame.stream, frame.body.length]),
       [
@@ -48,10 +48,10 @@ describe("FrameDecoder", () => {
       ],
     );
     const single = Array.from(stream, (_, at) => stream.subarray(at, at + 1));
-    assert.deepEqual(taken(new FrameDecoder("client", 16_384), single), whole);
+    assert.deepEqual(decodeAll(new FrameDecoder("client", 16_384), single), whole);
     for (let at = 0; at <= stream.length; at++) {
       const pieces = [stream.subarray(0, at), stream.subarray(at)];
-      assert.deepEqual(taken(new FrameDecoder("client", 16_384), pieces), whole, `cut at ${at}`);
+      assert.deepEqual(decodeAll(new FrameDecoder("client", 16_384), pieces), whole, `cut at ${at}`);
     }
     const random = seeded(1);
     for (let round = 0; round < 200; round++) {
@@ -61,36 +61,36 @@ describe("FrameDecoder", () => {
         pieces.push(stream.subarray(at, at + size));
         at += size;
       }
-      assert.deepEqual(taken(new FrameDecoder("client", 16_384), pieces), whole);
+      assert.deepEqual(decodeAll(new FrameDecoder("client", 16_384), pieces), whole);
     }
   });
 
-  test("sets no memory aside for what was only announced", () => {
+  test("announced length allocates no memory", () => {
     const decoder = new FrameDecoder("client", 2 ** 32 - 1);
     const before = process.memoryUsage().arrayBuffers;
     const announced = encodeFrame(Kind.RESPONSE, 1, 1n, 2n, 1n, NO_TOKEN, Buffer.alloc(0));
     announced.writeUInt32BE(2 ** 32 - 1, 0);
-    assert.deepEqual(taken(decoder, [announced, Buffer.alloc(100)]), []);
+    assert.deepEqual(decodeAll(decoder, [announced, Buffer.alloc(100)]), []);
     assert.equal(decoder.buffered, 168);
     assert.ok(process.memoryUsage().arrayBuffers - before < 1_000_000);
   });
 
-  test("keeps a frame whose length was accepted before the limit fell", () => {
+  test("frame with an accepted length survives a lower limit", () => {
     const decoder = new FrameDecoder("client", 16_384);
     const frame = response(1, 2_000);
-    assert.deepEqual(taken(decoder, [frame.subarray(0, 100)]), []);
+    assert.deepEqual(decodeAll(decoder, [frame.subarray(0, 100)]), []);
     decoder.limit = 100;
-    assert.equal(taken(decoder, [frame.subarray(100)]).length, 1);
-    assert.throws(() => taken(decoder, [response(2, 2_000)]), { code: Code.FRAME_TOO_LARGE });
+    assert.equal(decodeAll(decoder, [frame.subarray(100)]).length, 1);
+    assert.throws(() => decodeAll(decoder, [response(2, 2_000)]), { code: Code.FRAME_TOO_LARGE });
   });
 
-  test("refuses a length of 0, and any fault of the header before its body is there", () => {
-    assert.throws(() => taken(new FrameDecoder("client", 100), [Buffer.alloc(4)]), { code: Code.PROTOCOL_ERROR });
+  test("invalid header is refused before its body arrives", () => {
+    assert.throws(() => decodeAll(new FrameDecoder("client", 100), [Buffer.alloc(4)]), { code: Code.PROTOCOL_ERROR });
     const random = seeded(2);
     for (let round = 0; round < 2_000; round++) {
       const noise = Buffer.from(Array.from({ length: 80 }, () => Math.floor(random() * 256)));
       try {
-        taken(new FrameDecoder("client", 16_384), [noise]);
+        decodeAll(new FrameDecoder("client", 16_384), [noise]);
       } catch (error) {
         assert.ok(error instanceof ProtocolError);
       }
@@ -99,7 +99,7 @@ describe("FrameDecoder", () => {
 });
 
 describe("bodies", () => {
-  test("what is read is what the library reads, where both take it", () => {
+  test("decoded values equal those of the library", () => {
     const random = seeded(3);
     const value = (depth: number): unknown => {
       const kind = Math.floor(random() * (depth > 0 ? 9 : 7));
@@ -137,18 +137,18 @@ describe("bodies", () => {
     }
   });
 
-  test("ints keep all their digits", () => {
+  test("large ints are exact", () => {
     const edges = [2 ** 31, 2 ** 32, -(2 ** 31), -(2 ** 31) - 1, 2 ** 53 - 1, -(2 ** 53) + 1, 1_767_225_600_000];
     for (const value of [...edges, 2n ** 53n, -(2n ** 53n), 2n ** 63n - 1n, -(2n ** 63n), 2n ** 64n - 1n]) {
       const body = Buffer.from(encodeBody({ a: [value] }));
       assert.deepEqual(decodeBody(body), { a: [value] });
-      assert.deepEqual(decodeBody(body, { float: Float.of }), { a: [value] }); // and is an int
+      assert.deepEqual(decodeBody(body, { float: Float.of }), { a: [value] }); // an int, not a float
     }
     assert.throws(() => encodeBody(2n ** 64n), MessageError);
     assert.throws(() => encodeBody(-(2n ** 63n) - 1n), MessageError);
   });
 
-  test("a value in which something has to change is not changed itself", () => {
+  test("encoded value is not modified", () => {
     const value = { time: 1_767_225_600_000, gone: undefined, list: [1, 1_767_225_600_000] };
     assert.deepEqual(decodeBody(Buffer.from(encodeBody(value))), {
       time: 1_767_225_600_000,
@@ -157,7 +157,7 @@ describe("bodies", () => {
     assert.ok("gone" in value);
   });
 
-  test("__proto__ is a key like others", () => {
+  test("__proto__ is an ordinary key", () => {
     const value = JSON.parse('{"__proto__": {"polluted": true}, "a": 1}') as object;
     const again = decodeBody(Buffer.from(encodeBody(value))) as object;
     assert.deepEqual(Object.keys(again), ["__proto__", "a"]);
@@ -165,7 +165,7 @@ describe("bodies", () => {
     assert.equal(({} as { polluted?: boolean }).polluted, undefined);
   });
 
-  test("a text that begins with a byte order mark keeps it", () => {
+  test("byte order mark is preserved", () => {
     for (const text of ["\ufeffa", `\ufeff${"a".repeat(500)}`]) {
       assert.equal(decodeBody(Buffer.from(encodeBody(text))), text);
     }
@@ -175,16 +175,16 @@ describe("bodies", () => {
     ["a date", new Date(0)],
     ["a function", () => 0],
     ["a symbol", Symbol("x")],
-    ["a map of the language", new Map()],
-    ["half a surrogate pair", "\ud800"],
-    ["half a surrogate pair in a key", { "\udc00": 1 }],
+    ["a Map", new Map()],
+    ["a lone surrogate", "\ud800"],
+    ["a lone surrogate in a key", { "\udc00": 1 }],
     ["undefined in an array", [undefined]],
   ];
   for (const [name, value] of refused) {
     test(`${name} cannot be sent`, () => assert.throws(() => encodeBody({ value }), MessageError));
   }
 
-  test("nesting is bounded both ways, also where it turns in a circle", () => {
+  test("nesting is limited in both directions, including cycles", () => {
     const nested = (depth: number) => {
       let value: unknown = 0;
       for (let level = 0; level < depth; level++) {
@@ -195,12 +195,12 @@ describe("bodies", () => {
     assert.deepEqual(decodeBody(Buffer.from(encodeBody(nested(MAX_DEPTH)))), nested(MAX_DEPTH));
     assert.throws(() => encodeBody(nested(MAX_DEPTH + 1)), MessageError);
     assert.throws(() => decodeBody(Buffer.from(encode(nested(MAX_DEPTH + 1)))), MessageError);
-    const circle: unknown[] = [];
-    circle.push(circle);
-    assert.throws(() => encodeBody(circle), MessageError);
+    const cycle: unknown[] = [];
+    cycle.push(cycle);
+    assert.throws(() => encodeBody(cycle), MessageError);
   });
 
-  test("any bytes are a value or a MessageError, and cost no more memory than they have", () => {
+  test("any bytes decode to a value or a MessageError", () => {
     const random = seeded(4);
     for (let round = 0; round < 20_000; round++) {
       const noise = Buffer.from(Array.from({ length: Math.floor(random() * 40) }, () => Math.floor(random() * 256)));
@@ -219,7 +219,7 @@ describe("bodies", () => {
   });
 });
 
-test("requests that cannot be sent are refused", () => {
+test("invalid requests are refused", () => {
   for (const method of ["", "No", "a b", "a".repeat(129)]) {
     assert.throws(() => encodeRequest(method, null), MessageError);
   }
@@ -230,6 +230,6 @@ test("requests that cannot be sent are refused", () => {
   assert.doesNotThrow(() => encodeRequest("echo", null, { idempotency_key: "😀".repeat(64) }));
 });
 
-test("the code of an ERROR is an int, and no float that looks like one", () => {
+test("ERROR with a float as code is refused", () => {
   assert.throws(() => decodeError(Buffer.from("93cb402a000000000000a178c0", "hex")), MessageError);
 });

@@ -1,27 +1,27 @@
-/** Where a server is: `host`, `host:port`, `[::1]:7443`. */
+/** Addresses of servers: `host`, `host:port`, `[::1]:7443`. */
 
 import { isIP } from "node:net";
 import { domainToASCII } from "node:url";
 import { ConfigError } from "../errors.js";
-import { printable } from "./printable.js";
+import { escapeText } from "./text.js";
 
 export const DEFAULT_PORT = 7443;
 const MAX_NAME = 253; // RFC 1035 section 2.3.4
 
-/** A host name in lower case (an A-label where it is international) or an address, and a port. */
+/** A port and a host: an IP address, or a name in lower case with international labels as A-labels. */
 export interface Address {
   readonly host: string;
   readonly port: number;
 }
 
-/** As people write it. */
+/** Format an address as `host:port`. */
 export function addressText({ host, port }: Address): string {
   return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
 }
 
-/** The address that a text names. Throws ConfigError saying what is wrong with it. */
+/** Parse an address. Throws ConfigError. */
 export function parseAddress(text: string): Address {
-  const shown = JSON.stringify(printable(text, 120));
+  const shown = JSON.stringify(escapeText(text, 120));
   let host: string;
   let port: string | undefined;
   const bracketed = /^\[([^\]]*)\](?::(.*))?$/s.exec(text);
@@ -49,18 +49,18 @@ function hostOf(host: string, shown: string): string {
   if (isIP(host)) {
     return host.toLowerCase();
   }
-  // The underscore is no part of IDNA, and of names all the same.
+  // Names may have underscores, which IDNA does not allow.
   const isAscii = /^[\x21-\x7e]*$/.test(host);
-  // domainToASCII passes over what is no character of a name at all, such as ends of lines.
-  const ascii = isAscii ? host.toLowerCase() : host === printable(host) ? domainToASCII(host) : "";
+  // domainToASCII ignores characters that no name may have, such as line breaks.
+  const ascii = isAscii ? host.toLowerCase() : host === escapeText(host) ? domainToASCII(host) : "";
   const name = ascii.endsWith(".") ? ascii.slice(0, -1) : ascii;
   const labels = name.split(".");
   const isName =
     name.length <= MAX_NAME &&
     labels.every((label) => /^[a-z0-9_-]{1,63}$/.test(label)) &&
-    !/^\d+$/.test(labels.at(-1) as string); // else "1.2.3" would be resolved as an address that no one meant
+    !/^\d+$/.test(labels.at(-1) as string); // otherwise "1.2.3" would be resolved as an IPv4 address
   if (!isName) {
-    throw new ConfigError([`${shown}: no host name or address`]);
+    throw new ConfigError([`${shown}: not a host name or an IP address`]);
   }
   return name;
 }

@@ -1,8 +1,8 @@
 /**
- * The client: calls over one connection at a time, as often as it takes to get an answer or a clear error.
+ * The client: calls over one connection at a time, retried until they get a response or a definite error.
  *
- * What it decides: after each error of a call, whether it is sent again, by the table of the contract's section 7
- * (`retry.ts`). Connections are the business of `links.ts`, the session is that of `sessions.ts`.
+ * Decides: whether a call is retried after an error, by the table of zcp1.md, section 11.1 (`retry.ts`).
+ * Must not know: when connections are made (`connection_manager.ts`) and sessions opened (`session_manager.ts`).
  */
 
 import type { EventReceived } from "../connection/events.js";
@@ -13,32 +13,32 @@ import type { Meta, Params } from "../wire/message.js";
 import { type Address, addressText } from "./address.js";
 import { Backoff, type Random } from "./backoff.js";
 import { type Clock, sleep } from "./clock.js";
+import type { ConnectionDriver, ConnectionListener } from "./connection_driver.js";
+import { ConnectionManager } from "./connection_manager.js";
+import { Deadline } from "./deadline.js";
 import { EventStream, type ServerEvent } from "./event_stream.js";
-import type { Link, Owner } from "./link.js";
-import { LinkKeeper } from "./links.js";
-import { Patience } from "./patience.js";
-import { retryAfterMs, SESSION_IS_OVER, type Then, whatNext } from "./retry.js";
+import { type RetryAction, retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
 import type { ClientSession, Credentials } from "./session.js";
-import { SessionKeeper } from "./sessions.js";
+import { SessionManager } from "./session_manager.js";
 
-/** For a call, from the first attempt to the last. */
+/** Timeout of a call, including all retries. */
 export const DEFAULT_TIMEOUT_MS = 30_000;
 
 export interface CallOptions {
-  /** Milliseconds for everything, waiting for a connection and sending again too; Infinity waits for ever. */
+  /** Timeout in milliseconds, including waiting for a connection and retries; Infinity for none. */
   readonly timeoutMs?: number | undefined;
-  /** The caller is not interested any more: the call rejects with the signal's reason, and the server is told. */
+  /** Aborts the call: it rejects with the signal's reason and is cancelled on the server. */
   readonly signal?: AbortSignal | undefined;
-  /** At most 64 characters: the call is sent again also when its answer was lost, as the server runs it once. */
+  /** At most 64 characters. The call is retried even if its response was lost; the server runs it once. */
   readonly idempotencyKey?: string | undefined;
-  /** W3C Trace Context. */
+  /** The `traceparent` of W3C Trace Context. */
   readonly traceparent?: string | undefined;
 }
 
-/** What `connect` makes of its options. */
+/** Settings that `connect` derives from its options. */
 export interface ClientSettings {
   readonly address: Address;
-  readonly dial: (owner: Owner, signal: AbortSignal) => Promise<Link>;
+  readonly dial: (owner: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
   readonly credentials: Credentials | undefined;
   readonly opensSession: boolean;
   readonly timeoutMs: number;
@@ -49,16 +49,16 @@ export interface ClientSettings {
 }
 
 /**
- * A client of one server; make it with `connect`. Calls may run at once, as many as you like; they share one connection.
+ * A client of one server, made by `connect`. Any number of calls can run concurrently; they share one connection.
  */
 export class Client implements AsyncDisposable {
   readonly address: string;
-  /** What the server says without being asked, unless `onEvent` takes it. */
+  /** Events of the server, unless `onEvent` is given. */
   readonly events = new EventStream();
   readonly #settings: ClientSettings;
   readonly #clock: Clock;
-  readonly #links: LinkKeeper;
-  readonly #sessions: SessionKeeper;
+  readonly #connections: ConnectionManager;
+  readonly #sessions: SessionManager;
   #closing: Promise<void> | undefined;
 
   /** @internal */
@@ -67,38 +67,38 @@ export class Client implements AsyncDisposable {
     this.address = addressText(address);
     this.#settings = settings;
     this.#clock = clock;
-    this.#links = new LinkKeeper({
+    this.#connections = new ConnectionManager({
       clock,
       backoff: new Backoff(random),
       dial,
       onEvent: (event) => this.#eventReceived(event),
-      onLink: (link) => this.#sessions.show(link),
-      isWanted: () => !this.#sessions.isOver,
+      onConnection: (connection) => this.#sessions.presentToken(connection),
+      isWanted: () => !this.#sessions.hasEnded,
     });
-    this.#sessions = new SessionKeeper({
+    this.#sessions = new SessionManager({
       clock,
       random,
-      getLink: (signal) => this.#links.get(signal),
+      getConnection: (signal) => this.#connections.get(signal),
       credentials,
       client,
     });
   }
 
-  /** Connect, and open a session if there is something to open one with. Rejects at the first attempt. @internal */
+  /** Connect, and open a session if there are credentials. The first attempt is not retried. @internal */
   async open(): Promise<void> {
     try {
       if (this.#settings.opensSession) {
-        this.#sessions.want();
+        this.#sessions.requireSession();
       }
-      await this.#links.get(); // which takes the time for connecting at most
-      await this.#readyDuring(this.#patience());
+      await this.#connections.get(); // limited by the connect timeout
+      await this.#waitReady(this.#deadlineOf());
     } catch (error) {
       await this.close();
       throw error;
     }
   }
 
-  /** End the session and the connection. Calls that still wait get ConnectionClosed. */
+  /** Close the session and the connection. Pending calls get ConnectionClosed. */
   close(): Promise<void> {
     this.#closing ??= this.#close();
     return this.#closing;
@@ -106,9 +106,9 @@ export class Client implements AsyncDisposable {
 
   async #close(): Promise<void> {
     try {
-      await this.#sessions.close(this.#links.link);
+      await this.#sessions.close(this.#connections.current);
     } finally {
-      await this.#links.close();
+      await this.#connections.close();
       this.events.close();
     }
   }
@@ -117,139 +117,139 @@ export class Client implements AsyncDisposable {
     return this.close();
   }
 
-  // --- what there is to know --------------------------------------------------------------------
+  // --- state --------------------------------------------------------------------
 
-  /** The session, if one is open. */
+  /** The open session, if any. */
   get session(): ClientSession | undefined {
     return this.#sessions.session;
   }
 
-  /** What the server last said in its WELCOME; undefined while there is no connection. */
+  /** The WELCOME of the current connection, if any. */
   get welcome(): Welcome | undefined {
-    return this.#links.link?.welcome;
+    return this.#connections.current?.welcome;
   }
 
   /**
-   * Open a session unless one is alive: the way on after TOKEN_REVOKED, SESSION_REPLACED and UNAUTHENTICATED.
+   * Open a session unless there is a valid one, for example after TOKEN_REVOKED, SESSION_REPLACED or UNAUTHENTICATED.
    *
-   * Rejects with Unauthenticated if the client has nothing to open one with, else as `call`.
+   * Rejects with Unauthenticated without credentials, otherwise like `call`.
    */
   async openSession(): Promise<ClientSession> {
-    this.#sessions.want();
-    await this.#readyDuring(this.#patience());
+    this.#sessions.requireSession();
+    await this.#waitReady(this.#deadlineOf());
     return this.#sessions.session as ClientSession;
   }
 
-  /** Reset the connection without a word, as a network would: for tests. The client comes back by itself. */
+  /** Reset the connection like a network failure, for tests. The client reconnects. */
   cut(): void {
-    this.#links.abort();
+    this.#connections.abort();
   }
 
   // --- calls ------------------------------------------------------------------------------------
 
   /**
-   * Call a method of the server; resolves to its result.
+   * Call a method of the server and return its result.
    *
-   * Rejects with CallError for the server's answer, DeadlineExceeded for the timeout, ConnectionClosed if the connection
-   * was lost and the call may have run, CannotConnect or TlsError if there is no way to the server.
+   * Rejects with CallError for an error of the server, DeadlineExceeded for the timeout, ConnectionClosed if the connection
+   * was lost and the call may have run, and CannotConnect or TlsError if connecting fails.
    */
   async call<Result = unknown>(method: string, params: Params | null = {}, options: CallOptions = {}): Promise<Result> {
-    const patience = this.#patience(options);
+    const deadline = this.#deadlineOf(options);
     const sessions = this.#sessions;
     let attempt: Attempt | undefined;
     for (;;) {
-      let { link } = this.#links;
-      if (link?.ready !== true || this.#clock.now() >= sessions.goodUntil || this.#closing !== undefined) {
-        link = await this.#readyDuring(patience);
+      let connection = this.#connections.current;
+      if (connection?.ready !== true || this.#clock.now() >= sessions.usableUntil || this.#closing !== undefined) {
+        connection = await this.#waitReady(deadline);
       }
       try {
-        patience.check();
+        deadline.check();
       } catch (error) {
-        link.passOn();
+        connection.releaseTurn();
         throw error;
       }
       const { token } = sessions;
-      sessions.used(this.#clock.now());
+      sessions.touch(this.#clock.now());
       try {
-        const call = link.request(method, params, token, metaOf(options, patience.leftMs()), patience.deadline);
-        return (await (options.signal === undefined ? call.answer : abortable(call, options.signal))) as Result;
+        const call = connection.request(method, params, token, metaOf(options, deadline.remainingMs()), deadline.at);
+        return (await (options.signal === undefined ? call.response : abortable(call, options.signal))) as Result;
       } catch (error) {
         attempt ??= { backoff: new Backoff(this.#settings.random), done: new Set() };
-        await this.#afterFailure(error, { attempt, link, token, patience, options });
+        await this.#afterFailure(error, { attempt, connection, token, deadline, options });
       }
     }
   }
 
-  #patience({ timeoutMs = this.#settings.timeoutMs, signal }: CallOptions = {}): Patience {
-    return new Patience(this.#clock, timeoutMs, signal);
+  #deadlineOf({ timeoutMs = this.#settings.timeoutMs, signal }: CallOptions = {}): Deadline {
+    return new Deadline(this.#clock, timeoutMs, signal);
   }
 
-  /** Settles when a call that failed may be sent again; rejects with its error if it may not. */
-  async #afterFailure(error: unknown, failed: Failed): Promise<void> {
-    const { link, attempt, options } = failed;
+  /** Wait until a failed call can be retried. Rejects with its error if it must not be. */
+  async #afterFailure(error: unknown, failed: FailedCall): Promise<void> {
+    const { connection, attempt, options } = failed;
     options.signal?.throwIfAborted();
     if (error instanceof CallError) {
-      await this.#afterAnswer(error, failed);
+      await this.#afterCallError(error, failed);
     } else if (
       error instanceof ConnectionClosed &&
       this.#closing === undefined &&
-      (link.unansweredNotRun || options.idempotencyKey !== undefined)
+      (connection.unansweredDidNotRun || options.idempotencyKey !== undefined)
     ) {
-      // A call that brings its server down must not do so as fast as connections are made.
+      // Back off: the call itself may be what crashes the server.
       await this.#wait(attempt.backoff.next(), error, failed);
     } else {
       throw error;
     }
   }
 
-  async #afterAnswer(error: CallError, failed: Failed): Promise<void> {
-    const { attempt, token, link, patience } = failed;
+  async #afterCallError(error: CallError, failed: FailedCall): Promise<void> {
+    const { attempt, token, connection, deadline } = failed;
     const sessions = this.#sessions;
-    const then = whatNext(error);
-    const isFirst = !attempt.done.has(then);
-    if (then === "later") {
+    const action = retryAction(error);
+    const isFirst = !attempt.done.has(action);
+    if (action === "later") {
       await this.#wait(attempt.backoff.next(retryAfterMs(error.details)), error, failed);
-    } else if (then === "at_once" && isFirst) {
-      attempt.done.add(then);
-    } else if (then === "attach" && token !== NO_TOKEN && isFirst) {
-      attempt.done.add(then);
+    } else if (action === "at_once" && isFirst) {
+      attempt.done.add(action);
+    } else if (action === "attach" && token !== NO_TOKEN && isFirst) {
+      attempt.done.add(action);
       await this.#attach(error, failed);
-    } else if (then === "reopen" && token !== NO_TOKEN && isFirst && sessions.reopen(token)) {
-      attempt.done.add(then);
-    } else if (then === "renew" && token !== NO_TOKEN && isFirst) {
-      attempt.done.add(then);
-      sessions.expired(token);
-    } else if (SESSION_IS_OVER.has(error.code) && token !== NO_TOKEN) {
-      if (token !== sessions.token && !sessions.isOver && isFirst) {
-        attempt.done.add(then); // the token of a session before this one
+    } else if (action === "reopen" && token !== NO_TOKEN && isFirst && sessions.reopen(token)) {
+      attempt.done.add(action);
+    } else if (action === "renew" && token !== NO_TOKEN && isFirst) {
+      attempt.done.add(action);
+      sessions.markExpired(token);
+    } else if (SESSION_ENDED_CODES.has(error.code) && token !== NO_TOKEN) {
+      if (token !== sessions.token && !sessions.hasEnded && isFirst) {
+        attempt.done.add(action); // the token of a previous session
         return;
       }
-      sessions.ended(token, error);
+      sessions.markEnded(token, error);
       throw error;
-    } else if (error instanceof InvalidArgument && isTooLarge(error, link) && !attempt.done.has("at_once")) {
+    } else if (error instanceof InvalidArgument && isTooLarge(error, connection) && !attempt.done.has("at_once")) {
       attempt.done.add("at_once");
-      await this.#showToken(error, token, patience);
+      await this.#presentTokenFirst(error, token, deadline);
     } else {
       if (error.code === Code.UNAUTHENTICATED && token !== NO_TOKEN) {
-        sessions.unknown(token);
+        sessions.markUnknown(token);
       }
       throw error;
     }
   }
 
-  async #attach(error: CallError, failed: Failed): Promise<void> {
-    const { attempt, link, token, patience } = failed;
+  async #attach(error: CallError, failed: FailedCall): Promise<void> {
+    const { attempt, connection, token, deadline } = failed;
     let hasDevice: boolean;
     try {
-      hasDevice = await patience.during((signal) => this.#sessions.attach(link, token, signal));
-    } catch (refused) {
-      if (!(refused instanceof CallError) || refused.code === Code.DEADLINE_EXCEEDED) {
-        throw refused;
+      hasDevice = await deadline.run((signal) => this.#sessions.attach(connection, token, signal));
+    } catch (refusal) {
+      if (!(refusal instanceof CallError) || refusal.code === Code.DEADLINE_EXCEEDED) {
+        throw refusal;
       }
-      if (whatNext(refused) === "later") {
-        attempt.done.delete("attach"); // it did not come to that after all
+      if (retryAction(refusal) === "later") {
+        attempt.done.delete("attach"); // the session was not attached
       }
-      await this.#afterAnswer(refused, failed);
+      await this.#afterCallError(refusal, failed);
       return;
     }
     if (!hasDevice) {
@@ -257,70 +257,70 @@ export class Client implements AsyncDisposable {
     }
   }
 
-  /** Wait before a call is sent again. Rejects with its error now if that would be too late. */
-  async #wait(delayMs: number, error: ZcprotoError, { patience }: Failed): Promise<void> {
-    if (patience.isOverIn(delayMs)) {
+  /** Wait before a retry. Rejects with the error at once if the deadline would pass. */
+  async #wait(delayMs: number, error: ZcprotoError, { deadline }: FailedCall): Promise<void> {
+    if (deadline.expiresWithin(delayMs)) {
       throw error;
     }
-    await sleep(this.#clock, delayMs, patience.signal);
+    await sleep(this.#clock, delayMs, deadline.signal);
   }
 
-  /** A request is too large for a connection without a session: show the token by a small one first. */
-  async #showToken(error: CallError, token: Token, patience: Patience): Promise<void> {
+  /** Present the token by a small request, after one that is too large for a connection without a session. */
+  async #presentTokenFirst(error: CallError, token: Token, deadline: Deadline): Promise<void> {
     if (token === NO_TOKEN) {
       throw error;
     }
-    const timeoutMs = patience.leftMs() ?? Number.POSITIVE_INFINITY;
-    await this.call("session.info", null, { timeoutMs, signal: patience.signal });
+    const timeoutMs = deadline.remainingMs() ?? Number.POSITIVE_INFINITY;
+    await this.call("session.info", null, { timeoutMs, signal: deadline.signal });
   }
 
-  /** A connection that takes a request now, with its session if one is wanted. */
-  #readyDuring(patience: Patience): Promise<Link> {
-    const lastError = () => (this.#links.link === undefined ? this.#links.lastError : undefined);
-    return patience.during((signal) => this.#ready(signal), lastError);
+  /** Return a connection that is ready for a request, with a session if one is required. */
+  #waitReady(deadline: Deadline): Promise<ConnectionDriver> {
+    const lastError = () => (this.#connections.current === undefined ? this.#connections.lastError : undefined);
+    return deadline.run((signal) => this.#ready(signal), lastError);
   }
 
-  async #ready(signal: AbortSignal | undefined): Promise<Link> {
+  async #ready(signal: AbortSignal | undefined): Promise<ConnectionDriver> {
     for (;;) {
       if (this.#closing !== undefined) {
         throw new ConnectionClosed("this client is closed", { clean: true });
       }
-      await this.#sessions.makeGood(signal);
-      const link = await this.#links.get(signal);
-      await link.waitReady(signal);
-      if (link.ready && this.#clock.now() < this.#sessions.goodUntil) {
-        return link;
+      await this.#sessions.waitUntilUsable(signal);
+      const connection = await this.#connections.get(signal);
+      await connection.waitReady(signal);
+      if (connection.ready && this.#clock.now() < this.#sessions.usableUntil) {
+        return connection;
       }
     }
   }
 
   #eventReceived(event: EventReceived): void {
-    this.#sessions.eventReceived(event, this.#links.link);
-    const seen = { name: event.name, data: event.data };
+    this.#sessions.eventReceived(event, this.#connections.current);
+    const received = { name: event.name, data: event.data };
     if (this.#settings.onEvent === undefined) {
-      this.events.put(seen);
+      this.events.put(received);
     } else {
-      this.#settings.onEvent(seen);
+      this.#settings.onEvent(received);
     }
   }
 }
 
-/** What a call has tried already. Made at its first error: most calls have none. */
+/** The retries of a call. Created at its first error, which most calls never have. */
 interface Attempt {
   readonly backoff: Backoff;
-  readonly done: Set<Then>;
+  readonly done: Set<RetryAction>;
 }
 
-interface Failed {
+interface FailedCall {
   readonly attempt: Attempt;
-  readonly link: Link;
+  readonly connection: ConnectionDriver;
   readonly token: Token;
-  readonly patience: Patience;
+  readonly deadline: Deadline;
   readonly options: CallOptions;
 }
 
-function isTooLarge(error: InvalidArgument, link: Link): boolean {
-  return "size" in error.details && !link.hasSession;
+function isTooLarge(error: InvalidArgument, connection: ConnectionDriver): boolean {
+  return "size" in error.details && !connection.hasSession;
 }
 
 function metaOf({ idempotencyKey, traceparent }: CallOptions, deadlineMs: number | undefined): Meta | undefined {
@@ -334,12 +334,12 @@ function metaOf({ idempotencyKey, traceparent }: CallOptions, deadlineMs: number
   };
 }
 
-/** The answer of a call, unless its signal is aborted before: then the server is told, and the reason is thrown. */
-async function abortable(call: ReturnType<Link["request"]>, signal: AbortSignal): Promise<unknown> {
-  const aborted = () => call.link.abandon(call, signal.reason as Error);
+/** Wait for the response of a call. If its signal is aborted first, cancel the call and reject with the signal's reason. */
+async function abortable(call: ReturnType<ConnectionDriver["request"]>, signal: AbortSignal): Promise<unknown> {
+  const aborted = () => call.connection.abandon(call, signal.reason as Error);
   signal.addEventListener("abort", aborted, { once: true });
   try {
-    return await call.answer;
+    return await call.response;
   } finally {
     signal.removeEventListener("abort", aborted);
   }

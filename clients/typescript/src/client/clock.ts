@@ -1,19 +1,19 @@
-/** Time as the client reads it, and the only place where it does. Milliseconds everywhere. */
+/** The only module that reads the time. All values are in milliseconds. */
 
 export interface Timer {
   cancel(): void;
 }
 
 export interface Clock {
-  /** Since the Unix epoch, by this machine's clock. */
+  /** Time since the Unix epoch. */
   wall(): number;
-  /** Monotonic. */
+  /** Monotonic time. */
   now(): number;
-  /** Call `then` once, `ms` from now at the earliest. */
+  /** Call `then` once, after at least `ms`. */
   after(ms: number, then: () => void): Timer;
 }
 
-const MAX_TIMER_MS = 2 ** 31 - 1; // beyond it setTimeout fires at once
+const MAX_TIMER_MS = 2 ** 31 - 1; // setTimeout fires at once for larger values
 
 export const systemClock: Clock = {
   wall: () => Date.now(),
@@ -25,12 +25,12 @@ export const systemClock: Clock = {
 };
 
 /**
- * The wall time at the client's start, carried on by monotonic time.
+ * Wall time that advances with monotonic time from the client's start.
  *
- * When somebody sets this machine's clock, the timestamps of a client that runs on do not jump with it. What it is off
- * the server's clock is taken from each WELCOME.
+ * Setting the clock of this machine does not change the timestamps of a running client. Each WELCOME corrects the offset
+ * from the server's clock.
  */
-export class SteadyClock implements Clock {
+export class MonotonicClock implements Clock {
   readonly #clock: Clock;
   readonly #startWall: number;
   readonly #startNow: number;
@@ -54,7 +54,7 @@ export class SteadyClock implements Clock {
   }
 }
 
-/** Wait; rejects with the signal's reason when that is aborted. */
+/** Wait. Rejects with the signal's reason when it is aborted. */
 export function sleep(clock: Clock, ms: number, signal?: AbortSignal): Promise<void> {
   return new Promise((resolve, reject) => {
     if (signal?.aborted) {
@@ -73,14 +73,14 @@ export function sleep(clock: Clock, ms: number, signal?: AbortSignal): Promise<v
   });
 }
 
-/** Wait for what others wait for too; whoever's signal is aborted leaves alone, with its reason. */
+/** Await a shared promise. Rejects with the signal's reason when it is aborted, which does not affect other waiters. */
 export function unlessAborted<T>(promise: Promise<T>, signal?: AbortSignal): Promise<T> {
   if (signal === undefined) {
     return promise;
   }
   return new Promise((resolve, reject) => {
     if (signal.aborted) {
-      promise.catch(() => undefined); // it is told to the others
+      promise.catch(() => undefined); // handled by the other waiters
       reject(signal.reason as Error);
       return;
     }

@@ -1,17 +1,17 @@
-/** What the server says without being asked, for the application to read. */
+/** Server events, queued for the application. */
 
 export const MAX_EVENTS = 1_000;
 
-/** One event: its name, and whatever data comes with it. */
+/** One event. */
 export interface ServerEvent {
   readonly name: string;
   readonly data: unknown;
 }
 
 /**
- * Events in their order, as an async iterator that ends when the client is closed.
+ * Events in order, as an async iterator that ends when the client is closed.
  *
- * At most 1,000 wait to be read; then the oldest make room, and `dropped` counts them.
+ * At most 1,000 are queued; beyond that the oldest are dropped and counted in `dropped`.
  */
 export class EventStream implements AsyncIterableIterator<ServerEvent> {
   dropped = 0;
@@ -33,7 +33,7 @@ export class EventStream implements AsyncIterableIterator<ServerEvent> {
     this.#events.push(event);
   }
 
-  /** Nothing more comes; what waits can still be read. @internal */
+  /** End the stream. Queued events can still be read. @internal */
   close(): void {
     this.#isClosed = true;
     const waiters = this.#waiters;

@@ -1,17 +1,17 @@
-/** What a client does after an error: the table of the contract's section 7, as data. This module decides only. */
+/** What a client does after an error: the table of zcp1.md, section 11.1. This module only decides. */
 
 import { type CallError, Code, type Details, type TlsFailure } from "../errors.js";
 import { isInt } from "../wire/message.js";
 
-export type Then =
-  | "tell" // the application; never again by itself
-  | "later" // again after `retry_after_ms` with jitter, as often as the call's timeout allows
-  | "at_once" // again at once, once
-  | "renew" // refresh or open the session, then again, once
-  | "reopen" // open another session, then again, once
-  | "attach"; // prove the session's key on this connection, then again, once
+export type RetryAction =
+  | "report" // to the application; no retry
+  | "later" // retry after `retry_after_ms` with jitter, until the deadline
+  | "at_once" // retry at once, one time
+  | "renew" // refresh or open the session, then retry one time
+  | "reopen" // open a new session, then retry one time
+  | "attach"; // attach the session to this connection, then retry one time
 
-const BY_CODE = new Map<number, Then>([
+const BY_CODE = new Map<number, RetryAction>([
   [Code.UNAVAILABLE, "later"],
   [Code.RESOURCE_EXHAUSTED, "later"],
   [Code.STALE_TIMESTAMP, "at_once"],
@@ -21,32 +21,32 @@ const BY_CODE = new Map<number, Then>([
 export const MAX_RETRY_AFTER_MS = 3_600_000;
 
 /**
- * After one of these a client neither opens a session nor connects again by itself: two clients of one user would throw
- * each other out for ever.
+ * After one of these a client neither opens a session nor reconnects on its own: two clients of one user would evict each
+ * other forever.
  */
-export const SESSION_IS_OVER: ReadonlySet<number> = new Set([Code.TOKEN_REVOKED, Code.SESSION_REPLACED]);
+export const SESSION_ENDED_CODES: ReadonlySet<number> = new Set([Code.TOKEN_REVOKED, Code.SESSION_REPLACED]);
 
-/** What a client does after a call was answered with an error. */
-export function whatNext({ code, details }: CallError): Then {
+/** Return what a client does after an error of a call. */
+export function retryAction({ code, details }: CallError): RetryAction {
   if (code === Code.RESOURCE_EXHAUSTED && "limit" in details) {
-    return "tell"; // the user has as many sessions as allowed: waiting does not change that
+    return "report"; // the user has reached the session limit: waiting does not help
   }
   if (code === Code.UNAUTHENTICATED && details["attach"] === true) {
     return "attach";
   }
   if (code === Code.UNAUTHENTICATED && details["certificate"] === true) {
-    return "reopen"; // the session belongs to the certificate that was shown before
+    return "reopen"; // the session belongs to a previous client certificate
   }
-  return BY_CODE.get(code) ?? "tell";
+  return BY_CODE.get(code) ?? "report";
 }
 
-/** The delay that a server asks for; 0 if it does not, or not sensibly. At most an hour. */
+/** Return the delay that a server requests, at most an hour; 0 if it is absent or invalid. */
 export function retryAfterMs(details: Details): number {
   const value = details["retry_after_ms"];
   return isInt(value) && value > 0 ? Math.min(Number(value), MAX_RETRY_AFTER_MS) : 0;
 }
 
-const PASSING: ReadonlySet<TlsFailure> = new Set<TlsFailure>([
+const TRANSIENT: ReadonlySet<TlsFailure> = new Set<TlsFailure>([
   "disconnected",
   "connection_reset",
   "truncated",
@@ -55,7 +55,7 @@ const PASSING: ReadonlySet<TlsFailure> = new Set<TlsFailure>([
   "other",
 ]);
 
-/** Whether a TLS failure can go away by itself. A wrong certificate, pin or peer does not: it is told. */
-export function mayPass(failure: TlsFailure): boolean {
-  return PASSING.has(failure);
+/** Return whether a retry may succeed after a TLS failure. It does not for a wrong certificate, pin or peer. */
+export function isTransient(failure: TlsFailure): boolean {
+  return TRANSIENT.has(failure);
 }

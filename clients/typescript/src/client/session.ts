@@ -1,27 +1,27 @@
-/** A session as its client knows it, and what opens one. */
+/** Sessions as seen by their client, and the credentials that open them. */
 
 import { inspect } from "node:util";
 import { Code, ConfigError, ProtocolError } from "../errors.js";
 import { NO_TOKEN, TOKEN_SIZE, type Token, tokenOf, tokenToText } from "../wire/frame.js";
 import { isInt, isMap, type Params } from "../wire/message.js";
-import { attachMessage, type Channel, openMessage } from "./signed.js";
+import { attachMessage, type Channel, openMessage } from "./signing.js";
 
-/** The part of a session's life after which it is refreshed ahead of its end, a quarter of the rest later at most. */
+/** The fraction of a session's lifetime after which it is refreshed, plus jitter of at most a quarter of the rest. */
 export const REFRESH_AT = 0.8;
 
-/** What signs for a device. */
+/** Signs with the key of a device. */
 export interface Signer {
   sign(message: Uint8Array): Uint8Array;
 }
 
-/** What a client shows to open a session. */
+/** Credentials that open a session. */
 export interface Credentials {
   readonly kind: "api_key" | "ed25519" | "tls";
-  /** The params of `session.open` on this connection, but for `client`. */
+  /** Return the params of `session.open` on this connection, without `client`. */
   params(channel: Channel): Params;
 }
 
-/** A user's name and key. The key is in no inspection. */
+/** A user's name and API key. The key is hidden from inspection. */
 export class ApiKey implements Credentials {
   readonly kind = "api_key";
   readonly #key: string;
@@ -38,7 +38,7 @@ export class ApiKey implements Credentials {
   }
 }
 
-/** The client certificate that each connection shows. `user` is whom it must name, if that is to be checked. */
+/** The client certificate. If `user` is given, the certificate must be issued to that user. */
 export class Certificate implements Credentials {
   readonly kind = "tls";
 
@@ -49,7 +49,7 @@ export class Certificate implements Credentials {
   }
 }
 
-/** A device that was enrolled under a name: it signs for each connection. */
+/** An enrolled device, which signs for each connection. */
 export class DeviceKey implements Credentials {
   readonly kind = "ed25519";
   readonly #signer: Signer;
@@ -66,15 +66,15 @@ export class DeviceKey implements Credentials {
     return { scheme: "ed25519", device: this.name, signature };
   }
 
-  /** The params of `session.attach`. */
+  /** Return the params of `session.attach`. */
   attachParams(channel: Channel, token: Token): Params {
     return { signature: this.#signer.sign(attachMessage(channel, token)) };
   }
 }
 
 /**
- * What opens sessions: the device, the key, or without them the certificate; undefined if there is none of them. Throws
- * ConfigError for what does not go together.
+ * Choose the credentials: the device, the API key, or else the certificate. Returns undefined without credentials. Throws
+ * ConfigError for contradictory options.
  */
 export function chooseCredentials({
   user,
@@ -91,19 +91,19 @@ export function chooseCredentials({
 }): Credentials | undefined {
   if (device !== undefined && deviceName !== undefined) {
     if (user !== undefined || key !== undefined) {
-      throw new ConfigError(["device: it says whose sessions it opens; leave out user and key"]);
+      throw new ConfigError(["device: the device determines the user; leave out user and key"]);
     }
     return new DeviceKey(device, deviceName);
   }
   if (device !== undefined) {
-    throw new ConfigError(["device: give deviceName, the name under which it was enrolled, too"]);
+    throw new ConfigError(["device: deviceName is missing; give the name under which the device was enrolled"]);
   }
   if (deviceName !== undefined) {
-    throw new ConfigError(["deviceName: give the device, or the file of its key, too"]);
+    throw new ConfigError(["deviceName: device is missing; give the device or its key file"]);
   }
   if (key !== undefined) {
     if (user === undefined) {
-      throw new ConfigError(["key: give its user, too"]);
+      throw new ConfigError(["key: user is missing; give the user of the key"]);
     }
     return new ApiKey(user, key);
   }
@@ -111,12 +111,12 @@ export function chooseCredentials({
     return new Certificate(user);
   }
   if (user !== undefined) {
-    throw new ConfigError(["user: give its key, or a certificate"]);
+    throw new ConfigError(["user: credentials are missing; give a key or a certificate"]);
   }
   return undefined;
 }
 
-interface Opened {
+interface OpenResult {
   readonly token: Token;
   readonly id: string;
   readonly user: string;
@@ -131,7 +131,7 @@ interface Opened {
  * An open session.
  *
  * `id` is public; `expiresAt` and `refreshExpiresAt` are milliseconds since the Unix epoch by the server's clock;
- * `idleTimeoutMs` is 0 if the session does not end for not being used. Its tokens are in no inspection and no JSON.
+ * `idleTimeoutMs` is 0 without an idle timeout. Its tokens are hidden from inspection and JSON.
  */
 export class ClientSession {
   readonly id: string;
@@ -142,20 +142,20 @@ export class ClientSession {
   readonly bound: boolean;
   readonly #token: Token;
   readonly #idleMs: number;
-  readonly #refreshEnds: number;
+  readonly #refreshEndsAt: number;
   readonly #refreshAt: number;
   #refreshToken: Uint8Array | undefined;
-  #ends: number;
-  #goodUntil: number;
+  #endsAt: number;
+  #usableUntil: number;
 
   /**
-   * From the result of `session.open` or `session.refresh`. `serverWall` is the server's time; `now` is monotonic, as all
-   * times below; `jitter` is from 0 to 1. Throws ProtocolError if the result is not as the contract says.
+   * Make a session from the result of `session.open` or `session.refresh`. `serverWall` is the server's time, `now` and all
+   * times below are monotonic, `jitter` is from 0 to 1. Throws ProtocolError for an invalid result.
    *
    * @internal
    */
   constructor(result: unknown, { serverWall, now, jitter }: { serverWall: number; now: number; jitter: number }) {
-    const opened = readOpened(result);
+    const opened = parseOpenResult(result);
     this.id = opened.id;
     this.user = opened.user;
     this.expiresAt = opened.expiresAt;
@@ -165,17 +165,17 @@ export class ClientSession {
     this.#token = opened.token;
     this.#refreshToken = opened.refreshToken;
     const life = Math.max(0, this.expiresAt - serverWall);
-    this.#ends = now + life;
+    this.#endsAt = now + life;
     this.#idleMs = this.idleTimeoutMs > 0 ? this.idleTimeoutMs : Number.POSITIVE_INFINITY;
-    this.#goodUntil = Math.min(this.#ends, now + this.#idleMs);
-    this.#refreshEnds =
+    this.#usableUntil = Math.min(this.#endsAt, now + this.#idleMs);
+    this.#refreshEndsAt =
       this.refreshExpiresAt === undefined
         ? Number.POSITIVE_INFINITY
         : now + Math.max(0, this.refreshExpiresAt - serverWall);
     this.#refreshAt = now + life * (REFRESH_AT + ((1 - REFRESH_AT) / 4) * jitter);
   }
 
-  /** The token as text: base64url without padding, as HTTP's `Authorization: Bearer` takes it. */
+  /** The token in base64url without padding, as in HTTP's `Authorization: Bearer`. */
   get token(): string {
     return tokenToText(this.#token);
   }
@@ -190,32 +190,32 @@ export class ClientSession {
     return this.#refreshToken;
   }
 
-  /** Calls with the token may be sent before this time. @internal */
-  get goodUntil(): number {
-    return this.#goodUntil;
+  /** The time until which the token can be used. @internal */
+  get usableUntil(): number {
+    return this.#usableUntil;
   }
 
-  /** When to refresh it ahead of its end. @internal */
+  /** When to refresh the session. @internal */
   get refreshAt(): number {
     return this.#refreshAt;
   }
 
-  /** The server saw the token just now. @internal */
-  used(now: number): void {
-    this.#goodUntil = Math.min(this.#ends, now + this.#idleMs);
+  /** Record that the token was used, which restarts the idle timeout. @internal */
+  touch(now: number): void {
+    this.#usableUntil = Math.min(this.#endsAt, now + this.#idleMs);
   }
 
-  /** The server says that it is over. @internal */
+  /** Mark the token as expired. @internal */
   expire(): void {
-    this.#goodUntil = this.#ends = Number.NEGATIVE_INFINITY;
+    this.#usableUntil = this.#endsAt = Number.NEGATIVE_INFINITY;
   }
 
   /** @internal */
   canRefresh(now: number): boolean {
-    return this.#refreshToken !== undefined && now < this.#refreshEnds;
+    return this.#refreshToken !== undefined && now < this.#refreshEndsAt;
   }
 
-  /** It may be spent: used a second time, it would end the whole family of tokens. @internal */
+  /** Forget a refresh token that may have been used: the server ends a session when one is used twice. @internal */
   dropRefreshToken(): void {
     this.#refreshToken = undefined;
   }
@@ -230,7 +230,7 @@ export class ClientSession {
   }
 }
 
-function readOpened(result: unknown): Opened {
+function parseOpenResult(result: unknown): OpenResult {
   const fields = isMap(result) ? result : {};
   const { token, id, user, bound } = fields;
   const [expiresAt, idleTimeoutMs] = [fields["expires_at"], fields["idle_timeout_ms"]];
@@ -258,7 +258,7 @@ function readOpened(result: unknown): Opened {
       bound,
     };
   }
-  throw new ProtocolError(Code.PROTOCOL_ERROR, "the server's answer to session.open is not as it must be");
+  throw new ProtocolError(Code.PROTOCOL_ERROR, "the server's response to session.open is invalid");
 }
 
 function isToken(value: unknown): value is Uint8Array {

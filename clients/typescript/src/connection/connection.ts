@@ -1,22 +1,20 @@
 /**
- * The client's end of a conversation: bytes and time in; events, bytes and the next deadline out.
+ * The client's end of a connection, without I/O: bytes and time in; events, bytes and the next deadline out.
  *
- * What it decides: the greeting, the clock offset, freshness of what the server sends, which request an answer belongs
- * to, what may be sent now (streams in flight, frame size), keepalive, and what ends the connection.
+ * Decides: WELCOME, the clock offset, freshness of received frames, which request a response belongs to, what can be sent now
+ * (streams in flight, frame size), keepalive, and what ends the connection.
+ * Must not know: sockets, TLS, clocks, retries, and sessions beyond their tokens.
  *
- * What it must not know: sockets, TLS, clocks, retries, sessions beyond their tokens.
+ * Rules where the protocol leaves the choice to a client:
  *
- * Rules where the contract leaves the choice to a client:
+ * - On an error of the server a client only ends the connection and reports why: it has no ERROR to send.
+ * - A RESPONSE or ERROR with an invalid body fails its call with INTERNAL (it may have run). An invalid WELCOME, GOAWAY,
+ *   EVENT or ERROR on stream 0 ends the connection.
+ * - A stale frame is dropped and counted; the tenth consecutive one ends the connection. ERROR STALE_TIMESTAMP is processed
+ *   even if it is stale itself, since it corrects the clock offset.
+ * - Until a RESPONSE shows that the server accepted a token, frames are limited as on a connection without a session.
  *
- * - A client has no ERROR to send. On a fault of the server it just ends, and says why to what is above it.
- * - A RESPONSE or ERROR with a body that cannot be read fails its own call with INTERNAL (it may have run). A WELCOME,
- *   GOAWAY, EVENT or ERROR on stream 0 that cannot be read ends the connection.
- * - A stale frame is dropped and counted, and the tenth in a row ends the connection. ERROR STALE_TIMESTAMP is heard
- *   whatever its own timestamp says: it is what sets the clock offset right.
- * - Before a RESPONSE has shown that the server took a token here, the limit of a connection without a session holds for
- *   what is sent.
- *
- * `wall` is our own clock, milliseconds since the Unix epoch; `now` is monotonic, in milliseconds.
+ * `wall` is this machine's time in milliseconds since the Unix epoch; `now` is monotonic, in milliseconds.
  */
 
 import {
@@ -52,26 +50,26 @@ import {
   type Params,
 } from "../wire/message.js";
 import type { ClientEvent, ConnectionEnded } from "./events.js";
-import { Freshness, MAX_STALE_IN_A_ROW } from "./freshness.js";
+import { Freshness, MAX_CONSECUTIVE_STALE } from "./freshness.js";
 import { nextState, type State } from "./state.js";
 import { readGoAway, readWelcome, type Welcome } from "./welcome.js";
 
-/** Largest `length` on a connection without a session, both ways: WELCOME does not tell another. */
+/** The largest `length` on a connection without a session, in both directions, whatever WELCOME allows. */
 export const MAX_FRAME_BEFORE_SESSION = 16_384;
 
-/** Milliseconds of silence after a PING, after which the server is taken for dead. */
+/** Milliseconds without a frame after a PING, after which the server counts as unreachable. */
 export const PONG_TIMEOUT_MS = 10_000;
 
-/** A server with a tiny idle timeout must not make its clients flood it. */
+/** Lower bound, so that a server with a tiny idle timeout is not flooded with PINGs. */
 export const MIN_KEEPALIVE_INTERVAL_MS = 250;
 
-/** A server's clock beyond this is refused: timestamps made from it could outgrow their 64 bits. */
+/** The largest accepted server time: timestamps derived from a larger one could exceed 64 bits. */
 export const MAX_SERVER_TIME = 2n ** 62n;
 
 const UINT64_MAX = 2n ** 64n - 1n;
 const OPENING_METHODS: ReadonlySet<string> = new Set(["session.open", "session.refresh"]);
-const OPENING: Token = ""; // stands for the token of a request that is sent with none to get one
-const DEAD_TOKEN_CODES: ReadonlySet<number> = new Set([
+const OPENING: Token = ""; // marks a request that returns a token
+const INVALID_TOKEN_CODES: ReadonlySet<number> = new Set([
   Code.UNAUTHENTICATED,
   Code.TOKEN_EXPIRED,
   Code.TOKEN_REVOKED,
@@ -80,39 +78,39 @@ const DEAD_TOKEN_CODES: ReadonlySet<number> = new Set([
 const EMPTY = new Uint8Array(0);
 
 export interface ConnectionSettings {
-  /** The largest `length` accepted from the server once its WELCOME was read. */
+  /** The largest `length` accepted from the server after WELCOME. */
   readonly maxFrame?: number;
-  /** How far the server's timestamps may be off our estimate of its clock. */
+  /** The tolerated difference of timestamps from the estimated server time. */
   readonly toleranceMs?: number;
   readonly maxDepth?: number;
 }
 
 /**
- * One conversation with a server. Nothing may be requested before the `welcomed` event. Bytes for the server gather
- * until `dataToSend` takes them.
+ * One connection to a server. Requests can be made after the `welcomed` event. Bytes to send are queued until
+ * `dataToSend`.
  */
 export class ClientConnection {
   state: State = "awaiting_welcome";
   welcome: Welcome | undefined;
-  /** The server's clock minus ours. */
+  /** The offset of the server's clock from this one. */
   clockOffset = 0n;
   droppedStale = 0;
   droppedUnknown = 0;
   queuedBytes = 0;
-  /** The stream of the next request, unless that is in flight. Any that a stream can have will do. */
+  /** The stream of the next request, unless it is in flight. */
   nextStream = 1;
   readonly #maxFrame: number;
   readonly #toleranceMs: number;
   readonly #maxDepth: number;
   readonly #decoder: FrameDecoder;
-  #freshness: Freshness | undefined; // from WELCOME on
-  #counter = 0n; // of the last frame sent; the first has 1
-  #staleInARow = 0;
-  readonly #inFlight = new Map<number, Token>(); // stream -> the token that its request carried
-  readonly #tokens = new Set<Token>(); // those that the server took on this connection
+  #freshness: Freshness | undefined; // set by WELCOME
+  #counter = 0n; // of the last frame sent
+  #staleCount = 0;
+  readonly #inFlight = new Map<number, Token>(); // stream -> the token of its request
+  readonly #tokens = new Set<Token>(); // accepted by the server on this connection
   #out: Buffer[] = [];
-  #lastHeard = 0;
-  #sentSinceLook = false;
+  #lastReceived = 0;
+  #sentSinceCheck = false;
   #keepaliveInterval = Number.POSITIVE_INFINITY;
   #keepaliveAt = Number.POSITIVE_INFINITY;
   #pongDeadline = Number.POSITIVE_INFINITY;
@@ -124,30 +122,30 @@ export class ClientConnection {
     this.#decoder = new FrameDecoder("client", Math.min(maxFrame, MAX_FRAME_BEFORE_SESSION));
   }
 
-  /** What no other connection has: proofs are made for it. */
+  /** The salt, unique to this connection and part of device signatures. */
   get salt(): bigint {
     return this.#freshness?.salt ?? 0n;
   }
 
-  /** Requests without their answers yet. */
+  /** The number of requests without a response. */
   get inFlight(): number {
     return this.#inFlight.size;
   }
 
-  /** Whether the server is known to have taken a token on this connection. */
+  /** Whether the server has accepted a token on this connection. */
   get hasSession(): boolean {
     return this.#tokens.size > 0;
   }
 
-  /** The largest `length` that the server takes now. */
+  /** The largest `length` that can be sent now. */
   get sendLimit(): number {
     const limit = this.welcome?.max_frame ?? 0;
     return this.hasSession ? limit : Math.min(limit, MAX_FRAME_BEFORE_SESSION);
   }
 
-  // --- what arrives -----------------------------------------------------------------------------
+  // --- receiving -----------------------------------------------------------------------------
 
-  /** Take in decrypted bytes; returns what they mean. Bytes after the end mean nothing. */
+  /** Process decrypted bytes and return events. Bytes after the end are ignored. */
   receiveData(data: Buffer, wall: bigint, now: number): ClientEvent[] {
     const events: ClientEvent[] = [];
     if (this.state === "closed") {
@@ -179,35 +177,35 @@ export class ClientConnection {
       return this.#receivedFirst(frame, wall, now);
     }
     const serverTime = wall + this.clockOffset;
-    const verdict = freshness.judge(frame.salt, frame.counter, frame.timestamp, serverTime);
+    const verdict = freshness.check(frame.salt, frame.counter, frame.timestamp, serverTime);
     if (verdict !== "fresh") {
-      if (verdict === "other_salt") {
+      if (verdict === "wrong_salt") {
         throw new ProtocolError(Code.REPLAYED, "nonce belongs to another connection");
       }
       if (verdict === "counter_used") {
-        throw new ProtocolError(Code.REPLAYED, "nonce counter did not grow");
+        throw new ProtocolError(Code.REPLAYED, "nonce counter did not increase");
       }
       if (!this.#correctsClock(frame)) {
         this.#countStale();
         return undefined;
       }
     }
-    this.#staleInARow = 0;
-    this.#lastHeard = now;
+    this.#staleCount = 0;
+    this.#lastReceived = now;
     return frame.kind === Kind.RESPONSE ? this.#receivedResponse(frame) : this.#receivedOther(frame, wall);
   }
 
   #countStale(): void {
     this.droppedStale += 1;
-    this.#staleInARow += 1;
-    if (this.#staleInARow >= MAX_STALE_IN_A_ROW) {
-      throw new ProtocolError(Code.STALE_TIMESTAMP, "ten stale frames in a row");
+    this.#staleCount += 1;
+    if (this.#staleCount >= MAX_CONSECUTIVE_STALE) {
+      throw new ProtocolError(Code.STALE_TIMESTAMP, "ten consecutive stale frames");
     }
   }
 
   #receivedResponse({ stream, body }: Frame): ClientEvent | undefined {
-    const sentWith = this.#inFlight.get(stream);
-    if (sentWith === undefined) {
+    const requestToken = this.#inFlight.get(stream);
+    if (requestToken === undefined) {
       this.droppedUnknown += 1;
       return undefined;
     }
@@ -216,15 +214,15 @@ export class ClientConnection {
     try {
       value = decodeBody(body, { maxDepth: this.#maxDepth });
     } catch (error) {
-      return { type: "error", stream, ...unreadable(error) };
+      return { type: "error", stream, ...invalidResponse(error) };
     }
-    if (!this.#tokens.has(sentWith)) {
-      this.#tokenTaken(sentWith, value);
+    if (!this.#tokens.has(requestToken)) {
+      this.#tokenAccepted(requestToken, value);
     }
     return { type: "response", stream, value };
   }
 
-  /** A fresh frame that is no RESPONSE. */
+  /** Handle a fresh frame other than RESPONSE. */
   #receivedOther(frame: Frame, wall: bigint): ClientEvent | undefined {
     switch (frame.kind) {
       case Kind.ERROR:
@@ -232,16 +230,16 @@ export class ClientConnection {
       case Kind.EVENT:
         return this.#receivedEvent(frame);
       case Kind.GOAWAY: {
-        const said = readGoAway(frame.body, this.#maxDepth);
+        const goAway = readGoAway(frame.body, this.#maxDepth);
         this.state = nextState(this.state, "goaway");
-        return { type: "goaway", ...said };
+        return { type: "goaway", ...goAway };
       }
       case Kind.WELCOME:
-        throw new ProtocolError(Code.PROTOCOL_ERROR, "WELCOME came twice");
+        throw new ProtocolError(Code.PROTOCOL_ERROR, "WELCOME was sent twice");
       default:
     }
     if (frame.body.length > 0) {
-      throw new ProtocolError(Code.PROTOCOL_ERROR, "this kind of frame has no body");
+      throw new ProtocolError(Code.PROTOCOL_ERROR, "this kind of frame must not have a body");
     }
     if (frame.kind === Kind.PING) {
       this.#send(Kind.PONG, 0, frame.token, EMPTY, wall);
@@ -259,36 +257,36 @@ export class ClientConnection {
       }
       return { type: "event", name, data, token };
     } catch (error) {
-      throw new ProtocolError(Code.PROTOCOL_ERROR, `EVENT cannot be read: ${phraseOf(error)}`);
+      throw new ProtocolError(Code.PROTOCOL_ERROR, `EVENT is invalid: ${phraseOf(error)}`);
     }
   }
 
   #receivedError({ stream, body }: Frame, wall: bigint): ClientEvent | undefined {
-    let said: ErrorMessage;
+    let message: ErrorMessage;
     try {
-      said = decodeError(body, this.#maxDepth);
+      message = decodeError(body, this.#maxDepth);
     } catch (error) {
       if (stream === 0) {
-        throw new ProtocolError(Code.PROTOCOL_ERROR, `ERROR cannot be read: ${phraseOf(error)}`);
+        throw new ProtocolError(Code.PROTOCOL_ERROR, `ERROR is invalid: ${phraseOf(error)}`);
       }
-      said = unreadable(error);
+      message = invalidResponse(error);
     }
-    if (said.code === Code.STALE_TIMESTAMP) {
-      this.#correctClock(said.details["server_time"], wall);
+    if (message.code === Code.STALE_TIMESTAMP) {
+      this.#correctClock(message.details["server_time"], wall);
     }
     if (stream === 0) {
-      return this.#endWith(knownCode(said.code), said.message);
+      return this.#endWith(knownCode(message.code), message.message);
     }
-    const sentWith = this.#inFlight.get(stream);
-    if (sentWith === undefined) {
+    const requestToken = this.#inFlight.get(stream);
+    if (requestToken === undefined) {
       this.droppedUnknown += 1;
       return undefined;
     }
     this.#inFlight.delete(stream);
-    if (DEAD_TOKEN_CODES.has(said.code)) {
-      this.#tokens.delete(sentWith);
+    if (INVALID_TOKEN_CODES.has(message.code)) {
+      this.#tokens.delete(requestToken);
     }
-    return { type: "error", stream, ...said };
+    return { type: "error", stream, ...message };
   }
 
   #receivedFirst(frame: Frame, wall: bigint, now: number): ClientEvent {
@@ -299,14 +297,14 @@ export class ClientConnection {
       throw new ProtocolError(Code.PROTOCOL_ERROR, "WELCOME must have counter 0");
     }
     if (frame.timestamp > MAX_SERVER_TIME) {
-      throw new ProtocolError(Code.PROTOCOL_ERROR, "the server's clock is beyond all years");
+      throw new ProtocolError(Code.PROTOCOL_ERROR, "the server's time is out of range");
     }
     const welcome = readWelcome(frame.body, this.#maxDepth);
     this.welcome = welcome;
     this.#freshness = new Freshness(frame.salt, 0n, this.#toleranceMs);
     this.clockOffset = frame.timestamp - wall;
     this.#decoder.limit = this.#maxFrame;
-    this.#lastHeard = now;
+    this.#lastReceived = now;
     if (welcome.idle_timeout_ms > 0) {
       this.#keepaliveInterval = Math.max(welcome.idle_timeout_ms / 3, MIN_KEEPALIVE_INTERVAL_MS);
       this.#keepaliveAt = now + this.#keepaliveInterval;
@@ -317,7 +315,7 @@ export class ClientConnection {
 
   // --- clock ------------------------------------------------------------------------------------
 
-  /** Whether a frame that is not fresh is an ERROR STALE_TIMESTAMP, which is heard all the same. */
+  /** Return whether a stale frame is an ERROR STALE_TIMESTAMP, which is processed all the same. */
   #correctsClock({ kind, body }: Frame): boolean {
     if (kind !== Kind.ERROR) {
       return false;
@@ -326,7 +324,7 @@ export class ClientConnection {
       return decodeError(body, this.#maxDepth).code === Code.STALE_TIMESTAMP;
     } catch (error) {
       phraseOf(error);
-      return false; // dropped as stale, like any other
+      return false; // dropped like any other stale frame
     }
   }
 
@@ -339,16 +337,16 @@ export class ClientConnection {
   // --- requests ---------------------------------------------------------------------------------
 
   /**
-   * Queue a REQUEST; returns its stream, by which its answer is known.
+   * Queue a REQUEST and return its stream, which identifies the response.
    *
-   * The methods that open a session are sent without a token whatever `token` is. Throws InvalidArgument for what cannot
-   * be sent (if it is too large, its details have `size` and `limit`), ResourceExhausted if as many are in flight as the
-   * server allows, Unavailable after GOAWAY, ConnectionClosed after the end.
+   * Methods that open a session are sent without a token. Throws InvalidArgument for a request that cannot be sent (if it is
+   * too large, details have `size` and `limit`), ResourceExhausted if max_streams are in flight, Unavailable after GOAWAY,
+   * ConnectionClosed after the end.
    */
   request(method: string, params: Params | null, token: Token, meta: Meta | undefined, wall: bigint): number {
     const { welcome } = this;
     if (this.state !== "open" || welcome === undefined) {
-      throw this.#refusal();
+      throw this.#notOpenError();
     }
     if (this.#inFlight.size >= welcome.max_streams) {
       throw new ResourceExhausted("too many requests in flight on this connection");
@@ -371,9 +369,9 @@ export class ClientConnection {
     return stream;
   }
 
-  #refusal(): Error {
+  #notOpenError(): Error {
     if (this.state === "draining") {
-      return new Unavailable("the server takes no new requests on this connection");
+      return new Unavailable("the server accepts no new requests on this connection");
     }
     if (this.state === "closed") {
       return new ConnectionClosed("the connection has ended");
@@ -384,7 +382,7 @@ export class ClientConnection {
   #checkSize(size: number): void {
     const limit = this.sendLimit;
     if (size > limit) {
-      throw new InvalidArgument(`the request has ${size} bytes, and the server takes ${limit}`, { size, limit });
+      throw new InvalidArgument(`the request has ${size} bytes; the server accepts ${limit}`, { size, limit });
     }
   }
 
@@ -397,27 +395,27 @@ export class ClientConnection {
     return stream;
   }
 
-  /** A RESPONSE shows that the server took its request's token, or gave one. */
-  #tokenTaken(sentWith: Token, value: unknown): void {
-    let taken = sentWith;
-    if (sentWith === OPENING) {
-      const given = isMap(value) ? value["token"] : undefined;
-      if (!(given instanceof Uint8Array) || given.length !== TOKEN_SIZE) {
+  /** Record the token that a RESPONSE shows to be accepted: that of its request, or the one it returns. */
+  #tokenAccepted(requestToken: Token, value: unknown): void {
+    let accepted = requestToken;
+    if (requestToken === OPENING) {
+      const issued = isMap(value) ? value["token"] : undefined;
+      if (!(issued instanceof Uint8Array) || issued.length !== TOKEN_SIZE) {
         return;
       }
-      taken = tokenOf(given);
+      accepted = tokenOf(issued);
     }
-    if (taken !== NO_TOKEN) {
-      this.#tokens.add(taken);
+    if (accepted !== NO_TOKEN) {
+      this.#tokens.add(accepted);
     }
   }
 
-  /** A session is over, as its user knows: it no longer counts as one that this connection has. */
+  /** Forget the token of a session that has ended. */
   sessionEnded(token: Token): void {
     this.#tokens.delete(token);
   }
 
-  /** Queue a CANCEL. The request stays in flight until its answer comes. */
+  /** Queue a CANCEL. The request stays in flight until its response. */
   cancel(stream: number, wall: bigint): void {
     const token = this.#inFlight.get(stream);
     if (token !== undefined && this.state !== "closed") {
@@ -435,38 +433,37 @@ export class ClientConnection {
   }
 
   /**
-   * When `handleTimeout` must be called at the latest; infinite if it need not. It changes with WELCOME and with each
-   * `handleTimeout` only.
+   * Return when to call `handleTimeout`, or Infinity. It changes only with WELCOME and `handleTimeout`.
    */
   nextDeadline(): number {
     return this.state === "closed" ? Number.POSITIVE_INFINITY : Math.min(this.#keepaliveAt, this.#pongDeadline);
   }
 
   /**
-   * Do what is due: a PING after a silence, the end after a PING that brought nothing.
+   * Send a PING on an idle connection, and end the connection after a PING without a response.
    *
-   * It looks at the connection in intervals of a third of the server's idle timeout. A PING goes out if since the last
-   * look nothing was sent or nothing was heard, so no silence lasts two thirds of it. Calling it early does nothing.
+   * It checks the connection at intervals of a third of the server's idle timeout and sends a PING if nothing was sent or
+   * nothing was received since the last check, so that no silence lasts two thirds of it. Calling it early has no effect.
    */
   handleTimeout(wall: bigint, now: number): ConnectionEnded | undefined {
     if (this.state === "closed") {
       return undefined;
     }
     if (this.#pongDeadline <= now) {
-      if (this.#lastHeard <= this.#pongDeadline - PONG_TIMEOUT_MS) {
-        return this.#endWith(undefined, "the server does not answer");
+      if (this.#lastReceived <= this.#pongDeadline - PONG_TIMEOUT_MS) {
+        return this.#endWith(undefined, "the server does not respond");
       }
-      this.#pongDeadline = Number.POSITIVE_INFINITY; // other frames have shown that it lives
+      this.#pongDeadline = Number.POSITIVE_INFINITY; // other frames were received since
     }
     if (this.#keepaliveAt <= now) {
-      const heardSinceLook = this.#lastHeard > this.#keepaliveAt - this.#keepaliveInterval;
-      if (!(this.#sentSinceLook && heardSinceLook)) {
+      const receivedSinceCheck = this.#lastReceived > this.#keepaliveAt - this.#keepaliveInterval;
+      if (!(this.#sentSinceCheck && receivedSinceCheck)) {
         this.ping(wall);
         if (this.#pongDeadline === Number.POSITIVE_INFINITY) {
           this.#pongDeadline = now + PONG_TIMEOUT_MS;
         }
       }
-      this.#sentSinceLook = false;
+      this.#sentSinceCheck = false;
       this.#keepaliveAt = now + this.#keepaliveInterval;
     }
     return undefined;
@@ -474,7 +471,7 @@ export class ClientConnection {
 
   // --- the end ----------------------------------------------------------------------------------
 
-  /** The transport is gone, or about to be closed after what is queued. */
+  /** Handle the end of the transport, or announce that it will be closed after the queued bytes. */
   end(): void {
     this.state = nextState(this.state, "end");
   }
@@ -488,16 +485,16 @@ export class ClientConnection {
 
   #send(kind: Kind, stream: number, token: Token, body: Uint8Array, wall: bigint): void {
     this.#counter += 1n;
-    this.#sentSinceLook = true;
+    this.#sentSinceCheck = true;
     const time = wall + this.clockOffset;
-    // Our clock may go anywhere meanwhile; the field holds 64 bits.
+    // The local clock may have been set to any time; the field has 64 bits.
     const timestamp = time < 0n ? 0n : time > UINT64_MAX ? UINT64_MAX : time;
     const frame = encodeFrame(kind, stream, timestamp, this.salt, this.#counter, token, body);
     this.queuedBytes += frame.length;
     this.#out.push(frame);
   }
 
-  /** All bytes for the server that were not taken yet; undefined if there are none. */
+  /** Return all queued bytes, or undefined if the queue is empty. */
   dataToSend(): Buffer | undefined {
     const out = this.#out;
     if (out.length === 0) {
@@ -509,7 +506,7 @@ export class ClientConnection {
   }
 }
 
-/** The phrase of a MessageError. Any other error is a bug here, and is thrown. */
+/** Return the phrase of a MessageError. Any other error is a bug and is rethrown. */
 function phraseOf(error: unknown): string {
   if (error instanceof MessageError) {
     return error.message;
@@ -517,6 +514,6 @@ function phraseOf(error: unknown): string {
   throw error;
 }
 
-function unreadable(error: unknown): ErrorMessage {
-  return { code: Code.INTERNAL, message: `the answer cannot be read: ${phraseOf(error)}`, details: {} };
+function invalidResponse(error: unknown): ErrorMessage {
+  return { code: Code.INTERNAL, message: `the response is invalid: ${phraseOf(error)}`, details: {} };
 }

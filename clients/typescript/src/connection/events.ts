@@ -1,10 +1,10 @@
-/** What a conversation tells those above it. */
+/** Events of a connection. */
 
 import type { Code } from "../errors.js";
 import type { Token } from "../wire/frame.js";
 import type { Welcome } from "./welcome.js";
 
-/** The server's WELCOME: calls may be made from here on. */
+/** WELCOME was received: calls can be made from now on. */
 export interface Welcomed {
   readonly type: "welcomed";
   readonly welcome: Welcome;
@@ -16,7 +16,7 @@ export interface ResponseReceived {
   readonly value: unknown;
 }
 
-/** One call was answered with an error. The connection goes on. */
+/** A call failed. The connection continues. */
 export interface ErrorReceived {
   readonly type: "error";
   readonly stream: number;
@@ -25,7 +25,7 @@ export interface ErrorReceived {
   readonly details: Record<string, unknown>;
 }
 
-/** The server takes no new requests on this connection; what is in flight may still be answered. */
+/** The server accepts no new requests on this connection; requests in flight may still be answered. */
 export interface GoAwayReceived {
   readonly type: "goaway";
   readonly reason: string;
@@ -39,7 +39,7 @@ export interface EventReceived {
   readonly token: Token;
 }
 
-/** The conversation is over. Send what is queued, then close. `code` is the fatal error, if one was. */
+/** The connection ended. Send queued bytes, then close. `code` is the fatal error, if any. */
 export interface ConnectionEnded {
   readonly type: "ended";
   readonly code: Code | undefined;

@@ -1,12 +1,12 @@
 /**
- * Salt, counter and timestamp of the frames of one direction (the contract's section 5).
+ * Checks salt, counter and timestamp of the frames of one direction (zcp1.md, section 7).
  *
- * The difference of two times is taken in whole numbers of any size, so no timestamp overflows it.
+ * Times are bigint, so no timestamp overflows their difference.
  */
 
-export const MAX_STALE_IN_A_ROW = 10;
+export const MAX_CONSECUTIVE_STALE = 10;
 
-export type Verdict = "fresh" | "stale" | "other_salt" | "counter_used";
+export type Verdict = "fresh" | "stale" | "wrong_salt" | "counter_used";
 
 export class Freshness {
   readonly salt: bigint;
@@ -19,16 +19,16 @@ export class Freshness {
     this.#tolerance = BigInt(toleranceMs);
   }
 
-  /** Judge a frame by what its header says. `now` is the server's time. The counter of a stale frame counts as used. */
-  judge(salt: bigint, counter: bigint, timestamp: bigint, now: bigint): Verdict {
+  /** Check the header of a frame. `now` is the server's time. The counter of a stale frame counts as used. */
+  check(salt: bigint, counter: bigint, timestamp: bigint, now: bigint): Verdict {
     if (salt !== this.salt) {
-      return "other_salt";
+      return "wrong_salt";
     }
     if (counter <= this.lastCounter) {
       return "counter_used";
     }
     this.lastCounter = counter;
-    const off = now - timestamp;
-    return off <= this.#tolerance && -off <= this.#tolerance ? "fresh" : "stale";
+    const age = now - timestamp;
+    return age <= this.#tolerance && -age <= this.#tolerance ? "fresh" : "stale";
   }
 }

@@ -1,15 +1,15 @@
 /**
- * The states of a conversation, as one table. What is not in it is a bug of ours, never an answer to the server's input.
+ * The states of a connection as one table. A missing transition is a bug of the client, whatever the server sends.
  *
- *     awaiting_welcome   nothing may be sent, and WELCOME alone may arrive
- *     open               both sides may send
- *     draining           GOAWAY was said: what runs is answered, nothing new is taken
- *     closed             over: nothing is read any more; what is queued is still to be sent
+ *     awaiting_welcome   nothing can be sent, only WELCOME can arrive
+ *     open               both sides can send
+ *     draining           GOAWAY was received: responses still arrive, no new requests
+ *     closed             ended: input is ignored, queued bytes are still sent
  */
 
 export type State = "awaiting_welcome" | "open" | "draining" | "closed";
 
-/** `end`: the transport ended, cleanly or not, or a timeout says that it must. */
+/** `end`: the transport ended, cleanly or not, or a timeout ends it. */
 export type Input = "welcome" | "goaway" | "fatal" | "end";
 
 export const TRANSITIONS: Readonly<Record<State, Readonly<Partial<Record<Input, State>>>>> = {
@@ -19,7 +19,7 @@ export const TRANSITIONS: Readonly<Record<State, Readonly<Partial<Record<Input, 
   closed: { end: "closed" },
 };
 
-/** The state that follows. Throws if there is none, which is a bug here. */
+/** Return the next state. Throws if the transition is missing, which is a bug. */
 export function nextState(state: State, input: Input): State {
   const next = TRANSITIONS[state][input];
   if (next === undefined) {

@@ -1,4 +1,4 @@
-/** WELCOME as a client reads it: every key of the contract must be there, and may be believed afterwards. */
+/** Parses WELCOME and GOAWAY. All required keys are validated. */
 
 import { Code, ProtocolError } from "../errors.js";
 import { MessageError } from "../wire/body.js";
@@ -11,7 +11,7 @@ export interface StsPolicy {
   readonly include_subdomains: boolean;
 }
 
-/** What the server says of itself; there may be more keys than these. */
+/** The settings of the server; there may be more keys. */
 export interface Welcome {
   readonly server: string;
   readonly versions: readonly number[];
@@ -23,32 +23,32 @@ export interface Welcome {
   readonly [more: string]: unknown;
 }
 
-const LEAST = { max_frame: MIN_LENGTH, max_streams: 1, idle_timeout_ms: 0, tolerance_ms: 0 };
+const MINIMUM = { max_frame: MIN_LENGTH, max_streams: 1, idle_timeout_ms: 0, tolerance_ms: 0 };
 
-/** Throws ProtocolError if the body is not as the contract says. */
+/** Parse WELCOME (zcp1.md, section 6.2). Throws ProtocolError. */
 export function readWelcome(body: Buffer, maxDepth: number): Welcome {
-  const said = readMap("WELCOME", body, maxDepth);
-  demand("server", typeof said["server"] === "string");
-  demand("versions", Array.isArray(said["versions"]));
-  for (const [key, least] of Object.entries(LEAST)) {
-    const value = said[key];
-    demand(key, isInt(value) && value >= least);
+  const fields = readMap("WELCOME", body, maxDepth);
+  requireKey("server", typeof fields["server"] === "string");
+  requireKey("versions", Array.isArray(fields["versions"]));
+  for (const [key, minimum] of Object.entries(MINIMUM)) {
+    const value = fields[key];
+    requireKey(key, isInt(value) && value >= minimum);
   }
-  const { sts } = said;
-  demand("sts", isMap(sts));
+  const { sts } = fields;
+  requireKey("sts", isMap(sts));
   const { max_age: maxAge, include_subdomains: subdomains } = sts as Record<string, unknown>;
-  demand("sts.max_age", isInt(maxAge) && maxAge >= 0);
-  demand("sts.include_subdomains", typeof subdomains === "boolean");
-  if (!(said["versions"] as unknown[]).includes(VERSION)) {
-    throw new ProtocolError(Code.PROTOCOL_ERROR, "WELCOME: the server does not speak version 1");
+  requireKey("sts.max_age", isInt(maxAge) && maxAge >= 0);
+  requireKey("sts.include_subdomains", typeof subdomains === "boolean");
+  if (!(fields["versions"] as unknown[]).includes(VERSION)) {
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "WELCOME: the server does not support version 1");
   }
   const welcome = decodeMap(body, maxDepth) as unknown as Welcome;
-  // A limit beyond what a number holds exactly is none.
-  const limits = Object.keys(LEAST).map((key) => [key, Number(welcome[key])]);
+  // Limits beyond the exact range of a number are never reached.
+  const limits = Object.keys(MINIMUM).map((key) => [key, Number(welcome[key])]);
   return { ...welcome, ...Object.fromEntries(limits), sts: { ...welcome.sts, max_age: Number(maxAge) } };
 }
 
-/** The map of a GOAWAY: its reason, and when to come back. Throws ProtocolError. */
+/** Parse GOAWAY (zcp1.md, section 6.7). Throws ProtocolError. */
 export function readGoAway(body: Buffer, maxDepth: number): { reason: string; retryAfterMs: number } {
   const { reason, retry_after_ms: retryAfterMs } = readMap("GOAWAY", body, maxDepth);
   if (typeof reason !== "string" || !isInt(retryAfterMs) || retryAfterMs < 0) {
@@ -62,14 +62,14 @@ function readMap(kind: string, body: Buffer, maxDepth: number): Record<string, u
     return decodeMap(body, maxDepth, "apart");
   } catch (error) {
     if (error instanceof MessageError) {
-      throw new ProtocolError(Code.PROTOCOL_ERROR, `${kind} cannot be read: ${error.message}`);
+      throw new ProtocolError(Code.PROTOCOL_ERROR, `${kind} is invalid: ${error.message}`);
     }
     throw error;
   }
 }
 
-function demand(key: string, isRight: boolean): void {
-  if (!isRight) {
+function requireKey(key: string, isValid: boolean): void {
+  if (!isValid) {
     throw new ProtocolError(Code.PROTOCOL_ERROR, `WELCOME: ${key} is missing, too small or of the wrong type`);
   }
 }

@@ -1,22 +1,21 @@
-/** Why TLS did not come about, from the errors of node:tls. */
+/** Maps errors of node:tls to TlsError. */
 
 import type { TLSSocket } from "node:tls";
 import { TlsError, type TlsFailure } from "../errors.js";
 
-const SENTENCES: Readonly<Partial<Record<TlsFailure, string>>> = {
-  disconnected: "the server closed the connection before TLS was agreed: it may be full or down",
-  not_tls: "what answers at this address does not speak TLS",
-  unsupported_version: "the server does not speak TLS 1.3",
-  no_shared_suite: "the server accepts none of the cipher suites of this protocol",
-  no_application_protocol: "the server speaks TLS, but not zcp/1",
-  wrong_parameters: "the server agreed on a TLS version or cipher suite that is not allowed",
-  peer_rejected_certificate: "the server refused the certificate of this client; its log says why",
+const MESSAGES: Readonly<Partial<Record<TlsFailure, string>>> = {
+  disconnected: "the server closed the connection during the TLS handshake; it may be full or shutting down",
+  not_tls: "the server at this address does not use TLS; check host and port",
+  unsupported_version: "the server does not support TLS 1.3",
+  no_shared_suite: "the server does not support any cipher suite of this protocol",
+  no_application_protocol: "the server uses TLS but does not support zcp/1; check host and port",
+  wrong_parameters: "the server selected a TLS version or cipher suite that is not allowed",
+  peer_rejected_certificate: "the server refused the certificate of this client; see the log of the server",
   certificate_required:
-    "the server wants a certificate of this client, and it has none; get one from the server's operator and give it" +
-    " as `certificate`, with its `keyFile`",
+    "the server requires a client certificate; get one from its operator and pass it as `certificate` with its `keyFile`",
 };
 
-// OpenSSL's names for its reasons (include/openssl/sslerr.h). As of 3.2 they say SSL/TLS where they said SSLV3.
+// Reasons of OpenSSL (include/openssl/sslerr.h). Since 3.2 some have the prefix SSL/TLS instead of SSLV3.
 const BY_REASON = new Map<string, TlsFailure>([
   ["WRONG_VERSION_NUMBER", "not_tls"],
   ["PACKET_LENGTH_TOO_LONG", "not_tls"],
@@ -46,16 +45,16 @@ const BY_VERIFY_ERROR = new Map<string, TlsFailure>([
 
 const RESETS = new Set(["ECONNRESET", "EPIPE", "ECONNABORTED", "ETIMEDOUT"]);
 
-/** A TlsError with the sentence that belongs to its failure. */
+/** Make a TlsError with the message for its failure. */
 export function tlsError(failure: TlsFailure, cause?: unknown): TlsError {
-  return new TlsError(failure, SENTENCES[failure], cause === undefined ? undefined : { cause });
+  return new TlsError(failure, MESSAGES[failure], cause === undefined ? undefined : { cause });
 }
 
-/** What an error event of a TLS socket means, before its handshake is complete or after. */
-export function failureOf(error: NodeJS.ErrnoException, socket: TLSSocket, isAgreed: boolean): TlsError {
-  const refused = socket.authorizationError as unknown; // a code; the types say Error
-  if (!isAgreed && refused) {
-    const code = typeof refused === "string" ? refused : ((refused as NodeJS.ErrnoException).code ?? "");
+/** Convert an error event of a TLS socket, during the handshake or after it. */
+export function failureOf(error: NodeJS.ErrnoException, socket: TLSSocket, isConnected: boolean): TlsError {
+  const verifyError = socket.authorizationError as unknown; // a code, although typed as Error
+  if (!isConnected && verifyError) {
+    const code = typeof verifyError === "string" ? verifyError : ((verifyError as NodeJS.ErrnoException).code ?? "");
     const failure = BY_VERIFY_ERROR.get(code) ?? "certificate_untrusted";
     return new TlsError(failure, error.message, { cause: error });
   }
@@ -66,7 +65,7 @@ export function failureOf(error: NodeJS.ErrnoException, socket: TLSSocket, isAgr
     return tlsError(failure, error);
   }
   if (RESETS.has(code)) {
-    return tlsError(isAgreed ? "connection_reset" : "disconnected", error);
+    return tlsError(isConnected ? "connection_reset" : "disconnected", error);
   }
   return new TlsError("other", error.message, { cause: error });
 }

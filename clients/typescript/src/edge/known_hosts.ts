@@ -1,30 +1,30 @@
 /**
- * Hosts that were seen with an `sts` policy: until it ends, they are not connected to with verification off.
+ * Hosts with an `sts` policy, which must not be connected to without verification until it ends (RFC 6797 for native
+ * clients).
  *
- * RFC 6797 for native clients. Rules: learned over verified connections only; `max_age` 0 forgets; a policy with
- * `include_subdomains` holds for names below the host; addresses have none. The file is JSON, mode 0600, the same that
- * the Python client keeps, and replaced in one step. It is bounded: the policies that end first make room. One that
- * cannot be read is never taken for empty.
+ * Rules: only verified connections set a policy; `max_age` 0 removes it; `include_subdomains` extends it to subdomains;
+ * addresses have no policy. The file is JSON with mode 0600, shared with the Python client and replaced atomically. Its size
+ * is limited: the policies that end first are dropped. A file that cannot be parsed is an error, never treated as empty.
  *
- * Node has no lock on files that Python's clients heed. So what was written is read again: an entry that another process
- * has overwritten meanwhile is written once more.
+ * Node cannot take the file lock that Python clients use. It reads the file after writing it, and writes an entry again if
+ * another process has overwritten it.
  */
 
 import { randomBytes } from "node:crypto";
 import { mkdir, open, readFile, rename, stat, unlink } from "node:fs/promises";
 import { isIP } from "node:net";
 import { basename, dirname, join } from "node:path";
-import { printable } from "../client/printable.js";
+import { escapeText } from "../client/text.js";
 import type { StsPolicy } from "../connection/welcome.js";
 import { ConfigError, TlsError } from "../errors.js";
 
 export const MAX_HOSTS = 1_000;
 const MAX_FILE_SIZE = 1_048_576;
 const MAX_AGE_S = 10 * 365 * 86_400;
-const REWRITE_AFTER_S = 86_400; // each connection moves a policy's end; the file is written when it moves by more
+const REWRITE_AFTER_S = 86_400; // each connection extends a policy; write the file only for larger changes
 const MAX_WRITES = 3;
 
-/** Until when (seconds since the Unix epoch) verification is a must, and whether for subdomains too. */
+/** The end of a policy in seconds since the Unix epoch, and whether it includes subdomains. */
 interface Policy {
   readonly until: number;
   readonly include_subdomains: boolean;
@@ -32,7 +32,7 @@ interface Policy {
 
 type Hosts = Map<string, Policy>;
 
-const writing = new Map<string, Promise<unknown>>(); // the clients of this process take turns at a file
+const writing = new Map<string, Promise<unknown>>(); // serializes the writes of this process by file
 
 export class KnownHosts {
   readonly path: string;
@@ -41,14 +41,14 @@ export class KnownHosts {
     this.path = path;
   }
 
-  /** Take in the policy that a host sent over a verified connection. Rejects with errors of the file system, ConfigError. */
+  /** Store the policy of a host with a verified connection. Rejects with ConfigError and errors of the file system. */
   async learn(host: string, sts: StsPolicy, wall: number): Promise<void> {
     if (isIP(host)) {
       return;
     }
     const before = writing.get(this.path) ?? Promise.resolve();
     const turn = before.then(() => this.#learn(host, sts, Math.floor(wall / 1000)));
-    const settled = turn.catch(() => undefined); // it is told to this caller, not to the next
+    const settled = turn.catch(() => undefined); // reported to this caller only
     writing.set(this.path, settled);
     try {
       await turn;
@@ -81,7 +81,7 @@ export class KnownHosts {
     }
   }
 
-  /** Rejects with TlsError if a policy forbids to connect to a host with verification off. */
+  /** Rejects with TlsError if a policy of the host requires verification. */
   async require(host: string, wall: number): Promise<void> {
     if (isIP(host)) {
       return;
@@ -91,7 +91,9 @@ export class KnownHosts {
     try {
       hosts = await this.#read();
     } catch (error) {
-      throw new TlsError("sts_policy", `verification stays on: ${(error as Error).message}`, { cause: error });
+      throw new TlsError("sts_policy", `verification cannot be disabled: ${(error as Error).message}`, {
+        cause: error,
+      });
     }
     const labels = host.split(".");
     for (let start = 0; start < labels.length; start++) {
@@ -101,8 +103,8 @@ export class KnownHosts {
         const days = Math.floor((known.until - now) / 86_400) + 1;
         throw new TlsError(
           "sts_policy",
-          `${name} demanded verified connections, for ${days} more days; verification cannot be off (remembered in` +
-            ` ${printable(this.path)})`,
+          `${name} requires verified connections for ${days} more days; enable verification (policy stored in` +
+            ` ${escapeText(this.path)})`,
         );
       }
     }
@@ -112,7 +114,7 @@ export class KnownHosts {
     let text: string;
     try {
       if ((await stat(this.path)).size > MAX_FILE_SIZE) {
-        throw this.#unreadable("it is too large");
+        throw this.#unreadable("the file is too large");
       }
       text = await readFile(this.path, "utf8");
     } catch (error) {
@@ -129,12 +131,12 @@ export class KnownHosts {
       const { hosts } = JSON.parse(text) as { hosts: Record<string, unknown> };
       return new Map(Object.entries(hosts).map(([name, entry]) => [name, policyOf(entry)]));
     } catch (error) {
-      throw this.#unreadable("its content is damaged", error);
+      throw this.#unreadable("invalid content", error);
     }
   }
 
   #unreadable(what: string, cause?: unknown): ConfigError {
-    const fault = `${printable(this.path)}: ${what}; mend it, or remove it to forget its hosts`;
+    const fault = `${escapeText(this.path)}: ${what}; repair the file, or remove it to forget its hosts`;
     return new ConfigError([fault], { cause });
   }
 
@@ -159,7 +161,7 @@ export class KnownHosts {
   }
 }
 
-/** Whether the file says so already, near enough. */
+/** Return whether the stored policy is close enough to skip a write. */
 function isKnown(known: Policy | undefined, policy: Policy, maxAge: number, now: number): boolean {
   if (known === undefined || maxAge === 0) {
     return known === undefined && maxAge === 0;

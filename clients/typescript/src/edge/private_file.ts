@@ -1,18 +1,18 @@
-/** Files with keys: read only if they are their owner's alone, written for their owner alone. */
+/** Key files: refused if other users can access them, created with mode 0600. */
 
 import { constants, type FileHandle, open, unlink } from "node:fs/promises";
 import { geteuid } from "node:process";
-import { printable } from "../client/printable.js";
+import { escapeText } from "../client/text.js";
 import { CertificateError } from "../errors.js";
 
 const MAX_KEY_FILE = 65_536;
 const OTHERS = 0o077;
 
-/** What is in a file that is this user's alone. It is looked at after it was opened. Rejects with CertificateError. */
+/** Read a file that only this user can access. Checks the opened file, not the path. Rejects with CertificateError. */
 export async function readPrivate(path: string): Promise<Buffer> {
   let file: FileHandle;
   try {
-    // O_NONBLOCK is for a FIFO, which would wait for a writer. Windows has neither.
+    // O_NONBLOCK: do not wait for the writer of a FIFO. Windows has neither.
     file = await open(path, constants.O_RDONLY | (constants.O_NONBLOCK ?? 0));
   } catch (error) {
     throw unusable(path, `cannot be read: ${codeOf(error)}; check the path`, error);
@@ -20,22 +20,22 @@ export async function readPrivate(path: string): Promise<Buffer> {
   try {
     const status = await file.stat();
     if (!status.isFile()) {
-      throw unusable(path, "is not a regular file; name the file of the key");
+      throw unusable(path, "is not a regular file; check the path");
     }
     const me = geteuid?.();
     if (me !== undefined && status.uid !== 0 && status.uid !== me) {
-      throw unusable(path, `belongs to another user (uid ${status.uid}); give it to this one (uid ${me})`);
+      throw unusable(path, `is owned by another user (uid ${status.uid}); change its owner to uid ${me}`);
     }
     if (me !== undefined && (status.mode & OTHERS) !== 0) {
       const mode = (status.mode & 0o7777).toString(8).padStart(4, "0");
       throw unusable(
         path,
-        `others can read or change this key (mode ${mode}); run chmod 600 on it, or make a new key if somebody has` +
+        `is accessible by other users (mode ${mode}); run chmod 600 on it, or create a new key if another user may have` +
           " read it",
       );
     }
     if (status.size > MAX_KEY_FILE) {
-      throw unusable(path, "is too large for a key; name the file of the key");
+      throw unusable(path, "is too large for a key; check the path");
     }
     return await file.readFile();
   } finally {
@@ -43,7 +43,7 @@ export async function readPrivate(path: string): Promise<Buffer> {
   }
 }
 
-/** A new file of mode 0600, on the disk with its content, or none. Rejects with CertificateError. */
+/** Write a new file of mode 0600 and flush it to disk. Rejects with CertificateError. */
 export async function writePrivate(path: string, content: string): Promise<void> {
   let file: FileHandle;
   try {
@@ -51,7 +51,7 @@ export async function writePrivate(path: string, content: string): Promise<void>
   } catch (error) {
     const what =
       codeOf(error) === "EEXIST"
-        ? "is there already; load it, or name another file"
+        ? "already exists; load it, or use another path"
         : `cannot be written: ${codeOf(error)}; check the path`;
     throw unusable(path, what, error);
   }
@@ -67,7 +67,7 @@ export async function writePrivate(path: string, content: string): Promise<void>
 }
 
 export function unusable(path: string, what: string, cause?: unknown): CertificateError {
-  return new CertificateError(`${printable(path)}: ${what}`, cause === undefined ? undefined : { cause });
+  return new CertificateError(`${escapeText(path)}: ${what}`, cause === undefined ? undefined : { cause });
 }
 
 function codeOf(error: unknown): string {

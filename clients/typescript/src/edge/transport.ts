@@ -1,55 +1,55 @@
-/** One TLS connection over node:tls, for a link: the handshake, the judgement, records, and how it ends. */
+/** The TLS transport of a connection, over node:tls: handshake, verification, data, and how it ends. */
 
 import { createHash, type X509Certificate } from "node:crypto";
 import { isIP, type Socket } from "node:net";
 import { connect, type TLSSocket } from "node:tls";
 import type { Clock, Timer } from "../client/clock.js";
-import type { Link, Transport } from "../client/link.js";
+import type { ConnectionDriver, Transport } from "../client/connection_driver.js";
 import type { TlsError } from "../errors.js";
 import { failureOf, tlsError } from "./failure.js";
-import { HeldStream } from "./held_stream.js";
+import { GatedStream } from "./gated_stream.js";
 import { ALPN, type Trust } from "./trust.js";
 
-/** After our close, what the server still sends is read and discarded: for so long, and so much at most. */
+/** Limits for reading and discarding data that the server sends after this client has closed. */
 export const LINGER_MS = 2_000;
 export const LINGER_BYTES = 4_194_304;
 
-/** Bytes written and not sent yet, above which no more requests are taken. */
+/** Buffered bytes above which requests are paused. */
 const MAX_UNSENT = 262_144;
 
 export interface TlsSettings {
-  /** Of the trust. */
+  /** From `Trust.tlsOptions`. */
   readonly options: Awaited<ReturnType<Trust["tlsOptions"]>>;
   readonly host: string;
   readonly trust: Trust;
   readonly clock: Clock;
-  /** Against which dates are judged. */
+  /** The time for validity periods of certificates. */
   readonly wall: () => number;
 }
 
 /**
- * Speak TLS on a TCP connection, and connect the link to it. Resolves when the server has proved to be the one expected;
- * rejects with TlsError, and then nothing was sent but the ClientHello.
+ * Perform the TLS handshake, verify the server, and connect the driver. Rejects with TlsError after having sent nothing but
+ * the ClientHello.
  */
 export async function startTls(
   tcp: Socket,
-  link: Link,
+  driver: ConnectionDriver,
   { options, host, trust, clock, wall }: TlsSettings,
 ): Promise<void> {
-  const held = new HeldStream(tcp); // in the turn in which TCP is connected: none of its events is missed
+  const gate = new GatedStream(tcp); // in the tick of the connect event, to miss no event
   const socket = connect({
     ...options,
-    socket: held,
+    socket: gate,
     host,
     ...(isIP(host) ? {} : { servername: host }),
     ALPNProtocols: [ALPN],
-    checkServerIdentity: () => undefined, // by `judge`, in all three ways of trust
+    checkServerIdentity: () => undefined, // `Trust.verifyServer` checks the name
   });
   await new Promise<void>((resolve, reject) => {
     let refusal: TlsError | undefined;
     const fail = (error: TlsError) => {
       refusal ??= error;
-      held.destroy();
+      gate.destroy();
       socket.destroy();
       reject(refusal);
     };
@@ -58,16 +58,16 @@ export async function startTls(
     socket.on("error", failed);
     socket.once("close", closed);
     socket.once("secureConnect", () => {
-      const certificate = socket.getPeerX509Certificate(); // once: Node 20 has none when it is asked again
-      const wrong = trust.judge(socket, certificate, host, wall());
-      if (wrong !== undefined || certificate === undefined) {
-        fail(wrong ?? tlsError("other"));
+      const certificate = socket.getPeerX509Certificate(); // call once: a second call returns undefined in Node 20
+      const fault = trust.verifyServer(socket, certificate, host, wall());
+      if (fault !== undefined || certificate === undefined) {
+        fail(fault ?? tlsError("other"));
         return;
       }
       socket.off("error", failed);
       socket.off("close", closed);
-      held.approve();
-      new TlsTransport(socket, certificate, held, link, clock);
+      gate.approve();
+      new TlsTransport(socket, certificate, gate, driver, clock);
       resolve();
     });
   });
@@ -76,7 +76,7 @@ export async function startTls(
 class TlsTransport implements Transport {
   readonly leaf: Buffer;
   readonly #socket: TLSSocket;
-  readonly #held: HeldStream;
+  readonly #gate: GatedStream;
   readonly #clock: Clock;
   #error: TlsError | undefined;
   #hasEnded = false;
@@ -84,26 +84,32 @@ class TlsTransport implements Transport {
   #discarded = 0;
   #linger: Timer | undefined;
 
-  constructor(socket: TLSSocket, certificate: X509Certificate, held: HeldStream, link: Link, clock: Clock) {
+  constructor(
+    socket: TLSSocket,
+    certificate: X509Certificate,
+    gate: GatedStream,
+    driver: ConnectionDriver,
+    clock: Clock,
+  ) {
     this.#socket = socket;
-    this.#held = held;
+    this.#gate = gate;
     this.#clock = clock;
     this.leaf = createHash("sha256").update(certificate.raw).digest();
-    link.connectionMade(this);
+    driver.connectionMade(this);
     socket.on("data", (data: Buffer) => {
       if (this.#isClosing) {
         this.#discard(data.length);
       } else {
-        link.dataReceived(data);
+        driver.dataReceived(data);
       }
     });
-    socket.on("drain", () => link.resumeWriting());
+    socket.on("drain", () => driver.resumeWriting());
     socket.on("end", () => {
       this.#hasEnded = true;
-      if (held.hasEnded) {
+      if (gate.hasEnded) {
         this.#error ??= tlsError("truncated");
       }
-      link.endReceived(this.#error); // before our own end goes out
+      driver.endReceived(this.#error); // before this end is closed
       this.close();
     });
     socket.on("error", (error) => {
@@ -111,16 +117,16 @@ class TlsTransport implements Transport {
     });
     socket.once("close", () => {
       this.#linger?.cancel();
-      held.release();
+      gate.release();
       if (!this.#hasEnded && !this.#isClosing) {
         this.#error ??= tlsError("truncated");
       }
-      link.connectionLost(this.#error);
+      driver.connectionLost(this.#error);
     });
     this.write = (data) => {
       socket.write(data);
       if (socket.writableLength > MAX_UNSENT) {
-        link.pauseWriting();
+        driver.pauseWriting();
       }
     };
   }
@@ -139,7 +145,7 @@ class TlsTransport implements Transport {
   abort(): void {
     this.#isClosing = true;
     this.#error ??= tlsError("connection_reset");
-    this.#held.reset();
+    this.#gate.reset();
     this.#socket.destroy();
   }
 
@@ -151,7 +157,7 @@ class TlsTransport implements Transport {
   }
 
   #destroy(): void {
-    this.#held.destroy();
+    this.#gate.destroy();
     this.#socket.destroy();
   }
 }

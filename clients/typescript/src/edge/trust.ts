@@ -1,19 +1,18 @@
 /**
- * Which servers are believed: those of a CA file or of Node's own list of CAs, those with a pin, or both; and the
- * certificate that is shown to those that ask for one.
+ * Which servers are trusted, and the client certificate.
  *
- * Trust is one of three:
+ * There are three modes:
  *
- * - by CA: node:tls checks chain and dates; the name is checked here, and pins, if any, come on top;
- * - by pins alone: the pin stands for the chain, and dates and name are checked here;
- * - none at all (`verify` off): whoever asked for that has to say so.
+ * - CA: node:tls verifies chain and validity period, this module the name and additional pins;
+ * - pins only: a pin replaces the chain, this module verifies validity period and name;
+ * - `verify: false`: nothing is verified.
  */
 
 import { X509Certificate } from "node:crypto";
 import { readFile } from "node:fs/promises";
 import { isIP } from "node:net";
 import { createSecureContext, type SecureContextOptions, type TLSSocket } from "node:tls";
-import { printable } from "../client/printable.js";
+import { escapeText } from "../client/text.js";
 import { CertificateError, ConfigError, TlsError } from "../errors.js";
 import { tlsError } from "./failure.js";
 import { CERTIFICATE_PREFIX, certificatePin, keyPin, parsePins } from "./pins.js";
@@ -44,7 +43,7 @@ export class Trust {
   readonly #options: TrustOptions;
   readonly #byCa: boolean;
 
-  /** Throws ConfigError for what contradicts itself, TlsError for a malformed pin. */
+  /** Throws ConfigError for contradictory options, TlsError for a malformed pin. */
   constructor(options: TrustOptions) {
     const { caFile, pins = [], systemStore = false, verify = true, certificate } = options;
     this.#options = options;
@@ -53,27 +52,27 @@ export class Trust {
     this.hasCertificate = certificate !== undefined;
     this.#byCa = verify && (caFile !== undefined || systemStore || this.#pins.size === 0);
     if (!verify && (caFile !== undefined || this.#pins.size > 0 || systemStore)) {
-      throw new ConfigError(["verify: false: leave out caFile, pins and systemStore, or leave it on"]);
+      throw new ConfigError(["verify: false contradicts caFile, pins and systemStore; leave out one or the other"]);
     }
     if (caFile !== undefined && systemStore) {
-      throw new ConfigError(["caFile and systemStore: trust one of them"]);
+      throw new ConfigError(["caFile and systemStore exclude each other; give one of them"]);
     }
     if (certificate === undefined && (options.keyFile !== undefined || options.keyPassphrase !== undefined)) {
-      throw new ConfigError(["keyFile and keyPassphrase belong to a certificate: give it, too"]);
+      throw new ConfigError(["keyFile and keyPassphrase require a certificate; give it, too"]);
     }
     const [pin] = this.#pins;
     if (pin !== undefined && this.#pins.size === 1) {
       const what = pin.startsWith(CERTIFICATE_PREFIX) ? "certificate" : "key";
       options.onWarning(
-        `${pin} is the only pin: when the server's ${what} is renewed or lost, this client is locked out until its` +
-          " pins are changed; add the pin of the server's next key as a backup",
+        `${pin} is the only pin: after the server's ${what} has changed, this client cannot connect; add the pin of the` +
+          " server's next key as a backup",
       );
     }
   }
 
   /**
-   * The options of `tls.connect` that follow from it. Reads the disk: of a certificate that was renewed the next
-   * connection makes use. Rejects with CertificateError.
+   * Return options for `tls.connect`. Reads the files each time, so that the next connection uses a renewed certificate.
+   * Rejects with CertificateError.
    */
   async tlsOptions(): Promise<{ secureContext: ReturnType<typeof createSecureContext>; rejectUnauthorized: boolean }> {
     const { caFile, certificate, keyFile = certificate, keyPassphrase } = this.#options;
@@ -96,14 +95,19 @@ export class Trust {
       return { secureContext: createSecureContext(options), rejectUnauthorized: this.#byCa };
     } catch (error) {
       throw new CertificateError(
-        `${printable(certificate ?? caFile ?? "")}: certificate and key cannot be used: ${(error as Error).message}`,
+        `${escapeText(certificate ?? caFile ?? "")}: cannot use certificate and key: ${(error as Error).message}`,
         { cause: error },
       );
     }
   }
 
-  /** What is wrong with a completed handshake, if anything is: parameters, name, pins, dates. */
-  judge(socket: TLSSocket, certificate: X509Certificate | undefined, host: string, wall: number): TlsError | undefined {
+  /** Verify a completed handshake: parameters, pins, validity period and name. Return the error, if any. */
+  verifyServer(
+    socket: TLSSocket,
+    certificate: X509Certificate | undefined,
+    host: string,
+    wall: number,
+  ): TlsError | undefined {
     if (socket.getProtocol() !== "TLSv1.3" || !SUITES.includes(socket.getCipher().standardName)) {
       return tlsError("wrong_parameters");
     }
@@ -111,19 +115,19 @@ export class Trust {
       return tlsError("no_application_protocol");
     }
     if (certificate === undefined) {
-      return new TlsError("certificate_untrusted", "the server has shown no certificate");
+      return new TlsError("certificate_untrusted", "the server sent no certificate");
     }
     if (!this.verify) {
       return undefined;
     }
     return (
-      this.#judgePins(certificate) ??
-      (this.#byCa ? undefined : judgeDates(certificate, wall)) ??
-      judgeName(certificate, host)
+      this.#checkPins(certificate) ??
+      (this.#byCa ? undefined : checkValidity(certificate, wall)) ??
+      checkName(certificate, host)
     );
   }
 
-  #judgePins(certificate: X509Certificate): TlsError | undefined {
+  #checkPins(certificate: X509Certificate): TlsError | undefined {
     if (this.#pins.size === 0) {
       return undefined;
     }
@@ -135,16 +139,16 @@ export class Trust {
     const more = expected.length > SHOWN_PINS ? ` or ${expected.length - SHOWN_PINS} more` : "";
     return new TlsError(
       "pin_mismatch",
-      `the server shows none of the pins that are expected of it. It shows ${key} (its key) and ${whole} (the whole` +
-        ` certificate); expected: ${expected.slice(0, SHOWN_PINS).join(" or ")}${more}. If its operator confirms that` +
-        " the key was changed, give the new pin in place of the old one; else somebody may be in between",
+      `the server does not match any pin. It has ${key} (key) and ${whole} (certificate); expected:` +
+        ` ${expected.slice(0, SHOWN_PINS).join(" or ")}${more}. If the operator confirms that the key has changed, replace` +
+        " the pin; otherwise the connection may be intercepted",
     );
   }
 }
 
-function judgeDates(certificate: X509Certificate, wall: number): TlsError | undefined {
+function checkValidity(certificate: X509Certificate, wall: number): TlsError | undefined {
   if (!(wall >= Date.parse(certificate.validFrom))) {
-    return new TlsError("certificate_expired", `valid only from ${certificate.validFrom} on`);
+    return new TlsError("certificate_expired", `not valid before ${certificate.validFrom}`);
   }
   if (!(wall <= Date.parse(certificate.validTo))) {
     return new TlsError("certificate_expired", `expired at ${certificate.validTo}`);
@@ -152,13 +156,13 @@ function judgeDates(certificate: X509Certificate, wall: number): TlsError | unde
   return undefined;
 }
 
-/** RFC 9525 section 6: only subject alternative names count, of the kind that was asked for. */
-function judgeName(certificate: X509Certificate, host: string): TlsError | undefined {
+/** Check the subject alternative names only (RFC 9525 section 6). */
+function checkName(certificate: X509Certificate, host: string): TlsError | undefined {
   const matches = isIP(host)
     ? certificate.checkIP(host)
     : certificate.checkHost(host, { subject: "never", partialWildcards: false });
   return matches === undefined
-    ? new TlsError("certificate_name_mismatch", `the certificate is not for "${printable(host)}"`)
+    ? new TlsError("certificate_name_mismatch", `the certificate is not for "${escapeText(host)}"`)
     : undefined;
 }
 
@@ -167,11 +171,11 @@ async function read(file: string): Promise<Buffer> {
     return await readFile(file);
   } catch (error) {
     const { code = "unreadable" } = error as NodeJS.ErrnoException;
-    throw new CertificateError(`${printable(file)}: cannot be read: ${code}; check the path`, { cause: error });
+    throw new CertificateError(`${escapeText(file)}: cannot be read: ${code}; check the path`, { cause: error });
   }
 }
 
-/** The certificates in a PEM file; node:tls would take one that holds none, and trust nobody. */
+/** Parse the certificates of a PEM file. node:tls would accept a file without any, and then trust no server. */
 function certificatesOf(file: string, pem: Buffer): string[] {
   const found = pem.toString("latin1").match(PEM_CERTIFICATE);
   try {
@@ -180,7 +184,7 @@ function certificatesOf(file: string, pem: Buffer): string[] {
       return certificates;
     }
   } catch (error) {
-    throw new CertificateError(`${printable(file)}: holds a certificate that cannot be read`, { cause: error });
+    throw new CertificateError(`${escapeText(file)}: has an invalid certificate; replace the file`, { cause: error });
   }
-  throw new CertificateError(`${printable(file)}: holds no certificate in PEM; name the file of the CA`);
+  throw new CertificateError(`${escapeText(file)}: has no certificate in PEM; check the path of the CA file`);
 }

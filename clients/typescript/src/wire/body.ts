@@ -1,13 +1,13 @@
 /**
- * Bodies: one msgpack value each, bounded before it is believed (the contract's section 8).
+ * Bodies: one msgpack value each (zcp1.md, section 12).
  *
- * Rules: exactly one value, map keys are str, str is UTF-8, no ext types, nested at most `maxDepth` deep (the outermost
- * container is 1), and memory in proportion to the bytes that are really there. Everything that is refused is a
- * MessageError with a fixed phrase; no input reaches any other exception.
+ * Rules: exactly one value, str keys, valid UTF-8, no ext types, at most `maxDepth` levels of nesting (the outermost container
+ * is level 1), and memory proportional to the bytes present. Invalid input throws MessageError with a fixed phrase, and never
+ * any other error.
  *
- * In this language: an int is a number where that is exact, else a bigint; a float is a number; bin is a Uint8Array;
- * a map is a plain object. @msgpack/msgpack writes bodies. It does not read them: it takes keys that are no str, str
- * that is no UTF-8, any depth, and arrays of a declared length, and a check before it would walk each body twice.
+ * An int is a number where that is exact, otherwise a bigint; a float is a number; bin is a Uint8Array; a map is a plain
+ * object. @msgpack/msgpack encodes bodies but does not decode them: it accepts other keys, invalid UTF-8, any depth and any
+ * declared array length, and validation before it would traverse each body twice.
  */
 
 import { isUtf8 } from "node:buffer";
@@ -20,16 +20,16 @@ const INT64_MIN = -(2n ** 63n);
 const UINT64_MAX = 2n ** 64n - 1n;
 const UINT32 = 2 ** 32;
 
-/** A body that no message may have, or a value that cannot be sent. The message is a fixed phrase. */
+/** An invalid body, or a value that cannot be sent. The message is a fixed phrase. */
 export class MessageError extends ZcprotoError {}
 
 export interface DecodeOptions {
   readonly maxDepth?: number;
-  /** What stands for a float; a number, unless floats and ints must be told apart. */
+  /** Converts floats, to distinguish them from ints. */
   readonly float?: (value: number) => unknown;
 }
 
-/** A float that is told apart from an int of the same value. */
+/** A float, distinct from an int of the same value. */
 export class Float {
   constructor(readonly value: number) {}
 
@@ -38,7 +38,7 @@ export class Float {
   }
 }
 
-/** The one value of a body. Throws MessageError. */
+/** Decode the value of a body. Throws MessageError. */
 export function decodeBody(body: Buffer, { maxDepth = MAX_DEPTH, float }: DecodeOptions = {}): unknown {
   if (body.length === 0) {
     throw new MessageError("body is empty");
@@ -130,7 +130,7 @@ class Reader {
     }
   }
 
-  /** Where `size` bytes begin that are there. */
+  /** Consume `size` bytes and return their offset. */
   #take(size: number): number {
     const at = this.at;
     if (size > this.#data.length - at) {
@@ -152,7 +152,7 @@ class Reader {
     return this.#data.readUInt32BE(this.#take(4));
   }
 
-  /** With the upper half read already: a number if that is exact. */
+  /** Read the lower half of an int64. Return a number if it is exact. */
   #int64(high: number): number | bigint {
     const low = this.#uint32();
     const value = high * UINT32 + low;
@@ -165,7 +165,7 @@ class Reader {
 
   #bin(size: number): Uint8Array {
     const at = this.#take(size);
-    return new Uint8Array(this.#data.subarray(at, at + size)); // a copy: a view would hold all of the read
+    return new Uint8Array(this.#data.subarray(at, at + size)); // a copy, since a view would retain the whole read
   }
 
   #str(size: number): string {
@@ -173,7 +173,7 @@ class Reader {
     const end = at + size;
     const data = this.#data;
     if (size < 24) {
-      // Most are short and ASCII, which is cheaper by hand than two calls into the runtime.
+      // Most are short ASCII, which is faster than two calls into the runtime.
       let text = "";
       for (let index = at; index < end; index++) {
         const byte = data[index] as number;
@@ -233,7 +233,7 @@ class Reader {
     }
   }
 
-  /** Into a container: each value in it takes one byte at least, which must be there. */
+  /** Check the size of a container: each of its values needs at least one byte. */
   #enter(values: number, depth: number): void {
     if (depth <= 0) {
       throw new MessageError("nested too deep");
@@ -244,13 +244,13 @@ class Reader {
   }
 }
 
-const MAX_KEPT = 1_048_576; // the encoder keeps a buffer as large as its largest body
+const MAX_KEPT = 1_048_576; // the encoder retains a buffer of the size of its largest body
 
-// `useBigInt64` writes bigint as int, and integers beyond 32 bits as float: `prepared` sees to those.
+// `useBigInt64` encodes bigint as int, and numbers beyond 32 bits as float: `prepared` converts those to bigint.
 const newEncoder = () => new Encoder({ useBigInt64: true, maxDepth: MAX_DEPTH + 1 });
 let encoder = newEncoder();
 
-/** msgpack of a value. Valid until the next call: copy it before. Throws MessageError for what cannot be sent. */
+/** Encode a value. The result is valid until the next call. Throws MessageError for a value that cannot be sent. */
 export function encodeBody(value: unknown): Uint8Array {
   const body = encoder.encodeSharedRef(prepared(value, MAX_DEPTH));
   if (body.length > MAX_KEPT) {
@@ -260,9 +260,9 @@ export function encodeBody(value: unknown): Uint8Array {
 }
 
 /**
- * A value as the encoder must have it: itself, if nothing in it has to be changed.
+ * Convert a value for the encoder, without copying where nothing changes.
  *
- * Properties that are undefined are left out, as JSON.stringify does.
+ * Undefined properties are omitted, as in JSON.stringify.
  */
 function prepared(value: unknown, depth: number): unknown {
   switch (typeof value) {
@@ -272,7 +272,7 @@ function prepared(value: unknown, depth: number): unknown {
       return Number.isSafeInteger(value) && (value >= UINT32 || value < -UINT32 / 2) ? BigInt(value) : value;
     case "bigint":
       if (value < INT64_MIN || value > UINT64_MAX) {
-        throw new MessageError("value cannot be sent: an int is -2^63 to 2^64 - 1");
+        throw new MessageError("value cannot be sent: an int must be from -2^63 to 2^64 - 1");
       }
       return value;
     case "string":
@@ -297,15 +297,15 @@ function preparedContainer(value: object, depth: number): unknown {
   }
   let copy: Map<string, unknown> | undefined;
   const entries = Object.entries(value);
-  for (const [key, was] of entries) {
+  for (const [key, before] of entries) {
     checkText(key);
-    const is = was === undefined ? undefined : prepared(was, depth - 1);
-    if (is !== was || was === undefined || key === "__proto__") {
+    const after = before === undefined ? undefined : prepared(before, depth - 1);
+    if (after !== before || before === undefined || key === "__proto__") {
       copy ??= new Map(entries);
-      if (is === undefined) {
+      if (after === undefined) {
         copy.delete(key);
       } else {
-        copy.set(key, is);
+        copy.set(key, after);
       }
     }
   }
@@ -313,17 +313,17 @@ function preparedContainer(value: object, depth: number): unknown {
 }
 
 function objectOf(entries: Map<string, unknown>): object {
-  return Object.fromEntries(entries); // which makes an own property of "__proto__", too
+  return Object.fromEntries(entries); // also makes "__proto__" an own property
 }
 
 function preparedArray(value: readonly unknown[], depth: number): unknown {
   let copy: unknown[] | undefined;
   for (let index = 0; index < value.length; index++) {
-    const was = value[index];
-    const is = prepared(was, depth - 1);
-    if (is !== was && !Number.isNaN(was)) {
+    const before = value[index];
+    const after = prepared(before, depth - 1);
+    if (after !== before && !Number.isNaN(before)) {
       copy ??= value.slice();
-      copy[index] = is;
+      copy[index] = after;
     }
   }
   return copy ?? value;
@@ -331,7 +331,7 @@ function preparedArray(value: readonly unknown[], depth: number): unknown {
 
 function checkText(text: string): string {
   if (!text.isWellFormed()) {
-    throw new MessageError("value cannot be sent: a text has half a surrogate pair");
+    throw new MessageError("value cannot be sent: a string has a lone surrogate");
   }
   return text;
 }

@@ -1,9 +1,9 @@
 /**
- * A stream of bytes, cut into frames.
+ * Splits a stream of bytes into frames.
  *
- * Total on any bytes: the next frame, undefined for 'more is needed', or a ProtocolError. A header is judged as soon
- * as it is there, so the body of a refused frame is never buffered. However the bytes are cut into pieces, the frames
- * are the same, and the work stays linear in the bytes. Memory grows with what has come, not with what was announced.
+ * Any input gives the next frame, undefined if more bytes are needed, or a ProtocolError. A header is checked as soon as it is
+ * complete, so the body of an invalid frame is never buffered. The result does not depend on how the bytes are split, the work
+ * is linear, and memory grows with the bytes received, not with the announced length.
  */
 
 import { checkHead, checkLength, type Frame, HEADER_SIZE, LENGTH_SIZE, type Side, TOKEN_SIZE } from "./frame.js";
@@ -13,32 +13,32 @@ const FIRST_CAPACITY = 1024;
 const NONE = -1;
 
 /**
- * Feed it what arrives, then take frames until there is none.
+ * Feed it bytes, then take frames until `next` returns undefined.
  *
- * `limit` is the largest `length` accepted. It may be changed at any time and holds from the next frame on; a frame
- * whose length was accepted before may still come. After a ProtocolError it must not be used again.
+ * `limit` is the largest accepted `length`. A change applies from the next frame on; a frame whose length was already accepted
+ * stays accepted. Do not use the decoder after a ProtocolError.
  */
 export class FrameDecoder {
   limit: number;
   readonly #receiver: Side;
   #data: Buffer = EMPTY;
   #at = 0;
-  #partial: Buffer | undefined; // the beginning of a frame, in a buffer that may be larger
-  #have = 0; // bytes in it
-  #need = 0; // bytes that it must have before looking at it again can help
-  #accepted = NONE; // a length that was accepted already, under a limit that may have been another
+  #partial: Buffer | undefined; // an incomplete frame, in a buffer that may be larger
+  #have = 0; // bytes in #partial
+  #need = 0; // bytes needed in #partial before parsing again
+  #accepted = NONE; // a length that was already accepted, perhaps under another limit
 
   constructor(receiver: Side, limit: number) {
     this.#receiver = receiver;
     this.limit = limit;
   }
 
-  /** Bytes held of a frame that is not complete. */
+  /** The number of bytes of an incomplete frame. */
   get buffered(): number {
     return this.#partial === undefined ? this.#data.length - this.#at : this.#have;
   }
 
-  /** Take in bytes. All frames of the bytes before must have been taken. What is given must not change later. */
+  /** Add bytes, which must not change later. All frames of previous bytes must have been taken. */
   feed(data: Buffer): void {
     if (this.#partial === undefined) {
       this.#data = data;
@@ -55,7 +55,7 @@ export class FrameDecoder {
     }
   }
 
-  /** The next complete frame, or undefined if more bytes are needed. Throws ProtocolError. */
+  /** Return the next frame, or undefined if more bytes are needed. Throws ProtocolError. */
   next(): Frame | undefined {
     if (this.#partial !== undefined) {
       return undefined;
@@ -65,7 +65,7 @@ export class FrameDecoder {
     const available = data.length - at;
     if (available < LENGTH_SIZE) {
       if (available === 0) {
-        this.#data = EMPTY; // else each idle connection would hold its last read
+        this.#data = EMPTY; // otherwise an idle connection would retain its last read
         this.#at = 0;
       } else {
         this.#keep(LENGTH_SIZE);
@@ -113,7 +113,7 @@ export class FrameDecoder {
   }
 }
 
-/** A buffer with room for `more` bytes behind `have`: twice as large as it must be, but no larger than needed. */
+/** Grow a buffer for `more` bytes after `have`: double the size, but at most to `need`. */
 function grown(buffer: Buffer, have: number, more: number, need: number): Buffer {
   const wanted = have + more;
   if (wanted <= buffer.length) {

@@ -1,8 +1,8 @@
 /**
- * One frame: its layout, and what a header must be by itself (the contract's sections 2 and 3).
+ * One frame: its layout and the checks of its header (zcp1.md, sections 5 and 6.1).
  *
- * 64-bit fields are bigint: a counter or a timestamp can be any value, and a number loses digits above 2^53. A token
- * is a string of 32 characters from 0 to 255, one for each byte: it is compared and kept in maps, never shown.
+ * 64-bit fields are bigint, since a number is not exact above 2^53. A token is a string of 32 characters from 0 to 255, one for
+ * each byte, which can be compared and used as a key. It is never displayed.
  */
 
 import { Code, ProtocolError } from "../errors.js";
@@ -16,7 +16,7 @@ export const SALT_SIZE = 8;
 export const MAX_STREAM = 0xffff_ffff;
 export const NO_TOKEN: Token = "\0".repeat(TOKEN_SIZE);
 
-/** 32 bytes as a string of as many characters ("latin1"). */
+/** 32 bytes as a latin1 string. */
 export type Token = string;
 
 export const Kind = {
@@ -33,12 +33,12 @@ export const Kind = {
 
 export type Kind = (typeof Kind)[keyof typeof Kind];
 
-/** Who gets the frames. */
+/** The receiver of a frame. */
 export type Side = "client" | "server";
 
 interface KindRule {
   readonly sentTo: readonly Side[];
-  readonly onStream: boolean | undefined; // undefined: stream 0 or that of a request
+  readonly onStream: boolean | undefined; // undefined: stream 0 or the stream of a request
 }
 
 const RULES: Readonly<Record<Kind, KindRule>> = {
@@ -53,7 +53,7 @@ const RULES: Readonly<Record<Kind, KindRule>> = {
   [Kind.EVENT]: { sentTo: ["client"], onStream: false },
 };
 
-/** A frame whose header was judged good. `body` is a view of what was read: take what is to be kept. */
+/** A frame with a valid header. `body` is a view of the read buffer: copy data to keep it. */
 export interface Frame {
   readonly length: number;
   readonly kind: Kind;
@@ -65,7 +65,7 @@ export interface Frame {
   readonly body: Buffer;
 }
 
-/** Throws ProtocolError for a length that no frame may have. */
+/** Check a length. Throws ProtocolError. */
 export function checkLength(length: number, limit: number): void {
   if (length < MIN_LENGTH) {
     throw new ProtocolError(Code.PROTOCOL_ERROR, "length is below 64");
@@ -76,8 +76,8 @@ export function checkLength(length: number, limit: number): void {
 }
 
 /**
- * The kind of a header at `at` in `data`, which `receiver` got. Throws ProtocolError for what is wrong with it, in the
- * contract's order: version, kind, flags, stream. The length was judged before.
+ * Check a received header at offset `at` and return its kind. Throws ProtocolError in the order of zcp1.md, section 5.4:
+ * version, kind, flags, stream. The length was checked before.
  */
 export function checkHead(data: Buffer, at: number, receiver: Side): Kind {
   if (data[at + 4] !== VERSION) {
@@ -89,18 +89,18 @@ export function checkHead(data: Buffer, at: number, receiver: Side): Kind {
     throw new ProtocolError(Code.PROTOCOL_ERROR, "kind of frame is unknown");
   }
   if (!rule.sentTo.includes(receiver)) {
-    throw new ProtocolError(Code.PROTOCOL_ERROR, "this side does not get frames of this kind");
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "this kind must not be sent to this side");
   }
   if (data[at + 6] !== 0 || data[at + 7] !== 0) {
     throw new ProtocolError(Code.PROTOCOL_ERROR, "flags are set");
   }
   if (rule.onStream !== undefined && rule.onStream !== (data.readUInt32BE(at + 8) !== 0)) {
-    throw new ProtocolError(Code.PROTOCOL_ERROR, "stream does not suit the kind of frame");
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "stream does not match the kind");
   }
   return kind;
 }
 
-/** The bytes of a frame. */
+/** Encode a frame. */
 export function encodeFrame(
   kind: Kind,
   stream: number,
@@ -122,24 +122,24 @@ export function encodeFrame(
   return frame;
 }
 
-/** A token from its 32 bytes. */
+/** Convert 32 bytes to a token. */
 export function tokenOf(bytes: Uint8Array): Token {
   return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString("latin1");
 }
 
-/** The 32 bytes of a token. */
+/** Convert a token to its 32 bytes. */
 export function tokenBytes(token: Token): Buffer {
   return Buffer.from(token, "latin1");
 }
 
 const TOKEN_TEXT = /^[A-Za-z0-9_-]{43}$/;
 
-/** A token as text: base64url without padding, 43 characters. */
+/** Encode a token as text: base64url without padding, 43 characters. */
 export function tokenToText(token: Token): string {
   return tokenBytes(token).toString("base64url");
 }
 
-/** The token of a text, or undefined if it is none. The text must be the canonical one. */
+/** Decode a token from its canonical text. Return undefined for any other text. */
 export function tokenFromText(text: string): Token | undefined {
   if (!TOKEN_TEXT.test(text)) {
     return undefined;

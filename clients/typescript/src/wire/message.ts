@@ -1,10 +1,10 @@
-/** What bodies say: the forms of the contract's section 3, read and written. Throws MessageError. */
+/** Encodes and decodes the bodies of each kind (zcp1.md, section 6). Functions throw MessageError. */
 
 import { decodeBody, encodeBody, Float, MAX_DEPTH, MessageError } from "./body.js";
 
 export type Params = Readonly<Record<string, unknown>>;
 
-/** What a caller says beside the params. */
+/** The metadata of a request. */
 export interface Meta {
   deadline_ms?: number;
   idempotency_key?: string;
@@ -23,34 +23,34 @@ const TRACEPARENT = /^([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}$/;
 const MAX_KNOWN_METHODS = 1024;
 const knownMethods = new Set<string>();
 
-/** The body of a REQUEST, valid until the next one is made. */
+/** Encode the body of a REQUEST. The result is valid until the next call. */
 export function encodeRequest(method: string, params: Params | null, meta?: Meta): Uint8Array {
   if (!knownMethods.has(method)) {
     checkMethod(method);
   }
   if (params !== null && (typeof params !== "object" || Array.isArray(params) || params instanceof Uint8Array)) {
-    throw new MessageError("params must be an object, by name");
+    throw new MessageError("params must be an object");
   }
   if (meta === undefined) {
     return encodeBody([method, params]);
   }
   const key = meta.idempotency_key;
   if (key !== undefined && !(key.length >= 1 && [...key].length <= MAX_IDEMPOTENCY_KEY)) {
-    throw new MessageError("an idempotency key has 1 to 64 characters");
+    throw new MessageError("an idempotency key must have 1 to 64 characters");
   }
   return encodeBody([method, params, meta]);
 }
 
 function checkMethod(method: string): void {
   if (!METHOD.test(method)) {
-    throw new MessageError("a method has 1 to 128 characters of a-z 0-9 _ .");
+    throw new MessageError("a method name must have 1 to 128 characters of a-z 0-9 _ .");
   }
   if (knownMethods.size < MAX_KNOWN_METHODS) {
     knownMethods.add(method);
   }
 }
 
-/** `[code, message]` or `[code, message, details]`. */
+/** Decode `[code, message]` or `[code, message, details]`. */
 export function decodeError(body: Buffer, maxDepth = MAX_DEPTH): ErrorMessage {
   const value = decodeBody(body, { maxDepth });
   if (!Array.isArray(value) || value.length < 2 || value.length > 3) {
@@ -67,7 +67,7 @@ export function decodeError(body: Buffer, maxDepth = MAX_DEPTH): ErrorMessage {
   return { code: Number(code), message, details: details ?? {} };
 }
 
-/** `[name, data]`. */
+/** Decode `[name, data]`. */
 export function decodeEvent(body: Buffer, maxDepth = MAX_DEPTH): { name: string; data: unknown } {
   const value = decodeBody(body, { maxDepth });
   if (!Array.isArray(value) || value.length !== 2 || typeof value[0] !== "string") {
@@ -76,7 +76,7 @@ export function decodeEvent(body: Buffer, maxDepth = MAX_DEPTH): { name: string;
   return { name: value[0], data: value[1] };
 }
 
-/** The map that WELCOME and GOAWAY carry. With `floats` kept apart, what is a number in it is an int. */
+/** Decode the map of WELCOME or GOAWAY. With `floats` apart, a number in it is an int. */
 export function decodeMap(body: Buffer, maxDepth = MAX_DEPTH, floats?: "apart"): Record<string, unknown> {
   const value = decodeBody(body, floats === undefined ? { maxDepth } : { maxDepth, float: Float.of });
   if (!isMap(value)) {
@@ -85,17 +85,17 @@ export function decodeMap(body: Buffer, maxDepth = MAX_DEPTH, floats?: "apart"):
   return value;
 }
 
-/** Whether a decoded value is an int. A float without a fraction looks like one, unless floats were kept apart. */
+/** Return whether a decoded value is an int. Floats without a fraction count, unless they were decoded as Float. */
 export function isInt(value: unknown): value is number | bigint {
   return typeof value === "bigint" || Number.isInteger(value);
 }
 
-/** Whether a decoded value is a map. */
+/** Return whether a decoded value is a map. */
 export function isMap(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Uint8Array);
 }
 
-/** Whether a text is a `traceparent` of W3C Trace Context. */
+/** Return whether a text is a valid `traceparent` of W3C Trace Context. */
 export function isTraceparent(text: string): boolean {
   const found = TRACEPARENT.exec(text);
   return found !== null && found[1] !== "ff" && !/^0+$/.test(found[2] as string) && !/^0+$/.test(found[3] as string);

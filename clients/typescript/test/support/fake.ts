@@ -1,9 +1,9 @@
-/** Time that is turned by hand, and a server in memory that says what a test wants. */
+/** A clock that tests advance, and a server in memory that they script. */
 
 import type { ClientSettings } from "../../src/client/client.js";
 import { Client } from "../../src/client/client.js";
 import type { Clock, Timer } from "../../src/client/clock.js";
-import { Link, type Owner, type Transport } from "../../src/client/link.js";
+import { ConnectionDriver, type ConnectionListener, type Transport } from "../../src/client/connection_driver.js";
 import { ApiKey } from "../../src/client/session.js";
 import { ClientConnection } from "../../src/connection/connection.js";
 import { Code, type TlsError } from "../../src/errors.js";
@@ -37,12 +37,12 @@ export class FakeClock implements Clock {
     };
   }
 
-  /** How many timers wait. */
-  get waiting(): number {
+  /** The number of pending timers. */
+  get pendingTimers(): number {
     return this.#timers.length;
   }
 
-  /** Let time go by, timer by timer, with all that follows from each. */
+  /** Advance the time, running each timer and everything that follows from it. */
   async advance(ms: number): Promise<void> {
     const end = this.ms + ms;
     await settled();
@@ -61,7 +61,7 @@ export class FakeClock implements Clock {
   }
 }
 
-/** All that can run now has run. */
+/** Wait until all pending callbacks have run. */
 export async function settled(): Promise<void> {
   for (let turn = 0; turn < 4; turn++) {
     await new Promise((resolve) => setImmediate(resolve));
@@ -89,7 +89,7 @@ export const WELCOME = {
 
 export const KEY = "c3RhbmRzIGZvciBhIGtleSBvZiAzMiBieXRlcy4uLi4";
 
-/** Bytes of which tokens are made in tests. */
+/** Return the bytes of a test token. */
 export function tokenNumber(number: number): Uint8Array {
   return new Uint8Array(32).fill(number);
 }
@@ -98,7 +98,7 @@ export function tokenText(number: number): Token {
   return String.fromCharCode(number).repeat(32);
 }
 
-/** The result of `session.open`. */
+/** Return a result of `session.open`. */
 export function opened(number: number, more: object = {}): Record<string, unknown> {
   return {
     token: tokenNumber(number),
@@ -113,52 +113,57 @@ export function opened(number: number, more: object = {}): Record<string, unknow
   };
 }
 
-/** One connection, from the server's end. */
+/** The server's end of one connection. */
 export class FakeConnection implements Transport {
   readonly leaf = Buffer.alloc(32, 7);
-  readonly link: Link;
+  readonly driver: ConnectionDriver;
   readonly frames: Frame[] = [];
   isClosed = false;
   isAborted = false;
-  /** Whether the end of the connection takes what it is told to: else it ends by `lose`. */
-  endsAtOnce = true;
+  /** Whether `close` of the client ends the connection; otherwise a test calls `end`. */
+  endsOnClose = true;
   #counter = -1n;
   readonly #decoder = new FrameDecoder("server", 2 ** 32 - 1);
   readonly #server: FakeServer;
   readonly #salt: bigint;
 
-  constructor(server: FakeServer, owner: Owner, salt: bigint) {
+  constructor(server: FakeServer, owner: ConnectionListener, salt: bigint) {
     this.#server = server;
     this.#salt = salt;
-    this.link = new Link(owner, server.clock, new ClientConnection());
-    this.link.connectionMade(this);
+    this.driver = new ConnectionDriver(owner, server.clock, new ClientConnection());
+    this.driver.connectionMade(this);
   }
 
-  /** Say something as it is. */
-  say(kind: Kind, stream: number, body?: unknown, { token = NO_TOKEN, off = 0 }: { token?: Token; off?: number } = {}) {
+  /** Send a frame. */
+  send(
+    kind: Kind,
+    stream: number,
+    body?: unknown,
+    { token = NO_TOKEN, off = 0 }: { token?: Token; off?: number } = {},
+  ) {
     this.#counter += 1n;
     const bytes = body === undefined ? Buffer.alloc(0) : Buffer.from(encodeBody(body));
-    const time = BigInt(this.#server.clock.wall() + this.#server.ahead + off);
-    this.link.dataReceived(encodeFrame(kind, stream, time, this.#salt, this.#counter, token, bytes));
+    const time = BigInt(this.#server.clock.wall() + this.#server.clockAheadMs + off);
+    this.driver.dataReceived(encodeFrame(kind, stream, time, this.#salt, this.#counter, token, bytes));
   }
 
-  answer({ stream, token }: Request, value: unknown): void {
-    this.say(Kind.RESPONSE, stream, value, { token });
+  respond({ stream, token }: Request, value: unknown): void {
+    this.send(Kind.RESPONSE, stream, value, { token });
   }
 
   fail({ stream, token }: Request, code: number, details: object = {}): void {
-    this.say(Kind.ERROR, stream, [code, "because", details], { token });
+    this.send(Kind.ERROR, stream, [code, "because", details], { token });
   }
 
   goAway(reason = "draining", retryAfterMs = 0): void {
-    this.say(Kind.GOAWAY, 0, { reason, retry_after_ms: retryAfterMs });
+    this.send(Kind.GOAWAY, 0, { reason, retry_after_ms: retryAfterMs });
   }
 
-  /** The server ends, by a close_notify if there is no error. */
-  lose(error?: TlsError): void {
+  /** End the connection, by close_notify if there is no error. */
+  end(error?: TlsError): void {
     if (!this.isClosed) {
       this.isClosed = true;
-      this.link.connectionLost(error);
+      this.driver.connectionLost(error);
     }
   }
 
@@ -178,20 +183,20 @@ export class FakeConnection implements Transport {
   }
 
   close(): void {
-    if (this.endsAtOnce) {
-      setImmediate(() => this.lose());
+    if (this.endsOnClose) {
+      setImmediate(() => this.end());
     }
   }
 
   abort(): void {
     this.isAborted = true;
-    setImmediate(() => this.lose());
+    setImmediate(() => this.end());
   }
 }
 
 type Handler = (request: Request) => unknown;
-/** A handler's way to answer not at all, or in its own way. */
-export const NOTHING = Symbol("nothing");
+/** Returned by a handler that sends no response, or its own. */
+export const NO_RESPONSE = Symbol("no response");
 
 export class Failure {
   constructor(
@@ -205,12 +210,12 @@ export class FakeServer {
   readonly requests: Request[] = [];
   readonly cancelled: number[] = [];
   readonly connections: FakeConnection[] = [];
-  /** What the server's clock is ahead of the client's. */
-  ahead = 0;
-  /** What the next attempts to connect fail with. */
-  refusals: Error[] = [];
+  /** How far the server's clock is ahead of the client's. */
+  clockAheadMs = 0;
+  /** Errors of the next connect attempts. */
+  connectErrors: Error[] = [];
   welcome: object = WELCOME;
-  /** Called before WELCOME is said on a new connection. */
+  /** Called after WELCOME was sent on a new connection. */
   onConnection: (connection: FakeConnection) => void = () => undefined;
   readonly #handlers = new Map<string, Handler>();
   #opened = 0;
@@ -226,7 +231,7 @@ export class FakeServer {
     return this.connections.at(-1) as FakeConnection;
   }
 
-  /** The methods asked for so far. */
+  /** The methods requested so far. */
   get methods(): string[] {
     return this.requests.map(({ method }) => method);
   }
@@ -235,12 +240,12 @@ export class FakeServer {
     this.#handlers.set(method, handler);
   }
 
-  /** Answers in their order, the last one again and again. */
-  script(method: string, ...answers: (unknown | Failure)[]): void {
-    const left = [...answers];
+  /** Give responses in order, and repeat the last one. */
+  script(method: string, ...responses: (unknown | Failure)[]): void {
+    const left = [...responses];
     this.on(method, (request) => {
-      const answer = left.length > 1 ? left.shift() : left[0];
-      return typeof answer === "function" ? (answer as Handler)(request) : answer;
+      const response = left.length > 1 ? left.shift() : left[0];
+      return typeof response === "function" ? (response as Handler)(request) : response;
     });
   }
 
@@ -250,25 +255,25 @@ export class FakeServer {
       return;
     }
     const handler = this.#handlers.get(request.method);
-    const answer = handler === undefined ? new Failure(Code.UNIMPLEMENTED) : handler(request);
-    if (answer instanceof Failure) {
-      request.connection.fail(request, answer.code, answer.details);
-    } else if (answer !== NOTHING) {
-      request.connection.answer(request, answer);
+    const response = handler === undefined ? new Failure(Code.UNIMPLEMENTED) : handler(request);
+    if (response instanceof Failure) {
+      request.connection.fail(request, response.code, response.details);
+    } else if (response !== NO_RESPONSE) {
+      request.connection.respond(request, response);
     }
   }
 
-  readonly dial = async (owner: Owner): Promise<Link> => {
-    const refusal = this.refusals.shift();
-    if (refusal !== undefined) {
-      throw refusal;
+  readonly dial = async (owner: ConnectionListener): Promise<ConnectionDriver> => {
+    const error = this.connectErrors.shift();
+    if (error !== undefined) {
+      throw error;
     }
     const connection = new FakeConnection(this, owner, BigInt(1000 + this.connections.length));
     this.connections.push(connection);
-    connection.say(Kind.WELCOME, 0, this.welcome);
+    connection.send(Kind.WELCOME, 0, this.welcome);
     this.onConnection(connection);
-    await connection.link.welcomed;
-    return connection.link;
+    await connection.driver.welcomed;
+    return connection.driver;
   };
 
   client(more: Partial<ClientSettings> = {}): Client {
@@ -286,7 +291,7 @@ export class FakeServer {
     });
   }
 
-  /** A client that has connected. */
+  /** Return a connected client. */
   async connect(more: Partial<ClientSettings> = {}): Promise<Client> {
     const client = this.client(more);
     await client.open();
@@ -295,12 +300,12 @@ export class FakeServer {
   }
 }
 
-/** How a promise ends, without waiting for it: to be looked at after time went by. */
+/** Record the outcome of a promise without awaiting it. */
 export function watch<T>(promise: Promise<T>): { value?: T; error?: unknown; isDone: boolean } {
-  const seen: { value?: T; error?: unknown; isDone: boolean } = { isDone: false };
+  const outcome: { value?: T; error?: unknown; isDone: boolean } = { isDone: false };
   promise.then(
-    (value) => Object.assign(seen, { value, isDone: true }),
-    (error: unknown) => Object.assign(seen, { error, isDone: true }),
+    (value) => Object.assign(outcome, { value, isDone: true }),
+    (error: unknown) => Object.assign(outcome, { error, isDone: true }),
   );
-  return seen;
+  return outcome;
 }

@@ -1,26 +1,26 @@
-/** `zcproto serve` in a process of its own, from this repository. */
+/** Runs `zcproto serve` of this repository as a process. */
 
 import { type ChildProcess, execFileSync, spawn } from "node:child_process";
 import { once } from "node:events";
-import { appendFileSync, existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { appendFileSync, existsSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
 import { type ConnectOptions, connect } from "../../src/connect.js";
 
-/** The folder of package.json: this file is run from dist/test/support. */
+/** The folder of package.json; this file runs in dist/test/support. */
 export const PACKAGE = join(dirname(fileURLToPath(import.meta.url)), "../../..");
 export const ROOT = join(PACKAGE, "../..");
 const START_TIMEOUT_MS = 60_000;
 
-/** The Python that has zcproto: that of ZCPROTO_PYTHON, of the repository's environment, or the system's. */
+/** The Python that has zcproto: ZCPROTO_PYTHON, that of the repository's environment, or the system's. */
 export function python(): string {
-  const own = join(ROOT, ".venv/bin/python");
-  return process.env["ZCPROTO_PYTHON"] ?? (existsSync(own) ? own : "python3");
+  const local = join(ROOT, ".venv/bin/python");
+  return process.env["ZCPROTO_PYTHON"] ?? (existsSync(local) ? local : "python3");
 }
 
-/** This repository's zcproto; compiled once for all of its processes, in a folder that no checkout has. */
+/** An environment with zcproto of this repository and a shared folder for its bytecode. */
 function environment(): NodeJS.ProcessEnv {
   const { PYTHONDONTWRITEBYTECODE: _, ...inherited } = process.env;
   return { ...inherited, PYTHONPATH: ROOT, PYTHONPYCACHEPREFIX: join(PACKAGE, "dist/pycache") };
@@ -34,7 +34,7 @@ export class Server {
   #port = 0;
 
   constructor(config = "") {
-    // RSA keys take seconds to make.
+    // RSA keys take seconds to generate.
     appendFileSync(this.config, `[certificates]\nkey_types = ["ecdsa-p256"]\n${config}`, { mode: 0o600 });
   }
 
@@ -54,7 +54,7 @@ export class Server {
     return this.#log;
   }
 
-  /** What a command prints. */
+  /** Run a command and return its output. */
   run(...command: string[]): string {
     const env = environment();
     const stdio = ["ignore", "pipe", "ignore"] as const;
@@ -65,12 +65,12 @@ export class Server {
     });
   }
 
-  /** A new user's key. */
+  /** Add a user and return its key. */
   addUser(name: string): string {
     return this.run("user", "add", name).trim();
   }
 
-  /** Start it; on the port that it had before, if it had one. */
+  /** Start the server, on the same port as before. */
   async start(app?: string): Promise<this> {
     const command = ["-m", "zcproto", "--home", this.home, "serve", "--port", String(this.#port)];
     const child = spawn(python(), [...command, ...(app === undefined ? [] : [app])], {
@@ -85,17 +85,17 @@ export class Server {
     const signal = AbortSignal.timeout(START_TIMEOUT_MS);
     const [line] = (await Promise.race([
       once(createInterface(child.stdout), "line", { signal }),
-      once(child, "close").then(() => [`it has ended: ${this.#log}`]),
+      once(child, "close").then(() => [`it exited: ${this.#log}`]),
     ])) as [string];
     const port = /^zcproto: listening on .*:(\d+)$/.exec(line)?.[1];
     if (port === undefined) {
-      throw new Error(`no server: ${line}\n${this.#log}`);
+      throw new Error(`the server did not start: ${line}\n${this.#log}`);
     }
     this.#port = Number(port);
     return this;
   }
 
-  /** End it by a signal and wait for that. */
+  /** Stop the server by a signal and wait for its exit. */
   async stop(signal: NodeJS.Signals = "SIGTERM"): Promise<void> {
     const child = this.#process;
     if (child !== undefined && child.exitCode === null && child.signalCode === null) {
@@ -109,15 +109,10 @@ export class Server {
     this.#process?.kill(signal);
   }
 
-  /** Connect to it with this server's CA and a home of its own. */
+  /** Connect to the server with its CA and a separate home folder. */
   connect(options: ConnectOptions = {}) {
     const trusted = options.pins === undefined && options.verify === undefined ? { caFile: this.caFile } : {};
     return connect(this.address, { ...trusted, home: join(this.home, "client"), ...options });
-  }
-
-  /** What a method prints when it is called by `zcproto call`. */
-  text(file: string): string {
-    return readFileSync(join(this.home, file), "utf8");
   }
 
   async remove(): Promise<void> {

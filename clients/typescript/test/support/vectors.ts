@@ -1,4 +1,4 @@
-/** The vectors of spec/vectors, as they are. */
+/** Loads the vectors of spec/vectors. */
 
 import { readFileSync } from "node:fs";
 import { join } from "node:path";

@@ -1,25 +1,23 @@
 /**
- * The TCP connection as node:tls gets to see it.
+ * A stream between TCP and node:tls, for two properties that node:tls does not expose:
  *
- * It stands between the two for what neither tells:
- *
- * - Whether the server said close_notify. node:tls ends its stream alike after a close_notify and after a bare end of
- *   TCP. Here the end of TCP is passed on only when all that came before it was read: if TLS has not ended by then, there
- *   was no close_notify, and the connection was truncated (RFC 8446 section 6.1).
- * - Nothing encrypted goes out before the server was judged. node:tls tells of a certificate when the client's Finished
- *   is written already, with its own certificate if it has one; here they wait until `approve`.
+ * - Whether the server sent close_notify. node:tls ends its stream in the same way after close_notify and after a bare end of
+ *   TCP. This stream passes on the end of TCP only after all data was read: if TLS has not ended by then, there was no
+ *   close_notify, and the connection was truncated (RFC 8446 section 6.1).
+ * - Encrypted data must not be sent before the server was verified. node:tls reports the server's certificate only after it
+ *   has written the client's Finished and client certificate. This stream holds them until `approve`.
  */
 
 import type { Socket } from "node:net";
 import { Duplex } from "node:stream";
 
-const APPLICATION_DATA = 0x17; // RFC 8446 section 5.1: all encrypted records are of this type
+const APPLICATION_DATA = 0x17; // RFC 8446 section 5.1: the type of all encrypted records
 const RECORD_HEADER = 5;
 
 type Done = (error?: Error | null) => void;
 
-export class HeldStream extends Duplex {
-  /** TCP has ended, and what came before it was read. */
+export class GatedStream extends Duplex {
+  /** Whether TCP has ended and all data before it was read. */
   hasEnded = false;
   readonly #tcp: Socket;
   #isApproved = false;
@@ -33,13 +31,13 @@ export class HeldStream extends Duplex {
         tcp.pause();
       }
     });
-    // Not at once: what TLS makes of the last bytes is told in this turn.
+    // Deferred: TLS emits the events of the last bytes in this tick.
     tcp.on("end", () => setImmediate(() => this.#end()));
     tcp.on("error", (error) => this.destroy(error));
     tcp.on("close", () => setImmediate(() => this.destroy()));
   }
 
-  /** The server is the one expected: let go what waits, and all that follows. */
+  /** Send held data and everything that follows: the server was verified. */
   approve(): void {
     this.#isApproved = true;
     const held = this.#held;
@@ -77,22 +75,22 @@ export class HeldStream extends Duplex {
     done(error);
   }
 
-  /** TLS is over: let TCP go when what was written is out. */
+  /** Close TCP once all written data was sent, after the end of TLS. */
   release(): void {
     this.#tcp.destroySoon();
   }
 
-  /** Reset the connection, as a network would. */
+  /** Reset the connection, like a network failure. */
   reset(): void {
     if (this.#tcp.writableEnded || this.#tcp.destroyed) {
-      this.#tcp.destroy(); // libuv resets nothing that is being shut down, and Node would never close it then
+      this.#tcp.destroy(); // libuv cannot reset a connection during shutdown, and Node would never close it
     } else {
       this.#tcp.resetAndDestroy();
     }
   }
 }
 
-/** Whether one of these TLS records is encrypted. node:tls writes whole records. */
+/** Return whether any of these TLS records is encrypted. node:tls writes whole records. */
 function hasEncrypted(records: Buffer): boolean {
   for (let at = 0; at + RECORD_HEADER <= records.length; at += RECORD_HEADER + records.readUInt16BE(at + 3)) {
     if (records[at] === APPLICATION_DATA) {

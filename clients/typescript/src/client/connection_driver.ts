@@ -1,12 +1,12 @@
 /**
- * The pump of one connection: transport <-> conversation <-> waiting calls.
+ * Drives one connection: transport <-> ClientConnection <-> pending calls.
  *
- *     request -> connection.request -> once a turn: connection.dataToSend -> transport.write
- *     data -> connection.receiveData -> for each answer: the call that waits for it
+ *     request -> connection.request -> once per tick: connection.dataToSend -> transport.write
+ *     data -> connection.receiveData -> for each response: its pending call
  *
- * What it decides: which call gets which answer, when a call may be sent (streams, back-pressure), how a timed out or
- * cancelled call leaves without disturbing another, keepalive, and what the calls still waiting at the end are told. It
- * knows no retries and no sessions.
+ * Decides: which call gets which response, when a call can be sent (streams, back-pressure), how a call is abandoned without
+ * affecting others, keepalive, and the error of calls pending at the end.
+ * Must not know: retries and sessions.
  */
 
 import type { ClientConnection } from "../connection/connection.js";
@@ -16,42 +16,42 @@ import { CallError, ConnectionClosed, DeadlineExceeded, type TlsError } from "..
 import type { Token } from "../wire/frame.js";
 import type { Meta, Params } from "../wire/message.js";
 import type { Clock, Timer } from "./clock.js";
-import { printable } from "./printable.js";
+import { escapeText } from "./text.js";
 
-/** Bytes of requests gathered in one turn, beyond which they are written without waiting for its end. */
-const SENT_AT_ONCE = 65_536;
+/** Bytes gathered in one tick that are written at once. */
+const FLUSH_BYTES = 65_536;
 
-/** What a link writes to. Each `close` and `abort` is followed by `connectionLost`. */
+/** The transport of a connection. `close` and `abort` are followed by `connectionLost`. */
 export interface Transport {
-  /** SHA-256 of the certificate (DER) that the server has shown. */
+  /** SHA-256 of the server's certificate (DER). */
   readonly leaf: Buffer;
   write(data: Buffer): void;
-  /** Send what was written and close_notify, then end. */
+  /** Send written data and close_notify, then end. */
   close(): void;
   /** Reset the connection. */
   abort(): void;
 }
 
-/** Whoever uses a connection, and is told what concerns it as a whole. */
-export interface Owner {
-  eventReceived(link: Link, event: EventReceived): void;
-  linkDraining(link: Link, event: GoAwayReceived): void;
-  linkLost(link: Link, error: ConnectionClosed): void;
+/** Receives the events of a connection as a whole. */
+export interface ConnectionListener {
+  eventReceived(connection: ConnectionDriver, event: EventReceived): void;
+  connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void;
+  connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void;
 }
 
-/** A request on its way. `answer` settles once. */
+/** A request in flight. `response` settles once. */
 export class PendingCall {
-  readonly answer: Promise<unknown>;
+  readonly response: Promise<unknown>;
   isDone = false;
   timer: Timer | undefined;
   #resolve!: (value: unknown) => void;
   #reject!: (error: Error) => void;
 
   constructor(
-    readonly link: Link,
+    readonly connection: ConnectionDriver,
     readonly stream: number,
   ) {
-    this.answer = new Promise((resolve, reject) => {
+    this.response = new Promise((resolve, reject) => {
       this.#resolve = resolve;
       this.#reject = reject;
     });
@@ -71,40 +71,40 @@ export class PendingCall {
 }
 
 /** One connection to a server. */
-export class Link {
-  /** A request may be sent now; wait for it with `waitReady`. */
+export class ConnectionDriver {
+  /** Whether a request can be sent now; await it with `waitReady`. */
   ready = false;
-  /** GOAWAY was said. */
+  /** Whether GOAWAY was received. */
   draining = false;
-  /** Some request was answered here. */
-  answered = false;
-  /** A device has proved its key here. */
-  proved = false;
+  /** Whether any response was received. */
+  hasResponded = false;
+  /** Whether the session was attached to this connection. */
+  attached = false;
   /**
-   * After the end: what had no answer was certainly not run, as the server had said GOAWAY and then closed in an orderly
-   * way.
+   * After the end: whether requests without a response certainly did not run, because the server sent GOAWAY and then closed
+   * cleanly.
    */
-  unansweredNotRun = false;
-  /** Why the connection ended, once it did. */
+  unansweredDidNotRun = false;
+  /** Why the connection ended. */
   error: ConnectionClosed | undefined;
   readonly welcomed: Promise<Welcome>;
-  /** Settles when the transport is gone. */
-  readonly gone: Promise<void>;
+  /** Settles when the transport is closed. */
+  readonly closed: Promise<void>;
   readonly #clock: Clock;
   readonly #connection: ClientConnection;
-  #owner: Owner | undefined;
+  #owner: ConnectionListener | undefined;
   #transport: Transport | undefined;
   readonly #pending = new Map<number, PendingCall>();
   #waiters: (() => void)[] = [];
-  #flushPlanned = false;
+  #isFlushScheduled = false;
   #paused = false;
   #maxStreams = 0;
   #timer: Timer | undefined;
   #welcomeResolve!: (welcome: Welcome) => void;
   #welcomeReject!: (error: Error) => void;
-  #goneResolve!: () => void;
+  #closedResolve!: () => void;
 
-  constructor(owner: Owner, clock: Clock, connection: ClientConnection) {
+  constructor(owner: ConnectionListener, clock: Clock, connection: ClientConnection) {
     this.#owner = owner;
     this.#clock = clock;
     this.#connection = connection;
@@ -112,9 +112,9 @@ export class Link {
       this.#welcomeResolve = resolve;
       this.#welcomeReject = reject;
     });
-    this.welcomed.catch(() => undefined); // whoever waits is told; if nobody does, that is no fault
-    this.gone = new Promise((resolve) => {
-      this.#goneResolve = resolve;
+    this.welcomed.catch(() => undefined); // not every caller awaits it
+    this.closed = new Promise((resolve) => {
+      this.#closedResolve = resolve;
     });
   }
 
@@ -122,12 +122,12 @@ export class Link {
     return this.#connection.welcome;
   }
 
-  /** The server's clock minus ours, in milliseconds. */
+  /** The offset of the server's clock from this one, in milliseconds. */
   get clockOffset(): bigint {
     return this.#connection.clockOffset;
   }
 
-  /** Whether the server is known to have taken a session's token here. */
+  /** Whether the server has accepted a token on this connection. */
   get hasSession(): boolean {
     return this.#connection.hasSession;
   }
@@ -136,12 +136,12 @@ export class Link {
     return this.#connection.salt;
   }
 
-  /** SHA-256 of the certificate (DER) that the server has shown here. */
+  /** SHA-256 of the server's certificate (DER) on this connection. */
   get leaf(): Buffer {
     return this.#transport?.leaf ?? Buffer.alloc(0);
   }
 
-  // --- the transport's calls --------------------------------------------------------------------
+  // --- called by the transport --------------------------------------------------------------------
 
   connectionMade(transport: Transport): void {
     this.#transport = transport;
@@ -163,21 +163,21 @@ export class Link {
     }
   }
 
-  /** Nothing more comes from the server: after a close_notify if there is no error. */
+  /** Handle the end of the stream: by close_notify if there is no error. */
   endReceived(error: TlsError | undefined): void {
     if (error !== undefined) {
       this.#ended(new ConnectionClosed(error.failure, { cause: error }));
     } else if (this.error === undefined) {
-      this.unansweredNotRun = this.draining;
+      this.unansweredDidNotRun = this.draining;
       this.#ended(new ConnectionClosed("the server closed the connection", { clean: true }));
     }
   }
 
-  /** The transport is gone. */
+  /** Handle the close of the transport. */
   connectionLost(error: TlsError | undefined): void {
     this.endReceived(error);
     this.#transport = undefined;
-    this.#goneResolve();
+    this.#closedResolve();
   }
 
   pauseWriting(): void {
@@ -190,17 +190,17 @@ export class Link {
     this.#updateReady();
   }
 
-  // --- what the server says ---------------------------------------------------------------------
+  // --- events ---------------------------------------------------------------------
 
   #handle(event: ClientEvent): void {
     switch (event.type) {
       case "response":
-        this.answered = true;
-        this.#take(event.stream)?.succeed(event.value);
+        this.hasResponded = true;
+        this.#removePending(event.stream)?.succeed(event.value);
         break;
       case "error":
-        this.answered = true;
-        this.#take(event.stream)?.fail(CallError.fromWire(event.code, event.message, event.details));
+        this.hasResponded = true;
+        this.#removePending(event.stream)?.fail(CallError.fromWire(event.code, event.message, event.details));
         break;
       case "event":
         this.#owner?.eventReceived(this, event);
@@ -220,7 +220,7 @@ export class Link {
     }
   }
 
-  #take(stream: number): PendingCall | undefined {
+  #removePending(stream: number): PendingCall | undefined {
     const call = this.#pending.get(stream);
     this.#pending.delete(stream);
     return call;
@@ -233,21 +233,21 @@ export class Link {
     this.draining = true;
     this.ready = false;
     this.#wakeAll();
-    this.#owner?.linkDraining(this, event);
+    this.#owner?.connectionDraining(this, event);
   }
 
   #endWith({ reason, code }: ConnectionEnded): void {
-    this.#ended(new ConnectionClosed(printable(reason), { code }));
+    this.#ended(new ConnectionClosed(escapeText(reason), { code }));
     this.#transport?.close();
   }
 
   // --- requests ---------------------------------------------------------------------------------
 
   /**
-   * Send a request; await its `answer`. Call it only while `ready`.
+   * Send a request; await its `response`. Call this only while `ready`.
    *
-   * `deadline` is in the clock's `now`, infinite for none. Throws as `ClientConnection.request`. Whoever stops waiting
-   * calls `abandon`.
+   * `deadline` is in the clock's `now`, infinite without a timeout. Throws like `ClientConnection.request`. Call `abandon`
+   * to stop waiting.
    */
   request(method: string, params: Params | null, token: Token, meta: Meta | undefined, deadline: number): PendingCall {
     const connection = this.#connection;
@@ -256,13 +256,13 @@ export class Link {
     this.#pending.set(stream, call);
     if (deadline !== Number.POSITIVE_INFINITY) {
       call.timer = this.#clock.after(deadline - this.#clock.now(), () => {
-        this.abandon(call, new DeadlineExceeded("no answer within the call's timeout"));
+        this.abandon(call, new DeadlineExceeded("no response within the call's timeout"));
       });
     }
     if (connection.inFlight >= this.#maxStreams) {
       this.ready = false;
     }
-    if (connection.queuedBytes >= SENT_AT_ONCE) {
+    if (connection.queuedBytes >= FLUSH_BYTES) {
       this.#flush();
     } else {
       this.#flushSoon();
@@ -270,7 +270,7 @@ export class Link {
     return call;
   }
 
-  /** Nobody waits for a call's answer any more: tell the server, and fail the call. Nothing if it had its answer. */
+  /** Cancel a call on the server and fail it. Does nothing after its response. */
   abandon(call: PendingCall, error: Error): void {
     if (this.#pending.get(call.stream) !== call) {
       return;
@@ -282,8 +282,8 @@ export class Link {
   }
 
   /**
-   * Settles when a request may be sent, or when none can be sent here any more. First come, first served. Rejects with
-   * the signal's reason.
+   * Wait until a request can be sent, or until no more can be sent on this connection. First come, first served. Rejects
+   * with the signal's reason.
    */
   async waitReady(signal?: AbortSignal): Promise<void> {
     let wasWoken = false;
@@ -293,8 +293,8 @@ export class Link {
     }
   }
 
-  /** Whoever was woken does not send after all: let the next have the turn. */
-  passOn(): void {
+  /** Wake the next waiter instead, if one that was woken does not send a request. */
+  releaseTurn(): void {
     this.#updateReady();
   }
 
@@ -314,7 +314,7 @@ export class Link {
       };
       signal?.addEventListener("abort", leave, { once: true });
       if (wasWoken) {
-        this.#waiters.unshift(wake); // somebody else was quicker in this turn: the place in the queue is kept
+        this.#waiters.unshift(wake); // another caller sent first in this tick: keep the place in the queue
       } else {
         this.#waiters.push(wake);
       }
@@ -343,16 +343,16 @@ export class Link {
 
   // --- bytes out --------------------------------------------------------------------------------
 
-  /** Gather what is sent in one turn into one write: the next tick comes when all that can run now has run. */
+  /** Gather the requests of one tick into one write. */
   #flushSoon(): void {
-    if (!this.#flushPlanned) {
-      this.#flushPlanned = true;
+    if (!this.#isFlushScheduled) {
+      this.#isFlushScheduled = true;
       process.nextTick(this.#flushNow);
     }
   }
 
   readonly #flushNow = () => {
-    this.#flushPlanned = false;
+    this.#isFlushScheduled = false;
     this.#flush();
   };
 
@@ -382,7 +382,7 @@ export class Link {
     const ended = this.#connection.handleTimeout(this.#wall(), this.#clock.now());
     if (ended !== undefined) {
       this.#ended(new ConnectionClosed(ended.reason));
-      this.#transport?.abort(); // nobody is there to take leave of
+      this.#transport?.abort(); // the server is unreachable: skip close_notify
       return;
     }
     this.#flush();
@@ -391,24 +391,24 @@ export class Link {
 
   // --- the end ----------------------------------------------------------------------------------
 
-  /** A session is over: the limits of a connection without one may hold again. */
+  /** Handle the end of a session: the limits of a connection without a session may apply again. */
   sessionEnded(token: Token): void {
     this.#connection.sessionEnded(token);
   }
 
-  /** Send what is queued and close_notify; calls that still wait get ConnectionClosed. */
+  /** Send queued data and close_notify. Pending calls get ConnectionClosed. */
   close(reason: string): void {
     this.#flush();
     this.#ended(new ConnectionClosed(reason, { clean: true }));
     this.#transport?.close();
   }
 
-  /** Reset the connection, as a network would. */
+  /** Reset the connection, like a network failure. */
   abort(): void {
     this.#transport?.abort();
   }
 
-  /** The conversation is over. The first cause counts. */
+  /** End the connection. Only the first error counts. */
   #ended(error: ConnectionClosed): void {
     if (this.error !== undefined) {
       return;
@@ -428,11 +428,11 @@ export class Link {
     this.#wakeAll();
     const owner = this.#owner;
     this.#owner = undefined;
-    owner?.linkLost(this, error);
+    owner?.connectionEnded(this, error);
   }
 }
 
-/** Each call rejects with its own, as each has its own stack. */
+/** Return a copy, so that each call gets an error with its own stack. */
 function copy({ reason, clean, code, cause }: ConnectionClosed): ConnectionClosed {
   return new ConnectionClosed(reason, { clean, code, cause });
 }

@@ -1,24 +1,24 @@
 /**
- * What a device signs (the contract's section 6).
+ * The messages that a device signs (zcp1.md, sections 9.4 and 9.5).
  *
- * `salt` is the connection's, `leaf` the SHA-256 of the server's certificate (DER) as it was shown there: so a signature
- * is worth nothing on another connection, or relayed through another server.
+ * They include the connection's salt and the SHA-256 of the server's certificate (DER), so a signature is useless on
+ * another connection or when relayed through another server.
  */
 
 import { type Token, tokenBytes } from "../wire/frame.js";
 
-/** A connection, as what ties a proof to it. */
+/** The properties of a connection that a signature is bound to. */
 export interface Channel {
   readonly salt: bigint;
   readonly leaf: Buffer;
 }
 
-/** To open a session. */
+/** Return the message for `session.open`. */
 export function openMessage({ salt, leaf }: Channel, device: string): Buffer {
   return Buffer.concat([Buffer.from("zcp/1 open\0"), saltBytes(salt), leaf, Buffer.from(device)]);
 }
 
-/** To use a bound token on a further connection. */
+/** Return the message for `session.attach`. */
 export function attachMessage({ salt, leaf }: Channel, token: Token): Buffer {
   return Buffer.concat([Buffer.from("zcp/1 attach\0"), saltBytes(salt), leaf, tokenBytes(token)]);
 }

@@ -1,0 +1,185 @@
+/**
+ * The client's connections: one for new calls, and older ones that drain.
+ *
+ * Decides: when to connect and reconnect. After a loss it reconnects with growing, jittered delays; after GOAWAY when the
+ * server requested it; after a close for idleness with the next call; and not at all once the session was revoked or
+ * replaced.
+ * Rules: all callers that wait for a connection share one attempt.
+ * Must not know: calls, retries and sessions.
+ */
+
+import type { EventReceived, GoAwayReceived } from "../connection/events.js";
+import { CannotConnect, ConnectionClosed, TlsError, type ZcprotoError } from "../errors.js";
+import type { Backoff } from "./backoff.js";
+import { type Clock, sleep, unlessAborted } from "./clock.js";
+import type { ConnectionDriver, ConnectionListener } from "./connection_driver.js";
+import { isTransient, MAX_RETRY_AFTER_MS } from "./retry.js";
+
+/** Reasons of GOAWAY for an unused connection: a new one would be closed for the same reason. */
+const IDLE_REASONS: ReadonlySet<string> = new Set(["idle", "no_session"]);
+
+export interface ConnectionManagerOptions {
+  readonly clock: Clock;
+  readonly backoff: Backoff;
+  readonly dial: (owner: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
+  readonly onEvent: (event: EventReceived) => void;
+  readonly onConnection: (connection: ConnectionDriver) => void;
+  /** Whether to reconnect before the next call. */
+  readonly isWanted: () => boolean;
+}
+
+/** Maintains the connection to one server. */
+export class ConnectionManager implements ConnectionListener {
+  /** The connection for new calls. */
+  current: ConnectionDriver | undefined;
+  /** Why the last attempt failed. */
+  lastError: ZcprotoError | undefined;
+  readonly #options: ConnectionManagerOptions;
+  readonly #draining = new Set<ConnectionDriver>();
+  /** Ended connections whose transport is still closing. */
+  readonly #ending = new Set<ConnectionDriver>();
+  readonly #closing = new AbortController();
+  #connecting: Promise<void> | undefined;
+  #notBefore = Number.NEGATIVE_INFINITY;
+  #hasConnected = false;
+
+  constructor(options: ConnectionManagerOptions) {
+    this.#options = options;
+  }
+
+  /**
+   * Return the connection for new calls. Without one, connect, and retry while that may succeed.
+   *
+   * Rejects with the error of the very first attempt; later only with errors that a retry does not fix: TlsError,
+   * CertificateError, ConnectionClosed.
+   */
+  async get(signal?: AbortSignal): Promise<ConnectionDriver> {
+    while (this.current === undefined) {
+      this.#closing.signal.throwIfAborted();
+      await unlessAborted(this.#start(), signal);
+    }
+    return this.current;
+  }
+
+  #start(): Promise<void> {
+    if (this.#connecting === undefined) {
+      this.#connecting = this.#connect().finally(() => {
+        this.#connecting = undefined;
+      });
+      this.#connecting.catch(() => undefined); // without a waiter, the next call retries and reports it
+    }
+    return this.#connecting;
+  }
+
+  async #connect(): Promise<void> {
+    const { clock, backoff, dial, onConnection } = this.#options;
+    const { signal } = this.#closing;
+    for (;;) {
+      const delay = this.#notBefore - clock.now();
+      if (delay > 0) {
+        await sleep(clock, delay, signal);
+      }
+      try {
+        const connection = await dial(this, signal);
+        if (signal.aborted) {
+          connection.close("closed by this client");
+          throw signal.reason;
+        }
+        if (connection.draining) {
+          throw new CannotConnect("the server is going away"); // GOAWAY in the same read as WELCOME
+        }
+        if (connection.error !== undefined) {
+          throw connection.error;
+        }
+        this.#hasConnected = true;
+        this.current = connection;
+        onConnection(connection);
+        return;
+      } catch (error) {
+        if (signal.aborted || !(error instanceof ConnectionClosed || error instanceof TlsError)) {
+          throw error;
+        }
+        this.lastError = error;
+        if (!this.#hasConnected || (error instanceof TlsError && !isTransient(error.failure))) {
+          throw error;
+        }
+        this.#delayNextAttempt(backoff.next());
+      }
+    }
+  }
+
+  #delayNextAttempt(delayMs: number): void {
+    this.#notBefore = Math.max(this.#notBefore, this.#options.clock.now() + delayMs);
+  }
+
+  // --- notifications of connections ------------------------------------------------------------------
+
+  eventReceived(_connection: ConnectionDriver, event: EventReceived): void {
+    // Deferred, so that callers awaiting a response of the same read run first.
+    setImmediate(() => this.#options.onEvent(event));
+  }
+
+  connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void {
+    if (connection === this.current) {
+      this.current = undefined;
+      this.#draining.add(connection);
+    }
+    if (IDLE_REASONS.has(event.reason)) {
+      return;
+    }
+    const { backoff } = this.#options;
+    if (connection.hasResponded) {
+      backoff.reset();
+    }
+    this.#delayNextAttempt(backoff.next(Math.min(event.retryAfterMs, MAX_RETRY_AFTER_MS)));
+    this.#reconnect();
+  }
+
+  connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void {
+    this.#draining.delete(connection);
+    this.#ending.add(connection);
+    void connection.closed.then(() => this.#ending.delete(connection));
+    if (connection !== this.current) {
+      return;
+    }
+    this.current = undefined;
+    this.lastError = error;
+    const { backoff } = this.#options;
+    if (connection.hasResponded) {
+      backoff.reset();
+    }
+    this.#delayNextAttempt(backoff.next());
+    this.#reconnect();
+  }
+
+  #reconnect(): void {
+    if (this.#hasConnected && !this.#closing.signal.aborted && this.#options.isWanted()) {
+      void this.#start();
+    }
+  }
+
+  // --- the end ----------------------------------------------------------------------------------
+
+  /**
+   * Close all connections with close_notify and wait until their transports are closed, also those that the server closed.
+   * Each takes no longer than a TLS close.
+   */
+  async close(): Promise<void> {
+    this.#closing.abort(new ConnectionClosed("this client is closed", { clean: true }));
+    await this.#connecting?.catch(() => undefined); // reported to its waiters
+    const connections = [...this.#draining, ...(this.current === undefined ? [] : [this.current])];
+    this.current = undefined;
+    for (const connection of connections) {
+      connection.close("closed by this client");
+    }
+    await Promise.all([...this.#ending].map((connection) => connection.closed));
+  }
+
+  /** Reset all connections, like a network failure. */
+  abort(): void {
+    this.current?.abort();
+    for (const connection of this.#draining) {
+      connection.abort();
+    }
+  }
+}

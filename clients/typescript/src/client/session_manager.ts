@@ -1,0 +1,459 @@
+/**
+ * The client's session.
+ *
+ * Decides: when to open, refresh and attach a session, and when it has ended. After TOKEN_REVOKED, SESSION_REPLACED or a
+ * refused `session.open`, every call gets that error until the application requests a new session.
+ * Rules: all waiting calls share one attempt. No call is sent during a refresh, since the server revokes the old token with
+ * its response. A refresh token works once; if the response was lost, it can be sent again for a few seconds and never
+ * after that.
+ * Must not know: the calls that use the token.
+ */
+
+import type { EventReceived } from "../connection/events.js";
+import { CallError, Code, ConnectionClosed, Unauthenticated } from "../errors.js";
+import { NO_TOKEN, type Token } from "../wire/frame.js";
+import type { Params } from "../wire/message.js";
+import { Backoff, type Random } from "./backoff.js";
+import { type Clock, sleep, type Timer, unlessAborted } from "./clock.js";
+import type { ConnectionDriver, PendingCall } from "./connection_driver.js";
+import { retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
+import { ClientSession, type Credentials, DeviceKey } from "./session.js";
+
+/** Timeout of requests of `session.*`. */
+const REQUEST_TIMEOUT_MS = 10_000;
+/** Timeout of `session.close`. */
+const CLOSE_TIMEOUT_MS = 2_000;
+/** How long a refresh token can be sent again after a lost response: half of the server's default grace period. */
+const REFRESH_GRACE_MS = 5_000;
+/** Consecutive lost responses to `session.open`. Each may have left a session that counts against the limit. */
+const MAX_LOST = 3;
+/** Minimum interval between early refreshes. */
+const MIN_REFRESH_INTERVAL_MS = 1_000;
+
+const FOREVER = Number.POSITIVE_INFINITY;
+const ENDING_CODES: ReadonlySet<number> = new Set([...SESSION_ENDED_CODES, Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED]);
+const MAY_HAVE_RUN_CODES: ReadonlySet<number> = new Set([
+  Code.DEADLINE_EXCEEDED,
+  Code.CANCELLED,
+  Code.INTERNAL,
+  Code.UNKNOWN,
+]);
+
+export interface SessionManagerOptions {
+  readonly clock: Clock;
+  readonly getConnection: (signal: AbortSignal) => Promise<ConnectionDriver>;
+  readonly credentials: Credentials | undefined;
+  /** The client as `product/version`, listed by the server. */
+  readonly client: string;
+  readonly random: Random;
+}
+
+/**
+ * Manages the session of one client. Calls carry `token` and can be sent until `usableUntil`; after that, await
+ * `waitUntilUsable`.
+ */
+export class SessionManager {
+  session: ClientSession | undefined;
+  token: Token = NO_TOKEN;
+  usableUntil = FOREVER;
+  readonly #options: SessionManagerOptions;
+  readonly #device: DeviceKey | undefined;
+  readonly #closing = new AbortController();
+  #isRequired = false;
+  #unknownToken: Token = NO_TOKEN; // refused with UNAUTHENTICATED
+  #endedBy: CallError | undefined;
+  #renewing: Promise<void> | undefined;
+  #attaching: { readonly token: Token; readonly call: PendingCall } | undefined;
+  #timer: Timer | undefined;
+
+  constructor(options: SessionManagerOptions) {
+    this.#options = options;
+    this.#device = options.credentials instanceof DeviceKey ? options.credentials : undefined;
+  }
+
+  /** Whether the session was revoked, replaced or refused. Only the application can open a new one. */
+  get hasEnded(): boolean {
+    return this.#endedBy !== undefined;
+  }
+
+  /**
+   * Require a session for calls, and forget one that has ended or was refused. Throws Unauthenticated without
+   * credentials.
+   */
+  requireSession(): void {
+    if (this.#options.credentials === undefined) {
+      throw new Unauthenticated("this client has no credentials; give a key, a device or a certificate to connect");
+    }
+    this.#isRequired = true;
+    this.#endedBy = undefined;
+    if (this.session !== undefined && this.token === this.#unknownToken) {
+      this.session = undefined;
+      this.token = NO_TOKEN;
+    }
+    this.#updateUsableUntil();
+  }
+
+  /**
+   * Wait until calls can be sent: with a valid session, or without one if none is required. Rejects with the error that
+   * ended the session or prevented it, or with the signal's reason.
+   */
+  async waitUntilUsable(signal?: AbortSignal): Promise<void> {
+    for (;;) {
+      if (this.#endedBy !== undefined) {
+        throw this.#endedBy.copy();
+      }
+      if (this.#renewing === undefined) {
+        if (this.#options.clock.now() < this.usableUntil) {
+          return;
+        }
+        this.#start(true);
+      }
+      await unlessAborted(this.#renewing as unknown as Promise<void>, signal);
+    }
+  }
+
+  /** Record that a call uses the token now. */
+  touch(now: number): void {
+    const { session } = this;
+    if (session !== undefined && session.idleTimeoutMs > 0) {
+      session.touch(now);
+      this.usableUntil = session.usableUntil;
+    }
+  }
+
+  /** Handle TOKEN_EXPIRED for a token. */
+  markExpired(token: Token): void {
+    if (token === this.token && this.session !== undefined) {
+      this.session.expire();
+      this.#updateUsableUntil();
+    }
+  }
+
+  /** Handle a token that belongs to another certificate. Return false if this client has no certificate. */
+  reopen(token: Token): boolean {
+    if (this.#options.credentials?.kind !== "tls") {
+      return false;
+    }
+    if (token === this.token) {
+      this.session?.dropRefreshToken();
+      this.markExpired(token);
+    }
+    return true;
+  }
+
+  /** Handle UNAUTHENTICATED for a token. It stays in use until the application requests a new session. */
+  markUnknown(token: Token): void {
+    this.#unknownToken = token;
+  }
+
+  /** Handle TOKEN_REVOKED or SESSION_REPLACED for a token. */
+  markEnded(token: Token, error: CallError): void {
+    if (token === this.token) {
+      this.#endSession(error);
+    }
+  }
+
+  #endSession(error: CallError): void {
+    this.#endedBy = error;
+    this.session = undefined;
+    this.token = NO_TOKEN;
+    this.#timer?.cancel();
+    this.#updateUsableUntil();
+  }
+
+  #updateUsableUntil(): void {
+    if (this.#endedBy !== undefined || this.#renewing !== undefined) {
+      this.usableUntil = -FOREVER;
+    } else if (this.session !== undefined) {
+      this.usableUntil = this.session.usableUntil;
+    } else {
+      this.usableUntil = this.#isRequired ? -FOREVER : FOREVER;
+    }
+  }
+
+  // --- new connections and events ---------------------------------------------------------------
+
+  /**
+   * Present the token on a new connection, so that events of the session arrive there. Attach a session that is bound to a
+   * device. The request is small: a large one is refused on a connection without a session.
+   */
+  presentToken(connection: ConnectionDriver): void {
+    if (this.#renewing === undefined) {
+      this.#presentToken(connection);
+    }
+  }
+
+  #presentToken(connection: ConnectionDriver): void {
+    if (this.session === undefined || !connection.ready) {
+      return;
+    }
+    const { token } = this;
+    const call =
+      this.session.bound && this.#device !== undefined && !connection.attached
+        ? this.#attach(connection, this.#device)
+        : connection.request("session.info", null, token, undefined, this.#requestDeadline());
+    call.response.catch((error: unknown) => {
+      if (error instanceof CallError) {
+        this.#handleRefusal(token, error);
+      }
+    });
+  }
+
+  #requestDeadline(): number {
+    return this.#options.clock.now() + REQUEST_TIMEOUT_MS;
+  }
+
+  /** Attach the session to a connection. Concurrent callers share one request. */
+  #attach(connection: ConnectionDriver, device: DeviceKey): PendingCall {
+    const { token } = this;
+    const current = this.#attaching;
+    if (current?.token === token && current.call.connection === connection && !current.call.isDone) {
+      return current.call;
+    }
+    const params = device.attachParams(connection, token);
+    const call = connection.request("session.attach", params, token, undefined, this.#requestDeadline());
+    this.#attaching = { token, call };
+    call.response.then(
+      () => {
+        connection.attached = true;
+      },
+      () => undefined, // reported to its waiters
+    );
+    return call;
+  }
+
+  /**
+   * Attach the session of a token to a connection if both are still in use. Return false without a device. Rejects with the
+   * server's error, DeadlineExceeded, or the signal's reason.
+   */
+  async attach(connection: ConnectionDriver, token: Token, signal?: AbortSignal): Promise<boolean> {
+    if (this.#device === undefined) {
+      return false;
+    }
+    if (token === this.token && connection.ready) {
+      connection.attached = false;
+      try {
+        await unlessAborted(this.#attach(connection, this.#device).response, signal);
+      } catch (error) {
+        if (!(error instanceof ConnectionClosed)) {
+          throw error instanceof CallError && !signal?.aborted ? error.copy() : error;
+        }
+      }
+    }
+    return true;
+  }
+
+  #handleRefusal(token: Token, error: CallError): void {
+    if (retryAction(error) === "reopen") {
+      this.reopen(token);
+    } else if (error.code === Code.UNAUTHENTICATED) {
+      this.markUnknown(token);
+    } else if (error.code === Code.TOKEN_EXPIRED) {
+      this.markExpired(token);
+    } else if (SESSION_ENDED_CODES.has(error.code)) {
+      this.markEnded(token, error);
+    }
+  }
+
+  /** Handle an event of the session. */
+  eventReceived(event: EventReceived, connection: ConnectionDriver | undefined): void {
+    if (event.token !== this.token || this.session === undefined) {
+      return;
+    }
+    if (event.name === "session.revoked" && connection !== undefined) {
+      this.presentToken(connection); // the response has the code: revoked or replaced
+    } else if (event.name === "session.expiring") {
+      this.#refreshEarly();
+    }
+  }
+
+  // --- opening and refreshing -------------------------------------------------------------------
+
+  #refreshEarly(): void {
+    const { session } = this;
+    if (session !== undefined && this.#renewing === undefined && session.canRefresh(this.#options.clock.now())) {
+      this.#start(false);
+    }
+  }
+
+  #start(must: boolean): void {
+    const renewing = this.#renew(must).finally(() => {
+      this.#renewing = undefined;
+      this.#updateUsableUntil();
+    });
+    renewing.catch(() => undefined); // without a waiter, the next call retries and reports it
+    this.#renewing = renewing;
+    this.#updateUsableUntil();
+  }
+
+  /** Refresh or open the session. Unless `isMust`, the old token still works: give up at the first error. */
+  async #renew(isMust: boolean): Promise<void> {
+    const { clock, getConnection, random } = this.#options;
+    const { signal } = this.#closing;
+    const renewal = { must: isMust, backoff: new Backoff(random), done: new Set<string>(), lost: 0 };
+    for (;;) {
+      const connection = await getConnection(signal);
+      await connection.waitReady(signal);
+      if (!connection.ready) {
+        continue;
+      }
+      const [method, params] = this.#nextRequest(connection);
+      const sentAt = clock.now();
+      const call = connection.request(method, params, NO_TOKEN, undefined, sentAt + REQUEST_TIMEOUT_MS);
+      let result: unknown;
+      try {
+        result = await this.#responseOf(call);
+      } catch (error) {
+        if (error instanceof ConnectionClosed && !signal.aborted) {
+          renewal.lost += 1;
+          if (renewal.lost > MAX_LOST) {
+            throw error;
+          }
+          renewal.must ||= method === "session.refresh"; // the old token may be revoked
+          if (clock.now() - sentAt > REFRESH_GRACE_MS) {
+            this.session?.dropRefreshToken();
+          }
+        } else if (error instanceof CallError && !signal.aborted) {
+          if (!(await this.#shouldRetry(error, method, connection, renewal))) {
+            return;
+          }
+        } else {
+          throw error;
+        }
+        continue;
+      }
+      this.#adopt(result, connection);
+      if (this.#device !== undefined && method === "session.open") {
+        connection.attached = true;
+      } else if (this.#device !== undefined && !connection.attached) {
+        this.#presentToken(connection);
+      }
+      return;
+    }
+  }
+
+  /** Return whether to retry; false if the old token still works. Rejects with the error if a retry cannot help. */
+  async #shouldRetry(
+    error: CallError,
+    method: string,
+    connection: ConnectionDriver,
+    renewal: { must: boolean; backoff: Backoff; done: Set<string> },
+  ): Promise<boolean> {
+    const { clock } = this.#options;
+    const { signal } = this.#closing;
+    const action = retryAction(error);
+    const isFirst = !renewal.done.has(action);
+    renewal.done.add(action);
+    if (action === "later" && renewal.must) {
+      await sleep(clock, renewal.backoff.next(retryAfterMs(error.details)), signal);
+      return true;
+    }
+    if (action === "at_once" && isFirst) {
+      return true;
+    }
+    if (action === "attach" && isFirst) {
+      try {
+        await this.attach(connection, this.token, signal);
+      } catch (refusal) {
+        if (!(refusal instanceof CallError)) {
+          throw refusal;
+        } // the next response reports it, too
+      }
+      return true;
+    }
+    if (method === "session.refresh" && this.#shouldOpenInstead(error)) {
+      renewal.must = true;
+      return true;
+    }
+    if (!renewal.must && !SESSION_ENDED_CODES.has(error.code)) {
+      this.#setTimer(this.#nextRefreshAttempt());
+      return false;
+    }
+    if (ENDING_CODES.has(error.code)) {
+      this.#endSession(error);
+    }
+    throw error;
+  }
+
+  /** Wait for a response, or until this client is closed. */
+  async #responseOf(call: PendingCall): Promise<unknown> {
+    const { signal } = this.#closing;
+    try {
+      return await unlessAborted(call.response, signal);
+    } finally {
+      if (signal.aborted) {
+        call.connection.abandon(call, signal.reason as Error);
+      }
+    }
+  }
+
+  #nextRequest(connection: ConnectionDriver): [string, Params] {
+    const { clock, credentials, client } = this.#options;
+    if (this.session?.canRefresh(clock.now())) {
+      return ["session.refresh", { refresh_token: this.session.refreshTokenBytes, client }];
+    }
+    return ["session.open", { ...credentials?.params(connection), client }];
+  }
+
+  /**
+   * Return whether to open a new session instead: the refresh token has expired, may have been used, or belongs to a
+   * previous certificate.
+   */
+  #shouldOpenInstead(error: CallError): boolean {
+    const isOtherCertificate = retryAction(error) === "reopen" && this.#options.credentials?.kind === "tls";
+    if (error.code !== Code.TOKEN_EXPIRED && !MAY_HAVE_RUN_CODES.has(error.code) && !isOtherCertificate) {
+      return false;
+    }
+    this.session?.dropRefreshToken();
+    return true;
+  }
+
+  /** Return when to retry an early refresh: after a quarter to a half of the remaining time. */
+  #nextRefreshAttempt(): number {
+    const now = this.#options.clock.now();
+    const left = this.session === undefined ? 0 : this.session.usableUntil - now;
+    return now + Math.max(left * (0.25 + this.#options.random() / 4), MIN_REFRESH_INTERVAL_MS);
+  }
+
+  #adopt(result: unknown, connection: ConnectionDriver): void {
+    const { clock, random } = this.#options;
+    const now = clock.now();
+    const serverWall = clock.wall() + Number(connection.clockOffset);
+    const session = new ClientSession(result, { serverWall, now, jitter: random() });
+    connection.sessionEnded(this.token);
+    this.session = session;
+    this.token = session.tokenBytes;
+    this.#setTimer(session.canRefresh(now) ? session.refreshAt : FOREVER);
+  }
+
+  #setTimer(at: number): void {
+    this.#timer?.cancel();
+    const { clock } = this.#options;
+    if (at !== FOREVER && !this.#closing.signal.aborted) {
+      // A timer fires early if its delay exceeds the maximum timer delay.
+      this.#timer = clock.after(at - clock.now(), () => (clock.now() < at ? this.#setTimer(at) : this.#refreshEarly()));
+    }
+  }
+
+  // --- the end ----------------------------------------------------------------------------------
+
+  /** Close the session on the server if the connection is ready, since the server limits sessions per user. */
+  async close(connection: ConnectionDriver | undefined): Promise<void> {
+    this.#closing.abort(new ConnectionClosed("this client is closed", { clean: true }));
+    await this.#renewing?.catch(() => undefined); // reported to its waiters
+    this.#timer?.cancel();
+    const { token, session } = this;
+    if (session === undefined || connection === undefined || !connection.ready) {
+      return;
+    }
+    this.session = undefined;
+    const deadline = this.#options.clock.now() + CLOSE_TIMEOUT_MS;
+    try {
+      await connection.request("session.close", null, token, undefined, deadline).response;
+    } catch (error) {
+      if (!(error instanceof CallError || error instanceof ConnectionClosed)) {
+        throw error;
+      } // the session expires on the server
+    }
+  }
+}
