@@ -41,7 +41,7 @@ class Shop:
     def _cut(self, context: Context) -> None:
         if self.cuts:
             self.cuts -= 1
-            context._protocol.abort("cut")
+            context._connection.abort("cut")
 
 
 def shop_of(serve: Serve, cuts: int = 1) -> tuple[Shop, ServerThread]:

@@ -65,8 +65,8 @@ async def test_a_mismatch_shows_what_was_seen_and_what_was_expected(
         await connect_to(shared, pins=[BACKUP, WRONG])
     assert caught.value.failure == "pin_mismatch"
     seen, _, expected = caught.value.detail.partition("expected: ")
-    assert f"{shared.server.pins[0]} (its key)" in seen
-    assert f"{whole_pin(shared)} (the whole certificate)" in seen
+    assert f"Its key has {shared.server.pins[0]}" in seen
+    assert f"its certificate {whole_pin(shared)}" in seen
     assert expected.startswith(f"{WRONG} or {BACKUP}. If its operator confirms")
 
 

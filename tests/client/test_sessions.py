@@ -642,7 +642,7 @@ async def test_a_request_too_large_for_any_session_is_refused_after_the_token_wa
     async with client_of(server) as client:
         await server.lose()
         await asyncio.sleep(1)
-        with pytest.raises(InvalidArgument, match="takes 1048576"):
+        with pytest.raises(InvalidArgument, match="accepts at most 1048576"):
             await client.call("echo", x=bytes(2_000_000), timeout=None)
 
 

@@ -38,7 +38,7 @@ def test_ten_seconds_without_an_answer_to_a_ping_end_it(talk: Conversation) -> N
     timeout(talk)
     talk.now += PONG_TIMEOUT
     event = ended(timeout(talk))
-    assert event == ConnectionEnded(None, "the server does not answer")
+    assert event == ConnectionEnded(None, "the server did not answer a PING")
     assert timeout(talk) == []
     assert talk.client.next_deadline() == NEVER
 

@@ -78,7 +78,7 @@ def test_a_silent_connection_is_kept_alive(joined: Joined) -> None:
 
 def test_a_server_that_answers_no_ping_is_lost(joined: Joined) -> None:
     joined.timers.advance(25.0)
-    assert joined.link.seen == [("lost", "the server does not answer")]
+    assert joined.link.seen == [("lost", "the server did not answer a PING")]
     assert joined.transport.closed == 1
     assert len(joined.wheel) == 0
     joined.link.handle_deadline(joined.timers.time())

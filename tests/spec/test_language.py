@@ -67,8 +67,7 @@ PATTERNS: Final[dict[str, re.Pattern[str]]] = {
     "is none": re.compile(rf"\bis{_GAP}none\b"),
     # "This is no number" for "this is not a number". "There is no" and comparisons are plain English.
     "is no X": re.compile(
-        rf"\b(?!there\b)\w+\W+is{_GAP}no{_GAP}(?!(?:longer|more|less|fewer|later|earlier|larger|shorter|higher)\b)[a-z]",
-        re.IGNORECASE,
+        rf"\b(?!there\b|There\b)\w+\W+is{_GAP}no{_GAP}(?!(?:longer|more|less|fewer|later|earlier|larger|shorter|higher)\b)[a-z]"
     ),
 }
 

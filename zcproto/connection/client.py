@@ -1,19 +1,18 @@
-"""The client's end of a conversation: bytes and time in; events, bytes and the next deadline out.
+"""Run the client end of a connection (sans-IO): bytes and time in; events, bytes and the next deadline out.
 
-What it decides: the greeting, the clock offset, freshness of what the server sends, which request an answer
-belongs to, what may be sent now (streams in flight, frame size), keepalive, and what ends the connection.
+Decides the greeting, the clock offset, freshness of server frames, the request of an answer, what may be sent now
+(streams in flight, frame size), keepalive, and the end of the connection.
 
-What it must not know: sockets, TLS, clocks, retries, sessions beyond their tokens.
-
-Rules where the contract leaves the choice to a client:
-
-- A client has no ERROR to send. On a fault of the server it just ends, and says why to what is above it.
-- A RESPONSE or ERROR with a body that cannot be read fails its own call with INTERNAL (it may have run). A
-  WELCOME, GOAWAY, EVENT or ERROR on stream 0 that cannot be read ends the connection.
+Rules where the specification leaves the choice to the client:
+- A client has no ERROR frame to send. After an error of the server it ends the connection and reports the reason.
+- A RESPONSE or ERROR with an undecodable body fails its own call with INTERNAL, because it may have run. An
+  undecodable WELCOME, GOAWAY, EVENT or ERROR on stream 0 ends the connection.
 - A stale frame is dropped and counted, and the tenth in a row ends the connection. ERROR STALE_TIMESTAMP is
-  heard whatever its own timestamp says: it is what sets the clock offset right.
-- Before a RESPONSE has shown that the server took a token here, the limit of a connection without a session
-  holds for what is sent.
+  processed whatever its timestamp, because it corrects the clock offset.
+- Until a RESPONSE shows that the server accepted a token here, the frame limit of a connection without a session
+  applies to requests.
+
+It must not know: sockets, TLS, clocks, retries, sessions beyond their tokens.
 """
 
 from __future__ import annotations
@@ -72,39 +71,41 @@ from zcproto.wire.message import (
 
 MS: Final = 1000
 MAX_FRAME_BEFORE_SESSION: Final = 16_384
-"""Largest `length` on a connection without a session, both ways: WELCOME does not tell another."""
+"""Maximum `length` on a connection without a session, in both directions (zcp1.md, section 13)."""
 
 MAX_STALE_IN_A_ROW: Final = 10
 MAX_SERVER_TIME: Final = 2**62
-"""A server's clock beyond this is refused: timestamps made from it could outgrow their 64 bits."""
+"""Maximum clock of a server: timestamps derived from a later one could exceed 64 bits."""
 
 OPENING_METHODS: Final = frozenset({"session.open", "session.refresh"})
-"""Sent with no token; their result holds one."""
+"""Methods sent without a token, whose result contains one."""
 
 PONG_TIMEOUT: Final = 10.0
-"""Seconds of silence after a PING, after which the peer is taken for dead."""
+"""Seconds of silence after a PING until the connection is considered dead."""
 
 MIN_KEEPALIVE_INTERVAL: Final = 0.25
-"""Seconds. A server with a tiny idle timeout must not make its clients flood it."""
+"""Seconds. Prevents a server with a tiny idle timeout from causing a flood of PINGs."""
 
 DEAD_TOKEN_CODES: Final = frozenset(
     {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED}
 )
 
-_OPENING: Final = b""  # stands for the token of a request that is sent with none to get one
+_OPENING: Final = b""  # in place of a token: the request has none and its result contains one
 _pack_header = HEADER.pack
 
 
 class ClientConnection:
-    """One conversation with a server.
+    """One connection to a server.
 
-    `max_frame` is the largest `length` accepted from the server, `tolerance_ms` how far its timestamps may be
-    off our estimate of its clock, `max_depth` how deep its bodies may nest. Nothing may be requested before
-    the `Welcomed` event. Bytes for the peer gather until `data_to_send` takes them.
+    Args:
+        max_frame: maximum `length` accepted from the server.
+        tolerance_ms: maximum difference between its timestamps and our estimate of its clock.
+        max_depth: maximum nesting of its bodies.
 
-    `welcome` is WELCOME's map, with keys that are unknown here; connections share it, so do not change it.
-    `clock_offset_ms` is the server's clock minus ours. `dropped_stale` and `dropped_unknown` count the frames
-    that were dropped for their timestamp, and the answers to streams that are not in flight.
+    Requests are allowed after the `Welcomed` event. Output accumulates until `data_to_send`. `welcome` is the
+    map of WELCOME, unknown keys included; it is shared between connections, so do not modify it.
+    `clock_offset_ms` is the server's clock minus ours. `dropped_stale` and `dropped_unknown` count dropped stale
+    frames and answers to unknown streams.
     """
 
     __slots__ = (
@@ -121,7 +122,7 @@ class ClientConnection:
         "_out",
         "_pong_deadline",
         "_salt",
-        "_sent_since_look",
+        "_sent_since_check",
         "_stale_in_a_row",
         "_tokens",
         "_tolerance",
@@ -149,11 +150,11 @@ class ClientConnection:
         self._last_counter = 0  # WELCOME is frame 0
         self._stale_in_a_row = 0
         self._next_stream = 1
-        self._in_flight: dict[int, bytes] = {}  # stream -> the token that its request carried
-        self._tokens: set[bytes] = set()  # those that the server took on this connection
+        self._in_flight: dict[int, bytes] = {}  # stream -> token of its request
+        self._tokens: set[bytes] = set()  # tokens accepted by the server on this connection
         self._out: list[bytes] = []
         self._last_heard = 0.0
-        self._sent_since_look = False
+        self._sent_since_check = False
         self._keepalive_interval = NEVER
         self._keepalive_at = NEVER
         self._pong_deadline = NEVER
@@ -166,15 +167,15 @@ class ClientConnection:
 
     @property
     def salt(self) -> bytes:
-        """What no other connection has: proofs are made for it. Empty before WELCOME."""
+        """Return the salt of the connection, which signatures of devices cover. Empty before WELCOME."""
         return self._salt
 
-    # --- what arrives ---------------------------------------------------------------------------
+    # --- input ----------------------------------------------------------------------------------
 
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ClientEvent]:
-        """Take in decrypted bytes; hand out what they mean, one event at a time.
+        """Process decrypted bytes and yield their events, one at a time.
 
-        `wall` is our own clock. Take all events of one call before the next, and none after `end`.
+        `wall` is our own clock. Take all events of one call before the next call, and none after `end`.
         """
         if self.state is State.CLOSED:
             return
@@ -192,7 +193,7 @@ class ClientConnection:
                 return
             _, head, stream, timestamp, salt, counter, token, body = frame
             if salt != self._salt or counter <= self._last_counter:
-                # WELCOME, too: before it no salt is right.
+                # Includes WELCOME: before it no salt matches.
                 first = self._out_of_order(frame, wall, now)
                 yield first
                 if first.__class__ is ConnectionEnded:
@@ -221,7 +222,7 @@ class ClientConnection:
                     yield ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})
                     continue
                 if sent_with not in self._tokens:
-                    self._token_taken(sent_with, value)
+                    self._add_token(sent_with, value)
                 yield ResponseReceived(stream, value)
                 continue
             try:
@@ -237,7 +238,7 @@ class ClientConnection:
     def _received_other(
         self, head: int, stream: int, token: bytes, body: bytes, wall: int
     ) -> ClientEvent | None:
-        """A fresh frame that is no RESPONSE. Raises ProtocolError for what ends the connection."""
+        """Process a fresh frame other than RESPONSE. Raises ProtocolError if it ends the connection."""
         if head == ERROR:
             return self._received_error(stream, body, wall)
         if head == EVENT:
@@ -282,18 +283,18 @@ class ClientConnection:
 
     def _received_go_away(self, body: bytes) -> GoAwayReceived:
         try:
-            said = decode_map(body, self._max_depth)
+            goaway = decode_map(body, self._max_depth)
         except MessageError as error:
             raise ProtocolError(Code.PROTOCOL_ERROR, f"GOAWAY cannot be read: {error}") from error
-        reason = said.get("reason")
-        retry_after_ms = said.get("retry_after_ms")
+        reason = goaway.get("reason")
+        retry_after_ms = goaway.get("retry_after_ms")
         if reason.__class__ is not str or retry_after_ms.__class__ is not int or retry_after_ms < 0:
             raise ProtocolError(Code.PROTOCOL_ERROR, "GOAWAY must have a reason and retry_after_ms")
         self.state = next_state(self.state, Input.GOAWAY)
         return GoAwayReceived(reason, retry_after_ms)
 
     def _out_of_order(self, frame: RawFrame, wall: int, now: float) -> ClientEvent:
-        """WELCOME, if it is the first frame; else the end."""
+        """Process WELCOME if it is the first frame; end the connection otherwise."""
         if self.state is State.AWAITING_WELCOME:
             return self._received_first(frame, wall, now)
         if frame[4] != self._salt:
@@ -307,7 +308,7 @@ class ClientConnection:
         if counter != 0:
             return self._end_with(Code.PROTOCOL_ERROR, "WELCOME must have counter 0")
         if timestamp > MAX_SERVER_TIME:
-            return self._end_with(Code.PROTOCOL_ERROR, "the server's clock is beyond all years")
+            return self._end_with(Code.PROTOCOL_ERROR, "the server's clock is out of range")
         try:
             self.welcome = read_welcome(body, self._max_depth)
         except ProtocolError as error:
@@ -326,13 +327,13 @@ class ClientConnection:
     # --- clock ----------------------------------------------------------------------------------
 
     def _corrects_clock(self, head: int, body: bytes) -> bool:
-        """Whether a frame that is not fresh is an ERROR STALE_TIMESTAMP, which is heard all the same."""
+        """Return True if a stale frame is an ERROR STALE_TIMESTAMP, which must be processed."""
         if head != ERROR:
             return False
         try:
             return decode_error(body, self._max_depth).code == Code.STALE_TIMESTAMP
         except MessageError:
-            return False  # dropped as stale, like any other
+            return False  # dropped like any other stale frame
 
     def _correct_clock(self, details: Mapping[str, Any], wall: int) -> None:
         server_time = details.get("server_time")
@@ -350,11 +351,15 @@ class ClientConnection:
         meta: Mapping[str, Any] | None = None,
         wall: int,
     ) -> int:
-        """Queue a REQUEST; returns its stream, by which its answer is known.
+        """Queue a REQUEST. Return its stream, which identifies the answer.
 
-        The methods that open a session are sent without a token whatever `token` is. Raises InvalidArgument
-        for what cannot be sent (if it is too large, its details have `size` and `limit`), ResourceExhausted
-        if as many are in flight as the server allows, Unavailable after GOAWAY, ConnectionClosed after the end.
+        Methods that open a session are sent without a token, whatever `token` is.
+
+        Raises:
+            InvalidArgument: the request cannot be encoded, or is too large (details `size` and `limit`).
+            ResourceExhausted: the server's limit of requests in flight is reached.
+            Unavailable: before WELCOME or after GOAWAY.
+            ConnectionClosed: after the end.
         """
         in_flight = self._in_flight
         if self.state is not State.OPEN:
@@ -382,7 +387,7 @@ class ClientConnection:
 
     def _refuse_request(self) -> None:
         if self.state is State.DRAINING:
-            raise Unavailable("the server takes no new requests on this connection")
+            raise Unavailable("the server accepts no new requests on this connection; reconnect")
         if self.state is State.CLOSED:
             raise ConnectionClosed("the connection has ended")
         raise Unavailable("the server has not sent its WELCOME yet")
@@ -391,37 +396,38 @@ class ClientConnection:
         limit = self.send_limit
         if size > limit:
             raise InvalidArgument(
-                f"the request has {size} bytes, and the server takes {limit}", {"size": size, "limit": limit}
+                f"the request has {size} bytes; the server accepts at most {limit}",
+                {"size": size, "limit": limit},
             )
 
     @property
     def send_limit(self) -> int:
-        """The largest `length` that the server takes now."""
+        """Return the maximum `length` that the server accepts now."""
         max_frame: int = self.welcome["max_frame"]
         return max_frame if self._tokens else min(max_frame, MAX_FRAME_BEFORE_SESSION)
 
     @property
     def has_session(self) -> bool:
-        """Whether the server is known to have taken a token on this connection."""
+        """Return True if the server has accepted a token on this connection."""
         return bool(self._tokens)
 
     @property
     def in_flight(self) -> int:
-        """Requests without their answers yet."""
+        """Return the number of unanswered requests."""
         return len(self._in_flight)
 
-    def _token_taken(self, token: bytes, value: Any) -> None:
-        """A RESPONSE shows that the server took its request's token, or gave one."""
-        taken = value.get("token") if token == _OPENING and value.__class__ is dict else token
-        if isinstance(taken, bytes) and len(taken) == TOKEN_SIZE and taken != NO_TOKEN:
-            self._tokens.add(taken)
+    def _add_token(self, token: bytes, value: Any) -> None:
+        """Record the token that a RESPONSE shows to be accepted, or contains."""
+        accepted = value.get("token") if token == _OPENING and value.__class__ is dict else token
+        if isinstance(accepted, bytes) and len(accepted) == TOKEN_SIZE and accepted != NO_TOKEN:
+            self._tokens.add(accepted)
 
     def session_ended(self, token: bytes) -> None:
-        """A session is over, as its user knows: it no longer counts as one that this connection has."""
+        """Remove the token of an ended session from this connection."""
         self._tokens.discard(token)
 
     def cancel(self, stream: int, wall: int) -> None:
-        """Queue a CANCEL. The request stays in flight until its answer comes."""
+        """Queue a CANCEL. The request stays in flight until its answer arrives."""
         token = self._in_flight.get(stream)
         if token is not None and self.state is not State.CLOSED:
             self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)
@@ -434,61 +440,61 @@ class ClientConnection:
             self._send(PING, 0, NO_TOKEN, b"", wall)
 
     def next_deadline(self) -> float:
-        """When `handle_timeout` must be called at the latest, in monotonic seconds. NEVER if it need not.
+        """Return the latest time for the next `handle_timeout`, in monotonic seconds, or NEVER.
 
-        It changes with WELCOME and with each `handle_timeout` only.
+        It changes only with WELCOME and with each `handle_timeout`.
         """
         if self.state is State.CLOSED:
             return NEVER
         return min(self._keepalive_at, self._pong_deadline)
 
     def handle_timeout(self, wall: int, now: float) -> list[ClientEvent]:
-        """Do what is due: a PING after a silence, the end after a PING that brought nothing.
+        """Send a PING after a silence, or end the connection after a PING without answer.
 
-        It looks at the connection in intervals of a third of the server's idle timeout. A PING goes out if
-        since the last look nothing was sent or nothing was heard, so no silence lasts two thirds of it.
-        Calling it early does nothing.
+        Checks the connection at intervals of a third of the server's idle timeout. A PING is sent if nothing was
+        sent or nothing was received since the last check, so a silence is shorter than two thirds of it. An
+        early call does nothing.
         """
         if self.state is State.CLOSED:
             return []
         if self._pong_deadline <= now:
             if self._last_heard <= self._pong_deadline - PONG_TIMEOUT:
-                return [self._end_with(None, "the server does not answer")]
-            self._pong_deadline = NEVER  # other frames have shown that it lives
+                return [self._end_with(None, "the server did not answer a PING")]
+            self._pong_deadline = NEVER  # other frames have arrived since
         if self._keepalive_at <= now:
-            heard_since_look = self._last_heard > self._keepalive_at - self._keepalive_interval
-            if not (self._sent_since_look and heard_since_look):
+            heard_since_check = self._last_heard > self._keepalive_at - self._keepalive_interval
+            if not (self._sent_since_check and heard_since_check):
                 self.ping(wall)
                 if self._pong_deadline == NEVER:
                     self._pong_deadline = now + PONG_TIMEOUT
-            self._sent_since_look = False
+            self._sent_since_check = False
             self._keepalive_at = now + self._keepalive_interval
         return []
 
     # --- the end --------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """The transport is gone, or about to be closed after what is queued."""
+        """End the connection: the transport is gone, or will be closed after queued output."""
         self.state = next_state(self.state, Input.END)
 
     def _end_with(self, code: Code | None, reason: str) -> ConnectionEnded:
         self.state = next_state(self.state, Input.FATAL)
         return ConnectionEnded(code, reason)
 
-    # --- bytes out ------------------------------------------------------------------------------
+    # --- output ---------------------------------------------------------------------------------
 
     def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
         counter = self._counter + 1
         self._counter = counter
-        self._sent_since_look = True
-        # Never below 0, though our clock may go back by more than all the server's time.
+        self._sent_since_check = True
+        # Never negative, even if our clock goes back by more than the server's time.
         timestamp = max(wall + self.clock_offset_ms, 0)
         length = MIN_LENGTH + len(body)
         self.queued_bytes += length
         self._out.append(_pack_header(length, head, stream, timestamp, self._salt, counter, token) + body)
 
     def data_to_send(self) -> bytes:
-        """All bytes for the peer that were not taken yet."""
+        """Return and clear the queued output."""
         out = self._out
         if len(out) == 1:
             data = out[0]

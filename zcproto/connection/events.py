@@ -1,4 +1,4 @@
-"""What a connection tells the edge. A request is a bare tuple, all other events are named."""
+"""Define the events that a connection passes to the edge. A request is a bare tuple; other events are classes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ NEVER: Final = float("inf")
 
 
 RawRequest = tuple[int, bytes, Session | None, str, dict[str, Any], RequestMeta]
-"""A request that may run: its header is fresh, its token good, its message well-formed.
+"""A request that may run: fresh header, valid token, well-formed message.
 
-Stream, token, session (None if it came with no token), method, params, meta. It is a bare tuple, since most
-are answered in the turn in which they arrive; one that outlives it, or is refused, becomes a `Request`.
+Stream, token, session (None without a token), method, params, meta. It is a bare tuple because most requests are
+answered in the turn in which they arrive; one that outlives it or is refused becomes a `Request`.
 """
 
 
 class Request:
-    """A request that is kept: `Request(*raw)`.
+    """A request that outlives its turn: `Request(*raw)`.
 
-    `deadline` is monotonic seconds, `NEVER` without one; it is set when the request is held. `held` says that
-    the answer comes in a later turn, `lingers` that it was given without waiting for the handler, which still
-    runs.
+    `deadline` is monotonic seconds, or `NEVER`; it is set when the request is held. `held`: the answer comes in a
+    later turn. `lingers`: it was answered early, and its handler is still running.
     """
 
     __slots__ = ("deadline", "held", "lingers", "meta", "method", "params", "session", "stream", "token")
@@ -54,9 +53,9 @@ class Request:
 
 
 class KeyWanted(NamedTuple):
-    """A frame's token is bound to a key that was not proved on this connection.
+    """A frame's token is bound to a key that has not been proved on this connection.
 
-    Whoever knows at once that the peer has the key calls `prove` before the next event is taken; else the frame is
+    An edge that can verify the key at once calls `prove` before it takes the next event; otherwise the frame is
     refused, unless it is `session.attach`.
     """
 
@@ -65,7 +64,7 @@ class KeyWanted(NamedTuple):
 
 
 class RequestEnded(NamedTuple):
-    """A held request was answered without its handler: CANCELLED or DEADLINE_EXCEEDED. Stop the handler."""
+    """A held request was answered with CANCELLED or DEADLINE_EXCEEDED. Stop its handler."""
 
     request: Request
     code: Code
@@ -78,9 +77,9 @@ class SessionJoined(NamedTuple):
 
 
 class TokenUnknown:
-    """A frame's token is not known here, or seems to have expired (`code`); others may know better.
+    """A frame's token is unknown here or seems expired (`code`), but may be valid in the store.
 
-    The edge finds out before it takes the next event. If it cannot, it sets `refusal` to the body of the ERROR.
+    The edge looks it up before it takes the next event. If it cannot, it sets `refusal` to the body of the ERROR.
     """
 
     __slots__ = ("code", "refusal", "token")
@@ -95,7 +94,7 @@ class TokenUnknown:
 
 
 class GoAwayReason(StrEnum):
-    """Why a server closes a connection in good order: the reason in GOAWAY."""
+    """Reasons in GOAWAY (zcp1.md, section 6)."""
 
     DRAINING = "draining"
     IDLE = "idle"
@@ -103,7 +102,7 @@ class GoAwayReason(StrEnum):
 
 
 class ConnectionEnded(NamedTuple):
-    """The conversation is over. Send what is queued, then close. `code` is the fatal error, if one was."""
+    """The connection has ended. Send queued output, then close. `code` is the fatal error, if any."""
 
     code: Code | None
     reason: str
@@ -113,7 +112,7 @@ ServerEvent = RawRequest | RequestEnded | SessionJoined | KeyWanted | TokenUnkno
 
 
 class Welcomed(NamedTuple):
-    """The server's WELCOME: calls may be made from here on."""
+    """WELCOME was received: requests may be sent."""
 
     settings: dict[str, Any]
 
@@ -122,12 +121,12 @@ class ResponseReceived(NamedTuple):
     stream: int
     value: Any
 
-    def __repr__(self) -> str:  # the result of session.open holds tokens
+    def __repr__(self) -> str:  # the result of session.open contains tokens
         return f"ResponseReceived(stream={self.stream})"
 
 
 class ErrorReceived(NamedTuple):
-    """One call was answered with an error. The connection goes on."""
+    """A request was answered with an error. The connection continues."""
 
     stream: int
     code: int
@@ -136,7 +135,7 @@ class ErrorReceived(NamedTuple):
 
 
 class GoAwayReceived(NamedTuple):
-    """The server takes no new requests on this connection; what is in flight may still be answered."""
+    """The server accepts no new requests on this connection; those in flight may still be answered."""
 
     reason: str
     retry_after_ms: int

@@ -1,15 +1,16 @@
-"""The server's end of a conversation: bytes and time in; events, bytes and the next deadline out.
+"""Run the server end of a connection (sans-IO): bytes and time in; events, bytes and the next deadline out.
 
-What it decides: freshness (salt, counter, timestamp), which session a frame belongs to, which limit holds,
-streams in flight, deadlines, cancellation, and what ends the connection. The order of the checks is the
-protocol's: header, freshness, stream in flight, token, body.
+Decides freshness (salt, counter, timestamp), the session of a frame, the limits that apply, streams in flight,
+deadlines, cancellation, and the end of the connection. Checks run in the order of the protocol (zcp1.md, section
+8): header, freshness, stream in flight, token, body.
 
-What it must not know: sockets, TLS, clocks, handlers.
+Rules:
+- `receive_data` is lazy: each request is yielded before the next frame is parsed, so an answer that changes
+  permissions (a session opened, closed or revoked) applies to the next frame of the same read.
+- The edge must take all events of one call before the next call, and may pause in between while the peer does not
+  read.
 
-`receive_data` works as its events are taken: each request is handed out before the next frame is looked at,
-so an answer that changes what is allowed (a session opened, closed or revoked) holds for the very next frame
-of the same read. The edge must take all events of one call before it feeds the next, and may stop in between
-for as long as the peer does not read.
+It must not know: sockets, TLS, clocks, handlers.
 """
 
 from __future__ import annotations
@@ -64,10 +65,10 @@ from zcproto.wire.message import (
 
 MS: Final = 1000
 ALWAYS: Final = 2**64
-"""Milliseconds: no time comes after it."""
+"""Milliseconds: later than any time."""
 
 TOUCH_INTERVAL_MS: Final = 1_000
-"""A session's last use is written at most this often by one connection; idle limits are minutes."""
+"""Minimum interval at which one connection updates the last use of a session; idle limits are minutes."""
 
 TOKEN_ERRORS: Final = {
     Code.UNAUTHENTICATED: encode_error(Code.UNAUTHENTICATED, "unknown token: open a session"),
@@ -81,10 +82,10 @@ TOKEN_ERRORS: Final = {
     ),
 }
 LOOKED_UP: Final = {TOKEN_ERRORS[code]: code for code in (Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED)}
-"""What a token is not refused with before it was looked up, where `looks_up` is set."""
+"""Refusals that require a lookup first, if `looks_up` is set."""
 
 ATTACH: Final = "session.attach"
-"""The one method that a bound token may call where its key was not proved."""
+"""The only method allowed with a bound token whose key is not proved."""
 
 NEEDS_ATTACH: Final = encode_error(
     Code.UNAUTHENTICATED, "bound token: prove its key here by session.attach first", {"attach": True}
@@ -97,7 +98,7 @@ CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
 DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
 
 _pack_header = HEADER.pack
-_CLOSED: Final = State.CLOSED  # an enumeration's members are slow to reach
+_CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
 _DRAINING: Final = State.DRAINING
 _READING: Final = frozenset({State.OPEN, State.DRAINING})
@@ -105,7 +106,7 @@ _NO_KEYS: Final[frozenset[str]] = frozenset()
 
 
 class JoinedSession(NamedTuple):
-    """A live session that was used on a connection. `expiring_at` is monotonic seconds, NEVER once told."""
+    """A live session used on a connection. `expiring_at` is monotonic seconds, NEVER after its event."""
 
     token: bytes
     expires_at: int
@@ -116,12 +117,14 @@ class JoinedSession(NamedTuple):
 
 
 class ServerConnection:
-    """One client's conversation.
+    """The connection of one client.
 
-    `salt` is 8 random bytes that no other connection has. Bytes for the peer gather until `data_to_send`
-    takes them. `refused` counts frames that led to no request, by cause and code; connections may share it.
-    `admits`, if it is given, is asked when a token is first used here: False refuses it like an
-    unknown one. `deadline_moved` says that `next_deadline` may have become earlier since it was last asked.
+    Args:
+        salt: 8 random bytes, unique to this connection.
+        admits: called when a token is first used here; False refuses it like an unknown one.
+        refused: counts frames refused before they became requests, by cause and code; connections may share it.
+
+    Output accumulates until `data_to_send`. `deadline_moved`: `next_deadline` may be earlier than at its last call.
     """
 
     __slots__ = (
@@ -172,29 +175,29 @@ class ServerConnection:
         self._last_counter = 0  # the first client frame has 1 or more
         self._last_frame = now
         self._stale_in_a_row = 0
-        self._token = NO_TOKEN  # the token last accepted, with its session, so that most checks compare
+        self._token = NO_TOKEN  # last accepted token, so that most checks are one comparison
         self._session: Session | None = None
         self._seen_generation = registry.generation
         self._recheck_at = ALWAYS
-        self._sessions: dict[str, JoinedSession] = {}  # the live ones that were used here
-        self._proved = _NO_KEYS  # those whose bound sessions may be used here
+        self._sessions: dict[str, JoinedSession] = {}  # live sessions used here
+        self._proved = _NO_KEYS  # keys whose bound sessions may be used here
         self._expiring_at = NEVER
         self._open_deadline = now + settings.open_timeout_s
         self._held: dict[int, Request] = {}
-        self._lingering = 0  # answered by cancellation or deadline, but their handlers still run
+        self._lingering = 0  # answered early, with their handlers still running
         self._out: list[bytes] = []
         self.dropped_stale = 0
         self.deadline_moved = True
         self.state = State.OPEN
         self._send(WELCOME, 0, NO_TOKEN, settings.welcome_body, wall)
 
-    # --- what arrives ---------------------------------------------------------------------------
+    # --- input ----------------------------------------------------------------------------------
 
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
-        """Take in decrypted bytes; hand out what they mean, one event at a time."""
+        """Process decrypted bytes and yield their events, one at a time."""
         header = self._decoder.judge_one(data)
         if header is not None:
-            # One usual request, about which there is nothing to decide: it is as `_events` would have it, for less.
+            # Fast path: one usual request without special conditions. Same result as `_events`, at less cost.
             length, _, stream, timestamp, salt, counter, token = header
             settings = self._settings
             tolerance = settings.tolerance_ms
@@ -220,8 +223,7 @@ class ServerConnection:
         return self._events(data, header, wall, now)
 
     def _events(self, data: bytes, header: RawHeader | None, wall: int, now: float) -> Iterator[ServerEvent]:
-        """What bytes mean that are not just one usual request. `header`: that of the frame that they are, if it is
-        one."""
+        """Yield the events of bytes outside the fast path. `header` is set if they are exactly one frame."""
         if self.state not in _READING:
             return
         registry = self._registry
@@ -282,19 +284,19 @@ class ServerConnection:
                         if self.state is _CLOSED:
                             return
                         joined = unknown.refusal or self._session_of(token, wall, now)
-                    if joined is not None:  # else it is good, and was seen here before
+                    if joined is not None:  # None: valid, and used here before
                         if isinstance(joined, KeyWanted):
-                            yield joined  # the edge may know that the peer has the key
+                            yield joined  # the edge may be able to verify the key at once
                             joined = self._session_of(token, wall, now)
                         if isinstance(joined, SessionJoined):
                             yield joined
-                            if registry.generation != self._seen_generation:  # it may have ended meanwhile
+                            if registry.generation != self._seen_generation:  # the session may have ended
                                 joined = self._session_of(token, wall, now)
                         if isinstance(joined, KeyWanted):
                             request = self._attaching(joined, length, stream, token, body, wall)
                             if request is not None:
                                 yield request
-                                if self.state is _CLOSED:  # the edge ended it while it had the request
+                                if self.state is _CLOSED:  # ended by the edge
                                     return
                             continue
                         if isinstance(joined, bytes):
@@ -315,13 +317,13 @@ class ServerConnection:
                     self._refuse("deadline", stream, token, DEADLINE_EXCEEDED, wall)
                     continue
                 yield stream, token, session, method, params, meta
-                if self.state is _CLOSED:  # the edge ended it while it had the request
+                if self.state is _CLOSED:  # ended by the edge
                     return
         except ProtocolError as error:
             yield self._end_with(error.code, error.reason, wall)
 
     def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> bool:
-        """Refuse one stale frame; True if it was one too many."""
+        """Refuse a stale frame. Return True if the limit of consecutive ones is reached."""
         self._stale_in_a_row += 1
         if self._stale_in_a_row >= self._settings.max_stale_in_a_row:
             return True
@@ -335,10 +337,10 @@ class ServerConnection:
         return False
 
     def _session_of(self, token: bytes, wall: int, now: float) -> SessionJoined | KeyWanted | bytes | None:
-        """Find the session of a token that is not the one last seen, or whose check is due again.
+        """Check a token that differs from the last one or must be checked again.
 
-        Returns the body of the ERROR that refuses it; or that it must be attached first; or the event of its
-        first use here; or None.
+        Return the body of an ERROR, KeyWanted if its key must be proved first, SessionJoined on its first use here,
+        or None.
         """
         registry = self._registry
         self._seen_generation = registry.generation
@@ -362,7 +364,7 @@ class ServerConnection:
             registry.use(session, wall)
         self._token = token
         self._session = session
-        # Half of what is left: a session in use must be noted as used before it would be taken for idle.
+        # Half of the remaining time, so that a session in use is touched before it would count as idle.
         self._recheck_at = wall + min(TOUCH_INTERVAL_MS, (session.valid_until - wall) // 2)
         if is_known:
             return None
@@ -372,9 +374,9 @@ class ServerConnection:
     def _attaching(
         self, wanted: KeyWanted, length: int, stream: int, token: bytes, body: bytes, wall: int
     ) -> RawRequest | None:
-        """A request whose token needs its key proved: it may run if it is `session.attach`, else it is refused.
+        """Return a `session.attach` request for a token whose key is not proved; refuse any other.
 
-        A body too large for a connection without a session is not looked at.
+        A body too large for a connection without a session is not decoded.
         """
         refusal = NEEDS_ATTACH if wanted.key.startswith(DEVICE_KEY) else NEEDS_CERTIFICATE
         if refusal is NEEDS_ATTACH and length <= self._settings.max_frame_before_session:
@@ -392,21 +394,21 @@ class ServerConnection:
         return None
 
     def prove(self, key: str) -> None:
-        """The peer has shown that it has this key: the sessions bound to it may be used here."""
+        """Record that the peer has proved this key: sessions bound to it may be used here."""
         self._proved |= {key}
 
     def has_proved(self, key: str) -> bool:
-        """Whether the peer has shown that it has this key."""
+        """Return True if the peer has proved this key."""
         return key in self._proved
 
     def disprove(self, key: str) -> None:
-        """This key is worth nothing any more."""
+        """Withdraw a proved key."""
         if key in self._proved:
             self._proved -= {key}
             self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
 
     def _is_refused(self, length: int, stream: int, token: bytes, session: Session | None, wall: int) -> bool:
-        """Refuse a request for what the connection is, before its body is looked at."""
+        """Refuse a request because of the connection's state or limits, before decoding its body."""
         settings = self._settings
         if session is None and length > settings.max_frame_before_session:
             self._refuse("too_large_without_session", stream, token, NEEDS_SESSION, wall)
@@ -431,15 +433,15 @@ class ServerConnection:
         return True
 
     def _refuse(self, reason: str, stream: int, token: bytes, body: bytes, wall: int) -> None:
-        """Answer a frame with an ERROR before it is a request, and count that."""
+        """Answer a frame with an ERROR before it becomes a request, and count it."""
         cause = (reason, code_in(body))
         self._refused[cause] = self._refused.get(cause, 0) + 1
         self._send(ERROR, stream, token, body, wall)
 
-    # --- what is answered -----------------------------------------------------------------------
+    # --- answers --------------------------------------------------------------------------------
 
     def hold(self, request: Request, now: float) -> None:
-        """Keep a request in flight: its answer will come in a later turn."""
+        """Keep a request in flight to answer it in a later turn."""
         request.held = True
         self._held[request.stream] = request
         if request.meta.deadline_ms is not None:
@@ -447,10 +449,10 @@ class ServerConnection:
             self.deadline_moved = True
 
     def respond_at_once(self, stream: int, token: bytes, body: bytes, wall: int) -> None:
-        """Answer the request that was handed out last, and was not held, with an encoded result."""
+        """Answer the last yielded request, which is not held, with an encoded result."""
         if self.state is _CLOSED:
             return
-        # `_send`, written out: half of all frames pass here.
+        # `_send` inlined: half of all frames pass here.
         counter = self._counter
         self._counter = counter + 1
         self._out.append(
@@ -458,14 +460,15 @@ class ServerConnection:
         )
 
     def respond(self, request: Request, body: bytes, wall: int) -> bool:
-        """Answer a request with an encoded result. False if it had its answer already (or never will)."""
+        """Answer a request with an encoded result. Return False if it was already answered or the end came
+        first."""
         if (request.held and not self._release(request)) or self.state is _CLOSED:
             return False
         self._send(RESPONSE, request.stream, request.token, body, wall)
         return True
 
     def fail(self, request: Request, body: bytes, wall: int) -> bool:
-        """Answer a request with an encoded error. False if it had its answer already (or never will)."""
+        """Answer a request with an encoded error. Return False if it was already answered or the end came first."""
         if (request.held and not self._release(request)) or self.state is _CLOSED:
             return False
         self._send(ERROR, request.stream, request.token, body, wall)
@@ -482,30 +485,30 @@ class ServerConnection:
 
     def _answer_early(self, request: Request, body: bytes, wall: int) -> None:
         del self._held[request.stream]
-        # The handler may go on for a while: it still counts against max_streams until it has ended.
+        # The handler may still run for a while; it counts against max_streams until it has ended.
         request.lingers = True
         self._lingering += 1
         self._send(ERROR, request.stream, request.token, body, wall)
 
     @property
     def max_body(self) -> int:
-        """The largest body of an answer, in bytes, as the client was told."""
+        """Return the maximum body of an answer, in bytes, as announced in WELCOME."""
         return self._settings.max_body
 
     def is_held(self, request: Request) -> bool:
-        """Whether an answer to a request that was held is still owed."""
+        """Return True if a held request has not been answered."""
         return self._held.get(request.stream) is request
 
     @property
     def in_flight(self) -> int:
-        """Requests whose answers are still owed."""
+        """Return the number of unanswered requests."""
         return len(self._held)
 
     # --- sessions -------------------------------------------------------------------------------
 
     @property
     def salt(self) -> bytes:
-        """What no other connection has: proofs are made for it."""
+        """Return the salt of the connection, which signatures of devices cover."""
         return self._salt
 
     @property
@@ -513,7 +516,7 @@ class ServerConnection:
         return iter(self._sessions)
 
     def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
-        """A session was opened, refreshed or used here: the limits of a connection with a session hold."""
+        """Add a session opened, refreshed or used here, and apply the limits of a connection with a session."""
         expiring_at = now + max(0, session.expiring_at - wall) / MS
         self._sessions[session.id] = JoinedSession(token, session.expires_at, expiring_at)
         if expiring_at < self._expiring_at:
@@ -523,7 +526,7 @@ class ServerConnection:
         self._decoder.limit = self._settings.max_frame
 
     def leave(self, session_id: str, now: float) -> None:
-        """A session ended. A connection left without one goes back to the limits of a new one."""
+        """Remove an ended session. Without any session, the limits of a new connection apply again."""
         self._sessions.pop(session_id, None)
         if not self._sessions and self._open_deadline == NEVER:
             self._decoder.limit = self._settings.max_frame_before_session
@@ -531,16 +534,16 @@ class ServerConnection:
             self.deadline_moved = True
 
     def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
-        """Tell the peer that a session it used here was revoked, and leave it."""
+        """Send `session.revoked` for a session used here, and remove it."""
         known = self._sessions.get(session_id)
         if known is not None and self.state is not _CLOSED:
             self._send(EVENT, 0, known.token, encode_body(["session.revoked", {"reason": reason}]), wall)
         self.leave(session_id, now)
 
     def send_event(self, session_id: str, name: str, data: Any, wall: int) -> bool:
-        """Send an event that speaks of a session. False if the session was not used on this connection.
+        """Send an event of a session. Return False if the session is not used on this connection.
 
-        Raises MessageError for data that no frame can carry.
+        Raises MessageError if the data cannot be encoded or is too large.
         """
         known = self._sessions.get(session_id)
         if known is None or self.state is _CLOSED:
@@ -552,20 +555,20 @@ class ServerConnection:
         return True
 
     def announce(self, body: bytes, wall: int) -> None:
-        """Send an event (its encoded body) that speaks of the server and of no session: its token is zeros."""
+        """Send an event of the server itself (its encoded body), with a zero token."""
         if self.state is not _CLOSED:
             self._send(EVENT, 0, NO_TOKEN, body, wall)
 
     # --- the end --------------------------------------------------------------------------------
 
     def go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
-        """Announce the end: requests in flight are still answered, new ones get UNAVAILABLE."""
+        """Send GOAWAY: requests in flight are still answered, new ones get UNAVAILABLE."""
         if self.state is State.OPEN:
             self.state = next_state(self.state, Input.GOAWAY)
             self._send_go_away(reason, retry_after_ms, wall)
 
     def end(self) -> None:
-        """The transport is gone, or about to be closed after what is queued."""
+        """End the connection: the transport is gone, or will be closed after queued output."""
         self.state = next_state(self.state, Input.END)
 
     def _send_go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
@@ -580,7 +583,7 @@ class ServerConnection:
     # --- time -----------------------------------------------------------------------------------
 
     def next_deadline(self) -> float:
-        """When `handle_timeout` must be called at the latest, in monotonic seconds. NEVER if it need not."""
+        """Return the latest time for the next `handle_timeout`, in monotonic seconds, or NEVER."""
         self.deadline_moved = False
         if self.state is _CLOSED:
             return NEVER
@@ -591,7 +594,7 @@ class ServerConnection:
         return min(earliest, *(request.deadline for request in self._held.values()))
 
     def handle_timeout(self, wall: int, now: float) -> list[ServerEvent]:
-        """Do what is due. Calling it early does nothing."""
+        """Handle due timers. An early call does nothing."""
         events: list[ServerEvent] = []
         if self.state is _CLOSED:
             return events
@@ -605,7 +608,7 @@ class ServerConnection:
             reason = GoAwayReason.NO_SESSION
         elif self._last_frame + self._settings.idle_timeout_s <= now:
             if self._held:
-                self._last_frame = now  # who waits for an answer is not idle: look again later
+                self._last_frame = now  # requests in flight count as activity
             else:
                 reason = GoAwayReason.IDLE
         if reason is not None:
@@ -625,7 +628,7 @@ class ServerConnection:
             elif joined.expiring_at < self._expiring_at:
                 self._expiring_at = joined.expiring_at
 
-    # --- bytes out ------------------------------------------------------------------------------
+    # --- output ---------------------------------------------------------------------------------
 
     def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
         counter = self._counter
@@ -636,11 +639,11 @@ class ServerConnection:
 
     @property
     def queued(self) -> int:
-        """How many frames wait for `data_to_send`."""
+        """Return the number of frames waiting for `data_to_send`."""
         return len(self._out)
 
     def data_to_send(self) -> bytes:
-        """All bytes for the peer that were not taken yet."""
+        """Return and clear the queued output."""
         out = self._out
         if len(out) == 1:
             data = out[0]

@@ -1,4 +1,4 @@
-"""What a connection is allowed, as plain numbers. Each has the default of the configuration."""
+"""Define the limits of a server connection, with the defaults of the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zcproto.wire.message import DEFAULT_MAX_DEPTH, encode_body
 
 @dataclass(frozen=True, slots=True)
 class TransportSecurityPolicy:
-    """RFC 6797's policy for native clients: for how long a client must insist on verified TLS."""
+    """Strict transport security for native clients, after RFC 6797: how long to require verified TLS."""
 
     max_age_s: int = 31_536_000
     include_subdomains: bool = True
@@ -19,7 +19,7 @@ class TransportSecurityPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionSettings:
-    """Limits of one server connection. Lengths are in bytes, times as their names say."""
+    """Limits of one server connection. Lengths are in bytes; names give the unit of times."""
 
     server: str = "zcproto"
     max_frame: int = 1_048_576
@@ -33,12 +33,12 @@ class ConnectionSettings:
     retry_busy_ms: int = 100
     retry_draining_ms: int = 1_000
     looks_up: bool = False
-    """Whether tokens that are not known here may be good all the same."""
+    """Unknown tokens may be valid in a shared store and must be looked up."""
     sts: TransportSecurityPolicy = TransportSecurityPolicy()
     welcome_body: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Encoded once: it is the same on every connection.
+        # Encoded once, because it is the same on every connection.
         object.__setattr__(self, "welcome_body", encode_body(self._welcome()))
 
     def _welcome(self) -> dict[str, Any]:
@@ -54,5 +54,5 @@ class ConnectionSettings:
 
     @property
     def max_body(self) -> int:
-        """The largest body of an answer, in bytes."""
+        """Return the maximum body of an answer, in bytes."""
         return self.max_frame - MIN_LENGTH

@@ -1,12 +1,12 @@
-"""The states of a conversation, as one table, the same for both ends.
+"""Define the states of a connection in one table for both ends.
 
-Rules: every change of state is in this table; what is not in it is a bug of ours, never an answer to a
-peer's input. A peer's bad input is FATAL, which every open state has.
-
-    AWAITING_WELCOME  client only: nothing may be sent, and WELCOME alone may arrive
+    AWAITING_WELCOME  client only: it may not send, and only WELCOME may arrive
     OPEN              both sides may send
-    DRAINING          GOAWAY was said: what runs is answered, nothing new is taken
-    CLOSED            over: nothing is read any more; what is queued is still to be sent
+    DRAINING          GOAWAY was sent: requests in flight are answered, new ones refused
+    CLOSED            nothing is read any more; queued output is still sent
+
+Rules: every transition is in the table. A missing one is a bug in zcproto, never the result of a peer's input:
+invalid input is FATAL, which every open state has.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Input(Enum):
     WELCOME = "welcome"
     GOAWAY = "goaway"
     FATAL = "fatal"
-    END = "end"  # the transport ended, cleanly or not, or a timeout says that it must
+    END = "end"  # the transport ended, or a timeout ends it
 
 
 TRANSITIONS: Final[dict[State, dict[Input, State]]] = {
@@ -52,5 +52,5 @@ TRANSITIONS: Final[dict[State, dict[Input, State]]] = {
 
 
 def next_state(state: State, given: Input) -> State:
-    """The state that follows. A KeyError is a bug in zcproto."""
+    """Return the next state. A KeyError is a bug in zcproto."""
     return TRANSITIONS[state][given]

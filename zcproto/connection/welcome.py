@@ -1,4 +1,4 @@
-"""WELCOME as a client reads it: every key of the contract must be there, and may be believed afterwards."""
+"""Parse and validate WELCOME for a client (zcp1.md, section 6)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LEAST: Final = {"max_frame": MIN_LENGTH, "max_streams": 1, "idle_timeout_ms": 0
 
 @lru_cache(maxsize=16)  # all connections to one server share one map
 def read_welcome(body: bytes, max_depth: int) -> dict[str, Any]:
-    """The map of a WELCOME. Raises ProtocolError if it is not as the contract says."""
+    """Return the map of a WELCOME. Raises ProtocolError if a key is missing or invalid."""
     try:
         welcome = decode_map(body, max_depth)
     except MessageError as error:
