@@ -93,7 +93,6 @@ CLOCKS_AND_RANDOMNESS = {
 ALLOWED = {
     "zcproto/common/clock.py": {"time": "the clock", "os": "the system's randomness"},
     "zcproto/client/client.py": {"random": "default source of retry jitter; not secret"},
-    "zcproto/cli/private_file.py": {"secrets": "the name of a temporary file"},
     "zcproto/certs/keeper.py": {"random": "retry jitter; not secret"},
     "zcproto/observe/loop_lag.py": {"time": "measures the real lag of the loop"},
     "zcproto/server/state.py": {"secrets": "incident ids, which join an answer to a log line"},

@@ -68,7 +68,7 @@ def test_a_test_arrives_at_all_sinks(
     body = tmp_path / "body"
     body.write_bytes(request.body)
     assert main(["alert", "verify", "--signature", signature, str(body)]) == 0
-    assert capsys.readouterr().out.startswith("good")
+    assert capsys.readouterr().out.startswith("valid")
 
 
 def test_one_that_fails_is_told_and_the_other_is_tried(
@@ -131,7 +131,7 @@ def test_a_signature_can_be_checked_by_hand(
     stdin(monkeypatch, b"{}")
     assert verify(secret_file, sign(Secret(SECRET), b"{}", wall() - 3_600_000)) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "good: it is from whoever has the secret, and new"
+    assert out[0] == "valid: signed with the secret, and recent"
     assert out[1] == "the signature is not right: another secret, or another body"
     assert "s old: 300 s are allowed" in out[2]
 
@@ -140,7 +140,7 @@ def test_it_needs_a_secret_and_a_message_of_some_size(
     home: Path, secret_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["alert", "verify", "--signature", "x", os.devnull]) == 2
-    assert "name one by --secret-file" in capsys.readouterr().err
+    assert "use --secret-file" in capsys.readouterr().err
     stdin(monkeypatch, bytes(1_048_577))
     assert verify(secret_file, "x") == 2
     secret_file.chmod(0o644)

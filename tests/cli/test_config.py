@@ -13,7 +13,9 @@ Capture = pytest.CaptureFixture[str]
 
 def test_init_writes_a_file_for_its_owner_alone(home: Path, capsys: Capture) -> None:
     assert main(["config", "init"]) == 0
-    assert capsys.readouterr().out == f"{home}/config.toml: written; uncomment what you want to set\n"
+    assert (
+        capsys.readouterr().out == f"{home}/config.toml: written; uncomment the keys that you want to set\n"
+    )
     assert (home / "config.toml").stat().st_mode & 0o777 == 0o600
     assert home.stat().st_mode & 0o777 == 0o700
 
@@ -22,14 +24,14 @@ def test_what_init_writes_is_sound(home: Path, capsys: Capture) -> None:
     main(["config", "init"])
     capsys.readouterr()
     assert main(["config", "check"]) == 0
-    assert capsys.readouterr() == (f"{home}/config.toml: sound\n", "")
+    assert capsys.readouterr() == (f"{home}/config.toml: valid\n", "")
 
 
 def test_init_replaces_no_file_unless_forced(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     (home / "config.toml").write_text("[server]\nport = 1")
     assert main(["config", "init"]) == 1
-    assert capsys.readouterr().err == f"zcproto: {home}/config.toml: is there already; --force replaces it\n"
+    assert capsys.readouterr().err == f"zcproto: {home}/config.toml: already exists; --force replaces it\n"
     assert (home / "config.toml").read_text() == "[server]\nport = 1"
     assert main(["config", "init", "--force"]) == 0
     assert (home / "config.toml").read_text().startswith("# Configuration of zcproto.")
@@ -79,14 +81,14 @@ def test_check_looks_at_the_home_folder_too(home: Path, capsys: Capture) -> None
 
 def test_check_makes_nothing(home: Path, capsys: Capture) -> None:
     assert main(["config", "check"]) == 0
-    assert capsys.readouterr().out == "no file, so every key has its default: sound\n"
+    assert capsys.readouterr().out == "no file, all keys have their defaults: valid\n"
     assert not home.exists()
 
 
 def test_check_names_the_file_it_was_given(tmp_path: Path, home: Path, capsys: Capture) -> None:
     (tmp_path / "zc.toml").write_text("")
     assert main(["config", "check", "--config", str(tmp_path / "zc.toml")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}/zc.toml: sound\n"
+    assert capsys.readouterr().out == f"{tmp_path}/zc.toml: valid\n"
     assert main(["config", "check", "--config", str(tmp_path / "absent.toml")]) == 2
 
 

@@ -19,9 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from zcproto.auth import DeviceFile, PairingFile, UserFile
 from zcproto.auth import pairing as pairing_module
 from zcproto.cli import device as device_module
-from zcproto.cli import main
-from zcproto.cli import pair as pair_module
-from zcproto.cli.kept_sessions import NotHereError
+from zcproto.cli import main, session_store
+from zcproto.cli.session_store import StoreInUseError
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.sessions import token_text
@@ -70,8 +69,7 @@ def test_pair_prints_a_code_alone_and_a_sentence_aside(home: Path, users: UserFi
     out, err = capsys.readouterr()
     assert re.fullmatch(r"[0-9A-Z]{4}-[0-9A-Z]{4}\n", out)
     assert err == (
-        "This code is good once, for a device of ada, for 10 min; five wrong tries end it."
-        " It is shown this once:\n"
+        "This code enrolls one device of ada within 10 min; five wrong attempts end it. It is shown once:\n"
     )
     assert out.strip() not in (home / "pairing.toml").read_text()
     assert trade(home, out.strip()) == "ada"
@@ -89,7 +87,7 @@ def test_the_code_is_good_for_as_long_as_asked(
     codes = PairingFile(home / "pairing.toml")
     assert codes.count_open(before + minutes * MINUTE_MS - 1) == 1
     assert codes.count_open(after + minutes * MINUTE_MS) == 0
-    assert f"for {minutes} min" in capsys.readouterr().err
+    assert f"within {minutes} min" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "1441", "x", "1.5"])
@@ -101,10 +99,10 @@ def test_other_minutes_are_refused(home: Path, users: UserFile, minutes: str) ->
 
 def test_among_several_users_one_has_to_be_named(home: Path, users: UserFile, capsys: Capture) -> None:
     assert main(["pair"]) == 2
-    assert capsys.readouterr().err == "there is no user yet: add one, by zcproto user add NAME\n"
+    assert capsys.readouterr().err == "there is no user yet; add one with zcproto user add NAME\n"
     users.add("ada"), users.add("bob")
     assert main(["pair"]) == 2
-    assert capsys.readouterr() == ("", "there are several users: name one, by --user NAME\n")
+    assert capsys.readouterr() == ("", "there are several users; choose one with --user NAME\n")
     assert main(["pair", "--user", "bob"]) == 0
     assert trade(home, capsys.readouterr().out.strip()) == "bob"
     users.disable("bob")
@@ -118,7 +116,7 @@ def test_a_user_who_is_none_gets_no_code(home: Path, users: UserFile, capsys: Ca
     assert main(["pair", "--user", name]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "is no user here, or disabled" in err
+    assert "is unknown or disabled" in err
     assert err.removesuffix("\n").isprintable()
     assert not (home / "pairing.toml").exists()
 
@@ -132,7 +130,7 @@ def test_on_a_terminal_there_is_a_qr_code_too(
     assert main(["pair"]) == 0
     out, err = capsys.readouterr()
     drawn = err.split("once:\n")[1].splitlines()
-    assert drawn == (pair_module._qr_code(out.strip()) or "").splitlines()
+    assert drawn == (device_module._qr_code(out.strip()) or "").splitlines()
     assert len(drawn) > 10
     assert set("".join(drawn)) <= set("█▀▄ \xa0")
 
@@ -275,7 +273,7 @@ def test_a_running_server_ends_the_sessions_itself(home: Path, devices: DeviceFi
             await store.close()
 
     asyncio.run(remove())
-    said = "laptop of ada is removed; a running server ends the sessions within a second.\n"
+    said = "laptop of ada is removed; the running server ends the sessions within a second.\n"
     assert capsys.readouterr().err == said
 
 
@@ -289,15 +287,15 @@ def test_a_configuration_with_faults_leaves_the_device(home: Path, devices: Devi
     ("error", "code", "said"),
     [
         (
-            NotHereError(["a server runs"]),
+            StoreInUseError(["a server runs"]),
             0,
-            "laptop of ada is removed; a running server ends the sessions within a second.\n",
+            "laptop of ada is removed; the running server ends the sessions within a second.\n",
         ),
         (
             StoreUnavailable("the disk is full"),
             2,
-            "the device is removed; the store still has its sessions, which nobody can use."
-            " the session store is unavailable: the disk is full\n",
+            "the change is made, but the sessions could not be ended: the session store is unavailable:"
+            " the disk is full; end them when the store answers\n",
         ),
     ],
 )
@@ -315,8 +313,8 @@ def test_a_store_that_cannot_be_had_costs_no_removal(
         raise error
         yield
 
-    monkeypatch.setattr(device_module, "opened_store", unavailable)
-    monkeypatch.setattr(device_module, "has_none", lambda url, home: False)
+    monkeypatch.setattr(session_store, "opened_store", unavailable)
+    monkeypatch.setattr(session_store, "has_no_sessions", lambda url, home: False)
     assert main(["device", "remove", "laptop"]) == code
     assert capsys.readouterr().err == said
     assert devices.read_names() == ["phone", "Zoë's"]

@@ -65,8 +65,8 @@ def test_no_command_shows_the_help(capsys: Capture) -> None:
     ("word", "hint"),
     [
         ("cnfig", "No command 'cnfig'; did you mean config?"),
-        ("zzz", f"No command 'zzz'; there are {', '.join(cli.COMMANDS)}."),
-        ("\x1b[31m", "No command '\\\\x1b[31m'; there are"),
+        ("zzz", f"No command 'zzz'; commands: {', '.join(cli.COMMANDS)}."),
+        ("\x1b[31m", "No command '\\\\x1b[31m'; commands:"),
     ],
 )
 def test_a_misspelt_command_is_told_with_the_nearest(word: str, hint: str, capsys: Capture) -> None:
@@ -165,28 +165,28 @@ def test_a_command_is_given_its_home_and_its_own_options(home: Path, monkeypatch
         (
             ModuleNotFoundError("…", name="hdrh.histogram"),
             1,
-            "zcproto: this needs the Python package hdrh.histogram, which is not installed;"
+            "zcproto: the Python package hdrh.histogram is required and not installed;"
             ' run: pip install "zcproto[bench]"\n',
         ),
         (
             ModuleNotFoundError("…", name="absent"),
             1,
-            "zcproto: this needs the Python package absent, which is not installed\n",
+            "zcproto: the Python package absent is required and not installed\n",
         ),
         (
             ValueError("hunter2"),
             1,
-            "zcproto: a fault of this program (ValueError); with ZCPROTO_DEBUG=1 it tells where\n",
+            "zcproto: internal error (ValueError); ZCPROTO_DEBUG=1 shows the traceback\n",
         ),
         (
             OSError("hunter2"),
             1,
-            "zcproto: a fault of this program (OSError); with ZCPROTO_DEBUG=1 it tells where\n",
+            "zcproto: internal error (OSError); ZCPROTO_DEBUG=1 shows the traceback\n",
         ),
         (
             ModuleNotFoundError("hunter2"),
             1,
-            "zcproto: a fault of this program (ModuleNotFoundError); with ZCPROTO_DEBUG=1 it tells where\n",
+            "zcproto: internal error (ModuleNotFoundError); ZCPROTO_DEBUG=1 shows the traceback\n",
         ),
         (click.ClickException("no"), 1, "Error: no\n"),
         (KeyboardInterrupt(), 130, ""),

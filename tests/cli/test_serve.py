@@ -84,15 +84,15 @@ def test_an_application_of_the_current_folder_is_loaded(folder: Path, name: str)
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("shop_of_tests", "name the application as MODULE:APP"),
-        ("shop_of_tests:", "name the application as MODULE:APP"),
-        (":api", "name the application as MODULE:APP"),
-        ("", "name the application as MODULE:APP"),
-        (".shop_of_tests:api", "name the application as MODULE:APP"),
-        ("..:api", "name the application as MODULE:APP"),
-        ("package_of_tests..api:api", "name the application as MODULE:APP"),
-        ("no_such_module:api", "there is no module 'no_such_module'"),
-        ("package_of_tests.nothing:api", "there is no module 'package_of_tests.nothing'"),
+        ("shop_of_tests", "give the application as MODULE:APP"),
+        ("shop_of_tests:", "give the application as MODULE:APP"),
+        (":api", "give the application as MODULE:APP"),
+        ("", "give the application as MODULE:APP"),
+        (".shop_of_tests:api", "give the application as MODULE:APP"),
+        ("..:api", "give the application as MODULE:APP"),
+        ("package_of_tests..api:api", "give the application as MODULE:APP"),
+        ("no_such_module:api", "no module 'no_such_module'"),
+        ("package_of_tests.nothing:api", "no module 'package_of_tests.nothing'"),
         ("shop_of_tests:nothing", "shop_of_tests has no App object named 'nothing'"),
         ("shop_of_tests:number", "shop_of_tests has no App object named 'number'"),
         ("shop_of_tests:api.hello", "has no App object named 'api.hello'"),
@@ -114,7 +114,7 @@ def test_an_application_that_cannot_be_imported_is_a_fault(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     kinds = {"1 / 0": "ZeroDivisionError", "def": "SyntaxError"}
-    assert kinds.get(error, "there is no module 'no_such_dependency'") in err
+    assert kinds.get(error, "no module 'no_such_dependency'") in err
     assert started.count == 0
 
 

@@ -149,10 +149,10 @@ def test_sessions_in_memory_are_the_servers(
 def test_a_very_long_list_says_that_it_may_go_on(
     home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zcproto.cli.session.MAX_LISTED", 2)
+    monkeypatch.setattr("zcproto.cli.backends.HomeFiles.max_listed", 2)
     fill(home, new_session(), new_session())
     assert main(["session", "list"]) == 0
-    assert "there may be more" in capsys.readouterr().err
+    assert "the list ends after 2 sessions" in capsys.readouterr().err
     assert MAX_LISTED > 1_000
 
 

@@ -10,7 +10,7 @@ from tests.admin.test_https import ask, bearer
 from tests.server.conftest import Serve, certs, serve, shared
 from tests.server.helpers import KEY, ServerThread
 from zcproto.cli import main
-from zcproto.cli.call import KEY_VARIABLE
+from zcproto.cli.connect import KEY_VARIABLE
 from zcproto.sessions.token import token_from_text
 
 __all__ = ["certs", "serve", "shared"]

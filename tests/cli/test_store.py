@@ -212,7 +212,7 @@ def test_a_store_that_takes_no_more_is_told(
 
 
 def test_what_is_configured_for_one_server_is_not_sent_to_another(tmp_path: Path) -> None:
-    from zcproto.cli.kept_sessions import PATIENCE_S, with_store
+    from zcproto.cli.session_store import PATIENCE_S, with_store
     from zcproto.config import Config, StoreConfig
 
     config = Config(store=StoreConfig(url="redis://one", password_file=tmp_path / "password"))

@@ -10,7 +10,7 @@ import pytest
 from tests.cli.helpers import fill, kept, new_session
 from zcproto.auth import UserFile
 from zcproto.auth.users import User
-from zcproto.cli import kept_sessions, main
+from zcproto.cli import main, session_store
 from zcproto.sessions import token_from_text
 from zcproto.sessions.token import digest_of
 
@@ -21,7 +21,7 @@ def test_add_prints_the_key_alone_and_a_sentence_aside(home: Path, capsys: Captu
     assert main(["user", "add", "alice"]) == 0
     out, err = capsys.readouterr()
     assert len(out.split()) == 1
-    assert err == "alice is a user now. Keep this key; it is shown this once:\n"
+    assert err == "alice is a user now. Keep this key; it is shown once:\n"
     assert "alice" in (home / "users.toml").read_text()
 
 
@@ -78,7 +78,7 @@ def test_a_home_that_others_may_write_to_gets_no_user(home: Path, capsys: Captur
 def test_many_users_are_added_with_their_keys_in_a_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "keys"
     assert main(["user", "add", "load", "--count", "3", "--keys-out", str(path)]) == 0
-    assert capsys.readouterr() == ("", f"3 users are added; their keys are in {path}\n")
+    assert capsys.readouterr() == ("", f"3 users were added; their keys are in {path}\n")
     lines = [line.split("\t") for line in path.read_text().splitlines()]
     assert [name for name, _ in lines] == ["load-1", "load-2", "load-3"]
     assert len({key for _, key in lines}) == 3
@@ -101,7 +101,7 @@ def test_no_file_is_overwritten_and_then_no_user_is_added(
     path.write_text("old")
     words = ["user", "add", "load", "--count", "3", "--keys-out", str(path)]
     assert main(words) == 1
-    assert capsys.readouterr().err == f"zcproto: {path}: is there already; --force replaces it\n"
+    assert capsys.readouterr().err == f"zcproto: {path}: already exists; --force replaces it\n"
     assert path.read_text() == "old"
     assert not (home / "users.toml").exists()
     assert main([*words, "--force"]) == 0
@@ -213,9 +213,7 @@ def test_a_new_key_is_printed_alone_and_ends_what_the_old_one_opened(
     out, err = capsys.readouterr()
     key = out.strip()
     assert out == f"{key}\n"
-    assert err == (
-        "ada has a new key. Keep it; it is shown this once:\nada has a new key; sessions ended: 2.\n"
-    )
+    assert err == ("ada has a new key. Keep it; it is shown once:\nada has a new key; sessions ended: 2.\n")
     after = find(users, "ada")
     assert after is not None
     assert before is not None
@@ -244,7 +242,7 @@ def test_a_running_server_ends_the_sessions_itself(
         fcntl.flock(holder, fcntl.LOCK_EX)
         assert main(["user", "disable", "ada"]) == 0
     assert capsys.readouterr().err == (
-        "ada is disabled now; a running server ends the sessions within a second.\n"
+        "ada is disabled now; the running server ends the sessions within a second.\n"
     )
     assert len(kept(home)) == 3
 
@@ -253,9 +251,9 @@ def test_a_server_that_starts_just_then_ends_them(
     users: UserFile, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([False, True])
-    monkeypatch.setattr(kept_sessions, "is_in_use", lambda path: next(answers))
+    monkeypatch.setattr(session_store, "is_in_use", lambda path: next(answers))
     assert main(["user", "remove", "ada"]) == 0
-    assert "a running server ends the sessions" in capsys.readouterr().err
+    assert "the running server ends the sessions" in capsys.readouterr().err
 
 
 def test_without_sessions_no_file_is_made(home: Path, capsys: Capture) -> None:
@@ -268,10 +266,10 @@ def test_without_sessions_no_file_is_made(home: Path, capsys: Capture) -> None:
 def test_a_store_that_is_out_is_told_and_the_user_is_changed(
     users: UserFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_sessions, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(session_store, "PATIENCE_S", 0.1)
     monkeypatch.setenv("ZCPROTO_STORE__URL", "redis://127.0.0.1:1")
     assert main(["user", "disable", "ada"]) == 2
-    assert "could not be ended; do it again when the store is there" in capsys.readouterr().err
+    assert "the change is made, but the sessions could not be ended" in capsys.readouterr().err
     assert find(users, "ada") is not None
     assert users.find("ada") is None
 

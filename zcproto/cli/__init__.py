@@ -1,14 +1,14 @@
 """The command line: `zcproto COMMAND`.
 
-Rules: a command's module is imported when the command is used, so that `zcproto --help` is quick and an extra
-is needed only by whoever uses it. An error is one clear text on standard error and an exit code, never a
-traceback (ZCPROTO_DEBUG=1 shows it):
+Rules: a command's module is imported when the command is used, so that `zcproto --help` is quick and only the
+commands that need an extra import it. An error is one message on standard error and an exit code, never a traceback
+(ZCPROTO_DEBUG=1 shows it):
 
     0    done
-    1    it did not work
+    1    failed
     2    wrong usage, configuration or certificates; nothing was started
     130  ended by Ctrl-C
-    141  nobody reads the output any more
+    141  the reader of the output has closed it
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ if TYPE_CHECKING:
 __all__ = ["group", "home_options", "main", "read_config"]
 
 COMMANDS = {
-    "serve": ("zcproto.cli.serve:serve", "Run a server: an application of yours, or a built-in one."),
-    "status": ("zcproto.cli.status:status", "Show what a running server does, once or live."),
-    "reload": ("zcproto.cli.running:reload", "Have a running server read its configuration again."),
-    "drain": ("zcproto.cli.running:drain", "Have a running server finish what runs, and end."),
-    "log": ("zcproto.cli.running:log", "See and set how much a running server logs."),
+    "serve": ("zcproto.cli.serve:serve", "Run a server for your application, or a built-in one."),
+    "status": ("zcproto.cli.status:status", "Show the status of a running server, once or continuously."),
+    "reload": ("zcproto.cli.running:reload", "Apply a changed configuration to a running server."),
+    "drain": ("zcproto.cli.running:drain", "Let a running server finish its requests and end."),
+    "log": ("zcproto.cli.running:log", "Show and set the log level of a running server."),
     "call": ("zcproto.cli.call:call", "Call a method of a server and print the result."),
-    "user": ("zcproto.cli.user:user", "Add, list and change users, who may open sessions."),
-    "session": ("zcproto.cli.session:session", "See who has sessions, and end them."),
-    "store": ("zcproto.cli.store:store", "Check where sessions are kept, and bring them elsewhere."),
-    "cert": ("zcproto.cli.cert:cert", "See, check, renew and hand out certificates."),
-    "device": ("zcproto.cli.device:device", "List and remove devices, which open sessions by a key."),
-    "pair": ("zcproto.cli.pair:pair", "Print a one-time code that lets in a device."),
-    "alert": ("zcproto.cli.alert:alert", "List alerts, try whether they arrive, and check a signature."),
+    "user": ("zcproto.cli.user:user", "Add, list and change users."),
+    "session": ("zcproto.cli.session:session", "List, open and end sessions."),
+    "store": ("zcproto.cli.store:store", "Check the session store, and migrate to another one."),
+    "cert": ("zcproto.cli.cert:cert", "Show, check, renew and issue certificates."),
+    "device": ("zcproto.cli.device:device", "List and remove devices."),
+    "pair": ("zcproto.cli.device:pair", "Print a one-time code that enrolls a device."),
+    "alert": ("zcproto.cli.alert:alert", "List alerts, test their delivery, verify a signature."),
     "doctor": (
         "zcproto.cli.doctor:doctor",
-        "See what is wrong with a server or the way to it, and what to do.",
+        "Diagnose a server, or the connection to one.",
     ),
     "deploy": ("zcproto.cli.deploy:deploy", "Print the files that systemd, Prometheus and Grafana need."),
-    "config": ("zcproto.cli.config:config", "Begin, check and show the configuration."),
-    "demo": ("zcproto.cli.demo:demo", "See 10,000 verified connections to a server of its own."),
+    "config": ("zcproto.cli.config:config", "Create, check and show the configuration."),
+    "demo": ("zcproto.cli.demo:demo", "Open 10,000 verified connections to a server of its own."),
     "bench": ("zcproto.cli.bench:bench", "Measure a server under load."),
 }
-"""Each command with where it is and what it is for."""
+"""Module and purpose of each command."""
 
 EXTRAS = {"hdrh": "bench", "matplotlib": "bench", "redis": "valkey", "rich": "bench"}
-"""Packages that come with an extra of this one."""
+"""Packages of the extras of zcproto."""
 
 EXIT_FAILED = 1
 EXIT_UNUSABLE = 2
@@ -77,7 +77,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class _LazyGroup(click.Group):
-    """A group whose commands come from `COMMANDS`."""
+    """A group that imports its commands from `COMMANDS` on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -94,7 +94,7 @@ class _LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS:
             near = get_close_matches(args[0][:60], COMMANDS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+            hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}."
             raise click.UsageError(f"No command {escape_text(args[0], 60)!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -116,7 +116,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
 
 
 def _remember(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
-    # `meta` is one for all nested contexts, so what stands after a command overrides what stands before it.
+    # Nested contexts share `meta`, so an option after the command overrides the same option before it.
     if value is not None:
         ctx.meta[f"{_META}{param.name}"] = value
 
@@ -128,7 +128,7 @@ _FLAGS = (
     ),
     click.option(
         "--config", type=click.Path(path_type=Path), metavar="FILE", expose_value=False, callback=_remember,
-        help="The configuration. [default: config.toml in the home folder, if there]",
+        help="The configuration. [default: config.toml in the home folder, if it exists]",
     ),
     click.option(
         "--home", type=click.Path(path_type=Path), metavar="DIR", expose_value=False, callback=_remember,
@@ -138,9 +138,9 @@ _FLAGS = (
 
 
 def home_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command --home, --config and --version, which may stand before the command as well.
+    """Add --home, --config and --version to a command; they may also stand before the command.
 
-    `function` is called with `home: Home`, not yet made, and `config_file: Path | None`.
+    `function` is called with `home: Home`, which may not exist yet, and `config_file: Path | None`.
     """
 
     @functools.wraps(function)
@@ -155,11 +155,12 @@ def home_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read_config(home: Home, config_file: Path | None, overrides: Mapping[str, Any] = _NOTHING) -> Config:
-    """The configuration of this process. `overrides` are settings from options, by their dotted keys.
+    """Read the configuration of this process. Raises ConfigError.
 
-    Raises ConfigError.
+    Args:
+        overrides: Settings from options, by their dotted keys.
     """
-    from zcproto.config import load_config  # noqa: PLC0415 - pydantic takes longer to import than `--help` may last
+    from zcproto.config import load_config  # noqa: PLC0415 - importing pydantic takes longer than `--help` may
 
     return load_config(config_file, home=home.path, environ=os.environ, overrides=overrides)
 
@@ -167,11 +168,11 @@ def read_config(home: Home, config_file: Path | None, overrides: Mapping[str, An
 @click.group("zcproto", cls=_LazyGroup)
 @home_options
 def group(home: Home, config_file: Path | None) -> None:
-    """Calls over TLS 1.3, with sessions and certificates that look after themselves."""
+    """RPC over TLS 1.3, with sessions and certificates that renew themselves."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line `args`, that of the process by default. Returns the exit code."""
+    """Run the command line and return the exit code. `args` are those of the process by default."""
     try:
         code = _run(list(sys.argv[1:] if args is None else args))
         if sys.stdout is not None:
@@ -179,7 +180,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes once more at its end, and would complain then.
+        # The interpreter flushes again when it ends, and would report the error.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
@@ -187,7 +188,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except Exception as error:  # the last resort: whatever it is, a person reads one clear text
+    except Exception as error:  # the last resort: show one message
         if os.environ.get("ZCPROTO_DEBUG") == "1":
             traceback.print_exception(error)
         click.echo(_explain(error), err=True)
@@ -214,9 +215,9 @@ def _explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         cure = f'; run: pip install "zcproto[{EXTRAS[package]}]"' if package in EXTRAS else ""
-        return f"zcproto: this needs the Python package {error.name}, which is not installed{cure}"
+        return f"zcproto: the Python package {error.name} is required and not installed{cure}"
     if isinstance(error, OSError) and error.strerror:
         where = f"{escape_text(str(error.filename))}: " if error.filename is not None else ""
         return f"zcproto: {where}{error.strerror}"
-    # The message of any other exception can hold anything, a secret too.
-    return f"zcproto: a fault of this program ({type(error).__name__}); with ZCPROTO_DEBUG=1 it tells where"
+    # The message of any other exception may contain a secret.
+    return f"zcproto: internal error ({type(error).__name__}); ZCPROTO_DEBUG=1 shows the traceback"

@@ -25,8 +25,8 @@ from zcproto.certs.keeper import maintainer_settings
 from zcproto.certs.maintainer import OwnSource
 from zcproto.cli import cert_report as reports
 from zcproto.cli import home_options, read_config
-from zcproto.cli.control import ControlError, control_of
-from zcproto.cli.private_file import private_file
+from zcproto.cli.control import ControlError, find_control
+from zcproto.cli.output import private_file
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
@@ -166,7 +166,7 @@ def check(
 def _served(home: Home) -> list[dict[str, Any]] | None:
     """The certificates that a running server serves; None if none runs, or cannot be asked."""
     try:
-        control = control_of(home)
+        control = find_control(home)
         if control is None:
             return None
         served: list[dict[str, Any]] = control.get("/v1/certificates")["certificates"]
@@ -242,7 +242,7 @@ def renew(home: Home, config_file: Path | None, family: str | None, as_json: boo
     families = sorted({keys.family(key_type) for key_type in config.certificates.key_types})
     if family is not None and family not in families:
         raise ConfigError([f"--type {family}: certificates.key_types has {', '.join(families)} alone"])
-    control = control_of(home)
+    control = find_control(home)
     if control is not None:
         _print_result(_told(control.post("/v1/certificates/renew", type=family)), as_json)
         _tell(SERVED)
@@ -267,7 +267,7 @@ def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as
         raise click.UsageError("Give --now or --cancel.")
     config = _own_config(home, config_file, "makes new keys for")
     directory = config.certificates.directory
-    control = control_of(home)
+    control = find_control(home)
     if cancel:
         if control is not None:
             aside = _told(control.post("/v1/certificates/cancel"))["cancelled"]

@@ -1,4 +1,4 @@
-"""`zcproto config`: begin, check and show the configuration."""
+"""`zcproto config`: create, check and show the configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from zcproto.cli import home_options, read_config
-from zcproto.cli.private_file import private_file
+from zcproto.cli.output import private_file
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.config import config_as_toml, default_config_file
@@ -22,11 +22,11 @@ _WEBHOOK = re.compile(r'(?m)^(webhook = "https?://[^"/?]+[/?])[^"]+"')
 @click.group()
 @home_options
 def config(home: Home, config_file: Path | None) -> None:
-    """Begin, check and show the configuration."""
+    """Create, check and show the configuration."""
 
 
 @config.command()
-@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 @home_options
 def init(home: Home, config_file: Path | None, force: bool) -> None:
     """Write a commented file with every key and its default."""
@@ -35,13 +35,13 @@ def init(home: Home, config_file: Path | None, force: bool) -> None:
         home.ensure()
     with private_file(path, replace=force) as file:
         file.write(default_config_file(home.path))
-    click.echo(f"{escape_text(str(path))}: written; uncomment what you want to set")
+    click.echo(f"{escape_text(str(path))}: written; uncomment the keys that you want to set")
 
 
 @config.command()
 @home_options
 def check(home: Home, config_file: Path | None) -> None:
-    """Tell every fault of the file and of the environment. Exit code 2 if there is one."""
+    """Report every fault of the file and of the environment. Exit code 2 if there is one."""
     faults: list[str] = []
     try:
         if home.path.exists():
@@ -55,16 +55,16 @@ def check(home: Home, config_file: Path | None) -> None:
     if faults:
         raise ConfigError(faults)
     path = config_file or home.config
-    subject = escape_text(str(path)) if path.exists() else "no file, so every key has its default"
-    click.echo(f"{subject}: sound")
+    subject = escape_text(str(path)) if path.exists() else "no file, all keys have their defaults"
+    click.echo(f"{subject}: valid")
 
 
 @config.command()
 @home_options
 def show(home: Home, config_file: Path | None) -> None:
-    """Print the settings in force, from the file, the environment and the defaults.
+    """Print the effective settings, from the file, the environment and the defaults.
 
-    A password within an address is not shown, nor is the path of a webhook, which may be as good as one.
+    Passwords in addresses are hidden, and so is the path of a webhook, which may be a secret too.
     """
     text = config_as_toml(read_config(home, config_file))
     text = _WEBHOOK.sub(r'\1(hidden)"', text)

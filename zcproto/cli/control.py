@@ -1,10 +1,9 @@
-"""What a command asks a running server by the control socket of its home folder.
+"""Client of the control socket of a running server.
 
-    server = control_of(home)          # None: no server runs here, and the files are worked on
+    server = find_control(home)          # None: no server runs with this home folder
     server.get("/v1/status")
 
-Rules: a server that is there and cannot be asked is an error, and never taken for none: what a command does to its
-files behind its back would be half of what was meant.
+Rules: a server that runs and cannot be asked is an error, and never mistaken for none.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from zcproto.errors import ConfigError, NotFound, ZcprotoError
 CONNECT_S = 5.0
 RETRY_S = 0.05
 TIMEOUT_S = 660.0
-"""For an answer: longer than the server gives itself, which may have keys to make."""
+"""The timeout of a response: longer than the server's own limit, which covers making keys."""
 
 MAX_ANSWER = 16_777_216
-MAX_SENTENCE = 500
+MAX_MESSAGE = 500
 
 
 class ControlError(ZcprotoError):
-    """The server cannot be asked, or did not do what it was asked for."""
+    """The server cannot be asked, or refused the request."""
 
 
 class _LocalConnection(http.client.HTTPConnection):
-    """HTTP over a socket that is connected already."""
+    """HTTP over a connected socket."""
 
     def __init__(self, connected: socket.socket, timeout: float) -> None:
         super().__init__("localhost", timeout=timeout)
@@ -49,72 +48,73 @@ class _LocalConnection(http.client.HTTPConnection):
 
 
 class Control:
-    """A running server. It may be asked several times; `close` ends that."""
+    """A connection to a running server, for several requests."""
 
     def __init__(self, home: Home, connected: socket.socket, timeout: float = TIMEOUT_S) -> None:
         self._home = home
         self._connection = _LocalConnection(connected, timeout)
 
     def get(self, path: str) -> Any:
-        """What there is at a path. Raises ControlError, NotFound and ConfigError."""
+        """Read a resource. Raises ControlError, NotFound and ConfigError."""
         return self._ask("GET", path, None)
 
-    def post(self, path: str, **fields: Any) -> Any:
-        """Have something done, with these fields but for those that are None. Raises as `get`."""
-        return self._ask("POST", path, {name: value for name, value in fields.items() if value is not None})
+    def post(self, path: str, **params: Any) -> Any:
+        """Run an operation; parameters that are None are left out. Raises as `get`."""
+        return self._ask("POST", path, {name: value for name, value in params.items() if value is not None})
 
     def close(self) -> None:
         self._connection.close()
 
-    def _ask(self, method: str, path: str, fields: Mapping[str, Any] | None) -> Any:
-        body = None if fields is None else json.dumps(fields)
+    def _ask(self, method: str, path: str, params: Mapping[str, Any] | None) -> Any:
+        body = None if params is None else json.dumps(params)
         try:
             self._connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
             answer = self._connection.getresponse()
             data = answer.read(MAX_ANSWER + 1)
         except (OSError, http.client.HTTPException) as error:
-            why = (
+            reason = (
                 "it did not answer in time" if isinstance(error, TimeoutError) else "it ended the connection"
             )
             raise ControlError(
-                f"the server at {self._home.control} cannot be asked: {why}; is it just starting or ending?"
+                f"the server at {self._home.control} cannot be asked: {reason}; if it is starting or ending,"
+                " try again"
             ) from error
         if len(data) > MAX_ANSWER:
-            raise ControlError(f"the server at {self._home.control} answered with too much")
+            raise ControlError(f"the server at {self._home.control} sent more than {MAX_ANSWER} bytes")
         if answer.headers.get_content_type() != "application/json":
-            raise self._strange(answer.status, path)
+            raise self._unexpected(answer.status, path)
         try:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise ControlError(f"the server at {self._home.control} answered with what is no JSON") from error
+            raise ControlError(f"the server at {self._home.control} sent malformed JSON") from error
         if answer.status == HTTPStatus.OK:
             return value
         raise self._refused(answer.status, value)
 
-    def _strange(self, status: int, path: str) -> ZcprotoError:
+    def _unexpected(self, status: int, path: str) -> ZcprotoError:
         if status == HTTPStatus.FORBIDDEN:
             return ControlError(
                 f"{self._home.control}: you are not allowed; run this as the server's user, or as root"
             )
         if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             return ControlError(
-                f"the server is of another version, which does not know {path}; restart it, or use its own zcproto"
+                f"the server runs another version, without {path}; restart it, or use the zcproto of its version"
             )
-        return ControlError(f"the server answered {status}; its log says why")
+        return ControlError(f"the server answered {status}; see its log")
 
     def _refused(self, status: int, value: Any) -> ZcprotoError:
         faults = value.get("faults") if isinstance(value, dict) else None
         if isinstance(faults, list):
-            return ConfigError([escape_text(str(fault), MAX_SENTENCE) for fault in faults])
-        sentence = str(value.get("error", "")) if isinstance(value, dict) else ""
+            return ConfigError([escape_text(str(fault), MAX_MESSAGE) for fault in faults])
+        message = str(value.get("error", "")) if isinstance(value, dict) else ""
         kind = NotFound if status == HTTPStatus.NOT_FOUND else ControlError
-        return kind(escape_text(sentence or f"the server answered {status}", MAX_SENTENCE))
+        return kind(escape_text(message or f"the server answered {status}", MAX_MESSAGE))
 
 
-def control_of(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
-    """The server that runs with this home folder; None if none does. It is let go when the command ends.
+def find_control(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
+    """Connect to the server that runs with this home folder; return None if none does.
 
-    Raises ControlError for one that may not be asked, or does not let anybody in.
+    The connection is closed when the command ends. Raises ControlError for a server that cannot be asked.
     """
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connected.settimeout(CONNECT_S)
@@ -125,7 +125,7 @@ def control_of(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
         return None
     except PermissionError as error:
         connected.close()
-        raise ControlError(f"{home.control}: you are not allowed; {_who(home)}") from error
+        raise ControlError(f"{home.control}: you are not allowed; {_permission_hint(home)}") from error
     except OSError as error:
         connected.close()
         raise ControlError(
@@ -139,7 +139,7 @@ def control_of(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
 
 
 def _connect(connected: socket.socket, home: Home) -> None:
-    """Connect; while as many wait as may, which the system does not wait for by itself, try again for a while."""
+    """Connect, and try again for CONNECT_S while the backlog is full: a UNIX socket does not wait then."""
     with address_of(home.control) as address:
         for _ in range(int(CONNECT_S / RETRY_S)):
             try:
@@ -151,9 +151,9 @@ def _connect(connected: socket.socket, home: Home) -> None:
         connected.connect(address)
 
 
-def needed_control(home: Home, timeout: float = TIMEOUT_S) -> Control:
-    """As `control_of`, for commands that do nothing without a server. Raises ControlError if there is none."""
-    found = control_of(home, timeout)
+def require_control(home: Home, timeout: float = TIMEOUT_S) -> Control:
+    """Connect to the server that runs with this home folder. Raises ControlError if none does."""
+    found = find_control(home, timeout)
     if found is None:
         raise ControlError(
             f"no server runs with the home folder {escape_text(str(home.path))}; start one, or use --home"
@@ -161,9 +161,9 @@ def needed_control(home: Home, timeout: float = TIMEOUT_S) -> Control:
     return found
 
 
-def _who(home: Home) -> str:
+def _permission_hint(home: Home) -> str:
     try:
         owner = os.stat(home.control).st_uid
     except OSError:
         return "run this as the server's user, or as root"
-    return f"it belongs to the user with the uid {owner}; run this as that user, or as root"
+    return f"it belongs to uid {owner}; run this as that user, or as root"

@@ -1,4 +1,4 @@
-"""`zcproto demo`: the whole in one command."""
+"""`zcproto demo`: a server under load in one command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
     default=5_000.0,
     show_default=True,
     metavar="R",
-    help="Requests a second, over all connections.",
+    help="Requests per second over all connections.",
 )
 @click.option(
     "--seconds",
@@ -32,16 +32,16 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
     default=6.0,
     show_default=True,
     metavar="S",
-    help="How long.",
+    help="The duration of the load.",
 )
-@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write everything measured.")
+@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write all results.")
 @click.option("--plot", type=OUTPUT, metavar="FILE.png", help="Draw latencies, connections and rates.")
 def demo(connections: int, rate: float, seconds: float, json_file: Path | None, plot: Path | None) -> int:
-    """See 10,000 verified connections to a server of its own.
+    """Open 10,000 verified connections to a server of its own.
 
-    Makes users and certificates in a temporary folder, starts a server on them in one process, and opens the
-    connections from another, each with a session of its own and each verified by its answers. It ends by
-    itself, in less than a minute, and leaves nothing behind: no process, no file. Exit code 0 if all is verified.
+    Creates users and certificates in a temporary folder, starts a server in one process, and opens the connections
+    from another, each with its own session and each verified by its answers. It ends within a minute and leaves no
+    process and no file. Exit code 0 if everything is verified.
     """
     from zcproto.load.command import EXIT_CODES  # noqa: PLC0415
     from zcproto.load.demo.run import Demo, run_demo  # noqa: PLC0415

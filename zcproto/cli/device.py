@@ -1,115 +1,138 @@
-"""`zcproto device`: the devices that open sessions of their users by a key of their own.
+"""`zcproto pair` and `zcproto device`: devices, which open sessions with keys of their own.
 
-Rules: a server that runs with this home folder does what is asked, by its control socket. Where none does, a
-command works on the file, under its lock, and ends the sessions that the store keeps. A list is read from the file.
+Rules: a server that runs with this home folder makes the change; otherwise the file is changed and the sessions end
+in the store. A list is read from the file. A pairing code is shown once, alone on standard output: the file has
+only its digest, and a running server accepts it at once.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
+import io
+import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from zcproto.auth import Device, DeviceFile
+from zcproto.auth import DeviceFile, PairingFile, UserFile
 from zcproto.cli import home_options, read_config
-from zcproto.cli.control import control_of
-from zcproto.cli.kept_sessions import NotHereError, has_none, is_in_use, opened_store
-from zcproto.cli.table import table
-from zcproto.common.clock import system_clock
+from zcproto.cli.backends import local_backend
+from zcproto.cli.output import as_json_option, print_json, table
+from zcproto.cli.user import ended_text
+from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
-from zcproto.errors import Code, ConfigError
-from zcproto.runtime.store_setup import MEMORY, SQLITE
-from zcproto.sessions.session import DEVICE_KEY
+from zcproto.errors import ConfigError
 from zcproto.sessions.token import token_text
-from zcproto.stores.base import StoreUnavailable
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+MAX_MINUTES = 24 * 60
+_SECONDS_PER_MINUTE = 60
 
-    from zcproto.config import Config
+
+@click.command()
+@click.option("--user", metavar="NAME", help="The user of the device. Required if there are several users.")
+@click.option(
+    "--minutes",
+    type=click.IntRange(1, MAX_MINUTES),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="How long the code is valid.",
+)
+@home_options
+def pair(home: Home, config_file: Path | None, user: str | None, minutes: int) -> None:
+    """Print a one-time code with which a device of a user is enrolled (`device.enroll`).
+
+    On a terminal it is also shown as a QR code.
+    """
+    home.ensure()
+    name = _user(UserFile(home.users), user)
+    life_ms = minutes * _SECONDS_PER_MINUTE * MS_PER_SECOND
+    code = PairingFile(home.pairing).make(name, life_ms, system_clock.wall())
+    click.echo(
+        f"This code enrolls one device of {escape_text(name)} within {minutes} min; five wrong attempts end it."
+        " It is shown once:",
+        err=True,
+    )
+    click.echo(code.reveal())
+    if sys.stdout.isatty():
+        click.echo(_qr_code(code.reveal()) or 'For a QR code, run: pip install "zcproto[qr]"', err=True)
+
+
+def _user(users: UserFile, name: str | None) -> str:
+    """Return the user of the device. Raises ConfigError if it is unknown or not clear."""
+    users.load()
+    if name is None:
+        names = [each for each in users.names if users.find(each) is not None]
+        if not names:
+            raise ConfigError(["there is no user yet; add one with zcproto user add NAME"])
+        if len(names) > 1:
+            raise ConfigError(["there are several users; choose one with --user NAME"])
+        return names[0]
+    if users.find(name) is None:
+        raise ConfigError([f"{escape_text(name)} is unknown or disabled; zcproto user list shows the users"])
+    return name
+
+
+def _qr_code(text: str) -> str | None:
+    """Return a QR code for a terminal, or None without the package for it."""
+    try:
+        from qrcode import QRCode  # noqa: PLC0415 - it comes with an extra
+    except ImportError:
+        return None
+    code = QRCode(border=2)
+    code.add_data(text)
+    drawn = io.StringIO()
+    code.print_ascii(out=drawn, invert=True)
+    return drawn.getvalue().rstrip("\n")
 
 
 @click.group()
 @home_options
 def device(home: Home, config_file: Path | None) -> None:
-    """List and remove devices, which open sessions by a key of their own. `zcproto pair` lets one in."""
+    """List and remove devices. `zcproto pair` enrolls one."""
 
 
 @device.command("list")
-@click.option("--user", metavar="NAME", help="Those of one user.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
+@click.option("--user", metavar="NAME", help="Only devices of this user.")
+@as_json_option
 @home_options
 def list_devices(home: Home, config_file: Path | None, user: str | None, as_json: bool) -> None:
-    """List the devices, in the order in which they came."""
+    """List the devices in the order of their enrollment."""
     file = DeviceFile(home.devices)
     file.load()
-    found = {name: each for name, each in file.entries.items() if user in (None, each.user)}
-    click.echo(_json(found) if as_json else _table(found))
-
-
-def _json(devices: Mapping[str, Device]) -> str:
-    rows = [
-        {
-            "name": name,
-            "user": each.user,
-            "public_key": token_text(each.public_key),
-            "added": f"{each.added:%Y-%m-%dT%H:%M:%SZ}",
-        }
-        for name, each in devices.items()
-    ]
-    return json.dumps(rows, ensure_ascii=False, indent=2)
-
-
-def _table(devices: Mapping[str, Device]) -> str:
-    rows = [
-        (name, each.user, f"{each.added:%Y-%m-%d %H:%M} UTC", token_text(each.public_key))
-        for name, each in devices.items()
-    ]
-    return table(("DEVICE", "USER", "ADDED", "PUBLIC KEY"), rows)
+    devices = {name: each for name, each in file.entries.items() if user in (None, each.user)}
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "user": each.user,
+                "public_key": token_text(each.public_key),
+                "added": f"{each.added:%Y-%m-%dT%H:%M:%SZ}",
+            }
+            for name, each in devices.items()
+        ]
+        print_json(rows, indent=2)
+        return
+    click.echo(
+        table(
+            ("DEVICE", "USER", "ADDED", "PUBLIC KEY"),
+            [
+                (name, each.user, f"{each.added:%Y-%m-%d %H:%M} UTC", token_text(each.public_key))
+                for name, each in devices.items()
+            ],
+        )
+    )
 
 
 @device.command()
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@as_json_option
 @home_options
 def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
-    """Remove a device, and end the sessions there are."""
-    config = read_config(home, config_file)
-    control = control_of(home)
-    ended: int | None
-    if control is not None:
-        done = control.post("/v1/devices/remove", name=name)
-        user, ended = done["user"], done["sessions"]
-    else:
-        user = DeviceFile(home.devices).remove(name).user
-        ended = asyncio.run(_end_sessions(user, DEVICE_KEY + name, home, config))
+    """Remove a device, and end its open sessions."""
+    user, ended = local_backend(home, partial(read_config, home, config_file)).remove_device(name)
     if as_json:
-        click.echo(json.dumps({"name": name, "user": user, "sessions": ended}, ensure_ascii=False))
-        return
-    sessions = (
-        "a running server ends the sessions within a second" if ended is None else f"sessions ended: {ended}"
-    )
-    click.echo(f"{escape_text(name)} of {escape_text(user)} is removed; {sessions}.", err=True)
-
-
-async def _end_sessions(user: str, key: str, home: Home, config: Config) -> int | None:
-    """End the sessions that are bound to a key where no server does; how many. None: a server does, if one runs."""
-    url = config.store.url
-    if url == MEMORY or (url == SQLITE and is_in_use(home.sessions)):
-        return None
-    if has_none(config, home):
-        return 0
-    try:
-        async with opened_store(config, home) as store:
-            ids = [record.id for record in await store.list(user) if record.key == key]
-            return len(await store.end(ids, Code.TOKEN_REVOKED, system_clock.wall(), user)) if ids else 0
-    except NotHereError:  # a server was started just now
-        return None
-    except StoreUnavailable as error:
-        raise ConfigError(
-            [f"the device is removed; the store still has its sessions, which nobody can use. {error}"]
-        ) from error
+        print_json({"name": name, "user": user, "sessions": ended})
+    else:
+        click.echo(f"{escape_text(name)} of {escape_text(user)} is removed; {ended_text(ended)}.", err=True)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @click.command()
 @home_options
 @click.argument("app", required=False, metavar="[MODULE:APP]")
-@click.option("--host", multiple=True, metavar="ADDRESS", help="An address to listen on; may be given again.")
-@click.option("--port", type=int, metavar="N", help="The TCP port; 0 is any free one.")
+@click.option("--host", multiple=True, metavar="ADDRESS", help="An address to listen on; may be repeated.")
+@click.option("--port", type=int, metavar="N", help="The TCP port; 0 is any free port.")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 def serve(
     app: str | None,
@@ -34,16 +34,16 @@ def serve(
     home: Home,
     config_file: Path | None,
 ) -> None:
-    """Run a server: an application of yours, or a built-in one with echo, sleep and time.
+    """Run a server for your application, or for a built-in one with echo, sleep and time.
 
-    MODULE:APP names an App object, for example `shop.api:app`. SIGTERM and Ctrl-C drain the server: what runs
-    is finished within server.drain_timeout. A second one ends it at once.
+    MODULE:APP is an App object, for example `shop.api:app`. SIGTERM and Ctrl-C drain the server: running requests
+    finish within server.drain_timeout. A second signal ends it at once.
     """
     overrides = {"server.host": list(host) or None, "server.port": port, "log.level": log_level}
     config = read_config(home, config_file, overrides)
     application = None if app is None else load_app(app)
 
-    from zcproto.runtime.run import serve as run  # noqa: PLC0415 - after the faults of the configuration are told
+    from zcproto.runtime.run import serve as run  # noqa: PLC0415 - after the faults of the configuration are reported
 
     def read_again() -> Config:
         return read_config(home, config_file, overrides)
@@ -52,31 +52,33 @@ def serve(
         application,
         config,
         home=home.path,
-        ready=_tell,
-        progress=_tell_progress,
+        ready=_print_addresses,
+        progress=_print_progress,
         read_config=read_again,
     )
 
 
 def load_app(name: str) -> App:
-    """The App object that MODULE:APP names. Raises ConfigError that says what is wrong."""
-    from zcproto.app.app import App  # noqa: PLC0415 - see above
+    """Return the App object of MODULE:APP. Raises ConfigError."""
+    from zcproto.app.app import App  # noqa: PLC0415 - as above
 
     module_name, colon, attribute = name.partition(":")
-    if not colon or not attribute or not all(module_name.split(".")):  # no part is empty: no relative name
-        raise ConfigError([f"{name!r}: name the application as MODULE:APP, for example shop.api:app"])
+    if (
+        not colon or not attribute or not all(module_name.split("."))
+    ):  # an empty part would be a relative name
+        raise ConfigError([f"{name!r}: give the application as MODULE:APP, for example shop.api:app"])
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            [f"{name!r}: there is no module {error.name!r} here or among the installed ones"]
+            [f"{name!r}: no module {error.name!r} in this folder or installed; check the name, or install it"]
         ) from error
-    except Exception as error:  # whatever the application's own code raises
+    except Exception as error:  # raised by the application's code
         raise ConfigError(
             [
                 f"{name!r}: {module_name} cannot be imported: it raises {type(error).__name__};"
-                " with ZCPROTO_DEBUG=1 it tells where"
+                " ZCPROTO_DEBUG=1 shows the traceback"
             ]
         ) from error
     application = getattr(module, attribute, None)
@@ -85,12 +87,12 @@ def load_app(name: str) -> App:
     return application
 
 
-def _tell(server: Server) -> None:
+def _print_addresses(server: Server) -> None:
     for host, port in server.addresses:
-        shown = f"[{host}]" if ":" in host else host
-        click.echo(f"zcproto: listening on {shown}:{port}")
+        url_host = f"[{host}]" if ":" in host else host
+        click.echo(f"zcproto: listening on {url_host}:{port}")
     sys.stdout.flush()
 
 
-def _tell_progress(sentence: str) -> None:
-    click.echo(f"zcproto: {sentence}", err=True)
+def _print_progress(message: str) -> None:
+    click.echo(f"zcproto: {message}", err=True)

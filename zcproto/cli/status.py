@@ -1,88 +1,239 @@
-"""`zcproto status`: what a running server does, once or all the time."""
+"""`zcproto status`: the status of a running server, once or continuously."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from zcproto.cli import home_options
-from zcproto.cli.control import CONNECT_S, Control, needed_control
-from zcproto.cli.status_view import lines_of
+from zcproto.cli.control import CONNECT_S, Control, require_control
+from zcproto.cli.output import json_text, print_json
 from zcproto.common.home import Home
+from zcproto.common.text import escape_text
 
 STATUS_S = 2 * CONNECT_S
-"""For an answer: it takes a millisecond."""
+"""The timeout of a response, which takes a millisecond."""
 
 USUAL_SIZE = (100, 40)
 _ALTERNATE, _BACK = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _TOP, _REST_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 _BOLD, _RED, _PLAIN = "\x1b[1m", "\x1b[31m", "\x1b[0m"
 
+MAX_ALERTS = 10
+MAX_TEXT = 160
+SOON_DAYS = 7
+_WIDTH = 14
+_KIB = 1024
+
+Line = tuple[str, str]
+"""A line and its style: "head", "bad" or ""."""
+
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Go on showing it, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Show it continuously until Ctrl-C.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.2, 3600),
     default=1.0,
     show_default=True,
     metavar="S",
-    help="Seconds between two looks of --watch.",
+    help="Seconds between two readings of --watch.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: one object a line with --watch.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one object per line.")
 @home_options
 def status(home: Home, config_file: Path | None, watch: bool, interval: float, as_json: bool) -> None:
-    """Show what the server of this home folder does: connections, sessions, requests, certificates, alerts.
+    """Show the status of the server of this home folder: connections, sessions, requests, certificates, alerts.
 
-    It is asked by its control socket. Exit code 1 if none runs.
+    Exit code 1 if no server runs.
     """
-    server = needed_control(home, STATUS_S)
+    server = require_control(home, STATUS_S)
     if not watch:
-        found = server.get("/v1/status")
-        click.echo(json.dumps(found, indent=2) if as_json else _plain(found))
+        report = server.get("/v1/status")
+        if as_json:
+            print_json(report, indent=2)
+        else:
+            click.echo(_plain(report))
     elif as_json or not sys.stdout.isatty():
-        for found in _looks(server, interval):
-            click.echo(json.dumps(found) if as_json else f"{_plain(found)}\n")
+        for report in _readings(server, interval):
+            click.echo(json_text(report) if as_json else f"{_plain(report)}\n")
             sys.stdout.flush()
     else:
         _show(server, interval)
 
 
-def _looks(server: Control, interval: float) -> Iterator[dict[str, Any]]:
+def _readings(server: Control, interval: float) -> Iterator[dict[str, Any]]:
     while True:
         yield server.get("/v1/status")
         time.sleep(interval)
 
 
-def _plain(found: dict[str, Any]) -> str:
-    return "\n".join(text for text, _ in lines_of(found))
+def _plain(report: dict[str, Any]) -> str:
+    return "\n".join(text for text, _ in lines_of(report))
 
 
 def _show(server: Control, interval: float) -> None:
-    """Show it on a terminal, which is as it was before when this ends."""
+    """Show the status on the alternate screen of a terminal, and restore the terminal at the end."""
     out = sys.stdout
     out.write(_ALTERNATE)
     try:
-        for found in _looks(server, interval):
-            out.write(frame(found, *shutil.get_terminal_size(USUAL_SIZE)))
+        for report in _readings(server, interval):
+            out.write(frame(report, *shutil.get_terminal_size(USUAL_SIZE)))
             out.flush()
     finally:
         out.write(_BACK)
         out.flush()
 
 
-def frame(found: dict[str, Any], width: int, height: int) -> str:
-    """One picture for a terminal: lines that fit, over those of the picture before."""
+def frame(report: dict[str, Any], width: int, height: int) -> str:
+    """Return one screen for a terminal: the lines that fit, overwriting the previous ones."""
     colours = {"head": _BOLD, "bad": _RED}
     shown = [
         f"{colours.get(style, '')}{text[:width]}{_PLAIN if style in colours else ''}{_REST_OF_LINE}"
-        for text, style in lines_of(found)[: max(1, height - 1)]
+        for text, style in lines_of(report)[: max(1, height - 1)]
     ]
     return _TOP + "\r\n".join(shown) + _REST
+
+
+# --- lines for people --------------------------------------------------------------------------------------------
+
+
+def lines_of(report: Mapping[str, Any]) -> list[Line]:
+    """Return the status as styled lines, escaped for a terminal."""
+    lines = [
+        *_server(report),
+        *_traffic(report),
+        *_handshakes(report["handshakes"], report["traffic"]),
+        *_store(report["store"]),
+        *_certificates(report["certificates"]),
+        *_alerts(report["alerts"], report["time"]),
+    ]
+    return [(escape_text(text, MAX_TEXT), style) for text, style in lines]
+
+
+def _server(report: Mapping[str, Any]) -> list[Line]:
+    process, connections, sessions = report["process"], report["connections"], report["sessions"]
+    state = "DRAINING" if report["draining"] else "serving"
+    refused = sum(connections["refused"].values())
+    return [
+        (f"zcproto {report['version']}  {', '.join(report['addresses'])}  {state}", "head"),
+        _row(
+            "process",
+            f"pid {report['pid']}, up {span(report['uptime_s'])}, {size(process['rss_bytes'])},"
+            f" {process['cpu_s']:.0f} s of CPU, log level {report['log_level']}",
+        ),
+        _row(
+            "connections",
+            f"{connections['zcp']:,} ZCP, {connections['http']:,} HTTPS, of at most {connections['limit']:,}"
+            f"; refused {refused:,}",
+            bad=connections["tcp"] >= connections["limit"],
+        ),
+        _row(
+            "sessions",
+            f"{sessions['live']:,} live, {sessions['lapsed']:,} to be refreshed;"
+            f" opened {sessions['opened']:,}, revoked {sessions['revoked']:,}",
+        ),
+    ]
+
+
+def _traffic(report: Mapping[str, Any]) -> list[Line]:
+    requests, traffic = report["requests"], report["traffic"]
+    return [
+        _row(
+            "requests",
+            f"{traffic['requests_per_s']:,.1f}/s, errors {traffic['errors_per_s']:,.1f}/s;"
+            f" {requests['total']:,} in all, {requests['in_flight']:,} in flight",
+        ),
+        _row("latency", f"{_percentiles(traffic['work'])}  (CPU, last minute)"),
+        *(
+            [_row("", f"{_percentiles(traffic['waits'])}  (of those that awaited)")]
+            if traffic["waits"]["count"]
+            else []
+        ),
+        *(
+            [_row("incidents", f"{requests['incidents']:,}; see the log", bad=True)]
+            if requests["incidents"]
+            else []
+        ),
+    ]
+
+
+def _handshakes(handshakes: Mapping[str, Any], traffic: Mapping[str, Any]) -> list[Line]:
+    failed = sorted(handshakes["failed"].items(), key=lambda each: (-each[1], each[0]))
+    causes = ", ".join(f"{cause} {count:,}" for cause, count in failed)
+    return [
+        _row(
+            "handshakes",
+            f"{handshakes['completed']:,} completed ({traffic['handshakes_per_s']:,.1f}/s),"
+            f" {handshakes['in_progress']:,} in progress,"
+            f" {sum(handshakes['failed'].values()):,} failed{': ' if causes else ''}{causes}",
+        )
+    ]
+
+
+def _store(store: Mapping[str, Any]) -> list[Line]:
+    bad = store["state"] != "healthy" or bool(store.get("refusing"))
+    more = f", {store['pending_revocations']} revocations pending" if store.get("pending_revocations") else ""
+    refusing = ", all tokens are refused" if store.get("refusing") else ""
+    return [_row("store", f"{store['url']}: {store['state']}{refusing}{more}", bad=bad)]
+
+
+def _certificates(certificates: Sequence[Mapping[str, Any]]) -> list[Line]:
+    lines: list[Line] = [("", ""), ("certificates", "head")]
+    for one in certificates:
+        names = ", ".join(one["site"] or one["names"])
+        left = f"{one['days_left']} days left" if one["seconds_left"] > 0 else "EXPIRED"
+        text = f"  {one['file']:20} {one['key_type'] or one['source']:12} {left:14} {names}"
+        lines.append((text, "bad" if one["days_left"] < SOON_DAYS else ""))
+    return lines
+
+
+def _alerts(alerts: Mapping[str, Any], now: int) -> list[Line]:
+    lines: list[Line] = [("", ""), (f"alerts: {len(alerts['open'])} open", "head")]
+    for alert in alerts["open"][:MAX_ALERTS]:
+        ago = span(max(0, now - alert["began_at"]) / 1000)
+        lines.append((f"  {alert['severity']:9} {alert['title']}  (for {ago})", "bad"))
+    if len(alerts["open"]) > MAX_ALERTS:
+        lines.append((f"  and {len(alerts['open']) - MAX_ALERTS} more: zcproto alert list", "bad"))
+    for sink in alerts["sinks"]:
+        if sink["down"]:
+            lines.append((f"  the {sink['name']} is not reachable: {sink['waiting']} messages wait", "bad"))
+    return lines
+
+
+def _row(name: str, text: str, *, bad: bool = False) -> Line:
+    return f"{name:{_WIDTH}}{text}", "bad" if bad else ""
+
+
+def _percentiles(figures: Mapping[str, Any]) -> str:
+    if not figures["count"]:
+        return "no requests"
+    names = (("p50", "p50"), ("p90", "p90"), ("p99", "p99"), ("p99.9", "p999"))
+    return "  ".join(f"{shown} {duration(figures[name])}" for shown, name in names)
+
+
+def duration(seconds: float) -> str:
+    """Return a short time with three digits."""
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def span(seconds: float) -> str:
+    """Return a long time in its two largest units."""
+    minutes, hours, days = int(seconds) // 60, int(seconds) // 3600, int(seconds) // 86_400
+    if days:
+        return f"{days}d {hours % 24}h"
+    if hours:
+        return f"{hours}h {minutes % 60}m"
+    return f"{minutes}m {int(seconds) % 60}s" if minutes else f"{int(seconds)}s"
+
+
+def size(number: float) -> str:
+    """Return a number of bytes in MiB."""
+    return f"{number / _KIB / _KIB:,.0f} MiB"

@@ -13,11 +13,11 @@ import click
 
 from zcproto.auth import UserFile
 from zcproto.cli import home_options, read_config
-from zcproto.cli.kept_sessions import (
+from zcproto.cli.session_store import (
     ASK_SERVER,
     CONFIGURED,
-    NotHereError,
-    has_none,
+    StoreInUseError,
+    has_no_sessions,
     is_in_use,
     opened_store,
     with_store,
@@ -81,7 +81,7 @@ def _check_file(config: Config, home: Home) -> int:
         click.echo(f"{shown}: is not there yet; a server makes it")
         return 0
     if is_in_use(path):
-        raise NotHereError([f"{shown}: a server runs with these sessions; {ASK_SERVER}"])
+        raise StoreInUseError([f"{shown}: a server runs with these sessions; {ASK_SERVER}"])
     faults = damage_of(path)
     for fault in faults:
         click.echo(f"{shown}: {escape_text(fault, 500)}", err=True)
@@ -128,7 +128,7 @@ def migrate(home: Home, config_file: Path | None, source: str, target: str) -> N
         raise ConfigError(["sessions in the memory of a server cannot be brought anywhere"])
     if old.store.url == new.store.url:
         raise ConfigError(["FROM and TO are the same store"])
-    moved = 0 if has_none(old, home) else asyncio.run(_migrate(old, new, home))
+    moved = 0 if has_no_sessions(old, home) else asyncio.run(_migrate(old, new, home))
     click.echo(f"sessions brought over: {moved}", err=True)
 
 

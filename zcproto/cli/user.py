@@ -1,25 +1,24 @@
 """`zcproto user`: the users, who may open sessions.
 
-Rules: a server that runs with this home folder does what is asked, by its control socket. Where none does, commands
-work on the file, under its lock, and end the sessions that the store keeps. Lists are of the file, and it is to the
-file that many users at once are added: a running server looks at it twice a second.
+Rules: a server that runs with this home folder makes the change; otherwise the file is changed and the sessions end
+in the store. Lists are read from the file, and many users at once are added to the file: a running server reads it
+twice a second. A key is shown once: the file and the server have only its digest.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from zcproto.auth import UserFile
 from zcproto.auth.users import User
 from zcproto.cli import home_options, read_config
-from zcproto.cli.control import control_of
-from zcproto.cli.kept_sessions import end_sessions_of
-from zcproto.cli.private_file import private_file
-from zcproto.cli.table import table
+from zcproto.cli.backends import Backend, local_backend
+from zcproto.cli.output import as_json_option, print_json, private_file, table
+from zcproto.cli.session_store import SessionsNotEndedError
 from zcproto.common.clock import system_entropy
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
@@ -27,27 +26,25 @@ from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
 
 MAX_COUNT = 1_000_000
 
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
 
 @click.group()
 @home_options
 def user(home: Home, config_file: Path | None) -> None:
-    """Add, list and change users, who may open sessions."""
+    """Add, list and change users."""
 
 
 @user.command()
 @click.argument("name")
-@click.option("--operator", is_flag=True, help="A user who may also look into the server.")
-@click.option("--no-key", is_flag=True, help="A user who comes by devices and client certificates only.")
+@click.option("--operator", is_flag=True, help="Allow the user to administer the server.")
+@click.option("--no-key", is_flag=True, help="No API key: only devices and client certificates.")
 @click.option("--count", type=click.IntRange(1, MAX_COUNT), metavar="N", help="Add NAME-1 to NAME-N.")
 @click.option(
     "--keys-out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the keys of --count here, a name, a tab and a key on each line. The file is yours alone.",
+    help="Write the keys of --count to this private file: a name, a tab and a key on each line.",
 )
-@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @as_json_option
 @home_options
 def add(
@@ -61,65 +58,62 @@ def add(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Add a user and print the key, this once. A running server knows the user at once."""
+    """Add a user and print the key, once. It can be used at once, also with a running server."""
     if (count is None) != (keys_out is None):
         raise click.UsageError("--count and --keys-out go together.")
     if no_key and count is not None:
         raise click.UsageError("--no-key and --count do not go together.")
     home.ensure()
-    users = UserFile(home.users)
-    role = "an operator" if operator else "a user"
-    if count is None or keys_out is None:
-        key = _add(home, users, name, operator=operator, with_key=not no_key)
+    if count is not None and keys_out is not None:
+        # The file comes first: keys that cannot be written would be lost.
+        with private_file(keys_out, replace=force) as file:
+            names = [f"{name}-{number}" for number in range(1, count + 1)]
+            added = UserFile(home.users).add_many(names, operator=operator)
+            file.writelines(f"{each}\t{key.reveal()}\n" for each, key in added)
         if as_json:
-            click.echo(json.dumps({"name": name, "key": key}, ensure_ascii=False))
-        elif key is None:
-            click.echo(f"{escape_text(name)} is {role} now, without a key.", err=True)
+            print_json({"added": count, "keys": str(keys_out)})
         else:
-            click.echo(f"{escape_text(name)} is {role} now. Keep this key; it is shown this once:", err=True)
-            click.echo(key)
+            click.echo(f"{count} users were added; their keys are in {escape_text(str(keys_out))}", err=True)
         return
-    # The file comes first: keys that cannot be written down would be lost.
-    with private_file(keys_out, replace=force) as file:
-        added = users.add_many([f"{name}-{number}" for number in range(1, count + 1)], operator=operator)
-        file.writelines(f"{each}\t{key.reveal()}\n" for each, key in added)
+    key, digest = (None, None) if no_key else _new_key()
+    _backend(home, config_file).add_user(name, operator, digest)
     if as_json:
-        click.echo(json.dumps({"added": count, "keys": str(keys_out)}))
+        print_json({"name": name, "key": key})
+        return
+    role = "an operator" if operator else "a user"
+    if key is None:
+        click.echo(f"{escape_text(name)} is {role} now, without a key.", err=True)
     else:
-        click.echo(f"{count} users are added; their keys are in {escape_text(str(keys_out))}", err=True)
+        click.echo(f"{escape_text(name)} is {role} now. Keep this key; it is shown once:", err=True)
+        click.echo(key)
 
 
-def _add(home: Home, users: UserFile, name: str, *, operator: bool, with_key: bool) -> str | None:
-    control = control_of(home)
-    if control is not None:
-        key, digest = _made_key() if with_key else (None, None)
-        control.post("/v1/users/add", name=name, operator=operator, key_digest=digest)
-        return key
-    if with_key:
-        return users.add(name, operator=operator).reveal()
-    users.add_without_key(name, operator=operator)
-    return None
+def _backend(home: Home, config_file: Path | None) -> Backend:
+    return local_backend(home, partial(read_config, home, config_file))
+
+
+def _new_key() -> tuple[str, bytes]:
+    """Return a new key, and its digest."""
+    key = system_entropy(TOKEN_SIZE)
+    return token_text(key), digest_of(key)
 
 
 @user.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
+@as_json_option
 @home_options
 def list_users(home: Home, config_file: Path | None, as_json: bool) -> None:
-    """List the users, in the order of their file."""
+    """List the users in the order of their file."""
     file = UserFile(home.users)
     file.load()
     users = [(name, user) for name in file.names if (user := file.get(name)) is not None]
     if as_json:
-        rows = [
-            {
-                "name": name,
-                "operator": user.operator,
-                "key": user.has_key,
-                "disabled": user.disabled,
-            }
-            for name, user in users
-        ]
-        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        print_json(
+            [
+                {"name": name, "operator": user.operator, "key": user.has_key, "disabled": user.disabled}
+                for name, user in users
+            ],
+            indent=2,
+        )
     else:
         click.echo(table(("USER", "ROLE", "KEY", "STATE"), [_row(name, user) for name, user in users]))
 
@@ -138,15 +132,9 @@ def _row(name: str, user: User) -> tuple[str, ...]:
 @as_json_option
 @home_options
 def disable(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
-    """Let a user open no more sessions, and end those there are."""
-    config = read_config(home, config_file)
-    control = control_of(home)
-    if control is not None:
-        ended = control.post("/v1/users/disable", name=name)["sessions"]
-    else:
-        UserFile(home.users).disable(name)
-        ended = asyncio.run(end_sessions_of(name, config, home))
-    _tell_ended(name, "is disabled now", ended, as_json)
+    """Refuse new sessions of a user, and end the open ones."""
+    ended = _backend(home, config_file).disable_user(name)
+    _print_ended(name, "is disabled now", ended, as_json)
 
 
 @user.command()
@@ -154,14 +142,10 @@ def disable(home: Home, config_file: Path | None, name: str, as_json: bool) -> N
 @as_json_option
 @home_options
 def enable(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
-    """Let a user open sessions again."""
-    control = control_of(home)
-    if control is not None:
-        control.post("/v1/users/enable", name=name)
-    else:
-        UserFile(home.users).enable(name)
+    """Allow a disabled user to open sessions again."""
+    _backend(home, config_file).enable_user(name)
     if as_json:
-        click.echo(json.dumps({"name": name}, ensure_ascii=False))
+        print_json({"name": name})
     else:
         click.echo(f"{escape_text(name)} is enabled now.", err=True)
 
@@ -171,15 +155,9 @@ def enable(home: Home, config_file: Path | None, name: str, as_json: bool) -> No
 @as_json_option
 @home_options
 def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
-    """Remove a user, and end the sessions there are."""
-    config = read_config(home, config_file)
-    control = control_of(home)
-    if control is not None:
-        ended = control.post("/v1/users/remove", name=name)["sessions"]
-    else:
-        UserFile(home.users).remove(name)
-        ended = asyncio.run(end_sessions_of(name, config, home))
-    _tell_ended(name, "is removed", ended, as_json)
+    """Remove a user, and end the open sessions."""
+    ended = _backend(home, config_file).remove_user(name)
+    _print_ended(name, "is removed", ended, as_json)
 
 
 @user.command("new-key")
@@ -187,34 +165,33 @@ def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> No
 @as_json_option
 @home_options
 def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
-    """Give a user another key, print it this once, and end the sessions that the old one has opened."""
-    config = read_config(home, config_file)
-    control = control_of(home)
-    if control is not None:
-        key, digest = _made_key()
-        ended = control.post("/v1/users/new-key", name=name, key_digest=digest)["sessions"]
-    else:
-        key = UserFile(home.users).new_key(name).reveal()
+    """Replace the key of a user, print the new one, once, and end the sessions opened with the old one."""
+    key, digest = _new_key()
+    failure: SessionsNotEndedError | None = None
+    ended = None
+    try:
+        ended = _backend(home, config_file).replace_key(name, digest)
+    except SessionsNotEndedError as error:  # the key is replaced: it must not be lost
+        failure = error
     if not as_json:
-        click.echo(f"{escape_text(name)} has a new key. Keep it; it is shown this once:", err=True)
+        click.echo(f"{escape_text(name)} has a new key. Keep it; it is shown once:", err=True)
         click.echo(key)
-    if control is None:  # last: it may fail, and the key must have been shown by then
-        ended = asyncio.run(end_sessions_of(name, config, home))
-    _tell_ended(name, "has a new key", ended, as_json, key=key)
+    if failure is not None:
+        raise failure
+    _print_ended(name, "has a new key", ended, as_json, key=key)
 
 
-def _made_key() -> tuple[str, str]:
-    """A new key as text, and its digest, which is all that a server is sent of it."""
-    key = system_entropy(TOKEN_SIZE)
-    return token_text(key), token_text(digest_of(key))
-
-
-def _tell_ended(name: str, what: str, ended: int | None, as_json: bool, **more: str) -> None:
-    """`ended` is None if a running server ends the sessions, which could not be asked how many there are."""
+def _print_ended(name: str, change: str, ended: int | None, as_json: bool, **more: Any) -> None:
     if as_json:
-        click.echo(json.dumps({"name": name, "sessions": ended, **more}, ensure_ascii=False))
-        return
-    sessions = (
-        "a running server ends the sessions within a second" if ended is None else f"sessions ended: {ended}"
+        print_json({"name": name, "sessions": ended, **more})
+    else:
+        click.echo(f"{escape_text(name)} {change}; {ended_text(ended)}.", err=True)
+
+
+def ended_text(ended: int | None) -> str:
+    """Return a clause on the sessions that a change has ended. See Backend for None."""
+    return (
+        "the running server ends the sessions within a second"
+        if ended is None
+        else f"sessions ended: {ended}"
     )
-    click.echo(f"{escape_text(name)} {what}; {sessions}.", err=True)

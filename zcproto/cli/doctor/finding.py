@@ -1,4 +1,4 @@
-"""What a check has found, and what to do about it."""
+"""The result of one check, with its fix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_SHOWN: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report. `cure` is empty where there is nothing to do."""
+    """One line of the report. `cure` is empty if nothing has to be done."""
 
     check: str
     state: str
@@ -32,14 +32,14 @@ class Finding:
         return {"check": self.check, "state": self.state, "found": self.found, "cure": self.cure or None}
 
 
-def told(check: str, sentence: str, state: str = FAULT) -> Finding:
-    """A fault in the words of whoever found it: the cure follows the first semicolon."""
-    found, _, cure = sentence.partition("; ")
+def from_message(check: str, message: str, state: str = FAULT) -> Finding:
+    """Return a finding for an error message, whose fix follows the first semicolon."""
+    found, _, cure = message.partition("; ")
     return Finding(check, state, found, cure)
 
 
 def as_text(findings: Iterable[Finding]) -> str:
-    """Lines for people: state, check, what was found, and below it what to do."""
+    """Return lines with state, check and result, and the fix below."""
     lines = []
     for each in findings:
         colour = {OK: "green", WARNING: "yellow", FAULT: "red"}.get(each.state)

@@ -1,6 +1,7 @@
-"""What the doctor looks at on this machine. Nothing is made, changed or repaired.
+"""The checks of this machine. Nothing is created, changed or repaired.
 
-Rules: what a server would refuse to start with is a fault, in its own words; what will hurt later is a warning.
+Rules: a condition under which a server refuses to start is a fault, with the server's message; one that will cause
+trouble later is a warning.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from zcproto.cli import cert_report, read_config
-from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, told
-from zcproto.cli.kept_sessions import CONFIGURED, is_in_use, opened_store, with_store
+from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, from_message
+from zcproto.cli.session_store import CONFIGURED, is_in_use, opened_store, with_store
 from zcproto.cli.store import damage_of
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
@@ -32,14 +33,16 @@ if TYPE_CHECKING:
     from zcproto.config import Config
 
 LITTLE_SPACE: Final = 256 * 1024 * 1024
-"""Bytes: the store and the log of a busy day."""
+"""Bytes: store and log of a busy day."""
 
 NO_SPACE: Final = 16 * 1024 * 1024
-"""Bytes below which SQLite cannot be sure of a checkpoint."""
+"""Bytes below which a checkpoint of SQLite may fail."""
 
 FEW_FILES: Final = 1_000
 MAX_FILES: Final = 1_000
-"""Files of the home folder that are looked at."""
+"""Files of the home folder that are checked."""
+
+IN_USE: Final = "in use"
 
 _OTHERS: Final = 0o077
 _OTHERS_WRITE: Final = 0o022
@@ -48,16 +51,16 @@ _MIB: Final = 1024 * 1024
 
 
 def folder(home: Home) -> list[Finding]:
-    """The home folder, and who may read what is in it."""
+    """Check the home folder and the permissions of its files."""
     if not home.path.exists():
-        return [Finding("home", OK, f"{home.path}: is not there yet; a server makes it")]
+        return [Finding("home", OK, f"{home.path}: does not exist yet; a server creates it")]
     try:
         home.check()
     except ConfigError as error:
-        return [told("home", fault) for fault in error.faults]
+        return [from_message("home", fault) for fault in error.faults]
     findings = [Finding("home", OK, str(home.path))]
     wrong = list(_permissions(home))
-    return findings + (wrong or [Finding("permissions", OK, "keys and databases are their owner's alone")])
+    return findings + (wrong or [Finding("permissions", OK, "keys and databases are private")])
 
 
 def _permissions(home: Home) -> Iterator[Finding]:
@@ -66,16 +69,21 @@ def _permissions(home: Home) -> Iterator[Finding]:
         yield Finding(
             "permissions",
             WARNING,
-            f"the home folder belongs to uid {owner}, and root is asking",
-            f"run commands as the server's user: sudo -u '#{owner}' ..., as files of root shut it out",
+            f"the home folder belongs to uid {owner}, and this is root",
+            f"run commands as the server's user, who cannot read files of root: sudo -u '#{owner}' ...",
         )
     for number, path in enumerate(_files(home.path)):
         if number == MAX_FILES:
-            yield Finding("permissions", WARNING, f"there are more than {MAX_FILES} files here", "tidy up")
+            yield Finding(
+                "permissions",
+                WARNING,
+                f"more than {MAX_FILES} files in the home folder",
+                "remove those that are not needed",
+            )
             return
         try:
             status = path.lstat()
-        except FileNotFoundError:  # a server that runs replaces its files
+        except FileNotFoundError:  # a running server replaces its files
             continue
         quoted = shlex.quote(str(path))
         if stat.S_ISLNK(status.st_mode) or stat.S_ISSOCK(status.st_mode):
@@ -106,19 +114,20 @@ def _is_public(path: Path) -> bool:
 
 
 def configuration(home: Home, config_file: Path | None) -> list[Finding]:
-    """What is wrong with the configuration."""
+    """Check the configuration."""
     try:
         read_config(home, config_file)
     except ConfigError as error:
         return [
-            Finding("config", FAULT, fault, "zcproto config init writes every key") for fault in error.faults
+            Finding("config", FAULT, fault, "zcproto config init writes a file with every key")
+            for fault in error.faults
         ]
     where = home.config if config_file is None else config_file
-    return [Finding("config", OK, str(where) if where.exists() else "there is none: all defaults")]
+    return [Finding("config", OK, str(where) if where.exists() else "no file: all keys have their defaults")]
 
 
 def read(home: Home, config_file: Path | None) -> Config | None:
-    """The configuration; None if it has faults, which `configuration` tells."""
+    """Return the configuration, or None if it has faults, which `configuration` reports."""
     try:
         config = read_config(home, config_file)
     except ConfigError:
@@ -130,7 +139,7 @@ def read(home: Home, config_file: Path | None) -> Config | None:
 
 
 def server(config: Config, home: Home) -> list[Finding]:
-    """All else that a server on this machine needs."""
+    """Check everything else that a server on this machine needs."""
     return [
         *_process(),
         *_disk(config, home),
@@ -144,14 +153,17 @@ def server(config: Config, home: Home) -> list[Finding]:
 def _process() -> Iterator[Finding]:
     if os.environ.get(KEY_LOG):
         yield Finding(
-            "process", WARNING, f"{KEY_LOG} is set", f"unset {KEY_LOG}: clients write their keys there"
+            "process",
+            WARNING,
+            f"{KEY_LOG} is set",
+            f"unset {KEY_LOG}: clients write their TLS secrets to this file",
         )
     if os.geteuid() == 0:
         yield Finding(
             "process",
             WARNING,
             "this is root",
-            "run the server as a user of its own: zcproto deploy systemd",
+            "run the server as a separate user: zcproto deploy systemd",
         )
     else:
         yield Finding("process", OK, f"uid {os.geteuid()}")
@@ -173,16 +185,17 @@ def _disk(config: Config, home: Home) -> Iterator[Finding]:
         found = f"{free // _MIB} MiB free at {there}"
         if free < NO_SPACE:
             yield Finding(
-                "disk", FAULT, found, "free some: sessions cannot be written, and openings are refused"
+                "disk",
+                FAULT,
+                found,
+                "free some space: sessions cannot be written, and no session can be opened",
             )
         elif free < LITTLE_SPACE:
             yield Finding(
-                "disk", WARNING, found, f"free some; {LITTLE_SPACE // _MIB} MiB last for a busy day"
+                "disk", WARNING, found, f"free some space; {LITTLE_SPACE // _MIB} MiB last for a busy day"
             )
         elif disk.f_files and disk.f_favail < FEW_FILES:
-            yield Finding(
-                "disk", WARNING, f"{disk.f_favail} files can still be made at {there}", "remove some"
-            )
+            yield Finding("disk", WARNING, f"{disk.f_favail} free inodes at {there}", "remove some files")
         else:
             yield Finding("disk", OK, found)
 
@@ -192,7 +205,7 @@ def _file_limit(config: Config) -> Iterator[Finding]:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < wanted:
         cure = f"raise it (ulimit -Hn, LimitNOFILE=), or set limits.max_connections = {max(1, hard - SPARE_FILES)}"
-        yield Finding("file limit", WARNING, f"{hard} open files are allowed here, {wanted} are wanted", cure)
+        yield Finding("file limit", WARNING, f"{hard} open files are allowed, {wanted} are needed", cure)
     else:
         yield Finding("file limit", OK, f"{wanted} open files are allowed")
 
@@ -202,19 +215,21 @@ def _certificates(config: Config) -> Iterator[Finding]:
     try:
         found = cert_report.report(config, now, os.environ)
     except ZcprotoError as error:
-        yield told("certificate", str(error))
+        yield from_message("certificate", str(error))
         return
     for problem in found.problems:
-        yield told("certificate", problem)
+        yield from_message("certificate", problem)
     for row in found.rows:
         if row.status == cert_report.NOT_MADE:
-            yield Finding("certificate", OK, f"{row.certificate.name}: is not there yet; a server makes it")
+            yield Finding(
+                "certificate", OK, f"{row.certificate.name}: does not exist yet; a server creates it"
+            )
         elif row.status in cert_report.BAD:
             ended = (
                 f"{row.certificate}: expired on {row.leaf.not_valid_after_utc:%Y-%m-%d}" if row.leaf else ""
             )
-            finding = told("certificate", row.problem or ended)
-            cure = finding.cure or "own ones are renewed when the server starts; get others anew"
+            finding = from_message("certificate", row.problem or ended)
+            cure = finding.cure or "start the server, which renews managed ones; replace external ones"
             yield Finding("certificate", FAULT, finding.found, cure)
         elif row.leaf is not None:
             yield _good(row, now)
@@ -225,7 +240,7 @@ def _good(row: cert_report.Row, now: datetime) -> Finding:
     names = cert_report.shown_names(cert_report.names_of(row.leaf)) if row.use == "server" else row.use
     found = f"{row.certificate.name}: {cert_report.days_left(row.leaf, now)} days left; {names}"
     if row.status == cert_report.DUE:
-        cure = "a running server renews its own; get others anew, and look into its log if this stays"
+        cure = "a running server renews managed ones, see its log if this stays; replace external ones"
         return Finding("certificate", WARNING, found, cure)
     return Finding("certificate", OK, found)
 
@@ -240,31 +255,33 @@ def _store(config: Config, home: Home) -> Iterator[Finding]:
     if url == SQLITE:
         path = home.sessions
         if not path.exists():
-            yield Finding("store", OK, f"{path.name}: is not there yet; a server makes it")
+            yield Finding("store", OK, f"{path.name}: does not exist yet; a server creates it")
             return
         try:
             used = is_in_use(path)
         except OSError as error:
-            yield Finding("store", FAULT, f"{path}.lock: {error.strerror}", "make it the server's user's own")
+            yield Finding(
+                "store", FAULT, f"{path}.lock: {error.strerror}", "give the file to the user of the server"
+            )
             return
         if used:
             yield Finding("store", OK, f"{path.name}: a server runs with these sessions")
             return
         faults = damage_of(path)
         if faults:
-            cure = "a server sets it aside and begins with none; docs/backup.md says how to restore it"
-            yield Finding("store", FAULT, f"{path}: is damaged: {escape_text('; '.join(faults), 300)}", cure)
+            cure = "restore it (docs/backup.md); otherwise a server sets it aside and starts without sessions"
+            yield Finding("store", FAULT, f"{path}: damaged: {escape_text('; '.join(faults), 300)}", cure)
             return
     try:
-        count, notes = asyncio.run(_ask_store(config, home))
+        count, notes = asyncio.run(_query_store(config, home))
     except ZcprotoError as error:
-        yield told("store", escape_text(str(error), 500))
+        yield from_message("store", escape_text(str(error), 500))
         return
-    yield Finding("store", OK, f"it answers; {count} sessions")
+    yield Finding("store", OK, f"it answers; sessions: {count}")
     yield from (Finding("store", WARNING, escape_text(note, 500)) for note in notes)
 
 
-async def _ask_store(config: Config, home: Home) -> tuple[int, tuple[str, ...]]:
+async def _query_store(config: Config, home: Home) -> tuple[int, tuple[str, ...]]:
     async with opened_store(with_store(config, CONFIGURED), home) as store:
         await store.ping()
         examine = getattr(store, "examine", None)
@@ -274,31 +291,28 @@ async def _ask_store(config: Config, home: Home) -> tuple[int, tuple[str, ...]]:
 def _port(config: Config) -> Iterator[Finding]:
     where = ", ".join(config.server.host)
     if config.server.port == 0:
-        yield Finding("port", SKIPPED, "server.port = 0 is another port each time")
+        yield Finding("port", SKIPPED, "server.port = 0 is a different port at each start")
         return
     try:
         sockets = bind(config.server.host, config.server.port)
     except ConfigError as error:
-        taken = "Address already in use" in str(error)
-        if taken:
-            yield Finding("port", OK, f"{where} port {config.server.port}: something listens there")
+        if "Address already in use" in str(error):
+            yield Finding("port", OK, f"{where} port {config.server.port}: {IN_USE}")
         else:
-            cure = (
-                "choose another server.port or server.host; below 1024 let systemd bind it (zcproto.socket)"
-            )
+            cure = "change server.port or server.host; for a port below 1024 let systemd bind it (zcproto.socket)"
             yield from (Finding("port", FAULT, fault, cure) for fault in error.faults)
         return
     for each in sockets:
         each.close()
-    yield Finding("port", OK, f"{where} port {config.server.port}: is free; no server runs")
+    yield Finding("port", OK, f"{where} port {config.server.port}: free; no server runs")
 
 
 def is_served(findings: list[Finding]) -> bool:
-    """Whether something listens on the configured port."""
-    return any(each.check == "port" and each.found.endswith("something listens there") for each in findings)
+    """Whether the configured port is in use."""
+    return any(each.check == "port" and each.found.endswith(IN_USE) for each in findings)
 
 
 def own_address(config: Config) -> str:
-    """Where a client on this machine reaches the server."""
+    """Return the address of the server for a client on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host[0], config.server.host[0])  # noqa: S104
     return f"[{host}]:{config.server.port}" if ":" in host else f"{host}:{config.server.port}"

@@ -1,9 +1,9 @@
-"""What the doctor asks a server: step by step, each with its own words, until one fails.
+"""The checks of the connection to a server, step by step until one fails.
 
     name -> TCP -> TLS, without trust -> WELCOME, and its clock -> trust -> session
 
-Rules: no key is sent before the server has shown that it is trusted. The steps before that look at a server that
-may be anybody's, and say so by what they find.
+Rules: no key is sent before the server has proved that it is trusted. The steps before that only report what an
+unverified server presents.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from cryptography import x509
 
 from zcproto.certs import pair
 from zcproto.cli import cert_report
-from zcproto.cli.call import read_key
-from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, told
+from zcproto.cli.connect import ca_file, read_key
+from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, from_message
 from zcproto.client.address import Address, parse_address
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
@@ -37,38 +37,38 @@ from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.pins import parse_pins
 
 GOOD_CLOCK: Final = 5.0
-"""Seconds that two clocks may differ before it is a warning: those of machines with NTP differ by far less."""
+"""Seconds of difference above which it is a warning: clocks with NTP differ by far less."""
 
 BAD_CLOCK: Final = 3_600.0
-"""Seconds beyond which certificates and expiries are soon misjudged."""
+"""Seconds of difference above which expiries are misjudged."""
 
 MAX_WELCOME: Final = 65_536
 
 CURES: Final = {
-    TlsFailure.NOT_TLS: "see that it is the port of zcproto, and that no proxy ends TLS before it",
-    TlsFailure.UNSUPPORTED_VERSION: "it is no zcproto server, or something before it speaks an old TLS",
-    TlsFailure.NO_SHARED_SUITE: "it is no zcproto server, or something before it speaks other cipher suites",
-    TlsFailure.NO_APPLICATION_PROTOCOL: "it is no zcproto server: see the port",
-    TlsFailure.CERTIFICATE_REQUIRED: "it demands client certificates (tls.client_auth): call it with one",
-    TlsFailure.DISCONNECTED: "it may be full, or a load balancer has no server: see its log for connection.refused",
-    TlsFailure.HANDSHAKE_TIMEOUT: "it is overloaded, or a firewall drops large packets: try on its own machine",
+    TlsFailure.NOT_TLS: "check that this is the port of zcproto, and that no proxy terminates TLS",
+    TlsFailure.UNSUPPORTED_VERSION: "this is not a zcproto server, or a proxy before it uses an old TLS version",
+    TlsFailure.NO_SHARED_SUITE: "this is not a zcproto server, or a proxy before it uses other cipher suites",
+    TlsFailure.NO_APPLICATION_PROTOCOL: "this is not a zcproto server: check the port",
+    TlsFailure.CERTIFICATE_REQUIRED: "it requires client certificates (tls.client_auth): connect with one",
+    TlsFailure.DISCONNECTED: "it may be at its limit (its log has connection.refused), or a balancer has no server",
+    TlsFailure.HANDSHAKE_TIMEOUT: "it is overloaded, or a firewall drops large packets: try from the server itself",
     TlsFailure.CERTIFICATE_EXPIRED: "renew it on the server (zcproto cert show), and compare the clocks",
     TlsFailure.CERTIFICATE_NAME_MISMATCH: (
         "connect to one of its names, or add this one to certificates.names on the server"
     ),
     TlsFailure.CERTIFICATE_UNTRUSTED: (
-        "get the server's CA (zcproto cert export-ca there) and give it by --ca, or its pin by --pin"
+        "get the CA of the server (zcproto cert export-ca) and use --ca, or use --pin"
     ),
-    TlsFailure.PIN_MISMATCH: "ask its operator for the pins (zcproto cert pins); if yours are right, it is another",
+    TlsFailure.PIN_MISMATCH: "compare the pins with those of its operator (zcproto cert pins)",
 }
-"""What to do about a failed handshake, as a client sees it."""
+"""The fix of each handshake failure, as a client sees it."""
 
 _ANY_TLS: Final = "see the server's log for tls.failed, and docs/troubleshooting.md"
 
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """Which server is believed, in the words of the command line."""
+    """The trust options of the command line."""
 
     ca: Path | None
     pins: tuple[str, ...]
@@ -76,13 +76,12 @@ class Trust:
 
     @property
     def ca_file(self) -> Path | None:
-        own = self.home.certs / "ca.crt"
-        return own if self.ca is None and not self.pins and own.exists() else self.ca
+        return ca_file(self.home, self.ca, self.pins)
 
 
 @dataclass(frozen=True, slots=True)
-class Who:
-    """Whose session to open."""
+class LoginAs:
+    """The user of the session to open."""
 
     user: str
     key_file: Path | None
@@ -90,26 +89,26 @@ class Who:
 
 @dataclass(slots=True)
 class _Seen:
-    """What one connection has shown."""
+    """The findings of a connection, and the certificate of the server."""
 
     findings: list[Finding] = field(default_factory=list)
     certificate: bytes = b""
 
 
-def look(text: str, trust: Trust, who: Who | None, timeout: float) -> list[Finding]:
-    """Go as far as it goes. Raises ConfigError for an address or a pin that is none."""
+def check(text: str, trust: Trust, login: LoginAs | None, timeout: float) -> list[Finding]:
+    """Run the steps until one fails. Raises ConfigError for a malformed address or pin."""
     address = parse_address(text)
     try:
         pins = parse_pins(trust.pins)
     except TlsError as error:
         raise ConfigError([escape_text(str(error))]) from error
-    key = None if who is None else read_key(who.key_file)
+    key = None if login is None else read_key(login.key_file)
     seen = _Seen()
-    is_there = _connect(address, timeout, seen)
-    is_trusted = is_there and seen.certificate != b"" and _judge(address, trust, pins, timeout, seen)
-    if who is not None:
+    is_reachable = _connect(address, timeout, seen)
+    is_trusted = is_reachable and seen.certificate != b"" and _judge(address, trust, pins, timeout, seen)
+    if login is not None:
         if is_trusted:
-            seen.findings += asyncio.run(_session(str(address), trust, who.user, key, timeout))
+            seen.findings += asyncio.run(_session(str(address), trust, login.user, key, timeout))
         else:
             seen.findings.append(
                 Finding("session", SKIPPED, "no key is sent to a server that is not trusted")
@@ -121,21 +120,21 @@ def look(text: str, trust: Trust, who: Who | None, timeout: float) -> list[Findi
 
 
 def _connect(address: Address, timeout: float, seen: _Seen) -> bool:
-    """Name, TCP, TLS and WELCOME. Whether all of it was there."""
+    """Check name, TCP, TLS and WELCOME. Return whether all of them work."""
     found = seen.findings
     try:
         raw = socket.create_connection(address, timeout)
     except socket.gaierror as error:
         found.append(
-            Finding("reachable", FAULT, f"{address.host}: {error.strerror}", "see the name, and DNS")
+            Finding("reachable", FAULT, f"{address.host}: {error.strerror}", "check the name and DNS")
         )
         return False
     except TimeoutError:
-        cure = "a firewall drops it, or the machine is down: see both, and the port"
+        cure = "a firewall drops packets, or the machine is down: check both, and the port"
         found.append(Finding("reachable", FAULT, f"{address}: no answer within {timeout:g} s", cure))
         return False
     except OSError as error:
-        cure = "start the server there, and see that server.host is not 127.0.0.1 alone"
+        cure = "start the server, and check that server.host is not only 127.0.0.1"
         found.append(Finding("reachable", FAULT, f"{address}: {error.strerror}", cure))
         return False
     peer = raw.getpeername()
@@ -158,41 +157,45 @@ def _greeted(tls: ssl.SSLSocket, seen: _Seen, deadline: float) -> bool:
     alpn = tls.selected_alpn_protocol()
     if alpn != ALPN:
         cure = CURES[TlsFailure.NO_APPLICATION_PROTOCOL]
-        seen.findings.append(Finding("handshake", FAULT, f"it speaks TLS, but {alpn or 'no'} protocol", cure))
+        seen.findings.append(
+            Finding("handshake", FAULT, f"TLS works, but its ALPN protocol is {alpn or 'missing'}", cure)
+        )
         return False
     seen.findings.append(Finding("handshake", OK, f"{tls.version()}, {cipher[0]}, {alpn}"))
     connection = ClientConnection(max_frame=MAX_WELCOME, tolerance_ms=30_000)
     received = 0
-    while received < MAX_WELCOME and system_clock.now() < deadline:  # also if it comes byte by byte
+    while received < MAX_WELCOME and system_clock.now() < deadline:  # also if it arrives byte by byte
         data = tls.recv(MAX_WELCOME)
         received += len(data)
         if not data:
-            cure = "see its log: it may be full, or want a client certificate"
+            cure = "see its log: it may be at its limit, or require a client certificate"
             seen.findings.append(
-                Finding("welcome", FAULT, "it closed the connection without a greeting", cure)
+                Finding("welcome", FAULT, "the server closed the connection without WELCOME", cure)
             )
             return False
         wall = system_clock.wall()
         for event in connection.receive_data(data, wall, system_clock.now()):
             if isinstance(event, Welcomed):
                 seen.findings.append(_clock(connection.clock_offset_ms / MS_PER_SECOND))
-                with contextlib.suppress(OSError):  # it may have gone already
+                with contextlib.suppress(OSError):  # the server may have closed it
                     tls.unwrap()
                 return True
-            cure = "it is no zcproto server, or of a later protocol: compare versions"
-            seen.findings.append(Finding("welcome", FAULT, "its greeting cannot be read", cure))
+            cure = "this is not a zcproto server, or it has a later protocol: compare the versions"
+            seen.findings.append(Finding("welcome", FAULT, "its first frame is not a valid WELCOME", cure))
             return False
-    seen.findings.append(Finding("welcome", FAULT, "its greeting has no end", "it is no zcproto server"))
+    seen.findings.append(
+        Finding("welcome", FAULT, "its WELCOME does not end", "this is not a zcproto server")
+    )
     return False
 
 
 def _clock(ahead: float) -> Finding:
-    """`ahead` is by how many seconds the server's clock is ahead of ours."""
+    """Judge the clock of the server, which is `ahead` seconds ahead of this machine's."""
     if abs(ahead) <= GOOD_CLOCK:
-        return Finding("clock", OK, "that of the server and of this machine agree to within 5 s")
-    found = f"the server's is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
+        return Finding("clock", OK, "the clocks of the server and this machine agree within 5 s")
+    found = f"the server's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
     state = FAULT if abs(ahead) > BAD_CLOCK else WARNING
-    return Finding("clock", state, found, "let NTP set both: timedatectl set-ntp true")
+    return Finding("clock", state, found, "synchronize both with NTP: timedatectl set-ntp true")
 
 
 def _handshake_fault(error: Exception, check: str) -> Finding:
@@ -209,7 +212,7 @@ def _handshake_fault(error: Exception, check: str) -> Finding:
 
 
 def _judge(address: Address, trust: Trust, pins: frozenset[str], timeout: float, seen: _Seen) -> bool:
-    """Whether a client with this trust would go on."""
+    """Return whether a client with this trust accepts the server."""
     host = address.host.partition("%")[0]
     by_ca = trust.ca is not None or not pins
     source = "the system's store" if trust.ca_file is None else str(trust.ca_file)
@@ -219,7 +222,7 @@ def _judge(address: Address, trust: Trust, pins: frozenset[str], timeout: float,
         try:
             context = client_context(ca_file=trust.ca_file, protocols=[ALPN])
         except ZcprotoError as error:
-            seen.findings.append(told("trust", escape_text(str(error))))
+            seen.findings.append(from_message("trust", escape_text(str(error))))
             return False
         try:
             with (
@@ -252,7 +255,7 @@ def _judge(address: Address, trust: Trust, pins: frozenset[str], timeout: float,
 
 
 def _about(der: bytes) -> Iterator[str]:
-    """What is in the server's certificate, for people. It may be anybody's."""
+    """Describe the certificate of a server, which may not be trusted."""
     try:
         certificate = x509.load_der_x509_certificate(der)
         yield f"names: {cert_report.shown_names(cert_report.names_of(certificate)) or 'none'}"
@@ -268,7 +271,7 @@ def _near_end(der: bytes) -> Iterator[Finding]:
     life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     left = certificate.not_valid_after_utc - now
     if left < life / 6:  # renewal is due at a third of the life at the latest
-        cure = "its renewal is overdue: zcproto cert show on the server says why"
+        cure = "its renewal is overdue: run zcproto cert show on the server"
         yield Finding("trust", WARNING, f"its certificate has {left.days} days left", cure)
 
 
@@ -276,7 +279,7 @@ def _near_end(der: bytes) -> Iterator[Finding]:
 
 
 async def _session(address: str, trust: Trust, user: str, key: str | None, limit: float) -> list[Finding]:
-    from zcproto.client import connect  # noqa: PLC0415 - only who gives a key needs it
+    from zcproto.client import connect  # noqa: PLC0415 - needed only with a key
 
     client = connect(
         address,
@@ -295,13 +298,13 @@ async def _session(address: str, trust: Trust, user: str, key: str | None, limit
     except CallError as error:
         return [Finding("session", FAULT, escape_text(str(error), 500), _session_cure(error))]
     except (ZcprotoError, OSError) as error:
-        return [told("session", escape_text(str(error), 500))]
-    return [Finding("session", OK, f"{user} opened one, used it and closed it")]
+        return [from_message("session", escape_text(str(error), 500))]
+    return [Finding("session", OK, f"{user} opened, used and closed one")]
 
 
 def _session_cure(error: CallError) -> str:
     return {
-        "UNAUTHENTICATED": "see the name and the key: zcproto user list, zcproto user new-key on the server",
-        "RESOURCE_EXHAUSTED": "the user has sessions.per_user open already, or failed too often: wait, or end some",
-        "UNAVAILABLE": "the server's store is out, or it drains: zcproto doctor on the server",
+        "UNAUTHENTICATED": "check the name and the key: zcproto user list, zcproto user new-key on the server",
+        "RESOURCE_EXHAUSTED": "the user is at sessions.per_user, or failed too often: wait, or end some sessions",
+        "UNAVAILABLE": "the store of the server does not answer, or it drains: run zcproto doctor on the server",
     }.get(error.code.name, "see the server's log")

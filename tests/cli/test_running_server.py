@@ -26,8 +26,7 @@ from zcproto.certs import own
 from zcproto.certs.own import OwnSettings
 from zcproto.cli import main
 from zcproto.cli import status as status_module
-from zcproto.cli.status import frame
-from zcproto.cli.status_view import duration, lines_of, size, span
+from zcproto.cli.status import duration, frame, lines_of, size, span
 from zcproto.common.home import Home
 from zcproto.common.local_socket import address_of
 from zcproto.observe.log import level, set_level
@@ -83,7 +82,7 @@ def test_the_status_is_shown(running: ServerThread, capsys: Capture) -> None:
 def test_users_are_changed_by_the_server(running: ServerThread, capsys: Capture) -> None:
     assert main(["user", "add", "ada"]) == 0
     said = capsys.readouterr()
-    assert said.err == "ada is a user now. Keep this key; it is shown this once:\n"
+    assert said.err == "ada is a user now. Keep this key; it is shown once:\n"
     with running.client() as client:
         client.open_session("ada", said.out.strip())
         made = json_of(capsys, "user", "new-key", "ada")
@@ -190,7 +189,7 @@ def test_files_are_shown_though_the_server_cannot_be_asked(
 
 
 def test_alerts_are_listed_and_tried(running: ServerThread, capsys: Capture, tmp_path: Path) -> None:
-    assert out_of(capsys, "alert", "list") == "no alert is open, and none is over since a day\n"
+    assert out_of(capsys, "alert", "list") == "No open alerts; none closed in the last 24 h.\n"
     assert main(["alert", "test"]) == 1
     assert "no webhook and no command" in capsys.readouterr().out
     running.reload(alerts__command=["/bin/sh", "-c", "cat > /dev/null; echo told"])
@@ -203,7 +202,7 @@ def test_alerts_are_listed_and_tried(running: ServerThread, capsys: Capture, tmp
 
     running.in_loop(happen)
     rows = [line.split() for line in out_of(capsys, "alert", "list").splitlines()]
-    assert [row[2] for row in rows[1:]] == ["open", "over"]
+    assert [row[2] for row in rows[1:]] == ["open", "closed"]
     assert len(json_of(capsys, "alert", "list")["open"]) == 1
     (result,) = json_of(capsys, "alert", "test")
     assert result["arrived"]
@@ -215,16 +214,16 @@ def test_the_configuration_is_reloaded(running: ServerThread, capsys: Capture) -
         **running.settings,
         "limits__max_streams": 3,
         "idempotency__keep": "1h",
-        "alerts__webhook": "https://hooks.example/hidden",
+        "alerts__webhook": "https://hooks.example/secret",
     }
     assert main(["reload"]) == 0
     said = capsys.readouterr()
     rows = {line.split()[0]: line for line in said.out.splitlines()}
     assert rows["limits.max_streams"].split() == ["limits.max_streams", "128", "3", "new", "connections"]
     assert rows["idempotency.keep"].endswith("restart needed")
-    assert "(not shown)" in rows["alerts.webhook"]
-    assert "hidden" not in said.out
-    assert said.err == "1 of these are as they were until the server is restarted\n"
+    assert "(hidden)" in rows["alerts.webhook"]
+    assert "secret" not in said.out
+    assert said.err == "1 of these apply after a restart of the server\n"
     assert [each["key"] for each in json_of(capsys, "reload")["restart"]] == ["idempotency.keep"]
     running.settings = {**running.settings, "limits__max_streams": 0, "limits__max_depth": 0}
     assert main(["reload"]) == 2
@@ -242,7 +241,7 @@ def test_the_level_of_the_log_is_shown_and_set(running: ServerThread, capsys: Ca
         assert json_of(capsys, "log", "level", "error") == {"level": "error", "before": before}
         assert level() == "error"
         assert main(["log", "level", "debug"]) == 0
-        assert capsys.readouterr().err.endswith("the log has debug and above now; it had error\n")
+        assert capsys.readouterr().err.endswith("the log level is debug now; it was error\n")
         assert main(["log", "level", "loud"]) == 2
     finally:
         set_level(before)
@@ -250,7 +249,7 @@ def test_the_level_of_the_log_is_shown_and_set(running: ServerThread, capsys: Ca
 
 def test_a_server_is_drained(running: ServerThread, capsys: Capture) -> None:
     assert main(["drain", "--timeout", "7"]) == 0
-    assert capsys.readouterr().err == "the server drains 0 connections, for 7 s at most\n"
+    assert capsys.readouterr().err == "the server drains 0 connections within 7 s\n"
     running.join()
 
 
@@ -307,12 +306,12 @@ def test_what_is_wrong_stands_out_and_nothing_moves_a_cursor(found: dict[str, An
     text = "\n".join(line for line, _ in lines)
     assert "\x1b" not in text
     assert "EXPIRED" in text
-    assert "degraded, all tokens are refused, 2 revocations wait" in text
+    assert "degraded, all tokens are refused, 2 revocations pending" in text
     assert "8 failed: truncated 5, not_tls 3" in text
     assert "DRAINING" in text
     assert "and 2 more" in text
     assert "(for 1m 30s)" in text
-    assert "they do not reach the webhook: 7 wait" in text
+    assert "the webhook is not reachable: 7 messages wait" in text
     assert sum(style == "bad" for _, style in lines) >= 15
 
 
@@ -450,11 +449,11 @@ JSON = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n
         ),
         (b"HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n", "not allowed"),
         (b"HTTP/1.1 500 Oh\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n", "answered 500"),
-        (JSON % (b"200 OK", 1, b"{"), "no JSON"),
+        (JSON % (b"200 OK", 1, b"{"), "malformed JSON"),
         (JSON % (b"409 Conflict", 15, b'{"error": "x"}\n'), "zcproto: x"),
         (JSON % (b"409 Conflict", 2, b"[]"), "answered 409"),
         (JSON % (b"409 Conflict", 26, b'{"error": "a\\u001b[31mb" }\n'[:26]), "a\\x1b[31mb"),
-        (JSON % (b"200 OK", 17_000_000, b" " * 17_000_000), "too much"),
+        (JSON % (b"200 OK", 17_000_000, b" " * 17_000_000), "more than 16777216 bytes"),
     ],
     ids=["nothing", "garbage", "404", "403", "500", "json", "409", "list", "escape", "large"],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from zcproto.cli.private_file import private_file
+from zcproto.cli.output import private_file
 from zcproto.errors import ZcprotoError
 
 

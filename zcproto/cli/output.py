@@ -1,0 +1,60 @@
+"""Output of commands: JSON, tables, and private files."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from zcproto.common.files import new_file, replaced_file
+from zcproto.common.text import escape_text
+from zcproto.errors import ZcprotoError
+
+MAX_CELL = 128
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def print_json(value: Any, *, indent: int | None = None) -> None:
+    click.echo(json_text(value, indent=indent))
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Return a value as JSON in which every character that could control a terminal is escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows in columns under their heads. Cells are escaped for a terminal."""
+    cells = [list(head), *([escape_text(cell, MAX_CELL) or "-" for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+@contextmanager
+def private_file(path: Path, *, replace: bool) -> Iterator[TextIO]:
+    """Write a file of mode 0600; keep what was there if the body raises. A link is never followed.
+
+    Raises ZcprotoError for an existing file unless `replace` is set.
+    """
+    with ExitStack() as stack:
+        try:
+            data = stack.enter_context(replaced_file(path, is_locked=False) if replace else new_file(path))
+        except FileExistsError:
+            raise ZcprotoError(f"{escape_text(str(path))}: already exists; --force replaces it") from None
+        text = io.TextIOWrapper(data, encoding="utf-8")
+        try:
+            yield text
+        finally:
+            text.detach()
