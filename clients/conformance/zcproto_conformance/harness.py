@@ -230,17 +230,20 @@ class Harness:
 
     async def begin_connect(self, **options: Any) -> tuple[Client, asyncio.Future[Any]]:
         """Start connecting a new client. `options` are those of the step; None omits one."""
-        number = next(self.fixtures.numbers)
-        client = Client(self, f"client-{number}")
+        client = Client(self, f"client-{next(self.fixtures.numbers)}")
         defaults = {
             "address": self.server.address,
             "server_name": HOST,
             "ca_file": str(self.fixtures.ca.file),
-            "home": str(self.fixtures.folder / f"home-{number}"),
+            "home": self.new_home(),
         }
         fields = {name: value for name, value in {**defaults, **options}.items() if value is not None}
         self._clients.append(client)
         return client, await self.begin_step("connect", client=client.name, **fields)
+
+    def new_home(self) -> str:
+        """Return a new home folder for a client."""
+        return str(self.fixtures.folder / f"home-{next(self.fixtures.numbers)}")
 
     async def next_connection(self) -> Connection:
         """Accept the next connection and complete its TLS handshake."""

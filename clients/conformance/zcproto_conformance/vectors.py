@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from zcproto_conformance.check import VECTORS, Check, Scenario
+from zcproto_conformance.codes import INVALID_ARGUMENT, PROTOCOL_ERROR
 from zcproto_conformance.connection import HEADER, KINDS, MAX_FRAME, MIN_LENGTH, TOLERANCE_MS
 from zcproto_conformance.errors import CheckFailed, KitError, expect
 from zcproto_conformance.harness import Harness
@@ -21,8 +22,6 @@ Vector = dict[str, Any]
 
 FRAME_FILES: Final = ("frames", "headers", "freshness", "streams", "bodies", "bodies-invalid", "segments")
 FILES: Final = (*FRAME_FILES, "text", "signatures", "conversation", "tables")
-INVALID_ARGUMENT: Final = 3
-PROTOCOL_ERROR: Final = 64
 _FIELD_ENDS: Final = (1, 3, 4, 5, 6, 8, 12, 20, 28, 36, 67, 68, 69)
 """Offsets of the ends of header fields, and some within fields."""
 

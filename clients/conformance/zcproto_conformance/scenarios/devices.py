@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from zcproto_conformance.check import SCRIPTED, Scenarios
+from zcproto_conformance.codes import UNAUTHENTICATED
 from zcproto_conformance.connection import MAX_FRAME, NO_TOKEN, Connection, Frame
 from zcproto_conformance.errors import CheckFailed, expect
 from zcproto_conformance.harness import ConnectedClient, Harness, Session
 
 scenario: Final = Scenarios(SCRIPTED)
 
-UNAUTHENTICATED: Final = 16
 NAME: Final = "d-\u00fc"
 
 
@@ -46,8 +45,8 @@ class Device:
             params.get("scheme") == "ed25519" and params.get("device") == NAME,
             f"session.open was sent with {params}",
         )
-        leaf = hashlib.sha256(harness.leaf.der).digest()
-        self.verify(params.get("signature"), b"zcp/1 open\0", connection.salt, leaf, NAME.encode())
+        parts = (b"zcp/1 open\0", connection.salt, harness.leaf.sha256, NAME.encode())
+        self.verify(params.get("signature"), *parts)
         session = harness.new_session(bound=True)
         harness.grant_session(connection, request, session)
         return session
@@ -62,8 +61,7 @@ class Device:
         expect(
             request.token == session.token, "session.attach was sent with a token other than the session's"
         )
-        leaf = hashlib.sha256(harness.leaf.der).digest()
-        parts = (b"zcp/1 attach\0", connection.salt, leaf, session.token)
+        parts = (b"zcp/1 attach\0", connection.salt, harness.leaf.sha256, session.token)
         self.verify(request.params.get("signature"), *parts)
         connection.frame_limit = MAX_FRAME
         connection.respond(request, {})

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from zcproto_conformance.check import SCRIPTED, Scenarios
+from zcproto_conformance.codes import STALE_TIMESTAMP
 from zcproto_conformance.connection import TOLERANCE_MS, pack
 from zcproto_conformance.errors import expect
 from zcproto_conformance.harness import HOUR_MS, Harness
 
 scenario: Final = Scenarios(SCRIPTED)
 
-STALE_TIMESTAMP: Final = 67
 _STALE_MS: Final = 10 * TOLERANCE_MS
 
 

@@ -6,14 +6,13 @@ import asyncio
 from typing import Final
 
 from zcproto_conformance.check import SCRIPTED, Scenarios
+from zcproto_conformance.codes import DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE
 from zcproto_conformance.connection import QUIET
 from zcproto_conformance.errors import CheckFailed, expect
 from zcproto_conformance.harness import ConnectedClient, Harness
 
 scenario: Final = Scenarios(SCRIPTED)
 
-RESOURCE_EXHAUSTED: Final = 8
-UNAVAILABLE: Final = 14
 _MANY: Final = 10
 _MANY_SECONDS: Final = 2.0
 _DELAY_MS: Final = 500
@@ -210,7 +209,7 @@ async def _(harness: Harness) -> None:
     call = await peer.client.call("echo", {}, timeout_ms=500)
     request = await peer.connection.expect_request("echo")
     peer.connection.respond_error(request, UNAVAILABLE, {"retry_after_ms": 600_000})
-    await call.expect_code(UNAVAILABLE, 4)
+    await call.expect_code(UNAVAILABLE, DEADLINE_EXCEEDED)
 
 
 @scenario("limit-reached", "11.1: RESOURCE_EXHAUSTED with limit is reported to the application")

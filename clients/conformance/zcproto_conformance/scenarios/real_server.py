@@ -11,6 +11,17 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from zcproto_conformance.check import SERVER, Scenarios
+from zcproto_conformance.codes import (
+    CANCELLED,
+    DEADLINE_EXCEEDED,
+    INVALID_ARGUMENT,
+    NOT_FOUND,
+    RESOURCE_EXHAUSTED,
+    SESSION_REPLACED,
+    TOKEN_REVOKED,
+    UNAUTHENTICATED,
+    UNIMPLEMENTED,
+)
 from zcproto_conformance.errors import CheckFailed, KitError, expect
 from zcproto_conformance.harness import Client, Harness
 from zcproto_conformance.program import StepFailed
@@ -18,15 +29,6 @@ from zcproto_conformance.program import StepFailed
 scenario: Final = Scenarios(SERVER)
 
 USER: Final = "ada"
-CANCELLED: Final = 1
-INVALID_ARGUMENT: Final = 3
-DEADLINE_EXCEEDED: Final = 4
-NOT_FOUND: Final = 5
-RESOURCE_EXHAUSTED: Final = 8
-UNIMPLEMENTED: Final = 12
-UNAUTHENTICATED: Final = 16
-TOKEN_REVOKED: Final = 69
-SESSION_REPLACED: Final = 70
 POLL: Final = 0.1
 _SETTINGS: Final = {
     "ZCPROTO_CERTIFICATES__KEY_TYPES": "ecdsa-p256",

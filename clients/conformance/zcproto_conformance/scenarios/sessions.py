@@ -6,6 +6,14 @@ import asyncio
 from typing import Final
 
 from zcproto_conformance.check import SCRIPTED, Scenarios
+from zcproto_conformance.codes import (
+    INVALID_ARGUMENT,
+    RESOURCE_EXHAUSTED,
+    SESSION_REPLACED,
+    TOKEN_EXPIRED,
+    TOKEN_REVOKED,
+    UNAUTHENTICATED,
+)
 from zcproto_conformance.connection import (
     BEFORE_SESSION,
     MAX_FRAME,
@@ -19,13 +27,6 @@ from zcproto_conformance.errors import expect
 from zcproto_conformance.harness import USER, ConnectedClient, Harness, Session
 
 scenario: Final = Scenarios(SCRIPTED)
-
-INVALID_ARGUMENT: Final = 3
-RESOURCE_EXHAUSTED: Final = 8
-UNAUTHENTICATED: Final = 16
-TOKEN_EXPIRED: Final = 68
-TOKEN_REVOKED: Final = 69
-SESSION_REPLACED: Final = 70
 
 
 @scenario(
