@@ -72,7 +72,7 @@ def test_a_file_that_a_server_has_is_not_touched(home: Path, capsys: Capture) ->
     with open(home / "sessions.db.lock", "r+") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         assert main(["store", "check"]) == 2
-    assert "a server runs with these sessions" in capsys.readouterr().err
+    assert "a running server uses it; run zcproto status" in capsys.readouterr().err
 
 
 def test_memory_needs_no_check(home: Path, capsys: Capture) -> None:

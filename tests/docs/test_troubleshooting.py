@@ -126,7 +126,7 @@ def test_messages_of_every_kind_are_found() -> None:
     found = {message.text for message in Sources().messages()}
     assert {
         "…: others can read this key; run: chmod 600 '…'",
-        "UNAUTHENTICATED: this method needs a session",
+        "UNAUTHENTICATED: this method needs a session; call session.open first",
         "pin_malformed: more than … pins",
         "--key-file goes with --user.",
         "…: is not the key of …; configure the two that belong together",

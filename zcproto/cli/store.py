@@ -14,7 +14,6 @@ import click
 from zcproto.auth import UserFile
 from zcproto.cli import home_options, read_config
 from zcproto.cli.session_store import (
-    ASK_SERVER,
     CONFIGURED,
     StoreInUseError,
     has_no_sessions,
@@ -81,7 +80,7 @@ def _check_file(config: Config, home: Home) -> int:
         click.echo(f"{shown}: is not there yet; a server makes it")
         return 0
     if is_in_use(path):
-        raise StoreInUseError([f"{shown}: a server runs with these sessions; {ASK_SERVER}"])
+        raise StoreInUseError([f"{shown}: a running server uses it; run zcproto status, or stop the server"])
     faults = damage_of(path)
     for fault in faults:
         click.echo(f"{shown}: {escape_text(fault, 500)}", err=True)
