@@ -11,7 +11,7 @@ LIVE = ', state="live"'
 
 
 class Panel(NamedTuple):
-    """One graph: a title, the unit of Grafana, and expressions with what their lines are called."""
+    """A panel: its title, its Grafana unit, and its expressions with the legends of their lines."""
 
     title: str
     unit: str
@@ -20,23 +20,23 @@ class Panel(NamedTuple):
 
 
 def rate(name: str, by: str, more: str = "") -> str:
-    """How much a counter grows in a second, by some labels."""
+    """Return the rate of a counter per second, summed by some labels."""
     return f"sum by ({by}) (rate({name}{{{WHERE}{more}}}[{OVER}]))"
 
 
 def quantile(share: float, name: str, by: str = "") -> str:
-    """Below what a share of a histogram's values are."""
+    """Return a quantile of a histogram."""
     labels = ", ".join(["le", *([by] if by else [])])
     return f"histogram_quantile({share}, {rate(f'{name}_bucket', labels)})"
 
 
 def now(name: str, more: str = "") -> str:
-    """A gauge."""
+    """Return a gauge."""
     return f"{name}{{{WHERE}{more}}}"
 
 
 def total(name: str, more: str = "") -> str:
-    """A gauge, of all instances."""
+    """Return a gauge summed over all instances."""
     return f"sum({now(name, more)})"
 
 
@@ -44,13 +44,16 @@ PANELS: dict[str, list[Panel]] = {
     "Now": [
         Panel("Connections", "short", {total("zcproto_connections"): ""}, "stat"),
         Panel("Live sessions", "short", {total("zcproto_sessions", LIVE): ""}, "stat"),
-        Panel("Requests a second", "reqps", {rate("zcproto_requests_total", ""): ""}, "stat"),
+        Panel("Requests per second", "reqps", {rate("zcproto_requests_total", ""): ""}, "stat"),
         Panel(
-            "First certificate to end", "s", {f"min({now('zcproto_certificate_left_seconds')})": ""}, "stat"
+            "First certificate to expire",
+            "s",
+            {f"min({now('zcproto_certificate_left_seconds')})": ""},
+            "stat",
         ),
-        Panel("Store out for", "s", {f"max({now('zcproto_store_outage_seconds')})": ""}, "stat"),
+        Panel("Store unavailable for", "s", {f"max({now('zcproto_store_outage_seconds')})": ""}, "stat"),
         Panel(
-            "Limit nearest to its end",
+            "Most used limit",
             "percentunit",
             {f"max({now('zcproto_limit_use')} / {now('zcproto_limit')})": ""},
             "stat",
@@ -61,15 +64,15 @@ PANELS: dict[str, list[Panel]] = {
         Panel("Errors by code", "reqps", {rate("zcproto_errors_total", "code") + " > 0": "{{code}}"}),
         Panel("Frames refused", "reqps", {rate("zcproto_frames_refused_total", "reason"): "{{reason}}"}),
         Panel(
-            "Time of the loop for a call",
+            "CPU time of a call",
             "s",
             {
-                quantile(0.5, "zcproto_method_duration_seconds"): "half",
-                quantile(0.99, "zcproto_method_duration_seconds"): "99 of 100",
+                quantile(0.5, "zcproto_method_duration_seconds"): "p50",
+                quantile(0.99, "zcproto_method_duration_seconds"): "p99",
             },
         ),
         Panel(
-            "99 of 100 calls that wait",
+            "Calls that wait, p99",
             "s",
             {quantile(0.99, "zcproto_method_wait_seconds", "method"): "{{method}}"},
         ),
@@ -92,13 +95,11 @@ PANELS: dict[str, list[Panel]] = {
             "ops",
             {rate("zcproto_tls_failures_total", "cause") + " > 0": "{{cause}}"},
         ),
-        Panel(
-            "Connections that end", "ops", {rate("zcproto_connections_ended_total", "reason"): "{{reason}}"}
-        ),
+        Panel("Connections ended", "ops", {rate("zcproto_connections_ended_total", "reason"): "{{reason}}"}),
         Panel(
             "Connections refused", "ops", {rate("zcproto_connections_refused_total", "reason"): "{{reason}}"}
         ),
-        Panel("Peers that do not read", "short", {now("zcproto_slow_readers"): "{{instance}}"}),
+        Panel("Slow readers", "short", {now("zcproto_slow_readers"): "{{instance}}"}),
         Panel("Handshakes in progress", "short", {now("zcproto_tls_handshakes_in_progress"): "{{instance}}"}),
         Panel(
             "HTTPS responses by status",
@@ -117,18 +118,18 @@ PANELS: dict[str, list[Panel]] = {
                 rate("zcproto_sessions_refreshed_total", ""): "refreshed",
             },
         ),
-        Panel("Sessions that end", "ops", {rate("zcproto_sessions_ended_total", "reason"): "{{reason}}"}),
+        Panel("Sessions ended", "ops", {rate("zcproto_sessions_ended_total", "reason"): "{{reason}}"}),
         Panel("Logins", "ops", {rate("zcproto_logins_total", "scheme, result"): "{{scheme}} {{result}}"}),
         Panel(
             "Tokens refused",
             "ops",
             {
-                rate("zcproto_tokens_refused_total", ""): "not good",
-                rate("zcproto_sessions_not_admitted_total", "reason"): "not with this {{reason}}",
+                rate("zcproto_tokens_refused_total", ""): "invalid",
+                rate("zcproto_sessions_not_admitted_total", "reason"): "wrong {{reason}}",
             },
         ),
         Panel(
-            "Requests with a key that were not run",
+            "Idempotent requests answered from the store",
             "ops",
             {rate("zcproto_idempotent_answers_total", "result"): "{{result}}"},
         ),
@@ -136,27 +137,29 @@ PANELS: dict[str, list[Panel]] = {
             "Logins throttled", "ops", {rate("zcproto_logins_throttled_total", "instance"): "{{instance}}"}
         ),
         Panel(
-            "Signs of theft",
+            "Reused tokens and replays",
             "short",
             {
-                f"sum(increase(zcproto_refresh_tokens_reused_total{{{WHERE}}}[1h]))": "tokens reused in an hour",
-                f'sum(increase(zcproto_errors_total{{{WHERE}, code="REPLAYED"}}[1h]))': "replays in an hour",
+                f"sum(increase(zcproto_refresh_tokens_reused_total{{{WHERE}}}[1h]))": "tokens reused per hour",
+                f'sum(increase(zcproto_errors_total{{{WHERE}, code="REPLAYED"}}[1h]))': "replays per hour",
             },
         ),
     ],
-    "The store of sessions": [
+    "Session store": [
         Panel("State", "short", {now("zcproto_store_state") + " == 1": "{{instance}} {{state}}"}),
         Panel(
             "Operations",
             "s",
             {
-                quantile(0.5, "zcproto_store_operation_seconds"): "half",
-                quantile(0.99, "zcproto_store_operation_seconds"): "99 of 100",
+                quantile(0.5, "zcproto_store_operation_seconds"): "p50",
+                quantile(0.99, "zcproto_store_operation_seconds"): "p99",
             },
         ),
         Panel("Failures", "ops", {rate("zcproto_store_failures_total", "instance"): "{{instance}}"}),
-        Panel("Operations that wait", "short", {now("zcproto_store_operations_in_progress"): "{{instance}}"}),
-        Panel("Revocations that wait", "short", {now("zcproto_store_pending_revocations"): "{{instance}}"}),
+        Panel(
+            "Operations in progress", "short", {now("zcproto_store_operations_in_progress"): "{{instance}}"}
+        ),
+        Panel("Pending revocations", "short", {now("zcproto_store_pending_revocations"): "{{instance}}"}),
         Panel("Tokens looked up", "ops", {rate("zcproto_store_lookups_total", "result"): "{{result}}"}),
     ],
     "Certificates and limits": [
@@ -164,17 +167,17 @@ PANELS: dict[str, list[Panel]] = {
             "Certificates: time left", "s", {now("zcproto_certificate_left_seconds"): "{{instance}} {{path}}"}
         ),
         Panel(
-            "Certificates: events in a day",
+            "Certificates: events per day",
             "short",
             {f"sum by (event) (increase(zcproto_certificate_events_total{{{WHERE}}}[1d])) > 0": "{{event}}"},
         ),
         Panel(
-            "Limits in use",
+            "Use of limits",
             "percentunit",
             {f"{now('zcproto_limit_use')} / {now('zcproto_limit')}": "{{instance}} {{limit}}"},
         ),
     ],
-    "The process": [
+    "Process": [
         Panel("CPU", "percentunit", {f"rate(process_cpu_seconds_total{{{WHERE}}}[{OVER}])": "{{instance}}"}),
         Panel("Memory", "bytes", {now("process_resident_memory_bytes"): "{{instance}}"}),
         Panel(
@@ -183,7 +186,7 @@ PANELS: dict[str, list[Panel]] = {
             {now("process_open_fds"): "{{instance}}", now("process_max_fds"): "limit {{instance}}"},
         ),
         Panel(
-            "Loop lag, 99 of 100",
+            "Loop lag, p99",
             "s",
             {quantile(0.99, "zcproto_loop_lag_seconds", "instance"): "{{instance}}"},
         ),
@@ -192,19 +195,19 @@ PANELS: dict[str, list[Panel]] = {
             "ops",
             {rate("python_gc_collections_total", "generation"): "{{generation}}"},
         ),
-        Panel("Faults", "short", {f"sum(increase(zcproto_incidents_total{{{WHERE}}}[1h]))": "in an hour"}),
+        Panel("Incidents", "short", {f"sum(increase(zcproto_incidents_total{{{WHERE}}}[1h]))": "per hour"}),
     ],
 }
 
 COLUMNS = 24
 ACROSS = {"stat": (4, 4), "timeseries": (8, 8)}
-"""Width and height of a panel, of 24 columns."""
+"""Width and height of a panel, in grid units; a row has 24 columns."""
 
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
 def dashboard() -> str:
-    """dashboard.json."""
+    """Return the JSON of the dashboard."""
     panels: list[dict[str, Any]] = []
     y = 0
     for title, row in PANELS.items():
