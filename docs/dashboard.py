@@ -129,7 +129,7 @@ PANELS: dict[str, list[Panel]] = {
             },
         ),
         Panel(
-            "Idempotent requests answered from the store",
+            "Idempotent requests not run",
             "ops",
             {rate("zcproto_idempotent_answers_total", "result"): "{{result}}"},
         ),
