@@ -1,11 +1,10 @@
 """The tests of zcproto.
 
-They start hundreds of processes. Where Python is told not to write bytecode, as in many containers, each of
-these would compile all modules anew, half a second of CPU: so bytecode is kept in pytest's folder for what lasts
-from run to run.
+They start hundreds of processes. If Python does not write bytecode, as in many containers, each process compiles
+all modules, which takes half a second of CPU. Bytecode is therefore written to pytest's cache folder.
 
-The conformance kit is a distribution of its own, which the development environment does not install: its folder is
-put on the path of this process and of all that it starts.
+The conformance kit is a separate distribution, which the development environment does not install. Its folder is
+added to the path of this process and its subprocesses.
 """
 
 import os

@@ -83,7 +83,6 @@ NOT_YET_CLEAN: Final = (
     "docs/security.md",
     "docs/troubleshooting.md",
     "spec/benchmarks.md",
-    "tests/__init__.py",
     "tests/admin",
     "tests/adversity",
     "tests/alerts",

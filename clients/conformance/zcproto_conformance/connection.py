@@ -157,7 +157,7 @@ class Connection:
         cipher = None if self._tls is None else self._tls.cipher()
         return "" if cipher is None else cipher[0]
 
-    # --- TLS --------------------------------------------------------------------------------------
+    # --- TLS ----------------------------------------------------------------------------------------
 
     async def handshake(self, context: ssl.SSLContext) -> None:
         """Perform the TLS handshake. Raises ConnectionEnded or CheckFailed if the client does not complete it."""
@@ -217,7 +217,7 @@ class Connection:
                 return
             self._data += data
 
-    # --- frames in --------------------------------------------------------------------------------
+    # --- frames in ----------------------------------------------------------------------------------
 
     def _parse_frame(self) -> Frame | None:
         data = self._data
@@ -366,7 +366,7 @@ class Connection:
         how = await self.wait_for_end(when)
         expect(how == "close_notify", f"the client ended with {how} instead of close_notify {when}")
 
-    # --- frames out -------------------------------------------------------------------------------
+    # --- frames out ---------------------------------------------------------------------------------
 
     def frame_bytes(
         self,
@@ -460,7 +460,7 @@ class Connection:
         """Send GOAWAY."""
         self.send("GOAWAY", 0, pack({"reason": reason, "retry_after_ms": retry_after_ms}))
 
-    # --- the end ----------------------------------------------------------------------------------
+    # --- the end ------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Send close_notify and end the TCP stream."""

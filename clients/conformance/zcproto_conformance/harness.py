@@ -194,7 +194,7 @@ class Harness:
             _, late = await asyncio.wait(closing, timeout=self.patience)
             self.closed_in_time = not late
 
-    # --- steps of the program ---------------------------------------------------------------------
+    # --- steps of the program -----------------------------------------------------------------------
 
     async def begin_step(self, step: str, **fields: Any) -> asyncio.Future[Any]:
         """Send a step without waiting for its answer."""
@@ -226,7 +226,7 @@ class Harness:
             f"{step} succeeded with {str(result)[:200]} instead of an error ({' or '.join(kinds)})"
         )
 
-    # --- clients and connections ------------------------------------------------------------------
+    # --- clients and connections --------------------------------------------------------------------
 
     async def begin_connect(self, **options: Any) -> tuple[Client, asyncio.Future[Any]]:
         """Start connecting a new client. `options` are those of the step; None omits one."""

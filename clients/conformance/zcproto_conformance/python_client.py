@@ -129,7 +129,7 @@ class Conform:
         if client is not None:  # None: the connect step failed before it was made
             await client.close()
 
-    # --- the program ------------------------------------------------------------------------------
+    # --- the program --------------------------------------------------------------------------------
 
     def step(self, name: str) -> Step | None:
         """Return the implementation of a step, or None for an unknown step."""

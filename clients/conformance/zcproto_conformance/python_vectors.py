@@ -93,7 +93,7 @@ STEPS: Final[dict[str, Callable[[Mapping[str, Any]], Any]]] = {
 }
 
 
-# --- receiver "server": the decoder --------------------------------------------------------------------------
+# --- receiver "server": the decoder -----------------------------------------------------------------
 
 
 def _decode(pieces: list[bytes], context: Mapping[str, Any]) -> list[Outcome]:
@@ -122,7 +122,7 @@ def _frame(frame: RawFrame, max_depth: int) -> Outcome:
     return outcome if message is None else {**outcome, "message": message}
 
 
-# --- receiver "client": the connection --------------------------------------------------------------------
+# --- receiver "client": the connection --------------------------------------------------------------
 
 
 class _RecordingDecoder(FrameDecoder):

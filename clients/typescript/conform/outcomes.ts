@@ -37,7 +37,7 @@ export function outcomesOf(receiver: Side, context: Context, pieces: readonly Bu
   return receiver === "client" ? asClient(context, pieces) : asServer(context, pieces);
 }
 
-// --- receiver "client": through a ClientConnection ---------------------------------------------------------------
+// --- receiver "client": through a ClientConnection ---------------------------------------------------
 
 function asClient(context: Context, pieces: readonly Buffer[]): Outcome[] {
   const now = BigInt(context.now);
@@ -126,7 +126,7 @@ function isValidBody(frame: Frame, maxDepth: number): boolean {
   return messageOf(frame, maxDepth) !== undefined;
 }
 
-// --- receiver "server": decoder and bodies only -------------------------------------------------------
+// --- receiver "server": decoder and bodies only ------------------------------------------------------
 
 function asServer(context: Context, pieces: readonly Buffer[]): Outcome[] {
   const { frames, left, fault } = framesOf(new FrameDecoder("server", context.limit), pieces);
@@ -146,7 +146,7 @@ function asServer(context: Context, pieces: readonly Buffer[]): Outcome[] {
   return outcomes;
 }
 
-// --- frames -------------------------------------------------------------------------------------------
+// --- frames ------------------------------------------------------------------------------------------
 
 interface Decoded {
   readonly frames: Frame[];

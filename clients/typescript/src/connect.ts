@@ -141,7 +141,7 @@ async function settingsOf(address: string, options: ConnectOptions): Promise<Cli
   });
   return {
     address: parsed,
-    dial: (owner, signal) => dialer.dial(owner, signal),
+    dial: (listener, signal) => dialer.dial(listener, signal),
     credentials,
     opensSession: session && credentials !== undefined,
     timeoutMs,

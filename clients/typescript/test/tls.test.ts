@@ -149,8 +149,8 @@ describe("handshake", () => {
         toleranceMs: 30_000,
         onWarning: () => undefined,
       });
-      const owner = { eventReceived: () => 0, connectionDraining: () => 0, connectionEnded: () => 0 };
-      await assert.rejects(dialer.dial(owner, new AbortController().signal), isFailure("certificate_expired"));
+      const listener = { eventReceived: () => 0, connectionDraining: () => 0, connectionEnded: () => 0 };
+      await assert.rejects(dialer.dial(listener, new AbortController().signal), isFailure("certificate_expired"));
     }
   });
 });

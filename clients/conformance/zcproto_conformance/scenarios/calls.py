@@ -195,7 +195,7 @@ async def _(harness: Harness) -> None:
     await call.expect_result(1)
 
 
-# --- deadlines and cancellation -----------------------------------------------------------------------
+# --- deadlines and cancellation ---------------------------------------------------------------------
 
 
 @scenario("deadline-is-sent", "6.3: the remaining time of a call is sent as deadline_ms")

@@ -167,7 +167,7 @@ async def _(harness: Harness) -> None:
     raise CheckFailed(f"the client connected {_MANY} times in {_MANY_SECONDS:g} s")
 
 
-# --- errors with retry_after_ms -------------------------------------------------------------
+# --- errors with retry_after_ms ---------------------------------------------------------------------
 
 
 async def _retried(harness: Harness, code: int) -> None:

@@ -256,7 +256,7 @@ async def _(harness: Harness) -> None:
     await peer.connection.expect_silence("after a refresh that must not be retried")
 
 
-# --- revoked and replaced sessions ---------------------------------------------------------------------------
+# --- revoked and replaced sessions ------------------------------------------------------------------
 
 
 def _refuse_all(code: int, *more: str) -> dict[str, Responder]:

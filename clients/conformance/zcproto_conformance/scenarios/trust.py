@@ -255,7 +255,7 @@ async def _(harness: Harness) -> None:
     await call.expect_result("the next key")
 
 
-# --- sts policies -------------------------------------------------------------------------------------
+# --- sts policies -----------------------------------------------------------------------------------
 
 
 @scenario("sts-policy", "6.2: a host with an sts policy is not connected to without verification")

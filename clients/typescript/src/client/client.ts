@@ -38,7 +38,7 @@ export interface CallOptions {
 /** Settings that `connect` derives from its options. */
 export interface ClientSettings {
   readonly address: Address;
-  readonly dial: (owner: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
+  readonly dial: (listener: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
   readonly credentials: Credentials | undefined;
   readonly opensSession: boolean;
   readonly timeoutMs: number;
@@ -117,7 +117,7 @@ export class Client implements AsyncDisposable {
     return this.close();
   }
 
-  // --- state --------------------------------------------------------------------
+  // --- state -------------------------------------------------------------------------------------
 
   /** The open session, if any. */
   get session(): ClientSession | undefined {
@@ -145,7 +145,7 @@ export class Client implements AsyncDisposable {
     this.#connections.abort();
   }
 
-  // --- calls ------------------------------------------------------------------------------------
+  // --- calls -------------------------------------------------------------------------------------
 
   /**
    * Call a method of the server and return its result.

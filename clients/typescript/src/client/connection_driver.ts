@@ -92,7 +92,7 @@ export class ConnectionDriver {
   readonly closed: Promise<void>;
   readonly #clock: Clock;
   readonly #connection: ClientConnection;
-  #owner: ConnectionListener | undefined;
+  #listener: ConnectionListener | undefined;
   #transport: Transport | undefined;
   readonly #pending = new Map<number, PendingCall>();
   #waiters: (() => void)[] = [];
@@ -104,8 +104,8 @@ export class ConnectionDriver {
   #welcomeReject!: (error: Error) => void;
   #closedResolve!: () => void;
 
-  constructor(owner: ConnectionListener, clock: Clock, connection: ClientConnection) {
-    this.#owner = owner;
+  constructor(listener: ConnectionListener, clock: Clock, connection: ClientConnection) {
+    this.#listener = listener;
     this.#clock = clock;
     this.#connection = connection;
     this.welcomed = new Promise((resolve, reject) => {
@@ -141,7 +141,7 @@ export class ConnectionDriver {
     return this.#transport?.leaf ?? Buffer.alloc(0);
   }
 
-  // --- called by the transport --------------------------------------------------------------------
+  // --- called by the transport -------------------------------------------------------------------
 
   connectionMade(transport: Transport): void {
     this.#transport = transport;
@@ -190,7 +190,7 @@ export class ConnectionDriver {
     this.#updateReady();
   }
 
-  // --- events ---------------------------------------------------------------------
+  // --- events ------------------------------------------------------------------------------------
 
   #handle(event: ClientEvent): void {
     switch (event.type) {
@@ -203,7 +203,7 @@ export class ConnectionDriver {
         this.#removePending(event.stream)?.fail(CallError.fromWire(event.code, event.message, event.details));
         break;
       case "event":
-        this.#owner?.eventReceived(this, event);
+        this.#listener?.eventReceived(this, event);
         break;
       case "goaway":
         this.#goAway(event);
@@ -233,7 +233,7 @@ export class ConnectionDriver {
     this.draining = true;
     this.ready = false;
     this.#wakeAll();
-    this.#owner?.connectionDraining(this, event);
+    this.#listener?.connectionDraining(this, event);
   }
 
   #endWith({ reason, code }: ConnectionEnded): void {
@@ -241,7 +241,7 @@ export class ConnectionDriver {
     this.#transport?.close();
   }
 
-  // --- requests ---------------------------------------------------------------------------------
+  // --- requests ----------------------------------------------------------------------------------
 
   /**
    * Send a request; await its `response`. Call this only while `ready`.
@@ -341,7 +341,7 @@ export class ConnectionDriver {
     }
   }
 
-  // --- bytes out --------------------------------------------------------------------------------
+  // --- bytes out ---------------------------------------------------------------------------------
 
   /** Gather the requests of one tick into one write. */
   #flushSoon(): void {
@@ -363,7 +363,7 @@ export class ConnectionDriver {
     }
   }
 
-  // --- time -------------------------------------------------------------------------------------
+  // --- time --------------------------------------------------------------------------------------
 
   #wall(): bigint {
     return BigInt(this.#clock.wall());
@@ -389,7 +389,7 @@ export class ConnectionDriver {
     this.#setTimer();
   }
 
-  // --- the end ----------------------------------------------------------------------------------
+  // --- the end -----------------------------------------------------------------------------------
 
   /** Handle the end of a session: the limits of a connection without a session may apply again. */
   sessionEnded(token: Token): void {
@@ -426,9 +426,9 @@ export class ConnectionDriver {
     }
     this.#welcomeReject(copy(error));
     this.#wakeAll();
-    const owner = this.#owner;
-    this.#owner = undefined;
-    owner?.connectionEnded(this, error);
+    const listener = this.#listener;
+    this.#listener = undefined;
+    listener?.connectionEnded(this, error);
   }
 }
 

@@ -21,7 +21,7 @@ const IDLE_REASONS: ReadonlySet<string> = new Set(["idle", "no_session"]);
 export interface ConnectionManagerOptions {
   readonly clock: Clock;
   readonly backoff: Backoff;
-  readonly dial: (owner: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
+  readonly dial: (listener: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
   readonly onEvent: (event: EventReceived) => void;
   readonly onConnection: (connection: ConnectionDriver) => void;
   /** Whether to reconnect before the next call. */
@@ -112,7 +112,7 @@ export class ConnectionManager implements ConnectionListener {
     this.#notBefore = Math.max(this.#notBefore, this.#options.clock.now() + delayMs);
   }
 
-  // --- notifications of connections ------------------------------------------------------------------
+  // --- notifications of connections --------------------------------------------------------------
 
   eventReceived(_connection: ConnectionDriver, event: EventReceived): void {
     // Deferred, so that callers awaiting a response of the same read run first.
@@ -158,7 +158,7 @@ export class ConnectionManager implements ConnectionListener {
     }
   }
 
-  // --- the end ----------------------------------------------------------------------------------
+  // --- the end -----------------------------------------------------------------------------------
 
   /**
    * Close all connections with close_notify and wait until their transports are closed, also those that the server closed.

@@ -171,7 +171,7 @@ export class SessionManager {
     }
   }
 
-  // --- new connections and events ---------------------------------------------------------------
+  // --- new connections and events ----------------------------------------------------------------
 
   /**
    * Present the token on a new connection, so that events of the session arrive there. Attach a session that is bound to a
@@ -267,7 +267,7 @@ export class SessionManager {
     }
   }
 
-  // --- opening and refreshing -------------------------------------------------------------------
+  // --- opening and refreshing --------------------------------------------------------------------
 
   #refreshEarly(): void {
     const { session } = this;
@@ -435,7 +435,7 @@ export class SessionManager {
     }
   }
 
-  // --- the end ----------------------------------------------------------------------------------
+  // --- the end -----------------------------------------------------------------------------------
 
   /** Close the session on the server if the connection is ready, since the server limits sessions per user. */
   async close(connection: ConnectionDriver | undefined): Promise<void> {

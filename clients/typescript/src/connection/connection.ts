@@ -143,7 +143,7 @@ export class ClientConnection {
     return this.hasSession ? limit : Math.min(limit, MAX_FRAME_BEFORE_SESSION);
   }
 
-  // --- receiving -----------------------------------------------------------------------------
+  // --- receiving ---------------------------------------------------------------------------------
 
   /** Process decrypted bytes and return events. Bytes after the end are ignored. */
   receiveData(data: Buffer, wall: bigint, now: number): ClientEvent[] {
@@ -313,7 +313,7 @@ export class ClientConnection {
     return { type: "welcomed", welcome };
   }
 
-  // --- clock ------------------------------------------------------------------------------------
+  // --- clock -------------------------------------------------------------------------------------
 
   /** Return whether a stale frame is an ERROR STALE_TIMESTAMP, which is processed all the same. */
   #correctsClock({ kind, body }: Frame): boolean {
@@ -334,7 +334,7 @@ export class ClientConnection {
     }
   }
 
-  // --- requests ---------------------------------------------------------------------------------
+  // --- requests ----------------------------------------------------------------------------------
 
   /**
    * Queue a REQUEST and return its stream, which identifies the response.
@@ -423,7 +423,7 @@ export class ClientConnection {
     }
   }
 
-  // --- time -------------------------------------------------------------------------------------
+  // --- time --------------------------------------------------------------------------------------
 
   /** Queue a PING. */
   ping(wall: bigint): void {
@@ -469,7 +469,7 @@ export class ClientConnection {
     return undefined;
   }
 
-  // --- the end ----------------------------------------------------------------------------------
+  // --- the end -----------------------------------------------------------------------------------
 
   /** Handle the end of the transport, or announce that it will be closed after the queued bytes. */
   end(): void {
@@ -481,7 +481,7 @@ export class ClientConnection {
     return { type: "ended", code, reason };
   }
 
-  // --- bytes out --------------------------------------------------------------------------------
+  // --- bytes out ---------------------------------------------------------------------------------
 
   #send(kind: Kind, stream: number, token: Token, body: Uint8Array, wall: bigint): void {
     this.#counter += 1n;

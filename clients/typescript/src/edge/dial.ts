@@ -36,12 +36,12 @@ export class Dialer {
   }
 
   /** Connect and wait for WELCOME. Rejects with CannotConnect, ConnectionClosed, TlsError, CertificateError. */
-  async dial(owner: ConnectionListener, signal: AbortSignal): Promise<ConnectionDriver> {
+  async dial(listener: ConnectionListener, signal: AbortSignal): Promise<ConnectionDriver> {
     const { trust, knownHosts, serverHostname, systemClock } = this.#settings;
     if (!trust.verify) {
       await knownHosts?.require(serverHostname, systemClock.wall());
     }
-    const connection = await this.#connect(owner, signal);
+    const connection = await this.#connect(listener, signal);
     if (trust.verify && knownHosts !== undefined) {
       try {
         await this.#remember(connection, knownHosts);
@@ -53,9 +53,9 @@ export class Dialer {
     return connection;
   }
 
-  async #connect(owner: ConnectionListener, signal: AbortSignal): Promise<ConnectionDriver> {
+  async #connect(listener: ConnectionListener, signal: AbortSignal): Promise<ConnectionDriver> {
     const { address, clock, connectTimeoutMs, maxFrame, toleranceMs } = this.#settings;
-    const connection = new ConnectionDriver(owner, clock, new ClientConnection({ maxFrame, toleranceMs }));
+    const connection = new ConnectionDriver(listener, clock, new ClientConnection({ maxFrame, toleranceMs }));
     const options = await this.#settings.trust.tlsOptions();
     const tcp = connect({ ...address, noDelay: true, allowHalfOpen: true }); // to send close_notify after the server's
     const timeout = new AbortController();

@@ -127,10 +127,10 @@ export class FakeConnection implements Transport {
   readonly #server: FakeServer;
   readonly #salt: bigint;
 
-  constructor(server: FakeServer, owner: ConnectionListener, salt: bigint) {
+  constructor(server: FakeServer, listener: ConnectionListener, salt: bigint) {
     this.#server = server;
     this.#salt = salt;
-    this.driver = new ConnectionDriver(owner, server.clock, new ClientConnection());
+    this.driver = new ConnectionDriver(listener, server.clock, new ClientConnection());
     this.driver.connectionMade(this);
   }
 
@@ -263,12 +263,12 @@ export class FakeServer {
     }
   }
 
-  readonly dial = async (owner: ConnectionListener): Promise<ConnectionDriver> => {
+  readonly dial = async (listener: ConnectionListener): Promise<ConnectionDriver> => {
     const error = this.connectErrors.shift();
     if (error !== undefined) {
       throw error;
     }
-    const connection = new FakeConnection(this, owner, BigInt(1000 + this.connections.length));
+    const connection = new FakeConnection(this, listener, BigInt(1000 + this.connections.length));
     this.connections.push(connection);
     connection.send(Kind.WELCOME, 0, this.welcome);
     this.onConnection(connection);
