@@ -9,8 +9,7 @@ import pytest
 from tests.adversity.helpers import Bystander, left_alone
 from tests.server.conftest import certs, serve, shared
 from tests.server.helpers import Client, ServerThread
-from zcproto.app.app import App
-from zcproto.server.protocol_methods import default_app
+from zcproto.app.app import App, default_app
 
 __all__ = ["certs", "serve", "shared"]
 

@@ -36,9 +36,8 @@ from tests.server.helpers import (
     wall,
 )
 from tests.tls.hellos import with_suites
-from zcproto.app.app import App
+from zcproto.app.app import App, default_app
 from zcproto.config.model import TlsConfig
-from zcproto.server.protocol_methods import default_app
 
 INVALID_ARGUMENT, UNAUTHENTICATED, RESOURCE_EXHAUSTED = 3, 16, 8
 PROTOCOL_ERROR, FRAME_TOO_LARGE, REPLAYED, STALE_TIMESTAMP = 64, 65, 66, 67

@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, NewType, Optional, TypeVar, Union
 
 import pytest
 
-from zcproto.app.parameters import checker_for, describe, shown
+from zcproto.app.parameters import checker_for, describe, quoted
 from zcproto.errors import FailedPrecondition, InvalidArgument
 
 SECRET = "hunter2-do-not-echo"
@@ -177,8 +177,8 @@ def test_a_map_key_that_is_no_identifier_is_not_repeated() -> None:
 
 
 def test_a_name_is_shown_bounded() -> None:
-    assert shown("a" * 500) == "'" + "a" * 64 + "'"
-    assert shown("") == "(not an identifier)"
+    assert quoted("a" * 500) == "'" + "a" * 64 + "'"
+    assert quoted("") == "(not an identifier)"
 
 
 # --- unions and literals ---------------------------------------------------------------------------------

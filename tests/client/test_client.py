@@ -14,7 +14,7 @@ import uvloop
 from tests.client.conftest import ConnectTo
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from zcproto.app.app import App
+from zcproto.app.app import App, default_app
 from zcproto.app.context import Context
 from zcproto.client import client as client_module
 from zcproto.client.client import Client, default_client
@@ -31,7 +31,6 @@ from zcproto.errors import (
     Unauthenticated,
     Unimplemented,
 )
-from zcproto.server.protocol_methods import default_app
 
 DAY_MS = 86_400_000
 

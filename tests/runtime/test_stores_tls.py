@@ -396,11 +396,11 @@ def test_a_peer_that_does_not_read_is_not_served_when_its_token_was_found(desk: 
     client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
     server.until(lambda: looked.answer)
     protocol = server.in_loop(
-        lambda: next(each for each in server.server.state.connections if each._looking_up is not None)
+        lambda: next(each for each in server.server.state.connections if each._lookup is not None)
     )
     server.in_loop(protocol.pause_writing)
     settle(server, looked)
-    server.until(lambda: protocol._looking_up is None)
+    server.until(lambda: protocol._lookup is None)
     assert server.in_loop(lambda: protocol._suspended is not None)
     server.in_loop(protocol.resume_writing)
     assert client.answer(client.stream - 1).code == Code.UNAUTHENTICATED
@@ -413,7 +413,7 @@ def test_a_peer_that_reads_again_waits_for_its_token_still(desk: Looked, site: S
     client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
     server.until(lambda: looked.answer)
     protocol = server.in_loop(
-        lambda: next(each for each in server.server.state.connections if each._looking_up is not None)
+        lambda: next(each for each in server.server.state.connections if each._lookup is not None)
     )
     server.in_loop(protocol.pause_writing)
     server.in_loop(protocol.resume_writing)

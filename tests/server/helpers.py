@@ -24,13 +24,12 @@ from typing import Any, NamedTuple, Self, TypeVar
 import msgpack
 import uvloop
 
-from zcproto.app.app import App
+from zcproto.app.app import App, default_app
 from zcproto.auth import Authenticator, CallableAuthenticator, Identity
 from zcproto.common.clock import SystemClock
 from zcproto.config import Config, load_config
 from zcproto.runtime.reload import Reloaded
 from zcproto.runtime.server import Server
-from zcproto.server.protocol_methods import default_app
 
 T = TypeVar("T")
 

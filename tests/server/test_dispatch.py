@@ -347,7 +347,7 @@ def test_any_other_exception_is_an_internal_error_with_an_incident_that_the_log_
 @pytest.mark.parametrize("way", WAYS)
 def test_a_cancellation_raised_by_the_method_itself_is_answered(client: Client, way: str) -> None:
     refused = client.refused(way, {"kind": "cancelled_error"})
-    assert (refused.code, refused.message) == (Code.CANCELLED, "the server cancelled it")
+    assert (refused.code, refused.message) == (Code.CANCELLED, "the server cancelled the method")
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,7 +9,7 @@ import pytest
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, Client
 from zcproto.errors import Code
-from zcproto.server.operators import LISTED, REVOKED_AT_ONCE, operator_methods
+from zcproto.server.protocol_methods import LISTED, REVOKED_AT_ONCE, operator_methods
 from zcproto.sessions.token import token_text
 from zcproto.wire.frame import NO_TOKEN
 

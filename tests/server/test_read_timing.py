@@ -8,7 +8,7 @@ from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError
 from zcproto.app.app import App
 from zcproto.errors import NotFound
-from zcproto.server.read_timing import PART_BITS, ReadTiming
+from zcproto.server.state import PART_BITS, ReadTiming
 
 
 def test_one_read_in_each_part_of_time_is_timed() -> None:

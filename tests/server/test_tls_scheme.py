@@ -19,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.server import helpers
 from tests.server.helpers import KEY, Client, Frame, ServerThread, eventually, identify
-from zcproto.app.app import App
+from zcproto.app.app import App, default_app
 from zcproto.app.context import Context
 from zcproto.auth import CallableAuthenticator, CertificateAuthenticator, CurrentUsers, UserFile
 from zcproto.certs import clients
@@ -27,7 +27,6 @@ from zcproto.certs.client_user import user_of
 from zcproto.client.blocking import BlockingClient
 from zcproto.client.connect import connect_blocking
 from zcproto.errors import Unauthenticated
-from zcproto.server.protocol_methods import default_app
 from zcproto.tls.context import server_context
 from zcproto.tls.sites import SiteContexts
 

@@ -41,7 +41,7 @@ from zcproto.errors import (
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, json_response
 from zcproto.http.router import Route
 from zcproto.observe.log import level, set_level
-from zcproto.server.operators import LISTED, REVOKED_AT_ONCE, describe
+from zcproto.server.protocol_methods import LISTED, REVOKED_AT_ONCE, describe
 from zcproto.server.state import log
 from zcproto.sessions import EndReason
 from zcproto.sessions.token import token_from_text, token_text

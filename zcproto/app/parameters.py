@@ -1,25 +1,29 @@
-"""Parameters of a method: what its annotations promise, checked before it runs.
+"""Checks of a function's parameters against its annotations, before it is called.
 
-`checker_for(annotation)` gives a function that takes a decoded value and the path to it, and returns the value for
-the method or raises InvalidArgument naming the path. Supported: int, float, str, bytes, bool, None, Any, list,
-dict (keys are str), Optional and other unions, Literal, and dataclasses, nested as they like. Nothing is
-coerced but int to float: a wrong type is an error, never a guess.
+    Signature(function).bind({"name": "ada"}) -> keyword arguments, or InvalidArgument with the path of the fault
+
+What this file decides: the types that parameters may have. They are int, float, str, bytes, bool, None, Any, list,
+dict (keys are str), Optional and other unions, Literal, and dataclasses, nested to any depth. Only int is
+converted, to float: any other type is an error.
+
+It must not know: methods, calls, where the parameters come from.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple, Union
+from collections.abc import Callable, Collection
+from typing import Any, Final, Literal, NamedTuple, Union, cast
 
 from zcproto.errors import InvalidArgument
 
 Checker = Callable[[Any, str], Any]
 
-_NAME_SHOWN: Final = 64
+_MAX_NAME: Final = 64
 _TYPE_NAMES: Final = {
     int: "an int",
     float: "a float",
@@ -40,14 +44,99 @@ class ParamInfo(NamedTuple):
     required: bool
 
 
-def checker_for(annotation: Any, within: dict[type, Checker] | None = None) -> Checker:
-    """The check for one annotation. Raises TypeError for one that cannot be checked.
+class Signature:
+    """The parameters of a function that is called with keyword arguments only.
 
-    `within` are the dataclasses around it, so that one of them may contain itself.
+    A parameter annotated with one of the `injected` types is not the caller's: `injected` maps the type to its
+    name. `accepts_any` is whether there is a `**name` parameter. `is_unchecked` is whether any mapping can be
+    passed to the function unchanged.
+    """
+
+    __slots__ = (
+        "_check_rest",
+        "_checkers",
+        "_passes_rest",
+        "_required",
+        "accepts_any",
+        "injected",
+        "is_unchecked",
+        "params",
+    )
+
+    def __init__(self, function: Callable[..., Any], injected: Collection[type] = ()) -> None:
+        """Raises TypeError for parameters that cannot be checked or passed by name."""
+        self.injected: dict[type, str] = {}
+        self.accepts_any = False
+        self.params: list[ParamInfo] = []
+        self._checkers: dict[str, Checker] = {}
+        self._check_rest: Checker = accept_any
+        try:
+            hints = typing.get_type_hints(_annotated(function))
+        except NameError as error:
+            raise TypeError(f"an annotation cannot be resolved: {error}") from error
+        required = set()
+        for parameter in inspect.signature(function).parameters.values():
+            name, annotation = parameter.name, hints.get(parameter.name, parameter.annotation)
+            if annotation in injected:
+                self.injected[annotation] = name
+            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                self.accepts_any = True
+                self._check_rest = checker_for(annotation)
+                self.params.append(ParamInfo("**" + name, describe(annotation), required=False))
+            elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+                raise TypeError(f"parameter {name!r} must be passable by name")
+            else:
+                is_required = parameter.default is inspect.Parameter.empty
+                self._checkers[name] = checker_for(annotation)
+                self.params.append(ParamInfo(name, describe(annotation), is_required))
+                if is_required:
+                    required.add(name)
+        self._required = frozenset(required)
+        self._passes_rest = self.accepts_any and self._check_rest is accept_any
+        self.is_unchecked = self._passes_rest and not self._checkers and not self.injected
+
+    def bind(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments for `params`. Raises InvalidArgument naming the parameter."""
+        checkers, injected = self._checkers, self.injected.values()
+        if self._passes_rest and params.keys().isdisjoint(injected):
+            arguments = params.copy()
+            for name, check in checkers.items():
+                if name in params:
+                    arguments[name] = check(params[name], name)
+                elif name in self._required:
+                    raise InvalidArgument(f"missing parameter '{name}'")
+            return arguments
+        arguments = {}
+        for name, value in params.items():
+            checker = checkers.get(name)
+            if checker is not None:
+                arguments[name] = checker(value, name)
+            elif self.accepts_any and name not in injected:
+                arguments[name] = self._check_rest(value, f"parameter {quoted(name)}")
+            else:
+                raise InvalidArgument(f"unknown parameter {quoted(name)}")
+        if len(arguments) < len(checkers) or self.accepts_any:
+            for name in sorted(self._required - arguments.keys()):
+                raise InvalidArgument(f"missing parameter '{name}'")
+        return arguments
+
+
+def _annotated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the object that carries the annotations: a partial's function, a callable object's method."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if inspect.isroutine(function) else cast("Any", function).__call__
+
+
+def checker_for(annotation: Any, within: dict[type, Checker] | None = None) -> Checker:
+    """Return the checker of an annotation: it maps a decoded value and its path to the argument.
+
+    `within` maps the enclosing dataclasses to their checkers, so that one may contain itself. The checker raises
+    InvalidArgument naming the path. Raises TypeError for an annotation that cannot be checked.
     """
     within = {} if within is None else within
     if annotation is Any or annotation is inspect.Parameter.empty or annotation is object:
-        return take_anything
+        return accept_any
     if annotation is None:
         annotation = type(None)
     if annotation is float:
@@ -73,7 +162,7 @@ def checker_for(annotation: Any, within: dict[type, Checker] | None = None) -> C
 
 
 def describe(annotation: Any) -> str:
-    """An annotation as people write it."""
+    """Return an annotation as it is written in source."""
     if annotation is inspect.Parameter.empty:
         return "Any"
     if annotation is type(None):
@@ -83,26 +172,26 @@ def describe(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
     if origin is Union or origin is types.UnionType:
         return " | ".join(describe(argument) for argument in typing.get_args(annotation))
-    if isinstance(origin, type) and typing.get_args(annotation):  # without the modules of what is inside
+    if isinstance(origin, type) and typing.get_args(annotation):  # omits the modules of the arguments
         return f"{origin.__name__}[{', '.join(map(describe, typing.get_args(annotation)))}]"
     return str(annotation).replace("typing.", "")
 
 
-def shown(name: str) -> str:
-    """A name that a peer sent, fit to be sent back: identifiers only, bounded."""
-    return f"'{name[:_NAME_SHOWN]}'" if name[:_NAME_SHOWN].isidentifier() else "(not an identifier)"
+def quoted(name: str) -> str:
+    """Return a peer's name quoted for a message: an identifier, of bounded length."""
+    return f"'{name[:_MAX_NAME]}'" if name[:_MAX_NAME].isidentifier() else "(not an identifier)"
 
 
-def take_anything(value: Any, path: str) -> Any:
-    """The check of what is not annotated."""
+def accept_any(value: Any, path: str) -> Any:
+    """Check nothing, for parameters without annotation."""
     return value
 
 
-def _check_class(wanted: type, complaint: str) -> Checker:
+def _check_class(expected: type, message: str) -> Checker:
     def check(value: Any, path: str) -> Any:
-        if value.__class__ is wanted:  # bool is no int here
+        if value.__class__ is expected:  # a bool is not an int here
             return value
-        raise InvalidArgument(f"{path} {complaint}")
+        raise InvalidArgument(f"{path} {message}")
 
     return check
 
@@ -123,7 +212,7 @@ def _check_union(checkers: list[Checker], described: str) -> Checker:
                 return checker(value, path)
             except InvalidArgument as error:
                 if not error.message.startswith(f"{path} "):
-                    deeper = error  # a container that fits but for something inside says more
+                    deeper = error  # a fault inside a container is more specific
         raise deeper or InvalidArgument(f"{path} must be {described}")
 
     return check
@@ -151,7 +240,7 @@ def _check_dict(item: Checker) -> Checker:
     def check(value: Any, path: str) -> Any:
         if value.__class__ is not dict:
             raise InvalidArgument(f"{path} must be a map")
-        return {key: item(element, f"{path}[{shown(key)}]") for key, element in value.items()}
+        return {key: item(element, f"{path}[{quoted(key)}]") for key, element in value.items()}
 
     return check
 
@@ -167,14 +256,14 @@ def _check_dataclass(cls: type, within: dict[type, Checker]) -> Checker:
         for key, element in value.items():
             checker = fields.get(key)
             if checker is None:
-                raise InvalidArgument(f"{path}.{shown(key)} is unknown")
+                raise InvalidArgument(f"{path}.{quoted(key)} is unknown")
             arguments[key] = checker(element, f"{path}.{key}")
         for name in required:
             if name not in arguments:
                 raise InvalidArgument(f"{path}.{name} is missing")
         try:
             return cls(**arguments)
-        except ValueError as error:  # __post_init__ of the application refuses the values
+        except ValueError as error:  # raised by the application's __post_init__
             raise InvalidArgument(f"{path} is not acceptable") from error
 
     within = {**within, cls: check}
@@ -186,5 +275,5 @@ def _check_dataclass(cls: type, within: dict[type, Checker]) -> Checker:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             required.append(field.name)
     if inspect.signature(cls).parameters.keys() != fields.keys():
-        raise TypeError(f"{cls.__name__}: only fields can be given to a dataclass of a parameter, no InitVar")
+        raise TypeError(f"{cls.__name__}: a dataclass of a parameter may have no InitVar")
     return check

@@ -26,7 +26,7 @@ from zcproto.common.home import Home
 from zcproto.common.secret import SecretText
 from zcproto.common.text import escape_text
 from zcproto.errors import NotFound
-from zcproto.server.operators import REVOKED_AT_ONCE
+from zcproto.server.protocol_methods import REVOKED_AT_ONCE
 from zcproto.sessions.token import id_from_text, token_text
 
 TIMEOUT_S = 30.0

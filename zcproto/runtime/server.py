@@ -27,7 +27,7 @@ from zcproto.admin.control import ControlSocket
 from zcproto.admin.control_resources import ControlResources
 from zcproto.admin.parts import Parts
 from zcproto.admin.status import statistics
-from zcproto.app.app import App
+from zcproto.app.app import App, default_app
 from zcproto.auth import Authenticator
 from zcproto.certs import CertificatePair
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
@@ -42,7 +42,6 @@ from zcproto.runtime.certificate_rollout import CertificateRollout
 from zcproto.runtime.drain import close_state, drain_connections
 from zcproto.runtime.reload import ReadConfig, Reloaded, Reloader
 from zcproto.server.listener import bind, take_over
-from zcproto.server.protocol_methods import default_app
 from zcproto.server.state import ServerState, log
 
 CLEANUP_SLOTS: Final = 2_000

@@ -1,0 +1,285 @@
+"""Runs the methods of one connection's requests and answers them.
+
+    request -> access -> parameters -> method -> answer
+
+What this file decides: who may call a method, and which answer an exception becomes. Calls of a method without
+checked parameters are inlined in `ServerProtocol._process`.
+
+Rules:
+- A method runs in the turn of the loop in which its request arrives, until it first waits.
+- Every request gets one answer, whatever its method raises.
+- An exception that is not a CallError is an internal error: the peer gets an incident id, the log the traceback.
+- A large answer is sent before the next request is run, so that back-pressure takes effect.
+
+It must not know: TLS, what is allowed on the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import CoroutineType
+from typing import Any, Final
+
+from zcproto.app.app import RESERVED_PREFIXES, Method
+from zcproto.app.context import Context, DetachedContext
+from zcproto.connection.events import Request, RequestEnded
+from zcproto.connection.server import NEEDS_SESSION, ServerConnection
+from zcproto.errors import CallError, Cancelled, Code
+from zcproto.server.eager import Worker
+from zcproto.server.idempotency import Answer, Waiting, request_digest
+from zcproto.server.state import ServerState
+from zcproto.wire.message import MessageError, encode_body, encode_error
+
+SENT_AT_ONCE: Final = 4_096
+"""An answer of this size is sent at once: back-pressure must take effect before the next one is made."""
+
+UNIMPLEMENTED: Final = encode_error(Code.UNIMPLEMENTED, "unknown method; call server.info to list methods")
+OPERATORS_ONLY: Final = encode_error(Code.PERMISSION_DENIED, "this method needs a session of an operator")
+KEY_NEEDS_SESSION: Final = encode_error(
+    Code.INVALID_ARGUMENT, "meta.idempotency_key needs a session; call session.open first"
+)
+
+
+class Dispatcher(asyncio.Protocol):
+    """Runs requests and answers them. Base of `ServerProtocol`, which moves the bytes.
+
+    Not an object of its own: it would cost every connection memory.
+    """
+
+    __slots__ = ("_connection", "_number", "_state", "_workers", "peer")
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._connection: ServerConnection | None = None
+        self._workers: dict[Request, Worker | Waiting] | None = None
+        self._number = 0
+        self.peer = ""
+
+    @property
+    def id(self) -> str:
+        """The id of the connection in the log; its number is assigned on the first use."""
+        if not self._number:
+            self._number = self._state.number_connection()
+        return f"{self._state.run}-{self._number}"
+
+    def now(self) -> float:
+        return self._state.clock.now()
+
+    def wall(self) -> int:
+        return self._state.clock.wall()
+
+    def _flush(self) -> None:
+        """Send what is queued."""
+        raise NotImplementedError
+
+    def _flush_soon(self) -> None:
+        """Send what is queued at the end of this turn of the loop."""
+        raise NotImplementedError
+
+    # --- methods -------------------------------------------------------------------------------------
+
+    def _run(self, request: Request, method: Method | None) -> None:
+        """Run a request's method until it returns or waits."""
+        state = self._state
+        refusal = _refusal(request, method)
+        if refusal is not None:
+            self._fail(request, *refusal)
+            return
+        assert method is not None
+        method.calls += 1
+        if request.meta.idempotency_key is not None and not request.method.startswith(RESERVED_PREFIXES):
+            self._run_once(request, method)  # never the protocol's methods: their answers may hold tokens
+            return
+        try:
+            arguments = method.bind(request.params)
+            if method.context_name is not None:
+                arguments[method.context_name] = Context(self, request)  # type: ignore[arg-type]  # ServerProtocol is one
+            result = method.function(**arguments)
+            if method.is_async or (method.may_wait and isinstance(result, CoroutineType)):
+                worker = state.tasks.start(result)
+                if worker is not None:
+                    self._hold(request, worker)
+                    return
+                result = state.tasks.result
+            body = encode_body(result)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._answer_exception(request, error)
+        else:
+            self._answer_body(request, body)
+
+    def _run_timed(self, request: Request, method: Method | None, wall: int) -> None:
+        """Run a request's method and record its duration."""
+        state = self._state
+        state.reads.timed(wall)
+        began = state.clock.now()
+        self._run(request, method)
+        if method is not None:
+            method.durations.add(state.clock.now() - began)
+
+    def _run_once(self, request: Request, method: Method) -> None:
+        """Run a request with an idempotency key, or repeat the answer if it has been run."""
+        session, key, state = request.session, request.meta.idempotency_key, self._state
+        assert key is not None
+        if session is None:
+            self._fail(request, Code.INVALID_ARGUMENT, KEY_NEEDS_SESSION)
+            return
+        try:
+            arguments = method.bind(request.params)
+            if method.context_name is not None:
+                arguments[method.context_name] = DetachedContext(self, request)  # type: ignore[arg-type]  # likewise
+        except Exception as error:
+            self._answer_exception(request, error)
+            return
+
+        async def execute() -> bytes:
+            result = method.function(**arguments)
+            body = encode_body(await result if method.is_async else result)
+            if len(body) > state.settings.max_body:
+                raise MessageError(f"the answer has {len(body)} bytes")
+            return body
+
+        def failed(error: BaseException) -> Answer:
+            return Answer(*self._error_answer(request, error))
+
+        began = self.now()
+
+        def later(answer: Answer) -> None:
+            method.waits.add(self.now() - began)
+            if self._workers is not None:
+                self._workers.pop(request, None)
+            self._repeat(request, answer)
+            self._flush_soon()
+
+        digest = request_digest(request.method, request.params)
+        outcome = state.idempotency.submit(session.user, key, digest, execute, failed, later)
+        if isinstance(outcome, Answer):
+            self._repeat(request, outcome)
+        else:
+            self._hold(request, outcome)
+
+    def _hold(self, request: Request, worker: Worker | Waiting) -> None:
+        """Keep a request whose method waits."""
+        connection = self._connection
+        if connection is None:  # the method ended its own connection before it began to wait
+            worker.cancel()
+            return
+        now = self.now()
+        connection.hold(request, now)
+        if self._workers is None:
+            self._workers = {}
+        self._workers[request] = worker
+        if isinstance(worker, Waiting):
+            return
+        method = self._state.methods[request.method]
+
+        def done(result: Any, error: BaseException | None) -> None:
+            method.waits.add(self.now() - now)
+            if self._workers is not None:
+                self._workers.pop(request, None)
+            if error is None:
+                self._answer_result(request, result)
+            else:
+                self._answer_exception(request, error)
+            self._flush_soon()
+
+        worker.done = done
+
+    def _stop(self, ended: RequestEnded) -> None:
+        """Cancel the method of a request that has ended: cancelled, or past its deadline."""
+        self._state.counters.count_error(ended.code)
+        assert self._workers is not None, "a request in flight has a worker"
+        worker = self._workers[ended.request]
+        if isinstance(worker, Worker):
+            del self._workers[ended.request]
+            worker.cancel()
+        # A request with an idempotency key continues, and stays here until it has ended.
+
+    def cancel_all(self) -> None:
+        """Answer every request in flight with CANCELLED, as it may have run, and cancel its method."""
+        for request, worker in list((self._workers or {}).items()):
+            self._answer_exception(request, Cancelled("the server stopped before the method returned"))
+            worker.cancel()
+        self._flush()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose methods wait."""
+        return 0 if self._workers is None else len(self._workers)
+
+    def has_ended(self, request: Request) -> bool:
+        """Return whether a request has been answered or can no longer be answered."""
+        connection = self._connection
+        return connection is None or (request.held and not connection.is_held(request))
+
+    # --- answers -------------------------------------------------------------------------------------
+
+    def _answer_result(self, request: Request, result: Any) -> None:
+        try:
+            body = encode_body(result)
+        except MessageError as error:
+            self._answer_exception(request, error)
+        else:
+            self._answer_body(request, body)
+
+    def _answer_body(self, request: Request, body: bytes) -> None:
+        if len(body) < SENT_AT_ONCE:
+            if self._connection is not None:
+                self._connection.respond(request, body, self.wall())
+        else:
+            self._answer_large(request, body)
+
+    def _repeat(self, request: Request, answer: Answer) -> None:
+        """Answer with what may be the answer of another request with the same key."""
+        if answer.code:
+            self._fail(request, Code(answer.code), answer.body)
+        else:
+            self._answer_body(request, answer.body)
+
+    def _answer_large(self, request: Request, body: bytes) -> None:
+        """Answer and send at once, so that a peer that does not read stops the next request."""
+        if self._connection is None:
+            return
+        if len(body) > self._connection.max_body:
+            self._answer_exception(request, MessageError(f"the answer has {len(body)} bytes"))
+        else:
+            self._connection.respond(request, body, self.wall())
+            self._flush()
+
+    def _answer_exception(self, request: Request, error: BaseException) -> None:
+        self._fail(request, *self._error_answer(request, error))
+
+    def _error_answer(self, request: Request, error: BaseException) -> tuple[Code, bytes]:
+        """Return the code and the body of the ERROR that an exception becomes."""
+        if isinstance(error, asyncio.CancelledError):
+            error = Cancelled("the server cancelled the method")
+        if not isinstance(error, CallError):
+            return Code.INTERNAL, self._internal_error(request.method, error)
+        details = error.details
+        if error.code in (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED) and not details:
+            details = {"retry_after_ms": self._state.settings.retry_draining_ms}
+        try:
+            return error.code, encode_error(error.code, error.message, details)
+        except MessageError as unsendable:
+            return Code.INTERNAL, self._internal_error(request.method, unsendable)
+
+    def _internal_error(self, what: str, error: BaseException) -> bytes:
+        """Log an internal error; return the ERROR's body, which holds only the incident id."""
+        incident = self._state.incident(what, error, peer=self.peer, connection=self.id)
+        return encode_error(Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident})
+
+    def _fail(self, request: Request, code: Code, body: bytes) -> None:
+        if self._connection is not None and self._connection.fail(request, body, self.wall()):
+            self._state.counters.count_error(code)
+
+
+def _refusal(request: Request, method: Method | None) -> tuple[Code, bytes] | None:
+    """Return the error for a caller who may not call the method; None if the call is allowed."""
+    if request.session is None and (method is None or not method.public):
+        return Code.UNAUTHENTICATED, NEEDS_SESSION
+    if method is None:
+        return Code.UNIMPLEMENTED, UNIMPLEMENTED
+    if method.operator and (request.session is None or not request.session.operator):
+        return Code.PERMISSION_DENIED, OPERATORS_ONLY
+    return None
