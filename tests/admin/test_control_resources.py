@@ -366,7 +366,7 @@ def test_a_store_that_is_out_is_told(serve: Serve, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(server.server.state.sessions, "records", out)
     answer = ask(server.home / "control.sock", "GET", "/v1/sessions")
-    assert (answer.status, answer.value["error"][:9]) == (503, "the store")
+    assert (answer.status, answer.value["error"][:17]) == (503, "the session store")
 
 
 def test_a_fault_of_ours_is_an_incident(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
