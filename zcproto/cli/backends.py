@@ -5,7 +5,7 @@
     RemoteServer    a server elsewhere, by the protocol methods of operators: sessions only
 
 What this file decides: what each operation is in each place. Parameters are checked where they are used:
-zcproto/admin/operations.py, zcproto/server/operators.py, zcproto/auth/users.py.
+zcproto/admin/operations.py, zcproto/server/protocol_methods.py, zcproto/auth/users.py.
 
 Rules: a running server that cannot be asked is an error, and never bypassed: a change of its files behind its back
 would be half of the operation.
@@ -30,7 +30,7 @@ from zcproto.cli.session_store import CONFIGURED, end_sessions, has_no_sessions,
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.errors import Code
-from zcproto.server.operators import LISTED, describe
+from zcproto.server.protocol_methods import LISTED, describe
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import id_from_text, token_text
 from zcproto.stores.base import MAX_LISTED, SessionStore
@@ -198,7 +198,7 @@ class HomeFiles:
 
 @dataclass(frozen=True)
 class RemoteServer:
-    """A server at an address, asked as an operator. See zcproto/server/operators.py."""
+    """A server at an address, asked as an operator. See zcproto/server/protocol_methods.py."""
 
     home: Home
     address: str
