@@ -199,7 +199,7 @@ async def test_when_it_is_full_the_oldest_stay_and_a_new_one_is_refused(opened: 
     pending = await opened(limit=2)
     await pending.add(one(1), WITHIN)
     await pending.add(one(2), WITHIN)
-    with pytest.raises(StoreUnavailable, match="2 revocations wait for the store already"):
+    with pytest.raises(StoreUnavailable, match="2 revocations are waiting for the store"):
         await pending.add(one(3), WITHIN)
     await pending.add(one(2, WALL + 1), WITHIN)  # it has its place
     assert pending.entries == [one(1), one(2, WALL + 1)]
@@ -408,9 +408,9 @@ def too_large(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (a_folder, "is not a regular file; move it away"),
-        (a_link, "revocations cannot be kept there"),
-        (a_fifo, "is not a regular file; move it away"),
+        (a_folder, "is not a regular file; check the path"),
+        (a_link, "pending revocations cannot be stored"),
+        (a_fifo, "is not a regular file; check the path"),
         (too_large, "larger than 10 bytes"),
     ],
 )
@@ -424,7 +424,7 @@ async def test_what_is_no_such_file_is_refused(
 
 
 async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="revocations cannot be kept there: No such file"):
+    with pytest.raises(ConfigError, match="pending revocations cannot be stored: No such file"):
         await PendingRevocations(tmp_path / "none" / "revocations.pending").open()
 
 
@@ -465,7 +465,7 @@ async def test_there_are_only_so_many(opened: Open, path: Path, monkeypatch: pyt
     monkeypatch.setattr(module, "MAX_PROCESSES", 2)
     await opened()
     await opened()
-    with pytest.raises(ConfigError, match="2 processes of this home run already"):
+    with pytest.raises(ConfigError, match="2 processes use this home"):
         await opened()
 
 

@@ -730,10 +730,10 @@ async def test_a_file_of_revocations_that_cannot_be_read_stops_the_start(
     office = await begin(starts=False)
 
     async def open_() -> None:
-        raise StoreUnavailable("no answer of the disk within 30000 ms")
+        raise StoreUnavailable("the disk did not answer within 30000 ms")
 
     monkeypatch.setattr(office.pending, "open", open_)
-    with pytest.raises(ConfigError, match="pending revocations cannot be read: no answer of the disk"):
+    with pytest.raises(ConfigError, match="pending revocations cannot be read: the disk did not answer"):
         await office.sync.start()
 
 
@@ -1070,7 +1070,7 @@ async def test_who_asks_again_for_one_that_was_not_promised_is_promised_it(
 
     async def add(revocation: Revocation, within: float) -> None:
         office.pending._entries[revocation.key] = revocation
-        raise StoreUnavailable("no answer of the disk")
+        raise StoreUnavailable("the disk did not answer")
 
     with monkeypatch.context() as patch:
         patch.setattr(office.pending, "add", add)
@@ -1091,9 +1091,9 @@ async def test_a_file_that_cannot_be_emptied_harms_nobody(
     await office.revoke(opened)
 
     async def ask(work: object, within: float) -> None:
-        raise StoreUnavailable("no answer of the disk")
+        raise StoreUnavailable("the disk did not answer")
 
-    monkeypatch.setattr(office.pending, "_ask", ask)
+    monkeypatch.setattr(office.pending, "_submit", ask)
     await office.recover()
     assert "revocations.not_removed" in events(log)
     assert office.good(await office.open())

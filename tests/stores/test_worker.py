@@ -26,7 +26,7 @@ class Bench:
         self.left = threading.Event()
         self.held = threading.Event()
         self.go_on = threading.Event()
-        self.worker = Worker(self._perform, self._rest, self._leave, limit=limit)
+        self.worker = Worker(self._perform, self._idle, self._finish, limit=limit)
 
     def _perform(self, jobs: Sequence[Job]) -> None:
         self.groups.append([job.work for job in jobs])
@@ -36,11 +36,11 @@ class Bench:
             else:
                 job.result = job.work() if callable(job.work) else job.work
 
-    def _rest(self) -> bool:
+    def _idle(self) -> bool:
         self.rests -= self.rests > 0
         return self.rests > 0
 
-    def _leave(self) -> None:
+    def _finish(self) -> None:
         self.left.set()
 
     async def hold(self) -> asyncio.Task[object]:
@@ -50,7 +50,7 @@ class Bench:
             self.held.set()
             assert self.go_on.wait(LONG)
 
-        task = asyncio.create_task(self.worker.ask(hang, LONG))
+        task = asyncio.create_task(self.worker.submit(hang, LONG))
         assert await asyncio.to_thread(self.held.wait, LONG)
         return task
 
@@ -64,13 +64,13 @@ async def bench() -> AsyncIterator[Bench]:
 
 
 async def test_a_job_is_answered(bench: Bench) -> None:
-    assert await bench.worker.ask("work", LONG) == "work"
+    assert await bench.worker.submit("work", LONG) == "work"
     with pytest.raises(KeyError):
-        await bench.worker.ask(KeyError("work"), LONG)
+        await bench.worker.submit(KeyError("work"), LONG)
 
 
 async def test_what_is_asked_in_one_turn_of_the_loop_is_one_group(bench: Bench) -> None:
-    assert await asyncio.gather(*(bench.worker.ask(number, LONG) for number in range(9))) == [*range(9)]
+    assert await asyncio.gather(*(bench.worker.submit(number, LONG) for number in range(9))) == [*range(9)]
     assert bench.groups == [[*range(9)]]
 
 
@@ -78,7 +78,7 @@ async def test_what_comes_meanwhile_is_the_next_group(bench: Bench) -> None:
     held = await bench.hold()
     asked = []
     for number in range(5):
-        asked.append(asyncio.create_task(bench.worker.ask(number, LONG)))
+        asked.append(asyncio.create_task(bench.worker.submit(number, LONG)))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
     bench.go_on.set()
@@ -89,21 +89,21 @@ async def test_what_comes_meanwhile_is_the_next_group(bench: Bench) -> None:
 async def test_a_job_can_see_that_another_waits(bench: Bench) -> None:
     held = await bench.hold()
     assert not bench.worker.is_waited_for
-    others = [asyncio.create_task(bench.worker.ask(number, LONG)) for number in range(2)]
+    others = [asyncio.create_task(bench.worker.submit(number, LONG)) for number in range(2)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert bench.worker.is_waited_for
     bench.go_on.set()
     await asyncio.gather(held, *others)
     assert bench.worker.is_waited_for  # the two were one group
-    await bench.worker.ask("alone", LONG)
+    await bench.worker.submit("alone", LONG)
     assert not bench.worker.is_waited_for
 
 
 async def test_a_group_is_bounded(bench: Bench) -> None:
     count = 2 * GROUP + 10
     held = await bench.hold()
-    asked = asyncio.gather(*(bench.worker.ask(number, LONG) for number in range(count)))
+    asked = asyncio.gather(*(bench.worker.submit(number, LONG) for number in range(count)))
     await asyncio.sleep(0)
     bench.go_on.set()
     assert await asked == [*range(count)]
@@ -115,10 +115,10 @@ async def test_a_late_answer_is_given_up_and_what_had_not_begun_is_not_done(benc
     held = await bench.hold()
     for work, lasting in (("dropped", False), ("lasting", True)):
         with pytest.raises(StoreUnavailable, match="within 10 ms"):
-            await bench.worker.ask(work, 0.01, lasting=lasting)
+            await bench.worker.submit(work, 0.01, lasting=lasting)
     bench.go_on.set()
     await held
-    await bench.worker.ask("last", LONG)
+    await bench.worker.submit("last", LONG)
     done = [work for group in bench.groups for work in group]
     assert done[1:] == ["lasting", "last"]
 
@@ -133,25 +133,25 @@ async def test_an_answer_at_the_last_moment_counts(bench: Bench) -> None:
 async def test_the_queue_is_bounded_and_empties_again() -> None:
     bench = Bench(limit=3)
     held = await bench.hold()
-    asked = [asyncio.create_task(bench.worker.ask(number, LONG)) for number in range(2)]
+    asked = [asyncio.create_task(bench.worker.submit(number, LONG)) for number in range(2)]
     await asyncio.sleep(0)
-    with pytest.raises(StoreUnavailable, match="3 operations wait for the disk already"):
-        await bench.worker.ask("one too many", LONG)
+    with pytest.raises(StoreUnavailable, match="3 operations are waiting for the disk"):
+        await bench.worker.submit("one too many", LONG)
     bench.go_on.set()
     await asyncio.gather(held, *asked)
-    assert await bench.worker.ask("again", LONG) == "again"
+    assert await bench.worker.submit("again", LONG) == "again"
     assert await bench.worker.stop(LONG)
 
 
 async def test_stopping_does_what_was_asked_and_may_be_asked_twice() -> None:
     bench = Bench()
     held = await bench.hold()
-    asked = asyncio.create_task(bench.worker.ask("late", LONG))
+    asked = asyncio.create_task(bench.worker.submit("late", LONG))
     await asyncio.sleep(0)
     stopping = asyncio.create_task(bench.worker.stop(LONG))
     await asyncio.sleep(0)
     with pytest.raises(StoreUnavailable, match="closed"):
-        await bench.worker.ask("too late", LONG)
+        await bench.worker.submit("too late", LONG)
     bench.go_on.set()
     assert await asked == "late"
     assert await stopping
@@ -162,7 +162,7 @@ async def test_stopping_does_what_was_asked_and_may_be_asked_twice() -> None:
 
 async def test_what_is_asked_in_the_turn_of_stopping_is_done() -> None:
     bench = Bench()
-    asked, _ = await asyncio.gather(bench.worker.ask("late", LONG), bench.worker.stop(LONG))
+    asked, _ = await asyncio.gather(bench.worker.submit("late", LONG), bench.worker.stop(LONG))
     await asyncio.sleep(0)
     assert asked == "late"
 
@@ -178,8 +178,8 @@ async def test_stopping_leaves_a_thread_that_hangs() -> None:
 
 async def test_the_thread_rests_while_there_is_nothing_to_do(bench: Bench) -> None:
     bench.rests = 5
-    await bench.worker.ask("one", LONG)
-    await bench.worker.ask("two", LONG)
+    await bench.worker.submit("one", LONG)
+    await bench.worker.submit("two", LONG)
     assert bench.rests == 0
 
 
@@ -241,7 +241,7 @@ async def test_the_loop_stands_aside_when_an_answer_is_late_but_not_for_ever(
 
 async def test_it_does_not_while_answers_come(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     aside: list[float] = []
-    await bench.worker.ask("one", LONG)
+    await bench.worker.submit("one", LONG)
     assert bench.worker._watched is not None
     bench.worker._watched.cancel()
     held = await bench.hold()

@@ -1,13 +1,12 @@
-"""Which requests with an idempotency key are running, and what the others were answered.
+"""The table of requests with an idempotency key: which are running, and the answers of the others.
 
-What this file decides: who may run a request, how many answers are kept, and whose go first.
+What this file decides: who may run a request, how many answers are stored, and which are evicted first.
 
 Rules:
-- A key is its user's own. What is past its time is as if it had never been.
-- Answers are bounded for each user and for all. A user's newest answer takes the place of that user's oldest
-  ones, so that nobody pushes out those of others but by the bound for all.
-- A request that runs is never forgotten before its lease is over. If nothing else makes room, a new one is
-  refused.
+- Keys are per user. Expired entries count as absent.
+- Answers are bounded per user and in total. A user's new answer evicts that user's oldest ones, so that no user
+  evicts answers of others except by the total bound.
+- A running request is never evicted before its lease ends. If nothing else makes room, a new one is refused.
 
 It must not know: the requests, files, clocks.
 """
@@ -33,7 +32,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class AnswerLimits:
-    """How much is kept at once. An answer of more than `user_bytes` cannot be kept at all."""
+    """Bounds of the table. An answer of more than `user_bytes` is never stored."""
 
     count: int = 65_536
     """Requests of all users, running or answered: about 400 bytes each, and the answer."""
@@ -44,13 +43,13 @@ class AnswerLimits:
 
 
 def check_size(answer: bytes, limits: AnswerLimits) -> None:
-    """Raises ValueError for an answer that is too large for any room."""
+    """Raise ValueError for an answer that is never stored because of its size."""
     if len(answer) > min(limits.user_bytes, limits.bytes):
-        raise ValueError(f"an answer of {len(answer)} bytes is too large to be kept")
+        raise ValueError(f"an answer of {len(answer)} bytes is too large to be stored")
 
 
 class Entry:
-    """A request that runs, or its answer (None where that is kept elsewhere)."""
+    """A running request, or an answered one (`answer` is None if it is stored elsewhere)."""
 
     __slots__ = ("answer", "digest", "running", "size", "until")
 
@@ -63,7 +62,7 @@ class Entry:
 
 
 class _Share:
-    """What one user has."""
+    """The entries of one user."""
 
     __slots__ = ("bytes", "count", "done")
 
@@ -74,15 +73,15 @@ class _Share:
 
 
 class Answers:
-    """The table. `note` is told of every change: the key, and its entry, or None if it is gone."""
+    """The table. `on_change` is called at every change with the key and the entry, or None if it was removed."""
 
-    __slots__ = ("_done", "_entries", "_limits", "_note", "_running", "_users", "bytes")
+    __slots__ = ("_done", "_entries", "_limits", "_on_change", "_running", "_users", "bytes")
 
     def __init__(
-        self, limits: AnswerLimits, note: Callable[[Key, Entry | None], object] = lambda key, entry: None
+        self, limits: AnswerLimits, on_change: Callable[[Key, Entry | None], object] = lambda key, entry: None
     ) -> None:
         self._limits = limits
-        self._note = note
+        self._on_change = on_change
         self._entries: dict[Key, Entry] = {}
         self._running: OrderedDict[Key, None] = OrderedDict()
         self._done: OrderedDict[Key, None] = OrderedDict()
@@ -96,9 +95,9 @@ class Answers:
         return self._entries.get((user, key))
 
     def claim(self, user: str, key: str, digest: bytes, wall: int, lease_ms: int) -> Claim:
-        """As `SessionStore.claim`; the answer is empty if it is kept elsewhere.
+        """Claim a request as in `SessionStore.claim`; the answer is empty if it is stored elsewhere.
 
-        Raises ResourceExhausted if more requests run than may.
+        Raises ResourceExhausted if too many requests are running.
         """
         entry = self._entries.get((user, key))
         if entry is not None and wall < entry.until:
@@ -114,10 +113,9 @@ class Answers:
         return Claim(ClaimState.NEW)
 
     def keep(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
-        """As `SessionStore.keep_answer`. Without a claim there is nothing to tell requests apart by: then it
-        is not kept.
+        """Store an answer as in `SessionStore.keep_answer`; only with a claim, which has the request's digest.
 
-        Raises ValueError for an answer that is too large for any room.
+        Raises ValueError for an answer that is never stored because of its size.
         """
         limits, entry = self._limits, self._entries.get((user, key))
         check_size(answer, limits)
@@ -134,12 +132,12 @@ class Answers:
         self._add((user, key), entry)
 
     def release(self, user: str, key: str) -> None:
-        """As `SessionStore.release_claim`."""
+        """Release a claim as in `SessionStore.release_claim`."""
         if (user, key) in self._running:
             self._remove((user, key))
 
     def expire(self, wall: int, limit: int) -> int:
-        """Forget at most `limit` that are past their time, among the first of each kind; how many they were."""
+        """Remove at most `limit` expired entries among the oldest of each kind. Return how many."""
         entries = self._entries
         past: list[Key] = []
         for kind in (self._running, self._done):
@@ -151,10 +149,8 @@ class Answers:
         return len(past)
 
     def restore(self, user: str, key: str, entry: Entry) -> None:
-        """Take in what was kept elsewhere, oldest first. It counts as no change."""
+        """Add an entry stored elsewhere, oldest first, without calling `on_change`."""
         self._put((user, key), entry)
-
-    # Parts
 
     def _make_room(self, user: str, wall: int) -> None:
         limits, share = self._limits, self._users.get(user)
@@ -164,7 +160,7 @@ class Answers:
         while share is not None and share.count >= limits.user_count:
             if not share.done:
                 raise ResourceExhausted(
-                    "too many requests of this user with an idempotency key are running",
+                    "too many requests of this user with an idempotency key are running; wait for one to end",
                     {"retry_after_ms": _RETRY_MS},
                 )
             self._remove(next(iter(share.done)))
@@ -172,13 +168,14 @@ class Answers:
         while len(self._entries) >= limits.count:
             if not self._done:
                 raise ResourceExhausted(
-                    "too many requests with an idempotency key are running", {"retry_after_ms": _RETRY_MS}
+                    "too many requests with an idempotency key are running; wait for one to end",
+                    {"retry_after_ms": _RETRY_MS},
                 )
             self._remove(next(iter(self._done)))
 
     def _add(self, key: Key, entry: Entry) -> None:
         self._put(key, entry)
-        self._note(key, entry)
+        self._on_change(key, entry)
 
     def _put(self, key: Key, entry: Entry) -> None:
         share = self._users.get(key[0])
@@ -204,4 +201,4 @@ class Answers:
             del self._done[key], share.done[key]
         if not share.count:
             del self._users[key[0]]
-        self._note(key, None)
+        self._on_change(key, None)

@@ -1,16 +1,16 @@
-"""One thread that does what is asked of it, in groups, and never keeps the event loop waiting.
+"""A thread that runs jobs in groups and never makes the event loop wait.
 
-What this file decides: what goes into one group, who is told what, and when nobody waits any longer.
+What this file decides: which jobs form a group, and when a job is given up.
 
 Rules:
-- What is asked for in one turn of the loop is done together; so is what comes while the thread is busy.
-- A job is given up after its timeout, whatever the thread does. If it had not begun it is not done at all, but
-  for a lasting one, which is done all the same.
-- A busy event loop takes the interpreter back from the thread within microseconds each time, for as long as it
-  likes. So when an answer is late, the loop stands aside for a moment, again and again, but not for ever.
-- The queue is bounded. A thread that hangs makes every job fail at once when the queue is full.
+- Jobs submitted in one turn of the loop form one group, and so do jobs submitted while the thread is busy.
+- A job fails after its timeout, whatever the thread does. A job that has not begun by then is not run, unless it is
+  a lasting one.
+- A busy event loop takes the interpreter back from the thread within microseconds, again and again. So when an
+  answer is late the loop sleeps for a moment, repeatedly but not without limit.
+- The queue is bounded. If the thread hangs, jobs fail at once when it is full.
 
-It must not know: what the jobs are.
+It must not know: what the jobs do.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from typing import Any, Final
 from zcproto.stores.base import StoreUnavailable
 
 GROUP: Final = 256
-"""Jobs that are done together: a few milliseconds of work."""
+"""Jobs in one group: a few milliseconds of work."""
 
 THREAD_NAME: Final = "zcproto-store"
 
 _LATE_S: Final = 0.015
 _AGAIN_S: Final = 0.005
-_ASIDE_S: Final = 0.0001
-_ASIDE_TIMES: Final = 100
-"""After so many the thread waits for the disk, not for the interpreter."""
+_PAUSE_S: Final = 0.0001
+_MAX_PAUSES: Final = 100
+"""After so many pauses the thread must be waiting for the disk, not for the interpreter."""
 
 
 class Job:
-    """Something to do, and what came of it."""
+    """Something to do, and its outcome."""
 
     __slots__ = ("error", "future", "given_up", "lasting", "result", "work")
 
@@ -51,38 +51,38 @@ class Job:
 
 
 Perform = Callable[[Sequence[Job]], object]
-"""Does jobs and notes in each what came of it; it must not raise."""
+"""Runs jobs and stores the outcome in each. Must not raise."""
 
 
 class Worker:
-    """The thread. Made and used in the event loop; `perform`, `rest` and `leave` are called in the thread.
+    """The thread, for use in the event loop. `perform`, `idle` and `finish` are called in the thread.
 
-    `rest` is called when there is nothing else to do, as long as it returns True; `leave` at the end.
+    `idle` is called while there are no jobs, as long as it returns True; `finish` at the end.
     """
 
     def __init__(
-        self, perform: Perform, rest: Callable[[], bool], leave: Callable[[], object], *, limit: int
+        self, perform: Perform, idle: Callable[[], bool], finish: Callable[[], object], *, limit: int
     ) -> None:
         self._perform = perform
-        self._rest = rest
-        self._leave = leave
+        self._idle = idle
+        self._finish = finish
         self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[list[Job] | None] = SimpleQueue()
         self._next: list[Job] = []
         self._waiting = 0
         self._groups = 0
-        self._is_group = False  # the thread's
+        self._is_group = False  # written by the thread
         self._watched: asyncio.TimerHandle | None = None
         self._stopping = False
-        self._ended = self._loop.create_future()
+        self._has_ended = self._loop.create_future()
         self._thread = Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
-    async def ask(self, work: Any, within: float, *, lasting: bool = False) -> Any:
-        """What came of it. Raises StoreUnavailable if that takes longer than `within` seconds, or cannot be."""
+    async def submit(self, work: Any, within: float, *, lasting: bool = False) -> Any:
+        """Run a job and return its result. Raises StoreUnavailable after `within` seconds or at a full queue."""
         job = Job(work, lasting, self._loop.create_future())
-        self._put(job)
+        self._enqueue(job)
         timer = self._loop.call_later(within, self._give_up, job, within)
         try:
             return await job.future
@@ -91,21 +91,21 @@ class Worker:
             job.given_up = True
 
     async def stop(self, within: float) -> bool:
-        """Do what was asked for, then end. False if the thread has not ended in time: it is left behind."""
+        """Run the submitted jobs, then end. Return False if the thread has not ended in time; it is abandoned."""
         if not self._stopping:
             self._stopping = True
             self._flush()
             self._queue.put(None)
-        ended, _ = await asyncio.wait([self._ended], timeout=within)
+        ended, _ = await asyncio.wait([self._has_ended], timeout=within)
         return bool(ended)
 
-    # In the loop
+    # --- in the event loop ---
 
-    def _put(self, job: Job) -> None:
+    def _enqueue(self, job: Job) -> None:
         if self._stopping:
             raise StoreUnavailable("it is closed")
         if self._waiting >= self._limit:
-            raise StoreUnavailable(f"{self._waiting} operations wait for the disk already")
+            raise StoreUnavailable(f"{self._waiting} operations are waiting for the disk")
         self._waiting += 1
         self._next.append(job)
         if len(self._next) == 1:
@@ -118,21 +118,23 @@ class Worker:
             if self._watched is None:
                 self._watched = self._loop.call_later(_LATE_S, self._watch, self._groups, 0)
 
-    def _watch(self, groups: int, times: int) -> None:
-        """Stand aside if no group was done since the last look."""
+    def _watch(self, groups: int, pauses: int) -> None:
+        """Pause if no group was finished since the last check."""
         self._watched = None
-        if not self._waiting or times == _ASIDE_TIMES:
+        if not self._waiting or pauses == _MAX_PAUSES:
             return
         if groups != self._groups:
             self._watched = self._loop.call_later(_LATE_S, self._watch, self._groups, 0)
             return
-        time.sleep(_ASIDE_S)
-        self._watched = self._loop.call_later(_AGAIN_S, self._watch, groups, times + 1)
+        time.sleep(_PAUSE_S)
+        self._watched = self._loop.call_later(_AGAIN_S, self._watch, groups, pauses + 1)
 
     def _give_up(self, job: Job, within: float) -> None:
         job.given_up = True
         if not job.future.done():
-            job.future.set_exception(StoreUnavailable(f"no answer of the disk within {within * 1000:.0f} ms"))
+            job.future.set_exception(
+                StoreUnavailable(f"the disk did not answer within {within * 1000:.0f} ms")
+            )
 
     def _deliver(self, jobs: Sequence[Job]) -> None:
         self._waiting -= len(jobs)
@@ -145,11 +147,11 @@ class Worker:
             else:
                 job.future.set_result(job.result)
 
-    # In the thread
+    # --- in the thread ---
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether there is more to do than one job."""
+        """Whether more than one job is to be done."""
         return self._is_group or not self._queue.empty()
 
     def _run(self) -> None:
@@ -160,14 +162,14 @@ class Worker:
                     self._is_group = len(jobs) > 1
                     self._perform([job for job in group if job.lasting or not job.given_up])
                     self._call(self._deliver, group)
-                del jobs, group  # not kept alive while it waits
+                del jobs, group  # do not keep them alive while waiting
         finally:
-            self._leave()
-            self._call(self._ended.set_result, None)
+            self._finish()
+            self._call(self._has_ended.set_result, None)
 
     def _take(self) -> list[Job] | None:
-        """The next group; None at the end."""
-        while self._queue.empty() and self._rest():
+        """Return the next group; None at the end."""
+        while self._queue.empty() and self._idle():
             pass
         jobs = self._queue.get()
         if jobs is None:
@@ -186,5 +188,5 @@ class Worker:
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: nobody waits
+        except RuntimeError:  # the loop is closed
             return

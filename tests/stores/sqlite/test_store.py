@@ -41,9 +41,10 @@ from zcproto.sessions.record import SessionRecord
 from zcproto.stores import worker
 from zcproto.stores.answers import AnswerLimits
 from zcproto.stores.base import Claim, ClaimState, Created, SessionStore, StoreUnavailable
-from zcproto.stores.sqlite import database as session_file
+from zcproto.stores.sqlite import database
 from zcproto.stores.sqlite import store as sqlite
-from zcproto.stores.sqlite.database import APPLICATION_ID, VERSION, SessionFile
+from zcproto.stores.sqlite.database import SessionDatabase
+from zcproto.stores.sqlite.file import APPLICATION_ID, VERSION
 from zcproto.stores.sqlite.rows import Create
 from zcproto.stores.sqlite.store import SqliteStore
 
@@ -188,7 +189,7 @@ async def test_every_change_is_on_the_disk_before_it_is_answered(harness: Sqlite
 async def test_a_file_that_others_may_use_is_refused(harness: SqliteHarness, bits: int) -> None:
     await (await harness.opened()).close()
     harness.path.chmod(bits)
-    with pytest.raises(ConfigError, match=r"others may use this file; run: chmod 600 .*sessions\.db"):
+    with pytest.raises(ConfigError, match=r"others can read or change this file .*; run: chmod 600 .*sessions\.db"):
         await harness.opened()
     harness.path.chmod(0o600)
     await harness.opened()
@@ -198,7 +199,7 @@ async def test_a_file_that_others_may_use_is_refused(harness: SqliteHarness, bit
 async def test_a_folder_that_others_may_write_to_is_refused(harness: SqliteHarness, bits: int) -> None:
     harness.path.parent.mkdir()
     harness.path.parent.chmod(bits)
-    with pytest.raises(ConfigError, match="others may write to its folder; run: chmod go-w"):
+    with pytest.raises(ConfigError, match="others can change this folder .*; run: chmod go-w"):
         await harness.opened()
     assert not harness.path.exists()
 
@@ -213,7 +214,7 @@ async def test_another_users_file_is_refused(harness: SqliteHarness) -> None:
 
 async def test_what_is_no_file_is_refused(harness: SqliteHarness) -> None:
     harness.path.mkdir(parents=True)
-    with pytest.raises(ConfigError, match="is no file; move it away"):
+    with pytest.raises(ConfigError, match="is not a regular file; move it away"):
         await harness.opened()
 
 
@@ -252,7 +253,7 @@ async def test_a_newer_version_is_refused_and_left_as_it_is(harness: SqliteHarne
         harness.path, f"PRAGMA user_version = {VERSION + 1}", "UPDATE about SET version = version + 1"
     )
     before = harness.path.read_bytes()
-    with pytest.raises(ConfigError, match=r"newer zcproto \(format 2, this one knows 1\)"):
+    with pytest.raises(ConfigError, match=r"newer zcproto \(format 2, this one supports 1\)"):
         await harness.opened()
     assert harness.path.read_bytes() == before
     assert harness.notices == []
@@ -684,7 +685,7 @@ async def test_a_file_system_without_such_journals(harness: SqliteHarness, disk:
     def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
         return sqlite3.connect(*arguments, factory=Connection, **options)
 
-    with pytest.raises(StoreUnavailable, match="its journal is 'delete'"):
+    with pytest.raises(StoreUnavailable, match="its journal mode is 'delete'"):
         await harness.opened(connect=connect)
 
 
@@ -709,7 +710,7 @@ async def test_memory_that_runs_out_is_an_outage(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(session_file, "_upserts", exhausted)
+        patch.setattr(database, "_upserts", exhausted)
         with pytest.raises(StoreUnavailable, match="MemoryError"):
             await store.create(session(), FIVE)
     await opened(store, session())
@@ -761,7 +762,7 @@ async def test_nobody_waits_for_longer_than_the_timeout(harness: SqliteHarness, 
         loop = asyncio.get_running_loop()
         begin = loop.time()
         for _ in range(3):
-            with pytest.raises(StoreUnavailable, match="no answer of the disk within 50 ms"):
+            with pytest.raises(StoreUnavailable, match="the disk did not answer within 50 ms"):
                 await store.create(session(1), FIVE)
         assert loop.time() - begin < 1.0
     finally:
@@ -815,7 +816,7 @@ async def test_the_queue_is_bounded(harness: SqliteHarness, disk: Disk) -> None:
     try:
         waiting = [asyncio.create_task(store.create(session(number), FIVE)) for number in range(10)]
         assert await asyncio.to_thread(disk.reached.wait, 10)
-        with pytest.raises(StoreUnavailable, match="10 operations wait for the disk already"):
+        with pytest.raises(StoreUnavailable, match="10 operations are waiting for the disk"):
             await store.ping()
     finally:
         disk.go_on.set()
@@ -996,7 +997,7 @@ async def test_cleaning_away_is_done_in_short_slices(
 async def test_the_end_of_all_is_rewritten_in_slices_and_holds_meanwhile(
     harness: SqliteHarness, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_file, "_SWEPT", 7)
+    monkeypatch.setattr(database, "_SWEPT", 7)
     store = await harness.opened(connect=disk.connect)
     records = [session(number, f"user-{number}") for number in range(50)]
     await opened(store, *records)
@@ -1021,7 +1022,7 @@ async def test_the_end_of_all_is_rewritten_in_slices_and_holds_meanwhile(
     assert await creating == Created()
     assert await other.list() == [late]
     for each, expected in ((store, []), (other, [late])):
-        while each._file.sweeping:
+        while each._database.sweeping:
             await each.count()
         assert await each.list() == expected
         assert [await each.get(record.id) for record in records] == [ended(record) for record in records]
@@ -1040,9 +1041,9 @@ async def test_a_slice_that_fails_is_done_later(harness: SqliteHarness, disk: Di
     disk.fail(sqlite3.SQLITE_IOERR, "SQLITE_IOERR", at=("UPDATE sessions SET code",))
     await store.end_all(Code.TOKEN_REVOKED, WALL)
     assert await store.count() == 0
-    assert store._file.sweeping
+    assert store._database.sweeping
     disk.mend()
-    while store._file.sweeping:
+    while store._database.sweeping:
         await store.count()
     assert await store.get(records[4].id) == ended(records[4])
 
@@ -1053,13 +1054,13 @@ async def test_ending_all_holds_for_sessions_that_take_the_place_of_earlier_ones
     store = await harness.opened()
     await opened(store, *(session(number, f"user-{number}") for number in range(5)))
     assert await store.end_all(Code.TOKEN_REVOKED, WALL) == 5
-    while store._file.sweeping:
+    while store._database.sweeping:
         await store.count()
     await expire_all(store, WALL + 2 * KEEP_ENDED)
     later = [session(number, f"user-{number}") for number in range(10, 13)]
     await opened(store, *later)
     assert await store.end_all(Code.TOKEN_REVOKED, WALL) == 3
-    while store._file.sweeping:
+    while store._database.sweeping:
         await store.count()
     assert await store.count() == 0
     assert [await store.get(each.id) for each in later] == [ended(each) for each in later]
@@ -1081,7 +1082,7 @@ async def test_a_mark_that_was_not_swept_spares_what_is_opened_after_it(
 
 def test_a_file_that_goes_away_before_it_was_rewritten(tmp_path: Path) -> None:
     notices: list[str] = []
-    file = SessionFile(
+    file = SessionDatabase(
         tmp_path / "sessions.db",
         answers=AnswerLimits(),
         on_notice=lambda name, **values: notices.append(name),
@@ -1108,7 +1109,7 @@ async def test_two_ends_of_all_in_a_row_keep_their_own_reasons(harness: SqliteHa
     for mended in (False, True):
         if mended:
             disk.mend()
-            while store._file.sweeping:
+            while store._database.sweeping:
                 await store.count()
         assert await store.get(first.id) == ended(first)
         assert await store.get(second.id) == ended(second, Code.SESSION_REPLACED, WALL + 1)

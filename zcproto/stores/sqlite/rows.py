@@ -1,10 +1,10 @@
-"""What the operations of a store do to rows of sessions. No SQL, no files.
+"""The operations of the store on rows of sessions. No SQL, no files.
 
-What this file decides: which rows an operation has to see, and what it makes of them.
+What this file decides: which rows an operation needs, and how it changes them.
 
-Several operations work on the same rows, one after the other, before any of it is written. A row is a kept
-session (`code` 0), the memory of one that has ended, or of a token alone (`id` empty). Strings are UTF-8 bytes,
-with surrogates as they come: any string may be kept.
+Several operations change the same rows one after the other before any of them is written. A row is a stored session
+(`code` 0), the tombstone of an ended one, or the tombstone of a single token (`id` empty). Strings are UTF-8 bytes
+with surrogates passed through, so that any string can be stored.
 
 It must not know: where rows come from and go to, threads, clocks.
 """
@@ -12,15 +12,20 @@ It must not know: where rows come from and go to, threads, clocks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from hmac import compare_digest
-from typing import Final, Protocol
+from operator import attrgetter
+from typing import ClassVar, Final, Generic, TypeVar
 
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import Answers
 from zcproto.stores.base import Claim, Created, LimitReached, NotRotated, Rotated
 
-KEPT: Final = 0
+LIVE: Final = 0
+"""The code of a row that is a stored session, live or lapsed."""
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 def utf8(text: str) -> bytes:
@@ -28,7 +33,7 @@ def utf8(text: str) -> bytes:
 
 
 def text(value: bytes) -> str:
-    """What `utf8` was made of. Of damaged bytes: a name that nobody has."""
+    """Reverse `utf8`. Damaged bytes give a name that no user has."""
     try:
         return value.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
@@ -49,7 +54,7 @@ def session_of(
     expires_at: int,
     refresh_expires_at: int,
 ) -> SessionRecord:
-    """The record of a kept row, by the columns from `id` on."""
+    """Return the record of a stored session from its columns, `id` first."""
     return SessionRecord(
         id,
         token,
@@ -66,60 +71,27 @@ def session_of(
     )
 
 
+@dataclass(slots=True, eq=False)
 class Row:
-    """One row. `n` is its place in the order of opening, None until it was written."""
+    """One row, with its columns in the order of the table."""
 
-    __slots__ = (
-        "address",
-        "client",
-        "code",
-        "created_at",
-        "due",
-        "expires_at",
-        "flags",
-        "id",
-        "key",
-        "last_used_at",
-        "n",
-        "refresh",
-        "refresh_expires_at",
-        "token",
-        "user",
-    )
-
-    def __init__(
-        self,
-        n: int | None,
-        id: bytes,
-        token: bytes,
-        refresh: bytes,
-        user: bytes,
-        client: bytes,
-        address: bytes,
-        key: bytes,
-        flags: int,
-        created_at: int,
-        last_used_at: int,
-        expires_at: int,
-        refresh_expires_at: int,
-        code: int,
-        due: int,
-    ) -> None:
-        self.n = n
-        self.id = id
-        self.token = token
-        self.refresh = refresh
-        self.user = user
-        self.client = client
-        self.address = address
-        self.key = key
-        self.flags = flags
-        self.created_at = created_at
-        self.last_used_at = last_used_at
-        self.expires_at = expires_at
-        self.refresh_expires_at = refresh_expires_at
-        self.code = code
-        self.due = due  # a kept session: when both its tokens are past; else when it ended
+    n: int | None
+    """The order of opening; None until it is written."""
+    id: bytes
+    token: bytes
+    refresh: bytes
+    user: bytes
+    client: bytes
+    address: bytes
+    key: bytes
+    flags: int
+    created_at: int
+    last_used_at: int
+    expires_at: int
+    refresh_expires_at: int
+    code: int
+    due: int
+    """A stored session: when both its tokens have expired. A tombstone: when the session ended."""
 
     @classmethod
     def of(cls, record: SessionRecord) -> Row:
@@ -137,45 +109,36 @@ class Row:
             record.last_used_at,
             record.expires_at,
             record.refresh_expires_at,
-            KEPT,
+            LIVE,
             max(record.expires_at, record.refresh_expires_at),
         )
 
     @classmethod
-    def memory(cls, id: bytes, token: bytes, code: Code, wall: int) -> Row:
-        return cls(None, id, token, b"", b"", b"", b"", b"", 0, 0, 0, 0, 0, code, wall)
+    def token_tombstone(cls, token: bytes, code: Code, wall: int) -> Row:
+        return cls(None, b"", token, b"", b"", b"", b"", b"", 0, 0, 0, 0, 0, code, wall)
 
     def record(self) -> SessionRecord | EndedRecord:
-        if self.code != KEPT:
+        if self.code != LIVE:
             return EndedRecord(self.id, self.token, Code(self.code), self.due)
         return self.session()
 
     def session(self) -> SessionRecord:
-        return session_of(
-            self.id,
-            self.token,
-            self.refresh,
-            self.user,
-            self.client,
-            self.address,
-            self.key,
-            self.flags,
-            self.created_at,
-            self.last_used_at,
-            self.expires_at,
-            self.refresh_expires_at,
-        )
+        return session_of(*_session_columns(self))
 
     def end(self, code: Code, wall: int) -> EndedRecord:
-        """Keep nothing but the memory."""
+        """Make the row a tombstone."""
         self.refresh = self.user = self.client = self.address = self.key = b""
         self.flags = self.created_at = self.last_used_at = self.expires_at = self.refresh_expires_at = 0
         self.code, self.due = code, wall
         return EndedRecord(self.id, self.token, code, wall)
 
 
-class Wanted:
-    """What rows operations have to see: those with these ids or tokens, and the kept ones of these users."""
+COLUMNS: Final[tuple[str, ...]] = tuple(Row.__dataclass_fields__)
+_session_columns: Final = attrgetter(*COLUMNS[1:-2])
+
+
+class RowKeys:
+    """The rows that operations need: those with these ids or tokens, and the stored sessions of these users."""
 
     __slots__ = ("ids", "tokens", "users")
 
@@ -186,7 +149,7 @@ class Wanted:
 
 
 class WorkingSet:
-    """The rows at hand, and what was changed. `rows` come in the order of opening."""
+    """The rows that operations work on, and which of them were changed. `rows` come in the order of opening."""
 
     __slots__ = ("_by_id", "_by_token", "_by_user", "answers", "changed")
 
@@ -197,7 +160,7 @@ class WorkingSet:
         self.answers = answers
         self.changed: dict[int, Row] = {}  # by identity, in the order of the first change
         for row in rows:
-            self._take_in(row)
+            self._index(row)
 
     def by_id(self, id: bytes) -> Row | None:
         return self._by_id.get(id)
@@ -206,11 +169,11 @@ class WorkingSet:
         return self._by_token.get(token)
 
     def of_user(self, user: bytes) -> list[Row]:
-        """The user's kept sessions, if they were asked for. The oldest first."""
-        return [row for row in self._by_user.get(user, ()) if row.code == KEPT]
+        """Return the stored sessions of a user in `RowKeys.users`, oldest first."""
+        return [row for row in self._by_user.get(user, ()) if row.code == LIVE]
 
     def add(self, row: Row) -> None:
-        self._take_in(row)
+        self._index(row)
         self.changed[id(row)] = row
 
     def end(self, row: Row, code: Code, wall: int) -> EndedRecord:
@@ -218,7 +181,7 @@ class WorkingSet:
         return row.end(code, wall)
 
     def rotate(self, row: Row, rotation: Rotation) -> bytes:
-        """Give a session another pair; the digest of the token that is dead from now on."""
+        """Replace the token pair of a session. Return the digest of the access token revoked by it."""
         old = row.token
         row.token, row.refresh = rotation.token_digest, rotation.refresh_digest
         row.client, row.address = utf8(rotation.client), utf8(rotation.address)
@@ -227,48 +190,48 @@ class WorkingSet:
         row.due = max(row.expires_at, row.refresh_expires_at)
         self._by_token[row.token] = row
         self.changed[id(row)] = row
-        self.add(Row.memory(b"", old, Code.TOKEN_REVOKED, rotation.wall))
+        self.add(Row.token_tombstone(old, Code.TOKEN_REVOKED, rotation.wall))
         return old
 
-    def _take_in(self, row: Row) -> None:
+    def _index(self, row: Row) -> None:
         self._by_token[row.token] = row
         if row.id:
             self._by_id[row.id] = row
             self._by_user.setdefault(row.user, []).append(row)
 
 
-class Operation(Protocol):
-    """Something that is done to the rows at hand."""
+class Operation(Generic[T_co]):
+    """An operation on rows."""
 
-    lasting: bool
-    """Whether it is done even if nobody waits for it any more."""
+    __slots__ = ()
+    lasting: ClassVar[bool] = False
+    """Whether it is done even if its caller has given up."""
 
-    def want(self, wanted: Wanted) -> None: ...
+    def need(self, keys: RowKeys) -> None:
+        """Add the rows that `apply` needs; none by default."""
 
-    def apply(self, rows: WorkingSet) -> object: ...
+    def apply(self, rows: WorkingSet) -> T_co:
+        raise NotImplementedError
 
 
-class Create:
-    __slots__ = ("limit", "record")
-    lasting = False
+@dataclass(slots=True, eq=False)
+class Create(Operation[Created | LimitReached]):
+    record: SessionRecord
+    limit: UserLimit
 
-    def __init__(self, record: SessionRecord, limit: UserLimit) -> None:
-        self.record = record
-        self.limit = limit
-
-    def want(self, wanted: Wanted) -> None:
-        wanted.ids.add(self.record.id)
-        wanted.users.add(utf8(self.record.user))
+    def need(self, keys: RowKeys) -> None:
+        keys.ids.add(self.record.id)
+        keys.users.add(utf8(self.record.user))
 
     def apply(self, rows: WorkingSet) -> Created | LimitReached:
         record, limit, wall = self.record, self.limit, self.record.created_at
         if rows.by_id(record.id) is not None:
             return Created()
         ended: tuple[EndedRecord, ...] = ()
-        mates = rows.of_user(utf8(record.user))
-        if len(mates) >= limit.per_user:
-            live = [row for row in mates if self._is_live(row)]
-            lapsed = [row for row in mates if row not in live and wall < row.refresh_expires_at]
+        others = rows.of_user(utf8(record.user))
+        if len(others) >= limit.per_user:
+            live = [row for row in others if self._is_live(row)]
+            lapsed = [row for row in others if row not in live and wall < row.refresh_expires_at]
             if len(live) + len(lapsed) >= limit.per_user:
                 if lapsed:
                     ended = (rows.end(lapsed[0], Code.TOKEN_EXPIRED, wall),)
@@ -284,22 +247,19 @@ class Create:
         return wall < row.expires_at and (idle is None or wall < row.last_used_at + idle)
 
 
-class Rotate:
-    __slots__ = ("rotation",)
-    lasting = False
+@dataclass(slots=True, eq=False)
+class Rotate(Operation[Rotated | NotRotated]):
+    rotation: Rotation
 
-    def __init__(self, rotation: Rotation) -> None:
-        self.rotation = rotation
-
-    def want(self, wanted: Wanted) -> None:
-        wanted.ids.add(self.rotation.id)
+    def need(self, keys: RowKeys) -> None:
+        keys.ids.add(self.rotation.id)
 
     def apply(self, rows: WorkingSet) -> Rotated | NotRotated:
         rotation, wall = self.rotation, self.rotation.wall
         row = rows.by_id(rotation.id)
         if row is None:
             return NotRotated(Code.UNAUTHENTICATED)
-        if row.code != KEPT:
+        if row.code != LIVE:
             return NotRotated(Code(row.code))
         if (row.token, row.refresh) == (rotation.token_digest, rotation.refresh_digest):
             return Rotated(row.session(), b"")
@@ -314,134 +274,105 @@ class Rotate:
         return Rotated(row.session(), old)
 
 
-class Find:
-    __slots__ = ("token",)
-    lasting = False
+@dataclass(slots=True, eq=False)
+class Find(Operation[SessionRecord | EndedRecord | None]):
+    token: bytes
 
-    def __init__(self, token: bytes) -> None:
-        self.token = token
-
-    def want(self, wanted: Wanted) -> None:
-        wanted.tokens.add(self.token)
+    def need(self, keys: RowKeys) -> None:
+        keys.tokens.add(self.token)
 
     def apply(self, rows: WorkingSet) -> SessionRecord | EndedRecord | None:
         row = rows.by_token(self.token)
         return None if row is None else row.record()
 
 
-class Get:
-    __slots__ = ("id",)
-    lasting = False
+@dataclass(slots=True, eq=False)
+class Get(Operation[SessionRecord | EndedRecord | None]):
+    id: bytes
 
-    def __init__(self, id: bytes) -> None:
-        self.id = id
-
-    def want(self, wanted: Wanted) -> None:
-        wanted.ids.add(self.id)
+    def need(self, keys: RowKeys) -> None:
+        keys.ids.add(self.id)
 
     def apply(self, rows: WorkingSet) -> SessionRecord | EndedRecord | None:
         row = rows.by_id(self.id)
         return None if row is None else row.record()
 
 
-class End:
-    __slots__ = ("code", "ids", "user", "wall")
+@dataclass(slots=True, eq=False)
+class End(Operation[list[EndedRecord]]):
     lasting = True
+    ids: Sequence[bytes]
+    code: Code
+    wall: int
+    user: bytes | None
 
-    def __init__(self, ids: Sequence[bytes], code: Code, wall: int, user: str | None) -> None:
-        self.ids = ids
-        self.code = code
-        self.wall = wall
-        self.user = None if user is None else utf8(user)
-
-    def want(self, wanted: Wanted) -> None:
-        wanted.ids.update(self.ids)
+    def need(self, keys: RowKeys) -> None:
+        keys.ids.update(self.ids)
 
     def apply(self, rows: WorkingSet) -> list[EndedRecord]:
         ended = []
         for id_ in self.ids:
             row = rows.by_id(id_)
-            if row is not None and row.code == KEPT and self.user in (None, row.user):
+            if row is not None and row.code == LIVE and self.user in (None, row.user):
                 ended.append(rows.end(row, self.code, self.wall))
         return ended
 
 
-class EndUser:
-    __slots__ = ("code", "user", "wall")
+@dataclass(slots=True, eq=False)
+class EndUser(Operation[list[EndedRecord]]):
     lasting = True
+    user: bytes
+    code: Code
+    wall: int
 
-    def __init__(self, user: str, code: Code, wall: int) -> None:
-        self.user = utf8(user)
-        self.code = code
-        self.wall = wall
-
-    def want(self, wanted: Wanted) -> None:
-        wanted.users.add(self.user)
+    def need(self, keys: RowKeys) -> None:
+        keys.users.add(self.user)
 
     def apply(self, rows: WorkingSet) -> list[EndedRecord]:
         return [rows.end(row, self.code, self.wall) for row in rows.of_user(self.user)]
 
 
-class ListUser:
-    __slots__ = ("user",)
-    lasting = False
+@dataclass(slots=True, eq=False)
+class ListUser(Operation[list[SessionRecord]]):
+    user: bytes
 
-    def __init__(self, user: str) -> None:
-        self.user = utf8(user)
-
-    def want(self, wanted: Wanted) -> None:
-        wanted.users.add(self.user)
+    def need(self, keys: RowKeys) -> None:
+        keys.users.add(self.user)
 
     def apply(self, rows: WorkingSet) -> list[SessionRecord]:
         return [row.session() for row in rows.of_user(self.user)]
 
 
-class ClaimRequest:
-    __slots__ = ("digest", "key", "lease_ms", "user", "wall")
-    lasting = False
-
-    def __init__(self, user: str, key: str, digest: bytes, wall: int, lease_ms: int) -> None:
-        self.user = user
-        self.key = key
-        self.digest = digest
-        self.wall = wall
-        self.lease_ms = lease_ms
-
-    def want(self, wanted: Wanted) -> None:
-        """No row of a session."""
+@dataclass(slots=True, eq=False)
+class ClaimRequest(Operation[Claim]):
+    user: str
+    key: str
+    digest: bytes
+    wall: int
+    lease_ms: int
 
     def apply(self, rows: WorkingSet) -> Claim:
         return rows.answers.claim(self.user, self.key, self.digest, self.wall, self.lease_ms)
 
 
-class KeepAnswer:
-    __slots__ = ("answer", "keep_ms", "key", "user", "wall")
+@dataclass(slots=True, eq=False)
+class KeepAnswer(Operation[None]):
     lasting = True
-
-    def __init__(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
-        self.user = user
-        self.key = key
-        self.answer = answer
-        self.wall = wall
-        self.keep_ms = keep_ms
-
-    def want(self, wanted: Wanted) -> None:
-        """No row of a session."""
+    user: str
+    key: str
+    answer: bytes
+    wall: int
+    keep_ms: int
 
     def apply(self, rows: WorkingSet) -> None:
         rows.answers.keep(self.user, self.key, self.answer, self.wall, self.keep_ms)
 
 
-class ReleaseClaim:
-    __slots__ = ("key", "user")
+@dataclass(slots=True, eq=False)
+class ReleaseClaim(Operation[None]):
     lasting = True
-
-    def __init__(self, user: str, key: str) -> None:
-        self.user = user
-        self.key = key
-
-    def want(self, wanted: Wanted) -> None:
-        """No row of a session."""
+    user: str
+    key: str
 
     def apply(self, rows: WorkingSet) -> None:
         rows.answers.release(self.user, self.key)

@@ -1,7 +1,6 @@
-"""Sessions in a file beside the server: the store of one process.
+"""Sessions in a SQLite file beside the server: the store of one process.
 
-Each operation goes to one thread, which does many in one transaction and answers when they are on the disk.
-What they do is in rows.py, how it is written in session_file.py, how the thread is asked in worker.py.
+All operations run in one thread, which groups them into transactions and answers when they are on disk.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from zcproto.common.clock import system_clock
 from zcproto.errors import Code
@@ -29,26 +28,31 @@ from zcproto.stores.base import (
     StoreUnavailable,
 )
 from zcproto.stores.sqlite import rows
-from zcproto.stores.sqlite.database import Connect, Notice, Position, SessionFile, StorageError
+from zcproto.stores.sqlite.database import Position, SessionDatabase
+from zcproto.stores.sqlite.file import Connect, Notice, StorageError
+from zcproto.stores.sqlite.rows import Operation, utf8
 from zcproto.stores.worker import Job, Worker
 
 TIMEOUT_S: Final = 0.25
 OPEN_TIMEOUT_S: Final = 30.0
 CLOSE_TIMEOUT_S: Final = 5.0
 EXPIRE_S: Final = 0.05
-"""A slice of what is past its time takes so long at most where nobody waits, and then comes to the disk."""
-QUEUE: Final = 8_192
-"""Operations that may wait at once."""
+"""The longest slice of `expire` while no other operation waits."""
 
-_TOUCHED: Final = 500
+QUEUE: Final = 8_192
+"""Operations that may wait for the thread."""
+
+_MAX_TOUCHED: Final = 500
+
+T = TypeVar("T")
 
 
 class SqliteStore:
-    """A store in the file `path`, which no other process may use meanwhile.
+    """A store in the file `path`, which no other process may use at the same time.
 
-    `on_notice` is called with `store_damaged` (path, aside, reason) when a damaged file was set aside and an
-    empty one was begun, with `store_missing` (path) when the file was taken away while it was in use, and with
-    `store_close_failed` (reason).
+    `on_notice` is called with `store_damaged` (path, aside, reason) when a damaged file was renamed and replaced by
+    an empty one, with `store_missing` (path) when the file was removed while in use, and with `store_close_failed`
+    (reason).
     """
 
     def __init__(
@@ -74,20 +78,22 @@ class SqliteStore:
         return False
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
-        """As `SessionStore.open`. May be called again after it failed. Nobody else changes anything here."""
-        assert self._worker is None, "it is open"
+        """Open the store as in `SessionStore.open`. May be called again after it failed."""
+        assert self._worker is None, "the store is open"
         loop = asyncio.get_running_loop()
 
-        def notice(name: str, **values: object) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
+        def notify(name: str, **values: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(partial(self._on_notice, name, **values))
 
-        file = self._file = SessionFile(
-            self._path, answers=self._answers, on_notice=notice, connect=self._connect
+        database = self._database = SessionDatabase(
+            self._path, answers=self._answers, on_notice=notify, connect=self._connect
         )
-        self._worker = Worker(partial(_perform, file), partial(_rest, file), file.close, limit=self._queue)
+        self._worker = Worker(
+            partial(_perform, database), partial(_sweep, database), database.close, limit=self._queue
+        )
         try:
-            await self._ask(file.open, within=OPEN_TIMEOUT_S)
+            await self._submit(database.open, within=OPEN_TIMEOUT_S)
         except BaseException:
             await self.close()
             raise
@@ -100,107 +106,102 @@ class SqliteStore:
             self._on_notice("store_close_failed", reason="the disk does not answer")
 
     async def ping(self) -> None:
-        await self._do(self._file.ping)
+        await self._do(self._database.ping)
 
     async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
         position: Position | None = Position()
         while position is not None:
-            records, position = await self._do(partial(self._file.load, position), within=OPEN_TIMEOUT_S)
+            records, position = await self._do(partial(self._database.load, position), within=OPEN_TIMEOUT_S)
             if records:
                 yield records
 
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
-        created: Created | LimitReached = await self._ask(rows.Create(record, limit))
-        return created
+        return await self._run(rows.Create(record, limit))
 
     async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
-        rotated: Rotated | NotRotated = await self._ask(rows.Rotate(rotation))
-        return rotated
+        return await self._run(rows.Rotate(rotation))
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
-        found: SessionRecord | EndedRecord | None = await self._ask(rows.Find(token_digest))
-        return found
+        return await self._run(rows.Find(token_digest))
 
     async def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
-        found: SessionRecord | EndedRecord | None = await self._ask(rows.Get(id))
-        return found
+        return await self._run(rows.Get(id))
 
     async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
-        """As `SessionStore.touch`, in parts, so that others have their turn."""
-        for start in range(0, len(uses), _TOUCHED):
-            await self._do(partial(self._file.touch, uses[start : start + _TOUCHED]))
+        """Record the last use of sessions, in batches, so that other operations get their turn."""
+        for start in range(0, len(uses), _MAX_TOUCHED):
+            await self._do(partial(self._database.touch, uses[start : start + _MAX_TOUCHED]))
 
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:
-        ended: list[EndedRecord] = await self._ask(rows.End(ids, code, wall, user))
-        return ended
+        return await self._run(rows.End(ids, code, wall, None if user is None else utf8(user)))
 
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
-        ended: list[EndedRecord] = await self._ask(rows.EndUser(user, code, wall))
-        return ended
+        return await self._run(rows.EndUser(utf8(user), code, wall))
 
     async def end_all(self, code: Code, wall: int) -> int:
-        count: int = await self._do(partial(self._file.end_all, code, wall), lasting=True)
-        return count
+        return await self._do(partial(self._database.end_all, code, wall), lasting=True)
 
     async def list(self, user: str | None = None) -> list[SessionRecord]:
-        asked = self._do(self._file.list_all) if user is None else self._ask(rows.ListUser(user))
-        found: list[SessionRecord] = await asked
-        return found
+        if user is None:
+            return await self._do(self._database.list_all)
+        return await self._run(rows.ListUser(utf8(user)))
 
     async def count(self) -> int:
-        count: int = await self._do(self._file.count)
-        return count
+        return await self._do(self._database.count)
 
     async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
-        """As `SessionStore.expire`. Rather than to keep others waiting it removes fewer."""
-        removed: int = await self._do(partial(self._expire, wall, keep_ended_ms, limit))
-        return removed
+        """Remove expired entries. May remove fewer than `limit` so that other operations do not wait."""
+        return await self._do(partial(self._expire, wall, keep_ended_ms, limit))
 
     def _expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
-        """A slice, in the thread."""
+        """Remove a slice; runs in the thread."""
         worker = self._worker
         until = system_clock.now() + EXPIRE_S
 
-        def enough() -> bool:
+        def is_enough() -> bool:
             return worker is None or worker.is_waited_for or system_clock.now() >= until
 
-        return self._file.expire(wall, keep_ended_ms, limit, enough)
+        return self._database.expire(wall, keep_ended_ms, limit, is_enough)
 
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
-        claim: Claim = await self._ask(rows.ClaimRequest(user, key, request_digest, wall, lease_ms))
-        return claim
+        return await self._run(rows.ClaimRequest(user, key, request_digest, wall, lease_ms))
 
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
         check_size(answer, self._answers)
-        await self._ask(rows.KeepAnswer(user, key, answer, wall, keep_ms))
+        await self._run(rows.KeepAnswer(user, key, answer, wall, keep_ms))
 
     async def release_claim(self, user: str, key: str) -> None:
-        await self._ask(rows.ReleaseClaim(user, key))
+        await self._run(rows.ReleaseClaim(user, key))
 
-    async def _do(self, action: Callable[[], Any], **options: Any) -> Any:
-        return await self._ask(partial(self._file.attempt, action), **options)
+    async def _run(self, operation: Operation[T]) -> T:
+        result: T = await self._submit(operation, lasting=operation.lasting)
+        return result
 
-    async def _ask(self, work: Any, *, within: float | None = None, lasting: bool = False) -> Any:
-        """Have one of the operations of rows.py, or a function, done in the thread."""
+    async def _do(self, action: Callable[[], T], *, within: float | None = None, lasting: bool = False) -> T:
+        attempt = partial(self._database.attempt, action)
+        result: T = await self._submit(attempt, within=within, lasting=lasting)
+        return result
+
+    async def _submit(self, work: Any, *, within: float | None = None, lasting: bool = False) -> Any:
+        """Run an Operation or a function in the thread, and return its result."""
         if self._worker is None:
             raise StoreUnavailable("it is not open")
-        lasting = lasting or getattr(work, "lasting", False)
-        return await self._worker.ask(work, within or self._timeout, lasting=lasting)
+        return await self._worker.submit(work, within or self._timeout, lasting=lasting)
 
 
-def _perform(file: SessionFile, jobs: Sequence[Job]) -> None:
-    """Do jobs in their order, those together that work on the same rows."""
-    for alone, group in groupby(jobs, lambda job: callable(job.work)):
-        if alone:
+def _perform(database: SessionDatabase, jobs: Sequence[Job]) -> None:
+    """Run jobs in order; consecutive Operations share one transaction."""
+    for is_function, group in groupby(jobs, lambda job: callable(job.work)):
+        if is_function:
             for job in group:
-                _one(job)
+                _call(job)
         else:
-            _together(file, list(group))
+            _perform_together(database, list(group))
 
 
-def _one(job: Job) -> None:
+def _call(job: Job) -> None:
     try:
         job.result = job.work()
     except StorageError as error:
@@ -209,29 +210,29 @@ def _one(job: Job) -> None:
         job.error = error
 
 
-def _together(file: SessionFile, jobs: Sequence[Job]) -> None:
+def _perform_together(database: SessionDatabase, jobs: Sequence[Job]) -> None:
     try:
-        outcomes = file.attempt(lambda: file.perform([job.work for job in jobs]))
+        outcomes = database.attempt(lambda: database.perform([job.work for job in jobs]))
     except StorageError as error:
         for job in jobs:
             job.error = StoreUnavailable(str(error))
     except BaseException as error:
         if len(jobs) == 1:
             jobs[0].error = error
-        else:  # one of them is a mistake; the others shall not suffer from it
+        else:  # a mistake in one of them must not affect the others
             for job in jobs:
-                _together(file, [job])
+                _perform_together(database, [job])
     else:
         for job, outcome in zip(jobs, outcomes, strict=True):
             job.result, job.error = outcome
 
 
-def _rest(file: SessionFile) -> bool:
-    """Do a part of what can wait; False if there is none, or if it fails: then it waits for the next job."""
-    if not file.sweeping:
+def _sweep(database: SessionDatabase) -> bool:
+    """Rewrite some ended sessions. Return False if none are left, or after a failure, until the next job."""
+    if not database.sweeping:
         return False
     try:
-        file.attempt(file.sweep)
+        database.attempt(database.sweep)
     except StorageError:
         return False
     return True
