@@ -189,7 +189,9 @@ async def test_every_change_is_on_the_disk_before_it_is_answered(harness: Sqlite
 async def test_a_file_that_others_may_use_is_refused(harness: SqliteHarness, bits: int) -> None:
     await (await harness.opened()).close()
     harness.path.chmod(bits)
-    with pytest.raises(ConfigError, match=r"others can read or change this file .*; run: chmod 600 .*sessions\.db"):
+    with pytest.raises(
+        ConfigError, match=r"others can read or change this file .*; run: chmod 600 .*sessions\.db"
+    ):
         await harness.opened()
     harness.path.chmod(0o600)
     await harness.opened()
@@ -199,7 +201,7 @@ async def test_a_file_that_others_may_use_is_refused(harness: SqliteHarness, bit
 async def test_a_folder_that_others_may_write_to_is_refused(harness: SqliteHarness, bits: int) -> None:
     harness.path.parent.mkdir()
     harness.path.parent.chmod(bits)
-    with pytest.raises(ConfigError, match="others can change this folder .*; run: chmod go-w"):
+    with pytest.raises(ConfigError, match=r"others can change this folder .*; run: chmod go-w"):
         await harness.opened()
     assert not harness.path.exists()
 
