@@ -19,6 +19,7 @@ from docs.dashboard import dashboard
 from zcproto import errors
 from zcproto.alerts.kinds import CATALOGUE, Ending
 from zcproto.config import Config
+from zcproto.config.changes import TAKES_EFFECT
 from zcproto.config.model import sections
 from zcproto.config.tables import TablesOf, rules_of
 from zcproto.errors import CallError
@@ -57,8 +58,8 @@ def configuration() -> str:
 Settings are read from `config.toml` in the home folder (`~/.zeroclaw` unless `--home DIR` or `ZCPROTO_HOME` is
 set). An environment variable overrides the file: `server.port` is `ZCPROTO_SERVER__PORT`. A command-line option
 overrides both. `zcproto config init` writes a commented file, `zcproto config check` reports all faults, and
-`zcproto reload` applies a changed file to a running server
-([which settings need a restart](../control.md#reloading)).
+`zcproto reload` [applies a changed file](../control.md#reloading) to a running server. *Applies to* is what a changed
+value affects after a reload: everything (*live*), new connections or sessions only, or nothing until a restart.
 """
     ]
     for section, model in sections().items():
@@ -86,8 +87,10 @@ def _keys(section: str, model: type[BaseModel]) -> str:
             default = "none"
         else:
             default = "required" if required else code(_default(section, name, rule.write(value)))
-        rows.append([code(f"{section}.{name}"), rule.range(), default, field.description or ""])
-    return table("key | accepts | default | meaning", rows)
+        key = f"{section}.{name}"
+        effect = (TAKES_EFFECT.get(key) or TAKES_EFFECT[section]).value
+        rows.append([code(key), rule.range(), default, effect, field.description or ""])
+    return table("key | accepts | default | applies to | meaning", rows)
 
 
 def _default(section: str, name: str, written: str) -> str:

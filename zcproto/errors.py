@@ -1,20 +1,20 @@
-"""Every error that zcproto raises, as one tree, and the codes that travel on the wire.
+"""All exceptions of zcproto as one tree, and the error codes of the protocol.
 
     ZcprotoError
-    ├── ConfigError              the configuration has faults; all of them are listed
-    ├── CertificateError         a certificate or key cannot be used, and why
-    ├── ProtocolError            the peer broke the wire contract; carries the code for it
-    ├── TlsError                 the TLS connection could not be made, or is not to be trusted
-    ├── ConnectionClosed         the connection ended; `clean` tells a close from a truncation
-    │   └── CannotConnect        there was none to begin with: refused, unreachable, no answer in time
-    └── CallError                a call was answered with an error; one subclass a code
+    ├── ConfigError              the configuration is invalid; lists all faults
+    ├── CertificateError         a certificate or key cannot be used
+    ├── ProtocolError            the peer violated the protocol; has the code for it
+    ├── TlsError                 the TLS handshake failed, or the peer cannot be trusted
+    ├── ConnectionClosed         the connection ended; `clean` is False after a truncation
+    │   └── CannotConnect        no connection could be made: refused, unreachable, timeout
+    └── CallError                a call was answered with an error; one subclass per code
         ├── Cancelled, UnknownError, InvalidArgument, DeadlineExceeded, NotFound, AlreadyExists,
         │   PermissionDenied, ResourceExhausted, FailedPrecondition, Aborted, OutOfRange,
         │   Unimplemented, InternalError, Unavailable, DataLoss, Unauthenticated
         └── StaleTimestamp, TokenExpired, TokenRevoked, SessionReplaced
 
-A server's methods raise the same CallErrors that its clients catch. The classes hold data; the sentence
-for people is made from it. Nothing here ever holds a token or a key.
+Methods of a server raise the same CallErrors that clients catch. The classes hold data, and build their message from
+it. No exception contains a token or a key.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class Code(IntEnum):
 
 
 FATAL_CODES = frozenset({Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYED})
-"""Codes that end the connection wherever they appear (STALE_TIMESTAMP does so on stream 0 only)."""
+"""Codes that always end the connection (STALE_TIMESTAMP does so on stream 0 only)."""
 
 
 class ZcprotoError(Exception):
-    """The root of all errors of this package."""
+    """The base of all exceptions of this package."""
 
 
 class ConfigError(ZcprotoError):
-    """The configuration has faults. Nothing was started."""
+    """The configuration is invalid; nothing was started."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__(faults)
@@ -75,9 +75,9 @@ class CertificateError(ZcprotoError):
 
 
 class ProtocolError(ZcprotoError):
-    """The peer broke the wire contract.
+    """The peer violated the protocol.
 
-    `code` is what the wire says of it; `reason` is a fixed phrase, safe to send and to log.
+    `code` is the error code on the wire; `reason` is a fixed phrase, safe to send and to log.
     """
 
     def __init__(self, code: Code, reason: str) -> None:
@@ -90,9 +90,9 @@ class ProtocolError(ZcprotoError):
 
 
 class TlsError(ZcprotoError):
-    """The TLS connection could not be made, or its peer is not the one expected.
+    """The TLS handshake failed, or the peer is not the expected one.
 
-    `failure` is the cause's name in `zcproto.tls.TlsFailure` (`certificate_untrusted`, `pin_mismatch`, ...).
+    `failure` is the name of the cause in `zcproto.tls.TlsFailure` (`certificate_untrusted`, `pin_mismatch`, ...).
     """
 
     def __init__(self, failure: str, detail: str = "") -> None:
@@ -105,10 +105,10 @@ class TlsError(ZcprotoError):
 
 
 class ConnectionClosed(ZcprotoError):
-    """The connection ended before what was asked of it was done.
+    """The connection ended before the operation was complete.
 
-    `clean` is True after a close_notify; False after a reset or a truncation (RFC 8446 section 6.1).
-    `reason` is a fixed phrase or the peer's GOAWAY reason. `code` is the fatal error the peer sent, if any.
+    `clean` is True after a close_notify, False after a reset or a truncation (RFC 8446 section 6.1).
+    `reason` is a fixed phrase or the peer's GOAWAY reason. `code` is the fatal error that the peer sent, if any.
     """
 
     def __init__(self, reason: str, *, clean: bool = False, code: Code | None = None) -> None:
@@ -119,14 +119,14 @@ class ConnectionClosed(ZcprotoError):
 
 
 class CannotConnect(ConnectionClosed):
-    """No connection to the server could be made: no such host, refused, unreachable, or no answer in time."""
+    """No connection to the server could be made: unknown host, refused, unreachable, or timeout."""
 
 
 class CallError(ZcprotoError):
     """A call was answered with an error.
 
-    `message` says what to do next. `details` is a map, empty if there is nothing to add; UNAVAILABLE and
-    RESOURCE_EXHAUSTED carry `retry_after_ms`.
+    `message` is what to do next. `details` is a map, often empty; UNAVAILABLE and RESOURCE_EXHAUSTED have
+    `retry_after_ms` (zcp1.md, section 10.4).
     """
 
     code: Code = Code.UNKNOWN
@@ -146,7 +146,7 @@ class CallError(ZcprotoError):
 
     @classmethod
     def from_wire(cls, code: int, message: str, details: dict[str, Any] | None) -> CallError:
-        """The error for a code received; a code not known here is UNKNOWN and keeps its number in the message."""
+        """Return the exception for a received code. An unknown code becomes UNKNOWN, with its number in the message."""
         kind = cls.by_code.get(code)
         if kind is None:
             return UnknownError(f"{message} (code {code})", details)

@@ -218,3 +218,17 @@ def test_fault_of_a_command_line_is_found() -> None:
         "status --watch",
         "user add ada",
     }
+
+
+def test_messages_of_the_status_page_exist() -> None:
+    text = (DOCS / "http.md").read_text(encoding="utf-8")
+    rows = text[text.index("| the page says |") :].split("\n\n")[0].splitlines()[2:-1]
+    page = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "zcproto" / "admin" / "page").iterdir()
+    )
+    messages = [
+        re.sub(r" \d+$", " ", message)
+        for row in rows
+        for message in re.findall(r"`([^`]+)`", row.split("|")[1])
+    ]
+    assert [message for message in messages if message not in page and not message.isdigit()] == []
