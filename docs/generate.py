@@ -58,8 +58,9 @@ def configuration() -> str:
 Settings are read from `config.toml` in the home folder (`~/.zeroclaw` unless `--home DIR` or `ZCPROTO_HOME` is
 set). An environment variable overrides the file: `server.port` is `ZCPROTO_SERVER__PORT`. A command-line option
 overrides both. `zcproto config init` writes a commented file, `zcproto config check` reports all faults, and
-`zcproto reload` [applies a changed file](../control.md#reloading) to a running server. *Applies to* is what a changed
-value affects after a reload: everything (*live*), new connections or sessions only, or nothing until a restart.
+`zcproto reload` [applies a changed file](../control.md#reloading) to a running server. *Applies to* is what a
+changed value affects after a reload: everything (*live*), new connections or sessions only, or nothing until a
+restart.
 """
     ]
     for section, model in sections().items():

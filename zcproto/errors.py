@@ -13,8 +13,8 @@
         │   Unimplemented, InternalError, Unavailable, DataLoss, Unauthenticated
         └── StaleTimestamp, TokenExpired, TokenRevoked, SessionReplaced
 
-Methods of a server raise the same CallErrors that clients catch. The classes hold data, and build their message from
-it. No exception contains a token or a key.
+Methods of a server raise the same CallErrors that clients catch. The classes hold data, from which they build
+their message. No exception contains a token or a key.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class CallError(ZcprotoError):
 
     @classmethod
     def from_wire(cls, code: int, message: str, details: dict[str, Any] | None) -> CallError:
-        """Return the exception for a received code. An unknown code becomes UNKNOWN, with its number in the message."""
+        """Return the exception for a received code. An unknown code becomes UNKNOWN, with its number in the text."""
         kind = cls.by_code.get(code)
         if kind is None:
             return UnknownError(f"{message} (code {code})", details)
