@@ -146,7 +146,7 @@ class CallError(ZcprotoError):
 
     @classmethod
     def from_wire(cls, code: int, message: str, details: dict[str, Any] | None) -> CallError:
-        """Return the exception for a received code. An unknown code becomes UNKNOWN, with its number in the text."""
+        """Return the exception for a received code. An unknown code becomes UNKNOWN with its number."""
         kind = cls.by_code.get(code)
         if kind is None:
             return UnknownError(f"{message} (code {code})", details)
