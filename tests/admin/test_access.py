@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from tests.admin.test_https import ask, bearer
 from tests.helpers import WALL, FakeClock, small_registry
 from tests.server.conftest import Serve
-from zcproto.admin.http_access import BAD_TOKEN, NO_TOKEN, BearerTokens
+from zcproto.admin.resources import BAD_TOKEN, NO_TOKEN, BearerTokens
 from zcproto.auth.certificate import certificate_key
 from zcproto.errors import Code, ResourceExhausted, Unavailable
 from zcproto.http.messages import HttpRequest, HttpResponse, Peer

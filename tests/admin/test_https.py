@@ -150,7 +150,7 @@ def test_a_certificate_that_has_expired_is_a_reason(serve: Serve) -> None:
     status, found = ready(server)
     assert status == 503
     assert found["ready"] is False
-    assert found["reasons"] == ["certificate: one that is served has expired"]
+    assert found["reasons"] == ["certificate: a serving certificate has expired"]
 
 
 def test_a_store_that_does_not_answer_is_a_reason(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_a_store_that_does_not_answer_is_a_reason(serve: Serve, monkeypatch: pyt
     status, found = ready(server)
     assert status == 503
     assert [reason.partition(":")[0] for reason in found["reasons"]] == ["store"]
-    assert "known go on" in found["reasons"][0]
+    assert "known sessions continue" in found["reasons"][0]
     server.in_loop(server.server.state.registry.refuse_all)
     assert "every token is refused" in ready(server)[1]["reasons"][0]
 

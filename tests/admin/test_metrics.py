@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
-from zcproto.admin.metrics import END_LABELS, ServerMetrics
+from zcproto.admin.metrics import END_LABELS, server_metrics
 from zcproto.app.app import App
 from zcproto.errors import CallError
 from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY
@@ -32,7 +32,7 @@ SHARED_ONLY = {
 
 
 def render(server: ServerThread, accept: str = "") -> str:
-    return server.in_loop(lambda: ServerMetrics(server.server.parts).metrics().render(accept))[1].decode()
+    return server.in_loop(lambda: server_metrics(server.server.parts).render(accept))[1].decode()
 
 
 def value(server: ServerThread, name: str, **labels: str) -> float:

@@ -12,7 +12,7 @@ import pytest
 from tests.http.helpers import Answer, answers
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, eventually, read_to_end
-from zcproto.admin.redirect import MAX_CONNECTIONS, PER_ADDRESS, Redirects, host_of, is_among
+from zcproto.admin.redirect import MAX_CONNECTIONS, PER_ADDRESS, Redirects, has_name, host_of
 from zcproto.errors import ConfigError
 from zcproto.http.messages import HttpRequest, HttpResponse
 
@@ -101,8 +101,8 @@ def test_hosts_have_one_form() -> None:
     assert host_of("[::0001]") == "::1"
     assert host_of("[::1") is None
     assert host_of("") is None
-    assert is_among("::1", NAMES)
-    assert not is_among("b.example", ["*.b.example"])
+    assert has_name(NAMES, "::1")
+    assert not has_name(["*.b.example"], "b.example")
 
 
 # --- on a whole server -----------------------------------------------------------------------------------

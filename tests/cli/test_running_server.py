@@ -19,7 +19,7 @@ import pytest
 
 from tests.server.conftest import Serve, certs, serve
 from tests.server.helpers import TIMEOUT, ServerProcess, ServerThread, eventually
-from zcproto.admin.status import ServerStatus
+from zcproto.admin.snapshot import status_report, take_snapshot
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile
 from zcproto.certs import own
@@ -273,7 +273,7 @@ def test_a_process_that_is_drained_ends_well(
 
 @pytest.fixture
 def found(running: ServerThread) -> dict[str, Any]:
-    return running.in_loop(ServerStatus(running.server.parts).figures)
+    return running.in_loop(lambda: status_report(take_snapshot(running.server.parts)))
 
 
 def test_a_frame_fits_its_terminal(found: dict[str, Any]) -> None:

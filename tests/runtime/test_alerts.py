@@ -18,7 +18,7 @@ from tests.alerts.receiver import Answer, Receiver, answer, hang
 from tests.certs.test_keeper import look
 from tests.conftest import ServerPairs
 from tests.server.helpers import NO_TOKEN, TIMEOUT, AnsweredError, ServerThread, eventually
-from zcproto.admin.metrics import ServerMetrics
+from zcproto.admin.metrics import server_metrics
 from zcproto.alerts import AlertKind
 from zcproto.alerts.service import STOP_S, ServerAlerts
 from zcproto.alerts.signature import check_signature
@@ -421,7 +421,7 @@ def test_alerts_are_among_the_metrics(watch: Watch) -> None:
     raise_one(watched)
     eventually(lambda: watched.alerts.queues[0].failures == 1)
     lines = (
-        watched.server.in_loop(lambda: ServerMetrics(watched.server.server.parts).metrics().render(""))[1]
+        watched.server.in_loop(lambda: server_metrics(watched.server.server.parts).render(""))[1]
         .decode()
         .splitlines()
     )

@@ -232,7 +232,7 @@ class ServerThread:
             return {
                 "connections": len(state.connections),
                 "tcp": server.parts.listener.connections,
-                "sites": sum(server.parts.listener._by_network.values()),
+                "sites": sum(server.parts.listener._counts.by_network.values()),
                 "adopting": len(server.parts.listener._adopting),
                 "by_session": len(state.session_connections),
                 "wheel": len(server.parts.state.wheel),

@@ -115,7 +115,7 @@ def test_the_limit_of_an_address_is_that_of_the_client(server: ServerThread) -> 
         check.close()
     # One that goes makes room for one.
     first.close()
-    server.until(lambda: server.server.parts.listener._by_network == {"198.51.100.9": 1})
+    server.until(lambda: server.server.parts.listener._counts.by_network == {"198.51.100.9": 1})
     with BehindBalancer(server, header("198.51.100.9")) as next_one:
         next_one.open_session("ada")
         next_one.echo()

@@ -1,15 +1,15 @@
-"""The control socket: a UNIX socket in the home folder, by which whoever owns a running server controls it.
+"""The control socket: a UNIX socket in the home folder through which the owner of a running server controls it.
 
-    zcproto status -> HTTP by <home>/control.sock -> control_resources.py
+    zcproto status -> HTTP over <home>/control.sock -> operations.py
 
-What this file decides: whose socket it is while several servers could want it, and who may come in.
+What this file decides: which server owns the socket, and who may connect.
 
 Rules:
-- The socket is of mode 0600, and made whole: it is bound beside its place, and renamed. One that a dead server has
-  left is replaced. Whoever holds the lock beside it is the one server of this home folder.
-- The system says who is at the other end: the server's own user, and root, may come in. On a system that does not
-  say, the modes of socket and folder decide.
-- HTTP is what the HTTPS side has too: the same limits, the same care for whoever sends garbage.
+- The socket has mode 0600 and appears complete: it is bound beside its path and renamed. A socket left by a dead
+  server is replaced. The process with the lock beside it is the one server of this home folder.
+- The operating system reports the peer's user: the server's own user and root may connect. Where it does not, the
+  modes of socket and folder decide.
+- HTTP is that of the HTTPS side: the same parser, and limits against malformed and slow requests.
 """
 
 from __future__ import annotations
@@ -24,76 +24,83 @@ import stat
 from dataclasses import dataclass
 from typing import Any, Final
 
-from zcproto.admin.http_protocol import HttpEndpoint, HttpProtocol
+from zcproto.admin.http_protocol import HttpEndpoint
 from zcproto.common.home import Home
-from zcproto.common.local_socket import LocalPeer, address_of, peer_of
+from zcproto.common.local_socket import address_of, peer_of
 from zcproto.errors import ConfigError
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import Peer
 from zcproto.http.router import Router
 from zcproto.http.security_headers import SecurityHeaders
+from zcproto.server.listener import AcceptLoop
 from zcproto.server.state import ServerState, log
 
 MAX_CONNECTIONS: Final = 32
 BACKLOG: Final = 64
 LIMITS: Final = HttpLimits(
-    max_body=262_144,  # a thousand ids of sessions
-    max_requests=100_000,  # status, once a second, for a day
+    max_body=262_144,  # a thousand session ids
+    max_requests=100_000,  # status once a second for a day
     request_timeout=10.0,
-    answer_timeout=600.0,  # keys may have to be made, commands for alerts may take their time
+    answer_timeout=600.0,  # making keys and running alert commands take time
     idle_timeout=60.0,
 )
-PAUSE_WHEN_EXHAUSTED: Final = 0.5
-_TAKES_NONE: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP})
-"""A folder that is read-only, as in some containers, or a file system without sockets."""
+_NO_SOCKETS: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP})
+"""A read-only folder, as in some containers, or a file system without sockets."""
 
 _ROOT: Final = 0
 _REFUSED: Final = (
     b"HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain\r\nContent-Length: 46\r\nConnection: close\r\n\r\n"
     b"this socket is for the server's user, and root"
 )
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ControlPeer(Peer):
-    """Who asks. `uid` and `pid` are None where the system does not say."""
+    """The calling process. `uid` and `pid` are None where the operating system does not report them."""
 
     uid: int | None = None
     pid: int | None = None
 
 
-class ControlSocket:
-    """One server's control socket. `refused` counts those who may not come in, or for whom there was no room."""
+class ControlSocket(AcceptLoop):
+    """The control socket of one server. `refused` counts connections of other users and those over the limit."""
 
-    def __init__(self, home: Home, state: ServerState, router: Router, *, own_uid: int | None = None) -> None:
+    def __init__(
+        self,
+        home: Home,
+        state: ServerState,
+        router: Router,
+        *,
+        own_uid: int | None = None,
+    ) -> None:
+        super().__init__(asyncio.get_running_loop())
         self._path = home.control
         self._lock_path = home.control.with_suffix(".lock")
         self._own_uid = os.geteuid() if own_uid is None else own_uid
-        self._socket: socket.socket | None = None
         self._lock: int | None = None
         self._inode = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._adopting: dict[asyncio.Task[Any], list[HttpProtocol]] = {}
         self.endpoint = HttpEndpoint(state, router, SecurityHeaders(None), LIMITS, _peer)
         self.refused = 0
 
     # --- the file ------------------------------------------------------------------------------------
 
     def open(self) -> bool:
-        """Make the socket; nobody is let in yet. False where the folder takes none: a server can do without.
+        """Create the socket without accepting yet. Return False if the folder cannot hold one.
 
-        Raises ConfigError for what can be mended.
+        A server can run without a control socket.
+
+        Raises:
+            ConfigError: The socket cannot be created, and the operator can fix that.
         """
         try:
             self._take_lock()
             self._bind()
         except OSError as error:
             self.close()
-            if error.errno in _TAKES_NONE:
+            if error.errno in _NO_SOCKETS:
                 log.warning("control.unavailable", path=self._path, reason=error.strerror)
                 return False
-            raise ConfigError([f"{self._path}: cannot be made: {error.strerror or error}"]) from error
+            raise ConfigError([f"{self._path}: cannot be created: {error.strerror or error}"]) from error
         except BaseException:
             self.close()
             raise
@@ -106,113 +113,56 @@ class ControlSocket:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                [f"{self._path}: a server runs with this home folder; stop it, or name another one by --home"]
+                [
+                    f"{self._path}: a server runs with this home folder; stop it, or use another folder with --home"
+                ]
             ) from None
 
     def _bind(self) -> None:
         path = self._path
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(path.lstat().st_mode):
-                raise ConfigError(
-                    [f"{path}: is no socket; move it away, as the control socket belongs there"]
-                )
+                raise ConfigError([f"{path}: not a socket; move it away, the control socket needs this path"])
         beside = path.with_name(f".{path.name}.new")
         beside.unlink(missing_ok=True)
-        self._socket = listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sockets = [listening]
         listening.setblocking(False)
         with address_of(beside) as address:
             listening.bind(address)
-        os.chmod(beside, 0o600)  # nobody could connect so far: it does not listen
+        os.chmod(beside, 0o600)  # before it listens: no connection was possible so far
         listening.listen(BACKLOG)
         self._inode = beside.lstat().st_ino
         beside.replace(path)
 
     def close(self) -> None:
-        """Let nobody in any more, close what is open, and take the socket away."""
-        self._stop_accepting()
+        """Stop accepting, close open connections and remove the socket."""
+        super().close()
         self.endpoint.close()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-            with contextlib.suppress(OSError):  # somebody has taken it away already, or the whole folder
+        if self._inode:
+            with contextlib.suppress(OSError):  # the socket or the whole folder was removed before
                 if self._path.lstat().st_ino == self._inode:
                     self._path.unlink()
+            self._inode = 0
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    # --- who comes in --------------------------------------------------------------------------------
+    # --- connections ---------------------------------------------------------------------------------
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let in who may come, from now on."""
-        self._loop = loop
-        assert self._socket is not None, "it is open"
-        loop.add_reader(self._socket.fileno(), self._accept)
-
-    def _stop_accepting(self) -> None:
-        if self._loop is not None and self._socket is not None:
-            self._loop.remove_reader(self._socket.fileno())
-
-    def _go_on_accepting(self) -> None:
-        if self._socket is not None and self._loop is not None:
-            self._loop.add_reader(self._socket.fileno(), self._accept)
-
-    def _accept(self) -> None:
-        assert self._socket is not None
-        assert self._loop is not None
-        try:
-            connection, _ = self._socket.accept()
-        except (BlockingIOError, ConnectionAbortedError, InterruptedError):
-            return
-        except OSError as error:
-            if error.errno not in _EXHAUSTED:
-                raise
-            log.error("listener.exhausted", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED)
-            self._stop_accepting()
-            self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._go_on_accepting)
-            return
-        connection.setblocking(False)
+    def _admit(self, connection: socket.socket, address: Any) -> None:
         peer = peer_of(connection)
-        if not self._may_come_in(peer):
-            assert peer is not None
+        if peer is not None and peer.uid not in (self._own_uid, _ROOT):
             self.refused += 1
             log.warning("control.refused", uid=peer.uid, pid=peer.pid)
-            with contextlib.suppress(OSError):  # it did not stay to hear it
+            with contextlib.suppress(OSError):  # the peer has gone
                 connection.send(_REFUSED)
             connection.close()
-        elif self._count() >= MAX_CONNECTIONS:
+        elif len(self.endpoint.connections.union(self._adopting.values())) >= MAX_CONNECTIONS:
             self.refused += 1
             connection.close()
         else:
-            self._adopt(connection)
-
-    def _may_come_in(self, peer: LocalPeer | None) -> bool:
-        return peer is None or peer.uid in (self._own_uid, _ROOT)
-
-    def _count(self) -> int:
-        """Connections, those included that the loop does not have yet."""
-        there = self.endpoint.connections
-        return len(there) + sum(there.isdisjoint(made) for made in self._adopting.values())
-
-    def _adopt(self, connection: socket.socket) -> None:
-        assert self._loop is not None
-        made: list[HttpProtocol] = []
-
-        def protocol() -> HttpProtocol:
-            made.append(self.endpoint.protocol())
-            return made[0]
-
-        adopting = self._loop.create_task(
-            self._loop.connect_accepted_socket(protocol, connection), name="zcproto-control"
-        )
-        self._adopting[adopting] = made
-
-        def adopted(task: asyncio.Task[Any]) -> None:
-            del self._adopting[task]
-            if task.cancelled() or task.exception() is not None:  # it went away before it was ours
-                connection.close()
-
-        adopting.add_done_callback(adopted)
+            self._adopt(connection, self.endpoint.protocol())
 
 
 def _peer(transport: asyncio.BaseTransport) -> ControlPeer:

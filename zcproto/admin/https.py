@@ -1,6 +1,7 @@
-"""The HTTPS side of a server: what speaks HTTP on its port, and on the port without TLS, if there is one.
+"""The HTTPS side of a server: HTTP on the TLS port, and the redirecting port without TLS.
 
-What it decides: which fields and limits they have, and how they end with the server.
+What this file decides: the header fields and limits of both, and how they end with the server. Their resources are
+in resources.py.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
 from zcproto.admin.http_protocol import HttpEndpoint, HttpProtocol
-from zcproto.admin.redirect import PlainListener
+from zcproto.admin.redirect import RedirectListener
 from zcproto.config import Config
 from zcproto.config.model import HttpConfig
 from zcproto.http.connection import HttpLimits
@@ -26,15 +27,15 @@ HTTP_ALPN: Final = "http/1.1"
 
 
 class HttpSide:
-    """One server's HTTPS side. Its routes are added to `router`."""
+    """The HTTPS side of one server. Routes may be added to `router` until it serves."""
 
     def __init__(self, config: Config, state: ServerState) -> None:
         self._config = config
         self._state = state
-        self._plain: PlainListener | None = None
+        self.redirect: RedirectListener | None = None
         self.router = Router()
         self.endpoint = HttpEndpoint(
-            state, self.router, SecurityHeaders(hsts_of(config.http)), _limits(config), tls_peer
+            state, self.router, SecurityHeaders(hsts_of(config.http)), _limits(config), _tls_peer
         )
 
     def reconfigure(self, config: Config) -> None:
@@ -45,82 +46,73 @@ class HttpSide:
 
     @property
     def protocols(self) -> dict[str | None, Callable[[], asyncio.Protocol]]:
-        """By ALPN name, for the TlsAcceptor. None: the client offers no ALPN."""
+        """The protocols of the TlsAcceptor by ALPN name; None is for clients without ALPN."""
         return {HTTP_ALPN: self.endpoint.protocol, None: self.endpoint.protocol}
 
     @property
     def connections(self) -> set[HttpProtocol]:
         return self.endpoint.connections
 
-    def figures(self) -> dict[str, Any]:
-        """For `server.stats`."""
-        counters = self.endpoint.counters
-        return {
-            "connections": len(self.connections),
-            "connections_opened": counters.connections_opened,
-            "responses": {str(status): count for status, count in sorted(counters.responses.items())},
-            "write_timeouts": counters.write_timeouts,
-            "redirect": None if self._plain is None else self._plain.figures(),
-        }
-
-    def redirect(
+    def listen_plain(
         self, names: Callable[[], Iterable[str]], https_port: int, passed: Sequence[socket.socket] = ()
     ) -> None:
-        """Bind the port without TLS, or take sockets that were passed. `names` are those of the certificates.
+        """Bind the port without TLS, or use listening sockets of a service manager.
 
-        Raises ConfigError.
+        Args:
+            names: Returns the names of the serving certificates.
+
+        Raises:
+            ConfigError: The port cannot be bound.
         """
-        config = self._config
         if passed:
             sockets = list(passed)
             take_over(sockets)
         else:
-            sockets = bind(config.server.host, config.http.redirect_port, "http.redirect_port")
-        self._plain = PlainListener(sockets, self._state, names, https_port)
-
-    async def start_redirecting(self) -> None:
-        """Accept on the port without TLS, if there is one."""
-        if self._plain is not None:
-            await self._plain.start()
+            sockets = bind(self._config.server.host, self._config.http.redirect_port, "http.redirect_port")
+        self.redirect = RedirectListener(sockets, self._state, names, https_port)
 
     def close_those(self, is_bad: Callable[[bytes], bool]) -> None:
-        """Close the connections of clients whose certificate is bad."""
+        """Close the connections of clients with a bad certificate (DER)."""
         for protocol in list(self.connections):
             certificate = protocol.peer_certificate()
             if certificate is not None and is_bad(certificate):
                 log.warning("connection.certificate_revoked", peer=protocol.peer, connection=protocol.id)
                 protocol.close()
 
+    def start_redirecting(self) -> None:
+        """Accept on the port without TLS, if it is configured."""
+        if self.redirect is not None:
+            self.redirect.start()
+
     def drain(self) -> None:
-        """Answer on: that the server is draining is what monitors ask for. Each answer ends its connection."""
-        if self._plain is not None:
-            self._plain.close()
+        """Keep answering, so that monitors see that the server drains. Each response ends its connection."""
+        if self.redirect is not None:
+            self.redirect.close()
         self.endpoint.drain()
 
     async def wait_at_rest(self) -> None:
-        """After `drain`: return when no handler is at work."""
+        """Wait, after `drain`, until no handler runs."""
         await self.endpoint.wait_at_rest()
 
     def close(self) -> None:
         """Close every connection, and the port without TLS."""
-        if self._plain is not None:
-            self._plain.close()
+        if self.redirect is not None:
+            self.redirect.close()
         self.endpoint.close()
-
-
-def hsts_of(config: HttpConfig) -> StrictTransportSecurity | None:
-    """The policy of Strict-Transport-Security that is configured; None if it is switched off."""
-    if not config.hsts:
-        return None
-    return StrictTransportSecurity(
-        config.hsts_max_age_seconds, config.hsts_include_subdomains, config.hsts_preload
-    )
 
 
 def _limits(config: Config) -> HttpLimits:
     return HttpLimits(request_timeout=config.http.request_timeout, idle_timeout=config.http.idle_timeout)
 
 
-def tls_peer(transport: TlsServerTransport) -> Peer:
-    """Who is at the other end of a TLS connection."""
+def _tls_peer(transport: TlsServerTransport) -> Peer:
     return Peer(transport.peer, transport.peer_certificate)
+
+
+def hsts_of(config: HttpConfig) -> StrictTransportSecurity | None:
+    """Return the configured Strict-Transport-Security policy, or None if it is off."""
+    if not config.hsts:
+        return None
+    return StrictTransportSecurity(
+        config.hsts_max_age_seconds, config.hsts_include_subdomains, config.hsts_preload
+    )

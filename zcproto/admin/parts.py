@@ -1,7 +1,7 @@
-"""Everything that a running server is made of.
+"""The parts of a running server.
 
-zcproto/runtime/build.py makes the parts in order of dependency, zcproto/runtime/server.py starts and stops them.
-Status, metrics, the control API and the reload read them.
+zcproto/runtime/build.py builds them in order of dependency, zcproto/runtime/server.py starts and stops them. The
+snapshot, the admin operations, the HTTPS resources and the reload use them.
 """
 
 from __future__ import annotations

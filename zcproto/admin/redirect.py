@@ -1,12 +1,12 @@
-"""The port without TLS, which sends people on to https. It is off unless `http.redirect_port` names one.
+"""The port without TLS, which redirects to https. It is off unless `http.redirect_port` is set.
 
-What this file decides: who is sent on, and who is told off.
+What this file decides: which requests are redirected, and which are refused.
 
 Rules:
-- GET and HEAD are sent on, 308, if they ask for a name of the server's own; any other name is 421.
-- All else is 403, and so is whatever shows credentials: a redirect would hide from programs that these went over
-  the network in the clear (OWASP ASVS 5.0, 4.1.2).
-- No Strict-Transport-Security here (RFC 6797 section 7.2), one request a connection, few connections.
+- GET and HEAD for a name of the server's certificates get 308, for any other name 421.
+- Everything else gets 403, and so does a request with credentials: a redirect would hide from a program that it
+  sent them over the network in the clear (OWASP ASVS 5.0, 4.1.2).
+- No Strict-Transport-Security here (RFC 6797 section 7.2), one request per connection, few connections.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 from zcproto.admin.http_protocol import HttpEndpoint, HttpProtocol
-from zcproto.common.network import network_of
+from zcproto.common.network import plain_address
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import HttpRequest, HttpResponse, Peer, text_response
 from zcproto.http.security_headers import SecurityHeaders
+from zcproto.server.listener import AcceptLoop, AddressCounts
 from zcproto.server.state import ServerState, log
 
 LIMITS: Final = HttpLimits(
@@ -30,9 +31,8 @@ LIMITS: Final = HttpLimits(
 )
 MAX_CONNECTIONS: Final = 256
 PER_ADDRESS: Final = 16
-BACKLOG: Final = 128
 LINGER_TIME: Final = 2.0
-"""Seconds in which a client may still send after the answer, before the connection is reset."""
+"""Seconds in which a client may still send after the response, before the connection is reset."""
 
 LINGER_BYTES: Final = 65_536
 _HTTPS_PORT: Final = 443
@@ -41,11 +41,11 @@ _CREDENTIALS: Final = frozenset({"authorization", "proxy-authorization", "cookie
 SENT_IN_CLEAR: Final = text_response(
     403, "this port is not encrypted: use https; if a token or a key was sent here, revoke it"
 )
-NOT_OURS: Final = text_response(421, "this server has no such name")
+UNKNOWN_NAME: Final = text_response(421, "this server has no such name")
 
 
 class Redirects:
-    """What every request is answered with. `names` are those that the server's certificates have now."""
+    """The answer to every request. `names` returns the names of the serving certificates."""
 
     def __init__(self, names: Callable[[], Iterable[str]], https_port: int) -> None:
         self._names = names
@@ -55,16 +55,16 @@ class Redirects:
         if request.method not in ("GET", "HEAD") or not _CREDENTIALS.isdisjoint(request.headers):
             return SENT_IN_CLEAR
         host = host_of(request.headers.get("host", ""))
-        if host is None or not is_among(host, self._names()):
-            return NOT_OURS
+        if host is None or not has_name(self._names(), host):
+            return UNKNOWN_NAME
         query = f"?{request.query}" if request.query else ""
-        shown = f"[{host}]" if ":" in host else host
-        location = f"https://{shown}{self._port}{request.path}{query}"
+        url_host = f"[{host}]" if ":" in host else host
+        location = f"https://{url_host}{self._port}{request.path}{query}"
         return text_response(308, "use https", headers=(("Location", location),))
 
 
 def host_of(field: str) -> str | None:
-    """The name or address in a Host header, in one form and without its port; None if there is none."""
+    """Return the normalized name or address of a Host header, without its port; None if it has none."""
     try:
         host = urlsplit(f"//{field}").hostname
     except ValueError:
@@ -77,14 +77,14 @@ def host_of(field: str) -> str | None:
         return host.removesuffix(".")
 
 
-def is_among(host: str, names: Iterable[str]) -> bool:
-    """Whether a certificate with these names is good for a host (RFC 9525 section 6.3)."""
+def has_name(names: Iterable[str], host: str) -> bool:
+    """Whether a certificate with these names is valid for a host (RFC 9525 section 6.3)."""
     parent = host.partition(".")[2]
     return any(name.lower() in (host, f"*.{parent}") for name in names)
 
 
-class PlainListener:
-    """Accepts on the port without TLS, and keeps its connections few."""
+class RedirectListener(AcceptLoop):
+    """Accept on the port without TLS within tight limits. `open` are its connections."""
 
     def __init__(
         self,
@@ -93,8 +93,8 @@ class PlainListener:
         names: Callable[[], Iterable[str]],
         https_port: int,
     ) -> None:
+        super().__init__(asyncio.get_running_loop())
         self._sockets = list(sockets)
-        self._servers: list[asyncio.Server] = []
         self.state = state
         self.endpoint = HttpEndpoint(
             state,
@@ -103,83 +103,60 @@ class PlainListener:
             LIMITS,
             lambda transport: transport.peer,
         )
-        self._by_network: dict[str, int] = {}
+        self._counts = AddressCounts()
         self.open: set[PlainTransport] = set()
         self.refused = 0
 
-    async def start(self) -> None:
-        loop = asyncio.get_running_loop()
+    def start(self) -> None:
+        super().start()
         for listening in self._sockets:
-            self._servers.append(
-                await loop.create_server(lambda: PlainTransport(self), sock=listening, backlog=BACKLOG)
-            )
             host, port = listening.getsockname()[:2]
             log.info("server.redirecting", host=host, port=port)
 
     def close(self) -> None:
-        """Accept nothing more, and end what is there."""
-        for server in self._servers:
-            server.close()
-        for listening in self._sockets:
-            listening.close()
+        """Stop accepting and reset the open connections."""
+        super().close()
         for transport in list(self.open):
             transport.end()
 
-    def figures(self) -> dict[str, Any]:
-        """For `server.stats`."""
-        counters = self.endpoint.counters
-        return {
-            "connections": len(self.open),
-            "refused": self.refused,
-            "responses": {str(status): count for status, count in sorted(counters.responses.items())},
-        }
-
-    def admit(self, transport: PlainTransport) -> bool:
-        """Count a connection in, unless there are too many."""
-        network = network_of(transport.peer.address)
-        of_network = self._by_network.get(network, 0)
-        if len(self.open) >= MAX_CONNECTIONS or of_network >= PER_ADDRESS:
+    def _admit(self, connection: socket.socket, address: Any) -> None:
+        client = plain_address(address[0])
+        if len(self.open) >= MAX_CONNECTIONS or not self._counts.add(client, PER_ADDRESS):
             self.refused += 1
-            return False
-        self._by_network[network] = of_network + 1
+            connection.close()
+            return
+        transport = PlainTransport(self, client)
         self.open.add(transport)
-        return True
+        self._adopt(connection, transport)
 
-    def leave(self, transport: PlainTransport) -> None:
+    def remove(self, transport: PlainTransport) -> None:
         if transport in self.open:
             self.open.discard(transport)
-            network = network_of(transport.peer.address)
-            left = self._by_network[network] - 1
-            if left:
-                self._by_network[network] = left
-            else:
-                del self._by_network[network]
+            self._counts.remove(transport.peer.address)
 
 
 class PlainTransport(asyncio.Protocol):
-    """A TCP connection as an HttpProtocol sees it: closing it does not destroy the answer.
+    """Adapt a TCP connection to HttpProtocol so that closing it does not destroy the response.
 
-    Closing at once would answer input that is still on its way with a reset. So the end is announced, and what
-    comes is discarded until the client ends, for LINGER_TIME and LINGER_BYTES at most.
+    Closing at once would answer input that is still on its way with a reset. So the write side is closed first, and
+    input is discarded until the client ends too, for at most LINGER_TIME and LINGER_BYTES.
     """
 
     __slots__ = ("_http", "_left", "_listener", "_raw", "deadline_tick", "peer")
 
-    def __init__(self, listener: PlainListener) -> None:
+    def __init__(self, listener: RedirectListener, address: str) -> None:
         self._listener = listener
         self._raw = cast("asyncio.Transport", None)
         self._http: HttpProtocol | None = None
         self._left = LINGER_BYTES
-        self.peer = Peer()
+        self.peer = Peer(address)
         self.deadline_tick = 0
 
-    # --- what TCP calls ------------------------------------------------------------------------------
+    # --- called by TCP ---------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._raw = cast("asyncio.Transport", transport)
-        address: Any = transport.get_extra_info("peername")
-        self.peer = Peer(address[0] if address else "")
-        if not self._listener.admit(self):
+        if self not in self._listener.open:  # the listener was closed meanwhile
             self._raw.abort()
             return
         self._http = self._listener.endpoint.protocol()
@@ -207,24 +184,25 @@ class PlainTransport(asyncio.Protocol):
             self._http.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._let_go(exc)
+        self._release(exc)
 
     def handle_deadline(self, now: float) -> None:
         self._raw.abort()
 
     def end(self) -> None:
-        """Reset the connection, whatever it is in."""
-        self._let_go(None)
-        self._raw.abort()
+        """Reset the connection in whatever state it is."""
+        self._release(None)
+        if self._raw is not None:
+            self._raw.abort()
 
-    def _let_go(self, exc: Exception | None) -> None:
+    def _release(self, exc: Exception | None) -> None:
         self._listener.state.wheel.discard(self)
-        self._listener.leave(self)
+        self._listener.remove(self)
         http, self._http = self._http, None
         if http is not None:
             http.connection_lost(exc)
 
-    # --- what HttpProtocol calls ---------------------------------------------------------------------
+    # --- called by HttpProtocol ------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
         self._raw.write(data)

@@ -1,14 +1,15 @@
-"""What a server did in the last minute: rates, and how long requests took, from counters read once a second.
+"""Rates and latencies of the last minute: the difference of two readings of counters, taken once a second.
 
-Nothing is counted here, and nothing is added to a request: the last minute is the difference of two readings.
+Must not know: requests. Nothing is counted here, and no request pays for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from zcproto.app.app import Method
 from zcproto.common.clock import Clock
@@ -19,18 +20,45 @@ from zcproto.tls.server import TlsAcceptor
 
 SAMPLE_S: Final = 1.0
 WINDOW_S: Final = 60.0
-"""Of which percentiles are told."""
+"""The window of percentiles."""
 
 RATE_S: Final = 10.0
-"""Of which rates are told: long enough to be steady, short enough to see a change."""
-
-QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
+"""The window of rates: long enough to be steady, short enough to show a change."""
 
 log = get_logger("zcproto.server")
 
 
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Durations in seconds; None without any request."""
+
+    count: int
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    p999: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Events per second over about 10 s, and percentiles over about a minute.
+
+    `work` is the time of the loop up to the answer or the first await, sampled. `waits` is the time from the first
+    await to the end, of all requests that awaited.
+    """
+
+    rate_window_s: float
+    requests_per_s: float
+    errors_per_s: float
+    handshakes_per_s: float
+    handshake_failures_per_s: float
+    latency_window_s: float
+    work: Percentiles
+    waits: Percentiles
+
+
 class _Sample(NamedTuple):
-    """Counters at one moment (monotonic seconds)."""
+    """Counters at one moment, in monotonic seconds."""
 
     at: float
     requests: int
@@ -42,7 +70,7 @@ class _Sample(NamedTuple):
 
 
 class Traffic:
-    """The last minute of a server. `now` of the clock is what it reckons with."""
+    """The samples of the last minute of one server."""
 
     def __init__(
         self, clock: Clock, counters: Counters, acceptor: TlsAcceptor, methods: Mapping[str, Method]
@@ -54,43 +82,38 @@ class Traffic:
         self._samples: deque[_Sample] = deque([self._read()])
 
     async def run(self) -> None:
-        """Read the counters once a second, until cancelled."""
+        """Sample the counters once a second until cancelled."""
         while True:
             await asyncio.sleep(SAMPLE_S)
             try:
                 self.sample()
-            except Exception as error:  # a fault of ours must not end the readings
+            except Exception as error:  # an internal error must not end the sampling
                 log.error("server.fault", what="traffic", exc_info=error)
 
     def sample(self) -> None:
-        """Read the counters, and forget what is older than the window."""
+        """Add a sample and drop those older than the window."""
         samples = self._samples
         samples.append(self._read())
         while samples[0].at < samples[-1].at - WINDOW_S:
             samples.popleft()
 
-    def figures(self) -> dict[str, Any]:
-        """Rates a second over about 10 s, percentiles in seconds over about a minute.
-
-        `work` is the time of the loop to a request's answer or first wait, of some of the requests; `waits` is how
-        long those took that waited, of all of them.
-        """
-        now = self._read()
+    def rates(self) -> Rates:
+        """Compare the counters with the samples."""
+        now, oldest = self._read(), self._samples[0]
         recent = next(
             each for each in self._samples if each.at >= now.at - RATE_S or each is self._samples[-1]
         )
-        oldest = self._samples[0]
         seconds = now.at - recent.at
-        return {
-            "rate_window_s": round(seconds, 3),
-            "requests_per_s": _rate(now.requests - recent.requests, seconds),
-            "errors_per_s": _rate(now.errors - recent.errors, seconds),
-            "handshakes_per_s": _rate(now.handshakes - recent.handshakes, seconds),
-            "handshake_failures_per_s": _rate(now.handshake_failures - recent.handshake_failures, seconds),
-            "latency_window_s": round(now.at - oldest.at, 3),
-            "work": _percentiles(QUICK_S, oldest.work, now.work),
-            "waits": _percentiles(WAITED_S, oldest.waits, now.waits),
-        }
+        return Rates(
+            round(seconds, 3),
+            _rate(now.requests - recent.requests, seconds),
+            _rate(now.errors - recent.errors, seconds),
+            _rate(now.handshakes - recent.handshakes, seconds),
+            _rate(now.handshake_failures - recent.handshake_failures, seconds),
+            round(now.at - oldest.at, 3),
+            _percentiles(QUICK_S, oldest.work, now.work),
+            _percentiles(WAITED_S, oldest.waits, now.waits),
+        )
 
     def _read(self) -> _Sample:
         counters = self._counters
@@ -110,10 +133,11 @@ def _rate(events: int, seconds: float) -> float:
     return round(max(0, events) / seconds, 3) if seconds > 0 else 0.0
 
 
-def _percentiles(
-    bounds: tuple[float, ...], before: list[int], now: list[int]
-) -> dict[str, float | int | None]:
+def _percentiles(bounds: Sequence[float], before: list[int], now: list[int]) -> Percentiles:
     counts = [max(0, later - earlier) for earlier, later in zip(before or [0] * len(now), now, strict=True)]
-    found = {name: quantile(bounds, counts, part) for name, part in QUANTILES.items()}
-    shown = {name: None if value is None else round(value, 6) for name, value in found.items()}
-    return {"count": sum(counts), **shown}
+
+    def part(of_all: float) -> float | None:
+        value = quantile(bounds, counts, of_all)
+        return None if value is None else round(value, 6)
+
+    return Percentiles(sum(counts), part(0.5), part(0.9), part(0.99), part(0.999))

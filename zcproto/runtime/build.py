@@ -15,11 +15,10 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from zcproto.admin.http_resources import ALPN, Resources
 from zcproto.admin.https import HTTP_ALPN, HttpSide
-from zcproto.admin.metrics import ServerMetrics
 from zcproto.admin.parts import ActiveConfig, Parts
-from zcproto.admin.status import ServerStatus, server_stats
+from zcproto.admin.resources import ALPN, Resources
+from zcproto.admin.snapshot import stats_method
 from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App
@@ -328,8 +327,7 @@ def _log_tls_failure(failure: TlsFailure, peer: str) -> None:
 
 def add_views(parts: Parts) -> None:
     """Add what reports on the parts: the method `server.stats`, and the HTTPS resources."""
-    parts.state.add_methods([server_stats(parts)])
+    parts.state.add_methods([stats_method(parts)])
     if parts.http is not None:
-        status, metrics = ServerStatus(parts), ServerMetrics(parts).metrics()
-        for route in Resources(parts, figures=status.figures, metrics=metrics.render).routes():
+        for route in Resources(parts).routes():
             parts.http.router.add(route)

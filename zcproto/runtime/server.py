@@ -24,9 +24,9 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from zcproto.admin.control import ControlSocket
-from zcproto.admin.control_resources import ControlResources
+from zcproto.admin.operations import Operations
 from zcproto.admin.parts import Parts
-from zcproto.admin.status import statistics
+from zcproto.admin.snapshot import read_stats
 from zcproto.app.app import App, default_app
 from zcproto.auth import Authenticator
 from zcproto.certs import CertificatePair
@@ -163,17 +163,17 @@ class Server:
             for work in _background_work(parts):
                 background.start(work)
             if self._control is not None:
-                self._control.start(asyncio.get_running_loop())
+                self._control.start()
             parts.listener.start()
             if parts.http is not None:
-                await parts.http.start_redirecting()
+                parts.http.start_redirecting()
             read = None if self._read_config is None else self._read_again
             self._reloader = Reloader(parts, read, on_config=self.on_config, owns_log=self.owns_log)
             self._parts = parts
             self._running = stack.pop_all()
 
     async def _open_control(self, parts: Parts, stack: AsyncExitStack) -> None:
-        routes = ControlResources(parts, self).routes()
+        routes = Operations(parts, self).routes()
         control = ControlSocket(self.home, parts.state, Router(routes))
         if await asyncio.to_thread(control.open):
             stack.callback(control.close)
@@ -185,7 +185,7 @@ class Server:
             take_over(self._sockets)
         parts.listener.open(self._sockets or bind(config.server.host, config.server.port))
         if parts.http is not None and (config.http.redirect_port or self._redirect_sockets):
-            parts.http.redirect(parts.certificate_names, parts.listener.port, self._redirect_sockets)
+            parts.http.listen_plain(parts.certificate_names, parts.listener.port, self._redirect_sockets)
         elif self._redirect_sockets:
             raise ConfigError(["http.enabled = false: pass no socket for http.redirect_port, or enable http"])
 
@@ -231,7 +231,7 @@ class Server:
 
     def statistics(self) -> dict[str, Any]:
         """Return the figures of `server.stats`."""
-        return statistics(self.parts)
+        return read_stats(self.parts)
 
     async def reload(self) -> Reloaded:
         """Read the configuration again and apply all of it that can change at run time, or nothing.

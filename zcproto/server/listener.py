@@ -1,10 +1,15 @@
-"""Listening sockets: who is let in, and how many at once.
+"""Listening sockets: which connections are accepted, and how many at once.
 
-A connection beyond a limit is closed at accept, without a byte. While as many handshakes are in progress as
-allowed, nothing is accepted: the rest wait in the kernel's backlog, where they cost no memory of ours.
+    AcceptLoop     accept, adopt, pause when the system is exhausted: shared with the other listening sockets
+    AddressCounts  open connections by client network
+    Listener       the TLS port
 
-A connection from a listed load balancer counts as the balancer's, without a limit, until its header has told whose
-it is. Then it counts as its client's, and is closed if that is one too many.
+Rules:
+- A connection beyond a limit is closed at accept, without a byte.
+- While the limit of handshakes is reached, nothing is accepted: the rest wait in the kernel's backlog, which costs
+  this process no memory.
+- A connection from a listed load balancer counts as the balancer's, without a limit, until its PROXY header names
+  the client. Then it counts as the client's, and is closed if the client is over its limit.
 """
 
 from __future__ import annotations
@@ -32,10 +37,10 @@ _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 
 
 class PlainSocket(socket.socket):
-    """An accepted socket, which tells its family and type as numbers.
+    """An accepted socket whose family and type are plain numbers.
 
-    `socket.accept`, and the loop that gets the socket, ask for them five times. To make members of enumerations of
-    them takes as long as the system call.
+    `socket.accept` and the event loop read them five times. Converting them to members of enumerations takes as
+    long as the system call.
     """
 
     __slots__ = ()
@@ -45,13 +50,17 @@ class PlainSocket(socket.socket):
 
 
 Opening = Coroutine[Any, Any, Any]
-"""`connect_accepted_socket` on its way."""
+"""A running `connect_accepted_socket`."""
 
 
 def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[socket.socket]:
-    """Listening sockets for all addresses of the hosts. Raises ConfigError naming what could not be bound.
+    """Return listening sockets for all addresses of the hosts.
 
-    `key` is the setting that the port comes from.
+    Args:
+        key: The setting of the port, for messages.
+
+    Raises:
+        ConfigError: An address cannot be bound.
     """
     sockets: list[socket.socket] = []
     try:
@@ -80,10 +89,10 @@ def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[sock
 
 
 def take_over(sockets: Sequence[socket.socket]) -> None:
-    """Make listening sockets that others have bound like those of `bind`."""
+    """Give sockets bound by another process the settings of `bind`."""
     for listening in sockets:
         listening.setblocking(False)
-        listening.listen(BACKLOG)  # who has bound it may have had a shorter one
+        listening.listen(BACKLOG)  # the other process may have set a shorter backlog
 
 
 def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
@@ -94,99 +103,57 @@ def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
     return list(dict.fromkeys(found))
 
 
-class Listener:
-    """Accepts for one loop.
+class AddressCounts:
+    """Open connections by client network: an IPv4 address, or the /64 of an IPv6 address."""
 
-    `balancers` are those from which a PROXY protocol header is demanded, and believed. They may be replaced; that
-    counts for connections to come.
-    """
+    __slots__ = ("by_network",)
 
-    def __init__(
-        self,
-        acceptor: TlsAcceptor,
-        state: ServerState,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        max_handshakes: int,
-        max_connections: int,
-        connections_per_address: int,
-        balancers: AddressSet = NO_ADDRESSES,
-    ) -> None:
-        self._take_balancers(balancers)
-        self._sockets: list[socket.socket] = []
-        self.addresses: list[tuple[str, int]] = []
-        """Host and port of each listening socket; kept after the end."""
-        self._acceptor = acceptor
-        self._state = state
+    def __init__(self) -> None:
+        self.by_network: dict[str, int] = {}
+
+    def add(self, address: str, limit: int) -> bool:
+        """Count a connection. Return False if its network is at the limit; 0 means unlimited."""
+        network = network_of(address)
+        count = self.by_network.get(network, 0)
+        if limit and count >= limit:
+            return False
+        self.by_network[network] = count + 1
+        return True
+
+    def remove(self, address: str) -> None:
+        network = network_of(address)
+        left = self.by_network[network] - 1
+        if left:
+            self.by_network[network] = left
+        else:
+            del self.by_network[network]
+
+    @property
+    def highest(self) -> int:
+        """The connections of the network with most of them."""
+        return max(self.by_network.values(), default=0)
+
+
+class AcceptLoop:
+    """Accept connections of some listening sockets in one event loop. Subclasses decide in `_admit`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._max_handshakes = max_handshakes
-        self._max_connections = max_connections
-        self._per_address = connections_per_address
-        self._by_network: dict[str, int] = {}
-        self._open = 0
+        self._sockets: list[socket.socket] = []
         self._accepting = False
         self._closed = False
-        self._empty = asyncio.Event()
-        self._adopting: set[Opening] = set()  # kept here until the loop has them
-        acceptor.on_slot_free = self._resume
-        acceptor.on_closed = self._connection_closed
-        acceptor.on_forwarded = self._connection_forwarded
-
-    def reconfigure(
-        self,
-        *,
-        max_handshakes: int,
-        max_connections: int,
-        connections_per_address: int,
-        balancers: AddressSet,
-    ) -> None:
-        """Go by other limits, for connections to come: those that are too many now stay."""
-        self._max_handshakes = max_handshakes
-        self._max_connections = max_connections
-        self._per_address = connections_per_address
-        self._take_balancers(balancers)
-        self._resume()
-
-    def _take_balancers(self, balancers: AddressSet) -> None:
-        self.balancers = balancers
-        self._has_balancers = bool(balancers)  # asked at each accept
-
-    @property
-    def port(self) -> int:
-        return self.addresses[0][1]
-
-    @property
-    def connections(self) -> int:
-        """Open TCP connections, those in their handshake included."""
-        return self._open
-
-    @property
-    def most_of_one(self) -> int:
-        """Open connections of the address that has most of them."""
-        return max(self._by_network.values(), default=0)
-
-    def open(self, sockets: Sequence[socket.socket]) -> None:
-        """Take listening sockets; `start` begins to accept on them, `close` closes them."""
-        self._sockets = list(sockets)
-        self.addresses = [listening.getsockname()[:2] for listening in sockets]
+        self._adopting: dict[Opening, asyncio.BaseProtocol] = {}  # held here until the loop has them
 
     def start(self) -> None:
-        """Accept connections from now on."""
+        """Start accepting."""
         self._resume()
-        for host, port in self.addresses:
-            log.info("server.listening", host=host, port=port)
 
     def close(self) -> None:
-        """Accept nothing more. Connections go on."""
+        """Stop accepting and close the listening sockets. Open connections are kept."""
         self._closed = True
         self._pause()
         for listening in self._sockets:
             listening.close()
-
-    async def wait_empty(self) -> None:
-        """After `close`: return when the last connection is gone."""
-        if self._open:
-            await self._empty.wait()
 
     def _pause(self) -> None:
         if self._accepting:
@@ -200,48 +167,163 @@ class Listener:
             for listening in self._sockets:
                 self._loop.add_reader(listening.fileno(), self._accept, listening, int(listening.family))
 
+    def _is_full(self) -> bool:
+        """Whether to leave further connections in the backlog until `_resume` is called."""
+        return False
+
+    def _admit(self, connection: socket.socket, address: Any) -> None:
+        """Adopt an accepted connection, or close it."""
+        raise NotImplementedError
+
+    def _exhausted(self) -> None:
+        """Count an accept that failed because the system has no descriptor or memory left."""
+
     def _accept(self, listening: socket.socket, family: int) -> None:
-        # One a call: the loop calls again while there are more, and others get their turn in between.
-        if self._acceptor.handshakes_in_progress >= self._max_handshakes:
+        # One per call: the loop calls again while there are more, and serves others in between.
+        if self._is_full():
             self._pause()
             return
         try:
-            # What `accept` is made of, in all versions of CPython; no stub names it.
+            # The private half of `socket.accept`, in all versions of CPython; no stub names it.
             descriptor, address = listening._accept()  # type: ignore[attr-defined]
         except (BlockingIOError, ConnectionAbortedError, InterruptedError):
             return
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
-            self._state.counters.accept_failed += 1
+            self._exhausted()
             log.error("listener.exhausted", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED)
             self._pause()
             self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
             return
-        connection = PlainSocket(family, socket.SOCK_STREAM, 0, descriptor)
-        self._admit(connection, plain_address(address[0]))
+        self._admit(PlainSocket(family, socket.SOCK_STREAM, 0, descriptor), address)
 
-    def _admit(self, connection: socket.socket, address: str) -> None:
-        counters = self._state.counters
-        network = network_of(address)
-        is_forwarded = self._has_balancers and self.balancers.contains(address)
+    def _adopt(self, connection: socket.socket, protocol: asyncio.BaseProtocol) -> None:
+        """Hand a socket to the loop. Stepped by hand: a task would cost as much as the rest of an accept."""
+        opening: Opening = self._loop.connect_accepted_socket(lambda: protocol, connection)
+        self._adopting[opening] = protocol
+        self._step(opening, connection)
+
+    def _step(
+        self, opening: Opening, connection: socket.socket, waiter: asyncio.Future[Any] | None = None
+    ) -> None:
+        # Avoid a per-socket closure: it would form a reference cycle that keeps the transport.
+        try:
+            waiter = opening.send(None)
+        except StopIteration:
+            del self._adopting[opening]
+        except OSError as error:  # the peer left before the loop had the socket
+            protocol = self._adopting.pop(opening)
+            connection.close()
+            protocol.connection_lost(error)
+        else:
+            waiter.add_done_callback(partial(self._step, opening, connection))
+
+
+class Listener(AcceptLoop):
+    """Accept TLS connections within the limits.
+
+    A PROXY protocol header is required and trusted from `balancers`.
+    """
+
+    def __init__(
+        self,
+        acceptor: TlsAcceptor,
+        state: ServerState,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        max_handshakes: int,
+        max_connections: int,
+        connections_per_address: int,
+        balancers: AddressSet = NO_ADDRESSES,
+    ) -> None:
+        super().__init__(loop)
+        self.addresses: list[tuple[str, int]] = []
+        """Host and port of each listening socket; kept after the end."""
+        self._acceptor = acceptor
+        self._state = state
+        self._set_limits(max_handshakes, max_connections, connections_per_address, balancers)
+        self._counts = AddressCounts()
+        self._open = 0
+        self._empty = asyncio.Event()
+        acceptor.on_slot_free = self._resume
+        acceptor.on_closed = self._connection_closed
+        acceptor.on_forwarded = self._connection_forwarded
+
+    def reconfigure(
+        self,
+        *,
+        max_handshakes: int,
+        max_connections: int,
+        connections_per_address: int,
+        balancers: AddressSet,
+    ) -> None:
+        """Apply new limits to future connections; existing ones are kept."""
+        self._set_limits(max_handshakes, max_connections, connections_per_address, balancers)
+        self._resume()
+
+    def _set_limits(
+        self, max_handshakes: int, max_connections: int, per_address: int, balancers: AddressSet
+    ) -> None:
+        self._max_handshakes = max_handshakes
+        self._max_connections = max_connections
+        self._per_address = per_address
+        self.balancers = balancers
+        self._has_balancers = bool(balancers)  # read at each accept
+
+    @property
+    def port(self) -> int:
+        return self.addresses[0][1]
+
+    def open(self, sockets: Sequence[socket.socket]) -> None:
+        """Take listening sockets: `start` accepts on them, `close` closes them."""
+        self._sockets = list(sockets)
+        self.addresses = [listening.getsockname()[:2] for listening in sockets]
+
+    def start(self) -> None:
+        super().start()
+        for host, port in self.addresses:
+            log.info("server.listening", host=host, port=port)
+
+    @property
+    def connections(self) -> int:
+        """Open TCP connections, including those in their handshake."""
+        return self._open
+
+    @property
+    def most_of_one(self) -> int:
+        """The connections of the network with most of them."""
+        return self._counts.highest
+
+    async def wait_empty(self) -> None:
+        """Wait, after `close`, until the last connection is gone."""
+        if self._open:
+            await self._empty.wait()
+
+    def _is_full(self) -> bool:
+        return self._acceptor.handshakes_in_progress >= self._max_handshakes
+
+    def _exhausted(self) -> None:
+        self._state.counters.accept_failed += 1
+
+    def _admit(self, connection: socket.socket, address: Any) -> None:
+        client = plain_address(address[0])
         if self._open >= self._max_connections:
-            counters.refused_full += 1
+            self._state.counters.refused_full += 1
             log.info("connection.refused_full", limit=self._max_connections)
             connection.close()
             return
-        of_network = self._by_network.get(network, 0)
-        if not is_forwarded and self._per_address and of_network >= self._per_address:
-            self._refuse_address(address)
+        is_forwarded = self._has_balancers and self.balancers.contains(client)
+        if not self._counts.add(client, 0 if is_forwarded else self._per_address):
+            self._refuse_address(client)
             connection.close()
             return
-        self._by_network[network] = of_network + 1
         self._open += 1
-        # From here on it is a handshake in progress.
+        # From here on it counts as a handshake in progress.
         if is_forwarded:
-            transport: TlsServerTransport = ForwardedTransport(self._acceptor, address)
+            transport: TlsServerTransport = ForwardedTransport(self._acceptor, client)
         else:
-            transport = self._acceptor.transport(address)
+            transport = self._acceptor.transport(client)
         self._adopt(connection, transport)
 
     def _refuse_address(self, address: str, balancer: str | None = None) -> None:
@@ -249,51 +331,15 @@ class Listener:
         log.info("connection.refused_per_address", peer=address, balancer=balancer, limit=self._per_address)
 
     def _connection_forwarded(self, balancer: str, client: str) -> bool:
-        """The connection is this client's from here on; or False, if the client has as many as it may."""
-        network = network_of(client)
-        of_network = self._by_network.get(network, 0)
-        if self._per_address and of_network >= self._per_address:
+        """Reassign the connection to the forwarded client. Return False if it is over its limit."""
+        if not self._counts.add(client, self._per_address):
             self._refuse_address(client, balancer=balancer)
             return False
-        self._by_network[network] = of_network + 1
-        self._uncount(balancer)
+        self._counts.remove(balancer)
         return True
-
-    def _adopt(self, connection: socket.socket, transport: TlsServerTransport) -> None:
-        """Give a socket to the loop. Stepped by hand: a task would cost as much as the rest of an accept."""
-        opening: Opening = self._loop.connect_accepted_socket(lambda: transport, connection)
-        self._adopting.add(opening)
-        self._step(opening, connection, transport)
-
-    def _step(
-        self,
-        opening: Opening,
-        connection: socket.socket,
-        transport: TlsServerTransport,
-        waiter: asyncio.Future[Any] | None = None,
-    ) -> None:
-        # No function of its own for each socket, which would name itself: such a cycle keeps the transport.
-        try:
-            waiter = opening.send(None)
-        except StopIteration:
-            self._adopting.discard(opening)
-        except OSError as error:  # it went away before it was ours
-            self._adopting.discard(opening)
-            connection.close()
-            transport.connection_lost(error)
-        else:
-            waiter.add_done_callback(partial(self._step, opening, connection, transport))
 
     def _connection_closed(self, address: str) -> None:
         self._open -= 1
         if self._closed and not self._open:
             self._empty.set()
-        self._uncount(address)
-
-    def _uncount(self, address: str) -> None:
-        network = network_of(address)
-        left = self._by_network[network] - 1
-        if left:
-            self._by_network[network] = left
-        else:
-            del self._by_network[network]
+        self._counts.remove(address)

@@ -1,6 +1,6 @@
 """The protocol's own methods: `session.*`, `device.*` and `server.*` (zcp1.md, sections 9 and 11).
 
-`server.stats` is in zcproto/admin/status.py.
+`server.stats` is in zcproto/admin/snapshot.py.
 
 Rules:
 - A session is named by its id. Only `session.open` and `session.refresh` return tokens.
@@ -9,7 +9,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 from zcproto.app.app import Method
@@ -290,6 +291,37 @@ def server_info_method(state: ServerState) -> Method:
 # --- sessions of others, for operators -------------------------------------------------------------------
 
 
+async def revoke_sessions(
+    state: ServerState,
+    by: str,
+    ids: list[str] | None,
+    user: str | None,
+    all: bool,
+    suppress_event: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> int:
+    """End the sessions with `ids`, those of a `user`, or `all`; return their number.
+
+    `by` is the operator, for alerts. `suppress_event` is entered while sessions end.
+    """
+    if (ids is not None) + (user is not None) + all != 1:
+        raise InvalidArgument("give ids, or user, or all = true")
+    if ids is not None and len(ids) > REVOKED_AT_ONCE:
+        raise InvalidArgument(f"at most {REVOKED_AT_ONCE} ids")
+    sessions, reason = state.sessions, EndReason.BY_OPERATOR
+    if user is not None:
+        revoked = await sessions.revoke_user(user, reason, suppress_event())
+    elif ids is not None:
+        revoked = 0
+        for session_id in dict.fromkeys(ids):
+            revoked += await sessions.revoke(
+                session_id, user=None, reason=reason, suppress_event=suppress_event()
+            )
+    else:
+        revoked = await sessions.revoke_all(reason)
+    state.on_revoked(by, revoked, False)
+    return revoked
+
+
 def operator_methods(state: ServerState) -> list[Method]:
     """Return `server.sessions` and `server.revoke`."""
 
@@ -301,24 +333,12 @@ def operator_methods(state: ServerState) -> list[Method]:
         context: Context, ids: list[str] | None = None, user: str | None = None, all: bool = False
     ) -> dict[str, Any]:
         """End sessions of anybody: those with `ids`, or those of a `user`, or `all` there are."""
-        if (ids is not None) + (user is not None) + all != 1:
-            raise InvalidArgument("give ids, or user, or all = true")
-        if ids is not None and len(ids) > REVOKED_AT_ONCE:
-            raise InvalidArgument(f"at most {REVOKED_AT_ONCE} ids")
-        sessions, reason = state.sessions, EndReason.BY_OPERATOR
-        if user is not None:
-            revoked = await sessions.revoke_user(user, reason, context.suppress_revoked_event())
-        elif ids is not None:
-            revoked = 0
-            for session_id in dict.fromkeys(ids):
-                quiet = context.suppress_revoked_event()
-                revoked += await sessions.revoke(session_id, user=None, reason=reason, suppress_event=quiet)
-        else:
-            revoked = await sessions.revoke_all(reason)
+        revoked = await revoke_sessions(
+            state, f"operator {context.user}", ids, user, all, context.suppress_revoked_event
+        )
         log.warning(
             "operator.revoked", operator=context.user, user=user, all=all, sessions=revoked, peer=context.peer
         )
-        state.on_revoked(f"operator {context.user}", revoked, False)
         return {"revoked": revoked}
 
     return [

@@ -1,4 +1,4 @@
-"""The page for people and its figures: what is in them, who gets them, and what they cost."""
+"""The status page and its figures: content, access, bounds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import base64
 import hashlib
 import json
 import re
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -14,7 +15,9 @@ from tests.admin.test_https import ask, bearer
 from tests.helpers import FakeClock
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from zcproto.admin.status_page import FRESH_S, MOST_ALERTS, MOST_NAMES, StatusFigures, page, shown
+from zcproto.admin import resources
+from zcproto.admin.parts import Parts
+from zcproto.admin.resources import FRESH_S, MAX_ALERTS, MAX_NAMES, Resources, page, page_figures
 from zcproto.alerts import AlertKind
 
 CERTIFICATE = {
@@ -46,8 +49,8 @@ def alert(number: int, *, over: bool = False) -> dict[str, Any]:
     }
 
 
-def all_figures(**changed: Any) -> dict[str, Any]:
-    """What ServerStatus.figures tells, as far as it matters here."""
+def report(**changed: Any) -> dict[str, Any]:
+    """A status report with the fields that the page uses, and some that it must not show."""
     usual = {
         "api": 1,
         "version": "1",
@@ -78,7 +81,7 @@ def directives(policy: str) -> dict[str, str]:
 # --- the page --------------------------------------------------------------------------------------------
 
 
-def test_the_policy_lets_the_pages_own_style_and_script_run_and_nothing_else(shared: ServerThread) -> None:
+def test_page_policy_allows_only_its_own_style_and_script(shared: ServerThread) -> None:
     answer = ask(shared, "/")
     text = answer.body.decode()
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
@@ -98,10 +101,10 @@ def test_the_policy_lets_the_pages_own_style_and_script_run_and_nothing_else(sha
     }
 
 
-def test_the_page_loads_nothing_and_keeps_nothing() -> None:
+def test_page_loads_and_stores_nothing() -> None:
     text = page().body.decode()
     addresses = set(re.findall(r"[a-z]+://[^'\"\s]*", text))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # SVG's name, which nobody asks for
+    assert addresses == {"http://www.w3.org/2000/svg"}  # the namespace of SVG, which is never requested
     assert set(re.findall(r"""(?:href|src|action)=["']([^"']*)""", text)) == {
         "data:image/svg+xml,%3Csvg xmlns=",
         *("/healthz", "/readyz", "/.well-known/zcp"),
@@ -131,21 +134,21 @@ def test_the_page_loads_nothing_and_keeps_nothing() -> None:
         assert not re.search(rf"{re.escape(word)}\w*=" if word == " on" else re.escape(word), text), word
 
 
-def test_the_page_is_small() -> None:
+def test_page_is_under_40_kib() -> None:
     assert len(page().body) < 40 * 1024
 
 
-def test_the_page_holds_no_figure(serve: Serve) -> None:
+def test_page_contains_no_figure(serve: Serve) -> None:
     server = serve()
     with server.client("ada"):
         assert ask(server, "/").body == page().body
 
 
-# --- who gets figures ------------------------------------------------------------------------------------
+# --- access ---------- ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metrics", ["session", "address", "open", "off"])
-def test_figures_need_a_session_whatever_is_said_of_metrics(serve: Serve, metrics: str) -> None:
+def test_status_json_needs_a_session_for_every_setting_of_metrics(serve: Serve, metrics: str) -> None:
     server = serve(http__metrics=metrics)
     with server.client("ada") as client:
         refused = ask(server, "/status.json")
@@ -161,14 +164,14 @@ def test_figures_need_a_session_whatever_is_said_of_metrics(serve: Serve, metric
     assert 'error="invalid_token"' in revoked.one("www-authenticate")
 
 
-def test_a_token_in_the_address_is_none(serve: Serve) -> None:
+def test_token_in_the_query_is_ignored(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         token = bearer(client.token)["Authorization"].removeprefix("Bearer ")
         assert ask(server, f"/status.json?access_token={token}").status == 401
 
 
-def test_figures_are_those_of_the_server(serve: Serve) -> None:
+def test_status_json_reports_the_server(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         for _ in range(20):
@@ -184,7 +187,7 @@ def test_figures_are_those_of_the_server(serve: Serve) -> None:
     assert found["certificates"][0]["days_left"] in (88, 89)
 
 
-def test_what_names_users_is_for_operators(serve: Serve) -> None:
+def test_user_names_are_only_shown_to_operators(serve: Serve) -> None:
     server = serve()
     server.in_loop(
         lambda: server.server.parts.alerts.raise_(
@@ -203,8 +206,8 @@ def test_what_names_users_is_for_operators(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("operator", [False, True])
-def test_what_the_page_does_not_show_is_not_sent(operator: bool) -> None:
-    text = json.dumps(shown(all_figures(), operator))
+def test_fields_that_the_page_does_not_show_are_not_sent(operator: bool) -> None:
+    text = json.dumps(page_figures(report(), operator))
     for hidden in ("4711", "10.1.2.3", "webhook", "sha256", "log_level", '"by"'):
         assert hidden not in text
     assert ("ada" in text) is operator
@@ -213,52 +216,55 @@ def test_what_the_page_does_not_show_is_not_sent(operator: bool) -> None:
 # --- bounds ----------------------------------------------------------------------------------------------
 
 
-def test_of_many_alerts_the_newest_are_told_and_the_rest_counted() -> None:
+def test_only_the_newest_alerts_are_listed_and_the_rest_counted() -> None:
     alerts = {
         "open": [alert(n) for n in range(1000)],
         "over": [alert(n, over=True) for n in range(60)],
         "sinks": [],
     }
-    found = shown(all_figures(alerts=alerts), True)["alerts"]
-    assert [each["began_at"] for each in found["open"]] == list(range(999, 999 - MOST_ALERTS, -1))
-    assert [each["ended_at"] for each in found["over"]] == list(range(60, 60 - MOST_ALERTS, -1))
-    assert (found["more_open"], found["more_over"]) == (1000 - MOST_ALERTS, 60 - MOST_ALERTS)
+    found = page_figures(report(alerts=alerts), True)["alerts"]
+    assert [each["began_at"] for each in found["open"]] == list(range(999, 999 - MAX_ALERTS, -1))
+    assert [each["ended_at"] for each in found["over"]] == list(range(60, 60 - MAX_ALERTS, -1))
+    assert (found["more_open"], found["more_over"]) == (1000 - MAX_ALERTS, 60 - MAX_ALERTS)
 
 
-def test_of_many_names_the_first_are_told_and_the_rest_counted() -> None:
+def test_only_the_first_names_are_listed_and_the_rest_counted() -> None:
     names = [f"{number}.example" for number in range(20)]
-    (found,) = shown(all_figures(certificates=[{**CERTIFICATE, "names": names}]), True)["certificates"]
-    assert (found["names"], found["more_names"]) == (names[:MOST_NAMES], 20 - MOST_NAMES)
-    (found,) = shown(all_figures(), True)["certificates"]
+    (found,) = page_figures(report(certificates=[{**CERTIFICATE, "names": names}]), True)["certificates"]
+    assert (found["names"], found["more_names"]) == (names[:MAX_NAMES], 20 - MAX_NAMES)
+    (found,) = page_figures(report(), True)["certificates"]
     assert (found["names"], found["more_names"]) == (["a.example"], 0)
 
 
-def test_figures_are_made_once_a_second_however_many_look_and_never_if_nobody_does() -> None:
-    clock, made = FakeClock(), []
+def test_figures_are_read_at_most_once_a_second_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, readings = FakeClock(), []
 
-    def figures() -> dict[str, Any]:
-        made.append(clock.now())
-        return all_figures(time=len(made))
+    def read(parts: object) -> dict[str, Any]:
+        readings.append(clock.now())
+        return report(time=len(readings))
 
-    desk = StatusFigures(figures, lambda: (False, {"reasons": ["store: out"]}), clock)
-    assert made == []
+    monkeypatch.setattr(resources, "take_snapshot", lambda parts: parts)
+    monkeypatch.setattr(resources, "status_report", read)
+    monkeypatch.setattr(Resources, "readiness", lambda self: (False, {"reasons": ["store: out"]}))
+    found = Resources(cast("Parts", SimpleNamespace(clock=clock, state=None)))
+    assert readings == []
     for _ in range(1000):
-        desk.answer(operator=False)
-        desk.answer(operator=True)
-    assert len(made) == 1
+        found.figures(operator=False)
+        found.figures(operator=True)
+    assert len(readings) == 1
     clock.advance(FRESH_S * 0.9)
-    assert json.loads(desk.answer(operator=True).body)["time"] == 1
+    assert json.loads(found.figures(operator=True).body)["time"] == 1
     clock.advance(FRESH_S * 0.2)
-    newest = json.loads(desk.answer(operator=False).body)
+    newest = json.loads(found.figures(operator=False).body)
     assert (newest["time"], newest["ready"], newest["reasons"]) == (2, False, ["store: out"])
-    assert len(made) == 2
+    assert len(readings) == 2
 
 
 # --- colours ---------------------------------------------------------------------------------------------
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of #rgb or #rrggbb, as WCAG 2.2 reckons it."""
+    """Relative luminance of #rgb or #rrggbb, by WCAG 2.2."""
     digits = colour.removeprefix("#")
     if len(digits) == 3:
         digits = "".join(digit * 2 for digit in digits)
@@ -273,8 +279,8 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_all_text_can_be_read(scheme: int) -> None:
-    """WCAG 2.2, 1.4.3 and 1.4.11: 4.5 for text, 3 for lines that mean something."""
+def test_text_has_enough_contrast(scheme: int) -> None:
+    """WCAG 2.2, 1.4.3 and 1.4.11: 4.5 for text, 3 for lines with a meaning."""
     found = re.findall(r":root \{(.*?)\}", page().body.decode(), re.DOTALL)
     colour = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]+);", found[scheme]))
     assert len(found) == 2

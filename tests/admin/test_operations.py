@@ -14,7 +14,7 @@ import pytest
 from tests.admin.control_helpers import Answered, ask
 from tests.server.conftest import Serve
 from tests.server.helpers import Client, ServerThread, eventually
-from zcproto.admin import control_resources
+from zcproto.admin import operations
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.errors import InternalError, Unavailable
@@ -179,7 +179,7 @@ def test_a_query_that_is_not_known_is_refused(serve: Serve, query: str) -> None:
 
 
 def test_a_list_has_a_bound(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_resources, "LISTED", 2)
+    monkeypatch.setattr(operations, "LISTED", 2)
     server = serve()
     for name in ("ada", "ben", "cleo"):
         server.client(name).close()
@@ -237,12 +237,12 @@ def test_what_the_file_of_users_refuses_is_told(serve: Serve) -> None:
     answer = post(server, "users/remove", {"name": "ben"})
     assert answer.status == 404
     assert answer.value["error"] == 'no user is named "ben"'
-    assert post(server, "users/add", {}).value["error"] == "name is missing"
+    assert post(server, "users/add", {}).value["error"] == "missing parameter 'name'"
     assert post(server, "users/add", {"name": "a\nb"}).status == 422
     for digest in ("", "x" * 43 + "=", "x" * 42, "\u00e9" * 43):
         assert post(server, "users/add", {"name": "eve", "key_digest": digest}).status == 400
         assert post(server, "users/new-key", {"name": "ada", "key_digest": digest}).status == 400
-    assert post(server, "users/new-key", {"name": "ada"}).value["error"] == "key_digest is missing"
+    assert post(server, "users/new-key", {"name": "ada"}).value["error"] == "missing parameter 'key_digest'"
 
 
 def test_a_user_is_known_before_the_watch_has_looked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +304,10 @@ def test_certificates_are_made_and_served_when_it_is_answered(serve: Serve) -> N
 def test_a_kind_of_key_that_there_is_not_is_refused(serve: Serve) -> None:
     server = serve()
     answer = post(server, "certificates/renew", {"type": "rsa"})
-    assert (answer.status, answer.value["error"]) == (400, "type: certificates.key_types has ecdsa alone")
+    assert (answer.status, answer.value["error"]) == (
+        400,
+        "type must be one of certificates.key_types: ecdsa",
+    )
     assert done(server, "certificates/renew", {"type": "ecdsa"})["certificates"]
 
 

@@ -1,0 +1,397 @@
+"""Admin operations of a running server, each defined once: its path in the control API, its parameters, its result.
+
+    zcproto user disable ada -> POST /v1/users/disable {"name": "ada"} -> Method.bind checks -> disable_user("ada")
+
+What this file decides: the operations. docs/control.md describes them. The commands of zcproto/cli run the same
+operations without a server on the files of a home folder, and at a remote server by its protocol methods.
+
+Rules:
+- GET reads, POST changes. An unknown parameter is refused, not ignored.
+- Each change is logged with the operating system's user who requested it.
+- An error is an object with `error`, a sentence, and `faults` if there are several.
+- No key and no token is in a request or a result: a client that adds a user makes the key and sends its digest.
+- A list is bounded; `more` is true if it is not complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from datetime import datetime
+from typing import Any, Final, Protocol, TypeVar
+from urllib.parse import parse_qsl
+
+from zcproto.admin.control import ControlPeer
+from zcproto.admin.parts import Parts
+from zcproto.admin.snapshot import certificate_report, status_report, take_snapshot
+from zcproto.alerts.trial import try_sinks
+from zcproto.app.app import Method
+from zcproto.auth import Device, UserFile
+from zcproto.auth.directory import Devices, Users
+from zcproto.auth.users import User
+from zcproto.certs import own
+from zcproto.certs.keeper import maintainer_settings, unix_ms
+from zcproto.certs.keys import family
+from zcproto.certs.maintainer import OwnSource
+from zcproto.errors import (
+    CallError,
+    CertificateError,
+    Code,
+    ConfigError,
+    FailedPrecondition,
+    InvalidArgument,
+)
+from zcproto.http.messages import Handler, HttpRequest, HttpResponse, json_response
+from zcproto.http.router import Route
+from zcproto.observe.log import level, set_level
+from zcproto.server.protocol_methods import LISTED, describe, revoke_sessions
+from zcproto.server.state import log
+from zcproto.sessions.token import token_from_text, token_text
+
+LISTED_NAMES: Final = 10_000
+"""Users or devices in one list."""
+
+MAX_DRAIN_S: Final = 3600.0
+
+_STATUS: Final = {
+    Code.INVALID_ARGUMENT: 400,
+    Code.NOT_FOUND: 404,
+    Code.FAILED_PRECONDITION: 409,
+    Code.RESOURCE_EXHAUSTED: 429,
+    Code.UNAVAILABLE: 503,
+}
+
+T = TypeVar("T")
+
+Run = Callable[..., Coroutine[Any, Any, Any]]
+
+
+class HasChanges(Protocol):
+    """The result of a reload."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+class Lifecycle(Protocol):
+    """What a server does to itself; implemented by `Server`."""
+
+    async def reload(self) -> HasChanges: ...
+    def begin_drain(self, limit: float | None = None) -> None: ...
+
+
+class Operations:
+    """The operations of one running server. The parameters of a method are those of its operation."""
+
+    def __init__(self, parts: Parts, lifecycle: Lifecycle) -> None:
+        self._parts = parts
+        self._lifecycle = lifecycle
+
+    def routes(self) -> Iterator[Route]:
+        """Yield the routes of the control API."""
+        for method, path, run in (
+            ("GET", "status", self.status),
+            ("GET", "sessions", self.list_sessions),
+            ("POST", "sessions/revoke", self.revoke_sessions),
+            ("GET", "users", self.list_users),
+            ("POST", "users/add", self.add_user),
+            ("POST", "users/disable", self.disable_user),
+            ("POST", "users/enable", self.enable_user),
+            ("POST", "users/remove", self.remove_user),
+            ("POST", "users/new-key", self.replace_key),
+            ("GET", "devices", self.list_devices),
+            ("POST", "devices/remove", self.remove_device),
+            ("GET", "certificates", self.list_certificates),
+            ("POST", "certificates/renew", self.renew_certificates),
+            ("POST", "certificates/rotate", self.rotate_keys),
+            ("POST", "certificates/cancel", self.cancel_rotation),
+            ("GET", "alerts", self.list_alerts),
+            ("POST", "alerts/test", self.test_alerts),
+            ("POST", "reload", self.reload),
+            ("POST", "drain", self.drain),
+            ("GET", "log", self.log_level),
+            ("POST", "log", self.set_log_level),
+        ):
+            yield Route(method, f"/v1/{path}", _handler(method, path, run))
+
+    # --- the server ----------------------------------------------------------------------------------
+
+    async def status(self) -> dict[str, Any]:
+        return status_report(take_snapshot(self._parts))
+
+    async def reload(self) -> dict[str, Any]:
+        return (await self._lifecycle.reload()).as_dict()
+
+    async def drain(self, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109 - a parameter of the API
+        if timeout is not None and not 0 <= timeout <= MAX_DRAIN_S:
+            raise InvalidArgument(f"timeout must be from 0 to {MAX_DRAIN_S:g} seconds")
+        limit = self._parts.config.server.drain_timeout if timeout is None else timeout
+        self._lifecycle.begin_drain(limit)
+        return {"connections": len(self._parts.state.connections), "timeout": limit}
+
+    async def log_level(self) -> dict[str, Any]:
+        return {"level": level()}
+
+    async def set_log_level(self, level: str) -> dict[str, Any]:
+        before = _log_level()
+        try:
+            set_level(level)
+        except ConfigError as error:
+            raise InvalidArgument(error.faults[0]) from error
+        return {"level": _log_level(), "before": before}
+
+    # --- sessions ------------------------------------------------------------------------------------
+
+    async def list_sessions(self, user: str | None = None) -> dict[str, Any]:
+        records = await self._parts.state.sessions.records(user, LISTED + 1)
+        return {
+            "sessions": [describe(record) for record in records[:LISTED]],
+            "more": len(records) > LISTED,
+        }
+
+    async def revoke_sessions(
+        self, ids: list[str] | None = None, user: str | None = None, all: bool = False
+    ) -> dict[str, Any]:
+        by = "a user of the control socket"
+        return {"revoked": await revoke_sessions(self._parts.state, by, ids, user, all)}
+
+    # --- users and devices ---------------------------------------------------------------------------
+
+    async def list_users(self) -> dict[str, Any]:
+        file = self._users.file
+        users = [(name, user) for name in file.names if (user := file.get(name)) is not None]
+        return {
+            "users": [user_report(name, user) for name, user in users[:LISTED_NAMES]],
+            "more": len(users) > LISTED_NAMES,
+        }
+
+    async def add_user(
+        self, name: str, operator: bool = False, key_digest: str | None = None
+    ) -> dict[str, Any]:
+        await self._users.change(lambda file: add_user(file, name, operator, key_digest), name)
+        return {}
+
+    async def disable_user(self, name: str) -> dict[str, Any]:
+        _, sessions = await self._users.change(lambda file: file.disable(name), name)
+        return {"sessions": sessions}
+
+    async def enable_user(self, name: str) -> dict[str, Any]:
+        await self._users.change(lambda file: file.enable(name), name)
+        return {}
+
+    async def remove_user(self, name: str) -> dict[str, Any]:
+        _, sessions = await self._users.change(lambda file: file.remove(name), name)
+        return {"sessions": sessions}
+
+    async def replace_key(self, name: str, key_digest: str) -> dict[str, Any]:
+        digest = digest_from_text(key_digest)
+        _, sessions = await self._users.change(lambda file: file.replace_digest(name, digest), name)
+        return {"sessions": sessions}
+
+    @property
+    def _users(self) -> Users:
+        if self._parts.users is None:
+            raise FailedPrecondition(_NO_FILES)
+        return self._parts.users
+
+    async def list_devices(self) -> dict[str, Any]:
+        devices = list(self._devices.known.items())
+        return {
+            "devices": [device_report(name, device) for name, device in devices[:LISTED_NAMES]],
+            "more": len(devices) > LISTED_NAMES,
+        }
+
+    async def remove_device(self, name: str) -> dict[str, Any]:
+        removed, sessions = await self._devices.remove(name)
+        return {"user": removed.user, "sessions": sessions}
+
+    @property
+    def _devices(self) -> Devices:
+        if self._parts.devices is None:
+            raise FailedPrecondition(_NO_FILES)
+        return self._parts.devices
+
+    # --- certificates --------------------------------------------------------------------------------
+
+    async def list_certificates(self) -> dict[str, Any]:
+        certificates = self._parts.certificates
+        announced = certificates.next_pins
+        return {
+            "certificates": certificate_report(certificates.status()),
+            "pins": [pair.pin for pair in self._parts.certificate_pairs],
+            "pins_next": None
+            if announced is None
+            else {"pins": list(announced.pins), "from": unix_ms(announced.use_from)},
+        }
+
+    async def renew_certificates(self, type: str | None = None) -> dict[str, Any]:
+        families = sorted({family(key_type) for key_type in self._own_source.settings.key_types})
+        if type is not None and type not in families:
+            raise InvalidArgument(f"type must be one of certificates.key_types: {', '.join(families)}")
+        return await self._issue(own.renew, families=families if type is None else [type])
+
+    async def rotate_keys(self, at_once: bool = False) -> dict[str, Any]:
+        return await self._issue(own.rotate, at_once=at_once)
+
+    async def cancel_rotation(self) -> dict[str, Any]:
+        directory = self._own_source.directory
+        progress: list[str] = []
+        aside = await self._serve_new(lambda now: own.cancel(directory, progress.append))
+        return {"cancelled": [str(path) for path in aside], "told": progress}
+
+    async def _issue(self, issue: Callable[..., own.OwnCertificates], **options: Any) -> dict[str, Any]:
+        source = self._own_source
+        progress: list[str] = []
+        issued = await self._serve_new(
+            lambda now: issue(source.directory, source.settings, now, progress.append, **options)
+        )
+        return {**issued_report(issued), "told": progress}
+
+    async def _serve_new(self, make: Callable[[datetime], T]) -> T:
+        """Make certificates in a worker thread and start serving them before returning. `make` gets the time."""
+        certificates = self._parts.certificates
+        made = await asyncio.to_thread(make, certificates.now())
+        await certificates.look()
+        return made
+
+    @property
+    def _own_source(self) -> OwnSource:
+        source = maintainer_settings(self._parts.config).default
+        if not isinstance(source, OwnSource):
+            raise FailedPrecondition('certificates.mode = "files": renew them with the tool that made them')
+        return source
+
+    # --- alerts --------------------------------------------------------------------------------------
+
+    async def list_alerts(self) -> dict[str, Any]:
+        return self._parts.alerts.report()
+
+    async def test_alerts(self) -> dict[str, Any]:
+        alerts = self._parts.alerts
+        sinks = [queue.sink for queue in alerts.queues]
+        return {"sinks": await try_sinks(sinks, self._parts.clock, alerts.origin, alerts.source)}
+
+
+_NO_FILES: Final = "the program of this server has its own authenticators: manage users and devices there"
+
+_log_level = level  # `level` is the name of a parameter, too
+
+
+# --- parameters and results that the commands share ----------------------------------------------------------
+
+
+def add_user(file: UserFile, name: str, operator: bool, key_digest: str | None) -> None:
+    """Add a user to a file, without a key if there is no digest."""
+    if key_digest is None:
+        file.add_without_key(name, operator=operator)
+    else:
+        file.add_digest(name, digest_from_text(key_digest), operator=operator)
+
+
+def digest_from_text(text: str) -> bytes:
+    digest = token_from_text(text)
+    if digest is None:
+        raise InvalidArgument("key_digest must be a SHA-256 as 43 characters of base64url")
+    return digest
+
+
+def user_report(name: str, user: User) -> dict[str, Any]:
+    return {"name": name, "operator": user.operator, "key": user.has_key, "disabled": user.disabled}
+
+
+def device_report(name: str, device: Device) -> dict[str, Any]:
+    return {
+        "name": name,
+        "user": device.user,
+        "public_key": token_text(device.public_key),
+        "added": _timestamp(device.added),
+    }
+
+
+def issued_report(issued: own.OwnCertificates) -> dict[str, Any]:
+    announced = issued.announced
+    return {
+        "certificates": [
+            {
+                "certificate": str(one.certificate),
+                "key_type": one.key_type,
+                "names": list(one.names),
+                "not_after": _timestamp(one.not_after),
+                "pin": one.pin,
+                "new_key": one.pin in issued.used,
+            }
+            for one in issued.pairs
+        ],
+        "next_pins": None
+        if announced is None
+        else {"pins": list(announced.pins), "use_from": _timestamp(announced.use_from)},
+    }
+
+
+def _timestamp(time: datetime) -> str:
+    return f"{time:%Y-%m-%dT%H:%M:%SZ}"
+
+
+# --- requests and responses ----------------------------------------------------------------------------------
+
+
+def _handler(method: str, path: str, run: Run) -> Handler:
+    """Return a handler that checks the parameters, runs the operation and logs it if it changes something."""
+    checker = Method(path.replace("/", ".").replace("-", "_"), run)
+
+    async def handle(request: HttpRequest) -> HttpResponse:
+        try:
+            arguments = checker.bind(_query(request) if method == "GET" else _body(request))
+            result = await run(**arguments)
+        except ConfigError as error:
+            return json_response(422, {"error": str(error), "faults": error.faults})
+        except CertificateError as error:
+            return json_response(422, {"error": str(error), "faults": [str(error)]})
+        except CallError as error:
+            status = _STATUS.get(error.code)
+            if status is None:
+                raise
+            return json_response(status, {"error": error.message})
+        if method != "GET":
+            _log_change(request, path.replace("/", "."), arguments, result)
+        return json_response(200, result)
+
+    return handle
+
+
+def _query(request: HttpRequest) -> dict[str, Any]:
+    try:
+        pairs = parse_qsl(request.query, keep_blank_values=True, max_num_fields=4)
+    except ValueError:
+        raise InvalidArgument("the query has too many parameters") from None
+    params = dict(pairs)
+    if len(params) < len(pairs):
+        raise InvalidArgument("a parameter of the query is repeated")
+    return params
+
+
+def _body(request: HttpRequest) -> dict[str, Any]:
+    if not request.body:
+        return {}
+    try:
+        params = request.json()
+    except (ValueError, RecursionError):
+        raise InvalidArgument("the body must be JSON") from None
+    if not isinstance(params, dict):
+        raise InvalidArgument("the body must be an object")
+    return params
+
+
+def _log_change(request: HttpRequest, what: str, arguments: Mapping[str, Any], result: Any) -> None:
+    peer = request.peer
+    assert isinstance(peer, ControlPeer)
+    is_device = what.startswith("devices.")
+    name = arguments.get("name")
+    log.info(
+        "control.asked",
+        what=what,
+        uid=peer.uid,
+        pid=peer.pid,
+        user=result["user"] if is_device else arguments.get("user", name),
+        device=name if is_device else None,
+        sessions=result.get("sessions", result.get("revoked")) if what != "alerts.test" else None,
+    )
