@@ -1,4 +1,4 @@
-"""The catalogue of events is the truth: all places that log are read from the source and held against it."""
+"""Compare the catalogue of events with all log calls in the source, and test its limits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.helpers import FakeClock
 from zcproto.certs.maintainer import NoticeKind
 from zcproto.config import LogConfig
 from zcproto.observe.events import EVENTS, FIELDS, Event
-from zcproto.observe.log import configure_logging, get_logger, tell_suppressed
-from zcproto.observe.rate import WINDOW_S
+from zcproto.observe.limits import WINDOW_S
+from zcproto.observe.log import configure_logging, get_logger, report_suppressed
 from zcproto.observe.values import loggable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ LEVELS = ("debug", "info", "warning", "error")
 HELPERS: dict[tuple[str, str], tuple[str, set[str]]] = {
     ("zcproto/server/protocol_methods.py", "told"): ("info", {"session", "user", "peer", "connection"}),
 }
-"""Functions, by file, that log the event which they are given first: their level, and the fields that they add."""
+"""Functions, by file, that log the event passed as first argument: their level and added fields."""
 
 INDIRECT: dict[str, tuple[str, list[str]]] = {
     "zcproto/observe/log_batch.py": ("what its callers give `add`, which are read", []),
@@ -40,13 +40,17 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
         "the name is that of a risk which was found",
         ["server.traceable", "server.key_log_ignored", "server.runs_as_root"],
     ),
+    "zcproto/runtime/build.py": (
+        "a refused login: the name is bound where the function is passed",
+        ["login.device_refused", "login.certificate_refused"],
+    ),
     "zcproto/runtime/store_setup.py": (
         "the name is that of a store's notice, such as store_damaged",
         ["store.damaged", "store.missing", "store.close_failed"],
     ),
 }
-"""Files in which a name, or fields, are not written out: the reason, and the names that there can be. A file with
-no such place any more is a fault, too. Anywhere else names and fields are literals."""
+"""Files with log calls whose name or fields are not literals: the reason and the possible names. An entry that is no
+longer needed fails too."""
 
 HOW_TO_ADD = (
     "add it to zcproto/observe/events.py, by _event(name, level, meaning, fields, limit, by_peer=...), and what is"
@@ -55,7 +59,7 @@ HOW_TO_ADD = (
 
 
 class Place(NamedTuple):
-    """A place that logs. None where the source does not say it."""
+    """A log call. None where the source has no literal."""
 
     where: str
     name: str | None
@@ -65,8 +69,8 @@ class Place(NamedTuple):
 
 
 def places(path: str, source: str) -> Iterator[Place]:
-    """All places in a file that log an event."""
-    if "logging.getLogger" in source:  # the logger of Python, for users of the library
+    """Yield all log calls in a file."""
+    if "logging.getLogger" in source:  # Python's own logging, for users of the library
         return
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or not node.args:
@@ -100,7 +104,7 @@ def _last_name(node: ast.expr) -> str:
 
 
 def faults_of(place: Place, known: dict[str, Event]) -> list[str]:
-    """What is wrong at a place."""
+    """Return the problems of a log call."""
     path = place.where.partition(":")[0]
     if place.name is None or not place.all_fields:
         if path not in INDIRECT:
@@ -132,21 +136,21 @@ def all_places() -> list[Place]:
     return found
 
 
-def test_every_event_that_is_logged_is_in_the_catalogue_as_it_is() -> None:
+def test_every_logged_event_matches_the_catalogue() -> None:
     faults = [fault for place in all_places() for fault in faults_of(place, EVENTS)]
     assert not faults, "\n" + "\n".join(faults)
 
 
-def test_every_event_of_the_catalogue_is_logged() -> None:
+def test_every_event_of_catalogue_is_logged() -> None:
     logged = {place.name for place in all_places()} | {
         name for _, names in INDIRECT.values() for name in names
     }
-    logged.add("log.misnamed")  # what any other text becomes
+    logged.add("log.misnamed")  # replaces invalid names
     assert set(EVENTS) - logged == set(), "listed in zcproto/observe/events.py and never logged"
     assert logged - set(EVENTS) - {None} == set()
 
 
-def test_every_field_that_is_listed_is_given_somewhere() -> None:
+def test_every_listed_field_is_logged_somewhere() -> None:
     given: dict[str, set[str]] = {}
     indirect = {name for _, names in INDIRECT.values() for name in names}
     for place in all_places():
@@ -162,37 +166,37 @@ def test_every_field_that_is_listed_is_given_somewhere() -> None:
     assert never == {}, "fields are listed in zcproto/observe/events.py that no place gives"
 
 
-def test_every_reason_for_a_name_that_is_not_written_out_is_still_needed() -> None:
+def test_every_indirect_exception_is_still_needed() -> None:
     indirect = {
         place.where.partition(":")[0] for place in all_places() if place.name is None or not place.all_fields
     }
     assert set(INDIRECT) - indirect == set()
 
 
-def test_every_field_has_its_meaning_and_every_meaning_a_field() -> None:
+def test_every_field_has_a_meaning_and_is_used() -> None:
     used = {field for event in EVENTS.values() for field in event.fields}
-    used |= {"suppressed", "oversize", "exc_info_at"}  # the log adds them itself
+    used |= {"suppressed", "oversize", "exc_info_at"}  # added by the log
     assert used == set(FIELDS)
 
 
-def test_no_field_is_one_that_is_masked_by_its_name() -> None:
+def test_no_field_name_is_masked_as_secret() -> None:
     assert [name for name in FIELDS if loggable(name, "x") != "x"] == []
 
 
 @pytest.mark.parametrize("event", EVENTS.values(), ids=list(EVENTS))
-def test_an_event_is_named_levelled_and_limited_as_all(event: Event) -> None:
+def test_events_follow_conventions_of_name_level_and_limit(event: Event) -> None:
     assert re.fullmatch(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+", event.name)
     assert event.level in LEVELS
     assert event.meaning.endswith(".")
     assert event.limit is not None or not event.by_peer, "what a peer can cause at will needs a limit"
     if event.limit is not None:
         assert set(event.limit.by) <= set(event.fields), "a line is limited by what it has"
-        # Peers choose what they are limited by, so that there is a limit for all of them, too.
+        # Peers choose their keys, so a total limit is required.
         assert event.limit.total is not None or not event.limit.by
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ('log.info("no.such_event")', "not in the catalogue: add it to zcproto/observe/events.py"),
         ('self.log_soon.add("no.such_event")', "not in the catalogue"),
@@ -204,11 +208,11 @@ def test_an_event_is_named_levelled_and_limited_as_all(event: Event) -> None:
         ("getattr(log, level)(name)", "not written out"),
     ],
 )
-def test_a_place_that_logs_otherwise_is_found_and_told_what_to_do(source: str, said: str) -> None:
+def test_log_call_outside_the_catalogue_is_reported_with_cure(source: str, message: str) -> None:
     (place,) = places("zcproto/x.py", source)
     (fault,) = faults_of(place, EVENTS)
     assert fault.startswith("zcproto/x.py:1 ")
-    assert said in fault
+    assert message in fault
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_a_place_that_logs_otherwise_is_found_and_told_what_to_do(source: str, s
         "math.log(2.0)",
     ],
 )
-def test_a_place_that_logs_as_the_catalogue_says_is_good(source: str) -> None:
+def test_log_call_matching_the_catalogue_is_accepted(source: str) -> None:
     assert [fault for place in places("zcproto/x.py", source) for fault in faults_of(place, EVENTS)] == []
 
 
@@ -231,8 +235,8 @@ STRANGERS = 400
 TRIES = 2
 
 
-class Desk:
-    """A log whose clock is turned by hand."""
+class LogHarness:
+    """A log with a manual clock."""
 
     def __init__(self, path: Path, **settings: Any) -> None:
         self.clock = FakeClock()
@@ -246,84 +250,84 @@ class Desk:
         getattr(self.log, event.level)(event.name, **values)
 
     def lines(self) -> list[dict[str, Any]]:
-        """What was written since this was last called."""
+        """Return the lines written since the last call."""
         text = self.path.read_text()
         new, self._read = text[self._read :], len(text)
         return [json.loads(line) for line in new.splitlines()]
 
 
 @pytest.mark.parametrize("event", LIMITED, ids=[event.name for event in LIMITED])
-def test_a_flood_of_an_event_is_bounded_and_what_was_left_out_is_told(event: Event, tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "log")
+def test_flood_of_an_event_is_limited_and_suppressed_lines_are_reported(event: Event, tmp_path: Path) -> None:
+    harness = LogHarness(tmp_path / "log")
     limit = event.limit
     assert limit is not None
     for _ in range(limit.lines + 7):
-        desk.write(event, "192.0.2.1")
-    assert len(desk.lines()) == limit.lines
-    desk.clock.advance(WINDOW_S)
-    desk.write(event, "192.0.2.1")
-    (line,) = desk.lines()
+        harness.write(event, "192.0.2.1")
+    assert len(harness.lines()) == limit.lines
+    harness.clock.advance(WINDOW_S)
+    harness.write(event, "192.0.2.1")
+    (line,) = harness.lines()
     assert (line["event"], line["suppressed"]) == (event.name, 7)
 
 
 @pytest.mark.parametrize("event", LIMITED, ids=[event.name for event in LIMITED])
-def test_many_strangers_get_no_more_lines_than_all_may_have(event: Event, tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "log")
+def test_many_addresses_together_are_limited(event: Event, tmp_path: Path) -> None:
+    harness = LogHarness(tmp_path / "log")
     limit = event.limit
     assert limit is not None
     for number in range(STRANGERS):
         for _ in range(TRIES):
-            desk.write(event, f"10.0.{number // 256}.{number % 256}")
-    written = len(desk.lines())
+            harness.write(event, f"10.0.{number // 256}.{number % 256}")
+    written = len(harness.lines())
     most = limit.total or limit.lines
     assert written == min(most, STRANGERS * min(TRIES, limit.lines))
-    desk.clock.advance(WINDOW_S)
-    tell_suppressed()
-    told = desk.lines()
-    assert sum(line["count"] for line in told) == STRANGERS * TRIES - written
-    assert len(told) <= 1
-    assert all((line["event"], line["of"]) == ("log.suppressed", event.name) for line in told)
-    tell_suppressed()
-    assert desk.lines() == []
+    harness.clock.advance(WINDOW_S)
+    report_suppressed()
+    reports = harness.lines()
+    assert sum(line["count"] for line in reports) == STRANGERS * TRIES - written
+    assert len(reports) <= 1
+    assert all((line["event"], line["of"]) == ("log.suppressed", event.name) for line in reports)
+    report_suppressed()
+    assert harness.lines() == []
 
 
-def test_addresses_of_one_ipv6_site_are_one(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "log")
+def test_addresses_of_one_ipv6_site_share_a_limit(tmp_path: Path) -> None:
+    harness = LogHarness(tmp_path / "log")
     for number in range(100):
-        desk.log.info("login.failed", peer=f"2001:db8::{number:x}", scheme="api_key")
-    assert len(desk.lines()) == 10
+        harness.log.info("login.failed", peer=f"2001:db8::{number:x}", scheme="api_key")
+    assert len(harness.lines()) == 10
 
 
-def test_values_that_are_bound_count_as_given(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "log")
+def test_bound_values_count_for_the_limit(tmp_path: Path) -> None:
+    harness = LogHarness(tmp_path / "log")
     for peer in ("192.0.2.1", "192.0.2.2"):
-        bound = desk.log.bind(peer=peer)
+        bound = harness.log.bind(peer=peer)
         for _ in range(20):
             bound.info("login.failed")
-    assert len(desk.lines()) == 20
+    assert len(harness.lines()) == 20
 
 
 @pytest.mark.parametrize("peer", [None, 5, b"x", "y" * 1_000_000, ["z"]])
-def test_a_strange_key_is_limited_as_any(tmp_path: Path, peer: Any) -> None:
-    desk = Desk(tmp_path / "log")
+def test_unusual_key_is_limited(tmp_path: Path, peer: Any) -> None:
+    harness = LogHarness(tmp_path / "log")
     for _ in range(50):
-        desk.log.info("login.failed", peer=peer)
-    assert len(desk.lines()) == 10
+        harness.log.info("login.failed", peer=peer)
+    assert len(harness.lines()) == 10
 
 
-def test_an_event_of_a_level_that_is_off_uses_up_nothing(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "log")
-    configure_logging(LogConfig(level="warning", file=desk.path), clock=desk.clock)
+def test_event_of_disabled_level_does_not_use_the_limit(tmp_path: Path) -> None:
+    harness = LogHarness(tmp_path / "log")
+    configure_logging(LogConfig(level="warning", file=harness.path), clock=harness.clock)
     for _ in range(50):
-        desk.log.info("login.failed", peer="192.0.2.1")
-    configure_logging(LogConfig(level="info", file=desk.path), clock=desk.clock)
-    desk.log.info("login.failed", peer="192.0.2.1")
-    (line,) = desk.lines()
+        harness.log.info("login.failed", peer="192.0.2.1")
+    configure_logging(LogConfig(level="info", file=harness.path), clock=harness.clock)
+    harness.log.info("login.failed", peer="192.0.2.1")
+    (line,) = harness.lines()
     assert "suppressed" not in line
 
 
-def test_what_is_not_limited_is_written_each_time(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "log")
+def test_unlimited_event_is_always_written(tmp_path: Path) -> None:
+    harness = LogHarness(tmp_path / "log")
     for _ in range(500):
-        desk.log.info("user.gone", user="ada", sessions=1)
-    assert len(desk.lines()) == 500
+        harness.log.info("user.gone", user="ada", sessions=1)
+    assert len(harness.lines()) == 500

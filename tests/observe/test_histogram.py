@@ -1,4 +1,4 @@
-"""Histograms of plain integers."""
+"""Test histograms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from zcproto.observe.histogram import QUICK_S, WAITED_S, Histogram
 
 
-def test_values_are_counted_by_size_and_a_bound_is_below_itself() -> None:
+def test_value_equal_to_bound_counts_below_it() -> None:
     histogram = Histogram([0.5, 1.0])
     for value in (0.0, 0.5, 0.500001, 1.0, 1.5, 1000.0):
         histogram.add(value)
@@ -19,7 +19,7 @@ def test_values_are_counted_by_size_and_a_bound_is_below_itself() -> None:
 
 
 @given(st.lists(st.floats(0, 200)))
-def test_each_value_is_counted_once_where_it_belongs(values: list[float]) -> None:
+def test_each_value_is_counted_once(values: list[float]) -> None:
     histogram = Histogram(WAITED_S)
     for value in values:
         histogram.add(value)
@@ -30,6 +30,6 @@ def test_each_value_is_counted_once_where_it_belongs(values: list[float]) -> Non
     assert below + histogram.counts[-1] == len(values)
 
 
-def test_the_bounds_rise() -> None:
+def test_bounds_are_ascending() -> None:
     for bounds in (QUICK_S, WAITED_S):
         assert list(bounds) == sorted(set(bounds))

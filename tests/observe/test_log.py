@@ -23,7 +23,7 @@ log = get_logger("zcproto.test")
 
 
 class Clock:
-    """A quarter past two on the first of March, and 7 ms."""
+    """A fixed clock: 1 March, 02:15:00.007."""
 
     def wall(self) -> int:
         return 1_772_374_500_007
@@ -41,7 +41,7 @@ def records(text: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("time", ["first", "second"])
-def test_each_test_begins_with_the_log_of_a_fresh_process(
+def test_each_test_starts_with_default_logging(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], time: str
 ) -> None:
     log.info("session.opened")
@@ -51,7 +51,7 @@ def test_each_test_begins_with_the_log_of_a_fresh_process(
     assert (tmp_path / "log").read_text().count("\n") == 1
 
 
-def test_an_event_is_one_json_object_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     log.info("session.opened", user="alice", count=2)
     assert capsys.readouterr().err == (
@@ -60,7 +60,7 @@ def test_an_event_is_one_json_object_on_a_line(capsys: pytest.CaptureFixture[str
     )
 
 
-def test_an_event_is_one_line_of_text_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_event_is_one_line_of_text(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="console")
     log.warning("session.opened", user="alice", agent='a "b" c', count=2, ok=True, names=["x"])
     assert capsys.readouterr().err == (
@@ -74,7 +74,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_format_follows_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_format_follows_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     configure(format="auto")
     for stream, first in ((Terminal(), "2"), (io.StringIO(), "{")):
         monkeypatch.setattr(sys, "stderr", stream)
@@ -82,7 +82,7 @@ def test_the_format_follows_the_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         assert stream.getvalue()[0] == first
 
 
-def test_a_file_gets_json_even_from_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_gets_json_even_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     configure(file=tmp_path / "log")
     log.info("a.b")
@@ -98,7 +98,7 @@ def test_a_file_gets_json_even_from_a_terminal(tmp_path: Path, monkeypatch: pyte
         ("error", ["error"]),
     ],
 )
-def test_events_below_the_level_are_not_written(
+def test_events_below_level_are_not_written(
     level: str, written: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure(level=level, format="json")
@@ -107,7 +107,7 @@ def test_events_below_the_level_are_not_written(
     assert [record["level"] for record in records(capsys.readouterr().err)] == written
 
 
-def test_values_of_an_event_below_the_level_are_never_looked_at() -> None:
+def test_values_below_level_are_never_evaluated() -> None:
     class Untouchable(list[int]):
         def __iter__(self) -> Iterator[int]:
             raise AssertionError
@@ -117,13 +117,13 @@ def test_values_of_an_event_below_the_level_are_never_looked_at() -> None:
     assert lost_lines() == 0
 
 
-def test_without_configuration_warnings_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unconfigured_log_writes_warnings_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     log.info("a.b")
     log.warning("a.c")
     assert [record["event"] for record in records(capsys.readouterr().err)] == ["a.c"]
 
 
-def test_the_clock_of_the_system_is_used_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_system_clock_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     before = system_clock.wall()
     log.warning("a.b")
     (record,) = records(capsys.readouterr().err)
@@ -131,7 +131,7 @@ def test_the_clock_of_the_system_is_used_by_default(capsys: pytest.CaptureFixtur
     assert before > 0
 
 
-def test_bound_values_are_on_each_event(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bound_values_are_logged_with_each_event(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     bound = log.bind(connection="c1")
     bound.info("a.b")
@@ -144,7 +144,7 @@ HOSTILE = "a\r\nb\x1b[2J\x00\x7f\x85\x9b\u2028\u2029\u202e\ud800\"'\\ =x"
 
 
 @pytest.mark.parametrize("format_", ["json", "console"])
-def test_no_value_can_begin_a_line_or_move_the_cursor(
+def test_values_cannot_start_a_line_or_move_the_cursor(
     format_: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure(format=format_)
@@ -155,20 +155,20 @@ def test_no_value_can_begin_a_line_or_move_the_cursor(
     assert all(line.isprintable() for line in text.split("\n"))
 
 
-def test_json_gives_the_value_back_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_value_round_trips(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     log.info("a.b", name="a\r\n\x1b\x7f\u2028ü")
     assert records(capsys.readouterr().err)[0]["name"] == "a\r\n\x1b\x7f\u2028ü"
 
 
-def test_text_cannot_pretend_to_be_a_second_value(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_cannot_inject_a_second_value(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="console")
     log.info("a.b", user='x" operator=true')
     assert capsys.readouterr().err.endswith(' user="x\\" operator=true"\n')
 
 
 @pytest.mark.parametrize("format_", ["json", "console"])
-def test_no_secret_is_written(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_secrets_are_not_written(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
     configure(format=format_, level="debug")
     for method in (log.debug, log.info, log.warning, log.error):
         method(
@@ -182,18 +182,18 @@ def test_no_secret_is_written(format_: str, capsys: pytest.CaptureFixture[str]) 
     assert "hunter2" not in capsys.readouterr().err
 
 
-def test_an_event_that_is_no_name_is_written_as_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_event_name_is_written_as_value(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     for event in ("user alice\nlogged in", "Word", "a.", ""):
         log.info(event)
     log.info("x" * 1000)
-    told = records(capsys.readouterr().err)
-    assert {record["event"] for record in told} == {"log.misnamed"}
-    assert told[0]["text"] == "user alice\nlogged in"
-    assert len(told[-1]["text"]) == 256
+    lines = records(capsys.readouterr().err)
+    assert {record["event"] for record in lines} == {"log.misnamed"}
+    assert lines[0]["text"] == "user alice\nlogged in"
+    assert len(lines[-1]["text"]) == 256
 
 
-def test_a_flood_of_texts_that_are_no_names_is_bounded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flood_of_invalid_event_names_is_limited(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     for number in range(200):
         log.info(f"user {number} logged in")
@@ -201,7 +201,7 @@ def test_a_flood_of_texts_that_are_no_names_is_bounded(capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("format_", ["json", "console"])
-def test_a_megabyte_anywhere_is_cut(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_megabyte_anywhere_is_cut(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
     configure(format=format_)
     flood = HOSTILE * (1_000_000 // len(HOSTILE))
     log.info("a.b", user=flood, names=[flood] * 100, map={flood: {flood: flood}}, error=ConfigError([flood]))
@@ -211,7 +211,7 @@ def test_a_megabyte_anywhere_is_cut(format_: str, capsys: pytest.CaptureFixture[
     assert len(text) < 2 * MAX_LINE
 
 
-def test_a_value_never_takes_the_place_of_the_lines_own_fields(capsys: pytest.CaptureFixture[str]) -> None:
+def test_value_never_replaces_built_in_fields(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     log.info("a.b", level="x", timestamp=0)
     (record,) = records(capsys.readouterr().err)
@@ -227,7 +227,7 @@ TEXTS = st.one_of(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(NAMES, st.one_of(TEXTS, st.none(), st.integers(0, 9))))
-def test_a_line_of_plain_texts_is_as_the_long_way_would_have_it(
+def test_fast_path_equals_general_rendering(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], values: dict[str, Any]
 ) -> None:
     configure(format="json")
@@ -239,7 +239,7 @@ def test_a_line_of_plain_texts_is_as_the_long_way_would_have_it(
     assert the_usual_way == the_long_way
 
 
-def test_every_character_of_ascii_is_written_as_json_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_ascii_character_is_valid_json(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     for code in range(128):
         log._log(20, "info", "a.b", {"user": f"a{chr(code)}"})
@@ -252,7 +252,7 @@ def write_as_long_way(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("zcproto.observe.log._are_plain", lambda values: False)
 
 
-def test_more_plain_values_than_any_event_has_are_all_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_plain_values_are_all_written(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     values = {f"value{number}": "x" for number in range(100)}
     log._log(20, "info", "a.b", dict(values))
@@ -260,21 +260,21 @@ def test_more_plain_values_than_any_event_has_are_all_written(capsys: pytest.Cap
     assert values.items() <= record.items()
 
 
-def test_an_error_is_told_with_the_places_it_passed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_is_logged_with_its_stack(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     try:
         raise KeyError("hunter2")
     except KeyError as error:
         log.error("a.b", cause=error)
         log.warning("a.c", cause=error)
-    told, brief = records(capsys.readouterr().err)
-    assert told["cause"] == brief["cause"] == "KeyError"
-    assert told["cause_at"][-1].startswith("observe/test_log.py:")
+    lines, brief = records(capsys.readouterr().err)
+    assert lines["cause"] == brief["cause"] == "KeyError"
+    assert lines["cause_at"][-1].startswith("observe/test_log.py:")
     assert "cause_at" not in brief
 
 
 @pytest.mark.parametrize("format_", ["json", "console"])
-def test_a_line_is_bounded(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_oversized_line_is_written_without_values(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
     configure(format=format_)
     log.info("a.b", **{f"v{number}": "x" * 256 for number in range(200)})
     text = capsys.readouterr().err
@@ -284,7 +284,7 @@ def test_a_line_is_bounded(format_: str, capsys: pytest.CaptureFixture[str]) -> 
     assert 10_000 < len(capsys.readouterr().err) < MAX_LINE
 
 
-def test_the_file_is_appended_to_and_made_for_its_owner_alone(tmp_path: Path) -> None:
+def test_log_file_is_appended_to_with_mode_0600(tmp_path: Path) -> None:
     path = tmp_path / "log"
     for event in ("a.b", "a.c"):
         configure(file=path)
@@ -293,7 +293,7 @@ def test_the_file_is_appended_to_and_made_for_its_owner_alone(tmp_path: Path) ->
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_configured_again_the_file_is_opened_anew(tmp_path: Path) -> None:
+def test_configuring_again_reopens_file(tmp_path: Path) -> None:
     path = tmp_path / "log"
     configure(file=path)
     log.info("a.b")
@@ -303,7 +303,7 @@ def test_configured_again_the_file_is_opened_anew(tmp_path: Path) -> None:
     assert records(path.read_text())[0]["event"] == "a.c"
 
 
-def test_a_file_that_cannot_be_opened_is_a_fault_and_changes_nothing(tmp_path: Path) -> None:
+def test_unopenable_log_file_raises_and_changes_nothing(tmp_path: Path) -> None:
     configure(file=tmp_path / "log")
     with pytest.raises(ConfigError, match=r'^log\.file = ".*": cannot be opened: No such file or directory$'):
         configure(file=tmp_path / "absent" / "log", level="error")
@@ -311,13 +311,13 @@ def test_a_file_that_cannot_be_opened_is_a_fault_and_changes_nothing(tmp_path: P
     assert records((tmp_path / "log").read_text())[0]["event"] == "a.b"
 
 
-def test_a_named_pipe_that_nobody_reads_does_not_block(tmp_path: Path) -> None:
+def test_named_pipe_without_reader_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="cannot be opened"):
         configure(file=tmp_path / "pipe")
 
 
-def test_a_closed_pipe_is_counted_and_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_pipe_is_counted_and_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb", buffering=0) as raw:
@@ -328,9 +328,7 @@ def test_a_closed_pipe_is_counted_and_never_raises(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("format_", ["json", "auto"])
-def test_a_standard_error_that_is_closed_or_absent_is_counted(
-    format_: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closed_or_missing_stderr_is_counted(format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(format=format_)
     stream = io.StringIO()
     stream.close()
@@ -340,7 +338,7 @@ def test_a_standard_error_that_is_closed_or_absent_is_counted(
     assert lost_lines() == 2
 
 
-def test_a_value_that_cannot_be_looked_at_is_counted_and_never_raises() -> None:
+def test_value_that_raises_is_counted_and_never_raises() -> None:
     class BrokenError(ConfigError):
         def __str__(self) -> str:
             raise RuntimeError
@@ -350,7 +348,7 @@ def test_a_value_that_cannot_be_looked_at_is_counted_and_never_raises() -> None:
     assert lost_lines() == 1
 
 
-def test_the_programs_own_structlog_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_structlog_configuration_of_program_is_untouched(capsys: pytest.CaptureFixture[str]) -> None:
     before = structlog.get_config()
     configure(format="json")
     log.info("a.b")
@@ -365,7 +363,7 @@ def test_the_programs_own_structlog_is_left_alone(capsys: pytest.CaptureFixture[
     )
 )
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_values_make_one_printable_line_in_both_forms(values: dict[str, Any]) -> None:
+def test_any_values_give_one_printable_line_in_both_formats(values: dict[str, Any]) -> None:
     for format_ in ("json", "console"):
         stream, sys.stderr = sys.stderr, io.StringIO()
         try:

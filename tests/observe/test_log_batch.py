@@ -1,4 +1,4 @@
-"""Lines that wait for others: all are written, in their order, with the time of their events."""
+"""Test batched log lines: all are written, in order, with the times of their events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zcproto.observe.log import configure_logging, get_logger
 from zcproto.observe.log_batch import DELAY, MAX_LINES, LogBatch
 
 
-class Desk:
+class LogHarness:
     def __init__(self, capsys: pytest.CaptureFixture[str], level: str = "info") -> None:
         self.clock = FakeClock()
         self.timers = FakeTimers(self.clock.now())
@@ -30,48 +30,48 @@ class Desk:
 
 
 @pytest.fixture
-def desk(capsys: pytest.CaptureFixture[str]) -> Desk:
-    return Desk(capsys)
+def harness(capsys: pytest.CaptureFixture[str]) -> LogHarness:
+    return LogHarness(capsys)
 
 
-def test_lines_are_written_together_with_the_times_of_their_events(desk: Desk) -> None:
-    desk.batch.add("session.opened", user="ada")
-    desk.advance(DELAY / 2)
-    desk.batch.add("session.closed", user="ada")
-    assert desk.written() == []
-    desk.advance(DELAY)
-    first, second = desk.written()
+def test_batched_lines_have_times_of_their_events(harness: LogHarness) -> None:
+    harness.batch.add("session.opened", user="ada")
+    harness.advance(DELAY / 2)
+    harness.batch.add("session.closed", user="ada")
+    assert harness.written() == []
+    harness.advance(DELAY)
+    first, second = harness.written()
     assert (first["event"], second["event"]) == ("session.opened", "session.closed")
     assert first["timestamp"] == "2026-01-01T00:00:00.000Z"
     assert second["timestamp"] == "2026-01-01T00:00:00.125Z"
     assert (first["user"], "_at" in first) == ("ada", False)
 
 
-def test_the_next_line_waits_anew(desk: Desk) -> None:
+def test_next_line_starts_a_new_batch(harness: LogHarness) -> None:
     for _ in range(3):
-        desk.batch.add("session.opened")
-        assert desk.written() == []
-        desk.advance(2 * DELAY)
-        assert len(desk.written()) == 1
+        harness.batch.add("session.opened")
+        assert harness.written() == []
+        harness.advance(2 * DELAY)
+        assert len(harness.written()) == 1
 
 
-def test_many_lines_do_not_wait(desk: Desk) -> None:
+def test_full_batch_is_written_at_once(harness: LogHarness) -> None:
     for number in range(MAX_LINES + 1):
-        desk.batch.add("session.opened", number=number, user=f"user {number}")
-    assert [line["number"] for line in desk.written()] == list(range(MAX_LINES))
-    desk.advance(2 * DELAY)
-    assert [line["number"] for line in desk.written()] == [MAX_LINES]
+        harness.batch.add("session.opened", number=number, user=f"user {number}")
+    assert [line["number"] for line in harness.written()] == list(range(MAX_LINES))
+    harness.advance(2 * DELAY)
+    assert [line["number"] for line in harness.written()] == [MAX_LINES]
 
 
-def test_what_waits_is_written_at_the_end(desk: Desk) -> None:
-    desk.batch.add("session.opened")
-    desk.batch.write()
-    desk.batch.write()
-    assert len(desk.written()) == 1
+def test_waiting_lines_are_written_at_the_end(harness: LogHarness) -> None:
+    harness.batch.add("session.opened")
+    harness.batch.write()
+    harness.batch.write()
+    assert len(harness.written()) == 1
 
 
-def test_a_level_that_is_off_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    desk = Desk(capsys, "warning")
-    desk.batch.add("session.opened")
-    desk.advance(2 * DELAY)
-    assert desk.written() == []
+def test_disabled_level_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    harness = LogHarness(capsys, "warning")
+    harness.batch.add("session.opened")
+    harness.advance(2 * DELAY)
+    assert harness.written() == []

@@ -1,4 +1,4 @@
-"""The meter of the loop's pauses, with timers and time turned by hand."""
+"""Test the measurement of loop lag with fake timers and a manual clock."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from tests.helpers import FakeTimers
 from zcproto.observe.loop_lag import (
     BOUNDS_MS,
+    DETAIL_TIME,
     IDLE_PERIOD,
     PERIOD,
-    TOLD_FOR,
     LoopLag,
     ThreadUsage,
     Usage,
@@ -34,7 +34,7 @@ def traffic() -> Traffic:
 
 
 class FakeUsage:
-    """What a thread has waited for, as a test says it."""
+    """A usage set by the test."""
 
     def __init__(self) -> None:
         self.now = Usage(0.0, 0.0)
@@ -60,7 +60,7 @@ def meter(timers: FakeTimers, traffic: Traffic, usage: FakeUsage, monkeypatch: p
     return LoopLag(loop, lambda: traffic.count, lambda: read)
 
 
-def test_each_pause_is_counted_in_its_class(meter: LoopLag) -> None:
+def test_each_lag_is_counted_in_its_bucket(meter: LoopLag) -> None:
     for late_ms in (0.0, 1.0, 1.1, 4.0, 5.0, 6.0, 1_000.0, 1_000.1, 60_000.0):
         meter.record(late_ms / 1000)
     assert dict(zip((*BOUNDS_MS, None), meter.counts, strict=True)) == {
@@ -79,29 +79,27 @@ def test_each_pause_is_counted_in_its_class(meter: LoopLag) -> None:
     assert meter.longest == 60.0
 
 
-def test_a_timer_that_comes_early_is_no_pause(meter: LoopLag) -> None:
+def test_early_timer_is_not_a_lag(meter: LoopLag) -> None:
     meter.record(-0.001)
     assert meter.total == 0
     assert meter.longest == 0.0
     assert meter.counts[0] == 1
 
 
-def test_a_loop_that_is_held_up_shows_as_a_pause(
-    meter: LoopLag, timers: FakeTimers, traffic: Traffic
-) -> None:
+def test_blocked_loop_is_measured_as_lag(meter: LoopLag, timers: FakeTimers, traffic: Traffic) -> None:
     meter.start()
     timers.advance(PERIOD)
     assert meter.longest == pytest.approx(0.0)
-    timers.clock += PERIOD + 0.1  # nothing ran for so long
+    timers.clock += PERIOD + 0.1  # blocks the loop
     timers.run()
     assert meter.longest == pytest.approx(0.1)
 
 
-def test_the_timer_is_frequent_under_traffic_and_rare_without(
+def test_timer_is_frequent_under_traffic_and_rare_without(
     meter: LoopLag, timers: FakeTimers, traffic: Traffic
 ) -> None:
     meter.start()
-    timers.advance(PERIOD)  # the first look is always taken for traffic
+    timers.advance(PERIOD)  # the first reading always counts as traffic
     for _ in range(5):
         traffic.count += 1
         timers.advance(PERIOD)
@@ -115,7 +113,7 @@ def test_the_timer_is_frequent_under_traffic_and_rare_without(
     assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
 
 
-def test_taking_the_longest_begins_anew_and_keeps_the_counts(meter: LoopLag) -> None:
+def test_take_longest_resets_it_and_keeps_counts(meter: LoopLag) -> None:
     meter.record(0.3)
     assert meter.take_longest() == 0.3
     assert meter.take_longest() == 0.0
@@ -124,7 +122,7 @@ def test_taking_the_longest_begins_anew_and_keeps_the_counts(meter: LoopLag) -> 
     assert meter.take_longest_own() == 0.0
 
 
-def test_stopped_it_leaves_no_timer_and_no_file(meter: LoopLag, timers: FakeTimers, usage: FakeUsage) -> None:
+def test_stop_leaves_no_timer_and_no_file(meter: LoopLag, timers: FakeTimers, usage: FakeUsage) -> None:
     meter.stop()
     meter.start()
     meter.stop()
@@ -133,11 +131,11 @@ def test_stopped_it_leaves_no_timer_and_no_file(meter: LoopLag, timers: FakeTime
     assert usage.closed
 
 
-# --- whose doing a pause is ---------------------------------------------------------------------------------
+# --- time of other programs ---------------------------------------------------------------------------------
 
 
-def test_what_other_programs_took_is_taken_off(meter: LoopLag, timers: FakeTimers, usage: FakeUsage) -> None:
-    usage.now = Usage(7.0, 3.0)  # from before
+def test_time_of_other_programs_is_subtracted(meter: LoopLag, timers: FakeTimers, usage: FakeUsage) -> None:
+    usage.now = Usage(7.0, 3.0)  # before the measurement
     meter.start()
     meter.take_longest_own()
     usage.now = Usage(7.08, 3.0)
@@ -147,12 +145,12 @@ def test_what_other_programs_took_is_taken_off(meter: LoopLag, timers: FakeTimer
     assert meter.longest_own == pytest.approx(0.02)
 
 
-def test_before_anybody_looks_and_long_after_nothing_is_taken_off(
+def test_nothing_is_subtracted_before_and_long_after_reading(
     meter: LoopLag, timers: FakeTimers, traffic: Traffic, usage: FakeUsage
 ) -> None:
     def pause() -> float:
         traffic.count += 1
-        timers.advance(IDLE_PERIOD)  # from here on it looks often
+        timers.advance(IDLE_PERIOD)  # from here on usage is read
         usage.now = usage.now._replace(waited=usage.now.waited + 0.08)
         timers.clock = timers.armed[0] + 0.1
         timers.run()
@@ -161,17 +159,15 @@ def test_before_anybody_looks_and_long_after_nothing_is_taken_off(
     meter.start()
     assert pause() == pytest.approx(0.1)
     assert pause() == pytest.approx(0.02)
-    timers.advance(TOLD_FOR + IDLE_PERIOD)
+    timers.advance(DETAIL_TIME + IDLE_PERIOD)
     assert meter.take_longest_own() == pytest.approx(0.0)
-    timers.advance(TOLD_FOR - 1)
+    timers.advance(DETAIL_TIME - 1)
     assert pause() == pytest.approx(0.02)
-    timers.advance(2 * TOLD_FOR)
+    timers.advance(2 * DETAIL_TIME)
     assert pause() == pytest.approx(0.1)
 
 
-def test_what_our_other_threads_may_have_taken_is_not(
-    meter: LoopLag, timers: FakeTimers, usage: FakeUsage
-) -> None:
+def test_time_of_own_threads_is_not_subtracted(meter: LoopLag, timers: FakeTimers, usage: FakeUsage) -> None:
     meter.start()
     meter.take_longest_own()
     usage.now = Usage(0.08, 0.05)
@@ -180,22 +176,22 @@ def test_what_our_other_threads_may_have_taken_is_not(
     assert meter.longest_own == pytest.approx(0.07)
 
 
-def test_the_longest_of_our_own_may_be_another_one_than_the_longest(meter: LoopLag) -> None:
+def test_longest_own_lag_may_differ_from_longest(meter: LoopLag) -> None:
     meter.record(0.1, 0.09)
     meter.record(0.05)
     assert (meter.longest, meter.longest_own) == (0.1, 0.05)
 
 
-def test_more_wait_than_pause_is_no_negative_pause(meter: LoopLag) -> None:
-    meter.record(0.01, 0.02)  # it had waited before the timer was due, too
+def test_waiting_beyond_the_lag_is_not_negative(meter: LoopLag) -> None:
+    meter.record(0.01, 0.02)  # it had also waited before the timer was due
     assert meter.longest_own == 0.0
 
 
-def test_other_threads_that_worked_more_than_this_one_waited_take_nothing_off() -> None:
+def test_busy_own_threads_subtract_nothing() -> None:
     assert taken_by_others(Usage(1.0, 1.0), Usage(1.1, 5.0)) == 0.0
 
 
-def test_the_system_is_asked_for_the_thread_that_asks(tmp_path: Path) -> None:
+def test_usage_is_read_for_the_calling_thread(tmp_path: Path) -> None:
     file = tmp_path / "schedstat"
     file.write_text("5000000000 2500000000 17\n")
     usage = ThreadUsage(str(file))
@@ -213,14 +209,14 @@ def test_the_system_is_asked_for_the_thread_that_asks(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/thread-self/schedstat"), reason="this system does not tell")
-def test_the_real_file_has_what_is_read_from_it() -> None:
+def test_schedstat_has_the_expected_fields() -> None:
     usage = ThreadUsage()
     first, second = usage.read(), usage.read()
     usage.close()
     assert 0 <= first.waited <= second.waited
 
 
-def test_a_system_that_does_not_tell_takes_nothing_off(tmp_path: Path) -> None:
+def test_missing_schedstat_subtracts_nothing(tmp_path: Path) -> None:
     usage = ThreadUsage(str(tmp_path / "missing"))
     assert taken_by_others(usage.read(), usage.read()) == 0.0
     usage.close()

@@ -1,4 +1,4 @@
-"""What a metric must be, and how readings are written down."""
+"""Test conventions of metrics and their rendering."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ours(text: str) -> list[str]:
     return [line for line in text.splitlines() if "zcproto_" in line]
 
 
-def test_counters_and_gauges_are_written_as_they_are_read() -> None:
+def test_counters_and_gauges_are_rendered() -> None:
     assert ours(text_of(THINGS.at(3, "a"), THINGS.at(4, "b"), HEIGHT.at(-1.5))) == [
         "# HELP zcproto_things_total Things.",
         "# TYPE zcproto_things_total counter",
@@ -43,7 +43,7 @@ def test_counters_and_gauges_are_written_as_they_are_read() -> None:
     ]
 
 
-def test_a_histogram_tells_how_many_values_are_up_to_each_bound() -> None:
+def test_histogram_is_rendered_cumulatively() -> None:
     histogram = Histogram([0.01, 1.0])
     for value in (0.001, 0.01, 0.5, 3.0):
         histogram.add(value)
@@ -56,7 +56,7 @@ def test_a_histogram_tells_how_many_values_are_up_to_each_bound() -> None:
     ]
 
 
-def test_the_accept_header_chooses_the_form() -> None:
+def test_accept_header_selects_format() -> None:
     metrics = Metrics(lambda: [THINGS.at(1, "a")])
     content_type, text = metrics.render("")
     assert content_type.startswith("text/plain; version=0.0.4")
@@ -67,7 +67,7 @@ def test_the_accept_header_chooses_the_form() -> None:
     assert next(one.name for one in parse_openmetrics(text.decode())) == "zcproto_things"
 
 
-def test_units_are_told_where_the_form_has_them() -> None:
+def test_units_are_rendered_in_openmetrics() -> None:
     text = text_of(TIMES.at(Histogram([1.0]), "x"), accept=OPENMETRICS)
     assert "# UNIT zcproto_times_seconds seconds" in text
     assert [metric.unit for metric in (THINGS, HEIGHT, TIMES)] == ["", "", "seconds"]
@@ -98,7 +98,7 @@ def test_units_are_told_where_the_form_has_them() -> None:
         (";,;,=,==;q=q;" * 100, False),
     ],
 )
-def test_openmetrics_is_for_whoever_names_it(accept: str, is_openmetrics: bool) -> None:
+def test_openmetrics_is_used_when_accepted(accept: str, is_openmetrics: bool) -> None:
     content_type, text = Metrics(lambda: [HEIGHT.at(1)]).render(accept)
     assert content_type.startswith("application/openmetrics-text; version=1.0.0") is is_openmetrics
     assert content_type.startswith("text/plain; version=0.0.4") is not is_openmetrics
@@ -124,14 +124,14 @@ ACCEPT = st.lists(st.sampled_from(PIECES), max_size=20).map("".join)
 
 
 @given(st.one_of(ACCEPT, st.text(max_size=300)))
-def test_any_accept_header_gets_one_of_the_two_forms(accept: str) -> None:
+def test_any_accept_header_gets_one_of_two_formats(accept: str) -> None:
     content_type, text = Metrics(lambda: [HEIGHT.at(1)]).render(accept)
     assert content_type.startswith(("text/plain; version=", "application/openmetrics-text; version="))
     assert b"\nzcproto_height 1.0\n" in text
 
 
 @given(st.text(max_size=300))
-def test_any_label_is_on_one_line_and_comes_back_as_it_was_meant(value: str) -> None:
+def test_any_label_round_trips_on_one_line(value: str) -> None:
     text = text_of(THINGS.at(1, value))
     (line,) = [line for line in text.split("\n") if line.startswith("zcproto_things_total{")]
     assert line.isprintable()
@@ -142,7 +142,7 @@ def test_any_label_is_on_one_line_and_comes_back_as_it_was_meant(value: str) -> 
         assert sample.labels == {"kind": value}
 
 
-def test_a_series_is_there_once_whoever_reads_it() -> None:
+def test_series_from_two_sources_appears_once() -> None:
     def first() -> Iterator[Reading]:
         yield THINGS.at(1, "a")
 
@@ -152,7 +152,7 @@ def test_a_series_is_there_once_whoever_reads_it() -> None:
     assert ours(text)[2:] == ['zcproto_things_total{kind="a"} 3.0', 'zcproto_things_total{kind="b"} 2.0']
 
 
-def test_what_is_not_read_is_not_there_and_nothing_is_read_before_a_scrape() -> None:
+def test_sources_are_read_only_at_a_scrape() -> None:
     reads = []
 
     def source() -> list[Reading]:
@@ -165,9 +165,9 @@ def test_what_is_not_read_is_not_there_and_nothing_is_read_before_a_scrape() -> 
     assert reads == [1]
 
 
-def test_those_of_the_interpreter_are_told_and_the_registry_of_others_is_left_alone() -> None:
+def test_interpreter_metrics_use_a_separate_registry() -> None:
     before = set(REGISTRY._names_to_collectors)
-    first, second = Metrics(), Metrics()  # two servers of one process
+    first, second = Metrics(), Metrics()  # two servers in one process
     for metrics in (first, second):
         names = {
             sample.name for family in parse_text(metrics.render("")[1].decode()) for sample in family.samples
@@ -188,14 +188,14 @@ def test_those_of_the_interpreter_are_told_and_the_registry_of_others_is_left_al
         ("zcproto_things_total", Kind.COUNTER, "A.", ("a-b",)),
     ],
 )
-def test_a_metric_that_breaks_the_conventions_is_a_bug(
+def test_metric_violating_conventions_asserts(
     name: str, kind: Kind, help: str, labels: tuple[str, ...]
 ) -> None:
     with pytest.raises(AssertionError):
         Metric(name, kind, help, labels)
 
 
-def test_a_reading_fits_its_metric() -> None:
+def test_reading_must_fit_its_metric() -> None:
     for bad in (
         lambda: THINGS.at(1),
         lambda: HEIGHT.at(1, "a"),
@@ -206,7 +206,7 @@ def test_a_reading_fits_its_metric() -> None:
             bad()
 
 
-def test_each_name_of_the_table_is_there_once_and_is_not_the_beginning_of_a_histograms_own() -> None:
+def test_metric_names_are_unique_and_do_not_clash_with_histograms() -> None:
     names = [metric.name for metric in ALL]
     assert len(names) == len(set(names))
     assert all(TABLE.values())
@@ -214,7 +214,7 @@ def test_each_name_of_the_table_is_there_once_and_is_not_the_beginning_of_a_hist
     assert not [name for name in names if name.endswith(suffixes) and name != "zcproto_build_info"]
 
 
-def test_no_label_of_the_table_can_name_a_person_or_a_peer() -> None:
+def test_no_label_identifies_users_or_peers() -> None:
     labels = {label for metric in ALL for label in metric.labels}
     assert not [
         label for label in labels if re.search("user|peer|address|client|token|session|device", label)

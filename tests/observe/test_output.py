@@ -1,4 +1,4 @@
-"""Writing never waits, loses no line that it can keep, and leaves none without its end."""
+"""Test that writing never blocks, keeps lines up to a limit, and terminates every line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def events(text: str) -> list[str]:
 
 
 def fill(output: Descriptor) -> int:
-    """Write lines until one is lost; how many were not."""
+    """Write lines until one is lost. Return the number kept."""
     for lines in range(100_000):
         try:
             output.write(LINE)
@@ -53,7 +53,7 @@ def fill(output: Descriptor) -> int:
 
 
 class Pipe:
-    """A pipe that nobody reads before it is asked to."""
+    """A pipe that is read only on request."""
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
@@ -85,7 +85,7 @@ def pipe() -> Iterator[Pipe]:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Have room for so many bytes from now on; None is any number."""
+    """Simulate a disk with space for this many bytes; None for no limit."""
     write, room = os.write, [0]
 
     def limited(descriptor: int, data: bytes) -> int:
@@ -105,7 +105,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
 # --- pipes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_pipe_that_nobody_reads_takes_no_time_and_loses_nothing_up_to_a_limit(pipe: Pipe) -> None:
+def test_unread_pipe_does_not_block_and_loses_nothing_up_to_limit(pipe: Pipe) -> None:
     output = Descriptor(pipe.writer)
     lines = fill(output)
     assert lines * len(LINE) > MAX_WAITING
@@ -118,7 +118,7 @@ def test_a_pipe_that_nobody_reads_takes_no_time_and_loses_nothing_up_to_a_limit(
     assert text == lines * LINE
 
 
-def test_there_is_room_again_once_something_was_read(pipe: Pipe) -> None:
+def test_space_is_available_after_reading(pipe: Pipe) -> None:
     output = Descriptor(pipe.writer)
     fill(output)
     read = pipe.read()
@@ -126,7 +126,7 @@ def test_there_is_room_again_once_something_was_read(pipe: Pipe) -> None:
     assert read.startswith(LINE)
 
 
-def test_the_parts_of_a_long_line_stay_together(pipe: Pipe) -> None:
+def test_long_line_is_not_interleaved(pipe: Pipe) -> None:
     output = Descriptor(pipe.writer)
     line = "".join(chr(ord("a") + number % 26) for number in range(300_000)) + "\n"
     output.write(line)
@@ -138,7 +138,7 @@ def test_the_parts_of_a_long_line_stay_together(pipe: Pipe) -> None:
     assert text == line + LINE
 
 
-def test_several_threads_do_not_mix_their_lines(pipe: Pipe) -> None:
+def test_concurrent_threads_do_not_mix_lines(pipe: Pipe) -> None:
     output = Descriptor(pipe.writer)
 
     def work(letter: str) -> None:
@@ -160,7 +160,7 @@ def test_several_threads_do_not_mix_their_lines(pipe: Pipe) -> None:
     assert all(len(line) == 499 and len(set(line)) == 1 for line in lines)
 
 
-def test_a_pipe_without_a_reader_loses_its_lines_and_says_how_many(pipe: Pipe) -> None:
+def test_closed_pipe_loses_lines_and_counts_them(pipe: Pipe) -> None:
     output = Descriptor(pipe.writer)
     for _ in range(1_000):
         output.write(LINE)
@@ -177,7 +177,7 @@ def test_a_pipe_without_a_reader_loses_its_lines_and_says_how_many(pipe: Pipe) -
     pipe.reader = os.open(os.devnull, os.O_RDONLY)
 
 
-def test_a_socket_as_service_managers_give_it_is_written_to(pipe: Pipe) -> None:
+def test_socket_of_service_manager_is_written_to(pipe: Pipe) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         output = Descriptor(ours.fileno())
@@ -186,29 +186,25 @@ def test_a_socket_as_service_managers_give_it_is_written_to(pipe: Pipe) -> None:
         assert fill(output) * len(LINE) > MAX_WAITING
 
 
-def test_standard_error_that_nobody_reads_does_not_stop_the_program(
-    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unread_stderr_does_not_block_program(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     with os.fdopen(os.dup(pipe.writer), "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         configure_logging(LogConfig(format="json"))
         for _ in range(10_000):
             log.info("a.b", text="x" * 200)
         assert lost_lines() > 1_000
-        told = pipe.read()
+        lines = pipe.read()
         while log_module._state.output.waiting:
             flush_log()
-            told += pipe.read()
+            lines += pipe.read()
         log.info("a.c")
-        told += pipe.read()
-    assert events(told)[-2:] == ["a.c", "log.lost"]
-    assert json.loads(told.splitlines()[-1])["lines"] == lost_lines()
-    assert events(told).count("a.b") + lost_lines() == 10_000
+        lines += pipe.read()
+    assert events(lines)[-2:] == ["a.c", "log.lost"]
+    assert json.loads(lines.splitlines()[-1])["lines"] == lost_lines()
+    assert events(lines).count("a.b") + lost_lines() == 10_000
 
 
-def test_a_standard_error_that_is_replaced_is_the_one_that_is_written_to(
-    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_stderr_is_used(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     output = StandardError()
     with os.fdopen(os.dup(pipe.writer), "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
@@ -224,7 +220,7 @@ def test_a_standard_error_that_is_replaced_is_the_one_that_is_written_to(
     assert in_memory.getvalue() == "second\n"
 
 
-def test_at_the_end_a_reader_that_is_late_is_waited_for(pipe: Pipe) -> None:
+def test_finish_waits_for_slow_reader(pipe: Pipe) -> None:
     output = Descriptor(pipe.writer)
     lines = fill(output)
     taken: list[bytes] = []
@@ -241,9 +237,7 @@ def test_at_the_end_a_reader_that_is_late_is_waited_for(pipe: Pipe) -> None:
     assert b"".join(taken).decode() == lines * LINE
 
 
-def test_at_the_end_a_reader_that_never_comes_is_not_waited_for(
-    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finish_does_not_wait_for_missing_reader(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_module, "FINISH_TRY_MS", 1)
     output = Descriptor(pipe.writer)
     lines = fill(output)
@@ -252,10 +246,10 @@ def test_at_the_end_a_reader_that_never_comes_is_not_waited_for(
     assert lines * len(LINE) > MAX_WAITING
 
 
-def test_what_is_closed_is_never_written_to_under_its_old_number(tmp_path: Path) -> None:
+def test_closed_descriptor_number_is_never_reused(tmp_path: Path) -> None:
     output = LogFile(tmp_path / "log")
     output.close()
-    other = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)  # takes the number that became free
+    other = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)  # reuses the freed number
     with pytest.raises(LinesLostError):
         output.write(LINE)
     output.flush()
@@ -267,7 +261,7 @@ def test_what_is_closed_is_never_written_to_under_its_old_number(tmp_path: Path)
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(
+def test_lines_are_written_when_full_disk_has_space_again(
     tmp_path: Path, full_disk: Callable[[int | None], None]
 ) -> None:
     configure_logging(LogConfig(file=tmp_path / "log"))
@@ -281,9 +275,7 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(
     assert events((tmp_path / "log").read_text()) == ["a.b", "a.c", "a.c", "a.c", "a.d"]
 
 
-def test_what_waits_is_written_without_another_line(
-    tmp_path: Path, full_disk: Callable[[int | None], None]
-) -> None:
+def test_flush_writes_waiting_lines(tmp_path: Path, full_disk: Callable[[int | None], None]) -> None:
     configure_logging(LogConfig(file=tmp_path / "log"))
     full_disk(0)
     log.info("a.b")
@@ -294,7 +286,7 @@ def test_what_waits_is_written_without_another_line(
     assert events((tmp_path / "log").read_text()) == ["a.b"]
 
 
-def test_a_disk_that_stays_full_loses_lines_and_tells_how_many_when_it_is_not(
+def test_full_disk_loses_lines_and_reports_them_later(
     tmp_path: Path, full_disk: Callable[[int | None], None]
 ) -> None:
     configure_logging(LogConfig(file=tmp_path / "log"))
@@ -305,13 +297,13 @@ def test_a_disk_that_stays_full_loses_lines_and_tells_how_many_when_it_is_not(
     assert 0 < lost < 10_000
     full_disk(None)
     log.info("a.c")
-    told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert [line["event"] for line in told[-2:]] == ["a.c", "log.lost"]
-    assert told[-1]["lines"] == lost
-    assert len(told) == 10_000 - lost + 2
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["event"] for line in lines[-2:]] == ["a.c", "log.lost"]
+    assert lines[-1]["lines"] == lost
+    assert len(lines) == 10_000 - lost + 2
 
 
-def test_a_disk_that_fails_within_a_line_does_not_spoil_the_next(
+def test_disk_error_within_a_line_keeps_next_line_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = LogFile(tmp_path / "log")
@@ -342,7 +334,7 @@ def test_dev_full_never_raises() -> None:
     configure_logging(LogConfig(file=Path("/dev/full")))
 
 
-def test_a_full_named_pipe_does_not_block(tmp_path: Path) -> None:
+def test_full_named_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     configure_logging(LogConfig(file=tmp_path / "pipe"))
@@ -353,7 +345,7 @@ def test_a_full_named_pipe_does_not_block(tmp_path: Path) -> None:
     log.info("a.b")
 
 
-def test_what_waits_for_an_output_that_is_given_up_is_counted(tmp_path: Path) -> None:
+def test_lines_waiting_for_a_closed_output_are_counted(tmp_path: Path) -> None:
     configure_logging(LogConfig(file=Path("/dev/full")))
     log.info("a.b")
     configure_logging(LogConfig(file=tmp_path / "log"))
@@ -362,10 +354,10 @@ def test_what_waits_for_an_output_that_is_given_up_is_counted(tmp_path: Path) ->
     assert events((tmp_path / "log").read_text()) == ["a.c", "log.lost"]
 
 
-# --- opened anew --------------------------------------------------------------------------------------------------
+# --- reopening --------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_was_moved_away_is_opened_anew(tmp_path: Path) -> None:
+def test_moved_log_file_is_reopened(tmp_path: Path) -> None:
     path = tmp_path / "log"
     configure_logging(LogConfig(file=path))
     log.info("a.b")
@@ -378,7 +370,7 @@ def test_a_file_that_was_moved_away_is_opened_anew(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_file_that_is_made_by_whoever_moves_it_keeps_its_rights(tmp_path: Path) -> None:
+def test_file_created_by_logrotate_keeps_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "log"
     configure_logging(LogConfig(file=path))
     path.rename(tmp_path / "log.1")
@@ -388,19 +380,19 @@ def test_a_file_that_is_made_by_whoever_moves_it_keeps_its_rights(tmp_path: Path
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_one_that_cannot_be_opened_leaves_the_old_one_in_use(tmp_path: Path) -> None:
+def test_unopenable_file_leaves_old_one_in_use(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     folder.mkdir()
     configure_logging(LogConfig(file=folder / "log"))
     folder.rename(tmp_path / "gone")
     assert not reopen_log()
     log.info("a.b")
-    told = [json.loads(line) for line in (tmp_path / "gone" / "log").read_text().splitlines()]
-    assert [line["event"] for line in told] == ["log.not_reopened", "a.b"]
-    assert "cannot be opened: No such file or directory" in told[0]["faults"][0]
+    lines = [json.loads(line) for line in (tmp_path / "gone" / "log").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["log.not_reopened", "a.b"]
+    assert "cannot be opened: No such file or directory" in lines[0]["faults"][0]
 
 
-def test_standard_error_needs_no_opening(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reopen_ignores_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(LogConfig(format="json"))
     assert reopen_log()
     assert capsys.readouterr().err == ""
@@ -410,7 +402,7 @@ def test_standard_error_needs_no_opening(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("name", ["debug", "info", "warning", "error"])
-def test_the_level_can_be_changed_and_the_log_tells_it(name: str, tmp_path: Path) -> None:
+def test_level_change_is_logged(name: str, tmp_path: Path) -> None:
     configure_logging(LogConfig(level="info", file=tmp_path / "log"))
     set_level(name)
     assert level() == name
@@ -421,21 +413,21 @@ def test_the_level_can_be_changed_and_the_log_tells_it(name: str, tmp_path: Path
             len((tmp_path / "log").read_text().splitlines()) > len(written) + (name != "info")
         )
         written = [each for each in events((tmp_path / "log").read_text()) if each == "a.b"]
-    told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    changes = [line["new_level"] for line in told if line["event"] == "log.level_changed"]
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    changes = [line["new_level"] for line in lines if line["event"] == "log.level_changed"]
     assert changes == ([] if name == "info" else [name])
 
 
 @pytest.mark.parametrize("name", ["", "loud", "INFO", "x" * 10_000, "a\nb"])
-def test_a_level_that_is_none_is_refused_and_changes_nothing(name: str) -> None:
+def test_unknown_level_is_refused(name: str) -> None:
     configure_logging(LogConfig(level="warning"))
-    with pytest.raises(ConfigError, match="is no level of the log; use debug, info, warning, error") as error:
+    with pytest.raises(ConfigError, match="unknown log level .*; use debug, info, warning, error") as error:
         set_level(name)
     assert len(str(error.value)) < 400
     assert level() == "warning"
 
 
-def test_a_stream_that_goes_wrong_in_its_own_way_is_no_fault_of_the_caller(
+def test_failing_custom_stream_does_not_reach_caller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Strange(io.StringIO):
@@ -452,9 +444,7 @@ def test_a_stream_that_goes_wrong_in_its_own_way_is_no_fault_of_the_caller(
     assert lost_lines() == 1
 
 
-def test_lines_together_are_one_write_and_keep_their_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_together_are_one_write_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "log"
     configure_logging(LogConfig(file=path, level="info"))
     writes: list[bytes] = []
@@ -476,7 +466,7 @@ def test_lines_together_are_one_write_and_keep_their_order(
     assert len(writes) == 3
 
 
-def test_lines_together_are_counted_singly_if_they_are_lost(tmp_path: Path) -> None:
+def test_lost_batch_counts_each_line(tmp_path: Path) -> None:
     configure_logging(LogConfig(file=tmp_path / "log", level="info"))
     before = lost_lines()
     with lines_together():
@@ -486,10 +476,10 @@ def test_lines_together_are_counted_singly_if_they_are_lost(tmp_path: Path) -> N
     assert lost_lines() == before + 2
 
 
-def test_several_lines_cut_at_the_end_of_one_are_no_broken_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_cut_at_a_line_end_is_not_a_broken_line(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     output = Descriptor(writer)
-    output._poll = None  # as a file, whose disk is full in between
+    output._poll = None  # like a file on a disk that becomes full
     write = os.write
     taken = iter([4, OSError(errno.ENOSPC, "full")])
 

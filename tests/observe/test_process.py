@@ -1,4 +1,4 @@
-"""What is told of the process is what the system and prometheus_client's own collector say."""
+"""Test process metrics against the system and prometheus_client's collector."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zcproto.observe.metrics import Metrics
 from zcproto.observe.process import ProcessMetrics, open_descriptors
 
 
-def told(process: ProcessMetrics) -> dict[str, float]:
+def read(process: ProcessMetrics) -> dict[str, float]:
     text = Metrics(process).render("")[1].decode()
     return {
         sample.name: sample.value
@@ -24,14 +24,14 @@ def told(process: ProcessMetrics) -> dict[str, float]:
     }
 
 
-def test_prometheus_clients_own_collector_says_the_same() -> None:
+def test_values_match_prometheus_client_collector() -> None:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     theirs = {sample.name: sample.value for family in registry.collect() for sample in family.samples}
-    ours = told(ProcessMetrics())
+    ours = read(ProcessMetrics())
     assert ours.keys() == theirs.keys()
     for name in ("process_open_fds", "process_max_fds"):
-        assert abs(ours[name] - theirs[name]) <= 2  # each has its own file open while it looks
+        assert abs(ours[name] - theirs[name]) <= 2  # each opens a file of its own while reading
     assert ours["process_start_time_seconds"] == pytest.approx(theirs["process_start_time_seconds"], abs=0.1)
     for name in ("process_resident_memory_bytes", "process_virtual_memory_bytes"):
         assert ours[name] == pytest.approx(theirs[name], rel=0.2)
@@ -39,7 +39,7 @@ def test_prometheus_clients_own_collector_says_the_same() -> None:
     assert ours["process_start_time_seconds"] < time.time()
 
 
-def test_descriptors_are_counted_whether_the_system_says_how_many_or_not(tmp_path: Path) -> None:
+def test_open_descriptors_are_counted(tmp_path: Path) -> None:
     before = open_descriptors(Path("/proc/self/fd"))
     descriptors = [os.open("/dev/null", os.O_RDONLY) for _ in range(50)]
     try:
@@ -49,7 +49,7 @@ def test_descriptors_are_counted_whether_the_system_says_how_many_or_not(tmp_pat
             os.close(descriptor)
 
 
-def test_a_folder_of_an_older_system_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_descriptor_folder_without_size_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in "012":
         (tmp_path / name).touch()
 
@@ -60,7 +60,7 @@ def test_a_folder_of_an_older_system_is_listed(monkeypatch: pytest.MonkeyPatch, 
     assert open_descriptors(tmp_path) == 3
 
 
-def test_a_system_without_proc_tells_what_it_knows(tmp_path: Path) -> None:
-    assert set(told(ProcessMetrics(tmp_path))) == {"process_cpu_seconds_total", "process_max_fds"}
+def test_system_without_proc_yields_fewer_metrics(tmp_path: Path) -> None:
+    assert set(read(ProcessMetrics(tmp_path))) == {"process_cpu_seconds_total", "process_max_fds"}
     (tmp_path / "stat").write_text("cpu 1 2 3\n")
-    assert set(told(ProcessMetrics(tmp_path))) == {"process_cpu_seconds_total", "process_max_fds"}
+    assert set(read(ProcessMetrics(tmp_path))) == {"process_cpu_seconds_total", "process_max_fds"}

@@ -62,7 +62,7 @@ class Opaque:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_value_is_written_so_that_no_secret_is_in_it(value: object, written: object) -> None:
+def test_value_is_converted_without_secrets(value: object, written: object) -> None:
     result = loggable("value", value)
     assert result == written
     assert type(result) is type(written)
@@ -72,25 +72,25 @@ def test_a_value_is_written_so_that_no_secret_is_in_it(value: object, written: o
     "name",
     ["token", "key", "api_key", "refresh_token", "password", "passphrase", "client_secret", "Authorization"],
 )
-def test_a_value_under_the_name_of_a_secret_is_masked(name: str) -> None:
+def test_value_with_secret_name_is_masked(name: str) -> None:
     assert loggable(name, "hunter2") == "(hidden)"
     assert loggable("value", {name: "hunter2"}) == {name: "(hidden)"}
     assert loggable("value", [{name: ["hunter2"]}]) == [{name: "(hidden)"}]
 
 
 @pytest.mark.parametrize("name", ["keys", "tokens_live", "keyword", "monkey"])
-def test_a_name_that_only_resembles_one_is_not_masked(name: str) -> None:
+def test_similar_name_is_not_masked(name: str) -> None:
     assert loggable(name, 3) == 3
 
 
-def test_lists_and_maps_are_bounded_in_length() -> None:
+def test_lists_and_maps_are_limited_in_length() -> None:
     assert loggable("value", list(range(1000))) == list(range(MAX_ITEMS))
     assert loggable("value", dict.fromkeys(map(str, range(1000)), 1)) == dict.fromkeys(
         map(str, range(MAX_ITEMS)), 1
     )
 
 
-def test_lists_and_maps_are_bounded_in_depth() -> None:
+def test_lists_and_maps_are_limited_in_depth() -> None:
     value: Any = []
     for _ in range(10_000):
         value = [value]
@@ -98,26 +98,26 @@ def test_lists_and_maps_are_bounded_in_depth() -> None:
     assert loggable("value", [[{"a": 1}]]) == [["(1 items)"]]
 
 
-def test_a_list_that_holds_itself_is_written_in_bounds() -> None:
+def test_recursive_list_is_limited() -> None:
     value: list[Any] = []
     value.append(value)
     assert loggable("value", value) == [["(1 items)"]]
 
 
-def test_an_exception_is_told_with_the_places_it_passed_and_no_values() -> None:
+def test_exception_has_stack_without_values() -> None:
     def parse(secret: str) -> int:
         return int(secret)
 
     with pytest.raises(ValueError, match="hunter2") as caught:
         parse("hunter2")
-    told = places(caught.value)
+    lines = places(caught.value)
     assert describe(caught.value) == "ValueError"
-    assert str(told[-1]).startswith("observe/test_values.py:")
-    assert str(told[-1]).endswith(" parse")
-    assert "hunter2" not in str(told)
+    assert str(lines[-1]).startswith("observe/test_values.py:")
+    assert str(lines[-1]).endswith(" parse")
+    assert "hunter2" not in str(lines)
 
 
-def test_the_places_of_an_endless_recursion_are_bounded() -> None:
+def test_stack_of_recursion_is_limited() -> None:
     def again() -> None:
         again()
 
@@ -139,7 +139,7 @@ ANY = st.recursive(
 
 
 @given(st.text(), ANY)
-def test_any_value_becomes_json(name: str, value: object) -> None:
+def test_any_value_converts_to_json(name: str, value: object) -> None:
     json.dumps(loggable(name, value), allow_nan=False).encode("ascii")
 
 
@@ -150,7 +150,7 @@ TOKEN_TEXT = "4x9BIsBbfQma-lweC2Yn2JFMPnKl8BiLbdQql8OxDl8"
     "value",
     [SecretBytes(b"hunter2"), SecretText("hunter2"), [SecretText("hunter2")], {"a": SecretBytes(b"hunter2")}],
 )
-def test_bytes_and_text_that_are_secret_are_masked_by_their_type(value: object) -> None:
+def test_secret_types_are_masked(value: object) -> None:
     assert "hidden" in str(loggable("name", value))
     assert "hunter2" not in str(loggable("name", value))
     assert "(7 bytes)" not in str(loggable("name", value))
@@ -159,7 +159,7 @@ def test_bytes_and_text_that_are_secret_are_masked_by_their_type(value: object) 
 @pytest.mark.parametrize(
     "form", ["{}", "token={} is bad", "({})", "Bearer {}", "a" * 200 + " {} " + "b" * 200]
 )
-def test_text_in_the_form_of_a_token_is_masked_wherever_it_stands(form: str) -> None:
+def test_token_shaped_text_is_masked_anywhere(form: str) -> None:
     for value in (form.format(TOKEN_TEXT), [form.format(TOKEN_TEXT)], ConfigError([form.format(TOKEN_TEXT)])):
         shown = str(loggable("client", value))
         assert "(hidden)" in shown
@@ -170,5 +170,5 @@ def test_text_in_the_form_of_a_token_is_masked_wherever_it_stands(form: str) -> 
     "text",
     ["sha256/4x9BIsBbfQma+lweC2Yn2JFMPnKl8BiLbdQql8OxDl8=", TOKEN_TEXT[:-1], TOKEN_TEXT + "A", "e3" * 32],
 )
-def test_pins_and_other_long_words_are_not_masked(text: str) -> None:
+def test_pins_and_long_words_are_not_masked(text: str) -> None:
     assert loggable("pins", [text]) == [text]

@@ -1,11 +1,11 @@
-"""Every event that is logged: its name, its level, what it means, its fields, and how often it may be written.
+"""Define every log event: name, level, meaning, fields and rate limit.
 
 Rules:
-- One name for one fact. A name is a part of the program and what happened, `part.what_happened`.
-- What a peer can cause as often as it likes has a limit; `zcproto.observe.log` keeps to it, whoever logs the event.
+- One name for one fact: the part of the program and what happened, `part.what_happened`.
+- Events that a peer can cause at will have a limit, which `zcproto.observe.log` enforces for all callers.
 - docs/reference/log-events.md is generated from this table; a test compares the table with all places that log.
 
-An event is added here first: `_event(...)` below, and each field that is new in FIELDS.
+Add an event here first: `_event(...)` below, and each new field in FIELDS.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import Final, NamedTuple
 
 
 class Limit(NamedTuple):
-    """So many lines a minute for each key: what the line has in the fields `by`. Further ones are counted."""
+    """Lines per minute for each key, the values of the fields `by`. Further lines are only counted."""
 
     lines: int
     by: tuple[str, ...] = ()
     total: int | None = None
-    """Lines a minute of all keys together; None where there is one key, or few."""
+    """Lines per minute for all keys together; None if there are few keys."""
 
 
 PER_ADDRESS: Final = Limit(10, ("peer",), 300)
-"""What any stranger can cause. Ten lines show what one does; 300 are what a thousand of them get together, at most
-about 100 MB a day of one event."""
+"""Events that any stranger can cause. Ten lines show what one address does; 300 for all addresses are at most about
+100 MB a day per event."""
 
 PER_USER: Final = Limit(120, ("user",), 60_000)
-"""What users can cause who have proved who they are: each line is wanted, unless a client runs wild. 60,000 is
-more than a server can open sessions in a minute."""
+"""Events caused by authenticated users: every line is wanted unless a client misbehaves. 60,000 is more than the
+sessions that a server can open in a minute."""
 
 PER_EVENT: Final = Limit(60)
-"""Faults of ours, of a disk, of a store: they may repeat with every try, or with every request."""
+"""Internal errors and failures of a disk or store, which may repeat with every attempt or request."""
 
 FOR_DEBUGGING: Final = Limit(600, ("peer",), 6_000)
 
 
 class Event(NamedTuple):
-    """An event. `by_peer`: whoever can reach the port, or has a session, can cause it at will."""
+    """An event. `by_peer`: anyone who can reach the port, or has a session, can cause it at will."""
 
     name: str
     level: str
@@ -51,66 +51,66 @@ EVENTS: Final[dict[str, Event]] = {}
 """All events by name."""
 
 FIELDS: Final[dict[str, str]] = {
-    "about": "what an alert is about, of those of its kind",
-    "all": "whether all sessions of the server were meant",
-    "aside": "where a damaged file was put",
-    "balancer": "the address of the load balancer that forwarded it",
-    "changed": "keys of the configuration that have other values now",
-    "cause": "why a handshake failed: one word of a fixed list",
-    "client": "what a client calls itself, up to 128 printable characters",
-    "code": "the code that a connection was ended with, as in the protocol",
-    "connection": "the id of a connection, the same in all its lines; another server's may be the same",
-    "connections": "how many connections there are",
-    "copy": "where a damaged file was put",
-    "count": "how many",
-    "cure": "what to do about it",
-    "cut_off": "connections that had to be cut off at the end of server.drain_timeout",
+    "about": "subject of an alert, unique among those of its kind",
+    "all": "true if all sessions of the server were meant",
+    "aside": "path to which a damaged file was moved",
+    "balancer": "address of the load balancer that forwarded the connection",
+    "changed": "configuration keys with new values",
+    "cause": "cause of a TLS failure, from a fixed list",
+    "client": "client string, up to 128 printable characters",
+    "code": "protocol code that ended the connection",
+    "connection": "id of a connection, the same in all its lines; unique within one server",
+    "connections": "number of connections",
+    "copy": "path to which a damaged file was moved",
+    "count": "number of occurrences",
+    "cure": "how to fix it",
+    "cut_off": "connections cut off at the end of server.drain_timeout",
     "days_left": "days until a certificate expires, rounded down",
     "details": "values of an alert",
-    "device": "the name of a device",
-    "exc_info": "an exception: its type, and its message if that is ours or the system's",
-    "exc_info_at": "the places that the exception passed: file, line, function",
-    "faults": "what is wrong, one sentence each",
-    "file": "the file name of a certificate, or the names that it is for",
-    "host": "the address that is listened on",
-    "incident": "the id that the peer was told, to ask about",
-    "keys": "how many peers, users or causes the lines would have been of",
-    "kind": "a kind of alert: docs/alerts.md",
-    "limit": "the limit that was reached",
-    "lines": "how many lines",
-    "lost": "messages that never arrived at this sink, in all",
-    "message": "what happened, in a sentence",
-    "new_level": "the level from now on",
-    "of": "the name of the event that was left out",
-    "operator": "the user who did it",
-    "oversize": "characters of a line that was too long, and lost its values",
-    "path": "a file",
-    "peer": "the address of the other end",
-    "pending": "revocations that wait for the store",
-    "pid": "the process at the other end of the control socket",
-    "pins": "pins of public keys, as clients take them",
-    "port": "the TCP port",
-    "reason": "why",
-    "replayed": "revocations that were made up for",
-    "restart": "keys that have changed, and take a restart",
-    "retry_after_s": "seconds until it is tried again",
-    "scheme": "how a session was to be opened: api_key, device, certificate",
-    "seconds": "how long it took",
-    "session": "the public id of a session; it opens nothing",
-    "sessions": "how many sessions",
+    "device": "name of a device",
+    "exc_info": "exception: its type, with its message if zcproto or the system made it",
+    "exc_info_at": "stack of the exception: file, line, function",
+    "faults": "list of problems, one sentence each",
+    "file": "file name of a certificate, or the names that it is valid for",
+    "host": "listening address",
+    "incident": "id returned to the caller, to find this line",
+    "keys": "number of peers, users or causes of the suppressed lines",
+    "kind": "kind of an alert, see docs/alerts.md",
+    "limit": "value of the limit",
+    "lines": "number of lines",
+    "lost": "total of messages lost by this sink",
+    "message": "description in a sentence",
+    "new_level": "new log level",
+    "of": "name of the suppressed event",
+    "operator": "user who did it",
+    "oversize": "characters of a line that was too long and was written without its values",
+    "path": "path of a file",
+    "peer": "address of the peer",
+    "pending": "revocations not yet written to the store",
+    "pid": "process id of the peer of the control socket",
+    "pins": "pins of public keys, in the form that clients accept",
+    "port": "TCP port",
+    "reason": "reason",
+    "replayed": "pending revocations written to the store",
+    "restart": "changed keys that require a restart",
+    "retry_after_s": "seconds until the next attempt",
+    "scheme": "login scheme: api_key, device, certificate",
+    "seconds": "duration",
+    "session": "public id of a session; not a credential",
+    "sessions": "number of sessions",
     "severity": "info, warning, error or critical",
-    "sink": "who takes alerts: webhook or command",
-    "suppressed": "lines of this event and key that were left out before this one",
-    "text": "what was given instead of a name",
-    "threshold_days": "which of certificates.alert_days was reached",
-    "title": "an alert in a sentence",
-    "uid": "the user of the system at the other end of the control socket",
-    "user": "the name of a user",
-    "wanted": "what would be needed",
-    "what": "which part of the work: a method's name, or a step of our own",
-    "which": "the id of the session that was meant, or all",
+    "sink": "receiver of alerts: webhook or command",
+    "suppressed": "lines of this event and key suppressed before this one",
+    "text": "text logged instead of a name",
+    "threshold_days": "reached threshold of certificates.alert_days",
+    "title": "alert in a sentence",
+    "uid": "system user id of the peer of the control socket",
+    "user": "name of a user",
+    "wanted": "required value",
+    "what": "name of a method, operation or internal step",
+    "which": "id of the session that was meant, or all",
 }
-"""What a field means, wherever it appears."""
+"""Meaning of each field, in every event."""
 
 
 def _event(
@@ -127,39 +127,52 @@ def _event(
 
 # --- the server ----------------------------------------------------------------------------------------
 
-_event("server.listening", "info", "It accepts connections on an address.", "host port")
-_event("server.redirecting", "info", "It sends people on to https from a port without TLS.", "host port")
+_event("server.listening", "info", "The server listens on an address.", "host port")
+_event("server.redirecting", "info", "The server redirects from a plaintext port to https.", "host port")
 _event(
     "server.file_limit",
     "warning",
     "The limit on open files is below limits.max_connections.",
     "limit wanted cure",
 )
-_event("server.traceable", "warning", "Other processes of this user can read the memory.", "cure")
-_event("server.key_log_ignored", "warning", "SSLKEYLOGFILE is set, and no keys are written.", "cure")
-_event("server.runs_as_root", "warning", "It has all rights, and needs none of them.", "cure")
-_event("service_manager.unreachable", "warning", "NOTIFY_SOCKET is set, and nobody is there.", "cure")
-_event("server.draining", "info", "It accepts nothing more, and finishes what runs.", "connections")
-_event("server.methods_stuck", "error", "Methods did not end when they were cancelled.", "count")
-_event("server.ended", "info", "All connections are closed.", "cut_off")
-_event("server.forced", "warning", "A second signal ended it at once.")
+_event("server.traceable", "warning", "Other processes of this user can read the server's memory.", "cure")
 _event(
-    "server.fault", "error", "A fault of ours in the event loop.", "what exc_info", PER_EVENT, by_peer=True
+    "server.key_log_ignored",
+    "warning",
+    "SSLKEYLOGFILE is set; it is ignored and no keys are written.",
+    "cure",
 )
+_event("server.runs_as_root", "warning", "The server runs as root, which it does not need.", "cure")
+_event(
+    "service_manager.unreachable",
+    "warning",
+    "NOTIFY_SOCKET is set, but the service manager does not answer there.",
+    "cure",
+)
+_event(
+    "server.draining",
+    "info",
+    "The server drains: it accepts nothing new and finishes requests in flight.",
+    "connections",
+)
+_event("server.methods_stuck", "error", "Methods did not end after they were cancelled.", "count")
+_event("server.ended", "info", "The server has ended; all connections are closed.", "cut_off")
+_event("server.forced", "warning", "A second signal ended the server at once.")
+_event("server.fault", "error", "Internal error in the event loop.", "what exc_info", PER_EVENT, by_peer=True)
 
 # --- the configuration, read again -----------------------------------------------------------------------
 
 _event(
     "config.reloaded",
     "info",
-    "The configuration was read again: what changed holds now, but for what takes a restart.",
+    "The configuration was reloaded. Changes are active, except those that require a restart.",
     "changed restart",
     PER_EVENT,
 )
 _event(
     "config.refused",
     "error",
-    "The configuration was read again, and has faults: nothing has changed.",
+    "The reloaded configuration is invalid; the previous one stays active.",
     "faults",
     PER_EVENT,
 )
@@ -169,20 +182,20 @@ _event(
 _event(
     "control.refused",
     "warning",
-    "Somebody who may not was at the control socket.",
+    "Another user tried to use the control socket.",
     "uid pid",
     PER_EVENT,
 )
 _event(
     "control.unavailable",
     "warning",
-    "There is no control socket, as the home folder takes none.",
+    "The control socket cannot be created in the home folder.",
     "path reason",
 )
 _event(
     "control.asked",
     "info",
-    "Somebody had something done by the control socket.",
+    "An operation was requested by the control socket.",
     "what uid pid user sessions device",
     PER_EVENT,
 )
@@ -192,7 +205,7 @@ _event(
 _event(
     "listener.exhausted",
     "error",
-    "The system has no more descriptors or memory for a connection.",
+    "A connection cannot be accepted: the system has no descriptors or memory left.",
     "reason retry_after_s",
     Limit(10),
     by_peer=True,
@@ -200,7 +213,7 @@ _event(
 _event(
     "connection.refused_full",
     "info",
-    "A connection was closed at once: limits.max_connections is reached.",
+    "A connection was refused: limits.max_connections is reached.",
     "limit",
     Limit(10),
     by_peer=True,
@@ -208,7 +221,7 @@ _event(
 _event(
     "connection.refused_per_address",
     "info",
-    "A connection was closed at once: limits.connections_per_address is reached.",
+    "A connection was refused: limits.connections_per_address is reached.",
     "peer balancer limit",
     PER_ADDRESS,
     by_peer=True,
@@ -216,7 +229,7 @@ _event(
 _event(
     "tls.failed",
     "info",
-    "A handshake failed, or TLS did later.",
+    "A TLS handshake or connection failed.",
     "cause peer",
     Limit(10, ("cause", "peer"), 300),
     by_peer=True,
@@ -224,7 +237,7 @@ _event(
 _event(
     "connection.opened",
     "debug",
-    "A handshake was completed, and the conversation begins.",
+    "A connection was opened after its handshake.",
     "peer connection",
     FOR_DEBUGGING,
     by_peer=True,
@@ -232,7 +245,7 @@ _event(
 _event(
     "connection.ended",
     "debug",
-    "A conversation ended.",
+    "A connection ended.",
     "peer connection reason",
     FOR_DEBUGGING,
     by_peer=True,
@@ -240,7 +253,7 @@ _event(
 _event(
     "connection.refused",
     "info",
-    "A connection was ended for what its peer sent.",
+    "A connection was ended because of invalid input.",
     "peer connection code reason",
     Limit(10, ("peer", "code"), 300),
     by_peer=True,
@@ -248,7 +261,7 @@ _event(
 _event(
     "connection.aborted",
     "info",
-    "A connection was reset, as its peer does not read.",
+    "A connection was reset because its peer does not read.",
     "peer connection reason",
     Limit(10, ("peer", "reason"), 300),
     by_peer=True,
@@ -256,7 +269,7 @@ _event(
 _event(
     "connection.certificate_revoked",
     "warning",
-    "A connection was closed, as its client's certificate was revoked.",
+    "A connection was closed because its client certificate was revoked.",
     "peer connection",
     PER_ADDRESS,
     by_peer=True,
@@ -264,7 +277,7 @@ _event(
 _event(
     "request.failed",
     "error",
-    "A fault of a method, or of ours. Its caller was told the incident alone.",
+    "A method or the server raised an unexpected exception. The caller got only the incident id.",
     "what incident exc_info peer connection",
     Limit(60, ("what",), 300),
     by_peer=True,
@@ -283,7 +296,7 @@ _event(
 _event(
     "session.refreshed",
     "info",
-    "A session got a new pair of tokens.",
+    "A session was refreshed.",
     "session user peer connection client",
     PER_USER,
     by_peer=True,
@@ -291,7 +304,7 @@ _event(
 _event(
     "session.revoked",
     "info",
-    "A user ended one of their sessions, or all.",
+    "A user revoked one of their sessions, or all.",
     "session user peer connection which sessions",
     PER_USER,
     by_peer=True,
@@ -299,7 +312,7 @@ _event(
 _event(
     "session.closed",
     "info",
-    "A session was ended by whoever used it.",
+    "A session was closed by its client.",
     "session user peer connection",
     PER_USER,
     by_peer=True,
@@ -307,7 +320,7 @@ _event(
 _event(
     "session.not_admitted",
     "info",
-    "A session was used from an address that it is not bound to.",
+    "A token was refused from an address that its session is not bound to.",
     "peer connection session",
     PER_ADDRESS,
     by_peer=True,
@@ -315,16 +328,16 @@ _event(
 _event(
     "session.refresh_reused",
     "warning",
-    "A spent refresh token was used again: the session has ended, as one of two holders is a thief.",
+    "A spent refresh token was reused, so it may be stolen; the session was ended.",
     "session peer",
     PER_ADDRESS,
     by_peer=True,
 )
-_event("login.failed", "info", "Nobody was let in.", "peer connection scheme", PER_ADDRESS, by_peer=True)
+_event("login.failed", "info", "A login failed.", "peer connection scheme", PER_ADDRESS, by_peer=True)
 _event(
     "login.certificate_refused",
     "info",
-    "A client certificate names no user, or one who may not log in.",
+    "A login by client certificate was refused: it names no user who may log in.",
     "peer reason",
     PER_ADDRESS,
     by_peer=True,
@@ -332,7 +345,7 @@ _event(
 _event(
     "login.device_refused",
     "info",
-    "A device's proof was not taken.",
+    "A login by device key was refused.",
     "peer reason",
     PER_ADDRESS,
     by_peer=True,
@@ -340,7 +353,7 @@ _event(
 _event(
     "http.token_refused",
     "info",
-    "A token in a request over HTTPS was not taken.",
+    "The token of an HTTPS request was refused.",
     "peer",
     PER_ADDRESS,
     by_peer=True,
@@ -348,7 +361,7 @@ _event(
 _event(
     "device.enrolled",
     "info",
-    "A code of `zcproto pair` was traded for a device.",
+    "A device was enrolled with a code of `zcproto pair`.",
     "device user peer connection",
     PER_USER,
     by_peer=True,
@@ -356,47 +369,52 @@ _event(
 _event(
     "operator.revoked",
     "warning",
-    "An operator ended sessions of others.",
+    "An operator revoked sessions of other users.",
     "operator user all sessions peer",
     Limit(120, ("operator",), 6_000),
     by_peer=True,
 )
 _event("user.gone", "info", "A user was removed, disabled or given another key.", "user sessions")
 _event("device.gone", "info", "A device was removed.", "device user sessions")
-_event("sessions.loaded", "info", "Sessions of before were taken in from the store.", "sessions")
-_event("sessions.left_out", "error", "Sessions of before found no room.", "sessions cure")
+_event("sessions.loaded", "info", "Sessions were loaded from the store.", "sessions")
+_event(
+    "sessions.left_out",
+    "error",
+    "Stored sessions were not loaded because the table is full.",
+    "sessions cure",
+)
 
-# --- users and devices: the files of the home folder ---------------------------------------------------------
+# --- users and devices: files of the home folder -------------------------------------------------------------
 
-_event("users.readable", "info", "users.toml can be read again.", "", PER_EVENT)
+_event("users.readable", "info", "users.toml is readable again.", "", PER_EVENT)
 _event(
     "users.unreadable",
     "error",
-    "users.toml cannot be read: what was good before is used on.",
+    "users.toml cannot be read; the last valid content stays active.",
     "faults",
     PER_EVENT,
 )
-_event("users.look_failed", "error", "users.toml could not be looked at.", "exc_info", PER_EVENT)
+_event("users.look_failed", "error", "users.toml could not be checked.", "exc_info", PER_EVENT)
 _event(
     "users.not_gone",
     "error",
-    "Sessions of a changed user could not be ended.",
+    "Sessions of a removed or changed user could not be revoked.",
     "user exc_info",
     PER_EVENT,
 )
-_event("devices.readable", "info", "devices.toml can be read again.", "", PER_EVENT)
+_event("devices.readable", "info", "devices.toml is readable again.", "", PER_EVENT)
 _event(
     "devices.unreadable",
     "error",
-    "devices.toml cannot be read: the one before is used on.",
+    "devices.toml cannot be read; the last valid content stays active.",
     "faults",
     PER_EVENT,
 )
-_event("devices.look_failed", "error", "devices.toml could not be looked at.", "exc_info", PER_EVENT)
+_event("devices.look_failed", "error", "devices.toml could not be checked.", "exc_info", PER_EVENT)
 _event(
     "devices.not_gone",
     "error",
-    "Sessions of a removed device could not be ended.",
+    "Sessions of a removed device could not be revoked.",
     "device exc_info",
     PER_EVENT,
 )
@@ -406,37 +424,69 @@ _event(
 _event(
     "store.degraded",
     "error",
-    "The store does not answer: known sessions go on, new ones are refused.",
+    "The store is unavailable: known sessions stay valid, new ones are refused.",
     "reason sessions pending",
     PER_EVENT,
 )
-_event("store.grace_over", "error", "store.grace is over: every token is refused.", "reason", PER_EVENT)
-_event("store.recovered", "warning", "The store answers again.", "seconds replayed", PER_EVENT)
 _event(
-    "store.emptied", "error", "The store was emptied: it is given back what is known.", "sessions", PER_EVENT
+    "store.grace_over",
+    "error",
+    "The outage exceeds store.grace: every token is refused.",
+    "reason",
+    PER_EVENT,
 )
-_event("store.missing", "error", "The store's file is gone: a new one was made.", "path", PER_EVENT)
+_event("store.recovered", "warning", "The store is available again.", "seconds replayed", PER_EVENT)
 _event(
-    "store.damaged", "error", "The store's file was damaged, and set aside.", "path aside reason", PER_EVENT
+    "store.emptied",
+    "error",
+    "The store lost its data unexpectedly; known sessions are written to it again.",
+    "sessions",
+    PER_EVENT,
+)
+_event(
+    "store.missing", "error", "The file of the store is missing; a new one was created.", "path", PER_EVENT
+)
+_event(
+    "store.damaged",
+    "error",
+    "The file of the store is damaged; it was moved aside and a new one created.",
+    "path aside reason",
+    PER_EVENT,
 )
 _event("store.close_failed", "error", "The store could not be closed.", "reason", PER_EVENT)
-_event("store.uses_not_written", "warning", "When sessions were last used was not kept at the end.", "reason")
 _event(
-    "store.probe_failed", "error", "The store could not be asked whether it is back.", "exc_info", PER_EVENT
+    "store.uses_not_written",
+    "warning",
+    "The last use of sessions could not be written at shutdown.",
+    "reason",
 )
-_event("store.task_failed", "error", "A fault of ours beside a request.", "exc_info", PER_EVENT, by_peer=True)
+_event("store.probe_failed", "error", "Internal error in a probe of the store.", "exc_info", PER_EVENT)
+_event(
+    "store.task_failed",
+    "error",
+    "Internal error in a background operation of the store.",
+    "exc_info",
+    PER_EVENT,
+    by_peer=True,
+)
 _event(
     "store.upkeep_failed",
     "error",
-    "A fault of ours in what is done at intervals.",
+    "Internal error in periodic maintenance of sessions.",
     "what exc_info",
     PER_EVENT,
 )
-_event("revocations.damaged", "error", "Revocations of before could not be read.", "copy", PER_EVENT)
+_event(
+    "revocations.damaged",
+    "error",
+    "Pending revocations could not be read; their file was moved aside.",
+    "copy",
+    PER_EVENT,
+)
 _event(
     "revocations.not_kept",
     "error",
-    "A revocation holds here, but could not be written down.",
+    "A revocation is active on this server but could not be written to disk.",
     "reason",
     PER_EVENT,
     by_peer=True,
@@ -444,7 +494,7 @@ _event(
 _event(
     "revocations.not_removed",
     "warning",
-    "Revocations that the store has were not struck out: they are brought again.",
+    "Revocations already in the store could not be removed from the pending ones; they are replayed again.",
     "reason",
     PER_EVENT,
 )
@@ -456,7 +506,7 @@ _ALERT: Final = "kind about severity title details count"
 _event(
     "alert.began",
     "warning",
-    "Somebody has to know something: docs/alerts.md.",
+    "An alert began, see docs/alerts.md.",
     _ALERT,
     PER_EVENT,
     by_peer=True,
@@ -464,85 +514,107 @@ _event(
 _event(
     "alert.changed",
     "warning",
-    "An alert has become graver, or there is news.",
+    "The severity or subject of an alert changed.",
     _ALERT,
     PER_EVENT,
     by_peer=True,
 )
-_event("alert.reminder", "warning", "An alert goes on.", _ALERT, PER_EVENT, by_peer=True)
-_event("alert.ended", "info", "An alert is over.", _ALERT, PER_EVENT, by_peer=True)
+_event("alert.reminder", "warning", "An alert is still active.", _ALERT, PER_EVENT, by_peer=True)
+_event("alert.ended", "info", "An alert ended.", _ALERT, PER_EVENT, by_peer=True)
 _event(
     "alert.lost",
     "error",
-    "A message about an alert never reached a webhook or a command.",
+    "A message about an alert could not be delivered to a webhook or command.",
     "sink what reason lost",
     PER_EVENT,
     by_peer=True,
 )
-_event("alert.sink_failed", "error", "A fault of ours in a webhook or a command.", "sink exc_info", PER_EVENT)
-_event("alert.tick_failed", "error", "A fault of ours where counters are judged.", "exc_info", PER_EVENT)
+_event("alert.sink_failed", "error", "Internal error in a webhook or command.", "sink exc_info", PER_EVENT)
+_event(
+    "alert.tick_failed",
+    "error",
+    "Internal error in the evaluation of counters for alerts.",
+    "exc_info",
+    PER_EVENT,
+)
 
 # --- certificates ----------------------------------------------------------------------------------------------
 
-_NOTICE: Final = "file message pins days_left threshold_days"  # those of them that there are
+_NOTICE: Final = "file message pins days_left threshold_days"  # all optional
 
-_event("certificate.loaded", "info", "A certificate is served that was there.", _NOTICE, PER_EVENT)
-_event("certificate.renewed", "info", "A certificate is served that was made just now.", _NOTICE, PER_EVENT)
-_event("certificate.key_rotated", "info", "A new certificate has another key.", _NOTICE, PER_EVENT)
-_event("certificate.next_pins", "info", "The pins of keys to come are announced.", _NOTICE, PER_EVENT)
+_event("certificate.loaded", "info", "An existing certificate was loaded.", _NOTICE, PER_EVENT)
+_event("certificate.renewed", "info", "A certificate was issued or renewed.", _NOTICE, PER_EVENT)
+_event("certificate.key_rotated", "info", "A certificate was renewed with a new key.", _NOTICE, PER_EVENT)
+_event("certificate.next_pins", "info", "Pins of future keys are announced to clients.", _NOTICE, PER_EVENT)
 _event(
     "certificate.renewal_failed",
     "warning",
-    "A certificate could not be renewed: the old one serves on.",
+    "A certificate could not be renewed; the current one stays active.",
     _NOTICE,
     PER_EVENT,
 )
-_event("certificate.renewal_recovered", "info", "Renewing works again.", _NOTICE, PER_EVENT)
+_event("certificate.renewal_recovered", "info", "Renewal works again.", _NOTICE, PER_EVENT)
 _event(
     "certificate.files_bad",
     "warning",
-    "Files made by others cannot be used: what was good before serves on.",
+    "External certificate files are invalid; the last valid ones stay active.",
     _NOTICE,
     PER_EVENT,
 )
-_event("certificate.files_recovered", "info", "Files made by others can be used again.", _NOTICE, PER_EVENT)
+_event(
+    "certificate.files_recovered", "info", "External certificate files are valid again.", _NOTICE, PER_EVENT
+)
 _event(
     "certificate.client_trust_loaded",
     "info",
-    "Other authorities for clients, or another list of revoked certificates, hold from now on.",
+    "New client CAs or a new revocation list (CRL) are active.",
     _NOTICE,
     PER_EVENT,
 )
 _event(
     "certificate.expiry",
     "warning",
-    "A certificate, or a list of revoked ones, is about to end, or has ended.",
+    "A certificate or revocation list (CRL) expires soon or has expired.",
     _NOTICE,
     PER_EVENT,
 )
-_event("certificate.expiry_ended", "info", "What was about to end was renewed.", _NOTICE, PER_EVENT)
+_event(
+    "certificate.expiry_ended",
+    "info",
+    "An expiring certificate or revocation list (CRL) was replaced.",
+    _NOTICE,
+    PER_EVENT,
+)
 _event(
     "certificate.not_used",
     "warning",
-    "New certificates failed in a handshake with ourselves.",
+    "New certificates failed a test handshake and are not used.",
     "message",
     PER_EVENT,
 )
-_event("certificate.look_failed", "error", "The certificates could not be looked at.", "exc_info", PER_EVENT)
+_event(
+    "certificate.look_failed", "error", "Internal error in the check of certificates.", "exc_info", PER_EVENT
+)
 
 # --- the log itself ----------------------------------------------------------------------------------------------
 
-_event("log.suppressed", "info", "Lines of an event beyond its limit were left out.", "of count keys")
-_event("log.lost", "error", "Lines could not be written, as the disk is full or nobody reads.", "lines")
-_event("log.reopened", "info", "log.file was opened anew.", "path", PER_EVENT)
+_event("log.suppressed", "info", "Lines of an event above its limit were suppressed.", "of count keys")
+_event(
+    "log.lost", "error", "Lines were lost because the disk is full or the reader of the log is slow.", "lines"
+)
+_event("log.reopened", "info", "log.file was reopened.", "path", PER_EVENT)
 _event(
     "log.not_reopened",
     "error",
-    "log.file cannot be opened: the old one is used on.",
+    "log.file cannot be reopened; the previous file stays in use.",
     "faults",
     PER_EVENT,
 )
-_event("log.level_changed", "info", "Another level holds from now on.", "new_level", PER_EVENT)
+_event("log.level_changed", "info", "The log level was changed.", "new_level", PER_EVENT)
 _event(
-    "log.misnamed", "error", "A fault of ours: a text was logged that is no event's name.", "text", PER_EVENT
+    "log.misnamed",
+    "error",
+    "Internal error: a text was logged in place of the name of an event.",
+    "text",
+    PER_EVENT,
 )

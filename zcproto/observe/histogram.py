@@ -1,4 +1,4 @@
-"""How often something took how long: plain integers, for whoever reports them."""
+"""Count durations in buckets of plain integers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ WAITED_S: Final = (
     *(0.000_1, 0.000_25, 0.000_5, 0.001, 0.0025, 0.005, 0.01, 0.025),
     *(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 )
-"""Bounds for what waits for others, in seconds."""
+"""Bounds for durations that include waiting, in seconds."""
 
 
 class Histogram:
-    """Values by size. `counts` has one more number than `bounds`: what is larger than all of them.
+    """Count values by size. The last of `counts` is for values above all `bounds`.
 
-    A value that is equal to a bound counts below it, as Prometheus has it. `total` is the sum of all values.
+    A value equal to a bound counts below it, as in Prometheus. `total` is the sum of all values.
     """
 
     __slots__ = ("bounds", "counts", "total")
@@ -39,9 +39,9 @@ class Histogram:
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], part: float) -> float | None:
-    """The value that this part of all values (0 to 1) is at most, as far as their sizes tell; None without any.
+    """Estimate the quantile `part` (0 to 1) of the counted values; None without any.
 
-    Within two bounds the values are taken to be spread evenly. Beyond the last one it is that bound.
+    Values are assumed to be evenly distributed between two bounds. Above the last bound the result is that bound.
     """
     rank = part * sum(counts)
     below, lower = 0, 0.0

@@ -1,4 +1,10 @@
-"""Keeps each event to the limit that the catalogue gives it, and knows what was left out.
+"""Limit how often each log event is written, so that an attack cannot fill a disk.
+
+Rules:
+- Each event has a number of lines per minute and key (a peer, a user, a cause), and one for all keys together,
+  because an attacker may have many addresses.
+- The next line of a key carries the number of suppressed ones.
+- The table is bounded: when it is full of keys of the last minute, further keys of an event share one entry.
 
 Must not know: how a line is written, the clock; `now` is monotonic seconds.
 """
@@ -6,23 +12,23 @@ Must not know: how a line is written, the clock; `now` is monotonic seconds.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Final, NamedTuple
 
 from zcproto.common.network import network_of
 from zcproto.observe.events import EVENTS, Event, Limit
-from zcproto.observe.rate import RateLimited
 
+WINDOW_S: Final = 60.0
 MAX_KEYS: Final = 16_384
-"""Peers, users or causes that are counted for themselves, about 250 bytes each."""
+"""Peers, users or causes counted separately, about 250 bytes each."""
 
 KEYS_PER_LINE: Final = 4
 
 _KEY_MAX: Final = 128
 
 
-class LeftOut(NamedTuple):
-    """Lines of an event that were not written, and of how many keys they were."""
+class Suppressed(NamedTuple):
+    """Suppressed lines of an event, and the number of their keys."""
 
     event: str
     lines: int
@@ -30,21 +36,21 @@ class LeftOut(NamedTuple):
 
 
 class EventLimits:
-    """Says of each event whether it may be written now. For all threads."""
+    """Decide for each event whether it may be written now. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         limits = {event.limit for event in EVENTS.values() if event.limit is not None}
-        self._rates: dict[Limit, RateLimited] = {
-            limit: RateLimited(limit.lines, _keys_of(limit), limit.total) for limit in limits
+        self._rates: dict[Limit, RateLimiter] = {
+            limit: RateLimiter(limit.lines, _keys_of(limit), limit.total) for limit in limits
         }
 
     def admit(
         self, event: Event, values: Mapping[str, Any], bound: Mapping[str, Any], now: float
     ) -> int | None:
-        """None if the event is not to be written, else how many of this key were not since the last that was.
+        """Return the lines of this key suppressed before this one, or None if it must be suppressed too.
 
-        The key is what the line has in the fields of the limit: of `values`, or else of what is `bound`.
+        The key is made of the fields of the limit, from `values` or else from `bound`.
         """
         limit = event.limit
         if limit is None:
@@ -53,23 +59,106 @@ class EventLimits:
         with self._lock:
             return self._rates[limit].admit(event.name, key, now)
 
-    def ended(self, now: float) -> list[LeftOut]:
-        """What was left out and no later line has told. Each is told once."""
+    def expired(self, now: float) -> list[Suppressed]:
+        """Return the suppressed lines that no later line has reported. Each is returned once."""
         with self._lock:
-            ended = [each for rate in self._rates.values() for each in rate.ended(now)]
+            expired = [each for rate in self._rates.values() for each in rate.expired(now)]
         lines: dict[str, list[int]] = {}
-        for event, _, count in ended:
+        for event, _, count in expired:
             lines.setdefault(event, []).append(count)
-        return [LeftOut(event, sum(counts), len(counts)) for event, counts in sorted(lines.items())]
+        return [Suppressed(event, sum(counts), len(counts)) for event, counts in sorted(lines.items())]
 
 
 def _keys_of(limit: Limit) -> int:
-    # Beyond as many keys as get a line, an entry is worth only that its key is counted for itself.
+    # Keys beyond those that can get a line only need an entry to be counted separately.
     return MAX_KEYS if limit.total is None else min(MAX_KEYS, KEYS_PER_LINE * limit.total)
 
 
 def _key(name: str, value: Any) -> str:
-    """A bounded key. Addresses of one IPv6 site are one: counting them singly would limit nothing."""
+    """Return a bounded key. Addresses of one IPv6 site share a key; separately they would evade the limit."""
     if not isinstance(value, str):
         return ""
     return network_of(value[:_KEY_MAX]) if name == "peer" else value[:_KEY_MAX]
+
+
+class _Window:
+    __slots__ = ("admitted", "since", "suppressed")
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.admitted = 0
+        self.suppressed = 0
+
+
+class RateLimiter:
+    """Admit an event `per_minute` times per minute and key, for at most `max_keys` keys.
+
+    `total` limits an event per minute for all keys together; None for no such limit.
+    """
+
+    __slots__ = ("_max_keys", "_per_minute", "_shared", "_total", "_totals", "_windows")
+
+    def __init__(self, per_minute: int, max_keys: int = 1024, total: int | None = None) -> None:
+        self._per_minute = per_minute
+        self._max_keys = max_keys
+        self._total = total
+        self._windows: dict[tuple[str, Hashable], _Window] = {}
+        # The names of events are a fixed set, so these two need no bound.
+        self._totals: dict[str, _Window] = {}
+        self._shared: dict[str, _Window] = {}
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def admit(self, event: str, key: Hashable, now: float) -> int | None:
+        """Return the number suppressed since the last admitted one, or None if this one must be suppressed."""
+        window = self._windows.get((event, key)) or self._new_window(event, key, now)
+        if now - window.since >= WINDOW_S:
+            window.since = now
+            window.admitted = 0
+            if (event, key) in self._windows:
+                # Ordered by the start of the windows, so that the oldest come first.
+                self._windows[event, key] = self._windows.pop((event, key))
+        if window.admitted >= self._per_minute or not self._is_within_total(event, now):
+            window.suppressed += 1
+            return None
+        window.admitted += 1
+        suppressed, window.suppressed = window.suppressed, 0
+        return suppressed
+
+    def expired(self, now: float) -> list[tuple[str, Hashable, int]]:
+        """Return event, key (None if shared) and suppressed count of the windows that are over, each once."""
+        expired: list[tuple[str, Hashable, int]] = []
+        while self._windows:
+            (event, key), window = next(iter(self._windows.items()))
+            if now - window.since < WINDOW_S:
+                break
+            del self._windows[event, key]
+            if window.suppressed:
+                expired.append((event, key, window.suppressed))
+        for event, window in self._shared.items():
+            if window.suppressed and now - window.since >= WINDOW_S:
+                expired.append((event, None, window.suppressed))
+                window.suppressed = 0
+        return expired
+
+    def _is_within_total(self, event: str, now: float) -> bool:
+        if self._total is None:
+            return True
+        window = self._totals.get(event)
+        if window is None or now - window.since >= WINDOW_S:
+            window = self._totals[event] = _Window(now)
+        window.admitted += 1
+        return window.admitted <= self._total
+
+    def _new_window(self, event: str, key: Hashable, now: float) -> _Window:
+        if len(self._windows) >= self._max_keys:
+            for old_event, _, suppressed in self.expired(now):
+                self._shared_window(old_event, now).suppressed += suppressed
+        if len(self._windows) >= self._max_keys:
+            return self._shared_window(event, now)
+        window = self._windows[event, key] = _Window(now)
+        return window
+
+    def _shared_window(self, event: str, now: float) -> _Window:
+        return self._shared.setdefault(event, _Window(now))

@@ -1,14 +1,16 @@
-"""The log: one line for one fact, as JSON for machines or as text for people.
+"""Write the log: one line per fact, as JSON for machines or as text for people.
 
-Rules: an event is a fixed dotted name of the catalogue (`events`), what varies are its values; `values` decides
-what of them may be written. Nothing in a value can begin a new line or move a cursor. An event is written no more
-often than the catalogue says, whoever logs it. A level that is off costs one comparison. A line that cannot be
-written is counted, never waits and never raises (`output`): the work that is told of goes on.
+Rules:
+- An event is a fixed dotted name of the catalogue (`events`); `values` decides how its values are written.
+- No value can begin a new line or move a cursor.
+- The limits of the catalogue apply to every caller.
+- A disabled level costs one comparison.
+- A line that cannot be written is counted; logging never waits and never raises (`output`).
 
 Must not know: sessions, connections, the event loop.
 
-Until `configure_logging` is called, as in a program that only uses the client, warnings and errors go to
-standard error. The configuration that a program has made for structlog itself is neither used nor changed.
+Until `configure_logging` is called, as in a program that only uses the client, warnings and errors go to standard
+error. A program's own structlog configuration is neither used nor changed.
 """
 
 from __future__ import annotations
@@ -37,16 +39,16 @@ if TYPE_CHECKING:
     from zcproto.config import LogConfig
 
 MAX_LINE = 16_384
-"""Characters of a line; a longer one keeps its event and loses its values. Log shippers commonly cut there."""
+"""Maximum characters of a line; a longer one is written without its values. Log shippers commonly cut there."""
 
 MAX_PLAIN_VALUES = 32
-"""Values of a line that is put together in one step: more than any event has, and too few to make it too long."""
+"""Maximum values of a line formatted in one step: more than any event has, and too few to exceed MAX_LINE."""
 
 AT = "_at"
-"""The name of a value that is the time of an event, milliseconds since the Unix epoch, if that is not now."""
+"""Name of a value with the time of an event, in milliseconds since the Unix epoch; without it the time is now."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-_encode = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` makes one for each line
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` makes an encoder per line
 _EVENT = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 _OWN_NAMES = frozenset({"timestamp", "level", "event", "text"})
 _TEXT_ALONE = frozenset({str})
@@ -54,7 +56,7 @@ _BARE = re.compile(r"[A-Za-z0-9_.:/@+()\[\]-]+")
 
 
 class Logger(structlog.BoundLoggerBase):
-    """Writes events. `bind(name=value)` gives a logger that adds these values to each of its events."""
+    """Write events. `bind(name=value)` returns a logger that adds these values to each of its events."""
 
     def debug(self, event: str, **values: Any) -> None:
         self._log(logging.DEBUG, "debug", event, values)
@@ -66,7 +68,7 @@ class Logger(structlog.BoundLoggerBase):
         self._log(logging.WARNING, "warning", event, values)
 
     def error(self, event: str, **values: Any) -> None:
-        """An exception among the values is written with the places that it passed."""
+        """Log an error. An exception among the values is written with its stack."""
         self._log(logging.ERROR, "error", event, values)
 
     def _log(self, level: int, method: str, event: str, values: dict[str, Any]) -> None:
@@ -76,39 +78,39 @@ class Logger(structlog.BoundLoggerBase):
         try:
             known = EVENTS.get(event) or (None if _EVENT.fullmatch(event) else EVENTS["log.misnamed"])
             if known is not None and known.limit is not None:
-                left_out = state.limits.admit(known, values, self._context, state.clock.now())
-                if left_out is None:
+                suppressed = state.limits.admit(known, values, self._context, state.clock.now())
+                if suppressed is None:
                     return
-                if left_out:
-                    values["suppressed"] = left_out
-            # Not by a chain of structlog's processors, which takes more calls and copies for the same.
+                if suppressed:
+                    values["suppressed"] = suppressed
+            # Not by structlog's processors, which need more calls and copies for the same.
             self._logger.write(_line(method, event, {**self._context, **values}))
         except LinesLostError as lost:
             state.lose(lost.lines)
-        except Exception:  # whatever fails in a log, such as a strange __str__, the caller's work goes on
+        except Exception:  # a failure in logging, such as a broken __str__, must not reach the caller
             state.lose(1)
 
 
 def get_logger(name: str) -> Logger:
-    """The logger of a part of the program, named after its module."""
+    """Return the logger of a part of the program, named after its module."""
     return Logger(_Writer(), (), {"logger": name})
 
 
 def configure_logging(log: LogConfig, *, clock: Clock = system_clock) -> None:
-    """Sets level, format and place of the log for the process. Called again, it opens the file anew.
+    """Set level, format and destination of the log for the process. Called again, it reopens the file.
 
-    Raises ConfigError if the file cannot be opened; then all stays as it was.
+    Raises ConfigError if the file cannot be opened; then nothing changes.
     """
-    _state.take_output(StandardError() if log.file is None else LogFile(log.file))
+    _state.replace_output(StandardError() if log.file is None else LogFile(log.file))
     _state.level = _LEVELS[log.level]
     _state.format = log.format
     _state.clock = clock
 
 
 class LogChange:
-    """Other settings for the log, which can be put in force: what can fail has been done.
+    """Prepared new settings of the log: everything that can fail has been done.
 
-    Either `apply` or `drop` is called, once.
+    Call either `apply` or `drop`, once.
     """
 
     def __init__(self, old: LogConfig, new: LogConfig) -> None:
@@ -120,50 +122,49 @@ class LogChange:
         self._level = new.level if new.level != old.level else None
 
     def apply(self) -> None:
-        """Go by these from now on. A level that is not another one leaves that of `set_level`."""
+        """Apply the settings. An unchanged level keeps the one set by `set_level`."""
         if self._output is not None:
-            _state.take_output(self._output)
+            _state.replace_output(self._output)
         _state.format = self._format
         if self._level is not None:
             set_level(self._level)
 
     def drop(self) -> None:
-        """Let go of what was opened."""
+        """Close the prepared file without applying the settings."""
         if self._output is not None:
             self._output.close()
 
 
 def set_level(level: str) -> None:
-    """Write events of this level (debug, info, warning, error) and above from now on.
-
-    Raises ConfigError for any other word.
-    """
+    """Set the lowest level (debug, info, warning, error) that is written. Raises ConfigError for any other."""
     if level not in _LEVELS:
-        raise ConfigError([f"{cut(level)!r} is no level of the log; use {', '.join(_LEVELS)}"])
+        raise ConfigError([f"unknown log level {cut(level)!r}; use {', '.join(_LEVELS)}"])
     old, _state.level = _state.level, min(_LEVELS[level], logging.INFO)
     if old != _LEVELS[level]:
-        _log.info("log.level_changed", new_level=level)  # the last line of a level that is too low for it
+        _log.info("log.level_changed", new_level=level)  # written even if the new level is higher
     _state.level = _LEVELS[level]
 
 
 def level() -> str:
-    """The level that holds now."""
+    """Return the current level."""
     return next(name for name, number in _LEVELS.items() if number == _state.level)
 
 
 def is_on(level: str) -> bool:
-    """Whether events of this level are written: for what takes effort to put together."""
+    """Return True if events of this level are written, to avoid preparing expensive values."""
     return _LEVELS[level] >= _state.level
 
 
 def reopen_log() -> bool:
-    """Open the log's file anew, for whoever has moved it away. False if that fails: the log tells it, and goes on
-    in the file that it had. Standard error stays as it is."""
+    """Reopen the log file after rotation. Return False, and log it, if that fails; the old file stays in use.
+
+    Does nothing for standard error.
+    """
     output = _state.output
     if not isinstance(output, LogFile):
         return True
     try:
-        _state.take_output(LogFile(output.path))
+        _state.replace_output(LogFile(output.path))
     except ConfigError as error:
         _log.error("log.not_reopened", faults=error.faults)
         return False
@@ -172,7 +173,7 @@ def reopen_log() -> bool:
 
 
 def flush_log() -> None:
-    """Write the lines that wait for a reader or for room on the disk, as far as that goes at once."""
+    """Write waiting lines as far as possible without blocking."""
     try:
         _state.output.flush()
     except LinesLostError as lost:
@@ -180,22 +181,22 @@ def flush_log() -> None:
 
 
 def finish_log() -> None:
-    """At the end of a process: write what waits, within a second."""
+    """Write waiting lines at the end of a process, within a second."""
     try:
         _state.output.finish()
     except LinesLostError as lost:
         _state.lose(lost.lines)
 
 
-def tell_suppressed() -> None:
-    """Write how many lines were left out of events that have not come again since. Call it once a minute."""
-    for event, lines, keys in _state.limits.ended(_state.clock.now()):
+def report_suppressed() -> None:
+    """Log the number of suppressed lines that no later line has reported. Call it once a minute."""
+    for event, lines, keys in _state.limits.expired(_state.clock.now()):
         _log.info("log.suppressed", of=event, count=lines, keys=keys)
 
 
 @contextmanager
 def lines_together() -> Iterator[None]:
-    """What this thread logs meanwhile is written at once, at the end: each write alone is a system call or two."""
+    """Write the lines of this thread in one batch at the end of the body, to save system calls."""
     lines: list[str] = []
     _state.gathering = get_ident(), lines
     try:
@@ -207,19 +208,19 @@ def lines_together() -> Iterator[None]:
                 _state.write("".join(lines))
             except LinesLostError as lost:
                 _state.lose(lost.lines)
-            except Exception:  # as for a line alone
+            except Exception:  # as for a single line
                 _state.lose(len(lines))
 
 
 def lost_lines() -> int:
-    """How many lines could not be written since the start of the process, and never will be."""
+    """Return the number of lines lost since the start of the process."""
     return _state.lost
 
 
 class _State:
-    """What `configure_logging` sets. One for the process: its standard error is one."""
+    """The settings of `configure_logging`, one per process."""
 
-    __slots__ = ("clock", "format", "gathering", "level", "limits", "lost", "lost_untold", "output")
+    __slots__ = ("clock", "format", "gathering", "level", "limits", "lost", "lost_unreported", "output")
 
     def __init__(self) -> None:
         self.level = logging.WARNING
@@ -228,17 +229,17 @@ class _State:
         self.clock: Clock = system_clock
         self.limits = EventLimits()
         self.lost = 0
-        self.lost_untold = 0
+        self.lost_unreported = 0
         self.gathering: tuple[int, list[str]] | None = None
-        """The thread whose lines are gathered, and those."""
+        """The thread whose lines are batched, with its lines."""
 
     def write(self, lines: str) -> None:
         self.output.write(lines)
-        if self.lost_untold and not self.output.waiting:
-            lost, self.lost_untold = self.lost_untold, 0
+        if self.lost_unreported and not self.output.waiting:
+            lost, self.lost_unreported = self.lost_unreported, 0
             _log.error("log.lost", lines=lost)
 
-    def take_output(self, output: Output) -> None:
+    def replace_output(self, output: Output) -> None:
         old, self.output = self.output, output
         try:
             old.flush()
@@ -248,14 +249,14 @@ class _State:
 
     def lose(self, lines: int) -> None:
         self.lost += lines
-        self.lost_untold += lines
+        self.lost_unreported += lines
 
 
 _state = _State()
 
 
 class _Writer:
-    """Where a logger's lines go."""
+    """Pass lines to the output or to the batch of the thread."""
 
     def write(self, line: str) -> None:
         gathering = _state.gathering
@@ -269,7 +270,7 @@ def _line(method: str, event: str, values: dict[str, Any]) -> str:
     wall = values.pop(AT, None)
     timestamp = _timestamp(_state.clock.wall() if wall is None else wall)
     as_text = _state.format == "console" or (_state.format == "auto" and _state.output.is_terminal())
-    if not as_text and _are_plain(values.values()):  # most lines of a busy server are like that
+    if not as_text and _are_plain(values.values()):  # most lines of a busy server
         form = _json_form(method, event, tuple(values))
         if form is not None:
             return form % (timestamp, *values.values())
@@ -277,7 +278,7 @@ def _line(method: str, event: str, values: dict[str, Any]) -> str:
 
 
 def _are_plain(values: Collection[Any]) -> bool:
-    """Whether all of these are texts that a line of JSON has just as they are."""
+    """Return True if all values are strings that need no escaping or masking in JSON."""
     if {*map(type, values)} != _TEXT_ALONE or max(map(len, values)) >= TOKEN_LENGTH:
         return False
     text = "".join(values)
@@ -286,8 +287,7 @@ def _are_plain(values: Collection[Any]) -> bool:
 
 @lru_cache(maxsize=256)
 def _json_form(method: str, event: str, names: tuple[str, ...]) -> str | None:
-    """What a line of plain values is, as `_prepare` and `_render` would have it, with places for the time and the
-    values. None if there is something in it to decide about."""
+    """Return a format string for lines of plain values, equal to `_prepare` and `_render`; None if not possible."""
     if len(names) > MAX_PLAIN_VALUES or not (event in EVENTS or _EVENT.fullmatch(event)):
         return None
     if any(is_secret_name(name) or name in _OWN_NAMES for name in names):
@@ -298,12 +298,12 @@ def _json_form(method: str, event: str, names: tuple[str, ...]) -> str | None:
 
 
 def _prepare(method: str, event: str, timestamp: str, values: dict[str, Any]) -> dict[str, Loggable]:
-    """The fields of a line, in their order, each fit to be written."""
+    """Return the fields of a line in order, each loggable."""
     fields: dict[str, Loggable] = {"timestamp": timestamp, "level": method}
     if event in EVENTS or _EVENT.fullmatch(event):
         fields["event"] = event
     else:
-        # A mistake of ours, or a text from outside in the wrong place: it is not taken for a name.
+        # A bug, or text from outside in the wrong place: do not use it as a name.
         fields |= {"event": "log.misnamed", "text": cut(event)}
     for name, value in values.items():
         if value is None:
@@ -334,7 +334,7 @@ def _render(fields: dict[str, Loggable], as_text: bool) -> str:
 
 
 def _as_json(fields: MutableMapping[str, Any]) -> str:
-    # The encoder escapes all beyond ASCII, and the control characters but DEL.
+    # The encoder escapes non-ASCII and control characters except DEL.
     return _encode(fields).replace("\x7f", "\\u007f")
 
 

@@ -1,8 +1,8 @@
-"""Lines that tell of ordinary things, gathered and written some at a time.
+"""Batch the log lines of routine events.
 
-Why: of 10,000 clients that connect, each opens a session, and each is worth a line. Written at once it costs the
-login four times as much as among others, for all that a line needs is cold by then. A line has the time of its
-event, not of its writing; nothing that somebody must see at once goes this way.
+When 10,000 clients connect, each opens a session and gets a line. A single line costs four times as much as one
+in a batch, because its code and data are cold. Lines carry the time of their event, not of writing. Do not use
+this for events that need attention.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.observe.log import AT, Logger, lines_together
 
 DELAY: Final = 0.25
-"""Seconds that a line waits for others, at most: who reads along does not notice, and a login in a crowd finds a
-hundred others to share the cold start with."""
+"""Maximum delay of a line in seconds: unnoticeable for readers, and long enough to batch about a hundred logins."""
 
 MAX_LINES: Final = 128
-"""Lines written in one turn of the loop, about two milliseconds; the next one does not wait any more."""
+"""Lines that trigger writing at once, about two milliseconds of the loop."""
 
 
 class LogBatch:
-    """Lines of one loop that wait."""
+    """Waiting lines of one loop."""
 
     __slots__ = ("_clock", "_lines", "_log", "_wheel", "deadline_tick")
 
@@ -34,7 +33,7 @@ class LogBatch:
         self.deadline_tick = 0
 
     def add(self, event: str, **values: Any) -> None:
-        """Have a line written a little later, at the level info."""
+        """Queue a line at the level info."""
         values[AT] = self._clock.wall()
         self._lines.append((event, values))
         if len(self._lines) == 1:
@@ -43,7 +42,7 @@ class LogBatch:
             self.write()
 
     def write(self) -> None:
-        """Write what waits."""
+        """Write the waiting lines."""
         self._wheel.discard(self)
         lines, self._lines = self._lines, []
         if lines:

@@ -1,15 +1,14 @@
-"""How long the loop does not get round to its other work, measured by a timer that comes late.
+"""Measure the lag of the event loop by the delay of a timer.
 
-The timer is due every few milliseconds while there is traffic and seldom while there is none, so that an idle
-server sleeps. A pause shorter than the period can go unseen in part: the figures are short by at most PERIOD.
+The timer runs every few milliseconds under traffic and rarely without, so that an idle server sleeps. A lag shorter
+than the period may be missed in part: the figures are low by at most PERIOD.
 
-A loop stands still for one of three reasons: it works at something, it waits for the interpreter that another
-thread has, or it waits for a processor. The last may be the doing of other programs, and then no change here would
-help. So each pause is told twice: whole, and less what other programs took. Linux counts how long a thread could
-have run and did not (`run_delay` in schedstat). Of that, all is taken off but the CPU of this process's other
-threads in the same time, which may have been what it waited for: the second figure is never too small by them.
-To ask the system takes longer than all else here, so that is done only for a while after somebody has looked: until
-then the second figure is the first.
+A loop lags because it works, because another thread holds the interpreter, or because it waits for a processor.
+The last may be caused by other programs, so each lag is reported twice: in total, and without the time taken by
+other programs. Linux counts the time during which a thread was runnable but not running (`run_delay` in
+schedstat). The CPU time of this process's other threads is not subtracted, which this thread may have
+waited for. Reading schedstat costs more than everything else here, so it is done only for some minutes after the
+figures were read; until then both figures are equal.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from typing import Final, NamedTuple
 
 PERIOD: Final = 0.005
 IDLE_PERIOD: Final = 0.25
-TOLD_FOR: Final = 600.0
-"""Seconds after a look at the figures in which what other programs took is told apart."""
+DETAIL_TIME: Final = 600.0
+"""Seconds after the figures were read during which the time of other programs is measured."""
 
 BOUNDS_MS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 
@@ -33,20 +32,20 @@ _NS: Final = 1_000_000_000
 
 
 class Usage(NamedTuple):
-    """What a thread and its process have had so far, in seconds."""
+    """Scheduling times of a thread and its process, in seconds."""
 
     waited: float
-    """The thread could have run and had no processor."""
+    """Time during which the thread was runnable without a processor."""
     beside: float
-    """CPU of the process's other threads."""
+    """CPU time of the process's other threads."""
 
 
 class ThreadUsage:
-    """Reads the usage of the thread that makes it, in that thread."""
+    """Read the usage of the thread that creates it, in that thread."""
 
     def __init__(self, path: str = "/proc/thread-self/schedstat") -> None:
         self._file: int | None = None
-        with contextlib.suppress(OSError):  # another system, which does not tell: nothing was waited for
+        with contextlib.suppress(OSError):  # not available: report no waiting
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self) -> Usage:
@@ -62,12 +61,12 @@ class ThreadUsage:
 
 
 def taken_by_others(before: Usage, after: Usage) -> float:
-    """Seconds between these two for which the thread waited for a processor that other programs had."""
+    """Return the seconds between two readings during which other programs had the processor."""
     return max(0.0, (after.waited - before.waited) - (after.beside - before.beside))
 
 
 class LoopLag:
-    """Counts pauses of one loop. `activity` is a number that grows while there is traffic."""
+    """Measure the lag of one loop. `activity` returns a number that grows under traffic."""
 
     def __init__(
         self,
@@ -79,22 +78,22 @@ class LoopLag:
         self._activity = activity
         self._open_usage = open_usage
         self._usage: ThreadUsage | None = None
-        self._used: Usage | None = None  # None: nobody has looked for a while
+        self._used: Usage | None = None  # None: not read recently
         self._used_until = 0.0
         self._seen = -1
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self.longest = 0.0
-        """Seconds, since it was last taken."""
+        """Longest lag in seconds since `take_longest`."""
         self.longest_own = 0.0
-        """The longest of those that are left when what other programs took is taken off; seconds, likewise."""
+        """Longest lag in seconds without the time of other programs, since `take_longest_own`."""
         self.counts = [0] * (len(BOUNDS_MS) + 1)
-        """Pauses by length, bounds in BOUNDS_MS; the last is all that is longer."""
+        """Lags by length, with bounds in BOUNDS_MS; the last is for longer ones."""
         self.total = 0.0
-        """Seconds of all of them."""
+        """Sum of all lags in seconds."""
 
     def start(self) -> None:
-        """Begin, in the loop's thread."""
+        """Start measuring, in the loop's thread."""
         self._usage = self._open_usage()
         self._arm(PERIOD)
 
@@ -107,14 +106,14 @@ class LoopLag:
             self._usage = self._used = None
 
     def take_longest(self) -> float:
-        """The longest pause in seconds since the last time it was taken."""
+        """Return the longest lag in seconds since the last call."""
         longest, self.longest = self.longest, 0.0
         return longest
 
     def take_longest_own(self) -> float:
-        """As `take_longest`, less what other programs took; call it in the loop's thread."""
+        """Return the longest lag without the time of other programs; call it in the loop's thread."""
         if self._usage is not None:
-            self._used_until = time.perf_counter() + TOLD_FOR
+            self._used_until = time.perf_counter() + DETAIL_TIME
             if self._used is None:
                 self._used = self._usage.read()
         longest, self.longest_own = self.longest_own, 0.0
@@ -140,7 +139,7 @@ class LoopLag:
         self._arm(PERIOD if busy else IDLE_PERIOD)
 
     def record(self, late: float, others: float = 0.0) -> None:
-        """Take in one timer's lateness, and how much of it other programs took; in seconds."""
+        """Record the delay of one timer, and the part taken by other programs; in seconds."""
         self.longest = max(self.longest, late)
         self.longest_own = max(self.longest_own, late - others)
         self.total += max(0.0, late)

@@ -1,15 +1,13 @@
-"""Metrics, as Prometheus reads them: what one is, and how all of them are written down.
+"""Define metrics and render them for Prometheus.
 
     server objects count in plain integers  ->  at a scrape, sources read them  ->  Metrics.render writes them
 
-What this file decides: nothing about what is measured (that is metric_table.py), and nothing is counted here. All
-work is done at a scrape, none where something happens.
+All work happens at a scrape. What is measured is in metric_table.py.
 
 Rules:
-- A metric has a fixed set of labels, and whoever reads it sees to it that their values are few: names of causes,
-  methods and files, never of users or peers.
-- A series is there once. Of two readings of one, the later holds.
-- Everything is in a registry of our own: what other parts of a process do with prometheus_client is theirs.
+- A metric has a fixed set of labels with few values: names of causes, methods and files, never of users or peers.
+- Each series appears once; of two readings the later one counts.
+- The registry is separate from the global one of prometheus_client.
 """
 
 from __future__ import annotations
@@ -31,13 +29,13 @@ from zcproto.common.text import escape_text
 from zcproto.observe.histogram import Histogram
 
 PREFIXES: Final = ("zcproto_", "process_")
-"""The second is for what is known of any process, by the names that are usual for it."""
+"""The second is the usual prefix for metrics of any process."""
 
 TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 MAX_LABEL: Final = 200
-"""Characters of a label's value: paths may be long."""
+"""Maximum characters of a label value: paths may be long."""
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _UNITS: Final = ("seconds", "bytes")
@@ -47,18 +45,15 @@ _NEVER: Final = re.compile(r"0(\.0{0,3})?")
 
 
 class Kind(Enum):
-    """What may be done with a metric's values."""
+    """Types of metrics, as in Prometheus."""
 
     COUNTER = "counter"
-    """It grows, and begins anew with the process."""
     GAUGE = "gauge"
-    """It goes up and down."""
     HISTOGRAM = "histogram"
-    """Values counted by size."""
 
 
 class Reading(NamedTuple):
-    """One series of a metric as it is now."""
+    """The current value of one series of a metric."""
 
     metric: Metric
     labels: tuple[str, ...]
@@ -67,9 +62,9 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Metric:
-    """A metric by its whole name. `help` is a sentence for people, `labels` are names.
+    """A metric with its full name. `help` is a sentence for people, `labels` are names.
 
-    It is equal to itself alone, as each scrape looks for it some hundred times.
+    Compared by identity, because each scrape looks it up some hundred times.
     """
 
     name: str
@@ -86,23 +81,23 @@ class Metric:
 
     @property
     def unit(self) -> str:
-        """What the name ends in, if that is a unit: seconds or bytes. Else it counts things."""
+        """Return the unit in the name: seconds, bytes, or empty."""
         last = self.name.removesuffix("_total").rpartition("_")[2]
         return last if last in _UNITS else ""
 
     def at(self, value: float | Histogram, *labels: str) -> Reading:
-        """A reading: the value of the series with these values of its labels."""
+        """Return a reading of the series with these label values."""
         assert len(labels) == len(self.labels), self.name
         assert isinstance(value, Histogram) == (self.kind is Kind.HISTOGRAM), self.name
         return Reading(self, labels, value)
 
 
 Source = Callable[[], Iterable[Reading]]
-"""Reads some metrics. It is called at each scrape, in the thread of `Metrics.render`."""
+"""Reads some metrics. Called at each scrape, in the thread of `Metrics.render`."""
 
 
 class Metrics:
-    """All metrics of a process: those of its sources, and those of the interpreter."""
+    """All metrics of a process: those of its sources and those of the interpreter."""
 
     def __init__(self, *sources: Source) -> None:
         self._sources = list(sources)
@@ -112,21 +107,22 @@ class Metrics:
         PlatformCollector(registry=self._registry)
 
     def add(self, source: Source) -> None:
-        """Have further metrics read."""
+        """Add a source."""
         self._sources.append(source)
 
     def render(self, accept: str) -> tuple[str, bytes]:
-        """The content type, and the text: OpenMetrics if an `Accept` header asks for it, else Prometheus's."""
+        """Return content type and text: OpenMetrics if the `Accept` header requests it, else Prometheus's
+        format."""
         if _wants_openmetrics(accept):
             return OPENMETRICS, _generate_openmetrics(self._registry)
         return TEXT, generate_latest(self._registry)
 
     def describe(self) -> Iterator[Family]:
-        """Nothing: the registry shall not scrape to learn names."""
+        """Return nothing, so that the registry does not scrape to learn names."""
         return iter(())
 
     def collect(self) -> Iterator[Family]:
-        """What prometheus_client's registry asks for."""
+        """Read all sources for prometheus_client's registry."""
         found: dict[Metric, dict[tuple[str, ...], float | Histogram]] = {}
         for source in self._sources:
             for metric, labels, value in source():
@@ -136,10 +132,9 @@ class Metrics:
 
 
 def _wants_openmetrics(accept: str) -> bool:
-    """Whether an Accept header names OpenMetrics (RFC 9110 section 12.5.1), in a version that is written here.
+    """Return True if an Accept header (RFC 9110 section 12.5.1) names OpenMetrics in a supported version.
 
-    Who takes it at all gets it: a scraper that names both forms can read both. prometheus_client's own choice ends
-    in an exception for a version that is no number.
+    OpenMetrics is preferred whenever accepted. prometheus_client's own negotiation raises for an invalid version.
     """
     for choice in accept.lower().split(","):
         media_type, *parameters = (part.strip() for part in choice.split(";"))
@@ -174,7 +169,7 @@ def _family(metric: Metric, series: dict[tuple[str, ...], float | Histogram]) ->
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """Counts up to each bound, as Prometheus has them."""
+    """Return cumulative counts per bound, as in Prometheus."""
     sums, below = [], 0
     for bound, count in zip((*map(_bound, histogram.bounds), "+Inf"), histogram.counts, strict=True):
         below += count
@@ -183,5 +178,5 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 
 
 def _bound(bound: float) -> str:
-    """A bound as both forms of text have it: as a float."""
+    """Return a bound as both text formats write it: as a float."""
     return repr(float(bound))

@@ -1,13 +1,13 @@
-"""Where lines go: a file or standard error, which may be full, slow or gone.
+"""Write lines to a file or standard error, which may be full, slow or closed.
 
 Rules:
-- A write never waits. What a pipe, a terminal or a full disk does not take is kept, up to MAX_WAITING bytes, and
-  goes out with the next line, or by `flush`; whatever is beyond that is lost, and counted by the caller. A server
-  that stood still, or ended, because nobody reads its log would be the easier target.
-- A regular file is written at once: that is a copy into the system's memory.
-- A line is never left without its end, whatever was lost.
+- A write never blocks. Bytes that a pipe, terminal or full disk does not accept are kept, up to MAX_WAITING, and
+  written with the next line or `flush`; more are lost, and counted by the caller. A server that stops when its
+  log is not read would be an easy target.
+- A regular file is written at once: that is a copy into the page cache.
+- A partially written line is always terminated, even if the rest was lost.
 
-Must not know: what a line says.
+Must not know: the content of lines.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from typing import Final, Protocol, TextIO
 from zcproto.errors import ConfigError
 
 MAX_WAITING: Final = 1_048_576
-"""Bytes of lines that wait for a reader or for room on the disk."""
+"""Maximum bytes waiting for a reader or for space on the disk."""
 
-_PART: Final = (
-    4_096  # a pipe that is ready takes so much at once, whoever else writes to it (pipe(7), PIPE_BUF)
-)
+_PART: Final = 4_096  # a writable pipe accepts this much atomically (pipe(7), PIPE_BUF)
 FINISH_TRIES: Final = 20
 FINISH_TRY_MS: Final = 50
 
@@ -37,7 +35,7 @@ _WAIT: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EDQUOT}
 
 
 class LinesLostError(Exception):
-    """Lines could not be written, and never will be."""
+    """Lines could not be written and are lost."""
 
     def __init__(self, lines: int) -> None:
         super().__init__(f"{lines} lines are lost")
@@ -45,9 +43,9 @@ class LinesLostError(Exception):
 
 
 class Output(Protocol):
-    """What lines are written to, one or several at once.
+    """A destination of lines, one or several per call.
 
-    `write` and `flush` raise LinesLostError, or whatever a strange stream raises.
+    `write` and `flush` raise LinesLostError, or any exception of a custom stream.
     """
 
     def write(self, lines: str) -> None: ...
@@ -58,18 +56,18 @@ class Output(Protocol):
     def waiting(self) -> int: ...
 
     def finish(self) -> None:
-        """Flush, and wait a little for whoever reads. For the end of a process."""
+        """Flush, waiting briefly for a reader. For the end of a process."""
         ...
 
     def is_terminal(self) -> bool: ...
 
     def close(self) -> int:
-        """Let go; how many lines are lost by that."""
+        """Close the output. Return the number of lines lost."""
         ...
 
 
 class Descriptor:
-    """Writes to a file descriptor of any kind without waiting. For all threads."""
+    """Write to a file descriptor of any kind without blocking. Thread-safe."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -83,7 +81,7 @@ class Descriptor:
 
     @property
     def waiting(self) -> int:
-        """Bytes that could not be written yet."""
+        """Return the bytes not written yet."""
         return len(self._waiting)
 
     def write(self, lines: str) -> None:
@@ -101,7 +99,7 @@ class Descriptor:
                 self._write_waiting()
                 if len(self._waiting) + len(data) > MAX_WAITING:
                     raise LinesLostError(data.count(b"\n"))
-            if self._within_line and not self._waiting and not is_rest:  # the rest of that line is lost
+            if self._within_line and not self._waiting and not is_rest:  # the rest of that line was lost
                 self._waiting += b"\n"
             self._waiting += data
             self._write_waiting()
@@ -117,7 +115,7 @@ class Descriptor:
         return written
 
     def flush(self) -> None:
-        """Write what waits, as far as that goes at once."""
+        """Write waiting bytes as far as possible without blocking."""
         with self._lock:
             self._write_waiting()
 
@@ -131,9 +129,9 @@ class Descriptor:
         self.flush()
 
     def close(self, *, keep: bool = False) -> int:
-        """Use the descriptor no more, and close it unless somebody else will; how many lines are lost by that.
+        """Stop using the descriptor, and close it unless `keep`. Return the number of lines lost.
 
-        A thread that is about to write does not write to what has this number next.
+        A concurrent writer never writes to a file that reuses the descriptor.
         """
         with self._lock:
             descriptor, self._descriptor = self._descriptor, _CLOSED
@@ -163,7 +161,7 @@ class Descriptor:
 
 
 class StandardError:
-    """Standard error as it is at each line: a program, or a test, may replace it."""
+    """The current standard error, looked up for each line: a program or test may replace it."""
 
     def __init__(self) -> None:
         self._stream: TextIO | None = None
@@ -172,7 +170,7 @@ class StandardError:
 
     def write(self, lines: str) -> None:
         stream = self._now()
-        if self._descriptor is None or stream.closed:  # no system is behind it that could make us wait
+        if self._descriptor is None or stream.closed:  # an in-memory stream cannot block
             stream.write(lines)
             stream.flush()
         else:
@@ -204,23 +202,23 @@ class StandardError:
         return self._is_terminal
 
     def close(self) -> int:
-        # It is not ours to close.
+        # Standard error stays open.
         return 0 if self._descriptor is None else self._descriptor.close(keep=True)
 
 
 def _descriptor_of(stream: TextIO) -> Descriptor | None:
     try:
         return Descriptor(stream.fileno())
-    except (OSError, ValueError, AttributeError):  # one in memory, or none at all
+    except (OSError, ValueError, AttributeError):  # an in-memory stream, or no stream
         return None
 
 
 class LogFile:
-    """A file that is appended to, made for its owner alone. Raises ConfigError if it cannot be opened."""
+    """A file opened for appending, created with mode 0600. Raises ConfigError if it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Non-blocking is for a named pipe: without a reader it fails here, and a full one makes lines wait.
+        # O_NONBLOCK for named pipes: opening one without a reader fails, and a full one makes lines wait.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
             self._descriptor = Descriptor(os.open(path, flags, 0o600))

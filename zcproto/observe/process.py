@@ -1,7 +1,7 @@
-"""What the system says of this process, by the names that Prometheus's own libraries give it.
+"""Read metrics of this process from the system, under the names of Prometheus's own libraries.
 
-prometheus_client has a collector for this. It lists all file descriptors to count them, which holds up a loop with
-10,000 connections for 10 ms at each scrape; as of Linux 6.2 the folder of descriptors says how many it has.
+prometheus_client's collector lists all file descriptors to count them, which blocks a loop with 10,000 connections
+for 10 ms per scrape. Since Linux 6.2 the size of the descriptor folder is their number.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from zcproto.observe.metrics import Reading
 PROC: Final = Path("/proc")
 
 _START_FIELD: Final = 19
-"""Of those that follow the name in /proc/PID/stat (proc(5) counts from 1, and the name is the second)."""
+"""Index among the fields after the name in /proc/PID/stat (proc(5) counts from 1; the name is the second)."""
 
 
 class ProcessMetrics:
-    """A source of metrics. Made once; it reads nothing where the system has no /proc like Linux's."""
+    """A source of metrics. Without a Linux-like /proc it yields only some of them."""
 
     def __init__(self, proc: Path = PROC) -> None:
         self._self = proc / "self"
@@ -42,13 +42,13 @@ class ProcessMetrics:
 
 
 def used_cpu_s() -> float:
-    """Seconds of processor time that this process has used."""
+    """Return the CPU seconds used by this process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM, in bytes; the largest so far where /proc is missing."""
+    """Return the resident memory of this process in bytes; its maximum so far without /proc."""
     try:
         with open("/proc/self/statm") as statm:
             return int(statm.read().split()[1]) * resource.getpagesize()
@@ -57,7 +57,7 @@ def resident_bytes() -> int:
 
 
 def open_descriptors(folder: Path) -> int:
-    """How many descriptors a process has, by its folder of them."""
+    """Return the number of open descriptors in a process's descriptor folder."""
     return os.stat(folder).st_size or len(os.listdir(folder))
 
 
@@ -66,7 +66,7 @@ def _number(limit: int) -> float:
 
 
 def _started_at(proc: Path) -> float | None:
-    """Seconds since the Unix epoch; None where the system does not say."""
+    """Return the start time in seconds since the Unix epoch, or None without /proc."""
     try:
         booted = next(
             int(line.split()[1])

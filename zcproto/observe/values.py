@@ -1,10 +1,12 @@
-"""Decides what of a value may be written to a log.
+"""Convert values for the log, without secrets and within bounds.
 
-Rules: a secret is masked, by its type and again by the name it is logged under; so is text that has the form of a
-token, as a peer may have sent one in the wrong place. Bytes of any kind are only
-counted: they may be a token, a key or a payload. Text is cut to 256 characters, lists and maps are bounded in
-length and depth. Of an exception there are the type and the places it passed; its message only where this
-package made it or the system did, as any other may quote what a peer sent.
+Rules:
+- A secret is masked by its type and again by the name it is logged under. So is text in the form of a token,
+  which a peer may have sent in the wrong place.
+- Bytes are only counted: they may be a token, a key or a payload.
+- Text is cut to 256 characters; lists and maps are bounded in length and depth.
+- An exception is written with its type and stack. Its message is written only if this package or the system made
+  it; others may quote input of a peer.
 """
 
 from __future__ import annotations
@@ -29,20 +31,20 @@ Loggable: TypeAlias = "bool | int | float | str | list[Loggable] | dict[str, Log
 _SECRET_NAME = re.compile(
     r"(.*_)?(token|key|secret|password|passphrase|signature|authorization|cookie|credentials?)", re.IGNORECASE
 )
-# 32 bytes as base64url, which may be a token that somebody sent in the wrong place. Before a pin there is sha256/.
+# 32 bytes as base64url, possibly a token sent in the wrong place. Pins do not match: they follow sha256/.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9_+/-])[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048](?![A-Za-z0-9_+/=-])")
 TOKEN_LENGTH = 43
-"""A shorter text cannot have a token in it."""
+"""A shorter text cannot contain a token."""
 
 _MASK = "(hidden)"
 _MAX_INTEGER = 2**64
 
 
 def loggable(name: str, value: object) -> Loggable:
-    """`value`, logged under `name`, as what may be written."""
+    """Return the loggable form of `value`, logged under `name`."""
     if is_secret_name(name):
         return _MASK
-    if value.__class__ is str:  # most values are, and short ones have nothing that must be cut
+    if value.__class__ is str:  # the usual case; short strings need no cut
         return value if len(value) < TOKEN_LENGTH and value.isascii() else cut(value)
     return _loggable(value, 0)
 
@@ -61,7 +63,7 @@ def _loggable(value: object, depth: int) -> Loggable:
         case int():
             return int(value) if abs(value) < _MAX_INTEGER else "(a huge number)"
         case float():
-            # Infinity and NaN are no JSON.
+            # JSON has no infinity or NaN.
             return float(value) if abs(value) < float("inf") else str(float(value))
         case Secret() | SecretBytes() | SecretText():
             return _MASK
@@ -90,7 +92,7 @@ def _loggable_pair(key: object, value: object, depth: int) -> tuple[str, Loggabl
 
 
 def cut(text: str) -> str:
-    """`text` in at most 256 characters, none of them half a pair of surrogates, and without tokens."""
+    """Return `text` cut to 256 characters, without lone surrogates and tokens."""
     if len(text) >= TOKEN_LENGTH:
         text = _TOKEN.sub(_MASK, text[: 2 * MAX_TEXT])
     if len(text) > MAX_TEXT:
@@ -99,7 +101,7 @@ def cut(text: str) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in a few words: its type, and its message if that is known to be harmless."""
+    """Return the type of an exception, and its message if that is known to be safe."""
     name = type(error).__name__
     if isinstance(error, ZcprotoError):
         return cut(f"{name}: {error}")
@@ -109,7 +111,7 @@ def describe(error: BaseException) -> str:
 
 
 def places(error: BaseException) -> list[Loggable]:
-    """Where an exception passed, the innermost place last: file, line and function, no source and no values."""
+    """Return the stack of an exception, innermost last: file, line and function, without source and values."""
     frames = traceback.extract_tb(error.__traceback__, limit=-MAX_FRAMES)
     return [
         cut(f"{'/'.join(PurePath(each.filename).parts[-2:])}:{each.lineno} {each.name}") for each in frames

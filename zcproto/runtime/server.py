@@ -35,7 +35,7 @@ from zcproto.common.home import Home, resolve_home
 from zcproto.config import Config, load_config
 from zcproto.errors import ConfigError
 from zcproto.http.router import Router
-from zcproto.observe.log import flush_log, tell_suppressed
+from zcproto.observe.log import flush_log, report_suppressed
 from zcproto.runtime.background import Background
 from zcproto.runtime.build import alert_source, build
 from zcproto.runtime.certificate_rollout import CertificateRollout
@@ -291,7 +291,7 @@ class Server:
             await self._running.aclose()
             self._closed.set()
             log.info("server.ended", cut_off=cut_off)
-            tell_suppressed()
+            report_suppressed()
             flush_log()
 
     async def wait_closed(self) -> None:
@@ -330,7 +330,7 @@ async def look_after_log() -> None:
         for _ in range(FLUSHES_PER_SUMMARY):
             await asyncio.sleep(FLUSH_INTERVAL)
             flush_log()
-        tell_suppressed()
+        report_suppressed()
 
 
 def tune_interpreter() -> None:
