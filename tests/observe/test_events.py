@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVELS = ("debug", "info", "warning", "error")
 
 HELPERS: dict[tuple[str, str], tuple[str, set[str]]] = {
-    ("zcproto/server/protocol_methods.py", "told"): ("info", {"session", "user", "peer", "connection"}),
+    ("zcproto/server/protocol_methods.py", "log_event"): ("info", {"session", "user", "peer", "connection"}),
 }
 """Functions, by file, that log the event passed as first argument: their level and added fields."""
 
 INDIRECT: dict[str, tuple[str, list[str]]] = {
     "zcproto/observe/log_batch.py": ("what its callers give `add`, which are read", []),
-    "zcproto/server/protocol_methods.py": ("what the callers of `told` give it, which are read", []),
+    "zcproto/server/protocol_methods.py": ("what the callers of `log_event` pass, which are read", []),
     "zcproto/certs/keeper.py": (
         "the name is made of the kind of a notice",
         [f"certificate.{kind.value}" for kind in NoticeKind],
@@ -49,8 +49,8 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
         ["store.damaged", "store.missing", "store.close_failed"],
     ),
 }
-"""Files with log calls whose name or fields are not literals: the reason and the possible names. An entry that is no
-longer needed fails too."""
+"""Files with log calls whose name or fields are not literals: the reason and the possible names. An unneeded entry
+fails too."""
 
 HOW_TO_ADD = (
     "add it to zcproto/observe/events.py, by _event(name, level, meaning, fields, limit, by_peer=...), and what is"

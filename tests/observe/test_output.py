@@ -421,7 +421,7 @@ def test_level_change_is_logged(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "loud", "INFO", "x" * 10_000, "a\nb"])
 def test_unknown_level_is_refused(name: str) -> None:
     configure_logging(LogConfig(level="warning"))
-    with pytest.raises(ConfigError, match="unknown log level .*; use debug, info, warning, error") as error:
+    with pytest.raises(ConfigError, match=r"unknown log level .*; use debug, info, warning, error") as error:
         set_level(name)
     assert len(str(error.value)) < 400
     assert level() == "warning"

@@ -7,7 +7,7 @@ A loop lags because it works, because another thread holds the interpreter, or b
 The last may be caused by other programs, so each lag is reported twice: in total, and without the time taken by
 other programs. Linux counts the time during which a thread was runnable but not running (`run_delay` in
 schedstat). The CPU time of this process's other threads is not subtracted, which this thread may have
-waited for. Reading schedstat costs more than everything else here, so it is done only for some minutes after the
+waited for. Reading schedstat costs more than everything else here, and is done only for some minutes after the
 figures were read; until then both figures are equal.
 """
 
