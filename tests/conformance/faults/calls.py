@@ -204,8 +204,8 @@ GOAWAY: Final[dict[str, Fault]] = {
         "refuses a second GOAWAY",
         (
             f"{_CONNECTION}._received_go_away",
-            'reason = said.get("reason")',
-            'reason = said.get("reason") if self.state is State.OPEN else None',
+            'reason = goaway.get("reason")',
+            'reason = goaway.get("reason") if self.state is State.OPEN else None',
         ),
     ),
     "goaway-then-clean-end": fault(
