@@ -12,7 +12,7 @@ from functools import cache
 
 import pytest
 
-from tests.docs.messages import ROOT, Message, Sources, all_messages, text_of
+from tests.docs.messages import MAKERS, RETURNERS, ROOT, Message, Sources, all_messages, text_of
 from zcproto.errors import CallError
 from zcproto.observe.events import EVENTS
 from zcproto.tls.failure import TlsFailure
@@ -120,6 +120,18 @@ def test_every_error_code_is_explained() -> None:
 )
 def test_text_of_an_expression_is_read_from_the_source(source: str, text: str | None) -> None:
     assert text_of(ast.parse(source, mode="eval").body) == text
+
+
+def test_functions_that_make_messages_exist() -> None:
+    trees = Sources().trees
+    defined = {
+        path: {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        for path, tree in trees.items()
+    }
+    assert {path: names - defined.get(path, set()) for path, names in RETURNERS.items()} == {
+        path: set() for path in RETURNERS
+    }
+    assert set().union(*defined.values()) >= MAKERS
 
 
 def test_messages_of_every_kind_are_found() -> None:
