@@ -21,7 +21,7 @@ from zcproto.config import LogConfig
 from zcproto.errors import Code, FailedPrecondition
 from zcproto.observe.events import EVENTS
 from zcproto.observe.log import configure_logging
-from zcproto.runtime import loop_faults
+from zcproto.runtime.run import log_loop_fault
 from zcproto.wire.frame import NO_TOKEN
 
 Log = Callable[[], list[dict[str, Any]]]
@@ -178,7 +178,7 @@ def test_a_process_opens_its_file_anew_on_sighup(process_home: Path, certs: Path
 
 async def test_a_fault_that_nobody_caught_is_told_without_what_was_at_hand(lines: Log) -> None:
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(loop_faults.tell)
+    loop.set_exception_handler(log_loop_fault)
 
     def broken(token: bytes) -> None:
         raise ValueError(token)
