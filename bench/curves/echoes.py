@@ -10,10 +10,9 @@ from typing import Any, Final, NamedTuple
 
 import msgpack
 
-from bench.compare.__main__ import cpu_seconds
 from bench.compare.client import Connection
-from bench.requirements.homes import Served
-from zcproto.load.plan import SESSIONS_PER_USER, Credential
+from bench.stage import Server, cpu_seconds
+from zcproto.load.plan import Credential
 
 ROUNDS: Final = 3
 """Measurements of one point; the figure is the median of them."""
@@ -23,6 +22,11 @@ WARM_UP: Final = 10
 
 WAITING: Final = 4
 """One of so many is timed at its client as well."""
+
+
+LEAST_REQUESTS: Final = 20
+ECHO_CONNECTIONS: Final = 20
+BIG_FRAMES: Final = {"limits.max_frame_bytes": 4_194_304, "limits.connections_per_address": 0}
 
 
 class Cost(NamedTuple):
@@ -35,15 +39,19 @@ class Cost(NamedTuple):
     requests: int
 
 
-def sessions_on(served: Served, users: Sequence[Credential], count: int) -> list[Connection]:
-    """So many connections, each with a session of its own."""
-    context, connections = served.context(), []
-    for number in range(count):
-        who = users[number // SESSIONS_PER_USER]
-        connection = Connection(served.port, context)
-        connection.open_session(who.user, who.key)
+def sessions_on(server: Server, users: Sequence[Credential]) -> list[Connection]:
+    """Return a connection with a session for each."""
+    context, connections = server.context(), []
+    for user in users:
+        connection = Connection(server.port, context)
+        connection.open_session(*user)
         connections.append(connection)
     return connections
+
+
+def requests_of(payload: int, most: int) -> int:
+    """Return so many requests of this size that they take about as long as those of other sizes."""
+    return max(LEAST_REQUESTS, most * 4_096 // max(4_096, payload))
 
 
 def echo_cost(pid: int, connections: Sequence[Connection], payload: int, depth: int, requests: int) -> Cost:

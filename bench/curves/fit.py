@@ -1,9 +1,9 @@
 """How a series grows: lines by least squares, and the words for them. Pure.
 
 Two forms are tried. A line, cost = base + slope * size, says what each one more costs; its squares are of the
-relative errors, as small points would else count for nothing beside large ones. A power, cost = base *
-size ** exponent, is a line on scales that are both logarithmic; its exponent says how the cost grows: 0 not at all,
-1 in proportion. R2 is the part of the variation that a fit explains.
+relative errors, as small points would else count for nothing beside large ones. A power, cost = base * size **
+exponent, is a line on scales that are both logarithmic; its exponent says how the cost grows: 0 not at all, 1
+in proportion. R2 is the part of the variation that a fit explains.
 """
 
 from __future__ import annotations

@@ -1,26 +1,23 @@
-"""Curves as tables on a terminal, as parts of a page, as Markdown, as JSON."""
+"""Curves as tables on a terminal, as Markdown with plots, as JSON."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from bench import page
 from bench.curves.curve import Curve, number
 from bench.curves.plot import draw
 from bench.curves.run import Grown
-from bench.requirements.plots import svg
+from bench.report import plain_table
+from bench.requirements.markdown import save_plots
 
 
 def show(grown: Grown, console: Console) -> None:
     for curve in grown.curves:
-        table = Table(
-            title=curve.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-        )
+        table = plain_table(curve.title)
         for name in _columns(curve):
             table.add_column(name, justify="right")
         for cells in _rows(curve):
@@ -46,34 +43,16 @@ def _rows(curve: Curve) -> list[list[str]]:
     ]
 
 
-def html(grown: Grown) -> list[str]:
-    """Parts of a page."""
-    parts = []
-    for curve in grown.curves:
-        parts.append(page.heading(curve.title))
-        parts += [page.paragraph(each.sentence) for each in curve.described()]
-        parts.append(page.picture("", svg(draw(curve))))
-        columns = [(name, "number") for name in _columns(curve)]
-        parts.append(
-            page.table(
-                "numbers", columns, ([page.cell(cell, "number") for cell in row] for row in _rows(curve))
-            )
-        )
-        parts += [page.paragraph(note, "meta") for note in (*curve.notes, curve.how)]
-    parts += [
-        page.paragraph(f"{key}: not measured: {reason}", "fail") for key, reason in grown.failed.items()
-    ]
-    return parts
-
-
-def markdown(grown: Grown) -> list[str]:
+def markdown(grown: Grown, page: Path) -> list[str]:
+    """Return the lines of a page. Its plots are written beside it."""
     lines = ["## How cost grows", ""]
     for curve in grown.curves:
         lines += [f"### {curve.title}", "", f"{curve.how[0].upper()}{curve.how[1:]}.", ""]
         lines += [f"- {each.sentence}." for each in curve.described()]
         lines += [f"- {note}." for note in curve.notes]
+        lines += ["", *save_plots(page, {f"curve {curve.key}": draw(curve)})]
         columns = _columns(curve)
-        lines += ["", f"| {' | '.join(columns)} |", "|" + "---:|" * len(columns)]
+        lines += [f"| {' | '.join(columns)} |", "|" + "---:|" * len(columns)]
         lines += [f"| {' | '.join(row)} |" for row in _rows(curve)] + [""]
     lines += [f"{key}: not measured: {reason}" for key, reason in grown.failed.items()]
     return lines

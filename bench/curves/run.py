@@ -9,14 +9,12 @@ from typing import Final
 
 from rich.console import Console
 
-from bench.compare.__main__ import CLIENT_CPU, SERVER_CPU
 from bench.curves import tokens
 from bench.curves.curve import Curve, Series
-from bench.curves.echoes import Cost, echo_cost, sessions_on
+from bench.curves.echoes import BIG_FRAMES, ECHO_CONNECTIONS, Cost, echo_cost, requests_of, sessions_on
 from bench.curves.sizes import Sizes
-from bench.curves.watch import Watched
-from bench.requirements.homes import Workshop
-from bench.requirements.measures import BIG_FRAMES, ECHO_CONNECTIONS, load_on, requests_of
+from bench.curves.watch import Watched, load_new_server
+from bench.stage import CLIENT_CPU, Stages
 from zcproto.common.file_limit import raise_file_limit
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.load.demo.run import SERVER_SPARE, temporary_home
@@ -47,12 +45,12 @@ def run_curves(sizes: Sizes, console: Console, only: Sequence[str] = ()) -> Grow
     """Measure all curves, or those of these keys. Raises ConfigError for other keys."""
     grown, started = Grown(), time.monotonic()
     with temporary_home() as home:
-        workshop = Workshop(home.path)
+        stages = Stages(home.path)
         steps: dict[str, Callable[[], Curve]] = {
             "sessions": lambda: by_sessions(sizes, console),
-            "payload": lambda: by_payload(workshop, sizes, console),
-            "depth": lambda: by_depth(workshop, sizes, console),
-            "connections": lambda: by_connections(workshop, sizes, console),
+            "payload": lambda: by_payload(stages, sizes, console),
+            "depth": lambda: by_depth(stages, sizes, console),
+            "connections": lambda: by_connections(stages, sizes, console),
         }
         unknown = sorted(set(only) - set(steps))
         if unknown:
@@ -102,9 +100,9 @@ def by_sessions(sizes: Sizes, console: Console) -> Curve:
 # --- by payload and by depth --------------------------------------------------------------------------------
 
 
-def by_payload(workshop: Workshop, sizes: Sizes, console: Console) -> Curve:
+def by_payload(stages: Stages, sizes: Sizes, console: Console) -> Curve:
     points = [(payload, 1, requests_of(payload, sizes.requests)) for payload in sizes.payloads]
-    costs = _echoes(workshop, "payload", points, console)
+    costs = _echoes(stages, "payload", points, console)
     return Curve(
         "payload",
         "One request, by its payload",
@@ -120,9 +118,9 @@ def by_payload(workshop: Workshop, sizes: Sizes, console: Console) -> Curve:
     )
 
 
-def by_depth(workshop: Workshop, sizes: Sizes, console: Console) -> Curve:
+def by_depth(stages: Stages, sizes: Sizes, console: Console) -> Curve:
     costs = _echoes(
-        workshop, "depth", [(SMALL_PAYLOAD, depth, sizes.requests) for depth in sizes.depths], console
+        stages, "depth", [(SMALL_PAYLOAD, depth, sizes.requests) for depth in sizes.depths], console
     )
     return Curve(
         "depth",
@@ -141,15 +139,15 @@ def by_depth(workshop: Workshop, sizes: Sizes, console: Console) -> Curve:
 
 
 def _echoes(
-    workshop: Workshop, name: str, points: Sequence[tuple[int, int, int]], console: Console
+    stages: Stages, name: str, points: Sequence[tuple[int, int, int]], console: Console
 ) -> list[Cost]:
     """Costs at points of payload, depth and requests, on one server."""
-    house = workshop.house(f"curve-{name}", BIG_FRAMES, sessions=ECHO_CONNECTIONS)
-    costs = []
-    with house.serve(processor=SERVER_CPU) as served, on_processor(CLIENT_CPU):
-        connections = sessions_on(served, house.users, ECHO_CONNECTIONS)
+    stage = stages.new(f"curve-{name}", BIG_FRAMES)
+    users, costs = stage.add_users_for("echo", ECHO_CONNECTIONS), []
+    with stage.serve() as server, on_processor(CLIENT_CPU):
+        connections = sessions_on(server, users)
         for payload, depth, requests in points:
-            costs.append(cost := echo_cost(served.pid, connections, payload, depth, requests))
+            costs.append(cost := echo_cost(server.pid, connections, payload, depth, requests))
             _say(console, f"    {payload:,} bytes, {depth} in a write: {cost.cpu_us:.1f} us of server CPU")
         for connection in connections:
             connection.close()
@@ -159,14 +157,16 @@ def _echoes(
 # --- by connections -----------------------------------------------------------------------------------------
 
 
-def by_connections(workshop: Workshop, sizes: Sizes, console: Console) -> Curve:
+def by_connections(stages: Stages, sizes: Sizes, console: Console) -> Curve:
     counts, note = fitting(sizes.connections, most_connections(max(sizes.connections)))
     runs = []
     for count in counts:
         _say(console, f"    {count:,} connections ...")
-        watched = load_on(
-            workshop, f"connections-{count}", count, sizes.rate, sizes.load_s, sizes.arrival_rate, console
+        folder, rates = (
+            stages.folder / f"connections-{count}",
+            (sizes.rate, sizes.load_s, sizes.arrival_rate),
         )
+        watched = load_new_server(folder, count, *rates, stages.certificates)
         if watched.result.verdict is not Verdict.VERIFIED:
             raise ZcprotoError(f"{count:,} connections: {'; '.join(watched.result.reasons()[:2])}")
         runs.append(watched)

@@ -2,21 +2,21 @@
 
     python -m bench.curves.tokens SESSIONS CHECKS
 
-Memory is measured from a fresh process on, as an allocator that was used before says nothing. One JSON object is
-printed: `check_us` is the median, `p99_us` what 99 of 100 take at most, `bytes` the resident memory above the empty
-registry.
+Memory is measured from a fresh process on, as an allocator that was used before says nothing. One JSON object
+is printed: `check_us` is the median, `p99_us` what 99 of 100 take at most, `bytes` the resident memory above
+the empty registry.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from typing import Final, NamedTuple
 
-from bench.micro.token_check import fill, quantile, resident_bytes, time_checks
+from bench.micro.timing import quantile, resident_bytes
+from bench.micro.token_check import fill, medians, time_checks
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.errors import ZcprotoError
 from zcproto.load.processes import module_command, module_environment
@@ -40,9 +40,8 @@ def measure(sessions: int, checks: int) -> Point:
     before = resident_bytes()
     fill(registry, sessions, wall, kept)
     used = resident_bytes() - before
-    passes = time_checks(registry, kept, sessions, checks, wall)
-    medians = sorted(map(statistics.median_low, zip(*passes, strict=True)))
-    return Point(quantile(medians, 0.5), quantile(medians, 0.99), used)
+    checked = sorted(medians(time_checks(registry, kept, sessions, checks, wall)))
+    return Point(quantile(checked, 0.5) / 1000, quantile(checked, 0.99) / 1000, used)
 
 
 def in_a_process(sessions: int, checks: int) -> Point:

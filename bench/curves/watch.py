@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
+from bench.stage import Stage, check_open_files, room_for
 from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import ZcprotoError
-from zcproto.load.plan import Plan, check_plan
+from zcproto.load.plan import Plan
+from zcproto.load.progress import new_console, view_for
 from zcproto.load.result import Moment, Result
 from zcproto.load.run import Stop, View, run
 from zcproto.load.stats import Operator
@@ -119,16 +122,34 @@ class _WatchingView:
                 await asyncio.sleep(PERIOD)
 
 
-def watched_run(plan: Plan, view: View) -> Watched:
-    """Carry out a plan. Raises as `run`, and ConfigError for a plan that cannot be carried out."""
-    check_plan(plan)
-    watching = _WatchingView(view)
+def watched_run(plan: Plan) -> Watched:
+    """Carry out a plan. Raises as `zcproto.load.run.run`."""
 
-    async def carry_out() -> Result:
+    async def carry_out(view: View) -> Watched:
+        watching = _WatchingView(view)
         try:
-            return await run(plan, watching, Stop(), lend=watching.lend)
+            return Watched(await run(plan, watching, Stop(), lend=watching.lend), watching.samples)
         finally:
             watching.stop()
 
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return Watched(runner.run(carry_out()), watching.samples)
+    with view_for(new_console()) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(carry_out(view))
+
+
+def load_new_server(
+    folder: Path,
+    connections: int,
+    rate: float,
+    seconds: float,
+    arrival_rate: float,
+    certificates: Path | None = None,
+) -> Watched:
+    """Load a new server in this home folder with so many connections, each with its session.
+
+    Raises ConfigError if the system does not allow so many.
+    """
+    check_open_files(connections)
+    stage = Stage(folder, room_for(connections), certificates=certificates)
+    users = stage.add_users_for("load", connections)
+    with stage.serve(cpu=None) as server:
+        return watched_run(server.load(users, connections, rate, seconds, arrival_rate=arrival_rate))

@@ -1,1 +1,1 @@
-"""Parts measured alone."""
+"""Parts measured alone: `python -m bench micro NAME`."""

@@ -1,37 +1,35 @@
-"""What a request costs step by step, beside the same steps of the bare server: the budget of the hot path.
+"""The steps of a request, beside the same steps of the bare server: the budget of the hot path.
 
-    python -m bench.micro.hot_path [--requests 20000] [--json FILE]
-
-Each step is timed alone with what the one before it gives, in rounds; the figure is the least of all rounds, for
-what else the machine does can only add to it. `between them` is what is left of the whole: events, counting, the
-pump. All is warm and in memory. What `bench.compare` shows beyond this is the kernel's, the event loop's, and what
-is cold.
+Each step is timed alone with the output of the one before it, in rounds; the figure is the least of all rounds,
+as disturbances of the machine can only add to it. `between them` is the rest of the whole: events, counting,
+the pump. All is warm and in memory. What `python -m bench compare` shows beyond this is the kernel's, the event
+loop's, and what is cold.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib.util
-import json
 import os
 import ssl
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+import click
 import msgpack
 import uvloop
 
+from bench.command import COUNT, measurement
 from bench.micro.metrics_cost import BODY, SALT, Peer, state_on
-from bench.micro.token_check import NS_PER_US
-from zcproto.certs import ensure_own_certificates
+from bench.micro.timing import NS_PER
+from bench.report import Report, Row
+from bench.stage import ECDSA_ONLY, Stage
 from zcproto.common.clock import system_clock
+from zcproto.load.demo.run import temporary_home
 from zcproto.server.protocol import ServerProtocol
 from zcproto.tls.context import client_context, server_context
 from zcproto.wire.frame import HEADER_SIZE, REQUEST, encode_frame
@@ -41,17 +39,11 @@ ROUND: Final = 500
 RECORD: Final = 16_384
 TOKEN: Final = b"k" * 32
 MAX_DEPTH: Final = 32
-CERTIFICATE_DAYS: Final = 1
+
+MAX_RATIO: Final = 1.4
+"""What a request may cost in memory, beside the bare server's."""
 
 BARE: Final = Path(__file__).parent.parent / "compare" / "bare_server.py"
-
-
-class Step(NamedTuple):
-    """Microseconds of one step; None where there is none."""
-
-    name: str
-    ours: float | None
-    bare: float | None
 
 
 class Tls:
@@ -68,24 +60,24 @@ class Tls:
                 continue
 
     def record(self, data: bytes) -> bytes:
-        """What the client sends for these bytes."""
+        """Return what the client sends for these bytes."""
         self.client.write(data)
         return self.to_server.read()
 
 
 def least(requests: int, prepare: Callable[[], list[Any]], act: Callable[[list[Any]], object]) -> float:
-    """Microseconds of one of what `prepare` makes ROUND of, and `act` takes."""
+    """Return the microseconds of one item: `prepare` makes ROUND of them, `act` handles all."""
     best = float("inf")
     for _ in range(max(1, requests // ROUND)):
         prepared = prepare()
         begin = time.perf_counter_ns()
         act(prepared)
-        best = min(best, (time.perf_counter_ns() - begin) / len(prepared) / NS_PER_US)
+        best = min(best, (time.perf_counter_ns() - begin) / len(prepared) / NS_PER["us"])
     return best
 
 
 async def our_steps(requests: int, tls: Tls) -> dict[str, float]:
-    """Of zcproto: the whole without TLS, and each step."""
+    """Time zcproto: the whole without TLS, and each step."""
     state = state_on(asyncio.get_running_loop())
     peer = Peer(state, ServerProtocol, "ada")
     connection, method = peer.protocol._connection, state.methods["echo"]
@@ -131,7 +123,7 @@ async def our_steps(requests: int, tls: Tls) -> dict[str, float]:
 
 
 def tls_steps(requests: int, tls: Tls, request: bytes, answer: bytes) -> dict[str, float]:
-    """Of both servers: a record in, and one out."""
+    """Time TLS, which is the same for both servers: a record in, and one out."""
 
     def opened(some: list[bytes]) -> None:
         for record in some:
@@ -150,7 +142,7 @@ def tls_steps(requests: int, tls: Tls, request: bytes, answer: bytes) -> dict[st
 
 
 def bare_steps(requests: int, module: Any) -> dict[str, float]:
-    """Of the bare server, likewise."""
+    """Time the bare server, likewise."""
     bare = module.Bare()
     bare.salt, bare.last, bare.counter, bare.known, bare.rest = SALT, 0, 0, None, b""
     sent = 0
@@ -215,20 +207,29 @@ NAMES: Final = {
 }
 
 
-def steps(ours: dict[str, float], bare: dict[str, float]) -> list[Step]:
-    """The table: TLS is the same for both."""
-    rows = [Step("TLS record in", ours["tls_in"], ours["tls_in"])]
-    rows += [Step(name, ours.get(key), bare.get(key)) for key, name in NAMES.items()]
-    rest = [side["whole"] - sum(side.get(key, 0.0) for key in NAMES) for side in (ours, bare)]
-    rows.append(Step("between them", *rest))
-    rows.append(Step("TLS record out", ours["tls_out"], ours["tls_out"]))
-    around = ours["tls_in"] + ours["tls_out"]
-    return [*rows, Step("in all", ours["whole"] + around, bare["whole"] + around)]
+def report(ours: dict[str, float], bare: dict[str, float]) -> Report:
+    """Return both budgets, in microseconds. TLS is the same for both."""
+    tls = {name: ours[name] for name in ("tls_in", "tls_out")}
+    columns = {"zcproto": budget(ours), "bare": budget({**bare, **tls})}
+    whole, least = (rows[-1].value or 0.0 for rows in columns.values())
+    columns["zcproto"].append(Row("ratio", "beside the bare server", whole / least, below=MAX_RATIO))
+    return Report(columns)
+
+
+def budget(side: dict[str, float]) -> list[Row]:
+    between = side["whole"] - sum(side.get(key, 0.0) for key in NAMES)
+    return [
+        Row("tls_in", "TLS record in", side["tls_in"], "us"),
+        *(Row(key, name, side.get(key), "us") for key, name in NAMES.items()),
+        Row("between", "between them", between, "us"),
+        Row("tls_out", "TLS record out", side["tls_out"], "us"),
+        Row("whole", "in all", side["whole"] + side["tls_in"] + side["tls_out"], "us"),
+    ]
 
 
 @contextmanager
 def bare_server(pem: Path) -> Iterator[Any]:
-    """The module of the bare server, which takes its certificate from the command line."""
+    """Import the bare server, which reads its certificate from the command line."""
     spec = importlib.util.spec_from_file_location("bare_server", BARE)
     assert spec is not None
     assert spec.loader is not None
@@ -241,51 +242,23 @@ def bare_server(pem: Path) -> Iterator[Any]:
         sys.argv = before
 
 
-def measure(folder: Path, requests: int) -> list[Step]:
-    """All steps, in this folder."""
-    day = timedelta(days=CERTIFICATE_DAYS)
-    ensure_own_certificates(
-        folder,
-        names=(),
-        key_types=("ecdsa-p256",),
-        lifetime=day,
-        renew_before=day / 3,
-        renew_key=False,
-        now=datetime.now(UTC),
-    )
-    pair = folder / "server-ecdsa.crt", folder / "server-ecdsa.key"
-    tls = Tls(
-        server_context([pair], ["zcp/1"]), client_context(ca_file=folder / "ca.crt", protocols=("zcp/1",))
-    )
+def measure(folder: Path, requests: int) -> Report:
+    """Time all steps, with certificates in this folder."""
+    stage = Stage(folder, ECDSA_ONLY)
+    stage.make_certificates()
+    certs = stage.home.certs
+    pair = certs / "server-ecdsa.crt", certs / "server-ecdsa.key"
+    client = client_context(ca_file=stage.ca_file, protocols=("zcp/1",))
+    tls = Tls(server_context([pair], ["zcp/1"]), client)
     pem = folder / "both.pem"
     with open(os.open(pem, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as both:
         both.writelines(each.read_bytes() for each in pair)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, bare_server(pem) as module:
-        return steps(runner.run(our_steps(requests, tls)), bare_steps(requests, module))
+        return report(runner.run(our_steps(requests, tls)), bare_steps(requests, module))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.micro.hot_path", description=(__doc__ or "").split("\n", maxsplit=1)[0]
-    )
-    parser.add_argument("--requests", type=int, default=20_000, help="for each step")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args(arguments)
-    if options.requests < 1:
-        parser.error("at least one request is needed")
-    with tempfile.TemporaryDirectory(prefix="zcproto-path-") as folder:
-        rows = measure(Path(folder) / "certs", options.requests)
-    width = max(len(row.name) for row in rows)
-    print(f"{'':{width}}  {'zcproto':>10}  {'bare':>10}")
-    for row in rows:
-        cells = ["" if each is None else f"{each:.2f} us" for each in (row.ours, row.bare)]
-        print(f"{row.name:{width}}  {cells[0]:>10}  {cells[1]:>10}".rstrip())
-    if options.json:
-        options.json.write_text(
-            json.dumps([row._asdict() for row in rows], indent=2) + "\n", encoding="utf-8"
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+@measurement
+@click.option("--requests", type=COUNT, default=20_000, show_default=True, help="For each step.")
+def command(requests: int) -> Report:
+    with temporary_home() as home:
+        return measure(home.path, requests)

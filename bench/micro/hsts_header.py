@@ -1,24 +1,23 @@
-"""What Strict-Transport-Security costs: a response of the HTTPS side with it and without it.
-
-    python -m bench.micro.hsts_header [--responses 100000] [--json FILE]
+"""Strict-Transport-Security: a response of the HTTPS side with it and without it.
 
 A response is all that happens between the bytes of a request and those of its answer, without a network and
-without TLS: reading, checking, answering, writing. One with the header and one without it are made in turn, each
-timed alone, so that what else the machine does hits both. The figure is the difference between the medians. As it
-is small beside the rest, the header's own part is timed alone, too: taking the bytes that stand ready, and joining
-them to the rest.
+without TLS. One with the header and one without it are made in turn, each timed alone, so that disturbances of
+the machine hit both. The figure is the difference of the medians. It is small beside the rest, so the header's
+own part is timed alone, too: taking the prepared bytes, and joining them to the rest.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from array import array
-from pathlib import Path
 from typing import Final
 
-from bench.micro.token_check import NS_PER_US, Figure, conclude
+import click
+
+from bench.command import measurement
+from bench.micro.timing import time_rows
+from bench.report import Row
 from zcproto.common.clock import system_clock
 from zcproto.http.connection import HttpConnection, HttpLimits
 from zcproto.http.messages import text_response
@@ -33,35 +32,19 @@ WITH: Final = SecurityHeaders(StrictTransportSecurity())
 WITHOUT: Final = SecurityHeaders(None)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.micro.hsts_header", description=__doc__.split("\n", maxsplit=1)[0]
-    )
-    parser.add_argument("--responses", type=int, default=100_000, help="responses of each kind")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args(arguments)
-    if options.responses < LEAST:
-        parser.error(f"at least {LEAST} responses are needed")
-    return conclude(measure(options.responses), options.json)
-
-
-def measure(responses: int) -> list[Figure]:
-    check()
-    on, off = (statistics.median(times) for times in time_responses(responses))
-    alone = time_blocks(WITH, responses) - time_blocks(WITHOUT, responses)
-    return [
-        Figure("responses of each kind", responses, ""),
-        Figure("a response with the header, p50", on / NS_PER_US, "us"),
-        Figure("a response without it, p50", off / NS_PER_US, "us"),
-        Figure("added by the header", on - off, "ns", MAX_COST_NS),
-        Figure("its own part alone", alone, "ns", MAX_COST_NS),
-    ]
-
-
-def check() -> None:
-    """What is measured is what it is called."""
+def measure(responses: int) -> list[Row]:
     assert answer(WITH).lower().count(HEADER) == 1
     assert HEADER not in answer(WITHOUT).lower()
+    on, off = time_responses(responses)
+    added = statistics.median(on) - statistics.median(off)
+    alone = time_blocks(WITH, responses) - time_blocks(WITHOUT, responses)
+    return [
+        Row("responses", "responses of each kind", responses),
+        *time_rows("with", "a response with the header", on, "us", "p50"),
+        *time_rows("without", "a response without it", off, "us", "p50"),
+        Row("added_ns", "added by the header", added, "ns", below=MAX_COST_NS),
+        Row("alone_ns", "the header's own part", alone, "ns", below=MAX_COST_NS),
+    ]
 
 
 def connection(security: SecurityHeaders, responses: int = 1) -> HttpConnection:
@@ -77,7 +60,7 @@ def answer(security: SecurityHeaders) -> bytes:
 
 
 def time_responses(responses: int) -> tuple[array[int], array[int]]:
-    """Nanoseconds of each response with the header, and of each without it."""
+    """Return the nanoseconds of each response with the header, and of each without it."""
     on, off = array("Q"), array("Q")
     both = [(connection(WITH, responses), on), (connection(WITHOUT, responses), off)]
     wall, now = system_clock.wall(), system_clock.now()
@@ -97,7 +80,7 @@ def time_responses(responses: int) -> tuple[array[int], array[int]]:
 
 
 def time_blocks(security: SecurityHeaders, times: int) -> float:
-    """Nanoseconds for taking the header fields and joining them to the rest of a response, the median."""
+    """Return the median of the nanoseconds for taking the header fields and joining them to a response."""
     rest = answer(security)
     clock, spent = time.perf_counter_ns, array("Q")
     for _ in range(times):
@@ -107,5 +90,9 @@ def time_blocks(security: SecurityHeaders, times: int) -> float:
     return statistics.median(spent)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+@measurement
+@click.option(
+    "--responses", type=click.IntRange(LEAST), default=100_000, show_default=True, help="Of each kind."
+)
+def command(responses: int) -> list[Row]:
+    return measure(responses)

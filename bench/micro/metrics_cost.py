@@ -1,20 +1,17 @@
-"""What metrics cost: a request with all that is counted for it and without that, and a scrape.
+"""Metrics: a request with all that is counted for it and without that, and a scrape.
 
-    python -m bench.micro.metrics_cost [--requests 200000] [--json FILE]
+A request is all that happens between its bytes and those of its answer, without a network and without TLS,
+beside which the counting would look smaller. Those without counting run the same code without the lines that
+count, which are removed from its source. One read of each kind is made in turn, each timed alone, so that
+disturbances of the machine hit both. The figure is the ratio of the medians.
 
-A request is all that happens between its bytes and those of its answer, without a network and without TLS, beside
-which the counting would look smaller. Those without counting run the same code, but for the lines that count: they
-are taken out of its source. One read of each kind is made in turn, each timed alone, so that what else the machine
-does hits both. The figure is the ratio of the medians.
-
-A scrape is the text of all metrics of a server with 10,000 connections, in CPU time. Its share of a request is that
-at 5,000 requests a second and a scrape in 15 seconds: 75,000 have one together.
+A scrape is the text of all metrics of a server with 10,000 connections, in CPU time. Its share of a request is
+that at 5,000 requests a second and a scrape in 15 seconds: 75,000 share one.
 """
 
 from __future__ import annotations
 import __future__
 
-import argparse
 import asyncio
 import inspect
 import statistics
@@ -22,12 +19,14 @@ import textwrap
 import time
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final, cast
 
+import click
 import uvloop
 
-from bench.micro.token_check import NS_PER_US, Figure, conclude
+from bench.command import measurement
+from bench.micro.timing import time_rows
+from bench.report import Row
 from zcproto.app.app import App
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
@@ -52,7 +51,7 @@ COUNTING: Final = {
     "method.calls += 1": "pass",
     "state.counters.requests += requests": "pass",
 }
-"""The lines of `ServerProtocol._process` that count, and what is there without them."""
+"""The lines of `ServerProtocol._process` that count, and what replaces them."""
 
 LEAST: Final = 1_000
 CONNECTIONS: Final = 20
@@ -67,18 +66,18 @@ SALT: Final = bytes(range(8))
 
 
 def without_counting() -> type[ServerProtocol]:
-    """The protocol of a connection, less the lines that count."""
+    """Return the protocol of a connection without the lines that count."""
     source = textwrap.dedent(inspect.getsource(ServerProtocol._process))
     for line, instead in COUNTING.items():
-        assert source.count(line) == 1, f"{line!r} is not there once any more"
+        assert source.count(line) == 1, f"{line!r} does not occur exactly once"
         source = source.replace(line, instead)
     made: dict[str, Any] = {"__slots__": ()}
-    exec(compile(source, module.__file__, "exec", ANNOTATIONS), module.__dict__, made)  # noqa: S102 - it is ours
+    exec(compile(source, module.__file__, "exec", ANNOTATIONS), module.__dict__, made)  # noqa: S102 - our own source
     return cast("type[ServerProtocol]", type("Uncounted", (ServerProtocol,), made))
 
 
 class Transport:
-    """Takes what is written, and keeps the last of it."""
+    """Keeps the last write."""
 
     peer = "192.0.2.7"
 
@@ -86,14 +85,14 @@ class Transport:
         self.last = b""
 
     def set_write_buffer_limits(self, high: int) -> None:
-        """Nothing waits here."""
+        """Do nothing: nothing is buffered."""
 
     def write(self, data: bytes) -> None:
         self.last = data
 
 
 class Peer:
-    """One connection, and the client that is at its other end."""
+    """One connection, and the client at its other end."""
 
     def __init__(self, state: ServerState, kind: type[ServerProtocol], user: str) -> None:
         self.transport = Transport()
@@ -132,7 +131,7 @@ def state_on(loop: asyncio.AbstractEventLoop) -> ServerState:
 
 
 async def time_requests(requests: int) -> tuple[array[int], array[int]]:
-    """Nanoseconds of each read of a request with counting, and of each without."""
+    """Return the nanoseconds of each read of a request with counting, and of each without."""
     state = state_on(asyncio.get_running_loop())
     kinds = (ServerProtocol, without_counting())
     sides = [
@@ -159,13 +158,13 @@ async def time_requests(requests: int) -> tuple[array[int], array[int]]:
     return sides[0][1], sides[1][1]
 
 
-async def time_scrapes() -> float:
-    """Nanoseconds of CPU of one, the median, with as many connections as are scanned for one."""
+async def time_scrapes() -> list[int]:
+    """Return the nanoseconds of CPU of some, with as many connections as are scanned for one."""
     state = state_on(asyncio.get_running_loop())
     state.connections.update(ServerProtocol(state) for _ in range(CONNECTED))
 
     def source() -> Iterator[Reading]:
-        """As many series as a server has, and what looks at each connection."""
+        """Yield as many series as a server has, and those that scan the connections."""
         most = max(protocol.in_flight for protocol in state.connections)
         yield table.LIMIT_USE.at(most, "limits.max_streams")
         yield table.SLOW_READERS.at(sum(protocol.reads_too_slowly for protocol in state.connections))
@@ -180,34 +179,28 @@ async def time_scrapes() -> float:
         begin = time.thread_time_ns()
         metrics.render("")
         spent.append(time.thread_time_ns() - begin)
-    return statistics.median(spent)
+    return spent
 
 
-def measure(requests: int) -> list[Figure]:
+def measure(requests: int) -> list[Row]:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        on, off = (statistics.median(times) for times in runner.run(time_requests(requests)))
-        scrape = runner.run(time_scrapes())
+        on, off = runner.run(time_requests(requests))
+        scrapes = runner.run(time_scrapes())
+    added = statistics.median(on) / statistics.median(off) - 1
+    share = statistics.median(scrapes) / REQUESTS_PER_SCRAPE
     return [
-        Figure("requests of each kind", requests, ""),
-        Figure("a request with counting, p50", on / NS_PER_US, "us"),
-        Figure("a request without it, p50", off / NS_PER_US, "us"),
-        Figure("a scrape with 10,000 connections, p50", scrape / NS_PER_US, "us"),
-        Figure("its share of a request", scrape / REQUESTS_PER_SCRAPE, "ns"),
-        Figure("added by counting", 100 * (on / off - 1), "%", MAX_ADDED),
+        Row("requests", "requests of each kind", requests),
+        *time_rows("on", "a request with counting", on, "us", "p50"),
+        *time_rows("off", "a request without it", off, "us", "p50"),
+        *time_rows("scrape", "a scrape with 10,000 connections", scrapes, "us", "p50"),
+        Row("scrape_share_ns", "its share of a request", share, "ns"),
+        Row("added", "added by counting", 100 * added, "%", below=MAX_ADDED),
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.micro.metrics_cost", description=__doc__.split("\n", maxsplit=1)[0]
-    )
-    parser.add_argument("--requests", type=int, default=200_000, help="requests of each kind")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args(arguments)
-    if options.requests < LEAST:
-        parser.error(f"at least {LEAST} requests are needed")
-    return conclude(measure(options.requests), options.json)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+@measurement
+@click.option(
+    "--requests", type=click.IntRange(LEAST), default=200_000, show_default=True, help="Of each kind."
+)
+def command(requests: int) -> list[Row]:
+    return measure(requests)

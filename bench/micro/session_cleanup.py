@@ -1,48 +1,48 @@
-"""What the cleaning away of sessions costs: how many a second, and whom each slice of it holds up.
+"""Remove expired sessions: how many a second, and how long each slice delays others.
 
-    python -m bench.micro.session_cleanup [--sessions 100000] [--program valkey-server] [--folder DIR] [--json FILE]
+The registry is cleaned in slices on the event loop; the time of one is CPU time of this thread. Once tokens
+lapse (their sessions can be refreshed), once sessions end and leave.
 
-- The registry is cleaned in slices that hold the event loop; the time of one is that of this thread on the
-  processor. Once tokens lapse (their sessions can be refreshed), once sessions end and leave.
-- The file of sessions is cleaned in the store's thread, as a server does it. A slice holds up whoever else wants
-  something of the store: so sessions are opened beside it, a few at once, and each opening is timed to its end on
-  the disk; the same is done without any cleaning. A slice is shorter when somebody waits.
-- Valkey or Redis is cleaned by scripts that each hold up the server for their time, on a server of our own.
-- A pause is how much later than asked a timer of 1 ms came, whatever else the machine did.
+The file of sessions is cleaned in the store's thread, as a server does it. Sessions are opened beside it, a few
+at once, and each opening is timed until it is on the disk; the same is done without any cleaning. A slice is
+shorter when another call waits.
+
+Valkey or Redis is cleaned by scripts that each block the server for their time. A pause is how much later than
+asked a timer of 1 ms was called.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import shutil
 import tempfile
-import time
-from array import array
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from bench.micro import token_check
-from bench.micro.session_opening import NS_PER_S, PATIENCE_S, Pauses, open_sessions
-from bench.micro.session_opening_valkey import server
-from bench.micro.token_check import (
-    MAX_SLICE_MS,
-    MIN_CLEAN_RATE,
-    NS_PER_MS,
-    Figure,
-    conclude,
-    fill,
+import click
+
+from bench.command import COUNT, FOLDER, measurement
+from bench.micro.timing import (
+    NS_PER,
+    STORE_TIMEOUT_S,
+    Cleaned,
+    clean_store,
+    new_registry,
+    open_sessions,
     quantile,
+    time_rows,
 )
+from bench.micro.token_check import MAX_SLICE_MS, MIN_CLEAN_RATE, clean, fill
+from bench.report import Row
+from bench.valkey import VALKEY, Valkey
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.event_loop import new_event_loop
 from zcproto.sessions import TOKEN_SIZE, SessionRegistry, SessionSettings
 from zcproto.stores.base import SessionStore
 from zcproto.stores.sqlite.store import SqliteStore
-from zcproto.stores.sync import EXPIRE_PAUSE_S, EXPIRED_AT_ONCE
 from zcproto.stores.valkey.store import ValkeyStore
 
-CONCURRENCY: Final = 64
+AT_ONCE: Final = 64
 BESIDE: Final = 4
 """Openings at once beside the cleaning."""
 
@@ -51,137 +51,83 @@ OPENED_PART: Final = 40
 FIRST_USER: Final = 1_000_000
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.micro.session_cleanup", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--sessions", type=int, default=100_000, help="sessions that are cleaned away")
-    parser.add_argument("--program", default="valkey-server", help="valkey-server or redis-server")
-    parser.add_argument(
-        "--folder", type=Path, help="where the files are for the time; else a temporary folder"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args(arguments)
-    if options.sessions < 1:
-        parser.error("at least one session is needed")
-    figures = [Figure("sessions", options.sessions, ""), *measure_registry(options.sessions)]
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            figures += runner.run(measure_file(Path(folder), options.sessions))
-        if shutil.which(options.program) is not None:
-            with (
-                server(options.program, Path(folder), "always") as url,
-                asyncio.Runner(loop_factory=new_event_loop) as runner,
-            ):
-                figures += runner.run(measure_valkey(url, options.sessions))
-    return conclude(figures, options.json)
-
-
-def measure_registry(sessions: int) -> list[Figure]:
+def measure_registry(sessions: int) -> list[Row]:
     kept, wall = bytearray(sessions * TOKEN_SIZE), system_clock.wall()
-    figures = []
-    for what, settings in (
-        ("registry, lapsing", SessionSettings()),
-        ("registry, ending", SessionSettings(refresh=False)),
-    ):
+    rows, bars = list[Row](), {"longest": MAX_SLICE_MS}
+    for what, settings in (("lapsing", SessionSettings()), ("ending", SessionSettings(refresh=False))):
         registry = SessionRegistry(settings, system_entropy)
         fill(registry, sessions, wall, kept)
-        rate, longest = token_check.clean(registry, wall + settings.lifetime_ms)
-        figures += [
-            Figure(f"{what}: a second", rate, "", MIN_CLEAN_RATE, at_least=True),
-            Figure(f"{what}: longest slice", longest, "ms", MAX_SLICE_MS),
+        slices = clean(registry, wall + settings.lifetime_ms)
+        rate = sessions / (sum(slices) / NS_PER["s"])
+        rows += [
+            Row(f"{what}_rate", f"registry, {what}: a second", rate, at_least=MIN_CLEAN_RATE),
+            *time_rows(f"{what}_slice", f"registry, {what}: slice", slices, "ms", "longest", below=bars),
         ]
-    return figures
+    return rows
 
 
-class Cleaned(NamedTuple):
-    """One cleaning of a store. Slices in nanoseconds, sorted."""
-
-    rate: float
-    slices: list[int]
-    pause_ms: float
-
-
-async def clean(store: SessionStore) -> Cleaned:
-    """Remove all sessions as past their time, in slices as a server does."""
-    settings = SessionSettings()
-    wall = system_clock.wall() + settings.refresh_lifetime_ms + settings.lifetime_ms
-    pauses = Pauses()
-    slices, removed, begin = array("Q"), 0, time.perf_counter_ns()
-    while True:
-        slice_begin = time.perf_counter_ns()
-        once = await store.expire(wall, settings.dead_keep_ms, EXPIRED_AT_ONCE)
-        if not once:
-            break
-        slices.append(time.perf_counter_ns() - slice_begin)
-        removed += once
-        await asyncio.sleep(EXPIRE_PAUSE_S if once < EXPIRED_AT_ONCE else 0)
-    rate = removed / ((time.perf_counter_ns() - begin) / NS_PER_S)
-    return Cleaned(rate, sorted(slices) or [0], pauses.stop())
-
-
-async def fill_store(store: SessionStore, sessions: int) -> None:
-    registry = SessionRegistry(SessionSettings(), system_entropy)
-    await open_sessions(store, registry, array("Q", [0]) * sessions, CONCURRENCY)
+async def measure_file(folder: Path, sessions: int) -> list[Row]:
+    store = SqliteStore(folder / "home" / "sessions.db", timeout=STORE_TIMEOUT_S)
+    await store.open(lambda change: None)
+    await open_sessions(store, new_registry(), sessions, AT_ONCE)
+    alone = await clean_store(store)
+    await open_sessions(store, new_registry(), sessions, AT_ONCE)
+    without = await open_some(store, FIRST_USER)
+    cleaning = asyncio.create_task(clean_store(store))
+    await asyncio.sleep(0)
+    beside = await open_some(store, 2 * FIRST_USER, cleaning)
+    shared = await cleaning
+    await store.close()
+    added = (quantile(beside, 0.5) - quantile(without, 0.5)) / NS_PER["ms"]
+    return [
+        Row("file_rate", "file: a second", alone.rate, at_least=MIN_CLEAN_RATE),
+        *time_rows("file_slice", "file: slice", alone.slices, "ms", "p50", "longest"),
+        Row("file_pause_ms", "file: longest pause of the loop", alone.pause_ms, "ms"),
+        Row("file_shared_rate", "file, with openings beside it: a second", shared.rate),
+        *time_rows("without", "opening, without cleaning", without, "ms", "p50", "p99", "longest"),
+        *time_rows("beside", "opening beside cleaning", beside, "ms", "p50", "p99", "longest"),
+        Row("added_ms", "added to an opening by cleaning, p50", added, "ms", below=MAX_SLICE_MS),
+    ]
 
 
 async def open_some(
     store: SessionStore, first_user: int, beside: asyncio.Task[Cleaned] | None = None
 ) -> list[int]:
-    """Open a few at once, as many as there may be or until the other is done; nanoseconds of each, sorted."""
+    """Open sessions a few at once, until the task beside is done; return the nanoseconds of each, sorted."""
     latencies: list[int] = []
     for first in range(0, OPENED, OPENED_PART):
-        part = array("Q", [0]) * OPENED_PART
-        registry = SessionRegistry(SessionSettings(), system_entropy)
-        await open_sessions(store, registry, part, BESIDE, first_user=first_user + first)
-        latencies += part
+        opened = await open_sessions(store, new_registry(), OPENED_PART, BESIDE, first_user + first)
+        latencies += opened.ns
         if beside is not None and beside.done():
             break
     return sorted(latencies)
 
 
-async def measure_file(folder: Path, sessions: int) -> list[Figure]:
-    store = SqliteStore(folder / "home" / "sessions.db", timeout=PATIENCE_S)
+async def measure_valkey(url: str, sessions: int) -> list[Row]:
+    store = ValkeyStore(url, timeout=STORE_TIMEOUT_S)
     await store.open(lambda change: None)
-    await fill_store(store, sessions)
-    alone = await clean(store)
-    await fill_store(store, sessions)
-    without = await open_some(store, FIRST_USER)
-    cleaning = asyncio.create_task(clean(store))
-    await asyncio.sleep(0)
-    beside = await open_some(store, 2 * FIRST_USER, cleaning)
-    shared = await cleaning
+    await open_sessions(store, new_registry(), sessions, AT_ONCE)
+    cleaned = await clean_store(store)
     await store.close()
-    added = (quantile(beside, 0.5) - quantile(without, 0.5)) / 1e3
     return [
-        Figure("file: a second", alone.rate, "", MIN_CLEAN_RATE, at_least=True),
-        Figure("file: slice where nobody waits, p50", quantile(alone.slices, 0.5) / 1e3, "ms"),
-        Figure("file: longest of these", alone.slices[-1] / NS_PER_MS, "ms"),
-        Figure("file: longest pause of the loop", alone.pause_ms, "ms"),
-        Figure("file, with openings beside it: a second", shared.rate, ""),
-        Figure("opening, without cleaning, p50", quantile(without, 0.5) / 1e3, "ms"),
-        Figure("opening, without cleaning, p99", quantile(without, 0.99) / 1e3, "ms"),
-        Figure("opening, without cleaning, longest", without[-1] / NS_PER_MS, "ms"),
-        Figure("opening beside cleaning, p50", quantile(beside, 0.5) / 1e3, "ms"),
-        Figure("opening beside cleaning, p99", quantile(beside, 0.99) / 1e3, "ms"),
-        Figure("opening beside cleaning, longest", beside[-1] / NS_PER_MS, "ms"),
-        Figure("what cleaning adds to an opening, p50", added, "ms", MAX_SLICE_MS),
+        Row("valkey_rate", "Valkey: a second", cleaned.rate),
+        *time_rows("valkey_slice", "Valkey: slice", cleaned.slices, "ms", "p50", "longest"),
+        Row("valkey_pause_ms", "Valkey: longest pause of the loop", cleaned.pause_ms, "ms"),
     ]
 
 
-async def measure_valkey(url: str, sessions: int) -> list[Figure]:
-    store = ValkeyStore(url, timeout=PATIENCE_S)
-    await store.open(lambda change: None)
-    await fill_store(store, sessions)
-    cleaned = await clean(store)
-    await store.close()
-    return [
-        Figure("Valkey: a second", cleaned.rate, ""),
-        Figure("Valkey: slice, p50", quantile(cleaned.slices, 0.5) / 1e3, "ms"),
-        Figure("Valkey: longest slice", cleaned.slices[-1] / NS_PER_MS, "ms"),
-        Figure("Valkey: longest pause of the loop", cleaned.pause_ms, "ms"),
-    ]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+@measurement
+@click.option("--sessions", type=COUNT, default=100_000, show_default=True, help="Sessions that are removed.")
+@click.option("--program", default=VALKEY, show_default=True, help="valkey-server or redis-server.")
+@click.option("--folder", type=FOLDER, help="Where the files are meanwhile; else a temporary folder.")
+def command(sessions: int, program: str, folder: Path | None) -> list[Row]:
+    rows = [Row("sessions", "sessions", sessions), *measure_registry(sessions)]
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as place,
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+    ):
+        rows += runner.run(measure_file(Path(place), sessions))
+        if shutil.which(program) is not None:
+            with Valkey(Path(place) / "valkey", program) as valkey:
+                rows += runner.run(measure_valkey(valkey.url, sessions))
+    return rows

@@ -1,114 +1,44 @@
-"""What sessions in Valkey or Redis cost: openings a second, memory on the server, and how soon others know.
+"""Open sessions in Valkey or Redis: how many a second, memory on the server, and how soon others learn of
+changes.
 
-    python -m bench.micro.session_opening_valkey [--program valkey-server] [--sessions 50000] [--concurrency 64]
-        [--fsync always|everysec|no] [--folder DIR] [--json FILE]
+It starts a server of its own, on a Unix socket in a folder (`--folder` chooses the disk). With `--fsync
+always`, an opening is on the disk when it returns.
 
-It starts a server of its own, on a Unix socket in a folder that is gone afterwards (`--folder` says on which disk).
-With `always`, an opening is on that disk when it returns.
-
-- An opening is what a server does for `session.open` but for TLS and the proof of the user, as in session_opening.
-- Memory is what the server counts as used by its data with the sessions open, above the same without.
-- A revocation is made through one store; the clock runs until another one, with a connection of its own, has told
-  of it. All of this process shares two processors with the server.
-- Cleaning removes sessions past their time, 2,000 in a slice.
+Memory is what the server counts as used by its data with the sessions open, above the same without. A
+revocation is made through one store; the clock runs until another one, with a connection of its own, has
+received it. All of this process shares two processors with the server.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import shutil
-import socket
-import subprocess
 import tempfile
 import time
-from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import click
 import redis.asyncio
 
-from bench.micro.session_opening import ALONE, NS_PER_S, PATIENCE_S, open_sessions
-from bench.micro.token_check import NS_PER_MS, Figure, conclude, quantile
-from zcproto.common.clock import system_clock, system_entropy
+from bench.command import COUNT, FOLDER, measurement
+from bench.micro.timing import STORE_TIMEOUT_S, clean_store, new_registry, open_sessions, time_rows
+from bench.report import Row
+from bench.valkey import VALKEY, Valkey
+from zcproto.common.clock import system_clock
 from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import Code
-from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.stores.base import Change
-from zcproto.stores.sync import EXPIRED_AT_ONCE
 from zcproto.stores.valkey.store import ValkeyStore
 
 MIN_OPENINGS: Final = 2_000.0
 MAX_NEWS_MS: Final = 1_000.0
 
 REVOCATIONS: Final = 500
-START_S: Final = 10.0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.micro.session_opening_valkey", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--program", default="valkey-server", help="valkey-server or redis-server")
-    parser.add_argument("--sessions", type=int, default=50_000, help="sessions that are opened")
-    parser.add_argument("--concurrency", type=int, default=64, help="openings at once")
-    parser.add_argument("--fsync", choices=("always", "everysec", "no"), default="always", help="appendfsync")
-    parser.add_argument("--folder", type=Path, help="where the server's files are for the time")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args(arguments)
-    if options.sessions < REVOCATIONS or options.concurrency < 1:
-        parser.error(f"at least {REVOCATIONS} sessions and one task are needed")
-    if shutil.which(options.program) is None:
-        parser.error(f"{options.program} is not installed")
-    with (
-        tempfile.TemporaryDirectory(dir=options.folder) as folder,
-        server(options.program, Path(folder), options.fsync) as url,
-        asyncio.Runner(loop_factory=new_event_loop) as runner,
-    ):
-        figures = runner.run(measure(url, options.sessions, options.concurrency))
-    return conclude(figures, options.json)
-
-
-@contextmanager
-def server(program: str, folder: Path, fsync: str) -> Iterator[str]:
-    """The URL of a server that runs meanwhile."""
-    path = folder / "socket"
-    process = subprocess.Popen(
-        [
-            *(program, "--port", "0", "--unixsocket", str(path), "--dir", str(folder), "--save", ""),
-            *("--appendonly", "yes", "--appendfsync", fsync, "--maxmemory-policy", "noeviction"),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        end = time.monotonic() + START_S
-        while not _answers(path):
-            if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"{program} does not start")
-            time.sleep(0.01)
-        yield f"unix://{path}"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _answers(path: Path) -> bool:
-    """Whether a server is there, and not only its socket, which cannot be connected to for a moment."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(START_S)
-        try:
-            connection.connect(str(path))
-            connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")
-        except OSError:
-            return False
+ALONE: Final = 50
 
 
 class Listener:
-    """Hears of changes, and notes when."""
+    """Notes when it was notified of each change."""
 
     def __init__(self) -> None:
         self.heard_at: dict[bytes, int] = {}
@@ -121,77 +51,79 @@ class Listener:
             self.done.set()
 
 
-async def measure(url: str, sessions: int, concurrency: int) -> list[Figure]:
-    latencies, listener = array("Q", [0]) * sessions, Listener()
-    store, other = (ValkeyStore(url, timeout=PATIENCE_S) for _ in range(2))
-    registry = SessionRegistry(SessionSettings(), system_entropy)
+async def measure(url: str, sessions: int, at_once: int) -> list[Row]:
+    store, other = (ValkeyStore(url, timeout=STORE_TIMEOUT_S) for _ in range(2))
+    listener, registry = Listener(), new_registry()
     await store.open(lambda change: None)
     await other.open(listener)
-    before = await used_memory(url)
-    processor = time.process_time()
-    rate = await open_sessions(store, registry, latencies, concurrency)
-    processor = time.process_time() - processor
+    before, cpu = await used_memory(url), time.process_time()
+    opened = await open_sessions(store, registry, sessions, at_once)
+    cpu = time.process_time() - cpu
     memory = await used_memory(url) - before
-    alone = array("Q", [0]) * ALONE
-    await open_sessions(store, registry, alone, 1, first_user=sessions)
+    alone = await open_sessions(store, registry, ALONE, 1, first_user=sessions)
     news = await time_news(store, listener)
-    cleaned, longest = await clean(store)
+    cleaned = await clean_store(store)
+    assert await store.count() == 0
     await other.close()
     await store.close()
-    ordered = sorted(latencies)
     return [
-        Figure("sessions", sessions, ""),
-        Figure("openings at once", concurrency, ""),
-        Figure("openings a second", rate, "", MIN_OPENINGS, at_least=True),
-        Figure("this process's part of one", processor / sessions * 1e6, "us"),
-        Figure("opening, p50", quantile(ordered, 0.5) / 1e3, "ms"),
-        Figure("opening, p99", quantile(ordered, 0.99) / 1e3, "ms"),
-        Figure("opening, longest", ordered[-1] / NS_PER_MS, "ms"),
-        Figure("opening with no other, p50", quantile(sorted(alone), 0.5) / 1e3, "ms"),
-        Figure("memory on the server, a session", memory / sessions, "B"),
-        Figure("revocation known to another, p50", quantile(news, 0.5) / 1e3, "ms"),
-        Figure("revocation known, longest", news[-1] / NS_PER_MS, "ms", MAX_NEWS_MS),
-        Figure("sessions cleaned away a second", cleaned, ""),
-        Figure("longest slice", longest, "ms"),
+        Row("sessions", "sessions", sessions),
+        Row("at_once", "openings at once", at_once),
+        Row("rate", "openings a second", opened.rate, at_least=MIN_OPENINGS),
+        Row("cpu_us", "CPU of this process for one", cpu / sessions * 1e6, "us"),
+        *time_rows("opening", "opening", opened.ns, "ms", "p50", "p99", "longest"),
+        *time_rows("alone", "opening with no other", alone.ns, "ms", "p50"),
+        Row("memory", "memory on the server, a session", memory / sessions, "B"),
+        *time_rows(
+            "news",
+            "revocation received by others",
+            news,
+            "ms",
+            "p50",
+            "longest",
+            below={"longest": MAX_NEWS_MS},
+        ),
+        Row("clean_rate", "sessions removed a second", cleaned.rate),
+        *time_rows("slice", "slice", cleaned.slices, "ms", "longest"),
     ]
 
 
 async def used_memory(url: str) -> int:
-    """Bytes that the server uses, but for what its connections take."""
+    """Return the bytes that the server uses, without those of its connections."""
     async with redis.asyncio.Redis.from_url(url) as client:
         memory = await client.info("memory")
     return int(memory["used_memory"]) - int(memory["mem_clients_normal"])
 
 
 async def time_news(store: ValkeyStore, listener: Listener) -> list[int]:
-    """Nanoseconds from the asking for each of some revocations to the news of it elsewhere, sorted."""
+    """Return the nanoseconds from each of some revocations until the listener was notified."""
     records = (await store.list())[:REVOCATIONS]
     listener.wanted = len(records)
     asked_at = {}
     for record in records:
         asked_at[record.id] = time.perf_counter_ns()
         await store.end([record.id], Code.TOKEN_REVOKED, system_clock.wall())
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(STORE_TIMEOUT_S):
         await listener.done.wait()
-    return sorted(listener.heard_at[id] - at for id, at in asked_at.items())
+    return [listener.heard_at[id] - at for id, at in asked_at.items()]
 
 
-async def clean(store: ValkeyStore) -> tuple[float, float]:
-    """Remove all sessions as past their time; how many a second, and the longest slice in milliseconds."""
-    settings = SessionSettings()
-    wall = system_clock.wall() + settings.refresh_lifetime_ms + settings.lifetime_ms
-    removed, longest, begin = 0, 0, time.perf_counter_ns()
-    while True:
-        slice_begin = time.perf_counter_ns()
-        once = await store.expire(wall, settings.dead_keep_ms, EXPIRED_AT_ONCE)
-        if not once:
-            break
-        removed += once
-        longest = max(longest, time.perf_counter_ns() - slice_begin)
-    duration = time.perf_counter_ns() - begin
-    assert await store.count() == 0
-    return removed / (duration / NS_PER_S), longest / NS_PER_MS
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+@measurement
+@click.option("--program", default=VALKEY, show_default=True, help="valkey-server or redis-server.")
+@click.option(
+    "--sessions", type=click.IntRange(REVOCATIONS), default=50_000, show_default=True, help="Sessions."
+)
+@click.option("--concurrency", type=COUNT, default=64, show_default=True, help="Openings at once.")
+@click.option(
+    "--fsync", type=click.Choice(["always", "everysec", "no"]), default="always", help="appendfsync."
+)
+@click.option(
+    "--folder", type=FOLDER, help="Where the server's files are meanwhile; else a temporary folder."
+)
+def command(program: str, sessions: int, concurrency: int, fsync: str, folder: Path | None) -> list[Row]:
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as place,
+        Valkey(Path(place) / "valkey", program, fsync) as valkey,
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+    ):
+        return runner.run(measure(valkey.url, sessions, concurrency))

@@ -1,7 +1,7 @@
 """The figures: CPU of the server's process and its memory, each server in its turn on the same processor.
 
-What disturbs the machine disturbs all alike: a round asks each server for a short slice of work, then each again.
-CPU time is the scheduler's own account of all threads of the process.
+What disturbs the machine disturbs all alike: a round asks each server for a short slice of work, then each
+again. CPU time is the scheduler's own account of all threads of the process.
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ from bench.peers.clients import (
     context_for,
 )
 from bench.peers.environment import Environment
-from zcproto.auth import UserFile
-from zcproto.common.home import Home
+from bench.stage import ECDSA_ONLY, Stage, cpu_seconds, room_for
 from zcproto.common.text import escape_text
 from zcproto.errors import ZcprotoError
-from zcproto.load.demo.server import DemoServer
 from zcproto.load.plan import SESSIONS_PER_USER
 from zcproto.load.processes import module_environment, on_processor
 
@@ -117,11 +115,7 @@ class Server:
 
     def cpu_s(self) -> float:
         """CPU time of all its threads so far."""
-        total = 0
-        for task in Path(f"/proc/{self.pid}/task").iterdir():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-                total += int((task / "schedstat").read_text().split()[0])
-        return total / 1e9
+        return cpu_seconds(self.pid)
 
     def resident(self) -> int:
         """Memory that is in RAM, in bytes."""
@@ -131,23 +125,20 @@ class Server:
 class Servers:
     """Starts each of them, on one processor, with the certificate of one home folder."""
 
-    def __init__(self, home: Home, environment: Environment, plan: Plan) -> None:
-        self._home = home
+    def __init__(self, folder: Path, environment: Environment, plan: Plan) -> None:
+        # Sessions outlive their connections, so users that connect again and again need room for more than five.
+        settings = {
+            "sessions.per_user": 100_000,
+            **room_for(max(plan.held, CONNECTIONS) + 1_000),
+            **ECDSA_ONLY,
+        }
+        self._stage = Stage(folder, settings)
         self._environment = environment
         self._payload = os.urandom(plan.payload_bytes)
-        self._certificate = (home.certs / "server-ecdsa.crt", home.certs / "server-ecdsa.key")
-        users = UserFile(home.users)
-        names = [f"load-{number}" for number in range(1, plan.held // SESSIONS_PER_USER + 2)]
-        self._users = users.add_many(names)
-        # Sessions outlive their connections, so whoever connects again and again needs room for more than five.
-        home.config.write_text(
-            "[sessions]\nper_user = 100000\n\n"
-            f"[limits]\nmax_connections = {max(plan.held, CONNECTIONS) + 1_000}\nconnections_per_address = 0\n\n"
-            '[certificates]\nkey_types = ["ecdsa-p256"]\n\n'
-            f'[log]\nfile = "{home.path / "server.log"}"\n',
-            encoding="utf-8",
-        )
-        home.config.chmod(0o600)
+        self._users = self._stage.add_users("load", plan.held // SESSIONS_PER_USER + 1)
+        self._stage.make_certificates()
+        certs = self._stage.home.certs
+        self._certificate = (certs / "server-ecdsa.crt", certs / "server-ecdsa.key")
 
     @contextlib.contextmanager
     def run(self, name: str) -> Iterator[Server]:
@@ -158,25 +149,18 @@ class Servers:
 
     @contextlib.contextmanager
     def _run_zcproto(self) -> Iterator[Server]:
-        server = DemoServer(self._home.path, "memory")
-        with contextlib.ExitStack() as stack:
-            with on_processor(0):
-                stack.enter_context(server)
-            context = context_for(self._home.certs / "ca.crt", *ZcprotoClient.alpn)
-            params = {"data": self._payload}
-            users = itertools.cycle(self._users)
-
-            def connect() -> Asked:
-                user, key = next(users)
-                return ZcprotoClient(server.port, context, params, user, key)
-
-            yield Server(ZCPROTO, server.pid, connect)
+        context = context_for(self._stage.ca_file, *ZcprotoClient.alpn)
+        params, users = {"data": self._payload}, itertools.cycle(self._users)
+        with self._stage.serve() as server:
+            yield Server(
+                ZCPROTO, server.pid, lambda: ZcprotoClient(server.port, context, params, *next(users))
+            )
 
     @contextlib.contextmanager
     def _run_peer(self, name: str) -> Iterator[Server]:
         module, client = _PEERS[name]
         command = [str(self._environment.python), "-P", "-m", f"bench.peers.servers.{module}"]
-        errors = self._home.path / f"{module}.err"
+        errors = self._stage.home.path / f"{module}.err"
         with on_processor(0), errors.open("wb") as log:
             process = subprocess.Popen(
                 [*command, *map(str, self._certificate)],
@@ -194,7 +178,7 @@ class Servers:
                 said = " / ".join(errors.read_text(errors="replace").splitlines()[-LINES_SHOWN:])
                 raise ZcprotoError(f"the server of {name} did not start: {escape_text(said, 500)}")
             port = int(line)
-            context = context_for(self._home.certs / "ca.crt", *client.alpn)
+            context = context_for(self._stage.ca_file, *client.alpn)
             yield Server(name, process.pid, lambda: client(port, context, self._payload))
         finally:
             process.stdin.close()

@@ -1,13 +1,12 @@
-"""Every requirement, measured or checked in one command: `zcproto bench --requirements`.
+"""Every requirement, measured or shown by tests in one command: `python -m bench requirements`.
 
-    requirement   what must hold: each row's text, target and how it is found out
-    finding       what was found of one row, and the verdict
+    requirement   what must hold: each row's text and target, and how it is shown
+    finding       what was found for one row, and the verdict
     sizes         how much is measured
-    homes         home folders, users, certificates and servers for checks
-    *_checks      rows that are right or wrong, by what a running server does
-    measures      rows that are figures, by the measurements of the rooms beside this one
-    steps, run    what is done in which order, and who fills which row
-    table, page, text, plots   how it is shown: on a terminal, as HTML, as Markdown, drawn
+    measures      rows that are figures, by the measurements of this folder
+    marked_tests  rows that are shown by tests: `pytest -m requirement`
+    run           the steps, and the rows that each fills
+    table, plots  how it is shown: on a terminal, as Markdown, as HTML, as JSON, drawn
 
-No row is filled but by what was seen in this run, and one that nobody fills is failed.
+A row is filled by this run alone; a row without a finding fails.
 """

@@ -1,23 +1,10 @@
-"""What was found of a requirement, and what that makes of its row. Pure."""
+"""What was found for a requirement, and the verdict on its row. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, NamedTuple
-
-from zcproto.common.text import escape_text
-
-SHOWN: Final = 3
-"""Facts that are wrong are named up to this number."""
-
-
-class Fact(NamedTuple):
-    """One thing that was looked at."""
-
-    what: str
-    right: bool
-    seen: str
+from typing import Any, NamedTuple
 
 
 class Verdict(StrEnum):
@@ -25,7 +12,7 @@ class Verdict(StrEnum):
     FAIL = "FAIL"
     NONE = "no figure"
     SMALL = "small"
-    """It held, in a run that is smaller than what the requirement asks for."""
+    """It held, in a run that is smaller than the requirement asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +22,13 @@ class Finding:
     figure: str
     holds: bool
     aim: bool | None = None
-    """Whether what is aimed at beyond the target was reached; None if nothing is."""
+    """Whether the aim beyond the target was reached; None if there is no aim."""
     small: bool = False
     """Whether less was measured than the requirement is about."""
     values: dict[str, float] = field(default_factory=dict)
     """The figures as numbers, by name with their unit."""
-    facts: tuple[Fact, ...] = ()
+    tests: tuple[str, ...] = ()
+    """Tests that showed it."""
 
     @property
     def verdict(self) -> Verdict:
@@ -55,30 +43,26 @@ class Finding:
             "aim_reached": self.aim,
             "small": self.small,
             "values": {name: round(value, 6) for name, value in self.values.items()},
-            "facts": [each._asdict() for each in self.facts],
+            "tests": list(self.tests),
         }
 
 
-class Facts:
-    """Facts that together are one row: it holds if there are some, and all are right."""
+class Scale(NamedTuple):
+    """How times on this machine are held against bars that were set on the reference machine."""
 
-    def __init__(self) -> None:
-        self._facts: list[Fact] = []
+    slowdown: float = 1.0
+    """How many times slower than the reference machine this one is; at least 1."""
 
-    def note(self, what: str, right: bool, seen: object = "") -> None:
-        self._facts.append(Fact(what, bool(right), escape_text(str(seen), 200)))
+    def time(self, measured: float) -> float:
+        """Return what a measured time counts as."""
+        return measured / self.slowdown
 
-    def equal(self, what: str, seen: object, wanted: object) -> None:
-        self.note(what, seen == wanted, seen if seen == wanted else f"{seen!r} instead of {wanted!r}")
+    def rate(self, measured: float) -> float:
+        """Return what a measured rate counts as."""
+        return measured * self.slowdown
 
-    def finding(self, figure: str, **others: Any) -> Finding:
-        """`figure` says in a few words what was seen if all is right; else the wrong facts are named."""
-        wrong = [each for each in self._facts if not each.right]
-        if wrong:
-            named = "; ".join(f"{each.what}: {each.seen or 'no'}" for each in wrong[:SHOWN])
-            more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-            figure = f"{len(wrong)} of {len(self._facts)} facts wrong: {named}{more}"
-        elif not self._facts:
-            figure = "nothing was looked at"
-        holds = bool(self._facts) and not wrong
-        return Finding(figure, holds, facts=tuple(self._facts), **others)
+    def note(self, counted: str) -> str:
+        """Return what to add to a figure on a slower machine."""
+        if self.slowdown == 1:
+            return ""
+        return f"; this machine is {self.slowdown:.2f} times slower than the reference, so it counts as {counted}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Final
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -45,14 +43,6 @@ def plots(drawn: Drawn) -> Plots:
     if spans:
         made["Pauses of the server's loop"] = _figure(lambda axes: _pauses(axes, spans))
     return made
-
-
-def svg(figure: Figure) -> str:
-    """As a part of a page of HTML."""
-    text = io.StringIO()
-    with rc_context({"svg.hashsalt": "zcproto", "svg.fonttype": "path"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def new_figure(height: float = SIZE[1]) -> Figure:

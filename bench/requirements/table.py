@@ -1,22 +1,19 @@
-"""The table of a run on a terminal, its last line, and all of it as one JSON object."""
+"""A run as a table on a terminal, its conclusion, and all of it as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-from datetime import UTC, datetime
 from typing import Any, Final
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from bench.report import plain_table
 from bench.requirements.finding import Verdict
 from bench.requirements.requirement import SECTIONS
-from bench.requirements.run import Row, Run
+from bench.requirements.run import RequirementRow, Run
 from zcproto.load.hdr import percentiles_ms
 
-SCHEMA: Final = "zcproto-requirements/1"
 STYLES: Final = {
     Verdict.PASS: "green",
     Verdict.SMALL: "yellow",
@@ -26,19 +23,13 @@ STYLES: Final = {
 
 
 def show(run: Run, console: Console) -> None:
-    """Print the table, by section, and the sentence."""
+    """Print the table, by section, and the conclusion."""
     for section in SECTIONS:
         rows = [row for row in run.rows if row.requirement.section == section]
         if not rows:
             continue
-        table = Table(
-            title=section,
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            expand=True,
-        )
+        table = plain_table(section)
+        table.expand = True
         table.add_column("requirement", ratio=5, overflow="fold")
         table.add_column("target", ratio=5, overflow="fold")
         table.add_column("figure", ratio=9, overflow="fold")
@@ -54,14 +45,14 @@ def show(run: Run, console: Console) -> None:
     console.print(Text(sentence(run), "bold green" if run.passes else "bold red"), soft_wrap=True)
 
 
-def figure(row: Row) -> str:
+def figure(row: RequirementRow) -> str:
     if row.finding is not None:
         return row.finding.figure
     return f"not measured: {row.reason or 'nothing filled this row'}"
 
 
-def aim(row: Row) -> str:
-    """What is aimed at beyond the target, and whether it was reached."""
+def aim(row: RequirementRow) -> str:
+    """Return the aim beyond the target, and whether it was reached."""
     wanted, reached = row.requirement.aim, None if row.finding is None else row.finding.aim
     if not wanted:
         return ""
@@ -76,17 +67,16 @@ def sentence(run: Run) -> str:
         return f"{len(failed)} of {len(run.rows)} requirements do not hold: {', '.join(failed)} ({took})"
     if small:
         return (
-            f"all of {len(run.rows)} requirements hold, {small} of them at a smaller size than they are about: of"
-            f" these nothing is proven ({took})"
+            f"all of {len(run.rows)} requirements hold, but {small} were measured at a smaller size, which proves "
+            f"nothing ({took})"
         )
-    return f"all of {len(run.rows)} requirements hold, each by what this run has seen ({took})"
+    return f"all of {len(run.rows)} requirements hold ({took})"
 
 
 def as_json(run: Run) -> dict[str, Any]:
-    """The whole run. No keys and no tokens are in it."""
+    """Return the whole run, without keys and tokens."""
     drawn = run.drawn
     return {
-        "schema": SCHEMA,
         "sizes": dataclasses.asdict(run.sizes),
         "passed": run.passes and not run.small,
         "requirements": [
@@ -109,10 +99,6 @@ def as_json(run: Run) -> dict[str, Any]:
         },
         "payloads": {str(payload): cost._asdict() for payload, cost in drawn.payloads.items()},
         "over_time": [] if drawn.many is None else [each._asdict() for each in drawn.many.samples],
+        "slowdown": round(run.scale.slowdown, 3),
         "steps_s": {name: round(seconds, 2) for name, seconds in run.steps_s.items()},
     }
-
-
-def moment(seconds: float) -> str:
-    """Unix seconds, for people and programs."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -73,6 +73,7 @@ class Desk:
         return await self.tokens.session_of(HttpRequest("GET", "/metrics", headers=headers, peer=peer))
 
 
+@pytest.mark.requirement("token_size")
 async def test_a_good_token_leads_to_its_session() -> None:
     desk = Desk()
     opened = desk.open()
@@ -88,6 +89,7 @@ async def test_without_a_token_one_is_asked_for() -> None:
     assert answer.headers == (("WWW-Authenticate", 'Bearer realm="zcproto"'),)
 
 
+@pytest.mark.requirement("token_size")
 async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same() -> None:
     desk = Desk()
     good = token_text(desk.open().token)
@@ -199,6 +201,7 @@ async def test_who_cannot_be_looked_up_is_told_when_to_come_back(
 # --- on a whole server -----------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("metrics")
 def test_metrics_are_for_whoever_has_a_session(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:

@@ -153,6 +153,7 @@ def test_a_certificate_that_has_expired_is_a_reason(serve: Serve) -> None:
     assert found["reasons"] == ["certificate: a serving certificate has expired"]
 
 
+@pytest.mark.requirement("recovery")
 def test_a_store_that_does_not_answer_is_a_reason(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     sessions = server.server.state.sessions
@@ -269,6 +270,7 @@ def test_without_the_https_side_nothing_of_it_is_there(serve: Serve) -> None:
 # --- every response, each header once --------------------------------------------------------------------
 
 
+@pytest.mark.requirement("hsts")
 @pytest.mark.parametrize(
     ("status", "data"),
     [
@@ -298,6 +300,7 @@ def test_every_response_has_hsts_and_no_version_of_ours(
     assert answer.all("server") == []
 
 
+@pytest.mark.requirement("hsts")
 def test_hsts_can_be_switched_off(serve: Serve) -> None:
     server = serve(http__hsts=False)
     assert ask(server, "/").all("strict-transport-security") == []
@@ -549,6 +552,7 @@ def test_curl_sends_bodies_of_every_kind(shared: ServerThread, curl: Any) -> Non
         assert out == ("405" if "-d" in arguments else "200"), arguments
 
 
+@pytest.mark.requirement("hsts")
 def test_curl_remembers_the_policy(shared: ServerThread, curl: Any, tmp_path: Any) -> None:
     curl("--hsts", str(tmp_path / "hsts"), f"https://localhost:{shared.port}/")
     kept = (tmp_path / "hsts").read_text()

@@ -112,6 +112,7 @@ def test_labels_are_those_of_the_table(serve: Serve) -> None:
                     assert set(sample.labels) - {"le"} == labels[family.name]
 
 
+@pytest.mark.requirement("logs")
 def test_no_name_address_token_or_key_is_in_any_line(serve: Serve) -> None:
     user = f"user{secrets.token_hex(8)}"
     server = serve(store__url="sqlite", certificates__key_types=["ecdsa-p256"])
@@ -132,6 +133,7 @@ def test_no_name_address_token_or_key_is_in_any_line(serve: Serve) -> None:
 # --- fact by fact ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("metrics")
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
 def test_sessions_are_counted_by_what_becomes_of_them(serve: Serve, store: str) -> None:
     server = serve(store__url=store)
@@ -178,6 +180,7 @@ def test_every_end_reason_has_a_label() -> None:
     assert set(END_LABELS) == set(EndReason)
 
 
+@pytest.mark.requirement("metrics")
 def test_logins_are_counted_by_scheme_and_result(serve: Serve) -> None:
     server = serve(limits__login_failures=1)
     bad = {"scheme": "api_key", "user": "ada", "key": "wrong"}
@@ -190,6 +193,7 @@ def test_logins_are_counted_by_scheme_and_result(serve: Serve) -> None:
             client.open_session("bob")
 
 
+@pytest.mark.requirement("metrics")
 def test_frames_that_lead_to_no_call_are_counted_by_cause_and_code(serve: Serve) -> None:
     server = serve(limits__max_streams=1)
     refused, errors = "zcproto_frames_refused_total", "zcproto_errors_total"
@@ -283,6 +287,7 @@ def test_limits_tell_what_is_used_of_them(serve: Serve) -> None:
             read_to_end(raw)
 
 
+@pytest.mark.requirement("tls_errors", "metrics")
 def test_tls_failures_are_counted_by_cause(serve: Serve) -> None:
     server = serve()
     for cause in TlsFailure:

@@ -68,6 +68,7 @@ def send(server: ServerThread, data: bytes) -> socket.socket:
 # --- what is no TLS ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("tls_errors")
 @pytest.mark.parametrize(
     "garbage", [b"\x00" * 100, b"\xff" * 5_000, b"SSH-2.0-x\r\n", b"\x80\x2e\x01\x00\x02"]
 )
@@ -77,6 +78,7 @@ def test_garbage_is_closed_without_a_byte(server: ServerThread, counted: Counted
     counted.are(not_tls=1)
 
 
+@pytest.mark.requirement("tls_errors")
 @pytest.mark.parametrize("verb", ["GET", "HEAD", "POST", "PRI", "OPTIONS", "CONNECT"])
 def test_plaintext_http_gets_one_400(server: ServerThread, counted: Counted, verb: str) -> None:
     with send(server, f"{verb} / HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()) as connection:
@@ -101,6 +103,7 @@ def test_http_letter_by_letter_gets_the_same(server: ServerThread, counted: Coun
 # --- what the ClientHello must offer -------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("tls_version", "cipher_suites", "tls_errors")
 @pytest.mark.parametrize(
     ("hello", "alert", "cause"),
     [
@@ -133,6 +136,21 @@ def test_what_is_not_offered_is_refused_with_its_alert(
     counted.are(**{cause: 1})
 
 
+@pytest.mark.requirement("forward_secrecy")
+@pytest.mark.parametrize("psk_modes", [b"", b"\x01", b"\x00"], ids=["none", "psk_dhe_ke", "psk_ke"])
+def test_each_handshake_has_its_own_key_share(server: ServerThread, psk_modes: bytes) -> None:
+    """Also for a client that would resume without (EC)DHE."""
+    shares = set()
+    for _ in range(20):
+        with send(server, record(HANDSHAKE, client_hello(psk_modes=psk_modes), 0x0301)) as connection:
+            answer = connection.recv(4_096)
+        assert answer[0] == HANDSHAKE
+        shares.add(RawTls.share_of(answer[5:]))
+    assert len(shares) == 20
+    assert all(len(share) == 32 for share in shares)
+
+
+@pytest.mark.requirement("cipher_suites")
 @pytest.mark.parametrize("suites", [[AES_128, AES_256], [AES_128, CHACHA20]])
 def test_aes_128_is_never_chosen_though_offered_first(server: ServerThread, suites: Sequence[int]) -> None:
     with send(server, record(HANDSHAKE, client_hello(suites=suites), 0x0301)) as connection:
@@ -142,6 +160,7 @@ def test_aes_128_is_never_chosen_though_offered_first(server: ServerThread, suit
         assert chosen == suites[1]
 
 
+@pytest.mark.requirement("tls_version")
 def test_a_tls_1_2_client_is_told_by_an_alert(server: ServerThread, counted: Counted) -> None:
     context = client_context(server.home / "certs" / "ca.crt")
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -151,6 +170,7 @@ def test_a_tls_1_2_client_is_told_by_an_alert(server: ServerThread, counted: Cou
     counted.are(unsupported_version=1)
 
 
+@pytest.mark.requirement("tls_errors")
 @pytest.mark.parametrize("alpn", [["h2"], ["h2", "zcp/2"]])
 def test_a_client_of_another_protocol_is_told_by_an_alert(
     server: ServerThread, counted: Counted, alpn: list[str]

@@ -32,6 +32,7 @@ def client_hello(
     versions: Sequence[int] = (0x0304,),
     alpn: Sequence[str] = ("zcp/1",),
     share: bytes = bytes(range(32)),
+    psk_modes: bytes = b"",
     padding: int = 0,
 ) -> bytes:
     """A ClientHello message (section 4.1.2), without its record."""
@@ -44,6 +45,8 @@ def client_hello(
         extensions += extension(43, bytes([len(listed)]) + listed)
     if alpn:
         extensions += extension(16, struct.pack("!H", len(names)) + names)
+    if psk_modes:
+        extensions += extension(45, bytes([len(psk_modes)]) + psk_modes)
     if padding:
         extensions += extension(21, bytes(padding))
     suite_ids = b"".join(struct.pack("!H", suite) for suite in suites)
@@ -111,7 +114,7 @@ class RawTls:
         raw.sendall(record(HANDSHAKE, hello, 0x0301))
         kind, _, answer = self._record()
         assert kind == HANDSHAKE, f"record of type {kind}"
-        shared = key.exchange(X25519PublicKey.from_public_bytes(self._share_of(answer)))
+        shared = key.exchange(X25519PublicKey.from_public_bytes(self.share_of(answer)))
         transcript = hello + answer
         early = extract(bytes(HASH_SIZE), bytes(HASH_SIZE))
         secret = extract(derive(early, "derived", b""), shared)
@@ -144,7 +147,8 @@ class RawTls:
         return head[0], head, data
 
     @staticmethod
-    def _share_of(server_hello: bytes) -> bytes:
+    def share_of(server_hello: bytes) -> bytes:
+        """Return the key share of a ServerHello message (section 4.2.8)."""
         at = 4 + 2 + 32
         at += 1 + server_hello[at] + 2 + 1 + 2
         while True:

@@ -45,6 +45,7 @@ def python(script: str) -> tuple[str, str, str]:
     return sys.executable, "-c", script
 
 
+@pytest.mark.requirement("alerting")
 def test_it_gets_the_message_on_its_standard_input(run: Callable[..., str], tmp_path: Path) -> None:
     place = tmp_path / "got"
     script = f"import sys; open({str(place)!r}, 'wb').write(sys.stdin.buffer.read())"

@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from tests.load.conftest import certs, serve, short_limits
+from tests.load.conftest import Serve, certs, serve
 
-__all__ = ["certs", "serve", "short_limits"]
+__all__ = ["Serve", "certs", "serve"]

@@ -1,4 +1,4 @@
-"""A server killed at random moments: on a small scale, and that a broken promise is seen."""
+"""A server killed at random moments: a small run, and broken promises are detected."""
 
 from __future__ import annotations
 
@@ -8,97 +8,75 @@ from typing import Any
 
 import pytest
 
-from bench import kills as module
-from bench.kills import Report, main
-from bench.micro.token_check import Figure
-from bench.told import Broken
-from zcproto.errors import ConfigError, ConnectionClosed
+from bench.__main__ import main
+from bench.scenarios import kills as module
+from bench.scenarios.kills import Seen
+from bench.scenarios.sessions import Broken
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.slow
-def test_what_was_acknowledged_is_there_after_each_kill(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_acknowledged_sessions_survive_each_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "kills.json"
-    code = main(["--kills", "10", "--seed", "7", "--json", str(file)])
+    code = main(["scenario", "kills", "--kills", "10", "--seed", "7", "--json", str(file)])
     said = capsys.readouterr()
     assert code == 0, said
-    figures = {row["name"]: row["value"] for row in json.loads(file.read_text())}
-    assert figures["kills"] == 10
-    assert figures["live sessions tried"] > 0
+    figures = json.loads(file.read_text())["figures"]["figure"]
+    assert figures["kills"]["value"] == 10
+    assert figures["live"]["value"] > 0
     assert "10 of 10 kills" in said.err
-    assert "FAIL" not in said.out
 
 
-def figure(report: Report, name: str) -> Figure:
-    (found,) = (each for each in report.figures(1) if each.name == name)
-    return found
+def good() -> Seen:
+    seen = Seen(kills=1, starts_s=[1.0, 3.0, 2.0])
+    seen.acknowledged.update({"open": 3, "refresh": 2, "close": 1})
+    return seen
 
 
-def good() -> Report:
-    report = Report(kills=1, starts_s=[1.0, 3.0, 2.0])
-    report.acknowledged.update({"open": 3, "refresh": 2, "close": 1})
-    return report
-
-
-def test_a_good_report_passes() -> None:
-    assert all(each.holds for each in good().figures(1))
-    assert figure(good(), "start of the server, p50").value == 2.0
-    assert not all(each.holds for each in good().figures(2))
-    assert not all(each.holds for each in Report().figures(1))
+def test_good_run_passes_and_short_or_empty_run_fails() -> None:
+    assert good().report(1).reasons() == []
+    assert good().report(1).row("start_p50_s").value == 2.0
+    assert good().report(2).reasons()
+    assert Seen().report(1).reasons()
 
 
 @pytest.mark.parametrize(
-    ("changes", "name"),
+    ("changes", "key"),
     [
-        ({"broken": Broken(lost={"a"})}, "of these lost"),
-        ({"broken": Broken(risen={"a"})}, "of these alive again"),
-        ({"broken": Broken(spent={"a"})}, "of these taken"),
-        ({"pairs_refused": 1}, "newest pairs that were refused"),
-        ({"halves": 1}, "calls done by halves"),
-        ({"bad_news": 1}, "damage told by the server"),
+        ({"broken": Broken(lost={"a"})}, "lost"),
+        ({"broken": Broken(revived={"a"})}, "revived"),
+        ({"broken": Broken(reused={"a"})}, "reused"),
+        ({"pairs_refused": 1}, "pairs_refused"),
+        ({"half_done": 1}, "half_done"),
+        ({"damage": 1}, "damage"),
     ],
 )
-def test_a_broken_promise_fails(changes: dict[str, Any], name: str) -> None:
-    report = good()
-    for key, value in changes.items():
-        setattr(report, key, value)
-    assert [each.name for each in report.figures(1) if not each.holds] == [name]
+def test_broken_promise_fails(changes: dict[str, Any], key: str) -> None:
+    seen = good()
+    for name, value in changes.items():
+        setattr(seen, name, value)
+    rows = seen.report(1).columns["figure"]
+    assert [row.key for row in rows if not row.holds] == [key]
+
+
+def test_failed_call_is_named() -> None:
+    seen = good()
+    seen.failed["close: NOT_FOUND"] = 2
+    assert "2 times: close: NOT_FOUND" in seen.report(1).reasons()
 
 
 @pytest.mark.timeout(120)
-def test_a_server_that_forgets_is_found_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_server_that_loses_its_sessions_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner = module.Kills.one_server
 
     async def forgetful(self: module.Kills, *, last: bool = False) -> None:
         await inner(self, last=last)
-        for path in self._home.path.glob("sessions.db*"):
+        for path in self.stage.home.path.glob("sessions.db*"):
             path.unlink()
 
     monkeypatch.setattr(module.Kills, "one_server", forgetful)
     monkeypatch.setattr(module, "LONGEST_S", (2.0,))
-    assert main(["--kills", "2"]) == 1
+    assert main(["scenario", "kills", "--kills", "2"]) == 1
     assert "FAIL" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("error", "code"), [(ConfigError(["no"]), 2), (ConnectionClosed("gone"), 1), (KeyboardInterrupt(), 130)]
-)
-def test_what_breaks_it_off_has_an_exit_code(
-    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def fail(*arguments: object) -> None:
-        raise error
-
-    monkeypatch.setattr(module, "kill_often", fail)
-    assert main(["--kills", "1"]) == code
-
-
-@pytest.mark.parametrize("arguments", [["--kills", "0"], ["--seed", "x"]])
-def test_what_cannot_be_is_refused(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2

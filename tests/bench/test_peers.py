@@ -1,28 +1,22 @@
-"""The comparison with others: that answers are checked, ratios are right, and what is needed is told."""
+"""Comparison with other servers: answers are checked, ratios and bars are right."""
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from bench.peers import __main__ as program
 from bench.peers import environment as environment_module
 from bench.peers import measure as module
 from bench.peers.clients import Client, GrpcClient, StreamsClient, UvicornClient, WebsocketsClient
+from bench.peers.command import BARS, FIGURES, NOTES, REQUEST, report
 from bench.peers.environment import MARK, REQUIREMENTS, Environment, default_folder
 from bench.peers.measure import GRPC, NAMES, STREAMS, UVICORN, WEBSOCKETS, ZCPROTO, Figures, Plan, Servers
-from bench.peers.outcome import BARS, MEMORY, NOTES, REQUEST, UNITS, Row, reasons, rows
-from bench.peers.plot import write_plot
-from zcproto.common.home import Home
-from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.load.demo.server import DemoServer
+from zcproto.errors import ZcprotoError
 
 QUICK = Plan(rounds=2, requests=50, connects=2, held=5, payload_bytes=64)
 
@@ -39,53 +33,53 @@ def figures(**times: float) -> Figures:
     return made
 
 
-def row(found: list[Row], figure: str, name: str) -> Row:
-    (one,) = (each for each in found if (each.figure, each.name) == (figure, name))
-    return one
-
-
 # --- what figures prove ------------------------------------------------------------------------------------
 
 
-def test_ratios_are_those_of_rounds() -> None:
-    found = rows(figures())
-    grpc = row(found, REQUEST, GRPC)
-    assert grpc.ratio == pytest.approx(20 / 300)
-    assert grpc.value == pytest.approx(300)
-    assert row(found, REQUEST, ZCPROTO).ratio is None
-    assert row(found, MEMORY, STREAMS).ratio == pytest.approx(36 / 280)
-    assert reasons(found) == []
+def test_ratios_are_taken_by_round() -> None:
+    made = report(figures(), QUICK, {"grpcio": "1.99"})
+    assert made.row("request_us_ratio", GRPC).value == pytest.approx(20 / 300)
+    assert made.row("request_us", GRPC).value == pytest.approx(300)
+    assert made.row("memory_kib_ratio", STREAMS).value == pytest.approx(36 / 280)
+    assert "request_us_ratio" not in {row.key for row in made.columns[ZCPROTO]}
+    assert made.reasons() == []
+    assert any("grpcio 1.99" in note for note in made.notes)
 
 
 @pytest.mark.parametrize("name", [GRPC, UVICORN, WEBSOCKETS, STREAMS])
-def test_a_bar_that_is_not_met_is_told(name: str) -> None:
+def test_unmet_bar_is_named(name: str) -> None:
     most = BARS[REQUEST][name]
-    assert reasons(rows(figures(**{name: 20.0 / most * 1.01}))) == []
-    (why,) = reasons(rows(figures(**{name: 20.0 / most * 0.99})))
+    assert report(figures(**{name: 20.0 / most * 1.01}), QUICK, {}).reasons() == []
+    (why,) = report(figures(**{name: 20.0 / most * 0.99}), QUICK, {}).reasons()
     assert name in why
 
 
 def test_memory_has_bars() -> None:
     made = figures()
     made.memory_kib |= {ZCPROTO: 60.0}
-    assert [each.name for each in rows(made) if not each.holds] == [STREAMS, GRPC, UVICORN]
+    columns = report(made, QUICK, {}).columns
+    assert [name for name, rows in columns.items() if not all(row.holds for row in rows)] == [
+        STREAMS,
+        GRPC,
+        UVICORN,
+    ]
 
 
 def test_memory_may_be_left_out() -> None:
     made = figures()
     made.memory_kib = {}
-    assert {each.figure for each in rows(made)} == UNITS.keys() - {MEMORY}
+    assert {row.key for row in report(made, QUICK, {}).columns[ZCPROTO]} == {"request_us", "connect_us"}
 
 
-def test_what_is_not_the_same_is_told_of_each_figure() -> None:
-    assert all(NOTES[name].keys() == UNITS.keys() for name in NAMES)
+def test_every_figure_has_note_for_every_server() -> None:
+    assert all(NOTES[name].keys() == FIGURES.keys() for name in NAMES)
 
 
 # --- clients --------------------------------------------------------------------------------------------------
 
 
 class Scripted:
-    """A TLS connection that answers what it was told to, a byte at a time."""
+    """A TLS connection with prepared answers, a byte at a time."""
 
     def __init__(self, answers: bytes) -> None:
         self.answers = io.BytesIO(answers)
@@ -124,7 +118,7 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("kind", "answers"), GOOD)
-def test_an_answer_that_is_what_was_sent_is_taken(kind: type[Client], answers: bytes) -> None:
+def test_equal_answer_is_accepted(kind: type[Client], answers: bytes) -> None:
     made, tls = client(kind, answers)
     made.send(made.request())
     made.check()
@@ -135,7 +129,7 @@ def test_an_answer_that_is_what_was_sent_is_taken(kind: type[Client], answers: b
 
 
 @pytest.mark.parametrize(("kind", "answers"), GOOD)
-def test_a_wrong_answer_is_none(kind: type[Client], answers: bytes) -> None:
+def test_wrong_answer_is_error(kind: type[Client], answers: bytes) -> None:
     made, _ = client(kind, answers.replace(b"payload", b"paylord"))
     made.send(made.request())
     with pytest.raises(ZcprotoError, match="a wrong answer"):
@@ -143,7 +137,7 @@ def test_a_wrong_answer_is_none(kind: type[Client], answers: bytes) -> None:
 
 
 @pytest.mark.parametrize(("kind", "answers"), GOOD)
-def test_a_server_that_has_closed_is_told(kind: type[Client], answers: bytes) -> None:
+def test_closed_connection_is_error(kind: type[Client], answers: bytes) -> None:
     made, _ = client(kind, answers[:-1])
     made.send(made.request())
     with pytest.raises(ZcprotoError, match="has closed"):
@@ -159,19 +153,19 @@ def test_a_server_that_has_closed_is_told(kind: type[Client], answers: bytes) ->
         (GrpcClient, h2(3, 0, 1, b"reset"), "reset"),
     ],
 )
-def test_a_refusal_is_told(kind: type[Client], answers: bytes, said: str) -> None:
+def test_refusal_is_error(kind: type[Client], answers: bytes, said: str) -> None:
     made, _ = client(kind, answers)
     made.send(made.request())
     with pytest.raises(ZcprotoError, match=said):
         made.check()
 
 
-def test_websockets_must_take_the_upgrade() -> None:
+def test_refused_websocket_upgrade_is_error() -> None:
     with pytest.raises(ZcprotoError, match="426"):
         client(WebsocketsClient, b"HTTP/1.1 426 Upgrade Required\r\n\r\n")
 
 
-def test_grpc_acknowledges_what_asks_for_it() -> None:
+def test_grpc_client_acknowledges_settings_and_ping() -> None:
     made, tls = client(*GOOD[3])
     made.send(made.request())
     first = tls.sent
@@ -179,7 +173,7 @@ def test_grpc_acknowledges_what_asks_for_it() -> None:
     assert tls.sent[len(first) :] == h2(4, 1, 0, b"") + h2(6, 1, 0, b"12345678")
 
 
-def test_grpc_names_fields_once() -> None:
+def test_grpc_client_indexes_header_fields() -> None:
     made, tls = client(GrpcClient, GRPC_ANSWER)
     made.send(made.request())
     made.check()
@@ -190,7 +184,7 @@ def test_grpc_names_fields_once() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 125, 126, 16_000])
-def test_websockets_masks_what_it_sends(size: int) -> None:
+def test_websocket_client_masks_frames(size: int) -> None:
     payload = bytes(number % 251 for number in range(size))
     head = b"HTTP/1.1 101 S\r\n\r\n"
     length = bytes((size,)) if size < 126 else b"\x7e" + size.to_bytes(2, "big")
@@ -219,14 +213,13 @@ def here(tmp_path: Path) -> Environment:
 
 @pytest.fixture
 def servers(tmp_path: Path, certs: Path, here: Environment) -> Servers:
-    home = Home(tmp_path / "home")
-    home.path.mkdir(mode=0o700)
-    made = Servers(home, here, QUICK)
-    home.certs.symlink_to(certs)
-    return made
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    shutil.copytree(certs, home / "certs")
+    return Servers(home, here, QUICK)
 
 
-def test_two_servers_are_measured(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_servers_are_measured_side_by_side(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "NAMES", (ZCPROTO, STREAMS))
     monkeypatch.setattr(module, "SETTLE_S", 0.05)
     said: list[str] = []
@@ -239,7 +232,7 @@ def test_two_servers_are_measured(servers: Servers, monkeypatch: pytest.MonkeyPa
     assert any("round 2 of 2" in line for line in said)
 
 
-def test_a_server_that_does_not_start_says_why(servers: Servers) -> None:
+def test_server_that_does_not_start_is_error(servers: Servers) -> None:
     servers._certificate = (Path("/nowhere.crt"), Path("/nowhere.key"))
     with pytest.raises(ZcprotoError, match=r"did not start.*FileNotFoundError"), servers.run(STREAMS):
         pass
@@ -248,12 +241,12 @@ def test_a_server_that_does_not_start_says_why(servers: Servers) -> None:
 # --- the environment ------------------------------------------------------------------------------------------
 
 
-def test_the_environment_is_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_is_in_user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert default_folder() == Path(f"/cache/zcproto/peers-{sys.version_info[0]}.{sys.version_info[1]}")
 
 
-def test_the_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
     ran: list[tuple[str, ...]] = []
     monkeypatch.setattr(environment_module.venv, "create", lambda folder, **options: made.append(folder))
@@ -268,94 +261,8 @@ def test_the_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert made == [folder, folder]
 
 
-def test_an_environment_that_cannot_be_made_is_told(tmp_path: Path, here: Environment) -> None:
+def test_environment_that_cannot_be_made_is_error(tmp_path: Path, here: Environment) -> None:
     with pytest.raises(ZcprotoError, match="no_such_thing"):
         here._run("-c", "import no_such_thing")
     with pytest.raises(ZcprotoError, match="No such file"):
         Environment(tmp_path)._run("-c", "")
-
-
-# --- the program ----------------------------------------------------------------------------------------------
-
-
-class Installed:
-    """An environment that is there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def prepare(self, say: Any) -> None:
-        say("ready")
-
-    def versions(self) -> dict[str, str]:
-        return {"grpcio": "1.99"}
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Figures]:
-    """Has the program measure nothing, and find these figures."""
-    found = [figures()]
-    monkeypatch.setattr(program, "Environment", Installed)
-    monkeypatch.setattr(program, "measure", lambda servers, plan, say: found[0])
-    monkeypatch.setattr(DemoServer, "__enter__", lambda self: self)
-    monkeypatch.setattr(DemoServer, "__exit__", lambda self, *error: None)
-    return found
-
-
-def test_the_report(measured: list[Figures], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    json_file, plot = tmp_path / "peers.json", tmp_path / "peers.png"
-    assert program.main(["--connections", "100", "--json", str(json_file), "--plot", str(plot)]) == 0
-    said = capsys.readouterr().out
-    assert "passed: every bar is met" in said
-    assert "grpcio 1.99" in said
-    assert said.count("pass ") >= 7
-    told = json.loads(json_file.read_text())
-    assert told["reasons"] == []
-    assert {each["name"] for each in told["rows"]} == set(NAMES)
-    assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_bar_that_is_not_met_is_the_exit_code(
-    measured: list[Figures], capsys: pytest.CaptureFixture[str]
-) -> None:
-    measured[0] = figures(**{UVICORN: 30.0})
-    assert program.main(["--connections", "100"]) == 1
-    assert "failed: request_us" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(ConfigError(["too few files"]), 2), (ZcprotoError("wrong"), 1), (KeyboardInterrupt(), 130)],
-)
-def test_what_cannot_be_measured(
-    measured: list[Figures], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
-) -> None:
-    def fail(*arguments: Any) -> Figures:
-        raise error
-
-    monkeypatch.setattr(program, "measure", fail)
-    assert program.main(["--connections", "100"]) == code
-
-
-@pytest.mark.parametrize("words", [["--connections", "-1"], ["--payload", "16001"], ["--rounds", "0"]])
-def test_options_have_bounds(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        program.main(words)
-    assert caught.value.code == 2
-    capsys.readouterr()
-
-
-def test_a_plot_without_memory(tmp_path: Path) -> None:
-    made = figures()
-    made.memory_kib = {}
-    write_plot(tmp_path / "peers.svg", rows(made), QUICK)
-    assert b"<svg" in (tmp_path / "peers.svg").read_bytes()
-
-
-def test_a_table_that_is_narrow_keeps_its_figures() -> None:
-    out = io.StringIO()
-    with contextlib.closing(out):
-        program.show(rows(figures()), QUICK, {}, {}, Console(file=out, width=100))
-        said = out.getvalue()
-    assert "300.0 us" in said
-    assert "0.067 of it" in said

@@ -1,9 +1,8 @@
-"""The tool that reloads a server under load: it passes where it should, and sees what is wrong."""
+"""A server reloaded under load: it passes, and wrong answers and lost connections are detected."""
 
 from __future__ import annotations
 
 import http.client
-import io
 import json
 import os
 import signal
@@ -13,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-import bench.reloads as module
-from bench.reloads import CHANGES, FAULTY, ReloadPlan, Report, Settings, main, measure
+import bench.scenarios.reloads as module
+from bench.__main__ import main
+from bench.report import Report
+from bench.scenarios.reloads import CHANGES, FAULTY, ReloadPlan, Settings, reload_under_load
+from bench.stage import Stage
 from zcproto.common.home import Home
 from zcproto.config import load_config
 from zcproto.config.changes import TAKES_EFFECT, Effect
 from zcproto.errors import ConfigError
-from zcproto.load.result import Verdict
 
 QUICK = ReloadPlan(reloads=10, connections=10, rate=200.0, interval_s=0.1)
 
@@ -33,16 +33,12 @@ def home(tmp_path: Path) -> Home:
     return Home(path)
 
 
-def run(home: Home, plan: ReloadPlan = QUICK) -> Report:
-    return measure(home, plan, Console(file=io.StringIO()), lambda line: None)[0]
+def failing(report: Report) -> set[str]:
+    return {row.key for row in report.columns["figure"] if not row.holds}
 
 
-def failing(report: Report, plan: ReloadPlan = QUICK) -> set[str]:
-    return {figure.name for figure in report.figures(plan) if not figure.holds}
-
-
-def test_every_change_is_one_that_takes_no_restart_and_the_files_are_sound(home: Home) -> None:
-    settings = Settings(home, 10)
+def test_changes_need_no_restart_and_files_are_valid(home: Home) -> None:
+    settings = Settings(Stage(home.path), 10)
     before = load_config(None, home=home.path, environ={})
     changed: set[str] = set()
     for _ in range(2 * len(CHANGES)):
@@ -55,13 +51,10 @@ def test_every_change_is_one_that_takes_no_restart_and_the_files_are_sound(home:
         load_config(None, home=home.path, environ={})
 
 
-def test_a_server_that_reloads_as_it_should_passes(home: Home) -> None:
-    report = run(home)
-    assert report.wrong == []
-    assert failing(report) == set()
-    assert (report.reloads, report.changing, report.refused) == (10, 5, 1)
-    assert report.load is not None
-    assert report.load.verdict is Verdict.VERIFIED
+def test_correct_reloads_pass(home: Home) -> None:
+    report = reload_under_load(home, QUICK)
+    assert report.reasons() == []
+    assert [report.row(key).value for key in ("reloads", "changing", "refused")] == [10, 5, 1]
 
 
 @pytest.mark.parametrize(
@@ -73,30 +66,30 @@ def test_a_server_that_reloads_as_it_should_passes(home: Home) -> None:
         ((200, {"changed": [], "restart": [{"key": "server.port"}]}), "instead of"),
     ],
 )
-def test_a_reload_that_does_something_else_is_seen(
+def test_wrong_answer_to_reload_fails(
     home: Home, monkeypatch: pytest.MonkeyPatch, answer: Any, reason: str
 ) -> None:
     monkeypatch.setattr(module, "ask_reload", lambda home: answer)
-    report = run(home)
-    assert any(reason in each for each in report.wrong)
-    assert "reloads that did other than they must" in failing(report)
+    report = reload_under_load(home, QUICK)
+    assert any(reason in each for each in report.faults)
+    assert "wrong" in failing(report)
 
 
-def test_a_server_that_cannot_be_asked_is_seen(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_control_socket_fails(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(home: Home) -> Any:
         raise ConnectionRefusedError
 
     monkeypatch.setattr(module, "ask_reload", gone)
-    report = run(home)
-    assert len(report.wrong) == 10
+    report = reload_under_load(home, QUICK)
+    assert report.row("wrong").value == 10
     assert "reloads" in failing(report)
 
 
-def test_a_connection_that_is_lost_is_seen(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_connection_fails(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     real: Callable[[Home], Any] = module.ask_reload
 
     def end_sessions(home: Home) -> Any:
-        """What a reload must not do."""
+        """Do what a reload must not do."""
         with socket.socket(socket.AF_UNIX) as connected, module.address_of(home.control) as address:
             connected.connect(address)
             connection = http.client.HTTPConnection("localhost")
@@ -106,25 +99,23 @@ def test_a_connection_that_is_lost_is_seen(home: Home, monkeypatch: pytest.Monke
         return real(home)
 
     monkeypatch.setattr(module, "ask_reload", end_sessions)
-    report = run(home)
-    assert {"requests failed", "connections that answered to the end"} <= failing(report)
+    assert {"requests_lost", "connections_kept"} <= failing(reload_under_load(home, QUICK))
 
 
-def test_the_command_tells_and_writes_how_it_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_and_writes_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.json"
     options = ["--reloads", "10", "--connections", "10", "--rate", "200", "--interval", "0.1"]
-    assert main([*options, "--json", str(file)]) == 0
-    assert capsys.readouterr().out.endswith("10 connections undisturbed\n")
-    rows = {row["name"]: row for row in json.loads(file.read_text())}
-    assert rows["requests failed"]["value"] == 0
-    assert all(row["holds"] for row in rows.values())
+    assert main(["scenario", "reloads", *options, "--json", str(file)]) == 0
+    assert "passed" in capsys.readouterr().out
+    written = json.loads(file.read_text())
+    assert written["figures"]["figure"]["requests_lost"]["value"] == 0
+    assert written["load"]["verified_connections"] == 10
 
 
-def test_a_run_that_is_broken_off_proves_nothing(
+def test_interrupted_run_proves_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = module.ask_reload
-    asked = []
+    real, asked = module.ask_reload, []
 
     def interrupt(home: Home) -> Any:
         asked.append(home)
@@ -133,10 +124,6 @@ def test_a_run_that_is_broken_off_proves_nothing(
         return real(home)
 
     monkeypatch.setattr(module, "ask_reload", interrupt)
-    assert main(["--reloads", "500", "--connections", "10", "--rate", "100", "--interval", "0.1"]) == 130
-    assert "nothing is proven" in capsys.readouterr().out
-
-
-def test_what_cannot_be_measured_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--json", str(tmp_path / "no" / "run.json")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    options = ["--reloads", "500", "--connections", "10", "--rate", "100", "--interval", "0.1"]
+    assert main(["scenario", "reloads", *options]) == 130
+    assert "prove nothing" in capsys.readouterr().out

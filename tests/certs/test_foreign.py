@@ -267,6 +267,7 @@ class Watched:
         return self.site.value.pairs[0].pin
 
 
+@pytest.mark.requirement("fallback")
 def test_a_site_that_cannot_be_served_does_not_start(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     files.write_key(other_ec_key)
@@ -282,6 +283,7 @@ def test_nothing_is_loaded_while_nothing_changes(
     assert watched.looks(200) == [NOTHING] * 200
 
 
+@pytest.mark.requirement("renewal")
 def test_a_new_pair_is_taken_at_once_and_told_as_a_change(
     tmp_path: Path, ec_key: Any, other_ec_key: Any
 ) -> None:
@@ -334,6 +336,7 @@ def test_a_pair_that_is_half_written_is_given_time_and_never_served(
     assert watched.site.problem == ""
 
 
+@pytest.mark.requirement("renewal")
 def test_files_that_stay_bad_are_told_once_and_the_good_ones_again(
     tmp_path: Path, ec_key: Any, other_ec_key: Any
 ) -> None:

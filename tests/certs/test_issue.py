@@ -129,6 +129,7 @@ def test_authorities_are_told_apart_by_names_that_come_from_their_keys(
     assert len(bytes.fromhex(name.rpartition(" ")[2])) == 8
 
 
+@pytest.mark.requirement("profile")
 def test_a_leaf_is_for_a_tls_server_and_nothing_else(leaf: x509.Certificate) -> None:
     assert leaf.version is x509.Version.v3
     assert extension(leaf, x509.BasicConstraints) == (x509.BasicConstraints(ca=False, path_length=None), True)
@@ -140,6 +141,7 @@ def test_a_leaf_is_for_a_tls_server_and_nothing_else(leaf: x509.Certificate) -> 
     assert len(leaf.extensions) == 6
 
 
+@pytest.mark.requirement("profile")
 def test_a_leaf_names_its_hosts_and_addresses_each_in_its_own_kind(leaf: x509.Certificate) -> None:
     names, critical = extension(leaf, x509.SubjectAlternativeName)
     assert list(names) == [
@@ -151,6 +153,7 @@ def test_a_leaf_names_its_hosts_and_addresses_each_in_its_own_kind(leaf: x509.Ce
     assert not critical
 
 
+@pytest.mark.requirement("profile")
 def test_a_leaf_points_to_its_authority(leaf: x509.Certificate, authority: x509.Certificate) -> None:
     assert leaf.issuer == authority.subject
     leaf.verify_directly_issued_by(authority)
@@ -216,6 +219,7 @@ def test_a_leaf_for_addresses_has_no_common_name_that_could_be_taken_for_a_dns_n
     assert [(one.oid, one.value) for one in leaf.subject] == [(NameOID.ORGANIZATION_NAME, "zcproto")]
 
 
+@pytest.mark.requirement("profile")
 def test_openssl_verifies_the_leaf_strictly_for_every_name(
     tmp_path: Path, authority: x509.Certificate, leaf: x509.Certificate
 ) -> None:

@@ -73,6 +73,7 @@ def events(err: str) -> list[dict[str, Any]]:
 # --- own certificates ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("renewal")
 def test_a_renewal_on_the_disk_is_served_within_a_look_and_ends_no_connection(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as standing:
@@ -94,6 +95,7 @@ def test_it_looks_by_itself(serve: Serve) -> None:
     assert served(server) != before
 
 
+@pytest.mark.requirement("renewal")
 def test_a_certificate_that_is_due_is_renewed_with_its_key(serve: Serve) -> None:
     server = serve()
     before, pins = served(server), server.server.pins
@@ -216,6 +218,7 @@ def _raise(error: BaseException) -> Any:
     raise error
 
 
+@pytest.mark.requirement("fallback")
 async def test_without_a_context_that_proves_itself_there_is_no_server(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,6 +399,7 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
+@pytest.mark.requirement("renewal")
 def test_certificates_of_others_are_served_and_watched(serve: Serve, ca: trustme.CA, folder: Path) -> None:
     certificate, key = folder / "server.pem", folder / "server.key"
     first = write_pair(ca.issue_cert("localhost"), certificate, key)
@@ -446,6 +450,7 @@ def test_a_site_with_damaged_files_does_not_hold_up_the_others(
     assert served(server, "a.example") == of_site
 
 
+@pytest.mark.requirement("expiry_alerts")
 async def test_a_certificate_of_others_near_its_end_is_told(
     tmp_path: Path, ca: trustme.CA, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,7 @@ def test_other_choices_of_key_types_are_refused(key_types: list[str], says: str)
         keys.check_own_key_types(key_types)
 
 
+@pytest.mark.requirement("key_size")
 @pytest.mark.parametrize("key_type", ["rsa-2048", "ecdsa-p256", "ecdsa-p384"])
 def test_a_key_is_of_the_type_it_was_made_for_and_reads_back(key_type: str) -> None:
     key = keys.generate(key_type)
@@ -55,6 +56,7 @@ def test_rsa_keys_use_the_usual_exponent() -> None:
     assert key.public_key().public_numbers().e == 65537
 
 
+@pytest.mark.requirement("key_size")
 @pytest.mark.parametrize(
     ("key", "key_type", "says"),
     [

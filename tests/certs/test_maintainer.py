@@ -502,6 +502,7 @@ def test_the_end_of_the_authority_is_told(tmp_path: Path) -> None:
 # --- starts that are not good
 
 
+@pytest.mark.requirement("fallback")
 def test_without_anything_to_serve_every_check_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -644,6 +645,7 @@ def test_bad_files_change_nothing_and_are_told_once(tmp_path: Path, ec_key: Any,
     assert kinds(world.check()) == ["files_recovered"]
 
 
+@pytest.mark.requirement("expiry_alerts")
 def test_the_end_of_others_certificates_is_told_at_each_threshold(
     tmp_path: Path, ec_key: Any, other_key: Any
 ) -> None:

@@ -48,6 +48,7 @@ def pins(pairs: Iterable[CertificatePair]) -> list[str]:
 # --- the first run
 
 
+@pytest.mark.requirement("first_run")
 def test_a_first_run_makes_an_authority_and_one_certificate_of_each_type(tmp_path: Path) -> None:
     folder = tmp_path / "home" / "certs"
     rsa, ecdsa = ensure(folder)
@@ -69,6 +70,7 @@ def test_a_first_run_makes_an_authority_and_one_certificate_of_each_type(tmp_pat
         assert one == load_pair(one.certificate, one.key, NOW)
 
 
+@pytest.mark.requirement("first_run")
 def test_everything_made_is_its_owners_alone(tmp_path: Path) -> None:
     folder = tmp_path / "home" / "certs"
     old = os.umask(0)
@@ -154,6 +156,7 @@ def test_a_later_run_changes_nothing_and_tells_nothing(made: Path) -> None:
     assert told == []
 
 
+@pytest.mark.requirement("renewal")
 def test_certificates_are_renewed_thirty_days_before_they_expire_and_keep_their_keys(made: Path) -> None:
     before = ensure(made)
     moment = NOW.replace(microsecond=0) + 60 * DAY
@@ -755,6 +758,7 @@ def test_keys_and_folders_that_others_can_reach_stop_the_start(made: Path) -> No
 # --- failures
 
 
+@pytest.mark.requirement("renewal")
 def test_a_renewal_that_fails_leaves_the_old_certificate_in_service(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -845,6 +849,7 @@ DEFAULTS = """
 """
 
 
+@pytest.mark.requirement("key_size")
 def test_two_processes_that_start_at_once_share_one_rsa_4096_and_one_ecdsa_certificate(
     tmp_path: Path,
 ) -> None:

@@ -189,6 +189,7 @@ def test_the_first_and_last_second_of_its_time_are_good_in_any_zone(tmp_path: Pa
 # --- what is refused
 
 
+@pytest.mark.requirement("fallback")
 def test_an_expired_certificate_is_refused(tmp_path: Path, ec_key: Any) -> None:
     says = refusal(tmp_path, [build(ec_key)], ec_key, NOW + 2 * DAY)
     assert says == f"{tmp_path}/site.crt: expired on 2026-06-02 12:30 UTC; get a new certificate"
@@ -206,6 +207,7 @@ def test_a_time_without_a_zone_is_a_mistake_of_the_caller(tmp_path: Path, ec_key
         load_pair(*write_pair(tmp_path, [build(ec_key)], ec_key), NOW.replace(tzinfo=None))
 
 
+@pytest.mark.requirement("fallback")
 def test_a_key_of_another_certificate_is_refused(
     tmp_path: Path, rsa_key: Any, other_rsa_key: Any, ec_key: Any
 ) -> None:
@@ -268,6 +270,7 @@ def test_too_long_a_chain_is_refused(tmp_path: Path, ec_key: Any) -> None:
     assert "holds 11 certificates; leave those that are needed, 10 at most" in says
 
 
+@pytest.mark.requirement("key_size")
 def test_a_short_rsa_key_is_refused(tmp_path: Path) -> None:
     key = rsa.generate_private_key(65537, 1024)
     says = refusal(tmp_path, [build(key)], key)
@@ -277,6 +280,7 @@ def test_a_short_rsa_key_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.requirement("key_size")
 @pytest.mark.parametrize(
     "curve", [ec.SECP224R1(), ec.SECP192R1(), ec.SECP256K1()], ids=lambda curve: curve.name
 )
@@ -296,6 +300,7 @@ def test_other_kinds_of_keys_are_refused(tmp_path: Path, ec_key: Any) -> None:
     assert "the key is dsa; use RSA" in refusal(tmp_path, [build(ec_key)], dsa_key)
 
 
+@pytest.mark.requirement("key_size")
 def test_a_weak_key_in_the_chain_is_refused(tmp_path: Path, ec_key: Any) -> None:
     weak = rsa.generate_private_key(65537, 1024)
     chain = [build(ec_key, signer=weak, issuer="middle"), build(weak, subject="middle", issuer="root")]
@@ -439,6 +444,7 @@ def test_what_is_no_key_is_refused_and_not_shown(tmp_path: Path, ec_key: Any, da
     assert says == f"{tmp_path}/site.key: holds no PEM key that can be read; restore it"
 
 
+@pytest.mark.requirement("fallback")
 @pytest.mark.parametrize("data", [b"", b"junk", b"\xff" * 50, "the key", "half", "der"])
 def test_what_is_no_certificate_is_refused(tmp_path: Path, ec_key: Any, data: Any) -> None:
     whole = pem(build(ec_key))

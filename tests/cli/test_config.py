@@ -11,6 +11,7 @@ from zcproto.config import config_as_toml, load_config
 Capture = pytest.CaptureFixture[str]
 
 
+@pytest.mark.requirement("first_run")
 def test_init_writes_a_file_for_its_owner_alone(home: Path, capsys: Capture) -> None:
     assert main(["config", "init"]) == 0
     assert (
@@ -48,6 +49,7 @@ def test_init_names_the_certificates_of_its_home(home: Path) -> None:
     assert f'#directory = "{home}/certs"' in (home / "config.toml").read_text()
 
 
+@pytest.mark.requirement("configuration")
 def test_check_tells_each_fault_on_a_line(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     (home / "config.toml").write_text("[server]\nprot = 7443\nport = 70000\n[limits]\nmax_depth = 99")
@@ -79,6 +81,7 @@ def test_check_looks_at_the_home_folder_too(home: Path, capsys: Capture) -> None
     assert second.startswith("server.port = -1")
 
 
+@pytest.mark.requirement("configuration")
 def test_check_makes_nothing(home: Path, capsys: Capture) -> None:
     assert main(["config", "check"]) == 0
     assert capsys.readouterr().out == "no file, all keys have their defaults: valid\n"

@@ -17,7 +17,6 @@ from zcproto.cli import main
 from zcproto.cli.serve import load_app
 from zcproto.config import Config
 from zcproto.errors import ConfigError
-from zcproto.runtime import process as process_module
 from zcproto.runtime import run
 
 __all__ = ["certs"]
@@ -170,7 +169,7 @@ def prepared(home: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(certs, home / "certs")
     (home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n[server]\nport = 0')
     # These tests share the process with others: it is not tuned.
-    monkeypatch.setattr(process_module, "raise_file_limit", lambda wanted: 1_000_000)
+    monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 1_000_000)
     monkeypatch.setattr(run, "harden", lambda environ: [])
     return home
 
@@ -200,6 +199,7 @@ def test_a_port_that_is_taken_is_refused(prepared: Path, capsys: Capture) -> Non
     assert f"server.port = {port}: cannot listen: Address already in use" in text
 
 
+@pytest.mark.requirement("fallback", "configuration")
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [

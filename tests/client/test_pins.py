@@ -38,6 +38,7 @@ def whole_pin(server: ServerThread) -> str:
     return "cert-sha256/" + b64encode(hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).digest()).decode()
 
 
+@pytest.mark.requirement("pinning")
 async def test_several_pins_may_be_one_text(shared: ServerThread, connect_to: ConnectTo) -> None:
     (pin,) = shared.server.pins
     for pins in (f"{WRONG},{pin}", f"{WRONG} {pin}\n", [WRONG, pin], iter([pin, pin, BACKUP])):
@@ -45,11 +46,13 @@ async def test_several_pins_may_be_one_text(shared: ServerThread, connect_to: Co
             assert await client.call("echo", x=1) == {"x": 1}
 
 
+@pytest.mark.requirement("pinning")
 async def test_a_whole_certificate_may_be_pinned(shared: ServerThread, connect_to: ConnectTo) -> None:
     async with connect_to(shared, pins=f"{whole_pin(shared)}, {BACKUP}") as client:
         assert await client.call("echo", x=1) == {"x": 1}
 
 
+@pytest.mark.requirement("pinning")
 @pytest.mark.parametrize("make", [connect, connect_blocking])
 @pytest.mark.parametrize("pins", ["", " ", ",", "x", [""], [WRONG, "x"]])
 def test_a_pin_is_never_ignored(make: Any, pins: Any) -> None:
@@ -58,6 +61,7 @@ def test_a_pin_is_never_ignored(make: Any, pins: Any) -> None:
     assert caught.value.failure == "pin_malformed"
 
 
+@pytest.mark.requirement("pinning")
 async def test_a_mismatch_shows_what_was_seen_and_what_was_expected(
     shared: ServerThread, connect_to: ConnectTo
 ) -> None:
@@ -70,6 +74,7 @@ async def test_a_mismatch_shows_what_was_seen_and_what_was_expected(
     assert expected.startswith(f"{WRONG} or {BACKUP}. If its operator confirms")
 
 
+@pytest.mark.requirement("pinning")
 @pytest.mark.parametrize(("pin", "of"), [(WRONG, "key"), ("cert-" + WRONG, "certificate")])
 def test_a_single_pin_is_warned_of_once_with_the_risk(
     pin: str, of: str, caplog: pytest.LogCaptureFixture
@@ -85,12 +90,14 @@ def test_a_single_pin_is_warned_of_once_with_the_risk(
     assert len(caplog.records) == 2  # it is another risk
 
 
+@pytest.mark.requirement("pinning")
 @pytest.mark.parametrize("pins", [(), [WRONG, BACKUP], f"{WRONG} {BACKUP}"])
 def test_backup_pins_and_none_at_all_are_not_warned_of(pins: Any, caplog: pytest.LogCaptureFixture) -> None:
     Trust(pins=pins, **USUAL)
     assert caplog.records == []
 
 
+@pytest.mark.requirement("pinning")
 def test_a_single_pin_beside_an_authority_locks_out_all_the_same(
     caplog: pytest.LogCaptureFixture, ca_file: Path
 ) -> None:

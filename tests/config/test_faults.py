@@ -83,6 +83,7 @@ UNKNOWN = [
 ]
 
 
+@pytest.mark.requirement("configuration")
 @pytest.mark.parametrize(("toml", "fault"), UNKNOWN)
 def test_what_does_not_exist_is_told_with_the_nearest_name(home: Path, toml: str, fault: str) -> None:
     assert faults(home, toml) == [fault]
@@ -118,6 +119,7 @@ def test_an_override_that_names_no_key_is_a_fault(home: Path) -> None:
     ]
 
 
+@pytest.mark.requirement("configuration")
 @pytest.mark.parametrize(
     ("toml", "fault"),
     [
@@ -236,6 +238,7 @@ def test_settings_at_the_edge_of_what_fits_are_sound(home: Path, toml: str) -> N
     load(home, toml)
 
 
+@pytest.mark.requirement("configuration")
 def test_all_faults_are_told_at_once(home: Path) -> None:
     toml = """
         port = 3

@@ -94,6 +94,7 @@ def test_the_documented_file_is_sound_and_gives_the_defaults(
     assert config.certificates.directory == Path("/home/alice/.zeroclaw/certs")
 
 
+@pytest.mark.requirement("first_run")
 def test_certificates_follow_the_home_folder(home: Path) -> None:
     assert load(home).certificates.directory == home / "certs"
     assert load(home, '[certificates]\ndirectory = "/etc/zcproto"').certificates.directory == Path(

@@ -103,6 +103,7 @@ DEFAULTS = {
 }
 
 
+@pytest.mark.requirement("key_size", "expiration", "per_user")
 def test_each_key_has_its_documented_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/alice")
     config = Config()

@@ -146,12 +146,14 @@ def captured(pair: ConnectionPair) -> list[bytes]:
     return frames
 
 
+@pytest.mark.requirement("replays")
 @pytest.mark.parametrize("which", range(5))
 def test_a_replay_on_the_same_connection_is_refused(pair: ConnectionPair, which: int) -> None:
     frames = captured(pair)
     assert pair.fatal(frames[which]).code == Code.REPLAYED
 
 
+@pytest.mark.requirement("replays")
 @pytest.mark.parametrize("which", range(5))
 def test_a_replay_on_another_connection_is_refused(which: int) -> None:
     registry = small_registry()
@@ -163,6 +165,7 @@ def test_a_replay_on_another_connection_is_refused(which: int) -> None:
     assert victim.get(victim.request(4)).session is not None
 
 
+@pytest.mark.requirement("replays")
 @pytest.mark.parametrize("which", range(5))
 def test_a_replay_after_a_restart_is_refused(pair: ConnectionPair, which: int) -> None:
     """The tokens may even be good still, and the clock the same: the salt is new."""
@@ -172,6 +175,7 @@ def test_a_replay_after_a_restart_is_refused(pair: ConnectionPair, which: int) -
     assert after.fatal(frames[which]).code == Code.REPLAYED
 
 
+@pytest.mark.requirement("replays")
 def test_a_whole_conversation_replayed_runs_nothing(pair: ConnectionPair) -> None:
     frames = captured(pair)
     other = ConnectionPair(pair.registry, salt=b"another.", clock=FakeClock(pair.clock.wall()))
@@ -179,6 +183,7 @@ def test_a_whole_conversation_replayed_runs_nothing(pair: ConnectionPair) -> Non
     assert events == [ConnectionEnded(Code.REPLAYED, "nonce belongs to another connection")]
 
 
+@pytest.mark.requirement("replays")
 def test_frames_in_another_order_are_refused(pair: ConnectionPair) -> None:
     pair.login()
     first, second = pair.request(1), pair.request(2)

@@ -42,6 +42,7 @@ def pair(signed_in: tuple[SessionRegistry, OpenedSession]) -> ConnectionPair:
 # --- salt -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("replays")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "salt", [bytes(8), b"\xff" * 8, bytes([*SALT[:7], SALT[7] ^ 1]), bytes([SALT[0] ^ 0x80, *SALT[1:]])]
@@ -102,6 +103,7 @@ def test_everything_sent_has_the_connections_salt_and_the_servers_time(pair: Con
 # --- timestamp --------------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("replays")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("off", [-30_000, -29_999, -1, 0, 1, 29_999, 30_000])
 def test_both_edges_of_the_tolerance_are_inside(pair: ConnectionPair, kind: str, off: int) -> None:
@@ -110,6 +112,7 @@ def test_both_edges_of_the_tolerance_are_inside(pair: ConnectionPair, kind: str,
     assert all(answer.kind is Kind.PONG for answer in pair.answers())
 
 
+@pytest.mark.requirement("replays")
 @pytest.mark.parametrize("timestamp", [WALL - 30_001, WALL + 30_001, 0, 1, 2**63 - 1, 2**63, 2**64 - 1])
 def test_a_stale_request_is_refused_on_its_stream_with_the_servers_time(
     pair: ConnectionPair, timestamp: int

@@ -138,6 +138,7 @@ def test_a_revoked_token_is_refused_from_the_next_frame_on(pair: ConnectionPair)
         assert pair.refused(pair.request(1)).code == Code.TOKEN_REVOKED
 
 
+@pytest.mark.requirement("expiration")
 def test_a_token_past_its_absolute_limit_is_expired_to_the_millisecond() -> None:
     pair = ConnectionPair(small_registry(lifetime_ms=HOUR_MS, idle_timeout_ms=None))
     opened = pair.login()
@@ -148,6 +149,7 @@ def test_a_token_past_its_absolute_limit_is_expired_to_the_millisecond() -> None
     assert pair.refused(pair.request(1)).code == Code.TOKEN_EXPIRED
 
 
+@pytest.mark.requirement("expiration")
 def test_a_token_unused_for_too_long_is_expired_to_the_millisecond() -> None:
     pair = ConnectionPair(small_registry(idle_timeout_ms=60_000))
     pair.login()

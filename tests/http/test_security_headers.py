@@ -44,6 +44,7 @@ def test_owasp_headers_are_present() -> None:
     )
 
 
+@pytest.mark.requirement("hsts")
 @pytest.mark.parametrize(
     ("policy", "value"),
     [
@@ -83,6 +84,7 @@ def test_handler_cannot_set_reserved_fields() -> None:
             HttpResponse(200, headers=((name.title(), "x"),))
 
 
+@pytest.mark.requirement("hsts")
 @pytest.mark.parametrize(
     ("settings", "value"),
     [

@@ -41,6 +41,7 @@ def openssl_verifies(ca_file: Path, certificate: Path, name: str) -> tuple[bool,
     return code == 0, said
 
 
+@pytest.mark.requirement("profile")
 @needs("openssl")
 @files
 def test_openssl_verifies_every_name_strictly(own: Path, file: str) -> None:
@@ -148,6 +149,7 @@ def excepted(certificate: Path) -> list[Finding]:
     return [Finding(EXCEPTED, "ERROR", f'Invalid domain name syntax: "{name}"') for name in bare]
 
 
+@pytest.mark.requirement("profile")
 @files
 def test_the_linter_finds_nothing_in_a_leaf_but_bare_host_names(own: Path, file: str) -> None:
     assert "localhost" in names_in(own / file)
@@ -159,6 +161,7 @@ def test_the_linter_finds_nothing_in_the_authority_but_bare_host_names(own: Path
     assert lint("lint_pkix_cert", own / "ca.crt") == excepted(own / "ca.crt")
 
 
+@pytest.mark.requirement("profile")
 @files
 def test_the_linter_finds_nothing_between_authority_and_leaf(own: Path, file: str) -> None:
     assert lint("lint_pkix_signer_signee_cert_chain", own / "ca.crt", own / file) == []

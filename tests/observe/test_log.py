@@ -51,6 +51,7 @@ def test_each_test_starts_with_default_logging(
     assert (tmp_path / "log").read_text().count("\n") == 1
 
 
+@pytest.mark.requirement("logs")
 def test_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     log.info("session.opened", user="alice", count=2)
@@ -167,6 +168,7 @@ def test_text_cannot_inject_a_second_value(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err.endswith(' user="x\\" operator=true"\n')
 
 
+@pytest.mark.requirement("logs")
 @pytest.mark.parametrize("format_", ["json", "console"])
 def test_secrets_are_not_written(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
     configure(format=format_, level="debug")

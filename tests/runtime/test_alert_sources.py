@@ -79,6 +79,7 @@ def notice(kind: NoticeKind, what: str = "/c.crt", days: int | None = None) -> N
     return Notice(kind, what, "a sentence", days=days, left=left)
 
 
+@pytest.mark.requirement("expiry_alerts")
 @pytest.mark.parametrize(
     ("days", "severity"),
     [
@@ -96,6 +97,7 @@ def test_the_end_of_a_certificate_gets_graver(alerts: ServerAlerts, days: int, s
     assert open_now(alerts) == []
 
 
+@pytest.mark.requirement("expiry_alerts")
 def test_each_threshold_is_told(alerts: ServerAlerts) -> None:
     for days in (30, 14, 7, 3, 1, 0):
         tell_certificate(alerts, notice(NoticeKind.EXPIRY, days=days))

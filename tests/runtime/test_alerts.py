@@ -127,6 +127,7 @@ def test_stale_frames_are_told_when_they_are_many(watch: Watch) -> None:
     assert watched.until("connection.stale_frames")["details"]["in_window"] == 3
 
 
+@pytest.mark.requirement("alerting")
 def test_tls_failures_are_told_by_cause(watch: Watch) -> None:
     watched = watch(alerts__tls_failures=2)
     stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -153,6 +154,7 @@ def test_throttled_logins_are_told_when_they_are_many(watch: Watch) -> None:
     assert watched.until("login.throttled")["details"]["in_window"] == 3
 
 
+@pytest.mark.requirement("alerting")
 @pytest.mark.parametrize("url", ["memory", "sqlite"])
 def test_a_spent_refresh_token_is_told_with_its_session(watch: Watch, url: str) -> None:
     watched = watch(store__url=url, sessions__refresh_grace="0s")
@@ -166,6 +168,7 @@ def test_a_spent_refresh_token_is_told_with_its_session(watch: Watch, url: str) 
     assert spent.hex().encode() not in body
 
 
+@pytest.mark.requirement("alerting")
 def test_what_operators_revoke_is_told(watch: Watch) -> None:
     watched = watch()
     with watched.server.client("ada"), watched.server.client("operator") as operator:
@@ -219,6 +222,7 @@ def test_a_user_who_is_removed_is_told(watch: Watch, tmp_path: Path) -> None:
     assert alert["title"] == "1 session revoked: the user ada was removed or changed"
 
 
+@pytest.mark.requirement("recovery")
 def test_a_store_that_is_out_and_back_is_told(watch: Watch) -> None:
     watched = watch(store__url="sqlite", store__grace="0s")
     server = watched.server.server
@@ -250,6 +254,7 @@ def test_a_damaged_file_of_sessions_is_told(watch: Watch, tmp_path: Path) -> Non
     assert Path(alert["details"]["aside"]).exists()
 
 
+@pytest.mark.requirement("alerting")
 def test_a_renewal_that_fails_is_told_and_its_end(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = watch(certificates__watch_interval="1h")
     server = watched.server
@@ -351,6 +356,7 @@ def test_one_that_hangs_holds_up_neither_calls_nor_the_end(
     assert "alert.lost" in capsys.readouterr().err
 
 
+@pytest.mark.requirement("alerting")
 def test_a_command_gets_what_the_webhook_gets(watch: Watch, tmp_path: Path) -> None:
     place = tmp_path / "alerts.jsonl"
     watched = watch(alerts__command=["/bin/sh", "-c", f"cat >> {place}"])

@@ -83,6 +83,7 @@ FILES = {
 }
 
 
+@pytest.mark.requirement("first_run")
 @pytest.mark.parametrize("mode", [0o644, 0o620])
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_not_its_owners_alone_starts_nothing(home: Path, name: str, mode: int) -> None:

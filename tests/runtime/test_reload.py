@@ -80,6 +80,7 @@ def test_a_bad_configuration_changes_nothing(serve: Serve, bad: dict[str, Any]) 
     assert server.server.config.sessions.per_user == 1
 
 
+@pytest.mark.requirement("expiration")
 def test_sessions_go_by_the_new_settings(serve: Serve) -> None:
     server = serve(sessions__per_user=2, sessions__idle_timeout="1h")
     with server.client("ada") as one:

@@ -33,12 +33,10 @@ from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, Code, ConfigError
 from zcproto.observe.process import resident_bytes
 from zcproto.runtime import build as build_module
-from zcproto.runtime import process as process_module
 from zcproto.runtime import run
 from zcproto.runtime import server as server_module
-from zcproto.runtime.process import GC_THRESHOLDS, SWITCH_INTERVAL
 from zcproto.runtime.run import serve
-from zcproto.runtime.server import Server
+from zcproto.runtime.server import GC_THRESHOLDS, SWITCH_INTERVAL, Server
 from zcproto.runtime.service_manager import ServiceManager
 
 CONFIG = """
@@ -153,10 +151,10 @@ def test_a_signal_during_a_handshake_ends_all_the_same(home: Path, certs: Path) 
 
 STUBBORN = """
 import asyncio
-from zcproto.runtime import drain
+from zcproto.runtime import server
 from zcproto.app.app import App
 
-drain.CANCELLED_TIME = 0.05
+server.CANCELLED_TIME = 0.05
 app = App()
 
 @app.method("stubborn")
@@ -210,6 +208,7 @@ def test_the_users_file_is_read_again_when_it_changed(home: Path, certs: Path, k
         eventually(lambda: '"event":"users.readable"' in server.log)
 
 
+@pytest.mark.requirement("logs")
 def test_no_key_is_in_the_log(home: Path, certs: Path, key: str) -> None:
     with ServerProcess(home, certs, "--log-level", "debug") as server:
         with server.client("ada", key) as client:
@@ -344,7 +343,7 @@ async def test_methods_that_cannot_be_cancelled_do_not_keep_the_process(exits: l
 def test_too_low_a_file_limit_is_told(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(process_module, "raise_file_limit", lambda wanted: 100)
+    monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 100)
     listening: list[Server] = []
     thread = signal_when(lambda: listening)
     serve(None, configuration(home), home=home, ready=listening.append)

@@ -21,7 +21,7 @@ from zcproto.config import LogConfig
 from zcproto.errors import Code, FailedPrecondition
 from zcproto.observe.events import EVENTS
 from zcproto.observe.log import configure_logging
-from zcproto.runtime.run import log_loop_fault
+from zcproto.runtime import loop_faults
 from zcproto.wire.frame import NO_TOKEN
 
 Log = Callable[[], list[dict[str, Any]]]
@@ -97,6 +97,7 @@ def test_a_method_that_always_fails_cannot_fill_a_disk(serve: Serve, lines: Log)
     assert len(of(lines(), "request.failed")) == 60
 
 
+@pytest.mark.requirement("logs")
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_whatever_a_peer_sends_is_within_one_line(serve: Serve, tmp_path: Path, form: str) -> None:
     path = tmp_path / "server.log"
@@ -176,9 +177,10 @@ def test_a_process_opens_its_file_anew_on_sighup(process_home: Path, certs: Path
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.requirement("logs")
 async def test_a_fault_that_nobody_caught_is_told_without_what_was_at_hand(lines: Log) -> None:
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(log_loop_fault)
+    loop.set_exception_handler(loop_faults.tell)
 
     def broken(token: bytes) -> None:
         raise ValueError(token)

@@ -29,7 +29,7 @@ def listener(tmp_path: Path) -> Iterator[socket.socket]:
 def test_without_one_nothing_is_there_and_nothing_is_said() -> None:
     environ = {"PATH": "/bin"}
     manager = ServiceManager.from_environ(environ, PID)
-    assert (manager.watchdog, manager.sockets, manager.is_present) == (None, (), False)
+    assert (manager.watchdog, manager.sockets, manager.is_told) == (None, (), False)
     assert not manager.notify(READY=1)
     assert manager.failed == 0
     manager.close()
@@ -40,7 +40,7 @@ def test_a_message_is_one_datagram_of_lines(listener: socket.socket) -> None:
     environ = {"NOTIFY_SOCKET": listener.getsockname(), "WATCHDOG_USEC": "30000000", "PATH": "/bin"}
     manager = ServiceManager.from_environ(environ, PID)
     assert environ == {"PATH": "/bin"}, "children are not meant"
-    assert (manager.watchdog, manager.is_present) == (30.0, True)
+    assert (manager.watchdog, manager.is_told) == (30.0, True)
     assert manager.notify(READY=1, STATUS="serving")
     assert listener.recv(4096) == b"READY=1\nSTATUS=serving"
     manager.notify(STATUS="a\nSTOPPING=1")
@@ -185,11 +185,11 @@ def test_a_descriptor_that_is_not_there_is_a_fault() -> None:
     with listening("127.0.0.1") as first:
         (fault,) = passed(first, count=60)
     assert "LISTEN_FDS" in fault
-    assert "is not a socket: Bad file descriptor" in fault
+    assert "is no socket: Bad file descriptor" in fault
 
 
 def test_what_is_no_listening_tcp_socket_is_a_fault(tmp_path: Path) -> None:
-    sentence = "LISTEN_FDS = '3' (environment): is not a listening TCP socket; use ListenStream=, Accept=no"
+    sentence = "LISTEN_FDS = '3' (environment): is no listening TCP socket; use ListenStream=, Accept=no"
     datagrams = high(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     idle = high(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

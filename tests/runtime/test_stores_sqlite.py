@@ -167,6 +167,7 @@ def test_a_damaged_file_is_set_aside_and_told_of(
     assert "store.damaged" in [event["event"] for event in events]
 
 
+@pytest.mark.requirement("recovery")
 def test_kill_9_loses_nothing_that_was_acknowledged(home: Path, certs: Path) -> None:
     home.mkdir(mode=0o700)
     users = UserFile(home / "users.toml")

@@ -90,6 +90,7 @@ def ended(server: ServerThread, *clients: Client) -> None:
 # --- an outage ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("recovery")
 @pytest.mark.parametrize("mode", [FAILS, HANGS, FAILS_AFTER, READ_ONLY])
 def test_known_sessions_lose_nothing_and_nobody_waits(site: Site, mode: str) -> None:
     server = site.serve()
@@ -134,6 +135,7 @@ def test_a_refresh_goes_on_where_it_was_cut_off(site: Site) -> None:
     client.echo()
 
 
+@pytest.mark.requirement("recovery")
 @pytest.mark.parametrize("mode", [FAILS, HANGS, READ_ONLY])
 def test_revocations_made_meanwhile_hold(site: Site, mode: str) -> None:
     server = site.serve()
@@ -165,6 +167,7 @@ def test_revocations_made_meanwhile_hold(site: Site, mode: str) -> None:
     client.echo()
 
 
+@pytest.mark.requirement("recovery")
 def test_revocations_survive_a_server_that_ends_before_its_store_is_back(site: Site) -> None:
     server = site.serve()
     gone, kept = site.client(server, "ada"), site.client(server, "ada")

@@ -22,7 +22,8 @@ from tests.helpers import FakeClock, FakeTimers
 from tests.server.helpers import ROOT, TIMEOUT, Client, configuration
 from zcproto.auth import UserFile
 from zcproto.runtime.server import Server
-from zcproto.runtime.service_manager import STATUS_INTERVAL, ServiceManager, Supervision
+from zcproto.runtime.service_manager import ServiceManager
+from zcproto.runtime.supervision import STATUS_INTERVAL, Supervision
 
 Message = dict[str, str]
 
@@ -377,7 +378,7 @@ def test_what_cannot_be_served_on_starts_nothing(start: Start, home: Path) -> No
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wrong:
         process = start(passed=(wrong.fileno(),))
         assert process.wait(TIMEOUT) == 2
-    assert "is not a listening TCP socket; use ListenStream=, Accept=no" in (home / "log").read_text()
+    assert "is no listening TCP socket; use ListenStream=, Accept=no" in (home / "log").read_text()
 
 
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="takes systemd")

@@ -65,6 +65,7 @@ def test_open_gives_a_session(connect: Callable[..., Client], user: str) -> None
     client.echo()
 
 
+@pytest.mark.requirement("refresh")
 def test_without_refresh_and_idle_limit_there_is_none_to_tell(serve: Serve) -> None:
     server = serve(sessions__refresh=False, sessions__idle_timeout="off")
     with server.client("ada") as client:
@@ -202,6 +203,7 @@ def test_users_come_from_the_file_and_changes_of_it_are_seen(
 # --- the cap -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("per_user")
 def test_the_cap_refuses_one_session_more(serve: Serve) -> None:
     server = serve(sessions__per_user=2)
     with server.client("ada") as first, server.client("ada") as second, server.client() as third:
@@ -216,6 +218,7 @@ def test_the_cap_refuses_one_session_more(serve: Serve) -> None:
         third.echo()
 
 
+@pytest.mark.requirement("per_user")
 def test_the_cap_may_evict_the_oldest(serve: Serve) -> None:
     server = serve(sessions__per_user=2, sessions__when_full="evict_oldest")
     with server.client("ada") as first, server.client("ada") as second, server.client("ada") as third:
@@ -236,6 +239,7 @@ def refresh(client: Client, refresh_token: bytes, client_name: str = "test/1") -
     )
 
 
+@pytest.mark.requirement("refresh")
 def test_refresh_gives_a_new_pair_and_both_old_tokens_are_dead(
     connect: Callable[..., Client], user: str
 ) -> None:
@@ -276,6 +280,7 @@ def test_a_spent_refresh_token_gives_the_same_pair_within_the_grace(
     assert refresh(connect(), spent) == new
 
 
+@pytest.mark.requirement("refresh")
 def test_a_spent_refresh_token_shown_by_another_client_ends_the_session(
     connect: Callable[..., Client], user: str
 ) -> None:
@@ -303,6 +308,7 @@ def test_a_refresh_token_that_is_none_is_refused(connect: Callable[..., Client])
     assert client.refused("session.refresh", params).code == Code.INVALID_ARGUMENT
 
 
+@pytest.mark.requirement("refresh")
 def test_a_session_token_is_no_refresh_token_nor_the_other_way_round(
     connect: Callable[..., Client], user: str
 ) -> None:

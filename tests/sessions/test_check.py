@@ -60,6 +60,7 @@ def test_tokens_with_same_hash_prefix_are_distinguished() -> None:
     assert harness.good(opened.token).id == opened.session.id
 
 
+@pytest.mark.requirement("expiration")
 @pytest.mark.parametrize("idle", [None, HOUR])
 @pytest.mark.parametrize(
     ("before_end", "good"), [(2, True), (1, True), (0, False), (-1, False), (-DAY, False)]
@@ -79,6 +80,7 @@ def test_absolute_expiry_is_exact_and_not_extended_by_use(
         assert result is Code.TOKEN_EXPIRED
 
 
+@pytest.mark.requirement("expiration")
 @pytest.mark.parametrize(("silence", "good"), [(0, True), (HOUR - 1, True), (HOUR, False), (HOUR + 1, False)])
 def test_idle_limit_is_exact_and_restarted_by_use(silence: int, good: bool) -> None:
     harness = RegistryHarness()
@@ -243,6 +245,7 @@ def test_repeating_entropy_is_refused(again: str) -> None:
     assert harness.registry.list("bob", WALL) == []
 
 
+@pytest.mark.requirement("token_size")
 def test_token_bits_are_evenly_distributed() -> None:
     harness = RegistryHarness()
     harness.registry._entropy = os.urandom

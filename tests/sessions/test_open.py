@@ -27,6 +27,7 @@ def test_opened_session_has_all_fields() -> None:
     assert (len(harness.registry), harness.registry.opened) == (1, 1)
 
 
+@pytest.mark.requirement("refresh")
 def test_without_refresh_no_refresh_token_is_issued() -> None:
     harness = RegistryHarness(refresh=False)
     opened = harness.open()
@@ -34,6 +35,7 @@ def test_without_refresh_no_refresh_token_is_issued() -> None:
     assert harness.registry.info(opened.session.id, WALL).refresh_expires_at is None
 
 
+@pytest.mark.requirement("token_size")
 def test_ids_and_tokens_are_unique() -> None:
     harness = RegistryHarness()
     opened = [harness.open(f"user {number // 5}") for number in range(200)]
@@ -41,6 +43,7 @@ def test_ids_and_tokens_are_unique() -> None:
     assert len({each.token for each in opened} | {each.refresh_token for each in opened}) == 400
 
 
+@pytest.mark.requirement("per_user")
 @pytest.mark.parametrize("limit", [1, 2, 5, 20])
 def test_session_above_limit_is_refused(limit: int) -> None:
     harness = RegistryHarness(per_user=limit)
@@ -54,6 +57,7 @@ def test_session_above_limit_is_refused(limit: int) -> None:
     harness.open("bob")
 
 
+@pytest.mark.requirement("per_user")
 @pytest.mark.parametrize("limit", [1, 2, 5, 20])
 def test_oldest_session_is_evicted_if_configured(limit: int) -> None:
     harness = RegistryHarness(per_user=limit, when_full="evict_oldest")

@@ -18,6 +18,7 @@ GRACE = 10 * SECOND
 LATER = WALL + GRACE
 
 
+@pytest.mark.requirement("refresh")
 def test_refresh_gives_new_pair_for_same_session() -> None:
     harness = RegistryHarness()
     first = harness.open(operator=True, bound=True)
@@ -34,6 +35,7 @@ def test_refresh_gives_new_pair_for_same_session() -> None:
     assert harness.good(second.token, WALL + HOUR // 2).id == first.session.id
 
 
+@pytest.mark.requirement("refresh")
 def test_refresh_invalidates_old_pair_silently() -> None:
     harness = RegistryHarness()
     first = harness.open()
@@ -54,6 +56,7 @@ def test_refresh_does_not_count_against_limit() -> None:
     assert len(harness.registry) == 1
 
 
+@pytest.mark.requirement("refresh")
 @pytest.mark.parametrize("generations", [1, 2, 3, 10, 40])
 @pytest.mark.parametrize("back", [1, 2, 10, 40])
 def test_reuse_of_any_spent_refresh_token_ends_session(generations: int, back: int) -> None:
@@ -125,6 +128,7 @@ def test_unknown_refresh_token_is_unauthenticated(token: bytes) -> None:
     assert harness.registry.refresh_reused == 0
 
 
+@pytest.mark.requirement("refresh")
 def test_access_token_is_not_accepted_as_refresh_token() -> None:
     harness = RegistryHarness()
     opened = harness.open()

@@ -17,6 +17,7 @@ TEXT = token_text(TOKEN)
 ID = bytes(range(ID_SIZE))
 
 
+@pytest.mark.requirement("token_size")
 def test_token_text_is_43_characters_of_unpadded_base64url() -> None:
     assert TEXT == "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"
     assert len(TEXT) == 43
@@ -44,6 +45,7 @@ def test_id_text_with_unused_bits_set_is_refused() -> None:
     assert [text for text in texts if id_from_text(text) is not None] == texts[::16]
 
 
+@pytest.mark.requirement("token_size")
 @pytest.mark.parametrize(
     "text",
     [

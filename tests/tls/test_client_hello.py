@@ -175,12 +175,14 @@ def test_real_hello_fragmented_over_records_is_accepted(size: int, client_tls: s
     assert byte_by_byte(data[:-1]) is None
 
 
+@pytest.mark.requirement("tls_version")
 def test_tls_1_2_client_is_refused_with_alert_70() -> None:
     context = client_context(verify=False)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
     assert judge(captured_hello(context)) == NO_TLS_1_3
 
 
+@pytest.mark.requirement("cipher_suites")
 @pytest.mark.parametrize(
     ("suites", "verdict"),
     [
@@ -228,6 +230,7 @@ def test_order_of_alerts_is_70_40_120(faults: tuple[str, ...]) -> None:
     assert verdict == (FAULTS[faults[0]][2] if faults else ACCEPTED)
 
 
+@pytest.mark.requirement("tls_version")
 @pytest.mark.parametrize(
     ("offer", "verdict"),
     [
@@ -290,6 +293,7 @@ def test_hello_without_alpn_is_accepted_only_if_configured() -> None:
     assert ClientHelloJudge(SUITES, frozenset(["zcp/1"])).judge_record(hello) == NO_ALPN
 
 
+@pytest.mark.requirement("cipher_suites")
 def test_configured_suites_are_respected() -> None:
     only = ClientHelloJudge(frozenset([CHACHA20]), PROTOCOLS)
     assert only.judge_record(replace(GOOD, suites=suite_list(AES_256)).bytes()) == NO_SUITE

@@ -35,6 +35,7 @@ def context(
     return server_tls if request.param == "server" else client_tls
 
 
+@pytest.mark.requirement("tls_version")
 def test_only_tls_1_3_is_enabled(context: ssl.SSLContext) -> None:
     assert context.minimum_version is ssl.TLSVersion.TLSv1_3
     assert context.maximum_version is ssl.TLSVersion.TLSv1_3
@@ -44,6 +45,7 @@ def test_compression_is_disabled(context: ssl.SSLContext) -> None:
     assert context.options & ssl.OP_NO_COMPRESSION
 
 
+@pytest.mark.requirement("forward_secrecy")
 def test_server_context_has_no_tickets_and_own_preference(server_tls: ssl.SSLContext) -> None:
     assert server_tls.num_tickets == 0
     assert server_tls.options & ssl.OP_CIPHER_SERVER_PREFERENCE
@@ -170,6 +172,7 @@ def test_unneeded_passphrase_is_ignored(server_pairs: ServerPairs) -> None:
     server_context([(*server_pairs.ecdsa, PASSPHRASE)], ["zcp/1"])
 
 
+@pytest.mark.requirement("tls_errors")
 def test_error_contains_no_key_material(server_pairs: ServerPairs, tmp_path: Path) -> None:
     lines = server_pairs.ecdsa.key.read_text().splitlines()
     broken = tmp_path / "broken.key"
@@ -304,6 +307,7 @@ def test_mismatched_client_key_is_refused(identity: Identity, server_pairs: Serv
 FIRST, SECOND, AES_128 = *SUITES, "TLS_AES_128_GCM_SHA256"
 
 
+@pytest.mark.requirement("cipher_suites")
 @pytest.mark.parametrize(
     "names",
     [[FIRST], [SECOND], [FIRST, SECOND], [SECOND, FIRST], [FIRST, SECOND, AES_128, "TLS_AES_128_CCM_SHA256"]],
@@ -312,6 +316,7 @@ def test_allowed_suites_first_are_accepted(names: list[str]) -> None:
     check_suite_order(names)
 
 
+@pytest.mark.requirement("cipher_suites")
 @pytest.mark.parametrize(
     "names", [[], [AES_128], [AES_128, FIRST], [FIRST, AES_128, SECOND], [FIRST, SECOND, AES_128, FIRST]]
 )

@@ -119,6 +119,7 @@ def answer(protocol: RecordingProtocol, data: bytes) -> None:
         protocol.transport.close()
 
 
+@pytest.mark.requirement("cipher_suites")
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize(
     ("algorithms", "key"),
@@ -133,6 +134,7 @@ def test_both_suites_with_both_key_types(listening: Listening, suite: str, algor
     assert listening.failures == {}
 
 
+@pytest.mark.requirement("tls_version", "cipher_suites")
 @pytest.mark.parametrize(
     ("options", "failure", "words"),
     [
@@ -168,6 +170,7 @@ def test_hello_retry_request_completes(listening: Listening) -> None:
     assert "HELLO" in shown
 
 
+@pytest.mark.requirement("forward_secrecy")
 def test_no_tickets_and_no_early_data(listening: Listening) -> None:
     shown = listening.s_client("-msg")
     assert "NewSessionTicket" not in shown

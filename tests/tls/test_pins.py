@@ -28,6 +28,7 @@ def der_of(pair: ServerPair) -> bytes:
     return ssl.PEM_cert_to_DER_cert(pair.certificate.read_text())
 
 
+@pytest.mark.requirement("pinning")
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl command to be the witness")
 def test_key_pin_matches_openssl_command(pair: ServerPair) -> None:
     """Compare with the usual openssl command for HPKP pins."""
@@ -38,12 +39,14 @@ def test_key_pin_matches_openssl_command(pair: ServerPair) -> None:
     assert key_pin(der_of(pair)) == "sha256/" + base64.b64encode(hashlib.sha256(der).digest()).decode()
 
 
+@pytest.mark.requirement("pinning")
 def test_certificate_pin_is_digest_of_certificate(pair: ServerPair) -> None:
     der = der_of(pair)
     expected = base64.b64encode(hashlib.sha256(der).digest()).decode()
     assert certificate_pin(der) == "cert-sha256/" + expected
 
 
+@pytest.mark.requirement("pinning")
 def test_certificate_matches_by_key_or_certificate_pin(pair: ServerPair) -> None:
     der = der_of(pair)
     assert pins_match(der, frozenset({key_pin(der)}))
@@ -51,6 +54,7 @@ def test_certificate_matches_by_key_or_certificate_pin(pair: ServerPair) -> None
     assert pins_match(der, parse_pins([BACKUP, key_pin(der)]))
 
 
+@pytest.mark.requirement("pinning")
 def test_certificate_does_not_match_other_pins(server_pairs: ServerPairs) -> None:
     der, other = der_of(server_pairs.ecdsa), der_of(server_pairs.rsa)
     assert not pins_match(der, frozenset({key_pin(other), certificate_pin(other), GOOD, BACKUP}))

@@ -56,6 +56,7 @@ def is_refused(pair: TlsPair, failure: TlsFailure) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("tls_version")
 def test_handshake_negotiates_tls_1_3_and_first_suite(agreed: TlsPair) -> None:
     assert agreed.client.version() == "TLSv1.3"
     cipher = agreed.client.cipher()
@@ -69,6 +70,7 @@ def test_handshake_negotiates_tls_1_3_and_first_suite(agreed: TlsPair) -> None:
     assert len(agreed.acceptor.wheel) == 0
 
 
+@pytest.mark.requirement("forward_secrecy")
 def test_no_session_ticket_is_sent(agreed: TlsPair) -> None:
     """RFC 8446 section 4.6.1: a ticket would follow the handshake."""
     assert agreed.raw.take() == b""
@@ -272,6 +274,7 @@ def test_unsupported_client_gets_alert(
     is_refused(pair, failure)
 
 
+@pytest.mark.requirement("cipher_suites")
 def test_aes_128_only_client_gets_alert_40(tls_pair: TlsPair) -> None:
     tls_pair.raw.deliver(with_suites(tls_pair.step(), AES_128))
     assert bytes(tls_pair.raw.sent) == bytes.fromhex("15 0303 0002 02 28")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -13,53 +12,8 @@ from zcproto.common.home import Home
 OUTPUT = click.Path(path_type=Path, dir_okay=False)
 
 
-def mode_options(command: Callable[..., int]) -> Callable[..., int]:
-    """The options of what is measured on servers of its own."""
-    for option in reversed(
-        (
-            click.option(
-                "--requirements",
-                is_flag=True,
-                help="Measure or check every requirement: a table, 1 if one fails.",
-            ),
-            click.option(
-                "--curves", is_flag=True, help="How cost grows by connections, payload, depth and sessions."
-            ),
-            click.option(
-                "--quick", is_flag=True, help="With these two: small numbers, to see whether all of it works."
-            ),
-            click.option(
-                "--step",
-                "steps",
-                multiple=True,
-                metavar="NAME",
-                help="With one of these two: this step or curve alone; may be given again.",
-            ),
-            click.option(
-                "--html", "html_file", type=OUTPUT, metavar="FILE", help="With these two: a page with plots."
-            ),
-            click.option(
-                "--markdown",
-                "markdown_file",
-                type=OUTPUT,
-                metavar="FILE",
-                help="With these two: as Markdown.",
-            ),
-            click.option(
-                "--soak",
-                type=click.FloatRange(0.1, 10_080),
-                metavar="MINUTES",
-                help="Churn and harm at random for so long: every answer judged, memory and descriptors watched.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
 @click.command()
-@click.argument("address", metavar="[HOST:PORT]", required=False)
-@mode_options
+@click.argument("address", metavar="HOST:PORT")
 @click.option(
     "--connections",
     type=click.IntRange(1, 1_000_000),
@@ -125,6 +79,7 @@ def mode_options(command: Callable[..., int]) -> Callable[..., int]:
 @click.option(
     "--keys",
     type=OUTPUT,
+    required=True,
     metavar="FILE",
     help="Users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
 )
@@ -140,9 +95,7 @@ def mode_options(command: Callable[..., int]) -> Callable[..., int]:
     metavar="FILE",
     help="The CA to believe. [default: that of the home folder if it has one, else the system's store]",
 )
-@click.option(
-    "--seed", type=int, default=1, show_default=True, metavar="N", help="Of arrivals, payloads and a soak."
-)
+@click.option("--seed", type=int, default=1, show_default=True, metavar="N", help="Of arrivals and payloads.")
 @click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write everything measured.")
 @click.option(
     "--hdr",
@@ -154,14 +107,7 @@ def mode_options(command: Callable[..., int]) -> Callable[..., int]:
 @click.option("--plot", type=OUTPUT, metavar="FILE.png", help="Draw latencies, connections and rates.")
 @home_options
 def bench(
-    address: str | None,
-    requirements: bool,
-    curves: bool,
-    quick: bool,
-    steps: tuple[str, ...],
-    html_file: Path | None,
-    markdown_file: Path | None,
-    soak: float | None,
+    address: str,
     connections: int,
     sessions: int | None,
     rate: float,
@@ -170,7 +116,7 @@ def bench(
     pipeline: int,
     arrival_rate: float,
     processes: int,
-    keys: Path | None,
+    keys: Path,
     operator_key_file: Path | None,
     ca: Path | None,
     seed: int,
@@ -185,33 +131,7 @@ def bench(
     Every answer is compared with what was sent, and the server's own count with ours. Exit code 1 if anything
     was lost, unequal or unverified. Latencies count from when a request was due, so a slow server cannot hide
     behind requests that were not made. Its method `echo` is called, which `zcproto serve` has by itself.
-
-    With --requirements, --curves or --soak, and no HOST:PORT, servers of its own are measured, in a temporary
-    folder.
     """
-    if soak is not None:
-        if address is not None or requirements or curves:
-            raise click.UsageError(
-                "--soak starts a server of its own: give no HOST:PORT, and nothing else to measure"
-            )
-        from bench.soak.command import soak_and_report  # noqa: PLC0415
-        from bench.soak.plan import SoakPlan  # noqa: PLC0415
-        from zcproto.load.progress import new_console  # noqa: PLC0415
-
-        return soak_and_report(SoakPlan(soak, seed), json_file, plot, new_console())
-    if requirements or curves:
-        from bench.requirements.command import Files, measure  # noqa: PLC0415
-
-        if address is not None:
-            raise click.UsageError(
-                "--requirements and --curves start servers of their own: give no HOST:PORT"
-            )
-        files = Files(json_file, html_file, markdown_file)
-        return measure(requirements=requirements, curves=curves, quick=quick, only=steps, files=files)
-    if address is None:
-        raise click.UsageError("Missing argument 'HOST:PORT'; or give --requirements, --curves or --soak.")
-    if keys is None:
-        raise click.UsageError("Missing option '--keys'.")
     from zcproto.client.address import parse_address  # noqa: PLC0415
     from zcproto.load.command import EXIT_CODES, Outputs, run_and_report  # noqa: PLC0415
     from zcproto.load.plan import Plan, read_credentials  # noqa: PLC0415

@@ -567,6 +567,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.requirement("recovery")
 @pytest.mark.parametrize("kind", FAILURES)
 @pytest.mark.parametrize("at", [("INSERT",), ("COMMIT",), ("SELECT",)])
 async def test_a_disk_that_fails_is_said_and_it_works_again_by_itself(
@@ -595,6 +596,7 @@ async def test_a_disk_that_fails_is_said_and_it_works_again_by_itself(
     assert await again.list() == [first, third]
 
 
+@pytest.mark.requirement("recovery")
 async def test_a_disk_that_is_really_full(harness: SqliteHarness, disk: Disk) -> None:
     store = await harness.opened(connect=disk.connect)
 
@@ -623,6 +625,7 @@ async def test_a_disk_that_is_really_full(harness: SqliteHarness, disk: Disk) ->
     assert await store.get(late.id) == late
 
 
+@pytest.mark.requirement("recovery")
 async def test_a_limit_on_the_size_of_files(harness: SqliteHarness) -> None:
     store = await harness.opened()
     await opened(store, session(1))

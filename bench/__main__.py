@@ -1,0 +1,112 @@
+"""Measure and prove zcproto: `python -m bench COMMAND`, from a clone.
+
+Exit code: 0 if all bars are met, 1 if not, 2 if it cannot be measured like this, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import click
+
+from zcproto.errors import ConfigError, ZcprotoError
+
+CANNOT: Final = 2
+INTERRUPTED: Final = 130
+
+SCENARIOS: Final = {
+    "half_rate": "Latency at half of the maximum rate, with 10,000 connections.",
+    "kills": "Kill a server again and again: nothing acknowledged is lost.",
+    "outages": "Kill, hang, slow down, empty and cut off Valkey under load.",
+    "reloads": "Reload the configuration under load: no request fails.",
+    "rotation": "Replace certificates once a second under load: no request fails.",
+    "soak": "Churn and faults for a long time: no wrong answer, no growth.",
+    "storms": "10,000 reconnects at once, and hostile clients among honest ones.",
+}
+MICRO: Final = {
+    "certificate_loading": "Load a server's certificates from the disk.",
+    "hot_path": "The steps of a request, beside the bare server's.",
+    "hsts_header": "Strict-Transport-Security in a response.",
+    "metrics_cost": "Counting, for each request, and a scrape.",
+    "session_cleanup": "Remove expired sessions from the registry and from stores.",
+    "session_opening": "Open sessions durably, in a file.",
+    "session_opening_valkey": "Open sessions in Valkey or Redis.",
+    "token_check": "Check a token among 100,000.",
+}
+COMMANDS: Final = {
+    "requirements": (
+        "bench.requirements.command:requirements",
+        "Check every requirement; exit with 1 if any fails.",
+    ),
+    "curves": (
+        "bench.requirements.command:curves",
+        "How cost grows by connections, payload, depth and sessions.",
+    ),
+    "compare": (
+        "bench.compare.command:command",
+        "CPU of a request beside a bare server that checks nothing.",
+    ),
+    "peers": (
+        "bench.peers.command:command",
+        "CPU and memory beside gRPC, uvicorn, websockets and asyncio's streams.",
+    ),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used: matplotlib and redis take long."""
+
+    def __init__(self, name: str, commands: dict[str, tuple[str, str]], help: str) -> None:
+        super().__init__(name, help=help)
+        self._places = commands
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self._places, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._places:
+            return super().get_command(ctx, cmd_name)
+        module, attribute = self._places[cmd_name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        purposes = {name: purpose for name, (_, purpose) in self._places.items()}
+        purposes |= {name: each.get_short_help_str(80) for name, each in self.commands.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl([*purposes.items()])
+
+
+def _modules(folder: str, purposes: dict[str, str]) -> dict[str, tuple[str, str]]:
+    return {name: (f"bench.{folder}.{name}:command", purpose) for name, purpose in purposes.items()}
+
+
+bench = LazyGroup("bench", COMMANDS, __doc__ or "")
+bench.add_command(
+    LazyGroup("scenario", _modules("scenarios", SCENARIOS), "A server under load to which something happens.")
+)
+bench.add_command(LazyGroup("micro", _modules("micro", MICRO), "One part measured alone."))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    try:
+        return int(bench.main(arguments, prog_name="python -m bench", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return CANNOT
+    except (ZcprotoError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""CPU of a request beside a bare server that checks nothing: in one run, in turns, on the same core.
+
+The bare server (bare_server.py) does the least that a Python server of these frames can do. The ratio is what
+the checks, sessions, limits, dispatch and metrics of zcproto cost. Both serve the same ECDSA P-256 certificate
+on uvloop. CPU time is the kernel's, of the server process alone.
+
+Both have their turns in slices of some tens of milliseconds. A ratio is that of a slice to the one right after
+it; the table has the median of all pairs, and the quartiles: what disturbs the machine for a moment is in few
+pairs, and what disturbs it for longer is in both sides of each.
+
+With `--floor` a server in C (floor.c), which checks nothing at all, stands beside it, too: that is TLS and
+system calls. It needs a C compiler and OpenSSL's headers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import click
+import msgpack
+
+from bench.command import COUNT, measurement
+from bench.compare.client import Connection, context_for
+from bench.report import Report, Row
+from bench.stage import CLIENT_CPU, ECDSA_ONLY, SERVER_CPU, Stage, cpu_seconds
+from zcproto.errors import ZcprotoError
+from zcproto.load.demo.run import temporary_home
+from zcproto.load.plan import Credential
+from zcproto.load.processes import module_command, module_environment, on_processor
+
+CONNECTIONS: Final = 50
+SESSIONS_PER_USER: Final = 5
+USERS: Final = 10_000
+PARAMS: Final = {"data": b"x" * 64}
+ANSWER: Final = msgpack.packb(PARAMS)
+
+SLICE: Final = 2_000
+"""Requests to one server before the other has its turn: some tens of milliseconds."""
+
+CONNECTED: Final = 50
+"""Connections in a slice."""
+
+FIRST_PORT: Final = 20_000
+PORTS: Final = 5_000
+"""Each yardstick listens on one of so many, by the id of this process. The system assigns higher ones."""
+
+SETTLE_S: Final = 0.5
+END_S: Final = 10.0
+
+
+class Case(NamedTuple):
+    """One comparison: the cost of a slice at both servers, and the most that their ratio may be."""
+
+    name: str
+    bar: float
+    unit: str
+    measured: Callable[[], float]
+    reference: Callable[[], float]
+
+
+class Running(NamedTuple):
+    """A server process."""
+
+    pid: int
+    port: int
+
+
+def compare(folder: Path, rounds: int, requests: int, connects: int, with_floor: bool = False) -> Report:
+    """Carry out all comparisons. Raises ZcprotoError for a wrong answer, or a server that does not start."""
+    stage = Stage(folder, {"limits.connections_per_address": 0, "store.url": "memory", **ECDSA_ONLY})
+    users = iter(stage.add_users("user", USERS))
+    stage.make_certificates()
+    found = {}
+    with (
+        run_zcproto(folder) as zcproto,
+        run_bare(folder) as bare,
+        run_floor(folder) if with_floor else contextlib.nullcontext(bare) as floor,
+    ):
+        context = context_for(str(stage.ca_file))
+
+        def connect(count: int) -> list[Connection]:
+            connections, user = [], Credential("", "")
+            for number in range(count):
+                if number % SESSIONS_PER_USER == 0:
+                    user = next(users)
+                connection = Connection(zcproto.port, context)
+                connection.open_session(*user)
+                connections.append(connection)
+            return connections
+
+        def connect_yardstick(count: int, port: int) -> list[Connection]:
+            connections = [Connection(port, context) for _ in range(count)]
+            for connection in connections:
+                connection.token = b"k" * 32
+            return connections
+
+        ours, bare_ones = connect(CONNECTIONS), connect_yardstick(CONNECTIONS, bare.port)
+        floor_ones = connect_yardstick(CONNECTIONS, floor.port) if with_floor else []
+
+        def cost(
+            server: Running, connections: list[Connection], method: str, depth: int
+        ) -> Callable[[], float]:
+            """Return what makes a slice of requests, and returns its server's CPU time for each in
+            microseconds.
+            """
+            turns = max(1, SLICE // (len(connections) * depth))
+
+            def slice_of_requests() -> float:
+                before = cpu_seconds(server.pid)
+                for _ in range(turns):
+                    for connection in connections:
+                        connection.echo(method, PARAMS, depth)
+                    for connection in connections:
+                        connection.check_echoes(ANSWER, depth)
+                return (cpu_seconds(server.pid) - before) * 1e6 / (turns * len(connections) * depth)
+
+            return slice_of_requests
+
+        plain, bare_plain = cost(zcproto, ours, "echo", 1), cost(bare, bare_ones, "echo", 1)
+        deep, bare_deep = cost(zcproto, ours, "echo", 16), cost(bare, bare_ones, "echo", 16)
+        cases = [
+            Case("CPU per request, depth 1, sync / bare", 1.3, "us", plain, bare_plain),
+            Case("CPU per request, depth 16, sync / bare", 1.6, "us", deep, bare_deep),
+            Case(
+                "CPU per request, depth 1, async / sync",
+                1.15,
+                "us",
+                cost(zcproto, ours, "echo_async", 1),
+                plain,
+            ),
+        ]
+        if with_floor:
+            lowest = cost(floor, floor_ones, "echo", 1)
+            cases.append(Case("CPU per request, depth 1, sync / floor in C", 4.0, "us", plain, lowest))
+        for case in cases:
+            in_turn(case, 1)  # to warm up
+            found[case] = in_turn(case, rounds * max(1, requests // SLICE))
+        for connection in ours + bare_ones + floor_ones:
+            connection.close()
+
+        opened: list[Connection] = []
+
+        def connect_cost(server: Running, make: Callable[[int], list[Connection]]) -> float:
+            """Make a slice of connections; return its server's CPU time for 10,000 of them, in seconds."""
+            before = cpu_seconds(server.pid)
+            opened.extend(make(CONNECTED))
+            return (cpu_seconds(server.pid) - before) * 10_000 / CONNECTED
+
+        case = Case(
+            "CPU to connect 10,000, with sessions / bare",
+            1.6,
+            "s",
+            lambda: connect_cost(zcproto, connect),
+            lambda: connect_cost(bare, lambda count: connect_yardstick(count, bare.port)),
+        )
+        found[case] = []
+        for _ in range(max(3, rounds // 2)):
+            found[case] += in_turn(case, max(1, connects // CONNECTED))
+            for connection in opened:
+                connection.close()
+            opened.clear()
+            time.sleep(SETTLE_S)  # the servers' ends of them must be gone before the next count
+    return report(found)
+
+
+def in_turn(case: Case, slices: int) -> list[tuple[float, float]]:
+    """Return the costs of slices in pairs of neighbours: what disturbs the machine disturbs both."""
+    return [(case.measured(), case.reference()) for _ in range(slices)]
+
+
+def report(found: dict[Case, list[tuple[float, float]]]) -> Report:
+    columns: dict[str, list[Row]] = {name: [] for name in ("measured", "reference", "ratio", "from", "to")}
+    for case, pairs in found.items():
+        ratios = sorted(measured / reference for measured, reference in pairs)
+        values = {
+            "measured": statistics.median(measured for measured, _ in pairs),
+            "reference": statistics.median(reference for _, reference in pairs),
+            "ratio": statistics.median(ratios),
+            "from": ratios[len(ratios) // 4],
+            "to": ratios[-1 - len(ratios) // 4],
+        }
+        for column, value in values.items():
+            below = case.bar if column == "ratio" else None
+            columns[column].append(Row(case.name, case.name, value, case.unit, below=below))
+    return Report(columns)
+
+
+@contextlib.contextmanager
+def run_zcproto(home: Path) -> Iterator[Running]:
+    words = ("--home", str(home), "serve", "bench.compare.app:app", "--port", "0")
+    with running(
+        module_command("zcproto", *words), stdout=subprocess.PIPE, env=module_environment()
+    ) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline().decode()
+        if "listening on" not in line:
+            raise ZcprotoError(f"zcproto serve did not start: {line}")
+        yield Running(server.pid, int(line.rpartition(":")[2]))
+
+
+@contextlib.contextmanager
+def run_bare(home: Path) -> Iterator[Running]:
+    script = Path(__file__).parent / "bare_server.py"
+    port = FIRST_PORT + os.getpid() % PORTS
+    with _yardstick(
+        home, port, lambda pem: [sys.executable, str(script), str(port), pem, "uvloop"]
+    ) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def run_floor(home: Path) -> Iterator[Running]:
+    program, source = home / "floor", Path(__file__).parent / "floor.c"
+    command = ["cc", "-O2", "-o", str(program), str(source), "-lssl", "-lcrypto"]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ZcprotoError(
+            "floor.c cannot be compiled: it needs a C compiler and OpenSSL's headers; on Debian: "
+            "apt-get install gcc libc6-dev libssl-dev"
+        ) from error
+    port = FIRST_PORT + PORTS + os.getpid() % PORTS
+    with _yardstick(home, port, lambda pem: [str(program), str(port), pem]) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _yardstick(home: Path, port: int, command: Callable[[str], list[str]]) -> Iterator[Running]:
+    """Run a server that gets a port, and certificate and key in one file; it has started when it accepts."""
+    pem = home / f"{port}.pem"
+    with open(pem, "wb") as out:
+        for name in ("server-ecdsa.crt", "server-ecdsa.key"):
+            with open(home / "certs" / name, "rb") as part:
+                shutil.copyfileobj(part, out)
+    with running(command(str(pem))) as server:
+        context = context_for(str(home / "certs" / "ca.crt"))
+        for _ in range(100):
+            try:
+                Connection(port, context).close()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        yield Running(server.pid, port)
+
+
+@contextlib.contextmanager
+def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server process on a core of its own."""
+    with on_processor(SERVER_CPU):
+        process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@measurement
+@click.option("--rounds", type=COUNT, default=7, show_default=True, help="How often each comparison is made.")
+@click.option("--requests", type=COUNT, default=20_000, show_default=True, help="To each server in a round.")
+@click.option("--connects", type=COUNT, default=2_000, show_default=True, help="Connections made in a round.")
+@click.option("--floor", is_flag=True, help="Compare with a server in C, too.")
+def command(rounds: int, requests: int, connects: int, floor: bool) -> Report:
+    with temporary_home() as home, on_processor(CLIENT_CPU):
+        return compare(home.path, rounds, requests, connects, floor)

@@ -1,0 +1,150 @@
+"""What scenarios share: a load with something done beside it, interruption, polling.
+
+A scenario starts a server on a `Stage`, loads it, does something to it, and judges what came of that in a
+`Report`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+from bench.report import Row
+from zcproto.common.event_loop import new_event_loop
+from zcproto.errors import CallError, TlsError, ZcprotoError
+from zcproto.load.plan import Plan
+from zcproto.load.processes import on_processor
+from zcproto.load.progress import new_console, view_for
+from zcproto.load.result import Result, Verdict
+from zcproto.load.run import Stop, View, run
+from zcproto.load.stats import Operator
+from zcproto.load.tally import Kind
+
+POLL_S: Final = 0.02
+AT_ONCE: Final = 8
+"""Calls in flight on one connection: fewer than it may have before its first session."""
+
+T = TypeVar("T")
+
+
+@contextmanager
+def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` on the first Ctrl-C, so that the run ends early and in order; the second ends the program."""
+    loop = asyncio.get_running_loop()
+
+    def interrupted() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        stop()
+
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+class _LoadingView:
+    """Pass a view's calls on, and set `loading` when the load begins."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self.loading = asyncio.Event()
+
+    def phase(self, name: str, label: str, total: int) -> None:
+        if name == "load":
+            self.loading.set()
+        self._view.phase(name, label, total)
+
+    def update(self, counts: dict[str, int]) -> None:
+        self._view.update(counts)
+
+
+async def load_beside(plan: Plan, view: View, beside: Callable[[Operator], Awaitable[None]]) -> Result:
+    """Carry out a load, and `beside` from when all its connections are open until it ends.
+
+    `beside` may use the operator's connection, whose requests the load takes into account. If it fails, the load
+    ends, and its error is raised.
+    """
+    watching, stop = _LoadingView(view), Stop()
+    lent: list[Operator] = []
+
+    async def begin() -> None:
+        await watching.loading.wait()
+        await beside(lent[0])
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            stop.request()
+
+    task = asyncio.create_task(begin())
+    task.add_done_callback(ended)
+    try:
+        with on_interrupt(stop.request):
+            result = await run(plan, watching, stop, lend=lent.append)
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()
+    return result
+
+
+def run_load_beside(plan: Plan, beside: Callable[[Operator], Awaitable[None]]) -> Result:
+    """As `load_beside`, in an event loop of its own, on another processor than the server."""
+    with (
+        on_processor(1),
+        view_for(new_console()) as view,
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+    ):
+        return runner.run(load_beside(plan, view, beside))
+
+
+def load_rows(result: Result) -> list[Row]:
+    """Return the bars that hold for every load: no request is lost, and no connection."""
+    tallies = [result.record.tallies[kind] for kind in (Kind.LOAD, Kind.LAST)]
+    return [
+        Row("requests_equal", "requests answered with what was sent", sum(each.equal for each in tallies)),
+        Row("requests_lost", "requests lost", sum(each.failed for each in tallies), equals=0),
+        Row("connections_lost", "connections lost", sum(result.record.lost_links.values()), equals=0),
+        Row("connections_kept", "connections that answered to the end", result.verified_connections,
+            equals=result.plan.connections),
+    ]  # fmt: skip
+
+
+def load_faults(result: Result) -> list[str]:
+    """Return why a load is not verified; an empty list if it is or was interrupted."""
+    return result.reasons() if result.verdict is Verdict.FAILED else []
+
+
+async def until(condition: Callable[[], Awaitable[bool]], within_s: float) -> bool:
+    """Wait until a condition holds; return whether it did in time."""
+    end = time.monotonic() + within_s
+    while not await condition():
+        if time.monotonic() > end:
+            return False
+        await asyncio.sleep(POLL_S)
+    return True
+
+
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int = AT_ONCE) -> None:
+    """Do something for each item, a few at once, in about their order."""
+    waiting = iter(items)
+
+    async def some() -> None:
+        for item in waiting:
+            await work(item)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(at_once):
+            group.create_task(some())
+
+
+def cause_of(error: ZcprotoError) -> str:
+    """Return a short name for why a call or a connection failed."""
+    if isinstance(error, CallError):
+        return error.code.name
+    return f"TLS: {error.failure}" if isinstance(error, TlsError) else str(error)[:80] or type(error).__name__

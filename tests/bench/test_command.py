@@ -1,0 +1,137 @@
+"""`python -m bench`: options, files and exit codes that all measurements share."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from bench import __main__ as program
+from bench.__main__ import COMMANDS, MICRO, SCENARIOS, main
+from bench.command import measurement
+from bench.machine import fixed_work_ms, machine, sentence, slowdown
+from bench.report import Report, Row
+from zcproto.errors import ConfigError, ConnectionClosed
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def outcome(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A scenario `kills` that returns or raises what the test puts into this list."""
+    found: list[Any] = []
+
+    @measurement
+    @click.option("--kills", type=click.IntRange(1), default=200)
+    def command(kills: int) -> Report:
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        report: Report = found[0]
+        return report
+
+    monkeypatch.setattr("bench.scenarios.kills.command", command)
+    return found
+
+
+ALL = [
+    *([name] for name in COMMANDS),
+    *(["scenario", name] for name in SCENARIOS),
+    *(["micro", name] for name in MICRO),
+]
+
+
+@pytest.mark.parametrize("words", ALL, ids="_".join)
+def test_every_command_has_help(words: list[str], capsys: Capture) -> None:
+    assert main([*words, "--help"]) == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["scenario", "--help"], ["micro", "--help"]])
+def test_groups_list_their_commands(words: list[str], capsys: Capture) -> None:
+    assert main(words) == 0
+    listed = capsys.readouterr().out
+    wanted = {"scenario": SCENARIOS, "micro": MICRO}.get(words[0], COMMANDS)
+    assert all(name in listed for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        (Report({"figure": [Row("n", "kills", 1)]}), 0),
+        (Report({"figure": [Row("n", "lost", 1, equals=0)]}), 1),
+        (Report({"figure": []}, interrupted=True), 130),
+        (ConfigError(["too few open files"]), 2),
+        (ConnectionClosed("the server is gone"), 1),
+        (OSError("no process"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_code_is_verdict(outcome: list[Any], found: Any, code: int, capsys: Capture) -> None:
+    outcome.append(found)
+    assert main(["scenario", "kills"]) == code
+    if isinstance(found, Exception):
+        assert str(found) in capsys.readouterr().err
+
+
+def test_json_has_options_machine_and_figures(outcome: list[Any], tmp_path: Path) -> None:
+    outcome.append(Report({"figure": [Row("n", "kills", 7)]}))
+    file = tmp_path / "kills.json"
+    assert main(["scenario", "kills", "--kills", "7", "--json", str(file)]) == 0
+    written = json.loads(file.read_text())
+    assert written["options"] == {"kills": 7}
+    assert written["machine"]["cpus"] >= 1
+    assert written["figures"]["figure"]["n"]["value"] == 7
+
+
+def test_unwritable_file_fails_before_run(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["scenario", "kills", "--json", str(tmp_path / "no" / "run.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["scenario", "kills", "--kills", "0"],
+        ["scenario", "rotation", "--rate", "0"],
+        ["scenario", "rotation", "--connections", "x"],
+        ["scenario", "outages", "--only", "eaten"],
+        ["scenario", "storms", "--only", "weather"],
+        ["scenario", "soak", "--minutes", "0"],
+        ["peers", "--payload", "16001"],
+        ["micro", "token_check", "--tokens", "0"],
+        ["micro", "session_opening_valkey", "--fsync", "x"],
+        ["scenario", "weather"],
+    ],
+)
+def test_invalid_option_is_usage_error(words: list[str], capsys: Capture) -> None:
+    assert main(words) == 2
+    assert words[-1] in capsys.readouterr().err
+
+
+def test_module_runs_as_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
+    monkeypatch.delitem(sys.modules, program.__name__)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("bench", run_name="__main__")
+    assert caught.value.code == 0
+
+
+def test_machine_is_described() -> None:
+    described = machine()
+    assert described["memory_gib"] > 0
+    assert f"Python {described['python']}" in sentence(described)
+    assert "cryptography" in sentence(described)
+
+
+@pytest.mark.parametrize(("work_ms", "factor"), [(4.1, 1.0), (8.2, 1.0), (16.4, 2.0)])
+def test_slowdown_counts_only_slower_machines(
+    work_ms: float, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fixed_work_ms() > 0
+    monkeypatch.setattr("bench.machine.fixed_work_ms", lambda: work_ms)
+    assert slowdown() == pytest.approx(factor)

@@ -1,0 +1,140 @@
+"""Micro benchmarks: each measures what its name says, on a small scale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.__main__ import main
+from bench.micro import hot_path, hsts_header, metrics_cost, session_cleanup
+from bench.micro.timing import quantile, time_rows, timed
+from tests.stores.valkey.server_process import PROGRAMS, needs
+from zcproto.http.security_headers import SecurityHeaders
+from zcproto.server.protocol import ServerProtocol
+
+BARS = {
+    "certificate_loading": {"all_p50_ms", "all_p99_ms"},
+    "hot_path": {"ratio"},
+    "hsts_header": {"added_ns", "alone_ns"},
+    "metrics_cost": {"added"},
+    "session_cleanup": {
+        *("lapsing_rate", "lapsing_slice_longest_ms", "ending_rate", "ending_slice_longest_ms"),
+        *("file_rate", "added_ms"),
+    },
+    "session_opening": {"rate", "memory_mb", "start_s", "clean_rate"},
+    "session_opening_valkey": {"rate", "news_longest_ms"},
+    "token_check": {
+        *("memory_mb", "check_p99_9_us"),
+        *("lapsing_rate", "lapsing_slice_longest_ms", "ending_rate", "ending_slice_longest_ms"),
+    },
+}
+SMALL = {
+    "certificate_loading": ["--loads", "3"],
+    "hot_path": ["--requests", "500"],
+    "hsts_header": ["--responses", "200"],
+    "metrics_cost": ["--requests", "2000"],
+    "session_cleanup": ["--sessions", "500"],
+    "session_opening": ["--sessions", "300", "--concurrency", "8"],
+    "session_opening_valkey": ["--sessions", "500"],
+    "token_check": ["--tokens", "300", "--checks", "500"],
+}
+WITH_VALKEY = {"session_cleanup", "session_opening_valkey"}
+WITH_FOLDER = {*WITH_VALKEY, "session_opening"}
+
+
+def measured(name: str, words: list[str], file: Path) -> dict[str, dict[str, Any]]:
+    code = main(["micro", name, *words, "--json", str(file)])
+    written = json.loads(file.read_text())
+    assert code == (0 if written["passed"] else 1)
+    columns: dict[str, dict[str, dict[str, Any]]] = written["figures"]
+    return next(iter(columns.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [(name, "") for name in BARS if name not in WITH_VALKEY]
+    + [(name, program) for name in sorted(WITH_VALKEY) for program in PROGRAMS],
+)
+def test_small_run_measures_every_figure(
+    name: str,
+    program: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = SMALL[name]
+    if program:
+        needs(program)
+        words = [*words, "--program", program]
+    if name in WITH_FOLDER:
+        words = [*words, "--folder", str(tmp_path)]
+    monkeypatch.setattr(session_cleanup, "OPENED", 400)  # each waits for the disk
+    file = tmp_path / "figures.json"
+    rows = measured(name, words, file)
+    table = capsys.readouterr().out
+    assert all(row["label"] in table for row in rows.values())
+    assert {key for key, row in rows.items() if row["below"] is not None or row["at_least"]} == BARS[name]
+    assert all(row["value"] is not None for key, row in rows.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"], "a temporary file is left"
+
+
+def test_cleanup_without_valkey_measures_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_cleanup, "OPENED", 400)
+    rows = measured(
+        "session_cleanup", ["--sessions", "500", "--program", "no-such-program"], tmp_path / "f.json"
+    )
+    assert "file_rate" in rows
+    assert "valkey_rate" not in rows
+
+
+def test_missing_valkey_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["micro", "session_opening_valkey", "--program", "no-such-program"]) == 2
+    assert "no-such-program is not installed" in capsys.readouterr().err
+
+
+def test_steps_of_hot_path_add_up_to_whole() -> None:
+    ours = {"whole": 10.0, "frame": 1.0, "body": 2.0, "method": 0.5, "result": 1.0, "answer": 1.5}
+    bare = {"whole": 4.0, "frame": 1.0, "body": 1.0, "result": 0.5, "answer": 0.5}
+    report = hot_path.report({**ours, "tls_in": 3.0, "tls_out": 2.0}, bare)
+    values = {name: {row.key: row.value for row in rows} for name, rows in report.columns.items()}
+    assert [values[name]["between"] for name in ("zcproto", "bare")] == [4.0, 1.0]
+    assert [values[name]["whole"] for name in ("zcproto", "bare")] == [15.0, 9.0]
+    assert values["bare"]["method"] is None
+    assert report.row("ratio").value == pytest.approx(15 / 9)
+    assert report.exit_code == 1
+
+
+def test_hsts_benchmark_checks_that_header_is_present(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hsts_header, "WITH", SecurityHeaders(None))
+    with pytest.raises(AssertionError):
+        hsts_header.measure(100)
+
+
+def test_protocol_without_counting_differs_in_counting_only() -> None:
+    uncounted = metrics_cost.without_counting()
+    assert set(vars(uncounted)) - {"__module__", "__doc__", "__slots__"} == {"_process"}
+    ours = set(ServerProtocol._process.__code__.co_names)
+    missing = ours - set(uncounted._process.__code__.co_names)
+    assert missing == {"calls", "reads", "part", "PART_BITS", "counters", "requests"}
+
+
+def test_changed_counting_lines_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(metrics_cost.COUNTING, "method.calls += 2", "pass")
+    with pytest.raises(AssertionError, match="does not occur exactly once"):
+        metrics_cost.without_counting()
+
+
+def test_quantiles_become_rows_with_bars() -> None:
+    ns = [1_000_000 * number for number in range(1, 101)]
+    rows = time_rows("load", "a load", ns, "ms", "p50", "p99.9", "longest", below={"longest": 100})
+    assert [(row.key, row.value) for row in rows] == [
+        ("load_p50_ms", 51.0),
+        ("load_p99_9_ms", 100.0),
+        ("load_longest_ms", 100.0),
+    ]
+    assert [row.holds for row in rows] == [True, True, False]
+    assert quantile([5], 0.5) == 5
+    assert len(timed(lambda: None, 3)) == 3

@@ -1,0 +1,112 @@
+"""What a process that holds keys does about itself."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcproto.runtime import hardening
+from zcproto.runtime.hardening import deny_tracing, forget_key_log, harden
+
+ROOT = Path(__file__).parents[2]
+
+CHILD = """
+import json, os, sys
+from pathlib import Path
+from zcproto.runtime.hardening import harden
+from zcproto.observe.process import resident_bytes
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+found = harden(os.environ)
+print(json.dumps({
+    "events": [each.event for each in found],
+    "key_log": os.environ.get("SSLKEYLOGFILE"),
+    "resident": resident_bytes(),
+    "open_files": len(os.listdir("/proc/self/fd")),
+    "uid": os.geteuid(),
+}), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def environ() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "SSLKEYLOGFILE": "/tmp/keys"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_an_ordinary_user_cannot_look_into_the_process_of_its_own_user(environ: dict[str, str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environ,
+        cwd="/",
+        text=True,
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        told = json.loads(child.stdout.readline())
+        proc = Path(f"/proc/{child.pid}")
+        assert (proc / "mem").stat().st_uid == 0, "tracing it takes root"
+        # What others may measure of it stays for all to read.
+        assert (proc / "statm").stat().st_mode & 0o444 == 0o444
+        assert int((proc / "statm").read_text().split()[1]) > 0
+        limits = (proc / "limits").read_text()
+        child.stdin.close()
+    # It still knows its own figures.
+    assert told["resident"] > 10_000_000
+    assert told["open_files"] > 3
+    assert told["key_log"] is None
+    assert told["uid"] != 0
+    assert told["events"] == ["server.key_log_ignored"]
+    assert "Max core file size        0 " in limits
+
+
+def test_a_leftover_key_log_is_forgotten() -> None:
+    environ = {"SSLKEYLOGFILE": "/tmp/keys", "PATH": "/bin"}
+    assert forget_key_log(environ)
+    assert environ == {"PATH": "/bin"}
+    assert not forget_key_log(environ)
+
+
+def test_the_core_limit_is_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[Any] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (5, 9))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append((kind, pair)))
+    hardening.deny_core_dumps()
+    assert limits == [(resource.RLIMIT_CORE, (0, 9))]
+
+
+@pytest.mark.parametrize(("uid", "events"), [(0, ["server.runs_as_root"]), (1000, [])])
+def test_root_is_told_to_be_another_user(
+    monkeypatch: pytest.MonkeyPatch, uid: int, events: list[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    monkeypatch.setattr(hardening, "deny_tracing", lambda: True)
+    monkeypatch.setattr(hardening, "deny_core_dumps", lambda: None)
+    assert [risk.event for risk in harden({})] == events
+
+
+def test_where_there_is_no_prctl_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoLibrary:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            pass
+
+    monkeypatch.setattr(ctypes, "CDLL", NoLibrary)
+    assert not deny_tracing()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not deny_tracing()
+    monkeypatch.setattr(hardening, "deny_core_dumps", lambda: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert [risk.event for risk in harden({})] == ["server.traceable"]
