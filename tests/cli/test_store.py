@@ -164,7 +164,7 @@ def test_more_than_a_store_lists_are_found_by_their_users_or_it_is_told(
     fill(home, *(new_session(user) for user in ("ada", "ada", "bob", "eve")))
     assert main(["store", "migrate", "sqlite", server.url]) == 0
     (home / "sessions.db").unlink()
-    for module in ("zcproto.cli.store", "zcproto.stores.valkey.store", "zcproto.stores.valkey.requests"):
+    for module in ("zcproto.cli.store", "zcproto.stores.valkey.store"):
         monkeypatch.setattr(f"{module}.MAX_LISTED", 1, raising=False)
     assert main(["store", "migrate", server.url, "sqlite"]) == 1
     assert "users who are not in the file of users" in capsys.readouterr().err

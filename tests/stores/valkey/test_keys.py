@@ -30,7 +30,7 @@ from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_text
 from zcproto.stores.answers import AnswerLimits
 from zcproto.stores.base import ClaimState, Created, LimitReached
-from zcproto.stores.valkey.requests import _tag
+from zcproto.stores.valkey.records import tag_of
 from zcproto.stores.valkey.scripts import SCRIPTS
 from zcproto.stores.valkey.store import ValkeyStore
 
@@ -120,7 +120,7 @@ async def test_every_key_has_a_time_to_live(store: ValkeyStore, server: ServerPr
         if kind in {b"s", b"i", b"t"}:
             assert ms <= 31 * DAY, key
     # A refresh and a touch do not take it away, nor make it longer.
-    session_key = b"zcp:s:{" + _tag("alice") + b"}" + id_text(session().id).encode()
+    session_key = b"zcp:s:{" + tag_of("alice") + b"}" + id_text(session().id).encode()
     assert 30 * DAY < server.command("PTTL", session_key) <= 31 * DAY
 
 

@@ -408,7 +408,7 @@ async def test_closing_while_it_is_out(server: ServerProcess) -> None:
 async def test_what_a_newer_version_has_written(server: ServerProcess) -> None:
     server.command("SET", "zcp:v:{0}", "2 mark")
     store = ValkeyStore(server.url)
-    with pytest.raises(ConfigError, match="schema 2; this one knows 1"):
+    with pytest.raises(ConfigError, match="schema 2; this one supports 1"):
         await store.open(lambda change: None)
     async with Open(server.url, prefix="other:") as here:
         await here.store.create(session(), FIVE)

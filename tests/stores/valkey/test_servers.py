@@ -20,8 +20,8 @@ from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.base import Change, ChangeKind, Created, LimitReached, Rotated, StoreUnavailable
 from zcproto.stores.valkey.link import Target
-from zcproto.stores.valkey.requests import _tag
-from zcproto.stores.valkey.servers import Cluster
+from zcproto.stores.valkey.records import tag_of
+from zcproto.stores.valkey.servers import Cluster, Hooks
 from zcproto.stores.valkey.store import ValkeyStore
 
 ALL = Change(ChangeKind.ALL)
@@ -48,7 +48,7 @@ async def fault_of(url: str, **options: Any) -> str:
 
 
 def slot_of(record: SessionRecord) -> int:
-    slot: int = key_slot(b"{" + _tag(record.user) + b"}")
+    slot: int = key_slot(b"{" + tag_of(record.user) + b"}")
     return slot
 
 
@@ -345,14 +345,16 @@ async def test_a_cluster_that_cannot_do_it_yet_is_asked_again(
     cluster = Cluster(
         (("seed", 7000),),
         lambda address: Target(*address),
-        timeout=0.05,
-        prepare=lambda link, was_flushed: asyncio.sleep(0),
-        on_news=lambda keys: None,
-        on_gap=lambda: None,
+        Hooks(
+            timeout=0.05,
+            prepare=lambda link, was_flushed: asyncio.sleep(0),
+            on_keys_changed=lambda keys: None,
+            on_reconnected=lambda: None,
+        ),
     )
     first, second = Scripted(*said, b"done"), Scripted(redis.exceptions.TryAgainError("later"), b"done")
     lines = {("seed", 7000): first, ("seed", 7001): second, ("other", 7001): second}
-    monkeypatch.setattr(cluster, "_line", lines.__getitem__)
+    monkeypatch.setattr(cluster, "_connection", lines.__getitem__)
     monkeypatch.setattr(cluster, "_refresh", lambda: None)
     cluster._slots = 16_384 * [("seed", 7000)]
     assert await cluster.call(b"key", "GET", b"key") == b"done"
@@ -426,7 +428,7 @@ async def test_sentinels_say_where_the_primary_is(program: str, tmp_path: Path) 
         )
         nobody = free_port()
         url = f"redis+sentinel://127.0.0.1:{nobody},{sentinel.address}/sessions"
-        with pytest.raises(StoreUnavailable, match="no service of this name"):
+        with pytest.raises(StoreUnavailable, match="does not monitor a service of this name"):
             await ValkeyStore(f"redis+sentinel://{sentinel.address}/others").open(lambda change: None)
         wait_for(lambda: _has_replica(sentinel), within=15)
         async with opened(url) as (store, told):
@@ -559,7 +561,7 @@ async def test_a_user_with_a_password(guarded: ServerProcess) -> None:
         assert await store.count() == 0
         await store.expire(WALL, 0, 10)
         (said,) = await store.examine()
-        assert "does not say" in said
+        assert "does not show" in said
         assert PASSWORD not in repr(store)
         assert "sessions@127.0.0.1" in repr(store)
     async with opened(f"redis://sessions@{guarded.address}", password=PASSWORD) as (store, _):
@@ -577,7 +579,7 @@ async def test_a_wrong_password_is_said_and_never_shown(guarded: ServerProcess, 
 
 async def test_a_user_who_may_not(guarded: ServerProcess) -> None:
     fault = await fault_of(f"redis://reader:{ESCAPED}@{guarded.address}")
-    assert "does not allow this user" in fault
+    assert "does not permit this user" in fault
     assert PASSWORD not in fault
 
 
@@ -629,7 +631,7 @@ async def test_a_unix_socket_and_a_database(program: str, tmp_path: Path) -> Non
 async def test_a_wrong_kind_of_server(cluster: ClusterOf, tmp_path: Path) -> None:
     assert "redis+cluster://" in await fault_of(f"redis://{cluster.nodes[0].address}")
     with running(PROGRAMS[0], tmp_path / "server") as server:
-        assert "in no cluster" in await fault_of(f"redis+cluster://{server.address}")
+        assert "does not belong to a cluster" in await fault_of(f"redis+cluster://{server.address}")
         with pytest.raises((ConfigError, StoreUnavailable)):
             await ValkeyStore(f"redis+sentinel://{server.address}/x").open(lambda change: None)
 

@@ -1,10 +1,10 @@
--- Requests with an idempotency key: a second common part, for the scripts of this file. See answers.py for the
--- rules, and sessions.lua for the keys.
+-- Requests with an idempotency key: a second common part, for the scripts of this file. The rules are in answers.py,
+-- the keys in sessions.lua.
 --
--- q:{TAG} has for each request: its place in the order, whether it runs (1) or was answered (0), until when this
--- lasts, the size of the answer, the digest of the request. The field "" has the next place, bytes and count.
--- In the indexes w and o the place stands before TAG and DIGEST: of those that last equally long, the oldest is
--- the first. The places are those of all users together, in a cluster those of each user.
+-- q:{TAG} has for each request: its place in the order, whether it is running (1) or answered (0), when it expires,
+-- the size of the answer, the digest of the request. The field "" has the next place, bytes and count.
+-- In the indexes w and o the place stands before TAG and DIGEST, so that of those that expire at the same time the
+-- oldest comes first. Places are counted for all users together, in a cluster for each user.
 
 local RUNNING = 1
 
@@ -63,7 +63,7 @@ local function add(share, digest, running, until_, size, request, ms)
   end
 end
 
--- All of a user's that were answered, the oldest first; those past their time are removed.
+-- Return the answered requests of a user, oldest first, and remove the expired ones.
 local function answered(share, wall)
   local done, all = {}, redis.call('HGETALL', share.key)
   for n = 1, #all, 2 do
@@ -80,7 +80,7 @@ local function answered(share, wall)
   return done
 end
 
--- What all users have, where that is known here.
+-- Return the result with the totals of all users; in a cluster they are not known here.
 local function totals(state, body)
   if CLUSTERED then
     return answer({state, body, 0, 0})
@@ -153,9 +153,9 @@ end
 return answer(0)
 
 --@ forget_answers allow-oom
--- Those past their time; with `also_good`, those that are not, too, but none that runs.
-local wall, limit, members, also_good, ms = unpack(args, 6, 10)
-if not CLUSTERED and not also_good then
+-- Remove expired requests; with `also_valid`, answered ones that have not expired too.
+local wall, limit, members, also_valid, ms = unpack(args, 6, 10)
+if not CLUSTERED and not also_valid then
   members = redis.call('ZRANGEBYSCORE', index(RUNNING), '-inf', wall, 'LIMIT', 0, limit)
   for _, member in ipairs(redis.call('ZRANGEBYSCORE', index(0), '-inf', wall, 'LIMIT', 0, limit - #members)) do
     members[#members + 1] = member
@@ -168,11 +168,11 @@ for _, found in ipairs(members) do
   local place, tag, digest = tonumber(found:sub(1, 16)), split(found:sub(17))
   local share = load(tag)
   local known = entry(share, digest)
-  if known and known[1] == place and (not before(wall, known[3]) or (also_good and known[2] ~= RUNNING)) then
+  if known and known[1] == place and (not before(wall, known[3]) or (also_valid and known[2] ~= RUNNING)) then
     remove(share, digest, known)
     save(share, ms)
     removed = removed + 1
-  else  -- an index that was left behind, or that the next look will find
+  else  -- a stale index entry
     if not known or known[1] ~= place or known[2] ~= RUNNING then
       elsewhere('ZREM', index(RUNNING), found)
     end

@@ -1,15 +1,14 @@
-"""One connection to a server: many commands at once, and what the server says by itself.
+"""One connection to a server, with many commands in flight and its client tracking messages.
 
-What this file decides: the order of commands and replies, and when a connection is lost.
+What this file decides: the order of commands and replies, and when a connection counts as lost.
 
 Rules:
-- Commands go out in the order of `call`, those of one turn of the loop together; replies come in that order.
-- The server's news (client tracking) comes on this connection too, in its place between the replies: never
-  before the reply to a command that was done earlier.
-- A connection that brings nothing for `silence` seconds although a reply is due is lost. What waited then
-  fails, and may have been done all the same.
+- Commands are sent in the order of `call`, those of one turn of the loop together. Replies come in that order.
+- Client tracking messages come on the same connection, so never before the reply to an earlier command.
+- A connection that receives nothing for `silence` seconds while a reply is due is lost. Commands in flight then
+  fail, but may have been executed.
 
-It must not know: sessions, scripts, which servers there are.
+It must not know: sessions, scripts, which servers exist.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from zcproto.errors import ConfigError
 from zcproto.stores.base import StoreUnavailable
 
 MAX_WAITING: Final = 8_192
-"""Commands without a reply, after which no more are taken."""
+"""Commands in flight; more are refused."""
 
-_SLACK: Final = 0.9  # of the timeout: loops wake a little early
+_SLACK: Final = 0.9  # of the timeout: event loops wake a little early
 
-LAST_LOOK_S: Final = 0.005
-"""How long a connection that seems to be lost has to show that it is not."""
+LAST_CHECK_S: Final = 0.005
+"""How long a silent connection has left to receive something before it is dropped."""
 
 
 class Target:
@@ -79,7 +78,7 @@ class Target:
             "password": self.password or None,
             "protocol": 3,
             "socket_timeout": None,
-            "socket_connect_timeout": None,  # whoever connects has a time limit of its own
+            "socket_connect_timeout": None,  # the caller has a time limit
         }
         if self.path:
             return UnixDomainSocketConnection(path=self.path, **options)
@@ -91,33 +90,33 @@ class Target:
 
 
 class Link:
-    """A connection that is up, until `lost` says otherwise.
+    """A connection, up until `lost` is set.
 
-    `on_news` is called with the keys that the server says have changed, or None for all of them; `on_lost` once,
-    unless it is closed.
+    `on_keys_changed` is called with changed keys, or None if all were deleted. `on_lost` is called once, unless the
+    connection is closed.
     """
 
     def __init__(
         self,
         connection: AbstractConnection,
         silence: float,
-        on_news: Callable[[list[bytes] | None], None],
+        on_keys_changed: Callable[[list[bytes] | None], None],
         on_lost: Callable[[], None],
     ) -> None:
         self._connection = connection
         self._silence = silence
-        self._on_news = on_news
+        self._on_keys_changed = on_keys_changed
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
         self._wake = asyncio.Event()
         self._waiting: deque[asyncio.Future[Any]] = deque()
-        self._heard = 0
+        self._received = 0
         self._silent_since = -1
         self.lost = ""
-        """Why it is lost; empty while it is up."""
+        """Why it was lost; empty while it is up."""
         parser: Any = connection._parser
-        parser.set_invalidation_push_handler(self._take_news)
+        parser.set_invalidation_push_handler(self._read_invalidation)
         self._tasks = [self._loop.create_task(self._read()), self._loop.create_task(self._write())]
 
     @classmethod
@@ -125,46 +124,48 @@ class Link:
         cls,
         target: Target,
         silence: float,
-        on_news: Callable[[list[bytes] | None], None] = lambda keys: None,
+        on_keys_changed: Callable[[list[bytes] | None], None] = lambda keys: None,
         on_lost: Callable[[], None] = lambda: None,
     ) -> Link:
-        """Connect and log in, however long that takes. Raises StoreUnavailable, or ConfigError."""
+        """Connect and log in, without a time limit. Raises StoreUnavailable, or ConfigError."""
         connection: Any = target.connection()
         try:
             await connection.connect()
         except RedisError as error:
             raise _refused(error, target) from None
-        except Exception:  # the library takes every answer for one of a server that it knows
+        except Exception:  # the library parses any answer as one of a known server
             await _disconnect(connection)
-            raise StoreUnavailable(f"{target}: it does not answer like Valkey or Redis") from None
+            raise StoreUnavailable(
+                f"{target}: it does not answer like Valkey or Redis; check store.url"
+            ) from None
         except BaseException:
             await _disconnect(connection)
             raise
-        return cls(connection, silence, on_news, on_lost)
+        return cls(connection, silence, on_keys_changed, on_lost)
 
     @property
     def is_silent(self) -> bool:
-        """Whether it may be lost: that is known in LAST_LOOK_S."""
-        return self._silent_since == self._heard
+        """Whether it may be lost, which is decided within LAST_CHECK_S."""
+        return self._silent_since == self._received
 
     async def call(self, *command: bytes | str | int) -> Any:
-        """Send a command, and wait for its reply. Raises ResponseError for one that says no."""
-        sent_at, heard = self._loop.time(), self._heard
+        """Send a command and return its reply. Raises ResponseError for an error reply."""
+        sent_at, received = self._loop.time(), self._received
         try:
             return await self.send(*command)
         except asyncio.CancelledError:
-            if heard == self._heard and self._loop.time() - sent_at >= self._silence * _SLACK:
-                # A loop that stood still comes to what waits in its sockets first.
-                self._silent_since = heard
-                self._loop.call_later(LAST_LOOK_S, self._lose_if_silent, heard)
+            if received == self._received and self._loop.time() - sent_at >= self._silence * _SLACK:
+                # A loop that was blocked reads what is waiting in its sockets first.
+                self._silent_since = received
+                self._loop.call_later(LAST_CHECK_S, self._lose_if_silent, received)
             raise
 
     def send(self, *command: bytes | str | int) -> asyncio.Future[Any]:
-        """Send a command; what comes for it."""
+        """Send a command and return a future for its reply."""
         if self.lost:
             raise StoreUnavailable(self.lost)
         if len(self._waiting) >= MAX_WAITING:
-            raise StoreUnavailable("too many operations wait for the server")
+            raise StoreUnavailable("too many operations are waiting for the server")
         self._out += self._connection.pack_command(*command)
         self._wake.set()
         future = self._loop.create_future()
@@ -172,13 +173,13 @@ class Link:
         return future
 
     def lose(self, reason: str) -> None:
-        """Give the connection up. All that waits fails."""
+        """Drop the connection. Commands in flight fail."""
         if not self.lost:
             self._end(reason)
             self._on_lost()
 
     async def close(self) -> None:
-        """Give the connection up, and wait until it is gone."""
+        """Drop the connection and wait until it is closed."""
         self._end("closed")
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -192,8 +193,8 @@ class Link:
             for task in self._tasks:
                 task.cancel()
 
-    def _lose_if_silent(self, heard: int) -> None:
-        if heard == self._heard:
+    def _lose_if_silent(self, received: int) -> None:
+        if received == self._received:
             self.lose(f"no answer within {self._silence * 1000:.0f} ms")
 
     async def _read(self) -> None:
@@ -202,9 +203,9 @@ class Link:
             while True:
                 await self._read_one()
         except (RedisError, OSError) as error:
-            reason = _said(error)
+            reason = _describe(error)
         except (ValueError, IndexError):
-            reason = "the server answers what was not asked"
+            reason = "the server sent a reply without a command"
         finally:
             await _disconnect(self._connection)
         self.lose(reason)
@@ -215,7 +216,7 @@ class Link:
             reply = await self._connection.read_response(disable_decoding=True)
         except ResponseError as error:
             reply = error
-        self._heard += 1
+        self._received += 1
         future = self._waiting.popleft()
         if future.done():
             return
@@ -232,11 +233,11 @@ class Link:
                 out, self._out = self._out, []
                 await self._connection.send_packed_command(b"".join(out), check_health=False)
         except (RedisError, OSError) as error:
-            self.lose(_said(error))
+            self.lose(_describe(error))
 
-    async def _take_news(self, message: list[Any]) -> None:
-        self._heard += 1
-        self._on_news(message[1])
+    async def _read_invalidation(self, message: list[Any]) -> None:
+        self._received += 1
+        self._on_keys_changed(message[1])
 
 
 async def _disconnect(connection: AbstractConnection) -> None:
@@ -244,12 +245,12 @@ async def _disconnect(connection: AbstractConnection) -> None:
         await connection.disconnect(nowait=True)
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
 def _refused(error: RedisError, target: Target) -> StoreUnavailable | ConfigError:
-    """Why there is no connection: an outage, or what waiting cannot mend."""
+    """Return why connecting failed: an outage, or a fault that retrying cannot fix."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -260,11 +261,11 @@ def _refused(error: RedisError, target: Target) -> StoreUnavailable | ConfigErro
                 ]
             )
         cause = cause.__cause__ or cause.__context__
-    said = escape_text(_said(error), 200)
+    shown = escape_text(_describe(error), 200)
     if target.password:
-        said = said.replace(target.password, "***")
+        shown = shown.replace(target.password, "***")
     if isinstance(error, AuthenticationError | NoPermissionError):
-        return ConfigError([f"store.url: {target} refuses this user or password: {said}"])
-    if isinstance(error, ResponseError):  # it answers, and will not say anything else later
-        return ConfigError([f"store.url: {target} cannot be used: {said}"])
-    return StoreUnavailable(f"{target}: {said}")
+        return ConfigError([f"store.url: {target} refuses this user or password: {shown}"])
+    if isinstance(error, ResponseError):  # it answers, so retrying will not help
+        return ConfigError([f"store.url: {target} cannot be used: {shown}"])
+    return StoreUnavailable(f"{target}: {shown}")

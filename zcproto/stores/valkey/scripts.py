@@ -1,4 +1,4 @@
-"""The scripts of sessions.lua and answers.lua, as the server takes them."""
+"""The Lua scripts of sessions.lua and answers.lua."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HEADING: Final = re.compile(r"^--@ (\w+)(?: ([\w,-]+))?\n", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """One script. The server keeps it by its SHA-1."""
+    """One script, which servers cache under its SHA-1."""
 
     name: str
     source: bytes
@@ -31,7 +31,7 @@ def _load() -> dict[str, Script]:
 def _scripts(common: str, parts: list[str]) -> dict[str, Script]:
     scripts = {}
     for name, flags, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-        # With this line the server refuses a script as a whole, not at its first write.
+        # With this line a server that is full refuses the whole script, not its first write.
         source = f"#!lua flags={flags or ''}\n{common}{body}".encode()
         scripts[name] = Script(name, source, sha1(source, usedforsecurity=False).hexdigest())
     return scripts

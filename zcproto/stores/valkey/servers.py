@@ -1,14 +1,14 @@
-"""The servers behind an address: one, the one that sentinels name, or those of a cluster.
+"""The servers behind a URL: one server, the primary that sentinels report, or a cluster.
 
-What this file decides: which server a command goes to, and when connections are made again.
+What this file decides: which server gets a command, and when connections are made again.
 
 Rules:
-- Each server has one connection, on which it also tells what others changed. It is made again in the background
-  when it is lost, and at once when a command needs it.
-- Whoever hears of changes is told of each gap: what happened meanwhile is not known.
-- A server that is no primary is not used.
+- Each server has one connection, which also carries its client tracking. A lost connection is made again in the
+  background, and at once when a command needs it.
+- Every reconnection is reported, because changes during the gap were not.
+- A server that is not a primary is not used.
 
-It must not know: sessions, scripts' contents.
+It must not know: sessions, the content of scripts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
@@ -31,100 +32,97 @@ from redis.exceptions import (
 
 from zcproto.errors import ConfigError
 from zcproto.stores.base import StoreUnavailable
-from zcproto.stores.valkey.link import LAST_LOOK_S, Link, Target
+from zcproto.stores.valkey.link import LAST_CHECK_S, Link, Target
 from zcproto.stores.valkey.url import Address
 
 OPEN_TIMEOUT_S: Final = 2.0
 HEARTBEAT_S: Final = 0.4
-"""How often a server has to show that it is there: with the timeout, well within a second."""
+"""How often a server is pinged; with the timeout, an outage is detected well within a second."""
 MIN_MAJOR: Final = 7
 
-_FIRST_PAUSE_S: Final = 0.05
-_LONGEST_PAUSE_S: Final = 1.0
+_MIN_PAUSE_S: Final = 0.05
+_MAX_PAUSE_S: Final = 1.0
 _REDIRECTS: Final = 16
 _REDIRECT_PAUSE_S: Final = 0.01
 CLUSTER_SHARDS: Final = 16
 _MOVING: Final = "non local key"
-"""What a script says that found some of its keys gone to another server."""
+"""The error of a script that found some of its keys moved to another server."""
 
 Division = tuple[list[Address | None], set[Address]]
-"""Which server has each slot, and all that have any."""
+"""The server of each slot, and all servers that have slots."""
 
-News = Callable[[list[bytes]], None]
 Prepare = Callable[[Link, bool], Awaitable[None]]
-"""Makes a new connection ready; True if somebody had all keys of its server removed meanwhile."""
+"""Prepares a new connection. The flag is True if all keys of the server were deleted deliberately meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a connection needs from the store. `timeout` is in seconds, for connecting."""
+
+    timeout: float
+    prepare: Prepare
+    on_keys_changed: Callable[[list[bytes]], None]
+    on_reconnected: Callable[[], None]
+    """Called before anything is sent on the new connection."""
 
 
 class Servers(Protocol):
-    """Where commands go. A command is bytes, text and numbers; `key` says which server has it."""
+    """Where commands are sent. A command is bytes, text and numbers; its `key` selects the server."""
 
     @property
     def shards(self) -> int:
-        """Into how many keys a large index is divided."""
+        """The number of keys that a large index is divided into."""
         ...
 
     @property
     def clustered(self) -> bool: ...
 
     async def open(self) -> None:
-        """Connect. Raises StoreUnavailable, or ConfigError for what waiting cannot mend."""
+        """Connect. Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix."""
         ...
 
     async def close(self) -> None: ...
 
     async def call(self, key: bytes, *command: bytes | str | int) -> Any:
-        """Send a command. Raises ResponseError, StoreUnavailable, ConfigError; takes as long as it takes."""
+        """Send a command, without a time limit. Raises ResponseError, StoreUnavailable, ConfigError."""
         ...
 
     def lose(self, reason: str) -> None:
-        """Give up all connections, and make new ones."""
+        """Drop all connections and make new ones."""
         ...
 
 
-class Line:
-    """A connection to a server that is made again whenever it is lost.
+class ServerConnection:
+    """A connection to the server at `find()` that is made again whenever it is lost."""
 
-    `find` says where the server is, `prepare` makes a new connection ready. `on_gap` is called when one was made
-    again, before anything is sent on it.
-    """
-
-    def __init__(
-        self,
-        find: Callable[[], Awaitable[Target]],
-        prepare: Prepare,
-        timeout: float,
-        on_news: News,
-        on_gap: Callable[[], None],
-    ) -> None:
+    def __init__(self, find: Callable[[], Awaitable[Target]], prepare: Prepare, hooks: Hooks) -> None:
         self._find = find
         self._prepare = prepare
-        self._timeout = timeout
-        self._on_news = on_news
-        self._on_gap = on_gap
+        self._hooks = hooks
         self._link: Link | None = None
         self._connecting: asyncio.Task[Link] | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
         self._closed = False
         self._was_flushed = False
 
     @property
     def up(self) -> Link | None:
-        """The connection, if there is one."""
+        """The current connection, if it is up."""
         return self._link if self._link is not None and not self._link.lost else None
 
     async def open(self) -> None:
-        """Connect for the first time: there was nothing to miss before. Nothing is left behind if it fails."""
+        """Connect for the first time, without `on_reconnected`. Leaves no connection open if it fails."""
         self._link = await self._connect(OPEN_TIMEOUT_S)
-        self.keep()
+        self.watch()
 
-    def keep(self) -> None:
-        """See to it from now on that there is a connection."""
-        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+    def watch(self) -> None:
+        """Reconnect in the background from now on."""
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
         self._closed = True
-        tasks = [task for task in (self._keeper, self._connecting) if task is not None]
+        tasks = [task for task in (self._watcher, self._connecting) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -132,11 +130,11 @@ class Line:
             await self._link.close()
 
     async def link(self) -> Link:
-        """The connection; a new one if there is none."""
+        """Return the connection, or make a new one."""
         while (link := self.up) is not None:
             if not link.is_silent:
                 return link
-            await asyncio.sleep(LAST_LOOK_S)
+            await asyncio.sleep(LAST_CHECK_S)
         joined = self._connecting is not None
         while True:
             if self._closed:
@@ -147,7 +145,7 @@ class Line:
                 continue
             if not joined or task.exception() is None:
                 return task.result()
-            joined = False  # that try began before we asked: the server may have come back since
+            joined = False  # that attempt began before this call; the server may have come back since
 
     def lose(self, reason: str) -> None:
         if self._link is not None:
@@ -161,15 +159,15 @@ class Line:
     def _connected(self, task: asyncio.Task[Link]) -> None:
         self._connecting = None
         if not task.cancelled():
-            task.exception()  # it was told to whoever waited for it; nobody may have
+            task.exception()  # retrieved, in case no caller waits for it
 
     async def _reconnect(self) -> Link:
         before = self._link
         if before is not None:
             await before.close()
-        self._link = link = await self._connect(self._timeout)
+        self._link = link = await self._connect(self._hooks.timeout)
         self._was_flushed = False
-        self._on_gap()
+        self._hooks.on_reconnected()
         return link
 
     async def _connect(self, within: float) -> Link:
@@ -178,7 +176,7 @@ class Line:
             async with asyncio.timeout(within):
                 target = await self._find()
                 where = repr(target)
-                link = await Link.connect(target, self._timeout, self._take_news, self._lost.set)
+                link = await Link.connect(target, self._hooks.timeout, self._keys_changed, self._lost.set)
                 try:
                     await self._prepare(link, self._was_flushed)
                 except BaseException:
@@ -189,77 +187,69 @@ class Line:
             raise StoreUnavailable(f"{where}: no connection within {within * 1000:.0f} ms") from None
         except NoPermissionError as error:
             raise ConfigError(
-                [f"store.url: {where} does not allow this user what it takes: {error}"]
+                [f"store.url: {where} does not permit this user a command that zcproto needs: {error}"]
             ) from None
         except ResponseError as error:
             raise StoreUnavailable(f"{where}: {error}") from None
 
-    def _take_news(self, keys: list[bytes] | None) -> None:
+    def _keys_changed(self, keys: list[bytes] | None) -> None:
         if keys is None:
             self._was_flushed = True
-            self.lose("all its keys were removed")
+            self.lose("all its keys were deleted")
         else:
-            self._on_news(keys)
+            self._hooks.on_keys_changed(keys)
 
-    async def _keep(self) -> None:
-        pause = _FIRST_PAUSE_S
+    async def _watch(self) -> None:
+        pause = _MIN_PAUSE_S
         while True:
             link = self.up
             if link is not None:
-                pause = _FIRST_PAUSE_S
-                await self._watch(link)
+                pause = _MIN_PAUSE_S
+                await self._await_loss(link)
                 continue
             try:
                 await self.link()
             except (StoreUnavailable, ConfigError):
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                pause = min(2 * pause, _MAX_PAUSE_S)
 
-    async def _watch(self, link: Link) -> None:
-        """Return when the connection is lost, or after one heartbeat."""
+    async def _await_loss(self, link: Link) -> None:
+        """Wait until the connection is lost, or ping the server after one heartbeat."""
         self._lost.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(HEARTBEAT_S):
                 await self._lost.wait()
-        with suppress(TimeoutError, StoreUnavailable, ResponseError):  # what it answers does not matter
-            async with asyncio.timeout(self._timeout):
+        with suppress(TimeoutError, StoreUnavailable, ResponseError):  # any reply will do
+            async with asyncio.timeout(self._hooks.timeout):
                 await link.call("PING")
 
 
 async def check_server(link: Link, *, cluster: bool) -> None:
-    """See whether this server can keep sessions. Raises StoreUnavailable, or ConfigError."""
+    """Check that a server can store sessions. Raises StoreUnavailable, or ConfigError."""
     hello = await link.call("HELLO")
     about = {_text(name): _text(value) for name, value in hello.items()}
     major = re.match(r"\d+", about.get("version", ""))
     if major is not None and int(major[0]) < MIN_MAJOR:
         raise ConfigError(
-            [f"store.url: the server is too old: {about['version']}; it takes {MIN_MAJOR} or later"]
+            [f"store.url: the server has version {about['version']}; install {MIN_MAJOR} or later"]
         )
     if about.get("mode") == "sentinel":
         raise ConfigError(["store.url: the server is a sentinel; write redis+sentinel://host,host/service"])
     is_cluster = about.get("mode") == "cluster"
     if is_cluster and not cluster:
-        raise ConfigError(["store.url: the server is one of a cluster; write redis+cluster://host,host"])
+        raise ConfigError(["store.url: the server belongs to a cluster; write redis+cluster://host,host"])
     if cluster and not is_cluster:
-        raise ConfigError(["store.url: the server is in no cluster; write redis://host"])
+        raise ConfigError(["store.url: the server does not belong to a cluster; write redis://host"])
     if about.get("role") not in ("master", "primary"):
         raise StoreUnavailable("the server is a replica, which cannot be written to")
 
 
 class SingleServer:
-    """One server, or the one that sentinels name."""
+    """One server, or the primary that sentinels report."""
 
-    def __init__(
-        self,
-        find: Callable[[], Awaitable[Target]],
-        *,
-        timeout: float,
-        prepare: Prepare,
-        on_news: News,
-        on_gap: Callable[[], None],
-    ) -> None:
-        self._prepare = prepare
-        self._line = Line(find, self._ready, timeout, on_news, on_gap)
+    def __init__(self, find: Callable[[], Awaitable[Target]], hooks: Hooks) -> None:
+        self._prepare = hooks.prepare
+        self._connection = ServerConnection(find, self._ready, hooks)
 
     @property
     def shards(self) -> int:
@@ -270,17 +260,17 @@ class SingleServer:
         return False
 
     async def open(self) -> None:
-        await self._line.open()
+        await self._connection.open()
 
     async def close(self) -> None:
-        await self._line.close()
+        await self._connection.close()
 
     async def call(self, key: bytes, *command: bytes | str | int) -> Any:
-        link = await self._line.link()
+        link = await self._connection.link()
         return await link.call(*command)
 
     def lose(self, reason: str) -> None:
-        self._line.lose(reason)
+        self._connection.lose(reason)
 
     async def _ready(self, link: Link, was_flushed: bool) -> None:
         await check_server(link, cluster=False)
@@ -288,7 +278,7 @@ class SingleServer:
 
 
 class Sentinels:
-    """Those that know which server is the primary of a service."""
+    """The sentinels that monitor a service."""
 
     def __init__(
         self,
@@ -303,7 +293,7 @@ class Sentinels:
         self._timeout = timeout
 
     async def find(self) -> Target:
-        """Ask all; the first that knows is believed. Raises StoreUnavailable or ConfigError."""
+        """Ask all sentinels for the primary and use the first answer. Raises StoreUnavailable or ConfigError."""
         target: Target = await _first_of([self._ask(address) for address in self._addresses])
         return target
 
@@ -312,10 +302,10 @@ class Sentinels:
         target.database = 0
         try:
             found = await self._master(Target(target.host, target.port, tls=target.tls))
-        except (ConfigError, ResponseError):  # it wants to know who asks
+        except (ConfigError, ResponseError):  # it requires a login
             found = await self._master(target)
         if not found:
-            raise StoreUnavailable(f"the sentinel {target} knows no service of this name")
+            raise StoreUnavailable(f"the sentinel {target} does not monitor a service of this name")
         host, port = found
         return self._target((_text(host), int(port)))
 
@@ -329,29 +319,19 @@ class Sentinels:
 
 
 class Cluster:
-    """All servers of a cluster that have sessions."""
+    """All servers of a cluster that have slots."""
 
     def __init__(
-        self,
-        addresses: tuple[Address, ...],
-        target: Callable[[Address], Target],
-        *,
-        timeout: float,
-        prepare: Prepare,
-        on_news: News,
-        on_gap: Callable[[], None],
+        self, addresses: tuple[Address, ...], target: Callable[[Address], Target], hooks: Hooks
     ) -> None:
         self._seeds = addresses
         self._target = target
-        self._timeout = timeout
-        self._prepare = prepare
-        self._on_news = on_news
-        self._on_gap = on_gap
-        self._lines: dict[Address, Line] = {}
+        self._hooks = hooks
+        self._connections: dict[Address, ServerConnection] = {}
         self._slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         self._refreshing: asyncio.Task[None] | None = None
         self._closed = False
-        self._keeper: asyncio.Task[None] | None = None
+        self._refresher: asyncio.Task[None] | None = None
 
     @property
     def shards(self) -> int:
@@ -364,9 +344,9 @@ class Cluster:
     async def open(self) -> None:
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                self._take(await self._ask())
-                lines = [line.open() for line in self._lines.values()]
-                for error in await asyncio.gather(*lines, return_exceptions=True):
+                self._use(await self._ask())
+                opening = [connection.open() for connection in self._connections.values()]
+                for error in await asyncio.gather(*opening, return_exceptions=True):
                     if error is not None:
                         raise error
         except TimeoutError:
@@ -375,16 +355,16 @@ class Cluster:
         except BaseException:
             await self.close()
             raise
-        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+        self._refresher = asyncio.get_running_loop().create_task(self._refresh_forever())
 
     async def close(self) -> None:
         self._closed = True
-        tasks = [task for task in (self._keeper, self._refreshing) if task is not None]
+        tasks = [task for task in (self._refresher, self._refreshing) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        lines, self._lines = list(self._lines.values()), {}
-        await asyncio.gather(*(line.close() for line in lines))
+        connections, self._connections = list(self._connections.values()), {}
+        await asyncio.gather(*(connection.close() for connection in connections))
 
     async def call(self, key: bytes, *command: bytes | str | int) -> Any:
         slot = key_slot(key)
@@ -393,9 +373,9 @@ class Cluster:
             if self._closed:
                 raise StoreUnavailable("it is closed")
             if address is None:
-                raise StoreUnavailable("the cluster has no server for some of the sessions")
+                raise StoreUnavailable("the cluster has no server for some of the slots")
             try:
-                link = await self._line(address).link()
+                link = await self._connection(address).link()
             except (StoreUnavailable, ConfigError):
                 await asyncio.wait({self._refresh()})
                 if self._slots[slot] == address:
@@ -407,7 +387,7 @@ class Cluster:
                 self._slots[slot] = self._address(moved, address)
                 self._refresh()
             except AskError as ask:
-                link = await self._line(self._address(ask, address)).link()
+                link = await self._connection(self._address(ask, address)).link()
                 asking = link.send("ASKING")
                 try:
                     return await link.call(*command)
@@ -421,89 +401,91 @@ class Cluster:
                 if _MOVING not in str(error):
                     raise
                 await asyncio.sleep(_REDIRECT_PAUSE_S)
-        raise StoreUnavailable("the cluster is moving its keys")
+        raise StoreUnavailable("the cluster is moving its keys; try again")
 
     def lose(self, reason: str) -> None:
-        for line in self._lines.values():
-            line.lose(reason)
+        for connection in self._connections.values():
+            connection.lose(reason)
         self._refresh()
-
-    # Parts
 
     def _address(self, redirect: AskError, asked: Address) -> Address:
         host, port = redirect.node_addr
         return (host or asked[0], int(port))
 
-    def _line(self, address: Address) -> Line:
-        line = self._lines.get(address)
-        if line is None:
-            line = self._lines[address] = self._new_line(address)
-            line.keep()
-        return line
+    def _connection(self, address: Address) -> ServerConnection:
+        connection = self._connections.get(address)
+        if connection is None:
+            connection = self._connections[address] = self._new_connection(address)
+            connection.watch()
+        return connection
 
-    def _new_line(self, address: Address) -> Line:
+    def _new_connection(self, address: Address) -> ServerConnection:
         async def find() -> Target:
             return self._target(address)
 
-        return Line(find, self._ready, self._timeout, self._on_news, self._on_gap)
+        return ServerConnection(find, self._ready, self._hooks)
 
     async def _ready(self, link: Link, was_flushed: bool) -> None:
         await check_server(link, cluster=True)
-        await self._prepare(link, was_flushed)
+        await self._hooks.prepare(link, was_flushed)
 
-    def _take(self, division: Division) -> list[Line]:
-        """Use this division of slots; the connections that are of no use any more."""
+    def _use(self, division: Division) -> list[ServerConnection]:
+        """Adopt a division of slots. Return the connections that are no longer needed."""
         self._slots, wanted = division
-        gone = [self._lines.pop(address) for address in list(self._lines) if address not in wanted]
-        for address in wanted - set(self._lines):
-            self._lines[address] = self._new_line(address)
-            if self._keeper is not None:
-                self._lines[address].keep()
+        gone = [
+            self._connections.pop(address) for address in list(self._connections) if address not in wanted
+        ]
+        for address in wanted - set(self._connections):
+            self._connections[address] = self._new_connection(address)
+            if self._refresher is not None:
+                self._connections[address].watch()
         return gone
 
-    async def _keep(self) -> None:
+    async def _refresh_forever(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             await asyncio.wait({self._refresh()})
 
     def _refresh(self) -> asyncio.Task[None]:
-        """Look at the cluster; one look at a time."""
+        """Read the division of slots again; one refresh runs at a time."""
         task = self._refreshing
         if task is None:
-            task = self._refreshing = asyncio.get_running_loop().create_task(self._look())
+            task = self._refreshing = asyncio.get_running_loop().create_task(self._update())
         return task
 
-    async def _look(self) -> None:
+    async def _update(self) -> None:
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._hooks.timeout):
                 division = await self._ask()
-            for line in [] if self._closed else self._take(division):
-                await line.close()
+            for connection in [] if self._closed else self._use(division):
+                await connection.close()
         except (TimeoutError, StoreUnavailable, ConfigError):
-            pass  # the servers that are known stay; each command finds out for itself
+            pass  # the known servers stay; each command will report its own failure
         finally:
             self._refreshing = None
 
     async def _ask(self) -> Division:
-        """Which server has which slot: what the first says that answers."""
+        """Return the division of slots from the first server that answers."""
         asks: list[Coroutine[Any, Any, Division]] = [
             self._ask_one(address, link)
-            for address, line in self._lines.items()
-            if (link := line.up) is not None
+            for address, connection in self._connections.items()
+            if (link := connection.up) is not None
         ]
         if not asks:
-            asks = [self._ask_one(address, None) for address in {*self._seeds, *self._lines}]
+            asks = [self._ask_one(address, None) for address in {*self._seeds, *self._connections}]
         division: Division = await _first_of(asks)
         return division
 
     async def _ask_one(self, address: Address, link: Link | None) -> Division:
-        new = None if link is not None else await Link.connect(self._target(address), self._timeout)
+        new = None if link is not None else await Link.connect(self._target(address), self._hooks.timeout)
         link = link or new
         assert link is not None
         try:
             ranges = await link.call("CLUSTER", "SLOTS")
         except ResponseError as error:
-            raise ConfigError([f"store.url: {self._target(address)} is in no cluster: {error}"]) from None
+            raise ConfigError(
+                [f"store.url: {self._target(address)} does not belong to a cluster: {error}"]
+            ) from None
         finally:
             if new is not None:
                 await new.close()
@@ -520,7 +502,7 @@ class Cluster:
 
 
 async def _first_of(coroutines: list[Coroutine[Any, Any, Any]]) -> Any:
-    """The first result; the first error if there is none."""
+    """Return the first result, or raise the first error if all fail."""
     loop = asyncio.get_running_loop()
     tasks = [loop.create_task(coroutine) for coroutine in coroutines]
     left = set(tasks)

@@ -1,28 +1,28 @@
--- What the server does to sessions, each script whole or not at all.
+-- Scripts that change sessions, each of them atomic.
 --
 -- The first part is put before each of the scripts below it, which begin at `--@ name flags`. A script gets one
--- argument, a MessagePack array: prefix, node, clustered, shard, TAG (empty if not of one user), then its own. It answers with one: its result,
--- and commands that the client still has to send.
+-- argument, a MessagePack array: prefix, node, clustered, shard, TAG (empty if the script is not for one user), then
+-- its own arguments. It returns a MessagePack array: its result, and commands that the client has to send.
 --
--- Keys, after the prefix. TAG stands for a user: all that belongs to one is in one slot of a cluster.
---   s:{TAG}ID      a session, or the memory of one that has ended (an array, see KEPT below)
---   u:{TAG}        the user's kept sessions in the order of opening: a sorted set of ids
---   q:{TAG}        the user's requests with an idempotency key: a hash, by the digest of the key
---   a:{TAG}DIGEST  the answer of one
---   c:{TAG}NODEID  written and deleted at once when a session changes: client tracking tells all others, and
---                  NODE tells the process that did it that the news is its own
+-- Keys, after the prefix. TAG stands for a user: all keys of one user are in one slot of a cluster.
+--   s:{TAG}ID      a session, or its tombstone (an array, see KEPT below)
+--   u:{TAG}        the stored sessions of a user in the order of opening: a sorted set of ids
+--   q:{TAG}        the requests of a user with an idempotency key: a hash, by the digest of the key
+--   a:{TAG}DIGEST  the answer of such a request
+--   c:{TAG}NODEID  written and deleted at once when a session changes: client tracking reports it to all processes,
+--                  and NODE lets the process that made the change ignore it
 --   i:ID           the TAG of a session
 --   t:TOKEN        TAG and ID by the SHA-256 of the access token; "!" and a time once a refresh has replaced it
---   x:{N}          TAG and ID of all kept sessions by the time when both tokens are past: a sorted set
---   m:{N}          memories by the time when they began: TAG and ID of a session, or "t" and TOKEN
---   w:{N} o:{N}    place, TAG and DIGEST of requests that run, and of those answered, by the time they last
+--   x:{N}          TAG and ID of all stored sessions by the time when both tokens have expired: a sorted set
+--   m:{N}          tombstones by the time when they were added: TAG and ID of a session, or "t" and TOKEN
+--   w:{N} o:{N}    place, TAG and DIGEST of running and of answered requests, by the time when they expire
 --   b:{N}          bytes of answers
---   n              counts what is opened, to keep it in order
---   v:{N}          the version of all this, and a mark: it is gone if the server has lost what it kept
+--   n              counts sessions and requests, to keep them in order
+--   v:{N}          the version of this layout and a mark, which is missing if the server has lost its data
 --
--- Keys without a TAG may be on other servers of a cluster. They only lead to a session or help to clean up: a
--- wrong one does no harm. There, a script does not touch them but leaves that to its client. All but `n` and `v`
--- have a time to live well beyond their use, so that a store that nobody cleans any more empties itself.
+-- Keys without a TAG may be on other servers of a cluster. They only lead to a session or help to clean up, so a
+-- wrong one does no harm. In a cluster a script does not touch them but returns commands for the client. All keys but
+-- `n` and `v` have a time to live well beyond their use, so that an abandoned store empties itself.
 
 local args = cmsgpack.unpack(ARGV[1])
 local P, NODE, CLUSTERED, SHARD = args[1], args[2], args[3], '{' .. args[4] .. '}'
@@ -32,8 +32,8 @@ local DAY, TAG_SIZE = 86400000, 20
 local KEPT, TOKEN_EXPIRED, TOKEN_REVOKED, SESSION_REPLACED, UNAUTHENTICATED = 0, 68, 69, 70, 16
 
 -- A session: state, token, refresh, user, client, address, key, flags, created, last used, expires, refresh
--- expires, order. The state is KEPT, or the code of one that has ended: then token and time are all that follows.
--- Times are decimal digits: numbers of Lua do not hold all of them.
+-- expires, order. The state is KEPT, or the code of an ended session, followed by token and time only.
+-- Times are decimal digits, because numbers in Lua cannot represent all of them.
 local STATE, TOKEN, REFRESH, USER, CLIENT, ADDRESS = 1, 2, 3, 4, 5, 6
 local LAST_USED, EXPIRES, REFRESH_EXPIRES, ORDER = 10, 11, 12, 13
 
@@ -43,7 +43,7 @@ local function answer(result)
   return cmsgpack.pack({result, far})
 end
 
--- A command for keys without a TAG.
+-- Run a command for keys without a TAG; in a cluster, return it for the client.
 local function elsewhere(...)
   if CLUSTERED then
     far[#far + 1] = {...}
@@ -60,7 +60,7 @@ local function later(a, b)
   return before(a, b) and b or a
 end
 
--- Let a key live at least so long.
+-- Extend the time to live of a key.
 local function linger(call, key, ms)
   call('PEXPIRE', key, ms, 'NX')
   call('PEXPIRE', key, ms, 'GT')
@@ -97,8 +97,8 @@ local function announce(tag, id)
   redis.call('DEL', key)
 end
 
--- End a kept session: nothing stays but the memory. The others are told first: should a cluster that is moving
--- keys stop the script half-way, they look again.
+-- Make a session a tombstone. The change is announced first: if a cluster that is moving keys interrupts the
+-- script, other processes check the session again.
 local function finish(tag, id, session, code, wall)
   local token = session[TOKEN]
   announce(tag, id)
@@ -142,7 +142,7 @@ if #ids >= per_user then
   end
 end
 local session = cmsgpack.unpack(blob)
-if not CLUSTERED then  -- there, all this was written before
+if not CLUSTERED then  -- in a cluster the client has written these
   order = redis.call('INCR', P .. 'n')
   redis.call('SET', P .. 't:' .. session[TOKEN], tag .. id, 'PX', ms)
   redis.call('SET', P .. 'i:' .. id, tag, 'PX', ms)
@@ -184,7 +184,7 @@ if before(session[REFRESH_EXPIRES], expires) then
 end
 announce(tag, id)
 redis.call('SET', session_key(tag, id), cmsgpack.pack(session), 'KEEPTTL')
-if not CLUSTERED then  -- there, it was written before
+if not CLUSTERED then  -- in a cluster the client has written it
   redis.call('SET', P .. 't:' .. token, tag .. id, 'PX', math.max(ms, 1))
 end
 if due(session) ~= old_due then
@@ -204,7 +204,7 @@ end
 return answer({pointer, redis.call('GET', session_key(split(pointer)))})
 
 --@ read no-writes
--- Sessions by TAG and ID, or by ID alone.
+-- Return sessions by TAG and ID, or by ID alone.
 local found = {}
 for _, member in ipairs(args[6]) do
   local tag, id
@@ -231,11 +231,11 @@ end
 return answer(found)
 
 --@ members no-writes
--- A range of a sorted set as one string: a client has less work with it.
+-- Return a range of a sorted set as one string, which clients parse faster.
 return answer(table.concat(redis.call('ZRANGE', KEYS[1], args[6], args[7])))
 
 --@ touch allow-oom
--- Pairs of TAG (empty: to be looked up) and ID in one string, and of times.
+-- Arguments: IDs, in a cluster with the TAG before each, and times.
 for n, member in ipairs(args[6]) do
   local tag, id
   if CLUSTERED then
@@ -252,7 +252,7 @@ end
 return answer(0)
 
 --@ finish allow-oom
--- End the sessions with these ids, or with these TAGs and IDs.
+-- End the sessions with these IDs, or with these TAGs and IDs.
 local code, wall, user, ended = args[7], args[8], args[9], {}
 for _, member in ipairs(args[6]) do
   local tag, id
@@ -279,7 +279,7 @@ end
 return answer(ended)
 
 --@ expire allow-oom
--- Forget what is past: kept sessions of x and memories of m. In a cluster those that are named.
+-- Remove expired sessions of x and tombstones of m; in a cluster those in the arguments.
 local wall, ended_before, limit, dues, memories = unpack(args, 6, 10)
 local x, m, removed, past = P .. 'x:' .. SHARD, P .. 'm:' .. SHARD, 0, {}
 

@@ -1,352 +1,457 @@
 """Sessions in Valkey or Redis: the store of several processes and machines.
 
-What this file decides: what each operation asks of the servers, and what their news means. What is done to
-sessions there, and under which keys, is in sessions.lua; which servers there are, in servers.py.
+What this file decides: which scripts and commands an operation sends and, in a cluster, in which order. What the
+scripts do, and under which keys, is in sessions.lua and answers.lua.
 
-- An operation is one script, so it takes effect whole or not at all. In a cluster the script does so for all keys
-  of one user; what leads there from a token or an id is written before, and cleaned up behind.
-- What is durable when an operation returns is what the server promises: with `appendonly yes` and `appendfsync
-  always` the change is on its disk; with `everysec` a crash of its machine may lose the last second; with neither,
-  a restart loses all. A failover to a replica may lose what had not reached it. See `examine`.
-- `maxmemory-policy` has to be `noeviction`: any other may take sessions away.
+- With one server an operation is one script, so it is atomic.
+- In a cluster a script is atomic for all keys of one user. Keys that lead to a session from a token or an id are
+  written before it and removed after it. If that was interrupted, later operations ignore what is left over and
+  `expire` removes it.
+- A change is as durable as the server promises: with `appendonly yes` and `appendfsync always` it is on disk; with
+  `everysec` a crash of the machine may lose the last second; with neither a restart loses everything. A failover
+  may lose what had not reached the replica. See `examine`.
+- `maxmemory-policy` has to be `noeviction`: any other may evict sessions.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from pathlib import Path
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
 
-from redis.exceptions import AskError, OutOfMemoryError, ReadOnlyError, RedisError
-
-from zcproto.common.clock import Entropy, system_entropy
-from zcproto.common.text import escape_text
-from zcproto.errors import Code, ConfigError
+from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
-from zcproto.sessions.token import id_from_text
-from zcproto.stores.answers import AnswerLimits, check_size
-from zcproto.stores.base import (
-    MAX_LISTED,
-    Change,
-    ChangeKind,
-    Claim,
-    Created,
-    LimitReached,
-    NotRotated,
-    Rotated,
-    StoreUnavailable,
+from zcproto.sessions.token import id_text
+from zcproto.stores.answers import LAST_MS, check_size
+from zcproto.stores.base import MAX_LISTED, Claim, ClaimState, Created, LimitReached, NotRotated, Rotated
+from zcproto.stores.valkey.client import ValkeyClient, operation
+from zcproto.stores.valkey.records import (
+    DAY_MS,
+    ID_TEXT_SIZE,
+    MAX_TTL_MS,
+    MEMBER_SIZE,
+    PLACE_SIZE,
+    TAG_SIZE,
+    TOKEN_MEMBER_SIZE,
+    ended_record,
+    key_digest,
+    order_of,
+    pack_session,
+    score_text,
+    tag_of,
+    time_text,
+    ttl_for,
+    unpack_session,
+    utf8,
 )
-from zcproto.stores.valkey.link import Link, Target
-from zcproto.stores.valkey.requests import BATCH, NODE_SIZE, TAG_SIZE, Requests
-from zcproto.stores.valkey.scripts import SCRIPTS
-from zcproto.stores.valkey.servers import CLUSTER_SHARDS, Cluster, Sentinels, Servers, SingleServer
-from zcproto.stores.valkey.url import Address, Kind, ServerUrl, parse_url
 
-TIMEOUT_S: Final = 0.25
-PREFIX: Final = "zcp:"
-SCHEMA: Final = 1
+BATCH: Final = 500
+"""Sessions in one script where a larger operation may be done in steps: some milliseconds of the server."""
 
 _READ_BATCH: Final = 100
+_EXPIRED: Final = 200
+"""Entries removed by one script, which blocks the server for about 2 ms."""
 
-_T = TypeVar("_T")
+_RETRY_MS: Final = 1_000
+_TRIMMED: Final = 16
+_TRIMS: Final = 64
 
 
-class ValkeyStore:
-    """A store on the servers at `url` (see url.py), under keys that begin with `prefix`.
+class ValkeyStore(ValkeyClient):
+    """A store on Valkey or Redis servers.
 
-    `timeout` is in seconds, for each operation and for connecting. `password` takes the place of the URL's. With
-    TLS, `ca_file` holds the authorities to trust instead of the system's, and `certificate_file` and `key_file`
-    are for servers that want to know their clients.
-
-    `end_all`, `list` of everybody, and `touch` of many are done in steps, each with the timeout: one that fails
-    leaves the rest as it was. Changes by another ValkeyStore are news, also if it is in this process.
-
-    Raises ConfigError for a URL or files that cannot be used.
+    `end_all`, `list` of all users and `touch` of many sessions are done in steps, each within the timeout. A step
+    that fails leaves the rest as it was.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        password: str | None = None,
-        ca_file: Path | None = None,
-        certificate_file: Path | None = None,
-        key_file: Path | None = None,
-        timeout: float = TIMEOUT_S,
-        prefix: str = PREFIX,
-        answers: AnswerLimits | None = None,
-        entropy: Entropy = system_entropy,
-    ) -> None:
-        self._url = parse_url(url)
-        self._password = self._url.password if password is None else password
-        if self._url.username and not self._password:
-            raise ConfigError(["store.url: it has a user without a password"])
-        self._tls = _tls(self._url, ca_file, certificate_file, key_file)
-        self._timeout = timeout
-        self._prefix = prefix.encode()
-        if b"{" in self._prefix or b"}" in self._prefix:
-            raise ConfigError(["store.prefix: it must have no { or }, which divide keys among servers"])
-        self._answers = answers or AnswerLimits()
-        self._node = entropy(NODE_SIZE // 2).hex().encode()
-        self._entropy = entropy
-        self._marks: dict[int, bytes] = {}
-        self._is_emptied = False
-        self._servers: Servers | None = None
-        self._requests: Requests | None = None
-        self._on_change: Callable[[Change], None] = _ignore
-
-    def __repr__(self) -> str:
-        return f"ValkeyStore({self._url})"
-
-    @property
-    def shared(self) -> bool:
-        return True
-
-    async def open(self, on_change: Callable[[Change], None]) -> None:
-        """As `SessionStore.open`. May be called again after it failed.
-
-        When a connection was lost and made again `on_change` gets ALL, or EMPTIED if the server has come back
-        without what it kept. That somebody had all keys removed (FLUSHDB) is a will: ALL.
-        """
-        assert self._servers is None, "it is open"
-        self._marks.clear()
-        servers = self._make_servers()
-        await servers.open()  # which leaves nothing behind if it fails
-        self._servers = servers
-        self._requests = Requests(servers, self._prefix, self._node, self._answers)
-        self._on_change = on_change
-
-    async def close(self) -> None:
-        servers, self._servers, self._requests, self._on_change = self._servers, None, None, _ignore
-        if servers is not None:
-            await servers.close()
-
-    async def ping(self) -> None:
-        await self._within(self._ask.ping())
-
     async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
-        """Nothing: what is wanted is looked up."""
+        """Yield nothing: sessions are looked up when they are needed."""
         nothing: tuple[Sequence[SessionRecord | EndedRecord], ...] = ()
         for batch in nothing:
             yield batch
 
-    async def examine(self) -> Sequence[str]:
-        """What an operator should know of how the server is set up. Empty: there is nothing to say."""
-        return await self._within(self._ask.examine())
+    # --- sessions ----------------------------------------------------------------------------------
 
-    # --- sessions --------------------------------------------------------------------------------
-
+    @operation
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
-        return await self._within(self._ask.create(record, limit))
+        tag, id, wall = tag_of(record.user), id_text(record.id).encode(), record.created_at
+        due = max(record.expires_at, record.refresh_expires_at)
+        ms = ttl_for(due - wall)
+        idle_from = b"" if limit.idle_ms is None or limit.idle_ms > wall else time_text(wall - limit.idle_ms)
+        order = 0
+        if self._is_clustered:
+            order = await self._announce_session(record, tag, id, due, ms)
+        state, ended = await self._run(
+            "create",
+            tag,
+            id,
+            pack_session(record),
+            ms,
+            time_text(wall),
+            limit.per_user,
+            limit.when_full == "evict_oldest",
+            idle_from,
+            order,
+        )
+        if self._is_clustered and state in (b"full", b"ended"):
+            await self._retract_session(record, tag, id, with_pointers=state == b"full")
+        return (
+            LimitReached()
+            if state == b"full"
+            else Created(tuple(ended_record(p, Code(c), wall) for c, p in ended))
+        )
 
+    async def _announce_session(self, record: SessionRecord, tag: bytes, id: bytes, due: int, ms: int) -> int:
+        """In a cluster: write the keys that lead to a new session. Return its place in the order of opening."""
+        counter, index = self._prefix + b"n", self._shard_key(b"x", self._shard(tag))
+        order, *_ = await asyncio.gather(
+            self._call("INCR", counter),
+            self._call("SET", self._prefix + b"t:" + record.token_digest, tag + id, "PX", ms, "NX"),
+            self._call("SET", self._prefix + b"i:" + id, tag, "PX", ms, "NX"),
+            self._call("ZADD", index, "NX", time_text(due), tag + id),
+            self._call("PEXPIRE", index, MAX_TTL_MS),
+        )
+        return int(order)
+
+    async def _retract_session(
+        self, record: SessionRecord, tag: bytes, id: bytes, *, with_pointers: bool
+    ) -> None:
+        """In a cluster: remove what `_announce_session` has written."""
+        await self._call("ZREM", self._shard_key(b"x", self._shard(tag)), tag + id)
+        if with_pointers:
+            await asyncio.gather(
+                self._call("DEL", self._prefix + b"t:" + record.token_digest),
+                self._call("DEL", self._prefix + b"i:" + id),
+            )
+
+    @operation
     async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
-        return await self._within(self._ask.rotate(rotation))
+        id, tag = id_text(rotation.id).encode(), b""
+        token_key = self._prefix + b"t:" + rotation.token_digest
+        if self._is_clustered:
+            tag = await self._call("GET", self._prefix + b"i:" + id) or b""
+            if not tag:
+                return NotRotated(Code.UNAUTHENTICATED)
+            ms = await self._call("PTTL", self._session_key(tag, id))
+            await self._call("SET", token_key, tag + id, "PX", max(ms, DAY_MS))
+        code, *rest = await self._run(
+            "rotate",
+            tag,
+            id,
+            rotation.spent_digest,
+            rotation.token_digest,
+            rotation.refresh_digest,
+            time_text(rotation.expires_at),
+            utf8(rotation.client),
+            utf8(rotation.address),
+            time_text(rotation.wall),
+        )
+        if code:
+            if self._is_clustered:
+                await self._call("DEL", token_key)
+            return NotRotated(Code(code), bool(rest[0]))
+        raw, old = rest
+        record = unpack_session(id, raw)
+        assert isinstance(record, SessionRecord)
+        return Rotated(record, old)
 
+    @operation
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
-        return await self._within(self._ask.find(token_digest))
+        if self._is_clustered:
+            pointer = await self._call("GET", self._prefix + b"t:" + token_digest)
+            raw = None
+            if pointer and pointer[:1] != b"!":
+                raw = await self._call("GET", self._session_key(pointer[:TAG_SIZE], pointer[TAG_SIZE:]))
+        else:
+            pointer, raw = await self._run("find", b"", token_digest)
+        if not pointer:
+            return None
+        if pointer[:1] == b"!":
+            return EndedRecord(b"", token_digest, Code.TOKEN_REVOKED, int(pointer[1:]))
+        if not raw:
+            return None
+        found = unpack_session(pointer[TAG_SIZE:], raw)
+        if found.token_digest == token_digest:
+            return found
+        # A refresh replaced the token, and was interrupted before it could mark it as revoked.
+        at = found.last_used_at if isinstance(found, SessionRecord) else found.ended_at
+        return EndedRecord(b"", token_digest, Code.TOKEN_REVOKED, at)
 
+    @operation
     async def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
-        return await self._within(self._ask.get(id))
+        members = await self._with_tags([id_text(id).encode()])
+        for found in await self._read_many(members):
+            return unpack_session(*found)
+        return None
 
     async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
         for start in range(0, len(uses), BATCH):
-            await self._within(self._ask.touch(uses[start : start + BATCH]))
+            await self._touch_batch(uses[start : start + BATCH])
 
+    @operation
+    async def _touch_batch(self, uses: Sequence[tuple[bytes, int]]) -> None:
+        times = {
+            id_text(id).encode(): time_text(used_at) for id, used_at in sorted(uses, key=lambda use: use[1])
+        }
+        members = await self._with_tags(list(times))
+        await self._gather(
+            self._run("touch", tag, group, [times[member[-ID_TEXT_SIZE:]] for member in group])
+            for tag, group in self._by_tag(members)
+        )
+
+    @operation
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:
-        return await self._within(self._ask.end(ids, code, wall, user))
+        members = await self._with_tags([id_text(id).encode() for id in ids])
+        ended = await self._finish(members, code, wall, None if user is None else utf8(user))
+        if self._is_clustered:  # the results are grouped by user
+            place = {id: n for n, id in reversed(list(enumerate(ids)))}
+            ended.sort(key=lambda record: place[record.id])
+        return ended
 
+    async def _finish(
+        self, members: list[bytes], code: Code, wall: int, user: bytes | None
+    ) -> list[EndedRecord]:
+        groups = await self._gather(
+            self._run("finish", tag, group, int(code), time_text(wall), user)
+            for tag, group in self._by_tag(members)
+        )
+        return [ended_record(pair, code, wall) for group in groups for pair in group]
+
+    @operation
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
-        return await self._within(self._ask.end_user(user, code, wall))
+        pairs = await self._run("finish_user", tag_of(user), int(code), time_text(wall))
+        return [ended_record(pair, code, wall) for pair in pairs]
 
     async def end_all(self, code: Code, wall: int) -> int:
         count = 0
-        for shard in range(self._ask.shards):
+        for shard in range(self._shards):
             more = True
             while more:
-                ended, more = await self._within(self._ask.end_some(shard, code, wall))
+                ended, more = await self._end_some(shard, code, wall)
                 count += ended
         return count
 
+    @operation
+    async def _end_some(self, shard: int, code: Code, wall: int) -> tuple[int, bool]:
+        """End the first sessions of an index. Return how many, and whether there may be more."""
+        index = self._shard_key(b"x", shard)
+        members = await self._members(index, BATCH)
+        if not members:
+            return 0, False
+        ended = await self._finish(members, code, wall, None)
+        await self._call("ZREM", index, *members)  # members without a session would be found forever
+        return len(ended), True
+
+    @operation
+    async def _list_user(self, user: str) -> list[SessionRecord]:
+        found = [unpack_session(id, raw) for id, raw in await self._run("user", tag_of(user))]
+        return [record for record in found if isinstance(record, SessionRecord)]
+
+    @operation
+    async def _first_members(self, shard: int) -> list[bytes]:
+        """Return the TAG and ID of sessions of all users, those first that expire first."""
+        return await self._members(self._shard_key(b"x", shard), MAX_LISTED)
+
+    @operation
+    async def _read_batch(self, members: list[bytes]) -> list[tuple[int, SessionRecord]]:
+        """Return sessions that are not ended, each with its place in the order of opening."""
+        found = []
+        for id, raw in await self._read_many(members):
+            if isinstance(record := unpack_session(id, raw), SessionRecord):
+                found.append((order_of(raw), record))
+        return found
+
+    @operation
+    async def count(self) -> int:
+        keys = [self._shard_key(b"x", shard) for shard in range(self._shards)]
+        return sum(await self._gather(self._call("ZCARD", key) for key in keys))
+
+    @operation
+    async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
+        """Remove expired entries. May remove fewer than `limit` to stay within half the timeout."""
+        loop = asyncio.get_running_loop()
+        enough_at = loop.time() + self._timeout / 2
+        removed = 0
+        for shard in range(self._shards):
+            for step in (self._expire_sessions, self._expire_answers):
+                while removed < limit and loop.time() < enough_at:
+                    most = min(_EXPIRED, limit - removed)
+                    found, gone = await step(shard, wall, wall - keep_ended_ms, most)
+                    removed += gone
+                    if found < most:
+                        break
+        return removed
+
+    async def _expire_sessions(self, shard: int, wall: int, ended_before: int, most: int) -> tuple[int, int]:
+        """Return how many entries were checked, and how many of them were removed."""
+        if not self._is_clustered:
+            found, gone = await self._run(
+                "expire", b"", time_text(wall), score_text(ended_before), most, [], []
+            )
+            return found, gone
+        dues = await self._range(b"x", shard, wall, most)
+        tombstones = await self._range(b"m", shard, ended_before, most - len(dues))
+        tokens = [member for member in tombstones if len(member) == TOKEN_MEMBER_SIZE]
+        if tokens:
+            await self._gather(self._call("DEL", self._prefix + b"t:" + member[1:]) for member in tokens)
+            await self._call("ZREM", self._shard_key(b"m", shard), *tokens)
+        groups: dict[bytes, tuple[list[bytes], list[bytes]]] = {
+            tag: (group, []) for tag, group in self._by_tag(dues)
+        }
+        for tag, group in self._by_tag([member for member in tombstones if member not in tokens]):
+            groups[tag] = (groups.get(tag, ([], []))[0], group)
+        results = await self._gather(
+            self._run("expire", tag, time_text(wall), score_text(ended_before), most, past, ended)
+            for tag, (past, ended) in groups.items()
+        )
+        return len(dues) + len(tombstones), len(tokens) + sum(gone for _, gone in results)
+
+    async def _expire_answers(self, shard: int, wall: int, ended_before: int, most: int) -> tuple[int, int]:
+        if not self._is_clustered:
+            found, gone = await self._run("forget_answers", b"", time_text(wall), most, [], False, DAY_MS)
+            return found, gone
+        members = await self._range(b"w", shard, wall, most)
+        members += await self._range(b"o", shard, wall, most - len(members))
+        return len(members), await self._forget_answers(members, wall, False)
+
+    # --- answers -----------------------------------------------------------------------------------
+
+    @operation
+    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
+        tag, digest, until = tag_of(user), key_digest(key), min(wall + lease_ms, LAST_MS)
+        state, answer, count, size = await self._run(
+            "claim",
+            tag,
+            digest,
+            request_digest,
+            time_text(wall),
+            time_text(until),
+            ttl_for(until - wall),
+            self._answers.user_count,
+        )
+        if state == b"full":
+            raise _too_many("of this user ")
+        if state == b"new" and not await self._trim(tag, wall, count, size):
+            await self._run("release", tag, digest, DAY_MS)
+            raise _too_many("")
+        if state == b"running":
+            return Claim(ClaimState.RUNNING, until=int(answer))
+        return Claim(ClaimState(state.decode()), answer)
+
+    @operation
+    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
+        check_size(answer, self._answers)
+        tag, until = tag_of(user), min(wall + keep_ms, LAST_MS)
+        _, _, count, size = await self._run(
+            "keep",
+            tag,
+            key_digest(key),
+            answer,
+            time_text(wall),
+            time_text(until),
+            ttl_for(until - wall),
+            self._answers.user_bytes,
+        )
+        await self._trim(tag, wall, count, size)
+
+    @operation
+    async def release_claim(self, user: str, key: str) -> None:
+        await self._run("release", tag_of(user), key_digest(key), DAY_MS)
+
+    async def _trim(self, tag: bytes, wall: int, count: int, size: int) -> bool:
+        """Evict the oldest answers until all users together are within the limits. Return whether they are."""
+        shard, shards, limits = self._shard(tag), self._shards, self._answers
+        if self._is_clustered:
+            count, size = await self._answers_held(shard)
+        for _ in range(_TRIMS):
+            if count <= limits.count / shards and size <= limits.bytes / shards:
+                return True
+            most = min(max(count - limits.count // shards, 1), _TRIMMED)
+            if self._is_clustered:
+                members = await self._oldest(shard, most)
+                found = len(members)
+                await self._forget_answers(members, wall, True)
+            else:
+                found, _ = await self._run("forget_answers", b"", time_text(wall), most, [], True, DAY_MS)
+            if not found:
+                break
+            count, size = await self._answers_held(shard)
+        return count <= limits.count / shards
+
+    async def _answers_held(self, shard: int) -> tuple[int, int]:
+        """Return the number of requests, running or answered, and the bytes of the answers."""
+        running, done, size = await asyncio.gather(
+            self._call("ZCARD", self._shard_key(b"w", shard)),
+            self._call("ZCARD", self._shard_key(b"o", shard)),
+            self._call("GET", self._shard_key(b"b", shard)),
+        )
+        return running + done, int(size or 0)
+
+    async def _oldest(self, shard: int, most: int) -> list[bytes]:
+        found: list[bytes] = await self._call("ZRANGE", self._shard_key(b"o", shard), 0, most - 1)
+        return found
+
+    async def _forget_answers(self, members: list[bytes], wall: int, also_valid: bool) -> int:
+        results = await self._gather(
+            self._run("forget_answers", tag, time_text(wall), len(group), group, also_valid, DAY_MS)
+            for tag, group in self._by_tag(members, PLACE_SIZE)
+        )
+        return sum(gone for _, gone in results)
+
+    async def _members(self, key: bytes, most: int) -> list[bytes]:
+        """Return the first members, TAG and ID, of an index of sessions."""
+        text, _ = await self._run_for(key, "members", b"", 0, most - 1)
+        return [text[start : start + MEMBER_SIZE] for start in range(0, len(text), MEMBER_SIZE)]
+
+    async def _range(self, kind: bytes, shard: int, until: int, most: int) -> list[bytes]:
+        """Return the members of an index that are due."""
+        if most < 1:
+            return []
+        key = self._shard_key(kind, shard)
+        found: list[bytes] = await self._call(
+            "ZRANGEBYSCORE", key, "-inf", score_text(until), "LIMIT", 0, most
+        )
+        return found
+
+    async def _read_many(self, members: list[bytes]) -> list[list[bytes]]:
+        groups = await self._gather(self._run("read", tag, group) for tag, group in self._by_tag(members))
+        return [pair for group in groups for pair in group]
+
+    async def _with_tags(self, ids: list[bytes]) -> list[bytes]:
+        """In a cluster, put the TAG before each id and drop unknown ids."""
+        if not self._is_clustered:
+            return ids
+        tags = await self._gather(self._call("GET", self._prefix + b"i:" + id) for id in ids)
+        return [tag + id for tag, id in zip(tags, ids, strict=True) if tag]
+
+    def _by_tag(self, members: list[bytes], skip: int = 0) -> list[tuple[bytes, list[bytes]]]:
+        """Group members for scripts: in a cluster, a script works on the keys of one user."""
+        if not self._is_clustered:
+            return [(b"", members)] if members else []
+        groups: dict[bytes, list[bytes]] = {}
+        for member in members:
+            groups.setdefault(member[skip : skip + TAG_SIZE], []).append(member)
+        return list(groups.items())
+
+    # Last in the class, because its name hides the builtin in annotations.
+
     async def list(self, user: str | None = None) -> list[SessionRecord]:
-        """As `SessionStore.list`. Of too many, those whose time is over first."""
+        """Return sessions as in `SessionStore.list`. Of too many, those that expire first."""
         if user is not None:
-            return await self._within(self._ask.list_user(user))
+            return await self._list_user(user)
         found: list[tuple[int, SessionRecord]] = []
-        for shard in range(self._ask.shards):
-            members = await self._within(self._ask.first_members(shard))
+        for shard in range(self._shards):
+            members = await self._first_members(shard)
             for start in range(0, len(members), _READ_BATCH):
-                found += await self._within(self._ask.read(members[start : start + _READ_BATCH]))
+                found += await self._read_batch(members[start : start + _READ_BATCH])
         found.sort(key=lambda pair: pair[0])
         return [record for _, record in found[:MAX_LISTED]]
 
-    async def count(self) -> int:
-        return await self._within(self._ask.count())
 
-    async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
-        """As `SessionStore.expire`. Rather than to take long it removes fewer."""
-        loop = asyncio.get_running_loop()
-        enough_at = loop.time() + self._timeout / 2
-        return await self._within(
-            self._ask.expire(wall, wall - keep_ended_ms, limit, lambda: loop.time() >= enough_at)
-        )
-
-    # --- answers of requests with an idempotency key ----------------------------------------------
-
-    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
-        """As `SessionStore.claim`. Raises ResourceExhausted if more requests run than may."""
-        return await self._within(self._ask.claim(user, key, request_digest, wall, lease_ms))
-
-    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
-        """As `SessionStore.keep_answer`. Raises ValueError for an answer that is too large for any room."""
-        check_size(answer, self._answers)
-        await self._within(self._ask.keep_answer(user, key, answer, wall, keep_ms))
-
-    async def release_claim(self, user: str, key: str) -> None:
-        await self._within(self._ask.release_claim(user, key))
-
-    # --- the servers -----------------------------------------------------------------------------
-
-    @property
-    def _ask(self) -> Requests:
-        if self._requests is None:
-            raise StoreUnavailable("it is not open")
-        return self._requests
-
-    async def _within(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """The result of an operation, in time, or StoreUnavailable."""
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await work
-        except TimeoutError:
-            reason = f"no answer within {self._timeout * 1000:.0f} ms"
-        except ReadOnlyError:
-            if self._servers is not None:
-                self._servers.lose("the server is a replica now")
-            reason = "the server is a replica, which cannot be written to"
-        except OutOfMemoryError:
-            reason = "the server's memory is full (maxmemory)"
-        except (RedisError, ConfigError) as error:
-            reason = str(error)
-        raise StoreUnavailable(self._hide(reason))
-
-    def _make_servers(self) -> Servers:
-        url = self._url
-        if url.kind is Kind.CLUSTER:
-            return Cluster(
-                url.addresses,
-                self._target,
-                timeout=self._timeout,
-                prepare=self._prepare,
-                on_news=self._take_news,
-                on_gap=self._tell_gap,
-            )
-
-        async def its_own() -> Target:
-            return self._target(url.addresses[0] if url.addresses else ("", 0))
-
-        find = its_own
-        if url.kind is Kind.SENTINEL:
-            find = Sentinels(url.addresses, url.service, self._target, self._timeout).find
-        return SingleServer(
-            find,
-            timeout=self._timeout,
-            prepare=self._prepare,
-            on_news=self._take_news,
-            on_gap=self._tell_gap,
-        )
-
-    def _target(self, address: Address) -> Target:
-        url = self._url
-        return Target(
-            *address,
-            path=url.path,
-            tls=self._tls,
-            username=url.username,
-            password=self._password,
-            database=url.database,
-        )
-
-    async def _prepare(self, link: Link, was_flushed: bool) -> None:
-        """Have a server tell what others change, look at the marks that it should have, and give it the scripts."""
-        await link.call("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", self._prefix + b"c:")
-        shards = range(CLUSTER_SHARDS if self._url.kind is Kind.CLUSTER else 1)
-        await asyncio.gather(
-            _load_scripts(link), *(self._check_mark(link, shard, was_flushed) for shard in shards)
-        )
-
-    async def _check_mark(self, link: Link, shard: int, was_flushed: bool) -> None:
-        """See that what is there was written by no newer version, and that it still is what it was.
-
-        Raises ConfigError.
-        """
-        key, mine = self._prefix + b"v:{%d}" % shard, b"%d %s" % (SCHEMA, self._entropy(16).hex().encode())
-        try:
-            found = await link.call("GET", key) or await link.call("SET", key, mine, "NX", "GET") or mine
-        except AskError:  # another server of the cluster has it
-            return
-        version, _, mark = found.partition(b" ")
-        if not version.isdigit() or int(version) > SCHEMA:
-            said = escape_text(version.decode("latin-1"), 20)
-            raise ConfigError(
-                [
-                    f"store.url: what {self._url} keeps was written by a newer version of zcproto "
-                    f"(schema {said}; this one knows {SCHEMA}): upgrade this one"
-                ]
-            )
-        if not was_flushed and self._marks.get(shard, mark) != mark:
-            self._is_emptied = True
-        self._marks[shard] = mark
-
-    def _take_news(self, keys: Sequence[bytes]) -> None:
-        """The server says which keys were changed: the names tell whose, and by whom."""
-        start = len(self._prefix) + len(b"c:{") + TAG_SIZE + len(b"}")
-        for key in keys:
-            id = id_from_text(key[start + NODE_SIZE :].decode("ascii", "replace"))
-            if id is not None and key[start : start + NODE_SIZE] != self._node:
-                self._on_change(Change(ChangeKind.SESSION, id))
-
-    def _tell_gap(self) -> None:
-        """A connection was made again."""
-        is_emptied, self._is_emptied = self._is_emptied, False
-        self._on_change(Change(ChangeKind.EMPTIED if is_emptied else ChangeKind.ALL))
-
-    def _hide(self, text: str) -> str:
-        if self._password:
-            text = text.replace(self._password, "***")
-        return escape_text(text, 200)
-
-
-async def _load_scripts(link: Link) -> None:
-    scripts = list(SCRIPTS.values())
-    known = await link.call("SCRIPT", "EXISTS", *(script.sha for script in scripts))
-    missing = [script for script, is_known in zip(scripts, known, strict=True) if not is_known]
-    await asyncio.gather(*(link.call("SCRIPT", "LOAD", script.source) for script in missing))
-
-
-def _ignore(change: Change) -> None:
-    """Nobody listens."""
-
-
-def _tls(
-    url: ServerUrl, ca_file: Path | None, certificate: Path | None, key: Path | None
-) -> ssl.SSLContext | None:
-    if not url.tls:
-        if ca_file is not None or certificate is not None:
-            raise ConfigError(
-                ["store.ca_file: the store is asked without TLS; write rediss:// or valkeys://"]
-            )
-        return None
-    try:
-        context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if certificate is not None:
-            context.load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            [f"store.ca_file: it or the certificate for the store cannot be used: {error}"]
-        ) from None
-    return context
+def _too_many(whose: str) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"too many requests {whose}with an idempotency key are running; wait for one to end",
+        {"retry_after_ms": _RETRY_MS},
+    )

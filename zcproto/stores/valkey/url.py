@@ -1,6 +1,6 @@
-"""The address of a Valkey or Redis server, read from a URL.
+"""Parse the URL of a Valkey or Redis server.
 
-What this file decides: which forms of address there are, and how one is shown without its password.
+What this file decides: which URLs are valid, and how one is shown without its password.
 
     redis://[user[:password]@]host[:port][/database]      also valkey://
     rediss://...                                          also valkeys://: over TLS
@@ -8,8 +8,9 @@ What this file decides: which forms of address there are, and how one is shown w
     redis+sentinel://[user[:password]@]host[:port],host[:port]/service[/database]
     redis+cluster://[user[:password]@]host[:port],host[:port]
 
-`redis` may be `rediss`, `valkey` or `valkeys` in the last two, too. In user and password `%` escapes as in all
-URLs. It must not know: connections.
+In the last two `redis` may also be `rediss`, `valkey` or `valkeys`. User and password are percent-encoded.
+
+It must not know: connections.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SCHEME: Final = re.compile(
 )
 _ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.%A-Za-z]+\]|[^\[\]:/?#@\s]+)(?::([0-9]{1,5}))?")
 _DATABASE: Final = re.compile(r"[0-9]{1,5}")
-_CURE: Final = (
+_FIX: Final = (
     "write it as redis://user:password@host:6379/0, rediss:// for TLS, unix:///path, "
     "redis+sentinel://host,host/service or redis+cluster://host,host"
 )
@@ -41,7 +42,7 @@ Address = tuple[str, int]
 
 
 class Kind(Enum):
-    """How servers are found."""
+    """How the servers are found."""
 
     SINGLE = "single"
     SENTINEL = "sentinel"
@@ -50,22 +51,22 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ServerUrl:
-    """Where the store is, and as whom to log in."""
+    """Where the servers are, and how to log in."""
 
     kind: Kind
     addresses: tuple[Address, ...] = ()
-    """Of the server, of the sentinels, or of some of the cluster's nodes."""
+    """The server, the sentinels, or some nodes of the cluster."""
     path: str = ""
-    """Of a Unix socket, instead of addresses."""
+    """The path of a Unix socket, in place of addresses."""
     tls: bool = False
     username: str = ""
     password: str = field(default="", repr=False)
     service: str = ""
-    """The name by which sentinels know the server."""
+    """The name of the service that the sentinels monitor."""
     database: int = 0
 
     def __str__(self) -> str:
-        """The address for people: never with a password."""
+        """Return the URL without its password."""
         where = self.path or ",".join(address_text(address) for address in self.addresses)
         kind = "unix" if self.path else "rediss" if self.tls else "redis"
         if self.kind is not Kind.SINGLE:
@@ -76,19 +77,19 @@ class ServerUrl:
 
 
 def address_text(address: Address) -> str:
-    """Host and port in one word."""
+    """Return host and port as text."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_url(url: str) -> ServerUrl:
-    """Read a URL. Raises ConfigError, which never shows what was given: it may hold a password."""
+    """Parse a URL. Raises ConfigError, which never shows the URL because it may contain a password."""
     scheme, found, rest = url.partition("://")
     match = _SCHEME.fullmatch(scheme)
     if not found or match is None:
-        raise _fault("is no address of a Valkey or Redis server")
+        raise _fault("is not the URL of a Valkey or Redis server")
     family, kind_name = match.groups()
-    # The last @: not everybody escapes those of a password. The path of a socket may have one, too.
+    # The last @, because a password may contain one that is not encoded. The path of a socket may contain one too.
     credentials, _, rest = ("", "", rest) if rest.startswith("/") else rest.rpartition("@")
     username, _, password = credentials.partition(":")
     username, password = unquote(username), unquote(password)
@@ -118,7 +119,7 @@ def parse_url(url: str) -> ServerUrl:
 def _addresses(where: str, kind: Kind) -> tuple[Address, ...]:
     texts = where.split(",")
     if kind is Kind.SINGLE and len(texts) > 1:
-        raise _fault("names several servers; that takes redis+sentinel:// or redis+cluster://")
+        raise _fault("names several servers; use redis+sentinel:// or redis+cluster://")
     if len(texts) > MAX_ADDRESSES:
         raise _fault(f"names more than {MAX_ADDRESSES} servers")
     addresses: list[Address] = []
@@ -132,7 +133,7 @@ def _addresses(where: str, kind: Kind) -> tuple[Address, ...]:
 
 
 def _parts(kind: Kind, path: str, query: str) -> tuple[str, int]:
-    """The service and the database."""
+    """Return the service and the database."""
     parts = [unquote(part) for part in path.split("/")] if path else []
     service = ""
     if kind is Kind.SENTINEL:
@@ -142,7 +143,7 @@ def _parts(kind: Kind, path: str, query: str) -> tuple[str, int]:
     database = _query(query)
     if parts and parts != [""]:
         if len(parts) > 1 or query:
-            raise _fault("has more in its path than a database's number")
+            raise _fault("has more in its path than the number of a database")
         database = _database(parts[0])
     if kind is Kind.CLUSTER and database:
         raise _fault("names a database, but a cluster has database 0 only")
@@ -158,15 +159,15 @@ def _path(path: str) -> str:
 def _query(query: str) -> int:
     pairs = parse_qsl(query, keep_blank_values=True)
     if query and [name for name, _ in pairs] != ["db"]:
-        raise _fault('has something after its "?" that is not db=NUMBER')
+        raise _fault("has a query that is not db=NUMBER")
     return _database(pairs[0][1]) if pairs else 0
 
 
 def _database(text: str) -> int:
     if not _DATABASE.fullmatch(text):
-        raise _fault("has a database that is no number")
+        raise _fault("has a database that is not a number")
     return int(text)
 
 
 def _fault(what: str) -> ConfigError:
-    return ConfigError([f"store.url: it {what}; {_CURE}"])
+    return ConfigError([f"store.url: it {what}; {_FIX}"])

@@ -1,0 +1,329 @@
+"""The client of a Valkey or Redis store: connects, prepares servers, runs scripts and reports changes.
+
+What this file decides: which commands prepare a server, how failures are translated, what client tracking means.
+The operations are in store.py; what they do to keys is in sessions.lua and answers.lua.
+
+It must not know: what an operation is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import msgpack
+from redis.exceptions import (
+    AskError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+
+from zcproto.common.clock import Entropy, system_entropy
+from zcproto.common.text import escape_text
+from zcproto.errors import ConfigError
+from zcproto.sessions.token import id_from_text
+from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
+from zcproto.stores.valkey.link import Link, Target
+from zcproto.stores.valkey.records import NODE_SIZE, TAG_SIZE
+from zcproto.stores.valkey.scripts import SCRIPTS
+from zcproto.stores.valkey.servers import CLUSTER_SHARDS, Cluster, Hooks, Sentinels, Servers, SingleServer
+from zcproto.stores.valkey.url import Address, Kind, ServerUrl, parse_url
+
+TIMEOUT_S: Final = 0.25
+PREFIX: Final = "zcp:"
+SCHEMA: Final = 1
+
+P = ParamSpec("P")
+T = TypeVar("T")
+S = TypeVar("S", bound="ValkeyClient")
+
+
+def operation(
+    method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """Apply the store's timeout to a method, and raise StoreUnavailable for every failure of the servers."""
+
+    @wraps(method)
+    async def limited(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._within(method(self, *args, **kwargs))
+
+    return limited
+
+
+class ValkeyClient:
+    """The connections of one process to the servers at a URL (see url.py). Keys begin with `prefix`.
+
+    `timeout` is in seconds, for each operation and for connecting. `password` replaces the one in the URL. With
+    TLS, `ca_file` has the trusted authorities in place of the system's; `certificate_file` and `key_file` are for
+    servers that require client certificates.
+
+    Raises ConfigError for a URL or a file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        password: str | None = None,
+        ca_file: Path | None = None,
+        certificate_file: Path | None = None,
+        key_file: Path | None = None,
+        timeout: float = TIMEOUT_S,
+        prefix: str = PREFIX,
+        answers: AnswerLimits | None = None,
+        entropy: Entropy = system_entropy,
+    ) -> None:
+        self._url = parse_url(url)
+        self._password = self._url.password if password is None else password
+        if self._url.username and not self._password:
+            raise ConfigError(["store.url: it has a user without a password; set store.password_file"])
+        self._tls = _tls_context(self._url, ca_file, certificate_file, key_file)
+        self._timeout = timeout
+        self._prefix = prefix.encode()
+        if b"{" in self._prefix or b"}" in self._prefix:
+            raise ConfigError(["store.prefix: it must not contain { or }, which divide keys among servers"])
+        self._answers = answers or AnswerLimits()
+        self._node = entropy(NODE_SIZE // 2).hex().encode()
+        self._entropy = entropy
+        self._marks: dict[int, bytes] = {}
+        self._is_emptied = False
+        self._servers: Servers | None = None
+        self._on_change: Callable[[Change], None] = _ignore
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._url})"
+
+    @property
+    def shared(self) -> bool:
+        return True
+
+    async def open(self, on_change: Callable[[Change], None]) -> None:
+        """Open the store as in `SessionStore.open`. May be called again after it failed.
+
+        After a connection was lost and made again, `on_change` is called with ALL, or with EMPTIED if the server
+        came back without its data. FLUSHDB is deliberate and reported as ALL. Changes by another ValkeyStore in
+        this process are reported too.
+        """
+        assert self._servers is None, "the store is open"
+        self._marks.clear()
+        servers = self._make_servers()
+        await servers.open()  # leaves no connection open if it fails
+        self._servers = servers
+        self._on_change = on_change
+
+    async def close(self) -> None:
+        servers, self._servers, self._on_change = self._servers, None, _ignore
+        if servers is not None:
+            await servers.close()
+
+    @operation
+    async def ping(self) -> None:
+        await self._gather(
+            self._call("SET", self._shard_key(b"p", shard), b"", "PX", 1_000) for shard in range(self._shards)
+        )
+
+    @operation
+    async def examine(self) -> Sequence[str]:
+        """Return warnings about the servers' configuration."""
+        wanted = ("appendonly", "appendfsync", "maxmemory-policy")
+        try:
+            settings = await self._connected.call(self._prefix + b"schema", "CONFIG", "GET", *wanted)
+        except ResponseError:
+            return [
+                "the server does not show its configuration: check appendonly, appendfsync and maxmemory-policy"
+            ]
+        found: list[str] = []
+        values = {name.decode(): value.decode() for name, value in settings.items()}
+        if values.get("appendonly") != "yes":
+            found.append("appendonly is off: a restart of the server loses sessions and revocations")
+        elif values.get("appendfsync") != "always":
+            found.append("appendfsync is not always: a crash of its machine may lose the last second")
+        if values.get("maxmemory-policy") != "noeviction":
+            found.append("maxmemory-policy is not noeviction: the server may drop sessions when it is full")
+        return found
+
+    # --- commands and scripts ----------------------------------------------------------------------
+
+    @property
+    def _connected(self) -> Servers:
+        if self._servers is None:
+            raise StoreUnavailable("it is not open")
+        return self._servers
+
+    @property
+    def _shards(self) -> int:
+        return self._connected.shards
+
+    @property
+    def _is_clustered(self) -> bool:
+        return self._connected.clustered
+
+    async def _within(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run an operation within the timeout. Raises StoreUnavailable."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await work
+        except TimeoutError:
+            reason = f"no answer within {self._timeout * 1000:.0f} ms"
+        except ReadOnlyError:
+            if self._servers is not None:
+                self._servers.lose("the server became a replica")
+            reason = "the server is a replica, which cannot be written to"
+        except OutOfMemoryError:
+            reason = "the server's memory is full (maxmemory)"
+        except (RedisError, ConfigError) as error:
+            reason = str(error)
+        raise StoreUnavailable(self._hide_password(reason))
+
+    async def _call(self, *command: Any) -> Any:
+        """Send a command whose first argument is a key."""
+        return await self._connected.call(command[1], *command)
+
+    async def _run(self, name: str, tag: bytes, *arguments: Any) -> Any:
+        """Run a script for the keys of one user, then the commands that it returns for keys of other slots."""
+        key = self._prefix + b"u:{" + tag + b"}" if tag else self._shard_key(b"x", 0)
+        result, elsewhere = await self._run_for(key, name, tag, *arguments)
+        if elsewhere:
+            await self._gather(self._call(*command) for command in elsewhere)
+        return result
+
+    async def _run_for(self, key: bytes, name: str, tag: bytes, *arguments: Any) -> Any:
+        servers, script = self._connected, SCRIPTS[name]
+        head = (self._prefix, self._node, servers.clustered, self._shard(tag), tag)
+        argument: bytes = msgpack.packb([*head, *arguments], use_bin_type=False)
+        try:
+            raw = await servers.call(key, "EVALSHA", script.sha, 1, key, argument)
+        except NoScriptError:
+            raw = await servers.call(key, "EVAL", script.source, 1, key, argument)
+        return msgpack.unpackb(raw, raw=True)
+
+    async def _gather(self, calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Run calls concurrently; a single one without a task."""
+        calls = list(calls)
+        return [await calls[0]] if len(calls) == 1 else list(await asyncio.gather(*calls))
+
+    def _session_key(self, tag: bytes, id: bytes) -> bytes:
+        return self._prefix + b"s:{" + tag + b"}" + id
+
+    def _shard_key(self, kind: bytes, shard: int) -> bytes:
+        return self._prefix + kind + b":{%d}" % shard
+
+    def _shard(self, tag: bytes) -> int:
+        return sum(tag) % self._shards
+
+    # --- servers -----------------------------------------------------------------------------------
+
+    def _make_servers(self) -> Servers:
+        url = self._url
+        hooks = Hooks(self._timeout, self._prepare, self._keys_changed, self._reconnected)
+        if url.kind is Kind.CLUSTER:
+            return Cluster(url.addresses, self._target, hooks)
+
+        async def configured() -> Target:
+            return self._target(url.addresses[0] if url.addresses else ("", 0))
+
+        find = configured
+        if url.kind is Kind.SENTINEL:
+            find = Sentinels(url.addresses, url.service, self._target, self._timeout).find
+        return SingleServer(find, hooks)
+
+    def _target(self, address: Address) -> Target:
+        url = self._url
+        return Target(
+            *address,
+            path=url.path,
+            tls=self._tls,
+            username=url.username,
+            password=self._password,
+            database=url.database,
+        )
+
+    async def _prepare(self, link: Link, was_flushed: bool) -> None:
+        """Turn on client tracking, check the marks and load the scripts of a new connection."""
+        await link.call("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", self._prefix + b"c:")
+        shards = range(CLUSTER_SHARDS if self._url.kind is Kind.CLUSTER else 1)
+        await asyncio.gather(
+            _load_scripts(link), *(self._check_mark(link, shard, was_flushed) for shard in shards)
+        )
+
+    async def _check_mark(self, link: Link, shard: int, was_flushed: bool) -> None:
+        """Check that the data was written by no newer version, and whether it is the same data as before.
+
+        Raises ConfigError.
+        """
+        key, new = self._prefix + b"v:{%d}" % shard, b"%d %s" % (SCHEMA, self._entropy(16).hex().encode())
+        try:
+            found = await link.call("GET", key) or await link.call("SET", key, new, "NX", "GET") or new
+        except AskError:  # the slot is on another server of the cluster
+            return
+        version, _, mark = found.partition(b" ")
+        if not version.isdigit() or int(version) > SCHEMA:
+            shown = escape_text(version.decode("latin-1"), 20)
+            raise ConfigError(
+                [
+                    f"store.url: the data at {self._url} was written by a newer version of zcproto "
+                    f"(schema {shown}; this one supports {SCHEMA}): upgrade this one"
+                ]
+            )
+        if not was_flushed and self._marks.get(shard, mark) != mark:
+            self._is_emptied = True
+        self._marks[shard] = mark
+
+    def _keys_changed(self, keys: Sequence[bytes]) -> None:
+        """Report changes by other processes. The name of a key has the session and the process that changed it."""
+        start = len(self._prefix) + len(b"c:{") + TAG_SIZE + len(b"}")
+        for key in keys:
+            id = id_from_text(key[start + NODE_SIZE :].decode("ascii", "replace"))
+            if id is not None and key[start : start + NODE_SIZE] != self._node:
+                self._on_change(Change(ChangeKind.SESSION, id))
+
+    def _reconnected(self) -> None:
+        is_emptied, self._is_emptied = self._is_emptied, False
+        self._on_change(Change(ChangeKind.EMPTIED if is_emptied else ChangeKind.ALL))
+
+    def _hide_password(self, text: str) -> str:
+        if self._password:
+            text = text.replace(self._password, "***")
+        return escape_text(text, 200)
+
+
+async def _load_scripts(link: Link) -> None:
+    scripts = list(SCRIPTS.values())
+    known = await link.call("SCRIPT", "EXISTS", *(script.sha for script in scripts))
+    missing = [script for script, is_known in zip(scripts, known, strict=True) if not is_known]
+    await asyncio.gather(*(link.call("SCRIPT", "LOAD", script.source) for script in missing))
+
+
+def _ignore(change: Change) -> None:
+    """No-op callback."""
+
+
+def _tls_context(
+    url: ServerUrl, ca_file: Path | None, certificate: Path | None, key: Path | None
+) -> ssl.SSLContext | None:
+    if not url.tls:
+        if ca_file is not None or certificate is not None:
+            raise ConfigError(
+                [
+                    "store.ca_file: store.url is without TLS; write rediss:// or valkeys://, or remove the files"
+                ]
+            )
+        return None
+    try:
+        context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if certificate is not None:
+            context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            [f"store.ca_file: it or the client certificate for the store cannot be used: {error}"]
+        ) from None
+    return context
