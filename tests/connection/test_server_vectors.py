@@ -10,7 +10,8 @@ import pytest
 from tests.helpers import NOW, Answer, with_requests
 from tests.wire.vectors import Vector, document, expected_message, frame_vectors, typed
 from zcproto.connection.events import ConnectionEnded, Request, RequestEnded, SessionJoined
-from zcproto.connection.server import NEEDS_SESSION, ServerConnection
+from zcproto.connection.refusals import NEEDS_SESSION
+from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession, SessionRegistry, SessionSettings

@@ -53,8 +53,8 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
 fails too."""
 
 HOW_TO_ADD = (
-    "add it to zcproto/observe/events.py, by _event(name, level, meaning, fields, limit, by_peer=...), and what is"
-    " new to FIELDS; then: python -m docs.generate"
+    "add it to zcproto/observe/events.py, by _event or _peer_event(name, level, meaning, fields, limit), and new"
+    " fields to FIELDS; then: python -m docs.generate"
 )
 
 

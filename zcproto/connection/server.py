@@ -16,8 +16,9 @@ It must not know: sockets, TLS, clocks, handlers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+from zcproto.connection import refusals
 from zcproto.connection.events import (
     NEVER,
     ConnectionEnded,
@@ -30,6 +31,7 @@ from zcproto.connection.events import (
     SessionJoined,
     TokenUnknown,
 )
+from zcproto.connection.joined import JoinedSessions
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, ProtocolError
@@ -70,32 +72,8 @@ ALWAYS: Final = 2**64
 TOUCH_INTERVAL_MS: Final = 1_000
 """Minimum interval at which one connection updates the last use of a session; idle limits are minutes."""
 
-TOKEN_ERRORS: Final = {
-    Code.UNAUTHENTICATED: encode_error(Code.UNAUTHENTICATED, "unknown token: open a session"),
-    Code.TOKEN_EXPIRED: encode_error(Code.TOKEN_EXPIRED, "token expired: refresh it or open a session"),
-    Code.TOKEN_REVOKED: encode_error(Code.TOKEN_REVOKED, "token revoked: open a session"),
-    Code.SESSION_REPLACED: encode_error(
-        Code.SESSION_REPLACED, "session replaced by a newer one of this user"
-    ),
-    Code.UNAVAILABLE: encode_error(
-        Code.UNAVAILABLE, "no token can be checked just now: try again", {"retry_after_ms": 1_000}
-    ),
-}
-LOOKED_UP: Final = {TOKEN_ERRORS[code]: code for code in (Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED)}
-"""Refusals that require a lookup first, if `looks_up` is set."""
-
 ATTACH: Final = "session.attach"
 """The only method allowed with a bound token whose key is not proved."""
-
-NEEDS_ATTACH: Final = encode_error(
-    Code.UNAUTHENTICATED, "bound token: prove its key here by session.attach first", {"attach": True}
-)
-NEEDS_CERTIFICATE: Final = encode_error(
-    Code.UNAUTHENTICATED, "token bound to another client certificate: open a session", {"certificate": True}
-)
-NEEDS_SESSION: Final = encode_error(Code.UNAUTHENTICATED, "no session: call session.open first")
-CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
-DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
 
 _pack_header = HEADER.pack
 _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
@@ -103,17 +81,6 @@ _OPEN: Final = State.OPEN
 _DRAINING: Final = State.DRAINING
 _READING: Final = frozenset({State.OPEN, State.DRAINING})
 _NO_KEYS: Final[frozenset[str]] = frozenset()
-
-
-class JoinedSession(NamedTuple):
-    """A live session used on a connection. `expiring_at` is monotonic seconds, NEVER after its event."""
-
-    token: bytes
-    expires_at: int
-    expiring_at: float
-
-    def __repr__(self) -> str:
-        return f"JoinedSession(expires_at={self.expires_at})"
 
 
 class ServerConnection:
@@ -131,7 +98,6 @@ class ServerConnection:
         "_admits",
         "_counter",
         "_decoder",
-        "_expiring_at",
         "_held",
         "_last_counter",
         "_last_frame",
@@ -179,9 +145,8 @@ class ServerConnection:
         self._session: Session | None = None
         self._seen_generation = registry.generation
         self._recheck_at = ALWAYS
-        self._sessions: dict[str, JoinedSession] = {}  # live sessions used here
+        self._sessions = JoinedSessions()
         self._proved = _NO_KEYS  # keys whose bound sessions may be used here
-        self._expiring_at = NEVER
         self._open_deadline = now + settings.open_timeout_s
         self._held: dict[int, Request] = {}
         self._lingering = 0  # answered early, with their handlers still running
@@ -266,7 +231,7 @@ class ServerConnection:
                     elif head == CANCEL:
                         held = self._held.get(stream)
                         if held is not None and held.token == token:
-                            self._answer_early(held, CANCELLED, wall)
+                            self._answer_early(held, refusals.CANCELLED, wall)
                             yield RequestEnded(held, Code.CANCELLED)
                     continue
                 if self._held and stream in self._held:
@@ -278,8 +243,8 @@ class ServerConnection:
                     or registry.generation != self._seen_generation
                 ):
                     joined = self._session_of(token, wall, now)
-                    if looks_up and isinstance(joined, bytes) and joined in LOOKED_UP:
-                        unknown = TokenUnknown(token, LOOKED_UP[joined])
+                    if looks_up and isinstance(joined, bytes) and joined in refusals.LOOKED_UP:
+                        unknown = TokenUnknown(token, refusals.LOOKED_UP[joined])
                         yield unknown
                         if self.state is _CLOSED:
                             return
@@ -314,7 +279,7 @@ class ServerConnection:
                     self._refuse("malformed", stream, token, malformed, wall)
                     continue
                 if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
-                    self._refuse("deadline", stream, token, DEADLINE_EXCEEDED, wall)
+                    self._refuse("deadline", stream, token, refusals.DEADLINE_EXCEEDED, wall)
                     continue
                 yield stream, token, session, method, params, meta
                 if self.state is _CLOSED:  # ended by the edge
@@ -328,10 +293,7 @@ class ServerConnection:
         if self._stale_in_a_row >= self._settings.max_stale_in_a_row:
             return True
         if head == REQUEST:
-            body = encode_error(
-                Code.STALE_TIMESTAMP, "timestamp out of tolerance: set the clock", {"server_time": wall}
-            )
-            self._refuse("stale", stream, token, body, wall)
+            self._refuse("stale", stream, token, refusals.stale(wall), wall)
         else:
             self.dropped_stale += 1
         return False
@@ -350,12 +312,12 @@ class ServerConnection:
         session = registry.check(token, wall)
         if isinstance(session, Code):
             self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
-            return TOKEN_ERRORS[session]
+            return refusals.TOKEN_ERRORS[session]
         known = self._sessions.get(session.id)
         is_known = known is not None and known.token == token
         if not is_known and self._admits is not None and not self._admits(session):
             self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
-            return TOKEN_ERRORS[Code.UNAUTHENTICATED]
+            return refusals.TOKEN_ERRORS[Code.UNAUTHENTICATED]
         if session.bound:
             key = registry.key_of(session)
             if key not in self._proved:
@@ -378,8 +340,8 @@ class ServerConnection:
 
         A body too large for a connection without a session is not decoded.
         """
-        refusal = NEEDS_ATTACH if wanted.key.startswith(DEVICE_KEY) else NEEDS_CERTIFICATE
-        if refusal is NEEDS_ATTACH and length <= self._settings.max_frame_before_session:
+        refusal = refusals.NEEDS_ATTACH if wanted.key.startswith(DEVICE_KEY) else refusals.NEEDS_CERTIFICATE
+        if refusal is refusals.NEEDS_ATTACH and length <= self._settings.max_frame_before_session:
             try:
                 method, params, meta = decode_request(body, self._settings.max_depth)
             except MessageError:
@@ -389,7 +351,7 @@ class ServerConnection:
                     return None
                 if meta.deadline_ms is None or meta.deadline_ms > 0:
                     return stream, token, wanted.session, method, params, meta
-                refusal = DEADLINE_EXCEEDED
+                refusal = refusals.DEADLINE_EXCEEDED
         self._refuse("key_not_proved", stream, token, refusal, wall)
         return None
 
@@ -411,22 +373,12 @@ class ServerConnection:
         """Refuse a request because of the connection's state or limits, before decoding its body."""
         settings = self._settings
         if session is None and length > settings.max_frame_before_session:
-            self._refuse("too_large_without_session", stream, token, NEEDS_SESSION, wall)
+            self._refuse("too_large_without_session", stream, token, refusals.NEEDS_SESSION, wall)
             return True
         if self.state is State.DRAINING:
-            reason = "draining"
-            body = encode_error(
-                Code.UNAVAILABLE,
-                "the server is going away: connect again",
-                {"retry_after_ms": settings.retry_draining_ms},
-            )
+            reason, body = "draining", refusals.draining(settings.retry_draining_ms)
         elif len(self._held) + self._lingering >= settings.max_streams:
-            reason = "max_streams"
-            body = encode_error(
-                Code.RESOURCE_EXHAUSTED,
-                "too many requests in flight on this connection",
-                {"retry_after_ms": settings.retry_busy_ms},
-            )
+            reason, body = "max_streams", refusals.too_many_requests(settings.retry_busy_ms)
         else:
             return False
         self._refuse(reason, stream, token, body, wall)
@@ -517,10 +469,7 @@ class ServerConnection:
 
     def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
         """Add a session opened, refreshed or used here, and apply the limits of a connection with a session."""
-        expiring_at = now + max(0, session.expiring_at - wall) / MS
-        self._sessions[session.id] = JoinedSession(token, session.expires_at, expiring_at)
-        if expiring_at < self._expiring_at:
-            self._expiring_at = expiring_at
+        if self._sessions.join(session, token, wall, now):
             self.deadline_moved = True
         self._open_deadline = NEVER
         self._decoder.limit = self._settings.max_frame
@@ -588,7 +537,7 @@ class ServerConnection:
         if self.state is _CLOSED:
             return NEVER
         idle_at = self._last_frame + self._settings.idle_timeout_s
-        earliest = min(self._open_deadline, self._expiring_at, idle_at)
+        earliest = min(self._open_deadline, self._sessions.expiring_at, idle_at)
         if not self._held:
             return earliest
         return min(earliest, *(request.deadline for request in self._held.values()))
@@ -599,10 +548,12 @@ class ServerConnection:
         if self.state is _CLOSED:
             return events
         for request in [held for held in self._held.values() if held.deadline <= now]:
-            self._answer_early(request, DEADLINE_EXCEEDED, wall)
+            self._answer_early(request, refusals.DEADLINE_EXCEEDED, wall)
             events.append(RequestEnded(request, Code.DEADLINE_EXCEEDED))
-        if self._expiring_at <= now:
-            self._warn_of_expiry(wall, now)
+        if self._sessions.expiring_at <= now:
+            for joined in self._sessions.take_expiring(now):
+                body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
+                self._send(EVENT, 0, joined.token, body, wall)
         reason = None
         if self._open_deadline <= now:
             reason = GoAwayReason.NO_SESSION
@@ -617,16 +568,6 @@ class ServerConnection:
             self.state = next_state(self.state, Input.END)
             events.append(ConnectionEnded(None, reason))
         return events
-
-    def _warn_of_expiry(self, wall: int, now: float) -> None:
-        self._expiring_at = NEVER
-        for session_id, joined in self._sessions.items():
-            if joined.expiring_at <= now:
-                self._sessions[session_id] = joined._replace(expiring_at=NEVER)
-                body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
-                self._send(EVENT, 0, joined.token, body, wall)
-            elif joined.expiring_at < self._expiring_at:
-                self._expiring_at = joined.expiring_at
 
     # --- output ---------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Rules:
 - Events that a peer can cause at will have a limit, which `zcproto.observe.log` enforces for all callers.
 - docs/reference/log-events.md is generated from this table; a test compares the table with all places that log.
 
-Add an event here first: `_event(...)` below, and each new field in FIELDS.
+Add an event here first: `_event(...)` or `_peer_event(...)` below, and each new field in FIELDS.
 """
 
 from __future__ import annotations
@@ -113,16 +113,14 @@ FIELDS: Final[dict[str, str]] = {
 """Meaning of each field, in every event."""
 
 
-def _event(
-    name: str,
-    level: str,
-    meaning: str,
-    fields: str = "",
-    limit: Limit | None = None,
-    *,
-    by_peer: bool = False,
-) -> None:
-    EVENTS[name] = Event(name, level, meaning, tuple(fields.split()), limit, by_peer)
+def _event(name: str, level: str, meaning: str, fields: str = "", limit: Limit | None = None) -> None:
+    """Add an event that only the server or its operator causes."""
+    EVENTS[name] = Event(name, level, meaning, tuple(fields.split()), limit, by_peer=False)
+
+
+def _peer_event(name: str, level: str, meaning: str, fields: str, limit: Limit) -> None:
+    """Add an event that a peer can cause at will."""
+    EVENTS[name] = Event(name, level, meaning, tuple(fields.split()), limit, by_peer=True)
 
 
 # --- the server ----------------------------------------------------------------------------------------
@@ -158,7 +156,7 @@ _event(
 _event("server.methods_stuck", "error", "Methods did not end after they were cancelled.", "count")
 _event("server.ended", "info", "The server has ended; all connections are closed.", "cut_off")
 _event("server.forced", "warning", "A second signal ended the server at once.")
-_event("server.fault", "error", "Internal error in the event loop.", "what exc_info", PER_EVENT, by_peer=True)
+_peer_event("server.fault", "error", "Internal error in the event loop.", "what exc_info", PER_EVENT)
 
 # --- the configuration, read again -----------------------------------------------------------------------
 
@@ -179,13 +177,7 @@ _event(
 
 # --- the control socket ----------------------------------------------------------------------------------
 
-_event(
-    "control.refused",
-    "warning",
-    "Another user tried to use the control socket.",
-    "uid pid",
-    PER_EVENT,
-)
+_event("control.refused", "warning", "Another user tried to use the control socket.", "uid pid", PER_EVENT)
 _event(
     "control.unavailable",
     "warning",
@@ -202,177 +194,126 @@ _event(
 
 # --- connections -----------------------------------------------------------------------------------------
 
-_event(
+_peer_event(
     "listener.exhausted",
     "error",
     "A connection cannot be accepted: the system has no descriptors or memory left.",
     "reason retry_after_s",
     Limit(10),
-    by_peer=True,
 )
-_event(
+_peer_event(
     "connection.refused_full",
     "info",
     "A connection was refused: limits.max_connections is reached.",
     "limit",
     Limit(10),
-    by_peer=True,
 )
-_event(
+_peer_event(
     "connection.refused_per_address",
     "info",
     "A connection was refused: limits.connections_per_address is reached.",
     "peer balancer limit",
     PER_ADDRESS,
-    by_peer=True,
 )
-_event(
+_peer_event(
     "tls.failed",
     "info",
     "A TLS handshake or connection failed.",
     "cause peer",
     Limit(10, ("cause", "peer"), 300),
-    by_peer=True,
 )
-_event(
+_peer_event(
     "connection.opened",
     "debug",
     "A connection was opened after its handshake.",
     "peer connection",
     FOR_DEBUGGING,
-    by_peer=True,
 )
-_event(
-    "connection.ended",
-    "debug",
-    "A connection ended.",
-    "peer connection reason",
-    FOR_DEBUGGING,
-    by_peer=True,
-)
-_event(
+_peer_event("connection.ended", "debug", "A connection ended.", "peer connection reason", FOR_DEBUGGING)
+_peer_event(
     "connection.refused",
     "info",
     "A connection was ended because of invalid input.",
     "peer connection code reason",
     Limit(10, ("peer", "code"), 300),
-    by_peer=True,
 )
-_event(
+_peer_event(
     "connection.aborted",
     "info",
     "A connection was reset because its peer does not read.",
     "peer connection reason",
     Limit(10, ("peer", "reason"), 300),
-    by_peer=True,
 )
-_event(
+_peer_event(
     "connection.certificate_revoked",
     "warning",
     "A connection was closed because its client certificate was revoked.",
     "peer connection",
     PER_ADDRESS,
-    by_peer=True,
 )
-_event(
+_peer_event(
     "request.failed",
     "error",
     "A method or the server raised an unexpected exception. The caller got only the incident id.",
     "what incident exc_info peer connection",
     Limit(60, ("what",), 300),
-    by_peer=True,
 )
 
 # --- sessions ----------------------------------------------------------------------------------------------
 
-_event(
-    "session.opened",
-    "info",
-    "A session was opened.",
-    "session user peer connection scheme client",
-    PER_USER,
-    by_peer=True,
+_peer_event(
+    "session.opened", "info", "A session was opened.", "session user peer connection scheme client", PER_USER
 )
-_event(
-    "session.refreshed",
-    "info",
-    "A session was refreshed.",
-    "session user peer connection client",
-    PER_USER,
-    by_peer=True,
+_peer_event(
+    "session.refreshed", "info", "A session was refreshed.", "session user peer connection client", PER_USER
 )
-_event(
+_peer_event(
     "session.revoked",
     "info",
     "A user revoked one of their sessions, or all.",
     "session user peer connection which sessions",
     PER_USER,
-    by_peer=True,
 )
-_event(
-    "session.closed",
-    "info",
-    "A session was closed by its client.",
-    "session user peer connection",
-    PER_USER,
-    by_peer=True,
+_peer_event(
+    "session.closed", "info", "A session was closed by its client.", "session user peer connection", PER_USER
 )
-_event(
+_peer_event(
     "session.not_admitted",
     "info",
     "A token was refused from an address that its session is not bound to.",
     "peer connection session",
     PER_ADDRESS,
-    by_peer=True,
 )
-_event(
+_peer_event(
     "session.refresh_reused",
     "warning",
     "A spent refresh token was reused, so it may be stolen; the session was ended.",
     "session peer",
     PER_ADDRESS,
-    by_peer=True,
 )
-_event("login.failed", "info", "A login failed.", "peer connection scheme", PER_ADDRESS, by_peer=True)
-_event(
+_peer_event("login.failed", "info", "A login failed.", "peer connection scheme", PER_ADDRESS)
+_peer_event(
     "login.certificate_refused",
     "info",
     "A login by client certificate was refused: it names no user who may log in.",
     "peer reason",
     PER_ADDRESS,
-    by_peer=True,
 )
-_event(
-    "login.device_refused",
-    "info",
-    "A login by device key was refused.",
-    "peer reason",
-    PER_ADDRESS,
-    by_peer=True,
-)
-_event(
-    "http.token_refused",
-    "info",
-    "The token of an HTTPS request was refused.",
-    "peer",
-    PER_ADDRESS,
-    by_peer=True,
-)
-_event(
+_peer_event("login.device_refused", "info", "A login by device key was refused.", "peer reason", PER_ADDRESS)
+_peer_event("http.token_refused", "info", "The token of an HTTPS request was refused.", "peer", PER_ADDRESS)
+_peer_event(
     "device.enrolled",
     "info",
     "A device was enrolled with a code of `zcproto pair`.",
     "device user peer connection",
     PER_USER,
-    by_peer=True,
 )
-_event(
+_peer_event(
     "operator.revoked",
     "warning",
     "An operator revoked sessions of other users.",
     "operator user all sessions peer",
     Limit(120, ("operator",), 6_000),
-    by_peer=True,
 )
 _event("user.gone", "info", "A user was removed, disabled or given another key.", "user sessions")
 _event("device.gone", "info", "A device was removed.", "device user sessions")
@@ -461,13 +402,12 @@ _event(
     "reason",
 )
 _event("store.probe_failed", "error", "Internal error in a probe of the store.", "exc_info", PER_EVENT)
-_event(
+_peer_event(
     "store.task_failed",
     "error",
     "Internal error in a background operation of the store.",
     "exc_info",
     PER_EVENT,
-    by_peer=True,
 )
 _event(
     "store.upkeep_failed",
@@ -483,13 +423,12 @@ _event(
     "copy",
     PER_EVENT,
 )
-_event(
+_peer_event(
     "revocations.not_kept",
     "error",
     "A revocation is active on this server but could not be written to disk.",
     "reason",
     PER_EVENT,
-    by_peer=True,
 )
 _event(
     "revocations.not_removed",
@@ -503,31 +442,16 @@ _event(
 
 _ALERT: Final = "kind about severity title details count"
 
-_event(
-    "alert.began",
-    "warning",
-    "An alert began, see docs/alerts.md.",
-    _ALERT,
-    PER_EVENT,
-    by_peer=True,
-)
-_event(
-    "alert.changed",
-    "warning",
-    "The severity or subject of an alert changed.",
-    _ALERT,
-    PER_EVENT,
-    by_peer=True,
-)
-_event("alert.reminder", "warning", "An alert is still active.", _ALERT, PER_EVENT, by_peer=True)
-_event("alert.ended", "info", "An alert ended.", _ALERT, PER_EVENT, by_peer=True)
-_event(
+_peer_event("alert.began", "warning", "An alert began, see docs/alerts.md.", _ALERT, PER_EVENT)
+_peer_event("alert.changed", "warning", "The severity or subject of an alert changed.", _ALERT, PER_EVENT)
+_peer_event("alert.reminder", "warning", "An alert is still active.", _ALERT, PER_EVENT)
+_peer_event("alert.ended", "info", "An alert ended.", _ALERT, PER_EVENT)
+_peer_event(
     "alert.lost",
     "error",
     "A message about an alert could not be delivered to a webhook or command.",
     "sink what reason lost",
     PER_EVENT,
-    by_peer=True,
 )
 _event("alert.sink_failed", "error", "Internal error in a webhook or command.", "sink exc_info", PER_EVENT)
 _event(

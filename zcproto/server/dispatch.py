@@ -23,7 +23,8 @@ from typing import Any, Final
 from zcproto.app.app import RESERVED_PREFIXES, Method
 from zcproto.app.context import Context, DetachedContext
 from zcproto.connection.events import Request, RequestEnded
-from zcproto.connection.server import NEEDS_SESSION, ServerConnection
+from zcproto.connection.refusals import NEEDS_SESSION
+from zcproto.connection.server import ServerConnection
 from zcproto.errors import CallError, Cancelled, Code
 from zcproto.server.eager import Worker
 from zcproto.server.idempotency import Answer, Waiting, request_digest

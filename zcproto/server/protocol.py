@@ -31,7 +31,8 @@ from zcproto.connection.events import (
     SessionJoined,
     TokenUnknown,
 )
-from zcproto.connection.server import TOKEN_ERRORS, ServerConnection
+from zcproto.connection.refusals import TOKEN_ERRORS
+from zcproto.connection.server import ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import CallError, CertificateError, Code, TlsError
 from zcproto.observe.log import is_on

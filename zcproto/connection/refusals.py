@@ -1,0 +1,47 @@
+"""Encode the errors that a server answers frames with before they become requests, where possible once for all connections."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from zcproto.errors import Code
+from zcproto.wire.message import encode_error
+
+TOKEN_ERRORS: Final = {
+    Code.UNAUTHENTICATED: encode_error(Code.UNAUTHENTICATED, "unknown token: open a session"),
+    Code.TOKEN_EXPIRED: encode_error(Code.TOKEN_EXPIRED, "token expired: refresh it or open a session"),
+    Code.TOKEN_REVOKED: encode_error(Code.TOKEN_REVOKED, "token revoked: open a session"),
+    Code.SESSION_REPLACED: encode_error(
+        Code.SESSION_REPLACED, "session replaced by a newer one of this user"
+    ),
+    Code.UNAVAILABLE: encode_error(
+        Code.UNAVAILABLE, "no token can be checked just now: try again", {"retry_after_ms": 1_000}
+    ),
+}
+LOOKED_UP: Final = {TOKEN_ERRORS[code]: code for code in (Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED)}
+"""Refusals that require a lookup first, if `looks_up` is set."""
+
+NEEDS_ATTACH: Final = encode_error(
+    Code.UNAUTHENTICATED, "bound token: prove its key here by session.attach first", {"attach": True}
+)
+NEEDS_CERTIFICATE: Final = encode_error(
+    Code.UNAUTHENTICATED, "token bound to another client certificate: open a session", {"certificate": True}
+)
+NEEDS_SESSION: Final = encode_error(Code.UNAUTHENTICATED, "no session: call session.open first")
+CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
+DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
+
+
+def draining(retry_after_ms: int) -> bytes:
+    message = "the server is going away: connect again"
+    return encode_error(Code.UNAVAILABLE, message, {"retry_after_ms": retry_after_ms})
+
+
+def too_many_requests(retry_after_ms: int) -> bytes:
+    message = "too many requests in flight on this connection"
+    return encode_error(Code.RESOURCE_EXHAUSTED, message, {"retry_after_ms": retry_after_ms})
+
+
+def stale(server_time: int) -> bytes:
+    message = "timestamp out of tolerance: set the clock"
+    return encode_error(Code.STALE_TIMESTAMP, message, {"server_time": server_time})
