@@ -1,4 +1,4 @@
-"""Encode the errors that a server answers frames with before they become requests, where possible once for all connections."""
+"""Encode the errors that a server answers frames with before they become requests."""
 
 from __future__ import annotations
 
