@@ -189,6 +189,8 @@ def faults_of(command: str) -> Iterator[str]:
                 yield f"{command}: no command {word}"
                 return
             current = [each for each in commands if each is not None]
+        elif not any(isinstance(parameter, click.Argument) for each in current for parameter in each.params):
+            yield f"{command}: {word} is not an argument"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -210,9 +212,8 @@ def test_settings_exist(page: Path) -> None:
 def test_fault_of_a_command_line_is_found() -> None:
     assert list(faults_of("session list --user NAME")) == []
     assert list(faults_of("cert show|renew --json")) == []
-    assert list(faults_of("session list --operators NAME")) == [
-        "session list --operators NAME: no option --operators"
-    ]
+    assert list(faults_of("session list --operators")) == ["session list --operators: no option --operators"]
+    assert list(faults_of("session list NAME")) == ["session list NAME: NAME is not an argument"]
     assert list(faults_of("store move A B")) == ["store move A B: no command move"]
     assert commands_in("run `zcproto status --watch`\n```sh\n(umask 077; zc user add ada > key)\n```\n") == {
         "status --watch",

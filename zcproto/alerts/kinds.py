@@ -1,4 +1,4 @@
-"""Every kind of alert, in one table: how grave it is, how it ends, what it means and what to do about it.
+"""Every kind of alert in one table: its severity, how it ends, what it means and what to do.
 
 docs/reference/alerts.md is generated from this table.
 """
@@ -11,7 +11,7 @@ from typing import Final
 
 
 class Severity(IntEnum):
-    """How soon somebody has to look; a greater one is graver."""
+    """How urgent an alert is; a greater value is more urgent."""
 
     INFO = 1
     WARNING = 2
@@ -25,18 +25,18 @@ class Severity(IntEnum):
 
 
 class Ending(Enum):
-    """When an alert is over."""
+    """How an alert ends."""
 
     RESOLVED = "resolved"
-    """When what it tells of is over."""
+    """When its condition no longer holds."""
     RATE = "rate"
-    """When there were few such events for a while."""
+    """When the rate of its events has been low for a while."""
     QUIET = "quiet"
-    """It tells of an event, which does not last: it is over when it has not come again for a while."""
+    """It reports an event, and ends when the event has not recurred for a while."""
 
 
 class AlertKind(Enum):
-    """The kinds. The value is the name in messages, logs and metrics: it stays."""
+    """The kinds. The values are names in messages, logs and metrics, and never change."""
 
     CERTIFICATE_EXPIRY = "certificate.expiry"
     CERTIFICATE_RENEWAL = "certificate.renewal_failed"
@@ -61,10 +61,10 @@ class AlertKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class KindEntry:
-    """What is known of a kind.
+    """The entry of a kind in the table.
 
-    `about` is what `Alert.about` names: alerts of one kind are told apart by it. What is less grave than
-    `reminds_from` is not told again while it lasts.
+    `about` is what `Alert.about` names; it distinguishes alerts of one kind. Alerts below the severity
+    `reminds_from` send no reminders.
     """
 
     severity: Severity
@@ -80,39 +80,39 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
         Severity.WARNING,
         Ending.RESOLVED,
         "file",
-        "A certificate, an authority or a list of revoked certificates comes to its end. Told once for each of"
-        " `certificates.alert_days`; an error from 7 days on, critical from 1 day on and when it has expired.",
-        "Renew it. An own certificate renews itself: then see why it did not, by the alert"
-        " `certificate.renewal_failed` or `zcproto cert show`.",
-        reminds_from=Severity.ERROR,  # before that the next threshold comes soon enough
+        "A certificate, a CA or a CRL expires soon. Sent once for each of `certificates.alert_days`; an"
+        " error from 7 days before, critical from 1 day before and after expiry.",
+        "Renew it. The server renews managed certificates itself: see `certificate.renewal_failed` or"
+        " `zcproto cert show` for the reason why it did not.",
+        reminds_from=Severity.ERROR,  # before that, the next threshold serves as a reminder
     ),
     AlertKind.CERTIFICATE_RENEWAL: KindEntry(
         Severity.ERROR,
         Ending.RESOLVED,
         "folder",
-        "Own certificates could not be renewed. What is served goes on, and it is tried again.",
-        "See that the disk has room and that the server may write to the folder of certificates.",
+        "Managed certificates could not be renewed. The old ones are still served, and renewal is retried.",
+        "Check that the disk has space and that the server can write to the folder of certificates.",
     ),
     AlertKind.CERTIFICATE_FILES: KindEntry(
         Severity.ERROR,
         Ending.RESOLVED,
         "file",
-        "Files of a certificate that others make cannot be used. What was good before is served on.",
-        "`zcproto cert check FILE` tells what is wrong with them.",
+        "The files of an external certificate cannot be used. The previous certificate is still served.",
+        "`zcproto cert check FILE` lists the faults.",
     ),
     AlertKind.CERTIFICATE_NOT_USED: KindEntry(
         Severity.ERROR,
         Ending.RESOLVED,
         "",
-        "New certificates failed the handshake by which they prove themselves. The old ones are served on.",
-        "`zcproto cert check FILE`; the message says which file.",
+        "New certificates failed the test handshake. The old ones are still served.",
+        "`zcproto cert check FILE`; the message names the file.",
     ),
     AlertKind.TLS_FAILURES: KindEntry(
         Severity.WARNING,
         Ending.RATE,
         "cause",
-        "Many TLS connections failed for one cause within `alerts.rate_window`: `alerts.tls_failures`, and ten"
-        " times as many for the causes that any scanner makes.",
+        "Many TLS connections failed for one cause within `alerts.rate_window`: more than"
+        " `alerts.tls_failures`, or ten times as many for causes that any scanner produces.",
         "`peer_rejected_certificate`: clients do not trust the certificate. `no_shared_suite`,"
         " `unsupported_version`: old clients. `certificate_*`, `pin_mismatch`: clients' certificates.",
     ),
@@ -122,106 +122,110 @@ CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
         "by whom",
         "Sessions were revoked by an operator, or because a user or a device was removed or changed. With"
         ' `alerts.revocations = "any"` also by users themselves.',
-        "Nothing, if you know of it. If not: somebody has an operator's key.",
+        "Nothing, if it was intended. Otherwise an operator's key has been stolen.",
     ),
     AlertKind.REVOCATION_RATE: KindEntry(
         Severity.ERROR,
         Ending.RATE,
         "",
-        "Many sessions were revoked within `alerts.rate_window`, whoever did it: `alerts.revocation_rate`.",
-        "Ask the operators. If nobody did it, take away the keys of operators by `zcproto user disable`.",
+        "Many sessions were revoked within `alerts.rate_window`, by anyone: more than"
+        " `alerts.revocation_rate`.",
+        "Ask the operators. If none of them did it, disable them with `zcproto user disable NAME`.",
     ),
     AlertKind.REFRESH_REUSED: KindEntry(
         Severity.ERROR,
         Ending.QUIET,
         "session",
-        "A refresh token was shown that had been spent before: it was stolen, or a client keeps its tokens badly."
-        " The session has been ended, for both who had it.",
-        "Ask the user; look for the address in the log. `zcproto session list USER` shows what else is open.",
+        "A spent refresh token was used again: it was stolen, or a client stores its tokens incorrectly."
+        " The session was ended for both holders.",
+        "Ask the user; check the address in the log. `zcproto session list --user NAME` shows the user's"
+        " other sessions.",
     ),
     AlertKind.REPLAYED: KindEntry(
         Severity.ERROR,
         Ending.RATE,
         "",
-        "Frames were refused as replays (error 66): they were seen before, or belong to another connection."
-        " Within TLS nobody can do that but the client itself.",
-        "A client with a fault, or one that somebody else directs: the log names its address at"
-        " `connection.refused`.",
+        "Frames were refused as replays (error 66): they were received before, or belong to another"
+        " connection. Within TLS only the client itself can send them.",
+        "The client is broken or controlled by an attacker; the log event `connection.refused` has its"
+        " address.",
     ),
     AlertKind.STALE_FRAMES: KindEntry(
         Severity.WARNING,
         Ending.RATE,
         "",
-        "Many requests were refused for their timestamps, which are further off than `freshness.tolerance`.",
-        "See that the clocks of the server and of its clients are set, by NTP.",
+        "Many requests were refused because their timestamps are off by more than `freshness.tolerance`.",
+        "Check NTP on the server and on its clients.",
     ),
     AlertKind.LOGINS_THROTTLED: KindEntry(
         Severity.WARNING,
         Ending.RATE,
         "",
-        "Many logins were sent away to wait, within `alerts.rate_window`: `alerts.throttled_logins`. Somebody"
-        " guesses keys, or a program tries a wrong one for ever.",
-        "The log names the addresses at `login.failed`. Shut out what guesses, by the firewall.",
+        "Many logins were delayed within `alerts.rate_window`: at least `alerts.throttled_logins`. Keys"
+        " are being guessed, or a program keeps using a wrong one.",
+        "The log event `login.failed` has the addresses. Block attackers in the firewall.",
     ),
     AlertKind.STORE_DEGRADED: KindEntry(
         Severity.ERROR,
         Ending.RESOLVED,
         "",
-        "The store of sessions does not answer. Known sessions go on for `store.grace`, new ones are refused, and"
-        " revocations are written down for later.",
-        "The message gives the reason. Bring the store back, or the disk; the rest is by itself.",
+        "The session store does not answer. Known sessions remain valid for `store.grace`, new ones are"
+        " refused, and revocations are queued on disk.",
+        "The message has the reason. Restore the store or the disk; the server recovers without further"
+        " action.",
     ),
     AlertKind.STORE_GRACE_OVER: KindEntry(
         Severity.CRITICAL,
         Ending.RESOLVED,
         "",
-        "The store has been out for longer than `store.grace`: all tokens are refused until it is back.",
-        "As for `store.degraded`, with haste.",
+        "The store has been unavailable for longer than `store.grace`: all tokens are refused until it is"
+        " back.",
+        "As for `store.degraded`, immediately.",
     ),
     AlertKind.STORE_DAMAGED: KindEntry(
         Severity.CRITICAL,
         Ending.QUIET,
         "file",
-        "The file of sessions, or that of revocations that wait, was found damaged, or was taken away. It was"
-        " set aside, never deleted, and what could not be read of it is lost: users have to log in again.",
-        "Look after the disk. Keep the copy that the message names until you know why.",
+        "The file of sessions or of pending revocations was damaged or has disappeared. A damaged file was"
+        " moved aside and not deleted; the unreadable part is lost, and its users have to log in again.",
+        "Check the disk. Keep the copy that the message names until you know the reason.",
     ),
     AlertKind.STORE_EMPTIED: KindEntry(
         Severity.ERROR,
         Ending.QUIET,
         "",
-        "A shared store has lost what it kept. The servers bring back the sessions that they know.",
-        "See why: a restart without persistence, `FLUSHALL`, or a limit of memory with eviction.",
+        "A shared store lost its data. The servers write back the sessions that they know.",
+        "Find the reason: a restart without persistence, `FLUSHALL`, or a memory limit with eviction.",
     ),
     AlertKind.REVOCATIONS_NOT_KEPT: KindEntry(
         Severity.CRITICAL,
         Ending.QUIET,
         "",
-        "A revocation could be written neither to the store nor to the disk, as that fails or too many wait. It"
-        " holds while this process runs, and its caller was told that it is not kept.",
-        "Bring back the store before you restart the server, then revoke again.",
+        "A revocation could be written neither to the store nor to the disk, because writing failed or too"
+        " many are queued. It applies to this process only, which its caller was informed of.",
+        "Restore the store before you restart the server, then revoke again.",
     ),
     AlertKind.SERVER_FULL: KindEntry(
         Severity.ERROR,
         Ending.RATE,
         "limit",
-        "Connections were not accepted: `max_connections` is reached, or the system has no more descriptors or"
-        " memory (`descriptors`).",
-        "Raise the limit if they are good clients; the log has their addresses.",
+        "Connections were refused: `max_connections` is reached, or the system has no more file descriptors"
+        " or memory (`descriptors`).",
+        "Raise the limit if the clients are legitimate; the log has their addresses.",
     ),
     AlertKind.UNDELIVERED: KindEntry(
         Severity.ERROR,
         Ending.RESOLVED,
         "sink",
-        "Alerts do not reach the webhook, or the command fails. They wait, within bounds, and are tried again."
-        " It is told by the sinks that work, and by this one when it is back.",
-        "`zcproto alert test` tells what happens.",
+        "Alerts cannot be delivered to the webhook, or the command fails. They are queued, up to a limit,"
+        " and retried. The other sinks report it, and this one when it works again.",
+        "`zcproto alert test` shows the problem.",
     ),
     AlertKind.TEST: KindEntry(
         Severity.INFO,
         Ending.QUIET,
         "",
-        "Sent by `zcproto alert test`, to see that messages arrive.",
+        "Sent by `zcproto alert test` to verify delivery.",
         "Nothing.",
     ),
 }
