@@ -1,6 +1,6 @@
-"""zcproto: compact binary calls over TLS 1.3, for programs that talk over a hostile network.
+"""zcproto: compact binary calls over TLS 1.3, for programs that communicate over a hostile network.
 
-Everything public is here. Each name is imported when it is first used, so that `import zcproto` is quick and a
+This module exports the public API. Each name is imported on first use, so that `import zcproto` is fast and a
 client never loads the server.
 """
 
@@ -104,7 +104,7 @@ __all__ = [
     "serve",
 ]
 
-_ELSEWHERE = {
+_MODULES = {
     "App": "zcproto.app.app",
     "BlockingClient": "zcproto.client",
     "Client": "zcproto.client",
@@ -120,13 +120,13 @@ _ELSEWHERE = {
     "enroll_blocking": "zcproto.client",
     "serve": "zcproto.runtime.run",
 }
-"""Where a name comes from, if not from `zcproto.errors`."""
+"""The module of each name that is not in `zcproto.errors`."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'zcproto' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_ELSEWHERE.get(name, "zcproto.errors")), name)
+    value = getattr(importlib.import_module(_MODULES.get(name, "zcproto.errors")), name)
     globals()[name] = value
     return value
 

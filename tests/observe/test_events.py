@@ -40,10 +40,6 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
         "the name is that of a risk which was found",
         ["server.traceable", "server.key_log_ignored", "server.runs_as_root"],
     ),
-    "zcproto/runtime/build.py": (
-        "a refused login: the name is bound where the function is passed",
-        ["login.device_refused", "login.certificate_refused"],
-    ),
     "zcproto/runtime/store_setup.py": (
         "the name is that of a store's notice, such as store_damaged",
         ["store.damaged", "store.missing", "store.close_failed"],

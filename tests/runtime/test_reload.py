@@ -30,7 +30,7 @@ def test_new_connections_get_new_limits_and_old_ones_keep_theirs(serve: Serve) -
     with server.client("ada") as old:
         reloaded = server.reload(limits__max_streams=2, freshness__tolerance="5s")
         assert [each.key for each in reloaded.applied] == ["freshness.tolerance", "limits.max_streams"]
-        assert reloaded.waiting == []
+        assert reloaded.needs_restart == []
         with server.client("ada") as new:
             assert (old.welcome.value["max_streams"], new.welcome.value["max_streams"]) == (8, 2)
             assert new.welcome.value["tolerance_ms"] == 5000
@@ -45,7 +45,7 @@ def test_what_takes_a_restart_is_told_again_until_there_was_one(serve: Serve) ->
     server = serve()
     for _ in range(2):
         reloaded = server.reload(idempotency__keep="1h")
-        assert [each.key for each in reloaded.waiting] == ["idempotency.keep"]
+        assert [each.key for each in reloaded.needs_restart] == ["idempotency.keep"]
         assert reloaded.applied == []
     assert server.server.config.idempotency.keep == 600.0
 
@@ -285,7 +285,7 @@ async def test_a_configuration_made_by_a_program_cannot_be_read_again(tmp_path: 
     with pytest.raises(ConfigError, match="not running: start it"):
         await server.reload()
     async with server:
-        with pytest.raises(ConfigError, match="made its configuration"):
+        with pytest.raises(ConfigError, match="pass read_config to Server"):
             await server.reload()
 
 
@@ -356,7 +356,7 @@ def test_the_log_is_the_programs_own_where_no_process_is_a_server(serve: Serve) 
     server = serve()
     before = level()
     reloaded = server.reload(log__level="error")
-    assert [each.key for each in reloaded.waiting] == ["log.level"]
+    assert [each.key for each in reloaded.needs_restart] == ["log.level"]
     assert level() == before
 
 

@@ -149,7 +149,7 @@ async def build_certificates(
 
 
 class SessionParts(NamedTuple):
-    """`store` is None if sessions end with the process."""
+    """The registry and its store; `store` is None if sessions end with the process."""
 
     registry: SessionRegistry
     sessions: SessionService
@@ -220,7 +220,7 @@ def build_state(
 
 
 class LoginParts(NamedTuple):
-    """`users` and `devices` are None if the program brings its own authenticators."""
+    """The login. `users` and `devices` are `None` if the program brings its own authenticators."""
 
     login: Login
     throttle: Throttle

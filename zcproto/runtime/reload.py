@@ -1,14 +1,14 @@
-"""The configuration read again while a server runs: all of it is put in force at once, or nothing.
+"""Reloads the configuration of a running server: all of it applies at once, or nothing.
 
-    read and check it whole -> prepare what can fail (files, certificates) -> apply in one turn of the loop
+    read and check everything -> prepare what can fail (files, certificates) -> apply in one turn of the loop
 
-What this file decides: what is prepared, what is applied to what. Which keys can be applied is in
-zcproto/config/changes.py.
+What this file decides: what is prepared, and what each setting is applied to. zcproto/config/changes.py lists the
+keys that can be applied.
 
 Rules:
-- What fails does so before anything is applied; then all stays as it was, and the log says why.
-- No connection is closed by it. Those that stand keep what they were told in WELCOME.
-- Certificates are looked at anew where their settings have changed, and have to prove themselves first.
+- A failure happens before anything is applied. Then nothing changes, and the log has the reason.
+- No connection is closed. Existing ones keep the limits of their WELCOME.
+- Certificates are loaded and tested again if their settings have changed.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ ReadConfig = Callable[[], Config]
 
 LOG_KEYS: Final = frozenset(key for key in TAKES_EFFECT if key.startswith("log."))
 
-_OF_CERTIFICATES: Final = (
+_CERTIFICATE_ALERTS: Final = (
     AlertKind.CERTIFICATE_EXPIRY,
     AlertKind.CERTIFICATE_RENEWAL,
     AlertKind.CERTIFICATE_FILES,
 )
-"""What is raised anew by whoever looks at certificates anew, if it is still so."""
+"""Raised again by a check of the certificates if the cause still exists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What a reload has changed, and what it could not change."""
+    """The result of a reload."""
 
     changes: tuple[Change, ...]
 
@@ -54,14 +54,13 @@ class Reloaded:
         return [change for change in self.changes if change.effect is not Effect.RESTART]
 
     @property
-    def waiting(self) -> list[Change]:
-        """What takes a restart."""
+    def needs_restart(self) -> list[Change]:
         return [change for change in self.changes if change.effect is Effect.RESTART]
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "changed": [change.as_dict() for change in self.applied],
-            "restart": [change.as_dict() for change in self.waiting],
+            "restart": [change.as_dict() for change in self.needs_restart],
         }
 
 
@@ -82,7 +81,7 @@ class Reloader:
         self._one_at_a_time = asyncio.Lock()
 
     async def reload(self) -> Reloaded:
-        """Read the configuration, and put it in force. Raises ConfigError; then nothing has changed."""
+        """Read the configuration and apply it. Raises ConfigError; then nothing has changed."""
         async with self._one_at_a_time:
             try:
                 reloaded = await self._reload()
@@ -95,7 +94,7 @@ class Reloader:
             log.info(
                 "config.reloaded",
                 changed=[change.key for change in reloaded.applied],
-                restart=[change.key for change in reloaded.waiting],
+                restart=[change.key for change in reloaded.needs_restart],
             )
             return reloaded
 
@@ -103,7 +102,8 @@ class Reloader:
         if self._read is None:
             raise ConfigError(
                 [
-                    "the program that runs this server has made its configuration: there is no file to read again"
+                    "the configuration comes from the program that runs this server;"
+                    " restart that program, or let it pass read_config to Server"
                 ]
             )
         self._check_draining()
@@ -115,7 +115,7 @@ class Reloader:
         log_change = await asyncio.to_thread(LogChange, old.log, new.log)
 
         def apply() -> None:
-            self._check_draining()  # it may have begun meanwhile
+            self._check_draining()  # a drain may have begun meanwhile
             self._apply(new)
             self._parts.alerts.reconfigure(new.alerts, sinks, self._watch)
             if self._owns_log:
@@ -124,17 +124,17 @@ class Reloader:
 
         before = self._certificate_alerts()
         try:
-            looked_anew = await self._parts.certificates.reconfigure(new, apply)
+            checked = await self._parts.certificates.reconfigure(new, apply)
         except BaseException:
             log_change.drop()
             raise
-        if looked_anew:
+        if checked:
             self._end_alerts(before)
         return reloaded
 
     def _check_draining(self) -> None:
         if self._parts.state.draining:
-            raise ConfigError(["the server is draining: nothing is reloaded any more"])
+            raise ConfigError(["the server is draining and cannot reload; start it again"])
 
     def _watch(self, alerts: ServerAlerts) -> None:
         parts = self._parts
@@ -169,11 +169,11 @@ class Reloader:
         return {
             (alert.kind, alert.about): alert
             for alert in self._parts.alerts.center.open_alerts()
-            if alert.kind in _OF_CERTIFICATES
+            if alert.kind in _CERTIFICATE_ALERTS
         }
 
     def _end_alerts(self, before: dict[tuple[AlertKind, str], Alert]) -> None:
-        """End those that were not raised again, as what they are about is looked at no more."""
+        """Resolve alerts that the check did not raise again: their certificates are no longer configured."""
         for key, alert in self._certificate_alerts().items():
             old = before.get(key)
             if old is not None and old.count == alert.count:

@@ -1,12 +1,13 @@
-"""Coroutines started by hand, which become tasks only if they really wait.
+"""Runs the first step of a coroutine at once, and makes it a task only if it waits.
 
-A coroutine's first step runs at once, in the caller's turn of the loop. Most handlers end there, and cost no
-task. One that waits is adopted by a real `asyncio.Task`.
+The first step runs in the caller's turn of the loop. Most handlers end there and cost no task. A coroutine that
+waits is adopted by an `asyncio.Task`.
 
-That task exists before: it waits for work, and is the *current task* already during the first step. So
-`asyncio.timeout`, `TaskGroup` and cancellation, which ask for the current task, see the same one from beginning
-to end. Each coroutine runs in a context of its own (PEP 567), as in a task of its own. A task that has adopted a
-coroutine ends with it, so that whoever still holds that task can never cancel another one's work.
+Rules:
+- The task exists before the coroutine starts, and is the *current task* during the first step. So
+  `asyncio.timeout`, `TaskGroup` and cancellation see one task from beginning to end.
+- Each coroutine runs in its own context (PEP 567), as in its own task.
+- A task that adopted a coroutine ends with it: a reference to the task cannot cancel another coroutine.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Final, cast
 
 Done = Callable[[Any, BaseException | None], None]
-"""Called with the coroutine's result, or with its exception."""
+"""Called with the result of the coroutine, or with its exception."""
 
 
 class EagerTasks:
-    """Starts coroutines on one loop. `result` is what the last one that ended in its first step returned."""
+    """Starts coroutines on one loop. `result` is the result of the last one that ended in its first step."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -33,17 +34,18 @@ class EagerTasks:
 
     @property
     def running(self) -> int:
-        """Coroutines that wait."""
+        """The number of waiting coroutines."""
         return len(self._workers) - len(self._idle)
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> Worker | None:
-        """Run the first step. What it raises comes through.
+        """Run the first step; its exceptions propagate.
 
-        None: that was the last step, take `result`. A Worker: the coroutine waits, give it a `done`.
+        Return None if it was the last step: its result is in `result`. Return a Worker if the coroutine waits: set
+        its `done`.
         """
         loop = self._loop
         idle = self._idle
-        # A task that was cancelled while it had no work is going: the next coroutine must not be its victim.
+        # Skip a task that was cancelled while idle: it would cancel the next coroutine.
         worker = idle.pop() if idle and not idle[-1].task.cancelling() else self._new_worker()
         context = contextvars.copy_context()
         try:
@@ -67,7 +69,7 @@ class EagerTasks:
     def _start_within_task(
         self, worker: Worker, coroutine: Coroutine[Any, Any, Any], context: contextvars.Context
     ) -> Worker | None:
-        """As `start`, where a task is the current one already: it steps aside for the first step."""
+        """Run the first step inside another task, which is not the current one meanwhile."""
         self._idle.append(worker)
         outer = asyncio.current_task(self._loop)
         assert outer is not None
@@ -78,7 +80,7 @@ class EagerTasks:
             _enter_task(self._loop, outer)
 
     async def close(self, limit: float) -> int:
-        """Cancel everything and wait until it has ended, at most `limit` seconds; how many have not."""
+        """Cancel everything and wait at most `limit` seconds; return how many have not ended."""
         tasks = [worker.task for worker in self._workers]
         for worker in list(self._workers):
             worker.cancel()
@@ -98,7 +100,7 @@ class EagerTasks:
 
 
 class Worker:
-    """A task, and the coroutine that it has adopted, if any."""
+    """A task and the coroutine that it has adopted, if any."""
 
     __slots__ = (
         "_cancelled_early",
@@ -127,10 +129,10 @@ class Worker:
 
     def take_driver(self, driver: Driver) -> None:
         self.driver = driver
-        self.send = driver.send  # looked up once, not for each coroutine
+        self.send = driver.send  # bound once, not for each coroutine
 
     def adopt(self, awaited: Any, context: contextvars.Context) -> None:
-        """Go on with the coroutine that the driver is in; it waits for `awaited`."""
+        """Continue the coroutine in the driver; it waits for `awaited`."""
         self._job = (awaited, context)
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
@@ -139,7 +141,7 @@ class Worker:
         """Raise CancelledError in the coroutine where it waits."""
         if self._started:
             self.task.cancel()
-        else:  # a task cancelled before its first step would never take that step
+        else:  # a task cancelled before its first step would never run
             self._cancelled_early = True
 
     async def _work(self) -> None:
@@ -154,7 +156,7 @@ class Worker:
                 cancelled = True
         if self._job is None:
             return
-        if cancelled:  # anew, as the task has now the coroutine's wait to cancel with it
+        if cancelled:  # again, now that the task can cancel the coroutine's wait
             self.task.cancel()
         awaited, context = self._job
         self._job = None
@@ -164,17 +166,17 @@ class Worker:
             result = self._pool.result
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as raised:  # it is handed on; CancelledError is one of them
+        except BaseException as raised:  # passed to `done`; CancelledError too
             error = raised
         done, self.done = self.done, None
         if done is not None:
             done(result, error)
-        del error  # its traceback leads back to here
+        del error  # its traceback refers to this frame
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._pool.forget(self)
         self._job = None
-        self.driver.close()  # a coroutine is left in it if that cancelled the task before its first step
+        self.driver.close()  # holds a coroutine if the task was cancelled before its first step
         done, self.done = self.done, None
         if done is not None:
             done(None, asyncio.CancelledError())
@@ -187,9 +189,9 @@ Driver = Generator[Any, Any, None]
 
 @types.coroutine
 def _drive(pool: EagerTasks) -> Driver:
-    """Run the coroutine that is sent, yield what it waits for, and `_ENDED` when it has returned.
+    """Run each coroutine that is sent: yield what it waits for, and `_ENDED` when it has returned.
 
-    A coroutine that is driven by `send` itself ends with a StopIteration, which costs more than its first step.
+    Driving a coroutine by its own `send` ends with a StopIteration, which costs more than the first step.
     """
     while True:
         coroutine = yield _ENDED
@@ -204,18 +206,18 @@ def _new_driver(pool: EagerTasks) -> Driver:
 
 @types.coroutine
 def _resume(driver: Driver, awaited: Any, context: contextvars.Context) -> Generator[Any, Any, None]:
-    """Go on with a coroutine that has yielded `awaited`, each step in its own context."""
+    """Continue a coroutine that yielded `awaited`, each step in its own context."""
     while awaited is not _ENDED:
         try:
             sent = yield awaited
         except GeneratorExit:
             driver.close()
             raise
-        except BaseException as error:  # whatever comes belongs to the coroutine
+        except BaseException as error:  # raised in the coroutine
             raised: BaseException | None = error
         else:
             raised = None
         try:
             awaited = context.run(driver.send, sent) if raised is None else context.run(driver.throw, raised)
         finally:
-            raised = None  # its traceback leads back to here
+            raised = None  # its traceback refers to this frame

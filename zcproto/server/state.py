@@ -1,4 +1,4 @@
-"""What all connections of one loop share while a server runs: methods, sessions, limits, counters."""
+"""The state that all connections of one event loop share: methods, sessions, limits, counters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = get_logger("zcproto.server")
 
 @dataclass(slots=True)
 class Counters:
-    """Plain integers on the hot path; whoever reports them reads them."""
+    """Counters of the hot path; read by metrics and status."""
 
     requests: int = 0
     errors: dict[int, int] = field(default_factory=dict)
@@ -44,15 +44,15 @@ class Counters:
     accept_failed: int = 0
     dropped_stale: int = 0
     refused: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Frames that led to no method, by cause and by the code that they were answered with."""
+    """Frames that reached no method, by cause and by the code of their answer."""
     sessions_ended: dict[EndReason, int] = field(default_factory=dict)
-    """Live sessions, by reason."""
+    """Live sessions that ended, by reason."""
     events: int = 0
-    """Of those that methods and the server send; warnings of expiry are the connection's own."""
+    """Events sent by methods and the server; expiry warnings are sent by connections and not counted."""
     write_pauses: int = 0
     incidents: int = 0
     reloads: int = 0
-    """Configurations that were put in force while it ran."""
+    """Configurations applied while the server ran."""
     reloads_refused: int = 0
 
     def count_error(self, code: int) -> None:
@@ -146,7 +146,7 @@ def _ignore_revoked(by: str, sessions: int, by_user: bool) -> None:
 
 
 class ServerState:
-    """What all connections of one event loop share."""
+    """The shared state of all connections of one event loop."""
 
     def __init__(
         self,
@@ -189,38 +189,38 @@ class ServerState:
         self.connections: set[Connection] = set()
         self.draining = False
         self.pins: tuple[str, ...] = ()
-        """Pins of the public keys that are served, as clients take them."""
+        """Pins of the served public keys, in the form that clients accept."""
         self.pins_next: dict[str, Any] | None = None
-        """What the event `pins.next` says, if there is something to come."""
+        """The data of the event `pins.next`, if a key is to change."""
         self.announcement: bytes | None = None
-        """The body of an event that every connection gets, those to come right behind WELCOME."""
+        """The body of an event for every connection; future ones get it after WELCOME."""
         self.revoked = 0
-        """Sessions that were ended before their time, but not by whoever had them."""
+        """Sessions revoked by someone other than their owner."""
         self.on_revoked: OnRevoked = _ignore_revoked
         self._drained = asyncio.Event()
         self.run = secrets.token_hex(RUN_SIZE)
-        """What the ids of connections begin with, so that those of another process are others."""
+        """Prefix of connection ids, different in each process."""
         self._numbers = 0
         self.log_soon = LogBatch(log, wheel, clock)
         registry.observers.append(self._session_ended)
 
     async def wait_drained(self) -> None:
-        """Return when no connection is left, and nothing that would run on without one."""
+        """Wait until no connection is left and no request with an idempotency key runs."""
         if self.connections:
             await self._drained.wait()
         await self.idempotency.wait_idle()
 
     async def announce(self, body: bytes | None) -> None:
-        """Send an event to every connection, some in each turn of the loop. None: there is no more to say."""
+        """Send an event to every connection, some in each turn of the loop. None ends the announcement."""
         if body == self.announcement:
             return
         self.announcement = body
         if body is None:
             return
-        for number, protocol in enumerate(list(self.connections), 1):
-            if self.announcement is not body:  # there is something newer to say
+        for number, connection in enumerate(list(self.connections), 1):
+            if self.announcement is not body:  # replaced meanwhile
                 return
-            protocol.announce(body)
+            connection.announce(body)
             if number % ANNOUNCED_PER_TURN == 0:
                 await asyncio.sleep(0)
 
@@ -245,12 +245,12 @@ class ServerState:
             connection.session_ended(session_id, code, reason)
 
     def number_connection(self) -> int:
-        """The number of a connection that is told of in the log for the first time."""
+        """Return the number of a connection, assigned when it is first logged."""
         self._numbers += 1
         return self._numbers
 
     def incident(self, what: str, error: BaseException, *, peer: str, connection: str) -> str:
-        """Log a fault of ours with the places it passed; returns the id that the peer is told."""
+        """Log an internal error with its traceback; return the incident id for the peer."""
         incident_id = secrets.token_hex(8)
         self.counters.incidents += 1
         log.error(
