@@ -1,11 +1,11 @@
-"""A real Chromium without a window, driven over a pair of pipes by its DevTools protocol.
+"""A headless Chromium, driven over a pair of pipes by its DevTools protocol.
 
     with Chromium(folder, pins=[pin]) as browser, browser.tab(width=390, height=844) as tab:
         tab.open("https://localhost:7443/")
         tab.until("document.title == 'zcproto'")
 
 Messages are JSON, each ended by a zero byte, on descriptors 3 and 4 of the browser (`--remote-debugging-pipe`).
-What the browser tells of a page (requests, console, breaches of its policy) is kept in `Tab.events`.
+Events of a page (requests, console, policy violations) are collected in `Tab.events`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from types import TracebackType
 from typing import Any, Self
 
 PATIENCE = 120.0
-"""Seconds for a browser to start, or to do what it was asked, on a machine that is busy with other tests."""
+"""Seconds for the browser to start or to answer a command, on a busy machine."""
 
 GOODBYE = 10.0
-"""Seconds for it to end by itself."""
+"""Seconds for it to end after it was closed."""
 
 SWITCHES = (
     *("--headless=new", "--remote-debugging-pipe", "--no-first-run", "--no-default-browser-check"),
@@ -41,13 +41,13 @@ SWITCHES = (
         "--hide-scrollbars",
     ),
     "--disable-features=Translate,OptimizationHints,MediaRouter,DialMediaRouteProvider",
-    # No other name leads anywhere, so that the browser itself cannot reach out either.
+    # No other name resolves, so that the browser itself cannot connect anywhere either.
     "--host-resolver-rules=MAP localhost 127.0.0.1, MAP * ~NOTFOUND",
 )
 
 
 class Chromium:
-    """One browser with a profile of its own. `pins` are those of certificates that it takes besides the usual."""
+    """One browser with its own profile. `pins` are of certificates that it trusts additionally."""
 
     def __init__(self, folder: Path, pins: Sequence[str] = ()) -> None:
         self._folder = folder
@@ -61,11 +61,11 @@ class Chromium:
         self._in, from_browser = os.pipe()
         command = ["chromium", *SWITCHES, f"--user-data-dir={self._folder / 'profile'}"]
         if os.geteuid() == 0:
-            command.append("--no-sandbox")  # it has none for root
+            command.append("--no-sandbox")  # there is no sandbox for root
         if self._pins:
             command.append(f"--ignore-certificate-errors-spki-list={self._pins}")
         log = os.open(self._folder / "chromium.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        # Off the low numbers first: one that is to become 3 must not be overwritten by the other.
+        # Move both to high numbers first, so that neither is overwritten by the other.
         near = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 16) for each in (to_browser, from_browser)]
         ends = {1: log, 2: log, 3: near[0], 4: near[1]}
         self._pid = os.posix_spawnp(
@@ -82,7 +82,7 @@ class Chromium:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError, AssertionError):  # it may have ended, and is made to below
+        with contextlib.suppress(OSError, AssertionError):  # it may have ended; otherwise it is killed below
             self.call("Browser.close")
         ended = os.pidfd_open(self._pid)
         if not select.select([ended], [], [], GOODBYE)[0]:
@@ -92,7 +92,7 @@ class Chromium:
             os.close(end)
 
     def tab(self, *, width: int = 1280, height: int = 800, dark: bool = False, mobile: bool = False) -> Tab:
-        """A new tab of this size, in light or in dark."""
+        """Open a new tab of this size, light or dark."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         tab = self._tabs[session] = Tab(self, session, target)
@@ -104,7 +104,7 @@ class Chromium:
         return tab
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """Ask for something and wait for the answer."""
+        """Send a command and wait for its result."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
         if session is not None:
@@ -117,7 +117,7 @@ class Chromium:
         raise AssertionError(f"no answer to {method}: {self._said()}")
 
     def listen(self, deadline: float) -> bool:
-        """Wait for the next message of the browser, which goes to its tab. False: there was none."""
+        """Deliver the next message of the browser to its tab. Return False after a timeout."""
         return next(self._messages(deadline), None) is not None
 
     def _messages(self, deadline: float) -> Iterator[dict[str, Any]]:
@@ -141,7 +141,7 @@ class Chromium:
 
 
 class Tab:
-    """One page. `events` is all that the browser has told of it."""
+    """One page with its `events`."""
 
     def __init__(self, browser: Chromium, session: str, target: str) -> None:
         self._browser = browser
@@ -172,7 +172,7 @@ class Tab:
         self.call("Emulation.setEmulatedMedia", media="", features=[feature])
 
     def open(self, url: str) -> None:
-        """Go there, and wait until it is loaded."""
+        """Navigate and wait until the page is loaded."""
         before = len(self.events)
         answer = self.call("Page.navigate", url=url)
         assert "errorText" not in answer, answer
@@ -182,7 +182,7 @@ class Tab:
         )
 
     def run(self, expression: str) -> Any:
-        """The value of an expression in the page. Raises AssertionError if it throws."""
+        """Evaluate an expression in the page. Raises AssertionError if it throws."""
         answer = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True
         )
@@ -190,7 +190,7 @@ class Tab:
         return answer["result"].get("value")
 
     def until(self, expression: str, seconds: float = PATIENCE) -> Any:
-        """Wait until an expression is true in the page; its value."""
+        """Wait until an expression is true in the page and return its value."""
         promise = f"""new Promise((done) => {{
           const ask = () => {{ const value = {expression}; if (value) {{ clearInterval(timer); done(value); }} }};
           const timer = setInterval(ask, 50);
@@ -202,8 +202,7 @@ class Tab:
         return value
 
     def advance(self, seconds: float) -> None:
-        """Let time go by in the page at once: what its timers were to do, they have done. Then its time stands
-        still, so this is for the end of a test."""
+        """Advance the time of the page and run its timers. Its time stops then: use it at the end of a test."""
         before = len(self.events)
         self.run(f"setTimeout(() => {{ window.advanced = true; }}, {seconds * 900})")
         self.call("Emulation.setVirtualTimePolicy", policy="advance", budget=seconds * 1000)
@@ -214,17 +213,17 @@ class Tab:
         assert self.run("window.advanced"), "its timers stood still"
 
     def wait(self, condition: Callable[[], Any], what: str) -> None:
-        """Wait until what the browser has told fulfils a condition."""
+        """Wait until the events fulfil a condition."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert self._browser.listen(deadline), what
 
     def text(self, selector: str = "body") -> str:
-        """The text that is to be seen."""
+        """Return the visible text."""
         return str(self.run(f"document.querySelector({json.dumps(selector)}).innerText"))
 
     def type(self, selector: str, text: str) -> None:
-        """Type into a field, as a person does."""
+        """Type into a field with key events."""
         self.run(f"document.querySelector({json.dumps(selector)}).focus()")
         self.call("Input.insertText", text=text)
 
@@ -246,14 +245,14 @@ class Tab:
             )
 
     def screenshot(self, file: Path, *, whole: bool = False) -> None:
-        """A PNG of what is to be seen, or of the whole page."""
+        """Save a PNG of the viewport or of the whole page."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         file.write_bytes(base64.b64decode(data))
 
-    # --- what the browser has told -------------------------------------------------------------------
+    # --- events ----------------------------------------------------------------------------------
 
     def requested(self) -> list[str]:
-        """The addresses of all requests."""
+        """Return the URLs of all requests."""
         return [
             str(event["params"]["request"]["url"])
             for event in self.events
@@ -261,7 +260,7 @@ class Tab:
         ]
 
     def complaints(self) -> list[Any]:
-        """What went wrong: in the console, in scripts, against the page's policy, to the dislike of the browser."""
+        """Return console errors, exceptions, policy violations and issues reported by the browser."""
         found: list[Any] = []
         for event in self.events:
             params = event["params"]

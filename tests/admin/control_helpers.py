@@ -1,4 +1,4 @@
-"""A client of the control socket that is independent of the program's own: bytes in, bytes out."""
+"""A client of the control socket that shares no code with zcproto/cli/control.py."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Answered(NamedTuple):
 
 
 def connect(path: Path) -> socket.socket:
-    """A connection, however long the path is."""
+    """Connect, also for a path beyond the system's limit."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with open_folder(path.parent) as folder:
-            connection.connect(f"/proc/self/fd/{folder}/{path.name}")  # it waits while the backlog is full
+            connection.connect(f"/proc/self/fd/{folder}/{path.name}")  # it blocks while the backlog is full
     except BaseException:
         connection.close()
         raise
@@ -46,7 +46,7 @@ class open_folder:  # noqa: N801 - it is used as a function
 
 
 def exchange(path: Path, request: bytes) -> bytes:
-    """All that the server says to these bytes until it closes."""
+    """Send bytes and return everything until the server closes."""
     with connect(path) as connection:
         connection.sendall(request)
         received = b""
@@ -59,7 +59,7 @@ def exchange(path: Path, request: bytes) -> bytes:
 
 
 def ask(path: Path, method: str, target: str, fields: Any = None) -> Answered:
-    """One request on a connection of its own. `fields` is bytes, or what becomes JSON."""
+    """Send one request on a new connection. `fields` is bytes, or encoded as JSON."""
     body = b"" if fields is None else fields if isinstance(fields, bytes) else json.dumps(fields).encode()
     request = (
         f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -1,4 +1,4 @@
-"""Who gets metrics: by the token of a session, by address, or not at all."""
+"""Access to metrics: by bearer token, by address, public, or off."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from zcproto.stores.service import SessionService
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class LookedUp(SessionService):
-    """Sessions that are shared: what is not known here may be found elsewhere."""
+class FakeSharedSessions(SessionService):
+    """Shared sessions: unknown tokens are looked up."""
 
     is_shared = True
 
@@ -45,8 +45,8 @@ class LookedUp(SessionService):
             self.found()
 
 
-class Desk:
-    """The check of tokens, beside which a registry stands."""
+class TokenCheck:
+    """BearerTokens with a registry and a fake clock."""
 
     def __init__(self, binding: SessionBinding | None = None) -> None:
         self.clock = FakeClock()
@@ -74,27 +74,27 @@ class Desk:
 
 
 @pytest.mark.requirement("token_size")
-async def test_a_good_token_leads_to_its_session() -> None:
-    desk = Desk()
-    opened = desk.open()
+async def test_valid_bearer_token_returns_its_session() -> None:
+    check = TokenCheck()
+    opened = check.open()
     for scheme in ("Bearer", "bearer", "BEARER"):
-        found = await desk.ask(f"{scheme} {token_text(opened.token)}")
+        found = await check.ask(f"{scheme} {token_text(opened.token)}")
         assert isinstance(found, Session)
         assert found.id == opened.session.id
 
 
-async def test_without_a_token_one_is_asked_for() -> None:
-    answer = await Desk().ask(None)
+async def test_missing_token_is_answered_with_a_challenge() -> None:
+    answer = await TokenCheck().ask(None)
     assert answer is NO_TOKEN
     assert answer.headers == (("WWW-Authenticate", 'Bearer realm="zcproto"'),)
 
 
 @pytest.mark.requirement("token_size")
-async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same() -> None:
-    desk = Desk()
-    good = token_text(desk.open().token)
-    ended = desk.open()
-    desk.registry.close(ended.session)
+async def test_every_bad_token_gets_the_same_response() -> None:
+    check = TokenCheck()
+    good = token_text(check.open().token)
+    ended = check.open()
+    check.registry.close(ended.session)
     for text in (
         *("", "Bearer", "Bearer ", "Basic " + good, good, "Bearer x", f"Bearer {good}=", f"Bearer {good} x"),
         *(
@@ -103,77 +103,77 @@ async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same() -> None:
             f"Bearer {token_text(ended.token)}",
         ),
     ):
-        assert await desk.ask(text) is BAD_TOKEN, text
+        assert await check.ask(text) is BAD_TOKEN, text
     assert BAD_TOKEN.status == 401
     assert BAD_TOKEN.headers == (("WWW-Authenticate", 'Bearer realm="zcproto", error="invalid_token"'),)
 
 
-async def test_a_refresh_token_is_no_token() -> None:
-    desk = Desk()
-    refresh_token = desk.open().refresh_token
+async def test_refresh_token_is_refused() -> None:
+    check = TokenCheck()
+    refresh_token = check.open().refresh_token
     assert refresh_token is not None
-    assert await desk.ask(f"Bearer {token_text(refresh_token)}") is BAD_TOKEN
+    assert await check.ask(f"Bearer {token_text(refresh_token)}") is BAD_TOKEN
 
 
-async def test_an_expired_token_is_none() -> None:
-    desk = Desk()
-    opened = desk.open()
-    desk.clock.wall_ms = opened.session.expires_at
-    assert await desk.ask(f"Bearer {token_text(opened.token)}") is BAD_TOKEN
+async def test_expired_token_is_refused() -> None:
+    check = TokenCheck()
+    opened = check.open()
+    check.clock.wall_ms = opened.session.expires_at
+    assert await check.ask(f"Bearer {token_text(opened.token)}") is BAD_TOKEN
 
 
-async def test_a_bound_token_alone_is_worth_nothing(ca: trustme.CA) -> None:
-    desk = Desk()
+async def test_bound_token_is_refused_without_its_client_certificate(ca: trustme.CA) -> None:
+    check = TokenCheck()
     issued = ca.issue_cert("ada.example")
     certificate = x509.load_pem_x509_certificate(issued.cert_chain_pems[0].bytes()).public_bytes(Encoding.DER)
     other = x509.load_pem_x509_certificate(ca.cert_pem.bytes()).public_bytes(Encoding.DER)
-    of_device = desk.open(key="device:phone")
-    of_certificate = desk.open(key=certificate_key(certificate))
+    of_device = check.open(key="device:phone")
+    of_certificate = check.open(key=certificate_key(certificate))
     for opened in (of_device, of_certificate):
         for shown in (None, other, b"no certificate"):
-            assert await desk.ask(f"Bearer {token_text(opened.token)}", certificate=shown) is BAD_TOKEN
-    assert await desk.ask(f"Bearer {token_text(of_device.token)}", certificate=certificate) is BAD_TOKEN
-    found = await desk.ask(f"Bearer {token_text(of_certificate.token)}", certificate=certificate)
+            assert await check.ask(f"Bearer {token_text(opened.token)}", certificate=shown) is BAD_TOKEN
+    assert await check.ask(f"Bearer {token_text(of_device.token)}", certificate=certificate) is BAD_TOKEN
+    found = await check.ask(f"Bearer {token_text(of_certificate.token)}", certificate=certificate)
     assert isinstance(found, Session)
 
 
-async def test_a_token_that_was_refused_does_not_count_as_used() -> None:
-    desk = Desk()
-    opened = desk.open(key="device:phone")
-    desk.clock.advance(10.0)
-    await desk.ask(f"Bearer {token_text(opened.token)}")
-    assert desk.registry.info(opened.session.id, desk.clock.wall()).last_used_at == WALL
+async def test_refused_token_does_not_count_as_used() -> None:
+    check = TokenCheck()
+    opened = check.open(key="device:phone")
+    check.clock.advance(10.0)
+    await check.ask(f"Bearer {token_text(opened.token)}")
+    assert check.registry.info(opened.session.id, check.clock.wall()).last_used_at == WALL
 
 
-async def test_a_token_is_bound_to_its_network_as_everywhere() -> None:
-    desk = Desk(SessionBinding("exact"))
-    token = token_text(desk.open(address="192.0.2.1").token)
-    assert isinstance(await desk.ask(f"Bearer {token}", "192.0.2.1"), Session)
-    assert await desk.ask(f"Bearer {token}", "192.0.2.2") is BAD_TOKEN
+async def test_token_from_another_network_is_refused() -> None:
+    check = TokenCheck(SessionBinding("exact"))
+    token = token_text(check.open(address="192.0.2.1").token)
+    assert isinstance(await check.ask(f"Bearer {token}", "192.0.2.1"), Session)
+    assert await check.ask(f"Bearer {token}", "192.0.2.2") is BAD_TOKEN
 
 
-async def test_the_token_of_somebody_who_is_no_user_any_more_is_refused() -> None:
+async def test_token_of_a_removed_user_is_refused() -> None:
     binding = SessionBinding()
     binding.is_user = lambda user: user != "ada"
-    desk = Desk(binding)
-    assert await desk.ask(f"Bearer {token_text(desk.open().token)}") is BAD_TOKEN
+    check = TokenCheck(binding)
+    assert await check.ask(f"Bearer {token_text(check.open().token)}") is BAD_TOKEN
 
 
-async def test_while_no_token_can_be_checked_it_is_503() -> None:
-    desk = Desk()
-    token = token_text(desk.open().token)
-    desk.registry.refuse_all()
-    answer = await desk.ask(f"Bearer {token}")
+async def test_503_while_tokens_cannot_be_checked() -> None:
+    check = TokenCheck()
+    token = token_text(check.open().token)
+    check.registry.refuse_all()
+    answer = await check.ask(f"Bearer {token}")
     assert isinstance(answer, HttpResponse)
     assert (answer.status, answer.headers) == (503, (("Retry-After", "1"),))
 
 
-async def test_a_shared_session_is_looked_up() -> None:
-    desk = Desk()
-    desk.state.sessions = sessions = LookedUp(desk.registry, desk.clock)
-    new = desk.registry.new_session("ada", operator=False, client="", address="192.0.2.1", wall=WALL)
-    sessions.found = lambda: desk.registry.restore(new.record)
-    found = await desk.ask(f"Bearer {token_text(new.token)}")
+async def test_unknown_token_of_a_shared_session_is_looked_up() -> None:
+    check = TokenCheck()
+    check.state.sessions = sessions = FakeSharedSessions(check.registry, check.clock)
+    new = check.registry.new_session("ada", operator=False, client="", address="192.0.2.1", wall=WALL)
+    sessions.found = lambda: check.registry.restore(new.record)
+    found = await check.ask(f"Bearer {token_text(new.token)}")
     assert isinstance(found, Session)
     assert sessions.asked == [(new.token, "192.0.2.1", Code.UNAUTHENTICATED)]
 
@@ -186,13 +186,13 @@ async def test_a_shared_session_is_looked_up() -> None:
         (ResourceExhausted("too many", {"retry_after_ms": 1}), 429, "1"),
     ],
 )
-async def test_who_cannot_be_looked_up_is_told_when_to_come_back(
+async def test_failed_lookup_is_answered_with_retry_after(
     error: Exception, status: int, seconds: str
 ) -> None:
-    desk = Desk()
-    desk.state.sessions = sessions = LookedUp(desk.registry, desk.clock)
+    check = TokenCheck()
+    check.state.sessions = sessions = FakeSharedSessions(check.registry, check.clock)
     sessions.error = error
-    answer = await desk.ask(f"Bearer {token_text(bytes(32))}")
+    answer = await check.ask(f"Bearer {token_text(bytes(32))}")
     assert isinstance(answer, HttpResponse)
     assert answer.status == status
     assert answer.headers == (("Retry-After", seconds),)
@@ -202,7 +202,7 @@ async def test_who_cannot_be_looked_up_is_told_when_to_come_back(
 
 
 @pytest.mark.requirement("metrics")
-def test_metrics_are_for_whoever_has_a_session(serve: Serve) -> None:
+def test_metrics_need_a_session_by_default(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         refused = ask(server, "/metrics")
@@ -233,5 +233,7 @@ def test_metrics_are_for_whoever_has_a_session(serve: Serve) -> None:
         ({"http__metrics": "off"}, 404),
     ],
 )
-def test_the_configuration_says_who_gets_metrics(serve: Serve, settings: dict[str, Any], status: int) -> None:
+def test_access_to_metrics_follows_the_configuration(
+    serve: Serve, settings: dict[str, Any], status: int
+) -> None:
     assert ask(serve(**settings), "/metrics").status == status

@@ -1,4 +1,4 @@
-"""The page in a real Chromium, over TLS: what it shows, what it asks for, and what it says when things go wrong."""
+"""The status page in a real Chromium over TLS: figures, requests, faults, policy, layout."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Open = Callable[..., Tab]
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[Chromium]:
-    """A Chromium that takes the certificate which all servers of the suite have."""
+    """A Chromium that trusts the certificate of all servers of the suite."""
     pem = (certs / "server-ecdsa.crt").read_bytes()
     certificate = x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
     with Chromium(tmp_path_factory.mktemp("chromium"), [spki_pin(certificate)]) as browser:
@@ -49,7 +49,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[C
 
 @pytest.fixture(autouse=True)
 def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chromium keeps idle connections for a while, though the server has said that it ends them."""
+    """Chromium keeps idle connections for a while, though the server has announced their end."""
     monkeypatch.setattr("zcproto.tls.transport.LINGER_TIME", 0.1)
 
 
@@ -83,20 +83,20 @@ def figure(selector: str) -> str:
 
 
 def shows(tab: Tab, selector: str, text: str) -> None:
-    """Wait until an element that is to be seen has this text in it."""
+    """Wait until a visible element contains this text."""
     tab.until(f"{figure(selector)}.includes({json.dumps(text)})")
 
 
-def look_elsewhere(tab: Tab, other: Tab) -> None:
-    """At another tab and back again: a page may take that for a wish to go on."""
+def switch_tabs(tab: Tab, other: Tab) -> None:
+    """Show the tab, then the other one: the page must not take that as a request to resume."""
     tab.until("document.hidden")
     tab.call("Page.bringToFront")
     tab.until("!document.hidden")
     other.until("document.hidden")
 
 
-def of_the_page(tab: Tab, server: ServerThread) -> None:
-    """Nothing was asked of anybody else, and the browser has nothing to complain of."""
+def assert_no_other_requests(tab: Tab, server: ServerThread) -> None:
+    """Assert that only the page and its figures were requested, and that the browser reported no violation."""
     home = home_of(server)
     assert set(tab.requested()) <= {home, f"{home}status.json"}
     assert tab.complaints() == []
@@ -105,7 +105,7 @@ def of_the_page(tab: Tab, server: ServerThread) -> None:
 # --- figures ---------------------------------------------------------------------------------------------
 
 
-def test_figures_appear_and_change_and_nothing_else_is_asked_for(serve: Serve, show: Open) -> None:
+def test_figures_update_and_nothing_else_is_requested(serve: Serve, show: Open) -> None:
     server = serve(store__url="sqlite")
     server.in_loop(
         lambda: server.server.parts.alerts.raise_(
@@ -117,7 +117,7 @@ def test_figures_appear_and_change_and_nothing_else_is_asked_for(serve: Serve, s
         plain.recv(1)
     with server.client("operator") as client:
         tab = show(server)
-        assert tab.requested() == [home_of(server)]  # without a token nothing is asked
+        assert tab.requested() == [home_of(server)]  # nothing is requested without a token
         assert not tab.run("document.querySelector('#figures').checkVisibility()")
         give(tab, client.token)
         shows(tab, "#state", "Ready")
@@ -138,13 +138,13 @@ def test_figures_appear_and_change_and_nothing_else_is_asked_for(serve: Serve, s
             shows(tab, "#sessions", "3")
             shows(tab, "#connections-more", "3 ZCP")
             tab.until("/L/.test(document.querySelector('[data-lines=sessions] .first').getAttribute('d'))")
-        of_the_page(tab, server)
+        assert_no_other_requests(tab, server)
         assert tab.run("location.href") == home_of(server)
         assert tab.run("localStorage.length + sessionStorage.length + document.cookie.length") == 0
         assert tab.run("document.querySelector('#token').value") == ""
 
 
-def test_what_alerts_are_about_is_shown_to_operators_alone(serve: Serve, show: Open) -> None:
+def test_alert_details_are_only_shown_to_operators(serve: Serve, show: Open) -> None:
     server = serve()
     server.in_loop(
         lambda: server.server.parts.alerts.raise_(
@@ -155,11 +155,11 @@ def test_what_alerts_are_about_is_shown_to_operators_alone(serve: Serve, show: O
         tab = show(server)
         give(tab, eve.token)
         shows(tab, "#alerts", "warning Session: revoked")
-        assert "shown to operators" in tab.text()
+        assert "Details are shown to operators" in tab.text()
         assert "ada" not in tab.text()
 
 
-def test_a_page_that_nobody_sees_asks_for_nothing(serve: Serve, show: Open) -> None:
+def test_hidden_page_requests_nothing(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
         tab = show(server)
@@ -173,9 +173,7 @@ def test_a_page_that_nobody_sees_asks_for_nothing(serve: Serve, show: Open) -> N
         assert other.requested() == [home_of(server)]
 
 
-def test_a_page_that_is_paused_goes_on_when_told_and_asks_for_nothing_meanwhile(
-    serve: Serve, show: Open
-) -> None:
+def test_paused_page_requests_nothing_until_it_is_resumed(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
         tab = show(server)
@@ -188,12 +186,12 @@ def test_a_page_that_is_paused_goes_on_when_told_and_asks_for_nothing_meanwhile(
         tab.click("#pause")
         shows(tab, "#state", "Paused")
         asked = tab.requested()
-        look_elsewhere(tab, show(server))
+        switch_tabs(tab, show(server))
         tab.advance(60)
         assert tab.requested() == asked
 
 
-def test_a_token_is_forgotten_with_all_figures(serve: Serve, show: Open) -> None:
+def test_forget_removes_the_token_and_all_figures(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
         tab = show(server)
@@ -202,7 +200,7 @@ def test_a_token_is_forgotten_with_all_figures(serve: Serve, show: Open) -> None
         tab.click("#forget")
         shows(tab, "#state", "Not connected")
         asked = tab.requested()
-        look_elsewhere(tab, show(server))
+        switch_tabs(tab, show(server))
         tab.advance(60)
         assert tab.requested() == asked
     assert tab.text("main").endswith("Show figures")
@@ -212,7 +210,7 @@ def test_a_token_is_forgotten_with_all_figures(serve: Serve, show: Open) -> None
 # --- faults ----------------------------------------------------------------------------------------------
 
 
-def test_a_token_that_is_not_good_is_told_apart_from_none(serve: Serve, show: Open) -> None:
+def test_malformed_and_refused_tokens_are_reported_differently(serve: Serve, show: Open) -> None:
     server = serve()
     tab = show(server)
     give(tab, "too short")
@@ -220,26 +218,26 @@ def test_a_token_that_is_not_good_is_told_apart_from_none(serve: Serve, show: Op
     assert tab.requested() == [home_of(server)]
     tab.run("document.querySelector('#token').value = ''")
     give(tab, bytes(range(32)))
-    shows(tab, "#token-fault", "does not take this token")
+    shows(tab, "#token-fault", "The server refused this token")
     assert tab.run("document.activeElement.id") == "token"
-    assert tab.requested() == [home_of(server), f"{home_of(server)}status.json"]  # and not asked again
+    assert tab.requested() == [home_of(server), f"{home_of(server)}status.json"]  # and not requested again
 
 
-def test_the_end_of_a_session_is_told_and_its_figures_are_gone(serve: Serve, show: Open) -> None:
+def test_closed_session_is_reported_and_its_figures_removed(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
         tab = show(server)
         give(tab, client.token)
         shows(tab, "#state", "Ready")
         client.call("session.close")
-    shows(tab, "#token-fault", "The session has ended")
+    shows(tab, "#token-fault", "The session has expired or was revoked")
     assert not tab.run("document.querySelector('#figures').checkVisibility()")
     with server.client("ada") as client:
         give(tab, client.token)
         shows(tab, "#state", "Ready")
 
 
-def test_a_server_that_is_gone_is_told_and_the_last_figures_stay(serve: Serve, show: Open) -> None:
+def test_unreachable_server_is_reported_and_the_last_figures_stay(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
         tab = show(server)
@@ -249,10 +247,10 @@ def test_a_server_that_is_gone_is_told_and_the_last_figures_stay(serve: Serve, s
     shows(tab, "#fault", "No answer from the server.")
     shows(tab, "#state", "No answer")
     assert tab.run("document.querySelector('#figures').checkVisibility()")
-    assert re.search(r"those of \d\d:\d\d:\d\d", tab.text("#fault"))
+    assert re.search(r"from \d\d:\d\d:\d\d", tab.text("#fault"))
 
 
-def test_a_server_that_is_not_ready_says_why(serve: Serve, show: Open) -> None:
+def test_reasons_of_a_server_that_is_not_ready_are_shown(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
         tab = show(server)
@@ -266,11 +264,11 @@ def test_a_server_that_is_not_ready_says_why(serve: Serve, show: Open) -> None:
         tab.until("document.querySelector('#fault').innerText === ''")
 
 
-# --- what it may do --------------------------------------------------------------------------------------
+# --- policy ---------------------------------------------------------------------------------------------
 
 
-def test_its_policy_stops_what_is_not_its_own(serve: Serve, show: Open) -> None:
-    """That a complaint is seen at all, so that none means something."""
+def test_page_policy_blocks_foreign_content(serve: Serve, show: Open) -> None:
+    """Proves that violations are detected, so that an empty list of complaints means something."""
     server = serve()
     tab = show(server)
     assert tab.complaints() == []
@@ -289,10 +287,10 @@ def test_its_policy_stops_what_is_not_its_own(serve: Serve, show: Open) -> None:
         tab.run("window.broken")
     )
     assert tab.run("[window.ran, window.refused]") == [None, 2]
-    tab.wait(tab.complaints, "the browser said nothing of it")
+    tab.wait(tab.complaints, "the browser reported no violation")
 
 
-def test_it_is_in_no_frame_of_another_page(serve: Serve, show: Open) -> None:
+def test_page_refuses_to_be_framed(serve: Serve, show: Open) -> None:
     server = serve()
     html = b"<!doctype html><title>around</title><iframe src='/'></iframe>"
     policy = "default-src 'none'; frame-src 'self'"
@@ -307,11 +305,11 @@ def test_it_is_in_no_frame_of_another_page(serve: Serve, show: Open) -> None:
     )
 
 
-# --- how it looks ----------------------------------------------------------------------------------------
+# --- layout ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_it_fits_in_dark_and_in_light_and_nothing_jumps(
+def test_layout_fits_in_dark_and_light_and_does_not_shift(
     serve: Serve, show: Open, tmp_path: Path, size: str
 ) -> None:
     server = serve()
@@ -324,7 +322,7 @@ def test_it_fits_in_dark_and_in_light_and_nothing_jumps(
                 give(tab, client.token)
                 shows(tab, "#state", "Ready")
                 tab.run("window.shifts.length = 0")
-                # Charts have lines after some rounds, and figures have changed.
+                # Wait for lines in the charts and changed figures.
                 client.echo()
                 tab.until("document.querySelector('.first').getAttribute('d').split('L').length > 3")
                 assert sum(tab.run("window.shifts")) < 0.01
@@ -340,12 +338,12 @@ def test_it_fits_in_dark_and_in_light_and_nothing_jumps(
 
 
 def min_target(tab: Tab) -> Any:
-    """The least height in pixels of what can be pressed (WCAG 2.2, 2.5.8)."""
+    """Return the least height in pixels of a button or input (WCAG 2.2, 2.5.8)."""
     return tab.run("""Math.min(...[...document.querySelectorAll("button, input")]
       .filter((node) => node.checkVisibility()).map((node) => node.getBoundingClientRect().height))""")
 
 
-def test_all_that_it_holds_has_a_name_for_those_who_do_not_see_it(serve: Serve, show: Open) -> None:
+def test_every_element_has_an_accessible_name(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("operator") as client:
         tab = show(server)
@@ -357,7 +355,7 @@ def test_all_that_it_holds_has_a_name_for_those_who_do_not_see_it(serve: Serve, 
     ]
     for role in ("button", "image", "region", "table", "heading", "textbox"):
         assert all(name for found, name in nodes if found == role and role != "table"), role
-    assert {"Connections", "Sessions", "Certificates", "Alerts of the last day"} <= {
+    assert {"Connections", "Sessions", "Certificates", "Alerts, last 24 hours"} <= {
         name for role, name in nodes if role == "region"
     }
     charts = [name for role, name in nodes if role == "image"]
@@ -365,8 +363,8 @@ def test_all_that_it_holds_has_a_name_for_those_who_do_not_see_it(serve: Serve, 
     assert all(name.startswith("Chart of the last ") for name in charts)
 
 
-def test_a_stranger_is_told_why_no_figures_come(serve: Serve, show: Open) -> None:
-    """What a server answers that is neither figures nor 401, such as 429 with Retry-After."""
+def test_other_status_codes_and_malformed_figures_are_reported(serve: Serve, show: Open) -> None:
+    """Responses that are neither figures nor 401, such as 429 with Retry-After."""
     server = serve()
     answers = [text_response(429, "too many tries; wait", headers=(("Retry-After", "3"),))]
     side = server.server.parts.http
@@ -375,6 +373,6 @@ def test_a_stranger_is_told_why_no_figures_come(serve: Serve, show: Open) -> Non
     with server.client("ada") as client:
         tab = show(server)
         give(tab, client.token)
-        shows(tab, "#fault", "The server says 429: too many tries; wait. Next try in 3 s.")
+        shows(tab, "#fault", "The server answered 429: too many tries; wait. Retrying in 3 s.")
         answers[0] = HttpResponse(200, b'{"half": ', "application/json")
-        shows(tab, "#fault", "server and page are not of one version")
+        shows(tab, "#fault", "server and page have different versions")

@@ -1,4 +1,4 @@
-"""The control socket itself: whose it is, who may come in, and what hostile neighbours can do."""
+"""The control socket: its file, who may connect, limits against hostile users."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from zcproto.errors import ConfigError
 from zcproto.http.router import Router
 from zcproto.runtime.server import Server
 
-STRANGER = 65_534
+OTHER_UID = 65_534
 
 
 def control(server: ServerThread) -> ControlSocket:
@@ -38,7 +38,7 @@ def control(server: ServerThread) -> ControlSocket:
 # --- the file ----------------------------------------------------------------------------------------------
 
 
-def test_the_socket_is_its_owners_and_gone_at_the_end(serve: Serve) -> None:
+def test_socket_is_private_and_removed_at_the_end(serve: Serve) -> None:
     server = serve()
     status = server.home.joinpath("control.sock").lstat()
     assert stat.S_ISSOCK(status.st_mode)
@@ -50,7 +50,7 @@ def test_the_socket_is_its_owners_and_gone_at_the_end(serve: Serve) -> None:
     assert not (server.home / ".control.sock.new").exists()
 
 
-async def test_a_second_server_with_the_home_of_a_first_does_not_start(serve: Serve) -> None:
+async def test_second_server_in_the_same_home_does_not_start(serve: Serve) -> None:
     first = serve()
     second = Server(config=configuration(first.home), home=first.home)
     with pytest.raises(ConfigError, match="a server runs with this home folder"):
@@ -59,7 +59,7 @@ async def test_a_second_server_with_the_home_of_a_first_does_not_start(serve: Se
     first.client("ada").close()
 
 
-async def test_what_a_dead_server_has_left_is_replaced(tmp_path: Path, certs: Path) -> None:
+async def test_socket_of_a_killed_server_is_replaced(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     with ServerProcess(home, certs) as server:
         path = home / "control.sock"
@@ -74,20 +74,20 @@ async def test_what_a_dead_server_has_left_is_replaced(tmp_path: Path, certs: Pa
     assert not path.exists()
 
 
-async def test_what_is_no_socket_is_never_replaced(tmp_path: Path, certs: Path) -> None:
+async def test_regular_file_at_the_socket_path_is_never_replaced(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     (home / "certs").symlink_to(certs)
-    (home / "control.sock").write_text("somebody's notes")
+    (home / "control.sock").write_text("notes")
     with pytest.raises(ConfigError, match="not a socket"):
         await Server(config=configuration(home), home=home).start()
-    assert (home / "control.sock").read_text() == "somebody's notes"
+    assert (home / "control.sock").read_text() == "notes"
     (home / "control.sock").unlink()
-    async with Server(config=configuration(home), home=home):  # the lock was let go
+    async with Server(config=configuration(home), home=home):  # the lock was released
         pass
 
 
-async def test_a_link_to_elsewhere_is_not_followed(tmp_path: Path, certs: Path) -> None:
+async def test_symlink_at_the_socket_path_is_not_followed(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     (home / "certs").symlink_to(certs)
@@ -102,7 +102,7 @@ async def test_a_link_to_elsewhere_is_not_followed(tmp_path: Path, certs: Path) 
     assert not (tmp_path / "elsewhere").exists()
 
 
-async def test_a_server_whose_start_fails_leaves_nothing(tmp_path: Path, certs: Path) -> None:
+async def test_failed_start_removes_the_socket(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     (home / "certs").symlink_to(certs)
@@ -117,7 +117,7 @@ async def test_a_server_whose_start_fails_leaves_nothing(tmp_path: Path, certs: 
         pass
 
 
-async def test_a_folder_that_takes_no_socket_does_not_keep_a_server_from_starting(
+async def test_server_starts_without_a_socket_in_a_read_only_folder(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
@@ -133,7 +133,7 @@ async def test_a_folder_that_takes_no_socket_does_not_keep_a_server_from_startin
         assert not (home / "control.sock").exists()
 
 
-async def test_a_server_may_have_none(tmp_path: Path, certs: Path) -> None:
+async def test_server_can_run_without_a_control_socket(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     (home / "certs").symlink_to(certs)
@@ -141,7 +141,7 @@ async def test_a_server_may_have_none(tmp_path: Path, certs: Path) -> None:
         assert not (home / "control.sock").exists()
 
 
-def test_a_socket_that_somebody_else_has_put_there_is_left_alone(serve: Serve) -> None:
+def test_replaced_socket_is_not_removed_at_the_end(serve: Serve) -> None:
     server = serve()
     path = server.home / "control.sock"
     path.unlink()
@@ -151,30 +151,28 @@ def test_a_socket_that_somebody_else_has_put_there_is_left_alone(serve: Serve) -
     assert path.exists()
 
 
-def test_a_path_that_is_too_long_for_the_system_is_named_otherwise(tmp_path: Path, certs: Path) -> None:
+def test_socket_path_beyond_the_system_limit_works(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / ("long" * 30)
     with ServerThread(home, certs) as server:
         assert len(os.fsencode(server.home / "control.sock")) > MAX_ADDRESS
         assert ask(server.home / "control.sock", "GET", "/v1/status").status == 200
 
 
-def test_a_short_path_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_short_socket_path_is_unchanged(tmp_path: Path) -> None:
     with address_of(Path("/run/x.sock")) as address:
         assert address == "/run/x.sock"
 
 
-# --- who comes in --------------------------------------------------------------------------------------------
+# --- connections ------------------------------------------------------------------------------------------
 
 
-def test_the_system_says_who_is_there() -> None:
+def test_peer_credentials_are_read() -> None:
     one, other = socket.socketpair(socket.AF_UNIX)
     with one, other:
         assert peer_of(one) == LocalPeer(os.getpid(), os.geteuid())
 
 
-def test_on_a_system_that_does_not_say_the_modes_decide(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_modes_decide_without_peer_credentials(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     monkeypatch.delattr(socket, "SO_PEERCRED")
     with socket.socket() as some:
@@ -182,20 +180,20 @@ def test_on_a_system_that_does_not_say_the_modes_decide(
     assert ask(server.home / "control.sock", "POST", "/v1/reload", {}).status == 200
 
 
-def test_another_user_of_the_system_is_refused(serve: Serve) -> None:
+def test_other_uid_is_refused(serve: Serve) -> None:
     server = serve()
     found = control(server)
-    own, found._own_uid = found._own_uid, STRANGER + 1
+    own, found._own_uid = found._own_uid, OTHER_UID + 1
     try:
         if os.geteuid() == 0:
-            assert ask(server.home / "control.sock", "GET", "/v1/status").status == 200  # root may
+            assert ask(server.home / "control.sock", "GET", "/v1/status").status == 200  # root is allowed
         else:
             assert ask(server.home / "control.sock", "GET", "/v1/status").status == 403
     finally:
         found._own_uid = own
 
 
-STRANGERS_PROGRAM = """
+OTHER_USER_PROGRAM = """
 import json, os, socket, sys
 path, uid = sys.argv[1], int(sys.argv[2])
 os.setgroups([])
@@ -218,10 +216,10 @@ print(json.dumps(said))
 """
 
 
-def _ask_as_stranger(path: Path) -> list[str]:
-    """What another user of the system is answered, fifty times."""
+def _ask_as_other_user(path: Path) -> list[str]:
+    """Ask fifty times as another user of the system; return the responses or errors."""
     done = subprocess.run(
-        [sys.executable, "-c", STRANGERS_PROGRAM, str(path), str(STRANGER)],
+        [sys.executable, "-c", OTHER_USER_PROGRAM, str(path), str(OTHER_UID)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -232,21 +230,21 @@ def _ask_as_stranger(path: Path) -> list[str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_hostile_user_gets_nothing_whatever_the_modes_are(certs: Path) -> None:
-    # pytest's own folders are closed to others, and it is the socket that is to be tried.
+def test_hostile_user_is_refused_for_every_file_mode(certs: Path) -> None:
+    # The folders of pytest are closed to others, but this test is about the socket.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         with ServerThread(folder / "h", certs) as server:
             path = server.home / "control.sock"
-            said = _ask_as_stranger(path)
+            said = _ask_as_other_user(path)
             assert set(said) == {"PermissionError"}  # the home folder is closed
             server.home.chmod(0o755)
-            assert set(_ask_as_stranger(path)) == {"PermissionError"}  # so is the socket
+            assert set(_ask_as_other_user(path)) == {"PermissionError"}  # so is the socket
             path.chmod(0o666)
-            said = _ask_as_stranger(path)
+            said = _ask_as_other_user(path)
             assert len(said) == 50
-            for answer in said:  # an answer, or a reset that came before it was read
+            for answer in said:  # a response, or a reset before it was read
                 assert '"sessions"' not in answer
                 assert answer.startswith("HTTP/1.1 403 ") or answer in (
                     "ConnectionResetError",
@@ -257,7 +255,7 @@ def test_a_hostile_user_gets_nothing_whatever_the_modes_are(certs: Path) -> None
             server.until(lambda: len(control(server).endpoint.connections) == 0)
 
 
-def test_many_connections_are_bounded_and_let_others_in_when_they_go(serve: Serve) -> None:
+def test_connections_are_bounded_and_freed_when_they_close(serve: Serve) -> None:
     server = serve()
     path = server.home / "control.sock"
     held = [connect(path) for _ in range(MAX_CONNECTIONS)]
@@ -267,7 +265,7 @@ def test_many_connections_are_bounded_and_let_others_in_when_they_go(serve: Serv
         with each:
             assert each.recv(1) == b""
     assert len(control(server).endpoint.connections) == MAX_CONNECTIONS
-    server.client("ada").close()  # nobody else notices
+    server.client("ada").close()
     for each in held:
         each.close()
     server.until(lambda: not control(server).endpoint.connections)
@@ -287,7 +285,7 @@ def test_many_connections_are_bounded_and_let_others_in_when_they_go(serve: Serv
         (b"TRACE /v1/status HTTP/1.1\r\nHost: x\r\n\r\n", b" 501 "),
     ],
 )
-def test_garbage_is_refused_and_nothing_else_happens(serve: Serve, sent: bytes, status: bytes) -> None:
+def test_malformed_requests_are_refused(serve: Serve, sent: bytes, status: bytes) -> None:
     server = serve()
     path = server.home / "control.sock"
     answer = exchange(path, sent)
@@ -295,7 +293,7 @@ def test_garbage_is_refused_and_nothing_else_happens(serve: Serve, sent: bytes, 
     assert ask(path, "GET", "/v1/status").status == 200
 
 
-def test_random_bytes_are_survived(serve: Serve) -> None:
+def test_random_bytes_do_not_break_the_server(serve: Serve) -> None:
     server = serve()
     path = server.home / "control.sock"
     for _ in range(50):
@@ -308,7 +306,7 @@ def test_random_bytes_are_survived(serve: Serve) -> None:
     server.until(lambda: not control(server).endpoint.connections)
 
 
-def test_a_system_without_room_is_asked_again_later(serve: Serve) -> None:
+def test_accept_is_retried_after_descriptor_exhaustion(serve: Serve) -> None:
     server = serve()
     path = server.home / "control.sock"
     found = control(server)
@@ -324,7 +322,7 @@ def test_a_system_without_room_is_asked_again_later(serve: Serve) -> None:
     assert found._accepting
 
 
-def test_a_connection_that_went_away_at_once_is_nobodys(serve: Serve) -> None:
+def test_connections_closed_at_once_leave_nothing_behind(serve: Serve) -> None:
     server = serve()
     path = server.home / "control.sock"
     for _ in range(300):
@@ -333,7 +331,7 @@ def test_a_connection_that_went_away_at_once_is_nobodys(serve: Serve) -> None:
     assert ask(path, "GET", "/v1/status").status == 200
 
 
-def test_open_connections_do_not_hold_up_the_end(serve: Serve) -> None:
+def test_idle_control_connection_does_not_delay_shutdown(serve: Serve) -> None:
     server = serve()
     with connect(server.home / "control.sock") as idle:
         eventually(lambda: len(control(server).endpoint.connections) == 1)
@@ -341,7 +339,7 @@ def test_open_connections_do_not_hold_up_the_end(serve: Serve) -> None:
         assert idle.recv(1) == b""
 
 
-def test_a_socket_that_never_opened_can_be_closed(tmp_path: Path, serve: Serve) -> None:
+def test_closing_an_unopened_socket_leaves_the_running_one(tmp_path: Path, serve: Serve) -> None:
     server = serve()
 
     def open_and_close() -> None:

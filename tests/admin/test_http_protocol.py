@@ -1,4 +1,4 @@
-"""The pump of one HTTP connection, with a transport that only writes down and time turned by hand."""
+"""HttpProtocol on a recording transport with a fake clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import FakeClock, FakeTimers
 from tests.http.helpers import GET, LIMITS, SECURITY, answers
-from zcproto.admin.http_protocol import TAKEN_AT_LEAST, HttpEndpoint, HttpProtocol
+from zcproto.admin.http_protocol import MIN_READ, HttpEndpoint, HttpProtocol
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.http.messages import HttpRequest, HttpResponse, Peer, text_response
 from zcproto.http.router import Route, Router
@@ -23,7 +23,7 @@ WRITE_TIMEOUT = 20.0
 
 
 class Transport:
-    """What stands in for TLS. While `stuck`, the peer reads nothing."""
+    """A transport that records. While `stuck`, the peer reads nothing."""
 
     def __init__(self) -> None:
         self.protocol: HttpProtocol | None = None
@@ -118,7 +118,7 @@ BIG = GET.replace(b"GET /", b"GET /big")
 WAIT = GET.replace(b"GET /", b"GET /wait")
 
 
-async def test_one_request_a_turn_however_many_come_together() -> None:
+async def test_pipelined_requests_are_answered_one_per_loop_turn() -> None:
     harness = Harness()
     protocol, transport = harness.connect()
     protocol.data_received(GET * 3)
@@ -131,7 +131,7 @@ async def test_one_request_a_turn_however_many_come_together() -> None:
     assert harness.endpoint.counters.responses == {200: 3}
 
 
-async def test_who_reads_nothing_is_not_answered_on_and_is_cut_off() -> None:
+async def test_client_that_never_reads_is_disconnected() -> None:
     harness = Harness()
     protocol, transport = harness.connect()
     transport.stuck = True
@@ -141,7 +141,7 @@ async def test_who_reads_nothing_is_not_answered_on_and_is_cut_off() -> None:
     assert not transport.reading
     harness.advance(WRITE_TIMEOUT - 1)
     assert transport.end == ""
-    transport.unread -= TAKEN_AT_LEAST - 1  # a drip
+    transport.unread -= MIN_READ - 1  # too slow
     harness.advance(2)
     assert transport.end == "aborted"
     assert harness.endpoint.counters.write_timeouts == 1
@@ -149,14 +149,14 @@ async def test_who_reads_nothing_is_not_answered_on_and_is_cut_off() -> None:
     assert len(harness.wheel) == 0
 
 
-async def test_who_reads_slowly_but_reads_gets_time() -> None:
+async def test_slow_reader_gets_more_time() -> None:
     harness = Harness()
     protocol, transport = harness.connect()
     transport.stuck = True
     protocol.data_received(BIG * 2)
     harness.timers.run()
-    while transport.unread > TAKEN_AT_LEAST:
-        transport.unread -= TAKEN_AT_LEAST
+    while transport.unread > MIN_READ:
+        transport.unread -= MIN_READ
         harness.advance(WRITE_TIMEOUT + 0.5)
         assert transport.end == ""
     transport.stuck, transport.unread = False, 0
@@ -167,7 +167,7 @@ async def test_who_reads_slowly_but_reads_gets_time() -> None:
     assert len(answers(bytes(transport.out))) == 2
 
 
-async def test_a_connection_that_ends_takes_its_handler_and_its_deadline_with_it() -> None:
+async def test_closed_connection_cancels_its_handler_and_deadline() -> None:
     harness = Harness()
     for end in (
         lambda p: p.eof_received(),
@@ -185,7 +185,7 @@ async def test_a_connection_that_ends_takes_its_handler_and_its_deadline_with_it
         assert harness.endpoint.answering == 0
         assert len(harness.wheel) == 0
         assert harness.endpoint.connections == set()
-        protocol.data_received(GET)  # what was on its way
+        protocol.data_received(GET)  # input that was in flight
         protocol.handle_deadline(1e9)
         protocol.go_away()
         protocol.resume_writing()
@@ -193,7 +193,7 @@ async def test_a_connection_that_ends_takes_its_handler_and_its_deadline_with_it
     assert harness.incidents == []
 
 
-async def test_a_handler_that_is_cancelled_from_without_is_a_fault_of_ours() -> None:
+async def test_externally_cancelled_handler_is_an_internal_error() -> None:
     harness = Harness()
     protocol, transport = harness.connect()
     protocol.data_received(WAIT)
@@ -204,7 +204,7 @@ async def test_a_handler_that_is_cancelled_from_without_is_a_fault_of_ours() -> 
     assert isinstance(harness.incidents[0], asyncio.CancelledError)
 
 
-async def test_the_rest_waits_for_a_handler_and_comes_after_it() -> None:
+async def test_pipelined_request_waits_for_a_running_handler() -> None:
     harness = Harness()
     protocol, transport = harness.connect()
     protocol.data_received(WAIT + GET)
@@ -218,7 +218,7 @@ async def test_the_rest_waits_for_a_handler_and_comes_after_it() -> None:
     assert [answer.body for answer in answers(bytes(transport.out))] == [b"waited\n", b"x\n"]
 
 
-async def test_too_much_behind_a_request_is_not_read() -> None:
+async def test_excess_pipelined_input_is_not_read() -> None:
     harness = Harness()
     protocol, transport = harness.connect()
     protocol.data_received(WAIT + GET * 50)
@@ -227,11 +227,11 @@ async def test_too_much_behind_a_request_is_not_read() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
     harness.timers.run()
-    assert transport.end == "closed"  # after as many as one connection may ask
+    assert transport.end == "closed"  # after the maximum of requests
     assert len(answers(bytes(transport.out))) == LIMITS.max_requests
 
 
-async def test_drain_waits_for_handlers_at_work() -> None:
+async def test_drain_waits_for_running_handlers() -> None:
     harness = Harness()
     protocol, transport = harness.connect()
     harness.connect()
@@ -250,7 +250,7 @@ async def test_drain_waits_for_handlers_at_work() -> None:
     assert len(harness.wheel) == 0
 
 
-async def test_nothing_keeps_a_connection_that_is_gone() -> None:
+async def test_closed_connection_is_garbage_collected() -> None:
     harness = Harness()
     protocol, transport = harness.connect()
     protocol.data_received(GET + GET[:10])
@@ -262,7 +262,7 @@ async def test_nothing_keeps_a_connection_that_is_gone() -> None:
 
 
 @pytest.mark.parametrize("seconds", [LIMITS.request_timeout])
-async def test_half_a_request_is_told_and_closed_at_its_deadline(seconds: float) -> None:
+async def test_truncated_request_is_408_at_its_deadline(seconds: float) -> None:
     harness = Harness()
     protocol, transport = harness.connect()
     protocol.data_received(GET[:10])

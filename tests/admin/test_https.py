@@ -1,4 +1,4 @@
-"""The HTTPS side of a whole server, over real TLS: by Python's own client, by bytes, and by curl."""
+"""The HTTPS side of a server over real TLS: with http.client, raw bytes and curl."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tls(
 
 
 def read_to_end(connection: ssl.SSLSocket) -> bytes:
-    """All bytes until close_notify; anything else is an error."""
+    """Return all bytes until close_notify; any other end raises."""
     received = bytearray()
     while data := connection.recv(65_536):
         received += data
@@ -53,7 +53,7 @@ def read_to_end(connection: ssl.SSLSocket) -> bytes:
 
 
 def exchange(server: ServerThread, data: bytes, alpn: tuple[str, ...] = ("http/1.1",)) -> list[Answer]:
-    """What the bytes are answered with; they must be such that the server closes."""
+    """Send bytes after which the server closes, and return the responses."""
     with tls(server, alpn) as connection:
         connection.sendall(data)
         return answers(read_to_end(connection))
@@ -66,7 +66,7 @@ def ask(
     headers: dict[str, str] | None = None,
     body: bytes = b"",
 ) -> Answer:
-    """One request by Python's own client."""
+    """Send one request with http.client."""
     context = client_context(server.home / "certs" / "ca.crt", ())
     connection = http.client.HTTPSConnection("localhost", server.port, timeout=10, context=context)
     with contextlib.closing(connection):
@@ -93,7 +93,7 @@ def add(server: ServerThread, *routes: Route) -> None:
 
 @pytest.mark.parametrize("path", OPEN)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_what_is_open_is_had_without_a_session(shared: ServerThread, path: str, method: str) -> None:
+def test_public_resources_need_no_session(shared: ServerThread, path: str, method: str) -> None:
     answer = ask(shared, path, method)
     assert answer.status == 200
     assert answer.one("strict-transport-security") == HSTS
@@ -101,11 +101,11 @@ def test_what_is_open_is_had_without_a_session(shared: ServerThread, path: str, 
     assert (answer.body == b"") is (method == "HEAD")
 
 
-def test_healthz_says_ok(shared: ServerThread) -> None:
+def test_healthz_returns_ok(shared: ServerThread) -> None:
     assert ask(shared, "/healthz").body == b"ok\n"
 
 
-def test_a_client_finds_what_it_needs_to_connect(shared: ServerThread) -> None:
+def test_well_known_describes_the_server(shared: ServerThread) -> None:
     found = json.loads(ask(shared, "/.well-known/zcp").body)
     assert found["alpn"] == ["zcp/1"]
     assert found["versions"] == [1]
@@ -119,7 +119,7 @@ def test_a_client_finds_what_it_needs_to_connect(shared: ServerThread) -> None:
         assert found["limits"][key] == welcome[key]
 
 
-def test_what_is_not_there_says_so(shared: ServerThread) -> None:
+def test_unknown_path_or_method_is_refused(shared: ServerThread) -> None:
     assert ask(shared, "/nothing").status == 404
     refused = ask(shared, "/healthz", "POST", body=b"x")
     assert (refused.status, refused.one("allow")) == (405, "GET, HEAD")
@@ -133,7 +133,7 @@ def ready(server: ServerThread) -> tuple[int, dict[str, Any]]:
     return answer.status, json.loads(answer.body)
 
 
-def test_readyz_says_what_it_looked_at(shared: ServerThread) -> None:
+def test_readyz_lists_its_checks(shared: ServerThread) -> None:
     status, found = ready(shared)
     assert status == 200
     assert (found["ready"], found["reasons"]) == (True, [])
@@ -144,7 +144,7 @@ def test_readyz_says_what_it_looked_at(shared: ServerThread) -> None:
     assert 89 * 86_400 < certificate["seconds_left"] <= 90 * 86_400
 
 
-def test_a_certificate_that_has_expired_is_a_reason(serve: Serve) -> None:
+def test_readyz_reports_an_expired_certificate(serve: Serve) -> None:
     server = serve(certificates__watch_interval="1h")
     server.clock.ahead_ms = 91 * 86_400_000
     status, found = ready(server)
@@ -154,7 +154,7 @@ def test_a_certificate_that_has_expired_is_a_reason(serve: Serve) -> None:
 
 
 @pytest.mark.requirement("recovery")
-def test_a_store_that_does_not_answer_is_a_reason(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readyz_reports_an_unavailable_store(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     sessions = server.server.state.sessions
     monkeypatch.setattr(sessions, "statistics", lambda: {"state": "degraded"})
@@ -166,7 +166,7 @@ def test_a_store_that_does_not_answer_is_a_reason(serve: Serve, monkeypatch: pyt
     assert "every token is refused" in ready(server)[1]["reasons"][0]
 
 
-def test_draining_is_a_reason_and_the_last_answer(serve: Serve) -> None:
+def test_readyz_reports_draining_in_the_last_response(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as busy, tls(server) as connection:
         busy.send(busy.request("sleep", {"ms": 60_000}))
@@ -185,7 +185,7 @@ def test_draining_is_a_reason_and_the_last_answer(serve: Serve) -> None:
 
 
 def receive_one(connection: ssl.SSLSocket) -> bytes:
-    """One response that has a length."""
+    """Read one response with a Content-Length."""
     data = b""
     while b"\r\n\r\n" not in data:
         data += connection.recv(65_536)
@@ -196,7 +196,7 @@ def receive_one(connection: ssl.SSLSocket) -> bytes:
     return head + b"\r\n\r\n" + body
 
 
-def test_a_drain_waits_for_handlers_as_for_methods(serve: Serve) -> None:
+def test_drain_waits_for_http_handlers(serve: Serve) -> None:
     server = serve()
     gate = server.in_loop(asyncio.Event)
 
@@ -216,7 +216,7 @@ def test_a_drain_waits_for_handlers_as_for_methods(serve: Serve) -> None:
     server.join()
 
 
-def test_idle_connections_do_not_hold_up_the_end(serve: Serve) -> None:
+def test_idle_http_connections_do_not_delay_shutdown(serve: Serve) -> None:
     server = serve()
     with tls(server) as idle, tls(server) as silent:
         idle.sendall(GET)
@@ -235,30 +235,28 @@ def test_idle_connections_do_not_hold_up_the_end(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("alpn", [(), ("http/1.1",), ("h2", "http/1.1"), ("http/1.1", "h2", "http/1.0")])
-def test_http_is_what_a_client_gets_that_does_not_offer_ours(
-    shared: ServerThread, alpn: tuple[str, ...]
-) -> None:
+def test_client_without_zcp_alpn_gets_http(shared: ServerThread, alpn: tuple[str, ...]) -> None:
     with tls(shared, alpn) as connection:
         assert connection.selected_alpn_protocol() == ("http/1.1" if alpn else None)
         connection.sendall(GET)
         assert answers(receive_one(connection))[0].status == 200
 
 
-def test_offered_both_ours_is_chosen_and_no_http_is_spoken(shared: ServerThread) -> None:
+def test_zcp_alpn_is_preferred_over_http(shared: ServerThread) -> None:
     with tls(shared, ("http/1.1", "zcp/1")) as connection:
         assert connection.selected_alpn_protocol() == "zcp/1"
         connection.sendall(GET)
         assert b"HTTP/1.1" not in read_to_end(connection)
 
 
-def test_a_frame_on_the_https_side_is_a_bad_request(shared: ServerThread) -> None:
+def test_zcp_frame_over_http_is_a_bad_request(shared: ServerThread) -> None:
     with shared.client() as client:
         frame = client.request("server.info")
     (answer,) = exchange(shared, frame)
     assert answer.status == 400
 
 
-def test_without_the_https_side_nothing_of_it_is_there(serve: Serve) -> None:
+def test_disabled_http_refuses_its_alpn(serve: Serve) -> None:
     server = serve(http__enabled=False)
     with pytest.raises(ssl.SSLError, match=r"(?i)no.application.protocol"):
         tls(server)
@@ -286,9 +284,7 @@ def test_without_the_https_side_nothing_of_it_is_there(serve: Serve) -> None:
         (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     ],
 )
-def test_every_response_has_hsts_and_no_version_of_ours(
-    shared: ServerThread, status: int, data: bytes
-) -> None:
+def test_every_response_has_hsts_and_no_version(shared: ServerThread, status: int, data: bytes) -> None:
     with bystander(shared):
         (answer,) = exchange(shared, data)
     assert answer.status == status
@@ -308,7 +304,7 @@ def test_hsts_can_be_switched_off(serve: Serve) -> None:
         assert client.welcome.value["sts"] == {"max_age": 31_536_000, "include_subdomains": True}
 
 
-def test_native_clients_get_the_same_policy(serve: Serve) -> None:
+def test_native_clients_get_the_same_sts_policy(serve: Serve) -> None:
     server = serve(http__hsts_max_age_seconds=60, http__hsts_include_subdomains=False)
     assert ask(server, "/").one("strict-transport-security") == "max-age=60"
     policy = {"max_age": 60, "include_subdomains": False}
@@ -320,7 +316,7 @@ def test_native_clients_get_the_same_policy(serve: Serve) -> None:
 # --- time and limits -------------------------------------------------------------------------------------
 
 
-def test_a_head_that_drips_is_cut_off(serve: Serve) -> None:
+def test_slow_request_head_times_out(serve: Serve) -> None:
     server = serve(http__request_timeout=0.5)
     with bystander(server), tls(server) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
@@ -329,7 +325,7 @@ def test_a_head_that_drips_is_cut_off(serve: Serve) -> None:
     assert answer.one("strict-transport-security") == HSTS
 
 
-def test_silence_and_idleness_end_without_a_word(serve: Serve) -> None:
+def test_silent_and_idle_connections_are_closed(serve: Serve) -> None:
     server = serve(http__request_timeout=0.5, http__idle_timeout=0.5)
     with tls(server) as silent, tls(server) as idle:
         idle.sendall(GET)
@@ -338,7 +334,7 @@ def test_silence_and_idleness_end_without_a_word(serve: Serve) -> None:
     server.until_left()
 
 
-def test_many_requests_at_once_are_answered_in_their_order(shared: ServerThread) -> None:
+def test_pipelined_requests_are_answered_in_order(shared: ServerThread) -> None:
     paths = [*OPEN, "/nothing", *OPEN]
     data = b"".join(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode() for path in paths * 20)
     end = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
@@ -350,13 +346,13 @@ def test_many_requests_at_once_are_answered_in_their_order(shared: ServerThread)
     assert [answer.closes for answer in found] == [False] * len(paths) * 20 + [True]
 
 
-def test_a_connection_has_its_number_of_requests(shared: ServerThread) -> None:
+def test_requests_per_connection_are_limited(shared: ServerThread) -> None:
     found = exchange(shared, GET.replace(b"GET /", b"GET /healthz") * 1_001)
     assert len(found) == 1_000
     assert [answer.closes for answer in found[-2:]] == [False, True]
 
 
-def test_who_reads_nothing_is_disconnected(serve: Serve) -> None:
+def test_http_client_that_never_reads_is_disconnected(serve: Serve) -> None:
     server = serve(limits__write_timeout=0.5)
     add(server, Route("GET", "/big", lambda request: text_response(200, "x" * 1_000_000)))
     with bystander(server), tls(server) as connection:
@@ -368,7 +364,7 @@ def test_who_reads_nothing_is_disconnected(serve: Serve) -> None:
     server.until_left()
 
 
-def test_who_reads_late_gets_all_of_it_and_nothing_is_made_ahead(serve: Serve) -> None:
+def test_late_reader_gets_all_responses_without_buffering(serve: Serve) -> None:
     server = serve()
     add(server, Route("GET", "/big", lambda request: text_response(200, "x" * 3_000_000)))
     big = GET.replace(b"GET /", b"GET /big")
@@ -384,7 +380,7 @@ def test_who_reads_late_gets_all_of_it_and_nothing_is_made_ahead(serve: Serve) -
     assert [answer.closes for answer in found] == [False] * 7 + [True]
 
 
-def test_http_connections_count_with_all_others(serve: Serve) -> None:
+def test_http_connections_count_towards_the_limit(serve: Serve) -> None:
     server = serve(limits__connections_per_address=2)
     with tls(server), tls(server):
         server.until(lambda: server.server.statistics()["http"]["connections"] == 2)
@@ -395,7 +391,7 @@ def test_http_connections_count_with_all_others(serve: Serve) -> None:
     server.until_left()
 
 
-def test_nothing_is_left_of_connections_that_go_in_any_way(serve: Serve) -> None:
+def test_closed_http_connections_leave_nothing_behind(serve: Serve) -> None:
     server = serve()
     for _ in range(3):
         with tls(server) as closed:
@@ -412,7 +408,7 @@ def test_nothing_is_left_of_connections_that_go_in_any_way(serve: Serve) -> None
     server.until(lambda: server.server.statistics()["http"]["connections"] == 0)
 
 
-def test_a_client_whose_certificate_is_revoked_is_closed_here_too(serve: Serve) -> None:
+def test_http_connection_of_a_revoked_certificate_is_closed(serve: Serve) -> None:
     server = serve(tls__client_auth="optional")
     folder, now = server.home / "certs", datetime.now(UTC)
     good, bad = (
@@ -447,7 +443,7 @@ def unwritable(request: HttpRequest) -> HttpResponse:
 
 
 @pytest.mark.parametrize("handler", [broken, broken_later, unwritable])
-def test_a_fault_of_ours_is_500_with_an_id_and_nothing_else(serve: Serve, handler: Any) -> None:
+def test_internal_error_is_500_with_only_an_incident_id(serve: Serve, handler: Any) -> None:
     server = serve()
     add(server, Route("GET", "/broken", handler))
     answer = ask(server, "/broken")
@@ -459,7 +455,7 @@ def test_a_fault_of_ours_is_500_with_an_id_and_nothing_else(serve: Serve, handle
     assert ask(server, "/healthz").status == 200
 
 
-def test_a_handler_that_waits_holds_up_its_own_connection_alone(serve: Serve) -> None:
+def test_waiting_handler_blocks_only_its_connection(serve: Serve) -> None:
     server = serve()
     gate = server.in_loop(asyncio.Event)
 
@@ -478,7 +474,7 @@ def test_a_handler_that_waits_holds_up_its_own_connection_alone(serve: Serve) ->
     assert answers(second)[0].body == b"ok\n"
 
 
-def test_a_handler_ends_with_its_connection(serve: Serve) -> None:
+def test_handler_is_cancelled_with_its_connection(serve: Serve) -> None:
     server = serve()
 
     async def wait(request: HttpRequest) -> HttpResponse:
@@ -525,7 +521,7 @@ def curl(shared: ServerThread) -> Any:
     return run
 
 
-def test_curl_gets_all_there_is_on_one_connection(shared: ServerThread, curl: Any) -> None:
+def test_curl_reads_all_resources_on_one_connection(shared: ServerThread, curl: Any) -> None:
     before = shared.stats["http"]["connections_opened"]
     out = curl(
         "-w",
@@ -553,13 +549,13 @@ def test_curl_sends_bodies_of_every_kind(shared: ServerThread, curl: Any) -> Non
 
 
 @pytest.mark.requirement("hsts")
-def test_curl_remembers_the_policy(shared: ServerThread, curl: Any, tmp_path: Any) -> None:
+def test_curl_remembers_hsts(shared: ServerThread, curl: Any, tmp_path: Any) -> None:
     curl("--hsts", str(tmp_path / "hsts"), f"https://localhost:{shared.port}/")
     kept = (tmp_path / "hsts").read_text()
     assert ".localhost" in kept
 
 
-def test_a_plain_socket_that_speaks_no_tls_is_told_as_before(shared: ServerThread) -> None:
+def test_plaintext_http_gets_400_on_the_tls_port(shared: ServerThread) -> None:
     with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as raw:
         raw.sendall(GET)
         answer = b""
@@ -572,7 +568,7 @@ def test_a_plain_socket_that_speaks_no_tls_is_told_as_before(shared: ServerThrea
 # --- the edge of it, in the server's own loop --------------------------------------------------------------
 
 
-def test_who_comes_while_the_server_drains_gets_one_answer(serve: Serve) -> None:
+def test_connection_during_drain_gets_one_response(serve: Serve) -> None:
     server = serve()
     side = server.server.parts.http
     assert side is not None
@@ -585,9 +581,7 @@ def test_who_comes_while_the_server_drains_gets_one_answer(serve: Serve) -> None
     asyncio.run_coroutine_threadsafe(side.endpoint.wait_at_rest(), server.loop).result(10)
 
 
-def test_a_handler_that_waits_too_long_is_cancelled_and_its_client_told(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_handler_timeout_is_503(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     side = server.server.parts.http
     assert side is not None

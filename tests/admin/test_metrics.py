@@ -1,4 +1,4 @@
-"""What a whole server tells Prometheus: each fact by the metric that it belongs to, and never who it was."""
+"""The metrics of a running server: values, labels, and no personal data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARED_ONLY = {
     "zcproto_certificate_last_renewal_timestamp_seconds",
     "zcproto_certificate_last_renewal_success",
 }
-"""There only once certificates were renewed."""
+"""Present only after a renewal."""
 
 
 def render(server: ServerThread, accept: str = "") -> str:
@@ -36,7 +36,7 @@ def render(server: ServerThread, accept: str = "") -> str:
 
 
 def value(server: ServerThread, name: str, **labels: str) -> float:
-    """The value of a series; 0 where there is none."""
+    """Return the value of a series, or 0 without one."""
     for family in parse_text(render(server)):
         for sample in family.samples:
             if sample.name == name and sample.labels == labels:
@@ -45,7 +45,7 @@ def value(server: ServerThread, name: str, **labels: str) -> float:
 
 
 def grows(server: ServerThread, name: str, by: float = 1, **labels: str) -> Any:
-    """Within it, a series grows by so much, and what it counts by no more."""
+    """Assert that a series grows by exactly this much in the body."""
 
     @contextlib.contextmanager
     def check() -> Any:
@@ -57,7 +57,7 @@ def grows(server: ServerThread, name: str, by: float = 1, **labels: str) -> Any:
 
 
 def names_in(text: str) -> set[str]:
-    """Metrics by their whole names."""
+    """Return the full names of metrics."""
     return {
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in parse_text(text)
@@ -70,11 +70,11 @@ def names_in(text: str) -> set[str]:
 
 @needs("promtool")
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
-def test_promtool_has_nothing_to_say(serve: Serve, store: str) -> None:
+def test_promtool_reports_no_problem(serve: Serve, store: str) -> None:
     server = serve(store__url=store)
     with server.client("ada") as client:
         client.call("sleep", {"ms": 1})
-        client.refused("nobody.has.this")
+        client.refused("no.such.method")
         text = render(server)
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60, check=False
@@ -82,22 +82,22 @@ def test_promtool_has_nothing_to_say(serve: Serve, store: str) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_what_is_told_is_in_the_table_and_all_of_the_table_is_told(serve: Serve) -> None:
+def test_rendered_metrics_match_the_table(serve: Serve) -> None:
     server = serve(store__url="sqlite")
     with server.client("ada") as client:
         client.call("sleep", {"ms": 1})
-        client.refused("nobody.has.this")
+        client.refused("no.such.method")
         client.send(client.frame(PING, timestamp=wall() - 3_600_000))
         client.send(client.request("echo", timestamp=wall() - 3_600_000))
         client.answer()
     server.until(lambda: not server.server.state.connections)
-    told = names_in(render(server))
-    shared_store = {"zcproto_http_responses_total"}  # nobody has asked yet
-    assert told - set(OF_THE_LIBRARY) <= {metric.name for metric in ALL}
-    assert {metric.name for metric in ALL} - told == SHARED_ONLY | shared_store
+    rendered = names_in(render(server))
+    shared_store = {"zcproto_http_responses_total"}  # no request yet
+    assert rendered - set(OF_THE_LIBRARY) <= {metric.name for metric in ALL}
+    assert {metric.name for metric in ALL} - rendered == SHARED_ONLY | shared_store
 
 
-def test_labels_are_those_of_the_table(serve: Serve) -> None:
+def test_labels_match_the_table(serve: Serve) -> None:
     server = serve(store__url="sqlite")
     with server.client("ada") as client:
         client.call("sleep", {"ms": 1})
@@ -113,7 +113,7 @@ def test_labels_are_those_of_the_table(serve: Serve) -> None:
 
 
 @pytest.mark.requirement("logs")
-def test_no_name_address_token_or_key_is_in_any_line(serve: Serve) -> None:
+def test_metrics_contain_no_name_address_token_or_key(serve: Serve) -> None:
     user = f"user{secrets.token_hex(8)}"
     server = serve(store__url="sqlite", certificates__key_types=["ecdsa-p256"])
     with server.client(user) as client:
@@ -135,7 +135,7 @@ def test_no_name_address_token_or_key_is_in_any_line(serve: Serve) -> None:
 
 @pytest.mark.requirement("metrics")
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
-def test_sessions_are_counted_by_what_becomes_of_them(serve: Serve, store: str) -> None:
+def test_ended_sessions_are_counted_by_reason(serve: Serve, store: str) -> None:
     server = serve(store__url=store)
     ended = "zcproto_sessions_ended_total"
     with server.client("ada") as client, server.client("operator") as operator:
@@ -164,7 +164,7 @@ def test_sessions_are_counted_by_what_becomes_of_them(serve: Serve, store: str) 
         assert value(server, ended, reason="other") == 0
 
 
-def test_a_session_that_expires_and_one_that_makes_room_are_told_apart(serve: Serve) -> None:
+def test_expired_and_evicted_sessions_have_different_reasons(serve: Serve) -> None:
     server = serve(sessions__per_user=1, sessions__when_full="evict_oldest", store__cleanup_interval=0.1)
     with server.client("ada") as client:
         with grows(server, "zcproto_sessions_ended_total", reason="replaced"):
@@ -194,7 +194,7 @@ def test_logins_are_counted_by_scheme_and_result(serve: Serve) -> None:
 
 
 @pytest.mark.requirement("metrics")
-def test_frames_that_lead_to_no_call_are_counted_by_cause_and_code(serve: Serve) -> None:
+def test_refused_frames_are_counted_by_reason_and_code(serve: Serve) -> None:
     server = serve(limits__max_streams=1)
     refused, errors = "zcproto_frames_refused_total", "zcproto_errors_total"
     with server.client("ada") as client:
@@ -223,10 +223,10 @@ def test_frames_that_lead_to_no_call_are_counted_by_cause_and_code(serve: Serve)
             client.cancel(900)
             client.answer(900)
         with grows(server, errors, code="UNIMPLEMENTED"):
-            client.refused("nobody.has.this")
+            client.refused("no.such.method")
 
 
-def test_a_replay_is_counted_and_ends_its_connection(serve: Serve) -> None:
+def test_replayed_frame_is_counted_and_closes_the_connection(serve: Serve) -> None:
     server = serve()
     with (
         grows(server, "zcproto_errors_total", code="REPLAYED"),
@@ -238,7 +238,7 @@ def test_a_replay_is_counted_and_ends_its_connection(serve: Serve) -> None:
         client.rest_until_closed()
 
 
-def test_an_error_with_a_code_that_the_protocol_does_not_know_does_not_break_the_scrape(serve: Serve) -> None:
+def test_unknown_error_code_does_not_break_the_scrape(serve: Serve) -> None:
     class OurOwnError(CallError):
         code = 99  # type: ignore[assignment]
 
@@ -256,7 +256,7 @@ def test_an_error_with_a_code_that_the_protocol_does_not_know_does_not_break_the
         del CallError.by_code[99]
 
 
-def test_faults_of_methods_are_incidents(serve: Serve) -> None:
+def test_exceptions_of_methods_count_as_incidents(serve: Serve) -> None:
     app = App()
 
     @app.method("breaks")
@@ -273,7 +273,7 @@ def test_faults_of_methods_are_incidents(serve: Serve) -> None:
         client.refused("breaks")
 
 
-def test_limits_tell_what_is_used_of_them(serve: Serve) -> None:
+def test_limits_have_their_current_use(serve: Serve) -> None:
     server = serve(limits__max_connections=3, limits__connections_per_address=0)
     with contextlib.ExitStack() as stack:
         for _ in range(3):
@@ -299,7 +299,7 @@ def test_tls_failures_are_counted_by_cause(serve: Serve) -> None:
         pass
 
 
-def test_certificates_are_told_with_their_end_and_their_renewal(serve: Serve) -> None:
+def test_certificate_expiry_and_renewal_are_reported(serve: Serve) -> None:
     server = serve()
     path = str(server.home / "certs" / "server-ecdsa.crt")
     labels = {"path": path, "source": "own", "site": "", "key_type": "ecdsa-p256"}
@@ -316,7 +316,7 @@ def test_certificates_are_told_with_their_end_and_their_renewal(serve: Serve) ->
     assert abs(renewed - wall() / 1000 - 61 * 86_400) < 60
 
 
-def test_an_outage_of_the_store_is_told_while_it_lasts(serve: Serve) -> None:
+def test_store_outage_is_reported_while_it_lasts(serve: Serve) -> None:
     server = serve(store__url="sqlite")
     sessions = server.server.state.sessions
     assert isinstance(sessions, StoredSessionService)
@@ -348,7 +348,7 @@ def test_an_outage_of_the_store_is_told_while_it_lasts(serve: Serve) -> None:
         assert value(server, "zcproto_store_operations_in_progress") == 0
 
 
-def test_a_peer_that_does_not_read_is_told(serve: Serve) -> None:
+def test_slow_reader_is_counted(serve: Serve) -> None:
     app = App()
 
     @app.method("large")
@@ -364,7 +364,7 @@ def test_a_peer_that_does_not_read_is_told(serve: Serve) -> None:
         eventually(lambda: value(server, "zcproto_slow_readers") == 0)
 
 
-def test_a_server_that_drains_says_so(serve: Serve) -> None:
+def test_draining_is_reported(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         client.send(client.request("sleep", {"ms": 60_000}))
@@ -375,7 +375,7 @@ def test_a_server_that_drains_says_so(serve: Serve) -> None:
     server.join()
 
 
-def test_the_loops_lag_is_a_histogram(serve: Serve) -> None:
+def test_loop_lag_is_a_histogram(serve: Serve) -> None:
     server = serve()
     eventually(lambda: value(server, "zcproto_loop_lag_seconds_count") > 0)
     assert value(server, "zcproto_loop_lag_seconds_bucket", le="+Inf") > 0

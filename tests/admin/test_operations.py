@@ -1,4 +1,4 @@
-"""What is to be had by the control socket: each path, what it takes, and what it does."""
+"""The operations of the control API: parameters, results, errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zcproto.sessions.token import token_text
 
 
 def made_key() -> tuple[str, str]:
-    """A key, and the digest that is sent of it."""
+    """Return a new key and its digest."""
     key = os.urandom(32)
     return token_text(key), token_text(hashlib.sha256(key).digest())
 
@@ -44,24 +44,24 @@ def done(server: ServerThread, path: str, fields: Any = None) -> Any:
     return answer.value
 
 
-def ended(client: Client) -> bool:
-    """Whether the session of a client is told to have ended."""
+def was_revoked(client: Client) -> bool:
+    """Return whether the client got the event session.revoked."""
     return str(client.event().value[0]) == "session.revoked"
 
 
 # --- the server --------------------------------------------------------------------------------------------
 
 
-def test_the_status_is_that_of_this_server(serve: Serve) -> None:
+def test_status_reports_this_server(serve: Serve) -> None:
     server = serve()
     with server.client("ada"):
         found = get(server, "status")
     assert found["pid"] == os.getpid()
     assert found["sessions"]["live"] == 1
-    assert found["requests"]["in_flight"] == 0  # the question itself is none
+    assert found["requests"]["in_flight"] == 0  # the request for the status does not count
 
 
-def test_a_reload_tells_what_changed_and_what_takes_a_restart(serve: Serve) -> None:
+def test_reload_returns_changes_and_keys_that_need_a_restart(serve: Serve) -> None:
     server = serve()
     server.settings = {"limits__max_streams": 3, "idempotency__keep": "1h"}
     found = done(server, "reload", {})
@@ -77,7 +77,7 @@ def test_a_reload_tells_what_changed_and_what_takes_a_restart(serve: Serve) -> N
     assert server.server.config.limits.max_streams == 3
 
 
-def test_a_drain_ends_the_server(serve: Serve) -> None:
+def test_drain_ends_the_server(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         client.send(client.request("sleep", {"ms": 60_000}))
@@ -90,20 +90,20 @@ def test_a_drain_ends_the_server(serve: Serve) -> None:
     assert not (server.home / "control.sock").exists()
 
 
-def test_a_drain_has_its_usual_limit(serve: Serve) -> None:
+def test_drain_uses_the_configured_timeout_by_default(serve: Serve) -> None:
     server = serve(server__drain_timeout="5s")
     assert done(server, "drain")["timeout"] == 5.0
     server.join()
 
 
 @pytest.mark.parametrize("timeout", [-1, 3601, "1", True, [1]])
-def test_a_drain_has_a_sane_limit_or_is_refused(serve: Serve, timeout: Any) -> None:
+def test_drain_refuses_a_timeout_out_of_range(serve: Serve, timeout: Any) -> None:
     server = serve()
     assert post(server, "drain", {"timeout": timeout}).status == 400
     assert not server.server.state.draining
 
 
-def test_the_level_of_the_log_is_told_and_set(serve: Serve) -> None:
+def test_log_level_is_returned_and_set(serve: Serve) -> None:
     server = serve()
     before = level()
     try:
@@ -121,7 +121,7 @@ def test_the_level_of_the_log_is_told_and_set(serve: Serve) -> None:
 # --- sessions ----------------------------------------------------------------------------------------------
 
 
-def test_sessions_are_listed_and_ended(serve: Serve) -> None:
+def test_sessions_are_listed_and_revoked(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as ada, server.client("ben") as ben, server.client("cleo") as cleo:
         found = get(server, "sessions")
@@ -133,11 +133,11 @@ def test_sessions_are_listed_and_ended(serve: Serve) -> None:
         for client in (ada, ben, cleo):
             assert token_text(client.token) not in text
         assert done(server, "sessions/revoke", {"ids": [only["id"], only["id"], "unknown"]}) == {"revoked": 1}
-        assert ended(ada)
+        assert was_revoked(ada)
         assert done(server, "sessions/revoke", {"user": "ben"}) == {"revoked": 1}
-        assert ended(ben)
+        assert was_revoked(ben)
         assert done(server, "sessions/revoke", {"all": True}) == {"revoked": 1}
-        assert ended(cleo)
+        assert was_revoked(cleo)
         assert get(server, "sessions")["sessions"] == []
     kinds = server.in_loop(lambda: server.server.parts.alerts.center.told[AlertKind.SESSIONS_REVOKED])
     assert kinds == 1
@@ -162,7 +162,7 @@ def test_sessions_are_listed_and_ended(serve: Serve) -> None:
         b"\xff",
     ],
 )
-def test_nothing_is_ended_by_what_is_not_clear(serve: Serve, fields: Any) -> None:
+def test_ambiguous_or_malformed_revocation_is_refused(serve: Serve, fields: Any) -> None:
     server = serve()
     with server.client("ada") as client:
         answer = post(server, "sessions/revoke", fields)
@@ -172,13 +172,13 @@ def test_nothing_is_ended_by_what_is_not_clear(serve: Serve, fields: Any) -> Non
 
 
 @pytest.mark.parametrize("query", ["?users=ada", "?user=a&user=b", "?user=a&b=c", "?" + "a=b&" * 100])
-def test_a_query_that_is_not_known_is_refused(serve: Serve, query: str) -> None:
+def test_unknown_or_repeated_query_parameter_is_refused(serve: Serve, query: str) -> None:
     server = serve()
     answer = ask(server.home / "control.sock", "GET", f"/v1/sessions{query}")
     assert answer.status == 400
 
 
-def test_a_list_has_a_bound(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_list_is_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "LISTED", 2)
     server = serve()
     for name in ("ada", "ben", "cleo"):
@@ -188,7 +188,7 @@ def test_a_list_has_a_bound(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> No
     assert found["more"]
 
 
-def test_names_are_any_text(serve: Serve) -> None:
+def test_user_name_in_the_query_is_percent_decoded(serve: Serve) -> None:
     server = serve()
     server.client("zoë & co").close()
     (found,) = get(server, "sessions?user=zo%C3%AB+%26+co")["sessions"]
@@ -198,7 +198,7 @@ def test_names_are_any_text(serve: Serve) -> None:
 # --- users -------------------------------------------------------------------------------------------------
 
 
-def test_users_come_change_and_go(serve: Serve) -> None:
+def test_users_are_added_changed_and_removed(serve: Serve) -> None:
     server = serve(users_file=True)
     key, digest = made_key()
     assert done(server, "users/add", {"name": "ada", "key_digest": digest}) == {}
@@ -214,21 +214,21 @@ def test_users_come_change_and_go(serve: Serve) -> None:
         client.open_session("ada", key)
         key, digest = made_key()
         assert done(server, "users/new-key", {"name": "ada", "key_digest": digest}) == {"sessions": 1}
-        assert ended(client)
+        assert was_revoked(client)
         client.open_session("ada", key)
         assert done(server, "users/disable", {"name": "ada"}) == {"sessions": 1}
-        assert ended(client)
+        assert was_revoked(client)
         assert get(server, "users")["users"][0]["disabled"]
         assert done(server, "users/enable", {"name": "ada"}) == {}
         client.open_session("ada", key)
         assert done(server, "users/remove", {"name": "ada"}) == {"sessions": 1}
-        assert ended(client)
+        assert was_revoked(client)
     file = UserFile(server.home / "users.toml")
     file.load()
     assert file.names == ["robot"]
 
 
-def test_what_the_file_of_users_refuses_is_told(serve: Serve) -> None:
+def test_faults_of_user_changes_are_reported(serve: Serve) -> None:
     server = serve(users_file=True)
     done(server, "users/add", {"name": "ada"})
     answer = post(server, "users/add", {"name": "ada"})
@@ -245,8 +245,10 @@ def test_what_the_file_of_users_refuses_is_told(serve: Serve) -> None:
     assert post(server, "users/new-key", {"name": "ada"}).value["error"] == "missing parameter 'key_digest'"
 
 
-def test_a_user_is_known_before_the_watch_has_looked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked for by the socket holds when it is answered."""
+def test_user_change_applies_before_the_next_file_watch(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change applies when the response arrives."""
     monkeypatch.setattr("zcproto.auth.directory.LOOK_INTERVAL", 3600.0)
     server = serve(users_file=True)
     key, digest = made_key()
@@ -254,10 +256,10 @@ def test_a_user_is_known_before_the_watch_has_looked(serve: Serve, monkeypatch: 
     with server.client() as client:
         client.open_session("ada", key)
         assert done(server, "users/remove", {"name": "ada"}) == {"sessions": 1}
-        assert ended(client)
+        assert was_revoked(client)
 
 
-def test_a_program_with_users_of_its_own_has_none_of_the_file(serve: Serve) -> None:
+def test_user_operations_are_refused_with_custom_authenticators(serve: Serve) -> None:
     server = serve()
     for path in ("users/add", "users/remove"):
         assert post(server, path, {"name": "ada"}).status == 409
@@ -282,7 +284,7 @@ def test_devices_are_listed_and_removed(serve: Serve) -> None:
 # --- certificates and alerts ---------------------------------------------------------------------------------
 
 
-def test_certificates_are_made_and_served_when_it_is_answered(serve: Serve) -> None:
+def test_issued_certificates_are_served_before_the_response(serve: Serve) -> None:
     server = serve(certificates__watch_interval="1h")
     before = get(server, "certificates")
     assert before["pins"] == [before["certificates"][0]["pin"]]
@@ -301,7 +303,7 @@ def test_certificates_are_made_and_served_when_it_is_answered(serve: Serve) -> N
     assert get(server, "certificates")["pins"] == [made["certificates"][0]["pin"]] != before["pins"]
 
 
-def test_a_kind_of_key_that_there_is_not_is_refused(serve: Serve) -> None:
+def test_renewal_of_an_unconfigured_key_type_is_refused(serve: Serve) -> None:
     server = serve()
     answer = post(server, "certificates/renew", {"type": "rsa"})
     assert (answer.status, answer.value["error"]) == (
@@ -311,7 +313,7 @@ def test_a_kind_of_key_that_there_is_not_is_refused(serve: Serve) -> None:
     assert done(server, "certificates/renew", {"type": "ecdsa"})["certificates"]
 
 
-def test_what_cannot_be_made_is_told(serve: Serve) -> None:
+def test_failed_renewal_is_reported(serve: Serve) -> None:
     server = serve()
     (server.home / "certs" / "ca.key").write_text("no key")
     answer = post(server, "certificates/renew", {})
@@ -319,7 +321,7 @@ def test_what_cannot_be_made_is_told(serve: Serve) -> None:
     assert "ca.key" in answer.value["error"]
 
 
-def test_certificates_of_others_are_theirs_to_renew(serve: Serve) -> None:
+def test_external_certificates_cannot_be_renewed(serve: Serve) -> None:
     server = serve()
     folder = server.home / "certs"
     server.reload(
@@ -331,37 +333,37 @@ def test_certificates_of_others_are_theirs_to_renew(serve: Serve) -> None:
         assert post(server, f"certificates/{what}", {}).status == 409
 
 
-def test_alerts_are_listed_and_tried(serve: Serve, tmp_path: Path) -> None:
-    told = tmp_path / "told"
-    server = serve(alerts__command=["/bin/sh", "-c", f"cat >> {told}; echo got it"])
+def test_alerts_are_listed_and_tested(serve: Serve, tmp_path: Path) -> None:
+    received = tmp_path / "received"
+    server = serve(alerts__command=["/bin/sh", "-c", f"cat >> {received}; echo got it"])
     server.in_loop(lambda: server.server.parts.alerts.raise_(AlertKind.STORE_DEGRADED, "the store is out"))
     found = get(server, "alerts")
     assert [each["title"] for each in found["open"]] == ["the store is out"]
     (result,) = done(server, "alerts/test")["sinks"]
     assert result["arrived"]
     assert result["said"].endswith("got it")
-    kinds = [json.loads(line)["alert"]["kind"] for line in told.read_text().splitlines()]
-    assert "alerts.test" in kinds  # the store's may come before it, after it or later
+    kinds = [json.loads(line)["alert"]["kind"] for line in received.read_text().splitlines()]
+    assert "alerts.test" in kinds  # the alert of the store may come before or after it
 
 
 # --- the rest ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v2/status", "/v1/status/", "/healthz", "/metrics"])
-def test_there_is_nothing_else(serve: Serve, path: str) -> None:
+def test_unknown_path_is_404(serve: Serve, path: str) -> None:
     server = serve()
     answer = ask(server.home / "control.sock", "GET", path)
     assert answer.status == 404
     assert "application/json" not in answer.head
 
 
-def test_what_changes_something_is_not_done_by_get(serve: Serve) -> None:
+def test_get_of_a_changing_operation_is_405(serve: Serve) -> None:
     server = serve()
     for path in ("reload", "drain", "sessions/revoke", "users/add", "certificates/renew", "alerts/test"):
         assert ask(server.home / "control.sock", "GET", f"/v1/{path}").status == 405
 
 
-def test_a_store_that_is_out_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_store_is_503(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
 
     async def out(user: str | None, limit: int) -> Any:
@@ -372,7 +374,7 @@ def test_a_store_that_is_out_is_told(serve: Serve, monkeypatch: pytest.MonkeyPat
     assert (answer.status, answer.value["error"][:17]) == (503, "the session store")
 
 
-def test_a_fault_of_ours_is_an_incident(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_error_returns_only_an_incident_id(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
 
     async def broken(user: str | None, limit: int) -> Any:

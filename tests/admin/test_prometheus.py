@@ -1,4 +1,4 @@
-"""Prometheus itself scrapes a server, by a session's token and by address, and takes rules and dashboard."""
+"""A real Prometheus scrapes a server and evaluates the alert rules and the dashboard."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from zcproto.sessions.token import token_text
 DEPLOY = Path(__file__).parents[2] / "zcproto" / "deploy"
 
 PATIENCE = 45.0
-"""Seconds for a Prometheus to start, and to scrape twice."""
+"""Seconds for Prometheus to start and scrape twice."""
 
 pytestmark = [needs("prometheus"), pytest.mark.timeout(180)]
 
 
 class Prometheus:
-    """A running one, asked over its API."""
+    """A running Prometheus with its HTTP API."""
 
     def __init__(self, port: int) -> None:
         self._address = f"http://127.0.0.1:{port}/api/v1/"
@@ -51,7 +51,7 @@ class Prometheus:
         return True
 
     def target(self) -> dict[str, Any]:
-        """The one that it scrapes."""
+        """Return the one scrape target."""
         (target,) = self.get("targets")["activeTargets"] or [{"health": "unknown"}]
         return dict(target)
 
@@ -61,7 +61,7 @@ class Prometheus:
 
 
 def until(condition: Callable[[], Any]) -> None:
-    """Wait until a condition holds, asking ten times a second: it is another program that is asked."""
+    """Wait until a condition holds; poll ten times a second, since it concerns another process."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "it did not come to be"
@@ -76,7 +76,7 @@ def free_port() -> int:
 
 @contextmanager
 def prometheus(folder: Path, server: ServerThread, token: str | None) -> Iterator[Prometheus]:
-    """One that scrapes a server each second, with the alert rules."""
+    """Start a Prometheus that scrapes a server every second, with the alert rules."""
     job: dict[str, Any] = {
         "job_name": "zcproto",
         "scheme": "https",
@@ -115,7 +115,7 @@ def prometheus(folder: Path, server: ServerThread, token: str | None) -> Iterato
 
 
 def expressions() -> dict[str, str]:
-    """The dashboard's, as Grafana would ask for them."""
+    """Return the queries of the dashboard as Grafana sends them."""
     dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
     return {
         f"{panel['title']} {target['refId']}": re.sub(
@@ -126,9 +126,7 @@ def expressions() -> dict[str, str]:
     }
 
 
-def test_prometheus_scrapes_by_a_sessions_token_and_takes_all_expressions(
-    serve: Serve, tmp_path: Path
-) -> None:
+def test_prometheus_scrapes_with_a_token_and_evaluates_all_expressions(serve: Serve, tmp_path: Path) -> None:
     server = serve(store__url="sqlite")
     with (
         server.client("prometheus") as client,
@@ -144,7 +142,7 @@ def test_prometheus_scrapes_by_a_sessions_token_and_takes_all_expressions(
         names = {metric.name for metric in ALL}
         assert {re.sub("_(bucket|sum|count)$", "", name) for name in known} <= names
         assert len(known) > 50
-        types = {name: told[0]["type"] for name, told in witness.get("metadata").items()}
+        types = {name: entries[0]["type"] for name, entries in witness.get("metadata").items()}
         for metric in ALL:
             if metric.name in known:
                 assert (
@@ -155,10 +153,10 @@ def test_prometheus_scrapes_by_a_sessions_token_and_takes_all_expressions(
         assert {
             title for title, expression in expressions().items() if witness.value(expression) is None
         } <= {
-            "Errors by code A",  # these there are only where something went wrong
+            "Errors by code A",  # present only after an error
             "TLS failures by cause A",
-            "Certificates: events in a day A",
-            "Connections that end A",
+            "Certificates: events per day A",
+            "Connections ended A",
             "Frames refused A",
             "Tokens looked up A",
         }
@@ -172,17 +170,17 @@ def test_prometheus_scrapes_by_a_sessions_token_and_takes_all_expressions(
         assert witness.get("alerts")["alerts"] == []
 
 
-def test_prometheus_is_turned_away_with_a_token_that_is_not_good(serve: Serve, tmp_path: Path) -> None:
+def test_prometheus_with_a_bad_token_is_refused(serve: Serve, tmp_path: Path) -> None:
     server = serve()
     with prometheus(tmp_path, server, token_text(bytes(range(32)))) as witness:
         until(lambda: witness.target()["health"] == "down")
         assert "401" in witness.target()["lastError"]
 
 
-def test_prometheus_scrapes_from_an_address_on_the_list(serve: Serve, tmp_path: Path) -> None:
+def test_prometheus_scrapes_from_an_allowed_address(serve: Serve, tmp_path: Path) -> None:
     server = serve(http__metrics="address", http__allow=["127.0.0.1/32"])
     with prometheus(tmp_path, server, None) as witness:
         until(
             lambda: witness.value("zcproto_build_info") == 1
-        )  # it is up a moment before its samples are there
+        )  # the target is up shortly before its samples are stored
         until(lambda: witness.target()["health"] == "up")

@@ -1,4 +1,4 @@
-"""The port without TLS: who is sent on to where, and who is not."""
+"""The redirecting port without TLS: redirects, refusals, limits."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def location(answer: HttpResponse) -> str:
         ("localhost", "/\\evil.example", "https://localhost:7443/\\evil.example"),
     ],
 )
-def test_people_are_sent_on_to_the_same_page_by_https(host: str, path: str, expected: str) -> None:
+def test_get_is_redirected_to_the_same_path_over_https(host: str, path: str, expected: str) -> None:
     assert location(find(host, path)) == expected
     assert location(find(host, path, "HEAD")) == expected
 
 
-def test_the_usual_port_is_not_named() -> None:
+def test_default_https_port_is_omitted_from_the_location() -> None:
     assert location(find("localhost", port=443)) == "https://localhost/"
 
 
@@ -80,23 +80,23 @@ def test_the_usual_port_is_not_named() -> None:
         ),
     ],
 )
-def test_nobody_is_sent_to_another_name(host: str | None) -> None:
+def test_unknown_host_is_421(host: str | None) -> None:
     assert find(host).status == 421
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
-def test_what_is_no_question_is_refused(method: str) -> None:
+def test_methods_other_than_get_and_head_are_refused(method: str) -> None:
     assert find("localhost", method=method).status == 403
 
 
 @pytest.mark.parametrize("name", ["authorization", "cookie", "proxy-authorization"])
-def test_who_shows_credentials_in_the_clear_is_told(name: str) -> None:
+def test_credentials_in_plaintext_are_refused_with_a_warning(name: str) -> None:
     answer = find("localhost", **{name: "Bearer x"})
     assert answer.status == 403
     assert b"revoke" in answer.body
 
 
-def test_hosts_have_one_form() -> None:
+def test_host_header_is_normalized() -> None:
     assert host_of("A.Example.:80") == "a.example"
     assert host_of("[::0001]") == "::1"
     assert host_of("[::1") is None
@@ -120,7 +120,7 @@ def server(serve: Serve) -> ServerThread:
         try:
             return serve(http__redirect_port=free_port())
         except ConfigError as error:
-            if "cannot listen" not in str(error):  # else somebody else was quicker
+            if "cannot listen" not in str(error):  # otherwise another process took the port
                 raise
 
 
@@ -142,7 +142,7 @@ def exchange(port: int, data: bytes) -> Answer:
     return answer
 
 
-def test_the_answer_has_no_hsts_and_ends_the_connection(server: ServerThread, port: int) -> None:
+def test_redirect_has_no_hsts_and_closes_the_connection(server: ServerThread, port: int) -> None:
     for data, status in (
         (b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n", 308),
         (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
@@ -161,12 +161,12 @@ def test_the_answer_has_no_hsts_and_ends_the_connection(server: ServerThread, po
     assert server.stats["http"]["redirect"]["responses"] == {"308": 1, "400": 2, "403": 1, "413": 1, "421": 1}
 
 
-def test_a_request_too_many_is_not_read(server: ServerThread, port: int) -> None:
+def test_second_request_is_not_read(server: ServerThread, port: int) -> None:
     request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
     assert exchange(port, request * 50).status == 308
 
 
-def test_an_answer_survives_what_its_client_goes_on_sending(server: ServerThread, port: int) -> None:
+def test_response_survives_further_input(server: ServerThread, port: int) -> None:
     with plain(port) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000\r\n\r\n")
         connection.sendall(b"x" * 60_000)
@@ -175,14 +175,14 @@ def test_an_answer_survives_what_its_client_goes_on_sending(server: ServerThread
     assert answers(received)[0].status == 413
 
 
-def test_who_sends_without_end_is_reset(server: ServerThread, port: int) -> None:
+def test_endless_input_is_reset(server: ServerThread, port: int) -> None:
     with plain(port) as connection:
         connection.sendall(b"\0")
         with pytest.raises(OSError):  # noqa: PT011 - reset, or a broken pipe
             connection.sendall(bytes(100_000_000))
 
 
-def test_who_never_ends_is_reset(server: ServerThread, port: int) -> None:
+def test_client_that_never_closes_is_reset(server: ServerThread, port: int) -> None:
     with plain(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         read_to_end(connection)
@@ -190,7 +190,7 @@ def test_who_never_ends_is_reset(server: ServerThread, port: int) -> None:
     server.until_left()
 
 
-def test_one_address_gets_few_connections(server: ServerThread, port: int) -> None:
+def test_connections_per_address_are_limited(server: ServerThread, port: int) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(PER_ADDRESS):
             stack.enter_context(plain(port))
@@ -203,7 +203,7 @@ def test_one_address_gets_few_connections(server: ServerThread, port: int) -> No
     assert exchange(port, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").status == 308
 
 
-def test_it_ends_with_the_server_whatever_its_connections_are_in(server: ServerThread, port: int) -> None:
+def test_redirect_port_closes_with_the_server(server: ServerThread, port: int) -> None:
     with plain(port) as silent, plain(port) as half, plain(port) as lingering:
         half.sendall(b"GET / HTTP/1.1\r\n")
         lingering.sendall(b"\0")
@@ -215,7 +215,7 @@ def test_it_ends_with_the_server_whatever_its_connections_are_in(server: ServerT
         plain(port)
 
 
-def test_a_client_that_vanishes_leaves_nothing(server: ServerThread, port: int) -> None:
+def test_reset_connection_leaves_nothing_behind(server: ServerThread, port: int) -> None:
     connection = plain(port)
     connection.sendall(b"GET / HT")
     server.until(lambda: server.server.statistics()["http"]["redirect"]["connections"] == 1)
@@ -225,7 +225,7 @@ def test_a_client_that_vanishes_leaves_nothing(server: ServerThread, port: int) 
     server.until_left()
 
 
-def test_a_port_that_is_taken_is_a_fault_that_names_its_key(serve: Serve) -> None:
+def test_redirect_port_in_use_is_a_config_error(serve: Serve) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError) as raised:
@@ -234,7 +234,7 @@ def test_a_port_that_is_taken_is_a_fault_that_names_its_key(serve: Serve) -> Non
     assert f"http.redirect_port = {port}: cannot listen" in fault
 
 
-def test_curl_follows(server: ServerThread, port: int) -> Any:
+def test_curl_follows_the_redirect(server: ServerThread, port: int) -> Any:
     import shutil
     import subprocess
 

@@ -1,4 +1,4 @@
-"""Sessions in a store, as a server leaves them."""
+"""Sessions in a store, as left by a server."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ async def _with_store(store: SessionStore, records: list[SessionRecord]) -> list
 
 
 def fill(home: Path, *sessions: NewSession) -> None:
-    """Put sessions into the file of a home folder."""
+    """Store sessions in the file of a home folder."""
     home.mkdir(mode=0o700, exist_ok=True)
     asyncio.run(_with_store(SqliteStore(home / "sessions.db"), [each.record for each in sessions]))
 
 
 def kept(home: Path) -> list[SessionRecord]:
-    """The sessions in the file."""
+    """Return the sessions in the file."""
     return asyncio.run(_with_store(SqliteStore(home / "sessions.db"), []))
 
 
@@ -55,7 +55,7 @@ def id_of(session: NewSession) -> str:
 
 
 def secrets_of(session: NewSession) -> list[str]:
-    """What must be in no output: tokens, and their digests."""
+    """Return the secrets of a session: tokens and digests."""
     assert session.refresh_token is not None
     record = session.record
     return [

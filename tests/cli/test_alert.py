@@ -33,7 +33,7 @@ def configure(home: Path, *lines: str) -> None:
     (home / "config.toml").write_text("\n".join(["[alerts]", *lines]))
 
 
-def test_a_test_arrives_at_all_sinks(
+def test_test_alert_is_sent_to_all_sinks(
     home: Path,
     secret_file: Path,
     server_pairs: ServerPairs,
@@ -63,7 +63,7 @@ def test_a_test_arrives_at_all_sinks(
     assert (message["alert"]["kind"], message["phase"]) == ("alerts.test", "began")
     assert SECRET not in out
     assert "/hook" not in out, "the address may be a secret"
-    # What arrived can be checked by hand.
+    # The received message can be verified.
     signature = request.headers["zcproto-signature"]
     body = tmp_path / "body"
     body.write_bytes(request.body)
@@ -71,7 +71,7 @@ def test_a_test_arrives_at_all_sinks(
     assert capsys.readouterr().out.startswith("valid")
 
 
-def test_one_that_fails_is_told_and_the_other_is_tried(
+def test_failed_sink_is_reported_and_the_other_still_tried(
     home: Path, server_pairs: ServerPairs, ca_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pair = server_pairs.ecdsa
@@ -89,14 +89,14 @@ def test_one_that_fails_is_told_and_the_other_is_tried(
     assert len(receiver.received) == 1, "one try"
 
 
-def test_nothing_to_test_is_no_success(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_alert_test_without_sinks_fails(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["alert", "test"]) == 1
     assert "no webhook and no command" in capsys.readouterr().out
     assert main(["alert", "test", "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == []
 
 
-def test_a_wrong_configuration_is_told_as_such(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_alert_configuration_is_reported(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configure(home, 'command = ["/no/such/program"]')
     assert main(["alert", "test"]) == 2
     assert "alerts.command: /no/such/program cannot be run" in capsys.readouterr().err
@@ -120,7 +120,7 @@ def verify(secret_file: Path, signature: str) -> int:
     return main(["alert", "verify", "--signature", signature, "--secret-file", str(secret_file)])
 
 
-def test_a_signature_can_be_checked_by_hand(
+def test_webhook_signature_is_verified(
     home: Path, secret_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     signature = sign(Secret(SECRET), b"{}", wall())
@@ -136,7 +136,7 @@ def test_a_signature_can_be_checked_by_hand(
     assert "s old: 300 s are allowed" in out[2]
 
 
-def test_it_needs_a_secret_and_a_message_of_some_size(
+def test_verify_needs_a_secret_and_a_message_of_bounded_size(
     home: Path, secret_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["alert", "verify", "--signature", "x", os.devnull]) == 2

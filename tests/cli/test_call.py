@@ -36,7 +36,7 @@ def key_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def call(shared: ServerThread, key_file: Path, home: Path) -> Callable[..., int]:
-    """Calls a method of a server as ada."""
+    """Call a method of a server as ada."""
 
     def run(*arguments: str, server: ServerThread = shared) -> int:
         address = f"127.0.0.1:{server.port}"
@@ -54,9 +54,7 @@ def test_the_result_is_printed_as_json(call: Callable[..., int], capsys: Capture
     assert err == ""
 
 
-def test_the_secrets_of_the_connection_are_written_where_that_is_asked_for(
-    call: Callable[..., int], tmp_path: Path, capsys: Capture
-) -> None:
+def test_key_log_is_written_on_request(call: Callable[..., int], tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "keys"
     assert call("echo", "--key-log", str(path)) == 0
     assert "CLIENT_TRAFFIC_SECRET_0 " in path.read_text()
@@ -65,7 +63,7 @@ def test_the_secrets_of_the_connection_are_written_where_that_is_asked_for(
     assert "others can read or change this file" in capsys.readouterr().err
 
 
-def test_params_may_be_left_out(call: Callable[..., int], capsys: Capture) -> None:
+def test_params_are_optional(call: Callable[..., int], capsys: Capture) -> None:
     assert call("echo") == 0
     assert capsys.readouterr().out == "{}\n"
 
@@ -78,7 +76,7 @@ def test_bytes_are_base64_both_ways(call: Callable[..., int], capsys: Capture) -
     }
 
 
-def test_what_json_cannot_say_and_what_a_terminal_must_not_see() -> None:
+def test_nonfinite_floats_and_control_characters_are_escaped() -> None:
     assert json.loads(to_json([float("nan"), float("-inf"), 0.5])) == [
         {"float": "nan"},
         {"float": "-inf"},
@@ -94,17 +92,17 @@ def test_what_json_cannot_say_and_what_a_terminal_must_not_see() -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", "5", '"x"', "null", '{"a": {"base64": "?"}}', "[" * 100_000, '{"a": 1} x']
 )
-def test_what_is_no_object_of_params_is_refused(text: str) -> None:
+def test_params_other_than_an_object_are_refused(text: str) -> None:
     with pytest.raises(click.UsageError):
         parse_params(text)
 
 
-def test_base64_beside_other_names_is_a_map() -> None:
+def test_base64_with_other_names_is_a_map() -> None:
     params = {"a": {"base64": "AA==", "b": 1}, "b": {"base64": 5}}
     assert parse_params(json.dumps(params)) == params
 
 
-def test_the_key_may_be_in_a_variable(
+def test_key_from_the_environment(
     shared: ServerThread, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
@@ -113,7 +111,7 @@ def test_the_key_may_be_in_a_variable(
     assert capsys.readouterr().out == "{}\n"
 
 
-def test_the_key_may_come_by_standard_input(
+def test_key_from_standard_input(
     shared: ServerThread, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(KEY + "\n"))
@@ -123,7 +121,7 @@ def test_the_key_may_come_by_standard_input(
     assert capsys.readouterr().out == "{}\n"
 
 
-def test_the_key_is_asked_for_on_a_terminal(
+def test_key_is_prompted_for_on_a_terminal(
     shared: ServerThread, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     terminal = io.StringIO()
@@ -142,13 +140,13 @@ def test_the_key_is_asked_for_on_a_terminal(
     assert asked == [("Key", {"hide_input": True, "err": True})]
 
 
-def test_without_a_user_public_methods_answer(shared: ServerThread, home: Path, capsys: Capture) -> None:
+def test_public_method_without_a_user(shared: ServerThread, home: Path, capsys: Capture) -> None:
     ca = str(shared.home / "certs" / "ca.crt")
     assert main(["call", f"127.0.0.1:{shared.port}", "server.info", "--ca", ca]) == 0
     assert "methods" in json.loads(capsys.readouterr().out)
 
 
-def test_the_homes_own_authority_is_believed_by_default(
+def test_ca_of_the_home_is_trusted_by_default(
     shared: ServerThread, key_file: Path, home: Path, capsys: Capture
 ) -> None:
     (home / "certs").mkdir(parents=True, mode=0o700)
@@ -157,9 +155,7 @@ def test_the_homes_own_authority_is_believed_by_default(
     assert main(arguments) == 0
 
 
-def test_pins_may_stand_for_an_authority(
-    shared: ServerThread, key_file: Path, home: Path, capsys: Capture
-) -> None:
+def test_pins_replace_a_ca(shared: ServerThread, key_file: Path, home: Path, capsys: Capture) -> None:
     pins = [option for pin in shared.server.pins for option in ("--pin", pin)]
     base = ["call", f"127.0.0.1:{shared.port}", "echo", "--user", "ada", "--key-file", str(key_file)]
     assert main([*base, *pins]) == 0
@@ -169,7 +165,7 @@ def test_pins_may_stand_for_an_authority(
     assert shared.server.pins[0] in err
 
 
-def test_the_session_is_ended_with_the_call(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
+def test_session_is_closed_after_the_call(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
     server = serve(sessions__per_user=1)
     for _ in range(3):
         assert call("echo", server=server) == 0
@@ -191,7 +187,7 @@ def one_line(text: str) -> bool:
         ("sleep", '{"ms": 60000}', "DEADLINE_EXCEEDED"),
     ],
 )
-def test_an_error_that_was_answered_is_a_sentence_and_1(
+def test_error_response_is_one_line_and_exit_code_1(
     call: Callable[..., int], capsys: Capture, method: str, params: str, says: str
 ) -> None:
     assert call(method, params, "--timeout", "0.2") == 1
@@ -201,7 +197,9 @@ def test_an_error_that_was_answered_is_a_sentence_and_1(
     assert one_line(err)
 
 
-def test_an_error_cannot_move_the_cursor(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
+def test_error_message_is_escaped_for_the_terminal(
+    serve: Serve, call: Callable[..., int], capsys: Capture
+) -> None:
     app = App()
 
     @app.method("fail")
@@ -214,7 +212,7 @@ def test_an_error_cannot_move_the_cursor(serve: Serve, call: Callable[..., int],
     assert one_line(capsys.readouterr().err)
 
 
-def test_a_wrong_key_is_an_answer(
+def test_wrong_key_is_exit_code_1(
     shared: ServerThread, key_file: Path, call: Callable[..., int], capsys: Capture
 ) -> None:
     key_file.write_text("wrong")
@@ -224,7 +222,9 @@ def test_a_wrong_key_is_an_answer(
     assert "wrong" not in err
 
 
-def test_nobody_there_is_3(call: Callable[..., int], key_file: Path, home: Path, capsys: Capture) -> None:
+def test_connection_refused_is_exit_code_3(
+    call: Callable[..., int], key_file: Path, home: Path, capsys: Capture
+) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -234,21 +234,21 @@ def test_nobody_there_is_3(call: Callable[..., int], key_file: Path, home: Path,
     assert one_line(err)
 
 
-def test_silence_is_3_within_the_timeout(home: Path, capsys: Capture) -> None:
+def test_silent_server_is_exit_code_3_within_the_timeout(home: Path, capsys: Capture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         assert main(["call", address, "echo", "--timeout", "0.1"]) == 3
     assert "no answer within 0.1 s" in capsys.readouterr().err
 
 
-def test_a_server_that_is_not_trusted_is_3(shared: ServerThread, home: Path, capsys: Capture) -> None:
+def test_untrusted_server_is_exit_code_3(shared: ServerThread, home: Path, capsys: Capture) -> None:
     assert main(["call", f"127.0.0.1:{shared.port}", "server.info"]) == 3
     err = capsys.readouterr().err
     assert "certificate_untrusted" in err
     assert one_line(err)
 
 
-def test_a_lost_connection_is_1(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
+def test_lost_connection_is_exit_code_1(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
     app = App()
 
     @app.method("die")
@@ -279,7 +279,7 @@ def test_a_lost_connection_is_1(serve: Serve, call: Callable[..., int], capsys: 
         ["localhost", "echo", "--key", "secret"],
     ],
 )
-def test_wrong_usage_is_2_and_sends_nothing(
+def test_wrong_usage_is_exit_code_2_and_sends_nothing(
     arguments: list[str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -291,13 +291,13 @@ def test_wrong_usage_is_2_and_sends_nothing(
     assert "Traceback" not in err
 
 
-def test_an_empty_key_is_2(key_file: Path, home: Path, capsys: Capture) -> None:
+def test_empty_key_is_exit_code_2(key_file: Path, home: Path, capsys: Capture) -> None:
     key_file.write_text(" \n")
     assert main(["call", "localhost", "echo", "--user", "ada", "--key-file", str(key_file)]) == 2
     assert "holds no key" in capsys.readouterr().err
 
 
-def test_a_key_that_others_can_read_is_2_and_says_the_cure(
+def test_key_file_readable_by_others_is_refused_with_the_fix(
     key_file: Path, home: Path, capsys: Capture
 ) -> None:
     key_file.chmod(0o644)
@@ -305,7 +305,7 @@ def test_a_key_that_others_can_read_is_2_and_says_the_cure(
     assert f"chmod 600 '{key_file}'" in capsys.readouterr().err
 
 
-def test_a_key_may_come_from_a_pipe(shared: ServerThread, home: Path, tmp_path: Path) -> None:
+def test_key_from_a_pipe(shared: ServerThread, home: Path, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o644)
     writer = threading.Thread(target=lambda: pipe.write_text(KEY))
@@ -316,13 +316,15 @@ def test_a_key_may_come_from_a_pipe(shared: ServerThread, home: Path, tmp_path: 
     writer.join()
 
 
-def test_a_huge_key_file_is_not_read_whole(key_file: Path, call: Callable[..., int], capsys: Capture) -> None:
+def test_huge_key_file_is_not_read_completely(
+    key_file: Path, call: Callable[..., int], capsys: Capture
+) -> None:
     key_file.write_text("k" * (MAX_KEY * 100))
     assert call("echo") == 1
     assert one_line(capsys.readouterr().err)
 
 
-def test_help_says_what_the_exit_codes_are(home: Path, capsys: Capture) -> None:
+def test_help_lists_the_exit_codes(home: Path, capsys: Capture) -> None:
     assert main(["call", "--help"]) == 0
     out = capsys.readouterr().out
     assert "Exit codes" in out

@@ -12,7 +12,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.mark.requirement("first_run")
-def test_init_writes_a_file_for_its_owner_alone(home: Path, capsys: Capture) -> None:
+def test_init_writes_a_private_file(home: Path, capsys: Capture) -> None:
     assert main(["config", "init"]) == 0
     assert (
         capsys.readouterr().out == f"{home}/config.toml: written; uncomment the keys that you want to set\n"
@@ -21,14 +21,14 @@ def test_init_writes_a_file_for_its_owner_alone(home: Path, capsys: Capture) -> 
     assert home.stat().st_mode & 0o777 == 0o700
 
 
-def test_what_init_writes_is_sound(home: Path, capsys: Capture) -> None:
+def test_file_of_init_is_valid(home: Path, capsys: Capture) -> None:
     main(["config", "init"])
     capsys.readouterr()
     assert main(["config", "check"]) == 0
     assert capsys.readouterr() == (f"{home}/config.toml: valid\n", "")
 
 
-def test_init_replaces_no_file_unless_forced(home: Path, capsys: Capture) -> None:
+def test_init_keeps_an_existing_file_without_force(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     (home / "config.toml").write_text("[server]\nport = 1")
     assert main(["config", "init"]) == 1
@@ -38,19 +38,19 @@ def test_init_replaces_no_file_unless_forced(home: Path, capsys: Capture) -> Non
     assert (home / "config.toml").read_text().startswith("# Configuration of zcproto.")
 
 
-def test_init_writes_elsewhere_and_makes_no_home(home: Path, tmp_path: Path) -> None:
+def test_init_with_config_creates_no_home(home: Path, tmp_path: Path) -> None:
     assert main(["config", "init", "--config", str(tmp_path / "zc.toml")]) == 0
     assert (tmp_path / "zc.toml").exists()
     assert not home.exists()
 
 
-def test_init_names_the_certificates_of_its_home(home: Path) -> None:
+def test_init_writes_the_certificate_folder_of_the_home(home: Path) -> None:
     main(["config", "init"])
     assert f'#directory = "{home}/certs"' in (home / "config.toml").read_text()
 
 
 @pytest.mark.requirement("configuration")
-def test_check_tells_each_fault_on_a_line(home: Path, capsys: Capture) -> None:
+def test_check_prints_each_fault_on_a_line(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     (home / "config.toml").write_text("[server]\nprot = 7443\nport = 70000\n[limits]\nmax_depth = 99")
     assert main(["config", "check"]) == 2
@@ -63,15 +63,13 @@ def test_check_tells_each_fault_on_a_line(home: Path, capsys: Capture) -> None:
     ]
 
 
-def test_check_looks_at_the_environment_too(
-    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_includes_the_environment(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZCPROTO_SERVER__PORT", "x")
     assert main(["config", "check"]) == 2
     assert capsys.readouterr().err.startswith('server.port = "x" (ZCPROTO_SERVER__PORT): must be')
 
 
-def test_check_looks_at_the_home_folder_too(home: Path, capsys: Capture) -> None:
+def test_check_includes_the_home_folder(home: Path, capsys: Capture) -> None:
     home.mkdir()
     home.chmod(0o777)
     (home / "config.toml").write_text("[server]\nport = -1")
@@ -82,20 +80,20 @@ def test_check_looks_at_the_home_folder_too(home: Path, capsys: Capture) -> None
 
 
 @pytest.mark.requirement("configuration")
-def test_check_makes_nothing(home: Path, capsys: Capture) -> None:
+def test_check_creates_nothing(home: Path, capsys: Capture) -> None:
     assert main(["config", "check"]) == 0
     assert capsys.readouterr().out == "no file, all keys have their defaults: valid\n"
     assert not home.exists()
 
 
-def test_check_names_the_file_it_was_given(tmp_path: Path, home: Path, capsys: Capture) -> None:
+def test_check_prints_the_given_file(tmp_path: Path, home: Path, capsys: Capture) -> None:
     (tmp_path / "zc.toml").write_text("")
     assert main(["config", "check", "--config", str(tmp_path / "zc.toml")]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/zc.toml: valid\n"
     assert main(["config", "check", "--config", str(tmp_path / "absent.toml")]) == 2
 
 
-def test_show_prints_the_settings_in_force(
+def test_show_prints_the_effective_settings(
     home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.mkdir(mode=0o700)
@@ -135,7 +133,7 @@ def test_sites_are_checked_and_shown(home: Path, capsys: Capture) -> None:
         ("sqlite", "sqlite"),
     ],
 )
-def test_show_shows_no_password(
+def test_show_hides_passwords(
     url: str, shown: str, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZCPROTO_STORE__URL", url)
@@ -154,7 +152,7 @@ def test_show_shows_no_password(
         ("", ""),
     ],
 )
-def test_show_shows_no_path_of_a_webhook(
+def test_show_hides_the_path_of_a_webhook(
     url: str, shown: str, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZCPROTO_ALERTS__WEBHOOK", url)
@@ -162,7 +160,7 @@ def test_show_shows_no_path_of_a_webhook(
     assert tomli.loads(capsys.readouterr().out)["alerts"]["webhook"] == shown
 
 
-def test_show_tells_faults_instead(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_prints_faults_instead(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZCPROTO_HTTP__ENABLED", "perhaps")
     assert main(["config", "show"]) == 2
     out, err = capsys.readouterr()

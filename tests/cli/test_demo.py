@@ -15,7 +15,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Demo]:
-    """What the command asks for, instead of doing it."""
+    """Record the parameters instead of running."""
     seen: list[Demo] = []
 
     def run_demo(demo: Demo, console: Any) -> Result:
@@ -26,7 +26,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Demo]:
     return seen
 
 
-def test_by_default_it_is_ten_thousand_connections(asked: list[Demo]) -> None:
+def test_default_is_10000_connections(asked: list[Demo]) -> None:
     assert main(["demo"]) == 0
     assert asked == [Demo(10_000, 5_000.0, 6.0)]
 
@@ -50,11 +50,11 @@ def test_each_option_is_passed_on(asked: list[Demo]) -> None:
     assert (str(demo.json), str(demo.plot)) == ("a.json", "a.png")
 
 
-def test_the_exit_code_is_1_if_not_all_is_verified(asked: list[Demo]) -> None:
+def test_exit_code_is_1_if_not_everything_is_verified(asked: list[Demo]) -> None:
     assert main(["demo", "--connections", "5"]) == 1
 
 
 @pytest.mark.parametrize("options", [["--connections", "0"], ["--rate", "0"], ["--seconds", "no"]])
-def test_what_cannot_be_is_a_usage_error(options: list[str], capsys: Capture) -> None:
+def test_values_out_of_range_are_usage_errors(options: list[str], capsys: Capture) -> None:
     assert main(["demo", *options]) == 2
     assert options[0] in capsys.readouterr().err

@@ -52,7 +52,7 @@ def users(home: Path) -> UserFile:
 
 
 def trade(home: Path, code: str, wall: int | None = None) -> str | None:
-    """The user whom a code is for; it is spent then."""
+    """Spend a code; return its user."""
     found: list[str] = []
 
     def register(user: str, spend: Any) -> None:
@@ -63,7 +63,7 @@ def trade(home: Path, code: str, wall: int | None = None) -> str | None:
     return found[0] if found else None
 
 
-def test_pair_prints_a_code_alone_and_a_sentence_aside(home: Path, users: UserFile, capsys: Capture) -> None:
+def test_pair_prints_only_the_code_to_stdout(home: Path, users: UserFile, capsys: Capture) -> None:
     users.add("ada")
     assert main(["pair"]) == 0
     out, err = capsys.readouterr()
@@ -77,7 +77,7 @@ def test_pair_prints_a_code_alone_and_a_sentence_aside(home: Path, users: UserFi
 
 
 @pytest.mark.parametrize("minutes", [1, 10, 1440])
-def test_the_code_is_good_for_as_long_as_asked(
+def test_code_is_valid_for_the_given_minutes(
     home: Path, users: UserFile, capsys: Capture, minutes: int
 ) -> None:
     users.add("ada")
@@ -91,13 +91,13 @@ def test_the_code_is_good_for_as_long_as_asked(
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "1441", "x", "1.5"])
-def test_other_minutes_are_refused(home: Path, users: UserFile, minutes: str) -> None:
+def test_minutes_out_of_range_are_refused(home: Path, users: UserFile, minutes: str) -> None:
     users.add("ada")
     assert main(["pair", "--minutes", minutes]) == 2
     assert not (home / "pairing.toml").exists()
 
 
-def test_among_several_users_one_has_to_be_named(home: Path, users: UserFile, capsys: Capture) -> None:
+def test_pair_needs_a_user_if_there_are_several(home: Path, users: UserFile, capsys: Capture) -> None:
     assert main(["pair"]) == 2
     assert capsys.readouterr().err == "there is no user yet; add one with zcproto user add NAME\n"
     users.add("ada"), users.add("bob")
@@ -111,7 +111,9 @@ def test_among_several_users_one_has_to_be_named(home: Path, users: UserFile, ca
 
 
 @pytest.mark.parametrize("name", ["carol", "dora", "", "a\nb\x1b[31m"])
-def test_a_user_who_is_none_gets_no_code(home: Path, users: UserFile, capsys: Capture, name: str) -> None:
+def test_unknown_or_disabled_user_gets_no_code(
+    home: Path, users: UserFile, capsys: Capture, name: str
+) -> None:
     users.add("ada"), users.add("dora"), users.disable("dora")
     assert main(["pair", "--user", name]) == 2
     out, err = capsys.readouterr()
@@ -121,7 +123,7 @@ def test_a_user_who_is_none_gets_no_code(home: Path, users: UserFile, capsys: Ca
     assert not (home / "pairing.toml").exists()
 
 
-def test_on_a_terminal_there_is_a_qr_code_too(
+def test_qr_code_on_a_terminal(
     home: Path, users: UserFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("qrcode")
@@ -135,7 +137,7 @@ def test_on_a_terminal_there_is_a_qr_code_too(
     assert set("".join(drawn)) <= set("█▀▄ \xa0")
 
 
-def test_without_the_package_there_is_a_word_about_it(
+def test_missing_qr_package_is_mentioned(
     home: Path, users: UserFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     users.add("ada")
@@ -165,7 +167,7 @@ def devices(home: Path) -> DeviceFile:
     return file
 
 
-def test_list_shows_every_device_with_its_user_and_key(devices: DeviceFile, capsys: Capture) -> None:
+def test_device_list_shows_user_and_key(devices: DeviceFile, capsys: Capture) -> None:
     assert main(["device", "list"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["DEVICE", "USER", "ADDED", "PUBLIC", "KEY"]
@@ -175,22 +177,22 @@ def test_list_shows_every_device_with_its_user_and_key(devices: DeviceFile, caps
     ]
 
 
-def test_list_takes_one_users_and_gives_json(devices: DeviceFile, capsys: Capture) -> None:
+def test_device_list_of_one_user_as_json(devices: DeviceFile, capsys: Capture) -> None:
     assert main(["device", "list", "--user", "bob", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [
         {"name": "phone", "user": "bob", "public_key": token_text(KEYS[1]), "added": "2026-01-02T03:04:05Z"}
     ]
-    assert main(["device", "list", "--user", "nobody", "--json"]) == 0
+    assert main(["device", "list", "--user", "unknown", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
 
 
-def test_where_there_are_none_the_list_is_empty_and_nothing_is_made(home: Path, capsys: Capture) -> None:
+def test_device_list_without_a_file_creates_nothing(home: Path, capsys: Capture) -> None:
     assert main(["device", "list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
     assert not home.exists()
 
 
-def test_a_faulty_file_is_told(devices: DeviceFile, capsys: Capture) -> None:
+def test_damaged_device_file_is_reported(devices: DeviceFile, capsys: Capture) -> None:
     devices.path.write_text("nonsense")
     assert main(["device", "list"]) == 2
     assert "devices.toml: " in capsys.readouterr().err
@@ -199,7 +201,7 @@ def test_a_faulty_file_is_told(devices: DeviceFile, capsys: Capture) -> None:
 # --- device remove -----------------------------------------------------------------------------------
 
 
-def test_remove_takes_a_device_out(devices: DeviceFile, capsys: Capture) -> None:
+def test_device_is_removed(devices: DeviceFile, capsys: Capture) -> None:
     assert main(["device", "remove", "laptop"]) == 0
     assert capsys.readouterr() == ("", "laptop of ada is removed; sessions ended: 0.\n")
     assert devices.read_names() == ["phone", "Zoë's"]
@@ -229,7 +231,7 @@ def record(number: int, user: str, key: str) -> SessionRecord:
     )
 
 
-def test_where_no_server_runs_its_sessions_end_in_the_store(
+def test_sessions_of_a_removed_device_end_in_the_store(
     home: Path, devices: DeviceFile, capsys: Capture
 ) -> None:
     limit = UserLimit(5, "refuse", None)
@@ -263,7 +265,9 @@ def test_where_no_server_runs_its_sessions_end_in_the_store(
     assert asyncio.run(left()) == ["", "", "device:Zoë's"]
 
 
-def test_a_running_server_ends_the_sessions_itself(home: Path, devices: DeviceFile, capsys: Capture) -> None:
+def test_running_server_ends_the_sessions_of_a_removed_device(
+    home: Path, devices: DeviceFile, capsys: Capture
+) -> None:
     async def remove() -> None:
         store = kept(home)
         await store.open(lambda change: None)
@@ -277,7 +281,7 @@ def test_a_running_server_ends_the_sessions_itself(home: Path, devices: DeviceFi
     assert capsys.readouterr().err == said
 
 
-def test_a_configuration_with_faults_leaves_the_device(home: Path, devices: DeviceFile) -> None:
+def test_invalid_configuration_changes_no_device(home: Path, devices: DeviceFile) -> None:
     (home / "config.toml").write_text("nonsense = 1\n")
     assert main(["device", "remove", "laptop"]) == 2
     assert "laptop" in devices.read_names()
@@ -299,7 +303,7 @@ def test_a_configuration_with_faults_leaves_the_device(home: Path, devices: Devi
         ),
     ],
 )
-def test_a_store_that_cannot_be_had_costs_no_removal(
+def test_device_is_removed_even_if_the_store_is_unavailable(
     home: Path,
     devices: DeviceFile,
     capsys: Capture,

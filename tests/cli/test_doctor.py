@@ -1,4 +1,4 @@
-"""`zcproto doctor`: a server that is well, and each fault put in."""
+"""`zcproto doctor`: healthy servers, and each fault."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Look = Callable[..., "Report"]
 
 
 class Report:
-    """What the doctor said."""
+    """The findings of one run."""
 
     def __init__(self, code: int, out: str) -> None:
         self.code = code
@@ -48,13 +48,13 @@ class Report:
         return [each for each in self.findings if each["check"] == check]
 
     def state(self, check: str) -> str:
-        """The worst of a check."""
+        """Return the worst state of a check."""
         states = [each["state"] for each in self.of(check)]
         assert states, f"no finding of {check}: {self}"
         return max(states, key=["ok", "skipped", "warning", "fault"].index)
 
     def one(self, check: str, state: str) -> str:
-        """The words of the one finding with this state, which says what to do if something is wrong."""
+        """Return the text and the fix of the one finding with this state."""
         (finding,) = [each for each in self.of(check) if each["state"] == state]
         assert (finding["cure"] is not None) == (state in ("warning", "fault")), finding
         return f"{finding['found']} | {finding['cure']}"
@@ -66,7 +66,7 @@ class Report:
 
 @pytest.fixture
 def look(capsys: Capture) -> Look:
-    """Run the doctor; its words as data. The exit code is 1 just if there are faults."""
+    """Run the doctor. Asserts that the exit code is 1 exactly if there are faults."""
 
     def look(*arguments: str) -> Report:
         capsys.readouterr()
@@ -80,7 +80,7 @@ def look(capsys: Capture) -> Look:
 
 @pytest.fixture
 def folder(home: Path, certs: Path) -> Path:
-    """A home folder as a server leaves it."""
+    """A home folder as left by a server."""
     home.mkdir(0o700)
     shutil.copytree(certs, home / "certs")
     UserFile(home / "users.toml").add("ada")
@@ -92,7 +92,7 @@ def folder(home: Path, certs: Path) -> Path:
 
 
 def free() -> int:
-    """A port on which nobody listens."""
+    """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
         return int(bound.getsockname()[1])
 
@@ -100,14 +100,14 @@ def free() -> int:
 # --- this machine --------------------------------------------------------------------------------------------
 
 
-def test_a_home_that_is_not_there_yet_is_well(home: Path, look: Look) -> None:
+def test_missing_home_is_ok(home: Path, look: Look) -> None:
     report = look()
     assert report.faults == []
     assert "does not exist yet" in report.one("home", "ok")
     assert not home.exists(), "nothing is made by looking"
 
 
-def test_what_a_server_left_is_well(folder: Path, look: Look) -> None:
+def test_home_of_a_stopped_server_is_ok(folder: Path, look: Look) -> None:
     before = sorted(folder.rglob("*"))
     report = look()
     assert report.faults == []
@@ -119,7 +119,7 @@ def test_what_a_server_left_is_well(folder: Path, look: Look) -> None:
     ]
 
 
-def test_it_is_told_as_a_table_for_people(folder: Path, capsys: Capture) -> None:
+def test_findings_are_printed_as_a_table(folder: Path, capsys: Capture) -> None:
     os.chmod(folder / "users.toml", 0o644)
     assert main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -129,12 +129,12 @@ def test_it_is_told_as_a_table_for_people(folder: Path, capsys: Capture) -> None
     assert lines[at + 1] == f"{'':24}run: chmod go-rwx {folder / 'users.toml'}"
 
 
-def test_a_home_that_others_may_write_to_is_a_fault(folder: Path, look: Look) -> None:
+def test_home_writable_by_others_is_a_fault(folder: Path, look: Look) -> None:
     folder.chmod(0o770)
     assert "others can change this folder (mode 0770) | run: chmod go-w" in look().one("home", "fault")
 
 
-def test_a_home_that_is_no_folder_is_a_fault(home: Path, look: Look) -> None:
+def test_home_that_is_a_file_is_a_fault(home: Path, look: Look) -> None:
     home.write_text("")
     assert "is not a folder | move it away" in look().one("home", "fault")
 
@@ -150,7 +150,7 @@ def test_a_home_that_is_no_folder_is_a_fault(home: Path, look: Look) -> None:
         ("config.toml", 0o622, "others can change it", "chmod go-w"),
     ],
 )
-def test_files_that_are_not_their_owners_alone_are_faults(
+def test_files_readable_by_others_are_faults(
     folder: Path, look: Look, name: str, mode: int, sentence: str, cure: str
 ) -> None:
     (folder / name).chmod(mode)
@@ -160,29 +160,29 @@ def test_files_that_are_not_their_owners_alone_are_faults(
 
 
 @pytest.mark.parametrize("name", ["config.toml", "certs/ca.crt"])
-def test_what_is_public_may_be_read(folder: Path, look: Look, name: str) -> None:
+def test_public_files_may_be_readable(folder: Path, look: Look, name: str) -> None:
     (folder / name).chmod(0o644)
     assert look().state("permissions") == "ok"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
-def test_files_of_somebody_else_are_faults(folder: Path, look: Look) -> None:
+def test_files_of_another_user_are_faults(folder: Path, look: Look) -> None:
     os.chown(folder / "users.toml", 4711, 4711)
     assert "belongs to uid 4711 | run: chown 0" in look().one("permissions", "fault")
-    # All of it is another user's: that is the server, and root is the stranger.
+    # Everything belongs to the user of the server, and root runs the doctor.
     for path in (folder, *folder.rglob("*")):
         os.chown(path, 4711, 4711)
     assert "belongs to another user (uid 4711) | run as that user" in look().one("home", "fault")
 
 
-def test_a_home_with_more_files_than_any_is_not_looked_through(
+def test_number_of_checked_files_is_bounded(
     folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "MAX_FILES", 3)
     assert "more than 3 files" in look().one("permissions", "warning")
 
 
-def test_each_fault_of_the_configuration_is_told_and_the_rest_waits(folder: Path, look: Look) -> None:
+def test_invalid_configuration_skips_further_checks(folder: Path, look: Look) -> None:
     (folder / "config.toml").write_text("[server]\nport = 70000\nprot = 1\n")
     report = look()
     assert report.faults == ["config", "config"]
@@ -190,15 +190,13 @@ def test_each_fault_of_the_configuration_is_told_and_the_rest_waits(folder: Path
     assert report.state("server") == "skipped"
 
 
-def test_a_file_of_keys_for_debugging_is_told(
-    folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sslkeylogfile_is_a_warning(folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSLKEYLOGFILE", "/tmp/keys")
     assert any("SSLKEYLOGFILE is set" in each["found"] for each in look().of("process"))
 
 
 @pytest.mark.parametrize(("uid", "state"), [(0, "warning"), (1000, "ok")])
-def test_root_is_told_to_be_another(
+def test_running_as_root_is_a_warning(
     home: Path, look: Look, monkeypatch: pytest.MonkeyPatch, uid: int, state: str
 ) -> None:
     monkeypatch.delenv("SSLKEYLOGFILE", raising=False)
@@ -215,7 +213,7 @@ def test_root_is_told_to_be_another(
         (2**20, 10**6, "fault"),
     ],
 )
-def test_a_full_disk_is_told(
+def test_full_disk_is_reported(
     folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch, free_bytes: int, free_files: int, state: str
 ) -> None:
     real = os.statvfs
@@ -232,7 +230,7 @@ def test_a_full_disk_is_told(
 @pytest.mark.parametrize(
     ("hard", "state"), [(1_024, "warning"), (20_256, "ok"), (resource.RLIM_INFINITY, "ok")]
 )
-def test_too_few_files_are_told(
+def test_low_file_limit_is_a_warning(
     folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch, hard: int, state: str
 ) -> None:
     monkeypatch.setattr(local.resource, "getrlimit", lambda kind: (256, hard))
@@ -245,19 +243,19 @@ def test_too_few_files_are_told(
 # certificates
 
 
-def test_a_certificate_that_cannot_be_read_is_a_fault(folder: Path, look: Look) -> None:
+def test_unreadable_certificate_is_a_fault(folder: Path, look: Look) -> None:
     (folder / "certs" / "server-ecdsa.crt").write_text("not a certificate")
     assert look().faults == ["certificate"]
 
 
-def test_a_key_of_another_certificate_is_a_fault(folder: Path, look: Look) -> None:
+def test_key_of_another_certificate_is_a_fault(folder: Path, look: Look) -> None:
     key = trustme.CA().issue_cert("localhost", key_type=trustme.KeyType.ECDSA).private_key_pem
     (folder / "certs" / "server-ecdsa.key").write_bytes(key.bytes())
     assert "server-ecdsa.key" in look().one("certificate", "fault")
 
 
 def foreign(folder: Path, not_after: datetime, not_before: datetime | None = None) -> None:
-    """Certificates made by others, valid until then."""
+    """Issue external certificates with this expiry."""
     issued = trustme.CA().issue_cert("server.example", not_after=not_after, not_before=not_before)
     certificate, key = folder / "foreign.pem", folder / "foreign.key"
     issued.cert_chain_pems[0].write_to_path(certificate)
@@ -272,12 +270,12 @@ def foreign(folder: Path, not_after: datetime, not_before: datetime | None = Non
 NOW = datetime.now(UTC)
 
 
-def test_an_expired_certificate_is_a_fault(folder: Path, look: Look) -> None:
+def test_expired_certificate_file_is_a_fault(folder: Path, look: Look) -> None:
     foreign(folder, NOW - timedelta(days=1), NOW - timedelta(days=90))
     assert "expired on" in look().one("certificate", "fault")
 
 
-def test_one_that_ends_soon_is_a_warning(folder: Path, look: Look) -> None:
+def test_certificate_file_near_expiry_is_a_warning(folder: Path, look: Look) -> None:
     foreign(folder, NOW + timedelta(days=3, hours=1), NOW - timedelta(days=87))
     said = look().one("certificate", "warning")
     assert "3 days left; server.example" in said
@@ -287,7 +285,7 @@ def test_one_that_ends_soon_is_a_warning(folder: Path, look: Look) -> None:
 # the store
 
 
-def test_a_damaged_store_is_a_fault(folder: Path, look: Look) -> None:
+def test_damaged_store_is_a_fault(folder: Path, look: Look) -> None:
     data = bytearray((folder / "sessions.db").read_bytes())
     data[:100] = bytes(100)
     (folder / "sessions.db").write_bytes(data)
@@ -297,13 +295,13 @@ def test_a_damaged_store_is_a_fault(folder: Path, look: Look) -> None:
     assert "docs/backup.md" in report.one("store", "fault")
 
 
-def test_sessions_in_memory_are_a_warning(folder: Path, look: Look) -> None:
+def test_memory_store_is_a_warning(folder: Path, look: Look) -> None:
     with (folder / "config.toml").open("a") as config:
         config.write("[store]\nurl = 'memory'\n")
     assert "sessions end with the server" in look().one("store", "warning")
 
 
-def test_a_store_that_does_not_answer_is_a_fault(folder: Path, look: Look) -> None:
+def test_unreachable_store_is_a_fault(folder: Path, look: Look) -> None:
     pytest.importorskip("redis")
     with (folder / "config.toml").open("a") as config:
         config.write(f"[store]\nurl = 'valkey://127.0.0.1:{free()}'\n")
@@ -311,7 +309,7 @@ def test_a_store_that_does_not_answer_is_a_fault(folder: Path, look: Look) -> No
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may open all files")
-def test_a_lock_of_somebody_else_is_a_fault(folder: Path, look: Look) -> None:
+def test_store_lock_of_another_user_is_a_fault(folder: Path, look: Look) -> None:
     (folder / "sessions.db.lock").chmod(0)
     assert look().state("store") == "fault"
 
@@ -319,7 +317,7 @@ def test_a_lock_of_somebody_else_is_a_fault(folder: Path, look: Look) -> None:
 # the port
 
 
-def test_a_port_that_cannot_be_had_is_a_fault(
+def test_port_that_cannot_be_bound_is_a_fault(
     folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bind(hosts: tuple[str, ...], port: int) -> list[socket.socket]:
@@ -329,7 +327,7 @@ def test_a_port_that_cannot_be_had_is_a_fault(
     assert "zcproto.socket" in look().one("port", "fault")
 
 
-def test_any_port_is_none_to_look_at(folder: Path, look: Look) -> None:
+def test_port_0_skips_the_port_check(folder: Path, look: Look) -> None:
     (folder / "config.toml").write_text("[server]\nport = 0\n")
     assert look().state("port") == "skipped"
 
@@ -338,7 +336,7 @@ def test_any_port_is_none_to_look_at(folder: Path, look: Look) -> None:
     ("host", "reached"),
     [("::", "[::1]:7443"), ("0.0.0.0", "127.0.0.1:7443"), ("a.example", "a.example:7443")],
 )
-def test_a_server_on_all_addresses_is_reached_on_this_machine(home: Path, host: str, reached: str) -> None:
+def test_wildcard_host_is_checked_on_loopback(home: Path, host: str, reached: str) -> None:
     home.mkdir()
     (home / "config.toml").write_text(f"[server]\nhost = '{host}'\n")
     config = local.read(Home(home), None)
@@ -351,7 +349,7 @@ def test_a_server_on_all_addresses_is_reached_on_this_machine(home: Path, host: 
 
 @pytest.fixture
 def server(home: Path, serve: Serve) -> ServerThread:
-    """Its home folder is the one of the command line."""
+    """A server in the home folder of the command line."""
     return serve(users_file=True)
 
 
@@ -367,7 +365,7 @@ def at(server: ServerThread) -> str:
     return f"localhost:{server.port}"
 
 
-def test_a_server_that_is_well_is_told_step_by_step(server: ServerThread, key_file: Path, look: Look) -> None:
+def test_healthy_server_passes_every_step(server: ServerThread, key_file: Path, look: Look) -> None:
     report = look(at(server), "--user", "ada", "--key-file", str(key_file))
     assert report.faults == []
     assert {each["check"] for each in report.findings} >= {
@@ -385,7 +383,7 @@ def test_a_server_that_is_well_is_told_step_by_step(server: ServerThread, key_fi
     assert server.stats["tls_failures"] == {}
 
 
-def test_the_server_of_this_home_is_looked_at_where_it_listens(serve: Serve, home: Path, look: Look) -> None:
+def test_running_server_of_this_home_is_checked(serve: Serve, home: Path, look: Look) -> None:
     server = serve(users_file=True, store__url="sqlite", server__port=free())
     (home / "config.toml").write_text(
         f"[server]\nport = {server.port}\n[certificates]\nkey_types = ['ecdsa-p256']\n"
@@ -407,14 +405,14 @@ def test_the_server_of_this_home_is_looked_at_where_it_listens(serve: Serve, hom
         (86_400, "fault", "ahead of"),
     ],
 )
-def test_clocks_that_differ_are_told(
+def test_clock_skew_is_reported(
     server: ServerThread, look: Look, ahead_s: int, state: str, said: str
 ) -> None:
     server.clock.ahead_ms = ahead_s * 1000
     assert said in look(at(server)).one("clock", state)
 
 
-def test_a_wrong_key_is_a_fault_and_is_sent_to_nobody_else(
+def test_wrong_key_is_a_fault_and_sent_only_to_a_trusted_server(
     server: ServerThread, look: Look, tmp_path: Path
 ) -> None:
     wrong = tmp_path / "wrong.key"
@@ -429,7 +427,7 @@ def test_a_wrong_key_is_a_fault_and_is_sent_to_nobody_else(
     assert "no key is sent" in report.one("session", "skipped")
 
 
-def test_another_ca_is_a_fault_with_all_that_helps(server: ServerThread, look: Look, tmp_path: Path) -> None:
+def test_untrusted_ca_is_a_fault_with_details(server: ServerThread, look: Look, tmp_path: Path) -> None:
     other = tmp_path / "other-ca.pem"
     trustme.CA().cert_pem.write_to_path(other)
     said = look(at(server), "--ca", str(other)).one("trust", "fault")
@@ -438,11 +436,11 @@ def test_another_ca_is_a_fault_with_all_that_helps(server: ServerThread, look: L
     assert "use --ca, or use --pin" in said
 
 
-def test_a_ca_file_that_is_none_is_a_fault(server: ServerThread, look: Look, tmp_path: Path) -> None:
+def test_missing_ca_file_is_a_fault(server: ServerThread, look: Look, tmp_path: Path) -> None:
     assert look(at(server), "--ca", str(tmp_path / "nowhere")).faults == ["trust"]
 
 
-def test_pins_are_trusted_alone_and_on_top(server: ServerThread, look: Look) -> None:
+def test_pins_work_alone_and_beside_a_ca(server: ServerThread, look: Look) -> None:
     right, wrong = server.server.pins[0], "sha256/" + "A" * 43 + "="
     assert "by a pin;" in look(at(server), "--pin", right).one("trust", "ok")
     ca = str(server.home / "certs" / "ca.crt")
@@ -451,29 +449,29 @@ def test_pins_are_trusted_alone_and_on_top(server: ServerThread, look: Look) -> 
         assert "zcproto cert pins" in look(at(server), *trust).one("trust", "fault")
 
 
-def test_a_pin_that_is_none_is_wrong_usage(server: ServerThread, capsys: Capture) -> None:
+def test_malformed_pin_is_wrong_usage(server: ServerThread, capsys: Capture) -> None:
     assert main(["doctor", at(server), "--pin", "sha256/x"]) == 2
     assert main(["doctor", "a b"]) == 2
     assert main(["doctor", at(server), "--key-file", "x"]) == 2
 
 
-def test_a_server_that_wants_certificates_says_so(home: Path, serve: Serve, look: Look) -> None:
+def test_required_client_certificate_is_reported(home: Path, serve: Serve, look: Look) -> None:
     server = serve(users_file=True, tls__client_auth="required")
     assert "tls.client_auth" in look(at(server)).one("handshake", "fault")
 
 
-# --- what is no such server ----------------------------------------------------------------------------------
+# --- other servers -----------------------------------------------------------------------------------------
 
 
-def test_a_name_that_is_none_is_a_fault(home: Path, look: Look) -> None:
+def test_unresolvable_name_is_a_fault(home: Path, look: Look) -> None:
     assert "check the name and DNS" in look("no.such.host.invalid:7443").one("reachable", "fault")
 
 
-def test_a_port_where_nobody_listens_is_a_fault(home: Path, look: Look) -> None:
+def test_refused_connection_is_a_fault(home: Path, look: Look) -> None:
     assert "start the server" in look(f"127.0.0.1:{free()}").one("reachable", "fault")
 
 
-def test_no_answer_is_a_fault(home: Path, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_timeout_is_a_fault(home: Path, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_answer(*args: Any) -> Any:
         raise TimeoutError
 
@@ -483,7 +481,7 @@ def test_no_answer_is_a_fault(home: Path, look: Look, monkeypatch: pytest.Monkey
 
 @contextmanager
 def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A server of another kind; its address. `answer` is called with each connection."""
+    """Start another kind of server and yield its address. `answer` is called with each connection."""
     with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as connections:
 
         def run() -> None:
@@ -501,18 +499,18 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
         thread.join(10)
 
 
-def test_a_server_that_says_nothing_is_a_fault(home: Path, look: Look) -> None:
+def test_silent_server_is_a_fault(home: Path, look: Look) -> None:
     with answering(lambda connection: None) as address:
         assert "no answer in time" in look(address, "--timeout", "0.2").one("handshake", "fault")
 
 
-def test_what_speaks_no_tls_is_a_fault(home: Path, look: Look) -> None:
+def test_server_without_tls_is_a_fault(home: Path, look: Look) -> None:
     with answering(lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")) as address:
         said = look(address).one("handshake", "fault")
     assert "check that this is the port of zcproto" in said
 
 
-def test_one_that_hangs_up_is_a_fault(home: Path, look: Look) -> None:
+def test_disconnect_in_the_handshake_is_a_fault(home: Path, look: Look) -> None:
     with answering(lambda connection: connection.close()) as address:
         assert look(address).faults == ["handshake"]
 
@@ -521,7 +519,7 @@ Speak = Callable[[ssl.SSLSocket], None]
 
 
 class OtherServer:
-    """Another TLS server's context, from trustme."""
+    """Return the context of another TLS server."""
 
     def __init__(self, *names: str, alpn: str = "zcp/1", **options: Any) -> None:
         self.ca = trustme.CA()
@@ -537,14 +535,14 @@ class OtherServer:
         return answer
 
 
-def test_an_old_tls_is_a_fault(home: Path, look: Look) -> None:
+def test_old_tls_version_is_a_fault(home: Path, look: Look) -> None:
     other = OtherServer("localhost")
     other.context.maximum_version = ssl.TLSVersion.TLSv1_2
     with answering(other.speak(lambda tls: None)) as address:
         assert "unsupported version" in look(address).one("handshake", "fault")
 
 
-def test_another_protocol_is_a_fault(home: Path, look: Look) -> None:
+def test_other_alpn_protocol_is_a_fault(home: Path, look: Look) -> None:
     with answering(OtherServer("localhost", alpn="h2").speak(lambda tls: None)) as address:
         assert "this is not a zcproto server" in look(address).one("handshake", "fault")
 
@@ -553,7 +551,7 @@ def test_another_protocol_is_a_fault(home: Path, look: Look) -> None:
     ("data", "said"),
     [(b"", "without WELCOME"), (b"HTTP/1.1 200 OK\r\n\r\n" * 10, "not a valid WELCOME"), (bytes(70), "")],
 )
-def test_another_greeting_is_a_fault(home: Path, look: Look, data: bytes, said: str) -> None:
+def test_invalid_welcome_is_a_fault(home: Path, look: Look, data: bytes, said: str) -> None:
     def then(tls: ssl.SSLSocket) -> None:
         tls.sendall(data)
         tls.unwrap()
@@ -562,7 +560,7 @@ def test_another_greeting_is_a_fault(home: Path, look: Look, data: bytes, said: 
         assert said in look(address).one("welcome", "fault")
 
 
-def test_a_greeting_that_comes_byte_by_byte_has_its_time(home: Path, look: Look) -> None:
+def test_welcome_sent_byte_by_byte_times_out(home: Path, look: Look) -> None:
     def drip(tls: ssl.SSLSocket) -> None:
         for byte in bytes([0, 0, 255, 0, 1, 1]) + bytes(10_000):
             tls.sendall(bytes([byte]))
@@ -571,7 +569,7 @@ def test_a_greeting_that_comes_byte_by_byte_has_its_time(home: Path, look: Look)
         assert look(address, "--timeout", "0.2").state("welcome") == "fault"
 
 
-def test_files_that_a_server_replaces_meanwhile_are_no_fault(
+def test_file_replaced_during_the_check_is_ignored(
     folder: Path, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = local._files
@@ -579,9 +577,7 @@ def test_files_that_a_server_replaces_meanwhile_are_no_fault(
     assert look().state("permissions") == "ok"
 
 
-def test_a_greeting_without_an_end_is_a_fault(
-    home: Path, look: Look, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_endless_welcome_is_a_fault(home: Path, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "MAX_WELCOME", 100)
     endless = (5_000).to_bytes(4, "big") + b"\x01\x01\x00\x00" + bytes(1_000)
     monkeypatch.setattr(remote.ClientConnection, "receive_data", lambda *args: [])
@@ -590,7 +586,7 @@ def test_a_greeting_without_an_end_is_a_fault(
 
 
 def judged(look: Look, server: ServerThread, *names: str, **dates: Any) -> Report:
-    """A server whose certificate is another one: the greeting is that of the real one."""
+    """Proxy a real server behind another certificate."""
     other = OtherServer(*names, **dates)
     ca = server.home / "other-ca.pem"
     other.ca.cert_pem.write_to_path(ca)
@@ -608,37 +604,35 @@ def judged(look: Look, server: ServerThread, *names: str, **dates: Any) -> Repor
         return look(address, "--ca", str(ca))
 
 
-def test_a_certificate_for_other_names_is_a_fault(server: ServerThread, look: Look) -> None:
+def test_certificate_name_mismatch_is_a_fault(server: ServerThread, look: Look) -> None:
     said = judged(look, server, "a.example").one("trust", "fault")
     assert "certificate name mismatch" in said
     assert "names: a.example" in said
     assert "certificates.names" in said
 
 
-def test_an_expired_certificate_of_a_server_is_a_fault(server: ServerThread, look: Look) -> None:
+def test_expired_server_certificate_is_a_fault(server: ServerThread, look: Look) -> None:
     dates = {"not_before": NOW - timedelta(days=9), "not_after": NOW - timedelta(days=1)}
     said = judged(look, server, "127.0.0.1", **dates).one("trust", "fault")
     assert "certificate expired" in said
     assert "compare the clocks" in said
 
 
-def test_a_certificate_that_ends_soon_is_a_warning(server: ServerThread, look: Look) -> None:
+def test_server_certificate_near_expiry_is_a_warning(server: ServerThread, look: Look) -> None:
     dates = {"not_before": NOW - timedelta(days=80), "not_after": NOW + timedelta(days=4, hours=1)}
     assert "4 days left" in judged(look, server, "127.0.0.1", **dates).one("trust", "warning")
 
 
-def test_a_certificate_that_cannot_be_read_is_told() -> None:
+def test_unreadable_server_certificate_is_reported() -> None:
     assert list(remote._about(b"not a certificate")) == ["its certificate cannot be read"]
 
 
-def test_each_cure_is_of_a_failure_that_a_client_can_see() -> None:
+def test_cures_are_for_failures_that_clients_can_see() -> None:
     assert set(remote.CURES) <= set(TlsFailure)
     assert all(cure.strip() for cure in remote.CURES.values())
 
 
-def test_a_user_with_too_many_sessions_is_told_so(
-    home: Path, serve: Serve, look: Look, tmp_path: Path
-) -> None:
+def test_session_limit_of_the_user_is_reported(home: Path, serve: Serve, look: Look, tmp_path: Path) -> None:
     server = serve(sessions__per_user=1)
     path = tmp_path / "key"
     path.touch(0o600)

@@ -23,7 +23,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """Makes a function the command `call`."""
+    """Make a function the command `call`."""
 
     def use(function: Callable[[], object]) -> None:
         monkeypatch.setattr(cli.group, "get_command", lambda *_: click.Command("call", callback=function))
@@ -56,7 +56,7 @@ def test_help_imports_no_command_and_no_large_library() -> None:
     assert done.stderr == "[]\n"
 
 
-def test_no_command_shows_the_help(capsys: Capture) -> None:
+def test_missing_command_shows_the_help(capsys: Capture) -> None:
     assert main([]) == 2
     assert "Commands:" in capsys.readouterr().err
 
@@ -69,24 +69,24 @@ def test_no_command_shows_the_help(capsys: Capture) -> None:
         ("\x1b[31m", "No command '\\\\x1b[31m'; commands:"),
     ],
 )
-def test_a_misspelt_command_is_told_with_the_nearest(word: str, hint: str, capsys: Capture) -> None:
+def test_misspelt_command_suggests_the_nearest(word: str, hint: str, capsys: Capture) -> None:
     assert main([word]) == 2
     assert hint in capsys.readouterr().err
 
 
-def test_an_unknown_option_is_wrong_usage(capsys: Capture) -> None:
+def test_unknown_option_is_wrong_usage(capsys: Capture) -> None:
     assert main(["--hom", "/x"]) == 2
     assert "--home" in capsys.readouterr().err
 
 
-def test_the_completion_of_a_shell_knows_the_commands() -> None:
+def test_shell_completion_lists_the_commands() -> None:
     context = click.Context(cli.group)
     assert cli.group.list_commands(context) == list(COMMANDS)
     assert cli.group.get_command(context, "absent") is None
 
 
 @pytest.mark.parametrize("words", [["--version"], ["config", "--version"], ["config", "show", "--version"]])
-def test_the_version_is_told_wherever_it_is_asked(
+def test_version_is_printed_before_and_after_the_command(
     words: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda _: "1.2.3")
@@ -94,9 +94,7 @@ def test_the_version_is_told_wherever_it_is_asked(
     assert capsys.readouterr().out == "zcproto 1.2.3\n"
 
 
-def test_a_checkout_that_is_not_installed_has_no_version(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_version_of_an_uninstalled_checkout(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
@@ -118,7 +116,7 @@ def test_a_checkout_that_is_not_installed_has_no_version(
         (["config", "show"], 3),
     ],
 )
-def test_home_and_config_may_stand_anywhere_and_the_later_wins(
+def test_later_home_and_config_options_win(
     words: list[str], port: int, home: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     for number, path in enumerate((tmp_path / "a", tmp_path / "b", home), 1):
@@ -128,7 +126,7 @@ def test_home_and_config_may_stand_anywhere_and_the_later_wins(
     assert f"port = {port}\n" in capsys.readouterr().out
 
 
-def test_a_command_is_given_its_home_and_its_own_options(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_gets_its_home_and_options(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
 
     @click.command()
@@ -194,7 +192,7 @@ def test_a_command_is_given_its_home_and_its_own_options(home: Path, monkeypatch
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_an_error_is_one_clear_text_and_an_exit_code(
+def test_error_is_one_message_and_an_exit_code(
     error: BaseException,
     code: int,
     text: str,
@@ -208,7 +206,7 @@ def test_an_error_is_one_clear_text_and_an_exit_code(
     assert capsys.readouterr() == ("", text)
 
 
-def test_a_traceback_is_shown_to_who_asks_for_it(
+def test_traceback_is_shown_with_zcproto_debug(
     command: Callable[[Callable[[], object]], None], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZCPROTO_DEBUG", "1")
@@ -220,21 +218,19 @@ def test_a_traceback_is_shown_to_who_asks_for_it(
 
 
 @pytest.mark.parametrize(("result", "code"), [(None, 0), (3, 3), ("text", 0)])
-def test_a_command_may_return_its_exit_code(
+def test_returned_exit_code_is_used(
     result: object, code: int, command: Callable[[Callable[[], object]], None]
 ) -> None:
     command(lambda: result)
     assert main(["call"]) == code
 
 
-def test_a_command_may_end_with_an_exit_code(command: Callable[[Callable[[], object]], None]) -> None:
+def test_exit_of_a_command_is_used(command: Callable[[Callable[[], object]], None]) -> None:
     command(raising(click.exceptions.Exit(5)))
     assert main(["call"]) == 5
 
 
-def test_output_that_nobody_reads_is_no_error(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
-) -> None:
+def test_broken_pipe_exits_with_141(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
@@ -244,7 +240,7 @@ def test_output_that_nobody_reads_is_no_error(
     assert capfd.readouterr().err == ""
 
 
-def test_output_still_buffered_at_the_end_is_no_error_either(
+def test_broken_pipe_at_the_final_flush_exits_with_141(
     monkeypatch: pytest.MonkeyPatch, command: Callable[[Callable[[], object]], None]
 ) -> None:
     reader, writer = os.pipe()
@@ -255,7 +251,7 @@ def test_output_still_buffered_at_the_end_is_no_error_either(
         assert main(["call"]) == 141
 
 
-def test_a_closed_standard_output_is_no_error(
+def test_closed_stdout_is_not_an_error(
     monkeypatch: pytest.MonkeyPatch, command: Callable[[Callable[[], object]], None]
 ) -> None:
     monkeypatch.setattr(sys, "stdout", None)
@@ -263,7 +259,7 @@ def test_a_closed_standard_output_is_no_error(
     assert main(["call"]) == 0
 
 
-def test_it_runs_as_a_module(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_runs_as_a_module(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["zcproto", "config", "--help"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("zcproto", run_name="__main__")
@@ -272,7 +268,7 @@ def test_it_runs_as_a_module(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_is_where_the_table_says(name: str) -> None:
+def test_every_command_can_be_imported(name: str) -> None:
     module, attribute = COMMANDS[name][0].split(":")
     command = getattr(importlib.import_module(module), attribute)
     assert isinstance(command, click.Command)

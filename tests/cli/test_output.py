@@ -10,7 +10,7 @@ from zcproto.errors import ZcprotoError
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_a_file_is_for_its_owner_alone_whatever_the_umask(tmp_path: Path, replace: bool) -> None:
+def test_private_file_ignores_the_umask(tmp_path: Path, replace: bool) -> None:
     old = os.umask(0)
     try:
         with private_file(tmp_path / "f", replace=replace) as file:
@@ -21,14 +21,14 @@ def test_a_file_is_for_its_owner_alone_whatever_the_umask(tmp_path: Path, replac
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
+def test_existing_file_is_kept_without_force(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("old")
     with pytest.raises(ZcprotoError, match="--force"), private_file(tmp_path / "f", replace=False):
         raise AssertionError
     assert (tmp_path / "f").read_text() == "old"
 
 
-def test_a_file_that_is_replaced_gets_its_own_mode(tmp_path: Path) -> None:
+def test_replaced_file_has_mode_0600(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("old")
     (tmp_path / "f").chmod(0o666)
     with private_file(tmp_path / "f", replace=True) as file:
@@ -39,7 +39,7 @@ def test_a_file_that_is_replaced_gets_its_own_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_a_link_is_never_followed(tmp_path: Path, replace: bool) -> None:
+def test_symlink_is_never_followed(tmp_path: Path, replace: bool) -> None:
     (tmp_path / "f").symlink_to(tmp_path / "target")
     try:
         with private_file(tmp_path / "f", replace=replace) as file:
@@ -50,7 +50,7 @@ def test_a_link_is_never_followed(tmp_path: Path, replace: bool) -> None:
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_after_a_failure_all_is_as_before(tmp_path: Path, replace: bool) -> None:
+def test_failed_write_changes_nothing(tmp_path: Path, replace: bool) -> None:
     if replace:
         (tmp_path / "f").write_text("old")
     with pytest.raises(UnicodeEncodeError), private_file(tmp_path / "f", replace=replace) as file:

@@ -1,4 +1,4 @@
-"""Commands that ask a running server by its control socket, and what they say if none can be asked."""
+"""Commands that use the control socket of a running server, and their errors without one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def running(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> ServerThread:
-    """A server with users in a file; the command line has its home folder."""
+    """A server with users in a file, in the home folder of the command line."""
     server = serve(users_file=True, store__url="sqlite")
     monkeypatch.setenv("ZCPROTO_HOME", str(server.home))
     return server
@@ -56,7 +56,7 @@ def json_of(capsys: Capture, *args: str) -> Any:
 # --- with a server -------------------------------------------------------------------------------------------
 
 
-def test_the_status_is_shown(running: ServerThread, capsys: Capture) -> None:
+def test_status_is_printed(running: ServerThread, capsys: Capture) -> None:
     key = out_of(capsys, "user", "add", "ada").strip()
     with running.client() as client:
         client.open_session("ada", key)
@@ -79,7 +79,7 @@ def test_the_status_is_shown(running: ServerThread, capsys: Capture) -> None:
     assert "1 open" in text
 
 
-def test_users_are_changed_by_the_server(running: ServerThread, capsys: Capture) -> None:
+def test_users_are_changed_by_the_running_server(running: ServerThread, capsys: Capture) -> None:
     assert main(["user", "add", "ada"]) == 0
     said = capsys.readouterr()
     assert said.err == "ada is a user now. Keep this key; it is shown once:\n"
@@ -103,7 +103,9 @@ def test_users_are_changed_by_the_server(running: ServerThread, capsys: Capture)
     assert "exists already" in capsys.readouterr().err
 
 
-def test_sessions_are_listed_and_ended_by_the_server(running: ServerThread, capsys: Capture) -> None:
+def test_sessions_are_listed_and_revoked_by_the_running_server(
+    running: ServerThread, capsys: Capture
+) -> None:
     key = out_of(capsys, "user", "add", "ada").strip()
     with running.client() as client, running.client() as other:
         client.open_session("ada", key)
@@ -121,7 +123,7 @@ def test_sessions_are_listed_and_ended_by_the_server(running: ServerThread, caps
         assert json_of(capsys, "session", "revoke", "--all") == {"revoked": 0}
 
 
-def test_a_device_is_removed_by_the_server(running: ServerThread, capsys: Capture) -> None:
+def test_device_is_removed_by_the_running_server(running: ServerThread, capsys: Capture) -> None:
     out_of(capsys, "user", "add", "ada")
     DeviceFile(running.home / "devices.toml").add("laptop", "ada", bytes(range(32)), datetime.now(UTC))
     found = json_of(capsys, "device", "remove", "laptop")
@@ -130,7 +132,7 @@ def test_a_device_is_removed_by_the_server(running: ServerThread, capsys: Captur
     assert json_of(capsys, "device", "list") == []
 
 
-def test_certificates_are_made_by_the_server(running: ServerThread, capsys: Capture) -> None:
+def test_certificates_are_issued_by_the_running_server(running: ServerThread, capsys: Capture) -> None:
     (running.home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
     leaf = running.in_loop(lambda: running.server.certificates[0].leaf_sha256)
     assert main(["cert", "renew"]) == 0
@@ -148,7 +150,7 @@ def test_certificates_are_made_by_the_server(running: ServerThread, capsys: Capt
     assert running.in_loop(lambda: running.server.pins) == [one["pin"]] != pins
 
 
-def test_files_that_the_server_does_not_serve_are_told(running: ServerThread, capsys: Capture) -> None:
+def test_cert_show_notes_files_that_are_not_served(running: ServerThread, capsys: Capture) -> None:
     (running.home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
     assert main(["cert", "show"]) == 0
     assert capsys.readouterr().err == ""
@@ -173,7 +175,7 @@ def test_files_that_the_server_does_not_serve_are_told(running: ServerThread, ca
     assert "server-ecdsa.crt is not what the running server serves" in capsys.readouterr().err
 
 
-def test_files_are_shown_though_the_server_cannot_be_asked(
+def test_cert_show_works_without_access_to_the_server(
     running: ServerThread, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (running.home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
@@ -188,11 +190,13 @@ def test_files_are_shown_though_the_server_cannot_be_asked(
     assert "server-ecdsa.crt" in said.out
 
 
-def test_alerts_are_listed_and_tried(running: ServerThread, capsys: Capture, tmp_path: Path) -> None:
+def test_alerts_are_listed_and_tested_by_the_running_server(
+    running: ServerThread, capsys: Capture, tmp_path: Path
+) -> None:
     assert out_of(capsys, "alert", "list") == "No open alerts; none closed in the last 24 h.\n"
     assert main(["alert", "test"]) == 1
     assert "no webhook and no command" in capsys.readouterr().out
-    running.reload(alerts__command=["/bin/sh", "-c", "cat > /dev/null; echo told"])
+    running.reload(alerts__command=["/bin/sh", "-c", "cat > /dev/null; echo ok"])
     alerts = running.server.parts.alerts
 
     def happen() -> None:
@@ -208,7 +212,7 @@ def test_alerts_are_listed_and_tried(running: ServerThread, capsys: Capture, tmp
     assert result["arrived"]
 
 
-def test_the_configuration_is_reloaded(running: ServerThread, capsys: Capture) -> None:
+def test_reload_prints_changes_and_faults(running: ServerThread, capsys: Capture) -> None:
     assert out_of(capsys, "reload") == "nothing has changed\n"
     running.settings = {
         **running.settings,
@@ -230,11 +234,11 @@ def test_the_configuration_is_reloaded(running: ServerThread, capsys: Capture) -
     said = capsys.readouterr()
     faults = [
         line for line in said.err.splitlines() if not line.startswith("{")
-    ]  # this process logs there, too
+    ]  # the log of this process goes there too
     assert [fault.split()[0] for fault in faults] == ["limits.max_streams", "limits.max_depth"]
 
 
-def test_the_level_of_the_log_is_shown_and_set(running: ServerThread, capsys: Capture) -> None:
+def test_log_level_is_printed_and_set(running: ServerThread, capsys: Capture) -> None:
     before = level()
     try:
         assert out_of(capsys, "log", "level") == f"{before}\n"
@@ -247,21 +251,19 @@ def test_the_level_of_the_log_is_shown_and_set(running: ServerThread, capsys: Ca
         set_level(before)
 
 
-def test_a_server_is_drained(running: ServerThread, capsys: Capture) -> None:
+def test_drain_starts_the_end_of_the_server(running: ServerThread, capsys: Capture) -> None:
     assert main(["drain", "--timeout", "7"]) == 0
     assert capsys.readouterr().err == "the server drains 0 connections within 7 s\n"
     running.join()
 
 
-def test_the_end_of_a_drain_is_waited_for(running: ServerThread, capsys: Capture) -> None:
+def test_drain_wait_returns_after_the_end(running: ServerThread, capsys: Capture) -> None:
     assert json_of(capsys, "drain", "--wait") == {"connections": 0, "timeout": 30.0, "ended": True}
     running.join()
     assert main(["status"]) == 1
 
 
-def test_a_process_that_is_drained_ends_well(
-    tmp_path: Path, certs: Path, home: Path, capsys: Capture
-) -> None:
+def test_drained_process_exits_with_0(tmp_path: Path, certs: Path, home: Path, capsys: Capture) -> None:
     with ServerProcess(home, certs) as server:
         assert main(["drain", "--wait", "--timeout", "5"]) == 0
         assert server.wait() == 0
@@ -276,7 +278,7 @@ def found(running: ServerThread) -> dict[str, Any]:
     return running.in_loop(lambda: status_report(take_snapshot(running.server.parts)))
 
 
-def test_a_frame_fits_its_terminal(found: dict[str, Any]) -> None:
+def test_status_screen_fits_the_terminal(found: dict[str, Any]) -> None:
     for width, height in ((100, 40), (40, 10), (20, 2)):
         text = frame(found, width, height)
         lines = text.split("\r\n")
@@ -289,7 +291,7 @@ def test_a_frame_fits_its_terminal(found: dict[str, Any]) -> None:
             assert "\x1b" not in bare
 
 
-def test_what_is_wrong_stands_out_and_nothing_moves_a_cursor(found: dict[str, Any]) -> None:
+def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -> None:
     found["certificates"][0] |= {"days_left": -1, "seconds_left": -5, "site": ["\x1b[2J.example"]}
     found["store"] |= {"state": "degraded", "refusing": True, "pending_revocations": 2}
     found["draining"] = True
@@ -328,11 +330,11 @@ def test_what_is_wrong_stands_out_and_nothing_moves_a_cursor(found: dict[str, An
         (size, 3 * 1024 * 1024, "3 MiB"),
     ],
 )
-def test_numbers_are_for_people(function: Callable[[float], str], value: float, text: str) -> None:
+def test_numbers_are_formatted(function: Callable[[float], str], value: float, text: str) -> None:
     assert function(value) == text
 
 
-def test_watching_goes_on_until_it_is_ended(
+def test_watch_continues_until_interrupted(
     running: ServerThread, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []
@@ -348,11 +350,11 @@ def test_watching_goes_on_until_it_is_ended(
     assert [json.loads(line)["pid"] for line in lines] == [os.getpid()] * 3
     assert looks == [0.5] * 3
     looks.clear()
-    assert main(["status", "--watch"]) == 130  # no terminal: texts, one after the other
+    assert main(["status", "--watch"]) == 130  # not a terminal: plain texts in sequence
     assert capsys.readouterr().out.count("zcproto 0.") == 3
 
 
-def test_on_a_terminal_it_is_one_picture_and_the_terminal_is_given_back(running: ServerThread) -> None:
+def test_watch_restores_the_terminal(running: ServerThread) -> None:
     ours, theirs = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "zcproto", "status", "--watch", "--interval", "0.2"],
@@ -378,33 +380,31 @@ def test_on_a_terminal_it_is_one_picture_and_the_terminal_is_given_back(running:
     assert b"serving" in seen
 
 
-# --- without a server, or with a strange one -------------------------------------------------------------------
+# --- without a server, or with another program at the socket -------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "command", [["status"], ["reload"], ["drain"], ["log", "level"], ["alert", "list"], ["status", "--watch"]]
 )
-def test_without_a_server_it_is_said_that_there_is_none(
-    home: Path, capsys: Capture, command: list[str]
-) -> None:
+def test_commands_without_a_running_server_fail(home: Path, capsys: Capture, command: list[str]) -> None:
     assert main(command) == 1
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == (f"zcproto: no server runs with the home folder {home}; start one, or use --home\n")
 
 
-def test_a_socket_of_a_dead_server_is_no_server(home: Path, capsys: Capture) -> None:
+def test_stale_socket_counts_as_no_server(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX) as dead, address_of(home / "control.sock") as address:
         dead.bind(address)
     assert main(["status"]) == 1
     assert "no server runs" in capsys.readouterr().err
-    assert main(["user", "add", "ada"]) == 0  # the file is worked on
+    assert main(["user", "add", "ada"]) == 0  # changes the file
 
 
 @pytest.fixture
-def strange(home: Path) -> Iterator[Callable[[bytes], None]]:
-    """Something else at the socket, that answers each connection with these bytes."""
+def other_program(home: Path) -> Iterator[Callable[[bytes], None]]:
+    """Another program at the socket that answers each connection with these bytes."""
     home.mkdir(mode=0o700)
     listening = socket.socket(socket.AF_UNIX)
     with address_of(home / "control.sock") as address:
@@ -457,10 +457,10 @@ JSON = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n
     ],
     ids=["nothing", "garbage", "404", "403", "500", "json", "409", "list", "escape", "large"],
 )
-def test_whoever_answers_strangely_is_told_of(
-    strange: Callable[[bytes], None], home: Path, capsys: Capture, data: bytes, said: str
+def test_malformed_control_response_is_reported(
+    other_program: Callable[[bytes], None], home: Path, capsys: Capture, data: bytes, said: str
 ) -> None:
-    strange(data)
+    other_program(data)
     assert main(["status"]) == 1
     err = capsys.readouterr().err
     assert said in err
@@ -468,16 +468,16 @@ def test_whoever_answers_strangely_is_told_of(
     assert err.count("\n") == 1
 
 
-def test_nothing_is_done_to_files_behind_the_back_of_a_server(
-    strange: Callable[[bytes], None], home: Path, capsys: Capture
+def test_files_are_not_changed_while_the_server_cannot_be_asked(
+    other_program: Callable[[bytes], None], home: Path, capsys: Capture
 ) -> None:
-    strange(b"HTTP/1.1 500 Oh\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n")
+    other_program(b"HTTP/1.1 500 Oh\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n")
     assert main(["user", "add", "ada"]) == 1
     assert not (home / "users.toml").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may do it")
-def test_a_socket_of_somebody_else_is_told(home: Path, capsys: Capture) -> None:
+def test_socket_of_another_user_is_reported(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX) as other, address_of(home / "control.sock") as address:
         other.bind(address)
@@ -487,10 +487,8 @@ def test_a_socket_of_somebody_else_is_told(home: Path, capsys: Capture) -> None:
     assert "you are not allowed; it belongs to the user with the uid" in capsys.readouterr().err
 
 
-def test_what_root_would_be_told_is_worded(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    """As above, for whoever runs the tests as root."""
+def test_permission_error_is_reported(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """As above, also if the tests run as root."""
 
     def refuse(connected: socket.socket, home: Home) -> None:
         raise PermissionError(13, "Permission denied")
@@ -500,7 +498,7 @@ def test_what_root_would_be_told_is_worded(
     assert "you are not allowed; run this as the server's user, or as root" in capsys.readouterr().err
 
 
-def test_a_server_with_a_full_backlog_is_waited_for(home: Path, capsys: Capture) -> None:
+def test_full_backlog_is_retried(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     listening = socket.socket(socket.AF_UNIX)
     with address_of(home / "control.sock") as address:

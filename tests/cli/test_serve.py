@@ -1,4 +1,4 @@
-"""`zcproto serve`: the application it runs, what it prints, and what it refuses to start with."""
+"""`zcproto serve`: loading the application, output, refused starts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def hello() -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current folder, with an application in it."""
+    """The current folder with an application."""
     folder = tmp_path / "project"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -53,7 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 class Started:
-    """What `serve` was called with instead of running."""
+    """Record the parameters of `serve` instead of running."""
 
     def __init__(self) -> None:
         self.app: App | None = None
@@ -77,7 +77,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
 
 
 @pytest.mark.parametrize("name", ["shop_of_tests:api", "package_of_tests.api:api"])
-def test_an_application_of_the_current_folder_is_loaded(folder: Path, name: str) -> None:
+def test_application_of_the_current_folder_is_loaded(folder: Path, name: str) -> None:
     assert [method.name for method in load_app(name)] == ["hello"]
 
 
@@ -98,7 +98,7 @@ def test_an_application_of_the_current_folder_is_loaded(folder: Path, name: str)
         ("shop_of_tests:api.hello", "has no App object named 'api.hello'"),
     ],
 )
-def test_an_application_that_is_not_there_is_a_fault(folder: Path, name: str, complaint: str) -> None:
+def test_missing_application_is_a_fault(folder: Path, name: str, complaint: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_app(name)
     (fault,) = raised.value.faults
@@ -106,7 +106,7 @@ def test_an_application_that_is_not_there_is_a_fault(folder: Path, name: str, co
 
 
 @pytest.mark.parametrize("error", ["1 / 0", "def", "import no_such_dependency"])
-def test_an_application_that_cannot_be_imported_is_a_fault(
+def test_application_that_cannot_be_imported_is_a_fault(
     folder: Path, error: str, started: Started, capsys: Capture, home: Path
 ) -> None:
     (folder / "broken_of_tests.py").write_text(error)
@@ -121,7 +121,7 @@ def test_an_application_that_cannot_be_imported_is_a_fault(
 # --- options -------------------------------------------------------------------------------------------------
 
 
-def test_options_win_over_the_configuration(home: Path, folder: Path, started: Started) -> None:
+def test_options_override_the_configuration(home: Path, folder: Path, started: Started) -> None:
     home.mkdir(0o700)
     (home / "config.toml").write_text('[server]\nhost = "::"\nport = 1111\n[log]\nlevel = "error"')
     assert main(["serve"]) == 0
@@ -147,7 +147,7 @@ def test_wrong_options_start_nothing(
     assert started.count == 0
 
 
-def test_it_tells_where_it_listens_and_what_it_does(home: Path, started: Started, capsys: Capture) -> None:
+def test_serve_prints_addresses_and_progress(home: Path, started: Started, capsys: Capture) -> None:
     main(["serve"])
 
     class Listening:
@@ -168,7 +168,7 @@ def prepared(home: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home.mkdir(0o700)
     shutil.copytree(certs, home / "certs")
     (home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n[server]\nport = 0')
-    # These tests share the process with others: it is not tuned.
+    # Do not tune this process: it runs other tests too.
     monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 1_000_000)
     monkeypatch.setattr(run, "harden", lambda environ: [])
     return home
@@ -183,16 +183,14 @@ def refused(capsys: Capture, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o666])
-def test_a_key_that_others_can_read_is_refused_with_the_cure(
-    prepared: Path, capsys: Capture, mode: int
-) -> None:
+def test_key_readable_by_others_is_refused_with_the_fix(prepared: Path, capsys: Capture, mode: int) -> None:
     path = prepared / "certs" / "server-ecdsa.key"
     path.chmod(mode)
     assert f"chmod 600 {path}" in refused(capsys)
     assert path.read_text().splitlines()[1] not in refused(capsys)
 
 
-def test_a_port_that_is_taken_is_refused(prepared: Path, capsys: Capture) -> None:
+def test_port_in_use_is_refused(prepared: Path, capsys: Capture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         text = refused(capsys, "--port", str(port))
@@ -209,7 +207,7 @@ def test_a_port_that_is_taken_is_refused(prepared: Path, capsys: Capture) -> Non
         (lambda home: (home / "config.toml").write_text("[servr]"), "did you mean"),
     ],
 )
-def test_what_is_unusable_is_told_and_nothing_starts(
+def test_unusable_configuration_starts_nothing(
     prepared: Path, capsys: Capture, spoil: Callable[[Path], Any], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bind(*args: Any) -> Any:

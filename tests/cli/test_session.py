@@ -1,4 +1,4 @@
-"""`zcproto session`: in the store where no server runs, else at the server."""
+"""`zcproto session list` and `revoke`: in the store, and at a remote server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def listed(capsys: Capture, *options: str) -> list[dict[str, Any]]:
 # --- in the store --------------------------------------------------------------------------------------------
 
 
-def test_without_a_file_there_are_no_sessions_and_none_is_made(home: Path, capsys: Capture) -> None:
+def test_session_list_without_a_store_creates_nothing(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     assert listed(capsys) == []
     assert main(["session", "list"]) == 0
@@ -42,7 +42,7 @@ def test_without_a_file_there_are_no_sessions_and_none_is_made(home: Path, capsy
     assert list(home.iterdir()) == []
 
 
-def test_sessions_are_listed_the_oldest_first_and_without_secrets(home: Path, capsys: Capture) -> None:
+def test_sessions_are_listed_oldest_first_without_secrets(home: Path, capsys: Capture) -> None:
     sessions = [
         new_session("ada", 24 * 40 * HOUR_MS),
         new_session("ada", 25 * HOUR_MS),
@@ -57,7 +57,7 @@ def test_sessions_are_listed_the_oldest_first_and_without_secrets(home: Path, ca
         ("ada", False, True),
     ]
     assert [each["id"] for each in listed(capsys, "--user", "bob")] == [id_of(sessions[2])]
-    assert listed(capsys, "--user", "nobody") == []
+    assert listed(capsys, "--user", "unknown") == []
     assert main(["session", "list"]) == 0
     out = capsys.readouterr().out
     head, over, lapsed, operator, bound = out.splitlines()
@@ -72,7 +72,7 @@ def test_sessions_are_listed_the_oldest_first_and_without_secrets(home: Path, ca
             assert secret not in str(found)
 
 
-def test_what_a_client_says_of_itself_cannot_move_the_cursor(home: Path, capsys: Capture) -> None:
+def test_client_name_is_escaped_for_the_terminal(home: Path, capsys: Capture) -> None:
     fill(home, new_session("ada", client="\x1b[2J\nx"))
     assert main(["session", "list"]) == 0
     out = capsys.readouterr().out
@@ -82,7 +82,7 @@ def test_what_a_client_says_of_itself_cannot_move_the_cursor(home: Path, capsys:
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_sessions_are_ended_by_id_by_user_and_all(home: Path, capsys: Capture) -> None:
+def test_sessions_are_revoked_by_id_by_user_and_all(home: Path, capsys: Capture) -> None:
     sessions = [new_session(user) for user in ("ada", "ada", "bob", "bob", "eve")]
     fill(home, *sessions)
     first, second = id_of(sessions[0]), id_of(sessions[2])
@@ -96,7 +96,7 @@ def test_sessions_are_ended_by_id_by_user_and_all(home: Path, capsys: Capture) -
     assert kept(home) == []
 
 
-def test_an_id_that_begins_with_a_dash_is_no_option(home: Path, capsys: Capture) -> None:
+def test_id_with_a_leading_dash_is_not_an_option(home: Path, capsys: Capture) -> None:
     ids = ["-" * 21 + "A", "-user" + "A" * 17]
     dashed = []
     for text in ids:
@@ -109,7 +109,7 @@ def test_an_id_that_begins_with_a_dash_is_no_option(home: Path, capsys: Capture)
 
 
 @pytest.mark.parametrize("ids", [["A" * 22], ["no id"], ["A" * 22, "B" * 22]])
-def test_an_id_that_is_none_is_told(home: Path, capsys: Capture, ids: list[str]) -> None:
+def test_unknown_id_is_reported(home: Path, capsys: Capture, ids: list[str]) -> None:
     session = new_session()
     fill(home, session)
     assert main(["session", "revoke", *ids]) == 1
@@ -131,24 +131,20 @@ def test_an_id_that_is_none_is_told(home: Path, capsys: Capture, ids: list[str])
         ["-x"],
     ],
 )
-def test_what_is_to_be_ended_is_said_in_one_way(home: Path, capsys: Capture, options: list[str]) -> None:
+def test_ambiguous_selection_is_wrong_usage(home: Path, capsys: Capture, options: list[str]) -> None:
     fill(home, new_session())
     assert main(["session", "revoke", *options]) == 2
     assert len(kept(home)) == 1
 
 
-def test_sessions_in_memory_are_the_servers(
-    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_store_needs_the_server(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZCPROTO_STORE__URL", "memory")
     for command in (["list"], ["revoke", "--all"]):
         assert main(["session", *command]) == 2
         assert "--server HOST:PORT --operator NAME --key-file FILE" in capsys.readouterr().err
 
 
-def test_a_very_long_list_says_that_it_may_go_on(
-    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_incomplete_list_is_noted(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zcproto.cli.backends.HomeFiles.max_listed", 2)
     fill(home, new_session(), new_session())
     assert main(["session", "list"]) == 0
@@ -160,7 +156,7 @@ def test_a_very_long_list_says_that_it_may_go_on(
 
 
 class Running:
-    """A server, with an operator's key in a file."""
+    """A server with the key of an operator in a file."""
 
     def __init__(self, server: ServerThread, keys: dict[str, str], key_file: Path) -> None:
         self.server = server
@@ -181,7 +177,7 @@ def running(tmp_path: Path, home: Path, certs: Path) -> Iterator[Running]:
         yield Running(server, keys, tmp_path / "root.key")
 
 
-def test_a_server_lists_its_sessions_for_an_operator(running: Running, capsys: Capture) -> None:
+def test_remote_server_lists_sessions_for_an_operator(running: Running, capsys: Capture) -> None:
     with running.server.client() as client:
         client.open_session("ada", running.keys["ada"])
         found = listed(capsys, *running.options)
@@ -192,7 +188,7 @@ def test_a_server_lists_its_sessions_for_an_operator(running: Running, capsys: C
         assert client.opened["id"] in capsys.readouterr().out
 
 
-def test_a_server_ends_sessions_for_an_operator(running: Running, capsys: Capture) -> None:
+def test_remote_server_revokes_sessions_for_an_operator(running: Running, capsys: Capture) -> None:
     with running.server.client() as ada, running.server.client() as bob:
         ada.open_session("ada", running.keys["ada"])
         bob.open_session("bob", running.keys["bob"])
@@ -207,7 +203,9 @@ def test_a_server_ends_sessions_for_an_operator(running: Running, capsys: Captur
         assert main(["session", "revoke", "--all", *running.options]) == 0
 
 
-def test_only_operators_are_answered(running: Running, capsys: Capture, tmp_path: Path) -> None:
+def test_remote_server_refuses_users_who_are_not_operators(
+    running: Running, capsys: Capture, tmp_path: Path
+) -> None:
     key_file = tmp_path / "ada.key"
     key_file.write_text(running.keys["ada"])
     key_file.chmod(0o600)
@@ -226,12 +224,12 @@ def test_only_operators_are_answered(running: Running, capsys: Capture, tmp_path
         ["--pin", "x"],
     ],
 )
-def test_the_server_and_who_asks_go_together(home: Path, capsys: Capture, options: list[str]) -> None:
+def test_server_and_operator_options_go_together(home: Path, capsys: Capture, options: list[str]) -> None:
     assert main(["session", "list", *options]) == 2
     assert "--server" in capsys.readouterr().err
 
 
-def test_without_a_key_or_with_a_pin_that_is_none_nothing_is_asked(
+def test_missing_key_or_malformed_pin_sends_nothing(
     home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = ["--server", "127.0.0.1:1", "--operator", "root"]
@@ -244,7 +242,7 @@ def test_without_a_key_or_with_a_pin_that_is_none_nothing_is_asked(
 
 
 @pytest.mark.parametrize("is_pinned", [False, True])
-def test_a_server_may_be_trusted_by_its_pin(running: Running, capsys: Capture, is_pinned: bool) -> None:
+def test_remote_server_is_trusted_by_pin(running: Running, capsys: Capture, is_pinned: bool) -> None:
     trust = ["--pin", running.server.server.pins[0]] if is_pinned else []
     assert len(listed(capsys, *running.options, *trust)) == 1
 
@@ -252,7 +250,7 @@ def test_a_server_may_be_trusted_by_its_pin(running: Running, capsys: Capture, i
 Sqlite = Callable[[], ServerThread]
 
 
-def test_a_server_that_has_the_file_is_named(home: Path, capsys: Capture) -> None:
+def test_store_in_use_is_reported(home: Path, capsys: Capture) -> None:
     fill(home, new_session())
     with ExitStack() as stack:
         holder = stack.enter_context(open(home / "sessions.db.lock", "r+"))

@@ -1,4 +1,4 @@
-"""`zcproto session open`: a token for those who speak no ZCP/1."""
+"""`zcproto session open`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def key_file(folder: Path, key: str = KEY) -> str:
     return str(path)
 
 
-def test_the_token_is_all_that_is_printed_and_it_is_good(
-    serve: Serve, tmp_path: Path, home: Path, capsys: Capture
-) -> None:
+def test_open_prints_only_a_valid_token(serve: Serve, tmp_path: Path, home: Path, capsys: Capture) -> None:
     server = serve()
     assert main(command(server, "--key-file", key_file(tmp_path))) == 0
     out, err = capsys.readouterr()
@@ -46,7 +44,7 @@ def test_the_token_is_all_that_is_printed_and_it_is_good(
     assert out.strip() not in err
 
 
-def test_the_key_may_come_from_the_environment(
+def test_open_reads_the_key_from_the_environment(
     serve: Serve, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
@@ -54,16 +52,14 @@ def test_the_key_may_come_from_the_environment(
     assert token_from_text(capsys.readouterr().out.strip()) is not None
 
 
-def test_with_a_wrong_key_there_is_no_token(
-    shared: ServerThread, tmp_path: Path, home: Path, capsys: Capture
-) -> None:
+def test_wrong_key_prints_no_token(shared: ServerThread, tmp_path: Path, home: Path, capsys: Capture) -> None:
     assert main(command(shared, "--key-file", key_file(tmp_path, "the wrong key"))) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert "UNAUTHENTICATED" in err
 
 
-def test_without_a_server_to_trust_no_key_is_sent(
+def test_key_is_not_sent_to_an_untrusted_server(
     shared: ServerThread, tmp_path: Path, home: Path, capsys: Capture
 ) -> None:
     before = shared.stats["requests"]
@@ -73,7 +69,7 @@ def test_without_a_server_to_trust_no_key_is_sent(
     assert shared.stats["requests"] == before
 
 
-def test_without_a_user_or_a_key_nothing_is_sent(shared: ServerThread, home: Path, capsys: Capture) -> None:
+def test_missing_user_or_key_sends_nothing(shared: ServerThread, home: Path, capsys: Capture) -> None:
     assert main(["session", "open", f"127.0.0.1:{shared.port}"]) == 2
     assert "--user" in capsys.readouterr().err
     assert main(command(shared)) == 2

@@ -17,7 +17,7 @@ from zcproto.sessions.token import digest_of
 Capture = pytest.CaptureFixture[str]
 
 
-def test_add_prints_the_key_alone_and_a_sentence_aside(home: Path, capsys: Capture) -> None:
+def test_add_prints_only_the_key_to_stdout(home: Path, capsys: Capture) -> None:
     assert main(["user", "add", "alice"]) == 0
     out, err = capsys.readouterr()
     assert len(out.split()) == 1
@@ -25,7 +25,7 @@ def test_add_prints_the_key_alone_and_a_sentence_aside(home: Path, capsys: Captu
     assert "alice" in (home / "users.toml").read_text()
 
 
-def test_add_keeps_no_key(home: Path, capsys: Capture) -> None:
+def test_add_stores_no_key(home: Path, capsys: Capture) -> None:
     main(["user", "add", "alice"])
     key = capsys.readouterr().out.split()[-1]
     assert key not in (home / "users.toml").read_text()
@@ -33,13 +33,13 @@ def test_add_keeps_no_key(home: Path, capsys: Capture) -> None:
     assert home.stat().st_mode & 0o777 == 0o700
 
 
-def test_add_makes_an_operator_when_asked(home: Path, capsys: Capture) -> None:
+def test_add_operator(home: Path, capsys: Capture) -> None:
     assert main(["user", "add", "alice", "--operator"]) == 0
     assert capsys.readouterr().err.startswith("alice is an operator now.")
     assert "operator = true" in (home / "users.toml").read_text()
 
 
-def test_add_takes_its_home_anywhere(tmp_path: Path, home: Path) -> None:
+def test_add_accepts_home_before_and_after_the_command(tmp_path: Path, home: Path) -> None:
     assert main(["user", "--home", str(tmp_path / "a"), "add", "alice"]) == 0
     assert main(["user", "add", "alice", "--home", str(tmp_path / "b")]) == 0
     assert (tmp_path / "a" / "users.toml").exists()
@@ -47,7 +47,7 @@ def test_add_takes_its_home_anywhere(tmp_path: Path, home: Path) -> None:
     assert not home.exists()
 
 
-def test_a_user_is_added_once(home: Path, capsys: Capture) -> None:
+def test_existing_user_is_not_added_again(home: Path, capsys: Capture) -> None:
     main(["user", "add", "alice"])
     before = (home / "users.toml").read_bytes()
     capsys.readouterr()
@@ -60,14 +60,14 @@ def test_a_user_is_added_once(home: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("name", ["", " a", "a\nb", "a\tb", "a\x1b[31m", "x" * 1000])
-def test_a_name_that_cannot_be_is_refused_in_one_line(name: str, home: Path, capsys: Capture) -> None:
+def test_invalid_name_is_refused_in_one_line(name: str, home: Path, capsys: Capture) -> None:
     assert main(["user", "add", name]) != 0
     out, err = capsys.readouterr()
     assert out == ""
     assert err.removesuffix("\n").isprintable()
 
 
-def test_a_home_that_others_may_write_to_gets_no_user(home: Path, capsys: Capture) -> None:
+def test_home_writable_by_others_is_refused(home: Path, capsys: Capture) -> None:
     home.mkdir()
     home.chmod(0o777)
     assert main(["user", "add", "alice"]) == 2
@@ -75,7 +75,7 @@ def test_a_home_that_others_may_write_to_gets_no_user(home: Path, capsys: Captur
     assert list(home.iterdir()) == []
 
 
-def test_many_users_are_added_with_their_keys_in_a_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_many_users_are_added_with_a_key_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "keys"
     assert main(["user", "add", "load", "--count", "3", "--keys-out", str(path)]) == 0
     assert capsys.readouterr() == ("", f"3 users were added; their keys are in {path}\n")
@@ -94,9 +94,7 @@ def test_ten_thousand_users_take_under_two_seconds(home: Path, tmp_path: Path) -
     assert len((tmp_path / "keys").read_text().splitlines()) == 10_000
 
 
-def test_no_file_is_overwritten_and_then_no_user_is_added(
-    home: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_existing_key_file_is_kept_and_no_user_added(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "keys"
     path.write_text("old")
     words = ["user", "add", "load", "--count", "3", "--keys-out", str(path)]
@@ -108,7 +106,7 @@ def test_no_file_is_overwritten_and_then_no_user_is_added(
     assert len(path.read_text().splitlines()) == 3
 
 
-def test_when_one_of_many_is_there_already_none_is_added(home: Path, tmp_path: Path) -> None:
+def test_one_existing_user_of_many_adds_none(home: Path, tmp_path: Path) -> None:
     main(["user", "add", "load-2"])
     before = (home / "users.toml").read_bytes()
     assert main(["user", "add", "load", "--count", "3", "--keys-out", str(tmp_path / "keys")]) == 2
@@ -126,7 +124,7 @@ def test_wrong_options_add_no_user(words: list[str], home: Path, capsys: Capture
     assert not home.exists()
 
 
-def test_a_file_that_cannot_be_made_is_told(home: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_key_file_that_cannot_be_created_is_reported(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "absent" / "keys"
     assert main(["user", "add", "load", "--count", "3", "--keys-out", str(path)]) == 1
     assert capsys.readouterr().err == f"zcproto: {path}: No such file or directory\n"
@@ -138,7 +136,7 @@ def test_a_file_that_cannot_be_made_is_told(home: Path, tmp_path: Path, capsys: 
 
 @pytest.fixture
 def users(home: Path, capsys: Capture) -> UserFile:
-    """Ada, who has sessions, Bob, and an operator without a key."""
+    """ada with sessions, bob, and an operator without a key."""
     for options in (["ada"], ["bob"], ["root", "--operator", "--no-key"]):
         assert main(["user", "add", *options]) == 0
     fill(home, new_session("ada"), new_session("ada"), new_session("bob"))
@@ -151,7 +149,7 @@ def find(users: UserFile, name: str) -> User | None:
     return users.get(name)
 
 
-def test_a_user_may_have_no_key(users: UserFile, capsys: Capture) -> None:
+def test_user_without_a_key(users: UserFile, capsys: Capture) -> None:
     user = find(users, "root")
     assert user is not None
     assert (user.operator, user.has_key) == (True, False)
@@ -177,15 +175,13 @@ def test_users_are_listed(users: UserFile, capsys: Capture) -> None:
     assert "sha256" not in out
 
 
-def test_without_a_file_there_are_no_users_to_list(home: Path, capsys: Capture) -> None:
+def test_user_list_without_a_file_is_empty(home: Path, capsys: Capture) -> None:
     assert main(["user", "list", "--json"]) == 0
     assert capsys.readouterr().out == "[]\n"
     assert not home.exists()
 
 
-def test_a_disabled_user_is_one_in_the_file_and_has_no_sessions(
-    users: UserFile, home: Path, capsys: Capture
-) -> None:
+def test_disable_keeps_the_user_and_ends_the_sessions(users: UserFile, home: Path, capsys: Capture) -> None:
     assert main(["user", "disable", "ada"]) == 0
     assert capsys.readouterr().err == "ada is disabled now; sessions ended: 2.\n"
     user = find(users, "ada")
@@ -198,14 +194,14 @@ def test_a_disabled_user_is_one_in_the_file_and_has_no_sessions(
     assert find(users, "ada") == user._replace(disabled=False)
 
 
-def test_a_removed_user_is_gone_with_all_sessions(users: UserFile, home: Path, capsys: Capture) -> None:
+def test_remove_deletes_the_user_and_ends_the_sessions(users: UserFile, home: Path, capsys: Capture) -> None:
     assert main(["user", "remove", "ada"]) == 0
     assert capsys.readouterr().err == "ada is removed; sessions ended: 2.\n"
     assert find(users, "ada") is None
     assert [record.user for record in kept(home)] == ["bob"]
 
 
-def test_a_new_key_is_printed_alone_and_ends_what_the_old_one_opened(
+def test_new_key_prints_only_the_key_and_ends_the_sessions(
     users: UserFile, home: Path, capsys: Capture
 ) -> None:
     before = find(users, "ada")
@@ -222,7 +218,7 @@ def test_a_new_key_is_printed_alone_and_ends_what_the_old_one_opened(
 
 
 @pytest.mark.parametrize("command", ["disable", "enable", "remove", "new-key"])
-def test_who_is_not_there_is_told(users: UserFile, home: Path, capsys: Capture, command: str) -> None:
+def test_unknown_user_is_reported(users: UserFile, home: Path, capsys: Capture, command: str) -> None:
     text = users.path.read_text()
     assert main(["user", command, "eve"]) == 1
     out, err = capsys.readouterr()
@@ -233,7 +229,7 @@ def test_who_is_not_there_is_told(users: UserFile, home: Path, capsys: Capture, 
 
 
 @pytest.mark.parametrize("is_memory", [False, True])
-def test_a_running_server_ends_the_sessions_itself(
+def test_running_server_ends_the_sessions_of_a_changed_user(
     users: UserFile, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, is_memory: bool
 ) -> None:
     if is_memory:
@@ -247,7 +243,7 @@ def test_a_running_server_ends_the_sessions_itself(
     assert len(kept(home)) == 3
 
 
-def test_a_server_that_starts_just_then_ends_them(
+def test_server_started_meanwhile_ends_the_sessions(
     users: UserFile, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([False, True])
@@ -256,14 +252,14 @@ def test_a_server_that_starts_just_then_ends_them(
     assert "the running server ends the sessions" in capsys.readouterr().err
 
 
-def test_without_sessions_no_file_is_made(home: Path, capsys: Capture) -> None:
+def test_user_change_without_sessions_creates_no_store(home: Path, capsys: Capture) -> None:
     main(["user", "add", "ada"])
     assert main(["user", "remove", "ada"]) == 0
     assert capsys.readouterr().err.endswith("ada is removed; sessions ended: 0.\n")
     assert not (home / "sessions.db").exists()
 
 
-def test_a_store_that_is_out_is_told_and_the_user_is_changed(
+def test_user_is_changed_even_if_the_store_is_unavailable(
     users: UserFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_store, "PATIENCE_S", 0.1)
@@ -274,7 +270,7 @@ def test_a_store_that_is_out_is_told_and_the_user_is_changed(
     assert users.find("ada") is None
 
 
-def test_a_faulty_configuration_changes_no_user(users: UserFile, home: Path, capsys: Capture) -> None:
+def test_invalid_configuration_changes_no_user(users: UserFile, home: Path, capsys: Capture) -> None:
     (home / "config.toml").write_text("nonsense")
     text = users.path.read_text()
     for command in ("disable", "remove", "new-key"):

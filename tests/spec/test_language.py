@@ -73,7 +73,11 @@ PATTERNS: Final[dict[str, re.Pattern[str]]] = {
 
 ALLOWED: Final[dict[str, set[str]]] = {
     "tests/spec/test_language.py": set(PATTERNS),  # names them
-    "docs/control.md": {"told"},  # a field of the control API
+    # a field of the control API
+    "docs/control.md": {"told"},
+    "zcproto/admin/operations.py": {"told"},
+    "tests/admin/test_operations.py": {"told"},
+    "tests/cli/test_running_server.py": {"told"},
 }
 """Banned words that may stand in a file, with the reason."""
 
@@ -83,7 +87,6 @@ NOT_YET_CLEAN: Final = (
     "docs/security.md",
     "docs/troubleshooting.md",
     "spec/benchmarks.md",
-    "tests/admin",
     "tests/adversity",
     "tests/alerts",
     "tests/app",
@@ -104,7 +107,6 @@ NOT_YET_CLEAN: Final = (
     "tests/secrets_watch.py",
     "tests/server",
     "tests/stores",
-    "zcproto/admin",
     "zcproto/alerts",
     "zcproto/certs",
     "zcproto/cli",

@@ -56,7 +56,7 @@ _REFUSED: Final = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ControlPeer(Peer):
-    """The calling process. `uid` and `pid` are None where the operating system does not report them."""
+    """The calling process. `uid` and `pid` may be unknown."""
 
     uid: int | None = None
     pid: int | None = None

@@ -1,10 +1,13 @@
-"""The pump of one HTTP connection: transport <-> connection <-> handlers. It is the same above TLS, above plain TCP
-and above a UNIX socket.
+"""The pump of one HTTP connection: transport <-> connection <-> handlers, above TLS, plain TCP or a UNIX socket.
 
     data -> connection.receive_data -> request -> handler -> connection.respond -> transport.write
 
-What it decides: one request at a time, and one a turn of the loop however many are sent together; a peer that does
-not read is not read from, nor are its requests answered; a handler that raises is 500 with an incident's id.
+What this file decides: when a request is answered, and what happens to a slow reader.
+
+Rules:
+- One request at a time, and one per turn of the loop however many are pipelined.
+- From a peer that does not read, nothing more is read, and its requests are not answered.
+- A handler that raises is answered with 500 and the id of the incident.
 """
 
 from __future__ import annotations
@@ -22,15 +25,15 @@ if TYPE_CHECKING:
     from zcproto.server.eager import Worker
     from zcproto.server.state import ServerState
 
-TAKEN_AT_LEAST: Final = 16_384
-"""Bytes that a client which lets an answer wait must take in each `write_timeout`: a drip is no reading."""
+MIN_READ: Final = 16_384
+"""Bytes that a slow client must read in each `write_timeout`: less counts as not reading."""
 
 WRITE_BUFFER: Final = 65_536
-"""Bytes that wait for a client that reads slowly, before nothing more is answered."""
+"""Bytes that may be buffered for a slow client before its next request waits."""
 
 
 class HttpTransport(Protocol):
-    """What is asked of the transport below."""
+    """The methods used of a transport."""
 
     def write(self, data: bytes) -> None: ...
     def close(self) -> None: ...
@@ -42,14 +45,14 @@ class HttpTransport(Protocol):
 
 
 class Routes(Protocol):
-    """Who answers requests, as a Router tells."""
+    """A lookup of handlers, such as a Router."""
 
     def find(self, request: HttpRequest) -> Handler | HttpResponse: ...
 
 
 @dataclass(slots=True)
 class HttpCounters:
-    """Plain integers; whoever reports them reads them."""
+    """Counters; read by the snapshot."""
 
     connections_opened: int = 0
     write_timeouts: int = 0
@@ -58,7 +61,7 @@ class HttpCounters:
 
 
 class HttpEndpoint:
-    """What all HTTP connections of one kind share. `peer_of` says who is at the other end of a transport."""
+    """The shared state of all HTTP connections of one kind. `peer_of` returns the peer of a transport."""
 
     def __init__(
         self,
@@ -75,12 +78,12 @@ class HttpEndpoint:
         self.peer_of = peer_of
         self.counters = HttpCounters()
         self.connections: set[HttpProtocol] = set()
-        self.answering = 0  # handlers that wait
+        self.answering = 0  # running handlers
         self._draining = False
         self._at_rest = asyncio.Event()
 
     def protocol(self) -> HttpProtocol:
-        """A new connection's protocol."""
+        """Return the protocol of a new connection."""
         return HttpProtocol(self)
 
     @property
@@ -88,14 +91,14 @@ class HttpEndpoint:
         return self._draining
 
     def drain(self) -> None:
-        """Each connection may have one more answer; those that stand idle are closed by `close`."""
+        """Let each connection have one more response; idle ones are closed by `close`."""
         self._draining = True
         for protocol in self.connections:
             protocol.go_away()
         self.answered()
 
     async def wait_at_rest(self) -> None:
-        """After `drain`: return when no handler is at work."""
+        """Wait, after `drain`, until no handler runs."""
         await self._at_rest.wait()
 
     def answered(self) -> None:
@@ -130,27 +133,27 @@ class HttpProtocol(asyncio.Protocol):
         self._transport: HttpTransport | None = None
         self._connection: HttpConnection | None = None
         self._number = 0
-        self._next: HttpRequest | None = None  # sent together with the one before; its turn comes
+        self._next: HttpRequest | None = None  # pipelined; answered in a later turn of the loop
         self._worker: Worker | None = None
-        self._paused_since: float | None = None  # or since its peer last took its least
-        self._unread = 0  # what waited for the peer then
+        self._paused_since: float | None = None  # or since the peer last read MIN_READ
+        self._unread = 0  # bytes buffered at that time
         self._reading = True
         self.peer = ""
         self.deadline_tick = 0
 
     @property
     def id(self) -> str:
-        """What the connection is called in the log."""
+        """The id of the connection in the log."""
         state = self._endpoint.state
         if not self._number:
             self._number = state.number_connection()
         return f"{state.run}-{self._number}"
 
     def peer_certificate(self) -> bytes | None:
-        """The client's certificate in DER form; None without one."""
+        """Return the client's certificate in DER form, or None."""
         return None if self._transport is None else self._endpoint.peer_of(self._transport).certificate()
 
-    # --- the transport's calls -----------------------------------------------------------------------
+    # --- called by the transport -------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         endpoint = self._endpoint
@@ -191,7 +194,7 @@ class HttpProtocol(asyncio.Protocol):
     # --- requests ------------------------------------------------------------------------------------
 
     def _take(self, request: HttpRequest | None) -> None:
-        """Run what answers a request, as far as it goes without waiting."""
+        """Start the handler of a request, and respond if it does not have to wait."""
         if request is None:
             return
         tasks = self._endpoint.state.tasks
@@ -238,7 +241,7 @@ class HttpProtocol(asyncio.Protocol):
             self._endpoint.state.call_soon(self._go_on)
 
     def _respond_safely(self, response: HttpResponse) -> None:
-        """As `_respond`, with what a handler has made: it may hold what no response can."""
+        """Respond with the result of a handler, which may not be a valid response."""
         try:
             self._respond(response)
         except Exception as error:
@@ -249,7 +252,7 @@ class HttpProtocol(asyncio.Protocol):
         self._respond(text_response(500, f"internal error, incident {incident}", close=True))
 
     def _go_on(self) -> None:
-        """Answer what came together with the last request, unless its peer must read first."""
+        """Start the pipelined request, unless the peer must read first."""
         if self._paused_since is None:
             request, self._next = self._next, None
             self._take(request)
@@ -258,7 +261,7 @@ class HttpProtocol(asyncio.Protocol):
     # --- bytes out, and time -------------------------------------------------------------------------
 
     def _update(self) -> None:
-        """Send what there is to send, and go by what the connection is in now."""
+        """Write pending data, then update the deadline and the reading of the transport."""
         connection, transport, endpoint = self._connection, self._transport, self._endpoint
         if connection is None or transport is None:
             return
@@ -273,14 +276,14 @@ class HttpProtocol(asyncio.Protocol):
             self.close()
             return
         deadline = connection.next_deadline()
-        if self._paused_since is not None:  # no other counts: what waits, waits for the peer
+        if self._paused_since is not None:  # replaces any other deadline: everything waits for the peer
             deadline = self._paused_since + endpoint.state.write_timeout
         endpoint.state.wheel.set(self, deadline)
         reading = connection.wants_data and self._paused_since is None
         if reading is not self._reading:
             self._reading = reading
             if reading:
-                transport.resume_reading()  # last: it may bring data at once
+                transport.resume_reading()  # last: it may deliver data at once
             else:
                 transport.pause_reading()
 
@@ -290,7 +293,7 @@ class HttpProtocol(asyncio.Protocol):
             return
         if self._paused_since is not None:
             unread = transport.get_write_buffer_size()
-            if unread > self._unread - TAKEN_AT_LEAST:
+            if unread > self._unread - MIN_READ:
                 endpoint.counters.write_timeouts += 1
                 self.abort()
                 return
@@ -302,26 +305,26 @@ class HttpProtocol(asyncio.Protocol):
     # --- the end -------------------------------------------------------------------------------------
 
     def go_away(self) -> None:
-        """The next answer is the last."""
+        """Make the next response the last."""
         if self._connection is not None:
             self._connection.go_away()
 
     def close(self) -> None:
-        """Close after what is queued."""
+        """Close after writing the buffered data."""
         transport = self._transport
         self._ended()
         if transport is not None:
             transport.close()
 
     def abort(self) -> None:
-        """Reset the connection: its peer does not read."""
+        """Reset the connection."""
         transport = self._transport
         self._ended()
         if transport is not None:
             transport.abort()
 
     def _ended(self) -> None:
-        """Let go of everything; only once. Nothing may keep a closed connection alive."""
+        """Release all references, so that nothing keeps a closed connection alive. Idempotent."""
         connection, self._connection = self._connection, None
         if connection is None:
             return

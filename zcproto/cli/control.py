@@ -59,7 +59,7 @@ class Control:
         return self._ask("GET", path, None)
 
     def post(self, path: str, **params: Any) -> Any:
-        """Run an operation; parameters that are None are left out. Raises as `get`."""
+        """Run an operation; parameters with the value None are omitted. Raises as `get`."""
         return self._ask("POST", path, {name: value for name, value in params.items() if value is not None})
 
     def close(self) -> None:

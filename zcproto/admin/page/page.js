@@ -1,16 +1,16 @@
 
 "use strict";
 
-// Asks for the figures of /status.json once a second, with the token that somebody has given, and shows them.
-// The token is in a variable of this script and nowhere else. All that is shown goes in as text, never as markup.
+// Fetches /status.json once a second with the token that the user typed in, and shows the figures.
+// The token is only in a variable of this script. Everything shown is inserted as text, never as markup.
 (() => {
   const EVERY_MS = 1000;
-  const PATIENCE_MS = 10000;
-  const LONGEST_PAUSE_MS = 10000; // between two tries, if the server does not answer
-  const SHORTEST_MS = 60000, WINDOW_MS = 300000; // that a chart shows
-  const GAP_MS = 5000; // without figures: the line of a chart is broken there
-  const MOST_POINTS = 400;
-  const MOST_ALERTS = 20;
+  const TIMEOUT_MS = 10000;
+  const MAX_RETRY_MS = 10000; // between two attempts, if the server does not answer
+  const SHORTEST_MS = 60000, WINDOW_MS = 300000; // the time range of a chart
+  const GAP_MS = 5000; // a longer gap without figures breaks the line of a chart
+  const MAX_POINTS = 400;
+  const MAX_ALERTS = 20;
   const DAY_MS = 86400000;
   const TOKEN = /^[A-Za-z0-9_-]{43}$/;
   const SVG = "http://www.w3.org/2000/svg";
@@ -21,10 +21,10 @@
   let wasGood = false; // this token has been accepted
   let paused = false;
   let timer = 0;
-  let asking = null; // the AbortController of the request on its way
+  let pending = null; // the AbortController of the request in flight
   let failures = 0;
-  let lastSeen = null; // when figures came last, by this machine's clock
-  let before = null; // the figures before these
+  let lastSeen = null; // when the last figures arrived, by this machine's clock
+  let before = null; // the previous figures
   let points = [];
 
   // --- numbers as text -------------------------------------------------------------------------------
@@ -68,7 +68,7 @@
     if (node.textContent !== text) node.textContent = text;
   }
 
-  function tone(node, name) { // in words elsewhere, too: a colour alone tells nothing
+  function tone(node, name) { // also in words elsewhere: never by colour alone
     for (const each of ["good", "warn", "bad"]) node.classList.toggle(each, each === name);
   }
 
@@ -79,7 +79,7 @@
     return node;
   }
 
-  // Rows are kept and only their texts change: nothing jumps, and what somebody has selected stays selected.
+  // Reuse rows and change only their texts: nothing jumps, and a selection survives.
   function rows(body, wanted) {
     while (body.rows.length > wanted.length) body.deleteRow(-1);
     while (body.rows.length < wanted.length) {
@@ -121,7 +121,7 @@
     return node;
   }
 
-  function say(fault) { // beside the field, or below the figures: whichever is there
+  function report(fault) { // beside the field or below the figures, whichever is visible
     put(at("token-fault"), token === null ? fault : "");
     put(at("fault"), token === null ? "" : fault);
   }
@@ -143,7 +143,7 @@
     const lines = ["first", "second"].slice(0, names.length).map((name) => draw("path", { class: name }, svg));
     const top = document.createElement("div");
     top.className = "top";
-    top.setAttribute("aria-hidden", "true"); // the label of the chart says it
+    top.setAttribute("aria-hidden", "true"); // the label of the chart has the same text
     svg.before(top);
     const most = make("span", "", top), since = make("span", "", top);
     return { svg, names, area, lines, most, since, asText: svg.dataset.unit === "s" ? latency : rate };
@@ -173,11 +173,11 @@
       lines[index].setAttribute("d", line);
       if (area !== null) area.setAttribute("d", last === null ? "" : `${filled}V${CHART_HEIGHT}Z`);
     });
-    const told = known.length ? `most ${asText(highest)}` : "no figures yet";
+    const peak = known.length ? `peak ${asText(highest)}` : "no figures yet";
     const window = shown < 90000 ? `${Math.round(shown / 1000)} s` : `${Math.round(shown / 60000)} min`;
-    put(most, told);
+    put(most, peak);
     put(since, window);
-    svg.setAttribute("aria-label", `Chart of the last ${window}: ${told}`);
+    svg.setAttribute("aria-label", `Chart of the last ${window}: ${peak}`);
   }
 
   // --- figures ---------------------------------------------------------------------------------------
@@ -193,12 +193,12 @@
     put(at("requests-more"), `${rate(traffic.errors_per_s)} errors / s, ${count(requests.in_flight)} in flight`);
     put(at("handshakes"), rate(traffic.handshakes_per_s));
     put(at("handshakes-more"),
-      `${rate(traffic.handshake_failures_per_s)} failed / s, ${count(handshakes.in_progress)} begun`);
+      `${rate(traffic.handshake_failures_per_s)} failed / s, ${count(handshakes.in_progress)} in progress`);
 
     const percentiles = (of) => [of.p50, of.p90, of.p99, of.p999].map(latency);
     rows(at("latency"), [
-      { label: "Work", values: percentiles(traffic.work), small: `of ${count(traffic.work.count)}` },
-      { label: "Waits", values: percentiles(traffic.waits), small: `of ${count(traffic.waits.count)}` },
+      { label: "CPU", values: percentiles(traffic.work), small: `of ${count(traffic.work.count)}` },
+      { label: "Await", values: percentiles(traffic.waits), small: `of ${count(traffic.waits.count)}` },
     ]);
     showHandshakes(handshakes);
     showCertificates(figures.certificates);
@@ -209,8 +209,8 @@
     if (figures.draining) state("Draining", "warn");
     else if (figures.ready) state("Ready", "good");
     else state("Not ready", "bad");
-    put(at("told"), `up ${span(figures.uptime_s)}, figures of ${clock.format(lastSeen)}`);
-    say(figures.reasons.join("; "));
+    put(at("summary"), `up ${span(figures.uptime_s)}, updated ${clock.format(lastSeen)}`);
+    report(figures.reasons.join("; "));
     document.title = `${figures.ready ? "" : "! "}zcproto ${location.host}`;
   }
 
@@ -229,7 +229,7 @@
       const left = one.seconds_left <= 0 ? "expired"
         : one.seconds_left < 86400 ? "under a day" : plural(one.days_left, "day", "days");
       const mood = one.days_left < 7 ? "bad" : one.days_left < 30 ? "warn" : "good";
-      const word = { bad: one.seconds_left <= 0 ? "" : ", ends now", warn: ", ends soon", good: "" }[mood];
+      const word = { bad: one.seconds_left <= 0 ? "" : ", renew now", warn: ", expires soon", good: "" }[mood];
       return {
         label: one.file, small: [one.source, one.key_type, ...names].filter(Boolean).join(", "),
         values: [left + word], mood,
@@ -248,13 +248,13 @@
   }
 
   function showAlerts({ open, more_open: moreOpen, over, more_over: moreOver }, now, operator) {
-    const shown = [...open, ...over].slice(0, MOST_ALERTS);
+    const shown = [...open, ...over].slice(0, MAX_ALERTS);
     const lines = shown.map((alert) => {
       const ended = alert.ended_at !== null;
       const often = alert.count > 1 ? `, ${count(alert.count)} times` : "";
       const when = (time) => (now - time < DAY_MS / 2 ? clock : day).format(time);
       return {
-        mark: ended ? "over" : alert.severity,
+        mark: ended ? "closed" : alert.severity,
         mood: ended ? "" : alert.severity === "info" ? "" : alert.severity === "warning" ? "warn" : "bad",
         title: alert.title ?? words(alert.kind),
         small: ended ? `${when(alert.began_at)} to ${when(alert.ended_at)}${often}` : `since ${when(alert.began_at)}${often}`,
@@ -287,10 +287,10 @@
     const share = seconds > 0 ? (process.cpu_s - before.process.cpu_s) / seconds : null;
     const refused = Object.values(connections.refused).reduce((sum, number) => sum + number, 0);
     rows(at("process"), [
-      { label: "Processor", values: [share === null || share < 0 ? "–" : `${(share * 100).toFixed(0)} % of a core`] },
+      { label: "CPU", values: [share === null || share < 0 ? "–" : `${(share * 100).toFixed(0)} % of a core`] },
       { label: "Memory", values: [bytes(process.rss_bytes)] },
       { label: "Requests since the start", values: [count(requests.total)] },
-      { label: "Faults of the server", values: [count(requests.incidents)], mood: requests.incidents ? "bad" : "" },
+      { label: "Incidents", values: [count(requests.incidents)], mood: requests.incidents ? "bad" : "" },
       { label: "Connections refused", values: [count(refused)], mood: refused ? "warn" : "" },
       { label: "Up", values: [span(figures.uptime_s)] },
       { label: "Version", values: [version] },
@@ -300,34 +300,34 @@
   function remember({ time, connections, sessions, traffic }) {
     const last = points.at(-1);
     if (last !== undefined && time <= last.time) {
-      if (time === last.time) return; // the server makes figures once a second, for all who look
+      if (time === last.time) return; // the server reads figures once a second for all viewers
       points = []; // its clock was set back
     }
     points.push({
       time, connections: connections.tcp, sessions: sessions.live, requests: traffic.requests_per_s,
       handshakes: traffic.handshakes_per_s, p50: traffic.work.p50, p99: traffic.work.p99,
     });
-    points = points.filter((point) => point.time > time - WINDOW_MS).slice(-MOST_POINTS);
+    points = points.filter((point) => point.time > time - WINDOW_MS).slice(-MAX_POINTS);
     for (const each of charts) chart(each, time);
   }
 
-  // --- asking ----------------------------------------------------------------------------------------
+  // --- requests ---------------------------------------------------------------------------------------
 
-  function soon(milliseconds) {
+  function schedule(milliseconds) {
     clearTimeout(timer);
-    if (token !== null && !paused && !document.hidden) timer = setTimeout(look, milliseconds);
+    if (token !== null && !paused && !document.hidden) timer = setTimeout(fetchFigures, milliseconds);
   }
 
   function stop() {
     clearTimeout(timer);
-    asking?.abort();
-    asking = null;
+    pending?.abort();
+    pending = null;
   }
 
-  async function look() {
-    if (asking !== null) return;
-    const mine = asking = new AbortController();
-    const patience = setTimeout(() => mine.abort(), PATIENCE_MS);
+  async function fetchFigures() {
+    if (pending !== null) return;
+    const mine = pending = new AbortController();
+    const timeout = setTimeout(() => mine.abort(), TIMEOUT_MS);
     let answer = null, text = "";
     try {
       answer = await fetch("/status.json", {
@@ -336,15 +336,15 @@
       });
       text = await answer.text();
     } catch {
-      answer = null; // told below
+      answer = null; // reported below
     }
-    clearTimeout(patience);
-    if (asking !== mine) return; // somebody has stopped it
-    asking = null;
+    clearTimeout(timeout);
+    if (pending !== mine) return; // stopped meanwhile
+    pending = null;
     if (answer === null) unanswered("No answer from the server.");
     else if (answer.status === 200) answered(text);
     else if (answer.status === 401) refused();
-    else unanswered(`The server says ${answer.status}: ${text.trim().slice(0, 200)}.`, answer.headers.get("Retry-After"));
+    else unanswered(`The server answered ${answer.status}: ${text.trim().slice(0, 200)}.`, answer.headers.get("Retry-After"));
   }
 
   function answered(text) {
@@ -360,29 +360,29 @@
       before = figures;
     } catch (error) {
       console.error(error);
-      unanswered("The figures cannot be shown: server and page are not of one version. Reload the page.");
+      unanswered("The figures cannot be shown: server and page have different versions. Reload the page.");
       return;
     }
-    soon(EVERY_MS);
+    schedule(EVERY_MS);
   }
 
   function unanswered(what, retryAfter = null) {
     failures += 1;
     const given = Number.parseInt(retryAfter ?? "", 10) * 1000;
-    const wait = Math.min(LONGEST_PAUSE_MS, Math.max(EVERY_MS * 2 ** Math.min(failures - 1, 4), given || 0));
-    const last = lastSeen === null ? "" : ` The figures are those of ${clock.format(lastSeen)}.`;
+    const wait = Math.min(MAX_RETRY_MS, Math.max(EVERY_MS * 2 ** Math.min(failures - 1, 4), given || 0));
+    const last = lastSeen === null ? "" : ` The figures are from ${clock.format(lastSeen)}.`;
     state("No answer", "bad");
     at("figures").classList.add("stale");
-    say(`${what} Next try in ${wait / 1000} s.${last}`);
-    soon(wait);
+    report(`${what} Retrying in ${wait / 1000} s.${last}`);
+    schedule(wait);
   }
 
   function refused() {
     const had = wasGood;
     forget();
-    say(had
-      ? "The session has ended: it expired, or was revoked. Open another and give its token."
-      : "The server does not take this token: it is unknown, has expired, was revoked, or is bound to a device or an address.");
+    report(had
+      ? "The session has expired or was revoked. Open another one and enter its token."
+      : "The server refused this token: it is unknown, expired, revoked, or bound to a device or an address.");
     at("token").setAttribute("aria-invalid", "true");
     at("token").focus();
   }
@@ -407,13 +407,13 @@
     for (const each of document.querySelectorAll(".big")) put(each, "–");
     for (const each of charts) chart(each, 0);
     state("Not connected", "");
-    put(at("told"), "");
+    put(at("summary"), "");
     document.title = "zcproto";
   }
 
   function setPaused(wanted) {
     paused = wanted;
-    put(at("pause"), paused ? "Go on" : "Pause");
+    put(at("pause"), paused ? "Resume" : "Pause");
     at("pause").setAttribute("aria-pressed", String(paused));
   }
 
@@ -423,15 +423,15 @@
     const isToken = TOKEN.test(given);
     at("token").setAttribute("aria-invalid", String(!isToken));
     if (!isToken) {
-      say(`A token is 43 letters, digits, - and _; this is ${plural(given.length, "character", "characters")}.`);
+      report(`A token is 43 letters, digits, - and _; this is ${plural(given.length, "character", "characters")}.`);
       at("token").focus();
       return;
     }
     at("token").value = "";
     token = given;
-    say("");
-    state("Asking", "");
-    look();
+    report("");
+    state("Connecting", "");
+    fetchFigures();
   });
   at("pause").addEventListener("click", () => {
     setPaused(!paused);
@@ -439,18 +439,18 @@
       stop();
       state("Paused", "");
     } else {
-      soon(0);
+      schedule(0);
     }
   });
   at("forget").addEventListener("click", () => {
     forget();
-    say("");
+    report("");
     at("token").focus();
   });
-  document.addEventListener("visibilitychange", () => (document.hidden ? stop() : soon(0)));
-  addEventListener("pagehide", () => { // nothing stays for whoever comes back to this page
+  document.addEventListener("visibilitychange", () => (document.hidden ? stop() : schedule(0)));
+  addEventListener("pagehide", () => { // leave nothing for the next user of this browser
     forget();
-    say("");
+    report("");
   });
 
   put(at("host"), location.host);
