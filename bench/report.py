@@ -19,7 +19,7 @@ from rich.text import Text
 FAILED: Final = 1
 INTERRUPTED: Final = 130
 COLUMNS: Final = 5
-"""Columns of figures in one table, so that it is no wider than a page."""
+"""Columns of figures in one table, so that it fits a page."""
 
 
 class Row(NamedTuple):
@@ -164,6 +164,6 @@ def _cell(row: Row) -> Text:
 
 
 def counted(words: str, counts: Mapping[str, int]) -> Iterable[str]:
-    """Return one line for counts by cause, or none if there are none."""
+    """Yield one line for counts by cause, if there are any."""
     if counts:
         yield f"{words}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))

@@ -1,4 +1,4 @@
-"""The methods that are compared: the same echo, plain and async."""
+"""The compared methods: the same echo, plain and async."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A blocking client for comparisons: whole frames, written by hand, so that both servers get the same bytes.
 
-It is independent of the client library on purpose: what it costs is the same for both sides and not counted.
+It is independent of the client library on purpose: its cost is the same for both sides and not counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Connection:
     """One connection, one session."""
 
     def __init__(self, port: int, context: ssl.SSLContext, timeout: float | None = None) -> None:
-        """`timeout`, in seconds, is of each step; with one, steps cost this side more."""
+        """`timeout` is of each step, in seconds; with one, steps cost this side more."""
         raw = socket.create_connection(("127.0.0.1", port), timeout)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.tls = context.wrap_socket(raw, server_hostname="localhost")
@@ -62,7 +62,7 @@ class Connection:
         self.tls.sendall(b"".join(frames))
 
     def receive(self) -> tuple[int, int, tuple[Any, ...], bytes]:
-        """Kind, stream, header and body of the next frame."""
+        """Return kind, stream, header and body of the next frame."""
         while len(self._rest) < HEADER.size or len(self._rest) < 4 + HEADER.unpack_from(self._rest)[0]:
             data = self.tls.recv(65_536)
             if not data:
@@ -74,7 +74,7 @@ class Connection:
         return header[2], header[4], header, body
 
     def echo(self, method: str, params: dict[str, Any], depth: int) -> None:
-        """Send `depth` requests in one write. Call `check_echoes` for the answers."""
+        """Send `depth` requests in one write; `check_echoes` reads the answers."""
         self.send([self.frame(method, params) for _ in range(depth)])
 
     def check_echoes(self, params: bytes, depth: int) -> None:

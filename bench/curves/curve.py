@@ -1,4 +1,4 @@
-"""One curve: what was measured at each size, and the words for how it grows. Pure."""
+"""One curve: the cost at each size, and the words for how it grows. Pure."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Final, NamedTuple
 from bench.curves.fit import FLAT, LEAST, Fit, growth, line, power
 
 CLEAR: Final = 0.5
-"""R2 below this is no description of anything."""
+"""A fit with a smaller R2 does not describe the series."""
 
 MUCH: Final = 2.0
-"""What goes up and down by less, with no fit, is called constant."""
+"""A series without a fit that varies by a smaller factor is called constant."""
 
 
 class Series(NamedTuple):
@@ -24,7 +24,7 @@ class Series(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A series with its fits, and the sentence that they make."""
+    """A series with its fits, and the sentence about them."""
 
     series: Series
     line: Fit | None
@@ -34,14 +34,14 @@ class Described(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Costs by one size. With `inverse` each write's cost is shared: the line is in 1/size."""
+    """Costs by one size. With `inverse` the requests of a write share its cost: the line is in 1/size."""
 
     key: str
     title: str
     size: str
-    """What the size counts, one of it: `connection`."""
+    """The unit of the size, in the singular: `connection`."""
     axis: str
-    """The same of many, for tables and plots."""
+    """The same in the plural, for tables and plots."""
     sizes: tuple[int, ...]
     series: tuple[Series, ...]
     how: str
@@ -69,8 +69,8 @@ class Curve:
         spread = f"{number(min(costs))} to {number(max(costs))} {unit}"
         if self.inverse:
             return (
-                f"{name}: {number(straight.base)} {unit} are a request's own, {number(straight.slope)} {unit} the"
-                f" write's, which all in it share (R² {straight.r2:.3f}); {spread}"
+                f"{name}: {number(straight.base)} {unit} for each request and {number(straight.slope)} {unit} for "
+                f"each write (R² {straight.r2:.3f}); {spread}"
             )
         exponent = f"exponent {by_power.slope:.2f}, R² {by_power.r2:.3f}"
         noise = max(straight.r2, by_power.r2) < CLEAR
@@ -107,7 +107,7 @@ class Curve:
 
 
 def best(described: Described, sizes: Sequence[float]) -> Fit | None:
-    """The fit whose relative errors are the smaller, at these sizes."""
+    """Return the fit with the smaller relative errors at these sizes."""
     if described.line is None or described.power is None:
         return None
     pairs = [(x, y) for x, y in zip(sizes, described.series.values, strict=True) if y > 0]
@@ -120,7 +120,7 @@ def _error(fit: Fit, sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """Format with three significant digits."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) >= 0.001 or value == 0 else f"{value:.2e}"

@@ -1,4 +1,4 @@
-"""What a request costs a server: CPU time by the kernel's account, and how long its client waits."""
+"""The cost of a request: the server's CPU time by the kernel's account, and how long its client waits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDS: Final = 3
 """Measurements of one point; the figure is the median of them."""
 
 WARM_UP: Final = 10
-"""One of so many requests goes before, and is not counted."""
+"""One of so many requests is sent before, and not counted."""
 
 WAITING: Final = 4
 """One of so many is timed at its client as well."""
@@ -30,12 +30,12 @@ BIG_FRAMES: Final = {"limits.max_frame_bytes": 4_194_304, "limits.connections_pe
 
 
 class Cost(NamedTuple):
-    """Of one request, in microseconds."""
+    """The cost of one request, in microseconds."""
 
     cpu_us: float
-    """CPU of the server's process, with requests waiting on all connections: it does not sleep in between."""
+    """CPU of the server's process, which does not sleep: requests wait on all connections."""
     wait_us: float
-    """From a write to the last answer to it, by the requests in it, with one connection at a time: the median."""
+    """From a write to its last answer, divided by its requests, with one connection at a time: the median."""
     requests: int
 
 
@@ -55,7 +55,7 @@ def requests_of(payload: int, most: int) -> int:
 
 
 def echo_cost(pid: int, connections: Sequence[Connection], payload: int, depth: int, requests: int) -> Cost:
-    """So many requests of this size, `depth` in each write. Every answer is compared with what was sent."""
+    """Send requests of this size, `depth` in each write. Every answer is compared with what was sent."""
     params: dict[str, Any] = {"data": os.urandom(payload)}
     answer = msgpack.packb(params)
     turns = max(1, requests // (len(connections) * depth))
@@ -82,7 +82,7 @@ def _all_at_once(
 def _one_by_one(
     connections: Sequence[Connection], params: dict[str, Any], answer: bytes, depth: int, turns: int
 ) -> list[float]:
-    """Microseconds for each write, by the requests in it."""
+    """Return the microseconds for each write, divided by its requests."""
     waits = []
     for _ in range(turns):
         for connection in connections:

@@ -1,9 +1,9 @@
 """How a series grows: lines by least squares, and the words for them. Pure.
 
-Two forms are tried. A line, cost = base + slope * size, says what each one more costs; its squares are of the
-relative errors, as small points would else count for nothing beside large ones. A power, cost = base * size **
-exponent, is a line on scales that are both logarithmic; its exponent says how the cost grows: 0 not at all, 1
-in proportion. R2 is the part of the variation that a fit explains.
+Two forms are tried. A line, cost = base + slope * size, has the cost of each one more; its squares are of the
+relative errors, because small points would otherwise have no weight beside large ones. A power, cost = base *
+size ** exponent, is a line on two logarithmic scales; its exponent is how the cost grows: 0 not at all, 1 in
+proportion. R2 is the part of the variation that a fit explains.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 LEAST: Final = 3
-"""Points that a fit needs: two lie on every line."""
+"""Points that a fit needs: any two are on a line."""
 
 FLAT: Final = 0.1
-"""Exponents up to this hardly count: a factor of two over three orders of magnitude."""
+"""Exponents up to this are called flat: a factor of two over three orders of magnitude."""
 
 LINEAR: Final = (0.9, 1.1)
 
@@ -35,7 +35,7 @@ class Fit(NamedTuple):
 
 
 def line(sizes: Sequence[float], costs: Sequence[float]) -> Fit | None:
-    """Least squares of the relative errors. None for too few points. All costs must be above 0."""
+    """Fit by least squares of the relative errors. None for too few points. All costs must be above 0."""
     if len(sizes) < LEAST:
         return None
     base, slope = _least_squares(sizes, costs, [1 / cost**2 for cost in costs])
@@ -45,7 +45,7 @@ def line(sizes: Sequence[float], costs: Sequence[float]) -> Fit | None:
 
 
 def power(sizes: Sequence[float], costs: Sequence[float]) -> Fit | None:
-    """Least squares of the logarithms. None for too few points. Sizes and costs must be above 0."""
+    """Fit by least squares of the logarithms. None for too few points. Sizes and costs must be above 0."""
     if len(sizes) < LEAST:
         return None
     xs, ys = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
@@ -54,7 +54,7 @@ def power(sizes: Sequence[float], costs: Sequence[float]) -> Fit | None:
 
 
 def _least_squares(xs: Sequence[float], ys: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """Where the line begins, and how steep it is."""
+    """Return the intercept and the slope of the line."""
     total = sum(weights)
     x_mean, y_mean = (sum(w * v for w, v in zip(weights, values, strict=True)) / total for values in (xs, ys))
     spread = sum(w * (x - x_mean) ** 2 for w, x in zip(weights, xs, strict=True))
@@ -65,7 +65,7 @@ def _least_squares(xs: Sequence[float], ys: Sequence[float], weights: Sequence[f
 
 
 def _r2(fitted: Sequence[float], ys: Sequence[float], weights: Sequence[float]) -> float:
-    """1 if all points are on the line, 0 if it is no better than their mean."""
+    """Return R2: 1 if all points are on the line, 0 if their mean is as good."""
     mean = sum(w * y for w, y in zip(weights, ys, strict=True)) / sum(weights)
     total = sum(w * (y - mean) ** 2 for w, y in zip(weights, ys, strict=True))
     rest = sum(w * (y - f) ** 2 for w, y, f in zip(weights, ys, fitted, strict=True))
@@ -73,7 +73,7 @@ def _r2(fitted: Sequence[float], ys: Sequence[float], weights: Sequence[float]) 
 
 
 def growth(fit: Fit) -> str:
-    """The words for a power."""
+    """Return the words for a power."""
     assert fit.power
     if abs(fit.slope) <= FLAT:
         return "hardly grows"

@@ -1,4 +1,4 @@
-"""A curve as a picture: one part for each unit, points as measured, and the better fit."""
+"""A curve as a plot: one panel for each unit, the measured points, and the better fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLORS: Final = (BLUE, ORANGE, GREEN)
 STEPS: Final = 60
 WORDS: Final = {"us": "microseconds", "ms": "milliseconds", "KiB": "KiB"}
 ROOM: Final = 2.0
-"""Factor of a scale around values that hardly differ: noise is not to look like growth."""
+"""Factor of a scale around values that hardly differ, so that noise does not look like growth."""
 
 
 def draw(curve: Curve) -> Figure:
@@ -72,7 +72,7 @@ def _draw(axes: Axes, curve: Curve, part: list[Described]) -> None:
 
 
 def _parts(factor: float) -> tuple[float, ...]:
-    """Which numbers of a decade have a tick, where the scale goes over such a factor."""
+    """Return which numbers of a decade have a tick on a scale over such a factor."""
     if factor < 10:
         return (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     return (1.0, 2.0, 5.0) if factor < 300 else (1.0,)

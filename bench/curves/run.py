@@ -29,7 +29,7 @@ MIB: Final = 1024 * 1024
 
 @dataclass(slots=True)
 class Grown:
-    """All curves of a run, and why there are no others."""
+    """All curves of a run, and why others are missing."""
 
     curves: list[Curve] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Grown:
 
 
 def run_curves(sizes: Sizes, console: Console, only: Sequence[str] = ()) -> Grown:
-    """Measure all curves, or those of these keys. Raises ConfigError for other keys."""
+    """Measure all curves, or those with these keys. Raises ConfigError for other keys."""
     grown, started = Grown(), time.monotonic()
     with temporary_home() as home:
         stages = Stages(home.path)
@@ -63,7 +63,7 @@ def run_curves(sizes: Sizes, console: Console, only: Sequence[str] = ()) -> Grow
                 grown.curves.append(step())
             except (ZcprotoError, OSError) as error:
                 grown.failed[key] = f"{type(error).__name__}: {error}"
-                _say(console, f"    it could not be measured: {grown.failed[key]}")
+                _say(console, f"    could not be measured: {grown.failed[key]}")
     grown.seconds = time.monotonic() - started
     return grown
 
@@ -84,7 +84,7 @@ def by_sessions(sizes: Sizes, console: Console) -> Curve:
         )
     return Curve(
         "sessions",
-        "Check of a token, by live sessions",
+        "Token check, by live sessions",
         "session",
         "sessions",
         sizes.sessions,
@@ -141,7 +141,7 @@ def by_depth(stages: Stages, sizes: Sizes, console: Console) -> Curve:
 def _echoes(
     stages: Stages, name: str, points: Sequence[tuple[int, int, int]], console: Console
 ) -> list[Cost]:
-    """Costs at points of payload, depth and requests, on one server."""
+    """Return the costs at points of payload, depth and requests, on one server."""
     stage = stages.new(f"curve-{name}", BIG_FRAMES)
     users, costs = stage.add_users_for("echo", ECHO_CONNECTIONS), []
     with stage.serve() as server, on_processor(CLIENT_CPU):
@@ -193,12 +193,12 @@ def by_connections(stages: Stages, sizes: Sizes, console: Console) -> Curve:
 
 
 def most_connections(wanted: int) -> int:
-    """How many, of so many, the system allows a process to hold."""
+    """Return how many of these connections the system allows a process."""
     return raise_file_limit(wanted + SERVER_SPARE) - SERVER_SPARE
 
 
 def fitting(counts: Sequence[int], most: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Those that can be made; the largest that can in place of those that cannot, and a word on it."""
+    """Return the counts that fit, with the largest that fits in place of the others, and a note about it."""
     left = tuple(count for count in counts if count <= most)
     if len(left) == len(counts):
         return left, ()

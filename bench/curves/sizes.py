@@ -1,4 +1,4 @@
-"""Where the curves are measured."""
+"""The points at which curves are measured."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ class Sizes:
     """The points of each curve, and how much is measured at each."""
 
     connections: tuple[int, ...] = (100, 300, 1_000, 3_000, 10_000, 30_000)
-    """The largest that the limit of open files allows is taken in place of those beyond it."""
+    """Those beyond the limit of open files are replaced by the largest that fits."""
     arrival_rate: float = 450.0
     rate: float = 2_000.0
     """Requests a second over all connections: the same at each point."""
     load_s: float = 8.0
     payloads: tuple[int, ...] = (16, 64, 256, 1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576)
     requests: int = 6_000
-    """For each point, at most; of large payloads fewer."""
+    """For each point, at most; fewer of large payloads."""
     depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     sessions: tuple[int, ...] = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
     checks: int = 200_000

@@ -1,10 +1,10 @@
-"""What a check costs and what memory there is, by live sessions: one point in a process of its own.
+"""The cost of a token check and the memory of sessions, by their number: one point in a process of its own.
 
     python -m bench.curves.tokens SESSIONS CHECKS
 
-Memory is measured from a fresh process on, as an allocator that was used before says nothing. One JSON object
-is printed: `check_us` is the median, `p99_us` what 99 of 100 take at most, `bytes` the resident memory above
-the empty registry.
+Memory is measured in a fresh process, because an allocator that was used before reuses its memory. It prints one
+JSON object: `check_us` is the median, `p99_us` the 99th percentile, `bytes` the resident memory above the empty
+registry.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measure(sessions: int, checks: int) -> Point:
 
 
 def in_a_process(sessions: int, checks: int) -> Point:
-    """The same in a new process. Raises ZcprotoError if that fails."""
+    """Measure in a new process. Raises ZcprotoError if that fails."""
     done = subprocess.run(
         module_command("bench.curves.tokens", str(sessions), str(checks)),
         capture_output=True, text=True, timeout=TIMEOUT, env=module_environment(), check=False,

@@ -1,4 +1,4 @@
-"""A load of many connections, while the server's figures are read again and again: what grows with it."""
+"""A load of many connections, with samples of the server's figures meanwhile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zcproto.load.stats import Operator
 
 PERIOD: Final = 0.5
 WATCHED: Final = {"connect": Moment.CONNECTED, "load": Moment.LOADED}
-"""The phases in which figures are read, and the reading that ends each."""
+"""The phases with samples, and the reading that ends each."""
 
 
 class Sample(NamedTuple):
@@ -35,9 +35,9 @@ class Sample(NamedTuple):
     longest_s: float
     """The longest pause of its loop since the sample before."""
     longest_own_s: float
-    """The same, less what other programs had."""
+    """The same, without the time of other programs."""
     pauses: tuple[int, ...]
-    """Since its start, by length: bounds in zcproto.observe.loop_lag.BOUNDS_MS, then all that is longer."""
+    """Since its start, by length: bounds in zcproto.observe.loop_lag.BOUNDS_MS, then all longer ones."""
 
     @classmethod
     def of(cls, phase: str, stats: Mapping[str, Any]) -> Self:
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
 
 
 class Pauses(NamedTuple):
-    """How often a loop stood still in a time."""
+    """How often a loop paused in a time."""
 
     seconds: float
     counts: tuple[int, ...]
@@ -62,13 +62,13 @@ class Pauses(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """A run, and what was read meanwhile."""
+    """A run, and the samples of the server meanwhile."""
 
     result: Result
     samples: list[Sample]
 
     def longest_ms(self, phase: str, *, own: bool = False) -> float | None:
-        """The longest pause of a phase; None if nothing was read in it."""
+        """Return the longest pause of a phase; None without samples."""
         pauses = [
             (each.longest_own_s if own else each.longest_s) * 1000
             for each in self.samples
@@ -79,7 +79,7 @@ class Watched(NamedTuple):
         return max(pauses, default=None)
 
     def pauses(self, phase: str) -> Pauses | None:
-        """The pauses of a phase; None if too little was read in it."""
+        """Return the pauses of a phase; None if there are too few samples."""
         samples = [each for each in self.samples if each.phase == phase]
         if len(samples) < 2:
             return None
@@ -89,7 +89,7 @@ class Watched(NamedTuple):
 
 
 class _WatchingView:
-    """Passes on what a view is shown, and reads while the phases that count go on."""
+    """Passes a view's calls on, and takes samples in the watched phases."""
 
     def __init__(self, view: View) -> None:
         self._view = view
@@ -116,7 +116,7 @@ class _WatchingView:
 
     async def _read(self, phase: str) -> None:
         assert self._operator is not None
-        with suppress(ZcprotoError):  # the server is gone, which the load's record tells, too
+        with suppress(ZcprotoError):  # the server is gone, which the load's result shows, too
             while True:
                 self.samples.append(Sample.of(phase, await self._operator.call("server.stats", {})))
                 await asyncio.sleep(PERIOD)

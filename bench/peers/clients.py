@@ -1,8 +1,8 @@
 """Blocking clients, by hand: one request in flight on a connection, each answer compared with what was sent.
 
-The libraries' own clients are not used. What they cost would slow the load down unlike for each server, and a
-server that waits more wakes up more, which costs it. Written by hand, all are asked in the same rhythm: what a
-request consists of is made before the first of its turn is sent.
+The libraries' own clients are not used: their cost would slow the load down differently for each server, and a
+server that waits more wakes up more often, which costs it. Here all servers get requests in the same rhythm:
+the requests of a turn are made before the first of them is sent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ READ_BYTES: Final = 65_536
 
 
 def context_for(ca_file: Path, *alpn: str) -> ssl.SSLContext:
-    """TLS 1.3 alone, the CA believed."""
+    """Return a context for TLS 1.3 alone that trusts this CA."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(ca_file)
@@ -38,7 +38,7 @@ def context_for(ca_file: Path, *alpn: str) -> ssl.SSLContext:
 
 
 class Client(ABC):
-    """One connection. `payload` is what each request carries and each answer has to be equal to."""
+    """One connection. Each request carries `payload`, and each answer must equal it."""
 
     alpn: tuple[str, ...] = ()
 
@@ -50,26 +50,26 @@ class Client(ABC):
         self._rest = b""
         self._open()
 
-    def _open(self) -> None:  # noqa: B027  most have nothing to say
-        """What a protocol has to say before the first request."""
+    def _open(self) -> None:  # noqa: B027  most need nothing
+        """Send what a protocol needs before the first request."""
 
     @abstractmethod
     def request(self) -> bytes:
-        """The bytes of the next request."""
+        """Return the bytes of the next request."""
 
     def send(self, request: bytes) -> None:
         self.tls.sendall(request)
 
     @abstractmethod
     def check(self) -> None:
-        """Take its answer. Raises ZcprotoError if that is not what was sent."""
+        """Read its answer. Raises ZcprotoError if it differs from the request."""
 
     def close(self) -> None:
         self.tls.close()
 
     @property
     def suite(self) -> str:
-        """The cipher suite that the server has chosen."""
+        """The cipher suite that the server chose."""
         cipher = self.tls.cipher()
         assert cipher is not None
         return cipher[0]
@@ -154,12 +154,12 @@ class WebsocketsClient(Client):
         self._compare(self._take(size))
 
     def close(self) -> None:
-        self.tls.sendall(b"\x88\x80" + os.urandom(4))  # else the server would take it for a fault, and log it
+        self.tls.sendall(b"\x88\x80" + os.urandom(4))  # otherwise the server logs an error
         super().close()
 
 
 class GrpcClient(Client):
-    """gRPC over HTTP/2 (RFC 9113): as much of it as one unary call at a time needs."""
+    """gRPC over HTTP/2 (RFC 9113): what one unary call at a time needs."""
 
     alpn = ("h2",)
 
@@ -182,7 +182,7 @@ class GrpcClient(Client):
         return self._FRAME.pack(len(body) >> 16, len(body) & 0xFFFF, kind, flags, stream) + body
 
     def _fields(self) -> bytes:
-        """The header block (RFC 7541): the first adds its fields to the table, the others name their places."""
+        """Return the header block (RFC 7541): the first adds its fields to the table, the others refer to them."""
         if self._stream > 1:
             return b"\x83\x87\xc1\xc0\xbf\xbe"
         block = b"\x83\x87"
@@ -219,7 +219,7 @@ class GrpcClient(Client):
 
 
 class ZcprotoClient:
-    """zcproto itself: a session first, then `echo`, with the payload in a map as params are."""
+    """zcproto: a session first, then `echo`, with the payload in a map, as params are."""
 
     alpn = ("zcp/1",)
 

@@ -1,4 +1,4 @@
-"""Where the others are installed: a virtual environment in the user's cache, made once for each Python."""
+"""The environment of the other servers: a virtual environment in the user's cache, made once for each Python."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 
 def default_folder() -> Path:
-    """Of this Python: packages with compiled parts are good for one version only."""
+    """Return the folder for this Python: packages with compiled parts fit one version only."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     version = ".".join(map(str, sys.version_info[:2]))
     return Path(cache).expanduser() / "zcproto" / f"peers-{version}"
@@ -50,10 +50,10 @@ class Environment:
         self.python = folder / "bin" / "python"
 
     def prepare(self, say: Say) -> None:
-        """Make it, unless it is there with what is needed. Raises ZcprotoError if packages cannot be had."""
+        """Make it, unless it exists with all packages. Raises ZcprotoError if they cannot be installed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once make it once
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at the same time make it once
             wanted = {"python": sys.version, "requirements": list(REQUIREMENTS)}
             if self._installed() == wanted:
                 return
@@ -66,7 +66,7 @@ class Environment:
             (self.folder / MARK).write_text(json.dumps(wanted), encoding="utf-8")
 
     def versions(self) -> dict[str, str]:
-        """Of what is installed, and of the OpenSSL that its Python has."""
+        """Return the versions of the packages, and of the OpenSSL of its Python."""
         names = [requirement.partition(">")[0] for requirement in REQUIREMENTS]
         found: dict[str, str] = json.loads(self._run("-c", _VERSIONS, *names))
         return found
@@ -74,7 +74,7 @@ class Environment:
     def _installed(self) -> object:
         try:
             return json.loads((self.folder / MARK).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none, or one that was broken off
+        except (OSError, ValueError):  # missing, or interrupted
             return None
 
     def _run(self, *arguments: str) -> str:

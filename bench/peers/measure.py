@@ -1,7 +1,7 @@
 """The figures: CPU of the server's process and its memory, each server in its turn on the same processor.
 
-What disturbs the machine disturbs all alike: a round asks each server for a short slice of work, then each
-again. CPU time is the scheduler's own account of all threads of the process.
+Disturbances of the machine hit all alike: a round gives each server a short slice of work, then each another.
+CPU time is the scheduler's account of all threads of the process.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _PEERS: Final[dict[str, tuple[str, type[Client]]]] = {
 }
 
 CONNECTIONS: Final = 50
-"""That requests are sent on, one at a time on each."""
+"""With one request in flight on each."""
 
 SLICE: Final = 1_000
-"""Requests to one server before the next has its turn."""
+"""Requests to one server before the turn of the next."""
 
 CONNECTS: Final = 25
 """Connections made in a slice."""
 
 WARM_UP: Final = 20
-"""Connections of a new server that come and go before its memory is read."""
+"""Connections made and closed before the memory of a new server is read."""
 
 SETTLE_S: Final = 1.0
 START_S: Final = 30.0
@@ -85,7 +85,7 @@ class Asked(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked for. `held` connections are weighed; 0 leaves that out."""
+    """One run. `held` connections are held to measure memory; 0 leaves that out."""
 
     rounds: int = 7
     requests: int = 5_000
@@ -97,7 +97,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Figures:
-    """Of each server, by its name. Seconds by round; KiB of one connection."""
+    """Figures of each server, by its name: seconds by round; KiB of one connection."""
 
     request_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in NAMES})
     connect_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in NAMES})
@@ -114,11 +114,11 @@ class Server:
         self.connect = connect
 
     def cpu_s(self) -> float:
-        """CPU time of all its threads so far."""
+        """Return the CPU time of all its threads so far."""
         return cpu_seconds(self.pid)
 
     def resident(self) -> int:
-        """Memory that is in RAM, in bytes."""
+        """Return resident memory in bytes."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -142,7 +142,7 @@ class Servers:
 
     @contextlib.contextmanager
     def run(self, name: str) -> Iterator[Server]:
-        """One of them, new."""
+        """Run a new one."""
         starter = self._run_zcproto() if name == ZCPROTO else self._run_peer(name)
         with starter as server:
             yield server
@@ -191,7 +191,7 @@ class Servers:
 
 
 def measure(servers: Servers, plan: Plan, say: Say) -> Figures:
-    """All figures. Raises ZcprotoError for a wrong answer, OSError for a server that is gone."""
+    """Measure all figures. Raises ZcprotoError for a wrong answer, OSError for a server that is gone."""
     figures = Figures()
     with on_processor(1):
         with contextlib.ExitStack() as stack:
@@ -208,13 +208,13 @@ def measure(servers: Servers, plan: Plan, say: Say) -> Figures:
 
 
 def measure_requests(servers: list[Server], plan: Plan, figures: Figures, say: Say) -> None:
-    """CPU of a request at depth 1."""
+    """Measure the CPU of a request at depth 1."""
     connections = {server.name: [server.connect() for _ in range(CONNECTIONS)] for server in servers}
     try:
         for server in servers:
             asked = connections[server.name]
             figures.suites[server.name] = asked[0].suite
-            _ask(asked, 2 * SLICE // CONNECTIONS)
+            _send_all(asked, 2 * SLICE // CONNECTIONS)
         turns = SLICE // CONNECTIONS
         slices = max(1, plan.requests // SLICE)
         for number in range(plan.rounds):
@@ -223,7 +223,7 @@ def measure_requests(servers: list[Server], plan: Plan, figures: Figures, say: S
             for _ in range(slices):
                 for server in servers:
                     before = server.cpu_s()
-                    _ask(connections[server.name], turns)
+                    _send_all(connections[server.name], turns)
                     spent[server.name] += server.cpu_s() - before
             for name, seconds in spent.items():
                 figures.request_s[name].append(seconds / (slices * turns * CONNECTIONS))
@@ -232,7 +232,7 @@ def measure_requests(servers: list[Server], plan: Plan, figures: Figures, say: S
 
 
 def measure_connects(servers: list[Server], plan: Plan, figures: Figures, say: Say) -> None:
-    """CPU of a connection: accepted, its handshake, what its protocol begins with, and one request."""
+    """Measure the CPU of a connection: accept, handshake, the opening of its protocol, and one request."""
     slices = max(1, plan.connects // CONNECTS)
     for number in range(plan.rounds):
         say(f"connections, round {number + 1} of {plan.rounds} ...")
@@ -244,36 +244,36 @@ def measure_connects(servers: list[Server], plan: Plan, figures: Figures, say: S
                 for _ in range(CONNECTS):
                     connection = server.connect()
                     opened.append(connection)
-                    _ask([connection], 1)  # its answer shows that the server's side is done, too
+                    _send_all([connection], 1)  # its answer shows that the server is done, too
                 spent[server.name] += server.cpu_s() - before
         for name, seconds in spent.items():
             figures.connect_s[name].append(seconds / (slices * CONNECTS))
         _close(opened)
-        time.sleep(SETTLE_S)  # the servers' ends of them must be gone before the next count
+        time.sleep(SETTLE_S)  # the servers' ends of them must be closed before the next count
 
 
 def memory_of_connection(server: Server, count: int) -> float:
-    """KiB of resident memory of one of so many connections that are held, each after two requests."""
+    """Return the KiB of resident memory of one of so many held connections, each after two requests."""
     warm = [server.connect() for _ in range(WARM_UP)]
-    _ask(warm, 2)
+    _send_all(warm, 2)
     _close(warm)
-    time.sleep(SETTLE_S)  # what the warm-up has left must be given back before it is counted from
+    time.sleep(SETTLE_S)  # memory of the warm-up must be released before the count begins
     before = server.resident()
     held: list[Asked] = []
     try:
         for _ in range(count):
             connection = server.connect()
             held.append(connection)
-            _ask([connection], 1)
-        for connection in held:  # all are there still
-            _ask([connection], 1)
-        time.sleep(SETTLE_S)  # what the last requests took for a moment is no connection's
+            _send_all([connection], 1)
+        for connection in held:  # all are still open
+            _send_all([connection], 1)
+        time.sleep(SETTLE_S)  # memory of the last requests must be released
         return (server.resident() - before) / count / BYTES_PER_KIB
     finally:
         _close(held)
 
 
-def _ask(connections: list[Asked], turns: int) -> None:
+def _send_all(connections: list[Asked], turns: int) -> None:
     for _ in range(turns):
         requests = [connection.request() for connection in connections]
         for connection, request in zip(connections, requests, strict=True):

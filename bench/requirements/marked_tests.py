@@ -1,9 +1,10 @@
 """Requirements that tests show: `pytest -m requirement` is run once, and its results are mapped to rows.
 
-A test shows a requirement by `@pytest.mark.requirement("key")`, with more than one key if it shows several. A row
-holds if at least one of its tests passed, and none failed; a skipped test shows nothing.
+A test shows a requirement by `@pytest.mark.requirement("key")`, with more than one key if it shows several. A
+row holds if at least one of its tests passed, and none failed; a skipped test shows nothing.
 
-This module is also the pytest plugin that writes the results to the file named by `ZCPROTO_REQUIREMENT_RESULTS`.
+This module is also the pytest plugin that writes the results to the file named by
+`ZCPROTO_REQUIREMENT_RESULTS`.
 """
 
 from __future__ import annotations

@@ -25,11 +25,11 @@ MIB: Final = 1024 * 1024
 MINUTE: Final = 60.0
 
 Plots = dict[str, Figure]
-"""By what they show."""
+"""By their captions."""
 
 
 def plots(drawn: Drawn) -> Plots:
-    """Those for which something was measured."""
+    """Return the plots for which something was measured."""
     made: Plots = {}
     if drawn.many is not None and drawn.many.result.record.latencies["request"].counts:
         made["Latency by percentile"] = _figure(lambda axes: _latency(axes, drawn), 4.4)
@@ -70,7 +70,7 @@ def _latency(axes: Axes, drawn: Drawn) -> None:
         f"{plan.connections:,} connections, {plan.rate:,.0f} requests a second; a dot is the slowest of all"
     )
     draw_latencies(axes, lines, text)
-    label(axes, "share of all that took at most so long", "milliseconds")
+    label(axes, "share of all that took at most this long", "milliseconds")
 
 
 def _handshakes(drawn: Drawn) -> Figure:
@@ -81,7 +81,7 @@ def _handshakes(drawn: Drawn) -> Figure:
         for number, (name, each) in enumerate(drawn.handshakes.items())
     ]
     draw_latencies(latency, lines, "From TCP connect to the end of the handshake, at rest", columns=2)
-    label(latency, "share of all that took at most so long", "milliseconds")
+    label(latency, "share of all that took at most this long", "milliseconds")
     plain(cpu)
     names = list(drawn.handshakes)
     values = [drawn.handshakes[name].cpu_ms for name in names]
@@ -94,7 +94,7 @@ def _handshakes(drawn: Drawn) -> Figure:
 
 
 def _memory_points(drawn: Drawn) -> tuple[list[float], list[float]]:
-    """Connections, and MiB above the first reading."""
+    """Return connections, and MiB above the first sample."""
     assert drawn.many is not None
     samples = [each for each in drawn.many.samples if each.phase == "connect"]
     if not samples:
@@ -107,7 +107,7 @@ def _memory_points(drawn: Drawn) -> tuple[list[float], list[float]]:
 def _memory(axes: Axes, drawn: Drawn) -> None:
     plain(axes)
     xs, ys = _memory_points(drawn)
-    axes.plot(xs, ys, "o", color=BLUE, markersize=4, label="read while they arrived")
+    axes.plot(xs, ys, "o", color=BLUE, markersize=4, label="sampled while they arrived")
     fit = line(xs, ys) if min(ys) > 0 else None
     if fit is not None:
         ends = [0.0, max(xs)]
@@ -146,13 +146,13 @@ def _payloads(axes: Axes, drawn: Drawn) -> None:
     axes.legend(frameon=False, fontsize=9, loc="upper left", labelcolor=INK)
     head(
         axes,
-        "One request and its answer of the same size: CPU of a busy server, and the wait at one that is not",
+        "One request and its answer of the same size: CPU of a busy server, and the wait at an idle one",
     )
     label(axes, "payload", "")
 
 
 def by_bytes(axes: Axes, sizes: list[int]) -> None:
-    """A scale of sizes, with these as its ticks."""
+    """Make a scale of sizes, with these as its ticks."""
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(sizes, [in_bytes(size) for size in sizes])
@@ -172,7 +172,7 @@ def micros(value: float) -> str:
 
 
 def pause_spans(drawn: Drawn) -> dict[str, Pauses]:
-    """Pauses of the times that were watched, by what went on."""
+    """Return the pauses of the watched times, by what happened in them."""
     spans: dict[str, Pauses] = {}
     if drawn.many is not None:
         for phase, name in (("connect", "connections arrive"), ("load", "under load")):
@@ -211,5 +211,5 @@ def _pauses(axes: Axes, spans: dict[str, Pauses]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.axvline(10, color=FAINT_INK, linewidth=0.8, linestyle=":")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
-    head(axes, "How often the loop stood still for longer, whoever had the processor meanwhile")
+    head(axes, "How often the loop paused for longer, including time of other programs")
     label(axes, "longer than", "a minute")

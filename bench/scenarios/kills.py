@@ -3,8 +3,8 @@
 The server keeps its sessions in a file, as by default. Eight clients open, refresh, close and revoke sessions,
 each those of a user of its own, one call after the other.
 
-At a random moment the server is killed (SIGKILL) and started again. Then every session that its client was told
-of must be accepted, and its newest refresh token must give a new pair; every replaced token and every session
+At a random moment the server is killed (SIGKILL) and started again. Then every live session
+must be accepted, and its newest refresh token must give a new pair; every replaced token and every session
 that was closed or revoked must be refused. A call that was not answered may have been done or not, but not in
 part.
 

@@ -119,7 +119,7 @@ class Victims(NamedTuple):
 
 
 class Churn:
-    """Sessions opened, refreshed and ended at steady rates, until there are none left to open or to end.
+    """Sessions opened, refreshed and ended at steady rates, until no session is left to open or to end.
 
     `phase` is set by the owner; a call belongs to that in which it was answered.
     """

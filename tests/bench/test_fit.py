@@ -1,4 +1,4 @@
-"""How a series grows: fits of points that are known, and the words for them."""
+"""How a series grows: fits of known points, and the words for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FACTORS = st.floats(0.01, 1_000)
 
 
 @given(FACTORS, FACTORS)
-def test_a_line_is_found_again(base: float, slope: float) -> None:
+def test_fit_recovers_line(base: float, slope: float) -> None:
     fit = line(SIZES, [base + slope * size for size in SIZES])
     assert fit is not None
     assert not fit.power
@@ -23,7 +23,7 @@ def test_a_line_is_found_again(base: float, slope: float) -> None:
 
 
 @given(FACTORS, st.floats(-2, 2))
-def test_a_power_is_found_again(base: float, exponent: float) -> None:
+def test_fit_recovers_power(base: float, exponent: float) -> None:
     fit = power(SIZES, [base * size**exponent for size in SIZES])
     assert fit is not None
     assert fit.power
@@ -31,25 +31,25 @@ def test_a_power_is_found_again(base: float, exponent: float) -> None:
     assert fit.at(500) == pytest.approx(base * 500**exponent, rel=1e-6)
 
 
-def test_small_costs_count_as_much_as_large_ones() -> None:
-    """A fit of plain squares would be wrong by far at the small end, as it saves a little at the large one."""
+def test_small_costs_have_same_weight_as_large_ones() -> None:
+    """Plain squares would be far off at the small end, to gain a little at the large one."""
     fit = line((1, 2, 4, 1_000, 1_000_000), (10.0, 10.0, 10.0, 11.0, 1_400.0))
     assert fit is not None
     assert fit.base == pytest.approx(10, rel=0.05)
 
 
-def test_two_points_are_no_fit() -> None:
+def test_two_points_have_no_fit() -> None:
     assert line((1, 2), (1, 2)) is None
     assert power((1, 2), (1, 2)) is None
 
 
-def test_a_line_that_explains_nothing_has_no_r2() -> None:
+def test_useless_line_has_r2_of_zero() -> None:
     fit = line((1, 2, 3, 4), (10.0, 12.0, 12.0, 10.0))
     assert fit is not None
     assert fit.r2 == pytest.approx(0, abs=0.05)
 
 
-def test_the_same_size_throughout_has_no_slope() -> None:
+def test_equal_sizes_have_no_slope() -> None:
     fit = line((5, 5, 5), (1.0, 2.0, 3.0))
     assert fit is not None
     assert fit.slope == 0
@@ -67,7 +67,7 @@ def test_the_same_size_throughout_has_no_slope() -> None:
         (1.3, "grows faster than in proportion"),
     ],
 )
-def test_the_words_are_those_of_the_exponent(exponent: float, words: str) -> None:
+def test_words_follow_exponent(exponent: float, words: str) -> None:
     fit = power(SIZES, [size**exponent for size in SIZES])
     assert fit is not None
     assert growth(fit) == words
@@ -80,42 +80,40 @@ def described(
     return curve.described()[0]
 
 
-def test_a_cost_that_stays_is_said_to() -> None:
+def test_constant_cost_hardly_grows() -> None:
     assert described(2, 2.1, 2.05, 2.1).sentence.startswith("cost hardly grows: 2 to 2.1 us (exponent 0.0")
 
 
-def test_a_cost_that_is_a_line_is_told_by_its_base_and_its_slope() -> None:
+def test_linear_cost_has_base_and_slope() -> None:
     assert (
         described(5.5, 10, 55, 505).sentence == "cost: 5 us + 0.5 us for each byte (R² 1.000); 5.5 to 505 us"
     )
 
 
-def test_a_cost_that_is_a_power_is_told_by_its_exponent() -> None:
+def test_power_cost_has_exponent() -> None:
     assert described(1, 3.16, 10, 31.6).sentence.startswith(
         "cost grows more slowly than in proportion: 1 to 31.6 us (exponent 0.50, R² 1.000)"
     )
 
 
-def test_noise_is_no_growth() -> None:
+def test_noise_has_no_trend() -> None:
     assert "has no clear trend" in described(1, 30, 2, 9).sentence
     assert "has no clear trend" in described(2, 9, 1, 2.5).sentence
     assert "hardly grows" in described(2, 2.5, 1.5, 2.9).sentence
 
 
-def test_what_a_write_shares_is_told_apart_from_what_each_request_costs() -> None:
+def test_cost_of_write_is_separated_from_cost_of_request() -> None:
     made = described(20, 11, 6.5, 4.25, inverse=True, sizes=(1, 2, 4, 8))
-    assert made.sentence.startswith(
-        "cost: 2 us are a request's own, 18 us the write's, which all in it share (R² 1.0"
-    )
+    assert made.sentence.startswith("cost: 2 us for each request and 18 us for each write (R² 1.0")
 
 
-def test_too_few_points_are_said_to_be() -> None:
+def test_too_few_points_are_named() -> None:
     made = described(1, 0, 0, 4)
     assert made.sentence == "cost: too few points for a fit"
     assert best(made, (1, 10, 100, 1_000)) is None
 
 
-def test_the_better_fit_is_drawn() -> None:
+def test_better_fit_is_drawn() -> None:
     fit = best(described(5.5, 10, 55, 505), (1, 10, 100, 1_000))
     assert fit is not None
     assert not fit.power
@@ -128,5 +126,5 @@ def test_the_better_fit_is_drawn() -> None:
     ("value", "text"),
     [(0, "0"), (1234.5, "1,234"), (12.345, "12.3"), (0.1234, "0.123"), (0.00012345, "1.23e-04")],
 )
-def test_numbers_have_three_digits(value: float, text: str) -> None:
+def test_numbers_have_three_significant_digits(value: float, text: str) -> None:
     assert number(value) == text

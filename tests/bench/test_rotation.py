@@ -365,7 +365,7 @@ def test_json_has_every_rotation_and_connection_and_no_key() -> None:
     assert "the right key" not in json.dumps(written)
 
 
-def test_quantile_of_nothing_is_none() -> None:
+def test_quantile_of_empty_list_is_missing() -> None:
     assert quantile([], 0.5) is None
     assert quantile([1.0, 2.0, 3.0], 0.5) == 2.0
     assert quantile([1.0, 2.0, 3.0], 1.0) == 3.0

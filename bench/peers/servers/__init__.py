@@ -1,6 +1,6 @@
-"""The servers of the others: each prints where it listens, echoes, and ends with its standard input.
+"""The other servers: each prints its port, echoes, and ends with its standard input.
 
     python -m bench.peers.servers.NAME CERTIFICATE KEY
 
-They run in an environment of their own, so nothing of zcproto may be imported here.
+They run in an environment of their own, so they must not import zcproto.
 """

@@ -1,4 +1,4 @@
-"""What all of them do alike: the certificate, TLS 1.3 alone, and an end with the parent."""
+"""What all of them share: the certificate, TLS 1.3 alone, and their end with the parent."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ BACKLOG: Final = 4_096
 
 
 def certificate() -> tuple[str, str]:
-    """Files with the certificate and its key, from the command line."""
+    """Return the files of the certificate and its key, from the command line."""
     _, certificate_file, key_file = sys.argv
     return certificate_file, key_file
 
 
 def tls_context() -> ssl.SSLContext:
-    """A context of the standard library as it is, but for the version."""
+    """Return a default context of the standard library, for TLS 1.3 alone."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(*certificate())
@@ -26,7 +26,7 @@ def tls_context() -> ssl.SSLContext:
 
 
 def listening(port: int) -> None:
-    """Say that connections are taken."""
+    """Print the port, once connections are accepted."""
     print(port, flush=True)
 
 

@@ -13,7 +13,7 @@ import uvloop
 from bench.peers.servers.common import BACKLOG, HOST, certificate, listening, until_parent_ends
 
 KEEP_ALIVE_S: Final = 3_600
-"""Seconds. The default of 5 would close connections that are held to be weighed."""
+"""Seconds. The default of 5 would close connections that are held to measure memory."""
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:

@@ -16,7 +16,7 @@ async def echo(connection: ServerConnection) -> None:
 
 
 async def main() -> None:
-    # No pings by the clock: they would be measured with the requests, and connections that are held do not answer.
+    # No periodic pings: they would be measured with the requests, and held connections do not answer.
     options = {"ssl": tls_context(), "backlog": BACKLOG, "ping_interval": None}
     async with serve(echo, HOST, 0, **options) as server:
         listening(server.sockets[0].getsockname()[1])
