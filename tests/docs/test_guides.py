@@ -233,3 +233,10 @@ def test_messages_of_the_status_page_exist() -> None:
         for message in re.findall(r"`([^`]+)`", row.split("|")[1])
     ]
     assert [message for message in messages if message not in page and not message.isdigit()] == []
+
+
+def test_readyz_reasons_in_the_guide_exist() -> None:
+    reasons = re.findall(r'"(store: [^"]+)"', (DOCS / "http.md").read_text(encoding="utf-8"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "zcproto" / "admin").glob("*.py"))
+    assert reasons
+    assert [reason for reason in reasons if reason not in source] == []
