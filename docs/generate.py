@@ -21,7 +21,7 @@ from zcproto.alerts.kinds import CATALOGUE, Ending
 from zcproto.config import Config
 from zcproto.config.changes import TAKES_EFFECT
 from zcproto.config.model import sections
-from zcproto.config.tables import TablesOf, rules_of
+from zcproto.config.types import settings_of
 from zcproto.errors import CallError
 from zcproto.observe.events import EVENTS, FIELDS, Limit
 from zcproto.observe.metric_table import OF_THE_LIBRARY, TABLE
@@ -65,11 +65,11 @@ restart.
     ]
     for section, model in sections().items():
         parts += [f"\n## {section}\n\n{_sentence(model)}\n\n", _keys(section, model)]
-        for name, rule in rules_of(model).items():
-            if isinstance(rule, TablesOf):
+        for name, accepts in settings_of(model).items():
+            if accepts.tables is not None:
                 parts += [
-                    f"\n### {section}.{name}\n\n{_sentence(rule.model)}\n\n",
-                    _keys(f"{section}.{name}", rule.model),
+                    f"\n### {section}.{name}\n\n{_sentence(accepts.tables)}\n\n",
+                    _keys(f"{section}.{name}", accepts.tables),
                 ]
     return "".join(parts)
 
@@ -81,16 +81,17 @@ def _sentence(model: type[BaseModel]) -> str:
 def _keys(section: str, model: type[BaseModel]) -> str:
     defaults = getattr(Config(), section) if section in sections() else None
     rows = []
-    for (name, rule), field in zip(rules_of(model).items(), model.model_fields.values(), strict=True):
+    for name, accepts in settings_of(model).items():
+        field = model.model_fields[name]
         required = defaults is None and field.is_required()
         value = field.get_default(call_default_factory=True) if defaults is None else getattr(defaults, name)
-        if isinstance(rule, TablesOf):
+        if accepts.tables is not None:
             default = "none"
         else:
-            default = "required" if required else code(_default(section, name, rule.write(value)))
+            default = "required" if required else code(_default(section, name, accepts.write(value)))
         key = f"{section}.{name}"
         effect = (TAKES_EFFECT.get(key) or TAKES_EFFECT[section]).value
-        rows.append([code(key), rule.range(), default, effect, field.description or ""])
+        rows.append([code(key), accepts.words, default, effect, field.description or ""])
     return table("key | accepts | default | applies to | meaning", rows)
 
 

@@ -20,7 +20,7 @@ from zcproto.alerts.signature import HEADER, TOLERANCE_S, sign
 from zcproto.alerts.sinks import DOWN_AFTER, MAX_AGE_S, MAX_DELAY_S, QUEUED
 from zcproto.alerts.webhook import REFUSED_TRIES
 from zcproto.common.secret import Secret
-from zcproto.config.model import rules
+from zcproto.config.model import settings as all_settings
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "alerts.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -52,9 +52,9 @@ def test_settings_that_are_named_exist() -> None:
     kinds = {f"`{kind.value}`" for kind in AlertKind}
     settings = {name.strip("`") for name in named - kinds}
     assert settings
-    assert settings <= set(rules())
+    assert settings <= set(all_settings())
     for name in re.findall(r"`((?:webhook|command)_[a-z]+)`", TEXT):
-        assert f"alerts.{name}" in rules()
+        assert f"alerts.{name}" in all_settings()
 
 
 def test_figures_are_those_of_the_code() -> None:

@@ -14,22 +14,21 @@ from zcproto.config.changes import (
     WAIT_FOR,
     Effect,
     changes_between,
-    in_force,
-    value_of,
+    effective,
 )
-from zcproto.config.checks import CHECKS
-from zcproto.config.model import rules
+from zcproto.config.checks import CHECKS, value_of
+from zcproto.config.model import settings
 
 HOME = Path("/home/of/a/test")
 
 
-def config(**settings: Any) -> Config:
-    overrides = {name.replace("__", "."): value for name, value in settings.items()}
+def config(**values: Any) -> Config:
+    overrides = {name.replace("__", "."): value for name, value in values.items()}
     return load_config(None, home=HOME, environ={}, overrides=overrides)
 
 
 def test_every_key_has_its_place_and_there_are_no_others() -> None:
-    assert set(TAKES_EFFECT) == set(rules())
+    assert set(TAKES_EFFECT) == set(settings())
 
 
 def test_the_keys_of_a_check_are_of_one_kind_or_wait_for_one_another() -> None:
@@ -43,7 +42,7 @@ def test_the_keys_of_a_check_are_of_one_kind_or_wait_for_one_another() -> None:
 
 def test_nothing_changes_between_equal_configurations() -> None:
     assert changes_between(config(), config()) == []
-    assert in_force(config(), config()) == config()
+    assert effective(config(), config()) == config()
 
 
 def test_each_change_is_told_with_its_values_and_when_it_takes_effect() -> None:
@@ -55,7 +54,7 @@ def test_each_change_is_told_with_its_values_and_when_it_takes_effect() -> None:
         {"key": "limits.max_streams", "old": "128", "new": "4", "effect": "new connections"},
         {"key": "log.level", "old": '"info"', "new": '"debug"', "effect": "live"},
     ]
-    force = in_force(old, new)
+    force = effective(old, new)
     assert (force.server.port, force.limits.max_streams, force.log.level) == (7443, 4, "debug")
     assert [each.key for each in changes_between(force, new)] == ["server.port"]
 
@@ -67,7 +66,7 @@ def test_what_takes_a_restart_for_somebody_else_is_kept_too() -> None:
         Effect.NEW_CONNECTIONS,
         Effect.RESTART,
     ]
-    assert in_force(old, new, fixed).log.level == "info"
+    assert effective(old, new, fixed).log.level == "info"
 
 
 @pytest.mark.parametrize(
@@ -92,16 +91,16 @@ def test_a_long_value_is_cut() -> None:
 
 
 def test_files_for_clients_wait_for_client_auth() -> None:
-    """With client_auth off they would be refused in the file, so they must not be in force beside it."""
+    """With client_auth off they would be refused in the file, so they must not become active before it."""
     old = config()
     new = config(tls__client_auth="optional", tls__client_ca_file="/etc/ca.pem")
     assert {each.key: each.effect for each in changes_between(old, new)} == {
         "tls.client_auth": Effect.RESTART,
         "tls.client_ca_file": Effect.RESTART,
     }
-    assert in_force(old, new) == old
+    assert effective(old, new) == old
     on = config(tls__client_auth="optional")
-    assert in_force(on, new).tls.client_ca_file == Path("/etc/ca.pem")
+    assert effective(on, new).tls.client_ca_file == Path("/etc/ca.pem")
 
 
 def test_the_guide_names_every_key_that_takes_a_restart() -> None:

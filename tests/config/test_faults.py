@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.config.helpers import faults, load
-from zcproto.config.load import MAX_FAULTS
+from zcproto.config.types import MAX_FAULTS
 
 PIN = "sha256/" + "A" * 43 + "="
 
@@ -38,17 +38,17 @@ UNKNOWN = [
         " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, http, alerts,"
         " log",
     ),
-    ("port = 7443", "port = 7443 (config.toml): stands in no section; did you mean server.port?"),
+    ("port = 7443", "port = 7443 (config.toml): must be in a section; did you mean server.port?"),
     (
         "zzz = 7443",
-        "zzz = 7443 (config.toml): stands in no section;"
+        "zzz = 7443 (config.toml): must be in a section;"
         " the sections are server, tls, certificates, sessions, store, idempotency, freshness, limits, http,"
         " alerts, log",
     ),
-    ("server = 5", "server = 5 (config.toml): is a section: write [server], and its keys below that"),
+    ("server = 5", "server = 5 (config.toml): is a section: write [server], and its keys below it"),
     (
         "[[server]]",
-        "server = [(a table)] (config.toml): is a section: write [server], and its keys below that",
+        "server = [(a table)] (config.toml): is a section: write [server], and its keys below it",
     ),
     (
         "[server.port]\nx = 1",
@@ -185,7 +185,7 @@ def test_the_source_of_a_wrong_value_is_named(home: Path) -> None:
         (
             '[certificates]\nmode = "files"',
             'certificates.certificate = [] (default): must not be empty with certificates.mode, which is "files"'
-            " (config.toml); name the files of the certificates that are served",
+            " (config.toml); name the files of the certificates to serve",
         ),
         (
             '[certificates]\nmode = "files"\ncertificate = ["/a.pem", "/b.pem"]\nkey = ["/a.key"]',
@@ -196,18 +196,18 @@ def test_the_source_of_a_wrong_value_is_named(home: Path) -> None:
         (
             '[certificates]\ncertificate = ["/a.pem"]',
             'certificates.certificate = ["/a.pem"] (config.toml): must be empty with certificates.mode, which is'
-            ' "own" (default); set mode = "files" to serve it, or give it names of its own in'
+            ' "own" (default); set mode = "files" to serve it, or list its names in'
             " [[certificates.site]]",
         ),
         (
             '[tls]\nclient_ca_file = "/ca.pem"',
             'tls.client_ca_file = "/ca.pem" (config.toml): must be empty with tls.client_auth, which is "off"'
-            ' (default); set client_auth = "optional" or "required", or no client is checked by it',
+            ' (default); set client_auth = "optional" or "required" to check clients with it',
         ),
         (
             '[certificates]\nmode = "files"\ncertificate = ["/a.pem"]\n'
             'key_passphrase_file = "/hunter2"\nkey_passphrase_variable = "hunter2"',
-            "certificates.key_passphrase_file = (hidden) (config.toml): must be empty, as the passphrase comes"
+            "certificates.key_passphrase_file = (hidden) (config.toml): must be empty, since the passphrase comes"
             " from one place, with certificates.key_passphrase_variable, which is (hidden) (config.toml)",
         ),
     ],
@@ -321,7 +321,7 @@ TABLES = "must be up to 100 tables, each under a line [[certificates.site]]"
                 f'certificates.site[1].names[1] = "b_c" (config.toml): must be {NAME}',
                 f'certificates.site[1].names[2] = "10.0.0.1" (config.toml): must be {NAME}',
                 'certificates.site[1].names[3] = "B.example" (config.toml): is the same as [0];'
-                " each may stand once",
+                " each may appear once",
             ],
         ),
         (
@@ -338,7 +338,7 @@ TABLES = "must be up to 100 tables, each under a line [[certificates.site]]"
             [
                 'certificates.site[0].key = ["/a.key", "/b.key"] (config.toml): must be empty, if the files of'
                 " certificates hold the keys too, or have as many paths as certificate",
-                "certificates.site[0].key_passphrase_file = (hidden) (config.toml): must be empty, as the"
+                "certificates.site[0].key_passphrase_file = (hidden) (config.toml): must be empty, since the"
                 " passphrase comes from one place, with key_passphrase_variable",
             ],
         ),
@@ -387,9 +387,10 @@ def test_what_would_check_clients_is_refused_while_none_is_checked(home: Path, k
     assert 'must be empty with tls.client_auth, which is "off" (config.toml)' in fault
 
 
-def test_a_pair_is_not_measured_by_a_value_that_is_wrong_itself(home: Path) -> None:
-    (fault,) = faults(home, "[limits]\nmax_frame_bytes = 1")
-    assert fault.startswith("limits.max_frame_bytes = 1 ")
+def test_invalid_value_is_not_compared_with_other_settings(home: Path) -> None:
+    for other in (512, 67_108_864):
+        (fault,) = faults(home, f"[limits]\nmax_frame_bytes = 1\nmax_frame_bytes_before_session = {other}")
+        assert fault.startswith("limits.max_frame_bytes = 1 ")
 
 
 def test_no_more_faults_are_told_than_anyone_reads(home: Path) -> None:

@@ -110,7 +110,9 @@ def test_a_named_file_is_read_instead_of_the_one_at_home(home: Path) -> None:
 
 
 def test_a_named_file_must_be_there(home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"other\.toml: there is no such file; `config init` makes one"):
+    with pytest.raises(
+        ConfigError, match=r"other\.toml: no such file; create one with `zcproto config init`"
+    ):
         load_config(home / "other.toml", home=home, environ={})
 
 

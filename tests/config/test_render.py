@@ -12,7 +12,9 @@ from zcproto.config import (
     default_config_file,
     load_config,
 )
-from zcproto.config.model import keys, rules, split_key
+from zcproto.config.checks import split_key
+from zcproto.config.model import keys, settings
+from zcproto.config.types import settings_of
 
 
 def read(home: Path, toml: str) -> Config:
@@ -64,7 +66,7 @@ def test_durations_are_shown_as_text(tmp_path: Path) -> None:
 
 def test_all_keys_are_shown(tmp_path: Path) -> None:
     shown = tomli.loads(config_as_toml(load_config(None, home=tmp_path, environ={})))
-    assert [f"{section}.{name}" for section, table in shown.items() for name in table] == list(rules())
+    assert [f"{section}.{name}" for section, table in shown.items() for name in table] == list(settings())
 
 
 def test_the_file_to_begin_with_changes_nothing(tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_sites_can_be_written_on_one_line(tmp_path: Path) -> None:
         SiteConfig(names=("a.example",), certificate=(Path("/a.pem"),), key=(Path('/a "b".key'),)),
         SiteConfig(names=("b.example", "*.b.example"), certificate=(Path("/b.pem"),)),
     )
-    line = f"[certificates]\nsite = {rules()['certificates.site'].write(sites)}"
+    line = f"[certificates]\nsite = {settings()['certificates.site'].write(sites)}"
     assert read(tmp_path, line).certificates.site == sites
 
 
@@ -120,9 +122,9 @@ def uncommented(home: Path) -> str:
 
 def test_each_key_of_the_file_to_begin_with_can_be_uncommented(tmp_path: Path) -> None:
     tables = tomli.loads(uncommented(tmp_path))
-    assert [f"{s}.{name}" for s, table in tables.items() for name in table] == list(rules())
+    assert [f"{s}.{name}" for s, table in tables.items() for name in table] == list(settings())
     (site,) = tables["certificates"]["site"]
-    assert {f"certificates.site.{name}" for name in site} == keys() - set(rules())
+    assert {f"certificates.site.{name}" for name in site} == keys() - set(settings())
     defaults = load_config(None, home=tmp_path, environ={})
     config = read(tmp_path, uncommented(tmp_path))
     assert config.certificates.site[0].names == ("a.example.com", "*.a.example.com")
@@ -133,12 +135,12 @@ def test_each_key_of_the_file_to_begin_with_can_be_uncommented(tmp_path: Path) -
 def test_the_file_to_begin_with_says_what_each_key_accepts_and_why(tmp_path: Path) -> None:
     text = default_config_file(tmp_path)
     words = " ".join(line.removeprefix("# ") for line in text.splitlines())
-    for key, rule in rules().items():
+    for key, accepts in settings().items():
         line = "#[[certificates.site]]" if key == "certificates.site" else f"#{split_key(key)[1]} = "
-        assert f"Must be {rule.range()}. {line}" in words
-    for name, field in SiteConfig.model_fields.items():
-        (rule,) = field.metadata
-        assert f"{field.description} Must be {rule.range()}. #{name} = " in words
+        assert f"Must be {accepts.words}. {line}" in words
+    for name, accepts in settings_of(SiteConfig).items():
+        description = SiteConfig.model_fields[name].description
+        assert f"{description} Must be {accepts.words}. #{name} = " in words
 
 
 def test_the_file_to_begin_with_fits_a_screen(tmp_path: Path) -> None:

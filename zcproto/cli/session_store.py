@@ -44,18 +44,18 @@ def with_store(config: Config, url: str) -> Config:
 
     Settings of one store, above all its password, are never sent to another. Raises ConfigError.
     """
+    from pydantic import ValidationError  # noqa: PLC0415
+
     from zcproto.config import StoreConfig  # noqa: PLC0415 - importing pydantic takes longer than `--help` may
-    from zcproto.config.model import rules  # noqa: PLC0415
-    from zcproto.config.rules import RefusedError  # noqa: PLC0415
 
     if url in (CONFIGURED, config.store.url):
         store = config.store.model_copy(update={"timeout": PATIENCE_S})
     else:
         try:
-            rules()["store.url"].accept(url)
-        except RefusedError as refused:
-            raise ConfigError([f'the store {refused}, or "{CONFIGURED}"']) from None
-        store = StoreConfig(url=url, timeout=PATIENCE_S)
+            store = StoreConfig(url=url, timeout=PATIENCE_S)
+        except ValidationError as error:
+            (refused,) = error.errors()
+            raise ConfigError([f'the store {refused["msg"]}, or "{CONFIGURED}"']) from None
     return config.model_copy(update={"store": store})
 
 

@@ -1,12 +1,12 @@
-"""The configuration: what can be set, read from all sources, with every fault told at once.
+"""Define the settings, and load them from all sources with every fault reported at once.
 
-    Config                the settings in force, frozen; `config.server.port` is `port` in `[server]`
+    Config                all settings, frozen; `config.server.port` is `port` in `[server]`
     load_config           from a file, the environment and the command line; raises ConfigError
-    config_as_toml        the settings in force as TOML
-    default_config_file   a commented file to begin with
+    config_as_toml        all settings as TOML
+    default_config_file   a commented file to start with
 
-Reading order: duration, rules (what a kind of value accepts), tables, checks (what must hold between
-settings), model (the settings), faults, load, render.
+Reading order: types (what a key accepts), checks (what must hold between settings), model (the settings), faults,
+load, render, changes (what a reload applies).
 """
 
 from __future__ import annotations

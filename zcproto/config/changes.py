@@ -1,7 +1,7 @@
-"""What a new configuration changes of the one in force, and which of it can be applied while a server runs.
+"""Compare a new configuration with the active one, and decide which changes a running server can apply.
 
-Rules: every key has its line in TAKES_EFFECT; a test holds that. The keys of one check (checks.py) take effect
-together, so that what is in force never contradicts itself.
+Rules: every key is listed in TAKES_EFFECT; a test checks that. The keys of one check (checks.py) take effect
+together, so that the active configuration never contradicts itself.
 
 Must not know: how a change is applied.
 """
@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from zcproto.config.model import Config, rules, split_key
+from zcproto.config.checks import split_key, value_of
+from zcproto.config.model import Config, settings
 
 
 class Effect(Enum):
     """When a changed key takes effect."""
 
     NOW = "live"
-    """For everybody, from the reload on."""
+    """For all connections and sessions, from the reload on."""
     NEW_CONNECTIONS = "new connections"
-    """Connections that stand keep what they were told, or began with."""
+    """Open connections keep the old value."""
     NEW_SESSIONS = "new sessions"
-    """Sessions that are open keep their end."""
+    """Open sessions keep the old value."""
     RESTART = "restart"
-    """With the next start of the server."""
+    """At the next start of the server."""
 
 
 _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
@@ -93,10 +94,10 @@ TAKES_EFFECT: Final[dict[str, Effect]] = {
 WAIT_FOR: Final[dict[str, tuple[str, ...]]] = {
     "tls.client_auth": ("tls.client_ca_file", "tls.client_crl_file", "tls.client_pins")
 }
-"""If the first has changed, which takes a restart, so do the others."""
+"""If the first key has changed, which takes a restart, the others take one too."""
 
 _NOT_SHOWN: Final = frozenset({"store.url", "alerts.webhook", "alerts.command"})
-"""What may hold a password, or be a secret in itself."""
+"""Keys whose values may be secrets or contain one."""
 
 MAX_SHOWN: Final = 200
 _NONE: Final[frozenset[str]] = frozenset()
@@ -104,7 +105,7 @@ _NONE: Final[frozenset[str]] = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A key whose value is another one. `old` and `new` are as in the TOML file; empty where they are not shown."""
+    """A changed key. `old` and `new` are as in the TOML file, or empty where they are not shown."""
 
     key: str
     old: str
@@ -116,20 +117,24 @@ class Change:
 
 
 def changes_between(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> list[Change]:
-    """Every key that differs, in the order of the file. `fixed` are further keys that take a restart."""
+    """Return every changed key, in the order of the file. `fixed` are further keys that take a restart."""
     found = []
     kept = _kept(old, new) | fixed
-    for key, rule in rules().items():
+    for key, accepts in settings().items():
         before, after = value_of(old, key), value_of(new, key)
         if before != after:
-            shown = ("", "") if key in _NOT_SHOWN else (_shown(rule.write(before)), _shown(rule.write(after)))
+            shown = (
+                ("", "")
+                if key in _NOT_SHOWN
+                else (_shown(accepts.write(before)), _shown(accepts.write(after)))
+            )
             effect = Effect.RESTART if key in kept else TAKES_EFFECT[key]
             found.append(Change(key, *shown, effect))
     return found
 
 
-def in_force(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> Config:
-    """The new configuration, with the old values of what takes a restart, and of the keys in `fixed`."""
+def effective(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> Config:
+    """Return the new configuration with the old values of keys that take a restart, and of those in `fixed`."""
     updates: dict[str, dict[str, object]] = {}
     for key in _kept(old, new) | fixed:
         section, name = split_key(key)
@@ -141,18 +146,12 @@ def in_force(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> Config:
 
 
 def _kept(old: Config, new: Config) -> set[str]:
-    """The keys that keep their values until a restart."""
+    """Return the keys that keep their values until a restart."""
     kept = {key for key, effect in TAKES_EFFECT.items() if effect is Effect.RESTART}
     for key, waiting in WAIT_FOR.items():
         if value_of(old, key) != value_of(new, key):
             kept.update(waiting)
     return kept
-
-
-def value_of(config: Config, key: str) -> object:
-    """The value of a dotted key."""
-    section, name = split_key(key)
-    return getattr(getattr(config, section), name)
 
 
 def _shown(text: str) -> str:

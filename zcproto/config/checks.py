@@ -1,34 +1,39 @@
-"""What must hold between settings: of one section, of two, or between sites.
+"""Define what must hold between settings: of one section, of two, or between sites.
 
-Rules: combinations that cannot work are refused. Where a setting has no effect beside another, it is refused
-if someone could believe to be protected by it, and else let be.
+Rules: combinations that cannot work are refused. A setting that has no effect beside another is refused if it
+suggests protection, and accepted otherwise.
 
 Must not know: what a single key accepts, where a value came from, anything on the disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from zcproto.config.rules import Refusal
-from zcproto.config.tables import Tables
+from zcproto.config.types import Fault
+
+
+class _Site(Protocol):
+    @property
+    def names(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
 class Check:
-    """What must hold between settings. The fault is told of the first; the second is what it is measured by.
+    """A relation between settings. A fault is reported for the first key, compared with the second.
 
-    `cure` is what to do, where it does not follow from that.
+    `fix` is what to do, where that does not follow.
     """
 
     keys: tuple[str, ...]
     holds: Callable[..., bool]
     demand: str
-    cure: str = ""
+    fix: str = ""
 
     def within(self, section: str) -> Check:
-        """The same between the keys of these names in a section."""
+        """Return the same check for the keys of these names in a section."""
         return replace(self, keys=tuple(f"{section}.{key}" for key in self.keys))
 
 
@@ -41,24 +46,20 @@ SITE_CHECKS = (
     Check(
         ("key_passphrase_file", "key_passphrase_variable"),
         lambda file, variable: file is None or variable is None,
-        "must be empty, as the passphrase comes from one place, with",
+        "must be empty, since the passphrase comes from one place, with",
     ),
 )
-"""What must hold between the keys of a site, and between those of the same names in [certificates]."""
+"""Checks between the keys of a site, and between those of the same names in [certificates]."""
 
 
-def check_sites(sites: Tables) -> Iterator[Refusal]:
-    """The faults between the keys of a site, and the names that two sites have."""
+def duplicate_names(sites: Mapping[int, _Site]) -> Iterator[Fault]:
+    """Yield a fault for each name that a site shares with an earlier one."""
     owners: dict[str, int] = {}
     for index, site in sites.items():
-        for check in SITE_CHECKS:
-            if not check.holds(*(site[key] for key in check.keys)):
-                subject, measure = check.keys[:2]
-                yield Refusal(f"[{index}].{subject}", site[subject], f"{check.demand} {measure}")
-        for place, name in enumerate(site["names"]):
+        for place, name in enumerate(site.names):
             owner = owners.setdefault(name, index)
             if owner != index:
-                yield Refusal(
+                yield Fault(
                     f"[{index}].names[{place}]",
                     name,
                     f"is a name of certificates.site[{owner}] too; a name is served by one site",
@@ -66,7 +67,7 @@ def check_sites(sites: Tables) -> Iterator[Refusal]:
 
 
 PRELOAD_MAX_AGE = 31_536_000
-"""What the preload lists of browsers demand of max-age at least, in seconds."""
+"""The least max-age, in seconds, that the preload lists of browsers accept."""
 
 CHECKS = (
     Check(
@@ -89,21 +90,21 @@ CHECKS = (
         ("certificates.certificate", "certificates.mode"),
         lambda certificate, mode: certificate or mode == "own",
         "must not be empty with",
-        "name the files of the certificates that are served",
+        "name the files of the certificates to serve",
     ),
     *(
         Check(
             (f"certificates.{key}", "certificates.mode"),
             lambda value, mode: not value or mode == "files",
             "must be empty with",
-            cure,
+            fix,
         )
-        for key, cure in (
+        for key, fix in (
             (
                 "certificate",
-                'set mode = "files" to serve it, or give it names of its own in [[certificates.site]]',
+                'set mode = "files" to serve it, or list its names in [[certificates.site]]',
             ),
-            ("key", 'set mode = "files" to serve with it'),
+            ("key", 'set mode = "files" to use it'),
             ("key_passphrase_file", "the server's own keys are not encrypted"),
             ("key_passphrase_variable", "the server's own keys are not encrypted"),
         )
@@ -113,7 +114,7 @@ CHECKS = (
             (f"alerts.{key}", "alerts.webhook"),
             lambda value, webhook: value is None or webhook != "",
             "must be empty with",
-            "name the webhook that it is for",
+            "set the webhook that it belongs to",
         )
         for key in ("webhook_secret_file", "webhook_ca_file")
     ),
@@ -121,14 +122,14 @@ CHECKS = (
         ("alerts.webhook_ca_file", "alerts.webhook"),
         lambda ca_file, webhook: ca_file is None or webhook == "" or webhook.startswith("https:"),
         "must be empty with",
-        "there is no certificate by http://",
+        "http:// has no certificate",
     ),
     *(
         Check(
             (f"tls.{key}", "tls.client_auth"),
             lambda value, client_auth: not value or client_auth != "off",
             "must be empty with",
-            'set client_auth = "optional" or "required", or no client is checked by it',
+            'set client_auth = "optional" or "required" to check clients with it',
         )
         for key in ("client_ca_file", "client_crl_file", "client_pins")
     ),
@@ -136,25 +137,25 @@ CHECKS = (
         ("http.hsts_preload", "http.hsts"),
         lambda preload, hsts: hsts or not preload,
         "must be false with",
-        "set hsts = true to be in the lists of browsers",
+        "set hsts = true to be listed by browsers",
     ),
     Check(
         ("http.hsts_preload", "http.hsts_include_subdomains"),
         lambda preload, include_subdomains: include_subdomains or not preload,
         "must be false with",
-        "the lists of browsers take no name without the names below it",
+        "the lists of browsers require subdomains",
     ),
     Check(
         ("http.hsts_preload", "http.hsts_max_age_seconds"),
         lambda preload, max_age: max_age >= PRELOAD_MAX_AGE or not preload,
         "must be false with",
-        f"the lists of browsers demand {PRELOAD_MAX_AGE} seconds",
+        f"the lists of browsers require {PRELOAD_MAX_AGE} seconds",
     ),
     Check(
         ("http.redirect_port", "http.enabled"),
         lambda port, enabled: enabled or not port,
         "must be 0 with",
-        "there would be nothing to send people on to",
+        "there would be no HTTPS to redirect to",
     ),
     Check(
         ("http.redirect_port", "server.port"),
@@ -162,3 +163,22 @@ CHECKS = (
         "must not be",
     ),
 )
+
+
+def contradictions(config: object) -> Iterator[Check]:
+    """Yield the checks that a configuration fails."""
+    for check in CHECKS:
+        if not check.holds(*(value_of(config, key) for key in check.keys)):
+            yield check
+
+
+def value_of(config: object, key: str) -> Any:
+    """Return the value of a key."""
+    section, name = split_key(key)
+    return getattr(getattr(config, section), name)
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Split "server.port" into ("server", "port")."""
+    section, _, name = key.partition(".")
+    return section, name

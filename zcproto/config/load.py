@@ -1,48 +1,50 @@
-"""Reads the configuration from its sources and tells all faults at once.
+"""Read the configuration from its sources and report all faults at once.
 
-Rules: the command line wins over the environment, the environment over the file; only the winner's value is
-checked, but a name that does not exist is a fault wherever it stands. Nothing is ignored. The file is bounded
-before it is parsed.
+Rules: the command line overrides the environment, which overrides the file. Only the value that applies is checked,
+but an unknown name is a fault in every source. Nothing is ignored. The size of the file is checked before it is
+parsed.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import tomli
+from pydantic import BaseModel, ValidationError
 
 from zcproto.common.text import escape_text
-from zcproto.config.checks import CHECKS
+from zcproto.config.checks import contradictions, split_key, value_of
 from zcproto.config.faults import fault, outside_section, unknown_key, unknown_section, written
-from zcproto.config.model import Config, rules, sections, split_key
-from zcproto.config.rules import Refusal, RefusedError
-from zcproto.config.tables import TablesOf
+from zcproto.config.model import Config, sections, settings
+from zcproto.config.types import MAX_FAULTS, faults_of
 from zcproto.errors import ConfigError
 
-MAX_FILE_BYTES = 1_048_576
+MAX_FILE_BYTES: Final = 1_048_576
 """The example with all comments has about 10 KiB."""
 
-MAX_FAULTS = 100
-"""Nobody reads more, and each costs a search for the nearest name."""
+FILE_NAME: Final = "config.toml"
+PREFIX: Final = "ZCPROTO_"
+COMMAND_LINE: Final = "command line"
+DEFAULT: Final = "default"
 
-FILE_NAME = "config.toml"
-PREFIX = "ZCPROTO_"
-COMMAND_LINE = "command line"
-DEFAULT = "default"
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+_NAME: Final = re.compile(r"\.([^.\[]*)")
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """A value as it stands in its source."""
+class _Given(NamedTuple):
+    """A value as it is in its source."""
 
     value: object
     source: str
+
+
+_Items = Iterator[str | tuple[str, _Given]]
+"""Faults of a source, and keys with their values."""
 
 
 def load_config(
@@ -52,34 +54,39 @@ def load_config(
     environ: Mapping[str, str],
     overrides: Mapping[str, Any] = _NOTHING,
 ) -> Config:
-    """The configuration from a file, the environment and the command line.
+    """Return the configuration of a file, the environment and the command line.
 
-    `path` is the TOML file; None means config.toml in `home`, if there is one. `overrides` are settings of the
-    command line by their dotted keys, as text or as Python values; a None is no setting. Relative things do
-    not exist here: paths are absolute or begin with ~.
+    `path` is the TOML file; None means config.toml in `home`, if it exists. `overrides` are settings of the command
+    line by their dotted keys, as text or as Python values; None is ignored. Paths are absolute or begin with ~.
 
     Raises ConfigError with all faults.
     """
     given: dict[str, _Given] = {}
     faults: list[str] = []
-    for source in (_from_file(path, home), _from_environ(environ), _from_overrides(overrides)):
-        for item in source:
-            if len(faults) > MAX_FAULTS:
-                raise _error(faults)
-            if isinstance(item, str):
-                faults.append(item)
-            else:
-                given[item[0]] = item[1]
+    for item in chain(_from_file(path, home), _from_environ(environ), _from_overrides(overrides)):
+        if isinstance(item, str):
+            faults.append(item)
+        else:
+            given[item[0]] = item[1]
+        if len(faults) > MAX_FAULTS:
+            raise _error(faults)
     given.setdefault("certificates.directory", _Given(home / "certs", DEFAULT))
-    values = _check_values(given, faults)
-    _check_pairs(values, given, faults)
+    refused: set[str] = set()
+    models = {section: _validated(section, given, refused, faults) for section in sections()}
+    config = Config.model_construct(None, **models)
+    for check in contradictions(config):
+        if refused.isdisjoint(check.keys):
+            subject, measure = (
+                f"{written(key, value_of(config, key))} ({given[key].source if key in given else DEFAULT})"
+                for key in check.keys[:2]
+            )
+            fix = f"; {check.fix}" if check.fix else ""
+            faults.append(
+                f"{check.keys[0]} = {subject}: {check.demand} {check.keys[1]}, which is {measure}{fix}"
+            )
     if faults:
         raise _error(faults)
-    tables: dict[str, dict[str, Any]] = {section: {} for section in sections()}
-    for key in given:
-        section, name = split_key(key)
-        tables[section][name] = values[key]
-    return Config.model_validate(tables)
+    return config
 
 
 def _error(faults: list[str]) -> ConfigError:
@@ -87,8 +94,22 @@ def _error(faults: list[str]) -> ConfigError:
     return ConfigError([*faults[:MAX_FAULTS], *more])
 
 
-_Items = Iterator[str | tuple[str, _Given]]
-"""What a source yields: a fault, or a key with what stands there."""
+def _validated(section: str, given: Mapping[str, _Given], refused: set[str], faults: list[str]) -> BaseModel:
+    """Return a section. The keys of wrong values are added to `refused` and have their defaults."""
+    model = sections()[section]
+    found = {name: given[f"{section}.{name}"] for name in model.model_fields if f"{section}.{name}" in given}
+    values = {name: entry.value for name, entry in found.items()}
+    text = {name for name, entry in found.items() if entry.source not in (COMMAND_LINE, DEFAULT)}
+    context = {"text_fields": text}
+    try:
+        return model.model_validate(values, context=context)
+    except ValidationError as error:
+        for each in islice(faults_of(error, model, f"[{section}]"), MAX_FAULTS + 1):
+            name = _NAME.match(each.place)[1]  # type: ignore[index]  # every place begins with the name of a key
+            refused.add(f"{section}.{name}")
+            faults.append(fault(f"{section}{each.place}", each.value, found[name].source, each.sentence))
+            values.pop(name, None)
+    return model.model_validate(values, context=context)
 
 
 def _from_file(path: Path | None, home: Path) -> _Items:
@@ -99,7 +120,7 @@ def _from_file(path: Path | None, home: Path) -> _Items:
             data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         if path is not None:
-            yield f"{escape_text(str(source))}: there is no such file; `config init` makes one"
+            yield f"{escape_text(str(source))}: no such file; create one with `zcproto config init`"
         return
     except OSError as error:
         yield f"{escape_text(str(source))}: cannot be read: {error.strerror}"
@@ -119,8 +140,8 @@ def _from_file(path: Path | None, home: Path) -> _Items:
         yield f"{name}: is not TOML: {_where(str(error), text)}"
         return
     except (ValueError, RecursionError):
-        # What tomli lets through of Python: numbers of thousands of digits, and deep nesting.
-        yield f"{name}: holds a number of thousands of digits, or lists within lists beyond all use"
+        # Limits of Python that tomli does not translate: numbers of thousands of digits, and deep nesting.
+        yield f"{name}: holds a number of thousands of digits, or lists nested too deeply"
         return
     yield from _from_document(document, name)
 
@@ -128,8 +149,8 @@ def _from_file(path: Path | None, home: Path) -> _Items:
 def _where(message: str, text: str) -> str:
     end = "(at end of document)"
     if message.endswith(end):
-        last = text.split("\n")
-        place = f"(at line {len(last)}, column {len(last[-1]) + 1}, the end of the file)"
+        lines = text.split("\n")
+        place = f"(at line {len(lines)}, column {len(lines[-1]) + 1}, the end of the file)"
         message = message.removesuffix(end) + place
     return escape_text(message)
 
@@ -141,9 +162,7 @@ def _from_document(document: Mapping[str, Any], source: str) -> _Items:
                 for name, value in table.items():
                     yield _item(f"{section}.{name}", value, source)
             else:
-                yield fault(
-                    section, table, source, f"is a section: write [{section}], and its keys below that"
-                )
+                yield fault(section, table, source, f"is a section: write [{section}], and its keys below it")
         elif isinstance(table, dict):
             yield f"[{escape_text(section, 60)}] ({source}): {unknown_section(section)}"
         else:
@@ -157,7 +176,7 @@ def _from_environ(environ: Mapping[str, str]) -> _Items:
         section, separator, name = variable.removeprefix(PREFIX).lower().partition("__")
         shown = escape_text(variable, 60)
         if not separator:
-            # One underscore is a slip that would leave a setting without effect. ZCPROTO_HOME has no section.
+            # One underscore is a mistake that would leave a setting without effect. ZCPROTO_HOME has no section.
             first, separator, rest = section.partition("_")
             if separator and first in sections():
                 yield fault(
@@ -166,12 +185,13 @@ def _from_environ(environ: Mapping[str, str]) -> _Items:
             continue
         key = f"{section}.{name}"
         outer = key.partition("__")[0]
-        # Who tries it for a key of a table writes further underscores: ZCPROTO_CERTIFICATES__SITE__0__NAMES.
-        if isinstance(rules().get(outer), TablesOf):
+        accepts = settings().get(key)
+        # ZCPROTO_CERTIFICATES__SITE__0__NAMES is an attempt to set a key of a table.
+        if outer in settings() and settings()[outer].tables is not None:
             sentence = f"cannot be set by a variable; write [[{outer}]] tables in the file"
             yield fault(key, environ[variable], shown, sentence)
-        elif key in rules():
-            yield key, _Given(rules()[key].from_environ(environ[variable]), shown)
+        elif accepts is not None:
+            yield key, _Given(accepts.from_variable(environ[variable]), shown)
         else:
             yield _item(key, environ[variable], shown)
 
@@ -183,40 +203,8 @@ def _from_overrides(overrides: Mapping[str, Any]) -> _Items:
 
 
 def _item(key: str, value: object, source: str) -> str | tuple[str, _Given]:
-    if key in rules():
+    if key in settings():
         return key, _Given(value, source)
     section, name = split_key(key)
     sentence = unknown_key(key) if section in sections() else unknown_section(section, name)
     return fault(key, value, source, sentence)
-
-
-def _check_values(given: Mapping[str, _Given], faults: list[str]) -> dict[str, Any]:
-    """All settings as the program uses them, those with a fault left out."""
-    values: dict[str, Any] = {}
-    for key, rule in rules().items():
-        section, name = split_key(key)
-        entry = given.get(key)
-        if entry is None:
-            values[key] = sections()[section].model_fields[name].get_default(call_default_factory=True)
-            continue
-        from_text = entry.source not in (COMMAND_LINE, DEFAULT)
-        try:
-            values[key] = rule.load(entry.value) if from_text else rule.accept(entry.value)
-        except RefusedError as error:
-            for each in error.refusals or [Refusal("", entry.value, str(error))]:
-                faults.append(fault(f"{key}{each.where}", each.value, entry.source, each.sentence))
-    return values
-
-
-def _check_pairs(values: Mapping[str, Any], given: Mapping[str, _Given], faults: list[str]) -> None:
-    for check in CHECKS:
-        if not all(key in values for key in check.keys) or check.holds(*(values[key] for key in check.keys)):
-            continue
-        subject, measure = (
-            f"{written(key, values[key])} ({given[key].source if key in given else DEFAULT})"
-            for key in check.keys[:2]
-        )
-        cure = f"; {check.cure}" if check.cure else ""
-        faults.append(
-            f"{check.keys[0]} = {subject}: {check.demand} {check.keys[1]}, which is {measure}{cure}"
-        )

@@ -1,4 +1,4 @@
-"""Writes a configuration as TOML: the one in force, and a commented one to begin with."""
+"""Write a configuration as TOML: the active one, and a commented file to start with."""
 
 from __future__ import annotations
 
@@ -7,59 +7,60 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from zcproto.config.model import CertificatesConfig, Config, rules, sections
-from zcproto.config.tables import TablesOf, rules_of
+from zcproto.config.model import CertificatesConfig, Config, sections
+from zcproto.config.types import settings_of, table_lines
 
 _WIDTH = 100
 
 
 def config_as_toml(config: Config) -> str:
-    """All settings with their values. Read again, it gives an equal configuration."""
+    """Return all settings with their values. Reading them gives an equal configuration."""
     lines: list[str] = []
-    for section in sections():
+    for section, model in sections().items():
         values = getattr(config, section)
         lines.append(f"[{section}]")
-        for name in type(values).model_fields:
-            rule, value = rules()[f"{section}.{name}"], getattr(values, name)
-            if isinstance(rule, TablesOf) and value:
+        for name, accepts in settings_of(model).items():
+            value = getattr(values, name)
+            if accepts.tables is not None and value:
                 for table in value:
-                    lines += ["", f"[[{section}.{name}]]", *rule.write_table(table)]
+                    lines += ["", f"[[{section}.{name}]]", *table_lines(table)]
             else:
-                lines.append(f"{name} = {rule.write(value)}")
+                lines.append(f"{name} = {accepts.write(value)}")
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
 
 
 def default_config_file(home: Path) -> str:
-    """A file that says what can be set, what for, and the default of each. Nothing in it is set.
+    """Return a file that describes every key and sets none.
 
-    A default that is written out would stay when a later version has a better one; so each is a comment.
+    Each default is a comment: a default that is set would stay when a later version has a better one.
     """
     lines = _comment(
         "Configuration of zcproto. Every key is optional: this file, as it is, changes nothing. Uncomment a"
-        " key to set it. An environment variable wins over this file (server.port is"
-        " ZCPROTO_SERVER__PORT), an option of the command line over both. `zcproto config check` tells all faults."
+        " key to set it. An environment variable overrides this file (server.port is"
+        " ZCPROTO_SERVER__PORT), and a command-line option overrides both. `zcproto config check` reports all"
+        " faults."
     )
     defaults = Config(certificates=CertificatesConfig(directory=home / "certs"))
     for section, model in sections().items():
         lines += ["", "", *_comment(model.__doc__ or ""), f"[{section}]"]
-        for name, field in model.model_fields.items():
-            rule = rules()[f"{section}.{name}"]
-            lines += ["", *_comment(field.description or ""), *_comment(f"Must be {rule.range()}.")]
-            if isinstance(rule, TablesOf):
-                lines += [f"#[[{section}.{name}]]", *_keys_of_a_table(rule.model)]
-            else:
-                lines.append(f"#{name} = {rule.write(getattr(getattr(defaults, section), name))}")
+        lines += _keys(section, model, getattr(defaults, section))
     return "\n".join(lines) + "\n"
 
 
-def _keys_of_a_table(model: type[BaseModel]) -> list[str]:
-    """The keys of a table with an example of what has to be there, and the default of the rest."""
+def _keys(section: str, model: type[BaseModel], defaults: BaseModel | None) -> list[str]:
+    """Return the keys of a section, or of a table, with their defaults; examples for keys that have none."""
     lines: list[str] = []
-    for (name, rule), field in zip(rules_of(model).items(), model.model_fields.values(), strict=True):
-        value = field.examples[0] if field.examples else field.get_default(call_default_factory=True)
-        lines += ["", *_comment(field.description or ""), *_comment(f"Must be {rule.range()}.")]
-        lines.append(f"#{name} = {rule.write(value)}")
+    for name, accepts in settings_of(model).items():
+        field = model.model_fields[name]
+        lines += ["", *_comment(field.description or ""), *_comment(f"Must be {accepts.words}.")]
+        if accepts.tables is not None:
+            lines += [f"#[[{section}.{name}]]", *_keys(f"{section}.{name}", accepts.tables, None)]
+        elif defaults is not None:
+            lines.append(f"#{name} = {accepts.write(getattr(defaults, name))}")
+        else:
+            value = field.examples[0] if field.examples else field.get_default()
+            lines.append(f"#{name} = {accepts.write(value)}")
     return lines
 
 

@@ -23,7 +23,7 @@ from zcproto.alerts import Alert, AlertKind
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.common.network import AddressSet
 from zcproto.config import Config
-from zcproto.config.changes import TAKES_EFFECT, Change, Effect, changes_between, in_force
+from zcproto.config.changes import TAKES_EFFECT, Change, Effect, changes_between, effective
 from zcproto.errors import CertificateError, ConfigError
 from zcproto.observe.log import LogChange
 from zcproto.runtime.alert_sources import watch_rates
@@ -110,7 +110,7 @@ class Reloader:
         old, read = self._parts.config, await asyncio.to_thread(self._read)
         kept = frozenset() if self._owns_log else LOG_KEYS
         reloaded = Reloaded(tuple(changes_between(old, read, kept)))
-        new = in_force(old, read, kept)
+        new = effective(old, read, kept)
         sinks = await asyncio.to_thread(sinks_of, new.alerts, self._parts.clock)
         log_change = await asyncio.to_thread(LogChange, old.log, new.log)
 

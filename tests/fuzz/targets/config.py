@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.fuzz.target import FILE_LIMIT_S, Target
 from zcproto.config import Config, load_config
-from zcproto.config.load import MAX_FAULTS
+from zcproto.config.types import MAX_FAULTS
 from zcproto.errors import ConfigError
 
 SECRET = "Hunter2Zebra9"

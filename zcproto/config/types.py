@@ -1,0 +1,534 @@
+"""Define what a key of the configuration accepts: its pydantic schema, the words for it, and its form in TOML.
+
+Rules:
+- A type accepts the form of a TOML file and its own result, so that values set in Python pass too.
+- A message gives what would be right, and never the value.
+- All faults in a list or table are reported, each with its place.
+
+Must not know: which keys exist, where a value came from, anything on the disk.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+import tomli
+from pydantic import BaseModel, ValidationError, ValidationInfo
+from pydantic_core import CoreSchema, SchemaValidator, core_schema
+
+MAX_PATH: Final = 4096
+"""PATH_MAX of Linux."""
+
+MAX_NETWORK: Final = 49
+"""Characters of the longest IPv6 network, with an IPv4 address at its end and a prefix."""
+
+_MAX_NAME_BYTES: Final = 254
+
+MAX_FAULTS: Final = 100
+"""Faults reported at once. Each costs a search for the nearest name."""
+
+_MAX_NAME: Final = 120
+"""Characters of an unknown key that are compared with known keys."""
+
+_MAX_LONGER: Final = 2
+"""A beginning shared by more names suggests none of them."""
+
+_MS: Final = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
+# Twelve digits are 31 years in milliseconds; longer numbers would only take time to parse.
+_DURATION: Final = re.compile(
+    "".join(rf"(?:([0-9]{{1,12}}(?:\.[0-9]{{1,9}})?){unit}(?![a-z]))?" for unit in _MS)
+)
+_INTEGER: Final = re.compile(r"[+-]?[0-9]{1,19}")
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})")
+_LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
+# Base64 of 32 bytes: the last of 43 digits carries four bits only, so its other two are 0.
+_PIN: Final = re.compile(r"(cert-)?sha256/[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
+_VARIABLE: Final = re.compile(r"(?!ZCPROTO_)[A-Za-z_][A-Za-z0-9_]{0,127}")
+_WEBHOOK: Final = re.compile(r"https?://[!$-~]{1,2000}")
+_STORE: Final = re.compile(
+    r"memory|sqlite|((redis|rediss|valkey|valkeys)(\+(sentinel|cluster))?|((redis|valkey)\+)?unix)://.{1,1000}"
+)
+
+
+# --- faults ----------------------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """A fault within a value: its place, such as `[2].names[0]`, what stands there, and a sentence."""
+
+    place: str
+    value: object
+    sentence: str
+
+
+class FaultsError(ValueError):
+    """Faults within a list or a table."""
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        self.faults = list(islice(faults, MAX_FAULTS + 1))
+        super().__init__("; ".join(f"{fault.place} {fault.sentence}" for fault in self.faults))
+
+
+def faults_of(error: ValidationError, model: type[BaseModel], table: str) -> Iterator[Fault]:
+    """Translate the errors of a model. `table` is the name of its tables in messages: "[[certificates.site]]"."""
+    for each in error.errors(include_url=False):
+        place = "".join(f".{name}" for name in each["loc"])
+        cause = each.get("ctx", {}).get("error")
+        if isinstance(cause, FaultsError):
+            yield from (Fault(place + fault.place, fault.value, fault.sentence) for fault in cause.faults)
+        elif each["type"] == "extra_forbidden":
+            yield Fault(place, each["input"], unknown_key(str(each["loc"][0]), model.model_fields, table))
+        elif each["type"] == "missing":
+            yield Fault(place, None, f"must be {settings_of(model)[str(each['loc'][0])].words}")
+        else:
+            yield Fault(place, each["input"], each["msg"])
+
+
+def unknown_key(name: str, known: Iterable[str], table: str) -> str:
+    near = nearest(name, known)
+    if near:
+        return f"unknown key; did you mean {' or '.join(near)}?"
+    return f"unknown key; {table} has {', '.join(known)}"
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Return the known names that `name` may stand for: those it is the beginning of, or the most similar one."""
+    known = list(known)
+    name = name[:_MAX_NAME]
+    longer = [each for each in known if each.startswith(f"{name}_")]
+    if 1 <= len(longer) <= _MAX_LONGER:
+        return longer
+    return difflib.get_close_matches(name, known, 1, cutoff)
+
+
+# --- kinds of values -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Accepts:
+    """What a key accepts, as metadata of its annotation."""
+
+    words: str
+    """What is right, to follow "must be"."""
+
+    schema: CoreSchema
+    """How pydantic validates it. Its messages are replaced by "must be" and the words, except for FaultsError."""
+
+    from_variable: Callable[[str], object] = str
+    """Returns the text of an environment variable as TOML would give it, or unchanged if it does not fit."""
+
+    none: str = ""
+    """How None is written in TOML."""
+
+    bare: bool = False
+    """Whether a list of one is written as that value."""
+
+    tables: type[BaseModel] | None = None
+    """The model of the tables that stand under the key, if it holds tables."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return self.schema
+
+    def write(self, value: Any) -> str:
+        """Return a valid value as TOML."""
+        if value is None:
+            return quoted(self.none)
+        return to_toml(value[0] if self.bare and len(value) == 1 else value)
+
+
+def _accepts(words: str, schema: CoreSchema, **more: Any) -> Accepts:
+    """Replace all messages of a schema by the words."""
+    reworded = core_schema.custom_error_schema(schema, "refused", custom_error_message=f"must be {words}")
+    return Accepts(words, reworded, **more)
+
+
+def whole(low: int, high: int, zero: str = "") -> Accepts:
+    """Accept a whole number from `low` to `high`; with `zero`, also 0, which stands for what `zero` says."""
+    number = core_schema.int_schema(strict=True, ge=low, le=high)
+    if not zero:
+        return _accepts(f"a whole number from {low} to {high}", number, from_variable=_int_from)
+    either = core_schema.union_schema([number, core_schema.int_schema(strict=True, ge=0, le=0)])
+    return _accepts(f"a whole number from {low} to {high}, or 0 for {zero}", either, from_variable=_int_from)
+
+
+def one_of(*choices: str) -> Accepts:
+    """Accept one of some words."""
+    *others, last = map(quoted, choices)
+    words = f"{', '.join(others)} or {last}" if others else last
+    return _accepts(words, core_schema.literal_schema(list(choices)))
+
+
+def duration(low: str, high: str, *, off: bool = False) -> Accepts:
+    """Accept text with a unit: float seconds in the program. With `off`, "off" is allowed and is None.
+
+    In Python a number of seconds is accepted too. In a file `timeout = 30` does not say 30 of what: fields named
+    in `text_fields` of the validation context must be text.
+    """
+    least, most = _seconds(low), _seconds(high)
+
+    def check(value: object, info: ValidationInfo) -> float | None:
+        if off and (value is None or value == "off"):
+            return None
+        if isinstance(value, str):
+            value = _seconds(value)
+        elif info.context is not None and info.field_name in info.context["text_fields"]:
+            raise ValueError
+        # Written so that NaN, which compares with nothing, is refused.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise ValueError
+        return round(value * 1000) / 1000
+
+    words = f'text with a unit (ms, s, m, h, d), from "{low}" to "{high}"' + (', or "off"' if off else "")
+    return _accepts(words, core_schema.with_info_plain_validator_function(check), none="off")
+
+
+def text(words: str, is_valid: Callable[[Any], object], read: Callable[[str], Any] = str) -> Accepts:
+    """Accept text that `read` can read, and that `is_valid` then."""
+
+    def check(value: object) -> Any:
+        if not isinstance(value, str | Path):
+            raise ValueError
+        return _require(is_valid)(read(str(value)))
+
+    return _accepts(words, core_schema.no_info_plain_validator_function(check))
+
+
+def optional(item: Accepts) -> Accepts:
+    """Accept "" too, which is None."""
+    schema = core_schema.no_info_before_validator_function(
+        lambda value: None if value == "" else value, core_schema.nullable_schema(item.schema)
+    )
+    return _accepts(f'{item.words}, or ""', schema)
+
+
+def list_of(item: Accepts, least: int, most: int, *, bare: bool = False) -> Accepts:
+    """Accept a list of `least` to `most` different values: a tuple in the program. With `bare`, also one text."""
+    values = core_schema.tuple_schema([item.schema], variadic_item_index=0, min_length=least, max_length=most)
+    schema: CoreSchema = core_schema.no_info_after_validator_function(
+        _require(lambda items: len(set(items)) == len(items)), values
+    )
+    words = _words_of_list(item, least, most)
+    if bare:
+        words = f"{item.words}, or a list of up to {most} of them, all different"
+        schema = core_schema.no_info_before_validator_function(
+            lambda value: (value,) if isinstance(value, str) else value, schema
+        )
+    return _accepts(words, schema, from_variable=partial(_list_from, item), bare=bare)
+
+
+def each_of(item: Accepts, least: int, most: int) -> Accepts:
+    """Accept a long list of different values, as `list_of`; every fault in it is reported with its place."""
+    words = _words_of_list(item, least, most)
+    validator = SchemaValidator(item.schema)
+
+    def check(values: object) -> tuple[Any, ...]:
+        if not isinstance(values, list | tuple) or not least <= len(values) <= most:
+            raise FaultsError([Fault("", values, f"must be {words}")])
+        items: dict[Any, int] = {}
+        faults = []
+        for index, value in enumerate(values):
+            try:
+                first = items.setdefault(validator.validate_python(value), index)
+            except ValidationError:
+                faults.append(Fault(f"[{index}]", value, f"must be {item.words}"))
+                continue
+            if first != index:
+                faults.append(Fault(f"[{index}]", value, f"is the same as [{first}]; each may appear once"))
+        if faults:
+            raise FaultsError(faults)
+        return tuple(items)
+
+    schema = core_schema.no_info_plain_validator_function(check)
+    return Accepts(words, schema, from_variable=partial(_list_from, item))
+
+
+def tables_of(
+    model: type[BaseModel], key: str, most: int, between: Callable[[Mapping[int, Any]], Iterable[Fault]]
+) -> Accepts:
+    """Accept up to `most` tables under [[`key`]]: a tuple of models in the program.
+
+    `between` finds faults between valid tables, by their index.
+    """
+    words = f"up to {most} tables, each under a line [[{key}]]"
+
+    def check(tables: object) -> tuple[BaseModel, ...]:
+        if not isinstance(tables, list | tuple) or len(tables) > most:
+            raise FaultsError([Fault("", tables, f"must be {words}")])
+        valid: dict[int, BaseModel] = {}
+        found = list(islice(faults(tables, valid), MAX_FAULTS + 1))
+        if found:
+            raise FaultsError(found)
+        return tuple(valid.values())
+
+    def faults(tables: Iterable[object], valid: dict[int, BaseModel]) -> Iterator[Fault]:
+        for index, table in enumerate(tables):
+            if not isinstance(table, Mapping | model):
+                yield Fault(f"[{index}]", table, f"must be a table under a line [[{key}]]")
+                continue
+            try:
+                valid[index] = model.model_validate(table)
+            except ValidationError as error:
+                for fault in faults_of(error, model, f"[[{key}]]"):
+                    yield fault._replace(place=f"[{index}]{fault.place}")
+        yield from between(valid)
+
+    return Accepts(words, core_schema.no_info_plain_validator_function(check), tables=model)
+
+
+def settings_of(model: type[BaseModel]) -> dict[str, Accepts]:
+    """Return what each key of a model accepts, in their order."""
+    return {
+        name: next(each for each in field.metadata if isinstance(each, Accepts))
+        for name, field in model.model_fields.items()
+    }
+
+
+def table_lines(table: BaseModel) -> list[str]:
+    """Return the TOML lines of one table."""
+    return [f"{name} = {each.write(getattr(table, name))}" for name, each in settings_of(type(table)).items()]
+
+
+def _words_of_list(item: Accepts, least: int, most: int) -> str:
+    count = f"{least} to" if least else "up to"
+    return f"a list of {count} {most} different values, each {item.words}"
+
+
+def _require(is_valid: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """Return a validator that passes valid values on."""
+
+    def check(value: Any) -> Any:
+        if not is_valid(value):
+            raise ValueError
+        return value
+
+    return check
+
+
+# --- values as text --------------------------------------------------------------------------------------
+
+
+def to_toml(value: object) -> str:
+    """Return a value as TOML. A float is a duration."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return quoted(format_duration(value))
+    if isinstance(value, BaseModel):
+        return f"{{{', '.join(table_lines(value))}}}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(to_toml, value))}]"
+    return quoted(str(value))
+
+
+def quoted(text: str) -> str:
+    """Return printable text as a TOML basic string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def parse_duration(text: str) -> float | None:
+    """Return a duration in seconds, or None if `text` is not one. Durations are whole milliseconds, at least 0.
+
+    Units are d, h, m, s and ms, each at most once, the largest first: "24h", "500ms", "1h30m".
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None or not text:
+        return None
+    parts = zip(match.groups(), _MS.values(), strict=True)
+    return round(sum(float(number) * ms for number, ms in parts if number is not None)) / 1000
+
+
+def format_duration(seconds: float) -> str:
+    """Return the shortest text for a duration, in one unit: "90d", "36h", "90m", "1500ms"."""
+    ms = round(seconds * 1000)
+    if ms == 0:
+        return "0s"
+    if ms == _MS["d"]:
+        return "24h"  # more common than "1d"
+    unit = next(unit for unit, size in _MS.items() if ms % size == 0)
+    return f"{ms // _MS[unit]}{unit}"
+
+
+def _seconds(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds is None:
+        raise ValueError
+    return seconds
+
+
+def _int_from(text: str) -> object:
+    return int(text) if _INTEGER.fullmatch(text.strip()) else text
+
+
+def _bool_from(text: str) -> object:
+    return {"true": True, "false": False}.get(text.strip().lower(), text)
+
+
+def _array_from(text: str) -> object:
+    """Parse the text of a variable as a TOML array. Other text is returned unchanged, and refused later."""
+    try:
+        return tomli.loads(f"value = {text.strip()}")["value"]
+    except (ValueError, RecursionError):  # tomli's error for nesting is the latter
+        return text
+
+
+def _list_from(item: Accepts, text: str) -> object:
+    """Parse the text of a variable as a TOML array, or as values with commas between them."""
+    if text.lstrip().startswith("["):
+        return _array_from(text)
+    return [item.from_variable(part.strip()) for part in text.split(",") if part.strip()]
+
+
+# --- what text is valid ----------------------------------------------------------------------------------
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a name or an address always means this machine."""
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return text.isprintable()
+
+
+def _is_network(text: str) -> bool:
+    if len(text) > MAX_NETWORK or not text.isascii() or "%" in text:
+        return False
+    ipaddress.ip_network(text)  # raises ValueError
+    return True
+
+
+def _is_certificate_name(text: str) -> bool:
+    labels = text.removeprefix("*.").removesuffix(".").split(".")
+    is_name = len(text) <= 254 and all(label.replace("-", "").isalnum() for label in labels)
+    return is_name or _is_address(text)
+
+
+def _is_site_name(name: str) -> bool:
+    labels = name[:_MAX_NAME_BYTES].split(".")
+    if labels[0] == "*":
+        labels = labels[1:]
+        # `*.com` would cover a whole registry: clients refuse such certificates.
+        if len(labels) < 2:
+            return False
+    # Clients read a name that ends in a number as an IPv4 address (RFC 1123, section 2.1).
+    is_short = len(name) < _MAX_NAME_BYTES
+    return is_short and all(map(_LABEL.fullmatch, labels)) and not _NUMBER.fullmatch(labels[-1])
+
+
+def _read_path(text: str) -> Path:
+    if len(text) > MAX_PATH or not text.isprintable():
+        raise ValueError
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~name of an unknown user
+        raise ValueError from None
+
+
+def _is_webhook(text: str) -> bool:
+    if text == "":
+        return True
+    parts = urlsplit(text)
+    host, port = parts.hostname or "", parts.port  # both raise ValueError
+    return (
+        _WEBHOOK.fullmatch(text) is not None
+        and port != 0
+        and "@" not in parts.netloc
+        and (_HOST_NAME.fullmatch(host) is not None or _is_address(host))
+        and (parts.scheme == "https" or is_loopback(host))
+    )
+
+
+def _is_command(arguments: tuple[str, ...]) -> bool:
+    return all(map(str.isprintable, arguments)) and (not arguments or Path(arguments[0]).is_absolute())
+
+
+# --- kinds of text ---------------------------------------------------------------------------------------
+
+FLAG: Final = _accepts("true or false", core_schema.bool_schema(strict=True), from_variable=_bool_from)
+
+HOST_NAME: Final = text(
+    'an address or a host name, such as "127.0.0.1", "::" or "server.example.com"',
+    lambda name: _HOST_NAME.fullmatch(name) or _is_address(name),
+)
+NETWORK: Final = text(
+    'a network or an address, such as "10.0.0.0/8", "2001:db8::/32" or "192.0.2.1", with no bit set behind the'
+    " prefix",
+    _is_network,
+)
+CERTIFICATE_NAME: Final = text(
+    'a DNS name or an address, such as "server.example.com", "*.example.com" or "192.0.2.1"',
+    _is_certificate_name,
+)
+"""Checked closely when a certificate is issued."""
+
+SITE_NAME: Final = text(
+    'a DNS name of letters, digits and hyphens, such as "a.example.com", or "*.example.com", where any one'
+    " label may stand for the star",
+    _is_site_name,
+    lambda name: name.lower().removesuffix("."),
+)
+"""A name that clients send."""
+
+PIN: Final = text(
+    '"sha256/" and 44 characters of base64, for a public key, or "cert-sha256/" and such, for a whole'
+    " certificate",
+    _PIN.fullmatch,
+)
+"""The SHA-256 of a public key or of a certificate in its only form: pins are compared as text."""
+
+VARIABLE_NAME: Final = optional(
+    text(
+        'the name of an environment variable, such as "SERVER_KEY_PASSPHRASE", that does not begin with ZCPROTO_',
+        _VARIABLE.fullmatch,
+    )
+)
+FILE_PATH: Final = text(
+    'an absolute path, such as "/var/lib/zcproto" or "~/zcproto"', Path.is_absolute, _read_path
+)
+"""Absolute, since a relative path would mean another file when the server is started elsewhere."""
+
+STORE_URL: Final = text(
+    '"sqlite", "memory", or an address that begins with redis://, rediss://, valkey:// or unix://, and with'
+    " +sentinel or +cluster for several servers, such as valkey+sentinel://a,b/service",
+    lambda url: url.isprintable() and _STORE.fullmatch(url),
+)
+"""The rest of an address is validated on connect."""
+
+WEBHOOK_URL: Final = text(
+    'an address such as "https://alerts.example.com/zcproto", of printable ASCII and without a user or a'
+    ' fragment; http:// is for this machine alone, such as "http://127.0.0.1:9000/"; or ""',
+    _is_webhook,
+)
+BINDING: Final = text(
+    '"off", "exact", or a prefix length such as "24"',
+    lambda text: text in ("off", "exact") or (_INTEGER.fullmatch(text) and 1 <= int(text) <= 128),
+)
+"""How much of a client's address a session is bound to."""
+
+_ARGUMENTS: Final = core_schema.tuple_schema(
+    [core_schema.str_schema(strict=True, max_length=4096)], variadic_item_index=0, max_length=64
+)
+COMMAND: Final = _accepts(
+    "a list of up to 64 texts, a program by its absolute path and its arguments, such as"
+    ' ["/usr/local/bin/page", "--team", "ops"], or []',
+    core_schema.no_info_after_validator_function(_require(_is_command), _ARGUMENTS),
+    from_variable=_array_from,  # an argument may contain commas
+)
+"""A program with its arguments, run without a shell."""
