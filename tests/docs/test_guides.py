@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import pytest
 
+from bench.__main__ import bench
 from tests.docs.messages import ROOT
 from tests.server.conftest import certs
 from tests.server.helpers import AnsweredError, ServerProcess
@@ -165,10 +167,10 @@ def commands_in(text: str) -> set[str]:
     return {" ".join(command.split()) for command in found}
 
 
-def faults_of(command: str) -> Iterator[str]:
-    """Yield what the command line does not have of a command: subcommands and options."""
-    current: list[click.Command] = [group]
-    words = iter(re.sub(r"[\[\]]", " ", command).split())
+def faults_of(command: str, program: click.Group = group) -> Iterator[str]:
+    """Yield the subcommands and options of a command line that a program does not have."""
+    current: list[click.Command] = [program]
+    words = iter(re.sub(r"\.\.\.|[\[\]]", " ", command).split())
     for word in words:
         if word.startswith("--"):
             for name in word.split("=")[0].split("|"):
@@ -182,7 +184,9 @@ def faults_of(command: str) -> Iterator[str]:
                     and "=" not in word
                 ):
                     next(words, None)  # its value
-        elif isinstance(current[0], click.Group) and re.fullmatch(r"[a-z][a-z|-]*", word):
+        elif isinstance(current[0], click.Group):
+            if word.isupper():  # a placeholder
+                return
             with click.Context(current[0]) as context:
                 commands = [current[0].get_command(context, name) for name in word.split("|")]
             if None in commands:
@@ -197,6 +201,16 @@ def faults_of(command: str) -> Iterator[str]:
 def test_commands_and_options_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert [fault for command in sorted(commands_in(text)) for fault in faults_of(command)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_modules_and_benchmarks_that_are_run_exist(page: Path) -> None:
+    found = re.findall(r"python -m ([\w.]+)([^`\n#;&>]*)", page.read_text(encoding="utf-8"))
+    assert [
+        module for module, _ in found if not module.startswith("venv") and find_spec(module) is None
+    ] == []
+    benchmarks = {" ".join(arguments.split()) for module, arguments in found if module == "bench"}
+    assert [fault for command in sorted(benchmarks) for fault in faults_of(command, bench)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
