@@ -1,4 +1,4 @@
-"""`zcproto store`: what it says of a store, and that no session is lost on the way to another."""
+"""`zcproto store` reports problems of a store, and loses no session when it copies them to another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(params=PROGRAMS)
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerProcess]:
-    """A real server that keeps sessions."""
+    """A real Valkey or Redis server."""
     if not is_installed(request.param):
         pytest.skip(f"{request.param} is not installed")
     with running(request.param, tmp_path / "server") as process:
@@ -30,22 +30,24 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerPro
 # --- check ---------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_file_is_said_to_be_so(home: Path, capsys: Capture) -> None:
+def test_check_reports_an_intact_sqlite_file(home: Path, capsys: Capture) -> None:
     fill(home, new_session(), new_session())
     for options in ([], ["sqlite"], ["configured"]):
         assert main(["store", "check", *options]) == 0
-        assert capsys.readouterr().out == f"{home / 'sessions.db'}: is sound; sessions: 2\n"
+        assert capsys.readouterr().out == f"{home / 'sessions.db'}: is intact; sessions: 2\n"
 
 
-def test_a_file_that_is_not_there_is_not_made(home: Path, capsys: Capture) -> None:
+def test_check_does_not_create_a_missing_file(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     assert main(["store", "check"]) == 0
-    assert "is not there yet" in capsys.readouterr().out
+    assert "does not exist yet" in capsys.readouterr().out
     assert list(home.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["header", "page", "no database"])
-def test_a_damaged_file_is_told_and_stays_where_it_is(home: Path, capsys: Capture, damage: str) -> None:
+def test_check_reports_a_damaged_file_and_leaves_it_unchanged(
+    home: Path, capsys: Capture, damage: str
+) -> None:
     fill(home, *(new_session(f"user-{number}") for number in range(400)))
     path = home / "sessions.db"
     data = bytearray(path.read_bytes())
@@ -59,13 +61,13 @@ def test_a_damaged_file_is_told_and_stays_where_it_is(home: Path, capsys: Captur
     before = sorted(home.iterdir())
     assert main(["store", "check"]) == 1
     err = capsys.readouterr().err
-    assert "is damaged; a server would set it aside" in err
+    assert "is damaged; at its next start the server renames it" in err
     assert err.replace("\n", "").isprintable()
     assert path.read_bytes() == data
     assert sorted(home.iterdir()) == before
 
 
-def test_a_file_that_a_server_has_is_not_touched(home: Path, capsys: Capture) -> None:
+def test_check_refuses_a_file_in_use_by_a_server(home: Path, capsys: Capture) -> None:
     import fcntl
 
     fill(home, new_session())
@@ -75,23 +77,23 @@ def test_a_file_that_a_server_has_is_not_touched(home: Path, capsys: Capture) ->
     assert "a running server uses it; run zcproto status" in capsys.readouterr().err
 
 
-def test_memory_needs_no_check(home: Path, capsys: Capture) -> None:
+def test_check_of_memory_succeeds(home: Path, capsys: Capture) -> None:
     assert main(["store", "check", "memory"]) == 0
     assert "end with it" in capsys.readouterr().out
 
 
-def test_a_server_is_asked_whether_it_answers(home: Path, capsys: Capture, server: ServerProcess) -> None:
+def test_check_reports_whether_the_server_answers(home: Path, capsys: Capture, server: ServerProcess) -> None:
     assert main(["store", "check", server.url]) == 0
     out, err = capsys.readouterr()
     assert out == "the store answers; sessions: 0\n"
-    assert "note: " in err, "this server loses what it has when it is restarted"
+    assert "note: " in err, "this server has no persistence"
     server.kill()
     assert main(["store", "check", server.url]) == 1
     assert "unavailable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("url", ["nonsense", "redis://", "http://cache"])
-def test_what_is_no_store_is_told(home: Path, capsys: Capture, url: str) -> None:
+def test_check_refuses_an_invalid_url(home: Path, capsys: Capture, url: str) -> None:
     assert main(["store", "check", url]) == 2
     err = capsys.readouterr().err
     assert "store" in err
@@ -101,7 +103,7 @@ def test_what_is_no_store_is_told(home: Path, capsys: Capture, url: str) -> None
 # --- migrate -------------------------------------------------------------------------------------------------
 
 
-def test_sessions_go_to_a_server_and_back_and_stay_as_they_are(
+def test_migrate_to_a_server_and_back_keeps_sessions_unchanged(
     home: Path, capsys: Capture, server: ServerProcess
 ) -> None:
     sessions = [
@@ -115,8 +117,8 @@ def test_sessions_go_to_a_server_and_back_and_stay_as_they_are(
     assert len(before) == len(sessions)
     for _ in range(2):
         assert main(["store", "migrate", "sqlite", server.url]) == 0
-        assert capsys.readouterr().err == f"sessions brought over: {len(sessions)}\n"
-    assert kept(home) == before, "they stay where they were"
+        assert capsys.readouterr().err == f"sessions copied: {len(sessions)}\n"
+    assert kept(home) == before, "they stay in the source"
     (home / "sessions.db").unlink()
     assert main(["store", "migrate", server.url, "sqlite"]) == 0
     out, err = capsys.readouterr()
@@ -126,7 +128,7 @@ def test_sessions_go_to_a_server_and_back_and_stay_as_they_are(
         assert secret not in out + err
 
 
-def test_what_has_ended_there_is_not_brought_back(home: Path, server: ServerProcess) -> None:
+def test_migrate_does_not_revive_ended_sessions_in_the_target(home: Path, server: ServerProcess) -> None:
     session = new_session()
     fill(home, session)
     assert main(["store", "migrate", "sqlite", server.url]) == 0
@@ -139,7 +141,7 @@ def test_what_has_ended_there_is_not_brought_back(home: Path, server: ServerProc
     assert kept(home) == []
 
 
-def test_the_memory_of_what_has_ended_stays_behind(home: Path, server: ServerProcess) -> None:
+def test_migrate_does_not_copy_tombstones(home: Path, server: ServerProcess) -> None:
     fill(home, new_session("ada"), new_session("bob"))
     assert main(["session", "revoke", "--user", "ada"]) == 0
     assert main(["store", "migrate", "sqlite", server.url]) == 0
@@ -158,7 +160,7 @@ def test_the_memory_of_what_has_ended_stays_behind(home: Path, server: ServerPro
     assert record.user == "bob"
 
 
-def test_more_than_a_store_lists_are_found_by_their_users_or_it_is_told(
+def test_migrate_of_more_sessions_than_are_listed_goes_by_the_user_file_or_fails(
     home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, server: ServerProcess
 ) -> None:
     fill(home, *(new_session(user) for user in ("ada", "ada", "bob", "eve")))
@@ -167,7 +169,7 @@ def test_more_than_a_store_lists_are_found_by_their_users_or_it_is_told(
     for module in ("zcproto.cli.store", "zcproto.stores.valkey.store"):
         monkeypatch.setattr(f"{module}.MAX_LISTED", 1, raising=False)
     assert main(["store", "migrate", server.url, "sqlite"]) == 1
-    assert "users who are not in the file of users" in capsys.readouterr().err
+    assert "users who are not in the user file" in capsys.readouterr().err
     users = UserFile(home / "users.toml")
     for name in ("ada", "bob", "eve"):
         users.add_without_key(name)
@@ -175,10 +177,10 @@ def test_more_than_a_store_lists_are_found_by_their_users_or_it_is_told(
     assert sorted(record.user for record in kept(home)) == ["ada", "ada", "bob", "eve"]
 
 
-def test_without_a_file_there_is_nothing_to_bring(home: Path, capsys: Capture) -> None:
+def test_migrate_from_a_missing_file_copies_nothing(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     assert main(["store", "migrate", "sqlite", "redis://127.0.0.1:1"]) == 0
-    assert capsys.readouterr().err == "sessions brought over: 0\n"
+    assert capsys.readouterr().err == "sessions copied: 0\n"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_without_a_file_there_is_nothing_to_bring(home: Path, capsys: Capture) -
         ("nonsense", "sqlite", "the store must be"),
     ],
 )
-def test_what_cannot_be_is_told(
+def test_migrate_refuses_invalid_stores(
     home: Path, capsys: Capture, source: str, target: str, complaint: str
 ) -> None:
     fill(home, new_session())
@@ -200,18 +202,18 @@ def test_what_cannot_be_is_told(
     assert len(kept(home)) == 1
 
 
-def test_a_store_that_takes_no_more_is_told(
+def test_migrate_reports_a_target_without_room(
     home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, server: ServerProcess
 ) -> None:
     from zcproto.cli import store as module
 
     fill(home, new_session("ada"), new_session("ada"))
-    monkeypatch.setattr(module, "EVERYBODY", type(ANY_NUMBER)(1, "refuse", None))
+    monkeypatch.setattr(module, "NO_LIMIT", type(ANY_NUMBER)(1, "refuse", None))
     assert main(["store", "migrate", "sqlite", server.url]) == 1
-    assert "more sessions than a store can hold" in capsys.readouterr().err
+    assert "more sessions than the target can store" in capsys.readouterr().err
 
 
-def test_what_is_configured_for_one_server_is_not_sent_to_another(tmp_path: Path) -> None:
+def test_settings_of_the_configured_server_are_not_sent_to_another(tmp_path: Path) -> None:
     from zcproto.cli.session_store import PATIENCE_S, with_store
     from zcproto.config import Config, StoreConfig
 

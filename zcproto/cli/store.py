@@ -1,4 +1,4 @@
-"""`zcproto store`: where sessions are kept."""
+"""`zcproto store`: check the session store, and copy sessions to another one."""
 
 from __future__ import annotations
 
@@ -31,42 +31,42 @@ from zcproto.stores.base import MAX_LISTED, LimitReached, SessionStore
 if TYPE_CHECKING:
     from zcproto.config import Config
 
-AT_ONCE = 256
-"""Sessions that are on their way from one store to the other."""
+BATCH = 256
+"""Sessions copied concurrently."""
 
-EVERYBODY = UserLimit(2**31 - 1, "refuse", None)
+NO_LIMIT = UserLimit(2**31 - 1, "refuse", None)
 MAX_FAULTS = 20
 
 
 class MigrationError(ZcprotoError):
-    """Not all sessions could be brought over. Those in the first store are as they were."""
+    """Not all sessions could be copied. The source was not changed."""
 
 
 @click.group()
 @home_options
 def store(home: Home, config_file: Path | None) -> None:
-    """Check where sessions are kept, and bring them from one store to another."""
+    """Check the session store, and copy sessions to another one."""
 
 
 @store.command()
 @click.argument("url", metavar="[STORE]", required=False)
 @home_options
 def check(home: Home, config_file: Path | None, url: str | None) -> int:
-    """See whether the store works, and what is to be said of it. Nothing is changed.
+    """Check the session store and report problems. Nothing is changed.
 
-    STORE is "configured", or written as store.url in the configuration: "sqlite", or the address of a Valkey or
-    Redis server. [default: configured]
+    STORE is "configured", or a value for store.url: "sqlite", or the URL of a Valkey or Redis server. [default:
+    configured]
 
-    Exit code 1 if there are sessions that cannot be read, or no answer.
+    Exits with 1 if sessions cannot be read or the store does not answer.
     """
     config = with_store(read_config(home, config_file), CONFIGURED if url is None else url)
     url = config.store.url
     if url == MEMORY:
-        click.echo("sessions are in the memory of the server, and end with it")
+        click.echo("sessions are in the memory of the server and end with it")
         return 0
     if url == SQLITE:
         return _check_file(config, home)
-    count, warnings = asyncio.run(_look_at(config, home))
+    count, warnings = asyncio.run(_examine(config, home))
     for warning in warnings:
         click.echo(f"note: {escape_text(warning, 500)}", err=True)
     click.echo(f"the store answers; sessions: {count}")
@@ -77,7 +77,7 @@ def _check_file(config: Config, home: Home) -> int:
     path = home.sessions
     shown = escape_text(str(path))
     if not path.exists():
-        click.echo(f"{shown}: is not there yet; a server makes it")
+        click.echo(f"{shown}: does not exist yet; the server will create it")
         return 0
     if is_in_use(path):
         raise StoreInUseError([f"{shown}: a running server uses it; run zcproto status, or stop the server"])
@@ -85,24 +85,27 @@ def _check_file(config: Config, home: Home) -> int:
     for fault in faults:
         click.echo(f"{shown}: {escape_text(fault, 500)}", err=True)
     if faults:
-        click.echo(f"{shown}: is damaged; a server would set it aside and begin with none", err=True)
+        click.echo(
+            f"{shown}: is damaged; at its next start the server renames it and starts with an empty one",
+            err=True,
+        )
         return 1
-    count, _ = asyncio.run(_look_at(config, home))
-    click.echo(f"{shown}: is sound; sessions: {count}")
+    count, _ = asyncio.run(_examine(config, home))
+    click.echo(f"{shown}: is intact; sessions: {count}")
     return 0
 
 
 def damage_of(path: Path) -> list[str]:
-    """What SQLite finds wrong with a file."""
+    """Return the problems that SQLite finds in a file."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
             rows = database.execute(f"PRAGMA integrity_check({MAX_FAULTS})").fetchall()
     except sqlite3.DatabaseError as error:
         return [str(error)]
-    return [str(said) for (said,) in rows if said != "ok"]
+    return [str(problem) for (problem,) in rows if problem != "ok"]
 
 
-async def _look_at(config: Config, home: Home) -> tuple[int, Sequence[str]]:
+async def _examine(config: Config, home: Home) -> tuple[int, Sequence[str]]:
     async with opened_store(config, home) as found:
         await found.ping()
         examine = getattr(found, "examine", None)
@@ -114,21 +117,23 @@ async def _look_at(config: Config, home: Home) -> tuple[int, Sequence[str]]:
 @click.argument("target", metavar="TO")
 @home_options
 def migrate(home: Home, config_file: Path | None, source: str, target: str) -> None:
-    """Bring all sessions from one store to another. Stop all servers first, and set store.url afterwards.
+    """Copy all sessions from one store to another. Stop all servers first, and set store.url afterwards.
 
-    FROM and TO are "configured", or written as store.url in the configuration. An address with a password is best
-    kept there, as all users of a machine can read a command line. What is in FROM stays there; what TO has already
-    stays too, so this can be done again. Users go on with their tokens. Answers that are kept for idempotency keys
-    stay behind, as does the memory of sessions that have ended: their tokens are unknown in TO.
+    FROM and TO are "configured", or values for store.url. Put a URL with a password into the configuration, because
+    all users of a machine can read a command line. Sessions stay in FROM, and those already in TO stay too, so the
+    command can be repeated. Tokens stay valid. Answers stored for idempotency keys are not copied, nor are ended
+    sessions: their tokens are unknown in TO.
     """
     config = read_config(home, config_file)
     old, new = with_store(config, source), with_store(config, target)
     if MEMORY in (old.store.url, new.store.url):
-        raise ConfigError(["sessions in the memory of a server cannot be brought anywhere"])
+        raise ConfigError(
+            ["sessions in the memory of a server cannot be copied; name sqlite or the URL of a server"]
+        )
     if old.store.url == new.store.url:
-        raise ConfigError(["FROM and TO are the same store"])
-    moved = 0 if has_no_sessions(old, home) else asyncio.run(_migrate(old, new, home))
-    click.echo(f"sessions brought over: {moved}", err=True)
+        raise ConfigError(["FROM and TO are the same store; name two stores"])
+    copied = 0 if has_no_sessions(old, home) else asyncio.run(_migrate(old, new, home))
+    click.echo(f"sessions copied: {copied}", err=True)
 
 
 async def _migrate(source: Config, target: Config, home: Home) -> int:
@@ -136,28 +141,30 @@ async def _migrate(source: Config, target: Config, home: Home) -> int:
         old = await stack.enter_async_context(opened_store(source, home))
         new = await stack.enter_async_context(opened_store(target, home))
         seen: set[bytes] = set()
-        async for records in _all_of(old, home):
+        async for records in _all_sessions(old, home):
             fresh = [record for record in records if record.id not in seen]
             seen.update(record.id for record in fresh)
-            for first in range(0, len(fresh), AT_ONCE):
-                await _bring(fresh[first : first + AT_ONCE], new)
+            for first in range(0, len(fresh), BATCH):
+                await _copy(fresh[first : first + BATCH], new)
         kept = await old.count()
         if len(seen) < kept:
             raise MigrationError(
-                f"only {len(seen)} of {kept} sessions were found, as they are of users who are not in the file of"
-                " users; the store has too many to list them all"
+                f"only {len(seen)} of {kept} sessions were copied: the others belong to users who are not in the"
+                " user file, and the store has too many sessions to list them all; add the users and repeat"
             )
         return len(seen)
 
 
-async def _bring(records: Sequence[SessionRecord], new: SessionStore) -> None:
-    created = await asyncio.gather(*(new.create(record, EVERYBODY) for record in records))
+async def _copy(records: Sequence[SessionRecord], new: SessionStore) -> None:
+    created = await asyncio.gather(*(new.create(record, NO_LIMIT) for record in records))
     if any(isinstance(each, LimitReached) for each in created):
-        raise MigrationError("a user has more sessions than a store can hold")
+        raise MigrationError(
+            "a user has more sessions than the target can store; end some of them and repeat"
+        )
 
 
-async def _all_of(old: SessionStore, home: Home) -> AsyncIterator[Sequence[SessionRecord]]:
-    """All sessions of a store, some of them twice."""
+async def _all_sessions(old: SessionStore, home: Home) -> AsyncIterator[Sequence[SessionRecord]]:
+    """Yield all sessions of a store, some of them twice."""
     if not old.shared:
         async for batch in old.load():
             yield [record for record in batch if isinstance(record, SessionRecord)]
