@@ -1,4 +1,4 @@
-"""A store that does what the test wants: fails, hangs, is slow, does it and says that it did not."""
+"""A store with faults: it fails, hangs, is slow, or does an operation and reports a failure."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ READS = frozenset({"find", "get", "list", "count"})
 
 
 class FaultyStore:
-    """A MemoryStore over a registry of its own, as it were in another process.
+    """A MemoryStore with its own registry, like one in another process.
 
-    `mode` holds for all operations, `modes` for single ones, by name. `calls` are the names of those asked for.
-    `gate`, if it is set, is waited for by each operation before it is done, those in `late` after it. `hung` is
-    called when one that hangs is given up.
+    `mode` applies to all operations, `modes` to single ones by name. `calls` are the names of the operations called.
+    Each operation waits for `gate`, if set, before it is done, and for its event in `late` afterwards. `hung` is
+    called when a hanging operation is cancelled.
     """
 
     def __init__(self, registry: SessionRegistry, *, shared: bool = False) -> None:
@@ -58,15 +58,15 @@ class FaultyStore:
         self._inner = MemoryStore(registry)
 
     def lose_all(self) -> None:
-        """It was restarted without its data."""
+        """Lose all data, as in a restart without persistence."""
         self.registry = SessionRegistry(self.registry._settings, self.registry._entropy)
         self._inner = MemoryStore(self.registry)
 
-    def tell(self, session_id: bytes) -> None:
-        """Another process changed a session."""
+    def report_change(self, session_id: bytes) -> None:
+        """Report a session as changed by another process."""
         self.on_change(Change(ChangeKind.SESSION, session_id))
 
-    def tell_all(self) -> None:
+    def report_all_changed(self) -> None:
         self.on_change(Change(ChangeKind.ALL))
 
     async def _do(self, name: str, operation: Coroutine[Any, Any, T]) -> T:
@@ -76,14 +76,14 @@ class FaultyStore:
             if self.gate is not None:
                 await self.gate.wait()
             if mode == FAILS or (mode == READ_ONLY and name not in READS):
-                raise StoreUnavailable("the test wants it so")
+                raise StoreUnavailable("the test makes it fail")
             if mode == HANGS:
                 await self._hang()
             result = await operation
             if name in self.late:
                 await self.late[name].wait()
             if mode == FAILS_AFTER:
-                raise StoreUnavailable("the test wants it so")
+                raise StoreUnavailable("the test makes it fail")
             if mode == HANGS_AFTER:
                 await self._hang()
             return result

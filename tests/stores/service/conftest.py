@@ -1,0 +1,82 @@
+"""Fixtures of the session service."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import FakeClock
+from tests.sessions.helpers import CountedEntropy
+from tests.stores.faulty import FaultyStore
+from tests.stores.service.harness import SessionProcess, StartProcess
+from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.stores import revoker as revoker_module
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the disk of a busy machine more time than the short timeouts of these tests."""
+    monkeypatch.setattr(revoker_module, "MIN_DISK_S", 5.0)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Return the lines that are logged."""
+    from zcproto.observe import log as log_module
+
+    lines: list[dict[str, Any]] = []
+
+    class Output:
+        def write(self, line: str) -> None:
+            lines.append(json.loads(line))
+
+        def is_terminal(self) -> bool:
+            return False
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(log_module._state, "output", Output())
+    monkeypatch.setattr(log_module._state, "level", 10)
+    monkeypatch.setattr(log_module._state, "format", "json")
+    return lines
+
+
+@pytest.fixture
+async def start_process(tmp_path: Path, clock: FakeClock) -> AsyncIterator[StartProcess]:
+    """Return a function that starts processes, with their own store by default. All are stopped at the end."""
+    processes: list[SessionProcess] = []
+    entropy = CountedEntropy()
+
+    async def start(
+        store: FaultyStore | None = None, *, shared: bool = False, starts: bool = True, **options: Any
+    ) -> SessionProcess:
+        if store is None:
+            store = FaultyStore(SessionRegistry(SessionSettings(per_user=1_000), entropy), shared=shared)
+        process = SessionProcess(tmp_path, store, clock, entropy, **options)
+        processes.append(process)
+        if starts:
+            await process.sync.start()
+        return process
+
+    yield start
+    for process in processes:
+        if process.store.gate is not None:
+            process.store.gate.set()
+        await process.sessions.stop()
+
+
+@pytest.fixture
+async def process(start_process: StartProcess) -> SessionProcess:
+    """Return a process with its own store."""
+    return await start_process()
+
+
+@pytest.fixture
+async def shared_process(start_process: StartProcess) -> SessionProcess:
+    """Return a process with a store that is shared."""
+    return await start_process(shared=True)

@@ -1,0 +1,161 @@
+"""Changes by other processes are applied within the second."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.stores.faulty import FAILS
+from tests.stores.service.harness import FaultyStoreView, StartProcess, StoreWithOtherFind, raw
+from zcproto.errors import Code
+from zcproto.sessions import Session
+from zcproto.stores import changes as changes_module
+
+
+async def test_unused_session_changed_by_another_process_is_forgotten(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = await one.open()
+    await other.find(opened.token)
+    await one.revoke(opened)
+    other.store.report_change(raw(opened))
+    assert other.check(opened.token) is Code.UNAUTHENTICATED
+    assert await other.find(opened.token) is Code.TOKEN_REVOKED
+    other.store.report_change(b"?" * 16)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+async def test_session_in_use_ended_by_another_process_ends_here(
+    start_process: StartProcess, memory: bool
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened, kept = await one.open(), await one.open()
+    for each in (opened, kept):
+        await other.find(each.token)
+        other.use(each)
+    await one.revoke(opened)
+    if not memory:
+        other.store.lose_all()
+        kept_record = one.registry.record(raw(kept))
+        assert kept_record is not None
+        other.store.registry.restore(kept_record)
+    other.store.report_change(raw(opened))
+    assert other.is_valid(opened)
+    await other.settle()
+    reason = "revoked" if memory else "ended elsewhere"
+    assert other.ended == [(opened.session.id, Code.TOKEN_REVOKED, reason)]
+    assert not other.is_valid(opened)
+    assert other.is_valid(kept)
+
+
+async def test_session_in_use_replaced_by_another_process_ends_here(start_process: StartProcess) -> None:
+    one = await start_process(shared=True, per_user=1, when_full="evict_oldest")
+    other = await start_process(FaultyStoreView(one.store))
+    opened = await one.open()
+    await other.find(opened.token)
+    other.use(opened)
+    await one.open()
+    other.store.report_change(raw(opened))
+    await other.settle()
+    assert other.ended == [(opened.session.id, Code.SESSION_REPLACED, "replaced by a newer session")]
+
+
+async def test_session_in_use_refreshed_by_another_process_has_the_new_token(
+    start_process: StartProcess,
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = await one.open()
+    await other.find(opened.token)
+    other.use(opened)
+    again = await one.refresh(opened)
+    other.store.report_change(raw(opened))
+    await other.settle()
+    assert other.is_valid(again)
+    assert await other.find(opened.token) is Code.TOKEN_REVOKED
+    assert other.ended == []
+
+
+async def test_failed_check_is_repeated(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = await one.open()
+    await other.find(opened.token)
+    other.use(opened)
+    await one.revoke(opened)
+    other.store.modes["get"] = FAILS
+    other.store.report_change(raw(opened))
+    while "get" not in other.store.calls:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    other.store.modes.clear()
+    await other.settle()
+    assert not other.is_valid(opened)
+
+
+async def test_changes_during_an_outage_are_applied_after_it(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    used, idle, kept = await one.open(), await one.open(), await one.open()
+    for each in (used, idle, kept):
+        await other.find(each.token)
+    other.use(used)
+    other.use(kept)
+    await other.outage()
+    await one.revoke(used)
+    await one.revoke(idle)
+    other.store.report_change(raw(used))
+    other.store.report_all_changed()
+    await other.settle()
+    assert other.is_valid(used)  # the store cannot be asked
+    await other.recover()
+    assert [other.is_valid(each) for each in (used, idle, kept)] == [False, False, True]
+    assert await other.find(idle.token) is Code.TOKEN_REVOKED
+
+
+async def test_reconnect_checks_only_sessions_in_use(start_process: StartProcess) -> None:
+    one = await start_process(shared=True, per_user=1_000)
+    other = await start_process(FaultyStoreView(one.store), per_user=1_000)
+    opened = [await one.open() for _ in range(300)]
+    for number, each in enumerate(opened):
+        await other.find(each.token)
+        if number % 2:
+            other.use(each)
+    for each in opened[:10]:
+        await one.revoke(each)
+    other.store.calls.clear()
+    other.store.report_all_changed()
+    await other.settle()
+    assert other.store.calls == ["get"] * 150
+    assert other.registry.kept == 145
+    assert len(other.ended) == 5
+    for number, each in enumerate(opened):
+        found = await other.find(each.token)
+        assert (found is Code.TOKEN_REVOKED) if number < 10 else isinstance(found, Session)
+
+
+@pytest.mark.parametrize("all_of_them", [True, False])
+async def test_session_ended_by_another_process_during_its_lookup_is_not_accepted(
+    start_process: StartProcess, all_of_them: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes_module, "CHANGES", 2)
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = await one.open()
+    find = other.store._inner.find
+
+    async def late(digest: bytes) -> Any:
+        """Return a result that is out of date."""
+        found = await find(digest)
+        other.store._inner = one.store._inner
+        await one.revoke(opened)
+        if all_of_them:
+            other.store.report_all_changed()
+        else:
+            other.store.report_change(raw(opened))
+        return found
+
+    other.store._inner = StoreWithOtherFind(other.store._inner, late)
+    assert await other.find(opened.token) is Code.TOKEN_REVOKED

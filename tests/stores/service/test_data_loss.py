@@ -1,0 +1,156 @@
+"""A shared store that lost its data gets the sessions back, and revocations are repeated."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.stores.faulty import FAILS, WORKS
+from tests.stores.service.harness import GRACE, FaultyStoreView, StartProcess, raw, report_data_loss
+from zcproto.errors import Code
+from zcproto.sessions.health import State
+from zcproto.stores.revoker import REPEATS_S
+
+
+@pytest.mark.parametrize("outage", [False, True])
+async def test_sessions_are_restored_to_an_emptied_store(start_process: StartProcess, outage: bool) -> None:
+    process = await start_process(shared=True, per_user=1_000)
+    opened = [await process.open() for _ in range(150)]
+    for each in opened[::2]:
+        process.use(each)
+    if outage:
+        await process.outage()
+        await process.revoke(opened[0])
+    process.store.lose_all()
+    report_data_loss(process)
+    await process.settle()
+    if outage:
+        await process.recover()
+    expected = opened[1:] if outage else opened
+    assert all(process.is_valid(each) for each in expected)
+    assert process.store.registry.kept == len(expected)
+    assert process.ended == ([(opened[0].session.id, Code.TOKEN_REVOKED, "asked for")] if outage else [])
+    assert not process.is_valid(opened[0]) or not outage
+    for each in expected[:3]:
+        assert process.is_valid(await process.refresh(each))
+
+
+async def test_nothing_is_restored_after_the_grace(start_process: StartProcess) -> None:
+    process = await start_process(shared=True)
+    opened = await process.open()
+    process.use(opened)
+    await process.outage()
+    await process.advance(GRACE + 1)
+    process.store.lose_all()
+    report_data_loss(process)
+    await process.recover()
+    assert await process.find(opened.token) is Code.TOKEN_REVOKED
+    assert process.store.registry.kept == 0
+
+
+async def test_revocation_is_repeated_after_another_process_restored_the_session(
+    start_process: StartProcess,
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    before, meanwhile, of_user = await one.open(), await one.open(), await one.open("bob")
+    for each in (before, meanwhile, of_user):
+        await other.find(each.token)
+        other.use(each)
+    await one.revoke(before)  # unnoticed by the other
+    await one.outage()
+    await one.revoke(meanwhile)
+    one.registry.forget(raw(of_user))
+    await one.sessions.revoke_user("bob", "all")
+    one.store.lose_all()
+    other.store.registry, other.store._inner = one.store.registry, one.store._inner
+    report_data_loss(one)
+    report_data_loss(other)
+    await other.settle()
+    await one.recover()
+    await one.advance(REPEATS_S[0])
+    assert one.store.registry.kept == 0
+    other.store.report_all_changed()
+    await other.settle()
+    assert not any(other.is_valid(each) for each in (before, meanwhile, of_user))
+
+
+async def test_revocations_are_repeated_for_late_restorations(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = [await one.open(), await one.open("bob"), await one.open("bob")]
+    for each in opened:
+        await other.find(each.token)
+        other.use(each)
+    await one.outage()
+    await one.revoke(opened[0])
+    await one.sessions.revoke_user("bob", "all")
+    one.store.lose_all()
+    report_data_loss(one)
+    await one.recover()
+    for _ in range(3):
+        other.store.registry, other.store._inner = one.store.registry, one.store._inner
+        report_data_loss(other)
+        await other.settle()
+        assert one.store.registry.kept == 3
+        await one.advance(REPEATS_S[0])
+        assert one.store.registry.kept == 0
+        one.store.lose_all()
+    one.store.mode = FAILS
+    await one.advance(REPEATS_S[0])
+    assert one.sync.revoker._repeats
+    await one.recover()
+    for _ in range(2):  # repetitions missed during an outage are made up once
+        await one.advance(REPEATS_S[-1])
+    assert one.sync.revoker._repeats == []
+    assert one.state is State.HEALTHY
+
+
+async def test_process_started_after_the_loss_repeats_unknown_revocations(
+    start_process: StartProcess,
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = await one.open()
+    await other.find(opened.token)
+    other.use(opened)
+    await one.outage()
+    await one.revoke(opened)
+    one.store.lose_all()
+    await one.recover()  # like a process started meanwhile, it does not know of the loss
+    other.store.registry, other.store._inner = one.store.registry, one.store._inner
+    report_data_loss(other)
+    await other.settle()
+    assert one.store.registry.kept == 1
+    await one.advance(REPEATS_S[0])
+    assert one.store.registry.kept == 0
+
+
+async def test_refresh_restores_the_session_first(start_process: StartProcess) -> None:
+    process = await start_process(shared=True)
+    opened = [await process.open(), await process.open()]
+    process.store.lose_all()
+    process.store.modes["create"] = FAILS
+    report_data_loss(process)
+    while process.store.calls.count("create") < 4:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    process.store.modes.clear()
+    assert process.state is State.HEALTHY
+    assert process.is_valid(await process.refresh(opened[1]))
+    await process.settle()
+    assert process.store.registry.kept == 2
+
+
+async def test_restoration_continues_after_another_outage(start_process: StartProcess) -> None:
+    process = await start_process(shared=True)
+    opened = await process.open()
+    process.use(opened)
+    process.store.lose_all()
+    process.store.mode = FAILS
+    report_data_loss(process)
+    await process.outage()
+    process.store.mode = WORKS
+    await process.recover()
+    assert process.is_valid(opened)
+    assert process.store.registry.kept == 1

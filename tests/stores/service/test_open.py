@@ -1,0 +1,128 @@
+"""Sessions are opened in the store first and then in the registry."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.sessions.helpers import CountedEntropy
+from tests.stores.faulty import FAILS, FaultyStore
+from tests.stores.service.harness import (
+    ADDRESS,
+    CLIENT,
+    SessionProcess,
+    StartProcess,
+    cancel_and_wait,
+    raw,
+    refused,
+)
+from zcproto.errors import Code, ResourceExhausted, TokenRevoked
+from zcproto.sessions import OpenedSession, SessionRegistry, SessionSettings
+from zcproto.sessions.health import State
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_opened_session_is_in_the_store_and_in_the_registry(
+    start_process: StartProcess, is_shared: bool
+) -> None:
+    process = await start_process(shared=is_shared)
+    opened = await process.open(key="device:phone", operator=True)
+    assert process.is_valid(opened)
+    record = process.store.registry.record(raw(opened))
+    assert record is not None
+    assert record == process.registry.record(raw(opened))
+    assert (record.user, record.client, record.address, record.key) == (
+        "ada",
+        CLIENT,
+        ADDRESS,
+        "device:phone",
+    )
+    assert opened.session.bound
+    assert opened.session.operator
+
+
+async def test_session_is_not_returned_before_the_store_has_it(process: SessionProcess) -> None:
+    process.store.gate = asyncio.Event()
+    opening = asyncio.ensure_future(process.open())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not opening.done()
+    assert len(process.registry) == 0
+    process.store.gate.set()
+    assert process.is_valid(await opening)
+
+
+async def test_per_user_limit_is_applied_by_the_store(start_process: StartProcess) -> None:
+    process = await start_process(per_user=2)
+    await process.open()
+    await process.open()
+    error = await refused(process.open(), ResourceExhausted)
+    assert error.details == {"limit": 2}
+    assert process.store.registry.kept == process.registry.kept == 2
+    await process.open("bob")
+
+
+async def test_session_evicted_by_the_limit_ends_in_the_registry(start_process: StartProcess) -> None:
+    process = await start_process(per_user=1, when_full="evict_oldest")
+    first = await process.open()
+    second = await process.open()
+    assert process.ended == [(first.session.id, Code.SESSION_REPLACED, "replaced by a newer session")]
+    assert process.check(first.token) is Code.SESSION_REPLACED
+    assert process.is_valid(second)
+
+
+async def test_full_server_refuses_without_calling_the_store(start_process: StartProcess) -> None:
+    process = await start_process(max_sessions=1)
+    await process.open()
+    calls = list(process.store.calls)
+    error = await refused(process.open("bob"), ResourceExhausted)
+    assert error.details == {"retry_after_ms": 10_000}
+    assert process.store.calls == calls
+
+
+async def test_concurrent_openings_do_not_exceed_max_sessions(start_process: StartProcess) -> None:
+    process = await start_process(max_sessions=3)
+    outcomes = await asyncio.gather(*(process.open(f"u{n}") for n in range(6)), return_exceptions=True)
+    assert sum(isinstance(outcome, OpenedSession) for outcome in outcomes) == 3
+    assert sum(isinstance(outcome, ResourceExhausted) for outcome in outcomes) == 3
+
+
+async def test_session_revoked_while_it_is_opened_is_not_returned(process: SessionProcess) -> None:
+    process.sync.breaker.timeout = 30.0  # for a slow machine
+    process.store.late["create"] = asyncio.Event()
+    opening = asyncio.ensure_future(process.open())
+    while not process.store.registry.kept:  # noqa: ASYNC110 - the store has no event to wait for
+        await asyncio.sleep(0)
+    assert await process.sessions.revoke_user("ada", "all") == 1
+    process.store.late["create"].set()
+    await refused(opening, TokenRevoked)
+    assert process.store.registry.kept == process.registry.kept == 0
+
+
+async def test_session_whose_caller_was_cancelled_is_ended(process: SessionProcess) -> None:
+    process.store.gate = asyncio.Event()
+    await cancel_and_wait(asyncio.ensure_future(process.open()))
+    process.store.gate.set()
+    await process.settle()
+    assert process.store.calls == ["open", "create", "end"]
+    assert process.store.registry.kept == process.registry.kept == 0
+
+
+async def test_cancelled_opening_that_fails_later_leaves_no_session(process: SessionProcess) -> None:
+    process.store.gate = asyncio.Event()
+    await cancel_and_wait(asyncio.ensure_future(process.open()))
+    process.store.mode = FAILS
+    process.store.gate.set()
+    await process.settle()
+    assert process.registry.kept == 0
+
+
+async def test_full_store_reports_the_limit_of_the_user(start_process: StartProcess) -> None:
+    """A refusal by the store itself reaches the caller."""
+    store = FaultyStore(SessionRegistry(SessionSettings(max_sessions=1), CountedEntropy()))
+    process = await start_process(store)
+    await process.open()
+    error = await refused(process.open("bob"), ResourceExhausted)
+    assert error.details == {"retry_after_ms": 10_000}
+    assert process.state is State.HEALTHY

@@ -1,0 +1,160 @@
+"""During an outage known sessions go on for the grace, and no caller waits for the store."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, HANGS_AFTER, READ_ONLY
+from tests.stores.service.harness import GRACE, HOUR_MS, SessionProcess, StartProcess, events, refused
+from zcproto.errors import Code, ConfigError, Unavailable
+from zcproto.sessions.health import MAX_DELAY_S, State
+from zcproto.stores import revoker as revoker_module
+
+
+@pytest.mark.parametrize("mode", [FAILS, HANGS, FAILS_AFTER, HANGS_AFTER, READ_ONLY])
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_outage_keeps_known_sessions_and_refuses_other_operations(
+    start_process: StartProcess, log: list[dict[str, Any]], mode: str, is_shared: bool
+) -> None:
+    process = await start_process(shared=is_shared)
+    known = [await process.open() for _ in range(3)]
+    for each in known:
+        process.use(each)
+    process.store.mode = mode
+    for _ in range(3):
+        error = await refused(process.open())
+        assert error.details["retry_after_ms"] >= 100
+    assert process.state is State.DEGRADED
+    calls = list(process.store.calls)
+    for _ in range(10):  # no call waits for a timeout
+        await refused(process.open())
+        await refused(process.refresh(known[0]))
+        assert all(process.is_valid(each) for each in known)
+    assert process.store.calls == calls
+    await process.recover()
+    assert process.is_valid(await process.open("bob"))
+    assert process.is_valid(await process.refresh(known[0]))
+    assert all(process.is_valid(each) for each in known[1:])
+    assert process.ended == []
+    names = [event for event in events(log) if event.startswith("store.")]
+    assert names == ["store.degraded", "store.recovered"]
+    # Orphaned sessions are ended, and do not count against the limit.
+    assert process.store.registry.kept == process.registry.kept == 4
+
+
+async def test_hung_store_costs_one_timeout(process: SessionProcess) -> None:
+    process.store.mode = HANGS
+    outcomes = await asyncio.gather(*(process.open(f"u{n}") for n in range(50)), return_exceptions=True)
+    assert all(isinstance(outcome, Unavailable) for outcome in outcomes)
+    asked = process.store.calls.count("create")
+    await refused(process.open())
+    assert process.store.calls.count("create") == asked  # the store is not called
+    assert process.sync.health.outages == 1
+
+
+async def test_tokens_are_refused_after_the_grace_until_recovery(
+    process: SessionProcess, log: list[dict[str, Any]]
+) -> None:
+    opened = await process.open()
+    await process.outage()
+    await process.advance(GRACE - 1)
+    assert process.is_valid(opened)
+    await process.advance(1.5)
+    assert process.check(opened.token) is Code.UNAVAILABLE
+    assert process.check(b"x" * 32) is Code.UNAVAILABLE
+    assert process.ended == []
+    assert process.sessions.statistics()["refusing"]
+    await process.recover()
+    assert process.is_valid(opened)
+    names = [event for event in events(log) if event.startswith("store.")]
+    assert names == ["store.degraded", "store.grace_over", "store.recovered"]
+
+
+async def test_wall_clock_jump_does_not_end_the_grace(start_process: StartProcess) -> None:
+    process = await start_process(idle_timeout_ms=None)
+    opened = await process.open()
+    await process.outage()
+    process.clock.wall_ms += 10 * HOUR_MS
+    await process.advance(10)
+    assert process.is_valid(opened)
+    process.clock.wall_ms -= 20 * HOUR_MS
+    await process.advance(GRACE - 11)
+    assert process.is_valid(opened)
+    await process.advance(2)
+    assert process.check(opened.token) is Code.UNAVAILABLE
+
+
+async def test_without_grace_tokens_are_refused_at_once(start_process: StartProcess) -> None:
+    process = await start_process(grace=0.0)
+    opened = await process.open()
+    await process.outage()
+    assert process.check(opened.token) is Code.UNAVAILABLE
+    await process.recover()
+    assert process.is_valid(opened)
+
+
+async def test_orphaned_sessions_are_ended_by_the_cleanup(
+    process: SessionProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revoker_module, "ORPHANS", 1)
+    process.store.modes["create"] = FAILS_AFTER
+    await refused(process.open())
+    await refused(process.open())
+    assert process.state is State.HEALTHY
+    assert process.store.registry.kept == 2
+    process.store.modes.clear()
+    await process.sync.clean()
+    assert process.store.registry.kept == 1  # the oldest orphan was dropped
+
+
+async def test_stop_during_an_outage_does_not_hang(
+    process: SessionProcess, log: list[dict[str, Any]]
+) -> None:
+    await process.open()
+    process.store.mode = HANGS
+    opening = asyncio.ensure_future(process.open())
+    await asyncio.sleep(0)
+    await process.sessions.stop()
+    await refused(opening)
+    assert "store.uses_not_written" in events(log)
+
+
+async def test_stop_cancels_a_running_probe(process: SessionProcess) -> None:
+    await process.outage(HANGS)
+    process.clock.advance(MAX_DELAY_S)
+    process.timers.advance(MAX_DELAY_S)
+    assert process.state is State.RECOVERING
+    await asyncio.sleep(0)
+    await process.sessions.stop()
+    assert not process.sync.tasks.running
+    assert len(process.sync._wheel) == 0
+
+
+async def test_probe_that_raises_is_logged_and_repeated(
+    process: SessionProcess, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await process.outage()
+
+    async def ping() -> None:
+        raise ConfigError(["store.url: the password was changed"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process.store, "ping", ping)
+        await process.advance(MAX_DELAY_S)
+        assert process.state is State.DEGRADED
+        assert "store.probe_failed" in events(log)
+    await process.recover()
+
+
+async def test_exception_in_a_background_task_is_logged(
+    process: SessionProcess, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def wrong() -> None:
+        raise ValueError("a bug")
+
+    process.sync.tasks.run_in_background(wrong())
+    await process.settle()
+    assert "store.task_failed" in events(log)

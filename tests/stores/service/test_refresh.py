@@ -1,0 +1,192 @@
+"""Refreshes, repeated, concurrent or with an unknown outcome, never lose or revive a session."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, HANGS_AFTER
+from tests.stores.service.harness import (
+    ADDRESS,
+    CLIENT,
+    DAY_MS,
+    FaultyStoreView,
+    SessionProcess,
+    StartProcess,
+    cancel_and_wait,
+    raw,
+    refused,
+)
+from zcproto.errors import Code, TokenExpired, TokenRevoked, Unauthenticated
+from zcproto.sessions.token import digest_of
+from zcproto.stores import service as service_module
+
+
+async def test_refresh_issues_a_new_pair_and_revokes_the_old_one(process: SessionProcess) -> None:
+    opened = await process.open()
+    again = await process.refresh(opened)
+    assert again.session.id == opened.session.id
+    assert process.is_valid(again)
+    assert process.check(opened.token) is Code.TOKEN_REVOKED
+    stored = process.store.registry.record(raw(opened))
+    assert stored is not None
+    assert stored.token_digest == digest_of(again.token)
+    assert process.ended == []
+
+
+async def test_repeated_refresh_returns_the_same_pair_within_the_grace(process: SessionProcess) -> None:
+    opened = await process.open()
+    first = await process.refresh(opened)
+    calls = process.store.calls.count("rotate")
+    second = await process.refresh(opened)
+    assert (first.token, first.refresh_token) == (second.token, second.refresh_token)
+    assert process.store.calls.count("rotate") == calls
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_reused_refresh_token_ends_the_session_and_is_reported(
+    start_process: StartProcess, log: list[dict[str, Any]], is_shared: bool
+) -> None:
+    process = await start_process(shared=is_shared)
+    opened = await process.open()
+    again = await process.refresh(opened)
+    process.clock.advance(60)
+    await refused(process.refresh(opened), TokenRevoked)
+    assert process.check(again.token) is Code.TOKEN_REVOKED
+    assert process.ended == [(opened.session.id, Code.TOKEN_REVOKED, "refresh token reused")]
+    assert process.registry.refresh_reused == 1
+    (line,) = [line for line in log if line["event"] == "session.refresh_reused"]
+    assert (line["session"], line["peer"]) == (opened.session.id, ADDRESS)
+    await refused(process.refresh(again), TokenRevoked)
+    assert process.store.registry.kept == 0
+
+
+@pytest.mark.parametrize("token", [b"x" * 32, b"", b"x" * 31])
+async def test_unknown_refresh_token_is_unauthenticated(process: SessionProcess, token: bytes) -> None:
+    await refused(process.sessions.refresh(token, client=CLIENT, address=ADDRESS), Unauthenticated)
+
+
+async def test_expired_refresh_token_is_refused(process: SessionProcess) -> None:
+    opened = await process.open()
+    process.clock.advance(31 * DAY_MS / 1000)
+    await refused(process.refresh(opened), TokenExpired)
+    assert process.registry.kept == 0
+
+
+async def test_concurrent_refreshes_share_one_result(process: SessionProcess) -> None:
+    opened = await process.open()
+    pairs = await asyncio.gather(*(process.refresh(opened) for _ in range(20)))
+    assert len({pair.token for pair in pairs}) == 1
+    assert process.store.calls.count("rotate") == 1
+    assert process.is_valid(pairs[0])
+    assert process.sessions._refreshing == {}
+
+
+async def test_concurrent_refresh_with_another_token_ends_the_session(process: SessionProcess) -> None:
+    opened = await process.open()
+    outcomes = await asyncio.gather(
+        process.refresh(opened), process.refresh(opened, address="203.0.113.9"), return_exceptions=True
+    )
+    assert isinstance(outcomes[1], TokenRevoked)
+    assert process.store.registry.kept == 0
+
+
+async def test_session_of_another_process_is_refreshed_here(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(one.store)
+    opened = await one.open()
+    again = await other.refresh(opened)
+    assert other.is_valid(again)
+    assert await other.find(opened.token) is Code.TOKEN_REVOKED
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_session_is_found_by_its_refresh_token(start_process: StartProcess, is_shared: bool) -> None:
+    one = await start_process(shared=is_shared)
+    other = await start_process(FaultyStoreView(one.store)) if is_shared else one
+    opened = await one.open()
+    assert opened.refresh_token is not None
+    record = await other.sessions.find_by_refresh_token(opened.refresh_token)
+    assert record is not None
+    assert record.id == raw(opened)
+    await one.refresh(opened)
+    assert await other.sessions.find_by_refresh_token(opened.refresh_token) is not None
+    assert await other.sessions.find_by_refresh_token(b"x" * 32) is None
+    await one.revoke(opened)
+    assert await other.sessions.find_by_refresh_token(opened.refresh_token) is None
+    if is_shared:
+        await other.outage()
+        await refused(other.sessions.find_by_refresh_token(opened.refresh_token))
+
+
+async def test_session_revoked_while_it_is_refreshed_stays_ended(process: SessionProcess) -> None:
+    opened = await process.open()
+    process.sync.breaker.timeout = 30.0  # for a slow machine
+    process.store.late["rotate"] = asyncio.Event()
+    refreshing = asyncio.ensure_future(process.refresh(opened))
+    while process.store.registry.refresh_reused + process.store.calls.count("rotate") < 1:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert await process.revoke(opened)
+    process.store.late["rotate"].set()
+    await refused(refreshing, TokenRevoked)
+    assert process.store.registry.kept == process.registry.kept == 0
+
+
+async def test_refresh_of_a_cancelled_caller_is_finished_and_can_be_repeated(process: SessionProcess) -> None:
+    opened = await process.open()
+    process.store.gate = asyncio.Event()
+    await cancel_and_wait(asyncio.ensure_future(process.refresh(opened)))
+    process.store.gate.set()
+    await process.settle()
+    again = await process.refresh(opened)
+    assert process.is_valid(again)
+    assert process.store.calls.count("rotate") == 1
+
+
+async def test_refresh_with_unknown_outcome_is_repeated_unchanged(process: SessionProcess) -> None:
+    for mode in (HANGS_AFTER, FAILS_AFTER, HANGS, FAILS):
+        opened = await process.open(mode)
+        process.store.mode = mode
+        await refused(process.refresh(opened))
+        await process.outage(mode)
+        await process.recover()
+        again = await process.refresh(opened)
+        assert process.is_valid(again), mode
+        assert not process.is_valid(opened)
+        process.clock.advance(60)
+        assert process.is_valid(await process.refresh(again)), mode
+    assert process.registry.refresh_reused == 0
+    assert not process.sessions._undecided
+
+
+async def test_repeated_refresh_from_another_address_succeeds(process: SessionProcess) -> None:
+    opened = await process.open()
+    process.store.modes["rotate"] = FAILS
+    await refused(process.refresh(opened))
+    process.store.modes.clear()
+    again = await process.refresh(opened, address="203.0.113.9")
+    assert process.is_valid(again)
+    record = process.store.registry.record(raw(opened))
+    assert record is not None
+    assert record.address == "203.0.113.9"
+
+
+async def test_refreshes_with_unknown_outcome_are_bounded(
+    process: SessionProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "UNDECIDED", 2)
+    process.store.modes["rotate"] = FAILS
+    for number in range(4):
+        opened = await process.open(f"u{number}")
+        await refused(process.refresh(opened))
+        await process.advance(20)  # no outage
+    assert len(process.sessions._undecided) == 2
+
+
+async def test_repeated_refresh_within_the_grace_succeeds_during_an_outage(process: SessionProcess) -> None:
+    opened = await process.open()
+    first = await process.refresh(opened)
+    await process.outage()
+    assert (await process.refresh(opened)).token == first.token

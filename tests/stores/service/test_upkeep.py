@@ -1,0 +1,129 @@
+"""Last uses, cleaning, stopping; and sessions in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any
+
+import pytest
+
+from tests.helpers import FakeClock
+from tests.sessions.helpers import CountedEntropy
+from tests.stores.faulty import FAILS
+from tests.stores.service.harness import ADDRESS, CLIENT, DAY_MS, HOUR_MS, SessionProcess, StartProcess, raw
+from zcproto.errors import Code
+from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.stores import sync as sync_module
+from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.service import SessionService
+
+
+async def test_last_uses_are_written_with_delay(process: SessionProcess) -> None:
+    one, other = await process.open(), await process.open()
+    await process.sync.write_uses()
+    process.store.calls.clear()
+    process.clock.advance(60)
+    assert process.is_valid(one)
+    await process.sync.write_uses()
+    assert process.store.calls == ["touch"]
+    used, unused = (process.store.registry.record(raw(each)) for each in (one, other))
+    assert used is not None
+    assert unused is not None
+    assert used.last_used_at - unused.last_used_at == 60_000
+    await process.sync.write_uses()
+    process.clock.wall_ms -= HOUR_MS
+    process.store.calls.clear()
+    await process.sync.write_uses()  # the clock was set back: written twice rather than never
+
+
+async def test_last_uses_that_failed_are_written_later(process: SessionProcess) -> None:
+    opened = await process.open()
+    process.clock.advance(60)
+    assert process.is_valid(opened)
+    process.store.modes["touch"] = FAILS
+    with pytest.raises(StoreUnavailable):
+        await process.sync.write_uses()
+    process.store.modes.clear()
+    await process.sync.write_uses()
+    record = process.store.registry.record(raw(opened))
+    assert record is not None
+    assert record.last_used_at == process.clock.wall()
+
+
+async def test_stop_writes_last_uses_and_closes_the_store(process: SessionProcess) -> None:
+    opened = await process.open()
+    process.clock.advance(60)
+    assert process.is_valid(opened)
+    await process.sessions.stop()
+    record = process.store.registry.record(raw(opened))
+    assert record is not None
+    assert record.last_used_at == process.clock.wall()
+    assert process.store.closed == 1
+
+
+async def test_expired_sessions_are_removed_here_and_in_the_store(start_process: StartProcess) -> None:
+    process = await start_process(per_user=10_000, refresh=False)
+    for _ in range(1_500):
+        await process.open()
+    process.clock.advance(2 * DAY_MS / 1000)
+    await process.sync.clean()
+    assert process.registry.kept == 0
+    assert process.store.registry.kept == 0
+
+
+async def test_upkeep_continues_after_exceptions(
+    start_process: StartProcess, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync_module, "TOUCH_INTERVAL_S", 0.001)
+    process = await start_process()
+    calls = itertools.count()
+
+    async def touch(uses: Any) -> None:
+        number = next(calls)
+        if number == 0:
+            raise ValueError("a bug")
+        if number == 1:
+            raise StoreUnavailable("the test makes it fail")
+        done.set()
+
+    done = asyncio.Event()
+    monkeypatch.setattr(process.store, "touch", touch)
+    opened = await process.open()
+    while not done.is_set():
+        process.clock.advance(0.005)
+        assert process.is_valid(opened)
+        await asyncio.sleep(0.001)
+    (line,) = [line for line in log if line["event"] == "store.upkeep_failed"]
+    assert line["what"] == "write_uses"
+
+
+async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
+    registry = SessionRegistry(SessionSettings(), CountedEntropy())
+    sessions = SessionService(registry, clock)
+
+    def at_once(work: Any) -> Any:
+        with pytest.raises(StopIteration) as stopped:
+            work.send(None)
+        return stopped.value.value
+
+    opened = at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS))
+    again = at_once(sessions.refresh(opened.refresh_token, client=CLIENT, address=ADDRESS))
+    assert again.session.id == opened.session.id
+    assert [info.id for info in at_once(sessions.list("ada"))] == [opened.session.id]
+    assert sessions.info(again.session).user == "ada"
+    assert at_once(sessions.look_up(b"x" * 32, ADDRESS, Code.UNAUTHENTICATED)) is None
+    at_once(sessions.close(again.session))
+    assert registry.kept == 0
+    for _ in range(3):
+        opened = at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS))
+    assert at_once(sessions.revoke(opened.session.id, user="ada", reason=""))
+    assert at_once(sessions.revoke_user("ada", "")) == 2
+    opened = at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS, key="device:phone"))
+    assert at_once(sessions.find_by_refresh_token(opened.refresh_token)).user == "ada"
+    assert at_once(sessions.revoke_key("ada", "device:phone", "")) == 1
+    at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS))
+    assert at_once(sessions.revoke_all("")) == 1
+    at_once(sessions.stop())
+    assert sessions.statistics() == {"state": "healthy"}
+    assert not sessions.is_shared
