@@ -245,7 +245,7 @@ def test_a_session_that_ends_on_one_server_is_refused_on_another_within_a_second
     assert first.call("session.close") == {}
     session_id = id_from_text(first.opened["id"])
     assert session_id is not None
-    other.in_loop(lambda: view.tell(session_id))
+    other.in_loop(lambda: view.report_change(session_id))
     event = second.event()
     assert event.value == ["session.revoked", {"reason": "revoked"}]
     assert second.refused("echo").code == Code.TOKEN_REVOKED

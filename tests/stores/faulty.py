@@ -38,7 +38,7 @@ READS = frozenset({"find", "get", "list", "count"})
 class FaultyStore:
     """A MemoryStore with its own registry, like one in another process.
 
-    `mode` applies to all operations, `modes` to single ones by name. `calls` are the names of the operations called.
+    `mode` applies to all operations, `modes` to single ones by name. `calls` are the names of operations called.
     Each operation waits for `gate`, if set, before it is done, and for its event in `late` afterwards. `hung` is
     called when a hanging operation is cancelled.
     """

@@ -1,4 +1,4 @@
-"""The contract of every session store. All stores pass the same tests (tests/stores/contract.py).
+"""The contract of every session store. All stores pass the same tests (tests/stores/contract).
 
 Rules:
 - When a coroutine that changes something has returned, the change is durable: it survives a crash of this

@@ -1,0 +1,135 @@
+"""The per-user limit refuses a session or ends an old one, also for concurrent openings."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.stores.contract.helpers import (
+    EVICT_ONE,
+    EVICT_TWO,
+    FIVE,
+    HOUR,
+    IDLE,
+    MINUTE,
+    ONE,
+    WALL,
+    ended,
+    opened,
+    rotated,
+    rotation,
+    session,
+)
+from zcproto.errors import Code
+from zcproto.sessions.record import SessionRecord, UserLimit
+from zcproto.stores.base import Created, LimitReached, SessionStore
+
+
+class LimitContract:
+    async def test_session_over_the_limit_is_refused_and_nothing_changes(self, store: SessionStore) -> None:
+        records = [session(number) for number in range(6)]
+        results = [await store.create(record, FIVE) for record in records]
+        assert results == [*5 * [Created()], LimitReached()]
+        assert await store.list("alice") == records[:5]
+        assert await store.find(records[5].token_digest) is None
+
+    async def test_limit_is_per_user(self, store: SessionStore) -> None:
+        assert await store.create(session(1, "alice"), ONE) == Created()
+        assert await store.create(session(2, "bob"), ONE) == Created()
+        assert await store.create(session(3, "bob"), ONE) == LimitReached()
+
+    async def test_evict_oldest_replaces_the_oldest_session(self, store: SessionStore) -> None:
+        records = [session(number, wall=WALL + number) for number in range(4)]
+        await opened(store, *records[:2])
+        assert await store.create(records[2], EVICT_TWO) == Created(
+            (ended(records[0], Code.SESSION_REPLACED, WALL + 2),)
+        )
+        assert await store.create(records[3], EVICT_TWO) == Created(
+            (ended(records[1], Code.SESSION_REPLACED, WALL + 3),)
+        )
+        assert await store.list("alice") == records[2:]
+        assert await store.find(records[0].token_digest) == ended(records[0], Code.SESSION_REPLACED, WALL + 2)
+
+    async def test_refresh_does_not_change_which_session_is_oldest(self, store: SessionStore) -> None:
+        first, second = session(1), session(2, wall=WALL + 1)
+        await opened(store, first, second)
+        wanted = rotation(first)
+        await store.rotate(wanted)
+        third = session(3, wall=WALL + HOUR // 2)
+        result = await store.create(third, EVICT_TWO)
+        assert result == Created((ended(rotated(first, wanted), Code.SESSION_REPLACED, third.created_at),))
+
+    @pytest.mark.parametrize("limit", [ONE, EVICT_ONE])
+    @pytest.mark.parametrize(
+        "lapsed",
+        [session(expires_at=WALL + MINUTE), session(last_used_at=WALL + MINUTE - IDLE)],
+        ids=["expired", "idle"],
+    )
+    async def test_lapsed_session_is_ended_to_make_room(
+        self, store: SessionStore, limit: UserLimit, lapsed: SessionRecord
+    ) -> None:
+        await opened(store, lapsed)
+        late = session(2, wall=WALL + MINUTE)
+        assert await store.create(late, limit) == Created((ended(lapsed, Code.TOKEN_EXPIRED, WALL + MINUTE),))
+        assert await store.list("alice") == [late]
+        assert await store.find(lapsed.token_digest) == ended(lapsed, Code.TOKEN_EXPIRED, WALL + MINUTE)
+
+    async def test_session_one_millisecond_before_lapsing_makes_no_room(self, store: SessionStore) -> None:
+        await opened(store, session(last_used_at=WALL + MINUTE + 1 - IDLE, expires_at=WALL + MINUTE + 1))
+        assert await store.create(session(2, wall=WALL + MINUTE), ONE) == LimitReached()
+
+    async def test_lapsed_session_is_ended_before_the_oldest_live_one(self, store: SessionStore) -> None:
+        old, lapsed, younger = session(1), session(2, expires_at=WALL + 1), session(3, expires_at=WALL + 1)
+        await opened(store, old, lapsed, younger)
+        result = await store.create(session(4, wall=WALL + 1), UserLimit(3, "evict_oldest", IDLE))
+        assert result == Created((ended(lapsed, Code.TOKEN_EXPIRED, WALL + 1),))
+
+    async def test_last_use_keeps_a_session_from_lapsing(self, store: SessionStore) -> None:
+        record = session()
+        await opened(store, record)
+        await store.touch([(record.id, WALL + 1)])
+        assert await store.create(session(2, wall=WALL + IDLE), ONE) == LimitReached()
+        result = await store.create(session(2, wall=WALL + IDLE + 1), ONE)
+        assert isinstance(result, Created)
+        assert len(result.ended) == 1
+
+    async def test_expired_session_does_not_count(self, store: SessionStore) -> None:
+        await opened(store, session(expires_at=WALL + 1, refresh_expires_at=WALL + 1))
+        assert await store.create(session(2, wall=WALL + 1), ONE) == Created()
+        assert await store.create(session(3, wall=WALL + 1), ONE) == LimitReached()
+
+    async def test_idle_session_without_refresh_token_does_not_count(self, store: SessionStore) -> None:
+        await opened(store, session(refresh_expires_at=0, last_used_at=WALL - IDLE))
+        assert await store.create(session(2), ONE) == Created()
+        assert await store.create(session(3), ONE) == LimitReached()
+
+    async def test_ended_sessions_do_not_count(self, store: SessionStore) -> None:
+        await opened(store, session(1))
+        await store.end([session(1).id], Code.TOKEN_REVOKED, WALL)
+        assert await store.create(session(2), ONE) == Created()
+
+    async def test_lowered_limit_ends_one_session_per_opening(self, store: SessionStore) -> None:
+        await opened(store, *(session(number) for number in range(4)))
+        result = await store.create(session(5), EVICT_TWO)
+        assert result == Created((ended(session(0), Code.SESSION_REPLACED),))
+        assert await store.create(session(6), FIVE) == Created()
+        assert await store.create(session(7), FIVE) == LimitReached()
+
+    async def test_fifty_concurrent_openings_get_five_sessions(self, store: SessionStore) -> None:
+        results = await asyncio.gather(*(store.create(session(number), FIVE) for number in range(50)))
+        assert sorted(type(result).__name__ for result in results) == 5 * ["Created"] + 45 * ["LimitReached"]
+        listed = await store.list("alice")
+        assert len(listed) == await store.count() == 5
+        assert {record.id for record in listed} == {
+            session(number).id for number, result in enumerate(results) if isinstance(result, Created)
+        }
+
+    async def test_fifty_concurrent_evicting_openings_leave_five_sessions(self, store: SessionStore) -> None:
+        limit = UserLimit(5, "evict_oldest", IDLE)
+        results = await asyncio.gather(*(store.create(session(number), limit) for number in range(50)))
+        gone = [each.id for result in results if isinstance(result, Created) for each in result.ended]
+        assert len(gone) == len(set(gone)) == 45
+        listed = {record.id for record in await store.list("alice")}
+        assert len(listed) == 5
+        assert listed.isdisjoint(gone)
