@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from zcproto.auth import UserFile
-from zcproto.certs import ensure_own_certificates
+from zcproto.certs import ManagedSettings, managed
 from zcproto.common.home import Home
 from zcproto.config.model import CertificatesConfig
 from zcproto.load.caller import Place
@@ -211,15 +211,14 @@ def check_open_files(connections: int, beside: int = SERVER_SPARE) -> None:
 def make_own_certificates(folder: Path) -> None:
     """Make own certificates of the default configuration, as a server does on its first start."""
     usual = CertificatesConfig()
-    ensure_own_certificates(
-        folder,
+    settings = ManagedSettings(
         names=(),
         key_types=usual.key_types,
         lifetime=timedelta(seconds=usual.lifetime),
         renew_before=timedelta(seconds=usual.renew_before),
         renew_key=False,
-        now=datetime.now(UTC),
     )
+    managed.ensure(folder, settings, datetime.now(UTC))
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:

@@ -92,7 +92,7 @@ CLOCKS_AND_RANDOMNESS = {
 ALLOWED = {
     "zcproto/common/clock.py": {"time": "the clock", "os": "the system's randomness"},
     "zcproto/client/client.py": {"random": "default source of retry jitter; not secret"},
-    "zcproto/certs/keeper.py": {"random": "retry jitter; not secret"},
+    "zcproto/certs/manager.py": {"random": "retry jitter; not secret"},
     "zcproto/observe/loop_lag.py": {"time": "measures the real lag of the loop"},
     "zcproto/server/state.py": {"secrets": "incident ids, which join an answer to a log line"},
     "zcproto/tls/server.py": {"time": "limits one turn of the loop in real time"},
@@ -316,7 +316,7 @@ def test_table_allows_no_package_circles() -> None:
         ("zcproto/wire/__init__.py", "from ..tls import server", "imports zcproto.tls"),
         ("zcproto/sessions/x.py", "from zcproto.wire.frame import TOKEN_SIZE", "tokens as values"),
         ("zcproto/sessions/x.py", "from zcproto.connection import server", "outlive connections"),
-        ("zcproto/tls/x.py", "from zcproto.certs import own", "tls moves records"),
+        ("zcproto/tls/x.py", "from zcproto.certs import managed", "tls moves records"),
         ("zcproto/certs/x.py", "from zcproto.sessions import Session", "certs issues and loads"),
         ("zcproto/client/x.py", "from zcproto.server import App", "share the wire only"),
         ("zcproto/server/x.py", "from zcproto.client import connect", "share the wire only"),

@@ -36,7 +36,7 @@ from bench.command import COUNT, RATE, SECONDS, measurement, progress
 from bench.report import Report, Row, counted
 from bench.scenarios.harness import load_faults, load_rows, run_load_beside
 from bench.stage import HOST, Server, Stage, check_open_files, room_for
-from zcproto.certs import CertificatePair, own
+from zcproto.certs import CertificatePair, ManagedSettings, managed
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.config import load_config
@@ -120,7 +120,7 @@ class Rotator:
     change.
     """
 
-    def __init__(self, directory: Path, settings: own.OwnSettings, new_key_every: int) -> None:
+    def __init__(self, directory: Path, settings: ManagedSettings, new_key_every: int) -> None:
         self._directory = directory
         self._settings = settings
         self._new_key_every = new_key_every
@@ -137,8 +137,8 @@ class Rotator:
     def note_first(self) -> None:
         """Note the certificates before the first rotation. Raises CertificateError if they cannot be served."""
         began = time.monotonic()
-        kept = own.keep(self._directory, self._settings, datetime.now(UTC))
-        self.history = [Rotated(0, False, began, time.monotonic(), _leaves(kept.pairs))]
+        ensured = managed.ensure(self._directory, self._settings, datetime.now(UTC))
+        self.history = [Rotated(0, False, began, time.monotonic(), _leaves(ensured.pairs))]
 
     def rotate(self, number: int) -> Rotated:
         """Carry out one rotation, in the caller's thread."""
@@ -149,17 +149,17 @@ class Rotator:
         ecdsa = self._ecdsa if number % self._new_key_every == 0 else None
         try:
             if ecdsa is None:
-                made = own.renew(self._directory, self._settings, now)
+                made = managed.renew(self._directory, self._settings, now)
             else:
-                made = own.rotate(self._directory, ecdsa, now, at_once=True)
+                made = managed.rotate(self._directory, ecdsa, now, at_once=True)
         except CertificateError as error:
             return Rotated(number, ecdsa is not None, began, time.monotonic(), {}, str(error))
         return Rotated(number, ecdsa is not None, began, time.monotonic(), _leaves(made.pairs))
 
 
-def settings_of(section: CertificatesConfig) -> own.OwnSettings:
+def settings_of(section: CertificatesConfig) -> ManagedSettings:
     """Return the settings with which the server of this configuration makes its certificates."""
-    return own.OwnSettings(
+    return ManagedSettings(
         names=section.names,
         key_types=section.key_types,
         lifetime=timedelta(seconds=section.lifetime),

@@ -19,7 +19,7 @@ import pytest
 from tests.http.helpers import GET, Answer, answers
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, bystander, client_context, eventually
-from zcproto.certs import clients
+from zcproto.certs import client_ca
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import HttpRequest, HttpResponse, text_response
 from zcproto.http.router import Route
@@ -32,7 +32,7 @@ OPEN = ["/", "/healthz", "/readyz", "/.well-known/zcp"]
 def tls(
     server: ServerThread,
     alpn: tuple[str, ...] = ("http/1.1",),
-    shows: clients.ClientCertificate | None = None,
+    shows: client_ca.ClientCertificate | None = None,
 ) -> ssl.SSLSocket:
     context = client_context(server.home / "certs" / "ca.crt", alpn)
     if shows is not None:
@@ -412,14 +412,14 @@ def test_http_connection_of_a_revoked_certificate_is_closed(serve: Serve) -> Non
     server = serve(tls__client_auth="optional")
     folder, now = server.home / "certs", datetime.now(UTC)
     good, bad = (
-        clients.issue_client(folder, name, lifetime=timedelta(days=30), now=now) for name in ("good", "bad")
+        client_ca.issue_client(folder, name, lifetime=timedelta(days=30), now=now) for name in ("good", "bad")
     )
     with tls(server) as first, tls(server, shows=good) as second, tls(server, shows=bad) as third:
         for connection in (first, second, third):
             connection.sendall(GET)
             assert answers(receive_one(connection))[0].status == 200
-        clients.revoke_client(folder, name="bad", now=now)
-        asyncio.run_coroutine_threadsafe(server.server.parts.certificates.look(), server.loop).result(10)
+        client_ca.revoke_client(folder, name="bad", now=now)
+        asyncio.run_coroutine_threadsafe(server.server.parts.certificates.check(), server.loop).result(10)
         assert read_to_end(third) == b""
         for connection in (first, second):
             connection.sendall(GET)

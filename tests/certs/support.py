@@ -15,29 +15,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
-from zcproto.certs import CertificatePair, ensure_own_certificates
-from zcproto.certs.own import OwnSettings
+from zcproto.certs import CertificatePair, ManagedSettings, managed
+from zcproto.certs.authority import Progress
 
 NOW = datetime(2026, 6, 1, 12, 30, 15, 250_000, tzinfo=UTC)
 DAY = timedelta(days=1)
 
 
-def ensure(directory: Path, **changes: Any) -> list[CertificatePair]:
-    """`ensure_own_certificates` with quick keys and a fixed time."""
-    arguments: dict[str, Any] = {
-        "names": ("zcp.example.com", "192.0.2.7"),
-        "host_names": ("localhost", "127.0.0.1"),
-        "key_types": ("rsa-2048", "ecdsa-p256"),
-        "lifetime": 90 * DAY,
-        "renew_before": 30 * DAY,
-        "renew_key": False,
-        "now": NOW,
-    }
-    return ensure_own_certificates(directory, **{**arguments, **changes})
-
-
-def settings(**changes: Any) -> OwnSettings:
-    """What `ensure` asks for, for the functions that take settings."""
+def settings(**changes: Any) -> ManagedSettings:
+    """Return settings with quick keys."""
     arguments: dict[str, Any] = {
         "names": ("zcp.example.com", "192.0.2.7"),
         "host_names": ("localhost", "127.0.0.1"),
@@ -46,7 +32,14 @@ def settings(**changes: Any) -> OwnSettings:
         "renew_before": 30 * DAY,
         "renew_key": False,
     }
-    return OwnSettings(**{**arguments, **changes})
+    return ManagedSettings(**{**arguments, **changes})
+
+
+def ensure(
+    directory: Path, now: datetime = NOW, progress: Progress = lambda sentence: None, **changes: Any
+) -> list[CertificatePair]:
+    """Return the managed certificates in a folder with these changes of `settings`."""
+    return list(managed.ensure(directory, settings(**changes), now, progress).pairs)
 
 
 def openssl(*arguments: str | Path, data: bytes | None = None) -> str:

@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.certs.support import DAY, NOW, build, der, ensure, openssl, pem, pem_of, pem_of_key
-from zcproto.certs import issue, pair
+from zcproto.certs import authority, pair, profile
 from zcproto.errors import CertificateError
 
 
@@ -46,7 +46,7 @@ def test_a_damaged_certificate_of_the_authority_is_put_aside_and_made_again(made
     ensure(made, progress=told.append)
     assert (made / "ca.crt.aside").read_bytes() == b"junk"
     read(made / "server.crt").verify_directly_issued_by(read(made / "ca.crt"))
-    assert told[0].endswith(f"It is put aside as {made}/ca.crt.aside.")
+    assert told[0].endswith(f"It was set aside as {made}/ca.crt.aside.")
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,15 @@ def test_without_the_key_of_the_authority_the_leaves_are_served_until_they_expir
     assert len(told) == 2
     assert told[0].startswith(
         f"{made}/server.crt could not be renewed (it expires on 2026-08-30 12:30 UTC): {made}/ca.key: does not"
-        " exist, so no certificate can be issued; put the right one back, or move ca.crt and"
+        " exist, so no certificate can be issued; restore the key, or move ca.crt and"
     )
     with pytest.raises(
-        CertificateError, match=r"ca\.key: does not exist, so no certificate can be issued; put the"
+        CertificateError, match=r"ca\.key: does not exist, so no certificate can be issued; restore the"
     ):
         ensure(made, now=NOW + 91 * DAY)
-    with pytest.raises(CertificateError, match=r"must be made \(it lacks the name new\.example\): .*ca\.key"):
+    with pytest.raises(
+        CertificateError, match=r"must be issued \(it lacks the name new\.example\): .*ca\.key"
+    ):
         ensure(made, names=["new.example"])
     assert not (made / "ca.key").exists()
 
@@ -118,9 +120,12 @@ def test_without_the_key_of_the_authority_the_leaves_are_served_until_they_expir
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        ("other", r"ca\.key: is not the key of .*ca\.crt; put the right one back"),
-        ("ec", r"ca\.key: is no RSA key of at least 2048 bits; put the right one back"),
-        (b"junk", r"ca\.key: holds no PEM key that can be read; restore it; put the right one back"),
+        ("other", r"ca\.key: does not belong to .*ca\.crt; no certificate can be issued; restore the key"),
+        ("ec", r"ca\.key: the key is ecdsa-p256 instead of rsa; no certificate can be issued"),
+        (
+            b"junk",
+            r"ca\.key: contains no PEM key that can be parsed; restore the file; no certificate can be issued",
+        ),
     ],
 )
 def test_a_wrong_key_of_the_authority_is_as_good_as_none(
@@ -138,17 +143,17 @@ def test_a_wrong_key_of_the_authority_is_as_good_as_none(
 def test_an_authority_of_which_nothing_can_be_read_is_told(made: Path) -> None:
     (made / "ca.crt").unlink()
     (made / "ca.key").write_bytes(b"junk")
-    with pytest.raises(CertificateError, match=r"ca\.key: holds no PEM key"):
+    with pytest.raises(CertificateError, match=r"ca\.key: contains no PEM key"):
         ensure(made)
     (made / "ca.key").rename(made / "ca.crt")
-    with pytest.raises(CertificateError, match=r"ca\.crt: holds no PEM certificate"):
+    with pytest.raises(CertificateError, match=r"ca\.crt: contains no PEM certificate"):
         ensure(made)
     assert (made / "ca.crt").read_bytes() == b"junk"
 
 
 def test_a_key_of_the_authority_that_others_can_read_stops_the_start(made: Path) -> None:
     (made / "ca.key").chmod(0o640)
-    with pytest.raises(CertificateError, match=r"ca\.key: others can read .*; run `chmod 600 .*ca\.key`"):
+    with pytest.raises(CertificateError, match=r"ca\.key: others can read .*; run: chmod 600 .*ca\.key"):
         ensure(made)
 
 
@@ -158,7 +163,7 @@ def test_an_authority_made_by_others_is_never_replaced(made: Path, rsa_key: Any,
         (made / "ca.crt").write_bytes(foreign)
         (made / "ca.key").write_bytes(pem_of_key(key))
         with pytest.raises(
-            CertificateError, match=r"ca\.crt: was not made here and is never replaced; move it"
+            CertificateError, match=r"ca\.crt: was not created here and is never replaced; move it"
         ):
             ensure(made, now=NOW + 5000 * DAY)
         assert (made / "ca.crt").read_bytes() == foreign
@@ -170,7 +175,7 @@ def test_an_authority_with_a_key_of_an_unknown_kind_is_never_replaced(made: Path
     assert data.count(ec_public_key) == 1
     unknown = pem_of(data.replace(ec_public_key, ec_public_key[:-1] + b"\x7f"))
     (made / "ca.crt").write_bytes(unknown)
-    with pytest.raises(CertificateError, match=r"ca\.crt: was not made here and is never replaced"):
+    with pytest.raises(CertificateError, match=r"ca\.crt: was not created here and is never replaced"):
         ensure(made)
     assert (made / "ca.crt").read_bytes() == unknown
 
@@ -179,7 +184,7 @@ def test_leaves_without_an_authority_are_not_overwritten(made: Path) -> None:
     for name in ("ca.crt", "ca.key"):
         (made / name).unlink()
     leaf = (made / "server.crt").read_bytes()
-    with pytest.raises(CertificateError, match=r"server\.crt: was not issued by the own authority"):
+    with pytest.raises(CertificateError, match=r"server\.crt: was not issued by the authority"):
         ensure(made)
     assert (made / "server.crt").read_bytes() == leaf
     assert not (made / "ca.crt").exists()
@@ -197,7 +202,7 @@ def test_a_copied_folder_goes_on_working(made: Path, tmp_path: Path) -> None:
 
 
 def test_an_authority_is_made_for_the_names_that_are_known(made: Path) -> None:
-    assert issue.permitted_names(read(made / "ca.crt")) == ("localhost", "zcp.example.com")
+    assert profile.permitted_names(read(made / "ca.crt")) == ("localhost", "zcp.example.com")
 
 
 @pytest.mark.parametrize("name", ["new.example", "*.example.com"])
@@ -211,10 +216,10 @@ def test_a_configured_name_beyond_them_needs_a_new_authority_and_is_told_loudly(
     assert new.public_key() == old.public_key()
     assert new.subject == old.subject
     base = name.removeprefix("*.")
-    assert set(issue.permitted_names(new) or ()) == {"localhost", "zcp.example.com", base}
+    assert set(profile.permitted_names(new) or ()) == {"localhost", "zcp.example.com", base}
     assert all(name in pair.names for pair in pairs)
     assert told[1] == (
-        f"ATTENTION: {made}/ca.crt had to be made anew, as the old one is not good for {name}. Clients that hold"
+        f"ATTENTION: {made}/ca.crt was reissued because the old one is not valid for {name}. Clients that have"
         " the old file refuse this server from now on: give them the new one."
     )
     openssl_accepts(made, NOW)
@@ -238,8 +243,8 @@ def test_a_name_of_the_host_beyond_them_is_left_out_with_a_word(made: Path) -> N
     assert (made / "ca.crt").read_bytes() == before
     assert pairs[0].names == ("zcp.example.com", "192.0.2.7", "localhost", "10.0.0.7")
     assert told[1] == (
-        f"{made}/server.crt leaves out box, box.lan: ca.crt may not issue for that. Add it to certificates.names"
-        " if clients use it; they then need a new ca.crt."
+        f"{made}/server.crt leaves out box, box.lan: ca.crt may not issue for it. Add it to certificates.names if"
+        " clients use it; they will then need a new ca.crt."
     )
     openssl_accepts(made, NOW)
     told.clear()
@@ -263,7 +268,7 @@ def without_constraints(folder: Path) -> x509.Certificate:
     """Makes the authority of this folder as an earlier version made it."""
     key = pair.read_private_key(folder / "ca.key")
     assert isinstance(key, rsa.RSAPrivateKey)
-    certificate = issue.authority_certificate(key, NOW)
+    certificate = profile.authority_certificate(key, authority.SERVER.title, NOW)
     (folder / "ca.crt").write_bytes(pem(certificate))
     return certificate
 
@@ -278,13 +283,13 @@ def test_an_authority_without_constraints_stays_as_it_is_for_any_name(made: Path
     ensure(made, **changes, now=NOW + 3600 * DAY)
     renewed = read(made / "ca.crt")
     assert renewed != old
-    assert issue.permitted_names(renewed) is None
+    assert profile.permitted_names(renewed) is None
 
 
 def test_a_renewed_authority_permits_what_the_old_one_did_and_what_is_wanted_now(made: Path) -> None:
     later = NOW + 3600 * DAY
     ensure(made, names=[], host_names=["localhost", "box"], now=later)
-    assert issue.permitted_names(read(made / "ca.crt")) == ("localhost", "box", "zcp.example.com")
+    assert profile.permitted_names(read(made / "ca.crt")) == ("localhost", "box", "zcp.example.com")
     openssl_accepts(made, later)
 
 
@@ -313,7 +318,9 @@ def test_only_a_name_that_is_not_permitted_is_a_reason(made: Path) -> None:
 def test_without_its_key_an_authority_cannot_be_made_for_more_names(made: Path) -> None:
     (made / "ca.key").unlink()
     before = (made / "ca.crt").read_bytes()
-    with pytest.raises(CertificateError, match=r"must be made \(it lacks the name new\.example\): .*ca\.key"):
+    with pytest.raises(
+        CertificateError, match=r"must be issued \(it lacks the name new\.example\): .*ca\.key"
+    ):
         ensure(made, names=["new.example"])
     assert (made / "ca.crt").read_bytes() == before
 
@@ -334,10 +341,14 @@ def test_an_authority_with_constraints_that_cannot_be_read_was_not_made_here(
     made: Path, rsa_key: Any
 ) -> None:
     bad = x509.UnrecognizedExtension(x509.ExtensionOID.NAME_CONSTRAINTS, b"\x30\x03\x82\x05a")
-    name = issue.authority_name(rsa_key.public_key()).rfc4514_string().removeprefix("CN=")
+    name = (
+        profile.authority_name(rsa_key.public_key(), authority.SERVER.title)
+        .rfc4514_string()
+        .removeprefix("CN=")
+    )
     (made / "ca.crt").write_bytes(pem(build(rsa_key, subject=name, extensions=[bad])))
     (made / "ca.key").write_bytes(pem_of_key(rsa_key))
-    with pytest.raises(CertificateError, match=r"ca\.crt: was not made here and is never replaced"):
+    with pytest.raises(CertificateError, match=r"ca\.crt: was not created here and is never replaced"):
         ensure(made)
 
 

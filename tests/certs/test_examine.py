@@ -117,15 +117,15 @@ def test_all_that_is_wrong_is_told_at_once(
     found = examine(certificate_path, key_path, NOW, host="a.example")
     whole = "\n".join(found.refused)
     for words in (
-        "others can change it (mode 0666)",
-        "others can read or change this key (mode 0644)",
-        "others can list or change it (mode 0755)",
+        "others can change this file (mode 0666)",
+        "others can read or change this file (mode 0644)",
+        "others can list or change this folder (mode 0755)",
         "too weak",
-        "is not the key of",
+        "does not belong to",
         "lacks serverAuth",
         "certificate 2 is not the issuer of certificate 1",
         "expired on",
-        "is not for a.example",
+        "is not valid for a.example",
     ):
         assert whole.count(words) == 1, words
     assert len(found.refused) == 9
@@ -151,7 +151,7 @@ def test_a_folder_that_others_can_list_is_no_place_for_one_file_with_both(
     path.write_bytes(pem(leaf(ec_key, root_key)) + pem_of_key(ec_key))
     folder.chmod(0o755)
     (reason,) = examine(path, None, NOW).refused
-    assert reason.endswith(f"run `chmod 700 {folder}`")
+    assert reason.endswith(f"run: chmod 700 {folder}")
 
 
 def test_a_weak_key_alone_is_refused(folder: Path) -> None:
@@ -179,7 +179,9 @@ def test_what_holds_nothing_is_refused(folder: Path, data: bytes) -> None:
 def test_an_extension_that_cannot_be_read_is_told_once(folder: Path, ec_key: Any, root_key: Any) -> None:
     damaged = x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, b"\x30\x03\x02")
     found = look(folder, [leaf(ec_key, root_key, damaged)], ec_key, host="a.example")
-    assert found.refused == [f"{folder}/site.crt: holds a certificate that cannot be read; get it anew"]
+    assert found.refused == [
+        f"{folder}/site.crt: contains a certificate that cannot be parsed; replace the file"
+    ]
 
 
 def test_a_name_that_cannot_be_read_is_refused_as_a_server_refuses_it(
@@ -187,7 +189,7 @@ def test_a_name_that_cannot_be_read_is_refused_as_a_server_refuses_it(
 ) -> None:
     good = der(leaf(ec_key, root_key, subject="owner of it"))
     path, key_path = write_pair(folder, pem_of(good.replace(b"owner", b"own\xffr")), ec_key)
-    refusal = f"{path}: holds a certificate that cannot be read; get it anew"
+    refusal = f"{path}: contains a certificate that cannot be parsed; replace the file"
     assert examine(path, key_path, NOW).refused == [refusal]
     with pytest.raises(CertificateError) as caught:
         load_pair(path, key_path, NOW)
@@ -228,7 +230,9 @@ def test_the_name_that_clients_use_must_be_in_it(
     found = look(folder, [leaf(ec_key, root_key)], ec_key, host=host)
     assert (found.refused == []) is good
     if not good:
-        assert found.refused[0].endswith("clients refuse it; it is for A.example, *.b.example, 192.0.2.7")
+        assert found.refused[0].endswith(
+            "clients refuse it; it is valid for A.example, *.b.example, 192.0.2.7"
+        )
 
 
 def test_names_of_others_are_shown_on_one_line_and_not_without_end(
@@ -240,12 +244,12 @@ def test_names_of_others_are_shown_on_one_line_and_not_without_end(
     )
     (refusal,) = found.refused
     assert refusal.isprintable()
-    assert r"it is for \x1b[2J\naaa" in refusal
+    assert r"it is valid for \x1b[2J\naaa" in refusal
     assert len(refusal) < 500 + len(str(folder))
 
 
 def test_a_name_that_cannot_be_is_an_error(folder: Path, ec_key: Any, root_key: Any) -> None:
-    with pytest.raises(CertificateError, match="cannot be a name"):
+    with pytest.raises(CertificateError, match="is not a valid name"):
         look(folder, [leaf(ec_key, root_key)], ec_key, host="no name")
 
 
@@ -293,8 +297,8 @@ def test_the_root_in_the_file_is_a_warning_with_its_price(
     assert found.refused == []
     size = len(root.public_bytes(serialization.Encoding.DER)) / 1024
     assert found.warnings == [
-        f"{folder}/site.crt: the root is in the file, which costs {size:.1f} KiB a connection; leave it out,"
-        " as clients that trust it have it"
+        f"{folder}/site.crt: contains the root, which adds {size:.1f} KiB to each handshake; remove it,"
+        " because clients that trust it have it"
     ]
 
 

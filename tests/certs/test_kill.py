@@ -27,8 +27,8 @@ import pytest
 from cryptography import x509
 
 from tests.certs.support import DAY, NOW, ensure, settings
-from zcproto.certs import CertificatePair, issue, keys, rotation
-from zcproto.certs.own import OwnCertificates, OwnSettings, cancel, keep, renew, rotate
+from zcproto.certs import CertificatePair, keys, managed, profile, rollover
+from zcproto.certs.managed import ManagedCertificates, ManagedSettings, cancel, renew, rotate
 
 BOTH = settings()
 ONE = settings(key_types=["ecdsa-p256"])
@@ -113,17 +113,17 @@ def pins(pairs: Iterable[CertificatePair]) -> set[str]:
 
 
 def announced_pins(folder: Path) -> set[str]:
-    announced = rotation.announced(folder)
+    announced = rollover.announced(folder)
     return set() if announced is None else set(announced.pins)
 
 
-def repaired(folder: Path, wanted: OwnSettings, now: datetime) -> OwnCertificates:
+def repaired(folder: Path, wanted: ManagedSettings, now: datetime) -> ManagedCertificates:
     """What the next start finds. It has no authority's key, so it must do with what is in the folder."""
     key, away = folder / "ca.key", folder.parent / "ca.key.away"
     if key.exists():
         key.rename(away)
     try:
-        found = keep(folder, wanted, now)
+        found = managed.ensure(folder, wanted, now)
     finally:
         if away.exists():
             away.rename(key)
@@ -132,10 +132,10 @@ def repaired(folder: Path, wanted: OwnSettings, now: datetime) -> OwnCertificate
     return found
 
 
-def check_promises(before: OwnCertificates, told: set[str], after: OwnCertificates) -> None:
+def check_promises(before: ManagedCertificates, told: set[str], after: ManagedCertificates) -> None:
     """What was announced before the stop, or could be read after it, is announced or in use: one of both."""
-    in_use, waiting = pins(after.pairs), set() if after.announced is None else set(after.announced.pins)
-    promised = told | (set() if before.announced is None else set(before.announced.pins))
+    in_use, waiting = pins(after.pairs), set() if after.next_pins is None else set(after.next_pins.pins)
+    promised = told | (set() if before.next_pins is None else set(before.next_pins.pins))
     for pin in promised:
         assert (pin in waiting) is not (pin in in_use)
     assert waiting <= promised
@@ -154,25 +154,31 @@ class Case:
 
     act: Callable[[Path, datetime], object]
     now: datetime = NOW
-    wanted: OwnSettings = ONE
+    wanted: ManagedSettings = ONE
     announced: bool = False
     """Whether the next keys are announced before it."""
     issues: bool = True
 
 
 CASES = {
-    "renewal": Case(lambda folder, now: keep(folder, ONE, now), LATE),
-    "renewal with a new key": Case(lambda folder, now: keep(folder, NOT_ANNOUNCED, now), LATE),
-    "renewal and announcement": Case(lambda folder, now: keep(folder, RENEWS_KEYS, now), LATE + 5 * DAY),
-    "use of the announced key": Case(lambda folder, now: keep(folder, ONE, now), LATE, announced=True),
+    "renewal": Case(lambda folder, now: managed.ensure(folder, ONE, now), LATE),
+    "renewal with a new key": Case(lambda folder, now: managed.ensure(folder, NOT_ANNOUNCED, now), LATE),
+    "renewal and announcement": Case(
+        lambda folder, now: managed.ensure(folder, RENEWS_KEYS, now), LATE + 5 * DAY
+    ),
+    "use of the announced key": Case(
+        lambda folder, now: managed.ensure(folder, ONE, now), LATE, announced=True
+    ),
     "use of two announced keys": Case(
-        lambda folder, now: keep(folder, BOTH, now), LATE, BOTH, announced=True
+        lambda folder, now: managed.ensure(folder, BOTH, now), LATE, BOTH, announced=True
     ),
     "announcement": Case(lambda folder, now: rotate(folder, ONE, now), issues=False),
     "another time": Case(
         lambda folder, now: rotate(folder, ONE, now, use_from=now + 30 * DAY), announced=True, issues=False
     ),
-    "a clock set back": Case(lambda folder, now: keep(folder, ONE, now), NOW - 20 * DAY, announced=True),
+    "a clock set back": Case(
+        lambda folder, now: managed.ensure(folder, ONE, now), NOW - 20 * DAY, announced=True
+    ),
     "rotation at once": Case(lambda folder, now: rotate(folder, ONE, now, at_once=True)),
     "rotation to the announced key": Case(
         lambda folder, now: rotate(folder, ONE, now, at_once=True), announced=True
@@ -187,7 +193,7 @@ def test_a_stop_at_any_step_leaves_old_or_new_and_what_was_announced(
     made: Path, tmp_path: Path, name: str
 ) -> None:
     case = CASES[name]
-    before = (rotate if case.announced else keep)(made, case.wanted, NOW)
+    before = (rotate if case.announced else managed.ensure)(made, case.wanted, NOW)
     old = [pair.leaf_sha256 for pair in before.pairs]
     seen = set()
     for machine in stops():
@@ -199,10 +205,10 @@ def test_a_stop_at_any_step_leaves_old_or_new_and_what_was_announced(
         check_promises(before, told, found)
         seen.update(new.leaf_sha256 in old for new in found.pairs)
 
-        done = keep(folder, case.wanted, case.now)
+        done = managed.ensure(folder, case.wanted, case.now)
         check_promises(before, told, done)
-        again = keep(folder, case.wanted, case.now)
-        assert (again.pairs, again.announced, again.used) == (done.pairs, done.announced, ())
+        again = managed.ensure(folder, case.wanted, case.now)
+        assert (again.pairs, again.next_pins, again.new_pins) == (done.pairs, done.next_pins, ())
         if not stopped:
             break
         shutil.rmtree(folder)
@@ -236,12 +242,12 @@ def test_a_stop_while_a_new_authority_is_made_leaves_what_clients_can_verify(
     for machine in stops():
         folder = tmp_path / str(machine.last)
         shutil.copytree(made, folder)
-        stopped = machine.run(lambda folder=folder: keep(folder, wider, NOW))
+        stopped = machine.run(lambda folder=folder: managed.ensure(folder, wider, NOW))
         found = repaired(folder, ONE, NOW)
         authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-        widened.add(issue.permits(authority, "new.example"))
-        assert all(issue.permits(authority, name) for pair in found.pairs for name in pair.names)
-        assert "new.example" in keep(folder, wider, NOW).pairs[0].names
+        widened.add(profile.permits(authority, "new.example"))
+        assert all(profile.permits(authority, name) for pair in found.pairs for name in pair.names)
+        assert "new.example" in managed.ensure(folder, wider, NOW).pairs[0].names
         if not stopped:
             break
     assert widened == {True, False}
@@ -285,7 +291,7 @@ def write_for_ever(folder: Path, now: datetime, output: int) -> None:
     """Does one thing after another to the folder, and says before each when that is."""
     acts: list[Callable[[datetime], object]] = [
         lambda now: rotate(folder, BOTH, now),
-        lambda now: keep(folder, BOTH, now),  # uses what was announced
+        lambda now: managed.ensure(folder, BOTH, now),  # uses what was announced
         lambda now: renew(folder, BOTH, now),
         lambda now: rotate(folder, BOTH, now),
         lambda now: rotate(folder, BOTH, now, at_once=True),
@@ -320,7 +326,7 @@ def main(folder: Path, seed: int, seconds: float) -> dict[str, int]:
     chance = random.Random(seed)
     pool_keys(setattr)
     deadline = time.monotonic() + seconds
-    before = keep(folder, BOTH, NOW)
+    before = managed.ensure(folder, BOTH, NOW)
     now = NOW
     report = {"kills": 0, "old": 0, "new": 0, "finished": 0}
     while report["kills"] < KILLS and time.monotonic() < deadline:
@@ -337,7 +343,7 @@ def main(folder: Path, seed: int, seconds: float) -> dict[str, int]:
         report["finished"] += len(times) - 1
         for old, new in zip(before.pairs, after.pairs, strict=True):
             report["old" if old == new else "new"] += 1
-        before = keep(folder, BOTH, now)
+        before = managed.ensure(folder, BOTH, now)
     return report
 
 

@@ -89,7 +89,7 @@ def test_a_bad_name_is_refused_and_quoted(name: str) -> None:
         check_name(name)
     message = str(caught.value)
     assert message.startswith(repr(name[:253])[:-1])
-    assert "cannot be a name in a certificate: " in message
+    assert "is not a valid name for a certificate: " in message
     assert len(message) < 3000
     assert "\n" not in message
 

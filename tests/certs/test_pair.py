@@ -192,13 +192,13 @@ def test_the_first_and_last_second_of_its_time_are_good_in_any_zone(tmp_path: Pa
 @pytest.mark.requirement("fallback")
 def test_an_expired_certificate_is_refused(tmp_path: Path, ec_key: Any) -> None:
     says = refusal(tmp_path, [build(ec_key)], ec_key, NOW + 2 * DAY)
-    assert says == f"{tmp_path}/site.crt: expired on 2026-06-02 12:30 UTC; get a new certificate"
+    assert says == f"{tmp_path}/site.crt: expired on 2026-06-02 12:30 UTC; replace the certificate"
 
 
 def test_a_certificate_of_the_future_is_refused(tmp_path: Path, ec_key: Any) -> None:
     says = refusal(tmp_path, [build(ec_key)], ec_key, NOW - 2 * DAY)
     assert says.startswith(
-        f"{tmp_path}/site.crt: is not valid before 2026-05-31 12:30 UTC; wait until then, or set"
+        f"{tmp_path}/site.crt: is not valid before 2026-05-31 12:30 UTC; wait until then, or correct"
     )
 
 
@@ -214,7 +214,7 @@ def test_a_key_of_another_certificate_is_refused(
     for key in (other_rsa_key, ec_key):
         says = refusal(tmp_path, [build(rsa_key)], key)
         assert says.startswith(
-            f"{tmp_path}/site.key: is not the key of {tmp_path}/site.crt; configure the two"
+            f"{tmp_path}/site.key: does not belong to {tmp_path}/site.crt; configure a matching"
         )
 
 
@@ -245,7 +245,7 @@ def test_an_issuer_of_the_right_name_that_did_not_sign_is_refused(
 ) -> None:
     leaf = build(ec_key, signer=other_rsa_key, issuer="authority")
     says = refusal(tmp_path, [leaf, build(rsa_key, subject="authority")], ec_key)
-    assert "certificate 2 has the name of the issuer of certificate 1 but did not sign it; get" in says
+    assert "certificate 2 has the name of the issuer of certificate 1 but did not sign it; replace" in says
 
 
 def test_names_that_differ_in_case_spaces_and_encoding_are_one(
@@ -267,7 +267,7 @@ def test_too_long_a_chain_is_refused(tmp_path: Path, ec_key: Any) -> None:
     certificate = build(ec_key)  # issued by itself
     assert load_pair(*write_pair(tmp_path, [certificate] * 10, ec_key), NOW).chain_length == 10
     says = refusal(tmp_path, [certificate] * 11, ec_key)
-    assert "holds 11 certificates; leave those that are needed, 10 at most" in says
+    assert "contains 11 certificates; keep only those that are needed, at most 10" in says
 
 
 @pytest.mark.requirement("key_size")
@@ -275,7 +275,7 @@ def test_a_short_rsa_key_is_refused(tmp_path: Path) -> None:
     key = rsa.generate_private_key(65537, 1024)
     says = refusal(tmp_path, [build(key)], key)
     assert (
-        "site.crt: the certificate is too weak: the RSA key has 1024 bits; it needs at least 2048; get"
+        "site.crt: the certificate is too weak: the RSA key has 1024 bits; it needs at least 2048; use"
         in says
     )
 
@@ -319,7 +319,7 @@ def sha1_signed(key: Any, subject: str) -> x509.Certificate:
 
 def test_a_signature_with_sha1_is_refused(tmp_path: Path, rsa_key: Any) -> None:
     says = refusal(tmp_path, [sha1_signed(rsa_key, "server")], rsa_key)
-    assert "the certificate is signed with sha1, which is not safe; get one signed with SHA-256" in says
+    assert "the certificate is signed with sha1, which is insecure; use one signed with SHA-256" in says
 
 
 def with_signature_algorithm(certificate: x509.Certificate, last_arc: int) -> bytes:
@@ -336,7 +336,7 @@ def test_weak_and_unknown_signatures_are_refused(
 ) -> None:
     leaf = build(ec_key, signer=rsa_key, issuer="authority")
     says = refusal(tmp_path, with_signature_algorithm(leaf, last_arc), ec_key)
-    assert f"the certificate is signed with {name}, which is not safe" in says
+    assert f"the certificate is signed with {name}, which is insecure" in says
     middle = build(rsa_key, subject="authority", issuer="root")
     says = refusal(tmp_path, pem(leaf) + with_signature_algorithm(middle, last_arc), ec_key)
     assert f"certificate 2 of the chain is signed with {name}" in says
@@ -345,10 +345,13 @@ def test_weak_and_unknown_signatures_are_refused(
 @pytest.mark.parametrize(
     ("extension", "says"),
     [
-        (usage(digital_signature=False), "its key usage lacks digitalSignature; get one for a TLS server"),
+        (
+            usage(digital_signature=False),
+            "its key usage lacks digitalSignature; use a certificate",
+        ),
         (
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]),
-            "its extended key usage lacks serverAuth; get",
+            "its extended key usage lacks serverAuth; use",
         ),
     ],
 )
@@ -416,7 +419,7 @@ def test_a_passphrase_for_a_key_that_is_not_encrypted_is_not_kept(tmp_path: Path
 def test_the_length_of_a_passphrase_is_bounded(tmp_path: Path, ec_key: Any, length: int) -> None:
     data = pem_of_key(ec_key, encryption=serialization.BestAvailableEncryption(b"x" * 1023))
     paths = write_pair(tmp_path, [build(ec_key)], data)
-    with pytest.raises(CertificateError, match=r"site\.key: its passphrase must have 1 to 1024 bytes"):
+    with pytest.raises(CertificateError, match=r"site\.key: the passphrase must have 1 to 1024 bytes"):
         load_pair(*paths, NOW, b"x" * length)
     assert load_pair(*paths, NOW, b"x" * 1023)
 
@@ -441,7 +444,7 @@ def test_what_is_no_key_is_refused_and_not_shown(tmp_path: Path, ec_key: Any, da
     kinds = {"the certificate": pem(certificate), "half": whole[: len(whole) // 2], "der": der(certificate)}
     data = kinds.get(data, data)
     says = refusal(tmp_path, [certificate], data)
-    assert says == f"{tmp_path}/site.key: holds no PEM key that can be read; restore it"
+    assert says == f"{tmp_path}/site.key: contains no PEM key that can be parsed; restore the file"
 
 
 @pytest.mark.requirement("fallback")
@@ -455,8 +458,12 @@ def test_what_is_no_certificate_is_refused(tmp_path: Path, ec_key: Any, data: An
     certificate_path.chmod(0o600)  # the key is in it once
     with pytest.raises(CertificateError) as caught:
         load_pair(certificate_path, key_path, NOW)
-    what = "is cut off in the middle of a PEM block" if half else "holds no PEM certificate that can be read"
-    assert str(caught.value) == f"{certificate_path}: {what}; get it anew"
+    what = (
+        "is truncated in the middle of a PEM block"
+        if half
+        else "contains no PEM certificate that can be parsed"
+    )
+    assert str(caught.value) == f"{certificate_path}: {what}; replace the file"
 
 
 def test_a_chain_that_is_being_written_is_not_taken_for_a_shorter_one(
@@ -486,13 +493,13 @@ def test_text_around_the_certificates_does_no_harm(tmp_path: Path, ec_key: Any) 
 def test_a_certificate_with_an_extension_that_cannot_be_read_is_refused(tmp_path: Path, ec_key: Any) -> None:
     bad = x509.UnrecognizedExtension(x509.ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"\x30\x03\x82\x05a")
     says = refusal(tmp_path, [build(ec_key, extensions=[bad])], ec_key)
-    assert says == f"{tmp_path}/site.crt: holds a certificate that cannot be read; get it anew"
+    assert says == f"{tmp_path}/site.crt: contains a certificate that cannot be parsed; replace the file"
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path, ec_key: Any) -> None:
     certificate_path, key_path = write_pair(tmp_path, [build(ec_key)], ec_key)
     key_path.chmod(0o640)
-    with pytest.raises(CertificateError, match=r"site\.key: others can read .* run `chmod 600 "):
+    with pytest.raises(CertificateError, match=r"site\.key: others can read .* run: chmod 600 "):
         load_pair(certificate_path, key_path, NOW)
 
 
@@ -567,7 +574,7 @@ def test_the_pin_of_an_old_version_1_certificate_is_right(rsa_key: Any) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"junk", b"\x30\x84\xff\xff\xff\xff", b"\x30\x00"])
 def test_what_is_no_certificate_has_no_pin(data: bytes) -> None:
-    with pytest.raises(CertificateError, match="no certificate in DER form"):
+    with pytest.raises(CertificateError, match="not a certificate in DER form"):
         spki_pin(data)
 
 

@@ -25,19 +25,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.certs.support import DAY, NOW, build, pem, pem_of_key
-from zcproto.certs import clients, keys, lifecycle, own, rotation
-from zcproto.certs.foreign import ForeignSite
-from zcproto.certs.maintainer import (
-    ClientTrust,
-    Maintainer,
-    MaintainerSettings,
-    NoticeKind,
-    Outcome,
-    OwnSource,
-)
-from zcproto.certs.own import OwnSettings
+from zcproto.certs import client_ca, keys, lifecycle, managed, rollover
+from zcproto.certs.checker import CertificateChecker, CheckResult, ContextSettings
+from zcproto.certs.external import ExternalSite
+from zcproto.certs.managed import ManagedSettings
+from zcproto.certs.notices import NoticeKind
 from zcproto.certs.pair import CertificatePair
+from zcproto.certs.settings import CertificateSettings, ClientTrust, ManagedSite
 from zcproto.errors import CertificateError
+from zcproto.tls.suites import SUITES
 
 LIVES = int(os.environ.get("ZCPROTO_THOUSAND_DAYS", "2"))
 DAYS = 1000
@@ -52,7 +48,7 @@ class Killed(BaseException):
 
 
 class Disk:
-    """What the maintainer sees of the disk. Outside of `active` it is the real one."""
+    """What the checker sees of the disk. Outside of `active` it is the real one."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -134,11 +130,11 @@ class Life:
 
     folder: Path
     chance: random.Random
-    settings: OwnSettings
+    settings: ManagedSettings
     has_own_clients: bool
     wall: datetime = NOW
     monotonic: float = 1.0
-    maintainer: Maintainer | None = None
+    checker: CertificateChecker | None = None
     told: set[tuple[str, datetime, int]] = field(default_factory=set)
     """Alerts of this process: what, its end, the threshold."""
     pins: dict[str, str] = field(default_factory=dict)
@@ -201,17 +197,17 @@ class Life:
         self.disk.kill_after = amount
 
     def do_renew(self, amount: int) -> None:
-        self.by_hand(own.renew)
+        self.by_hand(managed.renew)
 
     def do_rotate(self, amount: int) -> None:
-        self.by_hand(own.rotate)
+        self.by_hand(managed.rotate)
 
     def do_rotate_at_once(self, amount: int) -> None:
         self.may_be_pins = None
-        self.by_hand(lambda *arguments: own.rotate(*arguments, at_once=True))
+        self.by_hand(lambda *arguments: managed.rotate(*arguments, at_once=True))
 
     def do_cancel(self, amount: int) -> None:
-        self.by_hand(lambda directory, settings, now: own.cancel(directory))
+        self.by_hand(lambda directory, settings, now: managed.cancel(directory))
 
     def do_damage(self, amount: int) -> None:
         self.pass_time(timedelta(seconds=1))
@@ -232,7 +228,7 @@ class Life:
         self.pass_time(timedelta(seconds=1))
         self.others.finish()
 
-    def by_hand(self, command: Callable[[Path, OwnSettings, datetime], object]) -> None:
+    def by_hand(self, command: Callable[[Path, ManagedSettings, datetime], object]) -> None:
         """What the command line does, in a process of its own. It may fail."""
         self.pass_time(timedelta(seconds=1))
         if self.directory.exists():
@@ -241,7 +237,7 @@ class Life:
             self.note_announced()
 
     def note_announced(self) -> None:
-        announced = rotation.announced(self.directory)
+        announced = rollover.announced(self.directory)
         if announced is not None and self.may_be_pins is not None:
             self.may_be_pins.update(announced.pins)
 
@@ -250,7 +246,7 @@ class Life:
         self.monotonic += time.total_seconds()
 
     def end(self) -> None:
-        self.maintainer = None
+        self.checker = None
         self.given = set()
         self.told.clear()
 
@@ -260,39 +256,40 @@ class Life:
     # --- what must be true
 
     def check(self) -> None:
-        is_start = self.maintainer is None
-        maintainer = self.maintainer or self.new_maintainer()
+        is_start = self.checker is None
+        checker = self.checker or self.new_checker()
         try:
             with self.disk.active():
-                outcome = maintainer.check(self.wall, self.monotonic)
+                outcome = checker.check(self.wall, self.monotonic)
         except Killed:
             self.count("killed")
             return self.end()
         except CertificateError:
-            # Only a start may fail, and only for a reason.
-            assert is_start
+            # Only a start may fail, or a context for files that changed after they were loaded.
+            assert is_start or not checker._is_proven
             assert self.disk.failed or self.others.is_half_done
             self.count("refused")
             return None
-        self.maintainer = maintainer
-        self.check_valid(maintainer)
-        self.check_matches(maintainer, outcome)
-        self.check_alerts(maintainer, outcome)
-        self.check_pins(maintainer)
-        self.check_bounds(maintainer)
+        self.checker = checker
+        self.check_valid(checker)
+        self.check_matches(checker, outcome)
+        self.check_alerts(checker, outcome)
+        self.check_pins(checker)
+        self.check_bounds(checker)
         for notice in outcome.notices:
             self.count(notice.kind.value)
         return None
 
-    def new_maintainer(self) -> Maintainer:
-        site = ForeignSite(("site.example",), (self.others.certificate,), (self.others.key,))
-        return Maintainer(
-            MaintainerSettings(OwnSource(self.directory, self.settings), (site,), (30, 7, 1), self.trust),
+    def new_checker(self) -> CertificateChecker:
+        site = ExternalSite(("site.example",), (self.others.certificate,), (self.others.key,))
+        return CertificateChecker(
+            CertificateSettings(ManagedSite(self.directory, self.settings), (site,), (30, 7, 1), self.trust),
+            ContextSettings(("zcp/1",), SUITES, "off"),
             random=self.disk.chance.random,
             environ={},
         )
 
-    def check_valid(self, maintainer: Maintainer) -> None:
+    def check_valid(self, checker: CertificateChecker) -> None:
         """If the disk works, all that is served is valid now, whatever the clock has done.
 
         After a failure this may take the first delay, also if nothing is valid: making keys is costly.
@@ -301,55 +298,55 @@ class Life:
             self.failed_at = self.monotonic
         if self.monotonic - self.failed_at < lifecycle.FIRST_DELAY_S:
             return
-        served = maintainer.certificates.default.pairs
+        served = checker.certificates.default.pairs
         assert [one.key_type for one in served] == list(self.settings.key_types)
         for one in served:
             assert one.not_before <= self.wall <= one.not_after
 
-    def check_matches(self, maintainer: Maintainer, outcome: Outcome) -> None:
+    def check_matches(self, checker: CertificateChecker, outcome: CheckResult) -> None:
         """What is new in what is given is in its files as a pair; what was given before may be lost by now."""
         before = self.given
-        if outcome.certificates is not None:
-            self.given = set(outcome.certificates.pairs)
-        assert self.given == set(maintainer.certificates.pairs)
+        if outcome.serving is not None:
+            self.given = set(outcome.serving.certificates.pairs)
+        assert self.given == set(checker.certificates.pairs)
         for one in self.given - before:
             if one.certificate == self.others.certificate and self.others.is_half_done:
                 assert one.leaf_sha256 != fingerprint(one.certificate)
             elif not self.disk.failed:
                 assert is_in_its_files(one)
 
-    def check_alerts(self, maintainer: Maintainer, outcome: Outcome) -> None:
+    def check_alerts(self, checker: CertificateChecker, outcome: CheckResult) -> None:
         """Each threshold of each certificate is told once in the life of a process, and not left out."""
         for notice in outcome.notices:
             if notice.kind is NoticeKind.EXPIRY:
                 assert notice.not_after is not None
                 assert notice.days is not None
-                alert = (notice.what, notice.not_after, notice.days)
+                alert = (notice.path, notice.not_after, notice.days)
                 assert alert not in self.told
                 self.told.add(alert)
         told = {(what, not_after) for what, not_after, _ in self.told}
         overdue = min(29 * DAY, self.settings.lifetime / 4)
-        for one in maintainer.certificates.default.pairs:
+        for one in checker.certificates.default.pairs:
             if one.not_after - self.wall <= overdue:
                 assert (str(one.certificate), one.not_after) in told
 
-    def check_pins(self, maintainer: Maintainer) -> None:
+    def check_pins(self, checker: CertificateChecker) -> None:
         """A renewal keeps the key, unless another one was announced or asked for, or the key was lost."""
-        for one in maintainer.certificates.default.pairs:
+        for one in checker.certificates.default.pairs:
             before = self.pins.get(one.key_type)
             if before not in {None, one.pin}:
                 assert self.may_be_pins is None or one.pin in self.may_be_pins
                 self.count("rotated")
             self.pins[one.key_type] = one.pin
-        if not self.disk.failed and all(map(is_in_its_files, maintainer.certificates.default.pairs)):
+        if not self.disk.failed and all(map(is_in_its_files, checker.certificates.default.pairs)):
             self.may_be_pins = self.may_be_pins or set()  # what was lost or asked for has been made
 
-    def check_bounds(self, maintainer: Maintainer) -> None:
+    def check_bounds(self, checker: CertificateChecker) -> None:
         """Neither files nor memory grow."""
         assert len(list(self.directory.iterdir())) <= 24
         assert len(self.may_be_pins or ()) < 200
-        assert len(maintainer._alerts._told) <= 12
-        assert len(maintainer.status(self.wall)) <= 12
+        assert len(checker._alerts._reported) <= 12
+        assert len(checker.status(self.wall)) <= 12
 
 
 def write_authorities(path: Path) -> Path:
@@ -387,11 +384,11 @@ def quick_keys(monkeypatch: pytest.MonkeyPatch, rsa_key: Any, other_rsa_key: Any
         return ready[0]
 
     monkeypatch.setattr(keys, "generate", generate)
-    monkeypatch.setattr(clients, "KEY_TYPE", "ecdsa-p256")
+    monkeypatch.setattr(client_ca, "KEY_TYPE", "ecdsa-p256")
 
 
-def own_settings(**changes: Any) -> OwnSettings:
-    return OwnSettings(
+def own_settings(**changes: Any) -> ManagedSettings:
+    return ManagedSettings(
         **{
             "names": NAMES,
             "key_types": ("ecdsa-p256",),

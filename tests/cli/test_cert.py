@@ -186,11 +186,11 @@ def test_show_tells_what_would_be_refused(
 ) -> None:
     words = {
         "others": "chmod 600",
-        "garbage": "holds no PEM certificate",
-        "other key": "is not the key of",
+        "garbage": "contains no PEM certificate",
+        "other key": "does not belong to",
         "other CA": "was not issued by the own authority",
         "no CA key": "ca.key: cannot be read",
-        "other CA key": "is not the key of",
+        "other CA key": "does not belong to",
     }[what]
     if what == "others":
         (made / "server-ecdsa.key").chmod(0o644)
@@ -242,7 +242,7 @@ def test_show_has_the_sites_that_others_made(
         home, text.replace('key_passphrase_variable = "PHRASE"\n', "").replace('"localhost"', '"x.example"')
     )
     data = data_of(capsys, "show", "--json", code=2)
-    assert "is not for x.example" in data["certificates"][1]["problem"]
+    assert "is not valid for x.example" in data["certificates"][1]["problem"]
 
 
 def test_show_of_files_that_others_made(home: Path, capsys: Capture, server_pairs: ServerPairs) -> None:
@@ -469,7 +469,7 @@ def test_check_of_a_chain_counts_it_and_warns(home: Path, tmp_path: Path, ca: An
     out = capsys.readouterr().out
     assert "chain    2 certificates" in out
     assert "warning" in out
-    assert "KiB a connection" in out
+    assert "KiB to each handshake" in out
 
 
 def test_check_of_what_cannot_be_read_is_no_fault_of_the_program(
@@ -491,7 +491,7 @@ def test_check_of_what_cannot_be_read_is_no_fault_of_the_program(
         )
         path.chmod(0o644)
         assert run("check", path) == 2
-        assert "holds a certificate that cannot be read" in capsys.readouterr().out
+        assert "contains a certificate that cannot be parsed" in capsys.readouterr().out
         (data,) = data_of(capsys, "check", path, "--json", code=2)["certificates"]
         assert data["names"] == []
 
@@ -625,7 +625,7 @@ def test_rotate_is_cancelled(made: Path, capsys: Capture) -> None:
     assert run("rotate", "--cancel") == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert "is put aside as" in err
+    assert "was set aside as" in err
     assert run("rotate", "--cancel", "--now") == 2
 
 

@@ -22,8 +22,8 @@ from tests.server.helpers import TIMEOUT, ServerProcess, ServerThread, eventuall
 from zcproto.admin.snapshot import status_report, take_snapshot
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile
-from zcproto.certs import own
-from zcproto.certs.own import OwnSettings
+from zcproto.certs import managed
+from zcproto.certs.managed import ManagedSettings
 from zcproto.cli import main
 from zcproto.cli import status as status_module
 from zcproto.cli.status import duration, frame, lines_of, size, span
@@ -159,7 +159,7 @@ def test_cert_show_notes_files_that_are_not_served(running: ServerThread, capsys
     folder = running.home / "certs"
     other = running.home / "other"
     shutil.copytree(folder, other)
-    settings = OwnSettings(
+    settings = ManagedSettings(
         names=(),
         key_types=("ecdsa-p256",),
         lifetime=timedelta(days=90),
@@ -167,7 +167,7 @@ def test_cert_show_notes_files_that_are_not_served(running: ServerThread, capsys
         renew_key=False,
         announce_key=timedelta(days=1),
     )
-    own.renew(other, settings, datetime.now(UTC))
+    managed.renew(other, settings, datetime.now(UTC))
     (running.home / "config.toml").write_text(
         f'[certificates]\nkey_types = ["ecdsa-p256"]\ndirectory = "{other}"\n'
     )

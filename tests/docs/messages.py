@@ -15,7 +15,6 @@ MAKERS: Final = {"_fault", "fault", "_bad", "refuse", "_unusable", "_refusal"}
 
 RETURNERS: Final = {
     "zcproto/config/faults.py": {"unknown_key", "unknown_section", "outside_section"},
-    "zcproto/certs/pair.py": {"_mismatch"},
     "zcproto/certs/keys.py": {"_unknown_key_type"},
     "zcproto/cli/__init__.py": {"_explain"},
     "zcproto/cli/cert_report.py": {"_key_problem"},

@@ -141,5 +141,5 @@ def test_messages_of_every_kind_are_found() -> None:
         "UNAUTHENTICATED: this method needs a session; call session.open first",
         "pin_malformed: more than … pins",
         "--key-file goes with --user.",
-        "…: is not the key of …; configure the two that belong together",
+        "…: does not belong to …; configure a matching certificate and key",
     } <= found

@@ -13,7 +13,7 @@ import pytest
 
 from tests.interop.support import Programs
 from tests.server.helpers import TIMEOUT, ServerThread, client_context
-from zcproto.certs import ensure_own_certificates
+from zcproto.certs import ManagedSettings, managed
 from zcproto.config.model import CertificatesConfig
 
 NAMES = ("zcp.example.com", "192.0.2.7", "2001:db8::7")
@@ -26,14 +26,16 @@ CERTIFICATES = {"rsa-4096": "server.crt", "ecdsa-p256": "server-ecdsa.crt"}
 def make(folder: Path, key_types: Sequence[str]) -> Path:
     """A folder of own certificates with the lifetimes of the default configuration."""
     usual = CertificatesConfig()
-    ensure_own_certificates(
+    managed.ensure(
         folder,
-        names=NAMES,
-        key_types=key_types,
-        lifetime=timedelta(seconds=usual.lifetime),
-        renew_before=timedelta(seconds=usual.renew_before),
-        renew_key=usual.renew_key,
-        now=datetime.now(UTC),
+        ManagedSettings(
+            names=NAMES,
+            key_types=key_types,
+            lifetime=timedelta(seconds=usual.lifetime),
+            renew_before=timedelta(seconds=usual.renew_before),
+            renew_key=usual.renew_key,
+        ),
+        datetime.now(UTC),
     )
     return folder
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App
-from zcproto.certs import authority, ensure_own_certificates
+from zcproto.certs import ManagedSettings, authority, managed
 from zcproto.load import generator
 
 Serve = Callable[..., ServerThread]
@@ -22,14 +22,16 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "certs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(authority, "KEY_TYPE", "rsa-2048")
-        ensure_own_certificates(
+        managed.ensure(
             folder,
-            names=(),
-            key_types=("ecdsa-p256",),
-            lifetime=timedelta(days=90),
-            renew_before=timedelta(days=30),
-            renew_key=False,
-            now=datetime.now(UTC),
+            ManagedSettings(
+                names=(),
+                key_types=("ecdsa-p256",),
+                lifetime=timedelta(days=90),
+                renew_before=timedelta(days=30),
+                renew_key=False,
+            ),
+            datetime.now(UTC),
         )
     return folder
 

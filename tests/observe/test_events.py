@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.helpers import FakeClock
-from zcproto.certs.maintainer import NoticeKind
+from zcproto.certs.notices import NoticeKind
 from zcproto.config import LogConfig
 from zcproto.observe.events import EVENTS, FIELDS, Event
 from zcproto.observe.limits import WINDOW_S
@@ -31,7 +31,7 @@ HELPERS: dict[tuple[str, str], tuple[str, set[str]]] = {
 INDIRECT: dict[str, tuple[str, list[str]]] = {
     "zcproto/observe/log_batch.py": ("what its callers give `add`, which are read", []),
     "zcproto/server/protocol_methods.py": ("what the callers of `log_event` pass, which are read", []),
-    "zcproto/certs/keeper.py": (
+    "zcproto/certs/manager.py": (
         "the name is made of the kind of a notice",
         [f"certificate.{kind.value}" for kind in NoticeKind],
     ),
@@ -83,7 +83,7 @@ def places(path: str, source: str) -> Iterator[Place]:
         elif (path, called) in HELPERS:
             level, added = HELPERS[path, called]
         elif (isinstance(function, ast.Call) and _last_name(function.func) == "getattr") or (
-            called == "write" and isinstance(function, ast.Name) and path.endswith("certs/keeper.py")
+            called == "write" and isinstance(function, ast.Name) and path.endswith("certs/manager.py")
         ):
             level, added = None, set()
         else:

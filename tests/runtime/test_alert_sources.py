@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import WALL, FakeClock
 from zcproto.alerts import AlertKind, Severity
 from zcproto.alerts.service import ServerAlerts
-from zcproto.certs.maintainer import Notice, NoticeKind
+from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.config import AlertsConfig
 from zcproto.runtime.alert_sources import tell_certificate, tell_refresh_reused, tell_revoked, tell_store
 

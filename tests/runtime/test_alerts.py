@@ -15,7 +15,7 @@ import pytest
 import trustme
 
 from tests.alerts.receiver import Answer, Receiver, answer, hang
-from tests.certs.test_keeper import look
+from tests.certs.test_manager import check
 from tests.conftest import ServerPairs
 from tests.server.helpers import NO_TOKEN, TIMEOUT, AnsweredError, ServerThread, eventually
 from zcproto.admin.metrics import server_metrics
@@ -23,7 +23,7 @@ from zcproto.alerts import AlertKind
 from zcproto.alerts.service import STOP_S, ServerAlerts
 from zcproto.alerts.signature import check_signature
 from zcproto.auth import UserFile
-from zcproto.certs import keeper as keeper_module
+from zcproto.certs import checker
 from zcproto.common.secret import Secret
 from zcproto.errors import CertificateError, Code, ConfigError
 
@@ -265,16 +265,16 @@ def test_a_renewal_that_fails_is_told_and_its_end(watch: Watch, monkeypatch: pyt
 
         patched.setattr("zcproto.certs.files._stage", fail)
         server.clock.ahead_ms = 61 * 86_400_000
-        look(server)
+        check(server)
         renewal = watched.until("certificate.renewal_failed")
         assert "No space left" in renewal["title"]
         first = watched.until("certificate.expiry")
         assert (first["severity"], first["details"]["threshold_days"]) == ("warning", 30)
         server.clock.ahead_ms = 84 * 86_400_000
-        look(server)
+        check(server)
         assert watched.until("certificate.expiry", "changed")["severity"] == "error"
     server.clock.ahead_ms += 86_400_000
-    look(server)
+    check(server)
     watched.until("certificate.renewal_failed", "ended")
     assert watched.until("certificate.expiry", "ended")["about"] == first["about"]
 
@@ -290,8 +290,8 @@ def test_files_that_are_bad_are_told_until_they_are_good(
     watched = watch(
         certificates__mode="files", certificates__certificate=[str(chain)], certificates__key=[str(key)]
     )
-    origin: Any = watched.server.server.parts.certificates._maintainer._origin
-    origin._watched._settle_s = 0.0  # else half a minute is given to whoever writes them
+    origin: Any = watched.server.server.parts.certificates._checker._default
+    origin._files._settle_s = 0.0  # else half a minute is given to whoever writes them
     good = chain.read_bytes()
     chain.write_bytes(b"no certificate")
     alert = watched.until("certificate.files_bad")
@@ -304,17 +304,17 @@ def test_certificates_that_do_not_prove_themselves_are_told(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = watch(certificates__watch_interval="1h")
-    keeper = watched.server.server.parts.certificates
+    manager = watched.server.server.parts.certificates
     with monkeypatch.context() as patched:
 
         def refuse(*args: Any, **kwargs: Any) -> None:
             raise CertificateError("the handshake fails")
 
-        patched.setattr(keeper_module, "proven_sites", refuse)
-        keeper._unproven = True
-        look(watched.server)
+        patched.setattr(checker, "proven_sites", refuse)
+        manager._checker._is_proven = False
+        check(watched.server)
         assert watched.until("certificate.not_used")["title"].endswith("the handshake fails")
-    look(watched.server)
+    check(watched.server)
     watched.until("certificate.not_used", "ended")
 
 

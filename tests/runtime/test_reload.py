@@ -17,9 +17,8 @@ import pytest
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, ServerProcess, ServerThread, configuration, eventually
 from zcproto.alerts import AlertKind
-from zcproto.certs import own
-from zcproto.certs.keeper import maintainer_settings
-from zcproto.certs.maintainer import OwnSource
+from zcproto.certs import managed
+from zcproto.certs.settings import managed_site
 from zcproto.errors import Code, ConfigError
 from zcproto.observe.log import level
 from zcproto.runtime.server import Server
@@ -195,9 +194,9 @@ def test_timings_of_certificates_change_nothing_that_is_served(serve: Serve) -> 
     assert server.server.parts.certificates._interval == 0.2
     server.reload(certificates__renew_before="10d", certificates__alert_days=[5])
     assert server.in_loop(lambda: server.server.certificates[0].leaf_sha256) == leaf
-    default = maintainer_settings(server.server.config).default
-    assert isinstance(default, OwnSource)
-    own.renew(default.directory, default.settings, datetime.now(UTC), print)
+    default = managed_site(server.server.config)
+    assert default is not None
+    managed.renew(default.directory, default.settings, datetime.now(UTC), print)
     # It is watched on, by the new interval.
     server.until(lambda: server.server.certificates[0].leaf_sha256 != leaf)
 
@@ -220,9 +219,9 @@ def test_a_reload_of_other_things_does_not_look_at_certificates(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
-    maintainer = server.server.parts.certificates._maintainer
+    checker = server.server.parts.certificates._checker
     server.reload(limits__max_streams=9)
-    assert server.server.parts.certificates._maintainer is maintainer
+    assert server.server.parts.certificates._checker is checker
 
 
 def test_pins_of_clients_hold_for_the_next_handshake(serve: Serve) -> None:
@@ -303,13 +302,13 @@ def test_nothing_is_reloaded_while_a_server_drains(serve: Serve) -> None:
 
 def test_a_drain_that_begins_meanwhile_wins(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
-    looked = server.server.parts.certificates._look_by
+    checked = server.server.parts.certificates._check_with
 
-    def look_by(*arguments: Any) -> None:
+    def check_with(*arguments: Any) -> None:
         server.in_loop(lambda: setattr(server.server.state, "draining", True))
-        looked(*arguments)
+        checked(*arguments)
 
-    monkeypatch.setattr(server.server.parts.certificates, "_look_by", look_by)
+    monkeypatch.setattr(server.server.parts.certificates, "_check_with", check_with)
     settings = server.server.state.settings
     with pytest.raises(ConfigError, match="draining"):
         server.reload(limits__max_streams=3, certificates__alert_days=[3])
@@ -322,14 +321,14 @@ def test_who_asks_for_a_reload_and_goes_away_leaves_no_half_of_it(
 ) -> None:
     server = serve()
     began, go_on = threading.Event(), threading.Event()
-    looked = server.server.parts.certificates._look_by
+    checked = server.server.parts.certificates._check_with
 
-    def look_by(*arguments: Any) -> None:
+    def check_with(*arguments: Any) -> None:
         began.set()
         assert go_on.wait(30)
-        looked(*arguments)
+        checked(*arguments)
 
-    monkeypatch.setattr(server.server.parts.certificates, "_look_by", look_by)
+    monkeypatch.setattr(server.server.parts.certificates, "_check_with", check_with)
     server.settings = {"limits__max_streams": 3, "certificates__alert_days": [3]}
     asking = asyncio.run_coroutine_threadsafe(server.server.reload(), server.loop)
     assert began.wait(30)

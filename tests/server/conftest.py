@@ -10,21 +10,23 @@ import pytest
 
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App
-from zcproto.certs import ensure_own_certificates
+from zcproto.certs import ManagedSettings, managed
 
 
 @pytest.fixture(scope="session")
 def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of own certificates, to be copied."""
     folder = tmp_path_factory.mktemp("own") / "certs"
-    ensure_own_certificates(
+    managed.ensure(
         folder,
-        names=(),
-        key_types=("ecdsa-p256",),
-        lifetime=timedelta(days=90),
-        renew_before=timedelta(days=30),
-        renew_key=False,
-        now=datetime.now(UTC),
+        ManagedSettings(
+            names=(),
+            key_types=("ecdsa-p256",),
+            lifetime=timedelta(days=90),
+            renew_before=timedelta(days=30),
+            renew_key=False,
+        ),
+        datetime.now(UTC),
     )
     return folder
 

@@ -22,7 +22,7 @@ from tests.server.helpers import KEY, Client, Frame, ServerThread, eventually, i
 from zcproto.app.app import App, default_app
 from zcproto.app.context import Context
 from zcproto.auth import CallableAuthenticator, CertificateAuthenticator, CurrentUsers, UserFile
-from zcproto.certs import clients
+from zcproto.certs import client_ca
 from zcproto.certs.client_user import user_of
 from zcproto.client.blocking import BlockingClient
 from zcproto.client.connect import connect_blocking
@@ -80,7 +80,7 @@ class Gate:
             **options,
         )
         self.certs = home / "certs"
-        self.ca, self.crl = clients.ensure_client_authority(self.certs, datetime.now(UTC))
+        self.ca, self.crl = client_ca.ensure_authority(self.certs, datetime.now(UTC))
 
     def now(self) -> datetime:
         return datetime.fromtimestamp(self.server.clock.wall() / 1000, UTC)
@@ -103,7 +103,7 @@ class Gate:
         self.server.in_loop(put)
 
     def issue(self, name: str, now: datetime | None = None, **options: Any) -> Shown:
-        issued = clients.issue_client(
+        issued = client_ca.issue_client(
             self.certs, name, lifetime=90 * DAY, now=now or datetime.now(UTC), **options
         )
         assert issued.key is not None
@@ -185,7 +185,7 @@ def test_an_operator_is_one_by_the_file_of_users(gate: Gate) -> None:
 def test_a_device_that_keeps_its_key_comes_in_by_its_request(gate: Gate, tmp_path: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-    issued = clients.issue_client(
+    issued = client_ca.issue_client(
         gate.certs, "ada", lifetime=DAY, now=datetime.now(UTC), csr=request.public_bytes(PEM)
     )
     with gate.open(Shown(issued.certificate, write_key(tmp_path / "device.key", key))) as client:
@@ -208,7 +208,7 @@ def test_the_session_is_bound_to_the_key_of_the_certificate(gate: Gate, tmp_path
     def issue(key: str) -> Shown:
         builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
         csr = builder.sign(keys[key], hashes.SHA256()).public_bytes(PEM)
-        issued = clients.issue_client(
+        issued = client_ca.issue_client(
             gate.certs, "ada", lifetime=DAY, now=datetime.now(UTC), csr=csr, renew=True
         )
         path = tmp_path / f"{key}-{next(numbers)}.crt"
@@ -345,7 +345,7 @@ def test_logins_without_a_certificate_are_slowed_down_and_hold_up_nobody(tmp_pat
 def test_a_revoked_certificate_makes_no_connection(gate: Gate) -> None:
     ada, root = gate.issue("ada"), gate.issue("root")
     with gate.open(ada) as before:
-        clients.revoke_client(gate.certs, name="ada", now=datetime.now(UTC), reason="keyCompromise")
+        client_ca.revoke_client(gate.certs, name="ada", now=datetime.now(UTC), reason="keyCompromise")
         gate.believe()
         assert gate.handshake_refused(ada) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
         before.echo()  # what is connected goes on until its session is revoked
@@ -381,10 +381,10 @@ def test_with_a_signed_list_past_its_end_nobody_comes_in_by_certificate(gate: Ga
     shown = gate.issue("ada")
     long_ago = datetime.now(UTC) - 366 * DAY
     gate.crl.unlink()
-    clients.refresh_crl(gate.certs, long_ago)
+    client_ca.refresh_crl(gate.certs, long_ago)
     gate.believe()
     assert "ALERT" in gate.handshake_refused(shown)
-    clients.refresh_crl(gate.certs, datetime.now(UTC))
+    client_ca.refresh_crl(gate.certs, datetime.now(UTC))
     gate.believe()
     with gate.open(shown) as client:
         client.echo()

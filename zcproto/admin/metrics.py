@@ -19,7 +19,7 @@ from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import Snapshot, take_snapshot
 from zcproto.alerts import Severity
 from zcproto.alerts.service import SINKS
-from zcproto.certs.maintainer import NoticeKind
+from zcproto.certs.notices import NoticeKind
 from zcproto.errors import Code
 from zcproto.observe import metric_table as table
 from zcproto.observe.log import lost_lines

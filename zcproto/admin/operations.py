@@ -29,10 +29,10 @@ from zcproto.app.app import Method
 from zcproto.auth import Device, UserFile
 from zcproto.auth.directory import Devices, Users
 from zcproto.auth.users import User
-from zcproto.certs import own
-from zcproto.certs.keeper import maintainer_settings, unix_ms
+from zcproto.certs import managed
 from zcproto.certs.keys import family
-from zcproto.certs.maintainer import OwnSource
+from zcproto.certs.manager import unix_ms
+from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.errors import (
     CallError,
     CertificateError,
@@ -224,41 +224,43 @@ class Operations:
         }
 
     async def renew_certificates(self, type: str | None = None) -> dict[str, Any]:
-        families = sorted({family(key_type) for key_type in self._own_source.settings.key_types})
+        families = sorted({family(key_type) for key_type in self._managed_site.settings.key_types})
         if type is not None and type not in families:
             raise InvalidArgument(f"type must be one of certificates.key_types: {', '.join(families)}")
-        return await self._issue(own.renew, families=families if type is None else [type])
+        return await self._issue(managed.renew, families=families if type is None else [type])
 
     async def rotate_keys(self, at_once: bool = False) -> dict[str, Any]:
-        return await self._issue(own.rotate, at_once=at_once)
+        return await self._issue(managed.rotate, at_once=at_once)
 
     async def cancel_rotation(self) -> dict[str, Any]:
-        directory = self._own_source.directory
+        directory = self._managed_site.directory
         progress: list[str] = []
-        aside = await self._serve_new(lambda now: own.cancel(directory, progress.append))
+        aside = await self._serve_new(lambda now: managed.cancel(directory, progress.append))
         return {"cancelled": [str(path) for path in aside], "told": progress}
 
-    async def _issue(self, issue: Callable[..., own.OwnCertificates], **options: Any) -> dict[str, Any]:
-        source = self._own_source
+    async def _issue(
+        self, issue: Callable[..., managed.ManagedCertificates], **options: Any
+    ) -> dict[str, Any]:
+        source = self._managed_site
         progress: list[str] = []
         issued = await self._serve_new(
             lambda now: issue(source.directory, source.settings, now, progress.append, **options)
         )
-        return {**issued_report(issued), "told": progress}
+        return {**issued.report(), "told": progress}
 
     async def _serve_new(self, make: Callable[[datetime], T]) -> T:
         """Make certificates in a worker thread and start serving them before returning. `make` gets the time."""
         certificates = self._parts.certificates
         made = await asyncio.to_thread(make, certificates.now())
-        await certificates.look()
+        await certificates.check()
         return made
 
     @property
-    def _own_source(self) -> OwnSource:
-        source = maintainer_settings(self._parts.config).default
-        if not isinstance(source, OwnSource):
+    def _managed_site(self) -> ManagedSite:
+        site = managed_site(self._parts.config)
+        if site is None:
             raise FailedPrecondition('certificates.mode = "files": renew them with the tool that made them')
-        return source
+        return site
 
     # --- alerts --------------------------------------------------------------------------------------
 
@@ -304,26 +306,6 @@ def device_report(name: str, device: Device) -> dict[str, Any]:
         "user": device.user,
         "public_key": token_text(device.public_key),
         "added": _timestamp(device.added),
-    }
-
-
-def issued_report(issued: own.OwnCertificates) -> dict[str, Any]:
-    announced = issued.announced
-    return {
-        "certificates": [
-            {
-                "certificate": str(one.certificate),
-                "key_type": one.key_type,
-                "names": list(one.names),
-                "not_after": _timestamp(one.not_after),
-                "pin": one.pin,
-                "new_key": one.pin in issued.used,
-            }
-            for one in issued.pairs
-        ],
-        "next_pins": None
-        if announced is None
-        else {"pins": list(announced.pins), "use_from": _timestamp(announced.use_from)},
     }
 
 

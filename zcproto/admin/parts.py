@@ -13,8 +13,7 @@ from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts
 from zcproto.auth import Login, Throttle
 from zcproto.auth.directory import Devices, Users
-from zcproto.certs import CertificatePair
-from zcproto.certs.keeper import CertificateKeeper
+from zcproto.certs import CertificateManager, CertificatePair
 from zcproto.common.clock import Clock
 from zcproto.common.home import Home
 from zcproto.config import Config
@@ -45,7 +44,7 @@ class Parts:
     clock: Clock
     started_at: int
     alerts: ServerAlerts
-    certificates: CertificateKeeper
+    certificates: CertificateManager
     state: ServerState
     store: StoreSync | None
     throttle: Throttle
@@ -66,8 +65,8 @@ class Parts:
     @property
     def certificate_pairs(self) -> tuple[CertificatePair, ...]:
         """The certificates of the default site, which clients get that name no other one."""
-        return tuple(self.certificates.kept.certificates.default.pairs)
+        return tuple(self.certificates.serving.certificates.default.pairs)
 
     def certificate_names(self) -> list[str]:
         """Return the names of all certificates that are served."""
-        return [name for pair in self.certificates.kept.certificates.pairs for name in pair.names]
+        return [name for pair in self.certificates.serving.certificates.pairs for name in pair.names]

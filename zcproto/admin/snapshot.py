@@ -26,8 +26,10 @@ from zcproto.admin.parts import Parts
 from zcproto.admin.traffic import Rates
 from zcproto.alerts import AlertKind
 from zcproto.app.app import Method
-from zcproto.certs.keeper import unix_ms
-from zcproto.certs.maintainer import CertificateStatus, NoticeKind, Renewal
+from zcproto.certs.checker import CertificateStatus
+from zcproto.certs.manager import unix_ms
+from zcproto.certs.notices import NoticeKind
+from zcproto.certs.sources import Renewal
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.config import Config
 from zcproto.observe.histogram import Histogram

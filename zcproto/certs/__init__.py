@@ -1,32 +1,32 @@
-"""Certificates: made here, or read from files; checked before they are ever served; kept good while they are.
+"""Certificates: issued by the server or loaded from files, checked before they are served, and kept valid.
 
-    CertificatePair          a certificate with its key, checked and fit to be served
-    Site, CertificateSet     what is served for some names, and all that is served at one time
-    NextPins                 pins that are announced and not used yet
-    Maintainer               all certificates of a server, asked again and again what is to be served
-    ensure_own_certificates  the private CA and the server's certificates: made, repaired, renewed
-    load_pair                one pair from files, or an error that names the file and the cure
-    spki_pin                 the pin of a certificate's public key (RFC 7469 section 2.4)
+    CertificatePair           a certificate with its key, checked and ready to be served
+    Site, CertificateSet      what is served for some names, and everything that is served at one time
+    NextPins                  pins that are announced and not used yet
+    CertificateManager        all certificates of a running server
+    ManagedSettings, ensure   the private authority and its certificates: issued, repaired, renewed
+    load_pair                 load one pair from files
+    spki_pin                  the pin of a certificate's public key (RFC 7469 section 2.4)
 
-Reading order: names, host, keys, files, pair, certificates; issue, authority, lifecycle, rotation, own; watch,
-foreign; client_issue, client_list, client_user, clients, revoked; maintainer, examine.
-This package knows files and X.509. It knows nothing of connections.
-"""
+Reading order: names, host, keys, files, pair; lifecycle, issued, profile, authority, rollover, managed;
+client_user, client_ca, crl; notices, external, settings, sources, checker, manager; examine. This package deals
+with files and X.509, and not with connections."""
 
 from __future__ import annotations
 
-from zcproto.certs.certificates import CertificateSet, NextPins, Site
-from zcproto.certs.maintainer import Maintainer
-from zcproto.certs.own import ensure_own_certificates
-from zcproto.certs.pair import CertificatePair, load_pair, spki_pin
+from zcproto.certs.managed import ManagedSettings, ensure
+from zcproto.certs.manager import CertificateManager
+from zcproto.certs.pair import CertificatePair, CertificateSet, Site, load_pair, spki_pin
+from zcproto.certs.rollover import NextPins
 
 __all__ = [
+    "CertificateManager",
     "CertificatePair",
     "CertificateSet",
-    "Maintainer",
+    "ManagedSettings",
     "NextPins",
     "Site",
-    "ensure_own_certificates",
+    "ensure",
     "load_pair",
     "spki_pin",
 ]

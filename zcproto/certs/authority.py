@@ -1,214 +1,261 @@
-"""Decides whether there is an own certificate authority in a folder, makes it and keeps it valid.
+"""Decides whether a folder has a certificate authority, creates it and keeps its certificate valid.
+
+There are two kinds: the server authority (ca.crt, ca.key) and the client authority (client-ca.crt, client-ca.key).
 
 Rules:
-- ca.crt and ca.key are made once. A lost ca.crt is made again from ca.key, with the same name and key, so
-  that certificates issued before still verify. A lost ca.key ends the issuing, not the serving: the leaves
-  go on until they expire, and the error says what to do.
-- The certificate is renewed with the same key before a leaf could outlive it. Clients that have the old
-  file trust it until its own end.
-- It may issue only for the names known when it was made. A configured name beyond them needs a new
-  certificate for it, with the same key, and every client that holds the old one needs the new one: that is
-  told loudly. A name of the machine beyond them is not worth that; it is for the caller to leave out.
-- A certificate that was made without such constraints is renewed without them.
-- A ca.crt that was not made here is never replaced.
+- Certificate and key are created once. A lost certificate is reissued from the key with the same name, so
+  certificates issued before still verify. A lost key stops issuing but not serving: leaves remain usable until
+  they expire, and the error explains how to recover.
+- The certificate is renewed with the same key before a leaf could outlive it. Clients that have the old file trust
+  it until it expires.
+- A server authority can issue only for the names known when it was created. A configured name beyond them requires
+  a new certificate for the same key, and every client needs the new file; this is reported prominently. A host name
+  beyond them does not justify that, and the caller leaves it out. An authority created without such constraints is
+  renewed without them.
+- A certificate that was not created here is never replaced.
 
 Must not know: leaves. The caller holds the folder's lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
-from zcproto.certs import files, issue, keys, pair
+from zcproto.certs import files, keys, pair, profile
 from zcproto.errors import CertificateError
 
 KEY_TYPE = "rsa-4096"
-"""Used a few times a year, and trusted for ten: there is nothing to save here."""
+"""Key type of the server authority. It signs a few times a year and is trusted for ten: strength costs nothing."""
+
+Progress = Callable[[str], None]
+"""Receives sentences about what is being done, before slow steps. They contain no secret."""
 
 
 @dataclass(frozen=True, slots=True)
-class Authority:
-    """The own certificate authority as it is in its folder."""
+class AuthorityKind:
+    """What distinguishes the two authorities."""
 
-    certificate: x509.Certificate
-    key: rsa.RSAPrivateKey | None
-    problem: str
-    """Why there is no key, as a sentence with the cure; empty if there is one."""
-    not_renewed: str = ""
-    """Why its certificate could not be renewed although that was due; empty if it is good."""
+    stem: str
+    """Name of its files, without their suffix."""
+    title: str
+    """Start of its common name."""
+    key_family: str
+    created: str
+    """What its certificate is for."""
+    key_lost: str
+    """What is impossible without its key, and how to recover."""
+    use_another: str
+    """How to use an authority that was not created here."""
 
-    def issued(self, certificate: x509.Certificate) -> bool:
-        """Whether this authority signed `certificate`."""
-        try:
-            certificate.verify_directly_issued_by(self.certificate)
-        except (InvalidSignature, *pair.UNREADABLE):
-            return False
-        return True
+    def paths(self, directory: Path) -> tuple[Path, Path]:
+        """Return the paths of the certificate and the key."""
+        return directory / f"{self.stem}.crt", directory / f"{self.stem}.key"
+
+
+SERVER: Final = AuthorityKind(
+    stem="ca",
+    title="zcproto own CA",
+    key_family="rsa",
+    created="Clients verify the server with this file.",
+    key_lost="no certificate can be issued; restore the key, or move ca.crt and the server's certificates away to"
+    " create a new authority, which every client then has to trust",
+    use_another='set certificates.mode = "files" to use certificates of another authority',
+)
+
+CLIENT: Final = AuthorityKind(
+    stem="client-ca",
+    title="zcproto client CA",
+    key_family="ecdsa",
+    created="The server verifies clients with this file.",
+    key_lost="no client certificate can be issued or revoked; restore the key, or move all client-ca.* files away"
+    " to create a new authority, from which every client then needs a new certificate",
+    use_another="set tls.client_ca_file to accept the clients of another authority",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What an authority shall be able to issue for."""
+    """The names for which a server authority has to be able to issue."""
 
     configured: tuple[str, ...]
-    """It must be made anew if it cannot."""
+    """The authority is reissued if it does not permit them."""
     host: tuple[str, ...]
-    """They are permitted when it is made, and no reason to make it anew."""
+    """Permitted when the authority is created, but not worth reissuing it."""
 
     @property
     def all(self) -> tuple[str, ...]:
         return (*self.configured, *self.host)
 
-    def beyond(self, certificate: x509.Certificate) -> tuple[str, ...]:
-        """The names for which this authority must be made anew."""
-        if not any(issue.permits(certificate, name) for name in self.all):
-            return self.all  # or there would be nothing to issue for
-        return tuple(name for name in self.configured if not issue.permits(certificate, name))
+    def missing_from(self, certificate: x509.Certificate) -> tuple[str, ...]:
+        """Return the names that require this authority to be reissued."""
+        if not any(profile.permits(certificate, name) for name in self.all):
+            return self.all  # otherwise it could issue for no name at all
+        return tuple(name for name in self.configured if not profile.permits(certificate, name))
 
 
-def paths(directory: Path) -> tuple[Path, Path]:
-    return directory / "ca.crt", directory / "ca.key"
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """A certificate authority as found in its folder."""
+
+    certificate: x509.Certificate
+    key: keys.PrivateKey | None
+    problem: str = ""
+    """Why there is no key and how to recover; empty if there is one."""
+    not_renewed: str = ""
+    """Why its certificate could not be renewed although it was due; empty if it is up to date."""
+
+    def signing_key(self) -> keys.PrivateKey:
+        """Return the key. Raises CertificateError if it is missing."""
+        if self.key is None:
+            raise CertificateError(self.problem)
+        return self.key
+
+    def has_issued(self, certificate: x509.Certificate) -> bool:
+        """Return True if this authority signed `certificate`."""
+        return pair.is_issued_by(certificate, self.certificate)
 
 
-def load(
-    directory: Path, now: datetime, leaf_lifetime: timedelta, names: Names, progress: Callable[[str], None]
-) -> Authority | None:
-    """The authority in `directory`, repaired and renewed where that is due; None if there is none yet."""
-    certificate_path, key_path = paths(directory)
-    files.recover(certificate_path, key_path, pair.match)
-    if key_path.exists():
-        certificate = read_or_set_aside(certificate_path, progress)  # it can be made again
-    elif certificate_path.exists():
-        certificate = pair.read_certificates(certificate_path)[0]
-    else:
-        return None
-    if certificate is not None:
-        _check_made_here(certificate, certificate_path)
-    key, problem = _read_key(certificate_path, key_path, certificate)
-    if certificate is None:
+class AuthorityFolder:
+    """The files of one authority in a folder."""
+
+    def __init__(
+        self,
+        kind: AuthorityKind,
+        directory: Path,
+        now: datetime,
+        progress: Progress,
+        names: Names | None = None,
+    ) -> None:
+        """`names` are the names that a server authority has to permit; None permits all."""
+        self._kind = kind
+        self._certificate_path, self._key_path = kind.paths(directory)
+        self._now = now
+        self._progress = progress
+        self._names = names
+
+    def load(self, leaf_lifetime: timedelta = timedelta(0)) -> Authority | None:
+        """Return the authority, repaired and renewed if due; None if it does not exist.
+
+        The certificate is renewed if a leaf issued now for `leaf_lifetime` would outlive it.
+        """
+        files.recover(self._certificate_path, self._key_path, pair.match)
+        certificate = self._read_certificate()
+        if certificate is None and not self._key_path.exists():
+            return None
+        if certificate is not None:
+            self._check_created_here(certificate)
+        key, problem = self._read_key(certificate)
+        if certificate is None:
+            if key is None:
+                raise CertificateError(problem)
+            return self._renew(key, None)
         if key is None:
-            raise CertificateError(problem)
-        return _renew(directory, key, issue.permitted_for(names.all), now, progress)
-    found = Authority(certificate, key, problem)
-    beyond = names.beyond(certificate)
-    if key is not None and beyond:
-        return _widen(directory, key, certificate, names, now, progress)
-    last_use = certificate.not_valid_after_utc - leaf_lifetime  # or the leaf would outlive its authority
-    if key is None or certificate.not_valid_before_utc <= now <= last_use:
-        return found
-    try:
-        return _renew(directory, key, _permitted(certificate, names), now, progress)
-    except CertificateError as error:
-        if now > certificate.not_valid_after_utc:
-            raise
-        not_renewed = f"{certificate_path} could not be renewed: {error}. The old one is kept."
-        progress(not_renewed)
-        return replace(found, not_renewed=not_renewed)
+            return Authority(certificate, None, problem)
+        missing = () if self._names is None else self._names.missing_from(certificate)
+        if missing:
+            return self._extend(key, certificate, missing)
+        if certificate.not_valid_before_utc <= self._now <= certificate.not_valid_after_utc - leaf_lifetime:
+            return Authority(certificate, key)
+        try:
+            return self._renew(key, certificate)
+        except CertificateError as error:
+            if self._now > certificate.not_valid_after_utc:
+                raise
+            not_renewed = f"{self._certificate_path} could not be renewed: {error}. The old one is kept."
+            self._progress(not_renewed)
+            return Authority(certificate, key, not_renewed=not_renewed)
 
+    def create(self, key: keys.PrivateKey) -> Authority:
+        """Create the authority with this key."""
+        certificate = self._issue(key, None, keys.key_pem(key))
+        self._progress(f"Created the certificate authority {self._certificate_path}. {self._kind.created}")
+        return Authority(certificate, key)
 
-def make(
-    directory: Path, key: keys.PrivateKey, names: Names, now: datetime, progress: Callable[[str], None]
-) -> Authority:
-    """A new authority in `directory`."""
-    assert isinstance(key, rsa.RSAPrivateKey)
-    certificate_path, key_path = paths(directory)
-    certificate = issue.authority_certificate(key, now, issue.permitted_for(names.all))
-    files.install(certificate_path, pem(certificate), key_path, keys.key_pem(key))
-    progress(f"Made the certificate authority {certificate_path}. Clients trust the server by this file.")
-    return Authority(certificate, key, "")
+    def _read_certificate(self) -> x509.Certificate | None:
+        if self._key_path.exists():
+            return read_or_set_aside(self._certificate_path, self._progress)  # it can be reissued
+        if self._certificate_path.exists():
+            return pair.read_certificates(self._certificate_path)[0]
+        return None
+
+    def _read_key(self, certificate: x509.Certificate | None) -> tuple[keys.PrivateKey | None, str]:
+        """Return the authority's key, or None and the reason."""
+        path, family = self._key_path, self._kind.key_family
+        if not path.exists():
+            return None, f"{path}: does not exist, so {self._kind.key_lost}"
+        try:
+            key = pair.read_private_key(path)
+        except files.DamagedFileError as error:
+            return None, f"{error}; {self._kind.key_lost}"
+        problem = keys.weakness(key)
+        if problem is None and keys.family(keys.key_type_of(key)) != family:
+            problem = f"the key is {keys.key_type_of(key)} instead of {family}"
+        if problem is None and certificate is not None and not keys.belongs(key, certificate.public_key()):
+            problem = f"does not belong to {self._certificate_path}"
+        return (key, "") if problem is None else (None, f"{path}: {problem}; {self._kind.key_lost}")
+
+    def _check_created_here(self, certificate: x509.Certificate) -> None:
+        try:
+            name = profile.authority_name(certificate.public_key(), self._kind.title)
+            created_here = certificate.subject == certificate.issuer == name
+            profile.permitted_names(certificate)  # fails if the extensions cannot be parsed
+        except pair.UNREADABLE:
+            created_here = False
+        if not created_here:
+            raise CertificateError(
+                f"{self._certificate_path}: was not created here and is never replaced; move it away with its key,"
+                f" or {self._kind.use_another}"
+            )
+
+    def _extend(self, key: keys.PrivateKey, old: x509.Certificate, missing: tuple[str, ...]) -> Authority:
+        extended = self._renew(key, old)
+        self._progress(
+            f"ATTENTION: {self._certificate_path} was reissued because the old one is not valid for"
+            f" {', '.join(missing)}. Clients that have the old file refuse this server from now on: give them the"
+            " new one."
+        )
+        return extended
+
+    def _renew(self, key: keys.PrivateKey, old: x509.Certificate | None) -> Authority:
+        certificate = self._issue(key, old, None)
+        self._progress(
+            f"Renewed {self._certificate_path} with its key, until {certificate.not_valid_after_utc:%Y-%m-%d}."
+        )
+        return Authority(certificate, key)
+
+    def _issue(
+        self, key: keys.PrivateKey, old: x509.Certificate | None, new_key_pem: bytes | None
+    ) -> x509.Certificate:
+        certificate = profile.authority_certificate(key, self._kind.title, self._now, self._permitted(old))
+        files.install(self._certificate_path, pem(certificate), self._key_path, new_key_pem)
+        return certificate
+
+    def _permitted(self, old: x509.Certificate | None) -> tuple[str, ...] | None:
+        """Return the names to permit: those required now, then those of the old certificate if there is room."""
+        if self._names is None:
+            return None
+        permitted = () if old is None else profile.permitted_names(old)
+        return None if permitted is None else profile.permitted_for((*self._names.all, *permitted))
 
 
 def pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def read_or_set_aside(path: Path, progress: Callable[[str], None]) -> x509.Certificate | None:
-    """The first certificate in the file; None if there is no file, or a damaged one, which is put aside."""
+def read_or_set_aside(path: Path, progress: Progress) -> x509.Certificate | None:
+    """Return the first certificate in the file. Return None if the file is missing or damaged; the latter is set
+    aside."""
     if not path.exists():
         return None
     try:
         return pair.read_certificates(path)[0]
     except files.DamagedFileError as error:
-        progress(f"{error}. It is put aside as {files.set_aside(path)}.")
+        progress(f"{error}. It was set aside as {files.set_aside(path)}.")
         return None
-
-
-def _permitted(old: x509.Certificate, names: Names) -> tuple[str, ...] | None:
-    """What a new certificate permits: what is wanted now, and what the old one did if there is room."""
-    permitted = issue.permitted_names(old)
-    return None if permitted is None else issue.permitted_for((*names.all, *permitted))
-
-
-def _widen(
-    directory: Path,
-    key: rsa.RSAPrivateKey,
-    old: x509.Certificate,
-    names: Names,
-    now: datetime,
-    progress: Callable[[str], None],
-) -> Authority:
-    widened = _renew(directory, key, _permitted(old, names), now, progress)
-    progress(
-        f"ATTENTION: {paths(directory)[0]} had to be made anew, as the old one is not good for"
-        f" {', '.join(names.beyond(old))}. Clients that hold the old file refuse this server from now on:"
-        " give them the new one."
-    )
-    return widened
-
-
-def _renew(
-    directory: Path,
-    key: rsa.RSAPrivateKey,
-    permitted: Sequence[str] | None,
-    now: datetime,
-    progress: Callable[[str], None],
-) -> Authority:
-    certificate_path, key_path = paths(directory)
-    certificate = issue.authority_certificate(key, now, permitted)
-    files.install(certificate_path, pem(certificate), key_path, None)
-    progress(f"Renewed {certificate_path} with its key, until {certificate.not_valid_after_utc:%Y-%m-%d}.")
-    return Authority(certificate, key, "")
-
-
-def _read_key(
-    certificate_path: Path, key_path: Path, certificate: x509.Certificate | None
-) -> tuple[rsa.RSAPrivateKey | None, str]:
-    """The authority's key, or why it cannot be used."""
-    cure = (
-        f"; put the right one back, or move {certificate_path.name} and the server's certificates away"
-        " to have a new authority made, which clients then have to trust"
-    )
-    if not key_path.exists():
-        return None, f"{key_path}: does not exist, so no certificate can be issued{cure}"
-    try:
-        key = pair.read_private_key(key_path)
-    except files.DamagedFileError as error:
-        return None, f"{error}{cure}"
-    if not isinstance(key, rsa.RSAPrivateKey) or keys.weakness(key) is not None:
-        return None, f"{key_path}: is no RSA key of at least {keys.MIN_RSA_BITS} bits{cure}"
-    if certificate is not None and not keys.belongs(key, certificate.public_key()):
-        return None, f"{key_path}: is not the key of {certificate_path}{cure}"
-    return key, ""
-
-
-def _check_made_here(certificate: x509.Certificate, path: Path) -> None:
-    try:
-        public_key = certificate.public_key()
-        named = certificate.subject == certificate.issuer
-        made_here = named and certificate.subject == issue.authority_name(public_key)
-        issue.permitted_names(certificate)  # fails if the extensions cannot be read
-    except pair.UNREADABLE:
-        made_here = False
-    if not made_here:
-        raise CertificateError(
-            f"{path}: was not made here and is never replaced; move it away with its key,"
-            ' or set certificates.mode = "files" to use certificates of another authority'
-        )

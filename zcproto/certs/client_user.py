@@ -1,17 +1,16 @@
 """Decides which user a client certificate names.
 
 Rules:
-- The certificate names its user by exactly one entry of one kind in its SubjectAltName: `dns`, `email` or
-  `uri`, as configured. Entries of other kinds are not looked at; with no entry of the kind, or two, it names
-  nobody.
+- The certificate names its user by exactly one SubjectAltName entry of the configured kind: `dns`, `email` or
+  `uri`. Entries of other kinds are ignored. A certificate with no entry of the kind, or with two, names no user.
 - Entries that RFC 5280 section 7 compares as equal name the same user:
   `dns`    a DNS name, in lower case; no wildcard, no address
-  `email`  local@domain: the local part as it stands, the domain in lower case; no quoted local part
-  `uri`    as it stands, and only if it is in its one form: `scheme://host/path` or `urn:nid:nss`, scheme and
-           host in lower case, no port, no percent sign, no empty segment and none of dots
-- Names are of printable ASCII and have at most 128 characters, so each could be in the file of users.
+  `email`  local@domain: the local part unchanged, the domain in lower case; no quoted local part
+  `uri`    unchanged, and only in normal form: `scheme://host/path` or `urn:nid:nss`, scheme and host in lower case,
+           no port, no percent sign, no empty or dot segment
+- Names are printable ASCII of at most 128 characters, so each is valid in the users file.
 
-Must not know: the file of users, who issued the certificate: TLS has verified it.
+Must not know: the users file, who issued the certificate (TLS has verified it).
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from zcproto.errors import CertificateError
 USER_KINDS: Final = ("dns", "email", "uri")
 
 MAX_USER: Final = 128
-"""Longest name of a user, in characters: what the file of users takes."""
+"""Longest user name in characters; the limit of the users file."""
 
 MAX_CERTIFICATE_BYTES: Final = 1 << 16
-"""A certificate takes about a kilobyte; anything near this is meant to keep a server busy."""
+"""A certificate has about a kilobyte; one near this limit is meant to exhaust the server."""
 
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _LAST_LABEL = rf"(?![0-9]+(?![a-z0-9-])|0x[0-9a-f]*(?![a-z0-9-])){_LABEL}"  # not the end of an IPv4 address
@@ -47,12 +46,13 @@ _URI: Final = re.compile(
 
 
 def user_of(certificate_der: bytes, kind: str, now: datetime | None = None) -> str:
-    """The user whom a certificate names by its one entry of `kind`.
+    """Return the user named by the one entry of `kind` in a certificate.
 
-    TLS checks the dates when the client connects. With `now`, an aware time, the end is checked once more: a
+    TLS checks the dates when the client connects. With `now`, an aware time, expiry is checked again, because a
     connection can outlive the certificate.
-    Raises CertificateError that says why it names nobody. It quotes nothing of the certificate, which is
-    somebody else's.
+
+    Raises CertificateError with the reason if it names no user. The message quotes nothing from the certificate,
+    which comes from the peer.
     """
     entry_type, normal = _KINDS[kind]
     values, not_after = _read(certificate_der, entry_type)
@@ -66,18 +66,18 @@ def user_of(certificate_der: bytes, kind: str, now: datetime | None = None) -> s
     user = normal(values[0]) if 0 < len(values[0]) <= MAX_USER else None
     if user is None:
         raise CertificateError(
-            f"the SubjectAltName entry of kind {kind} in the client's certificate cannot be a user's name"
+            f"the SubjectAltName entry of kind {kind} in the client's certificate is not a valid user name"
         )
     return user
 
 
 def is_dns_user(name: str) -> bool:
-    """Whether a certificate can name this user by a DNS name: in the one form, not too long."""
+    """Return True if a certificate can name this user by a DNS name: in normal form and not too long."""
     return len(name) <= MAX_USER and _DNS_NAME.fullmatch(name) is not None
 
 
 def _read(certificate_der: bytes, entry_type: _EntryType) -> tuple[list[str], datetime]:
-    """The entries of one kind, and when the certificate ends."""
+    """Return the entries of one kind, and when the certificate expires."""
     if len(certificate_der) > MAX_CERTIFICATE_BYTES:
         raise CertificateError(f"the client's certificate is larger than {MAX_CERTIFICATE_BYTES} bytes")
     try:
@@ -91,11 +91,11 @@ def _read(certificate_der: bytes, entry_type: _EntryType) -> tuple[list[str], da
         values = [entry.value for entry in names if isinstance(entry, entry_type)]
         return values, certificate.not_valid_after_utc
     except UNREADABLE as error:
-        raise CertificateError("the client's certificate cannot be read") from error
+        raise CertificateError("the client's certificate cannot be parsed") from error
 
 
 def _dns_user(value: str) -> str | None:
-    # The codes of `k` and of the Kelvin sign fold to one letter: ASCII comes first.
+    # Check for ASCII before lowering the case: the Kelvin sign lowers to `k`.
     name = value.lower() if value.isascii() else ""
     return name if is_dns_user(name) else None
 

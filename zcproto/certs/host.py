@@ -1,9 +1,9 @@
-"""Decides which names and addresses this machine has, without asking the network.
+"""Decides which names and addresses this machine has, without network requests.
 
-Rules: localhost and the loopback addresses are always there. Nothing here may wait: no resolver
-(`getfqdn` and `getaddrinfo` can hang for a minute on a broken one), only what the kernel knows.
-Link-local addresses are left out: they need a scope, and a certificate has none. What cannot stand in a
-certificate is left out too; nobody asked for it.
+Rules: localhost and the loopback addresses are always included. Nothing here may block: no resolver is used
+(`getfqdn` and `getaddrinfo` can hang for a minute on a broken one), only the kernel. Link-local addresses are left
+out because they need a scope, which a certificate cannot express. Names that are invalid in a certificate are left
+out too, because the operator did not ask for them.
 
 Must not know: certificates, configuration.
 """
@@ -29,7 +29,7 @@ _SOCKADDR_IN6 = 28
 
 
 class _Interface(ctypes.Structure):
-    """The head of `struct ifaddrs`, which is the same on Linux, macOS and the BSDs."""
+    """The first fields of `struct ifaddrs`, the same on Linux, macOS and the BSDs."""
 
 
 _Interface._fields_ = [
@@ -41,7 +41,7 @@ _Interface._fields_ = [
 
 
 def found_names() -> tuple[str, ...]:
-    """localhost, the host's names, the loopback addresses and the addresses of its interfaces."""
+    """Return localhost, the host's names, the loopback addresses and the addresses of its interfaces."""
     hostname = socket.gethostname()
     candidates = ["localhost", hostname, hostname.partition(".")[0], *LOOPBACK]
     candidates += [str(address) for address in interface_addresses() if not address.is_link_local]
@@ -50,17 +50,17 @@ def found_names() -> tuple[str, ...]:
         try:
             names[check_name(candidate)] = None
         except CertificateError:
-            continue  # a host may be called `my_host`; it is no reason not to start
+            continue  # a host may be called `my_host`, which must not prevent a start
     return tuple(names)
 
 
 def interface_addresses() -> list[IPv4Address | IPv6Address]:
-    """The addresses of this machine's interfaces; empty where the C library cannot tell."""
+    """Return the addresses of this machine's interfaces; none if the C library has no such function."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         getifaddrs, freeifaddrs = libc.getifaddrs, libc.freeifaddrs
     except (AttributeError, OSError, TypeError):
-        return []  # no such function on this system; the loopback and the configured names remain
+        return []  # the loopback addresses and the configured names remain
     head = ctypes.POINTER(_Interface)()
     if getifaddrs(ctypes.byref(head)) != 0:
         return []
@@ -84,7 +84,7 @@ def _walk(head: ctypes._Pointer[_Interface]) -> Iterator[IPv4Address | IPv6Addre
 
 
 def _family(start: bytes, platform: str) -> int:
-    """The family in the first two bytes of a sockaddr. The BSDs have a length byte, then one byte of it."""
+    """Return the family in the first two bytes of a sockaddr. On the BSDs the first byte is a length."""
     if platform == "linux":
         return int.from_bytes(start, sys.byteorder)
     return start[1]

@@ -1,8 +1,8 @@
-"""Decides which names a certificate may carry, and how each is written.
+"""Decides which names a certificate may contain, and how each is written.
 
-Rules: a name is a DNS name of letters, digits and hyphens (RFC 5890 section 2.3.1; `*` as a whole first
-label), or an IPv4 or IPv6 address. One form for each: DNS names in lower case with A-labels and no dot at
-the end, addresses in their shortest form. At most 100 names: each costs bytes in every handshake.
+Rules: a name is a DNS name of letters, digits and hyphens (RFC 5890 section 2.3.1; `*` as the whole first label),
+or an IPv4 or IPv6 address. Each has one normal form: DNS names in lower case with A-labels and no trailing dot,
+addresses in their shortest form. At most 100 names are allowed, because each adds bytes to every handshake.
 
 Must not know: files, keys, where the names come from.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from cryptography import x509
@@ -24,13 +25,13 @@ MAX_DNS_NAME = 253
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-_WILDCARD_LABELS = 3  # `*.com` would be a name for a whole registry; clients refuse it anyway
+_WILDCARD_LABELS = 3  # `*.com` would cover a whole registry; clients refuse it anyway
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The names in their one form, in the order given, each once.
+    """Return the names in normal form, in the given order, without duplicates.
 
-    Raises CertificateError that quotes the first name that cannot stand in a certificate.
+    Raises CertificateError, which quotes the first invalid name.
     """
     checked: dict[str, None] = {}
     for name in names:
@@ -41,19 +42,19 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_name(name: str) -> str:
-    """One name in its one form, or CertificateError."""
+    """Return one name in normal form. Raises CertificateError if it is invalid."""
     address = _address(name)
     if address is None:
         return _dns_name(name)
     if address.is_unspecified or address.is_multicast:
-        raise _bad(name, "no server can be reached at this address; give the one that clients connect to")
+        raise _bad(name, "no server is reachable at this address; use the address that clients connect to")
     if isinstance(address, IPv6Address) and address.scope_id is not None:
-        raise _bad(name, "an address in a certificate has no scope; leave out the part from `%` on")
+        raise _bad(name, "an address in a certificate has no scope; remove the part from `%` on")
     return str(address)
 
 
 def general_names(names: Iterable[str]) -> list[x509.GeneralName]:
-    """Checked names as entries of a SubjectAltName: addresses as iPAddress, the rest as dNSName."""
+    """Return checked names as SubjectAltName entries: addresses as iPAddress, the rest as dNSName."""
     entries: list[x509.GeneralName] = []
     for name in names:
         address = _address(name)
@@ -61,6 +62,23 @@ def general_names(names: Iterable[str]) -> list[x509.GeneralName]:
     return entries
 
 
+def is_address(name: str) -> bool:
+    """Return True if the name is an IP address."""
+    return _address(name) is not None
+
+
+def covers(entry: str, name: str) -> bool:
+    """Return True if a SubjectAltName entry is valid for `name`: a wildcard stands for exactly one first label.
+
+    Only the same wildcard covers a wildcard name (RFC 9525 section 6.3).
+    """
+    entry = entry.lower()
+    if entry == name:
+        return True
+    return entry.startswith("*.") and not name.startswith("*.") and name.partition(".")[2] == entry[2:]
+
+
+@lru_cache(maxsize=256)
 def _address(name: str) -> IPv4Address | IPv6Address | None:
     try:
         return ip_address(name)
@@ -69,7 +87,7 @@ def _address(name: str) -> IPv4Address | IPv6Address | None:
 
 
 def _dns_name(name: str) -> str:
-    # The length comes first: the codec below is slow on long input.
+    # Check the length first: the codec below is slow on long input.
     if not 1 <= len(name) <= MAX_DNS_NAME + 1:
         raise _bad(name, f"a DNS name has 1 to {MAX_DNS_NAME} characters")
     ascii_name = name.lower() if name.isascii() else _a_labels(name)
@@ -84,20 +102,20 @@ def _dns_name(name: str) -> str:
     if not all(_LABEL.fullmatch(label) for label in labels):
         raise _bad(
             name,
-            "a label is 1 to 63 letters, digits and hyphens, with no hyphen at either end;"
-            " `*` stands alone as the first label",
+            "a label has 1 to 63 letters, digits and hyphens, without a hyphen at either end;"
+            " `*` is allowed only as the whole first label",
         )
     if _NUMBER.fullmatch(labels[-1]):
         # Clients read a name that ends in a number as an IPv4 address (RFC 1123 section 2.1).
-        raise _bad(name, "it ends in a number but is no IPv4 address")
+        raise _bad(name, "it ends in a number but is not an IPv4 address")
     return ascii_name
 
 
 def _a_labels(name: str) -> str:
-    """The ASCII form of an internationalized name.
+    """Return the ASCII form of an internationalized name.
 
-    The standard library knows IDNA 2003 only. Where that maps a character to another one (a sharp s to
-    ss), IDNA 2008 has a different answer; such a name is refused, the operator writes its A-label.
+    The standard library implements only IDNA 2003. If that maps a character to another one (a sharp s to ss),
+    IDNA 2008 gives a different result. Such a name is refused, and the operator has to write its A-label.
     """
     try:
         ascii_name = name.encode("idna").decode("ascii")
@@ -105,10 +123,10 @@ def _a_labels(name: str) -> str:
     except UnicodeError:
         raise _bad(name, "it has no ASCII form; write it with its xn-- labels") from None
     if back != unicodedata.normalize("NFC", name.lower()):
-        raise _bad(name, "its ASCII form is not the same everywhere; write it with its xn-- labels")
+        raise _bad(name, "its ASCII form depends on the IDNA version; write it with its xn-- labels")
     return ascii_name.lower()
 
 
 def _bad(name: str, why: str) -> CertificateError:
     shown = name if len(name) <= MAX_DNS_NAME else name[:MAX_DNS_NAME] + "..."
-    return CertificateError(f"{shown!r} cannot be a name in a certificate: {why}")
+    return CertificateError(f"{shown!r} is not a valid name for a certificate: {why}")

@@ -1,16 +1,16 @@
-"""Decides whether a certificate and a key may be served, and says what is in them.
+"""Decides whether a certificate and a key can be served, and describes what is in them.
 
 Rules:
-- The first certificate of the file is the leaf, those after it are its chain: each issued the one before it.
-- Keys may be PKCS#8 or of the older forms, and encrypted if the passphrase is at hand.
-- Refused are: what others than the owner can read or change, what is expired or not yet valid, a key that is
-  not the certificate's, weak keys and signatures, a certificate for another purpose, a chain out of order,
-  what is cut off or cannot be parsed.
-- Each file is read once, so what was checked is one state of it. A file may change before TLS reads it again:
-  `leaf_sha256` tells whether that was the same certificate.
+- The first certificate of the file is the leaf. Those after it are its chain: each issued the one before it.
+- Keys may be PKCS#8 or of the older forms, and encrypted if the passphrase is configured.
+- Refused are: files that others can read or change, expired and not yet valid certificates, a key that does not
+  belong to the certificate, weak keys and signatures, a certificate for another purpose, a chain out of order,
+  truncated and unparsable files.
+- Each file is read once, so all checks apply to one state of it. A file may change before TLS reads it again:
+  `leaf_sha256` shows whether it was the same certificate.
 
-Must not know: who made the certificate, when it should be renewed, where a passphrase comes from, TLS
-contexts. A passphrase is in no message and in no repr.
+Must not know: who issued the certificate, when to renew it, where a passphrase comes from, TLS contexts. No message
+and no repr contains a passphrase.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -36,10 +38,10 @@ from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
 
 MAX_PASSPHRASE_BYTES = 1024
-"""What OpenSSL takes from a callback for a passphrase (PEM_BUFSIZE)."""
+"""What OpenSSL accepts from a passphrase callback (PEM_BUFSIZE)."""
 
 MAX_CHAIN = 10
-"""Certificates in one file. Each costs a kilobyte in every handshake; public chains have two to four."""
+"""Certificates in one file. Each adds a kilobyte to every handshake; public chains have two to four."""
 
 UNREADABLE = (
     ValueError,
@@ -49,7 +51,7 @@ UNREADABLE = (
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
-"""What cryptography raises when it meets an encoding, extension or algorithm that it cannot read."""
+"""What cryptography raises for an encoding, extension or algorithm that it cannot parse."""
 
 _MAX_ISSUER = 200
 _PEM_BEGIN = b"-----BEGIN "
@@ -64,9 +66,9 @@ class CertificatePair:
     """A certificate and its key, checked at the time they were loaded."""
 
     certificate: Path
-    """PEM: the leaf, then its chain. Certificates made here never bring the root: clients have it."""
+    """PEM: the leaf, then its chain. Managed certificates never include the root, which clients have."""
     key: Path
-    """PEM, its owner's alone."""
+    """PEM, readable only by its owner."""
     key_type: str
     """`rsa-BITS`, `ecdsa-p256`, `ecdsa-p384` or `ecdsa-p521`."""
     names: tuple[str, ...]
@@ -79,42 +81,65 @@ class CertificatePair:
     pin: str
     """The pin of the leaf's public key, as `spki_pin` gives it."""
     issuer: str
-    """Who issued the leaf, as RFC 4514 writes names, at most 200 characters."""
+    """Issuer of the leaf in the format of RFC 4514, at most 200 characters."""
     serial: str
     """The leaf's serial number in hexadecimal."""
     chain_length: int
-    """How many certificates are in the file, with the leaf."""
+    """Number of certificates in the file, including the leaf."""
     passphrase: bytes | None = field(default=None, repr=False)
-    """What decrypts the key; None if it is not encrypted."""
+    """Decrypts the key; None if it is not encrypted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What is served for some names."""
+
+    names: tuple[str, ...]
+    """Exact (`a.example`) or wildcard (`*.example`), in lower case; empty for the default site."""
+    pairs: tuple[CertificatePair, ...]
+    """At least one, and at most one of each key family."""
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateSet:
+    """Everything that is served at one time."""
+
+    sites: tuple[Site, ...]
+    """The first is the default, for clients that request no name or a name that no other site has."""
+
+    def __post_init__(self) -> None:
+        assert self.sites, "a set of certificates has a default site"
+
+    @property
+    def default(self) -> Site:
+        return self.sites[0]
+
+    @property
+    def pairs(self) -> tuple[CertificatePair, ...]:
+        """The pairs of every site."""
+        return tuple(pair for site in self.sites for pair in site.pairs)
 
 
 def load_pair(
     certificate: Path, key: Path, now: datetime, passphrase: bytes | None = None
 ) -> CertificatePair:
-    """The pair in these two files (which may be one), fit to be served at `now`, an aware time.
+    """Return the pair in these two files (or one), valid to be served at `now`, an aware time.
 
-    `passphrase` is for a key that is encrypted; another one is taken without it. Raises CertificateError,
-    which names the file, what is wrong and what to do.
+    `passphrase` decrypts the key if it is encrypted. Raises CertificateError, which names the file, the problem and
+    the remedy.
     """
-    one_file = certificate == key  # then certificate and key are of one state of it
+    moment = utc(now)
+    one_file = certificate == key  # then both are parsed from the same bytes
     certificate_data = files.read_key_file(key) if one_file else files.read_certificate_file(certificate)
-    chain = _parse_certificates(certificate_data, certificate)
+    chain = parse_certificates(certificate_data, certificate)
     key_data = certificate_data if one_file else files.read_key_file(key)
-    private_key, used_passphrase = _decrypt_key(key_data, key, passphrase)
+    private_key, used_passphrase = decrypt_key(key_data, key, passphrase)
     leaf = chain[0]
-    try:
-        _check_strength(chain, certificate)
-        if not belongs(private_key, leaf.public_key()):
-            raise CertificateError(_mismatch(chain, certificate, private_key, key))
-        _check_purpose(leaf, certificate)
-        _check_order(chain, certificate)
+    with parsing(certificate):
+        for check in checks(chain, certificate, moment, private_key, key):
+            check()
         names = names_of(leaf)
         issuer = escape_text(leaf.issuer.rfc4514_string(), _MAX_ISSUER)
-    except UNREADABLE as error:
-        raise DamagedFileError(
-            f"{certificate}: holds a certificate that cannot be read; get it anew"
-        ) from error
-    _check_validity(leaf, certificate, now)
     der = leaf.public_bytes(serialization.Encoding.DER)
     return CertificatePair(
         certificate=certificate,
@@ -132,24 +157,54 @@ def load_pair(
     )
 
 
-def spki_pin(certificate_der: bytes) -> str:
-    """`sha256/` and the Base64 of the SHA-256 of the certificate's SubjectPublicKeyInfo (RFC 7469 2.4).
+def checks(
+    chain: Sequence[x509.Certificate],
+    path: Path,
+    now: datetime,
+    key: PrivateKey | None = None,
+    key_path: Path | None = None,
+) -> Iterator[Callable[[], None]]:
+    """Yield the checks that a pair has to pass. Each raises CertificateError, or one of UNREADABLE, if it fails."""
+    leaf = chain[0]
+    yield lambda: _check_strength(chain, path)
+    if key is not None and key_path is not None:
+        yield lambda: _check_key(chain, path, key, key_path)
+    yield lambda: _check_purpose(leaf, path)
+    yield lambda: _check_order(chain, path)
+    yield lambda: _check_validity(leaf, path, now)
 
-    Raises CertificateError if these bytes are no certificate.
+
+def spki_pin(certificate_der: bytes) -> str:
+    """Return the pin of a certificate's public key: `sha256/` and the Base64 of the SHA-256 of its
+    SubjectPublicKeyInfo (RFC 7469 section 2.4).
+
+    Raises CertificateError if these bytes are not a certificate.
     """
     try:
         certificate = x509.load_der_x509_certificate(certificate_der)
     except UNREADABLE as error:
-        raise CertificateError("these bytes are no certificate in DER form") from error
-    digest = hashlib.sha256(_subject_public_key_info(certificate.tbs_certificate_bytes)).digest()
-    return "sha256/" + base64.b64encode(digest).decode("ascii")
+        raise CertificateError("these bytes are not a certificate in DER form") from error
+    return _pin(_subject_public_key_info(certificate.tbs_certificate_bytes))
+
+
+def key_pin(key: PrivateKey) -> str:
+    """Return the pin that a certificate for this key will have."""
+    return _pin(
+        key.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+
+
+def _pin(public_key_info: bytes) -> str:
+    return "sha256/" + base64.b64encode(hashlib.sha256(public_key_info).digest()).decode("ascii")
 
 
 def _subject_public_key_info(tbs_certificate: bytes) -> bytes:
-    """The SubjectPublicKeyInfo exactly as it was signed.
+    """Return the SubjectPublicKeyInfo exactly as it was signed.
 
-    A key that was read and written again could come out with other bytes, and its pin would not be that of
-    other programs. The certificate has been parsed, so its DER lengths are sound.
+    Re-encoding the key could yield other bytes, and a pin that differs from that of other programs. The certificate
+    has been parsed, so its DER lengths are valid.
     """
     position, _ = _header(tbs_certificate, 0)
     if tbs_certificate[position] == 0xA0:  # [0] version, absent from version 1 (RFC 5280 section 4.1)
@@ -160,7 +215,7 @@ def _subject_public_key_info(tbs_certificate: bytes) -> bytes:
 
 
 def _header(der: bytes, position: int) -> tuple[int, int]:
-    """Where the content of the DER value at `position` begins, and its length (X.690 section 8.1.3)."""
+    """Return where the content of the DER value at `position` begins, and its length (X.690 section 8.1.3)."""
     first = der[position + 1]
     if first < 0x80:
         return position + 2, first
@@ -173,27 +228,38 @@ def _end(der: bytes, position: int) -> int:
     return start + length
 
 
-# --- parts, which the making of certificates uses too ----------------------------------------------------
+# --- parsing -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def parsing(path: Path, what: str = "certificate") -> Iterator[None]:
+    """Raise DamagedFileError if a certificate or list in this file turns out to be unreadable."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise DamagedFileError(
+            f"{path}: contains a {what} that cannot be parsed; replace the file"
+        ) from error
 
 
 def read_certificates(path: Path, at_most: int = MAX_CHAIN) -> list[x509.Certificate]:
-    """The certificates in a PEM file, at least one. Raises DamagedFileError if there is none."""
-    return _parse_certificates(files.read_certificate_file(path), path, at_most)
+    """Return the certificates in a PEM file, at least one. Raises DamagedFileError if it has none."""
+    return parse_certificates(files.read_certificate_file(path), path, at_most)
 
 
 def read_private_key(path: Path) -> PrivateKey:
-    """The key in a PEM file, of whatever strength. Raises DamagedFileError if there is none."""
-    key, _ = _decrypt_key(files.read_key_file(path), path, None)
+    """Return the key in a PEM file, of any strength. Raises DamagedFileError if it has none."""
+    key, _ = decrypt_key(files.read_key_file(path), path, None)
     return key
 
 
 def parse_key(data: bytes, passphrase: bytes | None = None) -> object:
-    # OpenSSL's check of an RSA key takes 250 ms at 4096 bits; `belongs` shows more, and in 2 ms.
+    # OpenSSL's check of an RSA key takes 250 ms at 4096 bits; `belongs` detects more, in 2 ms.
     return serialization.load_pem_private_key(data, passphrase, unsafe_skip_rsa_key_validation=True)
 
 
 def match(certificate_pem: bytes, key_pem: bytes) -> bool:
-    """Whether these bytes are a certificate and its key."""
+    """Return True if these bytes are a certificate and its key."""
     try:
         certificate = x509.load_pem_x509_certificates(certificate_pem)[0]
         key = parse_key(key_pem)
@@ -203,8 +269,17 @@ def match(certificate_pem: bytes, key_pem: bytes) -> bool:
     return isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) and belongs(key, public_key)
 
 
+def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Return True if `issuer` signed `certificate`."""
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (InvalidSignature, *UNREADABLE):
+        return False
+    return True
+
+
 def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
-    """The DNS names and addresses in the SubjectAltName, as text, in its order."""
+    """Return the DNS names and addresses in the SubjectAltName, as text, in their order."""
     try:
         entries = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -213,29 +288,31 @@ def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
 
 
 def utc(now: datetime) -> datetime:
-    """`now` in UTC. A time without a zone is a mistake of the caller."""
+    """Return `now` in UTC. Raises ValueError for a naive time."""
     if now.tzinfo is None:
         raise ValueError("`now` must be an aware datetime")
     return now.astimezone(UTC)
 
 
-def _parse_certificates(data: bytes, path: Path, at_most: int = MAX_CHAIN) -> list[x509.Certificate]:
+def parse_certificates(data: bytes, path: Path, at_most: int = MAX_CHAIN) -> list[x509.Certificate]:
     if _is_cut_off(data):
-        # What is left would be read as a shorter chain without a word.
-        raise DamagedFileError(f"{path}: is cut off in the middle of a PEM block; get it anew")
+        # The rest would silently be accepted as a shorter chain.
+        raise DamagedFileError(f"{path}: is truncated in the middle of a PEM block; replace the file")
     try:
         chain = x509.load_pem_x509_certificates(data)
     except UNREADABLE as error:
-        raise DamagedFileError(f"{path}: holds no PEM certificate that can be read; get it anew") from error
+        raise DamagedFileError(
+            f"{path}: contains no PEM certificate that can be parsed; replace the file"
+        ) from error
     if len(chain) > at_most:
         raise CertificateError(
-            f"{path}: holds {len(chain)} certificates; leave those that are needed, {at_most} at most"
+            f"{path}: contains {len(chain)} certificates; keep only those that are needed, at most {at_most}"
         )
     return chain
 
 
 def _is_cut_off(data: bytes) -> bool:
-    """Whether a PEM block begins and does not end, as in a file that is being written."""
+    """Return True if a PEM block begins and does not end, as in a file that is being written."""
     if data.count(_PEM_BEGIN) != data.count(_PEM_END):
         return True
     _, end, rest = data.rpartition(_PEM_END)
@@ -243,18 +320,18 @@ def _is_cut_off(data: bytes) -> bool:
     return bool(end) and (not dashes or rest.lstrip().startswith(b"-"))
 
 
-def _decrypt_key(data: bytes, path: Path, passphrase: bytes | None) -> tuple[PrivateKey, bytes | None]:
-    """The key in the bytes of a file, and the passphrase if it took that."""
+def decrypt_key(data: bytes, path: Path, passphrase: bytes | None) -> tuple[PrivateKey, bytes | None]:
+    """Return the key in a file's bytes, and the passphrase if it was needed."""
     if passphrase is not None and not 1 <= len(passphrase) <= MAX_PASSPHRASE_BYTES:
-        raise CertificateError(f"{path}: its passphrase must have 1 to {MAX_PASSPHRASE_BYTES} bytes")
+        raise CertificateError(f"{path}: the passphrase must have 1 to {MAX_PASSPHRASE_BYTES} bytes")
     used: bytes | None = None
     try:
         try:
             key = parse_key(data)
-        except TypeError as error:  # what cryptography raises for a key that is encrypted
+        except TypeError as error:  # what cryptography raises for an encrypted key
             key, used = _parse_encrypted_key(data, path, passphrase, error), passphrase
     except UNREADABLE as error:
-        raise DamagedFileError(f"{path}: holds no PEM key that can be read; restore it") from error
+        raise DamagedFileError(f"{path}: contains no PEM key that can be parsed; restore the file") from error
     if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
         raise CertificateError(f"{path}: {weakness(key)}")
     return key, used
@@ -272,33 +349,37 @@ def _parse_encrypted_key(data: bytes, path: Path, passphrase: bytes | None, erro
     except UNREADABLE as refused:
         raise CertificateError(
             f"{path}: the configured passphrase does not decrypt the key; configure the right one, or encrypt"
-            f" the key anew with `openssl pkey -in {quoted} -aes256 -out NEW_FILE` if this takes it"
+            f" the key again with `openssl pkey -in {quoted} -aes256 -out NEW_FILE`"
         ) from refused
 
 
-def _check_order(chain: list[x509.Certificate], path: Path) -> None:
-    """Each certificate is issued by the next (RFC 8446 section 4.4.2); some clients take no other order."""
-    # All names are read here, as whoever shows a certificate later reads them: one may not be readable.
+# --- checks ------------------------------------------------------------------------------------------------
+
+
+def _check_order(chain: Sequence[x509.Certificate], path: Path) -> None:
+    """Check that each certificate is issued by the next (RFC 8446 section 4.4.2): some clients require this
+    order."""
+    # Parse all names here, because they are displayed later and one may not be readable.
     names = [(_comparable(each.subject), _comparable(each.issuer)) for each in chain]
     for position, (issued, issuer) in enumerate(pairwise(chain), 1):
         if names[position - 1][1] != names[position][0]:
             raise CertificateError(
                 f"{path}: certificate {position + 1} is not the issuer of certificate {position};"
-                " put the server's first, after each the one that issued it, and no other"
+                " put the server's certificate first, and after each certificate only its issuer"
             )
         try:
             issued.verify_directly_issued_by(issuer)
         except InvalidSignature as error:
             raise CertificateError(
                 f"{path}: certificate {position + 1} has the name of the issuer of certificate {position}"
-                " but did not sign it; get the chain anew"
+                " but did not sign it; replace the chain"
             ) from error
         except UNREADABLE:
-            continue  # the names are one in another encoding, or a signature that only others know
+            continue  # an encoding or signature algorithm that only clients support
 
 
 def _comparable(name: x509.Name) -> list[frozenset[tuple[str, str | bytes]]]:
-    """A name as RFC 5280 section 7.1 compares it: without regard to case, repeated spaces and encoding."""
+    """Return a name for comparison by RFC 5280 section 7.1: case, repeated spaces and encoding do not matter."""
     return [
         frozenset(
             (
@@ -313,23 +394,23 @@ def _comparable(name: x509.Name) -> list[frozenset[tuple[str, str | bytes]]]:
     ]
 
 
-def _check_strength(chain: list[x509.Certificate], path: Path) -> None:
+def _check_strength(chain: Sequence[x509.Certificate], path: Path) -> None:
     for position, certificate in enumerate(chain):
         what = "the certificate" if position == 0 else f"certificate {position + 1} of the chain"
         weak = weakness(certificate.public_key())
         if weak is not None:
-            raise CertificateError(f"{path}: {what} is too weak: {weak}; get a new one")
+            raise CertificateError(f"{path}: {what} is too weak: {weak}; use a stronger one")
         if position > 0 and certificate.subject == certificate.issuer:
-            continue  # a root; nobody relies on its signature, those who trust it have it
+            continue  # a root is trusted for being known, not for its signature
         weak = _weak_signature(certificate)
         if weak is not None:
             raise CertificateError(
-                f"{path}: {what} is signed with {weak}, which is not safe; get one signed with SHA-256"
+                f"{path}: {what} is signed with {weak}, which is insecure; use one signed with SHA-256"
             )
 
 
 def _weak_signature(certificate: x509.Certificate) -> str | None:
-    """The algorithm of the signature if it is not one of the strong ones."""
+    """Return the signature algorithm if it is not one of the strong ones."""
     oid = certificate.signature_algorithm_oid
     if oid in _HASHLESS_SIGNATURES:
         return None
@@ -341,31 +422,36 @@ def _weak_signature(certificate: x509.Certificate) -> str | None:
 
 
 def _check_purpose(leaf: x509.Certificate, path: Path) -> None:
-    """Every client refuses a certificate whose extensions say that it is not for a TLS 1.3 server."""
+    """Check that the extensions allow use by a TLS 1.3 server: clients refuse others."""
     for extension in leaf.extensions:
         value = extension.value
         if isinstance(value, x509.KeyUsage) and not value.digital_signature:
-            raise CertificateError(f"{path}: its key usage lacks digitalSignature; get one for a TLS server")
+            raise CertificateError(
+                f"{path}: its key usage lacks digitalSignature; use a certificate for a TLS server"
+            )
         if isinstance(value, x509.ExtendedKeyUsage) and _SERVER_PURPOSES.isdisjoint(value):
             raise CertificateError(
-                f"{path}: its extended key usage lacks serverAuth; get one for a TLS server"
+                f"{path}: its extended key usage lacks serverAuth; use a certificate for a TLS server"
             )
 
 
 def _check_validity(leaf: x509.Certificate, path: Path, now: datetime) -> None:
-    moment = utc(now)
-    if moment > leaf.not_valid_after_utc:
+    if now > leaf.not_valid_after_utc:
         raise CertificateError(
-            f"{path}: expired on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; get a new certificate"
+            f"{path}: expired on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; replace the certificate"
         )
-    if moment < leaf.not_valid_before_utc:
+    if now < leaf.not_valid_before_utc:
         raise CertificateError(
             f"{path}: is not valid before {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} UTC;"
-            " wait until then, or set this machine's clock right"
+            " wait until then, or correct this machine's clock"
         )
 
 
-def _mismatch(chain: list[x509.Certificate], path: Path, key: PrivateKey, key_path: Path) -> str:
+def _check_key(chain: Sequence[x509.Certificate], path: Path, key: PrivateKey, key_path: Path) -> None:
+    if belongs(key, chain[0].public_key()):
+        return
     if any(belongs(key, other.public_key()) for other in chain[1:]):
-        return f"{path}: the server's certificate is not the first one in the file; put it first"
-    return f"{key_path}: is not the key of {path}; configure the two that belong together"
+        raise CertificateError(
+            f"{path}: the server's certificate is not the first one in the file; put it first"
+        )
+    raise CertificateError(f"{key_path}: does not belong to {path}; configure a matching certificate and key")

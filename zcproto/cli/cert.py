@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from cryptography.hazmat.primitives import hashes, serialization
 
-from zcproto.certs import authority, clients, files, keys, own, pair, rotation
+from zcproto.certs import authority, client_ca, files, keys, managed, pair, rollover
 from zcproto.certs.examine import Examination, examine
-from zcproto.certs.foreign import PassphraseSource
-from zcproto.certs.keeper import maintainer_settings
-from zcproto.certs.maintainer import OwnSource
+from zcproto.certs.external import PassphraseSource
+from zcproto.certs.issued import REASONS
+from zcproto.certs.profile import MAX_CLIENT_LIFETIME
+from zcproto.certs.settings import managed_site
 from zcproto.cli import cert_report as reports
 from zcproto.cli import home_options, read_config
 from zcproto.cli.control import ControlError, find_control
@@ -203,7 +204,7 @@ def _check_text(found: Examination, now: datetime) -> str:
             ("chain", f"{len(found.chain)} certificates" if len(found.chain) > 1 else "no other certificate"),
         ]
     if found.key is not None:
-        lines.append(("private key", f"{keys.key_type_of(found.key)}, pin {rotation.key_pin(found.key)}"))
+        lines.append(("private key", f"{keys.key_type_of(found.key)}, pin {pair.key_pin(found.key)}"))
     lines += [("REFUSED", escape_text(reason)) for reason in found.refused]
     lines += [("warning", escape_text(reason)) for reason in found.warnings]
     what = "certificate" if found.chain else "key"
@@ -214,7 +215,7 @@ def _check_text(found: Examination, now: datetime) -> str:
 def _check_data(found: Examination, now: datetime) -> dict[str, Any]:
     key = None
     if found.key is not None:
-        key = {"key_type": keys.key_type_of(found.key), "pin": rotation.key_pin(found.key)}
+        key = {"key_type": keys.key_type_of(found.key), "pin": pair.key_pin(found.key)}
     return {
         "good": not found.refused,
         "refused": found.refused,
@@ -231,7 +232,7 @@ def _check_data(found: Examination, now: datetime) -> dict[str, Any]:
 @click.option(
     "--type",
     "family",
-    type=click.Choice(sorted(rotation.FILE_NAMES)),
+    type=click.Choice(sorted(rollover.STEMS)),
     help="Only the certificate with this kind of key. [default: all]",
 )
 @as_json_option
@@ -248,8 +249,8 @@ def renew(home: Home, config_file: Path | None, family: str | None, as_json: boo
         _tell(SERVED)
         return
     wanted = families if family is None else [family]
-    result = own.renew(config.certificates.directory, _settings(config), _now(), _tell, families=wanted)
-    _print_result(_data(result), as_json)
+    result = managed.renew(config.certificates.directory, _settings(config), _now(), _tell, families=wanted)
+    _print_result(result.report(), as_json)
     _tell(TAKEN)
 
 
@@ -272,7 +273,7 @@ def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as
         if control is not None:
             aside = _told(control.post("/v1/certificates/cancel"))["cancelled"]
         else:
-            aside = [str(path) for path in own.cancel(directory, _tell)]
+            aside = [str(path) for path in managed.cancel(directory, _tell)]
         if as_json:
             _print({"cancelled": aside})
         elif not aside:
@@ -281,7 +282,7 @@ def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as
     if control is not None:
         result = _told(control.post("/v1/certificates/rotate", at_once=at_once))
     else:
-        result = _data(own.rotate(directory, _settings(config), _now(), _tell, at_once=at_once))
+        result = managed.rotate(directory, _settings(config), _now(), _tell, at_once=at_once).report()
     _print_result(result, as_json)
     if at_once:
         _tell("Clients that know none of these pins by now are refused from now on: give them the new ones.")
@@ -318,29 +319,10 @@ def _own_config(home: Home, config_file: Path | None, does: str) -> Config:
     return config
 
 
-def _settings(config: Config) -> own.OwnSettings:
-    """As a server has them."""
-    source = maintainer_settings(config).default
-    assert isinstance(source, OwnSource)
-    return source.settings
-
-
-def _data(result: own.OwnCertificates) -> dict[str, Any]:
-    """As a server answers."""
-    return {
-        "certificates": [
-            {
-                "certificate": str(one.certificate),
-                "key_type": one.key_type,
-                "names": list(one.names),
-                "not_after": reports.stamp(one.not_after),
-                "pin": one.pin,
-                "new_key": one.pin in result.used,
-            }
-            for one in result.pairs
-        ],
-        "next_pins": reports.next_pins_data(result.announced),
-    }
+def _settings(config: Config) -> managed.ManagedSettings:
+    site = managed_site(config)
+    assert site is not None
+    return site.settings
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
@@ -372,7 +354,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 @click.option(
     "--csr", type=OUT_FILE, metavar="FILE", help="The request of a device that keeps its key; - reads it."
 )
-@click.option("--days", type=click.IntRange(1, clients.MAX_CLIENT_LIFETIME.days), default=365, show_default=True,
+@click.option("--days", type=click.IntRange(1, MAX_CLIENT_LIFETIME.days), default=365, show_default=True,
               metavar="N", help="How long it is valid.")  # fmt: skip
 @click.option("--renew", is_flag=True, help="Replace a certificate that is still good, with the same key.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
@@ -393,7 +375,7 @@ def issue_client(
 ) -> None:
     """Make a certificate by which a client proves to be the user NAME.
 
-    Certificate and key are in clients/ in the folder of certificates. The first one makes the CA of clients.
+    Certificate and key are in clients/ in the folder of certificates. The first one makes the CA of client_ca.
     """
     config = read_config(home, config_file)
     request = None if csr is None else _read_csr(csr)
@@ -402,7 +384,7 @@ def issue_client(
         files.make_folder(out)
         if not force:
             _refuse_to_replace([out / f"{name}.crt", out / f"{name}.key"])
-    issued = clients.issue_client(
+    issued = client_ca.issue_client(
         config.certificates.directory,
         name,
         lifetime=timedelta(days=days),
@@ -437,7 +419,7 @@ def issue_client(
 @cert.command("revoke-client")
 @click.argument("name", required=False)
 @click.option("--serial", metavar="HEX", help="One certificate instead of all that NAME has.")
-@click.option("--reason", type=click.Choice(clients.REASONS), default=clients.REASONS[0], show_default=True,
+@click.option("--reason", type=click.Choice(REASONS), default=REASONS[0], show_default=True,
               help="What the list of revoked certificates says.")  # fmt: skip
 @as_json_option
 @home_options
@@ -451,7 +433,7 @@ def revoke_client(
     if (name is None) == (serial is None):
         raise click.UsageError("Give NAME, or --serial.")
     directory = read_config(home, config_file).certificates.directory
-    revoked = clients.revoke_client(
+    revoked = client_ca.revoke_client(
         directory, name=name, serial=serial, now=_now(), reason=reason, progress=_tell
     )
     if as_json:
@@ -466,9 +448,9 @@ def revoke_client(
 
 def _read_csr(path: Path) -> bytes:
     if str(path) == "-":
-        return sys.stdin.buffer.read(clients.MAX_CSR_BYTES + 1)
+        return sys.stdin.buffer.read(client_ca.MAX_CSR_BYTES + 1)
     with path.open("rb") as file:
-        return file.read(clients.MAX_CSR_BYTES + 1)
+        return file.read(client_ca.MAX_CSR_BYTES + 1)
 
 
 def _refuse_to_replace(paths: list[Path]) -> None:
@@ -499,7 +481,7 @@ def _authority_file(config: Config, client: bool) -> Path:
                     " `zcproto cert show` says who issued them"
                 ]
             )
-        path, _ = authority.paths(directory)
+        path, _ = authority.SERVER.paths(directory)
         hint = "the first start of a server makes it"
     if not path.exists():
         raise CertificateError(f"{path}: is not there yet; {hint}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -18,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from zcproto.certs import authority, clients, keys, lifecycle, pair, rotation
-from zcproto.certs.certificates import NextPins
-from zcproto.certs.files import read_certificate_file
-from zcproto.certs.foreign import ForeignSite, load_site
-from zcproto.certs.keeper import maintainer_settings
-from zcproto.certs.maintainer import MAX_AUTHORITIES
+from zcproto.certs import NextPins, authority, client_ca, keys, lifecycle, pair, rollover
+from zcproto.certs.crl import read_lists
+from zcproto.certs.external import ExternalSite, load_site
+from zcproto.certs.issued import Issued
+from zcproto.certs.settings import certificate_settings
+from zcproto.certs.sources import MAX_AUTHORITIES
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
 
@@ -42,7 +41,6 @@ MAX_SHOWN_NAME = 200
 SHORT_LIFE = timedelta(days=7)
 """Of certificates that live shorter the hours are shown."""
 
-_CRL = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 _DAY = timedelta(days=1)
 
 
@@ -84,7 +82,7 @@ class Report:
     directory: Path
     rows: tuple[Row, ...]
     next_pins: NextPins | None
-    clients: tuple[clients.Issued, ...]
+    clients: tuple[Issued, ...]
     revoked: tuple[RevokedList, ...]
     problems: tuple[str, ...]
     """What is wrong beside the certificates."""
@@ -100,10 +98,10 @@ def report(config: Config, now: datetime, environ: Mapping[str, str]) -> Report:
     directory = certificates.directory
     problems: list[str] = []
     rows = [*_served(config, now, environ), *_authorities(config, now)]
-    issued: tuple[clients.Issued, ...] = ()
+    issued: tuple[Issued, ...] = ()
     revoked: tuple[RevokedList, ...] = ()
     try:
-        issued = clients.issued_clients(directory)
+        issued = client_ca.issued_clients(directory)
         revoked = tuple(_revoked_lists(config))
     except CertificateError as error:
         problems.append(str(error))
@@ -112,7 +110,7 @@ def report(config: Config, now: datetime, environ: Mapping[str, str]) -> Report:
         for one in revoked
         if one.not_after is not None and now > one.not_after
     ]
-    next_pins = rotation.announced(directory, problems.append) if certificates.mode == "own" else None
+    next_pins = rollover.announced(directory, problems.append) if certificates.mode == "own" else None
     return Report(certificates.mode, directory, tuple(rows), next_pins, issued, revoked, tuple(problems))
 
 
@@ -127,19 +125,18 @@ def rows_of_site(found: Report, name: str | None) -> list[Row]:
     return [row for row in served if not row.site]
 
 
-def foreign_sites(config: Config) -> Iterator[ForeignSite]:
+def external_sites(config: Config) -> Iterator[ExternalSite]:
     """The sites whose certificates others make; the default one, if it is one of them, comes first."""
-    settings = maintainer_settings(config)
-    if isinstance(settings.default, ForeignSite):
+    settings = certificate_settings(config)
+    if isinstance(settings.default, ExternalSite):
         yield settings.default
     yield from settings.sites
 
 
-def own_files(config: Config) -> Iterator[tuple[str, Path, Path]]:
+def managed_files(config: Config) -> Iterator[tuple[str, Path, Path]]:
     """The own certificates of this configuration: type of key, certificate, key."""
     for key_type in config.certificates.key_types:
-        stem = config.certificates.directory / rotation.FILE_NAMES[keys.family(key_type)]
-        yield key_type, stem.with_suffix(".crt"), stem.with_suffix(".key")
+        yield key_type, *rollover.pair_paths(config.certificates.directory, key_type)
 
 
 # --- what there is ---------------------------------------------------------------------------------------
@@ -148,22 +145,22 @@ def own_files(config: Config) -> Iterator[tuple[str, Path, Path]]:
 def _served(config: Config, now: datetime, environ: Mapping[str, str]) -> Iterator[Row]:
     renew_before = timedelta(seconds=config.certificates.renew_before)
     if config.certificates.mode == "own":
-        for key_type, certificate, key in own_files(config):
+        for key_type, certificate, key in managed_files(config):
             if certificate.exists():
                 yield _own_row(config.certificates.directory, certificate, key, now, renew_before)
             else:
                 yield Row("server", (), certificate, key, None, key_type, None, NOT_MADE)
-    for site in foreign_sites(config):
+    for site in external_sites(config):
         yield from _foreign_rows(site, now, renew_before, environ)
 
 
 def _own_row(directory: Path, certificate: Path, key: Path, now: datetime, renew_before: timedelta) -> Row:
     row = _row((), certificate, key, now, renew_before, None)
-    ca, _ = authority.paths(directory)
+    ca, _ = authority.SERVER.paths(directory)
     if row.leaf is None or row.problem or not ca.exists():
         return row
     try:
-        issued = authority.Authority(pair.read_certificates(ca)[0], None, "").issued(row.leaf)
+        issued = pair.is_issued_by(row.leaf, pair.read_certificates(ca)[0])
     except CertificateError:
         return row  # it has a row of its own
     problem = f"{certificate}: was not issued by the own authority ({ca}); move it away to have one made"
@@ -171,7 +168,7 @@ def _own_row(directory: Path, certificate: Path, key: Path, now: datetime, renew
 
 
 def _foreign_rows(
-    site: ForeignSite, now: datetime, renew_before: timedelta, environ: Mapping[str, str]
+    site: ExternalSite, now: datetime, renew_before: timedelta, environ: Mapping[str, str]
 ) -> Iterator[Row]:
     passphrase, trouble = None, ""
     try:
@@ -219,12 +216,11 @@ def _authorities(config: Config, now: datetime) -> Iterator[Row]:
     directory = config.certificates.directory
     lifetime = timedelta(seconds=config.certificates.lifetime)
     if config.certificates.mode == "own":
-        yield from _authority("ca", *authority.paths(directory), now, lifetime)
+        yield from _authority("ca", *authority.SERVER.paths(directory), now, lifetime)
     if config.tls.client_ca_file is not None:
         yield from _authority("client-ca", config.tls.client_ca_file, None, now, None)
     else:
-        paths = directory / "client-ca.crt", directory / "client-ca.key"
-        yield from _authority("client-ca", *paths, now, None)
+        yield from _authority("client-ca", *authority.CLIENT.paths(directory), now, None)
 
 
 def _authority(
@@ -250,7 +246,7 @@ def _key_problem(certificate: x509.Certificate, path: Path, key: Path) -> str:
     except (CertificateError, *pair.UNREADABLE) as error:
         return f"{error}; until then nothing can be issued"
     return (
-        "" if mine else f"{key}: is not the key of {path}, so nothing can be issued; put the right one back"
+        "" if mine else f"{key}: does not belong to {path}, so nothing can be issued; restore the right key"
     )
 
 
@@ -260,15 +256,9 @@ def _revoked_lists(config: Config) -> Iterator[RevokedList]:
         path = config.certificates.directory / "client-ca.crl"
         if config.tls.client_ca_file is not None or not path.exists():
             return
-    blocks = _CRL.findall(read_certificate_file(path))
-    if not blocks:
-        raise CertificateError(f"{path}: holds no list of revoked certificates in PEM; get it anew")
-    for block in blocks:
-        try:
-            crl = x509.load_pem_x509_crl(block)
+    with pair.parsing(path, "revocation list"):
+        for crl in read_lists(path):
             yield RevokedList(path, crl.last_update_utc, crl.next_update_utc, len(crl))
-        except pair.UNREADABLE as error:
-            raise CertificateError(f"{path}: holds a list that cannot be read; get it anew") from error
 
 
 def type_of(certificate: x509.Certificate) -> str:

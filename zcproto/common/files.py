@@ -23,7 +23,7 @@ import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -183,7 +183,8 @@ def create_file(path: Path) -> int:
         os.fchmod(descriptor, 0o600)  # a umask may have taken the owner's bits
     except BaseException:
         os.close(descriptor)
-        path.unlink()
+        with suppress(OSError):
+            path.unlink()
         raise
     return descriptor
 
@@ -198,7 +199,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(descriptor)
     except BaseException:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to report
+            path.unlink(missing_ok=True)
         raise
 
 
@@ -218,7 +220,8 @@ def replaced_file(path: Path, *, is_locked: bool = True) -> Iterator[BinaryIO]:
     try:
         install_file(staged, path)
     except BaseException:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
         raise
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from zcproto.alerts import AlertKind, Severity
 from zcproto.alerts.service import ServerAlerts
 from zcproto.auth import Login
-from zcproto.certs.maintainer import Notice, NoticeKind
+from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.errors import Code
 from zcproto.server.state import ServerState
 from zcproto.tls.failure import TlsFailure
@@ -54,7 +54,7 @@ def tell_certificate(alerts: ServerAlerts, notice: Notice) -> None:
             alerts.raise_(
                 AlertKind.CERTIFICATE_EXPIRY,
                 notice.message,
-                about=notice.what,
+                about=notice.path,
                 severity=_expiry_severity(notice.days),
                 changed=True,
                 details={
@@ -63,15 +63,15 @@ def tell_certificate(alerts: ServerAlerts, notice: Notice) -> None:
                 },
             )
         case NoticeKind.EXPIRY_ENDED:
-            alerts.resolve(AlertKind.CERTIFICATE_EXPIRY, notice.message, about=notice.what)
+            alerts.resolve(AlertKind.CERTIFICATE_EXPIRY, notice.message, about=notice.path)
         case NoticeKind.RENEWAL_FAILED:
-            alerts.raise_(AlertKind.CERTIFICATE_RENEWAL, notice.message, about=notice.what)
+            alerts.raise_(AlertKind.CERTIFICATE_RENEWAL, notice.message, about=notice.path)
         case NoticeKind.RENEWAL_RECOVERED:
-            alerts.resolve(AlertKind.CERTIFICATE_RENEWAL, notice.message, about=notice.what)
+            alerts.resolve(AlertKind.CERTIFICATE_RENEWAL, notice.message, about=notice.path)
         case NoticeKind.FILES_BAD:
-            alerts.raise_(AlertKind.CERTIFICATE_FILES, notice.message, about=notice.what)
+            alerts.raise_(AlertKind.CERTIFICATE_FILES, notice.message, about=notice.path)
         case NoticeKind.FILES_RECOVERED:
-            alerts.resolve(AlertKind.CERTIFICATE_FILES, notice.message, about=notice.what)
+            alerts.resolve(AlertKind.CERTIFICATE_FILES, notice.message, about=notice.path)
         case _:
             pass  # nothing is wrong
 

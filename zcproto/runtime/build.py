@@ -24,8 +24,8 @@ from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App
 from zcproto.auth import Authenticator, CertificateAuthenticator, Device, Login, Throttle
 from zcproto.auth.directory import Devices, Users
-from zcproto.certs.clients import user_of
-from zcproto.certs.keeper import CertificateKeeper
+from zcproto.certs import CertificateManager
+from zcproto.certs.client_user import user_of
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
@@ -134,9 +134,9 @@ def alert_source(port: int) -> str:
 
 async def build_certificates(
     config: Config, alerts: ServerAlerts, clock: Clock, progress: Callable[[str], None]
-) -> CertificateKeeper:
+) -> CertificateManager:
     """Load the certificates, or make them if the server manages its own."""
-    certificates = CertificateKeeper(
+    certificates = CertificateManager(
         config,
         clock,
         [ALPN, HTTP_ALPN] if config.http.enabled else [ALPN],
@@ -232,7 +232,7 @@ def build_login(
     config: Config,
     home: Home,
     state: ServerState,
-    certificates: CertificateKeeper,
+    certificates: CertificateManager,
     authenticators: Sequence[Authenticator] | None,
 ) -> LoginParts:
     """Build the login: with these authenticators, or with the home's users, devices and client certificates."""
@@ -291,7 +291,7 @@ class Endpoints(NamedTuple):
 
 
 def build_endpoints(
-    config: Config, state: ServerState, certificates: CertificateKeeper, wheel: DeadlineWheel
+    config: Config, state: ServerState, certificates: CertificateManager, wheel: DeadlineWheel
 ) -> Endpoints:
     """Build the TLS endpoint and the protocols that are spoken on it."""
     loop = asyncio.get_running_loop()
@@ -300,7 +300,7 @@ def build_endpoints(
     if http is not None:
         protocols |= http.protocols
     acceptor = TlsAcceptor(
-        certificates.kept.contexts,
+        certificates.serving.contexts,
         protocols,
         wheel,
         loop,

@@ -14,9 +14,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from zcproto.admin.parts import Parts
-from zcproto.certs.certificates import NextPins
-from zcproto.certs.keeper import Kept, unix_ms
-from zcproto.certs.revoked import Issue, issue_of
+from zcproto.certs import NextPins
+from zcproto.certs.checker import ServingCertificates
+from zcproto.certs.crl import CertificateId, certificate_id
+from zcproto.certs.manager import unix_ms
 from zcproto.server.state import log
 from zcproto.wire.message import encode_body
 
@@ -29,15 +30,15 @@ class CertificateRollout:
     def __init__(self, parts: Parts, spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
         self._parts = parts
         self._spawn = spawn
-        self._revoked = parts.certificates.kept.revoked
-        parts.certificates.on_kept = self._serve
+        self._revoked = parts.certificates.serving.revoked
+        parts.certificates.on_serving = self._serve
         parts.certificates.on_next_pins = self._announce
         self._announce(parts.certificates.next_pins)
 
-    def _serve(self, kept: Kept) -> None:
-        self._parts.acceptor.contexts = kept.contexts
+    def _serve(self, serving: ServingCertificates) -> None:
+        self._parts.acceptor.contexts = serving.contexts
         self._announce(self._parts.certificates.next_pins)
-        revoked, self._revoked = kept.revoked - self._revoked, kept.revoked
+        revoked, self._revoked = serving.revoked - self._revoked, serving.revoked
         if revoked:
             self._spawn(close_revoked(self._parts, revoked))
 
@@ -51,14 +52,14 @@ class CertificateRollout:
         self._spawn(state.announce(body))
 
 
-async def close_revoked(parts: Parts, revoked: frozenset[Issue]) -> None:
+async def close_revoked(parts: Parts, revoked: frozenset[CertificateId]) -> None:
     """Close the connections of clients whose certificates were revoked."""
     for number, connection in enumerate(list(parts.state.connections), 1):
         certificate = connection.peer_certificate()
-        if certificate is not None and issue_of(certificate) in revoked:
+        if certificate is not None and certificate_id(certificate) in revoked:
             log.warning("connection.certificate_revoked", peer=connection.peer, connection=connection.id)
             connection.close("certificate_revoked")
         if number % CLOSED_PER_TURN == 0:
             await asyncio.sleep(0)
     if parts.http is not None:
-        parts.http.close_those(lambda certificate: issue_of(certificate) in revoked)
+        parts.http.close_those(lambda certificate: certificate_id(certificate) in revoked)

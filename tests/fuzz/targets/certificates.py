@@ -87,7 +87,7 @@ def check(data: bytes) -> None:
         check_message(repr(loaded), content, key)
         # What a server takes is refused by the examination for nothing but its names.
         assert isinstance(examined, Examination)
-        assert all("is not for localhost" in reason for reason in examined.refused)
+        assert all("is not valid for localhost" in reason for reason in examined.refused)
     elif files._SECRET_MARK in content and b"CERTIFICATE-----" in content:  # a half alone is examined as such
         assert isinstance(examined, CertificateError) or examined.refused
     if isinstance(chain, list):

@@ -19,10 +19,12 @@ import pytest
 import trustme
 
 from tests.server.helpers import EVENT, TIMEOUT, ClosedError, ServerThread, configuration
-from zcproto.certs import clients, own
-from zcproto.certs import keeper as keeper_module
-from zcproto.certs.keeper import CertificateKeeper
-from zcproto.certs.own import OwnSettings
+from zcproto.certs import checker, client_ca, managed
+from zcproto.certs import manager as manager_module
+from zcproto.certs.checker import CertificateChecker
+from zcproto.certs.managed import ManagedSettings
+from zcproto.certs.manager import CertificateManager
+from zcproto.certs.settings import managed_site
 from zcproto.common.clock import system_clock
 from zcproto.errors import CertificateError
 from zcproto.runtime.certificate_rollout import close_revoked
@@ -34,9 +36,9 @@ ECDSA = {"certificates__key_types": ["ecdsa-p256"]}
 Serve = Callable[..., ServerThread]
 
 
-def look(server: ServerThread) -> None:
-    """Have the keeper look now."""
-    asyncio.run_coroutine_threadsafe(server.server.parts.certificates.look(), server.loop).result(TIMEOUT)
+def check(server: ServerThread) -> None:
+    """Have the manager look now."""
+    asyncio.run_coroutine_threadsafe(server.server.parts.certificates.check(), server.loop).result(TIMEOUT)
 
 
 def served(server: ServerThread, name: str | None = "localhost") -> bytes:
@@ -52,9 +54,9 @@ def served(server: ServerThread, name: str | None = "localhost") -> bytes:
     return hashlib.sha256(der).digest()
 
 
-def settings(server: ServerThread) -> OwnSettings:
-    chosen = keeper_module.maintainer_settings(server.server.config).default
-    assert isinstance(chosen, keeper_module.OwnSource)
+def settings(server: ServerThread) -> ManagedSettings:
+    chosen = managed_site(server.server.config)
+    assert chosen is not None
     return chosen.settings
 
 
@@ -78,8 +80,8 @@ def test_a_renewal_on_the_disk_is_served_within_a_look_and_ends_no_connection(se
     server = serve()
     with server.client("ada") as standing:
         before, pins = served(server), standing.call("server.info")["pins"]
-        own.renew(server.home / "certs", settings(server), wall(server))
-        look(server)
+        managed.renew(server.home / "certs", settings(server), wall(server))
+        check(server)
         after = served(server)
         assert after != before
         assert standing.call("echo", {"word": "still here"}) == {"word": "still here"}
@@ -90,7 +92,7 @@ def test_a_renewal_on_the_disk_is_served_within_a_look_and_ends_no_connection(se
 def test_it_looks_by_itself(serve: Serve) -> None:
     server = serve(certificates__watch_interval="100ms")
     before = served(server)
-    own.renew(server.home / "certs", settings(server), wall(server))
+    managed.renew(server.home / "certs", settings(server), wall(server))
     server.until(lambda: server.server.certificates[0].leaf_sha256 != before)
     assert served(server) != before
 
@@ -100,7 +102,7 @@ def test_a_certificate_that_is_due_is_renewed_with_its_key(serve: Serve) -> None
     server = serve()
     before, pins = served(server), server.server.pins
     server.clock.ahead_ms = 61 * 86_400_000
-    look(server)
+    check(server)
     assert served(server) != before
     assert server.server.pins == pins
     stats = server.stats
@@ -116,10 +118,10 @@ def test_a_next_key_is_announced_and_used_when_its_time_has_come(serve: Serve) -
     server = serve()
     with server.client("ada") as standing, server.client() as nobody:
         use_from = wall(server).replace(microsecond=0) + 3 * DAY
-        done = own.rotate(server.home / "certs", settings(server), wall(server), use_from=use_from)
-        assert done.announced is not None
-        look(server)
-        told = {"pins": list(done.announced.pins), "from": round(use_from.timestamp() * 1000)}
+        done = managed.rotate(server.home / "certs", settings(server), wall(server), use_from=use_from)
+        assert done.next_pins is not None
+        check(server)
+        told = {"pins": list(done.next_pins.pins), "from": round(use_from.timestamp() * 1000)}
         for client in (standing, nobody):
             event = client.receive()
             assert (event.kind, event.value, event.token) == (EVENT, ["pins.next", told], bytes(32))
@@ -127,7 +129,7 @@ def test_a_next_key_is_announced_and_used_when_its_time_has_come(serve: Serve) -
             assert late.receive().value == ["pins.next", told]
             assert late.call("server.info")["pins_next"] == told
         server.clock.ahead_ms = 3 * 86_400_000 + 60_000
-        look(server)
+        check(server)
         assert server.server.pins == told["pins"]
         info = standing.call("server.info", timestamp=server.clock.wall(), token=bytes(32))
         assert (info["pins"], info["pins_next"]) == (told["pins"], None)
@@ -138,7 +140,7 @@ def test_a_next_key_is_announced_and_used_when_its_time_has_come(serve: Serve) -
 def test_what_was_announced_before_the_start_is_announced_again(tmp_path: Path, certs: Path) -> None:
     first = ServerThread(tmp_path / "home", certs)
     with first:
-        own.rotate(tmp_path / "home" / "certs", settings(first), wall(first))
+        managed.rotate(tmp_path / "home" / "certs", settings(first), wall(first))
     with ServerThread(tmp_path / "home", certs) as server, server.client() as client:
         assert client.receive().value[0] == "pins.next"
 
@@ -156,11 +158,11 @@ def test_a_disk_that_fails_changes_nothing_and_is_told_once(
     with monkeypatch.context() as patched:
         patched.setattr("zcproto.certs.files._stage", fail)
         for _ in range(3):
-            look(server)
+            check(server)
     assert served(server) == before
     assert notices(server) == {"loaded": 1, "renewal_failed": 1, "expiry": 1}
     server.clock.ahead_ms += 86_400_000
-    look(server)
+    check(server)
     assert served(server) != before
     assert notices(server)["renewal_recovered"] == 1
 
@@ -173,18 +175,18 @@ def test_what_does_not_prove_itself_is_not_served(
 ) -> None:
     server = serve()
     before = served(server)
-    own.renew(server.home / "certs", settings(server), wall(server))
+    managed.renew(server.home / "certs", settings(server), wall(server))
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise CertificateError("a handshake with the new certificate fails: NO_SHARED_CIPHER")
 
     with monkeypatch.context() as patched:
-        patched.setattr(keeper_module, "proven_sites", refuse)
+        patched.setattr(checker, "proven_sites", refuse)
         for _ in range(3):
-            look(server)
+            check(server)
     assert served(server) == before
     assert notices(server) == {"loaded": 1}
-    look(server)
+    check(server)
     assert served(server) != before
     assert notices(server) == {"loaded": 2}
 
@@ -194,18 +196,18 @@ async def test_a_refused_context_is_told_once_and_a_fault_each_time(
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
     async with server:
-        keeper = server.parts.certificates
-        keeper._unproven = True
+        manager = server.parts.certificates
+        manager._checker._is_proven = False
         with monkeypatch.context() as patched:
-            patched.setattr(keeper, "_prove", lambda certificates: _raise(CertificateError("it is bad")))
+            patched.setattr(manager._checker, "_prove", lambda: _raise(CertificateError("it is bad")))
             for _ in range(3):
-                await keeper.look()
-            patched.setattr(keeper, "_prove", lambda certificates: _raise(CertificateError("it is worse")))
-            await keeper.look()
-            patched.setattr(keeper._maintainer, "check", lambda now, monotonic: _raise(MemoryError()))
-            await keeper.look()
-            await keeper.look()
-        await keeper.look()
+                await manager.check()
+            patched.setattr(manager._checker, "_prove", lambda: _raise(CertificateError("it is worse")))
+            await manager.check()
+            patched.setattr(manager._checker, "check", lambda now, monotonic: _raise(MemoryError()))
+            await manager.check()
+            await manager.check()
+        await manager.check()
     told = [event for event in events(capsys.readouterr().err) if event["event"].startswith("certificate.")]
     assert [event["event"] for event in told] == [
         *("certificate.not_used", "certificate.not_used"),
@@ -223,9 +225,7 @@ async def test_without_a_context_that_proves_itself_there_is_no_server(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
-    monkeypatch.setattr(
-        CertificateKeeper, "_prove", lambda self, certificates: _raise(CertificateError("no"))
-    )
+    monkeypatch.setattr(CertificateChecker, "_prove", lambda self: _raise(CertificateError("no")))
     with pytest.raises(CertificateError, match="no"):
         await server.start()
     with pytest.raises(AssertionError, match="not been started"):
@@ -240,26 +240,26 @@ async def test_the_loop_hears_only_of_what_is_new(
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
     async with server:
-        keeper = server.parts.certificates
+        manager = server.parts.certificates
         handed: list[Callable[[], None]] = []
-        keeper._look_for(handed.append)
-        keeper._look_for(handed.append)
+        manager._check_and_report(handed.append)
+        manager._check_and_report(handed.append)
         assert handed == []
         folder = server.config.certificates.directory
-        chosen = keeper_module.maintainer_settings(server.config).default
-        assert isinstance(chosen, keeper_module.OwnSource)
-        own.renew(folder, chosen.settings, keeper.now())
-        keeper._look_for(handed.append)
-        keeper._look_for(handed.append)
+        chosen = managed_site(server.config)
+        assert chosen is not None
+        managed.renew(folder, chosen.settings, manager.now())
+        manager._check_and_report(handed.append)
+        manager._check_and_report(handed.append)
         assert len(handed) == 1
         with monkeypatch.context() as patched:
-            patched.setattr(keeper, "_look", lambda: _raise(CertificateError("it is bad")))
-            keeper._look_for(handed.append)
-        keeper._look_for(handed.append)  # that it is good again is news, too
-        keeper._look_for(handed.append)
+            patched.setattr(manager, "_check", lambda: _raise(CertificateError("it is bad")))
+            manager._check_and_report(handed.append)
+        manager._check_and_report(handed.append)  # that it is good again is news, too
+        manager._check_and_report(handed.append)
         assert len(handed) == 3
         problems: list[str] = []
-        keeper._on_problem = problems.append
+        manager._on_problem = problems.append
         before = server.certificates
         for report in handed:
             report()
@@ -271,8 +271,8 @@ def test_the_thread_takes_what_is_new_by_itself_and_ends_with_the_server(tmp_pat
     others = set(threading.enumerate())
     with ServerThread(tmp_path / "home", certs, certificates__watch_interval="100ms") as server:
         before = served(server)
-        (thread,) = [each for each in {*threading.enumerate()} - others if each.name == keeper_module.THREAD]
-        own.renew(server.home / "certs", settings(server), wall(server))
+        (thread,) = [each for each in {*threading.enumerate()} - others if each.name == manager_module.THREAD]
+        managed.renew(server.home / "certs", settings(server), wall(server))
         server.until(lambda: server.server.certificates[0].leaf_sha256 != before)
     thread.join(TIMEOUT)
     assert not thread.is_alive()
@@ -283,11 +283,11 @@ async def test_a_keeper_that_gets_no_thread_tries_again(
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
     async with server:
-        keeper = server.parts.certificates
-        keeper._interval = 0.01
+        manager = server.parts.certificates
+        manager._interval = 0.01
         started = asyncio.Event()
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr(keeper, "_look_for", lambda hand: loop.call_soon_threadsafe(started.set))
+        monkeypatch.setattr(manager, "_check_and_report", lambda hand: loop.call_soon_threadsafe(started.set))
         real = threading.Thread.start
 
         def refuse(thread: threading.Thread) -> None:
@@ -295,7 +295,7 @@ async def test_a_keeper_that_gets_no_thread_tries_again(
             raise RuntimeError("can't start new thread")
 
         monkeypatch.setattr(threading.Thread, "start", refuse)
-        again = asyncio.create_task(keeper.run())
+        again = asyncio.create_task(manager.run())
         await asyncio.wait_for(started.wait(), TIMEOUT)
         again.cancel()
         await asyncio.wait({again})
@@ -307,19 +307,19 @@ def test_what_is_found_when_the_loop_is_gone_or_the_watch_at_its_end_goes_nowher
     tmp_path: Path, certs: Path
 ) -> None:
     home = tmp_path / "home"
-    keeper = CertificateKeeper(
+    manager = CertificateManager(
         configuration(home, certificates__directory=certs, **ECDSA),
         system_clock,
         ["zcp/1"],
-        on_kept=lambda kept: _raise(AssertionError()),
+        on_serving=lambda serving: _raise(AssertionError()),
         on_next_pins=lambda pins: _raise(AssertionError()),
     )
-    keeper._interval = 0.0
+    manager._interval = 0.0
     ended = threading.Event()
     loop = asyncio.new_event_loop()
     looks = 0
 
-    def look(hand: Callable[[keeper_module.Report], object]) -> None:
+    def check_and_report(hand: Callable[[manager_module.Report], object]) -> None:
         nonlocal looks
         looks += 1
         if looks == 1:
@@ -331,8 +331,8 @@ def test_what_is_found_when_the_loop_is_gone_or_the_watch_at_its_end_goes_nowher
             loop.close()
             hand(lambda: _raise(AssertionError()))
 
-    keeper._look_for = look  # type: ignore[method-assign]
-    keeper._watch(loop, ended)
+    manager._check_and_report = check_and_report  # type: ignore[method-assign]
+    manager._watch(loop, ended)
     assert looks == 2
 
 
@@ -372,13 +372,13 @@ def test_a_long_wait_is_as_long_as_it_should_be(tmp_path: Path, certs: Path) -> 
             return False
 
     config = configuration(tmp_path / "home", certificates__directory=certs)
-    keeper = CertificateKeeper(
-        config, system_clock, ["zcp/1"], on_kept=lambda kept: None, on_next_pins=lambda pins: None
+    manager = CertificateManager(
+        config, system_clock, ["zcp/1"], on_serving=lambda serving: None, on_next_pins=lambda pins: None
     )
-    keeper._interval = 1.3
-    assert keeper._waited(Impatient())
+    manager._interval = 1.3
+    assert manager._waited(Impatient())
     assert sum(Impatient.waits) == pytest.approx(1.3)
-    assert max(Impatient.waits) <= keeper_module.LONGEST_WAIT
+    assert max(Impatient.waits) <= manager_module.LONGEST_WAIT
 
 
 # --- certificates of others -------------------------------------------------------------------------------------
@@ -409,13 +409,13 @@ def test_certificates_of_others_are_served_and_watched(serve: Serve, ca: trustme
     assert served(server) == first
     second = ca.issue_cert("localhost")
     second.cert_chain_pems[0].write_to_path(certificate)  # the key comes later: half is not taken
-    look(server)
+    check(server)
     assert served(server) == first
     assert write_pair(second, certificate, key) != first
-    look(server)
+    check(server)
     assert served(server) == write_pair(second, certificate, key)
     certificate.write_text("damaged")
-    look(server)
+    check(server)
     assert served(server) != first
     assert not (server.home / "certs" / "server.crt").exists()
 
@@ -444,8 +444,8 @@ def test_a_site_with_damaged_files_does_not_hold_up_the_others(
     server = serve(certificates__site=[site])
     before = served(server)
     files[0].write_text("damaged")
-    own.renew(server.home / "certs", settings(server), wall(server))
-    look(server)
+    managed.renew(server.home / "certs", settings(server), wall(server))
+    check(server)
     assert served(server) != before
     assert served(server, "a.example") == of_site
 
@@ -464,7 +464,7 @@ async def test_a_certificate_of_others_near_its_end_is_told(
         certificates__key=[folder / "a.key"],
     )
     async with Server(config=config, home=home) as server:
-        await server.parts.certificates.look()
+        await server.parts.certificates.check()
     (told,) = [event for event in events(capsys.readouterr().err) if event["event"] == "certificate.expiry"]
     assert (told["threshold_days"], told["days_left"]) == (7, 4)
     assert told["level"] == "warning"
@@ -473,7 +473,7 @@ async def test_a_certificate_of_others_near_its_end_is_told(
 # --- certificates of clients ------------------------------------------------------------------------------------
 
 
-def shown(server: ServerThread, issued: clients.ClientCertificate) -> Any:
+def shown(server: ServerThread, issued: client_ca.ClientCertificate) -> Any:
     """A connection that shows a client's certificate."""
     from zcproto.client.connect import connect_blocking
 
@@ -491,12 +491,12 @@ def shown(server: ServerThread, issued: clients.ClientCertificate) -> Any:
 def test_a_client_whose_certificate_is_revoked_is_closed_and_the_others_are_not(serve: Serve) -> None:
     server = serve(tls__client_auth="optional")
     folder, now = server.home / "certs", datetime.now(UTC)
-    good, bad = (clients.issue_client(folder, name, lifetime=30 * DAY, now=now) for name in ("good", "bad"))
+    good, bad = (client_ca.issue_client(folder, name, lifetime=30 * DAY, now=now) for name in ("good", "bad"))
     with shown(server, good) as first, shown(server, bad) as second, server.client("ada") as third:
         for client in (first, second):
             assert client.call("server.info")["versions"] == [1]
-        clients.revoke_client(folder, name="bad", now=now)
-        look(server)
+        client_ca.revoke_client(folder, name="bad", now=now)
+        check(server)
         server.until(lambda: server.server.state.counters.connections_ended.get("certificate_revoked") == 1)
         assert first.call("server.info")["versions"] == [1]
         assert third.call("echo", {"word": "x"}) == {"word": "x"}
@@ -542,10 +542,10 @@ def test_any_wall_clock_is_a_date(tmp_path: Path, wall_ms: int, year: int) -> No
         def now(self) -> float:
             return 0.0
 
-    keeper = CertificateKeeper(
-        configuration(tmp_path), Clock(), ["zcp/1"], on_kept=_unused, on_next_pins=_unused
+    manager = CertificateManager(
+        configuration(tmp_path), Clock(), ["zcp/1"], on_serving=_unused, on_next_pins=_unused
     )
-    assert keeper.now().year in (year, year - 1)
+    assert manager.now().year in (year, year - 1)
 
 
 def _unused(value: object) -> None:

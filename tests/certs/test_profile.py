@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tests.certs.support import DAY, NOW, build, openssl, pem
-from zcproto.certs import issue
+from zcproto.certs import profile
+from zcproto.certs.authority import SERVER
 
 SECOND = timedelta(seconds=1)
 NAMES = ("localhost", "*.b.example", "192.0.2.7", "2001:db8::7")
@@ -23,7 +24,7 @@ START = NOW.replace(microsecond=0)
 
 @pytest.fixture(scope="module")
 def authority(rsa_key: Any) -> x509.Certificate:
-    return issue.authority_certificate(rsa_key, NOW, issue.permitted_for(NAMES))
+    return profile.authority_certificate(rsa_key, SERVER.title, NOW, profile.permitted_for(NAMES))
 
 
 @pytest.fixture(scope="module", params=["rsa", "ecdsa"])
@@ -31,7 +32,7 @@ def leaf(
     request: Any, authority: x509.Certificate, rsa_key: Any, other_rsa_key: Any, ec_key: Any
 ) -> x509.Certificate:
     key = {"rsa": other_rsa_key, "ecdsa": ec_key}[request.param]
-    return issue.leaf_certificate(key, NAMES, authority, rsa_key, 90 * DAY, NOW)
+    return profile.server_certificate(key, NAMES, authority, rsa_key, 90 * DAY, NOW)
 
 
 def extension(certificate: x509.Certificate, kind: type[x509.ExtensionType]) -> tuple[Any, bool]:
@@ -80,17 +81,20 @@ def test_the_authority_may_issue_for_the_names_it_was_made_for_and_for_all_addre
 
 
 def test_what_an_authority_permits_is_what_it_was_made_for(authority: x509.Certificate) -> None:
-    assert issue.permitted_names(authority) == ("localhost", "b.example")
+    assert profile.permitted_names(authority) == ("localhost", "b.example")
     for name in ("localhost", "b.example", "*.b.example", "x.y.b.example", "192.0.2.7", "2001:db8::8"):
-        assert issue.permits(authority, name)
+        assert profile.permits(authority, name)
     for name in ("example", "*.example", "ab.example", "c.example", "b.example.com"):
-        assert not issue.permits(authority, name)
+        assert not profile.permits(authority, name)
 
 
 def test_an_authority_without_constraints_permits_everything(rsa_key: Any) -> None:
-    for certificate in (issue.authority_certificate(rsa_key, NOW), only_addresses_constrained(rsa_key)):
-        assert issue.permitted_names(certificate) is None
-        assert issue.permits(certificate, "any.example")
+    for certificate in (
+        profile.authority_certificate(rsa_key, SERVER.title, NOW),
+        only_addresses_constrained(rsa_key),
+    ):
+        assert profile.permitted_names(certificate) is None
+        assert profile.permits(certificate, "any.example")
 
 
 def only_addresses_constrained(key: Any) -> x509.Certificate:
@@ -100,8 +104,8 @@ def only_addresses_constrained(key: Any) -> x509.Certificate:
 
 def test_what_is_permitted_is_each_name_once_localhost_and_no_more_than_200() -> None:
     many = [f"n{number}.example" for number in range(300)]
-    assert issue.permitted_for(["b.example", "*.b.example", "10.0.0.1"]) == ("localhost", "b.example")
-    assert issue.permitted_for(many) == ("localhost", *many[:199])
+    assert profile.permitted_for(["b.example", "*.b.example", "10.0.0.1"]) == ("localhost", "b.example")
+    assert profile.permitted_for(many) == ("localhost", *many[:199])
 
 
 def test_the_authority_signs_itself_for_ten_years(authority: x509.Certificate, rsa_key: Any) -> None:
@@ -117,9 +121,9 @@ def test_the_authority_signs_itself_for_ten_years(authority: x509.Certificate, r
 def test_authorities_are_told_apart_by_names_that_come_from_their_keys(
     rsa_key: Any, other_rsa_key: Any
 ) -> None:
-    one = issue.authority_certificate(rsa_key, NOW)
-    again = issue.authority_certificate(rsa_key, NOW + DAY)
-    other = issue.authority_certificate(other_rsa_key, NOW)
+    one = profile.authority_certificate(rsa_key, SERVER.title, NOW)
+    again = profile.authority_certificate(rsa_key, SERVER.title, NOW + DAY)
+    other = profile.authority_certificate(other_rsa_key, SERVER.title, NOW)
     assert one.subject == again.subject != other.subject
     assert one.serial_number != again.serial_number
     (name,) = (attribute.value for attribute in one.subject)
@@ -170,7 +174,8 @@ def test_serial_numbers_are_long_random_and_positive(
     authority: x509.Certificate, rsa_key: Any, ec_key: Any
 ) -> None:
     serials = {
-        issue.leaf_certificate(ec_key, NAMES, authority, rsa_key, DAY, NOW).serial_number for _ in range(20)
+        profile.server_certificate(ec_key, NAMES, authority, rsa_key, DAY, NOW).serial_number
+        for _ in range(20)
     }
     assert len(serials) == 20
     assert all(0 < serial < 1 << 159 for serial in serials)
@@ -185,13 +190,13 @@ def test_a_leaf_is_valid_from_an_hour_ago_for_its_lifetime(leaf: x509.Certificat
 def test_a_leaf_is_never_valid_for_more_than_397_days(
     authority: x509.Certificate, rsa_key: Any, ec_key: Any
 ) -> None:
-    leaf = issue.leaf_certificate(ec_key, NAMES, authority, rsa_key, 397 * DAY, NOW)
+    leaf = profile.server_certificate(ec_key, NAMES, authority, rsa_key, 397 * DAY, NOW)
     assert leaf.not_valid_after_utc - leaf.not_valid_before_utc == 397 * DAY
 
 
 def test_a_leaf_never_outlives_its_authority(authority: x509.Certificate, rsa_key: Any, ec_key: Any) -> None:
     late = authority.not_valid_after_utc - 10 * DAY
-    leaf = issue.leaf_certificate(ec_key, NAMES, authority, rsa_key, 90 * DAY, late)
+    leaf = profile.server_certificate(ec_key, NAMES, authority, rsa_key, 90 * DAY, late)
     assert leaf.not_valid_after_utc == authority.not_valid_after_utc
 
 
@@ -208,14 +213,14 @@ def test_a_leaf_never_outlives_its_authority(authority: x509.Certificate, rsa_ke
 def test_the_common_name_is_the_first_name_that_fits(
     authority: x509.Certificate, rsa_key: Any, ec_key: Any, names: tuple[str, ...], common_name: str
 ) -> None:
-    leaf = issue.leaf_certificate(ec_key, names, authority, rsa_key, DAY, NOW)
+    leaf = profile.server_certificate(ec_key, names, authority, rsa_key, DAY, NOW)
     assert [(one.oid, one.value) for one in leaf.subject] == [(NameOID.COMMON_NAME, common_name)]
 
 
 def test_a_leaf_for_addresses_has_no_common_name_that_could_be_taken_for_a_dns_name(
     authority: x509.Certificate, rsa_key: Any, ec_key: Any
 ) -> None:
-    leaf = issue.leaf_certificate(ec_key, ["192.0.2.7", "2001:db8::7"], authority, rsa_key, DAY, NOW)
+    leaf = profile.server_certificate(ec_key, ["192.0.2.7", "2001:db8::7"], authority, rsa_key, DAY, NOW)
     assert [(one.oid, one.value) for one in leaf.subject] == [(NameOID.ORGANIZATION_NAME, "zcproto")]
 
 
@@ -257,10 +262,10 @@ def test_openssl_and_gnutls_agree_with_us_on_what_the_authority_may_issue(
     tmp_path: Path, authority: x509.Certificate, rsa_key: Any, ec_key: Any, names: list[str], good: bool
 ) -> None:
     """One name beyond the constraints breaks the whole certificate."""
-    assert all(issue.permits(authority, name) for name in names) is good
+    assert all(profile.permits(authority, name) for name in names) is good
     ca, server = tmp_path / "ca.crt", tmp_path / "server.crt"
     ca.write_bytes(pem(authority))
-    leaf = issue.leaf_certificate(ec_key, names, authority, rsa_key, 90 * DAY, NOW)
+    leaf = profile.server_certificate(ec_key, names, authority, rsa_key, 90 * DAY, NOW)
     server.write_bytes(pem(leaf))
     at = str(int(NOW.timestamp()))
     strict = ("verify", "-x509_strict", "-purpose", "sslserver", "-CAfile", ca, "-attime", at, server)
@@ -281,8 +286,8 @@ def test_openssl_and_gnutls_agree_with_us_on_what_the_authority_may_issue(
 def test_a_renewed_authority_verifies_what_the_old_one_issued_and_the_other_way_round(
     tmp_path: Path, authority: x509.Certificate, leaf: x509.Certificate, rsa_key: Any, ec_key: Any
 ) -> None:
-    renewed = issue.authority_certificate(rsa_key, NOW + 30 * DAY)
-    newer = issue.leaf_certificate(ec_key, NAMES, renewed, rsa_key, 90 * DAY, NOW + 31 * DAY)
+    renewed = profile.authority_certificate(rsa_key, SERVER.title, NOW + 30 * DAY)
+    newer = profile.server_certificate(ec_key, NAMES, renewed, rsa_key, 90 * DAY, NOW + 31 * DAY)
     old_ca, new_ca, old_leaf, new_leaf = (tmp_path / name for name in ("old_ca", "new_ca", "old", "new"))
     for path, certificate in ((old_ca, authority), (new_ca, renewed), (old_leaf, leaf), (new_leaf, newer)):
         path.write_bytes(pem(certificate))

@@ -18,20 +18,18 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from tests.certs.support import DAY, NOW, build, der, ensure, openssl, pem, pem_of_key, settings
+from tests.certs.support import DAY, NOW, build, ensure, openssl, pem, pem_of_key, settings
 from tests.certs.test_authority import fail_to_write, read
 from zcproto.certs import (
     CertificatePair,
     NextPins,
-    authority,
-    ensure_own_certificates,
-    files,
     host,
     keys,
     load_pair,
-    rotation,
+    managed,
+    rollover,
 )
-from zcproto.certs.own import OwnCertificates, cancel, keep, renew, rotate
+from zcproto.certs.managed import ManagedCertificates, ManagedSettings, cancel, renew, rotate
 from zcproto.errors import CertificateError
 
 LEAVES = ("server.crt", "server-ecdsa.crt")
@@ -86,13 +84,14 @@ def test_what_is_done_is_told_without_secrets(tmp_path: Path) -> None:
     told: list[str] = []
     folder = tmp_path / "certs"
     rsa, _ = ensure(folder, progress=told.append)
-    assert told[0] == "Making keys: rsa-2048, rsa-2048, ecdsa-p256. RSA takes some seconds."
+    assert told[0] == "Generating keys: rsa-2048, rsa-2048, ecdsa-p256. RSA takes some seconds."
     assert (
-        told[1] == f"Made the certificate authority {folder}/ca.crt. Clients trust the server by this file."
+        told[1]
+        == f"Created the certificate authority {folder}/ca.crt. Clients verify the server with this file."
     )
     assert told[2] == (
-        f"Made {folder}/server.crt (it is missing): rsa-2048 for zcp.example.com, 192.0.2.7, localhost, 127.0.0.1;"
-        f" valid until 2026-08-30 12:30 UTC; SHA-256 {rsa.leaf_sha256.hex()}; pin {rsa.pin}."
+        f"Issued {folder}/server.crt (it is missing): rsa-2048 for zcp.example.com, 192.0.2.7, localhost,"
+        f" 127.0.0.1; valid until 2026-08-30 12:30 UTC; SHA-256 {rsa.leaf_sha256.hex()}; pin {rsa.pin}."
     )
     assert len(told) == 4
     assert not any("PRIVATE" in sentence for sentence in told)
@@ -101,7 +100,7 @@ def test_what_is_done_is_told_without_secrets(tmp_path: Path) -> None:
 def test_the_names_of_the_host_are_found_unless_they_are_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zcproto.certs.own.found_names", lambda: ("localhost", "box"))
+    monkeypatch.setattr("zcproto.certs.managed.found_names", lambda: ("localhost", "box"))
     (one,) = ensure(tmp_path / "certs", key_types=["ecdsa-p256"], host_names=None, names=["A.example", "box"])
     assert one.names == ("a.example", "box", "localhost")
     assert host.found_names() != ("localhost", "box")
@@ -122,11 +121,11 @@ def test_too_many_names_of_the_host_are_cut_and_too_many_configured_ones_refused
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"names": ["a_b.example"]}, "'a_b.example' cannot be a name"),
-        ({"host_names": ["-"]}, "'-' cannot be a name"),
+        ({"names": ["a_b.example"]}, "'a_b.example' is not a valid name"),
+        ({"host_names": ["-"]}, "'-' is not a valid name"),
         ({"names": [], "host_names": []}, "a certificate needs a name"),
         ({"key_types": ["rsa-1024"]}, "'rsa-1024' is too weak"),
-        ({"key_types": ["rsa-2048", "rsa-4096"]}, "of one family"),
+        ({"key_types": ["rsa-2048", "rsa-4096"]}, "of the same family"),
         ({"key_types": []}, "no key type"),
         ({"lifetime": 398 * DAY}, "cannot be valid for 398 days, 0:00:00; give 1 second to 397 days"),
         ({"lifetime": timedelta(0)}, "cannot be valid for 0:00:00"),
@@ -259,24 +258,24 @@ SECOND = timedelta(seconds=1)
 
 
 def test_a_new_key_is_announced_a_week_before_the_renewal_and_used_at_it(made: Path) -> None:
-    first = keep(made, KEEPS, NOW)
-    assert (first.announced, first.used, first.problems) == (None, (), ())
+    first = managed.ensure(made, KEEPS, NOW)
+    assert (first.next_pins, first.new_pins, first.problems) == (None, (), ())
     assert first.next_change == DUE - 7 * DAY
-    assert keep(made, KEEPS, DUE - 7 * DAY - SECOND) == first
-    announced = keep(made, KEEPS, DUE - 7 * DAY)
+    assert managed.ensure(made, KEEPS, DUE - 7 * DAY - SECOND) == first
+    announced = managed.ensure(made, KEEPS, DUE - 7 * DAY)
     assert announced.pairs == first.pairs
-    assert announced.used == ()
-    assert announced.announced is not None
-    assert announced.announced == rotation.announced(made)
-    assert announced.announced.use_from == announced.next_change == DUE
-    assert keep(made, KEEPS, DUE - SECOND) == announced
-    used = keep(made, KEEPS, DUE)
-    assert tuple(pins(used.pairs)) == used.used == announced.announced.pins
-    assert used.announced is None
+    assert announced.new_pins == ()
+    assert announced.next_pins is not None
+    assert announced.next_pins == rollover.announced(made)
+    assert announced.next_pins.use_from == announced.next_change == DUE
+    assert managed.ensure(made, KEEPS, DUE - SECOND) == announced
+    used = managed.ensure(made, KEEPS, DUE)
+    assert tuple(pins(used.pairs)) == used.new_pins == announced.next_pins.pins
+    assert used.next_pins is None
     assert not list(made.glob("*next*"))
     assert used.next_change == DUE + 53 * DAY
-    assert keep(made, KEEPS, DUE) == OwnCertificates(
-        used.pairs, None, (), used.left_out, used.problems, used.next_change
+    assert managed.ensure(made, KEEPS, DUE) == ManagedCertificates(
+        used.pairs, None, (), used.problems, used.next_change
     )
 
 
@@ -285,11 +284,11 @@ def test_a_life_of_renewals_is_announced_key_by_key(made: Path) -> None:
     seen: dict[str, datetime] = {}
     now, keys_used = NOW, 0
     for _ in range(20):
-        one = keep(made, KEEPS, now)
+        one = managed.ensure(made, KEEPS, now)
         assert one.problems == ()
-        for pin in one.announced.pins if one.announced is not None else ():
+        for pin in one.next_pins.pins if one.next_pins is not None else ():
             seen.setdefault(pin, now)
-        for pin in one.used:
+        for pin in one.new_pins:
             assert now - seen[pin] >= 7 * DAY - SECOND
             keys_used += 1
         assert one.next_change > now
@@ -304,66 +303,66 @@ def test_a_short_lived_certificate_announces_its_next_key_as_soon_as_it_is_made(
 ) -> None:
     short = settings(renew_key=True, lifetime=lifetime, key_types=["ecdsa-p256"])
     now, folder = NOW.replace(microsecond=0), tmp_path / "certs"
-    first = keep(folder, short, now)
+    first = managed.ensure(folder, short, now)
     for _ in range(3):
         assert first.next_change == now
-        announced = keep(folder, short, now)
-        assert announced.announced is not None
-        assert announced.next_change == announced.announced.use_from == now + lifetime * 2 / 3
+        announced = managed.ensure(folder, short, now)
+        assert announced.next_pins is not None
+        assert announced.next_change == announced.next_pins.use_from == now + lifetime * 2 / 3
         now = announced.next_change
-        first = keep(folder, short, now)
-        assert first.used == announced.announced.pins
+        first = managed.ensure(folder, short, now)
+        assert first.new_pins == announced.next_pins.pins
 
 
 def test_a_renewal_that_is_late_keeps_the_key_and_the_new_one_follows(made: Path) -> None:
     """The server was off: nobody is locked out by a key that was not announced."""
-    old = keep(made, KEEPS, NOW)
+    old = managed.ensure(made, KEEPS, NOW)
     late = DUE + 20 * DAY
-    renewed = keep(made, KEEPS, late)
+    renewed = managed.ensure(made, KEEPS, late)
     assert pins(renewed.pairs) == pins(old.pairs)
     assert all(pair.not_before > NOW for pair in renewed.pairs)
-    assert renewed.announced is not None
-    assert renewed.announced.use_from == renewed.next_change == late + 7 * DAY
-    used = keep(made, KEEPS, late + 7 * DAY)
-    assert used.used == renewed.announced.pins
+    assert renewed.next_pins is not None
+    assert renewed.next_pins.use_from == renewed.next_change == late + 7 * DAY
+    used = managed.ensure(made, KEEPS, late + 7 * DAY)
+    assert used.new_pins == renewed.next_pins.pins
 
 
 def test_an_expired_certificate_is_renewed_at_once_and_its_key_follows(made: Path) -> None:
-    old = keep(made, KEEPS, NOW)
-    renewed = keep(made, KEEPS, NOW + 200 * DAY)
+    old = managed.ensure(made, KEEPS, NOW)
+    renewed = managed.ensure(made, KEEPS, NOW + 200 * DAY)
     assert pins(renewed.pairs) == pins(old.pairs)
-    assert renewed.announced is not None
-    assert renewed.announced.use_from == NOW.replace(microsecond=0) + 207 * DAY
+    assert renewed.next_pins is not None
+    assert renewed.next_pins.use_from == NOW.replace(microsecond=0) + 207 * DAY
 
 
 def test_a_renewal_waits_a_little_for_a_key_that_was_announced_late(made: Path) -> None:
-    keep(made, KEEPS, NOW)
-    announced = keep(made, KEEPS, DUE - 2 * DAY)
-    assert announced.announced is not None
-    assert announced.announced.use_from == announced.next_change == DUE + 5 * DAY
-    assert keep(made, KEEPS, DUE + 4 * DAY) == announced
-    assert keep(made, KEEPS, DUE + 5 * DAY).used == announced.announced.pins
+    managed.ensure(made, KEEPS, NOW)
+    announced = managed.ensure(made, KEEPS, DUE - 2 * DAY)
+    assert announced.next_pins is not None
+    assert announced.next_pins.use_from == announced.next_change == DUE + 5 * DAY
+    assert managed.ensure(made, KEEPS, DUE + 4 * DAY) == announced
+    assert managed.ensure(made, KEEPS, DUE + 5 * DAY).new_pins == announced.next_pins.pins
 
 
 def test_a_certificate_never_comes_to_its_end_because_it_waits_for_a_key(made: Path) -> None:
     rotate(made, settings(), NOW, use_from=DUE + 29 * DAY)
-    before = keep(made, KEEPS, DUE - SECOND)
+    before = managed.ensure(made, KEEPS, DUE - SECOND)
     assert before.next_change == DUE
-    renewed = keep(made, KEEPS, DUE)
+    renewed = managed.ensure(made, KEEPS, DUE)
     assert pins(renewed.pairs) == pins(before.pairs)
     assert renewed.pairs != before.pairs
-    assert renewed.announced == before.announced
+    assert renewed.next_pins == before.next_pins
     assert renewed.next_change == DUE + 29 * DAY
-    assert before.announced is not None
-    assert keep(made, KEEPS, DUE + 29 * DAY).used == before.announced.pins
+    assert before.next_pins is not None
+    assert managed.ensure(made, KEEPS, DUE + 29 * DAY).new_pins == before.next_pins.pins
 
 
 def test_an_announced_key_is_used_at_its_time_whatever_the_settings_say(made: Path) -> None:
-    announced = rotate(made, settings(), NOW).announced
+    announced = rotate(made, settings(), NOW).next_pins
     assert announced is not None
     told: list[str] = []
-    used = keep(made, settings(), NOW + 7 * DAY, told.append)
-    assert used.used == announced.pins
+    used = managed.ensure(made, settings(), NOW + 7 * DAY, told.append)
+    assert used.new_pins == announced.pins
     assert "(the time of its next key has come)" in told[0]
     assert not list(made.glob("*next*"))
 
@@ -373,24 +372,24 @@ def test_a_lost_key_is_replaced_by_the_one_that_is_announced(made: Path, name: s
     """Clients may know it; a lost certificate is made again for the key that all of them know."""
     before = rotate(made, settings(), NOW)
     (made / name).unlink()
-    after = keep(made, settings(), NOW + DAY)
-    assert before.announced is not None
-    assert after.announced is not None
+    after = managed.ensure(made, settings(), NOW + DAY)
+    assert before.next_pins is not None
+    assert after.next_pins is not None
     if name == "server.key":
-        assert after.pairs[0].pin == before.announced.pins[0]
-        assert after.used == before.announced.pins[:1]
-        assert after.announced.pins == before.announced.pins[1:]
+        assert after.pairs[0].pin == before.next_pins.pins[0]
+        assert after.new_pins == before.next_pins.pins[:1]
+        assert after.next_pins.pins == before.next_pins.pins[1:]
     else:
         assert pins(after.pairs) == pins(before.pairs)
-        assert after.announced == before.announced
+        assert after.next_pins == before.next_pins
 
 
 def test_an_announced_key_of_the_type_that_is_wanted_next_is_used_when_the_type_changes(made: Path) -> None:
-    keep(made, settings(), NOW)
+    managed.ensure(made, settings(), NOW)
     other = keys.generate("ecdsa-p384")
-    next_key = rotation.announce(made, other, NOW + 7 * DAY, NOW, print)
-    after = keep(made, settings(key_types=["rsa-2048", "ecdsa-p384"]), NOW + DAY)
-    assert after.used == (next_key.pin,)
+    next_key = rollover.announce(made, other, NOW + 7 * DAY, NOW, print)
+    after = managed.ensure(made, settings(key_types=["rsa-2048", "ecdsa-p384"]), NOW + DAY)
+    assert after.new_pins == (next_key.pin,)
     assert after.pairs[1].key_type == "ecdsa-p384"
     assert not list(made.glob("*next*"))
 
@@ -399,10 +398,10 @@ def test_a_damaged_next_key_stops_nothing(made: Path) -> None:
     announced = rotate(made, settings(), NOW)
     (made / "server.next.key").write_bytes(b"junk")
     told: list[str] = []
-    after = keep(made, settings(), NOW + DAY, told.append)
+    after = managed.ensure(made, settings(), NOW + DAY, told.append)
     assert after.pairs == announced.pairs
-    assert announced.announced is not None
-    assert after.announced == NextPins(announced.announced.pins[1:], announced.announced.use_from)
+    assert announced.next_pins is not None
+    assert after.next_pins == NextPins(announced.next_pins.pins[1:], announced.next_pins.use_from)
     assert len(told) == 1
     assert (made / "server.next.key.aside").read_bytes() == b"junk"
 
@@ -410,92 +409,92 @@ def test_a_damaged_next_key_stops_nothing(made: Path) -> None:
 def test_a_key_that_cannot_be_announced_is_a_problem_and_the_renewal_goes_on(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = keep(made, KEEPS, NOW)
+    old = managed.ensure(made, KEEPS, NOW)
     told: list[str] = []
     with monkeypatch.context() as patch:
         fail_to_write(patch, "server.next.key")
-        (problem,) = keep(made, KEEPS, DUE - 7 * DAY, told.append).problems
+        (problem,) = managed.ensure(made, KEEPS, DUE - 7 * DAY, told.append).problems
         assert problem in told
         assert problem == (
             f"The next key of {made}/server.crt could not be announced: {made}/server.next.key: cannot be"
             " written: No space left on device."
         )
-        renewed = keep(made, KEEPS, DUE)
+        renewed = managed.ensure(made, KEEPS, DUE)
     assert renewed.pairs[0].pin == old.pairs[0].pin
     assert renewed.pairs[0] != old.pairs[0]
-    assert renewed.used == (renewed.pairs[1].pin,)
-    later = keep(made, KEEPS, renewed.next_change)
+    assert renewed.new_pins == (renewed.pairs[1].pin,)
+    later = managed.ensure(made, KEEPS, renewed.next_change)
     assert later.problems == ()
-    assert later.announced is not None
+    assert later.next_pins is not None
 
 
 def test_a_next_key_that_was_used_and_cannot_be_deleted_is_used_once(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    announced = rotate(made, settings(), NOW).announced
+    announced = rotate(made, settings(), NOW).next_pins
     assert announced is not None
 
-    def refuse(next_key: rotation.NextKey) -> None:
+    def refuse(next_key: rollover.NextKey) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rotation, "used", refuse)
-        used = keep(made, settings(), NOW + 7 * DAY)
-        assert used.used == announced.pins
-        assert used.announced is None
+        patch.setattr(rollover, "delete", refuse)
+        used = managed.ensure(made, settings(), NOW + 7 * DAY)
+        assert used.new_pins == announced.pins
+        assert used.next_pins is None
         assert used.problems[0] == (
             f"{made}/server.next.key is in use and could not be deleted: Read-only file system."
         )
-        again = keep(made, settings(), NOW + 8 * DAY)
+        again = managed.ensure(made, settings(), NOW + 8 * DAY)
         assert again.pairs == used.pairs
-        assert (again.used, again.announced) == ((), None)
+        assert (again.new_pins, again.next_pins) == ((), None)
         assert len(again.problems) == 2
-    assert keep(made, settings(), NOW + 8 * DAY).problems == ()
+    assert managed.ensure(made, settings(), NOW + 8 * DAY).problems == ()
     assert not list(made.glob("*next*"))
 
 
 def test_without_the_key_of_the_authority_nothing_is_announced_and_nothing_lost(made: Path) -> None:
     announced = rotate(made, settings(), NOW)
     (made / "ca.key").rename(made / "ca.key.away")
-    one = keep(made, KEEPS, NOW + 8 * DAY)
+    one = managed.ensure(made, KEEPS, NOW + 8 * DAY)
     assert one.pairs == announced.pairs
-    assert one.announced == announced.announced
+    assert one.next_pins == announced.next_pins
     assert len(one.problems) == 2
     for path in made.glob("*next*"):
         path.unlink()
-    assert keep(made, KEEPS, DUE - DAY).next_change == DUE
-    assert rotation.announced(made) is None
+    assert managed.ensure(made, KEEPS, DUE - DAY).next_change == DUE
+    assert rollover.announced(made) is None
 
 
 def test_a_clock_that_was_ahead_is_caught_up(made: Path) -> None:
     """Announced, used and announced again by a clock that is ten years ahead; then the clock is set right."""
     ahead = NOW + 3650 * DAY
-    keep(made, KEEPS, ahead)
-    keep(made, KEEPS, ahead + 7 * DAY)
-    wrong = keep(made, KEEPS, ahead + 60 * DAY)
-    assert wrong.announced is not None
-    assert wrong.announced.use_from > ahead
-    right = keep(made, KEEPS, NOW + DAY)
+    managed.ensure(made, KEEPS, ahead)
+    managed.ensure(made, KEEPS, ahead + 7 * DAY)
+    wrong = managed.ensure(made, KEEPS, ahead + 60 * DAY)
+    assert wrong.next_pins is not None
+    assert wrong.next_pins.use_from > ahead
+    right = managed.ensure(made, KEEPS, NOW + DAY)
     assert all(pair.not_before <= NOW + DAY <= pair.not_after for pair in right.pairs)
-    assert right.announced is not None
-    assert right.announced.pins == wrong.announced.pins
-    assert NOW < right.announced.use_from <= NOW + 10 * DAY
-    assert keep(made, KEEPS, right.announced.use_from).used == wrong.announced.pins
+    assert right.next_pins is not None
+    assert right.next_pins.pins == wrong.next_pins.pins
+    assert NOW < right.next_pins.use_from <= NOW + 10 * DAY
+    assert managed.ensure(made, KEEPS, right.next_pins.use_from).new_pins == wrong.next_pins.pins
 
 
 def test_a_clock_that_swings_leaves_valid_certificates_always(made: Path) -> None:
     rng = random.Random(5)
     for _ in range(25):
         now = NOW + rng.choice([1, 1, 1, 10, 500]) * rng.uniform(-50, 50) * DAY
-        for pair in keep(made, KEEPS, now).pairs:
+        for pair in managed.ensure(made, KEEPS, now).pairs:
             assert pair.not_before <= now <= pair.not_after
             assert pair == load_pair(pair.certificate, pair.key, now)
 
 
 def test_a_year_that_no_certificate_can_name_is_refused(tmp_path: Path) -> None:
     for year in (1, 1950, 9901, 9999):
-        with pytest.raises(CertificateError, match=f"in the year {year}; set the clock right"):
-            keep(tmp_path / "certs", settings(), NOW.replace(year=year))
+        with pytest.raises(CertificateError, match=f"in the year {year}; correct the clock"):
+            managed.ensure(tmp_path / "certs", settings(), NOW.replace(year=year))
     assert not (tmp_path / "certs").exists()
 
 
@@ -504,21 +503,21 @@ def test_an_announcement_that_is_too_long_or_negative_is_refused(
     tmp_path: Path, announce_key: timedelta
 ) -> None:
     with pytest.raises(CertificateError, match=r"a key cannot be announced for .*; give 0 to 397 days"):
-        keep(tmp_path / "certs", settings(announce_key=announce_key), NOW)
+        managed.ensure(tmp_path / "certs", settings(announce_key=announce_key), NOW)
 
 
 # --- what is asked for
 
 
 def test_a_renewal_that_is_asked_for_keeps_the_keys(made: Path) -> None:
-    before = keep(made, settings(), NOW)
+    before = managed.ensure(made, settings(), NOW)
     told: list[str] = []
     after = renew(made, settings(), NOW + DAY, told.append)
     assert pins(after.pairs) == pins(before.pairs)
     assert all(pair.not_before > NOW for pair in after.pairs)
-    assert (after.used, after.announced) == ((), None)
+    assert (after.new_pins, after.next_pins) == ((), None)
     assert after.next_change == DUE + DAY
-    assert all("(a renewal was asked for)" in sentence for sentence in told)
+    assert all("(a renewal was requested)" in sentence for sentence in told)
     assert len(told) == 2
 
 
@@ -527,16 +526,16 @@ def test_a_renewal_can_be_asked_for_of_one_family(made: Path) -> None:
     after = renew(made, settings(), NOW + DAY, families=["ecdsa"])
     assert after.pairs[0] == announced.pairs[0]
     assert after.pairs[1] != announced.pairs[1]
-    assert after.announced == announced.announced
+    assert after.next_pins == announced.next_pins
 
 
 def test_a_renewal_that_is_asked_for_uses_an_announced_key_at_its_time_only(made: Path) -> None:
-    announced = rotate(made, settings(), NOW).announced
+    announced = rotate(made, settings(), NOW).next_pins
     assert announced is not None
-    assert renew(made, settings(), NOW + DAY).announced == announced
+    assert renew(made, settings(), NOW + DAY).next_pins == announced
     renewed = renew(made, settings(), NOW + 7 * DAY)
-    assert renewed.used == announced.pins
-    assert renewed.announced is None
+    assert renewed.new_pins == announced.pins
+    assert renewed.next_pins is None
 
 
 def test_what_is_asked_for_in_an_empty_folder_is_a_first_run(tmp_path: Path) -> None:
@@ -544,60 +543,58 @@ def test_what_is_asked_for_in_an_empty_folder_is_a_first_run(tmp_path: Path) -> 
         folder = tmp_path / str(number)
         one = act(folder, settings(), NOW)
         assert len(one.pairs) == 2
-        assert set(one.used) == set(pins(one.pairs))
-        assert (one.announced is None) is (act is renew)
-        if one.announced is not None:
-            assert not set(one.announced.pins) & set(one.used)
+        assert set(one.new_pins) == set(pins(one.pairs))
+        assert (one.next_pins is None) is (act is renew)
+        if one.next_pins is not None:
+            assert not set(one.next_pins.pins) & set(one.new_pins)
     at_once = rotate(tmp_path / "third", settings(), NOW, at_once=True)
-    assert (len(at_once.pairs), at_once.announced) == (2, None)
+    assert (len(at_once.pairs), at_once.next_pins) == (2, None)
 
 
 def test_a_rotation_is_announced_for_a_week_or_for_the_time_that_is_given(made: Path) -> None:
-    before = keep(made, settings(), NOW)
+    before = managed.ensure(made, settings(), NOW)
     one = rotate(made, settings(), NOW)
     assert one.pairs == before.pairs
-    assert one.announced is not None
-    assert one.announced.use_from == one.next_change == NOW.replace(microsecond=0) + 7 * DAY
-    assert rotate(made, settings(announce_key=DAY), NOW + DAY).announced == one.announced
+    assert one.next_pins is not None
+    assert one.next_pins.use_from == one.next_change == NOW.replace(microsecond=0) + 7 * DAY
+    assert rotate(made, settings(announce_key=DAY), NOW + DAY).next_pins == one.next_pins
     zone = timezone(timedelta(hours=5))
-    moved = rotate(made, settings(), NOW + DAY, use_from=(NOW + 30 * DAY).astimezone(zone)).announced
-    assert moved == NextPins(one.announced.pins, NOW.replace(microsecond=0) + 30 * DAY)
-    assert rotation.announced(made) == moved
+    moved = rotate(made, settings(), NOW + DAY, use_from=(NOW + 30 * DAY).astimezone(zone)).next_pins
+    assert moved == NextPins(one.next_pins.pins, NOW.replace(microsecond=0) + 30 * DAY)
+    assert rollover.announced(made) == moved
 
 
 def test_a_rotation_without_an_announcement_is_at_once(made: Path) -> None:
-    before = keep(made, settings(), NOW)
+    before = managed.ensure(made, settings(), NOW)
     for one in (
         rotate(made, settings(announce_key=timedelta(0)), NOW),
         rotate(made, settings(), NOW, at_once=True),
     ):
-        assert one.announced is None
-        assert list(one.used) == pins(one.pairs)
-        assert not set(one.used) & set(pins(before.pairs))
+        assert one.next_pins is None
+        assert list(one.new_pins) == pins(one.pairs)
+        assert not set(one.new_pins) & set(pins(before.pairs))
         before = one
 
 
 def test_a_rotation_at_once_uses_the_keys_that_clients_may_know(made: Path) -> None:
-    announced = rotate(made, settings(), NOW).announced
+    announced = rotate(made, settings(), NOW).next_pins
     (made / "server-ecdsa.next.key").unlink()
     told: list[str] = []
     one = rotate(made, settings(), NOW + DAY, told.append, at_once=True)
     assert announced is not None
-    assert one.used[0] == announced.pins[0]
-    assert one.used[1] != announced.pins[1]
-    assert list(one.used) == pins(one.pairs)
-    assert one.announced is None
-    assert told[0] == "Making keys: ecdsa-p256."
-    assert "(a new key was asked for)" in told[1]
+    assert one.new_pins[0] == announced.pins[0]
+    assert one.new_pins[1] != announced.pins[1]
+    assert list(one.new_pins) == pins(one.pairs)
+    assert one.next_pins is None
+    assert told[0] == "Generating keys: ecdsa-p256."
+    assert "(a new key was requested)" in told[1]
 
 
 @pytest.mark.parametrize("use_from", [NOW - DAY, NOW, NOW + 398 * DAY])
 def test_a_key_cannot_be_announced_for_the_past_or_a_distant_future(made: Path, use_from: datetime) -> None:
-    with pytest.raises(
-        CertificateError, match="give a time that is still to come, and at most 397 days away"
-    ):
+    with pytest.raises(CertificateError, match="give a time in the future, at most 397 days away"):
         rotate(made, settings(), NOW, use_from=use_from)
-    assert rotation.announced(made) is None
+    assert rollover.announced(made) is None
 
 
 def test_mistakes_of_the_caller_are_no_errors_of_certificates(made: Path) -> None:
@@ -613,7 +610,7 @@ def test_what_is_asked_for_and_fails_is_an_error(made: Path, monkeypatch: pytest
         fail_to_write(patch, "server.crt")
         for act in (renew, partial(rotate, at_once=True)):
             with pytest.raises(
-                CertificateError, match=r"server\.crt must be made \(a .* asked for\): .*No space"
+                CertificateError, match=r"server\.crt must be issued \(a .* requested\): .*No space"
             ):
                 act(made, settings(), NOW)
     with monkeypatch.context() as patch:
@@ -635,18 +632,13 @@ def test_what_is_announced_can_be_taken_back(made: Path) -> None:
     told: list[str] = []
     assert cancel(made, told.append) == (made / "server.next.key", made / "server-ecdsa.next.key")
     assert len(told) == 2
-    assert rotation.announced(made) is None
+    assert rollover.announced(made) is None
     assert cancel(made) == ()
-    before = keep(made, settings(), NOW)
-    assert keep(made, settings(), NOW + 8 * DAY).pairs == before.pairs
+    before = managed.ensure(made, settings(), NOW)
+    assert managed.ensure(made, settings(), NOW + 8 * DAY).pairs == before.pairs
     made.chmod(0o755)
     with pytest.raises(CertificateError, match="chmod 700"):
         cancel(made)
-
-
-def test_names_of_the_host_that_are_left_out_are_in_the_result(made: Path) -> None:
-    assert keep(made, settings(), NOW).left_out == ()
-    assert keep(made, settings(host_names=["localhost", "box", "10.0.0.1"]), NOW).left_out == ("box",)
 
 
 def test_an_authority_that_could_not_be_renewed_is_a_problem(
@@ -654,15 +646,15 @@ def test_an_authority_that_could_not_be_renewed_is_a_problem(
 ) -> None:
     with monkeypatch.context() as patch:
         fail_to_write(patch, "ca.crt")
-        (problem,) = keep(made, settings(), NOW + 3600 * DAY).problems
+        (problem,) = managed.ensure(made, settings(), NOW + 3600 * DAY).problems
     assert problem.startswith(f"{made}/ca.crt could not be renewed: ")
-    assert keep(made, settings(), NOW + 3600 * DAY).problems == ()
+    assert managed.ensure(made, settings(), NOW + 3600 * DAY).problems == ()
 
 
 def test_a_change_of_the_key_types_leaves_no_old_certificate_in_service(made: Path) -> None:
-    old = keep(made, settings(), NOW)
+    old = managed.ensure(made, settings(), NOW)
     for key_types in (["ecdsa-p384"], ["rsa-3072"], ["ecdsa-p256"], ["rsa-2048", "ecdsa-p384"]):
-        pairs = keep(made, settings(key_types=key_types), NOW).pairs
+        pairs = managed.ensure(made, settings(key_types=key_types), NOW).pairs
         assert [pair.key_type for pair in pairs] == key_types
         assert not {pair.leaf_sha256 for pair in pairs} & {pair.leaf_sha256 for pair in old.pairs}
 
@@ -690,7 +682,7 @@ def test_a_pair_that_does_not_match_gets_a_certificate_for_the_key_that_is_there
     rsa, _ = ensure(made, progress=told.append)
     assert rsa.pin == load_pair(made / "server.crt", made / "server.key", NOW).pin
     assert (made / "server.key").read_bytes() == pem_of_key(rsa_key)
-    assert "(its key is another one's)" in told[0]
+    assert "(it does not match its key)" in told[0]
 
 
 @pytest.mark.parametrize("name", ["server.crt", "server.key", "server-ecdsa.crt", "server-ecdsa.key"])
@@ -702,7 +694,7 @@ def test_a_damaged_half_is_put_aside_and_made_again(made: Path, name: str, junk:
     told: list[str] = []
     assert len(ensure(made, progress=told.append)) == 2
     assert (made / f"{name}.aside").read_bytes() == junk
-    assert told[0].endswith(f"It is put aside as {made}/{name}.aside.")
+    assert told[0].endswith(f"It was set aside as {made}/{name}.aside.")
 
 
 def test_a_stray_key_of_another_type_is_put_aside_and_not_overwritten(made: Path, ec_key: Any) -> None:
@@ -714,7 +706,7 @@ def test_a_stray_key_of_another_type_is_put_aside_and_not_overwritten(made: Path
     assert rsa.key_type == "rsa-2048"
     assert (made / "server.key.aside").read_bytes() == stray
     assert (
-        told[0] == f"{made}/server.key is a key of another type. It is put aside as {made}/server.key.aside."
+        told[0] == f"{made}/server.key is a key of another type. It was set aside as {made}/server.key.aside."
     )
 
 
@@ -740,18 +732,18 @@ def test_a_certificate_of_another_authority_is_never_overwritten(made: Path, rsa
             with pytest.raises(CertificateError) as caught:
                 ensure(made, now=now)
             assert str(caught.value).startswith(
-                f"{made}/server.crt: was not issued by the own authority ({made}/ca.crt) and is never overwritten;"
+                f"{made}/server.crt: was not issued by the authority {made}/ca.crt and is never overwritten;"
             )
         assert bytes_of(made) == before
 
 
 def test_keys_and_folders_that_others_can_reach_stop_the_start(made: Path) -> None:
     (made / "server.key").chmod(0o644)
-    with pytest.raises(CertificateError, match=r"run `chmod 600 .*server\.key`"):
+    with pytest.raises(CertificateError, match=r"run: chmod 600 .*server\.key"):
         ensure(made)
     (made / "server.key").chmod(0o600)
     made.chmod(0o755)
-    with pytest.raises(CertificateError, match=r"run `chmod 700 .*made`"):
+    with pytest.raises(CertificateError, match=r"run: chmod 700 .*made"):
         ensure(made)
 
 
@@ -771,7 +763,7 @@ def test_a_renewal_that_fails_leaves_the_old_certificate_in_service(
     assert after[1] != before[1]
     assert told[0] == (
         f"{made}/server.crt could not be renewed (it expires on 2026-08-30 12:30 UTC): {made}/server.crt:"
-        " cannot be written: No space left on device. The old one is served on."
+        " cannot be written: No space left on device. The old one remains in use."
     )
     assert ensure(made, now=NOW + 61 * DAY)[0] != before[0]
 
@@ -837,15 +829,15 @@ DEFAULTS = """
     import json, sys
     from datetime import UTC, datetime, timedelta
     from pathlib import Path
-    from zcproto.certs import ensure_own_certificates
+    from zcproto.certs import ManagedSettings, ensure
 
-    told = []
-    pairs = ensure_own_certificates(
-        Path(sys.argv[1]), names=["zcp.example.com"], key_types=["rsa-4096", "ecdsa-p256"],
+    sentences = []
+    settings = ManagedSettings(
+        names=["zcp.example.com"], key_types=["rsa-4096", "ecdsa-p256"],
         lifetime=timedelta(days=90), renew_before=timedelta(days=30), renew_key=False,
-        now=datetime.now(UTC), progress=told.append,
     )
-    print(json.dumps({"told": told, "pairs": [[pair.key_type, pair.pin] for pair in pairs]}))
+    pairs = ensure(Path(sys.argv[1]), settings, datetime.now(UTC), sentences.append).pairs
+    print(json.dumps({"told": sentences, "pairs": [[pair.key_type, pair.pin] for pair in pairs]}))
 """
 
 
@@ -859,7 +851,9 @@ def test_two_processes_that_start_at_once_share_one_rsa_4096_and_one_ecdsa_certi
     outputs = [json.loads(process.communicate(timeout=50)[0]) for process in processes]
     assert outputs[0]["pairs"] == outputs[1]["pairs"]
     assert [key_type for key_type, _ in outputs[0]["pairs"]] == ["rsa-4096", "ecdsa-p256"]
-    makers = [one for one in outputs if any(sentence.startswith("Making keys") for sentence in one["told"])]
+    makers = [
+        one for one in outputs if any(sentence.startswith("Generating keys") for sentence in one["told"])
+    ]
     assert len(makers) == 1
     assert read(folder / "ca.crt").public_key().key_size == 4096  # type: ignore[union-attr]
     strict = ("verify", "-x509_strict", "-purpose", "sslserver", "-verify_hostname", "zcp.example.com")
@@ -879,20 +873,10 @@ def test_who_has_to_wait_says_so(made: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(fcntl, "flock", flock)
     ensure(made, progress=told.append)
-    assert told == [f"Waiting for another process that is making the certificates in {made}."]
+    assert told == [f"Waiting for another process that is changing the certificates in {made}."]
 
 
-def test_defaults_need_no_progress_and_find_the_host(tmp_path: Path) -> None:
-    (one,) = ensure_own_certificates(
-        tmp_path / "certs",
-        names=[],
-        key_types=["ecdsa-p256"],
-        lifetime=90 * DAY,
-        renew_before=30 * DAY,
-        renew_key=False,
-        now=datetime.now(UTC),
-    )
+def test_default_settings_use_the_host_names(tmp_path: Path) -> None:
+    without_names = ManagedSettings([], ["ecdsa-p256"], 90 * DAY, 30 * DAY, renew_key=False)
+    (one,) = managed.ensure(tmp_path / "certs", without_names, datetime.now(UTC)).pairs
     assert {"localhost", "127.0.0.1", "::1"} <= set(one.names)
-    assert der(read(one.certificate))
-    assert authority.KEY_TYPE == "rsa-2048"
-    assert files.LOCK_WAIT_S == 30.0

@@ -11,8 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from tests.certs.support import DAY, NOW, build, der, openssl, pem_of_key
-from zcproto.certs import files, rotation, spki_pin
-from zcproto.certs.certificates import NextPins
+from zcproto.certs import NextPins, files, rollover, spki_pin
 from zcproto.errors import CertificateError
 
 TYPES = ("rsa-2048", "ecdsa-p256")
@@ -27,12 +26,12 @@ def folder(tmp_path: Path) -> Path:
     return directory
 
 
-def announce(folder: Path, key: Any, days: float = 7, now: datetime = NOW) -> rotation.NextKey:
-    return rotation.announce(folder, key, now + days * DAY, now, lambda sentence: None)
+def announce(folder: Path, key: Any, days: float = 7, now: datetime = NOW) -> rollover.NextKey:
+    return rollover.announce(folder, key, now + days * DAY, now, lambda sentence: None)
 
 
-def find(folder: Path, now: datetime = NOW, told: list[str] | None = None) -> dict[str, rotation.NextKey]:
-    return rotation.find(folder, TYPES, now, [].append if told is None else told.append)
+def find(folder: Path, now: datetime = NOW, told: list[str] | None = None) -> dict[str, rollover.NextKey]:
+    return rollover.find(folder, TYPES, now, [].append if told is None else told.append)
 
 
 def put(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -45,14 +44,14 @@ def test_a_next_key_is_its_owners_alone_and_comes_back_as_it_was(folder: Path, r
     told: list[str] = []
     old = os.umask(0)
     try:
-        next_key = rotation.announce(folder, rsa_key, NOW + 7 * DAY, NOW, told.append)
+        next_key = rollover.announce(folder, rsa_key, NOW + 7 * DAY, NOW, told.append)
     finally:
         os.umask(old)
     path = folder / "server.next.key"
     assert [one.name for one in folder.iterdir()] == ["server.next.key"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert (next_key.path, next_key.announced_at, next_key.use_from) == (path, WHOLE_NOW, WHOLE_NOW + 7 * DAY)
-    read = rotation.read(path)
+    read = rollover.read(path)
     assert read is not None
     assert pem_of_key(read.key) == pem_of_key(rsa_key)
     assert (read.announced_at, read.use_from, read.pin) == (WHOLE_NOW, WHOLE_NOW + 7 * DAY, next_key.pin)
@@ -78,15 +77,15 @@ def test_the_pin_is_that_of_a_certificate_for_the_key(request: Any, folder: Path
 def test_what_is_announced_is_read_without_the_lock_and_without_a_change(
     folder: Path, rsa_key: Any, ec_key: Any
 ) -> None:
-    assert rotation.announced(folder) is None
-    assert rotation.announced(folder / "missing") is None
+    assert rollover.announced(folder) is None
+    assert rollover.announced(folder / "missing") is None
     first = announce(folder, rsa_key)
-    assert rotation.announced(folder) == NextPins((first.pin,), WHOLE_NOW + 7 * DAY)
+    assert rollover.announced(folder) == NextPins((first.pin,), WHOLE_NOW + 7 * DAY)
     second = announce(folder, ec_key, days=3)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert rotation.announced(folder) == NextPins((first.pin, second.pin), WHOLE_NOW + 3 * DAY)
+    assert rollover.announced(folder) == NextPins((first.pin, second.pin), WHOLE_NOW + 3 * DAY)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    assert set(rotation.paths(folder)) == set(folder.iterdir())
+    assert set(rollover.paths(folder)) == set(folder.iterdir())
 
 
 def test_next_keys_are_found_by_their_type(folder: Path, rsa_key: Any, ec_key: Any) -> None:
@@ -128,16 +127,16 @@ def test_a_damaged_next_key_is_put_aside_with_a_word(folder: Path, ec_key: Any, 
     data = damaged(name, ec_key)
     put(path, data)
     told: list[str] = []
-    assert rotation.announced(folder, told.append) is None
+    assert rollover.announced(folder, told.append) is None
     assert told.pop().endswith(" It is not announced.")
     assert path.read_bytes() == data
-    assert rotation.announced(folder) is None
+    assert rollover.announced(folder) is None
     assert find(folder, told=told) == {}
     assert not path.exists()
     assert (folder / "server-ecdsa.next.key.aside").read_bytes() == data
     (sentence,) = told
     assert sentence.startswith(f"{path}: ")
-    assert sentence.endswith(f"It is put aside as {path}.aside.")
+    assert sentence.endswith(f"It was set aside as {path}.aside.")
     assert "PRIVATE" not in sentence
     assert find(folder, told=told) == {}
     assert len(told) == 1
@@ -166,9 +165,9 @@ def test_a_next_key_that_others_could_read_is_not_used(folder: Path, ec_key: Any
     path = folder / "server-ecdsa.next.key"
     path.chmod(mode)
     told: list[str] = []
-    assert rotation.announced(folder, told.append) is None
+    assert rollover.announced(folder, told.append) is None
     assert find(folder, told=told) == {}
-    assert all("others can read or change this key" in sentence for sentence in told)
+    assert all("others can read or change this file" in sentence for sentence in told)
     assert len(told) == 2
     assert not path.exists()
 
@@ -202,7 +201,7 @@ def test_a_disk_that_refuses_everything_stops_nothing(
             assert find(folder, told=told) == {}
     assert len(told) == 4
     for sentence in told:
-        assert "Input/output error. It cannot be put aside: Input/output error; move it away." in sentence
+        assert "Input/output error. It cannot be set aside: Input/output error; move it away." in sentence
     assert len(find(folder)) == 1
 
 
@@ -214,13 +213,14 @@ def test_a_key_of_the_other_family_is_put_aside(request: Any, folder: Path, name
     told: list[str] = []
     assert find(folder, told=told) == {}
     assert told == [
-        f"{folder / name} is a next key of a type that is not wanted. It is put aside as {folder / name}.aside."
+        f"{folder / name} is a next key of a type that is not configured. It was set aside as"
+        f" {folder / name}.aside."
     ]
 
 
 def test_a_next_key_of_a_type_that_is_no_longer_wanted_is_put_aside(folder: Path, rsa_key: Any) -> None:
     announce(folder, rsa_key)
-    assert rotation.find(folder, ("rsa-3072", "ecdsa-p256"), NOW, lambda sentence: None) == {}
+    assert rollover.find(folder, ("rsa-3072", "ecdsa-p256"), NOW, lambda sentence: None) == {}
     assert (folder / "server.next.key.aside").exists()
 
 
@@ -241,14 +241,14 @@ def test_an_announcement_that_cannot_be_written_leaves_the_one_before(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(CertificateError, match=r"next\.key: cannot be written: No space left on device"):
-            rotation.move(first, NOW + 20 * DAY, NOW, lambda sentence: None)
+            rollover.announce(folder, first.key, NOW + 20 * DAY, NOW, lambda sentence: None)
     assert find(folder)["ecdsa-p256"].use_from == first.use_from
     assert [path.name for path in folder.iterdir()] == ["server-ecdsa.next.key"]
 
 
 def test_a_next_key_gets_another_time_and_stays_the_same(folder: Path, ec_key: Any) -> None:
     first = announce(folder, ec_key)
-    moved = rotation.move(first, NOW + 20 * DAY, NOW + DAY, lambda sentence: None)
+    moved = rollover.announce(folder, first.key, NOW + 20 * DAY, NOW + DAY, lambda sentence: None)
     assert moved.pin == first.pin
     assert find(folder, NOW + DAY)["ecdsa-p256"].use_from == WHOLE_NOW + 20 * DAY
     assert find(folder, NOW + DAY)["ecdsa-p256"].announced_at == WHOLE_NOW + DAY
@@ -256,20 +256,20 @@ def test_a_next_key_gets_another_time_and_stays_the_same(folder: Path, ec_key: A
 
 def test_a_key_that_was_put_to_use_is_no_longer_announced(folder: Path, ec_key: Any) -> None:
     next_key = announce(folder, ec_key)
-    rotation.used(next_key)
-    rotation.used(next_key)
+    rollover.delete(next_key)
+    rollover.delete(next_key)
     assert list(folder.iterdir()) == []
 
 
 def test_what_is_taken_back_is_put_aside(folder: Path, rsa_key: Any, ec_key: Any) -> None:
     told: list[str] = []
-    assert rotation.cancel(folder, told.append) == ()
+    assert rollover.cancel(folder, told.append) == ()
     announce(folder, rsa_key)
     announce(folder, ec_key)
-    assert rotation.cancel(folder, told.append) == rotation.paths(folder)
-    assert rotation.announced(folder) is None
+    assert rollover.cancel(folder, told.append) == rollover.paths(folder)
+    assert rollover.announced(folder) is None
     assert told[0] == (
-        f"{folder}/server.next.key will not be used. It is put aside as {folder}/server.next.key.aside."
+        f"{folder}/server.next.key will not be used. It was set aside as {folder}/server.next.key.aside."
     )
     assert len(list(folder.glob("*.aside"))) == len(told) == 2
 
@@ -281,7 +281,7 @@ def test_an_announcement_of_a_clock_that_was_ahead_lasts_as_long_as_it_was_meant
     told: list[str] = []
     found = find(folder, told=told)["ecdsa-p256"]
     assert found.use_from == WHOLE_NOW + 7 * DAY
-    assert rotation.announced(folder) == NextPins((found.pin,), found.use_from)
+    assert rollover.announced(folder) == NextPins((found.pin,), found.use_from)
     assert len(told) == 1
     assert find(folder, NOW + 8 * DAY, told)["ecdsa-p256"].use_from == found.use_from
     assert len(told) == 1
@@ -302,14 +302,14 @@ def test_a_time_that_cannot_be_set_right_is_told_and_tried_again(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "sync_folder", full)
+        patch.setattr(os, "fsync", full)
         assert find(folder, told=told)["ecdsa-p256"].use_from == first.use_from
-    assert "could not be given its right time: " in told[0]
+    assert "could not be corrected: " in told[0]
     assert find(folder)["ecdsa-p256"].use_from == WHOLE_NOW + 7 * DAY
 
 
 def test_the_times_are_in_utc(folder: Path, ec_key: Any) -> None:
     announce(folder, ec_key)
-    read = rotation.read(folder / "server-ecdsa.next.key")
+    read = rollover.read(folder / "server-ecdsa.next.key")
     assert read is not None
     assert read.use_from.tzinfo is read.announced_at.tzinfo is UTC

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from zcproto.certs import clients
-from zcproto.certs.revoked import issue_of, revoked_in
+from zcproto.certs import client_ca
+from zcproto.certs.crl import certificate_id, revoked_in
 from zcproto.errors import CertificateError
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
@@ -19,8 +19,8 @@ MONTH = timedelta(days=30)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("ada", "bob"):
-        clients.issue_client(tmp_path / "certs", name, lifetime=MONTH, now=NOW)
-    clients.revoke_client(tmp_path / "certs", name="ada", now=NOW)
+        client_ca.issue_client(tmp_path / "certs", name, lifetime=MONTH, now=NOW)
+    client_ca.revoke_client(tmp_path / "certs", name="ada", now=NOW)
     return tmp_path / "certs"
 
 
@@ -30,23 +30,23 @@ def der(folder: Path, name: str) -> bytes:
 
 def test_a_revoked_certificate_is_named_and_no_other(folder: Path) -> None:
     revoked = revoked_in(folder / "client-ca.crl")
-    assert [name for name in ("ada", "bob") if issue_of(der(folder, name)) in revoked] == ["ada"]
+    assert [name for name in ("ada", "bob") if certificate_id(der(folder, name)) in revoked] == ["ada"]
 
 
 def test_the_same_number_of_another_issuer_is_another_certificate(folder: Path, tmp_path: Path) -> None:
-    issuer, serial = issue_of(der(folder, "ada"))
+    issuer, serial = certificate_id(der(folder, "ada"))
     assert (issuer + b"x", serial) not in revoked_in(folder / "client-ca.crl")
 
 
 def test_several_lists_in_one_file_count_together(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    clients.issue_client(other, "cleo", lifetime=MONTH, now=NOW)
-    clients.revoke_client(other, name="cleo", now=NOW)
+    client_ca.issue_client(other, "cleo", lifetime=MONTH, now=NOW)
+    client_ca.revoke_client(other, name="cleo", now=NOW)
     both = folder / "both.crl"
     both.write_bytes((folder / "client-ca.crl").read_bytes() + (other / "client-ca.crl").read_bytes())
     both.chmod(0o600)
     assert len(revoked_in(both)) == 2
-    assert issue_of(der(other, "cleo")) in revoked_in(both)
+    assert certificate_id(der(other, "cleo")) in revoked_in(both)
 
 
 def test_a_damaged_list_is_an_error_that_names_the_file(folder: Path) -> None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from cryptography import x509
@@ -13,12 +13,22 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.certs.support import DAY, NOW, build, pem, pem_of_key
-from zcproto.certs import foreign, pair
-from zcproto.certs.certificates import Site
-from zcproto.certs.foreign import ForeignSite, Look, PassphraseSource, covers, load_site, watched_site
+from zcproto.certs import Site, external, pair
+from zcproto.certs.external import ExternalSite, PassphraseSource, WatchedFiles, load_site
+from zcproto.certs.names import covers
+from zcproto.certs.notices import NoticeKind
 from zcproto.errors import CertificateError
 
-NOTHING = Look()
+
+class Found(NamedTuple):
+    """What one check of the files found."""
+
+    changed: bool = False
+    bad: str = ""
+    recovered: bool = False
+
+
+NOTHING = Found()
 
 
 def san(*names: str) -> x509.SubjectAlternativeName:
@@ -46,8 +56,8 @@ class Files:
         self.write_key(key)
         return self
 
-    def site(self, *names: str, passphrase: PassphraseSource | None = None) -> ForeignSite:
-        return ForeignSite(names, (self.certificate,), (self.key,), passphrase or PassphraseSource())
+    def site(self, *names: str, passphrase: PassphraseSource | None = None) -> ExternalSite:
+        return ExternalSite(names, (self.certificate,), (self.key,), passphrase or PassphraseSource())
 
 
 def put(path: Path, data: bytes) -> Path:
@@ -58,11 +68,11 @@ def put(path: Path, data: bytes) -> Path:
     return path
 
 
-def load(spec: ForeignSite, environ: Mapping[str, str] | None = None) -> Site:
+def load(spec: ExternalSite, environ: Mapping[str, str] | None = None) -> Site:
     return load_site(spec, NOW, environ or {})
 
 
-def refusal(spec: ForeignSite, environ: Mapping[str, str] | None = None) -> str:
+def refusal(spec: ExternalSite, environ: Mapping[str, str] | None = None) -> str:
     with pytest.raises(CertificateError) as caught:
         load(spec, environ)
     return str(caught.value)
@@ -79,7 +89,7 @@ def other_ec_key() -> ec.EllipticCurvePrivateKey:
 def test_a_site_is_loaded_with_a_pair_of_each_kind(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
     first = Files(tmp_path, "rsa").write(rsa_key)
     second = Files(tmp_path, "ecdsa").write(ec_key)
-    spec = ForeignSite(("A.example",), (first.certificate, second.certificate), (first.key, second.key))
+    spec = ExternalSite(("A.example",), (first.certificate, second.certificate), (first.key, second.key))
     site = load(spec)
     assert site.names == ("a.example",)
     assert [each.key_type for each in site.pairs] == ["rsa-2048", "ecdsa-p256"]
@@ -92,7 +102,7 @@ def test_a_default_site_needs_no_names(tmp_path: Path, ec_key: Any) -> None:
 
 def test_certificate_and_key_may_be_in_one_file(tmp_path: Path, ec_key: Any) -> None:
     both = put(tmp_path / "both.pem", pem_of_key(ec_key) + pem(build(ec_key, extensions=[san("a.example")])))
-    for spec in (ForeignSite(("a.example",), (both,)), ForeignSite(("a.example",), (both,), (both,))):
+    for spec in (ExternalSite(("a.example",), (both,)), ExternalSite(("a.example",), (both,), (both,))):
         assert load(spec).pairs[0].key == both
         assert spec.paths == (both,)
 
@@ -105,24 +115,24 @@ def test_links_are_followed_to_where_certbot_keeps_its_files(tmp_path: Path, ec_
     links = live / "fullchain.pem", live / "privkey.pem"
     links[0].symlink_to(files.certificate)
     links[1].symlink_to(files.key)
-    assert load(ForeignSite(("a.example",), links[:1], links[1:])).pairs[0].certificate == links[0]
+    assert load(ExternalSite(("a.example",), links[:1], links[1:])).pairs[0].certificate == links[0]
 
 
 def test_the_number_of_files_is_checked(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     for certificates, keys in ((0, 0), (3, 3), (2, 1), (1, 2)):
-        spec = ForeignSite(("a.example",), (files.certificate,) * certificates, (files.key,) * keys)
+        spec = ExternalSite(("a.example",), (files.certificate,) * certificates, (files.key,) * keys)
         says = refusal(spec)
         assert says.startswith(f"the site a.example has {certificates} certificates and {keys} keys; config")
-    assert refusal(ForeignSite((), (), ())).startswith("a site has 0 certificates")
-    spec = ForeignSite((), (files.certificate,) * 2, (files.key,))
+    assert refusal(ExternalSite((), (), ())).startswith("a site has 0 certificates")
+    spec = ExternalSite((), (files.certificate,) * 2, (files.key,))
     assert refusal(spec).startswith(f"the site of {files.certificate} has 2 certificates and 1 keys")
 
 
 def test_two_certificates_of_one_kind_are_refused(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
-    spec = ForeignSite((), (files.certificate,) * 2, (files.key,) * 2)
-    assert "are both ecdsa; configure one of each kind of key" in refusal(spec)
+    spec = ExternalSite((), (files.certificate,) * 2, (files.key,) * 2)
+    assert "are both ecdsa; configure one of each key family" in refusal(spec)
 
 
 # --- names
@@ -156,13 +166,15 @@ def test_each_name_must_be_in_each_certificate(tmp_path: Path, rsa_key: Any, ec_
     second = Files(tmp_path, "ecdsa", "a.example").write(ec_key)
     assert load(first.site("a.example", "x.b.example", "*.b.example"))
     assert load(second.site("a.example"))
-    spec = ForeignSite(
+    spec = ExternalSite(
         ("a.example", "x.b.example", "*.b.example"),
         (first.certificate, second.certificate),
         (first.key, second.key),
     )
     says = refusal(spec)
-    assert says.startswith(f"{second.certificate}: is not for x.b.example, *.b.example; get one that has")
+    assert says.startswith(
+        f"{second.certificate}: is not valid for x.b.example, *.b.example; use one with all"
+    )
 
 
 def test_an_address_is_no_name_of_a_site(tmp_path: Path, ec_key: Any) -> None:
@@ -175,25 +187,25 @@ def test_an_address_is_no_name_of_a_site(tmp_path: Path, ec_key: Any) -> None:
     )
     files.write_key(ec_key)
     assert load(files.site())
-    assert "192.0.2.7 cannot be the name of a site: clients send no address" in refusal(
+    assert "192.0.2.7 cannot be the name of a site, because clients send no address" in refusal(
         files.site("192.0.2.7")
     )
-    assert "cannot be a name in a certificate" in refusal(files.site("under_score.example"))
+    assert "is not a valid name for a certificate" in refusal(files.site("under_score.example"))
 
 
 def test_sites_are_checked_against_one_another(tmp_path: Path) -> None:
-    def site(*names: str) -> ForeignSite:
-        return ForeignSite(names, (tmp_path / "a.crt",))
+    def site(*names: str) -> ExternalSite:
+        return ExternalSite(names, (tmp_path / "a.crt",))
 
-    foreign.check_sites([])
-    foreign.check_sites([site("a.example", "*.a.example"), site("b.example")])
+    external.check_sites([])
+    external.check_sites([site("a.example", "*.a.example"), site("b.example")])
     with pytest.raises(CertificateError, match=r"two sites have the name a\.example; leave it in one"):
-        foreign.check_sites([site("a.example"), site("b.example", "A.example.")])
-    with pytest.raises(CertificateError, match=r"the site of .*a\.crt has no names; give the names"):
-        foreign.check_sites([site()])
-    foreign.check_sites([site(f"a{number}.example") for number in range(100)])
+        external.check_sites([site("a.example"), site("b.example", "A.example.")])
+    with pytest.raises(CertificateError, match=r"the site of .*a\.crt has no names; add the names"):
+        external.check_sites([site()])
+    external.check_sites([site(f"a{number}.example") for number in range(100)])
     with pytest.raises(CertificateError, match="101 sites are configured; at most 100"):
-        foreign.check_sites([site(f"a{number}.example") for number in range(101)])
+        external.check_sites([site(f"a{number}.example") for number in range(101)])
 
 
 # --- passphrases
@@ -247,23 +259,27 @@ def test_two_sources_of_a_passphrase_are_refused(tmp_path: Path) -> None:
 
 
 class Watched:
-    """A watched site and its clock; each look is a second after the one before."""
+    """A watched site and its clock; each found is a second after the one before."""
 
-    def __init__(self, spec: ForeignSite, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, spec: ExternalSite, environ: Mapping[str, str] | None = None) -> None:
         self.now, self.monotonic = NOW, 1000.0
-        self.site = watched_site(spec, environ or {})
+        self.site = WatchedFiles(spec.paths, lambda now: external.load_site(spec, now, environ or {}))
         self.site.start(self.now, self.monotonic)
 
-    def look(self, *, again: bool = False) -> Look:
+    def check(self, *, force: bool = False) -> Found:
         self.monotonic += 1
-        return self.site.look(self.now, self.monotonic, again=again)
+        before = self.site.value
+        messages = {
+            notice.kind: notice.message for notice in self.site.check(self.now, self.monotonic, force=force)
+        }
+        bad = messages.get(NoticeKind.FILES_BAD, "").removesuffix(". The last valid files remain in use.")
+        return Found(self.site.value != before, bad, NoticeKind.FILES_RECOVERED in messages)
 
-    def looks(self, count: int) -> list[Look]:
-        return [self.look() for _ in range(count)]
+    def checks(self, count: int) -> list[Found]:
+        return [self.check() for _ in range(count)]
 
     @property
     def pin(self) -> str:
-        assert self.site.value is not None
         return self.site.value.pairs[0].pin
 
 
@@ -271,7 +287,7 @@ class Watched:
 def test_a_site_that_cannot_be_served_does_not_start(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     files.write_key(other_ec_key)
-    with pytest.raises(CertificateError, match="is not the key of"):
+    with pytest.raises(CertificateError, match="does not belong to"):
         Watched(files.site())
 
 
@@ -279,8 +295,8 @@ def test_nothing_is_loaded_while_nothing_changes(
     tmp_path: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watched(Files(tmp_path).write(ec_key).site())
-    monkeypatch.setattr(foreign, "load_site", lambda *arguments: pytest.fail("it was loaded"))
-    assert watched.looks(200) == [NOTHING] * 200
+    monkeypatch.setattr(external, "load_site", lambda *arguments: pytest.fail("it was loaded"))
+    assert watched.checks(200) == [NOTHING] * 200
 
 
 @pytest.mark.requirement("renewal")
@@ -291,18 +307,18 @@ def test_a_new_pair_is_taken_at_once_and_told_as_a_change(
     watched = Watched(files.site("a.example"))
     before = watched.pin
     files.write(other_ec_key)
-    assert watched.look() == Look(changed=True)
+    assert watched.check() == Found(changed=True)
     assert watched.pin != before
-    assert watched.looks(70) == [NOTHING] * 70
+    assert watched.checks(70) == [NOTHING] * 70
     files.write_certificate(other_ec_key)  # a renewal with its key
-    assert watched.look() == Look(changed=True)
+    assert watched.check() == Found(changed=True)
 
 
 def test_the_same_certificate_written_again_is_no_change(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
     put(files.certificate, files.certificate.read_bytes() + b"\n")
-    assert watched.look() == NOTHING
+    assert watched.check() == NOTHING
 
 
 def test_a_key_with_another_passphrase_is_a_change(tmp_path: Path, ec_key: Any) -> None:
@@ -312,9 +328,9 @@ def test_a_key_with_another_passphrase_is_a_change(tmp_path: Path, ec_key: Any) 
     source = put(tmp_path / "passphrase", b"one")
     watched = Watched(files.site(passphrase=PassphraseSource(source)))
     files.write_key(ec_key, b"two")
-    assert watched.look() == NOTHING
+    assert watched.check() == NOTHING
     put(source, b"two")
-    assert watched.look() == Look(changed=True)
+    assert watched.check() == Found(changed=True)
 
 
 @pytest.mark.parametrize("order", ["certificate first", "key first"])
@@ -328,10 +344,10 @@ def test_a_pair_that_is_half_written_is_given_time_and_never_served(
     if order == "key first":
         steps.reverse()
     steps[0](other_ec_key)
-    assert watched.looks(30) == [NOTHING] * 30
+    assert watched.checks(30) == [NOTHING] * 30
     assert watched.pin == before
     steps[1](other_ec_key)
-    assert watched.look() == Look(changed=True)
+    assert watched.check() == Found(changed=True)
     assert watched.pin != before
     assert watched.site.problem == ""
 
@@ -343,14 +359,14 @@ def test_files_that_stay_bad_are_told_once_and_the_good_ones_again(
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
     files.write_key(other_ec_key)
-    looks = watched.looks(500)
-    assert [at for at, look in enumerate(looks) if look != NOTHING] == [30]  # seen at 0, quiet for 30
-    assert looks[30].bad.startswith(f"{files.key}: is not the key of")
-    assert watched.site.problem == looks[30].bad
+    checks = watched.checks(500)
+    assert [at for at, found in enumerate(checks) if found != NOTHING] == [30]  # seen at 0, quiet for 30
+    assert checks[30].bad.startswith(f"{files.key}: does not belong to")
+    assert watched.site.problem == checks[30].bad
     files.write_key(ec_key)
-    assert watched.look() == Look(recovered=True)
+    assert watched.check() == Found(recovered=True)
     assert watched.site.problem == ""
-    assert watched.looks(100) == [NOTHING] * 100
+    assert watched.checks(100) == [NOTHING] * 100
 
 
 def test_each_change_to_files_that_stay_bad_is_told_when_it_has_settled(
@@ -360,11 +376,11 @@ def test_each_change_to_files_that_stay_bad_is_told_when_it_has_settled(
     watched = Watched(files.site())
     for data in (b"junk", b"other junk", b"junk"):
         put(files.key, data)
-        looks = watched.looks(100)
-        assert [at for at, look in enumerate(looks) if look != NOTHING] == [30]
-        assert "holds no PEM key" in looks[30].bad
+        checks = watched.checks(100)
+        assert [at for at, found in enumerate(checks) if found != NOTHING] == [30]
+        assert "contains no PEM key" in checks[30].bad
     files.write(other_ec_key)
-    assert watched.look() == Look(changed=True, recovered=True)
+    assert watched.check() == Found(changed=True, recovered=True)
 
 
 def test_files_that_are_never_quiet_are_told_of_in_the_end(tmp_path: Path, ec_key: Any) -> None:
@@ -373,11 +389,11 @@ def test_files_that_are_never_quiet_are_told_of_in_the_end(tmp_path: Path, ec_ke
     told = []
     for turn in range(1000):
         put(files.key, b"junk %d" % turn)
-        if watched.look() != NOTHING:
+        if watched.check() != NOTHING:
             told.append(turn)
     assert told == [300, 601, 902]
     files.write_key(ec_key)
-    assert watched.look() == Look(recovered=True)
+    assert watched.check() == Found(recovered=True)
 
 
 def test_a_file_that_is_gone_changes_nothing(tmp_path: Path, ec_key: Any) -> None:
@@ -385,13 +401,13 @@ def test_a_file_that_is_gone_changes_nothing(tmp_path: Path, ec_key: Any) -> Non
     watched = Watched(files.site())
     good = files.certificate.read_bytes()
     files.certificate.unlink()
-    looks = watched.looks(100)
-    assert [look.bad for look in looks if look != NOTHING] == [
+    checks = watched.checks(100)
+    assert [found.bad for found in checks if found != NOTHING] == [
         f"{files.certificate}: cannot be read: No such file or directory;"
         " check the path, and that this user may read it"
     ]
     put(files.certificate, good)
-    assert watched.look() == Look(recovered=True)
+    assert watched.check() == Found(recovered=True)
 
 
 def test_a_certificate_of_the_future_is_taken_when_its_time_has_come(
@@ -401,13 +417,13 @@ def test_a_certificate_of_the_future_is_taken_when_its_time_has_come(
     watched = Watched(files.site())
     before = watched.pin
     files.write(other_ec_key, not_before=NOW + DAY, not_after=NOW + 9 * DAY)
-    looks = watched.looks(60)
-    assert [look.bad[-50:] for look in looks if look != NOTHING] == [
-        "; wait until then, or set this machine's clock right"[-50:]
+    checks = watched.checks(60)
+    assert [found.bad[-50:] for found in checks if found != NOTHING] == [
+        "; wait until then, or correct this machine's clock"[-50:]
     ]
     watched.now += 2 * DAY
-    assert watched.look() == NOTHING  # it is tried each minute
-    assert watched.look(again=True) == Look(changed=True, recovered=True)
+    assert watched.check() == NOTHING  # it is tried each minute
+    assert watched.check(force=True) == Found(changed=True, recovered=True)
     assert watched.pin != before
 
 
@@ -416,11 +432,11 @@ def test_what_is_bad_is_tried_each_minute(tmp_path: Path, ec_key: Any, other_ec_
     watched = Watched(files.site())
     files.write(other_ec_key)
     tmp_path.chmod(0o755)  # of the folder, which is not watched
-    looks = watched.looks(31)
-    assert "run `chmod 700 " in looks[30].bad
+    checks = watched.checks(31)
+    assert "run: chmod 700 " in checks[30].bad
     tmp_path.chmod(0o700)
-    looks = watched.looks(60)
-    assert looks == [NOTHING] * 59 + [Look(changed=True, recovered=True)]
+    checks = watched.checks(60)
+    assert checks == [NOTHING] * 59 + [Found(changed=True, recovered=True)]
 
 
 def test_what_is_wrong_is_told_again_if_it_is_something_else(
@@ -429,10 +445,10 @@ def test_what_is_wrong_is_told_again_if_it_is_something_else(
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
     files.write(other_ec_key, not_before=NOW + DAY, not_after=NOW + 2 * DAY)
-    assert "is not valid before" in watched.looks(31)[30].bad
+    assert "is not valid before" in watched.checks(31)[30].bad
     watched.now += 9 * DAY
-    assert "expired on" in watched.looks(60)[59].bad
-    assert watched.looks(200) == [NOTHING] * 200
+    assert "expired on" in watched.checks(60)[59].bad
+    assert watched.checks(200) == [NOTHING] * 200
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ENFILE, errno.ESTALE])
@@ -450,11 +466,11 @@ def test_a_disk_that_fails_changes_nothing(
         patch.setattr(os, "open", fail)
         files.certificate.touch()
         files.key.touch()
-        looks = watched.looks(100)
-        assert len([look for look in looks if look.bad]) == 1
+        checks = watched.checks(100)
+        assert len([found for found in checks if found.bad]) == 1
     assert watched.pin == before
     files.write(other_ec_key)
-    assert watched.look() == Look(changed=True, recovered=True)
+    assert watched.check() == Found(changed=True, recovered=True)
 
 
 def test_a_file_that_changes_while_it_is_loaded_is_seen_at_the_next_look(
@@ -467,14 +483,14 @@ def test_a_file_that_changes_while_it_is_loaded_is_seen_at_the_next_look(
 
     def change_after_it(*arguments: Any) -> pair.CertificatePair:
         loaded = real(*arguments)
-        monkeypatch.setattr(foreign, "load_pair", real)
+        monkeypatch.setattr(external, "load_pair", real)
         files.write(other_ec_key)
         return loaded
 
-    monkeypatch.setattr(foreign, "load_pair", change_after_it)
-    assert watched.look() == Look(changed=True)
+    monkeypatch.setattr(external, "load_pair", change_after_it)
+    assert watched.check() == Found(changed=True)
     before = watched.pin
-    assert watched.look() == Look(changed=True)
+    assert watched.check() == Found(changed=True)
     assert watched.pin != before
 
 
@@ -483,15 +499,15 @@ def test_two_pairs_are_taken_together_or_not_at_all(
 ) -> None:
     first = Files(tmp_path, "rsa").write(rsa_key)
     second = Files(tmp_path, "ecdsa").write(ec_key)
-    spec = ForeignSite((), (first.certificate, second.certificate), (first.key, second.key))
+    spec = ExternalSite((), (first.certificate, second.certificate), (first.key, second.key))
     watched = Watched(spec)
     before = watched.site.value
     first.write(rsa_key)
     second.write_certificate(other_ec_key)
-    assert watched.looks(10) == [NOTHING] * 10
+    assert watched.checks(10) == [NOTHING] * 10
     assert watched.site.value is before
     second.write_key(other_ec_key)
-    assert watched.look() == Look(changed=True)
+    assert watched.check() == Found(changed=True)
 
 
 def test_files_of_others_are_never_written(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
@@ -507,5 +523,5 @@ def test_files_of_others_are_never_written(tmp_path: Path, ec_key: Any, other_ec
         }
 
     before = state()
-    watched.looks(100)
+    watched.checks(100)
     assert state() == before

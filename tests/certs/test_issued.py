@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.certs.support import DAY, NOW
-from zcproto.certs.client_list import (
+from zcproto.certs.issued import (
     KEEP_EXPIRED,
     MAX_SERIAL_NUMBER,
     REASONS,
@@ -71,7 +71,7 @@ def test_an_empty_file_is_an_empty_list() -> None:
     ],
 )
 def test_a_file_that_is_not_whole_is_refused(data: bytes) -> None:
-    with pytest.raises(CertificateError, match=r"^client-ca\.issued: is not the whole list"):
+    with pytest.raises(CertificateError, match=r"^client-ca\.issued: is not a complete list"):
         parse_list(data, "client-ca.issued")
 
 

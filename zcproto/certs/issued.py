@@ -1,16 +1,16 @@
-"""The list of the certificates that were issued to clients, `client-ca.issued`: its lines and its bounds.
+"""The list of certificates issued to clients, `client-ca.issued`: its format and its limits.
 
     zcproto client certificates: serial, name, end, and if revoked: when and why
     4D2A...9F alice 20270601T123015Z
     77C0...01 bob 20270601T123015Z 20260901T080000Z keyCompromise
 
-What this file decides: what a line is, and how long it is kept. With it each certificate of a user can be
-revoked by name, and a lost list of revoked ones is made again.
+Decides: the format of a line and how long it is kept. The list makes it possible to revoke every certificate of a
+user by name, and to restore a lost revocation list.
 
 Rules:
-- A line has one form; a file with any other line is refused whole, as it may lack revocations.
-- A line is kept until a week after its certificate has expired, and has left the signed list.
-- There is always room to revoke every certificate in the list: issuing ends first.
+- A line has one format. A file with any other line is refused as a whole, because it may lack revocations.
+- A line is kept until a week after its certificate has expired and left the revocation list.
+- There is always room to revoke every certificate in the list: issuing stops first.
 
 Must not know: files, certificates, what time it is.
 """
@@ -35,13 +35,13 @@ REASONS: Final = (
     "cessationOfOperation",
     "privilegeWithdrawn",
 )
-"""Why a certificate is revoked, as RFC 5280 section 5.3.1 names it. There is no way back from any of them."""
+"""Reasons for a revocation, as named by RFC 5280 section 5.3.1. None of them can be undone."""
 
 UNKNOWN_NAME: Final = "?"
-"""In place of the name of a certificate that is revoked and was not in the list."""
+"""Stands for the user of a revoked certificate that was not in the list."""
 
 KEEP_EXPIRED: Final = timedelta(days=7)
-"""For servers whose clock is behind."""
+"""Allows for servers whose clock is behind."""
 
 MAX_SERIAL_NUMBER: Final = 2**159 - 1
 """RFC 5280 section 4.1.2.2: 20 octets, of which the first bit is 0."""
@@ -51,7 +51,7 @@ _HEX: Final = re.compile(r"[0-9A-Fa-f]{1,40}")
 _TIME: Final = "%Y%m%dT%H%M%SZ"
 _ROOM: Final = len(
     f"{MAX_SERIAL_NUMBER:X}  20270601T123015Z 20260901T080000Z {max(REASONS, key=len)}\n"
-)  # what a line takes at most besides its name
+)  # the longest line, without the name
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,11 @@ class Issued:
 
     serial_number: int
     name: str
-    """The user; `?` if that is not known."""
+    """The user; `?` if unknown."""
     not_after: datetime
     revoked_at: datetime | None = None
     reason: str = ""
-    """One of REASONS if it was revoked, else empty."""
+    """One of REASONS if it was revoked, otherwise empty."""
 
     @property
     def serial(self) -> str:
@@ -73,12 +73,13 @@ class Issued:
 
 
 def parse_list(data: bytes, where: str) -> tuple[Issued, ...]:
-    """The lines of a list; an empty file is an empty list. Raises CertificateError, which names the line."""
+    """Return the entries of a list; an empty file is an empty list. Raises CertificateError, which names the
+    line."""
     if not data:
         return ()
     lines = data.decode("ascii", "replace").split("\n")
     if lines[0] != _HEADER or lines[-1] != "":
-        raise CertificateError(f"{where}: is not the whole list of client certificates; restore it")
+        raise CertificateError(f"{where}: is not a complete list of client certificates; restore the file")
     issued: dict[int, Issued] = {}
     for number, line in enumerate(lines[1:-1], 2):
         entry = _parse_line(line)
@@ -93,9 +94,9 @@ def render_list(issued: Iterable[Issued]) -> bytes:
 
 
 def current(issued: Iterable[Issued], now: datetime, signed: Container[int] = ()) -> tuple[Issued, ...]:
-    """Those that are kept: until a week after their end, and while the signed list has their serial numbers.
+    """Return the entries to keep: until a week after their expiry, and while the revocation list contains them.
 
-    So an expired one leaves the signed list first, where it would not be known for what it is.
+    An expired entry leaves the revocation list first. Otherwise it would be read back from there as unknown.
     """
     return tuple(
         entry for entry in issued if now <= entry.not_after + KEEP_EXPIRED or entry.serial_number in signed
@@ -103,16 +104,18 @@ def current(issued: Iterable[Issued], now: datetime, signed: Container[int] = ()
 
 
 def has_room(issued: Sequence[Issued], limit: int) -> bool:
-    """Whether the list fits into `limit` bytes even if all of it is revoked."""
+    """Return True if the list fits into `limit` bytes even if all its certificates are revoked."""
     return len(_HEADER) + 1 + sum(_ROOM + len(entry.name) for entry in issued) <= limit
 
 
 def parse_serial(text: str) -> int:
-    """A serial number from hexadecimal digits, as they are shown here and by openssl; colons may be between."""
+    """Return a serial number from hexadecimal digits, with or without colons, as openssl prints them."""
     digits = text.replace(":", "")
     number = int(digits, 16) if _HEX.fullmatch(digits) else 0
     if not 0 < number <= MAX_SERIAL_NUMBER:
-        raise CertificateError("a serial number is 1 to 40 hexadecimal digits; copy it from the list")
+        raise CertificateError(
+            "a serial number has 1 to 40 hexadecimal digits; copy it from `zcproto cert show --json`"
+        )
     return number
 
 
@@ -122,7 +125,7 @@ def _line(entry: Issued) -> str:
 
 
 def _parse_line(line: str) -> Issued | None:
-    """What a line says; None unless it is as it would be written."""
+    """Parse a line; return None unless it has exactly the format in which it is written."""
     parts = line.split(" ")
     if len(parts) not in (3, 5):
         return None

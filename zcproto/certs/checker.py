@@ -1,0 +1,248 @@
+"""Decides what a server serves now: the certificates of all its sources, in contexts that were proven to work.
+
+Rules:
+- The first check provides a complete set of certificates or raises CertificateError: without one the server does
+  not start.
+- Only contexts that completed a handshake in memory are served. As long as new ones fail it, the old ones remain in
+  use, each check raises CertificateError and tries again, and notices are deferred until the certificates are used.
+
+Must not know: asyncio, connections, logs, the current time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from zcproto.certs import lifecycle, notices, pair
+from zcproto.certs.authority import Progress
+from zcproto.certs.crl import CertificateId, revoked_in
+from zcproto.certs.external import check_sites
+from zcproto.certs.lifecycle import Expiring, ExpiryAlerts, Random
+from zcproto.certs.notices import Notice, NoticeKind
+from zcproto.certs.pair import CertificatePair, CertificateSet, Site
+from zcproto.certs.rollover import NextPins
+from zcproto.certs.settings import CertificateSettings, ManagedSite
+from zcproto.certs.sources import (
+    ClientTrustSource,
+    ExternalSource,
+    ManagedSource,
+    Origin,
+    Renewal,
+    SiteSource,
+    Source,
+)
+from zcproto.tls.context import ClientAuth, ServerContext
+from zcproto.tls.proof import proven_sites
+from zcproto.tls.sites import SiteContexts
+
+
+@dataclass(frozen=True, slots=True)
+class ServingCertificates:
+    """What a server serves."""
+
+    certificates: CertificateSet
+    contexts: SiteContexts
+    revoked: frozenset[CertificateId]
+    """Certificates of clients that are revoked."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What one check found."""
+
+    serving: ServingCertificates | None
+    """What to serve from now on; None if it has not changed."""
+    notices: tuple[Notice, ...]
+    """What has happened since the check before."""
+    next_pins: NextPins | None
+    """What is announced now; None if nothing is."""
+    last_renewal: Renewal | None
+    """None if there was none since the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateStatus:
+    """One certificate in use, for metrics and for people."""
+
+    source: Origin
+    path: Path
+    names: tuple[str, ...]
+    """The names in the certificate; for an authority its subject."""
+    sha256: bytes
+    not_after: datetime
+    seconds_left: float
+    """Negative if it has expired."""
+    site: tuple[str, ...] = ()
+    """The names for which it is served; empty for the default site and for authorities."""
+    key_type: str = ""
+    """Empty for authorities."""
+    pin: str = ""
+    """Empty for authorities."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSettings:
+    """How to make TLS contexts from certificates."""
+
+    protocols: Sequence[str]
+    suites: Sequence[str]
+    client_auth: ClientAuth
+
+
+class CertificateChecker:
+    """All certificates of a server. Only one thread at a time may call `check`; others may call `status`."""
+
+    def __init__(
+        self,
+        settings: CertificateSettings,
+        contexts: ContextSettings,
+        *,
+        random: Random,
+        environ: Mapping[str, str],
+        progress: Progress = lambda sentence: None,
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`random` jitters the delays of retries; `environ` may contain passphrases.
+
+        `progress` receives sentences before slow steps. `rest` is called between steps of some milliseconds, to
+        yield the processor. Raises CertificateError if the sites contradict each other."""
+        check_sites(settings.sites)
+        default = settings.default
+        self._default: SiteSource = (
+            ManagedSource(default, random, progress, rest)
+            if isinstance(default, ManagedSite)
+            else ExternalSource(default, environ)
+        )
+        self._sites: list[SiteSource] = [
+            self._default,
+            *(ExternalSource(spec, environ) for spec in settings.sites),
+        ]
+        trust = self._trust = settings.clients
+        self._clients = None if trust is None else ClientTrustSource(trust, random, progress)
+        self._contexts = contexts
+        self._rest = rest
+        self._alerts = ExpiryAlerts(settings.alert_days)
+        self._set: CertificateSet | None = None
+        self._clock = (datetime.min, 0.0)
+        self._is_proven = False
+        self._proven: dict[Site, ServerContext] = {}
+        self._deferred: tuple[Notice, ...] = ()
+
+    def check(self, now: datetime, monotonic: float) -> CheckResult:
+        """Check everything. `now` is an aware time, `monotonic` seconds that only increase.
+
+        Raises CertificateError if there is nothing to serve yet, or if new contexts do not work.
+        """
+        moment = pair.utc(now)
+        self._deferred += tuple(self._check_sources(moment, monotonic))
+        serving = None
+        if not self._is_proven:
+            self._rest()
+            serving = self._prove()
+            self._is_proven = True
+        happened, self._deferred = self._deferred, ()
+        return CheckResult(serving, happened, self._default.next_pins, self._default.last_renewal)
+
+    def status(self, now: datetime) -> tuple[CertificateStatus, ...]:
+        """Return all certificates in use: those served, then the authorities. Empty before the first check."""
+        moment = pair.utc(now)
+        if self._set is None:
+            return ()
+        found = [
+            _status_of_pair(source.origin, site, one, moment)
+            for source, site in zip(self._sites, self._set.sites, strict=True)
+            for one in site.pairs
+        ]
+        found += [_status_of_authority(Origin.AUTHORITY, one, moment) for one in self._default.authorities]
+        if self._clients is not None:
+            of_clients = self._clients.authorities
+            found += [_status_of_authority(Origin.CLIENT_AUTHORITY, one, moment) for one in of_clients]
+        return tuple(found)
+
+    @property
+    def certificates(self) -> CertificateSet:
+        """The valid certificates; there are some after the first check of the sources."""
+        assert self._set is not None
+        return self._set
+
+    @property
+    def _sources(self) -> list[Source]:
+        return [*self._sites, *(() if self._clients is None else (self._clients,))]
+
+    def _check_sources(self, now: datetime, monotonic: float) -> list[Notice]:
+        happened: list[Notice] = []
+        if self._set is None:
+            self._clock = (now, monotonic)
+            for source in self._sources:
+                happened += source.start(now, monotonic)
+        else:
+            force = self._clock_was_changed(now, monotonic)
+            for source in self._sources:
+                happened += source.check(now, monotonic, force)
+        if any(notice.kind is NoticeKind.CLIENT_TRUST_LOADED for notice in happened):
+            self._proven.clear()  # each context contains the authorities for clients
+            self._is_proven = False
+        current = CertificateSet(tuple(source.site for source in self._sites))
+        if current != self._set:
+            self._set = current
+            self._is_proven = False
+        return [*happened, *map(notices.expiry, self._alerts.due(self._expiring(now), now))]
+
+    def _clock_was_changed(self, now: datetime, monotonic: float) -> bool:
+        """Return True if the clock was changed, or the machine suspended, since this last returned True."""
+        wall, then = self._clock
+        if abs((now - wall).total_seconds() - (monotonic - then)) <= lifecycle.CLOCK_JUMP_S:
+            return False
+        self._clock = (now, monotonic)
+        return True
+
+    def _expiring(self, now: datetime) -> list[Expiring]:
+        items = [
+            Expiring(one.leaf_sha256, str(one.certificate), one.not_after)
+            for source in self._sites
+            for one in source.overdue(now)
+        ]
+        return items + [one for source in self._sources for one in source.expiring]
+
+    def _prove(self) -> ServingCertificates:
+        certificates, trust, contexts = self.certificates, self._trust, self._contexts
+        proven = proven_sites(
+            certificates.sites,
+            contexts.protocols,
+            contexts.suites,
+            client_auth=contexts.client_auth,
+            client_ca=None if trust is None else trust.ca,
+            client_crl=None if trust is None else trust.crl,
+            proven=self._proven,
+            rest=self._rest,
+        )
+        revoked = frozenset() if trust is None or trust.crl is None else revoked_in(trust.crl)
+        return ServingCertificates(certificates, proven, revoked)
+
+
+def _status_of_pair(source: Origin, site: Site, one: CertificatePair, now: datetime) -> CertificateStatus:
+    return CertificateStatus(
+        source=source,
+        path=one.certificate,
+        names=one.names,
+        sha256=one.leaf_sha256,
+        not_after=one.not_after,
+        seconds_left=(one.not_after - now).total_seconds(),
+        site=site.names,
+        key_type=one.key_type,
+        pin=one.pin,
+    )
+
+
+def _status_of_authority(source: Origin, one: Expiring, now: datetime) -> CertificateStatus:
+    return CertificateStatus(
+        source=source,
+        path=Path(one.path),
+        names=(one.subject,),
+        sha256=one.sha256,
+        not_after=one.not_after,
+        seconds_left=(one.not_after - now).total_seconds(),
+    )

@@ -1,0 +1,584 @@
+"""Decides which managed certificates have to be issued or renewed, and with which key, and does it.
+
+Managed certificates are those that the server issues itself, from an authority in the same folder.
+
+Rules:
+- There is one private authority (ca.crt, ca.key) and one certificate for each key family: server.crt for RSA and
+  server-ecdsa.crt for ECDSA, each with its key beside it.
+- A certificate in these places that the authority did not issue is never overwritten.
+- A certificate is issued at once if it is missing, damaged, expired, not yet valid, without a configured name, does
+  not match its key or the configured key type, or has a name for which the authority may not issue. If that fails,
+  the server does not start.
+- It is renewed when it is due or lacks a host name. If that fails, the old certificate remains in use and the
+  failure is reported.
+- A renewal keeps the key, so that pins remain valid. With `renew_key` the next key is announced before the renewal
+  and used at it. A certificate never expires while it waits for a key: if it is too late to announce one before the
+  renewal, the renewal keeps the old key, and the new key follows after its full announcement.
+- An announced key is used as soon as its time has come. It is used early if the current key is lost or of another
+  type, because clients may already have its pin.
+- Certificates issued while the clock was wrong are replaced when it is correct again.
+
+Must not know: connections, contexts, configuration files, the current time.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+
+from zcproto.certs import authority, files, keys, lifecycle, pair, profile, rollover
+from zcproto.certs.authority import Authority, AuthorityFolder, Progress
+from zcproto.certs.host import found_names
+from zcproto.certs.names import MAX_NAMES, check_names
+from zcproto.certs.pair import CertificatePair, load_pair
+from zcproto.certs.rollover import STEMS, NextKey, NextPins
+from zcproto.errors import CertificateError
+
+ANNOUNCE_KEY = timedelta(days=7)
+MAX_ANNOUNCEMENT = profile.MAX_SERVER_LIFETIME
+
+_FIRST_YEAR, _LAST_YEAR = 1951, 9900  # what X.509 can express, with room for the lifetime of an authority
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedSettings:
+    """The configuration of managed certificates."""
+
+    names: Sequence[str]
+    """Configured names; a certificate without one of them is replaced."""
+    key_types: Sequence[str]
+    """At most one of each family."""
+    lifetime: timedelta
+    """At most 397 days."""
+    renew_before: timedelta
+    """Time left at which a certificate is renewed; at most a third of its lifetime counts."""
+    renew_key: bool
+    """Whether a renewal uses a new key."""
+    announce_key: timedelta = ANNOUNCE_KEY
+    """How long a new key is announced before it is used."""
+    host_names: Sequence[str] | None = None
+    """Names of the machine, which change with its networks; None to detect them."""
+
+    def checked(self) -> ManagedSettings:
+        """Return these settings with all names in normal form. Raises CertificateError if one is invalid."""
+        keys.check_managed_key_types(self.key_types)
+        if not timedelta(seconds=1) <= self.lifetime <= profile.MAX_SERVER_LIFETIME:
+            raise CertificateError(
+                f"a certificate cannot be valid for {self.lifetime};"
+                f" give 1 second to {profile.MAX_SERVER_LIFETIME.days} days"
+            )
+        if self.renew_before < timedelta(0):
+            raise CertificateError(
+                f"certificates must be renewed before they expire, not {-self.renew_before} after"
+            )
+        if not timedelta(0) <= self.announce_key <= MAX_ANNOUNCEMENT:
+            raise CertificateError(
+                f"a key cannot be announced for {self.announce_key}; give 0 to {MAX_ANNOUNCEMENT.days} days"
+            )
+        host_names = found_names() if self.host_names is None else check_names(self.host_names)
+        checked = replace(self, names=check_names(self.names), host_names=host_names)
+        if not checked.names_for(None):
+            raise CertificateError("a certificate needs a name; configure certificates.names")
+        return checked
+
+    def names_for(self, issuer: x509.Certificate | None) -> tuple[str, ...]:
+        """Return the names of a certificate from this authority, the configured ones first.
+
+        If there are too many, the last host names are left out.
+        """
+        names = dict.fromkeys((*self.names, *(self.host_names or ())))
+        return tuple(name for name in names if _may_issue(issuer, name))[:MAX_NAMES]
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedCertificates:
+    """The managed certificates after a renewal run."""
+
+    pairs: tuple[CertificatePair, ...]
+    """In the order of the key types; all can be served."""
+    next_pins: NextPins | None
+    """The keys that are announced."""
+    new_pins: tuple[str, ...]
+    """The pins of new keys that this run put into use."""
+    problems: tuple[str, ...]
+    """What failed and has to be retried, as sentences. The certificates can be served nevertheless."""
+    next_change: datetime
+    """When the next run is due, if nothing else happens."""
+
+    def report(self) -> dict[str, Any]:
+        """Return the result as data for JSON, with times as RFC 3339 in UTC."""
+        following = self.next_pins
+        return {
+            "certificates": [
+                {
+                    "certificate": str(one.certificate),
+                    "key_type": one.key_type,
+                    "names": list(one.names),
+                    "not_after": _stamp(one.not_after),
+                    "pin": one.pin,
+                    "new_key": one.pin in self.new_pins,
+                }
+                for one in self.pairs
+            ],
+            "next_pins": None
+            if following is None
+            else {"pins": list(following.pins), "use_from": _stamp(following.use_from)},
+        }
+
+
+def ensure(
+    directory: Path, settings: ManagedSettings, now: datetime, progress: Progress = lambda sentence: None
+) -> ManagedCertificates:
+    """Issue and renew the managed certificates in `directory` as far as due.
+
+    `now` is an aware time. Takes seconds if RSA keys are generated, up to 30 more if another process holds the
+    lock, otherwise milliseconds. Raises CertificateError, which names the file, the problem and the remedy."""
+    return _RenewalRun(directory, settings, now, progress, _Task.ENSURE).result()
+
+
+def renew(
+    directory: Path,
+    settings: ManagedSettings,
+    now: datetime,
+    progress: Progress = lambda sentence: None,
+    *,
+    families: Collection[str] = tuple(STEMS),
+) -> ManagedCertificates:
+    """Renew the managed certificates of these families now with their current keys, and do what else is due.
+
+    A next key is used instead only if its time has come. Raises CertificateError if a renewal fails.
+    """
+    return _RenewalRun(directory, settings, now, progress, _Task.RENEW, families=families).result()
+
+
+def rotate(
+    directory: Path,
+    settings: ManagedSettings,
+    now: datetime,
+    progress: Progress = lambda sentence: None,
+    *,
+    use_from: datetime | None = None,
+    at_once: bool = False,
+) -> ManagedCertificates:
+    """Generate and announce the next key of every managed certificate; `ensure` uses it when its time has come.
+
+    That time is `use_from`, by default after `announce_key`. Keys that are already announced remain the next ones,
+    with the new time if one is given. With `at_once`, all certificates are issued with new keys now, preferably
+    with announced ones because clients may have their pins.
+
+    Raises CertificateError if any step fails.
+    """
+    if at_once and use_from is not None:
+        raise ValueError("new keys are used either at once or from a later time on")
+    task = _Task.ROTATE if at_once else _Task.ANNOUNCE
+    return _RenewalRun(directory, settings, now, progress, task, use_from).result()
+
+
+def cancel(directory: Path, progress: Progress = lambda sentence: None) -> tuple[Path, ...]:
+    """Cancel the announcement: set the next keys aside. Return the paths where they were."""
+    files.check_folder(directory)
+    with files.locked(directory, progress):
+        return rollover.cancel(directory, progress)
+
+
+# --- decisions ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One managed certificate as found in its folder."""
+
+    key_type: str
+    certificate_path: Path
+    key_path: Path
+    certificate: x509.Certificate | None
+    key: keys.PrivateKey | None
+
+    @property
+    def has_usable_key(self) -> bool:
+        """Whether the current key can remain in use."""
+        return self.key is not None and keys.key_type_of(self.key) == self.key_type
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a certificate has to be issued."""
+
+    why: str
+    is_required: bool
+    """False if the current certificate can still be served."""
+    waits_until: datetime | None = None
+    """How long to wait for an announced key; None if not at all."""
+
+
+def reason_to_issue(
+    leaf: Leaf, settings: ManagedSettings, issuer: x509.Certificate | None, now: datetime
+) -> Reason | None:
+    """Return why a certificate has to be issued in place of this one, or None. The settings have been checked."""
+    if leaf.certificate is None:
+        return Reason("it is missing", is_required=True)
+    if leaf.key is None:
+        return Reason("its key is missing", is_required=True)
+    if not keys.belongs(leaf.key, leaf.certificate.public_key()):
+        return Reason("it does not match its key", is_required=True)
+    if not leaf.has_usable_key:
+        return Reason("another key type is configured", is_required=True)
+    not_before, not_after = leaf.certificate.not_valid_before_utc, leaf.certificate.not_valid_after_utc
+    if now > not_after:
+        return Reason(f"it expired on {_day(not_after)}", is_required=True)
+    if now < not_before:
+        return Reason(f"it is not valid before {_day(not_before)}", is_required=True)
+    present = pair.names_of(leaf.certificate)
+    for name in settings.names:
+        if name not in present:
+            return Reason(f"it lacks the name {name}", is_required=True)
+    for name in present:
+        if not _may_issue(issuer, name):
+            return Reason(f"the authority may not issue for its name {name}", is_required=True)
+    if now >= lifecycle.renewal_due(not_before, not_after, settings.renew_before):
+        waits_until = lifecycle.renewal_waits_until(not_before, not_after, settings.renew_before)
+        return Reason(f"it expires on {_day(not_after)}", is_required=False, waits_until=waits_until)
+    for name in settings.names_for(issuer):
+        if name not in present:
+            return Reason(f"it lacks the name {name}", is_required=False)
+    return None
+
+
+def _may_issue(issuer: x509.Certificate | None, name: str) -> bool:
+    return issuer is None or profile.permits(issuer, name)
+
+
+def _checked_now(now: datetime) -> datetime:
+    moment = pair.utc(now)
+    if not _FIRST_YEAR <= moment.year <= _LAST_YEAR:
+        raise CertificateError(f"no certificate can be issued in the year {moment.year}; correct the clock")
+    return moment
+
+
+def _checked_use(use_from: datetime | None, now: datetime) -> datetime | None:
+    if use_from is None:
+        return None
+    moment = pair.utc(use_from)
+    if not now < moment <= now + MAX_ANNOUNCEMENT:
+        raise CertificateError(
+            f"a key cannot be announced for {_day(moment)}: give a time in the future, at most"
+            f" {MAX_ANNOUNCEMENT.days} days away"
+        )
+    return moment
+
+
+# --- one run, under the folder's lock ----------------------------------------------------------------------
+
+
+class _Task(enum.Enum):
+    ENSURE = enum.auto()
+    RENEW = enum.auto()
+    ANNOUNCE = enum.auto()
+    ROTATE = enum.auto()
+
+
+_REQUESTED = {
+    _Task.RENEW: Reason("a renewal was requested", is_required=True),
+    _Task.ROTATE: Reason("a new key was requested", is_required=True),
+}
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What to do for one certificate."""
+
+    leaf: Leaf
+    next_key: NextKey | None
+    """The key that is announced."""
+    announce_from: datetime | None = None
+    """From when the next key may be used, if it has to be announced now."""
+    needs_new_key: bool = False
+    """Whether the certificate is issued with a key that was not announced."""
+    key_to_announce: keys.PrivateKey | None = None
+    new_key: keys.PrivateKey | None = None
+
+
+class _RenewalRun:
+    """Does what is due in a folder in this order: generate keys, announce next keys, issue certificates, delete a
+    next key that is in use. So an interruption between two steps loses nothing."""
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: ManagedSettings,
+        now: datetime,
+        progress: Progress,
+        task: _Task,
+        use_from: datetime | None = None,
+        families: Collection[str] = tuple(STEMS),
+    ) -> None:
+        self._directory = directory
+        self._families = families
+        self._now = _checked_now(now)
+        self._settings = settings.checked()
+        self._progress = progress
+        self._task = task
+        self._use_from = _checked_use(use_from, self._now)
+        self._new_pins: list[str] = []
+        self._problems: list[str] = []
+
+    def result(self) -> ManagedCertificates:
+        settings = self._settings
+        files.make_folder(self._directory)
+        with files.locked(self._directory, self._progress):
+            names = authority.Names(tuple(settings.names), tuple(settings.host_names or ()))
+            folder = AuthorityFolder(authority.SERVER, self._directory, self._now, self._progress, names)
+            found = folder.load(settings.lifetime)
+            leaves = [self._find(key_type, found) for key_type in settings.key_types]
+            next_keys = rollover.find(self._directory, settings.key_types, self._now, self._progress)
+            plans = [self._plan(leaf, next_keys.get(leaf.key_type), found) for leaf in leaves]
+            issuer = self._generate_keys(plans, found, folder)
+            for plan in plans:
+                self._announce(plan)
+            for plan in plans:
+                self._issue_if_due(plan, issuer)
+            pairs = tuple(load_pair(leaf.certificate_path, leaf.key_path, self._now) for leaf in leaves)
+        if issuer.not_renewed:
+            self._problems.append(issuer.not_renewed)
+        return ManagedCertificates(
+            pairs=pairs,
+            next_pins=rollover.pins_of(plan.next_key for plan in plans if plan.next_key is not None),
+            new_pins=tuple(self._new_pins),
+            problems=tuple(self._problems),
+            next_change=min(
+                self._next_change(one, plan, issuer) for one, plan in zip(pairs, plans, strict=True)
+            ),
+        )
+
+    # --- what exists
+
+    def _find(self, key_type: str, issuer: Authority | None) -> Leaf:
+        """Return the certificate of this type, after repairing what an interruption left."""
+        certificate_path, key_path = rollover.pair_paths(self._directory, key_type)
+        certificate = authority.read_or_set_aside(certificate_path, self._progress)
+        if certificate is not None and (issuer is None or not issuer.has_issued(certificate)):
+            raise CertificateError(
+                f"{certificate_path}: was not issued by the authority {self._directory / 'ca.crt'} and is never"
+                ' overwritten; move it away, or set certificates.mode = "files" to use it'
+            )
+
+        def can_be_installed(certificate_pem: bytes, key_pem: bytes) -> bool:
+            return (
+                issuer is not None
+                and pair.match(certificate_pem, key_pem)
+                and issuer.has_issued(x509.load_pem_x509_certificate(certificate_pem))
+            )
+
+        files.recover(certificate_path, key_path, can_be_installed)
+        certificate = authority.read_or_set_aside(certificate_path, self._progress)
+        key = self._find_key(key_path, key_type, certificate)
+        return Leaf(key_type, certificate_path, key_path, certificate, key)
+
+    def _find_key(
+        self, path: Path, key_type: str, certificate: x509.Certificate | None
+    ) -> keys.PrivateKey | None:
+        if not path.exists():
+            return None
+        try:
+            key = pair.read_private_key(path)
+        except files.DamagedFileError as error:
+            self._progress(f"{error}. It was set aside as {files.set_aside(path)}.")
+            return None
+        matches = certificate is not None and keys.belongs(key, certificate.public_key())
+        if not matches and keys.key_type_of(key) != key_type:
+            # It would be overwritten, and may be needed elsewhere.
+            self._progress(f"{path} is a key of another type. It was set aside as {files.set_aside(path)}.")
+            return None
+        return key
+
+    # --- what to do
+
+    def _plan(self, leaf: Leaf, next_key: NextKey | None, issuer: Authority | None) -> _Plan:
+        can_issue = issuer is None or issuer.key is not None
+        if not can_issue and self._task is not _Task.ENSURE:
+            assert issuer is not None
+            raise CertificateError(issuer.problem)
+        if next_key is not None and leaf.key is not None and pair.key_pin(leaf.key) == next_key.pin:
+            self._delete(next_key)  # it is in use: a run was interrupted before the deletion
+            next_key = None
+        plan = _Plan(leaf, next_key)
+        if not can_issue:
+            return plan
+        if self._task is _Task.ANNOUNCE:
+            if next_key is None or self._use_from is not None:
+                plan.announce_from = self._use_from or self._now + self._settings.announce_key
+        elif self._task is _Task.ENSURE and next_key is None:
+            plan.announce_from = self._announcement_due(leaf)
+        if plan.announce_from is not None and plan.announce_from <= self._now:
+            plan.announce_from, plan.needs_new_key = None, True  # use it without an announcement
+        elif next_key is None:
+            plan.needs_new_key = not leaf.has_usable_key or self._task is _Task.ROTATE
+        return plan
+
+    def _announcement_due(self, leaf: Leaf) -> datetime | None:
+        """Return from when the next key may be used, if it is time to announce one."""
+        if not self._settings.renew_key or leaf.certificate is None or not leaf.has_usable_key:
+            return None
+        due, length = self._renewal(
+            leaf.certificate.not_valid_before_utc, leaf.certificate.not_valid_after_utc
+        )
+        return max(due, self._now + length) if self._now >= due - length else None
+
+    def _renewal(self, not_before: datetime, not_after: datetime) -> tuple[datetime, timedelta]:
+        """Return when a certificate is renewed, and how long before that its next key is announced."""
+        before, announce = self._settings.renew_before, self._settings.announce_key
+        return (
+            lifecycle.renewal_due(not_before, not_after, before),
+            lifecycle.announcement(not_before, not_after, before, announce),
+        )
+
+    def _reason(self, plan: _Plan, issuer: Authority) -> Reason | None:
+        """Return why this certificate is issued now, or None."""
+        reason = reason_to_issue(plan.leaf, self._settings, issuer.certificate, self._now)
+        if reason is not None and reason.is_required:
+            return reason
+        if self._task in _REQUESTED and keys.family(plan.leaf.key_type) in self._families:
+            return _REQUESTED[self._task]
+        if plan.next_key is not None and self._is_time_of(plan.next_key):
+            return Reason("the time of its next key has come", is_required=False)
+        if plan.needs_new_key:
+            return reason or _REQUESTED[_Task.ROTATE]
+        if reason is not None and reason.waits_until is not None and plan.next_key is not None:
+            return None if plan.next_key.use_from <= reason.waits_until else reason
+        return reason
+
+    def _is_time_of(self, next_key: NextKey) -> bool:
+        return next_key.use_from <= self._now or self._task is _Task.ROTATE
+
+    def _next_change(self, one: CertificatePair, plan: _Plan, issuer: Authority) -> datetime:
+        due, length = self._renewal(one.not_before, one.not_after)
+        if plan.next_key is None:
+            announces = self._settings.renew_key and issuer.key is not None
+            return due - length if announces else due
+        use_from = plan.next_key.use_from
+        until = lifecycle.renewal_waits_until(one.not_before, one.not_after, self._settings.renew_before)
+        return use_from if use_from <= until else min(due, use_from)
+
+    # --- doing it
+
+    def _generate_keys(
+        self, plans: list[_Plan], issuer: Authority | None, folder: AuthorityFolder
+    ) -> Authority:
+        """Generate all keys that are needed in parallel, and create the authority if it does not exist."""
+        new = [plan for plan in plans if plan.needs_new_key]
+        announced = [plan for plan in plans if plan.announce_from is not None and plan.next_key is None]
+        key_types = [] if issuer is not None else [authority.KEY_TYPE]
+        key_types += [plan.leaf.key_type for plan in (*new, *announced)]
+        generated = iter(_generate(key_types, self._progress))
+        if issuer is None:
+            issuer = folder.create(next(generated))
+        for plan in new:
+            plan.new_key = next(generated)
+        for plan in announced:
+            plan.key_to_announce = next(generated)
+        return issuer
+
+    def _announce(self, plan: _Plan) -> None:
+        if plan.announce_from is None:
+            return
+        key = plan.key_to_announce if plan.next_key is None else plan.next_key.key
+        assert key is not None
+        try:
+            plan.next_key = rollover.announce(
+                self._directory, key, plan.announce_from, self._now, self._progress
+            )
+        except CertificateError as error:
+            if self._task is _Task.ANNOUNCE:
+                raise
+            self._add_problem(
+                f"The next key of {plan.leaf.certificate_path} could not be announced: {error}."
+            )
+
+    def _issue_if_due(self, plan: _Plan, issuer: Authority) -> None:
+        leaf, next_key = plan.leaf, plan.next_key
+        reason = self._reason(plan, issuer)
+        if reason is None:
+            return
+        new_key = plan.new_key
+        if new_key is None and next_key is not None:
+            new_key = next_key.key if self._is_time_of(next_key) or not leaf.has_usable_key else None
+        try:
+            self._issue(leaf, issuer, new_key, reason)
+        except CertificateError as error:
+            if reason.is_required:
+                raise CertificateError(
+                    f"{leaf.certificate_path} must be issued ({reason.why}): {error}"
+                ) from error
+            self._add_problem(
+                f"{leaf.certificate_path} could not be renewed ({reason.why}): {error}."
+                " The old one remains in use."
+            )
+            return
+        if new_key is not None:
+            self._new_pins.append(pair.key_pin(new_key))
+        if next_key is not None and new_key is next_key.key:
+            self._delete(next_key)
+            plan.next_key = None
+
+    def _issue(self, leaf: Leaf, issuer: Authority, new_key: keys.PrivateKey | None, reason: Reason) -> None:
+        signing_key = issuer.signing_key()
+        key = leaf.key if new_key is None else new_key
+        assert key is not None
+        names = self._settings.names_for(issuer.certificate)
+        certificate = profile.server_certificate(
+            key, names, issuer.certificate, signing_key, self._settings.lifetime, self._now
+        )
+        new_key_pem = None if new_key is None else keys.key_pem(new_key)
+        files.install(leaf.certificate_path, authority.pem(certificate), leaf.key_path, new_key_pem)
+        self._progress(
+            f"Issued {leaf.certificate_path} ({reason.why}): {leaf.key_type} for {', '.join(names)};"
+            f" valid until {_day(certificate.not_valid_after_utc)};"
+            f" SHA-256 {certificate.fingerprint(hashes.SHA256()).hex()};"
+            f" pin {pair.spki_pin(certificate.public_bytes(serialization.Encoding.DER))}."
+        )
+        left_out = [
+            name for name in self._settings.host_names or () if not _may_issue(issuer.certificate, name)
+        ]
+        if left_out:
+            self._progress(
+                f"{leaf.certificate_path} leaves out {', '.join(left_out)}: ca.crt may not issue for it."
+                " Add it to certificates.names if clients use it; they will then need a new ca.crt."
+            )
+
+    def _delete(self, next_key: NextKey) -> None:
+        try:
+            rollover.delete(next_key)
+        except OSError as error:
+            self._add_problem(
+                f"{next_key.path} is in use and could not be deleted: {error.strerror or error}."
+            )
+
+    def _add_problem(self, problem: str) -> None:
+        self._problems.append(problem)
+        self._progress(problem)
+
+
+def _generate(key_types: Sequence[str], progress: Progress) -> list[keys.PrivateKey]:
+    """Generate keys in parallel threads: the GIL is released meanwhile."""
+    if not key_types:
+        return []
+    duration = " RSA takes some seconds." if "rsa" in map(keys.family, key_types) else ""
+    progress(f"Generating keys: {', '.join(key_types)}.{duration}")
+    with ThreadPoolExecutor(len(key_types)) as threads:
+        return list(threads.map(keys.generate, key_types))
+
+
+def _day(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M} UTC"
+
+
+def _stamp(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"

@@ -1,0 +1,460 @@
+"""Decides what each source of certificates provides now: managed certificates, files of other programs, and the
+files with which clients are verified.
+
+A source is checked once a second. A check returns at once if nothing has changed, and may take seconds when keys
+are generated.
+
+Rules:
+- `start` provides something valid or raises CertificateError. `check` never raises because of files or disks: the
+  last valid state remains in use, the problem is reported, and the attempt is repeated.
+- A renewal run for managed certificates starts when one is due, when their files change, when the clock was
+  changed, and every hour. Certificates that the command line or another process has installed are served after one
+  check.
+- Managed files that another program overwrites without the lock, as when a backup is restored, are repaired only
+  after they have been unchanged for a while: half of a pair is no reason to overwrite the other half.
+- If the disk fails, valid certificates on it are served nevertheless.
+
+Must not know: TLS contexts, connections, logs, the current time.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from zcproto.certs import authority, client_ca, files, lifecycle, managed, notices, pair, rollover
+from zcproto.certs.authority import Progress
+from zcproto.certs.crl import read_lists
+from zcproto.certs.external import LONGEST_SETTLE_S, SETTLE_S, ExternalSite, WatchedFiles, load_site
+from zcproto.certs.lifecycle import Expiring, Random, Retry
+from zcproto.certs.managed import ManagedCertificates
+from zcproto.certs.names import check_names
+from zcproto.certs.notices import MAX_SUBJECT, Notice, NoticeKind, day
+from zcproto.certs.pair import CertificatePair, Site, load_pair
+from zcproto.certs.rollover import NextPins
+from zcproto.certs.settings import ClientTrust, ManagedSite
+from zcproto.common.text import escape_text
+from zcproto.common.watcher import FileWatcher
+from zcproto.errors import CertificateError
+
+ROUTINE_S = 3600.0
+"""Between renewal runs without another reason: host names change."""
+
+REMIND_S = 86_400.0
+"""After this time a failure that persists is reported again."""
+
+MAX_AUTHORITIES = 1000
+"""Certificates in a file of client authorities; the trust store of a system has about 150."""
+
+_IDLE = timedelta(minutes=1)
+_NEVER = datetime.max.replace(tzinfo=UTC)
+_FAILURES = (CertificateError, OSError, RuntimeError)
+"""What a folder, a disk or a lack of threads can cause."""
+
+
+class Origin(enum.Enum):
+    """Where a certificate comes from."""
+
+    OWN = "own"
+    FILES = "files"
+    AUTHORITY = "authority"
+    CLIENT_AUTHORITY = "client_authority"
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """The outcome of the last renewal of managed certificates."""
+
+    at: datetime
+    ok: bool
+
+
+class Source(Protocol):
+    """Provides a site, or the files with which clients are verified."""
+
+    @property
+    def expiring(self) -> Sequence[Expiring]:
+        """Everything whose approaching expiry is worth an alert."""
+        ...
+
+    def start(self, now: datetime, monotonic: float) -> list[Notice]: ...
+
+    def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]: ...
+
+
+class SiteSource(Source, Protocol):
+    """Provides a site."""
+
+    origin: Origin
+    next_pins: NextPins | None
+    last_renewal: Renewal | None
+    authorities: tuple[Expiring, ...]
+
+    @property
+    def site(self) -> Site: ...
+
+    def overdue(self, now: datetime) -> list[CertificatePair]:
+        """Return the pairs whose approaching expiry is worth an alert."""
+        ...
+
+
+# --- managed certificates ----------------------------------------------------------------------------------
+
+
+class ManagedSource:
+    """The default site, with managed certificates."""
+
+    origin = Origin.OWN
+
+    def __init__(
+        self, site: ManagedSite, random: Random, progress: Progress, rest: Callable[[], None]
+    ) -> None:
+        self.next_pins: NextPins | None = None
+        self.last_renewal: Renewal | None = None
+        self.authorities: tuple[Expiring, ...] = ()
+        self._directory = site.directory
+        self._settings = site.settings
+        self._progress = progress
+        self._rest = rest
+        self._failures = _Failures(site.directory, random)
+        self._pairs: dict[str, CertificatePair] = {}  # by key type
+        self._watcher = FileWatcher(
+            [
+                *authority.SERVER.paths(site.directory),
+                *(
+                    path
+                    for key_type in site.settings.key_types
+                    for path in rollover.pair_paths(site.directory, key_type)
+                ),
+                *rollover.paths(site.directory),
+            ],
+            files.MAX_FILE_BYTES,
+        )
+        self._next_change = _NEVER
+        self._routine_at = 0.0
+        self._touched_since: float | None = None
+        self._settled_at = 0.0
+
+    @property
+    def site(self) -> Site:
+        return Site((), tuple(self._pairs.values()))
+
+    @property
+    def expiring(self) -> Sequence[Expiring]:
+        return self.authorities
+
+    def overdue(self, now: datetime) -> list[CertificatePair]:
+        """Return the pairs that should have been renewed: before that, the operator has nothing to do."""
+        before = self._settings.renew_before
+        return [
+            one
+            for one in self._pairs.values()
+            if now >= lifecycle.renewal_due(one.not_before, one.not_after, before)
+        ]
+
+    def start(self, now: datetime, monotonic: float) -> list[Notice]:
+        self._pairs = {}  # an earlier start may have succeeded here and failed elsewhere
+        self._watcher.look()
+        known = self._on_disk(now)
+        try:
+            found = managed.ensure(self._directory, self._settings, now, self._progress)
+        except _FAILURES as error:
+            on_disk = self._on_disk(now)
+            if not on_disk or not _is_disk_failure(error):
+                raise _as_certificate_error(error, self._directory) from error
+            return [*self._take(on_disk), *self._failed(error, now, monotonic)]
+        return self._ensured(found, known, now, monotonic)
+
+    def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
+        found: list[Notice] = []
+        if self._watcher.look():
+            found = self._touched(now, monotonic)
+            self._rest()
+        if not self._is_due(now, monotonic, force):
+            return found
+        known = self._pairs
+        try:
+            ensured = managed.ensure(self._directory, self._settings, now, self._progress)
+        except _FAILURES as error:
+            # What was issued before the failure is found as a change by the next check.
+            return found + self._failed(error, now, monotonic)
+        return found + self._ensured(ensured, known, now, monotonic)
+
+    def _touched(self, now: datetime, monotonic: float) -> list[Notice]:
+        """Take what another process has installed. If it is incomplete, wait until the files settle."""
+        if self._touched_since is None:
+            self._touched_since = monotonic
+        on_disk = self._on_disk(now)
+        self._settled_at = monotonic
+        if len(on_disk) < len(self._settings.key_types):
+            self._settled_at = min(monotonic + SETTLE_S, self._touched_since + LONGEST_SETTLE_S)
+        return self._take(on_disk)
+
+    def _is_due(self, now: datetime, monotonic: float, force: bool) -> bool:
+        if self._touched_since is not None:
+            is_valid = all(one.not_before <= now <= one.not_after for one in self._pairs.values())
+            return monotonic >= self._settled_at or not is_valid
+        if self._failures.retry.is_waiting:
+            return self._failures.retry.due(monotonic, now)
+        return force or now >= self._next_change or monotonic >= self._routine_at
+
+    def _ensured(
+        self,
+        found: ManagedCertificates,
+        known: Mapping[str, CertificatePair],
+        now: datetime,
+        monotonic: float,
+    ) -> list[Notice]:
+        """Take the result of a renewal run; `known` is what existed before it."""
+        self._touched_since = None
+        self._routine_at = monotonic + ROUTINE_S
+        # If a run finds nothing to do although its time has come, do not repeat it each second.
+        self._next_change = found.next_change if found.next_change > now else now + _IDLE
+        existing = {one.leaf_sha256 for one in known.values()}
+        issued = [one for one in found.pairs if one.leaf_sha256 not in existing]
+        happened = [notices.renewed(one) for one in issued]
+        happened += [notices.rotated(one) for one in issued if one.pin != known.get(one.key_type, one).pin]
+        happened += self._take({one.key_type: one for one in found.pairs}, issued=issued)
+        self._read_authority()
+        happened += self._announced(found.next_pins)
+        if found.problems:
+            return happened + self._failed(CertificateError(" ".join(found.problems)), now, monotonic)
+        recovered = self._failures.succeeded()
+        if issued or recovered:
+            self.last_renewal = Renewal(now, ok=True)
+        return happened + recovered
+
+    def _failed(self, error: Exception, now: datetime, monotonic: float) -> list[Notice]:
+        self._touched_since = None
+        self.last_renewal = Renewal(now, ok=False)
+        # A certificate that is not valid yet, after the clock was set back, is as bad as an expired one.
+        ends = [one.not_after if one.not_before <= now else now for one in self._pairs.values()]
+        left = min(ends, default=now) - now
+        return self._failures.failed(error, self._directory, left, now, monotonic)
+
+    def _announced(self, next_pins: NextPins | None) -> list[Notice]:
+        if next_pins == self.next_pins:
+            return []
+        self.next_pins = next_pins
+        if next_pins is None:
+            return []
+        message = f"The next keys will be used from {day(next_pins.use_from)}: {', '.join(next_pins.pins)}."
+        return [Notice(NoticeKind.NEXT_PINS, str(self._directory), message, pins=next_pins.pins)]
+
+    def _take(
+        self, found: Mapping[str, CertificatePair], issued: Sequence[CertificatePair] = ()
+    ) -> list[Notice]:
+        """Serve what was found, and for other key types what was served before."""
+        before = self._pairs
+        both = {kind: found.get(kind) or before.get(kind) for kind in self._settings.key_types}
+        self._pairs = {kind: one for kind, one in both.items() if one is not None}
+        return notices.loaded(before.values(), [one for one in self._pairs.values() if one not in issued])
+
+    def _on_disk(self, now: datetime) -> dict[str, CertificatePair]:
+        """Return those pairs in the folder that can be served unchanged, by key type."""
+        issuer = self._read_authority()
+        return {
+            kind: one
+            for kind in self._settings.key_types
+            if issuer is not None and (one := self._load(kind, issuer, now)) is not None
+        }
+
+    def _load(self, kind: str, issuer: x509.Certificate, now: datetime) -> CertificatePair | None:
+        certificate, key = rollover.pair_paths(self._directory, kind)
+        try:
+            one = load_pair(certificate, key, now)
+            leaf = pair.read_certificates(certificate)[0]
+            configured = check_names(self._settings.names)
+        except (CertificateError, OSError):
+            return None  # `managed.ensure` reports the reason
+        is_configured = one.key_type == kind and set(configured) <= set(one.names)
+        is_same = leaf.fingerprint(hashes.SHA256()) == one.leaf_sha256
+        return one if is_configured and is_same and pair.is_issued_by(leaf, issuer) else None
+
+    def _read_authority(self) -> x509.Certificate | None:
+        path, _ = authority.SERVER.paths(self._directory)
+        try:
+            certificate = pair.read_certificates(path)[0]
+            self.authorities = (_expiring(certificate, path),)
+        except (CertificateError, OSError, *pair.UNREADABLE):
+            return None  # keep what was read before
+        return certificate
+
+
+class _Failures:
+    """A renewal that fails and is retried: when, and what is reported about it."""
+
+    def __init__(self, path: Path, random: Random) -> None:
+        self.retry = Retry(random)
+        self._path = str(path)
+        self._reported = ""
+        self._reported_at = 0.0
+
+    def failed(
+        self, error: Exception, directory: Path, left: timedelta, now: datetime, monotonic: float
+    ) -> list[Notice]:
+        """Record a failure. The same problem is reported once a day. `left` is the time until it is too late."""
+        problem = str(_as_certificate_error(error, directory))
+        self.retry.failed(monotonic, now, left)
+        if problem == self._reported and monotonic < self._reported_at + REMIND_S:
+            return []
+        self._reported, self._reported_at = problem, monotonic
+        return [Notice(NoticeKind.RENEWAL_FAILED, self._path, problem)]
+
+    def succeeded(self) -> list[Notice]:
+        if not self.retry.is_waiting:
+            return []
+        self.retry.succeeded()
+        self._reported = ""
+        message = f"{self._path}: the renewal that failed before has succeeded."
+        return [Notice(NoticeKind.RENEWAL_RECOVERED, self._path, message)]
+
+
+# --- certificates of other programs ------------------------------------------------------------------------
+
+
+class ExternalSource:
+    """A site with certificates that other programs provide."""
+
+    origin = Origin.FILES
+    next_pins: NextPins | None = None
+    last_renewal: Renewal | None = None
+    authorities: tuple[Expiring, ...] = ()
+    expiring: Sequence[Expiring] = ()
+
+    def __init__(self, spec: ExternalSite, environ: Mapping[str, str]) -> None:
+        self._files = WatchedFiles(spec.paths, lambda now: load_site(spec, now, environ))
+
+    @property
+    def site(self) -> Site:
+        return self._files.value
+
+    def overdue(self, now: datetime) -> list[CertificatePair]:
+        """Return all pairs, because it is unknown when other programs renew."""
+        return list(self.site.pairs)
+
+    def start(self, now: datetime, monotonic: float) -> list[Notice]:
+        self._files.start(now, monotonic)
+        return notices.loaded((), self.site.pairs)
+
+    def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
+        before = self.site.pairs
+        happened = self._files.check(now, monotonic, force=force)
+        return [*notices.loaded(before, self.site.pairs), *happened]
+
+
+# --- certificates of clients -------------------------------------------------------------------------------
+
+
+class ClientTrustSource:
+    """The authorities for clients and their revocation lists. The managed ones are kept up to date."""
+
+    def __init__(self, trust: ClientTrust, random: Random, progress: Progress) -> None:
+        self._trust = trust
+        self._progress = progress
+        self._failures = _Failures(trust.crl or trust.ca, random)
+        paths = (trust.ca,) if trust.crl is None else (trust.ca, trust.crl)
+        self._files = WatchedFiles(paths, lambda now: _load_trust(trust))
+        self._loaded_message = f"Loaded {' and '.join(map(str, paths))} for clients' certificates."
+        self._next_change = _NEVER
+        self._routine_at = 0.0
+
+    @property
+    def authorities(self) -> tuple[Expiring, ...]:
+        return self._files.value[0]
+
+    @property
+    def expiring(self) -> Sequence[Expiring]:
+        authorities, lists = self._files.value
+        return (*authorities, *lists)
+
+    def start(self, now: datetime, monotonic: float) -> list[Notice]:
+        happened: list[Notice] = []
+        directory = self._trust.directory
+        if directory is not None:
+            try:
+                client_ca.ensure_authority(directory, now, progress=self._progress)
+            except _FAILURES as error:
+                if not _is_disk_failure(error):
+                    raise _as_certificate_error(error, directory) from error
+                # The existing files may suffice.
+                happened = self._failures.failed(error, directory, timedelta(0), now, monotonic)
+        self._files.start(now, monotonic)
+        return happened
+
+    def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
+        happened = self._refresh(now, monotonic, force)
+        before = self._files.value
+        of_files = self._files.check(now, monotonic, force=force)
+        if self._files.value != before:
+            happened.append(Notice(NoticeKind.CLIENT_TRUST_LOADED, str(self._trust.ca), self._loaded_message))
+        return [*happened, *of_files]
+
+    def _refresh(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
+        """Sign the managed list again if due."""
+        directory = self._trust.directory
+        if directory is None:
+            return []
+        if self._failures.retry.is_waiting:
+            is_due = self._failures.retry.due(monotonic, now)
+        else:
+            is_due = force or now >= self._next_change or monotonic >= self._routine_at
+        if not is_due:
+            return []
+        try:
+            next_change = client_ca.refresh_crl(directory, now, progress=self._progress)
+        except _FAILURES as error:
+            left = min((one.not_after for one in self.expiring), default=now) - now
+            return self._failures.failed(error, directory, left, now, monotonic)
+        self._next_change = next_change or _NEVER
+        self._routine_at = monotonic + ROUTINE_S
+        return self._failures.succeeded()
+
+
+def _load_trust(trust: ClientTrust) -> tuple[tuple[Expiring, ...], tuple[Expiring, ...]]:
+    """Return the authorities and the lists. Raises CertificateError if a file cannot be used."""
+    with pair.parsing(trust.ca):
+        found = pair.read_certificates(trust.ca, MAX_AUTHORITIES)
+        authorities = tuple(_expiring(certificate, trust.ca) for certificate in found)
+    if trust.crl is None:
+        return authorities, ()
+    with pair.parsing(trust.crl, "revocation list"):
+        lists = tuple(_expiring_list(crl, trust.crl) for crl in read_lists(trust.crl))
+    return authorities, lists
+
+
+def _expiring(certificate: x509.Certificate, path: Path) -> Expiring:
+    subject = escape_text(certificate.subject.rfc4514_string(), MAX_SUBJECT)
+    return Expiring(
+        certificate.fingerprint(hashes.SHA256()), str(path), certificate.not_valid_after_utc, subject
+    )
+
+
+def _expiring_list(crl: x509.CertificateRevocationList, path: Path) -> Expiring:
+    if crl.next_update_utc is None:
+        raise CertificateError(f"{path}: contains a revocation list without an expiry; use another list")
+    crl.issuer.rfc4514_string()  # fails if it cannot be parsed
+    return Expiring(crl.fingerprint(hashes.SHA256()), str(path), crl.next_update_utc)
+
+
+def _is_disk_failure(error: BaseException | None) -> bool:
+    """Return True if the system caused the error, rather than the content of a file or a setting."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _as_certificate_error(error: Exception, directory: Path) -> CertificateError:
+    if isinstance(error, CertificateError):
+        return error
+    why = getattr(error, "strerror", None) or error
+    return CertificateError(f"{directory}: the certificates could not be checked: {why}")
