@@ -1,13 +1,12 @@
-"""Watches all tests: no secret that they make may be in what they log, print as an error, answer or serve.
+"""Check that no secret created by a test appears in its logs, errors, answers or pages.
 
-What is recorded as made: whatever the system's entropy gives in 16 bytes and more, tokens, keys of users, pairing
-codes, private keys, and the value of every Secret. What is searched: lines of the log, Python's own logging,
-standard error here and of other processes, messages of our exceptions, bodies of ERROR, EVENT and GOAWAY, figures
-of `server.stats`, and all that an HTTP server sends. Standard output is not: `zcproto user add` shows a key there,
-as it should.
+Secrets are: random values of 16 bytes and more, tokens, users' keys, pairing codes, private keys, and the value
+of every Secret. Outputs are: log lines, Python's logging, standard error of this and of other processes, messages
+of our exceptions, bodies of ERROR, EVENT and GOAWAY, the figures of `server.stats`, and everything that an HTTP
+server sends. Standard output is not searched: `zcproto user add` prints a key there.
 
-A secret is found raw, in hex, base64, base64url, escaped or as a list of numbers, by eight bytes of it, at any
-place of whatever was encoded. `--secrets-at-least N` fails a run that made fewer: it would prove little.
+A secret is found raw, in hex, base64, base64url, escaped or as a list of numbers, by any eight bytes of it,
+anywhere in encoded data. `--secrets-at-least N` fails a run that created fewer secrets: it would prove little.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from hypothesis import currently_in_test_context
 import zcproto.common.clock
 
 WINDOW = 8
-MADE_BY_ONE_TEST = 2_000
-"""Secrets of one test that are watched; some make a hundred thousand."""
+SECRETS_PER_TEST = 2_000
+"""Secrets watched for one test; some tests create a hundred thousand."""
 
 ONE_OUTPUT = 1_000_000
-"""Bytes of one output that are searched."""
+"""Bytes searched in one output."""
 
 _HEX = re.compile(rb"[0-9A-Fa-f]{16,}")
 _PAIRS = re.compile(rb"(?:[0-9A-Fa-f]{2}[: -]){7,}[0-9A-Fa-f]{2}")
@@ -44,29 +43,29 @@ _LETTERS = dict(zip(b"abfnrtv", b"\a\b\f\n\r\t\v", strict=True))
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
-class Watch:
-    """Secrets that were made, and outputs to be searched for them. For all threads."""
+class SecretWatch:
+    """Created secrets, and outputs to search for them. Thread-safe."""
 
     def __init__(self) -> None:
-        self._windows: dict[bytes, bytes] = {}  # with what must follow
+        self._windows: dict[bytes, bytes] = {}  # with the text that must follow
         self._outputs: list[tuple[str, bytes]] = []
         self._lock = threading.Lock()
         self._known: set[bytes] = set()
-        self._left = MADE_BY_ONE_TEST
-        self.made = 0
+        self._left = SECRETS_PER_TEST
+        self.created = 0
         self.searched = 0
         self.seconds = 0.0
         self.found: list[str] = []
 
     def begin_test(self) -> None:
-        self._left = MADE_BY_ONE_TEST
+        self._left = SECRETS_PER_TEST
 
-    def secret(self, value: bytes | str | None) -> None:
-        """Something was made that nobody may see: random bytes, or a text."""
+    def add_secret(self, value: bytes | str | None) -> None:
+        """Record a secret: random bytes, or a text."""
         if value is None:
             return
         if isinstance(value, str) and currently_in_test_context():
-            return  # Hypothesis draws words of the sources and of other tests, which are no secrets there
+            return  # Hypothesis draws words from sources and other tests: not secret there
         data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else bytes(value)
         if self._left <= 0 or len(data) < WINDOW or data in self._known:
             return
@@ -75,24 +74,24 @@ class Watch:
             recorded = False
             for start in starts:
                 window = data[start : start + WINDOW]
-                if is_made_by_hand(window, value):
+                if is_handwritten(window, value):
                     continue
                 recorded = True
                 self._windows[window] = b"" if isinstance(value, bytes) else data[WINDOW:]
             if recorded:
                 self._known.add(data)
                 self._left -= 1
-                self.made += 1
+                self.created += 1
 
-    def saw(self, where: str, output: Any) -> None:
-        """Something was put out, which is searched at the end of the test."""
+    def add_output(self, where: str, output: Any) -> None:
+        """Record an output, which is searched at the end of the test."""
         if not isinstance(output, bytes):
             output = (output if isinstance(output, str) else repr(output)).encode("utf-8", "surrogatepass")
         if output:
             self._outputs.append((where, output[:ONE_OUTPUT]))
 
     def search(self) -> list[str]:
-        """Where secrets are in what was put out since this was last called."""
+        """Return where the outputs since the last call contain secrets."""
         began = time.thread_time()
         outputs, self._outputs = self._outputs, []
         joined: dict[str, list[bytes]] = {}
@@ -114,21 +113,21 @@ class Watch:
                 rest = windows.get(text[at : at + WINDOW])
                 if rest is not None and text.startswith(rest, at + WINDOW):
                     shown = text[max(0, at - 60) : at].decode("utf-8", "backslashreplace")
-                    yield f"{form}, behind {shown!r}"
+                    yield f"{form}, after {shown!r}"
                     break
 
 
-def is_made_by_hand(window: bytes, secret: bytes | str) -> bool:
-    """Whether a test wrote this down, such as `bytes(range(32))` or a word, which may well be put out elsewhere."""
+def is_handwritten(window: bytes, secret: bytes | str) -> bool:
+    """Return whether a value looks like one written in a test, such as `bytes(range(32))`, or a common word."""
     if len(set(window)) < WINDOW - 3 or len({second - first for first, second in pairwise(window)}) == 1:
         return True
     if isinstance(secret, bytes):
-        return all(0x20 <= byte < 0x7F for byte in window)  # of random ones, one in 2,500
+        return all(0x20 <= byte < 0x7F for byte in window)  # one in 2,500 random values
     return not any(character.isdigit() or character.isupper() for character in secret)
 
 
 def forms(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """What is written, and what may be written in it."""
+    """Yield an output as it is, and everything that is encoded in it."""
     yield "as it is", data
     if b"\\" in data:
         plain = _ESCAPED.sub(_unescaped, data)
@@ -162,26 +161,26 @@ def _unescaped(found: re.Match[bytes]) -> bytes:
     return bytes([_LETTERS.get(found[2][0], found[2][0])])
 
 
-watch = Watch()
-"""What everything below reports to."""
+watch = SecretWatch()
+"""The watch that all hooks below report to."""
 
 
-# --- where secrets are made, and where things are put out --------------------------------------------------------
+# --- hooks of secrets and outputs ----------------------------------------------------------------------------
 
 
 def _entropy(size: int, /) -> bytes:
     data = _system_entropy(size)
-    if size >= 16:  # less is a salt, or jitter
-        watch.secret(data)
+    if size >= 16:  # shorter values are salts or jitter
+        watch.add_secret(data)
     return data
 
 
 _system_entropy = zcproto.common.clock.system_entropy
-zcproto.common.clock.system_entropy = _entropy  # before any module takes it as a default
+zcproto.common.clock.system_entropy = _entropy  # before a module uses it as a default
 
 
 def _after(report: Callable[..., None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Call `report` with what a function returned and was given."""
+    """Decorate a function: call `report` with its result and its arguments."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -196,83 +195,83 @@ def _after(report: Callable[..., None]) -> Callable[[Callable[..., Any]], Callab
 
 
 def _tokens(_: Any, holder: Any, *__: Any) -> None:
-    watch.secret(holder.token)
-    watch.secret(holder.refresh_token)
+    watch.add_secret(holder.token)
+    watch.add_secret(holder.refresh_token)
 
 
 def _client_tokens(_: Any, holder: Any, *__: Any) -> None:
-    watch.secret(holder.token_bytes)
-    watch.secret(holder.refresh_token_bytes)
+    watch.add_secret(holder.token_bytes)
+    watch.add_secret(holder.refresh_token_bytes)
 
 
 def _answer(answer: Any, *_: Any) -> None:
     if isinstance(answer, dict):
         for name in ("token", "refresh_token"):
             if isinstance(answer.get(name), bytes):
-                watch.secret(answer[name])
+                watch.add_secret(answer[name])
 
 
 def _frame(frame: Any, *_: Any) -> None:
     if frame.kind in (4, 8, 9):
-        watch.saw("a frame to a peer", frame.body)
+        watch.add_output("a frame to a peer", frame.body)
 
 
 def _code(code: Any, *_: Any) -> None:
     text = code.reveal() if hasattr(code, "reveal") else code
-    watch.secret(text)
-    watch.secret(text.replace("-", ""))
+    watch.add_secret(text)
+    watch.add_secret(text.replace("-", ""))
 
 
 def _private_key(key: Any, *_: Any) -> None:
     if hasattr(key, "private_bytes_raw"):
-        watch.secret(key.private_bytes_raw())
+        watch.add_secret(key.private_bytes_raw())
         return
     numbers = key.private_numbers()
     secrets = (
         [numbers.private_value] if hasattr(numbers, "private_value") else [numbers.d, numbers.p, numbers.q]
     )
     for number in secrets:
-        watch.secret(number.to_bytes((number.bit_length() + 7) // 8, "big"))
+        watch.add_secret(number.to_bytes((number.bit_length() + 7) // 8, "big"))
 
 
 def _secret(_: Any, holder: Any, *__: Any) -> None:
     value = holder.reveal()
-    watch.secret(value if isinstance(value, str | bytes) else None)
+    watch.add_secret(value if isinstance(value, str | bytes) else None)
 
 
 def _exception(_: Any, __: Any, *arguments: Any) -> None:
-    watch.saw("an exception", "\n".join(str(each)[:4_096] for each in arguments))
+    watch.add_output("an exception", "\n".join(str(each)[:4_096] for each in arguments))
 
 
 def _sent_by_http(data: Any, connection: Any, *_: Any) -> None:
     import h11
 
     if connection.our_role is h11.SERVER and data:
-        watch.saw("an answer over HTTP", bytes(data))
+        watch.add_output("an answer over HTTP", bytes(data))
 
 
 def _process_log(_: Any, process: Any, *__: Any) -> None:
-    watch.saw("the log of a process", process._text)
+    watch.add_output("the log of a process", process._text)
 
 
 def _standard_error(outcome: Any, *_: Any) -> None:
     if outcome[1]:
-        watch.saw("standard error of a process", outcome[1])
+        watch.add_output("standard error of a process", outcome[1])
 
 
 def _captured(captured: Any, *_: Any) -> None:
-    watch.saw("standard error", captured.err)
+    watch.add_output("standard error", captured.err)
 
 
 def _page(rendered: Any, *_: Any) -> None:
-    watch.saw("metrics", rendered[1])
+    watch.add_output("metrics", rendered[1])
 
 
 _last_statistics: dict[int, Any] = {}
 
 
 def _statistics(figures: Any, server: Any, *_: Any) -> None:
-    _last_statistics[id(server)] = figures  # they are asked for often, and searched once
+    _last_statistics[id(server)] = figures  # requested often, searched once
 
 
 PLACES: list[tuple[str, str, Callable[..., None]]] = [
@@ -293,13 +292,13 @@ PLACES: list[tuple[str, str, Callable[..., None]]] = [
     ("subprocess", "Popen.communicate", _standard_error),
     ("_pytest.capture", "CaptureFixture.readouterr", _captured),
 ]
-"""Module, name in it, and what is told of each call."""
+"""Module, name in it, and the report of each call."""
 
 _waiting = list(PLACES)
 
 
 def hook_places() -> None:
-    """Begin to watch the modules that have been imported since."""
+    """Hook the modules that have been imported since the last call."""
     for place in list(_waiting):
         module_name, name, report = place
         owner: Any = sys.modules.get(module_name)
@@ -315,22 +314,22 @@ def hook_places() -> None:
 def _hook_log() -> None:
     from zcproto.observe import log
 
-    def told(_: Any, writer: Any, line: str) -> None:
-        watch.saw("the log", line)
+    def line_written(_: Any, writer: Any, line: str) -> None:
+        watch.add_output("the log", line)
 
-    log._Writer.write = _after(told)(log._Writer.write)  # type: ignore[method-assign]
+    log._Writer.write = _after(line_written)(log._Writer.write)  # type: ignore[method-assign]
 
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        watch.saw("logging", self.format(record))
+        watch.add_output("logging", self.format(record))
 
 
 # --- pytest -----------------------------------------------------------------------------------------------------
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--secrets-at-least", type=int, default=0, help="secrets that the run must have made")
+    parser.addoption("--secrets-at-least", type=int, default=0, help="secrets that the run must create")
 
 
 def pytest_configure() -> None:
@@ -347,7 +346,7 @@ def pytest_runtest_setup() -> None:
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     yield
     for figures in _last_statistics.values():
-        watch.saw("statistics", figures)
+        watch.add_output("statistics", figures)
     _last_statistics.clear()
     found = watch.search()
     if found:
@@ -357,13 +356,13 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     for name, text in report.sections:
         if "stderr" in name or "log" in name:
-            watch.saw(name, text)
+            watch.add_output(name, text)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     watch.search()
     wanted = session.config.getoption("--secrets-at-least")
-    if watch.found or watch.made < wanted:
+    if watch.found or watch.created < wanted:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -371,7 +370,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     wanted = config.getoption("--secrets-at-least")
     if wanted or watch.found:
         terminalreporter.write_line(
-            f"secrets: {watch.made:,} made (at least {wanted:,} wanted), {len(watch.found)} found"
+            f"secrets: {watch.created:,} created (at least {wanted:,} expected), {len(watch.found)} found"
             f" in {watch.searched / 1e6:.1f} MB of logs, errors, pages and figures, by {watch.seconds:.1f} s of CPU"
         )
         for each in watch.found[:20]:

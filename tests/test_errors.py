@@ -48,16 +48,16 @@ NUMBERS = {
 """ZCP/1, section 7."""
 
 
-def test_the_codes_are_those_of_the_protocol() -> None:
+def test_codes_are_those_of_the_protocol() -> None:
     assert {code.value: code.name for code in Code} == NUMBERS
 
 
-def test_three_codes_end_a_connection_wherever_they_appear() -> None:
+def test_three_codes_are_fatal() -> None:
     assert {64, 65, 66} == FATAL_CODES
 
 
 @pytest.mark.parametrize("code", [code for code in Code if code not in FATAL_CODES])
-def test_each_code_that_answers_a_call_has_its_own_class(code: Code) -> None:
+def test_each_code_of_a_call_has_its_own_class(code: Code) -> None:
     error = CallError.from_wire(code, "do this next", {"retry_after_ms": 100})
     assert type(error) is CallError.by_code[code]
     assert error.code is code
@@ -68,7 +68,7 @@ def test_each_code_that_answers_a_call_has_its_own_class(code: Code) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 17, 63, 64, 71, -1, 2**64])
-def test_an_unknown_code_is_unknown_and_keeps_its_number(code: int) -> None:
+def test_unknown_code_keeps_its_number(code: int) -> None:
     error = CallError.from_wire(code, "odd", None)
     assert isinstance(error, UnknownError)
     assert error.code is Code.UNKNOWN
@@ -76,23 +76,23 @@ def test_an_unknown_code_is_unknown_and_keeps_its_number(code: int) -> None:
     assert error.details == {}
 
 
-def test_an_error_without_a_message_is_its_name() -> None:
+def test_error_without_a_message_shows_its_name() -> None:
     assert str(CallError.by_code[Code.NOT_FOUND]()) == "NOT_FOUND"
 
 
-def test_details_of_two_errors_are_two_maps() -> None:
+def test_details_are_not_shared_between_errors() -> None:
     first, second = errors.Aborted(), errors.Aborted()
     first.details["a"] = 1
     assert second.details == {}
 
 
-def test_a_configuration_error_lists_all_faults() -> None:
+def test_config_error_lists_all_faults() -> None:
     error = ConfigError(["a: was 1", "b: was 2"])
     assert error.faults == ["a: was 1", "b: was 2"]
     assert str(error) == "a: was 1\nb: was 2"
 
 
-def test_a_protocol_error_has_its_code_and_reason() -> None:
+def test_protocol_error_has_code_and_reason() -> None:
     error = ProtocolError(Code.REPLAYED, "nonce counter did not grow")
     assert (error.code, error.reason) == (Code.REPLAYED, "nonce counter did not grow")
     assert str(error) == "REPLAYED: nonce counter did not grow"
@@ -102,12 +102,12 @@ def test_a_protocol_error_has_its_code_and_reason() -> None:
     ("error", "text"),
     [(TlsError("truncated"), "truncated"), (TlsError("pin_mismatch", "it has X"), "pin_mismatch: it has X")],
 )
-def test_a_tls_error_names_its_failure(error: TlsError, text: str) -> None:
+def test_tls_error_names_its_failure(error: TlsError, text: str) -> None:
     assert str(error) == text
 
 
 @pytest.mark.parametrize("kind", [ConnectionClosed, errors.CannotConnect])
-def test_a_closed_connection_says_whether_it_was_clean(kind: type[ConnectionClosed]) -> None:
+def test_closed_connection_reports_whether_it_was_clean(kind: type[ConnectionClosed]) -> None:
     error = kind("draining", clean=True)
     assert (str(error), error.clean, error.code) == ("draining", True, None)
     error = kind("replayed", code=Code.REPLAYED)
@@ -134,7 +134,7 @@ def test_errors_survive_pickling(error: ZcprotoError) -> None:
     assert copy.args == error.args
 
 
-def test_every_error_is_of_the_one_tree() -> None:
+def test_every_error_has_the_same_root() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert len(kinds) >= 26
     assert all(issubclass(kind, ZcprotoError) for kind in kinds)

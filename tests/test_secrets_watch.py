@@ -1,4 +1,4 @@
-"""The watch over all tests finds what it has to find, and a run with a leak fails."""
+"""The secret watch finds every leak, and a run with a leak fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.secrets_watch import MADE_BY_ONE_TEST, PLACES, Watch, watch
+from tests.secrets_watch import PLACES, SECRETS_PER_TEST, SecretWatch, watch
 from zcproto.sessions.token import token_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,10 +43,10 @@ FORMS: dict[str, Callable[[bytes], object]] = {
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
-def test_a_token_is_found_in_every_form(form: Callable[[bytes], object]) -> None:
-    mine = Watch()
-    mine.secret(TOKEN)
-    mine.saw(
+def test_token_is_found_in_every_form(form: Callable[[bytes], object]) -> None:
+    mine = SecretWatch()
+    mine.add_secret(TOKEN)
+    mine.add_output(
         "the log", b"before it " + form(TOKEN) if form is FORMS["raw"] else f"before {form(TOKEN)!s} behind"
     )
     assert mine.search()
@@ -54,37 +54,37 @@ def test_a_token_is_found_in_every_form(form: Callable[[bytes], object]) -> None
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
-def test_another_one_is_not_taken_for_it(form: Callable[[bytes], object]) -> None:
-    mine = Watch()
-    mine.secret(TOKEN)
-    mine.saw("the log", f"{form(bytes(byte ^ 0x55 for byte in TOKEN))!s}")
+def test_other_token_is_not_reported(form: Callable[[bytes], object]) -> None:
+    mine = SecretWatch()
+    mine.add_secret(TOKEN)
+    mine.add_output("the log", f"{form(bytes(byte ^ 0x55 for byte in TOKEN))!s}")
     assert mine.search() == []
     assert mine.searched > 0
 
 
-def test_a_text_is_found_whole() -> None:
-    mine = Watch()
-    mine.secret("7QK2-M9XD")
-    mine.saw("an error", "no device for 7QK2-M9XE")
+def test_text_is_found_as_a_whole() -> None:
+    mine = SecretWatch()
+    mine.add_secret("7QK2-M9XD")
+    mine.add_output("an error", "no device for 7QK2-M9XE")
     assert mine.search() == []
-    mine.saw("an error", "no device for 7QK2-M9XD")
+    mine.add_output("an error", "no device for 7QK2-M9XD")
     (found,) = mine.search()
-    assert found.startswith("an error: as it is, behind 'no device for '")
+    assert found.startswith("an error: as it is, after 'no device for '")
 
 
-def test_what_is_found_is_not_shown() -> None:
-    mine = Watch()
-    mine.secret(TOKEN)
-    mine.saw("the log", f"x {TOKEN.hex()}")
+def test_found_secret_is_not_shown() -> None:
+    mine = SecretWatch()
+    mine.add_secret(TOKEN)
+    mine.add_output("the log", f"x {TOKEN.hex()}")
     (found,) = mine.search()
     assert TOKEN.hex()[:8] not in found
 
 
-def test_each_secret_is_counted_once_and_no_test_makes_all() -> None:
-    mine = Watch()
-    for number in range(2 * MADE_BY_ONE_TEST):
+def test_each_secret_is_counted_once_and_each_test_is_limited() -> None:
+    mine = SecretWatch()
+    for number in range(2 * SECRETS_PER_TEST):
         for _ in range(2):
-            mine.secret(TOKEN[:24] + number.to_bytes(8, "big"))
+            mine.add_secret(TOKEN[:24] + number.to_bytes(8, "big"))
     for empty in (
         None,
         b"",
@@ -95,21 +95,21 @@ def test_each_secret_is_counted_once_and_no_test_makes_all() -> None:
         bytes(range(32)),
         "protocol",
     ):
-        mine.secret(empty)
-    assert mine.made == MADE_BY_ONE_TEST
+        mine.add_secret(empty)
+    assert mine.created == SECRETS_PER_TEST
     mine.begin_test()
-    mine.secret(TOKEN)
-    assert mine.made == MADE_BY_ONE_TEST + 1
+    mine.add_secret(TOKEN)
+    assert mine.created == SECRETS_PER_TEST + 1
 
 
-def test_what_the_package_makes_is_watched() -> None:
+def test_tokens_of_the_package_are_watched() -> None:
     from zcproto.common.clock import system_clock, system_entropy
     from zcproto.sessions import SessionRegistry, SessionSettings
 
-    before = watch.made
+    before = watch.created
     registry = SessionRegistry(SessionSettings(), system_entropy)
     registry.open("ada", operator=False, client="x/1", address="192.0.2.1", wall=system_clock.wall())
-    assert watch.made - before in (2, 3)  # both tokens, and the random part of one
+    assert watch.created - before in (2, 3)  # both tokens, and the random part of one
 
 
 # --- a whole run -------------------------------------------------------------------------------------------------
@@ -157,25 +157,25 @@ def run(tmp_path: Path, bodies: Iterable[str], *options: str) -> subprocess.Comp
     )
 
 
-def test_each_test_with_a_leak_fails_and_says_where(tmp_path: Path) -> None:
+def test_each_leaking_test_fails_and_names_the_place(tmp_path: Path) -> None:
     done = run(tmp_path, LEAKS.values())
     assert done.returncode == 1, done.stdout
     for number, where in enumerate(LEAKS):
-        _, _, said = done.stdout.partition(f"ERROR at teardown of test_number_{number} ")
-        said = said.partition(" ERROR at teardown of ")[0]
-        assert "a secret is in " in said, (where, done.stdout)
-        assert where.removeprefix("a Secret in ") in said, (where, done.stdout)
+        _, _, section = done.stdout.partition(f"ERROR at teardown of test_number_{number} ")
+        section = section.partition(" ERROR at teardown of ")[0]
+        assert "a secret is in " in section, (where, done.stdout)
+        assert where.removeprefix("a Secret in ") in section, (where, done.stdout)
 
 
-def test_a_run_without_one_passes_if_it_made_enough(tmp_path: Path) -> None:
+def test_run_without_leaks_passes_if_it_created_enough_secrets(tmp_path: Path) -> None:
     shown_only = ['log.warning("a.b", token=token, name=Secret(text)); print(text)']
     done = run(tmp_path, shown_only, "--secrets-at-least", "1")
     assert done.returncode == 0, done.stdout
-    assert "made (at least 1 wanted), 0 found" in done.stdout
+    assert "created (at least 1 expected), 0 found" in done.stdout
     assert run(tmp_path, shown_only, "--secrets-at-least", "1000").returncode == 1
 
 
-def test_every_place_that_is_watched_is_there() -> None:
+def test_every_watched_place_exists() -> None:
     import importlib
 
     for module, name, _ in PLACES:

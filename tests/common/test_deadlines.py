@@ -46,7 +46,7 @@ def wheel(timers: FakeTimers) -> DeadlineWheel:
         (86_400.5, 1.0),
     ],
 )
-def test_a_deadline_comes_at_its_time_or_a_little_later(
+def test_deadline_fires_on_time_or_slightly_late(
     wheel: DeadlineWheel, timers: FakeTimers, ahead: float, slack: float
 ) -> None:
     entry = Entry()
@@ -62,7 +62,7 @@ def test_a_deadline_comes_at_its_time_or_a_little_later(
 
 @settings(max_examples=60)
 @given(now=st.floats(0, 1e9), ahead=st.floats(-10, 1e6))
-def test_no_deadline_comes_early_nor_more_than_a_second_late(now: float, ahead: float) -> None:
+def test_no_deadline_fires_early_or_more_than_a_second_late(now: float, ahead: float) -> None:
     timers = FakeTimers(now)
     wheel = DeadlineWheel(timers)
     entry = Entry()
@@ -72,7 +72,7 @@ def test_no_deadline_comes_early_nor_more_than_a_second_late(now: float, ahead: 
     assert armed <= max(now + ahead, 0) + 1 + 1 / 64
 
 
-def test_a_deadline_in_the_past_comes_in_the_next_turn(wheel: DeadlineWheel, timers: FakeTimers) -> None:
+def test_past_deadline_fires_in_the_next_turn(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     entry = Entry()
     wheel.set(entry, NOW - 5)
     assert entry.fired == []
@@ -81,7 +81,7 @@ def test_a_deadline_in_the_past_comes_in_the_next_turn(wheel: DeadlineWheel, tim
 
 
 @pytest.mark.parametrize("deadline", [-3.0, 0.0, 1e-9])
-def test_a_clock_that_starts_at_zero_is_no_special_case(deadline: float) -> None:
+def test_clock_may_start_at_zero(deadline: float) -> None:
     timers = FakeTimers(0.0)
     wheel = DeadlineWheel(timers)
     entry = Entry()
@@ -94,7 +94,7 @@ def test_a_clock_that_starts_at_zero_is_no_special_case(deadline: float) -> None
     assert len(entry.fired) == 1
 
 
-def test_a_later_set_replaces_an_earlier_one(wheel: DeadlineWheel, timers: FakeTimers) -> None:
+def test_later_set_replaces_an_earlier_one(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     entry = Entry()
     wheel.set(entry, NOW + 1)
     wheel.set(entry, NOW + 3)
@@ -107,7 +107,7 @@ def test_a_later_set_replaces_an_earlier_one(wheel: DeadlineWheel, timers: FakeT
     assert len(entry.fired) == 1
 
 
-def test_setting_the_same_deadline_again_arms_nothing_new(wheel: DeadlineWheel, timers: FakeTimers) -> None:
+def test_setting_the_same_deadline_again_arms_no_timer(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     entry = Entry()
     wheel.set(entry, NOW + 1)
     armed = timers.armed
@@ -116,7 +116,7 @@ def test_setting_the_same_deadline_again_arms_nothing_new(wheel: DeadlineWheel, 
     assert len(wheel) == 1
 
 
-def test_an_infinite_deadline_is_none(wheel: DeadlineWheel, timers: FakeTimers) -> None:
+def test_infinite_deadline_removes_the_entry(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     entry = Entry()
     wheel.set(entry, math.inf)
     assert timers.armed == []
@@ -127,9 +127,7 @@ def test_an_infinite_deadline_is_none(wheel: DeadlineWheel, timers: FakeTimers) 
     assert len(wheel) == 0
 
 
-def test_discarding_twice_or_what_was_never_set_does_nothing(
-    wheel: DeadlineWheel, timers: FakeTimers
-) -> None:
+def test_discarding_an_unknown_entry_does_nothing(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     entry = Entry()
     wheel.discard(entry)
     wheel.set(entry, NOW + 1)
@@ -139,7 +137,7 @@ def test_discarding_twice_or_what_was_never_set_does_nothing(
     assert entry.fired == []
 
 
-def test_a_discarded_entry_is_not_kept_alive(wheel: DeadlineWheel) -> None:
+def test_discarded_entry_is_not_kept_alive(wheel: DeadlineWheel) -> None:
     entry = Entry()
     gone = weakref.ref(entry)
     wheel.set(entry, NOW + 100)
@@ -174,7 +172,9 @@ def test_entries_of_one_tick_share_a_timer(wheel: DeadlineWheel, timers: FakeTim
     assert [entry.fired for entry in entries] == [[NOW + 300]] * 5
 
 
-def test_moving_a_deadline_to_and_fro_keeps_nothing(wheel: DeadlineWheel, timers: FakeTimers) -> None:
+def test_moving_a_deadline_repeatedly_leaves_no_entry_behind(
+    wheel: DeadlineWheel, timers: FakeTimers
+) -> None:
     entry = Entry()
     for _ in range(1_000):
         wheel.set(entry, NOW + 300)
@@ -183,14 +183,14 @@ def test_moving_a_deadline_to_and_fro_keeps_nothing(wheel: DeadlineWheel, timers
     assert len(timers.armed) == 1
 
 
-def test_ticks_ahead_bound_the_buckets(wheel: DeadlineWheel) -> None:
+def test_number_of_buckets_is_bounded(wheel: DeadlineWheel) -> None:
     entry = Entry()
     for step in range(20_000):
         wheel.set(entry, NOW + step % 9_973 / 997)
     assert len(wheel._heap) <= 2 * TICKS_PER_SECOND + 9 * 8 + 2
 
 
-def test_thousands_due_at_once_leave_the_loop_its_turns(wheel: DeadlineWheel, timers: FakeTimers) -> None:
+def test_thousands_due_at_once_do_not_block_the_loop(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     entries = [Entry() for _ in range(10 * ENTRIES_PER_TURN)]
     for entry in entries:
         wheel.set(entry, NOW + 20)
@@ -203,7 +203,7 @@ def test_thousands_due_at_once_leave_the_loop_its_turns(wheel: DeadlineWheel, ti
 
 
 @pytest.mark.parametrize("count", [ENTRIES_PER_TURN, ENTRIES_PER_TURN + 1, 3 * ENTRIES_PER_TURN])
-def test_handlers_that_set_new_deadlines_leave_one_timer_and_none_early(
+def test_handlers_that_set_new_deadlines_leave_one_timer(
     wheel: DeadlineWheel, timers: FakeTimers, count: int
 ) -> None:
     """A timer left over would take the next deadline for due."""
@@ -220,7 +220,7 @@ def test_handlers_that_set_new_deadlines_leave_one_timer_and_none_early(
     assert timers.armed == [NOW + 300]
 
 
-def test_a_timer_that_fires_a_little_early_is_on_time(wheel: DeadlineWheel, timers: FakeTimers) -> None:
+def test_timer_that_fires_slightly_early_is_accepted(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     """asyncio calls a timer up to its clock's resolution before its time."""
     entry = Entry()
     wheel.set(entry, NOW + 20)
@@ -229,7 +229,7 @@ def test_a_timer_that_fires_a_little_early_is_on_time(wheel: DeadlineWheel, time
     assert entry.fired == [NOW + 20]
 
 
-def test_a_handler_may_set_itself_anew(wheel: DeadlineWheel, timers: FakeTimers) -> None:
+def test_handler_may_set_its_own_deadline_again(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     entry = Entry()
     entry.then = lambda: wheel.set(entry, timers.time() + 5)
     wheel.set(entry, NOW + 5)
@@ -237,7 +237,7 @@ def test_a_handler_may_set_itself_anew(wheel: DeadlineWheel, timers: FakeTimers)
     assert entry.fired == [NOW + 5, NOW + 10, NOW + 15, NOW + 20]
 
 
-def test_a_handler_may_discard_one_that_is_due_with_it(wheel: DeadlineWheel, timers: FakeTimers) -> None:
+def test_handler_may_discard_an_entry_due_with_it(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     entries = [Entry(), Entry()]
     for entry, other in (entries, entries[::-1]):
         entry.then = lambda other=other: wheel.discard(other)  # type: ignore[misc]
@@ -246,9 +246,7 @@ def test_a_handler_may_discard_one_that_is_due_with_it(wheel: DeadlineWheel, tim
     assert sorted(len(entry.fired) for entry in entries) == [0, 1]
 
 
-def test_a_handler_that_raises_does_not_stop_the_others_time(
-    wheel: DeadlineWheel, timers: FakeTimers
-) -> None:
+def test_handler_that_raises_does_not_stop_other_deadlines(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     def fail() -> None:
         raise RuntimeError("a fault of ours")
 
@@ -274,7 +272,7 @@ def test_the_end_of_one_deadline_arms_the_next(wheel: DeadlineWheel, timers: Fak
     assert len(wheel) == len(wheel._heap) == 0
 
 
-def test_close_forgets_all_and_the_wheel_may_be_used_again(wheel: DeadlineWheel, timers: FakeTimers) -> None:
+def test_closed_wheel_is_empty_and_reusable(wheel: DeadlineWheel, timers: FakeTimers) -> None:
     wheel.close()
     entries = [Entry(), Entry()]
     for entry in entries:
@@ -304,7 +302,7 @@ def test_now_is_the_time_of_the_timers(wheel: DeadlineWheel, timers: FakeTimers)
         max_size=40,
     )
 )
-def test_whatever_is_set_and_discarded_each_comes_once_and_on_time(
+def test_any_sequence_fires_each_deadline_once_and_on_time(
     steps: list[tuple[int, float | None, float]],
 ) -> None:
     timers = FakeTimers()

@@ -9,7 +9,7 @@ import uvloop
 from zcproto.common.event_loop import new_event_loop
 
 
-def test_the_loop_is_uvloops_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uvloop_is_used_if_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = new_event_loop()
     assert isinstance(loop, uvloop.Loop)
     loop.close()

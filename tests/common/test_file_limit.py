@@ -21,7 +21,7 @@ NO_LIMIT = resource.RLIM_INFINITY
         ((4_096, 4_096), 9_000, 4_096),
     ],
 )
-def test_the_limit_is_raised_as_far_as_allowed(
+def test_limit_is_raised_as_far_as_allowed(
     monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], wanted: int, becomes: int
 ) -> None:
     state = [limits]
@@ -31,11 +31,11 @@ def test_the_limit_is_raised_as_far_as_allowed(
     assert state[-1] == (becomes, limits[1])
 
 
-def test_without_a_limit_none_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlimited_process_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (NO_LIMIT, NO_LIMIT))
     monkeypatch.setattr(resource, "setrlimit", None)
     assert raise_file_limit(9_000) == sys.maxsize
 
 
-def test_the_limit_of_this_process_is_read() -> None:
+def test_limit_of_this_process_is_read() -> None:
     assert raise_file_limit(0) == resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -13,7 +13,7 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def test_the_option_wins_over_the_variable_and_that_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_option_overrides_variable_overrides_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/alice")
     assert resolve_home(Path("/a"), {"ZCPROTO_HOME": "/b"}).path == Path("/a")
     assert resolve_home("/a", {}).path == Path("/a")
@@ -22,20 +22,18 @@ def test_the_option_wins_over_the_variable_and_that_over_the_default(monkeypatch
     assert resolve_home(None, {}).path == Path("/home/alice/.zeroclaw")
 
 
-def test_the_users_home_is_put_in_for_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/alice")
     assert resolve_home("~/zc", {}).path == Path("/home/alice/zc")
 
 
-def test_a_relative_path_is_taken_from_the_current_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_path_starts_at_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_home("zc", {}).path == tmp_path / "zc"
 
 
-@pytest.mark.parametrize("option", ["~nobody-by-this-name/x", "/a\nb", "/a\x00b", "/" + "a" * 4096])
-def test_what_cannot_be_a_path_is_refused(option: str) -> None:
+@pytest.mark.parametrize("option", ["~unknown-user/x", "/a\nb", "/a\x00b", "/" + "a" * 4096])
+def test_invalid_path_is_refused(option: str) -> None:
     with pytest.raises(ConfigError, match="--home") as caught:
         resolve_home(option, {})
     assert str(caught.value).isprintable()
@@ -54,7 +52,7 @@ def test_each_file_has_its_place() -> None:
     assert repr(home) == "Home('/h')"
 
 
-def test_the_folder_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+def test_folder_is_created_private(tmp_path: Path) -> None:
     home = Home(tmp_path / "a" / "b")
     home.ensure()
     assert mode(home.path) == 0o700
@@ -62,7 +60,7 @@ def test_the_folder_is_made_for_its_owner_alone(tmp_path: Path) -> None:
     assert mode(home.path) == 0o700
 
 
-def test_the_mode_does_not_depend_on_the_umask(tmp_path: Path) -> None:
+def test_mode_does_not_depend_on_the_umask(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         Home(tmp_path / "h").ensure()
@@ -72,7 +70,7 @@ def test_the_mode_does_not_depend_on_the_umask(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("others", [0o020, 0o002])
-def test_a_folder_that_others_may_write_to_is_refused_with_the_cure(tmp_path: Path, others: int) -> None:
+def test_folder_writable_by_others_is_refused_with_the_fix(tmp_path: Path, others: int) -> None:
     path = tmp_path / "h"
     path.mkdir()
     path.chmod(0o700 | others)
@@ -82,13 +80,13 @@ def test_a_folder_that_others_may_write_to_is_refused_with_the_cure(tmp_path: Pa
     assert caught.value.faults == [f"{path}: {found}; run: chmod go-w {path}"]
 
 
-def test_a_folder_that_others_may_only_read_is_used(tmp_path: Path) -> None:
+def test_folder_readable_by_others_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "h"
     path.mkdir(mode=0o755)
     Home(path).ensure()
 
 
-def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_of_a_foreign_owner_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uid = tmp_path.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
     if uid == 0:  # root's own folders are as safe as the system, so the folder gets another owner
@@ -98,13 +96,13 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest
         Home(tmp_path).ensure()
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "h").touch()
     with pytest.raises(ConfigError, match="is not a folder"):
         Home(tmp_path / "h").ensure()
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_failure_to_create_the_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be used as the home folder: Not a directory"):
         Home(tmp_path / "file" / "h").ensure()

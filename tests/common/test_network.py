@@ -21,7 +21,7 @@ from zcproto.common.network import AddressSet, network_of, plain_address
         ("192.0.2.1:80", "192.0.2.1:80"),
     ],
 )
-def test_addresses_are_counted_for_their_networks(address: str, network: str) -> None:
+def test_address_is_counted_for_its_network(address: str, network: str) -> None:
     assert network_of(address) == network
 
 
@@ -35,7 +35,7 @@ def test_addresses_are_counted_for_their_networks(address: str, network: str) ->
         ("", ""),
     ],
 )
-def test_an_ipv4_address_is_told_as_such(address: str, plain: str) -> None:
+def test_mapped_ipv4_address_is_shortened(address: str, plain: str) -> None:
     assert plain_address(address) == plain
 
 
@@ -45,7 +45,7 @@ LISTED = ["10.0.0.0/8", "192.0.2.7", "2001:db8::/32", "fe80::1"]
 @pytest.mark.parametrize(
     "address", ["10.255.0.1", "192.0.2.7", "2001:db8:1::1", "::ffff:10.1.2.3", "fe80::1%eth0", "fe80::1"]
 )
-def test_an_address_of_a_listed_network_is_in_the_list(address: str) -> None:
+def test_address_in_a_listed_network_is_found(address: str) -> None:
     networks = AddressSet(LISTED)
     assert networks
     assert networks.contains(address)
@@ -53,16 +53,16 @@ def test_an_address_of_a_listed_network_is_in_the_list(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["11.0.0.1", "192.0.2.8", "2001:db9::1", "", "/run/socket", "10.0.0.0/8"])
-def test_any_other_text_is_not(address: str) -> None:
+def test_other_text_is_not_found(address: str) -> None:
     assert not AddressSet(LISTED).contains(address)
 
 
-def test_an_empty_list_is_false() -> None:
+def test_empty_set_is_false() -> None:
     assert not AddressSet()
     assert not AddressSet().contains("10.0.0.1")
 
 
 @pytest.mark.parametrize("network", ["10.0.0.1/8", "10.0.0.0/33", "here", ""])
-def test_what_is_no_network_is_refused(network: str) -> None:
+def test_invalid_network_is_refused(network: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         AddressSet([network])

@@ -21,7 +21,7 @@ TEXT = SecretText("hunter2")
 
 
 @pytest.mark.parametrize("secret", [Secret("hunter2"), Secret(b"hunter2"), BYTES, TEXT], ids=type)
-def test_a_secret_shows_a_mask_wherever_it_is_printed(secret: Any) -> None:
+def test_secret_is_masked_wherever_it_is_printed(secret: Any) -> None:
     shown = [
         repr(secret),
         str(secret),
@@ -40,7 +40,7 @@ def test_a_secret_shows_a_mask_wherever_it_is_printed(secret: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["hunter2", b"hunter2"])
-def test_a_secret_is_revealed_only_when_asked(value: str | bytes) -> None:
+def test_secret_is_revealed_explicitly(value: str | bytes) -> None:
     assert Secret(value).reveal() == value
     assert len(Secret(value)) == 7
 
@@ -54,14 +54,14 @@ def test_secrets_compare_by_value() -> None:
     assert len({Secret("a"), Secret("a"), Secret("b")}) == 2
 
 
-def test_a_secret_is_not_pickled_or_copied() -> None:
+def test_secret_cannot_be_pickled_or_copied() -> None:
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(Secret("a"))
     with pytest.raises(TypeError, match="cannot be pickled"):
         copy.deepcopy(Secret("a"))
 
 
-def test_bytes_and_text_are_otherwise_what_they_were() -> None:
+def test_secret_bytes_and_text_behave_as_bytes_and_text() -> None:
     assert BYTES == b"hunter2"
     assert TEXT == "hunter2"
     assert {b"hunter2": 1}[BYTES] == {"hunter2": 1}[TEXT] == 1
@@ -72,12 +72,12 @@ def test_bytes_and_text_are_otherwise_what_they_were() -> None:
     assert TEXT.encode() == b"hunter2"
 
 
-def test_one_that_is_made_of_another_is_the_same() -> None:
+def test_secret_of_a_secret_is_equal() -> None:
     assert SecretBytes(BYTES) == b"hunter2"
     assert SecretText(TEXT) == "hunter2"
     assert pickle.loads(pickle.dumps([BYTES, TEXT])) == [b"hunter2", "hunter2"]
     assert copy.deepcopy(TEXT) == "hunter2"
 
 
-def test_what_they_reveal_is_plain() -> None:
+def test_revealed_value_is_plain() -> None:
     assert (repr(BYTES.reveal()), repr(TEXT.reveal())) == ("b'hunter2'", "'hunter2'")

@@ -27,11 +27,11 @@ def config(**values: Any) -> Config:
     return load_config(None, home=HOME, environ={}, overrides=overrides)
 
 
-def test_every_key_has_its_place_and_there_are_no_others() -> None:
+def test_every_key_has_an_effect() -> None:
     assert set(TAKES_EFFECT) == set(settings())
 
 
-def test_the_keys_of_a_check_are_of_one_kind_or_wait_for_one_another() -> None:
+def test_keys_of_one_check_take_effect_together() -> None:
     """Else a part of a new configuration could be applied that contradicts what stays of the old one."""
     for check in CHECKS:
         restart = {key for key in check.keys if TAKES_EFFECT[key] is Effect.RESTART}
@@ -40,12 +40,12 @@ def test_the_keys_of_a_check_are_of_one_kind_or_wait_for_one_another() -> None:
             assert all(key in WAIT_FOR.get(each, ()) for each in restart), check.keys
 
 
-def test_nothing_changes_between_equal_configurations() -> None:
+def test_equal_configurations_have_no_changes() -> None:
     assert changes_between(config(), config()) == []
     assert effective(config(), config()) == config()
 
 
-def test_each_change_is_told_with_its_values_and_when_it_takes_effect() -> None:
+def test_each_change_has_its_values_and_its_effect() -> None:
     old = config()
     new = config(limits__max_streams=4, server__port=7000, sessions__lifetime="2h", log__level="debug")
     assert [each.as_dict() for each in changes_between(old, new)] == [
@@ -59,7 +59,7 @@ def test_each_change_is_told_with_its_values_and_when_it_takes_effect() -> None:
     assert [each.key for each in changes_between(force, new)] == ["server.port"]
 
 
-def test_what_takes_a_restart_for_somebody_else_is_kept_too() -> None:
+def test_fixed_keys_are_kept_until_a_restart() -> None:
     old, new = config(), config(log__level="debug", limits__max_streams=4)
     fixed = frozenset({"log.level"})
     assert [each.effect for each in changes_between(old, new, fixed)] == [
@@ -77,20 +77,20 @@ def test_what_takes_a_restart_for_somebody_else_is_kept_too() -> None:
         {"alerts__command": ["/bin/tell", "--password", "hunter2"]},
     ],
 )
-def test_what_may_be_a_secret_is_not_shown(settings: dict[str, Any]) -> None:
+def test_possible_secrets_are_not_shown(settings: dict[str, Any]) -> None:
     (change,) = changes_between(config(), config(**settings))
     assert change.key == next(iter(settings)).replace("__", ".")
     assert "hunter2" not in str(change.as_dict())
 
 
-def test_a_long_value_is_cut() -> None:
+def test_long_value_is_truncated() -> None:
     (change,) = changes_between(
         config(), config(certificates__names=[f"host-{n}.example" for n in range(90)])
     )
     assert len(change.new) == MAX_SHOWN + 3
 
 
-def test_files_for_clients_wait_for_client_auth() -> None:
+def test_client_files_wait_for_client_auth() -> None:
     """With client_auth off they would be refused in the file, so they must not become active before it."""
     old = config()
     new = config(tls__client_auth="optional", tls__client_ca_file="/etc/ca.pem")
@@ -103,7 +103,7 @@ def test_files_for_clients_wait_for_client_auth() -> None:
     assert effective(on, new).tls.client_ca_file == Path("/etc/ca.pem")
 
 
-def test_the_guide_names_every_key_that_takes_a_restart() -> None:
+def test_guide_lists_every_key_that_takes_a_restart() -> None:
     """By itself, or with all others of its section."""
     guide = (Path(__file__).parents[2] / "docs" / "control.md").read_text(encoding="utf-8")
     (row,) = [line for line in guide.splitlines() if line.startswith("| after a restart")]
@@ -121,5 +121,5 @@ def test_the_guide_names_every_key_that_takes_a_restart() -> None:
         assert named == (effect is Effect.RESTART), key
 
 
-def test_a_value_is_found_by_its_key() -> None:
+def test_value_is_found_by_its_key() -> None:
     assert value_of(config(), "server.port") == 7443

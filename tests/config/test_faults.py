@@ -1,4 +1,4 @@
-"""The words in which faults are told."""
+"""The wording of faults."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ UNKNOWN = [
 
 @pytest.mark.requirement("configuration")
 @pytest.mark.parametrize(("toml", "fault"), UNKNOWN)
-def test_what_does_not_exist_is_told_with_the_nearest_name(home: Path, toml: str, fault: str) -> None:
+def test_unknown_name_is_reported_with_the_nearest_one(home: Path, toml: str, fault: str) -> None:
     assert faults(home, toml) == [fault]
 
 
@@ -109,11 +109,11 @@ def test_what_does_not_exist_is_told_with_the_nearest_name(home: Path, toml: str
         ),
     ],
 )
-def test_a_variable_that_names_no_key_is_a_fault(home: Path, variable: str, fault: str) -> None:
+def test_variable_of_an_unknown_key_is_a_fault(home: Path, variable: str, fault: str) -> None:
     assert faults(home, environ={variable: "1"}) == [fault.replace("…", variable).replace("= 1", '= "1"')]
 
 
-def test_an_override_that_names_no_key_is_a_fault(home: Path) -> None:
+def test_override_of_an_unknown_key_is_a_fault(home: Path) -> None:
     assert faults(home, overrides={"server.prot": 1}) == [
         "server.prot = 1 (command line): unknown key; did you mean server.port?"
     ]
@@ -151,11 +151,11 @@ def test_an_override_that_names_no_key_is_a_fault(home: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_value_is_told_with_what_would_be_right(home: Path, toml: str, fault: str) -> None:
+def test_invalid_value_is_reported_with_what_would_be_right(home: Path, toml: str, fault: str) -> None:
     assert faults(home, toml) == [fault]
 
 
-def test_the_source_of_a_wrong_value_is_named(home: Path) -> None:
+def test_source_of_an_invalid_value_is_named(home: Path) -> None:
     (fault,) = faults(home, "[server]\nport = 1", {"ZCPROTO_SERVER__PORT": "70000"})
     assert fault.startswith(
         "server.port = 70000 (ZCPROTO_SERVER__PORT): must be a whole number from 1 to 65535"
@@ -212,7 +212,7 @@ def test_the_source_of_a_wrong_value_is_named(home: Path) -> None:
         ),
     ],
 )
-def test_settings_that_do_not_fit_each_other_are_told(home: Path, toml: str, fault: str) -> None:
+def test_contradicting_settings_are_reported(home: Path, toml: str, fault: str) -> None:
     assert faults(home, toml) == [fault]
 
 
@@ -234,12 +234,12 @@ def test_settings_that_do_not_fit_each_other_are_told(home: Path, toml: str, fau
         *(f'[tls]\nclient_auth = "{value}"' for value in ("off", "optional", "required")),
     ],
 )
-def test_settings_at_the_edge_of_what_fits_are_sound(home: Path, toml: str) -> None:
+def test_settings_at_their_limits_are_valid(home: Path, toml: str) -> None:
     load(home, toml)
 
 
 @pytest.mark.requirement("configuration")
-def test_all_faults_are_told_at_once(home: Path) -> None:
+def test_all_faults_are_reported_at_once(home: Path) -> None:
     toml = """
         port = 3
         [server]
@@ -259,10 +259,10 @@ def test_all_faults_are_told_at_once(home: Path) -> None:
         [limits]
         max_frame_bytes = "many"
     """
-    told = faults(
+    reported = faults(
         home, toml, {"ZCPROTO_TLS__SUITE": "x", "ZCPROTO_LOG__LEVEL": "loud"}, {"limits.max_streams": 0}
     )
-    assert [fault.split(" ")[0] for fault in told] == [
+    assert [fault.split(" ")[0] for fault in reported] == [
         "port",
         "server.prot",
         "[sever]",
@@ -290,7 +290,7 @@ TABLES = "must be up to 100 tables, each under a line [[certificates.site]]"
 
 
 @pytest.mark.parametrize(
-    ("toml", "told"),
+    ("toml", "reported"),
     [
         ("[certificates.site]\nnames = []", [f"certificates.site = (a table) (config.toml): {TABLES}"]),
         ("[certificates]\nsite = 5", [f"certificates.site = 5 (config.toml): {TABLES}"]),
@@ -348,11 +348,11 @@ TABLES = "must be up to 100 tables, each under a line [[certificates.site]]"
         ),
     ],
 )
-def test_a_fault_of_a_site_is_told_with_its_place(home: Path, toml: str, told: list[str]) -> None:
-    assert faults(home, toml) == told
+def test_fault_of_a_site_has_its_place(home: Path, toml: str, reported: list[str]) -> None:
+    assert faults(home, toml) == reported
 
 
-def test_a_pin_is_told_with_its_place(home: Path) -> None:
+def test_invalid_pin_has_its_place(home: Path) -> None:
     (fault,) = faults(home, f'[tls]\nclient_auth = "required"\nclient_pins = ["{PIN}", "{PIN[:-1]}"]')
     assert fault.startswith('tls.client_pins[1] = "sha256/AAAA')
     assert '(config.toml): must be "sha256/" and 44 characters of base64, for a public key, or' in fault
@@ -367,13 +367,13 @@ def test_sites_cannot_be_set_by_a_variable(home: Path, name: str) -> None:
     ]
 
 
-def test_a_wrong_variable_within_a_key_that_is_no_table_is_unknown(home: Path) -> None:
+def test_variable_below_a_plain_key_is_unknown(home: Path) -> None:
     (fault,) = faults(home, environ={"ZCPROTO_SERVER__PORT__X": "1"})
     assert fault.endswith("unknown key; did you mean server.port?")
 
 
 @pytest.mark.parametrize("key", ["certificate", "key", "key_passphrase_file", "key_passphrase_variable"])
-def test_what_own_certificates_do_not_use_is_refused(home: Path, key: str) -> None:
+def test_settings_unused_by_managed_certificates_are_refused(home: Path, key: str) -> None:
     value = '"PASSPHRASE"' if key.endswith("variable") else '"/a"' if key.endswith("file") else '["/a"]'
     (fault,) = faults(home, f"[certificates]\n{key} = {value}")
     assert fault.startswith(f"certificates.{key} = ")
@@ -381,7 +381,7 @@ def test_what_own_certificates_do_not_use_is_refused(home: Path, key: str) -> No
 
 
 @pytest.mark.parametrize("key", ["client_ca_file", "client_crl_file", "client_pins"])
-def test_what_would_check_clients_is_refused_while_none_is_checked(home: Path, key: str) -> None:
+def test_client_checks_are_refused_without_client_auth(home: Path, key: str) -> None:
     value = f'["{PIN}"]' if key == "client_pins" else '"/a"'
     (fault,) = faults(home, f'[tls]\n{key} = {value}\nclient_auth = "off"')
     assert 'must be empty with tls.client_auth, which is "off" (config.toml)' in fault
@@ -393,10 +393,10 @@ def test_invalid_value_is_not_compared_with_other_settings(home: Path) -> None:
         assert fault.startswith("limits.max_frame_bytes = 1 ")
 
 
-def test_no_more_faults_are_told_than_anyone_reads(home: Path) -> None:
-    told = faults(home, "[server]\n" + "\n".join(f"k{number} = 1" for number in range(20_000)))
-    assert len(told) == MAX_FAULTS + 1
-    assert told[-1] == "and more; the first 100 are shown"
+def test_number_of_reported_faults_is_limited(home: Path) -> None:
+    reported = faults(home, "[server]\n" + "\n".join(f"k{number} = 1" for number in range(20_000)))
+    assert len(reported) == MAX_FAULTS + 1
+    assert reported[-1] == "and more; the first 100 are shown"
 
 
 @pytest.mark.parametrize(
@@ -407,16 +407,16 @@ def test_no_more_faults_are_told_than_anyone_reads(home: Path) -> None:
         f"[certificates]\nsite = [{'5, ' * 100}]\n[server]\nport = -1",
     ],
 )
-def test_no_more_faults_of_sites_are_told_than_anyone_reads(home: Path, sites: str) -> None:
-    told = faults(home, sites)
-    assert len(told) == MAX_FAULTS + 1
-    assert told[-1] == "and more; the first 100 are shown"
+def test_number_of_reported_faults_of_sites_is_limited(home: Path, sites: str) -> None:
+    reported = faults(home, sites)
+    assert len(reported) == MAX_FAULTS + 1
+    assert reported[-1] == "and more; the first 100 are shown"
 
 
-def test_a_hundred_faults_are_all(home: Path) -> None:
-    told = faults(home, "[server]\nport = 1\n" + "\n".join(f"k{number} = 1" for number in range(100)))
-    assert len(told) == MAX_FAULTS
-    assert told[-1].startswith("server.k99 = 1 ")
+def test_a_hundred_faults_are_all_reported(home: Path) -> None:
+    reported = faults(home, "[server]\nport = 1\n" + "\n".join(f"k{number} = 1" for number in range(100)))
+    assert len(reported) == MAX_FAULTS
+    assert reported[-1].startswith("server.k99 = 1 ")
 
 
 @pytest.mark.parametrize(
@@ -453,11 +453,11 @@ def test_a_hundred_faults_are_all(home: Path) -> None:
         '[[certificates.site]]\nkeys = ["hunter2"]',
     ],
 )
-def test_a_secret_is_never_told(home: Path, toml: str) -> None:
+def test_secret_is_never_reported(home: Path, toml: str) -> None:
     assert "hunter2" not in str(faults(home, toml))
 
 
-def test_a_secret_in_a_variable_is_never_told(home: Path) -> None:
+def test_secret_in_a_variable_is_never_reported(home: Path) -> None:
     environ = {
         "ZCPROTO_STORE__URL": "valkey://:hunter2@cache",
         "ZCPROTO_ALERTS__WEBHOOK_SECRET": "hunter2",
@@ -481,18 +481,18 @@ def test_a_secret_in_a_variable_is_never_told(home: Path) -> None:
         ("nan", "nan"),
     ],
 )
-def test_a_value_is_shown_in_bounds_on_one_line(home: Path, value: str, shown: str) -> None:
+def test_value_is_shown_truncated_on_one_line(home: Path, value: str, shown: str) -> None:
     (fault,) = faults(home, f"[log]\nlevel = {value}")
     assert fault.split(" = ", 1)[1].split(" (config.toml)")[0] == shown
 
 
-def test_a_key_is_shown_in_bounds_on_one_line(home: Path) -> None:
+def test_key_is_shown_truncated_on_one_line(home: Path) -> None:
     (fault,) = faults(home, '[server]\n"' + "\\u001b\\n" * 500 + '" = 1')
     assert "\n" not in fault
     assert "\x1b" not in fault
     assert len(fault) < 500
 
 
-def test_an_undecodable_name_of_a_variable_is_shown_escaped(home: Path) -> None:
+def test_undecodable_name_of_a_variable_is_escaped(home: Path) -> None:
     (fault,) = faults(home, environ={os.fsdecode(b"ZCPROTO_SERVER__\xff"): "1"})
     assert "\\udcff" in fault

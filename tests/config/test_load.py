@@ -76,18 +76,16 @@ file = ""
 """
 
 
-def test_with_nothing_given_all_is_default(home: Path) -> None:
+def test_without_sources_all_values_are_defaults(home: Path) -> None:
     config = load(home)
     assert config == Config.model_validate({"certificates": {"directory": home / "certs"}})
 
 
-def test_the_empty_file_is_sound(home: Path) -> None:
+def test_empty_file_is_valid(home: Path) -> None:
     assert load(home, "") == load(home)
 
 
-def test_the_documented_file_is_sound_and_gives_the_defaults(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documented_file_is_valid_and_has_the_defaults(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/alice")
     config = load(home, DOCUMENTED)
     assert config == Config()
@@ -102,37 +100,37 @@ def test_certificates_follow_the_home_folder(home: Path) -> None:
     )
 
 
-def test_a_named_file_is_read_instead_of_the_one_at_home(home: Path) -> None:
+def test_named_file_replaces_the_one_in_the_home_folder(home: Path) -> None:
     (home / "config.toml").write_text("[server]\nport = 1")
     other = home / "other.toml"
     other.write_text("[server]\nport = 2")
     assert load_config(other, home=home, environ={}).server.port == 2
 
 
-def test_a_named_file_must_be_there(home: Path) -> None:
+def test_missing_named_file_is_a_fault(home: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"other\.toml: no such file; create one with `zcproto config init`"
     ):
         load_config(home / "other.toml", home=home, environ={})
 
 
-def test_the_command_line_wins_over_the_environment_and_that_over_the_file(home: Path) -> None:
+def test_command_line_overrides_environment_overrides_file(home: Path) -> None:
     toml = "[server]\nport = 1\n[limits]\nmax_streams = 1\nmax_depth = 9"
     environ = {"ZCPROTO_SERVER__PORT": "2", "ZCPROTO_LIMITS__MAX_STREAMS": "2"}
     config = load(home, toml, environ, {"server.port": 3})
     assert (config.server.port, config.limits.max_streams, config.limits.max_depth) == (3, 2, 9)
 
 
-def test_an_option_that_is_not_given_overrides_nothing(home: Path) -> None:
+def test_missing_option_overrides_nothing(home: Path) -> None:
     assert load(home, "[server]\nport = 1", overrides={"server.port": None}).server.port == 1
 
 
-def test_an_option_may_give_a_duration_in_seconds(home: Path) -> None:
+def test_option_may_be_a_duration_in_seconds(home: Path) -> None:
     assert load(home, overrides={"server.drain_timeout": 2.5}).server.drain_timeout == 2.5
     assert load(home, overrides={"server.drain_timeout": "2s"}).server.drain_timeout == 2.0
 
 
-def test_variables_give_every_kind_of_value(home: Path) -> None:
+def test_variables_can_hold_every_kind_of_value(home: Path) -> None:
     environ = {
         "ZCPROTO_SERVER__HOST": "::1, 127.0.0.1",
         "ZCPROTO_TLS__SUITES": '["TLS_CHACHA20_POLY1305_SHA256"]',
@@ -166,7 +164,7 @@ def test_variables_give_every_kind_of_value(home: Path) -> None:
     assert config.log.file == Path("/var/log/zcproto.log")
 
 
-def test_sites_are_read_in_their_order(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sites_are_read_in_order(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/alice")
     toml = """
         [[certificates.site]]
@@ -196,7 +194,7 @@ def test_sites_can_be_given_as_python_values(home: Path) -> None:
     assert config.certificates.site == (site, SiteConfig.model_validate(other))
 
 
-def test_there_can_be_a_hundred_sites_of_a_hundred_names(home: Path) -> None:
+def test_a_hundred_sites_with_a_hundred_names_are_valid(home: Path) -> None:
     toml = "".join(
         f"[[certificates.site]]\ncertificate = ['/{i}.pem']\nnames = {[f'{j}.{i}.example' for j in range(100)]}\n"
         for i in range(100)
@@ -221,27 +219,27 @@ def test_there_can_be_a_hundred_sites_of_a_hundred_names(home: Path) -> None:
         (b"[server]\n# \xff", "config.toml: is not UTF-8 text (line 2)"),
     ],
 )
-def test_what_is_no_toml_is_told_with_line_and_column(home: Path, toml: str | bytes, fault: str) -> None:
+def test_malformed_toml_is_reported_with_line_and_column(home: Path, toml: str | bytes, fault: str) -> None:
     assert faults(home, toml) == [fault]
 
 
 @pytest.mark.parametrize("toml", ["a = " + "[" * 50_000, "a = 1" + "0" * 5_000])
-def test_toml_beyond_all_use_is_a_fault_and_no_crash(home: Path, toml: str) -> None:
+def test_extreme_toml_is_a_fault_without_a_crash(home: Path, toml: str) -> None:
     (fault,) = faults(home, toml)
     assert fault.startswith("config.toml: ")
 
 
-def test_a_file_beyond_the_limit_is_not_parsed(home: Path) -> None:
+def test_too_large_file_is_not_parsed(home: Path) -> None:
     load(home, "#" * MAX_FILE_BYTES)
     assert faults(home, "#" * (MAX_FILE_BYTES + 1)) == ["config.toml: is larger than 1048576 bytes"]
 
 
-def test_a_file_that_cannot_be_read_is_a_fault(home: Path) -> None:
+def test_unreadable_file_is_a_fault(home: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load_config(home, home=home, environ={})
 
 
-def test_a_home_that_is_a_file_is_a_fault(home: Path) -> None:
+def test_home_that_is_a_file_is_a_fault(home: Path) -> None:
     (home / "file").touch()
     with pytest.raises(ConfigError, match="cannot be read: Not a directory"):
         load_config(None, home=home / "file", environ={})
@@ -267,22 +265,22 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(st.builds("{}.{}".format, KEYS, KEYS) | KEYS, VALUES, max_size=4))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_values_give_a_configuration_or_a_list_of_faults(tmp_path: Path, values: dict[str, Any]) -> None:
-    told: list[str] | None = None
+def test_any_values_yield_a_configuration_or_faults(tmp_path: Path, values: dict[str, Any]) -> None:
+    reported: list[str] | None = None
     try:
         load_config(None, home=tmp_path, environ={}, overrides=values)
     except ConfigError as error:
-        told = error.faults
-    assert told is None or (told and all(fault.isprintable() for fault in told))
+        reported = error.faults
+    assert reported is None or (reported and all(fault.isprintable() for fault in reported))
 
 
 @given(st.binary(max_size=60))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_in_the_file_give_a_configuration_or_a_list_of_faults(tmp_path: Path, data: bytes) -> None:
+def test_any_file_yields_a_configuration_or_faults(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "config.toml").write_bytes(b"[server]\n" + data)
-    told: list[str] | None = None
+    reported: list[str] | None = None
     try:
         load_config(None, home=tmp_path, environ={})
     except ConfigError as error:
-        told = error.faults
-    assert told is None or (told and all(fault.isprintable() for fault in told))
+        reported = error.faults
+    assert reported is None or (reported and all(fault.isprintable() for fault in reported))

@@ -111,7 +111,7 @@ def test_each_key_has_its_documented_default(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("key", [key for key in DEFAULTS if key != "certificates.directory"])
-def test_each_default_is_accepted_by_its_own_rule(key: str) -> None:
+def test_each_default_is_valid(key: str) -> None:
     section, name = split_key(key)
     validated = sections()[section].model_validate({name: DEFAULTS[key]})
     assert getattr(validated, name) == DEFAULTS[key]
@@ -126,39 +126,39 @@ def test_each_key_is_described(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", DEFAULTS)
-def test_each_key_says_what_it_accepts(key: str) -> None:
+def test_each_key_has_words_for_what_it_accepts(key: str) -> None:
     assert settings()[key].words
 
 
-def test_settings_can_be_made_in_python_too() -> None:
+def test_settings_can_be_created_in_python() -> None:
     config = Config(limits=LimitsConfig(idle_timeout=2.5, max_streams=3))
     assert (config.limits.idle_timeout, config.limits.max_streams) == (2.5, 3)
 
 
-def test_a_configuration_does_not_change() -> None:
+def test_configuration_is_frozen() -> None:
     with pytest.raises(ValidationError):
         Config().server.port = 1
     with pytest.raises(ValidationError):
         Config().server = Config().server
 
 
-def test_a_wrong_value_made_in_python_is_refused_and_not_shown() -> None:
+def test_invalid_value_in_python_is_refused_and_not_shown() -> None:
     with pytest.raises(ValidationError, match="must be a whole number from 1 to 65535") as caught:
         LimitsConfig(max_streams=987_654_321)
     assert "987654321" not in str(caught.value)
 
 
-def test_a_misspelt_key_made_in_python_is_refused() -> None:
+def test_misspelt_key_in_python_is_refused() -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
         LimitsConfig.model_validate({"max_stream": 1})
 
 
-def test_settings_that_do_not_fit_each_other_are_refused_in_python_too() -> None:
+def test_contradicting_settings_in_python_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"renew_before must be less than certificates\.lifetime"):
         Config.model_validate({"certificates": {"lifetime": "30d"}})
 
 
-def test_the_pairs_that_are_checked_exist() -> None:
+def test_keys_of_all_checks_exist() -> None:
     assert {key for check in CHECKS for key in check.keys} <= set(settings())
     assert {key for check in SITE_CHECKS for key in check.keys} <= set(settings_of(SiteConfig))
 
@@ -177,7 +177,7 @@ def test_keys_of_a_site_are_keys() -> None:
 A, B = Path("/a.pem"), Path("/b.pem")
 
 
-def test_sites_can_be_made_in_python_too() -> None:
+def test_sites_can_be_created_in_python() -> None:
     site = SiteConfig(names=("A.example", "*.b.example."), certificate=(A,))
     made = CertificatesConfig(site=(site,))
     assert made.site == (site,)
@@ -201,18 +201,18 @@ def test_sites_can_be_made_in_python_too() -> None:
         ({"certificate": ()}, "must be a list of 1 to 2 different values"),
     ],
 )
-def test_a_wrong_site_made_in_python_is_refused(fields: dict[str, Any], said: str) -> None:
+def test_invalid_site_in_python_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         SiteConfig.model_validate({"names": ("a.example",), "certificate": (A,)} | fields)
 
 
-def test_two_sites_of_one_name_are_refused_in_python_too() -> None:
+def test_two_sites_with_one_name_in_python_are_refused() -> None:
     site = SiteConfig(names=("a.example",), certificate=(A,))
     with pytest.raises(ValidationError, match=r"\[1\]\.names\[0\] is a name of certificates\.site\[0\]"):
         CertificatesConfig(site=(site, site))
 
 
-def test_no_repr_has_an_address_that_may_hold_a_secret() -> None:
+def test_repr_has_no_address_that_may_hold_a_secret() -> None:
     config = Config(
         certificates=CertificatesConfig(directory=Path("/certs")),
         store=StoreConfig(url="redis://ada:hunter2@localhost:6379/0"),

@@ -22,7 +22,7 @@ def read(home: Path, toml: str) -> Config:
     return load_config(None, home=home, environ={})
 
 
-def test_the_settings_in_force_are_read_again_as_the_same(tmp_path: Path) -> None:
+def test_written_settings_are_read_as_the_same(tmp_path: Path) -> None:
     toml = """
         [server]
         host = ["::", "127.0.0.1"]
@@ -58,23 +58,23 @@ def test_the_settings_in_force_are_read_again_as_the_same(tmp_path: Path) -> Non
     assert read(tmp_path, config_as_toml(config)) == config
 
 
-def test_durations_are_shown_as_text(tmp_path: Path) -> None:
+def test_durations_are_written_as_text(tmp_path: Path) -> None:
     shown = tomli.loads(config_as_toml(load_config(None, home=tmp_path, environ={})))
     assert shown["sessions"]["lifetime"] == "24h"
     assert shown["store"]["timeout"] == "250ms"
 
 
-def test_all_keys_are_shown(tmp_path: Path) -> None:
+def test_all_keys_are_written(tmp_path: Path) -> None:
     shown = tomli.loads(config_as_toml(load_config(None, home=tmp_path, environ={})))
     assert [f"{section}.{name}" for section, table in shown.items() for name in table] == list(settings())
 
 
-def test_the_file_to_begin_with_changes_nothing(tmp_path: Path) -> None:
+def test_default_file_changes_nothing(tmp_path: Path) -> None:
     defaults = load_config(None, home=tmp_path, environ={})
     assert read(tmp_path, default_config_file(tmp_path)) == defaults
 
 
-def test_sites_are_shown_as_tables_of_their_own(tmp_path: Path) -> None:
+def test_sites_are_written_as_tables(tmp_path: Path) -> None:
     toml = """
         [[certificates.site]]
         names = ["a.example"]
@@ -120,7 +120,7 @@ def uncommented(home: Path) -> str:
     return re.sub(r"^#(?! )", "", default_config_file(home), flags=re.MULTILINE)
 
 
-def test_each_key_of_the_file_to_begin_with_can_be_uncommented(tmp_path: Path) -> None:
+def test_each_key_of_the_default_file_can_be_uncommented(tmp_path: Path) -> None:
     tables = tomli.loads(uncommented(tmp_path))
     assert [f"{s}.{name}" for s, table in tables.items() for name in table] == list(settings())
     (site,) = tables["certificates"]["site"]
@@ -132,7 +132,7 @@ def test_each_key_of_the_file_to_begin_with_can_be_uncommented(tmp_path: Path) -
     assert config.model_copy(update={"certificates": without}) == defaults
 
 
-def test_the_file_to_begin_with_says_what_each_key_accepts_and_why(tmp_path: Path) -> None:
+def test_default_file_documents_each_key(tmp_path: Path) -> None:
     text = default_config_file(tmp_path)
     words = " ".join(line.removeprefix("# ") for line in text.splitlines())
     for key, accepts in settings().items():
@@ -143,6 +143,6 @@ def test_the_file_to_begin_with_says_what_each_key_accepts_and_why(tmp_path: Pat
         assert f"{description} Must be {accepts.words}. #{name} = " in words
 
 
-def test_the_file_to_begin_with_fits_a_screen(tmp_path: Path) -> None:
+def test_default_file_fits_a_screen(tmp_path: Path) -> None:
     lines = default_config_file(tmp_path).splitlines()
     assert max(len(line) for line in lines if line.startswith("# ")) <= 102

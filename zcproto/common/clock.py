@@ -1,7 +1,7 @@
-"""The only reader of time and of the system's randomness.
+"""Read the time and the system's randomness. Nothing else does.
 
-Everything else takes `wall` (milliseconds since the Unix epoch, an int) or `now` (monotonic seconds, a
-float) as an argument, so that tests turn the clock by hand.
+Other modules take `wall` (milliseconds since the Unix epoch, an int) or `now` (monotonic seconds, a float) as an
+argument, so that tests control the clock.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Protocol
 MS_PER_SECOND = 1000
 NS_PER_MS = 1_000_000
 
-_time_ns = time.time_ns  # every read of a server asks for it
+_time_ns = time.time_ns  # looked up once: it is called on every read of a server
 
 
 class Clock(Protocol):
     """A source of time."""
 
     def wall(self) -> int:
-        """Milliseconds since the Unix epoch. It may jump either way."""
+        """Return the milliseconds since the Unix epoch. They may jump in either direction."""
         ...
 
     def now(self) -> float:
-        """Seconds that only ever grow, from an arbitrary start."""
+        """Return monotonic seconds from an arbitrary start."""
         ...
 
 
 class Entropy(Protocol):
-    """A source of random bytes fit for secrets."""
+    """A source of random bytes for secrets."""
 
     def __call__(self, size: int, /) -> bytes: ...
 
 
 class SystemClock:
-    """The clock of this machine."""
+    """The system's clock."""
 
     __slots__ = ()
 

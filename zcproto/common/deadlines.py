@@ -1,10 +1,10 @@
-"""One coarse wheel of deadlines for a loop, instead of one timer for each connection.
+"""Keep the deadlines of all connections in one coarse timer wheel, instead of one timer for each.
 
-Entries are put into buckets by the time at which they are due, rounded up: to a second if that is more than
-ten seconds away, to an eighth of a second beyond one second, else to 1/64 s. Only the earliest bucket has a
-timer. An entry is in one bucket at most; taking it out leaves nothing of it behind, so the wheel never keeps
-a closed connection. An empty bucket stays until its time, so that each tick is in the heap once: however
-often deadlines move, there are never more buckets than ticks ahead.
+Entries are in buckets by their due time, rounded up: to a second if it is more than ten seconds away, to an
+eighth of a second beyond one second, else to 1/64 s. Only the earliest bucket has a timer. An entry is in at most
+one bucket; discarding it leaves no reference, so that the wheel never keeps a closed connection alive. An empty
+bucket stays until its time, so that each tick is in the heap once: however often deadlines move, there are never
+more buckets than ticks ahead.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, Final, Protocol
 
 TICKS_PER_SECOND: Final = 64
 ENTRIES_PER_TURN: Final = 64
-"""When thousands are due at once, the loop gets its turn after this many."""
+"""Entries handled before the event loop gets a turn, when thousands are due at once."""
 
 
 class Timed(Protocol):
-    """Something with a deadline. `deadline_tick` belongs to the wheel; it starts as 0."""
+    """An object with a deadline. `deadline_tick` is managed by the wheel and starts as 0."""
 
     deadline_tick: int
 
@@ -53,11 +53,11 @@ class DeadlineWheel:
         return sum(map(len, self._buckets.values()))
 
     def now(self) -> float:
-        """The time that deadlines are in."""
+        """Return the current time, on the scale of deadlines."""
         return self._timers.time()
 
     def set(self, entry: Timed, deadline: float) -> None:
-        """Have `entry.handle_deadline` called at `deadline` or a little later. Replaces what was set before."""
+        """Call `entry.handle_deadline` at `deadline` or slightly later. Replaces an earlier deadline."""
         if deadline == inf:
             self.discard(entry)
             return
@@ -85,7 +85,7 @@ class DeadlineWheel:
             self._arm()
 
     def discard(self, entry: Timed) -> None:
-        """Forget an entry's deadline, if it has one."""
+        """Remove an entry's deadline, if it has one."""
         tick = entry.deadline_tick
         if not tick:
             return
@@ -93,7 +93,7 @@ class DeadlineWheel:
         self._buckets[tick].discard(entry)
 
     def close(self) -> list[Timed]:
-        """Stop the timer. Entries are forgotten; those that still waited are returned."""
+        """Stop the timer, remove all entries and return them."""
         waiting = [entry for bucket in self._buckets.values() for entry in bucket]
         for entry in waiting:
             entry.deadline_tick = 0
@@ -116,12 +116,12 @@ class DeadlineWheel:
 
     def _turn(self) -> None:
         now = self._timers.time()
-        # libuv and asyncio may both call a timer a little early, by their clocks' grain.
+        # libuv and asyncio may call a timer slightly early because of their clock resolution.
         due = max(self._armed_tick, int(now * TICKS_PER_SECOND))
-        self._armed_tick = 0  # what is set meanwhile arms no timer: this turn does, at its end
+        self._armed_tick = 0  # a deadline set during this turn arms no timer: the end of the turn does
         try:
             self._handle_due(due, max(now, due / TICKS_PER_SECOND))
-        finally:  # an entry that raises must not stop the others' time
+        finally:  # an entry that raises must not stop the others
             self._arm()
 
     def _handle_due(self, due: int, now: float) -> None:

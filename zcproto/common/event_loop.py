@@ -1,4 +1,4 @@
-"""The event loop of a program that has none of its own."""
+"""Create the event loop of zcproto's own programs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where there is one."""
+    """Return a loop of uvloop if it is installed, else of asyncio."""
     try:
-        import uvloop  # noqa: PLC0415  not there on every system
+        import uvloop  # noqa: PLC0415 - optional
     except ImportError:
         return asyncio.new_event_loop()
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()

@@ -1,4 +1,4 @@
-"""The limit of open files of this process, which its children inherit: each connection takes one."""
+"""Raise the limit of open files: each connection needs one. Child processes inherit the limit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 
 def raise_file_limit(wanted: int) -> int:
-    """Raise the limit to `wanted`, or as far as allowed. Returns what it is now; it is never lowered."""
+    """Raise the limit to `wanted`, or as far as allowed, and return it. It is never lowered."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:  # which is -1, and no limit
+    if soft == resource.RLIM_INFINITY:  # -1
         return sys.maxsize
     target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft < target:

@@ -1,4 +1,4 @@
-"""UNIX sockets by the path of a file: paths that are too long for the system, and who is at the other end."""
+"""Use UNIX sockets at paths of any length, and identify the process at the other end."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _DESCRIPTORS: Final = Path("/proc/self/fd")
 
 
 class LocalPeer(NamedTuple):
-    """The process at the other end, as it was when it connected, and the user that it ran as."""
+    """The process at the other end and its user, at the time of the connection."""
 
     pid: int
     uid: int
 
 
 def peer_of(connection: socket.socket) -> LocalPeer | None:
-    """Who is at the other end; None where the system does not say. It cannot be forged."""
+    """Return the process at the other end, which cannot forge it, or None if the system does not support that."""
     if not hasattr(socket, "SO_PEERCRED"):
         return None
     pid, uid, _ = _CREDENTIALS.unpack(
@@ -37,10 +37,10 @@ def peer_of(connection: socket.socket) -> LocalPeer | None:
 
 @contextmanager
 def address_of(path: Path) -> Iterator[str]:
-    """What to bind or to connect to for the socket at a path, while the body runs.
+    """Yield the address to bind or connect to for the socket at a path. It is valid inside the body.
 
-    A path that is too long is named by a descriptor of its folder, where the system can do that; else it is given
-    as it is, and the system says what is wrong. Raises OSError if there is no folder.
+    A path that is too long is replaced by one through a descriptor of its folder, where the system has /proc.
+    Otherwise the system reports the error. Raises OSError if the folder is missing.
     """
     if len(os.fsencode(path)) <= MAX_ADDRESS or not _DESCRIPTORS.is_dir():
         yield str(path)

@@ -1,5 +1,4 @@
-"""Which addresses count as one: those that one customer has, who could change between them at will; and lists
-of networks."""
+"""Group addresses by the customer who controls them, and match addresses against lists of networks."""
 
 from __future__ import annotations
 
@@ -10,33 +9,33 @@ from functools import lru_cache
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _IPV6_PREFIX = 64
-"""What one IPv6 site is given at least: counting single addresses would limit nothing."""
+"""The smallest allocation of an IPv6 site. Its owner can use any address in it."""
 
 
 @lru_cache(maxsize=1024)
 def network_of(address: str) -> str:
-    """What is counted for: an IPv4 address, the /64 of an IPv6 one, or any other text as it is."""
-    if ":" not in address:  # IPv4 and other text, without the cost of reading it
+    """Return the unit that limits count: an IPv4 address, the /64 of an IPv6 address, or any other text itself."""
+    if ":" not in address:  # IPv4 and other text: skip the parser
         return address
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return address
-    assert isinstance(ip, ipaddress.IPv6Address), "an address with a colon is none of IPv4"
+    assert isinstance(ip, ipaddress.IPv6Address), "IPv4 addresses have no colon"
     if ip.ipv4_mapped is not None:
         return str(ip.ipv4_mapped)
     return str(ipaddress.ip_network((int(ip), _IPV6_PREFIX), strict=False))
 
 
 def plain_address(address: str) -> str:
-    """An IPv4 address that a socket for both families tells as ::ffff:192.0.2.1, as 192.0.2.1; else as it is."""
+    """Return 192.0.2.1 for ::ffff:192.0.2.1, as dual-stack sockets report it; other addresses are unchanged."""
     return address[7:] if address.startswith("::ffff:") and "." in address else address
 
 
 class AddressSet:
-    """A list of networks, each as 10.0.0.0/8 or one address. An empty one is false, and has no address in it.
+    """The addresses of some networks, each written as 10.0.0.0/8 or as one address. False if it is empty.
 
-    Raises ValueError for what is no network, or has bits set behind its prefix.
+    Raises ValueError for an invalid network, also for one with bits set behind its prefix.
     """
 
     __slots__ = ("_networks", "contains")
@@ -44,7 +43,7 @@ class AddressSet:
     def __init__(self, networks: Iterable[str] = ()) -> None:
         self._networks: tuple[Network, ...] = tuple(map(ipaddress.ip_network, networks))
         self.contains = lru_cache(maxsize=1024)(self._contains)
-        """Whether an address is in one of them, which no other text is."""
+        """Returns whether a text is an address in one of the networks."""
 
     def __bool__(self) -> bool:
         return bool(self._networks)

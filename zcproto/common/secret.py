@@ -1,9 +1,9 @@
-"""Values that never show themselves: tokens, keys, pairing codes, passphrases.
+"""Hold tokens, keys, pairing codes and passphrases so that they are not shown by accident.
 
-`SecretBytes` and `SecretText` are bytes and text, for what is sent, compared, hashed and cut as such many times;
-they hide in `repr`, `str` and formatting, and thereby in logs, tracebacks and messages. What is made of a part of
-one, or of one and something else, is plain again: use that at once. `Secret` is neither bytes nor text: nothing but
-`reveal` leads to what it holds. It is for what is kept long and used in few places, as the secret of a webhook.
+`SecretBytes` and `SecretText` are bytes and text, for values that are often sent, compared, hashed and sliced. They
+are masked by `repr`, `str` and formatting, and so in logs, tracebacks and messages. Slices and concatenations are
+plain: use them immediately. `Secret` is neither bytes nor text, and only `reveal` returns its value. Use it for
+long-lived values with few users, such as the secret of a webhook.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _MASK: Final = "Secret(hidden)"
 
 
 class Secret(Generic[_T]):
-    """Holds a secret: `repr`, `str`, formatting, logs and tracebacks show a mask.
+    """A value that `repr`, `str` and formatting mask, and that cannot be pickled.
 
-    `reveal` is the only way to the value, so that each place that uses it can be found by that name.
-    Comparing takes the same time for every secret of one length. It cannot be pickled.
+    Only `reveal` returns the value, so that each use can be found by that name. Comparison takes the same time for
+    all secrets of one length.
     """
 
     __slots__ = ("_value",)
@@ -29,7 +29,7 @@ class Secret(Generic[_T]):
         self._value = value
 
     def reveal(self) -> _T:
-        """The value itself."""
+        """Return the value."""
         return self._value
 
     def __repr__(self) -> str:
@@ -56,12 +56,12 @@ class Secret(Generic[_T]):
 
 
 class SecretBytes(bytes):
-    """Bytes that do not show themselves."""
+    """Bytes with a masked representation."""
 
     __slots__ = ()
 
     def reveal(self) -> bytes:
-        """The same as plain bytes."""
+        """Return the value as plain bytes."""
         return self[:]
 
     def __repr__(self) -> str:
@@ -74,15 +74,15 @@ class SecretBytes(bytes):
 
 
 class SecretText(str):
-    """Text that does not show itself."""
+    """Text with a masked representation."""
 
     __slots__ = ()
 
     def __new__(cls, value: str) -> Self:
-        return super().__new__(cls, value[:])  # `str` of one that hides itself already would be the mask
+        return super().__new__(cls, value[:])  # str() of a SecretText would be the mask
 
     def reveal(self) -> str:
-        """The same as plain text, to be shown to whom it is for."""
+        """Return the value as plain text, to show it to its owner."""
         return self[:]
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ Decides: whether a file differs from the file found before.
 Rules:
 - Links are followed: the target is watched, and a link to another target is a change.
 - An unchanged identity (device, inode, size, times, mode, owner) means an unchanged file. `FileWatcher` also
-  compares content: the same content with the same mode and owner is no change. It reads content when the
+  compares content: the same content with the same mode and owner is unchanged. It reads content when the
   identity differs, in the two looks that follow, and in every 60th: a file can change in place within one tick
   of the file system's clock, or have its times set back.
 - A missing or unreadable file is a state like any other, never an exception.
@@ -30,7 +30,7 @@ READ_AFTER_CHANGE: Final = 2
 """Looks that read the content after one that found another identity."""
 
 Identity = tuple[int, ...]
-"""State of a file by which two versions can be told apart."""
+"""State of a file that differs between any two versions."""
 
 NO_FILE: Final[Identity] = ()
 
