@@ -145,7 +145,7 @@ def test_memory_store_needs_the_server(home: Path, capsys: Capture, monkeypatch:
 
 
 def test_incomplete_list_is_noted(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zcproto.cli.backends.HomeFiles.max_listed", 2)
+    monkeypatch.setattr("zcproto.cli.backends.MAX_LISTED", 2)
     fill(home, new_session(), new_session())
     assert main(["session", "list"]) == 0
     assert "the list ends after 2 sessions" in capsys.readouterr().err

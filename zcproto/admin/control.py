@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import stat
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from zcproto.admin.http_protocol import HttpEndpoint
+from zcproto.common.files import staging_path, try_lock
 from zcproto.common.home import Home
 from zcproto.common.local_socket import address_of, peer_of
 from zcproto.errors import ConfigError
@@ -75,7 +75,6 @@ class ControlSocket(AcceptLoop):
     ) -> None:
         super().__init__(asyncio.get_running_loop())
         self._path = home.control
-        self._lock_path = home.control.with_suffix(".lock")
         self._own_uid = os.geteuid() if own_uid is None else own_uid
         self._lock: int | None = None
         self._inode = 0
@@ -107,23 +106,20 @@ class ControlSocket(AcceptLoop):
         return True
 
     def _take_lock(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock = os.open(self._lock_path, flags, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self._lock = try_lock(self._path.with_suffix(".lock"))
+        if self._lock is None:
             raise ConfigError(
                 [
                     f"{self._path}: a server runs with this home folder; stop it, or use another folder with --home"
                 ]
-            ) from None
+            )
 
     def _bind(self) -> None:
         path = self._path
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(path.lstat().st_mode):
                 raise ConfigError([f"{path}: not a socket; move it away, the control socket needs this path"])
-        beside = path.with_name(f".{path.name}.new")
+        beside = staging_path(path)
         beside.unlink(missing_ok=True)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sockets = [listening]

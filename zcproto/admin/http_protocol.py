@@ -149,6 +149,11 @@ class HttpProtocol(asyncio.Protocol):
             self._number = state.number_connection()
         return f"{state.run}-{self._number}"
 
+    @property
+    def is_ended(self) -> bool:
+        """Whether no more requests are answered, though the transport may be open."""
+        return self._connection is None
+
     def peer_certificate(self) -> bytes | None:
         """Return the client's certificate in DER form, or None."""
         return None if self._transport is None else self._endpoint.peer_of(self._transport).certificate()
@@ -176,10 +181,10 @@ class HttpProtocol(asyncio.Protocol):
             self._update()
 
     def eof_received(self) -> None:
-        self._ended()
+        self._release()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._ended()
+        self._release()
         self._transport = None
 
     def pause_writing(self) -> None:
@@ -189,7 +194,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused_since = None
-        self._go_on()
+        self._continue()
 
     # --- requests ------------------------------------------------------------------------------------
 
@@ -205,7 +210,7 @@ class HttpProtocol(asyncio.Protocol):
             if not isinstance(answer, HttpResponse):
                 worker = tasks.start(answer)
                 if worker is not None:
-                    self._hold(worker)
+                    self._await(worker)
                     return
                 answer = tasks.result
         except Exception as error:
@@ -213,7 +218,7 @@ class HttpProtocol(asyncio.Protocol):
         else:
             self._respond_safely(answer)
 
-    def _hold(self, worker: Worker) -> None:
+    def _await(self, worker: Worker) -> None:
         endpoint = self._endpoint
         self._worker = worker
         endpoint.answering += 1
@@ -238,7 +243,7 @@ class HttpProtocol(asyncio.Protocol):
         following = connection.respond(response, clock.wall(), clock.now())
         if following is not None:
             self._next = following
-            self._endpoint.state.call_soon(self._go_on)
+            self._endpoint.state.call_soon(self._continue)
 
     def _respond_safely(self, response: HttpResponse) -> None:
         """Respond with the result of a handler, which may not be a valid response."""
@@ -251,7 +256,7 @@ class HttpProtocol(asyncio.Protocol):
         incident = self._endpoint.state.incident("http", error, peer=self.peer, connection=self.id)
         self._respond(text_response(500, f"internal error, incident {incident}", close=True))
 
-    def _go_on(self) -> None:
+    def _continue(self) -> None:
         """Start the pipelined request, unless the peer must read first."""
         if self._paused_since is None:
             request, self._next = self._next, None
@@ -312,18 +317,18 @@ class HttpProtocol(asyncio.Protocol):
     def close(self) -> None:
         """Close after writing the buffered data."""
         transport = self._transport
-        self._ended()
+        self._release()
         if transport is not None:
             transport.close()
 
     def abort(self) -> None:
         """Reset the connection."""
         transport = self._transport
-        self._ended()
+        self._release()
         if transport is not None:
             transport.abort()
 
-    def _ended(self) -> None:
+    def _release(self) -> None:
         """Release all references, so that nothing keeps a closed connection alive. Idempotent."""
         connection, self._connection = self._connection, None
         if connection is None:

@@ -96,7 +96,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         ("remembered_tokens", snapshot.max_tombstones, snapshot.sessions.tombstones),
     ]
     if snapshot.store is not None:
-        rows.append(("pending_revocations", PENDING_LIMIT, snapshot.store.pending_revocations))
+        rows.append(("pending_revocations", PENDING_LIMIT, snapshot.store_report["pending_revocations"]))
     for name, limit, use in rows:
         yield table.LIMIT.at(limit or float("inf"), name)  # 0 means unlimited
         if use is not None:
@@ -198,15 +198,15 @@ def _store(snapshot: Snapshot) -> Iterator[Reading]:
     if store is None:
         return
     for state in State:
-        yield table.STORE_STATE.at(store.state is state, state.value)
-    yield table.STORE_REFUSING.at(store.refusing)
+        yield table.STORE_STATE.at(report["state"] == state.value, state.value)
+    yield table.STORE_REFUSING.at(report["refusing"])
     yield table.STORE_OUTAGE.at(store.outage_s)
-    yield table.STORE_OUTAGES.at(store.outages)
-    yield table.STORE_FAILURES.at(store.failures)
+    yield table.STORE_OUTAGES.at(report["outages"])
+    yield table.STORE_FAILURES.at(report["failures"])
     yield table.STORE_ASKING.at(store.operations)
     yield table.STORE_DURATION.at(store.durations)
-    yield table.STORE_PENDING.at(store.pending_revocations)
-    yield table.STORE_CHANGES.at(store.changes)
+    yield table.STORE_PENDING.at(report["pending_revocations"])
+    yield table.STORE_CHANGES.at(report["changes"])
     yield table.STORE_LOOKUPS.at(report["lookups"] - report["misses"], "found")
     yield table.STORE_LOOKUPS.at(report["misses"], "missed")
 

@@ -26,9 +26,8 @@ from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import certificate_report, status_report, take_snapshot
 from zcproto.alerts.trial import try_sinks
 from zcproto.app.app import Method
-from zcproto.auth import Device, UserFile
+from zcproto.auth import UserFile
 from zcproto.auth.directory import Devices, Users
-from zcproto.auth.users import User
 from zcproto.certs import managed
 from zcproto.certs.keys import family
 from zcproto.certs.manager import unix_ms
@@ -60,6 +59,8 @@ _STATUS: Final = {
     Code.RESOURCE_EXHAUSTED: 429,
     Code.UNAVAILABLE: 503,
 }
+
+_NO_FILES: Final = "the program of this server has its own authenticators: manage users and devices there"
 
 T = TypeVar("T")
 
@@ -160,14 +161,25 @@ class Operations:
         file = self._users.file
         users = [(name, user) for name in file.names if (user := file.get(name)) is not None]
         return {
-            "users": [user_report(name, user) for name, user in users[:LISTED_NAMES]],
+            "users": [
+                {"name": name, "operator": user.operator, "key": user.has_key, "disabled": user.disabled}
+                for name, user in users[:LISTED_NAMES]
+            ],
             "more": len(users) > LISTED_NAMES,
         }
 
     async def add_user(
         self, name: str, operator: bool = False, key_digest: str | None = None
     ) -> dict[str, Any]:
-        await self._users.change(lambda file: add_user(file, name, operator, key_digest), name)
+        digest = None if key_digest is None else _digest(key_digest)
+
+        def add(file: UserFile) -> None:
+            if digest is None:
+                file.add_without_key(name, operator=operator)
+            else:
+                file.add_digest(name, digest, operator=operator)
+
+        await self._users.change(add, name)
         return {}
 
     async def disable_user(self, name: str) -> dict[str, Any]:
@@ -183,7 +195,7 @@ class Operations:
         return {"sessions": sessions}
 
     async def replace_key(self, name: str, key_digest: str) -> dict[str, Any]:
-        digest = digest_from_text(key_digest)
+        digest = _digest(key_digest)
         _, sessions = await self._users.change(lambda file: file.replace_digest(name, digest), name)
         return {"sessions": sessions}
 
@@ -196,7 +208,15 @@ class Operations:
     async def list_devices(self) -> dict[str, Any]:
         devices = list(self._devices.known.items())
         return {
-            "devices": [device_report(name, device) for name, device in devices[:LISTED_NAMES]],
+            "devices": [
+                {
+                    "name": name,
+                    "user": device.user,
+                    "public_key": token_text(device.public_key),
+                    "added": _timestamp(device.added),
+                }
+                for name, device in devices[:LISTED_NAMES]
+            ],
             "more": len(devices) > LISTED_NAMES,
         }
 
@@ -273,47 +293,21 @@ class Operations:
         return {"sinks": await try_sinks(sinks, self._parts.clock, alerts.origin, alerts.source)}
 
 
-_NO_FILES: Final = "the program of this server has its own authenticators: manage users and devices there"
-
 _log_level = level  # `level` is the name of a parameter, too
 
 
-# --- parameters and results that the commands share ----------------------------------------------------------
+# --- requests and responses ----------------------------------------------------------------------------------
 
 
-def add_user(file: UserFile, name: str, operator: bool, key_digest: str | None) -> None:
-    """Add a user to a file, without a key if there is no digest."""
-    if key_digest is None:
-        file.add_without_key(name, operator=operator)
-    else:
-        file.add_digest(name, digest_from_text(key_digest), operator=operator)
-
-
-def digest_from_text(text: str) -> bytes:
+def _digest(text: str) -> bytes:
     digest = token_from_text(text)
     if digest is None:
         raise InvalidArgument("key_digest must be a SHA-256 as 43 characters of base64url")
     return digest
 
 
-def user_report(name: str, user: User) -> dict[str, Any]:
-    return {"name": name, "operator": user.operator, "key": user.has_key, "disabled": user.disabled}
-
-
-def device_report(name: str, device: Device) -> dict[str, Any]:
-    return {
-        "name": name,
-        "user": device.user,
-        "public_key": token_text(device.public_key),
-        "added": _timestamp(device.added),
-    }
-
-
 def _timestamp(time: datetime) -> str:
     return f"{time:%Y-%m-%dT%H:%M:%SZ}"
-
-
-# --- requests and responses ----------------------------------------------------------------------------------
 
 
 def _handler(method: str, path: str, run: Run) -> Handler:

@@ -97,14 +97,10 @@ class RedirectListener(AcceptLoop):
         self._sockets = list(sockets)
         self.state = state
         self.endpoint = HttpEndpoint(
-            state,
-            Redirects(names, https_port),
-            SecurityHeaders(None),
-            LIMITS,
-            lambda transport: transport.peer,
+            state, Redirects(names, https_port), SecurityHeaders(None), LIMITS, _peer
         )
         self._counts = AddressCounts()
-        self.open: set[PlainTransport] = set()
+        self.open: set[LingeringProtocol] = set()
         self.refused = 0
 
     def start(self) -> None:
@@ -116,8 +112,9 @@ class RedirectListener(AcceptLoop):
     def close(self) -> None:
         """Stop accepting and reset the open connections."""
         super().close()
-        for transport in list(self.open):
-            transport.end()
+        for protocol in list(self.open):
+            self.remove(protocol)
+            protocol.abort()
 
     def _admit(self, connection: socket.socket, address: Any) -> None:
         client = plain_address(address[0])
@@ -125,109 +122,68 @@ class RedirectListener(AcceptLoop):
             self.refused += 1
             connection.close()
             return
-        transport = PlainTransport(self, client)
-        self.open.add(transport)
-        self._adopt(connection, transport)
+        protocol = LingeringProtocol(self, client)
+        self.open.add(protocol)
+        self._adopt(connection, protocol)
 
-    def remove(self, transport: PlainTransport) -> None:
-        if transport in self.open:
-            self.open.discard(transport)
-            self._counts.remove(transport.peer.address)
+    def remove(self, protocol: LingeringProtocol) -> None:
+        """Release a connection. Idempotent."""
+        if protocol in self.open:
+            self.open.discard(protocol)
+            self._counts.remove(protocol.client)
+        self.state.wheel.discard(protocol)
 
 
-class PlainTransport(asyncio.Protocol):
-    """Adapt a TCP connection to HttpProtocol so that closing it does not destroy the response.
+def _peer(transport: asyncio.BaseTransport) -> Peer:
+    address: Any = transport.get_extra_info("peername")
+    return Peer(address[0] if address else "")
+
+
+class LingeringProtocol(HttpProtocol):
+    """An HTTP connection over TCP whose end does not destroy the response.
 
     Closing at once would answer input that is still on its way with a reset. So the write side is closed first, and
     input is discarded until the client ends too, for at most LINGER_TIME and LINGER_BYTES.
     """
 
-    __slots__ = ("_http", "_left", "_listener", "_raw", "deadline_tick", "peer")
+    __slots__ = ("_left", "_listener", "client")
 
-    def __init__(self, listener: RedirectListener, address: str) -> None:
+    def __init__(self, listener: RedirectListener, client: str) -> None:
+        super().__init__(listener.endpoint)
         self._listener = listener
-        self._raw = cast("asyncio.Transport", None)
-        self._http: HttpProtocol | None = None
         self._left = LINGER_BYTES
-        self.peer = Peer(address)
-        self.deadline_tick = 0
-
-    # --- called by TCP ---------------------------------------------------------------------------------
+        self.client = client
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._raw = cast("asyncio.Transport", transport)
-        if self not in self._listener.open:  # the listener was closed meanwhile
-            self._raw.abort()
-            return
-        self._http = self._listener.endpoint.protocol()
-        self._http.connection_made(cast("asyncio.BaseTransport", self))
+        if self in self._listener.open:
+            super().connection_made(transport)
+        else:  # the listener was closed meanwhile
+            cast("asyncio.Transport", transport).abort()
 
     def data_received(self, data: bytes) -> None:
-        if self._http is not None:
-            self._http.data_received(data)
+        if not self.is_ended:
+            super().data_received(data)
             return
         self._left -= len(data)
         if self._left < 0:
-            self._raw.abort()
-
-    def eof_received(self) -> bool:
-        if self._http is not None:
-            self._http.eof_received()
-        return False
-
-    def pause_writing(self) -> None:
-        if self._http is not None:
-            self._http.pause_writing()
-
-    def resume_writing(self) -> None:
-        if self._http is not None:
-            self._http.resume_writing()
+            self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._release(exc)
+        super().connection_lost(exc)
+        self._listener.remove(self)
 
     def handle_deadline(self, now: float) -> None:
-        self._raw.abort()
-
-    def end(self) -> None:
-        """Reset the connection in whatever state it is."""
-        self._release(None)
-        if self._raw is not None:
-            self._raw.abort()
-
-    def _release(self, exc: Exception | None) -> None:
-        self._listener.state.wheel.discard(self)
-        self._listener.remove(self)
-        http, self._http = self._http, None
-        if http is not None:
-            http.connection_lost(exc)
-
-    # --- called by HttpProtocol ------------------------------------------------------------------------
-
-    def write(self, data: bytes) -> None:
-        self._raw.write(data)
+        if self.is_ended:
+            self.abort()
+        else:
+            super().handle_deadline(now)
 
     def close(self) -> None:
-        self._http = None
-        if self._raw.is_closing():
-            return
-        wheel = self._listener.state.wheel
-        wheel.set(self, wheel.now() + LINGER_TIME)
-        self._raw.write_eof()
-        self._raw.resume_reading()
-
-    def abort(self) -> None:
-        self._http = None
-        self._raw.abort()
-
-    def pause_reading(self) -> None:
-        self._raw.pause_reading()
-
-    def resume_reading(self) -> None:
-        self._raw.resume_reading()
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._raw.set_write_buffer_limits(high, low)
-
-    def get_write_buffer_size(self) -> int:
-        return self._raw.get_write_buffer_size()
+        """Close the write side and wait for the client's end."""
+        transport = cast("asyncio.Transport | None", self._transport)
+        self._release()
+        if transport is not None and not transport.is_closing():
+            wheel = self._listener.state.wheel
+            wheel.set(self, wheel.now() + LINGER_TIME)
+            transport.write_eof()
+            transport.resume_reading()

@@ -38,7 +38,6 @@ from zcproto.observe.loop_lag import BOUNDS_MS
 from zcproto.observe.process import resident_bytes, used_cpu_s
 from zcproto.server.listener import Listener
 from zcproto.server.state import Counters, ServerState
-from zcproto.sessions.health import State
 from zcproto.stores.sync import StoreSync
 from zcproto.tls.failure import TlsFailure
 
@@ -87,17 +86,11 @@ class Sessions:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The health of the session store and its traffic."""
+    """The session store, beside its own report. `operations` are in flight."""
 
-    state: State
-    refusing: bool
     outage_s: float
-    outages: int
-    failures: int
     operations: int
     durations: Histogram
-    pending_revocations: int
-    changes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,18 +213,8 @@ def _connections(state: ServerState, listener: Listener) -> Connections:
 
 
 def _store(sync: StoreSync, now: float) -> Store:
-    health, breaker = sync.health, sync.breaker
-    return Store(
-        state=health.state,
-        refusing=sync.registry.closed,
-        outage_s=0.0 if health.is_asked else max(0.0, now - health.since),
-        outages=health.outages,
-        failures=health.failures,
-        operations=breaker.in_flight,
-        durations=breaker.durations,
-        pending_revocations=len(sync.pending),
-        changes=sync.changes.count,
-    )
+    outage_s = 0.0 if sync.health.is_asked else max(0.0, now - sync.health.since)
+    return Store(outage_s, sync.breaker.in_flight, sync.breaker.durations)
 
 
 def _http(side: HttpSide) -> Http:

@@ -1,11 +1,10 @@
-"""The three places where a command of an operator can run.
+"""The three places where an operation of the control API can run.
 
-    RunningServer   the server of the home folder, by its control socket
+    RunningServer   the server of the home folder, through its control socket
     HomeFiles       the files and the store of the home folder, while no server runs
     RemoteServer    a server elsewhere, by the protocol methods of operators: sessions only
 
-What this file decides: what each operation is in each place. Parameters are checked where they are used:
-zcproto/admin/operations.py, zcproto/server/protocol_methods.py, zcproto/auth/users.py.
+An operation has the same name, parameters and result everywhere: those of zcproto/admin/operations.py.
 
 Rules: a running server that cannot be asked is an error, and never bypassed: a change of its files behind its back
 would be half of the operation.
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -32,7 +31,7 @@ from zcproto.common.home import Home
 from zcproto.errors import Code
 from zcproto.server.protocol_methods import LISTED, describe
 from zcproto.sessions.session import DEVICE_KEY
-from zcproto.sessions.token import id_from_text, token_text
+from zcproto.sessions.token import id_from_text, token_from_text
 from zcproto.stores.base import MAX_LISTED, SessionStore
 
 if TYPE_CHECKING:
@@ -40,39 +39,26 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 30.0
 
+READING = frozenset({"sessions"})
+REMOTE_METHODS = {"sessions": "server.sessions", "sessions/revoke": "server.revoke"}
+
 T = TypeVar("T")
 
 
-class SessionBackend(Protocol):
-    """Where sessions can be listed and ended. `max_listed` is the length of a list that may be incomplete."""
+class Backend(Protocol):
+    """Runs operations."""
 
-    @property
-    def max_listed(self) -> int: ...
-    def list_sessions(self, user: str | None) -> list[dict[str, Any]]: ...
-    def revoke_sessions(self, ids: Sequence[str], user: str | None) -> int:
-        """End the sessions with these ids, else those of the user, else all. Return how many ended."""
+    def run(self, operation: str, **params: Any) -> dict[str, Any]:
+        """Run an operation and return its result. Parameters that are None are left out.
 
-
-class Backend(SessionBackend, Protocol):
-    """Where users and devices can be changed.
-
-    Methods that return `int | None` return the sessions that ended, or None if a running server ends them that
-    cannot be asked how many.
-    """
-
-    def add_user(self, name: str, operator: bool, key_digest: bytes | None) -> None: ...
-    def disable_user(self, name: str) -> int | None: ...
-    def enable_user(self, name: str) -> None: ...
-    def remove_user(self, name: str) -> int | None: ...
-    def replace_key(self, name: str, key_digest: bytes) -> int | None: ...
-    def remove_device(self, name: str) -> tuple[str, int | None]:
-        """Return the user of the device, and the sessions that ended."""
+        `sessions`, a number of ended sessions, is None if a server ends them that cannot be asked how many.
+        """
 
 
 def local_backend(home: Home, read_config: Callable[[], Config]) -> Backend:
     """Return the running server of a home folder, or its files. Raises ControlError.
 
-    `read_config` is called only where the files are used, before anything is changed.
+    `read_config` is called only for the files, before anything is changed.
     """
     control = find_control(home)
     return HomeFiles(home, read_config) if control is None else RunningServer(control)
@@ -80,43 +66,41 @@ def local_backend(home: Home, read_config: Callable[[], Config]) -> Backend:
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A running server. See zcproto/admin/operations.py."""
-
     control: Control
-    max_listed = LISTED
 
-    def list_sessions(self, user: str | None) -> list[dict[str, Any]]:
-        query = "" if user is None else f"?{urlencode({'user': user})}"
-        found: list[dict[str, Any]] = self.control.get(f"/v1/sessions{query}")["sessions"]
-        return found
+    def run(self, operation: str, **params: Any) -> dict[str, Any]:
+        path = f"/v1/{operation}"
+        if operation in READING:
+            query = urlencode({name: value for name, value in params.items() if value is not None})
+            return dict(self.control.get(f"{path}?{query}" if query else path))
+        return dict(self.control.post(path, **params))
 
-    def revoke_sessions(self, ids: Sequence[str], user: str | None) -> int:
-        revoked: int = self.control.post("/v1/sessions/revoke", **_selection(ids, user))["revoked"]
-        return revoked
 
-    def add_user(self, name: str, operator: bool, key_digest: bytes | None) -> None:
-        digest = None if key_digest is None else token_text(key_digest)
-        self.control.post("/v1/users/add", name=name, operator=operator, key_digest=digest)
+@dataclass(frozen=True)
+class RemoteServer:
+    """A server at an address, asked as an operator."""
 
-    def disable_user(self, name: str) -> int | None:
-        return self._ended("/v1/users/disable", name=name)
+    home: Home
+    address: str
+    operator: str
+    key_file: Path | None
+    ca: Path | None
+    pins: tuple[str, ...]
 
-    def enable_user(self, name: str) -> None:
-        self.control.post("/v1/users/enable", name=name)
+    def run(self, operation: str, **params: Any) -> dict[str, Any]:
+        """Call the method of an operation. Raises ConfigError, and the errors of `zcproto.connect`."""
+        key = read_key(self.key_file)
 
-    def remove_user(self, name: str) -> int | None:
-        return self._ended("/v1/users/remove", name=name)
+        async def call() -> Any:
+            options = {"user": self.operator, "key": key, "timeout": TIMEOUT_S}
+            given = {name: value for name, value in params.items() if value is not None}
+            async with make_client(self.address, self.home, self.ca, self.pins, **options) as client:
+                return await client.call(REMOTE_METHODS[operation], given)
 
-    def replace_key(self, name: str, key_digest: bytes) -> int | None:
-        return self._ended("/v1/users/new-key", name=name, key_digest=token_text(key_digest))
-
-    def remove_device(self, name: str) -> tuple[str, int | None]:
-        removed = self.control.post("/v1/devices/remove", name=name)
-        return removed["user"], removed["sessions"]
-
-    def _ended(self, path: str, **params: Any) -> int:
-        ended: int = self.control.post(path, **params)["sessions"]
-        return ended
+        result = run(call)
+        if operation == "sessions":
+            return {"sessions": result, "more": len(result) >= LISTED}
+        return dict(result)
 
 
 @dataclass(frozen=True)
@@ -125,25 +109,40 @@ class HomeFiles:
 
     home: Home
     read_config: Callable[[], Config]
-    max_listed = MAX_LISTED
 
-    def list_sessions(self, user: str | None) -> list[dict[str, Any]]:
+    def run(self, operation: str, **params: Any) -> dict[str, Any]:
+        operations: dict[str, Callable[..., dict[str, Any]]] = {
+            "sessions": self._list_sessions,
+            "sessions/revoke": self._revoke_sessions,
+            "users/add": self._add_user,
+            "users/disable": functools.partial(self._change_user, UserFile.disable),
+            "users/enable": self._enable_user,
+            "users/remove": functools.partial(self._change_user, UserFile.remove),
+            "users/new-key": self._replace_key,
+            "devices/remove": self._remove_device,
+        }
+        return operations[operation](**params)
+
+    def _list_sessions(self, user: str | None = None) -> dict[str, Any]:
         async def find(store: SessionStore) -> list[dict[str, Any]]:
             return [describe(record) for record in await store.list(user)]
 
-        return self._in_store(find, [])
+        found: list[dict[str, Any]] = self._in_store(find, [])
+        return {"sessions": found, "more": len(found) >= MAX_LISTED}
 
-    def revoke_sessions(self, ids: Sequence[str], user: str | None) -> int:
+    def _revoke_sessions(
+        self, ids: list[str] | None = None, user: str | None = None, all: bool | None = None
+    ) -> dict[str, Any]:
         async def end(store: SessionStore) -> int:
             wall = system_clock.wall()
-            if ids:
+            if ids is not None:
                 raw = [each for each in map(id_from_text, ids) if each is not None]
                 return len(await store.end(raw, Code.TOKEN_REVOKED, wall))
             if user is not None:
                 return len(await store.end_user(user, Code.TOKEN_REVOKED, wall))
             return await store.end_all(Code.TOKEN_REVOKED, wall)
 
-        return self._in_store(end, 0)
+        return {"revoked": self._in_store(end, 0)}
 
     def _in_store(self, work: Callable[[SessionStore], Awaitable[T]], without: T) -> T:
         config = with_store(self.read_config(), CONFIGURED)
@@ -156,35 +155,32 @@ class HomeFiles:
 
         return asyncio.run(run_in_store())
 
-    def add_user(self, name: str, operator: bool, key_digest: bytes | None) -> None:
+    def _add_user(self, name: str, operator: bool, key_digest: str | None) -> dict[str, Any]:
         users = UserFile(self.home.users)
         if key_digest is None:
             users.add_without_key(name, operator=operator)
         else:
-            users.add_digest(name, key_digest, operator=operator)
+            users.add_digest(name, _digest(key_digest), operator=operator)
+        return {}
 
-    def disable_user(self, name: str) -> int | None:
-        return self._change_user(name, lambda users: users.disable(name))
-
-    def enable_user(self, name: str) -> None:
+    def _enable_user(self, name: str) -> dict[str, Any]:
         UserFile(self.home.users).enable(name)
+        return {}
 
-    def remove_user(self, name: str) -> int | None:
-        return self._change_user(name, lambda users: users.remove(name))
+    def _replace_key(self, name: str, key_digest: str) -> dict[str, Any]:
+        digest = _digest(key_digest)
+        return self._change_user(lambda users, name: users.replace_digest(name, digest), name)
 
-    def replace_key(self, name: str, key_digest: bytes) -> int | None:
-        return self._change_user(name, lambda users: users.replace_digest(name, key_digest))
-
-    def _change_user(self, name: str, change: Callable[[UserFile], None]) -> int | None:
+    def _change_user(self, change: Callable[[UserFile, str], None], name: str) -> dict[str, Any]:
         config = self.read_config()
-        change(UserFile(self.home.users))
+        change(UserFile(self.home.users), name)
 
         async def end(store: SessionStore) -> int:
             return len(await store.end_user(name, Code.TOKEN_REVOKED, system_clock.wall()))
 
-        return end_sessions(config, self.home, end)
+        return {"sessions": end_sessions(config, self.home, end)}
 
-    def remove_device(self, name: str) -> tuple[str, int | None]:
+    def _remove_device(self, name: str) -> dict[str, Any]:
         config = self.read_config()
         user = DeviceFile(self.home.devices).remove(name).user
         key = DEVICE_KEY + name
@@ -193,45 +189,13 @@ class HomeFiles:
             ids = [record.id for record in await store.list(user) if record.key == key]
             return len(await store.end(ids, Code.TOKEN_REVOKED, system_clock.wall(), user)) if ids else 0
 
-        return user, end_sessions(config, self.home, end)
+        return {"user": user, "sessions": end_sessions(config, self.home, end)}
 
 
-@dataclass(frozen=True)
-class RemoteServer:
-    """A server at an address, asked as an operator. See zcproto/server/protocol_methods.py."""
-
-    home: Home
-    address: str
-    operator: str
-    key_file: Path | None
-    ca: Path | None
-    pins: tuple[str, ...]
-    max_listed = LISTED
-
-    def list_sessions(self, user: str | None) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._call("server.sessions", {} if user is None else {"user": user})
-        return found
-
-    def revoke_sessions(self, ids: Sequence[str], user: str | None) -> int:
-        revoked: int = self._call("server.revoke", _selection(ids, user))["revoked"]
-        return revoked
-
-    def _call(self, method: str, params: dict[str, Any]) -> Any:
-        """Call a method. Raises ConfigError, and the errors of `zcproto.connect`."""
-        key = read_key(self.key_file)
-
-        async def call() -> Any:
-            options = {"user": self.operator, "key": key, "timeout": TIMEOUT_S}
-            async with make_client(self.address, self.home, self.ca, self.pins, **options) as client:
-                return await client.call(method, params)
-
-        return run(call)
-
-
-def _selection(ids: Sequence[str], user: str | None) -> dict[str, Any]:
-    if ids:
-        return {"ids": list(ids)}
-    return {"all": True} if user is None else {"user": user}
+def _digest(text: str) -> bytes:
+    digest = token_from_text(text)
+    assert digest is not None, "made by zcproto/cli/user.py"
+    return digest
 
 
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -131,7 +131,9 @@ def list_devices(home: Home, config_file: Path | None, user: str | None, as_json
 @home_options
 def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Remove a device, and end its open sessions."""
-    user, ended = local_backend(home, partial(read_config, home, config_file)).remove_device(name)
+    backend = local_backend(home, partial(read_config, home, config_file))
+    removed = backend.run("devices/remove", name=name)
+    user, ended = removed["user"], removed["sessions"]
     if as_json:
         print_json({"name": name, "user": user, "sessions": ended})
     else:

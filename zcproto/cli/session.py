@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from zcproto.cli import home_options, read_config
-from zcproto.cli.backends import RemoteServer, SessionBackend, local_backend, server_options
+from zcproto.cli.backends import Backend, RemoteServer, local_backend, server_options
 from zcproto.cli.connect import (
     EXIT_CANNOT_CONNECT,
     key_option,
@@ -52,14 +52,15 @@ def list_sessions(
     home: Home, config_file: Path | None, user: str | None, as_json: bool, remote: RemoteServer | None
 ) -> None:
     """List sessions, oldest first."""
-    backend: SessionBackend = remote or local_backend(home, partial(read_config, home, config_file))
-    found = backend.list_sessions(user)
+    backend: Backend = remote or local_backend(home, partial(read_config, home, config_file))
+    result = backend.run("sessions", user=user)
+    found = result["sessions"]
     if as_json:
         print_json(found, indent=2)
         return
     head = ("ID", "USER", "OPENED", "LAST USED", "EXPIRES", "CLIENT", "ADDRESS", "STATE")
     click.echo(table(head, [_row(each) for each in found]))
-    if len(found) >= backend.max_listed:
+    if result["more"]:
         click.echo(
             f"the list ends after {len(found)} sessions; --user NAME lists those of one user", err=True
         )
@@ -154,8 +155,8 @@ def revoke(
     ids = tuple(dict.fromkeys(ids))
     if len(ids) > REVOKED_AT_ONCE:
         raise click.UsageError(f"At most {REVOKED_AT_ONCE} IDs.")
-    backend: SessionBackend = remote or local_backend(home, partial(read_config, home, config_file))
-    ended = backend.revoke_sessions(ids, user)
+    backend: Backend = remote or local_backend(home, partial(read_config, home, config_file))
+    ended = backend.run("sessions/revoke", ids=list(ids) or None, user=user, all=all_users or None)["revoked"]
     if ids and ended < len(ids):
         missing = (
             "no session has this ID" if len(ids) == 1 else f"{len(ids) - ended} of these IDs are unknown"

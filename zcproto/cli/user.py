@@ -76,7 +76,7 @@ def add(
             click.echo(f"{count} users were added; their keys are in {escape_text(str(keys_out))}", err=True)
         return
     key, digest = (None, None) if no_key else _new_key()
-    _backend(home, config_file).add_user(name, operator, digest)
+    _backend(home, config_file).run("users/add", name=name, operator=operator, key_digest=digest)
     if as_json:
         print_json({"name": name, "key": key})
         return
@@ -92,10 +92,10 @@ def _backend(home: Home, config_file: Path | None) -> Backend:
     return local_backend(home, partial(read_config, home, config_file))
 
 
-def _new_key() -> tuple[str, bytes]:
-    """Return a new key, and its digest."""
+def _new_key() -> tuple[str, str]:
+    """Return a new key and its digest, both as text."""
     key = system_entropy(TOKEN_SIZE)
-    return token_text(key), digest_of(key)
+    return token_text(key), token_text(digest_of(key))
 
 
 @user.command("list")
@@ -133,7 +133,7 @@ def _row(name: str, user: User) -> tuple[str, ...]:
 @home_options
 def disable(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Refuse new sessions of a user, and end the open ones."""
-    ended = _backend(home, config_file).disable_user(name)
+    ended = _backend(home, config_file).run("users/disable", name=name)["sessions"]
     _print_ended(name, "is disabled now", ended, as_json)
 
 
@@ -143,7 +143,7 @@ def disable(home: Home, config_file: Path | None, name: str, as_json: bool) -> N
 @home_options
 def enable(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Allow a disabled user to open sessions again."""
-    _backend(home, config_file).enable_user(name)
+    _backend(home, config_file).run("users/enable", name=name)
     if as_json:
         print_json({"name": name})
     else:
@@ -156,7 +156,7 @@ def enable(home: Home, config_file: Path | None, name: str, as_json: bool) -> No
 @home_options
 def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Remove a user, and end the open sessions."""
-    ended = _backend(home, config_file).remove_user(name)
+    ended = _backend(home, config_file).run("users/remove", name=name)["sessions"]
     _print_ended(name, "is removed", ended, as_json)
 
 
@@ -170,7 +170,7 @@ def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> N
     failure: SessionsNotEndedError | None = None
     ended = None
     try:
-        ended = _backend(home, config_file).replace_key(name, digest)
+        ended = _backend(home, config_file).run("users/new-key", name=name, key_digest=digest)["sessions"]
     except SessionsNotEndedError as error:  # the key is replaced: it must not be lost
         failure = error
     if not as_json:
