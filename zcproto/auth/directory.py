@@ -9,7 +9,6 @@ Must not know: how sessions are ended.
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -31,12 +30,11 @@ LOOK_INTERVAL: Final = 0.5
 """Seconds between checks of a file: sessions of a removed user or device end within a second."""
 
 T = TypeVar("T")
-Sleep = Callable[[float], Awaitable[None]]
 
 log = get_logger("zcproto.server")
 
 
-class Directory(ABC, Generic[Entry]):
+class Directory(Generic[Entry]):
     """Entries of a file, watched for those that are gone.
 
     `on_gone` ends the sessions of an entry that is gone and returns how many; if it raises, it is called again
@@ -46,16 +44,23 @@ class Directory(ABC, Generic[Entry]):
     def __init__(
         self,
         file: TableFile[Entry],
+        *,
         on_gone: Callable[[str, Entry], Awaitable[int | None]],
-        sleep: Sleep,
+        sleep: Callable[[float], Awaitable[None]],
+        log_fault: Callable[[ConfigError], None],
+        log_recovery: Callable[[], None],
+        log_failed_look: Callable[[Exception], None],
+        log_not_gone: Callable[[str, Exception], None],
     ) -> None:
         file.load()
         self._file = file
         self._on_gone = on_gone
         self._sleep = sleep
+        self._log_failed_look = log_failed_look
+        self._log_not_gone = log_not_gone
         self._gone: dict[tuple[str, Entry], None] = {}
         self._checking = asyncio.Lock()
-        self.current = CurrentFile(file, on_fault=self._log_fault, on_recovered=self._log_recovery)
+        self.current = CurrentFile(file, on_fault=log_fault, on_recovered=log_recovery)
 
     async def watch(self) -> None:
         """Check the file until cancelled."""
@@ -90,22 +95,6 @@ class Directory(ABC, Generic[Entry]):
                 del self._gone[gone]
         return ended
 
-    @staticmethod
-    @abstractmethod
-    def _log_fault(fault: ConfigError) -> None: ...
-
-    @staticmethod
-    @abstractmethod
-    def _log_recovery() -> None: ...
-
-    @staticmethod
-    @abstractmethod
-    def _log_failed_look(error: Exception) -> None: ...
-
-    @staticmethod
-    @abstractmethod
-    def _log_not_gone(name: str, error: Exception) -> None: ...
-
 
 class Users(Directory[User]):
     """The users of a home folder, and the scheme `api_key`. `on_gone` is called with the name of a user."""
@@ -115,10 +104,18 @@ class Users(Directory[User]):
         home: Home,
         *,
         on_gone: Callable[[str], Awaitable[int | None]],
-        sleep: Sleep = asyncio.sleep,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.file = UserFile(home.users)
-        super().__init__(self.file, lambda name, user: on_gone(name), sleep)
+        super().__init__(
+            self.file,
+            on_gone=lambda name, user: on_gone(name),
+            sleep=sleep,
+            log_fault=lambda fault: log.error("users.unreadable", faults=fault.faults),
+            log_recovery=lambda: log.info("users.readable"),
+            log_failed_look=lambda error: log.error("users.look_failed", exc_info=error),
+            log_not_gone=lambda name, error: log.error("users.not_gone", user=name, exc_info=error),
+        )
         self.authenticator = ApiKeyAuthenticator(self.current)
 
     def is_user(self, name: str) -> bool:
@@ -128,22 +125,6 @@ class Users(Directory[User]):
     async def change(self, change: Callable[[UserFile], T], name: str) -> tuple[T, int]:
         """Change a user. Return the result of `change`, and how many of the user's sessions have ended."""
         return await self._change(partial(change, UserFile(self.file.path)), name)
-
-    @staticmethod
-    def _log_fault(fault: ConfigError) -> None:
-        log.error("users.unreadable", faults=fault.faults)
-
-    @staticmethod
-    def _log_recovery() -> None:
-        log.info("users.readable")
-
-    @staticmethod
-    def _log_failed_look(error: Exception) -> None:
-        log.error("users.look_failed", exc_info=error)
-
-    @staticmethod
-    def _log_not_gone(name: str, error: Exception) -> None:
-        log.error("users.not_gone", user=name, exc_info=error)
 
 
 class Devices(Directory[Device]):
@@ -161,10 +142,18 @@ class Devices(Directory[Device]):
         *,
         on_gone: Callable[[str, Device], Awaitable[int | None]],
         on_refused: Callable[[str, str], None],
-        sleep: Sleep = asyncio.sleep,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.file = DeviceFile(home.devices)
-        super().__init__(self.file, on_gone, sleep)
+        super().__init__(
+            self.file,
+            on_gone=on_gone,
+            sleep=sleep,
+            log_fault=lambda fault: log.error("devices.unreadable", faults=fault.faults),
+            log_recovery=lambda: log.info("devices.readable"),
+            log_failed_look=lambda error: log.error("devices.look_failed", exc_info=error),
+            log_not_gone=lambda name, error: log.error("devices.not_gone", device=name, exc_info=error),
+        )
         self.authenticator = DeviceAuthenticator(self.current, users, on_refused=on_refused)
         self.enrollment = Enrollment(PairingFile(home.pairing), self.file, users, throttle)
 
@@ -176,19 +165,3 @@ class Devices(Directory[Device]):
     async def remove(self, name: str) -> tuple[Device, int]:
         """Remove a device. Return it, and how many of its sessions have ended. Raises NotFound, ConfigError."""
         return await self._change(partial(DeviceFile(self.file.path).remove, name), name)
-
-    @staticmethod
-    def _log_fault(fault: ConfigError) -> None:
-        log.error("devices.unreadable", faults=fault.faults)
-
-    @staticmethod
-    def _log_recovery() -> None:
-        log.info("devices.readable")
-
-    @staticmethod
-    def _log_failed_look(error: Exception) -> None:
-        log.error("devices.look_failed", exc_info=error)
-
-    @staticmethod
-    def _log_not_gone(name: str, error: Exception) -> None:
-        log.error("devices.not_gone", device=name, exc_info=error)

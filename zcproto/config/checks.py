@@ -9,8 +9,8 @@ Must not know: what a single key accepts, where a value came from, anything on t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
 from zcproto.config.types import Fault
 
@@ -22,33 +22,34 @@ class _Site(Protocol):
 
 @dataclass(frozen=True)
 class Check:
-    """A relation between settings. A fault is reported for the first key, compared with the second.
+    """A relation between the settings in `names`. A fault is reported for the first, compared with the second.
 
     `fix` is what to do, where that does not follow.
     """
 
-    keys: tuple[str, ...]
-    holds: Callable[..., bool]
+    names: str
     demand: str
+    holds: Callable[..., object]
     fix: str = ""
 
-    def within(self, section: str) -> Check:
-        """Return the same check for the keys of these names in a section."""
-        return replace(self, keys=tuple(f"{section}.{key}" for key in self.keys))
+    @property
+    def keys(self) -> list[str]:
+        return self.names.split()
 
 
-SITE_CHECKS = (
-    Check(
-        ("key", "certificate"),
-        lambda keys, certificates: not keys or not certificates or len(keys) == len(certificates),
+_SITE_CHECKS: Final = (
+    (
+        "key certificate",
         "must be empty, if the files of certificates hold the keys too, or have as many paths as",
+        lambda keys, certificates: not keys or not certificates or len(keys) == len(certificates),
     ),
-    Check(
-        ("key_passphrase_file", "key_passphrase_variable"),
-        lambda file, variable: file is None or variable is None,
+    (
+        "key_passphrase_file key_passphrase_variable",
         "must be empty, since the passphrase comes from one place, with",
+        lambda file, variable: file is None or variable is None,
     ),
 )
+SITE_CHECKS: Final = tuple(Check(*each) for each in _SITE_CHECKS)
 """Checks between the keys of a site, and between those of the same names in [certificates]."""
 
 
@@ -66,44 +67,44 @@ def duplicate_names(sites: Mapping[int, _Site]) -> Iterator[Fault]:
                 )
 
 
-PRELOAD_MAX_AGE = 31_536_000
+PRELOAD_MAX_AGE: Final = 31_536_000
 """The least max-age, in seconds, that the preload lists of browsers accept."""
 
-CHECKS = (
+CHECKS: Final = (
     Check(
-        ("limits.max_frame_bytes_before_session", "limits.max_frame_bytes"),
-        lambda before, after: before <= after,
+        "limits.max_frame_bytes_before_session limits.max_frame_bytes",
         "must be at most",
+        lambda before, after: before <= after,
     ),
     Check(
-        ("certificates.renew_before", "certificates.lifetime"),
-        lambda renew_before, lifetime: renew_before < lifetime,
+        "certificates.renew_before certificates.lifetime",
         "must be less than",
+        lambda renew, life: renew < life,
     ),
     Check(
-        ("sessions.lifetime", "sessions.refresh_lifetime", "sessions.refresh"),
-        lambda lifetime, refresh_lifetime, refresh: lifetime <= refresh_lifetime or not refresh,
+        "sessions.lifetime sessions.refresh_lifetime sessions.refresh",
         "must, while sessions.refresh is true, be at most",
+        lambda lifetime, refresh_lifetime, refresh: lifetime <= refresh_lifetime or not refresh,
     ),
-    *(check.within("certificates") for check in SITE_CHECKS),
+    *(
+        Check(" ".join(f"certificates.{name}" for name in names.split()), demand, holds)
+        for names, demand, holds in _SITE_CHECKS
+    ),
     Check(
-        ("certificates.certificate", "certificates.mode"),
-        lambda certificate, mode: certificate or mode == "own",
+        "certificates.certificate certificates.mode",
         "must not be empty with",
+        lambda certificate, mode: certificate or mode == "own",
         "name the files of the certificates to serve",
     ),
     *(
         Check(
-            (f"certificates.{key}", "certificates.mode"),
-            lambda value, mode: not value or mode == "files",
+            f"certificates.{key} certificates.mode",
             "must be empty with",
+            lambda value, mode: not value or mode == "files",
             fix,
         )
         for key, fix in (
-            (
-                "certificate",
-                'set mode = "files" to serve it, or list its names in [[certificates.site]]',
-            ),
+            ("certificate", 'set mode = "files" to serve it, or list its names in [[certificates.site]]'),
             ("key", 'set mode = "files" to use it'),
             ("key_passphrase_file", "the server's own keys are not encrypted"),
             ("key_passphrase_variable", "the server's own keys are not encrypted"),
@@ -111,56 +112,54 @@ CHECKS = (
     ),
     *(
         Check(
-            (f"alerts.{key}", "alerts.webhook"),
-            lambda value, webhook: value is None or webhook != "",
+            f"alerts.{key} alerts.webhook",
             "must be empty with",
+            lambda value, webhook: value is None or webhook,
             "set the webhook that it belongs to",
         )
         for key in ("webhook_secret_file", "webhook_ca_file")
     ),
     Check(
-        ("alerts.webhook_ca_file", "alerts.webhook"),
-        lambda ca_file, webhook: ca_file is None or webhook == "" or webhook.startswith("https:"),
+        "alerts.webhook_ca_file alerts.webhook",
         "must be empty with",
+        lambda ca_file, webhook: ca_file is None or not webhook.startswith("http:"),
         "http:// has no certificate",
     ),
     *(
         Check(
-            (f"tls.{key}", "tls.client_auth"),
-            lambda value, client_auth: not value or client_auth != "off",
+            f"tls.{key} tls.client_auth",
             "must be empty with",
+            lambda value, client_auth: not value or client_auth != "off",
             'set client_auth = "optional" or "required" to check clients with it',
         )
         for key in ("client_ca_file", "client_crl_file", "client_pins")
     ),
-    Check(
-        ("http.hsts_preload", "http.hsts"),
-        lambda preload, hsts: hsts or not preload,
-        "must be false with",
-        "set hsts = true to be listed by browsers",
+    *(
+        Check(
+            f"http.hsts_preload http.{key}",
+            "must be false with",
+            lambda preload, other: other or not preload,
+            fix,
+        )
+        for key, fix in (
+            ("hsts", "set hsts = true to be listed by browsers"),
+            ("hsts_include_subdomains", "the lists of browsers require subdomains"),
+        )
     ),
     Check(
-        ("http.hsts_preload", "http.hsts_include_subdomains"),
-        lambda preload, include_subdomains: include_subdomains or not preload,
+        "http.hsts_preload http.hsts_max_age_seconds",
         "must be false with",
-        "the lists of browsers require subdomains",
-    ),
-    Check(
-        ("http.hsts_preload", "http.hsts_max_age_seconds"),
         lambda preload, max_age: max_age >= PRELOAD_MAX_AGE or not preload,
-        "must be false with",
         f"the lists of browsers require {PRELOAD_MAX_AGE} seconds",
     ),
     Check(
-        ("http.redirect_port", "http.enabled"),
-        lambda port, enabled: enabled or not port,
+        "http.redirect_port http.enabled",
         "must be 0 with",
+        lambda port, enabled: enabled or not port,
         "there would be no HTTPS to redirect to",
     ),
     Check(
-        ("http.redirect_port", "server.port"),
-        lambda port, tls_port: not port or port != tls_port,
-        "must not be",
+        "http.redirect_port server.port", "must not be", lambda port, tls_port: not port or port != tls_port
     ),
 )
 
