@@ -19,12 +19,12 @@ def run(program: str) -> str:
 
 
 @pytest.mark.parametrize("name", zcproto.__all__)
-def test_every_public_name_is_there(name: str) -> None:
+def test_every_public_name_exists(name: str) -> None:
     assert getattr(zcproto, name) is not None
     assert getattr(zcproto, name) is getattr(zcproto, name)
 
 
-def test_the_public_names_are_these() -> None:
+def test_public_names_are_fixed() -> None:
     own = {
         "App",
         "BlockingClient",
@@ -52,22 +52,22 @@ def test_the_public_names_are_these() -> None:
     assert dir(zcproto) == sorted(zcproto.__all__)
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = zcproto.nothing
 
 
-def test_a_star_brings_all_of_them() -> None:
+def test_star_import_brings_all_names() -> None:
     brought = run("from zcproto import *; print(len([n for n in dir() if not n.startswith('_')]))")
     assert int(brought) == len(zcproto.__all__)
 
 
-def test_importing_the_package_loads_nothing_of_it() -> None:
+def test_import_loads_no_submodule() -> None:
     program = "import sys, zcproto; print([n for n in sys.modules if n.startswith('zcproto.') or n == 'ssl'])"
     assert run(program).strip() == "[]"
 
 
-def test_a_client_never_loads_the_server_or_its_configuration() -> None:
+def test_client_does_not_load_server_or_config() -> None:
     program = (
         "import sys, zcproto; zcproto.connect; zcproto.connect_blocking; zcproto.Unavailable\n"
         "ours = ('zcproto.server', 'zcproto.config', 'zcproto.certs', 'zcproto.auth', 'zcproto.cli.')\n"
@@ -77,7 +77,7 @@ def test_a_client_never_loads_the_server_or_its_configuration() -> None:
     assert run(program).strip() == "[]"
 
 
-def test_errors_load_nothing_else() -> None:
+def test_errors_load_no_other_module() -> None:
     program = (
         "import sys, zcproto; zcproto.Unavailable; print([n for n in sys.modules if n.startswith('zcproto')])"
     )

@@ -62,7 +62,7 @@ def failures(server: ServerThread, cause: str) -> int:
 # --- before and in the handshake -----------------------------------------------------------------------
 
 
-def test_garbage_is_closed_without_an_answer_and_counted(shared: ServerThread) -> None:
+def test_garbage_is_closed_without_answer_and_counted(shared: ServerThread) -> None:
     before = failures(shared, "not_tls")
     with shared.tcp() as raw:
         raw.sendall(b"\xff" * 64)
@@ -70,7 +70,7 @@ def test_garbage_is_closed_without_an_answer_and_counted(shared: ServerThread) -
     assert failures(shared, "not_tls") == before + 1
 
 
-def test_plaintext_http_is_told_that_this_port_speaks_tls(shared: ServerThread) -> None:
+def test_plaintext_http_gets_a_400(shared: ServerThread) -> None:
     with shared.tcp() as raw:
         raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         answer, _ = read_to_end(raw)
@@ -112,24 +112,24 @@ def test_tls_1_2_gets_protocol_version(shared: ServerThread) -> None:
     assert failures(shared, "unsupported_version") >= 1
 
 
-def test_aes_128_alone_gets_handshake_failure(shared: ServerThread) -> None:
+def test_aes_128_only_gets_handshake_failure(shared: ServerThread) -> None:
     assert alert_for(shared, with_suites(first_hello(), 0x1301)) == 40
     assert failures(shared, "no_shared_suite") >= 1
 
 
 @pytest.mark.parametrize("alpn", [("h2",), ("zcp/2", "h2")])
-def test_another_protocol_gets_no_application_protocol(shared: ServerThread, alpn: tuple[str, ...]) -> None:
+def test_unknown_alpn_gets_no_application_protocol(shared: ServerThread, alpn: tuple[str, ...]) -> None:
     assert alert_for(shared, first_hello(alpn)) == 120
 
 
 @pytest.mark.parametrize("alpn", [("http/1.1",), ("h2", "http/1.1"), ()])
-def test_http_gets_no_application_protocol_where_it_is_off(serve: Serve, alpn: tuple[str, ...]) -> None:
+def test_http_alpn_is_refused_if_http_is_off(serve: Serve, alpn: tuple[str, ...]) -> None:
     server = serve(http__enabled=False)
     assert alert_for(server, first_hello(alpn)) == 120
     assert failures(server, "no_application_protocol") == 1
 
 
-def test_half_a_hello_and_silence_ends_at_the_handshake_timeout(serve: Serve) -> None:
+def test_truncated_client_hello_times_out(serve: Serve) -> None:
     server = serve(tls__handshake_timeout=1.0)
     with bystander(server), server.tcp() as raw:
         raw.sendall(first_hello()[:100])
@@ -177,7 +177,7 @@ HEADERS: list[tuple[str, dict[str, Any], int]] = [
 @pytest.mark.parametrize(
     ("fields", "code"), [case[1:] for case in HEADERS], ids=[case[0] for case in HEADERS]
 )
-def test_a_header_that_no_frame_may_have_ends_the_connection(
+def test_invalid_frame_header_ends_the_connection(
     shared: ServerThread, fields: dict[str, Any], code: int
 ) -> None:
     with shared.client("ada") as client:
@@ -185,24 +185,24 @@ def test_a_header_that_no_frame_may_have_ends_the_connection(
         fields["kind"] = REQUEST
 
 
-def test_a_large_frame_before_a_session_is_refused_from_its_header(shared: ServerThread) -> None:
+def test_large_frame_before_session_is_refused_by_header(shared: ServerThread) -> None:
     with shared.client() as client:
         assert fatal(client, client.frame(length=16_385)) == FRAME_TOO_LARGE
 
 
-def test_a_body_where_none_belongs_ends_the_connection(shared: ServerThread) -> None:
+def test_unexpected_body_ends_the_connection(shared: ServerThread) -> None:
     with shared.client() as client:
         assert fatal(client, client.frame(PING, b"\xc0")) == PROTOCOL_ERROR
 
 
-def test_a_frame_that_comes_byte_by_byte_is_a_frame(shared: ServerThread) -> None:
+def test_frame_sent_byte_by_byte_is_decoded(shared: ServerThread) -> None:
     with shared.client("ada") as client:
         for byte in client.request("echo", {"a": 1}):
             client.tls.sendall(bytes((byte,)))
         assert client.answer().value == {"a": 1}
 
 
-def test_a_stream_in_flight_is_not_used_twice(shared: ServerThread) -> None:
+def test_reused_stream_in_flight_ends_the_connection(shared: ServerThread) -> None:
     with shared.client("ada") as client:
         client.send(client.request("sleep", {"ms": 60_000}, stream=7))
         assert fatal(client, client.request("echo", {}, stream=7)) == PROTOCOL_ERROR
@@ -239,7 +239,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_a_bad_body_is_refused_on_its_stream_and_the_connection_goes_on(
+def test_invalid_body_is_refused_on_its_stream(
     shared: ServerThread, body: bytes
 ) -> None:
     before = shared.stats["rss_bytes"]
@@ -255,7 +255,7 @@ def test_a_bad_body_is_refused_on_its_stream_and_the_connection_goes_on(
 # --- freshness -------------------------------------------------------------------------------------------
 
 
-def test_a_replay_on_the_same_connection_is_refused(shared: ServerThread) -> None:
+def test_replayed_frame_on_the_same_connection_is_refused(shared: ServerThread) -> None:
     with shared.client("ada") as client:
         captured = client.request("echo", {})
         client.send(captured)
@@ -263,7 +263,7 @@ def test_a_replay_on_the_same_connection_is_refused(shared: ServerThread) -> Non
         assert fatal(client, captured) == REPLAYED
 
 
-def test_a_replay_on_another_connection_is_refused(shared: ServerThread) -> None:
+def test_replayed_frame_on_another_connection_is_refused(shared: ServerThread) -> None:
     with shared.client("ada") as client, shared.client() as other:
         captured = client.request("echo", {})
         client.send(captured)
@@ -272,7 +272,7 @@ def test_a_replay_on_another_connection_is_refused(shared: ServerThread) -> None
         client.echo()
 
 
-def test_a_replay_after_a_restart_is_refused(serve: Serve) -> None:
+def test_replayed_frame_after_restart_is_refused(serve: Serve) -> None:
     first = serve()
     with first.client("ada") as client:
         captured = client.request("echo", {})
@@ -285,7 +285,7 @@ def test_a_replay_after_a_restart_is_refused(serve: Serve) -> None:
 @pytest.mark.parametrize(
     "timestamp", [lambda: wall() - 31_000, lambda: wall() + 31_500, lambda: 0, lambda: 2**64 - 1]
 )
-def test_an_old_or_future_timestamp_refuses_the_request_alone(
+def test_stale_timestamp_refuses_only_its_request(
     shared: ServerThread, timestamp: Callable[[], int]
 ) -> None:
     with shared.client("ada") as client:
@@ -295,7 +295,7 @@ def test_an_old_or_future_timestamp_refuses_the_request_alone(
         client.echo()
 
 
-def test_the_tenth_stale_frame_in_a_row_ends_the_connection(shared: ServerThread) -> None:
+def test_tenth_consecutive_stale_frame_ends_the_connection(shared: ServerThread) -> None:
     with shared.client("ada") as client:
         for _ in range(9):
             assert client.refused("echo", {}, timestamp=1).code == STALE_TIMESTAMP
@@ -305,14 +305,14 @@ def test_the_tenth_stale_frame_in_a_row_ends_the_connection(shared: ServerThread
 # --- tokens ----------------------------------------------------------------------------------------------
 
 
-def test_tokens_that_are_unknown_or_missing_are_unauthenticated(shared: ServerThread) -> None:
+def test_unknown_or_missing_token_is_unauthenticated(shared: ServerThread) -> None:
     with shared.client("ada") as client:
         assert client.refused("echo", {}, token=b"?" * 32).code == UNAUTHENTICATED
         assert client.refused("echo", {}, token=NO_TOKEN).code == UNAUTHENTICATED
         client.echo()
 
 
-def test_an_expired_token_is_told_apart(serve: Serve) -> None:
+def test_expired_token_has_its_own_code(serve: Serve) -> None:
     server = serve(sessions__lifetime=3_600.0)
     with server.client("ada") as client:
         client.echo()
@@ -320,7 +320,7 @@ def test_an_expired_token_is_told_apart(serve: Serve) -> None:
         assert client.refused("echo", {}, timestamp=wall() + 3_601_000).code == TOKEN_EXPIRED
 
 
-def test_a_revoked_token_is_refused_on_every_connection_at_once(shared: ServerThread) -> None:
+def test_revoked_token_is_refused_on_every_connection(shared: ServerThread) -> None:
     with shared.client("ada") as client, shared.client() as other:
         other.token = client.token
         other.echo()
@@ -330,7 +330,7 @@ def test_a_revoked_token_is_refused_on_every_connection_at_once(shared: ServerTh
         assert other.refused("echo", {}).code == TOKEN_REVOKED
 
 
-def test_a_session_of_another_user_is_out_of_reach(shared: ServerThread) -> None:
+def test_session_of_another_user_cannot_be_revoked(shared: ServerThread) -> None:
     with shared.client("ada") as ada, shared.client("eve") as eve:
         assert eve.refused("session.revoke", {"id": ada.opened["id"]}).code == 5
         assert ada.opened["id"] not in [each["id"] for each in eve.call("session.list")]
@@ -340,7 +340,7 @@ def test_a_session_of_another_user_is_out_of_reach(shared: ServerThread) -> None
 # --- floods and slow peers -------------------------------------------------------------------------------
 
 
-def test_requests_beyond_max_streams_are_refused_and_the_others_run(serve: Serve) -> None:
+def test_requests_over_max_streams_are_refused(serve: Serve) -> None:
     app = default_app()
     opened = asyncio.Event()
 
@@ -360,7 +360,7 @@ def test_requests_beyond_max_streams_are_refused_and_the_others_run(serve: Serve
         assert not run.keys() & refused.keys()
 
 
-def test_a_flood_of_pings_is_answered_and_harms_nobody(shared: ServerThread) -> None:
+def test_ping_flood_is_answered_and_does_not_affect_others(shared: ServerThread) -> None:
     with shared.client("ada") as client:
         for _ in range(20):
             client.send(*[client.frame(PING) for _ in range(100)])
@@ -381,7 +381,7 @@ def large_answers() -> App:
     return app
 
 
-def test_a_reader_that_never_reads_is_not_served_further_and_is_closed(serve: Serve) -> None:
+def test_client_that_never_reads_is_closed(serve: Serve) -> None:
     server = serve(large_answers(), limits__write_timeout=0.5, limits__write_buffer_bytes=65_536)
     with bystander(server) as other:
         before = server.stats
@@ -396,7 +396,7 @@ def test_a_reader_that_never_reads_is_not_served_further_and_is_closed(serve: Se
         reset(client.tls)
 
 
-def test_guessing_keys_is_delayed(serve: Serve) -> None:
+def test_key_guessing_is_throttled(serve: Serve) -> None:
     server = serve(limits__login_failures=3)
     with bystander(server), server.client() as client:
         guess = {"scheme": "api_key", "user": "ada", "key": "wrong", "client": "eve/1"}
@@ -445,7 +445,7 @@ def until_alone(server: ServerThread) -> None:
 
 @pytest.mark.parametrize("how", [Client.close, Client.fin, Client.reset], ids=["close_notify", "FIN", "RST"])
 @pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
-def test_a_disconnect_leaves_nothing_behind(
+def test_disconnect_leaves_nothing(
     shared: ServerThread, point: Callable[[Client], None], how: Callable[[Client], None]
 ) -> None:
     client = shared.client()
@@ -456,7 +456,7 @@ def test_a_disconnect_leaves_nothing_behind(
 
 @pytest.mark.parametrize("sent", [0, 3, 100], ids=["nothing", "a record's beginning", "half a hello"])
 @pytest.mark.parametrize("how", [socket.socket.close, reset], ids=["FIN", "RST"])
-def test_a_disconnect_in_the_handshake_leaves_nothing_behind(
+def test_disconnect_during_handshake_leaves_nothing(
     shared: ServerThread, sent: int, how: Callable[[socket.socket], None]
 ) -> None:
     raw = shared.tcp()
@@ -465,7 +465,7 @@ def test_a_disconnect_in_the_handshake_leaves_nothing_behind(
     until_alone(shared)
 
 
-def test_truncation_is_told_from_a_clean_close(shared: ServerThread) -> None:
+def test_truncated_connection_is_counted_apart_from_clean_close(shared: ServerThread) -> None:
     until_alone(shared)  # those of earlier tests are counted
     before = failures(shared, "truncated")
     shared.client().close()
@@ -473,12 +473,12 @@ def test_truncation_is_told_from_a_clean_close(shared: ServerThread) -> None:
     eventually(lambda: failures(shared, "truncated") == before + 1)
 
 
-def test_the_trusted_client_context_refuses_other_authorities(shared: ServerThread, ca_file: Path) -> None:
+def test_client_context_refuses_other_authorities(shared: ServerThread, ca_file: Path) -> None:
     context = client_context(ca_file)
     with shared.tcp() as raw, pytest.raises(ssl.SSLCertVerificationError):
         context.wrap_socket(raw, server_hostname="localhost")
     eventually(lambda: failures(shared, "peer_rejected_certificate") >= 1)
 
 
-def test_a_header_is_what_these_tests_think_it_is() -> None:
+def test_header_struct_matches_the_frame_module() -> None:
     assert struct.calcsize("!IBBHIQ8sQ32s") == 68

@@ -55,7 +55,7 @@ def tell(server: ServerThread, bystander: Bystander) -> None:
     ("attack", "found"),
     [(hold, "waited for"), (stall, "disturbed"), (cut, "disturbed"), (tell, "disturbed")],
 )
-def test_whatever_disturbs_it_is_found(
+def test_bystander_detects_every_disturbance(
     serve: Serve,
     monkeypatch: pytest.MonkeyPatch,
     attack: Callable[[ServerThread, Bystander], None],
@@ -69,7 +69,7 @@ def test_whatever_disturbs_it_is_found(
     server.until_left()
 
 
-def test_a_quiet_server_is_no_disturbance(serve: Serve) -> None:
+def test_bystander_passes_on_a_quiet_server(serve: Serve) -> None:
     server = serve()
     with left_alone(server) as bystander:
         eventually(lambda: bystander.calls >= 10)

@@ -107,7 +107,7 @@ def flood(client: Client, make: Callable[[Client], bytes], limit: int) -> int:
 
 
 @pytest.mark.parametrize("make", FLOODS)
-def test_who_never_reads_is_not_read_from_and_cut_off_in_time(
+def test_flood_without_reading_is_reset(
     server: ServerThread, make: Callable[[Client], bytes]
 ) -> None:
     before, rss = ended(server, "write_timeout"), server.stats["rss_bytes"]
@@ -122,7 +122,7 @@ def test_who_never_reads_is_not_read_from_and_cut_off_in_time(
 @pytest.mark.parametrize(
     "make", [pings, unknown_methods, unknown_tokens, too_many_at_once, cancelled_at_once]
 )
-def test_who_reads_gets_every_answer_of_a_flood(
+def test_flood_with_reading_gets_every_answer(
     server: ServerThread, connect: Connect, make: Callable[[Client], bytes]
 ) -> None:
     client = connect("flooder")
@@ -140,7 +140,7 @@ def test_who_reads_gets_every_answer_of_a_flood(
     client.echo()
 
 
-def test_a_reader_with_a_small_window_gets_all_and_is_not_cut_off(connect: Connect) -> None:
+def test_small_receive_window_gets_every_answer(connect: Connect) -> None:
     client = connect("slow", receive_buffer=4_096)
     client.send(*(client.request("big", {"size": 60_000}) for _ in range(16)))
     for _ in range(16):
@@ -152,7 +152,7 @@ def test_a_reader_with_a_small_window_gets_all_and_is_not_cut_off(connect: Conne
 # --- frames that never end -----------------------------------------------------------------------------------
 
 
-def test_declared_lengths_take_no_memory(server: ServerThread) -> None:
+def test_declared_length_allocates_no_memory(server: ServerThread) -> None:
     clients = [server.client("ada") for _ in range(50)]
     before = server.stats["rss_bytes"]
     for client in clients:
@@ -167,14 +167,14 @@ def all_wait(server: ServerThread, count: int) -> bool:
     return len(server.server.state.connections) == count
 
 
-def test_the_greatest_length_is_closed_at_once(connect: Connect) -> None:
+def test_maximal_length_is_refused_at_once(connect: Connect) -> None:
     client = connect("ada")
     client.send(client.frame(length=2**32 - 1)[:4])
     frames, how = client.rest_until_closed()  # far sooner than silence would end it
     assert ([frame.code for frame in frames], how) == ([Code.FRAME_TOO_LARGE], "close_notify")
 
 
-def test_a_frame_that_drips_for_ever_is_silence(serve: Callable[..., ServerThread]) -> None:
+def test_dripping_frame_counts_as_idle(serve: Callable[..., ServerThread]) -> None:
     server = serve(limits__idle_timeout="1s")
     with server.client("ada") as client:
         for byte in client.request("echo", {"a": "b" * 1_000}):
@@ -186,7 +186,7 @@ def test_a_frame_that_drips_for_ever_is_silence(serve: Callable[..., ServerThrea
         assert [frame.value["reason"] for frame in client.rest_until_closed()[0]] == ["idle"]
 
 
-def test_bombs_thrown_again_and_again_leave_no_memory(server: ServerThread, connect: Connect) -> None:
+def test_repeated_msgpack_bombs_leave_no_memory(server: ServerThread, connect: Connect) -> None:
     client = connect("bomber")
 
     def throw() -> None:
@@ -202,7 +202,7 @@ def test_bombs_thrown_again_and_again_leave_no_memory(server: ServerThread, conn
     client.echo()
 
 
-def test_bombs_before_a_session_are_refused_unread(connect: Connect) -> None:
+def test_msgpack_bomb_before_session_is_refused_unread(connect: Connect) -> None:
     client = connect()
     body = b"\x92\xacsession.open\x81\xa1a" + b"\xdd\x00\x01\x00\x00" * 3_000
     client.send(client.frame(REQUEST, body))
@@ -213,7 +213,7 @@ def test_bombs_before_a_session_are_refused_unread(connect: Connect) -> None:
 # --- guessing ------------------------------------------------------------------------------------------------
 
 
-def test_guessing_from_many_connections_is_slowed_down_for_that_user_alone(
+def test_concurrent_key_guessing_is_throttled_per_user(
     serve: Callable[..., ServerThread],
 ) -> None:
     server = serve(limits__login_failures=3)
@@ -230,7 +230,7 @@ def test_guessing_from_many_connections_is_slowed_down_for_that_user_alone(
             client.close()
 
 
-def test_tokens_cannot_be_guessed_and_guesses_leave_nothing(server: ServerThread, connect: Connect) -> None:
+def test_token_guessing_fails_and_leaves_nothing(server: ServerThread, connect: Connect) -> None:
     client = connect("ada")
     bodies = set()
     for number in range(256):
@@ -313,7 +313,7 @@ MORE_POINTS = [
 
 
 @pytest.mark.parametrize("point", MORE_POINTS)
-def test_a_sudden_end_leaves_nothing_behind(
+def test_sudden_disconnects_leave_nothing(
     server: ServerThread, point: Callable[[ServerThread], None]
 ) -> None:
     point(server)
@@ -333,7 +333,7 @@ HOWS = [Client.close, Client.fin, Client.reset]
 
 @pytest.mark.parametrize("how", HOWS, ids=["close_notify", "FIN", "RST"])
 @pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
-def test_on_asyncios_loop_a_disconnect_leaves_nothing_behind_either(
+def test_disconnect_leaves_nothing_on_asyncio_loop(
     asyncio_server: ServerThread, point: Callable[[Client], None], how: Callable[[Client], None]
 ) -> None:
     client = asyncio_server.client()
@@ -343,7 +343,7 @@ def test_on_asyncios_loop_a_disconnect_leaves_nothing_behind_either(
 
 
 @pytest.mark.parametrize("point", MORE_POINTS)
-def test_on_asyncios_loop_a_sudden_end_leaves_nothing_behind_either(
+def test_sudden_disconnects_leave_nothing_on_asyncio_loop(
     asyncio_server: ServerThread, point: Callable[[ServerThread], None]
 ) -> None:
     with left_alone(asyncio_server):
@@ -351,7 +351,7 @@ def test_on_asyncios_loop_a_sudden_end_leaves_nothing_behind_either(
 
 
 @pytest.mark.parametrize("make", [requests_of_big_answers, pings])
-def test_on_asyncios_loop_who_never_reads_is_cut_off_too(
+def test_flood_without_reading_is_reset_on_asyncio_loop(
     asyncio_server: ServerThread, make: Callable[[Client], bytes]
 ) -> None:
     with left_alone(asyncio_server):
@@ -371,7 +371,7 @@ def in_memory() -> dict[str, int]:
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_no_cycle_of_references_keeps_a_connection_that_is_gone(
+def test_closed_connection_is_freed_without_gc(
     request: pytest.FixtureRequest, server: ServerThread, bystander: Bystander, loop: str
 ) -> None:
     target = server if loop == "uvloop" else request.getfixturevalue("asyncio_server")

@@ -27,7 +27,7 @@ def come_and_go(server: ServerProcess, count: int) -> None:
                 client.fin()
 
 
-def test_a_connection_that_is_gone_leaves_at_most_three_quarters_of_a_kib(
+def test_closed_connection_leaves_under_768_bytes(
     tmp_path: Path, certs: Path
 ) -> None:
     home = tmp_path / "home"

@@ -110,11 +110,11 @@ def not_accepted(frame: Frame) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_stolen_token_calls_nothing(house: House, thief: Client, method: str) -> None:
+def test_stolen_bound_token_cannot_call(house: House, thief: Client, method: str) -> None:
     assert wants_proof(thief.refused(method, {"id": house.device.opened["id"]}, token=house.token))
 
 
-def test_a_stolen_token_gets_no_event_no_larger_frame_and_no_time(house: House, thief: Client) -> None:
+def test_stolen_bound_token_gains_no_event_frame_size_or_time(house: House, thief: Client) -> None:
     before = house.device.call("session.info")["last_used_at"]
     for _ in range(100):
         assert wants_proof(thief.refused("echo", {"x": b"x" * 10_000}, token=house.token))
@@ -126,7 +126,7 @@ def test_a_stolen_token_gets_no_event_no_larger_frame_and_no_time(house: House, 
     assert info.last_used_at == before
 
 
-def test_a_stolen_token_is_worth_nothing_beside_a_session_of_the_thiefs_own(
+def test_stolen_bound_token_fails_beside_the_thiefs_session(
     house: House, thief: Client
 ) -> None:
     """The thief has an account, a device and a proved key: all on this very connection."""
@@ -144,7 +144,7 @@ def test_a_stolen_token_is_worth_nothing_beside_a_session_of_the_thiefs_own(
     thief.echo()
 
 
-def test_a_stolen_refresh_token_gives_nothing_and_disturbs_nothing(house: House, thief: Client) -> None:
+def test_stolen_bound_refresh_token_fails_without_side_effect(house: House, thief: Client) -> None:
     for client in ("", "test/1"):
         params = {"refresh_token": house.refresh_token, "client": client}
         assert wants_proof(thief.refused("session.refresh", params))
@@ -155,7 +155,7 @@ def test_a_stolen_refresh_token_gives_nothing_and_disturbs_nothing(house: House,
     assert wants_proof(thief.refused("session.refresh", {"refresh_token": refreshed["refresh_token"]}))
 
 
-def test_a_refresh_token_stolen_from_a_device_that_is_away_gives_a_token_that_is_as_bound(
+def test_stolen_refresh_token_of_offline_device_yields_a_bound_token(
     house: House, thief: Client
 ) -> None:
     """Once its token has expired, nobody could attach it: the refresh comes first, and the proof after."""
@@ -178,7 +178,7 @@ def test_a_refresh_token_stolen_from_a_device_that_is_away_gives_a_token_that_is
 # --- signatures seen elsewhere -----------------------------------------------------------------------
 
 
-def test_a_signature_from_another_connection_is_worth_nothing_here(house: House, thief: Client) -> None:
+def test_signature_of_another_connection_is_refused(house: House, thief: Client) -> None:
     """The salt is another one."""
     with house.server.client() as seen:
         opening, attaching = house.opening(seen), house.attaching(seen)
@@ -190,14 +190,14 @@ def test_a_signature_from_another_connection_is_worth_nothing_here(house: House,
         )  # it is good where it was made for
 
 
-def test_a_signature_for_one_purpose_is_worth_nothing_for_the_other(house: House, thief: Client) -> None:
+def test_signature_for_another_purpose_is_refused(house: House, thief: Client) -> None:
     attaching = {"scheme": "ed25519", "device": "laptop", **house.attaching(thief)}
     assert not_accepted(thief.refused("session.open", attaching))
     opening = {"signature": house.opening(thief)["signature"]}
     assert not_accepted(thief.refused("session.attach", opening, token=house.token))
 
 
-def test_a_signature_for_one_token_is_worth_nothing_for_another(house: House, thief: Client) -> None:
+def test_signature_for_another_token_is_refused(house: House, thief: Client) -> None:
     other = house.device.call("session.open", house.opening(house.device), token=NO_TOKEN)
     attaching = house.attaching(thief)
     assert not_accepted(thief.refused("session.attach", attaching, token=other["token"]))
@@ -279,7 +279,7 @@ def through(relay: Relay, tmp_path: Path) -> Client:
     return Client(relay.port, tmp_path / "trusted.pem")
 
 
-def test_a_signature_relayed_through_another_server_opens_nothing(
+def test_signature_relayed_through_another_server_opens_no_session(
     house: House, relay: Relay, tmp_path: Path
 ) -> None:
     """The salt is the real server's, the certificate is not."""
@@ -289,7 +289,7 @@ def test_a_signature_relayed_through_another_server_opens_nothing(
         assert opening["signature"] in relay.seen[0]  # it did arrive
 
 
-def test_a_token_cannot_be_attached_through_another_server(
+def test_token_cannot_be_attached_through_a_relay(
     house: House, relay: Relay, tmp_path: Path
 ) -> None:
     with through(relay, tmp_path) as fooled:
@@ -298,7 +298,7 @@ def test_a_token_cannot_be_attached_through_another_server(
         assert wants_proof(fooled.refused("echo", token=house.token))
 
 
-def test_what_the_relay_has_seen_opens_nothing_on_a_connection_of_its_own(
+def test_relay_cannot_reuse_what_it_saw(
     house: House, relay: Relay, thief: Client, tmp_path: Path
 ) -> None:
     with through(relay, tmp_path) as fooled:
@@ -317,7 +317,7 @@ def library(house: House, port: int, ca_file: Path, device: Device) -> BlockingC
     )
 
 
-def test_the_library_is_not_fooled_either(house: House, relay: Relay, tmp_path: Path) -> None:
+def test_client_library_resists_a_relay(house: House, relay: Relay, tmp_path: Path) -> None:
     device = Device(KEY)
     with library(house, house.server.port, house.ca_file, device) as client:
         assert client.call("echo", x=1) == {"x": 1}
@@ -328,7 +328,7 @@ def test_the_library_is_not_fooled_either(house: House, relay: Relay, tmp_path: 
 # --- guessing ----------------------------------------------------------------------------------------
 
 
-def test_no_signature_of_chance_gets_through(house: House, thief: Client) -> None:
+def test_random_signatures_are_refused(house: House, thief: Client) -> None:
     for _ in range(50):
         attaching = {"signature": os.urandom(64)}
         assert not_accepted(thief.refused("session.attach", attaching, token=house.token))

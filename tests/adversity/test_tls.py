@@ -72,7 +72,7 @@ def send(server: ServerThread, data: bytes) -> socket.socket:
 @pytest.mark.parametrize(
     "garbage", [b"\x00" * 100, b"\xff" * 5_000, b"SSH-2.0-x\r\n", b"\x80\x2e\x01\x00\x02"]
 )
-def test_garbage_is_closed_without_a_byte(server: ServerThread, counted: Counted, garbage: bytes) -> None:
+def test_garbage_before_hello_is_closed_without_a_byte(server: ServerThread, counted: Counted, garbage: bytes) -> None:
     with send(server, garbage) as connection:
         assert read_to_end(connection)[0] == b""
     counted.are(not_tls=1)
@@ -92,7 +92,7 @@ def test_plaintext_http_gets_one_400(server: ServerThread, counted: Counted, ver
     counted.are(plaintext_http=1)
 
 
-def test_http_letter_by_letter_gets_the_same(server: ServerThread, counted: Counted) -> None:
+def test_plaintext_http_byte_by_byte_gets_one_400(server: ServerThread, counted: Counted) -> None:
     with server.tcp() as connection:
         for letter in b"OPTIONS ":
             connection.sendall(bytes([letter]))
@@ -126,7 +126,7 @@ def test_http_letter_by_letter_gets_the_same(server: ServerThread, counted: Coun
         ({"padding": 17_000}, ILLEGAL_PARAMETER, "client_hello_too_large"),
     ],
 )
-def test_what_is_not_offered_is_refused_with_its_alert(
+def test_missing_offer_is_refused_with_its_alert(
     server: ServerThread, counted: Counted, hello: dict[str, Any], alert: int, cause: str
 ) -> None:
     message = client_hello(**hello)
@@ -138,7 +138,7 @@ def test_what_is_not_offered_is_refused_with_its_alert(
 
 @pytest.mark.requirement("forward_secrecy")
 @pytest.mark.parametrize("psk_modes", [b"", b"\x01", b"\x00"], ids=["none", "psk_dhe_ke", "psk_ke"])
-def test_each_handshake_has_its_own_key_share(server: ServerThread, psk_modes: bytes) -> None:
+def test_each_handshake_has_a_fresh_key_share(server: ServerThread, psk_modes: bytes) -> None:
     """Also for a client that would resume without (EC)DHE."""
     shares = set()
     for _ in range(20):
@@ -152,7 +152,7 @@ def test_each_handshake_has_its_own_key_share(server: ServerThread, psk_modes: b
 
 @pytest.mark.requirement("cipher_suites")
 @pytest.mark.parametrize("suites", [[AES_128, AES_256], [AES_128, CHACHA20]])
-def test_aes_128_is_never_chosen_though_offered_first(server: ServerThread, suites: Sequence[int]) -> None:
+def test_aes_128_is_never_chosen(server: ServerThread, suites: Sequence[int]) -> None:
     with send(server, record(HANDSHAKE, client_hello(suites=suites), 0x0301)) as connection:
         answer = connection.recv(4_096)
         assert answer[0] == HANDSHAKE
@@ -161,7 +161,7 @@ def test_aes_128_is_never_chosen_though_offered_first(server: ServerThread, suit
 
 
 @pytest.mark.requirement("tls_version")
-def test_a_tls_1_2_client_is_told_by_an_alert(server: ServerThread, counted: Counted) -> None:
+def test_tls_1_2_client_gets_an_alert(server: ServerThread, counted: Counted) -> None:
     context = client_context(server.home / "certs" / "ca.crt")
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with server.tcp() as raw, pytest.raises(ssl.SSLError) as raised:
@@ -172,7 +172,7 @@ def test_a_tls_1_2_client_is_told_by_an_alert(server: ServerThread, counted: Cou
 
 @pytest.mark.requirement("tls_errors")
 @pytest.mark.parametrize("alpn", [["h2"], ["h2", "zcp/2"]])
-def test_a_client_of_another_protocol_is_told_by_an_alert(
+def test_unknown_alpn_client_gets_an_alert(
     server: ServerThread, counted: Counted, alpn: list[str]
 ) -> None:
     context = client_context(server.home / "certs" / "ca.crt", alpn)
@@ -182,14 +182,14 @@ def test_a_client_of_another_protocol_is_told_by_an_alert(
     counted.are(no_application_protocol=1)
 
 
-def test_offered_both_protocols_ours_is_chosen(server: ServerThread) -> None:
+def test_zcp_is_preferred_over_http(server: ServerThread) -> None:
     context = client_context(server.home / "certs" / "ca.crt", ["http/1.1", "h2", "zcp/1"])
     with server.tcp() as raw, context.wrap_socket(raw, server_hostname="localhost") as tls:
         assert tls.selected_alpn_protocol() == "zcp/1"
         assert tls.version() == "TLSv1.3"
 
 
-def test_a_client_that_distrusts_the_server_is_counted(server: ServerThread, counted: Counted) -> None:
+def test_client_distrusting_the_server_is_counted(server: ServerThread, counted: Counted) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["zcp/1"])
     with server.tcp() as raw, pytest.raises(ssl.SSLCertVerificationError):
@@ -215,7 +215,7 @@ HELLO = client_hello()
         (record(HANDSHAKE, b"\x01\xff\xff\xff" + HELLO[4:]), ILLEGAL_PARAMETER),
     ],
 )
-def test_a_malformed_hello_is_refused_with_an_alert(
+def test_malformed_client_hello_gets_an_alert(
     server: ServerThread, data: bytes, alert: int | None
 ) -> None:
     with send(server, data) as connection:
@@ -225,7 +225,7 @@ def test_a_malformed_hello_is_refused_with_an_alert(
         assert answer == record(ALERT, bytes([2, alert]))
 
 
-def test_a_record_that_was_tampered_with_ends_the_connection(server: ServerThread, counted: Counted) -> None:
+def test_tampered_record_ends_the_connection(server: ServerThread, counted: Counted) -> None:
     with server.tcp() as raw:
         tls = RawTls(raw)
         assert HEADER.unpack_from(tls.receive()[1])[2] == WELCOME
@@ -239,7 +239,7 @@ def test_a_record_that_was_tampered_with_ends_the_connection(server: ServerThrea
     counted.are(bad_record=1)
 
 
-def test_a_record_longer_than_allowed_ends_the_connection(server: ServerThread, counted: Counted) -> None:
+def test_oversized_record_ends_the_connection(server: ServerThread, counted: Counted) -> None:
     with server.tcp() as raw:
         tls = RawTls(raw)
         tls.receive()
@@ -248,7 +248,7 @@ def test_a_record_longer_than_allowed_ends_the_connection(server: ServerThread, 
     counted.is_one_of("record_too_large", "bad_record")
 
 
-def test_plaintext_after_the_handshake_ends_the_connection(server: ServerThread) -> None:
+def test_plaintext_after_handshake_ends_the_connection(server: ServerThread) -> None:
     with server.tcp() as raw:
         tls = RawTls(raw)
         tls.receive()
@@ -262,7 +262,7 @@ USUAL_TIMEOUT = TlsConfig().handshake_timeout
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 5, 50, -1])
-def test_half_a_hello_and_silence_is_closed_at_the_timeout(
+def test_truncated_hello_is_closed_at_the_timeout(
     server: ServerThread, counted: Counted, size: int
 ) -> None:
     started = time.monotonic()
@@ -272,7 +272,7 @@ def test_half_a_hello_and_silence_is_closed_at_the_timeout(
     counted.are(handshake_timeout=1)
 
 
-def test_dripping_bytes_gain_nothing(server: ServerThread, counted: Counted) -> None:
+def test_dripping_handshake_bytes_do_not_extend_the_timeout(server: ServerThread, counted: Counted) -> None:
     started = time.monotonic()
     with while_impatient(server), server.tcp() as connection:
         connection.settimeout(0.02)
@@ -292,7 +292,7 @@ def test_dripping_bytes_gain_nothing(server: ServerThread, counted: Counted) -> 
     counted.are(handshake_timeout=1)
 
 
-def test_a_handshake_that_is_not_finished_is_closed_at_the_timeout(
+def test_unfinished_handshake_is_closed_at_the_timeout(
     server: ServerThread, counted: Counted
 ) -> None:
     with while_impatient(server), server.tcp() as raw:
@@ -301,7 +301,7 @@ def test_a_handshake_that_is_not_finished_is_closed_at_the_timeout(
     counted.are(handshake_timeout=1)
 
 
-def test_a_hello_byte_by_byte_is_a_hello(server: ServerThread) -> None:
+def test_client_hello_byte_by_byte_is_accepted(server: ServerThread) -> None:
     class Drip(socket.socket):
         """Sends each byte on its own."""
 
@@ -333,7 +333,7 @@ def has_ended(server: ServerThread, connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("request_answers", [False, True])
-def test_a_flood_of_key_updates_is_ended(
+def test_key_update_flood_ends_the_connection(
     server: ServerThread, counted: Counted, request_answers: bool
 ) -> None:
     with server.tcp() as raw:
@@ -348,7 +348,7 @@ def test_a_flood_of_key_updates_is_ended(
     counted.are(barren_records=1)
 
 
-def test_key_updates_now_and_then_are_answered_and_harmless(server: ServerThread, counted: Counted) -> None:
+def test_occasional_key_updates_are_answered(server: ServerThread, counted: Counted) -> None:
     with server.tcp() as raw:
         tls = RawTls(raw)
         salt = HEADER.unpack_from(tls.receive()[1])[6]
@@ -366,7 +366,7 @@ def test_key_updates_now_and_then_are_answered_and_harmless(server: ServerThread
     counted.are()
 
 
-def test_a_flood_of_empty_records_is_ended(server: ServerThread) -> None:
+def test_empty_record_flood_ends_the_connection(server: ServerThread) -> None:
     with server.tcp() as raw:
         tls = RawTls(raw)
         tls.receive()

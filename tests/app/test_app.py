@@ -35,7 +35,7 @@ def complaint(function: Callable[..., Any], **params: Any) -> str:
 # --- registering -----------------------------------------------------------------------------------------
 
 
-def test_the_decorator_registers_the_function_and_leaves_it_as_it_is() -> None:
+def test_decorator_registers_and_returns_the_function() -> None:
     app = App()
 
     @app.method("greet", public=True)
@@ -55,7 +55,7 @@ def test_the_decorator_registers_the_function_and_leaves_it_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "a.b_c.9", ".", "x" * METHOD_MAX_LENGTH])
-def test_a_name_of_the_allowed_characters_is_taken(name: str) -> None:
+def test_valid_method_name_is_accepted(name: str) -> None:
     app = App()
     app.method(name)(lambda: None)
     assert [method.name for method in app] == [name]
@@ -64,13 +64,13 @@ def test_a_name_of_the_allowed_characters_is_taken(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["", "x" * (METHOD_MAX_LENGTH + 1), "Upper", "a-b", "a b", "ä", "a/b", "a\n"]
 )
-def test_a_malformed_name_is_refused(name: str) -> None:
+def test_malformed_method_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="must be 1 to 128 characters of a-z 0-9 _"):
         App().method(name)(lambda: None)
 
 
 @pytest.mark.parametrize("name", ["session.open", "session.x", "server.info", "device.enroll", "server."])
-def test_the_protocols_own_names_are_reserved(name: str) -> None:
+def test_reserved_method_name_is_refused(name: str) -> None:
     app = App()
     with pytest.raises(ValueError, match="are reserved for the protocol"):
         app.method(name)(lambda: None)
@@ -80,13 +80,13 @@ def test_the_protocols_own_names_are_reserved(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sessions.open", "server", "session", "my.session.open"])
-def test_names_that_only_resemble_the_protocols_are_free(name: str) -> None:
+def test_similar_to_reserved_name_is_accepted(name: str) -> None:
     app = App()
     app.method(name)(lambda: None)
     assert len(app) == 1
 
 
-def test_a_name_can_be_taken_once() -> None:
+def test_duplicate_method_name_is_refused() -> None:
     app = App()
     app.method("m")(lambda: 1)
     with pytest.raises(ValueError, match="'m' is registered twice"):
@@ -94,7 +94,7 @@ def test_a_name_can_be_taken_once() -> None:
     assert next(iter(app)).function() == 1
 
 
-def test_a_method_is_not_for_everyone_and_for_operators_at_once() -> None:
+def test_public_operator_method_is_refused() -> None:
     with pytest.raises(ValueError, match="choose public or operator"):
         App().method("m", public=True, operator=True)(lambda: None)
 
@@ -129,7 +129,7 @@ async def async_generator() -> AsyncIterator[int]:
         (async_generator, "not yield it"),
     ],
 )
-def test_a_function_that_cannot_be_served_is_refused_when_it_is_registered(
+def test_unservable_function_is_refused_at_registration(
     function: Callable[..., Any], reason: str
 ) -> None:
     with pytest.raises(TypeError, match=reason):
@@ -139,14 +139,14 @@ def test_a_function_that_cannot_be_served_is_refused_when_it_is_registered(
 # --- arguments -------------------------------------------------------------------------------------------
 
 
-def test_parameters_come_by_name_and_keep_their_defaults() -> None:
+def test_parameters_are_passed_by_name_and_keep_defaults() -> None:
     def function(a: int, b: str = "x", *, c: bool = False) -> None: ...
 
     assert bind(function, a=1) == {"a": 1}
     assert bind(function, c=True, a=1, b="y") == {"a": 1, "b": "y", "c": True}
 
 
-def test_what_is_missing_or_unknown_or_wrong_is_named() -> None:
+def test_missing_unknown_or_wrong_parameter_is_named() -> None:
     def function(b: int, a: int, c: int = 0) -> None: ...
 
     assert complaint(function) == "missing parameter 'a'"
@@ -156,7 +156,7 @@ def test_what_is_missing_or_unknown_or_wrong_is_named() -> None:
     assert complaint(function, **{"a secret text": 1}) == "unknown parameter (not an identifier)"
 
 
-def test_dataclasses_and_any_are_parameters() -> None:
+def test_dataclass_and_any_parameters_are_accepted() -> None:
     def function(point: Point, whatever, more: Annotated[int, "an extra"] = 0) -> None: ...  # type: ignore[no-untyped-def]
 
     assert bind(function, point={"x": 1}, whatever=b"w", more=2) == {
@@ -167,7 +167,7 @@ def test_dataclasses_and_any_are_parameters() -> None:
     assert complaint(function, point={"x": 1, "y": None}, whatever=0) == "point.y must be an int"
 
 
-def test_a_function_of_keywords_takes_whatever_comes() -> None:
+def test_keyword_function_receives_unchecked_params() -> None:
     def function(**params: Any) -> None: ...
 
     assert Method("m", function).is_unchecked
@@ -175,7 +175,7 @@ def test_a_function_of_keywords_takes_whatever_comes() -> None:
     assert bind(function) == {}
 
 
-def test_one_that_may_return_a_coroutine_never_goes_the_shortest_way() -> None:
+def test_method_that_may_wait_is_never_unchecked() -> None:
     def function(**params: Any) -> Any:
         return params
 
@@ -192,7 +192,7 @@ def test_named_parameters_beside_keywords_are_checked() -> None:
     assert not Method("m", function).is_unchecked
 
 
-def test_an_annotation_of_the_keywords_holds_for_each() -> None:
+def test_annotation_of_keywords_checks_each_value() -> None:
     def function(**counts: int) -> None: ...
 
     assert bind(function, a=1, b=2) == {"a": 1, "b": 2}
@@ -200,7 +200,7 @@ def test_an_annotation_of_the_keywords_holds_for_each() -> None:
     assert complaint(function, **{"a secret text": "x"}) == "parameter (not an identifier) must be an int"
 
 
-def test_the_context_is_not_the_callers_to_give() -> None:
+def test_caller_cannot_pass_the_context() -> None:
     def checked(context: Context, a: int = 0) -> None: ...
     def open_to_all(ctx: Context, **rest: Any) -> None: ...
 
@@ -211,7 +211,7 @@ def test_the_context_is_not_the_callers_to_give() -> None:
     assert not Method("m", open_to_all).is_unchecked
 
 
-def test_parameters_are_listed_as_callers_see_them() -> None:
+def test_parameters_are_listed_for_callers() -> None:
     def function(a: int, context: Context, b: list[Point] | None = None, **rest: str) -> None: ...
 
     assert Method("m", function).params == [
@@ -246,7 +246,7 @@ class AsyncCall:
         return n
 
 
-def test_bound_methods_are_methods() -> None:
+def test_bound_method_can_be_registered() -> None:
     counter = Counter()
     method = Method("m", counter.add)
     assert method.function(**method.bind({"n": 2})) == 2
@@ -254,14 +254,14 @@ def test_bound_methods_are_methods() -> None:
     assert complaint(counter.add, n="x") == "n must be an int"
 
 
-def test_objects_that_can_be_called_are_methods() -> None:
+def test_callable_object_can_be_registered() -> None:
     assert complaint(Counter(), n="x") == "n must be an int"
     assert not Method("m", Counter()).is_async
     assert Method("m", AsyncCall()).is_async
     assert complaint(AsyncCall(), n="x") == "n must be an int"
 
 
-def test_partials_are_methods() -> None:
+def test_partial_can_be_registered() -> None:
     def add(a: int, b: int) -> int:
         return a + b
 
@@ -275,7 +275,7 @@ def test_partials_are_methods() -> None:
     assert Method("m", functools.partial(functools.partial(later), b=1)).is_async
 
 
-def test_a_decorated_function_shows_the_parameters_of_the_original() -> None:
+def test_decorated_function_keeps_its_parameters() -> None:
     def logged(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:

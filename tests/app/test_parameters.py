@@ -107,16 +107,16 @@ def complaint(annotation: Any, value: Any) -> str:
         (float, 1.5),
     ],
 )
-def test_a_value_of_the_annotated_type_is_handed_on_as_it_is(annotation: Any, value: Any) -> None:
+def test_value_of_annotated_type_is_passed_unchanged(annotation: Any, value: Any) -> None:
     assert accepted(annotation, value) == value
     assert type(accepted(annotation, value)) is type(value)
 
 
-def test_a_parameter_without_annotation_takes_anything() -> None:
+def test_parameter_without_annotation_accepts_any_value() -> None:
     assert accepted(inspect.Parameter.empty, SECRET) == SECRET
 
 
-def test_an_int_becomes_a_float_and_nothing_else_is_coerced() -> None:
+def test_only_int_is_converted_to_float() -> None:
     number = accepted(float, 3)
     assert number == 3.0
     assert type(number) is float
@@ -147,7 +147,7 @@ def test_an_int_becomes_a_float_and_nothing_else_is_coerced() -> None:
         (Point, [SECRET], "p must be a map"),
     ],
 )
-def test_another_type_is_refused_with_the_name_of_the_parameter(
+def test_wrong_type_is_refused_by_parameter_name(
     annotation: Any, value: Any, expected: str
 ) -> None:
     assert complaint(annotation, value) == expected
@@ -156,27 +156,27 @@ def test_another_type_is_refused_with_the_name_of_the_parameter(
 # --- containers ------------------------------------------------------------------------------------------
 
 
-def test_the_element_that_does_not_fit_is_named_by_its_place() -> None:
+def test_wrong_list_element_is_named_by_index() -> None:
     assert accepted(list[int], [1, 2]) == [1, 2]
     assert complaint(list[int], [1, SECRET]) == "p[1] must be an int"
     assert complaint(list[list[str]], [["a"], ["b", 3]]) == "p[1][1] must be a str"
 
 
-def test_list_elements_are_coerced_as_single_values_are() -> None:
+def test_list_of_int_becomes_list_of_float() -> None:
     assert [type(number) for number in accepted(list[float], [1, 2.5])] == [float, float]
 
 
-def test_map_values_are_checked_and_named_by_their_key() -> None:
+def test_wrong_map_value_is_named_by_key() -> None:
     assert accepted(dict[str, int], {"a": 1}) == {"a": 1}
     assert complaint(dict[str, int], {"a": 1, "b": SECRET}) == "p['b'] must be an int"
 
 
-def test_a_map_key_that_is_no_identifier_is_not_repeated() -> None:
+def test_map_key_is_quoted_only_if_identifier() -> None:
     assert complaint(dict[str, int], {SECRET: "x"}) == "p[(not an identifier)] must be an int"
     assert complaint(dict[str, int], {"\x1b[31m": "x"}) == "p[(not an identifier)] must be an int"
 
 
-def test_a_name_is_shown_bounded() -> None:
+def test_long_name_is_truncated_in_message() -> None:
     assert quoted("a" * 500) == "'" + "a" * 64 + "'"
     assert quoted("") == "(not an identifier)"
 
@@ -185,24 +185,24 @@ def test_a_name_is_shown_bounded() -> None:
 
 
 @pytest.mark.parametrize("annotation", [int | None, Optional[int], Union[int, None]])  # noqa: UP007, UP045
-def test_every_spelling_of_an_optional_is_known(annotation: Any) -> None:
+def test_optional_is_accepted_in_every_spelling(annotation: Any) -> None:
     assert accepted(annotation, None) is None
     assert accepted(annotation, 4) == 4
     assert complaint(annotation, SECRET) == "p must be int | None"
 
 
-def test_a_union_takes_the_first_member_that_fits() -> None:
+def test_union_uses_first_matching_member() -> None:
     assert type(accepted(int | float, 3)) is int
     assert accepted(int | str | list[int], [1]) == [1]
     assert accepted(Point | Even, {"number": 4}) == Even(4)
 
 
-def test_a_union_tells_what_is_wrong_inside_the_member_that_nearly_fits() -> None:
+def test_union_reports_fault_inside_container() -> None:
     assert complaint(list[int] | None, [1, SECRET]) == "p[1] must be an int"
     assert complaint(Point | None, {"x": SECRET}) == "p.x must be an int"
 
 
-def test_a_literal_is_matched_by_value_and_type() -> None:
+def test_literal_matches_value_and_type() -> None:
     annotation = Literal["red", "green", 1]
     assert accepted(annotation, "red") == "red"
     assert accepted(annotation, 1) == 1
@@ -214,36 +214,36 @@ def test_a_literal_is_matched_by_value_and_type() -> None:
 # --- dataclasses -----------------------------------------------------------------------------------------
 
 
-def test_a_map_becomes_a_dataclass_with_its_defaults() -> None:
+def test_map_becomes_dataclass_with_defaults() -> None:
     assert accepted(Point, {"x": 1}) == Point(1, 0)
     assert accepted(Point, {"x": 1, "y": 2}) == Point(1, 2)
     assert accepted(Nothing, {}) == Nothing()
 
 
-def test_dataclasses_nest() -> None:
+def test_nested_dataclass_is_built() -> None:
     line = accepted(Line, {"start": {"x": 1}, "end": {"x": 2, "y": 3}, "labels": ["a"]})
     assert line == Line(start=Point(1), end=Point(2, 3), labels=["a"])
     assert complaint(Line, {"start": {"x": 1, "y": SECRET}}) == "p.start.y must be an int"
     assert complaint(list[Line], [{"start": {"x": 1}}, {"start": {}}]) == "p[1].start.x is missing"
 
 
-def test_a_field_that_is_missing_or_unknown_is_named() -> None:
+def test_missing_or_unknown_field_is_named() -> None:
     assert complaint(Point, {}) == "p.x is missing"
     assert complaint(Point, {"x": 1, "z": SECRET}) == "p.'z' is unknown"
     assert complaint(Point, {"x": 1, SECRET: 1}) == "p.(not an identifier) is unknown"
     assert complaint(Nothing, {"a": 1}) == "p.'a' is unknown"
 
 
-def test_of_several_missing_fields_the_first_is_named() -> None:
+def test_first_missing_field_is_named() -> None:
     many = dataclasses.make_dataclass("Many", [(name, int) for name in "qwertz"])
     assert complaint(many, {"q": 1}) == "p.w is missing"
 
 
-def test_a_field_that_the_constructor_does_not_take_cannot_be_set() -> None:
+def test_field_outside_constructor_is_unknown() -> None:
     assert complaint(Line, {"start": {"x": 1}, "length": 1.0}) == "p.'length' is unknown"
 
 
-def test_a_dataclass_may_contain_itself() -> None:
+def test_recursive_dataclass_is_checked() -> None:
     tree = accepted(Tree, {"value": 1, "children": [{"value": 2, "children": [{"value": 3}]}]})
     assert tree == Tree(1, [Tree(2, [Tree(3)])])
     assert (
@@ -251,7 +251,7 @@ def test_a_dataclass_may_contain_itself() -> None:
     )
 
 
-def test_two_dataclasses_may_contain_each_other() -> None:
+def test_mutually_recursive_dataclasses_are_checked() -> None:
     assert accepted(Husband, {"wife": {"husband": {}}}) == Husband(Wife(Husband()))
     assert (
         complaint(Wife, {"husband": {"wife": {"husband": 3}}})
@@ -259,12 +259,12 @@ def test_two_dataclasses_may_contain_each_other() -> None:
     )
 
 
-def test_what_a_dataclass_itself_refuses_is_told_without_its_words() -> None:
+def test_value_error_of_dataclass_hides_its_message() -> None:
     assert accepted(Even, {"number": 2}) == Even(2)
     assert complaint(Even, {"number": 3}) == "p is not acceptable"
 
 
-def test_a_call_error_of_a_dataclass_is_the_answer() -> None:
+def test_call_error_of_dataclass_is_the_answer() -> None:
     with pytest.raises(FailedPrecondition) as raised:
         accepted(Open, {"door": "closed"})
     assert raised.value.message == "open the door first"
@@ -327,12 +327,12 @@ class Page(Generic[T]):
         "int",
     ],
 )
-def test_a_type_that_cannot_be_checked_is_refused(annotation: Any) -> None:
+def test_uncheckable_annotation_is_refused(annotation: Any) -> None:
     with pytest.raises(TypeError):
         checker_for(annotation)
 
 
-def test_a_refused_dataclass_is_refused_every_time() -> None:
+def test_uncheckable_dataclass_is_refused_every_time() -> None:
     for _ in range(2):
         with pytest.raises(TypeError):
             checker_for(Deep)
@@ -356,15 +356,15 @@ def test_a_refused_dataclass_is_refused_every_time() -> None:
         (Point, "Point"),
     ],
 )
-def test_a_type_is_described_as_people_write_it(annotation: Any, expected: str) -> None:
+def test_type_is_described_as_in_source(annotation: Any, expected: str) -> None:
     assert describe(annotation) == expected
 
 
-def test_a_type_is_described_without_the_module_it_is_in() -> None:
+def test_type_description_omits_module() -> None:
     assert describe(list[Point]) == "list[Point]"
     assert describe(dict[str, Point | None]) == "dict[str, Point | None]"
     assert describe(list) == "list"
 
 
-def test_a_missing_annotation_is_any() -> None:
+def test_missing_annotation_is_described_as_any() -> None:
     assert describe(inspect.Parameter.empty) == "Any"

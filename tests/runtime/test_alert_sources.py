@@ -47,7 +47,7 @@ def about(alerts: ServerAlerts) -> set[tuple[AlertKind, str]]:
         ("revocations.not_kept", {"reason": "it is full", "pending": 9}, AlertKind.REVOCATIONS_NOT_KEPT, ""),
     ],
 )
-def test_what_happens_to_the_store_is_an_alert(
+def test_store_event_raises_alert(
     alerts: ServerAlerts, event: str, values: dict[str, Any], kind: AlertKind, named: str
 ) -> None:
     tell_store(alerts, event, values)
@@ -57,7 +57,7 @@ def test_what_happens_to_the_store_is_an_alert(
         assert "it is full" in alert.title
 
 
-def test_a_store_that_is_back_ends_both_alerts(alerts: ServerAlerts) -> None:
+def test_store_recovery_resolves_both_alerts(alerts: ServerAlerts) -> None:
     tell_store(alerts, "store.degraded", {"reason": "it is full"})
     tell_store(alerts, "store.grace_over", {"reason": "it is full"})
     assert len(alerts.center.open_alerts()) == 2
@@ -66,7 +66,7 @@ def test_a_store_that_is_back_ends_both_alerts(alerts: ServerAlerts) -> None:
     assert {alert.title for alert in alerts.center.history()} == {"the store of sessions answers again"}
 
 
-def test_what_nobody_has_to_know_is_none(alerts: ServerAlerts) -> None:
+def test_harmless_store_event_raises_no_alert(alerts: ServerAlerts) -> None:
     tell_store(alerts, "store.close_failed", {"reason": "x"})
     assert alerts.center.open_alerts() == []
 
@@ -88,7 +88,7 @@ def notice(kind: NoticeKind, what: str = "/c.crt", days: int | None = None) -> N
         *((1, Severity.CRITICAL), (0, Severity.CRITICAL)),
     ],
 )
-def test_the_end_of_a_certificate_gets_graver(alerts: ServerAlerts, days: int, severity: Severity) -> None:
+def test_certificate_expiry_severity_increases(alerts: ServerAlerts, days: int, severity: Severity) -> None:
     tell_certificate(alerts, notice(NoticeKind.EXPIRY, days=days))
     assert open_now(alerts) == [(AlertKind.CERTIFICATE_EXPIRY, "/c.crt", severity)]
     tell_certificate(alerts, notice(NoticeKind.EXPIRY_ENDED, "/other.crt", days=90))
@@ -98,7 +98,7 @@ def test_the_end_of_a_certificate_gets_graver(alerts: ServerAlerts, days: int, s
 
 
 @pytest.mark.requirement("expiry_alerts")
-def test_each_threshold_is_told(alerts: ServerAlerts) -> None:
+def test_each_expiry_threshold_sends_a_message(alerts: ServerAlerts) -> None:
     for days in (30, 14, 7, 3, 1, 0):
         tell_certificate(alerts, notice(NoticeKind.EXPIRY, days=days))
     assert alerts.center.told[AlertKind.CERTIFICATE_EXPIRY] == 6
@@ -111,7 +111,7 @@ def test_each_threshold_is_told(alerts: ServerAlerts) -> None:
         (NoticeKind.FILES_BAD, NoticeKind.FILES_RECOVERED, AlertKind.CERTIFICATE_FILES),
     ],
 )
-def test_what_fails_is_told_until_it_works(
+def test_failure_alert_lasts_until_recovery(
     alerts: ServerAlerts, begins: NoticeKind, ends: NoticeKind, kind: AlertKind
 ) -> None:
     tell_certificate(alerts, notice(begins, "/a"))
@@ -122,7 +122,7 @@ def test_what_fails_is_told_until_it_works(
     assert about(alerts) == {(kind, "/b")}
 
 
-def test_each_notice_is_an_alert_or_good_news(alerts: ServerAlerts) -> None:
+def test_every_certificate_notice_is_classified(alerts: ServerAlerts) -> None:
     told = {}
     for kind in NoticeKind:
         before = sum(alerts.center.raised.values())
@@ -135,7 +135,7 @@ def test_each_notice_is_an_alert_or_good_news(alerts: ServerAlerts) -> None:
 # --- sessions ---------------------------------------------------------------------------------------------------
 
 
-def test_each_session_with_a_stolen_token_is_told_of_once(alerts: ServerAlerts) -> None:
+def test_refresh_reuse_raises_one_alert_per_session(alerts: ServerAlerts) -> None:
     for _ in range(3):
         tell_refresh_reused(alerts, "abc", "192.0.2.7")
     tell_refresh_reused(alerts, "def", "192.0.2.8")
@@ -143,7 +143,7 @@ def test_each_session_with_a_stolen_token_is_told_of_once(alerts: ServerAlerts) 
     assert found == {"abc": (3, "192.0.2.7"), "def": (1, "192.0.2.8")}
 
 
-def test_a_revocation_of_nothing_is_none(alerts: ServerAlerts) -> None:
+def test_revocation_of_no_session_raises_no_alert(alerts: ServerAlerts) -> None:
     tell_revoked(alerts, "operator ada", 0, False)
     assert alerts.center.open_alerts() == []
     tell_revoked(alerts, "operator ada", 2, False)
@@ -154,7 +154,7 @@ def test_a_revocation_of_nothing_is_none(alerts: ServerAlerts) -> None:
 # --- all of them ------------------------------------------------------------------------------------------------
 
 
-def test_each_kind_is_raised_somewhere() -> None:
+def test_every_alert_kind_is_raised_in_the_code() -> None:
     """A kind in the catalogue that nothing raises would be a promise that is not kept."""
     used: set[str] = set()
     for path in sorted((ROOT / "zcproto").rglob("*alert*.py")) + sorted(

@@ -103,7 +103,7 @@ def refused(call: Callable[[], object]) -> int:
     return caught.value.code
 
 
-def test_a_replay_is_told_by_a_signed_message(watch: Watch) -> None:
+def test_replay_sends_signed_webhook_message(watch: Watch) -> None:
     watched = watch()
     with watched.server.client("ada") as client:
         frame = client.request("echo", {})
@@ -119,7 +119,7 @@ def test_a_replay_is_told_by_a_signed_message(watch: Watch) -> None:
     assert message["source"].endswith(f":{watched.server.port}")
 
 
-def test_stale_frames_are_told_when_they_are_many(watch: Watch) -> None:
+def test_many_stale_frames_raise_alert(watch: Watch) -> None:
     watched = watch(alerts__stale_frames=3)
     with watched.server.client("ada") as client:
         for _ in range(3):
@@ -128,7 +128,7 @@ def test_stale_frames_are_told_when_they_are_many(watch: Watch) -> None:
 
 
 @pytest.mark.requirement("alerting")
-def test_tls_failures_are_told_by_cause(watch: Watch) -> None:
+def test_tls_failures_raise_alert_by_cause(watch: Watch) -> None:
     watched = watch(alerts__tls_failures=2)
     stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     trustme.CA().configure_trust(stranger)
@@ -145,7 +145,7 @@ def test_tls_failures_are_told_by_cause(watch: Watch) -> None:
     assert [each["alert"]["about"] for each in watched.messages()] == ["peer_rejected_certificate"]
 
 
-def test_throttled_logins_are_told_when_they_are_many(watch: Watch) -> None:
+def test_many_throttled_logins_raise_alert(watch: Watch) -> None:
     watched = watch(limits__login_failures=1, alerts__throttled_logins=3)
     with watched.server.client() as client:
         params = {"scheme": "api_key", "user": "ada", "key": "wrong"}
@@ -156,7 +156,7 @@ def test_throttled_logins_are_told_when_they_are_many(watch: Watch) -> None:
 
 @pytest.mark.requirement("alerting")
 @pytest.mark.parametrize("url", ["memory", "sqlite"])
-def test_a_spent_refresh_token_is_told_with_its_session(watch: Watch, url: str) -> None:
+def test_refresh_token_reuse_raises_alert_with_session(watch: Watch, url: str) -> None:
     watched = watch(store__url=url, sessions__refresh_grace="0s")
     with watched.server.client("ada") as client:
         spent = client.opened["refresh_token"]
@@ -169,7 +169,7 @@ def test_a_spent_refresh_token_is_told_with_its_session(watch: Watch, url: str) 
 
 
 @pytest.mark.requirement("alerting")
-def test_what_operators_revoke_is_told(watch: Watch) -> None:
+def test_revocation_by_operator_raises_alert(watch: Watch) -> None:
     watched = watch()
     with watched.server.client("ada"), watched.server.client("operator") as operator:
         operator.call("server.revoke", {"user": "nobody"})  # nothing has happened
@@ -183,7 +183,7 @@ def test_what_operators_revoke_is_told(watch: Watch) -> None:
 @pytest.mark.parametrize(
     ("wanted", "told"), [("any", ["info", "warning"]), ("operators", ["warning"]), ("rate", [])]
 )
-def test_which_revocations_are_told_can_be_chosen(watch: Watch, wanted: str, told: list[str]) -> None:
+def test_revocation_alerts_follow_the_setting(watch: Watch, wanted: str, told: list[str]) -> None:
     watched = watch(alerts__revocations=wanted)
     with watched.server.client("ada") as one, watched.server.client("operator") as operator:
         with watched.server.client("ada") as other:
@@ -194,7 +194,7 @@ def test_which_revocations_are_told_can_be_chosen(watch: Watch, wanted: str, tol
     assert [each["alert"]["severity"] for each in watched.messages()] == told
 
 
-def test_very_many_revocations_are_told_and_closing_is_none(watch: Watch) -> None:
+def test_many_revocations_raise_alert_but_closing_does_not(watch: Watch) -> None:
     watched = watch(alerts__revocation_rate=5, alerts__revocations="rate")
     with watched.server.client("operator") as operator, ExitStack() as stack:
         for _ in range(6):
@@ -209,7 +209,7 @@ def test_very_many_revocations_are_told_and_closing_is_none(watch: Watch) -> Non
     assert watched.server.in_loop(lambda: watched.server.server.state.revoked) == 5
 
 
-def test_a_user_who_is_removed_is_told(watch: Watch, tmp_path: Path) -> None:
+def test_removed_user_raises_alert(watch: Watch, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     users = UserFile(home / "users.toml")
@@ -223,7 +223,7 @@ def test_a_user_who_is_removed_is_told(watch: Watch, tmp_path: Path) -> None:
 
 
 @pytest.mark.requirement("recovery")
-def test_a_store_that_is_out_and_back_is_told(watch: Watch) -> None:
+def test_store_outage_and_recovery_raise_and_resolve_alert(watch: Watch) -> None:
     watched = watch(store__url="sqlite", store__grace="0s")
     server = watched.server.server
     keeper: Any = server.state.sessions._keeper  # type: ignore[attr-defined]
@@ -242,7 +242,7 @@ def test_a_store_that_is_out_and_back_is_told(watch: Watch) -> None:
     assert ended["ended_at"] >= ended["began_at"]
 
 
-def test_a_damaged_file_of_sessions_is_told(watch: Watch, tmp_path: Path) -> None:
+def test_damaged_sessions_file_raises_alert(watch: Watch, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     (home / "sessions.db").write_bytes(b"no database" * 1_000)
@@ -255,7 +255,7 @@ def test_a_damaged_file_of_sessions_is_told(watch: Watch, tmp_path: Path) -> Non
 
 
 @pytest.mark.requirement("alerting")
-def test_a_renewal_that_fails_is_told_and_its_end(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_renewal_raises_alert_until_recovery(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = watch(certificates__watch_interval="1h")
     server = watched.server
     with monkeypatch.context() as patched:
@@ -279,7 +279,7 @@ def test_a_renewal_that_fails_is_told_and_its_end(watch: Watch, monkeypatch: pyt
     assert watched.until("certificate.expiry", "ended")["about"] == first["about"]
 
 
-def test_files_that_are_bad_are_told_until_they_are_good(
+def test_bad_certificate_files_raise_alert_until_fixed(
     watch: Watch, tmp_path: Path, server_pairs: ServerPairs
 ) -> None:
     pair = server_pairs.ecdsa
@@ -300,7 +300,7 @@ def test_files_that_are_bad_are_told_until_they_are_good(
     watched.until("certificate.files_bad", "ended")
 
 
-def test_certificates_that_do_not_prove_themselves_are_told(
+def test_certificate_that_fails_its_test_raises_alert(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = watch(certificates__watch_interval="1h")
@@ -325,7 +325,7 @@ def raise_one(watched: Watched, kind: AlertKind = AlertKind.STORE_EMPTIED) -> No
     watched.server.in_loop(lambda: watched.alerts.raise_(kind, "so it is"))
 
 
-def test_what_failed_at_first_arrives_later_and_with_the_same_id(watch: Watch) -> None:
+def test_failed_webhook_is_retried_with_the_same_id(watch: Watch) -> None:
     watched = watch(answer(503), answer(200))
     raise_one(watched)
     first, second = watched.receiver.until(2)[:2]
@@ -333,7 +333,7 @@ def test_what_failed_at_first_arrives_later_and_with_the_same_id(watch: Watch) -
     eventually(lambda: watched.alerts.queues[0].delivered == 1)
 
 
-def test_what_waits_is_delivered_at_the_end(watch: Watch) -> None:
+def test_queued_alerts_are_delivered_on_shutdown(watch: Watch) -> None:
     watched = watch()
     watched.server.in_loop(
         lambda: [watched.alerts.raise_(AlertKind.CERTIFICATE_FILES, "bad", about=str(n)) for n in range(5)]
@@ -342,7 +342,7 @@ def test_what_waits_is_delivered_at_the_end(watch: Watch) -> None:
     assert len(watched.messages()) == 5
 
 
-def test_one_that_hangs_holds_up_neither_calls_nor_the_end(
+def test_hanging_webhook_delays_neither_calls_nor_shutdown(
     watch: Watch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watched = watch(hang, alerts__webhook_timeout="1m")
@@ -357,7 +357,7 @@ def test_one_that_hangs_holds_up_neither_calls_nor_the_end(
 
 
 @pytest.mark.requirement("alerting")
-def test_a_command_gets_what_the_webhook_gets(watch: Watch, tmp_path: Path) -> None:
+def test_command_receives_the_webhook_message(watch: Watch, tmp_path: Path) -> None:
     place = tmp_path / "alerts.jsonl"
     watched = watch(alerts__command=["/bin/sh", "-c", f"cat >> {place}"])
     raise_one(watched)
@@ -375,7 +375,7 @@ def test_a_command_gets_what_the_webhook_gets(watch: Watch, tmp_path: Path) -> N
         (0o600, "", "16 to 4096"),
     ],
 )
-def test_a_secret_that_is_none_keeps_the_server_from_listening(
+def test_bad_webhook_secret_prevents_start(
     tmp_path: Path, certs: Path, mode: int, text: str, said: str
 ) -> None:
     secret = tmp_path / "key"
@@ -387,12 +387,12 @@ def test_a_secret_that_is_none_keeps_the_server_from_listening(
     assert text == "" or text not in str(caught.value)
 
 
-def test_a_command_that_is_none_keeps_the_server_from_listening(tmp_path: Path, certs: Path) -> None:
+def test_missing_alert_command_prevents_start(tmp_path: Path, certs: Path) -> None:
     with pytest.raises(ConfigError, match=r"alerts\.command: /no/such cannot be run"):
         ServerThread(tmp_path / "home", certs, alerts__command=["/no/such"]).start()
 
 
-def test_a_fault_of_ours_ends_no_watch(watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_internal_error_does_not_end_alert_watch(watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
     watched = watch()
     broken = True
 
@@ -417,12 +417,12 @@ def test_a_fault_of_ours_ends_no_watch(watch: Watch, capsys: pytest.CaptureFixtu
     watched.until("store.emptied")
 
 
-def test_a_server_that_does_not_start_leaves_no_task(tmp_path: Path, certs: Path) -> None:
+def test_failed_start_leaves_no_task(tmp_path: Path, certs: Path) -> None:
     with ServerThread(tmp_path / "home", certs) as server, contextlib.suppress(ConfigError):
         ServerThread(tmp_path / "other", certs, server__port=server.port).start()
 
 
-def test_alerts_are_among_the_metrics(watch: Watch) -> None:
+def test_alerts_are_exported_as_metrics(watch: Watch) -> None:
     watched = watch(answer(400))
     raise_one(watched)
     eventually(lambda: watched.alerts.queues[0].failures == 1)

@@ -75,7 +75,7 @@ def server(request: pytest.FixtureRequest, serve: Serve, gate: Gate) -> ServerTh
     return serve(gate.app, loop_factory=loop_factory)
 
 
-def test_idle_clients_get_goaway_and_close_notify_and_hold_nothing_up(server: ServerThread) -> None:
+def test_drain_closes_idle_clients_with_goaway_and_close_notify(server: ServerThread) -> None:
     clients = [server.client("ada") for _ in range(3)] + [server.client()]
     started = time.monotonic()
     server.begin_drain(30.0)
@@ -90,7 +90,7 @@ def test_idle_clients_get_goaway_and_close_notify_and_hold_nothing_up(server: Se
     assert server.server.state.counters.connections_ended == {"draining": 4}
 
 
-def test_many_connections_are_told_in_turns(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drain_sends_goaway_in_several_turns(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drain_module, "GOAWAYS_PER_TURN", 2)
     clients = [server.client() for _ in range(5)]
     server.begin_drain(30.0)
@@ -100,7 +100,7 @@ def test_many_connections_are_told_in_turns(server: ServerThread, monkeypatch: p
     server.join()
 
 
-def test_what_runs_is_finished_within_the_limit(server: ServerThread, gate: Gate) -> None:
+def test_drain_waits_for_running_methods(server: ServerThread, gate: Gate) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"), client.request("wait"))
         eventually(lambda: len(gate.running) == 2)
@@ -122,7 +122,7 @@ def test_what_runs_is_finished_within_the_limit(server: ServerThread, gate: Gate
     assert gate.cancelled == 0
 
 
-def test_what_is_cancelled_by_its_caller_lets_the_connection_end(server: ServerThread, gate: Gate) -> None:
+def test_request_cancelled_during_drain_ends_the_connection(server: ServerThread, gate: Gate) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))
         eventually(lambda: gate.running)
@@ -135,7 +135,7 @@ def test_what_is_cancelled_by_its_caller_lets_the_connection_end(server: ServerT
     server.join()
 
 
-def test_after_the_limit_what_runs_is_answered_cancelled(server: ServerThread, gate: Gate) -> None:
+def test_method_over_the_drain_limit_is_cancelled(server: ServerThread, gate: Gate) -> None:
     with server.client("ada") as client, server.client("eve") as idle:
         client.send(client.request("wait"), client.request("wait"))
         eventually(lambda: len(gate.running) == 2)
@@ -153,7 +153,7 @@ def test_after_the_limit_what_runs_is_answered_cancelled(server: ServerThread, g
     assert ended == {"draining": 1, "drain_timeout": 1}
 
 
-def test_no_limit_at_all_cancels_at_once(server: ServerThread, gate: Gate) -> None:
+def test_drain_without_limit_cancels_at_once(server: ServerThread, gate: Gate) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))
         eventually(lambda: gate.running)
@@ -163,7 +163,7 @@ def test_no_limit_at_all_cancels_at_once(server: ServerThread, gate: Gate) -> No
     server.join()
 
 
-def test_who_comes_while_it_drains_finds_nobody(server: ServerThread, gate: Gate) -> None:
+def test_connect_during_drain_is_refused(server: ServerThread, gate: Gate) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))
         eventually(lambda: gate.running)
@@ -177,7 +177,7 @@ def test_who_comes_while_it_drains_finds_nobody(server: ServerThread, gate: Gate
     server.join()
 
 
-def test_a_handshake_that_ends_while_it_drains_is_told_to_go(server: ServerThread, gate: Gate) -> None:
+def test_handshake_finished_during_drain_gets_goaway(server: ServerThread, gate: Gate) -> None:
     context = client_context(server.home / "certs" / "ca.crt")
     with server.client("ada") as client, server.tcp() as raw:
         server.until(lambda: server.server.parts.listener.connections == 2)
@@ -195,7 +195,7 @@ def test_a_handshake_that_ends_while_it_drains_is_told_to_go(server: ServerThrea
     server.join()
 
 
-def test_a_handshake_that_never_ends_does_not_outlive_the_server(
+def test_unfinished_handshake_is_aborted_at_the_end(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
@@ -209,7 +209,7 @@ def test_a_handshake_that_never_ends_does_not_outlive_the_server(
     assert len(server.server.parts.state.wheel) == 0
 
 
-def test_a_client_that_does_not_answer_close_notify_is_cut_off(
+def test_client_without_close_notify_is_reset(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
@@ -222,7 +222,7 @@ def test_a_client_that_does_not_answer_close_notify_is_cut_off(
     assert server.server.parts.listener.connections == 0
 
 
-def test_a_method_that_cannot_be_cancelled_does_not_hold_it_up_for_ever(
+def test_uncancellable_method_does_not_block_the_drain(
     server: ServerThread, gate: Gate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(drain_module, "CANCELLED_TIME", 0.02)
@@ -239,7 +239,7 @@ def test_a_method_that_cannot_be_cancelled_does_not_hold_it_up_for_ever(
     assert '"event":"server.methods_stuck"' in capsys.readouterr().err
 
 
-def test_draining_twice_at_once_is_one_drain(server: ServerThread, gate: Gate) -> None:
+def test_concurrent_drains_are_one_drain(server: ServerThread, gate: Gate) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))
         eventually(lambda: gate.running)
@@ -252,7 +252,7 @@ def test_draining_twice_at_once_is_one_drain(server: ServerThread, gate: Gate) -
     server.join()
 
 
-def test_a_drain_that_is_given_up_can_be_taken_up_again(server: ServerThread, gate: Gate) -> None:
+def test_cancelled_drain_can_be_repeated(server: ServerThread, gate: Gate) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))
         eventually(lambda: gate.running)
@@ -276,7 +276,7 @@ def prepared(tmp_path: Path, certs: Path) -> Path:
     return home
 
 
-async def test_a_server_is_an_async_context_manager(tmp_path: Path, certs: Path) -> None:
+async def test_server_is_an_async_context_manager(tmp_path: Path, certs: Path) -> None:
     home = prepared(tmp_path, certs)
     async with Server(config=configuration(home), home=home) as server:
         port = server.port
@@ -292,7 +292,7 @@ async def test_a_server_is_an_async_context_manager(tmp_path: Path, certs: Path)
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_an_exception_in_the_body_ends_the_server_too(tmp_path: Path, certs: Path) -> None:
+async def test_exception_in_the_body_drains_the_server(tmp_path: Path, certs: Path) -> None:
     home = prepared(tmp_path, certs)
     server = Server(config=configuration(home), home=home)
     with pytest.raises(LookupError):
@@ -301,7 +301,7 @@ async def test_an_exception_in_the_body_ends_the_server_too(tmp_path: Path, cert
     await server.wait_closed()
 
 
-async def test_a_server_that_never_started_has_nothing_to_drain(tmp_path: Path, certs: Path) -> None:
+async def test_drain_before_start_does_nothing(tmp_path: Path, certs: Path) -> None:
     home = prepared(tmp_path, certs)
     await Server(config=configuration(home), home=home).drain()
 

@@ -45,7 +45,7 @@ def environ() -> dict[str, str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_an_ordinary_user_cannot_look_into_the_process_of_its_own_user(environ: dict[str, str]) -> None:
+def test_process_memory_is_unreadable_for_the_same_user(environ: dict[str, str]) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", CHILD],
         stdin=subprocess.PIPE,
@@ -73,14 +73,14 @@ def test_an_ordinary_user_cannot_look_into_the_process_of_its_own_user(environ: 
     assert "Max core file size        0 " in limits
 
 
-def test_a_leftover_key_log_is_forgotten() -> None:
+def test_sslkeylogfile_is_removed_from_the_environment() -> None:
     environ = {"SSLKEYLOGFILE": "/tmp/keys", "PATH": "/bin"}
     assert forget_key_log(environ)
     assert environ == {"PATH": "/bin"}
     assert not forget_key_log(environ)
 
 
-def test_the_core_limit_is_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_core_limit_is_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[Any] = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (5, 9))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append((kind, pair)))
@@ -89,7 +89,7 @@ def test_the_core_limit_is_lowered_and_never_raised(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("uid", "events"), [(0, ["server.runs_as_root"]), (1000, [])])
-def test_root_is_told_to_be_another_user(
+def test_running_as_root_is_a_risk(
     monkeypatch: pytest.MonkeyPatch, uid: int, events: list[str]
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: uid)
@@ -98,7 +98,7 @@ def test_root_is_told_to_be_another_user(
     assert [risk.event for risk in harden({})] == events
 
 
-def test_where_there_is_no_prctl_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_prctl_is_a_risk(monkeypatch: pytest.MonkeyPatch) -> None:
     class NoLibrary:
         def __init__(self, *args: Any, **options: Any) -> None:
             pass

@@ -86,7 +86,7 @@ FILES = {
 @pytest.mark.requirement("first_run")
 @pytest.mark.parametrize("mode", [0o644, 0o620])
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_not_its_owners_alone_starts_nothing(home: Path, name: str, mode: int) -> None:
+def test_file_readable_by_others_prevents_start(home: Path, name: str, mode: int) -> None:
     settings = FILES[name](home)
     for path in (*home.iterdir(), *(home / "certs").iterdir()):
         if path.is_file():

@@ -24,7 +24,7 @@ from zcproto.observe.log import level
 from zcproto.runtime.server import Server
 
 
-def test_new_connections_get_new_limits_and_old_ones_keep_theirs(serve: Serve) -> None:
+def test_reload_applies_limits_to_future_connections(serve: Serve) -> None:
     server = serve(limits__max_streams=8, freshness__tolerance="30s")
     with server.client("ada") as old:
         reloaded = server.reload(limits__max_streams=2, freshness__tolerance="5s")
@@ -40,7 +40,7 @@ def test_new_connections_get_new_limits_and_old_ones_keep_theirs(serve: Serve) -
         assert old.is_open()
 
 
-def test_what_takes_a_restart_is_told_again_until_there_was_one(serve: Serve) -> None:
+def test_reload_reports_settings_that_need_a_restart(serve: Serve) -> None:
     server = serve()
     for _ in range(2):
         reloaded = server.reload(idempotency__keep="1h")
@@ -61,7 +61,7 @@ def test_what_takes_a_restart_is_told_again_until_there_was_one(serve: Serve) ->
         },
     ],
 )
-def test_a_bad_configuration_changes_nothing(serve: Serve, bad: dict[str, Any]) -> None:
+def test_reload_of_invalid_configuration_changes_nothing(serve: Serve, bad: dict[str, Any]) -> None:
     server = serve(sessions__per_user=3)
     config, settings = server.server.config, server.server.state.settings
     pins = server.in_loop(lambda: server.server.pins)
@@ -80,7 +80,7 @@ def test_a_bad_configuration_changes_nothing(serve: Serve, bad: dict[str, Any]) 
 
 
 @pytest.mark.requirement("expiration")
-def test_sessions_go_by_the_new_settings(serve: Serve) -> None:
+def test_reload_applies_session_settings(serve: Serve) -> None:
     server = serve(sessions__per_user=2, sessions__idle_timeout="1h")
     with server.client("ada") as one:
         server.reload(sessions__per_user=1, sessions__idle_timeout="2s", sessions__lifetime="1h")
@@ -97,7 +97,7 @@ def test_sessions_go_by_the_new_settings(serve: Serve) -> None:
         assert refused.value.code == Code.TOKEN_EXPIRED
 
 
-def test_a_session_in_a_store_goes_by_the_new_settings(serve: Serve) -> None:
+def test_reload_applies_session_settings_with_a_store(serve: Serve) -> None:
     server = serve(store__url="sqlite", sessions__per_user=5)
     with server.client("ada"):
         server.reload(sessions__per_user=1)
@@ -106,7 +106,7 @@ def test_a_session_in_a_store_goes_by_the_new_settings(serve: Serve) -> None:
             assert other.refused("session.open", params).code == Code.RESOURCE_EXHAUSTED
 
 
-def test_limits_of_connections_hold_for_those_to_come(serve: Serve) -> None:
+def test_reload_applies_connection_limits_to_future_connections(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as one, server.client("ben"):
         server.reload(limits__max_connections=1)
@@ -120,7 +120,7 @@ def test_limits_of_connections_hold_for_those_to_come(serve: Serve) -> None:
         server.client("eve").close()
 
 
-def test_guessing_is_slowed_down_by_the_new_limit(serve: Serve) -> None:
+def test_reload_applies_login_throttle(serve: Serve) -> None:
     server = serve(limits__login_failures=100)
     params = {"scheme": "api_key", "user": "ada", "key": "wrong"}
     with server.client() as client:
@@ -130,7 +130,7 @@ def test_guessing_is_slowed_down_by_the_new_limit(serve: Serve) -> None:
         assert client.refused("session.open", params).code == Code.RESOURCE_EXHAUSTED
 
 
-def test_an_answer_is_as_large_as_its_connection_was_told(serve: Serve) -> None:
+def test_reload_keeps_max_frame_of_existing_connections(serve: Serve) -> None:
     server = serve(limits__max_frame_bytes=200_000)
     with server.client("ada") as old:
         server.reload(limits__max_frame_bytes=50_000)
@@ -141,7 +141,7 @@ def test_an_answer_is_as_large_as_its_connection_was_told(serve: Serve) -> None:
         old.echo(size=150_000)
 
 
-def test_the_https_side_goes_by_the_new_settings(serve: Serve) -> None:
+def test_reload_applies_https_settings(serve: Serve) -> None:
     server = serve(http__metrics="open")
 
     def get(path: str) -> tuple[bytes, bytes]:
@@ -174,7 +174,7 @@ def test_the_https_side_goes_by_the_new_settings(serve: Serve) -> None:
 # --- certificates ------------------------------------------------------------------------------------------
 
 
-def test_certificates_get_other_names_without_a_pause(serve: Serve) -> None:
+def test_reload_replaces_certificates_without_interruption(serve: Serve) -> None:
     server = serve()
     names = server.in_loop(server.server.parts.certificate_names)
     assert "added.localhost" not in names
@@ -187,7 +187,7 @@ def test_certificates_get_other_names_without_a_pause(serve: Serve) -> None:
         old.echo()
 
 
-def test_timings_of_certificates_change_nothing_that_is_served(serve: Serve) -> None:
+def test_reload_of_certificate_timings_keeps_certificates(serve: Serve) -> None:
     server = serve(certificates__watch_interval="1h")
     leaf = server.in_loop(lambda: server.server.certificates[0].leaf_sha256)
     server.reload(certificates__watch_interval="200ms")
@@ -201,7 +201,7 @@ def test_timings_of_certificates_change_nothing_that_is_served(serve: Serve) -> 
     server.until(lambda: server.server.certificates[0].leaf_sha256 != leaf)
 
 
-def test_an_alert_of_certificates_that_are_no_more_ends(serve: Serve, tmp_path: Path) -> None:
+def test_reload_resolves_alerts_of_removed_certificates(serve: Serve, tmp_path: Path) -> None:
     server = serve()
     alerts = server.server.parts.alerts
 
@@ -215,7 +215,7 @@ def test_an_alert_of_certificates_that_are_no_more_ends(serve: Serve, tmp_path: 
     assert kinds == {AlertKind.STORE_DEGRADED}
 
 
-def test_a_reload_of_other_things_does_not_look_at_certificates(
+def test_reload_of_other_settings_does_not_check_certificates(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
@@ -224,7 +224,7 @@ def test_a_reload_of_other_things_does_not_look_at_certificates(
     assert server.server.parts.certificates._checker is checker
 
 
-def test_pins_of_clients_hold_for_the_next_handshake(serve: Serve) -> None:
+def test_reload_applies_client_pins_to_the_next_handshake(serve: Serve) -> None:
     server = serve(tls__client_auth="optional")
     assert server.server.parts.acceptor.client_pins == frozenset()
     reloaded = server.reload(tls__client_pins=["sha256/" + "A" * 43 + "="])
@@ -236,7 +236,7 @@ def test_pins_of_clients_hold_for_the_next_handshake(serve: Serve) -> None:
 # --- alerts ------------------------------------------------------------------------------------------------
 
 
-def test_a_command_for_alerts_can_be_added_and_taken_away(serve: Serve, tmp_path: Path) -> None:
+def test_reload_adds_and_removes_alert_command(serve: Serve, tmp_path: Path) -> None:
     server = serve()
     told = tmp_path / "told"
     command = ["/bin/sh", "-c", f"cat >> {told}"]
@@ -254,7 +254,7 @@ def test_a_command_for_alerts_can_be_added_and_taken_away(serve: Serve, tmp_path
     server.until(lambda: not alerts._ending)
 
 
-def test_a_threshold_that_changes_does_not_count_what_was_before(serve: Serve) -> None:
+def test_reload_of_alert_threshold_restarts_the_count(serve: Serve) -> None:
     server = serve(alerts__replays=1000, alerts__stale_frames=1000)
     alerts, counters = server.server.parts.alerts, server.server.state.counters
 
@@ -277,7 +277,7 @@ def test_a_threshold_that_changes_does_not_count_what_was_before(serve: Serve) -
 # --- whose configuration, and when --------------------------------------------------------------------------
 
 
-async def test_a_configuration_made_by_a_program_cannot_be_read_again(tmp_path: Path, certs: Path) -> None:
+async def test_reload_without_read_config_is_refused(tmp_path: Path, certs: Path) -> None:
     (tmp_path / "certs").symlink_to(certs)
     server = Server(config=configuration(tmp_path), home=tmp_path)
     assert not server.can_reload
@@ -288,7 +288,7 @@ async def test_a_configuration_made_by_a_program_cannot_be_read_again(tmp_path: 
             await server.reload()
 
 
-def test_nothing_is_reloaded_while_a_server_drains(serve: Serve) -> None:
+def test_reload_during_drain_is_refused(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         client.send(client.request("sleep", {"ms": 60_000}))
@@ -300,7 +300,7 @@ def test_nothing_is_reloaded_while_a_server_drains(serve: Serve) -> None:
     server.join()
 
 
-def test_a_drain_that_begins_meanwhile_wins(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drain_that_begins_during_reload_prevents_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     checked = server.server.parts.certificates._check_with
 
@@ -316,7 +316,7 @@ def test_a_drain_that_begins_meanwhile_wins(serve: Serve, monkeypatch: pytest.Mo
     assert server.server.state.counters.reloads_refused == 1
 
 
-def test_who_asks_for_a_reload_and_goes_away_leaves_no_half_of_it(
+def test_cancelled_caller_does_not_interrupt_reload(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
@@ -339,7 +339,7 @@ def test_who_asks_for_a_reload_and_goes_away_leaves_no_half_of_it(
     server.until(lambda: not server.server._requested)
 
 
-def test_reloads_that_come_together_are_done_one_after_the_other(serve: Serve) -> None:
+def test_concurrent_reloads_run_one_after_another(serve: Serve) -> None:
     server = serve()
 
     async def several() -> None:
@@ -351,7 +351,7 @@ def test_reloads_that_come_together_are_done_one_after_the_other(serve: Serve) -
     assert server.server.state.settings.max_streams == 3
 
 
-def test_the_log_is_the_programs_own_where_no_process_is_a_server(serve: Serve) -> None:
+def test_reload_in_a_program_leaves_its_log_alone(serve: Serve) -> None:
     server = serve()
     before = level()
     reloaded = server.reload(log__level="error")
@@ -370,7 +370,7 @@ def _lines(server: ServerProcess) -> list[dict[str, Any]]:
     return found
 
 
-def test_sighup_reads_the_file_again_and_a_bad_one_changes_nothing(tmp_path: Path, certs: Path) -> None:
+def test_sighup_reloads_and_invalid_file_changes_nothing(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     file = home / "config.toml"
@@ -405,7 +405,7 @@ def test_sighup_reads_the_file_again_and_a_bad_one_changes_nothing(tmp_path: Pat
         assert server.wait() == 0
 
 
-def test_the_log_moves_to_another_file(tmp_path: Path, certs: Path) -> None:
+def test_reload_moves_the_log_to_another_file(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     file = home / "config.toml"
@@ -424,7 +424,7 @@ def test_the_log_moves_to_another_file(tmp_path: Path, certs: Path) -> None:
     assert "server.ended" in other.read_text()
 
 
-def test_a_server_thread_is_what_it_was_before(serve: Serve) -> None:
+def test_reload_does_not_start_threads(serve: Serve) -> None:
     """The helper of these tests reloads what it was made with: that changes nothing."""
     server: ServerThread = serve(limits__max_streams=7)
     assert server.reload().changes == ()

@@ -82,7 +82,7 @@ async def wait():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_and_exits_with_0(home: Path, certs: Path, key: str, number: int) -> None:
+def test_signal_drains_and_exits_with_0(home: Path, certs: Path, key: str, number: int) -> None:
     (home / "gate.py").write_text(GATE)
     with ServerProcess(home, certs, app="gate:app") as server:
         with (
@@ -109,7 +109,7 @@ def test_a_signal_drains_and_exits_with_0(home: Path, certs: Path, key: str, num
         assert "Traceback" not in server.log
 
 
-def test_after_the_drain_limit_what_runs_is_cancelled(home: Path, certs: Path, key: str) -> None:
+def test_process_cancels_methods_after_the_drain_limit(home: Path, certs: Path, key: str) -> None:
     (home / "config.toml").write_text(f'{CONFIG}\n[server]\ndrain_timeout = "100ms"')
     with ServerProcess(home, certs) as server:
         with server.client("ada", key) as client:
@@ -123,7 +123,7 @@ def test_after_the_drain_limit_what_runs_is_cancelled(home: Path, certs: Path, k
         assert server.wait() == 0
 
 
-def test_a_second_signal_forces_the_end(home: Path, certs: Path, key: str) -> None:
+def test_second_signal_forces_the_end(home: Path, certs: Path, key: str) -> None:
     with ServerProcess(home, certs) as server, server.client("ada", key) as client:
         client.send(client.request("sleep", {"ms": 3_600_000}), client.request("time"))
         client.answer(client.stream)
@@ -135,7 +135,7 @@ def test_a_second_signal_forces_the_end(home: Path, certs: Path, key: str) -> No
         assert '"event":"server.forced"' in server.log
 
 
-def test_a_signal_during_a_handshake_ends_all_the_same(home: Path, certs: Path) -> None:
+def test_signal_during_handshake_ends_the_process(home: Path, certs: Path) -> None:
     (home / "config.toml").write_text(f'{CONFIG}\n[tls]\nhandshake_timeout = "2s"')
     with (
         ServerProcess(home, certs) as server,
@@ -167,7 +167,7 @@ async def stubborn():
 """
 
 
-def test_a_method_that_cannot_be_cancelled_does_not_keep_the_process(
+def test_uncancellable_method_does_not_keep_the_process(
     home: Path, certs: Path, key: str
 ) -> None:
     (home / "config.toml").write_text(f'{CONFIG}\n[server]\ndrain_timeout = "0s"')
@@ -184,7 +184,7 @@ def test_a_method_that_cannot_be_cancelled_does_not_keep_the_process(
         assert '"event":"server.methods_stuck"' in server.log
 
 
-def test_a_server_process_leaves_no_core_and_many_files(home: Path, certs: Path) -> None:
+def test_process_disables_core_dumps_and_raises_file_limit(home: Path, certs: Path) -> None:
     with ServerProcess(home, certs) as server:
         limits = Path(f"/proc/{server.process.pid}/limits").read_text()
         assert re.search(r"Max core file size +0 ", limits)
@@ -192,7 +192,7 @@ def test_a_server_process_leaves_no_core_and_many_files(home: Path, certs: Path)
         assert server.wait() == 0
 
 
-def test_the_users_file_is_read_again_when_it_changed(home: Path, certs: Path, key: str) -> None:
+def test_changed_users_file_is_read_again(home: Path, certs: Path, key: str) -> None:
     with ServerProcess(home, certs) as server:
         later = UserFile(home / "users.toml").add("eve", operator=True)
         with server.client("eve", later) as eve:
@@ -209,7 +209,7 @@ def test_the_users_file_is_read_again_when_it_changed(home: Path, certs: Path, k
 
 
 @pytest.mark.requirement("logs")
-def test_no_key_is_in_the_log(home: Path, certs: Path, key: str) -> None:
+def test_log_contains_no_key(home: Path, certs: Path, key: str) -> None:
     with ServerProcess(home, certs, "--log-level", "debug") as server:
         with server.client("ada", key) as client:
             client.echo()
@@ -272,7 +272,7 @@ def signal_when(condition: Callable[[], Any]) -> threading.Thread:
 
 
 @pytest.mark.usefixtures("process_state")
-def test_serve_runs_until_a_signal_and_then_drains(home: Path) -> None:
+def test_serve_runs_until_a_signal_and_drains(home: Path) -> None:
     listening: list[Server] = []
     thread = signal_when(lambda: listening)
     serve(None, configuration(home), home=home, ready=listening.append)
@@ -322,7 +322,7 @@ async def run_until_exit(server: Any) -> None:
 
 
 @pytest.mark.usefixtures("process_state")
-async def test_a_second_signal_does_not_wait_for_the_drain(
+async def test_second_signal_does_not_wait_for_the_drain(
     exits: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = SlowServer()
@@ -332,7 +332,7 @@ async def test_a_second_signal_does_not_wait_for_the_drain(
 
 
 @pytest.mark.usefixtures("process_state")
-async def test_methods_that_cannot_be_cancelled_do_not_keep_the_process(exits: list[int]) -> None:
+async def test_running_methods_after_drain_exit_the_process(exits: list[int]) -> None:
     server = SlowServer(running=1)
     server.drained.set()
     await run_until_exit(server)
@@ -340,7 +340,7 @@ async def test_methods_that_cannot_be_cancelled_do_not_keep_the_process(exits: l
 
 
 @pytest.mark.usefixtures("process_state")
-def test_too_low_a_file_limit_is_told(
+def test_low_file_limit_is_logged(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 100)
@@ -351,7 +351,7 @@ def test_too_low_a_file_limit_is_told(
     assert '"event":"server.file_limit"' in capsys.readouterr().err
 
 
-def test_memory_is_told_without_proc_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resident_memory_is_reported_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 10_000_000 < resident_bytes() < 10_000_000_000
 
     def no_proc(*args: Any) -> Any:
@@ -373,7 +373,7 @@ def nothing_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_is_bound")
-async def test_a_key_that_others_can_read_is_refused_before_a_port_is_bound(home: Path) -> None:
+async def test_key_readable_by_others_is_refused_before_binding(home: Path) -> None:
     path = home / "certs" / "server-ecdsa.key"
     path.chmod(0o644)
     with pytest.raises(CertificateError, match=f"chmod 600 {path}"):
@@ -381,21 +381,21 @@ async def test_a_key_that_others_can_read_is_refused_before_a_port_is_bound(home
 
 
 @pytest.mark.usefixtures("nothing_is_bound")
-async def test_a_home_that_others_may_write_to_is_refused(home: Path) -> None:
+async def test_home_writable_by_others_is_refused(home: Path) -> None:
     os.chmod(home, 0o777)
     with pytest.raises(ConfigError, match="chmod go-w"):
         await Server(config=configuration(home), home=home).start()
 
 
 @pytest.mark.usefixtures("nothing_is_bound")
-async def test_users_that_others_can_read_are_refused(home: Path, key: str) -> None:
+async def test_users_file_readable_by_others_is_refused(home: Path, key: str) -> None:
     (home / "users.toml").chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         await Server(config=configuration(home), home=home).start()
 
 
 @pytest.mark.usefixtures("nothing_is_bound")
-async def test_an_order_of_suites_that_this_python_cannot_serve_is_refused(
+async def test_unsupported_order_of_suites_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_module, "can_choose_suites", lambda: False)
@@ -404,7 +404,7 @@ async def test_an_order_of_suites_that_this_python_cannot_serve_is_refused(
         await Server(config=config, home=home).start()
 
 
-def test_by_default_it_takes_home_and_configuration_as_the_command_line_does(
+def test_default_home_and_configuration_match_the_cli(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZCPROTO_HOME", str(home))
@@ -415,14 +415,14 @@ def test_by_default_it_takes_home_and_configuration_as_the_command_line_does(
     assert server.config.certificates.directory == home / "certs"
 
 
-def test_a_configuration_of_its_own_keeps_the_certificates_in_the_home(tmp_path: Path) -> None:
+def test_own_configuration_keeps_certificates_in_home(tmp_path: Path) -> None:
     assert Server(config=Config(), home=tmp_path).config.certificates.directory == tmp_path / "certs"
     chosen = CertificatesConfig(directory=tmp_path / "elsewhere")
     server = Server(config=Config(certificates=chosen), home=tmp_path)
     assert server.config.certificates.directory == tmp_path / "elsewhere"
 
 
-async def test_ended_sessions_are_cleaned_up_by_and_by(home: Path) -> None:
+async def test_ended_sessions_are_cleaned_up(home: Path) -> None:
     config = configuration(home, store__cleanup_interval="100ms", sessions__refresh=False)
     async with Server(config=config, home=home) as server:
         registry = server.state.registry

@@ -40,7 +40,7 @@ def of(lines: list[dict[str, Any]], *events: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] in events]
 
 
-def test_all_lines_of_a_connection_have_its_id_and_others_have_another(serve: Serve, lines: Log) -> None:
+def test_log_lines_carry_the_connection_id(serve: Serve, lines: Log) -> None:
     server = serve()
     for user in ("ada", "bob"):
         with server.client(user) as client:
@@ -57,7 +57,7 @@ def test_all_lines_of_a_connection_have_its_id_and_others_have_another(serve: Se
         assert {line["event"] for line in told if line["connection"] == connection} == set(names)
 
 
-def test_a_connection_has_a_number_only_when_it_is_told_of(serve: Serve) -> None:
+def test_connection_is_numbered_when_first_logged(serve: Serve) -> None:
     configure_logging(LogConfig(level="error"))
     server = serve()
     with server.client(), server.client() as client:
@@ -65,7 +65,7 @@ def test_a_connection_has_a_number_only_when_it_is_told_of(serve: Serve) -> None
         assert server.in_loop(lambda: [each._number for each in server.server.state.connections]) == [0, 0]
 
 
-def test_an_incident_joins_an_answer_to_its_line(serve: Serve, lines: Log) -> None:
+def test_incident_id_joins_answer_and_log_line(serve: Serve, lines: Log) -> None:
     app = App()
 
     @app.method("fail")
@@ -83,7 +83,7 @@ def test_an_incident_joins_an_answer_to_its_line(serve: Serve, lines: Log) -> No
     assert "hunter2" not in json.dumps(lines())
 
 
-def test_a_method_that_always_fails_cannot_fill_a_disk(serve: Serve, lines: Log) -> None:
+def test_log_of_failing_method_is_rate_limited(serve: Serve, lines: Log) -> None:
     app = App()
 
     @app.method("fail")
@@ -99,7 +99,7 @@ def test_a_method_that_always_fails_cannot_fill_a_disk(serve: Serve, lines: Log)
 
 @pytest.mark.requirement("logs")
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_whatever_a_peer_sends_is_within_one_line(serve: Serve, tmp_path: Path, form: str) -> None:
+def test_peer_input_is_escaped_to_one_log_line(serve: Serve, tmp_path: Path, form: str) -> None:
     path = tmp_path / "server.log"
     app = App()
 
@@ -153,7 +153,7 @@ def process_home(tmp_path: Path, certs: Path) -> Path:
     return home
 
 
-def test_a_process_opens_its_file_anew_on_sighup(process_home: Path, certs: Path, tmp_path: Path) -> None:
+def test_sighup_reopens_the_log_file(process_home: Path, certs: Path, tmp_path: Path) -> None:
     file, moved = tmp_path / "server.log", tmp_path / "server.log.1"
     key = UserFile(process_home / "users.toml").add("ada")
     with ServerProcess(process_home, certs) as server:
@@ -178,7 +178,7 @@ def test_a_process_opens_its_file_anew_on_sighup(process_home: Path, certs: Path
 
 
 @pytest.mark.requirement("logs")
-async def test_a_fault_that_nobody_caught_is_told_without_what_was_at_hand(lines: Log) -> None:
+async def test_uncaught_exception_is_logged_without_arguments(lines: Log) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(loop_faults.tell)
 

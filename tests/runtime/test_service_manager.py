@@ -26,7 +26,7 @@ def listener(tmp_path: Path) -> Iterator[socket.socket]:
         yield listener
 
 
-def test_without_one_nothing_is_there_and_nothing_is_said() -> None:
+def test_without_service_manager_nothing_is_sent() -> None:
     environ = {"PATH": "/bin"}
     manager = ServiceManager.from_environ(environ, PID)
     assert (manager.watchdog, manager.sockets, manager.is_told) == (None, (), False)
@@ -36,7 +36,7 @@ def test_without_one_nothing_is_there_and_nothing_is_said() -> None:
     assert environ == {"PATH": "/bin"}
 
 
-def test_a_message_is_one_datagram_of_lines(listener: socket.socket) -> None:
+def test_message_is_one_datagram_of_lines(listener: socket.socket) -> None:
     environ = {"NOTIFY_SOCKET": listener.getsockname(), "WATCHDOG_USEC": "30000000", "PATH": "/bin"}
     manager = ServiceManager.from_environ(environ, PID)
     assert environ == {"PATH": "/bin"}, "children are not meant"
@@ -50,7 +50,7 @@ def test_a_message_is_one_datagram_of_lines(listener: socket.socket) -> None:
     assert not manager.notify(READY=1)
 
 
-def test_an_abstract_address_is_one() -> None:
+def test_abstract_socket_address_is_used() -> None:
     name = f"zcproto-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(f"\0{name}")
@@ -61,7 +61,7 @@ def test_an_abstract_address_is_one() -> None:
         manager.close()
 
 
-def test_nobody_who_reads_is_counted_and_stops_nothing(listener: socket.socket) -> None:
+def test_unread_messages_are_counted_and_block_nothing(listener: socket.socket) -> None:
     manager = ServiceManager(listener.getsockname())
     sent = 0
     while manager.notify(WATCHDOG=1):  # until its queue is full
@@ -76,7 +76,7 @@ def test_nobody_who_reads_is_counted_and_stops_nothing(listener: socket.socket) 
 
 
 @pytest.mark.parametrize("address", ["relative", "vsock:2:1", "/" + "a" * 107])
-def test_an_address_that_is_none_is_a_fault(address: str) -> None:
+def test_malformed_notify_socket_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match=r"NOTIFY_SOCKET = .* must be the path of a UNIX socket"):
         ServiceManager.from_environ({"NOTIFY_SOCKET": address}, PID)
 
@@ -90,7 +90,7 @@ def test_an_address_that_is_none_is_a_fault(address: str) -> None:
         ({"WATCHDOG_PID": str(PID)}, None),
     ],
 )
-def test_the_watchdog_is_for_this_process_alone(
+def test_watchdog_of_another_process_is_ignored(
     listener: socket.socket, variables: dict[str, str], watchdog: float | None
 ) -> None:
     manager = ServiceManager.from_environ({"NOTIFY_SOCKET": listener.getsockname(), **variables}, PID)
@@ -98,24 +98,24 @@ def test_the_watchdog_is_for_this_process_alone(
     manager.close()
 
 
-def test_a_watchdog_that_nobody_hears_is_none() -> None:
+def test_watchdog_without_notify_socket_is_ignored() -> None:
     assert ServiceManager.from_environ({"WATCHDOG_USEC": "1000"}, PID).watchdog is None
 
 
 @pytest.mark.parametrize("number", ["", "0", "-1", "1.5", "1e9", " 1", "²", "9" * 20, "x" * 100_000])
-def test_a_watchdog_without_a_time_is_a_fault(number: str) -> None:
+def test_malformed_watchdog_interval_is_refused(number: str) -> None:
     with pytest.raises(ConfigError, match=r"WATCHDOG_USEC = .* must be a number from 1"):
         ServiceManager.from_environ({"WATCHDOG_USEC": number}, PID)
 
 
 @pytest.mark.parametrize("number", ["", "-1", str(MAX_SOCKETS + 1), "two"])
-def test_a_number_of_sockets_that_is_none_is_a_fault(number: str) -> None:
+def test_malformed_socket_count_is_refused(number: str) -> None:
     with pytest.raises(ConfigError, match=r"LISTEN_FDS = .* must be a number from 0 to 64"):
         ServiceManager.from_environ({"LISTEN_PID": str(PID), "LISTEN_FDS": number}, PID)
 
 
 @pytest.mark.parametrize("variables", [{}, {"LISTEN_PID": "1"}, {"LISTEN_PID": ""}])
-def test_sockets_for_another_process_are_left_alone(variables: dict[str, str]) -> None:
+def test_sockets_of_another_process_are_ignored(variables: dict[str, str]) -> None:
     assert ServiceManager.from_environ({"LISTEN_FDS": "2", **variables}, PID).sockets == ()
     assert ServiceManager.from_environ({"LISTEN_PID": str(PID)}, PID).sockets == ()
 
@@ -171,7 +171,7 @@ def listening(host: str) -> socket.socket:
     return high(socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET))
 
 
-def test_sockets_are_taken_with_their_names_and_kept_from_children() -> None:
+def test_passed_sockets_have_names_and_are_not_inherited() -> None:
     with listening("127.0.0.1") as first, listening("::1") as second:
         assert passed(first, second, names="zcproto:other") == [
             "zcproto 127.0.0.1 3 False",
@@ -181,14 +181,14 @@ def test_sockets_are_taken_with_their_names_and_kept_from_children() -> None:
         assert passed(first, second, names="one") == ["one 127.0.0.1 3 False", " ::1 4 False"]
 
 
-def test_a_descriptor_that_is_not_there_is_a_fault() -> None:
+def test_closed_descriptor_is_refused() -> None:
     with listening("127.0.0.1") as first:
         (fault,) = passed(first, count=60)
     assert "LISTEN_FDS" in fault
     assert "is no socket: Bad file descriptor" in fault
 
 
-def test_what_is_no_listening_tcp_socket_is_a_fault(tmp_path: Path) -> None:
+def test_socket_that_does_not_listen_is_refused(tmp_path: Path) -> None:
     sentence = "LISTEN_FDS = '3' (environment): is no listening TCP socket; use ListenStream=, Accept=no"
     datagrams = high(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     idle = high(socket.socket(socket.AF_INET, socket.SOCK_STREAM))

@@ -66,7 +66,7 @@ def refresh(client: Client) -> dict[str, Any]:
     return client.opened
 
 
-def test_a_client_goes_on_with_its_token_on_the_next_server(servers: Servers, home: Path) -> None:
+def test_token_survives_a_restart(servers: Servers, home: Path) -> None:
     one = servers.start()
     client = servers.client(one, "ada")
     info = client.call("session.info")
@@ -84,7 +84,7 @@ def test_a_client_goes_on_with_its_token_on_the_next_server(servers: Servers, ho
     assert other.stats["store"]["state"] == "healthy"
 
 
-def test_what_ended_on_one_server_has_ended_on_the_next(servers: Servers) -> None:
+def test_revoked_session_stays_revoked_after_restart(servers: Servers) -> None:
     one = servers.start(sessions__per_user=2, sessions__when_full="evict_oldest")
     evicted, revoked, keeper = (servers.client(one, "ada") for _ in range(3))
     keeper.call("session.revoke", {"id": revoked.opened["id"]})
@@ -99,7 +99,7 @@ def test_what_ended_on_one_server_has_ended_on_the_next(servers: Servers) -> Non
     assert client.call("echo", {"n": 1}, token=keeper.token) == {"n": 1}
 
 
-def test_the_limit_counts_sessions_of_before(servers: Servers) -> None:
+def test_session_limit_counts_sessions_from_before_restart(servers: Servers) -> None:
     one = servers.start(sessions__per_user=1)
     client = servers.client(one, "ada")
     end(one, client)
@@ -110,7 +110,7 @@ def test_the_limit_counts_sessions_of_before(servers: Servers) -> None:
     assert (refused.code, refused.details) == (Code.RESOURCE_EXHAUSTED, {"limit": 1})
 
 
-def test_last_uses_are_kept_at_the_end(servers: Servers) -> None:
+def test_last_uses_are_stored_on_shutdown(servers: Servers) -> None:
     one = servers.start()
     client = servers.client(one, "ada")
     one.clock.ahead_ms = 10_000
@@ -122,7 +122,7 @@ def test_last_uses_are_kept_at_the_end(servers: Servers) -> None:
     assert abs(record.last_used_at - used) < 5_000
 
 
-def test_an_idempotency_key_holds_over_a_restart(servers: Servers) -> None:
+def test_idempotency_key_survives_a_restart(servers: Servers) -> None:
     one = servers.start()
     client = servers.client(one, "ada")
     client.send(client.request("time", None, {"idempotency_key": "k"}))
@@ -140,7 +140,7 @@ def test_second_server_with_the_same_home_folder_is_refused(servers: Servers) ->
         servers.start()
 
 
-def test_a_port_in_use_leaves_the_file_to_others(servers: Servers) -> None:
+def test_failed_bind_releases_the_sessions_file(servers: Servers) -> None:
     one = servers.start()
     port = one.port
     end(one)
@@ -151,7 +151,7 @@ def test_a_port_in_use_leaves_the_file_to_others(servers: Servers) -> None:
     servers.start()
 
 
-def test_a_damaged_file_is_set_aside_and_told_of(
+def test_damaged_sessions_file_is_set_aside(
     servers: Servers, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     one = servers.start()
@@ -168,7 +168,7 @@ def test_a_damaged_file_is_set_aside_and_told_of(
 
 
 @pytest.mark.requirement("recovery")
-def test_kill_9_loses_nothing_that_was_acknowledged(home: Path, certs: Path) -> None:
+def test_sigkill_loses_no_acknowledged_session(home: Path, certs: Path) -> None:
     home.mkdir(mode=0o700)
     users = UserFile(home / "users.toml")
     key = users.add("ada")

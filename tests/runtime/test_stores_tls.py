@@ -92,7 +92,7 @@ def ended(server: ServerThread, *clients: Client) -> None:
 
 @pytest.mark.requirement("recovery")
 @pytest.mark.parametrize("mode", [FAILS, HANGS, FAILS_AFTER, READ_ONLY])
-def test_known_sessions_lose_nothing_and_nobody_waits(site: Site, mode: str) -> None:
+def test_store_outage_does_not_delay_known_sessions(site: Site, mode: str) -> None:
     server = site.serve()
     clients = [site.client(server, f"user{number}") for number in range(5)]
     newcomer = site.client(server)
@@ -122,7 +122,7 @@ def test_known_sessions_lose_nothing_and_nobody_waits(site: Site, mode: str) -> 
         assert client.events == []
 
 
-def test_a_refresh_goes_on_where_it_was_cut_off(site: Site) -> None:
+def test_refresh_cut_off_by_outage_is_resumed(site: Site) -> None:
     server = site.serve()
     client = site.client(server, "ada")
     site.store.mode = FAILS_AFTER
@@ -137,7 +137,7 @@ def test_a_refresh_goes_on_where_it_was_cut_off(site: Site) -> None:
 
 @pytest.mark.requirement("recovery")
 @pytest.mark.parametrize("mode", [FAILS, HANGS, READ_ONLY])
-def test_revocations_made_meanwhile_hold(site: Site, mode: str) -> None:
+def test_revocations_during_outage_apply(site: Site, mode: str) -> None:
     server = site.serve()
     mine, other, bob = (site.client(server, user) for user in ("ada", "ada", "bob"))
     site.store.mode = mode
@@ -168,7 +168,7 @@ def test_revocations_made_meanwhile_hold(site: Site, mode: str) -> None:
 
 
 @pytest.mark.requirement("recovery")
-def test_revocations_survive_a_server_that_ends_before_its_store_is_back(site: Site) -> None:
+def test_pending_revocations_survive_a_restart(site: Site) -> None:
     server = site.serve()
     gone, kept = site.client(server, "ada"), site.client(server, "ada")
     site.store.mode = FAILS
@@ -185,7 +185,7 @@ def test_revocations_survive_a_server_that_ends_before_its_store_is_back(site: S
     client.echo()
 
 
-def test_after_the_grace_all_are_refused_until_the_store_is_back(site: Site) -> None:
+def test_tokens_are_refused_after_the_grace_until_recovery(site: Site) -> None:
     server = site.serve(store__grace="200ms")
     client = site.client(server, "ada")
     site.store.mode = FAILS
@@ -207,7 +207,7 @@ def test_after_the_grace_all_are_refused_until_the_store_is_back(site: Site) -> 
     assert client.events == []
 
 
-def test_operators_see_the_store(site: Site) -> None:
+def test_stats_show_the_store(site: Site) -> None:
     server = site.serve()
     operator = site.client(server, "operator")
     assert operator.call("server.stats")["store"]["state"] == "healthy"
@@ -220,7 +220,7 @@ def test_operators_see_the_store(site: Site) -> None:
 # --- a store that others use, too -----------------------------------------------------------------------------
 
 
-def test_a_session_of_one_server_is_good_on_another(site: Site) -> None:
+def test_session_is_valid_on_another_server(site: Site) -> None:
     store = site.new_store(shared=True)
     one, other = site.serve(store), site.serve(store, "other")
     first = site.client(one, "ada")
@@ -234,7 +234,7 @@ def test_a_session_of_one_server_is_good_on_another(site: Site) -> None:
     assert len(second.call("session.list")) == 1
 
 
-def test_a_session_that_ends_on_one_server_is_refused_on_another_within_a_second(site: Site) -> None:
+def test_revocation_reaches_another_server_within_a_second(site: Site) -> None:
     store = site.new_store(shared=True)
     view = site.new_store(shared=True)
     view.registry, view._inner = store.registry, store._inner
@@ -253,7 +253,7 @@ def test_a_session_that_ends_on_one_server_is_refused_on_another_within_a_second
     assert third.refused("echo", token=first.token).code == Code.TOKEN_REVOKED
 
 
-def test_an_unknown_token_is_refused_and_what_stands_behind_it_is_served(site: Site) -> None:
+def test_unknown_token_is_refused_and_later_frames_are_served(site: Site) -> None:
     store = site.new_store(shared=True)
     server = site.serve(store)
     client = site.client(server, "ada")
@@ -272,7 +272,7 @@ def test_an_unknown_token_is_refused_and_what_stands_behind_it_is_served(site: S
             assert answer.value == {"n": number}
 
 
-def test_a_token_that_nobody_can_look_up_is_neither_good_nor_bad(site: Site) -> None:
+def test_token_lookup_during_outage_is_unavailable(site: Site) -> None:
     store = site.new_store(shared=True)
     view = site.new_store(shared=True)
     view.registry, view._inner = store.registry, store._inner
@@ -332,7 +332,7 @@ def settle(server: ServerThread, desk: Desk, error: Exception | None = None) -> 
     server.in_loop(answer)
 
 
-def test_frames_behind_a_token_wait_and_others_are_served(desk: Looked, site: Site) -> None:
+def test_token_lookup_delays_only_its_connection(desk: Looked, site: Site) -> None:
     server, looked = desk
     client, other = site.client(server, "ada"), site.client(server, "bob")
     client.send(
@@ -355,7 +355,7 @@ def test_frames_behind_a_token_wait_and_others_are_served(desk: Looked, site: Si
     assert looked.asked == [b"x" * 32]
 
 
-def test_a_fault_of_ours_is_told_by_its_incident(desk: Looked, site: Site) -> None:
+def test_internal_error_in_token_lookup_has_an_incident(desk: Looked, site: Site) -> None:
     server, looked = desk
     client = site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32))
@@ -371,7 +371,7 @@ def test_a_fault_of_ours_is_told_by_its_incident(desk: Looked, site: Site) -> No
     assert client.answer(client.stream).code == Code.NOT_FOUND
 
 
-def test_a_peer_that_goes_meanwhile_leaves_nothing(desk: Looked, site: Site) -> None:
+def test_disconnect_during_token_lookup_leaves_nothing(desk: Looked, site: Site) -> None:
     server, looked = desk
     with server.client("ada") as client:
         client.send(client.request("echo", token=b"x" * 32))
@@ -385,7 +385,7 @@ def test_a_peer_that_goes_meanwhile_leaves_nothing(desk: Looked, site: Site) -> 
     assert looked.answer.cancelled()
 
 
-def test_a_server_that_drains_meanwhile_ends(desk: Looked, site: Site) -> None:
+def test_drain_during_token_lookup_ends(desk: Looked, site: Site) -> None:
     server, looked = desk
     client = site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32))
@@ -393,7 +393,7 @@ def test_a_server_that_drains_meanwhile_ends(desk: Looked, site: Site) -> None:
     ended(server, client)
 
 
-def test_a_peer_that_does_not_read_is_not_served_when_its_token_was_found(desk: Looked, site: Site) -> None:
+def test_slow_reader_is_not_served_after_token_lookup(desk: Looked, site: Site) -> None:
     server, looked = desk
     client = site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
@@ -410,7 +410,7 @@ def test_a_peer_that_does_not_read_is_not_served_when_its_token_was_found(desk: 
     assert client.answer(client.stream).value == {"n": 2}
 
 
-def test_a_peer_that_reads_again_waits_for_its_token_still(desk: Looked, site: Site) -> None:
+def test_resumed_reader_still_waits_for_token_lookup(desk: Looked, site: Site) -> None:
     server, looked = desk
     client = site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
@@ -426,7 +426,7 @@ def test_a_peer_that_reads_again_waits_for_its_token_still(desk: Looked, site: S
     assert client.answer(client.stream).value == {"n": 2}
 
 
-def test_events_go_out_while_a_token_is_looked_up(desk: Looked, site: Site) -> None:
+def test_events_are_sent_during_token_lookup(desk: Looked, site: Site) -> None:
     server, looked = desk
     client, other = site.client(server, "ada"), site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32))
@@ -437,7 +437,7 @@ def test_events_go_out_while_a_token_is_looked_up(desk: Looked, site: Site) -> N
     assert client.answer(client.stream).code == Code.UNAUTHENTICATED
 
 
-def test_the_digest_is_all_that_a_store_is_asked_by(site: Site) -> None:
+def test_store_receives_only_the_token_digest(site: Site) -> None:
     store = site.new_store(shared=True)
     server = site.serve(store)
     client = site.client(server, "ada")
@@ -449,7 +449,7 @@ def test_the_digest_is_all_that_a_store_is_asked_by(site: Site) -> None:
 # --- callers that go ------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_is_gone_before_its_session_was_opened_leaves_none(site: Site) -> None:
+def test_disconnect_while_opening_leaves_no_session(site: Site) -> None:
     server = site.serve(store__timeout="5s")
     gate = server.in_loop(asyncio.Event)
     site.store.gate = gate
@@ -464,7 +464,7 @@ def test_a_client_that_is_gone_before_its_session_was_opened_leaves_none(site: S
     server.until(lambda: not server.server.state.registry.kept)
 
 
-def test_a_session_ends_in_the_store_though_its_holder_did_not_wait(site: Site) -> None:
+def test_session_closed_without_waiting_ends_in_the_store(site: Site) -> None:
     server = site.serve(store__timeout="5s")
     gate = server.in_loop(asyncio.Event)
     with server.client("ada") as client:

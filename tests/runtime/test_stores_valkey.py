@@ -60,7 +60,7 @@ def recovered(server: ServerThread) -> None:
     eventually(lambda: state(server) == "healthy")
 
 
-def test_a_session_is_good_on_both_and_ends_on_both_within_a_second(cluster: Cluster) -> None:
+def test_session_is_shared_and_revoked_within_a_second(cluster: Cluster) -> None:
     one, other = cluster.serve(), cluster.serve("other")
     took = []
     for _ in range(5):  # a busy machine may keep one of them waiting, not all
@@ -77,7 +77,7 @@ def test_a_session_is_good_on_both_and_ends_on_both_within_a_second(cluster: Clu
     assert min(took) < 1.0
 
 
-def test_a_refresh_on_one_is_known_on_the_other(cluster: Cluster) -> None:
+def test_refresh_is_known_on_another_server(cluster: Cluster) -> None:
     one, other = cluster.serve(), cluster.serve("other")
     first = cluster.client(one, "ada")
     second = cluster.client(other, token=first.token)
@@ -100,7 +100,7 @@ def refused_with(client: Client, token: bytes) -> int | None:
     return None
 
 
-def test_the_limit_holds_when_logins_race_on_both(cluster: Cluster) -> None:
+def test_session_limit_holds_for_concurrent_logins_on_two_servers(cluster: Cluster) -> None:
     servers = [cluster.serve(sessions__per_user=5), cluster.serve("other", sessions__per_user=5)]
     clients = [cluster.client(servers[number % 2]) for number in range(50)]
     codes: list[int] = []
@@ -143,7 +143,7 @@ def back(store: StoreProcess) -> None:
 
 
 @pytest.mark.parametrize("hurt", [killed, hung, read_only])
-def test_known_sessions_lose_nothing_and_revocations_hold(
+def test_outage_keeps_known_sessions_and_revocations(
     cluster: Cluster, hurt: Callable[[StoreProcess], None]
 ) -> None:
     server = cluster.serve()
@@ -189,7 +189,7 @@ class Stopwatch:
         self.seconds.append(time.monotonic() - self._began)
 
 
-def test_a_store_that_comes_back_empty_at_once_has_all_again(cluster: Cluster) -> None:
+def test_emptied_store_gets_all_sessions_again(cluster: Cluster) -> None:
     one, other = cluster.serve(), cluster.serve("other")
     clients = [cluster.client(one, f"user{number}") for number in range(20)]
     idle = cluster.client(one, "idle")
@@ -209,7 +209,7 @@ def test_a_store_that_comes_back_empty_at_once_has_all_again(cluster: Cluster) -
     assert state(one) == state(other) == "healthy"
 
 
-def test_a_server_starts_without_its_store_and_serves_when_it_is_there(cluster: Cluster) -> None:
+def test_server_starts_without_store_and_recovers(cluster: Cluster) -> None:
     one = cluster.serve()
     client = cluster.client(one, "ada")
     cluster.store.stop()

@@ -99,7 +99,7 @@ class Told:
         )
 
 
-def test_the_watchdog_is_fed_twice_in_its_time_by_the_loop_itself(manager: Manager) -> None:
+def test_watchdog_is_fed_twice_per_interval(manager: Manager) -> None:
     told = Told(manager, watchdog=4.0)
     told.supervision.ready()
     assert manager.next() == {"READY": "1", "MAINPID": str(os.getpid()), "STATUS": "serving nobody"}
@@ -116,7 +116,7 @@ def test_the_watchdog_is_fed_twice_in_its_time_by_the_loop_itself(manager: Manag
     told.timers.advance(100)
 
 
-def test_without_a_watchdog_only_news_is_told(manager: Manager) -> None:
+def test_without_watchdog_only_status_changes_are_sent(manager: Manager) -> None:
     told = Told(manager, watchdog=None)
     told.supervision.ready()
     manager.next()
@@ -128,7 +128,7 @@ def test_without_a_watchdog_only_news_is_told(manager: Manager) -> None:
     told.supervision.close()
 
 
-def test_a_watchdog_that_nobody_could_feed_does_not_take_the_loop(manager: Manager) -> None:
+def test_tiny_watchdog_interval_does_not_occupy_the_loop(manager: Manager) -> None:
     told = Told(manager, watchdog=0.000_001)
     told.supervision.ready()
     told.timers.advance(0.1)
@@ -140,7 +140,7 @@ def test_a_watchdog_that_nobody_could_feed_does_not_take_the_loop(manager: Manag
     told.supervision.close()
 
 
-def test_a_long_watchdog_leaves_the_status_fresh(manager: Manager) -> None:
+def test_long_watchdog_interval_keeps_status_fresh(manager: Manager) -> None:
     told = Told(manager, watchdog=3600)
     told.supervision.ready()
     manager.next()
@@ -149,7 +149,7 @@ def test_a_long_watchdog_leaves_the_status_fresh(manager: Manager) -> None:
     told.supervision.close()
 
 
-def test_a_reload_is_told_with_its_time_and_is_over_whatever_comes_of_it(manager: Manager) -> None:
+def test_reload_is_reported_with_its_time_and_always_ends(manager: Manager) -> None:
     told = Told(manager, watchdog=None)
     told.supervision.ready()
     manager.next()
@@ -168,7 +168,7 @@ def test_a_reload_is_told_with_its_time_and_is_over_whatever_comes_of_it(manager
     told.supervision.close()
 
 
-def test_before_it_is_ready_and_while_it_drains_no_reload_is_told(manager: Manager) -> None:
+def test_reload_is_not_reported_before_ready_or_during_drain(manager: Manager) -> None:
     told = Told(manager, watchdog=None)
     with told.supervision.reloading():
         assert manager.is_silent(0.01)
@@ -181,7 +181,7 @@ def test_before_it_is_ready_and_while_it_drains_no_reload_is_told(manager: Manag
     told.supervision.close()
 
 
-def test_a_drain_asks_for_its_time_and_feeds_on(manager: Manager) -> None:
+def test_drain_extends_the_timeout_and_feeds_the_watchdog(manager: Manager) -> None:
     told = Told(manager, watchdog=4.0)
     told.supervision.ready()
     manager.next()
@@ -192,7 +192,7 @@ def test_a_drain_asks_for_its_time_and_feeds_on(manager: Manager) -> None:
     told.supervision.close()
 
 
-def test_without_a_manager_nothing_happens() -> None:
+def test_supervision_without_service_manager_does_nothing() -> None:
     timers: Any = FakeTimers()
     supervision = Supervision(ServiceManager(), timers, FakeClock(), lambda: "")
     supervision.ready()
@@ -203,7 +203,7 @@ def test_without_a_manager_nothing_happens() -> None:
     assert timers._heap == []
 
 
-def test_a_manager_that_cannot_be_reached_is_told_in_the_log(
+def test_unreachable_service_manager_is_logged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     timers: Any = FakeTimers()
@@ -266,7 +266,7 @@ def where(process: subprocess.Popen[str], home: Path) -> list[int]:
     return [int(line.rpartition(":")[2])]
 
 
-def test_a_process_tells_its_life(start: Start, manager: Manager, home: Path) -> None:
+def test_process_reports_ready_reload_and_stop(start: Start, manager: Manager, home: Path) -> None:
     process = start("--port", "0", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="100000")
     assert manager.next() == {
         "READY": "1",
@@ -287,7 +287,7 @@ def test_a_process_tells_its_life(start: Start, manager: Manager, home: Path) ->
     assert process.wait(TIMEOUT) == 0
 
 
-def test_a_loop_that_stands_still_feeds_no_watchdog(start: Start, manager: Manager, home: Path) -> None:
+def test_hanging_loop_does_not_feed_the_watchdog(start: Start, manager: Manager, home: Path) -> None:
     key = UserFile(home / "users.toml").add("ada")
     process = start(
         "--port", "0", "blocking_app:app", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="200000"
@@ -324,7 +324,7 @@ def listening(host: str, *, dual: bool = False) -> socket.socket:
     return socket.socket(fileno=number)
 
 
-def test_sockets_that_are_passed_are_served_and_no_other(start: Start, home: Path) -> None:
+def test_only_passed_sockets_are_served(start: Start, home: Path) -> None:
     key = UserFile(home / "users.toml").add("ada")
     with listening("127.0.0.1") as first, listening("::1") as second, listening("127.0.0.1") as configured:
         taken = configured.getsockname()[1]  # were it bound again, it would fail
@@ -342,7 +342,7 @@ def test_sockets_that_are_passed_are_served_and_no_other(start: Start, home: Pat
             start("--port", str(taken), passed=(first.fileno(),))
 
 
-def test_a_socket_called_redirect_is_the_one_without_tls(start: Start, home: Path) -> None:
+def test_passed_redirect_socket_has_no_tls(start: Start, home: Path) -> None:
     with listening("127.0.0.1") as tls, listening("127.0.0.1") as plain:
         process = start(passed=(tls.fileno(), plain.fileno()), LISTEN_FDNAMES="zcproto:redirect")
         (port,) = where(process, home)
@@ -354,7 +354,7 @@ def test_a_socket_called_redirect_is_the_one_without_tls(start: Start, home: Pat
             assert raw.recv(65_536).startswith(b"HTTP/1.1 308 ")
 
 
-def test_a_socket_called_redirect_takes_the_https_side(start: Start, home: Path) -> None:
+def test_passed_redirect_socket_needs_http(start: Start, home: Path) -> None:
     with (home / "config.toml").open("a") as config:
         config.write("[http]\nenabled = false\n")
     with listening("127.0.0.1") as plain:
@@ -363,7 +363,7 @@ def test_a_socket_called_redirect_takes_the_https_side(start: Start, home: Path)
     assert "http.enabled = false: pass no socket" in (home / "log").read_text()
 
 
-def test_a_socket_for_both_families_knows_ipv4_clients_by_their_address(start: Start, home: Path) -> None:
+def test_dual_stack_socket_maps_ipv4_addresses(start: Start, home: Path) -> None:
     key = UserFile(home / "users.toml").add("ada")
     with listening("::", dual=True) as both:
         process = start(passed=(both.fileno(),))
@@ -374,7 +374,7 @@ def test_a_socket_for_both_families_knows_ipv4_clients_by_their_address(start: S
                 assert client.call("session.info")["address"] == host
 
 
-def test_what_cannot_be_served_on_starts_nothing(start: Start, home: Path) -> None:
+def test_unsuitable_passed_socket_prevents_start(start: Start, home: Path) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wrong:
         process = start(passed=(wrong.fileno(),))
         assert process.wait(TIMEOUT) == 2
@@ -382,7 +382,7 @@ def test_what_cannot_be_served_on_starts_nothing(start: Start, home: Path) -> No
 
 
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="takes systemd")
-def test_systemds_own_program_passes_a_socket(home: Path) -> None:
+def test_systemd_socket_activate_passes_a_socket(home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}", "-E", f"PYTHONPATH={ROOT}"]
@@ -407,7 +407,7 @@ def test_systemds_own_program_passes_a_socket(home: Path) -> None:
         process.communicate()
 
 
-async def test_a_server_in_a_program_takes_sockets_too(home: Path) -> None:
+async def test_server_in_a_program_accepts_passed_sockets(home: Path) -> None:
     bound = socket.create_server(("127.0.0.1", 0))
     address = bound.getsockname()
     async with Server(None, configuration(home), home=home, sockets=[bound]) as server:

@@ -87,7 +87,7 @@ def needs_attach(frame: Frame) -> bool:
 # --- opening and attaching ---------------------------------------------------------------------------
 
 
-def test_a_device_opens_a_bound_session_and_uses_it_at_once(office: Office) -> None:
+def test_device_opens_and_uses_a_bound_session(office: Office) -> None:
     with office.open() as client:
         assert (client.opened["user"], client.opened["bound"]) == ("ada", True)
         client.echo()
@@ -96,7 +96,7 @@ def test_a_device_opens_a_bound_session_and_uses_it_at_once(office: Office) -> N
         client.echo(size=100_000)
 
 
-def test_on_another_connection_the_token_needs_the_key_first(office: Office) -> None:
+def test_bound_token_needs_attach_on_another_connection(office: Office) -> None:
     with office.open() as client, office.client() as other:
         other.token = client.token
         for method in ("echo", "session.info", "session.close", "server.info", "no.such"):
@@ -118,7 +118,7 @@ def test_on_another_connection_the_token_needs_the_key_first(office: Office) -> 
         lambda office, mine, other: {"signature": opening(other)["signature"]},
     ],
 )
-def test_another_signature_attaches_nothing(office: Office, wrong: Callable[..., dict[str, Any]]) -> None:
+def test_wrong_signature_does_not_attach(office: Office, wrong: Callable[..., dict[str, Any]]) -> None:
     with office.open() as client, office.client() as other:
         frame = other.refused("session.attach", wrong(office, client, other), token=client.token)
         assert (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
@@ -129,12 +129,12 @@ def test_another_signature_attaches_nothing(office: Office, wrong: Callable[...,
 @pytest.mark.parametrize(
     "params", [{}, {"signature": "x" * 64}, {"signature": bytes(63)}, {"signature": None}]
 )
-def test_what_is_no_signature_is_named(office: Office, params: dict[str, Any]) -> None:
+def test_malformed_signature_is_refused(office: Office, params: dict[str, Any]) -> None:
     with office.open() as client, office.client() as other:
         assert other.refused("session.attach", params, token=client.token).code == Code.INVALID_ARGUMENT
 
 
-def test_a_session_that_is_not_bound_needs_and_takes_no_attach(office: Office) -> None:
+def test_unbound_session_cannot_be_attached(office: Office) -> None:
     with office.client() as client, office.client() as other:
         client.open_session("ada", office.keys["ada"])
         assert client.opened["bound"] is False
@@ -146,7 +146,7 @@ def test_a_session_that_is_not_bound_needs_and_takes_no_attach(office: Office) -
         )
 
 
-def test_attach_and_a_call_may_be_sent_together(office: Office) -> None:
+def test_attach_and_call_in_one_read_succeed(office: Office) -> None:
     with office.open() as client, office.client() as other:
         other.token = client.token
         other.send(
@@ -156,7 +156,7 @@ def test_attach_and_a_call_may_be_sent_together(office: Office) -> None:
         assert [answers[stream].value for stream in sorted(answers)] == [{}, {"x": 1}]
 
 
-def test_a_connection_may_carry_the_sessions_of_several_devices(office: Office) -> None:
+def test_connection_carries_sessions_of_several_devices(office: Office) -> None:
     office.add("phone", "bob")
     with office.open() as laptop, office.open("phone") as phone, office.client() as gateway:
         for client, key in ((laptop, "laptop"), (phone, "phone")):
@@ -166,7 +166,7 @@ def test_a_connection_may_carry_the_sessions_of_several_devices(office: Office) 
             assert gateway.call("session.info", token=client.token)["id"] == client.opened["id"]
 
 
-def test_without_a_proof_the_connection_has_no_session(tmp_path: Path, certs: Path) -> None:
+def test_bound_token_without_proof_leaves_no_session(tmp_path: Path, certs: Path) -> None:
     office = Office(tmp_path / "home", certs, sessions__open_timeout="1s")
     with office.server, office.open() as client, office.client() as other:
         assert needs_attach(other.refused("echo", token=client.token))
@@ -183,7 +183,7 @@ def refreshing(source: Client, **more: Any) -> dict[str, Any]:
     return {"refresh_token": source.opened["refresh_token"], **more}
 
 
-def test_a_session_is_refreshed_where_its_key_is_proved_and_stays_bound(office: Office) -> None:
+def test_bound_session_is_refreshed_with_proof_and_stays_bound(office: Office) -> None:
     with office.open() as client, office.client() as other:
         assert needs_attach(other.refused("session.refresh", refreshing(client)))
         client.echo()  # nothing was spent
@@ -200,7 +200,7 @@ def test_a_session_is_refreshed_where_its_key_is_proved_and_stays_bound(office: 
         other.echo()
 
 
-def test_a_session_whose_token_has_expired_is_refreshed_anywhere_and_is_as_bound(office: Office) -> None:
+def test_expired_bound_session_is_refreshed_without_proof_and_stays_bound(office: Office) -> None:
     with office.open() as client, office.client() as other:
         office.server.clock.ahead_ms = 2 * HOUR_MS  # idle for too long: nobody can attach it
 
@@ -215,7 +215,7 @@ def test_a_session_whose_token_has_expired_is_refreshed_anywhere_and_is_as_bound
         assert late("echo", {"x": 1}, token) == {"x": 1}
 
 
-def test_an_answer_that_was_lost_is_given_again_on_another_connection(office: Office) -> None:
+def test_lost_refresh_answer_is_repeated_on_another_connection(office: Office) -> None:
     with office.open() as client, office.client() as other:
         first = client.call("session.refresh", refreshing(client), token=NO_TOKEN)
         again = other.call("session.refresh", refreshing(client))
@@ -223,7 +223,7 @@ def test_an_answer_that_was_lost_is_given_again_on_another_connection(office: Of
         assert needs_attach(other.refused("echo", token=again["token"]))
 
 
-def test_a_spent_refresh_token_shown_by_another_ends_the_session(office: Office) -> None:
+def test_replayed_refresh_token_ends_the_bound_session(office: Office) -> None:
     with office.open() as client, office.client() as thief:
         refreshed = client.call("session.refresh", refreshing(client), token=NO_TOKEN)
         frame = thief.refused("session.refresh", refreshing(client, client="thief/1"))
@@ -231,7 +231,7 @@ def test_a_spent_refresh_token_shown_by_another_ends_the_session(office: Office)
         assert client.refused("echo", token=refreshed["token"]).code == Code.TOKEN_REVOKED
 
 
-def test_a_restarted_server_knows_what_a_session_is_bound_to(tmp_path: Path, certs: Path) -> None:
+def test_binding_survives_a_restart(tmp_path: Path, certs: Path) -> None:
     office = Office(tmp_path / "home", certs, store__url="sqlite")
     with office.server, office.open() as client:
         opened = client.opened
@@ -251,7 +251,7 @@ def test_a_restarted_server_knows_what_a_session_is_bound_to(tmp_path: Path, cer
 # --- devices come and go -----------------------------------------------------------------------------
 
 
-def test_a_device_that_is_added_while_the_server_runs_is_known_at_once(office: Office) -> None:
+def test_added_device_is_known_at_once(office: Office) -> None:
     with office.client() as client:
         assert client.refused("session.open", opening(client, "phone", "phone")).code == Code.UNAUTHENTICATED
     office.add("phone", "bob")
@@ -259,7 +259,7 @@ def test_a_device_that_is_added_while_the_server_runs_is_known_at_once(office: O
         assert client.opened["user"] == "bob"
 
 
-def test_a_removed_device_loses_its_sessions_and_no_others(office: Office) -> None:
+def test_removed_device_loses_only_its_sessions(office: Office) -> None:
     office.add("phone")
     with office.open() as first, office.open() as second, office.open("phone") as phone:
         office.devices.remove("laptop")
@@ -273,7 +273,7 @@ def test_a_removed_device_loses_its_sessions_and_no_others(office: Office) -> No
         assert first.refused("session.open", opening(first), token=NO_TOKEN).code == Code.UNAUTHENTICATED
 
 
-def test_a_connection_that_proved_an_old_device_is_none_of_the_new_one_of_its_name(office: Office) -> None:
+def test_proof_of_removed_device_does_not_count_for_its_successor(office: Office) -> None:
     with office.open() as old, office.client() as other:
         office.devices.remove("laptop")
         old.event()
@@ -284,7 +284,7 @@ def test_a_connection_that_proved_an_old_device_is_none_of_the_new_one_of_its_na
         other.echo()
 
 
-def test_a_device_that_is_removed_while_its_session_is_opened_gets_none(office: Office) -> None:
+def test_device_removed_while_opening_gets_no_session(office: Office) -> None:
     server = office.server.server
     opening_one = server.state.sessions.open
 
@@ -302,7 +302,7 @@ def test_a_device_that_is_removed_while_its_session_is_opened_gets_none(office: 
     assert office.server.stats["sessions"] == 0
 
 
-def test_a_session_that_ends_while_it_is_attached_is_not_joined(office: Office) -> None:
+def test_session_revoked_during_attach_is_not_attached(office: Office) -> None:
     server = office.server.server
     registry = server.state.registry
     assert server.parts.devices is not None
@@ -321,7 +321,7 @@ def test_a_session_that_ends_while_it_is_attached_is_not_joined(office: Office) 
         assert other.events == []
 
 
-def test_a_device_of_another_user_does_not_attach_what_its_name_had_before(office: Office) -> None:
+def test_reused_device_name_of_another_user_does_not_attach(office: Office) -> None:
     """Two servers in a row: the session is older than the device that has the name now."""
     with office.open() as client, office.client() as other:
         sessions = office.server.server.state.sessions
@@ -338,13 +338,13 @@ def test_a_device_of_another_user_does_not_attach_what_its_name_had_before(offic
             assert (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
 
 
-def test_a_removed_user_opens_no_session_by_a_device(office: Office) -> None:
+def test_device_of_removed_user_opens_no_session(office: Office) -> None:
     office.users.remove("ada")
     with office.client() as client:
         assert client.refused("session.open", opening(client)).code == Code.UNAUTHENTICATED
 
 
-def test_a_faulty_file_of_devices_leaves_those_known_before(office: Office) -> None:
+def test_faulty_devices_file_keeps_known_devices(office: Office) -> None:
     office.devices.path.write_text("nonsense")
     with office.open() as client:
         client.echo()
@@ -357,7 +357,7 @@ def enroll(client: Client, code: str, name: str = "phone", **more: Any) -> Any:
     return client.call("device.enroll", {"code": code, "public_key": public("phone"), "name": name, **more})
 
 
-def test_a_code_makes_a_device_that_opens_sessions_without_a_restart(office: Office) -> None:
+def test_pairing_code_enrolls_a_device_without_restart(office: Office) -> None:
     code = office.codes.make("bob", 60_000, wall())
     with office.client() as client:
         assert enroll(client, code) == {"user": "bob", "device": "phone"}
@@ -367,7 +367,7 @@ def test_a_code_makes_a_device_that_opens_sessions_without_a_restart(office: Off
         client.echo()
 
 
-def test_a_code_is_good_once_and_five_wrong_ones_end_it(office: Office) -> None:
+def test_pairing_code_works_once_and_ends_after_five_failures(office: Office) -> None:
     code = office.codes.make("bob", 60_000, wall())
     with office.client() as client:
 
@@ -399,13 +399,13 @@ def test_a_code_is_good_once_and_five_wrong_ones_end_it(office: Office) -> None:
         {"user": "ada"},
     ],
 )
-def test_what_cannot_be_enrolled_is_named(office: Office, params: dict[str, Any]) -> None:
+def test_invalid_enrollment_is_refused(office: Office, params: dict[str, Any]) -> None:
     with office.client() as client:
         usual = {"code": "0000-0000", "public_key": public("phone"), "name": "phone"}
         assert client.refused("device.enroll", {**usual, **params}).code == Code.INVALID_ARGUMENT
 
 
-def test_a_server_with_its_own_authenticators_enrolls_nothing(serve: Callable[..., ServerThread]) -> None:
+def test_own_authenticators_disable_enrollment(serve: Callable[..., ServerThread]) -> None:
     with serve().client() as client:
         assert client.refused("device.enroll", {}).code == Code.UNAUTHENTICATED
         assert "device.enroll" not in [method["name"] for method in client.call("server.info")["methods"]]
@@ -414,7 +414,7 @@ def test_a_server_with_its_own_authenticators_enrolls_nothing(serve: Callable[..
 # --- throttling --------------------------------------------------------------------------------------
 
 
-def test_guesses_are_throttled_by_device_and_codes_by_address(tmp_path: Path, certs: Path) -> None:
+def test_guesses_are_throttled_by_device_and_address(tmp_path: Path, certs: Path) -> None:
     office = Office(tmp_path / "home", certs, limits__login_failures=3)
     with office.server, office.client() as client:
         for _ in range(3):
@@ -464,7 +464,7 @@ class WatchedDevices:
         await self.at_rest.wait()
 
 
-async def test_a_device_that_is_gone_is_told_of_until_something_was_done(
+async def test_removal_of_device_is_retried_until_sessions_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = WatchedDevices(tmp_path / "home")
@@ -495,7 +495,7 @@ async def test_a_device_that_is_gone_is_told_of_until_something_was_done(
         task.cancel()
 
 
-def test_nothing_is_left_of_devices_that_came_and_went(office: Office) -> None:
+def test_removed_devices_leave_nothing(office: Office) -> None:
     with ExitStack() as stack:
         for _ in range(5):
             stack.enter_context(office.open()).echo()

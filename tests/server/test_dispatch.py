@@ -266,7 +266,7 @@ def release(server: ServerThread, gate: Gate, name: str, result: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["plain", "async.ready"])
-def test_arguments_are_checked_and_the_result_is_the_answer(client: Client, method: str) -> None:
+def test_arguments_are_checked_and_result_is_answered(client: Client, method: str) -> None:
     assert client.call(method, {"item": {"name": "ab", "count": 2}}) == "abab"
     refused = client.refused(method, {"item": {"name": SECRET, "count": SECRET}})
     assert (refused.code, refused.message) == (Code.INVALID_ARGUMENT, "item.count must be an int")
@@ -274,7 +274,7 @@ def test_arguments_are_checked_and_the_result_is_the_answer(client: Client, meth
     assert SECRET.encode() not in refused.body
 
 
-def test_an_answer_carries_the_token_of_its_request(client: Client) -> None:
+def test_answer_carries_the_token_of_its_request(client: Client) -> None:
     client.send(client.request("hello"), client.request("hello", token=NO_TOKEN))
     with_token, without = client.answer(client.stream - 1), client.answer(client.stream)
     assert with_token.token == client.token
@@ -283,7 +283,7 @@ def test_an_answer_carries_the_token_of_its_request(client: Client) -> None:
     assert without.value == [True, "127.0.0.1"]
 
 
-def test_without_a_session_only_public_methods_are_there(server: ServerThread) -> None:
+def test_call_without_session_reaches_only_public_methods(server: ServerThread) -> None:
     with server.client() as client:
         assert client.call("hello") == [True, "127.0.0.1"]
         for method in ("plain", "operators", "no.such.method", "session.info", "server.stats"):
@@ -295,13 +295,13 @@ def test_without_a_session_only_public_methods_are_there(server: ServerThread) -
         assert len(bodies) == 1
 
 
-def test_an_unknown_method_is_unimplemented(client: Client) -> None:
+def test_unknown_method_is_unimplemented(client: Client) -> None:
     refused = client.refused("no.such.method")
     assert refused.code == Code.UNIMPLEMENTED
     assert "no.such.method" not in refused.message
 
 
-def test_operators_alone_call_what_is_for_operators(client: Client, server: ServerThread) -> None:
+def test_operator_method_refuses_other_users(client: Client, server: ServerThread) -> None:
     assert client.refused("operators").code == Code.PERMISSION_DENIED
     with server.client("operator") as operator:
         assert operator.call("operators") == "welcome"
@@ -315,7 +315,7 @@ WAYS = ["raise.plain", "raise.first", "raise.later"]
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", RAISED)
-def test_a_call_error_is_the_answer(client: Client, way: str, kind: str) -> None:
+def test_call_error_is_answered_unchanged(client: Client, way: str, kind: str) -> None:
     refused = client.refused(way, {"kind": kind})
     assert refused.code == RAISED[kind].code
     assert refused.message == f"it is {kind}"
@@ -326,7 +326,7 @@ def test_a_call_error_is_the_answer(client: Client, way: str, kind: str) -> None
 @pytest.mark.parametrize(
     "kind", ["value_error", "key_error", "recursion_error", "generator_exit", "unsendable_details"]
 )
-def test_any_other_exception_is_an_internal_error_with_an_incident_that_the_log_has(
+def test_unexpected_exception_is_internal_error_with_logged_incident(
     client: Client, capsys: pytest.CaptureFixture[str], way: str, kind: str
 ) -> None:
     capsys.readouterr()
@@ -345,43 +345,43 @@ def test_any_other_exception_is_an_internal_error_with_an_incident_that_the_log_
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_cancellation_raised_by_the_method_itself_is_answered(client: Client, way: str) -> None:
+def test_cancellation_raised_by_the_method_is_answered(client: Client, way: str) -> None:
     refused = client.refused(way, {"kind": "cancelled_error"})
     assert (refused.code, refused.message) == (Code.CANCELLED, "the server cancelled the method")
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_incident_has_its_own_id(client: Client, way: str) -> None:
+def test_incident_ids_are_unique(client: Client, way: str) -> None:
     ids = {client.refused(way, {"kind": "value_error"}).details["incident"] for _ in range(5)}
     assert len(ids) == 5
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["without_details", "busy_without_details"])
-def test_what_may_be_tried_again_says_when(client: Client, way: str, kind: str) -> None:
+def test_retryable_error_has_retry_after(client: Client, way: str, kind: str) -> None:
     assert client.refused(way, {"kind": kind}).details["retry_after_ms"] > 0
 
 
-def test_the_details_of_a_limit_stay_as_they_are(client: Client) -> None:
+def test_details_of_resource_exhausted_are_kept(client: Client) -> None:
     assert client.refused("raise.plain", {"kind": "with_limit"}).details == {"limit": 3}
 
 
 @pytest.mark.parametrize("way", ["give.plain", "give.later"])
 @pytest.mark.parametrize("what", ["object", "set", "loop", "surrogate", "huge_int", "coroutine_like"])
-def test_a_result_that_cannot_be_sent_is_an_internal_error(client: Client, way: str, what: str) -> None:
+def test_unencodable_result_is_internal_error(client: Client, way: str, what: str) -> None:
     assert client.refused(way, {"what": what}).code == Code.INTERNAL
     # Nothing of the failed one is in front of the next.
     assert client.call(way, {"what": "nested"}) == [{"a": [1, 2.5, None, True]}]
 
 
 @pytest.mark.parametrize("way", ["give.plain", "give.later"])
-def test_every_kind_of_value_is_an_answer(client: Client, way: str) -> None:
+def test_every_kind_of_value_is_answered(client: Client, way: str) -> None:
     assert client.call(way, {"what": "nil"}) is None
     assert client.call(way, {"what": "bytes"}) == b"\x00"
 
 
 @pytest.mark.parametrize("way", ["big", "big.later"])
-def test_a_result_beyond_the_limit_of_frames_is_an_internal_error(client: Client, way: str) -> None:
+def test_result_over_max_frame_is_internal_error(client: Client, way: str) -> None:
     largest = client.welcome.value["max_frame"] - 64 - 5
     assert client.call(way, {"size": largest}) == bytes(largest)
     assert client.refused(way, {"size": largest + 1}).code == Code.INTERNAL
@@ -401,7 +401,7 @@ def test_errors_are_counted_once_by_code(client: Client, server: ServerThread) -
 # --- many at once, cancelling, deadlines -----------------------------------------------------------------------
 
 
-def test_answers_come_in_any_order(client: Client, server: ServerThread, gate: Gate) -> None:
+def test_concurrent_requests_are_answered_in_any_order(client: Client, server: ServerThread, gate: Gate) -> None:
     client.send(*(client.request("wait", {"name": name}) for name in "abc"))
     for name in "cab":
         release(server, gate, name, name.upper())
@@ -410,7 +410,7 @@ def test_answers_come_in_any_order(client: Client, server: ServerThread, gate: G
     assert found == {0: "A", 1: "B", 2: "C"}
 
 
-def test_one_request_too_many_is_refused_and_the_others_go_on(
+def test_request_over_max_streams_is_refused(
     client: Client, server: ServerThread, gate: Gate
 ) -> None:
     client.send(*(client.request("wait", {"name": str(number)}) for number in range(8)))
@@ -425,7 +425,7 @@ def test_one_request_too_many_is_refused_and_the_others_go_on(
     assert len(client.answers(7)) == 7
 
 
-def test_cancel_is_answered_at_once_and_once(client: Client, server: ServerThread, gate: Gate) -> None:
+def test_cancel_is_answered_once_at_once(client: Client, server: ServerThread, gate: Gate) -> None:
     before = server.stats["errors"].get("1", 0)
     client.send(client.request("wait", {"name": "a"}))
     eventually(lambda: "a" in gate.waiting)
@@ -438,7 +438,7 @@ def test_cancel_is_answered_at_once_and_once(client: Client, server: ServerThrea
     assert server.stats["errors"]["1"] - before == 1
 
 
-def test_cancel_in_the_same_read_as_the_request(client: Client, gate: Gate) -> None:
+def test_cancel_in_the_same_read_as_its_request(client: Client, gate: Gate) -> None:
     request = client.request("wait", {"name": "a"})
     client.send(request, client.frame(CANCEL, stream=client.stream))
     assert client.answer(client.stream).code == Code.CANCELLED
@@ -453,7 +453,7 @@ def test_cancel_with_another_token_is_ignored(client: Client, server: ServerThre
     assert client.answer(client.stream).value == "undisturbed"
 
 
-def test_a_method_that_ignores_its_cancellation_still_counts(
+def test_method_ignoring_cancellation_still_counts_as_running(
     client: Client, server: ServerThread, gate: Gate
 ) -> None:
     names = [str(number) for number in range(8)]
@@ -469,7 +469,7 @@ def test_a_method_that_ignores_its_cancellation_still_counts(
     assert client.call("hello")
 
 
-def test_a_deadline_is_answered_and_the_method_cancelled(client: Client, gate: Gate) -> None:
+def test_deadline_exceeded_cancels_the_method(client: Client, gate: Gate) -> None:
     client.send(client.request("wait", {"name": "a"}, {"deadline_ms": 30}))
     answer = client.answer(client.stream)
     assert (answer.code, answer.message) == (Code.DEADLINE_EXCEEDED, "the deadline has passed")
@@ -477,7 +477,7 @@ def test_a_deadline_is_answered_and_the_method_cancelled(client: Client, gate: G
     client.call("hello")
 
 
-def test_a_method_knows_its_deadline(client: Client, server: ServerThread, gate: Gate) -> None:
+def test_context_has_time_left(client: Client, server: ServerThread, gate: Gate) -> None:
     client.send(client.request("wait", {"name": "a"}, {"deadline_ms": 60_000}))
     eventually(lambda: "a" in gate.waiting)
     left = server.in_loop(lambda: gate.contexts["a"].time_left)
@@ -489,7 +489,7 @@ def test_a_method_knows_its_deadline(client: Client, server: ServerThread, gate:
 
 
 @pytest.mark.parametrize("deadline_ms", [0, -1, -(2**63)])
-def test_a_deadline_that_has_passed_is_answered_without_running(
+def test_expired_deadline_does_not_run_the_method(
     client: Client, gate: Gate, deadline_ms: int
 ) -> None:
     refused = client.refused("wait", {"name": "a"}, meta={"deadline_ms": deadline_ms})
@@ -497,11 +497,11 @@ def test_a_deadline_that_has_passed_is_answered_without_running(
     assert gate.waiting == {}
 
 
-def test_what_ends_in_its_first_step_is_answered_whatever_its_deadline(client: Client) -> None:
+def test_deadline_does_not_affect_immediate_answer(client: Client) -> None:
     assert client.call("async.ready", {"item": {"name": "a"}}, meta={"deadline_ms": 1}) == "a"
 
 
-def test_a_lost_connection_cancels_its_methods(server: ServerThread, gate: Gate) -> None:
+def test_disconnect_cancels_running_methods(server: ServerThread, gate: Gate) -> None:
     gate.ended.clear()
     client = server.client("ada")
     client.send(client.request("wait", {"name": "lost"}))
@@ -513,7 +513,7 @@ def test_a_lost_connection_cancels_its_methods(server: ServerThread, gate: Gate)
 
 
 @pytest.mark.parametrize("size", [1, 10_000])
-def test_a_result_that_comes_after_the_connection_is_gone_is_dropped(
+def test_result_after_disconnect_is_dropped(
     server: ServerThread, gate: Gate, size: int
 ) -> None:
     client = server.client("ada")
@@ -529,7 +529,7 @@ def test_a_result_that_comes_after_the_connection_is_gone_is_dropped(
 # --- the context -------------------------------------------------------------------------------------------
 
 
-def test_the_context_tells_who_calls_and_how(client: Client) -> None:
+def test_context_describes_the_call(client: Client) -> None:
     traceparent = f"00-{'1' * 32}-{'2' * 16}-01"
     told = client.call("context", meta={"deadline_ms": 5_000, "traceparent": traceparent, "x": 1})
     assert (told["user"], told["method"], told["peer"]) == ("ada", "context", "127.0.0.1")
@@ -540,11 +540,11 @@ def test_the_context_tells_who_calls_and_how(client: Client) -> None:
     assert told["now"] > 0
 
 
-def test_a_call_without_deadline_has_no_time_left_to_tell(client: Client) -> None:
+def test_call_without_deadline_has_no_time_left(client: Client) -> None:
     assert client.call("context")["time_left"] is None
 
 
-def test_the_user_of_a_call_without_session_is_unauthenticated(client: Client) -> None:
+def test_context_user_without_session_is_unauthenticated(client: Client) -> None:
     assert client.call("context.user") == "ada"
     refused = client.refused("context.user", token=NO_TOKEN)
     assert (refused.code, refused.message) == (
@@ -553,7 +553,7 @@ def test_the_user_of_a_call_without_session_is_unauthenticated(client: Client) -
     )
 
 
-def test_a_method_sends_events_to_its_caller(client: Client) -> None:
+def test_method_sends_events_to_its_caller(client: Client) -> None:
     client.send(client.request("event", {"data": {"a": 1}}))
     frames = [client.receive(), client.receive()]
     event = next(frame for frame in frames if frame.kind == EVENT)
@@ -562,11 +562,11 @@ def test_a_method_sends_events_to_its_caller(client: Client) -> None:
     assert (event.value, event.stream, event.token) == (["news", {"a": 1}], 0, client.token)
 
 
-def test_an_event_needs_a_session(client: Client) -> None:
+def test_event_without_session_is_not_sent(client: Client) -> None:
     assert client.call("event.public", token=NO_TOKEN) is False
 
 
-def test_an_event_beyond_the_limit_of_frames_is_an_internal_error(client: Client) -> None:
+def test_event_over_max_frame_is_internal_error(client: Client) -> None:
     largest = client.welcome.value["max_frame"] - 64 - len(b"\x92\xa4news\xc6....")
     assert client.call("event", {"size": largest}) is True
     assert len(client.event().value[1]) == largest
@@ -574,14 +574,14 @@ def test_an_event_beyond_the_limit_of_frames_is_an_internal_error(client: Client
     assert client.events == []
 
 
-def test_pings_are_answered_between_requests(client: Client) -> None:
+def test_ping_is_answered_between_requests(client: Client) -> None:
     client.send(client.frame(6, token=b"t" * 32), client.request("hello"))
     pong = client.receive()
     assert (pong.kind, pong.stream, pong.token, pong.body) == (PONG, 0, b"t" * 32, b"")
     assert client.answer(client.stream)
 
 
-def test_methods_can_be_any_callable(serve: Callable[..., ServerThread]) -> None:
+def test_any_callable_can_be_a_method(serve: Callable[..., ServerThread]) -> None:
     app = App()
 
     class Counter:
@@ -604,7 +604,7 @@ def test_methods_can_be_any_callable(serve: Callable[..., ServerThread]) -> None
         assert client.call("add", {"b": 2}) == 3
 
 
-def test_a_method_may_end_the_server_that_runs_it(serve: Callable[..., ServerThread]) -> None:
+def test_method_may_drain_its_server(serve: Callable[..., ServerThread]) -> None:
     app = App()
     stopped = []
 

@@ -135,7 +135,7 @@ async def forever() -> None:
 # --- the first step --------------------------------------------------------------------------------------
 
 
-def test_the_first_step_runs_in_the_callers_turn(bench: Bench, warm: None) -> None:
+def test_first_step_runs_in_the_callers_turn(bench: Bench, warm: None) -> None:
     order = []
 
     async def coroutine() -> int:
@@ -151,7 +151,7 @@ def test_the_first_step_runs_in_the_callers_turn(bench: Bench, warm: None) -> No
     assert order == ["coroutine", "caller"]
 
 
-def test_ending_in_the_first_step_uses_one_task_again_and_again(bench: Bench) -> None:
+def test_immediate_coroutines_reuse_one_task(bench: Bench) -> None:
     seen = []
 
     async def coroutine() -> None:
@@ -164,7 +164,7 @@ def test_ending_in_the_first_step_uses_one_task_again_and_again(bench: Bench) ->
     assert len(asyncio.all_tasks(bench.loop)) == 1
 
 
-def test_what_the_first_step_raises_comes_through(bench: Bench, warm: None) -> None:
+def test_exception_of_first_step_propagates(bench: Bench, warm: None) -> None:
     async def coroutine() -> None:
         raise LookupError("no such thing")
 
@@ -174,7 +174,7 @@ def test_what_the_first_step_raises_comes_through(bench: Bench, warm: None) -> N
     assert bench.value(ready(5)) == 5
 
 
-def test_awaiting_what_is_there_already_is_no_wait(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
+def test_awaiting_a_finished_future_does_not_wait(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
     future: asyncio.Future[int] = loop.create_future()
     future.set_result(3)
 
@@ -188,7 +188,7 @@ def test_awaiting_what_is_there_already_is_no_wait(bench: Bench, loop: asyncio.A
 # --- waiting ---------------------------------------------------------------------------------------------
 
 
-def test_a_coroutine_that_waits_goes_on_in_a_task_and_tells_its_result(bench: Bench, warm: None) -> None:
+def test_waiting_coroutine_continues_in_a_task(bench: Bench, warm: None) -> None:
     async def coroutine() -> str:
         await asyncio.sleep(0)
         await asyncio.sleep(0.001)
@@ -202,7 +202,7 @@ def test_a_coroutine_that_waits_goes_on_in_a_task_and_tells_its_result(bench: Be
     assert bench.tasks.running == 0
 
 
-def test_an_exception_after_waiting_is_told(bench: Bench, warm: None) -> None:
+def test_exception_after_waiting_reaches_done(bench: Bench, warm: None) -> None:
     async def coroutine() -> None:
         await asyncio.sleep(0)
         raise LookupError("late")
@@ -212,7 +212,7 @@ def test_an_exception_after_waiting_is_told(bench: Bench, warm: None) -> None:
     assert bench.tasks.running == 0
 
 
-def test_an_awaited_failure_reaches_the_coroutine(
+def test_failed_future_raises_in_the_coroutine(
     bench: Bench, loop: asyncio.AbstractEventLoop, warm: None
 ) -> None:
     future: asyncio.Future[None] = loop.create_future()
@@ -237,7 +237,7 @@ class OddError(Exception):
         return 0
 
 
-def test_even_an_exception_that_is_false_is_raised(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
+def test_falsy_exception_is_raised(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
     future: asyncio.Future[None] = loop.create_future()
 
     async def coroutine() -> None:
@@ -248,7 +248,7 @@ def test_even_an_exception_that_is_false_is_raised(bench: Bench, loop: asyncio.A
     assert isinstance(bench.finish(outcome).error, OddError)
 
 
-def test_the_current_task_is_the_same_from_beginning_to_end(bench: Bench, warm: None) -> None:
+def test_current_task_does_not_change(bench: Bench, warm: None) -> None:
     async def coroutine() -> list[Any]:
         tasks = [asyncio.current_task()]
         await asyncio.sleep(0)
@@ -262,7 +262,7 @@ def test_the_current_task_is_the_same_from_beginning_to_end(bench: Bench, warm: 
     assert outcome.result == [worker.task] * 3
 
 
-def test_a_task_that_has_waited_is_not_used_again(bench: Bench) -> None:
+def test_task_that_waited_is_not_reused(bench: Bench) -> None:
     """Whoever kept it (a library's table by task, a supervisor that cancels it late) must not reach another."""
 
     async def coroutine() -> asyncio.Task[Any] | None:
@@ -278,7 +278,7 @@ def test_a_task_that_has_waited_is_not_used_again(bench: Bench) -> None:
     assert not first.cancel()
 
 
-def test_many_wait_at_once_each_in_its_own_task(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
+def test_concurrent_waits_have_separate_tasks(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
     gate = asyncio.Event()
 
     async def coroutine(number: int) -> tuple[int, Any]:
@@ -297,7 +297,7 @@ def test_many_wait_at_once_each_in_its_own_task(bench: Bench, loop: asyncio.Abst
     assert len(asyncio.all_tasks(loop)) == 0
 
 
-def test_without_a_done_the_result_is_dropped(bench: Bench) -> None:
+def test_result_without_done_is_dropped(bench: Bench) -> None:
     async def coroutine() -> None:
         await asyncio.sleep(0)
         raise LookupError
@@ -311,7 +311,7 @@ def test_without_a_done_the_result_is_dropped(bench: Bench) -> None:
 # --- contexts --------------------------------------------------------------------------------------------
 
 
-def test_each_coroutine_has_a_context_of_its_own(bench: Bench, warm: None) -> None:
+def test_coroutines_have_separate_contexts(bench: Bench, warm: None) -> None:
     async def coroutine(name: str, wait: bool) -> list[str]:
         seen = [variable.get()]
         variable.set(name)
@@ -329,7 +329,7 @@ def test_each_coroutine_has_a_context_of_its_own(bench: Bench, warm: None) -> No
     assert variable.get() == "untouched"
 
 
-def test_a_context_variable_of_the_caller_is_seen(bench: Bench) -> None:
+def test_context_variable_of_the_caller_is_visible(bench: Bench) -> None:
     async def coroutine() -> str:
         return variable.get()
 
@@ -341,7 +341,7 @@ def test_a_context_variable_of_the_caller_is_seen(bench: Bench) -> None:
     assert bench.in_loop(step) == "caller"
 
 
-def test_a_child_task_inherits_the_coroutines_context(bench: Bench) -> None:
+def test_child_task_inherits_the_context(bench: Bench) -> None:
     async def child() -> str:
         return variable.get()
 
@@ -356,7 +356,7 @@ def test_a_child_task_inherits_the_coroutines_context(bench: Bench) -> None:
 # --- what asks for the current task ------------------------------------------------------------------------
 
 
-def test_a_timeout_that_begins_in_the_first_step_ends_the_wait(bench: Bench, warm: None) -> None:
+def test_timeout_started_in_first_step_ends_the_wait(bench: Bench, warm: None) -> None:
     async def coroutine() -> str:
         try:
             async with asyncio.timeout(0.01):
@@ -371,7 +371,7 @@ def test_a_timeout_that_begins_in_the_first_step_ends_the_wait(bench: Bench, war
 
 
 @pytest.mark.parametrize("delay", [0, -1])
-def test_a_timeout_that_has_passed_already_ends_the_wait(bench: Bench, warm: None, delay: float) -> None:
+def test_expired_timeout_ends_the_wait(bench: Bench, warm: None, delay: float) -> None:
     async def coroutine() -> str:
         try:
             async with asyncio.timeout(delay):
@@ -383,7 +383,7 @@ def test_a_timeout_that_has_passed_already_ends_the_wait(bench: Bench, warm: Non
     assert bench.outcome(coroutine()).result == "timed out"
 
 
-def test_wait_for_in_the_first_step_times_out(bench: Bench, warm: None) -> None:
+def test_wait_for_in_first_step_times_out(bench: Bench, warm: None) -> None:
     async def coroutine() -> str:
         try:
             await asyncio.wait_for(forever(), 0.01)
@@ -394,7 +394,7 @@ def test_wait_for_in_the_first_step_times_out(bench: Bench, warm: None) -> None:
     assert bench.outcome(coroutine()).result == "timed out"
 
 
-def test_a_task_group_gathers_its_children(bench: Bench, warm: None) -> None:
+def test_task_group_gathers_its_children(bench: Bench, warm: None) -> None:
     async def child(number: int) -> int:
         await asyncio.sleep(0)
         return number
@@ -407,7 +407,7 @@ def test_a_task_group_gathers_its_children(bench: Bench, warm: None) -> None:
     assert bench.outcome(coroutine()).result == [0, 1, 2]
 
 
-def test_a_failing_child_cancels_its_group_alone(bench: Bench, warm: None) -> None:
+def test_failing_child_cancels_only_its_group(bench: Bench, warm: None) -> None:
     async def failing() -> None:
         raise LookupError("child")
 
@@ -427,7 +427,7 @@ def test_a_failing_child_cancels_its_group_alone(bench: Bench, warm: None) -> No
 # --- cancellation ----------------------------------------------------------------------------------------
 
 
-def test_cancelling_raises_where_the_coroutine_waits(bench: Bench, warm: None) -> None:
+def test_cancel_raises_where_the_coroutine_waits(bench: Bench, warm: None) -> None:
     cleaned = []
 
     async def coroutine() -> None:
@@ -444,7 +444,7 @@ def test_cancelling_raises_where_the_coroutine_waits(bench: Bench, warm: None) -
     assert cleaned == [True]
 
 
-def test_cancelling_before_the_task_has_begun_reaches_the_coroutine(bench: Bench, warm: None) -> None:
+def test_cancel_before_first_task_step_reaches_the_coroutine(bench: Bench, warm: None) -> None:
     cleaned = []
 
     async def coroutine() -> None:
@@ -469,7 +469,7 @@ def test_cancelling_before_the_task_has_begun_reaches_the_coroutine(bench: Bench
 
 
 @pytest.mark.parametrize("when", ["before the task has begun", "before it goes on", "later"])
-def test_what_the_coroutine_waits_for_is_cancelled_with_it(
+def test_cancel_reaches_the_awaited_future(
     bench: Bench, loop: asyncio.AbstractEventLoop, warm: None, when: str
 ) -> None:
     children: list[str] = []
@@ -509,7 +509,7 @@ def test_what_the_coroutine_waits_for_is_cancelled_with_it(
     assert [task for task in asyncio.all_tasks(loop) if task.get_name() != "zcproto-handler"] == []
 
 
-def test_a_coroutine_may_clean_up_in_peace_after_its_cancellation(bench: Bench, warm: None) -> None:
+def test_cancelled_coroutine_may_wait_while_cleaning_up(bench: Bench, warm: None) -> None:
     async def coroutine() -> str:
         try:
             await forever()
@@ -524,7 +524,7 @@ def test_a_coroutine_may_clean_up_in_peace_after_its_cancellation(bench: Bench, 
     assert bench.finish(outcome).result == "cleaned up"
 
 
-def test_cancelling_what_has_ended_does_nothing(bench: Bench) -> None:
+def test_cancel_after_the_end_does_nothing(bench: Bench) -> None:
     async def coroutine() -> int:
         await asyncio.sleep(0)
         return 1
@@ -536,7 +536,7 @@ def test_cancelling_what_has_ended_does_nothing(bench: Bench) -> None:
     assert bench.outcome(coroutine()).result == 1
 
 
-def test_cancelling_reaches_none_but_its_own(bench: Bench) -> None:
+def test_cancel_reaches_only_its_coroutine(bench: Bench) -> None:
     async def coroutine() -> str:
         await asyncio.sleep(0.001)
         return "untroubled"
@@ -555,7 +555,7 @@ def cancel_current_task() -> None:
     task.cancel()
 
 
-def test_a_coroutine_that_cancels_itself_and_ends_harms_nobody(bench: Bench, warm: None) -> None:
+def test_self_cancel_at_the_end_does_not_affect_others(bench: Bench, warm: None) -> None:
     async def coroutine(wait: bool) -> str:
         if wait:
             await asyncio.sleep(0)
@@ -584,7 +584,7 @@ def test_a_coroutine_that_cancels_itself_and_ends_harms_nobody(bench: Bench, war
     assert bench.outcome(innocent()).result == (0, "untroubled")
 
 
-def test_a_coroutine_that_cancels_itself_and_waits_is_cancelled(bench: Bench) -> None:
+def test_self_cancel_before_waiting_cancels(bench: Bench) -> None:
     cleaned = []
 
     async def coroutine() -> None:
@@ -601,7 +601,7 @@ def test_a_coroutine_that_cancels_itself_and_waits_is_cancelled(bench: Bench) ->
     assert cleaned == ["cancelled"]
 
 
-def test_a_coroutine_that_cancels_a_task_not_begun_is_ended(bench: Bench) -> None:
+def test_cancel_of_unstarted_task_ends_the_coroutine(bench: Bench) -> None:
     cleaned = []
 
     async def coroutine() -> None:
@@ -615,7 +615,7 @@ def test_a_coroutine_that_cancels_a_task_not_begun_is_ended(bench: Bench) -> Non
     assert cleaned == ["ended"]
 
 
-def test_a_task_cancelled_while_it_waits_for_work_takes_none(bench: Bench) -> None:
+def test_idle_task_cancelled_gets_no_work(bench: Bench) -> None:
     async def who() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
 
@@ -637,7 +637,7 @@ def test_a_task_cancelled_while_it_waits_for_work_takes_none(bench: Bench) -> No
 # --- from within a task ------------------------------------------------------------------------------------
 
 
-def test_a_coroutine_can_be_started_from_within_a_task(bench: Bench) -> None:
+def test_start_within_a_task_runs_first_step(bench: Bench) -> None:
     async def who() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
 
@@ -655,7 +655,7 @@ def test_a_coroutine_can_be_started_from_within_a_task(bench: Bench) -> None:
     assert bench.loop.run_until_complete(outer())
 
 
-def test_one_started_from_within_a_task_may_wait(bench: Bench) -> None:
+def test_start_within_a_task_may_wait(bench: Bench) -> None:
     outcome = Outcome()
 
     async def inner() -> str:
@@ -673,7 +673,7 @@ def test_one_started_from_within_a_task_may_wait(bench: Bench) -> None:
     assert bench.finish(outcome).result == "inner"
 
 
-def test_a_coroutine_may_start_another_in_its_first_step(bench: Bench) -> None:
+def test_nested_start_in_first_step(bench: Bench) -> None:
     async def level(depth: int) -> int:
         if depth == 0:
             return 0
@@ -688,7 +688,7 @@ def test_a_coroutine_may_start_another_in_its_first_step(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("ending", ["result", "error", "cancelled"])
-def test_nothing_of_an_ended_coroutine_is_kept(bench: Bench, ending: str) -> None:
+def test_ended_coroutine_leaves_no_reference(bench: Bench, ending: str) -> None:
     class Thing:
         pass
 
@@ -718,7 +718,7 @@ def test_nothing_of_an_ended_coroutine_is_kept(bench: Bench, ending: str) -> Non
         gc.enable()
 
 
-def test_close_cancels_what_waits_and_ends_every_task(loop: asyncio.AbstractEventLoop) -> None:
+def test_close_cancels_waiting_coroutines_and_tasks(loop: asyncio.AbstractEventLoop) -> None:
     tasks = EagerTasks(loop)
     bench = Bench(loop, tasks)
     bench.value(ready())
@@ -730,7 +730,7 @@ def test_close_cancels_what_waits_and_ends_every_task(loop: asyncio.AbstractEven
     assert asyncio.all_tasks(loop) == set()
 
 
-def test_close_at_once_ends_a_task_that_never_began(loop: asyncio.AbstractEventLoop) -> None:
+def test_close_ends_a_task_that_never_began(loop: asyncio.AbstractEventLoop) -> None:
     tasks = EagerTasks(loop)
     outcome = Outcome()
 
@@ -749,11 +749,11 @@ def test_close_at_once_ends_a_task_that_never_began(loop: asyncio.AbstractEventL
     assert isinstance(outcome.error, asyncio.CancelledError)
 
 
-def test_close_of_an_empty_pool_returns(loop: asyncio.AbstractEventLoop) -> None:
+def test_close_of_empty_pool_returns(loop: asyncio.AbstractEventLoop) -> None:
     assert loop.run_until_complete(EagerTasks(loop).close(0.0)) == 0
 
 
-def test_close_does_not_wait_for_ever(loop: asyncio.AbstractEventLoop) -> None:
+def test_close_is_limited_in_time(loop: asyncio.AbstractEventLoop) -> None:
     gate = asyncio.Event()
 
     async def stubborn() -> str:
@@ -773,7 +773,7 @@ def test_close_does_not_wait_for_ever(loop: asyncio.AbstractEventLoop) -> None:
     assert tasks.running == 0
 
 
-def test_the_end_of_the_loop_closes_what_still_waits() -> None:
+def test_closing_the_loop_closes_waiting_coroutines() -> None:
     closed = []
 
     async def stubborn() -> None:
@@ -793,7 +793,7 @@ def test_the_end_of_the_loop_closes_what_still_waits() -> None:
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
-def test_what_ends_the_program_is_not_swallowed(end: type[BaseException]) -> None:
+def test_keyboard_interrupt_propagates(end: type[BaseException]) -> None:
     async def coroutine() -> None:
         await asyncio.sleep(0)
         raise end
@@ -816,7 +816,7 @@ def test_what_ends_the_program_is_not_swallowed(end: type[BaseException]) -> Non
     loop.close()
 
 
-def test_an_awaitable_is_driven_as_a_task_would(bench: Bench) -> None:
+def test_custom_awaitable_is_driven_like_a_task(bench: Bench) -> None:
     class Pair:
         """An awaitable of its own, which yields to the loop twice."""
 

@@ -39,19 +39,19 @@ def test_port_0_is_the_same_free_port_on_every_address(bound: list[socket.socket
     assert addresses[0][1] > 0
 
 
-def test_ipv6_sockets_leave_ipv4_alone(bound: list[socket.socket]) -> None:
+def test_ipv6_socket_is_ipv6_only(bound: list[socket.socket]) -> None:
     bound += bind(["::"], 0)
     port = bound[0].getsockname()[1]
     bound += bind(["0.0.0.0"], port)
     assert len(bound) == 2
 
 
-def test_no_host_is_every_address(bound: list[socket.socket]) -> None:
+def test_empty_host_binds_every_address(bound: list[socket.socket]) -> None:
     bound += bind([""], 0)
     assert {each.getsockname()[0] for each in bound} == {"0.0.0.0", "::"}
 
 
-def test_a_port_that_is_taken_is_a_fault_of_the_configuration(bound: list[socket.socket]) -> None:
+def test_port_in_use_is_a_config_error(bound: list[socket.socket]) -> None:
     bound += bind(["127.0.0.1"], 0)
     port = bound[0].getsockname()[1]
     with pytest.raises(ConfigError) as raised:
@@ -64,17 +64,17 @@ def test_a_port_that_is_taken_is_a_fault_of_the_configuration(bound: list[socket
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "256.1.1.1", "a" * 300, "\udcff"])
-def test_a_host_that_is_none_is_a_fault_of_the_configuration(host: str) -> None:
+def test_unknown_host_is_a_config_error(host: str) -> None:
     with pytest.raises(ConfigError, match=r"server\.host = .*: no such address"):
         bind([host], 0)
 
 
-def test_an_address_of_another_machine_is_a_fault_of_the_configuration() -> None:
+def test_foreign_address_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="cannot listen: Cannot assign requested address"):
         bind(["192.0.2.77"], 0)
 
 
-def test_a_machine_without_ipv6_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ipv6_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_socket(*args: Any) -> socket.socket:
         raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
 
@@ -86,7 +86,7 @@ def test_a_machine_without_ipv6_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 # --- a running server --------------------------------------------------------------------------------------
 
 
-def test_it_serves_on_ipv4_and_ipv6(serve: Serve) -> None:
+def test_server_listens_on_ipv4_and_ipv6(serve: Serve) -> None:
     server = serve(server__host=["127.0.0.1", "::1"])
     assert [host for host, _ in server.server.addresses] == ["127.0.0.1", "::1"]
     for host in ("127.0.0.1", "::1"):
@@ -94,7 +94,7 @@ def test_it_serves_on_ipv4_and_ipv6(serve: Serve) -> None:
             assert client.call("session.info")["address"] == host
 
 
-def test_a_port_that_is_taken_starts_nothing(serve: Serve, tmp_path: Path, certs: Path) -> None:
+def test_port_in_use_prevents_start(serve: Serve, tmp_path: Path, certs: Path) -> None:
     first = serve()
     second = ServerThread(tmp_path / "second", certs, server__port=first.port)
     with pytest.raises(ConfigError, match="Address already in use"):
@@ -109,7 +109,7 @@ def refused_at_accept(server: ServerThread, host: str = "127.0.0.1") -> None:
         assert read_to_end(connection) == (b"", "FIN")
 
 
-def test_too_many_of_one_address_are_closed_without_a_byte_and_counted(serve: Serve) -> None:
+def test_connections_over_the_address_limit_are_closed_and_counted(serve: Serve) -> None:
     server = serve(server__host=["127.0.0.1", "::1"], limits__connections_per_address=2)
     with server.client("ada") as first:
         half_open = server.tcp()
@@ -129,7 +129,7 @@ def test_too_many_of_one_address_are_closed_without_a_byte_and_counted(serve: Se
     server.until_left()
 
 
-def test_no_limit_of_one_address_is_none(serve: Serve) -> None:
+def test_address_limit_0_is_unlimited(serve: Serve) -> None:
     server = serve(limits__connections_per_address=0)
     with server.client("ada") as client, server.client("ada") as other:
         client.echo()
@@ -137,7 +137,7 @@ def test_no_limit_of_one_address_is_none(serve: Serve) -> None:
         assert server.stats["refused_per_address"] == 0
 
 
-def test_too_many_in_all_are_closed_without_a_byte_and_counted(serve: Serve) -> None:
+def test_connections_over_the_total_limit_are_closed_and_counted(serve: Serve) -> None:
     server = serve(server__host=["127.0.0.1", "::1"], limits__max_connections=2)
     with server.client("ada") as first, server.client("eve", host="::1") as second:
         refused_at_accept(server)
@@ -150,7 +150,7 @@ def test_too_many_in_all_are_closed_without_a_byte_and_counted(serve: Serve) -> 
         client.echo()
 
 
-def test_handshakes_in_progress_are_bounded_and_the_rest_wait_in_the_backlog(serve: Serve) -> None:
+def test_handshakes_over_the_limit_wait_in_the_backlog(serve: Serve) -> None:
     server = serve(tls__max_handshakes=3)
     with bystander(server):
         before = server.leftovers()["tcp"]
@@ -172,7 +172,7 @@ def test_handshakes_in_progress_are_bounded_and_the_rest_wait_in_the_backlog(ser
     server.until_left()
 
 
-def test_never_more_handshakes_than_allowed_even_if_all_come_at_once(serve: Serve) -> None:
+def test_concurrent_handshakes_stay_within_the_limit(serve: Serve) -> None:
     server = serve(tls__max_handshakes=2)
     highest = 0
 
@@ -197,7 +197,7 @@ def test_never_more_handshakes_than_allowed_even_if_all_come_at_once(serve: Serv
     assert highest == 2
 
 
-def test_one_that_goes_before_it_is_adopted_leaves_nothing(
+def test_disconnect_before_adoption_leaves_nothing(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
@@ -221,7 +221,7 @@ def test_one_that_goes_before_it_is_adopted_leaves_nothing(
         client.echo()
 
 
-def test_a_connection_that_is_aborted_in_the_backlog_is_no_fault(
+def test_connection_aborted_in_backlog_is_ignored(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
@@ -249,7 +249,7 @@ def test_a_connection_that_is_aborted_in_the_backlog_is_no_fault(
         client.echo()
 
 
-def test_an_unknown_fault_of_accept_is_not_hidden(serve: Serve) -> None:
+def test_unexpected_accept_error_is_raised(serve: Serve) -> None:
     server = serve()
 
     class Broken:
@@ -261,7 +261,7 @@ def test_an_unknown_fault_of_accept_is_not_hidden(serve: Serve) -> None:
         server.in_loop(lambda: server.server.parts.listener._accept(broken, socket.AF_INET))
 
 
-def test_running_out_of_descriptors_pauses_accepting_and_recovers(
+def test_descriptor_exhaustion_pauses_accepting(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listener, "PAUSE_WHEN_EXHAUSTED", 0.05)
@@ -317,7 +317,7 @@ print("recovered")
 """
 
 
-def test_a_process_without_descriptors_goes_on_serving_and_recovers(tmp_path: Path, certs: Path) -> None:
+def test_process_without_descriptors_serves_and_recovers(tmp_path: Path, certs: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", EXHAUST, str(tmp_path / "home"), str(certs)],
         cwd=Path(__file__).parents[2],
@@ -332,7 +332,7 @@ def test_a_process_without_descriptors_goes_on_serving_and_recovers(tmp_path: Pa
     assert "Too many open files" in done.stderr
 
 
-def test_closing_takes_in_nobody(serve: Serve) -> None:
+def test_closed_listener_accepts_nothing(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         port = server.port
@@ -344,7 +344,7 @@ def test_closing_takes_in_nobody(serve: Serve) -> None:
     eventually(lambda: not server.alive)
 
 
-def test_many_that_come_at_once_are_taken_in_by_and_by(serve: Serve) -> None:
+def test_burst_of_connections_is_accepted(serve: Serve) -> None:
     server = serve()
     # The loop is busy while they come: all are in the backlog when it looks.
     waiting = server.in_loop(lambda: [server.tcp() for _ in range(42)])

@@ -20,7 +20,7 @@ def refused(client: Client, method: str, **params: Any) -> AnsweredError:
     return error.value
 
 
-def test_operators_see_all_sessions_and_no_secret(serve: Serve) -> None:
+def test_server_sessions_lists_all_sessions_without_secrets(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as ada, server.client("ada"), server.client("operator") as operator:
         found = operator.call("server.sessions")
@@ -36,7 +36,7 @@ def test_operators_see_all_sessions_and_no_secret(serve: Serve) -> None:
             assert str(secret) not in str(found)
 
 
-def test_only_operators_may(serve: Serve) -> None:
+def test_operator_methods_refuse_other_users(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as ada:
         for method in ("server.sessions", "server.revoke"):
@@ -47,7 +47,7 @@ def test_only_operators_may(serve: Serve) -> None:
         ada.echo()
 
 
-def test_operators_end_sessions_by_their_ids(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_revoke_by_ids(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve()
     with server.client("ada") as ada, server.client("bob") as bob, server.client("operator") as operator:
         ids = [ada.opened["id"], bob.opened["id"], bob.opened["id"], "A" * 22, "no id"]
@@ -62,7 +62,7 @@ def test_operators_end_sessions_by_their_ids(serve: Serve, capsys: pytest.Captur
     assert '"operator":"operator"' in log
 
 
-def test_operators_end_the_sessions_of_a_user(serve: Serve) -> None:
+def test_server_revoke_by_user(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as ada, server.client("bob") as bob, server.client("operator") as operator:
         assert operator.call("server.revoke", {"user": "ada"}) == {"revoked": 1}
@@ -71,7 +71,7 @@ def test_operators_end_the_sessions_of_a_user(serve: Serve) -> None:
         bob.echo()
 
 
-def test_operators_end_all_sessions_their_own_too(serve: Serve) -> None:
+def test_server_revoke_all_includes_the_operator(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as ada, server.client("operator") as operator:
         assert operator.call("server.revoke", {"all": True}) == {"revoked": 2}
@@ -90,14 +90,14 @@ def test_operators_end_all_sessions_their_own_too(serve: Serve) -> None:
         {"ids": [5]},
     ],
 )
-def test_what_is_to_be_ended_is_said_in_one_way(serve: Serve, params: dict[str, Any]) -> None:
+def test_server_revoke_needs_exactly_one_selector(serve: Serve, params: dict[str, Any]) -> None:
     server = serve()
     with server.client("operator") as operator:
         assert refused(operator, "server.revoke", **params).code == Code.INVALID_ARGUMENT
         operator.echo()
 
 
-def test_the_list_of_everybody_is_bounded(serve: Serve) -> None:
+def test_server_sessions_is_bounded(serve: Serve) -> None:
     server = serve()
 
     def fill() -> None:
@@ -112,7 +112,7 @@ def test_the_list_of_everybody_is_bounded(serve: Serve) -> None:
         assert [int(each["user"]) for each in found] == list(range(LISTED))
 
 
-def test_they_are_for_operators_by_their_own_word(serve: Serve) -> None:
+def test_operator_methods_are_marked_operator(serve: Serve) -> None:
     server = serve()
     methods = operator_methods(server.server.state)
     assert [method.name for method in methods if method.operator] == ["server.sessions", "server.revoke"]

@@ -268,7 +268,7 @@ def announce(harness: Harness, body: bytes | None) -> None:
     harness.turn()
 
 
-def test_an_announcement_reaches_those_who_are_there_and_those_who_come(harness: Harness, peer: Peer) -> None:
+def test_announcement_reaches_present_and_future_connections(harness: Harness, peer: Peer) -> None:
     nobody = harness.connect()
     announce(harness, BODY)
     late = harness.connect()
@@ -276,13 +276,13 @@ def test_an_announcement_reaches_those_who_are_there_and_those_who_come(harness:
         assert [(answer.kind, answer.token, answer.body) for answer in told] == [(Kind.EVENT, NO_TOKEN, BODY)]
 
 
-def test_an_announcement_is_made_once(harness: Harness, peer: Peer) -> None:
+def test_repeated_announcement_is_sent_once(harness: Harness, peer: Peer) -> None:
     announce(harness, BODY)
     announce(harness, BODY)
     assert len(peer.answers()) == 1
 
 
-def test_what_is_no_longer_to_come_is_not_announced(harness: Harness, peer: Peer) -> None:
+def test_withdrawn_announcement_is_not_sent(harness: Harness, peer: Peer) -> None:
     announce(harness, BODY)
     peer.answers()
     announce(harness, None)
@@ -290,7 +290,7 @@ def test_what_is_no_longer_to_come_is_not_announced(harness: Harness, peer: Peer
     assert harness.connect().greeted == []
 
 
-def test_thousands_are_told_over_several_turns_and_the_newest_only(harness: Harness) -> None:
+def test_announcement_to_thousands_takes_several_turns_and_sends_the_newest(harness: Harness) -> None:
     peers = [harness.connect() for _ in range(ANNOUNCED_PER_TURN + 1)]
     newer = encode_body(["pins.next", {"pins": ["sha256/y"], "from": 2}])
 
@@ -304,7 +304,7 @@ def test_thousands_are_told_over_several_turns_and_the_newest_only(harness: Harn
     assert told.count([newer]) == 1
 
 
-def test_a_connection_that_is_gone_is_not_told(harness: Harness, peer: Peer) -> None:
+def test_closed_connection_gets_no_announcement(harness: Harness, peer: Peer) -> None:
     peer.protocol.close("by a test")
     peer.protocol.announce(BODY)
     harness.turn()
@@ -314,7 +314,7 @@ def test_a_connection_that_is_gone_is_not_told(harness: Harness, peer: Peer) -> 
 # --- back-pressure -----------------------------------------------------------------------------------------
 
 
-def test_a_peer_that_does_not_read_has_no_further_requests_run(harness: Harness, peer: Peer) -> None:
+def test_back_pressure_stops_running_requests(harness: Harness, peer: Peer) -> None:
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
     assert harness.ran == [1, 2, 3]  # 27,000 bytes: the limit was passed with the third
@@ -326,7 +326,7 @@ def test_a_peer_that_does_not_read_has_no_further_requests_run(harness: Harness,
     assert [answer.stream for answer in peer.answers()] == list(range(1, 11))
 
 
-def test_a_peer_that_reads_a_little_gets_a_little_more(harness: Harness, peer: Peer) -> None:
+def test_back_pressure_resumes_as_the_peer_reads(harness: Harness, peer: Peer) -> None:
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
     streams = [answer.stream for answer in peer.answers()]
@@ -338,7 +338,7 @@ def test_a_peer_that_reads_a_little_gets_a_little_more(harness: Harness, peer: P
     assert streams == list(range(1, 11))
 
 
-def test_small_answers_are_gathered_and_still_bounded(harness: Harness, peer: Peer) -> None:
+def test_small_answers_are_gathered_within_the_bound(harness: Harness, peer: Peer) -> None:
     peer.transport.stuck = True
     for read in range(100):
         if not peer.transport.reading:
@@ -351,7 +351,7 @@ def test_small_answers_are_gathered_and_still_bounded(harness: Harness, peer: Pe
     assert len(peer.answers()) == len(harness.ran)
 
 
-def test_a_deadline_that_passes_meanwhile_loses_no_suspended_request(harness: Harness, peer: Peer) -> None:
+def test_deadline_during_back_pressure_loses_no_request(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(50, "wait", None, deadline_ms=5_000), peer.request(51, "wait"))
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
@@ -369,7 +369,7 @@ def test_a_deadline_that_passes_meanwhile_loses_no_suspended_request(harness: Ha
     assert [answer.value for answer in peer.answers()] == ["still here"]
 
 
-def test_a_cancel_behind_suspended_requests_is_heard_when_its_turn_comes(
+def test_cancel_behind_suspended_requests_is_processed_in_order(
     harness: Harness, peer: Peer
 ) -> None:
     peer.send(peer.request(50, "wait"))
@@ -382,7 +382,7 @@ def test_a_cancel_behind_suspended_requests_is_heard_when_its_turn_comes(
     assert kinds[-2:] == [(Kind.ERROR, 50), (Kind.PONG, 0)]
 
 
-def test_a_peer_that_does_not_read_for_too_long_is_cut_off(harness: Harness, peer: Peer) -> None:
+def test_peer_that_does_not_read_is_reset(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(50, "wait"))
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
@@ -397,7 +397,7 @@ def test_a_peer_that_does_not_read_for_too_long_is_cut_off(harness: Harness, pee
     assert harness.futures[0].cancelled()
 
 
-def test_a_slow_but_steady_peer_is_not_cut_off(harness: Harness, peer: Peer) -> None:
+def test_slow_steady_reader_is_kept(harness: Harness, peer: Peer) -> None:
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
     peer.transport.unread += 4 * TAKEN_AT_LEAST  # as if much had been written before
@@ -411,7 +411,7 @@ def test_a_slow_but_steady_peer_is_not_cut_off(harness: Harness, peer: Peer) -> 
     assert peer.transport.aborted
 
 
-def test_a_drip_is_no_reading(harness: Harness, peer: Peer) -> None:
+def test_dripping_reader_is_reset(harness: Harness, peer: Peer) -> None:
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
     peer.transport.unread -= TAKEN_AT_LEAST - 1
@@ -419,7 +419,7 @@ def test_a_drip_is_no_reading(harness: Harness, peer: Peer) -> None:
     assert peer.transport.aborted
 
 
-def test_what_is_added_meanwhile_hides_no_reading(harness: Harness, peer: Peer) -> None:
+def test_added_output_does_not_hide_reading(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(50, "wait"))
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
@@ -432,7 +432,7 @@ def test_what_is_added_meanwhile_hides_no_reading(harness: Harness, peer: Peer) 
     assert peer.transport.aborted
 
 
-def test_a_peer_that_reads_in_time_is_not_cut_off(harness: Harness, peer: Peer) -> None:
+def test_peer_that_reads_in_time_is_kept(harness: Harness, peer: Peer) -> None:
     for _ in range(3):
         peer.transport.stuck = True
         peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 4)))
@@ -444,7 +444,7 @@ def test_a_peer_that_reads_in_time_is_not_cut_off(harness: Harness, peer: Peer) 
     assert len(peer.answers()) == 9
 
 
-def test_answers_under_way_fill_the_buffer_to_a_hard_limit_and_no_further(
+def test_write_buffer_over_the_hard_limit_resets_the_connection(
     harness: Harness, peer: Peer
 ) -> None:
     peer.send(*(peer.request(n, "wait") for n in range(1, 17)))
@@ -466,7 +466,7 @@ def test_answers_under_way_fill_the_buffer_to_a_hard_limit_and_no_further(
     nothing_left(harness)
 
 
-def test_cut_off_while_requests_are_taken_nothing_of_them_is_kept(harness: Harness, peer: Peer) -> None:
+def test_reset_during_processing_keeps_no_request(harness: Harness, peer: Peer) -> None:
     peer.transport.stuck = True
     size = (WRITE_BUFFER_HARD_FACTOR + 1) * WRITE_BUFFER
     peer.send(*(peer.request(n, "big", {"n": n, "size": size}) for n in range(1, 4)))
@@ -477,7 +477,7 @@ def test_cut_off_while_requests_are_taken_nothing_of_them_is_kept(harness: Harne
     nothing_left(harness)
 
 
-def test_pausing_before_and_after_there_is_a_connection_is_no_fault(harness: Harness) -> None:
+def test_pause_writing_without_connection_does_nothing(harness: Harness) -> None:
     protocol = ServerProtocol(harness.state)
     protocol.pause_writing()
     protocol.resume_writing()
@@ -491,7 +491,7 @@ def test_pausing_before_and_after_there_is_a_connection_is_no_fault(harness: Har
 # --- time --------------------------------------------------------------------------------------------------
 
 
-def test_a_silent_connection_ends(harness: Harness, peer: Peer) -> None:
+def test_idle_connection_is_closed(harness: Harness, peer: Peer) -> None:
     harness.advance(IDLE + 2)
     assert [answer.kind for answer in peer.answers()] == [Kind.GOAWAY]
     assert peer.transport.closed
@@ -499,7 +499,7 @@ def test_a_silent_connection_ends(harness: Harness, peer: Peer) -> None:
     nothing_left(harness)
 
 
-def test_one_that_speaks_does_not(harness: Harness, peer: Peer) -> None:
+def test_active_connection_is_kept(harness: Harness, peer: Peer) -> None:
     for _ in range(4):
         harness.advance(IDLE - 10)
         peer.send(peer.frame(PING))
@@ -507,7 +507,7 @@ def test_one_that_speaks_does_not(harness: Harness, peer: Peer) -> None:
     assert {answer.kind for answer in peer.answers()} == {Kind.PONG}
 
 
-def test_after_a_long_request_silence_counts_again(harness: Harness, peer: Peer) -> None:
+def test_idle_time_counts_after_a_long_request(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "wait"))
     harness.advance(5 * IDLE)
     assert not peer.transport.closed
@@ -519,7 +519,7 @@ def test_after_a_long_request_silence_counts_again(harness: Harness, peer: Peer)
     assert ended(harness) == {"idle": 1}
 
 
-def test_without_a_session_it_ends_soon(harness: Harness) -> None:
+def test_connection_without_session_is_closed_soon(harness: Harness) -> None:
     peer = harness.connect()
     harness.advance(12)
     assert peer.transport.closed
@@ -527,7 +527,7 @@ def test_without_a_session_it_ends_soon(harness: Harness) -> None:
     nothing_left(harness)
 
 
-def test_a_deadline_handler_that_comes_late_does_nothing(harness: Harness, peer: Peer) -> None:
+def test_late_deadline_callback_does_nothing(harness: Harness, peer: Peer) -> None:
     peer.lose()
     peer.protocol.handle_deadline(harness.clock.now())
     assert ended(harness) == {"closed_by_peer": 1}
@@ -536,7 +536,7 @@ def test_a_deadline_handler_that_comes_late_does_nothing(harness: Harness, peer:
 # --- the end -----------------------------------------------------------------------------------------------
 
 
-def test_a_fatal_error_is_sent_counted_and_ends_it(harness: Harness, peer: Peer) -> None:
+def test_fatal_error_is_sent_and_counted(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "wait"), peer.frame(REQUEST, 0), peer.request(2, "big", {"n": 2}))
     (error,) = peer.answers()
     assert (error.stream, error.code) == (0, Code.PROTOCOL_ERROR)
@@ -551,7 +551,7 @@ def test_a_fatal_error_is_sent_counted_and_ends_it(harness: Harness, peer: Peer)
     ("error", "reason"),
     [(None, "closed_by_peer"), (TlsError("truncated"), "truncated"), (OSError(), "closed_by_peer")],
 )
-def test_a_lost_connection_is_counted_by_its_cause(
+def test_lost_connection_is_counted_by_cause(
     harness: Harness, peer: Peer, error: Exception | None, reason: str
 ) -> None:
     peer.send(peer.request(1, "wait"))
@@ -561,13 +561,13 @@ def test_a_lost_connection_is_counted_by_its_cause(
     assert harness.contexts[0].cancelled
 
 
-def test_close_notify_and_the_end_of_tcp_are_one_end(harness: Harness, peer: Peer) -> None:
+def test_close_notify_then_eof_is_one_end(harness: Harness, peer: Peer) -> None:
     peer.protocol.eof_received()
     peer.lose()
     assert ended(harness) == {"closed_by_peer": 1}
 
 
-def test_nothing_is_done_for_a_connection_that_has_ended(harness: Harness, peer: Peer) -> None:
+def test_ended_connection_does_nothing(harness: Harness, peer: Peer) -> None:
     opened = peer.login("eve")
     peer.send(peer.request(1, "context.join"))
     context = harness.contexts[0]
@@ -590,7 +590,7 @@ def test_nothing_is_done_for_a_connection_that_has_ended(harness: Harness, peer:
     nothing_left(harness)
 
 
-def test_an_event_planned_before_the_end_is_not_sent_after_it(harness: Harness, peer: Peer) -> None:
+def test_planned_event_is_not_sent_after_the_end(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "context.join"))
     peer.answers()
     assert harness.contexts[0].send_event("news", 1) is True
@@ -599,7 +599,7 @@ def test_an_event_planned_before_the_end_is_not_sent_after_it(harness: Harness, 
     assert peer.answers() == []
 
 
-def test_a_session_that_ended_before_its_connection_is_told_of_no_more(harness: Harness, peer: Peer) -> None:
+def test_ended_session_sends_no_further_event(harness: Harness, peer: Peer) -> None:
     peer.protocol.session_ended("no such session", Code.TOKEN_REVOKED, "test")
     harness.turn()
     assert peer.answers() == []
@@ -608,7 +608,7 @@ def test_a_session_that_ended_before_its_connection_is_told_of_no_more(harness: 
     peer.protocol.session_ended("no such session", Code.TOKEN_REVOKED, "test")
 
 
-def test_a_revocation_between_two_reads_is_told_in_one_write(harness: Harness, peer: Peer) -> None:
+def test_revocation_between_reads_is_sent_in_one_write(harness: Harness, peer: Peer) -> None:
     harness.registry.revoke_user("ada", "test")
     assert peer.answers() == []
     harness.turn()
@@ -620,7 +620,7 @@ def test_a_revocation_between_two_reads_is_told_in_one_write(harness: Harness, p
     assert ended(harness) == {"no_session": 1}
 
 
-def test_an_expired_session_is_left_without_a_word(harness: Harness, peer: Peer) -> None:
+def test_expired_session_sends_no_event(harness: Harness, peer: Peer) -> None:
     wall = harness.clock.wall() + 30 * 24 * 3_600_000
     harness.registry.clean(wall, 1_000)
     harness.turn()
@@ -629,7 +629,7 @@ def test_an_expired_session_is_left_without_a_word(harness: Harness, peer: Peer)
     assert ended(harness) == {"no_session": 1}
 
 
-def test_many_connections_of_one_session_are_told_and_forgotten(harness: Harness, peer: Peer) -> None:
+def test_revocation_reaches_all_connections_of_a_session(harness: Harness, peer: Peer) -> None:
     others = [harness.connect() for _ in range(3)]
     for other in others:
         other.token = peer.token
@@ -647,7 +647,7 @@ def test_many_connections_of_one_session_are_told_and_forgotten(harness: Harness
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_the_last_connection_of_a_session_clears_the_index(
+def test_last_connection_of_a_session_clears_the_index(
     harness: Harness, peer: Peer, order: tuple[int, ...]
 ) -> None:
     peers = [peer, harness.connect(), harness.connect()]
@@ -660,7 +660,7 @@ def test_the_last_connection_of_a_session_clears_the_index(
     nothing_left(harness)
 
 
-def test_a_method_that_ends_its_own_connection_and_waits_is_cancelled(harness: Harness, peer: Peer) -> None:
+def test_method_closing_its_connection_and_waiting_is_cancelled(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "close.and.wait"))
     nothing_left(harness)
     assert harness.futures[0].cancelled()
@@ -668,7 +668,7 @@ def test_a_method_that_ends_its_own_connection_and_waits_is_cancelled(harness: H
 
 
 @pytest.mark.parametrize("size", [0, 10_000])
-def test_a_method_that_ends_its_own_connection_and_answers_is_not_heard(
+def test_method_closing_its_connection_gets_no_answer_sent(
     harness: Harness, peer: Peer, size: int
 ) -> None:
     peer.send(peer.request(1, "close.and.answer", {"size": size}), peer.request(2, "big", {"n": 2}))
@@ -677,13 +677,13 @@ def test_a_method_that_ends_its_own_connection_and_answers_is_not_heard(
     nothing_left(harness)
 
 
-def test_what_ends_the_program_is_no_answer(harness: Harness, peer: Peer) -> None:
+def test_system_exit_of_a_method_propagates(harness: Harness, peer: Peer) -> None:
     with pytest.raises(SystemExit):
         peer.protocol.data_received(peer.request(1, "exit"))
     peer.lose()
 
 
-def test_draining_says_goaway_first_and_waits_for_answers(harness: Harness, peer: Peer) -> None:
+def test_drain_sends_goaway_and_waits_for_answers(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "wait"))
     idle = harness.connect()
     harness.state.draining = True
@@ -707,7 +707,7 @@ def alive() -> int:
 
 
 @pytest.mark.parametrize("ending", ["close", "abort", "lose", "fatal", "timeout"])
-def test_nothing_keeps_an_ended_connection_alive(harness: Harness, ending: str) -> None:
+def test_ended_connection_is_garbage_collected(harness: Harness, ending: str) -> None:
     gc.collect()
     gc.disable()
     try:
@@ -738,11 +738,11 @@ def test_nothing_keeps_an_ended_connection_alive(harness: Harness, ending: str) 
 # --- what connections share ----------------------------------------------------------------------------------
 
 
-def test_leaving_a_session_that_nobody_has_is_no_fault(harness: Harness, peer: Peer) -> None:
+def test_leaving_an_unknown_session_does_nothing(harness: Harness, peer: Peer) -> None:
     harness.state.session_connections.leave("no such session", peer.protocol)
 
 
-def test_lines_of_one_kind_and_peer_are_bounded_and_the_rest_counted(
+def test_log_lines_per_peer_are_limited_and_counted(
     harness: Harness, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_module._state, "level", logging.INFO)

@@ -64,14 +64,14 @@ def server(serve: Serve) -> ServerThread:
         ("::ffff:198.51.100.9", "198.51.100.9"),
     ],
 )
-def test_a_session_has_the_address_of_the_header(server: ServerThread, client: str, known_as: str) -> None:
+def test_session_has_the_forwarded_address(server: ServerThread, client: str, known_as: str) -> None:
     with BehindBalancer(server, header(client, b"\x20\x00\x03abc")) as connection:
         connection.open_session("ada")
         assert connection.call("session.info")["address"] == known_as
     server.until_left()
 
 
-def test_who_is_not_listed_speaks_tls_as_ever(server: ServerThread) -> None:
+def test_unlisted_peer_needs_no_proxy_header(server: ServerThread) -> None:
     with server.client("ada", host="::1") as client:
         assert client.call("session.info")["address"] == "::1"
     with server.tcp("::1") as connection:
@@ -80,7 +80,7 @@ def test_who_is_not_listed_speaks_tls_as_ever(server: ServerThread) -> None:
     assert server.stats["tls_failures"] == {"not_tls": 1}
 
 
-def test_a_balancer_without_a_header_is_closed_without_a_byte(server: ServerThread) -> None:
+def test_balancer_without_proxy_header_is_closed(server: ServerThread) -> None:
     with server.tcp() as raw, pytest.raises((ssl.SSLError, ConnectionResetError)):
         client_context(server.home / "certs" / "ca.crt").wrap_socket(raw, server_hostname="localhost")
     with server.tcp() as raw:
@@ -90,7 +90,7 @@ def test_a_balancer_without_a_header_is_closed_without_a_byte(server: ServerThre
     assert server.stats["tls_failures"] == {"proxy_header_missing": 1, "proxy_header_version": 1}
 
 
-def test_a_header_that_does_not_come_ends_in_time(serve: Serve) -> None:
+def test_missing_proxy_header_times_out(serve: Serve) -> None:
     server = serve(server__proxy_protocol_from=["127.0.0.1"], tls__handshake_timeout="200ms")
     with server.tcp() as raw:
         raw.sendall(header("198.51.100.9")[:20])
@@ -99,7 +99,7 @@ def test_a_header_that_does_not_come_ends_in_time(serve: Serve) -> None:
     assert server.stats["tls_failures"] == {"handshake_timeout": 1}
 
 
-def test_the_limit_of_an_address_is_that_of_the_client(server: ServerThread) -> None:
+def test_address_limit_counts_the_forwarded_client(server: ServerThread) -> None:
     first, second = (BehindBalancer(server, header("198.51.100.9")) for _ in range(2))
     with server.tcp() as third:
         third.sendall(header("198.51.100.9"))
@@ -123,7 +123,7 @@ def test_the_limit_of_an_address_is_that_of_the_client(server: ServerThread) -> 
     server.until_left()
 
 
-def test_a_balancer_has_no_limit_of_its_own_while_its_headers_come(server: ServerThread) -> None:
+def test_balancer_is_not_limited_before_its_headers(server: ServerThread) -> None:
     waiting = [server.tcp() for _ in range(5)]
     server.until(lambda: server.server.parts.listener.connections == 5)
     for each in waiting:
@@ -132,7 +132,7 @@ def test_a_balancer_has_no_limit_of_its_own_while_its_headers_come(server: Serve
     assert server.stats["refused_per_address"] == 0
 
 
-def test_one_client_is_throttled_and_others_are_not(serve: Serve) -> None:
+def test_throttle_counts_the_forwarded_client(serve: Serve) -> None:
     server = serve(server__proxy_protocol_from=["127.0.0.1"], limits__login_failures=1)
 
     def attempt(client: str, user: str, key: str) -> int:
@@ -149,7 +149,7 @@ def test_one_client_is_throttled_and_others_are_not(serve: Serve) -> None:
         other.echo()
 
 
-def test_the_log_names_the_client(serve: Serve, tmp_path: Path) -> None:
+def test_log_has_the_forwarded_address(serve: Serve, tmp_path: Path) -> None:
     server = serve(server__proxy_protocol_from=["127.0.0.1"])
     configure_logging(LogConfig(format="json", file=tmp_path / "log"))
     with server.tcp() as raw:
@@ -162,7 +162,7 @@ def test_the_log_names_the_client(serve: Serve, tmp_path: Path) -> None:
     ]
 
 
-def test_a_drain_does_not_wait_for_headers(serve: Serve) -> None:
+def test_drain_does_not_wait_for_proxy_headers(serve: Serve) -> None:
     server = serve(server__proxy_protocol_from=["127.0.0.1"])
     with server.tcp() as raw:
         server.until(lambda: server.server.parts.listener.connections == 1)
@@ -171,7 +171,7 @@ def test_a_drain_does_not_wait_for_headers(serve: Serve) -> None:
         assert read_to_end(raw)[0] == b""
 
 
-def test_everybody_else_goes_on(server: ServerThread) -> None:
+def test_bad_proxy_header_does_not_affect_others(server: ServerThread) -> None:
     with BehindBalancer(server, header("198.51.100.77")) as client:
         client.open_session("bystander")
         for junk in (b"\r\n\r\n", b"\x00" * 5_000, header("198.51.100.9")[:-1]):
@@ -212,7 +212,7 @@ def is_open(port: int) -> bool:
 
 
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="takes HAProxy")
-def test_haproxys_own_headers_are_read(serve: Serve, tmp_path: Path) -> None:
+def test_haproxy_headers_are_read(serve: Serve, tmp_path: Path) -> None:
     server = serve(server__proxy_protocol_from=["127.0.0.1"])
     good, bad = free(), free()
     (tmp_path / "haproxy.cfg").write_text(HAPROXY.format(good=good, bad=bad, port=server.port))

@@ -11,7 +11,7 @@ from zcproto.errors import NotFound
 from zcproto.server.state import PART_BITS, ReadTiming
 
 
-def test_one_read_in_each_part_of_time_is_timed() -> None:
+def test_one_read_per_interval_is_timed() -> None:
     timing = ReadTiming()
     timed = []
     for wall in [*range(1_600, 1_632), 1_600, 10_000]:  # the wall clock may go back
@@ -35,7 +35,7 @@ def two_methods() -> App:
     return app
 
 
-def test_a_timed_read_is_answered_as_any_other(serve: Serve) -> None:
+def test_timed_read_is_answered_normally(serve: Serve) -> None:
     app = two_methods()
     quick, bad = list(app)
     server = serve(app)
@@ -70,7 +70,7 @@ def test_most_reads_are_not_timed(serve: Serve, monkeypatch: pytest.MonkeyPatch)
         assert sum(quick.durations.counts) == before
 
 
-def test_calls_that_wait_are_all_measured(serve: Serve) -> None:
+def test_every_waiting_call_is_measured(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as client:
         sleep = server.server.state.methods["sleep"]

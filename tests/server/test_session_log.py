@@ -41,7 +41,7 @@ def refused(client: Client, method: str, /, **params: Any) -> int:
     return error.value.code
 
 
-def test_opening_refreshing_and_closing_are_told(serve: Serve, lines: Log) -> None:
+def test_session_open_refresh_and_close_are_logged(serve: Serve, lines: Log) -> None:
     server = serve()
     with server.client() as client:
         client.open_session("ada", client="test/1")
@@ -59,7 +59,7 @@ def test_opening_refreshing_and_closing_are_told(serve: Serve, lines: Log) -> No
     assert (told[0]["scheme"], told[0]["client"], told[1]["client"]) == ("api_key", "test/1", "test/2")
 
 
-def test_who_ends_which_sessions_is_told(serve: Serve, lines: Log) -> None:
+def test_revocations_are_logged_with_user_and_count(serve: Serve, lines: Log) -> None:
     server = serve()
     with server.client("ada") as client, server.client("ada") as other:
         flush(server)
@@ -76,7 +76,7 @@ def test_who_ends_which_sessions_is_told(serve: Serve, lines: Log) -> None:
     assert (all_["which"], all_["sessions"]) == ("all", 1)
 
 
-def test_failed_logins_are_told_and_a_flood_of_them_is_bounded(serve: Serve, lines: Log) -> None:
+def test_failed_logins_are_logged_with_a_limit(serve: Serve, lines: Log) -> None:
     server = serve()
     with server.client() as client:
         for _ in range(30):
@@ -90,7 +90,7 @@ def test_failed_logins_are_told_and_a_flood_of_them_is_bounded(serve: Serve, lin
     assert "a wrong key" not in str(told)
 
 
-def test_a_stolen_refresh_token_is_told_as_a_warning(serve: Serve, lines: Log) -> None:
+def test_refresh_token_reuse_is_logged_as_warning(serve: Serve, lines: Log) -> None:
     server = serve()
     with server.client() as client:
         client.open_session("ada")
@@ -105,7 +105,7 @@ def test_a_stolen_refresh_token_is_told_as_a_warning(serve: Serve, lines: Log) -
     assert (line["session"], line["peer"]) == (client.opened["id"], "127.0.0.1")
 
 
-def test_no_secret_is_in_the_log(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_contains_no_secret(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(LogConfig(level="debug", format="json"))
     server: ServerThread = serve()
     with server.client("ada") as client:

@@ -44,7 +44,7 @@ def user(request: pytest.FixtureRequest) -> str:
 # --- session.open ------------------------------------------------------------------------------------------
 
 
-def test_open_gives_a_session(connect: Callable[..., Client], user: str) -> None:
+def test_session_open_returns_a_session(connect: Callable[..., Client], user: str) -> None:
     client = connect()
     opened = client.open_session(user)
     assert set(opened) == {
@@ -66,7 +66,7 @@ def test_open_gives_a_session(connect: Callable[..., Client], user: str) -> None
 
 
 @pytest.mark.requirement("refresh")
-def test_without_refresh_and_idle_limit_there_is_none_to_tell(serve: Serve) -> None:
+def test_session_open_without_refresh_and_idle_limit(serve: Serve) -> None:
     server = serve(sessions__refresh=False, sessions__idle_timeout="off")
     with server.client("ada") as client:
         assert client.opened["refresh_token"] is None
@@ -75,7 +75,7 @@ def test_without_refresh_and_idle_limit_there_is_none_to_tell(serve: Serve) -> N
         client.echo()
 
 
-def test_one_connection_carries_sessions_of_several_users(connect: Callable[..., Client], user: str) -> None:
+def test_connection_carries_sessions_of_several_users(connect: Callable[..., Client], user: str) -> None:
     client = connect(user)
     first = client.token
     client.open_session(user + "2")
@@ -93,7 +93,7 @@ def test_one_connection_carries_sessions_of_several_users(connect: Callable[...,
         ({"client": "a\x1bb"}, "client must be at most 128 printable characters"),
     ],
 )
-def test_a_malformed_login_is_refused(
+def test_malformed_login_is_refused(
     connect: Callable[..., Client], change: dict[str, Any], message: str
 ) -> None:
     login = {"scheme": "api_key", "user": "ada", "key": KEY, "client": "test/1"}
@@ -101,7 +101,7 @@ def test_a_malformed_login_is_refused(
     assert (refused.code, refused.message) == (Code.INVALID_ARGUMENT, message)
 
 
-def test_a_wrong_key_and_an_unknown_user_get_the_same_answer(serve: Serve) -> None:
+def test_wrong_key_and_unknown_user_get_the_same_answer(serve: Serve) -> None:
     def identify(params: Any, address: str) -> Identity | None:
         return Identity("ada") if (params["user"], params["key"]) == ("ada", "secret") else None
 
@@ -117,7 +117,7 @@ def test_a_wrong_key_and_an_unknown_user_get_the_same_answer(serve: Serve) -> No
         client.echo()
 
 
-def test_a_login_that_waits_leaves_the_others_alone(serve: Serve) -> None:
+def test_waiting_login_does_not_delay_others(serve: Serve) -> None:
     import asyncio
 
     gate: list[asyncio.Future[None]] = []
@@ -150,7 +150,7 @@ def test_a_login_that_waits_leaves_the_others_alone(serve: Serve) -> None:
         assert server.stats["sessions"] == before
 
 
-def test_a_failing_authenticator_lets_nobody_in(serve: Serve) -> None:
+def test_failing_authenticator_is_internal_error(serve: Serve) -> None:
     def identify(params: Any, address: str) -> Identity | None:
         raise RuntimeError("the directory is on fire")
 
@@ -162,7 +162,7 @@ def test_a_failing_authenticator_lets_nobody_in(serve: Serve) -> None:
         assert client.refused("echo").code == Code.UNAUTHENTICATED
 
 
-def test_guessing_keys_is_slowed_down(serve: Serve) -> None:
+def test_failed_logins_are_throttled(serve: Serve) -> None:
     server = serve(limits__login_failures=2)
     with server.client() as client, server.client("bystander") as bystander:
         login = {"scheme": "api_key", "user": "ada", "key": "guess"}
@@ -176,7 +176,7 @@ def test_guessing_keys_is_slowed_down(serve: Serve) -> None:
         bystander.echo()
 
 
-def test_users_come_from_the_file_and_changes_of_it_are_seen(
+def test_changed_users_file_applies_to_logins(
     serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = serve(users_file=True, log__level="info")
@@ -204,7 +204,7 @@ def test_users_come_from_the_file_and_changes_of_it_are_seen(
 
 
 @pytest.mark.requirement("per_user")
-def test_the_cap_refuses_one_session_more(serve: Serve) -> None:
+def test_session_limit_refuses_one_more(serve: Serve) -> None:
     server = serve(sessions__per_user=2)
     with server.client("ada") as first, server.client("ada") as second, server.client() as third:
         refused = third.refused(
@@ -219,7 +219,7 @@ def test_the_cap_refuses_one_session_more(serve: Serve) -> None:
 
 
 @pytest.mark.requirement("per_user")
-def test_the_cap_may_evict_the_oldest(serve: Serve) -> None:
+def test_session_limit_evicts_the_oldest(serve: Serve) -> None:
     server = serve(sessions__per_user=2, sessions__when_full="evict_oldest")
     with server.client("ada") as first, server.client("ada") as second, server.client("ada") as third:
         event = first.event()
@@ -240,7 +240,7 @@ def refresh(client: Client, refresh_token: bytes, client_name: str = "test/1") -
 
 
 @pytest.mark.requirement("refresh")
-def test_refresh_gives_a_new_pair_and_both_old_tokens_are_dead(
+def test_refresh_replaces_both_tokens(
     connect: Callable[..., Client], user: str
 ) -> None:
     client = connect(user)
@@ -256,7 +256,7 @@ def test_refresh_gives_a_new_pair_and_both_old_tokens_are_dead(
     assert client.events == []
 
 
-def test_a_refresh_on_another_connection_does_not_disturb_the_first(
+def test_refresh_on_another_connection_keeps_the_first(
     connect: Callable[..., Client], user: str
 ) -> None:
     first, second = connect(user), connect()
@@ -271,7 +271,7 @@ def test_a_refresh_on_another_connection_does_not_disturb_the_first(
     assert first.event().token == second.event().token == new["token"]
 
 
-def test_a_spent_refresh_token_gives_the_same_pair_within_the_grace(
+def test_spent_refresh_token_repeats_its_pair_within_the_grace(
     connect: Callable[..., Client], user: str
 ) -> None:
     client = connect(user)
@@ -281,7 +281,7 @@ def test_a_spent_refresh_token_gives_the_same_pair_within_the_grace(
 
 
 @pytest.mark.requirement("refresh")
-def test_a_spent_refresh_token_shown_by_another_client_ends_the_session(
+def test_spent_refresh_token_of_another_client_ends_the_session(
     connect: Callable[..., Client], user: str
 ) -> None:
     client, thief, other = connect(user), connect(), connect(user)
@@ -299,7 +299,7 @@ def test_a_spent_refresh_token_shown_by_another_client_ends_the_session(
     other.echo()
 
 
-def test_a_refresh_token_that_is_none_is_refused(connect: Callable[..., Client]) -> None:
+def test_malformed_refresh_token_is_refused(connect: Callable[..., Client]) -> None:
     client = connect()
     assert client.refused("session.refresh", {"refresh_token": bytes(32)}).code == Code.UNAUTHENTICATED
     for params in ({"refresh_token": bytes(31)}, {"refresh_token": "x" * 32}, {}):
@@ -309,7 +309,7 @@ def test_a_refresh_token_that_is_none_is_refused(connect: Callable[..., Client])
 
 
 @pytest.mark.requirement("refresh")
-def test_a_session_token_is_no_refresh_token_nor_the_other_way_round(
+def test_token_kinds_are_not_interchangeable(
     connect: Callable[..., Client], user: str
 ) -> None:
     client = connect(user)
@@ -318,7 +318,7 @@ def test_a_session_token_is_no_refresh_token_nor_the_other_way_round(
     client.echo()
 
 
-def test_an_expired_session_is_refreshed(serve: Serve) -> None:
+def test_expired_session_is_refreshed(serve: Serve) -> None:
     server = serve(sessions__lifetime="1h", sessions__refresh_lifetime="10h")
     with server.client("ada") as client:
         server.clock.ahead_ms = HOUR_MS
@@ -338,7 +338,7 @@ def test_an_expired_session_is_refreshed(serve: Serve) -> None:
 # --- session.info and session.list -------------------------------------------------------------------------
 
 
-def test_info_tells_what_the_server_knows(connect: Callable[..., Client], user: str) -> None:
+def test_session_info_describes_the_session(connect: Callable[..., Client], user: str) -> None:
     client = connect(user)
     info = client.call("session.info")
     assert set(info) == {
@@ -363,7 +363,7 @@ def test_info_tells_what_the_server_knows(connect: Callable[..., Client], user: 
     assert info["created_at"] <= info["last_used_at"]
 
 
-def test_list_marks_the_session_that_asks(connect: Callable[..., Client], user: str) -> None:
+def test_session_list_marks_the_current_session(connect: Callable[..., Client], user: str) -> None:
     first, second = connect(user), connect(user)
     connect(user + "2")
     listed = second.call("session.list")
@@ -386,7 +386,7 @@ def told_of_revocation(client: Client, reason: str) -> None:
     assert client.refused("echo").code == Code.TOKEN_REVOKED
 
 
-def test_revoking_by_id_reaches_every_connection_of_that_session_at_once(
+def test_revoke_by_id_reaches_every_connection_of_the_session(
     connect: Callable[..., Client], user: str
 ) -> None:
     asking, first, second = connect(user), connect(user), connect()
@@ -401,13 +401,13 @@ def test_revoking_by_id_reaches_every_connection_of_that_session_at_once(
     assert asking.events == untouched.events == []
 
 
-def test_revoking_twice_finds_nothing_the_second_time(connect: Callable[..., Client], user: str) -> None:
+def test_second_revoke_is_not_found(connect: Callable[..., Client], user: str) -> None:
     asking, other = connect(user), connect(user)
     asking.call("session.revoke", {"id": other.opened["id"]})
     assert asking.refused("session.revoke", {"id": other.opened["id"]}).code == Code.NOT_FOUND
 
 
-def test_another_users_session_is_not_found_and_lives_on(connect: Callable[..., Client], user: str) -> None:
+def test_revoke_of_another_users_session_is_not_found(connect: Callable[..., Client], user: str) -> None:
     asking, other = connect(user), connect(user + "2")
     unknown = asking.refused("session.revoke", {"id": "A" * 22})
     foreign = asking.refused("session.revoke", {"id": other.opened["id"]})
@@ -418,7 +418,7 @@ def test_another_users_session_is_not_found_and_lives_on(connect: Callable[..., 
     assert other.events == []
 
 
-def test_revoking_the_own_session_answers_and_sends_no_event(
+def test_revoke_of_own_session_sends_no_event(
     connect: Callable[..., Client], user: str
 ) -> None:
     asking, same = connect(user), connect()
@@ -430,7 +430,7 @@ def test_revoking_the_own_session_answers_and_sends_no_event(
     told_of_revocation(same, "revoked by its user")
 
 
-def test_revoking_all_takes_the_own_session_too(connect: Callable[..., Client], user: str) -> None:
+def test_revoke_all_includes_the_own_session(connect: Callable[..., Client], user: str) -> None:
     asking, others, stranger = connect(user), [connect(user), connect(user)], connect(user + "2")
     # The asking connection carries another session of the user, and is told of neither.
     asking.open_session(user)
@@ -445,7 +445,7 @@ def test_revoking_all_takes_the_own_session_too(connect: Callable[..., Client], 
 @pytest.mark.parametrize(
     "params", [{}, {"all": False}, {"id": "A" * 22, "all": True}, {"id": None}, {"id": 5}, {"all": 1}]
 )
-def test_revoking_neither_or_both_is_refused(
+def test_revoke_without_or_with_both_selectors_is_refused(
     connect: Callable[..., Client], user: str, params: dict[str, Any]
 ) -> None:
     client = connect(user)
@@ -453,7 +453,7 @@ def test_revoking_neither_or_both_is_refused(
     client.echo()
 
 
-def test_close_ends_the_own_session_alone(connect: Callable[..., Client], user: str) -> None:
+def test_session_close_ends_only_the_own_session(connect: Callable[..., Client], user: str) -> None:
     client, other = connect(user), connect(user)
     assert client.call("session.close") == {}
     assert client.refused("echo").code == Code.TOKEN_REVOKED
@@ -464,7 +464,7 @@ def test_close_ends_the_own_session_alone(connect: Callable[..., Client], user: 
     client.echo()
 
 
-def test_close_ends_the_session_for_the_very_next_frame(connect: Callable[..., Client], user: str) -> None:
+def test_session_close_applies_to_the_next_frame(connect: Callable[..., Client], user: str) -> None:
     client = connect(user)
     client.send(client.request("session.close"), client.request("echo", {"a": 1}))
     closed, refused = client.answer(client.stream - 1), client.answer(client.stream)
@@ -473,11 +473,11 @@ def test_close_ends_the_session_for_the_very_next_frame(connect: Callable[..., C
 
 
 @pytest.mark.parametrize("method", ["session.info", "session.list", "session.revoke", "session.close"])
-def test_methods_of_a_session_need_one(connect: Callable[..., Client], method: str) -> None:
+def test_session_methods_need_a_session(connect: Callable[..., Client], method: str) -> None:
     assert connect().refused(method).code == Code.UNAUTHENTICATED
 
 
-def test_a_connection_left_without_session_is_closed_with_a_word(serve: Serve) -> None:
+def test_connection_left_without_session_gets_goaway(serve: Serve) -> None:
     server = serve(sessions__open_timeout="1s")
     with server.client("ada") as client:
         client.call("session.close")
@@ -488,7 +488,7 @@ def test_a_connection_left_without_session_is_closed_with_a_word(serve: Serve) -
         assert server.stats["connections_ended"] == {"no_session": 1}
 
 
-def test_a_connection_that_opens_no_session_is_closed_with_a_word(serve: Serve) -> None:
+def test_connection_that_opens_no_session_gets_goaway(serve: Serve) -> None:
     server = serve(sessions__open_timeout="1s")
     with server.client() as client, server.client("ada") as other:
         frames, how = client.rest_until_closed()
@@ -497,7 +497,7 @@ def test_a_connection_that_opens_no_session_is_closed_with_a_word(serve: Serve) 
         other.echo()
 
 
-def test_an_idle_connection_is_closed_with_a_word(serve: Serve) -> None:
+def test_idle_connection_gets_goaway(serve: Serve) -> None:
     server = serve(limits__idle_timeout="1s")
     with server.client("ada") as client:
         frames, how = client.rest_until_closed()
@@ -506,7 +506,7 @@ def test_an_idle_connection_is_closed_with_a_word(serve: Serve) -> None:
     server.until_left()
 
 
-def test_a_session_near_its_end_is_announced_once(serve: Serve) -> None:
+def test_session_expiring_event_is_sent_once(serve: Serve) -> None:
     server = serve(sessions__lifetime="1h", sessions__refresh_lifetime="2h")
     with server.client("ada") as first, server.client() as client:
         server.clock.ahead_ms = 54 * 60_000 - 500  # soon a tenth of its time is left
@@ -525,7 +525,7 @@ def names(client: Client) -> list[str]:
     return [method["name"] for method in client.call("server.info")["methods"]]
 
 
-def test_info_lists_what_the_caller_may_call_and_nothing_else(serve: Serve) -> None:
+def test_server_info_lists_callable_methods_only(serve: Serve) -> None:
     app = App()
 
     @app.method("news", public=True)
@@ -555,7 +555,7 @@ def test_info_lists_what_the_caller_may_call_and_nothing_else(serve: Serve) -> N
         assert abs(info["time"] - wall()) < 5_000
 
 
-def test_what_info_lists_is_what_can_be_called(serve: Serve) -> None:
+def test_methods_of_server_info_can_be_called(serve: Serve) -> None:
     server = serve()
     for user in (None, "ada", "operator"):
         with server.client(user) as client:
@@ -569,12 +569,12 @@ def test_what_info_lists_is_what_can_be_called(serve: Serve) -> None:
                     assert may == (method in listed), method
 
 
-def test_stats_are_for_operators(connect: Callable[..., Client], user: str) -> None:
+def test_server_stats_refuses_other_users(connect: Callable[..., Client], user: str) -> None:
     assert connect(user).refused("server.stats").code == Code.PERMISSION_DENIED
     assert connect().refused("server.stats").code == Code.UNAUTHENTICATED
 
 
-def test_stats_count_what_happened(serve: Serve) -> None:
+def test_server_stats_counts_events(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as ada, server.client("operator") as operator:
         ada.echo()
@@ -607,7 +607,7 @@ def test_echo_returns_its_params(connect: Callable[..., Client], user: str) -> N
     assert client.call("echo") == {}
 
 
-def test_time_is_the_servers_clock(connect: Callable[..., Client], user: str) -> None:
+def test_time_returns_the_server_clock(connect: Callable[..., Client], user: str) -> None:
     assert abs(connect(user).call("time") - wall()) < 5_000
 
 
@@ -622,6 +622,6 @@ def test_sleep_waits_and_is_bounded(connect: Callable[..., Client], user: str) -
     assert client.answer(client.stream).code == Code.CANCELLED
 
 
-def test_the_built_in_methods_need_a_session(connect: Callable[..., Client]) -> None:
+def test_default_methods_need_a_session(connect: Callable[..., Client]) -> None:
     client = connect()
     assert {client.refused(method).code for method in ("echo", "sleep", "time")} == {Code.UNAUTHENTICATED}

@@ -167,7 +167,7 @@ def gate(tmp_path: Path, certs: Path) -> Iterator[Gate]:
 
 
 @pytest.mark.parametrize("fields", [{}, {"user": "ada"}, {"client": "zc/1"}])
-def test_a_certificate_opens_a_session_of_the_user_whom_it_names(gate: Gate, fields: dict[str, str]) -> None:
+def test_client_certificate_opens_a_session_of_its_user(gate: Gate, fields: dict[str, str]) -> None:
     with gate.open(gate.issue("ada"), **fields) as client:
         assert client.opened["user"] == "ada"
         client.echo()
@@ -177,12 +177,12 @@ def test_a_certificate_opens_a_session_of_the_user_whom_it_names(gate: Gate, fie
     assert gate.refused == []
 
 
-def test_an_operator_is_one_by_the_file_of_users(gate: Gate) -> None:
+def test_operator_by_certificate_comes_from_the_users_file(gate: Gate) -> None:
     with gate.open(gate.issue("root")) as client:
         assert client.call("server.stats")["sessions"] == 1
 
 
-def test_a_device_that_keeps_its_key_comes_in_by_its_request(gate: Gate, tmp_path: Path) -> None:
+def test_certificate_from_a_signing_request_opens_a_session(gate: Gate, tmp_path: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
     issued = client_ca.issue_client(
@@ -192,7 +192,7 @@ def test_a_device_that_keeps_its_key_comes_in_by_its_request(gate: Gate, tmp_pat
         client.echo()
 
 
-def test_methods_may_look_at_the_certificate(gate: Gate) -> None:
+def test_context_has_the_client_certificate(gate: Gate) -> None:
     shown = gate.issue("ada")
     with gate.open(shown) as client:
         der = ssl.PEM_cert_to_DER_cert(shown.certificate.read_text())
@@ -202,7 +202,7 @@ def test_methods_may_look_at_the_certificate(gate: Gate) -> None:
             assert other.call("shown") is None
 
 
-def test_the_session_is_bound_to_the_key_of_the_certificate(gate: Gate, tmp_path: Path) -> None:
+def test_session_is_bound_to_the_certificate_key(gate: Gate, tmp_path: Path) -> None:
     keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("first", "second")}
 
     def issue(key: str) -> Shown:
@@ -231,7 +231,7 @@ def test_the_session_is_bound_to_the_key_of_the_certificate(gate: Gate, tmp_path
         client.echo()
 
 
-def test_a_refreshed_session_is_bound_as_before(gate: Gate) -> None:
+def test_refreshed_session_stays_bound_to_the_certificate(gate: Gate) -> None:
     shown = gate.issue("ada")
     with gate.open(shown) as client, gate.client() as thief, gate.client(shown) as renewed:
         params = {"refresh_token": client.opened["refresh_token"]}
@@ -248,13 +248,13 @@ def test_a_refreshed_session_is_bound_as_before(gate: Gate) -> None:
         assert renewed.refused("echo").code == 69
 
 
-def test_a_session_bound_to_a_certificate_cannot_be_attached(gate: Gate) -> None:
+def test_certificate_bound_session_cannot_be_attached(gate: Gate) -> None:
     with gate.open(gate.issue("ada")) as client:
         frame = client.refused("session.attach", {"signature": bytes(64)})
         assert frame.code == 9  # FAILED_PRECONDITION
 
 
-def test_a_certificate_does_not_stand_in_the_way_of_a_key(gate: Gate) -> None:
+def test_client_with_certificate_may_use_an_api_key(gate: Gate) -> None:
     with gate.client(gate.issue("ada")) as client:
         client.open_session("bob")
         assert client.opened["user"] == "bob"
@@ -264,7 +264,7 @@ def test_a_certificate_does_not_stand_in_the_way_of_a_key(gate: Gate) -> None:
     ("options", "user"),
     [({}, "ada"), ({"user": "ada"}, "ada"), ({"user": "bob", "key": KEY}, "bob")],
 )
-def test_the_client_library_opens_its_session_by_the_certificate(
+def test_client_library_opens_session_by_certificate(
     gate: Gate, options: dict[str, str], user: str
 ) -> None:
     with gate.library(gate.issue("ada"), **options) as client:
@@ -274,7 +274,7 @@ def test_the_client_library_opens_its_session_by_the_certificate(
         assert client.call("shown") is not None
 
 
-def test_the_client_library_tells_of_a_certificate_that_names_another(gate: Gate) -> None:
+def test_client_library_reports_certificate_of_another_user(gate: Gate) -> None:
     with pytest.raises(Unauthenticated), gate.library(gate.issue("ada"), user="root"):
         pass
 
@@ -282,7 +282,7 @@ def test_the_client_library_tells_of_a_certificate_that_names_another(gate: Gate
 # --- turned away -----------------------------------------------------------------------------------------
 
 
-def test_every_cause_has_one_answer_and_the_operator_learns_which(gate: Gate) -> None:
+def test_certificate_refusals_share_one_answer_and_log_the_cause(gate: Gate) -> None:
     frames = [
         gate.turned_away(None),
         gate.turned_away(None, user="ada"),
@@ -301,13 +301,13 @@ def test_every_cause_has_one_answer_and_the_operator_learns_which(gate: Gate) ->
     ]
 
 
-def test_who_shows_nothing_may_call_what_is_public(gate: Gate) -> None:
+def test_client_without_certificate_may_call_public_methods(gate: Gate) -> None:
     with gate.client() as client:
         assert client.call("server.info")["versions"] == [1]
         assert client.refused("echo").code == UNAUTHENTICATED
 
 
-def test_a_user_who_is_taken_out_of_the_file_is_out_at_once(gate: Gate) -> None:
+def test_removed_user_cannot_log_in_by_certificate(gate: Gate) -> None:
     shown = gate.issue("ada")
     with gate.open(shown):
         pass
@@ -322,12 +322,12 @@ def test_a_user_who_is_taken_out_of_the_file_is_out_at_once(gate: Gate) -> None:
 @pytest.mark.parametrize(
     "fields", [{"key": KEY}, {"device": "d"}, {"user": ""}, {"user": 5}, {"user": b"ada"}]
 )
-def test_fields_of_another_form_are_said_to_be_wrong(gate: Gate, fields: dict[str, Any]) -> None:
+def test_extra_fields_of_a_certificate_login_are_refused(gate: Gate, fields: dict[str, Any]) -> None:
     with gate.client(gate.issue("ada")) as client:
         assert client.refused("session.open", {"scheme": "tls", **fields}).code == 3
 
 
-def test_logins_without_a_certificate_are_slowed_down_and_hold_up_nobody(tmp_path: Path, certs: Path) -> None:
+def test_logins_without_certificate_are_throttled_separately(tmp_path: Path, certs: Path) -> None:
     gate = Gate(tmp_path / "home", certs, limits__login_failures=2)
     with gate.server:
         gate.believe()
@@ -342,7 +342,7 @@ def test_logins_without_a_certificate_are_slowed_down_and_hold_up_nobody(tmp_pat
 # --- revoked and expired ---------------------------------------------------------------------------------
 
 
-def test_a_revoked_certificate_makes_no_connection(gate: Gate) -> None:
+def test_revoked_client_certificate_is_refused_by_crl(gate: Gate) -> None:
     ada, root = gate.issue("ada"), gate.issue("root")
     with gate.open(ada) as before:
         client_ca.revoke_client(gate.certs, name="ada", now=datetime.now(UTC), reason="keyCompromise")
@@ -356,13 +356,13 @@ def test_a_revoked_certificate_makes_no_connection(gate: Gate) -> None:
         client.echo()
 
 
-def test_an_expired_certificate_makes_no_connection(gate: Gate) -> None:
+def test_expired_client_certificate_is_refused(gate: Gate) -> None:
     shown = gate.issue("ada", datetime.now(UTC) - 91 * DAY)
     gate.believe()
     assert gate.handshake_refused(shown) == "SSLV3_ALERT_CERTIFICATE_EXPIRED"
 
 
-def test_a_certificate_that_expires_while_connected_opens_no_further_session(gate: Gate) -> None:
+def test_certificate_expiring_while_connected_opens_no_session(gate: Gate) -> None:
     with gate.client(gate.issue("ada")) as client:
         client.call("session.open", {"scheme": "tls"})
         gate.server.clock.ahead_ms = 91 * 86_400_000
@@ -376,7 +376,7 @@ def test_a_certificate_that_expires_while_connected_opens_no_further_session(gat
     assert "expired" in gate.refused[-1]
 
 
-def test_with_a_signed_list_past_its_end_nobody_comes_in_by_certificate(gate: Gate) -> None:
+def test_expired_crl_refuses_client_certificates(gate: Gate) -> None:
     """Which is why it is signed a year ahead."""
     shown = gate.issue("ada")
     long_ago = datetime.now(UTC) - 366 * DAY
@@ -390,12 +390,12 @@ def test_with_a_signed_list_past_its_end_nobody_comes_in_by_certificate(gate: Ga
         client.echo()
 
 
-def test_a_server_certificate_that_leaked_is_no_client(gate: Gate) -> None:
+def test_server_certificate_is_refused_as_client(gate: Gate) -> None:
     leaked = Shown(gate.certs / "server-ecdsa.crt", gate.certs / "server-ecdsa.key")
     assert gate.handshake_refused(leaked) == "TLSV1_ALERT_UNKNOWN_CA"
 
 
-def test_where_a_certificate_is_required_nobody_connects_without(gate: Gate) -> None:
+def test_required_client_certificate_refuses_others(gate: Gate) -> None:
     gate.believe(client_auth="required")
     assert gate.handshake_refused(None) == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
     with gate.open(gate.issue("ada")) as client:
@@ -484,7 +484,7 @@ def foreign(tmp_path: Path, certs: Path) -> Iterator[Open]:
         ("uri", x509.UniformResourceIdentifier("spiffe://example.org/ada"), "spiffe://example.org/ada"),
     ],
 )
-def test_the_configured_kind_of_entry_names_the_user(
+def test_configured_name_type_gives_the_user(
     foreign: Open, kind: str, entry: x509.GeneralName, user: str
 ) -> None:
     gate, maker = foreign(kind)
@@ -496,7 +496,7 @@ def test_the_configured_kind_of_entry_names_the_user(
             assert client.opened["user"] == user
 
 
-def test_no_other_entry_names_anybody(foreign: Open) -> None:
+def test_other_name_types_give_no_user(foreign: Open) -> None:
     gate, maker = foreign("dns")
     gate.users.add("ada@example.org")
     hostile = [
@@ -521,7 +521,7 @@ def test_no_other_entry_names_anybody(foreign: Open) -> None:
     assert all(reason.isprintable() and "root" not in reason for reason in gate.refused)
 
 
-def test_what_no_parser_reads_makes_no_connection(foreign: Open) -> None:
+def test_unparsable_client_certificate_is_refused(foreign: Open) -> None:
     gate, maker = foreign("dns")
     for garbage in (b"", b"\x30", b"\x04\x00", b"\xff" * 40):
         shown = maker(x509.UnrecognizedExtension(SAN_OID, garbage))  # OpenSSL would not have it
