@@ -424,7 +424,7 @@ def test_reload_moves_the_log_to_another_file(tmp_path: Path, certs: Path) -> No
     assert "server.ended" in other.read_text()
 
 
-def test_reload_does_not_start_threads(serve: Serve) -> None:
+def test_reload_of_unchanged_configuration_changes_nothing(serve: Serve) -> None:
     """The helper of these tests reloads what it was made with: that changes nothing."""
     server: ServerThread = serve(limits__max_streams=7)
     assert server.reload().changes == ()
