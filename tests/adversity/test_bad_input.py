@@ -239,9 +239,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_invalid_body_is_refused_on_its_stream(
-    shared: ServerThread, body: bytes
-) -> None:
+def test_invalid_body_is_refused_on_its_stream(shared: ServerThread, body: bytes) -> None:
     before = shared.stats["rss_bytes"]
     with shared.client("ada") as client:
         client.send(client.frame(REQUEST, body))
@@ -285,9 +283,7 @@ def test_replayed_frame_after_restart_is_refused(serve: Serve) -> None:
 @pytest.mark.parametrize(
     "timestamp", [lambda: wall() - 31_000, lambda: wall() + 31_500, lambda: 0, lambda: 2**64 - 1]
 )
-def test_stale_timestamp_refuses_only_its_request(
-    shared: ServerThread, timestamp: Callable[[], int]
-) -> None:
+def test_stale_timestamp_refuses_only_its_request(shared: ServerThread, timestamp: Callable[[], int]) -> None:
     with shared.client("ada") as client:
         answer = client.refused("echo", {}, timestamp=timestamp())
         assert answer.code == STALE_TIMESTAMP

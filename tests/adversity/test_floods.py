@@ -107,9 +107,7 @@ def flood(client: Client, make: Callable[[Client], bytes], limit: int) -> int:
 
 
 @pytest.mark.parametrize("make", FLOODS)
-def test_flood_without_reading_is_reset(
-    server: ServerThread, make: Callable[[Client], bytes]
-) -> None:
+def test_flood_without_reading_is_reset(server: ServerThread, make: Callable[[Client], bytes]) -> None:
     before, rss = ended(server, "write_timeout"), server.stats["rss_bytes"]
     client = server.client("flooder", receive_buffer=4_096)
     with while_impatient(server):

@@ -27,9 +27,7 @@ def come_and_go(server: ServerProcess, count: int) -> None:
                 client.fin()
 
 
-def test_closed_connection_leaves_under_768_bytes(
-    tmp_path: Path, certs: Path
-) -> None:
+def test_closed_connection_leaves_under_768_bytes(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     (home / "config.toml").write_text(

@@ -126,9 +126,7 @@ def test_stolen_bound_token_gains_no_event_frame_size_or_time(house: House, thie
     assert info.last_used_at == before
 
 
-def test_stolen_bound_token_fails_beside_the_thiefs_session(
-    house: House, thief: Client
-) -> None:
+def test_stolen_bound_token_fails_beside_the_thiefs_session(house: House, thief: Client) -> None:
     """The thief has an account, a device and a proved key: all on this very connection."""
     UserFile(house.server.home / "users.toml").add("eve")
     house.devices.add("eves", "eve", THIEFS_KEY.public_key().public_bytes_raw(), datetime.now(UTC))
@@ -155,9 +153,7 @@ def test_stolen_bound_refresh_token_fails_without_side_effect(house: House, thie
     assert wants_proof(thief.refused("session.refresh", {"refresh_token": refreshed["refresh_token"]}))
 
 
-def test_stolen_refresh_token_of_offline_device_yields_a_bound_token(
-    house: House, thief: Client
-) -> None:
+def test_stolen_refresh_token_of_offline_device_yields_a_bound_token(house: House, thief: Client) -> None:
     """Once its token has expired, nobody could attach it: the refresh comes first, and the proof after."""
     late = {"timestamp": house.server.clock.wall() + 7_200_000}
     house.server.clock.ahead_ms = 7_200_000
@@ -289,18 +285,14 @@ def test_signature_relayed_through_another_server_opens_no_session(
         assert opening["signature"] in relay.seen[0]  # it did arrive
 
 
-def test_token_cannot_be_attached_through_a_relay(
-    house: House, relay: Relay, tmp_path: Path
-) -> None:
+def test_token_cannot_be_attached_through_a_relay(house: House, relay: Relay, tmp_path: Path) -> None:
     with through(relay, tmp_path) as fooled:
         attaching = house.attaching(fooled)
         assert not_accepted(fooled.refused("session.attach", attaching, token=house.token))
         assert wants_proof(fooled.refused("echo", token=house.token))
 
 
-def test_relay_cannot_reuse_what_it_saw(
-    house: House, relay: Relay, thief: Client, tmp_path: Path
-) -> None:
+def test_relay_cannot_reuse_what_it_saw(house: House, relay: Relay, thief: Client, tmp_path: Path) -> None:
     with through(relay, tmp_path) as fooled:
         opening, attaching = house.opening(fooled), house.attaching(fooled)
         assert not_accepted(thief.refused("session.open", opening))

@@ -72,7 +72,9 @@ def send(server: ServerThread, data: bytes) -> socket.socket:
 @pytest.mark.parametrize(
     "garbage", [b"\x00" * 100, b"\xff" * 5_000, b"SSH-2.0-x\r\n", b"\x80\x2e\x01\x00\x02"]
 )
-def test_garbage_before_hello_is_closed_without_a_byte(server: ServerThread, counted: Counted, garbage: bytes) -> None:
+def test_garbage_before_hello_is_closed_without_a_byte(
+    server: ServerThread, counted: Counted, garbage: bytes
+) -> None:
     with send(server, garbage) as connection:
         assert read_to_end(connection)[0] == b""
     counted.are(not_tls=1)
@@ -172,9 +174,7 @@ def test_tls_1_2_client_gets_an_alert(server: ServerThread, counted: Counted) ->
 
 @pytest.mark.requirement("tls_errors")
 @pytest.mark.parametrize("alpn", [["h2"], ["h2", "zcp/2"]])
-def test_unknown_alpn_client_gets_an_alert(
-    server: ServerThread, counted: Counted, alpn: list[str]
-) -> None:
+def test_unknown_alpn_client_gets_an_alert(server: ServerThread, counted: Counted, alpn: list[str]) -> None:
     context = client_context(server.home / "certs" / "ca.crt", alpn)
     with server.tcp() as raw, pytest.raises(ssl.SSLError) as raised:
         context.wrap_socket(raw, server_hostname="localhost")
@@ -215,9 +215,7 @@ HELLO = client_hello()
         (record(HANDSHAKE, b"\x01\xff\xff\xff" + HELLO[4:]), ILLEGAL_PARAMETER),
     ],
 )
-def test_malformed_client_hello_gets_an_alert(
-    server: ServerThread, data: bytes, alert: int | None
-) -> None:
+def test_malformed_client_hello_gets_an_alert(server: ServerThread, data: bytes, alert: int | None) -> None:
     with send(server, data) as connection:
         answer, _ = read_to_end(connection)
     assert answer[0] in (ALERT, HANDSHAKE)
@@ -262,9 +260,7 @@ USUAL_TIMEOUT = TlsConfig().handshake_timeout
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 5, 50, -1])
-def test_truncated_hello_is_closed_at_the_timeout(
-    server: ServerThread, counted: Counted, size: int
-) -> None:
+def test_truncated_hello_is_closed_at_the_timeout(server: ServerThread, counted: Counted, size: int) -> None:
     started = time.monotonic()
     with while_impatient(server), send(server, record(HANDSHAKE, HELLO, 0x0301)[:size]) as connection:
         assert read_to_end(connection)[0] == b""
@@ -292,9 +288,7 @@ def test_dripping_handshake_bytes_do_not_extend_the_timeout(server: ServerThread
     counted.are(handshake_timeout=1)
 
 
-def test_unfinished_handshake_is_closed_at_the_timeout(
-    server: ServerThread, counted: Counted
-) -> None:
+def test_unfinished_handshake_is_closed_at_the_timeout(server: ServerThread, counted: Counted) -> None:
     with while_impatient(server), server.tcp() as raw:
         RawTls(raw, finish=False)
         read_to_end(raw)

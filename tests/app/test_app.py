@@ -129,9 +129,7 @@ async def async_generator() -> AsyncIterator[int]:
         (async_generator, "not yield it"),
     ],
 )
-def test_unservable_function_is_refused_at_registration(
-    function: Callable[..., Any], reason: str
-) -> None:
+def test_unservable_function_is_refused_at_registration(function: Callable[..., Any], reason: str) -> None:
     with pytest.raises(TypeError, match=reason):
         App().method("m")(function)
 

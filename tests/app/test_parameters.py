@@ -147,9 +147,7 @@ def test_only_int_is_converted_to_float() -> None:
         (Point, [SECRET], "p must be a map"),
     ],
 )
-def test_wrong_type_is_refused_by_parameter_name(
-    annotation: Any, value: Any, expected: str
-) -> None:
+def test_wrong_type_is_refused_by_parameter_name(annotation: Any, value: Any, expected: str) -> None:
     assert complaint(annotation, value) == expected
 
 

@@ -300,9 +300,7 @@ def test_bad_certificate_files_raise_alert_until_fixed(
     watched.until("certificate.files_bad", "ended")
 
 
-def test_certificate_that_fails_its_test_raises_alert(
-    watch: Watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_certificate_that_fails_its_test_raises_alert(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = watch(certificates__watch_interval="1h")
     manager = watched.server.server.parts.certificates
     with monkeypatch.context() as patched:

@@ -195,9 +195,7 @@ def test_handshake_finished_during_drain_gets_goaway(server: ServerThread, gate:
     server.join()
 
 
-def test_unfinished_handshake_is_aborted_at_the_end(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_handshake_is_aborted_at_the_end(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     monkeypatch.setattr(drain_module, "LINGER_TIME", 0.0)
     with server.tcp() as raw:
@@ -209,9 +207,7 @@ def test_unfinished_handshake_is_aborted_at_the_end(
     assert len(server.server.parts.state.wheel) == 0
 
 
-def test_client_without_close_notify_is_reset(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_client_without_close_notify_is_reset(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     monkeypatch.setattr(drain_module, "LINGER_TIME", 0.0)
     client = server.client("ada")

@@ -316,9 +316,7 @@ def test_drain_that_begins_during_reload_prevents_it(serve: Serve, monkeypatch: 
     assert server.server.state.counters.reloads_refused == 1
 
 
-def test_cancelled_caller_does_not_interrupt_reload(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancelled_caller_does_not_interrupt_reload(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     began, go_on = threading.Event(), threading.Event()
     checked = server.server.parts.certificates._check_with

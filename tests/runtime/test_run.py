@@ -33,10 +33,12 @@ from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, Code, ConfigError
 from zcproto.observe.process import resident_bytes
 from zcproto.runtime import build as build_module
+from zcproto.runtime import process as process_module
 from zcproto.runtime import run
 from zcproto.runtime import server as server_module
+from zcproto.runtime.process import GC_THRESHOLDS, SWITCH_INTERVAL
 from zcproto.runtime.run import serve
-from zcproto.runtime.server import GC_THRESHOLDS, SWITCH_INTERVAL, Server
+from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
 
 CONFIG = """
@@ -151,10 +153,10 @@ def test_signal_during_handshake_ends_the_process(home: Path, certs: Path) -> No
 
 STUBBORN = """
 import asyncio
-from zcproto.runtime import server
+from zcproto.runtime import drain
 from zcproto.app.app import App
 
-server.CANCELLED_TIME = 0.05
+drain.CANCELLED_TIME = 0.05
 app = App()
 
 @app.method("stubborn")
@@ -167,9 +169,7 @@ async def stubborn():
 """
 
 
-def test_uncancellable_method_does_not_keep_the_process(
-    home: Path, certs: Path, key: str
-) -> None:
+def test_uncancellable_method_does_not_keep_the_process(home: Path, certs: Path, key: str) -> None:
     (home / "config.toml").write_text(f'{CONFIG}\n[server]\ndrain_timeout = "0s"')
     (home / "stubborn.py").write_text(STUBBORN)
     with ServerProcess(home, certs, app="stubborn:app") as server:
@@ -343,7 +343,7 @@ async def test_running_methods_after_drain_exit_the_process(exits: list[int]) ->
 def test_low_file_limit_is_logged(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 100)
+    monkeypatch.setattr(process_module, "raise_file_limit", lambda wanted: 100)
     listening: list[Server] = []
     thread = signal_when(lambda: listening)
     serve(None, configuration(home), home=home, ready=listening.append)
@@ -395,18 +395,14 @@ async def test_users_file_readable_by_others_is_refused(home: Path, key: str) ->
 
 
 @pytest.mark.usefixtures("nothing_is_bound")
-async def test_unsupported_order_of_suites_is_refused(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_unsupported_order_of_suites_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "can_choose_suites", lambda: False)
     config = configuration(home, tls__suites=["TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_256_GCM_SHA384"])
     with pytest.raises(ConfigError, match="TLS_AES_256_GCM_SHA384 must come first"):
         await Server(config=config, home=home).start()
 
 
-def test_default_home_and_configuration_match_the_cli(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_home_and_configuration_match_the_cli(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZCPROTO_HOME", str(home))
     (home / "config.toml").write_text("[server]\nport = 7444")
     server = Server()

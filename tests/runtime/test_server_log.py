@@ -21,7 +21,7 @@ from zcproto.config import LogConfig
 from zcproto.errors import Code, FailedPrecondition
 from zcproto.observe.events import EVENTS
 from zcproto.observe.log import configure_logging
-from zcproto.runtime import loop_faults
+from zcproto.runtime.run import log_loop_fault
 from zcproto.wire.frame import NO_TOKEN
 
 Log = Callable[[], list[dict[str, Any]]]
@@ -180,7 +180,7 @@ def test_sighup_reopens_the_log_file(process_home: Path, certs: Path, tmp_path: 
 @pytest.mark.requirement("logs")
 async def test_uncaught_exception_is_logged_without_arguments(lines: Log) -> None:
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(loop_faults.tell)
+    loop.set_exception_handler(log_loop_fault)
 
     def broken(token: bytes) -> None:
         raise ValueError(token)

@@ -29,7 +29,7 @@ def listener(tmp_path: Path) -> Iterator[socket.socket]:
 def test_without_service_manager_nothing_is_sent() -> None:
     environ = {"PATH": "/bin"}
     manager = ServiceManager.from_environ(environ, PID)
-    assert (manager.watchdog, manager.sockets, manager.is_told) == (None, (), False)
+    assert (manager.watchdog, manager.sockets, manager.is_present) == (None, (), False)
     assert not manager.notify(READY=1)
     assert manager.failed == 0
     manager.close()
@@ -40,7 +40,7 @@ def test_message_is_one_datagram_of_lines(listener: socket.socket) -> None:
     environ = {"NOTIFY_SOCKET": listener.getsockname(), "WATCHDOG_USEC": "30000000", "PATH": "/bin"}
     manager = ServiceManager.from_environ(environ, PID)
     assert environ == {"PATH": "/bin"}, "children are not meant"
-    assert (manager.watchdog, manager.is_told) == (30.0, True)
+    assert (manager.watchdog, manager.is_present) == (30.0, True)
     assert manager.notify(READY=1, STATUS="serving")
     assert listener.recv(4096) == b"READY=1\nSTATUS=serving"
     manager.notify(STATUS="a\nSTOPPING=1")
@@ -185,11 +185,11 @@ def test_closed_descriptor_is_refused() -> None:
     with listening("127.0.0.1") as first:
         (fault,) = passed(first, count=60)
     assert "LISTEN_FDS" in fault
-    assert "is no socket: Bad file descriptor" in fault
+    assert "is not a socket: Bad file descriptor" in fault
 
 
 def test_socket_that_does_not_listen_is_refused(tmp_path: Path) -> None:
-    sentence = "LISTEN_FDS = '3' (environment): is no listening TCP socket; use ListenStream=, Accept=no"
+    sentence = "LISTEN_FDS = '3' (environment): is not a listening TCP socket; use ListenStream=, Accept=no"
     datagrams = high(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     idle = high(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

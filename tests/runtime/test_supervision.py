@@ -22,8 +22,7 @@ from tests.helpers import FakeClock, FakeTimers
 from tests.server.helpers import ROOT, TIMEOUT, Client, configuration
 from zcproto.auth import UserFile
 from zcproto.runtime.server import Server
-from zcproto.runtime.service_manager import ServiceManager
-from zcproto.runtime.supervision import STATUS_INTERVAL, Supervision
+from zcproto.runtime.service_manager import STATUS_INTERVAL, ServiceManager, Supervision
 
 Message = dict[str, str]
 
@@ -203,9 +202,7 @@ def test_supervision_without_service_manager_does_nothing() -> None:
     assert timers._heap == []
 
 
-def test_unreachable_service_manager_is_logged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreachable_service_manager_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timers: Any = FakeTimers()
     supervision = Supervision(ServiceManager(str(tmp_path / "gone")), timers, FakeClock(), lambda: "serving")
     supervision.ready()
@@ -378,7 +375,7 @@ def test_unsuitable_passed_socket_prevents_start(start: Start, home: Path) -> No
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wrong:
         process = start(passed=(wrong.fileno(),))
         assert process.wait(TIMEOUT) == 2
-    assert "is no listening TCP socket; use ListenStream=, Accept=no" in (home / "log").read_text()
+    assert "is not a listening TCP socket; use ListenStream=, Accept=no" in (home / "log").read_text()
 
 
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="takes systemd")

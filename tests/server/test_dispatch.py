@@ -401,7 +401,9 @@ def test_errors_are_counted_once_by_code(client: Client, server: ServerThread) -
 # --- many at once, cancelling, deadlines -----------------------------------------------------------------------
 
 
-def test_concurrent_requests_are_answered_in_any_order(client: Client, server: ServerThread, gate: Gate) -> None:
+def test_concurrent_requests_are_answered_in_any_order(
+    client: Client, server: ServerThread, gate: Gate
+) -> None:
     client.send(*(client.request("wait", {"name": name}) for name in "abc"))
     for name in "cab":
         release(server, gate, name, name.upper())
@@ -410,9 +412,7 @@ def test_concurrent_requests_are_answered_in_any_order(client: Client, server: S
     assert found == {0: "A", 1: "B", 2: "C"}
 
 
-def test_request_over_max_streams_is_refused(
-    client: Client, server: ServerThread, gate: Gate
-) -> None:
+def test_request_over_max_streams_is_refused(client: Client, server: ServerThread, gate: Gate) -> None:
     client.send(*(client.request("wait", {"name": str(number)}) for number in range(8)))
     refused = client.refused("hello")
     assert refused.code == Code.RESOURCE_EXHAUSTED
@@ -489,9 +489,7 @@ def test_context_has_time_left(client: Client, server: ServerThread, gate: Gate)
 
 
 @pytest.mark.parametrize("deadline_ms", [0, -1, -(2**63)])
-def test_expired_deadline_does_not_run_the_method(
-    client: Client, gate: Gate, deadline_ms: int
-) -> None:
+def test_expired_deadline_does_not_run_the_method(client: Client, gate: Gate, deadline_ms: int) -> None:
     refused = client.refused("wait", {"name": "a"}, meta={"deadline_ms": deadline_ms})
     assert refused.code == Code.DEADLINE_EXCEEDED
     assert gate.waiting == {}
@@ -513,9 +511,7 @@ def test_disconnect_cancels_running_methods(server: ServerThread, gate: Gate) ->
 
 
 @pytest.mark.parametrize("size", [1, 10_000])
-def test_result_after_disconnect_is_dropped(
-    server: ServerThread, gate: Gate, size: int
-) -> None:
+def test_result_after_disconnect_is_dropped(server: ServerThread, gate: Gate, size: int) -> None:
     client = server.client("ada")
     gate.waiting.clear()
     client.send(client.request("wait.stubborn", {"name": "late"}))

@@ -197,9 +197,7 @@ def test_concurrent_handshakes_stay_within_the_limit(serve: Serve) -> None:
     assert highest == 2
 
 
-def test_disconnect_before_adoption_leaves_nothing(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disconnect_before_adoption_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
 
     async def gone(*args: Any) -> Any:
@@ -221,9 +219,7 @@ def test_disconnect_before_adoption_leaves_nothing(
         client.echo()
 
 
-def test_connection_aborted_in_backlog_is_ignored(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connection_aborted_in_backlog_is_ignored(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     real = server.server.parts.listener._sockets[0]
 
@@ -261,9 +257,7 @@ def test_unexpected_accept_error_is_raised(serve: Serve) -> None:
         server.in_loop(lambda: server.server.parts.listener._accept(broken, socket.AF_INET))
 
 
-def test_descriptor_exhaustion_pauses_accepting(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_descriptor_exhaustion_pauses_accepting(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "PAUSE_WHEN_EXHAUSTED", 0.05)
     server = serve()
 

@@ -369,9 +369,7 @@ def test_deadline_during_back_pressure_loses_no_request(harness: Harness, peer: 
     assert [answer.value for answer in peer.answers()] == ["still here"]
 
 
-def test_cancel_behind_suspended_requests_is_processed_in_order(
-    harness: Harness, peer: Peer
-) -> None:
+def test_cancel_behind_suspended_requests_is_processed_in_order(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(50, "wait"))
     peer.transport.stuck = True
     requests = [peer.request(n, "big", {"n": n}) for n in range(1, 6)]
@@ -444,9 +442,7 @@ def test_peer_that_reads_in_time_is_kept(harness: Harness, peer: Peer) -> None:
     assert len(peer.answers()) == 9
 
 
-def test_write_buffer_over_the_hard_limit_resets_the_connection(
-    harness: Harness, peer: Peer
-) -> None:
+def test_write_buffer_over_the_hard_limit_resets_the_connection(harness: Harness, peer: Peer) -> None:
     peer.send(*(peer.request(n, "wait") for n in range(1, 17)))
     peer.transport.stuck = True
     most = 0
@@ -668,9 +664,7 @@ def test_method_closing_its_connection_and_waiting_is_cancelled(harness: Harness
 
 
 @pytest.mark.parametrize("size", [0, 10_000])
-def test_method_closing_its_connection_gets_no_answer_sent(
-    harness: Harness, peer: Peer, size: int
-) -> None:
+def test_method_closing_its_connection_gets_no_answer_sent(harness: Harness, peer: Peer, size: int) -> None:
     peer.send(peer.request(1, "close.and.answer", {"size": size}), peer.request(2, "big", {"n": 2}))
     assert peer.answers() == []
     assert harness.ran == []

@@ -240,9 +240,7 @@ def refresh(client: Client, refresh_token: bytes, client_name: str = "test/1") -
 
 
 @pytest.mark.requirement("refresh")
-def test_refresh_replaces_both_tokens(
-    connect: Callable[..., Client], user: str
-) -> None:
+def test_refresh_replaces_both_tokens(connect: Callable[..., Client], user: str) -> None:
     client = connect(user)
     old, old_token = client.opened, client.token
     new = refresh(client, old["refresh_token"])
@@ -256,9 +254,7 @@ def test_refresh_replaces_both_tokens(
     assert client.events == []
 
 
-def test_refresh_on_another_connection_keeps_the_first(
-    connect: Callable[..., Client], user: str
-) -> None:
+def test_refresh_on_another_connection_keeps_the_first(connect: Callable[..., Client], user: str) -> None:
     first, second = connect(user), connect()
     new = refresh(second, first.opened["refresh_token"])
     assert first.refused("echo").code == Code.TOKEN_REVOKED
@@ -309,9 +305,7 @@ def test_malformed_refresh_token_is_refused(connect: Callable[..., Client]) -> N
 
 
 @pytest.mark.requirement("refresh")
-def test_token_kinds_are_not_interchangeable(
-    connect: Callable[..., Client], user: str
-) -> None:
+def test_token_kinds_are_not_interchangeable(connect: Callable[..., Client], user: str) -> None:
     client = connect(user)
     assert client.refused("session.refresh", {"refresh_token": client.token}).code == Code.UNAUTHENTICATED
     assert client.refused("echo", token=client.opened["refresh_token"]).code == Code.UNAUTHENTICATED
@@ -418,9 +412,7 @@ def test_revoke_of_another_users_session_is_not_found(connect: Callable[..., Cli
     assert other.events == []
 
 
-def test_revoke_of_own_session_sends_no_event(
-    connect: Callable[..., Client], user: str
-) -> None:
+def test_revoke_of_own_session_sends_no_event(connect: Callable[..., Client], user: str) -> None:
     asking, same = connect(user), connect()
     same.token = asking.token
     same.echo()

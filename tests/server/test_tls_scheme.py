@@ -264,9 +264,7 @@ def test_client_with_certificate_may_use_an_api_key(gate: Gate) -> None:
     ("options", "user"),
     [({}, "ada"), ({"user": "ada"}, "ada"), ({"user": "bob", "key": KEY}, "bob")],
 )
-def test_client_library_opens_session_by_certificate(
-    gate: Gate, options: dict[str, str], user: str
-) -> None:
+def test_client_library_opens_session_by_certificate(gate: Gate, options: dict[str, str], user: str) -> None:
     with gate.library(gate.issue("ada"), **options) as client:
         assert client.session is not None
         assert client.session.user == user

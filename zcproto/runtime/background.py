@@ -1,19 +1,29 @@
-"""Background work that ends with the server."""
+"""The background work of a server, which ends with it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
+from zcproto.admin.parts import Parts
+from zcproto.observe.log import flush_log, report_suppressed
 from zcproto.server.state import log
+
+CLEANUP_SLOTS: Final = 2_000
+"""Sessions checked in one slice of the cleanup, about a millisecond of the loop."""
+
+FLUSH_INTERVAL: Final = 1.0
+"""Seconds until log lines that could not be written are tried again, if no other line comes."""
+
+FLUSHES_PER_SUMMARY: Final = 60
 
 
 class Background:
     """A task group that may be entered and left by different tasks.
 
-    A failure is logged and ends that piece of work alone: the server goes on without it.
+    A failure is logged and ends that piece of work only; the server continues without it.
     """
 
     def __init__(self) -> None:
@@ -44,11 +54,45 @@ class Background:
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` until it returns or the server ends."""
-        self._group.create_task(_guard(work))
+        self._group.create_task(_log_failure(work))
 
 
-async def _guard(work: Coroutine[Any, Any, None]) -> None:
+async def _log_failure(work: Coroutine[Any, Any, None]) -> None:
     try:
         await work
     except Exception as error:
         log.error("server.fault", what=getattr(work, "__qualname__", None), exc_info=error)
+
+
+def background_work(parts: Parts) -> Iterator[Coroutine[Any, Any, None]]:
+    """Yield what runs until the server ends."""
+    yield parts.traffic.run()
+    yield flush_log_regularly()
+    if parts.store is None:
+        yield clean_sessions(parts)
+    yield parts.alerts.run()
+    yield parts.certificates.run()
+    if parts.devices is not None:
+        yield parts.devices.watch()
+    if parts.users is not None:
+        yield parts.users.watch()
+
+
+async def clean_sessions(parts: Parts) -> None:
+    """Remove expired sessions in small slices, once in `store.cleanup_interval`, until cancelled."""
+    registry = parts.state.registry
+    while True:
+        await asyncio.sleep(parts.config.store.cleanup_interval)
+        sweeps = registry.sweeps
+        while registry.sweeps == sweeps:
+            registry.clean(parts.clock.wall(), CLEANUP_SLOTS)
+            await asyncio.sleep(0)
+
+
+async def flush_log_regularly() -> None:
+    """Retry log lines that could not be written, and log suppressed lines every minute, until cancelled."""
+    while True:
+        for _ in range(FLUSHES_PER_SUMMARY):
+            await asyncio.sleep(FLUSH_INTERVAL)
+            flush_log()
+        report_suppressed()

@@ -26,11 +26,12 @@ from zcproto.auth import Authenticator, CertificateAuthenticator, Device, Login,
 from zcproto.auth.directory import Devices, Users
 from zcproto.certs import CertificateManager
 from zcproto.certs.client_user import user_of
-from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
+from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
 from zcproto.common.network import AddressSet
 from zcproto.config import Config
+from zcproto.connection.settings import ConnectionSettings, TransportSecurityPolicy
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_lag import LoopLag
 from zcproto.runtime.alert_sources import (
@@ -41,7 +42,6 @@ from zcproto.runtime.alert_sources import (
     tell_store,
     watch_rates,
 )
-from zcproto.runtime.settings import connection_settings, session_settings, to_ms
 from zcproto.runtime.store_setup import NEAR_CACHE, build_store, build_sync
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache, answer_limits
@@ -49,7 +49,7 @@ from zcproto.server.listener import Listener
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods
 from zcproto.server.state import ServerState, SessionConnections, log
-from zcproto.sessions import EndReason, SessionRegistry
+from zcproto.sessions import EndReason, SessionRegistry, SessionSettings
 from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.stores.service import SessionService, StoredSessionService
@@ -245,7 +245,7 @@ def build_login(
         users.current,
         throttle,
         on_gone=partial(end_device_sessions, state),
-        on_refused=partial(_log_refused, "login.device_refused"),
+        on_refused=_log_device_refused,
     )
     found: list[Authenticator] = [users.authenticator, devices.authenticator]
     if config.tls.client_auth != "off":
@@ -253,14 +253,19 @@ def build_login(
         def user_of_certificate(certificate: bytes) -> str:
             return user_of(certificate, config.tls.client_name, certificates.now())
 
-        on_refused = partial(_log_refused, "login.certificate_refused")
-        found.append(CertificateAuthenticator(users.current, user_of_certificate, on_refused=on_refused))
+        found.append(
+            CertificateAuthenticator(users.current, user_of_certificate, on_refused=_log_certificate_refused)
+        )
     state.binding.is_user = users.is_user
     return LoginParts(Login(found, throttle), throttle, users, devices)
 
 
-def _log_refused(event: str, reason: str, address: str) -> None:
-    log.info(event, peer=address, reason=reason)
+def _log_device_refused(reason: str, address: str) -> None:
+    log.info("login.device_refused", peer=address, reason=reason)
+
+
+def _log_certificate_refused(reason: str, address: str) -> None:
+    log.info("login.certificate_refused", peer=address, reason=reason)
 
 
 async def end_user_sessions(state: ServerState, name: str) -> int:
@@ -331,3 +336,41 @@ def add_views(parts: Parts) -> None:
     if parts.http is not None:
         for route in Resources(parts).routes():
             parts.http.router.add(route)
+
+
+# --- settings from the configuration ---------------------------------------------------------------------
+
+
+def connection_settings(config: Config) -> ConnectionSettings:
+    """Return the limits of future connections."""
+    limits = config.limits
+    return ConnectionSettings(
+        max_frame=limits.max_frame_bytes,
+        max_frame_before_session=limits.max_frame_bytes_before_session,
+        max_streams=limits.max_streams,
+        max_depth=limits.max_depth,
+        tolerance_ms=to_ms(config.freshness.tolerance),
+        idle_timeout_s=limits.idle_timeout,
+        open_timeout_s=config.sessions.open_timeout,
+        # Independent of http.hsts, which is for browsers: these clients use TLS only.
+        sts=TransportSecurityPolicy(config.http.hsts_max_age_seconds, config.http.hsts_include_subdomains),
+    )
+
+
+def session_settings(config: Config) -> SessionSettings:
+    """Return the lifetimes and limits of sessions."""
+    sessions = config.sessions
+    return SessionSettings(
+        lifetime_ms=to_ms(sessions.lifetime),
+        idle_timeout_ms=None if sessions.idle_timeout is None else to_ms(sessions.idle_timeout),
+        per_user=sessions.per_user,
+        when_full="evict_oldest" if sessions.when_full == "evict_oldest" else "refuse",
+        refresh=sessions.refresh,
+        refresh_lifetime_ms=to_ms(sessions.refresh_lifetime),
+        refresh_grace_ms=to_ms(sessions.refresh_grace),
+    )
+
+
+def to_ms(seconds: float) -> int:
+    """Return seconds as whole milliseconds."""
+    return round(seconds * MS_PER_SECOND)

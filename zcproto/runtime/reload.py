@@ -27,7 +27,7 @@ from zcproto.config.changes import TAKES_EFFECT, Change, Effect, changes_between
 from zcproto.errors import CertificateError, ConfigError
 from zcproto.observe.log import LogChange
 from zcproto.runtime.alert_sources import watch_rates
-from zcproto.runtime.settings import connection_settings, session_settings
+from zcproto.runtime.build import connection_settings, session_settings
 from zcproto.server.state import log
 from zcproto.tls.pins import parse_pins
 

@@ -1,10 +1,15 @@
-"""`serve()`: a whole process that is a server, with signals and exit codes."""
+"""`serve()`: a process that is a server, with signals and exit codes.
+
+SIGTERM, SIGINT    drain; a second one ends the process at once
+SIGHUP             reload the configuration, reopen the log file
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -14,22 +19,19 @@ from typing import Any, Final
 from zcproto.app.app import App
 from zcproto.common.clock import system_clock
 from zcproto.common.event_loop import new_event_loop
-from zcproto.common.file_limit import raise_file_limit
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import configure_logging, finish_log, reopen_log
-from zcproto.runtime import loop_faults
-from zcproto.runtime.hardening import Risk, harden
-from zcproto.runtime.server import Server, tune_interpreter
-from zcproto.runtime.service_manager import ServiceManager
-from zcproto.runtime.supervision import Supervision
+from zcproto.runtime.process import FileLimit, Risk, harden, tune_interpreter
+from zcproto.runtime.server import Server
+from zcproto.runtime.service_manager import ServiceManager, Supervision
 from zcproto.server.state import log
 
 REDIRECT_SOCKET: Final = "redirect"
-"""FileDescriptorName= of a socket without TLS, as http.redirect_port is. All others are for TLS."""
+"""FileDescriptorName= of a socket without TLS, for http.redirect_port. All others are for TLS."""
 
-SPARE_FILES: Final = 256
-"""Descriptors beside those of connections: certificates, the store, the log, pipes."""
+_PHRASE: Final = re.compile(r"[A-Za-z][A-Za-z' ]*")
+"""What asyncio writes before a callback and its arguments."""
 
 
 def serve(
@@ -40,13 +42,13 @@ def serve(
     ready: Callable[[Server], None] = lambda server: None,
     **options: Any,
 ) -> None:
-    """Run a server until SIGTERM or SIGINT, then drain it; a second signal cuts what still runs.
+    """Run a server until SIGTERM or SIGINT, then drain it; a second signal cuts off what still runs.
 
-    `ready` is called once it listens. A service manager such as systemd is told the same, may watch it, and may
-    pass it the sockets to listen on. Further options go to `Server`. Raises ConfigError or CertificateError before
-    anything listens.
+    `ready` is called when it listens. A service manager such as systemd is notified as well; it may run a watchdog
+    and pass the listening sockets. Further options are passed to `Server`. Raises ConfigError or CertificateError
+    before anything listens.
     """
-    risks = harden(os.environ)  # before there is a key
+    risks = harden(os.environ)  # before any key is loaded
     manager = ServiceManager.from_environ(os.environ, os.getpid())
     options["sockets"] = [passed.socket for passed in manager.sockets if passed.name != REDIRECT_SOCKET]
     options["redirect_sockets"] = [
@@ -55,7 +57,7 @@ def serve(
     server = Server(app, config, home=home, **options)
     configure_logging(server.config.log)
     server.owns_log = True
-    server.on_config = _FileLimit().raise_for
+    server.on_config = FileLimit().raise_for
     server.on_config(server.config)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -64,62 +66,39 @@ def serve(
         finish_log()
 
 
-class _FileLimit:
-    """The limit of open files, raised as the configuration asks for it; that it cannot be is told once."""
-
-    def __init__(self) -> None:
-        self._wanted = 0
-
-    def raise_for(self, config: Config) -> None:
-        wanted = config.limits.max_connections + SPARE_FILES
-        if wanted == self._wanted:
-            return
-        self._wanted = wanted
-        limit = raise_file_limit(wanted)
-        if limit < wanted:
-            log.warning(
-                "server.file_limit",
-                limit=limit,
-                wanted=wanted,
-                cure="raise it with ulimit -n or LimitNOFILE=",
-            )
-
-
 async def _serve(
     server: Server, ready: Callable[[Server], None], manager: ServiceManager, risks: list[Risk]
 ) -> None:
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    force = asyncio.Event()
+    stop, force = asyncio.Event(), asyncio.Event()
+    drain_timeout: float | None = None
 
-    def signalled() -> None:
+    def on_stop_signal() -> None:
         if stop.is_set():
             force.set()
         stop.set()
 
-    asked: dict[str, float] = {}
+    def on_drain(limit: float) -> None:
+        nonlocal drain_timeout
+        drain_timeout = limit
+        stop.set()  # the next signal ends the process, whatever began this drain
 
-    def drains(limit: float) -> None:
-        asked["limit"] = limit
-        stop.set()  # the next signal forces the end, whoever has asked for this one
-
-    server.on_drain = drains
+    server.on_drain = on_drain
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled)
+        loop.add_signal_handler(number, on_stop_signal)
     supervision = Supervision(manager, loop, system_clock, server.summary)
-
     server.around_reload = supervision.reloading
     reloads: set[asyncio.Task[None]] = set()
 
-    def hung_up() -> None:
-        if len(reloads) > 1:  # one is under way, and one that waits will see all that there is to see
+    def on_hangup() -> None:
+        if len(reloads) > 1:  # the one that waits will read whatever has changed by then
             return
         reload = loop.create_task(_reload(server, supervision))
         reloads.add(reload)
         reload.add_done_callback(reloads.discard)
 
-    loop.add_signal_handler(signal.SIGHUP, hung_up)
-    loop.set_exception_handler(loop_faults.tell)
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    loop.set_exception_handler(log_loop_fault)
     await server.start()
     for risk in risks:
         log.warning(risk.event, cure=risk.cure)
@@ -127,7 +106,7 @@ async def _serve(
     ready(server)
     supervision.ready()
     await stop.wait()
-    supervision.stopping(asked.get("limit", server.config.server.drain_timeout))
+    supervision.stopping(server.config.server.drain_timeout if drain_timeout is None else drain_timeout)
     draining = loop.create_task(server.drain())
     forced = loop.create_task(force.wait())
     await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
@@ -137,19 +116,25 @@ async def _serve(
     forced.cancel()
     draining.result()
     supervision.close()
-    if server.state.tasks.running:  # methods that cannot be cancelled: the loop's end would wait for them
+    if server.state.tasks.running:  # methods that cannot be cancelled would block the end of the loop
         _exit_at_once()
 
 
 async def _reload(server: Server, supervision: Supervision) -> None:
-    """What SIGHUP asks for: the configuration is read again, and the log's file opened anew."""
+    """Handle SIGHUP: reload the configuration and reopen the log file."""
     if not server.can_reload:
         with supervision.reloading():
             reopen_log()
         return
-    with contextlib.suppress(ConfigError):  # the log says why nothing has changed
+    with contextlib.suppress(ConfigError):  # logged by the reload
         await server.reload()
     reopen_log()
+
+
+def log_loop_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log an uncaught exception of the loop; asyncio's own handler would print arguments of callbacks."""
+    phrase = _PHRASE.match(str(context.get("message", "")))
+    log.error("server.fault", what=phrase[0].strip() if phrase else None, exc_info=context.get("exception"))
 
 
 def _exit_at_once() -> None:

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import socket
-import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from zcproto.admin.control import ControlSocket
 from zcproto.admin.operations import Operations
@@ -36,27 +34,13 @@ from zcproto.config import Config, load_config
 from zcproto.errors import ConfigError
 from zcproto.http.router import Router
 from zcproto.observe.log import flush_log, report_suppressed
-from zcproto.runtime.background import Background
+from zcproto.runtime.background import Background, background_work
 from zcproto.runtime.build import alert_source, build
 from zcproto.runtime.certificate_rollout import CertificateRollout
 from zcproto.runtime.drain import close_state, drain_connections
 from zcproto.runtime.reload import ReadConfig, Reloaded, Reloader
 from zcproto.server.listener import bind, take_over
 from zcproto.server.state import ServerState, log
-
-CLEANUP_SLOTS: Final = 2_000
-"""Sessions checked in one slice of the cleanup, about a millisecond of the loop."""
-
-GC_THRESHOLDS: Final = (20_000, 50, 100)
-"""The default thresholds would walk every object of 10,000 connections again and again."""
-
-FLUSH_INTERVAL: Final = 1.0
-"""Seconds until log lines that could not be written are tried again, if no other line comes."""
-
-FLUSHES_PER_SUMMARY: Final = 60
-
-SWITCH_INTERVAL: Final = 0.000_5
-"""Seconds that another thread may hold the interpreter while the loop waits; the default of 5 ms is noticeable."""
 
 T = TypeVar("T")
 
@@ -160,7 +144,7 @@ class Server:
             parts.loop_lag.start()
             background = await stack.enter_async_context(Background())
             CertificateRollout(parts, background.start)
-            for work in _background_work(parts):
+            for work in background_work(parts):
                 background.start(work)
             if self._control is not None:
                 self._control.start()
@@ -297,48 +281,6 @@ class Server:
     async def wait_closed(self) -> None:
         """Return when the server has ended."""
         await self._closed.wait()
-
-
-def _background_work(parts: Parts) -> Iterator[Coroutine[Any, Any, None]]:
-    """What runs until the server ends."""
-    yield parts.traffic.run()
-    yield look_after_log()
-    if parts.store is None:
-        yield clean_sessions(parts)
-    yield parts.alerts.run()
-    yield parts.certificates.run()
-    if parts.devices is not None:
-        yield parts.devices.watch()
-    if parts.users is not None:
-        yield parts.users.watch()
-
-
-async def clean_sessions(parts: Parts) -> None:
-    """Remove expired sessions in small slices, once in `store.cleanup_interval`. Runs until cancelled."""
-    registry = parts.state.registry
-    while True:
-        await asyncio.sleep(parts.config.store.cleanup_interval)
-        sweeps = registry.sweeps
-        while registry.sweeps == sweeps:
-            registry.clean(parts.clock.wall(), CLEANUP_SLOTS)
-            await asyncio.sleep(0)
-
-
-async def look_after_log() -> None:
-    """Retry log lines that could not be written, and report suppressed lines every minute. Runs until cancelled."""
-    while True:
-        for _ in range(FLUSHES_PER_SUMMARY):
-            await asyncio.sleep(FLUSH_INTERVAL)
-            flush_log()
-        report_suppressed()
-
-
-def tune_interpreter() -> None:
-    """Tune a process that is only a server: short turns for other threads, few collections."""
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def _at_home(config: Config, home: Home) -> Config:

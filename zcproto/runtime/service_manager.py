@@ -1,22 +1,33 @@
-"""What a service manager such as systemd tells a service, and is told by it: sd_notify(3), sd_listen_fds(3).
+"""The protocol between a service manager such as systemd and a service: sd_notify(3), sd_listen_fds(3).
 
     NOTIFY_SOCKET                  a datagram socket for READY=1, WATCHDOG=1, STATUS=... (lines of NAME=VALUE)
     WATCHDOG_USEC, WATCHDOG_PID    how often WATCHDOG=1 is expected
-    LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES    sockets that are open already, from descriptor 3 on
+    LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES    sockets that are already open, from descriptor 3 on
 
-Both are a datagram and a few variables, which takes no library. The variables are taken out of the environment, so
-that no child of this process believes that it is meant.
+What this file decides: what is reported, and when.
+
+Rules:
+- The variables are removed from the environment, so that child processes do not act on them.
+- The event loop itself feeds the watchdog. If the loop hangs, systemd aborts the process with SIGABRT, and Python
+  writes the stack of every thread to stderr.
+- Notifying never waits.
 """
 
 from __future__ import annotations
 
+import asyncio
+import faulthandler
 import os
 import socket
-from collections.abc import Mapping, MutableMapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Final, NamedTuple, Self
 
+from zcproto.common.clock import Clock
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
+from zcproto.server.state import log
 
 FIRST_DESCRIPTOR: Final = 3
 MAX_SOCKETS: Final = 64
@@ -28,21 +39,30 @@ _VARIABLES: Final = (
     *("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"),
 )
 USEC: Final = 1_000_000
-"""Microseconds in a second: the unit of all times here."""
+"""Microseconds in a second, the unit of all times here."""
+
+STATUS_INTERVAL: Final = 10.0
+"""Seconds between two updates of STATUS, unless a watchdog needs more."""
+
+MIN_INTERVAL: Final = 0.02
+"""Seconds: a watchdog of microseconds cannot be fed and must not occupy the loop."""
+
+STOP_MARGIN: Final = 10.0
+"""Seconds that a process needs to end, in addition to its drain."""
 
 
 class PassedSocket(NamedTuple):
-    """A listening TCP socket that was open before this process began. `name` is that of FileDescriptorName=."""
+    """A listening TCP socket that was open before this process began. `name` is its FileDescriptorName=."""
 
     name: str
     socket: socket.socket
 
 
 class ServiceManager:
-    """The service manager of this process, if there is one.
+    """The service manager of this process, if it has one.
 
-    `watchdog` is the seconds within which WATCHDOG=1 is expected again, None if it is not. `sockets` are those
-    passed, `failed` counts messages that could not be sent.
+    `watchdog` is the seconds within which WATCHDOG=1 is expected, None without a watchdog. `sockets` are the passed
+    sockets, `failed` counts messages that could not be sent.
     """
 
     def __init__(
@@ -59,35 +79,35 @@ class ServiceManager:
 
     @classmethod
     def from_environ(cls, environ: MutableMapping[str, str], pid: int) -> Self:
-        """Take what is meant for the process `pid` out of the environment.
+        """Remove the variables from the environment and apply those addressed to the process `pid`.
 
-        Raises ConfigError for what no service manager says, and for sockets that cannot be served on.
+        Raises ConfigError for malformed values and for sockets that cannot be served on.
         """
-        told = {name: environ.pop(name) for name in _VARIABLES if name in environ}
-        address = told.get("NOTIFY_SOCKET", "")
+        found = {name: environ.pop(name) for name in _VARIABLES if name in environ}
+        address = found.get("NOTIFY_SOCKET", "")
         if address and (address[0] not in "/@" or len(os.fsencode(address)) > _MAX_ADDRESS):
             raise _fault("NOTIFY_SOCKET", address, "must be the path of a UNIX socket")
         watchdog = None
-        if told.get("WATCHDOG_PID", str(pid)) == str(pid) and "WATCHDOG_USEC" in told:
-            watchdog = _number(told, "WATCHDOG_USEC", 1, 2**63) / USEC
+        if found.get("WATCHDOG_PID", str(pid)) == str(pid) and "WATCHDOG_USEC" in found:
+            watchdog = _number(found, "WATCHDOG_USEC", 1, 2**63) / USEC
         sockets: tuple[PassedSocket, ...] = ()
-        if told.get("LISTEN_PID") == str(pid) and "LISTEN_FDS" in told:
-            sockets = _passed_sockets(told)
+        if found.get("LISTEN_PID") == str(pid) and "LISTEN_FDS" in found:
+            sockets = _passed_sockets(found)
         return cls(address, watchdog if address else None, sockets)
 
     @property
-    def is_told(self) -> bool:
-        """Whether anybody listens to `notify`."""
+    def is_present(self) -> bool:
+        """Whether there is a socket to notify."""
         return self._socket is not None
 
     def notify(self, **values: str | int) -> bool:
-        """Send one message: `notify(READY=1, STATUS="serving")`. Never waits; False if it was not sent."""
+        """Send one message: `notify(READY=1, STATUS="serving")`. Return False if it was not sent."""
         if self._socket is None:
             return False
         text = "\n".join(f"{name}={escape_text(str(value))}" for name, value in values.items())
         try:
             self._socket.sendto(text.encode(), self._address)
-        except OSError:  # nobody reads any more, or not fast enough: the service goes on
+        except OSError:  # the receiver is gone or too slow; the service continues
             self.failed += 1
             return False
         return True
@@ -98,9 +118,9 @@ class ServiceManager:
             self._socket = None
 
 
-def _passed_sockets(told: Mapping[str, str]) -> tuple[PassedSocket, ...]:
-    count = _number(told, "LISTEN_FDS", 0, MAX_SOCKETS)
-    names = told.get("LISTEN_FDNAMES", "").split(":") if told.get("LISTEN_FDNAMES") else []
+def _passed_sockets(found: Mapping[str, str]) -> tuple[PassedSocket, ...]:
+    count = _number(found, "LISTEN_FDS", 0, MAX_SOCKETS)
+    names = found.get("LISTEN_FDNAMES", "").split(":") if found.get("LISTEN_FDNAMES") else []
     names += [""] * (count - len(names))
     return tuple(
         PassedSocket(names[index], _listening_socket(FIRST_DESCRIPTOR + index)) for index in range(count)
@@ -112,21 +132,21 @@ def _listening_socket(descriptor: int) -> socket.socket:
         os.set_inheritable(descriptor, False)
         passed = socket.socket(fileno=descriptor)
     except OSError as error:
-        raise _fault("LISTEN_FDS", str(descriptor), f"is no socket: {error.strerror}") from error
+        raise _fault("LISTEN_FDS", str(descriptor), f"is not a socket: {error.strerror}") from error
     if (
         passed.family not in (socket.AF_INET, socket.AF_INET6)
         or passed.type != socket.SOCK_STREAM
         or not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     ):
-        passed.detach()  # it is not ours to close
+        passed.detach()  # leave it open for its owner
         raise _fault(
-            "LISTEN_FDS", str(descriptor), "is no listening TCP socket; use ListenStream=, Accept=no"
+            "LISTEN_FDS", str(descriptor), "is not a listening TCP socket; use ListenStream=, Accept=no"
         )
     return passed
 
 
-def _number(told: Mapping[str, str], name: str, least: int, most: int) -> int:
-    text = told.get(name, "")
+def _number(found: Mapping[str, str], name: str, least: int, most: int) -> int:
+    text = found.get(name, "")
     if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
         raise _fault(name, text, f"must be a number from {least} to {most}")
     return int(text)
@@ -134,3 +154,84 @@ def _number(told: Mapping[str, str], name: str, least: int, most: int) -> int:
 
 def _fault(name: str, value: str, sentence: str) -> ConfigError:
     return ConfigError([f"{name} = {escape_text(value, 60)!r} (environment): {sentence}"])
+
+
+class Supervision:
+    """Reports the state of a server to the service manager. Without one, every method does nothing.
+
+    `status` returns one sentence on the load.
+    """
+
+    def __init__(
+        self,
+        manager: ServiceManager,
+        loop: asyncio.AbstractEventLoop,
+        clock: Clock,
+        status: Callable[[], str],
+    ) -> None:
+        self._manager = manager
+        self._loop = loop
+        self._clock = clock
+        self._status = status
+        self._reported = ""
+        self._interval = STATUS_INTERVAL
+        if manager.watchdog is not None:
+            self._interval = max(MIN_INTERVAL, min(STATUS_INTERVAL, manager.watchdog / 2))
+        self._next: asyncio.TimerHandle | None = None
+        self._is_stopping = False
+
+    def ready(self) -> None:
+        """Report that the server listens, and feed the watchdog from now on."""
+        manager = self._manager
+        if not manager.is_present:
+            return
+        if manager.watchdog is not None and not faulthandler.is_enabled() and sys.stderr is not None:
+            faulthandler.enable()
+        self._reported = self._status()
+        if not manager.notify(READY=1, MAINPID=os.getpid(), STATUS=self._reported):
+            log.warning("service_manager.unreachable", cure="unset NOTIFY_SOCKET, or start it by systemd")
+        self._next = self._loop.call_later(self._interval, self._tick)
+
+    def _tick(self) -> None:
+        self._next = self._loop.call_later(self._interval, self._tick)
+        values: dict[str, str | int] = {}
+        if self._manager.watchdog is not None:
+            values["WATCHDOG"] = 1
+        status = self._status()
+        if status != self._reported:
+            values["STATUS"] = status
+        if values and self._manager.notify(**values):
+            self._reported = status
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Report a reload while the body runs, and readiness after it, whatever its outcome.
+
+        Reports nothing before `ready` and during a drain.
+        """
+        if self._next is None or self._is_stopping:
+            yield
+            return
+        # Type=notify-reload compares this time with that of its signal (systemd.service(5)).
+        self._manager.notify(RELOADING=1, MONOTONIC_USEC=int(self._clock.now() * USEC))
+        try:
+            yield
+        finally:
+            self._reported = self._status()
+            self._manager.notify(READY=1, STATUS=self._reported)
+
+    def stopping(self, drain_timeout: float) -> None:
+        """Report a drain of at most `drain_timeout` seconds. The watchdog is still fed."""
+        self._is_stopping = True
+        self._manager.notify(
+            STOPPING=1,
+            STATUS="draining",
+            EXTEND_TIMEOUT_USEC=int((drain_timeout + STOP_MARGIN) * USEC),
+        )
+        self._status = lambda: "draining"
+        self._reported = "draining"
+
+    def close(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+        self._manager.close()

@@ -24,8 +24,7 @@ from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.runtime.hardening import KEY_LOG
-from zcproto.runtime.run import SPARE_FILES
+from zcproto.runtime.process import KEY_LOG, SPARE_FILES
 from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.server.listener import bind
 
