@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import parse_qsl
 
@@ -61,6 +62,11 @@ _STATUS: Final = {
 }
 
 _NO_FILES: Final = "the program of this server has its own authenticators: manage users and devices there"
+
+_LOGGED_FIRST: Final = frozenset({"reload", "drain", "alerts/test"})
+"""Operations that are logged before they run: they may fail, end the server or take minutes."""
+
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 T = TypeVar("T")
 
@@ -213,7 +219,7 @@ class Operations:
                     "name": name,
                     "user": device.user,
                     "public_key": token_text(device.public_key),
-                    "added": _timestamp(device.added),
+                    "added": f"{device.added:%Y-%m-%dT%H:%M:%SZ}",
                 }
                 for name, device in devices[:LISTED_NAMES]
             ],
@@ -306,10 +312,6 @@ def _digest(text: str) -> bytes:
     return digest
 
 
-def _timestamp(time: datetime) -> str:
-    return f"{time:%Y-%m-%dT%H:%M:%SZ}"
-
-
 def _handler(method: str, path: str, run: Run) -> Handler:
     """Return a handler that checks the parameters, runs the operation and logs it if it changes something."""
     checker = Method(path.replace("/", ".").replace("-", "_"), run)
@@ -317,6 +319,8 @@ def _handler(method: str, path: str, run: Run) -> Handler:
     async def handle(request: HttpRequest) -> HttpResponse:
         try:
             arguments = checker.bind(_query(request) if method == "GET" else _body(request))
+            if path in _LOGGED_FIRST:
+                _log_change(request, path, arguments)
             result = await run(**arguments)
         except ConfigError as error:
             return json_response(422, {"error": str(error), "faults": error.faults})
@@ -327,8 +331,8 @@ def _handler(method: str, path: str, run: Run) -> Handler:
             if status is None:
                 raise
             return json_response(status, {"error": error.message})
-        if method != "GET":
-            _log_change(request, path.replace("/", "."), arguments, result)
+        if method != "GET" and path not in _LOGGED_FIRST:
+            _log_change(request, path, arguments, result)
         return json_response(200, result)
 
     return handle
@@ -357,17 +361,19 @@ def _body(request: HttpRequest) -> dict[str, Any]:
     return params
 
 
-def _log_change(request: HttpRequest, what: str, arguments: Mapping[str, Any], result: Any) -> None:
+def _log_change(
+    request: HttpRequest, path: str, arguments: Mapping[str, Any], result: Mapping[str, Any] = _NOTHING
+) -> None:
     peer = request.peer
     assert isinstance(peer, ControlPeer)
-    is_device = what.startswith("devices.")
     name = arguments.get("name")
+    is_device = path.startswith("devices/")
     log.info(
         "control.asked",
-        what=what,
+        what=path.replace("/", "."),
         uid=peer.uid,
         pid=peer.pid,
         user=result["user"] if is_device else arguments.get("user", name),
         device=name if is_device else None,
-        sessions=result.get("sessions", result.get("revoked")) if what != "alerts.test" else None,
+        sessions=result.get("sessions", result.get("revoked")),
     )

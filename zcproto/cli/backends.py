@@ -49,7 +49,7 @@ class Backend(Protocol):
     """Runs operations."""
 
     def run(self, operation: str, **params: Any) -> dict[str, Any]:
-        """Run an operation and return its result. Parameters that are None are left out.
+        """Run an operation and return its result. Parameters with the value None are omitted.
 
         `sessions`, a number of ended sessions, is None if a server ends them that cannot be asked how many.
         """
