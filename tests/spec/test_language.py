@@ -73,6 +73,8 @@ PATTERNS: Final[dict[str, re.Pattern[str]]] = {
 
 ALLOWED: Final[dict[str, set[str]]] = {
     "tests/spec/test_language.py": set(PATTERNS),  # names them
+    # the schema of sessions.db, which SQLite stores with its comments
+    "zcproto/stores/sqlite/file.py": {"is no X"},
     # a field of the control API
     "docs/control.md": {"told"},
     "zcproto/admin/operations.py": {"told"},
@@ -99,7 +101,6 @@ NOT_YET_CLEAN: Final = (
     "tests/load",
     "tests/runtime",
     "tests/server",
-    "tests/stores",
     "zcproto/alerts",
     "zcproto/certs",
     "zcproto/cli",
@@ -107,7 +108,6 @@ NOT_YET_CLEAN: Final = (
     "zcproto/load",
     "zcproto/runtime",
     "zcproto/server",
-    "zcproto/stores",
 )
 """Files and folders that are still being rewritten: entries are removed, never added."""
 

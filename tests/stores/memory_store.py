@@ -1,7 +1,6 @@
-"""Sessions that end with the process: the store of throw-away servers and of tests.
+"""Sessions in memory behind the contract of stores, for tests.
 
-The registry that tokens are checked against is itself the store, so there is one copy of each session. Nothing
-is loaded, nothing waits: no coroutine here ever suspends.
+The registry that checks tokens is the store, so there is one copy of each session. No coroutine here suspends.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from zcproto.stores.base import (
 )
 
 _SLOTS_EACH = 4
-"""What `SessionRegistry.clean` counts at most, so that it removes no more than it may."""
+"""The most that `SessionRegistry.clean` counts for one entry, so that it removes at most the limit."""
 
 
 class MemoryStore:
-    """A store over the sessions of a registry."""
+    """A store with the sessions of a registry."""
 
     __slots__ = ("_answers", "_registry")
 
@@ -42,21 +41,21 @@ class MemoryStore:
         return False
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
-        """There is nothing to get ready."""
+        """Do nothing."""
 
     async def close(self) -> None:
-        """There is nothing to let go."""
+        """Do nothing."""
 
     async def ping(self) -> None:
-        """Memory can always be written to."""
+        """Do nothing."""
 
     async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
-        """Nothing: the registry has it all."""
+        """Yield nothing: the registry has all sessions."""
         return
-        yield []  # what makes it a generator
+        yield []  # makes it a generator
 
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
-        """As `SessionStore.create`; the idle limit is the registry's.
+        """Create a session as in `SessionStore.create`, with the idle limit of the registry.
 
         Raises ResourceExhausted if the registry is full.
         """
@@ -120,8 +119,7 @@ class MemoryStore:
         return self._registry.kept
 
     async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
-        """As `SessionStore.expire`, but a part of the table in each call, and memories are kept as long as the
-        registry is told to."""
+        """Remove expired entries in a part of the table. The registry decides how long tombstones are kept."""
         registry = self._registry
         kept, remembered = registry.kept, registry.tombstones
         registry.clean(wall, _SLOTS_EACH * limit)
@@ -130,7 +128,7 @@ class MemoryStore:
         return removed + self._answers.expire(wall, limit - min(removed, limit))
 
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
-        """As `SessionStore.claim`. Raises ResourceExhausted if more requests run than may."""
+        """Claim a request as in `SessionStore.claim`. Raises ResourceExhausted."""
         return self._answers.claim(user, key, request_digest, wall, lease_ms)
 
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:

@@ -1,4 +1,4 @@
-"""The registry in memory and the file say the same to any sequence of operations."""
+"""The registry in memory and the SQLite store return the same for any sequence of operations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = 400
 
 
 class Both:
-    """Two stores that are asked the same."""
+    """Two stores that get the same operations."""
 
     def __init__(self, stores: list[SessionStore], seed: int) -> None:
         self.stores = stores
@@ -73,7 +73,7 @@ class Both:
                 await self.ask("end_user", user, Code.TOKEN_REVOKED, self.wall)
             case "touch":
                 one = await self.ask("get", any_of.id)
-                # A token that was idle for too long is never used again.
+                # A token that was idle for too long is not used again.
                 if isinstance(one, SessionRecord) and self.wall < min(
                     one.expires_at, one.last_used_at + IDLE
                 ):
@@ -103,7 +103,7 @@ class Both:
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_both_stores_say_the_same(tmp_path: Path, seed: int) -> None:
+async def test_memory_and_sqlite_return_the_same(tmp_path: Path, seed: int) -> None:
     file = SqliteStore(tmp_path / "home" / "sessions.db", timeout=20.0)
     await file.open(lambda change: None)
     settings = SessionSettings(idle_timeout_ms=IDLE, dead_keep_ms=1_000 * DAY, max_sessions=1_000)
@@ -117,7 +117,7 @@ async def test_both_stores_say_the_same(tmp_path: Path, seed: int) -> None:
     await file.close()
 
 
-async def test_what_is_done_in_groups_is_what_is_done_one_by_one(tmp_path: Path) -> None:
+async def test_grouped_operations_have_the_same_effect_as_single_ones(tmp_path: Path) -> None:
     alone, grouped = (SqliteStore(tmp_path / name / "sessions.db", timeout=20.0) for name in ("one", "many"))
     for store in (alone, grouped):
         await store.open(lambda change: None)

@@ -1,4 +1,4 @@
-"""Answers to requests with an idempotency key: what the contract of stores does not show."""
+"""The table of answers, beyond the contract of stores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def answered(answers: Answers, user: str, key: str, answer: bytes = b"x", wall: 
     answers.keep(user, key, answer, wall, KEEP)
 
 
-def test_what_is_kept_is_counted() -> None:
+def test_entries_and_bytes_are_counted() -> None:
     answers = Answers(AnswerLimits())
     answered(answers, "alice", "p", 10 * b"x")
     answered(answers, "bob", "p", 7 * b"x")
@@ -27,7 +27,7 @@ def test_what_is_kept_is_counted() -> None:
     assert answers._users == {}
 
 
-def test_another_answer_takes_the_place_of_the_first() -> None:
+def test_new_answer_replaces_the_first() -> None:
     answers = Answers(AnswerLimits())
     answered(answers, "alice", "p", 10 * b"x")
     answers.keep("alice", "p", 3 * b"y", WALL, KEEP)
@@ -35,14 +35,14 @@ def test_another_answer_takes_the_place_of_the_first() -> None:
     assert (len(answers), answers.bytes) == (1, 3)
 
 
-def test_every_change_is_told() -> None:
-    told: list[tuple[Key, Entry | None]] = []
-    answers = Answers(AnswerLimits(user_count=1), lambda key, entry: told.append((key, entry)))
+def test_on_change_is_called_for_every_change() -> None:
+    reported: list[tuple[Key, Entry | None]] = []
+    answers = Answers(AnswerLimits(user_count=1), lambda key, entry: reported.append((key, entry)))
     answers.claim("alice", "p", BODY, WALL, LEASE)
     answers.keep("alice", "p", b"x", WALL, KEEP)
     answers.claim("alice", "q", BODY, WALL, LEASE)
     answers.release("alice", "q")
-    names = [(key[1], "gone" if entry is None else "there") for key, entry in told]
+    names = [(key[1], "gone" if entry is None else "there") for key, entry in reported]
     assert names == [
         ("p", "there"),
         ("p", "gone"),
@@ -53,7 +53,7 @@ def test_every_change_is_told() -> None:
     ]
 
 
-def test_what_is_restored_is_told_to_nobody_and_counts() -> None:
+def test_restored_entry_is_counted_without_on_change() -> None:
     answers = Answers(AnswerLimits(), lambda key, entry: pytest.fail("nothing was changed"))
     entry = Entry(BODY, WALL + KEEP)
     entry.running, entry.size = False, 9
@@ -61,12 +61,12 @@ def test_what_is_restored_is_told_to_nobody_and_counts() -> None:
     assert answers.entry("alice", "p") is entry
     assert answers.entry("alice", "q") is None
     assert (len(answers), answers.bytes) == (1, 9)
-    # The answer itself is kept elsewhere.
+    # The answer itself is stored elsewhere.
     assert answers.claim("alice", "p", BODY, WALL, LEASE).answer == b""
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3])
-def test_a_slice_of_expiry_is_bounded(limit: int) -> None:
+def test_expire_removes_at_most_the_limit(limit: int) -> None:
     answers = Answers(AnswerLimits())
     for key in ("p", "q", "r"):
         answers.claim("alice", key, BODY, WALL, LEASE)
@@ -75,7 +75,7 @@ def test_a_slice_of_expiry_is_bounded(limit: int) -> None:
     assert len(answers) == 4 - limit
 
 
-def test_one_user_pushes_out_nothing_of_others() -> None:
+def test_user_evicts_no_answer_of_others() -> None:
     answers = Answers(AnswerLimits(count=100, bytes=1_000, user_count=10, user_bytes=50))
     answered(answers, "bob", "p", 50 * b"x")
     for number in range(200):
@@ -84,9 +84,9 @@ def test_one_user_pushes_out_nothing_of_others() -> None:
     assert len(answers) <= 11
 
 
-def test_room_is_made_for_a_limit_that_was_lowered() -> None:
+def test_lowered_limit_evicts_answers() -> None:
     answers = Answers(AnswerLimits(count=5, bytes=100, user_count=5, user_bytes=30))
-    for number in range(9):  # as kept under larger limits
+    for number in range(9):  # stored under larger limits
         entry = Entry(BODY, WALL + KEEP)
         entry.running, entry.size = False, 20
         answers.restore(f"user-{number % 3}", f"{number}", entry)

@@ -1,4 +1,4 @@
-"""The store in memory: the contract, and that nothing of it waits."""
+"""The store in memory passes the contract and never suspends."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class TestMemoryStore(StoreContract):
 
 
 def at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that never suspends."""
+    """Return the result of a coroutine that never suspends."""
     with pytest.raises(StopIteration) as stopped:
         coroutine.send(None)
     return stopped.value.value
 
 
-def test_nothing_ever_waits() -> None:
+def test_no_operation_suspends() -> None:
     store = MemoryStore(registry())
     record = session()
     wanted = rotation(record)
@@ -82,11 +82,11 @@ def test_nothing_ever_waits() -> None:
     assert at_once(store.ping()) is at_once(store.close()) is None
 
 
-async def test_the_registry_is_the_only_copy() -> None:
+async def test_registry_is_the_only_copy() -> None:
     shared = registry()
     store = MemoryStore(shared)
-    told: list[Code] = []
-    shared.observers.append(lambda session_id, code, reason: told.append(code))
+    reported: list[Code] = []
+    shared.observers.append(lambda session_id, code, reason: reported.append(code))
     opened = shared.open("alice", operator=False, client="zc/1", address="", wall=WALL)
     (record,) = await store.list()
     assert record.user == "alice"
@@ -94,10 +94,10 @@ async def test_the_registry_is_the_only_copy() -> None:
     assert await loaded(store) == []
     await store.end_user("alice", Code.TOKEN_REVOKED, WALL)
     assert shared.check(opened.token, WALL) is Code.TOKEN_REVOKED
-    assert told == [Code.TOKEN_REVOKED]
+    assert reported == [Code.TOKEN_REVOKED]
 
 
-async def test_a_full_registry_is_said() -> None:
+async def test_full_registry_raises_resource_exhausted() -> None:
     store = MemoryStore(registry(max_sessions=1))
     await store.create(session(1, "alice"), FIVE)
     with pytest.raises(ResourceExhausted) as refused:

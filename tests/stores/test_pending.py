@@ -1,4 +1,4 @@
-"""Revocations that wait for their store: what of them survives crashes, full disks and other processes."""
+"""Pending revocations survive crashes, full disks and damage."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def opened(path: Path) -> AsyncIterator[Open]:
-    """Open the file as a process does that begins; all are closed at the end."""
+    """Return a function that opens the file like a new process. All are closed at the end."""
     made: list[PendingRevocations] = []
 
     async def open(**options: Any) -> PendingRevocations:
@@ -74,7 +74,7 @@ async def opened(path: Path) -> AsyncIterator[Open]:
 
 
 async def reopened(pending: PendingRevocations, path: Path) -> list[Revocation]:
-    """What the next process finds."""
+    """Return what the next process reads."""
     await pending.close()
     again = PendingRevocations(path)
     await again.open()
@@ -83,12 +83,12 @@ async def reopened(pending: PendingRevocations, path: Path) -> list[Revocation]:
     return entries
 
 
-async def test_nothing_is_written_before_something_waits(opened: Open, path: Path) -> None:
+async def test_no_file_is_created_before_the_first_revocation(opened: Open, path: Path) -> None:
     pending = await opened()
     assert (len(pending), pending.entries, is_there(path)) == (0, [], False)
 
 
-async def test_what_was_added_is_there_after_a_restart_in_its_order(opened: Open, path: Path) -> None:
+async def test_revocations_survive_a_restart_in_order(opened: Open, path: Path) -> None:
     pending = await opened()
     added = [
         one(1),
@@ -109,13 +109,13 @@ async def test_what_was_added_is_there_after_a_restart_in_its_order(opened: Open
 
 
 @pytest.mark.parametrize("code", [Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED])
-async def test_every_field_is_kept(opened: Open, path: Path, code: Code) -> None:
+async def test_every_field_is_stored(opened: Open, path: Path, code: Code) -> None:
     pending = await opened()
     await pending.add(Revocation(WALL, b"\xff" * 16, "ada", code), WITHIN)
     assert await reopened(pending, path) == [Revocation(WALL, b"\xff" * 16, "ada", code)]
 
 
-async def test_it_is_on_the_disk_when_add_returns(opened: Open, path: Path) -> None:
+async def test_revocation_is_on_disk_when_add_returns(opened: Open, path: Path) -> None:
     pending = await opened()
     await pending.add(ADA, WITHIN)
     first = read(path)
@@ -124,7 +124,7 @@ async def test_it_is_on_the_disk_when_add_returns(opened: Open, path: Path) -> N
     assert read(path).count(b"\n") == 2
 
 
-async def test_an_entry_waits_before_it_is_on_the_disk(opened: Open) -> None:
+async def test_revocation_is_pending_before_it_is_on_disk(opened: Open) -> None:
     pending = await opened()
     adding = asyncio.ensure_future(pending.add(ADA, WITHIN))
     await asyncio.sleep(0)
@@ -132,13 +132,13 @@ async def test_an_entry_waits_before_it_is_on_the_disk(opened: Open) -> None:
     await adding
 
 
-async def test_many_at_once_are_all_written(opened: Open, path: Path) -> None:
+async def test_concurrent_revocations_are_all_written(opened: Open, path: Path) -> None:
     pending = await opened()
     await asyncio.gather(*(pending.add(one(number), WITHIN) for number in range(500)))
     assert [entry.id for entry in await reopened(pending, path)] == [one(n).id for n in range(500)]
 
 
-async def test_a_later_one_takes_the_place_of_the_same(opened: Open, path: Path) -> None:
+async def test_later_revocation_with_the_same_key_replaces_the_earlier(opened: Open, path: Path) -> None:
     pending = await opened()
     later = Revocation(WALL + 5, user="ada")
     for revocation in (ADA, one(1), later, Revocation(WALL, one(1).id, "bob")):
@@ -147,7 +147,7 @@ async def test_a_later_one_takes_the_place_of_the_same(opened: Open, path: Path)
     assert set(await reopened(pending, path)) == {later, Revocation(WALL, one(1).id, "bob")}
 
 
-async def test_the_same_again_and_again_does_not_fill_the_disk(
+async def test_repeated_revocations_do_not_grow_the_file(
     opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.os, "fsync", lambda descriptor: None)
@@ -161,7 +161,7 @@ async def test_the_same_again_and_again_does_not_fill_the_disk(
 # --- removing ---------------------------------------------------------------------------------------------
 
 
-async def test_what_the_store_has_is_forgotten(opened: Open, path: Path) -> None:
+async def test_removed_revocations_are_not_pending(opened: Open, path: Path) -> None:
     pending = await opened()
     for number in range(4):
         await pending.add(one(number), WITHIN)
@@ -173,7 +173,7 @@ async def test_what_the_store_has_is_forgotten(opened: Open, path: Path) -> None
     assert await reopened(pending, path) == [one(2), one(3), one(4)]
 
 
-async def test_what_was_asked_for_anew_meanwhile_stays(opened: Open, path: Path) -> None:
+async def test_revocation_replaced_meanwhile_is_not_removed(opened: Open, path: Path) -> None:
     pending = await opened()
     await pending.add(ADA, WITHIN)
     replayed = pending.entries
@@ -184,7 +184,7 @@ async def test_what_was_asked_for_anew_meanwhile_stays(opened: Open, path: Path)
     assert await reopened(pending, path) == [again]
 
 
-async def test_the_last_one_leaves_an_empty_file(opened: Open, path: Path) -> None:
+async def test_removing_the_last_revocation_leaves_an_empty_file(opened: Open, path: Path) -> None:
     pending = await opened()
     await pending.add(ADA, WITHIN)
     await pending.remove(pending.entries, WITHIN)
@@ -195,20 +195,20 @@ async def test_the_last_one_leaves_an_empty_file(opened: Open, path: Path) -> No
 # --- bounds -----------------------------------------------------------------------------------------------
 
 
-async def test_when_it_is_full_the_oldest_stay_and_a_new_one_is_refused(opened: Open, path: Path) -> None:
+async def test_new_revocation_is_refused_at_the_limit(opened: Open, path: Path) -> None:
     pending = await opened(limit=2)
     await pending.add(one(1), WITHIN)
     await pending.add(one(2), WITHIN)
     with pytest.raises(StoreUnavailable, match="2 revocations are waiting for the store"):
         await pending.add(one(3), WITHIN)
-    await pending.add(one(2, WALL + 1), WITHIN)  # it has its place
+    await pending.add(one(2, WALL + 1), WITHIN)  # it replaces an entry, so it needs no room
     assert pending.entries == [one(1), one(2, WALL + 1)]
     await pending.remove([pending.entries[0]], WITHIN)
     await pending.add(one(3), WITHIN)
     assert await reopened(pending, path) == [one(2, WALL + 1), one(3)]
 
 
-async def test_before_open_and_after_close_nothing_is_promised(opened: Open, path: Path) -> None:
+async def test_add_fails_before_open_and_after_close(opened: Open, path: Path) -> None:
     with pytest.raises(StoreUnavailable, match="closed"):
         await PendingRevocations(path).add(ADA, WITHIN)
     pending = await opened()
@@ -222,7 +222,7 @@ async def test_before_open_and_after_close_nothing_is_promised(opened: Open, pat
 
 
 @pytest.mark.parametrize("function", ["fsync", "pwrite", "open"])
-async def test_a_disk_that_fails_is_told_and_the_next_write_saves_all(
+async def test_disk_failure_is_reported_and_the_next_write_stores_all(
     opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     pending = await opened()
@@ -233,21 +233,19 @@ async def test_a_disk_that_fails_is_told_and_the_next_write_saves_all(
 
     with monkeypatch.context() as patch:
         patch.setattr(module.os, function, fail)
-        if function == "open":  # one that is open needs no opening
+        if function == "open":  # the file is open already
             await pending.add(one(2), WITHIN)
             with pytest.raises(StoreUnavailable, match="cannot be written: No space left"):
                 await pending.remove([one(1)], WITHIN)
         else:
             with pytest.raises(StoreUnavailable, match="cannot be written: No space left"):
                 await pending.add(one(2), WITHIN)
-    assert one(2) in pending.entries  # what was asked for is known all the same
+    assert one(2) in pending.entries  # it is pending nevertheless
     await pending.add(one(3), WITHIN)
     assert (await reopened(pending, path))[-2:] == [one(2), one(3)]
 
 
-async def test_a_write_in_parts_is_finished(
-    opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_partial_write_is_completed(opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(module.os, "pwrite", lambda file, data, at: pwrite(file, data[:7], at))
     pending = await opened()
@@ -256,7 +254,7 @@ async def test_a_write_in_parts_is_finished(
     assert await reopened(pending, path) == [one(1), ADA]
 
 
-async def test_a_disk_that_hangs_keeps_nobody_waiting(
+async def test_hung_disk_fails_within_the_timeout(
     opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
@@ -276,7 +274,7 @@ async def test_a_disk_that_hangs_keeps_nobody_waiting(
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
-async def test_a_folder_that_cannot_be_synced(
+async def test_folder_that_cannot_be_synced(
     opened: Open, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     fsync = os.fsync
@@ -288,14 +286,14 @@ async def test_a_folder_that_cannot_be_synced(
 
     pending = await opened()
     monkeypatch.setattr(module.os, "fsync", fail)
-    if number == errno.EINVAL:  # a file system that keeps names in order itself
+    if number == errno.EINVAL:  # a file system that persists names without being asked
         await pending.add(ADA, WITHIN)
     else:
         with pytest.raises(StoreUnavailable):
             await pending.add(ADA, WITHIN)
 
 
-async def test_a_fault_of_ours_is_told_to_whoever_asked(
+async def test_exception_in_the_thread_is_raised_to_the_caller(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pending = await opened()
@@ -307,7 +305,7 @@ async def test_a_fault_of_ours_is_told_to_whoever_asked(
 # --- crashes and damage -------------------------------------------------------------------------------------
 
 
-async def test_a_file_that_was_cut_off_anywhere_gives_its_whole_lines(opened: Open, path: Path) -> None:
+async def test_truncated_file_gives_its_complete_lines(opened: Open, path: Path) -> None:
     pending = await opened()
     added = [one(1), ADA, ALL]
     for revocation in added:
@@ -322,7 +320,7 @@ async def test_a_file_that_was_cut_off_anywhere_gives_its_whole_lines(opened: Op
         await again.close()
 
 
-async def test_what_is_added_behind_a_torn_line_is_not_lost(opened: Open, path: Path) -> None:
+async def test_revocation_added_after_a_truncated_line_is_stored(opened: Open, path: Path) -> None:
     pending = await opened()
     await pending.add(one(1), WITHIN)
     await pending.close()
@@ -333,7 +331,7 @@ async def test_what_is_added_behind_a_torn_line_is_not_lost(opened: Open, path: 
 
 
 @pytest.mark.parametrize("place", range(0, 100, 7))
-async def test_a_damaged_line_costs_no_other_and_the_file_is_kept(
+async def test_damaged_line_affects_no_other_and_the_file_is_copied(
     opened: Open, path: Path, place: int
 ) -> None:
     pending = await opened()
@@ -370,14 +368,14 @@ async def test_a_damaged_line_costs_no_other_and_the_file_is_kept(
         b"nonsense",
     ],
 )
-async def test_a_line_of_another_form_is_damage(opened: Open, path: Path, text: bytes) -> None:
+async def test_line_in_another_format_is_damage(opened: Open, path: Path, text: bytes) -> None:
     write(path, b"%08x %s\n" % (zlib.crc32(text), text))
     pending = await opened()
     assert pending.entries == []
     assert len(pending.damaged) == 1
 
 
-async def test_damage_on_damage_keeps_every_file(opened: Open, path: Path) -> None:
+async def test_repeated_damage_keeps_every_copy(opened: Open, path: Path) -> None:
     for number in range(1, 4):
         write(path, b"damage %d\n" % number)
         pending = await opened()
@@ -414,7 +412,7 @@ def too_large(path: Path) -> None:
         (too_large, "larger than 10 bytes"),
     ],
 )
-async def test_what_is_no_such_file_is_refused(
+async def test_path_that_is_not_a_regular_file_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None], said: str
 ) -> None:
     make(path)
@@ -423,12 +421,12 @@ async def test_what_is_no_such_file_is_refused(
         await PendingRevocations(path).open()
 
 
-async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+async def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pending revocations cannot be stored: No such file"):
         await PendingRevocations(tmp_path / "none" / "revocations.pending").open()
 
 
-async def test_a_file_that_others_could_read_is_closed_to_them(opened: Open, path: Path) -> None:
+async def test_file_readable_by_others_becomes_private(opened: Open, path: Path) -> None:
     write(path, b"")
     await opened()
     assert mode(path) == 0o600
@@ -437,17 +435,17 @@ async def test_a_file_that_others_could_read_is_closed_to_them(opened: Open, pat
 # --- several processes --------------------------------------------------------------------------------------
 
 
-async def test_processes_of_one_home_have_files_of_their_own(opened: Open, path: Path) -> None:
+async def test_processes_of_one_home_use_different_files(opened: Open, path: Path) -> None:
     first, second = await opened(), await opened()
     await first.add(one(1), WITHIN)
     await second.add(one(2), WITHIN)
     assert (first.entries, second.entries) == ([one(1)], [one(2)])
     assert is_there(path.with_name("revocations-2.pending"))
-    third = await opened()  # those of living processes are left alone
+    third = await opened()  # files of running processes are not used
     assert third.entries == []
 
 
-async def test_what_a_gone_process_left_behind_is_taken_over(opened: Open, path: Path) -> None:
+async def test_file_of_an_ended_process_is_taken_over(opened: Open, path: Path) -> None:
     first, second, third = await opened(), await opened(), await opened()
     for number, pending in enumerate((first, second, third)):
         await pending.add(one(number), WITHIN)
@@ -461,7 +459,9 @@ async def test_what_a_gone_process_left_behind_is_taken_over(opened: Open, path:
     assert await reopened(again, path) == [one(0), one(1), one(2)]
 
 
-async def test_there_are_only_so_many(opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_processes_of_one_home_are_bounded(
+    opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MAX_PROCESSES", 2)
     await opened()
     await opened()
@@ -495,7 +495,7 @@ async def found_in(path: Path) -> list[int]:
     return [int.from_bytes(entry.id, "big") for entry in pending.entries]
 
 
-def test_what_was_promised_survives_kill_9(path: Path) -> None:
+def test_stored_revocations_survive_sigkill(path: Path) -> None:
     for count in (1, 40, 15):
         with subprocess.Popen(
             [sys.executable, "-c", KILLED, str(path)],

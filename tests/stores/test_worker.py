@@ -1,4 +1,4 @@
-"""The thread of a store: groups, timeouts, and a loop that is too busy for it."""
+"""The thread of a store: groups, timeouts, and a busy event loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONG = 20.0
 
 
 class Bench:
-    """A worker whose jobs are values, which it gives back; or functions, which it calls."""
+    """A worker whose jobs are values that it returns, or functions that it calls."""
 
     def __init__(self, limit: int = 1_000) -> None:
         self.groups: list[list[object]] = []
@@ -44,7 +44,7 @@ class Bench:
         self.left.set()
 
     async def hold(self) -> asyncio.Task[object]:
-        """Keep the thread busy from now on until `go_on` is set."""
+        """Keep the thread busy until `go_on` is set."""
 
         def hang() -> None:
             self.held.set()
@@ -63,18 +63,18 @@ async def bench() -> AsyncIterator[Bench]:
     assert await bench.worker.stop(LONG)
 
 
-async def test_a_job_is_answered(bench: Bench) -> None:
+async def test_job_returns_its_result_or_raises(bench: Bench) -> None:
     assert await bench.worker.submit("work", LONG) == "work"
     with pytest.raises(KeyError):
         await bench.worker.submit(KeyError("work"), LONG)
 
 
-async def test_what_is_asked_in_one_turn_of_the_loop_is_one_group(bench: Bench) -> None:
+async def test_jobs_of_one_loop_turn_form_one_group(bench: Bench) -> None:
     assert await asyncio.gather(*(bench.worker.submit(number, LONG) for number in range(9))) == [*range(9)]
     assert bench.groups == [[*range(9)]]
 
 
-async def test_what_comes_meanwhile_is_the_next_group(bench: Bench) -> None:
+async def test_jobs_submitted_while_busy_form_the_next_group(bench: Bench) -> None:
     held = await bench.hold()
     asked = []
     for number in range(5):
@@ -86,7 +86,7 @@ async def test_what_comes_meanwhile_is_the_next_group(bench: Bench) -> None:
     assert bench.groups[1:] == [[*range(5)]]
 
 
-async def test_a_job_can_see_that_another_waits(bench: Bench) -> None:
+async def test_is_waited_for_is_true_while_other_jobs_wait(bench: Bench) -> None:
     held = await bench.hold()
     assert not bench.worker.is_waited_for
     others = [asyncio.create_task(bench.worker.submit(number, LONG)) for number in range(2)]
@@ -100,7 +100,7 @@ async def test_a_job_can_see_that_another_waits(bench: Bench) -> None:
     assert not bench.worker.is_waited_for
 
 
-async def test_a_group_is_bounded(bench: Bench) -> None:
+async def test_group_is_bounded(bench: Bench) -> None:
     count = 2 * GROUP + 10
     held = await bench.hold()
     asked = asyncio.gather(*(bench.worker.submit(number, LONG) for number in range(count)))
@@ -111,7 +111,7 @@ async def test_a_group_is_bounded(bench: Bench) -> None:
     assert max(map(len, bench.groups)) <= GROUP
 
 
-async def test_a_late_answer_is_given_up_and_what_had_not_begun_is_not_done(bench: Bench) -> None:
+async def test_timed_out_job_that_had_not_begun_is_not_run(bench: Bench) -> None:
     held = await bench.hold()
     for work, lasting in (("dropped", False), ("lasting", True)):
         with pytest.raises(StoreUnavailable, match="within 10 ms"):
@@ -123,14 +123,14 @@ async def test_a_late_answer_is_given_up_and_what_had_not_begun_is_not_done(benc
     assert done[1:] == ["lasting", "last"]
 
 
-async def test_an_answer_at_the_last_moment_counts(bench: Bench) -> None:
+async def test_result_at_the_timeout_is_returned(bench: Bench) -> None:
     job = Job("work", False, asyncio.get_running_loop().create_future())
     job.future.set_result("answer")
     bench.worker._give_up(job, 0.01)
     assert await job.future == "answer"
 
 
-async def test_the_queue_is_bounded_and_empties_again() -> None:
+async def test_queue_is_bounded_and_drains() -> None:
     bench = Bench(limit=3)
     held = await bench.hold()
     asked = [asyncio.create_task(bench.worker.submit(number, LONG)) for number in range(2)]
@@ -143,7 +143,7 @@ async def test_the_queue_is_bounded_and_empties_again() -> None:
     assert await bench.worker.stop(LONG)
 
 
-async def test_stopping_does_what_was_asked_and_may_be_asked_twice() -> None:
+async def test_stop_runs_submitted_jobs_and_is_idempotent() -> None:
     bench = Bench()
     held = await bench.hold()
     asked = asyncio.create_task(bench.worker.submit("late", LONG))
@@ -160,14 +160,14 @@ async def test_stopping_does_what_was_asked_and_may_be_asked_twice() -> None:
     await held
 
 
-async def test_what_is_asked_in_the_turn_of_stopping_is_done() -> None:
+async def test_job_submitted_in_the_turn_of_stop_is_run() -> None:
     bench = Bench()
     asked, _ = await asyncio.gather(bench.worker.submit("late", LONG), bench.worker.stop(LONG))
     await asyncio.sleep(0)
     assert asked == "late"
 
 
-async def test_stopping_leaves_a_thread_that_hangs() -> None:
+async def test_stop_abandons_a_hung_thread() -> None:
     bench = Bench()
     held = await bench.hold()
     assert not await bench.worker.stop(0.01)
@@ -176,14 +176,14 @@ async def test_stopping_leaves_a_thread_that_hangs() -> None:
     await held
 
 
-async def test_the_thread_rests_while_there_is_nothing_to_do(bench: Bench) -> None:
+async def test_idle_is_called_while_there_are_no_jobs(bench: Bench) -> None:
     bench.rests = 5
     await bench.worker.submit("one", LONG)
     await bench.worker.submit("two", LONG)
     assert bench.rests == 0
 
 
-def test_a_loop_that_was_closed_is_not_told() -> None:
+def test_closed_loop_is_not_called() -> None:
     made: list[Bench] = []
 
     async def abandon() -> None:
@@ -203,7 +203,7 @@ def test_a_loop_that_was_closed_is_not_told() -> None:
 
 
 class Timers:
-    """Instead of the loop's timers: what was asked for, called by hand."""
+    """Timers of a loop that are called by the test."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[float, Callable[..., object], tuple[object, ...]]] = []
@@ -218,7 +218,7 @@ class Timers:
         callback(*arguments)
 
 
-async def test_the_loop_stands_aside_when_an_answer_is_late_but_not_for_ever(
+async def test_loop_pauses_for_a_late_result_with_a_limit(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     aside: list[float] = []
@@ -239,7 +239,7 @@ async def test_the_loop_stands_aside_when_an_answer_is_late_but_not_for_ever(
     await held
 
 
-async def test_it_does_not_while_answers_come(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_loop_does_not_pause_while_results_come(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     aside: list[float] = []
     await bench.worker.submit("one", LONG)
     assert bench.worker._watched is not None

@@ -16,13 +16,13 @@ from zcproto.stores.base import Claim, ClaimState, Created, SessionStore
 class AnswerLimitContract:
     @pytest.fixture
     async def bounded(self, harness: Harness) -> SessionStore:
-        """A store of few answers."""
+        """Return a store with small limits for answers."""
         if not harness.bounded:
             pytest.skip("its answers are bounded by another program")
         return await harness.make_store(AnswerLimits(count=6, bytes=100, user_count=3, user_bytes=60))
 
     async def states(self, store: SessionStore, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """What is known of requests, without keeping a claim of them."""
+        """Return the states of requests without leaving a claim."""
         names = []
         for user, key in pairs:
             claim = await store.claim(user, key, digest("another body"), WALL, LEASE)

@@ -29,7 +29,7 @@ from zcproto.stores.base import Claim, ClaimState, SessionStore
 class DurabilityContract:
     @pytest.fixture
     def lasting(self, harness: Harness, store: SessionStore) -> SessionStore:
-        """A store whose sessions outlive it."""
+        """Return a store whose sessions survive closing."""
         if not harness.durable:
             pytest.skip("its sessions end with it")
         return store

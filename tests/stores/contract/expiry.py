@@ -25,7 +25,7 @@ class ExpiryContract:
         assert await store.list() == records
         await store.rotate(rotation(records[0]))
         assert [record.id for record in await store.list("bob")] == [record.id for record in records[::3]]
-        assert await store.list("nobody") == []
+        assert await store.list("unknown") == []
 
     async def test_lapsed_sessions_are_listed_and_counted(self, store: SessionStore) -> None:
         record = session(expires_at=WALL - 1)

@@ -80,7 +80,7 @@ class RefreshContract:
         assert await store.get(record.id) == ended(new, wall=WALL + HOUR)
         assert await store.find(late.token_digest) is None
         assert await store.list("alice") == [session(2)]
-        # The holder of the good one is out, too; it was no reuse of theirs.
+        # The holder of the valid token is refused too, but not as a reuse.
         assert await store.rotate(rotation(new, 3, WALL + HOUR)) == NotRotated(Code.TOKEN_REVOKED)
 
     async def test_refresh_token_spent_long_ago_ends_the_session(self, store: SessionStore) -> None:

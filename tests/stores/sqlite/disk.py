@@ -1,4 +1,4 @@
-"""A disk that fails or hangs when a test says so."""
+"""A disk that fails or hangs as a test requires."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ WRITES = ("INSERT", "UPDATE", "DELETE", "COMMIT", "WITH")
 
 
 class Disk:
-    """What connections of SQLite meet. `connect` is for a store."""
+    """Makes SQLite connections with faults, by `connect`."""
 
     def __init__(self) -> None:
         self.error: tuple[int, str] | None = None
-        """The code and the name of what every write fails with."""
+        """The code and the name of the error of every write."""
         self.times = 1_000_000
-        """How many more times it fails."""
+        """How many more writes fail."""
         self.at: tuple[str, ...] = WRITES
-        """The statements that fail or hang: how they begin."""
+        """The beginnings of the statements that fail or hang."""
         self.before: Callable[[sqlite3.Connection], object] | None = None
-        """Called once, in the store's thread, before its next statement."""
+        """Called once in the thread of the store, before its next statement."""
         self.go_on = threading.Event()
         self.go_on.set()
         self.reached = threading.Event()

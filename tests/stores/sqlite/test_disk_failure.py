@@ -38,7 +38,7 @@ async def test_disk_failure_is_an_outage_and_recovers(
     first, second, third = (session(number) for number in range(3))
     await opened(store, first)
     disk.fail(*FAILURES[kind], at=at)
-    # Two changes of different tables are a transaction of several statements.
+    # Changes of two tables need a transaction with several statements.
     results = await asyncio.gather(
         store.create(second, FIVE),
         store.claim("alice", "k", digest("body"), WALL, LEASE),
@@ -189,7 +189,7 @@ async def test_failed_close_is_reported(harness: SqliteHarness) -> None:
     made: list[sqlite3.Connection] = []
 
     def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
-        kind = Connection if made else sqlite3.Connection  # the first makes the empty file
+        kind = Connection if made else sqlite3.Connection  # the first one creates the empty file
         made.append(sqlite3.connect(*arguments, factory=kind, **options))
         return made[-1]
 
@@ -242,7 +242,7 @@ async def test_timed_out_operations_that_had_not_begun_are_not_done(
     disk.hang()
     try:
         for work in (
-            store.create(session(1), FIVE),  # begins
+            store.create(session(1), FIVE),  # has begun
             store.create(session(2), FIVE),
             store.rotate(rotation(doomed)),
             store.end_user("bob", Code.TOKEN_REVOKED, WALL),
@@ -253,7 +253,7 @@ async def test_timed_out_operations_that_had_not_begun_are_not_done(
         disk.go_on.set()
     again = await harness.reopen(store)
     assert await again.list() == [session(1)]
-    assert await again.get(doomed.id) == ended(doomed)  # an end is done whoever waits
+    assert await again.get(doomed.id) == ended(doomed)  # a revocation is done even without a caller
 
 
 async def test_cancelled_operation_that_had_not_begun_is_not_done(harness: SqliteHarness, disk: Disk) -> None:

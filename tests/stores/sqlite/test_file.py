@@ -67,7 +67,7 @@ async def test_changes_are_on_disk_before_the_operation_returns(harness: SqliteH
     record = session()
 
     async def copied(name: str) -> SqliteStore:
-        """What a crash at this moment would leave."""
+        """Copy the files as a crash at this moment would leave them."""
         shutil.copytree(harness.path.parent, copies / name)
         other = SqliteHarness(copies / name / harness.path.name)
         harness.stores.append(found := await other.opened())
@@ -201,7 +201,7 @@ asyncio.run(main())
 
 @contextmanager
 def another_process(path: Path) -> Iterator[int]:
-    """One that has the file open, by its number, until it is killed."""
+    """Start a process that has the file open, and yield its process id."""
     command = [sys.executable, "-c", OTHER, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -219,7 +219,7 @@ async def test_file_in_use_names_the_process(harness: SqliteHarness) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """The lock of a file, held by somebody who left no number in it."""
+    """Hold the lock of a file without writing a process id."""
     path.parent.mkdir()
     with beside(path, ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -26,11 +26,11 @@ from zcproto.stores.sqlite.store import SqliteStore
 KILLS = 200
 SECONDS = 25.0
 TASKS = 8
-"""Users, each with a task of its own in a child."""
+"""Users, each with a task in a child."""
 LONG = 20.0
 
 
-def test_a_server_that_is_killed_at_random_moments_loses_nothing_it_had_answered(tmp_path: Path) -> None:
+def test_process_killed_at_random_moments_loses_no_acknowledged_change(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.stores.sqlite.test_kill"]
     command += [str(tmp_path / "home" / "sessions.db"), "20260601", str(SECONDS)]
     done = subprocess.run(
@@ -38,7 +38,7 @@ def test_a_server_that_is_killed_at_random_moments_loses_nothing_it_had_answered
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads(done.stdout)
-    assert report["kills"] >= KILLS // 3  # on a machine that is busy with other things
+    assert report["kills"] >= KILLS // 3  # on a busy machine
     for what in ("created", "refreshed", "ended", "took effect", "did not"):
         assert report[what] > 0
 
@@ -47,7 +47,7 @@ def test_a_server_that_is_killed_at_random_moments_loses_nothing_it_had_answered
 
 
 def record_of(number: int, generation: int) -> SessionRecord:
-    """A session of the user `number % TASKS`, after so many refreshes."""
+    """Return a session of the user `number % TASKS` after so many refreshes."""
     return session(
         number,
         f"user-{number % TASKS}",
@@ -58,15 +58,15 @@ def record_of(number: int, generation: int) -> SessionRecord:
 
 @dataclass
 class Expected:
-    """What the file has to hold, by what was said by a child."""
+    """The expected content of the file, from what a child has reported."""
 
     live: dict[int, int] = field(default_factory=dict)
-    """The generation of each session that lives."""
+    """The generation of each live session."""
     asked: dict[int, str] = field(default_factory=dict)
-    """What was begun with a session, and not answered."""
+    """The operation on a session that has begun and not returned."""
     ended: set[int] = field(default_factory=set)
     spent: set[tuple[int, int]] = field(default_factory=set)
-    """Generations whose token is dead, since the last look."""
+    """Generations whose token was revoked since the last check."""
     ever_ended: set[int] = field(default_factory=set)
     next: list[int] = field(default_factory=lambda: list(range(TASKS)))
     report: dict[str, int] = field(
@@ -79,7 +79,7 @@ class Expected:
         return [each for each in self.live if each % TASKS == number % TASKS]
 
     def hear(self, line: str) -> None:
-        """Take in that something was begun (`create 7`) or answered (`created 7`)."""
+        """Record that an operation has begun (`create 7`) or returned (`created 7`)."""
         what, _, text = line.partition(" ")
         number = int(text)
         match what:
@@ -117,7 +117,7 @@ class Expected:
                 self.report["ended"] += 1
 
     def settle(self, found: dict[bytes, SessionRecord | EndedRecord]) -> None:
-        """Find out what became of that which was not answered."""
+        """Determine the outcome of the operations that have not returned."""
         for number, what in list(self.asked.items()):
             one = found.get(record_of(number, 0).id)
             generation = self.live.get(number, 0)
@@ -156,7 +156,7 @@ class Expected:
 
 
 async def churn(path: Path, expected: Expected, seed: int, output: int) -> None:
-    """Open, refresh and end sessions for ever, and say so before and after."""
+    """Open, refresh and end sessions until killed, reporting each operation before and after."""
     store = SqliteStore(path, timeout=LONG)
     await store.open(lambda change: None)
 
@@ -205,7 +205,7 @@ async def churn(path: Path, expected: Expected, seed: int, output: int) -> None:
 
 
 def kill_a_child(path: Path, expected: Expected, seed: int, after_s: float) -> None:
-    """Let a child work, kill it in the middle, and take in what it had said."""
+    """Run a child, kill it in the middle, and record what it has reported."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -226,7 +226,7 @@ def kill_a_child(path: Path, expected: Expected, seed: int, after_s: float) -> N
 
 
 async def look(path: Path, expected: Expected) -> None:
-    """What the next start finds. Memories are forgotten then, to keep the file small."""
+    """Check what the next start finds, and remove tombstones to keep the file small."""
     store = SqliteStore(path, timeout=LONG, on_notice=lambda name, **values: sys.exit(f"{name}: {values}"))
     await store.open(lambda change: None)
     expected.check([record async for batch in store.load() for record in batch])

@@ -133,7 +133,7 @@ async def test_very_many_answers_are_removed_at_once(harness: SqliteHarness) -> 
     assert await store.expire(WALL + LEASE, KEEP_ENDED, 5_000) == 1_490
 
 
-@pytest.mark.parametrize("why", ["somebody waits", "it takes long"])
+@pytest.mark.parametrize("why", ["another operation waits", "it takes long"])
 async def test_expire_works_in_short_slices(
     harness: SqliteHarness, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +166,7 @@ async def test_end_all_is_rewritten_in_slices_and_applies_at_once(
         shutil.copytree(harness.path.parent, copy.path.parent)
     finally:
         disk.go_on.set()
-    # A crash before the first slice: all have ended, and what is opened then has not.
+    # After a crash before the first slice all sessions have ended, but not those opened afterwards.
     disk.hang(("UPDATE sessions SET code",))
     other = await copy.opened(connect=disk.connect)
     harness.stores.append(other)
@@ -281,7 +281,7 @@ async def test_answers_are_bounded_after_a_failure_and_after_reopening(
         await store.keep_answer("alice", f"{number}", 30 * b"x", WALL + number, KEEP)
     disk.fail(sqlite3.SQLITE_FULL, "SQLITE_FULL", at=("BEGIN",))
     with pytest.raises(StoreUnavailable):
-        await store.claim("bob", "k", digest("body"), WALL, LEASE)  # one is removed, one is written
+        await store.claim("bob", "k", digest("body"), WALL, LEASE)  # one entry is removed and one written
     disk.mend()
     await store.close()
     store = await harness.opened(answers=limits)

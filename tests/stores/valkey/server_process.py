@@ -1,4 +1,4 @@
-"""Real Valkey and Redis servers for tests: processes of their own on loopback, and a link that can be hurt."""
+"""Real Valkey and Redis servers in processes on loopback, and a proxy with faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import redis
 
 PROGRAMS = ("valkey-server", "redis-server")
-"""The tests of a server are done with each of them."""
+"""The programs that the tests of a server run with."""
 
 _START_S = 30.0
 _UNTIL_S = 30.0
@@ -29,13 +29,13 @@ def is_installed(program: str) -> bool:
 
 
 def needs(program: str) -> None:
-    """Skip the test where this machine has no such program."""
+    """Skip the test if this machine lacks a program."""
     if not is_installed(program):
         pytest.skip(f"{program} is not installed")
 
 
 def free_port() -> int:
-    """A port that is free, as is the one 10,000 above it, where servers of a cluster talk to each other."""
+    """Return a free port whose port 10,000 above, the bus of a cluster, is free too."""
     while True:
         with socket.socket() as probe, socket.socket() as bus:
             probe.bind(("127.0.0.1", 0))
@@ -65,7 +65,7 @@ class ServerProcess:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it, and wait until it listens."""
+        """Start the server and wait until it listens."""
         arguments = [self.program]
         if self.options[:1] == ("--sentinel",):
             config = self.folder / "sentinel.conf"
@@ -88,7 +88,7 @@ class ServerProcess:
             time.sleep(0.01)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the server."""
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
@@ -96,7 +96,7 @@ class ServerProcess:
             self.process = None
 
     def stop(self) -> None:
-        """Let it hang."""
+        """Stop the process, so that the server hangs."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
@@ -105,7 +105,7 @@ class ServerProcess:
         self.process.send_signal(signal.SIGCONT)
 
     def command(self, *words: str | bytes | int) -> Any:
-        """What it answers to a command. It may be closing its connections: then it is asked again."""
+        """Send a command and return the reply. Retried if the server is closing its connections."""
         for _ in range(20):
             with suppress(redis.ConnectionError):
                 return self._command(*words)
@@ -123,7 +123,7 @@ class ServerProcess:
 
 @contextmanager
 def running(program: str, folder: Path, *options: str, port: int | None = None) -> Iterator[ServerProcess]:
-    """A server while the block runs."""
+    """Run a server during the block."""
     needs(program)
     server = ServerProcess(program, folder, *options, port=port)
     server.start()
@@ -134,7 +134,7 @@ def running(program: str, folder: Path, *options: str, port: int | None = None) 
 
 
 class Proxy:
-    """A link to a server that can be slow, silent, or cut."""
+    """A proxy to a server that can delay, drop or cut connections."""
 
     def __init__(self, port: int) -> None:
         self._to = port
@@ -144,7 +144,7 @@ class Proxy:
         self.port = 0
         self.delay = 0.0
         self.silent = False
-        """Takes all and passes on nothing, as a network that loses packets."""
+        """Whether everything is dropped, as by a network that loses packets."""
         self.refuses = False
         self.accepted = 0
 
@@ -193,7 +193,7 @@ class Proxy:
 
 
 def wait_for(condition: Callable[[], bool], within: float = _UNTIL_S) -> None:
-    """Wait until a function says True."""
+    """Wait until a function returns True."""
     end = time.monotonic() + within
     while not condition():
         assert time.monotonic() < end, f"not within {within} s"
@@ -201,7 +201,7 @@ def wait_for(condition: Callable[[], bool], within: float = _UNTIL_S) -> None:
 
 
 async def until(condition: object, what: str = "", within: float = _UNTIL_S) -> float:
-    """Wait until a function says True, or a coroutine function does; how many seconds that took."""
+    """Wait until a function or coroutine function returns True. Return the seconds it took."""
     loop = asyncio.get_running_loop()
     begin = loop.time()
     while True:

@@ -1,4 +1,4 @@
-"""Several processes on one server: each hears of what the others do, and of nothing that it did itself."""
+"""Several processes on one server: each gets the changes of the others, and none of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from zcproto.stores.base import Change, ChangeKind, Created, LimitReached, Rotat
 from zcproto.stores.valkey.store import ValkeyStore
 
 WITHIN = 1.0
-"""Seconds in which a revocation has to be known everywhere."""
+"""Seconds within which a revocation has to reach all processes."""
 
 
 @pytest.fixture(params=PROGRAMS, scope="module")
@@ -39,14 +39,14 @@ def server(
 
 
 class Process:
-    """A store as another process has it, and what it was told."""
+    """A store like one in another process, and the changes reported to it."""
 
     def __init__(self, url: str) -> None:
         self.store = ValkeyStore(url, timeout=5.0)
-        self.told: list[Change] = []
+        self.changes: list[Change] = []
 
-    def heard_of(self, record: SessionRecord) -> bool:
-        return Change(ChangeKind.SESSION, record.id) in self.told
+    def is_reported(self, record: SessionRecord) -> bool:
+        return Change(ChangeKind.SESSION, record.id) in self.changes
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ async def both(server: ServerProcess) -> AsyncIterator[tuple[Process, Process]]:
     server.command("FLUSHALL")
     here, there = Process(server.url), Process(server.url)
     for each in (here, there):
-        await each.store.open(each.told.append)
+        await each.store.open(each.changes.append)
     yield here, there
     for each in (here, there):
         await each.store.close()
@@ -76,18 +76,18 @@ CHANGES: dict[str, Callable[[ValkeyStore, SessionRecord], Awaitable[object]]] = 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_a_change_is_told_to_the_other(both: tuple[Process, Process], change: str) -> None:
+async def test_change_is_reported_to_the_other_process(both: tuple[Process, Process], change: str) -> None:
     here, there = both
     record = session()
     await here.store.create(record, FIVE)
     assert await there.store.find(record.token_digest) == record
     await CHANGES[change](there.store, record)
-    await until(lambda: here.heard_of(record))
+    await until(lambda: here.is_reported(record))
     assert await here.store.find(record.token_digest) != record
-    assert there.told == []
+    assert there.changes == []
 
 
-async def test_what_changes_nothing_for_others_is_not_told(both: tuple[Process, Process]) -> None:
+async def test_operations_without_effect_on_others_are_not_reported(both: tuple[Process, Process]) -> None:
     here, there = both
     record, past = session(), session(2, "bob", expires_at=WALL + 1, refresh_expires_at=WALL + 1)
     await here.store.create(record, FIVE)
@@ -99,15 +99,15 @@ async def test_what_changes_nothing_for_others_is_not_told(both: tuple[Process, 
     await there.store.keep_answer("alice", "k", b"", WALL, KEEP)
     await there.store.end([session(77).id], Code.TOKEN_REVOKED, WALL)
     assert await there.store.expire(WALL + 1, KEEP_ENDED, 10) == 1
-    # News come in order: after this one, no others can be on their way.
+    # Changes come in order: after this one no earlier one can follow.
     await there.store.end([record.id], Code.TOKEN_REVOKED, WALL)
-    await until(lambda: here.heard_of(record))
-    assert here.told == [Change(ChangeKind.SESSION, record.id)]
-    assert there.told == []
+    await until(lambda: here.is_reported(record))
+    assert here.changes == [Change(ChangeKind.SESSION, record.id)]
+    assert there.changes == []
 
 
-async def test_nothing_is_lost_when_both_write_at_once(both: tuple[Process, Process]) -> None:
-    """The server tells of a key once for all that happens in one turn of it: nobody's news may hide another's."""
+async def test_concurrent_writes_of_two_processes_are_all_reported(both: tuple[Process, Process]) -> None:
+    """The server reports a key once per event loop turn, so a change must not hide that of another process."""
     here, there = both
     records = [session(number, f"user-{number}") for number in range(200)]
     await asyncio.gather(*(here.store.create(record, FIVE) for record in records))
@@ -117,14 +117,14 @@ async def test_nothing_is_lost_when_both_write_at_once(both: tuple[Process, Proc
     )
     assert sum(len(result) for result in results[200:]) == 200
     for record, result in zip(records, results[:200], strict=True):
-        await until(lambda record=record: here.heard_of(record))
+        await until(lambda record=record: here.is_reported(record))
         if isinstance(result, Rotated):
-            await until(lambda record=record: there.heard_of(record))
+            await until(lambda record=record: there.is_reported(record))
         assert isinstance(await here.store.get(record.id), EndedRecord)
 
 
-async def test_a_change_during_a_question_is_told_before_the_answer(both: tuple[Process, Process]) -> None:
-    """So whoever asks can tell that the answer may be too old."""
+async def test_change_during_a_lookup_is_reported_before_its_reply(both: tuple[Process, Process]) -> None:
+    """So the caller knows that the reply may be out of date."""
     here, there = both
     took = []
     for number in range(100):
@@ -135,13 +135,15 @@ async def test_a_change_during_a_question_is_told_before_the_answer(both: tuple[
         )
         assert gone
         if found == record:
-            took.append(await until(lambda record=record: here.heard_of(record)))
+            took.append(await until(lambda record=record: here.is_reported(record)))
         else:
             assert isinstance(found, EndedRecord)
     assert sorted([0.0, *took])[len(took) * 9 // 10] < WITHIN
 
 
-async def test_fifty_that_race_through_two_processes_get_five(both: tuple[Process, Process]) -> None:
+async def test_fifty_concurrent_openings_through_two_processes_get_five_sessions(
+    both: tuple[Process, Process],
+) -> None:
     results = await asyncio.gather(
         *(both[number % 2].store.create(session(number), FIVE) for number in range(50))
     )
@@ -151,7 +153,9 @@ async def test_fifty_that_race_through_two_processes_get_five(both: tuple[Proces
     assert await both[0].store.count() == 5
 
 
-async def test_of_two_that_refresh_at_once_one_succeeds(both: tuple[Process, Process]) -> None:
+async def test_concurrent_refreshes_through_two_processes_end_the_session(
+    both: tuple[Process, Process],
+) -> None:
     records = [session(number, f"user-{number}") for number in range(20)]
     await asyncio.gather(*(both[0].store.create(record, FIVE) for record in records))
     for record in records:
@@ -162,7 +166,7 @@ async def test_of_two_that_refresh_at_once_one_succeeds(both: tuple[Process, Pro
         assert isinstance(await both[0].store.get(record.id), EndedRecord)
 
 
-async def test_of_two_that_claim_one_runs(both: tuple[Process, Process]) -> None:
+async def test_concurrent_claims_through_two_processes_give_one_new(both: tuple[Process, Process]) -> None:
     here, there = both
     claims = [await each.store.claim("alice", "k", digest("body"), WALL, LEASE) for each in (here, there)]
     assert [claim.state.value for claim in claims] == ["new", "running"]
@@ -171,19 +175,19 @@ async def test_of_two_that_claim_one_runs(both: tuple[Process, Process]) -> None
     assert (await there.store.claim("alice", "k", digest("body"), WALL, LEASE)).answer == b"answer"
 
 
-async def test_when_the_connection_is_killed_all_may_have_changed(
+async def test_reconnect_reports_that_all_may_have_changed(
     both: tuple[Process, Process], server: ServerProcess
 ) -> None:
     here, there = both
     record = session()
     await here.store.create(record, FIVE)
     assert server.command("CLIENT", "KILL", "TYPE", "normal") >= 2
-    await until(lambda: here.told == there.told == [Change(ChangeKind.ALL)])
+    await until(lambda: here.changes == there.changes == [Change(ChangeKind.ALL)])
     await there.store.end([record.id], Code.TOKEN_REVOKED, WALL)
-    await until(lambda: here.heard_of(record))
+    await until(lambda: here.is_reported(record))
 
 
-async def test_news_under_load(both: tuple[Process, Process]) -> None:
+async def test_changes_are_reported_under_load(both: tuple[Process, Process]) -> None:
     here, there = both
     records = [session(number, f"user-{number}") for number in range(50)]
     await asyncio.gather(*(here.store.create(record, FIVE) for record in records))
@@ -200,29 +204,29 @@ async def test_news_under_load(both: tuple[Process, Process]) -> None:
     took = []
     for record in records:
         await there.store.end([record.id], Code.TOKEN_REVOKED, WALL + MINUTE)
-        took.append(await until(lambda record=record: here.heard_of(record)))
+        took.append(await until(lambda record=record: here.is_reported(record)))
     busy = False
     await asyncio.gather(*loads)
-    assert sorted(took)[len(took) * 9 // 10] < WITHIN  # a busy machine may stand still now and then
+    assert sorted(took)[len(took) * 9 // 10] < WITHIN  # a busy machine may pause now and then
 
 
-async def test_one_that_is_closed_hears_nothing(both: tuple[Process, Process]) -> None:
+async def test_closed_store_gets_no_changes(both: tuple[Process, Process]) -> None:
     here, there = both
     await here.store.create(session(), FIVE)
     await here.store.close()
     await there.store.end([session().id], Code.TOKEN_REVOKED, WALL)
     assert await there.store.count() == 0
-    assert here.told == []
+    assert here.changes == []
 
 
-async def test_two_that_share_a_server_but_no_prefix(server: ServerProcess) -> None:
+async def test_stores_with_different_prefixes_are_independent(server: ServerProcess) -> None:
     stores = [ValkeyStore(server.url, prefix=prefix) for prefix in ("a:", "b:")]
-    told: list[Change] = []
+    changes: list[Change] = []
     for store in stores:
-        await store.open(told.append)
+        await store.open(changes.append)
         await store.create(session(), FIVE)
     assert await stores[0].end_all(Code.TOKEN_REVOKED, WALL) == 1
     assert await stores[1].list() == [session()]
     for store in stores:
         await store.close()
-    assert told == []
+    assert changes == []

@@ -1,4 +1,4 @@
-"""The store in Valkey: the contract, with real Valkey and Redis servers."""
+"""The Valkey store passes the contract, with real Valkey and Redis servers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ValkeyHarness:
         return await self.make_store()
 
     def _hear(self, change: Change) -> None:
-        pytest.fail(f"nobody else changes this: {change}")
+        pytest.fail(f"no other process changes this store: {change}")
 
 
 KINDS = [*PROGRAMS, *(f"{program}, in a cluster" for program in PROGRAMS)]
@@ -43,7 +43,7 @@ KINDS = [*PROGRAMS, *(f"{program}, in a cluster" for program in PROGRAMS)]
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ServerProcess]]:
-    """One of each kind, as far as they are installed. All start at once: a cluster takes its time."""
+    """Start one server of each installed kind, all at once because a cluster takes a while."""
     with ExitStack() as stack:
         started = {}
         for kind in KINDS:

@@ -1,4 +1,4 @@
-"""What is on the server: digests only, with a time to live, and nothing that stays for ever."""
+"""The keys on the server: digests only, with a time to live."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def server(
 ) -> Iterator[ServerProcess]:
     program, _, cluster = request.param.partition(", ")
     options = ("--cluster-enabled", "yes") if cluster else ()
-    plain = ("--rdbcompression", "no")  # so that DUMP shows what is kept
+    plain = ("--rdbcompression", "no")  # so that DUMP shows the content
     with running(program, tmp_path_factory.mktemp("server"), *plain, *options) as process:
         if cluster:
             process.command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
@@ -60,18 +60,18 @@ def url_of(server: ServerProcess) -> str:
 async def store(server: ServerProcess) -> AsyncIterator[ValkeyStore]:
     server.command("FLUSHALL")
     store = ValkeyStore(url_of(server), timeout=5.0, answers=AnswerLimits(3 * 16, 100 * 16, 3, 60))
-    await store.open(lambda change: pytest.fail(f"nobody else changes this: {change}"))
+    await store.open(lambda change: pytest.fail(f"no other process changes this store: {change}"))
     yield store
     await store.close()
 
 
 def kinds(server: ServerProcess) -> set[bytes]:
-    """The kinds of keys that are there."""
+    """Return the kinds of the existing keys."""
     return {key.split(b":", 2)[1] for key in server.command("KEYS", "*")}
 
 
 def only(server: ServerProcess, kind: str) -> bytes:
-    """The one key of a kind that is there."""
+    """Return the only key of a kind."""
     found: list[bytes] = server.command("KEYS", f"zcp:{kind}:*")
     assert len(found) == 1
     return found[0]
@@ -111,7 +111,7 @@ async def test_every_key_has_a_time_to_live(store: ValkeyStore, server: ServerPr
         b"n",
         b"v",
     }
-    assert b"c" not in kinds(server)  # what announces a change is gone at once
+    assert b"c" not in kinds(server)  # the key that announces a change is deleted at once
     for key in server.command("KEYS", "*"):
         ms = server.command("PTTL", key)
         kind = key.split(b":", 2)[1]
@@ -119,12 +119,12 @@ async def test_every_key_has_a_time_to_live(store: ValkeyStore, server: ServerPr
             assert ms > 0, key
         if kind in {b"s", b"i", b"t"}:
             assert ms <= 31 * DAY, key
-    # A refresh and a touch do not take it away, nor make it longer.
+    # A refresh and a touch neither remove nor extend it.
     session_key = b"zcp:s:{" + tag_of("alice") + b"}" + id_text(session().id).encode()
     assert 30 * DAY < server.command("PTTL", session_key) <= 31 * DAY
 
 
-async def test_what_is_stored_lets_nobody_in(store: ValkeyStore, server: ServerProcess) -> None:
+async def test_stored_data_contains_no_token(store: ValkeyStore, server: ServerProcess) -> None:
     token, refresh, spent = b"T" * 32, b"R" * 32, b"S" * 32
     record = session(token_digest=sha256(token).digest(), refresh_digest=sha256(spent).digest())
     await store.create(record, FIVE)
@@ -136,7 +136,7 @@ async def test_what_is_stored_lets_nobody_in(store: ValkeyStore, server: ServerP
         assert secret not in dumped
 
 
-async def test_nothing_is_left_when_all_is_over(store: ValkeyStore, server: ServerProcess) -> None:
+async def test_expire_leaves_no_keys(store: ValkeyStore, server: ServerProcess) -> None:
     await do_everything(store)
     assert await store.create(session(6, "bob"), ONE) == LimitReached()
     while await store.expire(WALL + 40 * DAY, KEEP_ENDED, 1_000):
@@ -146,7 +146,7 @@ async def test_nothing_is_left_when_all_is_over(store: ValkeyStore, server: Serv
     assert await store.count() == 0
 
 
-async def test_after_the_end_only_the_memory_stays(store: ValkeyStore, server: ServerProcess) -> None:
+async def test_ended_session_leaves_only_a_tombstone(store: ValkeyStore, server: ServerProcess) -> None:
     await store.create(session(client="the client", address="192.0.2.77"), FIVE)
     await store.end_user("alice", Code.TOKEN_REVOKED, WALL)
     kept = server.command("GET", only(server, "s"))
@@ -155,7 +155,7 @@ async def test_after_the_end_only_the_memory_stays(store: ValkeyStore, server: S
     assert kinds(server) - KEPT_FOR_EVER == {b"s", b"i", b"t", b"m"}
 
 
-async def test_a_user_is_told_by_a_digest(store: ValkeyStore, server: ServerProcess) -> None:
+async def test_keys_contain_a_digest_of_the_user(store: ValkeyStore, server: ServerProcess) -> None:
     await store.create(session(user="mallory}{*?[a]\r\n"), FIVE)
     assert not any(b"mallory" in key for key in server.command("KEYS", "*"))
 
@@ -163,8 +163,10 @@ async def test_a_user_is_told_by_a_digest(store: ValkeyStore, server: ServerProc
 # --- what was cut short ------------------------------------------------------------------------------------------
 
 
-async def test_a_refresh_that_was_stopped_before_its_note(store: ValkeyStore, server: ServerProcess) -> None:
-    """In a cluster the old token is noted after the refresh. Without the note it is no good either."""
+async def test_refresh_interrupted_before_the_old_token_was_marked(
+    store: ValkeyStore, server: ServerProcess
+) -> None:
+    """In a cluster the old token is marked after the refresh. It is revoked without the mark too."""
     record = session()
     await store.create(record, FIVE)
     pointer = server.command("GET", b"zcp:t:" + record.token_digest)
@@ -183,10 +185,10 @@ async def test_a_refresh_that_was_stopped_before_its_note(store: ValkeyStore, se
     )
 
 
-async def test_an_opening_that_was_stopped_before_the_session(
+async def test_opening_interrupted_before_the_session_was_written(
     store: ValkeyStore, server: ServerProcess
 ) -> None:
-    """In a cluster what leads to a session is written first. Without it, that leads nowhere, and is cleaned up."""
+    """In a cluster the keys that lead to a session are written first. Without the session they are cleaned up."""
     record = session()
     await store.create(record, FIVE)
     server.command("DEL", only(server, "s"))
@@ -200,9 +202,7 @@ async def test_an_opening_that_was_stopped_before_the_session(
     assert await store.get(record.id) == record
 
 
-async def test_an_opening_that_is_asked_for_again_leaves_no_trace(
-    store: ValkeyStore, server: ServerProcess
-) -> None:
+async def test_repeated_opening_leaves_no_extra_keys(store: ValkeyStore, server: ServerProcess) -> None:
     record = session(expires_at=WALL + 2 * DAY, refresh_expires_at=WALL + DAY)
     await store.create(record, FIVE)
     wanted = rotation(record)
@@ -217,7 +217,7 @@ async def test_an_opening_that_is_asked_for_again_leaves_no_trace(
     assert isinstance(await store.find(wanted.token_digest), EndedRecord)
 
 
-async def test_indexes_that_lead_nowhere_end(store: ValkeyStore, server: ServerProcess) -> None:
+async def test_index_entries_without_a_session_are_removed(store: ValkeyStore, server: ServerProcess) -> None:
     await store.create(session(), FIVE)
     await store.create(session(2, "bob"), FIVE)
     for key in server.command("KEYS", "zcp:s:*"):
@@ -227,7 +227,7 @@ async def test_indexes_that_lead_nowhere_end(store: ValkeyStore, server: ServerP
     assert await store.count() == 0
 
 
-async def test_entries_that_are_wrong_are_put_right(store: ValkeyStore, server: ServerProcess) -> None:
+async def test_wrong_index_entries_are_corrected(store: ValkeyStore, server: ServerProcess) -> None:
     record = session()
     await store.create(record, FIVE)
     index = only(server, "x")
@@ -247,12 +247,14 @@ async def test_entries_that_are_wrong_are_put_right(store: ValkeyStore, server: 
     assert await store.get(record.id) == ended(record)
 
 
-async def test_answers_whose_index_is_wrong(store: ValkeyStore, server: ServerProcess) -> None:
+async def test_wrong_index_entries_of_answers_are_corrected(
+    store: ValkeyStore, server: ServerProcess
+) -> None:
     await store.claim("alice", "k", digest("body"), WALL, LEASE)
     running = only(server, "w")
     (member,) = server.command("ZRANGE", running, 0, -1)
     await store.keep_answer("alice", "k", b"answer", WALL, KEEP)
-    server.command("ZADD", running, WALL, member)  # it does not run any more
+    server.command("ZADD", running, WALL, member)  # it is not running any more
     (done,) = server.command("ZRANGE", only(server, "o"), 0, -1)
     server.command("ZADD", running, WALL, done)  # nor this
     server.command("ZADD", running, WALL, done[:-22] + 22 * b"x")  # never did
@@ -260,7 +262,7 @@ async def test_answers_whose_index_is_wrong(store: ValkeyStore, server: ServerPr
     assert b"w" not in kinds(server)
     claim = await store.claim("alice", "k", digest("body"), WALL, LEASE)
     assert (claim.state, claim.answer) == (ClaimState.DONE, b"answer")
-    server.command("DEL", only(server, "a"))  # its time to live was over
+    server.command("DEL", only(server, "a"))  # its time to live expired
     claim = await store.claim("alice", "k", digest("body"), WALL, LEASE)
     assert claim.state is ClaimState.NEW
 
@@ -268,7 +270,7 @@ async def test_answers_whose_index_is_wrong(store: ValkeyStore, server: ServerPr
 # --- bounds that hold in a cluster, too --------------------------------------------------------------------------
 
 
-async def test_answers_are_bounded_for_each_user(store: ValkeyStore) -> None:
+async def test_answers_are_bounded_per_user(store: ValkeyStore) -> None:
     for key in "pqrs":
         await store.claim("alice", key, digest("body"), WALL, LEASE)
         await store.keep_answer("alice", key, 25 * b"x", WALL, KEEP)
@@ -278,7 +280,7 @@ async def test_answers_are_bounded_for_each_user(store: ValkeyStore) -> None:
         await store.keep_answer("alice", "s", 61 * b"x", WALL, KEEP)
 
 
-async def test_answers_are_bounded_for_all(store: ValkeyStore, server: ServerProcess) -> None:
+async def test_answers_are_bounded_in_total(store: ValkeyStore, server: ServerProcess) -> None:
     users = [f"user-{number}" for number in range(200)]
     for user in users:
         await store.claim(user, "k", digest("body"), WALL, LEASE)
@@ -294,7 +296,7 @@ async def test_answers_are_bounded_for_all(store: ValkeyStore, server: ServerPro
     assert len(server.command("KEYS", "zcp:q:*")) <= 3 * 16
 
 
-async def test_bytes_are_bounded_for_all(server: ServerProcess) -> None:
+async def test_bytes_of_answers_are_bounded_in_total(server: ServerProcess) -> None:
     server.command("FLUSHALL")
     store = ValkeyStore(url_of(server), timeout=5.0, answers=AnswerLimits(10_000, 16 * 100, 1_000, 60))
     await store.open(lambda change: None)
@@ -312,7 +314,7 @@ async def test_bytes_are_bounded_for_all(server: ServerProcess) -> None:
 # --- scripts -----------------------------------------------------------------------------------------------------
 
 
-def test_scripts_are_refused_as_a_whole() -> None:
+def test_scripts_declare_flags_so_that_a_full_server_refuses_them_whole() -> None:
     for script in SCRIPTS.values():
         first = script.source.split(b"\n", 1)[0]
         assert first.startswith(b"#!lua flags=")

@@ -1,4 +1,4 @@
-"""One connection, with a server that is played."""
+"""One connection, with a scripted server."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ HELLO = b"%3\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n$7\r\nversion\r\n$5\r\n8.1.1\r\n
 SILENCE = 0.1
 
 
-class Played:
-    """A server that greets as it should, and then says what a test wants."""
+class ScriptedServer:
+    """A server that greets correctly and then sends what a test requires."""
 
     def __init__(self) -> None:
         self.greeting = HELLO
-        self.heard: list[bytes] = []
+        self.received: list[bytes] = []
         self.writer: asyncio.StreamWriter | None = None
         self.server: asyncio.Server | None = None
         self.closed = asyncio.Event()
@@ -40,7 +40,7 @@ class Played:
                 elif words[0] == b"CLIENT":
                     writer.write(b"+OK\r\n")
                 else:
-                    self.heard.append(b" ".join(words))
+                    self.received.append(b" ".join(words))
         except (asyncio.IncompleteReadError, OSError):
             self.closed.set()
 
@@ -64,17 +64,17 @@ class Played:
 
 
 @pytest.fixture
-async def played() -> AsyncIterator[Played]:
-    played = Played()
-    played.server = await asyncio.start_server(played.accept, "127.0.0.1", 0)
-    yield played
-    played.server.close()
-    if played.writer is not None:
-        played.writer.transport.abort()
+async def scripted() -> AsyncIterator[ScriptedServer]:
+    scripted = ScriptedServer()
+    scripted.server = await asyncio.start_server(scripted.accept, "127.0.0.1", 0)
+    yield scripted
+    scripted.server.close()
+    if scripted.writer is not None:
+        scripted.writer.transport.abort()
 
 
-class Told:
-    """What a connection says by itself."""
+class Recorder:
+    """Records the callbacks of a connection."""
 
     def __init__(self) -> None:
         self.all: list[object] = []
@@ -87,112 +87,118 @@ class Told:
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def recorder() -> Recorder:
+    return Recorder()
 
 
 @pytest.fixture
-async def link(played: Played, told: Told) -> AsyncIterator[Link]:
-    link = await Link.connect(played.target, SILENCE, told.news, told.lost)
+async def link(scripted: ScriptedServer, recorder: Recorder) -> AsyncIterator[Link]:
+    link = await Link.connect(scripted.target, SILENCE, recorder.news, recorder.lost)
     yield link
     await link.close()
 
 
-async def test_replies_come_in_the_order_of_the_commands(link: Link, played: Played) -> None:
+async def test_replies_are_matched_to_commands_in_order(link: Link, scripted: ScriptedServer) -> None:
     calls = asyncio.gather(link.call("GET", b"a"), link.call("GET", "b"), link.call("INCRBY", "c", 7))
-    await until(lambda: played.heard == [b"GET a", b"GET b", b"INCRBY c 7"])
-    played.say(b"$1\r\n1\r\n_\r\n:3\r\n")
+    await until(lambda: scripted.received == [b"GET a", b"GET b", b"INCRBY c 7"])
+    scripted.say(b"$1\r\n1\r\n_\r\n:3\r\n")
     assert await calls == [b"1", None, 3]
 
 
-async def test_news_come_in_their_place(link: Link, played: Played, told: Told) -> None:
+async def test_invalidation_comes_in_order_between_replies(
+    link: Link, scripted: ScriptedServer, recorder: Recorder
+) -> None:
     calls = [asyncio.ensure_future(link.call("GET", name)) for name in "ab"]
     for call in calls:
-        call.add_done_callback(lambda call: told.all.append(call.result()))
-    await until(lambda: len(played.heard) == 2)
-    played.say(b"+one\r\n>2\r\n$10\r\ninvalidate\r\n*2\r\n$1\r\nx\r\n$1\r\ny\r\n+two\r\n")
+        call.add_done_callback(lambda call: recorder.all.append(call.result()))
+    await until(lambda: len(scripted.received) == 2)
+    scripted.say(b"+one\r\n>2\r\n$10\r\ninvalidate\r\n*2\r\n$1\r\nx\r\n$1\r\ny\r\n+two\r\n")
     await asyncio.gather(*calls)
-    assert sorted(map(str, told.all)) == sorted(["b'one'", "b'two'", "[b'x', b'y']"])
-    played.say(b">2\r\n$10\r\ninvalidate\r\n_\r\n")
-    await until(lambda: told.all[-1:] == [None])
+    assert sorted(map(str, recorder.all)) == sorted(["b'one'", "b'two'", "[b'x', b'y']"])
+    scripted.say(b">2\r\n$10\r\ninvalidate\r\n_\r\n")
+    await until(lambda: recorder.all[-1:] == [None])
 
 
-async def test_what_the_server_refuses_hurts_no_other(link: Link, played: Played) -> None:
+async def test_error_reply_affects_only_its_command(link: Link, scripted: ScriptedServer) -> None:
     calls = asyncio.gather(link.call("GET", "a"), link.call("GET", "b"), return_exceptions=True)
-    await until(lambda: len(played.heard) == 2)
-    played.say(b"-ERR no\r\n+yes\r\n")
+    await until(lambda: len(scripted.received) == 2)
+    scripted.say(b"-ERR no\r\n+yes\r\n")
     refused, answered = await calls
     assert isinstance(refused, ResponseError)
     assert answered == b"yes"
     assert not link.lost
 
 
-async def test_one_who_gave_up_leaves_the_order(link: Link, played: Played) -> None:
+async def test_cancelled_command_does_not_change_the_order_of_replies(
+    link: Link, scripted: ScriptedServer
+) -> None:
     calls = [asyncio.ensure_future(link.call("GET", name)) for name in "ab"]
-    await until(lambda: len(played.heard) == 2)
+    await until(lambda: len(scripted.received) == 2)
     calls[0].cancel()
     await asyncio.sleep(0)
-    played.say(b"+one\r\n+two\r\n")
+    scripted.say(b"+one\r\n+two\r\n")
     assert await calls[1] == b"two"
     assert not link.lost
 
 
-async def test_silence_is_the_end(link: Link, played: Played, told: Told) -> None:
+async def test_silent_connection_is_lost(link: Link, scripted: ScriptedServer, recorder: Recorder) -> None:
     other = asyncio.ensure_future(link.call("GET", "b"))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(SILENCE):
             await link.call("GET", "a")
     await until(lambda: bool(link.lost), within=SILENCE)
     assert link.lost == "no answer within 100 ms"
-    assert told.all == ["lost"]
+    assert recorder.all == ["lost"]
     for call in (other, link.call("GET", "c")):
         with pytest.raises(StoreUnavailable, match="no answer within 100 ms"):
             await call
-    await played.closed.wait()
+    await scripted.closed.wait()
 
 
-async def test_a_loop_that_stood_still_is_no_silence(link: Link, played: Played) -> None:
+async def test_blocked_event_loop_does_not_count_as_silence(link: Link, scripted: ScriptedServer) -> None:
     async def impatient() -> None:
         async with asyncio.timeout(SILENCE):
             await link.call("GET", "a")
 
     call = asyncio.ensure_future(impatient())
-    await until(lambda: len(played.heard) == 1)
-    played.say(b"+one\r\n")
+    await until(lambda: len(scripted.received) == 1)
+    scripted.say(b"+one\r\n")
     time.sleep(SILENCE)  # noqa: ASYNC251 - what is tested
     await asyncio.gather(call, return_exceptions=True)
     second = asyncio.ensure_future(link.call("GET", "b"))
-    await until(lambda: len(played.heard) == 2)
+    await until(lambda: len(scripted.received) == 2)
     await asyncio.sleep(0.02)
-    played.say(b"+two\r\n")
+    scripted.say(b"+two\r\n")
     assert await second == b"two"
 
 
-async def test_one_who_waits_for_less_ends_nothing(link: Link, played: Played) -> None:
+async def test_caller_with_a_shorter_timeout_does_not_lose_the_connection(
+    link: Link, scripted: ScriptedServer
+) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(SILENCE / 4):
             await link.call("GET", "a")
     assert not link.lost
 
 
-async def test_where_others_are_answered_there_is_no_silence(link: Link, played: Played) -> None:
+async def test_connection_with_other_replies_is_not_silent(link: Link, scripted: ScriptedServer) -> None:
     first = asyncio.ensure_future(link.call("GET", "a"))
-    await until(lambda: len(played.heard) == 1)
+    await until(lambda: len(scripted.received) == 1)
 
     async def slow() -> None:
         async with asyncio.timeout(SILENCE):
             await link.call("GET", "b")
 
     second = asyncio.ensure_future(slow())
-    await until(lambda: len(played.heard) == 2)
-    played.say(b"+one\r\n")
+    await until(lambda: len(scripted.received) == 2)
+    scripted.say(b"+one\r\n")
     assert await first == b"one"
     with pytest.raises(TimeoutError):
         await second
     assert not link.lost
     third = asyncio.ensure_future(link.call("GET", "c"))
-    await until(lambda: len(played.heard) == 3)
-    played.say(b"+two\r\n+three\r\n")  # late, and nobody wants it any more
+    await until(lambda: len(scripted.received) == 3)
+    scripted.say(b"+two\r\n+three\r\n")  # late, after the callers gave up
     assert await third == b"three"
 
 
@@ -208,36 +214,40 @@ async def test_where_others_are_answered_there_is_no_silence(link: Link, played:
     ],
     ids=["garbage", "no number", "unasked", "no length", "not ready", "cut short"],
 )
-async def test_what_no_server_says_is_the_end(link: Link, played: Played, told: Told, said: bytes) -> None:
-    played.say(said)
+async def test_invalid_reply_loses_the_connection(
+    link: Link, scripted: ScriptedServer, recorder: Recorder, said: bytes
+) -> None:
+    scripted.say(said)
     if said.startswith(b"$5"):
-        assert played.writer is not None
-        played.writer.close()
-    await until(lambda: told.all == ["lost"])
+        assert scripted.writer is not None
+        scripted.writer.close()
+    await until(lambda: recorder.all == ["lost"])
     assert link.lost
     with pytest.raises(StoreUnavailable):
         await link.call("GET", "a")
 
 
-async def test_commands_without_replies_are_bounded(
-    link: Link, played: Played, monkeypatch: pytest.MonkeyPatch
+async def test_commands_in_flight_are_bounded(
+    link: Link, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zcproto.stores.valkey.link.MAX_WAITING", 3)
     waiting = [link.send("GET", name) for name in "abc"]
     with pytest.raises(StoreUnavailable, match="too many operations are waiting"):
         link.send("GET", "d")
-    await until(lambda: len(played.heard) == 3)
-    played.say(b"+1\r\n+2\r\n+3\r\n")
+    await until(lambda: len(scripted.received) == 3)
+    scripted.say(b"+1\r\n+2\r\n+3\r\n")
     assert await asyncio.gather(*waiting) == [b"1", b"2", b"3"]
 
 
-async def test_closing_ends_what_waits_and_is_no_loss(link: Link, told: Told) -> None:
+async def test_close_fails_commands_in_flight_without_reporting_a_loss(
+    link: Link, recorder: Recorder
+) -> None:
     call = asyncio.ensure_future(link.call("GET", "a"))
     await asyncio.sleep(0)
     await link.close()
     with pytest.raises(StoreUnavailable, match="closed"):
         await call
-    assert told.all == []
+    assert recorder.all == []
     await link.close()
 
 
@@ -252,16 +262,16 @@ GREETINGS = {
 
 
 @pytest.mark.parametrize("kind", GREETINGS)
-async def test_a_server_that_greets_otherwise(played: Played, kind: str) -> None:
-    played.greeting, error, said = GREETINGS[kind]
+async def test_server_that_is_not_valkey_is_refused(scripted: ScriptedServer, kind: str) -> None:
+    scripted.greeting, error, said = GREETINGS[kind]
     with pytest.raises(error, match=said) as refused:
-        await Link.connect(played.target, SILENCE)
+        await Link.connect(scripted.target, SILENCE)
     assert "hunter2" not in str(refused.value)
-    await until(played.closed.is_set)
+    await until(scripted.closed.is_set)
 
 
 class Answering:
-    """A connection that knows one answer."""
+    """A connection with one reply."""
 
     def __init__(self, **about: Any) -> None:
         self.about = {name.encode(): value for name, value in about.items()}
@@ -284,7 +294,7 @@ GOOD = {"server": b"redis", "version": b"7.0.0", "mode": b"standalone", "role": 
         ({"role": b"slave", "mode": b"cluster"}, True, StoreUnavailable, "a replica"),
     ],
 )
-async def test_servers_that_cannot_keep_sessions(
+async def test_unsuitable_server_is_refused(
     about: dict[str, bytes], cluster: bool, error: type[Exception], said: str
 ) -> None:
     link: Any = Answering(**GOOD | about)
@@ -293,7 +303,7 @@ async def test_servers_that_cannot_keep_sessions(
 
 
 @pytest.mark.parametrize("about", [{}, {"version": b"10.1"}, {"version": b"unstable"}, {"role": b"primary"}])
-async def test_servers_that_can(about: dict[str, bytes]) -> None:
+async def test_suitable_server_is_accepted(about: dict[str, bytes]) -> None:
     check: Callable[..., Awaitable[None]] = check_server
     await check(Answering(**GOOD | about), cluster=False)
     await check(Answering(**GOOD | about | {"mode": b"cluster"}), cluster=True)

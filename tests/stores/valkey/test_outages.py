@@ -1,5 +1,4 @@
-"""A server that is killed, hangs, is slow, full, read-only, emptied or cut off: nobody waits, and it is over when
-it is over."""
+"""A server that is killed, hung, slow, full, a replica or cut off: operations fail in time, then recover."""
 
 from __future__ import annotations
 
@@ -40,14 +39,14 @@ async def proxy(server: ServerProcess) -> AsyncIterator[Proxy]:
 
 
 class Open:
-    """An open store, and what it told."""
+    """An open store, and the changes reported to it."""
 
     def __init__(self, url: str, **options: Any) -> None:
         self.store = ValkeyStore(url, **{"timeout": TIMEOUT, **options})
-        self.told: list[Change] = []
+        self.changes: list[Change] = []
 
     async def __aenter__(self) -> Open:
-        await self.store.open(self.told.append)
+        await self.store.open(self.changes.append)
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -77,7 +76,7 @@ def every_operation(store: ValkeyStore) -> dict[str, Callable[[], Awaitable[Any]
 
 
 async def refused(operation: Callable[[], Awaitable[Any]]) -> tuple[str, float]:
-    """Why an operation failed, and after how many seconds."""
+    """Return why an operation failed, and after how many seconds."""
     loop = asyncio.get_running_loop()
     begin = loop.time()
     with pytest.raises(StoreUnavailable) as error:
@@ -95,7 +94,7 @@ async def is_back(store: ValkeyStore) -> bool:
     return True
 
 
-async def test_killed_and_started_again(server: ServerProcess) -> None:
+async def test_killed_server_is_an_outage_until_restarted(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         store = here.store
         await store.create(session(), FIVE)
@@ -103,21 +102,21 @@ async def test_killed_and_started_again(server: ServerProcess) -> None:
         for name, operation in every_operation(store).items():
             reason, _ = await refused(operation)
             assert server.address in reason or "Connection closed" in reason, name
-        assert here.told == []  # what is known goes on until the store can be asked
+        assert here.changes == []  # nothing is reported before the store is back
         server.start()
         assert await store.find(session().token_digest) == session()
-        assert here.told == [ALL]
+        assert here.changes == [ALL]
         assert await store.create(session(2), FIVE) == Created()
 
 
-async def test_it_is_noticed_without_being_asked(server: ServerProcess) -> None:
+async def test_killed_server_is_detected_without_an_operation(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         server.kill()
         server.start()
-        await until(lambda: here.told == [ALL])
+        await until(lambda: here.changes == [ALL])
 
 
-async def test_what_was_acknowledged_survives_a_kill(server: ServerProcess) -> None:
+async def test_acknowledged_changes_survive_a_kill(server: ServerProcess) -> None:
     async with Open(server.url, timeout=5.0) as here:  # 500 at once take a busy machine some time
         records = [session(number, f"user-{number}") for number in range(500)]
         kept = []
@@ -137,7 +136,7 @@ async def test_what_was_acknowledged_survives_a_kill(server: ServerProcess) -> N
             assert await here.store.get(record.id) == record
 
 
-async def test_hung(server: ServerProcess) -> None:
+async def test_hung_server_fails_every_operation_within_the_timeout(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         store = here.store
         await store.create(session(), FIVE)
@@ -147,13 +146,13 @@ async def test_hung(server: ServerProcess) -> None:
             for reason, took in await asyncio.gather(*map(refused, operations)):
                 assert f"within {TIMEOUT * 1000:.0f} ms" in reason
                 assert took >= TIMEOUT * 0.9
-        assert here.told == []
+        assert here.changes == []
         server.go_on()
         assert await store.find(session().token_digest) == session()
-        assert here.told == [ALL]
+        assert here.changes == [ALL]
 
 
-async def test_hung_while_many_ask(server: ServerProcess) -> None:
+async def test_hung_server_with_many_concurrent_operations(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         server.stop()
         loop = asyncio.get_running_loop()
@@ -162,13 +161,13 @@ async def test_hung_while_many_ask(server: ServerProcess) -> None:
             *(here.store.find(bytes([number % 256]) * 32) for number in range(9_000)), return_exceptions=True
         )
         assert {type(result) for result in results} == {StoreUnavailable}
-        assert loop.time() - begin < 20  # one after the other they would take half an hour
+        assert loop.time() - begin < 20  # in sequence they would take half an hour
         assert any("too many" in result.reason for result in results if isinstance(result, StoreUnavailable))
         server.go_on()
         assert await here.store.count() == 0
 
 
-async def test_slow(server: ServerProcess, proxy: Proxy) -> None:
+async def test_slow_network_fails_operations_within_the_timeout(server: ServerProcess, proxy: Proxy) -> None:
     async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
         store = here.store
         await store.create(session(), FIVE)
@@ -178,18 +177,18 @@ async def test_slow(server: ServerProcess, proxy: Proxy) -> None:
             assert "250 ms" in reason
         proxy.delay = 0.0
         assert await store.find(session().token_digest) == session()
-        assert here.told == [ALL]
+        assert here.changes == [ALL]
 
 
-async def test_a_little_slow_is_no_outage(server: ServerProcess, proxy: Proxy) -> None:
+async def test_delay_below_the_timeout_is_not_an_outage(server: ServerProcess, proxy: Proxy) -> None:
     async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
         proxy.delay = 0.05
         await asyncio.gather(*(here.store.create(session(n, f"user-{n}"), FIVE) for n in range(20)))
         assert await here.store.count() == 20
-        assert here.told == []
+        assert here.changes == []
 
 
-async def test_a_network_that_loses_everything(server: ServerProcess, proxy: Proxy) -> None:
+async def test_network_that_drops_all_packets_is_an_outage(server: ServerProcess, proxy: Proxy) -> None:
     async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
         store = here.store
         await store.create(session(), FIVE)
@@ -198,19 +197,19 @@ async def test_a_network_that_loses_everything(server: ServerProcess, proxy: Pro
         await refused(store.count)
         proxy.silent = False
         assert await store.find(session().token_digest) == session()
-        assert here.told == [ALL]
+        assert here.changes == [ALL]
 
 
-async def test_silence_is_noticed_without_being_asked(server: ServerProcess, proxy: Proxy) -> None:
+async def test_silent_network_is_detected_without_an_operation(server: ServerProcess, proxy: Proxy) -> None:
     async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
         connections = proxy.accepted
         proxy.silent = True
         assert await until(lambda: proxy.accepted > connections) < 1.0
         proxy.silent = False
-        await until(lambda: here.told == [ALL])
+        await until(lambda: here.changes == [ALL])
 
 
-async def test_cut(server: ServerProcess, proxy: Proxy) -> None:
+async def test_reconnect_after_the_connection_was_cut(server: ServerProcess, proxy: Proxy) -> None:
     async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
         store = here.store
         await store.create(session(), FIVE)
@@ -219,12 +218,12 @@ async def test_cut(server: ServerProcess, proxy: Proxy) -> None:
             await asyncio.sleep(0)
             proxy.cut()
             await asyncio.gather(asked, return_exceptions=True)
-            await until(lambda number=number: len(here.told) == number)
+            await until(lambda number=number: len(here.changes) == number)
             assert await store.find(session().token_digest) == session()
-        assert here.told == 3 * [ALL]
+        assert here.changes == 3 * [ALL]
 
 
-async def test_cut_off_for_a_while(server: ServerProcess, proxy: Proxy) -> None:
+async def test_reconnect_after_the_network_was_down(server: ServerProcess, proxy: Proxy) -> None:
     async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
         proxy.refuses = True
         proxy.cut()
@@ -232,44 +231,44 @@ async def test_cut_off_for_a_while(server: ServerProcess, proxy: Proxy) -> None:
             await refused(here.store.ping)
         proxy.refuses = False
         assert await until(lambda: is_back(here.store)) < 0.3
-        assert here.told == [ALL]
+        assert here.changes == [ALL]
 
 
-async def test_back_without_its_data(server: ServerProcess) -> None:
+async def test_server_restarted_without_data_is_reported_as_emptied(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         await here.store.create(session(), FIVE)
         server.kill()
         for path in (server.folder / "appendonlydir").iterdir():
             path.unlink()
         server.start()
-        await until(lambda: here.told == [EMPTIED])
+        await until(lambda: here.changes == [EMPTIED])
         assert await here.store.find(session().token_digest) is None
         assert await here.store.create(session(), FIVE) == Created()
         server.kill()
         server.start()
-        await until(lambda: here.told == [EMPTIED, ALL])
+        await until(lambda: here.changes == [EMPTIED, ALL])
         assert await here.store.find(session().token_digest) == session()
 
 
-async def test_emptied_by_hand(server: ServerProcess) -> None:
+async def test_flushed_server_is_not_reported_as_emptied(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         await here.store.create(session(), FIVE)
         server.command("FLUSHALL")
-        await until(lambda: here.told[:1] == [ALL])
+        await until(lambda: here.changes[:1] == [ALL])
         await until(lambda: is_back(here.store))
-        assert EMPTIED not in here.told
+        assert EMPTIED not in here.changes
         assert await here.store.count() == 0
-        # The mark is there again: what comes later is told as what it is.
+        # The mark is written again, so a later loss is reported correctly.
         await until(lambda: server.command("EXISTS", "zcp:v:{0}") == 1)
-        told = len(here.told)
+        changes = len(here.changes)
         server.kill()
         for path in (server.folder / "appendonlydir").iterdir():
             path.unlink()
         server.start()
-        await until(lambda: EMPTIED in here.told[told:])
+        await until(lambda: EMPTIED in here.changes[changes:])
 
 
-async def test_a_replica(server: ServerProcess) -> None:
+async def test_server_that_became_a_replica_is_an_outage(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         await here.store.create(session(), FIVE)
         server.command("REPLICAOF", "127.0.0.1", 1)
@@ -279,10 +278,10 @@ async def test_a_replica(server: ServerProcess) -> None:
         assert "replica" in reason
         server.command("REPLICAOF", "NO", "ONE")
         assert await here.store.find(session().token_digest) == session()
-        assert here.told[-1] == ALL
+        assert here.changes[-1] == ALL
 
 
-async def test_replicas_that_are_missing(server: ServerProcess) -> None:
+async def test_missing_replicas_are_an_outage(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         await here.store.create(session(), FIVE)
         server.command("CONFIG", "SET", "min-replicas-to-write", 1)
@@ -293,10 +292,10 @@ async def test_replicas_that_are_missing(server: ServerProcess) -> None:
         server.command("CONFIG", "SET", "min-replicas-to-write", 0)
         await here.store.ping()
         assert await here.store.list() == [session()]
-        assert here.told == []
+        assert here.changes == []
 
 
-async def test_full(server: ServerProcess) -> None:
+async def test_full_server_is_an_outage_for_writes(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         store = here.store
         await store.create(session(), FIVE)
@@ -305,17 +304,17 @@ async def test_full(server: ServerProcess) -> None:
             reason, _ = await refused(operation)
             assert "memory" in reason
         assert await store.find(session().token_digest) == session()
-        # A revocation needs no room: it is done.
+        # A revocation needs no memory, so it succeeds.
         gone = ended(session(), wall=WALL + 1)
         assert await store.end([session().id], Code.TOKEN_REVOKED, WALL + 1) == [gone]
         server.command("CONFIG", "SET", "maxmemory", 0)
         await store.ping()
         assert await store.get(session().id) == gone
         assert await store.get(session(2).id) is None
-        assert here.told == []
+        assert here.changes == []
 
 
-async def test_a_full_server_does_not_do_things_by_halves(server: ServerProcess) -> None:
+async def test_full_server_executes_no_script_partially(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         store = here.store
         first = session()
@@ -327,15 +326,15 @@ async def test_a_full_server_does_not_do_things_by_halves(server: ServerProcess)
         assert await store.list() == [first]
 
 
-async def test_scripts_that_were_forgotten(server: ServerProcess) -> None:
+async def test_flushed_scripts_are_loaded_again(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         await here.store.create(session(), FIVE)
         server.command("SCRIPT", "FLUSH")
         assert await here.store.find(session().token_digest) == session()
-        assert here.told == []
+        assert here.changes == []
 
 
-async def test_there_is_one_connection_whatever_happens(server: ServerProcess) -> None:
+async def test_reconnects_leave_one_connection(server: ServerProcess) -> None:
     def connections() -> int:
         clients = server.command("CLIENT", "LIST").splitlines()
         return sum(b"tracking" in line or b"lib-name=redis-py" in line for line in clients) - 1
@@ -352,7 +351,7 @@ async def test_there_is_one_connection_whatever_happens(server: ServerProcess) -
     await until(lambda: connections() == 0)
 
 
-async def test_a_caller_that_gives_up_hurts_nobody(server: ServerProcess) -> None:
+async def test_cancelled_operation_affects_no_other(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         for _ in range(20):
             given_up = [asyncio.ensure_future(here.store.find(bytes(32))) for _ in range(10)]
@@ -362,10 +361,10 @@ async def test_a_caller_that_gives_up_hurts_nobody(server: ServerProcess) -> Non
                 task.cancel()
             assert await other == Created()
             assert await here.store.get(session().id) == session()
-        assert here.told == []
+        assert here.changes == []
 
 
-async def test_not_there_at_the_start(server: ServerProcess) -> None:
+async def test_open_fails_without_a_server_and_can_be_retried(server: ServerProcess) -> None:
     server.kill()
     store = ValkeyStore(server.url)
     with pytest.raises(StoreUnavailable, match="127"):
@@ -373,14 +372,14 @@ async def test_not_there_at_the_start(server: ServerProcess) -> None:
     with pytest.raises(StoreUnavailable, match="not open"):
         await store.ping()
     server.start()
-    told: list[Change] = []
-    await store.open(told.append)
+    changes: list[Change] = []
+    await store.open(changes.append)
     await store.ping()
     await store.close()
-    assert told == []
+    assert changes == []
 
 
-async def test_hung_at_the_start(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_open_fails_on_a_hung_server(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zcproto.stores.valkey.servers.OPEN_TIMEOUT_S", 0.3)
     server.stop()
     store = ValkeyStore(server.url)
@@ -391,7 +390,7 @@ async def test_hung_at_the_start(server: ServerProcess, monkeypatch: pytest.Monk
     await store.close()
 
 
-async def test_closing_while_it_is_out(server: ServerProcess) -> None:
+async def test_close_during_an_outage(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         server.stop()
         asked = [asyncio.ensure_future(here.store.count()) for _ in range(5)]
@@ -402,10 +401,10 @@ async def test_closing_while_it_is_out(server: ServerProcess) -> None:
     server.kill()
     async with asyncio.timeout(2):
         with pytest.raises(StoreUnavailable):
-            await here.store.open(here.told.append)
+            await here.store.open(here.changes.append)
 
 
-async def test_what_a_newer_version_has_written(server: ServerProcess) -> None:
+async def test_data_of_a_newer_version_is_refused(server: ServerProcess) -> None:
     server.command("SET", "zcp:v:{0}", "2 mark")
     store = ValkeyStore(server.url)
     with pytest.raises(ConfigError, match="schema 2; this one supports 1"):
@@ -413,7 +412,7 @@ async def test_what_a_newer_version_has_written(server: ServerProcess) -> None:
     async with Open(server.url, prefix="other:") as here:
         await here.store.create(session(), FIVE)
         assert {key.partition(b":")[0] for key in server.command("KEYS", "*")} == {b"other", b"zcp"}
-        # Upgraded while this one runs: it stops to use it, and says why.
+        # After an upgrade by another process the store becomes unavailable, with the reason.
         server.command("SET", "other:v:{0}", "3 mark")
         await until(lambda: server.command("CLIENT", "KILL", "TYPE", "normal") is not None)
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Addresses of Valkey and Redis servers."""
+"""URLs of Valkey and Redis servers."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ GOOD: dict[str, tuple[ServerUrl, str]] = {
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_every_form(text: str) -> None:
+def test_valid_urls_are_parsed(text: str) -> None:
     url, shown = GOOD[text]
     found = parse_url(text)
     assert found == url
@@ -119,7 +119,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_what_is_wrong_is_said(text: str) -> None:
+def test_invalid_urls_are_refused_with_a_reason(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^store\.url: it .*; write it as redis://") as error:
         parse_url(text)
     assert BAD[text] in str(error.value)
@@ -127,7 +127,7 @@ def test_what_is_wrong_is_said(text: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["redis", "redis+unix", "redis+sentinel", "redis+cluster", "http"])
 @pytest.mark.parametrize("rest", ["cache:port", "a,,b", "cache/x/y/z?q", "", "cache/9/9?db=9"])
-def test_no_fault_shows_a_password(scheme: str, rest: str) -> None:
+def test_error_never_shows_the_password(scheme: str, rest: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_url(f"{scheme}://ann:{SECRET}@{rest}" if rest else f"{scheme}//ann:{SECRET}@cache")
     assert SECRET not in str(error.value)
@@ -136,7 +136,7 @@ def test_no_fault_shows_a_password(scheme: str, rest: str) -> None:
 
 
 @pytest.mark.parametrize("text", [text for text in GOOD if SECRET in text])
-def test_nothing_that_is_printed_has_the_password(text: str) -> None:
+def test_str_and_repr_never_show_the_password(text: str) -> None:
     assert SECRET not in repr(parse_url(text))
     store = ValkeyStore(text)
     assert SECRET not in repr(store)
@@ -144,17 +144,17 @@ def test_nothing_that_is_printed_has_the_password(text: str) -> None:
     assert SECRET not in repr(store._target(("cache", 1)))
 
 
-def test_a_name_cannot_start_a_line() -> None:
+def test_control_characters_are_escaped() -> None:
     assert "\n" not in str(parse_url("redis://a%0Ab:x@cache"))
 
 
-def test_a_user_without_a_password() -> None:
+def test_user_without_a_password_is_refused() -> None:
     with pytest.raises(ConfigError, match="without a password"):
         ValkeyStore("redis://ann@cache")
     ValkeyStore("redis://ann@cache", password=SECRET)
 
 
 @pytest.mark.parametrize("prefix", ["{a}", "a}", "{"])
-def test_a_prefix_that_would_divide_keys(prefix: str) -> None:
+def test_prefix_with_braces_is_refused(prefix: str) -> None:
     with pytest.raises(ConfigError, match="prefix"):
         ValkeyStore("redis://cache", prefix=prefix)

@@ -3,7 +3,7 @@
 What this file decides: which scripts and commands an operation sends and, in a cluster, in which order. What the
 scripts do, and under which keys, is in sessions.lua and answers.lua.
 
-- With one server an operation is one script, so it is atomic.
+- With one server an operation is one script, hence atomic.
 - In a cluster a script is atomic for all keys of one user. Keys that lead to a session from a token or an id are
   written before it and removed after it. If that was interrupted, later operations ignore what is left over and
   `expire` removes it.
