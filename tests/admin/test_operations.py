@@ -139,7 +139,7 @@ def test_sessions_are_listed_and_revoked(serve: Serve) -> None:
         assert done(server, "sessions/revoke", {"all": True}) == {"revoked": 1}
         assert was_revoked(cleo)
         assert get(server, "sessions")["sessions"] == []
-    kinds = server.in_loop(lambda: server.server.parts.alerts.center.told[AlertKind.SESSIONS_REVOKED])
+    kinds = server.in_loop(lambda: server.server.parts.alerts.center.sent[AlertKind.SESSIONS_REVOKED])
     assert kinds == 1
 
 

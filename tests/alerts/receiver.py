@@ -1,4 +1,4 @@
-"""A webhook's receiver: a real HTTPS server in threads of its own, that does what a test wants."""
+"""Run a real HTTPS server in threads as the receiver of a webhook."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 from tests.server.helpers import TIMEOUT, eventually
 
 Answer = bytes | Callable[[ssl.SSLSocket | socket.socket, threading.Event], None]
-"""The bytes of an answer, or what is done with a connection instead, until the event is set."""
+"""The bytes of a response, or a function that handles the connection until the event is set."""
 
 
 def answer(status: int, *headers: str, body: bytes = b"") -> bytes:
@@ -22,7 +22,7 @@ def answer(status: int, *headers: str, body: bytes = b"") -> bytes:
 
 
 class Received(NamedTuple):
-    """One request."""
+    """A received request."""
 
     line: str
     headers: dict[str, str]
@@ -30,7 +30,7 @@ class Received(NamedTuple):
 
 
 class Receiver:
-    """Takes requests; `answers` are given in turn, the last one for ever. `certificate` None: plain HTTP."""
+    """Answer requests with `answers` in turn, repeating the last. Without `certificate` it speaks plain HTTP."""
 
     def __init__(self, certificate: tuple[Path, Path] | None, *answers: Answer) -> None:
         self.answers: list[Answer] = list(answers) or [answer(204)]
@@ -54,17 +54,17 @@ class Receiver:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        for connection in self._served:  # wakes who still sends, as the loop that reads may wait here
+        for connection in self._served:  # wakes a sender, which the loop may be waiting for
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(connection, socket.SHUT_RDWR)
-        with contextlib.suppress(OSError):  # wakes who waits in accept
+        with contextlib.suppress(OSError):  # wakes accept
             socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT).close()
         for thread in self._threads:
             thread.join(TIMEOUT)
         self._socket.close()
 
     def until(self, count: int) -> list[Received]:
-        """Wait until so many requests have come."""
+        """Wait until `count` requests have arrived."""
         eventually(lambda: len(self.received) >= count)
         return self.received
 
@@ -117,17 +117,17 @@ def hang(connection: socket.socket, ended: threading.Event) -> None:
 
 
 def drip(connection: socket.socket, ended: threading.Event) -> None:
-    """A head without an end, a byte at a time."""
+    """Send an endless head, one byte at a time."""
     connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
     while not ended.wait(0.01):
         connection.sendall(b"x")
 
 
 def flood(connection: socket.socket, ended: threading.Event) -> None:
-    """Answers that are none, without an end."""
+    """Send invalid responses without end."""
     while not ended.is_set():
         connection.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100)
 
 
 def vanish(connection: socket.socket, ended: threading.Event) -> None:
-    """Close without a word."""
+    """Close without a response."""

@@ -1,4 +1,4 @@
-"""The command as a sink, with real programs."""
+"""Test the command sink with real programs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
 
 @pytest.fixture(params=LOOPS, ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Callable[..., str]:
-    """Deliver a message to a program, on each kind of loop."""
+    """Deliver a message to a program, with each event loop."""
 
     def deliver(
         *arguments: str, body: bytes = BODY, timeout: float = 30.0, environ: dict[str, str] | None = None
@@ -46,18 +46,18 @@ def python(script: str) -> tuple[str, str, str]:
 
 
 @pytest.mark.requirement("alerting")
-def test_it_gets_the_message_on_its_standard_input(run: Callable[..., str], tmp_path: Path) -> None:
+def test_program_gets_message_on_stdin(run: Callable[..., str], tmp_path: Path) -> None:
     place = tmp_path / "got"
     script = f"import sys; open({str(place)!r}, 'wb').write(sys.stdin.buffer.read())"
     assert run(*python(script)) == "exit code 0"
     assert place.read_bytes() == BODY + b"\n"
 
 
-def test_no_shell_is_in_between(run: Callable[..., str]) -> None:
+def test_no_shell_is_used(run: Callable[..., str]) -> None:
     assert run("/bin/echo", "$HOME; rm -rf *", "`id`") == "exit code 0: $HOME; rm -rf * `id`"
 
 
-def test_it_gets_a_small_environment_and_no_more_descriptors(run: Callable[..., str]) -> None:
+def test_program_gets_minimal_environment_and_descriptors(run: Callable[..., str]) -> None:
     environ = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "KEY_PASSPHRASE": "hunter2", "ZCPROTO_HOME": "/x"}
     script = "import os; print(sorted(os.environ), sorted(map(int, os.listdir('/proc/self/fd')))[:-1], os.getcwd())"
     inherited = os.open("/dev/null", os.O_RDONLY)
@@ -69,16 +69,16 @@ def test_it_gets_a_small_environment_and_no_more_descriptors(run: Callable[..., 
     assert said == "exit code 0: ['LANG', 'PATH'] [0, 1, 2] /"
 
 
-def test_a_failure_is_told_with_what_it_said(run: Callable[..., str]) -> None:
+def test_failure_is_reported_with_output(run: Callable[..., str]) -> None:
     script = "import sys; print('no pager'); sys.exit(3)"
-    with pytest.raises(Undelivered, match="it ended with exit code 3: no pager") as caught:
+    with pytest.raises(Undelivered, match="the program ended with exit code 3: no pager") as caught:
         run(*python(script))
     assert caught.value.tries == TRIES
-    with pytest.raises(Undelivered, match=r"^it ended with signal 9$"):
+    with pytest.raises(Undelivered, match=r"^the program ended with signal 9$"):
         run(*python("import os; os.kill(os.getpid(), 9)"))
 
 
-def test_what_it_says_is_bounded_and_on_one_line(run: Callable[..., str]) -> None:
+def test_output_is_bounded_and_on_one_line(run: Callable[..., str]) -> None:
     script = "import sys; sys.stdout.write('a\\x1b[31m\\n' + 'b' * 5_000_000)"
     said = run(*python(script))
     assert len(said) <= len("exit code 0: ") + SHOWN
@@ -86,14 +86,14 @@ def test_what_it_says_is_bounded_and_on_one_line(run: Callable[..., str]) -> Non
     assert MAX_OUTPUT < 5_000_000
 
 
-def test_a_program_that_does_not_read_is_no_fault(run: Callable[..., str]) -> None:
+def test_program_that_does_not_read_is_accepted(run: Callable[..., str]) -> None:
     assert run("/bin/true", body=b"x" * 1_000_000) == "exit code 0"
 
 
-def test_it_is_killed_with_all_that_it_started(run: Callable[..., str], tmp_path: Path) -> None:
+def test_timeout_kills_program_and_its_children(run: Callable[..., str], tmp_path: Path) -> None:
     place = tmp_path / "pids"
     script = f"sleep 600 & echo $$ $! > {place}; wait"
-    with pytest.raises(Undelivered, match="it did not end within 3 s") as caught:
+    with pytest.raises(Undelivered, match="the program did not end within 3 s") as caught:
         run("/bin/sh", "-c", script, timeout=3.0)
     assert caught.value.tries == TRIES
     for pid in map(int, place.read_text().split()):
@@ -107,19 +107,17 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_one_that_leaves_its_session_and_keeps_the_pipe_holds_up_nobody(
-    run: Callable[..., str], tmp_path: Path
-) -> None:
+def test_detached_child_holding_the_pipe_blocks_nothing(run: Callable[..., str], tmp_path: Path) -> None:
     place = tmp_path / "pid"
     script = f"setsid sh -c 'echo $$ > {place}; exec sleep 600' &"
     try:
-        with pytest.raises(Undelivered, match="it did not end within 3 s"):
+        with pytest.raises(Undelivered, match="the program did not end within 3 s"):
             run("/bin/sh", "-c", script, timeout=3.0)
     finally:
         os.kill(int(place.read_text()), 9)
 
 
-async def test_it_can_be_cancelled_and_leaves_nothing(tmp_path: Path) -> None:
+async def test_cancelled_delivery_leaves_nothing(tmp_path: Path) -> None:
     place = tmp_path / "pid"
     script = f"import os, time; open({str(place)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     task = asyncio.create_task(Command(python(script), timeout=600.0, environ={}).deliver(BODY))
@@ -130,7 +128,7 @@ async def test_it_can_be_cancelled_and_leaves_nothing(tmp_path: Path) -> None:
     assert not is_running(int(place.read_text()))
 
 
-async def test_it_can_be_cancelled_while_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelled_start_kills_program(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[subprocess.Popen[bytes]] = []
     asked, go_on = threading.Event(), threading.Event()
 
@@ -151,7 +149,7 @@ async def test_it_can_be_cancelled_while_it_begins(monkeypatch: pytest.MonkeyPat
     await asyncio.to_thread(eventually, lambda: begun and begun[0].returncode == -9)
 
 
-async def test_a_program_that_is_gone_meanwhile_is_a_failure(tmp_path: Path) -> None:
+async def test_program_deleted_meanwhile_is_a_failure(tmp_path: Path) -> None:
     program = tmp_path / "page"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o700)
@@ -160,30 +158,28 @@ async def test_a_program_that_is_gone_meanwhile_is_a_failure(tmp_path: Path) -> 
     assert await sink.deliver(BODY) == "exit code 0"
     before = set(os.listdir("/proc/self/fd"))
     program.unlink()
-    with pytest.raises(Undelivered, match="it cannot be run: No such file"):
+    with pytest.raises(Undelivered, match="the program cannot be run: No such file"):
         await sink.deliver(BODY)
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-async def test_where_there_is_no_memory_file_another_one_serves(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+async def test_temporary_file_replaces_memfd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delattr(os, "memfd_create")
     assert await Command(["/bin/cat"], timeout=10.0, environ={}).deliver(BODY) == 'exit code 0: {"id":"1"}'
 
 
-def test_what_cannot_be_run_is_told_at_the_start(tmp_path: Path) -> None:
+def test_program_that_cannot_run_is_refused_at_start(tmp_path: Path) -> None:
     for path, said in (
         (tmp_path / "none", "cannot be run: No such file"),
-        (tmp_path, "is no program"),
-        (Path("/etc/passwd"), "is no program"),
+        (tmp_path, "is not a program"),
+        (Path("/etc/passwd"), "is not a program"),
     ):
         with pytest.raises(ConfigError, match=rf"alerts\.command: .*{said}"):
             Command([str(path)], timeout=1.0, environ={})
 
 
 @pytest.mark.parametrize("mode", [0o722, 0o772])
-def test_a_program_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+def test_program_writable_by_others_is_refused(tmp_path: Path, mode: int) -> None:
     program = tmp_path / "page"
     program.touch()
     program.chmod(mode)

@@ -1,4 +1,4 @@
-"""docs/alerts.md describes what the code does: figures, the message, and the program for receivers."""
+"""Compare docs/alerts.md with the code: figures, the message, and the program for receivers."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ IsGenuine = Callable[..., bool]
 
 
 def block(language: str) -> str:
-    """The one block of code in a language."""
+    """Return the only code block of a language."""
     (found,) = re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
     return str(found)
 
 
 @pytest.mark.parametrize("kind", AlertKind)
-def test_each_kind_is_described(kind: AlertKind) -> None:
+def test_each_kind_is_documented(kind: AlertKind) -> None:
     entry = CATALOGUE[kind]
     assert re.fullmatch(r"[a-z]+\.[a-z_]+", kind.value)
     assert entry.meaning.endswith(".")
@@ -47,7 +47,7 @@ def test_each_kind_is_described(kind: AlertKind) -> None:
         assert entry.severity >= Severity.WARNING or kind is AlertKind.TEST
 
 
-def test_settings_that_are_named_exist() -> None:
+def test_documented_settings_exist() -> None:
     named = set(re.findall(r"`(?:alerts|store|freshness|certificates)\.[a-z_]+`", TEXT))
     kinds = {f"`{kind.value}`" for kind in AlertKind}
     settings = {name.strip("`") for name in named - kinds}
@@ -57,7 +57,7 @@ def test_settings_that_are_named_exist() -> None:
         assert f"alerts.{name}" in all_settings()
 
 
-def test_figures_are_those_of_the_code() -> None:
+def test_documented_figures_match_code() -> None:
     text = " ".join(TEXT.split())
     assert f"up to {BURST} alerts are sent individually" in text
     assert REFILL_S == 6 * 60
@@ -75,7 +75,7 @@ def test_figures_are_those_of_the_code() -> None:
     assert PASSED_ON == ("PATH", "HOME", "LANG", "TZ")
 
 
-def test_the_message_has_the_fields_that_it_has() -> None:
+def test_documented_message_has_all_fields() -> None:
     shown: dict[str, Any] = json.loads(block("json"))
     alert = shown["alert"]
     made = Message(
@@ -99,13 +99,13 @@ def test_the_message_has_the_fields_that_it_has() -> None:
 
 
 @pytest.mark.parametrize("letter", ["a", "\u00e9", "\U0001f512"])
-def test_a_message_is_never_larger_than_it_says(letter: str) -> None:
-    """Letters beyond ASCII are escaped, which makes them longer."""
+def test_message_size_is_limited(letter: str) -> None:
+    """Non-ASCII characters are escaped, which makes them longer."""
     long = letter * 5_000
     center = AlertCenter(repeat_s=None, quiet_s=1.0)
     details: dict[str, object] = {f"name{number}": [long] * 16 for number in range(50)}
     center.raise_(AlertKind.TEST, long, about=long, details=details, wall=10**15, now=0.0)
-    (message,) = center.take()
+    (message,) = center.take_messages()
     body = message.as_json("f" * 16, "h" * 253 + ":65535")
     assert len(body) <= MAX_MESSAGE == 8 * 1024
     assert "of at most 8 KiB" in TEXT
@@ -129,14 +129,14 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def test_the_program_takes_what_is_genuine(is_genuine: IsGenuine) -> None:
+def test_documented_receiver_accepts_genuine_message(is_genuine: IsGenuine) -> None:
     header = sign(Secret(SECRET), BODY, now_ms())
     assert is_genuine(SECRET.encode(), BODY, header)
     other = sign(Secret("another secret!!"), BODY, now_ms())
     assert is_genuine(SECRET.encode(), BODY, f"{other},{header.partition(',')[2]}")
 
 
-def test_the_program_refuses_all_else(is_genuine: IsGenuine) -> None:
+def test_documented_receiver_refuses_others(is_genuine: IsGenuine) -> None:
     secret, header = SECRET.encode(), sign(Secret(SECRET), BODY, now_ms())
     assert not is_genuine(b"another", BODY, header)
     assert not is_genuine(secret, BODY + b" ", header)
@@ -147,7 +147,7 @@ def test_the_program_refuses_all_else(is_genuine: IsGenuine) -> None:
         assert not is_genuine(secret, BODY, wrong), wrong
 
 
-def test_the_header_that_is_shown_is_that_of_a_signature() -> None:
+def test_documented_header_is_valid() -> None:
     shown = re.search(rf"^{HEADER}: (t=[0-9]+,v1=[0-9a-f]+)$", TEXT, re.MULTILINE)
     assert shown is not None
     example = re.search(r"signs the body `(.*?)` under the secret `(.*?)`", TEXT)

@@ -1,4 +1,4 @@
-"""What holds of alerts in whatever order they are raised, resolved and left alone."""
+"""Test invariants of alerts for any order of operations."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ class Alerts(RuleBasedStateMachine):
         self.clock = FakeClock()
         self.center = AlertCenter(repeat_s=3_600.0, quiet_s=900.0)
         self.raised = dict.fromkeys(AlertKind, 0)
-        self.told: dict[tuple[AlertKind, str, bool], Message] = {}
-        self.messages = 0
+        self.messages: dict[tuple[AlertKind, str, bool], Message] = {}
         self.number = 0
         self.began = self.clock.now()
 
@@ -42,17 +41,17 @@ class Alerts(RuleBasedStateMachine):
 
     @invariant()
     def all_holds(self) -> None:
-        self.what_is_told_makes_sense()
-        self.what_is_shown_as_open_is_what_was_told_of()
-        self.it_has_bounds_and_counts()
+        self.messages_are_consistent()
+        self.open_alerts_match_messages()
+        self.size_and_counts_are_bounded()
 
-    def what_is_told_makes_sense(self) -> None:
-        for message in self.center.take():
+    def messages_are_consistent(self) -> None:
+        for message in self.center.take_messages():
             assert message.number == self.number + 1
             self.number = message.number
             alert = message.alert
             name = (alert.kind, alert.about, alert.is_many)
-            before = self.told.pop(name, None)
+            before = self.messages.pop(name, None)
             if message.phase is Phase.BEGAN:
                 assert before is None, "it begins when it is not open"
             else:
@@ -60,25 +59,25 @@ class Alerts(RuleBasedStateMachine):
                 assert before.alert.began_at == alert.began_at
                 assert before.alert.count <= alert.count
             if message.phase is not Phase.ENDED:
-                self.told[name] = message
+                self.messages[name] = message
             assert (alert.ended_at is not None) == (message.phase is Phase.ENDED)
 
-    def what_is_shown_as_open_is_what_was_told_of(self) -> None:
+    def open_alerts_match_messages(self) -> None:
         shown = {(each.kind, each.about, each.is_many) for each in self.center.open_alerts()}
-        quiet = {name for name in self.told if name[0] is AlertKind.REFRESH_REUSED}
-        assert set(self.told) - quiet <= shown <= set(self.told)
-        # An event may be over without a word: then it is no news when it begins anew.
+        quiet = {name for name in self.messages if name[0] is AlertKind.REFRESH_REUSED}
+        assert set(self.messages) - quiet <= shown <= set(self.messages)
+        # An event may end silently; its next beginning is then a new message.
         for name in quiet - shown:
-            del self.told[name]
+            del self.messages[name]
 
-    def it_has_bounds_and_counts(self) -> None:
+    def size_and_counts_are_bounded(self) -> None:
         assert len(self.center) <= 3 * (MAX_OPEN + 1 + MAX_HISTORY)
         assert self.center.raised == self.raised
         hours = (self.clock.now() - self.began) / 3600
         for kind in AlertKind:
             # Beginnings and changes are limited; each can have an end; reminders come once an hour.
-            told = BURST + hours * 3600 / REFILL_S + hours + 2
-            assert self.center.told[kind] <= 2 * told + 21 * hours
+            allowed = BURST + hours * 3600 / REFILL_S + hours + 2
+            assert self.center.sent[kind] <= 2 * allowed + 21 * hours
 
 
 Alerts.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)

@@ -1,4 +1,4 @@
-"""When events are so many that somebody must know."""
+"""Test rates of events with hysteresis."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ RULE = RateRule(threshold=10, window_s=300.0, quiet_s=900.0)
 
 
 def states(watch: RateWatch, reads: list[tuple[int, float]]) -> list[RateState | None]:
-    """What each reading (total, time) says."""
+    """Return the state of each reading (total, time)."""
     return [None if (change := watch.read(*each)) is None else change.state for each in reads]
 
 
-def test_it_begins_when_the_window_holds_enough() -> None:
+def test_rate_begins_at_threshold() -> None:
     watch = RateWatch(RULE)
     assert watch.read(9, 0.0) is None
     assert watch.read(9, 10.0) is None
@@ -24,23 +24,23 @@ def test_it_begins_when_the_window_holds_enough() -> None:
     assert watch.is_on
 
 
-def test_events_that_come_slowly_are_no_rate() -> None:
+def test_slow_events_do_not_begin() -> None:
     watch = RateWatch(RULE)
     assert states(watch, [(number, number * 34.0) for number in range(1, 1_000)]) == [None] * 999
 
 
-def test_it_ends_after_a_while_of_few_and_not_before() -> None:
+def test_rate_ends_after_quiet_time() -> None:
     watch = RateWatch(RULE)
     watch.read(10, 0.0)
     assert watch.read(10, 299.0) is None
-    assert watch.read(10, 306.0) is None  # the window is empty from here on
+    assert watch.read(10, 306.0) is None  # the window is empty from now on
     assert watch.read(10, 306.0 + 899.0) is None
     assert watch.read(10, 306.0 + 900.0) == RateChange(RateState.ENDED, 0, 0)
     assert not watch.is_on
     assert watch.read(10, 5_000.0) is None
 
 
-def test_what_hovers_about_the_threshold_begins_once() -> None:
+def test_rate_around_threshold_does_not_flap() -> None:
     watch, total, seen = RateWatch(RULE), 0, []
     for number in range(200):
         total += 9 if number % 2 else 11
@@ -49,27 +49,27 @@ def test_what_hovers_about_the_threshold_begins_once() -> None:
     assert RateState.ENDED not in seen
 
 
-def test_half_of_the_threshold_is_few() -> None:
+def test_half_of_threshold_counts_as_quiet() -> None:
     watch = RateWatch(RULE)
     watch.read(10, 0.0)
     seen = states(watch, [(10 + 5 * number, 310.0 * number) for number in range(1, 6)])
-    assert seen == [*[RateState.GOES_ON] * 3, RateState.ENDED, None]
+    assert seen == [*[RateState.CONTINUED] * 3, RateState.ENDED, None]
 
 
-def test_one_event_is_enough_where_the_threshold_is_one() -> None:
+def test_threshold_of_one_begins_at_first_event() -> None:
     watch = RateWatch(RateRule(1, 60.0, 300.0))
     assert states(watch, [(0, 0.0), (1, 1.0), (1, 2.0), (2, 3.0), (2, 70.0), (2, 371.0)]) == [
-        *(None, RateState.BEGAN, None, RateState.GOES_ON, None, RateState.ENDED)
+        *(None, RateState.BEGAN, None, RateState.CONTINUED, None, RateState.ENDED)
     ]
 
 
-def test_a_counter_that_began_anew_is_taken_as_it_is() -> None:
+def test_reset_counter_is_handled() -> None:
     watch = RateWatch(RULE)
     watch.read(9, 0.0)
     assert watch.read(1, 1.0) == RateChange(RateState.BEGAN, 1, 10)
 
 
-def test_a_threshold_of_nothing_is_a_mistake() -> None:
+def test_threshold_of_zero_asserts() -> None:
     with pytest.raises(AssertionError):
         RateWatch(RateRule(0, 1.0, 1.0))
 
@@ -78,8 +78,8 @@ def test_a_threshold_of_nothing_is_a_mistake() -> None:
     steps=st.lists(st.tuples(st.integers(0, 30), st.floats(0.0, 400.0)), max_size=60),
     threshold=st.integers(1, 40),
 )
-def test_it_is_what_a_list_of_all_events_says(steps: list[tuple[int, float]], threshold: int) -> None:
-    """Against a list of (time, events), with the parts of the window as the only difference."""
+def test_window_matches_list_of_events(steps: list[tuple[int, float]], threshold: int) -> None:
+    """Compare with a list of (time, events), up to the granularity of the window."""
     rule = RateRule(threshold, 300.0, 900.0)
     watch, now, total, events, was_on = RateWatch(rule), 0.0, 0, [], False
     for count, pause in steps:

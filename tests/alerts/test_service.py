@@ -1,4 +1,4 @@
-"""The alerts of a server, without one: counters that are judged, sinks that fail, floods."""
+"""Test the alert service: counters, failing sinks, floods."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from zcproto.runtime.alert_sources import BY_SCANNERS, SCANNERS_FACTOR
 from zcproto.tls.failure import TlsFailure
 
 
-class Taking:
-    """A sink that takes all, or nothing while it is broken."""
+class FakeSink:
+    """A sink that accepts every message, or none while it is broken."""
 
     where = "nowhere"
 
@@ -37,7 +37,7 @@ class Taking:
         self.taken.append(json.loads(body))
         return ""
 
-    def told(self) -> list[tuple[str, str]]:
+    def messages(self) -> list[tuple[str, str]]:
         return [(each["alert"]["kind"], each["phase"]) for each in self.taken]
 
 
@@ -45,7 +45,7 @@ def entropy(size: int) -> bytes:
     return bytes(size)
 
 
-def desk(clock: FakeClock, *sinks: Taking, **settings: Any) -> ServerAlerts:
+def harness(clock: FakeClock, *sinks: FakeSink, **settings: Any) -> ServerAlerts:
     return ServerAlerts(AlertsConfig(**settings), sinks, clock=clock, entropy=entropy, source="here:7443")
 
 
@@ -53,8 +53,8 @@ def open_kinds(alerts: ServerAlerts) -> list[AlertKind]:
     return [alert.kind for alert in alerts.center.open_alerts()]
 
 
-def test_a_counter_that_grows_fast_is_an_alert_until_it_is_quiet(clock: FakeClock) -> None:
-    alerts, count = desk(clock, rate_window=60.0, quiet=120.0), 0
+def test_fast_growing_counter_is_an_alert_until_quiet(clock: FakeClock) -> None:
+    alerts, count = harness(clock, rate_window=60.0, quiet=120.0), 0
     alerts.watch(AlertKind.LOGINS_THROTTLED, lambda: count, 10, lambda many: f"{many} of them", "x")
     for _ in range(10):
         count += 1
@@ -70,16 +70,16 @@ def test_a_counter_that_grows_fast_is_an_alert_until_it_is_quiet(clock: FakeCloc
     assert alerts.report()["over"][0]["kind"] == "login.throttled"
 
 
-def test_a_threshold_of_nothing_is_no_alert(clock: FakeClock) -> None:
-    alerts = desk(clock)
+def test_threshold_of_zero_disables_alert(clock: FakeClock) -> None:
+    alerts = harness(clock)
     alerts.watch(AlertKind.LOGINS_THROTTLED, lambda: 1_000_000, 0, str)
     alerts.tick()
     assert open_kinds(alerts) == []
 
 
-async def test_that_a_sink_is_down_is_told_by_the_others(clock: FakeClock) -> None:
-    webhook, command = Taking("webhook"), Taking("command")
-    alerts = desk(clock, webhook, command)
+async def test_failing_sink_is_reported_by_others(clock: FakeClock) -> None:
+    webhook, command = FakeSink("webhook"), FakeSink("command")
+    alerts = harness(clock, webhook, command)
     for queue in alerts.queues:
         queue._sleep = lambda seconds: _no_time()
     webhook.broken = True
@@ -87,7 +87,7 @@ async def test_that_a_sink_is_down_is_told_by_the_others(clock: FakeClock) -> No
     alerts.raise_(AlertKind.STORE_DEGRADED, "it is out")
     queue = alerts.queues[0]
     await _until(lambda: queue.lost == 1 and len(command.taken) == 2)
-    assert command.told() == [("store.degraded", "began"), ("alerts.undelivered", "began")]
+    assert command.messages() == [("store.degraded", "began"), ("alerts.undelivered", "began")]
     assert command.taken[1]["alert"]["title"] == "alerts do not reach the webhook: broken"
     assert alerts.report()["sinks"][0] == {
         **{"name": "webhook", "down": True, "waiting": 0, "delivered": 0},
@@ -97,13 +97,13 @@ async def test_that_a_sink_is_down_is_told_by_the_others(clock: FakeClock) -> No
     alerts.resolve(AlertKind.STORE_DEGRADED, "it is back")
     await _until(lambda: len(webhook.taken) == 2 and len(command.taken) == 4)
     await alerts.stop()
-    assert webhook.told() == [("store.degraded", "ended"), ("alerts.undelivered", "ended")]
+    assert webhook.messages() == [("store.degraded", "ended"), ("alerts.undelivered", "ended")]
     assert open_kinds(alerts) == []
 
 
-async def test_a_sink_that_stays_down_makes_no_more_messages(clock: FakeClock) -> None:
-    webhook, command = Taking("webhook"), Taking("command")
-    alerts = desk(clock, webhook, command)
+async def test_sink_that_stays_down_is_reported_once(clock: FakeClock) -> None:
+    webhook, command = FakeSink("webhook"), FakeSink("command")
+    alerts = harness(clock, webhook, command)
     alerts.queues[0]._sleep = lambda seconds: _no_time()
     webhook.broken = True
     alerts.start()
@@ -112,7 +112,7 @@ async def test_a_sink_that_stays_down_makes_no_more_messages(clock: FakeClock) -
     await _until(lambda: alerts.queues[0].lost == 5)
     await _until(lambda: len(command.taken) == 6)
     await alerts.stop()
-    assert [kind for kind, _ in command.told()].count("alerts.undelivered") == 1
+    assert [kind for kind, _ in command.messages()].count("alerts.undelivered") == 1
 
 
 async def _no_time() -> None:
@@ -125,8 +125,8 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-def test_messages_have_ids_of_their_own_and_say_where_they_are_from(clock: FakeClock) -> None:
-    alerts = desk(clock, sink := Taking("webhook"))
+def test_messages_have_unique_ids_and_source(clock: FakeClock) -> None:
+    alerts = harness(clock, sink := FakeSink("webhook"))
     alerts.raise_(AlertKind.TEST, "one")
     alerts.raise_(AlertKind.STORE_DEGRADED, "two")
     bodies = [json.loads(waiting.body) for waiting in alerts.queues[0]._queue]
@@ -135,8 +135,8 @@ def test_messages_have_ids_of_their_own_and_say_where_they_are_from(clock: FakeC
     assert {each["source"] for each in bodies} == {"here:7443"}
 
 
-def test_alerts_are_in_the_log(clock: FakeClock, capsys: pytest.CaptureFixture[str]) -> None:
-    alerts = desk(clock)
+def test_alerts_are_logged(clock: FakeClock, capsys: pytest.CaptureFixture[str]) -> None:
+    alerts = harness(clock)
     alerts.raise_(AlertKind.STORE_DEGRADED, "it is out\x1b[31m", details={"session_token": "hunter2"})
     alerts.raise_(AlertKind.STORE_DEGRADED, "it is worse", changed=True)
     clock.advance(86_400)
@@ -152,8 +152,8 @@ def test_alerts_are_in_the_log(clock: FakeClock, capsys: pytest.CaptureFixture[s
     assert "\\u001b" not in err
 
 
-def test_a_flood_of_ten_thousand_is_few_messages(clock: FakeClock) -> None:
-    alerts = desk(clock, Taking("webhook"))
+def test_flood_of_alerts_is_few_messages(clock: FakeClock) -> None:
+    alerts = harness(clock, FakeSink("webhook"))
     for number in range(10_000):
         alerts.raise_(AlertKind.REFRESH_REUSED, "stolen", about=f"session {number}")
     clock.advance(MANY_DELAY_S)
@@ -162,7 +162,7 @@ def test_a_flood_of_ten_thousand_is_few_messages(clock: FakeClock) -> None:
     assert len(json.dumps(alerts.report())) < 100_000
 
 
-def test_what_scanners_do_has_to_be_more_often() -> None:
+def test_causes_of_scanners_have_higher_threshold() -> None:
     assert SCANNERS_FACTOR > 1
     assert TlsFailure.NOT_TLS in BY_SCANNERS
     assert not BY_SCANNERS & {
@@ -183,10 +183,10 @@ ANYTHING = st.recursive(
     )
 )
 @settings(max_examples=50, deadline=None)
-def test_whatever_is_raised_is_a_message_and_never_a_fault(
+def test_raising_any_alert_never_fails(
     raised: list[tuple[AlertKind, str, str, dict[str, Any]]],
 ) -> None:
-    alerts = desk(FakeClock(), Taking("webhook"))
+    alerts = harness(FakeClock(), FakeSink("webhook"))
     for kind, title, about, details in raised:
         alerts.raise_(kind, title, about=about, details=details)
         alerts.resolve(kind, title, about=about, details=details)

@@ -1,4 +1,4 @@
-"""The webhook against a real HTTPS server: what arrives, and what it makes of answers of all kinds."""
+"""Test the webhook against a real HTTPS server and responses of all kinds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def webhook(
     return Webhook(url, options.get("secret", SECRET), ca_file=ca_file, timeout=timeout, clock=clock)
 
 
-async def test_a_message_arrives_whole_and_signed(
+async def test_message_is_delivered_complete_and_signed(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock
 ) -> None:
     with Receiver(certificate) as receiver:
@@ -54,10 +54,10 @@ async def test_a_message_arrives_whole_and_signed(
     assert check_signature(SECRET, request.body, headers["zcproto-signature"], clock.wall()) == ""
 
 
-async def test_each_try_is_signed_anew(
+async def test_each_attempt_has_a_new_signature(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock
 ) -> None:
-    """A message that waited for an hour is not refused as old."""
+    """A message queued for an hour must not be refused as old."""
     with Receiver(certificate) as receiver:
         sink = webhook(receiver.url, ca_file, clock)
         await sink.deliver(BODY)
@@ -69,7 +69,7 @@ async def test_each_try_is_signed_anew(
     assert check_signature(SECRET, BODY, first, clock.wall()) != ""
 
 
-async def test_without_a_secret_nothing_is_signed(
+async def test_no_signature_without_secret(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock
 ) -> None:
     with Receiver(certificate) as receiver:
@@ -77,13 +77,13 @@ async def test_without_a_secret_nothing_is_signed(
     assert "zcproto-signature" not in receiver.received[0].headers
 
 
-async def test_plain_http_is_possible_on_this_machine(clock: FakeClock) -> None:
+async def test_plain_http_works_on_loopback(clock: FakeClock) -> None:
     with Receiver(None) as receiver:
         assert await webhook(receiver.url, None, clock).deliver(BODY) == "localhost answered 204"
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-async def test_any_2xx_is_an_arrival(
+async def test_any_2xx_is_success(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock, status: int
 ) -> None:
     with Receiver(certificate, answer(status, body=b"ok")) as receiver:
@@ -98,7 +98,7 @@ async def test_any_2xx_is_an_arrival(
         *((408, None), (425, None), (429, None), (500, None), (502, None), (503, None), (599, None)),
     ],
 )
-async def test_any_other_status_is_none(
+async def test_any_other_status_is_failure(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock, status: int, tries: int | None
 ) -> None:
     with Receiver(certificate, answer(status)) as receiver:
@@ -119,7 +119,7 @@ async def test_a_redirect_is_not_followed(
         assert other.connections == 0
 
 
-async def test_hints_before_the_answer_are_passed_over(
+async def test_informational_responses_are_ignored(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock
 ) -> None:
     with Receiver(certificate, b"HTTP/1.1 103 Early Hints\r\n\r\n" + answer(200)) as receiver:
@@ -127,7 +127,7 @@ async def test_hints_before_the_answer_are_passed_over(
 
 
 @pytest.mark.parametrize("what", [hang, drip], ids=["hangs", "drips"])
-async def test_who_takes_too_long_is_left(
+async def test_slow_receiver_times_out(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock, what: Answer
 ) -> None:
     with Receiver(certificate, what) as receiver:
@@ -136,17 +136,17 @@ async def test_who_takes_too_long_is_left(
         assert caught.value.tries is None
 
 
-async def test_a_peer_that_never_speaks_tls_is_left(ca_file: Path, clock: FakeClock) -> None:
+async def test_receiver_without_tls_handshake_times_out(ca_file: Path, clock: FakeClock) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"https://localhost:{silent.getsockname()[1]}/"
         with pytest.raises(Undelivered, match=r"did not answer within 0\.3 s"):
             await webhook(url, ca_file, clock, timeout=0.3).deliver(BODY)
 
 
-async def test_an_answer_without_an_end_is_left(
+async def test_endless_response_is_abandoned(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock
 ) -> None:
-    with Receiver(certificate, flood) as receiver, pytest.raises(Undelivered, match="never comes to its end"):
+    with Receiver(certificate, flood) as receiver, pytest.raises(Undelivered, match="is longer than"):
         await webhook(receiver.url, ca_file, clock, timeout=30.0).deliver(BODY)
 
 
@@ -161,7 +161,7 @@ async def test_an_answer_without_an_end_is_left(
     ],
     ids=["another protocol", "a bad line", "a head too large", "nothing", "a part"],
 )
-async def test_what_is_no_http_is_no_arrival(
+async def test_invalid_http_is_failure(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock, data: Answer
 ) -> None:
     with Receiver(certificate, data) as receiver, pytest.raises(Undelivered) as caught:
@@ -169,14 +169,14 @@ async def test_what_is_no_http_is_no_arrival(
     assert "localhost" in str(caught.value)
 
 
-async def test_a_huge_answer_is_not_read_to_its_end(
+async def test_huge_response_is_not_read(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock
 ) -> None:
     with Receiver(certificate, answer(200, body=b"x" * 10_000_000)) as receiver:
         assert await webhook(receiver.url, ca_file, clock).deliver(BODY) == "localhost answered 200"
 
 
-async def test_a_certificate_of_an_unknown_authority_is_refused(
+async def test_certificate_of_unknown_ca_is_refused(
     certificate: tuple[Path, Path], clock: FakeClock, tmp_path: Path
 ) -> None:
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
@@ -187,7 +187,7 @@ async def test_a_certificate_of_an_unknown_authority_is_refused(
             assert receiver.received == []
 
 
-async def test_a_certificate_for_another_name_is_refused(
+async def test_certificate_for_other_name_is_refused(
     ca: trustme.CA, ca_file: Path, clock: FakeClock, tmp_path: Path
 ) -> None:
     issued = ca.issue_cert("other.example")
@@ -200,7 +200,7 @@ async def test_a_certificate_for_another_name_is_refused(
     assert receiver.received == []
 
 
-async def test_https_to_a_peer_without_tls_fails_as_such(ca_file: Path, clock: FakeClock) -> None:
+async def test_https_to_plaintext_receiver_fails(ca_file: Path, clock: FakeClock) -> None:
     def answer_in_plain(listening: socket.socket) -> None:
         connection, _ = listening.accept()
         with connection:
@@ -215,7 +215,7 @@ async def test_https_to_a_peer_without_tls_fails_as_such(ca_file: Path, clock: F
         thread.join(TIMEOUT)
 
 
-async def test_nobody_there_is_told_in_words(clock: FakeClock) -> None:
+async def test_connection_refused_is_reported(clock: FakeClock) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     with pytest.raises(Undelivered, match=r"cannot be reached") as caught:
@@ -225,7 +225,7 @@ async def test_nobody_there_is_told_in_words(clock: FakeClock) -> None:
         await webhook("https://no-such-name.invalid/", None, clock, timeout=60.0).deliver(BODY)
 
 
-async def test_where_nobody_answers_there_may_be_another_address(
+async def test_next_address_is_tried(
     certificate: tuple[Path, Path], ca_file: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = socket.getaddrinfo
@@ -240,7 +240,7 @@ async def test_where_nobody_answers_there_may_be_another_address(
         await webhook(receiver.url, ca_file, clock).deliver(BODY)
 
 
-async def test_a_resolver_that_hangs_is_left_and_forgotten(
+async def test_hanging_resolver_is_abandoned(
     ca_file: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, go_on = threading.Event(), threading.Event()
@@ -261,17 +261,15 @@ async def test_a_resolver_that_hangs_is_left_and_forgotten(
     await asyncio.sleep(0)
 
 
-def test_a_file_of_authorities_is_looked_at_when_it_is_named(clock: FakeClock, tmp_path: Path) -> None:
+def test_invalid_ca_file_is_refused(clock: FakeClock, tmp_path: Path) -> None:
     (tmp_path / "empty.pem").touch()
-    with pytest.raises(ConfigError, match=r"alerts\.webhook_ca_file: .*holds no certificates"):
+    with pytest.raises(ConfigError, match=r"alerts\.webhook_ca_file: .*contains no PEM"):
         webhook("https://localhost/", tmp_path / "empty.pem", clock)
     with pytest.raises(ConfigError, match=r"alerts\.webhook_ca_file: .*cannot be read: No such file"):
         webhook("https://localhost/", tmp_path / "none.pem", clock)
 
 
-def test_the_environment_cannot_have_keys_logged(
-    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sslkeylogfile_is_ignored(clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
     sink = webhook("https://localhost/", None, clock)
     assert sink._context is not None

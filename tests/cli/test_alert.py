@@ -132,7 +132,7 @@ def test_webhook_signature_is_verified(
     assert verify(secret_file, sign(Secret(SECRET), b"{}", wall() - 3_600_000)) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "valid: signed with the secret, and recent"
-    assert out[1] == "the signature is not right: another secret, or another body"
+    assert out[1] == "the signature does not match: wrong secret or changed body"
     assert "s old: 300 s are allowed" in out[2]
 
 

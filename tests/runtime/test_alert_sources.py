@@ -101,7 +101,7 @@ def test_certificate_expiry_severity_increases(alerts: ServerAlerts, days: int, 
 def test_each_expiry_threshold_sends_a_message(alerts: ServerAlerts) -> None:
     for days in (30, 14, 7, 3, 1, 0):
         tell_certificate(alerts, notice(NoticeKind.EXPIRY, days=days))
-    assert alerts.center.told[AlertKind.CERTIFICATE_EXPIRY] == 6
+    assert alerts.center.sent[AlertKind.CERTIFICATE_EXPIRY] == 6
 
 
 @pytest.mark.parametrize(

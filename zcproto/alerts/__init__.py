@@ -1,12 +1,14 @@
-"""Alerts: what somebody has to be told of, without saying how.
+"""Alerts: what operators must know, and its delivery.
 
-    kinds      all kinds of alerts, in one table
-    alert      one alert, and what is sent about it
-    center     which alerts are open, what is told of them, and what is told no more
-    rates      when so many events in a while are an alert
-    signature  how a receiver knows that a message is from here
-
-Nothing here reads a clock or touches the world: times come in, messages come out.
+kinds      all kinds of alerts, in one table
+alert      one alert, and the messages about it
+center     which alerts are open, and which messages are sent (sans-IO)
+rates      when the growth of a counter is an alert (sans-IO)
+signature  signatures by which a receiver verifies messages
+sinks      a bounded queue with retries for each sink
+webhook    the sink that posts messages to an address
+command    the sink that runs a program
+service    all alerts of one server
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One alert, and the message that tells of it.
+"""Define an alert and the messages about it.
 
-Rules: no value holds a secret: details go through the same sieve as the log. All text is bounded, and prints on
-one line.
+Rules: details are masked like values of the log, so no value contains a secret. All text is bounded and on one
+line.
 """
 
 from __future__ import annotations
@@ -17,36 +17,35 @@ from zcproto.common.text import escape_text
 from zcproto.observe.values import Loggable, loggable
 
 MAX_ABOUT: Final = 200
-"""Characters of what an alert is about."""
+"""Maximum characters of the subject of an alert."""
 
 MAX_TITLE: Final = 300
 MAX_DETAILS: Final = 16
 MAX_MESSAGE: Final = 8_192
-"""Bytes of a message; a longer one keeps all but its details."""
+"""Maximum bytes of a message; a longer one is sent without its details."""
 
 FORMAT: Final = 1
-"""The version of the JSON form. Fields may be added to a version; none changes its meaning."""
+"""Version of the JSON format. Fields may be added to a version; none changes its meaning."""
 
 
 class Phase(Enum):
-    """What a message says of its alert."""
+    """Phases of an alert."""
 
     BEGAN = "began"
     CHANGED = "changed"
-    """It has become graver, or there is something new to say."""
+    """The severity increased, or the subject changed."""
     REMINDER = "reminder"
-    """It has lasted for another `alerts.repeat`."""
+    """The alert is still open after another `alerts.repeat`."""
     ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """An alert as it is at one moment.
+    """A snapshot of an alert.
 
-    `kind` and `about` together name it: two alerts with the same are one, which has come again. `about` is empty
-    where a kind needs none. `count` is how often it came. Times are milliseconds since the Unix epoch; `ended_at`
-    is None while it is open. `is_many` is for all alerts of a kind together that were too many to tell of each:
-    `about` is empty then, too.
+    `kind` and `about` identify it; raising the same again increments `count`. `about` is empty if the kind needs
+    none. Times are milliseconds since the Unix epoch; `ended_at` is None while the alert is open. `is_many`
+    marks the summary of all alerts of a kind that were too many to be sent one by one; its `about` is empty.
     """
 
     kind: AlertKind
@@ -61,7 +60,7 @@ class Alert:
     is_many: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """What receivers, and people, are shown of it."""
+        """Return the JSON fields of the alert."""
         return {
             "kind": self.kind.value,
             "about": self.about,
@@ -78,17 +77,17 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Something to tell of an alert. `number` grows by one from message to message of one process."""
+    """A message about an alert. `number` increases by one per message of a process."""
 
     number: int
     phase: Phase
     alert: Alert
 
     def as_json(self, origin: str, source: str) -> bytes:
-        """The message for a webhook or a command, one line of ASCII.
+        """Return the message for a webhook or command as one line of ASCII.
 
-        `origin` is random and the process's own: with the number it makes an id that no other message has, and that
-        stays the same when a message is sent again. `source` says which server it is, for people.
+        `origin` is random per process: with the number it forms a unique id, which stays the same when a message is
+        retried. `source` names the server for people.
         """
         fields: dict[str, Any] = {
             "format": FORMAT,
@@ -109,10 +108,10 @@ def _encode(fields: Mapping[str, Any]) -> bytes:
 
 
 def clean_text(text: str, limit: int) -> str:
-    """`text` on one line, and no longer than `limit`."""
+    """Return `text` escaped to one line and cut to `limit`."""
     return escape_text(escape_text(text, limit), limit)
 
 
 def clean_details(details: Mapping[str, object]) -> dict[str, Loggable]:
-    """The first details, each fit to be told: nothing secret, nothing large."""
+    """Return the first details, masked and bounded."""
     return {name: loggable(name, value) for name, value in list(details.items())[:MAX_DETAILS]}

@@ -1,23 +1,22 @@
-"""Which alerts are open, what is told of them and when, and what is told no more.
+"""Decide which alerts are open and which messages are sent about them (sans-IO).
 
-    raise_ / resolve / handle_time, each with `wall` and `now` -> messages, taken by `take`
+    raise_ / resolve / handle_time, each with `wall` and `now` -> messages, returned by `take_messages`
 
 Rules:
-- An alert is named by its kind and what it is about. Raised again while it is open, it is counted and not told,
-  unless it has become graver or its caller says that there is something new.
-- What was told is told of again: every `repeat_s` while it lasts, if it is grave enough (REMINDER), and when it is
-  over (ENDED). An event
-  does not last: it is over when it has not come for `quiet_s`, and that is told only if it came more often than
-  was told.
-- Of one kind at most `BURST` alerts in a row are told one by one, and one more every `REFILL_S`. Those beyond are
-  told of together, in one alert (`is_many`) that is told once `MANY_DELAY_S` after the first of them, and then at
-  most every `MANY_REPEAT_S`. While it is open no alert of this kind is told alone. It ends when none of them is
-  open, and there was none for `quiet_s`.
-- A kind keeps at most `MAX_OPEN` open alerts, and `MAX_HISTORY` that are over, for a day: an attacker who can
-  raise one kind pushes out none of another. What finds no room is counted among the many.
+- An alert is identified by its kind and subject. Raised again while open, it is only counted, unless its severity
+  increased or the caller marks it as changed.
+- An open alert of sufficient severity is repeated every `repeat_s` (REMINDER); its end is sent too (ENDED). An
+  alert about an event ends when the event has not recurred for `quiet_s`; that is sent only if the count has
+  grown.
+- At most `BURST` alerts of a kind are sent one by one, and one more every `REFILL_S`. Further ones are
+  summarised in one alert (`is_many`), sent `MANY_DELAY_S` after the first of them and then at most every
+  `MANY_REPEAT_S`. While it is open, no alert of this kind is sent separately. It ends when none of them is open
+  and there was none for `quiet_s`.
+- A kind keeps at most `MAX_OPEN` open alerts, and `MAX_HISTORY` ended ones for a day, so a flood of one kind
+  does not displace another. Alerts without room are counted in the summary.
 
-Pure: `wall` is milliseconds since the Unix epoch and only shown; `now` is monotonic seconds and what is reckoned
-with. It must not know: who is told, and how.
+`wall` is milliseconds since the Unix epoch, for display only; `now` is monotonic seconds. It must not know:
+receivers and delivery.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from zcproto.alerts.kinds import CATALOGUE, AlertKind, Ending, Severity
 from zcproto.observe.values import Loggable
 
 MAX_OPEN: Final = 256
-"""Alerts of one kind: more than there can be certificates in a configuration."""
+"""Open alerts per kind: more than the certificates of a configuration."""
 
 MAX_HISTORY: Final = 64
 HISTORY_S: Final = 86_400.0
@@ -44,7 +43,8 @@ _NOTHING: Final[Mapping[str, object]] = {}
 
 
 class _Row:
-    """An open alert. `told_at` is when it was last told of, None if never; `told_count` is its `count` of then."""
+    """An open alert. `sent_at` is the time of its last message, None without any; `sent_count` is `count` at
+    that time."""
 
     __slots__ = (
         "about",
@@ -55,10 +55,10 @@ class _Row:
         "is_many",
         "last_at",
         "last_now",
+        "sent_at",
+        "sent_count",
         "severity",
         "title",
-        "told_at",
-        "told_count",
     )
 
     def __init__(
@@ -72,10 +72,10 @@ class _Row:
         self.began_at = self.last_at = wall
         self.began_now = self.last_now = now
         self.count = 0
-        self.told_at: float | None = None
-        self.told_count = 0
+        self.sent_at: float | None = None
+        self.sent_count = 0
 
-    def came(self, title: str, details: Mapping[str, object], count: int, wall: int, now: float) -> None:
+    def update(self, title: str, details: Mapping[str, object], count: int, wall: int, now: float) -> None:
         self.title = clean_text(title, MAX_TITLE)
         self.details = clean_details(details)
         self.count += count
@@ -83,21 +83,21 @@ class _Row:
         self.last_now = now
 
 
-class _Shelf:
-    """All of one kind."""
+class _KindState:
+    """The alerts of one kind."""
 
-    __slots__ = ("filled_at", "history", "many", "rows", "tokens", "untold")
+    __slots__ = ("filled_at", "history", "many", "rows", "summarised", "tokens")
 
     def __init__(self) -> None:
         self.rows: dict[str, _Row] = {}
         self.many: _Row | None = None
-        self.untold = 0  # open rows that were not told one by one
+        self.summarised = 0  # open alerts that were not sent separately
         self.tokens = float(BURST)
         self.filled_at = 0.0
         self.history: deque[tuple[float, Alert]] = deque(maxlen=MAX_HISTORY)
 
     def admits(self, now: float) -> bool:
-        """Whether one more message of this kind may be sent; if so it counts as sent."""
+        """Take a token for one more message of this kind. Return False without one."""
         self.tokens = min(BURST, self.tokens + max(0.0, now - self.filled_at) / REFILL_S)
         self.filled_at = now
         if self.many is not None or self.tokens < 1:
@@ -109,25 +109,28 @@ class _Shelf:
 class AlertCenter:
     """All alerts of one server.
 
-    `repeat_s`: after so long an open alert is told again; None: never. `quiet_s`: so long an event must not have
-    come again to be over. `raised` and `told` count, by kind, what was raised and the messages about it.
+    Args:
+        repeat_s: interval of reminders about an open alert; None for no reminders.
+        quiet_s: time without recurrence after which an event ends.
+
+    `raised` and `sent` count by kind the alerts raised and the messages about them.
     """
 
     def __init__(self, *, repeat_s: float | None, quiet_s: float) -> None:
         self._repeat_s = repeat_s
         self._quiet_s = quiet_s
-        self._shelves = {kind: _Shelf() for kind in AlertKind}
+        self._kinds = {kind: _KindState() for kind in AlertKind}
         self._messages: list[Message] = []
         self._number = 0
         self.raised = dict.fromkeys(AlertKind, 0)
-        self.told = dict.fromkeys(AlertKind, 0)
+        self.sent = dict.fromkeys(AlertKind, 0)
 
     def reconfigure(self, *, repeat_s: float | None, quiet_s: float) -> None:
-        """Go by other times, for what is open too."""
+        """Apply new times, to open alerts too."""
         self._repeat_s = repeat_s
         self._quiet_s = quiet_s
 
-    # --- what happens --------------------------------------------------------------------------------
+    # --- input ---------------------------------------------------------------------------------------
 
     def raise_(
         self,
@@ -142,39 +145,39 @@ class AlertCenter:
         changed: bool = False,
         count: int = 1,
     ) -> None:
-        """Something is wrong, or has happened `count` times.
+        """Raise an alert, `count` times.
 
-        `title` is a sentence for people, `details` values for machines. `severity` is that of the kind if none is
-        given. `changed` says that it is worth another message though it is open already.
+        `title` is a sentence for people, `details` values for machines. `severity` defaults to that of the kind.
+        With `changed`, a message is sent even if the alert is already open.
         """
         self.raised[kind] += count
-        shelf = self._shelves[kind]
+        state = self._kinds[kind]
         about = clean_text(about, MAX_ABOUT)
         severity = CATALOGUE[kind].severity if severity is None else severity
-        row = shelf.rows.get(about)
+        row = state.rows.get(about)
         if row is not None:
-            graver = severity > row.severity
+            is_more_severe = severity > row.severity
             row.severity = severity
-            row.came(title, details, count, wall, now)
-            if row.told_at is None:
-                self._count_among_many(shelf, row, severity, count, wall, now)
-            elif graver or changed:
-                if shelf.admits(now):
-                    self._tell(kind, row, Phase.CHANGED, wall, now)
+            row.update(title, details, count, wall, now)
+            if row.sent_at is None:
+                self._summarise(state, row, severity, count, wall, now)
+            elif is_more_severe or changed:
+                if state.admits(now):
+                    self._send(kind, row, Phase.CHANGED, wall, now)
                 else:
-                    self._count_among_many(shelf, row, severity, count, wall, now)
+                    self._summarise(state, row, severity, count, wall, now)
             return
         row = _Row(about, severity, wall, now)
-        row.came(title, details, count, wall, now)
-        if len(shelf.rows) >= MAX_OPEN:
-            self._count_among_many(shelf, row, severity, count, wall, now)
+        row.update(title, details, count, wall, now)
+        if len(state.rows) >= MAX_OPEN:
+            self._summarise(state, row, severity, count, wall, now)
             return
-        shelf.rows[about] = row
-        if shelf.admits(now):
-            self._tell(kind, row, Phase.BEGAN, wall, now)
+        state.rows[about] = row
+        if state.admits(now):
+            self._send(kind, row, Phase.BEGAN, wall, now)
         else:
-            shelf.untold += 1
-            self._count_among_many(shelf, row, severity, count, wall, now)
+            state.summarised += 1
+            self._summarise(state, row, severity, count, wall, now)
 
     def resolve(
         self,
@@ -186,113 +189,113 @@ class AlertCenter:
         title: str = "",
         details: Mapping[str, object] = _NOTHING,
     ) -> None:
-        """It is over. Without a title the alert keeps what it has. Nothing happens if it was not open."""
-        shelf = self._shelves[kind]
-        row = shelf.rows.get(clean_text(about, MAX_ABOUT))
+        """End an alert; does nothing if it is not open. Without a title the alert keeps its own."""
+        state = self._kinds[kind]
+        row = state.rows.get(clean_text(about, MAX_ABOUT))
         if row is None:
             return
         if title:
-            row.came(title, details, 0, row.last_at, row.last_now)
-        self._end(kind, shelf, row, wall, now, tells=True)
+            row.update(title, details, 0, row.last_at, row.last_now)
+        self._end(kind, state, row, wall, now, is_sent=True)
 
     def handle_time(self, wall: int, now: float) -> None:
-        """Do what is due: end what is quiet, remind, tell of the many, forget what is over. Call it about once a
-        second."""
-        for kind, shelf in self._shelves.items():
-            if shelf.rows:
-                self._handle_rows(kind, shelf, wall, now)
-            if shelf.many is not None:
-                self._handle_many(kind, shelf, shelf.many, wall, now)
-            while shelf.history and now - shelf.history[0][0] > HISTORY_S:
-                shelf.history.popleft()
+        """End quiet alerts, send reminders and summaries, and expire the history. Call it about once a second."""
+        for kind, state in self._kinds.items():
+            if state.rows:
+                self._handle_rows(kind, state, wall, now)
+            if state.many is not None:
+                self._handle_many(kind, state, state.many, wall, now)
+            while state.history and now - state.history[0][0] > HISTORY_S:
+                state.history.popleft()
 
-    def _handle_rows(self, kind: AlertKind, shelf: _Shelf, wall: int, now: float) -> None:
+    def _handle_rows(self, kind: AlertKind, state: _KindState, wall: int, now: float) -> None:
         entry = CATALOGUE[kind]
-        for row in list(shelf.rows.values()):
+        for row in list(state.rows.values()):
             if entry.ending is Ending.QUIET:
                 if now - row.last_now >= self._quiet_s:
-                    self._end(kind, shelf, row, wall, now, tells=row.count > row.told_count)
-            elif row.severity >= entry.reminds_from and self._is_due(row.told_at, now):
-                self._tell(kind, row, Phase.REMINDER, wall, now)
+                    self._end(kind, state, row, wall, now, is_sent=row.count > row.sent_count)
+            elif row.severity >= entry.reminds_from and self._is_due(row.sent_at, now):
+                self._send(kind, row, Phase.REMINDER, wall, now)
 
-    def _handle_many(self, kind: AlertKind, shelf: _Shelf, many: _Row, wall: int, now: float) -> None:
-        if many.told_at is None:
+    def _handle_many(self, kind: AlertKind, state: _KindState, many: _Row, wall: int, now: float) -> None:
+        if many.sent_at is None:
             if now - many.began_now >= MANY_DELAY_S:
-                self._tell(kind, many, Phase.BEGAN, wall, now)
-        elif many.count > many.told_count and now - many.told_at >= MANY_REPEAT_S:
-            self._tell(kind, many, Phase.CHANGED, wall, now)
-        elif shelf.untold and self._is_due(many.told_at, now):
-            self._tell(kind, many, Phase.REMINDER, wall, now)
-        if many.told_at is not None and not shelf.untold and now - many.last_now >= self._quiet_s:
-            shelf.many = None
-            self._close(kind, shelf, many, wall, now, tells=True)
+                self._send(kind, many, Phase.BEGAN, wall, now)
+        elif many.count > many.sent_count and now - many.sent_at >= MANY_REPEAT_S:
+            self._send(kind, many, Phase.CHANGED, wall, now)
+        elif state.summarised and self._is_due(many.sent_at, now):
+            self._send(kind, many, Phase.REMINDER, wall, now)
+        if many.sent_at is not None and not state.summarised and now - many.last_now >= self._quiet_s:
+            state.many = None
+            self._close(kind, state, many, wall, now, is_sent=True)
 
-    def _is_due(self, told_at: float | None, now: float) -> bool:
-        return told_at is not None and self._repeat_s is not None and now - told_at >= self._repeat_s
+    def _is_due(self, sent_at: float | None, now: float) -> bool:
+        return sent_at is not None and self._repeat_s is not None and now - sent_at >= self._repeat_s
 
-    def _count_among_many(
-        self, shelf: _Shelf, row: _Row, severity: Severity, count: int, wall: int, now: float
+    def _summarise(
+        self, state: _KindState, row: _Row, severity: Severity, count: int, wall: int, now: float
     ) -> None:
-        many = shelf.many
+        many = state.many
         if many is None:
-            many = shelf.many = _Row("", severity, wall, now, is_many=True)
+            many = state.many = _Row("", severity, wall, now, is_many=True)
         many.severity = max(many.severity, severity)
-        many.came(
-            f"{many.count + count} more of this kind, not told one by one; the last: {row.title}",
+        many.update(
+            f"{many.count + count} more alerts of this kind, summarised; the last: {row.title}",
             {**row.details, "last_about": row.about},
             count,
             wall,
             now,
         )
 
-    def _end(self, kind: AlertKind, shelf: _Shelf, row: _Row, wall: int, now: float, *, tells: bool) -> None:
-        del shelf.rows[row.about]
-        if row.told_at is None:
-            shelf.untold -= 1
+    def _end(
+        self, kind: AlertKind, state: _KindState, row: _Row, wall: int, now: float, *, is_sent: bool
+    ) -> None:
+        del state.rows[row.about]
+        if row.sent_at is None:
+            state.summarised -= 1
         else:
-            self._close(kind, shelf, row, wall, now, tells=tells)
+            self._close(kind, state, row, wall, now, is_sent=is_sent)
 
     def _close(
-        self, kind: AlertKind, shelf: _Shelf, row: _Row, wall: int, now: float, *, tells: bool
+        self, kind: AlertKind, state: _KindState, row: _Row, wall: int, now: float, *, is_sent: bool
     ) -> None:
-        if tells:
-            self._tell(kind, row, Phase.ENDED, wall, now)
-        shelf.history.append((now, _alert(kind, row, wall)))
+        if is_sent:
+            self._send(kind, row, Phase.ENDED, wall, now)
+        state.history.append((now, _alert(kind, row, wall)))
 
-    def _tell(self, kind: AlertKind, row: _Row, phase: Phase, wall: int, now: float) -> None:
+    def _send(self, kind: AlertKind, row: _Row, phase: Phase, wall: int, now: float) -> None:
         self._number += 1
-        self.told[kind] += 1
-        row.told_at, row.told_count = now, row.count
+        self.sent[kind] += 1
+        row.sent_at, row.sent_count = now, row.count
         ended_at = wall if phase is Phase.ENDED else None
         self._messages.append(Message(self._number, phase, _alert(kind, row, ended_at)))
 
-    # --- what comes out ------------------------------------------------------------------------------
+    # --- output --------------------------------------------------------------------------------------
 
-    def take(self) -> list[Message]:
-        """The messages since the last time."""
+    def take_messages(self) -> list[Message]:
+        """Return and clear the pending messages."""
         messages, self._messages = self._messages, []
         return messages
 
     def open_alerts(self) -> list[Alert]:
-        """What was told of and is not over, the gravest first, and of these the newest."""
+        """Return the open alerts that were sent, most severe and then newest first."""
         rows = [
             _alert(kind, row, None)
-            for kind, shelf in self._shelves.items()
-            for row in [*shelf.rows.values(), *([] if shelf.many is None else [shelf.many])]
-            if row.told_at is not None
+            for kind, state in self._kinds.items()
+            for row in [*state.rows.values(), *([] if state.many is None else [state.many])]
+            if row.sent_at is not None
         ]
         return sorted(rows, key=lambda alert: (-alert.severity, -alert.began_at))
 
     def history(self) -> list[Alert]:
-        """What was told of and ended within the last day, the newest first."""
-        ended = [each for shelf in self._shelves.values() for each in shelf.history]
+        """Return the alerts that ended within the last day, newest first."""
+        ended = [each for state in self._kinds.values() for each in state.history]
         return [alert for _, alert in sorted(ended, key=lambda each: each[0], reverse=True)]
 
     def __len__(self) -> int:
-        """Alerts that are kept, open or over: it has a bound, whatever happens."""
+        """Return the number of alerts kept, open or ended, which is bounded."""
         return sum(
-            len(shelf.rows) + (shelf.many is not None) + len(shelf.history)
-            for shelf in self._shelves.values()
+            len(state.rows) + (state.many is not None) + len(state.history) for state in self._kinds.values()
         )
 
 

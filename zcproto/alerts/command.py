@@ -1,13 +1,13 @@
-"""Messages to a program: run once for each, with the message as JSON on its standard input.
+"""Run a program for each message, with the message as JSON on its standard input.
 
 Rules:
-- No shell: the arguments are what the configuration says, and nothing of a message is among them.
-- The program gets a small environment, no descriptor but the three standard ones, and a session of its own. After
-  its time it is killed with all that it has started there.
-- Of its output the first `MAX_OUTPUT` bytes are kept, for whoever looks for a fault; the rest is read and dropped.
-- It has taken the message when it ends with exit code 0.
+- No shell: the arguments come from the configuration alone, never from a message.
+- The program gets a minimal environment, only the three standard descriptors, and its own session. After the
+  timeout it is killed with everything it has started there.
+- The first `MAX_OUTPUT` bytes of its output are kept for diagnosis; the rest is discarded.
+- The message is delivered if the program exits with code 0.
 
-It must not know: what a message says.
+It must not know: the content of a message.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from zcproto.errors import ConfigError
 
 MAX_OUTPUT: Final = 4_096
 SHOWN: Final = 200
-"""Characters of its output that are told when it fails."""
+"""Characters of its output shown when it fails."""
 
 TRIES: Final = 3
-"""A program that has failed may have done a part of its work."""
+"""Few attempts, because a failed program may have done a part of its work."""
 
 PASSED_ON: Final = ("PATH", "HOME", "LANG", "TZ")
-"""Variables that the program gets, if they are there. Others may hold passphrases."""
+"""Environment variables passed to the program. Others may contain passphrases."""
 
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin"
 _READ: Final = 65_536
@@ -44,7 +44,7 @@ _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Command:
-    """A sink that runs a program. Raises ConfigError if there is none, or if others may write to it."""
+    """A sink that runs a program. Raises ConfigError if it cannot be run or others may write to it."""
 
     name = "command"
 
@@ -56,7 +56,7 @@ class Command:
 
     @property
     def where(self) -> str:
-        """The program."""
+        """Return the path of the program."""
         return escape_text(self._arguments[0])
 
     async def deliver(self, body: bytes) -> str:
@@ -67,28 +67,30 @@ class Command:
                 output.close_write_end()
                 try:
                     async with asyncio.timeout(self._timeout):
-                        said = await output.read(loop)
+                        printed = await output.read(loop)
                         code = await loop.run_in_executor(None, process.wait)
                 except BaseException:
                     _kill(process)
                     await loop.run_in_executor(None, process.wait)
                     raise
         except TimeoutError:
-            raise Undelivered(f"it did not end within {self._timeout:g} s", tries=TRIES) from None
+            raise Undelivered(f"the program did not end within {self._timeout:g} s", tries=TRIES) from None
         except OSError as error:
-            raise Undelivered(f"it cannot be run: {error.strerror}", tries=TRIES) from error
+            raise Undelivered(f"the program cannot be run: {error.strerror}", tries=TRIES) from error
         if code:
             ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise Undelivered(f"it ended with {ended}{f': {said}' if said else ''}", tries=TRIES)
-        return f"exit code 0{f': {said}' if said else ''}"
+            raise Undelivered(
+                f"the program ended with {ended}{f': {printed}' if printed else ''}", tries=TRIES
+            )
+        return f"exit code 0{f': {printed}' if printed else ''}"
 
     async def _begin(
         self, loop: asyncio.AbstractEventLoop, stdin: IO[bytes], stdout: int
     ) -> subprocess.Popen[bytes]:
-        # In a thread, as the disk may be slow; and not by the loop's own means: those of uvloop let a program have
-        # every descriptor that can be inherited, such as a listening socket of systemd's.
+        # In a thread, because the disk may be slow; not with the loop's own subprocesses, because uvloop passes
+        # on every inheritable descriptor, such as a listening socket of systemd.
         def run() -> subprocess.Popen[bytes]:
-            return subprocess.Popen(  # noqa: S603 - the arguments are the configuration's
+            return subprocess.Popen(  # noqa: S603 - the arguments come from the configuration
                 self._arguments,
                 stdin=stdin,
                 stdout=stdout,
@@ -107,7 +109,7 @@ class Command:
 
 
 class _Output:
-    """A pipe for what a program says. Our own, so that it can be let go of while somebody still holds its end."""
+    """A pipe for the output of a program, which can be closed while another process still holds its other end."""
 
     def __init__(self) -> None:
         read_end, self.write_end = os.pipe()
@@ -125,13 +127,13 @@ class _Output:
             self._file.close()
 
     def close_write_end(self) -> None:
-        """Keep the reading end alone; the program has the other one."""
+        """Close the write end, which the program has inherited."""
         if self.write_end >= 0:
             os.close(self.write_end)
             self.write_end = -1
 
     async def read(self, loop: asyncio.AbstractEventLoop) -> str:
-        """The beginning of what is said until the last one who could say anything has ended."""
+        """Read until every writer has closed the pipe. Return the beginning of the output."""
         reader = asyncio.StreamReader(loop=loop)
         self._transport, _ = await loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader, loop=loop), self._file
@@ -143,8 +145,8 @@ class _Output:
 
 
 def _file_of(body: bytes) -> IO[bytes]:
-    """A file with the message, at its beginning: a program need not read it, and nobody waits until it does."""
-    # In memory where the system can: a full disk may be what there is to tell.
+    """Return a file that contains the message, so that a program that does not read it blocks nothing."""
+    # In memory if possible: the alert may be about a full disk.
     in_memory = hasattr(os, "memfd_create")
     file: IO[bytes] = open(os.memfd_create("alert"), "w+b") if in_memory else tempfile.TemporaryFile()  # noqa: SIM115
     file.write(body + b"\n")
@@ -153,13 +155,13 @@ def _file_of(body: bytes) -> IO[bytes]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the program with all that it has started in its session."""
+    """Kill the program with everything in its session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def _kill_begun(beginning: asyncio.Future[subprocess.Popen[bytes]]) -> None:
-    """End a program that nobody waits for any more."""
+    """Kill a program whose start was cancelled."""
     if not beginning.cancelled() and beginning.exception() is None:
         process = beginning.result()
         _kill(process)
@@ -173,7 +175,7 @@ def _check(path: Path) -> None:
     except OSError as error:
         raise ConfigError([f"{key}: {escape_text(str(path))} cannot be run: {error.strerror}"]) from error
     if not stat.S_ISREG(status.st_mode) or not os.access(path, os.X_OK):
-        raise ConfigError([f"{key}: {escape_text(str(path))} is no program that this user may run"])
+        raise ConfigError([f"{key}: {escape_text(str(path))} is not a program that this user may run"])
     if status.st_mode & _OTHERS_WRITE:
         raise ConfigError(
             [f"{key}: others may write to {escape_text(str(path))}, which runs as this user; run: chmod go-w"]

@@ -1,12 +1,12 @@
-"""Decides when events are so many that somebody must know, and when they are few again.
+"""Decide when the growth of a counter begins and ends to be an alert (sans-IO).
 
-    counters, read now and then -> sums over a sliding window -> BEGAN / GOES_ON / ENDED
+    counters, read periodically -> sums over a sliding window -> BEGAN / CONTINUED / ENDED
 
 Rules:
-- It begins when the window holds `threshold` events. It ends when the window has held no more than half of them for
-  `quiet_s`: what hovers about the threshold begins once.
-- Counters are read by whoever has them, once in a while: an event costs no more than the integer it is counted by.
-- A counter that went down has begun anew.
+- It begins when the window holds `threshold` events, and ends when the window has held at most half of them for
+  `quiet_s`. This hysteresis prevents flapping around the threshold.
+- Counters are plain integers read from outside, so an event costs only its increment.
+- A counter that decreases has been reset.
 
 It must not know: what is counted, clocks; `now` is monotonic seconds.
 """
@@ -18,12 +18,12 @@ from enum import Enum
 from typing import Final
 
 SLOTS: Final = 60
-"""Parts of a window: a sum is of a time that is too long by less than one part."""
+"""Parts of a window: a sum covers up to one part more than the window."""
 
 
 @dataclass(frozen=True, slots=True)
 class RateRule:
-    """How many events, within how many seconds, and for how long there must be few."""
+    """The threshold of events within `window_s`, and the quiet time before the end."""
 
     threshold: int
     window_s: float
@@ -32,14 +32,14 @@ class RateRule:
 
 class RateState(Enum):
     BEGAN = "began"
-    GOES_ON = "goes_on"
-    """It has begun before, and there were more events."""
+    CONTINUED = "continued"
+    """More events after the beginning."""
     ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
 class RateChange:
-    """What became of one counter. `events` are those since it was read last, `in_window` those of the window."""
+    """A change of one counter. `events` are those since the last reading, `in_window` those of the window."""
 
     state: RateState
     events: int
@@ -47,14 +47,14 @@ class RateChange:
 
 
 class RateWatch:
-    """Watches one counter, which begins at `total`."""
+    """Watch one counter, which starts at `total`."""
 
     __slots__ = ("_is_on", "_low_since", "_rule", "_slots", "_sum", "_total")
 
     def __init__(self, rule: RateRule, total: int = 0) -> None:
-        assert rule.threshold >= 1, "no event is no alert"
+        assert rule.threshold >= 1, "a threshold below 1 would always alert"
         self._rule = rule
-        self._slots: dict[int, int] = {}  # events by part of time, the oldest first
+        self._slots: dict[int, int] = {}  # events by part of time, oldest first
         self._sum = 0
         self._total = total
         self._is_on = False
@@ -62,14 +62,14 @@ class RateWatch:
 
     @property
     def is_on(self) -> bool:
-        """Whether it has begun and not ended."""
+        """Return True between BEGAN and ENDED."""
         return self._is_on
 
     def read(self, total: int, now: float) -> RateChange | None:
-        """Take in what the counter says now."""
+        """Process the current value of the counter."""
         events = total - self._total if total >= self._total else total
         self._total = total
-        self._let_go(now)
+        self._expire(now)
         if events:
             part = self._part(now)
             self._slots[part] = self._slots.get(part, 0) + events
@@ -91,12 +91,12 @@ class RateWatch:
         elif now - self._low_since >= rule.quiet_s:
             self._is_on = False
             return RateState.ENDED
-        return RateState.GOES_ON if events else None
+        return RateState.CONTINUED if events else None
 
     def _part(self, now: float) -> int:
         return int(now * SLOTS // self._rule.window_s)
 
-    def _let_go(self, now: float) -> None:
+    def _expire(self, now: float) -> None:
         oldest = self._part(now) - SLOTS
         for part in [each for each in self._slots if each <= oldest]:
             self._sum -= self._slots.pop(part)

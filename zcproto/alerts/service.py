@@ -1,13 +1,13 @@
-"""The alerts of a server: from whoever sees that something is wrong to the log, the webhook and the command.
+"""Run the alerts of a server, from its parts to the log and the sinks.
 
-    raise_ / resolve, and counters that are read once a second -> AlertCenter -> log, and a SinkQueue for each sink
+    raise_ / resolve, and counters read once a second -> AlertCenter -> log, and a SinkQueue for each sink
 
 Rules:
-- Raising an alert never waits and never raises: whoever sees a fault has other things to do.
-- What can come often is counted where it happens, by a plain integer, and judged here once a second.
-- That a sink is down is an alert itself, for the others; the sink hears of it when it is back.
+- Raising an alert never waits and never raises.
+- Frequent events are counted by a plain integer where they happen, and evaluated here once a second.
+- A failing sink is an alert itself, sent by the other sinks and, on recovery, by that sink too.
 
-It must not know: what the alerts are about; that is in alert_sources.py.
+It must not know: the causes of alerts (runtime/alert_sources.py).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from zcproto.config import AlertsConfig
 from zcproto.observe.log import get_logger
 
 SINKS: Final = (Webhook.name, Command.name)
-"""All that there can be."""
+"""Names of all possible sinks."""
 
 TICK_S: Final = 1.0
 STOP_S: Final = 3.0
-"""For what waits when the server ends. Service managers wait longer, and clients are gone by then."""
+"""Seconds to deliver queued messages at shutdown, less than service managers wait."""
 
 LEAST_SECRET: Final = 16
-"""Characters of a webhook's secret: fewer could be guessed from one message."""
+"""Minimum characters of a webhook's secret: a shorter one could be guessed from one message."""
 
 _NOTHING: Final[Mapping[str, object]] = {}
 _ORIGIN_SIZE: Final = 8
@@ -45,8 +45,8 @@ _RANDOM_SIZE: Final = 4
 log = get_logger("zcproto.alerts")
 
 
-class _Watched(NamedTuple):
-    """A counter that is an alert if it grows too fast. `title` gets the number of events in the window."""
+class _WatchedCounter(NamedTuple):
+    """A counter that raises an alert if it grows too fast. `title` gets the number of events in the window."""
 
     kind: AlertKind
     about: str
@@ -57,7 +57,7 @@ class _Watched(NamedTuple):
 
 
 class ServerAlerts:
-    """All alerts of one server. `source` says to receivers which server it is."""
+    """All alerts of one server. `source` names the server to receivers."""
 
     def __init__(
         self, config: AlertsConfig, sinks: Sequence[Sink], *, clock: Clock, entropy: Entropy, source: str = ""
@@ -67,9 +67,9 @@ class ServerAlerts:
         self.center = AlertCenter(repeat_s=config.repeat, quiet_s=config.quiet)
         self._clock = clock
         self.origin = entropy(_ORIGIN_SIZE).hex()
-        """Tells the messages of this process from those of others."""
-        self._watched: dict[tuple[AlertKind, str], _Watched] = {}
-        self._before: dict[tuple[AlertKind, str], _Watched] = {}
+        """Random id of this process in the ids of messages."""
+        self._watched: dict[tuple[AlertKind, str], _WatchedCounter] = {}
+        self._before: dict[tuple[AlertKind, str], _WatchedCounter] = {}
         self._entropy = entropy
         self._running = False
         self._ending: set[asyncio.Task[None]] = set()
@@ -84,14 +84,14 @@ class ServerAlerts:
     def reconfigure(
         self, config: AlertsConfig, sinks: Sequence[Sink], watch: Callable[[ServerAlerts], None]
     ) -> None:
-        """Go by another configuration. `watch` has the counters watched, as it did at first.
+        """Apply another configuration. `watch` registers the counters again.
 
-        What waits for a sink goes to the one that takes its place. What waits for one that is no more is delivered
-        as far as that goes within `STOP_S`.
+        Queued messages go to the sink that replaces theirs; those of a removed sink are delivered within
+        `STOP_S` or dropped.
         """
         self.config = config
         self.center.reconfigure(repeat_s=config.repeat, quiet_s=config.quiet)
-        self._take_sinks(sinks)
+        self._replace_sinks(sinks)
         self._before, self._watched = self._watched, {}
         watch(self)
         before, self._before = self._before, {}
@@ -100,7 +100,7 @@ class ServerAlerts:
             if old.watch.is_on and (new is None or new.watch is not old.watch):
                 self.resolve(kind, about=about)
 
-    def _take_sinks(self, sinks: Sequence[Sink]) -> None:
+    def _replace_sinks(self, sinks: Sequence[Sink]) -> None:
         queues = {queue.name: queue for queue in self.queues}
         self.queues = []
         for sink in sinks:
@@ -112,12 +112,12 @@ class ServerAlerts:
             queue.sink = sink
             self.queues.append(queue)
         for queue in queues.values():
-            self.resolve(AlertKind.UNDELIVERED, f"the {queue.name} is configured no more", about=queue.name)
+            self.resolve(AlertKind.UNDELIVERED, f"the {queue.name} is no longer configured", about=queue.name)
             ending = asyncio.get_running_loop().create_task(queue.stop(STOP_S))
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
 
-    # --- what happens --------------------------------------------------------------------------------
+    # --- input ---------------------------------------------------------------------------------------
 
     def raise_(
         self,
@@ -130,7 +130,7 @@ class ServerAlerts:
         count: int = 1,
         details: Mapping[str, object] = _NOTHING,
     ) -> None:
-        """As `AlertCenter.raise_`, now."""
+        """Raise an alert now, see `AlertCenter.raise_`."""
         self.center.raise_(
             kind,
             title,
@@ -147,7 +147,7 @@ class ServerAlerts:
     def resolve(
         self, kind: AlertKind, title: str = "", *, about: str = "", details: Mapping[str, object] = _NOTHING
     ) -> None:
-        """As `AlertCenter.resolve`, now."""
+        """Resolve an alert now, see `AlertCenter.resolve`."""
         self.center.resolve(
             kind, about=about, title=title, details=details, wall=self._clock.wall(), now=self._clock.now()
         )
@@ -161,7 +161,7 @@ class ServerAlerts:
         title: Callable[[int], str],
         about: str = "",
     ) -> None:
-        """Raise an alert while a counter grows by `threshold` or more within the window; 0: never."""
+        """Raise an alert while a counter grows by at least `threshold` within the window; 0 for never."""
         if threshold:
             rule = RateRule(threshold, self.config.rate_window, self.config.quiet)
             old = self._before.get((kind, about))
@@ -169,29 +169,29 @@ class ServerAlerts:
                 rate = RateWatch(rule)
             elif old.rule == rule:
                 rate = old.watch
-            else:  # what was counted before is of another window
+            else:  # the previous count is of another window
                 rate = RateWatch(rule, read())
-            self._watched[kind, about] = _Watched(kind, about, read, rate, title, rule)
+            self._watched[kind, about] = _WatchedCounter(kind, about, read, rate, title, rule)
 
-    # --- its own life --------------------------------------------------------------------------------
+    # --- lifecycle -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to deliver. What was raised before waits."""
+        """Start delivery, including alerts raised before."""
         self._running = True
         for queue in self.queues:
             queue.start()
 
     async def run(self) -> None:
-        """Look once a second, until cancelled."""
+        """Evaluate counters once a second until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
             try:
                 self.tick()
-            except Exception as error:  # a fault of ours must not end the alerts
+            except Exception as error:  # an internal error must not stop alerts
                 log.error("alert.tick_failed", exc_info=error)
 
     def tick(self) -> None:
-        """Judge the counters, and do what is due."""
+        """Evaluate the counters and due timers."""
         now = self._clock.now()
         for each in self._watched.values():
             change = each.watch.read(each.read(), now)
@@ -211,19 +211,19 @@ class ServerAlerts:
         self._send()
 
     async def stop(self) -> None:
-        """Deliver what waits, as far as that goes within `STOP_S`."""
+        """Deliver queued messages within `STOP_S`."""
         await asyncio.gather(*(queue.stop(STOP_S) for queue in self.queues), *self._ending)
 
-    # --- what goes out -------------------------------------------------------------------------------
+    # --- output --------------------------------------------------------------------------------------
 
     def _send(self) -> None:
-        for message in self.center.take():
+        for message in self.center.take_messages():
             _log(message)
             alert = message.alert
             body = message.as_json(self.origin, self.source)
             for queue in self.queues:
-                is_about_it = alert.kind is AlertKind.UNDELIVERED and alert.about == queue.name
-                if not is_about_it or message.phase is Phase.ENDED:
+                is_about_sink = alert.kind is AlertKind.UNDELIVERED and alert.about == queue.name
+                if not is_about_sink or message.phase is Phase.ENDED:
                     queue.put(body, f"{alert.kind.value} {message.phase.value}")
 
     def _sink_down(self, name: str, reason: str) -> None:
@@ -233,10 +233,10 @@ class ServerAlerts:
     def _sink_up(self, name: str) -> None:
         self.resolve(AlertKind.UNDELIVERED, f"alerts reach the {name} again", about=name)
 
-    # --- what operators see --------------------------------------------------------------------------
+    # --- reports -------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """Open alerts, those of the last day that are over, and how delivery goes: for lists and pages."""
+        """Return the open alerts, those ended within the last day, and the state of delivery, as JSON fields."""
         return {
             "open": [alert.as_dict() for alert in self.center.open_alerts()],
             "over": [alert.as_dict() for alert in self.center.history()],
@@ -255,7 +255,7 @@ class ServerAlerts:
 
 
 def sinks_of(config: AlertsConfig, clock: Clock) -> list[Sink]:
-    """The sinks that are configured. Raises ConfigError for what waiting cannot mend, with all faults."""
+    """Return the configured sinks. Raises ConfigError with all faults that a retry cannot fix."""
     sinks: list[Sink] = []
     if config.webhook:
         secret = None

@@ -1,15 +1,14 @@
-"""How messages get to those who take them: a bounded queue for each, with tries again.
+"""Deliver messages to sinks, with a bounded queue and retries for each.
 
-    put -> queue -> sink.deliver -> done, or after a delay once more, or lost
+    put -> queue -> sink.deliver -> delivered, retried after a delay, or lost
 
 Rules:
-- Whatever a sink does, nobody else waits for it. Messages go out in their order, one at a time.
-- A message is tried again after a random part of a delay that doubles, for as long as `MAX_AGE_S`, or as often as
-  the failure says.
-- The queue has a bound. Where there is no room, the oldest goes: what is now counts more than what was.
-- What is lost is counted and logged.
+- A slow sink delays nothing else. Messages are delivered in order, one at a time.
+- A message is retried with exponential backoff and jitter up to `MAX_AGE_S`, or as often as the failure allows.
+- A full queue drops its oldest message: current alerts matter more.
+- Lost messages are counted and logged.
 
-It must not know: what a message says, how a sink works.
+It must not know: the content of a message, how a sink works.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ from zcproto.common.clock import Clock
 from zcproto.observe.log import get_logger
 
 QUEUED: Final = 256
-"""Messages that wait for one sink, under 8 KiB each."""
+"""Maximum messages queued for one sink, under 8 KiB each."""
 
 MAX_AGE_S: Final = 3_600.0
-"""After an hour a message is no news."""
+"""Age after which a message is dropped."""
 
 FIRST_DELAY_S: Final = 1.0
 MAX_DELAY_S: Final = 120.0
 DOWN_AFTER: Final = 3
-"""Failures in a row after which a sink counts as down: one may be chance."""
+"""Consecutive failures after which a sink counts as down."""
 
 log = get_logger("zcproto.alerts")
 
 
 class Undelivered(Exception):
-    """A message did not arrive. The text says why, and holds no secret.
+    """A message was not delivered. The text is the reason, without secrets.
 
-    `tries` is how often it is worth while to try in all; None: as long as the message is not too old.
+    `tries` is the total number of attempts worth making; None: until the message is too old.
     """
 
     def __init__(self, reason: str, *, tries: int | None = None) -> None:
@@ -48,22 +47,22 @@ class Undelivered(Exception):
 
 
 class Sink(Protocol):
-    """Takes messages."""
+    """A receiver of messages."""
 
     @property
     def name(self) -> str:
-        """One word, for logs and metrics."""
+        """Return one word for logs and metrics."""
         ...
 
     @property
     def where(self) -> str:
-        """Where the messages go, for people; nothing secret."""
+        """Return the destination for people, without secrets."""
         ...
 
     async def deliver(self, body: bytes) -> str:
-        """Hand over one message; what the receiver said, for `zcproto alert test`. Raises Undelivered.
+        """Deliver one message. Return the receiver's answer for `zcproto alert test`. Raises Undelivered.
 
-        It ends within a time of its own, and can be cancelled.
+        It has its own timeout and can be cancelled.
         """
         ...
 
@@ -75,10 +74,10 @@ class _Waiting(NamedTuple):
 
 
 class SinkQueue:
-    """A sink with what waits for it. `random` gives numbers from 0 up to 1.
+    """A sink with its queue. `random` returns numbers in [0, 1).
 
-    `on_down` is called with a reason when deliveries fail again and again, `on_up` when one arrives after that. The
-    counts are for operators; `lost` are those that never arrived.
+    `on_down` is called with the reason when deliveries fail repeatedly, `on_up` when one succeeds after that.
+    `delivered`, `failures` and `lost` are counters.
     """
 
     def __init__(
@@ -112,17 +111,17 @@ class SinkQueue:
 
     @property
     def is_down(self) -> bool:
-        """Whether the last deliveries failed."""
+        """Return True if the last deliveries failed."""
         return self._in_a_row >= DOWN_AFTER
 
     def __len__(self) -> int:
-        """Messages that wait."""
+        """Return the number of queued messages."""
         return len(self._queue)
 
     def put(self, body: bytes, what: str) -> None:
-        """Have a message delivered. `what` names it in the log if it is lost."""
+        """Queue a message. `what` names it in the log if it is lost."""
         if len(self._queue) >= QUEUED:
-            self._lose(self._queue.popleft(), "too many wait")
+            self._lose(self._queue.popleft(), "the queue is full")
         self._queue.append(_Waiting(body, self._clock.now(), what))
         self._filled.set()
 
@@ -132,7 +131,7 @@ class SinkQueue:
         )
 
     async def stop(self, limit_s: float) -> None:
-        """Deliver what waits, as far as that can be done in one try each and within the limit; then end."""
+        """Deliver queued messages with one attempt each within the limit, then stop."""
         self._stopping.set()
         self._filled.set()
         running, self._running = self._running, None
@@ -168,7 +167,7 @@ class SinkQueue:
                 await self.sink.deliver(waiting.body)
             except Undelivered as error:
                 reason, limit = str(error), error.tries
-            except Exception as error:  # a fault of ours must not end the queue
+            except Exception as error:  # an internal error must not stop the queue
                 log.error("alert.sink_failed", sink=self.name, exc_info=error)
                 reason, limit = type(error).__name__, 1
             else:
@@ -186,7 +185,7 @@ class SinkQueue:
             delay_s = min(delay_s * 2, MAX_DELAY_S)
 
     async def _pause(self, seconds: float) -> None:
-        """Wait; not if the end has come."""
+        """Wait for the delay or until `stop`."""
         loop = asyncio.get_running_loop()
         waits = [loop.create_task(self._stopping.wait()), asyncio.ensure_future(self._sleep(seconds))]
         try:

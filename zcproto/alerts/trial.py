@@ -1,4 +1,4 @@
-"""A test alert, sent to each sink once: for `zcproto alert test`, with a server and without."""
+"""Send a test alert to each sink once, for `zcproto alert test` with and without a running server."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from zcproto.alerts.sinks import Sink, Undelivered
 from zcproto.common.clock import Clock
 from zcproto.common.text import escape_text
 
-TITLE: Final = "a test of zcproto: alerts arrive here"
+TITLE: Final = "test alert of zcproto: alerts are delivered here"
 _MS: Final = 1000
 
 
 async def try_sinks(sinks: Iterable[Sink], clock: Clock, origin: str, source: str) -> list[dict[str, Any]]:
-    """Try each sink once, one after the other; what came of it."""
+    """Deliver a test alert to each sink in turn. Return the results as JSON fields."""
     body = _message(clock.wall()).as_json(origin, source)
     results = []
     for sink in sinks:
         began = clock.now()
         try:
-            said, arrived = await sink.deliver(body), True
+            answer, arrived = await sink.deliver(body), True
         except Undelivered as error:
-            said, arrived = str(error), False
+            answer, arrived = str(error), False
         results.append(
             {
                 "sink": sink.name,
                 "where": sink.where,
                 "arrived": arrived,
                 "ms": round((clock.now() - began) * _MS),
-                "said": escape_text(said),
+                "said": escape_text(answer),
             }
         )
     return results

@@ -1,13 +1,13 @@
-"""Messages to a webhook: one POST for each, by HTTP/1.1 over TLS, signed.
+"""Post messages to a webhook: one signed POST each, by HTTP/1.1 over TLS.
 
 Rules:
-- A message has arrived when the answer's status is from 200 to 299. Redirects are not followed, proxies of the
-  environment are not used: nobody but who is configured gets to see a message.
-- A try has one limit of time, whatever arrives meanwhile, and takes in at most `MAX_ANSWER` bytes.
-- The certificate is checked, by the system's authorities or by those of `alerts.webhook_ca_file`.
-- The address may be a secret in itself: of it only the host is ever told.
+- A message is delivered if the status is 200 to 299. Redirects are not followed and proxies of the environment
+  are not used, so that only the configured host receives messages.
+- An attempt has one absolute timeout and reads at most `MAX_ANSWER` bytes.
+- The certificate is verified with the CAs of the system or of `alerts.webhook_ca_file`.
+- The URL may contain a secret: only its host appears in messages and logs.
 
-It must not know: what a message says.
+It must not know: the content of a message.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from zcproto.common.secret import Secret
 from zcproto.errors import ConfigError
 
 MAX_ANSWER: Final = 65_536
-"""Bytes of an answer that are taken in, those of its head included."""
+"""Maximum bytes of a response, its head included."""
 
 MAX_HEAD: Final = 16_384
 REFUSED_TRIES: Final = 3
-"""Tries of a message that the receiver does not want: it may be in the middle of a change."""
+"""Attempts for a message that the receiver refuses: it may be misconfigured only briefly."""
 
 USER_AGENT: Final = b"zcproto-alerts/1"
 CLOSE_S: Final = 1.0
-"""For the end of the connection, once there is an answer."""
+"""Seconds for closing the connection after the response."""
 
 _RETRIED: Final = frozenset({408, 425, 429})
 _READ: Final = 4_096
 
 
 class Webhook:
-    """A sink that posts messages to an address, which the configuration's rule has accepted.
+    """A sink that posts messages to a validated URL.
 
-    `secret` signs them; None: they are not signed. Raises ConfigError for a file of authorities that is none.
+    `secret` signs them; None for no signature. Raises ConfigError for an invalid CA file.
     """
 
     name = "webhook"
@@ -69,7 +69,7 @@ class Webhook:
 
     @property
     def where(self) -> str:
-        """The host that it sends to."""
+        """Return the host."""
         return self._host_header
 
     async def deliver(self, body: bytes) -> str:
@@ -82,9 +82,7 @@ class Webhook:
             reason = f"the certificate of {self._host} is not trusted: {error.verify_message}"
             raise Undelivered(reason) from error
         except ssl.SSLError as error:
-            raise Undelivered(
-                f"TLS with {self._host} failed: {error.reason or 'no reason is known'}"
-            ) from error
+            raise Undelivered(f"TLS with {self._host} failed: {error.reason or 'unknown reason'}") from error
         except OSError as error:
             raise Undelivered(f"{self._host} cannot be reached: {_reason(error)}") from error
         except h11.RemoteProtocolError as error:
@@ -96,7 +94,7 @@ class Webhook:
         raise Undelivered(f"{self._host} answered {status}{why}", tries=REFUSED_TRIES if is_refused else None)
 
     async def _post(self, body: bytes) -> int:
-        """Send one message; the status of the answer."""
+        """Send one message. Return the status of the response."""
         reader, writer = await self._connect()
         try:
             connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
@@ -109,7 +107,7 @@ class Webhook:
             writer.close()
             with contextlib.suppress(
                 OSError, TimeoutError
-            ):  # there is an answer: how it ends is all the same
+            ):  # after the response the way of closing does not matter
                 async with asyncio.timeout(CLOSE_S):
                     await writer.wait_closed()
             return status
@@ -117,7 +115,7 @@ class Webhook:
             writer.transport.abort()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection to the first of the host's addresses that answers."""
+        """Connect to the first address of the host that answers."""
         addresses = await _look_up(self._host, self._port)
         while True:
             address = addresses.pop(0)
@@ -129,7 +127,7 @@ class Webhook:
                     server_hostname=None if self._context is None else self._host,
                 )
             except OSError as error:
-                # What TLS says is the receiver's last word; where nobody answers there may be another address.
+                # A TLS error is final; for other errors try the next address.
                 if isinstance(error, ssl.SSLError) or not addresses:
                     raise
 
@@ -148,9 +146,10 @@ class Webhook:
 
 
 async def _look_up(host: str, port: int) -> list[str]:
-    """The addresses of a host. Raises OSError.
+    """Resolve a host. Raises OSError.
 
-    In a thread that nobody waits for at the end, unlike those of the loop: a resolver may take half a minute.
+    Uses a daemon thread, because shutdown would wait for the loop's own threads, and a resolver may take half a
+    minute.
     """
     loop = asyncio.get_running_loop()
     found: asyncio.Future[list[str]] = loop.create_future()
@@ -164,21 +163,21 @@ async def _look_up(host: str, port: int) -> list[str]:
 
     def look_up() -> None:
         addresses: list[str] = []
-        fault: OSError | None = None
+        failure: OSError | None = None
         try:
             infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
         except OSError as error:
-            fault = error
+            failure = error
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, addresses, fault)
+            loop.call_soon_threadsafe(settle, addresses, failure)
 
     threading.Thread(target=look_up, name="zcproto-alerts-name", daemon=True).start()
     return await found
 
 
 async def _status(connection: h11.Connection, reader: asyncio.StreamReader) -> int:
-    """The status of the final answer. What follows it is not read."""
+    """Return the status of the final response. Its body is not read."""
     received = 0
     while True:
         event = connection.next_event()
@@ -188,19 +187,19 @@ async def _status(connection: h11.Connection, reader: asyncio.StreamReader) -> i
             data = await reader.read(_READ)
             received += len(data)
             if received > MAX_ANSWER:
-                raise Undelivered("the answer never comes to its end")
+                raise Undelivered(f"the response is longer than {MAX_ANSWER} bytes")
             connection.receive_data(data)
 
 
 def _reason(error: OSError) -> str:
-    """What went wrong, in the system's words."""
+    """Return the system's message of an error."""
     if isinstance(error, socket.gaierror):
-        return error.strerror or "no such name"
+        return error.strerror or "unknown host"
     return os.strerror(error.errno) if error.errno is not None else type(error).__name__
 
 
 def _context(ca_file: Path | None) -> ssl.SSLContext:
-    # Not `create_default_context`, which heeds SSLKEYLOGFILE.
+    # Not `create_default_context`, which honours SSLKEYLOGFILE.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file is None:
@@ -209,7 +208,7 @@ def _context(ca_file: Path | None) -> ssl.SSLContext:
     try:
         context.load_verify_locations(ca_file)
     except ssl.SSLError as error:
-        raise ConfigError([f"alerts.webhook_ca_file: {ca_file} holds no certificates in PEM"]) from error
+        raise ConfigError([f"alerts.webhook_ca_file: {ca_file} contains no PEM certificates"]) from error
     except OSError as error:
         raise ConfigError([f"alerts.webhook_ca_file: {ca_file} cannot be read: {error.strerror}"]) from error
     return context
