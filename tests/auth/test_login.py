@@ -218,7 +218,7 @@ async def test_concurrent_guesses_are_limited(field: str) -> None:
     assert all(each.details == {"retry_after_ms": 1000} for each in refused)
     with pytest.raises(ResourceExhausted):
         await identified(login, params, ADDRESS, NOW)
-    assert login._pending == {}
+    assert tried == MAX_PENDING
 
 
 async def test_cancelled_login_is_no_longer_pending() -> None:
@@ -228,14 +228,19 @@ async def test_cancelled_login_is_no_longer_pending() -> None:
     login = Login([CallableAuthenticator("own", function)], Throttle())
     tasks = [
         asyncio.ensure_future(identified(login, {"scheme": "own", "user": "a"}, ADDRESS, NOW))
-        for _ in range(3)
+        for _ in range(MAX_PENDING)
     ]
     await asyncio.sleep(0)
-    assert login._pending == {"a": 3}
+    with pytest.raises(ResourceExhausted):
+        login.open({"scheme": "own", "user": "a"}, ADDRESS, NOW)
+    tasks.pop().cancel()
+    await asyncio.sleep(0)
+    tasks.append(asyncio.ensure_future(identified(login, {"scheme": "own", "user": "a"}, ADDRESS, NOW)))
+    await asyncio.sleep(0)
+    assert not tasks[-1].done()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert login._pending == {}
 
 
 async def test_concurrent_logins_without_a_name_are_not_limited() -> None:

@@ -319,8 +319,9 @@ def test_failure_to_create_the_folder_is_reported(tmp_path: Path) -> None:
         UserFile(tmp_path / "file" / "users.toml").add("alice")
 
 
-def test_too_large_file_is_not_written(path: Path, users: UserFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(users._file, "_max_bytes", 100)
+def test_too_large_file_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UserFile, "max_bytes", 100)
+    users = UserFile(path)
     users.add("a")
     with pytest.raises(ConfigError, match="would be larger than 100 bytes"):
         users.add("b")
@@ -404,10 +405,9 @@ def test_folder_and_fifo_are_refused(path: Path, users: UserFile) -> None:
     assert faults(users) == ["is not a regular file; check the path"]
 
 
-def test_file_above_the_size_limit_is_not_read(
-    path: Path, users: UserFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(users._file, "_max_bytes", 10)
+def test_too_large_file_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UserFile, "max_bytes", 10)
+    users = UserFile(path)
     write(path, "#" * 10)
     users.load()
     write(path, "#" * 11)

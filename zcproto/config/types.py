@@ -31,7 +31,8 @@ MAX_PATH: Final = 4096
 MAX_NETWORK: Final = 49
 """Characters of the longest IPv6 network, with an IPv4 address at its end and a prefix."""
 
-_MAX_NAME_BYTES: Final = 254
+MAX_DNS_NAME: Final = 253
+"""Characters of a DNS name without the dot at its end."""
 
 MAX_FAULTS: Final = 100
 """Faults reported at once. Each costs a search for the nearest name."""
@@ -154,11 +155,12 @@ def _accepts(words: str, schema: CoreSchema, **more: Any) -> Accepts:
 
 def whole(low: int, high: int, zero: str = "") -> Accepts:
     """Accept a whole number from `low` to `high`; with `zero`, also 0, which stands for what `zero` says."""
-    number = core_schema.int_schema(strict=True, ge=low, le=high)
-    if not zero:
-        return _accepts(f"a whole number from {low} to {high}", number, from_variable=_int_from)
-    either = core_schema.union_schema([number, core_schema.int_schema(strict=True, ge=0, le=0)])
-    return _accepts(f"a whole number from {low} to {high}, or 0 for {zero}", either, from_variable=_int_from)
+    words = f"a whole number from {low} to {high}"
+    schema: CoreSchema = core_schema.int_schema(strict=True, ge=low, le=high)
+    if zero:
+        words += f", or 0 for {zero}"
+        schema = core_schema.union_schema([schema, core_schema.int_schema(strict=True, ge=0, le=0)])
+    return _accepts(words, schema, from_variable=_int_from)
 
 
 def one_of(*choices: str) -> Accepts:
@@ -416,20 +418,21 @@ def _is_network(text: str) -> bool:
 
 def _is_certificate_name(text: str) -> bool:
     labels = text.removeprefix("*.").removesuffix(".").split(".")
-    is_name = len(text) <= 254 and all(label.replace("-", "").isalnum() for label in labels)
+    is_name = len(text) <= MAX_DNS_NAME + 1 and all(label.replace("-", "").isalnum() for label in labels)
     return is_name or _is_address(text)
 
 
 def _is_site_name(name: str) -> bool:
-    labels = name[:_MAX_NAME_BYTES].split(".")
+    if len(name) > MAX_DNS_NAME:
+        return False
+    labels = name.split(".")
     if labels[0] == "*":
         labels = labels[1:]
         # `*.com` would cover a whole registry: clients refuse such certificates.
         if len(labels) < 2:
             return False
     # Clients read a name that ends in a number as an IPv4 address (RFC 1123, section 2.1).
-    is_short = len(name) < _MAX_NAME_BYTES
-    return is_short and all(map(_LABEL.fullmatch, labels)) and not _NUMBER.fullmatch(labels[-1])
+    return all(map(_LABEL.fullmatch, labels)) and not _NUMBER.fullmatch(labels[-1])
 
 
 def _read_path(text: str) -> Path:
