@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.auth.helpers import write
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, Client
-from zcproto.auth import UserFile
-from zcproto.auth.directory import LOOK_INTERVAL, Users
+from zcproto.auth import CurrentUsers, Device, DeviceFile, Throttle, UserFile
+from zcproto.auth.directory import LOOK_INTERVAL, Devices, Users
+from zcproto.auth.files import TableFile
 from zcproto.common.home import Home
-from zcproto.errors import Code
+from zcproto.errors import Code, NotFound
 from zcproto.wire.frame import NO_TOKEN
 
+PUBLIC_KEY = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw()
 CHANGES = {
     "disable": lambda users: users.disable("ada"),
     "remove": lambda users: users.remove("ada"),
@@ -105,103 +111,171 @@ def test_users_of_a_custom_authenticator_are_not_checked(serve: Serve) -> None:
 # --- the watch ---------------------------------------------------------------------------------------
 
 
-class WatchedUsers:
-    """Users of a home folder, checked when a test says so."""
+class FakeSleep:
+    """Sleeps until a test lets the watch check its file."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self) -> None:
+        self.slept: list[float] = []
+        self._asleep = asyncio.Event()
+        self._awake = asyncio.Event()
+
+    async def __call__(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self._asleep.set()
+        await self._awake.wait()
+        self._awake.clear()
+
+    async def check(self) -> None:
+        """Return when the watch has checked the file once."""
+        await self._asleep.wait()
+        self._asleep.clear()
+        self._awake.set()
+        await self._asleep.wait()
+
+
+class Watched:
+    """A directory and the names that it reports as gone."""
+
+    directory: Users | Devices
+
+    def __init__(self) -> None:
         self.reported: list[str] = []
         self.fails = False
-        self.slept: list[float] = []
-        self.users = Users(Home(home), on_gone=self.on_gone, sleep=self.sleep)
+        self.sleep = FakeSleep()
 
-    async def on_gone(self, name: str) -> None:
+    async def on_gone(self, name: str, device: Device | None = None) -> int:
         self.reported.append(name)
         if self.fails:
             raise RuntimeError("the store is out")
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.looked.set()
-        await self.turn.wait()
-        self.turn.clear()
+        return 2
 
     async def run(self, *steps: Callable[[], object]) -> list[list[str]]:
-        """Return the users reported gone after each step."""
-        self.turn, self.looked = asyncio.Event(), asyncio.Event()
-        task = asyncio.ensure_future(self.users.watch())
+        """Return the names reported gone after each step."""
+        task = asyncio.ensure_future(self.directory.watch())
         reported = []
         for step in steps:
-            await self.looked.wait()
-            self.looked.clear()
             self.reported = []
             step()
-            self.turn.set()
-            await self.looked.wait()
+            await self.sleep.check()
             reported.append(self.reported)
         task.cancel()
         await asyncio.wait([task])
         return reported
 
 
+class WatchedUsers(Watched):
+    """Users of a home folder, checked when a test says so."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__()
+        self.directory: Users = Users(Home(home), on_gone=self.on_gone, sleep=self.sleep)
+
+
+class WatchedDevices(Watched):
+    """Devices of a home folder, checked when a test says so."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__()
+        self.file = DeviceFile(home / "devices.toml")
+        self.file.add("laptop", "ada", PUBLIC_KEY, datetime.now(UTC))
+        self.directory: Devices = Devices(
+            Home(home),
+            CurrentUsers(UserFile(home / "users.toml"), on_fault=pytest.fail),
+            Throttle(),
+            on_gone=self.on_gone,
+            on_refused=lambda reason, address: None,
+            sleep=self.sleep,
+        )
+
+
 async def test_each_gone_user_is_reported_once(users: UserFile) -> None:
     users.add("ada")
     users.add("bob")
-    watch = WatchedUsers(users.path.parent)
-    reported = await watch.run(
+    watched = WatchedUsers(users.path.parent)
+    reported = await watched.run(
         lambda: None, lambda: users.disable("ada"), lambda: None, lambda: users.remove("bob"), lambda: None
     )
     assert reported == [[], ["ada"], [], ["bob"], []]
-    assert set(watch.slept) == {LOOK_INTERVAL}
+    assert set(watched.sleep.slept) == {LOOK_INTERVAL}
+    assert LOOK_INTERVAL < 1
 
 
 async def test_change_found_by_a_login_is_reported(users: UserFile) -> None:
     users.add("ada")
-    watch = WatchedUsers(users.path.parent)
+    watched = WatchedUsers(users.path.parent)
     users.remove("ada")
-    assert watch.users.is_user("ada")
-    assert await watch.users.current.find("ada") is None
-    assert not watch.users.is_user("ada")
-    assert await watch.run(lambda: None) == [["ada"]]
+    assert watched.directory.is_user("ada")
+    assert await watched.directory.current.find("ada") is None
+    assert not watched.directory.is_user("ada")
+    assert await watched.run(lambda: None) == [["ada"]]
 
 
 async def test_gone_user_is_reported_again_after_a_failure(users: UserFile) -> None:
     users.add("ada")
     users.add("bob")
-    watch = WatchedUsers(users.path.parent)
-    watch.fails = True
-    reported = await watch.run(
+    watched = WatchedUsers(users.path.parent)
+    watched.fails = True
+    reported = await watched.run(
         lambda: users.disable("ada"),
         lambda: users.disable("bob"),
-        lambda: setattr(watch, "fails", False),
+        lambda: setattr(watched, "fails", False),
         lambda: None,
     )
     assert reported == [["ada"], ["ada", "bob"], ["ada", "bob"], []]
 
 
-async def test_internal_error_does_not_end_the_watch(
-    users: UserFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    users.add("ada")
-    watch = WatchedUsers(users.path.parent)
-    works = watch.users.current.refresh
-
-    async def broken() -> None:
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(type(watch.users.current), "refresh", lambda self: broken())
-    reported = await watch.run(
-        lambda: users.disable("ada"),
-        lambda: monkeypatch.setattr(type(watch.users.current), "refresh", lambda self: works()),
+async def test_gone_device_is_reported_again_after_a_failure(tmp_path: Path) -> None:
+    watched = WatchedDevices(tmp_path)
+    watched.fails = True
+    reported = await watched.run(
+        lambda: watched.file.remove("laptop"), lambda: setattr(watched, "fails", False), lambda: None
     )
-    assert reported == [[], ["ada"]]
+    assert reported == [["laptop"], ["laptop"], []]
+    assert watched.directory.known == {}
 
 
-async def test_unreadable_file_ends_no_session(users: UserFile) -> None:
+async def test_changed_user_loses_sessions_immediately(users: UserFile) -> None:
     users.add("ada")
-    watch = WatchedUsers(users.path.parent)
-    good = users.path.read_bytes()
-    reported = await watch.run(
-        lambda: users.path.write_bytes(b"nonsense"), users.path.unlink, lambda: users.path.write_bytes(good)
+    watched = WatchedUsers(users.path.parent)
+    assert await watched.directory.change(lambda file: file.disable("ada"), "ada") == (None, 2)
+    assert await watched.directory.change(lambda file: file.enable("ada"), "ada") == (None, 0)
+    assert watched.reported == ["ada"]
+
+
+async def test_removed_device_loses_sessions_immediately(tmp_path: Path) -> None:
+    watched = WatchedDevices(tmp_path)
+    device, ended = await watched.directory.remove("laptop")
+    assert (device.user, ended) == ("ada", 2)
+    with pytest.raises(NotFound):
+        await watched.directory.remove("laptop")
+
+
+@pytest.mark.parametrize("kind", [WatchedUsers, WatchedDevices])
+async def test_internal_error_does_not_end_the_watch(
+    users: UserFile, kind: type[WatchedUsers | WatchedDevices], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = kind(users.path.parent)
+    users.add("ada")
+    reported = await watched.run(
+        lambda: monkeypatch.setattr(TableFile, "changed", lambda self: 1 / 0),
+        monkeypatch.undo,
+        lambda: None,
     )
     assert reported == [[], [], []]
-    assert watch.users.is_user("ada")
+
+
+@pytest.mark.parametrize("kind", [WatchedUsers, WatchedDevices])
+async def test_unreadable_file_ends_no_session(
+    users: UserFile,
+    kind: type[WatchedUsers | WatchedDevices],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    users.add("ada")
+    watched = kind(users.path.parent)
+    path = watched.directory.current.file.path
+    good = path.read_bytes()
+    reported = await watched.run(lambda: write(path, "nonsense"), path.unlink, lambda: write(path, good))
+    assert reported == [[], [], []]
+    assert len(watched.directory.current.file) == 1
+    names = [json.loads(line)["event"].partition(".")[2] for line in capsys.readouterr().err.splitlines()]
+    assert names == ["unreadable", "unreadable", "readable"]

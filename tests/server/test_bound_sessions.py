@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,10 +13,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.server.helpers import EVENT, NO_TOKEN, Client, Frame, ServerThread, eventually, wall
-from zcproto.auth import CurrentUsers, Device, DeviceFile, PairingFile, Throttle, UserFile
+from zcproto.auth import DeviceFile, PairingFile, UserFile
 from zcproto.auth import pairing as pairing_module
-from zcproto.auth.directory import LOOK_INTERVAL, Devices
-from zcproto.common.home import Home
 from zcproto.errors import Code
 from zcproto.wire.signing import attach_message, open_message
 
@@ -423,76 +420,6 @@ def test_guesses_are_throttled_by_device_and_address(tmp_path: Path, certs: Path
         frame = client.refused("session.open", opening(client))
         assert frame.code == Code.RESOURCE_EXHAUSTED
         assert 0 < frame.details["retry_after_ms"] <= 1000
-
-
-# --- the watch over the file -------------------------------------------------------------------------
-
-
-class WatchedDevices:
-    """The devices of a home, with a sleep that lasts as long as the test says."""
-
-    def __init__(self, home: Path) -> None:
-        self.told: list[Any] = []
-        self.failing = False
-        self.file = DeviceFile(home / "devices.toml")
-        self.file.add("laptop", "ada", public("laptop"), datetime.now(UTC))
-        self.turns: asyncio.Queue[None] = asyncio.Queue()
-        self.slept: list[float] = []
-        self.at_rest = asyncio.Event()
-        self.devices = Devices(
-            Home(home),
-            CurrentUsers(UserFile(home / "users.toml"), on_fault=pytest.fail),
-            Throttle(),
-            on_gone=self.gone,
-            on_refused=lambda reason, address: None,
-            sleep=self.sleep,
-        )
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.at_rest.set()
-        await self.turns.get()
-
-    async def gone(self, name: str, device: Device) -> None:
-        self.told.append((name, device.user))
-        if self.failing:
-            raise RuntimeError("the store is out")
-
-    async def look(self) -> None:
-        self.at_rest.clear()
-        self.turns.put_nowait(None)
-        await self.at_rest.wait()
-
-
-async def test_removal_of_device_is_retried_until_sessions_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watch = WatchedDevices(tmp_path / "home")
-    task = asyncio.create_task(watch.devices.watch())
-    try:
-        await asyncio.sleep(0)
-        await watch.look()
-        assert watch.told == []
-        watch.file.remove("laptop")
-        watch.failing = True
-        await watch.look()
-        await watch.look()
-        watch.failing = False
-        await watch.look()
-        await watch.look()
-        assert watch.told == [("laptop", "ada")] * 3
-        assert set(watch.slept) == {LOOK_INTERVAL}
-        assert LOOK_INTERVAL < 1
-        monkeypatch.setattr(DeviceFile, "changed", lambda self: 1 / 0)
-        await watch.look()  # a fault of ours does not end it
-        monkeypatch.undo()
-        await watch.look()
-        watch.file.path.write_text("nonsense")
-        await watch.look()
-        watch.file.path.write_text("")
-        await watch.look()
-    finally:
-        task.cancel()
 
 
 def test_removed_devices_leave_nothing(office: Office) -> None:
