@@ -191,7 +191,8 @@ def report(found: dict[Case, list[tuple[float, float]]]) -> Report:
         }
         for column, value in values.items():
             below = case.bar if column == "ratio" else None
-            columns[column].append(Row(case.name, case.name, value, case.unit, below=below))
+            unit = case.unit if column in ("measured", "reference") else ""
+            columns[column].append(Row(case.name, case.name, value, unit, below=below))
     return Report(columns)
 
 

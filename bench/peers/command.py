@@ -107,7 +107,7 @@ def report(figures: Figures, plan: Plan, versions: dict[str, str]) -> Report:
                     ours / theirs for ours, theirs in zip(by_round[ZCPROTO], by_round[name], strict=True)
                 ]
                 key, bar = f"{figure}_ratio", BARS[figure].get(name)
-                rows.append(Row(key, "zcproto's part of it", statistics.median(ratios), below=bar))
+                rows.append(Row(key, f"{label}: zcproto / it", statistics.median(ratios), below=bar))
     notes = [
         f"echo of {plan.payload_bytes} bytes; {plan.held:,} connections held",
         *(f"{name}: {FIGURES[figure][0]}: {NOTES[name][figure]}" for figure in rounds for name in NAMES),

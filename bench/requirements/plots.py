@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.curves.fit import line
-from bench.curves.watch import Pauses
 from bench.requirements.run import Drawn
+from bench.samples import Span
 from zcproto.load.plot import BLUE, GREEN, INK, LINES, draw_latencies, head, plain
 from zcproto.observe.loop_lag import BOUNDS_MS
 
@@ -22,7 +22,6 @@ FAINT_INK: Final = "#52606d"
 COLORS: Final = (BLUE, ORANGE, GREEN, GREY)
 SIZE: Final = (9.0, 3.9)
 MIB: Final = 1024 * 1024
-MINUTE: Final = 60.0
 
 Plots = dict[str, Figure]
 """By their captions."""
@@ -96,7 +95,7 @@ def _handshakes(drawn: Drawn) -> Figure:
 def _memory_points(drawn: Drawn) -> tuple[list[float], list[float]]:
     """Return connections, and MiB above the first sample."""
     assert drawn.many is not None
-    samples = [each for each in drawn.many.samples if each.phase == "connect"]
+    samples = drawn.many.samples.get("connect")
     if not samples:
         return [], []
     first = samples[0]
@@ -171,31 +170,22 @@ def micros(value: float) -> str:
     return f"{value:.3g} us"
 
 
-def pause_spans(drawn: Drawn) -> dict[str, Pauses]:
-    """Return the pauses of the watched times, by what happened in them."""
-    spans: dict[str, Pauses] = {}
+def pause_spans(drawn: Drawn) -> dict[str, Span]:
+    """Return the watched times, by what happened in them."""
+    spans: dict[str, Span | None] = {}
     if drawn.many is not None:
-        for phase, name in (("connect", "connections arrive"), ("load", "under load")):
-            pauses = drawn.many.pauses(phase)
-            if pauses is not None:
-                spans[name] = pauses
+        spans |= {"connections arrive": drawn.many.span("connect"), "under load": drawn.many.span("load")}
     if drawn.rotation is not None:
-        for span, name in (
-            (drawn.rotation.at_rest, "before rotations"),
-            (drawn.rotation.rotating, "while rotating"),
-        ):
-            if span is not None:
-                pairs = zip(span.before.counts, span.after.counts, strict=True)
-                spans[name] = Pauses(span.seconds, tuple(after - before for before, after in pairs))
-    return {name: each for name, each in spans.items() if each.seconds > 0}
+        spans |= {"before rotations": drawn.rotation.at_rest, "while rotating": drawn.rotation.rotating}
+    return {name: each for name, each in spans.items() if each is not None and each.seconds > 0}
 
 
-def _pauses(axes: Axes, spans: dict[str, Pauses]) -> None:
+def _pauses(axes: Axes, spans: dict[str, Span]) -> None:
     plain(axes)
     longest = 100
-    for color, (name, pauses) in zip((BLUE, "#7aa5f8", GREY, ORANGE), spans.items(), strict=False):
-        longer = [sum(pauses.counts[at + 1 :]) / pauses.seconds * MINUTE for at in range(len(BOUNDS_MS))]
-        shown = [(bound, count) for bound, count in zip(BOUNDS_MS, longer, strict=True) if count > 0]
+    for color, (name, span) in zip((BLUE, "#7aa5f8", GREY, ORANGE), spans.items(), strict=False):
+        longer = {bound: span.longer_per_minute(bound) for bound in BOUNDS_MS}
+        shown = [(bound, count) for bound, count in longer.items() if count > 0]
         if shown:
             xs, ys = zip(*shown, strict=True)
             longest = max(longest, *xs)

@@ -98,7 +98,9 @@ def as_json(run: Run) -> dict[str, Any]:
             for key_type, each in drawn.handshakes.items()
         },
         "payloads": {str(payload): cost._asdict() for payload, cost in drawn.payloads.items()},
-        "over_time": [] if drawn.many is None else [each._asdict() for each in drawn.many.samples],
+        "over_time": {}
+        if drawn.many is None
+        else {phase: [each._asdict() for each in samples] for phase, samples in drawn.many.samples.items()},
         "slowdown": round(run.scale.slowdown, 3),
         "steps_s": {name: round(seconds, 2) for name, seconds in run.steps_s.items()},
     }

@@ -1,4 +1,4 @@
-"""What scenarios share: a load with something done beside it, interruption, polling.
+"""What scenarios share: loads, what is done beside them, interruption, polling.
 
 A scenario starts a server on a `Stage`, loads it, does something to it, and judges what came of that in a
 `Report`.
@@ -7,24 +7,35 @@ A scenario starts a server on a `Stage`, loads it, does something to it, and jud
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from bench.report import Row
 from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import CallError, TlsError, ZcprotoError
+from zcproto.load.caller import Caller
+from zcproto.load.latency import Latencies
+from zcproto.load.pacer import Pacer
 from zcproto.load.plan import Plan
 from zcproto.load.processes import on_processor
 from zcproto.load.progress import new_console, view_for
 from zcproto.load.result import Result, Verdict
 from zcproto.load.run import Stop, View, run
+from zcproto.load.schedule import arrivals, rounds
 from zcproto.load.stats import Operator
 from zcproto.load.tally import Kind
 
 POLL_S: Final = 0.02
+FOREVER_S: Final = 3_600.0
+LAST_ANSWERS_S: Final = 10.0
+"""Seconds after the last request within which answers count; later ones are lost."""
+
 AT_ONCE: Final = 8
 """Calls in flight on one connection: fewer than it may have before its first session."""
 
@@ -118,6 +129,63 @@ def load_rows(result: Result) -> list[Row]:
 def load_faults(result: Result) -> list[str]:
     """Return why a load is not verified; an empty list if it is or was interrupted."""
     return result.reasons() if result.verdict is Verdict.FAILED else []
+
+
+class OpenLoop:
+    """Requests in an open loop: each is sent when it is due, whether answers come or not.
+
+    `phase` is set by the owner; a request belongs to the phase in which it is answered.
+    """
+
+    def __init__(self, callers: Sequence[Caller], rate: float, data: bytes = b"") -> None:
+        self._random = random.Random(1)  # noqa: S311 - an order, no secret
+        self._callers = rounds(callers, self._random)
+        self._rate = rate
+        self._data = data
+        self._pacer = Pacer(asyncio.get_running_loop())
+        self.phase: Any = ""
+        self.sent = 0
+        self.equal = 0
+        self.unanswered = 0
+        self.failed: Counter[str] = Counter()
+        self.latency: dict[Any, Latencies] = defaultdict(Latencies)
+        """From when a request was due to its answer, by phase."""
+        self.lag: dict[Any, Latencies] = defaultdict(Latencies)
+        """How late this process sent it, which is the machine's share."""
+
+    async def run(self, seconds: float = FOREVER_S) -> None:
+        """Send requests for so long, or until `stop`, then wait a little for the last answers."""
+        try:
+            await self._pacer.run(arrivals(self._rate, seconds, self._random), self._send)
+        finally:
+            self._pacer.close()
+        end = time.monotonic() + LAST_ANSWERS_S
+        while self.unanswered and time.monotonic() < end:  # noqa: ASYNC110 - noticed within ten milliseconds
+            await asyncio.sleep(0.01)
+
+    def stop(self) -> None:
+        self._pacer.stop()
+
+    def _send(self, due: float) -> None:
+        self.sent += 1
+        params = {"n": self.sent, "data": self._data}
+        self.lag[self.phase].add(time.monotonic() - due)
+        try:
+            next(self._callers).ask("echo", params, partial(self._done, due, params))
+        except ZcprotoError as error:
+            self.failed[cause_of(error)] += 1
+        else:
+            self.unanswered += 1
+
+    def _done(self, due: float, params: dict[str, Any], value: Any, error: ZcprotoError | None) -> None:
+        self.unanswered -= 1
+        self.latency[self.phase].add(time.monotonic() - due)
+        if error is not None:
+            self.failed[cause_of(error)] += 1
+        elif value != params:
+            self.failed["a different answer"] += 1
+        else:
+            self.equal += 1
 
 
 async def until(condition: Callable[[], Awaitable[bool]], within_s: float) -> bool:

@@ -16,7 +16,6 @@ on a new one: revoked sessions must be refused, all others accepted.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -29,8 +28,8 @@ import click
 
 from bench.command import COUNT, RATE, SECONDS, measurement, progress
 from bench.report import Report, Row
-from bench.scenarios.harness import AT_ONCE, for_each, until
-from bench.scenarios.outage_load import CALLS_PER_VICTIM, Churn, Load, Phase, Victims, Waits
+from bench.scenarios.harness import AT_ONCE, OpenLoop, for_each, until
+from bench.scenarios.outage_churn import CALLS_PER_VICTIM, Churn, Phase, Victims, Waits, added
 from bench.scenarios.sessions import Broken, ClientSession, check, open_session
 from bench.stage import ECDSA_ONLY, Server, Stage, room_for
 from bench.valkey import Link, Valkey
@@ -168,9 +167,10 @@ class OutageOutcome:
     """Requests of the load with another result, by cause."""
     calls_failed: Counter[str] = field(default_factory=Counter)
     """Openings, refreshes and revocations with another result than promised, by cause."""
-    load_waits: Waits = field(default_factory=Waits)
+    load_waits: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))
+    """The longest in seconds, by phase, as the next one."""
+    lateness: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))
     call_waits: Waits = field(default_factory=Waits)
-    lateness: Waits = field(default_factory=Waits)
     pauses: dict[Phase, float] = field(default_factory=dict)
     """The longest of the server's loop, in seconds."""
     opened: int = 0
@@ -192,12 +192,11 @@ class OutageOutcome:
         for each in self.checks.values():
             broken.add(each)
         waits = {
-            "wait": ("longest request", self.load_waits.longest),
+            "wait": ("longest request", self.load_waits),
             "call": ("longest other call", self.call_waits.longest),
-            "late": ("lateness of the load", self.lateness.longest),
+            "late": ("lateness of the load", self.lateness),
             "pause": ("longest pause of the server", self.pauses),
         }
-        added = {"wait": self.load_waits.added, "call": self.call_waits.added}
         return [
             Row("sent", "requests", self.sent),
             Row("lost", "without an answer", self.lost, equals=0),
@@ -208,8 +207,9 @@ class OutageOutcome:
                 for phase in Phase
             ),
             *(
-                Row(f"{key}_added_ms", f"{waits[key][0]}, more than before", _ms(s), "ms", below=MAX_WAIT_MS)
-                for key, s in added.items()
+                Row(f"{key}_added_ms", f"{label}, more than before", _ms(added(longest)), "ms", below=MAX_WAIT_MS)
+                for key, (label, longest) in waits.items()
+                if key in ("wait", "call")
             ),
             Row("opened", "opened since it began", self.opened),
             Row("refreshed", "refreshed since it began", self.refreshed),
@@ -234,7 +234,7 @@ class OutageOutcome:
             if broken:
                 some = sorted(broken.lost | broken.revived | broken.reused)[:NAMED]
                 said.append(f"{where}: {', '.join(some)}")
-        if said or self.call_waits.added * 1e3 >= MAX_WAIT_MS:
+        if said or added(self.call_waits.longest) * 1e3 >= MAX_WAIT_MS:
             longest = [f"{what} {phase.value}" for phase, what in self.call_waits.what.items()]
             said.append(f"the longest other calls: {', '.join(longest)}")
         return said
@@ -341,7 +341,7 @@ class Run:
             await node.start()
             yield node
 
-    async def _prepare(self, one: Node, other: Node) -> tuple[Load, Churn]:
+    async def _prepare(self, one: Node, other: Node) -> tuple[OpenLoop, Churn]:
         """Open all sessions, and use each on the connections where it is used later."""
         plan, users = self._plan, self._users
         callers, shared = await one.callers(plan.sessions), await other.callers(plan.shared)
@@ -361,7 +361,8 @@ class Run:
             victims.append(Victims(caller, sessions))
         self._sessions = [*known, *refreshed, *(session for each in victims for session in each.sessions)]
         self._callers = [*callers, *shared, opener, churner, *here, *there]
-        load = Load([*callers, *shared], plan.rate, random.Random(1))  # noqa: S311 - an order, no secret
+        load = OpenLoop([*callers, *shared], plan.rate)
+        load.phase = Phase.BEFORE
         rates = (plan.openings, plan.refreshes, plan.revocations)
         return load, Churn(rates, caller=churner, newcomers=users.new, refreshed=refreshed, victims=victims)
 
@@ -383,7 +384,7 @@ class Run:
 
         await for_each(zip(callers, sessions, strict=True), use)
 
-    async def _hurt(self, store: Store, one: Node, other: Node, load: Load, churn: Churn) -> bool:
+    async def _hurt(self, store: Store, one: Node, other: Node, load: OpenLoop, churn: Churn) -> bool:
         """Run the load before, during and after the outage; return whether both servers are healthy again."""
         plan, outcome = self._plan, self._outcome
         running = [asyncio.create_task(load.run()), asyncio.create_task(churn.run())]
@@ -425,11 +426,13 @@ class Run:
             else:
                 await asyncio.to_thread(act, store)  # it waits for a process
 
-    def _count(self, load: Load, churn: Churn) -> None:
+    def _count(self, load: OpenLoop, churn: Churn) -> None:
         outcome = self._outcome
         outcome.sent, outcome.lost, outcome.failed = load.sent, load.unanswered, load.failed
         outcome.calls_failed = churn.failed
-        outcome.load_waits, outcome.call_waits, outcome.lateness = load.waits, churn.waits, load.lateness
+        outcome.call_waits = churn.waits
+        outcome.load_waits = {phase: load.latency[phase].max_us / 1e6 for phase in Phase}
+        outcome.lateness = {phase: load.lag[phase].max_us / 1e6 for phase in Phase}
         outcome.opened = churn.since_outage("opened")
         outcome.refreshed = churn.since_outage("refreshed")
         outcome.put_off = churn.since_outage("put off")

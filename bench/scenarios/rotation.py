@@ -24,7 +24,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,6 +34,7 @@ import click
 
 from bench.command import COUNT, RATE, SECONDS, measurement, progress
 from bench.report import Report, Row, counted
+from bench.samples import Sample, Span
 from bench.scenarios.harness import load_faults, load_rows, run_load_beside
 from bench.stage import HOST, Server, Stage, check_open_files, room_for
 from zcproto.certs import CertificatePair, ManagedSettings, managed
@@ -41,12 +42,11 @@ from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.config import load_config
 from zcproto.config.model import CertificatesConfig
-from zcproto.errors import CertificateError, ZcprotoError
+from zcproto.errors import CertificateError, ConnectionClosed, ZcprotoError
 from zcproto.load import report as load_report
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.result import Moment, Result
 from zcproto.load.stats import Operator
-from zcproto.observe.loop_lag import BOUNDS_MS
 from zcproto.tls.context import client_context
 from zcproto.wire.frame import HEADER_SIZE, WELCOME
 
@@ -221,63 +221,6 @@ def leaf_of(tls: ssl.SSLObject) -> str:
 # --- the server's pauses -----------------------------------------------------------------------------------
 
 
-class LoopFigures(NamedTuple):
-    """What `server.stats` has about the server's loop at a moment."""
-
-    at: float
-    """Monotonic seconds."""
-    cpu_s: float
-    longest_s: float
-    """Since these figures were read before."""
-    longest_own_s: float
-    """The same, without the time in which other programs had the processor."""
-    counts: tuple[int, ...]
-    """Pauses since the server's start, by length: bounds in BOUNDS_MS, then all that are longer."""
-
-    @classmethod
-    def of(cls, stats: Mapping[str, Any], at: float) -> Self:
-        """Raises ZcprotoError if something is missing."""
-        try:
-            return cls(
-                at,
-                float(stats["cpu_s"]),
-                float(stats["longest_pause_s"]),
-                float(stats["longest_own_pause_s"]),
-                tuple(map(int, stats["pauses"])),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ZcprotoError("this server's server.stats has no pauses of its loop") from error
-
-
-class Span(NamedTuple):
-    """The time between two readings."""
-
-    before: LoopFigures
-    after: LoopFigures
-
-    @property
-    def seconds(self) -> float:
-        return self.after.at - self.before.at
-
-    @property
-    def cpu_percent(self) -> float:
-        """Of one processor."""
-        return (self.after.cpu_s - self.before.cpu_s) / self.seconds * 100
-
-    @property
-    def longest_ms(self) -> float:
-        return self.after.longest_s * 1000
-
-    @property
-    def longest_own_ms(self) -> float:
-        return self.after.longest_own_s * 1000
-
-    def over_per_minute(self, bound_ms: int) -> float:
-        """Return how many pauses were longer than one of BOUNDS_MS, per minute."""
-        longer = slice(BOUNDS_MS.index(bound_ms) + 1, None)
-        return (sum(self.after.counts[longer]) - sum(self.before.counts[longer])) / self.seconds * 60
-
-
 def pause_rows(span: Span | None, bar_ms: float | None) -> list[Row]:
     """Return the figures of the server's loop over a time; without a value if it could not be read."""
 
@@ -290,8 +233,8 @@ def pause_rows(span: Span | None, bar_ms: float | None) -> list[Row]:
     return [
         row("measured_s", "measured for", lambda span: span.seconds, "s"),
         row("cpu_percent", "CPU of the server", lambda span: span.cpu_percent, "%"),
-        row("over_5", "pauses over 5 ms", lambda span: span.over_per_minute(5), "/min"),
-        row("over_10", "pauses over 10 ms", lambda span: span.over_per_minute(10), "/min"),
+        row("over_5", "pauses over 5 ms", lambda span: span.longer_per_minute(5), "/min"),
+        row("over_10", "pauses over 10 ms", lambda span: span.longer_per_minute(10), "/min"),
         row("longest_pause_ms", pause, lambda span: span.longest_ms, "ms", bar_ms),
         row("longest_own_pause_ms", own, lambda span: span.longest_own_ms, "ms", bar_ms),
     ]
@@ -455,9 +398,9 @@ class Rotations:
 
     async def _rest_and_rotate(self, start: float, operator: Operator) -> None:
         plan = self._plan
-        connected = await _loop_figures(operator)
+        connected = await _sample(operator)
         await asyncio.sleep(start + plan.rest_s - time.monotonic())
-        rested = await _loop_figures(operator)
+        rested = await _sample(operator)
         self.at_rest = _span(connected, rested)
         for number in range(1, plan.rotations + 1):  # one that is late is not left out
             await asyncio.sleep(start + plan.rest_s + number * plan.interval_s - time.monotonic())
@@ -469,7 +412,7 @@ class Rotations:
                     f"rotation {number:,} of {plan.rotations:,}, {len(self.newcomers):,} new connections"
                 )
         await asyncio.sleep(start + plan.newcomers_s - time.monotonic())  # the last one is served by then
-        self.rotating = _span(rested, await _loop_figures(operator))
+        self.rotating = _span(rested, await _sample(operator))
 
     async def _let_newcomers_come(self, start: float) -> None:
         async def come() -> None:
@@ -481,15 +424,14 @@ class Rotations:
                 coming.create_task(come())
 
 
-async def _loop_figures(operator: Operator) -> LoopFigures | None:
+async def _sample(operator: Operator) -> Sample | None:
     try:
-        stats = await operator.call("server.stats", {})
-    except ZcprotoError:  # the server is gone, which the load's result shows, too
+        return Sample.of(await operator.call("server.stats", {}))
+    except ConnectionClosed:  # the server is gone, which the load's result shows, too
         return None
-    return LoopFigures.of(stats, time.monotonic())
 
 
-def _span(before: LoopFigures | None, after: LoopFigures | None) -> Span | None:
+def _span(before: Sample | None, after: Sample | None) -> Span | None:
     return None if before is None or after is None else Span(before, after)
 
 

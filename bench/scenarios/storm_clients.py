@@ -12,11 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from bench.scenarios.harness import cause_of, for_each
+from bench.scenarios.harness import OpenLoop, cause_of, for_each
 from bench.scenarios.sessions import open_all, open_session
 from bench.stage import HOST
 from zcproto.common.clock import system_clock
@@ -24,12 +23,7 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import ZcprotoError
 from zcproto.load.caller import Caller, Place
 from zcproto.load.latency import Latencies
-from zcproto.load.pacer import Pacer
 from zcproto.load.plan import Credential
-from zcproto.load.schedule import arrivals, rounds
-
-ANSWER_S: Final = 10.0
-"""Seconds after the last request within which answers count; later ones are lost."""
 
 DATA_BYTES: Final = 64
 AT_ONCE: Final = 32
@@ -43,15 +37,12 @@ BEGUN_IN_A_TURN: Final = 256
 class Served:
     """What became of the requests of honest clients."""
 
-    sent: int = 0
-    equal: int = 0
-    lost: int = 0
-    connections: int = 0
+    sent: int
+    equal: int
+    connections: int
     failed: Counter[str] = field(default_factory=Counter)
     latency: Latencies = field(default_factory=Latencies)
-    """From when a request was due."""
     lag: Latencies = field(default_factory=Latencies)
-    """How late this side sent it."""
 
 
 class Honest:
@@ -61,56 +52,26 @@ class Honest:
         self._place = Place(HOST, HOST, port, ca_file)
         self._users = users
         self._rate = rate
-        self._random = random.Random(1)  # noqa: S311 - no secret
-        self._data = self._random.randbytes(DATA_BYTES)
         self._callers: list[Caller] = []
-        self._pacer = Pacer(asyncio.get_running_loop())
-        self._served = Served()
-        self._in_flight = 0
+        self._loop: OpenLoop | None = None
 
     async def open(self) -> None:
         self._callers = await open_all(self._place.caller, self._users, AT_ONCE)
 
     async def load(self, seconds: float) -> Served:
         """Send requests for so long, or until `stop`."""
-        self._served, self._in_flight = Served(), 0
-        callers = rounds(self._callers, self._random)
-        times = arrivals(self._rate, seconds, self._random)
-        await self._pacer.run(times, lambda due: self._send(next(callers), due))
-        end = time.monotonic() + ANSWER_S
-        while self._in_flight and time.monotonic() < end:  # noqa: ASYNC110 - noticed within ten milliseconds
-            await asyncio.sleep(0.01)
-        self._served.lost = self._in_flight
-        self._served.connections = sum(not caller.ended for caller in self._callers)
-        return self._served
+        self._loop = loop = OpenLoop(self._callers, self._rate, bytes(DATA_BYTES))
+        await loop.run(seconds)
+        connections = sum(not caller.ended for caller in self._callers)
+        return Served(loop.sent, loop.equal, connections, loop.failed, loop.latency[""], loop.lag[""])
 
     async def stop(self) -> None:
-        self._pacer.stop()
+        if self._loop is not None:
+            self._loop.stop()
 
     async def leave(self) -> None:
         await asyncio.gather(*(caller.leave() for caller in self._callers))
-        self._pacer.close()
         self._place.close()
-
-    def _send(self, caller: Caller, due: float) -> None:
-        served = self._served
-        served.sent += 1
-        params = {"n": served.sent, "data": self._data}
-        served.lag.add(time.monotonic() - due)
-        try:
-            caller.ask("echo", params, partial(self._done, due, params))
-        except ZcprotoError as error:
-            served.failed[cause_of(error)] += 1
-        else:
-            self._in_flight += 1
-
-    def _done(self, due: float, params: dict[str, Any], value: Any, error: ZcprotoError | None) -> None:
-        served = self._served
-        self._in_flight -= 1
-        served.latency.add(time.monotonic() - due)
-        served.equal += error is None and value == params
-        if error is not None or value != params:
-            served.failed["a different answer" if error is None else cause_of(error)] += 1
 
 
 @dataclass(slots=True)

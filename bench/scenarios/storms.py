@@ -27,6 +27,7 @@ import click
 
 from bench.command import RATE, SECONDS, measurement, progress
 from bench.report import Report, Row, counted
+from bench.scenarios.harness import FOREVER_S
 from bench.scenarios.helper import Helper
 from bench.scenarios.storm_clients import CameBack, Crowd, Honest, Hostile, Served
 from bench.stage import ECDSA_ONLY, SERVER_CPU, Server, Stage, check_open_files, memory_bytes, room_for
@@ -51,7 +52,6 @@ UNBOUNDED: Final = 65_536
 NICENESS: Final = 3
 """Of crowds and hostile clients, so that the measured clients on the same processor come first."""
 
-FOREVER_S: Final = 3_600.0
 AFTER_S: Final = 0.5
 """Seconds of load after the last of a crowd was served."""
 

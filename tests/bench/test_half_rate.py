@@ -40,7 +40,7 @@ class FakeLoads:
         self, folder: Path, connections: int, rate: float, seconds: float, arrival_rate: float
     ) -> Watched:
         self.asked.append((folder.name, rate, seconds))
-        return Watched(self._results.pop(0), [])
+        return Watched(self._results.pop(0), {})
 
 
 def failing(report: Report) -> set[str]:

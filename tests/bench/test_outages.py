@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.scenarios import outages as module
-from bench.scenarios.outage_load import Phase, Waits
+from bench.scenarios.outage_churn import Phase, Waits, added
 from bench.scenarios.outages import OUTAGES, OutageOutcome, OutagePlan, report, run_outages
 from bench.scenarios.sessions import Broken
 from bench.valkey import VALKEY
@@ -22,8 +22,12 @@ QUICK = OutagePlan(
 SERVERS = ("the server", "the other server", "the server, started again", "a new server")
 
 
-def waits(before: float, during: float, after: float) -> Waits:
-    return Waits(dict(zip(Phase, (before, during, after), strict=True)), {Phase.DURING: "open"})
+def by_phase(*seconds: float) -> dict[Phase, float]:
+    return dict(zip(Phase, seconds, strict=True))
+
+
+def waits(*seconds: float) -> Waits:
+    return Waits(by_phase(*seconds), {Phase.DURING: "open"})
 
 
 def checks(**broken: set[str]) -> dict[str, Broken]:
@@ -36,7 +40,7 @@ def outcome(name: str = "hung", **changes: Any) -> OutageOutcome:
     usual: dict[str, Any] = {
         "outage": OUTAGES[name],
         "sent": 1_000,
-        "load_waits": waits(0.1, 0.2, 0.15),
+        "load_waits": by_phase(0.1, 0.2, 0.15),
         "call_waits": waits(0.02, 0.3, 0.01),
         "put_off": 20,
         "revoked": 10,
@@ -64,7 +68,7 @@ def test_good_outage_passes() -> None:
         ({"lost": 1}, "lost", ""),
         ({"failed": Counter({"TOKEN_REVOKED": 2})}, "failed", "2 requests: TOKEN_REVOKED"),
         ({"calls_failed": Counter({"end: UNAVAILABLE": 1})}, "calls_failed", "1 calls: end: UNAVAILABLE"),
-        ({"load_waits": waits(0.1, 0.2, 0.401)}, "wait_added_ms", ""),
+        ({"load_waits": by_phase(0.1, 0.2, 0.401)}, "wait_added_ms", ""),
         ({"call_waits": waits(0.1, 0.401, 0.1)}, "call_added_ms", "the longest other calls: open during"),
         ({"checks": {}}, "checks", ""),
         ({"checks": checks(lost={"ada/1"})}, "live_refused", "a new server: ada/1"),
@@ -90,7 +94,7 @@ def test_waits_are_longest_of_their_phase() -> None:
         noted.note(Phase.AFTER, now - ago, what)
     assert noted.longest[Phase.AFTER] >= 9.0
     assert noted.what == {Phase.AFTER: "b"}
-    assert noted.added == noted.longest[Phase.AFTER]
+    assert added(noted.longest) == noted.longest[Phase.AFTER]
 
 
 @pytest.mark.timeout(240)

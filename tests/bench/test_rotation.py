@@ -19,15 +19,14 @@ from typing import Any
 import pytest
 
 from bench.report import Report, Row
+from bench.samples import Sample, Span
 from bench.scenarios import rotation as module
 from bench.scenarios.rotation import (
-    LoopFigures,
     Newcomer,
     Rotated,
     RotationOutcome,
     RotationPlan,
     Rotator,
-    Span,
     connect,
     quantile,
     rotate_under_load,
@@ -204,9 +203,9 @@ GOOD = [
 ]
 
 
-def figures(at: float, longest_ms: float = 2.0, own_ms: float = 1.0, counts: int = 0) -> LoopFigures:
+def figures(at: float, longest_ms: float = 2.0, own_ms: float = 1.0, counts: int = 0) -> Sample:
     """The server's figures, with so many pauses of each length."""
-    return LoopFigures(at, at / 10, longest_ms / 1000, own_ms / 1000, (counts,) * 11)
+    return Sample(at, at / 10, 1, 1, 1, longest_ms / 1000, own_ms / 1000, (counts,) * 11)
 
 
 AT_REST = Span(figures(0.0), figures(20.0, 4.0, 3.0, counts=2))
@@ -335,9 +334,9 @@ def test_pause_caused_by_other_programs_fails_and_is_noted() -> None:
     assert any("a processor that other programs had" in note for note in report.notes)
 
 
-def test_stats_without_pauses_are_error() -> None:
-    with pytest.raises(ZcprotoError, match="has no pauses"):
-        LoopFigures.of({"cpu_s": 1.0}, 0.0)
+def test_incomplete_stats_are_error() -> None:
+    with pytest.raises(ZcprotoError, match="'connections'"):
+        Sample.of({"cpu_s": 1.0})
 
 
 def test_interrupted_run_proves_nothing() -> None:

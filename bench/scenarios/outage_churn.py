@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -19,14 +18,8 @@ from bench.scenarios.harness import cause_of
 from bench.scenarios.sessions import ClientSession, open_session, refresh
 from zcproto.errors import Unavailable, ZcprotoError
 from zcproto.load.caller import Caller
-from zcproto.load.pacer import Pacer
 from zcproto.load.plan import Credential
-from zcproto.load.schedule import arrivals, rounds
 
-LAST_ANSWERS_S: Final = 5.0
-"""Seconds after the last request for answers that have not come."""
-
-FOREVER_S: Final = 3_600.0
 CALLS_PER_VICTIM: Final = 4
 """Calls that end a user's five sessions: the last one ends two."""
 
@@ -50,65 +43,10 @@ class Waits:
         if waited > self.longest[phase]:
             self.longest[phase], self.what[phase] = waited, what
 
-    @property
-    def added(self) -> float:
-        """How much longer than before the longest wait was since the outage began."""
-        worst = max(self.longest[Phase.DURING], self.longest[Phase.AFTER])
-        return max(0.0, worst - self.longest[Phase.BEFORE])
 
-
-class Load:
-    """Requests in an open loop. `phase` is set by the owner; a request belongs to that in which it was
-    answered.
-    """
-
-    def __init__(self, callers: Sequence[Caller], rate: float, source: random.Random) -> None:
-        self._callers = rounds(callers, source)
-        self._rate = rate
-        self._source = source
-        self._pacer = Pacer(asyncio.get_running_loop())
-        self.phase = Phase.BEFORE
-        self.sent = 0
-        self.answered = 0
-        self.unanswered = 0
-        self.failed: Counter[str] = Counter()
-        self.waits = Waits()
-        self.lateness = Waits()
-        """How late this process sent what was due, which is the machine's share."""
-
-    async def run(self) -> None:
-        """Send requests until `stop`, then wait a little for the last answers."""
-        try:
-            await self._pacer.run(arrivals(self._rate, FOREVER_S, self._source), self._send)
-        finally:
-            self._pacer.close()
-        end = time.monotonic() + LAST_ANSWERS_S
-        while self.unanswered and time.monotonic() < end:  # noqa: ASYNC110 - noticed within ten milliseconds
-            await asyncio.sleep(0.01)
-
-    def stop(self) -> None:
-        self._pacer.stop()
-
-    def _send(self, due: float) -> None:
-        self.sent += 1
-        number = self.sent
-        self.lateness.note(self.phase, due)
-        try:
-            next(self._callers).ask("echo", {"n": number}, partial(self._done, due, number))
-        except ZcprotoError as error:
-            self.failed[cause_of(error)] += 1
-        else:
-            self.unanswered += 1
-
-    def _done(self, due: float, number: int, value: Any, error: ZcprotoError | None) -> None:
-        self.unanswered -= 1
-        self.waits.note(self.phase, due)
-        if error is not None:
-            self.failed[cause_of(error)] += 1
-        elif value == {"n": number}:
-            self.answered += 1
-        else:
-            self.failed["a different answer"] += 1
+def added(longest: Mapping[Phase, float]) -> float:
+    """Return how much longer than before the longest wait was since the outage began."""
+    return max(0.0, max(longest[Phase.DURING], longest[Phase.AFTER]) - longest[Phase.BEFORE])
 
 
 class Victims(NamedTuple):
