@@ -20,7 +20,7 @@ KEY = {"idempotency_key": "order-7"}
 
 
 class Shop:
-    """What all servers sell. It is counted what was really done."""
+    """The application of all servers, which counts executed requests."""
 
     def __init__(self) -> None:
         self.paid: list[int] = []
@@ -46,7 +46,7 @@ def pay(client: Client, amount: int = 5) -> Any:
     return client.call("pay", {"amount": amount}, meta=KEY)
 
 
-def test_the_answer_is_there_after_a_restart(shop: Shop, tmp_path: Path, certs: Path) -> None:
+def test_answer_survives_a_restart_of_the_server(shop: Shop, tmp_path: Path, certs: Path) -> None:
     with (
         ServerThread(tmp_path / "home", certs, shop.app, store__url="sqlite") as server,
         server.client("ada") as client,
@@ -72,7 +72,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerProc
         yield process
 
 
-def test_two_servers_run_it_once_whoever_comes_first(
+def test_two_servers_run_a_request_once(
     shop: Shop, tmp_path: Path, certs: Path, store: ServerProcess
 ) -> None:
     def serve(name: str) -> ServerThread:
@@ -95,7 +95,7 @@ def test_two_servers_run_it_once_whoever_comes_first(
     assert shop.paid == [5, 6]
 
 
-def test_nothing_is_run_while_the_store_is_away(
+def test_no_request_is_run_while_the_store_is_down(
     shop: Shop, tmp_path: Path, certs: Path, store: ServerProcess
 ) -> None:
     with (
