@@ -1,15 +1,16 @@
-"""All checks, in the order in which they fail fastest: `python -m tests`.
+"""Run all checks, fastest first: `python -m tests`.
 
-    --quick           the tests alone: no style, no types, no coverage
-    --another-python  as --quick, and without what a run on one version has shown for all
-    --all             the slow ones, too: whole measurements in small
-    --fix             let ruff mend what it can first
+    --quick           only the tests: no style, types or coverage
+    --another-python  like --quick, without tests whose result does not depend on the version of Python
+    --all             also the slow tests: whole measurements at a small size
+    --fix             apply ruff's automatic fixes first
 
-Further arguments go to pytest.
+Further arguments are passed to pytest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -22,24 +23,14 @@ from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).parent.parent
 COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
-"""Rooms of which every line and every branch is run by a test."""
+"""Rooms that require full coverage of lines and branches."""
 
-
-SHOWN_FOR_ALL = (
-    *(
-        "bench",
-        "load",
-        "costs",
-        "deploy",
-        "docs",
-        "fuzz/test_search.py",
-        "interop",
-        "spec",
-        "admin/test_browser.py",
-    ),
-    *("admin/test_prometheus.py", "stores/test_kill.py", "test_layers.py", "test_secrets_watch.py"),
+VERSION_INDEPENDENT = (
+    *("bench", "costs", "deploy", "docs", "interop", "load", "spec", "admin/test_browser.py"),
+    *("admin/test_prometheus.py", "fuzz/test_search.py", "stores/test_kill.py", "test_layers.py"),
+    "test_secrets_watch.py",
 )
-"""Tests of other programs, documents and measurements, and a search, which no version of Python makes different."""
+"""Tests of other programs, documents and measurements."""
 
 
 class Group(NamedTuple):
@@ -47,9 +38,9 @@ class Group(NamedTuple):
 
     rooms: tuple[str, ...]
     secrets: int = 0
-    """Tokens, keys and the like that they make at least; none of them may show up (tests/secrets_watch.py)."""
+    """Minimum number of secrets created by the tests, none of which may leak (tests/secrets_watch.py)."""
 
-    covers: bool = True
+    is_covered: bool = True
 
 
 GROUPS = (
@@ -63,79 +54,100 @@ GROUPS = (
     ),
     Group(
         (
-            "alerts",
-            "bench",
-            "client",
-            "config",
-            "conformance",
-            "deploy",
-            "docs",
-            "interop",
-            "load",
-            "observe",
-            "spec",
+            *("alerts", "bench", "client", "config", "conformance", "deploy", "docs", "interop", "load"),
+            *("observe", "spec"),
         ),
-        covers=False,
+        is_covered=False,
     ),
 )
-"""They run at the same time, as they wait for timeouts and other programs for most of theirs."""
+"""Groups run concurrently, because they mostly wait for timeouts and other programs."""
 
-LIMIT = 840
-"""Seconds for one tool: one that hangs must fail."""
+TOOL_TIMEOUT_S = 840.0
+"""Timeout of one tool on an idle machine, to detect a hang."""
 
+TEST_TIMEOUT_S = 180.0
+"""Timeout of one test on an idle machine. Usual tests take less than ten seconds."""
+
+REFERENCE_S = 0.04
+"""Time of `calibrate`'s work on the reference machine (two cores) when it is idle."""
+
+MAX_SLOWDOWN = 5.0
 
 OPTIONS = ("--quick", "--another-python", "--all", "--fix")
 
 
 def main(arguments: list[str]) -> int:
-    another = "--another-python" in arguments
-    quick = another or "--quick" in arguments
+    is_another_python = "--another-python" in arguments
+    is_quick = is_another_python or "--quick" in arguments
+    slowdown = calibrate()
+    print(f"-- timeouts are multiplied by {slowdown:.1f} for this machine and its load", flush=True)
     if "--fix" in arguments:
         run("ruff", "check", "--fix", "-q", ".")
         run("ruff", "format", "-q", ".")
-    chosen = [] if "--all" in arguments else ["-m", "not slow"]
-    for_pytest = [argument for argument in arguments if argument not in OPTIONS]
-    if not quick and not all((run("ruff", "check", "."), run("ruff", "format", "--check", "."), run("mypy"))):
+    if not is_quick and not all(
+        (run("ruff", "check", "."), run("ruff", "format", "--check", "."), run("mypy", slowdown=slowdown))
+    ):
         return 1
+    options = ["-o", f"timeout={TEST_TIMEOUT_S * slowdown:.0f}"]
+    options += [] if "--all" in arguments else ["-m", "not slow"]
+    for_pytest = [argument for argument in arguments if argument not in OPTIONS]
     if for_pytest:
-        return 0 if run("pytest", *for_pytest) else 1
-    covered = (
-        [] if quick else [*(f"--cov=zcproto.{room}" for room in COVERED), "--cov-branch", "--cov-report="]
-    )
-    with ThreadPoolExecutor(len(GROUPS)) as beside, tempfile.TemporaryDirectory() as folder:
+        return 0 if run("pytest", *options, *for_pytest, slowdown=slowdown) else 1
+    return 0 if run_groups(options, slowdown, is_quick=is_quick, is_another_python=is_another_python) else 1
+
+
+def calibrate() -> float:
+    """Return how much slower this machine is now than the idle reference machine, from 1 to MAX_SLOWDOWN."""
+    began = time.perf_counter()
+    for _ in range(5):
+        digest = b""
+        for number in range(60_000):
+            digest = hashlib.sha256(digest + b"%d" % number).digest()
+    measured = (time.perf_counter() - began) / (5 * REFERENCE_S)
+    waiting = os.getloadavg()[0] / (os.cpu_count() or 1)
+    return min(MAX_SLOWDOWN, max(1.0, measured, 1.0 + waiting))
+
+
+def run_groups(options: list[str], slowdown: float, *, is_quick: bool, is_another_python: bool) -> bool:
+    """Run all groups concurrently, then check the coverage. Return True if everything passed."""
+    coverage = [] if is_quick else [f"--cov=zcproto.{room}" for room in COVERED]
+    coverage += ["--cov-branch", "--cov-report="] if coverage else []
+    with ThreadPoolExecutor(len(GROUPS)) as pool, tempfile.TemporaryDirectory() as folder:
 
         def test(group: Group, number: int) -> tuple[bool, Path]:
-            said = Path(folder) / f"said.{number}"
-            options = [*chosen, *(covered if group.covers else ())]
-            if group.secrets and not another:
-                options.append(f"--secrets-at-least={group.secrets}")
+            report = Path(folder) / f"report.{number}"
+            arguments = [*options, *(coverage if group.is_covered else ())]
+            if group.secrets and not is_another_python:
+                arguments.append(f"--secrets-at-least={group.secrets}")
             data = {"COVERAGE_FILE": str(Path(folder) / f".coverage.{number}")}
-            with open(said, "w", encoding="utf-8") as output:
-                return run("pytest", *options, *paths(group, another), output=output, environment=data), said
+            with open(report, "w", encoding="utf-8") as output:
+                arguments += paths(group, is_another_python)
+                passed = run("pytest", *arguments, output=output, environment=data, slowdown=slowdown)
+            return passed, report
 
         passed = True
-        for ended in as_completed([beside.submit(test, group, n) for n, group in enumerate(GROUPS)]):
-            good, said = ended.result()
-            passed = passed and good
-            print(said.read_text(encoding="utf-8", errors="replace"), flush=True)
-        if covered and passed:
+        for ended in as_completed([pool.submit(test, group, n) for n, group in enumerate(GROUPS)]):
+            is_group_passed, report = ended.result()
+            passed = passed and is_group_passed
+            print(report.read_text(encoding="utf-8", errors="replace"), flush=True)
+        if coverage and passed:
             data = {"COVERAGE_FILE": str(Path(folder) / ".coverage")}
-            report = ("report", "--show-missing", "--skip-covered", "--fail-under=100")
+            arguments = ("report", "--show-missing", "--skip-covered", "--fail-under=100")
             passed = run("coverage", "combine", "-q", folder, environment=data) and run(
-                "coverage", *report, environment=data
+                "coverage", *arguments, environment=data
             )
-    return 0 if passed else 1
+    return passed
 
 
-def paths(group: Group, another: bool) -> list[str]:
-    """Where the tests of a group are."""
+def paths(group: Group, is_another_python: bool) -> list[str]:
+    """Return the paths of a group's tests."""
     tests = ROOT / "tests"
     found = [path for room in group.rooms for path in sorted(tests.glob(room)) if path.name[:2] != "__"]
     names = [path.relative_to(tests).as_posix() for path in found if path.is_dir() or path.match("test_*.py")]
-    if not another:
+    if not is_another_python:
         return [f"tests/{name}" for name in names]
-    without = [f"--ignore=tests/{name}" for name in SHOWN_FOR_ALL if name not in names]
-    return without + [f"tests/{name}" for name in names if name not in SHOWN_FOR_ALL]
+    ignored = [f"--ignore=tests/{name}" for name in VERSION_INDEPENDENT if name not in names]
+    return ignored + [f"tests/{name}" for name in names if name not in VERSION_INDEPENDENT]
 
 
 def run(
@@ -143,9 +155,11 @@ def run(
     *arguments: str,
     output: TextIO | None = None,
     environment: Mapping[str, str] | None = None,
+    slowdown: float = 1.0,
 ) -> bool:
-    """Run a tool of this environment; tell what it is and how long it took."""
+    """Run a tool of this environment and print its duration. Return True if it passed."""
     print(f"-- {module} {' '.join(arguments)}", flush=True)
+    timeout = TOOL_TIMEOUT_S * slowdown
     began = time.monotonic()
     try:
         code = subprocess.run(
@@ -153,16 +167,15 @@ def run(
             cwd=ROOT,
             env={**os.environ, **(environment or {})},
             check=False,
-            timeout=LIMIT,
+            timeout=timeout,
             stdout=output,
             stderr=None if output is None else subprocess.STDOUT,
         ).returncode
     except subprocess.TimeoutExpired:
-        print(f"-- {module}: did not end within {LIMIT} s", flush=True)
+        print(f"-- {module}: did not end within {timeout:.0f} s", flush=True)
         return False
-    print(
-        f"-- {module}: {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - began:.1f} s", flush=True
-    )
+    result = "passed" if code == 0 else "FAILED"
+    print(f"-- {module}: {result} in {time.monotonic() - began:.1f} s", flush=True)
     return code == 0
 
 
