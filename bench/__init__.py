@@ -1,0 +1,1 @@
+"""The project's own proof, which is not installed: `python -m bench` in a clone."""

@@ -2,7 +2,7 @@
 
 Bars in absolute time were set on one machine. `slowdown` times a fixed piece of work, the same kind of Python
 and hashing as the measured code, and compares it with the time on that machine. A row in absolute time divides
-its figure by the slowdown before it is held against its bar, and says so.
+its figure by the slowdown before it is held against its bar, and shows both.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import ssl
 from collections import Counter
@@ -25,7 +26,7 @@ from zcproto.load.caller import Place
 from zcproto.load.demo.run import ARRIVAL_RATE, PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS
 from zcproto.load.demo.server import DemoServer
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, Plan, check_plan, require_open_files
-from zcproto.load.processes import on_processor
+from zcproto.load.processes import module_environment, on_processor
 from zcproto.load.stats import Operator
 from zcproto.tls.client import ALPN
 from zcproto.tls.context import client_context
@@ -94,7 +95,7 @@ class Stage:
         ]
 
     def add_users_for(self, name: str, sessions: int) -> list[Credential]:
-        """Add users for so many sessions; return whose each session is."""
+        """Add users for so many sessions; return the user of each session."""
         users = self.add_users(name, -(-sessions // SESSIONS_PER_USER))
         return [user for user in users for _ in range(SESSIONS_PER_USER)][:sessions]
 
@@ -219,6 +220,13 @@ def make_own_certificates(folder: Path) -> None:
         renew_key=False,
     )
     managed.ensure(folder, settings, datetime.now(UTC))
+
+
+def bench_environment() -> dict[str, str]:
+    """Return the environment for processes that import `bench`, which is not installed."""
+    environment = module_environment()
+    clone = str(Path(__file__).parents[1])
+    return {**environment, "PYTHONPATH": os.pathsep.join([clone, environment["PYTHONPATH"]])}
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:

@@ -32,11 +32,11 @@ import msgpack
 from bench.command import COUNT, measurement
 from bench.compare.client import Connection, context_for
 from bench.report import Report, Row
-from bench.stage import CLIENT_CPU, ECDSA_ONLY, SERVER_CPU, Stage, cpu_seconds
+from bench.stage import CLIENT_CPU, ECDSA_ONLY, SERVER_CPU, Stage, bench_environment, cpu_seconds
 from zcproto.errors import ZcprotoError
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.plan import Credential
-from zcproto.load.processes import module_command, module_environment, on_processor
+from zcproto.load.processes import module_command, on_processor
 
 CONNECTIONS: Final = 50
 SESSIONS_PER_USER: Final = 5
@@ -104,7 +104,7 @@ def compare(folder: Path, rounds: int, requests: int, connects: int, with_floor:
                 connection.token = b"k" * 32
             return connections
 
-        ours, bare_ones = connect(CONNECTIONS), connect_yardstick(CONNECTIONS, bare.port)
+        own, bare_ones = connect(CONNECTIONS), connect_yardstick(CONNECTIONS, bare.port)
         floor_ones = connect_yardstick(CONNECTIONS, floor.port) if with_floor else []
 
         def cost(
@@ -126,8 +126,8 @@ def compare(folder: Path, rounds: int, requests: int, connects: int, with_floor:
 
             return slice_of_requests
 
-        plain, bare_plain = cost(zcproto, ours, "echo", 1), cost(bare, bare_ones, "echo", 1)
-        deep, bare_deep = cost(zcproto, ours, "echo", 16), cost(bare, bare_ones, "echo", 16)
+        plain, bare_plain = cost(zcproto, own, "echo", 1), cost(bare, bare_ones, "echo", 1)
+        deep, bare_deep = cost(zcproto, own, "echo", 16), cost(bare, bare_ones, "echo", 16)
         cases = [
             Case("CPU per request, depth 1, sync / bare", 1.3, "us", plain, bare_plain),
             Case("CPU per request, depth 16, sync / bare", 1.6, "us", deep, bare_deep),
@@ -135,7 +135,7 @@ def compare(folder: Path, rounds: int, requests: int, connects: int, with_floor:
                 "CPU per request, depth 1, async / sync",
                 1.15,
                 "us",
-                cost(zcproto, ours, "echo_async", 1),
+                cost(zcproto, own, "echo_async", 1),
                 plain,
             ),
         ]
@@ -145,7 +145,7 @@ def compare(folder: Path, rounds: int, requests: int, connects: int, with_floor:
         for case in cases:
             in_turn(case, 1)  # to warm up
             found[case] = in_turn(case, rounds * max(1, requests // SLICE))
-        for connection in ours + bare_ones + floor_ones:
+        for connection in own + bare_ones + floor_ones:
             connection.close()
 
         opened: list[Connection] = []
@@ -200,7 +200,7 @@ def report(found: dict[Case, list[tuple[float, float]]]) -> Report:
 def run_zcproto(home: Path) -> Iterator[Running]:
     words = ("--home", str(home), "serve", "bench.compare.app:app", "--port", "0")
     with running(
-        module_command("zcproto", *words), stdout=subprocess.PIPE, env=module_environment()
+        module_command("zcproto", *words), stdout=subprocess.PIPE, env=bench_environment()
     ) as server:
         assert server.stdout is not None
         line = server.stdout.readline().decode()

@@ -17,9 +17,10 @@ from typing import Final, NamedTuple
 
 from bench.micro.timing import quantile, resident_bytes
 from bench.micro.token_check import fill, medians, time_checks
+from bench.stage import bench_environment
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.errors import ZcprotoError
-from zcproto.load.processes import module_command, module_environment
+from zcproto.load.processes import module_command
 from zcproto.sessions import TOKEN_SIZE, SessionRegistry, SessionSettings
 
 TIMEOUT: Final = 600.0
@@ -48,7 +49,7 @@ def in_a_process(sessions: int, checks: int) -> Point:
     """Measure in a new process. Raises ZcprotoError if that fails."""
     done = subprocess.run(
         module_command("bench.curves.tokens", str(sessions), str(checks)),
-        capture_output=True, text=True, timeout=TIMEOUT, env=module_environment(), check=False,
+        capture_output=True, text=True, timeout=TIMEOUT, env=bench_environment(), check=False,
     )  # fmt: skip
     if done.returncode:
         raise ZcprotoError(f"bench.curves.tokens {sessions}: {done.stderr[-200:]}")

@@ -76,7 +76,7 @@ def least(requests: int, prepare: Callable[[], list[Any]], act: Callable[[list[A
     return best
 
 
-async def our_steps(requests: int, tls: Tls) -> dict[str, float]:
+async def zcproto_steps(requests: int, tls: Tls) -> dict[str, float]:
     """Time zcproto: the whole without TLS, and each step."""
     state = state_on(asyncio.get_running_loop())
     peer = Peer(state, ServerProtocol, "ada")
@@ -207,10 +207,10 @@ NAMES: Final = {
 }
 
 
-def report(ours: dict[str, float], bare: dict[str, float]) -> Report:
+def report(own: dict[str, float], bare: dict[str, float]) -> Report:
     """Return both budgets, in microseconds. TLS is the same for both."""
-    tls = {name: ours[name] for name in ("tls_in", "tls_out")}
-    columns = {"zcproto": budget(ours), "bare": budget({**bare, **tls})}
+    tls = {name: own[name] for name in ("tls_in", "tls_out")}
+    columns = {"zcproto": budget(own), "bare": budget({**bare, **tls})}
     whole, least = (rows[-1].value or 0.0 for rows in columns.values())
     columns["zcproto"].append(Row("ratio", "beside the bare server", whole / least, below=MAX_RATIO))
     return Report(columns)
@@ -254,7 +254,7 @@ def measure(folder: Path, requests: int) -> Report:
     with open(os.open(pem, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as both:
         both.writelines(each.read_bytes() for each in pair)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, bare_server(pem) as module:
-        return report(runner.run(our_steps(requests, tls)), bare_steps(requests, module))
+        return report(runner.run(zcproto_steps(requests, tls)), bare_steps(requests, module))
 
 
 @measurement

@@ -1,5 +1,5 @@
-"""zcproto beside others that serve the same echo over TLS 1.3.
+"""zcproto beside other servers of the same echo over TLS 1.3: `python -m bench peers`.
 
-`environment` installs the others, `servers` are their servers, `clients` what asks them, `measure` takes the
-figures, `outcome` holds them against their bars, `plot` draws them.
+`environment` installs the others, `servers` runs them, `clients` has a client for each, `measure` measures, and
+`command` holds the figures against their bars.
 """

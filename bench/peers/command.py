@@ -103,9 +103,7 @@ def report(figures: Figures, plan: Plan, versions: dict[str, str]) -> Report:
         for name, rows in columns.items():
             rows.append(Row(figure, label, statistics.median(by_round[name]) * scale, unit))
             if name != ZCPROTO:
-                ratios = [
-                    ours / theirs for ours, theirs in zip(by_round[ZCPROTO], by_round[name], strict=True)
-                ]
+                ratios = [own / other for own, other in zip(by_round[ZCPROTO], by_round[name], strict=True)]
                 key, bar = f"{figure}_ratio", BARS[figure].get(name)
                 rows.append(Row(key, f"{label}: zcproto / it", statistics.median(ratios), below=bar))
     notes = [

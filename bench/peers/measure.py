@@ -27,11 +27,11 @@ from bench.peers.clients import (
     context_for,
 )
 from bench.peers.environment import Environment
-from bench.stage import ECDSA_ONLY, Stage, cpu_seconds, room_for
+from bench.stage import ECDSA_ONLY, Stage, bench_environment, cpu_seconds, room_for
 from zcproto.common.text import escape_text
 from zcproto.errors import ZcprotoError
 from zcproto.load.plan import SESSIONS_PER_USER
-from zcproto.load.processes import module_environment, on_processor
+from zcproto.load.processes import on_processor
 
 ZCPROTO: Final = "zcproto"
 STREAMS: Final = "asyncio streams"
@@ -167,7 +167,7 @@ class Servers:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=module_environment(),
+                env=bench_environment(),
             )
         assert process.stdin is not None
         assert process.stdout is not None

@@ -18,13 +18,13 @@ from bench.report import Row
 from bench.requirements.finding import Finding, Scale
 from bench.requirements.sizes import FULL, Sizes
 from bench.scenarios.rotation import RotationOutcome, RotationPlan, rotate_under_load
-from bench.stage import CLIENT_CPU, HOST, NAME, Stages, cpu_seconds
+from bench.stage import CLIENT_CPU, HOST, NAME, Stages, bench_environment, cpu_seconds
 from zcproto.config.model import KEY_TYPES
 from zcproto.errors import ZcprotoError
 from zcproto.load.figures import generator_saturated
 from zcproto.load.hdr import percentiles_ms
 from zcproto.load.latency import Latencies
-from zcproto.load.processes import module_command, module_environment, on_processor
+from zcproto.load.processes import module_command, on_processor
 from zcproto.load.result import Verdict
 
 PAYLOADS: Final = (16, 256, 4_096, 65_536, 1_048_576)
@@ -148,7 +148,7 @@ def token_figures(stages: Stages, sizes: Sizes) -> dict[str, float]:
         capture_output=True,
         text=True,
         timeout=MICRO_TIMEOUT_S,
-        env=module_environment(),
+        env=bench_environment(),
         check=False,
     )
     if not out.exists():  # otherwise it has measured, and its exit code is about its own bars

@@ -5,7 +5,7 @@ end is the maximum of server and generator together, each in a process of its ow
 of it, in an open loop over all connections; each latency counts from when its request was due.
 
 Every answer is compared with what was sent, both times. Where the generator was late itself, the figure
-includes its lateness; the report says so, and the bar stays.
+includes its lateness; the report has a note, and the bar stays.
 """
 
 from __future__ import annotations

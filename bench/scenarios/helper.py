@@ -19,9 +19,10 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any, Final, Self
 
+from bench.stage import bench_environment
 from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import ZcprotoError
-from zcproto.load.processes import module_command, module_environment, on_processor
+from zcproto.load.processes import module_command, on_processor
 
 END_S: Final = 5.0
 """Seconds that a process has to end before it is killed."""
@@ -37,15 +38,15 @@ class Helper:
         self._pending: dict[int, asyncio.Future[Any]] = {}
 
     async def __aenter__(self) -> Self:
-        ours, theirs = socket.socketpair()
-        with theirs, on_processor(1):
+        parent, child = socket.socketpair()
+        with child, on_processor(1):
             self._process = subprocess.Popen(  # noqa: ASYNC220 - starting it takes a millisecond
-                module_command(__name__, str(theirs.fileno())),
-                pass_fds=[theirs.fileno()],
-                env=module_environment(),
+                module_command(__name__, str(child.fileno())),
+                pass_fds=[child.fileno()],
+                env=bench_environment(),
                 start_new_session=True,  # Ctrl-C is for the parent
             )
-        self._pipe = Connection(ours.detach())
+        self._pipe = Connection(parent.detach())
         self._pipe.send(self._start)
         asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._receive)
         return self

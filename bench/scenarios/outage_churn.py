@@ -71,7 +71,7 @@ class Churn:
         refreshed: Sequence[ClientSession],
         victims: Sequence[Victims],
     ) -> None:
-        """`rates` are openings, refreshes and ends a second; `newcomers` whose the new sessions are."""
+        """`rates` are openings, refreshes and ends a second; `newcomers` the users of new sessions."""
         self._rates = rates
         self._caller = caller
         self._newcomers = iter(newcomers)

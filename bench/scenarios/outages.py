@@ -354,7 +354,7 @@ class Run:
         for number, user in enumerate(users.victims):
             sessions = await self._open([here[number]] * SESSIONS_PER_USER, [user] * SESSIONS_PER_USER)
             caller = here[number]
-            if number % 2:  # the other server knows them too, and ends them every other time
+            if number % 2:  # used on the other server, too, which ends them every other time
                 in_use = there[number // 2]
                 await self._use([in_use] * SESSIONS_PER_USER, sessions)
                 caller = in_use if number % 4 == 1 else caller

@@ -465,7 +465,7 @@ def rotate_under_load(
 
 
 def _count_all_pauses(result: Result, rotations: Rotations) -> None:
-    """Give the load's last reading the longest pause of all the load: ours in between have reset it."""
+    """Give the load's last reading the longest pause of all the load: the readings in between have reset it."""
     reading = result.readings.get(Moment.LOADED)
     if reading is not None:
         spans = [span.after.longest_s for span in (rotations.at_rest, rotations.rotating) if span is not None]

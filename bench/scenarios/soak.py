@@ -114,7 +114,7 @@ class SoakPlan:
         """Raise ConfigError for a run that would prove nothing."""
         if self.seconds < 6 * self.cycle:
             raise ConfigError(
-                [f"--minutes {self.minutes:g}: must be at least 0.1, as growth is judged over several cycles"]
+                [f"--minutes {self.minutes:g}: must be at least 0.1: growth is judged over several cycles"]
             )
         if sys.platform != "linux":
             raise ConfigError(["a soak needs Linux: it reads /proc and sets limits of another process"])

@@ -1,4 +1,4 @@
-"""Micro benchmarks: each measures what its name says, on a small scale."""
+"""Micro benchmarks: small runs of each."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def test_missing_valkey_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_steps_of_hot_path_add_up_to_whole() -> None:
-    ours = {"whole": 10.0, "frame": 1.0, "body": 2.0, "method": 0.5, "result": 1.0, "answer": 1.5}
+    own = {"whole": 10.0, "frame": 1.0, "body": 2.0, "method": 0.5, "result": 1.0, "answer": 1.5}
     bare = {"whole": 4.0, "frame": 1.0, "body": 1.0, "result": 0.5, "answer": 0.5}
-    report = hot_path.report({**ours, "tls_in": 3.0, "tls_out": 2.0}, bare)
+    report = hot_path.report({**own, "tls_in": 3.0, "tls_out": 2.0}, bare)
     values = {name: {row.key: row.value for row in rows} for name, rows in report.columns.items()}
     assert [values[name]["between"] for name in ("zcproto", "bare")] == [4.0, 1.0]
     assert [values[name]["whole"] for name in ("zcproto", "bare")] == [15.0, 9.0]
@@ -116,8 +116,8 @@ def test_hsts_benchmark_checks_that_header_is_present(monkeypatch: pytest.Monkey
 def test_protocol_without_counting_differs_in_counting_only() -> None:
     uncounted = metrics_cost.without_counting()
     assert set(vars(uncounted)) - {"__module__", "__doc__", "__slots__"} == {"_process"}
-    ours = set(ServerProtocol._process.__code__.co_names)
-    missing = ours - set(uncounted._process.__code__.co_names)
+    own = set(ServerProtocol._process.__code__.co_names)
+    missing = own - set(uncounted._process.__code__.co_names)
     assert missing == {"calls", "reads", "part", "PART_BITS", "counters", "requests"}
 
 

@@ -185,7 +185,7 @@ async def test_different_answer_is_wrong(place: Callable[..., Any]) -> None:
 
 
 async def test_accepted_ended_session_is_wrong(place: Callable[..., Any]) -> None:
-    """The client takes a live session for an ended one."""
+    """The client expects a live session to be ended."""
     _, where = place()
     seen = Seen()
     made = client(seen)
