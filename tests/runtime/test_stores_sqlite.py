@@ -1,4 +1,4 @@
-"""A server with its sessions in a file: they outlive it, however it ends."""
+"""Sessions in SQLite survive a restart of the server, however it ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def home(tmp_path: Path) -> Path:
 
 
 class Servers:
-    """Servers of one home, one after the other."""
+    """Consecutive servers with one home folder."""
 
     def __init__(self, home: Path, certs: Path, stack: ExitStack) -> None:
         self._home = home

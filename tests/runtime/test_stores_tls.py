@@ -1,4 +1,4 @@
-"""A server whose store of sessions fails, over real TLS: who is let in goes on, and what is promised holds."""
+"""A server whose session store fails, over real TLS: known sessions go on and revocations apply."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from zcproto.stores import revoker
 TIMEOUT = "250ms"
 TIMEOUT_S = 0.25
 SLACK_S = 5.0
-"""What a busy machine may add to one call."""
+"""The delay that a busy machine may add to one call."""
 
 
 class Site:
-    """Servers with one store between them."""
+    """Servers that share one store."""
 
     def __init__(self, folder: Path, certs: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder = folder
@@ -53,7 +53,7 @@ class Site:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The timeouts here are short, and the disk of a busy machine may be slow."""
+    """Give the disk of a busy machine more time than the short timeouts of these tests."""
     monkeypatch.setattr(revoker, "MIN_DISK_S", 5.0)
 
 
@@ -68,7 +68,7 @@ def until_recovered(server: ServerThread) -> None:
 
 
 def opens(client: Client, user: str) -> dict[str, Any]:
-    """Open a session as a client does: again when it is told to."""
+    """Open a session like a client, retrying after `retry_after_ms`."""
     while True:
         try:
             return client.open_session(user)
@@ -79,7 +79,7 @@ def opens(client: Client, user: str) -> dict[str, Any]:
 
 
 def ended(server: ServerThread, *clients: Client) -> None:
-    """End a server, as its clients do who are told so."""
+    """Drain a server and close its clients."""
     server.begin_drain()
     for client in clients:
         client.rest_until_closed()
@@ -176,7 +176,7 @@ def test_pending_revocations_survive_a_restart(site: Site) -> None:
     ended(server, gone, kept)
     again = site.serve()
     client = site.client(again)
-    for token in (gone.token, kept.token):  # nobody can tell
+    for token in (gone.token, kept.token):  # the store cannot be asked
         assert client.refused("echo", token=token).code == Code.UNAVAILABLE
     site.store.mode = WORKS
     until_recovered(again)
@@ -291,8 +291,8 @@ def test_token_lookup_during_outage_is_unavailable(site: Site) -> None:
 # --- frames that wait for a token -----------------------------------------------------------------------------
 
 
-class Desk:
-    """Looks up tokens when the test says so."""
+class PausedLookups:
+    """Finishes look-ups of tokens when the test says so."""
 
     is_shared = True
 
@@ -311,29 +311,29 @@ class Desk:
 
 
 @pytest.fixture
-def desk(site: Site) -> tuple[ServerThread, Desk]:
+def paused_server(site: Site) -> tuple[ServerThread, PausedLookups]:
     server = site.serve(site.new_store(shared=True))
-    desk = Desk(server)
-    server.server.state.sessions = desk  # type: ignore[assignment]
-    return server, desk
+    lookups = PausedLookups(server)
+    server.server.state.sessions = lookups  # type: ignore[assignment]
+    return server, lookups
 
 
-Looked = tuple[ServerThread, Desk]
+ServerWithLookups = tuple[ServerThread, PausedLookups]
 
 
-def settle(server: ServerThread, desk: Desk, error: Exception | None = None) -> None:
+def settle(server: ServerThread, lookups: PausedLookups, error: Exception | None = None) -> None:
     def answer() -> None:
-        assert desk.answer is not None
+        assert lookups.answer is not None
         if error is None:
-            desk.answer.set_result(None)
+            lookups.answer.set_result(None)
         else:
-            desk.answer.set_exception(error)
+            lookups.answer.set_exception(error)
 
     server.in_loop(answer)
 
 
-def test_token_lookup_delays_only_its_connection(desk: Looked, site: Site) -> None:
-    server, looked = desk
+def test_token_lookup_delays_only_its_connection(paused_server: ServerWithLookups, site: Site) -> None:
+    server, lookups = paused_server
     client, other = site.client(server, "ada"), site.client(server, "bob")
     client.send(
         client.request("echo", {"n": 1}),
@@ -341,68 +341,68 @@ def test_token_lookup_delays_only_its_connection(desk: Looked, site: Site) -> No
         client.request("echo", {"n": 3}),
     )
     assert client.answer(client.stream - 2).value == {"n": 1}
-    server.until(lambda: looked.answer)
+    server.until(lambda: lookups.answer)
     client.send(client.request("echo", {"n": 4}))
     other.echo()
     client.tls.settimeout(0.1)
     with pytest.raises(TimeoutError):
         client.receive()
     client.tls.settimeout(10)
-    settle(server, looked)
+    settle(server, lookups)
     assert client.answer(client.stream - 2).code == Code.UNAUTHENTICATED
     assert client.answer(client.stream - 1).value == {"n": 3}
     assert client.answer(client.stream).value == {"n": 4}
-    assert looked.asked == [b"x" * 32]
+    assert lookups.asked == [b"x" * 32]
 
 
-def test_internal_error_in_token_lookup_has_an_incident(desk: Looked, site: Site) -> None:
-    server, looked = desk
+def test_internal_error_in_token_lookup_has_an_incident(paused_server: ServerWithLookups, site: Site) -> None:
+    server, lookups = paused_server
     client = site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32))
-    server.until(lambda: looked.answer)
-    settle(server, looked, ValueError("a bug"))
+    server.until(lambda: lookups.answer)
+    settle(server, lookups, ValueError("a bug"))
     answer = client.answer(client.stream)
     assert answer.code == Code.INTERNAL
     assert "incident" in answer.details
     client.echo()
     client.send(client.request("echo", token=b"y" * 32))
-    server.until(lambda: looked.answer and not looked.answer.done())
-    settle(server, looked, NotFound("no such thing"))
+    server.until(lambda: lookups.answer and not lookups.answer.done())
+    settle(server, lookups, NotFound("no such thing"))
     assert client.answer(client.stream).code == Code.NOT_FOUND
 
 
-def test_disconnect_during_token_lookup_leaves_nothing(desk: Looked, site: Site) -> None:
-    server, looked = desk
+def test_disconnect_during_token_lookup_leaves_nothing(paused_server: ServerWithLookups, site: Site) -> None:
+    server, lookups = paused_server
     with server.client("ada") as client:
         client.send(client.request("echo", token=b"x" * 32))
-        server.until(lambda: looked.answer)
+        server.until(lambda: lookups.answer)
         client.fin()
-    # It is not read from, so its end is seen when somebody writes, or by its deadlines.
+    # The connection is not read, so its end is detected by a write or a deadline.
     protocol = server.in_loop(lambda: next(iter(server.server.state.connections)))
     server.in_loop(lambda: protocol.abort("write_timeout"))
     server.until_left()
-    assert looked.answer is not None
-    assert looked.answer.cancelled()
+    assert lookups.answer is not None
+    assert lookups.answer.cancelled()
 
 
-def test_drain_during_token_lookup_ends(desk: Looked, site: Site) -> None:
-    server, looked = desk
+def test_drain_during_token_lookup_ends(paused_server: ServerWithLookups, site: Site) -> None:
+    server, lookups = paused_server
     client = site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32))
-    server.until(lambda: looked.answer)
+    server.until(lambda: lookups.answer)
     ended(server, client)
 
 
-def test_slow_reader_is_not_served_after_token_lookup(desk: Looked, site: Site) -> None:
-    server, looked = desk
+def test_slow_reader_is_not_served_after_token_lookup(paused_server: ServerWithLookups, site: Site) -> None:
+    server, lookups = paused_server
     client = site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
-    server.until(lambda: looked.answer)
+    server.until(lambda: lookups.answer)
     protocol = server.in_loop(
         lambda: next(each for each in server.server.state.connections if each._lookup is not None)
     )
     server.in_loop(protocol.pause_writing)
-    settle(server, looked)
+    settle(server, lookups)
     server.until(lambda: protocol._lookup is None)
     assert server.in_loop(lambda: protocol._suspended is not None)
     server.in_loop(protocol.resume_writing)
@@ -410,30 +410,30 @@ def test_slow_reader_is_not_served_after_token_lookup(desk: Looked, site: Site) 
     assert client.answer(client.stream).value == {"n": 2}
 
 
-def test_resumed_reader_still_waits_for_token_lookup(desk: Looked, site: Site) -> None:
-    server, looked = desk
+def test_resumed_reader_still_waits_for_token_lookup(paused_server: ServerWithLookups, site: Site) -> None:
+    server, lookups = paused_server
     client = site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
-    server.until(lambda: looked.answer)
+    server.until(lambda: lookups.answer)
     protocol = server.in_loop(
         lambda: next(each for each in server.server.state.connections if each._lookup is not None)
     )
     server.in_loop(protocol.pause_writing)
     server.in_loop(protocol.resume_writing)
     assert server.in_loop(lambda: protocol._suspended is not None)
-    settle(server, looked)
+    settle(server, lookups)
     assert client.answer(client.stream - 1).code == Code.UNAUTHENTICATED
     assert client.answer(client.stream).value == {"n": 2}
 
 
-def test_events_are_sent_during_token_lookup(desk: Looked, site: Site) -> None:
-    server, looked = desk
+def test_events_are_sent_during_token_lookup(paused_server: ServerWithLookups, site: Site) -> None:
+    server, lookups = paused_server
     client, other = site.client(server, "ada"), site.client(server, "ada")
     client.send(client.request("echo", token=b"x" * 32))
-    server.until(lambda: looked.answer)
+    server.until(lambda: lookups.answer)
     other.call("session.revoke", {"id": client.opened["id"]})
     assert client.receive().kind == EVENT
-    settle(server, looked)
+    settle(server, lookups)
     assert client.answer(client.stream).code == Code.UNAUTHENTICATED
 
 

@@ -1,4 +1,4 @@
-"""Servers that share their sessions through a real Valkey, and what happens when that is hurt."""
+"""Servers that share their sessions through a real Valkey server, also during its outages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from zcproto.errors import Code
 
 PROGRAM = "valkey-server"
 LIMIT_S = 0.3
-"""What a call may wait because of a store that is out."""
+"""The delay that an outage may add to one call."""
 
 SLACK_S = 5.0
-"""What a busy machine may add to one call."""
+"""The delay that a busy machine may add to one call."""
 
 
 class Cluster:
@@ -63,7 +63,7 @@ def recovered(server: ServerThread) -> None:
 def test_session_is_shared_and_revoked_within_a_second(cluster: Cluster) -> None:
     one, other = cluster.serve(), cluster.serve("other")
     took = []
-    for _ in range(5):  # a busy machine may keep one of them waiting, not all
+    for _ in range(5):  # a busy machine may delay one of them, not all
         first = cluster.client(one, "ada")
         second = cluster.client(other, token=first.token)
         second.echo()
@@ -177,7 +177,7 @@ def test_outage_keeps_known_sessions_and_revocations(
 
 
 class Stopwatch:
-    """How long each of its blocks took."""
+    """Measures how long blocks take."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

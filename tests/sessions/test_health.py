@@ -92,13 +92,13 @@ def test_table_covers_and_reaches_every_state() -> None:
 
 
 def test_store_is_used_only_while_healthy(watch: Watch) -> None:
-    assert watch.health.is_asked
+    assert watch.health.is_healthy
     watch.outage()
-    assert not watch.health.is_asked
+    assert not watch.health.is_healthy
     watch.probe()
-    assert not watch.health.is_asked
+    assert not watch.health.is_healthy
     watch.health.probe_succeeded(watch.now)
-    assert watch.health.is_asked
+    assert watch.health.is_healthy
 
 
 # --- what is an outage -------------------------------------------------------------------------------------
@@ -113,19 +113,19 @@ def test_slow_failure_is_an_outage(watch: Watch) -> None:
 def test_third_quick_failure_is_an_outage(watch: Watch) -> None:
     for number in range(FAILURES - 1):
         watch.health.failed(NOW + number, QUICK)
-        assert watch.health.is_asked
+        assert watch.health.is_healthy
     watch.health.failed(NOW + FAILURES, QUICK)
-    assert not watch.health.is_asked
+    assert not watch.health.is_healthy
     assert watch.health.failures == FAILURES
 
 
 def test_quick_failures_far_apart_are_no_outage(watch: Watch) -> None:
     for number in range(20):
         watch.health.failed(NOW + number * WINDOW_S, QUICK)
-        assert watch.health.is_asked
+        assert watch.health.is_healthy
     assert watch.alerts == []
     watch.health.failed(NOW + 19 * WINDOW_S, QUICK)
-    assert not watch.health.is_asked
+    assert not watch.health.is_healthy
 
 
 def test_failures_before_outage_do_not_count_after_recovery(watch: Watch) -> None:
@@ -135,7 +135,7 @@ def test_failures_before_outage_do_not_count_after_recovery(watch: Watch) -> Non
     watch.recover()
     watch.health.failed(watch.now, QUICK)
     watch.health.failed(watch.now, QUICK)
-    assert watch.health.is_asked
+    assert watch.health.is_healthy
 
 
 @pytest.mark.parametrize("probing", [False, True])

@@ -213,7 +213,7 @@ def _connections(state: ServerState, listener: Listener) -> Connections:
 
 
 def _store(sync: StoreSync, now: float) -> Store:
-    outage_s = 0.0 if sync.health.is_asked else max(0.0, now - sync.health.since)
+    outage_s = 0.0 if sync.health.is_healthy else max(0.0, now - sync.health.since)
     return Store(outage_s, sync.breaker.in_flight, sync.breaker.durations)
 
 

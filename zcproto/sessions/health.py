@@ -131,7 +131,7 @@ class StoreHealth:
         self.failures = 0
 
     @property
-    def is_asked(self) -> bool:
+    def is_healthy(self) -> bool:
         """Return True if operations go to the store."""
         return self.state is State.HEALTHY
 

@@ -135,14 +135,14 @@ class ChangeTracker:
 
     def start_checking(self) -> None:
         # After an outage everything is checked, so nothing is started during one.
-        if not self._is_checking and self._breaker.health.is_asked and not self._is_stopped:
+        if not self._is_checking and self._breaker.health.is_healthy and not self._is_stopped:
             self._is_checking = True
             self._tasks.run_in_background(self._check_changed())
 
     async def _check_changed(self) -> None:
         call = self._breaker.call
         try:
-            while self._breaker.health.is_asked:
+            while self._breaker.health.is_healthy:
                 if self._all_changed:
                     work = self.check_all(call)
                 elif self._to_check:

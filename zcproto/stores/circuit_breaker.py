@@ -46,7 +46,7 @@ class CircuitBreaker:
 
     def check(self) -> None:
         """Raise Unavailable if the store is not called now."""
-        if not self.health.is_asked:
+        if not self.health.is_healthy:
             raise self.unavailable()
 
     def unavailable(self) -> Unavailable:
@@ -58,7 +58,7 @@ class CircuitBreaker:
 
     async def call(self, operation: Coroutine[Any, Any, T]) -> T:
         """Run an operation and return its result. Raises StoreUnavailable."""
-        if not self.health.is_asked:
+        if not self.health.is_healthy:
             operation.close()
             raise StoreUnavailable("it is out; calls are suspended until a probe succeeds")
         began = self._now()

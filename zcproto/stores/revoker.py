@@ -118,7 +118,7 @@ class Revoker:
         breaker, timeout = self._breaker, self._breaker.timeout
         within = max(timeout, MIN_DISK_S)
         writing: asyncio.Task[None] | None = None
-        if breaker.health.is_asked:
+        if breaker.health.is_healthy:
             ending = self._tasks.spawn(self._end(revocation))
             # The file is written before the store is given up, so that the caller does not wait for both in turn.
             within = max(timeout * _DISK_PART, MIN_DISK_S)
@@ -232,13 +232,13 @@ class Revoker:
     def set_deadline(self) -> None:
         """Set the timer for the next repetition. None is due during an outage or while one is in progress."""
         due = NEVER
-        if not self._is_repeating and self._breaker.health.is_asked:
+        if not self._is_repeating and self._breaker.health.is_healthy:
             due = min((repeat.times[-1] for repeat in self._repeats), default=NEVER)
         if not self._is_stopped:
             self._wheel.set(self, due)
 
     def handle_deadline(self, now: float) -> None:
-        if self._breaker.health.is_asked:
+        if self._breaker.health.is_healthy:
             self._is_repeating = True
             self._tasks.run_in_background(self._repeat_due())
 

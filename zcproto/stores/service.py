@@ -501,7 +501,7 @@ class StoredSessionService(SessionService):
             # Past its absolute limit it is expired everywhere. An idle one may have been used by another process,
             # which cannot be found out during an outage.
             expired = not isinstance(known, SessionRecord) or self._clock.wall() >= known.expires_at
-            if expired or not self.sync.breaker.health.is_asked:
+            if expired or not self.sync.breaker.health.is_healthy:
                 return
         elif known is not None:  # refused for another reason
             return
