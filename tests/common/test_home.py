@@ -41,13 +41,14 @@ def test_invalid_path_is_refused(option: str) -> None:
 
 def test_each_file_has_its_place() -> None:
     home = Home(Path("/h"))
-    assert [home.config, home.certs, home.users, home.sessions, home.control] == [
-        Path("/h/config.toml"),
-        Path("/h/certs"),
-        Path("/h/users.toml"),
-        Path("/h/sessions.db"),
-        Path("/h/control.sock"),
-    ]
+    assert home.config == Path("/h/config.toml")
+    assert home.certs == Path("/h/certs")
+    assert home.users == Path("/h/users.toml")
+    assert home.devices == Path("/h/devices.toml")
+    assert home.pairing == Path("/h/pairing.toml")
+    assert home.sessions == Path("/h/sessions.db")
+    assert home.revocations == Path("/h/revocations.pending")
+    assert home.control == Path("/h/control.sock")
     assert os.fspath(home) == "/h"
     assert repr(home) == "Home('/h')"
 
