@@ -158,41 +158,11 @@ class SessionRegistry(Exchange):
                 has `max_sessions`.
             InvalidArgument: the name of the user or client is longer than MAX_TEXT.
         """
-        self._wall = wall
-        _check_text("user", user)
-        _check_text("client", client)
-        settings, table = self._settings, self._table
-        flags = (OPERATOR if operator else 0) | (BOUND if key else 0)
-        expires_at = wall + settings.lifetime_ms
-        refresh_expires_at = wall + settings.refresh_lifetime_ms if settings.refresh else 0
-        self._make_room(user, wall, settings.per_user, settings.when_full)
-        token, digest = self._new_token()
-        refresh_token = SecretBytes(self._entropy(TOKEN_SIZE))
-        session_id = id_of(refresh_token[:FAMILY_SIZE])
-        if table.ids.find(session_id) != NONE:
-            raise _entropy_repeats()
-        slot = table.add(
-            user,
-            client,
-            address,
-            key,
-            flags,
-            wall,
-            wall,
-            expires_at,
-            refresh_expires_at,
-            session_id,
-            digest,
-            digest_of(refresh_token),
-        )
-        self._live += 1
-        self.opened += 1
-        self._announce()
-        valid_until = min(expires_at, wall + self._idle)
-        session = Session(session_id, user, flags, slot, expires_at, valid_until, expires_at - self._tenth)
-        if not settings.refresh:  # the id is derived from a refresh token that is never issued
-            return OpenedSession(token, None, None, session)
-        return OpenedSession(token, refresh_token, refresh_expires_at, session)
+        new = self.new_session(user, operator=operator, client=client, address=address, wall=wall, key=key)
+        self.admit(new.record, self._settings.per_user, self._settings.when_full)
+        opened = self.opened_session(new)
+        assert opened is not None, "just inserted"
+        return opened
 
     def new_session(
         self, user: str, *, operator: bool, client: str, address: str, wall: int, key: str = ""
@@ -206,8 +176,11 @@ class SessionRegistry(Exchange):
         settings = self._settings
         token, digest = self._new_token()
         refresh_token = SecretBytes(self._entropy(TOKEN_SIZE))
+        session_id = id_of(refresh_token[:FAMILY_SIZE])
+        if self._table.ids.find(session_id) != NONE:
+            raise _entropy_repeats()
         record = SessionRecord(
-            id=id_of(refresh_token[:FAMILY_SIZE]),
+            id=session_id,
             token_digest=digest,
             refresh_digest=digest_of(refresh_token),
             user=user,
@@ -256,20 +229,16 @@ class SessionRegistry(Exchange):
             SessionReplaced: the session was evicted.
             InvalidArgument: the name of the client is longer than MAX_TEXT.
         """
-        _check_text("client", client)
-        slot = self._table.ids.find(id_of(refresh_token[:FAMILY_SIZE])) if _is_token(refresh_token) else NONE
-        self._check_refresh(slot, wall)
-        digest = digest_of(refresh_token)
-        if not compare_digest(digest, self._table.refresh_digest(slot)):
-            repeated = self.repeat_refresh(refresh_token, client=client, address=address, wall=wall)
-            if repeated is not None:
-                return repeated
-            self._refuse_reuse(slot)
-        self._check_refresh_life(slot, wall)
-        token, token_digest = self._new_token()
-        new_refresh_token = SecretBytes(refresh_token[:FAMILY_SIZE] + self._entropy(TOKEN_SIZE - FAMILY_SIZE))
-        self._replace(slot, token_digest, digest_of(new_refresh_token), client, address, wall)
-        return self._rotated(slot, digest, token, new_refresh_token, wall)
+        made = self.new_rotation(refresh_token, client=client, address=address, wall=wall)
+        if made is None:
+            raise refresh_refused(Code.UNAUTHENTICATED)
+        rotation, token, new_refresh_token = made
+        repeated = self.repeat_refresh(refresh_token, client=client, address=address, wall=wall)
+        if repeated is not None:
+            return repeated
+        record, _ = self.rotate(rotation)
+        slot = self._table.ids.find(record.id)
+        return self._rotated(slot, rotation.spent_digest, token, new_refresh_token, wall)
 
     def new_rotation(
         self, refresh_token: bytes, *, client: str, address: str, wall: int
