@@ -17,8 +17,9 @@ from tests.server.helpers import Client, ServerThread, eventually
 from zcproto.admin import operations
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile, UserFile
+from zcproto.config import LogConfig
 from zcproto.errors import InternalError, Unavailable
-from zcproto.observe.log import level, set_level
+from zcproto.observe.log import configure_logging, level, set_level
 from zcproto.sessions.token import token_text
 
 
@@ -279,6 +280,29 @@ def test_devices_are_listed_and_removed(serve: Serve) -> None:
     assert done(server, "devices/remove", {"name": "laptop"}) == {"user": "ada", "sessions": 0}
     assert get(server, "devices")["devices"] == []
     assert post(server, "devices/remove", {"name": "laptop"}).status == 404
+
+
+# --- the log -----------------------------------------------------------------------------------------------
+
+
+def test_changes_are_logged_with_the_calling_process(serve: Serve, tmp_path: Path) -> None:
+    configure_logging(LogConfig(level="info", file=tmp_path / "log"))
+    server = serve(users_file=True)
+    done(server, "users/add", {"name": "ada"})
+    done(server, "users/disable", {"name": "ada"})
+    post(server, "users/disable", {"name": "ben"})
+    done(server, "sessions/revoke", {"all": True})
+    server.settings = {"limits__max_streams": 0}
+    assert post(server, "reload").status == 422
+    events = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    lines = [event for event in events if event["event"] == "control.asked"]
+    assert [(line["what"], line.get("user"), line.get("sessions")) for line in lines] == [
+        ("users.add", "ada", None),
+        ("users.disable", "ada", 0),
+        ("sessions.revoke", None, 0),
+        ("reload", None, None),
+    ]
+    assert {(line["uid"], line["pid"]) for line in lines} == {(os.geteuid(), os.getpid())}
 
 
 # --- certificates and alerts ---------------------------------------------------------------------------------

@@ -226,11 +226,12 @@ def test_removed_user_raises_alert(watch: Watch, tmp_path: Path) -> None:
 def test_store_outage_and_recovery_raise_and_resolve_alert(watch: Watch) -> None:
     watched = watch(store__url="sqlite", store__grace="0s")
     server = watched.server.server
-    keeper: Any = server.state.sessions._keeper  # type: ignore[attr-defined]
+    store = server.parts.store
+    assert store is not None
 
     def break_it() -> None:
-        keeper.store.reason = "the disk is full"
-        keeper.health.begin_outage(server.parts.clock.now())
+        store.breaker.reason = "the disk is full"
+        store.health.begin_outage(server.parts.clock.now())
 
     watched.server.in_loop(break_it)
     assert watched.until("store.degraded")["title"].endswith("does not answer: the disk is full")
