@@ -8,12 +8,11 @@ unverified server presents.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -22,7 +21,7 @@ from cryptography import x509
 
 from zcproto.certs import pair
 from zcproto.cli import cert_report
-from zcproto.cli.connect import ca_file, read_key
+from zcproto.cli.connect import ca_file, make_client, read_key, run
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, from_message
 from zcproto.client.address import Address, parse_address
 from zcproto.common.clock import MS_PER_SECOND, system_clock
@@ -87,12 +86,11 @@ class LoginAs:
     key_file: Path | None
 
 
-@dataclass(slots=True)
-class _Seen:
-    """The findings of a connection, and the certificate of the server."""
+class StepFailed(Exception):
+    """Ends the steps with a fault."""
 
-    findings: list[Finding] = field(default_factory=list)
-    certificate: bytes = b""
+    def __init__(self, check: str, found: str, cure: str) -> None:
+        self.finding = Finding(check, FAULT, found, cure)
 
 
 def check(text: str, trust: Trust, login: LoginAs | None, timeout: float) -> list[Finding]:
@@ -103,65 +101,65 @@ def check(text: str, trust: Trust, login: LoginAs | None, timeout: float) -> lis
     except TlsError as error:
         raise ConfigError([escape_text(str(error))]) from error
     key = None if login is None else read_key(login.key_file)
-    seen = _Seen()
-    is_reachable = _connect(address, timeout, seen)
-    is_trusted = is_reachable and seen.certificate != b"" and _judge(address, trust, pins, timeout, seen)
-    if login is not None:
-        if is_trusted:
-            seen.findings += asyncio.run(_session(str(address), trust, login.user, key, timeout))
-        else:
-            seen.findings.append(
-                Finding("session", SKIPPED, "no key is sent to a server that is not trusted")
-            )
-    return seen.findings
+    findings: list[Finding] = []
+    try:
+        certificate = _connect(address, timeout, findings)
+        _judge(address, trust, pins, timeout, certificate, findings)
+    except StepFailed as failed:
+        findings.append(failed.finding)
+        if login is not None:
+            findings.append(Finding("session", SKIPPED, "no key is sent to a server that is not trusted"))
+    else:
+        if login is not None and key is not None:
+            findings.append(_session(str(address), trust, login.user, key, timeout))
+    return findings
 
 
 # --- without trust ---------------------------------------------------------------------------------------
 
 
-def _connect(address: Address, timeout: float, seen: _Seen) -> bool:
-    """Check name, TCP, TLS and WELCOME. Return whether all of them work."""
-    found = seen.findings
+def _connect(address: Address, timeout: float, findings: list[Finding]) -> bytes:
+    """Check name, TCP, TLS and WELCOME. Return the certificate of the server. Raises StepFailed."""
     try:
         raw = socket.create_connection(address, timeout)
     except socket.gaierror as error:
-        found.append(
-            Finding("reachable", FAULT, f"{address.host}: {error.strerror}", "check the name and DNS")
-        )
-        return False
-    except TimeoutError:
+        raise StepFailed(
+            "reachable", f"{address.host}: {error.strerror}", "check the name and DNS"
+        ) from error
+    except TimeoutError as error:
         cure = "a firewall drops packets, or the machine is down: check both, and the port"
-        found.append(Finding("reachable", FAULT, f"{address}: no answer within {timeout:g} s", cure))
-        return False
+        raise StepFailed("reachable", f"{address}: no answer within {timeout:g} s", cure) from error
     except OSError as error:
         cure = "start the server, and check that server.host is not only 127.0.0.1"
-        found.append(Finding("reachable", FAULT, f"{address}: {error.strerror}", cure))
-        return False
+        raise StepFailed("reachable", f"{address}: {error.strerror}", cure) from error
     peer = raw.getpeername()
-    found.append(Finding("reachable", OK, f"{address} at {peer[0]} port {peer[1]}"))
+    findings.append(Finding("reachable", OK, f"{address} at {peer[0]} port {peer[1]}"))
     raw.settimeout(timeout)
     context = client_context(verify=False, protocols=[ALPN])
     try:
         with context.wrap_socket(raw, server_hostname=address.host.partition("%")[0]) as tls:
-            return _greeted(tls, seen, system_clock.now() + timeout)
+            findings.append(Finding("handshake", OK, _negotiated(tls)))
+            findings.append(_clock(_clock_offset(tls, system_clock.now() + timeout)))
+            certificate = tls.getpeercert(binary_form=True) or b""
+            with contextlib.suppress(OSError):  # the server may have closed it
+                tls.unwrap()
+            return certificate
     except (OSError, ssl.SSLError) as error:
         raw.close()
-        found.append(_handshake_fault(error, "handshake"))
-        return False
+        raise _handshake_failed(error, "handshake") from error
 
 
-def _greeted(tls: ssl.SSLSocket, seen: _Seen, deadline: float) -> bool:
-    cipher = tls.cipher()
-    assert cipher is not None, "the handshake is done"
-    seen.certificate = tls.getpeercert(binary_form=True) or b""
-    alpn = tls.selected_alpn_protocol()
+def _negotiated(tls: ssl.SSLSocket) -> str:
+    cipher, alpn = tls.cipher(), tls.selected_alpn_protocol()
+    assert cipher is not None, "the handshake is complete"
     if alpn != ALPN:
-        cure = CURES[TlsFailure.NO_APPLICATION_PROTOCOL]
-        seen.findings.append(
-            Finding("handshake", FAULT, f"TLS works, but its ALPN protocol is {alpn or 'missing'}", cure)
-        )
-        return False
-    seen.findings.append(Finding("handshake", OK, f"{tls.version()}, {cipher[0]}, {alpn}"))
+        found = f"TLS works, but its ALPN protocol is {alpn or 'missing'}"
+        raise StepFailed("handshake", found, CURES[TlsFailure.NO_APPLICATION_PROTOCOL])
+    return f"{tls.version()}, {cipher[0]}, {alpn}"
+
+
+def _clock_offset(tls: ssl.SSLSocket, deadline: float) -> float:
+    """Read WELCOME; return by how many seconds the server's clock is ahead."""
     connection = ClientConnection(max_frame=MAX_WELCOME, tolerance_ms=30_000)
     received = 0
     while received < MAX_WELCOME and system_clock.now() < deadline:  # also if it arrives byte by byte
@@ -169,24 +167,13 @@ def _greeted(tls: ssl.SSLSocket, seen: _Seen, deadline: float) -> bool:
         received += len(data)
         if not data:
             cure = "see its log: it may be at its limit, or require a client certificate"
-            seen.findings.append(
-                Finding("welcome", FAULT, "the server closed the connection without WELCOME", cure)
-            )
-            return False
-        wall = system_clock.wall()
-        for event in connection.receive_data(data, wall, system_clock.now()):
+            raise StepFailed("welcome", "the server closed the connection without WELCOME", cure)
+        for event in connection.receive_data(data, system_clock.wall(), system_clock.now()):
             if isinstance(event, Welcomed):
-                seen.findings.append(_clock(connection.clock_offset_ms / MS_PER_SECOND))
-                with contextlib.suppress(OSError):  # the server may have closed it
-                    tls.unwrap()
-                return True
+                return connection.clock_offset_ms / MS_PER_SECOND
             cure = "this is not a zcproto server, or it has a later protocol: compare the versions"
-            seen.findings.append(Finding("welcome", FAULT, "its first frame is not a valid WELCOME", cure))
-            return False
-    seen.findings.append(
-        Finding("welcome", FAULT, "its WELCOME does not end", "this is not a zcproto server")
-    )
-    return False
+            raise StepFailed("welcome", "its first frame is not a valid WELCOME", cure)
+    raise StepFailed("welcome", "its WELCOME does not end", "this is not a zcproto server")
 
 
 def _clock(ahead: float) -> Finding:
@@ -198,21 +185,28 @@ def _clock(ahead: float) -> Finding:
     return Finding("clock", state, found, "synchronize both with NTP: timedatectl set-ntp true")
 
 
-def _handshake_fault(error: Exception, check: str) -> Finding:
+def _handshake_failed(error: Exception, check: str) -> StepFailed:
     if isinstance(error, ssl.SSLError):
         failure = failure_of(error)
-        return Finding(check, FAULT, failure.value.replace("_", " "), CURES.get(failure, _ANY_TLS))
+        return StepFailed(check, failure.value.replace("_", " "), CURES.get(failure, _ANY_TLS))
     if isinstance(error, TimeoutError):
-        return Finding(check, FAULT, "no answer in time", CURES[TlsFailure.HANDSHAKE_TIMEOUT])
+        return StepFailed(check, "no answer in time", CURES[TlsFailure.HANDSHAKE_TIMEOUT])
     reason = getattr(error, "strerror", None) or type(error).__name__
-    return Finding(check, FAULT, str(reason), CURES[TlsFailure.DISCONNECTED])
+    return StepFailed(check, str(reason), CURES[TlsFailure.DISCONNECTED])
 
 
 # --- trust -----------------------------------------------------------------------------------------------
 
 
-def _judge(address: Address, trust: Trust, pins: frozenset[str], timeout: float, seen: _Seen) -> bool:
-    """Return whether a client with this trust accepts the server."""
+def _judge(
+    address: Address,
+    trust: Trust,
+    pins: frozenset[str],
+    timeout: float,
+    certificate: bytes,
+    findings: list[Finding],
+) -> None:
+    """Check whether a client with this trust accepts the server. Raises StepFailed."""
     host = address.host.partition("%")[0]
     by_ca = trust.ca is not None or not pins
     source = "the system's store" if trust.ca_file is None else str(trust.ca_file)
@@ -222,36 +216,33 @@ def _judge(address: Address, trust: Trust, pins: frozenset[str], timeout: float,
         try:
             context = client_context(ca_file=trust.ca_file, protocols=[ALPN])
         except ZcprotoError as error:
-            seen.findings.append(from_message("trust", escape_text(str(error))))
-            return False
+            found, _, cure = escape_text(str(error)).partition("; ")
+            raise StepFailed("trust", found, cure) from error
         try:
             with (
                 socket.create_connection(address, timeout) as raw,
                 context.wrap_socket(raw, server_hostname=host) as tls,
             ):
-                seen.certificate = tls.getpeercert(binary_form=True) or b""
+                certificate = tls.getpeercert(binary_form=True) or b""
                 with contextlib.suppress(OSError):
                     tls.unwrap()
         except ssl.SSLCertVerificationError as error:
             failure, detail = failure_of(error), error.verify_message
         except OSError as error:
-            seen.findings.append(_handshake_fault(error, "trust"))
-            return False
+            raise _handshake_failed(error, "trust") from error
     if failure is None and pins:
         judgement = judge_pinned(
-            seen.certificate, pins, host=host, wall=system_clock.wall(), chain_is_checked=by_ca
+            certificate, pins, host=host, wall=system_clock.wall(), chain_is_checked=by_ca
         )
         if judgement is not None:
             failure, detail = judgement
         source = f"{source} and a pin" if by_ca else "a pin"
-    about = list(_about(seen.certificate))
-    if failure is None:
-        seen.findings.append(Finding("trust", OK, f"by {source}; {'; '.join(about)}"))
-        seen.findings += _near_end(seen.certificate)
-        return True
-    found = f"{failure.value.replace('_', ' ')}: {escape_text(detail, 300)}; {'; '.join(about)}"
-    seen.findings.append(Finding("trust", FAULT, found, CURES.get(failure, _ANY_TLS)))
-    return False
+    about = "; ".join(_about(certificate))
+    if failure is not None:
+        found = f"{failure.value.replace('_', ' ')}: {escape_text(detail, 300)}; {about}"
+        raise StepFailed("trust", found, CURES.get(failure, _ANY_TLS))
+    findings.append(Finding("trust", OK, f"by {source}; {about}"))
+    findings += _near_end(certificate)
 
 
 def _about(der: bytes) -> Iterator[str]:
@@ -278,28 +269,20 @@ def _near_end(der: bytes) -> Iterator[Finding]:
 # --- the session -----------------------------------------------------------------------------------------
 
 
-async def _session(address: str, trust: Trust, user: str, key: str | None, limit: float) -> list[Finding]:
-    from zcproto.client import connect  # noqa: PLC0415 - needed only with a key
-
-    client = connect(
-        address,
-        user=user,
-        key=key,
-        ca_file=trust.ca_file,
-        pins=trust.pins,
-        timeout=limit,
-        connect_timeout=limit,
-        client="zcproto-doctor",
-        home=trust.home.path,
-    )
-    try:
+def _session(address: str, trust: Trust, user: str, key: str, timeout: float) -> Finding:
+    async def use_session() -> None:
+        options = {"user": user, "key": key, "timeout": timeout, "connect_timeout": timeout}
+        client = make_client(address, trust.home, trust.ca, trust.pins, client="zcproto-doctor", **options)
         async with client:
             await client.call("session.info")
+
+    try:
+        run(use_session)
     except CallError as error:
-        return [Finding("session", FAULT, escape_text(str(error), 500), _session_cure(error))]
+        return Finding("session", FAULT, escape_text(str(error), 500), _session_cure(error))
     except (ZcprotoError, OSError) as error:
-        return [from_message("session", escape_text(str(error), 500))]
-    return [Finding("session", OK, f"{user} opened, used and closed one")]
+        return from_message("session", escape_text(str(error), 500))
+    return Finding("session", OK, f"{user} opened, used and closed one")
 
 
 def _session_cure(error: CallError) -> str:
