@@ -18,11 +18,13 @@ import contextlib
 import os
 import shutil
 import signal
+import ssl
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -75,101 +77,104 @@ class Running(NamedTuple):
     port: int
 
 
+class Side:
+    """A server, with connections for requests, and what slices of work cost it."""
+
+    def __init__(
+        self, server: Running, context: ssl.SSLContext, users: Iterator[Credential] | None = None
+    ) -> None:
+        """With `users` each connection opens a session, five of each user."""
+        self._server = server
+        self._context = context
+        self._users = users
+        self._opened: list[Connection] = []
+        self._connections = self._connect(CONNECTIONS)
+
+    def _connect(self, count: int) -> list[Connection]:
+        connections, user = [], Credential("", "")
+        for number in range(count):
+            connection = Connection(self._server.port, self._context)
+            if self._users is None:
+                connection.token = b"k" * 32
+            else:
+                user = next(self._users) if number % SESSIONS_PER_USER == 0 else user
+                connection.open_session(*user)
+            connections.append(connection)
+        return connections
+
+    def request_cost(self, method: str, depth: int) -> float:
+        """Make a slice of requests; return the server's CPU time for each, in microseconds."""
+        connections = self._connections
+        turns = max(1, SLICE // (len(connections) * depth))
+        before = cpu_seconds(self._server.pid)
+        for _ in range(turns):
+            for connection in connections:
+                connection.echo(method, PARAMS, depth)
+            for connection in connections:
+                connection.check_echoes(ANSWER, depth)
+        return (cpu_seconds(self._server.pid) - before) * 1e6 / (turns * len(connections) * depth)
+
+    def connection_cost(self) -> float:
+        """Make a slice of connections; return the server's CPU time for 10,000 of them, in seconds."""
+        before = cpu_seconds(self._server.pid)
+        self._opened += self._connect(CONNECTED)
+        return (cpu_seconds(self._server.pid) - before) * 10_000 / CONNECTED
+
+    def close_opened(self) -> None:
+        for connection in self._opened:
+            connection.close()
+        self._opened.clear()
+
+
 def compare(folder: Path, rounds: int, requests: int, connects: int, with_floor: bool = False) -> Report:
     """Carry out all comparisons. Raises ZcprotoError for a wrong answer, or a server that does not start."""
     stage = Stage(folder, {"limits.connections_per_address": 0, "store.url": "memory", **ECDSA_ONLY})
     users = iter(stage.add_users("user", USERS))
     stage.make_certificates()
-    found = {}
-    with (
-        run_zcproto(folder) as zcproto,
-        run_bare(folder) as bare,
-        run_floor(folder) if with_floor else contextlib.nullcontext(bare) as floor,
-    ):
+    with contextlib.ExitStack() as stack:
         context = context_for(str(stage.ca_file))
-
-        def connect(count: int) -> list[Connection]:
-            connections, user = [], Credential("", "")
-            for number in range(count):
-                if number % SESSIONS_PER_USER == 0:
-                    user = next(users)
-                connection = Connection(zcproto.port, context)
-                connection.open_session(*user)
-                connections.append(connection)
-            return connections
-
-        def connect_yardstick(count: int, port: int) -> list[Connection]:
-            connections = [Connection(port, context) for _ in range(count)]
-            for connection in connections:
-                connection.token = b"k" * 32
-            return connections
-
-        own, bare_ones = connect(CONNECTIONS), connect_yardstick(CONNECTIONS, bare.port)
-        floor_ones = connect_yardstick(CONNECTIONS, floor.port) if with_floor else []
-
-        def cost(
-            server: Running, connections: list[Connection], method: str, depth: int
-        ) -> Callable[[], float]:
-            """Return what makes a slice of requests, and returns its server's CPU time for each in
-            microseconds.
-            """
-            turns = max(1, SLICE // (len(connections) * depth))
-
-            def slice_of_requests() -> float:
-                before = cpu_seconds(server.pid)
-                for _ in range(turns):
-                    for connection in connections:
-                        connection.echo(method, PARAMS, depth)
-                    for connection in connections:
-                        connection.check_echoes(ANSWER, depth)
-                return (cpu_seconds(server.pid) - before) * 1e6 / (turns * len(connections) * depth)
-
-            return slice_of_requests
-
-        plain, bare_plain = cost(zcproto, own, "echo", 1), cost(bare, bare_ones, "echo", 1)
-        deep, bare_deep = cost(zcproto, own, "echo", 16), cost(bare, bare_ones, "echo", 16)
+        zcproto = Side(stack.enter_context(run_zcproto(folder)), context, users)
+        bare = Side(stack.enter_context(run_bare(folder)), context)
+        sync = partial(zcproto.request_cost, "echo", 1)
         cases = [
-            Case("CPU per request, depth 1, sync / bare", 1.3, "us", plain, bare_plain),
-            Case("CPU per request, depth 16, sync / bare", 1.6, "us", deep, bare_deep),
+            Case(
+                "CPU per request, depth 1, sync / bare",
+                1.3,
+                "us",
+                sync,
+                partial(bare.request_cost, "echo", 1),
+            ),
+            Case(
+                "CPU per request, depth 16, sync / bare",
+                1.6,
+                "us",
+                partial(zcproto.request_cost, "echo", 16),
+                partial(bare.request_cost, "echo", 16),
+            ),
             Case(
                 "CPU per request, depth 1, async / sync",
                 1.15,
                 "us",
-                cost(zcproto, own, "echo_async", 1),
-                plain,
+                partial(zcproto.request_cost, "echo_async", 1),
+                sync,
             ),
         ]
         if with_floor:
-            lowest = cost(floor, floor_ones, "echo", 1)
-            cases.append(Case("CPU per request, depth 1, sync / floor in C", 4.0, "us", plain, lowest))
+            floor = Side(stack.enter_context(run_floor(folder)), context)
+            lowest = partial(floor.request_cost, "echo", 1)
+            cases.append(Case("CPU per request, depth 1, sync / floor in C", 4.0, "us", sync, lowest))
+        found = {}
         for case in cases:
             in_turn(case, 1)  # to warm up
             found[case] = in_turn(case, rounds * max(1, requests // SLICE))
-        for connection in own + bare_ones + floor_ones:
-            connection.close()
-
-        opened: list[Connection] = []
-
-        def connect_cost(server: Running, make: Callable[[int], list[Connection]]) -> float:
-            """Make a slice of connections; return its server's CPU time for 10,000 of them, in seconds."""
-            before = cpu_seconds(server.pid)
-            opened.extend(make(CONNECTED))
-            return (cpu_seconds(server.pid) - before) * 10_000 / CONNECTED
-
-        case = Case(
-            "CPU to connect 10,000, with sessions / bare",
-            1.6,
-            "s",
-            lambda: connect_cost(zcproto, connect),
-            lambda: connect_cost(bare, lambda count: connect_yardstick(count, bare.port)),
-        )
+        name = "CPU to connect 10,000, with sessions / bare"
+        case = Case(name, 1.6, "s", zcproto.connection_cost, bare.connection_cost)
         found[case] = []
         for _ in range(max(3, rounds // 2)):
             found[case] += in_turn(case, max(1, connects // CONNECTED))
-            for connection in opened:
-                connection.close()
-            opened.clear()
-            time.sleep(SETTLE_S)  # the servers' ends of them must be gone before the next count
+            zcproto.close_opened()
+            bare.close_opened()
+            time.sleep(SETTLE_S)  # the servers' ends of them must be closed before the next count
     return report(found)
 
 
