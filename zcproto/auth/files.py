@@ -27,7 +27,7 @@ import tomli
 from zcproto.auth.identity import MAX_USER
 from zcproto.common.files import file_errors, locked, read_file, replace_file
 from zcproto.common.text import escape_text
-from zcproto.common.watcher import NO_FILE, Identity, file_identity, identity_of
+from zcproto.common.watcher import NO_FILE, FileIdentity, file_identity, identity_of
 from zcproto.errors import ConfigError
 
 LOCK_WAIT_S: Final = 10.0
@@ -35,7 +35,7 @@ LOCK_WAIT_S: Final = 10.0
 
 _SHOWN: Final = 120
 _SHOWN_NAME: Final = 60
-_NOT_READ: Final[Identity] = (-2,)
+_NOT_READ: Final[FileIdentity] = (-2,)
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 Entry = TypeVar("Entry")
@@ -91,11 +91,11 @@ class PrivateFile:
         self._max_bytes = max_bytes
         self._lock_wait_s = lock_wait_s
 
-    def identity(self) -> Identity:
+    def identity(self) -> FileIdentity:
         """Return the state of the file: one stat, no exception."""
         return file_identity(self._path)
 
-    def read(self) -> tuple[Identity, str]:
+    def read(self) -> tuple[FileIdentity, str]:
         """Return the state of the file and its text; NO_FILE and no text if it is missing."""
         with file_errors(self.path, "read"):
             try:
@@ -220,7 +220,7 @@ class TableFile(ABC, Generic[Entry]):
     def _entry_of(self, table: dict[str, Any]) -> Entry:
         """Return the entry of a table without faults."""
 
-    def _read(self) -> tuple[Identity, str, dict[str, Entry]]:
+    def _read(self) -> tuple[FileIdentity, str, dict[str, Entry]]:
         identity, text = self._file.read()
         return identity, text, self._parse(text)
 

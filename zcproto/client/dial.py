@@ -20,7 +20,7 @@ from zcproto.client.retry import may_pass
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
-from zcproto.common.watcher import NO_FILE, Identity, file_identity
+from zcproto.common.watcher import NO_FILE, FileIdentity, file_identity
 from zcproto.connection.client import ClientConnection
 from zcproto.errors import CannotConnect, CertificateError, ConfigError, ConnectionClosed, TlsError
 from zcproto.tls.client import TlsConnector
@@ -127,7 +127,7 @@ class Trust:
         return found[1]
 
 
-def _stamp(file: Path | None) -> Identity:
+def _stamp(file: Path | None) -> FileIdentity:
     return NO_FILE if file is None else file_identity(file)
 
 

@@ -77,16 +77,6 @@ def trusted_owners() -> frozenset[int]:
     return frozenset({0, os.geteuid()})
 
 
-def check_owner(path: Path, status: os.stat_result) -> None:
-    """Raise UnusableFileError if a file or folder belongs to a user who is not trusted."""
-    if status.st_uid not in trusted_owners():
-        raise UnusableFileError(
-            path,
-            f"belongs to another user (uid {status.st_uid}); run as that user,"
-            f" or run: chown {os.geteuid()} {_quoted(path)}",
-        )
-
-
 def check_mode(path: Path, status: os.stat_result, forbidden: int) -> None:
     """Raise UnusableFileError if a file or folder grants one of the `forbidden` rights."""
     if not status.st_mode & forbidden:
@@ -105,8 +95,13 @@ def check_mode(path: Path, status: os.stat_result, forbidden: int) -> None:
 
 
 def check_access(path: Path, status: os.stat_result, forbidden: int = OTHERS_ANY) -> None:
-    """Raise UnusableFileError for an untrusted owner or a forbidden right."""
-    check_owner(path, status)
+    """Raise UnusableFileError if a file or folder has an untrusted owner, or grants a forbidden right."""
+    if status.st_uid not in trusted_owners():
+        raise UnusableFileError(
+            path,
+            f"belongs to another user (uid {status.st_uid}); run as that user,"
+            f" or run: chown {os.geteuid()} {_quoted(path)}",
+        )
     check_mode(path, status, forbidden)
 
 

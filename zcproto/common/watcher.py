@@ -29,13 +29,13 @@ READ_EVERY: Final = 60
 READ_AFTER_CHANGE: Final = 2
 """Looks that read the content after one that found another identity."""
 
-Identity = tuple[int, ...]
+FileIdentity = tuple[int, ...]
 """State of a file that differs between any two versions."""
 
-NO_FILE: Final[Identity] = ()
+NO_FILE: Final[FileIdentity] = ()
 
 
-def file_identity(path: str | os.PathLike[str]) -> Identity:
+def file_identity(path: str | os.PathLike[str]) -> FileIdentity:
     """Return the state of the file at `path`: one `stat`, no exception."""
     try:
         return identity_of(os.stat(path))
@@ -47,7 +47,7 @@ def file_identity(path: str | os.PathLike[str]) -> Identity:
         return (-1, errno.EINVAL)
 
 
-def identity_of(status: os.stat_result) -> Identity:
+def identity_of(status: os.stat_result) -> FileIdentity:
     """Return the identity of a file by its status."""
     return (
         status.st_dev,
@@ -63,7 +63,7 @@ def identity_of(status: os.stat_result) -> Identity:
 class Fingerprint(NamedTuple):
     """One file as it was found."""
 
-    identity: Identity
+    identity: FileIdentity
     """Empty if it cannot be read."""
     access: tuple[int, int]
     """Mode and owner: either can make a file usable or unusable."""
