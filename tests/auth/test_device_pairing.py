@@ -17,7 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.auth.helpers import write
-from zcproto.auth import CurrentUsers, Device, DeviceFile, Enrollment, PairingFile, Throttle, UserFile
+from zcproto.auth import (
+    CurrentUsers,
+    DeviceFile,
+    Enrollment,
+    PairingFile,
+    RegisteredDevice,
+    Throttle,
+    UserFile,
+)
 from zcproto.auth import pairing as pairing_module
 from zcproto.auth.pairing import MAX_OPEN, MAX_WAITING, MAX_WRONG, Pairing
 from zcproto.errors import AlreadyExists, ConfigError, InvalidArgument, ResourceExhausted, Unauthenticated
@@ -139,7 +147,7 @@ async def test_code_registers_one_device_of_its_user(pairings: PairingHome) -> N
     assert await pairings.enroll(code, "phone") == ("bob", "phone")
     pairings.devices.load()
     added = datetime.fromtimestamp(WALL / 1000, UTC)
-    assert pairings.devices.entries == {"phone": Device("bob", KEY, added)}
+    assert pairings.devices.entries == {"phone": RegisteredDevice("bob", KEY, added)}
     await pairings.refused(code, name="other")
     assert pairings.names() == ["phone"]
 

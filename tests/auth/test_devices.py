@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.auth.helpers import write
-from zcproto.auth import CurrentDevices, Device, DeviceFile
+from zcproto.auth import CurrentDevices, DeviceFile, RegisteredDevice
 from zcproto.errors import AlreadyExists, ConfigError, NotFound
 from zcproto.sessions import token_text
 
@@ -49,7 +49,7 @@ def test_added_device_is_found_after_reading(path: Path, devices: DeviceFile) ->
     assert document == {"devices": {"laptop": {"user": "ada", "public_key": KEY, "added": ADDED}}}
     assert devices.find("laptop") is None  # found by the next reading
     devices.load()
-    assert devices.find("laptop") == Device("ada", KEYS[0], ADDED)
+    assert devices.find("laptop") == RegisteredDevice("ada", KEYS[0], ADDED)
     assert (len(devices), devices.read_names(), repr(devices)) == (
         1,
         ["laptop"],
@@ -109,7 +109,7 @@ def test_any_names_are_stored_exactly_or_refused(tmp_path: Path, name: str, user
         assert not devices.path.exists()
     else:
         devices.load()
-        assert devices.find(name) == Device(user, KEYS[0], ADDED)
+        assert devices.find(name) == RegisteredDevice(user, KEYS[0], ADDED)
 
 
 def test_time_is_stored_in_whole_seconds_of_utc(devices: DeviceFile) -> None:
@@ -124,7 +124,7 @@ def test_time_is_stored_in_whole_seconds_of_utc(devices: DeviceFile) -> None:
 def test_removing_a_device_keeps_the_others(path: Path, devices: DeviceFile) -> None:
     for number, name in enumerate(("a", 'qu"o\\te', "c")):
         add(devices, name, key=KEYS[number])
-    assert devices.remove('qu"o\\te') == Device("ada", KEYS[1], ADDED)
+    assert devices.remove('qu"o\\te') == RegisteredDevice("ada", KEYS[1], ADDED)
     assert devices.read_names() == ["a", "c"]
     with pytest.raises(NotFound, match='no device is named "b"'):
         devices.remove("b")
@@ -214,7 +214,7 @@ def test_faulty_file_keeps_the_known_devices(path: Path, devices: DeviceFile, wh
 
 
 def test_removed_or_changed_device_is_gone() -> None:
-    a, b = Device("ada", KEYS[0], ADDED), Device("bob", KEYS[1], ADDED)
+    a, b = RegisteredDevice("ada", KEYS[0], ADDED), RegisteredDevice("bob", KEYS[1], ADDED)
     assert DeviceFile.is_gone(a, None)
     assert DeviceFile.is_gone(a, b)
     assert DeviceFile.is_gone(a, a._replace(user="bob"))
@@ -244,7 +244,7 @@ async def test_new_and_removed_devices_are_found_immediately(path: Path, devices
     add(devices, "a")
     watched = Watched(path)
     add(devices, "b", key=KEYS[1])
-    assert await watched.current.find("b") == Device("ada", KEYS[1], ADDED)
+    assert await watched.current.find("b") == RegisteredDevice("ada", KEYS[1], ADDED)
     assert watched.take_gone() == []
     devices.remove("a")
     assert await watched.current.find("b") is not None

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.auth.helpers import write
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, Client
-from zcproto.auth import CurrentUsers, Device, DeviceFile, Throttle, UserFile
+from zcproto.auth import CurrentUsers, DeviceFile, RegisteredDevice, Throttle, UserFile
 from zcproto.auth.directory import LOOK_INTERVAL, Devices, Users
 from zcproto.auth.files import TableFile
 from zcproto.common.home import Home
@@ -143,7 +143,7 @@ class Watched:
         self.fails = False
         self.sleep = FakeSleep()
 
-    async def on_gone(self, name: str, device: Device | None = None) -> int:
+    async def on_gone(self, name: str, device: RegisteredDevice | None = None) -> int:
         self.reported.append(name)
         if self.fails:
             raise RuntimeError("the store is out")

@@ -8,7 +8,7 @@ current.py and directory.py (files that change while a server runs).
 from zcproto.auth.api_key import ApiKeyAuthenticator
 from zcproto.auth.certificate import CertificateAuthenticator
 from zcproto.auth.device import DeviceAuthenticator
-from zcproto.auth.devices import CurrentDevices, Device, DeviceFile
+from zcproto.auth.devices import CurrentDevices, DeviceFile, RegisteredDevice
 from zcproto.auth.identity import (
     NO_CHANNEL,
     Authenticator,
@@ -31,7 +31,6 @@ __all__ = [
     "Channel",
     "CurrentDevices",
     "CurrentUsers",
-    "Device",
     "DeviceAuthenticator",
     "DeviceFile",
     "Enrollment",
@@ -39,6 +38,7 @@ __all__ = [
     "Login",
     "PairingFile",
     "PeerCertificate",
+    "RegisteredDevice",
     "Throttle",
     "UserFile",
 ]

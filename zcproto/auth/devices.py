@@ -41,7 +41,7 @@ _SMALL_ORDER: Final = frozenset({0, 1, _P - 1, _ORDER_8, _P - _ORDER_8})
 """The y of the eight points whose order divides 8."""
 
 
-class Device(NamedTuple):
+class RegisteredDevice(NamedTuple):
     """A device as stored."""
 
     user: str
@@ -50,7 +50,7 @@ class Device(NamedTuple):
     """Aware, in UTC."""
 
 
-class DeviceFile(TableFile[Device]):
+class DeviceFile(TableFile[RegisteredDevice]):
     """Devices in a file. Creating this object touches nothing; `load` reads. Faults raise ConfigError."""
 
     kind = "device"
@@ -65,7 +65,7 @@ class DeviceFile(TableFile[Device]):
         return list(self._read()[2])
 
     @staticmethod
-    def is_gone(before: Device, now: Device | None) -> bool:
+    def is_gone(before: RegisteredDevice, now: RegisteredDevice | None) -> bool:
         return now is None or now[:2] != before[:2]
 
     def _value_faults(self, table: dict[str, Any]) -> list[str]:
@@ -80,10 +80,10 @@ class DeviceFile(TableFile[Device]):
             faults.append("added must be a date and time with an offset, such as 2026-01-01T12:00:00Z")
         return faults
 
-    def _entry_of(self, table: dict[str, Any]) -> Device:
+    def _entry_of(self, table: dict[str, Any]) -> RegisteredDevice:
         public_key = token_from_text(table["public_key"])
         assert public_key is not None
-        return Device(table["user"], public_key, table["added"].astimezone(UTC))
+        return RegisteredDevice(table["user"], public_key, table["added"].astimezone(UTC))
 
     # Writing. `entries` stays as it is: any change, by this process or another, is seen by the next reading.
 
@@ -98,9 +98,9 @@ class DeviceFile(TableFile[Device]):
             _, _, devices = self._read()
             if name in devices:
                 raise AlreadyExists(f"a device is named {quoted(name)} already; choose another name")
-            self._write({**devices, name: Device(user, public_key, added.astimezone(UTC))})
+            self._write({**devices, name: RegisteredDevice(user, public_key, added.astimezone(UTC))})
 
-    def remove(self, name: str) -> Device:
+    def remove(self, name: str) -> RegisteredDevice:
         """Remove and return a device. Raises NotFound for an unknown name."""
         with self._file.locked():
             _, _, devices = self._read()
@@ -110,13 +110,13 @@ class DeviceFile(TableFile[Device]):
             self._write(devices)
         return device
 
-    def _write(self, devices: Mapping[str, Device]) -> None:
+    def _write(self, devices: Mapping[str, RegisteredDevice]) -> None:
         text = _HEADER + "".join(_entry(name, device) for name, device in devices.items())
         self._parse(text)
         self._file.replace(text)
 
 
-CurrentDevices = CurrentFile[Device]
+CurrentDevices = CurrentFile[RegisteredDevice]
 """Devices as of now."""
 
 
@@ -148,7 +148,7 @@ def _is_moment(value: datetime) -> bool:
     return value.tzinfo is not None
 
 
-def _entry(name: str, device: Device) -> str:
+def _entry(name: str, device: RegisteredDevice) -> str:
     """Return a device as TOML."""
     return (
         f"\n[devices.{toml_key(name)}]\n"

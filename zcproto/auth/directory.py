@@ -17,7 +17,7 @@ from typing import Final, Generic, TypeVar
 from zcproto.auth.api_key import ApiKeyAuthenticator
 from zcproto.auth.current import CurrentFile
 from zcproto.auth.device import DeviceAuthenticator
-from zcproto.auth.devices import Device, DeviceFile
+from zcproto.auth.devices import DeviceFile, RegisteredDevice
 from zcproto.auth.files import Entry, TableFile
 from zcproto.auth.pairing import Enrollment, PairingFile
 from zcproto.auth.throttle import Throttle
@@ -127,7 +127,7 @@ class Users(Directory[User]):
         return await self._change(partial(change, UserFile(self.file.path)), name)
 
 
-class Devices(Directory[Device]):
+class Devices(Directory[RegisteredDevice]):
     """The devices of the users in `users`, the scheme `ed25519`, and pairing.
 
     `on_gone` is called with the name of a device and the device as it was; `on_refused` with the reason and the
@@ -140,7 +140,7 @@ class Devices(Directory[Device]):
         users: CurrentUsers,
         throttle: Throttle,
         *,
-        on_gone: Callable[[str, Device], Awaitable[int | None]],
+        on_gone: Callable[[str, RegisteredDevice], Awaitable[int | None]],
         on_refused: Callable[[str, str], None],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -158,10 +158,10 @@ class Devices(Directory[Device]):
         self.enrollment = Enrollment(PairingFile(home.pairing), self.file, users, throttle)
 
     @property
-    def known(self) -> Mapping[str, Device]:
+    def known(self) -> Mapping[str, RegisteredDevice]:
         """The devices by name, as of the last reading."""
         return self.file.entries
 
-    async def remove(self, name: str) -> tuple[Device, int]:
+    async def remove(self, name: str) -> tuple[RegisteredDevice, int]:
         """Remove a device. Return it, and how many of its sessions have ended. Raises NotFound, ConfigError."""
         return await self._change(partial(DeviceFile(self.file.path).remove, name), name)

@@ -44,12 +44,12 @@ Key = TypeVar("Key", bound=Hashable)
 Pair = tuple[str, str]
 
 
-class _Row(NamedTuple):
+class _Count(NamedTuple):
     failures: int
     last: float
 
 
-class _Failures(Generic[Key]):
+class _FailureTable(Generic[Key]):
     """Failures by key, ordered by the last failure."""
 
     __slots__ = ("_limit", "free", "rows")
@@ -57,7 +57,7 @@ class _Failures(Generic[Key]):
     def __init__(self, free: int, limit: int) -> None:
         self.free = free
         self._limit = limit
-        self.rows: OrderedDict[Key, _Row] = OrderedDict()
+        self.rows: OrderedDict[Key, _Count] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,7 +77,7 @@ class _Failures(Generic[Key]):
             rows.popitem(last=False)
         row = rows.pop(key, None)
         failures = 1 if row is None else row.failures + 1
-        rows[key] = _Row(failures, now)
+        rows[key] = _Count(failures, now)
         if len(rows) > self._limit:
             rows.popitem(last=False)
         return failures
@@ -95,9 +95,9 @@ class Throttle:
     def __init__(self, login_failures: int = 5, *, max_entries: int = 16_384) -> None:
         self._free = login_failures
         self._max_entries = max_entries
-        self._pairs: _Failures[Pair] = _Failures(login_failures, max_entries)
-        self._users: _Failures[str] = _Failures(login_failures, max_entries)
-        self._addresses: _Failures[str] = _Failures(ADDRESS_FACTOR * login_failures, max_entries)
+        self._pairs: _FailureTable[Pair] = _FailureTable(login_failures, max_entries)
+        self._users: _FailureTable[str] = _FailureTable(login_failures, max_entries)
+        self._addresses: _FailureTable[str] = _FailureTable(ADDRESS_FACTOR * login_failures, max_entries)
         self._known: OrderedDict[Pair, None] = OrderedDict()
 
     def __len__(self) -> int:

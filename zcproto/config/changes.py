@@ -104,7 +104,7 @@ _NONE: Final[frozenset[str]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ConfigChange:
     """A changed key. `old` and `new` are as in the TOML file, or empty where they are not shown."""
 
     key: str
@@ -116,7 +116,7 @@ class Change:
         return {"key": self.key, "old": self.old, "new": self.new, "effect": self.effect.value}
 
 
-def changes_between(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> list[Change]:
+def changes_between(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> list[ConfigChange]:
     """Return every changed key, in the order of the file. `fixed` are further keys that take a restart."""
     found = []
     kept = _kept(old, new) | fixed
@@ -129,7 +129,7 @@ def changes_between(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> 
                 else (_shown(accepts.write(before)), _shown(accepts.write(after)))
             )
             effect = Effect.RESTART if key in kept else TAKES_EFFECT[key]
-            found.append(Change(key, *shown, effect))
+            found.append(ConfigChange(key, *shown, effect))
     return found
 
 

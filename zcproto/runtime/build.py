@@ -22,7 +22,7 @@ from zcproto.admin.snapshot import stats_method
 from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App
-from zcproto.auth import Authenticator, CertificateAuthenticator, Device, Login, Throttle
+from zcproto.auth import Authenticator, CertificateAuthenticator, Login, RegisteredDevice, Throttle
 from zcproto.auth.directory import Devices, Users
 from zcproto.certs import CertificateManager
 from zcproto.certs.client_user import user_of
@@ -276,7 +276,7 @@ async def end_user_sessions(state: ServerState, name: str) -> int:
     return ended
 
 
-async def end_device_sessions(state: ServerState, name: str, device: Device) -> int:
+async def end_device_sessions(state: ServerState, name: str, device: RegisteredDevice) -> int:
     """End the sessions of a device that was removed; return how many. Its proofs on open connections are void."""
     key = DEVICE_KEY + name
     for connection in state.connections:

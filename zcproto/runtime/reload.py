@@ -23,7 +23,7 @@ from zcproto.alerts import Alert, AlertKind
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.common.network import AddressSet
 from zcproto.config import Config
-from zcproto.config.changes import TAKES_EFFECT, Change, Effect, changes_between, effective
+from zcproto.config.changes import TAKES_EFFECT, ConfigChange, Effect, changes_between, effective
 from zcproto.errors import CertificateError, ConfigError
 from zcproto.observe.log import LogChange
 from zcproto.runtime.alert_sources import watch_rates
@@ -47,14 +47,14 @@ _CERTIFICATE_ALERTS: Final = (
 class Reloaded:
     """The result of a reload."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[ConfigChange, ...]
 
     @property
-    def applied(self) -> list[Change]:
+    def applied(self) -> list[ConfigChange]:
         return [change for change in self.changes if change.effect is not Effect.RESTART]
 
     @property
-    def needs_restart(self) -> list[Change]:
+    def needs_restart(self) -> list[ConfigChange]:
         return [change for change in self.changes if change.effect is Effect.RESTART]
 
     def as_dict(self) -> dict[str, Any]:
