@@ -1,13 +1,13 @@
-"""The client's end of a conversation. The server's is the fixture `pair` of all tests."""
+"""Fixtures for client connections; tests of servers use the global fixture `pair`."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.connection.helpers import GREETING, Conversation
+from tests.connection.helpers import WELCOME_MAP, ClientHarness
 
 
 @pytest.fixture
-def talk() -> Conversation:
-    """A conversation in which WELCOME was said."""
-    return Conversation(GREETING)
+def harness() -> ClientHarness:
+    """Return a client that has received WELCOME."""
+    return ClientHarness(WELCOME_MAP)

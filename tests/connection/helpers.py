@@ -1,4 +1,4 @@
-"""A client and a server that says what it is told to, joined in memory."""
+"""Run a client connection in memory against frames made by the test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zcproto.wire.frame import NO_TOKEN, PONG, WELCOME, RawFrame, Side, encode_f
 from zcproto.wire.message import encode_body
 
 TOKEN = b"k" * 32
-GREETING: dict[str, Any] = {
+WELCOME_MAP: dict[str, Any] = {
     "server": "zcproto",
     "versions": [1],
     "max_frame": 1_048_576,
@@ -23,11 +23,11 @@ GREETING: dict[str, Any] = {
 }
 
 
-class Conversation:
-    """A client and a server that says what it is told to."""
+class ClientHarness:
+    """A client connection that receives frames made by the test."""
 
     def __init__(
-        self, greeting: dict[str, Any] | None = None, *, server_ahead_ms: int = 0, **limits: Any
+        self, welcome: dict[str, Any] | None = None, *, server_ahead_ms: int = 0, **limits: Any
     ) -> None:
         self.client = ClientConnection(**limits)
         self.wall = WALL
@@ -35,8 +35,8 @@ class Conversation:
         self.server_ahead_ms = server_ahead_ms
         self.counter = 0
         self._decoder = FrameDecoder(Side.SERVER, 2**32 - 1)
-        if greeting is not None:
-            (event,) = self.say(WELCOME, 0, encode_body(greeting), counter=0)
+        if welcome is not None:
+            (event,) = self.receive_frame(WELCOME, 0, encode_body(welcome), counter=0)
             assert isinstance(event, Welcomed)
 
     def frame(
@@ -57,29 +57,35 @@ class Conversation:
             timestamp = self.wall + self.server_ahead_ms
         return encode_frame(head, stream, timestamp, salt, counter, token, body)
 
-    def hear(self, data: bytes) -> list[ClientEvent]:
+    def receive_data(self, data: bytes) -> list[ClientEvent]:
         return list(self.client.receive_data(data, self.wall, self.now))
 
-    def say(self, head: int, stream: int = 0, body: bytes = b"", **fields: Any) -> list[ClientEvent]:
-        return self.hear(self.frame(head, stream, body, **fields))
+    def receive_frame(
+        self, head: int, stream: int = 0, body: bytes = b"", **fields: Any
+    ) -> list[ClientEvent]:
+        return self.receive_data(self.frame(head, stream, body, **fields))
 
     def request(self, method: str = "echo", params: dict[str, Any] | None = None, **more: Any) -> int:
         return self.client.request(method, params, wall=self.wall, **more)
 
     def sent(self) -> list[RawFrame]:
-        """The frames that the client has sent since the last time."""
+        """Return the frames that the client has sent since the last call."""
         self._decoder.feed(self.client.data_to_send())
         frames: list[RawFrame] = []
         while (frame := self._decoder.next_frame()) is not None:
             frames.append(frame)
         return frames
 
-    def stale(self, head: int = PONG, stream: int = 0, body: bytes = b"", **fields: Any) -> list[ClientEvent]:
-        return self.say(head, stream, body, timestamp=self.wall + self.server_ahead_ms + 30_001, **fields)
+    def receive_stale(
+        self, head: int = PONG, stream: int = 0, body: bytes = b"", **fields: Any
+    ) -> list[ClientEvent]:
+        return self.receive_frame(
+            head, stream, body, timestamp=self.wall + self.server_ahead_ms + 30_001, **fields
+        )
 
 
 def ended(events: list[ClientEvent]) -> ConnectionEnded:
-    """The last event, which is the end of the connection."""
+    """Return the last event, which must be the end of the connection."""
     event = events[-1]
     assert isinstance(event, ConnectionEnded)
     return event

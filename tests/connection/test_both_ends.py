@@ -1,4 +1,4 @@
-"""A client and a server, each at its end."""
+"""Test a client connection against a server connection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def ends() -> tuple[ClientConnection, ServerConnection]:
     return client, server
 
 
-def test_the_two_ends_understand_each_other(ends: tuple[ClientConnection, ServerConnection]) -> None:
+def test_client_and_server_exchange_request_response_and_goaway(
+    ends: tuple[ClientConnection, ServerConnection],
+) -> None:
     client, server = ends
     stream = client.request("echo", {"x": 1}, wall=WALL)
     client.ping(WALL)

@@ -1,4 +1,4 @@
-"""Salt, counter and timestamp of what a server sends, and the offset of its clock."""
+"""Test that a client checks salt, counter and timestamp of frames, and its clock offset."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.connection.helpers import GREETING, TOKEN, Conversation, ended
+from tests.connection.helpers import TOKEN, WELCOME_MAP, ClientHarness, ended
 from tests.helpers import WALL
 from zcproto.connection.client import MAX_SERVER_TIME
 from zcproto.connection.events import ConnectionEnded, ErrorReceived, ResponseReceived
@@ -17,41 +17,45 @@ from zcproto.wire.frame import CANCEL, ERROR, EVENT, GOAWAY, PING, PONG, REQUEST
 from zcproto.wire.message import encode_body, encode_error
 
 
-def test_another_salt_ends_it(talk: Conversation) -> None:
-    assert ended(talk.say(PONG, salt=bytes(8))).code is Code.REPLAYED
+def test_wrong_salt_closes_connection_as_replayed(harness: ClientHarness) -> None:
+    assert ended(harness.receive_frame(PONG, salt=bytes(8))).code is Code.REPLAYED
 
 
 @pytest.mark.parametrize("counter", [0, 6, 7])
-def test_a_counter_that_does_not_grow_ends_it(talk: Conversation, counter: int) -> None:
-    assert talk.say(PONG, counter=7) == []
-    assert ended(talk.say(PONG, counter=counter)).code is Code.REPLAYED
+def test_counter_that_does_not_increase_closes_connection_as_replayed(
+    harness: ClientHarness, counter: int
+) -> None:
+    assert harness.receive_frame(PONG, counter=7) == []
+    assert ended(harness.receive_frame(PONG, counter=counter)).code is Code.REPLAYED
 
 
-def test_a_counter_may_leave_numbers_out(talk: Conversation) -> None:
-    assert talk.say(PONG, counter=7) == []
-    assert talk.say(PONG, counter=2**64 - 1) == []
-    assert talk.client.state is State.OPEN
+def test_counter_may_skip_numbers(harness: ClientHarness) -> None:
+    assert harness.receive_frame(PONG, counter=7) == []
+    assert harness.receive_frame(PONG, counter=2**64 - 1) == []
+    assert harness.client.state is State.OPEN
 
 
 @pytest.mark.parametrize("off", [-30_000, 30_000])
-def test_a_timestamp_at_the_edge_of_the_tolerance_is_fresh(talk: Conversation, off: int) -> None:
-    stream = talk.request()
-    assert talk.say(RESPONSE, stream, b"\xc0", timestamp=WALL + off) == [ResponseReceived(stream, None)]
+def test_timestamp_at_edge_of_tolerance_is_fresh(harness: ClientHarness, off: int) -> None:
+    stream = harness.request()
+    assert harness.receive_frame(RESPONSE, stream, b"\xc0", timestamp=WALL + off) == [
+        ResponseReceived(stream, None)
+    ]
 
 
 @pytest.mark.parametrize("timestamp", [WALL - 30_001, WALL + 30_001, 0, 2**64 - 1])
-def test_a_stale_answer_is_dropped_and_counted(talk: Conversation, timestamp: int) -> None:
-    stream = talk.request()
-    assert talk.say(RESPONSE, stream, b"\xc0", timestamp=timestamp) == []
-    assert talk.client.dropped_stale == 1
-    assert talk.client.in_flight == 1
-    assert talk.say(RESPONSE, stream, b"\xc0") == [ResponseReceived(stream, None)]
+def test_stale_answer_is_dropped_and_counted(harness: ClientHarness, timestamp: int) -> None:
+    stream = harness.request()
+    assert harness.receive_frame(RESPONSE, stream, b"\xc0", timestamp=timestamp) == []
+    assert harness.client.dropped_stale == 1
+    assert harness.client.in_flight == 1
+    assert harness.receive_frame(RESPONSE, stream, b"\xc0") == [ResponseReceived(stream, None)]
 
 
-def test_the_tolerance_is_ours_to_choose() -> None:
-    talk = Conversation(GREETING, tolerance_ms=5)
-    assert talk.say(EVENT, 0, encode_body(["a", None]), timestamp=WALL + 6) == []
-    assert talk.client.dropped_stale == 1
+def test_client_tolerance_is_configurable() -> None:
+    harness = ClientHarness(WELCOME_MAP, tolerance_ms=5)
+    assert harness.receive_frame(EVENT, 0, encode_body(["a", None]), timestamp=WALL + 6) == []
+    assert harness.client.dropped_stale == 1
 
 
 @pytest.mark.parametrize(
@@ -66,75 +70,75 @@ def test_the_tolerance_is_ours_to_choose() -> None:
         (PONG, b""),
     ],
 )
-def test_every_kind_is_dropped_when_stale(talk: Conversation, head: int, body: bytes) -> None:
-    assert talk.stale(head, 0, body) == []
-    assert talk.client.dropped_stale == 1
-    assert talk.client.state is State.OPEN
-    assert talk.sent() == []
+def test_stale_frame_of_any_kind_is_dropped(harness: ClientHarness, head: int, body: bytes) -> None:
+    assert harness.receive_stale(head, 0, body) == []
+    assert harness.client.dropped_stale == 1
+    assert harness.client.state is State.OPEN
+    assert harness.sent() == []
 
 
-def test_a_stale_frame_uses_its_counter_up(talk: Conversation) -> None:
-    talk.stale(counter=5)
-    assert ended(talk.say(PONG, counter=5)).code is Code.REPLAYED
+def test_counter_of_stale_frame_cannot_be_reused(harness: ClientHarness) -> None:
+    harness.receive_stale(counter=5)
+    assert ended(harness.receive_frame(PONG, counter=5)).code is Code.REPLAYED
 
 
-def test_the_tenth_stale_frame_in_a_row_ends_it(talk: Conversation) -> None:
+def test_tenth_consecutive_stale_frame_closes_connection(harness: ClientHarness) -> None:
     for _ in range(9):
-        assert talk.stale() == []
-    event = ended(talk.stale())
+        assert harness.receive_stale() == []
+    event = ended(harness.receive_stale())
     assert event.code is Code.STALE_TIMESTAMP
-    assert talk.client.dropped_stale == 10
+    assert harness.client.dropped_stale == 10
 
 
-def test_a_fresh_frame_ends_the_row_of_stale_ones(talk: Conversation) -> None:
+def test_fresh_frame_resets_count_of_consecutive_stale_frames(harness: ClientHarness) -> None:
     for _ in range(3):
         for _ in range(9):
-            talk.stale()
-        assert talk.say(PONG) == []
-    assert talk.client.state is State.OPEN
+            harness.receive_stale()
+        assert harness.receive_frame(PONG) == []
+    assert harness.client.state is State.OPEN
 
 
-def test_stale_timestamp_is_heard_though_it_is_stale_itself_and_sets_the_offset(talk: Conversation) -> None:
-    stream = talk.request(token=TOKEN)
+def test_stale_timestamp_error_is_delivered_and_corrects_clock_offset(harness: ClientHarness) -> None:
+    stream = harness.request(token=TOKEN)
     hour = 3_600_000
     body = encode_error(Code.STALE_TIMESTAMP, "set the clock", {"server_time": WALL + hour})
-    events = talk.say(ERROR, stream, body, timestamp=WALL + hour)
+    events = harness.receive_frame(ERROR, stream, body, timestamp=WALL + hour)
     assert events == [
         ErrorReceived(stream, Code.STALE_TIMESTAMP, "set the clock", {"server_time": WALL + hour})
     ]
-    assert talk.client.clock_offset_ms == hour
-    assert talk.client.dropped_stale == 0
-    talk.sent()
-    talk.request()
-    assert talk.sent()[0][3] == WALL + hour
-    assert talk.say(PONG, timestamp=WALL + hour) == []
-    assert talk.client.dropped_stale == 0
+    assert harness.client.clock_offset_ms == hour
+    assert harness.client.dropped_stale == 0
+    harness.sent()
+    harness.request()
+    assert harness.sent()[0][3] == WALL + hour
+    assert harness.receive_frame(PONG, timestamp=WALL + hour) == []
+    assert harness.client.dropped_stale == 0
 
 
 @pytest.mark.parametrize("server_time", [None, "now", True, -1, MAX_SERVER_TIME + 1, 1.5])
-def test_a_server_time_that_makes_no_sense_changes_no_offset(talk: Conversation, server_time: Any) -> None:
-    stream = talk.request()
+def test_invalid_server_time_does_not_change_clock_offset(harness: ClientHarness, server_time: Any) -> None:
+    stream = harness.request()
     details = {"server_time": server_time}
-    (event,) = talk.say(ERROR, stream, encode_body([Code.STALE_TIMESTAMP, "x", details]))
+    (event,) = harness.receive_frame(ERROR, stream, encode_body([Code.STALE_TIMESTAMP, "x", details]))
     assert isinstance(event, ErrorReceived)
-    assert talk.client.clock_offset_ms == 0
+    assert harness.client.clock_offset_ms == 0
 
 
-def test_stale_timestamp_on_stream_0_ends_it_and_corrects_no_more_than_it_may(talk: Conversation) -> None:
-    event = ended(talk.stale(ERROR, 0, encode_error(Code.STALE_TIMESTAMP, "ten in a row")))
+def test_stale_timestamp_error_on_stream_0_closes_connection(harness: ClientHarness) -> None:
+    event = ended(harness.receive_stale(ERROR, 0, encode_error(Code.STALE_TIMESTAMP, "ten in a row")))
     assert event == ConnectionEnded(Code.STALE_TIMESTAMP, "ten in a row")
 
 
-def test_a_fault_of_the_header_ends_it(talk: Conversation) -> None:
-    assert ended(talk.hear(struct.pack("!I", 63))).code is Code.PROTOCOL_ERROR
-    assert talk.hear(talk.frame(PONG)) == []  # nothing is read any more
+def test_invalid_header_closes_connection(harness: ClientHarness) -> None:
+    assert ended(harness.receive_data(struct.pack("!I", 63))).code is Code.PROTOCOL_ERROR
+    assert harness.receive_data(harness.frame(PONG)) == []
 
 
-def test_a_frame_above_our_limit_ends_it() -> None:
-    talk = Conversation(GREETING, max_frame=20_000)
-    assert ended(talk.say(RESPONSE, 1, bytes(20_001 - 64))).code is Code.FRAME_TOO_LARGE
+def test_frame_above_client_limit_closes_connection() -> None:
+    harness = ClientHarness(WELCOME_MAP, max_frame=20_000)
+    assert ended(harness.receive_frame(RESPONSE, 1, bytes(20_001 - 64))).code is Code.FRAME_TOO_LARGE
 
 
 @pytest.mark.parametrize("head", [REQUEST, CANCEL, 0x01100000, 0x02020000, 0x01030001])
-def test_a_head_that_no_server_may_send_ends_it(talk: Conversation, head: int) -> None:
-    assert ended(talk.say(head, 1)).code is Code.PROTOCOL_ERROR
+def test_head_not_allowed_for_servers_closes_connection(harness: ClientHarness, head: int) -> None:
+    assert ended(harness.receive_frame(head, 1)).code is Code.PROTOCOL_ERROR

@@ -1,4 +1,4 @@
-"""WELCOME: what it must say, and what a client knows from it on."""
+"""Test WELCOME: required fields, clock offset, and refusals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.connection.helpers import GREETING, Conversation, ended
+from tests.connection.helpers import WELCOME_MAP, ClientHarness, ended
 from tests.helpers import SALT, WALL
 from zcproto.connection.client import MAX_FRAME_BEFORE_SESSION, MAX_SERVER_TIME
 from zcproto.connection.events import NEVER, ConnectionEnded, Welcomed
@@ -16,94 +16,97 @@ from zcproto.wire.frame import ERROR, EVENT, GOAWAY, HEADER, NO_TOKEN, PING, RES
 from zcproto.wire.message import encode_body
 
 
-def test_welcome_opens_the_conversation_and_its_map_is_kept_whole() -> None:
-    talk = Conversation()
-    assert talk.client.state is State.AWAITING_WELCOME
-    events = talk.say(WELCOME, 0, encode_body(GREETING | {"motd": "hello"}), counter=0)
-    assert events == [Welcomed(GREETING | {"motd": "hello"})]
-    assert talk.client.state is State.OPEN
-    assert talk.client.welcome["motd"] == "hello"
+def test_welcome_opens_connection_and_keeps_unknown_fields() -> None:
+    harness = ClientHarness()
+    assert harness.client.state is State.AWAITING_WELCOME
+    events = harness.receive_frame(WELCOME, 0, encode_body(WELCOME_MAP | {"motd": "hello"}), counter=0)
+    assert events == [Welcomed(WELCOME_MAP | {"motd": "hello"})]
+    assert harness.client.state is State.OPEN
+    assert harness.client.welcome["motd"] == "hello"
 
 
-def test_the_salt_of_welcome_is_there_to_be_signed() -> None:
-    assert Conversation().client.salt == b""
-    assert Conversation(GREETING).client.salt == SALT
+def test_salt_is_available_after_welcome() -> None:
+    assert ClientHarness().client.salt == b""
+    assert ClientHarness(WELCOME_MAP).client.salt == SALT
 
 
 def test_nothing_is_sent_before_welcome() -> None:
-    talk = Conversation()
+    harness = ClientHarness()
     with pytest.raises(Unavailable):
-        talk.request()
-    talk.client.ping(talk.wall)
-    assert talk.client.data_to_send() == b""
-    assert talk.client.next_deadline() == NEVER
+        harness.request()
+    harness.client.ping(harness.wall)
+    assert harness.client.data_to_send() == b""
+    assert harness.client.next_deadline() == NEVER
 
 
 @pytest.mark.parametrize("ahead", [-(10**9), -1, 0, 7, 10**9])
-def test_the_offset_is_the_servers_clock_minus_ours_and_goes_into_timestamps(ahead: int) -> None:
-    talk = Conversation(GREETING, server_ahead_ms=ahead)
-    assert talk.client.clock_offset_ms == ahead
-    talk.wall += 1_234
-    talk.request()
-    (frame,) = talk.sent()
+def test_clock_offset_of_welcome_is_added_to_timestamps(ahead: int) -> None:
+    harness = ClientHarness(WELCOME_MAP, server_ahead_ms=ahead)
+    assert harness.client.clock_offset_ms == ahead
+    harness.wall += 1_234
+    harness.request()
+    (frame,) = harness.sent()
     assert frame[3] == WALL + 1_234 + ahead
 
 
-def test_connections_to_one_server_share_the_map_of_its_welcome() -> None:
-    assert Conversation(GREETING).client.welcome is Conversation(GREETING).client.welcome
+def test_connections_to_same_server_share_welcome_map() -> None:
+    assert ClientHarness(WELCOME_MAP).client.welcome is ClientHarness(WELCOME_MAP).client.welcome
 
 
 @pytest.mark.parametrize("head", [RESPONSE, ERROR, PING, GOAWAY, EVENT])
-def test_another_first_frame_than_welcome_ends_it(head: int) -> None:
-    talk = Conversation()
-    event = ended(talk.say(head, 1 if head == RESPONSE else 0, b"", counter=0))
+def test_first_frame_other_than_welcome_closes_connection(head: int) -> None:
+    harness = ClientHarness()
+    event = ended(harness.receive_frame(head, 1 if head == RESPONSE else 0, b"", counter=0))
     assert event.code is Code.PROTOCOL_ERROR
-    assert talk.client.state is State.CLOSED
+    assert harness.client.state is State.CLOSED
 
 
-def test_welcome_must_have_counter_0() -> None:
-    talk = Conversation()
-    assert ended(talk.say(WELCOME, 0, encode_body(GREETING), counter=1)).code is Code.PROTOCOL_ERROR
+def test_welcome_with_other_counter_than_0_closes_connection() -> None:
+    harness = ClientHarness()
+    assert (
+        ended(harness.receive_frame(WELCOME, 0, encode_body(WELCOME_MAP), counter=1)).code
+        is Code.PROTOCOL_ERROR
+    )
 
 
-def test_a_second_welcome_ends_it(talk: Conversation) -> None:
-    event = ended(talk.say(WELCOME, 0, encode_body(GREETING)))
+def test_second_welcome_closes_connection(harness: ClientHarness) -> None:
+    event = ended(harness.receive_frame(WELCOME, 0, encode_body(WELCOME_MAP)))
     assert event == ConnectionEnded(Code.PROTOCOL_ERROR, "WELCOME came twice")
 
 
 @pytest.mark.parametrize("timestamp", [MAX_SERVER_TIME + 1, 2**64 - 1])
-def test_a_server_beyond_all_years_is_refused_because_timestamps_would_overflow(timestamp: int) -> None:
-    talk = Conversation()
-    event = ended(talk.say(WELCOME, 0, encode_body(GREETING), counter=0, timestamp=timestamp))
+def test_server_time_that_would_overflow_closes_connection(timestamp: int) -> None:
+    harness = ClientHarness()
+    event = ended(harness.receive_frame(WELCOME, 0, encode_body(WELCOME_MAP), counter=0, timestamp=timestamp))
     assert event.code is Code.PROTOCOL_ERROR
 
 
 @pytest.mark.parametrize("timestamp", [0, MAX_SERVER_TIME])
-def test_a_strange_but_possible_clock_of_the_server_is_followed(timestamp: int) -> None:
-    talk = Conversation()
-    talk.say(WELCOME, 0, encode_body(GREETING), counter=0, timestamp=timestamp)
-    talk.request()
-    assert talk.sent()[0][3] == timestamp
+def test_extreme_server_time_is_accepted(timestamp: int) -> None:
+    harness = ClientHarness()
+    harness.receive_frame(WELCOME, 0, encode_body(WELCOME_MAP), counter=0, timestamp=timestamp)
+    harness.request()
+    assert harness.sent()[0][3] == timestamp
 
 
-def test_a_timestamp_never_falls_below_0_though_our_clock_goes_back() -> None:
-    talk = Conversation()
-    talk.say(WELCOME, 0, encode_body(GREETING), counter=0, timestamp=5_000)
-    talk.wall -= 6_000
-    talk.request()
-    assert talk.sent()[0][3] == 0
+def test_timestamp_is_never_negative_when_clock_goes_back() -> None:
+    harness = ClientHarness()
+    harness.receive_frame(WELCOME, 0, encode_body(WELCOME_MAP), counter=0, timestamp=5_000)
+    harness.wall -= 6_000
+    harness.request()
+    assert harness.sent()[0][3] == 0
 
 
 def without(key: str) -> dict[str, Any]:
-    return {name: value for name, value in GREETING.items() if name != key}
+    return {name: value for name, value in WELCOME_MAP.items() if name != key}
 
 
 @pytest.mark.parametrize(
-    "greeting",
+    "welcome",
     [
-        *[pytest.param(without(key), id=f"no {key}") for key in GREETING],
+        *[pytest.param(without(key), id=f"no {key}") for key in WELCOME_MAP],
         *[
-            pytest.param(GREETING | {key: wrong}, id=f"{key}={wrong!r}")
+            pytest.param(WELCOME_MAP | {key: wrong}, id=f"{key}={wrong!r}")
             for key, wrong in [
                 ("server", 5),
                 ("server", b"zcproto"),
@@ -132,21 +135,21 @@ def without(key: str) -> dict[str, Any]:
         ],
     ],
 )
-def test_a_welcome_that_is_not_as_the_contract_says_ends_it(greeting: dict[str, Any]) -> None:
-    talk = Conversation()
-    event = ended(talk.say(WELCOME, 0, encode_body(greeting), counter=0))
+def test_welcome_with_invalid_field_closes_connection(welcome: dict[str, Any]) -> None:
+    harness = ClientHarness()
+    event = ended(harness.receive_frame(WELCOME, 0, encode_body(welcome), counter=0))
     assert event.code is Code.PROTOCOL_ERROR
     assert "WELCOME" in event.reason
-    assert talk.client.welcome == {}
+    assert harness.client.welcome == {}
 
 
-@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x90", encode_body([GREETING])])
-def test_a_welcome_that_cannot_be_read_ends_it(body: bytes) -> None:
-    talk = Conversation()
-    assert ended(talk.say(WELCOME, 0, body, counter=0)).code is Code.PROTOCOL_ERROR
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x90", encode_body([WELCOME_MAP])])
+def test_malformed_welcome_closes_connection(body: bytes) -> None:
+    harness = ClientHarness()
+    assert ended(harness.receive_frame(WELCOME, 0, body, counter=0)).code is Code.PROTOCOL_ERROR
 
 
-def test_a_welcome_larger_than_16_kib_is_refused_from_its_header() -> None:
-    talk = Conversation()
+def test_oversized_welcome_is_refused_from_its_header() -> None:
+    harness = ClientHarness()
     header = HEADER.pack(MAX_FRAME_BEFORE_SESSION + 1, WELCOME, 0, WALL, SALT, 0, NO_TOKEN)
-    assert ended(talk.hear(header)).code is Code.FRAME_TOO_LARGE
+    assert ended(harness.receive_data(header)).code is Code.FRAME_TOO_LARGE

@@ -1,4 +1,4 @@
-"""What is told of a connection, and that nothing secret is in its text."""
+"""Test that the repr of events identifies them and hides secrets."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def request() -> Request:
         (EventReceived("session.expiring", {"expires_at": 1}, TOKEN), "session.expiring"),
     ],
 )
-def test_an_event_shows_what_it_is_and_no_secret(event: object, text: str) -> None:
+def test_repr_of_event_hides_secrets(event: object, text: str) -> None:
     shown = repr(event)
     assert text in shown
     assert not any(secret in shown for secret in SECRETS)
 
 
-def test_a_new_request_has_no_deadline_and_is_not_held() -> None:
+def test_new_request_has_no_deadline_and_is_not_held() -> None:
     fresh = request()
     assert (fresh.deadline, fresh.held, fresh.lingers) == (NEVER, False, False)
     assert not hasattr(fresh, "__dict__")

@@ -1,4 +1,4 @@
-"""A token that the edge does not admit on this connection is answered like one that nobody knows."""
+"""Test that a session that is not admitted on a connection is refused like an unknown token."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from zcproto.errors import Code
 from zcproto.sessions import Session
 
 
-class Door:
-    """Admits whom it is told to, and remembers who asked."""
+class FakeAdmission:
+    """Admit the given users and record each check."""
 
-    def __init__(self, pair: ConnectionPair, *users: str) -> None:
-        self.users = set(users)
-        self.asked: list[str] = []
+    def __init__(self, pair: ConnectionPair, *admitted: str) -> None:
+        self.admitted = set(admitted)
+        self.checked_users: list[str] = []
         clock = pair.clock
         pair.server = ServerConnection(
             pair.settings, pair.registry, salt=pair.salt, wall=clock.wall(), now=clock.now(), admits=self
@@ -22,12 +22,12 @@ class Door:
         pair.answer()
 
     def __call__(self, session: Session) -> bool:
-        self.asked.append(session.user)
-        return session.user in self.users
+        self.checked_users.append(session.user)
+        return session.user in self.admitted
 
 
-def test_a_token_is_refused_each_time_and_joins_nothing(pair: ConnectionPair) -> None:
-    door = Door(pair)
+def test_rejected_session_looks_like_unknown_token_each_time(pair: ConnectionPair) -> None:
+    admission = FakeAdmission(pair)
     opened = pair.open_session()
     for _ in range(2):
         assert pair.send(pair.request(1, token=opened.token)) == []
@@ -37,11 +37,11 @@ def test_a_token_is_refused_each_time_and_joins_nothing(pair: ConnectionPair) ->
         assert refused.error == unknown.error
         assert refused.error.code == Code.UNAUTHENTICATED
     assert list(pair.server.session_ids) == []
-    assert door.asked == ["ada", "ada"]
+    assert admission.checked_users == ["ada", "ada"]
 
 
-def test_one_that_is_admitted_is_asked_for_once(pair: ConnectionPair) -> None:
-    door = Door(pair, "ada")
+def test_admission_is_checked_once_for_joined_session(pair: ConnectionPair) -> None:
+    admission = FakeAdmission(pair, "ada")
     good, bad = pair.open_session("ada"), pair.open_session("bob")
     joined, _ = pair.send(pair.request(1, token=good.token))
     assert joined == SessionJoined(good.session.id)
@@ -49,18 +49,18 @@ def test_one_that_is_admitted_is_asked_for_once(pair: ConnectionPair) -> None:
         assert pair.send(pair.request(stream, token=bad.token)) == []
         assert isinstance(pair.get(pair.request(stream, token=good.token)), Request)
         pair.clock.advance(2)
-    assert door.asked.count("ada") == 1
+    assert admission.checked_users.count("ada") == 1
 
 
-def test_a_session_opened_here_is_not_asked_for(pair: ConnectionPair) -> None:
-    door = Door(pair)
+def test_session_opened_on_this_connection_needs_no_admission(pair: ConnectionPair) -> None:
+    admission = FakeAdmission(pair)
     pair.login()
     assert isinstance(pair.get(pair.request(1)), Request)
-    assert door.asked == []
+    assert admission.checked_users == []
 
 
-def test_the_token_of_a_bound_session_is_not_even_asked_to_be_attached(pair: ConnectionPair) -> None:
-    door = Door(pair)
+def test_rejected_bound_session_is_not_asked_to_attach(pair: ConnectionPair) -> None:
+    admission = FakeAdmission(pair)
     opened = pair.registry.open(
         "ada", operator=False, client="", address="", wall=pair.clock.wall(), key="device:phone"
     )
@@ -68,4 +68,4 @@ def test_the_token_of_a_bound_session_is_not_even_asked_to_be_attached(pair: Con
     refused = pair.answer().error
     assert refused.code == Code.UNAUTHENTICATED
     assert refused.details == {}
-    assert door.asked == ["ada"]
+    assert admission.checked_users == ["ada"]

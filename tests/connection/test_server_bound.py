@@ -1,4 +1,4 @@
-"""Bound tokens: refused where their key was not proved, all but `session.attach`, and good once it is."""
+"""Test bound tokens: refused, except for `session.attach`, until their key is proved on the connection."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def bound(pair: ConnectionPair, key: str = LAPTOP, user: str = "ada") -> OpenedS
 
 
 def refused(pair: ConnectionPair, data: bytes) -> Any:
-    """The ERROR for a frame whose key was wanted and not proved."""
+    """Return the ERROR of a frame whose key is wanted and not proved."""
     (wanted,) = pair.send(data)
     assert isinstance(wanted, KeyWanted)
     return pair.answer().error
 
 
 def prove(pair: ConnectionPair, data: bytes, key: str) -> list[Any]:
-    """Play an edge that knows a key; the events that follow."""
+    """Receive data, prove the key when it is wanted, and return the other events."""
     events: list[Any] = []
     for event in pair.receive_data(data):
         if isinstance(event, KeyWanted):
@@ -51,7 +51,7 @@ def prove(pair: ConnectionPair, data: bytes, key: str) -> list[Any]:
     ("key", "details"), [(LAPTOP, {"attach": True}), (CERTIFICATE, {"certificate": True})]
 )
 @pytest.mark.parametrize("method", ["echo", "session.info", "session.close", "server.info", "session.open"])
-def test_without_its_key_a_bound_token_can_do_nothing(
+def test_bound_token_without_key_proof_is_refused_for_any_method(
     pair: ConnectionPair, key: str, details: dict[str, bool], method: str
 ) -> None:
     opened = bound(pair, key)
@@ -61,14 +61,14 @@ def test_without_its_key_a_bound_token_can_do_nothing(
     assert list(pair.server.session_ids) == []
 
 
-def test_who_is_asked_learns_of_which_session_and_key_it_is(pair: ConnectionPair) -> None:
+def test_key_wanted_event_names_session_and_key(pair: ConnectionPair) -> None:
     opened = bound(pair)
     (wanted,) = pair.send(pair.request(1, token=opened.token))
     assert isinstance(wanted, KeyWanted)
     assert (wanted.key, wanted.session.id) == (LAPTOP, opened.session.id)
 
 
-def test_it_gives_the_connection_no_session_and_does_not_keep_its_own_alive(pair: ConnectionPair) -> None:
+def test_unproved_bound_token_joins_nothing_and_does_not_count_as_use(pair: ConnectionPair) -> None:
     opened = bound(pair)
     before = pair.registry.info(opened.session.id, pair.clock.wall()).last_used_at
     pair.clock.advance(5)
@@ -79,7 +79,7 @@ def test_it_gives_the_connection_no_session_and_does_not_keep_its_own_alive(pair
     assert ended.reason == "no_session"
 
 
-def test_other_sessions_of_the_connection_go_on(pair: ConnectionPair) -> None:
+def test_unproved_bound_token_does_not_affect_other_sessions(pair: ConnectionPair) -> None:
     opened = bound(pair)
     mine = pair.login("bob")
     for stream in range(1, 6):
@@ -101,21 +101,21 @@ def test_other_sessions_of_the_connection_go_on(pair: ConnectionPair) -> None:
         encode_request("session.attach2", None),
     ],
 )
-def test_a_body_that_is_no_attach_is_refused_for_its_token(pair: ConnectionPair, body: bytes) -> None:
+def test_malformed_attach_is_refused_for_its_token(pair: ConnectionPair, body: bytes) -> None:
     opened = bound(pair)
     error = refused(pair, pair.frame(REQUEST, 1, body, token=opened.token))
     assert (error.code, error.details) == (Code.UNAUTHENTICATED, {"attach": True})
 
 
-def test_a_large_body_is_not_looked_at(pair: ConnectionPair) -> None:
+def test_oversized_attach_is_refused_for_its_token(pair: ConnectionPair) -> None:
     opened = bound(pair)
-    pair.login("bob")  # larger frames are let in from here on
+    pair.login("bob")  # raises the frame limit
     params = {"signature": bytes(pair.settings.max_frame_before_session)}
     error = refused(pair, pair.request(1, "session.attach", params, token=opened.token))
     assert (error.code, error.details) == (Code.UNAUTHENTICATED, {"attach": True})
 
 
-def test_a_token_that_has_ended_is_refused_for_that(pair: ConnectionPair) -> None:
+def test_ended_bound_token_is_refused_as_revoked(pair: ConnectionPair) -> None:
     opened = bound(pair)
     pair.registry.close(opened.session)
     assert pair.refused(pair.request(1, "session.attach", token=opened.token)).code == Code.TOKEN_REVOKED
@@ -132,7 +132,7 @@ def attach(pair: ConnectionPair, opened: OpenedSession, stream: int = 1, **field
     return request
 
 
-def test_attach_comes_through_and_what_it_proves_holds_for_the_next_frame(pair: ConnectionPair) -> None:
+def test_key_proved_by_attach_applies_to_next_frame(pair: ConnectionPair) -> None:
     opened = bound(pair)
     request = attach(pair, opened)
     assert (request.method, request.params) == ("session.attach", {"signature": bytes(64)})
@@ -140,7 +140,7 @@ def test_attach_comes_through_and_what_it_proves_holds_for_the_next_frame(pair: 
     assert request.session.user == "ada"
     pair.respond(request)
     pair.answer()
-    refused(pair, pair.request(1, token=opened.token))  # a request alone proves nothing
+    refused(pair, pair.request(1, token=opened.token))  # the edge has not verified the signature
     pair.server.prove(LAPTOP)
     joined, request = pair.send(pair.request(1, token=opened.token))
     assert joined == SessionJoined(opened.session.id)
@@ -148,7 +148,7 @@ def test_attach_comes_through_and_what_it_proves_holds_for_the_next_frame(pair: 
     assert pair.get(pair.request(1, token=opened.token)).session is request.session
 
 
-def test_attach_and_the_next_request_may_come_in_one_read(pair: ConnectionPair) -> None:
+def test_attach_and_next_request_in_one_read_are_accepted(pair: ConnectionPair) -> None:
     opened = bound(pair)
     data = pair.request(1, "session.attach", {"signature": bytes(64)}, token=opened.token) + pair.request(
         2, token=opened.token
@@ -162,7 +162,7 @@ def test_attach_and_the_next_request_may_come_in_one_read(pair: ConnectionPair) 
     assert seen == ["KeyWanted", "Request", "SessionJoined", "Request"]
 
 
-def test_one_proof_is_enough_for_all_sessions_of_the_key_and_for_no_other(pair: ConnectionPair) -> None:
+def test_key_proof_applies_to_all_sessions_of_that_key_only(pair: ConnectionPair) -> None:
     first, second, other = bound(pair), bound(pair), bound(pair, "device:phone")
     pair.server.prove(LAPTOP)
     for opened in (first, second, first):
@@ -170,7 +170,7 @@ def test_one_proof_is_enough_for_all_sessions_of_the_key_and_for_no_other(pair: 
     assert refused(pair, pair.request(1, token=other.token)).details == {"attach": True}
 
 
-def test_a_refreshed_token_is_good_where_the_key_was_proved(pair: ConnectionPair) -> None:
+def test_refreshed_token_is_accepted_where_key_was_proved(pair: ConnectionPair) -> None:
     opened = bound(pair)
     pair.server.prove(LAPTOP)
     pair.send(pair.request(1, token=opened.token))
@@ -180,7 +180,7 @@ def test_a_refreshed_token_is_good_where_the_key_was_proved(pair: ConnectionPair
     assert pair.refused(pair.request(1, token=opened.token)).code == Code.TOKEN_REVOKED
 
 
-def test_a_proved_session_is_kept_alive_by_its_use(pair: ConnectionPair) -> None:
+def test_use_of_proved_session_extends_idle_limit(pair: ConnectionPair) -> None:
     opened = bound(pair)
     pair.server.prove(LAPTOP)
     for _ in range(5):
@@ -190,7 +190,7 @@ def test_a_proved_session_is_kept_alive_by_its_use(pair: ConnectionPair) -> None
     assert pair.refused(pair.request(1, token=opened.token)).code == Code.TOKEN_EXPIRED
 
 
-def test_the_edge_may_know_the_key_at_once(pair: ConnectionPair) -> None:
+def test_edge_can_prove_key_immediately(pair: ConnectionPair) -> None:
     opened = bound(pair, CERTIFICATE)
     joined, request = prove(pair, pair.request(1, token=opened.token), CERTIFICATE)
     assert joined == SessionJoined(opened.session.id)
@@ -198,7 +198,7 @@ def test_the_edge_may_know_the_key_at_once(pair: ConnectionPair) -> None:
     assert isinstance(pair.get(pair.request(1, token=opened.token)), Request)
 
 
-def test_a_session_that_ends_while_its_key_is_looked_for_is_refused(pair: ConnectionPair) -> None:
+def test_session_revoked_during_key_lookup_is_refused(pair: ConnectionPair) -> None:
     opened = bound(pair)
     for event in pair.receive_data(pair.request(1, token=opened.token)):
         assert isinstance(event, KeyWanted)
@@ -206,7 +206,7 @@ def test_a_session_that_ends_while_its_key_is_looked_for_is_refused(pair: Connec
     assert pair.answer().code == Code.TOKEN_REVOKED
 
 
-def test_a_key_that_is_worth_nothing_any_more_is_wanted_anew(pair: ConnectionPair) -> None:
+def test_withdrawn_key_proof_is_wanted_again(pair: ConnectionPair) -> None:
     opened = bound(pair)
     pair.server.prove(LAPTOP), pair.server.prove("device:phone")
     assert pair.server.has_proved(LAPTOP)
@@ -220,10 +220,10 @@ def test_a_key_that_is_worth_nothing_any_more_is_wanted_anew(pair: ConnectionPai
     assert isinstance(pair.send(pair.request(1, token=other.token))[-1], Request)
 
 
-# --- the rules of every request hold for attach ------------------------------------------------------
+# --- attach follows the rules of every request -------------------------------------------------------
 
 
-def test_attach_is_refused_while_draining_and_with_too_many_in_flight() -> None:
+def test_attach_is_refused_while_draining_or_above_max_streams() -> None:
     pair = ConnectionPair(settings=ConnectionSettings(max_streams=1))
     opened = bound(pair)
     held = attach(pair, opened)
@@ -243,7 +243,7 @@ def test_attach_is_refused_while_draining_and_with_too_many_in_flight() -> None:
 
 
 @pytest.mark.parametrize(("deadline_ms", "runs"), [(0, False), (-1, False), (1, True), (60_000, True)])
-def test_attach_keeps_its_deadline(pair: ConnectionPair, deadline_ms: int, runs: bool) -> None:
+def test_attach_past_its_deadline_does_not_run(pair: ConnectionPair, deadline_ms: int, runs: bool) -> None:
     opened = bound(pair)
     data = pair.request(1, "session.attach", {}, {"deadline_ms": deadline_ms}, token=opened.token)
     _, *events = pair.send(data)
@@ -252,7 +252,7 @@ def test_attach_keeps_its_deadline(pair: ConnectionPair, deadline_ms: int, runs:
         assert pair.answer().code == Code.DEADLINE_EXCEEDED
 
 
-def test_nothing_follows_an_attach_with_which_the_edge_ended_the_connection(pair: ConnectionPair) -> None:
+def test_frames_after_attach_that_closed_connection_are_ignored(pair: ConnectionPair) -> None:
     opened = bound(pair)
     data = pair.request(1, "session.attach", {}, token=opened.token) + pair.request(2, token=NO_TOKEN)
     seen = []
@@ -263,5 +263,5 @@ def test_nothing_follows_an_attach_with_which_the_edge_ended_the_connection(pair
     assert len(seen) == 2
 
 
-def test_the_salt_is_there_to_be_signed(pair: ConnectionPair) -> None:
+def test_salt_is_available_for_signing(pair: ConnectionPair) -> None:
     assert pair.server.salt == pair.salt

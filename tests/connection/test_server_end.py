@@ -1,4 +1,4 @@
-"""GOAWAY, fatal errors, and what is left after the end; replays of what was captured."""
+"""Test WELCOME, GOAWAY, fatal errors, and replayed frames of a server connection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zcproto.wire.message import decode_body
 # --- WELCOME --------------------------------------------------------------------------------------------
 
 
-def test_the_welcome_says_what_a_client_needs() -> None:
+def test_welcome_contains_configured_limits() -> None:
     settings = ConnectionSettings(
         server="shop",
         max_frame=70_000,
@@ -38,11 +38,11 @@ def test_the_welcome_says_what_a_client_needs() -> None:
     }
 
 
-def test_the_defaults_are_those_of_the_protocol() -> None:
+def test_default_settings_follow_the_protocol() -> None:
     settings = ConnectionSettings()
     assert (settings.max_frame, settings.max_frame_before_session) == (1_048_576, 16_384)
     assert (settings.tolerance_ms, settings.open_timeout_s, settings.max_stale_in_a_row) == (30_000, 10.0, 10)
-    assert decode_body(settings.welcome_body)["server"] == "zcproto"  # no version unless the operator says so
+    assert decode_body(settings.welcome_body)["server"] == "zcproto"  # hides the version by default
     assert "welcome_body" not in repr(settings)
 
 
@@ -53,7 +53,7 @@ def drain(pair: ConnectionPair) -> None:
     pair.server.go_away("draining", 1_000, pair.clock.wall())
 
 
-def test_a_draining_connection_finishes_what_runs_and_takes_nothing_new(pair: ConnectionPair) -> None:
+def test_draining_connection_finishes_requests_and_refuses_new_ones(pair: ConnectionPair) -> None:
     pair.login()
     request = pair.hold(pair.request(1))
     drain(pair)
@@ -70,14 +70,14 @@ def test_a_draining_connection_finishes_what_runs_and_takes_nothing_new(pair: Co
     assert pair.server.in_flight == 0
 
 
-def test_a_draining_connection_still_says_what_is_wrong_with_a_token(pair: ConnectionPair) -> None:
+def test_draining_connection_still_refuses_unknown_token(pair: ConnectionPair) -> None:
     drain(pair)
     pair.answers()
     assert pair.refused(pair.request(1, token=b"?" * 32)).code == Code.UNAUTHENTICATED
     assert pair.refused(pair.request(1, "server.info", token=NO_TOKEN)).code == Code.UNAVAILABLE
 
 
-def test_a_second_goaway_is_not_sent(pair: ConnectionPair) -> None:
+def test_goaway_is_sent_once(pair: ConnectionPair) -> None:
     drain(pair)
     drain(pair)
     assert len(pair.answers()) == 1
@@ -86,12 +86,12 @@ def test_a_second_goaway_is_not_sent(pair: ConnectionPair) -> None:
     assert pair.answers() == []
 
 
-def test_a_fault_while_draining_is_fatal_as_ever(pair: ConnectionPair) -> None:
+def test_replayed_frame_while_draining_closes_connection(pair: ConnectionPair) -> None:
     drain(pair)
     assert pair.fatal(pair.ping(salt=bytes(8))).code == Code.REPLAYED
 
 
-def test_a_goaway_within_a_read_holds_for_the_next_frame(pair: ConnectionPair) -> None:
+def test_goaway_during_a_read_refuses_next_request_of_that_read(pair: ConnectionPair) -> None:
     pair.login()
     data = pair.request(1) + pair.request(2)
     events = pair.receive_data(data)
@@ -106,7 +106,7 @@ def test_a_goaway_within_a_read_holds_for_the_next_frame(pair: ConnectionPair) -
 # --- fatal errors ---------------------------------------------------------------------------------------
 
 
-def test_a_fatal_error_is_the_last_word(pair: ConnectionPair) -> None:
+def test_nothing_is_received_or_sent_after_fatal_error(pair: ConnectionPair) -> None:
     pair.login()
     request = pair.hold(pair.request(1, meta={"deadline_ms": 1_000}))
     fault = pair.frame(0x01FF0000, 1)
@@ -122,7 +122,7 @@ def test_a_fatal_error_is_the_last_word(pair: ConnectionPair) -> None:
     assert pair.server.data_to_send() == b""
 
 
-def test_an_error_says_nothing_of_what_was_sent(pair: ConnectionPair) -> None:
+def test_errors_do_not_echo_received_bytes(pair: ConnectionPair) -> None:
     marker = b"c4nary-c4nary-c4nary-c4nary-c4na"
     pair.send(pair.request(1, "c4nary", token=marker))
     pair.send(pair.request(1, "C4NARY"))
@@ -134,8 +134,8 @@ def test_an_error_says_nothing_of_what_was_sent(pair: ConnectionPair) -> None:
 # --- replays --------------------------------------------------------------------------------------------
 
 
-def captured(pair: ConnectionPair) -> list[bytes]:
-    """What a client has said, all of it accepted."""
+def exchange_frames(pair: ConnectionPair) -> list[bytes]:
+    """Return frames of a client that the server has accepted."""
     pair.login()
     frames = [pair.request(stream) for stream in (1, 2, 3)] + [pair.ping(), pair.cancel(9)]
     for frame in frames:
@@ -148,17 +148,17 @@ def captured(pair: ConnectionPair) -> list[bytes]:
 
 @pytest.mark.requirement("replays")
 @pytest.mark.parametrize("which", range(5))
-def test_a_replay_on_the_same_connection_is_refused(pair: ConnectionPair, which: int) -> None:
-    frames = captured(pair)
+def test_frame_replayed_on_same_connection_is_refused(pair: ConnectionPair, which: int) -> None:
+    frames = exchange_frames(pair)
     assert pair.fatal(frames[which]).code == Code.REPLAYED
 
 
 @pytest.mark.requirement("replays")
 @pytest.mark.parametrize("which", range(5))
-def test_a_replay_on_another_connection_is_refused(which: int) -> None:
+def test_frame_replayed_on_another_connection_is_refused(which: int) -> None:
     registry = small_registry()
     victim = ConnectionPair(registry, salt=b"victim..")
-    frames = captured(victim)
+    frames = exchange_frames(victim)
     thief = ConnectionPair(registry, salt=b"thief...")
     assert thief.fatal(frames[which]).code == Code.REPLAYED
     assert thief.server.state is State.CLOSED
@@ -167,31 +167,31 @@ def test_a_replay_on_another_connection_is_refused(which: int) -> None:
 
 @pytest.mark.requirement("replays")
 @pytest.mark.parametrize("which", range(5))
-def test_a_replay_after_a_restart_is_refused(pair: ConnectionPair, which: int) -> None:
-    """The tokens may even be good still, and the clock the same: the salt is new."""
-    frames = captured(pair)
+def test_frame_replayed_after_restart_is_refused(pair: ConnectionPair, which: int) -> None:
+    """The salt is new, even if tokens are still valid and the clock is the same."""
+    frames = exchange_frames(pair)
     after = ConnectionPair(small_registry(), salt=b"restart.")
     assert after.login().token == pair.token
     assert after.fatal(frames[which]).code == Code.REPLAYED
 
 
 @pytest.mark.requirement("replays")
-def test_a_whole_conversation_replayed_runs_nothing(pair: ConnectionPair) -> None:
-    frames = captured(pair)
+def test_replayed_conversation_runs_no_request(pair: ConnectionPair) -> None:
+    frames = exchange_frames(pair)
     other = ConnectionPair(pair.registry, salt=b"another.", clock=FakeClock(pair.clock.wall()))
     events = other.send(b"".join(frames))
     assert events == [ConnectionEnded(Code.REPLAYED, "nonce belongs to another connection")]
 
 
 @pytest.mark.requirement("replays")
-def test_frames_in_another_order_are_refused(pair: ConnectionPair) -> None:
+def test_reordered_frames_are_refused_as_replayed(pair: ConnectionPair) -> None:
     pair.login()
     first, second = pair.request(1), pair.request(2)
     pair.get(second)
     assert pair.fatal(first).code == Code.REPLAYED
 
 
-def test_two_connections_with_one_registry_have_counters_of_their_own() -> None:
+def test_connections_sharing_a_registry_have_separate_counters() -> None:
     registry = small_registry()
     pairs = [ConnectionPair(registry, salt=bytes([n] * 8)) for n in range(3)]
     for pair in pairs:
@@ -200,7 +200,7 @@ def test_two_connections_with_one_registry_have_counters_of_their_own() -> None:
             pair.get(pair.request(stream))
 
 
-def test_an_answer_at_once_is_the_same_frame_as_one_in_a_later_turn() -> None:
+def test_immediate_and_later_responses_are_the_same_frame() -> None:
     frames = []
     for at_once in (True, False):
         pair = ConnectionPair()
@@ -215,7 +215,7 @@ def test_an_answer_at_once_is_the_same_frame_as_one_in_a_later_turn() -> None:
     assert frames[0] == frames[1] != b""
 
 
-def test_nothing_is_answered_at_once_on_a_connection_that_its_method_has_ended() -> None:
+def test_immediate_response_on_closed_connection_is_dropped() -> None:
     pair = ConnectionPair()
     pair.login()
     pair.answers()

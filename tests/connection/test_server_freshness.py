@@ -1,4 +1,4 @@
-"""Salt, counter and timestamp, and the order of all checks (ZCP/1 section 5)."""
+"""Test salt, counter and timestamp of received frames, and the order of all checks (zcp1.md, section 5)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from zcproto.wire.message import encode_request
 KINDS = {"request": (REQUEST, 1), "cancel": (CANCEL, 1), "ping": (PING, 0), "pong": (PONG, 0)}
 
 
-def of_kind(pair: ConnectionPair, kind: str, **fields: Any) -> bytes:
+def frame_of_kind(pair: ConnectionPair, kind: str, **fields: Any) -> bytes:
     head, stream = KINDS[kind]
     return pair.frame(head, stream, encode_request("echo", None) if head == REQUEST else b"", **fields)
 
 
 @pytest.fixture(scope="module")
 def signed_in() -> tuple[SessionRegistry, OpenedSession]:
-    """A session for all tests here, none of which ends it."""
+    """Return a session shared by all tests of this module; none of them ends it."""
     pair = ConnectionPair()
     return pair.registry, pair.login()
 
@@ -47,8 +47,8 @@ def pair(signed_in: tuple[SessionRegistry, OpenedSession]) -> ConnectionPair:
 @pytest.mark.parametrize(
     "salt", [bytes(8), b"\xff" * 8, bytes([*SALT[:7], SALT[7] ^ 1]), bytes([SALT[0] ^ 0x80, *SALT[1:]])]
 )
-def test_a_frame_with_another_salt_ends_the_connection(pair: ConnectionPair, kind: str, salt: bytes) -> None:
-    answer = pair.fatal(of_kind(pair, kind, salt=salt))
+def test_wrong_salt_closes_connection_as_replayed(pair: ConnectionPair, kind: str, salt: bytes) -> None:
+    answer = pair.fatal(frame_of_kind(pair, kind, salt=salt))
     assert answer.code == Code.REPLAYED
     assert answer.token == NO_TOKEN
 
@@ -58,21 +58,21 @@ def test_a_frame_with_another_salt_ends_the_connection(pair: ConnectionPair, kin
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("used", "counter"), [(None, 0), (1, 1), (7, 7), (7, 6), (7, 0), (2**64 - 1,) * 2])
-def test_a_counter_that_does_not_grow_ends_the_connection(
+def test_counter_that_does_not_increase_closes_connection_as_replayed(
     pair: ConnectionPair, kind: str, used: int | None, counter: int
 ) -> None:
     if used is not None:
         assert pair.send(pair.ping(counter=used)) == []
-    assert pair.fatal(of_kind(pair, kind, counter=counter)).code == Code.REPLAYED
+    assert pair.fatal(frame_of_kind(pair, kind, counter=counter)).code == Code.REPLAYED
 
 
 @pytest.mark.parametrize("counters", [[1, 2, 3], [5, 6, 100], [2**63 - 1, 2**63, 2**64 - 1], [2**64 - 1]])
-def test_a_counter_may_jump_as_long_as_it_grows(pair: ConnectionPair, counters: list[int]) -> None:
+def test_counter_may_skip_numbers(pair: ConnectionPair, counters: list[int]) -> None:
     for counter in counters:
         assert isinstance(pair.get(pair.request(1, counter=counter)), Request)
 
 
-def test_the_counters_of_the_two_directions_are_apart(pair: ConnectionPair) -> None:
+def test_counters_of_both_directions_are_independent(pair: ConnectionPair) -> None:
     for _ in range(5):
         pair.send(pair.ping())
     assert [answer.counter for answer in pair.answers()] == [1, 2, 3, 4, 5]
@@ -80,7 +80,7 @@ def test_the_counters_of_the_two_directions_are_apart(pair: ConnectionPair) -> N
     assert pair.answer().counter == 6
 
 
-def test_what_the_server_sends_counts_up_from_the_welcome(pair: ConnectionPair) -> None:
+def test_server_counter_increases_by_one_from_welcome(pair: ConnectionPair) -> None:
     assert (pair.welcome.kind, pair.welcome.counter) == (Kind.WELCOME, 0)
     counters = []
     for stream in range(1, 20):
@@ -90,7 +90,7 @@ def test_what_the_server_sends_counts_up_from_the_welcome(pair: ConnectionPair) 
     assert counters == list(range(1, 39))
 
 
-def test_everything_sent_has_the_connections_salt_and_the_servers_time(pair: ConnectionPair) -> None:
+def test_sent_frames_have_connection_salt_and_server_time(pair: ConnectionPair) -> None:
     pair.clock.advance(1.5)
     pair.send(pair.ping())
     pair.respond(pair.get(pair.request(1)))
@@ -106,17 +106,15 @@ def test_everything_sent_has_the_connections_salt_and_the_servers_time(pair: Con
 @pytest.mark.requirement("replays")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("off", [-30_000, -29_999, -1, 0, 1, 29_999, 30_000])
-def test_both_edges_of_the_tolerance_are_inside(pair: ConnectionPair, kind: str, off: int) -> None:
-    pair.send(of_kind(pair, kind, timestamp=WALL + off))
+def test_timestamp_within_tolerance_is_fresh(pair: ConnectionPair, kind: str, off: int) -> None:
+    pair.send(frame_of_kind(pair, kind, timestamp=WALL + off))
     assert pair.server.dropped_stale == 0
     assert all(answer.kind is Kind.PONG for answer in pair.answers())
 
 
 @pytest.mark.requirement("replays")
 @pytest.mark.parametrize("timestamp", [WALL - 30_001, WALL + 30_001, 0, 1, 2**63 - 1, 2**63, 2**64 - 1])
-def test_a_stale_request_is_refused_on_its_stream_with_the_servers_time(
-    pair: ConnectionPair, timestamp: int
-) -> None:
+def test_stale_request_is_refused_with_server_time(pair: ConnectionPair, timestamp: int) -> None:
     answer = pair.refused(pair.request(9, timestamp=timestamp))
     assert answer.code == Code.STALE_TIMESTAMP
     assert answer.stream == 9
@@ -127,31 +125,31 @@ def test_a_stale_request_is_refused_on_its_stream_with_the_servers_time(
 
 @pytest.mark.parametrize("kind", ["cancel", "ping", "pong"])
 @pytest.mark.parametrize("timestamp", [WALL - 30_001, WALL + 30_001, 0, 2**64 - 1])
-def test_a_stale_frame_of_another_kind_is_dropped_and_counted(
+def test_stale_frame_of_other_kind_is_dropped_and_counted(
     pair: ConnectionPair, kind: str, timestamp: int
 ) -> None:
     pair.hold(pair.request(1))
-    assert pair.send(of_kind(pair, kind, timestamp=timestamp)) == []
+    assert pair.send(frame_of_kind(pair, kind, timestamp=timestamp)) == []
     assert pair.answers() == []
     assert pair.server.dropped_stale == 1
     assert pair.server.in_flight == 1
 
 
 @pytest.mark.parametrize(("wall", "timestamp"), [(0, 0), (0, 30_000), (10, 0), (30_000, 0)])
-def test_a_clock_near_zero_does_not_wrap(wall: int, timestamp: int) -> None:
+def test_timestamps_near_zero_do_not_wrap_around(wall: int, timestamp: int) -> None:
     pair = ConnectionPair(clock=FakeClock(wall))
     pair.get(pair.request(1, "server.info", timestamp=timestamp))
     assert pair.answers() == []
 
 
 @pytest.mark.parametrize("timestamp", [2**64 - 1, 2**64 - 30_000, 2**63])
-def test_the_largest_timestamps_are_not_just_before_zero(timestamp: int) -> None:
+def test_largest_timestamps_are_stale_near_zero(timestamp: int) -> None:
     pair = ConnectionPair(clock=FakeClock(0))
     assert pair.refused(pair.request(1, timestamp=timestamp)).code == Code.STALE_TIMESTAMP
 
 
 @pytest.mark.parametrize("tolerance_ms", [0, 1, 5_000, 300_000])
-def test_the_tolerance_is_a_setting(tolerance_ms: int) -> None:
+def test_tolerance_is_configurable(tolerance_ms: int) -> None:
     pair = ConnectionPair(settings=ConnectionSettings(tolerance_ms=tolerance_ms))
     assert pair.welcome.value["tolerance_ms"] == tolerance_ms
     pair.get(pair.request(1, timestamp=WALL - tolerance_ms))
@@ -160,46 +158,46 @@ def test_the_tolerance_is_a_setting(tolerance_ms: int) -> None:
         assert pair.refused(pair.request(1, timestamp=WALL + off)).code == Code.STALE_TIMESTAMP
 
 
-def test_the_counter_of_a_stale_frame_is_used(pair: ConnectionPair) -> None:
+def test_counter_of_stale_frame_cannot_be_reused(pair: ConnectionPair) -> None:
     pair.refused(pair.request(1, timestamp=0, counter=5))
     assert pair.fatal(pair.request(1, counter=5)).code == Code.REPLAYED
 
 
-def test_a_stale_request_on_a_stream_in_flight_is_stale(pair: ConnectionPair) -> None:
+def test_stale_request_on_stream_in_flight_is_refused_as_stale(pair: ConnectionPair) -> None:
     request = pair.hold(pair.request(1))
     assert pair.refused(pair.request(1, timestamp=0)).code == Code.STALE_TIMESTAMP
     assert pair.respond(request)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tenth_stale_frame_in_a_row_ends_the_connection(pair: ConnectionPair, kind: str) -> None:
+def test_tenth_consecutive_stale_frame_closes_connection(pair: ConnectionPair, kind: str) -> None:
     for _ in range(9):
-        assert pair.send(of_kind(pair, "request", timestamp=0)) == []
+        assert pair.send(frame_of_kind(pair, "request", timestamp=0)) == []
     assert len(pair.answers()) == 9
-    answer = pair.fatal(of_kind(pair, kind, timestamp=0))
+    answer = pair.fatal(frame_of_kind(pair, kind, timestamp=0))
     assert answer.code == Code.STALE_TIMESTAMP
     assert answer.stream == 0
 
 
 @pytest.mark.parametrize("kind", ["cancel", "ping", "pong"])
-def test_dropped_frames_count_in_the_row(pair: ConnectionPair, kind: str) -> None:
+def test_dropped_stale_frames_count_as_consecutive(pair: ConnectionPair, kind: str) -> None:
     for _ in range(9):
-        assert pair.send(of_kind(pair, kind, timestamp=0)) == []
+        assert pair.send(frame_of_kind(pair, kind, timestamp=0)) == []
     assert pair.fatal(pair.request(1, timestamp=0)).code == Code.STALE_TIMESTAMP
     assert pair.server.dropped_stale == 9
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_fresh_frame_ends_the_row(pair: ConnectionPair, kind: str) -> None:
+def test_fresh_frame_resets_count_of_consecutive_stale_frames(pair: ConnectionPair, kind: str) -> None:
     for _ in range(3):
         for _ in range(9):
             pair.refused(pair.request(1, timestamp=0))
-        pair.send(of_kind(pair, kind))
+        pair.send(frame_of_kind(pair, kind))
         pair.answers()
     pair.refused(pair.request(1, timestamp=0))
 
 
-def test_a_fresh_request_that_is_refused_ends_the_row_too(pair: ConnectionPair) -> None:
+def test_refused_fresh_request_resets_count_of_consecutive_stale_frames(pair: ConnectionPair) -> None:
     for _ in range(9):
         pair.refused(pair.request(1, timestamp=0))
     pair.refused(pair.request(1, token=b"?" * 32))
@@ -211,8 +209,8 @@ def test_a_fresh_request_that_is_refused_ends_the_row_too(pair: ConnectionPair) 
 
 _HEADER = struct.Struct("!IBBHIQ8sQ32s")
 _IN_FLIGHT = 7
-# What each fault changes in a good frame, and what it is answered with when it is the first: code, and the
-# reason of the end (None: the connection goes on). In the order of the checks.
+# By fault, in the order of the checks: changed fields of a valid frame, code of the answer if this fault is the
+# first, and the reason of the close (None: the connection stays open).
 FAULTS: dict[str, tuple[dict[str, Any], Code, str | None]] = {
     "length": ({"length": 63}, Code.PROTOCOL_ERROR, "frame length below 64"),
     "version": ({"version": 2}, Code.PROTOCOL_ERROR, "unsupported frame version"),
@@ -248,9 +246,7 @@ def faulty(token: bytes, *names: str) -> bytes:
 
 
 @pytest.mark.parametrize("names", [(name,) for name in FAULTS] + list(itertools.combinations(FAULTS, 2)))
-def test_of_two_faults_the_one_checked_first_is_answered(
-    pair: ConnectionPair, names: tuple[str, ...]
-) -> None:
+def test_first_checked_of_two_faults_decides_the_answer(pair: ConnectionPair, names: tuple[str, ...]) -> None:
     pair.hold(pair.request(_IN_FLIGHT))
     events = pair.send(faulty(pair.token, *names))
     _, code, reason = FAULTS[names[0]]
@@ -263,7 +259,7 @@ def test_of_two_faults_the_one_checked_first_is_answered(
     assert (answer.stream == 0) == (reason is not None)
 
 
-def test_a_frame_with_all_faults_shows_them_one_by_one() -> None:
+def test_faults_are_reported_in_order_of_checks() -> None:
     names = list(FAULTS)
     for first in range(len(names)):
         pair = ConnectionPair()
@@ -273,7 +269,7 @@ def test_a_frame_with_all_faults_shows_them_one_by_one() -> None:
         assert pair.answer().code == FAULTS[names[first]][1]
 
 
-def test_the_deadline_is_looked_at_last(pair: ConnectionPair) -> None:
+def test_deadline_is_checked_last(pair: ConnectionPair) -> None:
     gone = {"deadline_ms": 0}
     assert pair.refused(pair.request(1, meta=gone)).code == Code.DEADLINE_EXCEEDED
     assert pair.refused(pair.request(1, "NO", meta=gone)).code == Code.INVALID_ARGUMENT

@@ -1,4 +1,4 @@
-"""How large a frame may be: before a session, with one, and after it."""
+"""Test frame limits of a server: before, during and after a session."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from zcproto.wire.frame import HEADER, MIN_LENGTH, NO_TOKEN, PING, REQUEST
 SMALL, LARGE = 16_384, 1_048_576
 
 
-def of_length(pair: ConnectionPair, length: int, token: bytes | None = None, method: str = "echo") -> bytes:
-    """A good request whose `length` is exactly this."""
+def request_of_length(
+    pair: ConnectionPair, length: int, token: bytes | None = None, method: str = "echo"
+) -> bytes:
+    """Return a valid request whose `length` field is exactly this."""
     overhead = len(pair.request(1, method, {"a": b""})) + 3
     pair.counter -= 1
     data = pair.request(1, method, {"a": b"x" * (length + 4 - overhead)}, token=token)
@@ -38,15 +40,15 @@ def leave(pair: ConnectionPair, opened: OpenedSession) -> None:
 
 
 @pytest.mark.parametrize("length", [SMALL - 1, SMALL])
-def test_before_a_session_the_limit_is_16_kib_and_it_is_inside(pair: ConnectionPair, length: int) -> None:
-    data = of_length(pair, length, method="session.open")
+def test_frame_of_16_kib_is_accepted_without_session(pair: ConnectionPair, length: int) -> None:
+    data = request_of_length(pair, length, method="session.open")
     assert len(data) == length + 4
     assert isinstance(pair.get(data), Request)
 
 
 @pytest.mark.parametrize("length", [SMALL + 1, LARGE, LARGE + 1, 2**31, 2**32 - 1])
 @pytest.mark.parametrize("size", [4, 5, 68])
-def test_a_longer_frame_is_refused_from_its_first_bytes(pair: ConnectionPair, length: int, size: int) -> None:
+def test_oversized_frame_is_refused_from_its_length(pair: ConnectionPair, length: int, size: int) -> None:
     answer = pair.fatal(header(length)[:size])
     assert answer.code == Code.FRAME_TOO_LARGE
     assert pair.server._decoder.buffered <= size
@@ -54,66 +56,66 @@ def test_a_longer_frame_is_refused_from_its_first_bytes(pair: ConnectionPair, le
 
 @pytest.mark.parametrize("length", [0, 1, 63])
 @pytest.mark.parametrize("size", [4, 68])
-def test_a_length_below_the_header_is_refused_from_its_first_bytes(
+def test_length_below_header_size_is_refused_immediately(
     pair: ConnectionPair, length: int, size: int
 ) -> None:
     assert pair.fatal(header(length)[:size]).code == Code.PROTOCOL_ERROR
 
 
 @pytest.mark.parametrize("length", [SMALL + 1, LARGE - 1, LARGE])
-def test_with_a_session_the_limit_is_1_mib_and_it_is_inside(pair: ConnectionPair, length: int) -> None:
+def test_frame_of_1_mib_is_accepted_with_session(pair: ConnectionPair, length: int) -> None:
     pair.login()
-    data = of_length(pair, length)
+    data = request_of_length(pair, length)
     assert len(data) == length + 4
     pair.get(data)
 
 
-def test_with_a_session_the_limit_is_a_limit(pair: ConnectionPair) -> None:
+def test_frame_above_1_mib_is_refused_with_session(pair: ConnectionPair) -> None:
     pair.login()
     assert pair.fatal(header(LARGE + 1, pair.token)).code == Code.FRAME_TOO_LARGE
 
 
-def test_the_first_accepted_token_lifts_the_limit_for_the_next_frame_of_the_same_read(
+def test_accepted_token_raises_frame_limit_within_same_read(
     pair: ConnectionPair,
 ) -> None:
     opened = pair.open_session()
-    data = pair.request(1, token=opened.token) + of_length(pair, 50_000, opened.token)
+    data = pair.request(1, token=opened.token) + request_of_length(pair, 50_000, opened.token)
     assert len(pair.send(data)) == 3
 
 
-def test_a_refused_token_does_not_lift_the_limit(pair: ConnectionPair) -> None:
+def test_refused_token_does_not_raise_frame_limit(pair: ConnectionPair) -> None:
     pair.refused(pair.request(1, token=b"?" * 32))
     assert pair.fatal(header(SMALL + 1, counter=9)).code == Code.FRAME_TOO_LARGE
 
 
-def test_after_the_session_the_small_limit_is_back(pair: ConnectionPair) -> None:
+def test_frame_limit_falls_when_session_ends(pair: ConnectionPair) -> None:
     opened = pair.login()
     leave(pair, opened)
     assert pair.fatal(header(SMALL + 1, counter=9)).code == Code.FRAME_TOO_LARGE
 
 
-def test_as_long_as_one_session_lives_the_large_limit_holds(pair: ConnectionPair) -> None:
+def test_frame_limit_falls_only_when_last_session_ends(pair: ConnectionPair) -> None:
     first, second = pair.login("ada"), pair.login("ben")
     leave(pair, first)
-    pair.get(of_length(pair, LARGE))
+    pair.get(request_of_length(pair, LARGE))
     leave(pair, second)
     assert pair.fatal(header(SMALL + 1, counter=9)).code == Code.FRAME_TOO_LARGE
 
 
-def test_the_limit_rises_falls_and_rises_again(pair: ConnectionPair) -> None:
+def test_frame_limit_rises_again_with_next_session(pair: ConnectionPair) -> None:
     for user in ("ada", "ben"):
         opened = pair.login(user)
-        pair.get(of_length(pair, LARGE))
+        pair.get(request_of_length(pair, LARGE))
         leave(pair, opened)
         pair.refused(pair.request(1))
 
 
-def test_a_large_frame_that_had_begun_is_taken_off_the_wire_when_the_session_ends(
+def test_partly_received_large_frame_is_completed_when_session_ends(
     pair: ConnectionPair,
 ) -> None:
-    """It was allowed when it began: its token is refused, the connection goes on."""
+    """It was allowed when it began, so only its token is refused and the connection stays open."""
     opened = pair.login()
-    data = of_length(pair, 100_000)
+    data = request_of_length(pair, 100_000)
     assert pair.send(data[:500]) == []
     leave(pair, opened)
     answer = pair.refused(data[500:])
@@ -121,29 +123,29 @@ def test_a_large_frame_that_had_begun_is_taken_off_the_wire_when_the_session_end
     pair.get(pair.request(2, "server.info", token=NO_TOKEN))
 
 
-def test_a_large_public_request_needs_a_session_of_its_own(pair: ConnectionPair) -> None:
-    """Its body is never decoded: without a session 16 KiB are enough for all that may be asked."""
+def test_large_request_without_token_is_refused(pair: ConnectionPair) -> None:
+    """Public methods need at most 16 KiB, so the body is not decoded."""
     pair.login()
-    pair.get(of_length(pair, SMALL, NO_TOKEN))
-    answer = pair.refused(of_length(pair, SMALL + 1, NO_TOKEN))
+    pair.get(request_of_length(pair, SMALL, NO_TOKEN))
+    answer = pair.refused(request_of_length(pair, SMALL + 1, NO_TOKEN))
     assert answer.code == Code.UNAUTHENTICATED
     pair.get(pair.request(1))
 
 
-def test_both_limits_are_settings() -> None:
+def test_frame_limits_are_configurable() -> None:
     settings = ConnectionSettings(max_frame=500, max_frame_before_session=200)
     pair = ConnectionPair(settings=settings)
     assert settings.max_body == 500 - MIN_LENGTH
     assert pair.welcome.value["max_frame"] == 500
-    pair.get(of_length(pair, 200))
+    pair.get(request_of_length(pair, 200))
     pair.login()
-    pair.get(of_length(pair, 500))
+    pair.get(request_of_length(pair, 500))
     assert pair.fatal(header(501, counter=9)).code == Code.FRAME_TOO_LARGE
 
 
-def test_frames_that_are_dribbled_in_are_not_buffered_twice(pair: ConnectionPair) -> None:
+def test_large_frame_in_pieces_is_buffered_once(pair: ConnectionPair) -> None:
     pair.login()
-    data = of_length(pair, LARGE)
+    data = request_of_length(pair, LARGE)
     for start in range(0, len(data) - 1, 65_536):
         assert pair.send(data[start : min(start + 65_536, len(data) - 1)]) == []
     assert pair.server._decoder.buffered == len(data) - 1
@@ -153,7 +155,7 @@ def test_frames_that_are_dribbled_in_are_not_buffered_twice(pair: ConnectionPair
 
 
 @pytest.mark.parametrize("count", [1, 963])
-def test_each_ping_has_its_pong(pair: ConnectionPair, count: int) -> None:
+def test_each_ping_is_answered_by_pong(pair: ConnectionPair, count: int) -> None:
     pair.send(b"".join(pair.frame(PING) for _ in range(count)))
     assert pair.server.queued == count
     assert len(pair.answers()) == count

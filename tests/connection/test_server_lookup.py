@@ -1,4 +1,4 @@
-"""Tokens that are not known here may be good all the same, where several processes share the sessions."""
+"""Test the lookup of unknown tokens in a store that several servers share."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ REFUSAL = encode_error(Code.UNAVAILABLE, "the store is out", {"retry_after_ms": 
 
 @pytest.fixture
 def pair() -> ConnectionPair:
-    """A connection where tokens are looked up."""
+    """Return a connection that looks up unknown tokens."""
     return ConnectionPair(settings=ConnectionSettings(looks_up=True))
 
 
-class Elsewhere:
-    """A session that is known here only once it was restored."""
+class SessionInStore:
+    """A session that exists only in the store until its record is restored."""
 
     def __init__(self, pair: ConnectionPair) -> None:
         opened = pair.open_session()
@@ -39,17 +39,19 @@ class Elsewhere:
         self.record: SessionRecord = record
 
 
-def begin(pair: ConnectionPair, data: bytes) -> tuple[TokenUnknown, Iterator[ServerEvent]]:
-    """Give bytes to the server up to a token that is to be looked up."""
+def receive_until_lookup(pair: ConnectionPair, data: bytes) -> tuple[TokenUnknown, Iterator[ServerEvent]]:
+    """Receive data until a token has to be looked up; return that event and the remaining events."""
     events = pair.receive_data(data)
     unknown = next(events)
     assert isinstance(unknown, TokenUnknown)
     return unknown, events
 
 
-def test_a_token_that_was_found_is_good_for_the_frame_that_waited(pair: ConnectionPair) -> None:
-    session = Elsewhere(pair)
-    unknown, events = begin(pair, pair.request(1, token=session.token) + pair.request(2, token=session.token))
+def test_token_found_by_lookup_is_accepted_for_waiting_frame(pair: ConnectionPair) -> None:
+    session = SessionInStore(pair)
+    unknown, events = receive_until_lookup(
+        pair, pair.request(1, token=session.token) + pair.request(2, token=session.token)
+    )
     assert (unknown.token, unknown.code, unknown.refusal) == (session.token, Code.UNAUTHENTICATED, None)
     pair.registry.restore(session.record)
     joined, first, second = events
@@ -60,26 +62,28 @@ def test_a_token_that_was_found_is_good_for_the_frame_that_waited(pair: Connecti
     assert pair.answers() == []
 
 
-def test_a_token_that_was_not_found_is_refused(pair: ConnectionPair) -> None:
-    unknown, events = begin(pair, pair.request(1, token=b"x" * 32) + pair.request(2))
-    assert list(events) != []  # what stands behind it goes on
+def test_token_not_found_by_lookup_is_refused(pair: ConnectionPair) -> None:
+    unknown, events = receive_until_lookup(pair, pair.request(1, token=b"x" * 32) + pair.request(2))
+    assert list(events) != []  # the next frame is handled
     first, _ = [*pair.answers(), None]
     assert first is not None
     assert (first.stream, first.code) == (1, Code.UNAUTHENTICATED)
     assert unknown.refusal is None
 
 
-def test_the_edge_may_refuse_what_it_cannot_find_out(pair: ConnectionPair) -> None:
-    unknown, events = begin(pair, pair.request(1, token=b"x" * 32))
+def test_failed_lookup_refuses_frame_with_given_error(pair: ConnectionPair) -> None:
+    unknown, events = receive_until_lookup(pair, pair.request(1, token=b"x" * 32))
     unknown.refusal = REFUSAL
     assert list(events) == []
     answer = pair.answer()
     assert (answer.stream, answer.code, answer.body) == (1, Code.UNAVAILABLE, REFUSAL)
 
 
-def test_each_frame_with_an_unknown_token_is_looked_up_for_itself(pair: ConnectionPair) -> None:
-    session = Elsewhere(pair)
-    unknown, events = begin(pair, pair.request(1, token=session.token) + pair.request(2, token=session.token))
+def test_each_frame_with_unknown_token_is_looked_up(pair: ConnectionPair) -> None:
+    session = SessionInStore(pair)
+    unknown, events = receive_until_lookup(
+        pair, pair.request(1, token=session.token) + pair.request(2, token=session.token)
+    )
     unknown.refusal = REFUSAL
     again = next(events)
     assert isinstance(again, TokenUnknown)
@@ -87,28 +91,28 @@ def test_each_frame_with_an_unknown_token_is_looked_up_for_itself(pair: Connecti
     assert [type(event) for event in events] == [SessionJoined, Request]
 
 
-def test_a_token_that_seems_expired_is_looked_up(pair: ConnectionPair) -> None:
+def test_expired_token_is_looked_up(pair: ConnectionPair) -> None:
     opened = pair.open_session()
     pair.clock.advance(HOUR_MS / 1000)
-    unknown, events = begin(pair, pair.request(1, token=opened.token))
+    unknown, events = receive_until_lookup(pair, pair.request(1, token=opened.token))
     assert unknown.code is Code.TOKEN_EXPIRED
     assert list(events) == []
     assert pair.answer().code == Code.TOKEN_EXPIRED
 
 
-def test_a_revoked_token_is_not(pair: ConnectionPair) -> None:
+def test_revoked_token_is_not_looked_up(pair: ConnectionPair) -> None:
     opened = pair.open_session()
     pair.registry.revoke(opened.session.id, user=None, reason="")
     assert pair.refused(pair.request(1, token=opened.token)).code == Code.TOKEN_REVOKED
 
 
-def test_frames_without_a_token_are_not(pair: ConnectionPair) -> None:
+def test_frame_without_token_is_not_looked_up(pair: ConnectionPair) -> None:
     assert pair.get(pair.request(1)).session is None
 
 
-def test_a_session_that_ends_while_it_joins_is_refused(pair: ConnectionPair) -> None:
-    session = Elsewhere(pair)
-    _, events = begin(pair, pair.request(1, token=session.token))
+def test_session_revoked_while_joining_after_lookup_is_refused(pair: ConnectionPair) -> None:
+    session = SessionInStore(pair)
+    _, events = receive_until_lookup(pair, pair.request(1, token=session.token))
     pair.registry.restore(session.record)
     assert isinstance(next(events), SessionJoined)
     pair.registry.revoke(session.id, user=None, reason="")
@@ -116,22 +120,22 @@ def test_a_session_that_ends_while_it_joins_is_refused(pair: ConnectionPair) -> 
     assert pair.answer().code == Code.TOKEN_REVOKED
 
 
-def test_a_connection_that_ended_meanwhile_goes_no_further(pair: ConnectionPair) -> None:
-    session = Elsewhere(pair)
-    _, events = begin(pair, pair.request(1, token=session.token))
+def test_connection_closed_during_lookup_handles_no_frame(pair: ConnectionPair) -> None:
+    session = SessionInStore(pair)
+    _, events = receive_until_lookup(pair, pair.request(1, token=session.token))
     pair.registry.restore(session.record)
     pair.server.end()
     assert list(events) == []
     assert pair.answers() == []
 
 
-def test_where_all_is_known_nothing_is_looked_up() -> None:
+def test_unknown_token_is_refused_when_lookup_is_off() -> None:
     pair = ConnectionPair()
     assert pair.refused(pair.request(1, token=b"x" * 32)).code == Code.UNAUTHENTICATED
 
 
 @pytest.mark.parametrize("looks_up", [False, True])
-def test_while_all_are_refused_nothing_is_looked_up_and_the_connection_stays(looks_up: bool) -> None:
+def test_refuse_all_skips_lookup_and_keeps_connection(looks_up: bool) -> None:
     pair = ConnectionPair(small_registry(), ConnectionSettings(looks_up=looks_up))
     pair.login()
     assert pair.get(pair.request(1)).session is not None
@@ -145,6 +149,6 @@ def test_while_all_are_refused_nothing_is_looked_up_and_the_connection_stays(loo
     assert pair.get(pair.request(1)).session is not None
 
 
-def test_no_token_is_printed(pair: ConnectionPair) -> None:
-    unknown, _ = begin(pair, pair.request(1, token=b"secret" + b"x" * 26))
+def test_repr_of_token_unknown_hides_token(pair: ConnectionPair) -> None:
+    unknown, _ = receive_until_lookup(pair, pair.request(1, token=b"secret" + b"x" * 26))
     assert repr(unknown) == f"TokenUnknown(code={Code.UNAUTHENTICATED!r})"

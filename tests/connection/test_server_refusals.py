@@ -1,4 +1,4 @@
-"""Frames that lead to no request are counted by cause and code, of all connections together."""
+"""Test that refused frames are counted by cause and code, across connections."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from zcproto.wire.message import encode_request
 Counts = dict[tuple[str, int], int]
 
 
-def counted() -> tuple[ConnectionPair, Counts]:
-    """A conversation, and where it counts."""
+def counting_pair() -> tuple[ConnectionPair, Counts]:
+    """Return a connection and its counters of refusals."""
     counts: Counts = {}
-    return counting(counts), counts
+    return pair_counting_in(counts), counts
 
 
-def counting(counts: Counts) -> ConnectionPair:
-    """A conversation that counts there."""
+def pair_counting_in(counts: Counts) -> ConnectionPair:
+    """Return a connection that counts refusals in `counts`."""
     pair = ConnectionPair()
     pair.server = ServerConnection(
         pair.settings,
@@ -35,8 +35,8 @@ def echo(pair: ConnectionPair, **fields: object) -> bytes:
     return pair.frame(REQUEST, 1, encode_request("echo", None), **fields)  # type: ignore[arg-type]
 
 
-def test_each_cause_is_counted_with_its_code() -> None:
-    pair, counts = counted()
+def test_refused_frames_are_counted_by_cause_and_code() -> None:
+    pair, counts = counting_pair()
     pair.login()
     pair.send(echo(pair, timestamp=pair.clock.wall() - 60_000))
     pair.send(echo(pair, token=b"?" * 32))
@@ -55,17 +55,17 @@ def test_each_cause_is_counted_with_its_code() -> None:
     }
 
 
-def test_what_comes_through_is_not_counted() -> None:
-    pair, counts = counted()
+def test_accepted_frame_is_not_counted() -> None:
+    pair, counts = counting_pair()
     pair.login()
     (event,) = pair.send(echo(pair))
     assert event is not None
     assert counts == {}
 
 
-def test_connections_count_together_if_they_count_in_one_place() -> None:
+def test_connections_can_share_refusal_counts() -> None:
     counts: Counts = {}
     for number in (1, 2):
-        pair = counting(counts)
+        pair = pair_counting_in(counts)
         pair.send(echo(pair, token=b"?" * 32))
         assert counts == {("token", Code.UNAUTHENTICATED): number}

@@ -1,4 +1,4 @@
-"""Requests in flight: one answer each, cancelled, timed out, or given by the handler."""
+"""Test requests in flight: each gets one answer, from its handler, a CANCEL or its deadline."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def fail(pair: ConnectionPair, request: Request) -> bool:
 
 
 @pytest.mark.parametrize("stream", [1, 2, 2**31, 2**32 - 1])
-def test_an_answer_has_the_stream_and_token_of_its_request(pair: ConnectionPair, stream: int) -> None:
+def test_response_has_stream_and_token_of_its_request(pair: ConnectionPair, stream: int) -> None:
     assert pair.respond(pair.get(pair.request(stream)), encode_body([1, "two"]))
     answer = pair.answer()
     assert (answer.kind, answer.stream, answer.token) == (Kind.RESPONSE, stream, pair.token)
     assert answer.value == [1, "two"]
 
 
-def test_an_error_is_an_answer(pair: ConnectionPair) -> None:
+def test_error_has_stream_and_token_of_its_request(pair: ConnectionPair) -> None:
     assert fail(pair, pair.get(pair.request(3)))
     answer = pair.answer()
     assert (answer.stream, answer.code, answer.token) == (3, Code.INTERNAL, pair.token)
 
 
 @pytest.mark.parametrize("finish", ["respond", "fail"])
-def test_a_held_request_is_answered_later_and_once(pair: ConnectionPair, finish: str) -> None:
+def test_held_request_is_answered_once(pair: ConnectionPair, finish: str) -> None:
     request = pair.hold(pair.request(1))
     assert request.held
     assert pair.server.in_flight == 1
@@ -57,14 +57,14 @@ def test_a_held_request_is_answered_later_and_once(pair: ConnectionPair, finish:
     assert len(pair.answers()) == 1
 
 
-def test_answers_come_in_the_order_in_which_they_are_given(pair: ConnectionPair) -> None:
+def test_answers_are_sent_in_order_of_completion(pair: ConnectionPair) -> None:
     requests = [pair.hold(pair.request(stream)) for stream in (1, 2, 3)]
     for request in (requests[1], requests[2], requests[0]):
         pair.respond(request)
     assert [answer.stream for answer in pair.answers()] == [2, 3, 1]
 
 
-def test_a_stream_may_be_used_again_once_answered(pair: ConnectionPair) -> None:
+def test_answered_stream_can_be_reused(pair: ConnectionPair) -> None:
     for _ in range(3):
         pair.respond(pair.get(pair.request(1)))
     for _ in range(3):
@@ -72,14 +72,14 @@ def test_a_stream_may_be_used_again_once_answered(pair: ConnectionPair) -> None:
     assert len(pair.answers()) == 6
 
 
-def test_a_stream_in_flight_used_again_ends_the_connection(pair: ConnectionPair) -> None:
+def test_reusing_stream_in_flight_closes_connection(pair: ConnectionPair) -> None:
     request = pair.hold(pair.request(1))
     assert pair.fatal(pair.request(1)).code == Code.PROTOCOL_ERROR
     assert not pair.respond(request)
     assert pair.answers() == []
 
 
-def test_after_the_end_nothing_is_answered(pair: ConnectionPair) -> None:
+def test_closed_connection_sends_no_answer(pair: ConnectionPair) -> None:
     held, at_once = pair.hold(pair.request(1)), pair.get(pair.request(2))
     pair.server.end()
     assert not pair.respond(held)
@@ -93,7 +93,7 @@ def test_after_the_end_nothing_is_answered(pair: ConnectionPair) -> None:
 # --- CANCEL ---------------------------------------------------------------------------------------------
 
 
-def test_a_cancelled_request_is_answered_so_and_its_handler_is_to_stop(pair: ConnectionPair) -> None:
+def test_cancelled_request_is_answered_and_its_handler_ends(pair: ConnectionPair) -> None:
     request = pair.hold(pair.request(1))
     assert pair.send(pair.cancel(1)) == [RequestEnded(request, Code.CANCELLED)]
     answer = pair.answer()
@@ -104,7 +104,7 @@ def test_a_cancelled_request_is_answered_so_and_its_handler_is_to_stop(pair: Con
 
 
 @pytest.mark.parametrize("token", [NO_TOKEN, b"?" * 32, "another session's"])
-def test_a_cancel_with_another_token_is_ignored(pair: ConnectionPair, token: Any) -> None:
+def test_cancel_with_wrong_token_is_ignored(pair: ConnectionPair, token: Any) -> None:
     if isinstance(token, str):
         token = pair.open_session("ben").token
     request = pair.hold(pair.request(1))
@@ -114,7 +114,7 @@ def test_a_cancel_with_another_token_is_ignored(pair: ConnectionPair, token: Any
 
 
 @pytest.mark.parametrize("stream", [2, 2**32 - 1])
-def test_a_cancel_of_what_is_not_in_flight_is_ignored(pair: ConnectionPair, stream: int) -> None:
+def test_cancel_of_stream_not_in_flight_is_ignored(pair: ConnectionPair, stream: int) -> None:
     pair.hold(pair.request(1))
     pair.respond(pair.get(pair.request(2)))
     pair.answers()
@@ -122,20 +122,20 @@ def test_a_cancel_of_what_is_not_in_flight_is_ignored(pair: ConnectionPair, stre
     assert pair.answers() == []
 
 
-def test_a_second_cancel_is_ignored(pair: ConnectionPair) -> None:
+def test_second_cancel_is_ignored(pair: ConnectionPair) -> None:
     pair.hold(pair.request(1))
     pair.send(pair.cancel(1))
     assert pair.send(pair.cancel(1)) == []
     assert len(pair.answers()) == 1
 
 
-def test_a_public_request_is_cancelled_with_no_token(pair: ConnectionPair) -> None:
+def test_cancel_of_public_request_has_no_token(pair: ConnectionPair) -> None:
     request = pair.hold(pair.request(1, "session.open", token=NO_TOKEN))
     assert pair.send(pair.cancel(1, token=NO_TOKEN)) == [RequestEnded(request, Code.CANCELLED)]
     assert pair.answer().token == NO_TOKEN
 
 
-def test_a_cancel_needs_no_live_session(pair: ConnectionPair) -> None:
+def test_cancel_is_accepted_after_session_ended(pair: ConnectionPair) -> None:
     request = pair.hold(pair.request(1))
     assert request.session is not None
     pair.registry.close(request.session)
@@ -143,7 +143,7 @@ def test_a_cancel_needs_no_live_session(pair: ConnectionPair) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cancel in flight", "cancel", "ping", "pong"])
-def test_a_body_where_there_is_none_ends_the_connection(pair: ConnectionPair, kind: str) -> None:
+def test_unexpected_body_closes_connection(pair: ConnectionPair, kind: str) -> None:
     pair.hold(pair.request(1))
     head, stream = {
         "cancel in flight": (CANCEL, 1),
@@ -154,10 +154,10 @@ def test_a_body_where_there_is_none_ends_the_connection(pair: ConnectionPair, ki
     assert pair.fatal(pair.frame(head, stream, b"\xc0")).code == Code.PROTOCOL_ERROR
 
 
-# --- how many -------------------------------------------------------------------------------------------
+# --- max_streams ----------------------------------------------------------------------------------------
 
 
-def test_one_more_than_max_streams_is_refused_and_may_come_again(pair: ConnectionPair) -> None:
+def test_request_above_max_streams_is_refused_until_one_is_answered(pair: ConnectionPair) -> None:
     requests = [pair.hold(pair.request(stream)) for stream in (1, 2, 3, 4)]
     answer = pair.refused(pair.request(5))
     assert (answer.stream, answer.code) == (5, Code.RESOURCE_EXHAUSTED)
@@ -167,14 +167,14 @@ def test_one_more_than_max_streams_is_refused_and_may_come_again(pair: Connectio
     assert pair.send(pair.request(6)) == []
 
 
-def test_requests_that_are_answered_at_once_do_not_count(pair: ConnectionPair) -> None:
+def test_immediately_answered_requests_do_not_count_against_max_streams(pair: ConnectionPair) -> None:
     for stream in range(1, 20):
         pair.respond(pair.get(pair.request(stream)))
     assert len(pair.answers()) == 19
 
 
-def test_a_handler_that_goes_on_after_its_answer_still_counts(pair: ConnectionPair) -> None:
-    """Else a caller could cancel and ask again, and have any number of handlers run."""
+def test_handler_running_after_cancel_counts_against_max_streams(pair: ConnectionPair) -> None:
+    """Otherwise a caller could run any number of handlers by cancelling each request."""
     requests = [pair.hold(pair.request(stream)) for stream in (1, 2, 3, 4)]
     for stream in (1, 2, 3, 4):
         pair.send(pair.cancel(stream))
@@ -187,7 +187,7 @@ def test_a_handler_that_goes_on_after_its_answer_still_counts(pair: ConnectionPa
     assert pair.respond(again)
 
 
-def test_a_handler_that_reports_twice_frees_one_place(pair: ConnectionPair) -> None:
+def test_handler_answering_twice_frees_one_stream(pair: ConnectionPair) -> None:
     requests = [pair.hold(pair.request(stream)) for stream in (1, 2, 3, 4)]
     pair.send(pair.cancel(1))
     for _ in range(3):
@@ -202,7 +202,7 @@ def test_a_handler_that_reports_twice_frees_one_place(pair: ConnectionPair) -> N
     assert pair.refused(pair.request(7)).code == Code.RESOURCE_EXHAUSTED
 
 
-def test_an_old_handler_cannot_answer_the_new_request_of_its_stream(pair: ConnectionPair) -> None:
+def test_cancelled_handler_cannot_answer_new_request_on_its_stream(pair: ConnectionPair) -> None:
     old = pair.hold(pair.request(1))
     pair.send(pair.cancel(1))
     new = pair.hold(pair.request(1))
@@ -213,7 +213,7 @@ def test_an_old_handler_cannot_answer_the_new_request_of_its_stream(pair: Connec
     assert pair.respond(new)
 
 
-def test_the_limit_of_streams_is_looked_at_before_the_body(pair: ConnectionPair) -> None:
+def test_max_streams_is_checked_before_body_and_after_token(pair: ConnectionPair) -> None:
     for stream in (1, 2, 3, 4):
         pair.hold(pair.request(stream))
     assert pair.refused(pair.request(5, "NOT A METHOD")).code == Code.RESOURCE_EXHAUSTED
@@ -239,17 +239,17 @@ def test_the_limit_of_streams_is_looked_at_before_the_body(pair: ConnectionPair)
         b"\x92\xa4echo\x81\x01\x01",
     ],
 )
-def test_a_body_that_is_no_request_costs_its_own_request_alone(pair: ConnectionPair, body: bytes) -> None:
+def test_malformed_body_fails_only_its_own_request(pair: ConnectionPair, body: bytes) -> None:
     answer = pair.refused(pair.frame(REQUEST, 6, body))
     assert (answer.stream, answer.code) == (6, Code.INVALID_ARGUMENT)
     pair.get(pair.request(6))
 
 
-def test_nil_params_are_no_params(pair: ConnectionPair) -> None:
+def test_nil_params_become_an_empty_map(pair: ConnectionPair) -> None:
     assert pair.get(pair.request(1, params=None)).params == {}
 
 
-def test_depth_is_bounded_by_the_setting() -> None:
+def test_max_depth_is_configurable() -> None:
     pair = ConnectionPair(settings=ConnectionSettings(max_depth=3))
     pair.get(pair.request(1, params={"a": [1]}))
     assert pair.refused(pair.request(1, params={"a": [[1]]})).code == Code.INVALID_ARGUMENT
@@ -259,12 +259,12 @@ def test_depth_is_bounded_by_the_setting() -> None:
 
 
 @pytest.mark.parametrize("deadline_ms", [0, -1, -(2**63)])
-def test_a_deadline_that_has_passed_is_answered_at_once(pair: ConnectionPair, deadline_ms: int) -> None:
+def test_request_past_its_deadline_is_refused(pair: ConnectionPair, deadline_ms: int) -> None:
     answer = pair.refused(pair.request(1, meta={"deadline_ms": deadline_ms}))
     assert (answer.stream, answer.code) == (1, Code.DEADLINE_EXCEEDED)
 
 
-def test_a_deadline_that_has_passed_is_no_usual_request_where_others_were(pair: ConnectionPair) -> None:
+def test_request_past_its_deadline_is_refused_after_other_requests(pair: ConnectionPair) -> None:
     pair.respond(pair.get(pair.request(1)))
     assert pair.answer().kind is Kind.RESPONSE
     answer = pair.refused(pair.request(3, meta={"deadline_ms": 0}))
@@ -272,14 +272,14 @@ def test_a_deadline_that_has_passed_is_no_usual_request_where_others_were(pair: 
     assert pair.get(pair.request(5, meta={"deadline_ms": 1})).meta.deadline_ms == 1
 
 
-def test_a_malformed_body_is_no_usual_request_where_others_were(pair: ConnectionPair) -> None:
+def test_malformed_body_is_refused_after_other_requests(pair: ConnectionPair) -> None:
     pair.respond(pair.get(pair.request(1)))
     assert pair.answer().kind is Kind.RESPONSE
     answer = pair.refused(pair.frame(REQUEST, 3, b"\x92\xa4echo"))
     assert (answer.stream, answer.code) == (3, Code.INVALID_ARGUMENT)
 
 
-def test_a_held_request_is_answered_at_its_deadline(pair: ConnectionPair) -> None:
+def test_held_request_fails_at_its_deadline(pair: ConnectionPair) -> None:
     request = pair.hold(pair.request(1, meta={"deadline_ms": 1_500}))
     assert request.deadline == NOW + 1.5
     assert pair.server.deadline_moved
@@ -295,7 +295,7 @@ def test_a_held_request_is_answered_at_its_deadline(pair: ConnectionPair) -> Non
     assert pair.answers() == []
 
 
-def test_the_nearest_deadline_is_told_and_each_comes_at_its_time(pair: ConnectionPair) -> None:
+def test_held_requests_fail_each_at_its_own_deadline(pair: ConnectionPair) -> None:
     requests = {ms: pair.hold(pair.request(ms, meta={"deadline_ms": ms})) for ms in (300, 100, 200)}
     pair.hold(pair.request(1))
     for ms in (100, 200, 300):
@@ -305,7 +305,7 @@ def test_the_nearest_deadline_is_told_and_each_comes_at_its_time(pair: Connectio
     assert pair.server.in_flight == 1
 
 
-def test_a_request_without_deadline_has_none(pair: ConnectionPair) -> None:
+def test_request_without_deadline_never_expires(pair: ConnectionPair) -> None:
     request = pair.get(pair.request(1))
     pair.server.next_deadline()
     pair.server.hold(request, NOW)
@@ -313,7 +313,7 @@ def test_a_request_without_deadline_has_none(pair: ConnectionPair) -> None:
     assert not pair.server.deadline_moved
 
 
-def test_an_answer_before_the_deadline_is_the_only_one(pair: ConnectionPair) -> None:
+def test_answered_request_does_not_fail_at_its_deadline(pair: ConnectionPair) -> None:
     request = pair.hold(pair.request(1, meta={"deadline_ms": 1_000}))
     assert pair.respond(request)
     pair.clock.advance(2)
@@ -321,7 +321,7 @@ def test_an_answer_before_the_deadline_is_the_only_one(pair: ConnectionPair) -> 
     assert len(pair.answers()) == 1
 
 
-def test_a_cancel_after_the_deadline_is_ignored(pair: ConnectionPair) -> None:
+def test_cancel_after_deadline_is_ignored(pair: ConnectionPair) -> None:
     pair.hold(pair.request(1, meta={"deadline_ms": 1_000}))
     pair.clock.advance(1)
     pair.timeout()
@@ -329,7 +329,7 @@ def test_a_cancel_after_the_deadline_is_ignored(pair: ConnectionPair) -> None:
     assert len(pair.answers()) == 1
 
 
-def test_a_deadline_beyond_all_time_is_no_fault(pair: ConnectionPair) -> None:
+def test_huge_deadline_is_accepted(pair: ConnectionPair) -> None:
     request = pair.hold(pair.request(1, meta={"deadline_ms": 2**63}))
     assert request.deadline > NOW + 2**50
     assert pair.timeout() == []

@@ -1,4 +1,4 @@
-"""What time does to a connection: opening a session, idleness, expiry."""
+"""Test timeouts of a server connection: opening a session, idleness, and session expiry."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from zcproto.wire.frame import NO_TOKEN, PONG, Kind
 HOUR_MS = 3_600_000
 
 
-def ends(pair: ConnectionPair, reason: str) -> None:
-    """The connection ends now, announced by a GOAWAY."""
+def assert_closes(pair: ConnectionPair, reason: str) -> None:
+    """Assert that the connection closes now, after a GOAWAY."""
     assert pair.timeout() == [ConnectionEnded(None, reason)]
     answer = pair.answer()
     assert answer.kind is Kind.GOAWAY
@@ -28,25 +28,25 @@ def ends(pair: ConnectionPair, reason: str) -> None:
     assert pair.timeout() == []
 
 
-def lasts(pair: ConnectionPair) -> None:
+def assert_stays_open(pair: ConnectionPair) -> None:
     assert pair.timeout() == []
     assert pair.answers() == []
 
 
-# --- a session must be opened ---------------------------------------------------------------------------
+# --- open timeout ---------------------------------------------------------------------------------------
 
 
-def test_a_connection_without_a_session_ends_after_the_time_for_opening_one(pair: ConnectionPair) -> None:
+def test_connection_without_session_closes_after_open_timeout(pair: ConnectionPair) -> None:
     assert pair.server.deadline_moved
     assert pair.server.next_deadline() == NOW + 10
     pair.clock.advance(9.999)
-    lasts(pair)
+    assert_stays_open(pair)
     pair.clock.advance(0.001)
-    ends(pair, "no_session")
+    assert_closes(pair, "no_session")
 
 
 @pytest.mark.parametrize("kind", ["public requests", "pings", "refused tokens", "stale frames"])
-def test_what_opens_no_session_gives_no_more_time(pair: ConnectionPair, kind: str) -> None:
+def test_frames_without_session_do_not_extend_open_timeout(pair: ConnectionPair, kind: str) -> None:
     for _ in range(9):
         pair.clock.advance(1)
         if kind == "public requests":
@@ -58,52 +58,52 @@ def test_what_opens_no_session_gives_no_more_time(pair: ConnectionPair, kind: st
         pair.timeout()
     pair.answers()
     pair.clock.advance(1)
-    ends(pair, "no_session")
+    assert_closes(pair, "no_session")
 
 
 @pytest.mark.parametrize("how", ["opened", "used"])
-def test_a_session_ends_the_waiting(pair: ConnectionPair, how: str) -> None:
+def test_session_stops_open_timeout(pair: ConnectionPair, how: str) -> None:
     pair.clock.advance(9.999)
     if how == "opened":
         pair.login()
     else:
         pair.send(pair.request(1, token=pair.open_session().token))
     pair.clock.advance(100)
-    lasts(pair)
+    assert_stays_open(pair)
 
 
-def test_a_connection_left_without_a_session_has_the_time_once_more(pair: ConnectionPair) -> None:
+def test_open_timeout_restarts_when_last_session_ends(pair: ConnectionPair) -> None:
     first, second = pair.login("ada"), pair.login("ben")
     pair.clock.advance(100)
     pair.server.leave(first.session.id, pair.clock.now())
     pair.server.next_deadline()
     pair.clock.advance(50)
-    lasts(pair)
+    assert_stays_open(pair)
     pair.server.leave(second.session.id, pair.clock.now())
     assert pair.server.deadline_moved
     assert pair.server.next_deadline() == NOW + 160
     pair.clock.advance(5)
-    pair.server.leave(second.session.id, pair.clock.now())  # once more, by whoever is late
+    pair.server.leave(second.session.id, pair.clock.now())  # a late duplicate changes nothing
     pair.clock.advance(4.999)
-    lasts(pair)
+    assert_stays_open(pair)
     pair.clock.advance(0.001)
-    ends(pair, "no_session")
+    assert_closes(pair, "no_session")
 
 
-def test_the_time_for_opening_is_a_setting_and_goes_on_over_requests_in_flight() -> None:
+def test_open_timeout_is_configurable_and_ignores_requests_in_flight() -> None:
     pair = ConnectionPair(settings=ConnectionSettings(open_timeout_s=2.5))
     request = pair.hold(pair.request(1, "session.open"))
     pair.clock.advance(2.5)
-    ends(pair, "no_session")
+    assert_closes(pair, "no_session")
     assert not pair.respond(request)
 
 
-# --- idleness -------------------------------------------------------------------------------------------
+# --- idle timeout ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def calm() -> ConnectionPair:
-    """A connection with a session that says nothing of its own."""
+def idle_pair() -> ConnectionPair:
+    """Return a connection with a session that sends nothing unasked before its idle timeout."""
     pair = ConnectionPair(
         small_registry(lifetime_ms=1_000 * HOUR_MS), ConnectionSettings(idle_timeout_s=300.0)
     )
@@ -112,101 +112,101 @@ def calm() -> ConnectionPair:
     return pair
 
 
-def test_a_silent_connection_ends_after_the_idle_timeout(calm: ConnectionPair) -> None:
-    assert calm.server.next_deadline() == NOW + 300
-    assert calm.welcome.value["idle_timeout_ms"] == 300_000
-    calm.clock.advance(299.999)
-    lasts(calm)
-    calm.clock.advance(0.001)
-    ends(calm, "idle")
+def test_silent_connection_closes_after_idle_timeout(idle_pair: ConnectionPair) -> None:
+    assert idle_pair.server.next_deadline() == NOW + 300
+    assert idle_pair.welcome.value["idle_timeout_ms"] == 300_000
+    idle_pair.clock.advance(299.999)
+    assert_stays_open(idle_pair)
+    idle_pair.clock.advance(0.001)
+    assert_closes(idle_pair, "idle")
 
 
 @pytest.mark.parametrize("kind", ["ping", "pong", "request", "cancel", "refused", "stale"])
-def test_each_frame_is_a_sign_of_life(calm: ConnectionPair, kind: str) -> None:
+def test_any_received_frame_restarts_idle_timeout(idle_pair: ConnectionPair, kind: str) -> None:
     for _ in range(5):
-        calm.clock.advance(299)
+        idle_pair.clock.advance(299)
         frames = {
-            "ping": calm.ping,
-            "pong": lambda: calm.frame(PONG),
-            "request": lambda: calm.request(1),
-            "cancel": lambda: calm.cancel(1),
-            "refused": lambda: calm.request(1, token=b"?" * 32),
-            "stale": lambda: calm.request(1, timestamp=0),
+            "ping": idle_pair.ping,
+            "pong": lambda: idle_pair.frame(PONG),
+            "request": lambda: idle_pair.request(1),
+            "cancel": lambda: idle_pair.cancel(1),
+            "refused": lambda: idle_pair.request(1, token=b"?" * 32),
+            "stale": lambda: idle_pair.request(1, timestamp=0),
         }
-        calm.send(frames[kind]())
-        assert calm.timeout() == []
-        assert calm.server.next_deadline() == calm.clock.now() + 300
-    calm.answers()
-    calm.clock.advance(300)
-    ends(calm, "idle")
+        idle_pair.send(frames[kind]())
+        assert idle_pair.timeout() == []
+        assert idle_pair.server.next_deadline() == idle_pair.clock.now() + 300
+    idle_pair.answers()
+    idle_pair.clock.advance(300)
+    assert_closes(idle_pair, "idle")
 
 
-def test_a_frame_that_never_ends_is_no_sign_of_life(calm: ConnectionPair) -> None:
-    data = calm.request(1, params={"a": "x" * 400})
+def test_incomplete_frame_does_not_restart_idle_timeout(idle_pair: ConnectionPair) -> None:
+    data = idle_pair.request(1, params={"a": "x" * 400})
     for at in range(300):
-        assert calm.send(data[at : at + 1]) == []
-        calm.clock.advance(1)
+        assert idle_pair.send(data[at : at + 1]) == []
+        idle_pair.clock.advance(1)
         if at < 299:
-            lasts(calm)
-    ends(calm, "idle")
+            assert_stays_open(idle_pair)
+    assert_closes(idle_pair, "idle")
 
 
-def test_what_the_server_sends_is_no_sign_of_life(calm: ConnectionPair) -> None:
-    calm.clock.advance(299)
-    (session_id,) = calm.server.session_ids
-    calm.server.send_event(session_id, "pins.next", {}, calm.clock.wall())
-    calm.answers()
-    calm.clock.advance(1)
-    ends(calm, "idle")
+def test_sent_event_does_not_restart_idle_timeout(idle_pair: ConnectionPair) -> None:
+    idle_pair.clock.advance(299)
+    (session_id,) = idle_pair.server.session_ids
+    idle_pair.server.send_event(session_id, "pins.next", {}, idle_pair.clock.wall())
+    idle_pair.answers()
+    idle_pair.clock.advance(1)
+    assert_closes(idle_pair, "idle")
 
 
-def test_who_waits_for_an_answer_is_not_idle(calm: ConnectionPair) -> None:
-    request = calm.hold(calm.request(1))
-    calm.clock.advance(300)
-    lasts(calm)
-    assert calm.server.next_deadline() == NOW + 600
-    calm.clock.advance(1)
-    calm.respond(request)
-    calm.answers()
-    calm.clock.advance(298.9)
-    lasts(calm)
-    calm.clock.advance(0.1)
-    ends(calm, "idle")
+def test_request_in_flight_counts_as_activity(idle_pair: ConnectionPair) -> None:
+    request = idle_pair.hold(idle_pair.request(1))
+    idle_pair.clock.advance(300)
+    assert_stays_open(idle_pair)
+    assert idle_pair.server.next_deadline() == NOW + 600
+    idle_pair.clock.advance(1)
+    idle_pair.respond(request)
+    idle_pair.answers()
+    idle_pair.clock.advance(298.9)
+    assert_stays_open(idle_pair)
+    idle_pair.clock.advance(0.1)
+    assert_closes(idle_pair, "idle")
 
 
-def test_a_deadline_is_told_as_long_as_anything_may_be_due(calm: ConnectionPair) -> None:
-    """An edge that asks only then must not be left without one when a long request ends."""
-    request = calm.hold(calm.request(1))
+def test_next_deadline_is_set_while_request_is_in_flight(idle_pair: ConnectionPair) -> None:
+    """An edge that only runs at deadlines must always have one, also when a long request ends."""
+    request = idle_pair.hold(idle_pair.request(1))
     for _ in range(3):
-        calm.clock.advance(300)
-        lasts(calm)
-        assert calm.server.next_deadline() <= calm.clock.now() + 300
-    calm.respond(request)
-    assert calm.server.next_deadline() <= calm.clock.now() + 300
+        idle_pair.clock.advance(300)
+        assert_stays_open(idle_pair)
+        assert idle_pair.server.next_deadline() <= idle_pair.clock.now() + 300
+    idle_pair.respond(request)
+    assert idle_pair.server.next_deadline() <= idle_pair.clock.now() + 300
 
 
-def test_handling_time_early_does_nothing(calm: ConnectionPair) -> None:
+def test_early_timeout_does_nothing(idle_pair: ConnectionPair) -> None:
     for _ in range(50):
-        lasts(calm)
-        calm.clock.advance(1)
+        assert_stays_open(idle_pair)
+        idle_pair.clock.advance(1)
 
 
-def test_several_things_due_at_once_all_happen(calm: ConnectionPair) -> None:
-    request = calm.hold(calm.request(1, meta={"deadline_ms": 300_000}))
-    calm.clock.advance(300)
-    assert calm.timeout() == [
+def test_request_deadline_and_idle_timeout_due_together_both_happen(idle_pair: ConnectionPair) -> None:
+    request = idle_pair.hold(idle_pair.request(1, meta={"deadline_ms": 300_000}))
+    idle_pair.clock.advance(300)
+    assert idle_pair.timeout() == [
         RequestEnded(request, Code.DEADLINE_EXCEEDED),
         ConnectionEnded(None, "idle"),
     ]
-    assert [answer.kind for answer in calm.answers()] == [Kind.ERROR, Kind.GOAWAY]
+    assert [answer.kind for answer in idle_pair.answers()] == [Kind.ERROR, Kind.GOAWAY]
 
 
-def test_while_draining_the_end_is_not_announced_twice(calm: ConnectionPair) -> None:
-    calm.server.go_away("draining", 1_000, calm.clock.wall())
-    assert calm.answer().value == {"reason": "draining", "retry_after_ms": 1_000}
-    calm.clock.advance(300)
-    assert calm.timeout() == [ConnectionEnded(None, "idle")]
-    assert calm.answers() == []
+def test_idle_draining_connection_sends_no_second_goaway(idle_pair: ConnectionPair) -> None:
+    idle_pair.server.go_away("draining", 1_000, idle_pair.clock.wall())
+    assert idle_pair.answer().value == {"reason": "draining", "retry_after_ms": 1_000}
+    idle_pair.clock.advance(300)
+    assert idle_pair.timeout() == [ConnectionEnded(None, "idle")]
+    assert idle_pair.answers() == []
 
 
 # --- session.expiring -----------------------------------------------------------------------------------
@@ -217,12 +217,12 @@ def lifetimes(**settings: Any) -> ConnectionPair:
     return ConnectionPair(registry, ConnectionSettings(idle_timeout_s=10_000.0))
 
 
-def test_an_expiring_session_is_told_once_when_a_tenth_is_left() -> None:
+def test_session_expiring_is_sent_once_at_last_tenth_of_lifetime() -> None:
     pair = lifetimes()
     opened = pair.login()
     assert pair.server.next_deadline() == NOW + 90
     pair.clock.advance(89.999)
-    lasts(pair)
+    assert_stays_open(pair)
     pair.clock.advance(0.001)
     assert pair.timeout() == []
     answer = pair.answer()
@@ -230,10 +230,10 @@ def test_an_expiring_session_is_told_once_when_a_tenth_is_left() -> None:
     assert (answer.stream, answer.token) == (0, opened.token)
     pair.get(pair.request(1))
     pair.clock.advance(9)
-    lasts(pair)
+    assert_stays_open(pair)
 
 
-def test_each_session_is_told_at_its_own_time() -> None:
+def test_session_expiring_is_sent_for_each_session_at_its_own_time() -> None:
     pair = lifetimes()
     sessions = []
     for user in ("ada", "ben", "eve"):
@@ -242,17 +242,17 @@ def test_each_session_is_told_at_its_own_time() -> None:
         pair.clock.advance(10)
     pair.registry.close(sessions[1].session)
     pair.server.leave(sessions[1].session.id, pair.clock.now())
-    told = []
-    while len(told) < 2:
+    sent = []
+    while len(sent) < 2:
         deadline = pair.server.next_deadline()
         pair.clock.advance(deadline - pair.clock.now())
         assert pair.timeout() == []
-        told += [(pair.clock.now() - NOW, answer.token) for answer in pair.answers()]
-    assert told == [(90, sessions[0].token), (110, sessions[2].token)]
+        sent += [(pair.clock.now() - NOW, answer.token) for answer in pair.answers()]
+    assert sent == [(90, sessions[0].token), (110, sessions[2].token)]
     assert pair.server.next_deadline() > NOW + 1_000
 
 
-def test_a_session_used_in_its_last_tenth_is_told_at_once() -> None:
+def test_session_joined_in_last_tenth_gets_session_expiring_immediately() -> None:
     pair = lifetimes()
     opened = pair.open_session()
     pair.clock.advance(95)
@@ -266,7 +266,7 @@ def test_a_session_used_in_its_last_tenth_is_told_at_once() -> None:
     assert pair.answer().event[0] == "session.expiring"
 
 
-def test_a_refreshed_session_is_told_anew_with_its_new_token() -> None:
+def test_refreshed_session_gets_session_expiring_again_with_new_token() -> None:
     pair = lifetimes()
     opened = pair.login()
     pair.clock.advance(90)
@@ -278,7 +278,7 @@ def test_a_refreshed_session_is_told_anew_with_its_new_token() -> None:
     )
     pair.use(again)
     pair.clock.advance(89.999)
-    lasts(pair)
+    assert_stays_open(pair)
     pair.clock.advance(0.001)
     assert pair.timeout() == []
     answer = pair.answer()
@@ -286,7 +286,7 @@ def test_a_refreshed_session_is_told_anew_with_its_new_token() -> None:
     assert answer.token == again.token
 
 
-def test_a_clock_set_back_does_not_make_expiry_come_late_in_real_time() -> None:
+def test_wall_clock_set_back_does_not_delay_session_expiring() -> None:
     pair = lifetimes()
     pair.login()
     pair.clock.wall_ms -= 1_000_000

@@ -1,4 +1,4 @@
-"""Whose frame is it: tokens, sessions that join and leave a connection, and when they end."""
+"""Test tokens of a server connection: sessions that join, leave, expire, and are revoked."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from zcproto.wire.message import MessageError, encode_body
 HOUR_MS = 3_600_000
 
 
-def tell(pair: ConnectionPair) -> list[tuple[str, Code, str]]:
-    """Play the edge: sessions that end by themselves leave, others are told."""
+def notify_connection(pair: ConnectionPair) -> list[tuple[str, Code, str]]:
+    """Act as the edge: expired sessions leave the connection, others send `session.revoked`."""
     ended: list[tuple[str, Code, str]] = []
 
     def observer(session_id: str, code: Code, reason: str) -> None:
@@ -32,10 +32,10 @@ def tell(pair: ConnectionPair) -> list[tuple[str, Code, str]]:
     return ended
 
 
-# --- which session ------------------------------------------------------------------------------------
+# --- sessions of a connection -------------------------------------------------------------------------
 
 
-def test_the_first_frame_of_a_session_joins_it(pair: ConnectionPair) -> None:
+def test_first_frame_of_session_joins_connection(pair: ConnectionPair) -> None:
     opened = pair.open_session()
     joined, request = pair.send(pair.request(1, token=opened.token))
     assert joined == SessionJoined(opened.session.id)
@@ -46,12 +46,12 @@ def test_the_first_frame_of_a_session_joins_it(pair: ConnectionPair) -> None:
     assert pair.get(pair.request(1, token=opened.token)).session is request.session
 
 
-def test_a_session_opened_here_is_not_announced_again(pair: ConnectionPair) -> None:
+def test_session_opened_on_this_connection_is_not_announced(pair: ConnectionPair) -> None:
     pair.login()
     assert isinstance(pair.get(pair.request(1)), Request)
 
 
-def test_one_connection_may_carry_many_sessions(pair: ConnectionPair) -> None:
+def test_connection_can_carry_many_sessions(pair: ConnectionPair) -> None:
     sessions = [pair.open_session(f"user{n}") for n in range(5)]
     for opened in sessions:
         pair.send(pair.request(1, token=opened.token))
@@ -66,7 +66,7 @@ def test_one_connection_may_carry_many_sessions(pair: ConnectionPair) -> None:
             assert pair.answer().token == opened.token
 
 
-def test_a_token_is_good_on_several_connections() -> None:
+def test_token_is_valid_on_several_connections() -> None:
     registry = small_registry()
     first, second = (ConnectionPair(registry, salt=bytes([n] * 8)) for n in (1, 2))
     first.login()
@@ -75,7 +75,7 @@ def test_a_token_is_good_on_several_connections() -> None:
     assert isinstance(joined, SessionJoined)
 
 
-def test_no_token_is_no_session_whatever_was_there_before(pair: ConnectionPair) -> None:
+def test_request_without_token_has_no_session_after_login(pair: ConnectionPair) -> None:
     pair.login()
     pair.get(pair.request(1))
     request = pair.get(pair.request(1, token=NO_TOKEN))
@@ -86,28 +86,28 @@ def test_no_token_is_no_session_whatever_was_there_before(pair: ConnectionPair) 
     assert pair.get(pair.request(1)).session is not None
 
 
-def test_no_token_again_and_again_asks_the_registry_nothing(pair: ConnectionPair) -> None:
+def test_requests_without_token_are_not_looked_up_in_registry(pair: ConnectionPair) -> None:
     for _ in range(3):
         assert pair.get(pair.request(1, "server.info")).session is None
     assert pair.registry.checks_refused == 0
 
 
 @pytest.mark.parametrize("method", ["echo", "server.info", "session.open"])
-def test_an_unknown_token_is_refused_for_any_method(pair: ConnectionPair, method: str) -> None:
+def test_unknown_token_is_refused_for_any_method(pair: ConnectionPair, method: str) -> None:
     answer = pair.refused(pair.request(4, method, token=b"?" * 32))
     assert (answer.stream, answer.code, answer.token) == (4, Code.UNAUTHENTICATED, b"?" * 32)
     assert list(pair.server.session_ids) == []
 
 
 @pytest.mark.parametrize("bit", [0, 7, 128, 255])
-def test_one_bit_off_is_an_unknown_token(pair: ConnectionPair, bit: int) -> None:
+def test_token_with_one_bit_changed_is_refused(pair: ConnectionPair, bit: int) -> None:
     pair.login()
     pair.get(pair.request(1))
     wrong = (int.from_bytes(pair.token, "big") ^ 1 << bit).to_bytes(32, "big")
     assert pair.refused(pair.request(1, token=wrong)).code == Code.UNAUTHENTICATED
 
 
-def test_a_refused_token_changes_nothing_for_the_next_frame(pair: ConnectionPair) -> None:
+def test_refused_token_does_not_affect_next_frame(pair: ConnectionPair) -> None:
     pair.login()
     for token in (b"?" * 32, b"!" * 32, b"?" * 32):
         assert pair.refused(pair.request(1, token=token)).code == Code.UNAUTHENTICATED
@@ -116,7 +116,7 @@ def test_a_refused_token_changes_nothing_for_the_next_frame(pair: ConnectionPair
         assert pair.get(pair.request(1, "server.info", token=NO_TOKEN)).session is None
 
 
-def test_ping_and_pong_are_not_asked_for_a_token(pair: ConnectionPair) -> None:
+def test_token_of_ping_is_not_checked(pair: ConnectionPair) -> None:
     assert pair.send(pair.ping(token=b"?" * 32)) == []
     answer = pair.answer()
     assert answer.kind is Kind.PONG
@@ -124,14 +124,14 @@ def test_ping_and_pong_are_not_asked_for_a_token(pair: ConnectionPair) -> None:
     assert pair.registry.checks_refused == 0
 
 
-# --- tokens that were good ----------------------------------------------------------------------------
+# --- ended tokens -------------------------------------------------------------------------------------
 
 
 def revoke(pair: ConnectionPair, opened: OpenedSession) -> None:
     pair.registry.revoke(opened.session.id, user=None, reason="revoked by its user")
 
 
-def test_a_revoked_token_is_refused_from_the_next_frame_on(pair: ConnectionPair) -> None:
+def test_revoked_token_is_refused_from_next_frame(pair: ConnectionPair) -> None:
     opened = pair.login()
     pair.get(pair.request(1))
     revoke(pair, opened)
@@ -140,7 +140,7 @@ def test_a_revoked_token_is_refused_from_the_next_frame_on(pair: ConnectionPair)
 
 
 @pytest.mark.requirement("expiration")
-def test_a_token_past_its_absolute_limit_is_expired_to_the_millisecond() -> None:
+def test_token_expires_at_absolute_limit_to_the_millisecond() -> None:
     pair = ConnectionPair(small_registry(lifetime_ms=HOUR_MS, idle_timeout_ms=None))
     opened = pair.login()
     pair.clock.advance(3_599.999)
@@ -151,7 +151,7 @@ def test_a_token_past_its_absolute_limit_is_expired_to_the_millisecond() -> None
 
 
 @pytest.mark.requirement("expiration")
-def test_a_token_unused_for_too_long_is_expired_to_the_millisecond() -> None:
+def test_unused_token_expires_at_idle_limit_to_the_millisecond() -> None:
     pair = ConnectionPair(small_registry(idle_timeout_ms=60_000))
     pair.login()
     for _ in range(5):
@@ -161,18 +161,18 @@ def test_a_token_unused_for_too_long_is_expired_to_the_millisecond() -> None:
     assert pair.refused(pair.request(1)).code == Code.TOKEN_EXPIRED
 
 
-def test_frequent_use_counts_as_use_though_it_is_not_always_written() -> None:
+def test_frequent_use_keeps_session_alive() -> None:
     pair = ConnectionPair(small_registry(idle_timeout_ms=5_000))
     pair.login()
     for _ in range(100):
         pair.clock.advance(0.4)
         pair.get(pair.request(1))
-    pair.clock.advance(3.999)  # what was used last may be noted up to a second early
+    pair.clock.advance(3.999)  # the recorded last use may be up to a second early
     pair.get(pair.request(1))
 
 
 @pytest.mark.parametrize("every_ms", [1, 250, 499])
-def test_with_the_shortest_idle_limit_a_session_in_use_goes_on(every_ms: int) -> None:
+def test_session_in_use_stays_alive_with_shortest_idle_limit(every_ms: int) -> None:
     pair = ConnectionPair(small_registry(idle_timeout_ms=1_000))
     pair.login()
     for _ in range(12):
@@ -185,7 +185,7 @@ def test_with_the_shortest_idle_limit_a_session_in_use_goes_on(every_ms: int) ->
     assert pair.refused(pair.request(1)).code == Code.TOKEN_EXPIRED
 
 
-def test_the_last_use_is_written_once_a_second_at_most() -> None:
+def test_last_use_is_recorded_at_most_once_per_second() -> None:
     pair = ConnectionPair()
     opened = pair.login()
     used = []
@@ -196,7 +196,7 @@ def test_the_last_use_is_written_once_a_second_at_most() -> None:
     assert sorted(set(used)) == [0, 1_000, 2_000]
 
 
-def test_a_replaced_session_is_told_apart() -> None:
+def test_evicted_session_is_refused_as_replaced() -> None:
     pair = ConnectionPair(small_registry(per_user=1, when_full="evict_oldest"))
     pair.login()
     pair.get(pair.request(1))
@@ -204,7 +204,7 @@ def test_a_replaced_session_is_told_apart() -> None:
     assert pair.refused(pair.request(1)).code == Code.SESSION_REPLACED
 
 
-def test_a_refreshed_session_has_a_new_token_and_the_old_is_dead(pair: ConnectionPair) -> None:
+def test_refresh_gives_new_token_and_revokes_old_one(pair: ConnectionPair) -> None:
     opened = pair.login()
     assert opened.refresh_token is not None
     pair.get(pair.request(1))
@@ -218,8 +218,8 @@ def test_a_refreshed_session_has_a_new_token_and_the_old_is_dead(pair: Connectio
     assert list(pair.server.session_ids) == [opened.session.id]
 
 
-def test_a_token_that_was_refused_may_be_good_later(pair: ConnectionPair) -> None:
-    """As after a login elsewhere: nothing is remembered of a token that is not known."""
+def test_refused_token_is_not_remembered(pair: ConnectionPair) -> None:
+    """A token can become valid later, for example after a login at another server."""
     opened = ConnectionPair(small_registry()).login()
     assert pair.refused(pair.request(1, token=opened.token)).code == Code.UNAUTHENTICATED
     assert pair.open_session().token == opened.token
@@ -227,7 +227,7 @@ def test_a_token_that_was_refused_may_be_good_later(pair: ConnectionPair) -> Non
 
 
 @pytest.mark.parametrize("code", [Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED])
-def test_refusals_say_what_to_do_and_nothing_of_the_token(pair: ConnectionPair, code: Code) -> None:
+def test_refusals_contain_no_token(pair: ConnectionPair, code: Code) -> None:
     opened = pair.login()
     if code is Code.TOKEN_REVOKED:
         revoke(pair, opened)
@@ -245,9 +245,9 @@ def test_refusals_say_what_to_do_and_nothing_of_the_token(pair: ConnectionPair, 
 # --- within one read ----------------------------------------------------------------------------------
 
 
-def test_a_session_closed_by_one_request_is_dead_for_the_next_of_the_same_read(pair: ConnectionPair) -> None:
+def test_session_closed_by_request_refuses_next_request_of_same_read(pair: ConnectionPair) -> None:
     opened = pair.login()
-    tell(pair)
+    notify_connection(pair)
     data = pair.request(1, "session.close") + pair.request(2) + pair.request(3)
     events = pair.receive_data(data)
     first = next(events)
@@ -262,8 +262,8 @@ def test_a_session_closed_by_one_request_is_dead_for_the_next_of_the_same_read(p
     assert pair.refused(pair.request(4, token=opened.token)).code == Code.TOKEN_REVOKED
 
 
-def test_a_session_opened_by_one_request_is_good_for_the_next_of_the_same_read(pair: ConnectionPair) -> None:
-    token = ConnectionPair(small_registry()).open_session().token  # what the registry will give out
+def test_session_opened_by_request_is_valid_for_next_request_of_same_read(pair: ConnectionPair) -> None:
+    token = ConnectionPair(small_registry()).open_session().token  # the next token of the registry
     large = {"text": "x" * 20_000}
     data = pair.request(1, "session.open", token=NO_TOKEN) + pair.request(2, params=large, token=token)
     events = pair.receive_data(data)
@@ -276,10 +276,10 @@ def test_a_session_opened_by_one_request_is_good_for_the_next_of_the_same_read(p
     assert second.params == large
 
 
-def test_a_session_that_ends_while_its_joining_is_told_is_refused(pair: ConnectionPair) -> None:
-    """The edge may stop at any event for as long as the peer does not read."""
+def test_session_revoked_while_joining_is_refused(pair: ConnectionPair) -> None:
+    """The edge may pause at any event while the peer does not read."""
     opened = pair.open_session()
-    tell(pair)
+    notify_connection(pair)
     data = pair.request(1, token=opened.token) + pair.request(2, token=opened.token)
     events = pair.receive_data(data)
     assert next(events) == SessionJoined(opened.session.id)
@@ -291,7 +291,7 @@ def test_a_session_that_ends_while_its_joining_is_told_is_refused(pair: Connecti
     assert list(pair.server.session_ids) == []
 
 
-def test_another_session_that_ends_then_changes_nothing(pair: ConnectionPair) -> None:
+def test_revoking_another_session_while_joining_has_no_effect(pair: ConnectionPair) -> None:
     opened, other = pair.open_session(), pair.open_session("ben")
     events = pair.receive_data(pair.request(1, token=opened.token))
     next(events)
@@ -300,7 +300,7 @@ def test_another_session_that_ends_then_changes_nothing(pair: ConnectionPair) ->
     assert isinstance(request, Request)
 
 
-def test_a_connection_ended_by_one_request_takes_no_other_of_the_same_read(pair: ConnectionPair) -> None:
+def test_connection_closed_by_request_ignores_rest_of_same_read(pair: ConnectionPair) -> None:
     data = pair.request(1, "server.info") + pair.request(2, "server.info")
     events = pair.receive_data(data)
     next(events)
@@ -309,12 +309,12 @@ def test_a_connection_ended_by_one_request_takes_no_other_of_the_same_read(pair:
     assert pair.answers() == []
 
 
-# --- what is told ---------------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------------
 
 
-def test_a_revocation_is_told_with_the_sessions_token(pair: ConnectionPair) -> None:
+def test_session_revoked_event_has_token_of_its_session(pair: ConnectionPair) -> None:
     first, second = pair.login("ada"), pair.login("ben")
-    ended = tell(pair)
+    ended = notify_connection(pair)
     revoke(pair, first)
     answer = pair.answer()
     assert answer.event == ("session.revoked", {"reason": "revoked by its user"})
@@ -324,7 +324,7 @@ def test_a_revocation_is_told_with_the_sessions_token(pair: ConnectionPair) -> N
     pair.get(pair.request(1, token=second.token))
 
 
-def test_a_session_that_was_not_used_here_is_none_of_this_connections_business(pair: ConnectionPair) -> None:
+def test_events_of_sessions_not_joined_are_not_sent(pair: ConnectionPair) -> None:
     pair.login()
     other = pair.open_session("ben")
     pair.server.session_revoked(other.session.id, "x", pair.clock.wall(), pair.clock.now())
@@ -334,7 +334,7 @@ def test_a_session_that_was_not_used_here_is_none_of_this_connections_business(p
     assert len(list(pair.server.session_ids)) == 1
 
 
-def test_an_event_speaks_of_a_session_that_was_used_here(pair: ConnectionPair) -> None:
+def test_event_has_token_of_joined_session(pair: ConnectionPair) -> None:
     opened = pair.login()
     assert pair.server.send_event(opened.session.id, "pins.next", {"from": 1}, pair.clock.wall())
     answer = pair.answer()
@@ -342,7 +342,7 @@ def test_an_event_speaks_of_a_session_that_was_used_here(pair: ConnectionPair) -
     assert (answer.stream, answer.token) == (0, opened.token)
 
 
-def test_an_event_that_no_frame_can_carry_is_a_fault_of_ours() -> None:
+def test_oversized_event_raises() -> None:
     pair = ConnectionPair(settings=ConnectionSettings(max_frame=500, max_frame_before_session=200))
     opened = pair.login()
     room = pair.settings.max_body - len(encode_body(["pins.next", b""])) - 1
@@ -353,7 +353,7 @@ def test_an_event_that_no_frame_can_carry_is_a_fault_of_ours() -> None:
     assert pair.answers() == []
 
 
-def test_after_the_end_no_event_is_sent(pair: ConnectionPair) -> None:
+def test_closed_connection_sends_no_event(pair: ConnectionPair) -> None:
     opened = pair.login()
     pair.server.end()
     assert not pair.server.send_event(opened.session.id, "pins.next", {}, pair.clock.wall())
@@ -362,12 +362,11 @@ def test_after_the_end_no_event_is_sent(pair: ConnectionPair) -> None:
     assert list(pair.server.session_ids) == []
 
 
-def test_no_token_shows_in_what_is_printed(pair: ConnectionPair) -> None:
+def test_repr_hides_token_and_params(pair: ConnectionPair) -> None:
     opened = pair.login()
     request = pair.get(pair.request(1, params={"password": "hunter2"}))
     shown = [repr(pair.server), repr(request), repr(SessionJoined(opened.session.id))]
     shown.append(repr(JoinedSession(opened.token, 1, 2.0)))
-    shown += [repr(joined) for joined in pair.server._sessions.values()]
     text = "".join(shown)
     assert opened.token.hex() not in text
     assert repr(opened.token)[2:-1] not in text
@@ -375,6 +374,6 @@ def test_no_token_shows_in_what_is_printed(pair: ConnectionPair) -> None:
     assert "JoinedSession(expires_at=1)" in text
 
 
-def test_a_connection_keeps_nothing_but_its_slots() -> None:
+def test_connection_has_no_instance_dict() -> None:
     assert not hasattr(ConnectionPair().server, "__dict__")
     assert "__dict__" not in dir(ServerConnection)

@@ -1,4 +1,4 @@
-"""Every vector of the specification that concerns a server, through a whole ServerConnection."""
+"""Test a whole ServerConnection with every vector of the specification that concerns a server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VECTORS = {name: vector for name, vector in frame_vectors().items() if vector["r
 
 @cache
 def registry_of(tokens: tuple[bytes, ...], wall: int) -> tuple[SessionRegistry, list[OpenedSession]]:
-    """A registry in which these tokens are live. No vector ends a session, so one serves them all."""
+    """Return a registry in which these tokens are valid. Vectors end no sessions, so they can share it."""
     numbers = itertools.count(1)
     queue = [part for token in tokens for part in (token, next(numbers).to_bytes(32, "little"))]
     settings = SessionSettings(max_sessions=8, dead_limit=8, grace_limit=8)
@@ -37,7 +37,7 @@ def registry_of(tokens: tuple[bytes, ...], wall: int) -> tuple[SessionRegistry, 
 
 
 class Harness:
-    """A server as a vector wants it, with an edge that answers each request at once."""
+    """A server in the state that a vector requires, with an edge that answers each request immediately."""
 
     def __init__(self, vector: Vector) -> None:
         context = vector["context"]
@@ -113,8 +113,8 @@ class Harness:
                 )
 
 
-def simple(outcome: Vector) -> Vector:
-    """An expected outcome, without what a peer cannot see."""
+def visible_fields(outcome: Vector) -> Vector:
+    """Return the fields of an expected outcome that a peer can see."""
     if outcome["result"] == "error":
         return {key: outcome[key] for key in ("result", "code", "stream", "fatal")}
     if outcome["kind"] != "REQUEST":
@@ -124,58 +124,58 @@ def simple(outcome: Vector) -> Vector:
 
 
 def is_seen(outcome: Vector) -> bool:
-    """Whether a peer sees anything of it: PONGs and dropped frames pass in silence."""
+    """Return whether a peer can see the outcome; PONGs and dropped frames are invisible."""
     return outcome["result"] == "error" or (outcome["result"] == "frame" and outcome["kind"] != "PONG")
 
 
-def pieces_of(data: bytes, way: str) -> list[bytes]:
-    if way == "whole":
+def pieces_of(data: bytes, division: str) -> list[bytes]:
+    if division == "whole":
         return [data]
-    if way == "bytes":
+    if division == "bytes":
         return [data[at : at + 1] for at in range(len(data))]
     cuts = sorted({0, 3, 4, 40, 67, 68, 69, len(data) - 1, len(data)} & set(range(len(data) + 1)))
     return [data[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_a_server_does_what_the_vector_says(name: str) -> None:
-    """Whole, byte by byte, and cut at the borders of the fields."""
+def test_server_produces_expected_outcome_of_vector(name: str) -> None:
+    """The frames arrive whole, byte by byte, and cut at field boundaries."""
     vector = VECTORS[name]
     data = bytes.fromhex(vector["bytes"])
     expected = vector["expect"]
-    seen = [simple(outcome) for outcome in expected if is_seen(outcome)]
+    seen = [visible_fields(outcome) for outcome in expected if is_seen(outcome)]
     left = expected[-1].get("have", 0) if expected else 0
     dropped = sum(outcome.get("why") == "stale timestamp" for outcome in expected)
-    for way in ("whole", "bytes", "cut"):
+    for division in ("whole", "bytes", "cut"):
         harness = Harness(vector)
-        for piece in pieces_of(data, way):
+        for piece in pieces_of(data, division):
             harness.feed(piece)
-        assert harness.outcomes == seen, way
+        assert harness.outcomes == seen, division
         assert harness.server._decoder.buffered == left or harness.outcomes[-1]["fatal"]
         assert harness.server.dropped_stale == dropped
 
 
-def test_nothing_is_heard_after_a_fatal_fault() -> None:
+def test_frames_after_fatal_vector_are_ignored() -> None:
     fatal = [vector for vector in VECTORS.values() if any(x.get("fatal") for x in vector["expect"])]
     assert len(fatal) > 50
     for vector in fatal:
         harness = Harness(vector)
         harness.feed(bytes.fromhex(vector["bytes"]))
         seen = list(harness.outcomes)
-        harness.feed(encode_frame(PING, 0, harness.wall, harness.server._salt, 2**64 - 1, NO_TOKEN))
+        harness.feed(encode_frame(PING, 0, harness.wall, harness.server.salt, 2**64 - 1, NO_TOKEN))
         assert harness.outcomes == seen
         assert harness.server.data_to_send() == b""
 
 
-def test_the_example_conversation_runs_to_the_letter() -> None:
-    """The bodies of answers are the handlers' own; all other bytes must be those of the specification."""
+def test_server_reproduces_example_conversation() -> None:
+    """Bodies of answers come from handlers; all other bytes must equal the specification."""
     frames = document("conversation")["vectors"]
     token = bytes(range(1, 33))
     welcome = bytes.fromhex(frames[0]["bytes"])
     start = int(frames[0]["now"])
     registry, sessions = registry_of((token,), start)
     server = ServerConnection(
-        ConnectionSettings(), registry, salt=welcome[20:28], wall=_made_at(welcome), now=NOW
+        ConnectionSettings(), registry, salt=welcome[20:28], wall=timestamp_of(welcome), now=NOW
     )
     assert server.data_to_send() == welcome
     held: dict[int, Request] = {}
@@ -187,23 +187,23 @@ def test_the_example_conversation_runs_to_the_letter() -> None:
                 if isinstance(event, Request):
                     held[event.stream] = event
                     server.hold(event, NOW)
-            if frame["kind"] in ("CANCEL", "PING"):  # answered in the same turn, at its own time
+            if frame["kind"] in ("CANCEL", "PING"):  # answered in the same turn, with its own timestamp
                 answer = server.data_to_send()
         elif frame["kind"] == "RESPONSE":
             request = held.pop(int.from_bytes(data[8:12], "big"))
             if request.method == "session.open":
-                server.join(sessions[0].session, token, _made_at(data), NOW)
-            assert server.respond(request, data[68:], _made_at(data))
+                server.join(sessions[0].session, token, timestamp_of(data), NOW)
+            assert server.respond(request, data[68:], timestamp_of(data))
             assert server.data_to_send() == data
         else:
             assert answer[:12] + answer[20:] == data[:12] + data[20:]
 
 
-def _made_at(frame: bytes) -> int:
+def timestamp_of(frame: bytes) -> int:
     return int.from_bytes(frame[12:20], "big")
 
 
-def test_the_vectors_are_all_there() -> None:
+def test_vectors_cover_all_stages() -> None:
     assert len(VECTORS) >= 300
     stages = {x.get("stage") for vector in VECTORS.values() for x in vector["expect"]}
     assert stages >= {"header", "freshness", "stream", "token", "body", "deadline"}

@@ -1,4 +1,4 @@
-"""The table of states, and every state of a server against every input."""
+"""Test the transition table, and every state of a server connection with every input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zcproto.wire.frame import Kind, head_of
 
 
 @pytest.mark.parametrize("state", State)
-def test_a_change_of_state_is_in_the_table_or_a_bug(state: State) -> None:
+def test_transition_outside_table_raises(state: State) -> None:
     for given in Input:
         if given in TRANSITIONS[state]:
             assert next_state(state, given) is TRANSITIONS[state][given]
@@ -23,7 +23,7 @@ def test_a_change_of_state_is_in_the_table_or_a_bug(state: State) -> None:
                 next_state(state, given)
 
 
-def test_every_state_has_a_way_to_its_end_and_none_leads_back() -> None:
+def test_every_state_can_end_and_no_transition_goes_back() -> None:
     order = list(State)
     for state, ways in TRANSITIONS.items():
         assert ways[Input.END] is State.CLOSED
@@ -31,7 +31,7 @@ def test_every_state_has_a_way_to_its_end_and_none_leads_back() -> None:
     assert set(TRANSITIONS) == set(State)
 
 
-# --- a server: every state, every input ---------------------------------------------------------------
+# --- every state of a server, every input -------------------------------------------------------------
 
 
 def new(pair: ConnectionPair) -> None:
@@ -66,30 +66,30 @@ STATES: dict[str, Callable[[ConnectionPair], None]] = {
 }
 
 
-def feeds(make: Callable[[ConnectionPair], bytes]) -> Callable[[ConnectionPair], object]:
+def receive(make: Callable[[ConnectionPair], bytes]) -> Callable[[ConnectionPair], object]:
     return lambda pair: pair.send(make(pair))
 
 
 INPUTS: dict[str, Callable[[ConnectionPair], object]] = {
-    "request": feeds(lambda pair: pair.request(2)),
-    "request in flight": feeds(lambda pair: pair.request(1)),
-    "cancel in flight": feeds(lambda pair: pair.cancel(1)),
-    "cancel": feeds(lambda pair: pair.cancel(2)),
-    "ping": feeds(lambda pair: pair.ping()),
-    "pong": feeds(lambda pair: pair.frame(head_of(Kind.PONG))),
-    "welcome": feeds(lambda pair: pair.frame(head_of(Kind.WELCOME), 0, b"\x80")),
-    "response": feeds(lambda pair: pair.frame(head_of(Kind.RESPONSE), 1, b"\x80")),
-    "error": feeds(lambda pair: pair.frame(head_of(Kind.ERROR), 0, b"\x92\x01\xa0")),
-    "goaway": feeds(lambda pair: pair.frame(head_of(Kind.GOAWAY), 0, b"\x80")),
-    "event": feeds(lambda pair: pair.frame(head_of(Kind.EVENT), 0, b"\x92\xa0\xc0")),
-    "reserved": feeds(lambda pair: pair.frame(1 << 24 | 0x10 << 16, 1)),
+    "request": receive(lambda pair: pair.request(2)),
+    "request in flight": receive(lambda pair: pair.request(1)),
+    "cancel in flight": receive(lambda pair: pair.cancel(1)),
+    "cancel": receive(lambda pair: pair.cancel(2)),
+    "ping": receive(lambda pair: pair.ping()),
+    "pong": receive(lambda pair: pair.frame(head_of(Kind.PONG))),
+    "welcome": receive(lambda pair: pair.frame(head_of(Kind.WELCOME), 0, b"\x80")),
+    "response": receive(lambda pair: pair.frame(head_of(Kind.RESPONSE), 1, b"\x80")),
+    "error": receive(lambda pair: pair.frame(head_of(Kind.ERROR), 0, b"\x92\x01\xa0")),
+    "goaway": receive(lambda pair: pair.frame(head_of(Kind.GOAWAY), 0, b"\x80")),
+    "event": receive(lambda pair: pair.frame(head_of(Kind.EVENT), 0, b"\x92\xa0\xc0")),
+    "reserved": receive(lambda pair: pair.frame(1 << 24 | 0x10 << 16, 1)),
     "go away": lambda pair: pair.server.go_away("draining", 1_000, pair.clock.wall()),
     "timeout": lambda pair: pair.timeout(),
     "end": lambda pair: pair.server.end(),
 }
 FATAL = ("welcome", "response", "error", "goaway", "event", "reserved")
 
-# What each input leads to: the kinds of events, the kinds of frames sent, the state.
+# Types of events, kinds of sent frames, and the resulting state.
 Outcome = tuple[list[type], list[str], State]
 OPEN, DRAINING, CLOSED = State.OPEN, State.DRAINING, State.CLOSED
 NOTHING: dict[State, Outcome] = {state: ([], [], state) for state in State}
@@ -125,7 +125,7 @@ EXPECTED["with a session"] = EXPECTED["new"]
 
 @pytest.mark.parametrize("given", INPUTS)
 @pytest.mark.parametrize("state", STATES)
-def test_a_server_in_any_state_takes_any_input(state: str, given: str) -> None:
+def test_every_input_in_every_state_has_expected_outcome(state: str, given: str) -> None:
     pair = ConnectionPair()
     STATES[state](pair)
     pair.answers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.connection.helpers import GREETING, Conversation
+from tests.connection.helpers import WELCOME_MAP, ClientHarness
 from tests.helpers import WALL
 from zcproto.connection.events import ConnectionEnded
 from zcproto.connection.state import State
@@ -15,10 +15,10 @@ from zcproto.wire.message import encode_body, encode_error
 
 @given(st.binary(max_size=400))
 def test_any_bytes_after_welcome_give_events_or_one_end(data: bytes) -> None:
-    talk = Conversation(GREETING)
-    events = talk.hear(data)
+    harness = ClientHarness(WELCOME_MAP)
+    events = harness.receive_data(data)
     ends = [event for event in events if isinstance(event, ConnectionEnded)]
-    assert len(ends) == (talk.client.state is State.CLOSED)
+    assert len(ends) == (harness.client.state is State.CLOSED)
     assert events[-1:] == ends or not ends
 
 
@@ -40,15 +40,17 @@ HEADS = [WELCOME, RESPONSE, ERROR, PING, PONG, GOAWAY, EVENT, REQUEST, CANCEL, 0
 def test_any_frames_in_any_order_give_events_or_one_end(
     frames: list[tuple[int, int, int, int, bytes]],
 ) -> None:
-    talk = Conversation(GREETING)
-    talk.request()
-    talk.request()
+    harness = ClientHarness(WELCOME_MAP)
+    harness.request()
+    harness.request()
     counter = 0
     for head, stream, step, timestamp, body in frames:
         counter += step
-        closed = talk.client.state is State.CLOSED
-        events = talk.say(head, stream, body, counter=counter, timestamp=timestamp)
+        closed = harness.client.state is State.CLOSED
+        events = harness.receive_frame(head, stream, body, counter=counter, timestamp=timestamp)
         assert not (closed and events)
         assert (
-            isinstance(events[-1], ConnectionEnded) if talk.client.state is State.CLOSED and events else True
+            isinstance(events[-1], ConnectionEnded)
+            if harness.client.state is State.CLOSED and events
+            else True
         )
