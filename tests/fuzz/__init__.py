@@ -1,1 +1,1 @@
-"""Whatever bytes come: what holds for them, searched by coverage. README.md says how it is run."""
+"""Fuzz targets: invariants for arbitrary input bytes, searched with coverage guidance. See README.md."""

@@ -1,6 +1,6 @@
-"""Search for inputs that break what must hold: `python -m tests.fuzz [TARGET ...]`.
+"""Search for inputs that violate an invariant: `python -m tests.fuzz [TARGET ...]`.
 
-With atheris the search is led by coverage; where it is not installed, the kept inputs are changed by chance.
+With atheris the search is guided by coverage. Without it, corpus inputs are mutated at random.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.fuzz.corpus import KEPT, ROOT, inputs, keep
+from tests.fuzz.corpus import CORPUS, ROOT, inputs, merge_into_corpus
 from tests.fuzz.mutate import mutations
-from tests.fuzz.target import Target, judge
+from tests.fuzz.target import Target, check_input
 from tests.fuzz.targets import NAMES, target_named
 
-NO_END = -1
+UNLIMITED = -1
 SEED = 1
-"""Of a search; with the same one and the same inputs it tries the same."""
+"""Seed of a search; the same seed and inputs give the same mutations."""
 
 
 def main(arguments: list[str]) -> int:
@@ -29,34 +29,34 @@ def main(arguments: list[str]) -> int:
     names = options.target or list(NAMES)
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
-        print(f"there is no target {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        print(f"unknown target {', '.join(unknown)}; choose from {', '.join(NAMES)}")
         return 2
     if options.replay:
         bad = [name for name in names if not replay(target_named(name), options.corpus)]
         return 1 if bad else 0
     with tempfile.TemporaryDirectory(prefix="zcproto-fuzz-") as folder:
         corpus = options.corpus or Path(folder)
-        seconds = options.seconds if options.seconds is not None else (60 if options.runs == NO_END else 0)
+        seconds = options.seconds if options.seconds is not None else (60 if options.runs == UNLIMITED else 0)
         passed = search(names, corpus, options.runs, seconds, options.seed)
         if options.keep:
             for name in names:
-                added, gone = keep(target_named(name), inputs(corpus / name).values())
-                print(f"{name}: {added} inputs are new in {KEPT / name}, {gone} have gone")
+                added, gone = merge_into_corpus(target_named(name), inputs(corpus / name).values())
+                print(f"{name}: {added} inputs added to {CORPUS / name}, {gone} removed")
         if not passed and options.corpus is None:
-            print("with --corpus DIR the input stays there in TARGET/wrong")
+            print("use --corpus DIR to keep the input in DIR/TARGET/failed")
     return 0 if passed else 1
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
-    parser.add_argument("target", nargs="*", help=f"all without one: {', '.join(NAMES)}")
-    parser.add_argument("--seconds", type=int, help="for each target; 60 unless --runs is given")
-    parser.add_argument("--runs", type=int, default=NO_END, help="inputs for each target")
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="where new inputs stay, in DIR/TARGET")
+    parser.add_argument("target", nargs="*", help=f"default: all of {', '.join(NAMES)}")
+    parser.add_argument("--seconds", type=int, help="time per target; default 60 unless --runs is given")
+    parser.add_argument("--runs", type=int, default=UNLIMITED, help="inputs per target")
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="store new inputs in DIR/TARGET")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--keep", action="store_true", help="put what reaches more code into the kept corpus")
+    parser.add_argument("--keep", action="store_true", help="add inputs that reach more code to the corpus")
     parser.add_argument(
-        "--replay", action="store_true", help="judge the inputs that are kept, and those in DIR"
+        "--replay", action="store_true", help="check the corpus and the inputs in DIR instead of searching"
     )
     return parser
 
@@ -66,50 +66,49 @@ def has_atheris() -> bool:
 
 
 def search(names: list[str], corpus: Path, runs: int, seconds: int, seed: int) -> bool:
-    """Whether nothing wrong was found."""
+    """Return whether no input violated an invariant."""
     if has_atheris():
         pairs = [part for name in names for part in (name, str(corpus.resolve() / name))]
         command = [sys.executable, "-m", "tests.fuzz.searching", str(runs), str(seconds), str(seed), *pairs]
         return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
-    print("atheris is not installed: by chance alone")
+    print("atheris is not installed; mutating corpus inputs at random")
     targets = [target_named(name) for name in names]
-    return not [
-        each for each in targets if not search_by_chance(each, corpus / each.name, runs, seconds, seed)
-    ]
+    failed = [each for each in targets if not search_randomly(each, corpus / each.name, runs, seconds, seed)]
+    return not failed
 
 
-def search_by_chance(target: Target, folder: Path, runs: int, seconds: float, seed: int) -> bool:
-    known = [*inputs(KEPT / target.name).values(), *inputs(folder).values()]
+def search_randomly(target: Target, folder: Path, runs: int, seconds: float, seed: int) -> bool:
+    known = [*inputs(CORPUS / target.name).values(), *inputs(folder).values()]
     ends = time.monotonic() + seconds if seconds else float("inf")
-    for done, data in enumerate(mutations(known, target.longest, seed)):
+    for done, data in enumerate(mutations(known, target.max_size, seed)):
         if done == runs or time.monotonic() >= ends:
             print(f"{target.name}: {done} inputs")
             return True
-        if not holds(target, data, folder / "wrong"):
+        if not passes(target, data, folder / "failed"):
             return False
-    raise AssertionError("mutations have no end")
+    raise AssertionError("mutations are endless")
 
 
 def replay(target: Target, corpus: Path | None) -> bool:
-    """Judge all kept inputs; whether all are good."""
-    found = inputs(KEPT / target.name)
+    """Check all corpus inputs and return whether all passed."""
+    found = inputs(CORPUS / target.name)
     if corpus is not None:
-        found |= inputs(corpus / target.name) | inputs(corpus / target.name / "wrong")
-    good = [holds(target, data, None, name) for name, data in found.items()]
-    print(f"{target.name}: {len(good)} inputs, {good.count(False)} of them bad")
-    return all(good)
+        found |= inputs(corpus / target.name) | inputs(corpus / target.name / "failed")
+    results = [passes(target, data, None, name) for name, data in found.items()]
+    print(f"{target.name}: {len(results)} inputs, {results.count(False)} failed")
+    return all(results)
 
 
-def holds(target: Target, data: bytes, wrong: Path | None, name: str = "by-chance") -> bool:
-    """Whether an input is taken as it should be. If not, says why and leaves it in the folder `wrong`."""
+def passes(target: Target, data: bytes, failures: Path | None, name: str = "mutated") -> bool:
+    """Return whether an input passes. If not, print why and store it in the folder `failed`."""
     try:
-        judge(target, data)
+        check_input(target, data)
     except Exception as error:
         traceback.print_exception(error)
         print(f"{target.name}: {name}: {data[:2_000]!r}")
-        if wrong is not None:
-            wrong.mkdir(parents=True, exist_ok=True)
-            (wrong / name).write_bytes(data)
+        if failures is not None:
+            failures.mkdir(parents=True, exist_ok=True)
+            (failures / name).write_bytes(data)
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""The inputs that are kept, and which of many are worth it."""
+"""Read the corpus, and minimize it by coverage."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any
 
 from tests.fuzz.target import Target
 
-KEPT = Path(__file__).parent / "corpus"
+CORPUS = Path(__file__).parent / "corpus"
 ROOT = Path(__file__).parents[2]
 PRODUCT = str(ROOT / "zcproto")
 
-REAL = "real-"
-"""How the names begin of inputs that programs really send. They stay, whatever else reaches the same."""
+CAPTURED = "real-"
+"""File name prefix of inputs captured from real programs; they are never removed."""
 
-Reach = set[tuple[str, int, int, int, int]]
-"""Three lines after one another, by file, and how often: 1 once, 2 up to three times, 3 up to seven, 4 more."""
+Coverage = set[tuple[str, int, int, int, int]]
+"""Three consecutive lines of a file with a count class: 1 once, 2 up to three times, 3 up to seven, 4 more."""
 
 
 def inputs(folder: Path) -> dict[str, bytes]:
-    """The inputs in a folder by their names, in the same order each time."""
+    """Return the inputs of a folder by file name, sorted."""
     if not folder.is_dir():
         return {}
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def reach(target: Target, data: bytes) -> Reach:
-    """The steps that the product takes for this input."""
+def coverage_of(target: Target, data: bytes) -> Coverage:
+    """Return the coverage of the product for an input."""
     found: Counter[tuple[str, int, int, int]] = Counter()
     last: dict[FrameType, tuple[int, int]] = {}
 
@@ -55,14 +55,16 @@ def reach(target: Target, data: bytes) -> Reach:
     return {(*step, min(count.bit_length(), 4)) for step, count in found.items()}
 
 
-def worth_keeping(target: Target, found: Iterable[bytes], always: Iterable[bytes] = ()) -> list[bytes]:
-    """Few and small inputs that take all the steps that all of them take; with those that are kept always."""
-    left = {data: reach(target, data) for data in sorted(set(found), key=lambda data: (len(data), data))}
+def minimize(target: Target, found: Iterable[bytes], always: Iterable[bytes] = ()) -> list[bytes]:
+    """Return few, small inputs with the same coverage as all given ones. Inputs in `always` are kept."""
+    left = {
+        data: coverage_of(target, data) for data in sorted(set(found), key=lambda data: (len(data), data))
+    }
     chosen = list(always)
     taken = {step for data in chosen for step in left.pop(data)}
     left = {data: rest for data, steps in left.items() if (rest := steps - taken)}
     while left:
-        # The one that adds most for its size; among equals the smallest.
+        # Most new coverage for its size; the smallest on a tie.
         best = max(left, key=lambda data: len(left[data]) / (len(data) + 64))
         gained = left.pop(best)
         if not gained:
@@ -72,14 +74,14 @@ def worth_keeping(target: Target, found: Iterable[bytes], always: Iterable[bytes
     return chosen
 
 
-def keep(target: Target, found: Iterable[bytes]) -> tuple[int, int]:
-    """Make the kept corpus of a target the fewest inputs of it and of what was found; how many came and went."""
-    folder = KEPT / target.name
+def merge_into_corpus(target: Target, found: Iterable[bytes]) -> tuple[int, int]:
+    """Minimize the corpus of a target together with new inputs. Return how many were added and removed."""
+    folder = CORPUS / target.name
     folder.mkdir(parents=True, exist_ok=True)
     before = inputs(folder)
     names = {data: name for name, data in before.items()}
-    real = [data for name, data in before.items() if name.startswith(REAL)]
-    chosen = worth_keeping(target, [*before.values(), *found], real)
+    real = [data for name, data in before.items() if name.startswith(CAPTURED)]
+    chosen = minimize(target, [*before.values(), *found], real)
     for name, data in before.items():
         if data not in chosen:
             (folder / name).unlink()

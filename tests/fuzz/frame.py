@@ -1,4 +1,4 @@
-"""A frame as no well-behaved peer would send it, made of choices."""
+"""Build invalid frames from a script."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ COUNTERS = (0, 1, 2, 2**32, 2**64 - 1)
 def any_frame(
     script: Script, make: Callable[..., bytes], *, token: bytes, heads: Sequence[int], streams: int
 ) -> bytes:
-    """A frame with any fields, whole or cut. `make` takes head, stream and body, and fields other than usual."""
+    """Return a frame with arbitrary fields, whole or truncated.
+
+    `make` builds a frame from head, stream and body, and from fields that replace the valid ones.
+    """
     fields: dict[str, Any] = {"token": token}
     choices = script.byte()
     if choices & 1:
-        fields["counter"] = script.one_of(COUNTERS)
+        fields["counter"] = script.choose(COUNTERS)
     if choices & 2:
         fields["timestamp"] = script.number(8)
     if choices & 4:
         fields["salt"] = SALT[:-1] + bytes([script.byte()])
-    frame = make(script.one_of(heads), script.byte() % streams, script.bytes(), **fields)
+    frame = make(script.choose(heads), script.byte() % streams, script.bytes(), **fields)
     if choices & 8:
         frame = script.number(4).to_bytes(4, "big") + frame[LENGTH_SIZE:]
     return frame[: script.byte()] if choices & 16 else frame

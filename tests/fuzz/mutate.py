@@ -1,11 +1,11 @@
-"""Inputs made of others, by chance that is the same each time: for where there is no atheris."""
+"""Mutate inputs with a seeded random generator, for platforms without atheris."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 
-_REMARKABLE = (
+_SPECIAL = (
     b"\0",
     b"\xff",
     b"\x7f",
@@ -18,36 +18,36 @@ _REMARKABLE = (
 )
 
 
-def mutations(kept: Sequence[bytes], longest: int, seed: int) -> Iterator[bytes]:
-    """Without an end."""
-    chance = random.Random(seed)
-    known = list(kept) or [b""]
+def mutations(corpus: Sequence[bytes], max_size: int, seed: int) -> Iterator[bytes]:
+    """Yield mutated inputs endlessly."""
+    rng = random.Random(seed)
+    known = list(corpus) or [b""]
     while True:
-        data = bytearray(chance.choice(known))
-        for _ in range(chance.choice((1, 1, 2, 3, 5))):
-            _change(data, known, chance)
-        yield bytes(data[:longest])
+        data = bytearray(rng.choice(known))
+        for _ in range(rng.choice((1, 1, 2, 3, 5))):
+            _mutate(data, known, rng)
+        yield bytes(data[:max_size])
 
 
-def _change(data: bytearray, known: Sequence[bytes], chance: random.Random) -> None:
-    at = chance.randrange(len(data) + 1)
-    end = min(len(data), at + chance.choice((1, 1, 2, 4, 16, 64)))
-    match chance.randrange(8):
+def _mutate(data: bytearray, known: Sequence[bytes], rng: random.Random) -> None:
+    at = rng.randrange(len(data) + 1)
+    end = min(len(data), at + rng.choice((1, 1, 2, 4, 16, 64)))
+    match rng.randrange(8):
         case 0 if at < len(data):
-            data[at] ^= 1 << chance.randrange(8)
+            data[at] ^= 1 << rng.randrange(8)
         case 1 if at < len(data):
-            data[at] = chance.randrange(256)
+            data[at] = rng.randrange(256)
         case 2 if at < len(data):
-            data[at] = (data[at] + chance.choice((-1, 1))) % 256
+            data[at] = (data[at] + rng.choice((-1, 1))) % 256
         case 3:
             del data[at:end]
         case 4:
-            data[at:at] = data[at:end] * chance.choice((1, 2, 20))
+            data[at:at] = data[at:end] * rng.choice((1, 2, 20))
         case 5:
-            data[at:end] = chance.choice(_REMARKABLE)
+            data[at:end] = rng.choice(_SPECIAL)
         case 6:
-            other = chance.choice(known)
-            start = chance.randrange(len(other) + 1)
+            other = rng.choice(known)
+            start = rng.randrange(len(other) + 1)
             data[at:] = other[start:]
         case _:
-            data[at:at] = chance.randbytes(chance.choice((1, 2, 4, 8)))
+            data[at:at] = rng.randbytes(rng.choice((1, 2, 4, 8)))

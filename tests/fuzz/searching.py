@@ -1,9 +1,9 @@
-"""Searches with atheris, in a process of its own: libFuzzer ends it.
+"""Search with atheris, in a separate process because libFuzzer exits it.
 
     python -m tests.fuzz.searching RUNS SECONDS SEED TARGET FOLDER [TARGET FOLDER ...]
 
-The targets are imported once, noting their coverage, and each is searched in a child of this process, one after
-the other. New inputs come into its folder, and what is wrong with one into FOLDER/wrong.
+The targets are imported once with instrumentation, and each is searched in a forked child, one after the other. New
+inputs are stored in FOLDER, and failing inputs in FOLDER/failed.
 """
 
 from __future__ import annotations
@@ -16,51 +16,51 @@ from pathlib import Path
 
 import atheris
 
-from tests.fuzz.corpus import KEPT
-from tests.fuzz.target import Target, judge
+from tests.fuzz.corpus import CORPUS
+from tests.fuzz.target import Target, check_input
 from tests.fuzz.targets import target_named
 
 INSTRUMENTED = ["zcproto", "h11"]
-"""Packages whose coverage leads the search. atheris takes no smaller parts."""
+"""Packages whose coverage guides the search; atheris instruments whole packages only."""
 
-SLOWED = 8.0
-"""How many times slower code is that notes its coverage, at most."""
+INSTRUMENTED_FACTOR = 8.0
+"""Upper bound of how many times slower instrumented code is."""
 
-HANGS_S = 20
-"""Seconds after which an input is one that hangs."""
+HANG_TIMEOUT_S = 20
+"""Time after which libFuzzer reports an input as hanging."""
 
-MOST_MEMORY_MIB = 2_048
+MAX_MEMORY_MIB = 2_048
 
 
 def search(target: Target, folder: Path, runs: int, seconds: int, seed: int) -> None:
-    """Search until the runs or the seconds are over, or something is wrong; does not come back."""
-    wrong = folder / "wrong"
-    wrong.mkdir(parents=True, exist_ok=True)
-    kept = KEPT / target.name
+    """Search until runs or seconds are used up or an input fails. Does not return."""
+    failures = folder / "failed"
+    failures.mkdir(parents=True, exist_ok=True)
+    corpus = CORPUS / target.name
     arguments = [
         sys.argv[0],
         str(folder),
-        *([str(kept)] if kept.is_dir() else []),
+        *([str(corpus)] if corpus.is_dir() else []),
         f"-runs={runs}",
         f"-max_total_time={seconds}",
         f"-seed={seed}",
-        f"-max_len={target.longest}",
-        f"-timeout={HANGS_S}",
-        f"-rss_limit_mb={MOST_MEMORY_MIB}",
-        f"-artifact_prefix={wrong}/",
+        f"-max_len={target.max_size}",
+        f"-timeout={HANG_TIMEOUT_S}",
+        f"-rss_limit_mb={MAX_MEMORY_MIB}",
+        f"-artifact_prefix={failures}/",
         "-print_final_stats=1",
         "-verbosity=1",
     ]
 
-    def take(data: bytes) -> None:
+    def run(data: bytes) -> None:
         try:
-            judge(target, data, SLOWED)
+            check_input(target, data, INSTRUMENTED_FACTOR)
         except BaseException:
-            # libFuzzer writes down what hangs or takes all memory, and not what raises.
-            (wrong / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+            # libFuzzer stores inputs that hang or exhaust memory, but not those that raise.
+            (failures / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
             raise
 
-    atheris.Setup(arguments, take)
+    atheris.Setup(arguments, run)
     atheris.Fuzz()
 
 
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
             os._exit(1)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
-        print(f"== {target.name}: ended with {code}", flush=True)
+        print(f"== {target.name}: exit code {code}", flush=True)
         failed += code != 0
     return 1 if failed else 0
 

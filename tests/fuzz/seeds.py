@@ -1,9 +1,9 @@
-"""Where the kept inputs began: test vectors, what real programs send, and what this one writes itself.
+"""Write the first inputs of the corpus: test vectors, bytes captured from real programs, and generated inputs.
 
     python -m tests.fuzz.seeds DIR
 
-writes them to DIR/TARGET, for `python -m tests.fuzz --runs 0 --corpus DIR --keep`, and what real programs send into
-the kept inputs. Programs that are not there are left out.
+writes them to DIR/TARGET, for `python -m tests.fuzz --runs 0 --corpus DIR --keep`, and captured bytes directly into
+the corpus. Programs that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from tests.fuzz.corpus import KEPT, REAL, ROOT
-from tests.fuzz.targets.certificates import OWN
+from tests.fuzz.corpus import CAPTURED, CORPUS, ROOT
+from tests.fuzz.targets.certificates import THROWAWAY
 from tests.fuzz.targets.config import SECRET_KEYS
 from tests.tls.hellos import Hello, alpn, server_name
 from zcproto.config import default_config_file
 
 VECTORS = ROOT / "spec" / "vectors"
 HEADER = 68
-GREETING_WAIT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
 
 Seed = tuple[str, bytes]
-"""The name of a target, and an input for it."""
+"""Target name and input."""
 
 
 def seeds() -> Iterator[Seed]:
-    yield from of_vectors()
-    yield from of_hellos()
-    yield from of_balancers()
-    yield from of_http()
-    yield from of_configuration()
-    yield from of_certificates()
-    yield from of_scripts()
+    yield from vector_seeds()
+    yield from client_hello_seeds()
+    yield from proxy_header_seeds()
+    yield from http_seeds()
+    yield from configuration_seeds()
+    yield from certificate_seeds()
+    yield from script_seeds()
 
 
-def of_vectors() -> Iterator[Seed]:
+def vector_seeds() -> Iterator[Seed]:
     for path in sorted(VECTORS.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         if document.get("type") != "frames":
@@ -60,7 +60,7 @@ def of_vectors() -> Iterator[Seed]:
             yield "client", b"\1\0" + bytes([min(len(data), 255)]) + data[:255]
 
 
-def of_hellos() -> Iterator[Seed]:
+def client_hello_seeds() -> Iterator[Seed]:
     yield "client_hello", Hello().bytes()
     named = (
         Hello()
@@ -72,8 +72,8 @@ def of_hellos() -> Iterator[Seed]:
     yield "client_hello", b"\x16\x03\x01"
 
 
-def captured() -> Iterator[tuple[str, str, bytes]]:
-    """What programs really send, with the name that it is kept under."""
+def captured_inputs() -> Iterator[tuple[str, str, bytes]]:
+    """Yield target name, file name and bytes captured from installed programs."""
     at = "127.0.0.1:{port}"
     hellos: dict[str, Sequence[str]] = {
         "openssl": ("openssl", "s_client", "-connect", at, "-alpn", "zcp/1", "-servername", "a.example.com"),
@@ -99,19 +99,19 @@ def captured() -> Iterator[tuple[str, str, bytes]]:
 
 
 def first_bytes(command: Sequence[str]) -> bytes:
-    """What a program sends to a server that says nothing."""
+    """Return the first bytes that a program sends to a silent server."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(GREETING_WAIT_S)
+        server.settimeout(CONNECT_TIMEOUT_S)
         port = server.getsockname()[1]
         words = [word.format(port=port) for word in command]
         program = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            link, _ = server.accept()
-            with link:
-                link.settimeout(GREETING_WAIT_S)
-                return link.recv(16_384)
+            client, _ = server.accept()
+            with client:
+                client.settimeout(CONNECT_TIMEOUT_S)
+                return client.recv(16_384)
         finally:
             program.kill()
             program.communicate()
@@ -122,13 +122,13 @@ def hello_of_python(protocols: list[str]) -> bytes:
     if protocols:
         context.set_alpn_protocols(protocols)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    talk = context.wrap_bio(incoming, outgoing, server_hostname="host.example.com.")
+    connection = context.wrap_bio(incoming, outgoing, server_hostname="host.example.com.")
     with contextlib.suppress(ssl.SSLWantReadError):
-        talk.do_handshake()
+        connection.do_handshake()
     return outgoing.read()
 
 
-def of_balancers() -> Iterator[Seed]:
+def proxy_header_seeds() -> Iterator[Seed]:
     signature = b"\r\n\r\n\x00\r\nQUIT\n"
     tls = b"\x16\x03\x01"
     four = bytes([192, 0, 2, 7, 192, 0, 2, 1]) + b"\x1f\x90\x1d\x13"
@@ -155,7 +155,7 @@ def of_balancers() -> Iterator[Seed]:
     yield "proxy_header", signature + b"\x21\x11\xff\xff"
 
 
-def of_http() -> Iterator[Seed]:
+def http_seeds() -> Iterator[Seed]:
     for request in (
         b"GET /healthz HTTP/1.1\r\nHost: localhost:7443\r\nUser-Agent: curl/8.14.1\r\nAccept: */*\r\n\r\n",
         b"GET /readyz HTTP/1.1\r\nHost: a\r\n\r\nHEAD / HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -185,7 +185,7 @@ def of_http() -> Iterator[Seed]:
     yield "http", b"\1GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-def of_configuration() -> Iterator[Seed]:
+def configuration_seeds() -> Iterator[Seed]:
     example = default_config_file(Path("/srv/zcproto"))
     lines = [line.removeprefix("#") for line in example.splitlines()]
     settings = [line for line in lines if " = " in line or line.startswith("[")]
@@ -209,8 +209,8 @@ def of_configuration() -> Iterator[Seed]:
         yield "config", bytes([number * 4 + 3]) + b"@x"
 
 
-def of_certificates() -> Iterator[Seed]:
-    certificate, key = (OWN / "certificate.pem").read_bytes(), (OWN / "key.pem").read_bytes()
+def certificate_seeds() -> Iterator[Seed]:
+    certificate, key = (THROWAWAY / "certificate.pem").read_bytes(), (THROWAWAY / "key.pem").read_bytes()
     for file in (
         *(
             certificate + key,
@@ -225,12 +225,12 @@ def of_certificates() -> Iterator[Seed]:
         yield "certificates", b"\0" + file
     yield "certificates", b"\1" + der_of(certificate)
     yield "certificates", b"\2" + der_of(key)
-    own = serialization.load_pem_private_key(key, None)
-    assert isinstance(own, ec.EllipticCurvePrivateKey)
-    yield "certificates", b"\3" + own.private_bytes(*_OLD_FORM, serialization.NoEncryption())
+    key_object = serialization.load_pem_private_key(key, None)
+    assert isinstance(key_object, ec.EllipticCurvePrivateKey)
+    yield "certificates", b"\3" + key_object.private_bytes(*_OLD_FORM, serialization.NoEncryption())
     small = rsa.generate_private_key(65537, 1024)  # too weak for any use
     yield "certificates", b"\2" + small.private_bytes(*_NEW_FORM, serialization.NoEncryption())
-    encrypted = own.private_bytes(*_NEW_FORM, serialization.BestAvailableEncryption(b"word"))
+    encrypted = key_object.private_bytes(*_NEW_FORM, serialization.BestAvailableEncryption(b"word"))
     yield "certificates", b"\0" + certificate + _pem("ENCRYPTED PRIVATE KEY", encrypted)
 
 
@@ -246,8 +246,8 @@ def der_of(pem: bytes) -> bytes:
     return base64.b64decode(b"".join(pem.splitlines()[1:-1]))
 
 
-def of_scripts() -> Iterator[Seed]:
-    """Each thing that a script can say, and some after one another."""
+def script_seeds() -> Iterator[Seed]:
+    """Yield scripts with each single step, and with all steps in sequence."""
     for first in range(13):
         for choices in (b"\0" * 8, b"\1" * 8, bytes(range(8)), b"\4\3\2\1\0\5\6\7"):
             yield "server", bytes([first]) + choices
@@ -261,9 +261,9 @@ def main(arguments: list[str]) -> int:
     for number, (target, data) in enumerate(seeds()):
         (folder / target).mkdir(parents=True, exist_ok=True)
         (folder / target / f"seed-{number}").write_bytes(data)
-    for target, name, data in captured():
-        (KEPT / target).mkdir(parents=True, exist_ok=True)
-        (KEPT / target / f"{REAL}{name}").write_bytes(data)
+    for target, name, data in captured_inputs():
+        (CORPUS / target).mkdir(parents=True, exist_ok=True)
+        (CORPUS / target / f"{CAPTURED}{name}").write_bytes(data)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A search by coverage for a few seconds, where there is atheris."""
+"""Run a short coverage-guided search where atheris is installed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.fuzz.corpus import ROOT
 from tests.fuzz.targets import NAMES
 
 RUNS = 150
-"""Inputs of each target, the kept ones among them."""
+"""Inputs per target, including the corpus."""
 
 
 @pytest.mark.skipif(not has_atheris(), reason="atheris is not installed (it has wheels for Linux on x86-64)")
-def test_a_search_by_coverage_finds_nothing(tmp_path: Path) -> None:
+def test_coverage_guided_search_finds_no_violation(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.fuzz", "--runs", str(RUNS), "--corpus", str(tmp_path)]
-    # A search in a process that notes its coverage for others, too, would be slower than its limits.
+    # A search measured by coverage.py as well would exceed its CPU limits.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-6_000:]

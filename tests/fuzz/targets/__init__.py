@@ -1,4 +1,4 @@
-"""The targets, by name."""
+"""Import targets by name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ NAMES = (
 
 
 def target_named(name: str) -> Target:
-    """The target of a module here. It is imported only now, so that its coverage can be noted from the start."""
+    """Import and return a target. The import is late so that the caller can instrument it."""
     found: Target = importlib.import_module(f"{__name__}.{name}").TARGET
     return found

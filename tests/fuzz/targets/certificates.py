@@ -1,7 +1,7 @@
-"""Any file is a certificate with its key, or a CertificateError that shows nothing of a key.
+"""Fuzz certificate files: each loads, or raises a CertificateError without bytes of a key.
 
-The first byte says what the rest is: a whole PEM file, the DER of a certificate, or that of a key. The other half
-of a pair is a test's own.
+The first byte selects what the rest is: a whole PEM file, the DER of a certificate, or the DER of a key. The other
+half of the pair comes from `throwaway`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from zcproto.errors import CertificateError
 
 T = TypeVar("T")
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
-OWN = Path(__file__).parent.parent / "throwaway"
-"""A certificate and its key, which were made for this and are used for nothing else."""
+THROWAWAY = Path(__file__).parent.parent / "throwaway"
+"""A certificate and its key, used only by this target."""
 
-LONGEST_MESSAGE = 1_000
-SHOWN_BY_CHANCE = 20
-"""Characters of a file's line that no message has in common with it by chance."""
+MAX_MESSAGE = 1_000
+MIN_SECRET_LINE = 20
+"""Length from which a line of the file does not appear in a message by coincidence."""
 
 _folder = tempfile.TemporaryDirectory(prefix="zcproto-fuzz-")
 _path = Path(_folder.name) / "pair.pem"
@@ -40,43 +40,45 @@ def pem(label: str, der: bytes) -> bytes:
 
 
 def file_of(data: bytes) -> bytes:
-    """The file that an input stands for."""
+    """Return the file that an input encodes."""
     first, rest = data[0] if data else 0, data[1:]
     match first % 4:
         case 1:
-            return pem("CERTIFICATE", rest) + (OWN / "key.pem").read_bytes()
+            return pem("CERTIFICATE", rest) + (THROWAWAY / "key.pem").read_bytes()
         case 2:
-            return (OWN / "certificate.pem").read_bytes() + pem("PRIVATE KEY", rest)
+            return (THROWAWAY / "certificate.pem").read_bytes() + pem("PRIVATE KEY", rest)
         case 3:
-            return (OWN / "certificate.pem").read_bytes() + pem("EC PRIVATE KEY", rest)
+            return (THROWAWAY / "certificate.pem").read_bytes() + pem("EC PRIVATE KEY", rest)
     return rest
 
 
-def attempt(load: Callable[[], T]) -> T | CertificateError:
+def result_or_error(load: Callable[[], T]) -> T | CertificateError:
     try:
         return load()
     except CertificateError as error:
         return error
 
 
-def take(data: bytes) -> None:
+def run(data: bytes) -> None:
     _path.write_bytes(file_of(data))
-    attempt(lambda: pair.load_pair(_path, _path, NOW))
+    result_or_error(lambda: pair.load_pair(_path, _path, NOW))
 
 
 def check(data: bytes) -> None:
     content = file_of(data)
     _path.write_bytes(content)
-    loaded = attempt(lambda: pair.load_pair(_path, _path, NOW))
-    examined = attempt(lambda: examine(_path, None, NOW, host="localhost"))
-    chain = attempt(lambda: pair.read_certificates(_path))
-    key = attempt(lambda: pair.read_private_key(_path))
-    pin = attempt(lambda: pair.spki_pin(data[1:]))
+    loaded = result_or_error(lambda: pair.load_pair(_path, _path, NOW))
+    examined = result_or_error(lambda: examine(_path, None, NOW, host="localhost"))
+    chain = result_or_error(lambda: pair.read_certificates(_path))
+    key = result_or_error(lambda: pair.read_private_key(_path))
+    pin = result_or_error(lambda: pair.spki_pin(data[1:]))
     belongs = pair.match(content, content)
-    said = [str(each) for each in (loaded, examined, chain, key, pin) if isinstance(each, CertificateError)]
+    messages = [
+        str(each) for each in (loaded, examined, chain, key, pin) if isinstance(each, CertificateError)
+    ]
     if isinstance(examined, Examination):
-        said += examined.refused + examined.warnings
-    for message in said:
+        messages += examined.refused + examined.warnings
+    for message in messages:
         check_message(message, content, key)
     if isinstance(loaded, CertificatePair):
         assert belongs
@@ -85,10 +87,10 @@ def check(data: bytes) -> None:
         assert loaded.chain_length == len(chain)
         assert loaded.not_before <= NOW <= loaded.not_after
         check_message(repr(loaded), content, key)
-        # What a server takes is refused by the examination for nothing but its names.
+        # A served certificate may be refused by the examination only for its names.
         assert isinstance(examined, Examination)
         assert all("is not valid for localhost" in reason for reason in examined.refused)
-    elif files._SECRET_MARK in content and b"CERTIFICATE-----" in content:  # a half alone is examined as such
+    elif files._SECRET_MARK in content and b"CERTIFICATE-----" in content:  # one half alone
         assert isinstance(examined, CertificateError) or examined.refused
     if isinstance(chain, list):
         assert 1 <= len(chain) <= pair.MAX_CHAIN
@@ -100,12 +102,12 @@ def pair_der(certificate: pair.x509.Certificate) -> bytes:
 
 
 def check_message(message: str, content: bytes, key: object) -> None:
-    """A message names the file and a cure; of what is in the file it has names at most, and nothing of a key."""
+    """Assert that a message is one bounded line without key material."""
     assert message.isprintable()
-    assert len(message) <= LONGEST_MESSAGE
+    assert len(message) <= MAX_MESSAGE
     if files._SECRET_MARK in content:
         for line in content.splitlines():
-            if len(line) >= SHOWN_BY_CHANCE and not line.startswith(b"-----"):
+            if len(line) >= MIN_SECRET_LINE and not line.startswith(b"-----"):
                 assert line.decode("latin-1") not in message
     if isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
         numbers = key.private_numbers()
@@ -115,4 +117,4 @@ def check_message(message: str, content: bytes, key: object) -> None:
             assert f"{secret:x}" not in message.lower()
 
 
-TARGET = Target("certificates", take, check, longest=2_048, limit_s=FILE_LIMIT_S, stretches=False)
+TARGET = Target("certificates", run, check, max_size=2_048, limit_s=FILE_LIMIT_S, repeats=False)

@@ -1,14 +1,11 @@
-"""A client's conversation in which the server does as it likes, after a good beginning or none.
-
-An input is read as a script: what comes next, with its choices.
-"""
+"""Fuzz a client connection with a hostile server. An input is a script of steps of both sides."""
 
 from __future__ import annotations
 
 import contextlib
 from typing import Any
 
-from tests.connection.helpers import GREETING, TOKEN, Conversation
+from tests.connection.helpers import TOKEN, WELCOME_MAP, ClientHarness
 from tests.fuzz.frame import any_frame
 from tests.fuzz.target import Script, Target
 from zcproto.connection.client import PONG_TIMEOUT
@@ -38,7 +35,7 @@ BODIES = (
     encode_body(["session.revoked", {"reason": "x"}]),
     encode_body({"token": TOKEN}),
     encode_body({"x": 1}),
-    encode_body(GREETING),
+    encode_body(WELCOME_MAP),
     b"",
 )
 SECONDS = (0.0, 0.1, 5.0, 11.0, 101.0)
@@ -47,18 +44,17 @@ LIMIT = 2_000
 IDLE_S = 60.0
 
 
-class Talk:
-    """What was said. `checked` is False where time is taken."""
+class HostileServer:
+    """Play a script against a client. With `checked` the invariants are asserted after each step."""
 
-    def __init__(self, greeted: bool, checked: bool = True) -> None:
-        greeting = {**GREETING, "idle_timeout_ms": round(IDLE_S * 1_000), "max_frame": LIMIT}
-        self.talk = Conversation(greeting if greeted else None, max_frame=LIMIT)
+    def __init__(self, welcomed: bool, checked: bool = True) -> None:
+        welcome = {**WELCOME_MAP, "idle_timeout_ms": round(IDLE_S * 1_000), "max_frame": LIMIT}
+        self.harness = ClientHarness(welcome if welcomed else None, max_frame=LIMIT)
         self.checked = checked
-        self.asked: set[int] = set()
+        self.pending: set[int] = set()
         self.counter = 0
-        self.state = self.talk.client.state
+        self.state = self.harness.client.state
         self.ended = 0
-        self.told_to_end = False
 
     def play(self, script: Script) -> None:
         while not script.ended:
@@ -66,61 +62,61 @@ class Talk:
             if self.checked:
                 self.check()
             else:
-                self.talk.client.data_to_send()
+                self.harness.client.data_to_send()
 
     def step(self, script: Script) -> None:
-        talk, client = self.talk, self.talk.client
+        harness, client = self.harness, self.harness.client
         match script.byte() % 9:
             case 0:
-                self.hear(script.bytes())
+                self.receive(script.bytes())
             case 1 | 2:
-                self.hear(self.any_frame(script))
+                self.receive(self.any_frame(script))
             case 3:
-                self.hear(talk.frame(script.one_of(HEADS), script.byte() % 6, script.one_of(BODIES)))
+                self.receive(harness.frame(script.choose(HEADS), script.byte() % 6, script.choose(BODIES)))
             case 4 | 5:
-                token = script.one_of((NO_TOKEN, TOKEN))
+                token = script.choose((NO_TOKEN, TOKEN))
                 with contextlib.suppress(CallError, ConnectionClosed):
-                    stream = talk.request(script.one_of(METHODS), {"x": script.bytes()}, token=token)
-                    assert stream not in self.asked
-                    self.asked.add(stream)
+                    stream = harness.request(script.choose(METHODS), {"x": script.bytes()}, token=token)
+                    assert stream not in self.pending
+                    self.pending.add(stream)
             case 6:
-                client.cancel(script.byte() % 6, talk.wall)
+                client.cancel(script.byte() % 6, harness.wall)
                 if script.byte() % 2:
-                    client.ping(talk.wall)
+                    client.ping(harness.wall)
             case 7:
-                seconds = script.one_of(SECONDS)
-                talk.now += seconds
-                talk.wall += round(seconds * 1_000)
-                self.take(client.handle_timeout(talk.wall, talk.now))
+                seconds = script.choose(SECONDS)
+                harness.now += seconds
+                harness.wall += round(seconds * 1_000)
+                self.handle_events(client.handle_timeout(harness.wall, harness.now))
                 if self.checked:
-                    assert client.next_deadline() > talk.now
+                    assert client.next_deadline() > harness.now
             case 8:
-                talk.wall = max(0, talk.wall + script.one_of(JUMPS_MS))
+                harness.wall = max(0, harness.wall + script.choose(JUMPS_MS))
 
     def any_frame(self, script: Script) -> bytes:
         return any_frame(
-            script, self.talk.frame, token=script.one_of((NO_TOKEN, TOKEN)), heads=HEADS, streams=6
+            script, self.harness.frame, token=script.choose((NO_TOKEN, TOKEN)), heads=HEADS, streams=6
         )
 
-    def hear(self, data: bytes) -> None:
-        self.take(self.talk.hear(data))
+    def receive(self, data: bytes) -> None:
+        self.handle_events(self.harness.receive_data(data))
 
-    def take(self, events: list[Any]) -> None:
+    def handle_events(self, events: list[Any]) -> None:
         for event in events:
             assert not self.ended
             if isinstance(event, ResponseReceived | ErrorReceived):
-                assert event.stream in self.asked
-                self.asked.discard(event.stream)
+                assert event.stream in self.pending
+                self.pending.discard(event.stream)
             elif isinstance(event, ConnectionEnded):
                 self.ended += 1
 
     def check(self) -> None:
-        """A legal state, frames that follow one another, and nothing that grows."""
-        client = self.talk.client
+        """Assert a valid state, consecutive counters, and bounded buffers."""
+        client = self.harness.client
         assert ORDER.index(client.state) >= ORDER.index(self.state)
         was_closed, self.state = self.state is State.CLOSED, client.state
         assert self.ended == (client.state is State.CLOSED)
-        frames = self.talk.sent()
+        frames = self.harness.sent()
         assert not (was_closed and frames)
         for _, head, stream, timestamp, salt, counter, _, body in frames:
             self.counter += 1
@@ -130,7 +126,7 @@ class Talk:
             assert body if head == REQUEST else head in ACCEPTED[Side.SERVER] and not body
             assert 0 <= timestamp < 2**64
         assert not client.queued_bytes
-        assert client.in_flight == len(self.asked) <= GREETING["max_streams"]
+        assert client.in_flight == len(self.pending) <= WELCOME_MAP["max_streams"]
         assert len(client._tokens) <= 2
         if client.state is State.CLOSED:
             assert client.next_deadline() == NEVER
@@ -138,24 +134,24 @@ class Talk:
             assert client._decoder.buffered <= max(LIMIT, 16_384) + LENGTH_SIZE
             if client.state is not State.AWAITING_WELCOME and client.welcome["idle_timeout_ms"]:
                 interval = max(client.welcome["idle_timeout_ms"] / 3_000, 0.25)
-                assert client.next_deadline() <= self.talk.now + max(interval, PONG_TIMEOUT)
+                assert client.next_deadline() <= self.harness.now + max(interval, PONG_TIMEOUT)
 
 
-def take(data: bytes) -> None:
+def run(data: bytes) -> None:
     script = Script(data)
-    Talk(script.byte() % 4 > 0, checked=False).play(script)
+    HostileServer(script.byte() % 4 > 0, checked=False).play(script)
 
 
 def check(data: bytes) -> None:
     script = Script(data)
-    Talk(script.byte() % 4 > 0).play(script)
+    HostileServer(script.byte() % 4 > 0).play(script)
 
 
 TARGET = Target(
     "client",
-    take,
+    run,
     check,
-    longest=1_024,
+    max_size=1_024,
     limit_s=0.040,
-    stretches=False,
+    repeats=False,
 )

@@ -1,10 +1,10 @@
-"""Any first bytes of a connection are accepted, refused for a reason, or too few to tell."""
+"""Fuzz the first bytes of a TLS connection: accepted, refused for a reason, or incomplete."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.fuzz.target import Target, ways_to_cut
+from tests.fuzz.target import Target, divisions
 from zcproto.tls.alert import Alert
 from zcproto.tls.client_hello import (
     MAX_NAME,
@@ -21,7 +21,7 @@ SUITES = frozenset(SUITE_IDS.values())
 PROTOCOLS = frozenset({"zcp/1", "http/1.1", None})
 NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 JUDGE = ClientHelloJudge(SUITES, PROTOCOLS)
-"""It remembers what it has accepted; that must change no judgement of another input."""
+"""Caches accepted records, which must not change the verdict for other inputs."""
 WITHOUT_ALERT = frozenset({TlsFailure.NOT_TLS, TlsFailure.PLAINTEXT_HTTP})
 
 
@@ -30,7 +30,7 @@ def verdict(
     suites: frozenset[int] = SUITES,
     protocols: frozenset[str | None] = PROTOCOLS,
 ) -> tuple[Accepted | Refusal | None, int]:
-    """The judgement, and how many bytes there were when it came."""
+    """Return the verdict, and the number of bytes received until then."""
     reader = ClientHelloReader(ClientHelloJudge(suites, protocols))
     for piece in pieces:
         judged = reader.feed(piece)
@@ -40,7 +40,7 @@ def verdict(
     return None, len(reader.raw)
 
 
-def take(data: bytes) -> None:
+def run(data: bytes) -> None:
     JUDGE.judge_record(data)
     verdict([data])
 
@@ -49,9 +49,9 @@ def check(data: bytes) -> None:
     whole, size = verdict([data])
     assert JUDGE.judge_record(data) in (None, whole)
     assert size == len(data)
-    for pieces in ways_to_cut(data):
+    for pieces in divisions(data):
         judged, at = verdict(pieces)
-        # A judgement may come earlier; then it is the one of the bytes so far.
+        # A verdict may come early; then it equals the verdict for the bytes received so far.
         assert (judged, at) == verdict([data[:at]])
         if isinstance(judged, Refusal):
             assert isinstance(whole, Refusal)
@@ -69,7 +69,7 @@ def check(data: bytes) -> None:
                 assert 0 < len(name) <= MAX_NAME
                 assert NAME.issuperset(name)
                 assert all(name.split("."))
-            # The order of the alerts is 70, 40, 120, and none comes while another is due.
+            # Alerts have the order 70, 40, 120.
             no_suite, _ = verdict([data], suites=frozenset())
             assert no_suite == Refusal(TlsFailure.NO_SHARED_SUITE, Alert.HANDSHAKE_FAILURE)
             no_protocol, _ = verdict([data], protocols=frozenset())
@@ -78,4 +78,4 @@ def check(data: bytes) -> None:
             assert isinstance(verdict([data + b"\0"])[0], Refusal)
 
 
-TARGET = Target("client_hello", take, check)
+TARGET = Target("client_hello", run, check)

@@ -1,6 +1,6 @@
-"""Any file is a configuration, or a ConfigError that tells faults and no secrets.
+"""Fuzz configuration files: each loads, or raises a ConfigError that lists faults without secrets.
 
-The first byte says what the rest is: a whole file, or what follows a secret in a value.
+The first byte selects what the rest is: a whole file, or the text after a secret in a value.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from zcproto.config.types import MAX_FAULTS
 from zcproto.errors import ConfigError
 
 SECRET = "Hunter2Zebra9"
-"""Nothing else holds this word, nor a part of it."""
+"""Occurs nowhere else, not even in part."""
 
-LONGEST_FAULT = 2_000
+MAX_FAULT = 2_000
 SECRET_KEYS = (
     *("store.password", "alerts.webhook_secret", "server.api_key", "auth.token", "certificates.passphrase"),
     *("certificates.key_passphrase_file", "store.url", "alerts.webhook"),
@@ -36,7 +36,7 @@ def load(file: bytes, environ: Mapping[str, str]) -> Config | ConfigError:
 
 
 def sources(data: bytes) -> tuple[bytes, dict[str, str]]:
-    """The file and the environment that an input stands for."""
+    """Return the file and the environment that an input encodes."""
     first, rest = data[0] if data else 0, data[1:]
     if first % 4 < 2:
         return rest, {}
@@ -48,7 +48,7 @@ def sources(data: bytes) -> tuple[bytes, dict[str, str]]:
     return b"", {f"ZCPROTO_{section}__{name}".upper(): value}
 
 
-def take(data: bytes) -> None:
+def run(data: bytes) -> None:
     load(*sources(data))
 
 
@@ -56,20 +56,20 @@ def check(data: bytes) -> None:
     file, environ = sources(data)
     found = load(file, environ)
     if isinstance(found, Config):
-        # What was read once is read again to the same.
+        # Loading again gives the same configuration.
         assert load(file, environ) == found
-        assert is_shown(data) or SECRET not in repr(found)
+        assert contains_secret(data) or SECRET not in repr(found)
         return
     assert 1 <= len(found.faults) <= MAX_FAULTS + 1
     for fault in found.faults:
         assert fault.isprintable()
-        assert len(fault) <= LONGEST_FAULT
-    assert is_shown(data) or SECRET not in str(found)
+        assert len(fault) <= MAX_FAULT
+    assert contains_secret(data) or SECRET not in str(found)
 
 
-def is_shown(data: bytes) -> bool:
-    """Whether the secret may stand where no secret should: found by chance, or by reading this."""
+def contains_secret(data: bytes) -> bool:
+    """Return whether the input itself contains the secret, so that it may appear outside of secret values."""
     return SECRET.encode() in data
 
 
-TARGET = Target("config", take, check, longest=1_024, limit_s=FILE_LIMIT_S, stretches=False)
+TARGET = Target("config", run, check, max_size=1_024, limit_s=FILE_LIMIT_S, repeats=False)

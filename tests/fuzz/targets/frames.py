@@ -1,8 +1,8 @@
-"""Any bytes are frames, the beginning of one, or a ProtocolError, however they are cut."""
+"""Fuzz the frame decoder: any bytes are frames, a partial frame, or a ProtocolError, for every division."""
 
 from __future__ import annotations
 
-from tests.fuzz.target import Target, ways_to_cut
+from tests.fuzz.target import Target, divisions
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, LENGTH_SIZE, MIN_LENGTH, RawFrame, Side, check_head, encode_frame
@@ -12,7 +12,7 @@ LIMITS = (300, 16_384)
 
 
 def decode(decoder: FrameDecoder, pieces: list[bytes]) -> tuple[list[RawFrame], tuple[Code, str] | int]:
-    """The frames, and then the fault or the number of bytes left over."""
+    """Return the frames, and the fault or the number of remaining bytes."""
     frames: list[RawFrame] = []
     try:
         for piece in pieces:
@@ -23,19 +23,19 @@ def decode(decoder: FrameDecoder, pieces: list[bytes]) -> tuple[list[RawFrame], 
     return frames, decoder.buffered
 
 
-def parts(data: bytes) -> tuple[Side, int, bytes]:
-    """The first byte says who reads, and up to which length."""
+def decode_input(data: bytes) -> tuple[Side, int, bytes]:
+    """Return side, frame limit (both selected by the first byte) and bytes."""
     first = data[0] if data else 0
     return SIDES[first & 1], LIMITS[first >> 1 & 1], data[1:]
 
 
-def take(data: bytes) -> None:
-    side, limit, stream = parts(data)
+def run(data: bytes) -> None:
+    side, limit, stream = decode_input(data)
     decode(FrameDecoder(side, limit), [stream])
 
 
 def check(data: bytes) -> None:
-    side, limit, stream = parts(data)
+    side, limit, stream = decode_input(data)
     frames: list[RawFrame] = []
     decoder = FrameDecoder(side, limit)
     fault: tuple[Code, str] | None = None
@@ -54,7 +54,7 @@ def check(data: bytes) -> None:
         check_head(head, number, side)
     if fault is None:
         assert decoder.buffered == len(stream) - taken < LENGTH_SIZE + limit
-    for pieces in ways_to_cut(stream):
+    for pieces in divisions(stream):
         found, rest = decode(FrameDecoder(side, limit), pieces)
         assert found == frames
         assert rest == (decoder.buffered if fault is None else fault)
@@ -64,4 +64,4 @@ def check(data: bytes) -> None:
         assert frames == [(*header, stream[HEADER_SIZE:])]
 
 
-TARGET = Target("frames", take, check)
+TARGET = Target("frames", run, check)

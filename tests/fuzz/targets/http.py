@@ -1,10 +1,10 @@
-"""Any bytes are requests and one refusal at most; every response has the security headers."""
+"""Fuzz HTTP: any bytes are requests and at most one refusal; all responses have the security headers."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from tests.fuzz.target import Target, ways_to_cut
+from tests.fuzz.target import Target, divisions
 from tests.helpers import NOW, WALL
 from tests.http.helpers import Answer, answers
 from zcproto.http.connection import NEVER, HttpConnection, HttpLimits
@@ -17,70 +17,70 @@ SECURITY = (
     SecurityHeaders(None),
     SecurityHeaders(StrictTransportSecurity(60, include_subdomains=False)),
 )
-GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
-ONCE = (
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+REQUIRED_ONCE = (
     *("content-security-policy", "x-content-type-options", "x-frame-options", "cache-control"),
     *("referrer-policy", "date"),
 )
 
 
-class Said(NamedTuple):
-    """A whole conversation."""
+class Exchange(NamedTuple):
+    """Requests and responses of one connection."""
 
     requests: list[HttpRequest]
-    out: bytes
+    sent: bytes
     connection: HttpConnection
 
 
-def answer_to(request: HttpRequest) -> HttpResponse:
-    """A response that tells what was understood."""
+def description(request: HttpRequest) -> HttpResponse:
+    """Return a response that describes the parsed request."""
     headers = "".join(f"{name}={value!r}" for name, value in sorted(request.headers.items()))
     return text_response(
         200, f"{request.method} {request.path} {request.query} {headers} {request.body!r}".encode().hex()
     )
 
 
-def converse(security: SecurityHeaders, pieces: list[bytes], limits: HttpLimits = LIMITS) -> Said:
-    """What is said if each request is answered as soon as it is there."""
+def run_exchange(security: SecurityHeaders, pieces: list[bytes], limits: HttpLimits = LIMITS) -> Exchange:
+    """Receive the pieces and answer each request immediately."""
     connection = HttpConnection(limits, security, NOW)
     requests: list[HttpRequest] = []
-    out = b""
+    sent = b""
     for piece in pieces:
         request = connection.receive_data(piece, WALL, NOW)
         while request is not None:
             requests.append(request)
-            request = connection.respond(answer_to(request), WALL, NOW)
-        out += connection.data_to_send()
-    return Said(requests, out, connection)
+            request = connection.respond(description(request), WALL, NOW)
+        sent += connection.data_to_send()
+    return Exchange(requests, sent, connection)
 
 
-def take(data: bytes) -> None:
-    converse(SECURITY[0], [data[1:]], HttpLimits())
+def run(data: bytes) -> None:
+    run_exchange(SECURITY[0], [data[1:]], HttpLimits())
 
 
 def check(data: bytes) -> None:
     security, stream = SECURITY[data[0] % len(SECURITY) if data else 0], data[1:]
-    whole = converse(security, [stream])
+    whole = run_exchange(security, [stream])
     check_answers(whole, security)
-    for pieces in ways_to_cut(stream):
-        said = converse(security, pieces)
-        check_answers(said, security)
-        # The same requests are understood. Of two faults of one request, the first to arrive is told.
-        assert list(map(answer_to, said.requests)) == list(map(answer_to, whole.requests))
-        assert len(said.connection.sent) == len(whole.connection.sent)
-        assert said.connection.closing is whole.connection.closing
-        assert said.connection.idle is whole.connection.idle
-        check_end(said, security)
+    for pieces in divisions(stream):
+        exchange = run_exchange(security, pieces)
+        check_answers(exchange, security)
+        # The parsed requests are the same. Of two faults in one request, the first received is reported.
+        assert list(map(description, exchange.requests)) == list(map(description, whole.requests))
+        assert len(exchange.connection.sent) == len(whole.connection.sent)
+        assert exchange.connection.closing is whole.connection.closing
+        assert exchange.connection.idle is whole.connection.idle
+        check_end(exchange, security)
     check_end(whole, security)
 
 
-def check_answers(said: Said, security: SecurityHeaders) -> None:
-    """Each request has its answer, a refusal is the last, and all have what each must have."""
-    methods = [request.method for request in said.requests]
-    found = read(said.out, methods)
+def check_answers(exchange: Exchange, security: SecurityHeaders) -> None:
+    """Assert that each request is answered, a refusal is last, and all have the required headers."""
+    methods = [request.method for request in exchange.requests]
+    found = read(exchange.sent, methods)
     refused = len(found) - len(methods)
     assert refused in (0, 1)
-    assert said.connection.sent == [answer.status for answer in found]
+    assert exchange.connection.sent == [answer.status for answer in found]
     for answer in found:
         check_headers(answer, security)
     for answer in found[: len(methods)]:
@@ -88,31 +88,31 @@ def check_answers(said: Said, security: SecurityHeaders) -> None:
     if refused:
         assert 400 <= found[-1].status <= 505
         assert found[-1].closes
-    assert said.connection.closing is bool(found and found[-1].closes)
+    assert exchange.connection.closing is bool(found and found[-1].closes)
     assert len(methods) <= LIMITS.max_requests
-    for request in said.requests:
+    for request in exchange.requests:
         assert len(request.body) <= LIMITS.max_body
         assert len(request.headers) <= LIMITS.max_fields
 
 
-def read(out: bytes, methods: list[str]) -> list[Answer]:
-    # Who asked to go on, and was told to, may never have done so.
-    out = out.removesuffix(GO_ON)
-    # The body of a refusal is a line, and one of HEAD has none.
-    return answers(out, [*methods, "HEAD" if out.endswith(b"\r\n\r\n") else "GET"])
+def read(sent: bytes, methods: list[str]) -> list[Answer]:
+    # The client may never send the body after "100 Continue".
+    sent = sent.removesuffix(CONTINUE)
+    # A refusal has a body, except for HEAD.
+    return answers(sent, [*methods, "HEAD" if sent.endswith(b"\r\n\r\n") else "GET"])
 
 
 def check_headers(answer: Answer, security: SecurityHeaders) -> None:
-    wanted = [] if security.hsts is None else [security.hsts.value]
-    assert answer.all("strict-transport-security") == wanted
-    for name in ONCE:
+    expected = [] if security.hsts is None else [security.hsts.value]
+    assert answer.all("strict-transport-security") == expected
+    for name in REQUIRED_ONCE:
         assert len(answer.all(name)) == 1
     assert not answer.all("server")
 
 
-def check_end(said: Said, security: SecurityHeaders) -> None:
-    """What waits is bounded, and when its time is over it is answered or dropped."""
-    connection = said.connection
+def check_end(exchange: Exchange, security: SecurityHeaders) -> None:
+    """Assert that buffers are bounded, and that a waiting connection ends at its deadline."""
+    connection = exchange.connection
     if connection.closing:
         assert connection.next_deadline() == NEVER
         assert not connection._buffer
@@ -125,13 +125,13 @@ def check_end(said: Said, security: SecurityHeaders) -> None:
     assert NOW < deadline < NEVER
     is_idle = connection.idle
     connection.handle_timeout(WALL, deadline)
-    out = connection.data_to_send()
+    sent = connection.data_to_send()
     assert connection.closing
-    assert bool(out) is not is_idle
-    if out:
-        (answer,) = read(out, [])
+    assert bool(sent) is not is_idle
+    if sent:
+        (answer,) = read(sent, [])
         assert answer.status == 408
         check_headers(answer, security)
 
 
-TARGET = Target("http", take, check)
+TARGET = Target("http", run, check)

@@ -1,4 +1,4 @@
-"""Any body is a message of the kind that is asked for, or a MessageError with a fixed phrase."""
+"""Fuzz message decoders: any body is a message, or a MessageError with a fixed phrase."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ DECODERS: tuple[Callable[[bytes, int], Any], ...] = (
     read_welcome.__wrapped__,
 )
 DEPTHS = (32, 3)
-LONGEST_PHRASE = 120
+MAX_PHRASE = 120
 
 
 def values_of(body: bytes, depth: int) -> list[Any]:
-    """What each decoder makes of a body: its value, or the phrase of its refusal."""
+    """Return the value or the error of each decoder."""
     found: list[Any] = []
     for decoder in DECODERS:
         try:
@@ -42,7 +42,7 @@ def values_of(body: bytes, depth: int) -> list[Any]:
 
 
 def depth_of(value: Any) -> int:
-    """How deep a value is nested; its outermost array is 1."""
+    """Return the nesting depth of a value; a flat array has depth 1."""
     if isinstance(value, dict):
         assert all(type(key) is str for key in value)
         value = list(value.values())
@@ -50,13 +50,13 @@ def depth_of(value: Any) -> int:
 
 
 def size_of(value: Any) -> int:
-    """Elements of a value, each at least a byte on the wire."""
+    """Return the number of elements of a value; each is at least a byte on the wire."""
     if isinstance(value, dict):
         return 1 + sum(1 + size_of(each) for each in value.values())
     return 1 + sum(map(size_of, value)) if isinstance(value, list) else 1
 
 
-def take(data: bytes) -> None:
+def run(data: bytes) -> None:
     for decoder in DECODERS[:2]:
         try:
             decoder(data[1:], 32)
@@ -72,7 +72,7 @@ def check(data: bytes) -> None:
             phrase = str(value) if isinstance(value, MessageError) else value.reason
             assert phrase.isascii()
             assert phrase.isprintable()
-            assert 0 < len(phrase) <= LONGEST_PHRASE
+            assert 0 < len(phrase) <= MAX_PHRASE
     plain, request, error, event, mapping, welcome = found
     if isinstance(plain, MessageError):
         assert all(isinstance(each, MessageError | ProtocolError) for each in found)
@@ -85,22 +85,22 @@ def check(data: bytes) -> None:
         method, params, meta = request
         assert 1 <= len(method) <= METHOD_MAX_LENGTH
         assert METHOD_ALPHABET.issuperset(method)
-        assert same([method, params], [plain[0], plain[1] or {}])
+        assert equal_on_wire([method, params], [plain[0], plain[1] or {}])
         key = meta.idempotency_key
         assert key is None or 1 <= len(key) <= 64
     if not isinstance(error, MessageError):
-        assert same([error.code, error.message], plain[:2])
+        assert equal_on_wire([error.code, error.message], plain[:2])
     if not isinstance(event, MessageError):
-        assert same(list(event), plain)
+        assert equal_on_wire(list(event), plain)
     if not isinstance(mapping, MessageError):
-        assert same(mapping, plain)
+        assert equal_on_wire(mapping, plain)
     if not isinstance(welcome, ProtocolError):
-        assert same(welcome, plain)
+        assert equal_on_wire(welcome, plain)
 
 
-def same(one: Any, other: Any) -> bool:
-    """Equal as it would be sent: NaN is like itself here."""
+def equal_on_wire(one: Any, other: Any) -> bool:
+    """Return whether both encode to the same bytes; unlike ==, NaN equals itself."""
     return encode_body(one) == encode_body(other)
 
 
-TARGET = Target("messages", take, check)
+TARGET = Target("messages", run, check)

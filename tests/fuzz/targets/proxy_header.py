@@ -1,11 +1,11 @@
-"""Any first bytes of a balancer's connection are a header, a reason why not, or too few to tell."""
+"""Fuzz the first bytes of a load balancer's connection: a PROXY header, a failure, or incomplete."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
 
-from tests.fuzz.target import Target, ways_to_cut
+from tests.fuzz.target import Target, divisions
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.proxy_header import MAX_SIZE, SIGNATURE, ProxyHeader, ProxyHeaderReader
 
@@ -15,7 +15,7 @@ FAILURES = frozenset(
 
 
 def verdict(pieces: Sequence[bytes]) -> tuple[ProxyHeader | TlsFailure | None, int]:
-    """The judgement, and how many bytes there were when it came."""
+    """Return the verdict, and the number of bytes received until then."""
     reader = ProxyHeaderReader()
     size = 0
     for piece in pieces:
@@ -27,13 +27,13 @@ def verdict(pieces: Sequence[bytes]) -> tuple[ProxyHeader | TlsFailure | None, i
     return None, size
 
 
-def take(data: bytes) -> None:
+def run(data: bytes) -> None:
     verdict([data])
 
 
 def check(data: bytes) -> None:
     whole, _ = verdict([data])
-    for pieces in ways_to_cut(data):
+    for pieces in divisions(data):
         judged, at = verdict(pieces)
         assert judged == verdict([data[:at]])[0]
         if isinstance(judged, ProxyHeader):
@@ -53,4 +53,4 @@ def check(data: bytes) -> None:
         assert whole in FAILURES
 
 
-TARGET = Target("proxy_header", take, check)
+TARGET = Target("proxy_header", run, check)

@@ -1,7 +1,4 @@
-"""A server's conversation in which the client does as it likes, after a good beginning.
-
-An input is read as a script: what comes next, with its choices.
-"""
+"""Fuzz a server connection with a hostile client. An input is a script of steps of both sides."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ SETTINGS = ConnectionSettings(
     max_frame=2_000, max_frame_before_session=600, max_streams=3, idle_timeout_s=60.0, open_timeout_s=10.0
 )
 ENDING = FATAL_CODES | {Code.STALE_TIMESTAMP}
-"""The tenth stale frame in a row ends a connection."""
+"""Codes that close a connection; ten consecutive stale frames do so, too."""
 
 ORDER = [State.OPEN, State.DRAINING, State.CLOSED]
 HEADS = (*sorted(ACCEPTED[Side.SERVER]), 0x01030000, 0x01020001, 0x02020000, 0x01FF0000)
@@ -39,8 +36,8 @@ SECONDS = (0.0, 0.001, 0.5, 4.0, 15.0, 61.0)
 JUMPS_MS = (-(2**40), -40_000, -1_000, 1_000, 40_000, 2**40)
 
 
-class Talk:
-    """What was said and is owed. `checked` is False where time is taken."""
+class HostileClient:
+    """Play a script against a server. With `checked` the invariants are asserted after each step."""
 
     def __init__(self, checked: bool = True) -> None:
         registry = small_registry(lifetime_ms=600_000, idle_timeout_ms=120_000)
@@ -71,8 +68,8 @@ class Talk:
             case 1:
                 self.feed(self.any_frame(script), script)
             case 2 | 3:
-                stream, method = script.byte() % 5 + 1, script.one_of(METHODS)
-                deadline = script.one_of(DEADLINES)
+                stream, method = script.byte() % 5 + 1, script.choose(METHODS)
+                deadline = script.choose(DEADLINES)
                 meta = None if deadline is None else {"deadline_ms": deadline}
                 self.feed(
                     pair.request(stream, method, {"x": script.bytes()}, meta, token=self.token(script)),
@@ -85,19 +82,19 @@ class Talk:
             case 5:
                 self.feed(pair.cancel(script.byte() % 5, token=self.token(script)), script)
             case 6:
-                self.feed(pair.frame(script.one_of((PING, PONG)), token=self.token(script)), script)
+                self.feed(pair.frame(script.choose((PING, PONG)), token=self.token(script)), script)
             case 7:
-                clock.advance(script.one_of(SECONDS))
-                self.take(server.handle_timeout(clock.wall(), clock.now()), False)
+                clock.advance(script.choose(SECONDS))
+                self.handle_events(server.handle_timeout(clock.wall(), clock.now()), False)
                 if self.checked:
                     assert server.next_deadline() > clock.now()
             case 8:
-                clock.wall_ms = max(0, clock.wall_ms + script.one_of(JUMPS_MS))
+                clock.wall_ms = max(0, clock.wall_ms + script.choose(JUMPS_MS))
             case 9 if self.held:
                 request = self.held.pop(script.byte() % len(self.held))
                 pair.respond(request, encode_body(script.bytes()))
             case 10:
-                user = script.one_of(("ada", "ben"))
+                user = script.choose(("ada", "ben"))
                 for info in pair.registry.list(user, clock.wall()):
                     pair.registry.revoke(info.id, user=user, reason="x")
                     server.session_revoked(info.id, "x", clock.wall(), clock.now())
@@ -108,15 +105,15 @@ class Talk:
                 server.go_away("draining", 100, clock.wall())
 
     def token(self, script: Script) -> bytes:
-        return script.one_of(self.tokens)
+        return script.choose(self.tokens)
 
     def any_frame(self, script: Script) -> bytes:
         return any_frame(script, self.pair.frame, token=self.token(script), heads=HEADS, streams=5)
 
     def feed(self, data: bytes, script: Script) -> None:
-        self.take(self.pair.receive_data(data), script.byte() % 2 == 1)
+        self.handle_events(self.pair.receive_data(data), script.byte() % 2 == 1)
 
-    def take(self, events: Iterable[ServerEvent | Request], hold: bool) -> None:
+    def handle_events(self, events: Iterable[ServerEvent | Request], hold: bool) -> None:
         server, clock = self.pair.server, self.pair.clock
         for event in events:
             match event:
@@ -135,7 +132,7 @@ class Talk:
                     assert isinstance(event, SessionJoined)
 
     def check(self) -> None:
-        """A legal state, frames that follow one another, and nothing that grows."""
+        """Assert a valid state, consecutive counters, and bounded streams, sessions and buffers."""
         server = self.pair.server
         assert ORDER.index(server.state) >= ORDER.index(self.state)
         was_closed, self.state = self.state is State.CLOSED, server.state
@@ -161,19 +158,19 @@ class Talk:
             assert server.next_deadline() <= self.pair.clock.now() + SETTINGS.idle_timeout_s
 
 
-def take(data: bytes) -> None:
-    Talk(checked=False).play(data)
+def run(data: bytes) -> None:
+    HostileClient(checked=False).play(data)
 
 
 def check(data: bytes) -> None:
-    Talk().play(data)
+    HostileClient().play(data)
 
 
 TARGET = Target(
     "server",
-    take,
+    run,
     check,
-    longest=1_024,
+    max_size=1_024,
     limit_s=0.040,
-    stretches=False,
+    repeats=False,
 )
