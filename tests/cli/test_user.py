@@ -270,6 +270,19 @@ def test_user_is_changed_even_if_the_store_is_unavailable(
     assert users.find("ada") is None
 
 
+def test_new_key_is_printed_even_if_the_store_is_unavailable(
+    users: UserFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_store, "PATIENCE_S", 0.1)
+    monkeypatch.setenv("ZCPROTO_STORE__URL", "redis://127.0.0.1:1")
+    assert main(["user", "new-key", "ada"]) == 2
+    out, err = capsys.readouterr()
+    user = find(users, "ada")
+    assert user is not None
+    assert user.digest == digest_of(token_from_text(out.strip()) or b"")
+    assert "the sessions could not be ended" in err
+
+
 def test_invalid_configuration_changes_no_user(users: UserFile, home: Path, capsys: Capture) -> None:
     (home / "config.toml").write_text("nonsense")
     text = users.path.read_text()
