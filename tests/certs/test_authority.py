@@ -30,23 +30,23 @@ def test_a_lost_certificate_of_the_authority_is_made_again_from_its_key(made: Pa
     old = read(made / "ca.crt")
     leaf = (made / "server.crt").read_bytes()
     (made / "ca.crt").unlink()
-    told: list[str] = []
-    ensure(made, progress=told.append)
+    sentences: list[str] = []
+    ensure(made, progress=sentences.append)
     new = read(made / "ca.crt")
     assert new.subject == old.subject
     assert new.public_key() == old.public_key()
     assert new.serial_number != old.serial_number
     assert (made / "server.crt").read_bytes() == leaf
-    assert told == [f"Renewed {made}/ca.crt with its key, until 2036-05-31."]
+    assert sentences == [f"Renewed {made}/ca.crt with its key, until 2036-05-31."]
 
 
-def test_a_damaged_certificate_of_the_authority_is_put_aside_and_made_again(made: Path) -> None:
+def test_a_damaged_certificate_of_the_authority_is_set_aside_and_made_again(made: Path) -> None:
     (made / "ca.crt").write_bytes(b"junk")
-    told: list[str] = []
-    ensure(made, progress=told.append)
+    sentences: list[str] = []
+    ensure(made, progress=sentences.append)
     assert (made / "ca.crt.aside").read_bytes() == b"junk"
     read(made / "server.crt").verify_directly_issued_by(read(made / "ca.crt"))
-    assert told[0].endswith(f"It was set aside as {made}/ca.crt.aside.")
+    assert sentences[0].endswith(f"It was set aside as {made}/ca.crt.aside.")
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,12 @@ def test_an_authority_that_cannot_be_renewed_is_kept_while_it_is_valid(
 ) -> None:
     old = read(made / "ca.crt")
     fail_to_write(monkeypatch, "ca.crt")
-    told: list[str] = []
-    (one, _) = ensure(made, now=NOW + 3600 * DAY, progress=told.append)
+    sentences: list[str] = []
+    (one, _) = ensure(made, now=NOW + 3600 * DAY, progress=sentences.append)
     assert one.not_after == old.not_valid_after_utc
-    assert f"{made}/ca.crt could not be renewed: {made}/ca.crt: cannot be written: No space left" in told[0]
+    assert (
+        f"{made}/ca.crt could not be renewed: {made}/ca.crt: cannot be written: No space left" in sentences[0]
+    )
     with pytest.raises(CertificateError, match=r"ca\.crt: cannot be written: No space left on device"):
         ensure(made, now=NOW + 3700 * DAY)
 
@@ -96,13 +98,13 @@ def test_an_authority_that_cannot_be_renewed_is_kept_while_it_is_valid(
 def test_without_the_key_of_the_authority_the_leaves_are_served_until_they_expire(made: Path) -> None:
     (made / "ca.key").unlink()
     before = [(made / name).read_bytes() for name in ("server.crt", "server-ecdsa.crt")]
-    told: list[str] = []
-    ensure(made, progress=told.append)
-    assert told == []
-    pairs = ensure(made, now=NOW + 80 * DAY, progress=told.append)
+    sentences: list[str] = []
+    ensure(made, progress=sentences.append)
+    assert sentences == []
+    pairs = ensure(made, now=NOW + 80 * DAY, progress=sentences.append)
     assert [pair.certificate.read_bytes() for pair in pairs] == before
-    assert len(told) == 2
-    assert told[0].startswith(
+    assert len(sentences) == 2
+    assert sentences[0].startswith(
         f"{made}/server.crt could not be renewed (it expires on 2026-08-30 12:30 UTC): {made}/ca.key: does not"
         " exist, so no certificate can be issued; restore the key, or move ca.crt and"
     )
@@ -140,7 +142,7 @@ def test_a_wrong_key_of_the_authority_is_as_good_as_none(
     assert (made / "ca.key").read_bytes() == data
 
 
-def test_an_authority_of_which_nothing_can_be_read_is_told(made: Path) -> None:
+def test_an_authority_of_which_nothing_can_be_read_is_reported(made: Path) -> None:
     (made / "ca.crt").unlink()
     (made / "ca.key").write_bytes(b"junk")
     with pytest.raises(CertificateError, match=r"ca\.key: contains no PEM key"):
@@ -206,19 +208,19 @@ def test_an_authority_is_made_for_the_names_that_are_known(made: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["new.example", "*.example.com"])
-def test_a_configured_name_beyond_them_needs_a_new_authority_and_is_told_loudly(
+def test_a_configured_name_beyond_them_needs_a_new_authority_and_is_reported_loudly(
     made: Path, name: str
 ) -> None:
     old = read(made / "ca.crt")
-    told: list[str] = []
-    pairs = ensure(made, names=["zcp.example.com", name], progress=told.append)
+    sentences: list[str] = []
+    pairs = ensure(made, names=["zcp.example.com", name], progress=sentences.append)
     new = read(made / "ca.crt")
     assert new.public_key() == old.public_key()
     assert new.subject == old.subject
     base = name.removeprefix("*.")
     assert set(profile.permitted_names(new) or ()) == {"localhost", "zcp.example.com", base}
     assert all(name in pair.names for pair in pairs)
-    assert told[1] == (
+    assert sentences[1] == (
         f"ATTENTION: {made}/ca.crt was reissued because the old one is not valid for {name}. Clients that have"
         " the old file refuse this server from now on: give them the new one."
     )
@@ -237,31 +239,31 @@ def openssl_accepts(folder: Path, now: datetime) -> None:
 
 
 def test_a_name_of_the_host_beyond_them_is_left_out_with_a_word(made: Path) -> None:
-    before, told = (made / "ca.crt").read_bytes(), list[str]()
+    before, sentences = (made / "ca.crt").read_bytes(), list[str]()
     arguments: dict[str, Any] = {"host_names": ["localhost", "box", "box.lan", "10.0.0.7"]}
-    pairs = ensure(made, **arguments, progress=told.append)
+    pairs = ensure(made, **arguments, progress=sentences.append)
     assert (made / "ca.crt").read_bytes() == before
     assert pairs[0].names == ("zcp.example.com", "192.0.2.7", "localhost", "10.0.0.7")
-    assert told[1] == (
+    assert sentences[1] == (
         f"{made}/server.crt leaves out box, box.lan: ca.crt may not issue for it. Add it to certificates.names if"
         " clients use it; they will then need a new ca.crt."
     )
     openssl_accepts(made, NOW)
-    told.clear()
-    assert ensure(made, **arguments, progress=told.append) == pairs
-    assert told == []
+    sentences.clear()
+    assert ensure(made, **arguments, progress=sentences.append) == pairs
+    assert sentences == []
     with_box = ensure(made, **arguments, names=["box.lan"])
     assert "box" in with_box[0].names  # where a new one is needed, the host's names are taken in
     openssl_accepts(made, NOW)
 
 
-def test_an_authority_that_is_good_for_no_name_at_all_is_made_anew(tmp_path: Path) -> None:
-    folder, told = tmp_path / "certs", list[str]()
+def test_an_authority_that_is_good_for_no_name_at_all_is_reissued(tmp_path: Path) -> None:
+    folder, sentences = tmp_path / "certs", list[str]()
     arguments: dict[str, Any] = {"names": [], "key_types": ["ecdsa-p256"]}
     ensure(folder, **arguments, host_names=["a.lan"])
-    (one,) = ensure(folder, **arguments, host_names=["b.lan"], progress=told.append)
+    (one,) = ensure(folder, **arguments, host_names=["b.lan"], progress=sentences.append)
     assert one.names == ("b.lan",)
-    assert "ATTENTION" in told[1]
+    assert "ATTENTION" in sentences[1]
 
 
 def without_constraints(folder: Path) -> x509.Certificate:
@@ -275,11 +277,11 @@ def without_constraints(folder: Path) -> x509.Certificate:
 
 def test_an_authority_without_constraints_stays_as_it_is_for_any_name(made: Path) -> None:
     old = without_constraints(made)
-    told: list[str] = []
+    sentences: list[str] = []
     changes: dict[str, Any] = {"names": ["new.example"], "host_names": ["localhost", "box"]}
-    assert "box" in ensure(made, **changes, progress=told.append)[0].names
+    assert "box" in ensure(made, **changes, progress=sentences.append)[0].names
     assert read(made / "ca.crt") == old
-    assert len(told) == 2
+    assert len(sentences) == 2
     ensure(made, **changes, now=NOW + 3600 * DAY)
     renewed = read(made / "ca.crt")
     assert renewed != old
@@ -293,25 +295,25 @@ def test_a_renewed_authority_permits_what_the_old_one_did_and_what_is_wanted_now
     openssl_accepts(made, later)
 
 
-def test_a_certificate_with_a_name_beyond_a_new_authority_is_made_anew(made: Path) -> None:
+def test_a_certificate_with_a_name_beyond_a_new_authority_is_reissued(made: Path) -> None:
     """A lost ca.crt takes with it which names it permitted."""
     ensure(made, host_names=["localhost", "old.zcp.example.com"])
     (made / "ca.crt").unlink()
-    told: list[str] = []
+    sentences: list[str] = []
     arguments: dict[str, Any] = {"names": ["new.example"], "host_names": ["localhost"]}
     for name in ("server.crt", "server-ecdsa.crt"):
         assert "zcp.example.com" in pair.names_of(read(made / name))
-    pairs = ensure(made, **arguments, progress=told.append)
+    pairs = ensure(made, **arguments, progress=sentences.append)
     assert pairs[0].names == ("new.example", "localhost")
     openssl_accepts(made, NOW)
 
 
 def test_only_a_name_that_is_not_permitted_is_a_reason(made: Path) -> None:
     (made / "ca.crt").unlink()
-    told: list[str] = []
-    ensure(made, names=[], progress=told.append)
+    sentences: list[str] = []
+    ensure(made, names=[], progress=sentences.append)
     reason = "(the authority may not issue for its name zcp.example.com)"
-    assert [reason in sentence for sentence in told] == [False, True, True]
+    assert [reason in sentence for sentence in sentences] == [False, True, True]
     openssl_accepts(made, NOW)
 
 
@@ -337,7 +339,7 @@ def test_an_authority_that_cannot_be_made_for_more_names_is_no_server(
     assert "new.example" in ensure(made, names=["new.example"])[0].names
 
 
-def test_an_authority_with_constraints_that_cannot_be_read_was_not_made_here(
+def test_an_authority_with_constraints_that_cannot_be_read_was_not_created_here(
     made: Path, rsa_key: Any
 ) -> None:
     bad = x509.UnrecognizedExtension(x509.ExtensionOID.NAME_CONSTRAINTS, b"\x30\x03\x82\x05a")

@@ -235,7 +235,9 @@ def test_a_renewal_that_fails_keeps_the_old_and_is_tried_again_with_patience(
     assert harness.served.not_after > before.not_after
 
 
-def test_a_failure_of_another_kind_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_another_kind_is_reported_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     harness = managed_harness(tmp_path)
     harness.check()
     for error in (errno.ENOSPC, errno.EIO):
@@ -462,7 +464,7 @@ def test_a_folder_that_is_deleted_is_filled_again_and_served_on_meanwhile(tmp_pa
     assert harness.served.pin != before.pin
 
 
-def test_a_lost_key_of_the_authority_is_told_and_the_alert_comes(tmp_path: Path) -> None:
+def test_a_lost_key_of_the_authority_is_reported_and_the_alert_comes(tmp_path: Path) -> None:
     harness = managed_harness(tmp_path)
     harness.check()
     (tmp_path / "certs" / "ca.key").unlink()
@@ -484,14 +486,14 @@ def test_a_lost_key_of_the_authority_is_told_and_the_alert_comes(tmp_path: Path)
     assert "expired on" in expired.message
 
 
-def test_an_own_certificate_that_is_not_due_is_no_reason_for_an_alert(tmp_path: Path) -> None:
+def test_an_managed_certificate_that_is_not_due_is_no_reason_for_an_alert(tmp_path: Path) -> None:
     harness = managed_harness(tmp_path, lifetime=2 * DAY)
     assert kinds(harness.check()) == ["renewed"]
     outcomes = harness.checks(9 * 24, HOUR)
     assert set(kinds(*outcomes)) == {"renewed"}
 
 
-def test_the_end_of_the_authority_is_told(tmp_path: Path) -> None:
+def test_the_end_of_the_authority_is_reported(tmp_path: Path) -> None:
     harness = managed_harness(tmp_path)
     harness.check()
     (tmp_path / "certs" / "ca.key").unlink()
@@ -558,7 +560,7 @@ def test_one_good_certificate_of_two_is_enough_if_the_disk_fails(
     assert [one.key_type for one in harness.checker.certificates.pairs] == ["rsa-2048", "ecdsa-p256"]
 
 
-def test_what_was_not_made_here_stops_a_start_and_nothing_else(tmp_path: Path, ec_key: Any) -> None:
+def test_what_was_not_created_here_stops_a_start_and_nothing_else(tmp_path: Path, ec_key: Any) -> None:
     harness = managed_harness(tmp_path)
     harness.check()
     harness.settle()
@@ -619,7 +621,7 @@ def other_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def test_with_files_of_others_nothing_is_made(tmp_path: Path, ec_key: Any, other_key: Any) -> None:
+def test_with_files_of_other_programs_nothing_is_made(tmp_path: Path, ec_key: Any, other_key: Any) -> None:
     write(tmp_path, "site", ec_key, "a.example", not_after=NOW + 90 * DAY)
     harness = Harness(CertificateSettings(external_site(tmp_path, "site")))
     outcome = harness.check()
@@ -634,7 +636,7 @@ def test_with_files_of_others_nothing_is_made(tmp_path: Path, ec_key: Any, other
     assert sorted(path.name for path in tmp_path.iterdir()) == ["site.crt", "site.key"]
 
 
-def test_bad_files_change_nothing_and_are_told_once(tmp_path: Path, ec_key: Any, other_key: Any) -> None:
+def test_bad_files_change_nothing_and_are_reported_once(tmp_path: Path, ec_key: Any, other_key: Any) -> None:
     write(tmp_path, "site", ec_key, "a.example", not_after=NOW + 90 * DAY)
     harness = Harness(CertificateSettings(external_site(tmp_path, "site")))
     harness.check()
@@ -649,7 +651,7 @@ def test_bad_files_change_nothing_and_are_told_once(tmp_path: Path, ec_key: Any,
 
 
 @pytest.mark.requirement("expiry_alerts")
-def test_the_end_of_others_certificates_is_told_at_each_threshold(
+def test_the_end_of_other_programs_certificates_is_reported_at_each_threshold(
     tmp_path: Path, ec_key: Any, other_key: Any
 ) -> None:
     write(tmp_path, "site", ec_key, "a.example", not_after=NOW + 40 * DAY)
@@ -665,7 +667,7 @@ def test_the_end_of_others_certificates_is_told_at_each_threshold(
     assert "is no longer about to expire" in messages(outcome)
 
 
-def test_sites_stand_beside_own_certificates(tmp_path: Path, ec_key: Any, other_key: Any) -> None:
+def test_sites_stand_beside_managed_certificates(tmp_path: Path, ec_key: Any, other_key: Any) -> None:
     write(tmp_path, "a", ec_key, "a.example", not_after=NOW + 90 * DAY)
     write(tmp_path, "b", other_key, "*.b.example", not_after=NOW + 90 * DAY)
     sites = (external_site(tmp_path, "a", "a.example"), external_site(tmp_path, "b", "*.b.example"))
@@ -746,7 +748,7 @@ def client_trust_harness(folder: Path, key: Any, crl: bytes | None) -> Harness:
     return Harness(CertificateSettings(external_site(folder, "site"), clients=trust))
 
 
-def test_a_change_of_the_authorities_for_clients_is_told(tmp_path: Path, ec_key: Any) -> None:
+def test_a_change_of_the_authorities_for_clients_is_reported(tmp_path: Path, ec_key: Any) -> None:
     harness = client_trust_harness(tmp_path, ec_key, None)
     outcome = harness.check()
     assert kinds(outcome) == ["loaded"]
@@ -757,7 +759,7 @@ def test_a_change_of_the_authorities_for_clients_is_told(tmp_path: Path, ec_key:
     assert outcome.serving is not None  # each context contains the authorities
 
 
-def test_a_new_list_of_revoked_certificates_is_told(tmp_path: Path, ec_key: Any) -> None:
+def test_a_new_list_of_revoked_certificates_is_reported(tmp_path: Path, ec_key: Any) -> None:
     harness = client_trust_harness(tmp_path, ec_key, revocations(ec_key))
     harness.check()
     (tmp_path / "crl.pem").write_bytes(revocations(ec_key, serial=8) + revocations(ec_key))
@@ -817,7 +819,7 @@ def test_a_list_without_an_end_is_refused(
         harness.check()
 
 
-def test_the_ends_of_authorities_and_lists_for_clients_are_told(tmp_path: Path, ec_key: Any) -> None:
+def test_the_ends_of_authorities_and_lists_for_clients_are_reported(tmp_path: Path, ec_key: Any) -> None:
     harness = client_trust_harness(tmp_path, ec_key, revocations(ec_key, NOW + 40 * DAY))
     harness.check()
     harness.checks(9)
@@ -835,7 +837,7 @@ def managed_clients(folder: Path) -> Harness:
     return Harness(CertificateSettings(ManagedSite(directory, OWN), clients=trust))
 
 
-def test_the_own_authority_for_clients_is_made_and_a_revocation_is_seen(tmp_path: Path) -> None:
+def test_the_managed_authority_for_clients_is_made_and_a_revocation_is_seen(tmp_path: Path) -> None:
     harness = managed_clients(tmp_path)
     assert kinds(harness.check()) == ["renewed"]
     assert (tmp_path / "certs" / "client-ca.crl").exists()
@@ -847,7 +849,7 @@ def test_the_own_authority_for_clients_is_made_and_a_revocation_is_seen(tmp_path
     assert kinds(outcome) == ["client_trust_loaded"]
 
 
-def test_the_own_list_is_signed_anew_before_it_ends(tmp_path: Path) -> None:
+def test_the_managed_list_is_signed_again_before_it_ends(tmp_path: Path) -> None:
     harness = managed_clients(tmp_path)
     harness.check()
     outcomes = harness.checks(133, 3 * DAY)
@@ -856,7 +858,7 @@ def test_the_own_list_is_signed_anew_before_it_ends(tmp_path: Path) -> None:
     assert kinds(harness.check(sleeps=-500 * DAY)).count("client_trust_loaded") == 1
 
 
-def test_an_own_list_that_cannot_be_signed_is_told_and_tried_again(
+def test_an_managed_list_that_cannot_be_signed_is_reported_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness = managed_clients(tmp_path)
@@ -875,7 +877,7 @@ def test_an_own_list_that_cannot_be_signed_is_told_and_tried_again(
     assert kinds(*harness.checks(12, HOUR)) == ["renewal_recovered"]
 
 
-def test_own_authorities_for_clients_that_are_gone_are_no_error_of_time(
+def test_managed_authorities_for_clients_that_are_gone_are_no_error_of_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness = managed_clients(tmp_path)
@@ -912,7 +914,7 @@ def test_a_start_goes_on_with_what_is_there_for_clients_if_the_disk_fails(
 # --- what is told of all that
 
 
-def test_the_status_tells_all_that_is_in_use(tmp_path: Path) -> None:
+def test_the_status_reports_all_that_is_in_use(tmp_path: Path) -> None:
     harness = managed_harness(tmp_path, key_types=("rsa-2048", "ecdsa-p256"))
     harness.check()
     rsa, ecdsa, ca = harness.checker.status(harness.now + DAY)

@@ -30,21 +30,21 @@ class Desk:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.now = NOW
-        self.told: list[str] = []
+        self.sentences: list[str] = []
 
     def issue(self, name: str = "ada", **options: Any) -> ClientCertificate:
-        options = {"lifetime": 90 * DAY, "now": self.now, "progress": self.told.append, **options}
+        options = {"lifetime": 90 * DAY, "now": self.now, "progress": self.sentences.append, **options}
         return client_ca.issue_client(self.directory, name, **options)
 
     def revoke(self, name: str | None = None, **options: Any) -> tuple[Issued, ...]:
-        options = {"now": self.now, "progress": self.told.append, **options}
+        options = {"now": self.now, "progress": self.sentences.append, **options}
         return client_ca.revoke_client(self.directory, name=name, **options)
 
     def refresh(self) -> datetime | None:
-        return client_ca.refresh_crl(self.directory, self.now, progress=self.told.append)
+        return client_ca.refresh_crl(self.directory, self.now, progress=self.sentences.append)
 
     def ensure(self) -> tuple[Path, Path]:
-        return client_ca.ensure_authority(self.directory, self.now, progress=self.told.append)
+        return client_ca.ensure_authority(self.directory, self.now, progress=self.sentences.append)
 
     @property
     def ca(self) -> x509.Certificate:
@@ -135,7 +135,7 @@ def test_the_first_certificate_makes_the_authority(desk: Desk) -> None:
     )
     assert key_of(issued).public_key() == load(issued).public_key()
     assert client_user.user_of(der(load(issued)), "dns") == "ada.example"
-    (sentence,) = desk.told
+    (sentence,) = desk.sentences
     assert sentence.startswith("Created the certificate authority")
 
 
@@ -328,7 +328,7 @@ def test_what_was_not_issued_here_is_never_overwritten(
     assert path.read_bytes() == foreign
 
 
-def test_a_key_of_nobodys_is_put_aside(desk: Desk, ec_key: ec.EllipticCurvePrivateKey) -> None:
+def test_a_key_of_nobodys_is_set_aside(desk: Desk, ec_key: ec.EllipticCurvePrivateKey) -> None:
     desk.ensure()
     files.make_folder(desk.path("clients"))
     path = desk.path("clients/ada.key")
@@ -337,10 +337,10 @@ def test_a_key_of_nobodys_is_put_aside(desk: Desk, ec_key: ec.EllipticCurvePriva
     issued = desk.issue()
     assert key_of(issued).public_key() == load(issued).public_key()
     assert desk.path("clients/ada.key.aside").read_bytes() == pem_of_key(ec_key)
-    assert "set aside" in desk.told[-1]
+    assert "set aside" in desk.sentences[-1]
 
 
-def test_damaged_files_are_put_aside(desk: Desk) -> None:
+def test_damaged_files_are_set_aside(desk: Desk) -> None:
     first = desk.issue()
     assert first.key is not None
     first.certificate.write_bytes(b"damaged")
@@ -392,7 +392,7 @@ def test_a_request_is_renewed_by_a_request(desk: Desk, ec_key: ec.EllipticCurveP
     assert desk.issue(csr=csr_of(ec_key), renew=True).pin == first.pin
 
 
-def test_a_key_that_was_made_here_does_not_stay_beside_a_requests_certificate(
+def test_a_key_that_was_created_here_does_not_stay_beside_a_requests_certificate(
     desk: Desk, ec_key: ec.EllipticCurvePrivateKey
 ) -> None:
     first = desk.issue()
@@ -544,7 +544,7 @@ def test_a_serial_number_that_no_list_has_is_revoked_all_the_same(desk: Desk) ->
     (revoked,) = desk.revoke(serial="4D:2A")
     assert (revoked.serial, revoked.name) == ("4D2A", UNKNOWN_NAME)
     assert desk.revoked == {"4D2A"}
-    assert "It is revoked nevertheless." in desk.told[-1]
+    assert "It is revoked nevertheless." in desk.sentences[-1]
     assert desk.listed == [("4D2A", "?", True)]
 
 
@@ -584,7 +584,7 @@ def test_the_signed_list_is_there_from_the_start(desk: Desk) -> None:
     assert {name: desk.path(name).stat().st_ino for name in desk.files()} == again
 
 
-def test_it_is_signed_anew_after_a_month(desk: Desk) -> None:
+def test_it_is_signed_again_after_a_month(desk: Desk) -> None:
     desk.ensure()
     first = desk.crl
     due = desk.refresh()
@@ -628,10 +628,10 @@ def test_a_signed_list_that_is_lost_or_damaged_is_made_again(desk: Desk, ec_key:
         if damage is not None:
             path.touch(0o600)
             path.write_bytes(damage)
-        desk.told.clear()
+        desk.sentences.clear()
         desk.refresh()
         assert desk.revoked == {issued.serial}
-        assert len(desk.told) == (damage is not None)
+        assert len(desk.sentences) == (damage is not None)
         (entry,) = desk.crl
         assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason.value == "keyCompromise"
 
@@ -689,7 +689,7 @@ def test_a_lost_list_is_said_and_not_taken_for_an_empty_one(desk: Desk) -> None:
     desk.now += 40 * DAY
     assert desk.refresh() == desk.now + DAY  # the signed list goes on with what it has
     assert desk.revoked == {ada.serial}
-    assert "Until then" in desk.told[-1]
+    assert "Until then" in desk.sentences[-1]
     path.touch(0o600)
     desk.issue("bob")
     assert [(name, revoked) for _, name, revoked in desk.listed] == [("?", True), ("bob", False)]
@@ -763,7 +763,7 @@ def test_without_the_key_nothing_is_issued_or_revoked_and_the_signed_list_goes_o
     assert due is not None
     desk.now = due
     assert desk.refresh() == due + DAY
-    assert "could not be signed again" in desk.told[-1]
+    assert "could not be signed again" in desk.sentences[-1]
     assert desk.verify(issued.certificate).endswith(": OK\n")
     end = desk.crl.next_update_utc
     assert end is not None
@@ -802,7 +802,7 @@ def test_with_neither_its_certificate_nor_a_good_key_there_is_no_authority(desk:
 
 
 @pytest.mark.parametrize("kind", ["foreign", "unreadable"])
-def test_an_authority_that_was_not_made_here_is_never_used(desk: Desk, ec_key: Any, kind: str) -> None:
+def test_an_authority_that_was_not_created_here_is_never_used(desk: Desk, ec_key: Any, kind: str) -> None:
     files.make_folder(desk.directory)
     key = ec_key if kind == "foreign" else ed25519.Ed25519PrivateKey.generate()
     certificate = build(key, algorithm=hashes.SHA256() if kind == "foreign" else None)
@@ -859,7 +859,8 @@ def test_wait_for_the_lock_is_reported(desk: Desk, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fcntl, "flock", flock)
     desk.refresh()
     assert (
-        desk.told[-1] == f"Waiting for another process that is changing the certificates in {desk.directory}."
+        desk.sentences[-1]
+        == f"Waiting for another process that is changing the certificates in {desk.directory}."
     )
 
 

@@ -167,7 +167,7 @@ def test_one_entry_names_the_user(kind: str, entry: str, user: str) -> None:
         ),
     ],
 )
-def test_what_is_in_no_normal_form_names_nobody(kind: str, value: bytes) -> None:
+def test_what_is_in_no_normal_form_names_no_user(kind: str, value: bytes) -> None:
     with pytest.raises(CertificateError) as caught:
         user_of(raw(TAGS[kind], value), kind)
     shown = str(caught.value)
@@ -199,12 +199,12 @@ def test_only_the_one_kind_counts(kind: str) -> None:
         [x509.DNSName("ada")] * 1000,
     ],
 )
-def test_two_entries_name_nobody(entries: list[x509.GeneralName]) -> None:
+def test_two_entries_name_no_user(entries: list[x509.GeneralName]) -> None:
     with pytest.raises(CertificateError, match=r"has [0-9]+ SubjectAltName entries"):
         user_of(named(*entries), "dns")
 
 
-def test_the_subject_names_nobody() -> None:
+def test_the_subject_names_no_user() -> None:
     with pytest.raises(CertificateError, match="has 0 SubjectAltName entries"):
         user_of(der(build(KEY, subject="ada")), "dns")
 
@@ -222,7 +222,7 @@ def test_the_subject_names_nobody() -> None:
     ],
     ids=["nothing", "cut", "short", "no_sequence", "unknown", "x400", "trailing"],
 )
-def test_an_extension_that_cannot_be_read_names_nobody(extension: bytes) -> None:
+def test_an_extension_that_cannot_be_read_names_no_user(extension: bytes) -> None:
     certificate = der(build(KEY, extensions=[x509.UnrecognizedExtension(SAN_OID, extension)]))
     with pytest.raises(CertificateError):
         user_of(certificate, "dns")
@@ -236,7 +236,7 @@ def test_its_end_is_checked_for_a_time() -> None:
         user_of(certificate, "dns", end + timedelta(seconds=1))
 
 
-def test_bytes_that_are_no_certificate_name_nobody() -> None:
+def test_bytes_that_are_no_certificate_name_no_user() -> None:
     good = named(x509.DNSName("ada"))
     for data in (b"", b"\x30", good[:-1], good[1:], good + b"x", bytes(100), b"\xff" * 65_536):
         with pytest.raises(CertificateError, match="cannot be parsed"):

@@ -103,7 +103,7 @@ def test_the_key_is_in_no_repr(folder: Path, ec_key: Any, root_key: Any) -> None
 # --- refused ---------------------------------------------------------------------------------------------
 
 
-def test_all_that_is_wrong_is_told_at_once(
+def test_all_that_is_wrong_is_reported_at_once(
     folder: Path, ec_key: Any, root_key: Any, root: x509.Certificate
 ) -> None:
     weak = rsa.generate_private_key(65537, 1024)
@@ -176,7 +176,7 @@ def test_what_holds_nothing_is_refused(folder: Path, data: bytes) -> None:
     assert found.chain == []
 
 
-def test_an_extension_that_cannot_be_read_is_told_once(folder: Path, ec_key: Any, root_key: Any) -> None:
+def test_an_extension_that_cannot_be_read_is_reported_once(folder: Path, ec_key: Any, root_key: Any) -> None:
     damaged = x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, b"\x30\x03\x02")
     found = look(folder, [leaf(ec_key, root_key, damaged)], ec_key, host="a.example")
     assert found.refused == [
@@ -235,7 +235,7 @@ def test_the_name_that_clients_use_must_be_in_it(
         )
 
 
-def test_names_of_others_are_shown_on_one_line_and_not_without_end(
+def test_names_of_other_programs_are_shown_on_one_line_and_not_without_end(
     folder: Path, ec_key: Any, root_key: Any
 ) -> None:
     names = [x509.DNSName(f"\x1b[2J\n{'a' * 60}{number}") for number in range(10)]

@@ -300,7 +300,7 @@ def test_nothing_is_loaded_while_nothing_changes(
 
 
 @pytest.mark.requirement("renewal")
-def test_a_new_pair_is_taken_at_once_and_told_as_a_change(
+def test_a_new_pair_is_taken_at_once_and_reported_as_a_change(
     tmp_path: Path, ec_key: Any, other_ec_key: Any
 ) -> None:
     files = Files(tmp_path).write(ec_key)
@@ -353,7 +353,7 @@ def test_a_pair_that_is_half_written_is_given_time_and_never_served(
 
 
 @pytest.mark.requirement("renewal")
-def test_files_that_stay_bad_are_told_once_and_the_good_ones_again(
+def test_files_that_stay_bad_are_reported_once_and_the_good_ones_again(
     tmp_path: Path, ec_key: Any, other_ec_key: Any
 ) -> None:
     files = Files(tmp_path).write(ec_key)
@@ -369,7 +369,7 @@ def test_files_that_stay_bad_are_told_once_and_the_good_ones_again(
     assert watched.checks(100) == [NOTHING] * 100
 
 
-def test_each_change_to_files_that_stay_bad_is_told_when_it_has_settled(
+def test_each_change_to_files_that_stay_bad_is_reported_when_it_has_settled(
     tmp_path: Path, ec_key: Any, other_ec_key: Any
 ) -> None:
     files = Files(tmp_path).write(ec_key)
@@ -383,7 +383,7 @@ def test_each_change_to_files_that_stay_bad_is_told_when_it_has_settled(
     assert watched.check() == Found(changed=True, recovered=True)
 
 
-def test_files_that_are_never_quiet_are_told_of_in_the_end(tmp_path: Path, ec_key: Any) -> None:
+def test_files_that_are_never_quiet_are_reported_of_in_the_end(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
     told = []
@@ -439,7 +439,7 @@ def test_what_is_bad_is_tried_each_minute(tmp_path: Path, ec_key: Any, other_ec_
     assert checks == [NOTHING] * 59 + [Found(changed=True, recovered=True)]
 
 
-def test_what_is_wrong_is_told_again_if_it_is_something_else(
+def test_what_is_wrong_is_reported_again_if_it_is_something_else(
     tmp_path: Path, ec_key: Any, other_ec_key: Any
 ) -> None:
     files = Files(tmp_path).write(ec_key)
@@ -510,7 +510,7 @@ def test_two_pairs_are_taken_together_or_not_at_all(
     assert watched.check() == Found(changed=True)
 
 
-def test_files_of_others_are_never_written(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
+def test_files_of_other_programs_are_never_written(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
     files.write_key(other_ec_key)

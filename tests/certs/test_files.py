@@ -397,7 +397,7 @@ def test_a_first_pair_of_which_only_the_key_was_staged_is_forgotten(folder: Path
     assert contents(folder) == {}
 
 
-def test_a_full_disk_changes_nothing_and_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_changes_nothing_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate, key = folder / "a.crt", folder / "a.key"
     files.install(certificate, b"c1", key, b"k1")
     for stop_at in (1, 2, 3, 4, 5):  # mode and content of either file, then the folder
@@ -420,7 +420,7 @@ def test_a_full_disk_changes_nothing_and_is_told(folder: Path, monkeypatch: pyte
         assert contents(folder) == {"a.crt": b"c1", "a.key": b"k1"}
 
 
-def test_a_disk_that_fails_in_cleaning_up_too_tells_of_its_first_failure(
+def test_a_disk_that_fails_in_cleaning_up_too_reports_of_its_first_failure(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -433,7 +433,7 @@ def test_a_disk_that_fails_in_cleaning_up_too_tells_of_its_first_failure(
     assert contents(folder) == {}
 
 
-def test_a_file_that_cannot_be_used_is_put_aside_whole(folder: Path) -> None:
+def test_a_file_that_cannot_be_used_is_set_aside_whole(folder: Path) -> None:
     path = put(folder / "a.key", b"junk")
     files.set_aside(path)
     assert contents(folder) == {"a.key.aside": b"junk"}

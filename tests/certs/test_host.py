@@ -60,7 +60,7 @@ def test_the_addresses_of_the_interfaces_are_ones_that_this_machine_can_bind() -
             probe.bind((str(address), 0))
 
 
-def test_entries_of_all_kinds_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_of_all_kinds_are_reported_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     def entry(family: int, rest: bytes) -> Any:
         raw = ctypes.create_string_buffer(family.to_bytes(2, sys.byteorder) + rest)
         kept.append(raw)

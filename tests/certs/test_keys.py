@@ -80,7 +80,7 @@ def test_p521_may_be_loaded() -> None:
     assert keys.weakness(key) is None
 
 
-def test_a_key_belongs_to_its_own_public_key_only(
+def test_a_key_belongs_to_its_managed_public_key_only(
     rsa_key: rsa.RSAPrivateKey, other_rsa_key: rsa.RSAPrivateKey, ec_key: ec.EllipticCurvePrivateKey
 ) -> None:
     other_ec_key = ec.generate_private_key(ec.SECP256R1())

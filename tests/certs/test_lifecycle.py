@@ -35,7 +35,7 @@ def made(lifetime: timedelta) -> tuple[datetime, datetime]:
         (3 * SECOND, 30 * DAY, SECOND),
     ],
 )
-def test_a_certificate_is_renewed_in_time_and_at_most_a_third_of_its_own_lifetime_before_its_end(
+def test_a_certificate_is_renewed_in_time_and_at_most_a_third_of_its_managed_lifetime_before_its_end(
     lifetime: timedelta, renew_before: timedelta, left: timedelta
 ) -> None:
     assert lifecycle.renewal_due(*made(lifetime), renew_before) == NOW + lifetime - left
@@ -166,7 +166,7 @@ class Served:
         return [alert.days for alert in alerts]
 
 
-def test_each_threshold_is_told_once_at_its_time() -> None:
+def test_each_threshold_is_reported_once_at_its_time() -> None:
     served, told = Served(), list[tuple[timedelta, int]]()
     left = 40 * DAY
     while left > -5 * DAY:
@@ -189,20 +189,20 @@ def test_the_last_moment_of_a_certificate_is_not_after_its_end() -> None:
 
 
 @pytest.mark.parametrize(("left", "days"), [(5 * DAY, 7), (30 * DAY, 30), (HOUR, 1), (-DAY, EXPIRED)])
-def test_a_server_that_starts_late_tells_the_tightest_threshold_only(left: timedelta, days: int) -> None:
+def test_a_server_that_starts_late_reports_the_tightest_threshold_only(left: timedelta, days: int) -> None:
     served = Served()
     assert served.days(left) == [days]
     assert served.days(left) == []
     assert Served().days(left) == [days]  # after a restart it is still true
 
 
-def test_without_thresholds_only_the_end_is_told() -> None:
+def test_without_thresholds_only_the_end_is_reported() -> None:
     served = Served(())
     assert served.days(HOUR) == []
     assert served.days(-HOUR) == [EXPIRED]
 
 
-def test_every_certificate_has_its_own_alerts() -> None:
+def test_every_certificate_has_its_managed_alerts() -> None:
     served = Served()
     served.items["b.crt"] = (b"b", NOW + 70 * DAY)
     served.items["copy of a.crt"] = (b"a", NOW + 90 * DAY)
@@ -222,7 +222,7 @@ def test_a_clock_that_swings_repeats_nothing() -> None:
     assert sorted(told) == sorted({EXPIRED, *ALERT_DAYS})
 
 
-def test_a_clock_that_is_set_back_a_little_tells_no_wider_threshold() -> None:
+def test_a_clock_that_is_set_back_a_little_reports_no_wider_threshold() -> None:
     served = Served()
     assert served.days(6.99 * DAY) == [7]
     assert served.days(7.01 * DAY) == []
@@ -241,7 +241,7 @@ def test_a_clock_that_was_far_ahead_hides_no_threshold_that_is_still_to_come() -
     assert served.days(3 * DAY) == [3]
 
 
-def test_the_end_of_an_alert_is_told_when_the_certificate_was_replaced() -> None:
+def test_the_end_of_an_alert_is_reported_when_the_certificate_was_replaced() -> None:
     served = Served()
     now = NOW + 86 * DAY
     assert [alert.days for alert in served.told(now)] == [7]

@@ -80,21 +80,21 @@ def test_everything_made_is_its_owners_alone(tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
 
 
-def test_what_is_done_is_told_without_secrets(tmp_path: Path) -> None:
-    told: list[str] = []
+def test_what_is_done_is_reported_without_secrets(tmp_path: Path) -> None:
+    sentences: list[str] = []
     folder = tmp_path / "certs"
-    rsa, _ = ensure(folder, progress=told.append)
-    assert told[0] == "Generating keys: rsa-2048, rsa-2048, ecdsa-p256. RSA takes some seconds."
+    rsa, _ = ensure(folder, progress=sentences.append)
+    assert sentences[0] == "Generating keys: rsa-2048, rsa-2048, ecdsa-p256. RSA takes some seconds."
     assert (
-        told[1]
+        sentences[1]
         == f"Created the certificate authority {folder}/ca.crt. Clients verify the server with this file."
     )
-    assert told[2] == (
+    assert sentences[2] == (
         f"Issued {folder}/server.crt (it is missing): rsa-2048 for zcp.example.com, 192.0.2.7, localhost,"
         f" 127.0.0.1; valid until 2026-08-30 12:30 UTC; SHA-256 {rsa.leaf_sha256.hex()}; pin {rsa.pin}."
     )
-    assert len(told) == 4
-    assert not any("PRIVATE" in sentence for sentence in told)
+    assert len(sentences) == 4
+    assert not any("PRIVATE" in sentence for sentence in sentences)
 
 
 def test_the_names_of_the_host_are_found_unless_they_are_given(
@@ -111,9 +111,9 @@ def test_too_many_names_of_the_host_are_cut_and_too_many_configured_ones_refused
     arguments: dict[str, Any] = {"key_types": ["ecdsa-p256"], "host_names": ["localhost", "a.example"]}
     (one,) = ensure(tmp_path / "certs", names=many[:99], **arguments)
     assert one.names == (*many[:99], "localhost")
-    told: list[str] = []
-    ensure(tmp_path / "certs", names=many[:99], **arguments, progress=told.append)
-    assert told == []
+    sentences: list[str] = []
+    ensure(tmp_path / "certs", names=many[:99], **arguments, progress=sentences.append)
+    assert sentences == []
     with pytest.raises(CertificateError, match="at most 100 names"):
         ensure(tmp_path / "certs", names=[*many, "b.example"], **arguments)
 
@@ -148,11 +148,11 @@ def test_a_time_without_a_zone_is_a_mistake_of_the_caller(tmp_path: Path) -> Non
 # --- later runs
 
 
-def test_a_later_run_changes_nothing_and_tells_nothing(made: Path) -> None:
-    before, told = bytes_of(made), list[str]()
-    ensure(made, now=NOW + 59 * DAY, progress=told.append)
+def test_a_later_run_changes_nothing_and_reports_nothing(made: Path) -> None:
+    before, sentences = bytes_of(made), list[str]()
+    ensure(made, now=NOW + 59 * DAY, progress=sentences.append)
     assert bytes_of(made) == before
-    assert told == []
+    assert sentences == []
 
 
 @pytest.mark.requirement("renewal")
@@ -201,25 +201,25 @@ def test_the_time_before_expiry_is_at_most_a_third_of_the_lifetime(
         (NOW - DAY, "it is not valid before 2026-06-01 11:30 UTC"),
     ],
 )
-def test_a_certificate_out_of_its_time_is_made_anew_with_its_key(made: Path, now: datetime, why: str) -> None:
-    before, told = pins(ensure(made)), list[str]()
-    after = ensure(made, now=now, progress=told.append)
+def test_a_certificate_out_of_its_time_is_reissued_with_its_key(made: Path, now: datetime, why: str) -> None:
+    before, sentences = pins(ensure(made)), list[str]()
+    after = ensure(made, now=now, progress=sentences.append)
     assert pins(after) == before
     assert all(pair.not_before <= now <= pair.not_after for pair in after)
-    assert sum(f"({why})" in sentence for sentence in told) == 2
+    assert sum(f"({why})" in sentence for sentence in sentences) == 2
 
 
 def test_a_name_that_is_missing_is_added(made: Path) -> None:
-    before, told = ensure(made), list[str]()
-    after = ensure(made, names=["new.zcp.example.com", "zcp.example.com"], progress=told.append)
+    before, sentences = ensure(made), list[str]()
+    after = ensure(made, names=["new.zcp.example.com", "zcp.example.com"], progress=sentences.append)
     assert pins(after) == pins(before)
     assert after[0].names == ("new.zcp.example.com", "zcp.example.com", "localhost", "127.0.0.1")
-    assert "(it lacks the name new.zcp.example.com)" in told[0]
+    assert "(it lacks the name new.zcp.example.com)" in sentences[0]
     with_host = ensure(
-        made, names=["new.zcp.example.com"], host_names=["localhost", "10.1.2.3"], progress=told.append
+        made, names=["new.zcp.example.com"], host_names=["localhost", "10.1.2.3"], progress=sentences.append
     )
     assert "10.1.2.3" in with_host[1].names
-    assert "(it lacks the name 10.1.2.3)" in told[-1]
+    assert "(it lacks the name 10.1.2.3)" in sentences[-1]
 
 
 def test_a_name_that_is_no_longer_wanted_is_no_reason_for_a_new_certificate(made: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_new_key_is_announced_a_week_before_the_renewal_and_used_at_it(made: P
 
 
 def test_a_life_of_renewals_is_announced_key_by_key(made: Path) -> None:
-    """As a server asks that is told when something changes: every key was announced for a week."""
+    """As a server asks that is sentences when something changes: every key was announced for a week."""
     seen: dict[str, datetime] = {}
     now, keys_used = NOW, 0
     for _ in range(20):
@@ -360,10 +360,10 @@ def test_a_certificate_never_comes_to_its_end_because_it_waits_for_a_key(made: P
 def test_an_announced_key_is_used_at_its_time_whatever_the_settings_say(made: Path) -> None:
     announced = rotate(made, settings(), NOW).next_pins
     assert announced is not None
-    told: list[str] = []
-    used = managed.ensure(made, settings(), NOW + 7 * DAY, told.append)
+    sentences: list[str] = []
+    used = managed.ensure(made, settings(), NOW + 7 * DAY, sentences.append)
     assert used.new_pins == announced.pins
-    assert "(the time of its next key has come)" in told[0]
+    assert "(the time of its next key has come)" in sentences[0]
     assert not list(made.glob("*next*"))
 
 
@@ -397,12 +397,12 @@ def test_an_announced_key_of_the_type_that_is_wanted_next_is_used_when_the_type_
 def test_a_damaged_next_key_stops_nothing(made: Path) -> None:
     announced = rotate(made, settings(), NOW)
     (made / "server.next.key").write_bytes(b"junk")
-    told: list[str] = []
-    after = managed.ensure(made, settings(), NOW + DAY, told.append)
+    sentences: list[str] = []
+    after = managed.ensure(made, settings(), NOW + DAY, sentences.append)
     assert after.pairs == announced.pairs
     assert announced.next_pins is not None
     assert after.next_pins == NextPins(announced.next_pins.pins[1:], announced.next_pins.use_from)
-    assert len(told) == 1
+    assert len(sentences) == 1
     assert (made / "server.next.key.aside").read_bytes() == b"junk"
 
 
@@ -410,11 +410,11 @@ def test_a_key_that_cannot_be_announced_is_a_problem_and_the_renewal_goes_on(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = managed.ensure(made, KEEPS, NOW)
-    told: list[str] = []
+    sentences: list[str] = []
     with monkeypatch.context() as patch:
         fail_to_write(patch, "server.next.key")
-        (problem,) = managed.ensure(made, KEEPS, DUE - 7 * DAY, told.append).problems
-        assert problem in told
+        (problem,) = managed.ensure(made, KEEPS, DUE - 7 * DAY, sentences.append).problems
+        assert problem in sentences
         assert problem == (
             f"The next key of {made}/server.crt could not be announced: {made}/server.next.key: cannot be"
             " written: No space left on device."
@@ -511,14 +511,14 @@ def test_an_announcement_that_is_too_long_or_negative_is_refused(
 
 def test_a_renewal_that_is_asked_for_keeps_the_keys(made: Path) -> None:
     before = managed.ensure(made, settings(), NOW)
-    told: list[str] = []
-    after = renew(made, settings(), NOW + DAY, told.append)
+    sentences: list[str] = []
+    after = renew(made, settings(), NOW + DAY, sentences.append)
     assert pins(after.pairs) == pins(before.pairs)
     assert all(pair.not_before > NOW for pair in after.pairs)
     assert (after.new_pins, after.next_pins) == ((), None)
     assert after.next_change == DUE + DAY
-    assert all("(a renewal was requested)" in sentence for sentence in told)
-    assert len(told) == 2
+    assert all("(a renewal was requested)" in sentence for sentence in sentences)
+    assert len(sentences) == 2
 
 
 def test_a_renewal_can_be_asked_for_of_one_family(made: Path) -> None:
@@ -579,15 +579,15 @@ def test_a_rotation_without_an_announcement_is_at_once(made: Path) -> None:
 def test_a_rotation_at_once_uses_the_keys_that_clients_may_know(made: Path) -> None:
     announced = rotate(made, settings(), NOW).next_pins
     (made / "server-ecdsa.next.key").unlink()
-    told: list[str] = []
-    one = rotate(made, settings(), NOW + DAY, told.append, at_once=True)
+    sentences: list[str] = []
+    one = rotate(made, settings(), NOW + DAY, sentences.append, at_once=True)
     assert announced is not None
     assert one.new_pins[0] == announced.pins[0]
     assert one.new_pins[1] != announced.pins[1]
     assert list(one.new_pins) == pins(one.pairs)
     assert one.next_pins is None
-    assert told[0] == "Generating keys: ecdsa-p256."
-    assert "(a new key was requested)" in told[1]
+    assert sentences[0] == "Generating keys: ecdsa-p256."
+    assert "(a new key was requested)" in sentences[1]
 
 
 @pytest.mark.parametrize("use_from", [NOW - DAY, NOW, NOW + 398 * DAY])
@@ -629,9 +629,9 @@ def test_what_is_asked_for_and_fails_is_an_error(made: Path, monkeypatch: pytest
 
 def test_what_is_announced_can_be_taken_back(made: Path) -> None:
     rotate(made, settings(), NOW)
-    told: list[str] = []
-    assert cancel(made, told.append) == (made / "server.next.key", made / "server-ecdsa.next.key")
-    assert len(told) == 2
+    sentences: list[str] = []
+    assert cancel(made, sentences.append) == (made / "server.next.key", made / "server-ecdsa.next.key")
+    assert len(sentences) == 2
     assert rollover.announced(made) is None
     assert cancel(made) == ()
     before = managed.ensure(made, settings(), NOW)
@@ -666,47 +666,48 @@ def test_a_missing_half_is_made_again(made: Path) -> None:
     before = pins(ensure(made))
     (made / "server.crt").unlink()
     (made / "server-ecdsa.key").unlink()
-    told: list[str] = []
-    after = pins(ensure(made, progress=told.append))
+    sentences: list[str] = []
+    after = pins(ensure(made, progress=sentences.append))
     assert after[0] == before[0]
     assert after[1] != before[1]
-    assert f"{made}/server.crt (it is missing)" in told[1]
-    assert f"{made}/server-ecdsa.crt (its key is missing)" in told[2]
+    assert f"{made}/server.crt (it is missing)" in sentences[1]
+    assert f"{made}/server-ecdsa.crt (its key is missing)" in sentences[2]
 
 
 def test_a_pair_that_does_not_match_gets_a_certificate_for_the_key_that_is_there(
     made: Path, rsa_key: Any
 ) -> None:
     (made / "server.key").write_bytes(pem_of_key(rsa_key))
-    told: list[str] = []
-    rsa, _ = ensure(made, progress=told.append)
+    sentences: list[str] = []
+    rsa, _ = ensure(made, progress=sentences.append)
     assert rsa.pin == load_pair(made / "server.crt", made / "server.key", NOW).pin
     assert (made / "server.key").read_bytes() == pem_of_key(rsa_key)
-    assert "(it does not match its key)" in told[0]
+    assert "(it does not match its key)" in sentences[0]
 
 
 @pytest.mark.parametrize("name", ["server.crt", "server.key", "server-ecdsa.crt", "server-ecdsa.key"])
 @pytest.mark.parametrize(
     "junk", [b"", b"junk", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
 )
-def test_a_damaged_half_is_put_aside_and_made_again(made: Path, name: str, junk: bytes) -> None:
+def test_a_damaged_half_is_set_aside_and_made_again(made: Path, name: str, junk: bytes) -> None:
     (made / name).write_bytes(junk)
-    told: list[str] = []
-    assert len(ensure(made, progress=told.append)) == 2
+    sentences: list[str] = []
+    assert len(ensure(made, progress=sentences.append)) == 2
     assert (made / f"{name}.aside").read_bytes() == junk
-    assert told[0].endswith(f"It was set aside as {made}/{name}.aside.")
+    assert sentences[0].endswith(f"It was set aside as {made}/{name}.aside.")
 
 
-def test_a_stray_key_of_another_type_is_put_aside_and_not_overwritten(made: Path, ec_key: Any) -> None:
+def test_a_stray_key_of_another_type_is_set_aside_and_not_overwritten(made: Path, ec_key: Any) -> None:
     stray = pem_of_key(ec_key)
     (made / "server.crt").unlink()
     (made / "server.key").write_bytes(stray)
-    told: list[str] = []
-    rsa, _ = ensure(made, progress=told.append)
+    sentences: list[str] = []
+    rsa, _ = ensure(made, progress=sentences.append)
     assert rsa.key_type == "rsa-2048"
     assert (made / "server.key.aside").read_bytes() == stray
     assert (
-        told[0] == f"{made}/server.key is a key of another type. It was set aside as {made}/server.key.aside."
+        sentences[0]
+        == f"{made}/server.key is a key of another type. It was set aside as {made}/server.key.aside."
     )
 
 
@@ -755,13 +756,13 @@ def test_a_renewal_that_fails_leaves_the_old_certificate_in_service(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = ensure(made)
-    told: list[str] = []
+    sentences: list[str] = []
     with monkeypatch.context() as patch:
         fail_to_write(patch, "server.crt")
-        after = ensure(made, now=NOW + 61 * DAY, progress=told.append)
+        after = ensure(made, now=NOW + 61 * DAY, progress=sentences.append)
     assert after[0] == before[0]
     assert after[1] != before[1]
-    assert told[0] == (
+    assert sentences[0] == (
         f"{made}/server.crt could not be renewed (it expires on 2026-08-30 12:30 UTC): {made}/server.crt:"
         " cannot be written: No space left on device. The old one remains in use."
     )
@@ -780,7 +781,7 @@ def test_a_renewal_with_a_new_key_that_fails_leaves_the_old_pair_in_service(
 
 
 @pytest.mark.parametrize("name", ["ca.key", "ca.crt", "server.key", "server-ecdsa.crt"])
-def test_a_first_run_that_fails_is_told_and_the_next_one_succeeds(
+def test_a_first_run_that_fails_is_reported_and_the_next_one_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder = tmp_path / "certs"
@@ -837,7 +838,7 @@ DEFAULTS = """
         lifetime=timedelta(days=90), renew_before=timedelta(days=30), renew_key=False,
     )
     pairs = ensure(Path(sys.argv[1]), settings, datetime.now(UTC), sentences.append).pairs
-    print(json.dumps({"told": sentences, "pairs": [[pair.key_type, pair.pin] for pair in pairs]}))
+    print(json.dumps({"sentences": sentences, "pairs": [[pair.key_type, pair.pin] for pair in pairs]}))
 """
 
 
@@ -852,7 +853,7 @@ def test_two_processes_that_start_at_once_share_one_rsa_4096_and_one_ecdsa_certi
     assert outputs[0]["pairs"] == outputs[1]["pairs"]
     assert [key_type for key_type, _ in outputs[0]["pairs"]] == ["rsa-4096", "ecdsa-p256"]
     makers = [
-        one for one in outputs if any(sentence.startswith("Generating keys") for sentence in one["told"])
+        one for one in outputs if any(sentence.startswith("Generating keys") for sentence in one["sentences"])
     ]
     assert len(makers) == 1
     assert read(folder / "ca.crt").public_key().key_size == 4096  # type: ignore[union-attr]
@@ -862,7 +863,7 @@ def test_two_processes_that_start_at_once_share_one_rsa_4096_and_one_ecdsa_certi
 
 
 def test_who_has_to_wait_says_so(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, told = fcntl.flock, list[str]()
+    real, sentences = fcntl.flock, list[str]()
     tries = iter([BlockingIOError(), None])
 
     def flock(descriptor: int, how: int) -> None:
@@ -872,8 +873,8 @@ def test_who_has_to_wait_says_so(made: Path, monkeypatch: pytest.MonkeyPatch) ->
         real(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    ensure(made, progress=told.append)
-    assert told == [f"Waiting for another process that is changing the certificates in {made}."]
+    ensure(made, progress=sentences.append)
+    assert sentences == [f"Waiting for another process that is changing the certificates in {made}."]
 
 
 def test_default_settings_use_the_host_names(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_what_was_announced_before_the_start_is_announced_again(tmp_path: Path, 
         assert client.receive().value[0] == "pins.next"
 
 
-def test_a_disk_that_fails_changes_nothing_and_is_told_once(
+def test_a_disk_that_fails_changes_nothing_and_is_reported_once(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = serve()
@@ -191,7 +191,7 @@ def test_what_does_not_prove_itself_is_not_served(
     assert notices(server) == {"loaded": 2}
 
 
-async def test_a_refused_context_is_told_once_and_a_fault_each_time(
+async def test_a_refused_context_is_reported_once_and_a_fault_each_time(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
@@ -400,7 +400,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.requirement("renewal")
-def test_certificates_of_others_are_served_and_watched(serve: Serve, ca: trustme.CA, folder: Path) -> None:
+def test_certificates_of_other_programs_are_served_and_watched(
+    serve: Serve, ca: trustme.CA, folder: Path
+) -> None:
     certificate, key = folder / "server.pem", folder / "server.key"
     first = write_pair(ca.issue_cert("localhost"), certificate, key)
     server = serve(
@@ -451,7 +453,7 @@ def test_a_site_with_damaged_files_does_not_hold_up_the_others(
 
 
 @pytest.mark.requirement("expiry_alerts")
-async def test_a_certificate_of_others_near_its_end_is_told(
+async def test_a_certificate_of_other_programs_near_its_end_is_reported(
     tmp_path: Path, ca: trustme.CA, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     issued = ca.issue_cert("localhost", not_after=datetime.now(UTC) + 5 * DAY)

@@ -218,7 +218,9 @@ def test_a_key_of_another_certificate_is_refused(
         )
 
 
-def test_a_chain_with_the_leaf_in_the_wrong_place_is_told(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
+def test_a_chain_with_the_leaf_in_the_wrong_place_is_reported(
+    tmp_path: Path, rsa_key: Any, ec_key: Any
+) -> None:
     chain = [build(rsa_key, subject="authority"), build(ec_key, signer=rsa_key, issuer="authority")]
     assert "the server's certificate is not the first one in the file" in refusal(tmp_path, chain, ec_key)
 
@@ -396,7 +398,7 @@ def test_traditional_keys_that_openssl_encrypts_are_taken(tmp_path: Path, ec_key
     assert load_pair(*write_pair(tmp_path, [build(ec_key)], data), NOW, b"secret").passphrase == b"secret"
 
 
-def test_a_wrong_passphrase_is_told_and_not_shown(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
+def test_a_wrong_passphrase_is_reported_and_not_shown(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
     wrong = b"battery" + b" staple"
     for key in (rsa_key, ec_key):
         for form in (serialization.PrivateFormat.PKCS8, TRADITIONAL):
@@ -578,7 +580,7 @@ def test_what_is_no_certificate_has_no_pin(data: bytes) -> None:
         spki_pin(data)
 
 
-def test_pair_of_bytes_that_match_are_told(rsa_key: Any, other_rsa_key: Any) -> None:
+def test_pair_of_bytes_that_match_are_reported(rsa_key: Any, other_rsa_key: Any) -> None:
     assert pair.match(pem(build(rsa_key)), pem_of_key(rsa_key))
     assert not pair.match(pem(build(rsa_key)), pem_of_key(other_rsa_key))
     assert not pair.match(pem(build(rsa_key)), pem_of_key(ed25519.Ed25519PrivateKey.generate()))

@@ -118,7 +118,7 @@ def test_the_authority_signs_itself_for_ten_years(authority: x509.Certificate, r
     )
 
 
-def test_authorities_are_told_apart_by_names_that_come_from_their_keys(
+def test_authorities_are_reported_apart_by_names_that_come_from_their_keys(
     rsa_key: Any, other_rsa_key: Any
 ) -> None:
     one = profile.authority_certificate(rsa_key, SERVER.title, NOW)
@@ -146,7 +146,7 @@ def test_a_leaf_is_for_a_tls_server_and_nothing_else(leaf: x509.Certificate) -> 
 
 
 @pytest.mark.requirement("profile")
-def test_a_leaf_names_its_hosts_and_addresses_each_in_its_own_kind(leaf: x509.Certificate) -> None:
+def test_a_leaf_names_its_hosts_and_addresses_each_in_its_managed_kind(leaf: x509.Certificate) -> None:
     names, critical = extension(leaf, x509.SubjectAlternativeName)
     assert list(names) == [
         x509.DNSName("localhost"),

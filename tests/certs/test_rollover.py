@@ -30,8 +30,10 @@ def announce(folder: Path, key: Any, days: float = 7, now: datetime = NOW) -> ro
     return rollover.announce(folder, key, now + days * DAY, now, lambda sentence: None)
 
 
-def find(folder: Path, now: datetime = NOW, told: list[str] | None = None) -> dict[str, rollover.NextKey]:
-    return rollover.find(folder, TYPES, now, [].append if told is None else told.append)
+def find(
+    folder: Path, now: datetime = NOW, sentences: list[str] | None = None
+) -> dict[str, rollover.NextKey]:
+    return rollover.find(folder, TYPES, now, [].append if sentences is None else sentences.append)
 
 
 def put(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -41,10 +43,10 @@ def put(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def test_a_next_key_is_its_owners_alone_and_comes_back_as_it_was(folder: Path, rsa_key: Any) -> None:
-    told: list[str] = []
+    sentences: list[str] = []
     old = os.umask(0)
     try:
-        next_key = rollover.announce(folder, rsa_key, NOW + 7 * DAY, NOW, told.append)
+        next_key = rollover.announce(folder, rsa_key, NOW + 7 * DAY, NOW, sentences.append)
     finally:
         os.umask(old)
     path = folder / "server.next.key"
@@ -56,7 +58,7 @@ def test_a_next_key_is_its_owners_alone_and_comes_back_as_it_was(folder: Path, r
     assert pem_of_key(read.key) == pem_of_key(rsa_key)
     assert (read.announced_at, read.use_from, read.pin) == (WHOLE_NOW, WHOLE_NOW + 7 * DAY, next_key.pin)
     assert read.key_type == "rsa-2048"
-    assert told == [
+    assert sentences == [
         f"Announced {path}: the next rsa-2048 key, pin {next_key.pin}, will be used from 2026-06-08 12:30 UTC."
     ]
 
@@ -91,12 +93,12 @@ def test_what_is_announced_is_read_without_the_lock_and_without_a_change(
 def test_next_keys_are_found_by_their_type(folder: Path, rsa_key: Any, ec_key: Any) -> None:
     announce(folder, rsa_key)
     announce(folder, ec_key)
-    told: list[str] = []
-    assert {kind: one.path.name for kind, one in find(folder, told=told).items()} == {
+    sentences: list[str] = []
+    assert {kind: one.path.name for kind, one in find(folder, sentences=sentences).items()} == {
         "rsa-2048": "server.next.key",
         "ecdsa-p256": "server-ecdsa.next.key",
     }
-    assert told == []
+    assert sentences == []
 
 
 def damaged(name: str, ec_key: Any) -> bytes:
@@ -122,24 +124,24 @@ KINDS = ("empty", "junk", "half", "no line", "half a line", "a certificate", "no
 
 
 @pytest.mark.parametrize("name", [*KINDS, "another kind", "weak", "too large"])
-def test_a_damaged_next_key_is_put_aside_with_a_word(folder: Path, ec_key: Any, name: str) -> None:
+def test_a_damaged_next_key_is_set_aside_with_a_word(folder: Path, ec_key: Any, name: str) -> None:
     path = folder / "server-ecdsa.next.key"
     data = damaged(name, ec_key)
     put(path, data)
-    told: list[str] = []
-    assert rollover.announced(folder, told.append) is None
-    assert told.pop().endswith(" It is not announced.")
+    sentences: list[str] = []
+    assert rollover.announced(folder, sentences.append) is None
+    assert sentences.pop().endswith(" It is not announced.")
     assert path.read_bytes() == data
     assert rollover.announced(folder) is None
-    assert find(folder, told=told) == {}
+    assert find(folder, sentences=sentences) == {}
     assert not path.exists()
     assert (folder / "server-ecdsa.next.key.aside").read_bytes() == data
-    (sentence,) = told
+    (sentence,) = sentences
     assert sentence.startswith(f"{path}: ")
     assert sentence.endswith(f"It was set aside as {path}.aside.")
     assert "PRIVATE" not in sentence
-    assert find(folder, told=told) == {}
-    assert len(told) == 1
+    assert find(folder, sentences=sentences) == {}
+    assert len(sentences) == 1
 
 
 def test_a_key_with_a_damaged_private_half_is_not_announced(folder: Path, rsa_key: Any) -> None:
@@ -154,9 +156,9 @@ def test_a_key_with_a_damaged_private_half_is_not_announced(folder: Path, rsa_ke
         public_numbers=numbers.public_numbers,
     ).private_key(unsafe_skip_rsa_key_validation=True)
     put(folder / "server.next.key", LINE.encode() + pem_of_key(damaged_key))
-    told: list[str] = []
-    assert find(folder, told=told) == {}
-    assert "its private half is damaged" in told[0]
+    sentences: list[str] = []
+    assert find(folder, sentences=sentences) == {}
+    assert "its private half is damaged" in sentences[0]
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
@@ -164,21 +166,21 @@ def test_a_next_key_that_others_could_read_is_not_used(folder: Path, ec_key: Any
     announce(folder, ec_key)
     path = folder / "server-ecdsa.next.key"
     path.chmod(mode)
-    told: list[str] = []
-    assert rollover.announced(folder, told.append) is None
-    assert find(folder, told=told) == {}
-    assert all("others can read or change this file" in sentence for sentence in told)
-    assert len(told) == 2
+    sentences: list[str] = []
+    assert rollover.announced(folder, sentences.append) is None
+    assert find(folder, sentences=sentences) == {}
+    assert all("others can read or change this file" in sentence for sentence in sentences)
+    assert len(sentences) == 2
     assert not path.exists()
 
 
-def test_what_is_no_file_is_put_aside(folder: Path) -> None:
+def test_what_is_no_file_is_set_aside(folder: Path) -> None:
     path = folder / "server.next.key"
     path.mkdir()
     os.mkfifo(folder / "server-ecdsa.next.key")
-    told: list[str] = []
-    assert find(folder, told=told) == {}
-    assert all("is not a regular file" in sentence for sentence in told)
+    sentences: list[str] = []
+    assert find(folder, sentences=sentences) == {}
+    assert all("is not a regular file" in sentence for sentence in sentences)
     assert {one.name for one in folder.iterdir()} == {
         "server.next.key.aside",
         "server-ecdsa.next.key.aside",
@@ -189,7 +191,7 @@ def test_a_disk_that_refuses_everything_stops_nothing(
     folder: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     announce(folder, ec_key)
-    told: list[str] = []
+    sentences: list[str] = []
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
@@ -198,9 +200,9 @@ def test_a_disk_that_refuses_everything_stops_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(Path, name, refuse)
             patch.setattr(Path, "replace", refuse)
-            assert find(folder, told=told) == {}
-    assert len(told) == 4
-    for sentence in told:
+            assert find(folder, sentences=sentences) == {}
+    assert len(sentences) == 4
+    for sentence in sentences:
         assert "Input/output error. It cannot be set aside: Input/output error; move it away." in sentence
     assert len(find(folder)) == 1
 
@@ -208,17 +210,17 @@ def test_a_disk_that_refuses_everything_stops_nothing(
 @pytest.mark.parametrize(
     ("name", "key"), [("server.next.key", "ec_key"), ("server-ecdsa.next.key", "rsa_key")]
 )
-def test_a_key_of_the_other_family_is_put_aside(request: Any, folder: Path, name: str, key: str) -> None:
+def test_a_key_of_the_other_family_is_set_aside(request: Any, folder: Path, name: str, key: str) -> None:
     put(folder / name, LINE.encode() + pem_of_key(request.getfixturevalue(key)))
-    told: list[str] = []
-    assert find(folder, told=told) == {}
-    assert told == [
+    sentences: list[str] = []
+    assert find(folder, sentences=sentences) == {}
+    assert sentences == [
         f"{folder / name} is a next key of a type that is not configured. It was set aside as"
         f" {folder / name}.aside."
     ]
 
 
-def test_a_next_key_of_a_type_that_is_no_longer_wanted_is_put_aside(folder: Path, rsa_key: Any) -> None:
+def test_a_next_key_of_a_type_that_is_no_longer_wanted_is_set_aside(folder: Path, rsa_key: Any) -> None:
     announce(folder, rsa_key)
     assert rollover.find(folder, ("rsa-3072", "ecdsa-p256"), NOW, lambda sentence: None) == {}
     assert (folder / "server.next.key.aside").exists()
@@ -261,30 +263,30 @@ def test_a_key_that_was_put_to_use_is_no_longer_announced(folder: Path, ec_key: 
     assert list(folder.iterdir()) == []
 
 
-def test_what_is_taken_back_is_put_aside(folder: Path, rsa_key: Any, ec_key: Any) -> None:
-    told: list[str] = []
-    assert rollover.cancel(folder, told.append) == ()
+def test_what_is_taken_back_is_set_aside(folder: Path, rsa_key: Any, ec_key: Any) -> None:
+    sentences: list[str] = []
+    assert rollover.cancel(folder, sentences.append) == ()
     announce(folder, rsa_key)
     announce(folder, ec_key)
-    assert rollover.cancel(folder, told.append) == rollover.paths(folder)
+    assert rollover.cancel(folder, sentences.append) == rollover.paths(folder)
     assert rollover.announced(folder) is None
-    assert told[0] == (
+    assert sentences[0] == (
         f"{folder}/server.next.key will not be used. It was set aside as {folder}/server.next.key.aside."
     )
-    assert len(list(folder.glob("*.aside"))) == len(told) == 2
+    assert len(list(folder.glob("*.aside"))) == len(sentences) == 2
 
 
 def test_an_announcement_of_a_clock_that_was_ahead_lasts_as_long_as_it_was_meant_to(
     folder: Path, ec_key: Any
 ) -> None:
     announce(folder, ec_key, now=NOW + 3650 * DAY)
-    told: list[str] = []
-    found = find(folder, told=told)["ecdsa-p256"]
+    sentences: list[str] = []
+    found = find(folder, sentences=sentences)["ecdsa-p256"]
     assert found.use_from == WHOLE_NOW + 7 * DAY
     assert rollover.announced(folder) == NextPins((found.pin,), found.use_from)
-    assert len(told) == 1
-    assert find(folder, NOW + 8 * DAY, told)["ecdsa-p256"].use_from == found.use_from
-    assert len(told) == 1
+    assert len(sentences) == 1
+    assert find(folder, NOW + 8 * DAY, sentences)["ecdsa-p256"].use_from == found.use_from
+    assert len(sentences) == 1
 
 
 def test_a_clock_that_was_a_little_ahead_changes_nothing(folder: Path, ec_key: Any) -> None:
@@ -292,19 +294,19 @@ def test_a_clock_that_was_a_little_ahead_changes_nothing(folder: Path, ec_key: A
     assert find(folder)["ecdsa-p256"].use_from == first.use_from
 
 
-def test_a_time_that_cannot_be_set_right_is_told_and_tried_again(
+def test_a_time_that_cannot_be_set_right_is_reported_and_tried_again(
     folder: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = announce(folder, ec_key, now=NOW + 100 * DAY)
-    told: list[str] = []
+    sentences: list[str] = []
 
     def full(*arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert find(folder, told=told)["ecdsa-p256"].use_from == first.use_from
-    assert "could not be corrected: " in told[0]
+        assert find(folder, sentences=sentences)["ecdsa-p256"].use_from == first.use_from
+    assert "could not be corrected: " in sentences[0]
     assert find(folder)["ecdsa-p256"].use_from == WHOLE_NOW + 7 * DAY
 
 

@@ -181,14 +181,14 @@ def test_show_says_what_time_has_done(
 
 
 @pytest.mark.parametrize("what", ["others", "garbage", "other key", "other CA", "no CA key", "other CA key"])
-def test_show_tells_what_would_be_refused(
+def test_show_reports_what_would_be_refused(
     made: Path, capsys: Capture, server_pairs: ServerPairs, what: str
 ) -> None:
     words = {
         "others": "chmod 600",
         "garbage": "contains no PEM certificate",
         "other key": "does not belong to",
-        "other CA": "was not issued by the own authority",
+        "other CA": "was not issued by the authority",
         "no CA key": "ca.key: cannot be read",
         "other CA key": "does not belong to",
     }[what]
@@ -251,7 +251,7 @@ def test_show_of_files_that_others_made(home: Path, capsys: Capture, server_pair
     (row,) = data["certificates"]
     assert (row["certificate"], row["status"]) == (str(certificate), "ok")
     run("show")
-    assert capsys.readouterr().out.startswith("Made by others;")
+    assert capsys.readouterr().out.startswith("Issued by other programs;")
 
 
 def test_show_has_announced_pins_and_clients(made: Path, capsys: Capture) -> None:
@@ -270,10 +270,10 @@ def test_show_has_announced_pins_and_clients(made: Path, capsys: Capture) -> Non
     run("show")
     out = capsys.readouterr().out
     assert data["next_pins"]["pins"][0] in out
-    assert "Client certificates: 1 good, 1 revoked; --json lists them." in out
+    assert "Client certificates: 1 valid, 1 revoked; --json lists them." in out
 
 
-def test_a_list_of_clients_that_is_over_or_damaged_is_told(
+def test_a_list_of_clients_that_is_over_or_damaged_is_reported(
     made: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("issue-client", "alice")
@@ -398,7 +398,7 @@ def test_the_ca_of_clients_is_exported(
     made: Path, home: Path, tmp_path: Path, ca_file: Path, capsys: Capture
 ) -> None:
     assert run("export-ca", "--client") == 2
-    assert "`zcproto cert issue-client` makes it" in capsys.readouterr().err
+    assert "`zcproto cert issue-client` creates it" in capsys.readouterr().err
     run("issue-client", "alice")
     run("export-ca", "--client", tmp_path / "own.crt")
     assert leaf(tmp_path / "own.crt") == leaf(made / "client-ca.crt")
@@ -410,17 +410,17 @@ def test_the_ca_of_clients_is_exported(
     assert leaf(tmp_path / "theirs.crt") == leaf(theirs)
 
 
-def test_there_is_no_own_ca_of_certificates_that_others_made(
+def test_there_is_no_managed_ca_of_certificates_that_others_made(
     home: Path, capsys: Capture, server_pairs: ServerPairs
 ) -> None:
     use_files(home, server_pairs)
     assert run("export-ca") == 2
-    assert "ask them for their CA" in capsys.readouterr().err
+    assert "get the CA from the issuer" in capsys.readouterr().err
 
 
 def test_there_is_no_ca_before_the_first_start(home: Path, capsys: Capture) -> None:
     assert run("export-ca") == 2
-    assert "the first start of a server makes it" in capsys.readouterr().err
+    assert "the first start of a server creates it" in capsys.readouterr().err
 
 
 # --- check -----------------------------------------------------------------------------------------------
@@ -432,14 +432,14 @@ def test_check_describes_a_good_certificate(made: Path, capsys: Capture) -> None
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["pin"] == pin_by_hand(leaf(made / "server-ecdsa.crt"))
     assert lines["key"] == "ecdsa-p256"
-    assert lines["verdict"] == "a server takes this certificate"
+    assert lines["verdict"] == "a server accepts this certificate"
     data = data_of(capsys, "check", *words, "--json")
     assert (data["good"], data["refused"], data["warnings"]) == (True, [], [])
     assert data["certificates"][0]["pin"] == lines["pin"]
     assert data["key"] == {"key_type": "ecdsa-p256", "pin": lines["pin"]}
 
 
-def test_check_tells_all_that_is_wrong(made: Path, capsys: Capture) -> None:
+def test_check_reports_all_that_is_wrong(made: Path, capsys: Capture) -> None:
     (made / "server-ecdsa.key").chmod(0o644)
     words = (made / "server-ecdsa.crt", "--key", made / "server-ecdsa.key", "--name", "other.example")
     assert run("check", *words) == 2
@@ -453,7 +453,7 @@ def test_check_of_a_key_shows_its_pin_and_nothing_more_of_it(made: Path, capsys:
     assert run("check", made / "server-ecdsa.key") == 0
     out = capsys.readouterr().out
     assert pin_by_hand(leaf(made / "server-ecdsa.crt")) in out
-    assert "a server takes this key" in out
+    assert "a server accepts this key" in out
     secret = (made / "server-ecdsa.key").read_text().splitlines()[1]
     assert secret not in out
     data = data_of(capsys, "check", made / "server-ecdsa.key", "--json")
@@ -573,7 +573,7 @@ def test_renew_as_json(made: Path, capsys: Capture) -> None:
 
 def test_renew_of_a_kind_of_key_that_there_is_not(made: Path, capsys: Capture) -> None:
     assert run("renew", "--type", "rsa") == 2
-    assert "certificates.key_types has ecdsa alone" in capsys.readouterr().err
+    assert "certificates.key_types has only ecdsa" in capsys.readouterr().err
 
 
 def test_renew_one_kind_leaves_the_other_and_its_next_key(made: Path, home: Path, capsys: Capture) -> None:
@@ -609,7 +609,7 @@ def test_rotate_now_uses_the_announced_key(made: Path, capsys: Capture) -> None:
     assert run("rotate", "--now") == 0
     out, err = capsys.readouterr()
     assert "new" in out
-    assert "Clients that know none of these pins" in err
+    assert "Clients that have none of these pins" in err
 
 
 def test_rotate_is_cancelled(made: Path, capsys: Capture) -> None:
@@ -630,7 +630,7 @@ def test_rotate_is_cancelled(made: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("words", [["renew"], ["rotate"], ["rotate", "--now"], ["rotate", "--cancel"]])
-def test_certificates_of_others_are_left_to_them(
+def test_certificates_of_other_programs_are_left_to_them(
     home: Path, capsys: Capture, server_pairs: ServerPairs, ca: Any, words: list[str]
 ) -> None:
     certificate, key = use_files(home, server_pairs)
@@ -639,7 +639,7 @@ def test_certificates_of_others_are_left_to_them(
     out, err = capsys.readouterr()
     assert out == ""
     assert leaf(certificate).issuer.rfc4514_string() in err
-    assert "use their tool" in err
+    assert "use the tool that issued" in err
     assert (certificate.read_bytes(), key.read_bytes()) == before
     assert not (home / "certs").exists()
     certificate.unlink()

@@ -413,7 +413,7 @@ class _ClientAuthority:
         path = self._list_path
         if not path.exists():
             raise CertificateError(
-                f"{path}: is missing, so it is unknown what was issued; restore it from a backup. If it is lost,"
+                f"{path}: is missing, which loses what was issued; restore it from a backup. If it is lost,"
                 " create an empty file there: earlier certificates can then be revoked only by serial number"
             )
         crl = self._read_crl()

@@ -201,7 +201,7 @@ class CertificateManager:
             self._check_and_report(report)
 
     def _waited(self, ended: threading.Event) -> bool:
-        """Wait until the next check. Return False if there is none because the watch or the program ends."""
+        """Wait until the next check. Return False if the watch or the program ends before."""
         waited = 0.0
         while True:
             part = min(max(self._interval - waited, 0.0), LONGEST_WAIT)  # the interval may change meanwhile

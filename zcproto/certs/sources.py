@@ -11,7 +11,7 @@ Rules:
   changed, and every hour. Certificates that the command line or another process has installed are served after one
   check.
 - Managed files that another program overwrites without the lock, as when a backup is restored, are repaired only
-  after they have been unchanged for a while: half of a pair is no reason to overwrite the other half.
+  after they have been unchanged for a while: otherwise half of a pair would cause the other half to be overwritten.
 - If the disk fails, valid certificates on it are served nevertheless.
 
 Must not know: TLS contexts, connections, logs, the current time.

@@ -1,14 +1,12 @@
-"""`zcproto cert`: see, check, renew and hand out certificates.
+"""`zcproto cert`: show, check, renew and export certificates.
 
-Rules: a server that runs with this home folder makes its certificates itself when that is asked for, by its control
-socket, and serves them when the command ends. All else works on the files, under their folder's lock; a running
-server watches them and takes a change within a second. A private key is never printed, and what is written is its
-owner's alone.
-"""
+Rules: if a server runs with this home folder, its control socket is used to renew and rotate, and the new
+certificates are served when the command ends. Everything else works on the files, under their folder's lock; a
+running server watches them and picks up a change within a second. A private key is never printed, and written files
+are readable only by their owner."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from datetime import UTC, datetime, timedelta
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from zcproto.certs import authority, client_ca, files, keys, managed, pair, rollover
@@ -23,45 +22,45 @@ from zcproto.certs.examine import Examination, examine
 from zcproto.certs.external import PassphraseSource
 from zcproto.certs.issued import REASONS
 from zcproto.certs.profile import MAX_CLIENT_LIFETIME
-from zcproto.certs.settings import managed_site
+from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.cli import cert_report as reports
 from zcproto.cli import home_options, read_config
 from zcproto.cli.control import ControlError, find_control
-from zcproto.cli.output import private_file
+from zcproto.cli.output import as_json_option, print_json, private_file
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError
+from zcproto.tls.pins import certificate_pin
 
 if TYPE_CHECKING:
     from zcproto.config import Config
 
 EXIT_UNUSABLE = 2
 SERVED = "The running server uses it now."
-TAKEN = "A running server uses it within a second, one that is started later from its start."
+WATCHED = "A running server uses it within a second."
 
 IN_FILE = click.Path(path_type=Path, dir_okay=False)
 OUT_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
-force_option = click.option("--force", is_flag=True, help="Replace files that are there.")
+force_option = click.option("--force", is_flag=True, help="Replace existing files.")
 
 
 @click.group()
 @home_options
 def cert(home: Home, config_file: Path | None) -> None:
-    """See, check, renew and hand out certificates."""
+    """Show, check, renew and export certificates."""
 
 
-# --- looking ---------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------
 
 
 @cert.command()
 @as_json_option
 @home_options
 def show(home: Home, config_file: Path | None, as_json: bool) -> int:
-    """Show the certificates of the configuration, their pins, when they end, and what is wrong.
+    """Show the certificates of the configuration, their pins, their expiry, and problems.
 
-    These are the files. If a server runs and serves others, that is told, too.
+    This reads the files. It also reports if a running server serves other certificates.
 
     Exit code 2 if one has expired or cannot be served.
     """
@@ -69,17 +68,19 @@ def show(home: Home, config_file: Path | None, as_json: bool) -> int:
     found = reports.report(read_config(home, config_file), now, os.environ)
     served = _served(home)
     if as_json:
-        _print(reports.as_data(found, now) | ({} if served is None else {"served": served}))
+        print_json(reports.as_data(found, now) | ({} if served is None else {"served": served}), indent=2)
     else:
-        _print(reports.as_text(found, now))
-        _compare(found, served)
+        click.echo(reports.as_text(found, now))
+        _note_differences(found, served or [])
     return 0 if found.is_good else EXIT_UNUSABLE
 
 
 @cert.command()
-@click.option("--certificate", is_flag=True, help="Of whole certificates: good until they are renewed.")
-@click.option("--site", metavar="NAME", help="Of the certificates for this name. [default: the default site]")
-@click.option("--plain", is_flag=True, help="Nothing but pins, for scripts.")
+@click.option("--certificate", is_flag=True, help="Pins of whole certificates, valid until they are renewed.")
+@click.option(
+    "--site", metavar="NAME", help="Pins of the certificates for this name. [default: the default site]"
+)
+@click.option("--plain", is_flag=True, help="Print only pins, for scripts.")
 @as_json_option
 @home_options
 def pins(
@@ -90,39 +91,43 @@ def pins(
     plain: bool,
     as_json: bool,
 ) -> None:
-    """Print the pins of the server, and those announced to come, to paste into connect(pins=[...])."""
+    """Print the current and the announced pins of the server, to paste into connect(pins=[...])."""
     now = _now()
     found = reports.report(read_config(home, config_file), now, os.environ)
     rows = reports.rows_of_site(found, site)
     for row in rows:
         if row.leaf is None or row.status == reports.PROBLEM:
             raise CertificateError(row.problem or f"{row.certificate}: {row.status}; start the server once")
-    leaves = [(row.key_type, row.leaf) for row in rows if row.leaf is not None]
-    pin_of = reports.certificate_pin if certificate else reports.key_pin
-    current = [(pin_of(leaf), key_type) for key_type, leaf in leaves]
-    # Only own certificates have next keys, and only of keys something is known before there is a certificate.
+    pin_of = _certificate_pin if certificate else reports.key_pin
+    current = [(pin_of(row.leaf), row.key_type) for row in rows if row.leaf is not None]
+    # Only managed certificates have next keys, and a certificate that is not issued yet has no pin.
     announced = found.next_pins if not certificate and rows[0].site == () else None
-    upcoming = [] if announced is None else announced.pins
+    following = [] if announced is None else list(announced.pins)
     if as_json:
-        use_from = None if announced is None else reports.stamp(announced.use_from)
-        _print({"current": [pin for pin, _ in current], "next": list(upcoming), "use_from": use_from})
+        use_from = announced and reports.timestamp(announced.use_from)
+        result = {"current": [pin for pin, _ in current], "next": following, "use_from": use_from}
+        print_json(result, indent=2)
     elif plain:
-        _print("\n".join([*(pin for pin, _ in current), *upcoming]))
+        click.echo("\n".join([*(pin for pin, _ in current), *following]))
     else:
         lines = [f'"{pin}",  # {key_type}' for pin, key_type in current]
         if announced is not None:
-            lines += [f'"{pin}",  # next, from {reports.moment(announced.use_from)}' for pin in upcoming]
-        _print("\n".join(lines))
+            lines += [f'"{pin}",  # next, from {reports.moment(announced.use_from)}' for pin in following]
+        click.echo("\n".join(lines))
+
+
+def _certificate_pin(certificate: x509.Certificate) -> str:
+    return certificate_pin(certificate.public_bytes(serialization.Encoding.DER))
 
 
 @cert.command("export-ca")
 @click.argument("file", type=OUT_FILE, default="-", metavar="[FILE|-]")
-@click.option("--der", is_flag=True, help="In DER form, as Windows and Java like it. [default: PEM]")
-@click.option("--client", is_flag=True, help="The CA of client certificates. [default: that of the server]")
+@click.option("--der", is_flag=True, help="Write DER, for Windows and Java. [default: PEM]")
+@click.option("--client", is_flag=True, help="Export the client CA. [default: the server CA]")
 @force_option
 @home_options
 def export_ca(home: Home, config_file: Path | None, file: Path, der: bool, client: bool, force: bool) -> None:
-    """Write the CA's certificate, by which clients trust the server, and nothing secret."""
+    """Write the certificate of the CA, with which clients verify the server. It contains no secret."""
     config = read_config(home, config_file)
     path = _authority_file(config, client)
     certificate = pair.read_certificates(path)[0]
@@ -137,11 +142,9 @@ def export_ca(home: Home, config_file: Path | None, file: Path, der: bool, clien
 
 @cert.command()
 @click.argument("file", type=IN_FILE)
-@click.option(
-    "--key", type=IN_FILE, metavar="FILE", help="The private key. [default: in FILE, if it has one]"
-)
-@click.option("--name", metavar="HOST", help="A name or address by which clients will connect.")
-@click.option("--passphrase-file", type=IN_FILE, metavar="FILE", help="Decrypts the key: its first line.")
+@click.option("--key", type=IN_FILE, metavar="FILE", help="The private key. [default: the key in FILE]")
+@click.option("--name", metavar="HOST", help="A name or address that clients connect to.")
+@click.option("--passphrase-file", type=IN_FILE, metavar="FILE", help="Its first line decrypts the key.")
 @as_json_option
 @home_options
 def check(
@@ -153,40 +156,36 @@ def check(
     passphrase_file: Path | None,
     as_json: bool,
 ) -> int:
-    """Look at any certificate or key in PEM form as a server would, and tell all that is wrong with it.
+    """Check any certificate or key in PEM form as a server would, and report all problems.
 
     Exit code 2 if a server would refuse it.
     """
     now = _now()
     passphrase = PassphraseSource(passphrase_file).read({})
     found = examine(file, key, now, passphrase=passphrase, host=name)
-    _print(_check_data(found, now) if as_json else _check_text(found, now))
+    if as_json:
+        print_json(_check_data(found, now), indent=2)
+    else:
+        click.echo(_check_text(found, now))
     return EXIT_UNUSABLE if found.refused else 0
 
 
 def _served(home: Home) -> list[dict[str, Any]] | None:
-    """The certificates that a running server serves; None if none runs, or cannot be asked."""
+    """Return the certificates that a running server serves; None if none runs or it cannot be asked."""
     try:
         control = find_control(home)
-        if control is None:
-            return None
-        served: list[dict[str, Any]] = control.get("/v1/certificates")["certificates"]
+        return None if control is None else control.get("/v1/certificates")["certificates"]
     except ControlError as error:
-        _tell(f"note: {error}")
+        _note(f"note: {error}")
         return None
-    return served
 
 
-def _compare(found: reports.Report, served: list[dict[str, Any]] | None) -> None:
-    """Tell what a running server does not serve of the files."""
-    if served is None:
-        return
+def _note_differences(found: reports.Report, served: list[dict[str, Any]]) -> None:
+    """Note which of the files a running server does not serve."""
     known = {one["sha256"] for one in served}
-    for row in found.rows:
-        if row.use != "server" or row.leaf is None:
-            continue
-        if row.leaf.fingerprint(hashes.SHA256()).hex() not in known:
-            _tell(f"note: {row.certificate} is not what the running server serves; its log says why")
+    for row in found.rows if served else ():
+        if row.use == "server" and row.leaf and row.leaf.fingerprint(hashes.SHA256()).hex() not in known:
+            _note(f"note: the running server does not serve {row.certificate}; its log has the reason")
 
 
 def _check_text(found: Examination, now: datetime) -> str:
@@ -208,14 +207,12 @@ def _check_text(found: Examination, now: datetime) -> str:
     lines += [("REFUSED", escape_text(reason)) for reason in found.refused]
     lines += [("warning", escape_text(reason)) for reason in found.warnings]
     what = "certificate" if found.chain else "key"
-    verdict = "a server refuses this" if found.refused else f"a server takes this {what}"
+    verdict = "a server refuses this" if found.refused else f"a server accepts this {what}"
     return reports.table([*lines, ("verdict", verdict)])
 
 
 def _check_data(found: Examination, now: datetime) -> dict[str, Any]:
-    key = None
-    if found.key is not None:
-        key = {"key_type": keys.key_type_of(found.key), "pin": pair.key_pin(found.key)}
+    key = found.key and {"key_type": keys.key_type_of(found.key), "pin": pair.key_pin(found.key)}
     return {
         "good": not found.refused,
         "refused": found.refused,
@@ -233,101 +230,101 @@ def _check_data(found: Examination, now: datetime) -> dict[str, Any]:
     "--type",
     "family",
     type=click.Choice(sorted(rollover.STEMS)),
-    help="Only the certificate with this kind of key. [default: all]",
+    help="Renew only the certificate with this key type. [default: all]",
 )
 @as_json_option
 @home_options
 def renew(home: Home, config_file: Path | None, family: str | None, as_json: bool) -> None:
-    """Renew the server's own certificates now, with the keys that they have: pins stay good."""
-    config = _own_config(home, config_file, "renews")
+    """Renew the managed certificates now with their current keys, so that pins remain valid."""
+    config = _managed_config(home, config_file)
     families = sorted({keys.family(key_type) for key_type in config.certificates.key_types})
     if family is not None and family not in families:
-        raise ConfigError([f"--type {family}: certificates.key_types has {', '.join(families)} alone"])
+        raise ConfigError([f"--type {family}: certificates.key_types has only {', '.join(families)}"])
     control = find_control(home)
     if control is not None:
-        _print_result(_told(control.post("/v1/certificates/renew", type=family)), as_json)
-        _tell(SERVED)
-        return
-    wanted = families if family is None else [family]
-    result = managed.renew(config.certificates.directory, _settings(config), _now(), _tell, families=wanted)
-    _print_result(result.report(), as_json)
-    _tell(TAKEN)
+        result = _with_notes(control.post("/v1/certificates/renew", type=family))
+    else:
+        site = _managed_site(config)
+        chosen = families if family is None else [family]
+        result = managed.renew(site.directory, site.settings, _now(), _note, families=chosen).report()
+    _print_result(result, as_json)
+    _note(WATCHED if control is None else SERVED)
 
 
 @cert.command()
-@click.option("--now", "at_once", is_flag=True, help="Use new keys at once: pins that clients have may end.")
-@click.option("--cancel", is_flag=True, help="Take back what is announced; the keys are put aside.")
+@click.option(
+    "--now",
+    "at_once",
+    is_flag=True,
+    help="Use new keys at once, which may invalidate pins that clients have.",
+)
+@click.option("--cancel", is_flag=True, help="Cancel the announcement and set the keys aside.")
 @as_json_option
 @home_options
 def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as_json: bool) -> None:
-    """Make the server's next keys and announce their pins; they are used when clients have had time to learn.
+    """Generate the server's next keys and announce their pins; they are used when clients have had time to learn
+    them.
 
-    That time is certificates.announce_key. Keys that are announced already stay the next ones.
+    That time is certificates.announce_key. Keys that are already announced remain the next ones.
     """
     if at_once and cancel:
         raise click.UsageError("Give --now or --cancel.")
-    config = _own_config(home, config_file, "makes new keys for")
-    directory = config.certificates.directory
+    site = _managed_site(_managed_config(home, config_file))
     control = find_control(home)
     if cancel:
         if control is not None:
-            aside = _told(control.post("/v1/certificates/cancel"))["cancelled"]
+            aside = _with_notes(control.post("/v1/certificates/cancel"))["cancelled"]
         else:
-            aside = [str(path) for path in managed.cancel(directory, _tell)]
+            aside = [str(path) for path in managed.cancel(site.directory, _note)]
         if as_json:
-            _print({"cancelled": aside})
+            print_json({"cancelled": aside}, indent=2)
         elif not aside:
-            _print("Nothing to do: no key is announced.")
+            click.echo("Nothing to do: no key is announced.")
         return
     if control is not None:
-        result = _told(control.post("/v1/certificates/rotate", at_once=at_once))
+        result = _with_notes(control.post("/v1/certificates/rotate", at_once=at_once))
     else:
-        result = managed.rotate(directory, _settings(config), _now(), _tell, at_once=at_once).report()
+        result = managed.rotate(site.directory, site.settings, _now(), _note, at_once=at_once).report()
     _print_result(result, as_json)
     if at_once:
-        _tell("Clients that know none of these pins by now are refused from now on: give them the new ones.")
+        _note("Clients that have none of these pins are refused from now on: give them the new ones.")
     elif not as_json:
-        _tell(
-            "Clients that are connected learn the next pins by the event pins.next; give them to the others."
-        )
-    _tell(TAKEN if control is None else SERVED)
+        _note("Connected clients receive the next pins by the event pins.next; give them to the others.")
+    _note(WATCHED if control is None else SERVED)
 
 
-def _told(answer: dict[str, Any]) -> dict[str, Any]:
-    """What a server has done, after what it had to tell of that."""
+def _with_notes(answer: dict[str, Any]) -> dict[str, Any]:
+    """Print what a server reports about its work, and return the result."""
     for sentence in answer.pop("told"):
-        _tell(str(sentence))
+        _note(str(sentence))
     return answer
 
 
-def _own_config(home: Home, config_file: Path | None, does: str) -> Config:
-    """The configuration, if the certificates are this server's own."""
+def _managed_config(home: Home, config_file: Path | None) -> Config:
+    """Return the configuration. Raises ConfigError if other programs provide the certificates."""
     config = read_config(home, config_file)
     if config.certificates.mode == "files":
-        found = reports.report(config, _now(), os.environ)
-        issuers = sorted(
-            {reports.issuer_of(row.leaf) for row in found.rows if row.leaf and row.use == "server"}
-        )
+        rows = reports.report(config, _now(), os.environ).rows
+        issuers = {reports.issuer_of(row.leaf) for row in rows if row.leaf and row.use == "server"}
         raise ConfigError(
             [
-                f'certificates.mode = "files": whoever made the certificates {does} them'
-                f" ({'; '.join(issuers) or 'none can be read'}), so use their tool; a running server takes new"
-                " files by itself"
+                'certificates.mode = "files": use the tool that issued the certificates'
+                f" ({'; '.join(sorted(issuers)) or 'none can be read'}); a running server picks up new files"
             ]
         )
     home.ensure()
     return config
 
 
-def _settings(config: Config) -> managed.ManagedSettings:
+def _managed_site(config: Config) -> ManagedSite:
     site = managed_site(config)
     assert site is not None
-    return site.settings
+    return site
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print(result)
+        print_json(result, indent=2)
         return
     rows = [
         (
@@ -339,11 +336,11 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         )
         for one in result["certificates"]
     ]
-    _print(reports.table([("certificate", "key", "until", "key is", "pin"), *rows]))
+    click.echo(reports.table([("certificate", "key", "until", "key is", "pin"), *rows]))
     announced = result["next_pins"]
     if announced is not None:
-        _print(f"\nNext pins, used from {reports.moment(datetime.fromisoformat(announced['use_from']))}:")
-        _print("\n".join(announced["pins"]))
+        use_from = reports.moment(datetime.fromisoformat(announced["use_from"]))
+        click.echo("\n".join((f"\nNext pins, used from {use_from}:", *announced["pins"])))
 
 
 # --- clients ---------------------------------------------------------------------------------------------
@@ -352,13 +349,16 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 @cert.command("issue-client")
 @click.argument("name")
 @click.option(
-    "--csr", type=OUT_FILE, metavar="FILE", help="The request of a device that keeps its key; - reads it."
+    "--csr",
+    type=OUT_FILE,
+    metavar="FILE",
+    help="The certificate request of a device that keeps its key; - reads standard input.",
 )
 @click.option("--days", type=click.IntRange(1, MAX_CLIENT_LIFETIME.days), default=365, show_default=True,
-              metavar="N", help="How long it is valid.")  # fmt: skip
-@click.option("--renew", is_flag=True, help="Replace a certificate that is still good, with the same key.")
+              metavar="N", help="Days for which it is valid.")  # fmt: skip
+@click.option("--renew", is_flag=True, help="Replace a valid certificate and keep its key.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-              help="Also write NAME.crt and NAME.key here, for the way to the client.")  # fmt: skip
+              help="Also write NAME.crt and NAME.key here, to transfer them to the client.")  # fmt: skip
 @force_option
 @as_json_option
 @home_options
@@ -373,14 +373,14 @@ def issue_client(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Make a certificate by which a client proves to be the user NAME.
+    """Issue a certificate that authenticates a client as the user NAME.
 
-    Certificate and key are in clients/ in the folder of certificates. The first one makes the CA of client_ca.
+    Certificate and key are written to clients/ in the certificate folder. The first one also creates the client CA.
     """
     config = read_config(home, config_file)
     request = None if csr is None else _read_csr(csr)
     home.ensure()
-    if out is not None:  # before anything is issued, which could not be handed out
+    if out is not None:  # fail before a certificate is issued that could not be written
         files.make_folder(out)
         if not force:
             _refuse_to_replace([out / f"{name}.crt", out / f"{name}.key"])
@@ -391,59 +391,58 @@ def issue_client(
         now=_now(),
         renew=renew,
         csr=request,
-        progress=_tell,
+        progress=_note,
     )
     written = [path for path in (issued.certificate, issued.key) if path is not None]
     if out is not None:
         written = [_copy(path, out / path.name, force) for path in written]
     if as_json:
-        _print(
-            {
-                "name": issued.name,
-                "certificate": str(written[0]),
-                "key": str(written[1]) if len(written) > 1 else None,
-                "serial": issued.serial,
-                "not_after": reports.stamp(issued.not_after),
-                "pin": issued.pin,
-            }
-        )
+        result = {
+            "name": issued.name,
+            "certificate": str(written[0]),
+            "key": str(written[1]) if len(written) > 1 else None,
+            "serial": issued.serial,
+            "not_after": reports.timestamp(issued.not_after),
+            "pin": issued.pin,
+        }
+        print_json(result, indent=2)
         return
     lines = [("certificate", escape_text(str(written[0])))]
     lines += [("key", escape_text(str(path))) for path in written[1:]]
     lines += [("serial", issued.serial), ("until", reports.moment(issued.not_after)), ("pin", issued.pin)]
-    _print(reports.table(lines))
+    click.echo(reports.table(lines))
     if config.tls.client_auth == "off":
-        _tell('The server asks no client for a certificate; set tls.client_auth = "optional" or "required".')
+        _note('The server requests no client certificates; set tls.client_auth = "optional" or "required".')
 
 
 @cert.command("revoke-client")
 @click.argument("name", required=False)
-@click.option("--serial", metavar="HEX", help="One certificate instead of all that NAME has.")
+@click.option("--serial", metavar="HEX", help="Revoke this certificate instead of all that NAME has.")
 @click.option("--reason", type=click.Choice(REASONS), default=REASONS[0], show_default=True,
-              help="What the list of revoked certificates says.")  # fmt: skip
+              help="The reason in the revocation list.")  # fmt: skip
 @as_json_option
 @home_options
 def revoke_client(
     home: Home, config_file: Path | None, name: str | None, serial: str | None, reason: str, as_json: bool
 ) -> None:
-    """Revoke the certificates of the client NAME. There is no way back.
+    """Revoke the certificates of the client NAME. This cannot be undone.
 
-    A running server closes the connections of those who show one of them.
+    A running server closes the connections that use one of them.
     """
     if (name is None) == (serial is None):
         raise click.UsageError("Give NAME, or --serial.")
     directory = read_config(home, config_file).certificates.directory
     revoked = client_ca.revoke_client(
-        directory, name=name, serial=serial, now=_now(), reason=reason, progress=_tell
+        directory, name=name, serial=serial, now=_now(), reason=reason, progress=_note
     )
     if as_json:
-        _print({"revoked": [{"name": entry.name, "serial": entry.serial} for entry in revoked]})
+        print_json({"revoked": [{"name": one.name, "serial": one.serial} for one in revoked]}, indent=2)
         return
     if not revoked:
-        _print("Nothing to do: it was revoked before.")
+        click.echo("Nothing to do: it was revoked before.")
         return
-    _print("\n".join(f"revoked {entry.serial} of {escape_text(entry.name)}" for entry in revoked))
-    _tell(TAKEN)
+    click.echo("\n".join(f"revoked {one.serial} of {escape_text(one.name)}" for one in revoked))
+    _note(WATCHED)
 
 
 def _read_csr(path: Path) -> bytes:
@@ -456,7 +455,7 @@ def _read_csr(path: Path) -> bytes:
 def _refuse_to_replace(paths: list[Path]) -> None:
     for path in paths:
         if os.path.lexists(path):
-            raise ConfigError([f"{escape_text(str(path))}: is there already; --force replaces it"])
+            raise ConfigError([f"{escape_text(str(path))}: already exists; --force replaces it"])
 
 
 def _copy(source: Path, target: Path, force: bool) -> Path:
@@ -464,27 +463,25 @@ def _copy(source: Path, target: Path, force: bool) -> Path:
     return target
 
 
-# --- what is common --------------------------------------------------------------------------------------
+# --- shared parts ----------------------------------------------------------------------------------------
 
 
 def _authority_file(config: Config, client: bool) -> Path:
     directory = config.certificates.directory
     if client:
-        foreign = config.tls.client_ca_file
-        path = directory / "client-ca.crt" if foreign is None else foreign
-        hint = "`zcproto cert issue-client` makes it"
+        path = config.tls.client_ca_file or authority.CLIENT.paths(directory)[0]
+        creator = "`zcproto cert issue-client`"
+    elif config.certificates.mode == "files":
+        raise ConfigError(
+            [
+                'certificates.mode = "files": get the CA from the issuer of the certificates, which'
+                " `zcproto cert show` names"
+            ]
+        )
     else:
-        if config.certificates.mode == "files":
-            raise ConfigError(
-                [
-                    'certificates.mode = "files": others make the certificates, so ask them for their CA;'
-                    " `zcproto cert show` says who issued them"
-                ]
-            )
-        path, _ = authority.SERVER.paths(directory)
-        hint = "the first start of a server makes it"
+        path, creator = authority.SERVER.paths(directory)[0], "the first start of a server"
     if not path.exists():
-        raise CertificateError(f"{path}: is not there yet; {hint}")
+        raise CertificateError(f"{path}: does not exist yet; {creator} creates it")
     return path
 
 
@@ -497,10 +494,6 @@ def _write(path: Path, data: bytes, *, replace: bool) -> None:
         file.buffer.write(data)
 
 
-def _print(result: str | dict[str, Any]) -> None:
-    click.echo(result if isinstance(result, str) else json.dumps(result, indent=2))
-
-
-def _tell(sentence: str) -> None:
-    """What goes on, beside the result."""
+def _note(sentence: str) -> None:
+    """Print a sentence beside the result."""
     click.echo(escape_text(sentence), err=True)
