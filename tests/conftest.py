@@ -1,4 +1,4 @@
-"""Fixtures for all tests: certificates that zcproto did not make itself."""
+"""Fixtures for all tests: external certificates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import secrets_watch  # first: modules take its entropy as a default
+from tests import secrets_watch  # first: modules use its entropy as a default
 from tests.helpers import ConnectionPair, FakeClock, FakeTimers, small_registry
 from zcproto.observe import log as log_module
 from zcproto.sessions import SessionRegistry
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import trustme
 
 
-# A busy machine may make a single example slow; what hangs is ended by the limit of its test.
+# A busy machine may slow down a single example; the limit of the test ends what hangs.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile(
     "long",
@@ -36,20 +36,20 @@ settings.load_profile("patient")
 
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
-    pluginmanager.register(secrets_watch)  # here, as it has an option of its own
+    pluginmanager.register(secrets_watch)  # here: it adds an option
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: no collection need look at it again, and tests that collect are quick."""
+    """Exclude imported objects from collections, so that tests that collect are fast."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def loops_end_with_nothing_open() -> Iterator[None]:
-    """Whoever ends a loop of asyncio with a connection still open fails there and then.
+    """Fail a test that ends an asyncio loop with an open connection.
 
-    Left to the collector, it would fail whichever test runs when that comes by. uvloop's loops close all they have.
+    The garbage collector would fail an unrelated test later. uvloop closes its connections.
     """
     close = BaseSelectorEventLoop.close
 
@@ -82,8 +82,8 @@ class ServerPairs(NamedTuple):
 
 @pytest.fixture(scope="session")
 def ca() -> trustme.CA:
-    """An authority that the tests' clients trust."""
-    import trustme  # here, so that tests without certificates do not wait for it
+    """Create an authority that the tests' clients trust."""
+    import trustme  # here, so that tests without certificates do not load it
 
     return trustme.CA(key_type=trustme.KeyType.ECDSA)
 
@@ -97,7 +97,7 @@ def ca_file(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server_pairs(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> ServerPairs:
-    """A server's certificates for localhost, one of each kind of key."""
+    """Return a server's certificates for localhost, one per key type."""
     import trustme
 
     folder = tmp_path_factory.mktemp("pairs")
@@ -113,7 +113,7 @@ def server_pairs(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Se
 
 @pytest.fixture(autouse=True)
 def log_of_a_fresh_process() -> Iterator[None]:
-    """A test that configures the log, as every `serve` does, leaves it to the next one as it was."""
+    """Restore the log after tests that configure it, as `serve` does."""
     with pytest.MonkeyPatch.context() as patch:
         state = log_module._State()
         patch.setattr(log_module, "_state", state)
@@ -138,5 +138,5 @@ def registry() -> SessionRegistry:
 
 @pytest.fixture
 def pair() -> ConnectionPair:
-    """A connection on which nothing was said yet but WELCOME."""
+    """Return a connection on which only WELCOME was sent."""
     return ConnectionPair()

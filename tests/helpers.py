@@ -1,5 +1,5 @@
-"""What tests share: clocks and timers that are turned by hand, a TCP transport that only writes down, and
-two ends of a conversation joined in memory."""
+"""Shared test helpers: fake clocks and timers, a TCP transport without a socket, and
+the two ends of a conversation joined in memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SALT = bytes.fromhex("a1b2c3d4e5f60718")
 
 
 class FakeClock:
-    """Wall and monotonic time that stand still until they are moved."""
+    """Wall and monotonic time that the test advances."""
 
     def __init__(self, wall: int = WALL, now: float = NOW) -> None:
         self.wall_ms = wall
@@ -53,7 +53,7 @@ class FakeClock:
 
 
 class FakeHandle:
-    """What `call_at` returns."""
+    """The return value of `call_at`."""
 
     def __init__(self, when: float, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
         self.when = when
@@ -66,11 +66,11 @@ class FakeHandle:
 
 
 class FakeTimers:
-    """The part of an event loop that tells time and calls back, turned by hand."""
+    """The clock and timers of an event loop, advanced by the test."""
 
     def __init__(self, now: float = NOW) -> None:
         self.clock = now
-        self.early = 0.0  # by how much timers fire before their time, as those of real loops may
+        self.early = 0.0  # how much too early timers fire, as in real loops
         self._soon: list[FakeHandle] = []
         self._heap: list[tuple[float, int, FakeHandle]] = []
         self._order = itertools.count()
@@ -93,16 +93,16 @@ class FakeTimers:
 
     @property
     def armed(self) -> list[float]:
-        """When the timers are due that were neither called nor cancelled."""
+        """Return the due times of the timers that were neither called nor cancelled."""
         return sorted(when for when, _, handle in self._heap if not handle.cancelled)
 
     @property
     def waiting(self) -> int:
-        """Callbacks for the next turn."""
+        """The callbacks of the next turn."""
         return sum(not handle.cancelled for handle in self._soon)
 
     def turn(self) -> None:
-        """One turn of the loop: what is due, then what was to be called soon."""
+        """Run one turn of the loop: due timers, then callbacks."""
         ready, self._soon = self._soon, []
         while self._heap and self._heap[0][0] <= self.clock + self.early:
             ready.append(heapq.heappop(self._heap)[2])
@@ -111,7 +111,7 @@ class FakeTimers:
                 handle.callback(*handle.args)
 
     def run(self, limit: int = 1_000) -> int:
-        """Turns until nothing is ready; how many it took."""
+        """Run turns until nothing is ready; return how many."""
         for turns in range(limit):
             due = bool(self._heap) and self._heap[0][0] <= self.clock + self.early
             if not self._soon and not due:
@@ -120,7 +120,7 @@ class FakeTimers:
         raise AssertionError("the loop never comes to rest")
 
     def advance(self, seconds: float) -> None:
-        """Let time go by, stopping at each timer on the way."""
+        """Advance the time, stopping at each timer."""
         end = self.clock + seconds
         self.run()
         while self._heap and self._heap[0][0] - self.early <= end:
@@ -133,8 +133,8 @@ class FakeTimers:
 class MockTransport(asyncio.Transport):
     """A TCP transport without a socket: `sent` is what was written.
 
-    `deliver` gives bytes to a BufferedProtocol as the loop does. With `stuck` the peer reads nothing, and
-    what is written counts against the high-water mark.
+    `deliver` passes bytes to a BufferedProtocol as the loop does. With `stuck` the peer reads nothing, and
+    writes count against the high-water mark.
     """
 
     def __init__(self, timers: FakeTimers, *, high: int = 65_536) -> None:
@@ -159,10 +159,10 @@ class MockTransport(asyncio.Transport):
         self.protocol = protocol
         protocol.connection_made(self)
 
-    # what the test does
+    # called by the test
 
     def deliver(self, data: bytes, piece: int = 65_536) -> None:
-        """Bytes from the network, at most so many in one read. Fails if nobody reads."""
+        """Deliver bytes from the network in reads of limited size. Fails if reading is paused."""
         for start in range(0, len(data), piece):
             assert self._reading or self.lost or self._closing, "delivered to a transport that is paused"
             if self.lost or self._closing:
@@ -173,31 +173,31 @@ class MockTransport(asyncio.Transport):
             self.protocol.buffer_updated(len(part))
 
     def deliver_eof(self) -> None:
-        """The peer's FIN. As asyncio: the transport closes unless the protocol wants it open."""
+        """Deliver the peer's FIN. As in asyncio, the transport closes unless the protocol keeps it open."""
         if not self._closing and not self.protocol.eof_received():
             self.close()
 
     def take(self) -> bytes:
-        """What was sent since the last time."""
+        """Return what was sent since the last call."""
         data = bytes(self.sent)
         self.sent.clear()
         return data
 
     def drain(self, count: int | None = None) -> None:
-        """The peer reads again, all or some bytes."""
+        """Let the peer read all or some bytes."""
         self.unsent = 0 if count is None else self.unsent - count
         if self._paused and self.unsent <= self.high // 4:
             self._paused = False
             self.protocol.resume_writing()
 
     def lose(self, error: Exception | None = None) -> None:
-        """The connection is gone."""
+        """Lose the connection."""
         if not self.lost:
             self.lost = self._closing = True
             protocol, self.protocol = self.protocol, None
             protocol.connection_lost(error)
 
-    # what the protocol calls
+    # called by the protocol
 
     def write(self, data: Any) -> None:
         assert not self.eof_written, "write after write_eof"
@@ -256,7 +256,7 @@ class MockTransport(asyncio.Transport):
 
 
 def small_registry(**settings: Any) -> SessionRegistry:
-    """A registry with random bytes that tests can predict: each call gives other ones."""
+    """Return a registry with predictable random bytes, different in each call."""
     numbers = itertools.count(1)
 
     def entropy(size: int) -> bytes:
@@ -267,7 +267,7 @@ def small_registry(**settings: Any) -> SessionRegistry:
 
 
 class Answer:
-    """A frame from the server, in words."""
+    """A decoded frame of the server."""
 
     def __init__(self, frame: RawFrame) -> None:
         self.raw = frame
@@ -298,7 +298,7 @@ class Answer:
 
 
 def with_requests(events: Iterable[ServerEvent]) -> Iterator[ServerEvent | Request]:
-    """Events as they come, each raw request as one that can be kept."""
+    """Yield events as they come; raw requests become Request objects."""
     for event in events:
         yield Request(*event) if event.__class__ is tuple else event
 
@@ -307,7 +307,7 @@ class ConnectionPair:
     """A ServerConnection and a scripted client, joined without a socket.
 
     The methods that make frames return bytes; `send` gives bytes to the server and returns its events;
-    `answers` is what the server has sent since the last time. `clock` is moved by hand.
+    `answers` are the frames sent since the last call. The test advances `clock`.
     """
 
     def __init__(
@@ -343,7 +343,7 @@ class ConnectionPair:
         timestamp: int | None = None,
         salt: bytes | None = None,
     ) -> bytes:
-        """One frame. The counter goes on by itself unless it is given."""
+        """Return one frame. The counter increases unless it is given."""
         if counter is None:
             self.counter += 1
             counter = self.counter
@@ -373,24 +373,24 @@ class ConnectionPair:
     def cancel(self, stream: int, **fields: Any) -> bytes:
         return self.frame(CANCEL, stream, **fields)
 
-    # what passes between the two
+    # both directions
 
     def receive_data(self, data: bytes) -> Iterator[ServerEvent | Request]:
-        """Give bytes to the server; its events, one at a time."""
+        """Pass bytes to the server; yield its events one at a time."""
         return with_requests(self.server.receive_data(data, self.clock.wall(), self.clock.now()))
 
     def send(self, data: bytes) -> list[ServerEvent | Request]:
-        """Give bytes to the server; all its events."""
+        """Pass bytes to the server; return all its events."""
         return list(self.receive_data(data))
 
     def get(self, data: bytes) -> Request:
-        """Give bytes to the server that make one request and nothing else."""
+        """Pass bytes that make exactly one request; return it."""
         (event,) = self.send(data)
         assert isinstance(event, Request)
         return event
 
     def hold(self, data: bytes) -> Request:
-        """Give one request that is not answered at once."""
+        """Pass one request that is not answered at once."""
         request = self.get(data)
         self.server.hold(request, self.clock.now())
         return request
@@ -410,17 +410,17 @@ class ConnectionPair:
         return found
 
     def answer(self) -> Answer:
-        """The only frame that the server has sent."""
+        """Return the only frame that the server has sent."""
         (answer,) = self.answers()
         return answer
 
     def refused(self, data: bytes) -> Answer:
-        """Give one frame that is answered by an ERROR and makes no event."""
+        """Pass one frame that is answered by an ERROR without an event."""
         assert self.send(data) == []
         return self.answer()
 
     def fatal(self, data: bytes) -> Answer:
-        """Give bytes that end the conversation; the last ERROR."""
+        """Pass bytes that end the conversation; return the last ERROR."""
         event = self.send(data)[-1]
         assert isinstance(event, ConnectionEnded)
         answer = self.answers()[-1]
@@ -431,13 +431,13 @@ class ConnectionPair:
     # sessions
 
     def open_session(self, user: str = "ada") -> OpenedSession:
-        """A session that exists, but was not used on this connection yet."""
+        """Return a session that has not been used on this connection."""
         return self.registry.open(
             user, operator=False, client="test/1", address="192.0.2.7", wall=self.clock.wall()
         )
 
     def use(self, opened: OpenedSession) -> OpenedSession:
-        """Send with this session's token from here on, as if it had been opened on this connection."""
+        """Use this session's token from now on, as if it had been opened on this connection."""
         self.token = opened.token
         self.server.join(opened.session, opened.token, self.clock.wall(), self.clock.now())
         return opened

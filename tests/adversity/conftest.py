@@ -28,7 +28,7 @@ def application() -> App:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[ServerThread]:
-    """One server for all tests of a module."""
+    """Start one server for all tests of a module."""
     home = tmp_path_factory.mktemp("adversity") / "home"
     with ServerThread(home, certs, application(), **SETTINGS) as server:
         yield server
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[Se
 
 @pytest.fixture(autouse=True)
 def bystander(request: pytest.FixtureRequest) -> Iterator[Bystander | None]:
-    """Every attack on the module's server leaves another connection untouched, and nothing behind."""
+    """Check that each test leaves another connection undisturbed and nothing behind."""
     if "server" not in request.fixturenames:
         yield None
         return
@@ -47,7 +47,7 @@ def bystander(request: pytest.FixtureRequest) -> Iterator[Bystander | None]:
 
 @pytest.fixture
 def connect(server: ServerThread) -> Iterator[Callable[..., Client]]:
-    """Connections that are closed at the end of the test."""
+    """Collect connections and close them at the end of the test."""
     clients: list[Client] = []
 
     def connect(user: str | None = None, **options: Any) -> Client:

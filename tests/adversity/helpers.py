@@ -1,4 +1,4 @@
-"""What the tests of bad input share: a bystander that must not notice, and plain sockets."""
+"""Helpers of the tests of bad input: a bystander that must not be disturbed, and plain sockets."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ WRITE_TIMEOUT = 0.5
 
 
 class Bystander(threading.Thread):
-    """Another user's connection that goes on working all the time, in a thread of its own.
+    """Another user's connection that works all the time in its own thread.
 
-    How long a call may take is told by two clocks. The server's thread may use `LIMIT_CPU_S` of processor time
-    meanwhile: that is the work of others which the call waits for, and no other program on this machine adds
-    to it. The time that goes by has the far limit `LIMIT_S`, for a server that stands still.
+    A call is limited in two ways: the server thread may use `LIMIT_CPU_S` of CPU meanwhile, which other programs do
+    not affect, and it may take `LIMIT_S` in all, for a server that hangs.
     """
 
     LIMIT_CPU_S = 1.0
@@ -53,7 +52,7 @@ class Bystander(threading.Thread):
             self.failure = error
 
     def end(self) -> None:
-        """Stop, and judge. Whatever was found, the connection is closed."""
+        """Stop and check the calls; close the connection in any case."""
         self._ended.set()
         self.join()
         with contextlib.closing(self.client):
@@ -66,7 +65,7 @@ class Bystander(threading.Thread):
 
 @contextlib.contextmanager
 def left_alone(server: ServerThread) -> Iterator[Bystander]:
-    """While the body attacks, another connection works, before, during and after; then nothing is left."""
+    """Check that another connection works before, during and after the body, and that nothing is left."""
     bystander = Bystander(server)
     bystander.start()
     try:
@@ -96,7 +95,7 @@ def while_impatient(server: ServerThread) -> Iterator[None]:
 
 
 def fatal_alert(connection: socket.socket) -> int:
-    """The number of the one plaintext alert before the end of the connection."""
+    """Return the code of the only plaintext alert before the end of the connection."""
     data, how = read_to_end(connection)
     assert how == "FIN", how
     assert data[:6] == b"\x15\x03\x03\x00\x02\x02", data

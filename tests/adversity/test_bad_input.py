@@ -1,4 +1,4 @@
-"""Bad input over real TLS: each gets the answer of the protocol, and a bystander notices nothing."""
+"""Tests of bad input over real TLS: each gets its answer, and a bystander is not disturbed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ALERT_RECORD = 21
 
 @pytest.fixture(autouse=True)
 def undisturbed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A connection beside those that misbehave, where the test uses the shared server."""
+    """A well-behaved connection to the shared server."""
     if "shared" not in request.fixturenames:
         yield
         return
@@ -80,7 +80,7 @@ def test_plaintext_http_gets_a_400(shared: ServerThread) -> None:
 
 
 def first_hello(alpn: tuple[str, ...] = ("zcp/1",)) -> bytes:
-    """The first flight of a client of this machine's OpenSSL."""
+    """Return the first flight of a client of this machine's OpenSSL."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if alpn:
         context.set_alpn_protocols(list(alpn))
@@ -92,7 +92,7 @@ def first_hello(alpn: tuple[str, ...] = ("zcp/1",)) -> bytes:
 
 
 def alert_for(server: ServerThread, hello: bytes) -> int:
-    """The fatal alert that a ClientHello is answered with."""
+    """Return the fatal alert that answers a ClientHello."""
     with server.tcp() as raw:
         raw.sendall(hello)
         answer, _ = read_to_end(raw)
@@ -143,7 +143,7 @@ def test_truncated_client_hello_times_out(serve: Serve) -> None:
 
 
 def fatal(client: Client, data: bytes) -> int:
-    """Send bytes; the code of the ERROR on stream 0 after which the server closes cleanly."""
+    """Send bytes; return the code of the ERROR on stream 0 before the clean close."""
     client.send(data)
     frames, how = client.rest_until_closed()
     assert how == "close_notify"
@@ -246,7 +246,7 @@ def test_invalid_body_is_refused_on_its_stream(shared: ServerThread, body: bytes
         answer = client.answer(client.stream)
         assert answer.code == INVALID_ARGUMENT
         client.echo()
-    # What the frame itself takes is a megabyte in a few copies; a bomb that went off would take a hundred.
+    # The frame takes a few copies of a megabyte; an expanded bomb would take a hundred.
     assert shared.stats["rss_bytes"] - before < 16 * 2**20
 
 
@@ -385,7 +385,7 @@ def test_client_that_never_reads_is_closed(serve: Serve) -> None:
         client.send(*[client.request("large", {}) for _ in range(200)])
         server.until(lambda: server.server.state.counters.connections_ended.get("write_timeout"))
         after = server.stats
-        # 200 answers of a megabyte were asked for; only as many were made as the buffers take.
+        # Of 200 answers of a megabyte only those that fit the buffers were made.
         assert after["requests"] - before["requests"] < 20
         assert after["rss_bytes"] - before["rss_bytes"] < 32 * 2**20
         other.echo()
@@ -435,7 +435,7 @@ POINTS: dict[str, Callable[[Client], None]] = {
 
 
 def until_alone(server: ServerThread) -> None:
-    """Wait until nothing is left but the bystander's own."""
+    """Wait until only the bystander's connection is left."""
     server.until_left(connections=1, tcp=1, sites=1, by_session=1, wheel=1)
 
 
@@ -462,7 +462,7 @@ def test_disconnect_during_handshake_leaves_nothing(
 
 
 def test_truncated_connection_is_counted_apart_from_clean_close(shared: ServerThread) -> None:
-    until_alone(shared)  # those of earlier tests are counted
+    until_alone(shared)  # includes those of earlier tests
     before = failures(shared, "truncated")
     shared.client().close()
     shared.client().fin()

@@ -1,4 +1,4 @@
-"""The bystander of the attacks: what disturbs a connection is found, and none is left behind."""
+"""Tests of the bystander: it detects every disturbance and leaves no connection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zcproto.server.protocol import ServerProtocol
 
 
 def hold(server: ServerThread, bystander: Bystander) -> None:
-    """The loop works on something else while the bystander waits."""
+    """Keep the loop busy while the bystander waits."""
 
     def work() -> None:
         while not bystander.waiting:
@@ -32,7 +32,7 @@ def the_bystanders_own(server: ServerThread) -> ServerProtocol:
 
 
 def stall(server: ServerThread, bystander: Bystander) -> None:
-    """The bystander's connection is not read from, until it has given up."""
+    """Stop reading the bystander's connection until it gives up."""
     protocol = the_bystanders_own(server)
     server.in_loop(protocol.pause_writing)
     eventually(lambda: bystander.failure)
@@ -45,7 +45,7 @@ def cut(server: ServerThread, bystander: Bystander) -> None:
 
 
 def tell(server: ServerThread, bystander: Bystander) -> None:
-    """Somebody ends the bystander's session, which is told to it."""
+    """Revoke the bystander's session, which sends it an event."""
     with server.client("bystander") as other:
         other.call("session.revoke", {"all": True})
     eventually(lambda: bystander.failure)

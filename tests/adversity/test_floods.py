@@ -1,4 +1,4 @@
-"""Floods, slow peers and sudden ends, while another connection goes on working all the time."""
+"""Tests of floods, slow peers and sudden disconnects while another connection works."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ FLOODS = [
 
 
 def flood(client: Client, make: Callable[[Client], bytes], limit: int) -> int:
-    """Send without ever reading, until the server ends it; how many bytes that was."""
+    """Send without reading until the server ends the connection; return the number of bytes."""
     sent = 0
 
     def send() -> None:
@@ -98,8 +98,8 @@ def flood(client: Client, make: Callable[[Client], bytes], limit: int) -> int:
                 client.tls.sendall(data)
                 sent += len(data)
 
-    # OpenSSL keeps errors for each thread, and the `ssl` of Python 3.13 would tell the next connection of this
-    # thread that it was reset.
+    # OpenSSL keeps errors per thread: with Python 3.13 the next connection of this
+    # thread would report a reset.
     thread = threading.Thread(target=send)
     thread.start()
     thread.join()
@@ -134,7 +134,7 @@ def test_flood_with_reading_gets_every_answer(
         client.cancel(stream)
     for _ in range(waiting):
         assert client.receive().code == Code.CANCELLED
-    server.until(lambda: server.server.state.tasks.running == 0)  # until then they count as in flight
+    server.until(lambda: server.server.state.tasks.running == 0)  # they count as in flight until then
     client.echo()
 
 
@@ -168,7 +168,7 @@ def all_wait(server: ServerThread, count: int) -> bool:
 def test_maximal_length_is_refused_at_once(connect: Connect) -> None:
     client = connect("ada")
     client.send(client.frame(length=2**32 - 1)[:4])
-    frames, how = client.rest_until_closed()  # far sooner than silence would end it
+    frames, how = client.rest_until_closed()  # far sooner than the idle timeout
     assert ([frame.code for frame in frames], how) == ([Code.FRAME_TOO_LARGE], "close_notify")
 
 
@@ -222,7 +222,7 @@ def test_concurrent_key_guessing_is_throttled_per_user(
         codes = [client.refused("session.open", login).code for client in clients for _ in range(5)]
         heard = codes.count(Code.UNAUTHENTICATED)
         assert heard + codes.count(Code.RESOURCE_EXHAUSTED) == 50
-        # Three are free; then one after a second, one after two more, one after four more.
+        # Three are free, then one each after 1, 2 and 4 seconds.
         assert 3 <= heard <= 3 + math.log2(time.monotonic() - began + 1)
         for client in clients:
             client.close()
@@ -247,7 +247,7 @@ def test_token_guessing_fails_and_leaves_nothing(server: ServerThread, connect: 
 
 
 def handshake_alone(server: ServerThread) -> None:
-    """Gone after the server's whole flight, without a Finished."""
+    """Disconnect after the server's flight, without a Finished."""
     with server.tcp() as raw:
         RawTls(raw, finish=False)
 
@@ -315,12 +315,12 @@ def test_sudden_disconnects_leave_nothing(
     server: ServerThread, point: Callable[[ServerThread], None]
 ) -> None:
     point(server)
-    server.until_left(connections=1, tcp=1, sites=1, by_session=1, wheel=1)  # the bystander's own
+    server.until_left(connections=1, tcp=1, sites=1, by_session=1, wheel=1)  # of the bystander
 
 
 @pytest.fixture(scope="module")
 def asyncio_server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[ServerThread]:
-    """As the module's server, on asyncio's own loop."""
+    """Start the module's server on asyncio's loop."""
     home = tmp_path_factory.mktemp("asyncio") / "home"
     with ServerThread(home, certs, application(), loop_factory=asyncio.new_event_loop, **SETTINGS) as server:
         yield server
@@ -362,7 +362,7 @@ def test_flood_without_reading_is_reset_on_asyncio_loop(
 
 
 def in_memory() -> dict[str, int]:
-    """What there is of server connections, those included that only a garbage collection would find."""
+    """Return the server connections in memory, including unreachable cycles."""
     kinds = (ServerProtocol, ServerConnection, TlsServerTransport, ssl.SSLObject)
     objects = gc.get_objects()
     return {kind.__name__: sum(type(each) is kind for each in objects) for kind in kinds}

@@ -1,4 +1,4 @@
-"""What connections leave behind when they are gone: nothing that grows."""
+"""Tests of the memory that closed connections leave."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def resident_kib(pid: int) -> int:
 
 
 def come_and_go(server: ServerProcess, count: int) -> None:
-    """Connections, many at once, every second of which is gone without a close_notify."""
+    """Open many connections at once; close every other one without close_notify."""
     for _ in range(0, count, AT_ONCE):
         clients: list[Client] = [server.client() for _ in range(AT_ONCE)]
         for number, client in enumerate(clients):

@@ -1,7 +1,7 @@
-"""What a thief can do with the token of a bound session, over real TLS: nothing.
+"""Tests of a stolen token of a bound session over real TLS: it is useless.
 
 The thief has everything but the device's key: both tokens, a place in the network, signatures seen on other
-connections, and a server of its own that the device may be talked into.
+connections, and a server that the device may be tricked into using.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def leaf(client: Client) -> bytes:
     return hashlib.sha256(certificate).digest()
 
 
-class House:
-    """A server, ada's laptop, and a session that it has open."""
+class AttackedServer:
+    """A server and the open session of ada's laptop."""
 
     def __init__(self, home: Path, certs: Path) -> None:
         home.mkdir(mode=0o700)
@@ -60,8 +60,8 @@ class House:
         self.server = ServerThread(home, certs, users_file=True)
         self.ca_file = home / "certs" / "ca.crt"
 
-    def enter(self) -> None:
-        """The device comes home."""
+    def connect_device(self) -> None:
+        """Connect the device and open its session."""
         self.device = self.server.client()
         self.device.opened = self.device.call("session.open", self.opening(self.device))
         self.device.token = self.device.opened["token"]
@@ -75,26 +75,26 @@ class House:
     def attaching(self, client: Client, key: Ed25519PrivateKey = KEY) -> dict[str, Any]:
         return {"signature": key.sign(attach_message(client.salt, leaf(client), self.token))}
 
-    def unharmed(self) -> None:
-        """The device has not noticed anything."""
+    def assert_undisturbed(self) -> None:
+        """Check that the device has not been disturbed."""
         self.device.echo()
         assert self.device.events == []
 
 
 @pytest.fixture
-def house(tmp_path: Path, certs: Path) -> Iterator[House]:
-    house = House(tmp_path / "home", certs)
-    with house.server:
-        house.enter()
-        yield house
-        house.unharmed()
-        house.device.close()
-        house.server.until_left()
+def attacked(tmp_path: Path, certs: Path) -> Iterator[AttackedServer]:
+    attacked = AttackedServer(tmp_path / "home", certs)
+    with attacked.server:
+        attacked.connect_device()
+        yield attacked
+        attacked.assert_undisturbed()
+        attacked.device.close()
+        attacked.server.until_left()
 
 
 @pytest.fixture
-def thief(house: House) -> Iterator[Client]:
-    with house.server.client() as client:
+def thief(attacked: AttackedServer) -> Iterator[Client]:
+    with attacked.server.client() as client:
         yield client
 
 
@@ -110,103 +110,115 @@ def not_accepted(frame: Frame) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_stolen_bound_token_cannot_call(house: House, thief: Client, method: str) -> None:
-    assert wants_proof(thief.refused(method, {"id": house.device.opened["id"]}, token=house.token))
+def test_stolen_bound_token_cannot_call(attacked: AttackedServer, thief: Client, method: str) -> None:
+    assert wants_proof(thief.refused(method, {"id": attacked.device.opened["id"]}, token=attacked.token))
 
 
-def test_stolen_bound_token_gains_no_event_frame_size_or_time(house: House, thief: Client) -> None:
-    before = house.device.call("session.info")["last_used_at"]
+def test_stolen_bound_token_gains_no_event_frame_size_or_time(
+    attacked: AttackedServer, thief: Client
+) -> None:
+    before = attacked.device.call("session.info")["last_used_at"]
     for _ in range(100):
-        assert wants_proof(thief.refused("echo", {"x": b"x" * 10_000}, token=house.token))
-    thief.send(thief.request("echo", {"x": b"x" * 100_000}, token=house.token))
+        assert wants_proof(thief.refused("echo", {"x": b"x" * 10_000}, token=attacked.token))
+    thief.send(thief.request("echo", {"x": b"x" * 100_000}, token=attacked.token))
     frames, _ = thief.rest_until_closed()
     assert frames[-1].code == Code.FRAME_TOO_LARGE
-    registry = house.server.server.state.registry
-    info = house.server.in_loop(lambda: registry.info(house.device.opened["id"], house.server.clock.wall()))
+    registry = attacked.server.server.state.registry
+    info = attacked.server.in_loop(
+        lambda: registry.info(attacked.device.opened["id"], attacked.server.clock.wall())
+    )
     assert info.last_used_at == before
 
 
-def test_stolen_bound_token_fails_beside_the_thiefs_session(house: House, thief: Client) -> None:
-    """The thief has an account, a device and a proved key: all on this very connection."""
-    UserFile(house.server.home / "users.toml").add("eve")
-    house.devices.add("eves", "eve", THIEFS_KEY.public_key().public_bytes_raw(), datetime.now(UTC))
+def test_stolen_bound_token_fails_beside_the_thiefs_session(attacked: AttackedServer, thief: Client) -> None:
+    """The thief has an account, a device and a proved key on this connection."""
+    UserFile(attacked.server.home / "users.toml").add("eve")
+    attacked.devices.add("eves", "eve", THIEFS_KEY.public_key().public_bytes_raw(), datetime.now(UTC))
     signature = THIEFS_KEY.sign(open_message(thief.salt, leaf(thief), "eves"))
     opened = thief.call("session.open", {"scheme": "ed25519", "device": "eves", "signature": signature})
     thief.token = opened["token"]
     thief.echo()
-    assert wants_proof(thief.refused("echo", token=house.token))
+    assert wants_proof(thief.refused("echo", token=attacked.token))
     assert not_accepted(
-        thief.refused("session.attach", house.attaching(thief, THIEFS_KEY), token=house.token)
+        thief.refused("session.attach", attacked.attaching(thief, THIEFS_KEY), token=attacked.token)
     )
-    assert thief.refused("session.revoke", {"id": house.device.opened["id"]}).code == Code.NOT_FOUND
+    assert thief.refused("session.revoke", {"id": attacked.device.opened["id"]}).code == Code.NOT_FOUND
     thief.echo()
 
 
-def test_stolen_bound_refresh_token_fails_without_side_effect(house: House, thief: Client) -> None:
+def test_stolen_bound_refresh_token_fails_without_side_effect(
+    attacked: AttackedServer, thief: Client
+) -> None:
     for client in ("", "test/1"):
-        params = {"refresh_token": house.refresh_token, "client": client}
+        params = {"refresh_token": attacked.refresh_token, "client": client}
         assert wants_proof(thief.refused("session.refresh", params))
-    house.unharmed()
-    refreshed = house.device.call("session.refresh", {"refresh_token": house.refresh_token}, token=NO_TOKEN)
-    house.device.token = house.token = refreshed["token"]
-    assert wants_proof(thief.refused("echo", token=house.token))
+    attacked.assert_undisturbed()
+    refreshed = attacked.device.call(
+        "session.refresh", {"refresh_token": attacked.refresh_token}, token=NO_TOKEN
+    )
+    attacked.device.token = attacked.token = refreshed["token"]
+    assert wants_proof(thief.refused("echo", token=attacked.token))
     assert wants_proof(thief.refused("session.refresh", {"refresh_token": refreshed["refresh_token"]}))
 
 
-def test_stolen_refresh_token_of_offline_device_yields_a_bound_token(house: House, thief: Client) -> None:
-    """Once its token has expired, nobody could attach it: the refresh comes first, and the proof after."""
-    late = {"timestamp": house.server.clock.wall() + 7_200_000}
-    house.server.clock.ahead_ms = 7_200_000
-    stolen = thief.call("session.refresh", {"refresh_token": house.refresh_token}, token=NO_TOKEN, **late)
+def test_stolen_refresh_token_of_offline_device_yields_a_bound_token(
+    attacked: AttackedServer, thief: Client
+) -> None:
+    """An expired token cannot be attached: the refresh comes before the proof."""
+    late = {"timestamp": attacked.server.clock.wall() + 7_200_000}
+    attacked.server.clock.ahead_ms = 7_200_000
+    stolen = thief.call("session.refresh", {"refresh_token": attacked.refresh_token}, token=NO_TOKEN, **late)
     for method in METHODS:
         assert wants_proof(thief.refused(method, token=stolen["token"], **late))
     params = {"refresh_token": stolen["refresh_token"]}
     assert wants_proof(thief.refused("session.refresh", params, token=NO_TOKEN, **late))
-    # The device learns of it: what it has was spent by somebody else, and the whole session ends.
-    params = {"refresh_token": house.refresh_token, "client": "laptop/1"}
-    assert house.device.refused("session.refresh", params, token=NO_TOKEN, **late).code == Code.TOKEN_REVOKED
+    # The device's own refresh token is spent: its next refresh ends the whole session.
+    params = {"refresh_token": attacked.refresh_token, "client": "laptop/1"}
+    assert (
+        attacked.device.refused("session.refresh", params, token=NO_TOKEN, **late).code == Code.TOKEN_REVOKED
+    )
     assert thief.refused("echo", token=stolen["token"], **late).code == Code.TOKEN_REVOKED
-    house.server.clock.ahead_ms = 0
-    opened = house.device.call("session.open", house.opening(house.device), token=NO_TOKEN)
-    house.device.token = opened["token"]
+    attacked.server.clock.ahead_ms = 0
+    opened = attacked.device.call("session.open", attacked.opening(attacked.device), token=NO_TOKEN)
+    attacked.device.token = opened["token"]
 
 
 # --- signatures seen elsewhere -----------------------------------------------------------------------
 
 
-def test_signature_of_another_connection_is_refused(house: House, thief: Client) -> None:
-    """The salt is another one."""
-    with house.server.client() as seen:
-        opening, attaching = house.opening(seen), house.attaching(seen)
+def test_signature_of_another_connection_is_refused(attacked: AttackedServer, thief: Client) -> None:
+    """The salt differs."""
+    with attacked.server.client() as seen:
+        opening, attaching = attacked.opening(seen), attacked.attaching(seen)
         assert not_accepted(thief.refused("session.open", opening))
-        assert not_accepted(thief.refused("session.attach", attaching, token=house.token))
-        assert wants_proof(thief.refused("echo", token=house.token))
+        assert not_accepted(thief.refused("session.attach", attaching, token=attacked.token))
+        assert wants_proof(thief.refused("echo", token=attacked.token))
         assert (
-            seen.call("session.attach", attaching, token=house.token) == {}
-        )  # it is good where it was made for
+            seen.call("session.attach", attaching, token=attacked.token) == {}
+        )  # it is valid for its own connection
 
 
-def test_signature_for_another_purpose_is_refused(house: House, thief: Client) -> None:
-    attaching = {"scheme": "ed25519", "device": "laptop", **house.attaching(thief)}
+def test_signature_for_another_purpose_is_refused(attacked: AttackedServer, thief: Client) -> None:
+    attaching = {"scheme": "ed25519", "device": "laptop", **attacked.attaching(thief)}
     assert not_accepted(thief.refused("session.open", attaching))
-    opening = {"signature": house.opening(thief)["signature"]}
-    assert not_accepted(thief.refused("session.attach", opening, token=house.token))
+    opening = {"signature": attacked.opening(thief)["signature"]}
+    assert not_accepted(thief.refused("session.attach", opening, token=attacked.token))
 
 
-def test_signature_for_another_token_is_refused(house: House, thief: Client) -> None:
-    other = house.device.call("session.open", house.opening(house.device), token=NO_TOKEN)
-    attaching = house.attaching(thief)
+def test_signature_for_another_token_is_refused(attacked: AttackedServer, thief: Client) -> None:
+    other = attacked.device.call("session.open", attacked.opening(attacked.device), token=NO_TOKEN)
+    attaching = attacked.attaching(thief)
     assert not_accepted(thief.refused("session.attach", attaching, token=other["token"]))
-    assert thief.call("session.attach", attaching, token=house.token) == {}
+    assert thief.call("session.attach", attaching, token=attacked.token) == {}
 
 
 # --- a server in between -----------------------------------------------------------------------------
 
 
 class Relay(threading.Thread):
-    """A server of the thief's that the device trusts, and that passes on what it hears to the real one.
+    """A server of the thief that the device trusts, which relays to the real one.
 
-    It ends the TLS of both sides: it sees and could change every byte, but not the certificate that it shows.
+    It terminates TLS on both sides: it can read and change every byte, but not use the real certificate.
     """
 
     def __init__(self, certificate: Path, key: Path, target: int, ca_file: Path) -> None:
@@ -257,15 +269,15 @@ class Relay(threading.Thread):
 
 
 @pytest.fixture
-def relay(house: House, tmp_path: Path) -> Iterator[Relay]:
-    """Its certificate is good for the server's name, by an authority that the device trusts, too."""
+def relay(attacked: AttackedServer, tmp_path: Path) -> Iterator[Relay]:
+    """Create its certificate for the server's name, from an authority that the device trusts."""
     authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
     issued = authority.issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.ECDSA)
     issued.cert_chain_pems[0].write_to_path(tmp_path / "relay.crt")
     issued.private_key_pem.write_to_path(tmp_path / "relay.key")
-    trusted = house.ca_file.read_bytes() + authority.cert_pem.bytes()
+    trusted = attacked.ca_file.read_bytes() + authority.cert_pem.bytes()
     (tmp_path / "trusted.pem").write_bytes(trusted)
-    relay = Relay(tmp_path / "relay.crt", tmp_path / "relay.key", house.server.port, house.ca_file)
+    relay = Relay(tmp_path / "relay.crt", tmp_path / "relay.key", attacked.server.port, attacked.ca_file)
     relay.start()
     yield relay
     relay.end()
@@ -276,56 +288,60 @@ def through(relay: Relay, tmp_path: Path) -> Client:
 
 
 def test_signature_relayed_through_another_server_opens_no_session(
-    house: House, relay: Relay, tmp_path: Path
+    attacked: AttackedServer, relay: Relay, tmp_path: Path
 ) -> None:
-    """The salt is the real server's, the certificate is not."""
+    """The salt is that of the real server, the certificate is not."""
     with through(relay, tmp_path) as fooled:
-        opening = house.opening(fooled)
+        opening = attacked.opening(fooled)
         assert not_accepted(fooled.refused("session.open", opening))
         assert opening["signature"] in relay.seen[0]  # it did arrive
 
 
-def test_token_cannot_be_attached_through_a_relay(house: House, relay: Relay, tmp_path: Path) -> None:
+def test_token_cannot_be_attached_through_a_relay(
+    attacked: AttackedServer, relay: Relay, tmp_path: Path
+) -> None:
     with through(relay, tmp_path) as fooled:
-        attaching = house.attaching(fooled)
-        assert not_accepted(fooled.refused("session.attach", attaching, token=house.token))
-        assert wants_proof(fooled.refused("echo", token=house.token))
+        attaching = attacked.attaching(fooled)
+        assert not_accepted(fooled.refused("session.attach", attaching, token=attacked.token))
+        assert wants_proof(fooled.refused("echo", token=attacked.token))
 
 
-def test_relay_cannot_reuse_what_it_saw(house: House, relay: Relay, thief: Client, tmp_path: Path) -> None:
+def test_relay_cannot_reuse_what_it_saw(
+    attacked: AttackedServer, relay: Relay, thief: Client, tmp_path: Path
+) -> None:
     with through(relay, tmp_path) as fooled:
-        opening, attaching = house.opening(fooled), house.attaching(fooled)
+        opening, attaching = attacked.opening(fooled), attacked.attaching(fooled)
         assert not_accepted(thief.refused("session.open", opening))
-        assert not_accepted(thief.refused("session.attach", attaching, token=house.token))
+        assert not_accepted(thief.refused("session.attach", attaching, token=attacked.token))
 
 
-def library(house: House, port: int, ca_file: Path, device: Device) -> BlockingClient:
+def library(attacked: AttackedServer, port: int, ca_file: Path, device: Device) -> BlockingClient:
     return connect_blocking(
         f"localhost:{port}",
         device=device,
         device_name="laptop",
         ca_file=ca_file,
-        home=house.server.home / "client",
+        home=attacked.server.home / "client",
     )
 
 
-def test_client_library_resists_a_relay(house: House, relay: Relay, tmp_path: Path) -> None:
+def test_client_library_resists_a_relay(attacked: AttackedServer, relay: Relay, tmp_path: Path) -> None:
     device = Device(KEY)
-    with library(house, house.server.port, house.ca_file, device) as client:
+    with library(attacked, attacked.server.port, attacked.ca_file, device) as client:
         assert client.call("echo", x=1) == {"x": 1}
-    with pytest.raises(Unauthenticated), library(house, relay.port, tmp_path / "trusted.pem", device):
+    with pytest.raises(Unauthenticated), library(attacked, relay.port, tmp_path / "trusted.pem", device):
         pass
 
 
 # --- guessing ----------------------------------------------------------------------------------------
 
 
-def test_random_signatures_are_refused(house: House, thief: Client) -> None:
+def test_random_signatures_are_refused(attacked: AttackedServer, thief: Client) -> None:
     for _ in range(50):
         attaching = {"signature": os.urandom(64)}
-        assert not_accepted(thief.refused("session.attach", attaching, token=house.token))
-    good = bytearray(house.attaching(thief)["signature"])
+        assert not_accepted(thief.refused("session.attach", attaching, token=attacked.token))
+    good = bytearray(attacked.attaching(thief)["signature"])
     for bit in range(0, 512, 13):
         good[bit // 8] ^= 1 << bit % 8
-        assert not_accepted(thief.refused("session.attach", {"signature": bytes(good)}, token=house.token))
+        assert not_accepted(thief.refused("session.attach", {"signature": bytes(good)}, token=attacked.token))
         good[bit // 8] ^= 1 << bit % 8

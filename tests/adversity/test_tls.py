@@ -1,4 +1,4 @@
-"""Bad TLS, and what is none: each with its alert or answer, its cause counted, and closed."""
+"""Tests of invalid TLS: the alert, the counted cause, and the end of the connection."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ UNEXPECTED_MESSAGE, DECODE_ERROR, ILLEGAL_PARAMETER = 10, 50, 47
 
 
 class Counted:
-    """Which causes of TLS failures a test has added."""
+    """Counts the causes of TLS failures since its creation."""
 
     def __init__(self, server: ServerThread) -> None:
         self._server = server
         self._before = dict(server.stats["tls_failures"])
 
     def is_one_of(self, *causes: str) -> None:
-        """One failure, of a cause that not every OpenSSL tells apart."""
+        """Check for one failure whose cause depends on the version of OpenSSL."""
         now = self._server.stats["tls_failures"]
         assert sum(now.get(cause, 0) - self._before.get(cause, 0) for cause in causes) == 1, now
 
@@ -141,7 +141,7 @@ def test_missing_offer_is_refused_with_its_alert(
 @pytest.mark.requirement("forward_secrecy")
 @pytest.mark.parametrize("psk_modes", [b"", b"\x01", b"\x00"], ids=["none", "psk_dhe_ke", "psk_ke"])
 def test_each_handshake_has_a_fresh_key_share(server: ServerThread, psk_modes: bytes) -> None:
-    """Also for a client that would resume without (EC)DHE."""
+    """A client that offers resumption without (EC)DHE gets one too."""
     shares = set()
     for _ in range(20):
         with send(server, record(HANDSHAKE, client_hello(psk_modes=psk_modes), 0x0301)) as connection:
@@ -297,7 +297,7 @@ def test_unfinished_handshake_is_closed_at_the_timeout(server: ServerThread, cou
 
 def test_client_hello_byte_by_byte_is_accepted(server: ServerThread) -> None:
     class Drip(socket.socket):
-        """Sends each byte on its own."""
+        """Sends each byte in a separate write."""
 
         def sendall(self, data: Any, flags: int = 0) -> None:
             for byte in bytes(data):
@@ -311,7 +311,7 @@ def test_client_hello_byte_by_byte_is_accepted(server: ServerThread) -> None:
 
 
 def has_ended(server: ServerThread, connection: socket.socket) -> bool:
-    """Whether the server has ended its side; what it sent before is thrown away."""
+    """Return whether the server has closed its side; discard what it sent before."""
     for _ in range(2):  # turns of the loop, in which it reads what was sent before
         server.in_loop(lambda: None)
     while select.select([connection], [], [], 0)[0]:
@@ -338,7 +338,7 @@ def test_key_update_flood_ends_the_connection(
             raw.sendall(b"".join(tls.key_update(request=request_answers) for _ in range(20)))
             sent += 20
             assert sent < 5_000
-    assert sent * 27 > 60_000  # a few are no flood
+    assert sent * 27 > 60_000  # a few are allowed
     counted.are(barren_records=1)
 
 

@@ -1,7 +1,7 @@
-"""A TLS 1.3 client written out (RFC 8446), which can send what no TLS library lets its users send.
+"""A TLS 1.3 client in plain Python (RFC 8446), which can send what no TLS library sends.
 
-One suite (TLS_AES_256_GCM_SHA384), one group (X25519), no verification: it is for attacking a server of one's
-own. Reading order: `ClientHello`, the key schedule (section 7.1), `RawTls`.
+One suite (TLS_AES_256_GCM_SHA384), one group (X25519), no verification: it is for attacking a test
+server. Reading order: `ClientHello`, the key schedule (section 7.1), `RawTls`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def derive(secret: bytes, label: str, transcript: bytes) -> bytes:
 
 
 class Direction:
-    """The keys of one direction."""
+    """The record keys of one direction."""
 
     def __init__(self, secret: bytes) -> None:
         self.secret = secret
@@ -104,7 +104,7 @@ class Direction:
 
 
 class RawTls:
-    """A connection whose records are made by hand. The constructor makes the whole handshake."""
+    """A connection with hand-made records. The constructor does the whole handshake."""
 
     def __init__(self, raw: socket.socket, *, alpn: Sequence[str] = ("zcp/1",), finish: bool = True) -> None:
         self.raw = raw
@@ -159,7 +159,7 @@ class RawTls:
 
     @staticmethod
     def _is_complete(flight: bytes) -> bool:
-        """Whether the server's messages are there up to its Finished."""
+        """Return whether the server's messages up to Finished have arrived."""
         at = 0
         while at + 4 <= len(flight):
             end = at + 4 + int.from_bytes(flight[at + 1 : at + 4], "big")
@@ -169,9 +169,9 @@ class RawTls:
         return False
 
     def receive(self) -> tuple[int, bytes]:
-        """The type and content of the next protected record."""
+        """Return the type and content of the next protected record."""
         kind, head, data = self._record()
-        while kind == CHANGE_CIPHER_SPEC:  # of no meaning (appendix D.4)
+        while kind == CHANGE_CIPHER_SPEC:  # ignored (appendix D.4)
             kind, head, data = self._record()
         assert kind == APPLICATION_DATA, f"record of type {kind}"
         return self.incoming.open(head, data)
@@ -180,7 +180,7 @@ class RawTls:
         return self.outgoing.seal(kind, data)
 
     def key_update(self, *, request: bool) -> bytes:
-        """A KeyUpdate (section 4.6.3); what follows is sealed with the next keys."""
+        """Send a KeyUpdate (section 4.6.3); later records use the next keys."""
         message = self.seal(bytes([KEY_UPDATE, 0, 0, 1, request]), HANDSHAKE)
         self.outgoing = self.outgoing.updated()
         return message

@@ -1,4 +1,4 @@
-"""Which functions can be methods, and how their arguments come together."""
+"""Tests of registering methods and binding their arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which fact is which alert: the tables, without a server."""
+"""Tests of the alerts raised by each event, without a server."""
 
 from __future__ import annotations
 
@@ -123,13 +123,13 @@ def test_failure_alert_lasts_until_recovery(
 
 
 def test_every_certificate_notice_is_classified(alerts: ServerAlerts) -> None:
-    told = {}
+    is_raised = {}
     for kind in NoticeKind:
         before = sum(alerts.center.raised.values())
         tell_certificate(alerts, notice(kind, days=5))
-        told[kind] = sum(alerts.center.raised.values()) > before
+        is_raised[kind] = sum(alerts.center.raised.values()) > before
     bad = {NoticeKind.EXPIRY, NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD}
-    assert {kind for kind, is_told in told.items() if is_told} == bad
+    assert {kind for kind, raised in is_raised.items() if raised} == bad
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_revocation_of_no_session_raises_no_alert(alerts: ServerAlerts) -> None:
 
 
 def test_every_alert_kind_is_raised_in_the_code() -> None:
-    """A kind in the catalogue that nothing raises would be a promise that is not kept."""
+    """Every kind of the catalogue must be raised in the source."""
     used: set[str] = set()
     for path in sorted((ROOT / "zcproto").rglob("*alert*.py")) + sorted(
         (ROOT / "zcproto" / "alerts").glob("*.py")

@@ -1,4 +1,4 @@
-"""What a real webhook hears of a real server, and what it does when the webhook does not do its part."""
+"""Tests of alerts from a real server to a real webhook, a failing one included."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from zcproto.errors import CertificateError, Code, ConfigError
 SECRET = "0123456789abcdef0123456789abcdef"
 
 
-class Watched:
+class AlertingServer:
     """A server whose alerts go to a receiver."""
 
     def __init__(self, server: ServerThread, receiver: Receiver) -> None:
@@ -45,7 +45,7 @@ class Watched:
         self.server.in_loop(self.alerts.tick)
 
     def messages(self) -> list[dict[str, Any]]:
-        """All that arrived, each with a good signature, of whatever time."""
+        """Return the received messages; each must have a valid signature."""
         found = []
         for request in list(self.receiver.received):
             header = request.headers["zcproto-signature"]
@@ -54,15 +54,15 @@ class Watched:
             found.append(json.loads(request.body))
         return found
 
-    def told(self) -> list[tuple[str, str]]:
+    def sent(self) -> list[tuple[str, str]]:
         return [(each["alert"]["kind"], each["phase"]) for each in self.messages()]
 
     def until(self, kind: str, phase: str = "began") -> dict[str, Any]:
-        """Wait for a message; its alert."""
+        """Wait for a message; return its alert."""
         try:
-            eventually(lambda: (kind, phase) in self.told())
+            eventually(lambda: (kind, phase) in self.sent())
         except AssertionError:
-            raise AssertionError(f"no {phase} of {kind}: {self.told()}") from None
+            raise AssertionError(f"no {phase} of {kind}: {self.sent()}") from None
         message = next(
             each for each in self.messages() if (each["alert"]["kind"], each["phase"]) == (kind, phase)
         )
@@ -70,11 +70,11 @@ class Watched:
         return alert
 
 
-Watch = Callable[..., Watched]
+Start = Callable[..., AlertingServer]
 
 
 @pytest.fixture
-def watch(tmp_path: Path, certs: Path, server_pairs: ServerPairs, ca_file: Path) -> Iterator[Watch]:
+def start(tmp_path: Path, certs: Path, server_pairs: ServerPairs, ca_file: Path) -> Iterator[Start]:
     secret = tmp_path / "secret"
     secret.write_text(f"{SECRET}\n")
     secret.chmod(0o600)
@@ -83,7 +83,7 @@ def watch(tmp_path: Path, certs: Path, server_pairs: ServerPairs, ca_file: Path)
 
         def start(
             *answers: Answer, home: Path | None = None, users_file: bool = False, **settings: Any
-        ) -> Watched:
+        ) -> AlertingServer:
             receiver = stack.enter_context(Receiver((pair.certificate, pair.key), *answers))
             chosen = {
                 "alerts__webhook": receiver.url,
@@ -92,7 +92,7 @@ def watch(tmp_path: Path, certs: Path, server_pairs: ServerPairs, ca_file: Path)
                 **settings,
             }
             server = ServerThread(home or tmp_path / "home", certs, users_file=users_file, **chosen)
-            return Watched(stack.enter_context(server), receiver)
+            return AlertingServer(stack.enter_context(server), receiver)
 
         yield start
 
@@ -103,162 +103,164 @@ def refused(call: Callable[[], object]) -> int:
     return caught.value.code
 
 
-def test_replay_sends_signed_webhook_message(watch: Watch) -> None:
-    watched = watch()
-    with watched.server.client("ada") as client:
+def test_replay_sends_signed_webhook_message(start: Start) -> None:
+    alerting = start()
+    with alerting.server.client("ada") as client:
         frame = client.request("echo", {})
         client.send(frame, frame)
         client.rest_until_closed()
-    alert = watched.until("connection.replayed")
+    alert = alerting.until("connection.replayed")
     assert alert["severity"] == "error"
     assert alert["details"]["in_window"] == 1
-    (message,) = watched.messages()
-    header = watched.receiver.received[0].headers["zcproto-signature"]
-    body = watched.receiver.received[0].body
-    assert check_signature(Secret(SECRET), body, header, watched.server.clock.wall()) == ""
-    assert message["source"].endswith(f":{watched.server.port}")
+    (message,) = alerting.messages()
+    header = alerting.receiver.received[0].headers["zcproto-signature"]
+    body = alerting.receiver.received[0].body
+    assert check_signature(Secret(SECRET), body, header, alerting.server.clock.wall()) == ""
+    assert message["source"].endswith(f":{alerting.server.port}")
 
 
-def test_many_stale_frames_raise_alert(watch: Watch) -> None:
-    watched = watch(alerts__stale_frames=3)
-    with watched.server.client("ada") as client:
+def test_many_stale_frames_raise_alert(start: Start) -> None:
+    alerting = start(alerts__stale_frames=3)
+    with alerting.server.client("ada") as client:
         for _ in range(3):
             assert refused(lambda: client.call("echo", {}, timestamp=1)) == Code.STALE_TIMESTAMP
-    assert watched.until("connection.stale_frames")["details"]["in_window"] == 3
+    assert alerting.until("connection.stale_frames")["details"]["in_window"] == 3
 
 
 @pytest.mark.requirement("alerting")
-def test_tls_failures_raise_alert_by_cause(watch: Watch) -> None:
-    watched = watch(alerts__tls_failures=2)
+def test_tls_failures_raise_alert_by_cause(start: Start) -> None:
+    alerting = start(alerts__tls_failures=2)
     stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     trustme.CA().configure_trust(stranger)
     stranger.set_alpn_protocols(["zcp/1"])
     for _ in range(2):
-        with watched.server.tcp() as raw, pytest.raises(ssl.SSLCertVerificationError):
+        with alerting.server.tcp() as raw, pytest.raises(ssl.SSLCertVerificationError):
             stranger.wrap_socket(raw, server_hostname="localhost")
-        with watched.server.tcp() as raw:
+        with alerting.server.tcp() as raw:
             raw.sendall(b"GET / HTTP/1.0\r\n\r\n")
             raw.recv(100)
-    alert = watched.until("tls.failures")
+    alert = alerting.until("tls.failures")
     assert alert["about"] == "peer_rejected_certificate"
     assert "2 TLS connections failed within 300 s: peer_rejected_certificate" in alert["title"]
-    assert [each["alert"]["about"] for each in watched.messages()] == ["peer_rejected_certificate"]
+    assert [each["alert"]["about"] for each in alerting.messages()] == ["peer_rejected_certificate"]
 
 
-def test_many_throttled_logins_raise_alert(watch: Watch) -> None:
-    watched = watch(limits__login_failures=1, alerts__throttled_logins=3)
-    with watched.server.client() as client:
+def test_many_throttled_logins_raise_alert(start: Start) -> None:
+    alerting = start(limits__login_failures=1, alerts__throttled_logins=3)
+    with alerting.server.client() as client:
         params = {"scheme": "api_key", "user": "ada", "key": "wrong"}
         codes = [refused(lambda: client.call("session.open", params, token=NO_TOKEN)) for _ in range(4)]
     assert len(set(codes)) == 2
-    assert watched.until("login.throttled")["details"]["in_window"] == 3
+    assert alerting.until("login.throttled")["details"]["in_window"] == 3
 
 
 @pytest.mark.requirement("alerting")
 @pytest.mark.parametrize("url", ["memory", "sqlite"])
-def test_refresh_token_reuse_raises_alert_with_session(watch: Watch, url: str) -> None:
-    watched = watch(store__url=url, sessions__refresh_grace="0s")
-    with watched.server.client("ada") as client:
+def test_refresh_token_reuse_raises_alert_with_session(start: Start, url: str) -> None:
+    alerting = start(store__url=url, sessions__refresh_grace="0s")
+    with alerting.server.client("ada") as client:
         spent = client.opened["refresh_token"]
         client.call("session.refresh", {"refresh_token": spent}, token=NO_TOKEN)
         refused(lambda: client.call("session.refresh", {"refresh_token": spent}, token=NO_TOKEN))
-        alert = watched.until("session.refresh_reused")
+        alert = alerting.until("session.refresh_reused")
     assert (alert["about"], alert["details"]) == (client.opened["id"], {"peer": "127.0.0.1"})
-    body = b"".join(request.body for request in watched.receiver.received)
+    body = b"".join(request.body for request in alerting.receiver.received)
     assert spent.hex().encode() not in body
 
 
 @pytest.mark.requirement("alerting")
-def test_revocation_by_operator_raises_alert(watch: Watch) -> None:
-    watched = watch()
-    with watched.server.client("ada"), watched.server.client("operator") as operator:
-        operator.call("server.revoke", {"user": "nobody"})  # nothing has happened
+def test_revocation_by_operator_raises_alert(start: Start) -> None:
+    alerting = start()
+    with alerting.server.client("ada"), alerting.server.client("operator") as operator:
+        operator.call("server.revoke", {"user": "stranger"})  # ends no session
         operator.call("server.revoke", {"user": "ada"})
-    alert = watched.until("session.revoked")
+    alert = alerting.until("session.revoked")
     assert (alert["about"], alert["details"]["sessions"]) == ("operator operator", 1)
     assert alert["title"] == "1 session revoked: operator operator"
-    assert watched.told() == [("session.revoked", "began")]
+    assert alerting.sent() == [("session.revoked", "began")]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "told"), [("any", ["info", "warning"]), ("operators", ["warning"]), ("rate", [])]
+    ("setting", "severities"), [("any", ["info", "warning"]), ("operators", ["warning"]), ("rate", [])]
 )
-def test_revocation_alerts_follow_the_setting(watch: Watch, wanted: str, told: list[str]) -> None:
-    watched = watch(alerts__revocations=wanted)
-    with watched.server.client("ada") as one, watched.server.client("operator") as operator:
-        with watched.server.client("ada") as other:
+def test_revocation_alerts_follow_the_setting(start: Start, setting: str, severities: list[str]) -> None:
+    alerting = start(alerts__revocations=setting)
+    with alerting.server.client("ada") as one, alerting.server.client("operator") as operator:
+        with alerting.server.client("ada") as other:
             one.call("session.revoke", {"id": other.opened["id"]})
         operator.call("server.revoke", {"user": "ada"})
-        watched.tick()
-    watched.server.drain()  # all that there is to tell has been told
-    assert [each["alert"]["severity"] for each in watched.messages()] == told
+        alerting.tick()
+    alerting.server.drain()  # delivers what is queued
+    assert [each["alert"]["severity"] for each in alerting.messages()] == severities
 
 
-def test_many_revocations_raise_alert_but_closing_does_not(watch: Watch) -> None:
-    watched = watch(alerts__revocation_rate=5, alerts__revocations="rate")
-    with watched.server.client("operator") as operator, ExitStack() as stack:
+def test_many_revocations_raise_alert_but_closing_does_not(start: Start) -> None:
+    alerting = start(alerts__revocation_rate=5, alerts__revocations="rate")
+    with alerting.server.client("operator") as operator, ExitStack() as stack:
         for _ in range(6):
-            with watched.server.client("bob") as bob:
+            with alerting.server.client("bob") as bob:
                 bob.call("session.close")
-        watched.tick()
+        alerting.tick()
         for _ in range(5):
-            stack.enter_context(watched.server.client("ada"))
+            stack.enter_context(alerting.server.client("ada"))
         operator.call("server.revoke", {"user": "ada"})
-    alert = watched.until("session.revocation_rate")
+    alert = alerting.until("session.revocation_rate")
     assert alert["details"]["in_window"] == 5
-    assert watched.server.in_loop(lambda: watched.server.server.state.revoked) == 5
+    assert alerting.server.in_loop(lambda: alerting.server.server.state.revoked) == 5
 
 
-def test_removed_user_raises_alert(watch: Watch, tmp_path: Path) -> None:
+def test_removed_user_raises_alert(start: Start, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     users = UserFile(home / "users.toml")
     key = users.add("ada")
-    watched = watch(users_file=True)
-    with watched.server.client() as client:
+    alerting = start(users_file=True)
+    with alerting.server.client() as client:
         client.open_session("ada", key=key)
         users.remove("ada")
-        alert = watched.until("session.revoked")
+        alert = alerting.until("session.revoked")
     assert alert["title"] == "1 session revoked: the user ada was removed or changed"
 
 
 @pytest.mark.requirement("recovery")
-def test_store_outage_and_recovery_raise_and_resolve_alert(watch: Watch) -> None:
-    watched = watch(store__url="sqlite", store__grace="0s")
-    server = watched.server.server
-    store = server.parts.store
-    assert store is not None
+def test_store_outage_and_recovery_raise_and_resolve_alert(start: Start) -> None:
+    alerting = start(store__url="sqlite", store__grace="0s")
+    server = alerting.server.server
+    sync = server.parts.store
+    assert sync is not None
 
     def break_it() -> None:
-        store.breaker.reason = "the disk is full"
-        store.health.begin_outage(server.parts.clock.now())
+        sync.breaker.reason = "the disk is full"
+        sync.health.begin_outage(server.parts.clock.now())
 
-    watched.server.in_loop(break_it)
-    assert watched.until("store.degraded")["title"].endswith("does not answer: the disk is full")
-    assert watched.until("store.grace_over")["severity"] == "critical"
-    watched.until("store.grace_over", "ended")
-    ended = watched.until("store.degraded", "ended")
+    alerting.server.in_loop(break_it)
+    assert alerting.until("store.degraded")["title"].endswith("does not answer: the disk is full")
+    assert alerting.until("store.grace_over")["severity"] == "critical"
+    alerting.until("store.grace_over", "ended")
+    ended = alerting.until("store.degraded", "ended")
     assert ended["title"] == "the store of sessions answers again"
     assert ended["details"]["replayed"] == 0
     assert ended["ended_at"] >= ended["began_at"]
 
 
-def test_damaged_sessions_file_raises_alert(watch: Watch, tmp_path: Path) -> None:
+def test_damaged_sessions_file_raises_alert(start: Start, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     (home / "sessions.db").write_bytes(b"no database" * 1_000)
     (home / "sessions.db").chmod(0o600)
-    watched = watch(store__url="sqlite")
-    alert = watched.until("store.damaged")
-    assert watched.messages()[0]["source"] == f"{socket.gethostname()}:0", "it was told before it listened"
+    alerting = start(store__url="sqlite")
+    alert = alerting.until("store.damaged")
+    assert alerting.messages()[0]["source"] == f"{socket.gethostname()}:0", (
+        "it was raised before the server listened"
+    )
     assert alert["about"] == str(home / "sessions.db")
     assert Path(alert["details"]["aside"]).exists()
 
 
 @pytest.mark.requirement("alerting")
-def test_failed_renewal_raises_alert_until_recovery(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = watch(certificates__watch_interval="1h")
-    server = watched.server
+def test_failed_renewal_raises_alert_until_recovery(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    alerting = start(certificates__watch_interval="1h")
+    server = alerting.server
     with monkeypatch.context() as patched:
 
         def fail(*args: Any, **kwargs: Any) -> None:
@@ -267,43 +269,43 @@ def test_failed_renewal_raises_alert_until_recovery(watch: Watch, monkeypatch: p
         patched.setattr("zcproto.certs.files._stage", fail)
         server.clock.ahead_ms = 61 * 86_400_000
         check(server)
-        renewal = watched.until("certificate.renewal_failed")
+        renewal = alerting.until("certificate.renewal_failed")
         assert "No space left" in renewal["title"]
-        first = watched.until("certificate.expiry")
+        first = alerting.until("certificate.expiry")
         assert (first["severity"], first["details"]["threshold_days"]) == ("warning", 30)
         server.clock.ahead_ms = 84 * 86_400_000
         check(server)
-        assert watched.until("certificate.expiry", "changed")["severity"] == "error"
+        assert alerting.until("certificate.expiry", "changed")["severity"] == "error"
     server.clock.ahead_ms += 86_400_000
     check(server)
-    watched.until("certificate.renewal_failed", "ended")
-    assert watched.until("certificate.expiry", "ended")["about"] == first["about"]
+    alerting.until("certificate.renewal_failed", "ended")
+    assert alerting.until("certificate.expiry", "ended")["about"] == first["about"]
 
 
 def test_bad_certificate_files_raise_alert_until_fixed(
-    watch: Watch, tmp_path: Path, server_pairs: ServerPairs
+    start: Start, tmp_path: Path, server_pairs: ServerPairs
 ) -> None:
     pair = server_pairs.ecdsa
     chain, key = tmp_path / "site.pem", tmp_path / "site.key"
     chain.write_bytes(pair.certificate.read_bytes())
     key.write_bytes(pair.key.read_bytes())
     key.chmod(0o600)
-    watched = watch(
+    alerting = start(
         certificates__mode="files", certificates__certificate=[str(chain)], certificates__key=[str(key)]
     )
-    origin: Any = watched.server.server.parts.certificates._checker._default
-    origin._files._settle_s = 0.0  # else half a minute is given to whoever writes them
+    origin: Any = alerting.server.server.parts.certificates._checker._default
+    origin._files._settle_s = 0.0  # do not wait half a minute for the files to settle
     good = chain.read_bytes()
     chain.write_bytes(b"no certificate")
-    alert = watched.until("certificate.files_bad")
+    alert = alerting.until("certificate.files_bad")
     assert "site.pem" in alert["title"] + alert["about"]
     chain.write_bytes(good)
-    watched.until("certificate.files_bad", "ended")
+    alerting.until("certificate.files_bad", "ended")
 
 
-def test_certificate_that_fails_its_test_raises_alert(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = watch(certificates__watch_interval="1h")
-    manager = watched.server.server.parts.certificates
+def test_certificate_that_fails_its_test_raises_alert(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    alerting = start(certificates__watch_interval="1h")
+    manager = alerting.server.server.parts.certificates
     with monkeypatch.context() as patched:
 
         def refuse(*args: Any, **kwargs: Any) -> None:
@@ -311,59 +313,59 @@ def test_certificate_that_fails_its_test_raises_alert(watch: Watch, monkeypatch:
 
         patched.setattr(checker, "proven_sites", refuse)
         manager._checker._is_proven = False
-        check(watched.server)
-        assert watched.until("certificate.not_used")["title"].endswith("the handshake fails")
-    check(watched.server)
-    watched.until("certificate.not_used", "ended")
+        check(alerting.server)
+        assert alerting.until("certificate.not_used")["title"].endswith("the handshake fails")
+    check(alerting.server)
+    alerting.until("certificate.not_used", "ended")
 
 
 # --- a webhook that does not do its part --------------------------------------------------------------------------
 
 
-def raise_one(watched: Watched, kind: AlertKind = AlertKind.STORE_EMPTIED) -> None:
-    watched.server.in_loop(lambda: watched.alerts.raise_(kind, "so it is"))
+def raise_one(alerting: AlertingServer, kind: AlertKind = AlertKind.STORE_EMPTIED) -> None:
+    alerting.server.in_loop(lambda: alerting.alerts.raise_(kind, "raised by a test"))
 
 
-def test_failed_webhook_is_retried_with_the_same_id(watch: Watch) -> None:
-    watched = watch(answer(503), answer(200))
-    raise_one(watched)
-    first, second = watched.receiver.until(2)[:2]
+def test_failed_webhook_is_retried_with_the_same_id(start: Start) -> None:
+    alerting = start(answer(503), answer(200))
+    raise_one(alerting)
+    first, second = alerting.receiver.until(2)[:2]
     assert json.loads(first.body)["id"] == json.loads(second.body)["id"]
-    eventually(lambda: watched.alerts.queues[0].delivered == 1)
+    eventually(lambda: alerting.alerts.queues[0].delivered == 1)
 
 
-def test_queued_alerts_are_delivered_on_shutdown(watch: Watch) -> None:
-    watched = watch()
-    watched.server.in_loop(
-        lambda: [watched.alerts.raise_(AlertKind.CERTIFICATE_FILES, "bad", about=str(n)) for n in range(5)]
+def test_queued_alerts_are_delivered_on_shutdown(start: Start) -> None:
+    alerting = start()
+    alerting.server.in_loop(
+        lambda: [alerting.alerts.raise_(AlertKind.CERTIFICATE_FILES, "bad", about=str(n)) for n in range(5)]
     )
-    watched.server.drain()
-    assert len(watched.messages()) == 5
+    alerting.server.drain()
+    assert len(alerting.messages()) == 5
 
 
 def test_hanging_webhook_delays_neither_calls_nor_shutdown(
-    watch: Watch, capsys: pytest.CaptureFixture[str]
+    start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watched = watch(hang, alerts__webhook_timeout="1m")
-    raise_one(watched)
-    watched.receiver.until(1)
-    with watched.server.client("ada") as client:
+    alerting = start(hang, alerts__webhook_timeout="1m")
+    raise_one(alerting)
+    alerting.receiver.until(1)
+    with alerting.server.client("ada") as client:
         assert client.call("echo", {"word": "here"}) == {"word": "here"}
     assert STOP_S < TIMEOUT
-    watched.server.drain()  # within TIMEOUT, or it fails
-    assert watched.alerts.queues[0].lost == 1
+    alerting.server.drain()  # within TIMEOUT, or it fails
+    assert alerting.alerts.queues[0].lost == 1
     assert "alert.lost" in capsys.readouterr().err
 
 
 @pytest.mark.requirement("alerting")
-def test_command_receives_the_webhook_message(watch: Watch, tmp_path: Path) -> None:
+def test_command_receives_the_webhook_message(start: Start, tmp_path: Path) -> None:
     place = tmp_path / "alerts.jsonl"
-    watched = watch(alerts__command=["/bin/sh", "-c", f"cat >> {place}"])
-    raise_one(watched)
-    raise_one(watched, AlertKind.STORE_DAMAGED)
+    alerting = start(alerts__command=["/bin/sh", "-c", f"cat >> {place}"])
+    raise_one(alerting)
+    raise_one(alerting, AlertKind.STORE_DAMAGED)
     eventually(lambda: place.exists() and len(place.read_text().splitlines()) == 2)
-    eventually(lambda: len(watched.receiver.received) == 2)
-    assert place.read_text().splitlines() == [each.body.decode() for each in watched.receiver.received]
+    eventually(lambda: len(alerting.receiver.received) == 2)
+    assert place.read_text().splitlines() == [each.body.decode() for each in alerting.receiver.received]
 
 
 @pytest.mark.parametrize(
@@ -391,8 +393,8 @@ def test_missing_alert_command_prevents_start(tmp_path: Path, certs: Path) -> No
         ServerThread(tmp_path / "home", certs, alerts__command=["/no/such"]).start()
 
 
-def test_internal_error_does_not_end_alert_watch(watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
-    watched = watch()
+def test_internal_error_does_not_end_alert_watch(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    alerting = start()
     broken = True
 
     def read() -> int:
@@ -401,19 +403,19 @@ def test_internal_error_does_not_end_alert_watch(watch: Watch, capsys: pytest.Ca
         return 1
 
     def begin() -> None:
-        watched.alerts.watch(AlertKind.STORE_EMPTIED, read, 1, lambda count: "so it is")
+        alerting.alerts.watch(AlertKind.STORE_EMPTIED, read, 1, lambda count: "raised by a test")
 
-    watched.server.in_loop(begin)
-    told = ""
+    alerting.server.in_loop(begin)
+    sent = ""
 
-    def is_told() -> bool:
-        nonlocal told
-        told += capsys.readouterr().err
-        return "alert.tick_failed" in told
+    def is_logged() -> bool:
+        nonlocal sent
+        sent += capsys.readouterr().err
+        return "alert.tick_failed" in sent
 
-    eventually(is_told)
+    eventually(is_logged)
     broken = False
-    watched.until("store.emptied")
+    alerting.until("store.emptied")
 
 
 def test_failed_start_leaves_no_task(tmp_path: Path, certs: Path) -> None:
@@ -421,12 +423,12 @@ def test_failed_start_leaves_no_task(tmp_path: Path, certs: Path) -> None:
         ServerThread(tmp_path / "other", certs, server__port=server.port).start()
 
 
-def test_alerts_are_exported_as_metrics(watch: Watch) -> None:
-    watched = watch(answer(400))
-    raise_one(watched)
-    eventually(lambda: watched.alerts.queues[0].failures == 1)
+def test_alerts_are_exported_as_metrics(start: Start) -> None:
+    alerting = start(answer(400))
+    raise_one(alerting)
+    eventually(lambda: alerting.alerts.queues[0].failures == 1)
     lines = (
-        watched.server.in_loop(lambda: server_metrics(watched.server.server.parts).render(""))[1]
+        alerting.server.in_loop(lambda: server_metrics(alerting.server.server.parts).render(""))[1]
         .decode()
         .splitlines()
     )

@@ -1,4 +1,4 @@
-"""How a server ends: nobody new, GOAWAY, what runs is finished or cancelled, close_notify, nothing left."""
+"""Tests of the drain: GOAWAY, running methods, close_notify, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from zcproto.runtime.server import Server
 Serve = Callable[..., ServerThread]
 
 
-class Gate:
-    """A method that waits until the test lets it go."""
+class WaitingMethods:
+    """Methods that wait until the test releases them."""
 
     def __init__(self) -> None:
         self.app = App()
@@ -65,14 +65,14 @@ class Gate:
 
 
 @pytest.fixture
-def gate() -> Gate:
-    return Gate()
+def methods() -> WaitingMethods:
+    return WaitingMethods()
 
 
 @pytest.fixture(params=["uvloop", "asyncio"])
-def server(request: pytest.FixtureRequest, serve: Serve, gate: Gate) -> ServerThread:
+def server(request: pytest.FixtureRequest, serve: Serve, methods: WaitingMethods) -> ServerThread:
     loop_factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
-    return serve(gate.app, loop_factory=loop_factory)
+    return serve(methods.app, loop_factory=loop_factory)
 
 
 def test_drain_closes_idle_clients_with_goaway_and_close_notify(server: ServerThread) -> None:
@@ -100,32 +100,34 @@ def test_drain_sends_goaway_in_several_turns(server: ServerThread, monkeypatch: 
     server.join()
 
 
-def test_drain_waits_for_running_methods(server: ServerThread, gate: Gate) -> None:
+def test_drain_waits_for_running_methods(server: ServerThread, methods: WaitingMethods) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"), client.request("wait"))
-        eventually(lambda: len(gate.running) == 2)
+        eventually(lambda: len(methods.running) == 2)
         server.begin_drain(30.0)
         assert client.receive().kind == GOAWAY
-        # Nothing new is taken; what was taken goes on, one after the other.
+        # New requests are refused; running ones continue.
         refused = client.refused("echo")
         assert refused.code == Code.UNAVAILABLE
         assert refused.details == {"retry_after_ms": 1_000}
-        server.in_loop(lambda: gate.running[0].set_result("first"))
+        server.in_loop(lambda: methods.running[0].set_result("first"))
         assert client.answer().value == "first"
         client.send(client.frame(6))
         assert client.receive().kind == PONG
-        server.in_loop(lambda: gate.running[1].set_result("second"))
+        server.in_loop(lambda: methods.running[1].set_result("second"))
         frames, how = client.rest_until_closed()
         assert [frame.value for frame in frames] == ["second"]
         assert how == "close_notify"
     server.join()
-    assert gate.cancelled == 0
+    assert methods.cancelled == 0
 
 
-def test_request_cancelled_during_drain_ends_the_connection(server: ServerThread, gate: Gate) -> None:
+def test_request_cancelled_during_drain_ends_the_connection(
+    server: ServerThread, methods: WaitingMethods
+) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))
-        eventually(lambda: gate.running)
+        eventually(lambda: methods.running)
         server.begin_drain(30.0)
         assert client.receive().kind == GOAWAY
         client.cancel(client.stream)
@@ -135,10 +137,10 @@ def test_request_cancelled_during_drain_ends_the_connection(server: ServerThread
     server.join()
 
 
-def test_method_over_the_drain_limit_is_cancelled(server: ServerThread, gate: Gate) -> None:
+def test_method_over_the_drain_limit_is_cancelled(server: ServerThread, methods: WaitingMethods) -> None:
     with server.client("ada") as client, server.client("eve") as idle:
         client.send(client.request("wait"), client.request("wait"))
-        eventually(lambda: len(gate.running) == 2)
+        eventually(lambda: len(methods.running) == 2)
         server.begin_drain(0.05)
         assert [frame.kind for frame in idle.rest_until_closed()[0]] == [GOAWAY]
         frames, how = client.rest_until_closed()
@@ -146,43 +148,43 @@ def test_method_over_the_drain_limit_is_cancelled(server: ServerThread, gate: Ga
         assert {frame.code for frame in frames[1:]} == {Code.CANCELLED}
         assert {frame.stream for frame in frames[1:]} == {client.stream - 1, client.stream}
         assert how == "close_notify"
-        assert [context.cancelled for context in gate.contexts] == [True, True]
+        assert [context.cancelled for context in methods.contexts] == [True, True]
     server.join()
-    assert gate.cancelled == 2
+    assert methods.cancelled == 2
     ended = server.server.state.counters.connections_ended
     assert ended == {"draining": 1, "drain_timeout": 1}
 
 
-def test_drain_without_limit_cancels_at_once(server: ServerThread, gate: Gate) -> None:
+def test_drain_without_limit_cancels_at_once(server: ServerThread, methods: WaitingMethods) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))
-        eventually(lambda: gate.running)
+        eventually(lambda: methods.running)
         server.begin_drain(0)
         frames, _ = client.rest_until_closed()
         assert [frame.kind for frame in frames] == [GOAWAY, ERROR]
     server.join()
 
 
-def test_connect_during_drain_is_refused(server: ServerThread, gate: Gate) -> None:
+def test_connect_during_drain_is_refused(server: ServerThread, methods: WaitingMethods) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))
-        eventually(lambda: gate.running)
+        eventually(lambda: methods.running)
         server.begin_drain(30.0)
         assert client.receive().kind == GOAWAY
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", server.port))
-        server.in_loop(lambda: gate.running[0].set_result("x"))
+        server.in_loop(lambda: methods.running[0].set_result("x"))
         assert client.answer().kind == RESPONSE
         client.rest_until_closed()
     server.join()
 
 
-def test_handshake_finished_during_drain_gets_goaway(server: ServerThread, gate: Gate) -> None:
+def test_handshake_finished_during_drain_gets_goaway(server: ServerThread, methods: WaitingMethods) -> None:
     context = client_context(server.home / "certs" / "ca.crt")
     with server.client("ada") as client, server.tcp() as raw:
         server.until(lambda: server.server.parts.listener.connections == 2)
         client.send(client.request("wait"))
-        eventually(lambda: gate.running)
+        eventually(lambda: methods.running)
         server.begin_drain(30.0)
         assert client.receive().kind == GOAWAY
         with context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False) as late:
@@ -190,7 +192,7 @@ def test_handshake_finished_during_drain_gets_goaway(server: ServerThread, gate:
             while piece := late.recv(65_536):  # ends with close_notify
                 data += piece
             assert b"draining" in data
-        server.in_loop(lambda: gate.running[0].set_result("x"))
+        server.in_loop(lambda: methods.running[0].set_result("x"))
         client.rest_until_closed()
     server.join()
 
@@ -211,7 +213,7 @@ def test_client_without_close_notify_is_reset(serve: Serve, monkeypatch: pytest.
     server = serve()
     monkeypatch.setattr(drain_module, "LINGER_TIME", 0.0)
     client = server.client("ada")
-    server.drain(0.0)  # half a second of grace for the end of its side
+    server.drain(0.0)  # half a second for the client's close_notify
     frames, _ = client.rest_until_closed()
     assert [frame.kind for frame in frames] == [GOAWAY]
     client.fin()
@@ -219,12 +221,15 @@ def test_client_without_close_notify_is_reset(serve: Serve, monkeypatch: pytest.
 
 
 def test_uncancellable_method_does_not_block_the_drain(
-    server: ServerThread, gate: Gate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: ServerThread,
+    methods: WaitingMethods,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(drain_module, "CANCELLED_TIME", 0.02)
     with server.client("ada") as client:
         client.send(client.request("stubborn"))
-        eventually(lambda: gate.running)
+        eventually(lambda: methods.running)
         server.begin_drain(0)
         frames, how = client.rest_until_closed()
         assert [frame.kind for frame in frames] == [GOAWAY, ERROR]
@@ -235,23 +240,23 @@ def test_uncancellable_method_does_not_block_the_drain(
     assert '"event":"server.methods_stuck"' in capsys.readouterr().err
 
 
-def test_concurrent_drains_are_one_drain(server: ServerThread, gate: Gate) -> None:
+def test_concurrent_drains_are_one_drain(server: ServerThread, methods: WaitingMethods) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))
-        eventually(lambda: gate.running)
+        eventually(lambda: methods.running)
         drains = [asyncio.run_coroutine_threadsafe(server.server.drain(30.0), server.loop) for _ in range(2)]
         assert client.receive().kind == GOAWAY
-        server.in_loop(lambda: gate.running[0].set_result("x"))
+        server.in_loop(lambda: methods.running[0].set_result("x"))
         client.rest_until_closed()
     for drain in drains:
         drain.result(5)
     server.join()
 
 
-def test_cancelled_drain_can_be_repeated(server: ServerThread, gate: Gate) -> None:
+def test_cancelled_drain_can_be_repeated(server: ServerThread, methods: WaitingMethods) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))
-        eventually(lambda: gate.running)
+        eventually(lambda: methods.running)
         first = asyncio.run_coroutine_threadsafe(server.server.drain(30.0), server.loop)
         assert client.receive().kind == GOAWAY
         first.cancel()
@@ -284,7 +289,7 @@ async def test_server_is_an_async_context_manager(tmp_path: Path, certs: Path) -
     await server.wait_closed()
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection("127.0.0.1", port)
-    await server.drain()  # once more does no harm
+    await server.drain()  # idempotent
     assert len(asyncio.all_tasks()) == 1
 
 

@@ -1,4 +1,4 @@
-"""No file with a secret may be readable by others: a server does not start with one, and says which chmod helps."""
+"""Tests of file modes: a secret readable by others prevents the start, and the message names the chmod."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zcproto.runtime.server import Server
 
 
 def foreign(home: Path) -> dict[str, Any]:
-    """Certificates made by others, with an encrypted key."""
+    """Configure external certificates with an encrypted key."""
     issued = trustme.CA().issue_cert("localhost")
     issued.cert_chain_pems[0].write_to_path(home / "foreign.pem")
     key = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None)

@@ -1,4 +1,4 @@
-"""What a process that holds keys does about itself."""
+"""Tests of the protection of a process that holds keys."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ def test_process_memory_is_unreadable_for_the_same_user(environ: dict[str, str])
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        told = json.loads(child.stdout.readline())
+        report = json.loads(child.stdout.readline())
         proc = Path(f"/proc/{child.pid}")
         assert (proc / "mem").stat().st_uid == 0, "tracing it takes root"
-        # What others may measure of it stays for all to read.
+        # Its figures stay readable for everyone.
         assert (proc / "statm").stat().st_mode & 0o444 == 0o444
         assert int((proc / "statm").read_text().split()[1]) > 0
         limits = (proc / "limits").read_text()
         child.stdin.close()
-    # It still knows its own figures.
-    assert told["resident"] > 10_000_000
-    assert told["open_files"] > 3
-    assert told["key_log"] is None
-    assert told["uid"] != 0
-    assert told["events"] == ["server.key_log_ignored"]
+    # It can read its own figures.
+    assert report["resident"] > 10_000_000
+    assert report["open_files"] > 3
+    assert report["key_log"] is None
+    assert report["uid"] != 0
+    assert report["events"] == ["server.key_log_ignored"]
     assert "Max core file size        0 " in limits
 
 

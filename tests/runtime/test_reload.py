@@ -1,4 +1,4 @@
-"""The configuration read again while a server runs: all or nothing, and no connection notices."""
+"""Tests of the reload: all or nothing, without effect on existing connections."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_reload_of_certificate_timings_keeps_certificates(serve: Serve) -> None:
     default = managed_site(server.server.config)
     assert default is not None
     managed.renew(default.directory, default.settings, datetime.now(UTC), print)
-    # It is watched on, by the new interval.
+    # The watch continues with the new interval.
     server.until(lambda: server.server.certificates[0].leaf_sha256 != leaf)
 
 
@@ -230,7 +230,7 @@ def test_reload_applies_client_pins_to_the_next_handshake(serve: Serve) -> None:
     reloaded = server.reload(tls__client_pins=["sha256/" + "A" * 43 + "="])
     assert [each.key for each in reloaded.applied] == ["tls.client_pins"]
     assert len(server.server.parts.acceptor.client_pins) == 1
-    server.client("ada").close()  # who shows no certificate is not asked for its pin
+    server.client("ada").close()  # a client without a certificate needs no pin
 
 
 # --- alerts ------------------------------------------------------------------------------------------------
@@ -238,18 +238,18 @@ def test_reload_applies_client_pins_to_the_next_handshake(serve: Serve) -> None:
 
 def test_reload_adds_and_removes_alert_command(serve: Serve, tmp_path: Path) -> None:
     server = serve()
-    told = tmp_path / "told"
-    command = ["/bin/sh", "-c", f"cat >> {told}"]
+    output = tmp_path / "alerts"
+    command = ["/bin/sh", "-c", f"cat >> {output}"]
     server.reload(alerts__command=command)
     alerts = server.server.parts.alerts
     server.in_loop(lambda: alerts.raise_(AlertKind.TEST, "first"))
-    eventually(lambda: told.exists() and "first" in told.read_text())
+    eventually(lambda: output.exists() and "first" in output.read_text())
     queue = alerts.queues[0]
     server.reload(alerts__command=[*command, "x"])
-    assert alerts.queues == [queue]  # what waits in it would not be lost
+    assert alerts.queues == [queue]  # its queue is delivered
     server.in_loop(lambda: alerts.raise_(AlertKind.TEST, "second", about="2"))
     server.reload(alerts__command=[])
-    eventually(lambda: "second" in told.read_text())
+    eventually(lambda: "second" in output.read_text())
     assert alerts.queues == []
     server.until(lambda: not alerts._ending)
 
@@ -268,7 +268,7 @@ def test_reload_of_alert_threshold_restarts_the_count(serve: Serve) -> None:
     server.reload(alerts__replays=10)
     assert server.in_loop(lambda: count(9)) == set()
     assert server.in_loop(lambda: count(1)) == {AlertKind.REPLAYED}
-    server.reload(alerts__stale_frames=999)  # the alert is another rule's, and stays
+    server.reload(alerts__stale_frames=999)  # the alert of another rule stays
     assert server.in_loop(lambda: count(0)) == {AlertKind.REPLAYED}
     server.reload(alerts__replays=0)
     assert server.in_loop(lambda: count(50)) == set()
@@ -387,7 +387,7 @@ def test_sighup_reloads_and_invalid_file_changes_nothing(tmp_path: Path, certs: 
             eventually(lambda: events("config.reloaded"))
             (line,) = events("config.reloaded")
             assert line["changed"] == ["limits.max_streams", "log.level"]
-            assert "restart" not in line or line["restart"] == []  # the port is that of the command line
+            assert "restart" not in line or line["restart"] == []  # --port overrides the file
             with server.client() as other:
                 assert other.welcome.value["max_streams"] == 5
             eventually(lambda: events("connection.opened"))
@@ -423,6 +423,6 @@ def test_reload_moves_the_log_to_another_file(tmp_path: Path, certs: Path) -> No
 
 
 def test_reload_of_unchanged_configuration_changes_nothing(serve: Serve) -> None:
-    """The helper of these tests reloads what it was made with: that changes nothing."""
+    """ServerThread reloads the configuration that it was created with."""
     server: ServerThread = serve(limits__max_streams=7)
     assert server.reload().changes == ()

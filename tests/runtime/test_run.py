@@ -1,4 +1,4 @@
-"""A whole process that is a server: signals and exit codes, and what it does for its own safety."""
+"""Tests of a server process: signals, exit codes, and its protection."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ max_connections = 500
 
 @pytest.fixture
 def home(tmp_path: Path, certs: Path) -> Path:
-    """A home folder with certificates, a user and a configuration."""
+    """Return a home folder with certificates, a user and a configuration."""
     home = tmp_path / "home"
     home.mkdir(0o700)
     shutil.copytree(certs, home / "certs")
@@ -90,12 +90,12 @@ def test_signal_drains_and_exits_with_0(home: Path, certs: Path, key: str, numbe
         with (
             server.client("ada", key) as client,
             server.client("ada", key) as idle,
-            server.client() as nobody,
+            server.client() as idle_without_session,
         ):
             client.send(client.request("wait"), client.request("server.info"))
             client.answer(client.stream)
             server.signal(number)
-            for other in (idle, nobody):
+            for other in (idle, idle_without_session):
                 frames, how = other.rest_until_closed()
                 assert ([frame.kind for frame in frames], how) == ([GOAWAY], "close_notify")
             (home / "open").touch()
@@ -144,7 +144,7 @@ def test_signal_during_handshake_ends_the_process(home: Path, certs: Path) -> No
         socket.create_connection(("127.0.0.1", server.port), timeout=10) as half,
     ):
         half.sendall(b"\x16\x03\x01\x02\x00\x01")
-        with server.client():  # by now the half one is taken in
+        with server.client():  # the unfinished connection has been accepted
             server.signal(signal.SIGTERM)
             assert read_to_end(half)[0] == b""
         half.close()
@@ -229,14 +229,14 @@ def test_log_contains_no_key(home: Path, certs: Path, key: str) -> None:
 
 @pytest.fixture
 def process_state() -> Iterator[None]:
-    """`serve` tunes the process that it has for itself: put back what it does."""
+    """Restore what `serve` changes in the process."""
     thresholds = gc.get_threshold()
     limits = {kind: resource.getrlimit(kind) for kind in (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE)}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     gc.unfreeze()
     yield
     gc.set_threshold(*thresholds)
-    gc.freeze()  # as it was: tests/conftest.py
+    gc.freeze()  # as before; see tests/conftest.py
     for kind, limit in limits.items():
         resource.setrlimit(kind, limit)
     for number, handler in handlers.items():
@@ -244,7 +244,7 @@ def process_state() -> Iterator[None]:
 
 
 class ExitError(BaseException):
-    """What `os._exit` is in these tests."""
+    """Raised in place of `os._exit`."""
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def signal_when(condition: Callable[[], Any]) -> threading.Thread:
-    """Send SIGTERM to this process from another thread, once the condition holds."""
+    """Send SIGTERM to this process from another thread once the condition holds."""
 
     def wait() -> None:
         eventually(condition)
@@ -287,7 +287,7 @@ def test_serve_runs_until_a_signal_and_drains(home: Path) -> None:
 
 
 class SlowServer:
-    """A server whose drain lasts as long as the test likes."""
+    """A fake server whose drain the test ends."""
 
     def __init__(self, running: int = 0) -> None:
         self.drains = 0
@@ -308,7 +308,7 @@ class SlowServer:
 
 
 async def run_until_exit(server: Any) -> None:
-    """`serve`'s inner part, signalled twice if once is not enough; it must exit."""
+    """Run `_serve` with two signals; it must exit."""
     loop = asyncio.get_running_loop()
 
     def ready(_: Server) -> None:

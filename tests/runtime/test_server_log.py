@@ -1,4 +1,4 @@
-"""The log of a server: what joins its lines, and what peers can do to it."""
+"""Tests of a server's log: ids that join lines, and input from peers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOSTILE = "x\r\n\x1b[2J\x00\x7f\u2028\u202e\x85 event=server.ended" + "y" * 12_0
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Log:
-    """All lines of the log so far."""
+    """Return all lines of the log so far."""
     path = tmp_path / "server.log"
     configure_logging(LogConfig(level="debug", file=path))
     return lambda: [json.loads(line) for line in path.read_text().splitlines()]
@@ -49,12 +49,12 @@ def test_log_lines_carry_the_connection_id(serve: Serve, lines: Log) -> None:
     server.until_left()
     names = ("connection.opened", "session.opened", "connection.refused", "connection.ended")
     eventually(lambda: len(of(lines(), *names)) == 2 * len(names))
-    told = of(lines(), *names)
-    ids = {line["user"]: line["connection"] for line in told if line["event"] == "session.opened"}
+    found = of(lines(), *names)
+    ids = {line["user"]: line["connection"] for line in found if line["event"] == "session.opened"}
     assert len(set(ids.values())) == 2
     for connection in ids.values():
         assert re.fullmatch(r"[0-9a-f]{4}-[0-9]+", connection)
-        assert {line["event"] for line in told if line["connection"] == connection} == set(names)
+        assert {line["event"] for line in found if line["connection"] == connection} == set(names)
 
 
 def test_connection_is_numbered_when_first_logged(serve: Serve) -> None:

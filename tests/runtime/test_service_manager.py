@@ -1,4 +1,4 @@
-"""What a service manager says to a process and hears from it: a real datagram socket, real descriptors."""
+"""Tests of the service manager protocol with a real datagram socket and real descriptors."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ print(sorted(name for name in os.environ if name.startswith("LISTEN")))
 
 
 def passed(*sockets: socket.socket, names: str = "", count: int | None = None) -> list[str]:
-    """What a process says that is given these sockets from descriptor 3 on."""
+    """Return the faults of a process that gets these sockets from descriptor 3 on."""
     plan = [f"{place}<&{each.fileno()}" for place, each in enumerate(sockets, 3)]
     done = subprocess.run(
         ["/bin/bash", "-c", f'exec "$@" {" ".join(plan)}', "-", sys.executable, "-c", CHILD],
@@ -161,7 +161,7 @@ def passed(*sockets: socket.socket, names: str = "", count: int | None = None) -
 
 
 def high(bound: socket.socket) -> socket.socket:
-    """The same socket under a number that the child needs for nothing else."""
+    """Return the socket with a descriptor that the child does not use otherwise."""
     number = fcntl.fcntl(bound.fileno(), fcntl.F_DUPFD_CLOEXEC, 100)
     bound.close()
     return socket.socket(fileno=number)

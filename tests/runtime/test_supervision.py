@@ -1,4 +1,4 @@
-"""What a service manager hears of a server, and the sockets that it passes: real datagrams, real processes."""
+"""Tests of what is reported to a service manager, and of passed sockets, with real processes."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ app = App()
 
 @app.method("block", public=True)
 def block(path: str) -> str:
-    \"\"\"Stands still until somebody writes.\"\"\"
+    \"\"\"Block until the pipe is written to.\"\"\"
     with open(path) as pipe:
         return pipe.read()
 """
 
 
-class Manager:
-    """A service manager's socket. `heard` is what has come."""
+class FakeServiceManager:
+    """Receives notifications; `messages` holds them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.heard: list[Message] = []
+        self.messages: list[Message] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
 
@@ -53,7 +53,7 @@ class Manager:
         self._socket.settimeout(timeout)
         text = self._socket.recv(4096).decode()
         message = dict(line.split("=", 1) for line in text.splitlines())
-        self.heard.append(message)
+        self.messages.append(message)
         return message
 
     def until(self, name: str, value: str) -> Message:
@@ -77,8 +77,8 @@ class Manager:
 
 
 @pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    manager = Manager(tmp_path / "notify")
+def manager(tmp_path: Path) -> Iterator[FakeServiceManager]:
+    manager = FakeServiceManager(tmp_path / "notify")
     yield manager
     manager.close()
 
@@ -86,109 +86,109 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 # --- with a clock that is turned by hand ---------------------------------------------------------------------
 
 
-class Told:
-    """A supervision and what it says."""
+class SupervisionHarness:
+    """A Supervision and its status."""
 
-    def __init__(self, manager: Manager, watchdog: float | None) -> None:
+    def __init__(self, manager: FakeServiceManager, watchdog: float | None) -> None:
         self.timers = FakeTimers()
-        self.status = "serving nobody"
+        self.status = "serving 0"
         loop: Any = self.timers
         self.supervision = Supervision(
             ServiceManager(str(manager.path), watchdog), loop, FakeClock(now=12.5), lambda: self.status
         )
 
 
-def test_watchdog_is_fed_twice_per_interval(manager: Manager) -> None:
-    told = Told(manager, watchdog=4.0)
-    told.supervision.ready()
-    assert manager.next() == {"READY": "1", "MAINPID": str(os.getpid()), "STATUS": "serving nobody"}
-    told.timers.advance(1.9)
+def test_watchdog_is_fed_twice_per_interval(manager: FakeServiceManager) -> None:
+    harness = SupervisionHarness(manager, watchdog=4.0)
+    harness.supervision.ready()
+    assert manager.next() == {"READY": "1", "MAINPID": str(os.getpid()), "STATUS": "serving 0"}
+    harness.timers.advance(1.9)
     assert manager.is_silent(0.01)
-    told.timers.advance(0.2)
+    harness.timers.advance(0.2)
     assert manager.next() == {"WATCHDOG": "1"}
-    told.status = "serving 1"
-    told.timers.advance(2)
+    harness.status = "serving 1"
+    harness.timers.advance(2)
     assert manager.next() == {"WATCHDOG": "1", "STATUS": "serving 1"}
-    told.timers.advance(2)
+    harness.timers.advance(2)
     assert manager.next() == {"WATCHDOG": "1"}
-    told.supervision.close()
-    told.timers.advance(100)
+    harness.supervision.close()
+    harness.timers.advance(100)
 
 
-def test_without_watchdog_only_status_changes_are_sent(manager: Manager) -> None:
-    told = Told(manager, watchdog=None)
-    told.supervision.ready()
+def test_without_watchdog_only_status_changes_are_sent(manager: FakeServiceManager) -> None:
+    harness = SupervisionHarness(manager, watchdog=None)
+    harness.supervision.ready()
     manager.next()
-    told.timers.advance(STATUS_INTERVAL * 3)
+    harness.timers.advance(STATUS_INTERVAL * 3)
     assert manager.is_silent(0.01)
-    told.status = "serving 1"
-    told.timers.advance(STATUS_INTERVAL)
+    harness.status = "serving 1"
+    harness.timers.advance(STATUS_INTERVAL)
     assert manager.next() == {"STATUS": "serving 1"}
-    told.supervision.close()
+    harness.supervision.close()
 
 
-def test_tiny_watchdog_interval_does_not_occupy_the_loop(manager: Manager) -> None:
-    told = Told(manager, watchdog=0.000_001)
-    told.supervision.ready()
-    told.timers.advance(0.1)
+def test_tiny_watchdog_interval_does_not_occupy_the_loop(manager: FakeServiceManager) -> None:
+    harness = SupervisionHarness(manager, watchdog=0.000_001)
+    harness.supervision.ready()
+    harness.timers.advance(0.1)
     manager.next()
     fed = 0
     while not manager.is_silent(0.01):
         fed += 1
     assert 1 <= fed <= 6
-    told.supervision.close()
+    harness.supervision.close()
 
 
-def test_long_watchdog_interval_keeps_status_fresh(manager: Manager) -> None:
-    told = Told(manager, watchdog=3600)
-    told.supervision.ready()
+def test_long_watchdog_interval_keeps_status_fresh(manager: FakeServiceManager) -> None:
+    harness = SupervisionHarness(manager, watchdog=3600)
+    harness.supervision.ready()
     manager.next()
-    told.timers.advance(STATUS_INTERVAL + 0.1)
+    harness.timers.advance(STATUS_INTERVAL + 0.1)
     assert manager.next() == {"WATCHDOG": "1"}
-    told.supervision.close()
+    harness.supervision.close()
 
 
-def test_reload_is_reported_with_its_time_and_always_ends(manager: Manager) -> None:
-    told = Told(manager, watchdog=None)
-    told.supervision.ready()
+def test_reload_is_reported_with_its_time_and_always_ends(manager: FakeServiceManager) -> None:
+    harness = SupervisionHarness(manager, watchdog=None)
+    harness.supervision.ready()
     manager.next()
-    with told.supervision.reloading():
+    with harness.supervision.reloading():
         assert manager.next() == {"RELOADING": "1", "MONOTONIC_USEC": "12500000"}
-    assert manager.next() == {"READY": "1", "STATUS": "serving nobody"}
+    assert manager.next() == {"READY": "1", "STATUS": "serving 0"}
 
     def fail() -> None:
-        with told.supervision.reloading():
+        with harness.supervision.reloading():
             raise ValueError("no configuration")
 
     with pytest.raises(ValueError, match="no configuration"):
         fail()
     assert manager.next()["RELOADING"] == "1"
-    assert manager.next() == {"READY": "1", "STATUS": "serving nobody"}
-    told.supervision.close()
+    assert manager.next() == {"READY": "1", "STATUS": "serving 0"}
+    harness.supervision.close()
 
 
-def test_reload_is_not_reported_before_ready_or_during_drain(manager: Manager) -> None:
-    told = Told(manager, watchdog=None)
-    with told.supervision.reloading():
+def test_reload_is_not_reported_before_ready_or_during_drain(manager: FakeServiceManager) -> None:
+    harness = SupervisionHarness(manager, watchdog=None)
+    with harness.supervision.reloading():
         assert manager.is_silent(0.01)
-    told.supervision.ready()
+    harness.supervision.ready()
     manager.next()
-    told.supervision.stopping(1.0)
+    harness.supervision.stopping(1.0)
     manager.next()
-    with told.supervision.reloading():
+    with harness.supervision.reloading():
         assert manager.is_silent(0.01)
-    told.supervision.close()
+    harness.supervision.close()
 
 
-def test_drain_extends_the_timeout_and_feeds_the_watchdog(manager: Manager) -> None:
-    told = Told(manager, watchdog=4.0)
-    told.supervision.ready()
+def test_drain_extends_the_timeout_and_feeds_the_watchdog(manager: FakeServiceManager) -> None:
+    harness = SupervisionHarness(manager, watchdog=4.0)
+    harness.supervision.ready()
     manager.next()
-    told.supervision.stopping(30.0)
+    harness.supervision.stopping(30.0)
     assert manager.next() == {"STOPPING": "1", "STATUS": "draining", "EXTEND_TIMEOUT_USEC": "40000000"}
-    told.timers.advance(2.1)
+    harness.timers.advance(2.1)
     assert manager.next() == {"WATCHDOG": "1"}
-    told.supervision.close()
+    harness.supervision.close()
 
 
 def test_supervision_without_service_manager_does_nothing() -> None:
@@ -228,14 +228,14 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(home: Path) -> Iterator[Start]:
-    """Start `zcproto serve` as a service manager does; `passed` are sockets from descriptor 3 on."""
+    """Start `zcproto serve` as a service manager does; `passed` become descriptors from 3 on."""
     with ExitStack() as stack:
 
         def start(*arguments: str, passed: tuple[int, ...] = (), **variables: str) -> subprocess.Popen[str]:
             plan = " ".join(f"{place}<&{descriptor}" for place, descriptor in enumerate(passed, 3))
             if passed:
                 variables = {"LISTEN_FDS": str(len(passed)), **variables}
-            # $$ is the process that the program takes the place of
+            # $$ is the process that exec replaces
             script = f'LISTEN_PID=$$ exec "$@" {plan}'
             command = [sys.executable, "-m", "zcproto", "--home", str(home), "serve", *arguments]
             process = stack.enter_context(
@@ -256,14 +256,14 @@ def start(home: Path) -> Iterator[Start]:
 
 
 def where(process: subprocess.Popen[str], home: Path) -> list[int]:
-    """The ports that a process says it listens on, in their order."""
+    """Return the ports that a process reports, in order."""
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith("zcproto: listening on "), (home / "log").read_text()
     return [int(line.rpartition(":")[2])]
 
 
-def test_process_reports_ready_reload_and_stop(start: Start, manager: Manager, home: Path) -> None:
+def test_process_reports_ready_reload_and_stop(start: Start, manager: FakeServiceManager, home: Path) -> None:
     process = start("--port", "0", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="100000")
     assert manager.next() == {
         "READY": "1",
@@ -284,7 +284,9 @@ def test_process_reports_ready_reload_and_stop(start: Start, manager: Manager, h
     assert process.wait(TIMEOUT) == 0
 
 
-def test_hanging_loop_does_not_feed_the_watchdog(start: Start, manager: Manager, home: Path) -> None:
+def test_hanging_loop_does_not_feed_the_watchdog(
+    start: Start, manager: FakeServiceManager, home: Path
+) -> None:
     key = UserFile(home / "users.toml").add("ada")
     process = start(
         "--port", "0", "blocking_app:app", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="200000"
@@ -296,13 +298,13 @@ def test_hanging_loop_does_not_feed_the_watchdog(start: Start, manager: Manager,
     with Client(port, home / "certs" / "ca.crt") as client:
         client.open_session("ada", key)
         client.send(client.request("block", {"path": str(home / "pipe")}))
-        with open(home / "pipe", "w") as pipe:  # open as soon as the method waits
+        with open(home / "pipe", "w") as pipe:  # opens as soon as the method waits
             manager.drain()
             assert manager.is_silent(0.5)
             pipe.write("go on")
         assert client.answer().value == "go on"
         manager.until("WATCHDOG", "1")
-        # What a service manager does when it hears nothing: the log then says where the loop stood.
+        # As a service manager does without WATCHDOG=1; the log then has the stack of the loop.
         client.send(client.request("block", {"path": str(home / "pipe")}))
         with open(home / "pipe", "w"):
             process.send_signal(signal.SIGABRT)
@@ -315,7 +317,7 @@ def test_hanging_loop_does_not_feed_the_watchdog(start: Start, manager: Manager,
 def listening(host: str, *, dual: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.create_server((host, 0), family=family, dualstack_ipv6=dual)
-    # A number that the child needs for nothing else.
+    # A descriptor that the child does not use otherwise.
     number = fcntl.fcntl(bound.fileno(), fcntl.F_DUPFD_CLOEXEC, 100)
     bound.close()
     return socket.socket(fileno=number)
@@ -324,7 +326,7 @@ def listening(host: str, *, dual: bool = False) -> socket.socket:
 def test_only_passed_sockets_are_served(start: Start, home: Path) -> None:
     key = UserFile(home / "users.toml").add("ada")
     with listening("127.0.0.1") as first, listening("::1") as second, listening("127.0.0.1") as configured:
-        taken = configured.getsockname()[1]  # were it bound again, it would fail
+        taken = configured.getsockname()[1]  # a second bind would fail
         process = start("--port", str(taken), passed=(first.fileno(), second.fileno()))
         (port,) = where(process, home)
         assert port == first.getsockname()[1]
@@ -332,7 +334,7 @@ def test_only_passed_sockets_are_served(start: Start, home: Path) -> None:
             with Client(listener.getsockname()[1], home / "certs" / "ca.crt", host=host) as client:
                 client.open_session("ada", key)
                 assert client.call("session.info")["address"] == host
-        # While no process serves, connections wait: the socket is still the service manager's.
+        # Connections wait while no process serves: the service manager keeps the socket.
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT) == 0
         with socket.create_connection(first.getsockname()[:2], TIMEOUT):

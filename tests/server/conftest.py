@@ -15,7 +15,7 @@ from zcproto.certs import ManagedSettings, managed
 
 @pytest.fixture(scope="session")
 def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of own certificates, to be copied."""
+    """Return a folder of managed certificates to copy."""
     folder = tmp_path_factory.mktemp("own") / "certs"
     managed.ensure(
         folder,
@@ -36,7 +36,7 @@ Serve = Callable[..., ServerThread]
 
 @pytest.fixture
 def serve(tmp_path: Path, certs: Path) -> Iterator[Serve]:
-    """Start a server for an application; it is stopped at the end of the test."""
+    """Return a function that starts a server, which is drained at the end of the test."""
     with ExitStack() as stack:
 
         def start(app: App | None = None, **options: Any) -> ServerThread:
@@ -47,6 +47,6 @@ def serve(tmp_path: Path, certs: Path) -> Iterator[Serve]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[ServerThread]:
-    """One server for all tests of a module that do not change it."""
+    """Start one server for all tests of a module that do not change it."""
     with ServerThread(tmp_path_factory.mktemp("shared") / "home", certs) as server:
         yield server

@@ -1,6 +1,6 @@
-"""A whole server in a thread of its own, and a blocking client that writes its frames by hand.
+"""A server in its own thread, and a blocking client that writes frames by hand.
 
-The client is independent of the client library on purpose: it can also send what no client may.
+The client does not use the client library, so that it can send invalid frames.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def wall() -> int:
 
 
 def configuration(home: Path, **settings: Any) -> Config:
-    """`limits__max_streams=4` is `max_streams` in `[limits]`."""
+    """Return a configuration; `limits__max_streams=4` sets `max_streams` in `[limits]`."""
     usual = {
         "server__port": 0,
         "certificates__key_types": ["ecdsa-p256"],
@@ -62,13 +62,13 @@ def configuration(home: Path, **settings: Any) -> Config:
 
 
 def identify(params: Mapping[str, Any], address: str) -> Identity | None:
-    """Everyone may come in who has the key; whoever is called operator is one."""
+    """Accept every user with the key; users named operator* are operators."""
     user, key = params.get("user"), params.get("key")
     return Identity(str(user), operator=str(user).startswith("operator")) if key == KEY else None
 
 
 class TestClock(SystemClock):
-    """The system's clock, but its wall time can be moved."""
+    """The system clock with an adjustable wall time."""
 
     __slots__ = ("ahead_ms",)
     __test__ = False
@@ -81,7 +81,7 @@ class TestClock(SystemClock):
 
 
 class ServerThread:
-    """A server on a loop in a thread of its own, so that tests may block.
+    """A server on a loop in its own thread, so that tests may block.
 
     `in_loop` runs a function in the server's thread; `until` waits for a condition there.
     """
@@ -149,7 +149,7 @@ class ServerThread:
         self.join()
 
     def reload(self, **settings: Any) -> Reloaded:
-        """Reload with these settings beside those that there are. Raises ConfigError."""
+        """Reload with additional settings. Raises ConfigError."""
         self.settings = {**self.settings, **settings}
         return asyncio.run_coroutine_threadsafe(self.server.reload(), self.loop).result(TIMEOUT)
 
@@ -202,7 +202,7 @@ class ServerThread:
         return self.in_loop(self.server.statistics)
 
     def cpu_time(self) -> float:
-        """Seconds of processor time that the server's thread has used."""
+        """Return the CPU seconds that the server's thread has used."""
         assert self._thread.ident is not None
         return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
 
@@ -216,19 +216,19 @@ class ServerThread:
         return raw
 
     def client(self, user: str | None = None, **options: Any) -> Client:
-        """A connection; with a user, also a session."""
+        """Connect; with a user, also open a session."""
         client = Client(self.port, self.home / "certs" / "ca.crt", **options)
         if user is not None:
             client.open_session(user)
         return client
 
     def leftovers(self) -> dict[str, int]:
-        """All that a connection may leave behind."""
+        """Return the counts of everything that a connection may leave behind."""
         server = self.server
         state = server.state
 
         def count() -> dict[str, int]:
-            state.log_soon.write()  # lines that wait are nobody's leftovers
+            state.log_soon.write()  # queued log lines are not leftovers
             return {
                 "connections": len(state.connections),
                 "tcp": server.parts.listener.connections,
@@ -245,7 +245,7 @@ class ServerThread:
         return self.in_loop(count)
 
     def until_left(self, **expected: int) -> None:
-        """Wait until nothing is left of gone connections but what is expected."""
+        """Wait until closed connections have left only what is expected."""
 
         def settled() -> bool:
             return all(count == expected.get(name, 0) for name, count in self.leftovers().items())
@@ -257,7 +257,7 @@ class ServerThread:
 
 
 def eventually(condition: Callable[[], Any], seconds: float = TIMEOUT) -> None:
-    """Wait until a condition holds, asking often. For what happens in another thread or process."""
+    """Poll until a condition holds that another thread or process causes."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to be"
@@ -325,7 +325,7 @@ _contexts: dict[Path, ssl.SSLContext] = {}
 
 
 class Client:
-    """One connection. `token` is what its frames carry."""
+    """One connection. `token` is the token of its frames."""
 
     def __init__(
         self, port: int, ca_file: Path, *, host: str = "127.0.0.1", receive_buffer: int | None = None
@@ -381,7 +381,7 @@ class Client:
         flags: int = 0,
         length: int | None = None,
     ) -> bytes:
-        """The bytes of a frame; what is not given is right."""
+        """Return the bytes of a frame; fields default to valid values."""
         if counter is None:
             self.counter += 1
             counter = self.counter
@@ -435,7 +435,7 @@ class Client:
             self._rest += data
 
     def receive(self) -> Frame:
-        """The next frame of any kind. Raises ClosedError at the end."""
+        """Return the next frame of any kind. Raises ClosedError at the end."""
         self._fill(HEADER.size)
         length, version, kind, flags, stream, timestamp, salt, counter, token = HEADER.unpack_from(self._rest)
         assert (version, flags) == (1, 0)
@@ -445,7 +445,7 @@ class Client:
         return Frame(kind, stream, timestamp, salt, counter, token, body)
 
     def answer(self, stream: int | None = None) -> Frame:
-        """The next answer, which must be that of the stream if one is named. Events are kept in `events`."""
+        """Return the next answer, of the stream if one is given. Events are appended to `events`."""
         while (frame := self.receive()).kind == EVENT:
             self.events.append(frame)
         if stream is not None:
@@ -461,7 +461,7 @@ class Client:
         return found
 
     def event(self) -> Frame:
-        """The next event; nothing else may come before it."""
+        """Return the next event; no other frame may come before it."""
         if self.events:
             return self.events.pop(0)
         frame = self.receive()
@@ -478,7 +478,7 @@ class Client:
         return frame.value
 
     def refused(self, method: str, params: Mapping[str, Any] | None = None, **fields: Any) -> Frame:
-        """The ERROR that a call is answered with."""
+        """Return the ERROR that answers a call."""
         try:
             value = self.call(method, params, **fields)
         except AnsweredError as answered:
@@ -486,12 +486,12 @@ class Client:
         raise AssertionError(f"{method} was answered with {value!r}")
 
     def echo(self, *, size: int = 0) -> None:
-        """One call that must work."""
+        """Make one call that must succeed."""
         params = {"n": self.stream, "data": b"x" * size}
         assert self.call("echo", params) == params
 
     def is_open(self) -> bool:
-        """Whether the connection still answers."""
+        """Return whether the connection still answers."""
         try:
             self.send(self.frame(PING))
             while self.receive().kind != PONG:
@@ -501,7 +501,7 @@ class Client:
         return True
 
     def rest_until_closed(self) -> tuple[list[Frame], str]:
-        """All frames until the end, and how it came."""
+        """Return all frames up to the end, and how it ended."""
         frames = []
         try:
             while True:
@@ -518,7 +518,7 @@ class Client:
         return self.opened
 
     def close(self) -> None:
-        """Say close_notify and close, as a client should."""
+        """Send close_notify and close, as a client should."""
         with contextlib.suppress(OSError, ValueError):
             self.tls.settimeout(5.0)
             while True:
@@ -546,7 +546,7 @@ def reset(connection: socket.socket) -> None:
 
 
 def read_to_end(connection: socket.socket) -> tuple[bytes, str]:
-    """All bytes until the end of a plain TCP connection, and how it came."""
+    """Return all bytes up to the end of a plain TCP connection, and how it ended."""
     received = b""
     try:
         while data := connection.recv(65_536):
@@ -558,7 +558,7 @@ def read_to_end(connection: socket.socket) -> tuple[bytes, str]:
 
 @contextlib.contextmanager
 def bystander(server: ServerThread) -> Iterator[Client]:
-    """Another user's connection, which must work before, during and after."""
+    """Check that another user's connection works before, during and after the body."""
     with server.client("bystander") as client:
         client.echo()
         yield client
@@ -568,7 +568,7 @@ def bystander(server: ServerThread) -> Iterator[Client]:
 
 
 class ServerProcess:
-    """`zcproto serve` in a process of its own. What it logs is in `log`."""
+    """`zcproto serve` in its own process. `log` is its log."""
 
     def __init__(self, home: Path, certs: Path, *arguments: str, app: str | None = None) -> None:
         home.mkdir(mode=0o700, exist_ok=True)
@@ -602,7 +602,7 @@ class ServerProcess:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Wait for its end; the exit code."""
+        """Wait for the end; return the exit code."""
         code = self.process.wait(TIMEOUT)
         if not self._log.closed:
             self._log.seek(0)

@@ -1,4 +1,4 @@
-"""Devices over real TLS: enrolled by a code, opening sessions, attaching them elsewhere, refreshed, and removed."""
+"""Tests of devices over real TLS: enrollment, bound sessions, attach, refresh and removal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def attaching(client: Client, token: bytes, key: str = "laptop") -> dict[str, An
     return {"signature": KEYS[key].sign(attach_message(client.salt, leaf(client), token))}
 
 
-class Office:
+class DeviceServer:
     """A server with the users ada and bob, and ada's laptop."""
 
     def __init__(self, home: Path, certs: Path, **options: Any) -> None:
@@ -70,11 +70,11 @@ class Office:
 
 
 @pytest.fixture
-def office(tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Office]:
+def harness(tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceServer]:
     monkeypatch.setattr(pairing_module, "_COST", 2)
-    office = Office(tmp_path / "home", certs)
-    with office.server:
-        yield office
+    harness = DeviceServer(tmp_path / "home", certs)
+    with harness.server:
+        yield harness
 
 
 def needs_attach(frame: Frame) -> bool:
@@ -84,8 +84,8 @@ def needs_attach(frame: Frame) -> bool:
 # --- opening and attaching ---------------------------------------------------------------------------
 
 
-def test_device_opens_and_uses_a_bound_session(office: Office) -> None:
-    with office.open() as client:
+def test_device_opens_and_uses_a_bound_session(harness: DeviceServer) -> None:
+    with harness.open() as client:
         assert (client.opened["user"], client.opened["bound"]) == ("ada", True)
         client.echo()
         info = client.call("session.info")
@@ -93,8 +93,8 @@ def test_device_opens_and_uses_a_bound_session(office: Office) -> None:
         client.echo(size=100_000)
 
 
-def test_bound_token_needs_attach_on_another_connection(office: Office) -> None:
-    with office.open() as client, office.client() as other:
+def test_bound_token_needs_attach_on_another_connection(harness: DeviceServer) -> None:
+    with harness.open() as client, harness.client() as other:
         other.token = client.token
         for method in ("echo", "session.info", "session.close", "server.info", "no.such"):
             assert needs_attach(other.refused(method))
@@ -108,16 +108,16 @@ def test_bound_token_needs_attach_on_another_connection(office: Office) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda office, mine, other: {"signature": bytes(64)},
-        lambda office, mine, other: attaching(mine, mine.token),  # made for another connection
-        lambda office, mine, other: attaching(other, bytes(32)),
-        lambda office, mine, other: attaching(other, mine.token, "phone"),
-        lambda office, mine, other: {"signature": opening(other)["signature"]},
+        lambda harness, mine, other: {"signature": bytes(64)},
+        lambda harness, mine, other: attaching(mine, mine.token),  # made for another connection
+        lambda harness, mine, other: attaching(other, bytes(32)),
+        lambda harness, mine, other: attaching(other, mine.token, "phone"),
+        lambda harness, mine, other: {"signature": opening(other)["signature"]},
     ],
 )
-def test_wrong_signature_does_not_attach(office: Office, wrong: Callable[..., dict[str, Any]]) -> None:
-    with office.open() as client, office.client() as other:
-        frame = other.refused("session.attach", wrong(office, client, other), token=client.token)
+def test_wrong_signature_does_not_attach(harness: DeviceServer, wrong: Callable[..., dict[str, Any]]) -> None:
+    with harness.open() as client, harness.client() as other:
+        frame = other.refused("session.attach", wrong(harness, client, other), token=client.token)
         assert (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
         assert needs_attach(other.refused("echo", token=client.token))
         client.echo()
@@ -126,14 +126,14 @@ def test_wrong_signature_does_not_attach(office: Office, wrong: Callable[..., di
 @pytest.mark.parametrize(
     "params", [{}, {"signature": "x" * 64}, {"signature": bytes(63)}, {"signature": None}]
 )
-def test_malformed_signature_is_refused(office: Office, params: dict[str, Any]) -> None:
-    with office.open() as client, office.client() as other:
+def test_malformed_signature_is_refused(harness: DeviceServer, params: dict[str, Any]) -> None:
+    with harness.open() as client, harness.client() as other:
         assert other.refused("session.attach", params, token=client.token).code == Code.INVALID_ARGUMENT
 
 
-def test_unbound_session_cannot_be_attached(office: Office) -> None:
-    with office.client() as client, office.client() as other:
-        client.open_session("ada", office.keys["ada"])
+def test_unbound_session_cannot_be_attached(harness: DeviceServer) -> None:
+    with harness.client() as client, harness.client() as other:
+        client.open_session("ada", harness.keys["ada"])
         assert client.opened["bound"] is False
         other.token = client.token
         other.echo()
@@ -143,8 +143,8 @@ def test_unbound_session_cannot_be_attached(office: Office) -> None:
         )
 
 
-def test_attach_and_call_in_one_read_succeed(office: Office) -> None:
-    with office.open() as client, office.client() as other:
+def test_attach_and_call_in_one_read_succeed(harness: DeviceServer) -> None:
+    with harness.open() as client, harness.client() as other:
         other.token = client.token
         other.send(
             other.request("session.attach", attaching(other, other.token)), other.request("echo", {"x": 1})
@@ -153,9 +153,9 @@ def test_attach_and_call_in_one_read_succeed(office: Office) -> None:
         assert [answers[stream].value for stream in sorted(answers)] == [{}, {"x": 1}]
 
 
-def test_connection_carries_sessions_of_several_devices(office: Office) -> None:
-    office.add("phone", "bob")
-    with office.open() as laptop, office.open("phone") as phone, office.client() as gateway:
+def test_connection_carries_sessions_of_several_devices(harness: DeviceServer) -> None:
+    harness.add("phone", "bob")
+    with harness.open() as laptop, harness.open("phone") as phone, harness.client() as gateway:
         for client, key in ((laptop, "laptop"), (phone, "phone")):
             assert needs_attach(gateway.refused("echo", token=client.token))
             gateway.call("session.attach", attaching(gateway, client.token, key), token=client.token)
@@ -164,8 +164,8 @@ def test_connection_carries_sessions_of_several_devices(office: Office) -> None:
 
 
 def test_bound_token_without_proof_leaves_no_session(tmp_path: Path, certs: Path) -> None:
-    office = Office(tmp_path / "home", certs, sessions__open_timeout="1s")
-    with office.server, office.open() as client, office.client() as other:
+    harness = DeviceServer(tmp_path / "home", certs, sessions__open_timeout="1s")
+    with harness.server, harness.open() as client, harness.client() as other:
         assert needs_attach(other.refused("echo", token=client.token))
         frames, how = other.rest_until_closed()
         assert frames[-1].value["reason"] == "no_session"
@@ -180,10 +180,10 @@ def refreshing(source: Client, **more: Any) -> dict[str, Any]:
     return {"refresh_token": source.opened["refresh_token"], **more}
 
 
-def test_bound_session_is_refreshed_with_proof_and_stays_bound(office: Office) -> None:
-    with office.open() as client, office.client() as other:
+def test_bound_session_is_refreshed_with_proof_and_stays_bound(harness: DeviceServer) -> None:
+    with harness.open() as client, harness.client() as other:
         assert needs_attach(other.refused("session.refresh", refreshing(client)))
-        client.echo()  # nothing was spent
+        client.echo()  # the refresh token is not spent
         refreshed = client.call("session.refresh", refreshing(client), token=NO_TOKEN)
         assert (refreshed["bound"], refreshed["id"]) == (True, client.opened["id"])
         old, client.token = client.token, refreshed["token"]
@@ -197,9 +197,9 @@ def test_bound_session_is_refreshed_with_proof_and_stays_bound(office: Office) -
         other.echo()
 
 
-def test_expired_bound_session_is_refreshed_without_proof_and_stays_bound(office: Office) -> None:
-    with office.open() as client, office.client() as other:
-        office.server.clock.ahead_ms = 2 * HOUR_MS  # idle for too long: nobody can attach it
+def test_expired_bound_session_is_refreshed_without_proof_and_stays_bound(harness: DeviceServer) -> None:
+    with harness.open() as client, harness.client() as other:
+        harness.server.clock.ahead_ms = 2 * HOUR_MS  # idle for too long: it cannot be attached
 
         def late(method: str, params: dict[str, Any], token: bytes) -> Any:
             return other.call(method, params, token=token, timestamp=wall() + 2 * HOUR_MS)
@@ -212,16 +212,16 @@ def test_expired_bound_session_is_refreshed_without_proof_and_stays_bound(office
         assert late("echo", {"x": 1}, token) == {"x": 1}
 
 
-def test_lost_refresh_answer_is_repeated_on_another_connection(office: Office) -> None:
-    with office.open() as client, office.client() as other:
+def test_lost_refresh_answer_is_repeated_on_another_connection(harness: DeviceServer) -> None:
+    with harness.open() as client, harness.client() as other:
         first = client.call("session.refresh", refreshing(client), token=NO_TOKEN)
         again = other.call("session.refresh", refreshing(client))
         assert again["token"] == first["token"]
         assert needs_attach(other.refused("echo", token=again["token"]))
 
 
-def test_replayed_refresh_token_ends_the_bound_session(office: Office) -> None:
-    with office.open() as client, office.client() as thief:
+def test_replayed_refresh_token_ends_the_bound_session(harness: DeviceServer) -> None:
+    with harness.open() as client, harness.client() as thief:
         refreshed = client.call("session.refresh", refreshing(client), token=NO_TOKEN)
         frame = thief.refused("session.refresh", refreshing(client, client="thief/1"))
         assert frame.code == Code.TOKEN_REVOKED
@@ -229,8 +229,8 @@ def test_replayed_refresh_token_ends_the_bound_session(office: Office) -> None:
 
 
 def test_binding_survives_a_restart(tmp_path: Path, certs: Path) -> None:
-    office = Office(tmp_path / "home", certs, store__url="sqlite")
-    with office.server, office.open() as client:
+    harness = DeviceServer(tmp_path / "home", certs, store__url="sqlite")
+    with harness.server, harness.open() as client:
         opened = client.opened
     restarted = ServerThread(tmp_path / "home", certs, users_file=True, store__url="sqlite")
     with restarted, restarted.client() as client:
@@ -241,25 +241,25 @@ def test_binding_survives_a_restart(tmp_path: Path, certs: Path) -> None:
         )
         client.call("session.attach", attaching(client, client.token))
         client.echo()
-        office.devices.remove("laptop")
+        harness.devices.remove("laptop")
         assert client.event().value == ["session.revoked", {"reason": "the device was removed"}]
 
 
 # --- devices come and go -----------------------------------------------------------------------------
 
 
-def test_added_device_is_known_at_once(office: Office) -> None:
-    with office.client() as client:
+def test_added_device_is_known_at_once(harness: DeviceServer) -> None:
+    with harness.client() as client:
         assert client.refused("session.open", opening(client, "phone", "phone")).code == Code.UNAUTHENTICATED
-    office.add("phone", "bob")
-    with office.open("phone") as client:
+    harness.add("phone", "bob")
+    with harness.open("phone") as client:
         assert client.opened["user"] == "bob"
 
 
-def test_removed_device_loses_only_its_sessions(office: Office) -> None:
-    office.add("phone")
-    with office.open() as first, office.open() as second, office.open("phone") as phone:
-        office.devices.remove("laptop")
+def test_removed_device_loses_only_its_sessions(harness: DeviceServer) -> None:
+    harness.add("phone")
+    with harness.open() as first, harness.open() as second, harness.open("phone") as phone:
+        harness.devices.remove("laptop")
         for client in (first, second):
             event = client.event()
             assert (event.kind, event.token) == (EVENT, client.token)
@@ -270,37 +270,37 @@ def test_removed_device_loses_only_its_sessions(office: Office) -> None:
         assert first.refused("session.open", opening(first), token=NO_TOKEN).code == Code.UNAUTHENTICATED
 
 
-def test_proof_of_removed_device_does_not_count_for_its_successor(office: Office) -> None:
-    with office.open() as old, office.client() as other:
-        office.devices.remove("laptop")
+def test_proof_of_removed_device_does_not_count_for_its_successor(harness: DeviceServer) -> None:
+    with harness.open() as old, harness.client() as other:
+        harness.devices.remove("laptop")
         old.event()
-        office.add("laptop", "ada", "phone")
+        harness.add("laptop", "ada", "phone")
         opened = other.call("session.open", opening(other, "laptop", "phone"))
         assert needs_attach(old.refused("echo", token=opened["token"]))
         other.token = opened["token"]
         other.echo()
 
 
-def test_device_removed_while_opening_gets_no_session(office: Office) -> None:
-    server = office.server.server
+def test_device_removed_while_opening_gets_no_session(harness: DeviceServer) -> None:
+    server = harness.server.server
     opening_one = server.state.sessions.open
 
     async def slow(*args: Any, **options: Any) -> Any:
         opened = await opening_one(*args, **options)
-        office.devices.remove("laptop")
+        harness.devices.remove("laptop")
         assert server.parts.devices is not None
         await server.parts.devices.current.refresh()
         return opened
 
     server.state.sessions.open = slow  # type: ignore[method-assign]
-    with office.client() as client:
+    with harness.client() as client:
         frame = client.refused("session.open", opening(client))
         assert (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
-    assert office.server.stats["sessions"] == 0
+    assert harness.server.stats["sessions"] == 0
 
 
-def test_session_revoked_during_attach_is_not_attached(office: Office) -> None:
-    server = office.server.server
+def test_session_revoked_during_attach_is_not_attached(harness: DeviceServer) -> None:
+    server = harness.server.server
     registry = server.state.registry
     assert server.parts.devices is not None
     proved = server.parts.devices.authenticator.attaches
@@ -310,7 +310,7 @@ def test_session_revoked_during_attach_is_not_attached(office: Office) -> None:
         registry.revoke_user("ada", "just now")
         return good
 
-    with office.open() as client, office.client() as other, pytest.MonkeyPatch.context() as patch:
+    with harness.open() as client, harness.client() as other, pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(server.parts.devices.authenticator), "attaches", lambda self, *args: slow(*args))
         frame = other.refused("session.attach", attaching(other, client.token), token=client.token)
         assert frame.code == Code.UNAUTHENTICATED
@@ -318,32 +318,32 @@ def test_session_revoked_during_attach_is_not_attached(office: Office) -> None:
         assert other.events == []
 
 
-def test_reused_device_name_of_another_user_does_not_attach(office: Office) -> None:
-    """Two servers in a row: the session is older than the device that has the name now."""
-    with office.open() as client, office.client() as other:
-        sessions = office.server.server.state.sessions
+def test_reused_device_name_of_another_user_does_not_attach(harness: DeviceServer) -> None:
+    """With two servers in a row the session is older than the device that has its name now."""
+    with harness.open() as client, harness.client() as other:
+        sessions = harness.server.server.state.sessions
 
         async def leave(*_: str) -> int:
             return 0
 
         sessions.revoke_key = leave  # type: ignore[method-assign]
-        office.devices.remove("laptop")
-        office.add("laptop", "bob", "phone")
-        with office.open("laptop", "phone"):  # known from here on
+        harness.devices.remove("laptop")
+        harness.add("laptop", "bob", "phone")
+        with harness.open("laptop", "phone"):  # loaded here
             params = attaching(other, client.token, "phone")
             frame = other.refused("session.attach", params, token=client.token)
             assert (frame.code, frame.details) == (Code.UNAUTHENTICATED, {})
 
 
-def test_device_of_removed_user_opens_no_session(office: Office) -> None:
-    office.users.remove("ada")
-    with office.client() as client:
+def test_device_of_removed_user_opens_no_session(harness: DeviceServer) -> None:
+    harness.users.remove("ada")
+    with harness.client() as client:
         assert client.refused("session.open", opening(client)).code == Code.UNAUTHENTICATED
 
 
-def test_faulty_devices_file_keeps_known_devices(office: Office) -> None:
-    office.devices.path.write_text("nonsense")
-    with office.open() as client:
+def test_faulty_devices_file_keeps_known_devices(harness: DeviceServer) -> None:
+    harness.devices.path.write_text("nonsense")
+    with harness.open() as client:
         client.echo()
 
 
@@ -354,9 +354,9 @@ def enroll(client: Client, code: str, name: str = "phone", **more: Any) -> Any:
     return client.call("device.enroll", {"code": code, "public_key": public("phone"), "name": name, **more})
 
 
-def test_pairing_code_enrolls_a_device_without_restart(office: Office) -> None:
-    code = office.codes.make("bob", 60_000, wall())
-    with office.client() as client:
+def test_pairing_code_enrolls_a_device_without_restart(harness: DeviceServer) -> None:
+    code = harness.codes.make("bob", 60_000, wall())
+    with harness.client() as client:
         assert enroll(client, code) == {"user": "bob", "device": "phone"}
         client.opened = client.call("session.open", opening(client, "phone", "phone"))
         assert client.opened["user"] == "bob"
@@ -364,9 +364,9 @@ def test_pairing_code_enrolls_a_device_without_restart(office: Office) -> None:
         client.echo()
 
 
-def test_pairing_code_works_once_and_ends_after_five_failures(office: Office) -> None:
-    code = office.codes.make("bob", 60_000, wall())
-    with office.client() as client:
+def test_pairing_code_works_once_and_ends_after_five_failures(harness: DeviceServer) -> None:
+    code = harness.codes.make("bob", 60_000, wall())
+    with harness.client() as client:
 
         def refused(code: str, name: str = "phone") -> Frame:
             return client.refused(
@@ -376,7 +376,7 @@ def test_pairing_code_works_once_and_ends_after_five_failures(office: Office) ->
         assert refused(code, "laptop").code == Code.ALREADY_EXISTS
         enroll(client, code)
         wrong = refused(code, "phone-2")
-        code = office.codes.make("bob", 60_000, wall())
+        code = harness.codes.make("bob", 60_000, wall())
         for _ in range(5):
             assert refused("0000-0000").body == wrong.body
         assert refused(code).body == wrong.body
@@ -396,8 +396,8 @@ def test_pairing_code_works_once_and_ends_after_five_failures(office: Office) ->
         {"user": "ada"},
     ],
 )
-def test_invalid_enrollment_is_refused(office: Office, params: dict[str, Any]) -> None:
-    with office.client() as client:
+def test_invalid_enrollment_is_refused(harness: DeviceServer, params: dict[str, Any]) -> None:
+    with harness.client() as client:
         usual = {"code": "0000-0000", "public_key": public("phone"), "name": "phone"}
         assert client.refused("device.enroll", {**usual, **params}).code == Code.INVALID_ARGUMENT
 
@@ -412,8 +412,8 @@ def test_own_authenticators_disable_enrollment(serve: Callable[..., ServerThread
 
 
 def test_guesses_are_throttled_by_device_and_address(tmp_path: Path, certs: Path) -> None:
-    office = Office(tmp_path / "home", certs, limits__login_failures=3)
-    with office.server, office.client() as client:
+    harness = DeviceServer(tmp_path / "home", certs, limits__login_failures=3)
+    with harness.server, harness.client() as client:
         for _ in range(3):
             params = {"scheme": "ed25519", "device": "laptop", "signature": bytes(64)}
             assert client.refused("session.open", params).code == Code.UNAUTHENTICATED
@@ -422,9 +422,9 @@ def test_guesses_are_throttled_by_device_and_address(tmp_path: Path, certs: Path
         assert 0 < frame.details["retry_after_ms"] <= 1000
 
 
-def test_removed_devices_leave_nothing(office: Office) -> None:
+def test_removed_devices_leave_nothing(harness: DeviceServer) -> None:
     with ExitStack() as stack:
         for _ in range(5):
-            stack.enter_context(office.open()).echo()
-    eventually(lambda: office.server.leftovers()["connections"] == 0)
-    office.server.until_left()
+            stack.enter_context(harness.open()).echo()
+    eventually(lambda: harness.server.leftovers()["connections"] == 0)
+    harness.server.until_left()

@@ -1,4 +1,4 @@
-"""How methods are run and answered, over real TLS: each request gets exactly one answer."""
+"""Tests of dispatch over real TLS: each request gets exactly one answer."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class Item:
     count: int = 1
 
 
-class Gate:
-    """Lets methods wait until the test says so, and tells which wait and how they ended."""
+class WaitingMethods:
+    """Methods that wait until the test releases them: which wait, and how they ended."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, asyncio.Future[Any]] = {}
@@ -88,7 +88,7 @@ class Gate:
         self.contexts: dict[str, Context] = {}
 
 
-def application(gate: Gate) -> App:
+def application(gate: WaitingMethods) -> App:
     app = App()
 
     @app.method("plain")
@@ -231,13 +231,16 @@ def _loop() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def gate() -> Gate:
-    return Gate()
+def gate() -> WaitingMethods:
+    return WaitingMethods()
 
 
 @pytest.fixture(scope="module", params=["uvloop", "asyncio"])
 def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, certs: Path, gate: Gate
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    certs: Path,
+    gate: WaitingMethods,
 ) -> Iterator[ServerThread]:
     loop_factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
     home = tmp_path_factory.mktemp("dispatch") / "home"
@@ -248,7 +251,7 @@ def server(
 
 
 @pytest.fixture
-def client(server: ServerThread, gate: Gate) -> Iterator[Client]:
+def client(server: ServerThread, gate: WaitingMethods) -> Iterator[Client]:
     gate.waiting.clear()
     gate.ended.clear()
     gate.contexts.clear()
@@ -257,7 +260,7 @@ def client(server: ServerThread, gate: Gate) -> Iterator[Client]:
     server.until_left()
 
 
-def release(server: ServerThread, gate: Gate, name: str, result: str) -> None:
+def release(server: ServerThread, gate: WaitingMethods, name: str, result: str) -> None:
     eventually(lambda: name in gate.waiting)
     server.in_loop(lambda: gate.waiting[name].set_result(result))
 
@@ -290,7 +293,7 @@ def test_call_without_session_reaches_only_public_methods(server: ServerThread) 
             refused = client.refused(method)
             assert refused.code == Code.UNAUTHENTICATED
             assert refused.message == "no session: call session.open first"
-        # Nothing tells what exists from what does not.
+        # Existing and unknown methods cannot be distinguished.
         bodies = {client.refused(method).body for method in ("plain", "no.such.method")}
         assert len(bodies) == 1
 
@@ -370,7 +373,7 @@ def test_details_of_resource_exhausted_are_kept(client: Client) -> None:
 @pytest.mark.parametrize("what", ["object", "set", "loop", "surrogate", "huge_int", "coroutine_like"])
 def test_unencodable_result_is_internal_error(client: Client, way: str, what: str) -> None:
     assert client.refused(way, {"what": what}).code == Code.INTERNAL
-    # Nothing of the failed one is in front of the next.
+    # Nothing of the failed answer precedes the next one.
     assert client.call(way, {"what": "nested"}) == [{"a": [1, 2.5, None, True]}]
 
 
@@ -402,7 +405,7 @@ def test_errors_are_counted_once_by_code(client: Client, server: ServerThread) -
 
 
 def test_concurrent_requests_are_answered_in_any_order(
-    client: Client, server: ServerThread, gate: Gate
+    client: Client, server: ServerThread, gate: WaitingMethods
 ) -> None:
     client.send(*(client.request("wait", {"name": name}) for name in "abc"))
     for name in "cab":
@@ -412,7 +415,9 @@ def test_concurrent_requests_are_answered_in_any_order(
     assert found == {0: "A", 1: "B", 2: "C"}
 
 
-def test_request_over_max_streams_is_refused(client: Client, server: ServerThread, gate: Gate) -> None:
+def test_request_over_max_streams_is_refused(
+    client: Client, server: ServerThread, gate: WaitingMethods
+) -> None:
     client.send(*(client.request("wait", {"name": str(number)}) for number in range(8)))
     refused = client.refused("hello")
     assert refused.code == Code.RESOURCE_EXHAUSTED
@@ -425,7 +430,7 @@ def test_request_over_max_streams_is_refused(client: Client, server: ServerThrea
     assert len(client.answers(7)) == 7
 
 
-def test_cancel_is_answered_once_at_once(client: Client, server: ServerThread, gate: Gate) -> None:
+def test_cancel_is_answered_once_at_once(client: Client, server: ServerThread, gate: WaitingMethods) -> None:
     before = server.stats["errors"].get("1", 0)
     client.send(client.request("wait", {"name": "a"}))
     eventually(lambda: "a" in gate.waiting)
@@ -434,11 +439,11 @@ def test_cancel_is_answered_once_at_once(client: Client, server: ServerThread, g
     assert (answer.kind, answer.code, answer.message) == (ERROR, Code.CANCELLED, "cancelled by the caller")
     eventually(lambda: gate.ended == [("a", "cancelled")])
     assert gate.contexts["a"].cancelled
-    client.call("hello")  # no second answer was before this one
+    client.call("hello")  # no second answer came before this one
     assert server.stats["errors"]["1"] - before == 1
 
 
-def test_cancel_in_the_same_read_as_its_request(client: Client, gate: Gate) -> None:
+def test_cancel_in_the_same_read_as_its_request(client: Client, gate: WaitingMethods) -> None:
     request = client.request("wait", {"name": "a"})
     client.send(request, client.frame(CANCEL, stream=client.stream))
     assert client.answer(client.stream).code == Code.CANCELLED
@@ -446,7 +451,9 @@ def test_cancel_in_the_same_read_as_its_request(client: Client, gate: Gate) -> N
     client.call("hello")
 
 
-def test_cancel_with_another_token_is_ignored(client: Client, server: ServerThread, gate: Gate) -> None:
+def test_cancel_with_another_token_is_ignored(
+    client: Client, server: ServerThread, gate: WaitingMethods
+) -> None:
     client.send(client.request("wait", {"name": "a"}))
     client.send(client.frame(CANCEL, stream=client.stream, token=NO_TOKEN))
     release(server, gate, "a", "undisturbed")
@@ -454,7 +461,7 @@ def test_cancel_with_another_token_is_ignored(client: Client, server: ServerThre
 
 
 def test_method_ignoring_cancellation_still_counts_as_running(
-    client: Client, server: ServerThread, gate: Gate
+    client: Client, server: ServerThread, gate: WaitingMethods
 ) -> None:
     names = [str(number) for number in range(8)]
     client.send(*(client.request("wait.stubborn", {"name": name}) for name in names))
@@ -469,7 +476,7 @@ def test_method_ignoring_cancellation_still_counts_as_running(
     assert client.call("hello")
 
 
-def test_deadline_exceeded_cancels_the_method(client: Client, gate: Gate) -> None:
+def test_deadline_exceeded_cancels_the_method(client: Client, gate: WaitingMethods) -> None:
     client.send(client.request("wait", {"name": "a"}, {"deadline_ms": 30}))
     answer = client.answer(client.stream)
     assert (answer.code, answer.message) == (Code.DEADLINE_EXCEEDED, "the deadline has passed")
@@ -477,7 +484,7 @@ def test_deadline_exceeded_cancels_the_method(client: Client, gate: Gate) -> Non
     client.call("hello")
 
 
-def test_context_has_time_left(client: Client, server: ServerThread, gate: Gate) -> None:
+def test_context_has_time_left(client: Client, server: ServerThread, gate: WaitingMethods) -> None:
     client.send(client.request("wait", {"name": "a"}, {"deadline_ms": 60_000}))
     eventually(lambda: "a" in gate.waiting)
     left = server.in_loop(lambda: gate.contexts["a"].time_left)
@@ -489,7 +496,9 @@ def test_context_has_time_left(client: Client, server: ServerThread, gate: Gate)
 
 
 @pytest.mark.parametrize("deadline_ms", [0, -1, -(2**63)])
-def test_expired_deadline_does_not_run_the_method(client: Client, gate: Gate, deadline_ms: int) -> None:
+def test_expired_deadline_does_not_run_the_method(
+    client: Client, gate: WaitingMethods, deadline_ms: int
+) -> None:
     refused = client.refused("wait", {"name": "a"}, meta={"deadline_ms": deadline_ms})
     assert refused.code == Code.DEADLINE_EXCEEDED
     assert gate.waiting == {}
@@ -499,7 +508,7 @@ def test_deadline_does_not_affect_immediate_answer(client: Client) -> None:
     assert client.call("async.ready", {"item": {"name": "a"}}, meta={"deadline_ms": 1}) == "a"
 
 
-def test_disconnect_cancels_running_methods(server: ServerThread, gate: Gate) -> None:
+def test_disconnect_cancels_running_methods(server: ServerThread, gate: WaitingMethods) -> None:
     gate.ended.clear()
     client = server.client("ada")
     client.send(client.request("wait", {"name": "lost"}))
@@ -511,7 +520,7 @@ def test_disconnect_cancels_running_methods(server: ServerThread, gate: Gate) ->
 
 
 @pytest.mark.parametrize("size", [1, 10_000])
-def test_result_after_disconnect_is_dropped(server: ServerThread, gate: Gate, size: int) -> None:
+def test_result_after_disconnect_is_dropped(server: ServerThread, gate: WaitingMethods, size: int) -> None:
     client = server.client("ada")
     gate.waiting.clear()
     client.send(client.request("wait.stubborn", {"name": "late"}))
@@ -527,13 +536,13 @@ def test_result_after_disconnect_is_dropped(server: ServerThread, gate: Gate, si
 
 def test_context_describes_the_call(client: Client) -> None:
     traceparent = f"00-{'1' * 32}-{'2' * 16}-01"
-    told = client.call("context", meta={"deadline_ms": 5_000, "traceparent": traceparent, "x": 1})
-    assert (told["user"], told["method"], told["peer"]) == ("ada", "context", "127.0.0.1")
-    assert told["traceparent"] == traceparent
-    assert told["time_left"] == 5.0
-    assert told["cancelled"] is False
-    assert abs(told["wall"] - wall()) < 5_000
-    assert told["now"] > 0
+    described = client.call("context", meta={"deadline_ms": 5_000, "traceparent": traceparent, "x": 1})
+    assert (described["user"], described["method"], described["peer"]) == ("ada", "context", "127.0.0.1")
+    assert described["traceparent"] == traceparent
+    assert described["time_left"] == 5.0
+    assert described["cancelled"] is False
+    assert abs(described["wall"] - wall()) < 5_000
+    assert described["now"] > 0
 
 
 def test_call_without_deadline_has_no_time_left(client: Client) -> None:

@@ -1,4 +1,4 @@
-"""Coroutines started by hand behave as in a task of their own, on asyncio's loop and on uvloop's."""
+"""Tests that coroutines started eagerly behave as in their own task, on asyncio and uvloop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tasks(loop: asyncio.AbstractEventLoop) -> Iterator[EagerTasks]:
 
 
 class Outcome:
-    """What a Worker tells its `done`."""
+    """Records the call of a Worker's `done`."""
 
     def __init__(self) -> None:
         self.result: Any = None
@@ -50,8 +50,8 @@ class Outcome:
         self.calls += 1
 
 
-class Bench:
-    """Runs steps as the loop does, outside of any task."""
+class TaskHarness:
+    """Runs steps as the loop does, outside any task."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, tasks: EagerTasks) -> None:
         self.loop = loop
@@ -74,7 +74,7 @@ class Bench:
         return self.in_loop(lambda: self.tasks.start(coroutine))
 
     def value(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """What a coroutine gives that must end in its first step."""
+        """Return the result of a coroutine that must end in its first step."""
         assert self.start(coroutine) is None
         return self.tasks.result
 
@@ -112,16 +112,16 @@ class Bench:
 
 
 @pytest.fixture
-def bench(loop: asyncio.AbstractEventLoop, tasks: EagerTasks) -> Bench:
-    return Bench(loop, tasks)
+def harness(loop: asyncio.AbstractEventLoop, tasks: EagerTasks) -> TaskHarness:
+    return TaskHarness(loop, tasks)
 
 
 @pytest.fixture(params=["a new task", "a task that waits for work"])
-def warm(request: pytest.FixtureRequest, bench: Bench) -> None:
-    """Most things must hold for the first coroutine, whose task has not run yet, and for later ones."""
+def warm(request: pytest.FixtureRequest, harness: TaskHarness) -> None:
+    """Cover the first coroutine, whose task has not run yet, and later ones."""
     if request.param == "a task that waits for work":
-        bench.value(ready())
-        bench.turns()
+        harness.value(ready())
+        harness.turns()
 
 
 async def ready(value: Any = None) -> Any:
@@ -135,7 +135,7 @@ async def forever() -> None:
 # --- the first step --------------------------------------------------------------------------------------
 
 
-def test_first_step_runs_in_the_callers_turn(bench: Bench, warm: None) -> None:
+def test_first_step_runs_in_the_callers_turn(harness: TaskHarness, warm: None) -> None:
     order = []
 
     async def coroutine() -> int:
@@ -143,38 +143,40 @@ def test_first_step_runs_in_the_callers_turn(bench: Bench, warm: None) -> None:
         return 7
 
     def step() -> None:
-        assert bench.tasks.start(coroutine()) is None
+        assert harness.tasks.start(coroutine()) is None
         order.append("caller")
-        assert bench.tasks.result == 7
+        assert harness.tasks.result == 7
 
-    bench.in_loop(step)
+    harness.in_loop(step)
     assert order == ["coroutine", "caller"]
 
 
-def test_immediate_coroutines_reuse_one_task(bench: Bench) -> None:
+def test_immediate_coroutines_reuse_one_task(harness: TaskHarness) -> None:
     seen = []
 
     async def coroutine() -> None:
         seen.append(asyncio.current_task())
 
     for _ in range(100):
-        bench.value(coroutine())
+        harness.value(coroutine())
     assert len(set(seen)) == 1
-    assert bench.tasks.running == 0
-    assert len(asyncio.all_tasks(bench.loop)) == 1
+    assert harness.tasks.running == 0
+    assert len(asyncio.all_tasks(harness.loop)) == 1
 
 
-def test_exception_of_first_step_propagates(bench: Bench, warm: None) -> None:
+def test_exception_of_first_step_propagates(harness: TaskHarness, warm: None) -> None:
     async def coroutine() -> None:
         raise LookupError("no such thing")
 
     with pytest.raises(LookupError, match="no such thing"):
-        bench.start(coroutine())
-    assert bench.tasks.running == 0
-    assert bench.value(ready(5)) == 5
+        harness.start(coroutine())
+    assert harness.tasks.running == 0
+    assert harness.value(ready(5)) == 5
 
 
-def test_awaiting_a_finished_future_does_not_wait(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
+def test_awaiting_a_finished_future_does_not_wait(
+    harness: TaskHarness, loop: asyncio.AbstractEventLoop
+) -> None:
     future: asyncio.Future[int] = loop.create_future()
     future.set_result(3)
 
@@ -182,38 +184,38 @@ def test_awaiting_a_finished_future_does_not_wait(bench: Bench, loop: asyncio.Ab
         async with asyncio.timeout(5):
             return await future + await ready(1)
 
-    assert bench.value(coroutine()) == 4
+    assert harness.value(coroutine()) == 4
 
 
 # --- waiting ---------------------------------------------------------------------------------------------
 
 
-def test_waiting_coroutine_continues_in_a_task(bench: Bench, warm: None) -> None:
+def test_waiting_coroutine_continues_in_a_task(harness: TaskHarness, warm: None) -> None:
     async def coroutine() -> str:
         await asyncio.sleep(0)
         await asyncio.sleep(0.001)
         return "done"
 
-    worker, outcome = bench.waiting(coroutine())
-    assert bench.tasks.running == 1
-    bench.finish(outcome)
+    worker, outcome = harness.waiting(coroutine())
+    assert harness.tasks.running == 1
+    harness.finish(outcome)
     assert (outcome.result, outcome.error) == ("done", None)
     assert worker.task.done()
-    assert bench.tasks.running == 0
+    assert harness.tasks.running == 0
 
 
-def test_exception_after_waiting_reaches_done(bench: Bench, warm: None) -> None:
+def test_exception_after_waiting_reaches_done(harness: TaskHarness, warm: None) -> None:
     async def coroutine() -> None:
         await asyncio.sleep(0)
         raise LookupError("late")
 
-    outcome = bench.outcome(coroutine())
+    outcome = harness.outcome(coroutine())
     assert isinstance(outcome.error, LookupError)
-    assert bench.tasks.running == 0
+    assert harness.tasks.running == 0
 
 
 def test_failed_future_raises_in_the_coroutine(
-    bench: Bench, loop: asyncio.AbstractEventLoop, warm: None
+    harness: TaskHarness, loop: asyncio.AbstractEventLoop, warm: None
 ) -> None:
     future: asyncio.Future[None] = loop.create_future()
 
@@ -225,30 +227,30 @@ def test_failed_future_raises_in_the_coroutine(
             return str(error)
         return "no error"
 
-    _, outcome = bench.waiting(coroutine())
-    bench.in_loop(lambda: future.set_exception(OSError("disk full")))
-    assert bench.finish(outcome).result == "disk full"
+    _, outcome = harness.waiting(coroutine())
+    harness.in_loop(lambda: future.set_exception(OSError("disk full")))
+    assert harness.finish(outcome).result == "disk full"
 
 
 class OddError(Exception):
-    """An exception that is false."""
+    """A falsy exception."""
 
     def __len__(self) -> int:
         return 0
 
 
-def test_falsy_exception_is_raised(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
+def test_falsy_exception_is_raised(harness: TaskHarness, loop: asyncio.AbstractEventLoop) -> None:
     future: asyncio.Future[None] = loop.create_future()
 
     async def coroutine() -> None:
         await future
 
-    _, outcome = bench.waiting(coroutine())
-    bench.in_loop(lambda: future.set_exception(OddError()))
-    assert isinstance(bench.finish(outcome).error, OddError)
+    _, outcome = harness.waiting(coroutine())
+    harness.in_loop(lambda: future.set_exception(OddError()))
+    assert isinstance(harness.finish(outcome).error, OddError)
 
 
-def test_current_task_does_not_change(bench: Bench, warm: None) -> None:
+def test_current_task_does_not_change(harness: TaskHarness, warm: None) -> None:
     async def coroutine() -> list[Any]:
         tasks = [asyncio.current_task()]
         await asyncio.sleep(0)
@@ -257,13 +259,13 @@ def test_current_task_does_not_change(bench: Bench, warm: None) -> None:
         tasks.append(asyncio.current_task())
         return tasks
 
-    worker, outcome = bench.waiting(coroutine())
-    bench.finish(outcome)
+    worker, outcome = harness.waiting(coroutine())
+    harness.finish(outcome)
     assert outcome.result == [worker.task] * 3
 
 
-def test_task_that_waited_is_not_reused(bench: Bench) -> None:
-    """Whoever kept it (a library's table by task, a supervisor that cancels it late) must not reach another."""
+def test_task_that_waited_is_not_reused(harness: TaskHarness) -> None:
+    """A reference to the task (in a library's table, a late cancellation) must not reach another coroutine."""
 
     async def coroutine() -> asyncio.Task[Any] | None:
         await asyncio.sleep(0)
@@ -272,46 +274,46 @@ def test_task_that_waited_is_not_reused(bench: Bench) -> None:
     async def who() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
 
-    first = bench.outcome(coroutine()).result
-    assert bench.value(who()) is not first
-    assert bench.outcome(coroutine()).result is not first
+    first = harness.outcome(coroutine()).result
+    assert harness.value(who()) is not first
+    assert harness.outcome(coroutine()).result is not first
     assert not first.cancel()
 
 
-def test_concurrent_waits_have_separate_tasks(bench: Bench, loop: asyncio.AbstractEventLoop) -> None:
+def test_concurrent_waits_have_separate_tasks(harness: TaskHarness, loop: asyncio.AbstractEventLoop) -> None:
     gate = asyncio.Event()
 
     async def coroutine(number: int) -> tuple[int, Any]:
         await gate.wait()
         return number, asyncio.current_task()
 
-    outcomes = [bench.waiting(coroutine(number))[1] for number in range(200)]
-    assert bench.tasks.running == 200
-    bench.in_loop(gate.set)
+    outcomes = [harness.waiting(coroutine(number))[1] for number in range(200)]
+    assert harness.tasks.running == 200
+    harness.in_loop(gate.set)
     for outcome in outcomes:
-        bench.finish(outcome)
+        harness.finish(outcome)
     assert [outcome.result[0] for outcome in outcomes] == list(range(200))
     assert len({outcome.result[1] for outcome in outcomes}) == 200
-    assert bench.tasks.running == 0
-    # None of them is kept for later.
+    assert harness.tasks.running == 0
+    # None of them is reused.
     assert len(asyncio.all_tasks(loop)) == 0
 
 
-def test_result_without_done_is_dropped(bench: Bench) -> None:
+def test_result_without_done_is_dropped(harness: TaskHarness) -> None:
     async def coroutine() -> None:
         await asyncio.sleep(0)
         raise LookupError
 
-    worker = bench.start(coroutine())
+    worker = harness.start(coroutine())
     assert worker is not None
-    bench.turns(5)
+    harness.turns(5)
     assert worker.task.done()
 
 
 # --- contexts --------------------------------------------------------------------------------------------
 
 
-def test_coroutines_have_separate_contexts(bench: Bench, warm: None) -> None:
+def test_coroutines_have_separate_contexts(harness: TaskHarness, warm: None) -> None:
     async def coroutine(name: str, wait: bool) -> list[str]:
         seen = [variable.get()]
         variable.set(name)
@@ -321,27 +323,27 @@ def test_coroutines_have_separate_contexts(bench: Bench, warm: None) -> None:
         seen.append(variable.get())
         return seen
 
-    assert bench.value(coroutine("first", wait=False)) == ["untouched", "first"]
-    _, second = bench.waiting(coroutine("second", wait=True))
-    _, third = bench.waiting(coroutine("third", wait=True))
-    assert bench.finish(second).result == ["untouched", "second"]
-    assert bench.finish(third).result == ["untouched", "third"]
+    assert harness.value(coroutine("first", wait=False)) == ["untouched", "first"]
+    _, second = harness.waiting(coroutine("second", wait=True))
+    _, third = harness.waiting(coroutine("third", wait=True))
+    assert harness.finish(second).result == ["untouched", "second"]
+    assert harness.finish(third).result == ["untouched", "third"]
     assert variable.get() == "untouched"
 
 
-def test_context_variable_of_the_caller_is_visible(bench: Bench) -> None:
+def test_context_variable_of_the_caller_is_visible(harness: TaskHarness) -> None:
     async def coroutine() -> str:
         return variable.get()
 
     def step() -> str:
         variable.set("caller")
-        assert bench.tasks.start(coroutine()) is None
-        return str(bench.tasks.result)
+        assert harness.tasks.start(coroutine()) is None
+        return str(harness.tasks.result)
 
-    assert bench.in_loop(step) == "caller"
+    assert harness.in_loop(step) == "caller"
 
 
-def test_child_task_inherits_the_context(bench: Bench) -> None:
+def test_child_task_inherits_the_context(harness: TaskHarness) -> None:
     async def child() -> str:
         return variable.get()
 
@@ -350,13 +352,13 @@ def test_child_task_inherits_the_context(bench: Bench) -> None:
         await asyncio.sleep(0)
         return await asyncio.create_task(child())
 
-    assert bench.outcome(coroutine()).result == "parent"
+    assert harness.outcome(coroutine()).result == "parent"
 
 
 # --- what asks for the current task ------------------------------------------------------------------------
 
 
-def test_timeout_started_in_first_step_ends_the_wait(bench: Bench, warm: None) -> None:
+def test_timeout_started_in_first_step_ends_the_wait(harness: TaskHarness, warm: None) -> None:
     async def coroutine() -> str:
         try:
             async with asyncio.timeout(0.01):
@@ -367,11 +369,11 @@ def test_timeout_started_in_first_step_ends_the_wait(bench: Bench, warm: None) -
             return f"timed out, cancelling {task.cancelling()}"
         return "never"
 
-    assert bench.outcome(coroutine()).result == "timed out, cancelling 0"
+    assert harness.outcome(coroutine()).result == "timed out, cancelling 0"
 
 
 @pytest.mark.parametrize("delay", [0, -1])
-def test_expired_timeout_ends_the_wait(bench: Bench, warm: None, delay: float) -> None:
+def test_expired_timeout_ends_the_wait(harness: TaskHarness, warm: None, delay: float) -> None:
     async def coroutine() -> str:
         try:
             async with asyncio.timeout(delay):
@@ -380,10 +382,10 @@ def test_expired_timeout_ends_the_wait(bench: Bench, warm: None, delay: float) -
             return "timed out"
         return "never"
 
-    assert bench.outcome(coroutine()).result == "timed out"
+    assert harness.outcome(coroutine()).result == "timed out"
 
 
-def test_wait_for_in_first_step_times_out(bench: Bench, warm: None) -> None:
+def test_wait_for_in_first_step_times_out(harness: TaskHarness, warm: None) -> None:
     async def coroutine() -> str:
         try:
             await asyncio.wait_for(forever(), 0.01)
@@ -391,10 +393,10 @@ def test_wait_for_in_first_step_times_out(bench: Bench, warm: None) -> None:
             return "timed out"
         return "never"
 
-    assert bench.outcome(coroutine()).result == "timed out"
+    assert harness.outcome(coroutine()).result == "timed out"
 
 
-def test_task_group_gathers_its_children(bench: Bench, warm: None) -> None:
+def test_task_group_gathers_its_children(harness: TaskHarness, warm: None) -> None:
     async def child(number: int) -> int:
         await asyncio.sleep(0)
         return number
@@ -404,10 +406,10 @@ def test_task_group_gathers_its_children(bench: Bench, warm: None) -> None:
             children = [group.create_task(child(number)) for number in range(3)]
         return [task.result() for task in children]
 
-    assert bench.outcome(coroutine()).result == [0, 1, 2]
+    assert harness.outcome(coroutine()).result == [0, 1, 2]
 
 
-def test_failing_child_cancels_only_its_group(bench: Bench, warm: None) -> None:
+def test_failing_child_cancels_only_its_group(harness: TaskHarness, warm: None) -> None:
     async def failing() -> None:
         raise LookupError("child")
 
@@ -421,13 +423,13 @@ def test_failing_child_cancels_only_its_group(bench: Bench, warm: None) -> None:
         await asyncio.sleep(0)
         return "went on"
 
-    assert bench.outcome(coroutine()).result == "went on"
+    assert harness.outcome(coroutine()).result == "went on"
 
 
 # --- cancellation ----------------------------------------------------------------------------------------
 
 
-def test_cancel_raises_where_the_coroutine_waits(bench: Bench, warm: None) -> None:
+def test_cancel_raises_where_the_coroutine_waits(harness: TaskHarness, warm: None) -> None:
     cleaned = []
 
     async def coroutine() -> None:
@@ -436,15 +438,15 @@ def test_cancel_raises_where_the_coroutine_waits(bench: Bench, warm: None) -> No
         finally:
             cleaned.append(True)
 
-    worker, outcome = bench.waiting(coroutine())
-    bench.turns()
-    bench.in_loop(worker.cancel)
-    bench.finish(outcome)
+    worker, outcome = harness.waiting(coroutine())
+    harness.turns()
+    harness.in_loop(worker.cancel)
+    harness.finish(outcome)
     assert isinstance(outcome.error, asyncio.CancelledError)
     assert cleaned == [True]
 
 
-def test_cancel_before_first_task_step_reaches_the_coroutine(bench: Bench, warm: None) -> None:
+def test_cancel_before_first_task_step_reaches_the_coroutine(harness: TaskHarness, warm: None) -> None:
     cleaned = []
 
     async def coroutine() -> None:
@@ -457,20 +459,20 @@ def test_cancel_before_first_task_step_reaches_the_coroutine(bench: Bench, warm:
     outcome = Outcome()
 
     def step() -> None:
-        worker = bench.tasks.start(coroutine())
+        worker = harness.tasks.start(coroutine())
         assert worker is not None
         worker.done = outcome
         worker.cancel()
 
-    bench.in_loop(step)
-    bench.finish(outcome)
+    harness.in_loop(step)
+    harness.finish(outcome)
     assert isinstance(outcome.error, asyncio.CancelledError)
     assert cleaned == [True]
 
 
 @pytest.mark.parametrize("when", ["before the task has begun", "before it goes on", "later"])
 def test_cancel_reaches_the_awaited_future(
-    bench: Bench, loop: asyncio.AbstractEventLoop, warm: None, when: str
+    harness: TaskHarness, loop: asyncio.AbstractEventLoop, warm: None, when: str
 ) -> None:
     children: list[str] = []
 
@@ -487,7 +489,7 @@ def test_cancel_reaches_the_awaited_future(
     outcome = Outcome()
 
     def step() -> Worker:
-        worker = bench.tasks.start(coroutine())
+        worker = harness.tasks.start(coroutine())
         assert worker is not None
         worker.done = outcome
         if when == "before the task has begun":
@@ -496,20 +498,20 @@ def test_cancel_reaches_the_awaited_future(
             loop.call_soon(loop.call_soon, worker.cancel)
         return worker
 
-    worker = bench.in_loop(step)
+    worker = harness.in_loop(step)
     if when == "later":
-        bench.turns()
+        harness.turns()
         assert outcome.calls == 0
-        bench.in_loop(worker.cancel)
-    bench.finish(outcome)
-    bench.turns()
+        harness.in_loop(worker.cancel)
+    harness.finish(outcome)
+    harness.turns()
     assert isinstance(outcome.error, asyncio.CancelledError)
-    # Children that had not begun never do; the others are cancelled where they wait.
+    # Children that have not begun never do; the others are cancelled where they wait.
     assert children in ([], ["cancelled"] * 2)
     assert [task for task in asyncio.all_tasks(loop) if task.get_name() != "zcproto-handler"] == []
 
 
-def test_cancelled_coroutine_may_wait_while_cleaning_up(bench: Bench, warm: None) -> None:
+def test_cancelled_coroutine_may_wait_while_cleaning_up(harness: TaskHarness, warm: None) -> None:
     async def coroutine() -> str:
         try:
             await forever()
@@ -519,34 +521,34 @@ def test_cancelled_coroutine_may_wait_while_cleaning_up(bench: Bench, warm: None
             return "cleaned up"
         return "never"
 
-    worker, outcome = bench.waiting(coroutine())
-    bench.in_loop(worker.cancel)
-    assert bench.finish(outcome).result == "cleaned up"
+    worker, outcome = harness.waiting(coroutine())
+    harness.in_loop(worker.cancel)
+    assert harness.finish(outcome).result == "cleaned up"
 
 
-def test_cancel_after_the_end_does_nothing(bench: Bench) -> None:
+def test_cancel_after_the_end_does_nothing(harness: TaskHarness) -> None:
     async def coroutine() -> int:
         await asyncio.sleep(0)
         return 1
 
-    worker, outcome = bench.waiting(coroutine())
-    bench.finish(outcome)
-    bench.in_loop(worker.cancel)
-    assert bench.value(ready(2)) == 2
-    assert bench.outcome(coroutine()).result == 1
+    worker, outcome = harness.waiting(coroutine())
+    harness.finish(outcome)
+    harness.in_loop(worker.cancel)
+    assert harness.value(ready(2)) == 2
+    assert harness.outcome(coroutine()).result == 1
 
 
-def test_cancel_reaches_only_its_coroutine(bench: Bench) -> None:
+def test_cancel_reaches_only_its_coroutine(harness: TaskHarness) -> None:
     async def coroutine() -> str:
         await asyncio.sleep(0.001)
         return "untroubled"
 
-    victim, cancelled = bench.waiting(forever())
-    others = [bench.waiting(coroutine())[1] for _ in range(5)]
-    bench.in_loop(victim.cancel)
-    bench.finish(cancelled)
+    victim, cancelled = harness.waiting(forever())
+    others = [harness.waiting(coroutine())[1] for _ in range(5)]
+    harness.in_loop(victim.cancel)
+    harness.finish(cancelled)
     assert isinstance(cancelled.error, asyncio.CancelledError)
-    assert [bench.finish(other).result for other in others] == ["untroubled"] * 5
+    assert [harness.finish(other).result for other in others] == ["untroubled"] * 5
 
 
 def cancel_current_task() -> None:
@@ -555,7 +557,7 @@ def cancel_current_task() -> None:
     task.cancel()
 
 
-def test_self_cancel_at_the_end_does_not_affect_others(bench: Bench, warm: None) -> None:
+def test_self_cancel_at_the_end_does_not_affect_others(harness: TaskHarness, warm: None) -> None:
     async def coroutine(wait: bool) -> str:
         if wait:
             await asyncio.sleep(0)
@@ -570,21 +572,21 @@ def test_self_cancel_at_the_end_does_not_affect_others(bench: Bench, warm: None)
         return before, "untroubled"
 
     def step() -> tuple[Outcome, Outcome]:
-        assert bench.tasks.start(coroutine(wait=False)) is None
+        assert harness.tasks.start(coroutine(wait=False)) is None
         outcomes = Outcome(), Outcome()
         for outcome in outcomes:
-            worker = bench.tasks.start(innocent())
+            worker = harness.tasks.start(innocent())
             assert worker is not None
             worker.done = outcome
         return outcomes
 
-    for outcome in bench.in_loop(step):
-        assert bench.finish(outcome).result == (0, "untroubled")
-    assert bench.outcome(coroutine(wait=True)).result == "ended"
-    assert bench.outcome(innocent()).result == (0, "untroubled")
+    for outcome in harness.in_loop(step):
+        assert harness.finish(outcome).result == (0, "untroubled")
+    assert harness.outcome(coroutine(wait=True)).result == "ended"
+    assert harness.outcome(innocent()).result == (0, "untroubled")
 
 
-def test_self_cancel_before_waiting_cancels(bench: Bench) -> None:
+def test_self_cancel_before_waiting_cancels(harness: TaskHarness) -> None:
     cleaned = []
 
     async def coroutine() -> None:
@@ -595,13 +597,13 @@ def test_self_cancel_before_waiting_cancels(bench: Bench) -> None:
             cleaned.append("cancelled")
             raise
 
-    bench.value(ready())
-    bench.turns()
-    assert isinstance(bench.outcome(coroutine()).error, asyncio.CancelledError)
+    harness.value(ready())
+    harness.turns()
+    assert isinstance(harness.outcome(coroutine()).error, asyncio.CancelledError)
     assert cleaned == ["cancelled"]
 
 
-def test_cancel_of_unstarted_task_ends_the_coroutine(bench: Bench) -> None:
+def test_cancel_of_unstarted_task_ends_the_coroutine(harness: TaskHarness) -> None:
     cleaned = []
 
     async def coroutine() -> None:
@@ -611,33 +613,33 @@ def test_cancel_of_unstarted_task_ends_the_coroutine(bench: Bench) -> None:
         finally:
             cleaned.append("ended")
 
-    assert isinstance(bench.outcome(coroutine()).error, asyncio.CancelledError)
+    assert isinstance(harness.outcome(coroutine()).error, asyncio.CancelledError)
     assert cleaned == ["ended"]
 
 
-def test_idle_task_cancelled_gets_no_work(bench: Bench) -> None:
+def test_idle_task_cancelled_gets_no_work(harness: TaskHarness) -> None:
     async def who() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
 
-    task = bench.value(who())
-    bench.turns()
+    task = harness.value(who())
+    harness.turns()
 
     def step() -> asyncio.Task[Any] | None:
         task.cancel()
-        assert bench.tasks.start(who()) is None
-        other: asyncio.Task[Any] | None = bench.tasks.result
+        assert harness.tasks.start(who()) is None
+        other: asyncio.Task[Any] | None = harness.tasks.result
         return other
 
-    assert bench.in_loop(step) is not task
-    bench.turns()
+    assert harness.in_loop(step) is not task
+    harness.turns()
     assert task.done()
-    assert bench.tasks.running == 0
+    assert harness.tasks.running == 0
 
 
 # --- from within a task ------------------------------------------------------------------------------------
 
 
-def test_start_within_a_task_runs_first_step(bench: Bench) -> None:
+def test_start_within_a_task_runs_first_step(harness: TaskHarness) -> None:
     async def who() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
 
@@ -646,16 +648,16 @@ def test_start_within_a_task_runs_first_step(bench: Bench) -> None:
 
     async def outer() -> bool:
         me = asyncio.current_task()
-        assert bench.tasks.start(who()) is None
-        inner = bench.tasks.result
+        assert harness.tasks.start(who()) is None
+        inner = harness.tasks.result
         with pytest.raises(LookupError):
-            bench.tasks.start(failing())
+            harness.tasks.start(failing())
         return inner is not me and asyncio.current_task() is me
 
-    assert bench.loop.run_until_complete(outer())
+    assert harness.loop.run_until_complete(outer())
 
 
-def test_start_within_a_task_may_wait(bench: Bench) -> None:
+def test_start_within_a_task_may_wait(harness: TaskHarness) -> None:
     outcome = Outcome()
 
     async def inner() -> str:
@@ -663,32 +665,32 @@ def test_start_within_a_task_may_wait(bench: Bench) -> None:
         return "inner"
 
     async def outer() -> str:
-        worker = bench.tasks.start(inner())
+        worker = harness.tasks.start(inner())
         assert worker is not None
         worker.done = outcome
         await asyncio.sleep(0)
         return "outer"
 
-    assert bench.loop.run_until_complete(outer()) == "outer"
-    assert bench.finish(outcome).result == "inner"
+    assert harness.loop.run_until_complete(outer()) == "outer"
+    assert harness.finish(outcome).result == "inner"
 
 
-def test_nested_start_in_first_step(bench: Bench) -> None:
+def test_nested_start_in_first_step(harness: TaskHarness) -> None:
     async def level(depth: int) -> int:
         if depth == 0:
             return 0
-        assert bench.tasks.start(level(depth - 1)) is None
-        return int(bench.tasks.result) + 1
+        assert harness.tasks.start(level(depth - 1)) is None
+        return int(harness.tasks.result) + 1
 
-    assert bench.value(level(20)) == 20
-    assert bench.tasks.running == 0
+    assert harness.value(level(20)) == 20
+    assert harness.tasks.running == 0
 
 
 # --- memory and the end ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["result", "error", "cancelled"])
-def test_ended_coroutine_leaves_no_reference(bench: Bench, ending: str) -> None:
+def test_ended_coroutine_leaves_no_reference(harness: TaskHarness, ending: str) -> None:
     class Thing:
         pass
 
@@ -706,11 +708,11 @@ def test_ended_coroutine_leaves_no_reference(bench: Bench, ending: str) -> None:
     gc.collect()
     gc.disable()
     try:
-        worker, outcome = bench.waiting(coroutine())
-        bench.turns()
+        worker, outcome = harness.waiting(coroutine())
+        harness.turns()
         if ending == "cancelled":
-            bench.in_loop(worker.cancel)
-        bench.finish(outcome)
+            harness.in_loop(worker.cancel)
+        harness.finish(outcome)
         outcome.error = None
         del worker
         assert kept[0]() is None
@@ -720,9 +722,9 @@ def test_ended_coroutine_leaves_no_reference(bench: Bench, ending: str) -> None:
 
 def test_close_cancels_waiting_coroutines_and_tasks(loop: asyncio.AbstractEventLoop) -> None:
     tasks = EagerTasks(loop)
-    bench = Bench(loop, tasks)
-    bench.value(ready())
-    outcomes = [bench.waiting(forever())[1] for _ in range(3)]
+    harness = TaskHarness(loop, tasks)
+    harness.value(ready())
+    outcomes = [harness.waiting(forever())[1] for _ in range(3)]
     assert loop.run_until_complete(tasks.close(5.0)) == 0
     for outcome in outcomes:
         assert outcome.calls == 1
@@ -765,11 +767,11 @@ def test_close_is_limited_in_time(loop: asyncio.AbstractEventLoop) -> None:
         return "at last"
 
     tasks = EagerTasks(loop)
-    bench = Bench(loop, tasks)
-    _, outcome = bench.waiting(stubborn())
+    harness = TaskHarness(loop, tasks)
+    _, outcome = harness.waiting(stubborn())
     assert loop.run_until_complete(tasks.close(0.01)) == 1
-    bench.in_loop(gate.set)
-    assert bench.finish(outcome).result == "at last"
+    harness.in_loop(gate.set)
+    assert harness.finish(outcome).result == "at last"
     assert tasks.running == 0
 
 
@@ -783,7 +785,7 @@ def test_closing_the_loop_closes_waiting_coroutines() -> None:
             closed.append(True)
 
     loop = asyncio.new_event_loop()
-    worker, _ = Bench(loop, EagerTasks(loop)).waiting(stubborn())
+    worker, _ = TaskHarness(loop, EagerTasks(loop)).waiting(stubborn())
     loop.run_until_complete(asyncio.sleep(0))
     worker.task.get_coro().close()  # type: ignore[union-attr]  # as the interpreter does when the loop is gone
     assert closed == [True]
@@ -800,8 +802,8 @@ def test_keyboard_interrupt_propagates(end: type[BaseException]) -> None:
 
     loop = asyncio.new_event_loop()
     tasks = EagerTasks(loop)
-    bench = Bench(loop, tasks)
-    worker, outcome = bench.waiting(coroutine())
+    harness = TaskHarness(loop, tasks)
+    worker, outcome = harness.waiting(coroutine())
 
     async def run() -> None:
         await asyncio.sleep(1)
@@ -810,15 +812,15 @@ def test_keyboard_interrupt_propagates(end: type[BaseException]) -> None:
         loop.run_until_complete(run())
     for task in asyncio.all_tasks(loop):
         task.cancel()
-    bench.turns()
+    harness.turns()
     assert isinstance(worker.task.exception(), end)
     assert isinstance(outcome.error, asyncio.CancelledError)
     loop.close()
 
 
-def test_custom_awaitable_is_driven_like_a_task(bench: Bench) -> None:
+def test_custom_awaitable_is_driven_like_a_task(harness: TaskHarness) -> None:
     class Pair:
-        """An awaitable of its own, which yields to the loop twice."""
+        """A custom awaitable that yields to the loop twice."""
 
         def __await__(self) -> Iterator[Any]:
             yield
@@ -828,4 +830,4 @@ def test_custom_awaitable_is_driven_like_a_task(bench: Bench) -> None:
     async def coroutine(awaitable: Awaitable[Any]) -> Any:
         return await awaitable
 
-    assert bench.outcome(coroutine(Pair())).result == "driven"  # type: ignore[arg-type]
+    assert harness.outcome(coroutine(Pair())).result == "driven"  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Who is let in, and how many at once; where a server can listen."""
+"""Tests of listening sockets and of the limits on connections."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_port_in_use_is_a_config_error(bound: list[socket.socket]) -> None:
     assert raised.value.faults == [
         f"server.host = '127.0.0.1', server.port = {port}: cannot listen: Address already in use"
     ]
-    # What was bound before the fault is closed again.
+    # Sockets bound before the fault are closed.
     bound += bind(["::1"], port)
 
 
@@ -117,11 +117,11 @@ def test_connections_over_the_address_limit_are_closed_and_counted(serve: Serve)
         refused_at_accept(server)
         refused_at_accept(server)
         assert server.stats["refused_per_address"] == 2
-        # Another address is none of its business.
+        # Another address is not affected.
         with server.client("eve", host="::1") as other:
             other.echo()
         first.echo()
-        # One that goes makes room for one.
+        # A closed connection makes room for another.
         reset(half_open)
         server.until(lambda: server.server.parts.listener.connections == 1)
         with server.client("ada") as next_one:
@@ -157,7 +157,7 @@ def test_handshakes_over_the_limit_wait_in_the_backlog(serve: Serve) -> None:
         waiting = [server.tcp() for _ in range(8)]
         server.until(lambda: server.server.parts.acceptor.handshakes_in_progress == 3)
         assert server.leftovers()["tcp"] == before + 3
-        # Each that ends lets one more in.
+        # Each one that ends admits another.
         reset(waiting.pop(0))
         server.until(
             lambda: (
@@ -203,14 +203,14 @@ def test_disconnect_before_adoption_leaves_nothing(serve: Serve, monkeypatch: py
     async def gone(*args: Any) -> Any:
         raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
 
-    class Loop:
-        """The server's loop, which fails to take in one connection."""
+    class FailingLoop:
+        """The server's loop, which fails to adopt one connection."""
 
         def __getattr__(self, name: str) -> Any:
             return gone if name == "connect_accepted_socket" else getattr(server.loop, name)
 
     loop = server.server.parts.listener._loop
-    server.server.parts.listener._loop = Loop()  # type: ignore[assignment]
+    server.server.parts.listener._loop = FailingLoop()  # type: ignore[assignment]
     refused_at_accept(server)
     server.server.parts.listener._loop = loop
     server.until_left()
@@ -223,7 +223,7 @@ def test_connection_aborted_in_backlog_is_ignored(serve: Serve, monkeypatch: pyt
     server = serve()
     real = server.server.parts.listener._sockets[0]
 
-    class Backlog:
+    class AbortingSocket:
         """A listening socket whose first connection was aborted."""
 
         def __init__(self) -> None:
@@ -238,7 +238,7 @@ def test_connection_aborted_in_backlog_is_ignored(serve: Serve, monkeypatch: pyt
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)
 
-    backlog: Any = Backlog()
+    backlog: Any = AbortingSocket()
     server.in_loop(lambda: server.server.parts.listener._accept(backlog, socket.AF_INET))
     assert backlog.accepts == 1
     with server.client("ada") as client:
@@ -248,11 +248,11 @@ def test_connection_aborted_in_backlog_is_ignored(serve: Serve, monkeypatch: pyt
 def test_unexpected_accept_error_is_raised(serve: Serve) -> None:
     server = serve()
 
-    class Broken:
+    class FailingSocket:
         def _accept(self) -> Any:
             raise OSError(errno.EBADF, "Bad file descriptor")
 
-    broken: Any = Broken()
+    broken: Any = FailingSocket()
     with pytest.raises(OSError, match="Bad file descriptor"):
         server.in_loop(lambda: server.server.parts.listener._accept(broken, socket.AF_INET))
 
@@ -261,19 +261,19 @@ def test_descriptor_exhaustion_pauses_accepting(serve: Serve, monkeypatch: pytes
     monkeypatch.setattr(listener, "PAUSE_WHEN_EXHAUSTED", 0.05)
     server = serve()
 
-    class Exhausted:
+    class ExhaustedSocket:
         def _accept(self) -> Any:
             raise OSError(errno.EMFILE, "Too many open files")
 
-    exhausted: Any = Exhausted()
+    exhausted: Any = ExhaustedSocket()
     with bystander(server) as client:
         server.in_loop(lambda: server.server.parts.listener._accept(exhausted, socket.AF_INET))
         assert server.stats["accept_failed"] == 1
         assert not server.server.parts.listener._accepting
         client.echo()
-        with server.client("ada") as later:  # it waits in the backlog until the pause is over
+        with server.client("ada") as later:  # it waits in the backlog until the pause ends
             later.echo()
-    # Closed meanwhile, it is not opened again.
+    # A listener closed during the pause does not resume.
     server.in_loop(lambda: server.server.parts.listener._accept(exhausted, socket.AF_INET))
     server.drain()
     assert not server.server.parts.listener._accepting
@@ -340,7 +340,7 @@ def test_closed_listener_accepts_nothing(serve: Serve) -> None:
 
 def test_burst_of_connections_is_accepted(serve: Serve) -> None:
     server = serve()
-    # The loop is busy while they come: all are in the backlog when it looks.
+    # The loop is busy while they arrive: all are in the backlog afterwards.
     waiting = server.in_loop(lambda: [server.tcp() for _ in range(42)])
     server.until(lambda: server.server.parts.listener.connections == len(waiting))
     for each in waiting:

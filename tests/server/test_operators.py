@@ -1,4 +1,4 @@
-"""Operators see everybody's sessions, and end them."""
+"""Tests of the operators' methods server.sessions and server.revoke."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_server_sessions_lists_all_sessions_without_secrets(serve: Serve) -> Non
         assert [each["user"] for each in found] == ["ada", "ada", "operator"]
         assert [each["operator"] for each in found] == [False, False, True]
         assert operator.call("server.sessions", {"user": "ada"}) == found[:2]
-        assert operator.call("server.sessions", {"user": "nobody"}) == []
+        assert operator.call("server.sessions", {"user": "stranger"}) == []
         own = ada.call("session.info")
         assert found[0].items() >= {**own, "last_used_at": found[0]["last_used_at"]}.items()
         assert found[0]["refresh_expires_at"] == ada.opened["refresh_expires_at"]

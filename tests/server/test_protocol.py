@@ -1,5 +1,5 @@
-"""The pump of one connection, with a transport that only writes down and time turned by hand:
-back-pressure, deadlines, and letting go of everything at the end."""
+"""Tests of ServerProtocol with a fake transport and fake time:
+back-pressure, deadlines, and the release of all references at the end."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ WRITE_TIMEOUT = 20.0
 IDLE = 300.0
 
 
-class Transport:
-    """What stands in for the TLS transport. With `stuck` the peer reads nothing."""
+class FakeTransport:
+    """Replaces the TLS transport. With `stuck` the peer reads nothing."""
 
     peer = "192.0.2.7"
 
@@ -68,7 +68,7 @@ class Transport:
         return self.unread
 
     def drain(self, *, stuck: bool = False) -> None:
-        """The peer reads all that waits; with `stuck` only once."""
+        """Let the peer read all that waits; with `stuck` only once."""
         self.unread = 0
         self.stuck = stuck
         if self.paused:
@@ -90,7 +90,7 @@ class Transport:
 
 
 class Harness:
-    """One server's share of a loop, and connections to it."""
+    """A ServerState, and connections to it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -157,7 +157,7 @@ class Harness:
         return Peer(self)
 
     def advance(self, seconds: float) -> None:
-        """Let time go by on all clocks, in steps, so that deadlines find the time that they are due at."""
+        """Advance all clocks in steps, so that deadlines run at their due times."""
         end = self.clock.now() + seconds
         while True:
             due = [when for when in self.timers.armed if when <= end]
@@ -168,7 +168,7 @@ class Harness:
                 return
 
     def turn(self) -> None:
-        """Let tasks of the real loop go on, then call what was to be called soon."""
+        """Run the tasks of the real loop, then the callbacks of the fake one."""
         for _ in range(4):
             self.loop.run_until_complete(asyncio.sleep(0))
         self.timers.run()
@@ -181,11 +181,11 @@ class Harness:
 
 
 class Peer:
-    """A client's end: makes frames, reads answers."""
+    """The client's end of a connection: it makes frames and reads answers."""
 
     def __init__(self, harness: Harness) -> None:
         self.harness = harness
-        self.transport = Transport()
+        self.transport = FakeTransport()
         self.protocol = ServerProtocol(harness.state)
         self.transport.protocol = self.protocol
         transport: Any = self.transport
@@ -206,7 +206,7 @@ class Peer:
         return self.frame(REQUEST, stream, encode_request(method, params, meta))
 
     def send(self, *frames: bytes) -> None:
-        """Bytes of one read."""
+        """Deliver the bytes of one read."""
         assert self.transport.reading, "the server does not read"
         self.harness.in_loop(lambda: self.protocol.data_received(b"".join(frames)))
 
@@ -269,11 +269,13 @@ def announce(harness: Harness, body: bytes | None) -> None:
 
 
 def test_announcement_reaches_present_and_future_connections(harness: Harness, peer: Peer) -> None:
-    nobody = harness.connect()
+    without_session = harness.connect()
     announce(harness, BODY)
     late = harness.connect()
-    for told in (peer.answers(), nobody.answers(), late.greeted):
-        assert [(answer.kind, answer.token, answer.body) for answer in told] == [(Kind.EVENT, NO_TOKEN, BODY)]
+    for received in (peer.answers(), without_session.answers(), late.greeted):
+        assert [(answer.kind, answer.token, answer.body) for answer in received] == [
+            (Kind.EVENT, NO_TOKEN, BODY)
+        ]
 
 
 def test_repeated_announcement_is_sent_once(harness: Harness, peer: Peer) -> None:
@@ -299,9 +301,9 @@ def test_announcement_to_thousands_takes_several_turns_and_sends_the_newest(harn
 
     harness.loop.run_until_complete(both())
     harness.turn()
-    told = [[answer.body for answer in peer.answers()] for peer in peers]
-    assert told.count([BODY, newer]) == ANNOUNCED_PER_TURN
-    assert told.count([newer]) == 1
+    received = [[answer.body for answer in peer.answers()] for peer in peers]
+    assert received.count([BODY, newer]) == ANNOUNCED_PER_TURN
+    assert received.count([newer]) == 1
 
 
 def test_closed_connection_gets_no_announcement(harness: Harness, peer: Peer) -> None:
@@ -317,7 +319,7 @@ def test_closed_connection_gets_no_announcement(harness: Harness, peer: Peer) ->
 def test_back_pressure_stops_running_requests(harness: Harness, peer: Peer) -> None:
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
-    assert harness.ran == [1, 2, 3]  # 27,000 bytes: the limit was passed with the third
+    assert harness.ran == [1, 2, 3]  # 27,000 bytes: the third exceeded the limit
     assert not peer.transport.reading
     assert peer.transport.unread < 2 * WRITE_BUFFER
     peer.transport.drain()
@@ -468,7 +470,7 @@ def test_reset_during_processing_keeps_no_request(harness: Harness, peer: Peer) 
     peer.send(*(peer.request(n, "big", {"n": n, "size": size}) for n in range(1, 4)))
     assert peer.transport.aborted
     assert harness.ran == [1]
-    peer.transport.drain()  # a late word of the transport
+    peer.transport.drain()  # a late callback of the transport
     assert harness.ran == [1]
     nothing_left(harness)
 
@@ -610,7 +612,7 @@ def test_revocation_between_reads_is_sent_in_one_write(harness: Harness, peer: P
     harness.turn()
     (event,) = peer.answers()
     assert event.event == ("session.revoked", {"reason": "test"})
-    # Left without a session it is closed when the time for opening one has passed.
+    # Without a session it is closed after the open timeout.
     harness.advance(12)
     assert peer.transport.closed
     assert ended(harness) == {"no_session": 1}
@@ -696,7 +698,7 @@ def test_drain_sends_goaway_and_waits_for_answers(harness: Harness, peer: Peer) 
 
 
 def alive() -> int:
-    """Connections in memory, those included that only a garbage collection would find."""
+    """Return the connections in memory, including unreachable cycles."""
     return sum(isinstance(each, ServerProtocol) for each in gc.get_objects())
 
 

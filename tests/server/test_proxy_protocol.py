@@ -1,4 +1,4 @@
-"""Behind a load balancer: whose connection it is, for limits, throttles, sessions and the log."""
+"""Tests of connections behind a load balancer: limits, throttles, sessions and the log."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def header(client: str, fields: bytes = b"") -> bytes:
 
 
 class BehindBalancer(Client):
-    """A client whose connection begins with a header."""
+    """A client whose connection begins with a PROXY header."""
 
     def __init__(self, server: ServerThread, head: bytes) -> None:
         self.head = head
@@ -48,7 +48,7 @@ class BehindBalancer(Client):
 
 @pytest.fixture
 def server(serve: Serve) -> ServerThread:
-    """127.0.0.1 is a balancer, ::1 is not."""
+    """Start a server for which 127.0.0.1 is a balancer and ::1 is not."""
     return serve(
         server__host=["127.0.0.1", "::1"],
         server__proxy_protocol_from=["127.0.0.0/8"],
@@ -106,14 +106,14 @@ def test_address_limit_counts_the_forwarded_client(server: ServerThread) -> None
         assert read_to_end(third)[0] == b""
     assert server.stats["refused_per_address"] == 1
     assert server.stats["tls_failures"] == {}
-    # Other clients of the same balancer are none of its business, nor are its own checks of health.
+    # Other clients of the same balancer and its health checks are not affected.
     with BehindBalancer(server, header("198.51.100.10")) as other:
         other.open_session("eve")
         other.echo()
     checks = [BehindBalancer(server, LOCAL) for _ in range(4)]
     for check in checks:
         check.close()
-    # One that goes makes room for one.
+    # A closed connection makes room for another.
     first.close()
     server.until(lambda: server.server.parts.listener._counts.by_network == {"198.51.100.9": 1})
     with BehindBalancer(server, header("198.51.100.9")) as next_one:

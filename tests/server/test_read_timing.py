@@ -1,4 +1,4 @@
-"""Which reads are timed, with time turned by hand; and what that adds to in a server."""
+"""Tests of the timing of reads, with fake time and in a server."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_timed_read_is_answered_normally(serve: Serve) -> None:
         with pytest.raises(AnsweredError):
             client.call("bad")
         server.in_loop(lambda: setattr(server.server.state.reads, "part", -1))
-        refused = client.refused("nobody.has.this")
+        refused = client.refused("no.such.method")
         assert "unknown method" in refused.message
     assert quick.calls == 20
     assert sum(quick.durations.counts) == 20
@@ -61,7 +61,10 @@ def test_most_reads_are_not_timed(serve: Serve, monkeypatch: pytest.MonkeyPatch)
     server = serve(app)
     with server.client("ada") as client:
         wall = server.server.state.clock.wall()
-        monkeypatch.setattr(type(server.server.state.clock), "wall", lambda _: wall)  # no part ends meanwhile
+        # the interval does not end meanwhile
+        monkeypatch.setattr(
+            type(server.server.state.clock), "wall", lambda _: wall
+        )  # the interval does not end meanwhile
         client.call("quick")
         before = sum(quick.durations.counts)
         for _ in range(50):

@@ -1,4 +1,4 @@
-"""What the log has of a session's life: who, from where and by which id, and never a secret."""
+"""Tests of the log of a session's life: user, address and id, and no secret."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Log = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture
 def lines(capsys: pytest.CaptureFixture[str]) -> Log:
-    """The lines that were logged since this was last called, and all text to look for secrets in."""
+    """Return the lines logged since the last call, and all text to search for secrets."""
     configure_logging(LogConfig(level="info", format="json"))
 
     def take() -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> Log:
 
 
 def flush(server: ServerThread) -> None:
-    """Have written what waits for other lines."""
+    """Write the queued log lines."""
     server.in_loop(server.server.state.log_soon.write)
 
 
@@ -51,12 +51,12 @@ def test_session_open_refresh_and_close_are_logged(serve: Serve, lines: Log) -> 
         client.token = again["token"]
         client.call("session.close")
     flush(server)
-    told = lines()
-    assert [line["event"] for line in told] == ["session.opened", "session.refreshed", "session.closed"]
-    for line in told:
+    found = lines()
+    assert [line["event"] for line in found] == ["session.opened", "session.refreshed", "session.closed"]
+    for line in found:
         assert (line["session"], line["user"], line["peer"]) == (session_id, "ada", "127.0.0.1")
         assert line["timestamp"].endswith("Z")
-    assert (told[0]["scheme"], told[0]["client"], told[1]["client"]) == ("api_key", "test/1", "test/2")
+    assert (found[0]["scheme"], found[0]["client"], found[1]["client"]) == ("api_key", "test/1", "test/2")
 
 
 def test_revocations_are_logged_with_user_and_count(serve: Serve, lines: Log) -> None:
@@ -82,12 +82,12 @@ def test_failed_logins_are_logged_with_a_limit(serve: Serve, lines: Log) -> None
         for _ in range(30):
             refused(client, "session.open", scheme="api_key", user="ada", key="a wrong key")
         assert refused(client, "session.open", scheme="nonsense") == 3
-    told = lines()
-    assert len(told) == 10
-    assert {(line["event"], line["level"], line["scheme"], line["peer"]) for line in told} == {
+    found = lines()
+    assert len(found) == 10
+    assert {(line["event"], line["level"], line["scheme"], line["peer"]) for line in found} == {
         ("login.failed", "info", "api_key", "127.0.0.1")
     }
-    assert "a wrong key" not in str(told)
+    assert "a wrong key" not in str(found)
 
 
 def test_refresh_token_reuse_is_logged_as_warning(serve: Serve, lines: Log) -> None:

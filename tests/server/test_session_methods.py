@@ -1,4 +1,4 @@
-"""`session.*` and `server.*` from end to end, over real TLS."""
+"""Tests of `session.*` and `server.*` over real TLS."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOUR_MS = 3_600_000
 
 @pytest.fixture
 def connect(shared: ServerThread) -> Iterator[Callable[..., Client]]:
-    """Connections to a server that all tests share: each test has users of its own."""
+    """Connects to a server that all tests share; each test has its own users."""
     with ExitStack() as stack:
         yield lambda user=None, **options: stack.enter_context(shared.client(user, **options))
 
@@ -109,7 +109,7 @@ def test_wrong_key_and_unknown_user_get_the_same_answer(serve: Serve) -> None:
     with server.client() as client:
         bodies = {
             client.refused("session.open", {"scheme": "api_key", "user": user, "key": key}).body
-            for user, key in (("ada", "wrong"), ("nobody", "secret"), ("", ""))
+            for user, key in (("ada", "wrong"), ("stranger", "secret"), ("", ""))
         }
         assert len(bodies) == 1
         assert client.refused("echo").code == Code.UNAUTHENTICATED
@@ -139,7 +139,7 @@ def test_waiting_login_does_not_delay_others(serve: Serve) -> None:
         other.echo()
         server.in_loop(lambda: gate[0].set_result(None))
         assert slow.answer(1).value["user"] == "slow"
-    # One who does not stay for the answer gets no session.
+    # A client that does not wait for the answer gets no session.
     with server.client() as hasty:
         hasty.send(hasty.request("session.open", {"scheme": "slow"}))
         server.until(lambda: len(gate) == 2)
@@ -171,7 +171,7 @@ def test_failed_logins_are_throttled(serve: Serve) -> None:
         assert codes[:2] == [Code.UNAUTHENTICATED] * 2
         assert set(codes[4:]) == {Code.RESOURCE_EXHAUSTED}
         assert answers[-1].details["retry_after_ms"] > 0
-        # The right key is of no use while the delay lasts.
+        # The correct key is refused as well during the delay.
         assert client.refused("session.open", {**login, "key": KEY}).code == Code.RESOURCE_EXHAUSTED
         bystander.echo()
 
@@ -183,17 +183,17 @@ def test_changed_users_file_applies_to_logins(
     users = UserFile(server.home / "users.toml")
     with server.client() as client:
         wrong = {"scheme": "api_key", "user": "ada", "key": "A" * 43}
-        nobody = client.refused("session.open", wrong)
+        stranger = client.refused("session.open", wrong)
         key = users.add("ada")
-        assert client.refused("session.open", wrong).body == nobody.body
+        assert client.refused("session.open", wrong).body == stranger.body
         client.open_session("ada", key)
         assert client.refused("server.stats").code == Code.PERMISSION_DENIED
         client.open_session("root", users.add("root", operator=True))
         assert client.call("server.stats")["sessions"] == 2
-        # A file gone bad leaves the users as they were.
+        # A malformed file leaves the users unchanged.
         text = users.path.read_text()
         users.path.write_text("no file of users")
-        assert client.refused("session.open", wrong).body == nobody.body  # who is refused was looked up
+        assert client.refused("session.open", wrong).body == stranger.body  # the refused user was looked up
         client.open_session("ada", key)
         assert '"event":"users.unreadable"' in capsys.readouterr().err
         users.path.write_text(text)
@@ -262,7 +262,7 @@ def test_refresh_on_another_connection_keeps_the_first(connect: Callable[..., Cl
     first.echo()
     second.echo()
     assert first.events == second.events == []
-    # Revoked now, both are told, with the token that they use.
+    # After the revocation both get the event, with their token.
     connect(user).call("session.revoke", {"id": new["id"]})
     assert first.event().token == second.event().token == new["token"]
 
@@ -326,7 +326,7 @@ def test_expired_session_is_refreshed(serve: Serve) -> None:
             **ahead,
         )
         assert client.call("echo", {"a": 1}, token=new["token"], **ahead) == {"a": 1}
-        assert client.events == []  # the expiry of a token is no revocation
+        assert client.events == []  # expiry sends no session.revoked
 
 
 # --- session.info and session.list -------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def test_session_list_marks_the_current_session(connect: Callable[..., Client], 
 # --- session.revoke and session.close ----------------------------------------------------------------------
 
 
-def told_of_revocation(client: Client, reason: str) -> None:
+def expect_revoked_event(client: Client, reason: str) -> None:
     event = client.event()
     assert (event.kind, event.stream, event.token) == (EVENT, 0, client.token)
     assert event.value == ["session.revoked", {"reason": reason}]
@@ -388,8 +388,8 @@ def test_revoke_by_id_reaches_every_connection_of_the_session(
     second.echo()
     untouched = connect(user)
     assert asking.call("session.revoke", {"id": first.opened["id"]}) == {"revoked": 1}
-    told_of_revocation(first, "revoked by its user")
-    told_of_revocation(second, "revoked by its user")
+    expect_revoked_event(first, "revoked by its user")
+    expect_revoked_event(second, "revoked by its user")
     asking.echo()
     untouched.echo()
     assert asking.events == untouched.events == []
@@ -419,16 +419,16 @@ def test_revoke_of_own_session_sends_no_event(connect: Callable[..., Client], us
     assert asking.call("session.revoke", {"id": asking.opened["id"]}) == {"revoked": 1}
     assert asking.refused("echo").code == Code.TOKEN_REVOKED
     assert asking.events == []
-    told_of_revocation(same, "revoked by its user")
+    expect_revoked_event(same, "revoked by its user")
 
 
 def test_revoke_all_includes_the_own_session(connect: Callable[..., Client], user: str) -> None:
     asking, others, stranger = connect(user), [connect(user), connect(user)], connect(user + "2")
-    # The asking connection carries another session of the user, and is told of neither.
+    # The calling connection has another session of the user and gets no event.
     asking.open_session(user)
     assert asking.call("session.revoke", {"all": True}) == {"revoked": 4}
     for other in others:
-        told_of_revocation(other, "revoked by its user")
+        expect_revoked_event(other, "revoked by its user")
     assert asking.refused("echo").code == Code.TOKEN_REVOKED
     assert asking.events == []
     stranger.echo()
@@ -451,7 +451,7 @@ def test_session_close_ends_only_the_own_session(connect: Callable[..., Client],
     assert client.refused("echo").code == Code.TOKEN_REVOKED
     assert client.events == []
     other.echo()
-    # The connection goes on, and may have another session.
+    # The connection stays open and may open another session.
     client.open_session(user)
     client.echo()
 
@@ -501,7 +501,7 @@ def test_idle_connection_gets_goaway(serve: Serve) -> None:
 def test_session_expiring_event_is_sent_once(serve: Serve) -> None:
     server = serve(sessions__lifetime="1h", sessions__refresh_lifetime="2h")
     with server.client("ada") as first, server.client() as client:
-        server.clock.ahead_ms = 54 * 60_000 - 500  # soon a tenth of its time is left
+        server.clock.ahead_ms = 54 * 60_000 - 500  # a tenth of its lifetime will be left soon
         client.token = first.token
         client.call("echo", timestamp=server.clock.wall())
         event = client.event()
@@ -532,11 +532,11 @@ def test_server_info_lists_callable_methods_only(serve: Serve) -> None:
     sessions = ["session.attach", "session.close", "session.info", "session.list", "session.revoke"]
     ours = sorted([*public, *sessions, "shout"])
     for_operators = ["server.revoke", "server.sessions", "server.stats"]
-    with server.client() as nobody, server.client("ada") as user, server.client("operator") as operator:
-        assert names(nobody) == public
+    with server.client() as stranger, server.client("ada") as user, server.client("operator") as operator:
+        assert names(stranger) == public
         assert names(user) == ours
         assert names(operator) == sorted([*ours, "restart", *for_operators])
-        info = nobody.call("server.info")
+        info = stranger.call("server.info")
         assert info["methods"][0] == {
             "name": "news",
             "doc": "The latest news.",
