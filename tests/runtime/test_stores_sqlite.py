@@ -160,7 +160,7 @@ def test_damaged_sessions_file_is_set_aside(
     for path in home.glob("sessions.db*"):
         if path.name in ("sessions.db-wal", "sessions.db-shm"):
             path.unlink()
-    (home / "sessions.db").write_bytes(b"this is no database" * 1_000)
+    (home / "sessions.db").write_bytes(b"not a database" * 1_000)
     other = servers.start()
     servers.client(other, "ada").echo()
     events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]

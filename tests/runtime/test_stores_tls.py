@@ -213,8 +213,8 @@ def test_stats_show_the_store(site: Site) -> None:
     assert operator.call("server.stats")["store"]["state"] == "healthy"
     site.store.mode = FAILS
     operator.call("session.revoke", {"all": True})
-    told = server.stats["store"]
-    assert (told["state"], told["pending_revocations"], told["outages"]) == ("degraded", 1, 1)
+    stats = server.stats["store"]
+    assert (stats["state"], stats["pending_revocations"], stats["outages"]) == ("degraded", 1, 1)
 
 
 # --- a store that others use, too -----------------------------------------------------------------------------

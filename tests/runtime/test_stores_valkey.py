@@ -52,8 +52,8 @@ def cluster(tmp_path: Path, certs: Path) -> Iterator[Cluster]:
 
 
 def state(server: ServerThread) -> str:
-    told: str = server.stats["store"]["state"]
-    return told
+    store_state: str = server.stats["store"]["state"]
+    return store_state
 
 
 def recovered(server: ServerThread) -> None:
