@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -167,23 +166,27 @@ def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> No
 def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Replace the key of a user, print the new one, once, and end the sessions opened with the old one."""
     key, digest = _new_key()
-    failure: SessionsNotEndedError | None = None
-    ended = None
+
+    def print_key(ended: int | None) -> None:
+        if as_json:
+            print_json({"name": name, "sessions": ended, "key": key})
+        else:
+            click.echo(f"{escape_text(name)} has a new key. Keep it; it is shown once:", err=True)
+            click.echo(key)
+
     try:
         ended = _backend(home, config_file).run("users/new-key", name=name, key_digest=digest)["sessions"]
-    except SessionsNotEndedError as error:  # the key is replaced: it must not be lost
-        failure = error
+    except SessionsNotEndedError:  # the key is replaced: it must not be lost
+        print_key(None)
+        raise
+    print_key(ended)
     if not as_json:
-        click.echo(f"{escape_text(name)} has a new key. Keep it; it is shown once:", err=True)
-        click.echo(key)
-    if failure is not None:
-        raise failure
-    _print_ended(name, "has a new key", ended, as_json, key=key)
+        _print_ended(name, "has a new key", ended, as_json)
 
 
-def _print_ended(name: str, change: str, ended: int | None, as_json: bool, **more: Any) -> None:
+def _print_ended(name: str, change: str, ended: int | None, as_json: bool) -> None:
     if as_json:
-        print_json({"name": name, "sessions": ended, **more})
+        print_json({"name": name, "sessions": ended})
     else:
         click.echo(f"{escape_text(name)} {change}; {ended_text(ended)}.", err=True)
 
