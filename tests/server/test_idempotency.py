@@ -216,8 +216,8 @@ def harness(request: pytest.FixtureRequest, make_harness: MakeHarness) -> CacheH
 
 
 def code(answer: Answer) -> Code:
-    said = decode_error(answer.body)
-    assert said.code == answer.code
+    message = decode_error(answer.body)
+    assert message.code == answer.code
     return Code(answer.code)
 
 

@@ -404,7 +404,7 @@ def too_large(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (a_folder, "is not a regular file; check the path"),
         (a_link, "pending revocations cannot be stored"),
@@ -413,11 +413,11 @@ def too_large(path: Path) -> None:
     ],
 )
 async def test_path_that_is_not_a_regular_file_is_refused(
-    path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None], said: str
+    path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None], message: str
 ) -> None:
     make(path)
     monkeypatch.setattr(module, "MAX_FILE_BYTES", 10)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         await PendingRevocations(path).open()
 
 

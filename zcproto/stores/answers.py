@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hmac import compare_digest
 from typing import Final
 
@@ -48,28 +48,24 @@ def check_size(answer: bytes, limits: AnswerLimits) -> None:
         raise ValueError(f"an answer of {len(answer)} bytes is too large to be stored")
 
 
+@dataclass(slots=True, eq=False)
 class Entry:
     """A running request, or an answered one (`answer` is None if it is stored elsewhere)."""
 
-    __slots__ = ("answer", "digest", "running", "size", "until")
-
-    def __init__(self, digest: bytes, until: int) -> None:
-        self.digest = digest
-        self.until = until
-        self.running = True
-        self.answer: bytes | None = None
-        self.size = 0
+    digest: bytes
+    until: int
+    running: bool = True
+    answer: bytes | None = None
+    size: int = 0
 
 
+@dataclass(slots=True, eq=False)
 class _Share:
     """The entries of one user."""
 
-    __slots__ = ("bytes", "count", "done")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.bytes = 0
-        self.done: OrderedDict[Key, None] = OrderedDict()
+    count: int = 0
+    bytes: int = 0
+    done: OrderedDict[Key, None] = field(default_factory=OrderedDict)
 
 
 class Answers:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, Final
@@ -36,18 +37,16 @@ _MAX_PAUSES: Final = 100
 """After so many pauses the thread must be waiting for the disk, not for the interpreter."""
 
 
+@dataclass(slots=True, eq=False)
 class Job:
     """Something to do, and its outcome."""
 
-    __slots__ = ("error", "future", "given_up", "lasting", "result", "work")
-
-    def __init__(self, work: Any, lasting: bool, future: asyncio.Future[Any]) -> None:
-        self.work = work
-        self.lasting = lasting
-        self.future = future
-        self.given_up = False
-        self.result: Any = None
-        self.error: BaseException | None = None
+    work: Any
+    lasting: bool
+    future: asyncio.Future[Any]
+    given_up: bool = False
+    result: Any = None
+    error: BaseException | None = None
 
 
 Perform = Callable[[Sequence[Job]], object]

@@ -268,15 +268,15 @@ async def test_other_programs_can_neither_read_nor_write_the_open_file(harness: 
 
 async def test_new_file_has_the_documented_schema(harness: SqliteHarness, disk: Disk) -> None:
     store = await harness.opened(connect=disk.connect)
-    said: list[object] = []
+    values: list[object] = []
 
     def look(db: sqlite3.Connection) -> None:
         for name in ("synchronous", "journal_mode", "locking_mode"):
-            said.append(db.execute(f"PRAGMA {name}").fetchone()[0])
+            values.append(db.execute(f"PRAGMA {name}").fetchone()[0])
 
     disk.before = look
     await store.ping()
-    assert said == [2, "wal", "exclusive"]  # 2: each transaction is on the disk when it is done
+    assert values == [2, "wal", "exclusive"]  # 2: each transaction is on the disk when it is done
     await store.close()
     db = sqlite3.connect(harness.path)
     assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)

@@ -218,10 +218,10 @@ def kill_a_child(path: Path, expected: Expected, seed: int, after_s: float) -> N
         first = lines.readline()  # it has begun
         time.sleep(after_s)
         os.kill(child, signal.SIGKILL)
-        said = first + lines.read()
+        output = first + lines.read()
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    for line in said.decode().splitlines():
+    for line in output.decode().splitlines():
         expected.hear(line)
 
 

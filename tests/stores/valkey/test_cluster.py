@@ -197,8 +197,8 @@ async def test_failover_to_a_replica_in_a_cluster(empty_cluster: ClusterOf) -> N
 class Scripted:
     """A server of a cluster with a script of replies."""
 
-    def __init__(self, *said: object) -> None:
-        self.replies = list(said)
+    def __init__(self, *replies: object) -> None:
+        self.replies = list(replies)
         self.received: list[object] = []
 
     async def link(self) -> Scripted:
@@ -207,10 +207,10 @@ class Scripted:
     async def call(self, *command: object) -> object:
         self.received.append(command[0])
         await asyncio.sleep(0)
-        said = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-        if isinstance(said, Exception):
-            raise said
-        return said
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def send(self, *command: object) -> asyncio.Future[object]:
         self.received.append(command[0])
@@ -223,7 +223,7 @@ MOVING = redis.ResponseError("Script attempted to access a non local key in a cl
 
 
 @pytest.mark.parametrize(
-    "said",
+    "replies",
     [
         [redis.exceptions.TryAgainError("later")],
         [redis.exceptions.ClusterDownError("down"), redis.exceptions.ClusterDownError("down")],
@@ -234,7 +234,7 @@ MOVING = redis.ResponseError("Script attempted to access a non local key in a cl
     ids=["try again", "down", "moving", "ask", "moved"],
 )
 async def test_cluster_redirects_and_temporary_errors_are_retried(
-    said: list[Exception], monkeypatch: Any
+    replies: list[Exception], monkeypatch: Any
 ) -> None:
     cluster = Cluster(
         (("seed", 7000),),
@@ -246,17 +246,17 @@ async def test_cluster_redirects_and_temporary_errors_are_retried(
             on_reconnected=lambda: None,
         ),
     )
-    first, second = Scripted(*said, b"done"), Scripted(redis.exceptions.TryAgainError("later"), b"done")
+    first, second = Scripted(*replies, b"done"), Scripted(redis.exceptions.TryAgainError("later"), b"done")
     lines = {("seed", 7000): first, ("seed", 7001): second, ("other", 7001): second}
     monkeypatch.setattr(cluster, "_connection", lines.__getitem__)
     monkeypatch.setattr(cluster, "_refresh", lambda: None)
     cluster._slots = 16_384 * [("seed", 7000)]
     assert await cluster.call(b"key", "GET", b"key") == b"done"
-    if isinstance(said[0], redis.exceptions.AskError) and not isinstance(
-        said[0], redis.exceptions.MovedError
+    if isinstance(replies[0], redis.exceptions.AskError) and not isinstance(
+        replies[0], redis.exceptions.MovedError
     ):
         assert second.received == ["ASKING", "GET"]
-    first.replies = [said[0]]
+    first.replies = [replies[0]]
     second.replies = [redis.exceptions.TryAgainError("later")]
     with pytest.raises(StoreUnavailable, match="moving its keys"):
         await cluster.call(b"key", "GET", b"key")

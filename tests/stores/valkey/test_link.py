@@ -203,7 +203,7 @@ async def test_connection_with_other_replies_is_not_silent(link: Link, scripted:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     [
         b"\x15\x03\x01\r\n",
         b":1x\r\n",
@@ -215,10 +215,10 @@ async def test_connection_with_other_replies_is_not_silent(link: Link, scripted:
     ids=["garbage", "no number", "unasked", "no length", "not ready", "cut short"],
 )
 async def test_invalid_reply_loses_the_connection(
-    link: Link, scripted: ScriptedServer, recorder: Recorder, said: bytes
+    link: Link, scripted: ScriptedServer, recorder: Recorder, reply: bytes
 ) -> None:
-    scripted.say(said)
-    if said.startswith(b"$5"):
+    scripted.say(reply)
+    if reply.startswith(b"$5"):
         assert scripted.writer is not None
         scripted.writer.close()
     await until(lambda: recorder.all == ["lost"])
@@ -263,8 +263,8 @@ GREETINGS = {
 
 @pytest.mark.parametrize("kind", GREETINGS)
 async def test_server_that_is_not_valkey_is_refused(scripted: ScriptedServer, kind: str) -> None:
-    scripted.greeting, error, said = GREETINGS[kind]
-    with pytest.raises(error, match=said) as refused:
+    scripted.greeting, error, message = GREETINGS[kind]
+    with pytest.raises(error, match=message) as refused:
         await Link.connect(scripted.target, SILENCE)
     assert "hunter2" not in str(refused.value)
     await until(scripted.closed.is_set)
@@ -284,7 +284,7 @@ GOOD = {"server": b"redis", "version": b"7.0.0", "mode": b"standalone", "role": 
 
 
 @pytest.mark.parametrize(
-    ("about", "cluster", "error", "said"),
+    ("about", "cluster", "error", "message"),
     [
         ({"version": b"6.2.14"}, False, ConfigError, "has version 6.2.14; install 7 or later"),
         ({"mode": b"cluster"}, False, ConfigError, "redis.cluster"),
@@ -295,15 +295,15 @@ GOOD = {"server": b"redis", "version": b"7.0.0", "mode": b"standalone", "role": 
     ],
 )
 async def test_unsuitable_server_is_refused(
-    about: dict[str, bytes], cluster: bool, error: type[Exception], said: str
+    about: dict[str, bytes], cluster: bool, error: type[Exception], message: str
 ) -> None:
     link: Any = Answering(**GOOD | about)
-    with pytest.raises(error, match=said):
-        await check_server(link, cluster=cluster)
+    with pytest.raises(error, match=message):
+        await check_server(link, clustered=cluster)
 
 
 @pytest.mark.parametrize("about", [{}, {"version": b"10.1"}, {"version": b"unstable"}, {"role": b"primary"}])
 async def test_suitable_server_is_accepted(about: dict[str, bytes]) -> None:
     check: Callable[..., Awaitable[None]] = check_server
-    await check(Answering(**GOOD | about), cluster=False)
-    await check(Answering(**GOOD | about | {"mode": b"cluster"}), cluster=True)
+    await check(Answering(**GOOD | about), clustered=False)
+    await check(Answering(**GOOD | about | {"mode": b"cluster"}), clustered=True)

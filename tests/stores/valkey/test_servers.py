@@ -130,7 +130,7 @@ async def test_tls_to_a_server_without_tls_fails(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("url", "options", "said"),
+    ("url", "options", "message"),
     [
         ("rediss://127.0.0.1", {"ca_file": "missing"}, "store.ca_file"),
         ("rediss://127.0.0.1", {"ca_file": "empty"}, "store.ca_file"),
@@ -139,9 +139,11 @@ async def test_tls_to_a_server_without_tls_fails(tmp_path: Path, monkeypatch: py
         ("redis://127.0.0.1", {"certificate_file": "empty"}, "rediss://"),
     ],
 )
-def test_unusable_tls_files_are_refused(url: str, options: dict[str, str], said: str, tmp_path: Path) -> None:
+def test_unusable_tls_files_are_refused(
+    url: str, options: dict[str, str], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "empty").touch()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         ValkeyStore(url, **{name: tmp_path / file for name, file in options.items()})
 
 
@@ -180,8 +182,8 @@ async def test_login_with_user_and_password(protected: ServerProcess) -> None:
         await store.ping()
         assert await store.count() == 0
         await store.expire(WALL, 0, 10)
-        (said,) = await store.examine()
-        assert "does not show" in said
+        (message,) = await store.examine()
+        assert "does not show" in message
         assert PASSWORD not in repr(store)
         assert "sessions@127.0.0.1" in repr(store)
     async with opened(f"redis://sessions@{protected.address}", password=PASSWORD) as (store, _):

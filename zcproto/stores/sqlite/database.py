@@ -149,9 +149,7 @@ class SessionDatabase(DatabaseFile):
         answers = self._answers = Answers(self._limits, self._changed.__setitem__)
         query = "SELECT user, key, digest, until, answer IS NULL, length(answer) FROM answers ORDER BY until"
         for user, key, digest, until, running, size in db.execute(query):
-            entry = Entry(digest, until)
-            entry.running, entry.size = bool(running), size or 0
-            answers.restore(text(user), text(key), entry)
+            answers.restore(text(user), text(key), Entry(digest, until, bool(running), size=size or 0))
         return answers
 
     def _written(self) -> None:

@@ -18,6 +18,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Final
 
 from redis.asyncio.connection import (
@@ -41,29 +42,17 @@ LAST_CHECK_S: Final = 0.005
 """How long a silent connection has left to receive something before it is dropped."""
 
 
+@dataclass(slots=True, repr=False)
 class Target:
     """A server, and how to connect to it."""
 
-    __slots__ = ("database", "host", "password", "path", "port", "tls", "username")
-
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        *,
-        path: str = "",
-        tls: ssl.SSLContext | None = None,
-        username: str = "",
-        password: str = "",
-        database: int = 0,
-    ) -> None:
-        self.host = host
-        self.port = port
-        self.path = path
-        self.tls = tls
-        self.username = username
-        self.password = password
-        self.database = database
+    host: str
+    port: int
+    path: str = ""
+    tls: ssl.SSLContext | None = None
+    username: str = ""
+    password: str = ""
+    database: int = 0
 
     def __repr__(self) -> str:
         where = self.path or (

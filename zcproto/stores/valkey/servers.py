@@ -95,10 +95,10 @@ class Servers(Protocol):
 class ServerConnection:
     """A connection to the server at `find()` that is made again whenever it is lost."""
 
-    def __init__(self, find: Callable[[], Awaitable[Target]], prepare: Prepare, hooks: Hooks) -> None:
+    def __init__(self, find: Callable[[], Awaitable[Target]], hooks: Hooks, *, clustered: bool) -> None:
         self._find = find
-        self._prepare = prepare
         self._hooks = hooks
+        self._clustered = clustered
         self._link: Link | None = None
         self._connecting: asyncio.Task[Link] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -178,7 +178,8 @@ class ServerConnection:
                 where = repr(target)
                 link = await Link.connect(target, self._hooks.timeout, self._keys_changed, self._lost.set)
                 try:
-                    await self._prepare(link, self._was_flushed)
+                    await check_server(link, clustered=self._clustered)
+                    await self._hooks.prepare(link, self._was_flushed)
                 except BaseException:
                     await link.close()
                     raise
@@ -224,7 +225,7 @@ class ServerConnection:
                 await link.call("PING")
 
 
-async def check_server(link: Link, *, cluster: bool) -> None:
+async def check_server(link: Link, *, clustered: bool) -> None:
     """Check that a server can store sessions. Raises StoreUnavailable, or ConfigError."""
     hello = await link.call("HELLO")
     about = {_text(name): _text(value) for name, value in hello.items()}
@@ -236,20 +237,19 @@ async def check_server(link: Link, *, cluster: bool) -> None:
     if about.get("mode") == "sentinel":
         raise ConfigError(["store.url: the server is a sentinel; write redis+sentinel://host,host/service"])
     is_cluster = about.get("mode") == "cluster"
-    if is_cluster and not cluster:
+    if is_cluster and not clustered:
         raise ConfigError(["store.url: the server belongs to a cluster; write redis+cluster://host,host"])
-    if cluster and not is_cluster:
+    if clustered and not is_cluster:
         raise ConfigError(["store.url: the server does not belong to a cluster; write redis://host"])
     if about.get("role") not in ("master", "primary"):
         raise StoreUnavailable("the server is a replica, which cannot be written to")
 
 
-class SingleServer:
+class SingleServer(ServerConnection):
     """One server, or the primary that sentinels report."""
 
     def __init__(self, find: Callable[[], Awaitable[Target]], hooks: Hooks) -> None:
-        self._prepare = hooks.prepare
-        self._connection = ServerConnection(find, self._ready, hooks)
+        super().__init__(find, hooks, clustered=False)
 
     @property
     def shards(self) -> int:
@@ -259,22 +259,8 @@ class SingleServer:
     def clustered(self) -> bool:
         return False
 
-    async def open(self) -> None:
-        await self._connection.open()
-
-    async def close(self) -> None:
-        await self._connection.close()
-
     async def call(self, key: bytes, *command: bytes | str | int) -> Any:
-        link = await self._connection.link()
-        return await link.call(*command)
-
-    def lose(self, reason: str) -> None:
-        self._connection.lose(reason)
-
-    async def _ready(self, link: Link, was_flushed: bool) -> None:
-        await check_server(link, cluster=False)
-        await self._prepare(link, was_flushed)
+        return await (await self.link()).call(*command)
 
 
 class Sentinels:
@@ -423,11 +409,7 @@ class Cluster:
         async def find() -> Target:
             return self._target(address)
 
-        return ServerConnection(find, self._ready, self._hooks)
-
-    async def _ready(self, link: Link, was_flushed: bool) -> None:
-        await check_server(link, cluster=True)
-        await self._hooks.prepare(link, was_flushed)
+        return ServerConnection(find, self._hooks, clustered=True)
 
     def _use(self, division: Division) -> list[ServerConnection]:
         """Adopt a division of slots. Return the connections that are no longer needed."""
