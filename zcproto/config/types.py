@@ -267,9 +267,9 @@ def tables_of(
         if not isinstance(tables, list | tuple) or len(tables) > most:
             raise FaultsError([Fault("", tables, f"must be {words}")])
         valid: dict[int, BaseModel] = {}
-        found = list(islice(faults(tables, valid), MAX_FAULTS + 1))
-        if found:
-            raise FaultsError(found)
+        error = FaultsError(faults(tables, valid))
+        if error.faults:
+            raise error
         return tuple(valid.values())
 
     def faults(tables: Iterable[object], valid: dict[int, BaseModel]) -> Iterator[Fault]:
