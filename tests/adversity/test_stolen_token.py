@@ -25,7 +25,7 @@ from tests.server.helpers import NO_TOKEN, Client, Frame, ServerThread, client_c
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.client.blocking import BlockingClient
 from zcproto.client.connect import connect_blocking
-from zcproto.client.device import Device
+from zcproto.client.credentials import Device
 from zcproto.errors import Code, Unauthenticated
 from zcproto.wire.signing import attach_message, open_message
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, ParamSpec
 
 from tests.helpers import NOW, WALL
 from zcproto.client.client import Client
-from zcproto.client.dial import LoopShare
-from zcproto.client.links import LinkKeeper
+from zcproto.client.connections import ConnectionManager
+from zcproto.client.dial import LoopResources
+from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol
 from zcproto.connection.client import ClientConnection
 from zcproto.errors import Code, TlsError
@@ -121,7 +122,7 @@ class LoopClock:
 # --- the server -------------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
+class ReceivedRequest(NamedTuple):
     """A request as it arrived."""
 
     link: ServerLink
@@ -141,29 +142,29 @@ class Asked(NamedTuple):
         self.link.send(ERROR, self.stream, encode_error(code, message, details), token=self.token)
 
 
-Action = Callable[[Asked], object]
+Action = Callable[[ReceivedRequest], object]
 
 
 def ok(value: Any = None) -> Action:
-    return lambda asked: asked.respond(value)
+    return lambda request: request.respond(value)
 
 
 def fail(code: Code, **details: Any) -> Action:
-    return lambda asked: asked.fail(code, details)
+    return lambda request: request.fail(code, details)
 
 
-def cut(asked: Asked) -> None:
+def cut(request: ReceivedRequest) -> None:
     """The connection is reset."""
-    asked.link.cut()
+    request.link.cut()
 
 
-def goodbye(asked: Asked) -> None:
+def goodbye(request: ReceivedRequest) -> None:
     """GOAWAY, and a clean close without an answer."""
-    asked.link.go_away("draining", 500)
-    asked.link.close_cleanly()
+    request.link.go_away("draining", 500)
+    request.link.close_cleanly()
 
 
-def silence(asked: Asked) -> None:
+def silence(request: ReceivedRequest) -> None:
     """No answer."""
 
 
@@ -177,7 +178,7 @@ class ServerLink(asyncio.Transport):
         self.protocol: Any = None
         self.salt = number.to_bytes(8, "big")
         self.counter = 0
-        self.asked: list[Asked] = []
+        self.requests: list[ReceivedRequest] = []
         self.cancelled: list[int] = []
         self.pings: list[float] = []
         self.last_counter = 0
@@ -264,13 +265,13 @@ class ServerLink(asyncio.Transport):
                 continue
             if head == REQUEST:
                 method, params, meta = decode_request(body)
-                asked = Asked(self, stream, token, method, params, meta, now())
-                self.asked.append(asked)
-                self.server.asked.append(asked)
+                request = ReceivedRequest(self, stream, token, method, params, meta, now())
+                self.requests.append(request)
+                self.server.requests.append(request)
                 if abs(timestamp - self.server.wall()) > 30_000:
-                    asked.fail(Code.STALE_TIMESTAMP, {"server_time": self.server.wall()})
+                    request.fail(Code.STALE_TIMESTAMP, {"server_time": self.server.wall()})
                 else:
-                    self.server.act(asked)
+                    self.server.act(request)
             elif head == CANCEL:
                 self.cancelled.append(stream)
             elif head == PING:
@@ -290,7 +291,7 @@ class ScriptedServer:
     def __init__(self, **greeting: Any) -> None:
         self.greeting = GREETING | greeting
         self.links: list[ServerLink] = []
-        self.asked: list[Asked] = []
+        self.requests: list[ReceivedRequest] = []
         self.dialled: list[float] = []
         self.refuse: list[Exception] = []
         self.scripts: dict[str, list[Action]] = {}
@@ -308,16 +309,16 @@ class ScriptedServer:
     def script(self, method: str, *actions: Action) -> None:
         self.scripts.setdefault(method, []).extend(actions)
 
-    def act(self, asked: Asked) -> None:
-        script = self.scripts.get(asked.method)
+    def act(self, request: ReceivedRequest) -> None:
+        script = self.scripts.get(request.method)
         if script:
-            script.pop(0)(asked)
-        elif asked.method in ("session.open", "session.refresh"):
-            asked.respond(self.opened())
-        elif asked.method == "echo":
-            asked.respond(asked.params)
+            script.pop(0)(request)
+        elif request.method in ("session.open", "session.refresh"):
+            request.respond(self.opened())
+        elif request.method == "echo":
+            request.respond(request.params)
         else:
-            asked.respond()
+            request.respond()
 
     def opened(self) -> dict[str, Any]:
         number = next(self._tokens)
@@ -336,20 +337,20 @@ class ScriptedServer:
     def link(self) -> ServerLink:
         return self.links[-1]
 
-    def calls(self, method: str = "echo") -> list[Asked]:
+    def calls(self, method: str = "echo") -> list[ReceivedRequest]:
         """The requests of one method, on all connections."""
-        return [asked for asked in self.asked if asked.method == method]
+        return [request for request in self.requests if request.method == method]
 
     @property
     def methods(self) -> list[str]:
-        return [asked.method for asked in self.asked]
+        return [request.method for request in self.requests]
 
     async def lose(self) -> None:
         """Reset the connection; the client has noticed when this returns."""
         self.link.cut()
         await turns(3)
 
-    async def dial(self, links: LinkKeeper, share: LoopShare, clock: Any) -> ClientProtocol:
+    async def dial(self, owner: ConnectionManager, resources: LoopResources, clock: Any) -> ClientProtocol:
         """In the place of `Dialer`: a connection that was welcomed."""
         self.dialled.append(now())
         await asyncio.sleep(0)
@@ -357,7 +358,9 @@ class ScriptedServer:
             raise self.refuse.pop(0)
         link = ServerLink(self, len(self.links) + 1)
         self.links.append(link)
-        protocol = ClientProtocol(links, asyncio.get_running_loop(), share.wheel, clock, ClientConnection())
+        protocol = ClientProtocol(
+            owner, asyncio.get_running_loop(), resources.wheel, clock, ClientConnection()
+        )
         link.protocol = protocol
         protocol.connection_made(link)
         link.send(WELCOME, 0, encode_body(self.greeting))
@@ -378,13 +381,17 @@ def refreshable(**more: Any) -> dict[str, Any]:
 
 def client_of(server: ScriptedServer, **options: Any) -> Client:
     """A client of a scripted server. Its random numbers are all 0.5 unless others are given."""
-    options = {"user": "ada", "key": "secret", "random": lambda: 0.5, "clock": LoopClock(), **options}
+    internals = {
+        name: options.pop(name, default)
+        for name, default in (("random", lambda: 0.5), ("clock", LoopClock()))
+    }
+    options = {"user": "ada", "key": "secret", **options}
     if options["user"] is None:
         del options["key"]
-    client = Client("server.example", **options)
+    client = Client("server.example", ConnectOptions(**options), **internals)
 
-    async def dial(links: Any, share: Any) -> ClientProtocol:
-        return await server.dial(links, share, client._steady)
+    async def dial(owner: Any, resources: Any) -> ClientProtocol:
+        return await server.dial(owner, resources, client._clock)
 
     client._dial = dial  # type: ignore[assignment]
     return client

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from zcproto.client.backoff import FIRST_DELAY, MAX_DELAY, Backoff
+from zcproto.client.retry import FIRST_DELAY, MAX_DELAY, Backoff
 
 
 def test_the_ceiling_doubles_from_100_ms_to_30_s_and_stays() -> None:

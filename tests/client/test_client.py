@@ -17,8 +17,9 @@ from tests.server.helpers import ServerThread
 from zcproto.app.app import App, default_app
 from zcproto.app.context import Context
 from zcproto.client import client as client_module
-from zcproto.client.client import Client, default_client
-from zcproto.client.dial import _shares
+from zcproto.client.client import default_client
+from zcproto.client.connect import connect
+from zcproto.client.dial import _resources
 from zcproto.client.events import Event
 from zcproto.errors import (
     ConnectionClosed,
@@ -62,7 +63,7 @@ def test_a_call_on_each_kind_of_loop(
             (info,) = [each for each in await client.call("session.list") if each["current"]]
             assert info["id"] == client.session.id
             assert info["client"] == default_client()
-        assert _shares == {}
+        assert _resources == {}
 
     run(main())
 
@@ -141,7 +142,7 @@ async def test_public_methods_need_no_session(shared: ServerThread, connect_to: 
 async def test_a_wrong_key_is_told(shared: ServerThread, connect_to: ConnectTo) -> None:
     with pytest.raises(Unauthenticated):
         await connect_to(shared, key="wrong")
-    assert _shares == {}
+    assert _resources == {}
 
 
 async def test_a_timed_out_call_is_cancelled_on_the_server_and_disturbs_no_other(
@@ -288,12 +289,12 @@ async def test_calls_in_flight_when_a_client_is_closed_are_told(
 async def test_a_closed_client_leaves_nothing_behind(shared: ServerThread, connect_to: ConnectTo) -> None:
     client = await connect_to(shared)
     await client.call("echo")
-    link = weakref.ref(client._links)
+    link = weakref.ref(client._connections)
     await client.close()
     del client
     gc.collect()
     assert link() is None
-    assert _shares == {}
+    assert _resources == {}
 
 
 async def test_a_home_that_cannot_be_told_is_no_reason_not_to_connect(
@@ -318,8 +319,8 @@ def test_default_apps_are_named_by_product_and_version(monkeypatch: pytest.Monke
 
 
 def test_no_key_is_in_the_repr_of_a_client() -> None:
-    assert "secret" not in repr(Client("localhost", user="ada", key="secret"))
-    assert "secret" not in repr(vars(Client("localhost", user="ada", key="secret")))
+    assert "secret" not in repr(connect("localhost", user="ada", key="secret"))
+    assert "secret" not in repr(vars(connect("localhost", user="ada", key="secret")))
 
 
 def test_the_built_in_application_is_what_these_tests_call() -> None:

@@ -28,7 +28,8 @@ from tests.tls.identities import (
 )
 from zcproto import auth
 from zcproto.client.connect import connect, connect_blocking
-from zcproto.client.dial import LoopShare, Trust
+from zcproto.client.dial import LoopResources, Trust
+from zcproto.client.options import ConnectOptions
 from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, TlsError
 from zcproto.tls.context import server_context
 from zcproto.tls.sites import SiteContexts
@@ -140,10 +141,10 @@ async def test_a_server_with_a_wrong_pin_is_shown_no_certificate(
 async def test_without_a_key_the_certificate_opens_the_session(
     serve: Serve, connect_to: ConnectTo, client_ca: trustme.CA, identity: Identity, user: str | None
 ) -> None:
-    asked: list[dict[str, Any]] = []
+    request: list[dict[str, Any]] = []
 
     def identify(params: Mapping[str, Any], address: str) -> auth.Identity:
-        asked.append(dict(params))
+        request.append(dict(params))
         return auth.Identity("ada")
 
     server = serve(authenticators=[auth.CallableAuthenticator("tls", identify)])
@@ -151,7 +152,7 @@ async def test_without_a_key_the_certificate_opens_the_session(
     shown: dict[str, Any] = {"key": None, "certificate": identity.certificate, "key_file": identity.key}
     async with connect_to(server, user, **shown) as client:
         assert client.session is not None
-    assert [params.get("user") for params in asked] == [user]
+    assert [params.get("user") for params in request] == [user]
     async with connect_to(server, user, **shown, session=False) as client:
         assert client.session is None
 
@@ -231,7 +232,7 @@ async def test_a_client_whose_certificate_is_revoked_while_it_runs_is_told_at_it
             client_crl=revocation_list(client_ca, ada),
         )
         assert await client.call("echo", x=1) == {"x": 1}  # what stands goes on
-        link = client._links.link
+        link = client._connections.current
         assert link is not None
         link.abort()
         await link.gone
@@ -245,7 +246,7 @@ async def test_a_pin_that_the_server_does_not_have_closes_without_an_alert_and_t
     """After a handshake OpenSSL gives no way to send one."""
     server = asking()
     server.server.parts.acceptor.client_pins = frozenset({"sha256/" + "A" * 43 + "="})
-    with pytest.raises(ConnectionClosed, match="it may not take the certificate of this client"):
+    with pytest.raises(ConnectionClosed, match="it may have refused the client certificate"):
         await connect_to(server, certificate=identity.certificate, key_file=identity.key)
     assert failures(server) == {"pin_mismatch": 1}
 
@@ -271,84 +272,87 @@ async def test_files_that_cannot_be_used_are_named_and_nothing_is_sent(
 
 @pytest.mark.parametrize("options", [{"key_file": "client.key"}, {"key_passphrase": "hunter2"}])
 def test_a_key_without_its_certificate_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="belong to a certificate"):
+    with pytest.raises(ConfigError, match="certificate is missing; give its file"):
         connect("localhost", **options)
 
 
 def trust_in(identity: Identity, **options: Any) -> Trust:
-    usual: dict[str, Any] = {"ca_file": None, "pins": (), "system_store": False, "verify": False}
-    return Trust(**{**usual, "certificate": identity.certificate, "key_file": identity.key, **options})
+    return Trust(
+        ConnectOptions(
+            **{"verify": False, "certificate": identity.certificate, "key_file": identity.key, **options}
+        )
+    )
 
 
 @pytest.fixture
-def share() -> LoopShare:
+def resources() -> LoopResources:
     loop = asyncio.new_event_loop()
     try:
-        return LoopShare(loop)
+        return LoopResources(loop)
     finally:
         loop.close()
 
 
-def test_clients_that_show_the_same_share_a_context(share: LoopShare, identity: Identity) -> None:
-    first = trust_in(identity).context(share.contexts)
-    assert trust_in(identity).context(share.contexts) is first
+def test_clients_that_show_the_same_share_a_context(resources: LoopResources, identity: Identity) -> None:
+    first = trust_in(identity).context(resources.contexts)
+    assert trust_in(identity).context(resources.contexts) is first
     others: list[dict[str, Any]] = [{"certificate": None, "key_file": None}, {"key_passphrase": "x"}]
-    assert all(trust_in(identity, **other).context(share.contexts) is not first for other in others)
+    assert all(trust_in(identity, **other).context(resources.contexts) is not first for other in others)
 
 
 def test_a_wrong_passphrase_is_not_helped_by_somebody_elses_context(
-    share: LoopShare, identity: Identity
+    resources: LoopResources, identity: Identity
 ) -> None:
     shut = identity._replace(key=locked(identity.key, b"hunter2"))
-    trust_in(shut, key_passphrase=b"hunter2").context(share.contexts)
+    trust_in(shut, key_passphrase=b"hunter2").context(resources.contexts)
     with pytest.raises(CertificateError, match="passphrase is wrong"):
-        trust_in(shut, key_passphrase=b"hunter3").context(share.contexts)
+        trust_in(shut, key_passphrase=b"hunter3").context(resources.contexts)
 
 
 def test_a_renewed_certificate_is_read_again_and_replaces_the_old_one(
-    share: LoopShare, identity: Identity, client_ca: trustme.CA, tmp_path: Path
+    resources: LoopResources, identity: Identity, client_ca: trustme.CA, tmp_path: Path
 ) -> None:
     trust = trust_in(identity)
-    old = trust.context(share.contexts)
+    old = trust.context(resources.contexts)
     times = identity.certificate.stat()
     renewed = write_identity(tmp_path, for_clients(client_ca), "renewed")
     os.utime(renewed.certificate, ns=(times.st_atime_ns, times.st_mtime_ns))  # as coarse file systems have it
     renewed.key.replace(identity.key)
     renewed.certificate.replace(identity.certificate)
-    new = trust.context(share.contexts)
+    new = trust.context(resources.contexts)
     assert new is not old
-    assert trust.context(share.contexts) is new
-    assert len(share.contexts) == 1
+    assert trust.context(resources.contexts) is new
+    assert len(resources.contexts) == 1
 
 
 def test_between_the_two_files_of_a_renewal_the_certificate_from_before_is_shown(
-    share: LoopShare,
+    resources: LoopResources,
     identity: Identity,
     client_ca: trustme.CA,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     trust = trust_in(identity)
-    old = trust.context(share.contexts)
+    old = trust.context(resources.contexts)
     renewed = write_identity(tmp_path, for_clients(client_ca), "renewed")
     renewed.key.replace(identity.key)
     with caplog.at_level(logging.WARNING, "zcproto.client"):
-        assert trust.context(share.contexts) is old
-    assert "KEY_VALUES_MISMATCH; until that is mended" in caplog.text
+        assert trust.context(resources.contexts) is old
+    assert "KEY_VALUES_MISMATCH; still presenting" in caplog.text
     renewed.certificate.replace(identity.certificate)
-    assert trust.context(share.contexts) is not old
+    assert trust.context(resources.contexts) is not old
 
 
 def test_with_another_ca_file_nothing_from_before_is_used(
-    share: LoopShare, identity: Identity, ca_file: Path, tmp_path: Path
+    resources: LoopResources, identity: Identity, ca_file: Path, tmp_path: Path
 ) -> None:
     authority = tmp_path / "ca.crt"
     authority.write_bytes(ca_file.read_bytes())
     trust = trust_in(identity, ca_file=authority, verify=True)
-    assert trust.context(share.contexts).verify_mode is ssl.CERT_REQUIRED
+    assert trust.context(resources.contexts).verify_mode is ssl.CERT_REQUIRED
     authority.write_text("no certificate any more")
     with pytest.raises(CertificateError, match=r"ca\.crt"):
-        trust.context(share.contexts)
+        trust.context(resources.contexts)
 
 
 async def test_a_client_that_runs_shows_its_renewed_certificate_on_its_next_connection(
@@ -365,7 +369,7 @@ async def test_a_client_that_runs_shows_its_renewed_certificate_on_its_next_conn
         assert server.in_loop(shown) == identity.der
         old = identity.der
         await asyncio.to_thread(write_identity, tmp_path, for_clients(client_ca))
-        link = client._links.link
+        link = client._connections.current
         assert link is not None
         link.close("for the test")
         await link.gone

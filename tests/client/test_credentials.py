@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from zcproto.client.device import Device
-from zcproto.client.session import ApiKey, Certificate, DeviceKey, choose_credentials
+from zcproto.client.credentials import ApiKey, CertificateLogin, Device, DeviceKey, choose_credentials
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
 from zcproto.wire.signing import attach_message, open_message
@@ -41,7 +40,7 @@ def test_with_a_user_the_certificate_must_name_that_one() -> None:
     credentials = choose_credentials("ada", None, has_certificate=True)
     assert credentials is not None
     assert credentials.params(CHANNEL) == {"scheme": "tls", "user": "ada"}
-    assert repr(credentials) == "Certificate(user='ada')" == repr(Certificate("ada"))
+    assert repr(credentials) == "CertificateLogin(user='ada')" == repr(CertificateLogin("ada"))
 
 
 def test_with_nothing_there_are_no_sessions() -> None:
@@ -50,13 +49,13 @@ def test_with_nothing_there_are_no_sessions() -> None:
 
 @pytest.mark.parametrize("has_certificate", [False, True])
 def test_a_key_needs_its_user(has_certificate: bool) -> None:
-    with pytest.raises(ConfigError, match="give its user") as caught:
+    with pytest.raises(ConfigError, match="user is missing") as caught:
         choose_credentials(None, "secret", has_certificate=has_certificate)
     assert "secret" not in str(caught.value)
 
 
 def test_a_user_needs_something_to_show() -> None:
-    with pytest.raises(ConfigError, match="give its key, or a certificate"):
+    with pytest.raises(ConfigError, match="a key or a certificate is missing"):
         choose_credentials("ada", None, has_certificate=False)
 
 
@@ -77,10 +76,10 @@ def test_a_device_signs_for_each_connection(has_certificate: bool) -> None:
 @pytest.mark.parametrize(
     ("user", "key", "device", "name", "said"),
     [
-        ("ada", None, DEVICE, "laptop", "leave out user and key"),
-        (None, "secret", DEVICE, "laptop", "leave out user and key"),
-        (None, None, DEVICE, None, "give device_name"),
-        ("ada", "secret", DEVICE, None, "give device_name"),
+        ("ada", None, DEVICE, "laptop", "remove user and key"),
+        (None, "secret", DEVICE, "laptop", "remove user and key"),
+        (None, None, DEVICE, None, "device_name is missing"),
+        ("ada", "secret", DEVICE, None, "device_name is missing"),
         (None, None, None, "laptop", "give the device"),
         ("ada", "secret", None, "laptop", "give the device"),
     ],

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from tests.client.helpers import (
-    Asked,
+    ReceivedRequest,
     ScriptedServer,
     ServerLink,
     client_of,
@@ -41,8 +41,7 @@ from zcproto.auth import PairingFile, UserFile
 from zcproto.auth import pairing as pairing_module
 from zcproto.client.client import Client
 from zcproto.client.connect import connect, connect_blocking, enroll, enroll_blocking
-from zcproto.client.device import Device
-from zcproto.client.session import Certificate
+from zcproto.client.credentials import CertificateLogin, Device
 from zcproto.common.clock import system_clock
 from zcproto.errors import (
     AlreadyExists,
@@ -96,7 +95,7 @@ def test_nothing_is_overwritten(tmp_path: Path, what: str) -> None:
         path.symlink_to(tmp_path / "elsewhere")
     else:
         path.mkdir()
-    with pytest.raises(CertificateError, match="is there already; load it, or name another file"):
+    with pytest.raises(CertificateError, match="exists already; load it, or name another file"):
         Device.create(path)
     assert what != "file" or path.read_text() == "old"
     assert not (tmp_path / "elsewhere").exists()
@@ -147,12 +146,15 @@ def pem(key: Any, encryption: Any = None) -> bytes:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "is no private key in PEM; make one by Device.create"),
-        (b"nonsense", "is no private key in PEM"),
-        (pem(KEY)[:-60], "is no private key in PEM"),
-        (pem(ec.generate_private_key(ec.SECP256R1())), "is a key of another kind than Ed25519"),
-        (pem(KEY, BestAvailableEncryption(b"hunter2")), "is encrypted; a device's key has no passphrase"),
-        (b"x" * 200_000, "is no private key in PEM"),
+        (b"", "does not contain a private key in PEM; create one with Device.create"),
+        (b"nonsense", "does not contain a private key in PEM"),
+        (pem(KEY)[:-60], "does not contain a private key in PEM"),
+        (pem(ec.generate_private_key(ec.SECP256R1())), "is not an Ed25519 key"),
+        (
+            pem(KEY, BestAvailableEncryption(b"hunter2")),
+            "is encrypted; use a device key without a passphrase",
+        ),
+        (b"x" * 200_000, "is larger than 65536 bytes"),
     ],
 )
 def test_what_is_no_key_of_a_device_is_told_and_not_shown(tmp_path: Path, data: bytes, said: str) -> None:
@@ -180,11 +182,11 @@ def test_no_file_a_folder_and_a_fifo_are_told(tmp_path: Path) -> None:
 def test_a_client_takes_the_device_or_its_file(tmp_path: Path) -> None:
     device = Device.create(tmp_path / "laptop.key")
     for given in (device, tmp_path / "laptop.key", str(tmp_path / "laptop.key")):
-        Client("localhost", device=given, device_name="laptop")
+        connect("localhost", device=given, device_name="laptop")
     with pytest.raises(CertificateError):
-        Client("localhost", device=tmp_path / "other.key", device_name="laptop")
-    with pytest.raises(ConfigError, match="give device_name"):
-        Client("localhost", device=device)
+        connect("localhost", device=tmp_path / "other.key", device_name="laptop")
+    with pytest.raises(ConfigError, match="device_name is missing"):
+        connect("localhost", device=device)
 
 
 # --- a server that binds sessions --------------------------------------------------------------------
@@ -209,29 +211,29 @@ class BoundServer(ScriptedServer):
         self.session = {"bound": True}
         self.proved: list[ServerLink] = []
         self.on_welcome = [self.greet] * 20
-        self.refused: list[Asked] = []
+        self.refused: list[ReceivedRequest] = []
 
     def greet(self, link: ServerLink) -> None:
         link._extra["ssl_object"] = Tls()
 
-    def act(self, asked: Asked) -> None:
-        if self.scripts.get(asked.method):
-            super().act(asked)
-        elif asked.method == "session.open":
-            message = open_message(asked.link.salt, LEAF, asked.params["device"])
-            KEY.public_key().verify(asked.params["signature"], message)
-            self.proved.append(asked.link)
-            super().act(asked)
-        elif asked.method == "session.attach":
-            message = attach_message(asked.link.salt, LEAF, asked.token)
-            KEY.public_key().verify(asked.params["signature"], message)
-            self.proved.append(asked.link)
-            asked.respond({})
-        elif asked.token != NO_TOKEN and asked.link not in self.proved:
-            self.refused.append(asked)
-            asked.fail(Code.UNAUTHENTICATED, {"attach": True})
+    def act(self, request: ReceivedRequest) -> None:
+        if self.scripts.get(request.method):
+            super().act(request)
+        elif request.method == "session.open":
+            message = open_message(request.link.salt, LEAF, request.params["device"])
+            KEY.public_key().verify(request.params["signature"], message)
+            self.proved.append(request.link)
+            super().act(request)
+        elif request.method == "session.attach":
+            message = attach_message(request.link.salt, LEAF, request.token)
+            KEY.public_key().verify(request.params["signature"], message)
+            self.proved.append(request.link)
+            request.respond({})
+        elif request.token != NO_TOKEN and request.link not in self.proved:
+            self.refused.append(request)
+            request.fail(Code.UNAUTHENTICATED, {"attach": True})
         else:
-            super().act(asked)
+            super().act(request)
 
 
 def device_client(server: ScriptedServer, **options: Any) -> Client:
@@ -264,7 +266,7 @@ async def test_each_new_connection_is_attached_before_any_call() -> None:
             assert await client.call("echo", x=number) == {"x": number}
     assert server.methods == ["session.open", *["session.attach", "echo"] * 3, "session.close"]
     assert server.refused == []
-    assert {asked.token for asked in server.calls("session.attach")} == {bytes([1]) * 32}
+    assert {request.token for request in server.calls("session.attach")} == {bytes([1]) * 32}
 
 
 @scripted
@@ -383,7 +385,7 @@ async def test_one_who_stops_waiting_does_not_stop_the_attach_of_the_others() ->
     server = BoundServer()
     async with device_client(server) as client:
         server.proved.clear()
-        held: list[Asked] = []
+        held: list[ReceivedRequest] = []
         server.script("session.attach", held.append)
         calls = [asyncio.create_task(client.call("echo", x=number)) for number in range(2)]
         await turns()
@@ -397,7 +399,7 @@ async def test_one_who_stops_waiting_does_not_stop_the_attach_of_the_others() ->
 async def test_a_token_of_a_session_before_this_one_is_not_attached() -> None:
     server = BoundServer()
     async with device_client(server) as client:
-        held: list[Asked] = []
+        held: list[ReceivedRequest] = []
         server.script("echo", held.append)
         call = asyncio.create_task(client.call("echo", x=1))
         await turns()
@@ -497,7 +499,7 @@ async def test_a_session_that_is_not_bound_is_shown_as_ever() -> None:
 def certificate_client(server: ScriptedServer) -> Client:
     """A client that would show a certificate, over a connection without TLS."""
     client = client_of(server)
-    client._credentials = Certificate()
+    client._credentials = CertificateLogin()
     return client
 
 
@@ -514,7 +516,7 @@ async def test_a_certificate_with_another_key_opens_another_session() -> None:
         assert await client.call("echo", x=2) == {"x": 2}
         assert "session.refresh" not in server.methods
         server.script("session.refresh", fail(Code.UNAUTHENTICATED, certificate=True))
-        client._sessions._refresh_ahead()
+        client._sessions._refresh_early()
         assert await client.call("echo", x=3) == {"x": 3}
         assert server.methods[-3:] == ["session.refresh", "session.open", "echo"]
         server.script("echo", *[fail(Code.UNAUTHENTICATED, certificate=True)] * 2)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import ssl
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,8 @@ from tests.client.conftest import ConnectTo
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.client.connect import connect_blocking
-from zcproto.client.dial import LoopShare, Trust
+from zcproto.client.dial import LoopResources, Trust
+from zcproto.client.options import ConnectOptions
 from zcproto.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -53,18 +53,17 @@ async def test_it_is_told_once_for_each_file(
             async with connect_to(shared, key_log_file=path):
                 pass
     assert [each.getMessage() for each in caplog.records] == [
-        f"the secrets of connections are appended to {path}: whoever has it can read all that was captured of them"
+        f"TLS secrets are appended to {path}: anyone who can read it can decrypt captured connections"
     ]
 
 
 async def test_a_client_without_one_never_shares_the_context_of_one_with(
     ca_file: Path, tmp_path: Path
 ) -> None:
-    share = LoopShare(asyncio.get_running_loop())
+    resources = LoopResources(asyncio.get_running_loop())
 
     def context(key_log: Path | None) -> ssl.SSLContext:
-        usual: dict[str, Any] = {"ca_file": ca_file, "pins": (), "system_store": False, "verify": True}
-        return Trust(**usual, key_log=key_log).context(share.contexts)
+        return Trust(ConnectOptions(ca_file=ca_file, key_log_file=key_log)).context(resources.contexts)
 
     first, second = tmp_path / "first", tmp_path / "second"
     assert context(first).keylog_filename == str(first)

@@ -16,10 +16,10 @@ from tests.client.conftest import ConnectTo
 from tests.server.helpers import ServerThread
 from zcproto.client.connect import connect, connect_blocking
 from zcproto.client.dial import Trust, _warn_of_single_pin
+from zcproto.client.options import ConnectOptions
 from zcproto.errors import TlsError
 
 WRONG, BACKUP = ("sha256/" + letter * 43 + "=" for letter in "AE")
-USUAL: dict[str, Any] = {"ca_file": None, "system_store": False, "verify": True}
 
 
 @pytest.fixture(autouse=True)
@@ -80,20 +80,20 @@ def test_a_single_pin_is_warned_of_once_with_the_risk(
     pin: str, of: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(3):
-        Trust(pins=[pin, pin], **USUAL)
+        Trust(ConnectOptions(pins=[pin, pin]))
     (record,) = caplog.records
     assert record.name == "zcproto.client"
     assert record.levelno == logging.WARNING
-    assert record.getMessage().startswith(f"{pin} is the only pin: when the server's {of} is renewed or lost")
+    assert record.getMessage().startswith(f"{pin} is the only pin: when the server's {of} is replaced")
     assert "backup" in record.getMessage()
-    Trust(pins=[BACKUP], **USUAL)
+    Trust(ConnectOptions(pins=[BACKUP]))
     assert len(caplog.records) == 2  # it is another risk
 
 
 @pytest.mark.requirement("pinning")
 @pytest.mark.parametrize("pins", [(), [WRONG, BACKUP], f"{WRONG} {BACKUP}"])
 def test_backup_pins_and_none_at_all_are_not_warned_of(pins: Any, caplog: pytest.LogCaptureFixture) -> None:
-    Trust(pins=pins, **USUAL)
+    Trust(ConnectOptions(pins=pins))
     assert caplog.records == []
 
 
@@ -101,5 +101,5 @@ def test_backup_pins_and_none_at_all_are_not_warned_of(pins: Any, caplog: pytest
 def test_a_single_pin_beside_an_authority_locks_out_all_the_same(
     caplog: pytest.LogCaptureFixture, ca_file: Path
 ) -> None:
-    Trust(pins=[WRONG], **{**USUAL, "ca_file": ca_file})
+    Trust(ConnectOptions(pins=[WRONG], ca_file=ca_file))
     assert len(caplog.records) == 1

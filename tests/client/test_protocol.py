@@ -37,10 +37,10 @@ class Owner:
     def event_received(self, link: ClientProtocol, event: EventReceived) -> None:
         self.told.append(event)
 
-    def link_draining(self, link: ClientProtocol, event: GoAwayReceived) -> None:
+    def connection_draining(self, link: ClientProtocol, event: GoAwayReceived) -> None:
         self.told.append(event)
 
-    def link_lost(self, link: ClientProtocol, error: ConnectionClosed) -> None:
+    def connection_ended(self, link: ClientProtocol, error: ConnectionClosed) -> None:
         self.told.append(error)
 
 

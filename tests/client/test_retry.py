@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from zcproto.client.retry import Then, may_pass, retry_after_ms, what_next
+from zcproto.client.retry import Then, is_transient, retry_after_ms, what_next
 from zcproto.errors import CallError, Code
 from zcproto.tls.failure import TlsFailure
 
@@ -20,16 +20,16 @@ ROWS = {
 
 @pytest.mark.parametrize("code", list(Code))
 def test_each_code_has_its_row(code: Code) -> None:
-    assert what_next(CallError.from_wire(code, "x", {})) is ROWS.get(code, Then.TELL)
+    assert what_next(CallError.from_wire(code, "x", {})) is ROWS.get(code, Then.RAISE)
 
 
 @pytest.mark.parametrize("code", [0, 17, 63, 71, 2**40, -1])
 def test_an_unknown_code_is_told(code: int) -> None:
-    assert what_next(CallError.from_wire(code, "x", {"retry_after_ms": 5})) is Then.TELL
+    assert what_next(CallError.from_wire(code, "x", {"retry_after_ms": 5})) is Then.RAISE
 
 
 def test_resource_exhausted_with_a_limit_is_told() -> None:
-    assert what_next(CallError.from_wire(Code.RESOURCE_EXHAUSTED, "x", {"limit": 5})) is Then.TELL
+    assert what_next(CallError.from_wire(Code.RESOURCE_EXHAUSTED, "x", {"limit": 5})) is Then.RAISE
     assert what_next(CallError.from_wire(Code.UNAVAILABLE, "x", {"limit": 5})) is Then.LATER
 
 
@@ -63,8 +63,8 @@ def test_whom_a_server_is_and_what_it_speaks_does_not_pass(failure: TlsFailure) 
         TlsFailure.PEER_ALERT,
         TlsFailure.OTHER,
     }
-    assert may_pass(failure.value) is (failure in passing)
+    assert is_transient(failure.value) is (failure in passing)
 
 
 def test_a_policy_does_not_pass() -> None:
-    assert not may_pass("sts_policy")
+    assert not is_transient("sts_policy")

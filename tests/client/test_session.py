@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.helpers import NOW, WALL
-from zcproto.client.session import ApiKey, ClientSession
+from zcproto.client.credentials import ApiKey
+from zcproto.client.session import ClientSession
 
 TOKEN = bytes(range(1, 33))
 
@@ -38,26 +39,26 @@ def test_the_token_as_text_is_43_characters_of_base64url() -> None:
 
 
 def test_times_are_counted_by_the_servers_clock_and_kept_in_monotonic_seconds() -> None:
-    assert session().good_until == NOW + 100
-    assert session(expires_at=WALL - 1).good_until == NOW
+    assert session().valid_until == NOW + 100
+    assert session(expires_at=WALL - 1).valid_until == NOW
     assert session().refresh_at == pytest.approx(NOW + 80)
     assert session(jitter=1.0).refresh_at == pytest.approx(NOW + 85)
 
 
 def test_use_puts_off_the_idle_limit_but_not_the_end() -> None:
     opened = session(idle_timeout_ms=30_000)
-    assert opened.good_until == NOW + 30
+    assert opened.valid_until == NOW + 30
     opened.used(NOW + 20)
-    assert opened.good_until == NOW + 50
+    assert opened.valid_until == NOW + 50
     opened.used(NOW + 90)
-    assert opened.good_until == NOW + 100
+    assert opened.valid_until == NOW + 100
 
 
 def test_what_the_server_calls_expired_stays_so() -> None:
     opened = session()
     opened.expire()
     opened.used(NOW)
-    assert opened.good_until == -math.inf
+    assert opened.valid_until == -math.inf
 
 
 def test_a_refresh_token_is_good_until_its_end_or_until_it_is_dropped() -> None:

@@ -51,7 +51,7 @@ async def test_a_refused_call_goes_again_after_the_servers_delay_and_jitter(code
     async with client_of(server, random=numbers(0.5)) as client:
         start = now()
         assert await client.call("echo", x=1) == {"x": 1}
-    times = [asked.at - start for asked in server.calls()]
+    times = [request.at - start for request in server.calls()]
     # full jitter with a ceiling of 100 ms, then 200 ms, on top of what the server asked for
     assert times == pytest.approx([0, 0.25, 0.25 + 0.3])
     assert len(server.links) == 1
@@ -63,7 +63,7 @@ async def test_without_a_delay_of_the_server_jitter_alone_grows_from_100_ms_to_3
     server.script("echo", *[fail(Code.UNAVAILABLE)] * 12)
     async with client_of(server, random=numbers(0.999_999)) as client:
         await client.call("echo", timeout=None)
-    times = [asked.at for asked in server.calls()]
+    times = [request.at for request in server.calls()]
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30, 30], rel=1e-3)
 
@@ -98,7 +98,7 @@ async def test_the_cap_on_sessions_is_told_at_once() -> None:
     with pytest.raises(ResourceExhausted) as caught:
         await client_of(server)
     assert caught.value.details == {"limit": 5}
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 @scripted
@@ -131,9 +131,9 @@ async def test_a_call_without_an_answer_after_goaway_and_a_clean_close_goes_agai
 async def test_after_goaway_and_a_reset_nobody_knows_so_it_is_told() -> None:
     server = ScriptedServer()
 
-    def reset(asked: Any) -> None:
-        asked.link.go_away()
-        asked.link.cut()
+    def reset(request: Any) -> None:
+        request.link.go_away()
+        request.link.cut()
 
     server.script("echo", reset)
     async with client_of(server) as client:
@@ -165,9 +165,9 @@ async def test_what_is_in_flight_at_goaway_is_finished_there_and_new_calls_go_el
 async def test_unavailable_on_a_draining_connection_goes_again_on_the_next() -> None:
     server = ScriptedServer()
 
-    def refuse(asked: Any) -> None:
-        asked.link.go_away("draining", 100)
-        asked.fail(Code.UNAVAILABLE, {"retry_after_ms": 100})
+    def refuse(request: Any) -> None:
+        request.link.go_away("draining", 100)
+        request.fail(Code.UNAVAILABLE, {"retry_after_ms": 100})
 
     server.script("echo", refuse)
     async with client_of(server) as client:
@@ -355,14 +355,14 @@ async def test_a_lost_call_with_an_idempotency_key_goes_again_on_a_new_connectio
     server.script("echo", cut, cut)
     async with client_of(server) as client:
         assert await client.call("echo", x=1, idempotency_key="order-7") == {"x": 1}
-    assert [asked.meta.idempotency_key for asked in server.calls()] == ["order-7"] * 3
+    assert [request.meta.idempotency_key for request in server.calls()] == ["order-7"] * 3
     assert len(server.links) == 3
 
 
 @scripted
 async def test_a_clean_close_without_goaway_is_a_loss_too() -> None:
     server = ScriptedServer()
-    server.script("echo", lambda asked: asked.link.close_cleanly())
+    server.script("echo", lambda request: request.link.close_cleanly())
     async with client_of(server) as client:
         with pytest.raises(ConnectionClosed) as caught:
             await client.call("echo")
@@ -373,7 +373,7 @@ async def test_a_clean_close_without_goaway_is_a_loss_too() -> None:
 @scripted
 async def test_a_fatal_error_is_a_loss_with_its_code(code: Code) -> None:
     server = ScriptedServer()
-    server.script("echo", lambda asked: asked.link.fatal(code))
+    server.script("echo", lambda request: request.link.fatal(code))
     async with client_of(server) as client:
         with pytest.raises(ConnectionClosed) as caught:
             await client.call("echo")
@@ -430,8 +430,8 @@ async def test_any_other_error_is_told_at_once_with_all_it_says(code: Code) -> N
 async def test_an_answer_that_cannot_be_read_is_told_as_internal_and_harms_no_other_call() -> None:
     server = ScriptedServer()
 
-    def garbage(asked: Any) -> None:
-        asked.link.send(0x01030000, asked.stream, b"\xc1")
+    def garbage(request: Any) -> None:
+        request.link.send(0x01030000, request.stream, b"\xc1")
 
     server.script("echo", garbage)
     async with client_of(server) as client:
@@ -523,7 +523,7 @@ async def test_the_deadline_travels_and_shrinks_with_each_attempt() -> None:
         await client.call("echo", timeout=None)
         await client.call("echo")
         await client.call("echo", timeout=1e300)
-    deadlines = [asked.meta.deadline_ms for asked in server.calls()]
+    deadlines = [request.meta.deadline_ms for request in server.calls()]
     assert deadlines == [10_000, 8_000, None, 30_000, 2**53]
 
 
@@ -598,17 +598,17 @@ async def test_more_calls_than_the_server_takes_at_once_wait_for_their_turn() ->
     async with client_of(server) as client:
         tasks = [asyncio.create_task(client.call("echo", i=i)) for i in range(7)]
         await turns()
-        assert [asked.params["i"] for asked in server.calls()] == [0, 1, 2]
+        assert [request.params["i"] for request in server.calls()] == [0, 1, 2]
         tasks[4].cancel()
         server.calls()[1].respond()
         await turns()
-        assert [asked.params["i"] for asked in server.calls()][3:] == [3]
-        for asked in server.calls():
-            asked.respond()
+        assert [request.params["i"] for request in server.calls()][3:] == [3]
+        for request in server.calls():
+            request.respond()
         await turns()
-        assert [asked.params["i"] for asked in server.calls()][4:] == [5, 6]
-        for asked in server.calls()[4:]:
-            asked.respond()
+        assert [request.params["i"] for request in server.calls()][4:] == [5, 6]
+        for request in server.calls()[4:]:
+            request.respond()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(results.pop(4), asyncio.CancelledError)
         assert results == [None] * 6
@@ -651,4 +651,4 @@ async def test_one_that_waits_and_is_cancelled_when_its_turn_comes_lets_the_next
         await first
         await third
         assert second.cancelled() or second.cancelling()
-        assert [asked.params["i"] for asked in server.calls()] == [0, 2]
+        assert [request.params["i"] for request in server.calls()] == [0, 2]

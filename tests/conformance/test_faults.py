@@ -13,7 +13,7 @@ from tests.conformance.faults import FAULTS, fault_of
 from tests.conformance.faults.__main__ import run_against_faults
 from tests.conformance.faults.mutation import Unmatched, fault
 from tests.conformance.helpers import SCRIPTED
-from zcproto.client.backoff import Backoff
+from zcproto.client.retry import Backoff
 from zcproto.errors import CallError
 from zcproto_conformance.run import FAILED
 
@@ -68,10 +68,10 @@ def test_applied_fault_changes_the_behaviour() -> None:
 
 
 def test_fault_that_does_not_match_the_source_is_reported() -> None:
-    missing = fault("x", ("zcproto.client.backoff:Backoff.next", "no such text", ""))
+    missing = fault("x", ("zcproto.client.retry:Backoff.next", "no such text", ""))
     with pytest.raises(Unmatched, match="no such text"), missing.applied():
         pass
-    ambiguous = fault("x", ("zcproto.client.backoff:Backoff.next", "self", ""))
+    ambiguous = fault("x", ("zcproto.client.retry:Backoff.next", "self", ""))
     with pytest.raises(Unmatched, match="times"), ambiguous.applied():
         pass
 

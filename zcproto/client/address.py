@@ -1,4 +1,4 @@
-"""Where a server is: `host`, `host:port`, `[::1]:7443`."""
+"""Addresses of servers: `host`, `host:port`, `[::1]:7443`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from zcproto.errors import ConfigError
 
 DEFAULT_PORT: Final = 7443
 _NAME_MAX_LENGTH: Final = 253
-"""Of a host name, RFC 1035 section 2.3.4."""
+"""RFC 1035, section 2.3.4."""
 
 _LABEL_ALPHABET: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
 class Address(NamedTuple):
-    """A host name in lower case (an A-label where it is international) or an address, and a port."""
+    """A host and a port. The host is an IP address, or a name in lower case, if international with A-labels."""
 
     host: str
     port: int
@@ -26,12 +26,12 @@ class Address(NamedTuple):
 
     @property
     def is_ip(self) -> bool:
-        """Whether the host is an address and not a name."""
+        """Whether the host is an IP address."""
         return is_ip(self.host)
 
 
 def parse_address(text: str) -> Address:
-    """The address that a text names. Raises ConfigError saying what is wrong with it."""
+    """Parse an address. Raises ConfigError."""
     shown = escape_text(text, 120)
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
@@ -63,14 +63,14 @@ def _host(host: str, shown: str) -> str:
         not name
         or len(name) > _NAME_MAX_LENGTH
         or not all(_LABEL_ALPHABET.issuperset(label) and label for label in labels)
-        or labels[-1].isdigit()  # else "1.2.3" would be resolved as an address that no one meant
+        or labels[-1].isdigit()  # resolvers would accept "1.2.3" as an IP address
     ):
-        raise ConfigError([f"{shown!r}: no host name or address"])
+        raise ConfigError([f"{shown!r}: not a host name or address; write HOST:PORT"])
     return name
 
 
 def is_ip(host: str) -> bool:
-    """Whether a host is an address and not a name."""
+    """Return whether a host is an IP address."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -1,8 +1,10 @@
-"""The client for programs without an event loop: the same names, no `await`.
+"""The client for programs without an event loop: the same methods as Client, without `await`.
 
-Each BlockingClient runs a Client on a loop of its own in a background thread. Its methods may be called from any
-number of threads at once; their calls share the one connection. Ctrl-C during a call cancels that call, on the
-server too, and leaves the client as it is. The thread never keeps a program from ending.
+Rules:
+- Each BlockingClient runs a Client on an event loop in a background thread.
+- Any number of threads may call its methods concurrently; they share one connection.
+- Ctrl-C during a call cancels only that call, on the server too.
+- The thread never prevents a program from exiting.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _UNSET: Final[Any] = object()
 
 
 class BlockingClient:
-    """A client of one server. Make it with `zcproto.connect_blocking`, use it in a `with` statement."""
+    """A client of one server. Create it with `zcproto.connect_blocking` and use it in a `with` statement."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -47,7 +49,7 @@ class BlockingClient:
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
                 runner.run(self._live())
-        except OSError as error:  # no loop: the process has as many open files as it may
+        except OSError as error:  # no event loop: too many open files
             self._running.set_exception(error)
 
     async def _live(self) -> None:
@@ -55,7 +57,7 @@ class BlockingClient:
         await self._stop.wait()
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine on the client's loop and wait for it. Whatever ends the wait ends the work too."""
+        """Run a coroutine on the client's loop and return its result. An interrupt cancels it."""
         with self._lock:
             if self._closed or self._loop is None:
                 work.close()
@@ -66,10 +68,10 @@ class BlockingClient:
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # does nothing to one that is done
+            future.cancel()  # no effect if it is done
             raise
 
-    # --- begin and end ----------------------------------------------------------------------------
+    # --- opening and closing ----------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         self.open()
@@ -84,10 +86,10 @@ class BlockingClient:
         self.close()
 
     def open(self) -> None:
-        """Connect, and open a session if there is a key for one. `with` does it. Raises as `Client.open`."""
+        """Connect like `Client.open`. `with` calls this."""
         with self._lock:
             if self._started:
-                raise RuntimeError("this client was opened before; make a new one")
+                raise RuntimeError("this client was opened before; create a new one")
             self._started = True
             self._thread.start()
             self._loop = self._running.result()
@@ -99,7 +101,7 @@ class BlockingClient:
             raise
 
     def close(self) -> None:
-        """End the session and the connection. Calls that still wait in other threads get ConnectionClosed."""
+        """Close the session and the connection. Pending calls in other threads raise ConnectionClosed."""
         with self._lock:
             if self._closed:
                 return
@@ -114,26 +116,26 @@ class BlockingClient:
             loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
 
-    # --- what there is to know --------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     @property
     def address(self) -> Address:
-        """Where the server is: host and port."""
+        """The host and port of the server."""
         return self._client.address
 
     @property
     def session(self) -> ClientSession | None:
-        """The session, if one is open."""
+        """The open session, or None."""
         return self._client.session
 
     @property
     def welcome(self) -> Mapping[str, Any]:
-        """What the server last said in its WELCOME; empty while there is no connection."""
+        """The server's latest WELCOME; empty without a connection."""
         return self._client.welcome
 
     @property
     def events(self) -> Iterator[Event]:
-        """Events in their order, as an iterator that waits for the next one and ends when the client is closed."""
+        """Yield events in order, waiting for the next one, until the client is closed."""
         while True:
             try:
                 event = self._wait(self._next_event())
@@ -150,7 +152,7 @@ class BlockingClient:
             return None
 
     def open_session(self) -> ClientSession:
-        """As `Client.open_session`."""
+        """Open a session like `Client.open_session`."""
         return self._wait(self._client.open_session())
 
     # --- calls ------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ class BlockingClient:
         traceparent: str | None = None,
         **named: Any,
     ) -> Any:
-        """As `Client.call`."""
+        """Call a method like `Client.call`."""
         named = named if params is None else {**params, **named}
         options = {} if timeout is _UNSET else {"timeout": timeout}
         return self._wait(

@@ -1,4 +1,4 @@
-"""What the server says without being asked, for the application to read."""
+"""Events of the server, queued until the application reads them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ MAX_EVENTS: Final = 1_000
 
 
 class Event(NamedTuple):
-    """One event: its name, and whatever data comes with it."""
+    """The name and the data of one event."""
 
     name: str
     data: Any
 
 
 class EventStream:
-    """Events in their order, as an async iterator that ends when the client is closed.
+    """An async iterator over events in order, which ends when the client is closed.
 
-    At most 1,000 wait to be read; then the oldest make room, and `dropped` counts them.
+    It holds at most 1,000 events; more replace the oldest, which `dropped` counts.
     """
 
     __slots__ = ("_closed", "_events", "_waiters", "dropped")
@@ -31,7 +31,7 @@ class EventStream:
         self.dropped = 0
 
     def put(self, event: Event) -> None:
-        """Add an event; the oldest goes if there are too many."""
+        """Add an event; drop the oldest if there are too many."""
         if len(self._events) >= MAX_EVENTS:
             self._events.popleft()
             self.dropped += 1
@@ -39,7 +39,7 @@ class EventStream:
         self._wake()
 
     def close(self) -> None:
-        """Nothing more comes; what waits can still be read."""
+        """End the stream after the events that are queued."""
         self._closed = True
         while self._waiters:
             self._wake()
@@ -64,6 +64,6 @@ class EventStream:
                 await waiter
             except asyncio.CancelledError:
                 if self._events and waiter.done() and not waiter.cancelled():
-                    self._wake()  # it was woken for an event that another may read now
+                    self._wake()  # pass the event on to the next reader
                 raise
         return self._events.popleft()

@@ -1,9 +1,13 @@
-"""Hosts that were seen with an `sts` policy: until it ends, they are not connected to with verification off.
+"""Hosts that announced an `sts` policy, to which verification stays on until the policy expires.
 
-RFC 6797 for native clients. Rules: learned over verified connections only; `max_age` 0 forgets; a policy with
-`include_subdomains` holds for names below the host; addresses have none. The file is JSON, mode 0600, replaced
-in one step; a lock beside it keeps processes from losing each other's entries. It is bounded: the policies that
-end first make room. One that cannot be read is never taken for empty.
+Decides: which policies are remembered, and whether a connection without verification is allowed (zcp1.md, section
+6.2; RFC 6797 for programs).
+
+Rules:
+- A policy is learned over a verified connection only. `max_age` 0 forgets it. With `include_subdomains` it covers
+  the names below the host. Addresses have no policy.
+- The file is JSON of mode 0600, replaced atomically under a lock. It is limited to MAX_HOSTS; policies that expire
+  first are dropped. An unreadable file is never treated as empty.
 """
 
 from __future__ import annotations
@@ -21,10 +25,10 @@ from zcproto.errors import ConfigError, TlsError
 MAX_HOSTS: Final = 1_000
 MAX_FILE_SIZE: Final = 1_048_576
 MAX_AGE: Final = 10 * 365 * 86_400
-"""Seconds; a longer policy is remembered for so long."""
+"""Maximum of seconds for which a policy is remembered."""
 
 REWRITE_AFTER: Final = 86_400
-"""Seconds. Each connection moves a policy's end; the file is written again when it moves by more than this."""
+"""Minimum of seconds between the stored and the new expiry for a write: every connection extends the policy."""
 
 LOCK_WAIT_S: Final = 10.0
 
@@ -32,14 +36,14 @@ _MS: Final = 1000
 
 
 class Policy(NamedTuple):
-    """Until when (seconds since the Unix epoch) verification is a must, and whether for subdomains too."""
+    """The expiry of a policy in seconds since the Unix epoch, and whether it covers subdomains."""
 
     until: int
     include_subdomains: bool
 
 
 class KnownHosts:
-    """The hosts known, in one file. Its methods read and write the disk."""
+    """The policies in one file. Methods access the disk."""
 
     __slots__ = ("path",)
 
@@ -47,7 +51,7 @@ class KnownHosts:
         self.path = path
 
     def learn(self, host: str, sts: Mapping[str, Any], wall: int) -> None:
-        """Take in the policy that a host sent over a verified connection. Raises OSError, ConfigError."""
+        """Store the policy that a host sent over a verified connection. Raises OSError, ConfigError."""
         if is_ip(host):
             return
         max_age = min(sts["max_age"], MAX_AGE)
@@ -66,7 +70,7 @@ class KnownHosts:
             self._write(hosts)
 
     def _is_known(self, host: str, policy: Policy, max_age: int, wall: int) -> bool:
-        """Whether the file says so already, near enough."""
+        """Return whether the file has this policy with about the same expiry."""
         known = self._read().get(host)
         if known is None:
             return not max_age
@@ -76,13 +80,13 @@ class KnownHosts:
         return near and known.until > wall // _MS and known.include_subdomains == policy.include_subdomains
 
     def require(self, host: str, wall: int) -> None:
-        """Raise TlsError if a policy forbids to connect to a host with verification off."""
+        """Raise TlsError if a policy forbids connecting to a host without verification."""
         if is_ip(host):
             return
         try:
             hosts = self._read()
         except ConfigError as error:
-            raise TlsError("sts_policy", f"verification stays on: {error}") from error
+            raise TlsError("sts_policy", f"verification cannot be off: {error}") from error
         labels = host.split(".")
         for start in range(len(labels)):
             name = ".".join(labels[start:])
@@ -92,12 +96,12 @@ class KnownHosts:
             days = (known.until - wall // _MS) // 86_400 + 1
             raise TlsError(
                 "sts_policy",
-                f"{name} demanded verified connections, for {days} more days; verification cannot be off"
-                f" (remembered in {escape_text(str(self.path))})",
+                f"{name} requires verified connections for {days} more days; remove verify=False"
+                f" (policy stored in {escape_text(str(self.path))})",
             )
 
     def _read(self) -> dict[str, Policy]:
-        """All policies of the file. Raises ConfigError if it is there and is not as we write it."""
+        """Return all policies of the file. Raises ConfigError if it is damaged or unreadable."""
         try:
             with self.path.open("rb") as file:
                 content = file.read(MAX_FILE_SIZE + 1)
@@ -111,11 +115,11 @@ class KnownHosts:
             hosts = json.loads(content)["hosts"]
             return {str(name): _policy(entry) for name, entry in hosts.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._unreadable("its content is damaged") from error
+            raise self._unreadable("cannot be parsed") from error
 
     def _unreadable(self, cause: str) -> ConfigError:
         return ConfigError(
-            [f"{escape_text(str(self.path))}: {cause}; mend it, or remove it to forget its hosts"]
+            [f"{escape_text(str(self.path))}: {cause}; repair it, or delete it to forget its hosts"]
         )
 
     def _write(self, hosts: dict[str, Policy]) -> None:

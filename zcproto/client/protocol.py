@@ -1,11 +1,12 @@
-"""The pump of one client connection: TLS transport <-> conversation <-> waiting calls.
+"""The asyncio side of one client connection: TLS transport <-> conversation <-> pending calls.
 
-    request -> connection.request -> once a turn: connection.data_to_send -> transport.write
-    data -> connection.receive_data -> for each answer: the call that waits for it
+    request -> conversation.request -> once per turn of the loop: conversation.data_to_send -> transport.write
+    data -> conversation.receive_data -> each answer: the pending call
 
-What it decides: which call gets which answer, when a call may be sent (streams, back-pressure), how a timed out or
-cancelled call leaves without disturbing another, keepalive, and what the calls still waiting at the end are
-told. It knows no retries and no sessions.
+Decides: which call gets which answer, when a call may be sent (streams, back-pressure), how a cancelled or expired
+call leaves without affecting others, keepalive, and the error of calls that are pending at the end.
+
+Must not know: retries, sessions.
 """
 
 from __future__ import annotations
@@ -33,51 +34,49 @@ from zcproto.connection.state import State
 from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded, TlsError
 
 SENT_AT_ONCE: Final = 65_536
-"""Bytes of requests gathered in one turn of the loop, beyond which they are written without waiting for its end:
-back-pressure must be felt before more is made."""
+"""Bytes of requests in one turn of the loop that are written before its end, so that back-pressure applies before
+more requests are made."""
 
 REASON_SHOWN: Final = 200
 
 
-class Owner(Protocol):
-    """Whoever uses a connection, and is told what concerns it as a whole."""
+class ConnectionOwner(Protocol):
+    """The user of a connection, notified of what concerns the connection as a whole."""
 
-    def event_received(self, link: ClientProtocol, event: EventReceived) -> None: ...
+    def event_received(self, connection: ClientProtocol, event: EventReceived) -> None: ...
 
-    def link_draining(self, link: ClientProtocol, event: GoAwayReceived) -> None: ...
+    def connection_draining(self, connection: ClientProtocol, event: GoAwayReceived) -> None: ...
 
-    def link_lost(self, link: ClientProtocol, error: ConnectionClosed) -> None: ...
+    def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None: ...
 
 
 class PendingCall(asyncio.Future[Any]):
-    """A request on its way; its result is the answer. It is an entry of the wheel, for its deadline."""
+    """The future answer to a request. The deadline wheel calls it at the request's deadline."""
 
-    __slots__ = ("deadline_tick", "link", "stream")
+    __slots__ = ("connection", "deadline_tick", "stream")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, link: ClientProtocol, stream: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, connection: ClientProtocol, stream: int) -> None:
         super().__init__(loop=loop)
         self.deadline_tick = 0
-        self.link = link
+        self.connection = connection
         self.stream = stream
 
     def handle_deadline(self, now: float) -> None:
-        if self.link.abandon(self) and not self.done():
+        if self.connection.abandon(self) and not self.done():
             self.set_exception(DeadlineExceeded("no answer within the call's timeout"))
 
 
 class ClientProtocol(asyncio.Protocol):
     """One connection to a server.
 
-    `ready` says that a request may be sent now; wait for it with `wait_ready`. `error` is why the connection
-    ended, once it did. `answered` says whether any request was answered here, `proved` whether a device has proved
-    its key here. After the end,
-    `unanswered_not_run` says that what had no answer was certainly not run: the server had said GOAWAY, and
-    then closed in an orderly way.
+    `ready`: a request may be sent now; await `wait_ready` otherwise. `error`: why the connection ended. `answered`:
+    a request was answered here. `proved`: a device has proved its key here. `unanswered_not_run`, after the end:
+    requests without an answer were certainly not run, because the server closed in order after GOAWAY.
     """
 
     __slots__ = (
         "_clock",
-        "_connection",
+        "_conversation",
         "_flush_planned",
         "_loop",
         "_max_streams",
@@ -100,17 +99,17 @@ class ClientProtocol(asyncio.Protocol):
 
     def __init__(
         self,
-        owner: Owner,
+        owner: ConnectionOwner,
         loop: asyncio.AbstractEventLoop,
         wheel: DeadlineWheel,
         clock: Clock,
-        connection: ClientConnection,
+        conversation: ClientConnection,
     ) -> None:
-        self._owner: Owner | None = owner
+        self._owner: ConnectionOwner | None = owner
         self._loop = loop
         self._wheel = wheel
         self._clock = clock
-        self._connection = connection
+        self._conversation = conversation
         self._transport: asyncio.Transport | None = None
         self._pending: dict[int, PendingCall] = {}
         self._ready_waiters: deque[asyncio.Future[None]] | None = None
@@ -129,51 +128,51 @@ class ClientProtocol(asyncio.Protocol):
 
     @property
     def welcome(self) -> Mapping[str, Any]:
-        """What the server said in its WELCOME."""
-        return self._connection.welcome
+        """The server's WELCOME."""
+        return self._conversation.welcome
 
     @property
     def clock_offset_ms(self) -> int:
-        """The server's clock minus ours."""
-        return self._connection.clock_offset_ms
+        """The server's clock minus this client's."""
+        return self._conversation.clock_offset_ms
 
     @property
     def has_session(self) -> bool:
-        """Whether the server is known to have taken a session's token here."""
-        return self._connection.has_session
+        """Whether the server has accepted a session's token here."""
+        return self._conversation.has_session
 
     @property
     def salt(self) -> bytes:
-        """What no other connection has: proofs are made for it."""
-        return self._connection.salt
+        """The connection's unique salt, which a device signs."""
+        return self._conversation.salt
 
     @property
     def leaf(self) -> bytes:
-        """SHA-256 of the certificate (DER) that the server has shown here. Empty once the connection is gone."""
+        """SHA-256 of the server's certificate (DER). Empty after the connection is gone."""
         tls = None if self._transport is None else self._transport.get_extra_info("ssl_object")
         certificate = None if tls is None else tls.getpeercert(binary_form=True)
         return b"" if certificate is None else sha256(certificate).digest()
 
-    # --- the transport's calls --------------------------------------------------------------------
+    # --- called by the transport ------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         pending = self._pending
-        for event in self._connection.receive_data(data, self._clock.wall(), self._wheel.now()):
+        for event in self._conversation.receive_data(data, self._clock.wall(), self._wheel.now()):
             if event.__class__ is ResponseReceived:
                 call = pending.pop(event.stream, None)
                 if call is not None:
                     self._wheel.discard(call)
-                    if not call.done():  # its task may have been cancelled in this very turn
+                    if not call.done():  # its task may have been cancelled in this turn
                         call.set_result(event.value)
                 self.answered = True
             else:
                 self._handle(event)
                 if self.error is not None:
                     return
-        if self._connection.queued_bytes:
+        if self._conversation.queued_bytes:
             self._flush_soon()
         if not self.ready or self._ready_waiters:
             self._update_ready()
@@ -204,7 +203,7 @@ class ClientProtocol(asyncio.Protocol):
         self._paused = False
         self._update_ready()
 
-    # --- what the server says ---------------------------------------------------------------------
+    # --- messages of the server -------------------------------------------------------------------
 
     def _handle(self, event: ClientEvent) -> None:
         if isinstance(event, ErrorReceived):
@@ -221,7 +220,7 @@ class ClientProtocol(asyncio.Protocol):
             self._max_streams = event.settings["max_streams"]
             self._set_deadline()
             self._update_ready()
-            if not self.welcomed.done():  # whoever waited may have gone
+            if not self.welcomed.done():  # the attempt to connect may have been cancelled
                 self.welcomed.set_result(event.settings)
         elif isinstance(event, GoAwayReceived):
             self._go_away(event)
@@ -234,7 +233,7 @@ class ClientProtocol(asyncio.Protocol):
         self.draining, self.ready = True, False
         self._wake_all()
         assert self._owner is not None
-        self._owner.link_draining(self, event)
+        self._owner.connection_draining(self, event)
 
     def _end_with(self, event: ConnectionEnded) -> None:
         self._ended(ConnectionClosed(escape_text(event.reason, REASON_SHOWN), code=event.code))
@@ -251,42 +250,42 @@ class ClientProtocol(asyncio.Protocol):
         meta: Mapping[str, Any] | None,
         deadline: float,
     ) -> PendingCall:
-        """Send a request; await the result for its answer. Call it only while `ready`.
+        """Send a request and return its future answer. Only while `ready`.
 
-        `deadline` is in the loop's time, infinite for none. Raises as `ClientConnection.request`. Whoever stops
-        waiting calls `abandon`.
+        `deadline` is in the loop's time, or infinite. A caller that stops waiting must call `abandon`. Raises like
+        `ClientConnection.request`.
         """
-        connection = self._connection
-        stream = connection.request(method, params, token=token, meta=meta, wall=self._clock.wall())
+        conversation = self._conversation
+        stream = conversation.request(method, params, token=token, meta=meta, wall=self._clock.wall())
         call = PendingCall(self._loop, self, stream)
         self._pending[stream] = call
         self._wheel.set(call, deadline)
-        if connection.in_flight >= self._max_streams:
+        if conversation.in_flight >= self._max_streams:
             self.ready = False
-        if connection.queued_bytes >= SENT_AT_ONCE:
+        if conversation.queued_bytes >= SENT_AT_ONCE:
             self._flush()
         else:
             self._flush_soon()
         return call
 
     def abandon(self, call: PendingCall) -> bool:
-        """Nobody waits for a call's answer any more: tell the server. False if it had its answer already."""
+        """Cancel a call on the server. Return False if it was answered already."""
         self._wheel.discard(call)
         if self._pending.get(call.stream) is not call:
             return False
         del self._pending[call.stream]
-        self._connection.cancel(call.stream, self._clock.wall())
+        self._conversation.cancel(call.stream, self._clock.wall())
         self._flush_soon()
         return True
 
     async def wait_ready(self) -> None:
-        """Return when a request may be sent, or when none can be sent here any more. First come, first served."""
+        """Wait, in order of arrival, until a request may be sent or the connection takes no more requests."""
         was_woken = False
         while not self.ready and not self.draining and self.error is None:
             if self._ready_waiters is None:
                 self._ready_waiters = deque()
             waiter: asyncio.Future[None] = self._loop.create_future()
-            if was_woken:  # somebody else was quicker in this turn: the place in the queue is kept
+            if was_woken:  # another caller was faster in this turn: keep the place in the queue
                 self._ready_waiters.appendleft(waiter)
             else:
                 self._ready_waiters.append(waiter)
@@ -295,13 +294,13 @@ class ClientProtocol(asyncio.Protocol):
                 await waiter
             except asyncio.CancelledError:
                 if waiter.done() and not waiter.cancelled():
-                    self._update_ready()  # it was this one's turn: let the next have it
+                    self._update_ready()  # pass the turn on to the next
                 raise
 
     def _update_ready(self) -> None:
-        connection = self._connection
-        free = self._max_streams - connection.in_flight
-        if self._paused or connection.state is not State.OPEN or free <= 0:
+        conversation = self._conversation
+        free = self._max_streams - conversation.in_flight
+        if self._paused or conversation.state is not State.OPEN or free <= 0:
             return
         self.ready = True
         waiters = self._ready_waiters
@@ -317,10 +316,10 @@ class ClientProtocol(asyncio.Protocol):
             if not waiter.done():
                 waiter.set_result(None)
 
-    # --- bytes out --------------------------------------------------------------------------------
+    # --- sending ----------------------------------------------------------------------------------
 
     def _flush_soon(self) -> None:
-        """Gather what is sent in one turn of the loop into one write."""
+        """Send all frames of this turn of the loop in one write."""
         if not self._flush_planned:
             self._flush_planned = True
             self._loop.call_soon(self._flush_now)
@@ -330,20 +329,20 @@ class ClientProtocol(asyncio.Protocol):
         self._flush()
 
     def _flush(self) -> None:
-        data = self._connection.data_to_send()
+        data = self._conversation.data_to_send()
         if data and self._transport is not None:
             self._transport.write(data)
 
-    # --- time -------------------------------------------------------------------------------------
+    # --- deadlines --------------------------------------------------------------------------------
 
     def _set_deadline(self) -> None:
-        self._wheel.set(self, self._connection.next_deadline())
+        self._wheel.set(self, self._conversation.next_deadline())
 
     def handle_deadline(self, now: float) -> None:
-        for event in self._connection.handle_timeout(self._clock.wall(), now):
+        for event in self._conversation.handle_timeout(self._clock.wall(), now):
             assert isinstance(event, ConnectionEnded)
             self._ended(ConnectionClosed(event.reason))
-            self.abort()  # nobody is there to take leave of
+            self.abort()  # the peer does not answer: do not wait for its close
             return
         self._flush()
         self._set_deadline()
@@ -351,11 +350,11 @@ class ClientProtocol(asyncio.Protocol):
     # --- the end ----------------------------------------------------------------------------------
 
     def session_ended(self, token: bytes) -> None:
-        """A session is over: the limits of a connection without one may hold again."""
-        self._connection.session_ended(token)
+        """Apply the limits of a connection without a session again, if this was its session."""
+        self._conversation.session_ended(token)
 
     def close(self, reason: str) -> None:
-        """Send what is queued and close_notify; calls that still wait get ConnectionClosed."""
+        """Send queued data and close_notify. Pending calls raise ConnectionClosed."""
         self._flush()
         self._ended(ConnectionClosed(reason, clean=True))
         if self._transport is not None:
@@ -367,13 +366,13 @@ class ClientProtocol(asyncio.Protocol):
             self._transport.abort()
 
     def _ended(self, error: ConnectionClosed) -> None:
-        """The conversation is over. The first cause counts."""
+        """End the conversation. Only the first cause is kept."""
         if self.error is not None:
             return
         self.error = error
         self.ready = False
-        if self._connection.state is not State.CLOSED:
-            self._connection.end()
+        if self._conversation.state is not State.CLOSED:
+            self._conversation.end()
         self._wheel.discard(self)
         pending, self._pending = self._pending, {}
         for call in pending.values():
@@ -382,13 +381,13 @@ class ClientProtocol(asyncio.Protocol):
                 call.set_exception(_copy(error))
         if not self.welcomed.done():
             self.welcomed.set_exception(_copy(error))
-            self.welcomed.exception()  # whoever waits is told; if nobody does, that is no fault
+            self.welcomed.exception()  # mark it as retrieved: waiting is optional
         self._wake_all()
         owner, self._owner = self._owner, None
         assert owner is not None
-        owner.link_lost(self, error)
+        owner.connection_ended(self, error)
 
 
 def _copy(error: ConnectionClosed) -> ConnectionClosed:
-    """Each call raises its own: a traceback grows with every raise."""
+    """Return a copy to raise: every raise extends the traceback of an error."""
     return ConnectionClosed(error.reason, clean=error.clean, code=error.code)

@@ -1,26 +1,32 @@
-"""What a client does after an error: the table of the contract's section 7, as data.
+"""Retries: what a client does after an error, as a table (zcp1.md, section 11.1), and how long it waits.
 
-This module decides only; waiting, refreshing and sending again are done by who asks.
+Decides only; the callers wait, refresh and send again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, Final
 
 from zcproto.errors import CallError, Code
 from zcproto.tls.failure import TlsFailure
 
+FIRST_DELAY: Final = 0.1
+MAX_DELAY: Final = 30.0
+MAX_RETRY_AFTER_MS: Final = 3_600_000
+_MS: Final = 1000
+
 
 class Then(Enum):
-    """What comes next."""
+    """The next step after an error."""
 
-    TELL = "tell"  # the application; never again by itself
-    LATER = "later"  # again after `retry_after_ms` with jitter, as often as the call's timeout allows
-    AT_ONCE = "at_once"  # again at once, once
-    RENEW = "renew"  # refresh or open the session, then again, once
-    REOPEN = "reopen"  # open another session, then again, once
-    ATTACH = "attach"  # prove the session's key on this connection, then again, once
+    RAISE = "raise"  # to the application; never retry automatically
+    LATER = "later"  # retry after `retry_after_ms` and jitter, until the call's timeout
+    AT_ONCE = "at_once"  # retry at once, once
+    RENEW = "renew"  # refresh or open the session, then retry once
+    REOPEN = "reopen"  # open another session, then retry once
+    ATTACH = "attach"  # prove the session's key on this connection, then retry once
 
 
 _BY_CODE: Final = {
@@ -30,31 +36,11 @@ _BY_CODE: Final = {
     Code.TOKEN_EXPIRED: Then.RENEW,
 }
 
-MAX_RETRY_AFTER_MS: Final = 3_600_000
-
 SESSION_IS_OVER: Final = frozenset({Code.TOKEN_REVOKED, Code.SESSION_REPLACED})
-"""After one of these a client neither opens a session nor connects again by itself: two clients of one user
-would throw each other out for ever."""
+"""After one of these a client neither opens a session nor reconnects automatically: two clients of one user would
+replace each other's sessions forever."""
 
-
-def what_next(error: CallError) -> Then:
-    """What a client does after a call was answered with an error."""
-    if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:
-        return Then.TELL  # the user has as many sessions as allowed: waiting does not change that
-    if error.code is Code.UNAUTHENTICATED and error.details.get("attach") is True:
-        return Then.ATTACH
-    if error.code is Code.UNAUTHENTICATED and error.details.get("certificate") is True:
-        return Then.REOPEN  # the session belongs to the certificate that was shown before
-    return _BY_CODE.get(error.code, Then.TELL)
-
-
-def retry_after_ms(details: dict[str, Any]) -> int:
-    """The delay that a server asks for; 0 if it does not, or not sensibly. At most an hour."""
-    value = details.get("retry_after_ms")
-    return min(value, MAX_RETRY_AFTER_MS) if value.__class__ is int and value > 0 else 0
-
-
-_PASSING: Final = frozenset(
+_TRANSIENT: Final = frozenset(
     failure.value
     for failure in (
         TlsFailure.HANDSHAKE_TIMEOUT,
@@ -68,6 +54,50 @@ _PASSING: Final = frozenset(
 )
 
 
-def may_pass(failure: str) -> bool:
-    """Whether a TLS failure can go away by itself. A wrong certificate, pin or peer does not: it is told."""
-    return failure in _PASSING
+def what_next(error: CallError) -> Then:
+    """Return the next step after a call got this error."""
+    if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:
+        return Then.RAISE  # the user has the maximum of sessions: waiting does not change that
+    if error.code is Code.UNAUTHENTICATED and error.details.get("attach") is True:
+        return Then.ATTACH
+    if error.code is Code.UNAUTHENTICATED and error.details.get("certificate") is True:
+        return Then.REOPEN  # the session is bound to the previous client certificate
+    return _BY_CODE.get(error.code, Then.RAISE)
+
+
+def is_transient(failure: str) -> bool:
+    """Return whether a TLS failure may go away without a change: not for a wrong certificate, pin or peer."""
+    return failure in _TRANSIENT
+
+
+def retry_after_ms(details: dict[str, Any]) -> int:
+    """Return the delay that a server asks for, at most an hour; 0 if it is missing or invalid."""
+    value = details.get("retry_after_ms")
+    return min(value, MAX_RETRY_AFTER_MS) if value.__class__ is int and value > 0 else 0
+
+
+Random = Callable[[], float]
+"""Returns a number from 0 up to, but not including, 1."""
+
+
+class Backoff:
+    """Exponential backoff: random delays between 0 and a limit that doubles from 100 ms to at most 30 s.
+
+    Full jitter spreads the clients of a restarted server evenly over time.
+    """
+
+    __slots__ = ("_ceiling", "_random")
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._ceiling = FIRST_DELAY
+
+    def next(self, retry_after_ms: int = 0) -> float:
+        """Return the next delay in seconds. The server's `retry_after_ms` is added in full."""
+        delay = retry_after_ms / _MS + self._random() * self._ceiling
+        self._ceiling = min(self._ceiling * 2, MAX_DELAY)
+        return delay
+
+    def reset(self) -> None:
+        """Start at 100 ms again, after a success."""
+        self._ceiling = FIRST_DELAY

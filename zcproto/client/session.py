@@ -1,131 +1,64 @@
-"""A session as its client knows it, and what opens one."""
+"""The client's session: its state, and when it is opened, refreshed and given up.
+
+Decides: when a session is opened or refreshed. One attempt serves all calls that wait. After TOKEN_REVOKED or
+SESSION_REPLACED, or after a refused login, it tries nothing until the application asks for a session again: every
+call raises the same error.
+
+Rules:
+- No call is sent during a refresh: the server revokes the old token when it answers.
+- A refresh token works once. If the answer is lost, the same one is used again for a few seconds, and never later.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from typing import Any, Final, Protocol
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
-from zcproto.client.device import Device
-from zcproto.common.secret import SecretBytes, SecretText
-from zcproto.errors import Code, ConfigError, ProtocolError
-from zcproto.wire.frame import TOKEN_SIZE
-from zcproto.wire.signing import attach_message, open_message
+from zcproto.client.connections import join
+from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey
+from zcproto.client.protocol import ClientProtocol, PendingCall
+from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_after_ms, what_next
+from zcproto.common.clock import Clock
+from zcproto.common.deadlines import DeadlineWheel
+from zcproto.common.secret import SecretBytes
+from zcproto.connection.events import EventReceived
+from zcproto.errors import CallError, Code, ConnectionClosed, ProtocolError, Unauthenticated, ZcprotoError
+from zcproto.wire.frame import NO_TOKEN, TOKEN_SIZE
+
+ANSWER_TIMEOUT: Final = 10.0
+"""Seconds for the answer to a session method."""
+
+CLOSE_TIMEOUT: Final = 2.0
+"""Seconds for the answer to `session.close`."""
+
+REFRESH_GRACE: Final = 5.0
+"""Seconds during which a refresh token may be used again after a lost answer: half the server's default grace."""
+
+MAX_LOST: Final = 3
+"""Maximum of lost answers to `session.open` in a row: each may leave a session that counts towards the limit."""
+
+MIN_REFRESH_INTERVAL: Final = 1.0
+"""Minimum of seconds between attempts to refresh before the expiry."""
+
+REFRESH_AT: Final = 0.8
+"""The fraction of a session's lifetime after which it is refreshed."""
 
 _MS: Final = 1000
-REFRESH_AT: Final = 0.8
-"""The part of a session's life after which it is refreshed ahead of its end."""
 
-_FOREVER: Final = float("inf")
-
-
-class Channel(Protocol):
-    """A connection, as what ties a proof to it."""
-
-    @property
-    def salt(self) -> bytes: ...
-
-    @property
-    def leaf(self) -> bytes: ...
-
-
-class Credentials(Protocol):
-    """What a client shows to open a session."""
-
-    def params(self, channel: Channel) -> dict[str, Any]:
-        """The params of `session.open` on this connection, but for `client`."""
-        ...
-
-
-class ApiKey:
-    """A user's name and key. The key is in no repr."""
-
-    __slots__ = ("_key", "user")
-
-    def __init__(self, user: str, key: str) -> None:
-        self.user = user
-        self._key = SecretText(key)
-
-    def __repr__(self) -> str:
-        return f"ApiKey(user={self.user!r})"
-
-    def params(self, channel: Channel) -> dict[str, Any]:
-        return {"scheme": "api_key", "user": self.user, "key": self._key}
-
-
-class Certificate:
-    """The client certificate that each connection shows. `user` is whom it must name, if that is to be checked."""
-
-    __slots__ = ("user",)
-
-    def __init__(self, user: str | None = None) -> None:
-        self.user = user
-
-    def __repr__(self) -> str:
-        return f"Certificate(user={self.user!r})"
-
-    def params(self, channel: Channel) -> dict[str, Any]:
-        return {"scheme": "tls"} if self.user is None else {"scheme": "tls", "user": self.user}
-
-
-class DeviceKey:
-    """A device that was enrolled under a name: it signs for each connection."""
-
-    __slots__ = ("_device", "name")
-
-    def __init__(self, device: Device, name: str) -> None:
-        self._device = device
-        self.name = name
-
-    def __repr__(self) -> str:
-        return f"DeviceKey(name={self.name!r})"
-
-    def params(self, channel: Channel) -> dict[str, Any]:
-        signature = self._device.sign(open_message(channel.salt, channel.leaf, self.name))
-        return {"scheme": "ed25519", "device": self.name, "signature": signature}
-
-    def attach_params(self, channel: Channel, token: bytes) -> dict[str, Any]:
-        """The params of `session.attach`."""
-        return {"signature": self._device.sign(attach_message(channel.salt, channel.leaf, token))}
-
-
-def choose_credentials(
-    user: str | None,
-    key: str | None,
-    *,
-    has_certificate: bool,
-    device: Device | None = None,
-    device_name: str | None = None,
-) -> Credentials | None:
-    """What opens sessions: the device, the key, or without them the certificate; None if there is none of them.
-
-    Raises ConfigError for a user without any, for a key without its user, and for a device that is not alone or has
-    no name.
-    """
-    if device is not None and device_name is not None:
-        if user is not None or key is not None:
-            raise ConfigError(["device: it says whose sessions it opens; leave out user and key"])
-        return DeviceKey(device, device_name)
-    if device is not None:
-        raise ConfigError(["device: give device_name, the name under which it was enrolled, too"])
-    if device_name is not None:
-        raise ConfigError(["device_name: give the device, or the file of its key, too"])
-    if key is not None and user is not None:
-        return ApiKey(user, key)
-    if key is not None:
-        raise ConfigError(["key: give its user, too"])
-    if has_certificate:
-        return Certificate(user)
-    if user is not None:
-        raise ConfigError(["user: give its key, or a certificate"])
-    return None
+_NEVER: Final = float("inf")
+_ENDED_BY_REFUSAL: Final = SESSION_IS_OVER | {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED}
+_MAYBE_RUN: Final = frozenset({Code.DEADLINE_EXCEEDED, Code.CANCELLED, Code.INTERNAL, Code.UNKNOWN})
 
 
 class ClientSession:
     """An open session.
 
     `id` is public; `expires_at` and `refresh_expires_at` are milliseconds since the Unix epoch by the server's
-    clock; `idle_timeout_ms` is 0 if the session does not end for not being used. The times below are in
-    monotonic seconds of this client.
+    clock; `idle_timeout_ms` is 0 without an idle timeout. `valid_until` and `refresh_at` are monotonic seconds of
+    this client.
     """
 
     __slots__ = (
@@ -136,23 +69,23 @@ class ClientSession:
         "_token",
         "bound",
         "expires_at",
-        "good_until",
         "id",
         "idle_timeout_ms",
         "refresh_at",
         "refresh_expires_at",
         "user",
+        "valid_until",
     )
 
     def __init__(self, result: Any, *, server_wall: int, now: float, jitter: float) -> None:
-        """From the result of `session.open` or `session.refresh`. `jitter` is from 0 to 1.
+        """Parse the result of `session.open` or `session.refresh` (zcp1.md, section 9.3). `jitter` is from 0 to 1.
 
-        Raises ProtocolError if the result is not as the contract says.
+        Raises ProtocolError if the result is invalid.
         """
-        fields = _check_opened(result)
+        fields = _check_result(result)
         self._token = SecretBytes(fields["token"])
-        spare = fields["refresh_token"]
-        self._refresh_token = None if spare is None else SecretBytes(spare)
+        refresh_token = fields["refresh_token"]
+        self._refresh_token = None if refresh_token is None else SecretBytes(refresh_token)
         self.id: str = fields["id"]
         self.user: str = fields["user"]
         self.expires_at: int = fields["expires_at"]
@@ -161,9 +94,9 @@ class ClientSession:
         self.bound: bool = fields["bound"]
         life = max(0, self.expires_at - server_wall) / _MS
         self._ends = now + life
-        self._idle_s = self.idle_timeout_ms / _MS if self.idle_timeout_ms else _FOREVER
-        self.good_until = min(self._ends, now + self._idle_s)
-        self._refresh_ends = _FOREVER
+        self._idle_s = self.idle_timeout_ms / _MS if self.idle_timeout_ms else _NEVER
+        self.valid_until = min(self._ends, now + self._idle_s)
+        self._refresh_ends = _NEVER
         if self.refresh_expires_at is not None:
             self._refresh_ends = now + max(0, self.refresh_expires_at - server_wall) / _MS
         self.refresh_at = now + life * (REFRESH_AT + (1 - REFRESH_AT) / 4 * jitter)
@@ -173,7 +106,7 @@ class ClientSession:
 
     @property
     def token(self) -> str:
-        """The token as text: base64url without padding, as HTTP's `Authorization: Bearer` takes it."""
+        """The token for HTTP's `Authorization: Bearer`: base64url without padding."""
         return base64.urlsafe_b64encode(self._token).rstrip(b"=").decode()
 
     @property
@@ -185,22 +118,22 @@ class ClientSession:
         return self._refresh_token
 
     def used(self, now: float) -> None:
-        """The server saw the token just now."""
-        self.good_until = min(self._ends, now + self._idle_s)
+        """Restart the idle timeout, because the token is being sent."""
+        self.valid_until = min(self._ends, now + self._idle_s)
 
     def expire(self) -> None:
-        """The server says that it is over."""
-        self.good_until = self._ends = -_FOREVER
+        """Mark the session as expired, as the server reported."""
+        self.valid_until = self._ends = -_NEVER
 
     def can_refresh(self, now: float) -> bool:
         return self._refresh_token is not None and now < self._refresh_ends
 
     def drop_refresh_token(self) -> None:
-        """It may be spent: used a second time, it would end the whole family of tokens."""
+        """Forget a refresh token that may be spent: a second use would revoke the whole family of tokens."""
         self._refresh_token = None
 
 
-def _check_opened(result: Any) -> dict[str, Any]:
+def _check_result(result: Any) -> dict[str, Any]:
     fields: dict[str, Any] = result if result.__class__ is dict else {}
     token, refresh_token = fields.get("token"), fields.get("refresh_token")
     refresh_expires_at = fields.get("refresh_expires_at")
@@ -215,5 +148,338 @@ def _check_opened(result: Any) -> dict[str, Any]:
         and (refresh_token is None or (refresh_token.__class__ is bytes and len(refresh_token) == TOKEN_SIZE))
         and (refresh_expires_at is None or refresh_expires_at.__class__ is int)
     ):
-        raise ProtocolError(Code.PROTOCOL_ERROR, "the server's answer to session.open is not as it must be")
+        raise ProtocolError(
+            Code.PROTOCOL_ERROR,
+            "the server's answer to session.open or session.refresh is invalid; report it to the operator",
+        )
     return {"refresh_token": None, "refresh_expires_at": None, **fields}
+
+
+class SessionManager:
+    """Manages the session of one client.
+
+    Calls carry `token`, and may be sent until `valid_until` (monotonic seconds); afterwards, await `ensure` first.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        wheel: DeadlineWheel,
+        clock: Clock,
+        get_connection: Callable[[], Awaitable[ClientProtocol]],
+        *,
+        credentials: Credentials | None,
+        client: str,
+        random: Random,
+    ) -> None:
+        self.session: ClientSession | None = None
+        self.token = NO_TOKEN
+        self.valid_until = _NEVER
+        self.deadline_tick = 0
+        self._loop = loop
+        self._wheel = wheel
+        self._clock = clock
+        self._get_connection = get_connection
+        self._credentials = credentials
+        self._device = credentials if isinstance(credentials, DeviceKey) else None
+        self._client = client
+        self._random = random
+        self._is_required = False
+        self._unauthenticated_token = NO_TOKEN  # got UNAUTHENTICATED
+        self._over: CallError | None = None
+        self._renewing: asyncio.Task[None] | None = None
+        self._attaching: tuple[bytes, PendingCall] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the server revoked or refused the session: only the application may open another one."""
+        return self._over is not None
+
+    def require(self) -> None:
+        """Require a session for calls from now on. Forget a revoked, refused or unauthenticated one.
+
+        Raises Unauthenticated without credentials.
+        """
+        if self._credentials is None:
+            raise Unauthenticated(
+                "this client has no credentials to open a session; give connect() a key, a device or a certificate"
+            )
+        self._is_required = True
+        self._over = None
+        if self.session is not None and self.token == self._unauthenticated_token:
+            self.session = None
+            self.token = NO_TOKEN
+        self._update_validity()
+
+    async def ensure(self) -> None:
+        """Wait until calls may be sent: with a valid session, or without one if none is required.
+
+        Raises the error that ended the session or prevented opening one.
+        """
+        while True:
+            if self._over is not None:
+                raise type(self._over)(self._over.message, self._over.details)
+            if self._renewing is None:
+                if self._loop.time() < self.valid_until:
+                    return
+                self._start(must=True)
+            assert self._renewing is not None
+            await join(self._renewing)
+
+    def used(self, now: float) -> None:
+        """Note that a call with the token is being sent."""
+        session = self.session
+        if session is not None and session.idle_timeout_ms:
+            session.used(now)
+            self.valid_until = session.valid_until
+
+    def expired(self, token: bytes) -> None:
+        """Handle TOKEN_EXPIRED for a token."""
+        if token == self.token and self.session is not None:
+            self.session.expire()
+            self._update_validity()
+
+    def reopen(self, token: bytes) -> bool:
+        """Discard a token that is bound to another certificate. Return False if this client has no certificate."""
+        if not isinstance(self._credentials, CertificateLogin):
+            return False
+        if token == self.token:
+            self._drop_refresh_token()
+            self.expired(token)
+        return True
+
+    def unauthenticated(self, token: bytes) -> None:
+        """Handle UNAUTHENTICATED for a token: keep sending it until the application asks for a session again."""
+        self._unauthenticated_token = token
+
+    def ended(self, token: bytes, error: CallError) -> None:
+        """Handle TOKEN_REVOKED or SESSION_REPLACED for a token."""
+        if token == self.token:
+            self._give_up(error)
+
+    def _give_up(self, error: CallError) -> None:
+        self._over = error
+        self.session = None
+        self.token = NO_TOKEN
+        self._wheel.discard(self)
+        self._update_validity()
+
+    def _update_validity(self) -> None:
+        if self._over is not None or self._renewing is not None:
+            self.valid_until = -_NEVER
+        elif self.session is not None:
+            self.valid_until = self.session.valid_until
+        else:
+            self.valid_until = -_NEVER if self._is_required else _NEVER
+
+    # --- new connections and events ---------------------------------------------------------------
+
+    def present(self, connection: ClientProtocol) -> None:
+        """Present the token on a new connection, which then receives the session's events.
+
+        For a bound session, prove the device's key. This small request precedes larger ones, which the server
+        refuses on a connection without a session.
+        """
+        if self._renewing is None:
+            self._present(connection)
+
+    def _present(self, connection: ClientProtocol) -> None:
+        if self.session is None or not connection.ready:
+            return
+        token = self.token
+        if self.session.bound and self._device is not None and not connection.proved:
+            call = self._attach(connection, self._device)
+        else:
+            call = connection.request("session.info", None, token, None, self._loop.time() + ANSWER_TIMEOUT)
+
+        def presented(call: asyncio.Future[Any]) -> None:
+            error = None if call.cancelled() else call.exception()
+            if isinstance(error, CallError):
+                self._refused(token, error)
+
+        call.add_done_callback(presented)
+
+    def _attach(self, connection: ClientProtocol, device: DeviceKey) -> PendingCall:
+        """Prove the device's key on a connection. Concurrent callers share one request."""
+        token = self.token
+        if self._attaching is not None:
+            attached, call = self._attaching
+            if attached == token and call.connection is connection and not call.done():
+                return call
+        params = device.attach_params(connection, token)
+        call = connection.request("session.attach", params, token, None, self._loop.time() + ANSWER_TIMEOUT)
+        self._attaching = token, call
+
+        def proved(call: asyncio.Future[Any]) -> None:
+            if not call.cancelled() and call.exception() is None:
+                connection.proved = True
+
+        call.add_done_callback(proved)
+        return call
+
+    async def attach(self, connection: ClientProtocol, token: bytes) -> bool:
+        """Prove the key of a token on a connection, if both are still in use. Return False without a device.
+
+        Raises the server's error, or DeadlineExceeded.
+        """
+        if self._device is None:
+            return False
+        if token == self.token and connection.ready:
+            connection.proved = False
+            call = self._attach(connection, self._device)
+            await asyncio.wait([call])  # shared: cancelling one caller does not cancel it
+            error = call.exception()
+            if isinstance(error, CallError):
+                raise type(error)(error.message, error.details)
+        return True
+
+    def _refused(self, token: bytes, error: CallError) -> None:
+        if what_next(error) is Then.REOPEN:
+            self.reopen(token)
+        elif error.code is Code.UNAUTHENTICATED:
+            self.unauthenticated(token)
+        elif error.code is Code.TOKEN_EXPIRED:
+            self.expired(token)
+        elif error.code in SESSION_IS_OVER:
+            self.ended(token, error)
+
+    def event_received(self, event: EventReceived, connection: ClientProtocol | None) -> None:
+        """React to an event about the session."""
+        if event.token != self.token or self.session is None:
+            return
+        if event.name == "session.revoked" and connection is not None:
+            self.present(connection)  # the answer distinguishes TOKEN_REVOKED from SESSION_REPLACED
+        elif event.name == "session.expiring":
+            self._refresh_early()
+
+    # --- opening and refreshing -------------------------------------------------------------------
+
+    def handle_deadline(self, now: float) -> None:
+        self._refresh_early()
+
+    def _refresh_early(self) -> None:
+        session = self.session
+        if session is not None and self._renewing is None and session.can_refresh(self._loop.time()):
+            self._start(must=False)
+
+    def _start(self, *, must: bool) -> None:
+        self._renewing = self._loop.create_task(self._renew(must))
+        self._renewing.add_done_callback(self._renewed)
+        self._update_validity()
+
+    def _renewed(self, task: asyncio.Task[None]) -> None:
+        self._renewing = None
+        self._update_validity()
+        if not task.cancelled():
+            task.exception()  # mark it as retrieved: without a waiter the next call retries and raises it
+
+    async def _renew(self, must: bool) -> None:
+        """Get a new token. Unless it `must`, because the old one is still valid, give up at the first error."""
+        backoff = Backoff(self._random)
+        stale_retried = attach_tried = False
+        lost = 0
+        while True:
+            connection = await self._get_connection()
+            await connection.wait_ready()
+            if not connection.ready:
+                continue
+            method, params = self._next_request(connection)
+            sent_at = self._loop.time()
+            try:
+                result = await _answer(
+                    connection.request(method, params, NO_TOKEN, None, sent_at + ANSWER_TIMEOUT)
+                )
+            except ConnectionClosed:
+                lost += 1
+                if lost > MAX_LOST:
+                    raise
+                must = must or method == "session.refresh"  # the old token may be dead by now
+                if self._loop.time() - sent_at > REFRESH_GRACE:
+                    self._drop_refresh_token()
+            except CallError as error:
+                then = what_next(error)
+                if then is Then.LATER and must:
+                    await asyncio.sleep(backoff.next(retry_after_ms(error.details)))
+                elif then is Then.AT_ONCE and not stale_retried:
+                    stale_retried = True
+                elif then is Then.ATTACH and not attach_tried:
+                    attach_tried = True
+                    with contextlib.suppress(CallError):  # the next attempt gets the same error
+                        await self.attach(connection, self.token)
+                elif method == "session.refresh" and self._opens_instead(error):
+                    must = True
+                elif not must and error.code not in SESSION_IS_OVER:
+                    self._wheel.set(self, self._next_refresh())
+                    return
+                else:
+                    if error.code in _ENDED_BY_REFUSAL:
+                        self._give_up(error)
+                    raise
+            else:
+                self._adopt(result, connection)
+                if self._device is not None and method == "session.open":
+                    connection.proved = True
+                elif self._device is not None and not connection.proved:
+                    self._present(connection)
+                return
+
+    def _next_request(self, connection: ClientProtocol) -> tuple[str, dict[str, Any]]:
+        session = self.session
+        if session is not None and session.can_refresh(self._loop.time()):
+            return "session.refresh", {"refresh_token": session.refresh_token_bytes, "client": self._client}
+        assert self._credentials is not None  # checked by `require`
+        return "session.open", {**self._credentials.params(connection), "client": self._client}
+
+    def _opens_instead(self, error: CallError) -> bool:
+        """Return whether to open a session, because the refresh token has expired, may be spent, or is bound to the
+        previous certificate."""
+        is_rebound = what_next(error) is Then.REOPEN and isinstance(self._credentials, CertificateLogin)
+        if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN and not is_rebound:
+            return False
+        self._drop_refresh_token()
+        return True
+
+    def _drop_refresh_token(self) -> None:
+        if self.session is not None:
+            self.session.drop_refresh_token()
+
+    def _next_refresh(self) -> float:
+        """Return when to retry an early refresh: after a quarter to a half of the remaining time."""
+        now = self._loop.time()
+        left = self.session.valid_until - now if self.session is not None else 0.0
+        return now + max(left * (0.25 + self._random() / 4), MIN_REFRESH_INTERVAL)
+
+    def _adopt(self, result: Any, connection: ClientProtocol) -> None:
+        now = self._loop.time()
+        server_wall = self._clock.wall() + connection.clock_offset_ms
+        session = ClientSession(result, server_wall=server_wall, now=now, jitter=self._random())
+        connection.session_ended(self.token)
+        self.session = session
+        self.token = session.token_bytes
+        self._wheel.set(self, session.refresh_at if session.can_refresh(now) else _NEVER)
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    async def close(self, connection: ClientProtocol | None) -> None:
+        """End the session on the server if it is connected, because a user's sessions are limited."""
+        renewing, token = self._renewing, self.token
+        if renewing is not None:
+            renewing.cancel()
+            await asyncio.wait([renewing])
+        self._wheel.discard(self)
+        if self.session is None or connection is None or not connection.ready:
+            return
+        self.session = None
+        call = connection.request("session.close", None, token, None, self._loop.time() + CLOSE_TIMEOUT)
+        try:
+            await _answer(call)
+        except ZcprotoError:
+            return  # the session will expire on the server
+
+
+async def _answer(call: PendingCall) -> Any:
+    try:
+        return await call
+    except asyncio.CancelledError:
+        call.connection.abandon(call)
+        raise

@@ -45,5 +45,26 @@ class SystemClock:
     now = staticmethod(time.monotonic)
 
 
+class MonotonicClock:
+    """A clock whose wall time is read once, at its creation, and then advances with monotonic time.
+
+    Setting the machine's clock does not change the timestamps of a running client, which corrects its offset from
+    the server's clock with every WELCOME.
+    """
+
+    __slots__ = ("_clock", "_start_now", "_start_wall")
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._start_wall = clock.wall()
+        self._start_now = clock.now()
+
+    def wall(self) -> int:
+        return self._start_wall + int((self._clock.now() - self._start_now) * MS_PER_SECOND)
+
+    def now(self) -> float:
+        return self._clock.now()
+
+
 system_clock = SystemClock()
 system_entropy: Entropy = os.urandom

@@ -17,7 +17,8 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from zcproto.client.client import Client, default_client
-from zcproto.client.device import Device
+from zcproto.client.connect import connect
+from zcproto.client.credentials import Device
 from zcproto.errors import (
     CallError,
     CannotConnect,
@@ -81,7 +82,7 @@ class Conform:
         for name in ("timeout", "connect_timeout"):
             if f"{name}_ms" in step:
                 options[name] = step[f"{name}_ms"] / _MS
-        client = Client(step["address"], **options)
+        client = connect(step["address"], **options)
         self.clients[step["client"]] = client  # before it is open, so that `close` always finds it
         await client.open()
         return {"session": None if client.session is None else client.session.id}
@@ -119,8 +120,8 @@ class Conform:
         return {"session": (await self.clients[step["client"]].open_session()).id}
 
     async def cut(self, step: Mapping[str, Any]) -> Any:
-        link = self.clients[step["client"]]._links.link
-        transport = None if link is None else link._transport
+        connection = self.clients[step["client"]]._connections.current
+        transport = None if connection is None else connection._transport
         if isinstance(transport, TlsTransport):
             transport._raw.abort()  # below TLS, like a network failure
 

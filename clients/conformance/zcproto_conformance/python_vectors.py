@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from zcproto.client.device import Device
+from zcproto.client.credentials import Device
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import ClientEvent, ConnectionEnded, ErrorReceived
 from zcproto.connection.state import State

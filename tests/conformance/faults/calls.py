@@ -11,11 +11,11 @@ _AFTER: Final = f"{_CLIENT}._after_error"
 _PUMP: Final = "zcproto.client.protocol:ClientProtocol"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
 _RECEIVE: Final = f"{_CONNECTION}.receive_data"
-_LINKS: Final = "zcproto.client.links:LinkKeeper"
-_KEEPER: Final = "zcproto.client.sessions:SessionKeeper"
-_SESSION: Final = "zcproto.client.session"
+_CONNECTIONS: Final = "zcproto.client.connections:ConnectionManager"
+_MANAGER: Final = "zcproto.client.session:SessionManager"
+_CREDENTIALS: Final = "zcproto.client.credentials"
 _WHAT_NEXT: Final = "zcproto.client.retry:what_next"
-_BY_CODE: Final = "return _BY_CODE.get(error.code, Then.TELL)"
+_BY_CODE: Final = "return _BY_CODE.get(error.code, Then.RAISE)"
 _FROM_WIRE: Final = "zcproto.errors:CallError.from_wire"
 _MESSAGE: Final = "zcproto.wire.message"
 _DECODE: Final = f"{_MESSAGE}:_decode"
@@ -139,7 +139,7 @@ CALLS: Final[dict[str, Fault]] = {
         "does not enforce deadlines",
         (
             "zcproto.client.protocol:PendingCall.handle_deadline",
-            "if self.link.abandon(self) and not self.done():",
+            "if self.connection.abandon(self) and not self.done():",
             "if False:",
         ),
     ),
@@ -176,15 +176,15 @@ CALLS: Final[dict[str, Fault]] = {
     ),
 }
 
-_LOST: Final = "if self._closed or not (link.unanswered_not_run or idempotency_key is not None):"
+_LOST: Final = "if self._closed or not (connection.unanswered_not_run or idempotency_key is not None):"
 
 GOAWAY: Final[dict[str, Fault]] = {
     "goaway-with-calls-in-flight": fault(
         "closes at GOAWAY",
         (
             f"{_PUMP}._go_away",
-            "self._owner.link_draining(self, event)",
-            'self._owner.link_draining(self, event); self.close("a fault")',
+            "self._owner.connection_draining(self, event)",
+            'self._owner.connection_draining(self, event); self.close("a fault")',
         ),
     ),
     "goaway-and-new-calls": fault(
@@ -195,8 +195,8 @@ GOAWAY: Final[dict[str, Fault]] = {
     "goaway-retry-after": fault(
         "reconnects at once after GOAWAY",
         (
-            f"{_LINKS}.link_draining",
-            "self._wait(self._backoff.next(min(event.retry_after_ms, MAX_RETRY_AFTER_MS)))",
+            f"{_CONNECTIONS}.connection_draining",
+            "self._delay(self._backoff.next(min(event.retry_after_ms, MAX_RETRY_AFTER_MS)))",
             "pass",
         ),
     ),
@@ -218,14 +218,14 @@ GOAWAY: Final[dict[str, Fault]] = {
     ),
     "goaway-then-truncated": fault(
         "treats a request that may have run like one that did not",
-        (f"{_CLIENT}.call", _LOST, _LOST.replace("link.unanswered_not_run", "link.draining")),
+        (f"{_CLIENT}.call", _LOST, _LOST.replace("connection.unanswered_not_run", "connection.draining")),
     ),
     "lost-call-without-idempotency-key": fault(
         "retries a lost call", (f"{_CLIENT}.call", _LOST, "if self._closed:")
     ),
     "lost-call-with-idempotency-key": fault(
         "does not retry a lost call with an idempotency key",
-        (f"{_CLIENT}.call", _LOST, "if self._closed or not link.unanswered_not_run:"),
+        (f"{_CLIENT}.call", _LOST, "if self._closed or not connection.unanswered_not_run:"),
     ),
     "reconnect-after-network-failure": fault(
         "treats a truncation as a clean end",
@@ -237,10 +237,10 @@ GOAWAY: Final[dict[str, Fault]] = {
     ),
     "reconnect-backoff": fault(
         "always reconnects at once",
-        ("zcproto.client.backoff:Backoff.next", "self._random() * self._ceiling", "0"),
+        ("zcproto.client.retry:Backoff.next", "self._random() * self._ceiling", "0"),
     ),
-    "unavailable": fault("gives up at UNAVAILABLE", _then("UNAVAILABLE", "TELL")),
-    "resource-exhausted": fault("gives up at RESOURCE_EXHAUSTED", _then("RESOURCE_EXHAUSTED", "TELL")),
+    "unavailable": fault("gives up at UNAVAILABLE", _then("UNAVAILABLE", "RAISE")),
+    "resource-exhausted": fault("gives up at RESOURCE_EXHAUSTED", _then("RESOURCE_EXHAUSTED", "RAISE")),
     "retry-after": fault(
         "ignores retry_after_ms",
         (_AFTER, "attempt.backoff.next(retry_after_ms(error.details))", "attempt.backoff.next()"),
@@ -254,7 +254,7 @@ GOAWAY: Final[dict[str, Fault]] = {
         (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
     ),
     "other-errors-are-not-retried": fault(
-        "retries all errors", (_WHAT_NEXT, "error.code, Then.TELL", "error.code, Then.LATER")
+        "retries all errors", (_WHAT_NEXT, "error.code, Then.RAISE", "error.code, Then.LATER")
     ),
 }
 
@@ -266,15 +266,15 @@ SESSIONS: Final[dict[str, Fault]] = {
     "session-open": fault(
         "does not send its name",
         (
-            f"{_KEEPER}._next_request",
-            'return "session.open", {**self._credentials.params(link), "client": self._client}',
-            'return "session.open", self._credentials.params(link)',
+            f"{_MANAGER}._next_request",
+            'return "session.open", {**self._credentials.params(connection), "client": self._client}',
+            'return "session.open", self._credentials.params(connection)',
         ),
     ),
     "secrets": fault(
         "writes its token to standard error",
         (
-            f"{_KEEPER}._opened",
+            f"{_MANAGER}._adopt",
             "self.session = session\n",
             "self.session = session; print(session.token, file=__import__('sys').stderr, flush=True)\n",
         ),
@@ -290,9 +290,9 @@ SESSIONS: Final[dict[str, Fault]] = {
     "wrong-key": fault(
         "retries a refused key",
         (
-            f"{_KEEPER}._renew",
+            f"{_MANAGER}._renew",
             "if then is Then.LATER and must:",
-            "if then in (Then.LATER, Then.TELL) and must:",
+            "if then in (Then.LATER, Then.RAISE) and must:",
         ),
     ),
     "too-many-sessions": fault(
@@ -300,13 +300,13 @@ SESSIONS: Final[dict[str, Fault]] = {
         (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
     ),
     "unauthenticated": fault("retries after UNAUTHENTICATED", _then("UNAUTHENTICATED", "AT_ONCE")),
-    "expired-token": fault("gives up at TOKEN_EXPIRED", _then("TOKEN_EXPIRED", "TELL")),
+    "expired-token": fault("gives up at TOKEN_EXPIRED", _then("TOKEN_EXPIRED", "RAISE")),
     "refresh-rotation": fault(
         "always uses its first refresh token",
-        (f"{_KEEPER}._next_request", '"refresh_token": session.refresh_token_bytes', _SAME_ONE),
+        (f"{_MANAGER}._next_request", '"refresh_token": session.refresh_token_bytes', _SAME_ONE),
     ),
     "concurrent-calls-share-one-refresh": fault(
-        "refreshes once per call", (f"{_KEEPER}.make_good", "if self._renewing is None:", "if True:")
+        "refreshes once per call", (f"{_MANAGER}.ensure", "if self._renewing is None:", "if True:")
     ),
     "expired-twice": fault(
         "refreshes after each TOKEN_EXPIRED",
@@ -319,7 +319,7 @@ SESSIONS: Final[dict[str, Fault]] = {
     "expired-without-refresh-token": fault(
         "refreshes without a refresh token",
         (
-            f"{_KEEPER}._next_request",
+            f"{_MANAGER}._next_request",
             "if session is not None and session.can_refresh(self._loop.time()):",
             "if session is not None:",
         ),
@@ -327,17 +327,17 @@ SESSIONS: Final[dict[str, Fault]] = {
     "expired-refresh-token": fault(
         "gives up when its refresh token has expired",
         (
-            f"{_KEEPER}._goes_on_without_refresh",
+            f"{_MANAGER}._opens_instead",
             "self._drop_refresh_token()\n        return True",
             "return False",
         ),
     ),
-    "lost-refresh": fault("gives up after a lost refresh", (f"{_KEEPER}._renew", "lost += 1\n", "raise\n")),
+    "lost-refresh": fault("gives up after a lost refresh", (f"{_MANAGER}._renew", "lost += 1\n", "raise\n")),
     "refresh-of-revoked-session": fault(
         "opens a session after a refused refresh",
         (
-            f"{_KEEPER}._goes_on_without_refresh",
-            "if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN and not is_anothers:",
+            f"{_MANAGER}._opens_instead",
+            "if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN and not is_rebound:",
             "if False:",
         ),
     ),
@@ -347,18 +347,18 @@ SESSIONS: Final[dict[str, Fault]] = {
         (f"{_CLIENT}.open", "is_wanted=lambda: not self._sessions.is_over,", "is_wanted=lambda: True,"),
     ),
     "new-session-after-revocation": fault(
-        "never opens a second session", (f"{_KEEPER}.want", "self._over = None", "pass")
+        "never opens a second session", (f"{_MANAGER}.require", "self._over = None", "pass")
     ),
     "session-revoked-event": fault(
         "treats session.revoked like an expiry",
-        (f"{_KEEPER}.event_received", "self.show(link)", "self.expired(event.token)"),
+        (f"{_MANAGER}.event_received", "self.present(connection)", "self.expired(event.token)"),
     ),
     "reconnect-with-token": fault(
         "opens a session on each connection",
         (
-            f"{_KEEPER}.show",
-            "self._show(link)",
-            "self.session = None; self.token = NO_TOKEN; self._set_good()",
+            f"{_MANAGER}.present",
+            "self._present(connection)",
+            "self.session = None; self.token = NO_TOKEN; self._update_validity()",
         ),
     ),
     "reconnect-with-small-frame-first": fault(
@@ -372,7 +372,7 @@ DEVICES: Final[dict[str, Fault]] = {
     "device-opens-session": fault(
         "signs without the salt",
         (
-            f"{_SESSION}:DeviceKey.params",
+            f"{_CREDENTIALS}:DeviceKey.params",
             "open_message(channel.salt, channel.leaf, self.name)",
             "open_message(bytes(8), channel.leaf, self.name)",
         ),
@@ -380,13 +380,13 @@ DEVICES: Final[dict[str, Fault]] = {
     "device-attaches-session": fault(
         "signs without the server's certificate",
         (
-            f"{_SESSION}:DeviceKey.attach_params",
+            f"{_CREDENTIALS}:DeviceKey.attach_params",
             "attach_message(channel.salt, channel.leaf, token)",
             "attach_message(channel.salt, bytes(32), token)",
         ),
     ),
     "attach-on-demand": fault(
-        "gives up when it must attach", (_WHAT_NEXT, "return Then.ATTACH", "return Then.TELL")
+        "gives up when it must attach", (_WHAT_NEXT, "return Then.ATTACH", "return Then.RAISE")
     ),
     "attach-refused-twice": fault(
         "attaches after each refusal",
@@ -399,7 +399,7 @@ DEVICES: Final[dict[str, Fault]] = {
     "attach-without-device-key": fault(
         "retries without attaching",
         (
-            f"{_KEEPER}.attach",
+            f"{_MANAGER}.attach",
             "        if self._device is None:\n            return False",
             "        if self._device is None:\n            return True",
         ),

@@ -72,8 +72,8 @@ TRUST: Final[dict[str, Fault]] = {
     "no-tls": fault(
         "treats a server without TLS like one that is down",
         (
-            "zcproto.client.links:LinkKeeper._connect",
-            "if not (self._had_one and _may_pass(error)):",
+            "zcproto.client.connections:ConnectionManager._connect",
+            "if not (self._was_connected and _may_pass(error)):",
             "if False:",
         ),
     ),
@@ -81,8 +81,8 @@ TRUST: Final[dict[str, Fault]] = {
         "ignores pins without a CA",
         (
             "zcproto.client.dial:Trust.__init__",
-            "system_store or not (ca_file or self.pins)",
-            "system_store or not ca_file",
+            "options.system_store or not (self.ca_file or self.pins)",
+            "options.system_store or not self.ca_file",
         ),
     ),
     "wrong-pin": fault("ignores pins", (_JUDGE, "if not connector.pins:", "if True:")),
@@ -112,8 +112,8 @@ TRUST: Final[dict[str, Fault]] = {
         "trusts the pins that a server announces",
         (
             "zcproto.client.client:Client._event_received",
-            "seen = Event(event.name, event.data)",
-            "seen = Event(event.name, event.data); self._dial._trust.pins |= frozenset(event.data['pins'])",
+            "received = Event(event.name, event.data)",
+            "received = Event(event.name, event.data); self._dial._trust.pins |= frozenset(event.data['pins'])",
         ),
     ),
     "key-rollover-with-next-pin": fault(

@@ -18,8 +18,8 @@ from tests.client.helpers import (
     silence,
     turns,
 )
-from zcproto.client.dial import _shares
-from zcproto.client.links import QUIET_REASONS
+from zcproto.client.connections import IDLE_REASONS
+from zcproto.client.dial import _resources
 from zcproto.errors import (
     CannotConnect,
     Code,
@@ -91,8 +91,8 @@ async def test_it_comes_back_by_itself_and_shows_its_token_for_no_new_session() 
         await asyncio.sleep(1)
         assert len(server.links) == 2
         assert server.methods == ["session.open", "session.info"]
-        assert server.asked[1].token == server.asked[0].link.server.calls("session.info")[0].token
-        assert server.asked[1].token == bytes([1]) * 32
+        assert server.requests[1].token == server.requests[0].link.server.calls("session.info")[0].token
+        assert server.requests[1].token == bytes([1]) * 32
         assert client.session is not None
         assert client.session.id == "session-1"
 
@@ -232,7 +232,7 @@ async def test_an_absurd_delay_of_goaway_is_an_hour() -> None:
         assert server.dialled[1] - start == pytest.approx(3_600, abs=1)
 
 
-@pytest.mark.parametrize("reason", sorted(QUIET_REASONS))
+@pytest.mark.parametrize("reason", sorted(IDLE_REASONS))
 @scripted
 async def test_after_a_close_for_idleness_it_comes_back_with_the_next_call_and_at_once(reason: str) -> None:
     server = ScriptedServer()
@@ -427,7 +427,7 @@ async def test_whoever_does_not_wait_for_the_close_leaves_nothing_open() -> None
             await client.close()
     await turns(1)
     assert [link.gone for link in server.links] == [True, True]
-    assert _shares == {}
+    assert _resources == {}
 
 
 @scripted
@@ -469,4 +469,4 @@ async def test_a_closed_client_makes_no_connection_any_more() -> None:
     client = await client_of(server)
     await client.close()
     with pytest.raises(ConnectionClosed, match="closed"):
-        await client._links.get()
+        await client._connections.get()

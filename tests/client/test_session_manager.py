@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.client.helpers import (
-    Asked,
+    ReceivedRequest,
     ScriptedServer,
     client_of,
     cut,
@@ -22,9 +22,9 @@ from tests.client.helpers import (
     turns,
 )
 from tests.helpers import WALL
-from zcproto.client.client import Client
+from zcproto.client.connect import connect
 from zcproto.client.events import Event
-from zcproto.client.sessions import MAX_LOST
+from zcproto.client.session import MAX_LOST
 from zcproto.errors import (
     CallError,
     Code,
@@ -83,7 +83,7 @@ async def test_without_a_key_there_is_no_session_and_calls_carry_no_token() -> N
         with pytest.raises(Unauthenticated):
             await client.open_session()
     assert server.methods == ["server.info"]
-    assert server.asked[0].token == NO_TOKEN
+    assert server.requests[0].token == NO_TOKEN
 
 
 @scripted
@@ -112,13 +112,13 @@ async def test_opening_is_tried_again_while_the_server_is_busy() -> None:
 async def test_opening_follows_the_servers_clock_once() -> None:
     server = ScriptedServer()
     server.script("session.open", fail(Code.STALE_TIMESTAMP, server_time=WALL), ok({}))
-    with pytest.raises(ProtocolError, match="not as it must be"):
+    with pytest.raises(ProtocolError, match="is invalid"):
         await client_of(server)
     server = ScriptedServer()
     server.script("session.open", *[fail(Code.STALE_TIMESTAMP)] * 2)
     with pytest.raises(CallError):
         await client_of(server)
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
 
 
 @scripted
@@ -133,7 +133,7 @@ async def test_an_opening_whose_answer_is_lost_is_repeated_a_few_times_only() ->
 @scripted
 async def test_an_opening_that_takes_long_and_is_lost_is_repeated_too() -> None:
     server = ScriptedServer()
-    server.script("session.open", lambda asked: asyncio.get_running_loop().call_later(6, asked.link.cut))
+    server.script("session.open", lambda request: asyncio.get_running_loop().call_later(6, request.link.cut))
     async with client_of(server) as client:
         assert client.session is not None
     assert server.methods == ["session.open", "session.open", "session.close"]
@@ -148,7 +148,7 @@ async def test_all_calls_wait_for_one_opening() -> None:
         calls = [asyncio.create_task(client.call("echo", i=i)) for i in range(10)]
         await turns()
         assert server.methods == ["session.open"]
-        server.asked[0].respond(server.opened())
+        server.requests[0].respond(server.opened())
         await opening
         await asyncio.gather(*calls)
         assert server.methods == ["session.open", *["echo"] * 10]
@@ -165,7 +165,7 @@ async def test_one_who_stops_waiting_does_not_stop_the_opening_of_the_others() -
         await turns()
         first.cancel()
         await turns()
-        server.asked[0].respond(server.opened())
+        server.requests[0].respond(server.opened())
         assert await second == {"x": 1}
         assert server.link.cancelled == []
 
@@ -195,9 +195,9 @@ async def test_an_answer_that_is_no_session_is_told(wrong: dict[str, Any]) -> No
 
 def test_user_and_key_go_together() -> None:
     with pytest.raises(ConfigError):
-        Client("localhost", user="ada")
+        connect("localhost", user="ada")
     with pytest.raises(ConfigError):
-        Client("localhost", key="secret")
+        connect("localhost", key="secret")
 
 
 # --- refreshing ahead --------------------------------------------------------------------------------
@@ -254,11 +254,11 @@ async def test_no_call_is_sent_while_a_refresh_is_on_its_way_and_none_fails() ->
         assert server.calls() == []
         refresh.respond(server.opened())
         assert len(await asyncio.gather(*calls)) == 5
-        assert {asked.token for asked in server.calls()} == {token(2)}
+        assert {request.token for request in server.calls()} == {token(2)}
 
 
 @scripted
-async def test_a_refresh_ahead_that_is_refused_for_now_harms_no_call_and_is_tried_again() -> None:
+async def test_a_refresh_early_that_is_refused_for_now_harms_no_call_and_is_tried_again() -> None:
     server = ScriptedServer()
     server.session = short()
     server.script("session.refresh", fail(Code.UNAVAILABLE, retry_after_ms=100))
@@ -336,8 +336,8 @@ async def test_a_refresh_token_that_may_be_spent_for_long_is_never_used_again() 
     server = ScriptedServer()
     server.session = short()
 
-    def cut_later(asked: Asked) -> None:
-        asyncio.get_running_loop().call_later(6, asked.link.cut)
+    def cut_later(request: ReceivedRequest) -> None:
+        asyncio.get_running_loop().call_later(6, request.link.cut)
 
     server.script("session.refresh", cut_later)
     async with client_of(server) as client:
@@ -456,9 +456,9 @@ async def test_a_refresh_goes_on_over_goaway() -> None:
     server = ScriptedServer()
     server.session = refreshable()
 
-    def leave(asked: Asked) -> None:
-        asked.link.go_away("draining", 0)
-        asked.link.close_cleanly()
+    def leave(request: ReceivedRequest) -> None:
+        request.link.go_away("draining", 0)
+        request.link.close_cleanly()
 
     server.script("echo", fail(Code.TOKEN_EXPIRED))
     server.script("session.refresh", leave)
@@ -522,7 +522,7 @@ async def test_an_answer_for_a_token_of_before_is_no_end_of_the_session() -> Non
         await asyncio.sleep(0.84 * 3_600)
         server.calls()[0].fail(Code.TOKEN_REVOKED)
         assert await call == {"x": 1}
-        assert [asked.token for asked in server.calls()] == [token(1), token(2)]
+        assert [request.token for request in server.calls()] == [token(1), token(2)]
 
 
 # --- events ------------------------------------------------------------------------------------------
@@ -630,7 +630,7 @@ async def test_after_coming_back_a_large_request_waits_until_the_token_was_shown
 async def test_a_large_request_without_a_session_is_refused_here() -> None:
     server = ScriptedServer()
     async with client_of(server, user=None) as client:
-        with pytest.raises(InvalidArgument, match="takes 16384"):
+        with pytest.raises(InvalidArgument, match="at most 16384"):
             await client.call("server.info", x=bytes(20_000))
         assert await client.call("server.info", timeout=None, x=bytes(100)) is None
     assert server.methods == ["server.info"]

@@ -1,0 +1,170 @@
+"""The client's connections: one for new calls, and older ones on which requests are still in flight.
+
+Decides: when to connect and reconnect.
+
+Rules:
+- After a loss, reconnect automatically with growing, jittered delays; after GOAWAY, when the server asked for it;
+  after an idle close, when the next call needs it.
+- After the server has ended the session, do not reconnect until the application asks for a session.
+- Concurrent callers share one attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from zcproto.client.protocol import ClientProtocol
+from zcproto.client.retry import MAX_RETRY_AFTER_MS, Backoff, is_transient
+from zcproto.connection.events import EventReceived, GoAwayReason, GoAwayReceived
+from zcproto.errors import CannotConnect, ConnectionClosed, TlsError, ZcprotoError
+
+IDLE_REASONS: Final = frozenset({GoAwayReason.IDLE, GoAwayReason.NO_SESSION})
+"""The server's reasons to close an unused connection: a new one would be closed again."""
+
+
+class ConnectionManager:
+    """Manages the connections to one server.
+
+    `current` takes new calls; None without a connection. `last_error` is the cause of the last failed attempt.
+    `on_event` is called with the server's events, `on_connected` with each new connection. `is_wanted` returns
+    whether to reconnect before the next call.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        dial: Callable[[ConnectionManager], Awaitable[ClientProtocol]],
+        backoff: Backoff,
+        *,
+        on_event: Callable[[EventReceived], None],
+        on_connected: Callable[[ClientProtocol], None],
+        is_wanted: Callable[[], bool],
+    ) -> None:
+        self.current: ClientProtocol | None = None
+        self.last_error: ZcprotoError | None = None
+        self._loop = loop
+        self._dial = dial
+        self._backoff = backoff
+        self._on_event = on_event
+        self._on_connected = on_connected
+        self._is_wanted = is_wanted
+        self._older: set[ClientProtocol] = set()  # until their TLS close is complete
+        self._connecting: asyncio.Task[None] | None = None
+        self._not_before = 0.0
+        self._was_connected = False
+        self._closed = False
+
+    async def get(self) -> ClientProtocol:
+        """Return the connection for new calls; connect first if necessary, and retry transient failures.
+
+        Raises the error of the very first attempt, and later only permanent ones: TlsError, CertificateError,
+        ConnectionClosed.
+        """
+        while self.current is None:
+            if self._closed:
+                raise ConnectionClosed("this client is closed", clean=True)
+            await join(self._start())
+        return self.current
+
+    def _start(self) -> asyncio.Task[None]:
+        if self._connecting is None:
+            self._connecting = self._loop.create_task(self._connect())
+            self._connecting.add_done_callback(self._connected)
+        return self._connecting
+
+    def _connected(self, task: asyncio.Task[None]) -> None:
+        self._connecting = None
+        if not task.cancelled():
+            task.exception()  # mark it as retrieved: without a waiter the next call connects again and raises it
+
+    async def _connect(self) -> None:
+        while True:
+            delay = self._not_before - self._loop.time()
+            if delay > 0:
+                await asyncio.sleep(delay)
+            try:
+                connection = await self._dial(self)
+                if connection.draining:  # GOAWAY arrived together with WELCOME
+                    raise CannotConnect("the server is going away")
+                if connection.error is not None:
+                    raise connection.error
+            except (ConnectionClosed, TlsError) as error:
+                self.last_error = error
+                if not (self._was_connected and _may_pass(error)):
+                    raise
+                self._delay(self._backoff.next())
+                continue
+            self._was_connected = True
+            self.current = connection
+            self._on_connected(connection)
+            return
+
+    def _delay(self, delay: float) -> None:
+        self._not_before = max(self._not_before, self._loop.time() + delay)
+
+    # --- called by a connection -------------------------------------------------------------------
+
+    def event_received(self, connection: ClientProtocol, event: EventReceived) -> None:
+        # Later in this turn: callers that await an answer of the same read resume first.
+        self._loop.call_soon(self._on_event, event)
+
+    def connection_draining(self, connection: ClientProtocol, event: GoAwayReceived) -> None:
+        if connection is self.current:
+            self.current = None
+            self._older.add(connection)
+        if event.reason in IDLE_REASONS:
+            return
+        if connection.answered:
+            self._backoff.reset()
+        self._delay(self._backoff.next(min(event.retry_after_ms, MAX_RETRY_AFTER_MS)))
+        self._reconnect()
+
+    def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None:
+        self._older.add(connection)
+        connection.gone.add_done_callback(lambda _: self._older.discard(connection))
+        if connection is not self.current:
+            return
+        self.current = None
+        self.last_error = error
+        if connection.answered:
+            self._backoff.reset()
+        self._delay(self._backoff.next())
+        self._reconnect()
+
+    def _reconnect(self) -> None:
+        if self._was_connected and not self._closed and self._is_wanted():
+            self._start()
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Close all connections. Each ends within the time limit of a TLS close."""
+        self._closed = True
+        connections = self._older | ({self.current} if self.current is not None else set())
+        self.current = None
+        for connection in connections:
+            connection.close("closed by this client")
+        leaving: list[asyncio.Future[None]] = [connection.gone for connection in connections]
+        if self._connecting is not None:
+            self._connecting.cancel()
+            leaving.append(self._connecting)
+        try:
+            if leaving:
+                await asyncio.wait(leaving)
+        finally:  # a caller that is cancelled here may stop the loop at once
+            for connection in connections:
+                connection.abort()
+
+
+async def join(task: asyncio.Task[None]) -> None:
+    """Await a task that is shared with other callers: cancelling one of them does not cancel it."""
+    await asyncio.wait([task])
+    if task.cancelled():
+        raise ConnectionClosed("this client is closed", clean=True)
+    task.result()
+
+
+def _may_pass(error: ConnectionClosed | TlsError) -> bool:
+    return not isinstance(error, TlsError) or is_transient(error.failure)

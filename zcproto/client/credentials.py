@@ -1,0 +1,201 @@
+"""Credentials: what opens a session, which is an API key, a client certificate or the key of a device.
+
+Decides: how the file of a device key is created and which one is accepted, and which credentials the options name.
+
+Rules:
+- A device key is Ed25519 in PKCS#8 PEM without a passphrase, in a new file that only its owner can read.
+- Keys are in no repr and no message; a device key signs and never leaves its object.
+
+Must not know: connections, sessions.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from zcproto.common.files import UnusableFileError, new_file, read_file
+from zcproto.common.secret import SecretText
+from zcproto.common.text import escape_text
+from zcproto.errors import CertificateError, ConfigError
+from zcproto.wire.signing import attach_message, open_message
+
+MAX_KEY_FILE: Final = 1 << 16
+
+
+class Device:
+    """The key of a device. Make one with `create`, once, and read it with `load` afterwards.
+
+        device = zcproto.Device.create("laptop.key")
+        await zcproto.enroll("host:7443", code, device, "laptop", ca_file="ca.crt")
+
+    `public_key` is its 32 bytes, by which servers identify it.
+    """
+
+    __slots__ = ("_key", "public_key")
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self.public_key: Final = key.public_key().public_bytes_raw()
+
+    def __repr__(self) -> str:
+        return f"Device(public_key={self.public_key.hex()!r})"
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> Device:
+        """Create a device and a new file of mode 0600 for its key. Raises CertificateError if that fails."""
+        path = Path(path)
+        key = Ed25519PrivateKey.generate()
+        try:
+            with new_file(path) as file:
+                file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        except FileExistsError:
+            raise _unusable(path, "exists already; load it, or name another file") from None
+        except (OSError, ValueError) as error:
+            raise _unusable(path, f"cannot be written: {_reason(error)}; check the path") from error
+        return cls(key)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Device:
+        """Read a device from the file of its key. Raises CertificateError if it cannot be used."""
+        path = Path(path)
+        try:
+            data, _ = read_file(path, MAX_KEY_FILE)
+        except UnusableFileError as error:
+            raise CertificateError(str(error)) from error
+        except (OSError, ValueError) as error:
+            raise _unusable(path, f"cannot be read: {_reason(error)}; check the path") from error
+        try:
+            key = load_pem_private_key(data, None)
+        except TypeError:
+            raise _unusable(path, "is encrypted; use a device key without a passphrase") from None
+        except (ValueError, UnsupportedAlgorithm):
+            raise _unusable(
+                path, "does not contain a private key in PEM; create one with Device.create"
+            ) from None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise _unusable(path, "is not an Ed25519 key; create one with Device.create")
+        return cls(key)
+
+    def sign(self, message: bytes) -> bytes:
+        """Return a signature of 64 bytes (RFC 8032)."""
+        return self._key.sign(message)
+
+
+def _unusable(path: Path, reason: str) -> CertificateError:
+    return CertificateError(f"{escape_text(str(path))}: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+class Channel(Protocol):
+    """The values of a connection that a device signs, so that the signature is valid on that connection only."""
+
+    @property
+    def salt(self) -> bytes: ...
+
+    @property
+    def leaf(self) -> bytes: ...
+
+
+class Credentials(Protocol):
+    """What a client presents to open a session."""
+
+    def params(self, channel: Channel) -> dict[str, Any]:
+        """Return the params of `session.open` for a connection, without `client`."""
+        ...
+
+
+class ApiKey:
+    """The name of a user and the key."""
+
+    __slots__ = ("_key", "user")
+
+    def __init__(self, user: str, key: str) -> None:
+        self.user = user
+        self._key = SecretText(key)
+
+    def __repr__(self) -> str:
+        return f"ApiKey(user={self.user!r})"
+
+    def params(self, channel: Channel) -> dict[str, Any]:
+        return {"scheme": "api_key", "user": self.user, "key": self._key}
+
+
+class CertificateLogin:
+    """The client certificate, which TLS has presented already. The server checks that it names `user`, if given."""
+
+    __slots__ = ("user",)
+
+    def __init__(self, user: str | None = None) -> None:
+        self.user = user
+
+    def __repr__(self) -> str:
+        return f"CertificateLogin(user={self.user!r})"
+
+    def params(self, channel: Channel) -> dict[str, Any]:
+        return {"scheme": "tls"} if self.user is None else {"scheme": "tls", "user": self.user}
+
+
+class DeviceKey:
+    """A device and the name under which it was enrolled. It signs for each connection."""
+
+    __slots__ = ("_device", "name")
+
+    def __init__(self, device: Device, name: str) -> None:
+        self._device = device
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"DeviceKey(name={self.name!r})"
+
+    def params(self, channel: Channel) -> dict[str, Any]:
+        signature = self._device.sign(open_message(channel.salt, channel.leaf, self.name))
+        return {"scheme": "ed25519", "device": self.name, "signature": signature}
+
+    def attach_params(self, channel: Channel, token: bytes) -> dict[str, Any]:
+        """Return the params of `session.attach`."""
+        return {"signature": self._device.sign(attach_message(channel.salt, channel.leaf, token))}
+
+
+def choose_credentials(
+    user: str | None,
+    key: str | None,
+    *,
+    has_certificate: bool,
+    device: Device | None = None,
+    device_name: str | None = None,
+) -> Credentials | None:
+    """Return the credentials that the options name: the device, the key or the certificate. None without any.
+
+    Raises ConfigError for options that are incomplete or contradict each other.
+    """
+    if device is not None and device_name is not None:
+        if user is not None or key is not None:
+            raise ConfigError(["device: it determines the user; remove user and key"])
+        return DeviceKey(device, device_name)
+    if device is not None:
+        raise ConfigError(["device: device_name is missing; give the name under which it was enrolled"])
+    if device_name is not None:
+        raise ConfigError(["device_name: device is missing; give the device or the file of its key"])
+    if key is not None and user is not None:
+        return ApiKey(user, key)
+    if key is not None:
+        raise ConfigError(["key: user is missing; give the name of the key's user"])
+    if has_certificate:
+        return CertificateLogin(user)
+    if user is not None:
+        raise ConfigError(["user: a key or a certificate is missing; give one of them"])
+    return None

@@ -1,0 +1,117 @@
+"""The options of a connection: their names, types and defaults, once for every way to connect."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, ParamSpec, Protocol, TypeVar
+
+from zcproto.client.credentials import Device
+from zcproto.client.events import Event
+from zcproto.tls.context import Passphrase
+
+DEFAULT_TIMEOUT: Final = 30.0
+CONNECT_TIMEOUT: Final = 10.0
+
+Keywords = ParamSpec("Keywords")
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConnectOptions:
+    """The keyword arguments of `zcproto.connect` and `zcproto.connect_blocking`."""
+
+    user: str | None = None
+    """The user whose session is opened. Without `key` the client certificate identifies the user, and must name
+    this one. Without both, only public methods can be called."""
+
+    key: str | None = field(default=None, repr=False)
+    """The user's API key."""
+
+    ca_file: str | Path | None = None
+    """PEM file of the CA to trust. Without it and `pins`, the system's store is used."""
+
+    pins: Iterable[str] | str = ()
+    """Keys to trust: `sha256/BASE64` of the server's public key or `cert-sha256/BASE64`, as a list or as one text
+    separated by commas or white space. List future keys too. Pins are checked in addition to `ca_file` or
+    `system_store`; without those they replace the CA, and only dates and name of the certificate are checked."""
+
+    system_store: bool = False
+    """Trust the CAs of the system."""
+
+    verify: bool = True
+    """False trusts any server. It is refused for hosts that have announced an `sts` policy."""
+
+    server_hostname: str | None = None
+    """The name to verify in the certificate instead of the host's."""
+
+    certificate: str | Path | None = None
+    """PEM file of the client certificate, followed by its intermediate CAs. After a renewal, the next connection
+    reads it again."""
+
+    key_file: str | Path | None = None
+    """The certificate's private key, readable by its owner alone. By default it is in the certificate's file."""
+
+    key_passphrase: Passphrase | None = field(default=None, repr=False)
+    """The passphrase of an encrypted `key_file`, or a function that returns it."""
+
+    device: Device | str | Path | None = None
+    """The device whose key opens the session instead of `user` and `key`, or the file of its key."""
+
+    device_name: str | None = None
+    """The name under which the device was enrolled."""
+
+    session: bool = True
+    """False connects without opening a session; `open_session` opens one later."""
+
+    timeout: float | None = DEFAULT_TIMEOUT
+    """Seconds for a call, including all attempts, unless the call has a timeout of its own; None is unlimited."""
+
+    connect_timeout: float = CONNECT_TIMEOUT
+    """Seconds for one attempt to connect, from the name to the server's WELCOME."""
+
+    client: str | None = None
+    """The product and version that the server lists, by default this package's."""
+
+    on_event: Callable[[Event], object] | None = None
+    """Called with each event of the server. Without it, events are queued in `client.events`."""
+
+    home: str | Path | None = None
+    """The folder that remembers hosts with an `sts` policy: by default ZCPROTO_HOME, or else ~/.zeroclaw."""
+
+    key_log_file: str | Path | None = None
+    """The file to which the TLS secrets of all connections are appended, so that Wireshark can decrypt them.
+    Anyone who can read it can decrypt captured connections. SSLKEYLOGFILE is ignored."""
+
+
+class WithOptions(Protocol[Keywords, Result_co]):
+    """A function of an address, with each option as a keyword argument."""
+
+    def __call__(self, address: str, *args: Keywords.args, **options: Keywords.kwargs) -> Result_co: ...
+
+
+def accept_options(
+    options: Callable[Keywords, ConnectOptions],
+) -> Callable[[Callable[[str, ConnectOptions], Result]], WithOptions[Keywords, Result]]:
+    """Decorate a function of an address and ConnectOptions to accept each option as a keyword argument.
+
+    Type checkers (by `Keywords`) and `help` (by `__signature__`) show every option, although only ConnectOptions
+    lists them.
+    """
+
+    def decorate(function: Callable[[str, ConnectOptions], Result]) -> WithOptions[Keywords, Result]:
+        def with_options(address: str, *args: Keywords.args, **keywords: Keywords.kwargs) -> Result:
+            return function(address, options(*args, **keywords))
+
+        functools.update_wrapper(with_options, function)
+        positional, _ = inspect.signature(function).parameters.values()
+        parameters = [positional, *inspect.signature(options).parameters.values()]
+        signature = inspect.signature(function).replace(parameters=parameters)
+        with_options.__signature__ = signature  # type: ignore[attr-defined]
+        return with_options
+
+    return decorate
