@@ -1,6 +1,6 @@
 """Admin operations of a running server, each defined once: its path in the control API, its parameters, its result.
 
-    zcproto user disable ada -> POST /v1/users/disable {"name": "ada"} -> Method.bind checks -> disable_user("ada")
+    zcproto user disable ada -> POST /v1/users/disable {"name": "ada"} -> Signature.bind -> disable_user("ada")
 
 What this file decides: the operations. docs/control.md describes them. The commands of zcproto/cli run the same
 operations without a server on the files of a home folder, and at a remote server by its protocol methods.
@@ -26,7 +26,7 @@ from zcproto.admin.control import ControlPeer
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import certificate_report, status_report, take_snapshot
 from zcproto.alerts.trial import try_sinks
-from zcproto.app.app import Method
+from zcproto.app.parameters import Signature
 from zcproto.auth import UserFile
 from zcproto.auth.directory import Devices, Users
 from zcproto.certs import managed
@@ -314,11 +314,11 @@ def _digest(text: str) -> bytes:
 
 def _handler(method: str, path: str, run: Run) -> Handler:
     """Return a handler that checks the parameters, runs the operation and logs it if it changes something."""
-    checker = Method(path.replace("/", ".").replace("-", "_"), run)
+    signature = Signature(run)
 
     async def handle(request: HttpRequest) -> HttpResponse:
         try:
-            arguments = checker.bind(_query(request) if method == "GET" else _body(request))
+            arguments = signature.bind(_query(request) if method == "GET" else _body(request))
             if path in _LOGGED_FIRST:
                 _log_change(request, path, arguments)
             result = await run(**arguments)
