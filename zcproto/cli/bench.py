@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from zcproto.cli import home_options
+from zcproto.cli.connect import ca_file
 from zcproto.common.home import Home
 
 OUTPUT = click.Path(path_type=Path, dir_okay=False)
@@ -26,7 +27,7 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
     "--sessions",
     type=click.IntRange(1, 1_000_000),
     metavar="M",
-    help="Sessions; with fewer than connections, the others share them. [default: one a connection]",
+    help="Sessions; fewer than connections are shared. [default: one per connection]",
 )
 @click.option(
     "--rate",
@@ -34,7 +35,7 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
     default=1_000.0,
     show_default=True,
     metavar="R",
-    help="Requests a second, over all connections, whether answers come or not.",
+    help="Requests per second over all connections, sent whether or not answers arrive.",
 )
 @click.option(
     "--duration",
@@ -42,7 +43,7 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
     default=10.0,
     show_default=True,
     metavar="S",
-    help="Seconds of load.",
+    help="The duration of the load in seconds.",
 )
 @click.option(
     "--payload",
@@ -50,7 +51,7 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
     default=64,
     show_default=True,
     metavar="BYTES",
-    help="Random bytes in each request, and in its answer.",
+    help="Random bytes in each request and its answer.",
 )
 @click.option(
     "--pipeline",
@@ -66,7 +67,7 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
     default=500.0,
     show_default=True,
     metavar="A",
-    help="New connections a second.",
+    help="New connections per second.",
 )
 @click.option(
     "--processes",
@@ -74,35 +75,37 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
     default=1,
     show_default=True,
     metavar="P",
-    help="Processes that make the load.",
+    help="Processes that generate the load.",
 )
 @click.option(
     "--keys",
     type=OUTPUT,
     required=True,
     metavar="FILE",
-    help="Users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
+    help="Keys of users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
 )
 @click.option(
     "--operator-key-file",
     type=OUTPUT,
     metavar="FILE",
-    help="Who may read the server's own count; a file as for --keys, of one. [default: the first of --keys]",
+    help="The key of an operator who reads the server's count; a file like --keys. [default: the first of --keys]",
 )
 @click.option(
     "--ca",
     type=OUTPUT,
     metavar="FILE",
-    help="The CA to believe. [default: that of the home folder if it has one, else the system's store]",
+    help="The CA to trust. [default: certs/ca.crt in the home folder if it exists, else the system's store]",
 )
-@click.option("--seed", type=int, default=1, show_default=True, metavar="N", help="Of arrivals and payloads.")
-@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write everything measured.")
+@click.option(
+    "--seed", type=int, default=1, show_default=True, metavar="N", help="The seed of arrivals and payloads."
+)
+@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write all results.")
 @click.option(
     "--hdr",
     "hdr_file",
     type=OUTPUT,
     metavar="FILE",
-    help="Write latencies as an HdrHistogram log; NAME.hgrm: as a percentile distribution.",
+    help="Write latencies as an HdrHistogram log, or as percentiles if FILE ends with .hgrm.",
 )
 @click.option("--plot", type=OUTPUT, metavar="FILE.png", help="Draw latencies, connections and rates.")
 @home_options
@@ -128,9 +131,9 @@ def bench(
 ) -> int:
     """Measure the server at HOST:PORT: connections, an open-loop load, and one last request on each.
 
-    Every answer is compared with what was sent, and the server's own count with ours. Exit code 1 if anything
-    was lost, unequal or unverified. Latencies count from when a request was due, so a slow server cannot hide
-    behind requests that were not made. Its method `echo` is called, which `zcproto serve` has by itself.
+    Every answer is compared with its request, and the server's own count with the client's. Exit code 1 if
+    anything was lost, different or unverified. Latencies are measured from when a request was due, so a slow server
+    cannot hide behind requests that were not sent. It calls `echo`, which `zcproto serve` offers by default.
     """
     from zcproto.client.address import parse_address  # noqa: PLC0415
     from zcproto.load.command import EXIT_CODES, Outputs, run_and_report  # noqa: PLC0415
@@ -140,9 +143,6 @@ def bench(
     host, port = parse_address(address)
     credentials = read_credentials(keys)
     operators = credentials if operator_key_file is None else read_credentials(operator_key_file)
-    if ca is None:
-        own = home.certs / "ca.crt"
-        ca = own if own.exists() else None
     plan = Plan(
         host=host,
         port=port,
@@ -156,7 +156,7 @@ def bench(
         pipeline=pipeline,
         arrival_rate=arrival_rate,
         processes=processes,
-        ca_file=ca,
+        ca_file=ca_file(home, ca),
         seed=seed,
     )
     result = run_and_report(plan, Outputs(json_file, hdr_file, plot), new_console())

@@ -88,8 +88,8 @@ class Operator(Caller):
         except PermissionDenied as error:
             raise ConfigError(
                 [
-                    f"the server's own count is for operators, and {escape_text(credential.user)!r} is none; make "
-                    "one by: zcproto user add ops --operator --count 1 --keys-out ops.keys, and give "
+                    f"the server's count is for operators, and {escape_text(credential.user)!r} is not one; create "
+                    "one: zcproto user add ops --operator --count 1 --keys-out ops.keys, and use "
                     "--operator-key-file ops.keys"
                 ]
             ) from error
