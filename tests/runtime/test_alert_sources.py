@@ -14,7 +14,7 @@ from zcproto.alerts import AlertKind, Severity
 from zcproto.alerts.service import ServerAlerts
 from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.config import AlertsConfig
-from zcproto.runtime.alert_sources import tell_certificate, tell_refresh_reused, tell_revoked, tell_store
+from zcproto.runtime.alert_sources import on_certificate_notice, on_refresh_reused, on_revoked, on_store_event
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +50,7 @@ def about(alerts: ServerAlerts) -> set[tuple[AlertKind, str]]:
 def test_store_event_raises_alert(
     alerts: ServerAlerts, event: str, values: dict[str, Any], kind: AlertKind, named: str
 ) -> None:
-    tell_store(alerts, event, values)
+    on_store_event(alerts, event, values)
     (alert,) = alerts.center.open_alerts()
     assert (alert.kind, alert.about, dict(alert.details)) == (kind, named, values)
     if "reason" in values:
@@ -58,16 +58,16 @@ def test_store_event_raises_alert(
 
 
 def test_store_recovery_resolves_both_alerts(alerts: ServerAlerts) -> None:
-    tell_store(alerts, "store.degraded", {"reason": "it is full"})
-    tell_store(alerts, "store.grace_over", {"reason": "it is full"})
+    on_store_event(alerts, "store.degraded", {"reason": "it is full"})
+    on_store_event(alerts, "store.grace_over", {"reason": "it is full"})
     assert len(alerts.center.open_alerts()) == 2
-    tell_store(alerts, "store.recovered", {"seconds": 3.0, "replayed": 1})
+    on_store_event(alerts, "store.recovered", {"seconds": 3.0, "replayed": 1})
     assert alerts.center.open_alerts() == []
-    assert {alert.title for alert in alerts.center.history()} == {"the store of sessions answers again"}
+    assert {alert.title for alert in alerts.center.history()} == {"the session store is available again"}
 
 
 def test_harmless_store_event_raises_no_alert(alerts: ServerAlerts) -> None:
-    tell_store(alerts, "store.close_failed", {"reason": "x"})
+    on_store_event(alerts, "store.close_failed", {"reason": "x"})
     assert alerts.center.open_alerts() == []
 
 
@@ -89,18 +89,18 @@ def notice(kind: NoticeKind, what: str = "/c.crt", days: int | None = None) -> N
     ],
 )
 def test_certificate_expiry_severity_increases(alerts: ServerAlerts, days: int, severity: Severity) -> None:
-    tell_certificate(alerts, notice(NoticeKind.EXPIRY, days=days))
+    on_certificate_notice(alerts, notice(NoticeKind.EXPIRY, days=days))
     assert open_now(alerts) == [(AlertKind.CERTIFICATE_EXPIRY, "/c.crt", severity)]
-    tell_certificate(alerts, notice(NoticeKind.EXPIRY_ENDED, "/other.crt", days=90))
+    on_certificate_notice(alerts, notice(NoticeKind.EXPIRY_ENDED, "/other.crt", days=90))
     assert len(open_now(alerts)) == 1
-    tell_certificate(alerts, notice(NoticeKind.EXPIRY_ENDED, days=90))
+    on_certificate_notice(alerts, notice(NoticeKind.EXPIRY_ENDED, days=90))
     assert open_now(alerts) == []
 
 
 @pytest.mark.requirement("expiry_alerts")
 def test_each_expiry_threshold_sends_a_message(alerts: ServerAlerts) -> None:
     for days in (30, 14, 7, 3, 1, 0):
-        tell_certificate(alerts, notice(NoticeKind.EXPIRY, days=days))
+        on_certificate_notice(alerts, notice(NoticeKind.EXPIRY, days=days))
     assert alerts.center.sent[AlertKind.CERTIFICATE_EXPIRY] == 6
 
 
@@ -114,11 +114,11 @@ def test_each_expiry_threshold_sends_a_message(alerts: ServerAlerts) -> None:
 def test_failure_alert_lasts_until_recovery(
     alerts: ServerAlerts, begins: NoticeKind, ends: NoticeKind, kind: AlertKind
 ) -> None:
-    tell_certificate(alerts, notice(begins, "/a"))
-    tell_certificate(alerts, notice(begins, "/b"))
-    tell_certificate(alerts, notice(begins, "/a"))
+    on_certificate_notice(alerts, notice(begins, "/a"))
+    on_certificate_notice(alerts, notice(begins, "/b"))
+    on_certificate_notice(alerts, notice(begins, "/a"))
     assert about(alerts) == {(kind, "/a"), (kind, "/b")}
-    tell_certificate(alerts, notice(ends, "/a"))
+    on_certificate_notice(alerts, notice(ends, "/a"))
     assert about(alerts) == {(kind, "/b")}
 
 
@@ -126,8 +126,13 @@ def test_every_certificate_notice_is_classified(alerts: ServerAlerts) -> None:
     is_raised = {}
     for kind in NoticeKind:
         before = sum(alerts.center.raised.values())
+<<<<<<< HEAD
         tell_certificate(alerts, notice(kind, days=5))
         is_raised[kind] = sum(alerts.center.raised.values()) > before
+=======
+        on_certificate_notice(alerts, notice(kind, days=5))
+        told[kind] = sum(alerts.center.raised.values()) > before
+>>>>>>> 31f0419 (runtime: alerts of events by tables)
     bad = {NoticeKind.EXPIRY, NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD}
     assert {kind for kind, raised in is_raised.items() if raised} == bad
 
@@ -137,16 +142,16 @@ def test_every_certificate_notice_is_classified(alerts: ServerAlerts) -> None:
 
 def test_refresh_reuse_raises_one_alert_per_session(alerts: ServerAlerts) -> None:
     for _ in range(3):
-        tell_refresh_reused(alerts, "abc", "192.0.2.7")
-    tell_refresh_reused(alerts, "def", "192.0.2.8")
+        on_refresh_reused(alerts, "abc", "192.0.2.7")
+    on_refresh_reused(alerts, "def", "192.0.2.8")
     found = {each.about: (each.count, each.details["peer"]) for each in alerts.center.open_alerts()}
     assert found == {"abc": (3, "192.0.2.7"), "def": (1, "192.0.2.8")}
 
 
 def test_revocation_of_no_session_raises_no_alert(alerts: ServerAlerts) -> None:
-    tell_revoked(alerts, "operator ada", 0, False)
+    on_revoked(alerts, "operator ada", 0, False)
     assert alerts.center.open_alerts() == []
-    tell_revoked(alerts, "operator ada", 2, False)
+    on_revoked(alerts, "operator ada", 2, False)
     (alert,) = alerts.center.open_alerts()
     assert (alert.title, alert.began_at) == ("2 sessions revoked: operator ada", WALL)
 

@@ -234,7 +234,7 @@ def test_store_outage_and_recovery_raise_and_resolve_alert(start: Start) -> None
         sync.health.begin_outage(server.parts.clock.now())
 
     alerting.server.in_loop(break_it)
-    assert alerting.until("store.degraded")["title"].endswith("does not answer: the disk is full")
+    assert alerting.until("store.degraded")["title"].endswith("is unavailable: the disk is full")
     assert alerting.until("store.grace_over")["severity"] == "critical"
     alerting.until("store.grace_over", "ended")
     ended = alerting.until("store.degraded", "ended")

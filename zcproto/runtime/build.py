@@ -35,11 +35,11 @@ from zcproto.connection.settings import ConnectionSettings, TransportSecurityPol
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_lag import LoopLag
 from zcproto.runtime.alert_sources import (
-    tell_certificate,
-    tell_certificates_not_used,
-    tell_refresh_reused,
-    tell_revoked,
-    tell_store,
+    on_certificate_notice,
+    on_certificates_checked,
+    on_refresh_reused,
+    on_revoked,
+    on_store_event,
     watch_rates,
 )
 from zcproto.runtime.store_setup import NEAR_CACHE, build_store, build_sync
@@ -80,7 +80,7 @@ async def build(
     certificates = await build_certificates(config, alerts, clock, progress)
     sessions = await build_sessions(config, home, alerts, wheel, clock, entropy)
     state = build_state(config, sessions, wheel, clock, entropy)
-    state.on_revoked = partial(tell_revoked, alerts)
+    state.on_revoked = partial(on_revoked, alerts)
     login = build_login(config, home, state, certificates, authenticators)
     endpoints = build_endpoints(config, state, certificates, wheel)
     watch_rates(alerts, state=state, acceptor=endpoints.acceptor, login=login.login)
@@ -140,8 +140,8 @@ async def build_certificates(
         config,
         clock,
         [ALPN, HTTP_ALPN] if config.http.enabled else [ALPN],
-        on_notice=partial(tell_certificate, alerts),
-        on_problem=partial(tell_certificates_not_used, alerts),
+        on_notice=partial(on_certificate_notice, alerts),
+        on_problem=partial(on_certificates_checked, alerts),
         progress=progress,
     )
     await certificates.start()
@@ -161,8 +161,8 @@ async def build_sessions(
     config: Config, home: Home, alerts: ServerAlerts, wheel: DeadlineWheel, clock: Clock, entropy: Entropy
 ) -> SessionParts:
     """Build the registry of sessions, and its store if one is configured."""
-    on_store_event = partial(tell_store, alerts)
-    store = await asyncio.to_thread(build_store, config, home, on_store_event)
+    on_event = partial(on_store_event, alerts)
+    store = await asyncio.to_thread(build_store, config, home, on_event)
     settings = session_settings(config)
     if store is not None and store.shared:
         settings = replace(settings, max_sessions=NEAR_CACHE)
@@ -182,10 +182,10 @@ async def build_sessions(
             wheel=wheel,
             clock=clock,
             entropy=entropy,
-            on_event=on_store_event,
+            on_event=on_event,
         )
         sessions = StoredSessionService(sync, settings, clock)
-    sessions.on_reuse = partial(tell_refresh_reused, alerts)
+    sessions.on_reuse = partial(on_refresh_reused, alerts)
     return SessionParts(registry, sessions, connections, sync)
 
 
