@@ -126,13 +126,8 @@ def test_every_certificate_notice_is_classified(alerts: ServerAlerts) -> None:
     is_raised = {}
     for kind in NoticeKind:
         before = sum(alerts.center.raised.values())
-<<<<<<< HEAD
-        tell_certificate(alerts, notice(kind, days=5))
-        is_raised[kind] = sum(alerts.center.raised.values()) > before
-=======
         on_certificate_notice(alerts, notice(kind, days=5))
-        told[kind] = sum(alerts.center.raised.values()) > before
->>>>>>> 31f0419 (runtime: alerts of events by tables)
+        is_raised[kind] = sum(alerts.center.raised.values()) > before
     bad = {NoticeKind.EXPIRY, NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD}
     assert {kind for kind, raised in is_raised.items() if raised} == bad
 

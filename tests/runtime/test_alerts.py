@@ -238,7 +238,7 @@ def test_store_outage_and_recovery_raise_and_resolve_alert(start: Start) -> None
     assert alerting.until("store.grace_over")["severity"] == "critical"
     alerting.until("store.grace_over", "ended")
     ended = alerting.until("store.degraded", "ended")
-    assert ended["title"] == "the store of sessions answers again"
+    assert ended["title"] == "the session store is available again"
     assert ended["details"]["replayed"] == 0
     assert ended["ended_at"] >= ended["began_at"]
 
