@@ -9,7 +9,7 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, Client, ServerThread
-from tests.server.test_protocol import Harness, Peer
+from tests.server.protocol_harness import Harness, Peer
 from zcproto.errors import Code, Unauthenticated
 from zcproto.sessions import Session
 from zcproto.sessions.binding import SessionBinding, network
@@ -106,7 +106,7 @@ def harness() -> Iterator[Harness]:
 
 
 def peer_at(harness: Harness, address: str, monkeypatch: pytest.MonkeyPatch, token: bytes = NO_TOKEN) -> Peer:
-    monkeypatch.setattr("tests.server.test_protocol.Transport.peer", address)
+    monkeypatch.setattr("tests.server.protocol_harness.FakeTransport.peer", address)
     peer = harness.connect()
     peer.token = token
     return peer
