@@ -167,7 +167,7 @@ async def time_scrapes() -> list[int]:
         """Yield as many series as a server has, and those that scan the connections."""
         most = max(protocol.in_flight for protocol in state.connections)
         yield table.LIMIT_USE.at(most, "limits.max_streams")
-        yield table.SLOW_READERS.at(sum(protocol.reads_too_slowly for protocol in state.connections))
+        yield table.SLOW_READERS.at(sum(protocol.is_slow_reader for protocol in state.connections))
         for number in range(150):
             yield table.CALLS.at(number, f"method{number}")
         for number in range(10):

@@ -201,11 +201,11 @@ def _connections(state: ServerState, listener: Listener) -> Connections:
     for protocol in state.connections:
         in_flight += protocol.in_flight
         most_in_flight = max(most_in_flight, protocol.in_flight)
-        slow_readers += protocol.reads_too_slowly
+        slow_readers += protocol.is_slow_reader
     return Connections(
         tcp=listener.connections,
         zcp=len(state.connections),
-        most_per_address=listener.most_of_one,
+        most_per_address=listener.most_per_address,
         in_flight=in_flight,
         most_in_flight=most_in_flight,
         slow_readers=slow_readers,

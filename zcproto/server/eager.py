@@ -55,7 +55,7 @@ class EagerTasks:
         try:
             awaited = context.run(worker.send, coroutine)
         except BaseException:
-            worker.take_driver(_new_driver(self))
+            worker.set_driver(_new_driver(self))
             idle.append(worker)
             raise
         finally:
@@ -123,11 +123,11 @@ class Worker:
         self._started = False
         self._cancelled_early = False
         self.done: Done | None = None
-        self.take_driver(_new_driver(pool))
+        self.set_driver(_new_driver(pool))
         self.task: asyncio.Task[None] = loop.create_task(self._work(), name="zcproto-handler")
         self.task.add_done_callback(self._task_ended)
 
-    def take_driver(self, driver: Driver) -> None:
+    def set_driver(self, driver: Driver) -> None:
         self.driver = driver
         self.send = driver.send  # bound once, not for each coroutine
 

@@ -291,7 +291,7 @@ class Listener(AcceptLoop):
         return self._open
 
     @property
-    def most_of_one(self) -> int:
+    def most_per_address(self) -> int:
         """The connections of the network with most of them."""
         return self._counts.highest
 

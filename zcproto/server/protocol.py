@@ -142,9 +142,9 @@ class ServerProtocol(Dispatcher):
 
     def resume_writing(self) -> None:
         self._paused_since = None
-        self._go_on()
+        self._continue()
 
-    def _go_on(self) -> None:
+    def _continue(self) -> None:
         """Process the suspended events and read again, unless the peer or a lookup must still be awaited."""
         if self._paused_since is None and self._lookup is None:
             suspended, self._suspended = self._suspended, None
@@ -229,7 +229,7 @@ class ServerProtocol(Dispatcher):
             self._set_deadline()
 
     @property
-    def reads_too_slowly(self) -> bool:
+    def is_slow_reader(self) -> bool:
         """Whether the peer must read before this connection continues."""
         return self._paused_since is not None
 
@@ -286,7 +286,7 @@ class ServerProtocol(Dispatcher):
         def done(result: None, error: BaseException | None) -> None:
             self._lookup = None
             if self._connection is not None:
-                self._go_on()
+                self._continue()
 
         worker.done = done
         return True
