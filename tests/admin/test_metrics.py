@@ -320,7 +320,7 @@ def test_store_outage_is_reported_while_it_lasts(serve: Serve) -> None:
     server = serve(store__url="sqlite")
     sessions = server.server.state.sessions
     assert isinstance(sessions, StoredSessionService)
-    keeper = sessions.sync
+    sync = sessions.sync
 
     async def out(*_: object) -> None:
         raise StoreUnavailable("a test has taken it away")
@@ -329,11 +329,11 @@ def test_store_outage_is_reported_while_it_lasts(serve: Serve) -> None:
         assert value(server, "zcproto_store_state", state="healthy") == 1
         assert value(server, "zcproto_store_operation_seconds_count") >= 1
         assert value(server, "zcproto_store_outage_seconds") == 0
-        real = keeper.store.ping
+        real = sync.store.ping
 
         def take_away() -> None:
-            keeper.store.ping = out  # type: ignore[method-assign]  # so that no probe succeeds
-            keeper.health.begin_outage(server.clock.now())
+            sync.store.ping = out  # type: ignore[method-assign]  # so that no probe succeeds
+            sync.health.begin_outage(server.clock.now())
 
         with grows(server, "zcproto_store_outages_total"):
             server.in_loop(take_away)
@@ -341,7 +341,7 @@ def test_store_outage_is_reported_while_it_lasts(serve: Serve) -> None:
         assert value(server, "zcproto_store_state", state="healthy") == 0
         with grows(server, "zcproto_store_pending_revocations"):
             client.call("session.close")
-        server.in_loop(lambda: setattr(keeper.store, "ping", real))
+        server.in_loop(lambda: setattr(sync.store, "ping", real))
         eventually(lambda: value(server, "zcproto_store_state", state="healthy") == 1)
         assert value(server, "zcproto_store_outage_seconds") == 0
         assert value(server, "zcproto_store_pending_revocations") == 0

@@ -65,7 +65,7 @@ class ServerProcess:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start the server and wait until it listens."""
+        """Start the server and wait until it listens and has loaded its data."""
         arguments = [self.program]
         if self.options[:1] == ("--sentinel",):
             config = self.folder / "sentinel.conf"
@@ -79,8 +79,12 @@ class ServerProcess:
             self.process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         end = time.monotonic() + _START_S
         while True:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1) as probe:
+                if "--tls-port" in self.options:
+                    return
+                probe.sendall(b"PING\r\n")
+                if not probe.recv(64).startswith(b"-LOADING"):
+                    return
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(
                     f"{self.program} does not start:\n{(self.folder / 'log').read_text()[-2000:]}"

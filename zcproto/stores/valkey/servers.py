@@ -330,7 +330,7 @@ class Cluster:
     async def open(self) -> None:
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                self._use(await self._ask())
+                self._use(await self._query())
                 opening = [connection.open() for connection in self._connections.values()]
                 for error in await asyncio.gather(*opening, return_exceptions=True):
                     if error is not None:
@@ -394,9 +394,9 @@ class Cluster:
             connection.lose(reason)
         self._refresh()
 
-    def _address(self, redirect: AskError, asked: Address) -> Address:
+    def _address(self, redirect: AskError, sender: Address) -> Address:
         host, port = redirect.node_addr
-        return (host or asked[0], int(port))
+        return (host or sender[0], int(port))
 
     def _connection(self, address: Address) -> ServerConnection:
         connection = self._connections.get(address)
@@ -414,14 +414,14 @@ class Cluster:
     def _use(self, division: Division) -> list[ServerConnection]:
         """Adopt a division of slots. Return the connections that are no longer needed."""
         self._slots, wanted = division
-        gone = [
+        unneeded = [
             self._connections.pop(address) for address in list(self._connections) if address not in wanted
         ]
         for address in wanted - set(self._connections):
             self._connections[address] = self._new_connection(address)
             if self._refresher is not None:
                 self._connections[address].watch()
-        return gone
+        return unneeded
 
     async def _refresh_forever(self) -> None:
         while True:
@@ -438,7 +438,7 @@ class Cluster:
     async def _update(self) -> None:
         try:
             async with asyncio.timeout(self._hooks.timeout):
-                division = await self._ask()
+                division = await self._query()
             for connection in [] if self._closed else self._use(division):
                 await connection.close()
         except (TimeoutError, StoreUnavailable, ConfigError):
@@ -446,19 +446,19 @@ class Cluster:
         finally:
             self._refreshing = None
 
-    async def _ask(self) -> Division:
+    async def _query(self) -> Division:
         """Return the division of slots from the first server that answers."""
-        asks: list[Coroutine[Any, Any, Division]] = [
-            self._ask_one(address, link)
+        queries: list[Coroutine[Any, Any, Division]] = [
+            self._query_one(address, link)
             for address, connection in self._connections.items()
             if (link := connection.up) is not None
         ]
-        if not asks:
-            asks = [self._ask_one(address, None) for address in {*self._seeds, *self._connections}]
-        division: Division = await _first_of(asks)
+        if not queries:
+            queries = [self._query_one(address, None) for address in {*self._seeds, *self._connections}]
+        division: Division = await _first_of(queries)
         return division
 
-    async def _ask_one(self, address: Address, link: Link | None) -> Division:
+    async def _query_one(self, address: Address, link: Link | None) -> Division:
         new = None if link is not None else await Link.connect(self._target(address), self._hooks.timeout)
         link = link or new
         assert link is not None

@@ -280,7 +280,7 @@ return answer(ended)
 
 --@ expire allow-oom
 -- Remove expired sessions of x and tombstones of m; in a cluster those in the arguments.
-local wall, ended_before, limit, dues, memories = unpack(args, 6, 10)
+local wall, ended_before, limit, dues, tombstones = unpack(args, 6, 10)
 local x, m, removed, past = P .. 'x:' .. SHARD, P .. 'm:' .. SHARD, 0, {}
 
 local function forget(tag, id, session)
@@ -296,7 +296,7 @@ end
 
 if not CLUSTERED then
   dues = redis.call('ZRANGEBYSCORE', x, '-inf', wall, 'LIMIT', 0, limit)
-  memories = redis.call('ZRANGEBYSCORE', m, '-inf', ended_before, 'LIMIT', 0, limit - #dues)
+  tombstones = redis.call('ZRANGEBYSCORE', m, '-inf', ended_before, 'LIMIT', 0, limit - #dues)
 end
 for _, member in ipairs(dues) do
   local tag, id = split(member)
@@ -314,7 +314,7 @@ end
 if #past > 0 then
   elsewhere('ZREM', x, unpack(past))
 end
-for _, member in ipairs(memories) do
+for _, member in ipairs(tombstones) do
   if member:sub(1, 1) == 't' and #member == 33 then
     elsewhere('DEL', P .. 't:' .. member:sub(2))
     removed = removed + 1
@@ -326,7 +326,7 @@ for _, member in ipairs(memories) do
     end
   end
 end
-if #memories > 0 then
-  elsewhere('ZREM', m, unpack(memories))
+if #tombstones > 0 then
+  elsewhere('ZREM', m, unpack(tombstones))
 end
-return answer({#dues + #memories, removed})
+return answer({#dues + #tombstones, removed})
