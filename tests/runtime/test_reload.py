@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import signal
 import ssl
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import pytest
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, ServerProcess, ServerThread, configuration, eventually
 from zcproto.alerts import AlertKind
-from zcproto.certs import managed
+from zcproto.auth import UserFile
+from zcproto.certs import client_ca, managed
 from zcproto.certs.settings import managed_site
-from zcproto.errors import Code, ConfigError
+from zcproto.client.connect import connect_blocking
+from zcproto.errors import Code, ConfigError, Unauthenticated
 from zcproto.observe.log import level
 from zcproto.runtime.server import Server
 
@@ -231,6 +234,34 @@ def test_reload_applies_client_pins_to_the_next_handshake(serve: Serve) -> None:
     assert [each.key for each in reloaded.applied] == ["tls.client_pins"]
     assert len(server.server.parts.acceptor.client_pins) == 1
     server.client("ada").close()  # a client without a certificate needs no pin
+
+
+def test_reload_applies_client_name_to_the_next_login(tmp_path: Path, certs: Path) -> None:
+    home, now = tmp_path / "home", datetime.now(UTC)
+    home.mkdir(mode=0o700)
+    UserFile(home / "users.toml").add("ada")
+    shutil.copytree(certs, home / "certs")
+    client_ca.ensure_authority(home / "certs", now)
+    issued = client_ca.issue_client(home / "certs", "ada", lifetime=timedelta(days=1), now=now)
+    assert issued.key is not None
+    with ServerThread(home, certs, users_file=True, tls__client_auth="optional") as server:
+
+        def user() -> str:
+            with connect_blocking(
+                f"localhost:{server.port}",
+                ca_file=home / "certs" / "ca.crt",
+                certificate=issued.certificate,
+                key_file=issued.key,
+                home=home,
+            ) as client:
+                return str(client.call("session.info")["user"])
+
+        assert user() == "ada"
+        server.reload(tls__client_name="email")
+        with pytest.raises(Unauthenticated):
+            user()
+        server.reload(tls__client_name="dns")
+        assert user() == "ada"
 
 
 # --- alerts ------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ async def build(
     """Build all parts of a server. Raises ConfigError or CertificateError."""
     _check_suites(config)
     await asyncio.to_thread(home.ensure)
+    active = ActiveConfig(config)
     loop = asyncio.get_running_loop()
     wheel = DeadlineWheel(loop)
     alerts = await build_alerts(config, clock, entropy)
@@ -81,13 +82,13 @@ async def build(
     sessions = await build_sessions(config, home, alerts, wheel, clock, entropy)
     state = build_state(config, sessions, wheel, clock, entropy)
     state.on_revoked = partial(on_revoked, alerts)
-    login = build_login(config, home, state, certificates, authenticators)
+    login = build_login(active, home, state, certificates, authenticators)
     endpoints = build_endpoints(config, state, certificates, wheel)
     watch_rates(alerts, state=state, acceptor=endpoints.acceptor, login=login.login)
     enrollment = None if login.devices is None else login.devices.enrollment
     state.add_methods([*protocol_methods(state, login.login, enrollment), *app])
     parts = Parts(
-        active=ActiveConfig(config),
+        active=active,
         home=home,
         clock=clock,
         started_at=clock.wall(),
@@ -229,14 +230,14 @@ class LoginParts(NamedTuple):
 
 
 def build_login(
-    config: Config,
+    active: ActiveConfig,
     home: Home,
     state: ServerState,
     certificates: CertificateManager,
     authenticators: Sequence[Authenticator] | None,
 ) -> LoginParts:
     """Build the login: with these authenticators, or with the home's users, devices and client certificates."""
-    throttle = Throttle(config.limits.login_failures)
+    throttle = Throttle(active.config.limits.login_failures)
     if authenticators is not None:
         return LoginParts(Login(authenticators, throttle), throttle, None, None)
     users = Users(home, on_gone=partial(end_user_sessions, state))
@@ -248,10 +249,10 @@ def build_login(
         on_refused=_log_device_refused,
     )
     found: list[Authenticator] = [users.authenticator, devices.authenticator]
-    if config.tls.client_auth != "off":
+    if active.config.tls.client_auth != "off":
 
         def user_of_certificate(certificate: bytes) -> str:
-            return user_of(certificate, config.tls.client_name, certificates.now())
+            return user_of(certificate, active.config.tls.client_name, certificates.now())
 
         found.append(
             CertificateAuthenticator(users.current, user_of_certificate, on_refused=_log_certificate_refused)
